@@ -1,0 +1,47 @@
+# Everything runs from .venv, which is built from requirements.lock the first time and whenever that changes.
+# Python of your choice: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := uv==0.13.9
+.DEFAULT_GOAL := help
+.PHONY: help demo run test check lint bench lock clean
+
+help:  ## Say what there is
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo 'Installing into $(VENV) (once) ...'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'Python lacks its venv module; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet '$(UV)'
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(VENV)/.installed  ## See it work: a database, the receiver and a simulated CallHQ (DEMO_ARGS=--exit ends by itself)
+	@$(BIN)/python -m archiver demo $(DEMO_ARGS)
+
+run: $(VENV)/.installed  ## Receive real webhooks on an embedded Postgres (needs ARCHIVER_WEBHOOK_SECRETS)
+	@$(BIN)/python -m archiver serve $(ARGS)
+
+test: $(VENV)/.installed  ## Run the tests (TEST_ARGS goes to pytest)
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: lint  ## Everything but the tests: style, types, floors, documentation
+	@$(BIN)/python -m pytest -q tests/test_docs.py
+
+lint: $(VENV)/.installed  ## ruff, mypy --strict, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/.installed  ## Measure ingest against its baselines (needs wrk)
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+lock: $(VENV)/.installed  ## Renew requirements.lock from pyproject.toml
+	@$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --group dev --output-file requirements.lock pyproject.toml
+
+clean:  ## Remove .venv and caches (never your data)
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

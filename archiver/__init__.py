@@ -1,0 +1,3 @@
+"""callhq-archiver: every CallHQ conversation, once, in Postgres."""
+
+__version__ = "0.1.0"

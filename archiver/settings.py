@@ -1,0 +1,206 @@
+"""Every setting, its default and its meaning: one typed table, read from the environment.
+
+Each name may also be given as NAME_FILE, the path of a file that holds the value, so that a secret need not stand in
+the environment.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+WebhookScheme = Literal["secret", "bearer", "hmac", "standard", "none"]
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the text names it and says what to do."""
+
+
+def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
+    """A field read from the environment variable `name`."""
+    return Field(default=default, validation_alias=AliasChoices(name), description=help_text, **limits)
+
+
+class Settings(BaseSettings):
+    """What the environment says; `read()` is the way to make one."""
+
+    model_config = SettingsConfigDict(case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    database_url: SecretStr | None = _env(
+        "DATABASE_URL",
+        None,
+        "Postgres to archive into; `postgres://` and `postgresql://` are both accepted. "
+        "Unset: an embedded Postgres under `ARCHIVER_HOME`.",
+    )
+    home: Path = _env("ARCHIVER_HOME", Path(".archiver"), "Folder of the embedded database.")
+    webhook_scheme: WebhookScheme = _env(
+        "ARCHIVER_WEBHOOK_SCHEME",
+        "secret",
+        "How deliveries prove themselves: `secret`, `bearer`, `hmac`, `standard` (Standard Webhooks), "
+        "or `none` (only with `--insecure`).",
+    )
+    webhook_secrets: SecretStr = _env(
+        "ARCHIVER_WEBHOOK_SECRETS",
+        SecretStr(""),
+        "Comma-separated secrets, all accepted, so that one can be rotated. Without any, `serve` refuses to start.",
+    )
+    secret_header: str = _env("ARCHIVER_SECRET_HEADER", "x-webhook-secret", "Header of scheme `secret`.")
+    hmac_algorithm: Literal["sha256", "sha512", "sha1"] = _env(
+        "ARCHIVER_HMAC_ALGORITHM", "sha256", "Scheme `hmac`: `sha256`, `sha512` or `sha1`."
+    )
+    hmac_header: str = _env("ARCHIVER_HMAC_HEADER", "x-signature", "Scheme `hmac`: header of the signature.")
+    hmac_timestamp_header: str = _env(
+        "ARCHIVER_HMAC_TIMESTAMP_HEADER", "x-timestamp", "Scheme `hmac`: header of the signed time."
+    )
+    hmac_id_header: str = _env(
+        "ARCHIVER_HMAC_ID_HEADER", "", "Scheme `hmac`: header of the message id, for `{svix-id}` in the template."
+    )
+    hmac_prefix: str = _env(
+        "ARCHIVER_HMAC_PREFIX", "", "Scheme `hmac`: text before the signature, such as `sha256=`."
+    )
+    hmac_encoding: Literal["hex", "base64"] = _env(
+        "ARCHIVER_HMAC_ENCODING", "hex", "Scheme `hmac`: `hex` or `base64`."
+    )
+    hmac_template: str = _env(
+        "ARCHIVER_HMAC_TEMPLATE",
+        "{timestamp}.{body}",
+        "Scheme `hmac`: what is signed, of `{body}`, `{timestamp}`, `{method}`, `{url}` and `{svix-id}`.",
+    )
+    hmac_secret_is_base64: bool = _env(
+        "ARCHIVER_HMAC_SECRET_IS_BASE64", False, "Scheme `hmac`: the secrets are base64 text of the key."
+    )
+    timestamp_tolerance: int = _env(
+        "ARCHIVER_TIMESTAMP_TOLERANCE",
+        300,
+        "Seconds that a signed time may differ from ours, both ways.",
+        gt=0,
+        le=86_400,
+    )
+    max_body: int = _env(
+        "ARCHIVER_MAX_BODY", 1_048_576, "Bytes of the largest body accepted (413 above).", gt=0, le=256 * 1_048_576
+    )
+    queue_events: int = _env(
+        "ARCHIVER_QUEUE_EVENTS",
+        10_000,
+        "Events of one process that may wait for a commit (503 above).",
+        gt=0,
+    )
+    queue_bytes: int = _env(
+        "ARCHIVER_QUEUE_BYTES",
+        64 * 1_048_576,
+        "Bytes of one process that may wait for a commit (503 above); one event always may.",
+        gt=0,
+    )
+    batch_events: int = _env(
+        "ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000
+    )
+    prepared_statements: bool = _env(
+        "ARCHIVER_PREPARED_STATEMENTS",
+        True,
+        "Prepare repeated statements; `false` for a PgBouncer older than 1.21 in transaction mode.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _env(
+        "ARCHIVER_LOG_LEVEL", "info", "Least important log line that is written."
+    )
+    log_format: Literal["auto", "json", "text"] = _env(
+        "ARCHIVER_LOG_FORMAT", "auto", "`json`, `text`, or `auto`: text on a terminal, JSON elsewhere."
+    )
+
+    @field_validator("secret_header", "hmac_header", "hmac_timestamp_header", "hmac_id_header")
+    @classmethod
+    def _lower(cls, value: str) -> str:
+        return value.strip().lower()
+
+    @field_validator("database_url")
+    @classmethod
+    def _blank_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is not None and value.get_secret_value().strip() else None
+
+    @model_validator(mode="after")
+    def _headers_are_named(self) -> "Settings":
+        if not self.secret_header or not self.hmac_header:
+            raise ValueError("ARCHIVER_SECRET_HEADER and ARCHIVER_HMAC_HEADER must not be empty")
+        return self
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The webhook secrets, blanks dropped."""
+        parts = self.webhook_secrets.get_secret_value().split(",")
+        return tuple(part.strip() for part in parts if part.strip())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment and the files it names; nothing else."""
+        del dotenv_settings, file_secret_settings
+        return init_settings, _FileSource(settings_cls), env_settings
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """NAME_FILE: the value is the content of that file, without the white space around it."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        name = environment_name(field_name)
+        path = os.environ.get(f"{name}_FILE")
+        if not path:
+            return None, name, False
+        if os.environ.get(name):
+            raise SettingsError(f"{name} and {name}_FILE are both set: keep one of them.")
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), name, False
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}.") from error
+
+    def __call__(self) -> dict[str, Any]:
+        values = {}
+        for field_name, field in self.settings_cls.model_fields.items():
+            value, name, _ = self.get_field_value(field, field_name)
+            if value is not None:
+                values[name] = value
+        return values
+
+
+def environment_name(field_name: str) -> str:
+    """The environment variable of a field of `Settings`."""
+    alias = Settings.model_fields[field_name].validation_alias
+    assert isinstance(alias, AliasChoices)
+    return str(alias.choices[0])
+
+
+def read() -> Settings:
+    """The settings of this process.
+
+    Raises `SettingsError`, one line a fault, each naming the variable; never the value, which may be a secret.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [_explain(fault) for fault in error.errors(include_input=False, include_url=False)]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _explain(fault: Any) -> str:
+    name = str(fault["loc"][0]) if fault["loc"] else "settings"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}."
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Each setting as (environment variable, default as text, meaning); the documentation is held against it."""
+    rows = []
+    for field_name, field in Settings.model_fields.items():
+        default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        text = str(default).lower() if isinstance(default, bool) else str("" if default is None else default)
+        rows.append((environment_name(field_name), text, field.description or ""))
+    return rows
+
+
+SCHEMES: tuple[str, ...] = get_args(WebhookScheme)
