@@ -26,7 +26,9 @@ def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
 class Settings(BaseSettings):
     """What the environment says; `read()` is the way to make one."""
 
-    model_config = SettingsConfigDict(case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     database_url: SecretStr | None = _env(
         "DATABASE_URL",
@@ -55,7 +57,9 @@ class Settings(BaseSettings):
         "ARCHIVER_HMAC_TIMESTAMP_HEADER", "x-timestamp", "Scheme `hmac`: header of the signed time."
     )
     hmac_id_header: str = _env(
-        "ARCHIVER_HMAC_ID_HEADER", "", "Scheme `hmac`: header of the message id, for `{svix-id}` in the template."
+        "ARCHIVER_HMAC_ID_HEADER",
+        "",
+        "Scheme `hmac`: header of the message id, for `{svix-id}` in the template.",
     )
     hmac_prefix: str = _env(
         "ARCHIVER_HMAC_PREFIX", "", "Scheme `hmac`: text before the signature, such as `sha256=`."
@@ -79,7 +83,11 @@ class Settings(BaseSettings):
         le=86_400,
     )
     max_body: int = _env(
-        "ARCHIVER_MAX_BODY", 1_048_576, "Bytes of the largest body accepted (413 above).", gt=0, le=256 * 1_048_576
+        "ARCHIVER_MAX_BODY",
+        1_048_576,
+        "Bytes of the largest body accepted (413 above).",
+        gt=0,
+        le=256 * 1_048_576,
     )
     queue_events: int = _env(
         "ARCHIVER_QUEUE_EVENTS",
