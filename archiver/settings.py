@@ -26,9 +26,7 @@ def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
 class Settings(BaseSettings):
     """What the environment says; `read()` is the way to make one."""
 
-    model_config = SettingsConfigDict(
-        case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True)
 
     database_url: SecretStr | None = _env(
         "DATABASE_URL",
@@ -101,9 +99,7 @@ class Settings(BaseSettings):
         "Bytes of one process that may wait for a commit (503 above); one event always may.",
         gt=0,
     )
-    batch_events: int = _env(
-        "ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000
-    )
+    batch_events: int = _env("ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000)
     prepared_statements: bool = _env(
         "ARCHIVER_PREPARED_STATEMENTS",
         True,
@@ -180,8 +176,7 @@ class _FileSource(PydanticBaseSettingsSource):
 def environment_name(field_name: str) -> str:
     """The environment variable of a field of `Settings`."""
     alias = Settings.model_fields[field_name].validation_alias
-    assert isinstance(alias, AliasChoices)
-    return str(alias.choices[0])
+    return str(alias.choices[0]) if isinstance(alias, AliasChoices) else field_name
 
 
 def read() -> Settings:

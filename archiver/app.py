@@ -1,0 +1,201 @@
+"""The HTTP service: its routes, its answers, and the only code that knows status codes."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+import anyio.to_thread
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from archiver import database, events, schema, settings, signatures, telemetry
+from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
+from archiver.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+WEBHOOK_PATH = "/webhooks/callhq"
+RETRY_AFTER_SECONDS = 5
+READY_SECONDS = 2
+JSON = "application/json"
+
+
+class BodyTooLargeError(Exception):
+    """The body is larger than ARCHIVER_MAX_BODY allows."""
+
+
+class Receiver:
+    """`POST /webhooks/callhq`: bytes, then signature, then meaning, then the queue.
+
+    Plain ASGI: what a request and a response object cost is a good part of what an event costs.
+    """
+
+    def __init__(self, configuration: Settings, verifier: signatures.Verifier, ingest: Ingest) -> None:
+        self._max_body = configuration.max_body
+        self._verifier = verifier
+        self._ingest = ingest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, as docs/http.md has it."""
+        try:
+            body = await read_body(scope, receive, self._max_body)
+            key_id = self._verifier.verify(body, scope["headers"], scope["method"], _url(scope), time.time())
+        except ClientDisconnect:
+            telemetry.received.labels("disconnected", "").inc()
+            return
+        except BodyTooLargeError:
+            detail = f"The body is larger than {self._max_body} bytes (ARCHIVER_MAX_BODY)."
+            await _refusal(413, "too_large", "too_large", detail)(scope, receive, send)
+            return
+        except signatures.SignatureError as error:
+            await _refusal(401, "unauthenticated", error.reason, str(error))(scope, receive, send)
+            return
+        response = await self._take(Delivery(events.parse(body), datetime.now(UTC), key_id))
+        await response(scope, receive, send)
+
+    async def _take(self, delivery: Delivery) -> ASGIApp:
+        try:
+            outcome = await self._ingest.submit(delivery)
+        except QueueFullError as error:
+            return _refusal(503, "overloaded", "", str(error.__doc__))
+        except UnavailableError as error:
+            return _refusal(503, "unavailable", "", str(error.__doc__))
+        telemetry.received.labels(outcome.status, outcome.reason or "").inc()
+        if outcome.status == "quarantined":
+            answer = {"status": "quarantined", "reason": outcome.reason, "detail": outcome.detail, "id": outcome.id}
+            return JSONResponse(answer, 422)
+        return Response(b'{"status":"%b","id":%d}' % (outcome.status.encode(), outcome.id), media_type=JSON)
+
+
+def _url(scope: Scope) -> str:
+    """The URL as the platform called it, for signatures that cover it."""
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    query = scope["query_string"]
+    target: bytes = host + scope["raw_path"] + (b"?" + query if query else b"")
+    return f"{scope['scheme']}://{target.decode('latin-1')}"
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body.
+
+    Raises `BodyTooLargeError` as soon as it is known to exceed `limit` bytes, be that told or not, and Starlette's
+    `ClientDisconnect` where the connection ends before the body does.
+    """
+    told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    if told.isdigit() and int(told) > limit:
+        raise BodyTooLargeError
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > limit:
+            raise BodyTooLargeError
+    return bytes(body)
+
+
+def _refusal(code: int, status: str, reason: str, detail: str) -> Response:
+    telemetry.received.labels(status, reason).inc()
+    content = {"status": status, "reason": reason or status, "detail": detail}
+    return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
+
+
+# RFC 9110: a 401 names a scheme to authenticate by (15.5.2), a 503 may say when to come again (15.6.4).
+_REFUSAL_HEADERS = {401: {"www-authenticate": "Webhook"}, 503: {"retry-after": str(RETRY_AFTER_SECONDS)}}
+
+
+async def healthz(_: Request) -> Response:
+    """Alive: says nothing of the database."""
+    return JSONResponse({"status": "alive"})
+
+
+async def metrics(_: Request) -> Response:
+    """Prometheus text."""
+    return Response(telemetry.metrics(), media_type=telemetry.CONTENT_TYPE)
+
+
+class Readiness:
+    """Ready: an event could be committed now."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def readyz(self, _: Request) -> Response:
+        """Whether an event could be committed now, and if not, why."""
+        fault = await anyio.to_thread.run_sync(self._fault)
+        if fault is None:
+            return JSONResponse({"status": "ready", "database": "ready"})
+        answer = {"status": "not ready", "database": fault}
+        return JSONResponse(answer, 503, {"retry-after": str(RETRY_AFTER_SECONDS)})
+
+    def _fault(self) -> str | None:
+        try:
+            with database.transaction(self._engine, statement_seconds=READY_SECONDS) as connection:
+                schema.check(connection)
+                read_only = connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+        except SQLAlchemyError as error:
+            return f"unavailable: SQLSTATE {database.sqlstate(error) or 'unknown'}"
+        except schema.SchemaError as error:
+            return str(error)
+        return "read-only" if read_only else None
+
+
+def create(configuration: Settings | None = None) -> Starlette:
+    """The composition root: settings to a service. Opens nothing until the server starts it.
+
+    Raises `SettingsError` when a setting is missing or wrong.
+    """
+    configuration = configuration or settings.read()
+    if configuration.database_url is None:
+        raise settings.SettingsError("DATABASE_URL: not set; `archiver serve` sets it for the embedded database.")
+    url = database.database_url(configuration.database_url.get_secret_value())
+    verifier = signatures.verifier(configuration)
+
+    prepared = configuration.prepared_statements
+    writing = database.connect(url, pool_size=1, prepared_statements=prepared)
+    # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
+    asking = database.connect(url, pool_size=1, prepared_statements=prepared)
+    ingest = Ingest(
+        writing,
+        queue_events=configuration.queue_events,
+        queue_bytes=configuration.queue_bytes,
+        batch_events=configuration.batch_events,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        async with ingest.running():
+            yield
+        writing.dispose()
+        asking.dispose()
+        log.info("stopped")
+
+    return Starlette(
+        routes=[
+            Route(WEBHOOK_PATH, Receiver(configuration, verifier, ingest), methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/readyz", Readiness(asking).readyz),
+            Route("/metrics", metrics),
+        ],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    code = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else ""
+    headers = error.headers if isinstance(error, HTTPException) else None
+    content = {"status": "refused", "reason": detail.lower().replace(" ", "_"), "detail": f"{detail}."}
+    return JSONResponse(content, code, headers)

@@ -1,0 +1,81 @@
+"""`archiver demo` and `archiver simulate`."""
+
+import sys
+
+import click
+from rich.console import Console
+
+from archiver import settings
+from archiver.demo.faults import Faults
+from archiver.demo.run import BusyError, run
+from archiver.demo.serving import simulate as serve_simulation
+from archiver.demo.serving import with_secret
+
+SHARE = click.FloatRange(0, 1)
+
+
+@click.command()
+@click.option("--exit", "exit_when_done", is_flag=True, help="End once the archive is compared; else serve on.")
+@click.option("--conversations", default=300, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
+@click.option("--loss", default=0.0, show_default=True, type=SHARE, help="Share of webhooks that never arrive.")
+@click.option("--duplicates", default=0.1, show_default=True, type=SHARE, help="Share of webhooks sent twice.")
+@click.option("--seed", default=1, show_default=True, help="Same seed, same conversations and faults.")
+def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: float, seed: int) -> None:
+    """Watch it work: a database, the receiver and a simulated CallHQ, on this machine alone.
+
+    Some hundreds of conversations cross real sockets with duplicates, reordering, deletions before creations and
+    forgeries; then the archive is compared with what was delivered. Exit code 1 if they differ.
+    """
+    home = settings.read().home / "demo"
+    try:
+        code = run(
+            exit_when_done=exit_when_done,
+            seed=seed,
+            conversations=conversations,
+            loss=loss,
+            duplicates=duplicates,
+            home=home,
+            console=Console(),
+        )
+    except BusyError as error:
+        click.echo(f"archiver: {error}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", required=True, type=click.IntRange(1, 65535), help="Port of the API, which is under /api.")
+@click.option("--webhook", "webhook_url", metavar="URL", help="Where to send webhooks; none are sent without.")
+@click.option("--secret", default="", help="Secret to sign them with.  [default: ARCHIVER_WEBHOOK_SECRETS]")
+@click.option("--api-key", help="The only x-api-key accepted.  [default: any]")
+@click.option("--loss", default=0.0, show_default=True, type=SHARE, help="Share of webhooks that are never sent.")
+@click.option("--duplicates", default=0.0, show_default=True, type=SHARE, help="Share of webhooks sent more than once.")
+@click.option("--reorder", default=0.0, show_default=True, type=SHARE, help="Share held until a later one arrived.")
+@click.option("--delay", default=0.0, show_default=True, type=SHARE, help="Share held for a while.")
+@click.option("--seed", default=1, show_default=True, help="Same seed and same calls, same ids and faults.")
+def simulate(
+    *, host: str, port: int, webhook_url: str | None, secret: str, api_key: str | None, seed: int, **shares: float
+) -> None:
+    """Run the simulated CallHQ platform alone.
+
+    Its API is under /api, as CallHQ documents it; its webhooks are signed as the settings say. What it sent and how
+    that was answered is at GET /simulator/report.
+    """
+    configuration = settings.read()
+    if secret:
+        configuration = with_secret(configuration, secret)
+    try:
+        code = serve_simulation(
+            configuration,
+            host=host,
+            port=port,
+            webhook_url=webhook_url,
+            faults=Faults(seed=seed, **shares),
+            api_key=api_key,
+            announce=lambda url: click.echo(f"The simulated CallHQ API is at {url}/api. Ctrl-C ends it."),
+        )
+    except OSError as error:
+        click.echo(f"archiver: cannot listen on {host}:{port}: {error.strerror}; choose another --port", err=True)
+        code = 1
+    sys.exit(code)

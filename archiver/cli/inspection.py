@@ -1,0 +1,86 @@
+"""`archiver status` and `archiver doctor`: what is, and what is wrong."""
+
+import sys
+from datetime import UTC, datetime
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from archiver import database, overview, schema, settings
+from archiver.cli import connection
+from archiver.doctor import Finding, examine_database, examine_settings
+from archiver.embedded import EmbeddedError
+
+
+@click.command()
+@connection.json_option
+def status(as_json: bool) -> None:
+    """Show on one screen what the archive holds and what waits for a person."""
+    with (
+        connection.engine(settings.read()) as engine,
+        database.transaction(engine, statement_seconds=300) as opened,
+    ):
+        schema.check(opened)
+        figures = overview.select_overview(opened)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(figures), indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("sessions", f"{figures.sessions:,}", _counts(figures.coverage))
+    table.add_row("chats", f"{figures.chats:,}", f"{figures.deleted_chats:,} deleted")
+    table.add_row("messages", f"{figures.messages:,}")
+    table.add_row("events", f"{figures.events:,}", f"{figures.deliveries:,} deliveries")
+    table.add_row("last event", _moment(figures.last_event_at))
+    table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
+    table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
+    Console().print(table)
+    if figures.quarantine:
+        click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _moment(moment: datetime | None) -> str:
+    if moment is None:
+        return "never"
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+@click.command()
+@connection.json_option
+def doctor(as_json: bool) -> None:
+    """Check settings, database, role, schema and clock, and say what to do. Exit 1 if something must be done."""
+    try:
+        configuration = settings.read()
+    except settings.SettingsError as error:
+        findings = [Finding("settings", "failure", "A setting is wrong.", str(error))]
+    else:
+        findings = [*examine_settings(configuration), *_examine_database(configuration)]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
+    else:
+        _print(findings)
+    if any(finding.verdict == "failure" for finding in findings):
+        sys.exit(1)
+
+
+def _examine_database(configuration: settings.Settings) -> list[Finding]:
+    try:
+        with connection.engine(configuration) as engine:
+            return list(examine_database(configuration, engine))
+    except (settings.SettingsError, EmbeddedError) as error:
+        return [Finding("database", "failure", "There is no database to ask.", str(error))]
+
+
+def _print(findings: list[Finding]) -> None:
+    styles = {"ok": "green", "warning": "yellow", "failure": "red"}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        table.add_row(f"[{styles[finding.verdict]}]{finding.verdict}[/]", finding.check, finding.detail)
+        if finding.advice:
+            table.add_row("", "", f"[bold]→ {finding.advice}[/]")
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""The simulated platform, and the demo that runs everything against it."""

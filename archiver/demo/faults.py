@@ -1,0 +1,106 @@
+"""Which webhooks a chat causes, and what goes wrong with each. Seeded and pure.
+
+The draw for a webhook depends on the seed, the chat's id and the kind of event, never on what happened before: the
+same conversations meet the same faults whatever the concurrency.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from archiver.demo.seeds import seeded
+
+CREATED = "chat.created"
+DELETED = "chat.deleted"
+
+Fault = Literal[
+    "loss",
+    "duplicates",
+    "reorder",
+    "delay",
+    "deletion_before_creation",
+    "output_missing_at_creation",
+    "bare_deletion",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """The probability of each fault, 0 to 1, for each webhook it can befall. Raises `ValueError` for others."""
+
+    loss: float = 0.0  # never sent
+    duplicates: float = 0.0  # sent once or twice more, in a new envelope or in the same, at once or later
+    reorder: float = 0.0  # held until a later webhook of its session has arrived
+    delay: float = 0.0  # held for a while
+    deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if one comes
+    output_missing_at_creation: float = 0.0  # sent without output first, then again with it and a newer updatedAt
+    bare_deletion: float = 0.0  # the deletion tells the chat's id alone, not even its session
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.name != "seed" and not 0 <= getattr(self, each.name) <= 1:
+                raise ValueError(f"{each.name} is a probability, from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """One event as the platform means to send it. `copies` counts the sendings beyond the first."""
+
+    type: str
+    session_id: str
+    chat_id: str
+    chat: Mapping[str, Any]
+    faults: frozenset[Fault]
+    copies: int
+    copies_differ: bool
+    copies_at_once: bool
+    delay: float  # as a share of the longest delay
+
+
+def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
+    """The webhooks of a new chat; one, or two where its output came later."""
+    common: set[Fault] = set()
+    random = seeded(faults.seed, "created", chat["id"])
+    if random.random() < faults.deletion_before_creation:
+        common.add("deletion_before_creation")
+    if random.random() >= faults.output_missing_at_creation:
+        return [_webhook(faults, CREATED, chat, chat, common)]
+    common.add("output_missing_at_creation")
+    early = {**chat, "output": [], "status": "in_progress", "updatedAt": chat["createdAt"]}
+    if random.getrandbits(1):
+        del early["output"]
+    return [
+        _webhook(faults, CREATED, chat, told, common, key=key) for key, told in (("early", early), ("late", chat))
+    ]
+
+
+def deleted(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
+    """The webhook of a deletion: it repeats no content, and sometimes tells nothing but the id."""
+    random = seeded(faults.seed, "deleted", chat["id"])
+    is_bare = random.random() < faults.bare_deletion
+    told = {name: chat[name] for name in (("id",) if is_bare else ("id", "sessionId", "assistantId"))}
+    return [_webhook(faults, DELETED, chat, told, {"bare_deletion"} if is_bare else set())]
+
+
+def _webhook(
+    faults: Faults, kind: str, chat: Mapping[str, Any], told: Mapping[str, Any], found: set[Fault], *, key: str = ""
+) -> Webhook:
+    random = seeded(faults.seed, kind, key, chat["id"])
+    drawn: dict[Fault, bool] = {
+        "loss": random.random() < faults.loss,
+        "duplicates": random.random() < faults.duplicates,
+        "reorder": random.random() < faults.reorder,
+        "delay": random.random() < faults.delay,
+    }
+    return Webhook(
+        type=kind,
+        session_id=chat["sessionId"],
+        chat_id=chat["id"],
+        chat=told,
+        faults=frozenset(found | {name for name, happens in drawn.items() if happens}),
+        copies=random.choice((1, 1, 2)) if drawn["duplicates"] else 0,
+        copies_differ=bool(random.getrandbits(1)),
+        copies_at_once=bool(random.getrandbits(1)),
+        delay=random.uniform(0.2, 1.0),
+    )

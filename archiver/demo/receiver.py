@@ -1,0 +1,87 @@
+"""A real `archiver serve` in a process of its own, for the time of an `async with`."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import httpx2
+
+_READY = 60.0  # seconds, migrations included
+_POLL = 0.05
+_GRACE = 15.0  # seconds between SIGTERM and SIGKILL
+_LINES = 20  # of its output, where it fails
+
+
+class ReceiverError(Exception):
+    """`archiver serve` did not get ready; the text ends with what it wrote."""
+
+
+@contextlib.asynccontextmanager
+async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[str]:
+    """Gives its URL once it is ready for webhooks. It migrates the database; its output goes to `log`."""
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "archiver", "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"),
+            env=_environment(DATABASE_URL=database_url, ARCHIVER_WEBHOOK_SECRETS=secret),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C is for us: it must finish what was sent to it before it is told to end
+        )
+    try:
+        await _until_ready(process, url, log)
+        yield url
+    finally:
+        await _end(process)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _environment(**values: str) -> Mapping[str, str]:
+    """Ours, without the settings that are meant for a real deployment."""
+    ours = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | values
+
+
+async def _until_ready(process: asyncio.subprocess.Process, url: str, log: Path) -> None:
+    try:
+        async with asyncio.timeout(_READY), httpx2.AsyncClient(trust_env=False) as http:
+            while process.returncode is None and not await _is_ready(http, url):  # noqa: ASYNC110  # another process has no Event
+                await asyncio.sleep(_POLL)
+    except TimeoutError:
+        raise ReceiverError(f"archiver serve was not ready within {_READY:.0f} s.\n{_tail(log)}") from None
+    if process.returncode is not None:
+        raise ReceiverError(f"archiver serve ended with exit code {process.returncode}.\n{_tail(log)}")
+
+
+async def _is_ready(http: httpx2.AsyncClient, url: str) -> bool:
+    try:
+        return (await http.get(f"{url}/readyz")).is_success
+    except httpx2.TransportError:
+        return False
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), _GRACE)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _tail(log: Path) -> str:
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        return "".join(deque(lines, maxlen=_LINES)).strip()

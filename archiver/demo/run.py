@@ -1,0 +1,185 @@
+"""The demo: a database, a real receiver, the simulated platform and its customers, and then the comparison."""
+
+import asyncio
+import contextlib
+import fcntl
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from pydantic import SecretStr
+from rich.console import Console
+
+from archiver import embedded, signatures
+from archiver.demo import client, reading, verdict
+from archiver.demo.conversations import conversations
+from archiver.demo.faults import Faults
+from archiver.demo.platform import Platform, create
+from archiver.demo.receiver import ReceiverError, receiving
+from archiver.demo.serving import serving, stopping
+from archiver.demo.strays import Proof, Stray, strays
+from archiver.demo.view import View
+from archiver.demo.webhooks import Delivery, Record, Sender
+from archiver.embedded import EmbeddedError, Postgres
+from archiver.settings import Settings
+
+DATABASE = "archiver_demo"
+MAX_CONVERSATIONS = 10_000
+WEBHOOK_PATH = "/webhooks/callhq"
+LOOPBACK = "127.0.0.1"
+
+
+class BusyError(Exception):
+    """Another demo runs in this folder: end it, or set ARCHIVER_HOME to another folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    conversations: int
+    faults: Faults
+    home: Path
+    exit_when_done: bool
+
+
+def run(
+    *,
+    exit_when_done: bool,
+    seed: int,
+    conversations: int,
+    loss: float,
+    duplicates: float,
+    home: Path,
+    console: Console,
+) -> int:
+    """Run the demo until Ctrl-C or SIGTERM, or to its end. `home` keeps the database between runs, emptied by each.
+
+    Gives 0 if the archive was what had been delivered to it, 1 if it was not, or if it was stopped before it could
+    be compared. Raises `ValueError` for a probability that is none, or more conversations than can be remembered.
+    """
+    if not 0 < conversations <= MAX_CONVERSATIONS:
+        raise ValueError(f"conversations: from 1 to {MAX_CONVERSATIONS}")
+    faults = Faults(
+        seed=seed,
+        loss=loss,
+        duplicates=duplicates,
+        reorder=0.1,
+        delay=0.05,
+        deletion_before_creation=0.2,
+        output_missing_at_creation=0.1,
+        bare_deletion=0.3,
+    )
+    return asyncio.run(_until_stopped(_Plan(conversations, faults, home, exit_when_done), View(console)))
+
+
+async def _until_stopped(plan: _Plan, view: View) -> int:
+    outcome = _Outcome()
+    demo = asyncio.create_task(_demo(plan, view, outcome))
+    with stopping(demo.cancel):
+        try:
+            await demo
+        except asyncio.CancelledError:
+            view.say("Stopped." if outcome.code is not None else "Stopped before the archive could be compared.")
+        except (EmbeddedError, ReceiverError, OSError) as error:
+            view.say(str(error))
+            return 1
+        except BusyError:
+            view.say(str(BusyError.__doc__))
+            return 1
+    return 1 if outcome.code is None else outcome.code
+
+
+@dataclass
+class _Outcome:
+    code: int | None = None  # None until the archive has been compared
+
+
+async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
+    record, secret = Record(), secrets.token_urlsafe(24)
+    signer = _signer(secret)
+    async with contextlib.AsyncExitStack() as stack:
+        view.say("Starting Postgres …")
+        postgres = await stack.enter_async_context(_postgres(plan.home))
+        stack.enter_context(_alone(plan.home))
+        await asyncio.to_thread(_empty_database, postgres)
+        url = postgres.database_url(DATABASE)
+        view.say("Starting archiver serve …")
+        webhook_url = await stack.enter_async_context(receiving(url, secret, plan.home / "serve.log")) + WEBHOOK_PATH
+        sender = Sender(webhook_url, signer, record)
+        platform = create(Platform(sender, plan.faults, api_key=None))
+        api = await stack.enter_async_context(serving(platform, LOOPBACK, 0)) + "/api"
+        view.say(f"The simulated CallHQ at {api} sends its webhooks to {webhook_url}")
+        traffic = await _traffic(plan, view, api, sender)
+        holdings = await asyncio.to_thread(reading.read, url)
+        problems = verdict.problems(traffic, holdings)
+        view.results(verdict.figures(traffic, holdings), problems)
+        outcome.code = 1 if problems else 0
+        if not plan.exit_when_done:
+            view.invitation(receiver=webhook_url, secret=secret, api=api, psql=postgres.psql_command(DATABASE))
+            await asyncio.Event().wait()
+
+
+def _signer(secret: str) -> signatures.Verifier:
+    """Default settings, whatever the environment says: the receiver is started without it, too."""
+    return signatures.verifier(Settings.model_construct(webhook_secrets=SecretStr(secret)))
+
+
+@contextlib.asynccontextmanager
+async def _postgres(home: Path) -> AsyncIterator[Postgres]:
+    """Stopped as well when we are told to end while it starts: a thread cannot be interrupted, so it is awaited."""
+    starting = asyncio.ensure_future(asyncio.to_thread(embedded.start, home))
+    try:
+        postgres = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(EmbeddedError):
+            await asyncio.to_thread((await starting).stop)
+        raise
+    try:
+        yield postgres
+    finally:
+        await asyncio.to_thread(postgres.stop)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Raises `BusyError` where another demo uses this folder, whose database it would lose."""
+    with (home / "demo.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError from None
+        yield
+
+
+def _empty_database(postgres: Postgres) -> None:
+    name = sql.Identifier(DATABASE)
+    with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
+
+
+async def _traffic(plan: _Plan, view: View, api: str, sender: Sender) -> verdict.Run:
+    """All conversations, with strays among them, until every webhook has been answered or given up."""
+    started = time.monotonic()
+    with view.progress(plan.conversations, sender.record) as bar:
+        async with client.connect(api, "demo") as http, asyncio.TaskGroup() as group:
+            sending = group.create_task(_send_strays(plan.faults.seed, sender))
+            script = conversations(plan.faults.seed, plan.conversations)
+            await client.hold_all(client.Client(http), script, bar.advance)
+        await sender.drain()
+    answered = sending.result()
+    aside = {id(delivery) for _, delivery in answered}
+    webhooks = [delivery for delivery in sender.record.deliveries if id(delivery) not in aside]
+    return verdict.Run(webhooks, answered, time.monotonic() - started)
+
+
+async def _send_strays(seed: int, sender: Sender) -> list[tuple[Stray, Delivery]]:
+    signers: dict[Proof, signatures.Verifier | None] = {
+        "right": sender.verifier,
+        "wrong": _signer(secrets.token_urlsafe(24)),
+        "none": None,
+    }
+    return [(stray, await sender.send(stray.body, signers[stray.proof])) for stray in strays(seed)]

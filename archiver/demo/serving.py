@@ -1,0 +1,114 @@
+"""An ASGI app on a port of this process for the time of an `async with`; and `simulate`, which does just that."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvicorn
+from pydantic import SecretStr
+from starlette.types import ASGIApp
+
+from archiver import signatures
+from archiver.demo.faults import Faults
+from archiver.demo.platform import Platform, create
+from archiver.demo.webhooks import Record, Sender
+from archiver.settings import Settings
+
+_GRACE = 3  # seconds for requests under way
+_DRAIN = 5.0  # seconds for webhooks under way
+_BACKLOG = 512
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Server(uvicorn.Server):
+    """Tells when it listens, and leaves signals to whoever runs it."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+@contextlib.asynccontextmanager
+async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
+    """Gives the URL; port 0 takes a free one. Raises `OSError` where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=_GRACE
+        )
+        server = _Server(config)
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await server.listening.wait()
+            name = f"[{host}]" if family == socket.AF_INET6 else host
+            yield f"http://{name}:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await running
+
+
+@contextlib.contextmanager
+def stopping(stop: Callable[[], object]) -> Iterator[None]:
+    """Calls `stop` on the first Ctrl-C or SIGTERM, and on no later one."""
+    loop = asyncio.get_running_loop()
+    was_told = False
+
+    def once() -> None:
+        nonlocal was_told
+        if not was_told:
+            was_told = True
+            stop()
+
+    for number in STOPPING:
+        loop.add_signal_handler(number, once)
+    try:
+        yield
+    finally:
+        for number in STOPPING:
+            loop.remove_signal_handler(number)
+
+
+def with_secret(settings: Settings, secret: str) -> Settings:
+    """The same settings with this webhook secret alone."""
+    return settings.model_copy(update={"webhook_secrets": SecretStr(secret)})
+
+
+def simulate(
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    webhook_url: str | None,
+    faults: Faults,
+    api_key: str | None,
+    announce: Callable[[str], object],
+) -> int:
+    """Run the simulated platform until Ctrl-C or SIGTERM; `announce` gets its URL once it listens.
+
+    Webhooks are signed as `settings` say. Raises `SettingsError` without a secret, `OSError` without the port.
+    """
+    signing = settings if webhook_url else settings.model_copy(update={"webhook_scheme": "none"})
+    verifier = signatures.verifier(signing)
+
+    async def until_stopped() -> int:
+        stop = asyncio.Event()
+        sender = Sender(webhook_url, verifier, Record())
+        with stopping(stop.set):
+            async with serving(create(Platform(sender, faults, api_key)), host, port) as url:
+                announce(url)
+                await stop.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(sender.drain(), _DRAIN)
+        return 0
+
+    return asyncio.run(until_stopped())

@@ -1,0 +1,130 @@
+"""The platform's own memory: sessions and chats. No HTTP; ids and answers follow from the seed."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from archiver.demo import conversations
+from archiver.demo.seeds import identifier, seeded
+
+MAX_SESSIONS = 100_000
+MAX_CHATS = 1_000  # of one session
+_THINKING = timedelta(milliseconds=250)  # between a chat's creation and its output
+_TICK = timedelta(milliseconds=1)
+
+Message = dict[str, str]
+
+
+class UnknownError(Exception):
+    """There is no such session or chat."""
+
+
+class FullError(Exception):
+    """The simulator holds as many sessions, or one session as many chats, as it can."""
+
+
+class Session:
+    """One conversation, the platform's truth about it."""
+
+    def __init__(self, session_id: str, name: str, assistant_id: str, now: datetime) -> None:
+        self.id = session_id
+        self.name = name
+        self.assistant_id = assistant_id
+        self.created_at = self.updated_at = now
+        self.variables: dict[str, Any] = {}
+        self.chats: dict[str, dict[str, Any]] = {}
+        self.turns = 0  # deleted ones too
+
+    def messages(self) -> list[Message]:
+        """All that was said and not deleted, in order."""
+        return [message for chat in self.chats.values() for message in [*said(chat["input"]), *chat["output"]]]
+
+    def described(self, *, with_creation: bool = True) -> dict[str, Any]:
+        """The session as the API tells it."""
+        told = {
+            "id": self.id,
+            "name": self.name,
+            "assistantId": self.assistant_id,
+            "status": "active",
+            "messages": self.messages(),
+            "createdAt": iso(self.created_at),
+            "updatedAt": iso(self.updated_at),
+        }
+        if not with_creation:
+            del told["createdAt"]
+        return told
+
+
+class Upstream:
+    """All sessions. An id depends on the seed and on what it names, not on the order of concurrent calls."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._sessions: dict[str, Session] = {}
+        self._session_of: dict[str, str] = {}
+        self._names: Counter[tuple[str, str]] = Counter()
+
+    def create_session(self, name: str, assistant_id: str) -> Session:
+        """Open a session. Raises `FullError`."""
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise FullError(f"This simulator holds at most {MAX_SESSIONS} sessions")
+        self._names[name, assistant_id] += 1
+        session_id = identifier(self._seed, "session", name, assistant_id, self._names[name, assistant_id])
+        session = Session(session_id, name, assistant_id, datetime.now(UTC))
+        self._sessions[session_id] = session
+        return session
+
+    def session(self, session_id: str) -> Session:
+        """Raises `UnknownError`."""
+        try:
+            return self._sessions[session_id]
+        except KeyError:
+            raise UnknownError(f"Session {session_id} not found") from None
+
+    def create_chat(
+        self, session_id: str, given: str | list[Message], overrides: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """One turn: what was said, and the answer to it. Raises `UnknownError` and `FullError`."""
+        session = self.session(session_id)
+        if session.turns >= MAX_CHATS:
+            raise FullError(f"A session holds at most {MAX_CHATS} chats here")
+        session.turns += 1
+        session.variables |= (overrides or {}).get("variableValues") or {}
+        random = seeded(self._seed, "reply", session_id, session.turns)
+        text = "\n".join(message["content"] for message in said(given))
+        created_at = max(datetime.now(UTC), session.updated_at + _TICK)
+        chat: dict[str, Any] = {
+            "id": identifier(self._seed, "chat", session_id, session.turns),
+            "externalChatId": identifier(self._seed, "external", session_id, session.turns),
+            "sessionId": session_id,
+            "input": given,
+            "output": conversations.reply(text, session.messages(), session.variables, random),
+            "assistantId": session.assistant_id,
+            "status": "completed",
+            "cost": round(0.002 + len(text) * 0.00001, 6),
+            "createdAt": iso(created_at),
+            "updatedAt": iso(created_at + _THINKING),
+        }
+        if overrides is not None:
+            chat["assistantOverrides"] = overrides
+        session.chats[chat["id"]] = chat
+        session.updated_at = created_at
+        self._session_of[chat["id"]] = session_id
+        return chat
+
+    def delete_chat(self, chat_id: str) -> dict[str, Any]:
+        """Forget one turn and tell which it was; it leaves the history too. Raises `UnknownError`."""
+        session_id = self._session_of.pop(chat_id, None)
+        if session_id is None:
+            raise UnknownError(f"Chat {chat_id} not found")
+        return self._sessions[session_id].chats.pop(chat_id)
+
+
+def said(given: str | list[Message]) -> list[Message]:
+    """The user's messages of one turn, given as text or as a list."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC to the millisecond, with `Z`."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

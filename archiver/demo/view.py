@@ -1,0 +1,99 @@
+"""What the demo shows: steps, progress, the table, and what to try next."""
+
+import json
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from archiver.demo.webhooks import Record
+
+_SHOWN = 20  # differences
+_EVERY = 2.0  # seconds between two lines, where there is no terminal
+
+
+class View:
+    """Writes to a console: a live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, text: str) -> None:
+        """One line as it is, never wrapped or coloured: it may be meant for pasting."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, conversations: int, record: Record) -> Iterator["Bar"]:
+        """Gives what is to be told of each conversation that has ended."""
+        if not self._console.is_terminal:
+            yield Bar(self, None, conversations, record)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console) as progress:
+            yield Bar(self, progress, conversations, record)
+
+    def results(self, figures: Sequence[tuple[str, str]], problems: Sequence[str]) -> None:
+        """The table and the verdict; of many differences the first few."""
+        table = Table(show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name, figure in figures:
+            table.add_row(name, figure)
+        verdict = f"{len(problems)} differences" if problems else "equal, message for message"
+        table.add_row(
+            "archive compared with what was delivered", verdict, style="bold red" if problems else "bold green"
+        )
+        self._console.print(table)
+        for problem in problems[:_SHOWN]:
+            self.say(f"  {problem}")
+        if len(problems) > _SHOWN:
+            self.say(f"  and {len(problems) - _SHOWN} more")
+
+    def invitation(self, *, receiver: str, secret: str, api: str, psql: str) -> None:
+        """What to try while everything runs."""
+        chat = {
+            "id": "chat-by-hand",
+            "sessionId": "session-by-hand",
+            "input": "Did it arrive?",
+            "output": [{"role": "assistant", "content": "It did."}],
+        }
+        body = json.dumps({"message": {"type": "chat.created", "chat": chat}})
+        header = f"x-webhook-secret: {secret}"
+        query = "SELECT position, role, content FROM analytics.messages WHERE session_id = 'session-by-hand'"
+        self.say(f"\nWebhooks are received at {receiver}. Send one:\n")
+        self.say(f"  curl {receiver} -H {shlex.quote(header)} -d {shlex.quote(body)}\n")
+        self.say(f"Look at it:\n\n  {psql} -c {shlex.quote(query)}\n")
+        self.say(f"The simulated CallHQ is at {api} (any x-api-key); what it is told arrives in the archive too.")
+        self.say("Ctrl-C ends everything.")
+
+
+class Bar:
+    """The progress of the conversations, with what has become of their webhooks."""
+
+    def __init__(self, view: View, progress: Progress | None, total: int, record: Record) -> None:
+        self._view = view
+        self._progress = progress
+        self._total = total
+        self._record = record
+        self._ended = 0
+        self._told = time.monotonic()
+        self._task = progress.add_task(self._describe(), total=total) if progress else None
+
+    def advance(self) -> None:
+        """One more conversation has ended."""
+        self._ended += 1
+        now = time.monotonic()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._ended, description=self._describe())
+        elif now - self._told >= _EVERY or self._ended == self._total:
+            self._told = now
+            self._view.say(f"  {self._ended} of {self._total} conversations; {self._describe()}")
+
+    def _describe(self) -> str:
+        answers = self._record.report().get("answers", {})
+        sent = self._record.total("sent")
+        return f"{sent} sent, {answers.get('stored', 0)} stored, {answers.get('duplicate', 0)} duplicates"

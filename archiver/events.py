@@ -1,0 +1,329 @@
+"""Bytes to `Event` or `Malformed`: the only place that knows what a webhook looks like. Pure.
+
+Upstream documents no webhook body, so every field but the event type and the chat's id is optional, several
+envelopes are understood, and whatever is not understood stays in the bytes.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import msgspec
+
+CREATED = "chat.created"
+DELETED = "chat.deleted"
+CHAT_EVENTS = frozenset({CREATED, DELETED})
+
+MAX_ID = 512  # characters: what a Postgres index entry surely holds, four bytes a character
+MAX_MESSAGES = 10_000  # of one turn
+MAX_VARIABLE_DEPTH = 64
+_MAX_DIGITS = 400  # of an integer; longer ones are read as null
+_MAX_COST = Decimal(10) ** 12
+_MAX_COST_TEXT = 40  # characters
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a turn, as text."""
+
+    role: str
+    content: str
+
+
+class Chat(msgspec.Struct, frozen=True):
+    """One turn as one delivery tells it; None or empty where it does not."""
+
+    assistant_id: str | None
+    external_id: str | None
+    status: str | None
+    cost: Decimal | None
+    variables: dict[str, Any] | None
+    input: tuple[Message, ...]
+    output: tuple[Message, ...]
+    created_at: datetime | None
+    updated_at: datetime | None
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One delivery that could be read. `occurred_at` is the envelope's time, `body` the exact bytes."""
+
+    type: str
+    body: bytes
+    dedupe_key: bytes
+    session_id: str
+    chat_id: str | None
+    chat: Chat | None
+    occurred_at: datetime | None
+    session_name: str | None
+    session_status: str | None
+
+
+class Malformed(msgspec.Struct, frozen=True):
+    """One delivery that could not be read: `reason` is a stable code, `detail` a sentence without content."""
+
+    body: bytes
+    reason: str
+    detail: str
+
+
+REASONS = {
+    "not_json": "The body is not JSON.",
+    "nested_too_deeply": "The body is nested too deeply.",
+    "not_an_object": "The body is JSON, but not an object.",
+    "no_event_type": "There is no `type` or `event`, neither at the top nor in `message`, that is a text.",
+    "no_chat_id": "A chat event needs the chat's `id`.",
+    "unusable_id": f"An id is longer than {MAX_ID} characters or holds U+0000 or a lone surrogate.",
+    "too_many_messages": f"One turn holds more than {MAX_MESSAGES} messages.",
+}
+
+
+class _UnreadableError(Exception):
+    """Carries a code of `REASONS` out of the parser."""
+
+
+def parse(body: bytes) -> Event | Malformed:
+    """Read one webhook body.
+
+    Never raises, whatever the bytes are. The envelopes: `{"message": {"type", "timestamp", "chat"}}`,
+    `{"type"|"event", "chat"|"data"}` and `{"type", "timestamp", "data": {"chat"}}`.
+    """
+    try:
+        return _event(body, _decode(body))
+    except _UnreadableError as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "nested_too_deeply"
+    return Malformed(body=body, reason=reason, detail=REASONS[reason])
+
+
+def _decode(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    # The standard library is slower and more liberal: lone surrogates, NaN, numbers out of range.
+    try:
+        return json.loads(body, parse_constant=_no_number, parse_int=_integer, parse_float=_float)
+    except ValueError as error:
+        raise _UnreadableError("not_json") from error
+
+
+def _no_number(_: str) -> None:
+    return None
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if len(text) <= _MAX_DIGITS else None
+
+
+def _float(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _event(body: bytes, document: Any) -> Event:
+    if not isinstance(document, dict):
+        raise _UnreadableError("not_an_object")
+    envelope = _envelope(document)
+    event_type = _event_type(envelope)
+    chat = _chat_object(envelope)
+    chat_id = _id(chat.get("id")) or _id(chat.get("chatId")) or _id(envelope.get("chatId"))
+    if event_type in CHAT_EVENTS and chat_id is None:
+        raise _UnreadableError("no_chat_id")
+    session = _first_dict(chat.get("session"), envelope.get("session"))
+    return Event(
+        type=event_type,
+        body=body,
+        dedupe_key=_dedupe_key(event_type, chat_id, chat, body),
+        session_id=_session_id(chat, envelope, session) or "",
+        chat_id=chat_id,
+        chat=_chat(chat, envelope) if event_type in CHAT_EVENTS else None,
+        occurred_at=timestamp(envelope.get("timestamp")) or timestamp(envelope.get("createdAt")),
+        session_name=_label(session.get("name")),
+        session_status=_label(session.get("status")),
+    )
+
+
+def _envelope(document: dict[str, Any]) -> dict[str, Any]:
+    message = document.get("message")
+    if isinstance(message, dict) and ("type" in message or "event" in message):
+        return message
+    return document
+
+
+def _event_type(envelope: dict[str, Any]) -> str:
+    for name in ("type", "event"):
+        value = envelope.get(name)
+        if isinstance(value, str) and value.strip():
+            return _storable_id(value.strip())
+    raise _UnreadableError("no_event_type")
+
+
+def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
+    data = envelope.get("data")
+    candidates = [envelope.get("chat")]
+    if isinstance(data, dict):
+        candidates += [data.get("chat"), data]
+    else:
+        candidates.append(data)
+    for candidate in candidates:
+        if isinstance(candidate, dict):
+            return candidate
+        if candidate is not None and (bare := _id(candidate)):
+            return {"id": bare}
+    return {}
+
+
+def _dedupe_key(event_type: str, chat_id: str | None, chat: dict[str, Any], body: bytes) -> bytes:
+    """A digest of the fact, so that a retry in a new envelope is the same; without a chat the bytes are the fact."""
+    if not chat:
+        return hashlib.sha256(msgspec.json.encode([event_type, chat_id]) + body).digest()
+    fact = [event_type, chat_id, chat]
+    try:
+        canonical = msgspec.json.encode(fact, order="deterministic")
+    except (UnicodeEncodeError, OverflowError):
+        canonical = json.dumps(fact, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return hashlib.sha256(canonical).digest()
+
+
+def _session_id(chat: dict[str, Any], envelope: dict[str, Any], session: dict[str, Any]) -> str | None:
+    return (
+        _id(chat.get("sessionId"))
+        or _id(chat.get("session"))
+        or _id(envelope.get("sessionId"))
+        or _id(envelope.get("session"))
+        or _id(session.get("id"))
+    )
+
+
+def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
+    assistant = _first_dict(chat.get("assistant"), envelope.get("assistant"))
+    overrides = _first_dict(chat.get("assistantOverrides"), envelope.get("assistantOverrides"))
+    said, answered = _messages(chat.get("input"), "user"), _messages(chat.get("output"), "assistant")
+    if len(said) + len(answered) > MAX_MESSAGES:
+        raise _UnreadableError("too_many_messages")
+    return Chat(
+        assistant_id=_id(chat.get("assistantId")) or _id(assistant.get("id")) or _id(envelope.get("assistantId")),
+        external_id=_label(chat.get("externalChatId")),
+        status=_label(chat.get("status")),
+        cost=_cost(chat.get("cost")),
+        variables=_variables(overrides.get("variableValues")),
+        input=said,
+        output=answered,
+        created_at=timestamp(chat.get("createdAt")),
+        updated_at=timestamp(chat.get("updatedAt")),
+    )
+
+
+def _first_dict(*values: Any) -> dict[str, Any]:
+    return next((value for value in values if isinstance(value, dict)), {})
+
+
+def _id(value: Any) -> str | None:
+    """An id of any reasonable form as text; None where there is none."""
+    if isinstance(value, str):
+        return _storable_id(value) if value.strip() else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _storable_id(str(value))
+    return None
+
+
+def _storable_id(value: str) -> str:
+    # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
+    if len(value) > MAX_ID or _UNSTORABLE.search(value):
+        raise _UnreadableError("unusable_id")
+    return value
+
+
+def _label(value: Any) -> str | None:
+    if isinstance(value, str) and value:
+        return storable(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def storable(text: str) -> str:
+    """A copy that a Postgres text column can hold: U+0000 and lone surrogates become U+FFFD."""
+    if text.isascii() and "\x00" not in text:
+        return text
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def _messages(value: Any, default_role: str) -> tuple[Message, ...]:
+    items = value if isinstance(value, list) else [value]
+    return tuple(message for item in items for message in _message(item, default_role))
+
+
+def _message(item: Any, default_role: str) -> Iterator[Message]:
+    if isinstance(item, str):
+        if item:
+            yield Message(default_role, storable(item))
+    elif isinstance(item, dict) and ("content" in item or "role" in item):
+        yield Message(_label(item.get("role")) or default_role, _text(item.get("content")))
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content: a string, a list of parts that carry text, or whatever else as JSON."""
+    if isinstance(content, str):
+        return storable(content)
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        return "".join(_text(part.get("text")) if isinstance(part, dict) else _text(part) for part in content)
+    return storable(json.dumps(content, ensure_ascii=False))
+
+
+def _cost(value: Any) -> Decimal | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > _MAX_COST_TEXT:
+        return None
+    try:
+        cost = Decimal(str(value).strip())
+    except InvalidOperation:
+        return None
+    return cost if cost.is_finite() and abs(cost) < _MAX_COST else None
+
+
+def _variables(value: Any) -> dict[str, Any] | None:
+    if not isinstance(value, dict) or not value:
+        return None
+    cleaned: dict[str, Any] = _storable_json(value, MAX_VARIABLE_DEPTH)
+    return cleaned
+
+
+def _storable_json(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, dict):
+        return {storable(k): _storable_json(v, depth - 1) for k, v in value.items()} if depth else None
+    if isinstance(value, list):
+        return [_storable_json(item, depth - 1) for item in value] if depth else None
+    return value
+
+
+def timestamp(value: Any) -> datetime | None:
+    """A time in UTC from ISO 8601 text or from an epoch number in seconds, milliseconds or finer; None if neither."""
+    try:
+        if isinstance(value, str):
+            if not _DIGITS.fullmatch(value):
+                parsed = datetime.fromisoformat(value)
+                return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return _from_epoch(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _from_epoch(value: float) -> datetime:
+    for limit, unit in ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6)):
+        if abs(value) < limit:
+            # Integers stay exact; timedelta rounds to microseconds.
+            return _EPOCH + timedelta(seconds=value / unit)
+    return _EPOCH + timedelta(seconds=value / 1e9)

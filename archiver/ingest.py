@@ -1,0 +1,275 @@
+"""Group commit: what waits is written in one transaction, and each waiting request learns its own outcome.
+
+While one batch commits, the next fills; a lone event waits for nobody. Statements run in one thread of their own, so
+that the event loop keeps receiving meanwhile.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Literal
+
+import msgspec
+import structlog
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from archiver import events, ledger, quarantine, telemetry
+from archiver.database import is_conflict, is_data_error, sqlstate, transaction
+from archiver.events import Event, Malformed
+from archiver.quarantine import Reject
+
+log = structlog.get_logger(__name__)
+
+Status = Literal["stored", "duplicate", "ignored", "quarantined"]
+
+CONFLICT_RETRIES = 3
+LONGEST_GATHERING_SECONDS = 0.01
+
+
+class QueueFullError(Exception):
+    """Too many events wait for the database; send this one again in a moment."""
+
+
+class UnavailableError(Exception):
+    """The database did not take the event; send it again."""
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """One authenticated delivery, read or not: when it came, and which secret proved it."""
+
+    content: Event | Malformed
+    received_at: datetime
+    key_id: str | None
+    source: str = "webhook"
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`."""
+
+    status: Status
+    id: int
+    reason: str | None = None
+    detail: str | None = None
+
+
+Result = Outcome | UnavailableError
+
+
+class _Waiting(msgspec.Struct, frozen=True):
+    delivery: Delivery
+    answer: asyncio.Future[Result]
+
+
+class Ingest:
+    """The queue of one process; takes deliveries while `running`."""
+
+    def __init__(self, engine: Engine, *, queue_events: int, queue_bytes: int, batch_events: int) -> None:
+        self._engine = engine
+        self._max_events, self._max_bytes, self._batch_events = queue_events, queue_bytes, batch_events
+        self._queue: deque[_Waiting] = deque()
+        self._bytes = 0  # of what waits and of what is being written
+        self._events = 0
+        self._arrived = asyncio.Event()
+        self._expected = 1  # events for which the next batch waits a moment
+        self._closing = False
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Write batches meanwhile; at the end write what still waits, and take nothing more."""
+        with ThreadPoolExecutor(1, thread_name_prefix="ingest") as thread:
+            writer = asyncio.create_task(self._write_batches(thread))
+            try:
+                yield
+            finally:
+                self._closing = True
+                self._arrived.set()
+                await writer
+
+    async def submit(self, delivery: Delivery) -> Outcome:
+        """Commit one delivery, together with whatever else waits.
+
+        Raises `QueueFullError` at once, or `UnavailableError` when the database did not take it. Cancelling the
+        caller does not take the delivery out of its batch.
+        """
+        size = len(delivery.content.body)
+        full = self._events >= self._max_events or self._bytes + size > self._max_bytes
+        if self._closing or (full and self._events > 0):
+            raise QueueFullError
+        waiting = _Waiting(delivery, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        self._events += 1
+        self._bytes += size
+        if len(self._queue) >= self._expected:
+            self._arrived.set()
+        result = await waiting.answer
+        if isinstance(result, UnavailableError):
+            raise result
+        return result
+
+    async def _write_batches(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        seconds = 0.0
+        while self._queue or not self._closing:
+            await self._gather(seconds)
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_events))]
+            if not batch:
+                continue
+            self._gauge()
+            started = perf_counter()
+            deliveries = [waiting.delivery for waiting in batch]
+            try:
+                results = await loop.run_in_executor(thread, write, self._engine, deliveries)
+            except Exception:  # the supervisor: whatever happens, everyone is answered and the next batch comes
+                log.exception("batch failed", events=len(batch))
+                results = [UnavailableError()] * len(batch)
+            seconds = perf_counter() - started
+            # Senders that wait for an answer before they send again are about to: so many may come at once.
+            self._expected = min(len(batch) + len(self._queue), self._batch_events)
+            for waiting, result in zip(batch, results, strict=True):
+                self._events -= 1
+                self._bytes -= len(waiting.delivery.content.body)
+                if not waiting.answer.done():
+                    waiting.answer.set_result(result)
+            self._gauge()
+
+    def _gauge(self) -> None:
+        telemetry.queue_events.set(self._events)
+        telemetry.queue_bytes.set(self._bytes)
+
+    async def _gather(self, last_seconds: float) -> None:
+        """Wait for the first event, or for as many as are expected, but for those no longer than half a commit.
+
+        Under load this fills batches, and so saves commits; when a commit is quick there is little to save.
+        """
+        self._arrived.clear()
+        if self._closing or len(self._queue) >= self._expected:
+            return
+        try:
+            async with asyncio.timeout(min(last_seconds / 2, LONGEST_GATHERING_SECONDS)):
+                await self._arrived.wait()
+        except TimeoutError:
+            if self._queue:
+                return
+            self._expected = 1
+            await self._arrived.wait()
+
+
+def write(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result]:
+    """Commit these deliveries, in one transaction if they let us, and say of each what became of it.
+
+    A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4).
+    """
+    try:
+        return list(_commit(engine, deliveries))
+    except SQLAlchemyError as error:
+        if not is_data_error(error):
+            return [_unavailable(error)] * len(deliveries)
+        fault: Exception = error
+    except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
+        fault = error
+    if len(deliveries) == 1:
+        return [_quarantine_alone(engine, deliveries[0], fault)]
+    middle = len(deliveries) // 2
+    return write(engine, deliveries[:middle]) + write(engine, deliveries[middle:])
+
+
+def _commit(engine: Engine, deliveries: Sequence[Delivery]) -> list[Outcome]:
+    for attempt in range(CONFLICT_RETRIES + 1):
+        started = perf_counter()
+        try:
+            with transaction(engine) as connection:
+                outcomes = _store(connection, deliveries)
+        except DBAPIError as error:
+            telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
+            if is_conflict(error) and attempt < CONFLICT_RETRIES:
+                continue
+            raise
+        telemetry.commit_seconds.observe(perf_counter() - started)
+        telemetry.batch_events.observe(len(deliveries))
+        telemetry.last_event.set(max(delivery.received_at for delivery in deliveries).timestamp())
+        return outcomes
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _store(connection: Connection, deliveries: Sequence[Delivery]) -> list[Outcome]:
+    rejects = [_reject(delivery) for delivery in deliveries if isinstance(delivery.content, Malformed)]
+    observations = [
+        ledger.Observation(delivery.content, delivery.received_at, delivery.source, delivery.key_id)
+        for delivery in deliveries
+        if isinstance(delivery.content, Event)
+    ]
+    recorded = iter(ledger.record(connection, observations))
+    quarantined = iter(quarantine.upsert_quarantine(connection, rejects))
+    return [
+        _outcome(delivery.content, next(recorded))
+        if isinstance(delivery.content, Event)
+        else Outcome("quarantined", next(quarantined), delivery.content.reason, delivery.content.detail)
+        for delivery in deliveries
+    ]
+
+
+def _outcome(event: Event, recorded: ledger.Recorded) -> Outcome:
+    if not recorded.is_new:
+        telemetry.duplicates.inc()
+        return Outcome("duplicate", recorded.id)
+    return Outcome("stored" if event.type in events.CHAT_EVENTS else "ignored", recorded.id)
+
+
+def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
+    content = delivery.content
+    if isinstance(content, Malformed):
+        reason, detail = content.reason, content.detail
+    return Reject(content.body, reason, detail, delivery.received_at, delivery.key_id)
+
+
+def _quarantine_alone(engine: Engine, delivery: Delivery, fault: Exception) -> Result:
+    reason, detail = _explain(fault)
+    log.error("quarantined", reason=reason, detail=detail)
+    try:
+        with transaction(engine) as connection:
+            (row_id,) = quarantine.upsert_quarantine(connection, [_reject(delivery, reason, detail)])
+    except SQLAlchemyError as error:
+        return _unavailable(error)
+    return Outcome("quarantined", row_id, reason, detail)
+
+
+def _explain(fault: Exception) -> tuple[str, str]:
+    """A reason and a sentence that hold nothing of the event: a database error's own text may quote it."""
+    state = sqlstate(fault)
+    if state is not None or isinstance(fault, DBAPIError):
+        return "not_storable", f"Postgres refused the event with SQLSTATE {state or 'unknown'}."
+    return "not_processable", f"The archiver failed on the event with {type(fault).__name__}: please report it."
+
+
+def _unavailable(error: SQLAlchemyError) -> UnavailableError:
+    log.error("database unavailable", sqlstate=sqlstate(error), error=type(error).__name__)
+    return UnavailableError()
+
+
+def retry_quarantined(engine: Engine, quarantine_id: int) -> Outcome | None:
+    """Drive one quarantined delivery through the write path again; None where there is no such row.
+
+    On success the ledger holds its bytes, with the time of its first delivery, and the quarantine lets go of it; else
+    the row stays, with today's reason. Raises what the database raises when it is not available.
+    """
+    try:
+        with transaction(engine) as connection:
+            row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
+            if row is None:
+                return None
+            event = events.parse(bytes(row["body"]))
+            if isinstance(event, Malformed):
+                return Outcome("quarantined", quarantine_id, event.reason, event.detail)
+            delivery = Delivery(event, row["received_at"].astimezone(UTC), row["key_id"])
+            (outcome,) = _store(connection, [delivery])
+            quarantine.delete_quarantined(connection, quarantine_id)
+    except Exception as error:
+        if isinstance(error, SQLAlchemyError) and not is_data_error(error):
+            raise
+        return Outcome("quarantined", quarantine_id, *_explain(error))
+    return outcome

@@ -1,0 +1,89 @@
+"""The quarantine: authenticated deliveries that could not be archived, with their bytes and the reason."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+
+from archiver import tables
+from archiver.database import RowsInsert
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content."""
+
+    body: bytes
+    reason: str
+    detail: str
+    received_at: datetime
+    key_id: str | None
+
+
+def _quarantine_upsert() -> RowsInsert:
+    quarantine = tables.quarantine
+    statement = insert(quarantine)
+    new = statement.excluded
+    upsert = statement.on_conflict_do_update(
+        index_elements=[quarantine.c.body_digest],
+        set_={
+            "delivery_count": quarantine.c.delivery_count + new.delivery_count,
+            "last_received_at": func.greatest(quarantine.c.last_received_at, new.last_received_at),
+            "reason": new.reason,
+            "detail": new.detail,
+        },
+    ).returning(quarantine.c.body_digest, quarantine.c.id)
+    return RowsInsert(upsert, [column.name for column in quarantine.c if column.name != "id"])
+
+
+_UPSERT = _quarantine_upsert()
+
+
+def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list[int]:
+    """Keep each of these bodies once and count its deliveries. Answers the quarantine's ids, in their order."""
+    if not rejects:
+        return []
+    digests = [hashlib.sha256(reject.body).digest() for reject in rejects]
+    rows: dict[bytes, dict[str, Any]] = {}
+    for digest, reject in zip(digests, rejects, strict=True):
+        row = rows.setdefault(
+            digest,
+            {
+                "body_digest": digest,
+                "body": reject.body,
+                "received_at": reject.received_at,
+                "key_id": reject.key_id,
+                "delivery_count": 0,
+            },
+        )
+        row["delivery_count"] += 1
+        row |= {"reason": reject.reason, "detail": reject.detail, "last_received_at": reject.received_at}
+    answered = _UPSERT.execute(connection, [rows[digest] for digest in sorted(rows)])
+    ids = {bytes(row.body_digest): row.id for row in answered}
+    return [ids[digest] for digest in digests]
+
+
+def select_quarantine(
+    connection: Connection, *, after: int = 0, limit: int = 100, reason: str | None = None
+) -> Sequence[RowMapping]:
+    """Rows without their bodies (`bytes` tells their size), oldest first, beginning after id `after`."""
+    quarantine = tables.quarantine
+    columns = [column for column in quarantine.c if column.name not in {"body", "body_digest"}]
+    query = select(*columns, func.length(quarantine.c.body).label("bytes")).where(quarantine.c.id > after)
+    if reason is not None:
+        query = query.where(quarantine.c.reason == reason)
+    return connection.execute(query.order_by(quarantine.c.id).limit(limit)).mappings().all()
+
+
+def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool = False) -> RowMapping | None:
+    """One row with its body; `lock` holds it until the transaction ends."""
+    query = select(tables.quarantine).where(tables.quarantine.c.id == quarantine_id)
+    return connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+
+
+def delete_quarantined(connection: Connection, quarantine_id: int) -> None:
+    """Let go of a row whose bytes the ledger now holds."""
+    connection.execute(delete(tables.quarantine).where(tables.quarantine.c.id == quarantine_id))

@@ -1,0 +1,117 @@
+"""The schema: bringing it to head, telling where it stands, and who may read it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+
+from archiver import tables
+from archiver.database import transaction
+
+VERSION_TABLE = "schema_version"
+READER = "archiver_reader"
+
+# Arbitrary, and not the ledger's: one migration of a database at a time.
+_MIGRATION_LOCK = 0x63616C6C_68710002
+_LOCK_SECONDS = 10
+_STATEMENT_SECONDS = 600
+
+
+class SchemaError(Exception):
+    """The database's schema is not the one that this version works with; the text says what to do."""
+
+
+@cache
+def head() -> str:
+    """The revision that this version of the program works with."""
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    if revision is None:
+        raise SchemaError("This installation has no migrations: reinstall callhq-archiver.")
+    return revision
+
+
+def current(connection: Connection) -> str | None:
+    """The revision that the database is at; None where nothing was ever migrated."""
+    options = {"version_table": VERSION_TABLE, "version_table_schema": tables.SCHEMA}
+    return MigrationContext.configure(connection, opts=options).get_current_revision()
+
+
+def check(connection: Connection) -> None:
+    """Raises `SchemaError` unless the database is at head."""
+    is_at = current(connection)
+    if is_at == head():
+        return
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if is_at is None:
+        raise SchemaError("The database has no archiver schema yet: run `archiver migrate`.")
+    if is_at in known:
+        raise SchemaError(f"The schema is at {is_at}, older than {head()}: run `archiver migrate`.")
+    raise SchemaError(f"The schema is at {is_at}, newer than this program knows: upgrade callhq-archiver.")
+
+
+def upgrade(engine: Engine, revision: str = "head") -> None:
+    """Bring the schema up to `revision`, and let the reader role read. Safe to run twice at once.
+
+    Raises `SchemaError` where the database is newer than this program.
+    """
+    with _exclusive(engine) as connection:
+        if current(connection) is not None and revision == "head":
+            _refuse_newer(connection)
+        # Alembic keeps its version table there, so the schema must be first.
+        connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {tables.SCHEMA}"))
+        command.upgrade(_config(connection), revision)
+        grant_reader(connection)
+
+
+def downgrade(engine: Engine, revision: str) -> None:
+    """Take the schema down to `revision`; `base` removes it, data and all."""
+    with _exclusive(engine) as connection:
+        command.downgrade(_config(connection), revision)
+
+
+def _refuse_newer(connection: Connection) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if current(connection) not in known:
+        check(connection)
+
+
+@contextmanager
+def _exclusive(engine: Engine) -> Iterator[Connection]:
+    """One transaction for the whole migration, so that it happens wholly or not at all."""
+    with transaction(engine, statement_seconds=_STATEMENT_SECONDS, lock_seconds=_LOCK_SECONDS) as connection:
+        # Waiting for another migration is not waiting for a busy table: it may take as long as that one does.
+        connection.execute(text("SELECT set_config('lock_timeout', '0', true)"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        connection.execute(
+            text("SELECT set_config('lock_timeout', :limit, true)"), {"limit": str(_LOCK_SECONDS * 1000)}
+        )
+        yield connection
+
+
+def grant_reader(connection: Connection) -> bool:
+    """Let `archiver_reader` read the views and nothing else; False where the role does not exist."""
+    if not connection.scalar(text("SELECT true FROM pg_roles WHERE rolname = :name"), {"name": READER}):
+        return False
+    connection.execute(text(f"GRANT USAGE ON SCHEMA analytics TO {READER}"))
+    connection.execute(text(f"GRANT SELECT ON ALL TABLES IN SCHEMA analytics TO {READER}"))
+    return True
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _scripts() -> Path:
+    """The migrations: packed into the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    packed = package / "_migrations"
+    return packed if packed.is_dir() else package.parent / "migrations"

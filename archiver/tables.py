@@ -1,0 +1,134 @@
+"""The tables, as SQLAlchemy Core and as Alembic's target. No statement and no logic.
+
+All of a session lives together: ledger, sessions, chats and messages carry `session_id`, never updated, in every
+primary key, so that the schema can be distributed by it unchanged.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+SCHEMA = "archiver"
+
+metadata = MetaData(schema=SCHEMA)
+
+Time = DateTime(timezone=True)
+
+events = Table(
+    "events",
+    metadata,
+    Column(
+        "session_id", Text, nullable=False, comment="Session it belongs to; empty where the delivery does not tell."
+    ),
+    Column("dedupe_key", LargeBinary, nullable=False, comment="SHA-256 over event type, chat id and canonical chat."),
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with arrival; gaps are normal."),
+    Column("type", Text, nullable=False, comment="Event type as told, such as chat.created."),
+    Column("source", Text, nullable=False, comment="Whence it came: webhook."),
+    Column("chat_id", Text, comment="Turn it speaks of; null for events without one."),
+    Column("received_at", Time, nullable=False, comment="When its first delivery reached us."),
+    Column("last_received_at", Time, nullable=False, comment="When its latest delivery reached us."),
+    Column("delivery_count", Integer, nullable=False, comment="Deliveries of this same fact, the first included."),
+    Column("occurred_at", Time, comment="Earliest time that any of its deliveries told in the envelope."),
+    Column("key_id", Text, comment="Which webhook secret matched its first delivery; none where unsigned."),
+    Column("body", LargeBinary, comment="The exact bytes of the first delivery."),
+    Column("salt", LargeBinary, comment="Random bytes that body_digest is salted with."),
+    Column("body_digest", LargeBinary, nullable=False, comment="SHA-256 over salt and body."),
+    PrimaryKeyConstraint("session_id", "dedupe_key", name="events_pkey"),
+    CheckConstraint("delivery_count > 0", name="events_delivery_count_positive"),
+    Index("events_id_idx", "id"),
+    Index("events_session_id_chat_id_idx", "session_id", "chat_id"),
+    comment="The ledger: each distinct fact once, byte for byte. Everything else is derived from it.",
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column(
+        "session_id", Text, nullable=False, comment="CallHQ's session id; empty: turns whose session is not known."
+    ),
+    Column("assistant_id", Text, comment="Assistant, as told last."),
+    Column("assistant_id_at", Time, comment="Time of the fact that told assistant_id."),
+    Column("name", Text, comment="Name, as told last."),
+    Column("name_at", Time, comment="Time of the fact that told name."),
+    Column("status", Text, comment="Upstream status, as told last."),
+    Column("status_at", Time, comment="Time of the fact that told status."),
+    Column("first_event_at", Time, nullable=False, comment="When we first heard of it."),
+    Column("last_event_at", Time, nullable=False, comment="When we last heard something new of it."),
+    Column("coverage", Text, nullable=False, server_default="open", comment="What is known of its completeness."),
+    PrimaryKeyConstraint("session_id", name="sessions_pkey"),
+    comment="One row a conversation, derived from the ledger.",
+)
+
+chats = Table(
+    "chats",
+    metadata,
+    Column("session_id", Text, nullable=False, comment="Conversation; empty where no delivery told it."),
+    Column("chat_id", Text, nullable=False, comment="CallHQ's chat id: one turn."),
+    Column("assistant_id", Text, comment="Assistant that answered."),
+    Column("external_id", Text, comment="CallHQ's externalChatId."),
+    Column("status", Text, comment="Upstream status of the turn."),
+    Column("cost", Numeric, comment="What the turn cost, as told upstream."),
+    Column("variables", JSONB(none_as_null=True), comment="variableValues of the turn."),
+    Column("created_at", Time, comment="Upstream creation time; null if not told."),
+    Column("updated_at", Time, comment="Upstream time of the newest revision; null if not told."),
+    Column(
+        "occurred_at", Time, comment="Earliest time that any of its deliveries told; orders turns of one instant."
+    ),
+    Column("first_received_at", Time, nullable=False, comment="When we first heard of it."),
+    Column("deleted_at", Time, comment="Tombstone: when upstream deleted it; content stays."),
+    Column("source", Text, nullable=False, comment="Whence it is known: webhook."),
+    PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),
+    ForeignKeyConstraint(["session_id"], [sessions.c.session_id], name="chats_session_id_fkey"),
+    Index("chats_chat_id_idx", "chat_id"),
+    comment="One row a turn: its newest revision, derived from the ledger.",
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("session_id", Text, nullable=False, comment="Conversation."),
+    Column("chat_id", Text, nullable=False, comment="Turn."),
+    Column("ordinal", Integer, nullable=False, comment="0, 1, 2 … within the turn: input first, then output."),
+    Column("role", Text, nullable=False, comment="user, assistant, system, tool …"),
+    Column("content", Text, nullable=False, comment="Text; U+0000 and lone surrogates became U+FFFD."),
+    Column("source", Text, nullable=False, comment="Whence it is known: webhook."),
+    PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
+    ForeignKeyConstraint(
+        ["session_id", "chat_id"], [chats.c.session_id, chats.c.chat_id], name="messages_session_id_chat_id_fkey"
+    ),
+    comment="One row a message, derived from the ledger.",
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column(
+        "id", BigInteger, Identity(always=True), nullable=False, comment="For archiver quarantine show and retry."
+    ),
+    Column("received_at", Time, nullable=False, comment="When its first delivery reached us."),
+    Column("last_received_at", Time, nullable=False, comment="When its latest delivery reached us."),
+    Column("delivery_count", Integer, nullable=False, comment="Deliveries of these same bytes."),
+    Column("reason", Text, nullable=False, comment="Stable code of why it was not archived."),
+    Column("detail", Text, nullable=False, comment="The reason as a sentence, without content."),
+    Column("key_id", Text, comment="Which webhook secret matched."),
+    Column("body", LargeBinary, nullable=False, comment="The exact bytes."),
+    Column("body_digest", LargeBinary, nullable=False, comment="SHA-256 of the bytes: the same bytes are kept once."),
+    PrimaryKeyConstraint("id", name="quarantine_pkey"),
+    UniqueConstraint("body_digest", name="quarantine_body_digest_key"),
+    comment="Authenticated deliveries that could not be archived, with the reason.",
+)

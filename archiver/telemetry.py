@@ -1,0 +1,83 @@
+"""Metrics and structured logs. No message content, body or secret ever enters either."""
+
+import logging
+import os
+import sys
+from typing import Literal
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+received = Counter("archiver_received_total", "Webhook requests, by answer and reason.", ["status", "reason"])
+duplicates = Counter("archiver_duplicates_total", "Deliveries of facts that the ledger already held.")
+batch_events = Histogram(
+    "archiver_batch_events",
+    "Events that shared one transaction.",
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+)
+commit_seconds = Histogram(
+    "archiver_commit_seconds",
+    "Seconds from the opening of a batch's transaction to its commit.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+commit_failures = Counter("archiver_commit_failures_total", "Batches that did not commit, by SQLSTATE.", ["sqlstate"])
+queue_events = Gauge("archiver_queue_events", "Events waiting for a commit.", multiprocess_mode="livesum")
+queue_bytes = Gauge("archiver_queue_bytes", "Bytes of the events waiting.", multiprocess_mode="livesum")
+last_event = Gauge(
+    "archiver_last_event_timestamp_seconds",
+    "Unix time of the last event that this server committed; 0 before the first.",
+    multiprocess_mode="livemax",
+)
+
+
+def metrics() -> bytes:
+    """All metrics as Prometheus text, summed over the processes of one `serve --workers N`."""
+    if MULTIPROCESS_FOLDER not in os.environ:
+        return generate_latest()
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # the library leaves it untyped
+    return generate_latest(registry)
+
+
+def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:
+    """One line an event on stderr, ours and the libraries' alike."""
+    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if as_text else structlog.processors.JSONRenderer()
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    # A traceback's locals could hold a message, so only its frames are written.
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.ExceptionRenderer(
+                    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+                ),
+                renderer,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for talkative in ("alembic", "uvicorn"):  # who starts what is said once, by us
+        logging.getLogger(talkative).setLevel(max(root.level, logging.WARNING))
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )

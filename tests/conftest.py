@@ -1,0 +1,92 @@
+"""Real databases: one server a session and version, one migrated template, one clone of it a test."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import Engine
+
+from archiver import database, schema
+from tests import servers
+
+_TEMPLATE = "archiver_template"
+_numbers = itertools.count()
+
+
+class Cluster:
+    """A running server; `clone` makes databases that are migrated already."""
+
+    def __init__(self, version: str, url: str) -> None:
+        self.version = version
+        self._url = url
+        self.execute(f"CREATE DATABASE {_TEMPLATE}")
+        engine = self.engine(self.url(_TEMPLATE))
+        schema.upgrade(engine)
+        engine.dispose()
+
+    def url(self, name: str) -> str:
+        return self._url.format(database=name)
+
+    def engine(self, url: str, pool_size: int = 5) -> Engine:
+        return database.connect(database.database_url(url), pool_size=pool_size)
+
+    def clone(self, template: str = _TEMPLATE) -> str:
+        """The URL of a new database."""
+        name = f"test_{next(_numbers)}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.url(name)
+
+    def drop(self, url: str) -> None:
+        name = database.database_url(url).database or ""
+        self.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def execute(self, statement: str | sql.Composed) -> None:
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(statement)  # type: ignore[arg-type]  # psycopg wants literals; tests build theirs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> None:
+    """No setting of the machine reaches a test."""
+    for name in [name for name in os.environ if name.startswith(("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG"))]:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session", params=servers.versions())
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    version: str = request.param
+    home: Path = tmp_path_factory.mktemp(f"postgres-{version}")
+    with servers.running(version, home) as url:
+        yield Cluster(version, url)
+
+
+@pytest.fixture
+def database_url(cluster: Cluster) -> Iterator[str]:
+    """A migrated, empty database."""
+    url = cluster.clone()
+    yield url
+    cluster.drop(url)
+
+
+@pytest.fixture
+def empty_database_url(cluster: Cluster) -> Iterator[str]:
+    """A database in which nothing was ever migrated."""
+    url = cluster.clone("template0")
+    yield url
+    cluster.drop(url)
+
+
+@pytest.fixture
+def engine(cluster: Cluster, database_url: str) -> Iterator[Engine]:
+    engine = cluster.engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

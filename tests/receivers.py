@@ -1,0 +1,183 @@
+"""Real `archiver` processes: one that serves, from its start to the end of its last child, and short commands."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from tests.payloads import SECRET, WEBHOOK
+
+START_SECONDS = 30
+STOP_SECONDS = 30
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+    """Waits for something real to become true, and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"still not so: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def archiver(
+    *arguments: str, database_url: str | None = None, text: bool = True, **environment: str
+) -> subprocess.CompletedProcess[Any]:
+    """One command from start to end, with nothing in its environment that the test did not say."""
+    return subprocess.run(
+        [sys.executable, "-m", "archiver", *arguments],
+        check=False,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=text,
+        timeout=60,
+        env=_environment(database_url, environment),
+    )
+
+
+def _environment(database_url: str | None, settings: Mapping[str, str]) -> dict[str, str]:
+    told = {} if database_url is None else {"DATABASE_URL": database_url}
+    return {**os.environ, **told, **settings}
+
+
+@dataclass
+class Receiver:
+    """A running `archiver serve`."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str = ""
+    _client: httpx2.Client = field(default_factory=lambda: httpx2.Client(trust_env=False, timeout=30))
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 0
+
+    def stderr(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> httpx2.Response:
+        return self._client.get(self.url + path)
+
+    def post(self, body: bytes, headers: Mapping[str, str] | None = None) -> httpx2.Response:
+        """One delivery, with the secret of the tests unless `headers` say otherwise."""
+        proof = {"x-webhook-secret": SECRET} if headers is None else headers
+        return self._client.post(self.url + WEBHOOK, content=body, headers=proof)
+
+    def metric(self, name: str) -> float:
+        """The value of one series, labels and all; 0 where it is not there."""
+        lines = (line.rpartition(" ") for line in self.get("/metrics").text.splitlines())
+        return sum(float(value) for series, _, value in lines if series == name)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = STOP_SECONDS) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _find(self) -> bool:
+        """Whether it says which port it took; one that ended instead will never."""
+        assert self.process.poll() is None, f"serve ended with {self.process.returncode}: {self.stderr()}"
+        for line in self.stderr().splitlines():
+            if '"receiving"' in line:
+                self.url = json.loads(line)["url"].removesuffix(WEBHOOK)
+        return bool(self.url)
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, f"serve ended with {self.process.returncode}: {self.stderr()}"
+        with suppress(httpx2.TransportError):
+            return self.get("/readyz").status_code == 200
+        return False
+
+    def __enter__(self) -> "Receiver":
+        until(self._find, "serve tells its address", START_SECONDS)
+        until(self._is_ready, "serve is ready", START_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        # Its own session holds its children too, whatever became of their parent.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def starting(database_url: str | None, *options: str, **environment: str) -> Iterator[Receiver]:
+    """`archiver serve` on a free port, not waited for; kills what is left of it in the end."""
+    with tempfile.TemporaryDirectory(prefix="archiver-serve-") as folder:
+        log = Path(folder) / "stderr"
+        settings = {"ARCHIVER_WEBHOOK_SECRETS": SECRET, "ARCHIVER_LOG_FORMAT": "json"} | environment
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "archiver", "serve", "--port", "0", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                env=_environment(database_url, settings),
+                start_new_session=True,
+            )
+        receiver = Receiver(process, log)
+        try:
+            yield receiver
+        finally:
+            receiver.__exit__()
+
+
+@contextmanager
+def serving(database_url: str | None, *options: str, **environment: str) -> Iterator[Receiver]:
+    """`archiver serve` on a free port, ready to receive."""
+    with starting(database_url, *options, **environment) as receiver:
+        yield receiver.__enter__()
+
+
+def begin(port: int, body: bytes, length: int | None = None) -> socket.socket:
+    """An authentic delivery, sent, its answer not awaited; `length` is the one told, if not that of `body`."""
+    connection = socket.create_connection(("127.0.0.1", port), 30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    told = len(body) if length is None else length
+    head = f"POST {WEBHOOK} HTTP/1.1\r\nhost: archiver\r\nx-webhook-secret: {SECRET}\r\ncontent-length: {told}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def answer(connection: socket.socket) -> tuple[int, Any]:
+    """What the receiver says to what was begun."""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.status, json.loads(response.read())
+
+
+def has_read_all(port: int, connections: int) -> bool:
+    """Whether the process behind a port accepted so many connections, and read all that was sent on them."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    own = [line for line in lines if line[1].endswith(f":{port:04X}") and line[3] == "01"]  # 01: established
+    return len(own) >= connections and all(line[4].endswith(":00000000") for line in own)
+
+
+def deliver(connection: http.client.HTTPConnection, body: bytes) -> tuple[int, dict[str, Any]]:
+    """One delivery over a connection of the sender's own, kept alive: cheaper than a client in a load test."""
+    connection.request("POST", WEBHOOK, body, {"x-webhook-secret": SECRET, "content-type": "application/json"})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())

@@ -1,0 +1,60 @@
+"""The Postgres servers that the tests run on: the embedded 18, and a system's 15 where there is one."""
+
+import os
+import pwd
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from archiver import embedded
+
+SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
+
+
+def versions() -> list[str]:
+    """The major versions at hand; CI has both."""
+    return ["18", "15"] if SYSTEM_15.is_dir() else ["18"]
+
+
+@contextmanager
+def running(version: str, home: Path) -> Iterator[str]:
+    """A fresh server; gives a URL with `{database}` for the database's name."""
+    if version == "18":
+        with embedded.running(home, options={"max_connections": "200"}) as postgres:
+            yield postgres.database_url("DATABASE").replace("DATABASE", "{database}")
+    else:
+        with _system_15() as folder:
+            yield f"postgresql://postgres@/{{database}}?host={quote(str(folder), safe='')}"
+
+
+@contextmanager
+def _system_15() -> Iterator[Path]:
+    # Postgres refuses to run as root.
+    user = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+    with tempfile.TemporaryDirectory(prefix="pg15-") as name:
+        folder = Path(name)
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        data = folder / "data"
+
+        def run(*command: str | Path) -> None:
+            subprocess.run(
+                command,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
+                cwd=folder,
+                user=user.pw_uid if os.getuid() == 0 else None,
+                group=user.pw_gid if os.getuid() == 0 else None,
+                extra_groups=[] if os.getuid() == 0 else None,
+            )
+
+        run(SYSTEM_15 / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
+        options = f"-c listen_addresses='' -c max_connections=200 -k {folder}"
+        run(SYSTEM_15 / "pg_ctl", "-D", data, "-l", folder / "log", "-o", options, "-w", "start")
+        try:
+            yield folder
+        finally:
+            run(SYSTEM_15 / "pg_ctl", "-D", data, "-m", "fast", "-w", "stop")

@@ -1,0 +1,590 @@
+"""Group commit against a real Postgres: shared transactions, own answers, poison, limits, a database that goes."""
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from prometheus_client import REGISTRY
+from sqlalchemy import Engine, text
+
+from archiver import database, events
+from archiver.database import transaction
+from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError, retry_quarantined, write
+from tests.conftest import Cluster
+from tests.payloads import created, deleted
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+POISON = "poison"
+
+
+def delivery(body: bytes, seconds: float = 0) -> Delivery:
+    return Delivery(events.parse(body), NOW + timedelta(seconds=seconds), "key-1")
+
+
+def outcomes(results: Sequence[Outcome | UnavailableError]) -> list[Outcome]:
+    assert all(isinstance(result, Outcome) for result in results), results
+    return [result for result in results if isinstance(result, Outcome)]
+
+
+def take(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[Outcome]:
+    return outcomes(write(engine, [delivery(body, seconds) for body in bodies]))
+
+
+def rows(engine: Engine, query: str) -> list[Any]:
+    with transaction(engine) as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+def execute(engine: Engine, *statements: str) -> None:
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+
+
+@asynccontextmanager
+async def ingesting(
+    engine: Engine, queue_events: int = 1000, queue_bytes: int = 10_000_000, batch_events: int = 500
+) -> AsyncIterator[Ingest]:
+    ingest = Ingest(engine, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events)
+    async with ingest.running():
+        yield ingest
+
+
+def submit(ingest: Ingest, body: bytes, seconds: float = 0) -> asyncio.Task[Outcome]:
+    return asyncio.create_task(ingest.submit(delivery(body, seconds)))
+
+
+@contextmanager
+def stalled(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """Nobody writes to the ledger meanwhile."""
+    with psycopg.connect(url) as connection:
+        connection.execute("LOCK TABLE archiver.events IN ACCESS EXCLUSIVE MODE")
+        yield connection
+        connection.rollback()
+
+
+def _waiting_backend(url: str) -> int | None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        row = connection.execute(
+            "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'archiver.events'::regclass"
+        ).fetchone()
+        return None if row is None else int(row[0])
+
+
+async def waiting_backend(url: str) -> int:
+    """The process id of the transaction that waits for the ledger, once there is one."""
+    async with asyncio.timeout(8):
+        while (pid := await asyncio.to_thread(_waiting_backend, url)) is None:
+            pass
+    return pid
+
+
+@pytest.fixture
+def url(database_url: str) -> str:
+    return database.database_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+# Sharing a transaction
+
+
+async def test_what_arrives_during_a_commit_shares_the_next_transaction(engine: Engine, url: str) -> None:
+    async with ingesting(engine, batch_events=20) as ingest:
+        with stalled(url):
+            first = submit(ingest, created("first"))
+            await waiting_backend(url)
+            others = [submit(ingest, created(f"chat-{n}")) for n in range(49)]
+            await asyncio.sleep(0)
+        await asyncio.gather(first, *others)
+    shared = rows(engine, "SELECT count(*) FROM archiver.events GROUP BY xmin ORDER BY min(id)")
+    assert shared == [(1,), (20,), (20,), (9,)]
+
+
+async def test_each_caller_gets_its_own_answer_whatever_the_order_of_the_keys(engine: Engine) -> None:
+    names = [f"chat-{n}" for n in range(60)]
+    random.Random(4).shuffle(names)
+    async with ingesting(engine) as ingest:
+        answers = await asyncio.gather(*(submit(ingest, created(name, f"session-{name}")) for name in names))
+    stored = dict(rows(engine, "SELECT id, chat_id FROM archiver.events"))
+    assert [stored[answer.id] for answer in answers] == names
+    assert {answer.status for answer in answers} == {"stored"}
+
+
+def test_every_status_in_one_batch_is_given_to_its_own_delivery(engine: Engine) -> None:
+    take(engine, created("known"))
+    answers = take(
+        engine,
+        b"not json",
+        created("z"),
+        b'{"type": "assistant.renamed"}',
+        created("known", at=5),
+        created("a"),
+        b"[]",
+        created("z", at=9),
+        b"not json",
+    )
+    assert [(answer.status, answer.reason) for answer in answers] == [
+        ("quarantined", "not_json"),
+        ("stored", None),
+        ("ignored", None),
+        ("duplicate", None),
+        ("stored", None),
+        ("quarantined", "not_an_object"),
+        ("duplicate", None),
+        ("quarantined", "not_json"),
+    ]
+    assert answers[1].id == answers[6].id
+    assert answers[0].id == answers[7].id != answers[5].id
+
+
+async def test_i3_duplicates_within_a_batch_are_one_row_and_one_is_told_that_it_was_new(
+    engine: Engine, url: str
+) -> None:
+    async with ingesting(engine) as ingest:
+        with stalled(url):
+            tasks = [submit(ingest, created(at=at)) for at in range(10)]
+            await asyncio.sleep(0)
+        answers = await asyncio.gather(*tasks)
+    assert sorted(answer.status for answer in answers) == ["duplicate"] * 9 + ["stored"]
+    assert rows(engine, "SELECT id, delivery_count FROM archiver.events") == [(answers[0].id, 10)]
+    assert {answer.id for answer in answers} == {answers[0].id}
+
+
+def test_a_batch_larger_than_the_drivers_parameters_is_stored_whole(engine: Engine) -> None:
+    bodies = [created(f"chat-{n}", f"session-{n}") for n in range(3000)]
+    assert {answer.status for answer in take(engine, *bodies)} == {"stored"}
+    turn = created("long", "session-long", output=[{"role": "assistant", "content": str(n)} for n in range(9000)])
+    take(engine, turn)
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(3001,)]
+    assert rows(engine, "SELECT count(*), count(DISTINCT position) FROM analytics.messages") == [(15001, 9001)]
+
+
+# Poison
+
+
+@pytest.fixture
+def poisoned(engine: Engine) -> Engine:
+    """A database that refuses one content with SQLSTATE 23514, and another, by a trigger, with 22023."""
+    execute(
+        engine,
+        f"ALTER TABLE archiver.messages ADD CONSTRAINT no_poison CHECK (content <> '{POISON}')",
+        "CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF new.content = 'venom' THEN RAISE EXCEPTION 'hunter2' USING ERRCODE = '22023'; END IF;"
+        " RETURN new; END $$",
+        "CREATE TRIGGER refuse BEFORE INSERT ON archiver.messages FOR EACH ROW EXECUTE FUNCTION public.refuse()",
+    )
+    return engine
+
+
+@pytest.mark.parametrize(
+    "places",
+    [{0}, {6}, {12}, {0, 12}, {5, 6, 7}, set(range(0, 13, 2)), set(range(13)), set()],
+    ids=lambda places: "-".join(map(str, sorted(places))) or "none",
+)
+@pytest.mark.parametrize(("content", "state"), [(POISON, "23514"), ("venom", "22023")])
+def test_i4_poison_is_found_and_the_rest_of_its_batch_commits(
+    poisoned: Engine, places: set[int], content: str, state: str
+) -> None:
+    bodies = [created(f"chat-{n}", input=content if n in places else f"question {n}") for n in range(13)]
+    answers = take(poisoned, *bodies)
+    assert [answer.status for answer in answers] == ["quarantined" if n in places else "stored" for n in range(13)]
+    assert {(answer.reason, answer.detail) for answer in answers if answer.reason} <= {
+        ("not_storable", f"Postgres refused the event with SQLSTATE {state}.")
+    }
+    kept = dict(rows(poisoned, "SELECT id, body FROM archiver.quarantine"))
+    stored = dict(rows(poisoned, "SELECT id, body FROM archiver.events"))
+    assert (len(kept), len(stored)) == (len(places), 13 - len(places))
+    for number, answer in enumerate(answers):
+        assert bytes((kept if number in places else stored)[answer.id]) == bodies[number]
+    assert rows(poisoned, "SELECT count(*) FROM archiver.chats") == [(13 - len(places),)]
+    assert rows(poisoned, f"SELECT count(*) FROM archiver.messages WHERE content IN ('{POISON}', 'venom')") == [(0,)]
+
+
+def test_i4_poison_among_what_cannot_be_read_and_what_is_known(poisoned: Engine) -> None:
+    take(poisoned, created("known"))
+    answers = take(
+        poisoned,
+        b"{",
+        created("known", at=7),
+        created("bad", input=POISON),
+        created("new"),
+        created("bad", input=POISON),
+        created("new", at=8),
+    )
+    statuses = ["quarantined", "duplicate", "quarantined", "stored", "quarantined", "duplicate"]
+    assert [answer.status for answer in answers] == statuses
+    assert answers[2].id == answers[4].id
+    assert rows(poisoned, "SELECT chat_id, delivery_count FROM archiver.events ORDER BY 1") == [
+        ("known", 2),
+        ("new", 2),
+    ]
+    assert rows(poisoned, "SELECT reason, delivery_count FROM archiver.quarantine ORDER BY 1") == [
+        ("not_json", 1),
+        ("not_storable", 2),
+    ]
+
+
+async def test_i4_concurrent_callers_of_a_poisoned_batch_get_their_own_answers(poisoned: Engine, url: str) -> None:
+    async with ingesting(poisoned) as ingest:
+        with stalled(url):
+            tasks = [submit(ingest, created(f"c{n}", input=POISON if n % 5 == 0 else "fine")) for n in range(20)]
+            await asyncio.sleep(0)
+        answers = await asyncio.gather(*tasks)
+    assert [answer.status == "quarantined" for answer in answers] == [n % 5 == 0 for n in range(20)]
+
+
+def test_i4_the_quarantine_keeps_exact_bytes_and_counts_redeliveries(poisoned: Engine) -> None:
+    body = b" " + created(input=POISON) + b"\n"
+    ids = {take(poisoned, body, seconds=seconds)[0].id for seconds in (5, 9, 7)}
+    assert len(ids) == 1
+    assert rows(
+        poisoned,
+        "SELECT body, reason, delivery_count, received_at, last_received_at, key_id FROM archiver.quarantine",
+    ) == [(body, "not_storable", 3, NOW + timedelta(seconds=5), NOW + timedelta(seconds=9), "key-1")]
+
+
+def test_a_quarantine_row_and_a_log_line_hold_nothing_of_what_the_database_said(
+    poisoned: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take(poisoned, created(input="venom"))
+    assert rows(poisoned, "SELECT count(*) FROM archiver.quarantine WHERE detail LIKE '%hunter2%'") == [(0,)]
+    printed = capsys.readouterr()
+    assert not {"hunter2", "venom"} & set((printed.out + printed.err).replace("'", " ").split())
+
+
+def test_i4_a_retry_archives_what_was_repaired_with_its_first_time_and_empties_the_quarantine(
+    poisoned: Engine,
+) -> None:
+    body = created(input=POISON)
+    (refused,) = take(poisoned, body, seconds=-3600)
+    execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
+    outcome = retry_quarantined(poisoned, refused.id)
+    assert outcome is not None
+    assert outcome.status == "stored"
+    assert rows(poisoned, "SELECT id, body, received_at, key_id FROM archiver.events") == [
+        (outcome.id, body, NOW - timedelta(hours=1), "key-1")
+    ]
+    assert rows(poisoned, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+    assert (POISON,) in rows(poisoned, "SELECT content FROM analytics.messages")
+    assert retry_quarantined(poisoned, refused.id) is None
+
+
+def test_i3_a_retry_of_what_came_again_meanwhile_is_a_duplicate(poisoned: Engine) -> None:
+    (refused,) = take(poisoned, created(input=POISON))
+    execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
+    (stored,) = take(poisoned, created(input=POISON))
+    outcome = retry_quarantined(poisoned, refused.id)
+    assert outcome is not None
+    assert (outcome.status, outcome.id) == ("duplicate", stored.id)
+    assert rows(poisoned, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+
+
+def test_i4_a_retry_of_what_is_still_poisonous_leaves_it(poisoned: Engine) -> None:
+    bad, unread = take(poisoned, created(input=POISON), b"{")
+    before = rows(poisoned, "SELECT * FROM archiver.quarantine ORDER BY id")
+    for answer in (bad, unread):
+        outcome = retry_quarantined(poisoned, answer.id)
+        assert outcome is not None
+        assert (outcome.status, outcome.id, outcome.reason) == ("quarantined", answer.id, answer.reason)
+    assert rows(poisoned, "SELECT * FROM archiver.quarantine ORDER BY id") == before
+    assert rows(poisoned, "SELECT count(*) FROM archiver.events") == [(0,)]
+    assert retry_quarantined(poisoned, 10**9) is None
+
+
+def test_i4_two_retries_at_once_archive_it_once(poisoned: Engine) -> None:
+    ids = [take(poisoned, created(f"chat-{n}", input=POISON))[0].id for n in range(10)]
+    execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
+    barrier = threading.Barrier(2)
+
+    def retry(quarantine_id: int) -> str | None:
+        barrier.wait(10)
+        outcome = retry_quarantined(poisoned, quarantine_id)
+        return None if outcome is None else outcome.status
+
+    with ThreadPoolExecutor(2) as threads:
+        for quarantine_id in ids:
+            statuses = list(threads.map(retry, [quarantine_id] * 2))
+            assert sorted(statuses, key=str) == [None, "stored"]
+    assert rows(poisoned, "SELECT count(*), sum(delivery_count) FROM archiver.events") == [(10, 10)]
+
+
+# Limits
+
+
+async def test_i12_a_queue_full_by_count_refuses_at_once_and_takes_again_afterwards(engine: Engine, url: str) -> None:
+    async with ingesting(engine, queue_events=3, batch_events=2) as ingest:
+        with stalled(url):
+            tasks = [submit(ingest, created(f"chat-{n}")) for n in range(3)]
+            await waiting_backend(url)  # what is being written counts as well
+            for n in range(5):
+                with pytest.raises(QueueFullError):
+                    await ingest.submit(delivery(created(f"refused-{n}")))
+        await asyncio.gather(*tasks)
+        assert (await ingest.submit(delivery(created("after")))).status == "stored"
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(4,)]
+
+
+async def test_i12_a_queue_full_by_bytes_refuses_but_one_oversized_event_is_taken_when_idle(
+    engine: Engine, url: str
+) -> None:
+    large, small = created("large", input="x" * 5000), created("small")
+    async with ingesting(engine, queue_bytes=2000) as ingest:
+        with stalled(url):
+            task = submit(ingest, large)
+            await waiting_backend(url)
+            with pytest.raises(QueueFullError):
+                await ingest.submit(delivery(small))
+        assert (await task).status == "stored"
+        with stalled(url):
+            fitting = submit(ingest, small)
+            await waiting_backend(url)
+            with pytest.raises(QueueFullError):
+                await ingest.submit(delivery(large))
+            also_fitting = submit(ingest, created("small-2"))
+            await asyncio.sleep(0)
+        await asyncio.gather(fitting, also_fitting)
+        assert (await ingest.submit(delivery(large))).status == "duplicate"
+
+
+async def test_the_queues_gauges_return_to_nothing(engine: Engine) -> None:
+    async with ingesting(engine) as ingest:
+        await asyncio.gather(*(submit(ingest, created(f"chat-{n}")) for n in range(10)))
+        await ingest.submit(delivery(b"{"))
+    assert REGISTRY.get_sample_value("archiver_queue_events") == 0
+    assert REGISTRY.get_sample_value("archiver_queue_bytes") == 0
+
+
+# Callers who leave, and the end
+
+
+async def test_a_caller_who_leaves_disturbs_nobody_and_its_event_is_stored(engine: Engine, url: str) -> None:
+    async with ingesting(engine) as ingest:
+        with stalled(url):
+            writing = [submit(ingest, created(f"writing-{n}")) for n in range(3)]
+            await waiting_backend(url)
+            queued = [submit(ingest, created(f"queued-{n}")) for n in range(3)]
+            await asyncio.sleep(0)
+            for leaver in (writing[1], queued[1]):
+                leaver.cancel()
+            await asyncio.sleep(0)
+        answers = await asyncio.gather(*writing, *queued, return_exceptions=True)
+        assert (await ingest.submit(delivery(created("after")))).status == "stored"
+    assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [False, True, False] * 2
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(7,)]
+
+
+async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: Engine, url: str) -> None:
+    ingest = Ingest(engine, queue_events=100, queue_bytes=10**6, batch_events=4)
+    close = asyncio.Event()
+
+    async def serve() -> None:
+        async with ingest.running():
+            await close.wait()
+
+    serving = asyncio.create_task(serve())
+    with stalled(url):
+        tasks = [submit(ingest, created(f"chat-{n}")) for n in range(10)]
+        await waiting_backend(url)
+        close.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):
+            await ingest.submit(delivery(created("late")))
+        assert not serving.done()
+    answers = await asyncio.gather(*tasks)
+    await serving
+    assert {answer.status for answer in answers} == {"stored"}
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(10,)]
+
+
+async def test_closing_an_idle_ingest_ends(engine: Engine) -> None:
+    async with asyncio.timeout(5), ingesting(engine):
+        pass
+
+
+# A database that goes
+
+
+async def test_without_a_database_everyone_learns_that_it_is_unavailable() -> None:
+    engine = database.connect(database.database_url("postgresql://nobody@127.0.0.1:1/none"))
+    async with ingesting(engine) as ingest:
+        answers = await asyncio.gather(*(submit(ingest, created(f"{n}")) for n in range(5)), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [UnavailableError] * 5
+    engine.dispose()
+
+
+async def test_a_database_that_is_dropped_and_comes_back_is_used_again(cluster: Cluster) -> None:
+    address = cluster.clone()
+    name = database.database_url(address).database
+    engine = cluster.engine(address)
+    async with ingesting(engine) as ingest:
+        assert (await ingest.submit(delivery(created("before")))).status == "stored"
+        cluster.drop(address)
+        gone = [submit(ingest, created(f"gone-{n}")) for n in range(3)]
+        answers = await asyncio.gather(*gone, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [UnavailableError] * 3
+        with pytest.raises(UnavailableError):
+            await ingest.submit(delivery(b"{"))
+        cluster.execute(f"CREATE DATABASE {name} TEMPLATE archiver_template")
+        assert (await ingest.submit(delivery(created("after")))).status == "stored"
+    assert rows(engine, "SELECT chat_id FROM archiver.events") == [("after",)]
+    engine.dispose()
+    cluster.drop(address)
+
+
+async def test_i1_a_backend_killed_within_a_batch_stores_nothing_of_it_and_the_next_works(
+    engine: Engine, url: str
+) -> None:
+    bodies = [created(f"chat-{n}") for n in range(5)]
+    async with ingesting(engine) as ingest:
+        with stalled(url):
+            tasks = [submit(ingest, body) for body in bodies]
+            pid = await waiting_backend(url)
+            with psycopg.connect(url, autocommit=True) as other:
+                other.execute("SELECT pg_terminate_backend(%s)", [pid])
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [UnavailableError] * 5
+        again = await asyncio.gather(*(submit(ingest, body) for body in bodies))
+    assert {answer.status for answer in again} == {"stored"}
+    assert rows(engine, "SELECT count(*), sum(delivery_count) FROM archiver.events") == [(5, 5)]
+
+
+async def test_the_pool_recovers_after_its_idle_connections_were_killed(engine: Engine, url: str) -> None:
+    async with ingesting(engine) as ingest:
+        await ingest.submit(delivery(created("before")))
+        with psycopg.connect(url, autocommit=True) as other:
+            other.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+        with suppress(UnavailableError):  # one batch may learn of it
+            await ingest.submit(delivery(created("during")))
+        assert (await ingest.submit(delivery(created("after")))).status == "stored"
+
+
+def test_a_database_that_refuses_every_write_quarantines_nothing(engine: Engine) -> None:
+    name = engine.url.database
+    execute(engine, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    engine.dispose()
+    results = write(engine, [delivery(created()), delivery(b"{")])
+    assert [type(result) for result in results] == [UnavailableError] * 2
+    with psycopg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
+        assert other.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
+
+
+def test_i1_a_commit_is_durable_whatever_the_roles_default(engine: Engine) -> None:
+    execute(
+        engine,
+        f"ALTER DATABASE {engine.url.database} SET synchronous_commit = off",
+        "CREATE TABLE public.seen (setting text)",
+        "CREATE FUNCTION public.see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO public.seen VALUES (current_setting('synchronous_commit')); RETURN new; END $$",
+        "CREATE TRIGGER see BEFORE INSERT ON archiver.events FOR EACH ROW EXECUTE FUNCTION public.see()",
+    )
+    engine.dispose()
+    take(engine, created())
+    assert rows(engine, "SELECT DISTINCT setting FROM public.seen") == [("on",)]
+
+
+# Several receivers
+
+
+def conflicts() -> float:
+    return sum(
+        REGISTRY.get_sample_value("archiver_commit_failures_total", {"sqlstate": state}) or 0
+        for state in ("40P01", "40001")
+    )
+
+
+def race(engine: Engine, rounds: Sequence[tuple[Sequence[bytes], ...]]) -> None:
+    """In each round, each of these batches in a thread of its own, all let go at the same moment."""
+    barrier = threading.Barrier(len(rounds[0]))
+
+    def deliver(bodies: Sequence[bytes]) -> list[Outcome]:
+        barrier.wait(20)
+        return take(engine, *bodies)
+
+    with ThreadPoolExecutor(len(rounds[0])) as threads:
+        for batches in rounds:
+            list(threads.map(deliver, batches))
+
+
+def test_i3_receivers_that_write_the_same_keys_in_opposite_order_never_deadlock(engine: Engine) -> None:
+    before, rounds = conflicts(), []
+    for number in range(40):
+        bodies = [created(f"chat-{number}-{n}", f"session-{n % 5}") for n in range(15)]
+        unread = [b"{%d-%d" % (number, n) for n in range(5)]
+        rounds.append(
+            ([*bodies, *unread], [*reversed(bodies), *reversed(unread)], [*unread, *bodies[7:], *bodies[:7]])
+        )
+    race(engine, rounds)
+    assert conflicts() == before
+    assert rows(engine, "SELECT count(*), min(delivery_count), max(delivery_count) FROM archiver.events") == [
+        (600, 3, 3)
+    ]
+    assert rows(engine, "SELECT count(*), min(delivery_count), max(delivery_count) FROM archiver.quarantine") == [
+        (200, 3, 3)
+    ]
+    assert rows(engine, "SELECT count(*) FROM analytics.messages") == [(1200,)]
+
+
+def test_i3_of_one_fact_told_to_many_receivers_at_once_one_says_stored(engine: Engine) -> None:
+    barrier = threading.Barrier(4)
+
+    def deliver(number: int) -> str:
+        barrier.wait(20)
+        return take(engine, created(f"chat-{number}"))[0].status
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(30):
+            statuses = sorted(threads.map(deliver, [number] * 4))
+            assert statuses == ["duplicate"] * 3 + ["stored"]
+
+
+def test_i5_a_deletion_without_a_session_meets_its_creation_whoever_commits_first(engine: Engine) -> None:
+    rounds = []
+    for number in range(60):
+        created_with, deleted_without = created(f"a-{number}"), deleted(f"a-{number}", session_id=None)
+        created_without, deleted_with = created(f"b-{number}", None), deleted(f"b-{number}")
+        rounds.append(
+            (
+                [created_with, created_without] if number % 2 else [created_with],
+                [deleted_without],
+                [deleted_with] if number % 2 else [deleted_with, created_without],
+            )
+        )
+    race(engine, rounds)
+    assert rows(engine, "SELECT count(*) FROM archiver.chats WHERE session_id = ''") == [(0,)]
+    assert rows(engine, "SELECT count(*), count(deleted_at) FROM archiver.chats") == [(120, 120)]
+    assert rows(engine, "SELECT count(*) FROM archiver.messages") == [(240,)]
+
+
+def test_i5_revisions_told_to_different_receivers_at_once_end_as_the_newest(engine: Engine) -> None:
+    rounds = [
+        tuple(
+            [created(f"chat-{number}", output=f"answer {n}", updatedAt=f"2024-01-15T09:30:0{n}Z")] for n in (2, 3, 1)
+        )
+        for number in range(40)
+    ]
+    race(engine, rounds)
+    assert rows(engine, "SELECT content, count(*) FROM archiver.messages WHERE role = 'assistant' GROUP BY 1") == [
+        ("answer 3", 40)
+    ]
+
+
+async def test_i3_two_ingests_on_one_database_deduplicate_against_each_other(engine: Engine) -> None:
+    bodies = [created(f"chat-{n}", f"session-{n % 7}") for n in range(100)] * 3
+    random.Random(1).shuffle(bodies)
+    async with ingesting(engine, batch_events=10) as one, ingesting(engine, batch_events=10) as other:
+        tasks = [submit(random.Random(n).choice([one, other]), body) for n, body in enumerate(bodies)]
+        answers = await asyncio.gather(*tasks)
+    assert sum(answer.status == "stored" for answer in answers) == 100
+    assert rows(engine, "SELECT count(*), min(delivery_count), max(delivery_count) FROM archiver.events") == [
+        (100, 3, 3)
+    ]

@@ -1,0 +1,167 @@
+"""The write path against a real Postgres: once (I3), in any order (I5)."""
+
+import random
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, text
+
+from archiver import events, ledger
+from archiver.database import transaction
+from tests.payloads import created, deleted
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def observe(body: bytes, seconds: float = 0) -> ledger.Observation:
+    event = events.parse(body)
+    assert isinstance(event, events.Event)
+    return ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "key")
+
+
+def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[ledger.Recorded]:
+    with transaction(engine) as connection:
+        return ledger.record(connection, [observe(body, seconds) for body in bodies])
+
+
+def rows(engine: Engine, query: str) -> list[Any]:
+    with transaction(engine) as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+def archive(engine: Engine) -> dict[str, list[Any]]:
+    """What upstream told, without the times of arrival."""
+    return {
+        "sessions": rows(engine, "SELECT session_id, assistant_id, name, status FROM archiver.sessions ORDER BY 1"),
+        "chats": rows(
+            engine,
+            "SELECT session_id, chat_id, assistant_id, status, cost, variables::text, created_at, updated_at,"
+            " occurred_at, deleted_at, source FROM archiver.chats ORDER BY 1, 2",
+        ),
+        "messages": rows(
+            engine, "SELECT session_id, position, chat_id, role, content FROM analytics.messages ORDER BY 1, 2"
+        ),
+    }
+
+
+def test_i3_a_fact_is_stored_once_and_its_redeliveries_are_counted(engine: Engine) -> None:
+    first, second = record(engine, created(), created(at=1_705_311_999_000))
+    (third,) = record(engine, created())
+    assert (first.is_new, second.is_new, third.is_new) == (True, False, False)
+    assert rows(engine, "SELECT id, delivery_count FROM archiver.events") == [(first.id, 3)]
+    assert [row[3:] for row in archive(engine)["messages"]] == [
+        ("user", "question of chat-1"),
+        ("assistant", "answer to chat-1"),
+    ]
+
+
+def test_i3_the_bytes_are_kept_as_they_came(engine: Engine) -> None:
+    body = b' {"type" : "chat.created","chat":{"id":"1","sessionId":"s","input":"\\u0000 \\ud800 ok"}}\n'
+    record(engine, body)
+    assert [bytes(row[0]) for row in rows(engine, "SELECT body FROM archiver.events")] == [body]
+    assert archive(engine)["messages"] == [("s", 1, "1", "user", "\ufffd \ufffd ok")]
+
+
+def test_i3_the_newest_revision_wins_and_an_empty_output_never_replaces_a_filled_one(engine: Engine) -> None:
+    filled = created(updatedAt="2024-01-15T09:30:05Z")
+    emptied = created(updatedAt="2024-01-15T09:30:09Z", output=[], status="archived")
+    record(engine, created(output=[], updatedAt="2024-01-15T09:30:00Z"))
+    record(engine, emptied)
+    record(engine, filled)
+    assert [row[4] for row in archive(engine)["messages"]] == ["question of chat-1", "answer to chat-1"]
+    assert archive(engine)["chats"][0][3] == "archived"
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(3,)]
+
+
+def test_i3_a_shorter_revision_leaves_no_message_of_the_longer_one(engine: Engine) -> None:
+    many = [{"role": "assistant", "content": str(n)} for n in range(5)]
+    record(engine, created(output=many))
+    record(engine, created(output=many[:1], updatedAt="2024-01-15T10:00:00Z"))
+    assert [row[4] for row in archive(engine)["messages"]] == ["question of chat-1", "0"]
+
+
+def test_i5_a_deletion_before_its_creation_leaves_a_tombstone_with_content(engine: Engine) -> None:
+    record(engine, deleted())
+    record(engine, created())
+    (chat,) = archive(engine)["chats"]
+    assert chat[9] == datetime(2024, 1, 15, 9, 46, 40, tzinfo=UTC)
+    assert len(archive(engine)["messages"]) == 2
+
+
+def test_i5_a_deletion_that_tells_no_session_finds_its_chat_before_and_after(engine: Engine) -> None:
+    record(engine, created("early"), deleted("early", session_id=None))
+    record(engine, deleted("late", session_id=None))
+    record(engine, created("late"))
+    assert [(row[0], row[1], row[9] is not None) for row in archive(engine)["chats"]] == [
+        ("session-1", "early", True),
+        ("session-1", "late", True),
+    ]
+
+
+def test_i4_an_unknown_event_is_recorded_and_projects_nothing(engine: Engine) -> None:
+    record(engine, b'{"type": "assistant.renamed", "chat": {"id": "1", "sessionId": "s"}}')
+    assert rows(engine, "SELECT type, session_id, chat_id FROM archiver.events") == [("assistant.renamed", "s", "1")]
+    assert archive(engine) == {"sessions": [], "chats": [], "messages": []}
+
+
+def test_i9_each_row_commits_to_its_body_through_a_salt(engine: Engine) -> None:
+    record(engine, created("a"), created("b"))
+    assert rows(
+        engine,
+        "SELECT count(DISTINCT salt), bool_and(length(salt) = 16), bool_and(body_digest = sha256(salt || body))"
+        " FROM archiver.events",
+    ) == [(2, True, True)]
+
+
+def deliveries(seed: int) -> list[bytes]:
+    """A few chats in a few sessions: revised, deleted, retried in new envelopes, some without a session."""
+    rng = random.Random(seed)
+    bodies = []
+    for number in range(rng.randint(1, 4)):
+        chat_id, session_id = f"chat-{number}", f"session-{rng.randint(1, 2)}"
+        for revision in range(rng.randint(1, 3)):
+            told = (
+                {"updatedAt": f"2024-01-15T09:3{number}:0{revision}Z"} if rng.random() < 0.6 else {"updatedAt": None}
+            )
+            output = [] if rng.random() < 0.3 else [{"role": "assistant", "content": f"answer {revision}"}]
+            at = 1_705_311_000_000 + number * 60_000 + revision * 1000
+            fields = told | {"output": output, "createdAt": f"2024-01-15T09:3{number}:00Z", "cost": revision}
+            bodies.append(created(chat_id, session_id, at, **fields))
+            if rng.random() < 0.4:  # the same fact again, in a later envelope
+                bodies.append(created(chat_id, session_id, at + rng.randint(1, 90_000), **fields))
+        if rng.random() < 0.4:
+            bodies.append(deleted(chat_id, session_id if rng.random() < 0.5 else None))
+        if rng.random() < 0.2:
+            bodies.append(created(chat_id, None, 1_705_311_000_000, updatedAt="2024-01-15T09:20:00Z"))
+    return bodies
+
+
+def play(engine: Engine, bodies: Sequence[bytes], rng: random.Random) -> None:
+    remaining = list(bodies)
+    while remaining:
+        size = rng.randint(1, 4)
+        record(engine, *remaining[:size])
+        remaining = remaining[size:]
+
+
+def test_i3_i5_any_order_any_batching_and_any_redelivery_end_in_the_same_archive(engine: Engine) -> None:
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(seed=st.integers(0, 10_000), order=st.randoms(use_true_random=False))
+    def check(seed: int, order: random.Random) -> None:
+        bodies = deliveries(seed)
+        archives, ledgers = [], []
+        for _ in range(2):
+            with engine.begin() as connection:
+                for table in ("events", "messages", "chats", "sessions"):
+                    connection.execute(text(f"DELETE FROM archiver.{table}"))
+            play(engine, bodies, order)
+            archives.append(archive(engine))
+            ledgers.append(rows(engine, "SELECT dedupe_key, delivery_count FROM archiver.events ORDER BY 1"))
+            order.shuffle(bodies)
+        assert archives[0] == archives[1]
+        assert ledgers[0] == ledgers[1]
+
+    check()

@@ -1,0 +1,476 @@
+"""The simulated platform over real sockets: its API, its webhooks, and each of its faults."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from archiver.demo import client as clients
+from archiver.demo.conversations import Conversation, conversations
+from archiver.demo.faults import Faults
+from archiver.demo.platform import Platform, create
+from archiver.demo.serving import serving, with_secret
+from archiver.demo.upstream import MAX_CHATS, FullError, Upstream
+from archiver.demo.webhooks import ATTEMPTS, Delivery, Record, Sender
+from archiver.settings import Settings
+from archiver.signatures import SignatureError, Verifier, verifier
+
+SECRET = "whsec_c2ltdWxhdGlvbi1vbmx5LW5vdC1hLXNlY3JldA=="
+SCHEMES = ["secret", "bearer", "hmac", "standard"]
+CHAT_KEYS = {
+    *("id", "externalChatId", "sessionId", "input", "output", "assistantId", "status", "cost"),
+    *("createdAt", "updatedAt"),
+}
+
+
+def proving(scheme: str = "secret") -> Verifier:
+    return verifier(Settings.model_construct(webhook_secrets=SecretStr(SECRET), webhook_scheme=scheme))
+
+
+@dataclass
+class Receiver:
+    """Keeps what arrives with a right signature; answers as `script` says, then 200."""
+
+    verifier: Verifier
+    script: list[Response] = field(default_factory=list)
+    requests: int = 0
+    refused: int = 0
+    events: list[dict[str, Any]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+
+    async def take(self, request: Request) -> Response:
+        body = await request.body()
+        self.requests += 1
+        try:
+            self.verifier.verify(body, request.scope["headers"], request.method, str(request.url), time.time())
+        except SignatureError:
+            self.refused += 1
+            return JSONResponse({"status": "unauthenticated"}, 401)
+        if self.script:
+            return self.script.pop(0)
+        self.bodies.append(body)
+        self.events.append(json.loads(body)["message"])
+        return JSONResponse({"status": "stored"})
+
+    def told(self) -> list[tuple[str, str]]:
+        return [(event["type"], event["chat"]["id"]) for event in self.events]
+
+
+@dataclass
+class World:
+    api: clients.Client
+    http: httpx2.AsyncClient
+    receiver: Receiver
+    sender: Sender
+    platform: Platform
+
+    async def session(self) -> str:
+        return str((await self.api.create_session("Support", "assistant-1"))["id"])
+
+    async def deliveries(self) -> list[Delivery]:
+        await self.sender.drain()
+        return list(self.sender.record.deliveries)
+
+
+@asynccontextmanager
+async def world(
+    faults: Faults | None = None,
+    *,
+    scheme: str = "secret",
+    script: Sequence[Response] = (),
+    api_key: str | None = None,
+) -> AsyncIterator[World]:
+    receiver = Receiver(proving(scheme), [*script])
+    app = Starlette(routes=[Route("/hook", receiver.take, methods=["POST"])])
+    async with serving(app, "127.0.0.1", 0) as receiver_url:
+        sender = Sender(f"{receiver_url}/hook", proving(scheme), Record())
+        platform = Platform(sender, faults or Faults(), api_key)
+        async with (
+            serving(create(platform), "127.0.0.1", 0) as url,
+            clients.connect(f"{url}/api", "any-key") as http,
+        ):
+            yield World(clients.Client(http), http, receiver, sender, platform)
+
+
+async def hold(world: World, script: Sequence[Conversation]) -> None:
+    await clients.hold_all(clients.Client(world.http), script, lambda: None)
+
+
+async def test_the_documented_calls_answer_with_the_documented_fields():
+    async with world() as w:
+        opened = await w.http.post("/sessions", json={"name": "Support", "assistantId": "assistant-1"})
+        session = opened.json()["session"]
+        said = {
+            "sessionId": session["id"],
+            "input": "Hello",
+            "assistantOverrides": {"variableValues": {"companyName": "Example Plumbing"}},
+        }
+        talked = await w.http.post("/chats", json=said)
+        read = await w.http.get(f"/chats/session/{session['id']}")
+    assert (opened.status_code, talked.status_code, read.status_code) == (201, 201, 200)
+    assert session.keys() == {"id", "name", "assistantId", "status", "messages", "createdAt", "updatedAt"}
+    assert (session["name"], session["status"], session["messages"]) == ("Support", "active", [])
+    chat = talked.json()["chat"]
+    assert chat.keys() == CHAT_KEYS | {"assistantOverrides"}
+    assert chat["assistantOverrides"] == said["assistantOverrides"]
+    assert chat["output"][0].keys() == {"role", "content"}
+    assert chat["createdAt"].endswith("Z")
+    assert chat["createdAt"] < chat["updatedAt"]
+    history = read.json()["session"]
+    assert history.keys() == {"id", "name", "status", "assistantId", "messages", "updatedAt"}
+    assert history["messages"] == [{"role": "user", "content": "Hello"}, *chat["output"]]
+    assert all(isinstance(answer.json()["message"], str) for answer in (opened, talked, read))
+
+
+async def test_history_is_flat_and_in_order_and_replies_use_context_and_variables():
+    async with world() as w:
+        session_id = await w.session()
+        first = await w.api.send_message(session_id, "My boiler 🔥 leaks", {"companyName": "Example Plumbing"})
+        await w.api.send_message(session_id, "ok", None)
+        last = await w.api.send_message(session_id, "Can you repeat that?", None)
+        other = await w.api.send_message(await w.session(), "My boiler 🔥 leaks", None)
+        history = await w.api.history(session_id)
+    assert "Example Plumbing" in first["output"][0]["content"]
+    assert "Example Plumbing" not in other["output"][0]["content"]
+    assert "My boiler 🔥 leaks" in last["output"][0]["content"]
+    assert "Example Plumbing" in last["output"][0]["content"]
+    assert "assistantOverrides" not in last
+    users = [message["content"] for message in history["messages"] if message["role"] == "user"]
+    assert users == ["My boiler 🔥 leaks", "ok", "Can you repeat that?"]
+
+
+async def test_input_may_be_a_list_of_messages():
+    said = [{"role": "user", "content": "One"}, {"role": "user", "content": "Two"}]
+    async with world() as w:
+        session_id = await w.session()
+        answer = await w.http.post("/chats", json={"sessionId": session_id, "input": said})
+        history = await w.api.history(session_id)
+    assert answer.json()["chat"]["input"] == said
+    assert history["messages"][:2] == said
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", None])
+async def test_any_content_type_will_do(content_type):
+    headers = {"content-type": content_type} if content_type else {}
+    async with world() as w:
+        body = b'{"name": "N", "assistantId": "a", "unknown": [1, null]}'
+        answer = await w.http.post("/sessions", content=body, headers=headers)
+    assert answer.status_code == 201
+
+
+BAD_INPUT: list[tuple[str, str, bytes | None, int, str]] = [
+    ("POST", "/sessions", b"{not json", 400, "malformed"),
+    ("POST", "/sessions", b"", 400, "truncated"),
+    ("POST", "/sessions", b"[]", 400, "Expected `object`"),
+    ("POST", "/sessions", b'{"assistantId": "a"}', 400, "`name`"),
+    ("POST", "/sessions", b'{"name": "N"}', 400, "`assistantId`"),
+    ("POST", "/sessions", b'{"name": "", "assistantId": "a"}', 400, "$.name"),
+    ("POST", "/sessions", b'{"name": 7, "assistantId": "a"}', 400, "$.name"),
+    ("POST", "/sessions", b'{"name": "\xff", "assistantId": "a"}', 400, "utf-8"),
+    ("POST", "/sessions", b'{"name": "N", "x": ' + b"[" * 100_000, 400, "recursion"),
+    ("POST", "/sessions", b" " * 2_000_000, 413, "larger than"),
+    ("POST", "/chats", b'{"input": "Hi"}', 400, "`sessionId`"),
+    ("POST", "/chats", b'{"sessionId": "SESSION"}', 400, "`input`"),
+    ("POST", "/chats", b'{"sessionId": "SESSION", "input": ""}', 400, "$.input"),
+    ("POST", "/chats", b'{"sessionId": "SESSION", "input": []}', 400, "$.input"),
+    ("POST", "/chats", b'{"sessionId": "SESSION", "input": [{"role": "user"}]}', 400, "`content`"),
+    ("POST", "/chats", b'{"sessionId": "SESSION", "input": 1}', 400, "$.input"),
+    ("POST", "/chats", b'{"sessionId": "SESSION", "input": "x", "assistantOverrides": 1}', 400, "Overrides"),
+    (
+        *("POST", "/chats"),
+        b'{"sessionId": "SESSION", "input": "x", "assistantOverrides": {"variableValues": 1}}',
+        *(400, "variableValues"),
+    ),
+    ("POST", "/chats", b'{"sessionId": "nowhere", "input": "Hi"}', 404, "nowhere"),
+    ("GET", "/chats/session/nowhere", None, 404, "nowhere"),
+    ("DELETE", "/chats/nowhere", None, 404, "nowhere"),
+    ("GET", "/sessions", None, 405, "Not Allowed"),
+    ("GET", "/elsewhere", None, 404, "Not Found"),
+]
+
+
+async def test_bad_input_gets_a_clear_answer_and_causes_no_webhook():
+    async with world() as w:
+        session_id = await w.session()
+        for method, path, body, status, said in BAD_INPUT:
+            content = body and body.replace(b"SESSION", session_id.encode())
+            answer = await w.http.request(method, path, content=content)
+            case = f"{method} {path} {(body or b'')[:80]!r}"
+            assert answer.status_code == status, case
+            assert said.lower() in answer.json()["message"].lower(), case
+        assert await w.deliveries() == []
+
+
+@pytest.mark.parametrize(
+    ("configured", "given", "status"),
+    [(None, "", 401), (None, "anything", 201), ("right", "wrong", 401), ("right", "right", 201)],
+)
+async def test_an_api_key_is_needed(configured, given, status):
+    async with world(api_key=configured) as w:
+        body = {"name": "N", "assistantId": "a"}
+        answer = await w.http.post("/sessions", json=body, headers={"x-api-key": given})
+    assert answer.status_code == status
+    assert answer.json()["message"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_webhooks_are_signed_by_the_scheme_of_the_settings(scheme):
+    async with world(scheme=scheme) as w:
+        chat = await w.api.send_message(await w.session(), 'שלום "you"\n👍', {"customerTier": "gold"})
+        await w.api.delete_chat(chat["id"])
+        deliveries = await w.deliveries()
+    assert w.receiver.refused == 0
+    assert sorted(w.receiver.told()) == [("chat.created", chat["id"]), ("chat.deleted", chat["id"])]
+    event = next(event for event in w.receiver.events if event["type"] == "chat.created")
+    assert event["chat"] == chat
+    assert abs(event["timestamp"] / 1000 - time.time()) < 60
+    assert [(d.outcome, d.status, d.answer) for d in deliveries] == [("accepted", 200, "stored")] * 2
+
+
+async def test_a_delivery_without_proof_is_not_taken():
+    async with world() as w:
+        unsigned = await w.sender.send(b"{}", None)
+        forged = await w.sender.send(
+            b"{}", verifier(with_secret(Settings.model_construct(), "another secret than the platform's"))
+        )
+    assert [unsigned.status, forged.status, w.receiver.refused] == [401, 401, 2]
+
+
+async def test_a_deleted_chat_leaves_the_history_and_is_gone():
+    async with world() as w:
+        session_id = await w.session()
+        chat = await w.api.send_message(session_id, "Forget me", None)
+        kept = await w.api.send_message(session_id, "ok", None)
+        await w.api.delete_chat(chat["id"])
+        history = await w.api.history(session_id)
+        again = await w.http.delete(f"/chats/{chat['id']}")
+    assert history["messages"] == [{"role": "user", "content": "ok"}, *kept["output"]]
+    assert again.status_code == 404
+
+
+async def _what_happened(seed: int, count: int, chunk: int) -> set[tuple[str, str, frozenset[str], bool]]:
+    faults = Faults(seed=seed, duplicates=0.5, reorder=0.3, output_missing_at_creation=0.3, loss=0.2)
+    script = list(conversations(seed, count))
+    async with world(faults) as w:
+        for start in range(0, count, chunk):
+            await hold(w, script[start : start + chunk])
+        deliveries = await w.deliveries()
+    without_times = [
+        {name: value for name, value in delivery.chat.items() if not name.endswith("At")} for delivery in deliveries
+    ]
+    return {
+        (delivery.type, json.dumps(chat), frozenset(map(str, delivery.faults)), delivery.outcome == "lost")
+        for delivery, chat in zip(deliveries, without_times, strict=True)
+    }
+
+
+async def test_the_same_seed_gives_the_same_conversations_ids_and_faults_whatever_the_concurrency():
+    first = await _what_happened(7, 12, chunk=1)
+    assert await _what_happened(7, 12, chunk=12) == first
+    assert await _what_happened(8, 12, chunk=12) != first
+    assert len(first) > 30
+
+
+def test_a_longer_run_begins_like_a_shorter_one_and_holds_what_breaks_archives():
+    script = list(conversations(1, 200))
+    assert list(conversations(1, 20)) == script[:20]
+    texts = [line.text for conversation in script for line in conversation.lines]
+    assert any(line.is_deleted for conversation in script for line in conversation.lines)
+    assert texts.count("ok") > 20
+    for piece in ("👍", "שלום", "مرحبا", '"', "\n", "\\"):
+        assert any(piece in text for text in texts), piece
+
+
+async def test_sessions_have_now_and_then_several_outputs():
+    async with world() as w:
+        session_id = await w.session()
+        outputs = [(await w.api.send_message(session_id, "ok", None))["output"] for _ in range(40)]
+    assert {len(output) for output in outputs} == {1, 2}
+
+
+async def test_fault_loss_nothing_is_sent_and_that_is_recorded():
+    async with world(Faults(loss=1)) as w:
+        await w.api.send_message(await w.session(), "Hello", None)
+        deliveries = await w.deliveries()
+    assert (w.receiver.requests, [delivery.outcome for delivery in deliveries]) == (0, ["lost"])
+
+
+async def test_fault_duplicates_the_same_chat_arrives_again_in_the_same_or_a_new_envelope():
+    async with world(Faults(duplicates=1)) as w:
+        for number in range(20):
+            await w.api.send_message(await w.session(), f"Hello {number}", None)
+        await w.deliveries()
+    by_chat: dict[str, list[int]] = {}
+    for index, (_, chat_id) in enumerate(w.receiver.told()):
+        by_chat.setdefault(chat_id, []).append(index)
+    assert {len(indexes) for indexes in by_chat.values()} == {2, 3}
+    for indexes in by_chat.values():
+        assert len({json.dumps(w.receiver.events[index]["chat"]) for index in indexes}) == 1
+    assert len(set(w.receiver.bodies)) > 20, "some in a new envelope"
+    assert any(len({w.receiver.bodies[i] for i in indexes}) < len(indexes) for indexes in by_chat.values())
+    assert w.sender.record.total("copies") == len(w.receiver.events) - 20
+
+
+async def test_fault_reorder_a_later_turn_overtakes():
+    async with world(Faults(seed=1, reorder=0.5)) as w:
+        session_id = await w.session()
+        sent = [(await w.api.send_message(session_id, f"{n}", None))["id"] for n in range(30)]
+        await w.deliveries()
+    arrived = [chat_id for _, chat_id in w.receiver.told()]
+    assert sorted(arrived) == sorted(sent)
+    assert arrived != sent
+
+
+async def test_fault_delay_the_webhook_comes_later_but_a_drain_does_not_wait_for_it():
+    async with world(Faults(delay=1)) as w:
+        await w.api.send_message(await w.session(), "Hello", None)
+        started = time.monotonic()
+        async with asyncio.timeout(10):
+            while not w.receiver.events:  # noqa: ASYNC110  # the deadline is above
+                await asyncio.sleep(0.01)
+        assert time.monotonic() - started > 0.1
+        await w.api.send_message(await w.session(), "Hello again", None)
+        await w.deliveries()
+        assert len(w.receiver.events) == 2
+
+
+async def test_fault_deletion_before_creation():
+    async with world(Faults(deletion_before_creation=1)) as w:
+        chat = await w.api.send_message(await w.session(), "Hello", None)
+        await w.api.delete_chat(chat["id"])
+        await w.deliveries()
+    assert [kind for kind, _ in w.receiver.told()] == ["chat.deleted", "chat.created"]
+
+
+async def test_fault_output_missing_at_creation_then_a_newer_revision_with_it():
+    async with world(Faults(output_missing_at_creation=1)) as w:
+        chats = [await w.api.send_message(await w.session(), f"Hello {n}", None) for n in range(12)]
+        await w.deliveries()
+    for chat in chats:
+        early, late = sorted(
+            (event["chat"] for event in w.receiver.events if event["chat"]["id"] == chat["id"]),
+            key=lambda told: str(told["updatedAt"]),
+        )
+        assert not early.get("output")
+        assert late == chat
+        assert early["updatedAt"] < late["updatedAt"]
+    assert {"output" in event["chat"] for event in w.receiver.events if not event["chat"].get("output")} == {
+        True,
+        False,
+    }
+
+
+async def test_fault_bare_deletion_tells_the_id_alone():
+    async with world(Faults(bare_deletion=1)) as w:
+        chat = await w.api.send_message(await w.session(), "Hello", None)
+        await w.api.delete_chat(chat["id"])
+        await w.deliveries()
+    assert {"id": chat["id"]} in [event["chat"] for event in w.receiver.events]
+
+
+@pytest.mark.parametrize("wrong", [{"loss": 1.1}, {"duplicates": -0.1}])
+def test_a_fault_that_is_no_probability_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Faults(**wrong)
+
+
+def test_a_session_has_room_for_a_bounded_number_of_chats():
+    upstream = Upstream()
+    session = upstream.create_session("N", "a")
+    for _ in range(MAX_CHATS):
+        upstream.create_chat(session.id, "ok", None)
+    with pytest.raises(FullError):
+        upstream.create_chat(session.id, "ok", None)
+
+
+async def test_a_busy_receiver_is_tried_again_a_few_times():
+    script = [JSONResponse({}, 503, {"retry-after": "0"}), JSONResponse({}, 500)]
+    async with world(script=script) as w:
+        await w.api.send_message(await w.session(), "Hello", None)
+        [delivery] = await w.deliveries()
+    assert (delivery.outcome, delivery.attempts, len(w.receiver.events)) == ("accepted", 3, 1)
+
+
+async def test_retry_after_is_honoured_within_bounds():
+    async with world(script=[JSONResponse({}, 429, {"retry-after": "86400"})]) as w:
+        await w.api.send_message(await w.session(), "Hello", None)
+        started = time.monotonic()
+        async with asyncio.timeout(30):
+            [delivery] = await w.deliveries()
+    assert delivery.outcome == "accepted"
+    assert time.monotonic() - started > 1
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(500, ATTEMPTS), (429, ATTEMPTS), (422, 1), (302, 1)])
+async def test_a_refusal_is_final_after_bounded_attempts(status, attempts):
+    async with world(script=[JSONResponse({}, status, {"retry-after": "0"}) for _ in range(10)]) as w:
+        await w.api.send_message(await w.session(), "Hello", None)
+        [delivery] = await w.deliveries()
+    assert (delivery.outcome, delivery.status, delivery.attempts) == ("refused", status, attempts)
+    assert w.receiver.requests == attempts
+
+
+async def test_no_receiver_at_all_is_recorded_as_unanswered():
+    async with serving(Starlette(), "127.0.0.1", 0) as url:
+        gone = url
+    async with Sender(gone, proving(), Record()) as sender:
+        delivery = await sender.send(b"{}", None)
+    assert (delivery.outcome, delivery.status) == ("unanswered", None)
+
+
+async def test_the_report_counts_what_was_sent():
+    async with world(Faults(duplicates=1, seed=3)) as w:
+        await w.api.send_message(await w.session(), "Hello", None)
+        await w.deliveries()
+        report = (await w.http.get(str(w.http.base_url).removesuffix("/api/") + "/simulator/report")).json()
+    sent = report["totals"]["sent"]
+    assert sent == len(w.receiver.events) == report["totals"]["copies"] + 1
+    assert report["outcomes"] == {"accepted": sent}
+    assert report["answers"] == {"stored": sent}
+    assert report["faults"] == {"duplicates": sent}
+    assert report["types"] == {"chat.created": sent}
+
+
+async def test_a_port_that_is_taken_is_an_error_and_no_exit():
+    async with serving(Starlette(), "127.0.0.1", 0) as url:
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(OSError, match="in use"):
+            async with serving(Starlette(), "127.0.0.1", port):
+                pass
+
+
+SIMULATE = """
+import sys
+from archiver.demo.faults import Faults
+from archiver.demo.serving import simulate
+from archiver.settings import Settings
+sys.exit(simulate(Settings(), host="127.0.0.1", port=0, webhook_url=None, faults=Faults(), api_key=None,
+                  announce=lambda url: print(url, flush=True)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_simulate_runs_alone_without_a_receiver_until_it_is_told_to_end(number):
+    command = [sys.executable, "-c", SIMULATE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        body = {"name": "N", "assistantId": "a"}
+        answer = httpx2.post(f"{url}/api/sessions", json=body, headers={"x-api-key": "k"}, trust_env=False)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert (answer.status_code, process.returncode, errors) == (201, 0, "")
