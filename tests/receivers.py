@@ -157,7 +157,9 @@ def begin(port: int, body: bytes, length: int | None = None) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", port), 30)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     told = len(body) if length is None else length
-    head = f"POST {WEBHOOK} HTTP/1.1\r\nhost: archiver\r\nx-webhook-secret: {SECRET}\r\ncontent-length: {told}\r\n\r\n"
+    head = (
+        f"POST {WEBHOOK} HTTP/1.1\r\nhost: archiver\r\nx-webhook-secret: {SECRET}\r\ncontent-length: {told}\r\n\r\n"
+    )
     connection.sendall(head.encode() + body)
     return connection
 

@@ -85,12 +85,12 @@ def database_gone(cluster: Cluster, url: str) -> Iterator[None]:
 
 def test_i1_stored_means_that_the_ledger_holds_the_bytes(receiver: Receiver, url: str) -> None:
     body = b" " + created("stored") + b"\n"
-    answer = receiver.post(body)
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.json()["status"] == "stored"
+    reply = receiver.post(body)
+    assert reply.status_code == 200
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.json()["status"] == "stored"
     query = "SELECT body, type, source, chat_id, key_id FROM archiver.events WHERE id = %s"
-    assert rows(url, query, answer.json()["id"]) == [
+    assert rows(url, query, reply.json()["id"]) == [
         (body, "chat.created", "webhook", "stored", signatures.key_id(SECRET))
     ]
 
@@ -105,9 +105,9 @@ def test_i3_a_redelivery_is_a_duplicate_of_the_same_row(receiver: Receiver, url:
 
 def test_i4_an_unknown_event_is_ignored_and_kept(receiver: Receiver, url: str) -> None:
     body = event("assistant.renamed", 1_705_311_000_000, {"id": "unknown"})
-    answer = receiver.post(body)
-    assert (answer.status_code, answer.json()["status"]) == (200, "ignored")
-    assert rows(url, "SELECT body FROM archiver.events WHERE id = %s", answer.json()["id"]) == [(body,)]
+    reply = receiver.post(body)
+    assert (reply.status_code, reply.json()["status"]) == (200, "ignored")
+    assert rows(url, "SELECT body FROM archiver.events WHERE id = %s", reply.json()["id"]) == [(body,)]
 
 
 # 401
@@ -149,14 +149,14 @@ def test_i2_only_a_delivery_that_proves_a_secret_gets_in_and_the_ledger_says_whi
             refused["from the future"] = signed(scheme, OLD, body, called, time.time() + 400)
         for why, headers in refused.items():
             reply = receiver.post(body, headers)
-            assert (why, answer.status_code) == (why, 401)
-            assert answer.json()["status"] == "unauthenticated"
-            assert answer.json()["reason"] in signatures.REASONS
-            assert "www-authenticate" in answer.headers
+            assert (why, reply.status_code) == (why, 401)
+            assert reply.json()["status"] == "unauthenticated"
+            assert reply.json()["reason"] in signatures.REASONS
+            assert "www-authenticate" in reply.headers
         assert counts(database_url) == (0, 0)
         for secret in (OLD, NEW):
             reply = receiver.post(created(secret), signed(scheme, secret, created(secret), called))
-            assert (answer.status_code, answer.json()["status"]) == (200, "stored")
+            assert (reply.status_code, reply.json()["status"]) == (200, "stored")
             query = "SELECT key_id FROM archiver.events WHERE chat_id = %s"
             assert rows(database_url, query, secret) == [(signatures.key_id(secret),)]
         assert receiver.metric('archiver_received_total{reason="missing_header",status="unauthenticated"}') == 1
@@ -191,8 +191,8 @@ def test_i12_one_byte_more_is_too_large_whether_its_length_is_told_or_not(
     connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
     pieces = iter([body[:1000], body[1000:LIMIT], body[LIMIT:]]) if chunked else body
     connection.request("POST", WEBHOOK, pieces, {"x-webhook-secret": SECRET}, encode_chunked=chunked)
-    answer = connection.getresponse()
-    assert (answer.status, json.loads(answer.read())["status"]) == (413, "too_large")
+    reply = connection.getresponse()
+    assert (reply.status, json.loads(reply.read())["status"]) == (413, "too_large")
     connection.close()
     assert deliveries_of(url, "too large") == []
 
@@ -232,7 +232,7 @@ def test_i4_what_cannot_be_read_is_quarantined_with_its_bytes_and_a_reason(
     body: bytes, reason: str, receiver: Receiver, url: str
 ) -> None:
     answers = [receiver.post(body) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [422, 422]
+    assert [reply.status_code for reply in answers] == [422, 422]
     told = answers[0].json()
     assert (told["status"], told["reason"], told["detail"]) == ("quarantined", reason, events.REASONS[reason])
     assert answers[1].json() == told
@@ -282,12 +282,12 @@ def test_i4_an_event_that_postgres_refuses_does_not_fail_its_batch(database_url:
 def test_other_paths_and_methods_are_refused_in_json(method: str, path: str, code: int, receiver: Receiver) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
     connection.request(method, path, headers={"x-webhook-secret": SECRET})
-    answer = connection.getresponse()
-    told = json.loads(answer.read())
+    reply = connection.getresponse()
+    told = json.loads(reply.read())
     connection.close()
-    assert (answer.status, answer.headers["content-type"]) == (code, "application/json")
+    assert (reply.status, reply.headers["content-type"]) == (code, "application/json")
     assert told["status"] == "refused"
-    assert ("allow" in answer.headers) == (code == 405)
+    assert ("allow" in reply.headers) == (code == 405)
 
 
 # 503
@@ -299,8 +299,8 @@ def test_i1_without_its_database_it_asks_to_come_again_and_recovers(cluster: Clu
         with database_gone(cluster, database_url):
             for _ in range(2):
                 reply = receiver.post(created("meanwhile"))
-                assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
-                assert int(answer.headers["retry-after"]) > 0
+                assert (reply.status_code, reply.json()["status"]) == (503, "unavailable")
+                assert int(reply.headers["retry-after"]) > 0
             assert receiver.get("/healthz").json() == {"status": "alive"}
             ready = receiver.get("/readyz")
             assert (ready.status_code, ready.json()["status"]) == (503, "not ready")

@@ -23,10 +23,10 @@ from archiver.demo import client as clients
 from archiver.demo.conversations import Conversation, conversations
 from archiver.demo.faults import Faults
 from archiver.demo.platform import Platform, create
-from archiver.demo.serving import serving, with_secret
+from archiver.demo.serving import serving, simulate, with_secret
 from archiver.demo.upstream import MAX_CHATS, FullError, Upstream
 from archiver.demo.webhooks import ATTEMPTS, Delivery, Record, Sender
-from archiver.settings import Settings
+from archiver.settings import Settings, SettingsError
 from archiver.signatures import SignatureError, Verifier, verifier
 
 SECRET = "whsec_c2ltdWxhdGlvbi1vbmx5LW5vdC1hLXNlY3JldA=="
@@ -453,11 +453,25 @@ async def test_a_port_that_is_taken_is_an_error_and_no_exit():
                 pass
 
 
+@pytest.mark.parametrize("url", ["localhost:8000/webhooks", "ftp://127.0.0.1/x", "http://", "http://[", "", "x\x00y"])
+def test_a_webhook_url_that_is_none_is_refused(url):
+    with pytest.raises(SettingsError, match="webhook URL"):
+        simulate(
+            with_secret(Settings.model_construct(), SECRET),
+            host="127.0.0.1",
+            port=0,
+            webhook_url=url,
+            faults=Faults(),
+            api_key=None,
+            announce=print,
+        )
+
+
 SIMULATE = """
 import sys
 from archiver.demo.faults import Faults
 from archiver.demo.serving import simulate
-from archiver.settings import Settings
+from archiver.settings import Settings, SettingsError
 sys.exit(simulate(Settings(), host="127.0.0.1", port=0, webhook_url=None, faults=Faults(), api_key=None,
                   announce=lambda url: print(url, flush=True)))
 """

@@ -50,7 +50,7 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
 @click.option("--secret", default="", help="Secret to sign them with.  [default: ARCHIVER_WEBHOOK_SECRETS]")
 @click.option("--api-key", help="The only x-api-key accepted.  [default: any]")
 @click.option("--loss", default=0.0, show_default=True, type=SHARE, help="Share of webhooks that are never sent.")
-@click.option("--duplicates", default=0.0, show_default=True, type=SHARE, help="Share of webhooks sent more than once.")
+@click.option("--duplicates", default=0.0, show_default=True, type=SHARE, help="Share of webhooks sent repeatedly.")
 @click.option("--reorder", default=0.0, show_default=True, type=SHARE, help="Share held until a later one arrived.")
 @click.option("--delay", default=0.0, show_default=True, type=SHARE, help="Share held for a while.")
 @click.option("--seed", default=1, show_default=True, help="Same seed and same calls, same ids and faults.")

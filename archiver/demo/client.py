@@ -9,6 +9,7 @@ import httpx2
 from archiver.demo.conversations import Conversation
 
 _PARALLEL = 12  # conversations
+_IDLE = 2.0  # seconds that a connection is kept unused: less than our server keeps it
 
 
 class Client:
@@ -49,7 +50,7 @@ def connect(api_url: str, api_key: str) -> httpx2.AsyncClient:
         base_url=api_url,
         headers={"x-api-key": api_key},
         timeout=30.0,
-        limits=httpx2.Limits(max_connections=_PARALLEL, max_keepalive_connections=_PARALLEL),
+        limits=httpx2.Limits(max_connections=_PARALLEL, max_keepalive_connections=_PARALLEL, keepalive_expiry=_IDLE),
         trust_env=False,
     )
 

@@ -83,7 +83,7 @@ async def _until_stopped(plan: _Plan, view: View) -> int:
             await demo
         except asyncio.CancelledError:
             view.say("Stopped." if outcome.code is not None else "Stopped before the archive could be compared.")
-        except (EmbeddedError, ReceiverError, OSError) as error:
+        except (EmbeddedError, ReceiverError, OSError, psycopg.Error) as error:
             view.say(str(error))
             return 1
         except BusyError:

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import httpx2
 import uvicorn
 from pydantic import SecretStr
 from starlette.types import ASGIApp
@@ -14,7 +15,7 @@ from archiver import signatures
 from archiver.demo.faults import Faults
 from archiver.demo.platform import Platform, create
 from archiver.demo.webhooks import Record, Sender
-from archiver.settings import Settings
+from archiver.settings import Settings, SettingsError
 
 _GRACE = 3  # seconds for requests under way
 _DRAIN = 5.0  # seconds for webhooks under way
@@ -83,6 +84,17 @@ def with_secret(settings: Settings, secret: str) -> Settings:
     return settings.model_copy(update={"webhook_secrets": SecretStr(secret)})
 
 
+def _check(webhook_url: str | None) -> None:
+    if webhook_url is None:
+        return
+    try:
+        url = httpx2.URL(webhook_url)
+    except httpx2.InvalidURL:
+        url = httpx2.URL()
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise SettingsError("The webhook URL must be like http://127.0.0.1:8000/webhooks/callhq.")
+
+
 def simulate(
     settings: Settings,
     *,
@@ -95,8 +107,10 @@ def simulate(
 ) -> int:
     """Run the simulated platform until Ctrl-C or SIGTERM; `announce` gets its URL once it listens.
 
-    Webhooks are signed as `settings` say. Raises `SettingsError` without a secret, `OSError` without the port.
+    Webhooks are signed as `settings` say. Raises `SettingsError` without a secret or for a URL that is none,
+    `OSError` without the port.
     """
+    _check(webhook_url)
     signing = settings if webhook_url else settings.model_copy(update={"webhook_scheme": "none"})
     verifier = signatures.verifier(signing)
 

@@ -23,6 +23,7 @@ ATTEMPTS = 3
 _PARALLEL = 16  # requests, and connections
 _UNFINISHED = 10_000  # webhooks; a call that would cause more waits
 _KEPT = 200_000  # deliveries of which the bytes are remembered
+_IDLE = 2.0  # seconds that a connection is kept unused: less than servers keep it, so that none is used as it ends
 _TIMEOUT = 10.0  # seconds for one answer
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
 _HOLD = 1.0  # longest, in seconds
@@ -90,7 +91,9 @@ class Sender:
         self._hurry = asyncio.Event()
         self._client = httpx2.AsyncClient(
             timeout=_TIMEOUT,
-            limits=httpx2.Limits(max_connections=_PARALLEL, max_keepalive_connections=_PARALLEL),
+            limits=httpx2.Limits(
+                max_connections=_PARALLEL, max_keepalive_connections=_PARALLEL, keepalive_expiry=_IDLE
+            ),
             trust_env=False,
         )
 
@@ -125,8 +128,8 @@ class Sender:
         self._hurry.clear()
 
     async def send(self, body: bytes, signer: Verifier | None) -> Delivery:
-        """Send any bytes, once, without retries, with the proof that `signer` makes, or none."""
-        answer = await self._post(body, signer, attempts=1)
+        """Send any bytes, once, with the proof that `signer` makes, or none."""
+        answer = await self._post(body, signer)
         return self._note(Webhook("other", "", "", {}, frozenset(), 0, False, False, 0.0), body, answer, False)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -174,14 +177,14 @@ class Sender:
 
     async def _sending(self, webhook: Webhook, body: bytes, is_copy: bool) -> None:
         async with self._slots:
-            self._note(webhook, body, await self._post(body, self.verifier, attempts=ATTEMPTS), is_copy)
+            self._note(webhook, body, await self._post(body, self.verifier), is_copy)
 
-    async def _post(self, body: bytes, signer: Verifier | None, *, attempts: int) -> "_Answer":
+    async def _post(self, body: bytes, signer: Verifier | None) -> "_Answer":
         message_id = f"msg_{uuid.uuid4().hex}"
         answer = _Answer("unanswered", None, "", 0)
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             answer, pause = await self._attempt(body, signer, message_id, attempt)
-            if pause is None or attempt == attempts:
+            if pause is None or attempt == ATTEMPTS:
                 break
             await asyncio.sleep(pause)
         return answer

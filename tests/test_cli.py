@@ -1,0 +1,539 @@
+"""The command line as its users meet it: real processes, their output and their exit codes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import psycopg
+import pytest
+
+from archiver import schema
+from archiver.database import database_url as parse_url
+from tests import servers
+from tests.conftest import Cluster
+from tests.payloads import SECRET, created
+from tests.receivers import archiver, serving, starting, until
+
+# What is tested here stands in front of Postgres: one version of it is enough.
+pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
+
+HUNTER = "hunter2-hunter2-hunter2"  # a secret that no output may hold
+NOWHERE = "postgresql://archiver@127.0.0.1:1/archive"  # port 1: nobody listens
+
+
+def said(process: CompletedProcess[Any]) -> str:
+    """All that a command printed, line breaks that only fit a terminal taken out."""
+    assert "Traceback" not in process.stderr
+    return " ".join((process.stdout + process.stderr).split())
+
+
+def failed(process: CompletedProcess[Any]) -> str:
+    """What a command that failed said, to people, on stderr."""
+    text = said(process)
+    assert process.returncode == 1, text
+    assert process.stdout == ""
+    return text
+
+
+@pytest.fixture(scope="module")
+def url(cluster: Cluster) -> Iterator[str]:
+    """A migrated database for all tests that do no harm to it."""
+    url = cluster.clone()
+    yield url
+    cluster.drop(url)
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("serve",),
+        ("migrate",),
+        ("status",),
+        ("doctor",),
+        ("quarantine",),
+        ("quarantine", "list"),
+        ("quarantine", "show"),
+        ("quarantine", "retry"),
+    ],
+)
+def test_every_command_explains_itself(arguments: tuple[str, ...], cluster: Cluster) -> None:
+    del cluster
+    process = archiver(*arguments, "--help")
+    assert process.returncode == 0
+    assert process.stdout.startswith("Usage: ")
+    assert process.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sevre",),
+        ("serve", "--port", "70000"),
+        ("serve", "--workers", "0"),
+        ("serve", "--no-such-option"),
+        ("quarantine", "show"),
+        ("quarantine", "show", "one"),
+        ("quarantine", "list", "--limit", "0"),
+        ("quarantine", "retry"),
+        ("quarantine", "retry", "1", "--all"),
+        ("migrate", "extra"),
+    ],
+)
+def test_wrong_usage_is_2(arguments: tuple[str, ...], cluster: Cluster) -> None:
+    del cluster
+    process = archiver(*arguments, database_url=NOWHERE)
+    assert process.returncode == 2
+    assert "Usage: " in said(process)
+
+
+# serve
+
+
+@pytest.mark.parametrize("secrets", [{}, {"ARCHIVER_WEBHOOK_SECRETS": " , ,"}])
+def test_serve_refuses_without_a_secret_and_says_how_to_make_one(url: str, secrets: dict[str, str]) -> None:
+    text = failed(archiver("serve", "--port", "0", database_url=url, **secrets))
+    assert "ARCHIVER_WEBHOOK_SECRETS" in text
+    assert "secrets.token_urlsafe(32)" in text
+    assert "--insecure" in text
+
+
+@pytest.mark.parametrize("scheme", ["secret", "none"])
+def test_insecure_lets_it_serve_without_and_warns(url: str, scheme: str) -> None:
+    settings = {"ARCHIVER_WEBHOOK_SECRETS": "", "ARCHIVER_WEBHOOK_SCHEME": scheme}
+    with serving(url, "--insecure", **settings) as receiver:
+        assert receiver.post(created(f"unsigned-{scheme}"), {}).json()["status"] == "stored"
+        assert '"level": "warning"' in receiver.stderr() or scheme == "none"
+    with psycopg.connect(url) as connection:
+        query = "SELECT key_id FROM archiver.events WHERE chat_id = %s"
+        assert connection.execute(query, (f"unsigned-{scheme}",)).fetchall() == [("none",)]
+
+
+def test_insecure_beside_a_secret_still_verifies(url: str) -> None:
+    with serving(url, "--insecure") as receiver:
+        assert receiver.post(created(), {}).status_code == 401
+
+
+def test_scheme_none_must_be_wanted(url: str) -> None:
+    text = failed(archiver("serve", database_url=url, ARCHIVER_WEBHOOK_SCHEME="none"))
+    assert "ARCHIVER_WEBHOOK_SCHEME" in text
+    assert "--insecure" in text
+
+
+def test_serve_on_an_unmigrated_database_says_to_migrate(empty_database_url: str) -> None:
+    text = failed(archiver("serve", "--port", "0", database_url=empty_database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER))
+    assert "archiver migrate" in text
+    assert HUNTER not in text
+
+
+def test_serve_migrates_where_it_is_asked_to(empty_database_url: str) -> None:
+    with serving(empty_database_url, "--migrate") as receiver:
+        assert receiver.post(created()).json()["status"] == "stored"
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ARCHIVER_WEBHOOK_SCHEME", HUNTER),
+        ("ARCHIVER_MAX_BODY", HUNTER),
+        ("ARCHIVER_MAX_BODY", "0"),
+        ("ARCHIVER_QUEUE_EVENTS", "-1"),
+        ("ARCHIVER_BATCH_EVENTS", "1001"),
+        ("ARCHIVER_TIMESTAMP_TOLERANCE", "0"),
+        ("ARCHIVER_LOG_LEVEL", "loud"),
+        ("ARCHIVER_PREPARED_STATEMENTS", "perhaps"),
+        ("ARCHIVER_SECRET_HEADER", " "),
+    ],
+)
+def test_a_wrong_setting_is_named_and_its_value_is_not_told(url: str, name: str, value: str) -> None:
+    text = failed(archiver("serve", "--port", "0", database_url=url, **{name: value}))
+    assert name in text
+    assert HUNTER not in text
+
+
+def test_all_wrong_settings_are_named_at_once(url: str) -> None:
+    text = failed(archiver("status", database_url=url, ARCHIVER_MAX_BODY="x", ARCHIVER_LOG_FORMAT="x"))
+    assert "ARCHIVER_MAX_BODY" in text
+    assert "ARCHIVER_LOG_FORMAT" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"ARCHIVER_WEBHOOK_SCHEME": "standard", "ARCHIVER_WEBHOOK_SECRETS": f"{HUNTER}!"}, "base64"),
+        ({"ARCHIVER_WEBHOOK_SCHEME": "hmac", "ARCHIVER_HMAC_TEMPLATE": "{timestamp}"}, "ARCHIVER_HMAC_TEMPLATE"),
+        ({"ARCHIVER_WEBHOOK_SCHEME": "hmac", "ARCHIVER_HMAC_TEMPLATE": "{bodi}"}, "ARCHIVER_HMAC_TEMPLATE"),
+    ],
+)
+def test_a_scheme_that_cannot_work_is_refused_at_the_start(url: str, settings: dict[str, str], told: str) -> None:
+    text = failed(archiver("serve", database_url=url, **{"ARCHIVER_WEBHOOK_SECRETS": HUNTER, **settings}))
+    assert told in text
+    assert HUNTER not in text
+
+
+def test_settings_may_stand_in_files(url: str, tmp_path: Path) -> None:
+    secrets, database = tmp_path / "secrets", tmp_path / "url"
+    secrets.write_text(f"\n{SECRET}\n")
+    database.write_text(f"{url}\n")
+    files = {"ARCHIVER_WEBHOOK_SECRETS_FILE": str(secrets), "DATABASE_URL_FILE": str(database)}
+    with serving(None, **files, ARCHIVER_WEBHOOK_SECRETS="") as receiver:
+        assert receiver.post(created("by file")).json()["status"] == "stored"
+    assert archiver("migrate", "--check", DATABASE_URL_FILE=str(database)).returncode == 0
+
+
+def test_a_setting_and_its_file_together_are_refused(url: str, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text(url)
+    text = failed(archiver("status", database_url=url, DATABASE_URL_FILE=str(tmp_path / "url")))
+    assert "DATABASE_URL and DATABASE_URL_FILE are both set" in text
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_named(url: str, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "secrets"
+    if content is not None:
+        path.write_bytes(content)
+    text = failed(archiver("serve", database_url=url, ARCHIVER_WEBHOOK_SECRETS_FILE=str(path)))
+    assert f"ARCHIVER_WEBHOOK_SECRETS_FILE: cannot read {path}" in text
+
+
+# DATABASE_URL
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        f"mysql://archiver:{HUNTER}@localhost/archive",
+        f"postgresql+asyncpg://archiver:{HUNTER}@localhost/archive",
+        f"{HUNTER} is not a URL",
+        f"//{HUNTER}",
+        f"postgresql://archiver:{HUNTER}",
+        f"postgresql://archiver:{HUNTER}@localhost:port/archive",
+    ],
+)
+def test_a_wrong_database_url_is_named_and_not_told(wrong: str, cluster: Cluster) -> None:
+    del cluster
+    for command in (["status"], ["migrate"], ["serve", "--insecure"]):
+        text = failed(archiver(*command, database_url=wrong))
+        assert "DATABASE_URL" in text
+        assert HUNTER not in text
+
+
+@pytest.mark.parametrize(
+    "unreachable",
+    [
+        f"postgresql://archiver:{HUNTER}@127.0.0.1:1/archive",
+        f"postgres://archiver:{HUNTER}%40%2F%3A%23@127.0.0.1:1/archive",
+        f"postgresql://archiver:{HUNTER}/?#:@127.0.0.1:1/archive",
+        f"postgresql://archiver@127.0.0.1:1/archive?password={HUNTER}",
+        f"postgresql://archiver:{HUNTER}@no-such-host.invalid/archive",
+        f"postgresql://archiver:{HUNTER}@127.0.0.1:99999/archive",
+        f"postgresql://archiver:{HUNTER}@127.0.0.1:1/archive?no_such_option=1",
+    ],
+)
+def test_an_unreachable_database_is_explained_without_the_password(unreachable: str, cluster: Cluster) -> None:
+    del cluster
+    text = failed(archiver("status", database_url=unreachable))
+    assert "DATABASE_URL" in text
+    assert "archiver doctor" in text
+    assert HUNTER not in text
+
+
+def test_a_database_that_does_not_exist_is_explained(cluster: Cluster) -> None:
+    text = failed(archiver("migrate", database_url=cluster.url("no_such_database")))
+    assert "no_such_database" in text
+
+
+# migrate
+
+
+def test_migrate_brings_an_empty_database_to_head_and_check_only_tells(empty_database_url: str) -> None:
+    text = failed(archiver("migrate", "--check", database_url=empty_database_url))
+    assert "archiver migrate" in text
+    for arguments in (["migrate"], ["migrate", "--check"], ["migrate"]):
+        process = archiver(*arguments, database_url=empty_database_url)
+        assert (arguments, process.returncode) == (arguments, 0)
+        assert schema.head() in process.stdout
+
+
+def test_check_changes_nothing(empty_database_url: str) -> None:
+    archiver("migrate", "--check", database_url=empty_database_url)
+    with psycopg.connect(empty_database_url) as connection:
+        found = connection.execute("SELECT count(*) FROM pg_namespace WHERE nspname IN ('archiver', 'analytics')")
+        assert found.fetchone() == (0,)
+
+
+def test_a_schema_of_the_future_is_left_alone(database_url: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute("UPDATE archiver.schema_version SET version_num = 'future'")
+    for command in (["migrate"], ["migrate", "--check"], ["status"], ["quarantine", "list"]):
+        assert "upgrade callhq-archiver" in failed(archiver(*command, database_url=database_url))
+
+
+# status
+
+
+def test_status_tells_what_the_archive_holds(database_url: str) -> None:
+    with serving(database_url) as receiver:
+        for chat_id, session_id in (("a", "s"), ("b", "s"), ("c", "t"), ("a", "s")):
+            receiver.post(created(chat_id, session_id))
+        receiver.post(b"{}")
+    process = archiver("status", "--json", database_url=database_url)
+    assert process.returncode == 0
+    figures = json.loads(process.stdout)
+    expected = {"sessions": 2, "chats": 3, "messages": 6, "events": 3, "deliveries": 4, "quarantine": 1}
+    assert {name: figures[name] for name in expected} == expected
+    assert figures["quarantine_reasons"] == {"no_event_type": 1}
+    assert figures["coverage"] == {"open": 2}
+    text = said(archiver("status", database_url=database_url))
+    assert "sessions 2 2 open" in text
+    assert "events 3 4 deliveries" in text
+    assert "archiver quarantine list" in text
+    assert "UTC" in text
+
+
+def test_status_of_an_empty_archive(url: str, database_url: str) -> None:
+    del url
+    process = archiver("status", database_url=database_url)
+    assert process.returncode == 0
+    assert "last event never" in said(process)
+
+
+# doctor
+
+
+def verdicts(process: CompletedProcess[Any]) -> dict[str, str]:
+    assert process.stderr == ""
+    return {finding["check"]: finding["verdict"] for finding in json.loads(process.stdout)}
+
+
+def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
+    process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    assert process.returncode == 0
+    assert HUNTER not in said(process)
+    process = archiver("doctor", "--json", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    assert process.returncode == 0
+    found = verdicts(process)
+    assert {"webhook secret", "database", "version", "durability", "schema", "privileges", "clock"} <= found.keys()
+    assert "failure" not in found.values()
+    assert HUNTER not in process.stdout
+
+
+def test_doctor_warns_of_a_secret_that_can_be_guessed(database_url: str) -> None:
+    process = archiver("doctor", "--json", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=f"{HUNTER},short")
+    assert process.returncode == 0
+    assert verdicts(process)["webhook secret"] == "warning"
+
+
+@pytest.fixture
+def password_url(cluster: Cluster, database_url: str) -> Iterator[str]:
+    """The URL of a user who must give a password, with a wrong one."""
+    with psycopg.connect(cluster.url("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE ROLE locked LOGIN PASSWORD 'the right one'")
+        (path,) = connection.execute("SHOW hba_file").fetchone() or ("",)
+        rules = Path(path).read_text()
+        Path(path).write_text(f"local all locked scram-sha-256\n{rules}")
+        connection.execute("SELECT pg_reload_conf()")
+        wrong = parse_url(database_url).set(drivername="postgresql", username="locked", password=HUNTER)
+        told = wrong.render_as_string(hide_password=False)
+        yield told
+        Path(path).write_text(rules)
+        connection.execute("SELECT pg_reload_conf()")
+        connection.execute("DROP ROLE locked")
+
+
+def test_doctor_and_the_others_name_a_wrong_password(password_url: str) -> None:
+    def is_refused() -> bool:
+        try:
+            psycopg.connect(password_url).close()
+        except psycopg.OperationalError:
+            return True
+        return False
+
+    until(is_refused, "Postgres asks for the password")
+    for command in (["doctor"], ["doctor", "--json"], ["status"], ["migrate"]):
+        process = archiver(*command, database_url=password_url, ARCHIVER_WEBHOOK_SECRETS=SECRET)
+        assert process.returncode == 1
+        assert "password authentication failed" in said(process)
+        assert "DATABASE_URL" in said(process)
+        assert HUNTER not in said(process)
+
+
+def test_doctor_says_what_to_do_about_an_unmigrated_database(empty_database_url: str) -> None:
+    process = archiver("doctor", database_url=empty_database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    assert process.returncode == 1
+    assert "archiver migrate" in said(process)
+    process = archiver("doctor", "--json", database_url=empty_database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    assert (process.returncode, verdicts(process)["schema"]) == (1, "failure")
+
+
+@pytest.mark.parametrize(
+    ("settings", "check"),
+    [
+        ({"DATABASE_URL": NOWHERE}, "database"),
+        ({"DATABASE_URL": "postgresql://archiver@no-such-host.invalid/archive"}, "database"),
+        ({"DATABASE_URL": f"mysql://{HUNTER}"}, "database"),
+        ({"DATABASE_URL": NOWHERE, "ARCHIVER_WEBHOOK_SECRETS": ""}, "webhook secret"),
+        ({"DATABASE_URL": NOWHERE, "ARCHIVER_MAX_BODY": "x"}, "settings"),
+    ],
+)
+def test_doctor_fails_with_advice(settings: dict[str, str], check: str, cluster: Cluster) -> None:
+    del cluster
+    process = archiver("doctor", "--json", **{"ARCHIVER_WEBHOOK_SECRETS": HUNTER, **settings})
+    assert process.returncode == 1
+    assert verdicts(process)[check] == "failure"
+    assert all(finding["advice"] for finding in json.loads(process.stdout) if finding["verdict"] == "failure")
+    assert HUNTER not in process.stdout
+    process = archiver("doctor", **{"ARCHIVER_WEBHOOK_SECRETS": HUNTER, **settings})
+    assert process.returncode == 1
+    assert f"failure {check}" in said(process)
+
+
+def test_doctor_finds_missing_privileges(cluster: Cluster, database_url: str) -> None:
+    cluster.execute("CREATE ROLE guest LOGIN")
+    try:
+        with psycopg.connect(database_url) as connection:
+            connection.execute("GRANT USAGE ON SCHEMA archiver TO guest")
+            connection.execute("GRANT SELECT ON ALL TABLES IN SCHEMA archiver TO guest")
+        guest = parse_url(database_url).set(drivername="postgresql", username="guest").render_as_string()
+        process = archiver("doctor", "--json", database_url=guest, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+        assert (process.returncode, verdicts(process)["privileges"]) == (1, "failure")
+        assert "GRANT INSERT ON archiver.events" in process.stdout
+    finally:
+        with psycopg.connect(database_url) as connection:
+            connection.execute("DROP OWNED BY guest")
+        cluster.execute("DROP ROLE guest")
+
+
+# quarantine
+
+STRANGE = b'{"\x1b[31m\x1b]0;owned\x07\x9b2J": "\xc2\x9b2J \xe2\x80\xae \xf0\x9f\x98\x80 \r\x08"'
+
+
+@pytest.fixture
+def quarantined(database_url: str) -> dict[bytes, int]:
+    """Two deliveries in the quarantine, and their ids."""
+    with serving(database_url) as receiver:
+        return {body: receiver.post(body).json()["id"] for body in (STRANGE, b"{}")}
+
+
+def test_i4_the_quarantine_can_be_listed_shown_and_retried(database_url: str, quarantined: dict[bytes, int]) -> None:
+    def quarantine(*arguments: str, text: bool = True) -> CompletedProcess[Any]:
+        return archiver("quarantine", *arguments, database_url=database_url, text=text)
+
+    ids = [str(quarantined[body]) for body in (STRANGE, b"{}")]
+    listed = quarantine("list")
+    assert listed.returncode == 0
+    assert "not_json" in listed.stdout
+    assert "owned" not in listed.stdout
+    rows = json.loads(quarantine("list", "--json").stdout)
+    assert [(str(row["id"]), row["reason"], row["bytes"]) for row in rows] == [
+        (ids[0], "not_json", len(STRANGE)),
+        (ids[1], "no_event_type", 2),
+    ]
+    assert "body" not in rows[0]
+    assert [str(row["id"]) for row in json.loads(quarantine("list", "--json", "--limit", "1").stdout)] == ids[:1]
+    filtered = json.loads(quarantine("list", "--json", "--reason", "no_event_type").stdout)
+    assert [str(row["id"]) for row in filtered] == ids[1:]
+
+    shown = quarantine("show", ids[0])
+    assert shown.returncode == 0
+    assert "not_json" in shown.stdout
+    assert re.fullmatch(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e]*", shown.stdout)
+    assert "\\x1b[31m" in shown.stdout
+    assert "\U0001f600" in shown.stdout
+    raw = quarantine("show", ids[0], "--raw", text=False)
+    assert (raw.returncode, raw.stdout, raw.stderr) == (0, STRANGE, b"")
+
+    retried = quarantine("retry", "--all", "--json")
+    assert retried.returncode == 1
+    assert {key: value["status"] for key, value in json.loads(retried.stdout).items()} == dict.fromkeys(
+        ids, "quarantined"
+    )
+    assert "still quarantined" in quarantine("retry", ids[0]).stdout
+
+
+def test_i4_what_can_be_archived_by_now_leaves_the_quarantine(database_url: str) -> None:
+    body = created("patience", externalChatId="refused")
+    with psycopg.connect(database_url, autocommit=True) as connection, serving(database_url) as receiver:
+        connection.execute("ALTER TABLE archiver.chats ADD CONSTRAINT strict CHECK (external_id <> 'refused')")
+        told = receiver.post(body).json()
+        assert (told["status"], told["reason"]) == ("quarantined", "not_storable")
+        received = connection.execute("SELECT received_at FROM archiver.quarantine").fetchall()
+        assert archiver("quarantine", "retry", str(told["id"]), database_url=database_url).returncode == 1
+        connection.execute("ALTER TABLE archiver.chats DROP CONSTRAINT strict")
+        retried = archiver("quarantine", "retry", "--reason", "not_storable", database_url=database_url)
+        assert (retried.returncode, retried.stderr) == (0, "")
+        assert f"{told['id']}: stored as event" in retried.stdout
+        assert connection.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
+        assert connection.execute("SELECT body FROM archiver.events").fetchall() == [(body,)]
+        assert connection.execute("SELECT received_at FROM archiver.events").fetchall() == received
+        assert receiver.post(body).json()["status"] == "duplicate"
+
+
+def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
+    del url
+    for arguments in (["list"], ["retry", "--all"]):
+        process = archiver("quarantine", *arguments, database_url=database_url)
+        assert (process.returncode, process.stdout) == (0, "Nothing is quarantined.\n")
+    assert json.loads(archiver("quarantine", "list", "--json", database_url=database_url).stdout) == []
+    assert json.loads(archiver("quarantine", "retry", "--all", "--json", database_url=database_url).stdout) == {}
+
+
+def test_an_unknown_quarantine_id_is_1(url: str) -> None:
+    assert "7 is not in the quarantine" in failed(archiver("quarantine", "show", "7", database_url=url))
+    process = archiver("quarantine", "retry", "7", database_url=url)
+    assert process.returncode == 1
+    assert "7: no such row" in said(process)
+    process = archiver("quarantine", "show", "7", "--raw", database_url=url)
+    assert (process.returncode, process.stdout) == (1, "")
+
+
+# The embedded database
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    # Not below pytest's folder, which only its owner may enter: as root, Postgres runs as somebody else.
+    folder = Path(tempfile.mkdtemp(prefix="archiver-cli-"))
+    folder.chmod(0o711)
+    yield folder / "a home"
+    shutil.rmtree(folder)
+
+
+def test_without_a_database_url_the_commands_share_the_embedded_database(home: Path, cluster: Cluster) -> None:
+    del cluster
+    with starting(None, ARCHIVER_HOME=str(home)) as receiver, receiver:
+        assert receiver.post(created()).json()["status"] == "stored"
+        assert json.loads(archiver("status", "--json", ARCHIVER_HOME=str(home)).stdout)["events"] == 1
+        receiver.signal(signal.SIGTERM)
+        assert receiver.wait() == 0
+    assert home.is_dir()
+    process = archiver("status", "--json", ARCHIVER_HOME=str(home))
+    assert json.loads(process.stdout)["messages"] == 2
+    assert archiver("migrate", "--check", ARCHIVER_HOME=str(home)).returncode == 0
+    running = [
+        pid
+        for pid in os.listdir("/proc")
+        if pid.isdigit() and str(home).encode() in read(Path("/proc", pid, "cmdline"))
+    ]
+    assert running == []
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile
+        return b""

@@ -1,0 +1,87 @@
+"""The documentation says what the program does: settings, routes, reasons, commands, tables."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from sqlalchemy import Engine, text
+
+from archiver import events, settings, signatures, tables
+from archiver.app import create
+from archiver.cli import cli
+from archiver.database import transaction
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def table_rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip().strip("|").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_settings_page_lists_every_setting_with_its_default_and_meaning() -> None:
+    wanted = [[f"`{name}`", f"`{default}`" if default else "", text] for name, default, text in settings.table()]
+    assert table_rows("settings.md", "All settings") == wanted
+
+
+def test_the_http_page_lists_every_route() -> None:
+    app = create(settings.Settings(DATABASE_URL="postgresql://nowhere/none", ARCHIVER_WEBHOOK_SECRETS="x" * 20))
+    page = (ROOT / "docs" / "http.md").read_text()
+    for route in app.routes:
+        assert f"{route.path}`" in page, route  # type: ignore[attr-defined]  # all of ours are Routes
+
+
+def test_the_http_page_lists_every_reason_to_refuse_or_quarantine() -> None:
+    listed = {row[0].strip("`") for row in table_rows("http.md", "Reasons")}
+    assert listed == {*events.REASONS, *signatures.REASONS, "too_large", "not_storable", "not_processable"}
+
+
+def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, click.Command]]:
+    found = []
+    for name, command in group.commands.items():
+        found.append((f"{prefix} {name}", command))
+        if isinstance(command, click.Group):
+            found += commands(command, f"{prefix} {name}")
+    return found
+
+
+def test_the_command_page_lists_every_command_and_option() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for name, command in commands(cli):
+        assert f"`{name}" in page, name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and parameter.opts[0] != "--help":
+                assert any(option in page for option in parameter.opts), f"{name} {parameter.opts[0]}"
+
+
+def test_the_data_model_page_lists_every_table_and_column() -> None:
+    page = (ROOT / "docs" / "data-model.md").read_text()
+    for table in tables.metadata.tables.values():
+        section = page.split(f"### archiver.{table.name}\n", 1)[1].split("\n### ", 1)[0]
+        listed = re.findall(r"^\| `(\w+)` \| (.*?) \|$", section, re.MULTILINE)
+        assert listed == [(column.name, column.comment) for column in table.columns]
+
+
+def test_the_data_model_page_lists_every_view_and_column(engine: Engine) -> None:
+    page = (ROOT / "docs" / "data-model.md").read_text()
+    with transaction(engine) as connection:
+        found = connection.execute(
+            text(
+                "SELECT c.relname AS view, a.attname AS column, col_description(c.oid, a.attnum) AS meaning"
+                " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid"
+                " WHERE n.nspname = 'analytics' AND c.relkind = 'v' AND a.attnum > 0 ORDER BY 1, a.attnum"
+            )
+        ).all()
+    for view, column, meaning in found:
+        section = page.split(f"### analytics.{view}\n", 1)[1].split("\n### ", 1)[0]
+        assert f"| `{column}` | {meaning} |" in section, (view, column)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
