@@ -162,7 +162,7 @@ def create(configuration: Settings | None = None) -> Starlette:
     verifier = signatures.verifier(configuration)
 
     prepared = configuration.prepared_statements
-    writing = database.connect(url, pool_size=1, prepared_statements=prepared)
+    writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
     # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
     asking = database.connect(url, pool_size=1, prepared_statements=prepared)
     ingest = Ingest(
@@ -177,7 +177,7 @@ def create(configuration: Settings | None = None) -> Starlette:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         async with ingest.running():
             yield
-        writing.dispose()
+        await writing.dispose()
         asking.dispose()
         log.info("stopped")
 

@@ -3,10 +3,10 @@
 Holds no session state, so that PgBouncer in transaction mode serves: what a transaction needs is set inside it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import psycopg
@@ -14,9 +14,12 @@ from sqlalchemy import Connection, Engine, Row, bindparam, create_engine, text
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.sql.dml import ReturningInsert
 
 from archiver.settings import SettingsError
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5
 STATEMENT_SECONDS = 30
@@ -52,25 +55,34 @@ def database_url(value: str) -> URL:
 
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:
     """An engine with at most `pool_size` connections; none is opened yet."""
+    return create_engine(url, **_options(url, psycopg.RawCursor, pool_size, prepared_statements))
+
+
+def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> AsyncEngine:
+    """The same for an event loop."""
+    return create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
+
+
+def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,
         "application_name": "callhq-archiver",
-        "cursor_factory": psycopg.RawCursor,
+        "cursor_factory": cursor,
     }
     if not prepared_statements:
         arguments["prepare_threshold"] = None
-    return create_engine(
-        url,
-        paramstyle=PARAMSTYLE,
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_timeout=CONNECT_SECONDS,
-        pool_pre_ping=False,  # a dead connection shows itself at the transaction's first statement
-        connect_args=arguments | {k: v for k, v in url.query.items() if k in {"application_name", "connect_timeout"}},
-        hide_parameters=True,  # an error's text must never hold a message
-        json_serializer=lambda value: msgspec.json.encode(value).decode(),
-        json_deserializer=msgspec.json.decode,
-    )
+    # What the URL says goes before what we would say.
+    arguments |= {name: value for name, value in url.query.items() if name in arguments}
+    return {
+        "paramstyle": PARAMSTYLE,
+        "pool_size": pool_size,
+        "max_overflow": 0,
+        "pool_timeout": CONNECT_SECONDS,
+        "connect_args": arguments,
+        "hide_parameters": True,  # an error's text must never hold a message
+        "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+        "json_deserializer": msgspec.json.decode,
+    }
 
 
 @contextmanager
@@ -79,14 +91,27 @@ def transaction(
 ) -> Iterator[Connection]:
     """One durable transaction with bounded waits; commits at the end of the block, rolls back on an error."""
     with engine.begin() as connection:
-        connection.execute(
-            _OPEN,
-            {
-                "statement_timeout": str(round(statement_seconds * 1000)),
-                "lock_timeout": str(round(lock_seconds * 1000)),
-            },
-        )
+        _open(connection, statement_seconds, lock_seconds)
         yield connection
+
+
+async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
+    """What `work` answers, after the commit of the one durable transaction that it runs in.
+
+    `work` is ordinary code; the event loop goes on wherever it waits for Postgres.
+    """
+
+    def opened(connection: Connection) -> T:
+        _open(connection, STATEMENT_SECONDS, LOCK_SECONDS)
+        return work(connection)
+
+    async with engine.begin() as connection:
+        return await connection.run_sync(opened)
+
+
+def _open(connection: Connection, statement_seconds: float, lock_seconds: float) -> None:
+    limits = {"statement_timeout": statement_seconds, "lock_timeout": lock_seconds}
+    connection.execute(_OPEN, {name: str(round(seconds * 1000)) for name, seconds in limits.items()})
 
 
 def sqlstate(error: BaseException) -> str | None:

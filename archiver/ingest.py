@@ -1,13 +1,12 @@
 """Group commit: what waits is written in one transaction, and each waiting request learns its own outcome.
 
-While one batch commits, the next fills; a lone event waits for nobody. Statements run in one thread of their own, so
-that the event loop keeps receiving meanwhile.
+While one batch commits, the next fills; a lone event waits for nobody. The event loop keeps receiving wherever a
+statement waits for Postgres.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from time import perf_counter
@@ -17,9 +16,10 @@ import msgspec
 import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events, ledger, quarantine, telemetry
-from archiver.database import is_conflict, is_data_error, sqlstate, transaction
+from archiver.database import is_conflict, is_data_error, run_in_transaction, sqlstate, transaction
 from archiver.events import Event, Malformed
 from archiver.quarantine import Reject
 
@@ -68,7 +68,7 @@ class _Waiting(msgspec.Struct, frozen=True):
 class Ingest:
     """The queue of one process; takes deliveries while `running`."""
 
-    def __init__(self, engine: Engine, *, queue_events: int, queue_bytes: int, batch_events: int) -> None:
+    def __init__(self, engine: AsyncEngine, *, queue_events: int, queue_bytes: int, batch_events: int) -> None:
         self._engine = engine
         self._max_events, self._max_bytes, self._batch_events = queue_events, queue_bytes, batch_events
         self._queue: deque[_Waiting] = deque()
@@ -81,14 +81,13 @@ class Ingest:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Write batches meanwhile; at the end write what still waits, and take nothing more."""
-        with ThreadPoolExecutor(1, thread_name_prefix="ingest") as thread:
-            writer = asyncio.create_task(self._write_batches(thread))
-            try:
-                yield
-            finally:
-                self._closing = True
-                self._arrived.set()
-                await writer
+        writer = asyncio.create_task(self._write_batches())
+        try:
+            yield
+        finally:
+            self._closing = True
+            self._arrived.set()
+            await writer
 
     async def submit(self, delivery: Delivery) -> Outcome:
         """Commit one delivery, together with whatever else waits.
@@ -111,8 +110,7 @@ class Ingest:
             raise result
         return result
 
-    async def _write_batches(self, thread: ThreadPoolExecutor) -> None:
-        loop = asyncio.get_running_loop()
+    async def _write_batches(self) -> None:
         seconds = 0.0
         while self._queue or not self._closing:
             await self._gather(seconds)
@@ -123,7 +121,7 @@ class Ingest:
             started = perf_counter()
             deliveries = [waiting.delivery for waiting in batch]
             try:
-                results = await loop.run_in_executor(thread, write, self._engine, deliveries)
+                results = await write(self._engine, deliveries)
             except Exception:  # the supervisor: whatever happens, everyone is answered and the next batch comes
                 log.exception("batch failed", events=len(batch))
                 results = [UnavailableError()] * len(batch)
@@ -159,13 +157,13 @@ class Ingest:
             await self._arrived.wait()
 
 
-def write(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result]:
+async def write(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[Result]:
     """Commit these deliveries, in one transaction if they let us, and say of each what became of it.
 
     A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4).
     """
     try:
-        return list(_commit(engine, deliveries))
+        return list(await _commit(engine, deliveries))
     except SQLAlchemyError as error:
         if not is_data_error(error):
             return [_unavailable(error)] * len(deliveries)
@@ -173,17 +171,16 @@ def write(engine: Engine, deliveries: Sequence[Delivery]) -> list[Result]:
     except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
         fault = error
     if len(deliveries) == 1:
-        return [_quarantine_alone(engine, deliveries[0], fault)]
+        return [await _quarantine_alone(engine, deliveries[0], fault)]
     middle = len(deliveries) // 2
-    return write(engine, deliveries[:middle]) + write(engine, deliveries[middle:])
+    return await write(engine, deliveries[:middle]) + await write(engine, deliveries[middle:])
 
 
-def _commit(engine: Engine, deliveries: Sequence[Delivery]) -> list[Outcome]:
+async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[Outcome]:
     for attempt in range(CONFLICT_RETRIES + 1):
         started = perf_counter()
         try:
-            with transaction(engine) as connection:
-                outcomes = _store(connection, deliveries)
+            outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries))
         except DBAPIError as error:
             telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
             if is_conflict(error) and attempt < CONFLICT_RETRIES:
@@ -227,12 +224,14 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
     return Reject(content.body, reason, detail, delivery.received_at, delivery.key_id)
 
 
-def _quarantine_alone(engine: Engine, delivery: Delivery, fault: Exception) -> Result:
+async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
     reason, detail = _explain(fault)
     log.error("quarantined", reason=reason, detail=detail)
+    rejects = [_reject(delivery, reason, detail)]
     try:
-        with transaction(engine) as connection:
-            (row_id,) = quarantine.upsert_quarantine(connection, [_reject(delivery, reason, detail)])
+        (row_id,) = await run_in_transaction(
+            engine, lambda connection: quarantine.upsert_quarantine(connection, rejects)
+        )
     except SQLAlchemyError as error:
         return _unavailable(error)
     return Outcome("quarantined", row_id, reason, detail)

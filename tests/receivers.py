@@ -1,5 +1,6 @@
 """Real `archiver` processes: one that serves, from its start to the end of its last child, and short commands."""
 
+import atexit
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,24 +35,85 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
     return value
 
 
-def archiver(
-    *arguments: str, database_url: str | None = None, text: bool = True, **environment: str
-) -> subprocess.CompletedProcess[Any]:
-    """One command from start to end, with nothing in its environment that the test did not say."""
-    return subprocess.run(
-        [sys.executable, "-m", "archiver", *arguments],
-        check=False,
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        text=text,
-        timeout=60,
-        env=_environment(database_url, environment),
+# Imports the command line once, then forks a process for each command: importing costs more than most commands do.
+_COMMANDS = """
+import json, os, signal, sys, traceback
+from archiver.cli import main
+for line in sys.stdin:
+    told = json.loads(line)
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    signal.alarm(60)
+    for number, path in enumerate([os.devnull, told["stdout"], told["stderr"]]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
+    os.environ.clear()
+    os.environ.update(told["environment"])
+    sys.argv = ["archiver", *told["arguments"]]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else end.code is not None
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+@cache
+def _commands() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _COMMANDS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(None, {}),
     )
+
+    def stop() -> None:
+        process.communicate()  # the end of its input is its end
+
+    atexit.register(stop)
+    return process
+
+
+def archiver(
+    *arguments: str, database_url: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """One command from start to end, with nothing in its environment that the test did not say."""
+    ended = archiver_raw(*arguments, database_url=database_url, **environment)
+    return subprocess.CompletedProcess(ended.args, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+def archiver_raw(
+    *arguments: str, database_url: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """As `archiver`, with the bytes that it printed."""
+    process = _commands()
+    assert process.stdin
+    assert process.stdout
+    with tempfile.TemporaryDirectory(prefix="archiver-command-") as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        told = {"arguments": arguments, "environment": _environment(database_url, environment)}
+        process.stdin.write(json.dumps(told | {"stdout": str(stdout), "stderr": str(stderr)}) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, stdout.read_bytes(), stderr.read_bytes())
 
 
 def _environment(database_url: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     told = {} if database_url is None else {"DATABASE_URL": database_url}
-    return {**os.environ, **told, **settings}
+    # Where Python keeps no bytecode, each of hundreds of processes would compile every module again.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, "PYTHONPYCACHEPREFIX": _BYTECODE.name, **told, **settings}
+
+
+_BYTECODE = tempfile.TemporaryDirectory(prefix="archiver-bytecode-")
+atexit.register(_BYTECODE.cleanup)
 
 
 @dataclass

@@ -46,7 +46,7 @@ def receiver(url: str) -> Iterator[Receiver]:
 
 def rows(url: str, query: str, *parameters: Any) -> list[Any]:
     with psycopg.connect(url) as connection:
-        return connection.execute(query, parameters).fetchall()  # type: ignore[arg-type]  # tests build theirs
+        return connection.execute(query, parameters).fetchall()
 
 
 def counts(url: str) -> tuple[int, int]:
@@ -247,12 +247,12 @@ def test_i4_an_event_that_postgres_refuses_does_not_fail_its_batch(database_url:
     bodies = [created(f"chat-{n}", f"session-{n % 3}", input="poison" if n % 7 == 3 else "good") for n in range(20)]
     with serving(database_url) as receiver:
         with ledger_locked(database_url) as release:
-            connections = [begin(receiver.port, body) for body in bodies]
+            senders = [begin(receiver.port, body) for body in bodies]
             until(lambda: has_read_all(receiver.port, len(bodies)), "all wait")
             release()
-        for body, connection in zip(bodies, connections, strict=True):
-            code, told = answer(connection)
-            connection.close()
+        for body, sender in zip(bodies, senders, strict=True):
+            code, told = answer(sender)
+            sender.close()
             if b"poison" in body:
                 assert (code, told["reason"]) == (422, "not_storable")
                 query = "SELECT body FROM archiver.quarantine WHERE id = %s"
@@ -562,7 +562,7 @@ def test_i4_whatever_is_sent_is_answered_and_what_is_authentic_is_kept_byte_for_
         seen = set()
 
         def kept(table: str, row_id: int) -> bytes | None:
-            row = database.execute(f"SELECT body FROM archiver.{table} WHERE id = %s", (row_id,)).fetchone()  # type: ignore[arg-type]  # one of two names
+            row = database.execute(f"SELECT body FROM archiver.{table} WHERE id = %s", (row_id,)).fetchone()
             return bytes(row[0]) if row else None
 
         @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), database=None)

@@ -53,7 +53,7 @@ async def ingesting(
     engine: Engine, queue_events: int = 1000, queue_bytes: int = 10_000_000, batch_events: int = 500
 ) -> AsyncIterator[Ingest]:
     ingest = Ingest(engine, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events)
-    async with asyncio.timeout(60), ingest.running():
+    async with asyncio.timeout(30), ingest.running():
         yield ingest
 
 
@@ -384,7 +384,7 @@ async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: 
     close = asyncio.Event()
 
     async def serve() -> None:
-        async with asyncio.timeout(60), ingest.running():
+        async with asyncio.timeout(30), ingest.running():
             await close.wait()
 
     serving = asyncio.create_task(serve())
@@ -397,8 +397,9 @@ async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: 
         with pytest.raises(QueueFullError):
             await ingest.submit(delivery(created("late")))
         assert not serving.done()
-    answers = await asyncio.gather(*tasks)
-    await serving
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*tasks)
+        await serving
     assert {answer.status for answer in answers} == {"stored"}
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(10,)]
 
@@ -476,6 +477,19 @@ def test_a_database_that_refuses_every_write_quarantines_nothing(engine: Engine)
     assert [type(result) for result in results] == [UnavailableError] * 2
     with psycopg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
         assert other.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("state", ["53100", "57014", "42501", "55P03"])
+def test_i4_trouble_that_no_event_caused_quarantines_nothing(engine: Engine, state: str) -> None:
+    execute(
+        engine,
+        "CREATE FUNCTION public.trouble() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" RAISE EXCEPTION 'not the event''s fault' USING ERRCODE = '{state}'; END $$",
+        "CREATE TRIGGER trouble BEFORE INSERT ON archiver.events FOR EACH ROW EXECUTE FUNCTION public.trouble()",
+    )
+    results = write(engine, [delivery(created("a")), delivery(created("b"))])
+    assert [type(result) for result in results] == [UnavailableError] * 2
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
 
 
 def test_i1_a_commit_is_durable_whatever_the_roles_default(engine: Engine) -> None:

@@ -453,7 +453,9 @@ async def test_a_port_that_is_taken_is_an_error_and_no_exit():
                 pass
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/webhooks", "ftp://127.0.0.1/x", "http://", "http://[", "", "x\x00y"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/webhooks", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:port/x", "", "x\x00y"]
+)
 def test_a_webhook_url_that_is_none_is_refused(url):
     with pytest.raises(SettingsError, match="webhook URL"):
         simulate(

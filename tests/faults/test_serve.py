@@ -29,7 +29,7 @@ BROKEN = (http.client.HTTPException, OSError)
 
 def rows(url: str, query: str) -> list[Any]:
     with psycopg.connect(url) as connection:
-        return connection.execute(query).fetchall()  # type: ignore[arg-type]  # tests build theirs
+        return connection.execute(query).fetchall()
 
 
 def body_of(number: int) -> bytes:
