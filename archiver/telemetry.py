@@ -3,11 +3,13 @@
 import logging
 import os
 import sys
-from typing import Literal
+import traceback
+from typing import Any, Literal
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
+FRAMES = 6  # of a traceback, the innermost
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -54,15 +56,12 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if as_text else structlog.processors.JSONRenderer()
     )
     handler = logging.StreamHandler(sys.stderr)
-    # A traceback's locals could hold a message, so only its frames are written.
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.ExceptionRenderer(
-                    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-                ),
+                _tell_error_without_content,
                 renderer,
             ],
         )
@@ -81,3 +80,14 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
+
+
+def _tell_error_without_content(_: Any, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """An error's type and where it was raised; its text and its locals could quote a message."""
+    given = line.pop("exc_info", None)
+    error = sys.exc_info()[1] if given is True else given[1] if isinstance(given, tuple) else given
+    if isinstance(error, BaseException):
+        frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+        line["error"] = type(error).__name__
+        line["where"] = " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return line

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from archiver import settings
 from archiver.demo.faults import Faults
-from archiver.demo.run import BusyError, run
+from archiver.demo.run import run
 from archiver.demo.serving import simulate as serve_simulation
 from archiver.demo.serving import with_secret
 
@@ -26,20 +26,15 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
     Some hundreds of conversations cross real sockets with duplicates, reordering, deletions before creations and
     forgeries; then the archive is compared with what was delivered. Exit code 1 if they differ.
     """
-    home = settings.read().home / "demo"
-    try:
-        code = run(
-            exit_when_done=exit_when_done,
-            seed=seed,
-            conversations=conversations,
-            loss=loss,
-            duplicates=duplicates,
-            home=home,
-            console=Console(),
-        )
-    except BusyError as error:
-        click.echo(f"archiver: {error}", err=True)
-        code = 1
+    code = run(
+        exit_when_done=exit_when_done,
+        seed=seed,
+        conversations=conversations,
+        loss=loss,
+        duplicates=duplicates,
+        home=settings.read().home / "demo",
+        console=Console(),
+    )
     sys.exit(code)
 
 
