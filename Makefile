@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-UV := uv==0.13.9
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
 .PHONY: help demo run test check lint bench lock clean
 
@@ -14,9 +14,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@echo 'Installing into $(VENV) (once) ...'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'Python lacks its venv module; on Debian: apt-get install python3-venv' >&2; exit 1; }
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet '$(UV)'
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@$(PIP) --require-hashes -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(VENV)/.installed  ## See it work: a database, the receiver and a simulated CallHQ (DEMO_ARGS=--exit ends by itself)
@@ -26,10 +25,12 @@ run: $(VENV)/.installed  ## Receive real webhooks on an embedded Postgres (needs
 	@$(BIN)/python -m archiver serve $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests (TEST_ARGS goes to pytest)
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest $(TEST_ARGS)
 
-check: lint  ## Everything but the tests: style, types, floors, documentation
+check: lint  ## Everything but the tests: style, types, floors, documentation, branch coverage of the last test run
 	@$(BIN)/python -m pytest -q tests/test_docs.py
+	@if ls .coverage* >/dev/null 2>&1; then $(BIN)/coverage combine --quiet 2>/dev/null; $(BIN)/coverage report; else echo 'No coverage to report: run make test first.'; fi
 
 lint: $(VENV)/.installed  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
@@ -41,6 +42,7 @@ bench: $(VENV)/.installed  ## Measure ingest against its baselines (needs wrk)
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 lock: $(VENV)/.installed  ## Renew requirements.lock from pyproject.toml
+	@$(PIP) 'uv==0.13.9'
 	@$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --group dev --output-file requirements.lock pyproject.toml
 
 clean:  ## Remove .venv and caches (never your data)

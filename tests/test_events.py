@@ -202,6 +202,8 @@ def test_a_chat_event_without_a_usable_id_is_refused(value: Any) -> None:
         (b" ", "not_json"),
         (b"hello", "not_json"),
         (b'{"type": "chat.created"', "not_json"),
+        (b'{"type": "chat.created", "chat": {"id": "\xff"}}', "not_json"),
+        (b'{"type": "chat.created", "chat": {"id": "1", "\xff": 1}}', "not_json"),
         (b"\xff\xfe\xfd", "not_json"),
         (b"\x00\x00\x00\x00", "not_json"),
         (b'{"type": "chat.created"} {}', "not_json"),
@@ -524,6 +526,13 @@ def check_any(body: bytes) -> None:
 @example(b"\xff\xfe{\x00}\x00")
 def test_i4_no_bytes_whatever_raise(body: bytes) -> None:
     check_any(body)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(payloads.created()) - 1), st.binary(max_size=3))
+def test_i4_no_damage_to_a_body_raises(place: int, damage: bytes) -> None:
+    body = payloads.created()
+    check_any(body[:place] + damage + body[place + 1 :])
 
 
 _ANY_TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(

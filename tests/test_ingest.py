@@ -16,7 +16,16 @@ from sqlalchemy import Engine, text
 
 from archiver import database, events
 from archiver.database import transaction
-from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError, retry_quarantined, write
+from archiver.ingest import (
+    Delivery,
+    Ingest,
+    Outcome,
+    QueueFullError,
+    Result,
+    UnavailableError,
+    retry_quarantined,
+    write,
+)
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
 
@@ -28,13 +37,36 @@ def delivery(body: bytes, seconds: float = 0) -> Delivery:
     return Delivery(events.parse(body), NOW + timedelta(seconds=seconds), "key-1")
 
 
-def outcomes(results: Sequence[Outcome | UnavailableError]) -> list[Outcome]:
+def outcomes(results: Sequence[Result]) -> list[Outcome]:
     assert all(isinstance(result, Outcome) for result in results), results
     return [result for result in results if isinstance(result, Outcome)]
 
 
+class Receiver:
+    """One receiver with an event loop and a connection of its own, for code and threads that have none."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._loop = asyncio.Runner()
+        self._engine = database.connect_async(engine.url)
+
+    def __enter__(self) -> "Receiver":
+        self._loop.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.run(self._engine.dispose())
+        self._loop.close()
+
+    def write(self, deliveries: Sequence[Delivery]) -> list[Result]:
+        return self._loop.run(write(self._engine, deliveries))
+
+    def take(self, *bodies: bytes, seconds: float = 0) -> list[Outcome]:
+        return outcomes(self.write([delivery(body, seconds) for body in bodies]))
+
+
 def take(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[Outcome]:
-    return outcomes(write(engine, [delivery(body, seconds) for body in bodies]))
+    with Receiver(engine) as receiver:
+        return receiver.take(*bodies, seconds=seconds)
 
 
 def rows(engine: Engine, query: str) -> list[Any]:
@@ -52,9 +84,13 @@ def execute(engine: Engine, *statements: str) -> None:
 async def ingesting(
     engine: Engine, queue_events: int = 1000, queue_bytes: int = 10_000_000, batch_events: int = 500
 ) -> AsyncIterator[Ingest]:
-    ingest = Ingest(engine, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events)
-    async with asyncio.timeout(30), ingest.running():
-        yield ingest
+    writing = database.connect_async(engine.url)
+    ingest = Ingest(writing, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events)
+    try:
+        async with asyncio.timeout(30), ingest.running():
+            yield ingest
+    finally:
+        await writing.dispose()
 
 
 def submit(ingest: Ingest, body: bytes, seconds: float = 0) -> asyncio.Task[Outcome]:
@@ -157,12 +193,12 @@ async def test_i3_duplicates_within_a_batch_are_one_row_and_one_is_told_that_it_
 
 
 def test_a_batch_larger_than_the_drivers_parameters_is_stored_whole(engine: Engine) -> None:
-    bodies = [created(f"chat-{n}", f"session-{n}") for n in range(3000)]
+    bodies = [created(f"chat-{n}", f"session-{n}") for n in range(6000)]
     assert {answer.status for answer in take(engine, *bodies)} == {"stored"}
     turn = created("long", "session-long", output=[{"role": "assistant", "content": str(n)} for n in range(9000)])
     take(engine, turn)
-    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(3001,)]
-    assert rows(engine, "SELECT count(*), count(DISTINCT position) FROM analytics.messages") == [(15001, 9001)]
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(6001,)]
+    assert rows(engine, "SELECT count(*), count(DISTINCT position) FROM analytics.messages") == [(21001, 9001)]
 
 
 # Poison
@@ -380,7 +416,8 @@ async def test_a_caller_who_leaves_disturbs_nobody_and_its_event_is_stored(engin
 
 
 async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: Engine, url: str) -> None:
-    ingest = Ingest(engine, queue_events=100, queue_bytes=10**6, batch_events=4)
+    writing = database.connect_async(engine.url)
+    ingest = Ingest(writing, queue_events=100, queue_bytes=10**6, batch_events=4)
     close = asyncio.Event()
 
     async def serve() -> None:
@@ -400,6 +437,7 @@ async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: 
     async with asyncio.timeout(30):
         answers = await asyncio.gather(*tasks)
         await serving
+    await writing.dispose()
     assert {answer.status for answer in answers} == {"stored"}
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(10,)]
 
@@ -473,7 +511,8 @@ def test_a_database_that_refuses_every_write_quarantines_nothing(engine: Engine)
     name = engine.url.database
     execute(engine, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     engine.dispose()
-    results = write(engine, [delivery(created()), delivery(b"{")])
+    with Receiver(engine) as receiver:
+        results = receiver.write([delivery(created()), delivery(b"{")])
     assert [type(result) for result in results] == [UnavailableError] * 2
     with psycopg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
         assert other.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
@@ -487,7 +526,8 @@ def test_i4_trouble_that_no_event_caused_quarantines_nothing(engine: Engine, sta
         f" RAISE EXCEPTION 'not the event''s fault' USING ERRCODE = '{state}'; END $$",
         "CREATE TRIGGER trouble BEFORE INSERT ON archiver.events FOR EACH ROW EXECUTE FUNCTION public.trouble()",
     )
-    results = write(engine, [delivery(created("a")), delivery(created("b"))])
+    with Receiver(engine) as receiver:
+        results = receiver.write([delivery(created("a")), delivery(created("b"))])
     assert [type(result) for result in results] == [UnavailableError] * 2
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
 
@@ -516,17 +556,20 @@ def conflicts() -> float:
     )
 
 
-def race(engine: Engine, rounds: Sequence[tuple[Sequence[bytes], ...]]) -> None:
-    """In each round, each of these batches in a thread of its own, all let go at the same moment."""
+def race(engine: Engine, rounds: Sequence[tuple[Sequence[bytes], ...]]) -> list[tuple[list[Outcome], ...]]:
+    """In each round, each of these batches by a receiver of its own, all let go at the same moment."""
     barrier = threading.Barrier(len(rounds[0]))
 
-    def deliver(bodies: Sequence[bytes]) -> list[Outcome]:
-        barrier.wait(20)
-        return take(engine, *bodies)
+    def deliver(batches: Sequence[Sequence[bytes]]) -> list[list[Outcome]]:
+        answers = []
+        with Receiver(engine) as receiver:
+            for bodies in batches:
+                barrier.wait(20)
+                answers.append(receiver.take(*bodies))
+        return answers
 
     with ThreadPoolExecutor(len(rounds[0])) as threads:
-        for batches in rounds:
-            list(threads.map(deliver, batches))
+        return list(zip(*threads.map(deliver, zip(*rounds, strict=True)), strict=True))
 
 
 def test_i3_receivers_that_write_the_same_keys_in_opposite_order_never_deadlock(engine: Engine) -> None:
@@ -555,16 +598,8 @@ def test_i3_receivers_that_quarantine_the_same_bytes_in_opposite_order_never_dea
 
 
 def test_i3_of_one_fact_told_to_many_receivers_at_once_one_says_stored(engine: Engine) -> None:
-    barrier = threading.Barrier(4)
-
-    def deliver(number: int) -> str:
-        barrier.wait(20)
-        return take(engine, created(f"chat-{number}"))[0].status
-
-    with ThreadPoolExecutor(4) as threads:
-        for number in range(30):
-            statuses = sorted(threads.map(deliver, [number] * 4))
-            assert statuses == ["duplicate"] * 3 + ["stored"]
+    for answers in race(engine, [([created(f"chat-{number}")],) * 4 for number in range(30)]):
+        assert sorted(answer.status for (answer,) in answers) == ["duplicate"] * 3 + ["stored"]
 
 
 def test_i5_a_deletion_without_a_session_meets_its_creation_whoever_commits_first(engine: Engine) -> None:
