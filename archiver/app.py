@@ -1,5 +1,9 @@
 """The HTTP service: its routes, its answers, and the only code that knows status codes."""
 
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,6 +36,10 @@ class BodyTooLargeError(Exception):
     """The body is larger than ARCHIVER_MAX_BODY allows."""
 
 
+class BodyIncompleteError(Exception):
+    """The body is not as long as Content-Length tells; send it again, without an Upgrade header."""
+
+
 class Receiver:
     """`POST /webhooks/callhq`: bytes, then signature, then meaning, then the queue.
 
@@ -50,6 +58,9 @@ class Receiver:
             key_id = self._verifier.verify(body, scope["headers"], scope["method"], _url(scope), time.time())
         except ClientDisconnect:
             telemetry.received.labels("disconnected", "").inc()
+            return
+        except BodyIncompleteError as error:
+            await _refusal(400, "incomplete", "incomplete", str(error.__doc__))(scope, receive, send)
             return
         except BodyTooLargeError:
             detail = f"The body is larger than {self._max_body} bytes (ARCHIVER_MAX_BODY)."
@@ -86,8 +97,9 @@ def _url(scope: Scope) -> str:
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The whole body.
 
-    Raises `BodyTooLargeError` as soon as it is known to exceed `limit` bytes, be that told or not, and Starlette's
-    `ClientDisconnect` where the connection ends before the body does.
+    Raises `BodyTooLargeError` as soon as it is known to exceed `limit` bytes, be that told or not, Starlette's
+    `ClientDisconnect` where the connection ends before the body does, and `BodyIncompleteError` where the server
+    lost it: Uvicorn's parser takes what follows an `Upgrade` that it does not know for another protocol.
     """
     told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if told.isdigit() and int(told) > limit:
@@ -101,6 +113,8 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         more = message.get("more_body", False)
         if len(body) > limit:
             raise BodyTooLargeError
+    if told and int(told) != len(body):
+        raise BodyIncompleteError
     return bytes(body)
 
 
@@ -175,13 +189,14 @@ def create(configuration: Settings | None = None) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        _end_with_parent()
         async with ingest.running():
             yield
         await writing.dispose()
         asking.dispose()
         log.info("stopped")
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route(WEBHOOK_PATH, Receiver(configuration, verifier, ingest), methods=["POST"]),
             Route("/healthz", healthz),
@@ -191,6 +206,21 @@ def create(configuration: Settings | None = None) -> Starlette:
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
+    app.router.redirect_slashes = False  # a redirect loses the body of whoever does not follow it
+    return app
+
+
+def _end_with_parent() -> None:
+    """One of several receiving processes does not outlive the one that started them, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -28,9 +28,10 @@ LOCK_SECONDS = 10
 PARAMSTYLE = "numeric_dollar"
 _DIALECT = create_engine("postgresql+psycopg://", paramstyle=PARAMSTYLE).dialect
 
-# Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one.
+# Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one; and a
+# time near the end of the calendar must not leave it on the way through another time zone.
 _OPEN = text(
-    "SELECT set_config('synchronous_commit', 'on', true),"
+    "SELECT set_config('synchronous_commit', 'on', true), set_config('TimeZone', 'UTC', true),"
     " set_config('statement_timeout', :statement_timeout, true),"
     " set_config('lock_timeout', :lock_timeout, true)"
 )
@@ -50,6 +51,8 @@ def database_url(value: str) -> URL:
         ) from None
     if url.drivername not in {"postgres", "postgresql", "postgresql+psycopg"}:
         raise SettingsError("DATABASE_URL: must begin with postgres:// or postgresql://.")
+    if "@" in (url.host or ""):
+        raise SettingsError("DATABASE_URL: an @ in the user or the password must be written %40.")
     return url.set(drivername="postgresql+psycopg")
 
 
@@ -77,6 +80,7 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
         "paramstyle": PARAMSTYLE,
         "pool_size": pool_size,
         "max_overflow": 0,
+        "pool_pre_ping": True,  # a connection lost while idle must not cost the next event a 503
         "pool_timeout": CONNECT_SECONDS,
         "connect_args": arguments,
         "hide_parameters": True,  # an error's text must never hold a message
@@ -157,8 +161,9 @@ class RowsInsert:
 
 
 # Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html that the data itself caused:
-# cardinality violation, data exception, integrity violation, program limit exceeded.
-_DATA_CLASSES = frozenset({"21", "22", "23", "54"})
+# cardinality violation, data exception, integrity violation, check option violation, program limit exceeded, and
+# what a trigger raises.
+_DATA_CLASSES = frozenset({"21", "22", "23", "44", "54", "P0"})
 _CONFLICTS = frozenset({"40001", "40P01"})
 
 

@@ -97,6 +97,7 @@ def _schema(connection: Connection) -> Finding:
 
 _NEEDED: tuple[tuple[str, str], ...] = (
     ("events", "SELECT, INSERT, UPDATE"),
+    ("schema_version", "SELECT"),
     ("sessions", "SELECT, INSERT, UPDATE"),
     ("chats", "SELECT, INSERT, UPDATE, DELETE"),
     ("messages", "SELECT, INSERT, UPDATE, DELETE"),
@@ -105,6 +106,9 @@ _NEEDED: tuple[tuple[str, str], ...] = (
 
 
 def _privileges(connection: Connection) -> Finding:
+    if not connection.scalar(text("SELECT has_schema_privilege('archiver', 'USAGE')")):
+        advice = "GRANT USAGE ON SCHEMA archiver TO <user>;"
+        return Finding("privileges", "failure", "This database user may not enter the schema archiver.", advice)
     missing = [
         f"GRANT {privilege} ON archiver.{table} TO <user>;"
         for table, privileges in _NEEDED

@@ -19,12 +19,13 @@ CREATED = "chat.created"
 DELETED = "chat.deleted"
 CHAT_EVENTS = frozenset({CREATED, DELETED})
 
-MAX_ID = 512  # characters: what a Postgres index entry surely holds, four bytes a character
+MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
+MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack
 MAX_MESSAGES = 10_000  # of one turn
 MAX_VARIABLE_DEPTH = 64
 _MAX_DIGITS = 400  # of an integer; longer ones are read as null
-_MAX_COST = Decimal(10) ** 12
 _MAX_COST_TEXT = 40  # characters
+_COST_MAGNITUDES = range(-30, 12)  # powers of ten
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
@@ -49,6 +50,8 @@ class Chat(msgspec.Struct, frozen=True):
     output: tuple[Message, ...]
     created_at: datetime | None
     updated_at: datetime | None
+    session_name: str | None = None
+    session_status: str | None = None
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -61,8 +64,6 @@ class Event(msgspec.Struct, frozen=True):
     chat_id: str | None
     chat: Chat | None
     occurred_at: datetime | None
-    session_name: str | None
-    session_status: str | None
 
 
 class Malformed(msgspec.Struct, frozen=True):
@@ -75,11 +76,11 @@ class Malformed(msgspec.Struct, frozen=True):
 
 REASONS = {
     "not_json": "The body is not JSON.",
-    "nested_too_deeply": "The body is nested too deeply.",
+    "nested_too_deeply": f"The body is nested more than {MAX_DEPTH} levels deep.",
     "not_an_object": "The body is JSON, but not an object.",
     "no_event_type": "There is no `type` or `event`, neither at the top nor in `message`, that is a text.",
     "no_chat_id": "A chat event needs the chat's `id`.",
-    "unusable_id": f"An id is longer than {MAX_ID} characters or holds U+0000 or a lone surrogate.",
+    "unusable_id": f"An id is longer than {MAX_ID} bytes or holds U+0000 or a lone surrogate.",
     "too_many_messages": f"One turn holds more than {MAX_MESSAGES} messages.",
 }
 
@@ -98,12 +99,21 @@ def parse(body: bytes) -> Event | Malformed:
         return _event(body, _decode(body))
     except _UnreadableError as error:
         reason = str(error)
-    except RecursionError:
-        reason = "nested_too_deeply"
     return Malformed(body=body, reason=reason, detail=REASONS[reason])
 
 
 def _decode(body: bytes) -> Any:
+    try:
+        document = _load(body)
+    except RecursionError:
+        raise _UnreadableError("nested_too_deeply") from None
+    # Whether a body is read must not depend on how deep the caller stands; few bodies have brackets enough to ask.
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
+        raise _UnreadableError("nested_too_deeply")
+    return document
+
+
+def _load(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -113,6 +123,15 @@ def _decode(body: bytes) -> Any:
         return json.loads(body, parse_constant=_no_number, parse_int=_integer, parse_float=_float)
     except ValueError as error:
         raise _UnreadableError("not_json") from error
+
+
+def _depth(document: Any) -> int:
+    depth, level = 0, [document]
+    while level:
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [value for item in containers for value in (item.values() if isinstance(item, dict) else item)]
+        depth += bool(containers)
+    return depth
 
 
 def _no_number(_: str) -> None:
@@ -137,17 +156,15 @@ def _event(body: bytes, document: Any) -> Event:
     chat_id = _id(chat.get("id")) or _id(chat.get("chatId")) or _id(envelope.get("chatId"))
     if event_type in CHAT_EVENTS and chat_id is None:
         raise _UnreadableError("no_chat_id")
-    session = _first_dict(chat.get("session"), envelope.get("session"))
+    is_known = event_type in CHAT_EVENTS
     return Event(
         type=event_type,
         body=body,
-        dedupe_key=_dedupe_key(event_type, chat_id, chat, body),
-        session_id=_session_id(chat, envelope, session) or "",
+        dedupe_key=_chat_key(event_type, chat_id, chat, envelope) if is_known else _other_key(event_type, envelope),
+        session_id=_session_id(chat, envelope) or "",
         chat_id=chat_id,
-        chat=_chat(chat, envelope) if event_type in CHAT_EVENTS else None,
+        chat=_chat(chat, envelope) if is_known else None,
         occurred_at=timestamp(envelope.get("timestamp")) or timestamp(envelope.get("createdAt")),
-        session_name=_label(session.get("name")),
-        session_status=_label(session.get("status")),
     )
 
 
@@ -181,11 +198,23 @@ def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _dedupe_key(event_type: str, chat_id: str | None, chat: dict[str, Any], body: bytes) -> bytes:
-    """A digest of the fact, so that a retry in a new envelope is the same; without a chat the bytes are the fact."""
-    if not chat:
-        return hashlib.sha256(msgspec.json.encode([event_type, chat_id]) + body).digest()
-    fact = [event_type, chat_id, chat]
+# What `_chat` reads beside the chat object, and so what makes two facts differ though their chat objects do not.
+_BESIDE_THE_CHAT = ("assistant", "assistantId", "assistantOverrides", "session")
+_TIMES = ("timestamp", "createdAt")
+
+
+def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
+    """A digest of the fact, so that a retry in a new envelope is the same."""
+    beside = {name: envelope[name] for name in _BESIDE_THE_CHAT if envelope.get(name) is not None}
+    return _digest([event_type, chat_id, chat, beside] if beside else [event_type, chat_id, chat])
+
+
+def _other_key(event_type: str, envelope: dict[str, Any]) -> bytes:
+    """Of an unknown type nobody knows what matters: all but the time at which it was told."""
+    return _digest([event_type, {name: value for name, value in envelope.items() if name not in _TIMES}])
+
+
+def _digest(fact: list[Any]) -> bytes:
     try:
         canonical = msgspec.json.encode(fact, order="deterministic")
     except (UnicodeEncodeError, OverflowError):
@@ -193,18 +222,18 @@ def _dedupe_key(event_type: str, chat_id: str | None, chat: dict[str, Any], body
     return hashlib.sha256(canonical).digest()
 
 
-def _session_id(chat: dict[str, Any], envelope: dict[str, Any], session: dict[str, Any]) -> str | None:
-    return (
-        _id(chat.get("sessionId"))
-        or _id(chat.get("session"))
-        or _id(envelope.get("sessionId"))
-        or _id(envelope.get("session"))
-        or _id(session.get("id"))
-    )
+def _session_id(chat: dict[str, Any], envelope: dict[str, Any]) -> str | None:
+    for place in (chat, _first_dict(envelope.get("data")), envelope):
+        session = place.get("session")
+        found = _id(place.get("sessionId")) or _id(session) or _id(_first_dict(session).get("id"))
+        if found:
+            return found
+    return None
 
 
 def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
     assistant = _first_dict(chat.get("assistant"), envelope.get("assistant"))
+    session = _first_dict(chat.get("session"), envelope.get("session"))
     overrides = _first_dict(chat.get("assistantOverrides"), envelope.get("assistantOverrides"))
     said, answered = _messages(chat.get("input"), "user"), _messages(chat.get("output"), "assistant")
     if len(said) + len(answered) > MAX_MESSAGES:
@@ -219,6 +248,8 @@ def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
         output=answered,
         created_at=timestamp(chat.get("createdAt")),
         updated_at=timestamp(chat.get("updatedAt")),
+        session_name=_label(session.get("name")),
+        session_status=_label(session.get("status")),
     )
 
 
@@ -237,7 +268,7 @@ def _id(value: Any) -> str | None:
 
 def _storable_id(value: str) -> str:
     # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
-    if len(value) > MAX_ID or _UNSTORABLE.search(value):
+    if len(value) > MAX_ID or _UNSTORABLE.search(value) or len(value.encode()) > MAX_ID:
         raise _UnreadableError("unusable_id")
     return value
 
@@ -280,13 +311,16 @@ def _text(content: Any) -> str:
 
 
 def _cost(value: Any) -> Decimal | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > _MAX_COST_TEXT:
+    text = str(value).strip() if isinstance(value, int | float | str) and not isinstance(value, bool) else ""
+    if not text.isascii() or len(text) > _MAX_COST_TEXT:
         return None
     try:
-        cost = Decimal(str(value).strip())
+        cost = Decimal(text)
     except InvalidOperation:
         return None
-    return cost if cost.is_finite() and abs(cost) < _MAX_COST else None
+    if not cost:
+        return Decimal(0)
+    return cost if cost.is_finite() and cost.adjusted() in _COST_MAGNITUDES else None
 
 
 def _variables(value: Any) -> dict[str, Any] | None:
@@ -311,7 +345,7 @@ def timestamp(value: Any) -> datetime | None:
     try:
         if isinstance(value, str):
             if not _DIGITS.fullmatch(value):
-                parsed = datetime.fromisoformat(value)
+                parsed = datetime.fromisoformat(value.upper())
                 return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):

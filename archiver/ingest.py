@@ -40,12 +40,13 @@ class UnavailableError(Exception):
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """One authenticated delivery, read or not: when it came, and which secret proved it."""
+    """An authenticated delivery, read or not: when it came, which secret proved it, and how often it has come."""
 
     content: Event | Malformed
     received_at: datetime
     key_id: str | None
     source: str = "webhook"
+    count: int = 1
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -103,6 +104,7 @@ class Ingest:
         self._queue.append(waiting)
         self._events += 1
         self._bytes += size
+        self._gauge()
         if len(self._queue) >= self._expected:
             self._arrived.set()
         result = await waiting.answer
@@ -117,7 +119,6 @@ class Ingest:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_events))]
             if not batch:
                 continue
-            self._gauge()
             started = perf_counter()
             deliveries = [waiting.delivery for waiting in batch]
             try:
@@ -188,6 +189,7 @@ async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[O
             raise
         telemetry.commit_seconds.observe(perf_counter() - started)
         telemetry.batch_events.observe(len(deliveries))
+        telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
         telemetry.last_event.set(max(delivery.received_at for delivery in deliveries).timestamp())
         return outcomes
     raise AssertionError("unreachable: the last attempt returns or raises")
@@ -196,7 +198,7 @@ async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[O
 def _store(connection: Connection, deliveries: Sequence[Delivery]) -> list[Outcome]:
     rejects = [_reject(delivery) for delivery in deliveries if isinstance(delivery.content, Malformed)]
     observations = [
-        ledger.Observation(delivery.content, delivery.received_at, delivery.source, delivery.key_id)
+        ledger.Observation(delivery.content, delivery.received_at, delivery.source, delivery.key_id, delivery.count)
         for delivery in deliveries
         if isinstance(delivery.content, Event)
     ]
@@ -212,7 +214,6 @@ def _store(connection: Connection, deliveries: Sequence[Delivery]) -> list[Outco
 
 def _outcome(event: Event, recorded: ledger.Recorded) -> Outcome:
     if not recorded.is_new:
-        telemetry.duplicates.inc()
         return Outcome("duplicate", recorded.id)
     return Outcome("stored" if event.type in events.CHAT_EVENTS else "ignored", recorded.id)
 
@@ -253,22 +254,31 @@ def _unavailable(error: SQLAlchemyError) -> UnavailableError:
 def retry_quarantined(engine: Engine, quarantine_id: int) -> Outcome | None:
     """Drive one quarantined delivery through the write path again; None where there is no such row.
 
-    On success the ledger holds its bytes, with the time of its first delivery, and the quarantine lets go of it; else
-    the row stays, with today's reason. Raises what the database raises when it is not available.
+    On success the ledger holds its bytes, with the time of its first delivery and the count of all, and the
+    quarantine lets go of it; else the row stays, with today's reason. Raises what the database raises when it is
+    not available.
     """
     try:
         with transaction(engine) as connection:
-            row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
-            if row is None:
-                return None
-            event = events.parse(bytes(row["body"]))
-            if isinstance(event, Malformed):
-                return Outcome("quarantined", quarantine_id, event.reason, event.detail)
-            delivery = Delivery(event, row["received_at"].astimezone(UTC), row["key_id"])
-            (outcome,) = _store(connection, [delivery])
-            quarantine.delete_quarantined(connection, quarantine_id)
+            outcome = _retry(connection, quarantine_id)
     except Exception as error:
         if isinstance(error, SQLAlchemyError) and not is_data_error(error):
             raise
-        return Outcome("quarantined", quarantine_id, *_explain(error))
+        outcome = Outcome("quarantined", quarantine_id, *_explain(error))
+    if outcome is not None and outcome.status == "quarantined":
+        with transaction(engine) as connection:
+            quarantine.update_reason(connection, quarantine_id, outcome.reason or "", outcome.detail or "")
+    return outcome
+
+
+def _retry(connection: Connection, quarantine_id: int) -> Outcome | None:
+    row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
+    if row is None:
+        return None
+    event = events.parse(bytes(row["body"]))
+    if isinstance(event, Malformed):
+        return Outcome("quarantined", quarantine_id, event.reason, event.detail)
+    delivery = Delivery(event, row["received_at"].astimezone(UTC), row["key_id"], count=row["delivery_count"])
+    (outcome,) = _store(connection, [delivery])
+    quarantine.delete_quarantined(connection, quarantine_id)
     return outcome

@@ -18,12 +18,13 @@ Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
 class Observation(msgspec.Struct, frozen=True):
-    """One delivery of a fact: what was told, when it reached us, whence, and which secret proved it."""
+    """A fact told: what, when it reached us, whence, which secret proved it; `deliveries` of it at once or before."""
 
     event: Event
     received_at: datetime
     source: str
     key_id: str | None
+    deliveries: int = 1
 
     @property
     def key(self) -> Key:
@@ -54,7 +55,7 @@ def record(connection: Connection, observations: Sequence[Observation]) -> list[
     answers, told = [], set()
     for observation in observations:
         row = rows[observation.key]
-        is_new = row.delivery_count == len(deliveries[observation.key]) and observation.key not in told
+        is_new = row.delivery_count == _count(deliveries[observation.key]) and observation.key not in told
         told.add(observation.key)
         answers.append(Recorded(id=row.id, is_new=is_new))
     return answers
@@ -114,13 +115,17 @@ def _event_row(deliveries: Sequence[Observation]) -> dict[str, Any]:
         "chat_id": event.chat_id,
         "received_at": first.received_at,
         "last_received_at": max(observation.received_at for observation in deliveries),
-        "delivery_count": len(deliveries),
+        "delivery_count": _count(deliveries),
         "occurred_at": _first_told(deliveries),
         "key_id": first.key_id,
         "body": event.body,
         "salt": salt,
         "body_digest": hashlib.sha256(salt + event.body).digest(),
     }
+
+
+def _count(observations: Sequence[Observation]) -> int:
+    return sum(observation.deliveries for observation in observations)
 
 
 def _first_told(deliveries: Sequence[Observation]) -> datetime | None:
@@ -133,7 +138,7 @@ def _first(deliveries: Sequence[Observation]) -> Observation:
 
 def _changed(deliveries: Sequence[Observation], row: Any) -> projection.Fact | None:
     """The fact to project: a new one, or a known one that these deliveries may have moved back in time."""
-    is_repeat = row.delivery_count > len(deliveries)
+    is_repeat = row.delivery_count > _count(deliveries)
     first_told = _first_told(deliveries)
     if is_repeat and (first_told is None or first_told != row.occurred_at):
         return None

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Table, and_, bindparam, case, delete, func, select, text, tuple_
+from sqlalchemy import Connection, Table, and_, bindparam, delete, func, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, TEXT, insert
 
 from archiver import events, tables
@@ -48,12 +48,6 @@ class Fact(msgspec.Struct, frozen=True):
         return updated or self.occurred_at or created or self.received_at
 
     @property
-    def labelled_at(self) -> datetime:
-        """The time by which a session's labels are ordered: like `told_at`, but of what no retry can change."""
-        chat = self.event.chat
-        return (chat and (chat.updated_at or chat.created_at)) or self.received_at
-
-    @property
     def order(self) -> tuple[datetime, datetime, datetime, bytes]:
         """Sorts the revisions of a turn, oldest first; arrival decides only where upstream tells nothing."""
         return self.told_at, self.occurred_at or _NEVER, self.received_at, self.event.dedupe_key
@@ -69,6 +63,8 @@ class Turn(msgspec.Struct, frozen=True):
     variables: Mapping[str, Any] | None
     created_at: datetime | None
     updated_at: datetime | None
+    session_name: str | None
+    session_status: str | None
     occurred_at: datetime | None
     first_received_at: datetime
     deleted_at: datetime | None
@@ -91,6 +87,8 @@ def fold(facts: Sequence[Fact]) -> Turn:
         cost=_newest(chat.cost for chat in tellings),
         variables=_newest(chat.variables for chat in tellings),
         created_at=_earliest(chat.created_at for chat in tellings),
+        session_name=_newest(chat.session_name for chat in tellings),
+        session_status=_newest(chat.session_status for chat in tellings),
         updated_at=max((chat.updated_at for chat in tellings if chat.updated_at), default=None),
         occurred_at=_earliest(fact.occurred_at for fact in ordered),
         first_received_at=min(fact.received_at for fact in ordered),
@@ -128,7 +126,7 @@ def project(connection: Connection, facts: Sequence[Fact]) -> None:
     if not facts:
         return
     placed = _place(connection, facts)
-    _upsert_sessions(connection, placed)
+    _upsert_sessions(connection, {key: facts for key, facts in placed.items() if key[0] != UNPLACED})
     earlier = _select_other_facts(connection, placed)
     known = {key: [*_told_now(own), *earlier.get(key, ())] for key, own in sorted(placed.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
@@ -170,56 +168,28 @@ def _select_homes(connection: Connection, chat_ids: Iterable[str]) -> Iterable[K
     return [(row.session_id, row.chat_id) for row in connection.execute(statement, {"chat_ids": sorted(chat_ids)})]
 
 
-_TOLD = ("assistant_id", "name", "status")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_NO_TIMES = {"first_event_at": _EPOCH, "last_event_at": _EPOCH}
-
-
 def _upsert_sessions(connection: Connection, placed: Mapping[Key, Sequence[Fact]]) -> None:
     """Locks the sessions, in order of their ids: from here on nobody else projects their turns."""
-    of_session: dict[str, list[Fact]] = defaultdict(list)
+    times: dict[str, list[datetime]] = defaultdict(list)
     for (session_id, _), facts in placed.items():
-        of_session[session_id] += facts
-    _UPSERT_SESSION.execute(connection, [_session_row(*item) for item in sorted(of_session.items())])
-
-
-def _session_row(session_id: str, facts: Sequence[Fact]) -> Row:
-    row: Row = {"session_id": session_id}
-    if session_id == UNPLACED:  # no conversation, only a place for its turns: it tells nothing
-        return row | dict.fromkeys([*_TOLD, *(f"{name}_at" for name in _TOLD)]) | _NO_TIMES
-    row["first_event_at"] = min(fact.received_at for fact in facts)
-    row["last_event_at"] = max(fact.received_at for fact in facts)
-    for name in _TOLD:
-        tellings = [
-            (fact.labelled_at, value) for fact in _told_now(facts) if (value := _told(fact.event, name)) is not None
-        ]
-        row[f"{name}_at"], row[name] = max(tellings, default=(None, None))
-    return row
-
-
-def _told(event: Event, name: str) -> str | None:
-    if name == "assistant_id":
-        return event.chat.assistant_id if event.chat else None
-    return event.session_name if name == "name" else event.session_status
+        times[session_id] += [fact.received_at for fact in facts]
+    rows = [
+        {"session_id": session_id, "first_event_at": min(times[session_id]), "last_event_at": max(times[session_id])}
+        for session_id in sorted(times)
+    ]
+    _UPSERT_SESSION.execute(connection, rows)
 
 
 def _session_upsert() -> RowsInsert:
     sessions = tables.sessions
     statement = insert(sessions)
     new = statement.excluded
-    changes: dict[str, Any] = {
+    changes = {
         "first_event_at": func.least(sessions.c.first_event_at, new.first_event_at),
         "last_event_at": func.greatest(sessions.c.last_event_at, new.last_event_at),
     }
-    for name in _TOLD:
-        at = f"{name}_at"
-        # A null on either side makes neither comparison true: then what is told, if anything, is taken.
-        older = tuple_(new[at], new[name]) < tuple_(sessions.c[at], sessions.c[name])
-        keep = older | new[at].is_(None)
-        changes[name] = case((keep, sessions.c[name]), else_=new[name])
-        changes[at] = case((keep, sessions.c[at]), else_=new[at])
     upsert = statement.on_conflict_do_update(index_elements=[sessions.c.session_id], set_=changes)
-    return RowsInsert(upsert, ["session_id", "first_event_at", "last_event_at", *_TOLD, *(f"{n}_at" for n in _TOLD)])
+    return RowsInsert(upsert, ["session_id", *changes])
 
 
 _UPSERT_SESSION = _session_upsert()
@@ -230,27 +200,33 @@ _SELECT_OTHER_FACTS = text(
     """
     WITH keys AS MATERIALIZED (
         SELECT * FROM unnest(:session_ids, :chat_ids) AS k (session_id, chat_id)
+    ), own AS MATERIALIZED (
+        SELECT * FROM unnest(:own_session_ids, :own_dedupe_keys) AS o (session_id, dedupe_key)
     )
     SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
       FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
-     WHERE NOT e.dedupe_key = ANY (:own) AND e.type = ANY (:types) AND e.body IS NOT NULL
+     WHERE NOT EXISTS (SELECT FROM own WHERE own.session_id = e.session_id AND own.dedupe_key = e.dedupe_key)
+       AND e.type = ANY (:types) AND e.body IS NOT NULL
     """
 ).bindparams(
     bindparam("session_ids", type_=ARRAY(TEXT)),
     bindparam("chat_ids", type_=ARRAY(TEXT)),
-    bindparam("own", type_=ARRAY(BYTEA)),
+    bindparam("own_session_ids", type_=ARRAY(TEXT)),
+    bindparam("own_dedupe_keys", type_=ARRAY(BYTEA)),
     bindparam("types", value=sorted(events.CHAT_EVENTS), type_=ARRAY(TEXT)),
 )
 
 
 def _select_other_facts(connection: Connection, placed: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[Fact]]:
     wanted = set(placed) | {(UNPLACED, chat_id) for _, chat_id in placed}
+    own = [fact.event for facts in placed.values() for fact in _told_now(facts)]
     rows = connection.execute(
         _SELECT_OTHER_FACTS,
         {
             "session_ids": [session_id for session_id, _ in wanted],
             "chat_ids": [chat_id for _, chat_id in wanted],
-            "own": [fact.event.dedupe_key for facts in placed.values() for fact in _told_now(facts)],
+            "own_session_ids": [event.session_id for event in own],
+            "own_dedupe_keys": [event.dedupe_key for event in own],
         },
     )
     homes: dict[str, list[Key]] = defaultdict(list)
@@ -323,12 +299,6 @@ def _delete_surplus_messages(connection: Connection, kept: Mapping[Key, int]) ->
     )
 
 
-_DELETE_EMPTY_UNPLACED = text(
-    "DELETE FROM archiver.sessions WHERE session_id = :unplaced"
-    " AND NOT EXISTS (SELECT FROM archiver.chats WHERE session_id = :unplaced)"
-).bindparams(unplaced=UNPLACED)
-
-
 def _delete_unplaced(connection: Connection, chat_ids: Sequence[str]) -> None:
     """A turn whose session became known no longer stands among those without one."""
     for table in (tables.messages, tables.chats):
@@ -339,4 +309,3 @@ def _delete_unplaced(connection: Connection, chat_ids: Sequence[str]) -> None:
             ),
             {"chat_ids": list(chat_ids)},
         )
-    connection.execute(_DELETE_EMPTY_UNPLACED)

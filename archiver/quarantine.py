@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, delete, func, select
+from sqlalchemy import Connection, RowMapping, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import tables
@@ -87,3 +87,10 @@ def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool
 def delete_quarantined(connection: Connection, quarantine_id: int) -> None:
     """Let go of a row whose bytes the ledger now holds."""
     connection.execute(delete(tables.quarantine).where(tables.quarantine.c.id == quarantine_id))
+
+
+def update_reason(connection: Connection, quarantine_id: int, reason: str, detail: str) -> None:
+    """Say why it is still quarantined."""
+    connection.execute(
+        update(tables.quarantine).where(tables.quarantine.c.id == quarantine_id).values(reason=reason, detail=detail)
+    )

@@ -61,12 +61,6 @@ sessions = Table(
     Column(
         "session_id", Text, nullable=False, comment="CallHQ's session id; empty: turns whose session is not known."
     ),
-    Column("assistant_id", Text, comment="Assistant, as told last."),
-    Column("assistant_id_at", Time, comment="Time of the fact that told assistant_id."),
-    Column("name", Text, comment="Name, as told last."),
-    Column("name_at", Time, comment="Time of the fact that told name."),
-    Column("status", Text, comment="Upstream status, as told last."),
-    Column("status_at", Time, comment="Time of the fact that told status."),
     Column("first_event_at", Time, nullable=False, comment="When we first heard of it."),
     Column("last_event_at", Time, nullable=False, comment="When we last heard something new of it."),
     Column("coverage", Text, nullable=False, server_default="open", comment="What is known of its completeness."),
@@ -90,6 +84,8 @@ chats = Table(
         "occurred_at", Time, comment="Earliest time that any of its deliveries told; orders turns of one instant."
     ),
     Column("first_received_at", Time, nullable=False, comment="When we first heard of it."),
+    Column("session_name", Text, comment="Name of the session, where its deliveries told it."),
+    Column("session_status", Text, comment="Status of the session, where its deliveries told it."),
     Column("deleted_at", Time, comment="Tombstone: when upstream deleted it; content stays."),
     Column("source", Text, nullable=False, comment="Whence it is known: webhook."),
     PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, Literal
 
 import structlog
@@ -39,9 +40,22 @@ def metrics() -> bytes:
     """All metrics as Prometheus text, summed over the processes of one `serve --workers N`."""
     if MULTIPROCESS_FOLDER not in os.environ:
         return generate_latest()
+    _forget_dead_processes(Path(os.environ[MULTIPROCESS_FOLDER]))
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # the library leaves it untyped
     return generate_latest(registry)
+
+
+def _forget_dead_processes(folder: Path) -> None:
+    """A receiver that was killed waits for no commit any more."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]  # the library leaves it untyped
+        except PermissionError:
+            continue
 
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:

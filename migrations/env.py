@@ -7,9 +7,7 @@ from archiver.schema import VERSION_TABLE
 
 connection = context.config.attributes.get("connection")
 if connection is None:
-    raise SystemExit(
-        "Run `archiver migrate`: it takes the lock and sets the timeouts. To write a migration, see docs/development.md."
-    )
+    raise SystemExit("Run `archiver migrate`: it takes the lock and sets the timeouts. See docs/development.md.")
 
 context.configure(
     connection=connection,

@@ -46,7 +46,7 @@ class Cluster:
 
     def execute(self, statement: str | sql.Composed) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[arg-type]  # psycopg wants literals; tests build theirs
+            connection.execute(statement)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,8 +28,10 @@ def test_the_settings_page_lists_every_setting_with_its_default_and_meaning() ->
     assert table_rows("settings.md", "All settings") == wanted
 
 
-def test_the_http_page_lists_every_route() -> None:
-    app = create(settings.Settings(DATABASE_URL="postgresql://nowhere/none", ARCHIVER_WEBHOOK_SECRETS="x" * 20))
+def test_the_http_page_lists_every_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nowhere/none")
+    monkeypatch.setenv("ARCHIVER_WEBHOOK_SECRETS", "x" * 20)
+    app = create(settings.read())
     page = (ROOT / "docs" / "http.md").read_text()
     for route in app.routes:
         assert f"{route.path}`" in page, route  # type: ignore[attr-defined]  # all of ours are Routes
@@ -37,7 +39,14 @@ def test_the_http_page_lists_every_route() -> None:
 
 def test_the_http_page_lists_every_reason_to_refuse_or_quarantine() -> None:
     listed = {row[0].strip("`") for row in table_rows("http.md", "Reasons")}
-    assert listed == {*events.REASONS, *signatures.REASONS, "too_large", "not_storable", "not_processable"}
+    assert listed == {
+        *events.REASONS,
+        *signatures.REASONS,
+        "incomplete",
+        "too_large",
+        "not_storable",
+        "not_processable",
+    }
 
 
 def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, click.Command]]:
@@ -72,7 +81,8 @@ def test_the_data_model_page_lists_every_view_and_column(engine: Engine) -> None
         found = connection.execute(
             text(
                 "SELECT c.relname AS view, a.attname AS column, col_description(c.oid, a.attnum) AS meaning"
-                " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid"
+                " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+                " JOIN pg_attribute a ON a.attrelid = c.oid"
                 " WHERE n.nspname = 'analytics' AND c.relkind = 'v' AND a.attnum > 0 ORDER BY 1, a.attnum"
             )
         ).all()

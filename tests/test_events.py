@@ -117,7 +117,7 @@ def test_labels_and_assistant_are_found_beside_the_chat() -> None:
         }
     )
     assert event.chat is not None
-    assert (event.session_id, event.session_name, event.session_status) == ("s", "Call\ufffd", "active")
+    assert (event.session_id, event.chat.session_name, event.chat.session_status) == ("s", "Call\ufffd", "active")
     assert (event.chat.assistant_id, event.chat.variables) == ("a", {"tier": 1})
 
 
@@ -496,9 +496,10 @@ def is_storable(text: str | None) -> bool:
 
 
 def texts(event: Event) -> list[str | None]:
-    found: list[str | None] = [event.type, event.session_id, event.chat_id, event.session_name, event.session_status]
+    found: list[str | None] = [event.type, event.session_id, event.chat_id]
     if event.chat is not None:
-        found += [event.chat.assistant_id, event.chat.external_id, event.chat.status]
+        chat = event.chat
+        found += [chat.assistant_id, chat.external_id, chat.status, chat.session_name, chat.session_status]
         for message in event.chat.input + event.chat.output:
             found += [message.role, message.content]
     return found

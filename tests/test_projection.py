@@ -44,6 +44,8 @@ _chats = st.builds(
     output=_outputs,
     created_at=_maybe_time,
     updated_at=_maybe_time,
+    session_name=st.sampled_from([None, "one", "other"]),
+    session_status=st.none(),
 )
 
 
@@ -61,8 +63,6 @@ def facts(draw: st.DrawFn) -> Fact:
             chat_id="c",
             chat=chat,
             occurred_at=None,
-            session_name=None,
-            session_status=None,
         ),
         source=draw(st.sampled_from(["webhook", "history"])),
         received_at=draw(_times),
@@ -166,7 +166,7 @@ def fact(minutes: int, event_type: str = events.CREATED, **told: Any) -> Fact:
     untold: dict[str, Any] = dict.fromkeys(Chat.__struct_fields__) | {"input": (), "output": ()}
     chat = Chat(**(untold | told))
     key = hashlib.sha256(msgspec.json.encode([event_type, chat], order="deterministic")).digest()
-    event = Event(event_type, b"", key, "s", "c", chat, None, None, None)
+    event = Event(event_type, b"", key, "s", "c", chat, None)
     return Fact(event, "webhook", START, START + timedelta(minutes=minutes))
 
 

@@ -7,6 +7,7 @@ import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from archiver import database, overview, schema, settings
 from archiver.cli import connection
@@ -80,7 +81,8 @@ def _print(findings: list[Finding]) -> None:
     styles = {"ok": "green", "warning": "yellow", "failure": "red"}
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
-        table.add_row(f"[{styles[finding.verdict]}]{finding.verdict}[/]", finding.check, finding.detail)
+        # Text, not markup: what a setting or the database says may hold brackets.
+        table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, Text(finding.detail))
         if finding.advice:
-            table.add_row("", "", f"[bold]→ {finding.advice}[/]")
+            table.add_row("", "", Text(f"-> {finding.advice}", "bold"))
     Console().print(table)

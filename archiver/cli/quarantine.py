@@ -8,6 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import Engine
 
 from archiver import database, schema, settings
@@ -16,6 +17,7 @@ from archiver.cli import connection
 from archiver.ingest import Outcome, retry_quarantined
 
 PAGE = 500
+ID = click.IntRange(1, 2**63 - 1)
 
 
 @click.group()
@@ -42,13 +44,18 @@ def list_(reason: str | None, limit: int, as_json: bool) -> None:
     for row in rows:
         received = f"{row['received_at']:%Y-%m-%d %H:%M:%S}"
         table.add_row(
-            str(row["id"]), received, str(row["delivery_count"]), str(row["bytes"]), row["reason"], row["detail"]
+            str(row["id"]),
+            received,
+            str(row["delivery_count"]),
+            str(row["bytes"]),
+            row["reason"],
+            Text(row["detail"]),
         )
     Console().print(table)
 
 
 @quarantine.command()
-@click.argument("quarantine_id", metavar="ID", type=int)
+@click.argument("quarantine_id", metavar="ID", type=ID)
 @click.option("--raw", is_flag=True, help="Write only the exact bytes, for a file or a pipe.")
 def show(quarantine_id: int, raw: bool) -> None:
     """Show one with its body."""
@@ -71,7 +78,7 @@ def show(quarantine_id: int, raw: bool) -> None:
 
 
 @quarantine.command()
-@click.argument("quarantine_ids", metavar="[ID]...", type=int, nargs=-1)
+@click.argument("quarantine_ids", metavar="[ID]...", type=ID, nargs=-1)
 @click.option("--all", "every", is_flag=True, help="Every one, oldest first.")
 @click.option("--reason", help="Every one with this reason.")
 @connection.json_option

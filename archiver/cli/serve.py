@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,15 +11,19 @@ from contextlib import contextmanager
 import click
 import structlog
 import uvicorn
+from pydantic import SecretStr
 from sqlalchemy import Engine
 from uvicorn.supervisors import Multiprocess
 
 from archiver import database, schema, settings, signatures, telemetry
+from archiver.app import WEBHOOK_PATH, create
 from archiver.cli import connection
+from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 30
+BACKLOG = 2048
 
 
 @click.command()
@@ -38,36 +43,41 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
     """
     del no_worker
+    # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
-    _require_authentication(configuration, insecure=insecure)
+    configuration = _require_authentication(configuration, insecure=insecure)
     with connection.database_url(configuration) as url, _multiprocess_metrics(workers):
-        os.environ["DATABASE_URL"] = url  # for the receiving processes
-        os.environ.pop("DATABASE_URL_FILE", None)
         should_migrate = configuration.database_url is None if migrate is None else migrate
         _prepare(configuration, url, should_migrate=should_migrate)
-        _receive(host, port, workers)
+        configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
+        with _listening(host, port) as listener:
+            if workers == 1:
+                _receive(configuration, listener)
+            else:
+                _receive_in_processes(configuration, listener, workers)
 
 
-def _require_authentication(configuration: settings.Settings, *, insecure: bool) -> None:
+def _require_authentication(configuration: Settings, *, insecure: bool) -> Settings:
     if insecure and not configuration.secrets:
-        os.environ["ARCHIVER_WEBHOOK_SCHEME"] = "none"
-        os.environ.pop("ARCHIVER_WEBHOOK_SCHEME_FILE", None)
         log.warning("unsigned deliveries are accepted: anyone who reaches this port can write to the archive")
-        return
+        return configuration.model_copy(update={"webhook_scheme": "none"})
     if configuration.webhook_scheme == "none" and not insecure:
-        raise settings.SettingsError(
+        raise SettingsError(
             "ARCHIVER_WEBHOOK_SCHEME is none: anyone could write to the archive. Choose another scheme,"
             " or say --insecure if that is what you want."
         )
     try:
         signatures.verifier(configuration)
-    except settings.SettingsError as error:
+    except SettingsError as error:
         hint = "" if configuration.secrets else "\nTo try it out without any: archiver serve --insecure"
-        raise settings.SettingsError(f"{error}{hint}") from None
+        raise SettingsError(f"{error}{hint}") from None
+    return configuration
 
 
-def _prepare(configuration: settings.Settings, url: str, *, should_migrate: bool) -> None:
+def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None:
     engine = database.connect(
         database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
     )
@@ -91,32 +101,48 @@ def _multiprocess_metrics(workers: int) -> Iterator[None]:
         yield
 
 
-def _receive(host: str, port: int, workers: int) -> None:
-    server_settings = uvicorn.Config(
-        "archiver.app:create",
-        factory=True,
-        host=host,
-        port=port,
-        workers=workers,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        backlog=2048,
-    )
-    # Uvicorn raises the signal that stopped it once more when it is done; stopping as asked is no failure.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    listener = server_settings.bind_socket()
-    address, bound_port = listener.getsockname()[:2]
-    log.info("receiving", url=f"http://{address}:{bound_port}/webhooks/callhq", workers=workers)
-    if workers > 1:
-        Multiprocess(server_settings, sockets=[listener]).run()
-        return
-    server = uvicorn.Server(server_settings)
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host."
+        ) from None
+    with listener:
+        address, bound_port = listener.getsockname()[:2]
+        shown = f"[{address}]" if family == socket.AF_INET6 else address
+        log.info("receiving", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}")
+        yield listener
+
+
+# Uvicorn's WebSocket is for applications that have one: here an upgrade would only be a way around the routes.
+_SERVER = {
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "ws": "none",
+    "timeout_graceful_shutdown": DRAIN_SECONDS,
+    "backlog": BACKLOG,
+}
+
+
+def _receive(configuration: Settings, listener: socket.socket) -> None:
+    server = uvicorn.Server(uvicorn.Config(create(configuration), **_SERVER))  # type: ignore[arg-type]  # a table
     server.run([listener])
     if not server.started:
         sys.exit(1)
+
+
+def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int) -> None:
+    """They read the settings again, so what was decided here is told by the environment."""
+    os.environ["DATABASE_URL"] = configuration.database_url.get_secret_value() if configuration.database_url else ""
+    os.environ["ARCHIVER_WEBHOOK_SCHEME"] = configuration.webhook_scheme
+    for name in ("DATABASE_URL_FILE", "ARCHIVER_WEBHOOK_SCHEME_FILE"):
+        os.environ.pop(name, None)
+    server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_SERVER)  # type: ignore[arg-type]
+    Multiprocess(server, sockets=[listener]).run()
 
 
 @click.command()

@@ -15,6 +15,12 @@ TIME = sa.DateTime(timezone=True)
 
 def upgrade() -> None:
     _create_tables()
+    # No conversation, but the place of turns whose session is not known.
+    op.execute(
+        "INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at) VALUES ('', 'epoch', 'epoch')"
+    )
+    op.execute("COMMENT ON TABLE archiver.schema_version IS 'The revision of this schema; kept by archiver migrate.'")
+    op.execute("COMMENT ON COLUMN archiver.schema_version.version_num IS 'Newest migration applied.'")
     op.execute("CREATE SCHEMA IF NOT EXISTS analytics")
     op.execute("COMMENT ON SCHEMA archiver IS 'Tables of callhq-archiver. Auditors read events and quarantine.'")
     op.execute("COMMENT ON SCHEMA analytics IS 'What dashboards may read. Columns are added, never renamed.'")
@@ -98,12 +104,6 @@ def _create_tables() -> None:
             nullable=False,
             comment="CallHQ's session id; empty: turns whose session is not known.",
         ),
-        sa.Column("assistant_id", sa.Text(), nullable=True, comment="Assistant, as told last."),
-        sa.Column("assistant_id_at", TIME, nullable=True, comment="Time of the fact that told assistant_id."),
-        sa.Column("name", sa.Text(), nullable=True, comment="Name, as told last."),
-        sa.Column("name_at", TIME, nullable=True, comment="Time of the fact that told name."),
-        sa.Column("status", sa.Text(), nullable=True, comment="Upstream status, as told last."),
-        sa.Column("status_at", TIME, nullable=True, comment="Time of the fact that told status."),
         sa.Column("first_event_at", TIME, nullable=False, comment="When we first heard of it."),
         sa.Column("last_event_at", TIME, nullable=False, comment="When we last heard something new of it."),
         sa.Column(
@@ -138,6 +138,12 @@ def _create_tables() -> None:
             comment="Earliest time that any of its deliveries told; orders turns of one instant.",
         ),
         sa.Column("first_received_at", TIME, nullable=False, comment="When we first heard of it."),
+        sa.Column(
+            "session_name", sa.Text(), nullable=True, comment="Name of the session, where its deliveries told it."
+        ),
+        sa.Column(
+            "session_status", sa.Text(), nullable=True, comment="Status of the session, where its deliveries told it."
+        ),
         sa.Column("deleted_at", TIME, nullable=True, comment="Tombstone: when upstream deleted it; content stays."),
         sa.Column("source", sa.Text(), nullable=False, comment="Whence it is known: webhook."),
         sa.ForeignKeyConstraint(["session_id"], ["archiver.sessions.session_id"], name="chats_session_id_fkey"),
@@ -197,11 +203,18 @@ def _create_tables() -> None:
 # A turn without an upstream creation time stands where its first telling, or else its arrival, puts it.
 BEGAN = "coalesce(c.created_at, c.occurred_at, c.first_received_at)"
 
+
+def newest(column: str) -> str:
+    """What the last of a session's turns that tells a column tells."""
+    order = f"ORDER BY {BEGAN} DESC, c.chat_id DESC"
+    return f"(array_agg(c.{column} {order}) FILTER (WHERE c.{column} IS NOT NULL))[1]"
+
+
 VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
     "conversations": (
         "One row a session.",
         f"""
-        SELECT s.session_id, s.assistant_id, s.name, s.status,
+        SELECT s.session_id, c.assistant_id, c.name, c.status,
                coalesce(c.started_at, s.first_event_at) AS started_at,
                coalesce(c.last_message_at, s.last_event_at) AS last_message_at,
                coalesce(c.chats, 0) AS chats,
@@ -215,7 +228,10 @@ VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
           LEFT JOIN (
               SELECT c.session_id, min({BEGAN}) AS started_at,
                      max(greatest({BEGAN}, c.updated_at)) AS last_message_at,
-                     count(*) AS chats, sum(c.cost) AS cost, count(c.deleted_at) AS deleted_chats
+                     count(*) AS chats, sum(c.cost) AS cost, count(c.deleted_at) AS deleted_chats,
+                     {newest("assistant_id")} AS assistant_id,
+                     {newest("session_name")} AS name,
+                     {newest("session_status")} AS status
                 FROM archiver.chats c GROUP BY c.session_id
           ) c ON c.session_id = s.session_id
           LEFT JOIN (
@@ -299,7 +315,10 @@ VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
                count(c.deleted_at) AS deleted_chats,
                coalesce(sum(m.repaired_messages), 0)::bigint AS repaired_messages
           FROM archiver.chats c
-          JOIN archiver.sessions s ON s.session_id = c.session_id
+          LEFT JOIN (
+              SELECT c.session_id, {newest("assistant_id")} AS assistant_id
+                FROM archiver.chats c WHERE c.session_id <> '' GROUP BY c.session_id
+          ) s ON s.session_id = c.session_id
           LEFT JOIN (
               SELECT session_id, chat_id, count(*) AS messages,
                      count(*) FILTER (WHERE source = 'history') AS repaired_messages
@@ -309,7 +328,7 @@ VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
         """,
         {
             "day": "Day in UTC.",
-            "assistant_id": "Assistant; null where not told.",
+            "assistant_id": "Assistant of the turn, or else of its session; null where not told.",
             "conversations": "Sessions with a turn on that day.",
             "chats": "Turns.",
             "messages": "Messages.",

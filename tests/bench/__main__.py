@@ -210,16 +210,9 @@ def take_down(engine: Any, bodies: Sequence[bytes]) -> None:
         parsed = events.parse(raw)
         assert isinstance(parsed, events.Event)
         observations.append(ledger.Observation(parsed, datetime.now(UTC), "webhook", "key"))
-    try:
-        with database.transaction(engine) as connection:
-            ledger.record(connection, observations)
-            raise _Rehearsed
-    except _Rehearsed:
-        pass
-
-
-class _Rehearsed(Exception):  # noqa: N818  # no error: it takes the transaction back
-    pass
+    with database.transaction(engine) as connection:
+        ledger.record(connection, observations)
+        connection.rollback()
 
 
 def body(prefix: str, number: int) -> bytes:

@@ -62,9 +62,7 @@ def plain() -> Starlette:
             new_id = connection.scalar(events.on_conflict_do_nothing().returning(tables.events.c.id))
             if new_id is None:
                 return {"status": "duplicate"}
-            session = insert(tables.sessions).values(
-                session_id=session_id, assistant_id=chat["assistantId"], first_event_at=now, last_event_at=now
-            )
+            session = insert(tables.sessions).values(session_id=session_id, first_event_at=now, last_event_at=now)
             connection.execute(
                 session.on_conflict_do_update(index_elements=["session_id"], set_={"last_event_at": now})
             )

@@ -1,0 +1,216 @@
+"""Corners of the write path: each of these once broke."""
+
+import asyncio
+import itertools
+import json
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from archiver import database, doctor, events, ledger
+from archiver.database import transaction
+from archiver.events import Event, Malformed, parse
+from archiver.ingest import Delivery, Outcome, UnavailableError, retry_quarantined, write
+from tests.payloads import created
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def take(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[Outcome | UnavailableError]:
+    async def written() -> list[Outcome | UnavailableError]:
+        writing = database.connect_async(engine.url)
+        try:
+            return await write(writing, [Delivery(parse(b), NOW + timedelta(seconds=seconds), "k") for b in bodies])
+        finally:
+            await writing.dispose()
+
+    return asyncio.run(written())
+
+
+def rows(engine: Engine, query: str) -> list[Any]:
+    with transaction(engine) as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+@pytest.mark.parametrize("cost", ["1e999999999", "-9e9999999"])
+def test_a_cost_beyond_decimal_does_not_raise(cost: str) -> None:
+    event = parse(created(cost=cost))
+    assert isinstance(event, Event)
+    assert event.chat is not None
+    assert event.chat.cost is None
+
+
+@pytest.mark.parametrize("cost", ["1e-16384", "1e-999999"])
+def test_a_cost_too_small_for_postgres_does_not_quarantine(engine: Engine, cost: str) -> None:
+    (answer,) = take(engine, created(cost=cost))
+    assert isinstance(answer, Outcome)
+    assert answer.status == "stored"
+
+
+def test_ids_that_the_parser_accepts_fit_the_indexes(engine: Engine) -> None:
+    rng = random.Random(1)
+    one, other = ("".join(chr(rng.randint(0x800, 0xD7FF)) for _ in range(events.MAX_ID)) for _ in range(2))
+    answer = take(engine, created(one, other))[0]
+    assert isinstance(answer, Outcome)
+    assert answer.reason != "not_storable"
+
+
+def deeper(frames: int, call: Callable[[], Any]) -> Any:
+    return deeper(frames - 1, call) if frames else call()
+
+
+def test_parse_does_not_depend_on_the_callers_stack() -> None:
+    for depth in (300, 500, 700, 900):
+        body = b'{"type":"chat.created","chat":{"id":"1","x":%s}}' % (b"[" * depth + b"]" * depth)
+        assert len({type(deeper(frames, partial(parse, body))) for frames in (0, 100, 300, 500)}) == 1
+
+
+def e(event_type: str, at: int | None, **fields: Any) -> bytes:
+    return json.dumps({"type": event_type} | ({"timestamp": at} if at else {}) | fields).encode()
+
+
+T = 1_705_311_000_000
+SETS = {
+    "same chat object, session told only in one envelope": [
+        e("chat.created", T, sessionId="s", assistant={"id": "A"}, chat={"id": "a", "input": "x"}),
+        e("chat.created", T + 5000, chat={"id": "a", "input": "x"}),
+    ],
+    "deletion, session told only in one envelope": [
+        e("chat.deleted", T, sessionId="s", chat={"id": "a"}),
+        e("chat.deleted", T + 5000, chat={"id": "a"}),
+    ],
+    "labels of a turn whose session came later": [
+        e("chat.created", T, chat={"id": "a", "assistantId": "A", "createdAt": "2024-01-01T00:00:00Z"}),
+        e("chat.deleted", T + 5000, chat={"id": "a", "sessionId": "s"}),
+    ],
+    "labels where only envelopes tell times": [
+        e("chat.created", T, chat={"id": "a", "sessionId": "s", "assistantId": "A1"}),
+        e("chat.created", T + 5000, chat={"id": "b", "sessionId": "s", "assistantId": "A2"}),
+    ],
+    "session name told beside an unchanged chat": [
+        e("chat.created", T, chat={"id": "a", "sessionId": "s"}),
+        e("chat.created", T + 5000, session={"name": "N"}, chat={"id": "a", "sessionId": "s"}),
+    ],
+    "variables told beside an unchanged chat": [
+        e("chat.created", T, chat={"id": "a", "sessionId": "s"}),
+        e(
+            "chat.created",
+            T + 5000,
+            assistantOverrides={"variableValues": {"t": 1}},
+            chat={"id": "a", "sessionId": "s"},
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("bodies", SETS.values(), ids=SETS)
+def test_i5_any_order_ends_in_the_same_archive(engine: Engine, bodies: list[bytes]) -> None:
+    ends = set()
+    for order in itertools.permutations(bodies):
+        with engine.begin() as connection:
+            for table in ("events", "messages", "chats"):
+                connection.execute(text(f"DELETE FROM archiver.{table}"))
+            connection.execute(text("DELETE FROM archiver.sessions WHERE session_id <> ''"))
+        for number, body in enumerate(order):
+            take(engine, body, seconds=number)
+        ends.add(
+            str(
+                [
+                    rows(
+                        engine,
+                        "SELECT session_id, assistant_id, name, status FROM analytics.conversations ORDER BY 1",
+                    ),
+                    rows(
+                        engine,
+                        "SELECT session_id, chat_id, assistant_id, variables::text, occurred_at, deleted_at"
+                        " FROM archiver.chats ORDER BY 1, 2",
+                    ),
+                    rows(
+                        engine, "SELECT session_id, chat_id, ordinal, content FROM archiver.messages ORDER BY 1, 2, 3"
+                    ),
+                ]
+            )
+        )
+    assert len(ends) == 1, "\n".join(sorted(ends))
+
+
+def test_unknown_events_that_differ_beside_their_chat_are_all_kept(engine: Engine) -> None:
+    for status in ("in-progress", "ended"):
+        take(engine, e("status-update", None, status=status, chat={"id": "1", "sessionId": "s"}))
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(2,)]
+
+
+def test_a_user_with_the_privileges_that_doctor_asks_for_can_write(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("DO $$BEGIN CREATE ROLE writer; EXCEPTION WHEN duplicate_object THEN NULL; END$$"))
+        connection.execute(text("GRANT USAGE ON SCHEMA archiver TO writer"))
+        for table, privileges in doctor._NEEDED:
+            connection.execute(text(f"GRANT {privileges} ON archiver.{table} TO writer"))
+    for body in (created("a", None), created("a")):
+        event = parse(body)
+        assert isinstance(event, Event)
+        with engine.begin() as connection:
+            connection.execute(text("SET LOCAL ROLE writer"))
+            ledger.record(connection, [ledger.Observation(event, NOW, "webhook", "k")])
+
+
+def test_a_trigger_that_raises_plainly_does_not_fail_the_batch(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION public.f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+                " IF new.content = 'poison' THEN RAISE EXCEPTION 'no'; END IF; RETURN new; END$$"
+            )
+        )
+        connection.execute(
+            text("CREATE TRIGGER t BEFORE INSERT ON archiver.messages FOR EACH ROW EXECUTE FUNCTION public.f()")
+        )
+    answers = take(engine, created("bad", input="poison"), created("good"))
+    assert [isinstance(a, Outcome) and a.status for a in answers] == ["quarantined", "stored"]
+
+
+@pytest.mark.parametrize(
+    ("zone", "moment"), [("Asia/Tokyo", "9999-12-31T23:59:59Z"), ("America/New_York", "0001-01-01T00:00:00Z")]
+)
+def test_the_databases_time_zone_does_not_make_a_time_poisonous(engine: Engine, zone: str, moment: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER DATABASE {engine.url.database} SET timezone = '{zone}'"))
+    engine.dispose()
+    (answer,) = take(engine, e("chat.created", None, chat={"id": "1", "sessionId": "s"}, timestamp=moment))
+    assert isinstance(answer, Outcome)
+    assert answer.status == "stored"
+
+
+def test_i4_a_retry_keeps_the_count(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE archiver.messages ADD CONSTRAINT p CHECK (content <> 'poison')"))
+    for seconds in (0, 5, 9):
+        (refused,) = take(engine, created(input="poison"), seconds=seconds)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE archiver.messages DROP CONSTRAINT p"))
+    take(engine, created(input="poison"), seconds=20)
+    assert isinstance(refused, Outcome)
+    retry_quarantined(engine, refused.id)
+    assert rows(engine, "SELECT delivery_count, last_received_at FROM archiver.events") == [
+        (4, NOW + timedelta(seconds=20))
+    ]
+
+
+def test_a_chat_id_in_the_envelope_alone_is_the_same_fact_in_a_new_envelope() -> None:
+    keys = set()
+    for at in (T, T + 1):
+        event = parse(e("chat.deleted", at, chatId="1"))
+        assert not isinstance(event, Malformed)
+        keys.add(event.dedupe_key)
+    assert len(keys) == 1
+
+
+def test_what_stands_beside_data_chat_is_read() -> None:
+    event = parse(b'{"type":"chat.created","data":{"sessionId":"s","chat":{"id":"1"}}}')
+    assert isinstance(event, Event)
+    assert event.session_id == "s"
