@@ -1,5 +1,6 @@
 """The HTTP service: its routes, its answers, and the only code that knows status codes."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -190,6 +191,7 @@ def create(configuration: Settings | None = None) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         _end_with_parent()
+        _collect_less_garbage()
         async with ingest.running():
             yield
         await writing.dispose()
@@ -221,6 +223,13 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def _collect_less_garbage() -> None:
+    """What a request makes holds no cycles: the collector finds nothing, and looking cost a tenth of each event."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -31,14 +31,14 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
 
 
-class Message(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """One message of a turn, as text."""
 
     role: str
     content: str
 
 
-class Chat(msgspec.Struct, frozen=True):
+class Chat(msgspec.Struct, frozen=True, gc=False):
     """One turn as one delivery tells it; None or empty where it does not."""
 
     assistant_id: str | None
@@ -54,7 +54,10 @@ class Chat(msgspec.Struct, frozen=True):
     session_status: str | None = None
 
 
-class Event(msgspec.Struct, frozen=True):
+NOTHING_TOLD = Chat(None, None, None, None, None, (), (), None, None)
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One delivery that could be read. `occurred_at` is the envelope's time, `body` the exact bytes."""
 
     type: str
@@ -66,7 +69,7 @@ class Event(msgspec.Struct, frozen=True):
     occurred_at: datetime | None
 
 
-class Malformed(msgspec.Struct, frozen=True):
+class Malformed(msgspec.Struct, frozen=True, gc=False):
     """One delivery that could not be read: `reason` is a stable code, `detail` a sentence without content."""
 
     body: bytes

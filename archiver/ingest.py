@@ -39,7 +39,7 @@ class UnavailableError(Exception):
     """The database did not take the event; send it again."""
 
 
-class Delivery(msgspec.Struct, frozen=True):
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """An authenticated delivery, read or not: when it came, which secret proved it, and how often it has come."""
 
     content: Event | Malformed
@@ -49,7 +49,7 @@ class Delivery(msgspec.Struct, frozen=True):
     count: int = 1
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`."""
 
     status: Status

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from sqlalchemy import Connection, func, text
@@ -17,7 +17,7 @@ from archiver.events import Event
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
-class Observation(msgspec.Struct, frozen=True):
+class Observation(msgspec.Struct, frozen=True, gc=False):
     """A fact told: what, when it reached us, whence, which secret proved it; `deliveries` of it at once or before."""
 
     event: Event
@@ -31,7 +31,7 @@ class Observation(msgspec.Struct, frozen=True):
         return self.event.session_id, self.event.dedupe_key
 
 
-class Recorded(msgspec.Struct, frozen=True):
+class Recorded(msgspec.Struct, frozen=True, gc=False):
     """The ledger's answer to one observation: its row, and whether this very observation made it."""
 
     id: int
@@ -47,26 +47,58 @@ def record(connection: Connection, observations: Sequence[Observation]) -> list[
     if not observations:
         return []
     _lock_placement(connection, exclusive=any(not observation.event.session_id for observation in observations))
-    deliveries: dict[Key, list[Observation]] = {}
+    tellings: dict[Key, _Telling] = {}
     for observation in observations:
-        deliveries.setdefault(observation.key, []).append(observation)
-    rows = _upsert_events(connection, deliveries)
-    projection.project(connection, [fact for key, row in rows.items() if (fact := _changed(deliveries[key], row))])
+        key = observation.key
+        known = tellings.get(key)
+        tellings[key] = _Telling.of(observation) if known is None else known.and_also(observation)
+    rows = _upsert_events(connection, tellings)
+    changed = [fact for key, row in rows.items() if (fact := _changed(tellings[key], row)) is not None]
+    projection.project(connection, changed)
     answers, told = [], set()
     for observation in observations:
-        row = rows[observation.key]
-        is_new = row.delivery_count == _count(deliveries[observation.key]) and observation.key not in told
-        told.add(observation.key)
-        answers.append(Recorded(id=row.id, is_new=is_new))
+        key = observation.key
+        row = rows[key]
+        answers.append(Recorded(row.id, row.delivery_count == tellings[key].count and key not in told))
+        told.add(key)
     return answers
+
+
+class _Telling(msgspec.Struct, frozen=True, gc=False):
+    """What a batch says of one fact: its first delivery, and what all of them add up to."""
+
+    first: Observation
+    count: int
+    last_received_at: datetime
+    occurred_at: datetime | None
+
+    @classmethod
+    def of(cls, observation: Observation) -> Self:
+        return cls(observation, observation.deliveries, observation.received_at, observation.event.occurred_at)
+
+    def and_also(self, other: Observation) -> "_Telling":
+        moments = [moment for moment in (self.occurred_at, other.event.occurred_at) if moment is not None]
+        return _Telling(
+            first=self.first if self.first.received_at <= other.received_at else other,
+            count=self.count + other.deliveries,
+            last_received_at=max(self.last_received_at, other.received_at),
+            occurred_at=min(moments, default=None),
+        )
 
 
 # A fact without a session and a fact that tells the session of the same chat must see each other, whichever commits
 # first. So the former are recorded alone, the latter beside each other. The number is arbitrary; the lock is
 # per database and ends with the transaction.
 _PLACEMENT_LOCK = 0x63616C6C_68710001
-_LOCK_SHARED = text("SELECT pg_advisory_xact_lock_shared(:key)").bindparams(key=_PLACEMENT_LOCK)
-_LOCK_EXCLUSIVE = text("SELECT pg_advisory_xact_lock(:key)").bindparams(key=_PLACEMENT_LOCK)
+#
+# And everything from here on looks up by key: a plan that Postgres made while the tables were empty, and kept, must
+# not scan them when they no longer are.
+_BY_KEY = (
+    "set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
+    " set_config('enable_mergejoin', 'off', true)"
+)
+_LOCK_SHARED = text(f"SELECT pg_advisory_xact_lock_shared(:key), {_BY_KEY}").bindparams(key=_PLACEMENT_LOCK)
+_LOCK_EXCLUSIVE = text(f"SELECT pg_advisory_xact_lock(:key), {_BY_KEY}").bindparams(key=_PLACEMENT_LOCK)
 
 
 def _lock_placement(connection: Connection, *, exclusive: bool) -> None:
@@ -99,14 +131,13 @@ def _event_upsert() -> RowsInsert:
 _UPSERT_EVENT = _event_upsert()
 
 
-def _upsert_events(connection: Connection, deliveries: dict[Key, list[Observation]]) -> dict[Key, Any]:
-    rows = _UPSERT_EVENT.execute(connection, [_event_row(deliveries[key]) for key in sorted(deliveries)])
-    return {(row.session_id, bytes(row.dedupe_key)): row for row in rows}
+def _upsert_events(connection: Connection, tellings: dict[Key, _Telling]) -> dict[Key, Any]:
+    rows = _UPSERT_EVENT.execute(connection, [_event_row(tellings[key]) for key in sorted(tellings)])
+    return {(row.session_id, row.dedupe_key): row for row in rows}
 
 
-def _event_row(deliveries: Sequence[Observation]) -> dict[str, Any]:
-    first = _first(deliveries)
-    event, salt = first.event, os.urandom(16)
+def _event_row(telling: _Telling) -> dict[str, Any]:
+    first, event, salt = telling.first, telling.first.event, os.urandom(16)
     return {
         "session_id": event.session_id,
         "dedupe_key": event.dedupe_key,
@@ -114,9 +145,9 @@ def _event_row(deliveries: Sequence[Observation]) -> dict[str, Any]:
         "source": first.source,
         "chat_id": event.chat_id,
         "received_at": first.received_at,
-        "last_received_at": max(observation.received_at for observation in deliveries),
-        "delivery_count": _count(deliveries),
-        "occurred_at": _first_told(deliveries),
+        "last_received_at": telling.last_received_at,
+        "delivery_count": telling.count,
+        "occurred_at": telling.occurred_at,
         "key_id": first.key_id,
         "body": event.body,
         "salt": salt,
@@ -124,23 +155,9 @@ def _event_row(deliveries: Sequence[Observation]) -> dict[str, Any]:
     }
 
 
-def _count(observations: Sequence[Observation]) -> int:
-    return sum(observation.deliveries for observation in observations)
-
-
-def _first_told(deliveries: Sequence[Observation]) -> datetime | None:
-    return min((o.event.occurred_at for o in deliveries if o.event.occurred_at), default=None)
-
-
-def _first(deliveries: Sequence[Observation]) -> Observation:
-    return min(deliveries, key=lambda observation: observation.received_at)
-
-
-def _changed(deliveries: Sequence[Observation], row: Any) -> projection.Fact | None:
+def _changed(telling: _Telling, row: Any) -> projection.Fact | None:
     """The fact to project: a new one, or a known one that these deliveries may have moved back in time."""
-    is_repeat = row.delivery_count > _count(deliveries)
-    first_told = _first_told(deliveries)
-    if is_repeat and (first_told is None or first_told != row.occurred_at):
+    is_repeat = row.delivery_count > telling.count
+    if is_repeat and (telling.occurred_at is None or telling.occurred_at != row.occurred_at):
         return None
-    first = _first(deliveries)
-    return projection.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)
+    return projection.Fact(telling.first.event, telling.first.source, row.received_at, row.occurred_at, is_repeat)

@@ -13,7 +13,7 @@ from archiver import tables
 from archiver.database import RowsInsert
 
 
-class Reject(msgspec.Struct, frozen=True):
+class Reject(msgspec.Struct, frozen=True, gc=False):
     """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content."""
 
     body: bytes
