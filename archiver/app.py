@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 import anyio.to_thread
+import msgspec
 import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,10 +20,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from archiver import database, events, schema, settings, signatures, telemetry
-from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
+from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -30,7 +31,6 @@ log = structlog.get_logger(__name__)
 WEBHOOK_PATH = "/webhooks/callhq"
 RETRY_AFTER_SECONDS = 5
 READY_SECONDS = 2
-JSON = "application/json"
 
 
 class BodyTooLargeError(Exception):
@@ -44,7 +44,7 @@ class BodyIncompleteError(Exception):
 class Receiver:
     """`POST /webhooks/callhq`: bytes, then signature, then meaning, then the queue.
 
-    Plain ASGI: what a request and a response object cost is a good part of what an event costs.
+    Plain ASGI: what request and response objects, router and middleware cost is a good part of what an event costs.
     """
 
     def __init__(self, configuration: Settings, verifier: signatures.Verifier, ingest: Ingest) -> None:
@@ -70,21 +70,27 @@ class Receiver:
         except signatures.SignatureError as error:
             await _refusal(401, "unauthenticated", error.reason, str(error))(scope, receive, send)
             return
-        response = await self._take(Delivery(events.parse(body), datetime.now(UTC), key_id))
-        await response(scope, receive, send)
-
-    async def _take(self, delivery: Delivery) -> ASGIApp:
+        delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
         try:
             outcome = await self._ingest.submit(delivery)
         except QueueFullError as error:
-            return _refusal(503, "overloaded", "", str(error.__doc__))
+            await _refusal(503, "overloaded", "", str(error.__doc__))(scope, receive, send)
         except UnavailableError as error:
-            return _refusal(503, "unavailable", "", str(error.__doc__))
-        telemetry.received.labels(outcome.status, outcome.reason or "").inc()
-        if outcome.status == "quarantined":
-            answer = {"status": "quarantined", "reason": outcome.reason, "detail": outcome.detail, "id": outcome.id}
-            return JSONResponse(answer, 422)
-        return Response(b'{"status":"%b","id":%d}' % (outcome.status.encode(), outcome.id), media_type=JSON)
+            await _refusal(503, "unavailable", "", str(error.__doc__))(scope, receive, send)
+        else:
+            await _answer(outcome, send)
+
+
+async def _answer(outcome: Outcome, send: Send) -> None:
+    telemetry.received.labels(outcome.status, outcome.reason or "").inc()
+    content: dict[str, object] = {"status": outcome.status, "id": outcome.id}
+    if outcome.status == "quarantined":
+        content |= {"reason": outcome.reason, "detail": outcome.detail}
+    body = msgspec.json.encode(content)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    code = 422 if outcome.status == "quarantined" else 200
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _url(scope: Scope) -> str:
@@ -165,7 +171,20 @@ class Readiness:
         return "read-only" if read_only else None
 
 
-def create(configuration: Settings | None = None) -> Starlette:
+class Service(Starlette):
+    """All routes; webhooks go straight to the receiver."""
+
+    receiver: Receiver
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"] == WEBHOOK_PATH and scope["method"] == "POST":
+            await self.receiver(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create(configuration: Settings | None = None) -> Service:
     """The composition root: settings to a service. Opens nothing until the server starts it.
 
     Raises `SettingsError` when a setting is missing or wrong.
@@ -198,9 +217,10 @@ def create(configuration: Settings | None = None) -> Starlette:
         asking.dispose()
         log.info("stopped")
 
-    app = Starlette(
+    receiver = Receiver(configuration, verifier, ingest)
+    app = Service(
         routes=[
-            Route(WEBHOOK_PATH, Receiver(configuration, verifier, ingest), methods=["POST"]),
+            Route(WEBHOOK_PATH, receiver, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", Readiness(asking).readyz),
             Route("/metrics", metrics),
@@ -208,6 +228,7 @@ def create(configuration: Settings | None = None) -> Starlette:
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
+    app.receiver = receiver
     app.router.redirect_slashes = False  # a redirect loses the body of whoever does not follow it
     return app
 

@@ -58,7 +58,11 @@ def database_url(value: str) -> URL:
 
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:
     """An engine with at most `pool_size` connections; none is opened yet."""
-    return create_engine(url, **_options(url, psycopg.RawCursor, pool_size, prepared_statements))
+    return create_engine(
+        url,
+        pool_pre_ping=True,  # a connection lost while idle must not fail whoever comes next
+        **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
+    )
 
 
 def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> AsyncEngine:
@@ -80,7 +84,6 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
         "paramstyle": PARAMSTYLE,
         "pool_size": pool_size,
         "max_overflow": 0,
-        "pool_pre_ping": True,  # a connection lost while idle must not cost the next event a 503
         "pool_timeout": CONNECT_SECONDS,
         "connect_args": arguments,
         "hide_parameters": True,  # an error's text must never hold a message
@@ -105,10 +108,21 @@ async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T
     `work` is ordinary code; the event loop goes on wherever it waits for Postgres.
     """
 
+    started = False
+
     def opened(connection: Connection) -> T:
+        nonlocal started
         _open(connection, STATEMENT_SECONDS, LOCK_SECONDS)
+        started = True
         return work(connection)
 
+    try:
+        async with engine.begin() as connection:
+            return await connection.run_sync(opened)
+    except DBAPIError as error:
+        if started or not error.connection_invalidated:
+            raise
+    # Lost while idle, before anything was asked of it: the next connection is a new one, and nothing is done twice.
     async with engine.begin() as connection:
         return await connection.run_sync(opened)
 

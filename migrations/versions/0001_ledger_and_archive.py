@@ -162,11 +162,6 @@ def _create_tables() -> None:
         sa.Column("role", sa.Text(), nullable=False, comment="user, assistant, system, tool …"),
         sa.Column("content", sa.Text(), nullable=False, comment="Text; U+0000 and lone surrogates became U+FFFD."),
         sa.Column("source", sa.Text(), nullable=False, comment="Whence it is known: webhook."),
-        sa.ForeignKeyConstraint(
-            ["session_id", "chat_id"],
-            ["archiver.chats.session_id", "archiver.chats.chat_id"],
-            name="messages_session_id_chat_id_fkey",
-        ),
         sa.PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
         schema=SCHEMA,
         comment="One row a message, derived from the ledger.",
