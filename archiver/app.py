@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import cache
 
 import anyio.to_thread
 import msgspec
 import structlog
+from prometheus_client import Counter
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
@@ -51,12 +53,14 @@ class Receiver:
         self._max_body = configuration.max_body
         self._verifier = verifier
         self._ingest = ingest
+        self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, as docs/http.md has it."""
         try:
             body = await read_body(scope, receive, self._max_body)
-            key_id = self._verifier.verify(body, scope["headers"], scope["method"], _url(scope), time.time())
+            url = _url(scope) if self._signs_url else ""
+            key_id = self._verifier.verify(body, scope["headers"], scope["method"], url, time.time())
         except ClientDisconnect:
             telemetry.received.labels("disconnected", "").inc()
             return
@@ -81,12 +85,14 @@ class Receiver:
             await _answer(outcome, send)
 
 
+@cache
+def _counter(status: str, reason: str | None) -> Counter:
+    return telemetry.received.labels(status, reason or "")
+
+
 async def _answer(outcome: Outcome, send: Send) -> None:
-    telemetry.received.labels(outcome.status, outcome.reason or "").inc()
-    content: dict[str, object] = {"status": outcome.status, "id": outcome.id}
-    if outcome.status == "quarantined":
-        content |= {"reason": outcome.reason, "detail": outcome.detail}
-    body = msgspec.json.encode(content)
+    _counter(outcome.status, outcome.reason).inc()
+    body = msgspec.json.encode(outcome)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     code = 422 if outcome.status == "quarantined" else 200
     await send({"type": "http.response.start", "status": code, "headers": headers})
@@ -108,21 +114,27 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     `ClientDisconnect` where the connection ends before the body does, and `BodyIncompleteError` where the server
     lost it: Uvicorn's parser takes what follows an `Upgrade` that it does not know for another protocol.
     """
-    told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if told.isdigit() and int(told) > limit:
+    told = None
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            told = int(value)
+    if told is not None and told > limit:
         raise BodyTooLargeError
-    body, more = bytearray(), True
+    parts: list[bytes] = []
+    size, more = 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > limit:
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > limit:
             raise BodyTooLargeError
-    if told and int(told) != len(body):
+        parts.append(part)
+        more = message.get("more_body", False)
+    if told is not None and told != size:
         raise BodyIncompleteError
-    return bytes(body)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _refusal(code: int, status: str, reason: str, detail: str) -> Response:

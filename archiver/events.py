@@ -202,12 +202,14 @@ def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
 
 
 # What `_chat` reads beside the chat object, and so what makes two facts differ though their chat objects do not.
-_BESIDE_THE_CHAT = ("assistant", "assistantId", "assistantOverrides", "session")
+_BESIDE_THE_CHAT = frozenset({"assistant", "assistantId", "assistantOverrides", "session"})
 _TIMES = ("timestamp", "createdAt")
 
 
 def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
     """A digest of the fact, so that a retry in a new envelope is the same."""
+    if _BESIDE_THE_CHAT.isdisjoint(envelope):
+        return _digest([event_type, chat_id, chat])
     beside = {name: envelope[name] for name in _BESIDE_THE_CHAT if envelope.get(name) is not None}
     return _digest([event_type, chat_id, chat, beside] if beside else [event_type, chat_id, chat])
 
@@ -257,7 +259,10 @@ def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
 
 
 def _first_dict(*values: Any) -> dict[str, Any]:
-    return next((value for value in values if isinstance(value, dict)), {})
+    for value in values:
+        if isinstance(value, dict):
+            return value
+    return {}
 
 
 def _id(value: Any) -> str | None:
@@ -290,6 +295,8 @@ def storable(text: str) -> str:
 
 
 def _messages(value: Any, default_role: str) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        return (Message(default_role, storable(value)),) if value else ()
     items = value if isinstance(value, list) else [value]
     return tuple(message for item in items for message in _message(item, default_role))
 

@@ -49,8 +49,11 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     count: int = 1
 
 
-class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`."""
+class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`.
+
+    As JSON it is the answer to the sender.
+    """
 
     status: Status
     id: int

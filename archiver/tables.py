@@ -104,7 +104,7 @@ messages = Table(
     Column("content", Text, nullable=False, comment="Text; U+0000 and lone surrogates became U+FFFD."),
     Column("source", Text, nullable=False, comment="Whence it is known: webhook."),
     PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
-    # No foreign key: one write path makes both rows in one transaction, and the check cost a fifth of Postgres's work.
+    # No foreign key: one write path makes both rows in one transaction; checking took a fifth of Postgres's time.
     comment="One row a message, derived from the ledger.",
 )
 
