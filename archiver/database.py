@@ -79,6 +79,11 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
         "connect_timeout": CONNECT_SECONDS,
         "application_name": "callhq-archiver",
         "cursor_factory": cursor,
+        # A host that fell silent, or a firewall that forgot the connection, shows itself within a minute or so.
+        "keepalives_idle": 15,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,  # milliseconds
     }
     if not prepared_statements:
         arguments["prepare_threshold"] = None
@@ -86,6 +91,8 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
     arguments |= {name: value for name, value in url.query.items() if name in arguments}
     return {
         "paramstyle": PARAMSTYLE,
+        # Whatever the role's default: after the ledger's lock a statement must see what was committed before it.
+        "isolation_level": "READ COMMITTED",
         "pool_size": pool_size,
         "max_overflow": 0,
         "pool_timeout": CONNECT_SECONDS,

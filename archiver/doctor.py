@@ -95,14 +95,16 @@ def _schema(connection: Connection) -> Finding:
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
-_NEEDED: tuple[tuple[str, str], ...] = (
-    ("events", "SELECT, INSERT, UPDATE"),
+NEEDED: tuple[tuple[str, str], ...] = (
+    ("events", "SELECT, INSERT"),
     ("schema_version", "SELECT"),
     ("sessions", "SELECT, INSERT, UPDATE"),
     ("chats", "SELECT, INSERT, UPDATE, DELETE"),
     ("messages", "SELECT, INSERT, UPDATE, DELETE"),
     ("quarantine", "SELECT, INSERT, UPDATE, DELETE"),
 )
+# Of the ledger only these may change.
+COUNTERS = ("delivery_count", "last_received_at", "occurred_at")
 
 
 def _privileges(connection: Connection) -> Finding:
@@ -111,11 +113,18 @@ def _privileges(connection: Connection) -> Finding:
         return Finding("privileges", "failure", "This database user may not enter the schema archiver.", advice)
     missing = [
         f"GRANT {privilege} ON archiver.{table} TO <user>;"
-        for table, privileges in _NEEDED
+        for table, privileges in NEEDED
         for privilege in privileges.split(", ")
         if not connection.scalar(
             text("SELECT has_table_privilege(:table, :privilege)"),
             {"table": f"archiver.{table}", "privilege": privilege},
+        )
+    ]
+    missing += [
+        f"GRANT UPDATE ({column}) ON archiver.events TO <user>;"
+        for column in COUNTERS
+        if not connection.scalar(
+            text("SELECT has_column_privilege('archiver.events', :column, 'UPDATE')"), {"column": column}
         )
     ]
     if missing:
@@ -132,9 +141,7 @@ def _reader(connection: Connection) -> Finding:
             f"The role {schema.READER} does not exist, so dashboards have no role to read by.",
             f"As an administrator: CREATE ROLE {schema.READER} NOLOGIN; then run `archiver migrate` again.",
         )
-    if not connection.scalar(
-        text("SELECT has_table_privilege(:role, 'analytics.messages', 'SELECT')"), {"role": schema.READER}
-    ):
+    if not schema.reader_can_read(connection):
         return Finding(
             "reader role", "warning", f"{schema.READER} may not read the views.", "Run `archiver migrate` again."
         )

@@ -23,7 +23,7 @@ MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which
 MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack
 MAX_MESSAGES = 10_000  # of one turn
 MAX_VARIABLE_DEPTH = 64
-_MAX_DIGITS = 400  # of an integer; longer ones are read as null
+_MAX_DIGITS = 400  # of an integer; longer ones stay text
 _MAX_COST_TEXT = 40  # characters
 _COST_MAGNITUDES = range(-30, 12)  # powers of ten
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -123,7 +123,7 @@ def _load(body: bytes) -> Any:
         pass
     # The standard library is slower and more liberal: lone surrogates, NaN, numbers out of range.
     try:
-        return json.loads(body, parse_constant=_no_number, parse_int=_integer, parse_float=_float)
+        return json.loads(body, parse_constant=str, parse_int=_integer, parse_float=_float)
     except ValueError as error:
         raise _UnreadableError("not_json") from error
 
@@ -137,17 +137,16 @@ def _depth(document: Any) -> int:
     return depth
 
 
-def _no_number(_: str) -> None:
-    return None
+# What is no number to us stays text, so that two facts that differ in it alone still differ.
 
 
-def _integer(text: str) -> int | None:
-    return int(text) if len(text) <= _MAX_DIGITS else None
+def _integer(text: str) -> int | str:
+    return int(text) if len(text) <= _MAX_DIGITS else text
 
 
-def _float(text: str) -> float | None:
+def _float(text: str) -> float | str:
     value = float(text)
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else text
 
 
 def _event(body: bytes, document: Any) -> Event:
@@ -173,7 +172,8 @@ def _event(body: bytes, document: Any) -> Event:
 
 def _envelope(document: dict[str, Any]) -> dict[str, Any]:
     message = document.get("message")
-    if isinstance(message, dict) and ("type" in message or "event" in message):
+    is_flat = any(isinstance(name := document.get(key), str) and name in CHAT_EVENTS for key in ("type", "event"))
+    if isinstance(message, dict) and ("type" in message or "event" in message) and not is_flat:
         return message
     return document
 

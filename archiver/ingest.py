@@ -29,6 +29,7 @@ Status = Literal["stored", "duplicate", "ignored", "quarantined"]
 
 CONFLICT_RETRIES = 3
 LONGEST_GATHERING_SECONDS = 0.01
+BATCH_SECONDS = 60  # after which a database that says nothing at all counts as gone
 
 
 class QueueFullError(Exception):
@@ -172,6 +173,9 @@ async def write(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[Res
         if not is_data_error(error):
             return [_unavailable(error)] * len(deliveries)
         fault: Exception = error
+    except TimeoutError:
+        log.error("database silent", seconds=BATCH_SECONDS)  # noqa: TRY400  # there is nothing to trace
+        return [UnavailableError()] * len(deliveries)
     except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
         fault = error
     if len(deliveries) == 1:
@@ -184,7 +188,8 @@ async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[O
     for attempt in range(CONFLICT_RETRIES + 1):
         started = perf_counter()
         try:
-            outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries))
+            async with asyncio.timeout(BATCH_SECONDS):
+                outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries))
         except DBAPIError as error:
             telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
             if is_conflict(error) and attempt < CONFLICT_RETRIES:

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Connection, func, text
 from sqlalchemy.dialects.postgresql import insert
 
-from archiver import projection, tables
+from archiver import events, projection, tables
 from archiver.database import RowsInsert
 from archiver.events import Event
 
@@ -46,7 +46,8 @@ def record(connection: Connection, observations: Sequence[Observation]) -> list[
     """
     if not observations:
         return []
-    _lock_placement(connection, exclusive=any(not observation.event.session_id for observation in observations))
+    homeless = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
+    _lock_placement(connection, exclusive=homeless)
     tellings: dict[Key, _Telling] = {}
     for observation in observations:
         key = observation.key
@@ -106,26 +107,26 @@ def _lock_placement(connection: Connection, *, exclusive: bool) -> None:
 
 
 def _event_upsert() -> RowsInsert:
-    events = tables.events
-    statement = insert(events)
+    facts = tables.events
+    statement = insert(facts)
     new = statement.excluded
     upsert = statement.on_conflict_do_update(
-        index_elements=[events.c.session_id, events.c.dedupe_key],
+        index_elements=[facts.c.session_id, facts.c.dedupe_key],
         set_={
-            "delivery_count": events.c.delivery_count + new.delivery_count,
-            "last_received_at": func.greatest(events.c.last_received_at, new.last_received_at),
+            "delivery_count": facts.c.delivery_count + new.delivery_count,
+            "last_received_at": func.greatest(facts.c.last_received_at, new.last_received_at),
             # A retry may carry a later envelope time: which of them came first must not matter.
-            "occurred_at": func.least(events.c.occurred_at, new.occurred_at),
+            "occurred_at": func.least(facts.c.occurred_at, new.occurred_at),
         },
     ).returning(
-        events.c.session_id,
-        events.c.dedupe_key,
-        events.c.id,
-        events.c.delivery_count,
-        events.c.received_at,
-        events.c.occurred_at,
+        facts.c.session_id,
+        facts.c.dedupe_key,
+        facts.c.id,
+        facts.c.delivery_count,
+        facts.c.received_at,
+        facts.c.occurred_at,
     )
-    return RowsInsert(upsert, [column.name for column in events.c if column.name != "id"])
+    return RowsInsert(upsert, [column.name for column in facts.c if column.name != "id"])
 
 
 _UPSERT_EVENT = _event_upsert()

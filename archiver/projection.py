@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy import Connection, Table, and_, bindparam, delete, func, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 
-from archiver import events, tables
+from archiver import events, tables, telemetry
 from archiver.database import RowsInsert
 from archiver.events import Event, Message
 
@@ -157,6 +157,8 @@ def project(connection: Connection, facts: Sequence[Fact]) -> None:
     _upsert_messages(connection, turns)
     revised = [key for key in turns if key in earlier]
     if revised:
+        # A fact that did not tell its session may have come first.
+        _upsert_sessions(connection, {key: earlier[key] for key in revised if key[0] != UNPLACED})
         _delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
         _delete_unplaced(connection, [chat_id for session_id, chat_id in revised if session_id != UNPLACED])
 
@@ -252,7 +254,9 @@ def _select_other_facts(connection: Connection, placed: Mapping[Key, Sequence[Fa
     for row in rows:
         event = events.parse(row.body)
         if isinstance(event, events.Malformed):
-            continue  # stored by a version that could read it: its turn keeps what the other facts tell
+            # Stored by a version that could read it: its turn keeps what the other facts tell.
+            telemetry.unreadable_facts.labels(event.reason).inc()
+            continue
         fact = Fact(event, row.source, row.received_at, row.occurred_at)
         for key in [(row.session_id, row.chat_id)] if row.session_id != UNPLACED else homes[row.chat_id]:
             found[key].append(fact)

@@ -61,12 +61,27 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
     Raises `SchemaError` where the database is newer than this program.
     """
     with _exclusive(engine) as connection:
+        # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
+        if revision == "head" and current(connection) == head() and reader_can_read(connection) is not False:
+            return
         if current(connection) is not None and revision == "head":
             _refuse_newer(connection)
         # Alembic keeps its version table there, so the schema must be first.
-        connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {tables.SCHEMA}"))
+        if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
+            connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
         command.upgrade(_config(connection), revision)
         grant_reader(connection)
+
+
+def reader_can_read(connection: Connection) -> bool | None:
+    """Whether the reader role may read the views; None where there is no such role or no such view."""
+    query = (
+        "SELECT has_schema_privilege(r.oid, n.oid, 'USAGE') AND has_table_privilege(r.oid, c.oid, 'SELECT')"
+        " FROM pg_roles r, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE r.rolname = :name AND n.nspname = 'analytics' AND c.relname = 'messages'"
+    )
+    answer: bool | None = connection.scalar(text(query), {"name": READER})
+    return answer
 
 
 def downgrade(engine: Engine, revision: str) -> None:

@@ -103,7 +103,7 @@ class Settings(BaseSettings):
     prepared_statements: bool = _env(
         "ARCHIVER_PREPARED_STATEMENTS",
         True,
-        "Prepare repeated statements; `false` for a PgBouncer older than 1.21 in transaction mode.",
+        "Prepare repeated statements; `false` behind PgBouncer before 1.22 or with `max_prepared_statements` 0.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ARCHIVER_LOG_LEVEL", "info", "Least important log line that is written."

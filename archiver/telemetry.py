@@ -27,6 +27,9 @@ commit_seconds = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 commit_failures = Counter("archiver_commit_failures_total", "Batches that did not commit, by SQLSTATE.", ["sqlstate"])
+unreadable_facts = Counter(
+    "archiver_unreadable_facts_total", "Ledger rows that this version cannot read again, by reason.", ["reason"]
+)
 queue_events = Gauge("archiver_queue_events", "Events waiting for a commit.", multiprocess_mode="livesum")
 queue_bytes = Gauge("archiver_queue_bytes", "Bytes of the events waiting.", multiprocess_mode="livesum")
 last_event = Gauge(

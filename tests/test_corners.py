@@ -149,8 +149,9 @@ def test_a_user_with_the_privileges_that_doctor_asks_for_can_write(engine: Engin
     with engine.begin() as connection:
         connection.execute(text("DO $$BEGIN CREATE ROLE writer; EXCEPTION WHEN duplicate_object THEN NULL; END$$"))
         connection.execute(text("GRANT USAGE ON SCHEMA archiver TO writer"))
-        for table, privileges in doctor._NEEDED:
+        for table, privileges in doctor.NEEDED:
             connection.execute(text(f"GRANT {privileges} ON archiver.{table} TO writer"))
+        connection.execute(text(f"GRANT UPDATE ({', '.join(doctor.COUNTERS)}) ON archiver.events TO writer"))
     for body in (created("a", None), created("a")):
         event = parse(body)
         assert isinstance(event, Event)
@@ -214,3 +215,58 @@ def test_what_stands_beside_data_chat_is_read() -> None:
     event = parse(b'{"type":"chat.created","data":{"sessionId":"s","chat":{"id":"1"}}}')
     assert isinstance(event, Event)
     assert event.session_id == "s"
+
+
+def test_i5_when_a_session_was_first_heard_of_does_not_depend_on_batches(engine: Engine) -> None:
+    bodies = [e("chat.deleted", T, chat={"id": "a"}), created("a", "s")]
+    for batches in ([[0, 1]], [[0], [1]], [[1], [0]]):
+        with engine.begin() as connection:
+            for table in ("events", "messages", "chats"):
+                connection.execute(text(f"DELETE FROM archiver.{table}"))
+            connection.execute(text("DELETE FROM archiver.sessions WHERE session_id <> ''"))
+        for batch in batches:
+            with transaction(engine) as connection:
+                facts = [parse(bodies[number]) for number in batch]
+                ledger.record(
+                    connection,
+                    [
+                        ledger.Observation(fact, NOW + timedelta(minutes=number), "webhook", "k")
+                        for number, fact in zip(batch, facts, strict=True)
+                        if isinstance(fact, Event)
+                    ],
+                )
+        assert rows(engine, "SELECT first_event_at, last_event_at FROM archiver.sessions WHERE session_id = 's'") == [
+            (NOW, NOW + timedelta(minutes=1))
+        ], batches
+
+
+def test_i5_isolation_is_read_committed_whatever_the_database_says(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"ALTER DATABASE {engine.url.database} SET default_transaction_isolation = 'serializable'")
+        )
+    engine.dispose()
+    assert rows(engine, "SHOW transaction_isolation") == [("read committed",)]
+
+
+def test_i4_a_flat_chat_event_with_a_message_of_its_own_is_a_chat_event() -> None:
+    event = parse(b'{"type":"chat.created","message":{"type":"text"},"chat":{"id":"a","sessionId":"s"}}')
+    assert isinstance(event, Event)
+    assert (event.type, event.chat_id) == ("chat.created", "a")
+
+
+def test_i3_facts_that_differ_in_what_is_no_number_differ() -> None:
+    keys = set()
+    for cost in (b"NaN", b"null", b"1e400", b"9" * 5000, b"8" * 5000):
+        event = parse(b'{"type":"chat.created","chat":{"id":"a","cost":%s}}' % cost)
+        assert isinstance(event, Event)
+        assert event.chat is not None
+        assert event.chat.cost is None
+        keys.add(event.dedupe_key)
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("value", [{}, [], 1, None, True])
+def test_i4_a_type_that_is_no_text_does_not_raise(value: Any) -> None:
+    body = json.dumps({"type": value, "event": value, "message": {"type": value}}).encode()
+    assert isinstance(parse(body), Malformed)

@@ -65,7 +65,9 @@ def doctor(as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
     else:
         _print(findings)
-    if any(finding.verdict == "failure" for finding in findings):
+    failures = [finding.check for finding in findings if finding.verdict == "failure"]
+    if failures:
+        click.echo(f"archiver: something must be done about: {', '.join(failures)}", err=True)
         sys.exit(1)
 
 

@@ -96,7 +96,9 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, as_j
         shown = track(ids, "Retrying", console=Console(stderr=True), disable=as_json or len(ids) < PAGE)
         outcomes = {quarantine_id: retry_quarantined(engine, quarantine_id) for quarantine_id in shown}
     _print(outcomes, as_json=as_json)
-    if any(outcome is None or outcome.status == "quarantined" for outcome in outcomes.values()):
+    left = sum(outcome is None or outcome.status == "quarantined" for outcome in outcomes.values())
+    if left:
+        click.echo(f"archiver: {left} could not be archived; see archiver quarantine show ID", err=True)
         sys.exit(1)
 
 

@@ -61,7 +61,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
 
 
 def _require_authentication(configuration: Settings, *, insecure: bool) -> Settings:
-    if insecure and not configuration.secrets:
+    if insecure and (not configuration.secrets or configuration.webhook_scheme == "none"):
         log.warning("unsigned deliveries are accepted: anyone who reaches this port can write to the archive")
         return configuration.model_copy(update={"webhook_scheme": "none"})
     if configuration.webhook_scheme == "none" and not insecure:
