@@ -527,10 +527,8 @@ def test_without_a_database_url_the_commands_share_the_embedded_database(home: P
     process = archiver("status", "--json", ARCHIVER_HOME=str(home))
     assert json.loads(process.stdout)["messages"] == 2
     assert archiver("migrate", "--check", ARCHIVER_HOME=str(home)).returncode == 0
-    cmdlines = Path("/proc")
-    until(lambda: not any(str(home).encode() in read(path) for path in cmdlines.glob("[0-9]*/cmdline")), "its end")
-        lambda: not any(str(home).encode() in read(path) for path in Path("/proc").glob("[0-9]*/cmdline")), "an end"
-    )
+    processes = Path("/proc")
+    until(lambda: not any(str(home).encode() in read(path) for path in processes.glob("[0-9]*/cmdline")), "its end")
 
 
 def read(path: Path) -> bytes:
