@@ -141,6 +141,7 @@ def _receive_in_processes(configuration: Settings, listener: socket.socket, work
     os.environ["ARCHIVER_WEBHOOK_SCHEME"] = configuration.webhook_scheme
     for name in ("DATABASE_URL_FILE", "ARCHIVER_WEBHOOK_SCHEME_FILE"):
         os.environ.pop(name, None)
+    # The same table: mypy cannot see that its values fit.
     server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_SERVER)  # type: ignore[arg-type]
     Multiprocess(server, sockets=[listener]).run()
 
