@@ -121,10 +121,10 @@ class Visitor:
             group=self.gid,
             extra_groups=[],
             cwd="/",
-            env={"PATH": os.defpath, "PYTHONPATH": self.packages, **self.library_path()},
+            env={"PATH": os.defpath, "PYTHONPATH": self.packages, **self.with_libraries()},
         )
 
-    def library_path(self) -> dict[str, str]:
+    def with_libraries(self) -> dict[str, str]:
         return {"LD_LIBRARY_PATH": str(Path(self.python).parent.parent / "lib")}
 
     def folder(self, where: Path) -> Path:
@@ -583,8 +583,8 @@ import psycopg, sys
 from pathlib import Path
 from archiver import embedded
 with embedded.running(Path(sys.argv[1])) as postgres, psycopg.connect(postgres.url) as connection:
-    print(postgres.pid, flush=True)
     try:
+        print(postgres.pid, flush=True)
         sys.stdin.read()
     except KeyboardInterrupt:
         print(connection.execute("SELECT 'drained'").fetchone()[0], flush=True)
