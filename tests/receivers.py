@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,18 +20,10 @@ from urllib.parse import urlsplit
 import httpx2
 
 from tests.payloads import SECRET, WEBHOOK
+from tests.waiting import until
 
 START_SECONDS = 30
 STOP_SECONDS = 30
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-    """Waits for something real to become true, and returns it."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"still not so: {what}"
-        time.sleep(0.01)
-    return value
 
 
 # Imports the command line once, then forks a process for each command: importing costs more than most commands do.

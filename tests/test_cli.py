@@ -18,7 +18,8 @@ from archiver.database import database_url as parse_url
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import SECRET, created
-from tests.receivers import archiver, archiver_raw, serving, starting, until
+from tests.receivers import archiver, archiver_raw, serving, starting
+from tests.waiting import until
 
 # What is tested here stands in front of Postgres: one version of it is enough.
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,40 +22,13 @@ import archiver
 from archiver import embedded
 from archiver.embedded import binaries, place, postmaster
 from archiver.embedded.cluster import LOG_BYTES
+from tests.embedding import USER_PROGRAM, query
 
 IS_ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can act as several users")
 
+
 # Starts, says the server's pid, waits for the end of its input, stops.
-USER_PROGRAM = """
-import sys
-from pathlib import Path
-from archiver import embedded
-try:
-    postgres = embedded.start(Path(sys.argv[1]))
-except embedded.EmbeddedError as error:
-    sys.exit(f"EmbeddedError: {error}")
-print(postgres.pid, flush=True)
-sys.stdin.read()
-postgres.stop()
-"""
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-    """Waits for something real to become true, and returns it."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"still not so: {what}"
-        time.sleep(0.01)
-    return value
-
-
-def query(postgres: embedded.Postgres, statement: str) -> Any:
-    with psycopg.connect(postgres.url, autocommit=True) as connection:
-        cursor = connection.execute(statement)
-        return cursor.fetchone() if cursor.description else None
-
-
 def shown(postgres: embedded.Postgres, *settings: str) -> list[str]:
     return [query(postgres, f"SHOW {name}")[0] for name in settings]
 

@@ -8,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,37 +18,11 @@ import pytest
 
 from archiver import embedded
 from archiver.embedded import place, postmaster
+from tests.embedding import USER_PROGRAM, query
+from tests.waiting import until
+
 
 # Starts, says the server's pid, waits for the end of its input, stops.
-USER_PROGRAM = """
-import sys
-from pathlib import Path
-from archiver import embedded
-try:
-    postgres = embedded.start(Path(sys.argv[1]))
-except embedded.EmbeddedError as error:
-    sys.exit(f"EmbeddedError: {error}")
-print(postgres.pid, flush=True)
-sys.stdin.read()
-postgres.stop()
-"""
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-    """Waits for something real to become true, and returns it."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"still not so: {what}"
-        time.sleep(0.01)
-    return value
-
-
-def query(postgres: embedded.Postgres, statement: str) -> Any:
-    with psycopg.connect(postgres.url, autocommit=True) as connection:
-        cursor = connection.execute(statement)
-        return cursor.fetchone() if cursor.description else None
-
-
 def user_process(home: Path, **settings: Any) -> subprocess.Popen[str]:
     """Another process that uses the server of a home."""
     program = [settings.pop("python", sys.executable), "-c", USER_PROGRAM, str(home)]

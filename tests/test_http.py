@@ -22,7 +22,8 @@ from archiver.settings import Settings
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import SECRET, WEBHOOK, created, event
-from tests.receivers import Receiver, answer, begin, has_read_all, serving, until
+from tests.receivers import Receiver, answer, begin, has_read_all, serving
+from tests.waiting import until
 
 # What is tested here stands in front of Postgres: one version of it is enough.
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)

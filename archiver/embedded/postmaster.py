@@ -17,7 +17,7 @@ from pathlib import Path
 SOCKET_NAME = ".s.PGSQL.5432"
 SHORT_PREFIX = "callhq-archiver-"
 STOP_SECONDS = 60.0
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02  # between two looks at another process, which tells nobody when it is ready or gone
 _PROC = Path("/proc")
 
 

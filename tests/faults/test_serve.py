@@ -20,7 +20,8 @@ from archiver.database import database_url as parse_url
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import created
-from tests.receivers import Receiver, answer, begin, deliver, has_read_all, serving, starting, until
+from tests.receivers import Receiver, answer, begin, deliver, has_read_all, serving, starting
+from tests.waiting import until
 
 # What ends here is the receiver: one version of Postgres is enough.
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
