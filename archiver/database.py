@@ -151,7 +151,10 @@ def sqlstate(error: BaseException) -> str | None:
 
 # Postgres reads these as text as well, with two gains: the driver writes them in Python, slowly; and a value has the
 # type of a null, so that a statement prepared for one serves the other.
-_AS_TEXT = frozenset({datetime, Decimal})
+_AS_TEXT: dict[type, Callable[[Any], str]] = {
+    datetime: lru_cache(maxsize=4_096)(str),  # an event's own times stand in its row several times
+    Decimal: str,  # never from the cache: 1.0 and 1.00 are equal there
+}
 
 
 class RowsInsert:
@@ -178,7 +181,7 @@ class RowsInsert:
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]
             values = chain.from_iterable(map(self._values, page))
-            parameters = tuple([str(value) if type(value) in _AS_TEXT else value for value in values])
+            parameters = tuple([as_text(v) if (as_text := _AS_TEXT.get(type(v))) else v for v in values])
             result = connection.exec_driver_sql(self._render(len(page)), parameters)
             answered += result if result.returns_rows else ()
         return answered

@@ -276,6 +276,8 @@ def _id(value: Any) -> str | None:
 
 def _storable_id(value: str) -> str:
     # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
+    if len(value) <= MAX_ID and value.isascii() and "\x00" not in value:
+        return value
     if len(value) > MAX_ID or _UNSTORABLE.search(value) or len(value.encode()) > MAX_ID:
         raise _UnreadableError("unusable_id")
     return value
@@ -356,6 +358,8 @@ def timestamp(value: Any) -> datetime | None:
         if isinstance(value, str):
             if not _DIGITS.fullmatch(value):
                 parsed = datetime.fromisoformat(value.upper())
+                if parsed.tzinfo is UTC:
+                    return parsed
                 return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
