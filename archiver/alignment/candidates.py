@@ -1,0 +1,196 @@
+"""Where a turn may stand in the spine.
+
+A turn matches from a line on when its messages and the lines run in parallel. A line that is not a user's may be
+skipped (tool and system messages, an output that the webhook did not tell), and so may a blank message, which
+upstream may leave out. The match is *full* when every message with content was found, *partial* when every such input
+was.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+
+import msgspec
+
+from archiver.alignment.shapes import USER, Line, Turn
+from archiver.alignment.subsequence import align, common_subsequence
+
+NEARBY = 32  # places of an often repeated text that are tried for one turn
+
+Key = tuple[str, str]  # role, content
+
+
+class Match(msgspec.Struct, frozen=True, gc=False):
+    """A turn at the lines `start` to `end`, exclusive; `pairs` of (message of the turn, line), ascending in both."""
+
+    start: int
+    end: int
+    pairs: tuple[tuple[int, int], ...]
+    is_full: bool
+
+
+class Spine:
+    """The lines, by text too, and which of them turns have claimed."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.lines = lines
+        self.taken = bytearray(len(lines))
+        # One more at the end stands for both ends: a walk that runs off either stops there as at a user's line.
+        self._keys: list[Key | None] = [*((line.role, line.content) for line in lines), None]
+        self._is_user = [*(line.role == USER for line in lines), True]
+        self.places: defaultdict[Key | None, list[int]] = defaultdict(list)
+        for place, key in enumerate(self._keys):
+            self.places[key].append(place)
+
+    def is_free(self, match: Match) -> bool:
+        return not any(self.taken[match.start : match.end])
+
+    def take(self, match: Match) -> None:
+        self.taken[match.start : match.end] = b"\1" * (match.end - match.start)
+
+    def walk(self, told: "Told", messages: Iterable[int], line: int, step: int) -> list[tuple[int, int]] | None:
+        """Pairs of `messages`, by index, and lines from `line` on, up or down; None where a message is missing."""
+        pairs = []
+        for message in messages:
+            while self._keys[line] != told.keys[message]:
+                if message not in told.required:
+                    break
+                if self._is_user[line]:
+                    return None
+                line += step
+            else:
+                pairs.append((message, line))
+                line += step
+        return pairs
+
+    def answers_from(self, line: int) -> list[Key | None]:
+        """The lines from `line` up to the next user's."""
+        return self._keys[line : self._is_user.index(True, line)]
+
+
+class Told:
+    """What a turn tells, shared by all turns that tell the same; remembers where it was found."""
+
+    def __init__(self, turn: Turn, spine: Spine) -> None:
+        self.keys = [(message.role, message.content) for message in turn.messages]
+        filled = [index for index, (_, content) in enumerate(self.keys) if content.strip()]
+        # Of a turn without any content its blank input is all that there is to find.
+        self.required = frozenset(filled or range(turn.inputs or len(self.keys)))
+        self.inputs = turn.inputs
+        self.has_output = any(index >= turn.inputs for index in filled)
+        # The rarest text leaves the fewest places to try.
+        self.anchor = self._rarest(self.required, spine)
+        inputs = [index for index in self.required if index < turn.inputs]
+        self.input_anchor = self._rarest(inputs, spine) if inputs and self.has_output else None
+        self._spine = spine
+        self._full: dict[int, Match | None] = {}
+        self._partial: dict[int, Match | None] = {}
+
+    def _rarest(self, messages: Iterable[int], spine: Spine) -> int | None:
+        """The message whose text the spine holds least often; None if it lacks one."""
+        count, rarest = min((len(spine.places.get(self.keys[index], ())), index) for index in messages)
+        return rarest if count else None
+
+    def full_at(self, line: int) -> Match | None:
+        """The full match with the anchor at `line`."""
+        if line not in self._full:
+            self._full[line] = self._find_full(line)
+        return self._full[line]
+
+    def partial_at(self, line: int) -> Match | None:
+        """The partial match with the input anchor at `line`."""
+        if line not in self._partial:
+            self._partial[line] = self._find_partial(line)
+        return self._partial[line]
+
+    def _find_full(self, line: int) -> Match | None:
+        pairs = self._around(self.anchor, line, len(self.keys))
+        return _match(pairs, is_full=True) if pairs else None
+
+    def _find_partial(self, line: int) -> Match | None:
+        pairs = self._around(self.input_anchor, line, self.inputs)
+        if not pairs:
+            return None
+        begin = pairs[-1][1] + 1
+        outputs = common_subsequence(self.keys[self.inputs :], self._spine.answers_from(begin))
+        pairs += [(self.inputs + message, begin + answer) for message, answer in outputs]
+        return _match(pairs, is_full=False)
+
+    def _around(self, anchor: int | None, line: int, end: int) -> list[tuple[int, int]] | None:
+        if anchor is None:
+            return None
+        after = self._spine.walk(self, range(anchor + 1, end), line + 1, 1)
+        before = None if after is None else self._spine.walk(self, range(anchor - 1, -1, -1), line - 1, -1)
+        return None if after is None or before is None else [*reversed(before), (anchor, line), *after]
+
+
+def _match(pairs: list[tuple[int, int]], *, is_full: bool) -> Match:
+    return Match(pairs[0][1], pairs[-1][1] + 1, tuple(pairs), is_full)
+
+
+class Candidates:
+    """The matches worth trying, by turn; turns are named by their place in order of `began_at`."""
+
+    def __init__(self, lines: Sequence[Line], turns: Sequence[Turn]) -> None:
+        self.spine = Spine(lines)
+        self._turns = turns
+        told: dict[tuple[object, int], Told] = {}
+        self.told = []
+        for turn in turns:
+            tells = (turn.messages, turn.inputs)
+            if tells not in told:
+                told[tells] = Told(turn, self.spine)
+            self.told.append(told[tells])
+
+    def full(self, turn: int) -> list[Match]:
+        """Full matches; those of a turn that tells no output only where a reading could show it."""
+        told = self.told[turn]
+        return [match for line in self._nearby(turn, told.anchor) if (match := self.full_at(turn, line))]
+
+    def partial(self, turn: int) -> list[Match]:
+        """Partial matches where a reading could show the turn."""
+        told = self.told[turn]
+        lines = (line for line in self._nearby(turn, told.input_anchor) if self._could_show(turn, line))
+        return [match for line in lines if (match := told.partial_at(line))]
+
+    def full_at(self, turn: int, line: int) -> Match | None:
+        """The full match with the anchor at `line`, unless inputs are its only evidence and the line is too old."""
+        told = self.told[turn]
+        return told.full_at(line) if told.has_output or self._could_show(turn, line) else None
+
+    def free_places(self, turn: int) -> Iterator[int]:
+        """Every unclaimed line that has the text of the anchor."""
+        told = self.told[turn]
+        places = () if told.anchor is None else self.spine.places[told.keys[told.anchor]]
+        return (place for place in places if not self.spine.taken[place])
+
+    def _could_show(self, turn: int, line: int) -> bool:
+        last_read_at = self.spine.lines[line].last_read_at
+        return last_read_at is not None and last_read_at >= self._turns[turn].began_at
+
+    def _nearby(self, turn: int, anchor: int | None) -> list[int]:
+        """Where the anchor's text stands; of many places those next to where the whole conversation has it."""
+        if anchor is None:
+            return []
+        places = self.spine.places[self.told[turn].keys[anchor]]
+        if len(places) <= NEARBY:
+            return places
+        middle = bisect_left(places, self._expected[self._offsets[turn] + anchor])
+        first = max(0, min(middle - NEARBY // 2, len(places) - NEARBY))
+        return places[first : first + NEARBY]
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        return [*accumulate((len(told.keys) for told in self.told), initial=0)]
+
+    @cached_property
+    def _expected(self) -> list[int]:
+        """The line of each message of all turns in a row, if these are aligned as one text, or of the one before."""
+        said = [key for told in self.told for key in told.keys]
+        keys = [(line.role, line.content) for line in self.spine.lines]
+        lines = [0] * len(said)
+        for line, message in align(keys, said):
+            lines[message] = line
+        return [*accumulate(lines, max)]

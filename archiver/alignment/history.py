@@ -1,0 +1,121 @@
+"""The spine: every line that any reading showed, in order, and which of them the latest shows."""
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
+
+import msgspec
+
+from archiver.alignment.shapes import USER, Line, Reading
+from archiver.alignment.subsequence import Pair, align, common_subsequence
+
+Key = tuple[str, str]  # role, content
+Run = tuple[Key, ...]  # all that one turn says
+Item = tuple[Key, object]  # a line and its context
+
+
+def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[Run] = ()) -> list[Line]:
+    """The spine `lines`, of which no turn has claimed any, and a later reading.
+
+    Lines are the same if role and content are equal and, for all but the user's, what the user said before; those of
+    a turn that is `deleted` only where all of it is there: else what is like a part of it is another turn's.
+    What the reading does not show stays at its place with `in_history=False` (I7); what is new is inserted at its
+    own, after the old lines of the same gap. So the lines with `in_history=True` are exactly the reading, in order.
+    """
+    old = [(line.role, line.content) for line in lines]
+    new = [(message.role, message.content) for message in reading.messages]
+    merged: list[Line] = []
+    for (old_before, new_before), (at_old, at_new) in pairwise(
+        [(-1, -1), *_align(lines, old, new, deleted), (len(old), len(new))]
+    ):
+        merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
+        merged += [
+            Line(*key, "history", None, True, reading.read_at, reading.read_at)
+            for key in new[new_before + 1 : at_new]
+        ]
+        merged += [
+            msgspec.structs.replace(line, in_history=True, last_read_at=reading.read_at)
+            for line in lines[at_old : at_old + 1]
+        ]
+    return merged
+
+
+def _not_shown(line: Line) -> Line:
+    return msgspec.structs.replace(line, in_history=False) if line.in_history else line
+
+
+def _align(lines: Sequence[Line], old: Sequence[Key], new: Sequence[Key], deleted: Collection[Run]) -> list[Pair]:
+    # The same answer again, which is what most readings are, changes nothing, however else it could be aligned.
+    shown = [index for index, line in enumerate(lines) if line.in_history]
+    if [old[index] for index in shown] == new:
+        return [*zip(shown, range(len(new)), strict=True)]
+    runs = [run for run in deleted if _starts(old, run) or _starts(new, run)]
+    answers = _in_context(old, runs, new)
+    pairs = _keep_turns_whole(answers, align(answers, _in_context(new, runs, old)))
+    return [*_with_loose_ends(old, new, pairs)]
+
+
+def _starts(keys: Sequence[Key], run: Run) -> list[int]:
+    """Where all that the turn says stands."""
+    return [start for start in range(len(keys) - len(run) + 1) if tuple(keys[start : start + len(run)]) == run]
+
+
+def _in_context(keys: Sequence[Key], runs: Sequence[Run], other: Sequence[Key]) -> list[Item]:
+    """Lines with what the user said before them: an equal answer to something else is another message.
+
+    Those of `runs` are parts of a whole, be it cut at the end where the `other` telling has it whole.
+    """
+    asked = None
+    items: list[Item] = []
+    for role, content in keys:
+        if role == USER:
+            asked = content
+        items.append(((role, content), None if role == USER else asked))
+    for run in runs:
+        for start in _starts(keys, run):
+            items[start : start + len(run)] = [(key, (run, offset)) for offset, key in enumerate(run)]
+        for length in range(1, len(run)):
+            if tuple(keys[-length:]) == run[:length] and _starts(other, run):
+                items[-length:] = [(key, (run, offset)) for offset, key in enumerate(run[:length])]
+    return items
+
+
+def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
+    """The same alignment, with what is not shown starting at a user's line where equal texts leave the choice.
+
+    Of `ok A | ok B` the reading `ok B` shows the second turn, not the first line and the last.
+    """
+    partners = dict(pairs)
+    for (before, _), (after, _) in pairwise([*pairs, (len(old), 0)]):
+        gap = range(before + 1, after)
+        for shift in range(len(gap)):
+            if old[gap.start - shift][0][0] == USER:
+                for moved in range(1, shift + 1):
+                    partners[gap.stop - moved] = partners.pop(gap.start - moved)
+                break
+            upper, lower = gap.start - shift - 1, gap.stop - shift - 1
+            if upper not in partners or old[upper] != old[lower]:
+                break
+    return sorted(partners.items())
+
+
+def _with_loose_ends(old: Sequence[Key], new: Sequence[Key], pairs: list[Pair]) -> Iterator[Pair]:
+    """Add what stands before any user's line where a reading was cut: nobody knows what it answers."""
+    for (old_before, new_before), (at_old, at_new) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
+        in_old, in_new = range(old_before + 1, at_old), range(new_before + 1, at_new)
+        if in_old and in_new:
+            loose = _from_end(old, new, in_old, _loose(new, in_new)) or _from_end(
+                old, new, _loose(old, in_old), in_new
+            )
+            yield from loose
+        if at_old < len(old):
+            yield at_old, at_new
+
+
+def _loose(keys: Sequence[Key], gap: range) -> range:
+    return range(gap.start, next((index for index in gap if keys[index][0] == USER), gap.stop))
+
+
+def _from_end(old: Sequence[Key], new: Sequence[Key], in_old: range, in_new: range) -> list[Pair]:
+    """Align two stretches, as late as may be: what was cut off ends where the rest begins."""
+    pairs = common_subsequence([old[index] for index in reversed(in_old)], [new[index] for index in reversed(in_new)])
+    return [(in_old[-1 - from_old], in_new[-1 - from_new]) for from_old, from_new in reversed(pairs)]

@@ -1,0 +1,49 @@
+"""What goes into an alignment and what comes out of it."""
+
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from archiver.events import Message
+
+USER = "user"
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False):
+    """One history answer: flat, without ids or times; perhaps cut at either end, shrunk or empty."""
+
+    messages: tuple[Message, ...]
+    read_at: datetime
+
+
+class Turn(msgspec.Struct, frozen=True, gc=False):
+    """One chat as its newest revision tells it: the first `inputs` messages are input, the others output.
+
+    `began_at` orders turns, ties by `told_at` and `chat_id`; it may be wrong. `told_at` is the upstream time of the
+    newest revision.
+    """
+
+    chat_id: str
+    messages: tuple[Message, ...]
+    inputs: int
+    began_at: datetime
+    told_at: datetime
+    is_deleted: bool = False
+
+
+class Line(msgspec.Struct, frozen=True, gc=False):
+    """One message of a transcript.
+
+    `source` says whose word it is; what both tell is the webhook's. `in_history`: the latest reading shows it, does
+    not, or (None) could not, because what was told is newer or nothing was read. `first_read_at` and `last_read_at`
+    are the earliest and the latest reading that showed it.
+    """
+
+    role: str
+    content: str
+    source: Literal["webhook", "history"]
+    chat_id: str | None
+    in_history: bool | None
+    first_read_at: datetime | None = None
+    last_read_at: datetime | None = None

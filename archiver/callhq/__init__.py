@@ -1,0 +1,27 @@
+"""CallHQ's documented API as a patient client: one connection pool, bounded retries, one pause that all share.
+
+It tells what was answered, not what the answer means. Neither key nor content enters a log line or an error.
+"""
+
+from archiver.callhq.answers import (
+    Answer,
+    CallError,
+    RefusedError,
+    TooLargeError,
+    UnauthorizedError,
+    UnreachableError,
+)
+from archiver.callhq.client import Client, Pause
+from archiver.callhq.registry import Registry
+
+__all__ = [
+    "Answer",
+    "CallError",
+    "Client",
+    "Pause",
+    "RefusedError",
+    "Registry",
+    "TooLargeError",
+    "UnauthorizedError",
+    "UnreachableError",
+]

@@ -1,0 +1,203 @@
+"""The calls, each with its retries and pauses."""
+
+import asyncio
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import httpx2
+import msgspec
+import stamina
+from pydantic import SecretStr
+
+from archiver.callhq.access import base, secret, segment
+from archiver.callhq.answers import (
+    Answer,
+    BusyError,
+    FailedError,
+    RefusedError,
+    TooLargeError,
+    UnreachableError,
+    check,
+    failure,
+    member,
+)
+from archiver.callhq.registry import Registrar, Registry
+
+CONNECT_SECONDS = 5.0
+ATTEMPT_SECONDS = 30.0  # for one attempt, to the last byte of its answer
+ATTEMPTS = 4
+MAX_PAUSES = 10  # that one call waits for
+MAX_BYTES = 64 * 1_048_576  # of one answer, decompressed
+_FIRST_BACKOFF, _LONGEST_BACKOFF, _JITTER = 0.5, 10.0, 1.0  # seconds
+_IDLE = 2.0  # seconds that a connection is kept unused: less than servers keep it, so that none is used as it ends
+
+
+class Pause(Protocol):
+    """The pause that CallHQ asked for, shared by all workers and kept elsewhere."""
+
+    async def wait(self) -> None:
+        """Return once nobody is asked to wait any more."""
+
+    async def set(self, seconds: float, reason: str) -> None:
+        """Make everybody wait so long from now; `reason` is the status that asked for it, `429` or `503`."""
+
+
+class Client:
+    """The documented calls; use as `async with`.
+
+    `concurrency` calls run at a time. `rate` is the most that begin in a second, evenly spaced; without one there is
+    no such limit. Raises `SettingsError` for a key or a URL that cannot be used.
+    """
+
+    def __init__(
+        self,
+        api_url: str,
+        api_key: SecretStr,
+        *,
+        pause: Pause,
+        concurrency: int = 8,
+        rate: float | None = None,
+        registry: Registry | None = None,
+        max_bytes: int = MAX_BYTES,
+        timeout: float = ATTEMPT_SECONDS,
+    ) -> None:
+        self._url = base("CALLHQ_API_URL", api_url)
+        self._headers = {"x-api-key": secret("CALLHQ_API_KEY", api_key)}
+        self._pause = pause
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+        self._interval = 1 / rate if rate else 0.0
+        self._next = 0.0  # on the loop's clock
+        self._turn = asyncio.Lock()
+        self._slots = asyncio.Semaphore(concurrency)
+        self._http = httpx2.AsyncClient(
+            headers={"user-agent": "callhq-archiver", "accept": "application/json", "accept-encoding": "gzip"},
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # the whole of an attempt has a deadline of ours
+            limits=httpx2.Limits(
+                max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=_IDLE
+            ),
+        )
+        self._registrar = Registrar(self._http, self._slots, registry) if registry else None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def history(self, session_id: str) -> Answer:
+        """`GET /chats/session/{id}`: every status but 401, 403, 429 and 5xx is an answer.
+
+        Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an id that is none.
+        """
+        if not session_id:
+            raise ValueError("A session id has at least one character.")
+        return await self._call("GET", f"/chats/session/{segment(session_id)}", None)
+
+    async def create_session(self, name: str, assistant_id: str) -> dict[str, Any]:
+        """`POST /sessions`: the new session. Raises every `CallError`."""
+        body = {"name": name, "assistantId": assistant_id}
+        session = await self._post("/sessions", "session", body)
+        if self._registrar:
+            await self._registrar.tell(session)
+        return session
+
+    async def send_message(
+        self, session_id: str, text: str, variables: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """`POST /chats`: the chat, with the assistant's output. Raises every `CallError`.
+
+        After an `UnreachableError` the message may have arrived: it is never sent twice.
+        """
+        body: dict[str, Any] = {"sessionId": session_id, "input": text}
+        if variables is not None:
+            body["assistantOverrides"] = {"variableValues": variables}
+        chat = await self._post("/chats", "chat", body)
+        if self._registrar:
+            await self._registrar.tell({"id": session_id})
+        return chat
+
+    async def _post(self, path: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What the answer holds under `name`."""
+        answer = await self._call("POST", path, msgspec.json.encode(body))
+        if not 200 <= answer.status < 300:  # noqa: PLR2004  # HTTP's successes
+            raise RefusedError(f"CallHQ answered POST {path} with {answer.status}.", answer.status)
+        held = member(answer.body, name)
+        if held is None or not isinstance(held.get("id"), str):
+            raise RefusedError(
+                f"CallHQ answered POST {path} with {answer.status}, but with no {name}.", answer.status
+            )
+        return held
+
+    async def _call(self, method: str, path: str, body: bytes | None) -> Answer:
+        """With retries and pauses. What may have been done is not asked for again, unless it is a GET."""
+        pauses = 0
+
+        def is_worth_another(error: Exception) -> bool:
+            return isinstance(error, FailedError) and (method == "GET" or not error.was_sent)
+
+        try:
+            async for attempt in stamina.retry_context(
+                on=is_worth_another,
+                attempts=ATTEMPTS,
+                timeout=None,
+                wait_initial=_FIRST_BACKOFF,
+                wait_max=_LONGEST_BACKOFF,
+                wait_jitter=_JITTER,
+            ):
+                with attempt:
+                    while True:
+                        try:
+                            return await self._exchange(method, path, body)
+                        except BusyError as busy:
+                            pauses += 1
+                            await self._be_told_to_wait(method, busy, pauses)
+        except FailedError as error:
+            # The error beneath holds the request, and the request the key.
+            raise UnreachableError(f"CallHQ gave no answer: {error} (attempts: {attempt.num}).") from None
+        raise AssertionError("stamina ends with an answer or with an error")
+
+    async def _be_told_to_wait(self, method: str, busy: BusyError, pauses: int) -> None:
+        await self._pause.set(busy.seconds, str(busy.status))
+        if pauses > MAX_PAUSES:
+            raise UnreachableError(f"CallHQ is busy: it answered {busy.status} after each of {MAX_PAUSES} pauses.")
+        if method != "GET" and busy.status != httpx2.codes.TOO_MANY_REQUESTS:
+            raise UnreachableError(f"CallHQ is busy: it answered {busy.status}.")
+
+    async def _exchange(self, method: str, path: str, body: bytes | None) -> Answer:
+        """One attempt: an answer, or an error that says what came instead."""
+        headers = self._headers if body is None else {**self._headers, "content-type": "application/json"}
+        async with self._slots:  # not the pool's, whose waiting would count against the deadline
+            await self._wait_for_turn()
+            try:
+                async with (
+                    asyncio.timeout(self._timeout),
+                    self._http.stream(method, self._url + path, content=body, headers=headers) as response,
+                ):
+                    check(response)
+                    return Answer(response.status_code, await self._read(response))
+            except TimeoutError:
+                raise FailedError(f"no whole answer within {self._timeout:g} s", was_sent=True) from None
+            except httpx2.RequestError as error:
+                raise failure(error) from None
+
+    async def _wait_for_turn(self) -> None:
+        """Until a call may begin. The pause is looked at last, so that nobody who waited for a turn overlooks it."""
+        if not self._interval:
+            await self._pause.wait()
+            return
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            await asyncio.sleep(max(0.0, self._next - loop.time()))
+            await self._pause.wait()
+            self._next = loop.time() + self._interval
+
+    async def _read(self, response: httpx2.Response) -> bytes:
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > self._max_bytes:
+                raise TooLargeError(f"CallHQ's answer is larger than {self._max_bytes} bytes, the most that is read.")
+        return bytes(body)

@@ -1,0 +1,781 @@
+"""The client of CallHQ's API, against real servers that answer late, wrongly, endlessly or not at all."""
+
+import asyncio
+import gzip
+import json
+import logging
+import socket
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import stamina
+import structlog
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from archiver import signatures
+from archiver.callhq import (
+    Answer,
+    CallError,
+    Client,
+    RefusedError,
+    Registry,
+    TooLargeError,
+    UnauthorizedError,
+    UnreachableError,
+)
+from archiver.callhq.client import ATTEMPTS, MAX_PAUSES
+from archiver.demo import client as customers
+from archiver.demo.faults import Faults
+from archiver.demo.platform import Platform, create
+from archiver.demo.serving import serving
+from archiver.demo.webhooks import Record, Sender
+from archiver.settings import Settings, SettingsError
+
+KEY = "the-key-5b1f0c"
+TOKEN = "the-token-77aa"
+SAID = "my card number is 4929"
+FOUND = b'{"session": {"id": "s1", "messages": []}}'
+
+
+@pytest.fixture(autouse=True)
+def _no_backoff() -> Iterator[None]:
+    """As many attempts as ever, without the waiting between them."""
+    with stamina.set_testing(True, attempts=100, cap=True):
+        yield
+
+
+@dataclass
+class Pauses:
+    """Keeps the order in which a client waited, called (the server tells that) and was told to wait."""
+
+    log: list[str] = field(default_factory=list)
+
+    async def wait(self) -> None:
+        self.log.append("wait")
+
+    async def set(self, seconds: float, reason: str) -> None:
+        self.log.append(f"set {seconds:g} {reason}")
+
+    @property
+    def seconds(self) -> list[float]:
+        return [float(entry.split()[1]) for entry in self.log if entry.startswith("set")]
+
+
+class RealPauses(Pauses):
+    """Lets everybody wait, as the shared pause does."""
+
+    until = 0.0
+
+    async def wait(self) -> None:
+        await super().wait()
+        await asyncio.sleep(self.until - asyncio.get_running_loop().time())
+
+    async def set(self, seconds: float, reason: str) -> None:
+        await super().set(seconds, reason)
+        self.until = asyncio.get_running_loop().time() + seconds
+
+
+@dataclass
+class Call:
+    method: str
+    path: str  # as it was sent
+    headers: dict[str, str]
+    body: bytes
+    port: int
+
+
+Scripted = Response | Callable[[Request], Awaitable[Response]]
+
+
+@dataclass
+class Server:
+    """Answers as scripted, then always 200 with an empty history, a session or a chat."""
+
+    script: list[Scripted] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    pauses: Pauses = field(default_factory=Pauses)
+    url: str = ""
+
+    async def answer(self, request: Request) -> Response:
+        assert request.client is not None
+        raw_path: bytes = request.scope["raw_path"]
+        body = await request.body()
+        self.pauses.log.append("call")
+        self.calls.append(
+            Call(request.method, raw_path.decode(), dict(request.headers), body, request.client.port),
+        )
+        if self.script:
+            scripted = self.script.pop(0)
+            return scripted if isinstance(scripted, Response) else await scripted(request)
+        if request.method == "GET":
+            return Response(FOUND)
+        name = "session" if request.url.path.endswith("/sessions") else "chat"
+        return JSONResponse(
+            {"message": "ok", name: {"id": f"id-of-{name}", "createdAt": "2026-01-01T00:00:00Z"}}, 201
+        )
+
+
+@asynccontextmanager
+async def server(script: Sequence[Scripted] = ()) -> AsyncIterator[Server]:
+    scripted = Server([*script])
+    app = Starlette(routes=[Route("/{path:path}", scripted.answer, methods=["GET", "POST"])])
+    async with serving(app, "127.0.0.1", 0) as scripted.url:
+        yield scripted
+
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def raw_server(talk: Talk) -> AsyncIterator[Server]:
+    """Reads the head of a request and lets `talk` say anything; each connection is one call."""
+    counting = Server()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            counting.calls.append(Call(head.decode().split()[0], "", {}, b"", 0))
+            await talk(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with listening:
+        counting.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        yield counting
+
+
+def saying(data: bytes) -> Talk:
+    async def talk(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        await writer.drain()
+
+    return talk
+
+
+async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    await reader.read()  # until the client has gone
+
+
+def dripping(start: bytes, drop: bytes) -> Talk:
+    async def talk(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(start)
+        while not writer.is_closing():
+            await writer.drain()
+            await asyncio.sleep(0.005)  # what is tested is a server that does this
+            writer.write(drop)
+
+    return talk
+
+
+async def hanging(request: Request) -> Response:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    return Response(status_code=500)
+
+
+def connect(to: Server, **options: Any) -> Client:
+    return Client(f"{to.url}/api", SecretStr(KEY), **{"pause": to.pauses, **options})
+
+
+# Answers
+
+
+@pytest.mark.parametrize("status", [200, 201, 206, 301, 304, 400, 402, 404, 410, 413, 418, 422, 451])
+async def test_an_answer_is_told_byte_for_byte_whatever_its_status(status):
+    body = b"" if status == 304 else b'\xff\x00{"session": \n'
+    async with server([Response(body, status)]) as s, connect(s) as client:
+        assert await client.history("s1") == Answer(status, body)
+    assert [(call.method, call.path) for call in s.calls] == [("GET", "/api/chats/session/s1")]
+    assert s.calls[0].headers["x-api-key"] == KEY
+
+
+async def test_a_redirect_is_an_answer_and_not_followed():
+    async with server() as elsewhere, server([RedirectResponse(elsewhere.url)]) as s, connect(s) as client:
+        assert (await client.history("s1")).status == 307
+    assert (len(s.calls), elsewhere.calls) == (1, [])
+
+
+async def test_a_compressed_answer_is_told_decompressed():
+    packed = Response(gzip.compress(FOUND), headers={"content-encoding": "gzip"})
+    async with server([packed]) as s, connect(s) as client:
+        assert await client.history("s1") == Answer(200, FOUND)
+    assert s.calls[0].headers["accept-encoding"] == "gzip"
+
+
+@pytest.mark.parametrize(
+    "session_id", ["a/b", "../x", "..", ".", "a?b#c", "%2F", "a b+c", "שלום 👍", "\x00\n", "a\\b"]
+)
+async def test_an_id_is_one_segment_of_the_path_whatever_it_holds(session_id):
+    async with server() as s, connect(s) as client:
+        await client.history(session_id)
+    [call] = s.calls
+    before, _, segment = call.path.rpartition("/")
+    assert (before, unquote(segment)) == ("/api/chats/session", session_id)
+    assert segment not in {".", ".."}
+
+
+@pytest.mark.parametrize("session_id", ["", "\ud800"])
+async def test_an_id_that_is_none_is_not_asked_for(session_id):
+    async with server() as s, connect(s) as client:
+        with pytest.raises(ValueError, match=r"."):
+            await client.history(session_id)
+    assert s.calls == []
+
+
+# Failures
+
+
+async def test_server_errors_are_tried_again_until_there_is_an_answer():
+    script = [Response(status_code=500), Response(status_code=502), Response(b"x", 404)]
+    async with server(script) as s, connect(s) as client:
+        assert await client.history("s1") == Answer(404, b"x")
+    assert len(s.calls) == 3
+
+
+async def test_attempts_are_bounded_and_the_error_says_what_happened():
+    script = [Response(SAID, 500), Response(SAID, 599), *[Response(SAID, 504)] * 9]
+    async with server(script) as s, connect(s) as client:
+        with pytest.raises(UnreachableError, match=r"it answered 504 \(attempts: 4\)") as raised:
+            await client.history("s1")
+    assert len(s.calls) == ATTEMPTS == 4
+    assert SAID not in str(raised.value)
+
+
+BROKEN = {
+    "nothing": b"",
+    "no HTTP": b"SSH-2.0-OpenSSH_9.9 " + SAID.encode() + b"\r\n",
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + SAID.encode(),
+    "half a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + SAID.encode(),
+    "no gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+    "endless head": b"HTTP/1.1 200 OK\r\nx: " + b"x" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("said", BROKEN.values(), ids=BROKEN.keys())
+async def test_a_broken_answer_is_tried_again_and_never_told(said):
+    async with raw_server(saying(said)) as s, connect(s) as client:
+        with pytest.raises(UnreachableError) as raised:
+            await client.history("s1")
+    assert len(s.calls) == ATTEMPTS
+    assert SAID not in str(raised.value)
+
+
+async def test_nobody_listening_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = Server(url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+    async with connect(gone) as client:
+        with pytest.raises(UnreachableError, match=r"cannot connect: .+ \(attempts: 4\)"):
+            await client.history("s1")
+
+
+async def test_a_hanging_server_costs_an_attempt_and_leaves_the_connection_usable():
+    async with server([hanging, hanging]) as s, connect(s, timeout=0.5, concurrency=1) as client:
+        assert (await client.history("s1")).body == FOUND
+        assert (await client.history("s1")).body == FOUND
+    assert len(s.calls) == 4
+
+
+async def test_a_server_that_hangs_for_ever_is_given_up():
+    async with raw_server(silent) as s, connect(s, timeout=0.3) as client:
+        with pytest.raises(UnreachableError, match="no whole answer"):
+            await client.history("s1")
+    assert len(s.calls) == ATTEMPTS
+
+
+DRIPS = {
+    "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "head": (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"),
+}
+
+
+@pytest.mark.parametrize(("start", "drop"), DRIPS.values(), ids=DRIPS.keys())
+async def test_a_server_that_drips_cannot_hold_a_call(start, drop):
+    async with raw_server(dripping(start, drop)) as s, connect(s, timeout=0.3) as client:
+        async with asyncio.timeout(30):
+            with pytest.raises(UnreachableError, match=r"no whole answer within 0\.3 s"):
+                await client.history("s1")
+    assert len(s.calls) == ATTEMPTS
+
+
+async def test_a_caller_that_gives_up_is_obeyed_at_once_and_leaves_no_slot_taken():
+    async def hanging_up(request: Request) -> Response:
+        deadline.reschedule(asyncio.get_running_loop().time())
+        return await hanging(request)
+
+    async with server([hanging_up]) as s, connect(s, concurrency=1) as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(None) as deadline:
+                await client.history("s1")
+        assert (await client.history("s1")).status == 200
+    assert len(s.calls) == 2
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refused_key_is_not_tried_again_and_the_error_names_the_setting(status):
+    async with server([Response(SAID, status)] * 9) as s, connect(s) as client:
+        with pytest.raises(UnauthorizedError, match="CALLHQ_API_KEY") as raised:
+            await client.history("s1")
+        with pytest.raises(UnauthorizedError):
+            await client.create_session("N", "a")
+    assert len(s.calls) == 2
+    assert SAID not in str(raised.value)
+
+
+# Pauses and rate
+
+
+def busy(status: int = 429, **headers: str) -> Response:
+    return Response(status_code=status, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_pause_is_shared_and_waited_for_before_the_next_attempt(status):
+    async with server([busy(status, retry_after="7")]) as s, connect(s) as client:
+        assert (await client.history("s1")).status == 200
+    assert s.pauses.log == ["wait", "call", f"set 7 {status}", "wait", "call"]
+
+
+async def test_who_waits_for_another_call_looks_at_the_pause_when_it_is_their_turn():
+    async with server() as s, connect(s, concurrency=1) as client:
+        await asyncio.gather(*[client.history(f"s{n}") for n in range(3)])
+    assert s.pauses.log == ["wait", "call"] * 3
+
+
+async def test_every_attempt_waits_first_whoever_was_told_to():
+    script = [busy(), Response(status_code=500), busy(503)] * 3
+    async with server(script) as s, connect(s, concurrency=3) as client:
+        await asyncio.gather(*[client.history(f"s{n}") for n in range(9)])
+    for length in range(len(s.pauses.log)):
+        assert s.pauses.log[:length].count("wait") >= s.pauses.log[:length].count("call")
+    assert s.pauses.log.count("wait") == s.pauses.log.count("call") == len(s.calls) == 18
+
+
+async def test_retry_after_is_read_in_every_form_and_kept_within_bounds():
+    forms = {
+        "0": 1,
+        "30": 30,
+        " 2.5 ": 2.5,
+        "3599": 3599,
+        "3601": 3600,
+        "9" * 5000: 3600,
+        "": 5,
+        "-3": 5,
+        "soon": 5,
+        "1e3": 5,
+        "٣": 5,
+        "Wed, 99 Foo 2026 99:99:99 GMT": 5,
+        "Wed, 21 Oct 2015 07:28:00 GMT": 1,
+        "Wed, 21 Oct 2015 07:28:00 -0000": 1,
+        "Fri, 31 Dec 9999 23:59:59 GMT": 3600,
+    }
+    script: list[Scripted] = []
+    for form in forms:
+        response = busy()
+        response.raw_headers.append((b"retry-after", form.encode()))
+        script.append(response)
+    async with server([*script, busy()]) as s, connect(s) as client:
+        with pytest.raises(UnreachableError):
+            await client.history("s1")
+        await client.history("s1")
+    assert s.pauses.seconds == [*forms.values(), 5]
+
+
+async def test_retry_after_may_be_a_date():
+    moment = datetime.now(UTC) + timedelta(minutes=30)
+    async with server([busy(retry_after=format_datetime(moment, usegmt=True))]) as s, connect(s) as client:
+        await client.history("s1")
+    [seconds] = s.pauses.seconds
+    assert 1200 < seconds <= 1800
+
+
+async def test_a_pause_is_no_failed_attempt():
+    failed: Scripted = Response(status_code=500)
+    script = [failed, busy(), failed, busy(503), busy(), failed, *[busy()] * 4]
+    async with server(script) as s, connect(s) as client:
+        assert (await client.history("s1")).status == 200
+    assert len(s.calls) == 11
+
+
+async def test_failures_are_counted_across_pauses():
+    failed: Scripted = Response(status_code=500)
+    async with server([failed, busy()] * 9) as s, connect(s) as client:
+        with pytest.raises(UnreachableError, match="500"):
+            await client.history("s1")
+    assert len(s.calls) == 7
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_pauses_are_bounded(status):
+    async with server([busy(status)] * 99) as s, connect(s) as client:
+        with pytest.raises(UnreachableError, match=f"busy.*{status}"):
+            await client.history("s1")
+    assert len(s.calls) == MAX_PAUSES + 1
+
+
+async def test_no_more_calls_run_at_a_time_than_allowed():
+    running, most = 0, 0
+    full = asyncio.Event()
+
+    async def counting(_: Request) -> Response:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if running == 3:
+            full.set()
+        await full.wait()
+        for __ in range(20):  # so that one too many would be seen
+            await asyncio.sleep(0)
+        running -= 1
+        return Response(FOUND)
+
+    async with server([counting] * 12) as s, connect(s, concurrency=3) as client:
+        await asyncio.gather(*[client.history(f"s{n}") for n in range(12)])
+    assert most == 3
+    assert len({call.port for call in s.calls}) == 3
+
+
+async def test_connections_are_used_again():
+    async with server([Response(b"x" * 200_000, 200), Response(b"x", 404)]) as s, connect(s) as client:
+        for number in range(5):
+            await client.history(f"s{number}")
+    assert len({call.port for call in s.calls}) == 1
+
+
+@dataclass
+class Times(Pauses):
+    """When each attempt may go."""
+
+    times: list[float] = field(default_factory=list)
+
+    async def wait(self) -> None:
+        self.times.append(asyncio.get_running_loop().time())
+
+
+async def test_the_rate_spaces_calls_evenly_however_many_wait():
+    pauses = Times()
+    async with server([Response(status_code=500)]) as s, connect(s, rate=25, pause=pauses) as client:
+        await asyncio.gather(*[client.history(f"s{n}") for n in range(8)])
+    gaps = [later - earlier for earlier, later in zip(pauses.times, pauses.times[1:], strict=False)]
+    assert len(gaps) == 8
+    assert min(gaps) > 0.039
+
+
+# Size
+
+
+async def test_a_body_of_the_largest_size_is_an_answer_and_one_byte_more_is_not():
+    script = [Response(b"x" * 1000), Response(b"x" * 1001), Response(b"x" * 1001, 404)]
+    async with server(script) as s, connect(s, max_bytes=1000) as client:
+        assert len((await client.history("s1")).body) == 1000
+        for _ in range(2):
+            with pytest.raises(TooLargeError, match="1000 bytes"):
+                await client.history("s1")
+        assert (await client.history("s1")).body == FOUND
+    assert len(s.calls) == 4
+
+
+async def test_reading_stops_as_soon_as_a_body_is_too_large():
+    was_left = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x" * 10_000
+                await asyncio.sleep(0)
+        finally:
+            was_left.set()
+
+    async with server([StreamingResponse(endless())]) as s, connect(s, max_bytes=50_000) as client:
+        with pytest.raises(TooLargeError):
+            await client.history("s1")
+        async with asyncio.timeout(30):
+            await was_left.wait()
+    assert len(s.calls) == 1
+
+
+async def test_a_decompression_bomb_is_measured_by_what_it_becomes():
+    bomb = gzip.compress(bytes(50_000_000))
+    assert len(bomb) < 60_000
+    packed = Response(bomb, headers={"content-encoding": "gzip"})
+    async with server([packed]) as s, connect(s, max_bytes=100_000) as client:
+        with pytest.raises(TooLargeError):
+            await client.history("s1")
+    assert len(s.calls) == 1
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip, gzip", "deflate"])
+async def test_an_encoding_that_was_not_asked_for_is_no_answer(encoding):
+    async with server([Response(b"abc", headers={"content-encoding": encoding})] * 9) as s, connect(s) as client:
+        with pytest.raises(UnreachableError, match="Content-Encoding"):
+            await client.history("s1")
+
+
+# What an application says
+
+
+async def test_the_documented_posts_are_sent_as_documented():
+    async with server() as s, connect(s) as client:
+        session = await client.create_session("Zoë", "assistant-1")
+        chat = await client.send_message(session["id"], "שלום\n", {"customerTier": "gold"})
+        await client.send_message("s2", "ok")
+    assert (session["id"], chat["id"]) == ("id-of-session", "id-of-chat")
+    assert [(call.method, call.path) for call in s.calls] == [
+        ("POST", "/api/sessions"),
+        ("POST", "/api/chats"),
+        ("POST", "/api/chats"),
+    ]
+    assert [json.loads(call.body) for call in s.calls] == [
+        {"name": "Zoë", "assistantId": "assistant-1"},
+        {
+            "sessionId": "id-of-session",
+            "input": "שלום\n",
+            "assistantOverrides": {"variableValues": {"customerTier": "gold"}},
+        },
+        {"sessionId": "s2", "input": "ok"},
+    ]
+    assert {call.headers["x-api-key"] for call in s.calls} == {KEY}
+    assert {call.headers["content-type"] for call in s.calls} == {"application/json"}
+
+
+async def test_a_post_that_may_have_been_done_is_never_repeated():
+    scripts: list[Scripted] = [Response(status_code=500), Response(status_code=502), hanging]
+    for scripted in scripts:
+        async with server([scripted]) as s, connect(s, timeout=0.3) as client:
+            with pytest.raises(UnreachableError, match=r"attempts: 1\)"):
+                await client.send_message("s1", SAID)
+        assert len(s.calls) == 1
+    for said in BROKEN.values():
+        async with raw_server(saying(said)) as s, connect(s) as client:
+            with pytest.raises(UnreachableError):
+                await client.create_session("N", "a")
+        assert len(s.calls) == 1
+
+
+async def test_a_post_that_was_not_taken_for_too_many_is_sent_again_after_the_pause():
+    async with server([busy(retry_after="3")]) as s, connect(s) as client:
+        await client.send_message("s1", "ok")
+    assert s.pauses.log == ["wait", "call", "set 3 429", "wait", "call"]
+    assert s.calls[0].body == s.calls[1].body
+
+
+async def test_a_post_answered_503_pauses_everybody_but_is_not_repeated():
+    async with server([busy(503, retry_after="3")]) as s, connect(s) as client:
+        with pytest.raises(UnreachableError, match="503"):
+            await client.send_message("s1", "ok")
+    assert s.pauses.log == ["wait", "call", "set 3 503"]
+
+
+async def test_a_post_that_could_not_connect_is_tried_again():
+    app = Server()
+
+    class Opening(Pauses):
+        """Lets the server listen from the second attempt on."""
+
+        async def wait(self) -> None:
+            await super().wait()
+            if self.log.count("wait") == 2:
+                listener.listen()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        app.calls.append(Call(head.decode().split()[0], "", {}, b"", 0))
+        body = b'{"chat": {"id": "c1"}}'
+        writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        app.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        pauses = Opening()
+        async with connect(app, pause=pauses) as client:
+            sending = asyncio.create_task(client.send_message("s1", "ok"))
+            async with asyncio.timeout(30):
+                while pauses.log.count("wait") < 2:  # noqa: ASYNC110  # the deadline is above
+                    await asyncio.sleep(0.01)
+            async with await asyncio.start_server(connected, sock=listener):
+                assert (await sending)["id"] == "c1"
+    assert (len(pauses.log), len(app.calls)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (Response(SAID, 404), 404),
+        (RedirectResponse("/elsewhere"), 307),
+        (Response(b"", 200), 200),
+        (Response(b"{not json " + SAID.encode(), 201), 201),
+        (Response(b"[" * 100_000, 201), 201),
+        (JSONResponse([SAID], 201), 201),
+        (JSONResponse({"message": SAID}, 201), 201),
+        (JSONResponse({"chat": {"id": 7, "input": SAID}}, 201), 201),
+    ],
+)
+async def test_a_post_without_the_documented_answer_is_an_error_without_content(answer, status):
+    async with server([answer]) as s, connect(s) as client:
+        with pytest.raises(RefusedError, match=f"POST /chats with {status}") as raised:
+            await client.send_message("s1", SAID)
+    assert raised.value.status == status
+    assert SAID not in str(raised.value)
+    assert len(s.calls) == 1
+
+
+# Registration
+
+
+def registering(archive: Server) -> Registry:
+    return Registry(f"{archive.url}/", SecretStr(TOKEN))
+
+
+async def test_a_session_is_registered_once_with_what_is_known_of_it():
+    opened = JSONResponse({"session": {"id": "s1", "assistantId": "a", "name": "N", "createdAt": "T", "x": 1}}, 201)
+    async with server() as archive, server([opened]) as s, connect(s, registry=registering(archive)) as client:
+        await client.create_session("N", "a")
+        for session_id in ("s1", "s2", "s2", "s1"):
+            await client.send_message(session_id, SAID)
+        await client.history("s3")
+    assert [(call.method, call.path) for call in archive.calls] == [("POST", "/sessions")] * 2
+    assert [json.loads(call.body) for call in archive.calls] == [
+        {"sessions": [{"id": "s1", "assistantId": "a", "name": "N", "createdAt": "T"}]},
+        {"ids": ["s2"]},
+    ]
+    assert [call.headers["authorization"] for call in archive.calls] == [f"Bearer {TOKEN}"] * 2
+    assert not any("x-api-key" in call.headers for call in archive.calls)
+    assert not any("authorization" in call.headers for call in s.calls)
+
+
+async def test_messages_said_at_once_register_their_session_once():
+    async with server() as archive, server() as s, connect(s, registry=registering(archive)) as client:
+        await asyncio.gather(*[client.send_message("s1", "ok") for _ in range(20)])
+    assert len(archive.calls) == 1
+
+
+async def test_a_registration_that_failed_is_logged_and_tried_again_with_the_next_call():
+    refusals = [Response(SAID, 500), Response(status_code=401), RedirectResponse("/elsewhere"), busy()]
+    opened = JSONResponse({"session": {"id": "s1", "name": SAID}}, 201)
+    async with (
+        server(refusals) as archive,
+        server([opened]) as s,
+        connect(s, registry=registering(archive)) as client,
+    ):
+        with structlog.testing.capture_logs() as lines:
+            await client.create_session(SAID, "a")
+            for _ in range(6):
+                assert (await client.send_message("s1", SAID))["id"]
+    assert [json.loads(call.body) for call in archive.calls] == [{"sessions": [{"id": "s1", "name": SAID}]}] * 5
+    assert [(line["session_id"], line["reason"]) for line in lines] == [
+        ("s1", reason) for reason in ("500", "401", "307", "429")
+    ]
+    assert not any(secret in str(lines) for secret in (SAID, TOKEN, KEY))
+
+
+async def test_an_archive_that_is_away_fails_no_call():
+    async with (
+        raw_server(saying(b"")) as archive,
+        server() as s,
+        connect(s, registry=registering(archive)) as client,
+    ):
+        assert (await client.send_message("s1", "ok"))["id"]
+        assert (await client.create_session("N", "a"))["id"]
+    assert len(archive.calls) == 2
+    async with server() as s, connect(s, registry=registering(archive)) as client:
+        assert (await client.send_message("s1", "ok"))["id"]
+
+
+# Secrets
+
+
+async def test_neither_key_nor_token_nor_content_is_in_any_error_log_or_representation(caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    told: list[str] = []
+
+    async def fail(s: Server) -> None:
+        async with connect(s, timeout=0.2, registry=Registry(s.url, SecretStr(TOKEN)), max_bytes=500) as client:
+            told.extend((repr(client), str(client), repr(registering(s))))
+            for call in (client.history("s1"), client.send_message("s1", SAID), client.create_session(SAID, "a")):
+                try:
+                    await call
+                except CallError as error:
+                    told.extend((repr(error), *traceback.format_exception(error)))
+
+    for said in BROKEN.values():
+        async with raw_server(saying(said)) as s:
+            await fail(s)
+    scripts: list[Sequence[Scripted]] = [
+        [Response(SAID, status)] * 20 for status in (301, 400, 401, 404, 429, 500, 503)
+    ]
+    for script in [*scripts, [hanging] * 20, [Response(b"x" * 501)] * 20]:
+        async with server(script) as s:
+            await fail(s)
+    await fail(s)  # which is gone
+    captured = capfd.readouterr()
+    everything = "\n".join([*told, caplog.text, captured.out, captured.err])
+    assert "UnreachableError" in everything
+    assert "stamina.retry_scheduled" in everything
+    for secret in (KEY, TOKEN, SAID):
+        assert secret not in everything
+
+
+@pytest.mark.parametrize("key", ["", "  ", "secret-part\nx: y", "secret-part\x7f", "secret-part-é", "secret-part\r"])
+def test_a_key_that_no_header_can_hold_is_refused_by_name(key):
+    if key.strip() == "secret-part":
+        Client("http://127.0.0.1/api", SecretStr(key), pause=Pauses())
+        return
+    with pytest.raises(SettingsError, match="CALLHQ_API_KEY") as raised:
+        Client("http://127.0.0.1/api", SecretStr(key), pause=Pauses())
+    assert "secret-part" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "api.callhq.ai/api", "ftp://host/x", "http://", "http://h:port/x", "https://u:pass@h/x?y=1", "x\x00y"]
+)
+def test_a_url_that_is_none_is_refused_without_telling_it(url):
+    with pytest.raises(SettingsError, match="CALLHQ_API_URL") as raised:
+        Client(url, SecretStr(KEY), pause=Pauses())
+    assert "pass" not in str(raised.value)
+    with pytest.raises(SettingsError, match=r"Registry\.url"):
+        Client("http://h", SecretStr(KEY), pause=Pauses(), registry=Registry(url, SecretStr(TOKEN)))
+
+
+# The simulated platform
+
+
+async def test_through_all_that_goes_wrong_the_platforms_histories_are_read():
+    faults = Faults(seed=143, history_error=0.25, history_busy=0.03, history_hanging=0.05)
+    signer = signatures.verifier(Settings.model_construct(webhook_scheme="none"))
+    platform = Platform(Sender(None, signer, Record()), faults, KEY)
+    truth = Server(pauses=RealPauses())
+    async with (
+        serving(create(platform), "127.0.0.1", 0) as truth.url,
+        customers.connect(f"{truth.url}/api", KEY) as http,
+        connect(truth, timeout=2) as client,
+    ):
+        ids = [(await client.create_session(f"N{n}", "a"))["id"] for n in range(12)]
+        for session_id in ids:
+            for text in ("Hello", "ok", "ok"):
+                await client.send_message(session_id, text)
+        answers = await asyncio.gather(*[client.history(session_id) for session_id in ids])
+        report = (await http.get(f"{truth.url}/simulator/report")).json()
+    for session_id, answer in zip(ids, answers, strict=True):
+        assert answer.status == 200
+        told = json.loads(answer.body)["session"]["messages"]
+        assert told == platform.upstream.session(session_id).messages()
+    played = report["history_faults"]
+    assert all(played[fault] for fault in ("error", "busy", "hanging"))
+    assert report["history"]["calls"] == sum(played.values()) + len(ids)
