@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench lock clean
+.PHONY: help demo run test check lint bench bench-backfill lock clean
 
 help:  ## Say what there is
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 1; }
@@ -30,7 +30,7 @@ test: $(VENV)/.installed  ## Run the tests (TEST_ARGS goes to pytest)
 
 check: lint  ## Everything but the tests: style, types, floors, documentation, branch coverage of the last test run
 	@$(BIN)/python -m pytest -q tests/test_docs.py
-	@if ls .coverage* >/dev/null 2>&1; then $(BIN)/coverage combine --quiet 2>/dev/null; $(BIN)/coverage report; else echo 'No coverage to report: run make test first.'; fi
+	@if ls .coverage* >/dev/null 2>&1; then $(BIN)/coverage combine --quiet 2>/dev/null; $(BIN)/coverage report || { echo 'That is the coverage of the last test run: after TEST_ARGS it is that of a part. Run make test, then make check.' >&2; exit 1; }; else echo 'No coverage to report: run make test first.'; fi
 
 lint: $(VENV)/.installed  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
@@ -40,6 +40,9 @@ lint: $(VENV)/.installed  ## ruff, mypy --strict, import-linter
 
 bench: $(VENV)/.installed  ## Measure ingest against its baselines (needs wrk)
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+bench-backfill: $(VENV)/.installed  ## Measure backfill against a simulated CallHQ whose histories take 50 ms
+	@$(BIN)/python -m tests.bench.backfill $(BENCH_ARGS)
 
 lock: $(VENV)/.installed  ## Renew requirements.lock from pyproject.toml
 	@$(PIP) 'uv==0.13.9'

@@ -1,6 +1,8 @@
 """The HTTP service: its routes, its answers, and the only code that knows status codes."""
 
+import asyncio
 import gc
+import hmac
 import multiprocessing
 import os
 import signal
@@ -11,12 +13,12 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import cache
 
-import anyio.to_thread
 import msgspec
 import structlog
 from prometheus_client import Counter
-from sqlalchemy import Engine
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -24,15 +26,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from archiver import database, events, schema, settings, signatures, telemetry
+from archiver import database, events, history, schema, settings, signatures, telemetry
 from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 from archiver.settings import Settings
+from archiver.worker import timing_of
 
 log = structlog.get_logger(__name__)
 
 WEBHOOK_PATH = "/webhooks/callhq"
 RETRY_AFTER_SECONDS = 5
-READY_SECONDS = 2
+READY_SECONDS = 3
+FAILURE_SECONDS = 15
 
 
 class BodyTooLargeError(Exception):
@@ -92,6 +96,8 @@ def _counter(status: str, reason: str | None) -> Counter:
 
 async def _answer(outcome: Outcome, send: Send) -> None:
     _counter(outcome.status, outcome.reason).inc()
+    if outcome.status == "quarantined":
+        telemetry.refusals.tell(status=outcome.status, reason=outcome.reason or "", detail=outcome.detail or "")
     body = msgspec.json.encode(outcome)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     code = 422 if outcome.status == "quarantined" else 200
@@ -132,13 +138,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise BodyTooLargeError
         parts.append(part)
         more = message.get("more_body", False)
-    if told is not None and told != size:
+    if told != size and (told is not None or (size == 0 and _offers_upgrade(scope))):
         raise BodyIncompleteError
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _offers_upgrade(scope: Scope) -> bool:
+    return any(name == b"upgrade" for name, _ in scope["headers"])
+
+
 def _refusal(code: int, status: str, reason: str, detail: str) -> Response:
     telemetry.received.labels(status, reason).inc()
+    telemetry.refusals.tell(status=status, reason=reason, detail=detail)
     content = {"status": status, "reason": reason or status, "detail": detail}
     return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
 
@@ -157,30 +168,82 @@ async def metrics(_: Request) -> Response:
     return Response(telemetry.metrics(), media_type=telemetry.CONTENT_TYPE)
 
 
+class Registration:
+    """`POST /sessions`: the application tells which sessions it opened, so that each is read."""
+
+    def __init__(self, token: str, max_body: int, ingest: Ingest) -> None:
+        self._token, self._max_body, self._ingest = token.encode(), max_body, ingest
+
+    async def register(self, request: Request) -> Response:
+        """Answers once all of them are committed: 200 with how many were new."""
+        if not self._token:
+            raise HTTPException(404)
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, b"Bearer " + self._token):
+            detail = "Send the token of ARCHIVER_API_TOKEN: Authorization: Bearer TOKEN."
+            return JSONResponse(_problem("unauthenticated", detail), 401, {"www-authenticate": "Bearer"})
+        try:
+            sessions = history.registrations(await read_body(request.scope, request.receive, self._max_body))
+        except BodyTooLargeError:
+            return JSONResponse(
+                _problem("too_large", f"Send at most {self._max_body} bytes (ARCHIVER_MAX_BODY)."), 413
+            )
+        except (BodyIncompleteError, ValueError) as error:
+            return JSONResponse(_problem("invalid", str(error) or str(error.__doc__)), 422)
+        now = datetime.now(UTC)
+        deliveries = [Delivery(session, now, None, source=history.APPLICATION) for session in sessions]
+        results = await asyncio.gather(*map(self._ingest.submit, deliveries), return_exceptions=True)
+        faults = [result for result in results if isinstance(result, BaseException)]
+        for fault in faults:
+            if not isinstance(fault, QueueFullError | UnavailableError):
+                raise fault
+            # What is committed already is known by then, and registering it again changes nothing.
+            retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
+            return JSONResponse(_problem("unavailable", str(fault.__doc__)), 503, retry)
+        stored = sum(isinstance(result, Outcome) and result.status == "stored" for result in results)
+        return JSONResponse({"status": "stored", "sessions": len(sessions), "new": stored})
+
+
+def _problem(status: str, detail: str) -> dict[str, str]:
+    return {"status": status, "reason": status, "detail": detail}
+
+
 class Readiness:
     """Ready: an event could be committed now."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: AsyncEngine, ingest: Ingest) -> None:
+        self._engine, self._ingest = engine, ingest
 
     async def readyz(self, _: Request) -> Response:
         """Whether an event could be committed now, and if not, why."""
-        fault = await anyio.to_thread.run_sync(self._fault)
+        fault = await self._fault()
         if fault is None:
             return JSONResponse({"status": "ready", "database": "ready"})
         answer = {"status": "not ready", "database": fault}
         return JSONResponse(answer, 503, {"retry-after": str(RETRY_AFTER_SECONDS)})
 
-    def _fault(self) -> str | None:
+    async def _fault(self) -> str | None:
         try:
-            with database.transaction(self._engine, statement_seconds=READY_SECONDS) as connection:
-                schema.check(connection)
-                read_only = connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+            async with asyncio.timeout(READY_SECONDS):
+                is_read_only = await database.run_in_transaction(self._engine, _look)
+        except TimeoutError:
+            return f"silent for {READY_SECONDS} seconds"
         except SQLAlchemyError as error:
-            return f"unavailable: SQLSTATE {database.sqlstate(error) or 'unknown'}"
+            return f"unavailable: {database.explain(error)}"
         except schema.SchemaError as error:
             return str(error)
-        return "read-only" if read_only else None
+        if is_read_only:
+            return "read-only"
+        # A full disk answers questions as ever, so what the last batch met counts too: but not for long, since
+        # whoever is thought unready is sent no event that could prove the contrary.
+        failed_at = self._ingest.failed_at
+        has_failed = failed_at is not None and time.monotonic() - failed_at < FAILURE_SECONDS
+        return "the last events could not be committed: see the log" if has_failed else None
+
+
+def _look(connection: Connection) -> bool:
+    schema.check(connection)
+    return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
 
 
 class Service(Starlette):
@@ -210,32 +273,35 @@ def create(configuration: Settings | None = None) -> Service:
     prepared = configuration.prepared_statements
     writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
     # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
-    asking = database.connect(url, pool_size=1, prepared_statements=prepared)
+    asking = database.connect_async(url, pool_size=1, prepared_statements=prepared)
     ingest = Ingest(
         writing,
         queue_events=configuration.queue_events,
         queue_bytes=configuration.queue_bytes,
         batch_events=configuration.batch_events,
+        timing=timing_of(configuration),
     )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
-        _end_with_parent()
+        end_with_parent()
         _collect_less_garbage()
         async with ingest.running():
             yield
         await writing.dispose()
-        asking.dispose()
+        await asking.dispose()
         log.info("stopped")
 
     receiver = Receiver(configuration, verifier, ingest)
+    token = configuration.api_token.get_secret_value()
     app = Service(
         routes=[
             Route(WEBHOOK_PATH, receiver, methods=["POST"]),
             Route("/healthz", healthz),
-            Route("/readyz", Readiness(asking).readyz),
+            Route("/readyz", Readiness(asking, ingest).readyz),
             Route("/metrics", metrics),
+            Route("/sessions", Registration(token, configuration.max_body, ingest).register, methods=["POST"]),
         ],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
@@ -245,8 +311,8 @@ def create(configuration: Settings | None = None) -> Service:
     return app
 
 
-def _end_with_parent() -> None:
-    """One of several receiving processes does not outlive the one that started them, however that ended."""
+def end_with_parent() -> None:
+    """A process that another one started does not outlive it, however that ended."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

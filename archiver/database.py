@@ -55,7 +55,7 @@ def database_url(value: str) -> URL:
         ) from None
     if url.drivername not in {"postgres", "postgresql", "postgresql+psycopg"}:
         raise SettingsError("DATABASE_URL: must begin with postgres:// or postgresql://.")
-    if "@" in (url.host or ""):
+    if value.count("@") > 1:
         raise SettingsError("DATABASE_URL: an @ in the user or the password must be written %40.")
     return url.set(drivername="postgresql+psycopg")
 
@@ -193,6 +193,15 @@ class RowsInsert:
             for first in range(1, count * width + 1, width)
         )
         return f"{self._head} VALUES {', '.join(rows)}{self._tail}"
+
+
+def explain(error: BaseException) -> str:
+    """Why Postgres could not be reached, in the driver's words, or what SQLSTATE it refused with; no content."""
+    state = sqlstate(error)
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if state is None and isinstance(original, psycopg.OperationalError):
+        return " ".join(str(original).split())
+    return f"SQLSTATE {state or 'unknown'}"
 
 
 # Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html that the data itself caused:

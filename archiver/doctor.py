@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, schema, signatures
-from archiver.settings import Settings, SettingsError
+from archiver.settings import Settings, SettingsError, misspelt
 
 Verdict = Literal["ok", "warning", "failure"]
 
@@ -29,6 +29,8 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine_settings(configuration: Settings) -> Iterator[Finding]:
     """What can be said without a database."""
+    for name, meant in misspelt():
+        yield Finding("settings", "warning", f"{name} is no setting, and does nothing.", f"Is {meant} meant?")
     scheme = configuration.webhook_scheme
     try:
         signatures.verifier(configuration)
@@ -42,31 +44,45 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
             "Anyone who reaches the port can write to the archive.",
             "Set ARCHIVER_WEBHOOK_SCHEME and ARCHIVER_WEBHOOK_SECRETS.",
         )
-    elif any(len(secret) < SHORTEST_SECRET for secret in configuration.secrets):
+        return
+    key_ids = ", ".join(map(signatures.key_id, configuration.secrets))
+    detail = f"Scheme {scheme}; key_id of each secret, in their order: {key_ids}."
+    if any(len(secret) < SHORTEST_SECRET for secret in configuration.secrets):
         yield Finding(
             "webhook secret",
             "warning",
-            f"A secret is shorter than {SHORTEST_SECRET} characters, and could be guessed.",
+            f"{detail} One is shorter than {SHORTEST_SECRET} characters, and could be guessed.",
             'Make a longer one: python -c "import secrets; print(secrets.token_urlsafe(32))"',
         )
     else:
-        yield Finding("webhook secret", "ok", f"Scheme {scheme}, {len(configuration.secrets)} secret(s).")
+        yield Finding("webhook secret", "ok", detail)
 
 
-def examine_database(configuration: Settings, engine: Engine) -> Iterator[Finding]:
-    """What the database says. Stops at the first thing without which the rest cannot be asked."""
+def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
+    """What the database says. Stops at the first thing without which the rest cannot be asked.
+
+    `embedded` describes the embedded one, if it is that.
+    """
+    is_reached = False
     try:
         with database.transaction(engine, statement_seconds=10) as connection:
-            yield Finding("database", "ok", f"Reached as {connection.scalar(text('SELECT current_user'))}.")
-            for check in (_version, _durability, _schema, _privileges, _reader):
+            is_reached = True
+            yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
+            for check in (_version, _durability, _entry, _schema, _privileges, _reader):
                 finding = check(connection)
-                yield finding
-                if finding.verdict == "failure" and check is _schema:
-                    break
+                if finding is not None:
+                    yield finding
+                    if finding.verdict == "failure" and check in {_entry, _schema}:
+                        break
             yield _clock(connection, configuration.timestamp_tolerance)
     except SQLAlchemyError as error:
         detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        yield Finding("database", "failure", detail, "Check DATABASE_URL, and that Postgres runs and is reachable.")
+        if is_reached:
+            yield Finding("questions", "failure", detail, "The database refused a question: see its log.")
+        else:
+            yield Finding(
+                "database", "failure", detail, "Check DATABASE_URL, and that Postgres runs and is reachable."
+            )
 
 
 def _version(connection: Connection) -> Finding:
@@ -87,48 +103,93 @@ def _durability(connection: Connection) -> Finding:
     return Finding("durability", "ok", "A commit survives a crash.")
 
 
+def _entry(connection: Connection) -> Finding | None:
+    """What keeps this user from even asking how the schema is; None where nothing does."""
+    create = schema.grant_missing(connection)
+    if connection.scalar(text("SELECT to_regnamespace('archiver') IS NULL")):
+        if create is None:
+            return None
+        detail = "There is no archiver schema yet, and this user may not create it."
+        return Finding("schema", "failure", detail, f"As an administrator: {create} Then run `archiver migrate`.")
+    if not connection.scalar(_IS_SHUT_OUT):
+        return None
+    detail = "This user may not read the schema archiver."
+    return Finding("privileges", "failure", detail, f"As its owner: {' '.join(_grants(connection))}")
+
+
+_IS_SHUT_OUT = text(
+    "SELECT NOT has_schema_privilege(n.oid, 'USAGE') OR NOT coalesce(has_table_privilege(c.oid, 'SELECT'), true)"
+    " FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = 'schema_version'"
+    " WHERE n.nspname = 'archiver'"
+)
+
+
 def _schema(connection: Connection) -> Finding:
     try:
         schema.check(connection)
     except schema.SchemaError as error:
-        return Finding("schema", "failure", str(error), "Run `archiver migrate` with this same version.")
+        create = schema.grant_missing(connection)
+        first = f"As an administrator: {create} Then run" if create and schema.current(connection) else "Run"
+        return Finding("schema", "failure", str(error), f"{first} `archiver migrate` with this same version.")
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
+# What this program does to each table; the columns are all that may change of a ledger row.
 NEEDED: tuple[tuple[str, str], ...] = (
-    ("events", "SELECT, INSERT"),
-    ("schema_version", "SELECT"),
-    ("sessions", "SELECT, INSERT, UPDATE"),
-    ("chats", "SELECT, INSERT, UPDATE, DELETE"),
-    ("messages", "SELECT, INSERT, UPDATE, DELETE"),
-    ("quarantine", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver.events", "SELECT, INSERT"),
+    ("archiver.schema_version", "SELECT"),
+    ("archiver.sessions", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver.chats", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver.messages", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver.quarantine", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver.pauses", "SELECT, INSERT, UPDATE"),
+    ("archiver.backfills", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver_jobs.procrastinate_jobs", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver_jobs.procrastinate_events", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver_jobs.procrastinate_periodic_defers", "SELECT, INSERT, UPDATE, DELETE"),
+    ("archiver_jobs.procrastinate_workers", "SELECT, INSERT, UPDATE, DELETE"),
 )
-# Of the ledger only these may change.
 COUNTERS = ("delivery_count", "last_received_at", "occurred_at")
+# By object id: a name cannot be looked up in a schema that one may not enter.
+_MISSING_GRANTS = text(
+    """
+    SELECT format('GRANT USAGE ON SCHEMA %s TO %I;', nspname, current_user)
+      FROM pg_namespace WHERE nspname IN ('archiver', 'archiver_jobs') AND NOT has_schema_privilege(oid, 'USAGE')
+    UNION ALL
+    SELECT format('GRANT %s ON %s.%s TO %I;', string_agg(p, ', ' ORDER BY place), n.nspname, c.relname, current_user)
+      FROM unnest(CAST(:tables AS text[]), CAST(:privileges AS text[])) WITH ORDINALITY AS needed (name, wanted, row)
+      JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
+      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(name, '.', 2)
+     CROSS JOIN unnest(string_to_array(wanted, ', ')) WITH ORDINALITY AS p (p, place)
+     WHERE NOT has_table_privilege(c.oid, p)
+     GROUP BY needed.row, n.nspname, c.relname
+    UNION ALL
+    SELECT format('GRANT UPDATE (%s) ON archiver.events TO %I;', string_agg(a.attname, ', '), current_user)
+      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'archiver' AND c.relname = 'events' AND a.attname = ANY (:counters)
+       AND NOT has_column_privilege(c.oid, a.attnum, 'UPDATE')
+    HAVING count(*) > 0
+    UNION ALL
+    SELECT format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA archiver_jobs TO %I;', current_user)
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'archiver_jobs'
+       AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(c.oid, 'USAGE') END
+    HAVING count(*) > 0
+    """
+)
+
+
+def _grants(connection: Connection) -> list[str]:
+    """The SQL that gives this user what it needs and has not."""
+    names, wanted = zip(*NEEDED, strict=True)
+    values = {"tables": list(names), "privileges": list(wanted), "counters": list(COUNTERS)}
+    return list(connection.scalars(_MISSING_GRANTS, values))
 
 
 def _privileges(connection: Connection) -> Finding:
-    if not connection.scalar(text("SELECT has_schema_privilege('archiver', 'USAGE')")):
-        advice = "GRANT USAGE ON SCHEMA archiver TO <user>;"
-        return Finding("privileges", "failure", "This database user may not enter the schema archiver.", advice)
-    missing = [
-        f"GRANT {privilege} ON archiver.{table} TO <user>;"
-        for table, privileges in NEEDED
-        for privilege in privileges.split(", ")
-        if not connection.scalar(
-            text("SELECT has_table_privilege(:table, :privilege)"),
-            {"table": f"archiver.{table}", "privilege": privilege},
-        )
-    ]
-    missing += [
-        f"GRANT UPDATE ({column}) ON archiver.events TO <user>;"
-        for column in COUNTERS
-        if not connection.scalar(
-            text("SELECT has_column_privilege('archiver.events', :column, 'UPDATE')"), {"column": column}
-        )
-    ]
-    if missing:
-        return Finding("privileges", "failure", "This database user may not write the archive.", " ".join(missing))
+    if missing := _grants(connection):
+        detail = "This database user may not write the archive."
+        return Finding("privileges", "failure", detail, f"As its owner: {' '.join(missing)}")
     return Finding("privileges", "ok", "This database user may write the archive.")
 
 

@@ -20,8 +20,9 @@ DELETED = "chat.deleted"
 CHAT_EVENTS = frozenset({CREATED, DELETED})
 
 MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
+OURS = "\x1f"  # begins the keys that we make ourselves, for turns that only history knows; so no id may
 MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack
-MAX_MESSAGES = 10_000  # of one turn
+MAX_MESSAGES = 2_000  # of one turn
 MAX_VARIABLE_DEPTH = 64
 _MAX_DIGITS = 400  # of an integer; longer ones stay text
 _MAX_COST_TEXT = 40  # characters
@@ -83,13 +84,13 @@ REASONS = {
     "not_an_object": "The body is JSON, but not an object.",
     "no_event_type": "There is no `type` or `event`, neither at the top nor in `message`, that is a text.",
     "no_chat_id": "A chat event needs the chat's `id`.",
-    "unusable_id": f"An id is longer than {MAX_ID} bytes or holds U+0000 or a lone surrogate.",
+    "unusable_id": f"An id is longer than {MAX_ID} bytes, holds U+0000 or a lone surrogate, or begins with U+001F.",
     "too_many_messages": f"One turn holds more than {MAX_MESSAGES} messages.",
 }
 
 
-class _UnreadableError(Exception):
-    """Carries a code of `REASONS` out of the parser."""
+class UnreadableError(Exception):
+    """What was told cannot be read; the text is a code of `REASONS`."""
 
 
 def parse(body: bytes) -> Event | Malformed:
@@ -99,20 +100,24 @@ def parse(body: bytes) -> Event | Malformed:
     `{"type"|"event", "chat"|"data"}` and `{"type", "timestamp", "data": {"chat"}}`.
     """
     try:
-        return _event(body, _decode(body))
-    except _UnreadableError as error:
+        return _event(body, decode(body))
+    except UnreadableError as error:
         reason = str(error)
     return Malformed(body=body, reason=reason, detail=REASONS[reason])
 
 
-def _decode(body: bytes) -> Any:
+def decode(body: bytes) -> Any:
+    """The JSON in these bytes, read liberally: lone surrogates, NaN, numbers of any length.
+
+    Raises `UnreadableError`.
+    """
     try:
         document = _load(body)
     except RecursionError:
-        raise _UnreadableError("nested_too_deeply") from None
+        raise UnreadableError("nested_too_deeply") from None
     # Whether a body is read must not depend on how deep the caller stands; few bodies have brackets enough to ask.
     if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
-        raise _UnreadableError("nested_too_deeply")
+        raise UnreadableError("nested_too_deeply")
     return document
 
 
@@ -125,7 +130,7 @@ def _load(body: bytes) -> Any:
     try:
         return json.loads(body, parse_constant=str, parse_int=_integer, parse_float=_float)
     except ValueError as error:
-        raise _UnreadableError("not_json") from error
+        raise UnreadableError("not_json") from error
 
 
 def _depth(document: Any) -> int:
@@ -151,13 +156,13 @@ def _float(text: str) -> float | str:
 
 def _event(body: bytes, document: Any) -> Event:
     if not isinstance(document, dict):
-        raise _UnreadableError("not_an_object")
+        raise UnreadableError("not_an_object")
     envelope = _envelope(document)
     event_type = _event_type(envelope)
     chat = _chat_object(envelope)
-    chat_id = _id(chat.get("id")) or _id(chat.get("chatId")) or _id(envelope.get("chatId"))
+    chat_id = identifier(chat.get("id")) or identifier(chat.get("chatId")) or identifier(envelope.get("chatId"))
     if event_type in CHAT_EVENTS and chat_id is None:
-        raise _UnreadableError("no_chat_id")
+        raise UnreadableError("no_chat_id")
     is_known = event_type in CHAT_EVENTS
     return Event(
         type=event_type,
@@ -183,7 +188,7 @@ def _event_type(envelope: dict[str, Any]) -> str:
         value = envelope.get(name)
         if isinstance(value, str) and value.strip():
             return _storable_id(value.strip())
-    raise _UnreadableError("no_event_type")
+    raise UnreadableError("no_event_type")
 
 
 def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
     for candidate in candidates:
         if isinstance(candidate, dict):
             return candidate
-        if candidate is not None and (bare := _id(candidate)):
+        if candidate is not None and (bare := identifier(candidate)):
             return {"id": bare}
     return {}
 
@@ -209,17 +214,18 @@ _TIMES = ("timestamp", "createdAt")
 def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
     """A digest of the fact, so that a retry in a new envelope is the same."""
     if _BESIDE_THE_CHAT.isdisjoint(envelope):
-        return _digest([event_type, chat_id, chat])
+        return digest([event_type, chat_id, chat])
     beside = {name: envelope[name] for name in _BESIDE_THE_CHAT if envelope.get(name) is not None}
-    return _digest([event_type, chat_id, chat, beside] if beside else [event_type, chat_id, chat])
+    return digest([event_type, chat_id, chat, beside] if beside else [event_type, chat_id, chat])
 
 
 def _other_key(event_type: str, envelope: dict[str, Any]) -> bytes:
     """Of an unknown type nobody knows what matters: all but the time at which it was told."""
-    return _digest([event_type, {name: value for name, value in envelope.items() if name not in _TIMES}])
+    return digest([event_type, {name: value for name, value in envelope.items() if name not in _TIMES}])
 
 
-def _digest(fact: list[Any]) -> bytes:
+def digest(fact: list[Any]) -> bytes:
+    """SHA-256 over the canonical JSON of a fact."""
     try:
         canonical = msgspec.json.encode(fact, order="deterministic")
     except (UnicodeEncodeError, OverflowError):
@@ -230,7 +236,9 @@ def _digest(fact: list[Any]) -> bytes:
 def _session_id(chat: dict[str, Any], envelope: dict[str, Any]) -> str | None:
     for place in (chat, _first_dict(envelope.get("data")), envelope):
         session = place.get("session")
-        found = _id(place.get("sessionId")) or _id(session) or _id(_first_dict(session).get("id"))
+        found = (
+            identifier(place.get("sessionId")) or identifier(session) or identifier(_first_dict(session).get("id"))
+        )
         if found:
             return found
     return None
@@ -240,21 +248,23 @@ def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
     assistant = _first_dict(chat.get("assistant"), envelope.get("assistant"))
     session = _first_dict(chat.get("session"), envelope.get("session"))
     overrides = _first_dict(chat.get("assistantOverrides"), envelope.get("assistantOverrides"))
-    said, answered = _messages(chat.get("input"), "user"), _messages(chat.get("output"), "assistant")
+    said, answered = messages_of(chat.get("input"), "user"), messages_of(chat.get("output"), "assistant")
     if len(said) + len(answered) > MAX_MESSAGES:
-        raise _UnreadableError("too_many_messages")
+        raise UnreadableError("too_many_messages")
     return Chat(
-        assistant_id=_id(chat.get("assistantId")) or _id(assistant.get("id")) or _id(envelope.get("assistantId")),
-        external_id=_label(chat.get("externalChatId")),
-        status=_label(chat.get("status")),
+        assistant_id=identifier(chat.get("assistantId"))
+        or identifier(assistant.get("id"))
+        or identifier(envelope.get("assistantId")),
+        external_id=label(chat.get("externalChatId")),
+        status=label(chat.get("status")),
         cost=_cost(chat.get("cost")),
         variables=_variables(overrides.get("variableValues")),
         input=said,
         output=answered,
         created_at=timestamp(chat.get("createdAt")),
         updated_at=timestamp(chat.get("updatedAt")),
-        session_name=_label(session.get("name")),
-        session_status=_label(session.get("status")),
+        session_name=label(session.get("name")),
+        session_status=label(session.get("status")),
     )
 
 
@@ -265,7 +275,7 @@ def _first_dict(*values: Any) -> dict[str, Any]:
     return {}
 
 
-def _id(value: Any) -> str | None:
+def identifier(value: Any) -> str | None:
     """An id of any reasonable form as text; None where there is none."""
     if isinstance(value, str):
         return _storable_id(value) if value.strip() else None
@@ -276,14 +286,15 @@ def _id(value: Any) -> str | None:
 
 def _storable_id(value: str) -> str:
     # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
-    if len(value) <= MAX_ID and value.isascii() and "\x00" not in value:
+    if len(value) <= MAX_ID and value.isascii() and "\x00" not in value and value[0] != OURS:
         return value
-    if len(value) > MAX_ID or _UNSTORABLE.search(value) or len(value.encode()) > MAX_ID:
-        raise _UnreadableError("unusable_id")
+    if len(value) > MAX_ID or value[0] == OURS or _UNSTORABLE.search(value) or len(value.encode()) > MAX_ID:
+        raise UnreadableError("unusable_id")
     return value
 
 
-def _label(value: Any) -> str | None:
+def label(value: Any) -> str | None:
+    """A short text such as a name or a status; None where there is none."""
     if isinstance(value, str) and value:
         return storable(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
@@ -296,7 +307,8 @@ def storable(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
-def _messages(value: Any, default_role: str) -> tuple[Message, ...]:
+def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
+    """The messages in a text, an object or a list of either."""
     if isinstance(value, str):
         return (Message(default_role, storable(value)),) if value else ()
     items = value if isinstance(value, list) else [value]
@@ -308,7 +320,7 @@ def _message(item: Any, default_role: str) -> Iterator[Message]:
         if item:
             yield Message(default_role, storable(item))
     elif isinstance(item, dict) and ("content" in item or "role" in item):
-        yield Message(_label(item.get("role")) or default_role, _text(item.get("content")))
+        yield Message(label(item.get("role")) or default_role, _text(item.get("content")))
 
 
 def _text(content: Any) -> str:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Literal
 
 import msgspec
@@ -19,16 +19,20 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events, ledger, quarantine, telemetry
-from archiver.database import is_conflict, is_data_error, run_in_transaction, sqlstate, transaction
+from archiver.database import explain, is_conflict, is_data_error, run_in_transaction, sqlstate, transaction
 from archiver.events import Event, Malformed
+from archiver.projection import Timing
 from archiver.quarantine import Reject
 
 log = structlog.get_logger(__name__)
+
+_TIMING = Timing()
 
 Status = Literal["stored", "duplicate", "ignored", "quarantined"]
 
 CONFLICT_RETRIES = 3
 LONGEST_GATHERING_SECONDS = 0.01
+BATCH_MESSAGES = 10_000  # in the events of one transaction; one event may hold as many as it may
 BATCH_SECONDS = 60  # after which a database that says nothing at all counts as gone
 
 
@@ -70,11 +74,24 @@ class _Waiting(msgspec.Struct, frozen=True):
     answer: asyncio.Future[Result]
 
 
-class Ingest:
-    """The queue of one process; takes deliveries while `running`."""
+def _messages(delivery: Delivery) -> int:
+    chat = delivery.content.chat if isinstance(delivery.content, Event) else None
+    return len(chat.input) + len(chat.output) if chat is not None else 0
 
-    def __init__(self, engine: AsyncEngine, *, queue_events: int, queue_bytes: int, batch_events: int) -> None:
+
+class Ingest:
+    """The queue of one process; takes deliveries while `running`.
+
+    `failed_at`: when a batch last failed for the database's sake, on `time.monotonic`'s clock; None after a success.
+    """
+
+    failed_at: float | None = None
+
+    def __init__(
+        self, engine: AsyncEngine, *, queue_events: int, queue_bytes: int, batch_events: int, timing: Timing = _TIMING
+    ) -> None:
         self._engine = engine
+        self._timing = timing
         self._max_events, self._max_bytes, self._batch_events = queue_events, queue_bytes, batch_events
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0  # of what waits and of what is being written
@@ -120,17 +137,21 @@ class Ingest:
         seconds = 0.0
         while self._queue or not self._closing:
             await self._gather(seconds)
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_events))]
+            batch = self._take()
             if not batch:
                 continue
             started = perf_counter()
             deliveries = [waiting.delivery for waiting in batch]
             try:
-                results = await write(self._engine, deliveries)
+                results = await write(self._engine, deliveries, self._timing)
             except Exception:  # the supervisor: whatever happens, everyone is answered and the next batch comes
                 log.exception("batch failed", events=len(batch))
                 results = [UnavailableError()] * len(batch)
             seconds = perf_counter() - started
+            has_failed = isinstance(results[0], UnavailableError)
+            if self.failed_at is not None and not has_failed:
+                log.info("database available again")
+            self.failed_at = monotonic() if has_failed else None
             # Senders that wait for an answer before they send again are about to: so many may come at once.
             self._expected = min(len(batch) + len(self._queue), self._batch_events)
             for waiting, result in zip(batch, results, strict=True):
@@ -139,6 +160,17 @@ class Ingest:
                 if not waiting.answer.done():
                     waiting.answer.set_result(result)
             self._gauge()
+
+    def _take(self) -> list[_Waiting]:
+        """What fits into one transaction of bounded length: so many events, and so many messages in them."""
+        batch: list[_Waiting] = []
+        messages = 0
+        while self._queue and len(batch) < self._batch_events:
+            messages += _messages(self._queue[0].delivery)
+            if batch and messages > BATCH_MESSAGES:
+                break
+            batch.append(self._queue.popleft())
+        return batch
 
     def _gauge(self) -> None:
         telemetry.queue_events.set(self._events)
@@ -162,34 +194,33 @@ class Ingest:
             await self._arrived.wait()
 
 
-async def write(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[Result]:
+async def write(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing = _TIMING) -> list[Result]:
     """Commit these deliveries, in one transaction if they let us, and say of each what became of it.
 
     A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4).
     """
     try:
-        return list(await _commit(engine, deliveries))
+        return list(await _commit(engine, deliveries, timing))
     except SQLAlchemyError as error:
         if not is_data_error(error):
             return [_unavailable(error)] * len(deliveries)
         fault: Exception = error
     except TimeoutError:
-        log.error("database silent", seconds=BATCH_SECONDS)  # noqa: TRY400  # there is nothing to trace
-        return [UnavailableError()] * len(deliveries)
+        return [_silent()] * len(deliveries)
     except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
         fault = error
     if len(deliveries) == 1:
         return [await _quarantine_alone(engine, deliveries[0], fault)]
     middle = len(deliveries) // 2
-    return await write(engine, deliveries[:middle]) + await write(engine, deliveries[middle:])
+    return await write(engine, deliveries[:middle], timing) + await write(engine, deliveries[middle:], timing)
 
 
-async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[Outcome]:
+async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing) -> list[Outcome]:
     for attempt in range(CONFLICT_RETRIES + 1):
         started = perf_counter()
         try:
             async with asyncio.timeout(BATCH_SECONDS):
-                outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries))
+                outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries, timing))
         except DBAPIError as error:
             telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
             if is_conflict(error) and attempt < CONFLICT_RETRIES:
@@ -198,32 +229,35 @@ async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery]) -> list[O
         telemetry.commit_seconds.observe(perf_counter() - started)
         telemetry.batch_events.observe(len(deliveries))
         telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
-        telemetry.last_event.set(max(delivery.received_at for delivery in deliveries).timestamp())
+        webhooks = [delivery.received_at for delivery in deliveries if delivery.source == ledger.WEBHOOK]
+        if webhooks:
+            telemetry.last_event.set(max(webhooks).timestamp())
         return outcomes
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _store(connection: Connection, deliveries: Sequence[Delivery]) -> list[Outcome]:
+def _store(connection: Connection, deliveries: Sequence[Delivery], timing: Timing) -> list[Outcome]:
     rejects = [_reject(delivery) for delivery in deliveries if isinstance(delivery.content, Malformed)]
     observations = [
         ledger.Observation(delivery.content, delivery.received_at, delivery.source, delivery.key_id, delivery.count)
         for delivery in deliveries
         if isinstance(delivery.content, Event)
     ]
-    recorded = iter(ledger.record(connection, observations))
+    recorded = iter(ledger.record(connection, observations, timing))
     quarantined = iter(quarantine.upsert_quarantine(connection, rejects))
     return [
-        _outcome(delivery.content, next(recorded))
+        _outcome(delivery, delivery.content, next(recorded))
         if isinstance(delivery.content, Event)
         else Outcome("quarantined", next(quarantined), delivery.content.reason, delivery.content.detail)
         for delivery in deliveries
     ]
 
 
-def _outcome(event: Event, recorded: ledger.Recorded) -> Outcome:
+def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
     if not recorded.is_new:
         return Outcome("duplicate", recorded.id)
-    return Outcome("stored" if event.type in events.CHAT_EVENTS else "ignored", recorded.id)
+    is_known = event.type in events.CHAT_EVENTS or delivery.source != ledger.WEBHOOK
+    return Outcome("stored" if is_known else "ignored", recorded.id)
 
 
 def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
@@ -238,11 +272,14 @@ async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exce
     log.error("quarantined", reason=reason, detail=detail)
     rejects = [_reject(delivery, reason, detail)]
     try:
-        (row_id,) = await run_in_transaction(
-            engine, lambda connection: quarantine.upsert_quarantine(connection, rejects)
-        )
+        async with asyncio.timeout(BATCH_SECONDS):
+            (row_id,) = await run_in_transaction(
+                engine, lambda connection: quarantine.upsert_quarantine(connection, rejects)
+            )
     except SQLAlchemyError as error:
         return _unavailable(error)
+    except TimeoutError:
+        return _silent()
     return Outcome("quarantined", row_id, reason, detail)
 
 
@@ -255,11 +292,16 @@ def _explain(fault: Exception) -> tuple[str, str]:
 
 
 def _unavailable(error: SQLAlchemyError) -> UnavailableError:
-    log.error("database unavailable", sqlstate=sqlstate(error), error=type(error).__name__)
+    log.error("database unavailable", sqlstate=sqlstate(error), error=type(error).__name__, detail=explain(error))
     return UnavailableError()
 
 
-def retry_quarantined(engine: Engine, quarantine_id: int) -> Outcome | None:
+def _silent() -> UnavailableError:
+    log.error("database silent", seconds=BATCH_SECONDS)
+    return UnavailableError()
+
+
+def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = _TIMING) -> Outcome | None:
     """Drive one quarantined delivery through the write path again; None where there is no such row.
 
     On success the ledger holds its bytes, with the time of its first delivery and the count of all, and the
@@ -268,7 +310,7 @@ def retry_quarantined(engine: Engine, quarantine_id: int) -> Outcome | None:
     """
     try:
         with transaction(engine) as connection:
-            outcome = _retry(connection, quarantine_id)
+            outcome = _retry(connection, quarantine_id, timing)
     except Exception as error:
         if isinstance(error, SQLAlchemyError) and not is_data_error(error):
             raise
@@ -279,7 +321,7 @@ def retry_quarantined(engine: Engine, quarantine_id: int) -> Outcome | None:
     return outcome
 
 
-def _retry(connection: Connection, quarantine_id: int) -> Outcome | None:
+def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcome | None:
     row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
     if row is None:
         return None
@@ -287,6 +329,6 @@ def _retry(connection: Connection, quarantine_id: int) -> Outcome | None:
     if isinstance(event, Malformed):
         return Outcome("quarantined", quarantine_id, event.reason, event.detail)
     delivery = Delivery(event, row["received_at"].astimezone(UTC), row["key_id"], count=row["delivery_count"])
-    (outcome,) = _store(connection, [delivery])
+    (outcome,) = _store(connection, [delivery], timing)
     quarantine.delete_quarantined(connection, quarantine_id)
     return outcome

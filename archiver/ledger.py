@@ -14,6 +14,8 @@ from archiver import events, projection, tables
 from archiver.database import RowsInsert
 from archiver.events import Event
 
+WEBHOOK = "webhook"
+
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
@@ -31,6 +33,9 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         return self.event.session_id, self.event.dedupe_key
 
 
+_TIMING = projection.Timing()
+
+
 class Recorded(msgspec.Struct, frozen=True, gc=False):
     """The ledger's answer to one observation: its row, and whether this very observation made it."""
 
@@ -38,7 +43,9 @@ class Recorded(msgspec.Struct, frozen=True, gc=False):
     is_new: bool
 
 
-def record(connection: Connection, observations: Sequence[Observation]) -> list[Recorded]:
+def record(
+    connection: Connection, observations: Sequence[Observation], timing: projection.Timing = _TIMING
+) -> list[Recorded]:
     """Append what the ledger does not hold, count what it does, and project what is new, in this transaction.
 
     Answers in the order of `observations`. Safe against other writers of the same facts: ledger rows are taken in
@@ -47,7 +54,7 @@ def record(connection: Connection, observations: Sequence[Observation]) -> list[
     if not observations:
         return []
     homeless = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
-    _lock_placement(connection, exclusive=homeless)
+    lock_placement(connection, exclusive=homeless)
     tellings: dict[Key, _Telling] = {}
     for observation in observations:
         key = observation.key
@@ -55,7 +62,7 @@ def record(connection: Connection, observations: Sequence[Observation]) -> list[
         tellings[key] = _Telling.of(observation) if known is None else known.and_also(observation)
     rows = _upsert_events(connection, tellings)
     changed = [fact for key, row in rows.items() if (fact := _changed(tellings[key], row)) is not None]
-    projection.project(connection, changed)
+    projection.project(connection, changed, timing)
     answers, told = [], set()
     for observation in observations:
         key = observation.key
@@ -102,7 +109,8 @@ _LOCK_SHARED = text(f"SELECT pg_advisory_xact_lock_shared(:key), {_BY_KEY}").bin
 _LOCK_EXCLUSIVE = text(f"SELECT pg_advisory_xact_lock(:key), {_BY_KEY}").bindparams(key=_PLACEMENT_LOCK)
 
 
-def _lock_placement(connection: Connection, *, exclusive: bool) -> None:
+def lock_placement(connection: Connection, *, exclusive: bool) -> None:
+    """To be held by whoever derives turns: alone (`exclusive`) for those without a session, else beside others."""
     connection.execute(_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED)
 
 
@@ -157,8 +165,12 @@ def _event_row(telling: _Telling) -> dict[str, Any]:
 
 
 def _changed(telling: _Telling, row: Any) -> projection.Fact | None:
-    """The fact to project: a new one, or a known one that these deliveries may have moved back in time."""
+    """The fact to project: a new one, or a known one that these deliveries may have moved in time.
+
+    A reading that tells the same as before is news too: nothing has changed until then.
+    """
     is_repeat = row.delivery_count > telling.count
-    if is_repeat and (telling.occurred_at is None or telling.occurred_at != row.occurred_at):
+    is_from_upstream = telling.first.source == WEBHOOK
+    if is_repeat and is_from_upstream and (telling.occurred_at is None or telling.occurred_at != row.occurred_at):
         return None
     return projection.Fact(telling.first.event, telling.first.source, row.received_at, row.occurred_at, is_repeat)

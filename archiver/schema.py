@@ -4,23 +4,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from archiver import tables
-from archiver.database import transaction
+from archiver.database import sqlstate, transaction
 
 VERSION_TABLE = "schema_version"
 READER = "archiver_reader"
+SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
 
 # Arbitrary, and not the ledger's: one migration of a database at a time.
 _MIGRATION_LOCK = 0x63616C6C_68710002
 _LOCK_SECONDS = 10
 _STATEMENT_SECONDS = 600
+INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
 class SchemaError(Exception):
@@ -49,17 +53,60 @@ def check(connection: Connection) -> None:
         return
     known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     if is_at is None:
-        raise SchemaError("The database has no archiver schema yet: run `archiver migrate`.")
+        raise SchemaError(f"The database {where(connection)} has no archiver schema yet: run `archiver migrate`.")
     if is_at in known:
         raise SchemaError(f"The schema is at {is_at}, older than {head()}: run `archiver migrate`.")
     raise SchemaError(f"The schema is at {is_at}, newer than this program knows: upgrade callhq-archiver.")
 
 
+def where(connection: Connection) -> str:
+    """Which database this is, and as whom: what the driver made of the URL, without a password."""
+    driver: Any = connection.connection.driver_connection
+    info = driver.info
+    port = "" if info.host.startswith("/") else f":{info.port}"
+    return f"{info.dbname} at {info.host}{port} as {info.user}"
+
+
+def grant_missing(connection: Connection) -> str | None:
+    """The SQL that lets this user make the schemas that are missing; None where it may, or where none is."""
+    query = (
+        "SELECT format('GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user)"
+        " WHERE NOT has_database_privilege(current_database(), 'CREATE')"
+        " AND EXISTS (SELECT FROM unnest(CAST(:schemas AS text[])) AS s WHERE to_regnamespace(s) IS NULL)"
+    )
+    answer: str | None = connection.scalar(text(query), {"schemas": list(SCHEMAS)})
+    return answer
+
+
 def upgrade(engine: Engine, revision: str = "head") -> None:
     """Bring the schema up to `revision`, and let the reader role read. Safe to run twice at once.
 
-    Raises `SchemaError` where the database is newer than this program.
+    Raises `SchemaError` where the database is newer than this program, or the user lacks a right.
     """
+    try:
+        _upgrade(engine, revision)
+    except DBAPIError as error:
+        if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
+            raise
+        with transaction(engine) as connection:
+            raise SchemaError(_explain_refusal(connection, str(error.orig).splitlines()[0])) from None
+
+
+def _explain_refusal(connection: Connection, refusal: str) -> str:
+    if (grant := grant_missing(connection)) is not None:
+        return (
+            f"The database {where(connection)} does not let this user create schemas. As its owner or an"
+            f" administrator run\n  {grant}\nthen `archiver migrate` again."
+        )
+    query = "SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = :name"
+    owner = connection.scalar(text(query), {"name": tables.SCHEMA})
+    return (
+        f"The database {where(connection)} refused: {refusal}.\nRun `archiver migrate` as the user"
+        f" {owner}, who owns the schema {tables.SCHEMA}."
+    )
+
+
+def _upgrade(engine: Engine, revision: str) -> None:
     with _exclusive(engine) as connection:
         # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
         if revision == "head" and current(connection) == head() and reader_can_read(connection) is not False:

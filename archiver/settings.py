@@ -5,10 +5,11 @@ the environment.
 """
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 WebhookScheme = Literal["secret", "bearer", "hmac", "standard", "none"]
@@ -34,7 +35,9 @@ class Settings(BaseSettings):
         "Postgres to archive into; `postgres://` and `postgresql://` are both accepted. "
         "Unset: an embedded Postgres under `ARCHIVER_HOME`.",
     )
-    home: Path = _env("ARCHIVER_HOME", Path(".archiver"), "Folder of the embedded database.")
+    home: Path = _env(
+        "ARCHIVER_HOME", Path(".archiver"), "Folder of the embedded database, relative to the working directory."
+    )
     webhook_scheme: WebhookScheme = _env(
         "ARCHIVER_WEBHOOK_SCHEME",
         "secret",
@@ -57,7 +60,7 @@ class Settings(BaseSettings):
     hmac_id_header: str = _env(
         "ARCHIVER_HMAC_ID_HEADER",
         "",
-        "Scheme `hmac`: header of the message id, for `{svix-id}` in the template.",
+        "Scheme `hmac`: header whose value `{svix-id}` stands for in the template, such as `svix-id`.",
     )
     hmac_prefix: str = _env(
         "ARCHIVER_HMAC_PREFIX", "", "Scheme `hmac`: text before the signature, such as `sha256=`."
@@ -87,6 +90,33 @@ class Settings(BaseSettings):
         gt=0,
         le=256 * 1_048_576,
     )
+    callhq_api_key: SecretStr = _env(
+        "CALLHQ_API_KEY", SecretStr(""), "Key for CallHQ's API; without one no history is read."
+    )
+    callhq_api_url: str = _env("CALLHQ_API_URL", "https://api.callhq.ai/api", "CallHQ's API.")
+    reconcile_after: int = _env(
+        "ARCHIVER_RECONCILE_AFTER",
+        300,
+        "Seconds of quiet after a session's last event before its history is read.",
+        gt=0,
+        le=7 * 86_400,
+    )
+    session_lifetime: int = _env(
+        "ARCHIVER_SESSION_LIFETIME",
+        86_400,
+        "Seconds after which CallHQ forgets a session; a last reading happens before.",
+        gt=0,
+        le=366 * 86_400,
+    )
+    history_concurrency: int = _env(
+        "ARCHIVER_HISTORY_CONCURRENCY", 8, "Histories that one worker reads at a time.", gt=0, le=256
+    )
+    history_rate: float = _env(
+        "ARCHIVER_HISTORY_RATE", 0, "Most history calls of one worker in a second; 0: no limit.", ge=0
+    )
+    api_token: SecretStr = _env(
+        "ARCHIVER_API_TOKEN", SecretStr(""), "Bearer token of `POST /sessions`; without one that route answers 404."
+    )
     queue_events: int = _env(
         "ARCHIVER_QUEUE_EVENTS",
         10_000,
@@ -106,7 +136,9 @@ class Settings(BaseSettings):
         "Prepare repeated statements; `false` behind PgBouncer before 1.22 or with `max_prepared_statements` 0.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
-        "ARCHIVER_LOG_LEVEL", "info", "Least important log line that is written."
+        "ARCHIVER_LOG_LEVEL",
+        "info",
+        "Least important log line that is written: `debug`, `info`, `warning` or `error`.",
     )
     log_format: Literal["auto", "json", "text"] = _env(
         "ARCHIVER_LOG_FORMAT", "auto", "`json`, `text`, or `auto`: text on a terminal, JSON elsewhere."
@@ -117,16 +149,32 @@ class Settings(BaseSettings):
     def _lower(cls, value: str) -> str:
         return value.strip().lower()
 
+    @field_validator("secret_header", "hmac_header")
+    @classmethod
+    def _is_named(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("webhook_scheme", "hmac_algorithm", "hmac_encoding", "log_level", "log_format", mode="before")
+    @classmethod
+    def _in_lower_case(cls, value: Any) -> Any:
+        return value.strip().lower() if isinstance(value, str) else value
+
+    @field_validator("callhq_api_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value.rstrip("/")
+
     @field_validator("database_url")
     @classmethod
-    def _blank_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
-        return value if value is not None and value.get_secret_value().strip() else None
-
-    @model_validator(mode="after")
-    def _headers_are_named(self) -> "Settings":
-        if not self.secret_header or not self.hmac_header:
-            raise ValueError("ARCHIVER_SECRET_HEADER and ARCHIVER_HMAC_HEADER must not be empty")
-        return self
+    def _is_not_blank(cls, value: SecretStr | None) -> SecretStr | None:
+        # Whoever sets it means a database of theirs: what they meant to write went missing on the way.
+        if value is not None and not value.get_secret_value().strip():
+            raise ValueError("set, but empty: unset it to use the embedded Postgres")
+        return value
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -154,8 +202,10 @@ class _FileSource(PydanticBaseSettingsSource):
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         name = environment_name(field_name)
         path = os.environ.get(f"{name}_FILE")
-        if not path:
+        if path is None:
             return None, name, False
+        if not path.strip():
+            raise SettingsError(f"{name}_FILE: set, but empty: unset it, or name a file.")
         if os.environ.get(name):
             raise SettingsError(f"{name} and {name}_FILE are both set: keep one of them.")
         try:
@@ -192,8 +242,18 @@ def read() -> Settings:
 
 
 def _explain(fault: Any) -> str:
-    name = str(fault["loc"][0]) if fault["loc"] else "settings"
-    return f"{name}: {fault['msg'].removeprefix('Value error, ')}."
+    name = str(fault["loc"][0])
+    given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
+    return f"{given_as}: {fault['msg'].removeprefix('Value error, ')}."
+
+
+def misspelt() -> list[tuple[str, str]]:
+    """Variables of the environment that look like a setting and are none, each with the one that may be meant."""
+    names = [environment_name(field_name) for field_name in Settings.model_fields]
+    known = {*names, *(f"{name}_FILE" for name in names)}
+    strangers = sorted(name for name in os.environ if name.startswith(("ARCHIVER_", "CALLHQ_")) and name not in known)
+    close = [(name, get_close_matches(name, known, n=1, cutoff=0.85)) for name in strangers]
+    return [(name, meant[0]) for name, meant in close if meant]
 
 
 def table() -> list[tuple[str, str, str]]:
@@ -202,8 +262,18 @@ def table() -> list[tuple[str, str, str]]:
     for field_name, field in Settings.model_fields.items():
         default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
         text = str(default).lower() if isinstance(default, bool) else str("" if default is None else default)
-        rows.append((environment_name(field_name), text, field.description or ""))
+        rows.append((environment_name(field_name), text, f"{field.description}{_limits(field.metadata)}"))
     return rows
+
+
+def _limits(metadata: list[Any]) -> str:
+    """In words; what is above 0 is a whole number here."""
+    told = {name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)}
+    least = told.get("ge", 1 if "gt" in told else None)
+    most = told.get("le")
+    if least is None:
+        return ""
+    return f" At least {least}." if most is None else f" From {least} to {most}."
 
 
 SCHEMES: tuple[str, ...] = get_args(WebhookScheme)

@@ -6,6 +6,7 @@ primary key, so that the schema can be distributed by it unchanged.
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -37,8 +39,8 @@ events = Table(
     ),
     Column("dedupe_key", LargeBinary, nullable=False, comment="SHA-256 over event type, chat id and canonical chat."),
     Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with arrival; gaps are normal."),
-    Column("type", Text, nullable=False, comment="Event type as told, such as chat.created."),
-    Column("source", Text, nullable=False, comment="Whence it came: webhook."),
+    Column("type", Text, nullable=False, comment="Event type as told, such as chat.created; or ours, by source."),
+    Column("source", Text, nullable=False, comment="Whence it came: webhook, history or application."),
     Column("chat_id", Text, comment="Turn it speaks of; null for events without one."),
     Column("received_at", Time, nullable=False, comment="When its first delivery reached us."),
     Column("last_received_at", Time, nullable=False, comment="When its latest delivery reached us."),
@@ -64,7 +66,22 @@ sessions = Table(
     Column("first_event_at", Time, nullable=False, comment="When we first heard of it."),
     Column("last_event_at", Time, nullable=False, comment="When we last heard something new of it."),
     Column("coverage", Text, nullable=False, server_default="open", comment="What is known of its completeness."),
+    Column("reason", Text, nullable=False, server_default="awaiting_history", comment="Code of why it is so."),
+    Column("reconciled_at", Time, comment="Start of the latest reading that told its messages; null if none did."),
+    Column("read_at", Time, comment="Start of the latest reading, whatever it told; null if there was none."),
+    Column(
+        "repaired_messages", Integer, nullable=False, server_default="0", comment="Messages that history supplied."
+    ),
+    Column("name", Text, comment="Name, as history or the application told it."),
+    Column("status", Text, comment="Upstream status, as history told it."),
+    Column("assistant_id", Text, comment="Assistant, as history or the application told it."),
+    Column("created_at", Time, comment="Upstream creation, as history or the application told it."),
+    Column("read_by", Time, comment="A last reading is due by then, before upstream forgets the session."),
+    Column("reconcile_at", Time, comment="When its history is to be read next; null: never again."),
+    Column("leased_until", Time, comment="A worker reads it at present; free again after this time."),
     PrimaryKeyConstraint("session_id", name="sessions_pkey"),
+    Index("sessions_reconcile_at_idx", "reconcile_at", postgresql_where=text("reconcile_at IS NOT NULL")),
+    Index("sessions_open_idx", "first_event_at", postgresql_where=text("coverage = 'open'")),
     comment="One row a conversation, derived from the ledger.",
 )
 
@@ -72,7 +89,12 @@ chats = Table(
     "chats",
     metadata,
     Column("session_id", Text, nullable=False, comment="Conversation; empty where no delivery told it."),
-    Column("chat_id", Text, nullable=False, comment="CallHQ's chat id: one turn."),
+    Column(
+        "chat_id",
+        Text,
+        nullable=False,
+        comment="CallHQ's chat id: one turn; U+001F and a number: only history knows.",
+    ),
     Column("assistant_id", Text, comment="Assistant that answered."),
     Column("external_id", Text, comment="CallHQ's externalChatId."),
     Column("status", Text, comment="Upstream status of the turn."),
@@ -87,7 +109,7 @@ chats = Table(
     Column("session_name", Text, comment="Name of the session, where its deliveries told it."),
     Column("session_status", Text, comment="Status of the session, where its deliveries told it."),
     Column("deleted_at", Time, comment="Tombstone: when upstream deleted it; content stays."),
-    Column("source", Text, nullable=False, comment="Whence it is known: webhook."),
+    Column("source", Text, nullable=False, comment="Whence it is known: webhook or history."),
     PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),
     ForeignKeyConstraint(["session_id"], [sessions.c.session_id], name="chats_session_id_fkey"),
     Index("chats_chat_id_idx", "chat_id"),
@@ -98,11 +120,13 @@ messages = Table(
     "messages",
     metadata,
     Column("session_id", Text, nullable=False, comment="Conversation."),
-    Column("chat_id", Text, nullable=False, comment="Turn."),
+    Column("chat_id", Text, nullable=False, comment="Turn; U+001F alone: said before any turn, such as a greeting."),
     Column("ordinal", Integer, nullable=False, comment="0, 1, 2 … within the turn: input first, then output."),
     Column("role", Text, nullable=False, comment="user, assistant, system, tool …"),
     Column("content", Text, nullable=False, comment="Text; U+0000 and lone surrogates became U+FFFD."),
-    Column("source", Text, nullable=False, comment="Whence it is known: webhook."),
+    Column("source", Text, nullable=False, comment="Whence it is known: webhook or history."),
+    Column("place", Integer, comment="1, 2, 3 … in true order, once history has been read; null before."),
+    Column("in_history", Boolean, comment="Whether the latest reading shows it; null where none could."),
     PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
     # No foreign key: one write path makes both rows in one transaction; checking took a fifth of Postgres's time.
     comment="One row a message, derived from the ledger.",
@@ -125,4 +149,23 @@ quarantine = Table(
     PrimaryKeyConstraint("id", name="quarantine_pkey"),
     UniqueConstraint("body_digest", name="quarantine_body_digest_key"),
     comment="Authenticated deliveries that could not be archived, with the reason.",
+)
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("name", Text, nullable=False, comment="What pauses: callhq."),
+    Column("until", Time, nullable=False, comment="Nobody calls before."),
+    Column("reason", Text, nullable=False, comment="What was answered."),
+    PrimaryKeyConstraint("name", name="pauses_pkey"),
+    comment="A pause that every worker obeys.",
+)
+
+backfills = Table(
+    "backfills",
+    metadata,
+    Column("selection", Text, nullable=False, comment="Digest of what was asked for."),
+    Column("started_at", Time, nullable=False, comment="Sessions read since then need not be read again."),
+    PrimaryKeyConstraint("selection", name="backfills_pkey"),
+    comment="Backfills that have begun and not ended, so that they can go on.",
 )

@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 import traceback
+from collections import Counter as Counting
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 import structlog
@@ -30,6 +32,16 @@ commit_failures = Counter("archiver_commit_failures_total", "Batches that did no
 unreadable_facts = Counter(
     "archiver_unreadable_facts_total", "Ledger rows that this version cannot read again, by reason.", ["reason"]
 )
+repaired_messages = Counter(
+    "archiver_repaired_messages_total", "Messages that history supplied: webhooks were lost. Alert when it grows."
+)
+readings = Counter("archiver_readings_total", "Sessions read, by what the answer was.", ["outcome"])
+reading_seconds = Histogram(
+    "archiver_reading_seconds",
+    "Seconds from a call for a history to its answer, retries and pauses included.",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+pauses = Counter("archiver_pauses_total", "Pauses that CallHQ asked for, by its answer.", ["reason"])
 queue_events = Gauge("archiver_queue_events", "Events waiting for a commit.", multiprocess_mode="livesum")
 queue_bytes = Gauge("archiver_queue_bytes", "Bytes of the events waiting.", multiprocess_mode="livesum")
 last_event = Gauge(
@@ -37,6 +49,31 @@ last_event = Gauge(
     "Unix time of the last event that this server committed; 0 before the first.",
     multiprocess_mode="livemax",
 )
+
+
+class Refusals:
+    """Log lines about deliveries that were not archived: the first of a kind at once, then one now and then."""
+
+    SECONDS = 60.0
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[str, str], float] = {}
+        self._since: Counting[tuple[str, str]] = Counting()
+
+    def tell(self, *, status: str, reason: str, detail: str) -> None:
+        """One more; `detail` is a sentence without content."""
+        kind, now = (status, reason), monotonic()
+        self._since[kind] += 1
+        if now - self._told.get(kind, -self.SECONDS) < self.SECONDS:
+            return
+        self._told[kind] = now
+        count = self._since.pop(kind)
+        structlog.get_logger(__name__).warning(
+            "not archived", status=status, reason=reason, detail=detail, count=count
+        )
+
+
+refusals = Refusals()
 
 
 def metrics() -> bytes:
@@ -86,7 +123,7 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for talkative in ("alembic", "uvicorn"):  # who starts what is said once, by us
+    for talkative in ("alembic", "uvicorn", "procrastinate", "httpx2", "httpcore2"):  # we say what matters
         logging.getLogger(talkative).setLevel(max(root.level, logging.WARNING))
     structlog.configure(
         processors=[

@@ -1,14 +1,18 @@
 """The command line as its users meet it: real processes, their output and their exit codes."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import CompletedProcess, run
+from subprocess import PIPE, CompletedProcess, run
 
 import psycopg
 import pytest
@@ -91,6 +95,7 @@ def test_it_runs_as_a_module_and_as_a_command(cluster: Cluster) -> None:
         ("quarantine", "show", "one"),
         ("quarantine", "retry"),
         ("quarantine", "retry", "1", "--all"),
+        ("quarantine", "show", "1", "--raw", "--json"),
         ("migrate", "extra"),
     ],
 )
@@ -145,6 +150,14 @@ def test_serve_migrates_where_it_is_asked_to(empty_database_url: str) -> None:
         assert receiver.post(created()).json()["status"] == "stored"
 
 
+def test_a_port_in_use_is_named(url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = failed(archiver("serve", "--port", str(port), database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER))
+    assert f"127.0.0.1:{port}" in text
+    assert "--port" in text
+
+
 # Settings
 
 
@@ -195,6 +208,35 @@ def test_settings_may_stand_in_files(url: str, tmp_path: Path) -> None:
     assert archiver("migrate", "--check", DATABASE_URL_FILE=str(database)).returncode == 0
 
 
+@pytest.mark.parametrize("value", ["", " \n"])
+def test_h3_an_empty_database_url_is_no_wish_for_the_embedded_one(
+    value: str, tmp_path: Path, cluster: Cluster
+) -> None:
+    del cluster
+    (tmp_path / "url").write_text(value)
+    empty = "set, but empty: unset it"
+    home = {"ARCHIVER_HOME": str(tmp_path / "home"), "ARCHIVER_WEBHOOK_SECRETS": HUNTER}
+    for command in (["serve", "--port", "0"], ["migrate"], ["status"], ["quarantine", "list"]):
+        assert f"DATABASE_URL: {empty}" in failed(archiver(*command, database_url=value, **home))
+    assert f"DATABASE_URL_FILE: {empty}" in failed(
+        archiver("migrate", DATABASE_URL_FILE=str(tmp_path / "url"), **home)
+    )
+    assert f"DATABASE_URL_FILE: {empty}" in failed(archiver("migrate", DATABASE_URL_FILE=value, **home))
+    assert not (tmp_path / "home").exists()
+
+
+def test_values_from_a_list_may_be_written_in_capitals(url: str) -> None:
+    settings = {"ARCHIVER_WEBHOOK_SCHEME": "Bearer", "ARCHIVER_LOG_LEVEL": "WARNING", "ARCHIVER_HMAC_ENCODING": "HEX"}
+    process = archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER, **settings)
+    assert "Scheme bearer" in said(process)
+
+
+@pytest.mark.parametrize("name", ["ARCHIVER_SECRET_HEADER", "ARCHIVER_HMAC_HEADER"])
+def test_of_two_headers_the_wrong_one_is_named(url: str, name: str) -> None:
+    text = failed(archiver("status", database_url=url, **{name: " "}))
+    assert text == f"archiver: {name}: must not be empty."
+
+
 def test_a_setting_and_its_file_together_are_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "url").write_text(url)
     text = failed(archiver("status", database_url=url, DATABASE_URL_FILE=str(tmp_path / "url")))
@@ -231,6 +273,16 @@ def test_a_wrong_database_url_is_named_and_not_told(wrong: str, cluster: Cluster
     assert HUNTER not in text
 
 
+@pytest.mark.parametrize("password", [f"{HUNTER}@x", f"x@{HUNTER}", f"@{HUNTER}", f"{HUNTER}@", f"{HUNTER}@#@x"])
+@pytest.mark.parametrize("place", ["127.0.0.1:1/archive", "/archive?host=/nowhere"])
+def test_an_at_sign_in_the_password_is_to_be_encoded(password: str, place: str, cluster: Cluster) -> None:
+    del cluster
+    text = failed(archiver("status", database_url=f"postgresql://archiver:{password}@{place}"))
+    assert "DATABASE_URL" in text
+    assert "%40" in text
+    assert HUNTER not in text
+
+
 @pytest.mark.parametrize(
     "unreachable",
     [
@@ -249,6 +301,13 @@ def test_an_unreachable_database_is_explained_without_the_password(unreachable: 
     assert "DATABASE_URL" in text
     assert "archiver doctor" in text
     assert HUNTER not in text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
+def test_a_database_that_nobody_answers_for_has_not_refused(host: str, cluster: Cluster) -> None:
+    del cluster
+    text = failed(archiver("status", database_url=f"postgresql://archiver@{host}/archive"))
+    assert text.startswith("archiver: The database cannot be reached: ")
 
 
 def test_a_database_that_does_not_exist_is_explained(cluster: Cluster) -> None:
@@ -273,6 +332,83 @@ def test_check_changes_nothing(empty_database_url: str) -> None:
     with psycopg.connect(empty_database_url) as connection:
         found = connection.execute("SELECT count(*) FROM pg_namespace WHERE nspname IN ('archiver', 'analytics')")
         assert found.fetchone() == (0,)
+
+
+@pytest.fixture
+def guest_url(cluster: Cluster, database_url: str) -> Iterator[str]:
+    """The URL of a user who may read the archive's tables, and neither write them nor create anything."""
+    cluster.execute("CREATE ROLE guest LOGIN")
+    with psycopg.connect(database_url) as connection:
+        connection.execute("GRANT USAGE ON SCHEMA archiver TO guest")
+        connection.execute("GRANT SELECT ON ALL TABLES IN SCHEMA archiver TO guest")
+    yield parse_url(database_url).set(drivername="postgresql", username="guest").render_as_string()
+    with psycopg.connect(database_url) as connection:
+        connection.execute("DROP OWNED BY guest")
+    cluster.execute("DROP ROLE guest")
+
+
+@pytest.fixture
+def stranger(cluster: Cluster) -> Iterator[str]:
+    """A user without any right of its own, whose name must be quoted."""
+    name = "Stran-ger"
+    cluster.execute(f'CREATE ROLE "{name}" LOGIN')
+    yield name
+    cluster.execute(f'DROP ROLE "{name}"')
+
+
+def as_user(url: str, name: str) -> str:
+    return parse_url(url).set(drivername="postgresql", username=name).render_as_string()
+
+
+def test_h2_migrate_and_doctor_give_the_sql_that_lets_a_user_create_the_schema(
+    empty_database_url: str, stranger: str
+) -> None:
+    url, name = as_user(empty_database_url, stranger), parse_url(empty_database_url).database
+    told = re.search(r"GRANT .*?;", failed(archiver("migrate", database_url=url)))
+    assert told is not None
+    assert told[0] == f'GRANT CREATE ON DATABASE {name} TO "{stranger}";'
+    findings = examined(url)
+    assert {each for each, finding in findings.items() if finding["verdict"] == "failure"} == {"schema"}
+    assert told[0] in findings["schema"]["advice"]
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(told[0])
+    assert archiver("migrate", database_url=url).returncode == 0
+    assert examined(url)["privileges"]["verdict"] == "ok"
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(f'DROP OWNED BY "{stranger}" CASCADE')
+
+
+def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str, stranger: str) -> None:
+    url = as_user(database_url, stranger)
+    refused = failed(archiver("status", database_url=url))
+    assert "permission denied for schema archiver" in refused
+    assert "archiver doctor" in refused
+    assert "DATABASE_URL" not in refused
+    with psycopg.connect(database_url) as connection:
+        owner = connection.execute("SELECT current_user").fetchone()
+    assert f"as the user {owner[0] if owner else ''}" in failed(archiver("migrate", database_url=url))
+    findings = examined(url)
+    assert [each for each, finding in findings.items() if finding["verdict"] == "failure"] == ["privileges"]
+    assert findings["database"]["verdict"] == "ok"
+    for statement in re.findall(r"GRANT .*?;", findings["privileges"]["advice"]):
+        with psycopg.connect(database_url) as connection:
+            connection.execute(statement)
+    assert examined(url)["privileges"]["verdict"] == "ok"
+    with serving(url) as receiver:
+        assert receiver.post(created()).json()["status"] == "stored"
+        assert receiver.post(b"{}").json()["status"] == "quarantined"
+    assert archiver("rebuild", "--yes", database_url=url).returncode == 0
+    with psycopg.connect(database_url) as connection:
+        connection.execute(f'DROP OWNED BY "{stranger}"')
+
+
+def test_migrate_at_head_needs_no_right_to_create(guest_url: str) -> None:
+    with psycopg.connect(guest_url) as connection:
+        right = "SELECT has_database_privilege(current_database(), 'CREATE')"
+        assert connection.execute(right).fetchone() == (False,)
+    process = archiver("migrate", database_url=guest_url)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert schema.head() in process.stdout
 
 
 def test_a_schema_of_the_future_is_left_alone(database_url: str) -> None:
@@ -320,6 +456,52 @@ def verdicts(process: CompletedProcess[str]) -> dict[str, str]:
     failures = [finding["check"] for finding in findings if finding["verdict"] == "failure"]
     assert process.stderr == (f"archiver: something must be done about: {', '.join(failures)}\n" if failures else "")
     return found
+
+
+def examined(url: str) -> dict[str, dict[str, str]]:
+    """What `doctor` finds, by what was checked: each once."""
+    process = archiver("doctor", "--json", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    findings = json.loads(process.stdout)
+    assert len({finding["check"] for finding in findings}) == len(findings)
+    return {finding["check"]: finding for finding in findings}
+
+
+def test_status_and_doctor_say_which_database_they_ask(database_url: str, cluster: Cluster) -> None:
+    name, host = parse_url(database_url).database, parse_url(database_url).query["host"]
+    with_password = parse_url(database_url).set(drivername="postgresql", password=HUNTER)
+    url = with_password.render_as_string(hide_password=False)
+    told = f"{name} at {host} as {with_password.username}"
+    assert f"database {told} " in said(archiver("status", database_url=url))
+    assert json.loads(archiver("status", "--json", database_url=url).stdout)["database"] == told
+    assert f"Reached {told}." in said(archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=SECRET))
+    empty = cluster.clone("template0")
+    try:
+        text = failed(archiver("status", database_url=empty))
+        assert f"The database {parse_url(empty).database} at {host}" in text
+    finally:
+        cluster.drop(empty)
+
+
+def test_doctor_tells_the_key_ids_that_the_ledger_knows_and_no_secret(database_url: str) -> None:
+    other = f"{HUNTER}-new"
+    with serving(database_url) as receiver:
+        receiver.post(created())
+    with psycopg.connect(database_url) as connection:
+        (key_id,) = connection.execute("SELECT key_id FROM archiver.events").fetchone() or ("",)
+    process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=f"{other},{SECRET}")
+    assert f", {key_id}." in said(process)
+    assert SECRET not in process.stdout
+    assert HUNTER not in process.stdout
+
+
+def test_doctor_warns_of_a_setting_that_is_misspelt(database_url: str) -> None:
+    settings = {"ARCHIVER_WEBHOOK_SECRET": HUNTER, "ARCHIVER_MAXBODY_FILE": "x", "ARCHIVER_SOMETHING_ELSE": "y"}
+    process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=SECRET, **settings)
+    assert process.returncode == 0
+    assert "ARCHIVER_WEBHOOK_SECRET is no setting, and does nothing. -> Is ARCHIVER_WEBHOOK_SECRETS" in said(process)
+    assert "Is ARCHIVER_MAX_BODY_FILE meant?" in said(process)
+    assert "ARCHIVER_SOMETHING_ELSE" not in said(process)
+    assert HUNTER not in process.stdout
 
 
 def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
@@ -404,21 +586,22 @@ def test_doctor_fails_with_advice(settings: dict[str, str], check: str, cluster:
     assert f"failure {check}" in said(process)
 
 
-def test_doctor_finds_missing_privileges(cluster: Cluster, database_url: str) -> None:
-    cluster.execute("CREATE ROLE guest LOGIN")
-    try:
-        with psycopg.connect(database_url) as connection:
-            connection.execute("GRANT USAGE ON SCHEMA archiver TO guest")
-            connection.execute("GRANT SELECT ON ALL TABLES IN SCHEMA archiver TO guest")
-        guest = parse_url(database_url).set(drivername="postgresql", username="guest").render_as_string()
-        process = archiver("doctor", "--json", database_url=guest, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
-        found = verdicts(process)
-        assert (process.returncode, found["database"], found["privileges"]) == (1, "ok", "failure")
-        assert "GRANT INSERT ON archiver.events" in process.stdout
-    finally:
-        with psycopg.connect(database_url) as connection:
-            connection.execute("DROP OWNED BY guest")
-        cluster.execute("DROP ROLE guest")
+def test_doctor_finds_missing_privileges(guest_url: str) -> None:
+    process = archiver("doctor", "--json", database_url=guest_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    found = verdicts(process)
+    assert (process.returncode, found["database"], found["privileges"]) == (1, "ok", "failure")
+    assert "GRANT INSERT ON archiver.events" in process.stdout
+
+
+@pytest.mark.parametrize("name", ["a[x]", "a[red]b[/red]", "a[/such]"])
+def test_doctor_prints_square_brackets_as_they_are(name: str, cluster: Cluster) -> None:
+    for settings, told in (
+        ({"DATABASE_URL": cluster.url(name)}, f'database "{name}" does not exist'),
+        ({"DATABASE_URL": NOWHERE, "ARCHIVER_WEBHOOK_SECRETS_FILE": f"/nowhere/{name}"}, f"read /nowhere/{name}:"),
+    ):
+        process = archiver("doctor", **settings)
+        assert process.returncode == 1
+        assert told in said(process)
 
 
 # quarantine
@@ -461,6 +644,11 @@ def test_i4_the_quarantine_can_be_listed_shown_and_retried(database_url: str, qu
     raw = archiver_raw("quarantine", "show", ids[0], "--raw", database_url=database_url)
     assert (raw.returncode, raw.stdout, raw.stderr) == (0, STRANGE, b"")
 
+    told = json.loads(quarantine("show", ids[0], "--json").stdout)
+    assert (told["id"], told["bytes"], told["body"]) == (int(ids[0]), len(STRANGE), None)
+    assert b64decode(told["body_base64"]) == STRANGE
+    assert json.loads(quarantine("show", ids[1], "--json").stdout)["body"] == "{}"
+
     retried = quarantine("retry", "--all", "--json")
     assert retried.returncode == 1
     assert {key: value["status"] for key, value in json.loads(retried.stdout).items()} == dict.fromkeys(
@@ -492,6 +680,9 @@ def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
     for arguments in (["list"], ["retry", "--all"]):
         process = archiver("quarantine", *arguments, database_url=database_url)
         assert (process.returncode, process.stdout) == (0, "Nothing is quarantined.\n")
+    for arguments in (["list", "--reason", "typo"], ["retry", "--reason", "typo"]):
+        process = archiver("quarantine", *arguments, database_url=database_url)
+        assert (process.returncode, process.stdout) == (0, "Nothing is quarantined with reason typo.\n")
     assert json.loads(archiver("quarantine", "list", "--json", database_url=database_url).stdout) == []
     assert json.loads(archiver("quarantine", "retry", "--all", "--json", database_url=database_url).stdout) == {}
 
@@ -499,10 +690,33 @@ def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
 def test_an_unknown_quarantine_id_is_1(url: str) -> None:
     assert "7 is not in the quarantine" in failed(archiver("quarantine", "show", "7", database_url=url))
     process = archiver("quarantine", "retry", "7", database_url=url)
-    assert process.returncode == 1
-    assert "7: no such row" in said(process)
+    assert (process.returncode, process.stdout) == (1, "7: not in the quarantine\n")
+    assert process.stderr == "archiver: 1 not in the quarantine; see archiver quarantine list\n"
+    assert json.loads(archiver("quarantine", "retry", "7", "--json", database_url=url).stdout) == {"7": None}
     process = archiver("quarantine", "show", "7", "--raw", database_url=url)
     assert (process.returncode, process.stdout) == (1, "")
+
+
+# Output
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["quarantine", "list"], ["status", "--json"], ["--version"]])
+def test_an_output_that_is_full_is_said_in_one_line(command: list[str], unbuffered: str, url: str) -> None:
+    environment = {**os.environ, "DATABASE_URL": url, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full:
+        program = [sys.executable, "-m", "archiver", *command]
+        process = run(program, stdout=full, stderr=PIPE, env=environment, check=False)
+    assert (process.returncode, process.stderr) == (1, b"archiver: Cannot write: No space left on device.\n")
+
+
+def test_a_reader_who_has_seen_enough_is_no_matter(url: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "archiver", "quarantine", "list"]
+    process = run(program, stdout=writing, stderr=PIPE, env={**os.environ, "DATABASE_URL": url}, check=False)
+    os.close(writing)
+    assert process.stderr == b""
 
 
 # The embedded database
@@ -517,11 +731,28 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["status"], ["doctor"], ["quarantine", "list"], ["quarantine", "show", "1"], ["quarantine", "retry", "1"]],
+)
+def test_a_command_that_looks_makes_no_embedded_database(command: list[str], home: Path, cluster: Cluster) -> None:
+    del cluster
+    process = archiver(*command, ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    assert process.returncode == 1
+    assert f"There is no embedded database in {home} (ARCHIVER_HOME); set DATABASE_URL, or run" in said(process)
+    assert not home.exists()
+
+
 def test_without_a_database_url_the_commands_share_the_embedded_database(home: Path, cluster: Cluster) -> None:
     del cluster
     with starting(None, ARCHIVER_HOME=str(home)) as receiver, receiver:
         assert receiver.post(created()).json()["status"] == "stored"
-        assert json.loads(archiver("status", "--json", ARCHIVER_HOME=str(home)).stdout)["events"] == 1
+        status = json.loads(archiver("status", "--json", ARCHIVER_HOME=str(home)).stdout)
+        assert (status["database"], status["events"]) == (f"embedded in {home}", 1)
+        examined = archiver("doctor", ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=SECRET)
+        assert f"Reached the one embedded in {home}." in said(examined)
+        psql = [*shlex.split(examined.stdout.splitlines()[-1]), "-tAc", "SELECT count(*) FROM analytics.messages"]
+        assert run(psql, check=True, capture_output=True).stdout == b"2\n"
         receiver.signal(signal.SIGTERM)
         assert receiver.wait() == 0
     assert home.is_dir()

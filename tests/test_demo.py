@@ -21,13 +21,19 @@ import pytest
 from rich.console import Console
 
 from archiver import embedded
+from archiver.demo import reconciliation
 from archiver.demo import run as demo
 from archiver.demo.comparison import Archive, ChatRow, Said, differences, expected
+from archiver.demo.faults import Faults
 from archiver.demo.reading import Holdings
+from archiver.demo.reconciliation import Line
 from archiver.demo.strays import Stray, strays
+from archiver.demo.upstream import Session, Upstream
 from archiver.demo.verdict import Run, figures, problems
 from archiver.demo.view import View
 from archiver.demo.webhooks import Delivery, Outcome
+from archiver.embedded.postmaster import alive
+from tests.waiting import until as wait_for
 
 
 def chat(number: int, session: str = "s1", **changes: Any) -> dict[str, Any]:
@@ -200,7 +206,7 @@ def test_what_was_lost_on_purpose_is_not_missed():
 
 def test_many_differences_are_cut_short():
     out = io.StringIO()
-    View(Console(file=out)).results([], [f"difference {number}" for number in range(50)])
+    View(Console(file=out)).results([], "the platform", [f"difference {number}" for number in range(50)])
     assert "50 differences" in out.getvalue()
     assert "and 30 more" in out.getvalue()
 
@@ -271,8 +277,42 @@ def test_the_demo_runs_to_its_end_and_the_archive_is_what_was_delivered(home, lo
     written, _ = process.communicate(timeout=180)
     assert process.returncode == 0, written
     assert "equal, message for message" in written
-    lost = int(re.findall(r"lost on the way, on purpose\s+│\s+(\d+)", written)[0])
-    assert (lost > 0) == (loss > 0)
+    told = dict(re.findall(r"│ (\S[^│]*?)\s+│\s+([\d,]+) │", written))
+    assert (told["lost on the way, on purpose"] != "0") == (loss > 0)
+    sent, stored, again = (told[name] for name in ("webhooks sent", "stored", "recognised as duplicates"))
+    assert f"  40 of 40 conversations; {sent} sent, {stored} stored, {again} duplicates\n" in written
+    assert_nothing_left(home)
+
+
+def test_where_everything_is_lost_the_histories_supply_all_of_it(home):
+    process = start(home, "exit", conversations=2, loss=1.0)
+    written, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, written
+    assert "nothing was delivered" in written
+    # And then the histories supply all of it.
+    assert written.count("equal, message for message") == 1
+
+
+def receiver_of(demo_pid: int) -> int | None:
+    """The pid of its `archiver serve`."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == demo_pid and b"\0serve\0" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.parametrize("moment", ["Starting archiver serve", "The simulated CallHQ at"])
+def test_kill_9_leaves_nothing_running(home, moment):
+    with start(home, "stay", conversations=1000) as process:
+        until(process, moment)
+        receiver = wait_for(lambda: receiver_of(process.pid), "the receiver starts")
+        process.kill()
+        process.wait()
+    wait_for(lambda: not alive(receiver), "the receiver ends")
     assert_nothing_left(home)
 
 
@@ -283,12 +323,15 @@ def test_the_demo_stays_and_what_it_invites_to_works(home):
         psql = next(line for line in written.splitlines() if "psql" in line)
         answer = as_curl_would(shlex.split(curl))
         shown = subprocess.run(shlex.split(psql), check=True, capture_output=True, text=True)
+        asked = next(line for line in written.splitlines() if line.endswith(" status"))
+        status = subprocess.run(asked, shell=True, check=True, capture_output=True, text=True)
         second = start(home, "exit")
         refused, _ = second.communicate(timeout=60)
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
     assert (answer.status_code, answer.json()["status"]) == (200, "stored")
     assert "Did it arrive?" in shown.stdout
+    assert re.search(r"^sessions +13 ", status.stdout, re.MULTILINE)
     assert (second.returncode, "Another demo runs" in refused) == (1, True)
     assert (process.returncode, rest) == (0, "Stopped.\n")
     assert_nothing_left(home)
@@ -354,3 +397,51 @@ def test_wrong_numbers_are_refused(wrong, tmp_path):
     given: dict[str, Any] = {"conversations": 1, "loss": 0, "duplicates": 0} | wrong
     with pytest.raises(ValueError, match=next(iter(wrong))):
         demo.run(exit_when_done=True, seed=1, home=tmp_path, console=Console(file=io.StringIO()), **given)
+
+
+# The archive against the platform
+
+
+def spoken(*inputs: str) -> Session:
+    upstream = Upstream(Faults(seed=1))
+    session = upstream.create_session("s", "a")
+    for said in inputs:
+        upstream.create_chat(session.id, said, None)
+    return session
+
+
+def lines_of(session: Session) -> list[Line]:
+    return [
+        Line(chat_id, message["role"], message["content"], "webhook", True)
+        for chat_id, chat in session.chats.items()
+        for message in [{"role": "user", "content": chat["input"]}, *chat["output"]]
+    ]
+
+
+def test_an_archive_that_is_the_platform_differs_in_nothing():
+    session = spoken("ok", "ok", "thanks")
+    gone = Line("deleted upstream", "user", "gone", "webhook", False)
+    assert reconciliation.differences([session], {session.id: [*lines_of(session), gone]}) == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: lines[1:],
+        lambda lines: [*lines, lines[0]],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: [lines[0]._replace(content="edited"), *lines[1:]],
+        lambda lines: [lines[0]._replace(in_history=False), *lines[1:]],
+        lambda lines: [*lines, Line(None, "user", "made up", "history", False)],
+        lambda lines: [],
+    ],
+)
+def test_whatever_differs_from_the_platform_is_told(spoil):
+    session = spoken("ok", "ok", "thanks")
+    told = reconciliation.differences([session], {session.id: spoil(lines_of(session))})
+    assert told
+    assert all(session.id in line for line in told)
+
+
+def test_a_session_that_the_platform_has_not_is_told():
+    assert reconciliation.differences([], {"invented": [Line("c", "user", "x", "webhook", True)]})

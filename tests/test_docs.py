@@ -1,6 +1,11 @@
 """The documentation says what the program does: settings, routes, reasons, commands, tables."""
 
+import json
 import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -11,6 +16,7 @@ from archiver import events, settings, signatures, tables
 from archiver.app import create
 from archiver.cli import cli
 from archiver.database import transaction
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -89,6 +95,27 @@ def test_the_data_model_page_lists_every_view_and_column(engine: Engine) -> None
     for view, column, meaning in found:
         section = page.split(f"### analytics.{view}\n", 1)[1].split("\n### ", 1)[0]
         assert f"| `{column}` | {meaning} |" in section, (view, column)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page shows curl lines")
+def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    lines = page.rpartition("```sh\n")[2].partition("```")[0]
+    assert "curl" in lines
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "archiver", "simulate", "--port", str(port)]
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as simulator:
+        try:
+            until(lambda: "is at" in (tmp_path / "log").read_text(), "the simulator listens")
+            script = f"set -e\n{lines.replace(':8100', f':{port}')}"
+            process = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+        finally:
+            simulator.terminate()
+    history, deleted, report = process.stdout.replace("}{", "}\n{").splitlines()
+    assert "Hello" in history
+    assert "Chat deleted successfully" in deleted
+    assert "calls" in json.loads(report)["history"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -214,6 +214,40 @@ def test_a_chunked_body_is_stored_as_one(receiver: Receiver, url: str) -> None:
     assert rows(url, "SELECT body FROM archiver.events WHERE chat_id = 'chunked'") == [(body,)]
 
 
+# 400, and offers of another protocol
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_i3_a_body_that_an_upgrade_offer_swallows_is_incomplete_and_nothing_of_it_is_kept(
+    chunked: bool, protocol: str, receiver: Receiver, url: str
+) -> None:
+    before = counts(url)
+    body = created(f"upgrading to {protocol}, {chunked}")
+    offer = [("x-webhook-secret", SECRET.encode()), ("upgrade", protocol.encode()), ("connection", b"Upgrade")]
+    wire = Wire(receiver.port)
+    code, told = wire.post(body, offer, chunked=chunked)
+    wire.close()
+    assert (code, told["status"]) == (400, "incomplete")
+    assert counts(url) == before
+    assert receiver.post(body).json()["status"] == "stored"
+
+
+@pytest.mark.parametrize(("path", "code"), [("/", 404), (WEBHOOK, 405), ("/healthz", 200)])
+def test_a_websocket_offer_is_answered_as_if_it_had_not_been_made(path: str, code: int, receiver: Receiver) -> None:
+    offer = {
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",  # RFC 6455, section 1.3
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    connection.request("GET", path, headers=offer)
+    assert connection.getresponse().status == code
+    connection.close()
+    assert receiver.post(created("after an offer")).status_code == 200
+
+
 # 422
 
 
@@ -274,6 +308,7 @@ def test_i4_an_event_that_postgres_refuses_does_not_fail_its_batch(database_url:
         ("GET", "/", 404),
         ("POST", "/webhooks", 404),
         ("POST", "/webhooks/callhq/more", 404),
+        ("POST", f"{WEBHOOK}/", 404),  # a redirect would lose the body of whoever does not follow it
         ("GET", WEBHOOK, 405),
         ("PUT", WEBHOOK, 405),
         ("POST", "/healthz", 405),
@@ -312,6 +347,20 @@ def test_i1_without_its_database_it_asks_to_come_again_and_recovers(cluster: Clu
         until(lambda: receiver.post(created("meanwhile")).status_code == 200, "receiving again")
         assert deliveries_of(database_url, "before") == [1]
         assert deliveries_of(database_url, "meanwhile") == [1]
+
+
+def test_connections_lost_while_idle_fail_no_webhook_and_no_readiness(database_url: str) -> None:
+    lose = (
+        "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'callhq-archiver'"
+    )
+    with serving(database_url) as receiver:
+        assert receiver.post(created("before")).status_code == 200
+        assert rows(database_url, lose) == [(True,), (True,)]  # the writer's, and readiness's own
+        reply = receiver.post(created("after"))
+        assert (reply.status_code, reply.json()["status"]) == (200, "stored")
+        assert receiver.get("/readyz").status_code == 200
+    assert deliveries_of(database_url, "after") == [1]
 
 
 def test_it_is_not_ready_on_a_schema_that_is_not_its_own(database_url: str) -> None:

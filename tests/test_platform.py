@@ -3,13 +3,14 @@
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import pytest
@@ -21,7 +22,7 @@ from starlette.routing import Route
 
 from archiver.demo import client as clients
 from archiver.demo.conversations import Conversation, conversations
-from archiver.demo.faults import Faults
+from archiver.demo.faults import Faults, HistoryFault, of_history, with_history_faults
 from archiver.demo.platform import Platform, create
 from archiver.demo.serving import serving, simulate, with_secret
 from archiver.demo.upstream import MAX_CHATS, FullError, Upstream
@@ -382,6 +383,282 @@ async def test_fault_bare_deletion_tells_the_id_alone():
     assert {"id": chat["id"]} in [event["chat"] for event in w.receiver.events]
 
 
+async def read(w: World, session_id: str) -> httpx2.Response:
+    return await w.http.get(f"/chats/session/{session_id}")
+
+
+async def talked(w: World, turns: int = 3) -> tuple[str, list[dict[str, str]]]:
+    """A session with so many turns, and what was said."""
+    session_id = await w.session()
+    chats = [await w.api.send_message(session_id, "ok", None) for _ in range(turns)]
+    return session_id, [message for chat in chats for message in [{"role": "user", "content": "ok"}, *chat["output"]]]
+
+
+async def report(w: World) -> dict[str, Any]:
+    told: dict[str, Any] = (await w.http.get(str(w.http.base_url).removesuffix("/api/") + "/simulator/report")).json()
+    return told
+
+
+async def test_no_two_replies_of_a_session_are_alike_however_alike_the_questions():
+    async with world() as w:
+        _, said = await talked(w, turns=60)
+    replies = [message["content"] for message in said if message["role"] == "assistant"]
+    assert len(replies) > 60
+    assert len(set(replies)) == len(replies)
+
+
+async def test_some_assistants_speak_first_and_what_they_say_belongs_to_no_chat():
+    async with world(Faults(greeting=0.3, seed=2)) as w:
+        openings = []
+        for number in range(60):
+            session = await w.api.create_session("N", f"assistant-{number}")
+            again = await w.api.create_session("N", f"assistant-{number}")
+            chat = await w.api.send_message(session["id"], "Hello", None)
+            history = (await w.api.history(session["id"]))["messages"]
+            head, rest = history[: -1 - len(chat["output"])], history[-1 - len(chat["output"]) :]
+            assert rest == [{"role": "user", "content": "Hello"}, *chat["output"]]
+            assert session["messages"] == again["messages"] == head
+            openings.append(head)
+    greeted = [head for head in openings if head]
+    assert 5 < len(greeted) < 35
+    assert all(len(head) == 1 and head[0]["role"] == "assistant" and head[0]["content"] for head in greeted)
+
+
+async def test_history_faults_of_status_and_of_absence():
+    wanted: dict[str, tuple[int, Any]] = {
+        "missing": (404, None),
+        "gone": (410, None),
+        "error": (500, None),
+        "empty": (200, []),
+    }
+    for fault, (status, messages) in wanted.items():
+        shares: dict[str, Any] = {f"history_{fault}": 1}
+        async with world(Faults(**shares)) as w:
+            session_id, _ = await talked(w)
+            answer = await read(w, session_id)
+            told = await report(w)
+        assert answer.status_code == status, fault
+        assert answer.json().get("session", {}).get("messages") == messages, fault
+        assert told["history_faults"] == {fault: 1}
+
+
+async def test_fault_partial_leaves_out_the_first_or_the_last_messages():
+    heads, tails = 0, 0
+    async with world(Faults(history_partial=1)) as w:
+        for _ in range(20):
+            session_id, said = await talked(w)
+            told = (await read(w, session_id)).json()["session"]["messages"]
+            assert 0 < len(told) < len(said)
+            heads += told == said[: len(told)]
+            tails += told == said[-len(told) :]
+        lonely = await w.session()
+        assert (await read(w, lonely)).json()["session"]["messages"] == []
+    assert (heads > 3, tails > 3, heads + tails) == (True, True, 20)
+
+
+def _is_a_history(body: bytes) -> bool:
+    try:
+        messages = json.loads(body)["session"]["messages"]
+        return isinstance(messages, list) and all(message["content"] is not None for message in messages)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+@pytest.mark.parametrize(("fault", "forms", "is_json"), [("garbage", 4, False), ("shape", 8, True)])
+async def test_a_history_may_be_what_nobody_can_read(fault, forms, is_json):
+    shares: dict[str, Any] = {f"history_{fault}": 1}
+    seen = set()
+    async with world(Faults(**shares)) as w:
+        session_id, _ = await talked(w, turns=1)
+        for _ in range(80):
+            answer = await read(w, session_id)
+            assert answer.status_code == 200
+            assert not _is_a_history(answer.content)
+            seen.add(answer.content)
+            if is_json:
+                answer.json()
+            else:
+                with pytest.raises(ValueError, match=r"."):
+                    json.loads(answer.content)
+    assert len(seen) >= forms
+
+
+async def test_fault_busy_is_a_storm_that_all_history_calls_meet_and_that_passes():
+    faults = Faults(history_busy=0.5, seed=5)
+    async with world(faults) as w:
+        ids = [await w.session() for _ in range(20)]
+        first = next(each for each in ids if of_history(faults, each, 1) == "busy")
+        other = next(each for each in ids if of_history(faults, each, 1) is None)
+        answers = [await read(w, first), await read(w, other)]
+        assert [answer.status_code for answer in answers] == [429, 429]
+        assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+        assert await w.session(), "only histories are in the storm"
+        async with asyncio.timeout(30):
+            while (await read(w, other)).status_code == 429:  # noqa: ASYNC110  # the deadline is above
+                await asyncio.sleep(0.05)
+        told = await report(w)
+    assert told["history_faults"]["busy"] == 1
+    assert told["history_faults"]["storm"] == told["history"]["calls"] - 2
+
+
+async def test_fault_slow_answers_late_and_in_full():
+    async with world(Faults(history_slow=1)) as w:
+        session_id, said = await talked(w, turns=1)
+        started = time.monotonic()
+        answer = await read(w, session_id)
+        assert time.monotonic() - started > 0.3
+    assert answer.json()["session"]["messages"] == said
+
+
+async def test_fault_hanging_answers_nothing_and_does_not_outlive_its_caller():
+    async with world(Faults(history_hanging=1)) as w:
+        session_id = await w.session()
+        with pytest.raises(httpx2.ReadTimeout):
+            await w.http.get(f"/chats/session/{session_id}", timeout=0.3)
+        async with asyncio.timeout(30):
+            while not (told := await report(w))["history_statuses"]:  # noqa: ASYNC110  # the deadline is above
+                await asyncio.sleep(0.01)
+    assert (told["history_faults"], told["history_statuses"]) == ({"hanging": 1}, {"none": 1})
+
+
+async def _history_faults(seed: int, chunk: int) -> list[list[tuple[int, bytes]]]:
+    """What twelve sessions' first five history calls were answered, so many sessions at a time, times aside."""
+    shares = {"missing": 0.1, "gone": 0.1, "empty": 0.1, "partial": 0.1, "error": 0.1, "garbage": 0.1, "shape": 0.1}
+    chosen: dict[str, Any] = {f"history_{name}": share for name, share in shares.items()}
+    async with world(Faults(seed=seed, **chosen)) as w:
+        ids = [(await talked(w))[0] for _ in range(12)]
+
+        async def five(session_id: str) -> list[tuple[int, bytes]]:
+            answers = [await read(w, session_id) for _ in range(5)]
+            updated_at = (w.platform.upstream.session(session_id).described())["updatedAt"].encode()
+            return [(answer.status_code, answer.content.replace(updated_at, b"")) for answer in answers]
+
+        found = []
+        for start in range(0, 12, chunk):
+            found += await asyncio.gather(*[five(session_id) for session_id in ids[start : start + chunk]])
+    return found
+
+
+async def test_the_same_seed_gives_the_same_history_faults_whatever_the_concurrency():
+    first = await _history_faults(3, chunk=1)
+    statuses = [[status for status, _ in answers] for answers in first]
+    again = await _history_faults(3, chunk=12)
+    assert [[status for status, _ in answers] for answers in again] == statuses
+    # Half a document ends wherever its half is, so only whole ones can be compared.
+    assert [[body for _, body in a if _is_a_history(body)] for a in again] == [
+        [body for _, body in a if _is_a_history(body)] for a in first
+    ]
+    assert [[status for status, _ in answers] for answers in await _history_faults(4, chunk=12)] != statuses
+    assert {200, 404, 410, 500} == {status for answers in statuses for status in answers}
+
+
+def test_a_share_of_history_faults_is_mixed_of_those_that_a_retry_outlives():
+    assert with_history_faults(Faults(loss=0.5), 0) == Faults(loss=0.5)
+    for share in (0.2, 1.0):
+        faults = with_history_faults(Faults(seed=1), share)
+        drawn = [of_history(faults, f"s{number}", call) for number in range(200) for call in range(1, 6)]
+        found = {fault: drawn.count(fault) for fault in get_args(HistoryFault)}
+        assert {fault for fault, count in found.items() if count} == {"busy", "error", "slow", "hanging", "garbage"}
+        assert abs(sum(found.values()) - 1000 * share) < 60
+        assert all(abs(found[fault] - 200 * share) < 60 for fault in ("busy", "error", "slow", "hanging", "garbage"))
+
+
+@pytest.mark.parametrize(("expired", "status"), [("gone", 410), ("missing", 404), ("empty", 200), ("full", 200)])
+async def test_a_session_expires_in_each_way(expired, status):
+    async with world(Faults(lifetime=1e-6, expired=expired)) as w:
+        session_id, said = await talked(w)
+        answer = await read(w, session_id)
+        assert (await report(w))["history_statuses"] == {str(status): 1}
+    assert answer.status_code == status
+    if status == 200:
+        session = answer.json()["session"]
+        assert (session["status"], session["messages"]) == ("expired", said if expired == "full" else [])
+
+
+async def test_a_session_within_its_lifetime_has_a_history():
+    async with world(Faults(lifetime=3600)) as w:
+        session_id, said = await talked(w)
+        session = (await read(w, session_id)).json()["session"]
+    assert (session["status"], session["messages"]) == ("active", said)
+
+
+async def test_a_deleted_chat_may_stay_in_the_history_and_is_gone_all_the_same():
+    async with world(Faults(keep_deleted=True)) as w:
+        session_id = await w.session()
+        chat = await w.api.send_message(session_id, "Forget me", None)
+        kept = await w.api.send_message(session_id, "ok", None)
+        await w.api.delete_chat(chat["id"])
+        history = await w.api.history(session_id)
+        again = await w.http.delete(f"/chats/{chat['id']}")
+        await w.deliveries()
+    assert history["messages"] == [
+        {"role": "user", "content": "Forget me"},
+        *chat["output"],
+        {"role": "user", "content": "ok"},
+        *kept["output"],
+    ]
+    assert again.status_code == 404
+    assert sorted(kind for kind, _ in w.receiver.told()) == ["chat.created", "chat.created", "chat.deleted"]
+
+
+async def test_each_history_answer_takes_as_long_as_is_wanted():
+    async with world(Faults(history_latency=0.2)) as w:
+        session_id = await w.session()
+        started = time.monotonic()
+        await read(w, session_id)
+        assert time.monotonic() - started > 0.19
+
+
+async def test_the_report_counts_history_calls():
+    async with world() as w:
+        assert (await report(w))["history"] == {"calls": 0}
+        session_id = await w.session()
+        for each in (session_id, session_id, "nowhere"):
+            await read(w, each)
+        told = await report(w)
+    assert told["history"] == {"calls": 3}
+    assert told["history_statuses"] == {"200": 2, "404": 1}
+    assert told["history_faults"] == {}
+
+
+def test_history_faults_that_add_up_to_more_than_all_calls_are_refused():
+    tenths: dict[str, Any] = {f"history_{name}": 0.1 for name in get_args(HistoryFault)}
+    assert Faults(**tenths).history_slow == 0.1
+    with pytest.raises(ValueError, match="add up"):
+        Faults(history_error=0.6, history_busy=0.5)
+
+
+COMMANDS = [
+    (["--lifetime", "0.000001"], 410, {}),
+    (["--lifetime", "0.000001", "--expired", "missing", "--history-latency", "0.01"], 404, {}),
+    (["--keep-deleted", "--history-faults", "0"], 200, {}),
+    (["--history-faults", "1", "--seed", "2"], 429, {"busy": 1}),
+]
+
+
+@pytest.mark.parametrize(("options", "status", "faults"), COMMANDS)
+def test_the_command_hands_its_options_to_the_platform(options, status, faults):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "archiver", "simulate", "--port", port, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "simulated CallHQ" in process.stdout.readline()
+        with httpx2.Client(
+            base_url=f"http://127.0.0.1:{port}/api", headers={"x-api-key": "k"}, trust_env=False
+        ) as http:
+            session_id = http.post("/sessions", json={"name": "N", "assistantId": "a"}).json()["session"]["id"]
+            chat = http.post("/chats", json={"sessionId": session_id, "input": "ok"}).json()["chat"]
+            http.delete(f"/chats/{chat['id']}")
+            answer = http.get(f"/chats/session/{session_id}")
+            told = http.get(f"http://127.0.0.1:{port}/simulator/report").json()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert (answer.status_code, told["history_faults"]) == (status, faults)
+    if status == 200:
+        assert len(answer.json()["session"]["messages"]) >= 2
+
+
 @pytest.mark.parametrize("wrong", [{"loss": 1.1}, {"duplicates": -0.1}])
 def test_a_fault_that_is_no_probability_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -389,7 +666,7 @@ def test_a_fault_that_is_no_probability_is_refused(wrong):
 
 
 def test_a_session_has_room_for_a_bounded_number_of_chats():
-    upstream = Upstream()
+    upstream = Upstream(Faults())
     session = upstream.create_session("N", "a")
     for _ in range(MAX_CHATS):
         upstream.create_chat(session.id, "ok", None)
@@ -471,7 +748,7 @@ def test_a_webhook_url_that_is_none_is_refused(url):
 
 SIMULATE = """
 import sys
-from archiver.demo.faults import Faults
+from archiver.demo.faults import Faults, HistoryFault, of_history, with_history_faults
 from archiver.demo.serving import simulate
 from archiver.settings import Settings, SettingsError
 sys.exit(simulate(Settings(), host="127.0.0.1", port=0, webhook_url=None, faults=Faults(), api_key=None,

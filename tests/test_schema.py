@@ -30,7 +30,7 @@ VIEWS = {
     "daily": "day assistant_id conversations chats messages cost deleted_chats repaired_messages",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
 }
-TABLES = ("events", "sessions", "chats", "messages", "quarantine")
+TABLES = ("events", "sessions", "chats", "messages", "quarantine", "pauses", "backfills")
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_the_reader_may_change_nothing_through_a_view(engine: Engine, view: str)
         "CREATE ROLE mine",
         "DROP VIEW analytics.daily",
         "UPDATE analytics.chats SET status = 'x'",
-        "INSERT INTO analytics.chats (session_id, chat_id) VALUES ('s', 'c')",
+        "INSERT INTO analytics.chats (session_id, status) VALUES ('s', 'c')",
         "DELETE FROM analytics.chats",
         "COPY archiver.events TO STDOUT",
         "SELECT pg_read_file('/etc/passwd')",

@@ -1,5 +1,7 @@
 """The command line: parses, prints, starts. What a command does lives below."""
 
+import errno
+import os
 import sys
 
 import click
@@ -7,12 +9,15 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import __version__
+from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
 from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
 from archiver.cli.serve import migrate, serve
+from archiver.cli.worker import rebuild, worker
+from archiver.database import sqlstate
 from archiver.embedded import EmbeddedError
-from archiver.schema import SchemaError
+from archiver.schema import INSUFFICIENT_PRIVILEGE, SchemaError
 from archiver.settings import SettingsError
 
 
@@ -28,22 +33,51 @@ def cli() -> None:
     """
 
 
-for _command in (serve, migrate, status, doctor, quarantine, demo, simulate):
+for _command in (serve, worker, migrate, backfill, status, doctor, quarantine, rebuild, demo, simulate):
     cli.add_command(_command)
 
 
 def main() -> None:
     """The `archiver` command."""
     try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()  # here, where it can be told that it fails
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
+            raise
+        # Python would flush it once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # whoever read it has seen enough
+            sys.exit(1)
+        _fail(f"Cannot write: {error.strerror}.")
+
+
+_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+
+
+def _run() -> None:
+    try:
         cli()
     except (SettingsError, SchemaError, EmbeddedError) as error:
         _fail(str(error))
     except DBAPIError as error:
-        _fail(f"The database refused: {str(error.orig).strip()}\nCheck DATABASE_URL, then run `archiver doctor`.")
+        _fail(_explain(error))
     except (PoolTimeoutError, SQLAlchemyError) as error:
         _fail(
             f"The database did not answer ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
         )
+
+
+def _explain(error: DBAPIError) -> str:
+    said, state = str(error.orig).strip(), sqlstate(error)
+    if state == INSUFFICIENT_PRIVILEGE:
+        return f"The database refused: {said}\nRun `archiver doctor`: it gives the SQL that helps."
+    # Without a SQLSTATE it is the driver that speaks, unless it only passes on why the server let nobody in.
+    is_from_server = state is not None or "FATAL: " in said
+    what = "refused" if is_from_server else "cannot be reached"
+    return f"The database {what}: {said}\nCheck DATABASE_URL, then run `archiver doctor`."
 
 
 def _fail(message: str) -> None:

@@ -1,36 +1,115 @@
 """The database of a command: the one that DATABASE_URL names, or the embedded one, started for as long as needed."""
 
-from collections.abc import Iterator
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
-from sqlalchemy import Engine
+import structlog
+import uvloop
+from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded
-from archiver.settings import Settings
+from archiver import database, embedded, schema
+from archiver.settings import Settings, SettingsError
+
+log = structlog.get_logger(__name__)
+
+WATCH_SECONDS = 2  # between two looks at the embedded Postgres
 
 
 @contextmanager
-def database_url(configuration: Settings) -> Iterator[str]:
-    """The URL to use; an embedded Postgres runs meanwhile where none is set."""
+def database_url(configuration: Settings, *, create: bool = False) -> Iterator[str]:
+    """The URL to use; an embedded Postgres runs meanwhile where none is set.
+
+    Raises `SettingsError` where there is no embedded database yet, unless it may be created.
+    """
     if configuration.database_url is not None:
         yield configuration.database_url.get_secret_value()
         return
-    with embedded.running(configuration.home) as postgres:
+    with running(configuration, create=create) as postgres:
         yield postgres.url
 
 
 @contextmanager
-def engine(configuration: Settings) -> Iterator[Engine]:
-    """An engine of one connection for a short command."""
-    with database_url(configuration) as url:
-        made = database.connect(
-            database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
+def running(configuration: Settings, *, create: bool = False) -> Iterator[embedded.Postgres]:
+    """The embedded Postgres. A command that only looks must not leave an empty one wherever it was called."""
+    if not create and not _has_embedded(configuration):
+        raise SettingsError(
+            f"There is no embedded database in {configuration.home.resolve()} (ARCHIVER_HOME); set DATABASE_URL,"
+            " or run this where `archiver serve` runs."
         )
+    with embedded.running(configuration.home) as postgres:
+        yield postgres
+
+
+def _has_embedded(configuration: Settings) -> bool:
+    try:
+        (configuration.home / "postgres").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # somebody else's, perhaps: starting it says why it cannot be had
+    return True
+
+
+@contextmanager
+def lasting_database_url(configuration: Settings, *, create: bool = True) -> Iterator[str]:
+    """The same for a program that goes on for long: an embedded Postgres that ends meanwhile is started again."""
+    if configuration.database_url is not None:
+        yield configuration.database_url.get_secret_value()
+        return
+    with running(configuration, create=create) as postgres:
+        ending = threading.Event()
+        watcher = threading.Thread(target=_keep, args=(postgres, ending), name="embedded", daemon=True)
+        watcher.start()
         try:
-            yield made
+            yield postgres.url
         finally:
-            made.dispose()
+            ending.set()
+            watcher.join()
+
+
+def _keep(postgres: embedded.Postgres, ending: threading.Event) -> None:
+    while not ending.wait(WATCH_SECONDS):
+        try:
+            if postgres.revive():
+                log.error("the embedded Postgres had ended and was started again", log=str(postgres.data.parent))
+        except embedded.EmbeddedError as error:
+            log.error("the embedded Postgres has ended", error=str(error))  # noqa: TRY400  # there is nothing to trace
+
+
+@contextmanager
+def engine(configuration: Settings, *, create: bool = True) -> Iterator[Engine]:
+    """An engine of one connection for a short command."""
+    with database_url(configuration, create=create) as url, engine_at(configuration, url) as made:
+        yield made
+
+
+@contextmanager
+def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
+    """The same where the URL is known."""
+    made = database.connect(
+        database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
+    )
+    try:
+        yield made
+    finally:
+        made.dispose()
+
+
+def where(configuration: Settings, opened: Connection) -> str:
+    """Which database a command talks to, for people; no password."""
+    if configuration.database_url is None:
+        return f"embedded in {configuration.home.resolve()}"
+    return schema.where(opened)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Asynchronous work on the event loop that the receiver has as well: it costs half of what asyncio's own does."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a program to read.")

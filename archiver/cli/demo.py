@@ -1,12 +1,13 @@
 """`archiver demo` and `archiver simulate`."""
 
 import sys
+from typing import get_args
 
 import click
 from rich.console import Console
 
 from archiver import settings
-from archiver.demo.faults import Faults
+from archiver.demo.faults import Expired, Faults, with_history_faults
 from archiver.demo.run import run
 from archiver.demo.serving import simulate as serve_simulation
 from archiver.demo.serving import with_secret
@@ -17,14 +18,15 @@ SHARE = click.FloatRange(0, 1)
 @click.command()
 @click.option("--exit", "exit_when_done", is_flag=True, help="End once the archive is compared; else serve on.")
 @click.option("--conversations", default=300, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
-@click.option("--loss", default=0.0, show_default=True, type=SHARE, help="Share of webhooks that never arrive.")
-@click.option("--duplicates", default=0.1, show_default=True, type=SHARE, help="Share of webhooks sent twice.")
+@click.option("--loss", default=0.2, show_default=True, type=SHARE, help="Share of webhooks that never arrive.")
+@click.option("--duplicates", default=0.1, show_default=True, type=SHARE, help="Share sent more than once.")
 @click.option("--seed", default=1, show_default=True, help="Same seed, same conversations and faults.")
 def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: float, seed: int) -> None:
     """Watch it work: a database, the receiver and a simulated CallHQ, on this machine alone.
 
-    Some hundreds of conversations cross real sockets with duplicates, reordering, deletions before creations and
-    forgeries; then the archive is compared with what was delivered. Exit code 1 if they differ.
+    Some hundreds of conversations cross real sockets with losses, duplicates, reordering, deletions before creations
+    and forgeries; the archive is compared with what was delivered. Then the histories are read, and it is compared
+    with the platform. Exit code 1 if either differs.
     """
     code = run(
         exit_when_done=exit_when_done,
@@ -48,25 +50,66 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
 @click.option("--duplicates", default=0.0, show_default=True, type=SHARE, help="Share of webhooks sent repeatedly.")
 @click.option("--reorder", default=0.0, show_default=True, type=SHARE, help="Share held until a later one arrived.")
 @click.option("--delay", default=0.0, show_default=True, type=SHARE, help="Share held for a while.")
+@click.option(
+    "--history-faults",
+    default=0.0,
+    show_default=True,
+    type=SHARE,
+    help="Share of history calls that go wrong once: 500, 429, no JSON, slow, or never answered.",
+)
+@click.option(
+    "--history-latency",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 60),
+    metavar="SECONDS",
+    help="How long each history answer takes.",
+)
+@click.option(
+    "--lifetime",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Age at which a session's history expires.  [default: never]",
+)
+@click.option(
+    "--expired",
+    default="gone",
+    show_default=True,
+    type=click.Choice(get_args(Expired)),
+    help="What an expired history is answered: 410, 404, no messages, or all of them still.",
+)
+@click.option("--keep-deleted", is_flag=True, help="Deleted chats stay in the history.")
 @click.option("--seed", default=1, show_default=True, help="Same seed and same calls, same ids and faults.")
 def simulate(
-    *, host: str, port: int, webhook_url: str | None, secret: str, api_key: str | None, seed: int, **shares: float
+    *,
+    host: str,
+    port: int,
+    webhook_url: str | None,
+    secret: str,
+    api_key: str | None,
+    history_faults: float,
+    lifetime: float | None,
+    expired: Expired,
+    keep_deleted: bool,
+    seed: int,
+    **shares: float,
 ) -> None:
     """Run the simulated CallHQ platform alone.
 
     Its API is under /api, as CallHQ documents it; its webhooks are signed as the settings say. What it sent and how
-    that was answered is at GET /simulator/report.
+    that was answered, and what history calls met, is at GET /simulator/report.
     """
     configuration = settings.read()
     if secret:
         configuration = with_secret(configuration, secret)
+    faults = Faults(seed=seed, lifetime=lifetime, expired=expired, keep_deleted=keep_deleted, **shares)
     try:
         code = serve_simulation(
             configuration,
             host=host,
             port=port,
             webhook_url=webhook_url,
-            faults=Faults(seed=seed, **shares),
+            faults=with_history_faults(faults, history_faults),
             api_key=api_key,
             announce=lambda url: click.echo(f"The simulated CallHQ API is at {url}/api. Ctrl-C ends it."),
         )

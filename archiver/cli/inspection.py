@@ -19,15 +19,19 @@ from archiver.embedded import EmbeddedError
 @connection.json_option
 def status(as_json: bool) -> None:
     """Show on one screen what the archive holds and what waits for a person."""
+    configuration = settings.read()
     with (
-        connection.engine(settings.read()) as engine,
+        connection.engine(configuration, create=False) as engine,
         database.transaction(engine, statement_seconds=300) as opened,
     ):
         schema.check(opened)
+        where = connection.where(configuration, opened)
         figures = overview.select_overview(opened)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(figures), indent=2))
+        told = {"database": where} | msgspec.structs.asdict(figures)
+        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
+    click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("sessions", f"{figures.sessions:,}", _counts(figures.coverage))
     table.add_row("chats", f"{figures.chats:,}", f"{figures.deleted_chats:,} deleted")
@@ -73,8 +77,16 @@ def doctor(as_json: bool) -> None:
 
 def _examine_database(configuration: settings.Settings) -> list[Finding]:
     try:
-        with connection.engine(configuration) as engine:
-            return list(examine_database(configuration, engine))
+        if configuration.database_url is not None:
+            with connection.engine(configuration) as engine:
+                return list(examine_database(configuration, engine))
+        with (
+            connection.running(configuration) as postgres,
+            connection.engine_at(configuration, postgres.url) as engine,
+        ):
+            place = f"the one embedded in {configuration.home.resolve()}"
+            psql = Finding("psql", "ok", postgres.psql_command())
+            return [*examine_database(configuration, engine, place), psql]
     except (settings.SettingsError, EmbeddedError) as error:
         return [Finding("database", "failure", "There is no database to ask.", str(error))]
 
@@ -82,9 +94,17 @@ def _examine_database(configuration: settings.Settings) -> list[Finding]:
 def _print(findings: list[Finding]) -> None:
     styles = {"ok": "green", "warning": "yellow", "failure": "red"}
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")
     for finding in findings:
+        if finding.check == "psql":
+            continue
         # Text, not markup: what a setting or the database says may hold brackets.
         table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, Text(finding.detail))
         if finding.advice:
             table.add_row("", "", Text(f"-> {finding.advice}", "bold"))
     Console().print(table)
+    for finding in findings:
+        if finding.check == "psql":  # in one line, for pasting
+            click.echo(f"\nTo look inside while `archiver serve` runs:\n{finding.detail}")

@@ -1,20 +1,22 @@
 """`archiver quarantine`: see what could not be archived, and drive it again."""
 
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
+from typing import Any
 
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Engine
+from sqlalchemy import Engine, RowMapping
 
 from archiver import database, schema, settings
 from archiver import quarantine as store
 from archiver.cli import connection
 from archiver.ingest import Outcome, retry_quarantined
+from archiver.worker import timing_of
 
 PAGE = 500
 ID = click.IntRange(1, 2**63 - 1)
@@ -31,14 +33,14 @@ def quarantine() -> None:
 @connection.json_option
 def list_(reason: str | None, limit: int, as_json: bool) -> None:
     """List them, oldest first, without their content."""
-    with connection.engine(settings.read()) as engine, database.transaction(engine) as opened:
+    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
         schema.check(opened)
         rows = [dict(row) for row in store.select_quarantine(opened, limit=limit, reason=reason)]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2))
         return
     if not rows:
-        click.echo("Nothing is quarantined.")
+        click.echo(_nothing(reason))
         return
     table = Table("id", "received", "times", "bytes", "reason", "detail")
     for row in rows:
@@ -54,27 +56,51 @@ def list_(reason: str | None, limit: int, as_json: bool) -> None:
     Console().print(table)
 
 
+def _nothing(reason: str | None) -> str:
+    return "Nothing is quarantined." if reason is None else f"Nothing is quarantined with reason {reason}."
+
+
 @quarantine.command()
 @click.argument("quarantine_id", metavar="ID", type=ID)
 @click.option("--raw", is_flag=True, help="Write only the exact bytes, for a file or a pipe.")
-def show(quarantine_id: int, raw: bool) -> None:
+@connection.json_option
+def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     """Show one with its body."""
-    with connection.engine(settings.read()) as engine, database.transaction(engine) as opened:
+    if raw and as_json:
+        raise click.UsageError("Say --raw or --json, not both.")
+    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
         schema.check(opened)
         row = store.select_quarantined(opened, quarantine_id)
     if row is None:
-        _no_such(quarantine_id)
+        click.echo(f"archiver: {quarantine_id} is not in the quarantine; see archiver quarantine list", err=True)
+        sys.exit(1)
     elif raw:
         sys.stdout.buffer.write(row["body"])
+    elif as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(_described(row) | _told(row["body"])), indent=2))
     else:
-        for name in ("id", "received_at", "last_received_at", "delivery_count", "reason", "detail", "key_id"):
-            click.echo(f"{name + ':':18}{row[name]}")
-        click.echo(f"{'bytes:':18}{len(row['body'])}\n")
+        for name, value in _described(row).items():
+            click.echo(f"{name + ':':18}{value}")
         # Control characters of a stranger's making do not reach the terminal.
         shown = bytes(row["body"]).decode("utf-8", "backslashreplace")
-        click.echo(
-            "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
-        )
+        printable = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
+        click.echo("\n" + "".join(printable))
+
+
+_DESCRIBED = ("id", "received_at", "last_received_at", "delivery_count", "reason", "detail", "key_id")
+
+
+def _described(row: RowMapping) -> dict[str, Any]:
+    return {name: row[name] for name in _DESCRIBED} | {"bytes": len(row["body"])}
+
+
+def _told(body: bytes) -> dict[str, str | None]:
+    """The bytes as text, null where they are none, and always exactly."""
+    try:
+        text: str | None = bytes(body).decode()
+    except UnicodeDecodeError:
+        text = None
+    return {"body": text, "body_base64": b64encode(body).decode()}
 
 
 @quarantine.command()
@@ -87,19 +113,25 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, as_j
 
     What can be archived now leaves the quarantine; the rest stays. Exit 1 if any stays.
     """
-    if bool(quarantine_ids) == (every or reason is not None):
+    by_rule = every or reason is not None
+    if quarantine_ids and by_rule:
+        raise click.UsageError("Name ids, or say --all or --reason: not both.")
+    if not quarantine_ids and not by_rule:
         raise click.UsageError("Name ids, or say --all or --reason.")
-    with connection.engine(settings.read()) as engine:
+    configuration = settings.read()
+    outcomes: dict[int, Outcome | None] = {}
+    with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
             schema.check(opened)
-        ids = list(quarantine_ids) or list(_every_id(engine, reason))
-        shown = track(ids, "Retrying", console=Console(stderr=True), disable=as_json or len(ids) < PAGE)
-        outcomes = {quarantine_id: retry_quarantined(engine, quarantine_id) for quarantine_id in shown}
-    _print(outcomes, as_json=as_json)
-    left = sum(outcome is None or outcome.status == "quarantined" for outcome in outcomes.values())
-    if left:
-        click.echo(f"archiver: {left} could not be archived; see archiver quarantine show ID", err=True)
-        sys.exit(1)
+        for quarantine_id in quarantine_ids or _every_id(engine, reason):
+            outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, timing_of(configuration))
+            if not as_json:
+                click.echo(f"{quarantine_id}: {_became(outcome)}")
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(outcomes), indent=2))
+    elif not outcomes:
+        click.echo(_nothing(reason))
+    _complain(outcomes)
 
 
 def _every_id(engine: Engine, reason: str | None) -> Iterator[int]:
@@ -113,21 +145,21 @@ def _every_id(engine: Engine, reason: str | None) -> Iterator[int]:
         after = rows[-1]["id"]
 
 
-def _print(outcomes: dict[int, Outcome | None], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(outcomes), indent=2))
-        return
-    for quarantine_id, outcome in outcomes.items():
-        if outcome is None:
-            click.echo(f"{quarantine_id}: no such row in the quarantine")
-        elif outcome.status == "quarantined":
-            click.echo(f"{quarantine_id}: still quarantined: {outcome.detail}")
-        else:
-            click.echo(f"{quarantine_id}: {outcome.status} as event {outcome.id}")
-    if not outcomes:
-        click.echo("Nothing is quarantined.")
+def _became(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "not in the quarantine"
+    if outcome.status == "quarantined":
+        return f"still quarantined: {outcome.detail}"
+    return f"{outcome.status} as event {outcome.id}"
 
 
-def _no_such(quarantine_id: int) -> None:
-    click.echo(f"archiver: {quarantine_id} is not in the quarantine; see archiver quarantine list", err=True)
-    sys.exit(1)
+def _complain(outcomes: dict[int, Outcome | None]) -> None:
+    """Say how many stay, and how many there are none of; exit 1 if any."""
+    unknown = sum(outcome is None for outcome in outcomes.values())
+    left = sum(outcome is not None and outcome.status == "quarantined" for outcome in outcomes.values())
+    if left:
+        click.echo(f"archiver: {left:,} could not be archived; see archiver quarantine show ID", err=True)
+    if unknown:
+        click.echo(f"archiver: {unknown:,} not in the quarantine; see archiver quarantine list", err=True)
+    if left or unknown:
+        sys.exit(1)

@@ -1,12 +1,13 @@
 """`archiver serve` and `archiver migrate`."""
 
+import json
 import os
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import click
 import structlog
@@ -18,6 +19,7 @@ from uvicorn.supervisors import Multiprocess
 from archiver import database, schema, settings, signatures, telemetry
 from archiver.app import WEBHOOK_PATH, create
 from archiver.cli import connection
+from archiver.cli.companion import working
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
@@ -36,24 +38,26 @@ BACKLOG = 2048
     help="Bring the schema to head first.  [default: only with the embedded database]",
 )
 @click.option("--insecure", is_flag=True, help="Accept unsigned deliveries where no secret is set. Never in public.")
-@click.option("--no-worker", is_flag=True, help="Only receive. (This version has no background work yet.)")
+@click.option("--no-worker", is_flag=True, help="Only receive; `archiver worker` reads histories elsewhere.")
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, no_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until told to stop.
 
-    SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
+    With CALLHQ_API_KEY set, a worker beside it reads histories, unless told --no-worker. SIGTERM or Ctrl-C: takes no
+    more, writes and answers what was accepted, exits 0.
     """
-    del no_worker
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     configuration = _require_authentication(configuration, insecure=insecure)
-    with connection.database_url(configuration) as url, _multiprocess_metrics(workers):
+    has_worker = _has_worker(configuration, wanted=not no_worker)
+    with connection.lasting_database_url(configuration) as url, _multiprocess_metrics(workers + has_worker):
         should_migrate = configuration.database_url is None if migrate is None else migrate
         _prepare(configuration, url, should_migrate=should_migrate)
         configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
-        with _listening(host, port) as listener:
+        environment = _environment(configuration)
+        with _listening(host, port) as listener, working(environment) if has_worker else nullcontext():
             if workers == 1:
                 _receive(configuration, listener)
             else:
@@ -77,6 +81,13 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
     return configuration
 
 
+def _has_worker(configuration: Settings, *, wanted: bool) -> bool:
+    has_key = bool(configuration.callhq_api_key.get_secret_value())
+    if wanted and not has_key:
+        log.warning("histories are not read and gaps stay open: CALLHQ_API_KEY is not set")
+    return wanted and has_key
+
+
 def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None:
     engine = database.connect(
         database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
@@ -91,9 +102,9 @@ def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None
 
 
 @contextmanager
-def _multiprocess_metrics(workers: int) -> Iterator[None]:
+def _multiprocess_metrics(processes: int) -> Iterator[None]:
     """A folder in which several processes keep their counters, so that /metrics of any tells of all."""
-    if workers == 1:
+    if processes == 1:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="archiver-metrics-") as folder:
@@ -137,8 +148,7 @@ def _receive(configuration: Settings, listener: socket.socket) -> None:
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int) -> None:
     """They read the settings again, so what was decided here is told by the environment."""
-    os.environ["DATABASE_URL"] = configuration.database_url.get_secret_value() if configuration.database_url else ""
-    os.environ["ARCHIVER_WEBHOOK_SCHEME"] = configuration.webhook_scheme
+    os.environ.update(_environment(configuration))
     for name in ("DATABASE_URL_FILE", "ARCHIVER_WEBHOOK_SCHEME_FILE"):
         os.environ.pop(name, None)
     # The same table: mypy cannot see that its values fit.
@@ -146,21 +156,30 @@ def _receive_in_processes(configuration: Settings, listener: socket.socket, work
     Multiprocess(server, sockets=[listener]).run()
 
 
+def _environment(configuration: Settings) -> dict[str, str]:
+    url = configuration.database_url.get_secret_value() if configuration.database_url else ""
+    return {"DATABASE_URL": url, "ARCHIVER_WEBHOOK_SCHEME": configuration.webhook_scheme}
+
+
 @click.command()
 @click.option("--check", is_flag=True, help="Only tell whether the schema is at head; exit 1 if it is not.")
-def migrate(check: bool) -> None:
+@connection.json_option
+def migrate(check: bool, as_json: bool) -> None:
     """Bring the database's schema to the one that this version needs.
 
     Safe to run while receivers run, and twice at once: the second waits for the first.
     """
     configuration = settings.read()
-    with connection.engine(configuration) as engine:
+    with connection.engine(configuration, create=not check) as engine:
         if not check:
             schema.upgrade(engine)
-        _report(engine)
+        _report(engine, as_json=as_json)
 
 
-def _report(engine: Engine) -> None:
+def _report(engine: Engine, *, as_json: bool) -> None:
     with database.transaction(engine) as opened:
+        if as_json:
+            click.echo(json.dumps({"schema": schema.current(opened), "head": schema.head()}))
         schema.check(opened)
+    if not as_json:
         click.echo(f"The schema is at {schema.head()}, as this version needs it.")

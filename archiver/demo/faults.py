@@ -1,12 +1,13 @@
-"""Which webhooks a chat causes, and what goes wrong with each. Seeded and pure.
+"""Which webhooks a chat causes, what goes wrong with each, and with each history call. Seeded and pure.
 
-The draw for a webhook depends on the seed, the chat's id and the kind of event, never on what happened before: the
-same conversations meet the same faults whatever the concurrency.
+The draw for a webhook depends on the seed, the chat's id and the kind of event, that for a history call on the seed,
+the session's id and the number of the call, never on what happened before: the same conversations meet the same
+faults whatever the concurrency.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from archiver.demo.seeds import seeded
 
@@ -22,11 +23,29 @@ Fault = Literal[
     "output_missing_at_creation",
     "bare_deletion",
 ]
+HistoryFault = Literal[
+    "missing",
+    "gone",
+    "empty",
+    "partial",
+    "busy",
+    "error",
+    "slow",
+    "hanging",
+    "garbage",
+    "shape",
+]
+Expired = Literal["gone", "missing", "empty", "full"]
+
+_MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage")  # nothing in them tells of content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """The probability of each fault, 0 to 1, for each webhook it can befall. Raises `ValueError` for others."""
+    """The probability of each fault, 0 to 1: for each webhook it can befall, each history call, or each assistant.
+
+    A history call meets one fault at most, so theirs add up to 1 at most. Raises `ValueError` for other values.
+    """
 
     loss: float = 0.0  # never sent
     duplicates: float = 0.0  # sent once or twice more, in a new envelope or in the same, at once or later
@@ -35,12 +54,58 @@ class Faults:
     deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if one comes
     output_missing_at_creation: float = 0.0  # sent without output first, then again with it and a newer updatedAt
     bare_deletion: float = 0.0  # the deletion tells the chat's id alone, not even its session
+
+    history_missing: float = 0.0  # 404, although the session is there
+    history_gone: float = 0.0  # 410, although the session is there
+    history_empty: float = 0.0  # no messages
+    history_partial: float = 0.0  # the first or the last messages are left out
+    history_busy: float = 0.0  # 429 with Retry-After, to this history call and to all others for a moment
+    history_error: float = 0.0  # 500
+    history_slow: float = 0.0  # answered after a while
+    history_hanging: float = 0.0  # not answered for longer than anybody waits
+    history_garbage: float = 0.0  # a body that is not JSON
+    history_shape: float = 0.0  # JSON of a shape that nobody expects
+
+    greeting: float = 0.0  # of assistants: each of their sessions begins with a greeting that belongs to no chat
+
+    lifetime: float | None = None  # seconds from a session's creation until its history has expired
+    expired: Expired = "gone"  # what a history call is answered then
+    keep_deleted: bool = False  # a deleted chat stays in the history
+    history_latency: float = 0.0  # seconds that each history answer takes
     seed: int = 0
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.name != "seed" and not 0 <= getattr(self, each.name) <= 1:
+            if each.name not in _NO_PROBABILITY and not 0 <= getattr(self, each.name) <= 1:
                 raise ValueError(f"{each.name} is a probability, from 0 to 1")
+        if sum(getattr(self, f"history_{name}") for name in get_args(HistoryFault)) > _ALL:
+            raise ValueError("history_…: these probabilities add up to more than 1")
+
+
+_NO_PROBABILITY = frozenset({"seed", "lifetime", "expired", "keep_deleted", "history_latency"})
+_ALL = 1 + 1e-9  # shares that make 1 on paper
+
+
+def with_history_faults(faults: Faults, share: float) -> Faults:
+    """This share of all history calls meets a fault as well, each after which a retry finds everything."""
+    shares: dict[str, Any] = {f"history_{name}": share / len(_MIXED) for name in _MIXED}
+    return replace(faults, **shares)
+
+
+def of_history(faults: Faults, session_id: str, call: int) -> HistoryFault | None:
+    """What befalls this call, the first being 1, for a session's history."""
+    left = seeded(faults.seed, "history", session_id, call).random()
+    for name in get_args(HistoryFault):
+        left -= getattr(faults, f"history_{name}")
+        if left < 0:
+            found: HistoryFault = name
+            return found
+    return None
+
+
+def greets(faults: Faults, assistant_id: str) -> bool:
+    """Whether this assistant opens its sessions."""
+    return seeded(faults.seed, "greeting", assistant_id).random() < faults.greeting
 
 
 @dataclass(frozen=True, slots=True)

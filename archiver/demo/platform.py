@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from archiver.demo import faults as planned
 from archiver.demo.faults import Faults
+from archiver.demo.histories import Histories
 from archiver.demo.upstream import FullError, UnknownError, Upstream
 from archiver.demo.webhooks import Sender
 
@@ -51,7 +52,8 @@ class Platform:
     """The endpoints, over what the platform remembers and how it sends webhooks."""
 
     def __init__(self, sender: Sender, faults: Faults, api_key: str | None) -> None:
-        self.upstream = Upstream(faults.seed)
+        self.upstream = Upstream(faults)
+        self._histories = Histories(self.upstream, faults)
         self.sender = sender
         self._faults = faults
         self._api_key = api_key
@@ -71,8 +73,7 @@ class Platform:
         return _answer(201, "Chat created successfully", chat=chat)
 
     async def history(self, request: Request) -> Response:
-        session = self.upstream.session(request.path_params["id"])
-        return _answer(200, "Session messages retrieved successfully", session=session.described(with_creation=False))
+        return await self._histories.answer(request, request.path_params["id"])
 
     async def delete_chat(self, request: Request) -> Response:
         chat = self.upstream.delete_chat(request.path_params["id"])
@@ -80,7 +81,7 @@ class Platform:
         return _answer(200, "Chat deleted successfully", chat={"id": chat["id"]})
 
     async def report(self, _: Request) -> Response:
-        return JSONResponse(self.sender.record.report())
+        return JSONResponse(self.sender.record.report() | self._histories.report())
 
     def guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint, for callers with an API key only."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import psycopg
 
 from archiver.demo.comparison import Archive, ChatRow, ConversationRow, Said
+from archiver.demo.reconciliation import Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,18 @@ def read(url: str) -> Holdings:
         quarantined=frozenset(bytes(row[0]) for row in quarantined),
         positions_ok=_counted(positions.values()),
     )
+
+
+def read_lines(url: str) -> dict[str, list[Line]]:
+    """The messages by session, in order."""
+    lines: dict[str, list[Line]] = {}
+    with psycopg.connect(url) as connection:
+        for session_id, *line in connection.execute(
+            "SELECT session_id, chat_id, role, content, source, in_history"
+            " FROM analytics.messages ORDER BY session_id, position"
+        ):
+            lines.setdefault(session_id, []).append(Line(*line))
+    return lines
 
 
 def _counted(sequences: Collection[list[int]]) -> bool:

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -15,6 +17,19 @@ _READY = 60.0  # seconds, migrations included
 _POLL = 0.05
 _GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 _LINES = 20  # of its output, where it fails
+# It ends with us even where we are killed: nobody else holds the other end of its input, so that ends then.
+_PROGRAM = """
+import os, signal, sys, threading
+
+def end_with_input():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with_input, daemon=True).start()
+sys.argv[0] = "archiver"
+from archiver.cli import main
+main()
+"""
 
 
 class ReceiverError(Exception):
@@ -28,9 +43,9 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "archiver", "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"),
+            *(sys.executable, "-c", _PROGRAM, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"),
             env=_environment(DATABASE_URL=database_url, ARCHIVER_WEBHOOK_SECRETS=secret),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C is for us: it must finish what was sent to it before it is told to end
@@ -40,6 +55,26 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
         yield url
     finally:
         await _end(process)
+
+
+async def backfilled(database_url: str, api: str, session_ids: Sequence[str]) -> dict[str, Any]:
+    """What `archiver backfill --json` says of these sessions, once it has read them. Raises `ReceiverError`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "archiver", "backfill", "--file", "-", "--json"),
+        env=_environment(DATABASE_URL=database_url, CALLHQ_API_URL=api, CALLHQ_API_KEY="demo"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        told, complaints = await process.communicate("\n".join(session_ids).encode())
+    finally:
+        await _end(process)
+    if process.returncode != 0:
+        raise ReceiverError(f"archiver backfill ended with exit code {process.returncode}.\n{complaints.decode()}")
+    figures: dict[str, Any] = json.loads(told)
+    return figures
 
 
 def _free_port() -> int:

@@ -5,7 +5,7 @@ import contextlib
 import fcntl
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from archiver import embedded, signatures
-from archiver.demo import client, reading, verdict
+from archiver.demo import client, reading, reconciliation, verdict
 from archiver.demo.conversations import conversations
 from archiver.demo.faults import Faults
 from archiver.demo.platform import Platform, create
-from archiver.demo.receiver import ReceiverError, receiving
+from archiver.demo.receiver import ReceiverError, backfilled, receiving
 from archiver.demo.serving import serving, stopping
 from archiver.demo.strays import Proof, Stray, strays
+from archiver.demo.upstream import Session
 from archiver.demo.view import View
 from archiver.demo.webhooks import Delivery, Record, Sender
 from archiver.embedded import EmbeddedError, Postgres
@@ -109,17 +110,30 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
         view.say("Starting archiver serve …")
         webhook_url = await stack.enter_async_context(receiving(url, secret, plan.home / "serve.log")) + WEBHOOK_PATH
         sender = Sender(webhook_url, signer, record)
-        platform = create(Platform(sender, plan.faults, api_key=None))
-        api = await stack.enter_async_context(serving(platform, LOOPBACK, 0)) + "/api"
+        platform = Platform(sender, plan.faults, api_key=None)
+        api = await stack.enter_async_context(serving(create(platform), LOOPBACK, 0)) + "/api"
         view.say(f"The simulated CallHQ at {api} sends its webhooks to {webhook_url}")
         traffic = await _traffic(plan, view, api, sender)
         holdings = await asyncio.to_thread(reading.read, url)
         problems = verdict.problems(traffic, holdings)
-        view.results(verdict.figures(traffic, holdings), problems)
+        delivered = bool(traffic.accepted)
+        view.results(verdict.figures(traffic, holdings), "what was delivered", problems, has_delivered=delivered)
+        problems += await _reconcile(view, url, api, platform.upstream.sessions())
         outcome.code = 1 if problems else 0
         if not plan.exit_when_done:
-            view.invitation(receiver=webhook_url, secret=secret, api=api, psql=postgres.psql_command(DATABASE))
+            psql = postgres.psql_command(DATABASE)
+            view.invitation(receiver=webhook_url, secret=secret, api=api, psql=psql, database_url=url)
             await asyncio.Event().wait()
+
+
+async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]) -> list[str]:
+    """Read every history back, and compare the archive with the platform itself."""
+    view.say("Reading the histories, to recover what webhooks lost …")
+    backfill = await backfilled(url, api, [session.id for session in sessions])
+    archived = await asyncio.to_thread(reading.read_lines, url)
+    problems = reconciliation.differences(sessions, archived)
+    view.results(reconciliation.figures(archived, backfill), "the platform", problems)
+    return problems
 
 
 def _signer(secret: str) -> signatures.Verifier:
@@ -170,6 +184,7 @@ async def _traffic(plan: _Plan, view: View, api: str, sender: Sender) -> verdict
             script = conversations(plan.faults.seed, plan.conversations)
             await client.hold_all(client.Client(http), script, bar.advance)
         await sender.drain()
+        bar.end()
     answered = sending.result()
     aside = {id(delivery) for _, delivery in answered}
     webhooks = [delivery for delivery in sender.record.deliveries if id(delivery) not in aside]

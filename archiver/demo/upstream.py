@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from archiver.demo import conversations
+from archiver.demo.faults import Faults, greets
 from archiver.demo.seeds import identifier, seeded
 
 MAX_SESSIONS = 100_000
@@ -13,6 +14,8 @@ _THINKING = timedelta(milliseconds=250)  # between a chat's creation and its out
 _TICK = timedelta(milliseconds=1)
 
 Message = dict[str, str]
+
+_GREETING: Message = {"role": "assistant", "content": "Hello, this is the front desk. How can I help you?"}
 
 
 class UnknownError(Exception):
@@ -26,18 +29,20 @@ class FullError(Exception):
 class Session:
     """One conversation, the platform's truth about it."""
 
-    def __init__(self, session_id: str, name: str, assistant_id: str, now: datetime) -> None:
+    def __init__(self, session_id: str, name: str, assistant_id: str, greeting: list[Message], now: datetime) -> None:
         self.id = session_id
         self.name = name
         self.assistant_id = assistant_id
+        self.greeting = greeting  # before all chats, and of none
         self.created_at = self.updated_at = now
         self.variables: dict[str, Any] = {}
         self.chats: dict[str, dict[str, Any]] = {}
         self.turns = 0  # deleted ones too
 
     def messages(self) -> list[Message]:
-        """All that was said and not deleted, in order."""
-        return [message for chat in self.chats.values() for message in [*said(chat["input"]), *chat["output"]]]
+        """All that was said and not deleted, in order; the deleted too where the platform keeps them."""
+        told = [message for chat in self.chats.values() for message in [*said(chat["input"]), *chat["output"]]]
+        return [*self.greeting, *told]
 
     def described(self, *, with_creation: bool = True) -> dict[str, Any]:
         """The session as the API tells it."""
@@ -58,8 +63,9 @@ class Session:
 class Upstream:
     """All sessions. An id depends on the seed and on what it names, not on the order of concurrent calls."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self._seed = seed
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self._seed = faults.seed
         self._sessions: dict[str, Session] = {}
         self._session_of: dict[str, str] = {}
         self._names: Counter[tuple[str, str]] = Counter()
@@ -70,9 +76,14 @@ class Upstream:
             raise FullError(f"This simulator holds at most {MAX_SESSIONS} sessions")
         self._names[name, assistant_id] += 1
         session_id = identifier(self._seed, "session", name, assistant_id, self._names[name, assistant_id])
-        session = Session(session_id, name, assistant_id, datetime.now(UTC))
+        greeting = [_GREETING] if greets(self._faults, assistant_id) else []
+        session = Session(session_id, name, assistant_id, greeting, datetime.now(UTC))
         self._sessions[session_id] = session
         return session
+
+    def sessions(self) -> list[Session]:
+        """All there are."""
+        return [*self._sessions.values()]
 
     def session(self, session_id: str) -> Session:
         """Raises `UnknownError`."""
@@ -92,13 +103,14 @@ class Upstream:
         session.variables |= (overrides or {}).get("variableValues") or {}
         random = seeded(self._seed, "reply", session_id, session.turns)
         text = "\n".join(message["content"] for message in said(given))
+        replies = conversations.reply(text, session.messages(), session.variables, random)
         created_at = max(datetime.now(UTC), session.updated_at + _TICK)
         chat: dict[str, Any] = {
             "id": identifier(self._seed, "chat", session_id, session.turns),
             "externalChatId": identifier(self._seed, "external", session_id, session.turns),
             "sessionId": session_id,
             "input": given,
-            "output": conversations.reply(text, session.messages(), session.variables, random),
+            "output": _numbered(replies, session.turns),
             "assistantId": session.assistant_id,
             "status": "completed",
             "cost": round(0.002 + len(text) * 0.00001, 6),
@@ -113,11 +125,22 @@ class Upstream:
         return chat
 
     def delete_chat(self, chat_id: str) -> dict[str, Any]:
-        """Forget one turn and tell which it was; it leaves the history too. Raises `UnknownError`."""
+        """Forget one turn and tell which it was; it leaves the history too, unless that keeps what is deleted.
+
+        Raises `UnknownError`.
+        """
         session_id = self._session_of.pop(chat_id, None)
         if session_id is None:
             raise UnknownError(f"Chat {chat_id} not found")
-        return self._sessions[session_id].chats.pop(chat_id)
+        chats = self._sessions[session_id].chats
+        return chats[chat_id] if self._faults.keep_deleted else chats.pop(chat_id)
+
+
+def _numbered(replies: list[Message], turn: int) -> list[Message]:
+    """No two replies of a session are alike, however alike the questions: each says which it is."""
+    return [
+        {**reply, "content": f"{reply['content']} ({turn}.{place})"} for place, reply in enumerate(replies, start=1)
+    ]
 
 
 def said(given: str | list[Message]) -> list[Message]:

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,24 +38,34 @@ class View:
         with Progress(*columns, console=self._console) as progress:
             yield Bar(self, progress, conversations, record)
 
-    def results(self, figures: Sequence[tuple[str, str]], problems: Sequence[str]) -> None:
+    def results(
+        self,
+        figures: Sequence[tuple[str, str]],
+        compared_with: str,
+        problems: Sequence[str],
+        *,
+        has_delivered: bool = True,
+    ) -> None:
         """The table and the verdict; of many differences the first few."""
         table = Table(show_header=False)
         table.add_column()
         table.add_column(justify="right")
         for name, figure in figures:
             table.add_row(name, figure)
-        verdict = f"{len(problems)} differences" if problems else "equal, message for message"
-        table.add_row(
-            "archive compared with what was delivered", verdict, style="bold red" if problems else "bold green"
-        )
+        if problems:
+            verdict, style = f"{len(problems)} differences", "bold red"
+        elif has_delivered:
+            verdict, style = "equal, message for message", "bold green"
+        else:
+            verdict, style = "nothing was delivered", "bold yellow"
+        table.add_row(f"archive compared with {compared_with}", verdict, style=style)
         self._console.print(table)
         for problem in problems[:_SHOWN]:
             self.say(f"  {problem}")
         if len(problems) > _SHOWN:
             self.say(f"  and {len(problems) - _SHOWN} more")
 
-    def invitation(self, *, receiver: str, secret: str, api: str, psql: str) -> None:
+    def invitation(self, *, receiver: str, secret: str, api: str, psql: str, database_url: str) -> None:
         """What to try while everything runs."""
         chat = {
             "id": "chat-by-hand",
@@ -67,6 +79,8 @@ class View:
         self.say(f"\nWebhooks are received at {receiver}. Send one:\n")
         self.say(f"  curl {receiver} -H {shlex.quote(header)} -d {shlex.quote(body)}\n")
         self.say(f"Look at it:\n\n  {psql} -c {shlex.quote(query)}\n")
+        program = "archiver" if shutil.which("archiver") else f"{shlex.quote(sys.executable)} -m archiver"
+        self.say(f"Ask the archiver:\n\n  DATABASE_URL={shlex.quote(database_url)} {program} status\n")
         self.say(f"The simulated CallHQ is at {api} (any x-api-key); what it is told arrives in the archive too.")
         self.say("Ctrl-C ends everything.")
 
@@ -86,14 +100,23 @@ class Bar:
     def advance(self) -> None:
         """One more conversation has ended."""
         self._ended += 1
-        now = time.monotonic()
+        if time.monotonic() - self._told >= _EVERY or self._progress is not None:
+            self._tell()
+
+    def end(self) -> None:
+        """Every webhook has been answered or given up: what is told now is what the table counts."""
+        self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._ended, description=self._describe())
-        elif now - self._told >= _EVERY or self._ended == self._total:
-            self._told = now
+        else:
             self._view.say(f"  {self._ended} of {self._total} conversations; {self._describe()}")
 
     def _describe(self) -> str:
-        answers = self._record.report().get("answers", {})
-        sent = self._record.total("sent")
+        """Of the platform's webhooks: the strays, which it did not cause, are sent besides."""
+        report = self._record.report()
+        answers = report.get("answers", {})
+        sent = self._record.total("sent") - report.get("types", {}).get("other", 0)
         return f"{sent} sent, {answers.get('stored', 0)} stored, {answers.get('duplicate', 0)} duplicates"

@@ -21,8 +21,11 @@ __all__ = ["EmbeddedError", "Postgres", "running", "start"]
 class Postgres:
     """A running server, and this process's share in it; `start` makes one."""
 
-    def __init__(self, cluster: clusters.Cluster, server: postmaster.PidFile, users: int) -> None:
+    def __init__(
+        self, cluster: clusters.Cluster, server: postmaster.PidFile, users: int, options: Mapping[str, str]
+    ) -> None:
         self._cluster = cluster
+        self._options = options
         self._users: int | None = users
         self.data: Path = cluster.data
         self.bin: Path = cluster.programs
@@ -42,6 +45,18 @@ class Postgres:
         """A line to paste into a shell."""
         program = [str(self.bin / "psql"), "--host", str(self.socket_dir), "--port", "5432"]
         return shlex.join([*program, "--username", clusters.SUPERUSER, "--dbname", database])
+
+    def revive(self) -> bool:
+        """Start the server again if it has ended (killed, or out of disk); answers whether it had.
+
+        Raises `EmbeddedError` where it cannot be started.
+        """
+        if self._users is None or postmaster.serving(self.data) is not None:
+            return False
+        with _explained(self._cluster.home), place.exclusive(self._cluster.home / "postgres.lock"):
+            clusters.ensure_watchdog(self._cluster)
+            self.pid = clusters.ensure_server(self._cluster, self._options).pid
+        return True
 
     def stop(self) -> None:
         """Ends our share; the last one stops the server and waits until it is gone. A second call does nothing."""
@@ -65,8 +80,14 @@ def start(home: Path, *, options: Mapping[str, str] | None = None) -> Postgres:
 
     Raises `EmbeddedError`.
     """
-    try:
+    with _explained(home):
         return _start(place.open_home(home), options or {})
+
+
+@contextmanager
+def _explained(home: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(
             f"Cannot run Postgres in {home}: {error}. Set ARCHIVER_HOME to a folder that you may write to, or "
@@ -82,7 +103,7 @@ def _start(home: Path, options: Mapping[str, str]) -> Postgres:
         clusters.ensure_watchdog(cluster)
         server = clusters.ensure_server(cluster, options)
         undo.pop_all()
-        return Postgres(cluster, server, users)
+        return Postgres(cluster, server, users, options)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ import httpx2
 import psycopg
 from sqlalchemy import event
 
-from archiver import database, embedded, events, ledger, schema
+from archiver import database, embedded, events, ledger
+from tests.bench.database import migrated
 from tests.payloads import SECRET, WEBHOOK, created
 
 HERE = Path(__file__).parent
@@ -90,16 +91,6 @@ def run(postgres: embedded.Postgres, seconds: int, rounds: int) -> None:
     audit(urls["c"], sum(load.acknowledged for load in results["c"]), rounds)
     with serving("c", urls["c"]) as base:
         audit_each(base, urls["c"])
-
-
-def migrated(postgres: embedded.Postgres, name: str) -> str:
-    with psycopg.connect(postgres.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    url = postgres.database_url(name)
-    engine = database.connect(database.database_url(url))
-    schema.upgrade(engine)
-    engine.dispose()
-    return url
 
 
 @contextmanager

@@ -107,7 +107,11 @@ def sockets(pid: int) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
+    """Whether it ended, be it that nobody asked about its end yet."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
 
 
 def test_i1_kill_9_under_load_loses_and_doubles_nothing_that_was_acknowledged(database_url: str) -> None:
@@ -201,6 +205,18 @@ def test_i1_a_killed_worker_is_replaced_and_what_was_acknowledged_stays(database
     assert_archived(database_url, acknowledged)
 
 
+def test_workers_whose_parent_was_killed_end_by_themselves(database_url: str, tmp_path: Path) -> None:
+    with serving(database_url, "--workers", "2", TMPDIR=str(tmp_path)) as receiver:
+        workers = children(receiver)
+        assert len(workers) == 2
+        until(lambda: all(sockets(pid) for pid in workers), "both listen")
+        receiver.kill()
+        for pid in workers:
+            until(lambda pid=pid: is_gone(pid), "it ended after its parent")  # type: ignore[misc]  # bound on purpose
+        assert is_refused(receiver.port)
+        assert "Traceback" not in receiver.stderr()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_signal_under_load_answers_whatever_was_accepted(
@@ -285,8 +301,35 @@ def test_i1_i3_lost_connections_under_load_lose_and_double_nothing(cluster: Clus
     assert rows(database_url, once) == [(1,)]
 
 
-def test_a_signal_before_anything_is_received_ends_it(database_url: str) -> None:
+def imports(receiver: Receiver) -> bool:
+    return "psycopg" in Path(f"/proc/{receiver.process.pid}/maps").read_text()
+
+
+def catches_signals(receiver: Receiver) -> bool:
+    """Whether SIGTERM meets a handler."""
+    caught = Path(f"/proc/{receiver.process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize(("moment", "codes"), [(imports, {0, -signal.SIGTERM}), (catches_signals, {0})])
+def test_a_signal_before_anything_is_received_ends_it_quietly(
+    moment: Callable[[Receiver], bool], codes: set[int], database_url: str
+) -> None:
     with starting(database_url) as receiver:
-        until(lambda: b"archiver" in Path(f"/proc/{receiver.process.pid}/cmdline").read_bytes(), "it starts")
+        until(lambda: moment(receiver), "the moment")
         receiver.signal(signal.SIGTERM)
-        receiver.wait()
+        assert receiver.wait() in codes
+        assert "Traceback" not in receiver.stderr()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_waits_for_the_schema_ends_it_quietly(number: signal.Signals, database_url: str) -> None:
+    waits = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'archiver.schema_version'::regclass"
+    with psycopg.connect(database_url) as connection:
+        connection.execute("LOCK TABLE archiver.schema_version IN ACCESS EXCLUSIVE MODE")
+        with starting(database_url) as receiver:
+            until(lambda: rows(database_url, waits), "it waits")
+            receiver.signal(number)
+            assert receiver.wait() == 0
+            assert "Traceback" not in receiver.stderr()
+            assert '"receiving"' not in receiver.stderr()

@@ -1,0 +1,261 @@
+"""`archiver backfill`: reconcile now."""
+
+import asyncio
+import csv
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from archiver import database, schema, settings, telemetry
+from archiver.callhq import UnauthorizedError
+from archiver.cli import connection
+from archiver.reconcile import Reading, backfill
+from archiver.reconcile.backfill import Selection
+from archiver.settings import Settings
+from archiver.worker import reconciling
+
+SHOWN = 20  # failures
+_INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it was."
+
+
+@click.command("backfill")
+@click.option("--session", "session_ids", multiple=True, metavar="ID", help="Only this session; may be repeated.")
+@click.option(
+    "--file",
+    "file",
+    type=click.File(encoding="utf-8-sig"),
+    help="Only the ids in this file, one a line, or the first column of a CSV; - is stdin.",
+)
+@click.option(
+    "--since", metavar="TIME", help="Only sessions with an event from then on: 2024-01-15 or 2024-01-15T09:30:00Z."
+)
+@click.option("--all", "every", is_flag=True, help="Every session, those already reconciled too.")
+@click.option("--dry-run", is_flag=True, help="Show what would be repaired; write nothing.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help="At most so many calls a second.  [default: ARCHIVER_HISTORY_RATE]",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 256),
+    help="So many calls at a time.  [default: ARCHIVER_HISTORY_CONCURRENCY]",
+)
+@connection.json_option
+def command(
+    *,
+    session_ids: tuple[str, ...],
+    file: TextIO | None,
+    since: str | None,
+    every: bool,
+    dry_run: bool,
+    rate: float | None,
+    concurrency: int | None,
+    as_json: bool,
+) -> None:
+    """Read histories now, and repair what webhooks lost.
+
+    Without options: the sessions whose coverage is open. Sessions that the archive has never heard of are registered
+    first. After Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read.
+    """
+    listed = (*session_ids, *(_ids(file) if file else ()))
+    if sum([bool(session_ids or file), since is not None, every]) > 1:
+        raise click.UsageError("Choose one of --session/--file, --since and --all.")
+    if file is not None and not listed:
+        raise click.UsageError("The file holds no ids.")
+    selection = Selection(listed, _moment(since), every)
+    configuration = settings.read()
+    telemetry.configure_logs("error", configuration.log_format)
+    if not configuration.callhq_api_key.get_secret_value():
+        raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
+    summary = Summary(dry_run=dry_run)
+    with connection.database_url(configuration) as url:
+        with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
+            schema.check(opened)
+        try:
+            connection.run(
+                _run(configuration, url, selection, summary, rate=rate, concurrency=concurrency, quiet=as_json)
+            )
+        except UnauthorizedError as error:
+            raise settings.SettingsError(str(error)) from None
+    summary.show(as_json=as_json)
+    if summary.was_interrupted:
+        click.echo(f"archiver: {_INTERRUPTED}", err=True)
+    if summary.was_interrupted or summary.failures:
+        sys.exit(1)
+
+
+def _ids(file: TextIO) -> Iterator[str]:
+    for row in csv.reader(file):
+        session_id = row[0].strip() if row else ""
+        # The heading of a column is no id.
+        if session_id and session_id.lower() not in {"id", "session_id", "sessionid"}:
+            yield session_id
+
+
+def _moment(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text.upper())
+    except ValueError:
+        raise click.BadParameter("write 2024-01-15 or 2024-01-15T09:30:00Z", param_hint="--since") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+class Summary:
+    """What a backfill came to."""
+
+    def __init__(self, *, dry_run: bool) -> None:
+        self.dry_run = dry_run
+        self.was_interrupted = False
+        self.outcomes: Counter[str] = Counter()
+        self.coverage: Counter[str] = Counter()
+        self.recovered = 0
+        self.repaired: list[tuple[str, int]] = []
+        self.failures: list[tuple[str, str]] = []
+        self._started = time.monotonic()
+
+    def add(self, reading: Reading) -> None:
+        """One more session."""
+        self.outcomes[reading.outcome] += 1
+        if reading.outcome in {"failed", "unreadable"}:
+            self.failures.append((reading.session_id, reading.error or "an answer of an unexpected shape"))
+        if reading.after is not None:
+            self.coverage[reading.after.coverage] += 1
+        if reading.recovered > 0:
+            self.recovered += reading.recovered
+            self.repaired.append((reading.session_id, reading.recovered))
+
+    def show(self, *, as_json: bool) -> None:
+        """On stdout."""
+        seconds = time.monotonic() - self._started
+        if as_json:
+            click.echo(msgspec.json.format(msgspec.json.encode(self._figures(seconds)), indent=2))
+            return
+        table = Table(show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name in ("read", "gone", "unreadable", "unavailable", "failed", "busy"):
+            if self.outcomes[name] or name == "read":
+                table.add_row(_MEANINGS[name], f"{self.outcomes[name]:,}")
+        would = "messages that would be recovered" if self.dry_run else "messages recovered"
+        table.add_row(would, f"{self.recovered:,}", style="bold")
+        table.add_row("in sessions", f"{len(self.repaired):,}")
+        for state, number in sorted(self.coverage.items()):
+            table.add_row(f"{'would be' if self.dry_run else 'now'} {state}", f"{number:,}")
+        table.add_row("sessions/s", f"{self.outcomes.total() / seconds:,.1f}" if seconds else "")
+        console = Console()
+        console.print(table)
+        for session_id, number in self.repaired[:SHOWN] if self.dry_run else ():
+            console.print(Text(f"  {session_id}: {number} messages"))
+        for session_id, error in self.failures[:SHOWN]:
+            click.echo(f"archiver: {session_id}: {error}", err=True)
+        if len(self.failures) > SHOWN:
+            click.echo(f"archiver: and {len(self.failures) - SHOWN:,} more", err=True)
+
+    def _figures(self, seconds: float) -> dict[str, Any]:
+        return {
+            "dry_run": self.dry_run,
+            "interrupted": self.was_interrupted,
+            "sessions": self.outcomes.total(),
+            "outcomes": self.outcomes,
+            "coverage": self.coverage,
+            "recovered_messages": self.recovered,
+            "repaired_sessions": [{"id": each, "messages": number} for each, number in self.repaired],
+            "failures": [{"id": each, "error": error} for each, error in self.failures],
+            "seconds": round(seconds, 3),
+        }
+
+
+_MEANINGS = {
+    "read": "sessions read",
+    "gone": "no longer there (404, 410)",
+    "unreadable": "answered in an unexpected shape",
+    "unavailable": "given up: expired before any answer",
+    "failed": "could not be read",
+    "busy": "left to a worker that reads them now",
+}
+
+
+async def _run(
+    configuration: Settings,
+    url: str,
+    selection: Selection,
+    summary: Summary,
+    *,
+    rate: float | None,
+    concurrency: int | None,
+    quiet: bool,
+) -> None:
+    """Until all are read, or until Ctrl-C or SIGTERM."""
+
+    async def read() -> None:
+        async with reconciling(configuration, database.database_url(url), concurrency=concurrency, rate=rate) as (
+            engine,
+            reconciler,
+            submit,
+        ):
+            begun = datetime.now(UTC) if summary.dry_run else await backfill.begin(engine, selection)
+            total = await backfill.count(engine, selection, begun)
+            with _progress(total, summary, quiet=quiet) as told:
+                async for page in backfill.pages(engine, selection, begun):
+                    if summary.dry_run:
+                        await reconciler.preview_all(page, told)
+                    else:
+                        await backfill.register(engine, submit, page)
+                        await reconciler.read_all(page, told)
+            if not summary.dry_run and not summary.failures:
+                await backfill.end(engine, selection)
+
+    reading = asyncio.create_task(read())
+
+    def interrupt() -> None:
+        summary.was_interrupted = True
+        reading.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, interrupt)
+    try:
+        await reading
+    except asyncio.CancelledError:
+        if not summary.was_interrupted:
+            raise
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.1f}/s")
+
+
+@contextmanager
+def _progress(total: int, summary: Summary, *, quiet: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task("Reading", total=total)
+
+        def told(reading: Reading) -> None:
+            summary.add(reading)
+            progress.update(task, advance=1, description=f"Reading, {summary.recovered:,} messages recovered")
+
+        yield told

@@ -1,0 +1,91 @@
+"""`archiver worker` and `archiver rebuild`: background work alone, and the archive anew."""
+
+import sys
+
+import click
+import structlog
+from prometheus_client import start_http_server
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from archiver import database, schema, settings, telemetry
+from archiver.cli import connection
+from archiver.rebuild import count_events
+from archiver.rebuild import rebuild as replay
+from archiver.settings import Settings
+from archiver.worker import Worker, reconciling, timing_of
+
+log = structlog.get_logger(__name__)
+
+
+@click.command()
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of loopback."
+)
+def worker(metrics_port: int | None) -> None:
+    """Read histories in the background, until told to stop. Any number of workers, on any number of machines.
+
+    `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
+    """
+    configuration = settings.read()
+    telemetry.configure_logs(configuration.log_level, configuration.log_format)
+    if not configuration.callhq_api_key.get_secret_value():
+        raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
+    with connection.lasting_database_url(configuration, create=False) as url:
+        with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
+            schema.check(opened)
+        if metrics_port is not None:
+            _serve_metrics(metrics_port)
+        work(configuration, url)
+
+
+def _serve_metrics(port: int) -> None:
+    try:
+        start_http_server(port, addr="127.0.0.1")
+    except OSError as error:
+        raise settings.SettingsError(
+            f"Cannot listen on 127.0.0.1:{port}: {error.strerror or error}. Choose another --metrics-port."
+        ) from None
+
+
+def work(configuration: Settings, url: str) -> None:
+    """Background work until SIGTERM or Ctrl-C."""
+    connection.run(_work(configuration, url))
+
+
+async def _work(configuration: Settings, url: str) -> None:
+    parsed = database.database_url(url)
+    async with reconciling(configuration, parsed) as (engine, reconciler, _):
+        log.info("working", api=configuration.callhq_api_url)
+        await Worker(configuration, parsed, engine, reconciler).run()
+    log.info("stopped")
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rebuild(*, yes: bool) -> None:
+    """Derive sessions, chats and messages anew from the ledger, while the receiver goes on.
+
+    Session by session: dashboards never see an empty archive. Stopped half-way, nothing is lost; run it again.
+    """
+    configuration = settings.read()
+    with connection.engine(configuration, create=False) as engine:
+        with database.transaction(engine, statement_seconds=600) as opened:
+            schema.check(opened)
+            events = count_events(opened)
+        if not yes and not click.confirm(f"Derive the archive anew from {events:,} ledger rows?", err=True):
+            click.echo("archiver: nothing was done", err=True)
+            sys.exit(1)
+        columns = (
+            TextColumn("Rebuilding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        done = 0
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=events)
+            for read in replay(engine, timing_of(configuration)):
+                done += read
+                progress.update(task, completed=done, total=max(events, done))
+    click.echo(f"The archive was derived anew from {done:,} ledger rows.")

@@ -1,0 +1,148 @@
+"""Facts that no webhook tells: answers to our history calls, and sessions that the application registered. Pure."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from archiver import events
+from archiver.events import Event, Message, UnreadableError
+
+READ = "history.read"  # the messages of the session
+GONE = "history.gone"  # 404 or 410
+UNREADABLE = "history.unreadable"  # an answer of a shape that we do not know
+UNAVAILABLE = "history.unavailable"  # no answer at all until the session had expired
+READINGS = frozenset({READ, GONE, UNREADABLE, UNAVAILABLE})
+REGISTERED = "session.registered"
+
+SOURCE = "history"
+APPLICATION = "application"
+
+MAX_MESSAGES = 200_000  # of one session
+MAX_REGISTRATIONS = 1_000  # of one request
+
+_GONE = frozenset({404, 410})
+# The same messages told again are the same fact, whenever upstream says that it touched them.
+_TIMES = frozenset({"updatedAt"})
+
+
+class Told(msgspec.Struct, frozen=True, gc=False):
+    """What a reading or a registration tells of a session; None where it does not."""
+
+    messages: tuple[Message, ...] | None = None
+    name: str | None = None
+    status: str | None = None
+    assistant_id: str | None = None
+    created_at: datetime | None = None
+
+
+NOTHING_TOLD = Told()
+
+
+def observe(session_id: str, status: int, body: bytes) -> Event:
+    """The fact that an answer to `GET /chats/session/{id}` is; `status` is HTTP's, `body` the exact bytes.
+
+    Never raises: an answer that cannot be read is a fact too.
+    """
+    if status in _GONE:
+        return _event(GONE, session_id, body, [status])
+    session = _session(session_id, body) if status in range(200, 300) else None
+    if session is None:
+        return _event(UNREADABLE, session_id, body, [status, hashlib.sha256(body).hexdigest()])
+    return _event(READ, session_id, body, [{name: session[name] for name in session if name not in _TIMES}])
+
+
+def give_up(session_id: str) -> Event:
+    """The fact that a session expired before any answer was to be had."""
+    return _event(UNAVAILABLE, session_id, json.dumps({"sessionId": session_id}).encode(), [])
+
+
+def register(session: Mapping[str, Any]) -> Event:
+    """The fact that the application opened a session: `id`, and what it tells of `name`, `assistantId`, `createdAt`.
+
+    Raises `UnreadableError` for an id that is none.
+    """
+    session_id = events.identifier(session.get("id"))
+    if session_id is None:
+        raise UnreadableError("no_session_id")
+    return _event(REGISTERED, session_id, json.dumps(session).encode(), [dict(session)])
+
+
+def registrations(body: bytes) -> list[Event]:
+    """The sessions in `{"ids": [...]}` or `{"sessions": [{"id", ...}]}`.
+
+    Raises `ValueError`; the text says what is wrong.
+    """
+    try:
+        document = events.decode(body)
+    except UnreadableError:
+        raise ValueError("The body is not JSON.") from None
+    ids = document.get("ids", []) if isinstance(document, dict) else None
+    objects = document.get("sessions", []) if isinstance(document, dict) else None
+    if not isinstance(ids, list) or not isinstance(objects, list) or not ids + objects:
+        raise ValueError('Send {"ids": ["..."]} or {"sessions": [{"id": "..."}]}, with at least one.')
+    if len(ids) + len(objects) > MAX_REGISTRATIONS:
+        raise ValueError(f"Send at most {MAX_REGISTRATIONS} sessions at a time.")
+    told = [{"id": session_id} for session_id in ids] + objects
+    return [_registration(number, session) for number, session in enumerate(told, 1)]
+
+
+def _registration(number: int, session: Any) -> Event:
+    try:
+        return register(session if isinstance(session, dict) else {})
+    except UnreadableError as error:
+        reason = events.REASONS.get(str(error), "It has no id.")
+        raise ValueError(f"Session {number}: {reason}") from None
+
+
+def told(kind: str, session_id: str, body: bytes) -> Told:
+    """What the bytes of such a fact tell; nothing where they cannot be read."""
+    if kind == REGISTERED:
+        document = _decoded(body)
+        return _told(document, None) if isinstance(document, dict) else NOTHING_TOLD
+    session = _session(session_id, body) if kind == READ else None
+    return NOTHING_TOLD if session is None else _told(session, _messages(session["messages"]))
+
+
+def _event(kind: str, session_id: str, body: bytes, fact: list[Any]) -> Event:
+    key = events.digest([kind, *fact])
+    return Event(kind, body, key, session_id, chat_id=None, chat=None, occurred_at=None)
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return events.decode(body)
+    except UnreadableError:
+        return None
+
+
+def _session(session_id: str, body: bytes) -> dict[str, Any] | None:
+    """The session object of an answer; None unless it has the shape of one, and is the one that was asked for."""
+    document = _decoded(body)
+    data = document.get("data") if isinstance(document, dict) else None
+    for place in (document, data):
+        for candidate in (place.get("session"), place) if isinstance(place, dict) else ():
+            if isinstance(candidate, dict) and _messages(candidate.get("messages")) is not None:
+                return candidate if candidate.get("id") is None or str(candidate["id"]) == session_id else None
+    return None
+
+
+def _messages(value: Any) -> tuple[Message, ...] | None:
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        return None
+    if not all(isinstance(item, dict) and isinstance(item.get("role"), str) and "content" in item for item in value):
+        return None
+    return events.messages_of(value, "")
+
+
+def _told(session: Mapping[str, Any], messages: tuple[Message, ...] | None) -> Told:
+    return Told(
+        messages,
+        name=events.label(session.get("name")),
+        status=events.label(session.get("status")),
+        assistant_id=events.label(session.get("assistantId")),
+        created_at=events.timestamp(session.get("createdAt")),
+    )

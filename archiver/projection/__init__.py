@@ -1,0 +1,120 @@
+"""The archive from the ledger: `project` brings it up to date with new facts, `rederive` makes whole sessions anew.
+
+A turn is a pure function of all facts about it (`turns`), and a session of which history is known is one of all its
+facts (`sessions`): whatever their order, the archive ends the same (I5), and the ledger alone rebuilds it (I10).
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection
+
+from archiver import events, history, telemetry
+from archiver.projection import facts as ledger_facts
+from archiver.projection import rows
+from archiver.projection.coverage import Timing
+from archiver.projection.facts import UNPLACED, Key
+from archiver.projection.sessions import derive
+from archiver.projection.turns import Fact, Turn, fold
+
+__all__ = ["UNPLACED", "Fact", "Key", "Timing", "Turn", "fold", "project", "rederive"]
+
+
+MAX_HOMES = 50  # sessions of one chat
+
+
+class TooManyHomesError(Exception):
+    """A chat that does not tell its session is known in so many sessions that it says nothing."""
+
+
+def project(connection: Connection, facts: Sequence[Fact], timing: Timing) -> None:
+    """Bring the archive up to date with facts that the same transaction has just put into the ledger.
+
+    The caller holds the lock that `ledger` takes for facts without a session.
+    """
+    told = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
+    others = [fact for fact in facts if fact.source != "webhook"]
+    if not told and not others:
+        return
+    placed = _place(connection, told)
+    heard: dict[str, list[datetime]] = defaultdict(list)
+    for (session_id, _), own in placed.items():
+        heard[session_id] += [fact.received_at for fact in own]
+    for fact in others:
+        heard[fact.event.session_id].append(fact.received_at)
+    heard.pop(UNPLACED, None)
+    # Locks the sessions: from here on nobody else projects their turns.
+    read = rows.upsert_sessions(connection, heard, timing) | {fact.event.session_id for fact in others}
+    _project_turns(connection, {key: own for key, own in placed.items() if key[0] not in read}, timing)
+    released = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
+    rederive(connection, sorted(read), timing, released)
+
+
+def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing) -> None:
+    """Turns of sessions that no reading told of stand alone, and are written without a look at their neighbours."""
+    if not placed:
+        return
+    earlier = ledger_facts.select_other_facts(connection, _own_keys(placed))
+    known = {key: [*_told_now(own), *earlier.get(key, ())] for key, own in sorted(placed.items())}
+    turns = {key: fold(facts) for key, facts in known.items() if facts}
+    rows.upsert_turns(connection, turns)
+    revised = [key for key in turns if key in earlier]
+    if revised:
+        # A fact that did not tell its session may have come first.
+        homes = {key[0]: [fact.received_at for fact in earlier[key]] for key in revised if key[0] != UNPLACED}
+        rows.upsert_sessions(connection, homes, timing)
+        rows.delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
+        rows.delete_unplaced(connection, [chat_id for session_id, chat_id in revised if session_id != UNPLACED])
+
+
+def rederive(
+    connection: Connection, session_ids: Sequence[str], timing: Timing, released: Collection[str] = ()
+) -> None:
+    """Make these sessions anew from all that the ledger tells of them, and write what differs.
+
+    The caller has their rows locked. A session of which the ledger tells nothing is removed. Whoever had `released`
+    leased is done with them.
+    """
+    if not session_ids:
+        return
+    stories = ledger_facts.select_stories(connection, session_ids)
+    archived = rows.select_archived(connection, session_ids)
+    derived = [derive(story, timing) for story in stories.values()]
+    telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, released))
+    rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in stories])
+    rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
+
+
+def _own_keys(placed: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
+    """The turns to look up, in their session and among those without one, each with the facts that are at hand."""
+    own: dict[Key, list[bytes]] = {key: [] for key in placed}
+    own |= {(UNPLACED, chat_id): [] for _, chat_id in placed}
+    for (_, chat_id), facts in placed.items():
+        for fact in _told_now(facts):
+            own[fact.event.session_id, chat_id].append(fact.event.dedupe_key)
+    return own
+
+
+def _told_now(facts: Iterable[Fact]) -> list[Fact]:
+    return [fact for fact in facts if not fact.is_repeat]
+
+
+def _place(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:
+    """The facts by turn; one that does not tell its session goes to every session known to hold its chat."""
+    homeless = {str(fact.event.chat_id) for fact in facts if fact.event.session_id == UNPLACED}
+    homes: dict[str | None, set[str]] = defaultdict(set)
+    for fact in facts:
+        if fact.event.session_id != UNPLACED and fact.event.chat_id in homeless:
+            homes[fact.event.chat_id].add(fact.event.session_id)
+    for session_id, chat_id in rows.select_homes(connection, homeless) if homeless else ():
+        homes[chat_id].add(session_id)
+    if any(len(found) > MAX_HOMES for found in homes.values()):
+        raise TooManyHomesError
+    placed: dict[Key, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        chat_id = str(fact.event.chat_id)
+        told = fact.event.session_id
+        for session_id in {told} if told != UNPLACED else homes[chat_id] or {UNPLACED}:
+            placed[session_id, chat_id].append(fact)
+    return placed

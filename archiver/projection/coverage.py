@@ -1,0 +1,132 @@
+"""How complete a session is known to be, and when its history is to be read next. Pure: from ledger facts alone."""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Literal
+
+import msgspec
+
+from archiver import history
+from archiver.alignment import Line
+from archiver.history import Told
+from archiver.projection.turns import Turn
+
+State = Literal["open", "complete", "repaired", "unverified", "lost"]
+
+_LONGEST_DOUBLING = 20  # of the quiet time: more than fit into any lifetime
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """`quiet`: wait so long after a session's last event; `lifetime`: after so long upstream forgets the session."""
+
+    quiet: timedelta = timedelta(seconds=300)
+    lifetime: timedelta = timedelta(seconds=86_400)
+
+    @property
+    def margin(self) -> timedelta:
+        """So long before the end of its life a session is read for the last time."""
+        return min(max(self.lifetime / 24, 2 * self.quiet), self.lifetime / 2)
+
+    def read_by(self, opened_at: datetime) -> datetime:
+        """When the last reading of a session is due."""
+        return opened_at + self.lifetime - self.margin
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False):
+    """One distinct answer to our history calls: `kind` of `history.READINGS`, when first and last, how often."""
+
+    kind: str
+    first_at: datetime
+    last_at: datetime
+    count: int
+    told: Told
+
+
+class Coverage(msgspec.Struct, frozen=True, gc=False):
+    """A session's row in `analytics.coverage`."""
+
+    state: State
+    reason: str
+    reconciled_at: datetime | None
+    read_at: datetime | None
+    repaired_messages: int
+
+
+# Why a session is in its state; docs/data-model.md explains each.
+NEVER_READ = "awaiting_history"
+NEWS = "events_after_reading"
+AGREED = "agreed"
+REPAIRED = "history_supplied_messages"
+PARTIAL = "turns_not_in_history"
+UNSEEN = "content_never_seen"
+_UNREAD = {
+    history.GONE: "history_gone",
+    history.UNREADABLE: "history_unreadable",
+    history.UNAVAILABLE: "history_unavailable",
+    history.READ: "history_empty",
+}
+
+
+def cover(
+    turns: Mapping[str, Turn], readings: Sequence[Reading], lines: Sequence[Line], last_event_at: datetime
+) -> Coverage:
+    """The coverage of a session: its turns, its readings in order of time, and the transcript they make."""
+    repaired = _repaired(lines)
+    if not readings:
+        return Coverage("open", NEVER_READ, None, None, 0)
+    newest = readings[-1]
+    told = [reading.last_at for reading in readings if reading.kind == history.READ]
+    state, reason = _state(turns, newest, lines, last_event_at, repaired)
+    return Coverage(state, reason, max(told, default=None), newest.last_at, repaired)
+
+
+def _state(
+    turns: Mapping[str, Turn], newest: Reading, lines: Sequence[Line], last_event_at: datetime, repaired: int
+) -> tuple[State, str]:
+    if last_event_at > newest.last_at:
+        return "open", NEWS
+    # A turn whose content no webhook told may be one of those that only history knows.
+    unseen = sum(not turn.is_told for turn in turns.values()) > sum(line.source == "history" for line in lines)
+    confirmed = {line.chat_id for line in lines if line.first_read_at is not None}
+    has_told = any(line.first_read_at is not None for line in lines)
+    is_agreed = not _unconfirmed(turns, lines, confirmed)
+    told_nothing = newest.kind == history.READ and not newest.told.messages
+    if unseen:
+        return "lost", UNSEEN
+    if not is_agreed:
+        is_partial = newest.kind == history.READ and not told_nothing
+        return "unverified", PARTIAL if is_partial else _UNREAD[newest.kind]
+    if not has_told and newest.kind != history.READ:
+        return "unverified", _UNREAD[newest.kind]
+    return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
+
+
+def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line], confirmed: Collection[str | None]) -> bool:
+    """Whether a turn that was not deleted, and has content, was never shown by any reading."""
+    deleted = {chat_id for chat_id, turn in turns.items() if turn.deleted_at is not None}
+    told = {line.chat_id for line in lines if line.chat_id is not None and line.content.strip()}
+    return bool(told - deleted - set(confirmed))
+
+
+def _repaired(lines: Sequence[Line]) -> int:
+    """Messages that history supplied; but what stands before any turn no webhook could have carried."""
+    first = next((n for n, line in enumerate(lines) if line.chat_id is not None or line.role == "user"), len(lines))
+    return sum(line.source == "history" for line in lines[first:])
+
+
+def next_reading(
+    timing: Timing, opened_at: datetime, last_event_at: datetime, readings: Sequence[Reading]
+) -> datetime | None:
+    """When the history is to be read next; None: never again.
+
+    After a quiet time; then ever later, twice as long each time that nothing changed; a last time before upstream
+    forgets the session.
+    """
+    read_by = timing.read_by(opened_at)
+    if not readings or last_event_at > readings[-1].last_at:
+        return min(last_event_at + timing.quiet, max(read_by, last_event_at))
+    newest = readings[-1]
+    if newest.last_at >= read_by or newest.kind == history.UNAVAILABLE:
+        return None
+    doubled: int = 2 ** min(newest.count, _LONGEST_DOUBLING)
+    return min(newest.last_at + timing.quiet * doubled, read_by)

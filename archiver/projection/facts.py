@@ -1,0 +1,155 @@
+"""What the ledger tells of turns and sessions, read back."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, text
+
+from archiver import events, history, telemetry
+from archiver.projection.coverage import Reading
+from archiver.projection.sessions import Story
+from archiver.projection.turns import Fact, fold
+
+UNPLACED = ""  # the session of a turn whose session no delivery has told
+
+Key = tuple[str, str]  # session_id, chat_id
+
+# Facts about the same turns that are not this batch's own, be their session told or not. The keys stand in a
+# materialized CTE because a distributed ledger joins to nothing else.
+_SELECT_OTHER_FACTS = text(
+    """
+    WITH keys AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text, own text[])
+    )
+    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
+      FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
+     WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own)
+       AND e.type IN ('chat.created', 'chat.deleted') AND e.body IS NOT NULL
+    """
+)
+
+
+def select_other_facts(connection: Connection, own: Mapping[Key, Sequence[bytes]]) -> dict[Key, list[Fact]]:
+    """The ledger's facts about these turns, but for those with the dedupe keys given, by the turn in its session."""
+    # As JSON, because the driver writes an array item by item.
+    keys = [
+        {"session_id": key[0], "chat_id": key[1], "own": [digest.hex() for digest in digests]}
+        for key, digests in own.items()
+    ]
+    homes: dict[str, list[Key]] = defaultdict(list)
+    for key in own:
+        homes[key[1]].append(key)
+    found: dict[Key, list[Fact]] = defaultdict(list)
+    for row in connection.execute(_SELECT_OTHER_FACTS, {"keys": msgspec.json.encode(keys).decode()}):
+        fact = _fact(row)
+        if fact is None:
+            continue
+        for key in [(row.session_id, row.chat_id)] if row.session_id != UNPLACED else homes[row.chat_id]:
+            found[key].append(fact)
+    return found
+
+
+def _fact(row: Row[Any]) -> Fact | None:
+    event = events.parse(row.body)
+    if isinstance(event, events.Malformed):
+        # Stored by a version that could read it: its turn keeps what the other facts tell.
+        telemetry.unreadable_facts.labels(event.reason).inc()
+        return None
+    return Fact(event, row.source, row.received_at, row.occurred_at)
+
+
+_SELECT_FACTS = text(
+    """
+    SELECT e.session_id, e.type, e.source, e.chat_id, e.received_at, e.last_received_at, e.delivery_count,
+           e.occurred_at, e.body
+      FROM archiver.events e
+     WHERE e.session_id = ANY (:session_ids) AND e.body IS NOT NULL
+       AND (e.source <> 'webhook' OR e.type IN ('chat.created', 'chat.deleted'))
+     ORDER BY e.id
+    """
+)
+
+_SELECT_UNPLACED = text(
+    """
+    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
+      FROM archiver.events e
+     WHERE e.session_id = '' AND e.chat_id = ANY (:chat_ids) AND e.body IS NOT NULL
+       AND e.type IN ('chat.created', 'chat.deleted')
+    """
+)
+
+
+def select_stories(connection: Connection, session_ids: Sequence[str]) -> dict[str, Story]:
+    """All that the ledger tells of these sessions, by session; none for those of which it tells nothing."""
+    found = connection.execute(_SELECT_FACTS, {"session_ids": list(session_ids)}).all()
+    of_session: dict[str, list[Row[Any]]] = defaultdict(list)
+    for row in found:
+        of_session[row.session_id].append(row)
+    chat_ids = sorted({row.chat_id for row in found if row.source == "webhook"})
+    unplaced: dict[str, list[Row[Any]]] = defaultdict(list)
+    if chat_ids:
+        for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": chat_ids}):
+            unplaced[row.chat_id].append(row)
+    return {session_id: _story(session_id, own, unplaced) for session_id, own in of_session.items()}
+
+
+_SELECT_UNPLACED_PAGE = text(
+    """
+    WITH page AS MATERIALIZED (
+        SELECT DISTINCT chat_id FROM archiver.events
+         WHERE session_id = '' AND chat_id > :after AND type IN ('chat.created', 'chat.deleted')
+         ORDER BY chat_id LIMIT :most
+    )
+    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
+      FROM page JOIN archiver.events e ON e.session_id = '' AND e.chat_id = page.chat_id
+     WHERE e.body IS NOT NULL AND e.type IN ('chat.created', 'chat.deleted')
+     ORDER BY e.chat_id
+    """
+)
+
+
+def select_unplaced(connection: Connection, after: str, most: int) -> dict[str, list[Fact]]:
+    """The facts that do not tell their session, of so many chats after this id, by chat and in order of ids."""
+    found: dict[str, list[Fact]] = {}
+    for row in connection.execute(_SELECT_UNPLACED_PAGE, {"after": after, "most": most}):
+        fact = _fact(row)
+        found.setdefault(row.chat_id, []).extend([fact] if fact is not None else [])
+    return found
+
+
+def _story(session_id: str, found: Sequence[Row[Any]], unplaced: Mapping[str, Sequence[Row[Any]]]) -> Story:
+    chats: dict[str, list[Row[Any]]] = defaultdict(list)
+    for row in found:
+        if row.source == "webhook":
+            chats[row.chat_id].append(row)
+    for chat_id, own in chats.items():
+        own.extend(unplaced.get(chat_id, ()))
+    told = sorted((row for row in found if row.source != "webhook"), key=lambda row: row.last_received_at)
+    turns = {chat_id: _facts(own) for chat_id, own in chats.items()}
+    return Story(
+        session_id,
+        turns={chat_id: fold(facts) for chat_id, facts in turns.items() if facts},
+        readings=[
+            Reading(row.type, row.received_at, row.last_received_at, row.delivery_count, _told(row))
+            for row in told
+            if row.type in history.READINGS
+        ],
+        registrations=[(row.received_at, _told(row)) for row in told if row.type == history.REGISTERED],
+        strays=[chat_id for chat_id in chats if chat_id in unplaced],
+        heard_at=[*_arrivals(chats.values()), *(row.received_at for row in told if row.type == history.REGISTERED)],
+    )
+
+
+def _facts(rows: Iterable[Row[Any]]) -> list[Fact]:
+    return [fact for row in rows if (fact := _fact(row)) is not None]
+
+
+def _arrivals(chats: Iterable[Sequence[Row[Any]]]) -> list[datetime]:
+    return [row.received_at for own in chats for row in own]
+
+
+def _told(row: Row[Any]) -> history.Told:
+    return history.told(row.type, row.session_id, row.body)

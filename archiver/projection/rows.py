@@ -1,0 +1,244 @@
+"""The rows of sessions, chats and messages: the only module that writes these three tables."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Table, and_, bindparam, delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
+
+from archiver import tables
+from archiver.database import RowsInsert
+from archiver.projection.coverage import Timing
+from archiver.projection.facts import UNPLACED, Key
+from archiver.projection.sessions import Rows, chat_row
+from archiver.projection.turns import Turn
+
+Row = dict[str, Any]
+
+_CHAT_IDS = bindparam("chat_ids", type_=ARRAY(TEXT))
+_SESSION_IDS = bindparam("session_ids", type_=ARRAY(TEXT))
+
+
+def select_homes(connection: Connection, chat_ids: Iterable[str]) -> list[Key]:
+    """The sessions that are known to hold these chats."""
+    chats = tables.chats.c
+    statement = select(chats.session_id, chats.chat_id).where(
+        chats.chat_id == func.any(_CHAT_IDS), chats.session_id != UNPLACED
+    )
+    return [(row.session_id, row.chat_id) for row in connection.execute(statement, {"chat_ids": sorted(chat_ids)})]
+
+
+def _session_upsert() -> RowsInsert:
+    sessions = tables.sessions
+    statement = insert(sessions)
+    new = statement.excluded
+    read_by = func.least(sessions.c.read_by, new.read_by)
+    last_event_at = func.greatest(sessions.c.last_event_at, new.last_event_at)
+    changes = {
+        "first_event_at": func.least(sessions.c.first_event_at, new.first_event_at),
+        "last_event_at": last_event_at,
+        "read_by": read_by,
+        # After a quiet time, or earlier where upstream is about to forget the session.
+        "reconcile_at": func.least(
+            func.greatest(sessions.c.reconcile_at, new.reconcile_at), func.greatest(read_by, last_event_at)
+        ),
+    }
+    upsert = statement.on_conflict_do_update(index_elements=[sessions.c.session_id], set_=changes)
+    return RowsInsert(upsert.returning(sessions.c.session_id, sessions.c.read_at), ["session_id", *changes])
+
+
+_UPSERT_SESSION = _session_upsert()
+
+
+def upsert_sessions(connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing) -> set[str]:
+    """Lock these sessions, in order of their ids, and note when they were heard of; answers those once read."""
+    new = []
+    for session_id in sorted(heard):
+        first, last = min(heard[session_id]), max(heard[session_id])
+        read_by = timing.read_by(first)
+        new.append(
+            {
+                "session_id": session_id,
+                "first_event_at": first,
+                "last_event_at": last,
+                "read_by": read_by,
+                "reconcile_at": min(last + timing.quiet, max(read_by, last)),
+            }
+        )
+    return {row.session_id for row in _UPSERT_SESSION.execute(connection, new) if row.read_at is not None}
+
+
+def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> RowsInsert:
+    """Every column but the key becomes what the row says: it is the whole truth about what it stands for."""
+    statement = insert(table)
+    columns = [column.name for column in table.c if column.name not in unset]
+    changes = {name: statement.excluded[name] for name in columns if name not in keys}
+    return RowsInsert(statement.on_conflict_do_update(index_elements=list(keys), set_=changes), columns)
+
+
+_CHAT_KEY = ("session_id", "chat_id")
+_MESSAGE_KEY = ("session_id", "chat_id", "ordinal")
+_UPSERT_CHAT = _upsert(tables.chats, _CHAT_KEY)
+_UPSERT_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY)
+_UPSERT_UNREAD_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY, unset=("place", "in_history"))
+_UPSERT_WHOLE_SESSION = _upsert(tables.sessions, ("session_id",))
+
+
+def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
+    """Write turns, with their messages, of sessions that were never read."""
+    _UPSERT_CHAT.execute(connection, [chat_row(*key, turn) for key, turn in turns.items()])
+    messages = [
+        {
+            "session_id": session_id,
+            "chat_id": chat_id,
+            "ordinal": ordinal,
+            "role": message.role,
+            "content": message.content,
+            "source": turn.source,
+        }
+        for (session_id, chat_id), turn in turns.items()
+        for ordinal, message in enumerate(turn.messages)
+    ]
+    _UPSERT_UNREAD_MESSAGE.execute(connection, messages)
+
+
+_DELETE_SURPLUS = delete(tables.messages).where(
+    and_(
+        tables.messages.c.session_id == bindparam("of_session"),
+        tables.messages.c.chat_id == bindparam("of_chat"),
+        tables.messages.c.ordinal >= bindparam("kept"),
+    )
+)
+
+
+def delete_surplus_messages(connection: Connection, kept: Mapping[Key, int]) -> None:
+    """A newer revision may have fewer messages than the one that it replaces."""
+    if kept:
+        connection.execute(
+            _DELETE_SURPLUS,
+            [{"of_session": key[0], "of_chat": key[1], "kept": count} for key, count in sorted(kept.items())],
+        )
+
+
+def delete_unplaced(connection: Connection, chat_ids: Sequence[str]) -> None:
+    """A turn whose session became known no longer stands among those without one."""
+    for table in (tables.messages, tables.chats) if chat_ids else ():
+        connection.execute(
+            delete(table).where(table.c.session_id == UNPLACED, table.c.chat_id == func.any(_CHAT_IDS)),
+            {"chat_ids": list(chat_ids)},
+        )
+
+
+_DELETE_UNPLACED_BETWEEN = [
+    delete(table).where(
+        table.c.session_id == UNPLACED,
+        table.c.chat_id > bindparam("after"),
+        or_(bindparam("last", type_=TEXT).is_(None), table.c.chat_id <= bindparam("last", type_=TEXT)),
+    )
+    for table in (tables.messages, tables.chats)
+]
+
+
+def delete_unplaced_between(connection: Connection, after: str, last: str | None) -> None:
+    """Remove what stands without a session under the chat ids after `after`, up to `last` or to the end."""
+    for statement in _DELETE_UNPLACED_BETWEEN:
+        connection.execute(statement, {"after": after, "last": last})
+
+
+def lock_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
+    """Keep others from projecting turns of these sessions until the end of the transaction."""
+    if session_ids:
+        # No FOR UPDATE: a distributed table has none across sessions.
+        touched = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
+        connection.execute(touched.values(read_by=tables.sessions.c.read_by), {"session_ids": list(session_ids)})
+
+
+def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
+    """Remove sessions of which nothing is known, with all that is theirs."""
+    for table in (tables.messages, tables.chats, tables.sessions) if session_ids else ():
+        connection.execute(
+            delete(table).where(table.c.session_id == func.any(_SESSION_IDS)), {"session_ids": list(session_ids)}
+        )
+
+
+class Archived(msgspec.Struct):
+    """What the archive holds of some sessions, by key."""
+
+    sessions: dict[str, Row]
+    chats: dict[Key, Row]
+    messages: dict[tuple[str, str, int], Row]
+
+
+def select_archived(connection: Connection, session_ids: Sequence[str]) -> Archived:
+    """The rows of these sessions."""
+
+    def rows_of(table: Table) -> Iterable[Row]:
+        statement = select(table).where(table.c.session_id == func.any(_SESSION_IDS))
+        return (dict(row) for row in connection.execute(statement, {"session_ids": list(session_ids)}).mappings())
+
+    return Archived(
+        sessions={row["session_id"]: row for row in rows_of(tables.sessions)},
+        chats={(row["session_id"], row["chat_id"]): row for row in rows_of(tables.chats)},
+        messages={(row["session_id"], row["chat_id"], row["ordinal"]): row for row in rows_of(tables.messages)},
+    )
+
+
+def write_difference(
+    connection: Connection, archived: Archived, derived: Sequence[Rows], released: Collection[str]
+) -> int:
+    """Bring the archive from what it holds to what was derived, writing only rows that differ.
+
+    The leases of the sessions `released` end.
+
+    Answers by how many messages of the kind that only history told there are more than before.
+    """
+    sessions: dict[str, Row] = {}
+    for rows in derived:
+        session_id = rows.session["session_id"]
+        old = archived.sessions.get(session_id)
+        lease = None if old is None or session_id in released else old["leased_until"]
+        sessions[session_id] = rows.session | {"leased_until": lease}
+    chats = {(row["session_id"], row["chat_id"]): row for rows in derived for row in rows.chats}
+    messages = {(m["session_id"], m["chat_id"], m["ordinal"]): m for rows in derived for m in rows.messages}
+    changed = [row for key, row in sorted(sessions.items()) if _differs(row, archived.sessions.get(key))]
+    _UPSERT_WHOLE_SESSION.execute(connection, changed)
+    _UPSERT_CHAT.execute(connection, _changed(chats, archived.chats))
+    _UPSERT_MESSAGE.execute(connection, _changed(messages, archived.messages))
+    _delete_all_but(connection, tables.messages, _MESSAGE_KEY, archived.messages.keys() - messages.keys(), sessions)
+    _delete_all_but(connection, tables.chats, _CHAT_KEY, archived.chats.keys() - chats.keys(), sessions)
+    return sum(
+        max(0, row["repaired_messages"] - archived.sessions.get(key, _UNREPAIRED)["repaired_messages"])
+        for key, row in sessions.items()
+    )
+
+
+_UNREPAIRED: Row = {"repaired_messages": 0}
+
+
+def _changed(new: Mapping[Any, Row], old: Mapping[Any, Row]) -> list[Row]:
+    return [row for key, row in sorted(new.items()) if _differs(row, old.get(key))]
+
+
+def _differs(new: Row, old: Row | None) -> bool:
+    if old is None:
+        return True
+    # Postgres keeps JSON in an order of its own.
+    new = new | {"variables": msgspec.json.decode(new["variables"])} if new.get("variables") else new
+    return any(old[name] != value for name, value in new.items())
+
+
+def _delete_all_but(
+    connection: Connection,
+    table: Table,
+    names: Sequence[str],
+    keys: Iterable[tuple[Any, ...]],
+    sessions: Mapping[str, Row],
+) -> None:
+    gone = [
+        dict(zip((f"of_{name}" for name in names), key, strict=True)) for key in sorted(keys) if key[0] in sessions
+    ]
+    if gone:
+        of_key = and_(*(table.c[name] == bindparam(f"of_{name}") for name in names))
+        connection.execute(delete(table).where(of_key), gone)

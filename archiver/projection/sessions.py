@@ -1,0 +1,184 @@
+"""A session of which history is known, as a whole: turns and readings to the rows of the archive (I6, I7). Pure."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from archiver import alignment, history
+from archiver.alignment import Line
+from archiver.events import OURS
+from archiver.history import Told
+from archiver.projection import coverage
+from archiver.projection.coverage import Reading, Timing
+from archiver.projection.turns import Turn
+
+Row = dict[str, Any]
+
+HEAD = OURS  # stands for a chat where something was said before any turn
+
+
+class Story(msgspec.Struct):
+    """What the ledger tells of one session: turns by chat id, readings and registrations in order of time."""
+
+    session_id: str
+    turns: Mapping[str, Turn]
+    readings: Sequence[Reading]
+    registrations: Sequence[tuple[datetime, Told]]
+    heard_at: Sequence[datetime]  # arrivals of all that is not a reading
+    strays: Sequence[str]  # its chats of which some facts did not tell the session
+
+
+class Rows(msgspec.Struct):
+    """A session in the archive."""
+
+    session: Row
+    chats: list[Row]
+    messages: list[Row]
+
+
+def derive(story: Story, timing: Timing) -> Rows:
+    """The rows of a session, whatever the order in which its facts came."""
+    lines = alignment.transcript(
+        [_aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
+        [
+            alignment.Reading(reading.told.messages, reading.last_at)
+            for reading in story.readings
+            if reading.told.messages is not None
+        ],
+    )
+    keys = _chat_keys(lines)
+    chats = [chat_row(story.session_id, chat_id, turn) for chat_id, turn in story.turns.items()]
+    return Rows(
+        session=_session_row(story, lines, timing),
+        chats=chats + _found_chats(story, lines, keys),
+        messages=_message_rows(story, lines, keys),
+    )
+
+
+def _aligned(chat_id: str, turn: Turn) -> alignment.Turn:
+    is_deleted = turn.deleted_at is not None
+    return alignment.Turn(chat_id, turn.messages, turn.inputs, turn.began_at, turn.told_at, is_deleted)
+
+
+def _chat_keys(lines: Sequence[Line]) -> list[str]:
+    """The chat id of each line; where only history knows the turn one of our own making: a user's words begin it."""
+    keys: list[str] = []
+    found, before = 0, None
+    for line in lines:
+        if line.chat_id is not None:
+            keys.append(line.chat_id)
+        elif _begins_turn(line, before):
+            found += 1
+            keys.append(f"{OURS}{found}")
+        else:
+            keys.append(keys[-1] if keys else HEAD)
+        before = line
+    return keys
+
+
+def _begins_turn(line: Line, before: Line | None) -> bool:
+    if before is None:
+        return line.role == "user"
+    return before.chat_id is not None or (line.role == "user" and before.role != "user")
+
+
+def _found_chats(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> list[Row]:
+    first: dict[str, Line] = {}
+    for line, key in zip(lines, keys, strict=True):
+        if key.startswith(OURS) and key != HEAD:
+            first.setdefault(key, line)
+    nothing = dict.fromkeys(CHAT_COLUMNS)
+    return [
+        nothing
+        | {
+            "session_id": story.session_id,
+            "chat_id": key,
+            "first_received_at": line.first_read_at,
+            "source": history.SOURCE,
+        }
+        for key, line in first.items()
+    ]
+
+
+def _message_rows(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> list[Row]:
+    rows: list[Row] = []
+    ordinals: dict[str, int] = {}
+    for place, (line, key) in enumerate(zip(lines, keys, strict=True), 1):
+        ordinal = ordinals.get(key, 0)
+        ordinals[key] = ordinal + 1
+        rows.append(
+            {
+                "session_id": story.session_id,
+                "chat_id": key,
+                "ordinal": ordinal,
+                "role": line.role,
+                "content": line.content,
+                "source": line.source,
+                "place": place if story.readings else None,
+                "in_history": line.in_history,
+            }
+        )
+    return rows
+
+
+CHAT_COLUMNS = (
+    "assistant_id",
+    "external_id",
+    "status",
+    "cost",
+    "variables",
+    "created_at",
+    "updated_at",
+    "session_name",
+    "session_status",
+    "occurred_at",
+    "first_received_at",
+    "deleted_at",
+    "source",
+)
+
+
+def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
+    """A turn as a row of `chats`; `variables` are JSON text."""
+    row: Row = {name: getattr(turn, name) for name in CHAT_COLUMNS}
+    row["session_id"], row["chat_id"] = session_id, chat_id
+    row["variables"] = msgspec.json.encode(turn.variables).decode() if turn.variables else None
+    return row
+
+
+def _session_row(story: Story, lines: Sequence[Line], timing: Timing) -> Row:
+    readings = story.readings
+    first_event_at = min([*story.heard_at, *(reading.first_at for reading in readings)])
+    # A session that nobody mentioned before it was read was last heard of then.
+    last_event_at = max(story.heard_at, default=first_event_at)
+    told = _told_in_order(story)
+    created_at = min((each.created_at for each in told if each.created_at), default=None)
+    opened_at = min(first_event_at, created_at or first_event_at)
+    covered = coverage.cover(story.turns, readings, lines, last_event_at)
+    return {
+        "session_id": story.session_id,
+        "first_event_at": first_event_at,
+        "last_event_at": last_event_at,
+        "coverage": covered.state,
+        "reason": covered.reason,
+        "reconciled_at": covered.reconciled_at,
+        "read_at": covered.read_at,
+        "repaired_messages": covered.repaired_messages,
+        "name": _last(each.name for each in told),
+        "status": _last(each.status for each in told),
+        "assistant_id": _last(each.assistant_id for each in told),
+        "created_at": created_at,
+        "read_by": timing.read_by(opened_at),
+        "reconcile_at": coverage.next_reading(timing, opened_at, last_event_at, readings),
+    }
+
+
+def _told_in_order(story: Story) -> list[Told]:
+    dated = [*story.registrations, *((reading.last_at, reading.told) for reading in story.readings)]
+    return [told for _, told in sorted(dated, key=lambda pair: pair[0])]
+
+
+def _last(values: Any) -> Any:
+    return next((value for value in reversed(list(values)) if value is not None), None)

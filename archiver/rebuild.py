@@ -1,0 +1,54 @@
+"""The archive anew from the ledger (I10), session by session: readers never see it empty, and memory is bounded.
+
+The receiver goes on meanwhile: a page of sessions is locked while it is made anew, and what is recorded later
+projects itself.
+"""
+
+from collections.abc import Callable, Iterator
+
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.exc import DBAPIError
+
+from archiver import ledger, tables
+from archiver.database import is_conflict, transaction
+from archiver.projection import Timing
+from archiver.projection.replay import Page, replay_sessions, replay_unplaced
+
+PAGE_EVENTS = 2_000  # ledger rows of one transaction; a session with more has one of its own
+CONFLICT_RETRIES = 10
+
+
+def count_events(connection: Connection) -> int:
+    """How many ledger rows there are to read."""
+    return connection.scalar(select(func.count()).select_from(tables.events)) or 0
+
+
+def rebuild(engine: Engine, timing: Timing) -> Iterator[int]:
+    """Make every session anew, then the turns without one; yields after each step how many ledger rows it read.
+
+    Stopped half-way, what was made anew stays, and what was not is as it was.
+    """
+    yield from _pages(
+        engine, lambda connection, after: replay_sessions(connection, after, PAGE_EVENTS, timing), exclusive=False
+    )
+    yield from _pages(engine, replay_unplaced, exclusive=True)
+
+
+def _pages(engine: Engine, replay: Callable[[Connection, str], Page], *, exclusive: bool) -> Iterator[int]:
+    after: str | None = ""
+    while after is not None:
+        page = _page(engine, replay, after, exclusive=exclusive)
+        yield page.events
+        after = page.last
+
+
+def _page(engine: Engine, replay: Callable[[Connection, str], Page], after: str, *, exclusive: bool) -> Page:
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            with transaction(engine, statement_seconds=600) as connection:
+                ledger.lock_placement(connection, exclusive=exclusive)
+                return replay(connection, after)
+        except DBAPIError as error:
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")

@@ -1,0 +1,209 @@
+"""Reading histories: each session by one reader at a time, each answer as a fact through the one write path.
+
+No transaction is open while CallHQ is asked: lease, ask, record, and the recording gives the lease back.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from time import perf_counter
+from typing import Literal
+
+import msgspec
+import structlog
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import history, ledger, telemetry
+from archiver.callhq import Client, TooLargeError, UnreachableError
+from archiver.database import run_in_transaction
+from archiver.events import Event
+from archiver.projection import Timing, leases
+from archiver.projection.leases import Standing
+
+log = structlog.get_logger(__name__)
+
+READ_SECONDS = 120  # for one history, retries and pauses included
+LEASE_SECONDS = 2 * READ_SECONDS
+RECORDING = 3  # sessions under way for each call that may be: while some are recorded, others are asked for
+LONGEST_RETRY = timedelta(hours=1)
+
+Submit = Callable[[Event, datetime], Awaitable[str]]
+Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy"]
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False):
+    """What became of one session: the outcome, where it stood before and stands now, and why a failed one failed."""
+
+    session_id: str
+    outcome: Outcome
+    before: Standing | None = None
+    after: Standing | None = None
+    error: str = ""
+
+    @property
+    def recovered(self) -> int:
+        """Messages that this reading supplied."""
+        after = self.after.repaired_messages if self.after else 0
+        return after - (self.before.repaired_messages if self.before else 0)
+
+
+class Reconciler:
+    """Reads sessions with one client; `submit` takes a fact and when its reading began, and answers once it is
+    committed: `quarantined` if it could not be stored.
+    """
+
+    def __init__(self, engine: AsyncEngine, client: Client, submit: Submit, timing: Timing, concurrency: int) -> None:
+        self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
+        self._concurrency = concurrency
+
+    async def read_all(
+        self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
+    ) -> Counter[Outcome]:
+        """Read these sessions, some at a time, and tell of each what became of it.
+
+        A session that somebody else reads at present is left to them (`busy`). Raises `UnauthorizedError`; the
+        leases of sessions not read by then are given back.
+        """
+        now = datetime.now(UTC)
+        until = now + timedelta(seconds=LEASE_SECONDS)
+        mine = await run_in_transaction(self._engine, lambda c: leases.claim(c, session_ids, now, until))
+        outcomes: Counter[Outcome] = Counter()
+        errors: dict[str, str] = {}
+        read: dict[str, Outcome] = dict.fromkeys((each for each in session_ids if each not in mine), "busy")
+        left = dict.fromkeys(mine)
+        waiting = iter(list(mine))
+
+        async def one_after_another() -> None:
+            for session_id in waiting:
+                if datetime.now(UTC) + timedelta(seconds=READ_SECONDS) > until:
+                    return  # too late to be done before the lease ends
+                read[session_id], errors[session_id] = await self._read(session_id)
+                del left[session_id]
+
+        try:
+            await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(mine))))
+        finally:
+            await run_in_transaction(self._engine, lambda c: leases.release(c, list(left)))
+        after = await run_in_transaction(self._engine, lambda c: leases.select_standings(c, list(mine)))
+        for session_id, outcome in read.items():
+            outcomes[outcome] += 1
+            error = errors.get(session_id, "")
+            told(Reading(session_id, outcome, mine.get(session_id), after.get(session_id), error))
+        return outcomes
+
+    async def preview_all(
+        self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
+    ) -> Counter[Outcome]:
+        """Read these sessions and tell what would become of each, without a trace in the database."""
+        outcomes: Counter[Outcome] = Counter()
+        waiting = iter(session_ids)
+
+        async def one_after_another() -> None:
+            for session_id in waiting:
+                reading = await self._preview(session_id)
+                outcomes[reading.outcome] += 1
+                told(reading)
+
+        await _together(one_after_another() for _ in range(min(self._concurrency, len(session_ids))))
+        return outcomes
+
+    async def _preview(self, session_id: str) -> Reading:
+        began = datetime.now(UTC)
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                event = await self._ask(session_id)
+        except (UnreachableError, TimeoutError) as error:
+            return Reading(session_id, "failed", error=str(error) or f"no answer in {READ_SECONDS} s")
+        observation = ledger.Observation(event, began, history.SOURCE, None)
+
+        def record_and_undo(connection: Connection) -> None:
+            before = leases.select_standings(connection, [session_id]).get(session_id)
+            ledger.record(connection, [observation], self._timing)
+            after = leases.select_standings(connection, [session_id]).get(session_id)
+            raise _UndoneError(Reading(session_id, _OUTCOMES[event.type], before, after))
+
+        try:
+            await run_in_transaction(self._engine, record_and_undo)
+        except _UndoneError as undone:
+            reading: Reading = undone.reading
+        return reading
+
+    async def _read(self, session_id: str) -> tuple[Outcome, str]:
+        """One session, leased by us: its outcome, and what went wrong if something did."""
+        began, started = datetime.now(UTC), perf_counter()
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                event = await self._ask(session_id)
+        except (UnreachableError, TimeoutError) as error:
+            fault = str(error) or f"no answer in {READ_SECONDS} s"
+            log.warning("history not read", session_id=session_id, error=fault)
+            given_up = await self._failed(session_id, began)
+            if given_up is None:
+                return "failed", fault
+            event = given_up
+        else:
+            fault = ""
+        # The time at which the call began: what is told from then on may be missing in its answer.
+        if await self._submit(event, began) == "quarantined":
+            await self._postpone(session_id, began + LONGEST_RETRY)
+            return "unreadable", "its answer could not be stored: see archiver quarantine list"
+        outcome = _OUTCOMES[event.type]
+        telemetry.readings.labels(outcome).inc()
+        telemetry.reading_seconds.observe(perf_counter() - started)
+        return outcome, fault
+
+    async def _ask(self, session_id: str) -> Event:
+        try:
+            answer = await self._client.history(session_id)
+        except TooLargeError as error:
+            log.warning("history too large", session_id=session_id, error=str(error))
+            return history.observe(session_id, 413, b"")
+        return history.observe(session_id, answer.status, answer.body)
+
+    async def _failed(self, session_id: str, now: datetime) -> Event | None:
+        """Try again later, ever later; once upstream has forgotten the session, the failure itself is a fact."""
+        telemetry.readings.labels("failed").inc()
+        schedule = await run_in_transaction(self._engine, lambda c: leases.select_schedule(c, session_id))
+        if schedule is None:
+            return None
+        if schedule.read_by is not None and now > schedule.read_by + 2 * self._timing.margin:
+            return history.give_up(session_id)
+        # As long again as it has been waited for: the pauses double.
+        pause = min(max(now - schedule.last_event_at, self._timing.quiet), LONGEST_RETRY)
+        await self._postpone(session_id, now + pause)
+        return None
+
+    async def _postpone(self, session_id: str, until: datetime) -> None:
+        await run_in_transaction(self._engine, lambda connection: leases.postpone(connection, [session_id], until))
+
+
+class _UndoneError(Exception):
+    """Takes what would be out of a transaction that is rolled back by it."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self.reading = reading
+
+
+_OUTCOMES: dict[str, Outcome] = {
+    history.READ: "read",
+    history.GONE: "gone",
+    history.UNREADABLE: "unreadable",
+    history.UNAVAILABLE: "unavailable",
+}
+
+
+async def _together(work: Iterable[Awaitable[None]]) -> None:
+    """All of them; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError, Exception):
+                await task

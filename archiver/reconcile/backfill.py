@@ -1,0 +1,95 @@
+"""Backfill: many sessions, now, a page at a time; one that was interrupted goes on where it was."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+
+import msgspec
+from sqlalchemy import Connection, delete
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import events, history, tables
+from archiver.database import run_in_transaction
+from archiver.projection import leases
+from archiver.reconcile import Submit
+
+PAGE = 500
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """Which sessions: these ids; those with events `since`; `every` one; or else those whose coverage is open."""
+
+    session_ids: tuple[str, ...] = ()
+    since: datetime | None = None
+    every: bool = False
+
+    @property
+    def key(self) -> str:
+        """The same for the same selection."""
+        return events.digest([sorted(set(self.session_ids)), str(self.since), self.every]).hex()
+
+
+async def begin(engine: AsyncEngine, selection: Selection) -> datetime:
+    """When the backfill of this selection began: now, or with the earlier one that was never ended."""
+    statement = insert(tables.backfills).values(selection=selection.key, started_at=datetime.now(UTC))
+    begun = statement.on_conflict_do_update(
+        index_elements=[tables.backfills.c.selection], set_={"started_at": tables.backfills.c.started_at}
+    ).returning(tables.backfills.c.started_at)
+    started_at: datetime = await run_in_transaction(engine, lambda connection: connection.execute(begun).scalar_one())
+    return started_at
+
+
+async def end(engine: AsyncEngine, selection: Selection) -> None:
+    """The next backfill of this selection begins anew."""
+    ended = delete(tables.backfills).where(tables.backfills.c.selection == selection.key)
+    await run_in_transaction(engine, lambda connection: connection.execute(ended))
+
+
+async def count(engine: AsyncEngine, selection: Selection, begun: datetime) -> int:
+    """How many sessions are still to be read."""
+    if not selection.session_ids:
+        return await run_in_transaction(
+            engine,
+            lambda c: leases.count_unread(c, before=begun, since=selection.since, every=selection.every),
+        )
+    return sum([len(page) async for page in _listed(engine, selection.session_ids, begun)])
+
+
+async def pages(engine: AsyncEngine, selection: Selection, begun: datetime) -> AsyncIterator[list[str]]:
+    """The sessions still to be read, a page at a time."""
+    if selection.session_ids:
+        async for page in _listed(engine, selection.session_ids, begun):
+            yield page
+        return
+    after = ""
+    while True:
+        page = await run_in_transaction(engine, partial(_page, selection=selection, begun=begun, after=after))
+        if not page:
+            return
+        yield page
+        after = page[-1]
+
+
+def _page(connection: Connection, selection: Selection, begun: datetime, after: str) -> list[str]:
+    return leases.select_unread(
+        connection, before=begun, since=selection.since, every=selection.every, after=after, most=PAGE
+    )
+
+
+async def _listed(engine: AsyncEngine, session_ids: Sequence[str], begun: datetime) -> AsyncIterator[list[str]]:
+    ids = list(dict.fromkeys(session_ids))
+    for start in range(0, len(ids), PAGE):
+        page = ids[start : start + PAGE]
+        read = await run_in_transaction(engine, partial(leases.select_read, session_ids=page, since=begun))
+        if left := [session_id for session_id in page if session_id not in read]:
+            yield left
+
+
+async def register(engine: AsyncEngine, submit: Submit, session_ids: Sequence[str]) -> None:
+    """Make known to the archive those of these sessions that it has never heard of."""
+    known = await run_in_transaction(engine, lambda c: leases.select_standings(c, session_ids))
+    unknown = [history.register({"id": session_id}) for session_id in session_ids if session_id not in known]
+    now = datetime.now(UTC)
+    await asyncio.gather(*(submit(event, now) for event in unknown))

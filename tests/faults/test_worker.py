@@ -1,0 +1,219 @@
+"""`archiver worker`, as processes, against a simulated CallHQ that watches who asks what, and when."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Engine, text
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from archiver.database import transaction
+from archiver.projection import leases
+from tests import servers
+from tests.receivers import serving
+from tests.upstreams import CallHQ, hosting, simulated
+from tests.waiting import until
+
+pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
+
+SOON = {"ARCHIVER_RECONCILE_AFTER": "1"}
+
+
+class Watch:
+    """Stands before the platform: which sessions are asked for at the same time, and when calls begin."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self._open: Counter[str] = Counter()
+        self.together = 0  # calls for a session that was being read already
+        self.began: list[float] = []
+        self.paused_at: float | None = None
+        self.pauses = 0  # of the next calls are answered 429
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with self._lock:
+            self.began.append(time.monotonic())
+            self.together += self._open[scope["path"]] > 0
+            self._open[scope["path"]] += 1
+            refuses = self.pauses > 0
+            self.pauses -= refuses
+        try:
+            if refuses:
+                await JSONResponse({"message": "busy"}, 429, {"retry-after": "2"})(scope, receive, send)
+                self.paused_at = time.monotonic()
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            with self._lock:
+                self._open[scope["path"]] -= 1
+
+
+@contextmanager
+def watched(callhq: CallHQ) -> Iterator[Watch]:
+    watch = Watch(callhq.app)
+    with hosting(watch) as callhq.url:
+        yield watch
+
+
+@contextmanager
+def working(url: str, callhq: CallHQ, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`archiver worker`; what is left of it in the end is killed."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "archiver", "worker"],
+            env={**os.environ, "DATABASE_URL": url, **callhq.settings, **SOON, **settings},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def execute(url: str, statement: str) -> list[Any]:
+    with psycopg.connect(url) as connection:
+        cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+
+def make_due(url: str, callhq: CallHQ, sessions: int) -> None:
+    """Sessions known to the archive, due at once."""
+    for number in range(sessions):
+        session = callhq.session(f"s{number}", "ok", "ok")
+        execute(
+            url,
+            "INSERT INTO archiver.events (session_id, dedupe_key, type, source, received_at, last_received_at,"
+            f" delivery_count, body, salt, body_digest) VALUES ('{session.id}', 'r', 'session.registered',"
+            f" 'application', now() - interval '1 hour', now(), 1, '{{\"id\": \"{session.id}\"}}', '', '');"
+            " INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at, read_by, reconcile_at) VALUES"
+            f" ('{session.id}', now() - interval '1 hour', now() - interval '1 hour', now() + interval '1 day',"
+            " now())",
+        )
+
+
+def read(url: str) -> int:
+    ((count,),) = execute(url, "SELECT count(*) FROM archiver.sessions WHERE reconciled_at IS NOT NULL")
+    return int(count)
+
+
+def test_i6_due_sessions_are_read_and_the_worker_ends_when_told(database_url: str) -> None:
+    with simulated() as callhq, working(database_url, callhq) as worker:
+        make_due(database_url, callhq, 3)
+        until(lambda: read(database_url) == 3, "all are read", 60)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+    assert execute(database_url, "SELECT DISTINCT state FROM analytics.coverage") == [("repaired",)]
+    assert execute(
+        database_url, "SELECT DISTINCT reconcile_at > now() FROM archiver.sessions WHERE session_id <> ''"
+    ) == [(True,)]
+
+
+def test_two_workers_never_read_one_session_at_the_same_time(database_url: str) -> None:
+    with simulated(history_latency=0.02) as callhq, watched(callhq) as watch:
+        make_due(database_url, callhq, 200)
+        with working(database_url, callhq), working(database_url, callhq):
+            # What each of them is told to read, over and over: all that was read is due again.
+            for _ in range(3):
+                until(lambda: read(database_url) == 200, "all are read", 60)
+                execute(database_url, "UPDATE archiver.sessions SET reconciled_at = NULL, reconcile_at = now()")
+            until(lambda: read(database_url) == 200, "all are read", 60)
+    assert watch.together == 0
+    assert len(watch.began) >= 200
+
+
+def test_a_worker_that_is_killed_loses_nothing(database_url: str) -> None:
+    with simulated(history_latency=0.2) as callhq:
+        make_due(database_url, callhq, 100)
+        with working(database_url, callhq) as worker:
+            until(lambda: read(database_url) > 0, "some are read", 60)
+            worker.kill()
+            worker.wait()
+        assert read(database_url) < 100
+        # The time that leases last goes by.
+        execute(
+            database_url,
+            "UPDATE archiver.sessions SET leased_until = now() WHERE leased_until IS NOT NULL;"
+            " UPDATE archiver.sessions SET reconcile_at = now() WHERE reconciled_at IS NULL AND session_id <> ''",
+        )
+        with working(database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="32"):
+            until(lambda: read(database_url) == 100, "all are read", 60)
+
+
+def test_a_429_pauses_all_workers(database_url: str) -> None:
+    with simulated(history_latency=0.05) as callhq, watched(callhq) as watch:
+        make_due(database_url, callhq, 400)
+        with working(database_url, callhq), working(database_url, callhq):
+            until(lambda: read(database_url) > 50, "both are at work", 60)
+            watch.pauses = 1
+            until(lambda: watch.paused_at is not None, "one of them is refused", 60)
+            until(lambda: read(database_url) == 400, "all are read", 60)
+    assert watch.paused_at is not None
+    # Calls under way when it was said, and those of a worker that had just looked, are not held back.
+    late = [began for began in watch.began if watch.paused_at + 0.5 < began < watch.paused_at + 1.9]
+    assert late == []
+
+
+def test_serve_has_a_worker_that_is_started_again_and_ends_with_it(database_url: str) -> None:
+    with simulated() as callhq:
+        make_due(database_url, callhq, 1)
+        with serving(database_url, **callhq.settings, **SOON) as receiver:
+            until(lambda: read(database_url) == 1, "it is read", 60)
+            assert receiver.metric("archiver_repaired_messages_total") > 0
+            (worker,) = children(receiver.process.pid)
+            os.kill(worker, signal.SIGKILL)
+            (again,) = until(lambda: children(receiver.process.pid) - {worker}, "another worker", 30)
+            receiver.kill()
+            until(lambda: not Path(f"/proc/{again}").exists(), "the worker ends with its parent", 30)
+
+
+def children(pid: int) -> set[int]:
+    """Its worker processes: not the helper that multiprocessing keeps."""
+    found = set()
+    for line in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in line.read_text().split():
+            with suppress(FileNotFoundError):  # ended in between
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.add(int(child))
+    return found
+
+
+def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> None:
+    with transaction(engine, statement_seconds=120) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at, read_by, reconcile_at)"
+                " SELECT 's' || n, now(), now(), now() + (n * 7919 % 100000) * interval '1 second', now()"
+                " FROM generate_series(1, 100000) n"
+            )
+        )
+    handed: list[str] = []
+    now = datetime.now(UTC) + timedelta(seconds=5)
+    while True:
+        with transaction(engine) as connection:
+            part = leases.hand_out_due(connection, now, now + timedelta(minutes=10), 5_000)
+        if not part:
+            break
+        handed += part
+    assert len(handed) == len(set(handed)) == 100_000
+    with transaction(engine) as connection:
+        query = "SELECT session_id FROM archiver.sessions WHERE session_id <> '' ORDER BY read_by, session_id"
+        assert handed == list(connection.scalars(text(query)))

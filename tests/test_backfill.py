@@ -1,0 +1,158 @@
+"""`archiver backfill`, as a process, against a simulated CallHQ on a real port."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from archiver.demo.upstream import Session
+from tests import servers
+from tests.receivers import archiver
+from tests.upstreams import CallHQ, simulated
+from tests.waiting import until
+
+pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
+
+
+@pytest.fixture
+def callhq() -> Iterator[CallHQ]:
+    with simulated() as callhq:
+        yield callhq
+
+
+def rows(url: str, query: str) -> list[Any]:
+    with psycopg.connect(url) as connection:
+        return connection.execute(query).fetchall()
+
+
+def backfill(url: str, callhq: CallHQ, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return archiver("backfill", *options, database_url=url, **callhq.settings, **settings)
+
+
+def told(ended: subprocess.CompletedProcess[str]) -> Any:
+    assert ended.stdout, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def transcript(url: str, session: Session) -> list[Any]:
+    query = "SELECT role, content FROM analytics.messages WHERE session_id = %s ORDER BY position"
+    with psycopg.connect(url) as connection:
+        return [{"role": role, "content": content} for role, content in connection.execute(query, [session.id])]
+
+
+def test_i6_sessions_that_nobody_mentioned_are_archived_by_their_ids(
+    database_url: str, callhq: CallHQ, tmp_path: Path
+) -> None:
+    sessions = [callhq.session(f"s{n}", "ok", "ok", "thanks") for n in range(5)]
+    file = tmp_path / "ids.csv"
+    file.write_text("id,name\n" + "".join(f"{session.id},{session.name}\n" for session in sessions))
+    ended = backfill(database_url, callhq, "--file", str(file), "--json")
+    assert ended.returncode == 0, ended.stderr
+    figures = told(ended)
+    assert figures["outcomes"] == {"read": 5}
+    assert figures["recovered_messages"] == sum(len(session.messages()) for session in sessions)
+    for session in sessions:
+        assert transcript(database_url, session) == session.messages()
+
+
+def test_a_dry_run_tells_the_repairs_and_writes_nothing(database_url: str, callhq: CallHQ) -> None:
+    session = callhq.session("s", "ok")
+    before = rows(database_url, "SELECT * FROM archiver.sessions")
+    figures = told(backfill(database_url, callhq, "--session", session.id, "--dry-run", "--json"))
+    assert figures["recovered_messages"] == len(session.messages())
+    assert figures["coverage"] == {"repaired": 1}
+    assert rows(database_url, "SELECT * FROM archiver.sessions") == before
+    assert rows(database_url, "SELECT count(*) FROM archiver.events") == [(0,)]
+
+
+def test_a_second_run_finds_nothing_to_do(database_url: str, callhq: CallHQ) -> None:
+    session = callhq.session("s", "ok")
+    backfill(database_url, callhq, "--session", session.id)
+    assert told(backfill(database_url, callhq, "--json"))["sessions"] == 0
+    again = told(backfill(database_url, callhq, "--all", "--json"))
+    assert (again["sessions"], again["recovered_messages"]) == (1, 0)
+
+
+def test_a_session_that_is_gone_is_no_failure(database_url: str, callhq: CallHQ) -> None:
+    ended = backfill(database_url, callhq, "--session", "nobody", "--json")
+    assert ended.returncode == 0
+    assert told(ended)["outcomes"] == {"gone": 1}
+    assert rows(database_url, "SELECT state, reason FROM analytics.coverage") == [("unverified", "history_gone")]
+
+
+def test_a_history_that_cannot_be_read_exits_1_and_names_the_session(database_url: str) -> None:
+    with simulated(history_garbage=1.0) as callhq:
+        session = callhq.session("s", "ok")
+        ended = backfill(database_url, callhq, "--session", session.id)
+    assert ended.returncode == 1
+    assert session.id in ended.stderr
+    assert rows(database_url, "SELECT state, reason FROM analytics.coverage") == [
+        ("unverified", "history_unreadable")
+    ]
+
+
+def test_a_refused_key_ends_it_with_one_clear_error(database_url: str, callhq: CallHQ) -> None:
+    session = callhq.session("s", "ok")
+    ended = archiver(
+        "backfill",
+        "--session",
+        session.id,
+        database_url=database_url,
+        **callhq.settings | {"CALLHQ_API_KEY": "wrong"},
+    )
+    assert ended.returncode == 1
+    assert "CALLHQ_API_KEY" in ended.stderr
+    assert "wrong" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+    # Nobody holds the session any more.
+    assert rows(database_url, "SELECT leased_until FROM archiver.sessions WHERE session_id <> ''") == [(None,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--session", "a", "--all"], "Choose one"),
+        (["--since", "yesterday"], "2024-01-15"),
+        (["--file", "/nowhere"], "No such file"),
+        (["--rate", "0"], "--rate"),
+    ],
+)
+def test_wrong_usage_exits_2_and_says_what_is_right(database_url: str, options: list[str], complaint: str) -> None:
+    ended = archiver("backfill", *options, database_url=database_url, CALLHQ_API_KEY="k")
+    assert ended.returncode == 2
+    assert complaint in ended.stderr
+
+
+def test_without_a_key_it_names_the_setting(database_url: str) -> None:
+    ended = archiver("backfill", database_url=database_url)
+    assert ended.returncode == 1
+    assert "CALLHQ_API_KEY" in ended.stderr
+
+
+def test_a_backfill_that_was_killed_goes_on_where_it_was(database_url: str, tmp_path: Path) -> None:
+    with simulated(history_latency=0.05) as callhq:
+        sessions = [callhq.session(f"s{n}", "ok") for n in range(60)]
+        file = tmp_path / "ids"
+        file.write_text("".join(f"{session.id}\n" for session in sessions))
+        command = [sys.executable, "-m", "archiver", "backfill", "--file", str(file), "--concurrency", "2"]
+        environment = {"DATABASE_URL": database_url, "PATH": "", **callhq.settings}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(lambda: rows(database_url, _READ)[0][0] >= 5, "some sessions are read")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 1
+        ((read,),) = rows(database_url, _READ)
+        assert 5 <= read < 60
+        figures = told(backfill(database_url, callhq, "--file", str(file), "--concurrency", "16", "--json"))
+        assert figures["outcomes"] == {"read": 60 - read}
+        assert all(transcript(database_url, session) == session.messages() for session in sessions)
+        # And when it has ended, the next one begins anew.
+        assert told(backfill(database_url, callhq, "--file", str(file), "--json"))["sessions"] == 60
+
+
+_READ = "SELECT count(*) FROM archiver.sessions WHERE read_at IS NOT NULL"

@@ -1,0 +1,241 @@
+"""History in the ledger: what a reading repairs, how late webhooks claim it, and what is said of coverage."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from archiver import events, history, ledger
+from archiver.database import transaction
+from archiver.events import Event
+from archiver.projection import Timing
+from archiver.rebuild import rebuild
+from tests.payloads import created, deleted
+
+START = datetime(2026, 1, 5, 9, 0, tzinfo=UTC)
+TIMING = Timing()
+
+
+def answer(*messages: tuple[str, str], session_id: str = "session-1", **fields: Any) -> bytes:
+    """What CallHQ answers to a history call."""
+    told = [{"role": role, "content": content} for role, content in messages]
+    session = {"id": session_id, "status": "active", "messages": told, "updatedAt": "2026-01-05T09:00:00Z"} | fields
+    return json.dumps({"message": "Session messages retrieved successfully", "session": session}).encode()
+
+
+def turn(number: int, session_id: str = "session-1") -> bytes:
+    """`chat.created` of the turn whose messages are `said(number)`."""
+    moment = START + timedelta(minutes=number)
+    return created(f"chat-{number}", session_id, createdAt=moment.isoformat(), updatedAt=moment.isoformat())
+
+
+def said(number: int) -> list[tuple[str, str]]:
+    return [("user", f"question of chat-{number}"), ("assistant", f"answer to chat-{number}")]
+
+
+class Archive:
+    """The ledger and what is derived from it, driven by facts at chosen minutes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def record(self, minute: float, event: Event, source: str) -> bool:
+        moment = START + timedelta(minutes=minute)
+        with transaction(self.engine) as connection:
+            (recorded,) = ledger.record(connection, [ledger.Observation(event, moment, source, None)], TIMING)
+        return recorded.is_new
+
+    def webhook(self, minute: float, body: bytes) -> bool:
+        event = events.parse(body)
+        assert isinstance(event, Event)
+        return self.record(minute, event, "webhook")
+
+    def reading(self, minute: float, body: bytes, status: int = 200, session_id: str = "session-1") -> bool:
+        return self.record(minute, history.observe(session_id, status, body), "history")
+
+    def rows(self, statement: str) -> list[Any]:
+        with transaction(self.engine) as connection:
+            return [tuple(row) for row in connection.execute(text(statement))]
+
+    def transcript(self) -> list[Any]:
+        return self.rows(
+            "SELECT chat_id, role, content, source FROM analytics.messages ORDER BY session_id, position"
+        )
+
+    def coverage(self) -> tuple[str, str, int]:
+        ((state, reason, repaired),) = self.rows("SELECT state, reason, repaired_messages FROM analytics.coverage")
+        return state, reason, repaired
+
+    def dump(self) -> dict[str, list[Any]]:
+        """All that is derived."""
+        orders = {"sessions": "1", "chats": "1, 2", "messages": "1, 2, 3"}
+        return {table: self.rows(f"SELECT * FROM archiver.{table} ORDER BY {orders[table]}") for table in orders}
+
+
+@pytest.fixture
+def archive(engine: Engine) -> Archive:
+    return Archive(engine)
+
+
+def contents(transcript: Sequence[Any]) -> list[str]:
+    return [content for _, _, content, _ in transcript]
+
+
+def test_a_reading_that_agrees_makes_a_session_complete(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    assert archive.coverage() == ("open", "awaiting_history", 0)
+    archive.reading(10, answer(*said(1)))
+    assert archive.coverage() == ("complete", "agreed", 0)
+    assert {source for *_, source in archive.transcript()} == {"webhook"}
+
+
+def test_i6_a_lost_turn_is_supplied_at_its_place(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.webhook(3, turn(3))
+    archive.reading(10, answer(*said(1), *said(2), *said(3)))
+    assert archive.transcript() == [
+        *(("chat-1", role, content, "webhook") for role, content in said(1)),
+        *((None, role, content, "history") for role, content in said(2)),
+        *(("chat-3", role, content, "webhook") for role, content in said(3)),
+    ]
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 2)
+    assert archive.rows("SELECT chat_id, source FROM analytics.chats ORDER BY chat_id") == [
+        ("chat-1", "webhook"),
+        ("chat-3", "webhook"),
+        (None, "history"),
+    ]
+
+
+def test_i5_a_late_webhook_claims_what_history_supplied(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, answer(*said(1), *said(2)))
+    archive.webhook(11, turn(2))
+    assert [chat_id for chat_id, *_ in archive.transcript()] == ["chat-1", "chat-1", "chat-2", "chat-2"]
+    assert archive.coverage() == ("open", "events_after_reading", 0)
+    archive.reading(20, answer(*said(1), *said(2)))
+    assert archive.coverage() == ("complete", "agreed", 0)
+    assert archive.rows("SELECT count(*) FROM archiver.chats") == [(2,)]
+
+
+def test_an_identical_answer_is_counted_and_not_stored_again(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    assert archive.reading(10, answer(*said(1)))
+    assert not archive.reading(20, answer(*said(1), updatedAt="2026-01-05T09:55:00Z"))
+    assert archive.rows("SELECT delivery_count FROM archiver.events WHERE source = 'history'") == [(2,)]
+
+
+def test_a_greeting_is_no_repair(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, answer(("assistant", "Welcome!"), *said(1)))
+    assert contents(archive.transcript())[0] == "Welcome!"
+    assert archive.coverage() == ("complete", "agreed", 0)
+    assert archive.rows("SELECT count(*) FROM analytics.chats") == [(1,)]
+
+
+def test_i7_what_history_no_longer_shows_stays(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, answer(*said(1), *said(2)))
+    archive.reading(20, answer(*said(1)))
+    assert contents(archive.transcript()) == [content for _, content in [*said(1), *said(2)]]
+    assert archive.rows("SELECT in_history FROM analytics.messages ORDER BY position") == [
+        (True,),
+        (True,),
+        (False,),
+        (False,),
+    ]
+
+
+def test_a_deleted_turn_is_a_tombstone_at_its_place(archive: Archive) -> None:
+    for number in (1, 2, 3):
+        archive.webhook(number, turn(number))
+    archive.webhook(5, deleted("chat-2"))
+    archive.reading(10, answer(*said(1), *said(3)))
+    assert [chat_id for chat_id, *_ in archive.transcript()] == [f"chat-{n}" for n in (1, 1, 2, 2, 3, 3)]
+    assert archive.coverage() == ("complete", "agreed", 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (404, b'{"message": "not found"}', "history_gone"),
+        (410, b"", "history_gone"),
+        (200, answer(), "history_empty"),
+        (200, b"<html>", "history_unreadable"),
+        (200, b'{"session": null}', "history_unreadable"),
+        (200, answer(*said(1), session_id="another"), "history_unreadable"),
+        (200, json.dumps({"session": {"messages": {"0": 1}}}).encode(), "history_unreadable"),
+        (302, b"", "history_unreadable"),
+    ],
+)
+def test_a_history_that_cannot_be_had_leaves_a_session_unverified(
+    archive: Archive, status: int, body: bytes, reason: str
+) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, body, status)
+    assert archive.coverage() == ("unverified", reason, 0)
+    assert contents(archive.transcript()) == [content for _, content in said(1)]
+    assert archive.rows("SELECT body FROM archiver.events WHERE source = 'history'") == [(body,)]
+
+
+def test_a_turn_whose_content_nobody_ever_told_is_lost(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.webhook(2, deleted("chat-2"))
+    archive.reading(10, answer(*said(1)))
+    assert archive.coverage() == ("lost", "content_never_seen", 0)
+
+
+def test_a_turn_that_a_full_history_does_not_show_leaves_a_session_unverified(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.webhook(2, turn(2))
+    archive.reading(10, answer(*said(1)))
+    assert archive.coverage() == ("unverified", "turns_not_in_history", 0)
+
+
+def test_a_registered_session_is_reconciled_without_any_webhook(archive: Archive) -> None:
+    archive.record(0, history.register({"id": "session-1", "name": "Kitchen", "assistantId": "a-1"}), "application")
+    assert archive.coverage() == ("open", "awaiting_history", 0)
+    assert archive.rows("SELECT name, assistant_id, chats FROM analytics.conversations") == [("Kitchen", "a-1", 0)]
+    archive.reading(10, answer(*said(1)))
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 2)
+
+
+def test_a_lost_revision_is_supplied_by_history(archive: Archive) -> None:
+    archive.webhook(1, created("chat-1", output=None, createdAt=START.isoformat(), updatedAt=START.isoformat()))
+    archive.reading(10, answer(*said(1)))
+    assert archive.transcript() == [
+        ("chat-1", "user", "question of chat-1", "webhook"),
+        ("chat-1", "assistant", "answer to chat-1", "history"),
+    ]
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 1)
+
+
+def test_the_archive_is_complete_through_the_first_gap(archive: Archive) -> None:
+    archive.webhook(1, turn(1, "one"))
+    archive.webhook(5, turn(2, "two"))
+    assert archive.rows("SELECT analytics.complete_through()") == [(START + timedelta(minutes=1),)]
+    archive.reading(10, answer(*said(1), session_id="one"), session_id="one")
+    assert archive.rows("SELECT analytics.complete_through()") == [(START + timedelta(minutes=5),)]
+
+
+def test_i10_a_rebuild_gives_the_same_rows(archive: Archive) -> None:
+    for number in (1, 3, 4):
+        archive.webhook(number, turn(number))
+    archive.webhook(5, turn(1, "never read"))
+    archive.webhook(6, deleted("nobody knows", None))
+    archive.webhook(7, created("told later", None))
+    archive.webhook(8, created("told later", "never read"))
+    archive.reading(10, answer(*said(1), *said(2), *said(3)))
+    archive.webhook(11, deleted("chat-3", None))
+    archive.record(12, history.register({"id": "registered", "createdAt": "2026-01-05T08:00:00Z"}), "application")
+    before = archive.dump()
+    assert sum(rebuild(archive.engine, TIMING)) > 0
+    assert archive.dump() == before
+    with transaction(archive.engine) as connection:
+        for table in ("messages", "chats", "sessions"):
+            connection.execute(text(f"DELETE FROM archiver.{table} WHERE session_id <> ''"))
+        connection.execute(text("INSERT INTO archiver.sessions VALUES ('made up', 'epoch', 'epoch')"))
+    list(rebuild(archive.engine, TIMING))
+    assert archive.dump() == before

@@ -1,0 +1,76 @@
+"""A simulated CallHQ on a real port, in a thread of the test, to be looked at and changed from the test."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from archiver.demo.faults import Faults
+from archiver.demo.platform import Platform, create
+from archiver.demo.serving import serving
+from archiver.demo.upstream import Session, Upstream
+from archiver.demo.webhooks import Record, Sender
+from archiver.settings import Settings
+from archiver.signatures import verifier
+
+API_KEY = "a-key-for-tests"
+START_SECONDS = 30
+
+
+@contextmanager
+def hosting(app: ASGIApp) -> Iterator[str]:
+    """An ASGI app on a port of its own meanwhile; gives its URL."""
+    listening: Future[str] = Future()
+    loop = asyncio.new_event_loop()
+    ending = asyncio.Event()
+
+    async def host() -> None:
+        async with serving(app, "127.0.0.1", 0) as url:
+            listening.set_result(url)
+            await ending.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(host(),))
+    thread.start()
+    try:
+        yield listening.result(START_SECONDS)
+    finally:
+        loop.call_soon_threadsafe(ending.set)
+        thread.join()
+        loop.close()
+
+
+@dataclass
+class CallHQ:
+    """The platform's memory, and the settings of whoever reads its histories."""
+
+    upstream: Upstream
+    app: Starlette
+    url: str = ""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"CALLHQ_API_URL": f"{self.url}/api", "CALLHQ_API_KEY": API_KEY}
+
+    def session(self, name: str, *inputs: str) -> Session:
+        """A session in which this was said, and answered."""
+        session = self.upstream.create_session(name, "assistant-1")
+        for said in inputs:
+            self.upstream.create_chat(session.id, said, None)
+        return session
+
+
+@contextmanager
+def simulated(faults: Faults | None = None, api_key: str = API_KEY, **shares: Any) -> Iterator[CallHQ]:
+    """The platform; it sends no webhooks."""
+    sender = Sender(None, verifier(Settings.model_construct(webhook_scheme="none")), Record())
+    platform = Platform(sender, faults or Faults(**shares), api_key)
+    callhq = CallHQ(platform.upstream, create(platform))
+    with hosting(callhq.app) as url:
+        callhq.url = url
+        yield callhq
