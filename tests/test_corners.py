@@ -150,7 +150,7 @@ def test_a_user_with_the_privileges_that_doctor_asks_for_can_write(engine: Engin
         connection.execute(text("DO $$BEGIN CREATE ROLE writer; EXCEPTION WHEN duplicate_object THEN NULL; END$$"))
         connection.execute(text("GRANT USAGE ON SCHEMA archiver TO writer"))
         for table, privileges in doctor.NEEDED:
-            connection.execute(text(f"GRANT {privileges} ON archiver.{table} TO writer"))
+            connection.execute(text(f"GRANT {privileges} ON {table} TO writer"))
         connection.execute(text(f"GRANT UPDATE ({', '.join(doctor.COUNTERS)}) ON archiver.events TO writer"))
     for body in (created("a", None), created("a")):
         event = parse(body)

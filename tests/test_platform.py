@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import httpx2
@@ -550,6 +550,15 @@ async def test_the_same_seed_gives_the_same_history_faults_whatever_the_concurre
     ]
     assert [[status for status, _ in answers] for answers in await _history_faults(4, chunk=12)] != statuses
     assert {200, 404, 410, 500} == {status for answers in statuses for status in answers}
+
+
+def test_a_history_fault_depends_on_seed_session_and_call_alone():
+    faults = with_history_faults(Faults(seed=1), 0.5)
+    base = [of_history(faults, "s1", call) for call in range(1, 31)]
+    assert [of_history(faults, "s1", call) for call in reversed(range(1, 31))] == base[::-1]
+    assert [of_history(faults, "s2", call) for call in range(1, 31)] != base
+    assert [of_history(replace(faults, seed=2), "s1", call) for call in range(1, 31)] != base
+    assert len(set(base)) > 2
 
 
 def test_a_share_of_history_faults_is_mixed_of_those_that_a_retry_outlives():

@@ -20,7 +20,7 @@ def transcript(turns: Iterable[Turn], readings: Iterable[Reading]) -> list[Line]
     in the order given.
     """
     known = list(turns)
-    gone = {_said(turn) for turn in known if turn.is_deleted and len(turn.messages) > turn.inputs}
+    gone = {_said(turn) for turn in known if turn.is_deleted and len(turn.messages) > turn.inputs} - {()}
     # Of runs that overlap the last one counts, so their order must not be chance.
     deleted = sorted(gone, key=lambda run: (len(run), run))
     spine: list[Line] = []

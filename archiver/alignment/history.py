@@ -1,6 +1,7 @@
 """The spine: every line that any reading showed, in order, and which of them the latest shows."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -48,21 +49,31 @@ def _align(lines: Sequence[Line], old: Sequence[Key], new: Sequence[Key], delete
     shown = [index for index, line in enumerate(lines) if line.in_history]
     if [old[index] for index in shown] == new:
         return [*zip(shown, range(len(new)), strict=True)]
-    runs = [run for run in deleted if _starts(old, run) or _starts(new, run)]
-    answers = _in_context(old, runs, new)
-    pairs = _keep_turns_whole(answers, align(answers, _in_context(new, runs, old)))
+    in_old, in_new = _runs(old, deleted), _runs(new, deleted)
+    answers = _in_context(old, in_old, in_new)
+    pairs = _keep_turns_whole(answers, align(answers, _in_context(new, in_new, in_old)))
     return [*_with_loose_ends(old, new, pairs)]
 
 
-def _starts(keys: Sequence[Key], run: Run) -> list[int]:
-    """Where all that the turn says stands."""
-    return [start for start in range(len(keys) - len(run) + 1) if tuple(keys[start : start + len(run)]) == run]
+def _runs(keys: Sequence[Key], deleted: Collection[Run]) -> dict[Run, list[int]]:
+    """Where all that a deleted turn says stands, by turn; the rarest text leaves the fewest places to look at."""
+    places: defaultdict[Key, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys if deleted else ()):
+        places[key].append(place)
+    runs = {}
+    for run in deleted:
+        _, offset = min((len(places.get(key, ())), offset) for offset, key in enumerate(run))
+        starts = [place - offset for place in places.get(run[offset], ()) if place >= offset]
+        runs[run] = [start for start in starts if tuple(keys[start : start + len(run)]) == run]
+    return runs
 
 
-def _in_context(keys: Sequence[Key], runs: Sequence[Run], other: Sequence[Key]) -> list[Item]:
+def _in_context(
+    keys: Sequence[Key], runs: Mapping[Run, Sequence[int]], others: Mapping[Run, Sequence[int]]
+) -> list[Item]:
     """Lines with what the user said before them: an equal answer to something else is another message.
 
-    Those of `runs` are parts of a whole, be it cut at the end where the `other` telling has it whole.
+    Those of `runs` are parts of a whole, be it cut at the end where the other telling, with `others`, has it whole.
     """
     asked = None
     items: list[Item] = []
@@ -70,11 +81,11 @@ def _in_context(keys: Sequence[Key], runs: Sequence[Run], other: Sequence[Key]) 
         if role == USER:
             asked = content
         items.append(((role, content), None if role == USER else asked))
-    for run in runs:
-        for start in _starts(keys, run):
+    for run, starts in runs.items():
+        for start in starts:
             items[start : start + len(run)] = [(key, (run, offset)) for offset, key in enumerate(run)]
-        for length in range(1, len(run)):
-            if tuple(keys[-length:]) == run[:length] and _starts(other, run):
+        for length in range(1, len(run) if others[run] else 0):
+            if tuple(keys[-length:]) == run[:length]:
                 items[-length:] = [(key, (run, offset)) for offset, key in enumerate(run[:length])]
     return items
 
