@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Self
 
 import msgspec
-from sqlalchemy import Connection, func, text
+from sqlalchemy import Connection, case, func, literal_column, text
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events, projection, tables
@@ -131,8 +131,9 @@ def _event_upsert() -> RowsInsert:
         facts.c.dedupe_key,
         facts.c.id,
         facts.c.delivery_count,
-        facts.c.received_at,
-        facts.c.occurred_at,
+        # Of a first delivery they are what was just sent, and reading times costs.
+        case((facts.c.delivery_count > literal_column("1"), facts.c.received_at)).label("received_at"),
+        case((facts.c.delivery_count > literal_column("1"), facts.c.occurred_at)).label("occurred_at"),
     )
     return RowsInsert(upsert, [column.name for column in facts.c if column.name != "id"])
 
@@ -169,8 +170,11 @@ def _changed(telling: _Telling, row: Any) -> projection.Fact | None:
 
     A reading that tells the same as before is news too: nothing has changed until then.
     """
+    first = telling.first
+    if row.delivery_count == 1:
+        return projection.Fact(first.event, first.source, first.received_at, telling.occurred_at)
     is_repeat = row.delivery_count > telling.count
-    is_from_upstream = telling.first.source == WEBHOOK
+    is_from_upstream = first.source == WEBHOOK
     if is_repeat and is_from_upstream and (telling.occurred_at is None or telling.occurred_at != row.occurred_at):
         return None
-    return projection.Fact(telling.first.event, telling.first.source, row.received_at, row.occurred_at, is_repeat)
+    return projection.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import click
 import structlog
@@ -139,8 +140,13 @@ _SERVER = {
 }
 
 
+def _server(configuration: Settings) -> dict[str, Any]:
+    # Only signatures that cover the URL ask what a proxy in front was called by.
+    return _SERVER | {"proxy_headers": "{url}" in configuration.hmac_template}
+
+
 def _receive(configuration: Settings, listener: socket.socket) -> None:
-    server = uvicorn.Server(uvicorn.Config(create(configuration), **_SERVER))  # type: ignore[arg-type]  # a table
+    server = uvicorn.Server(uvicorn.Config(create(configuration), **_server(configuration)))
     server.run([listener])
     if not server.started:
         sys.exit(1)
@@ -151,8 +157,7 @@ def _receive_in_processes(configuration: Settings, listener: socket.socket, work
     os.environ.update(_environment(configuration))
     for name in ("DATABASE_URL_FILE", "ARCHIVER_WEBHOOK_SCHEME_FILE"):
         os.environ.pop(name, None)
-    # The same table: mypy cannot see that its values fit.
-    server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_SERVER)  # type: ignore[arg-type]
+    server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_server(configuration))
     Multiprocess(server, sockets=[listener]).run()
 
 

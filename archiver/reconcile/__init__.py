@@ -4,7 +4,7 @@ No transaction is open while CallHQ is asked: lease, ask, record, and the record
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 READ_SECONDS = 120  # for one history, retries and pauses included
 LEASE_SECONDS = 2 * READ_SECONDS
+LEASED_TOGETHER = 100
 RECORDING = 3  # sessions under way for each call that may be: while some are recorded, others are asked for
 LONGEST_RETRY = timedelta(hours=1)
 
@@ -67,31 +68,34 @@ class Reconciler:
         A session that somebody else reads at present is left to them (`busy`). Raises `UnauthorizedError`; the
         leases of sessions not read by then are given back.
         """
-        now = datetime.now(UTC)
-        until = now + timedelta(seconds=LEASE_SECONDS)
-        mine = await run_in_transaction(self._engine, lambda c: leases.claim(c, session_ids, now, until))
+        leased = _Leased(self._engine, session_ids)
         outcomes: Counter[Outcome] = Counter()
-        errors: dict[str, str] = {}
-        read: dict[str, Outcome] = dict.fromkeys((each for each in session_ids if each not in mine), "busy")
-        left = dict.fromkeys(mine)
-        waiting = iter(list(mine))
 
         async def one_after_another() -> None:
-            for session_id in waiting:
-                if datetime.now(UTC) + timedelta(seconds=READ_SECONDS) > until:
-                    return  # too late to be done before the lease ends
-                read[session_id], errors[session_id] = await self._read(session_id)
-                del left[session_id]
+            while (session := await leased.next_session()) is not None:
+                part, session_id = session
+                part.read[session_id] = await self._read(session_id)
+                leased.held.discard(session_id)
+                if part.is_read():
+                    await report(part)
+
+        async def report(part: _Part) -> None:
+            leased.parts.remove(part)
+            ids = list(part.before)
+            after = await run_in_transaction(self._engine, lambda c: leases.select_standings(c, ids))
+            for session_id, (outcome, error) in part.read.items():
+                outcomes[outcome] += 1
+                told(Reading(session_id, outcome, part.before.get(session_id), after.get(session_id), error))
 
         try:
-            await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(mine))))
+            await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
         finally:
-            await run_in_transaction(self._engine, lambda c: leases.release(c, list(left)))
-        after = await run_in_transaction(self._engine, lambda c: leases.select_standings(c, list(mine)))
-        for session_id, outcome in read.items():
-            outcomes[outcome] += 1
-            error = errors.get(session_id, "")
-            told(Reading(session_id, outcome, mine.get(session_id), after.get(session_id), error))
+            await run_in_transaction(self._engine, lambda c: leases.release(c, list(leased.held)))
+        for part in list(leased.parts):
+            await report(part)
+        for session_id in leased.busy:
+            outcomes["busy"] += 1
+            told(Reading(session_id, "busy"))
         return outcomes
 
     async def preview_all(
@@ -178,6 +182,66 @@ class Reconciler:
 
     async def _postpone(self, session_id: str, until: datetime) -> None:
         await run_in_transaction(self._engine, lambda connection: leases.postpone(connection, [session_id], until))
+
+
+class _Part:
+    """Sessions leased together: where they stood, until when they are ours, and what became of those read."""
+
+    def __init__(self, before: dict[str, Standing], until: datetime) -> None:
+        self.before = before
+        self.until = until
+        self.waiting = deque(before)
+        self.read: dict[str, tuple[Outcome, str]] = {}
+
+    def is_read(self) -> bool:
+        return len(self.read) == len(self.before)
+
+
+class _Leased:
+    """Hands out sessions to read, leasing the next ones when those at hand are used up.
+
+    `held` are those whose leases are to be given back in the end, `busy` those that somebody else reads, `parts`
+    those of which nothing has been told yet.
+    """
+
+    def __init__(self, engine: AsyncEngine, session_ids: Sequence[str]) -> None:
+        self._engine = engine
+        self._left = deque(dict.fromkeys(session_ids))
+        self._part = _Part({}, datetime.now(UTC))
+        self._leasing = asyncio.Lock()
+        self.held: set[str] = set()
+        self.busy: list[str] = []
+        self.parts: list[_Part] = []
+
+    async def next_session(self) -> tuple[_Part, str] | None:
+        """The next one, and the part that it belongs to; None: there is no more."""
+        async with self._leasing:
+            while True:
+                if self._part.waiting and datetime.now(UTC) + timedelta(seconds=READ_SECONDS) > self._part.until:
+                    await self._give_back()
+                if self._part.waiting:
+                    return self._part, self._part.waiting.popleft()
+                if not self._left:
+                    return None
+                await self._lease([self._left.popleft() for _ in range(min(LEASED_TOGETHER, len(self._left)))])
+
+    async def _give_back(self) -> None:
+        """It is too late to be done before the lease ends: what is left of the part is leased anew."""
+        late = list(self._part.waiting)
+        self._part.waiting.clear()
+        for session_id in late:
+            del self._part.before[session_id]
+        self._left.extendleft(reversed(late))
+        await run_in_transaction(self._engine, lambda c: leases.release(c, late))
+
+    async def _lease(self, session_ids: Sequence[str]) -> None:
+        now = datetime.now(UTC)
+        until = now + timedelta(seconds=LEASE_SECONDS)
+        mine = await run_in_transaction(self._engine, lambda c: leases.claim(c, session_ids, now, until))
+        self.busy += [session_id for session_id in session_ids if session_id not in mine]
+        self.held |= mine.keys()
+        self._part = _Part(mine, until)
+        self.parts.append(self._part)
 
 
 class _UndoneError(Exception):

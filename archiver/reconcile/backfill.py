@@ -15,7 +15,7 @@ from archiver.database import run_in_transaction
 from archiver.projection import leases
 from archiver.reconcile import Submit
 
-PAGE = 500
+PAGE = 5_000  # sessions, by their ids alone
 
 
 class Selection(msgspec.Struct, frozen=True):
