@@ -76,6 +76,7 @@ class Life:
         self.shrinks = self.random.random() < 0.7
         self.loss = self.random.choice([0.0, 0.3, 0.7])
         self.is_distinct = self.random.random() < 0.6
+        self.read: set[tuple[str, str]] = set()  # whatever a recorded answer showed
 
     def step(self, now: datetime) -> list[Observation]:
         """What reaches the archive now: nothing, webhooks or an answer."""
@@ -167,17 +168,23 @@ class Life:
         answers, self.asked = self.asked, []
         if self.random.random() < 0.2:
             return []  # the worker died with the answer
+        for _, status, body in answers:
+            told = history.told(history.READ, self.session_id, body).messages if status == 200 else None
+            self.read |= {(message.role, message.content) for message in told or ()}
         return [
             Observation(history.observe(self.session_id, status, body), began, "history", None)
             for began, status, body in answers
         ]
 
     def end(self, now: datetime) -> Iterator[list[Observation]]:
-        """All that is still under way arrives, then a last reading sees everything."""
-        while self.under_way:
+        """All that is still under way arrives, but for some of it before a last reading that sees everything."""
+        late = self.random.choice([0, 0, 1, 2])
+        while len(self.under_way) > late:
             yield [self._observe(self.under_way.pop(self.random.randrange(len(self.under_way))), now)]
         later = now + timedelta(minutes=10)
         yield [Observation(history.observe(self.session_id, 200, self.answer()), later, "history", None)]
+        while self.under_way:
+            yield [self._observe(self.under_way.pop(), later + timedelta(minutes=1))]
 
 
 class CrashError(Exception):
@@ -235,7 +242,8 @@ def archived(engine: Engine) -> dict[str, list[Row]]:
     return found
 
 
-def check(life: Life, rows: list[Row], coverage: tuple[str, int]) -> None:
+def check(life: Life, rows: list[Row], coverage: tuple[str, int], deleted: set[str]) -> None:
+    assert {turn.chat_id for turn in life.turns if turn.deletion_arrived} == deleted, "a deletion leaves a tombstone"
     shown = [(role, content) for _, role, content, _, in_history in rows if in_history]
     assert shown == life.shown(), "I6: what history shows, in order and once"
     by_chat: dict[str | None, Said] = {}
@@ -247,6 +255,8 @@ def check(life: Life, rows: list[Row], coverage: tuple[str, int]) -> None:
             assert is_within(turn.said(), own), "I3, I7: a turn that arrived, whole"
             assert own == turn.said() or not is_unambiguous(life), "I3: and once"
     if is_unambiguous(life):
+        kept = {(role, content) for _, role, content, _, _ in rows}
+        assert life.read <= kept, "I7: whatever a reading showed stays"
         known = [turn for turn in life.turns if turn.arrived or is_shown(life, turn)]
         truth = [message for turn in known for message in turn.said()]
         left = Counter(truth)
@@ -289,9 +299,11 @@ def test_i3_i5_i6_i7_i10_hold_at_the_end_of_every_life(cluster: Cluster) -> None
                 row.session_id: (row.state, row.repaired_messages)
                 for row in connection.execute(text("SELECT * FROM analytics.coverage"))
             }
+        deleted = tombstones(engines[0])
         for each in lives:
+            told = coverage.get(each.session_id, ("complete", 0))
             try:
-                check(each, rows.get(each.session_id, []), coverage.get(each.session_id, ("complete", 0)))
+                check(each, rows.get(each.session_id, []), told, deleted.get(each.session_id, set()))
             except AssertionError as failure:
                 raise AssertionError(f"seed {each.seed}: {failure}") from failure
         before = derived(engines[0])
@@ -300,6 +312,16 @@ def test_i3_i5_i6_i7_i10_hold_at_the_end_of_every_life(cluster: Cluster) -> None
         for engine in engines:
             engine.dispose()
         cluster.drop(url)
+
+
+def tombstones(engine: Engine) -> dict[str, set[str]]:
+    """The deleted chats by session."""
+    found: dict[str, set[str]] = {}
+    with transaction(engine) as connection:
+        query = "SELECT session_id, chat_id FROM analytics.chats WHERE deleted_at IS NOT NULL"
+        for session_id, chat_id in connection.execute(text(query)):
+            found.setdefault(session_id, set()).add(chat_id)
+    return found
 
 
 def derived(engine: Engine) -> dict[str, list[Row]]:
