@@ -200,6 +200,9 @@ class Registration:
             # What is committed already is known by then, and registering it again changes nothing.
             retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
             return JSONResponse(_problem("unavailable", str(fault.__doc__)), 503, retry)
+        if any(isinstance(result, Outcome) and result.status == "quarantined" for result in results):
+            detail = "Some of them could not be stored: see archiver quarantine list."
+            return JSONResponse(_problem("quarantined", detail), 422)
         stored = sum(isinstance(result, Outcome) and result.status == "stored" for result in results)
         return JSONResponse({"status": "stored", "sessions": len(sessions), "new": stored})
 

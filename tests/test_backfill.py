@@ -121,6 +121,8 @@ def test_a_refused_key_ends_it_with_one_clear_error(database_url: str, callhq: C
         (["--since", "yesterday"], "2024-01-15"),
         (["--file", "/nowhere"], "No such file"),
         (["--rate", "0"], "--rate"),
+        (["--session", ""], "no session id"),
+        (["--session", "x" * 2000], "no session id"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(database_url: str, options: list[str], complaint: str) -> None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -29,6 +29,8 @@ from rich.text import Text
 from archiver import database, schema, settings, telemetry
 from archiver.callhq import UnauthorizedError
 from archiver.cli import connection
+from archiver.events import REASONS, UnreadableError
+from archiver.history import register
 from archiver.reconcile import Reading, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
@@ -79,6 +81,7 @@ def command(
     first. After Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read.
     """
     listed = (*session_ids, *(_ids(file) if file else ()))
+    _check(listed)
     if sum([bool(session_ids or file), since is not None, every]) > 1:
         raise click.UsageError("Choose one of --session/--file, --since and --all.")
     if file is not None and not listed:
@@ -113,6 +116,15 @@ def _ids(file: TextIO) -> Iterator[str]:
             yield session_id
 
 
+def _check(session_ids: Sequence[str]) -> None:
+    for session_id in session_ids:
+        try:
+            register({"id": session_id})
+        except UnreadableError as error:
+            reason = REASONS.get(str(error), "It is empty.")
+            raise click.UsageError(f"{session_id[:80]!r} is no session id. {reason}") from None
+
+
 def _moment(text: str | None) -> datetime | None:
     if text is None:
         return None
@@ -139,8 +151,8 @@ class Summary:
     def add(self, reading: Reading) -> None:
         """One more session."""
         self.outcomes[reading.outcome] += 1
-        if reading.outcome in {"failed", "unreadable"}:
-            self.failures.append((reading.session_id, reading.error or "an answer of an unexpected shape"))
+        if reading.outcome in _FAILURES:
+            self.failures.append((reading.session_id, reading.error or _FAILURES[reading.outcome]))
         if reading.after is not None:
             self.coverage[reading.after.coverage] += 1
         if reading.recovered > 0:
@@ -188,6 +200,13 @@ class Summary:
         }
 
 
+_FAILURES = {
+    "failed": "could not be read",
+    "unreadable": "an answer of an unexpected shape",
+    "unavailable": "no answer, and the session has expired",
+    "busy": "left to a worker that reads it now",
+}
+
 _MEANINGS = {
     "read": "sessions read",
     "gone": "no longer there (404, 410)",
@@ -225,7 +244,7 @@ async def _run(
                     else:
                         await backfill.register(engine, submit, page)
                         await reconciler.read_all(page, told)
-            if not summary.dry_run and not summary.failures:
+            if not summary.dry_run:
                 await backfill.end(engine, selection)
 
     reading = asyncio.create_task(read())

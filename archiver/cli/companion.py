@@ -33,7 +33,7 @@ def working(environment: Mapping[str, str]) -> Iterator[None]:
         while True:
             started[0].join()
             # 0: it was told to end, as we are about to be.
-            if stopping.wait(RESTART_SECONDS) or started[0].exitcode == 0:
+            if stopping.wait(RESTART_SECONDS):
                 return
             log.error("the worker ended by itself and is started again", code=started[0].exitcode)
             started[0] = _start(environment)
@@ -44,11 +44,12 @@ def working(environment: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         stopping.set()
-        process = started[0]
-        process.terminate()
-        process.join(STOP_SECONDS)
-        process.kill()
-        watcher.join(RESTART_SECONDS)
+        started[0].terminate()
+        # The watcher may just have started another one: once it has ended there is none but this.
+        watcher.join(STOP_SECONDS)
+        started[0].terminate()
+        started[0].join(STOP_SECONDS)
+        started[0].kill()
 
 
 def _start(environment: Mapping[str, str]) -> BaseProcess:

@@ -30,6 +30,7 @@ LEASE_SECONDS = 2 * READ_SECONDS
 LEASED_TOGETHER = 100
 RECORDING = 3  # sessions under way for each call that may be: while some are recorded, others are asked for
 LONGEST_RETRY = timedelta(hours=1)
+SHORTEST_RETRY = timedelta(seconds=30)
 
 Submit = Callable[[Event, datetime], Awaitable[str]]
 Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy"]
@@ -175,8 +176,11 @@ class Reconciler:
             return None
         if schedule.read_by is not None and now > schedule.read_by + 2 * self._timing.margin:
             return history.give_up(session_id)
-        # As long again as it has been waited for: the pauses double.
+        # As long again as it has been waited for: the pauses double. But several times before upstream forgets it.
         pause = min(max(now - schedule.last_event_at, self._timing.quiet), LONGEST_RETRY)
+        if schedule.read_by is not None and now < schedule.read_by + self._timing.margin:
+            left = schedule.read_by + self._timing.margin - now
+            pause = max(min(pause, left / 4), SHORTEST_RETRY)
         await self._postpone(session_id, now + pause)
         return None
 
@@ -232,6 +236,7 @@ class _Leased:
         for session_id in late:
             del self._part.before[session_id]
         self._left.extendleft(reversed(late))
+        self.held.difference_update(late)
         await run_in_transaction(self._engine, lambda c: leases.release(c, late))
 
     async def _lease(self, session_ids: Sequence[str]) -> None:
