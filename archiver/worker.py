@@ -132,7 +132,12 @@ def timing_of(configuration: Settings) -> Timing:
 
 @asynccontextmanager
 async def reconciling(
-    configuration: Settings, url: URL, *, concurrency: int | None = None, rate: float | None = None
+    configuration: Settings,
+    url: URL,
+    *,
+    concurrency: int | None = None,
+    rate: float | None = None,
+    gives_up: bool = True,
 ) -> AsyncIterator[tuple[AsyncEngine, Reconciler, Submit]]:
     """All that reading histories needs: connections to Postgres and to CallHQ, and the write path."""
     prepared = configuration.prepared_statements
@@ -156,7 +161,7 @@ async def reconciling(
 
     try:
         async with queue.running(), client:
-            yield asking, Reconciler(asking, client, submit, timing, at_once), submit
+            yield asking, Reconciler(asking, client, submit, timing, at_once, gives_up=gives_up), submit
     finally:
         await writing.dispose()
         await asking.dispose()

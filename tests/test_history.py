@@ -127,6 +127,14 @@ def test_an_identical_answer_is_counted_and_not_stored_again(archive: Archive) -
     assert archive.rows("SELECT delivery_count FROM archiver.events WHERE source = 'history'") == [(2,)]
 
 
+def test_a_turn_that_only_history_knows_keeps_the_time_of_its_first_reading(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    for minute in (10, 20, 30):
+        archive.reading(minute, answer(*said(1), *said(2)))
+    found = archive.rows("SELECT first_received_at FROM analytics.chats WHERE chat_id IS NULL")
+    assert found == [(START + timedelta(minutes=10),)]
+
+
 def test_a_greeting_is_no_repair(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.reading(10, answer(("assistant", "Welcome!"), *said(1)))

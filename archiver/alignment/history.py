@@ -30,7 +30,7 @@ def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[R
     ):
         merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
         merged += [
-            Line(*key, "history", None, True, reading.read_at, reading.read_at)
+            Line(*key, "history", None, True, reading.first_read_at or reading.read_at, reading.read_at)
             for key in new[new_before + 1 : at_new]
         ]
         merged += [

@@ -230,7 +230,9 @@ async def _run(
     """Until all are read, or until Ctrl-C or SIGTERM."""
 
     async def read() -> None:
-        async with reconciling(configuration, database.database_url(url), concurrency=concurrency, rate=rate) as (
+        async with reconciling(
+            configuration, database.database_url(url), concurrency=concurrency, rate=rate, gives_up=False
+        ) as (
             engine,
             reconciler,
             submit,

@@ -43,7 +43,7 @@ def derive(story: Story, timing: Timing) -> Rows:
     lines = alignment.transcript(
         [_aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
         [
-            alignment.Reading(reading.told.messages, reading.last_at)
+            alignment.Reading(reading.told.messages, reading.last_at, reading.first_at)
             for reading in story.readings
             if reading.told.messages is not None
         ],

@@ -57,8 +57,18 @@ class Reconciler:
     committed: `quarantined` if it could not be stored.
     """
 
-    def __init__(self, engine: AsyncEngine, client: Client, submit: Submit, timing: Timing, concurrency: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        client: Client,
+        submit: Submit,
+        timing: Timing,
+        concurrency: int,
+        *,
+        gives_up: bool = True,
+    ) -> None:
         self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
+        self._gives_up = gives_up  # where there is no answer long after a session expired
         self._concurrency = concurrency
 
     async def read_all(
@@ -174,7 +184,8 @@ class Reconciler:
         schedule = await run_in_transaction(self._engine, lambda c: leases.select_schedule(c, session_id))
         if schedule is None:
             return None
-        if schedule.read_by is not None and now > schedule.read_by + 2 * self._timing.margin:
+        has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * self._timing.margin
+        if self._gives_up and has_expired:
             return history.give_up(session_id)
         # As long again as it has been waited for: the pauses double. But several times before upstream forgets it.
         pause = min(max(now - schedule.last_event_at, self._timing.quiet), LONGEST_RETRY)
