@@ -188,7 +188,7 @@ class Registration:
             return JSONResponse(
                 _problem("too_large", f"Send at most {self._max_body} bytes (ARCHIVER_MAX_BODY)."), 413
             )
-        except (BodyIncompleteError, ValueError) as error:
+        except (BodyIncompleteError, ClientDisconnect, ValueError) as error:
             return JSONResponse(_problem("invalid", str(error) or str(error.__doc__)), 422)
         now = datetime.now(UTC)
         deliveries = [Delivery(session, now, None, source=history.APPLICATION) for session in sessions]

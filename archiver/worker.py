@@ -23,9 +23,9 @@ from archiver.callhq import Client, UnauthorizedError
 from archiver.database import run_in_transaction
 from archiver.events import Event
 from archiver.history import APPLICATION, REGISTERED, SOURCE
-from archiver.ingest import Delivery, Ingest
+from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
 from archiver.projection import Timing, leases
-from archiver.reconcile import LEASE_SECONDS, Reconciler, Submit
+from archiver.reconcile import LEASE_SECONDS, NotRecordedError, Reconciler, Submit
 from archiver.reconcile.pause import SharedPause
 from archiver.settings import Settings
 
@@ -39,7 +39,6 @@ HANDED_OUT_FOR = timedelta(seconds=2 * LEASE_SECONDS)
 POLL_SECONDS = 1.0
 _BATCH = 50  # histories in one transaction
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
-_UNAUTHORIZED_SECONDS = 60  # between two attempts with a key that CallHQ refuses
 
 QUEUE = "archiver"
 
@@ -106,9 +105,8 @@ class Worker:
         try:
             await self._reconciler.read_all(session_ids)
         except UnauthorizedError as error:
+            # They are handed out again, when the key may be another.
             log.error("histories cannot be read", error=str(error))  # noqa: TRY400  # there is nothing to trace
-            until = datetime.now(UTC) + timedelta(seconds=_UNAUTHORIZED_SECONDS)
-            await run_in_transaction(self._engine, lambda c: leases.postpone(c, session_ids, until))
 
     async def forget_jobs(self, timestamp: int) -> None:
         """Jobs whose worker died are dropped; their sessions are due as soon as their leases have ended."""
@@ -146,22 +144,29 @@ async def reconciling(
     at_once = concurrency or configuration.history_concurrency
     timing = timing_of(configuration)
     queue = Ingest(writing, queue_events=10_000, queue_bytes=_QUEUE_BYTES, batch_events=_BATCH, timing=timing)
+    pause = SharedPause(asking)
     client = Client(
         configuration.callhq_api_url,
         configuration.callhq_api_key,
         concurrency=at_once,
         rate=rate or configuration.history_rate or None,
-        pause=SharedPause(asking),
+        pause=pause,
     )
 
     async def submit(event: Event, began: datetime) -> str:
         source = APPLICATION if event.type == REGISTERED else SOURCE
-        outcome = await queue.submit(Delivery(event, began, None, source=source))
+        try:
+            outcome = await queue.submit(Delivery(event, began, None, source=source))
+        except (QueueFullError, UnavailableError) as error:
+            raise NotRecordedError from error
         return outcome.status
 
     try:
         async with queue.running(), client:
-            yield asking, Reconciler(asking, client, submit, timing, at_once, gives_up=gives_up), submit
+            reconciler = Reconciler(
+                asking, client, submit, pause=pause, timing=timing, concurrency=at_once, gives_up=gives_up
+            )
+            yield asking, reconciler, submit
     finally:
         await writing.dispose()
         await asking.dispose()

@@ -270,3 +270,23 @@ def test_i3_facts_that_differ_in_what_is_no_number_differ() -> None:
 def test_i4_a_type_that_is_no_text_does_not_raise(value: Any) -> None:
     body = json.dumps({"type": value, "event": value, "message": {"type": value}}).encode()
     assert isinstance(parse(body), Malformed)
+
+
+def test_i10_facts_without_session_that_came_first_date_a_session_whatever_their_number(engine: Engine) -> None:
+    """Two turns of one session are placed by one batch: the older of the facts that waited counts."""
+
+    def record(seconds: float, *bodies: bytes) -> None:
+        observations = []
+        for body in bodies:
+            event = parse(body)
+            assert isinstance(event, Event)
+            observations.append(ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "k"))
+        with transaction(engine) as connection:
+            ledger.record(connection, observations)
+
+    record(1, created("a", None))
+    record(2, created("b", None))
+    record(3, created("a", "s"), created("b", "s"))
+    with transaction(engine) as connection:
+        query = text("SELECT first_event_at FROM archiver.sessions WHERE session_id = 's'")
+        assert connection.scalar(query) == NOW + timedelta(seconds=1)

@@ -188,6 +188,15 @@ def test_a_history_that_cannot_be_had_leaves_a_session_unverified(
     assert archive.rows("SELECT body FROM archiver.events WHERE source = 'history'") == [(body,)]
 
 
+def test_a_last_reading_that_told_nothing_is_tried_again_until_upstream_forgets(archive: Archive) -> None:
+    due = "SELECT reconcile_at FROM archiver.sessions WHERE session_id <> ''"
+    archive.webhook(0, turn(1))
+    archive.reading(23 * 60 + 1, b"<html>")
+    assert archive.rows(due) == [(START + timedelta(minutes=23 * 60 + 1) + TIMING.quiet,)]
+    archive.reading(23 * 60 + 58, b"<html>")
+    assert archive.rows(due) == [(None,)]
+
+
 def test_a_turn_whose_content_nobody_ever_told_is_lost(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.webhook(2, deleted("chat-2"))

@@ -39,6 +39,7 @@ async def test_leases_that_are_about_to_end_are_taken_anew(
 ) -> None:
     # So short that a few sessions use one up; the constants alone are changed.
     monkeypatch.setattr(reconcile, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(reconcile, "RECORD_SECONDS", 0.0)
     monkeypatch.setattr(reconcile, "LEASE_SECONDS", 1.2)
     sessions = [callhq.session(f"s{n}", "ok") for n in range(60)]
     ids = [session.id for session in sessions]

@@ -122,7 +122,7 @@ def _cut(old: Sequence[Hashable], new: Sequence[Hashable], half: int) -> int:
 def _lengths(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[int]:
     """How long the subsequence of `new` and the last n items of `old` is, for each n."""
     row = 0
-    for row in _rows(old, new):  # noqa: B007
+    for row in _rows(old, new):  # noqa: B007  # the last one counts
         pass
     bits = reversed(f"{row:0{len(old)}b}")
     return [*accumulate((bit == "0" for bit in bits), initial=0)]

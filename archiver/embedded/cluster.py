@@ -182,7 +182,7 @@ def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.Pi
             return found
         if time.monotonic() > deadline:
             raise _failed(cluster, f"Postgres did not get ready within {START_SECONDS:.0f} s")
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # it tells its state by a file alone
 
 
 def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
@@ -225,7 +225,7 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
             if "pre-existing shared memory block" not in said or time.monotonic() > deadline:
                 postmaster.remove_sockets(socket_dir, cluster.data)
                 raise _failed(cluster, "Postgres did not start")
-            time.sleep(POLL_SECONDS * 5)
+            time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has gone
     finally:
         os.close(log)
 
@@ -235,7 +235,7 @@ def _becomes_ready(cluster: Cluster, pid: int, deadline: float) -> bool:
         found = postmaster.read_pid_file(cluster.data)
         if found is not None and found.pid == pid and found.status == "ready":
             return True
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # it tells its state by a file alone
     return False
 
 

@@ -60,7 +60,7 @@ def exclusive(path: Path) -> Iterator[int]:
         while not try_lock(file):
             if time.monotonic() > deadline:
                 raise EmbeddedError(f"Another process has been starting or stopping Postgres for too long: {path}.")
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # flock has no time limit of its own
         yield file
     finally:
         os.close(file)

@@ -121,7 +121,7 @@ def stop_server(data: Path) -> None:
     while alive(found.pid):
         if time.monotonic() > deadline:
             raise EmbeddedError(f"Postgres (pid {found.pid}) is still stopping; its log says why.")
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # it need not be our child, so there is nothing to wait on
     remove_sockets(socket_folder(found, data), data)
 
 

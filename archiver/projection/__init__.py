@@ -62,8 +62,11 @@ def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]],
     revised = [key for key in turns if key in earlier]
     if revised:
         # A fact that did not tell its session may have come first.
-        homes = {key[0]: [fact.received_at for fact in earlier[key]] for key in revised if key[0] != UNPLACED}
-        rows.upsert_sessions(connection, homes, timing)
+        heard: dict[str, list[datetime]] = defaultdict(list)
+        for session_id, chat_id in revised:
+            heard[session_id] += [fact.received_at for fact in earlier[session_id, chat_id]]
+        heard.pop(UNPLACED, None)
+        rows.upsert_sessions(connection, heard, timing)
         rows.delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
         rows.delete_unplaced(connection, [chat_id for session_id, chat_id in revised if session_id != UNPLACED])
 

@@ -67,6 +67,9 @@ _UNREAD = {
 }
 
 
+_TRIED_AGAIN = {history.GONE, history.UNREADABLE}
+
+
 def cover(
     turns: Mapping[str, Turn], readings: Sequence[Reading], lines: Sequence[Line], last_event_at: datetime
 ) -> Coverage:
@@ -120,13 +123,16 @@ def next_reading(
     """When the history is to be read next; None: never again.
 
     After a quiet time; then ever later, twice as long each time that nothing changed; a last time before upstream
-    forgets the session.
+    forgets the session, and if that told nothing, again until it has.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:
         return min(last_event_at + timing.quiet, max(read_by, last_event_at))
     newest = readings[-1]
-    if newest.last_at >= read_by or newest.kind == history.UNAVAILABLE:
+    again = newest.last_at + timing.quiet
+    if newest.last_at >= read_by:
+        return again if newest.kind in _TRIED_AGAIN and again < read_by + timing.margin else None
+    if newest.kind == history.UNAVAILABLE:
         return None
     doubled: int = 2 ** min(newest.count, _LONGEST_DOUBLING)
     return min(newest.last_at + timing.quiet * doubled, read_by)

@@ -22,11 +22,13 @@ from archiver.database import run_in_transaction
 from archiver.events import Event
 from archiver.projection import Timing, leases
 from archiver.projection.leases import Standing
+from archiver.reconcile.pause import SharedPause
 
 log = structlog.get_logger(__name__)
 
-READ_SECONDS = 120  # for one history, retries and pauses included
-LEASE_SECONDS = 2 * READ_SECONDS
+READ_SECONDS = 120  # for one history, once it is its turn; retries included
+RECORD_SECONDS = 300  # for its commit, with all that may delay it
+LEASE_SECONDS = 2 * READ_SECONDS + RECORD_SECONDS
 LEASED_TOGETHER = 100
 RECORDING = 3  # sessions under way for each call that may be: while some are recorded, others are asked for
 LONGEST_RETRY = timedelta(hours=1)
@@ -34,6 +36,10 @@ SHORTEST_RETRY = timedelta(seconds=30)
 
 Submit = Callable[[Event, datetime], Awaitable[str]]
 Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy"]
+
+
+class NotRecordedError(Exception):
+    """The database did not take the answer."""
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):
@@ -52,6 +58,17 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
         return after - (self.before.repaired_messages if self.before else 0)
 
 
+class _Answer(msgspec.Struct, frozen=True, gc=False):
+    """What a call came to: the fact, or why there is none.
+
+    `began`: when the call did; what is told from then on may be missing in its answer.
+    """
+
+    began: datetime
+    event: Event | None
+    fault: str = ""
+
+
 class Reconciler:
     """Reads sessions with one client; `submit` takes a fact and when its reading began, and answers once it is
     committed: `quarantined` if it could not be stored.
@@ -62,14 +79,17 @@ class Reconciler:
         engine: AsyncEngine,
         client: Client,
         submit: Submit,
+        *,
+        pause: SharedPause,
         timing: Timing,
         concurrency: int,
-        *,
         gives_up: bool = True,
     ) -> None:
         self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
         self._gives_up = gives_up  # where there is no answer long after a session expired
+        self._pause = pause
         self._concurrency = concurrency
+        self._turns = asyncio.Semaphore(concurrency)
 
     async def read_all(
         self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
@@ -83,9 +103,16 @@ class Reconciler:
         outcomes: Counter[Outcome] = Counter()
 
         async def one_after_another() -> None:
-            while (session := await leased.next_session()) is not None:
-                part, session_id = session
-                part.read[session_id] = await self._read(session_id)
+            while True:
+                # Waiting for its turn and for CallHQ's pause comes first: the lease and the clock run after that.
+                async with self._turns:
+                    await self._pause.wait()
+                    session = await leased.next_session()
+                    if session is None:
+                        return
+                    part, session_id = session
+                    answer = await self._ask_in_time(session_id)
+                part.read[session_id] = await self._record(session_id, answer)
                 leased.held.discard(session_id)
                 if part.is_read():
                     await report(part)
@@ -118,7 +145,9 @@ class Reconciler:
 
         async def one_after_another() -> None:
             for session_id in waiting:
-                reading = await self._preview(session_id)
+                async with self._turns:
+                    await self._pause.wait()
+                    reading = await self._preview(session_id)
                 outcomes[reading.outcome] += 1
                 told(reading)
 
@@ -126,13 +155,11 @@ class Reconciler:
         return outcomes
 
     async def _preview(self, session_id: str) -> Reading:
-        began = datetime.now(UTC)
-        try:
-            async with asyncio.timeout(READ_SECONDS):
-                event = await self._ask(session_id)
-        except (UnreachableError, TimeoutError) as error:
-            return Reading(session_id, "failed", error=str(error) or f"no answer in {READ_SECONDS} s")
-        observation = ledger.Observation(event, began, history.SOURCE, None)
+        answer = await self._ask_in_time(session_id)
+        event = answer.event
+        if event is None:
+            return Reading(session_id, "failed", error=answer.fault)
+        observation = ledger.Observation(event, answer.began, history.SOURCE, None)
 
         def record_and_undo(connection: Connection) -> None:
             before = leases.select_standings(connection, [session_id]).get(session_id)
@@ -146,29 +173,35 @@ class Reconciler:
             reading: Reading = undone.reading
         return reading
 
-    async def _read(self, session_id: str) -> tuple[Outcome, str]:
-        """One session, leased by us: its outcome, and what went wrong if something did."""
+    async def _record(self, session_id: str, answer: _Answer) -> tuple[Outcome, str]:
+        """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
+        event = answer.event
+        if event is None:
+            log.warning("history not read", session_id=session_id, error=answer.fault)
+            event = await self._failed(session_id, answer.began)
+            if event is None:
+                return "failed", answer.fault
+        try:
+            status = await self._submit(event, answer.began)
+        except NotRecordedError as error:
+            await self._postpone(session_id, answer.began + self._timing.quiet)
+            return "failed", str(error.__doc__)
+        if status == "quarantined":
+            await self._postpone(session_id, answer.began + LONGEST_RETRY)
+            return "unreadable", "its answer could not be stored: see archiver quarantine list"
+        outcome = _OUTCOMES[event.type]
+        telemetry.readings.labels(outcome).inc()
+        return outcome, answer.fault
+
+    async def _ask_in_time(self, session_id: str) -> _Answer:
         began, started = datetime.now(UTC), perf_counter()
         try:
             async with asyncio.timeout(READ_SECONDS):
                 event = await self._ask(session_id)
         except (UnreachableError, TimeoutError) as error:
-            fault = str(error) or f"no answer in {READ_SECONDS} s"
-            log.warning("history not read", session_id=session_id, error=fault)
-            given_up = await self._failed(session_id, began)
-            if given_up is None:
-                return "failed", fault
-            event = given_up
-        else:
-            fault = ""
-        # The time at which the call began: what is told from then on may be missing in its answer.
-        if await self._submit(event, began) == "quarantined":
-            await self._postpone(session_id, began + LONGEST_RETRY)
-            return "unreadable", "its answer could not be stored: see archiver quarantine list"
-        outcome = _OUTCOMES[event.type]
-        telemetry.readings.labels(outcome).inc()
+            return _Answer(began, None, str(error) or f"no answer in {READ_SECONDS} s")
         telemetry.reading_seconds.observe(perf_counter() - started)
-        return outcome, fault
+        return _Answer(began, event)
 
     async def _ask(self, session_id: str) -> Event:
         try:
@@ -232,7 +265,10 @@ class _Leased:
         """The next one, and the part that it belongs to; None: there is no more."""
         async with self._leasing:
             while True:
-                if self._part.waiting and datetime.now(UTC) + timedelta(seconds=READ_SECONDS) > self._part.until:
+                if (
+                    self._part.waiting
+                    and datetime.now(UTC) + timedelta(seconds=READ_SECONDS + RECORD_SECONDS) > self._part.until
+                ):
                     await self._give_back()
                 if self._part.waiting:
                     return self._part, self._part.waiting.popleft()
