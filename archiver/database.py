@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.sql.dml import ReturningInsert
 
+from archiver import telemetry
 from archiver.settings import SettingsError
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5
 STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
+CONFLICT_RETRIES = 3
 # Placeholders as Postgres has them ($1): the driver would else parse each long statement anew, in Python.
 PARAMSTYLE = "numeric_dollar"
 _DIALECT = create_engine("postgresql+psycopg://", paramstyle=PARAMSTYLE).dialect
@@ -116,9 +118,20 @@ def transaction(
 async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
     """What `work` answers, after the commit of the one durable transaction that it runs in.
 
-    `work` is ordinary code; the event loop goes on wherever it waits for Postgres.
+    `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: where
+    another transaction was in the way it is done again.
     """
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            return await _run_once(engine, work)
+        except DBAPIError as error:
+            telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
+
+async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
     started = False
 
     def opened(connection: Connection) -> T:

@@ -19,6 +19,8 @@ CREATED = "chat.created"
 DELETED = "chat.deleted"
 CHAT_EVENTS = frozenset({CREATED, DELETED})
 
+WEBHOOK = "webhook"  # the source of what upstream sent by itself
+
 MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
 OURS = "\x1f"  # begins the keys that we make ourselves, for turns that only history knows; so no id may
 MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack

@@ -14,12 +14,12 @@ from typing import Literal
 
 import msgspec
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, RowMapping
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events, ledger, quarantine, telemetry
-from archiver.database import explain, is_conflict, is_data_error, run_in_transaction, sqlstate, transaction
+from archiver.database import explain, is_data_error, run_in_transaction, sqlstate, transaction
 from archiver.events import Event, Malformed
 from archiver.projection import Timing
 from archiver.quarantine import Reject
@@ -30,10 +30,10 @@ _TIMING = Timing()
 
 Status = Literal["stored", "duplicate", "ignored", "quarantined"]
 
-CONFLICT_RETRIES = 3
 LONGEST_GATHERING_SECONDS = 0.01
 GAUGED = 16  # of so many arrivals one brings the gauges up to date: enough to see a queue grow
 BATCH_MESSAGES = 10_000  # in the events of one transaction; one event may hold as many as it may
+BATCH_BYTES = 16 * 1_048_576  # likewise
 BATCH_SECONDS = 60  # after which a database that says nothing at all counts as gone
 
 
@@ -51,7 +51,7 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     content: Event | Malformed
     received_at: datetime
     key_id: str | None
-    source: str = "webhook"
+    source: str = events.WEBHOOK
     count: int = 1
 
 
@@ -164,12 +164,14 @@ class Ingest:
             self._gauge()
 
     def _take(self) -> list[_Waiting]:
-        """What fits into one transaction of bounded length: so many events, and so many messages in them."""
+        """What fits into one transaction of bounded length: so many events, messages and bytes."""
         batch: list[_Waiting] = []
-        messages = 0
+        messages = size = 0
         while self._queue and len(batch) < self._batch_events:
-            messages += _messages(self._queue[0].delivery)
-            if batch and messages > BATCH_MESSAGES:
+            delivery = self._queue[0].delivery
+            messages += _messages(delivery)
+            size += len(delivery.content.body)
+            if batch and (messages > BATCH_MESSAGES or size > BATCH_BYTES):
                 break
             batch.append(self._queue.popleft())
         return batch
@@ -218,24 +220,16 @@ async def write(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Tim
 
 
 async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing) -> list[Outcome]:
-    for attempt in range(CONFLICT_RETRIES + 1):
-        started = perf_counter()
-        try:
-            async with asyncio.timeout(BATCH_SECONDS):
-                outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries, timing))
-        except DBAPIError as error:
-            telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
-            if is_conflict(error) and attempt < CONFLICT_RETRIES:
-                continue
-            raise
-        telemetry.commit_seconds.observe(perf_counter() - started)
-        telemetry.batch_events.observe(len(deliveries))
-        telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
-        webhooks = [delivery.received_at for delivery in deliveries if delivery.source == ledger.WEBHOOK]
-        if webhooks:
-            telemetry.last_event.set(max(webhooks).timestamp())
-        return outcomes
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    started = perf_counter()
+    async with asyncio.timeout(BATCH_SECONDS):
+        outcomes = await run_in_transaction(engine, lambda connection: _store(connection, deliveries, timing))
+    telemetry.commit_seconds.observe(perf_counter() - started)
+    telemetry.batch_events.observe(len(deliveries))
+    telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
+    webhooks = [delivery.received_at for delivery in deliveries if delivery.source == events.WEBHOOK]
+    if webhooks:
+        telemetry.last_event.set(max(webhooks).timestamp())
+    return outcomes
 
 
 def _store(connection: Connection, deliveries: Sequence[Delivery], timing: Timing) -> list[Outcome]:
@@ -258,7 +252,7 @@ def _store(connection: Connection, deliveries: Sequence[Delivery], timing: Timin
 def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
     if not recorded.is_new:
         return Outcome("duplicate", recorded.id)
-    is_known = event.type in events.CHAT_EVENTS or delivery.source != ledger.WEBHOOK
+    is_known = event.type in events.CHAT_EVENTS or delivery.source != events.WEBHOOK
     return Outcome("stored" if is_known else "ignored", recorded.id)
 
 
@@ -266,7 +260,7 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
     content = delivery.content
     if isinstance(content, Malformed):
         reason, detail = content.reason, content.detail
-    return Reject(content.body, reason, detail, delivery.received_at, delivery.key_id)
+    return Reject(content, reason, detail, delivery.received_at, delivery.key_id, delivery.source)
 
 
 async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
@@ -327,10 +321,20 @@ def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcom
     row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
     if row is None:
         return None
-    event = events.parse(bytes(row["body"]))
+    event = _quarantined_event(row)
     if isinstance(event, Malformed):
         return Outcome("quarantined", quarantine_id, event.reason, event.detail)
-    delivery = Delivery(event, row["received_at"].astimezone(UTC), row["key_id"], count=row["delivery_count"])
+    received_at = row["received_at"].astimezone(UTC)
+    delivery = Delivery(event, received_at, row["key_id"], row["source"], row["delivery_count"])
     (outcome,) = _store(connection, [delivery], timing)
     quarantine.delete_quarantined(connection, quarantine_id)
     return outcome
+
+
+def _quarantined_event(row: RowMapping) -> Event | Malformed:
+    """A webhook is what its bytes say today; a fact of ours is what it was."""
+    body = bytes(row["body"])
+    if row["source"] == events.WEBHOOK:
+        return events.parse(body)
+    key = bytes(row["dedupe_key"])
+    return Event(row["type"], body, key, row["session_id"], chat_id=None, chat=None, occurred_at=None)

@@ -14,8 +14,6 @@ from archiver import events, projection, tables
 from archiver.database import RowsInsert
 from archiver.events import Event
 
-WEBHOOK = "webhook"
-
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
@@ -174,7 +172,7 @@ def _changed(telling: _Telling, row: Any) -> projection.Fact | None:
     if row.delivery_count == 1:
         return projection.Fact(first.event, first.source, first.received_at, telling.occurred_at)
     is_repeat = row.delivery_count > telling.count
-    is_from_upstream = first.source == WEBHOOK
+    is_from_upstream = first.source == events.WEBHOOK
     if is_repeat and is_from_upstream and (telling.occurred_at is None or telling.occurred_at != row.occurred_at):
         return None
     return projection.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)

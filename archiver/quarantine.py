@@ -1,4 +1,7 @@
-"""The quarantine: authenticated deliveries that could not be archived, with their bytes and the reason."""
+"""The quarantine: authenticated deliveries that could not be archived, with their bytes and the reason.
+
+A fact of ours, such as a history answer, keeps what its bytes do not tell: its kind, its session, its key.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,16 +14,31 @@ from sqlalchemy.dialects.postgresql import insert
 
 from archiver import tables
 from archiver.database import RowsInsert
+from archiver.events import WEBHOOK, Event, Malformed
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):
     """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content."""
 
-    body: bytes
+    content: Event | Malformed
     reason: str
     detail: str
     received_at: datetime
     key_id: str | None
+    source: str = WEBHOOK
+
+    @property
+    def ours(self) -> Event | None:
+        """The fact, unless it is a webhook: that is what its bytes say."""
+        return self.content if self.source != WEBHOOK and isinstance(self.content, Event) else None
+
+    @property
+    def digest(self) -> bytes:
+        """Tells it apart from others."""
+        told = self.content.body
+        if self.ours is not None:
+            told = self.ours.session_id.encode() + b"\0" + self.ours.dedupe_key
+        return hashlib.sha256(told).digest()
 
 
 def _quarantine_upsert() -> RowsInsert:
@@ -43,20 +61,25 @@ _UPSERT = _quarantine_upsert()
 
 
 def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list[int]:
-    """Keep each of these bodies once and count its deliveries. Answers the quarantine's ids, in their order."""
+    """Keep each of these deliveries once and count it. Answers the quarantine's ids, in their order."""
     if not rejects:
         return []
-    digests = [hashlib.sha256(reject.body).digest() for reject in rejects]
+    digests = [reject.digest for reject in rejects]
     rows: dict[bytes, dict[str, Any]] = {}
     for digest, reject in zip(digests, rejects, strict=True):
+        ours = reject.ours
         row = rows.setdefault(
             digest,
             {
                 "body_digest": digest,
-                "body": reject.body,
+                "body": reject.content.body,
                 "received_at": reject.received_at,
                 "key_id": reject.key_id,
                 "delivery_count": 0,
+                "source": reject.source,
+                "type": ours.type if ours else None,
+                "session_id": ours.session_id if ours else None,
+                "dedupe_key": ours.dedupe_key if ours else None,
             },
         )
         row["delivery_count"] += 1
@@ -71,7 +94,7 @@ def select_quarantine(
 ) -> Sequence[RowMapping]:
     """Rows without their bodies (`bytes` tells their size), oldest first, beginning after id `after`."""
     quarantine = tables.quarantine
-    columns = [column for column in quarantine.c if column.name not in {"body", "body_digest"}]
+    columns = [column for column in quarantine.c if column.name not in {"body", "body_digest", "dedupe_key"}]
     query = select(*columns, func.length(quarantine.c.body).label("bytes")).where(quarantine.c.id > after)
     if reason is not None:
         query = query.where(quarantine.c.reason == reason)

@@ -14,7 +14,6 @@ from archiver.database import is_conflict, transaction
 from archiver.projection import Timing
 from archiver.projection.replay import Page, replay_sessions, replay_unplaced
 
-PAGE_EVENTS = 2_000  # ledger rows of one transaction; a session with more has one of its own
 CONFLICT_RETRIES = 10
 
 
@@ -28,9 +27,7 @@ def rebuild(engine: Engine, timing: Timing) -> Iterator[int]:
 
     Stopped half-way, what was made anew stays, and what was not is as it was.
     """
-    yield from _pages(
-        engine, lambda connection, after: replay_sessions(connection, after, PAGE_EVENTS, timing), exclusive=False
-    )
+    yield from _pages(engine, lambda connection, after: replay_sessions(connection, after, timing), exclusive=False)
     yield from _pages(engine, replay_unplaced, exclusive=True)
 
 
@@ -45,7 +42,7 @@ def _pages(engine: Engine, replay: Callable[[Connection, str], Page], *, exclusi
 def _page(engine: Engine, replay: Callable[[Connection, str], Page], after: str, *, exclusive: bool) -> Page:
     for attempt in range(CONFLICT_RETRIES + 1):
         try:
-            with transaction(engine, statement_seconds=600) as connection:
+            with transaction(engine, statement_seconds=600, lock_seconds=120) as connection:
                 ledger.lock_placement(connection, exclusive=exclusive)
                 return replay(connection, after)
         except DBAPIError as error:

@@ -28,7 +28,9 @@ commit_seconds = Histogram(
     "Seconds from the opening of a batch's transaction to its commit.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
-commit_failures = Counter("archiver_commit_failures_total", "Batches that did not commit, by SQLSTATE.", ["sqlstate"])
+commit_failures = Counter(
+    "archiver_commit_failures_total", "Transactions that did not commit, by SQLSTATE.", ["sqlstate"]
+)
 unreadable_facts = Counter(
     "archiver_unreadable_facts_total", "Ledger rows that this version cannot read again, by reason.", ["reason"]
 )

@@ -25,7 +25,7 @@ from archiver.events import Event
 from archiver.history import APPLICATION, REGISTERED, SOURCE
 from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
 from archiver.projection import Timing, leases
-from archiver.reconcile import LEASE_SECONDS, NotRecordedError, Reconciler, Submit
+from archiver.reconcile import NotRecordedError, Reconciler, Submit
 from archiver.reconcile.pause import SharedPause
 from archiver.settings import Settings
 
@@ -35,7 +35,7 @@ JOBS_SCHEMA = "archiver_jobs"
 SESSIONS_A_JOB = 50
 HANDED_OUT_AT_ONCE = 5_000
 # Handed out again after this time, if no job has read them by then.
-HANDED_OUT_FOR = timedelta(seconds=2 * LEASE_SECONDS)
+HANDED_OUT_FOR = 2 * leases.LEASE
 POLL_SECONDS = 1.0
 _BATCH = 50  # histories in one transaction
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from archiver.demo.upstream import Session
+from archiver.reconcile.backfill import Selection
 from tests import servers
 from tests.receivers import archiver
 from tests.upstreams import CallHQ, simulated
@@ -155,6 +156,28 @@ def test_a_backfill_that_was_killed_goes_on_where_it_was(database_url: str, tmp_
         assert all(transcript(database_url, session) == session.messages() for session in sessions)
         # And when it has ended, the next one begins anew.
         assert told(backfill(database_url, callhq, "--file", str(file), "--json"))["sessions"] == 60
+
+
+def test_what_was_heard_of_a_session_after_its_reading_is_read_when_the_backfill_goes_on(
+    database_url: str, callhq: CallHQ
+) -> None:
+    sessions = [callhq.session(f"s{n}", "ok") for n in range(2)]
+    listed = [option for session in sessions for option in ("--session", session.id)]
+    backfill(database_url, callhq, *listed)
+    with psycopg.connect(database_url) as connection:
+        # As if this backfill had begun before those readings, and not ended; then there is news of one of the two.
+        selection = Selection(tuple(session.id for session in sessions))
+        connection.execute(
+            "INSERT INTO archiver.backfills SELECT %s, min(read_at) FROM archiver.sessions", [selection.key]
+        )
+        connection.execute(
+            "UPDATE archiver.sessions SET last_event_at = now() WHERE session_id = %s", [sessions[0].id]
+        )
+    assert told(backfill(database_url, callhq, *listed, "--json"))["sessions"] == 1
+    with psycopg.connect(database_url) as connection:
+        # What was left off long ago begins anew.
+        connection.execute("INSERT INTO archiver.backfills VALUES (%s, now() - interval '2 days')", [selection.key])
+    assert told(backfill(database_url, callhq, *listed, "--json"))["sessions"] == 2
 
 
 _READ = "SELECT count(*) FROM archiver.sessions WHERE read_at IS NOT NULL"

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine, text
 
-from archiver import database, events
+from archiver import database, events, history
 from archiver.database import transaction
 from archiver.ingest import (
     Delivery,
@@ -313,6 +313,32 @@ def test_i4_a_retry_archives_what_was_repaired_with_its_first_time_and_empties_t
     assert rows(poisoned, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
     assert (POISON,) in rows(poisoned, "SELECT content FROM analytics.messages")
     assert retry_quarantined(poisoned, refused.id) is None
+
+
+def test_i4_a_history_that_was_quarantined_is_retried_as_the_history_that_it_is(poisoned: Engine) -> None:
+    def answered(session_id: str) -> Delivery:
+        body = b'{"session": {"messages": [{"role": "user", "content": "poison"}]}}'
+        return Delivery(history.observe(session_id, 200, body), NOW, None, source=history.SOURCE)
+
+    with Receiver(poisoned) as receiver:
+        refused = outcomes(receiver.write([answered("s1"), answered("s2"), answered("s1")]))
+    assert [outcome.status for outcome in refused] == ["quarantined"] * 3
+    # The same bytes tell of two sessions.
+    assert len({outcome.id for outcome in refused}) == 2
+    execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
+    for outcome in refused[:2]:
+        retried = retry_quarantined(poisoned, outcome.id)
+        assert retried is not None
+        assert retried.status == "stored"
+    assert rows(poisoned, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+    assert rows(poisoned, "SELECT session_id, type, source, delivery_count FROM archiver.events ORDER BY 1") == [
+        ("s1", "history.read", "history", 2),
+        ("s2", "history.read", "history", 1),
+    ]
+    assert rows(poisoned, "SELECT session_id, content FROM analytics.messages ORDER BY 1") == [
+        ("s1", POISON),
+        ("s2", POISON),
+    ]
 
 
 def test_i3_a_retry_of_what_came_again_meanwhile_is_a_duplicate(poisoned: Engine) -> None:

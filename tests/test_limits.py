@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from archiver import events, ingest, ledger
+from archiver import events, history, ingest, ledger
 from archiver.database import transaction
 from archiver.ingest import Delivery, Ingest
 from archiver.projection import MAX_HOMES, TooManyHomesError
@@ -52,6 +52,14 @@ def test_i12_a_batch_is_bounded_by_its_messages_too() -> None:
     queue._queue.extend([ingest._Waiting(delivery, None)] * (most + 1))  # type: ignore[arg-type]  # nobody waits
     assert len(queue._take()) == most
     assert len(queue._take()) == 1
+
+
+def test_i12_and_by_their_bytes() -> None:
+    body = b'{"session": {"messages": []}, "filler": "%s"}' % (b"x" * (ingest.BATCH_BYTES // 3))
+    delivery = Delivery(history.observe("s", 200, body), observe(created()).received_at, None)
+    queue = Ingest(None, queue_events=100, queue_bytes=10**9, batch_events=100)  # type: ignore[arg-type]  # not asked
+    queue._queue.extend([ingest._Waiting(delivery, None)] * 5)  # type: ignore[arg-type]  # nobody waits
+    assert [len(queue._take()) for _ in range(3)] == [2, 2, 1]
 
 
 @on_one_version

@@ -1,13 +1,19 @@
 """Reading many sessions: each once, each told of, whatever the leases and the platform do."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 
+import psycopg
 import pytest
+import stamina
 from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import reconcile
+from archiver import history
 from archiver.callhq import UnauthorizedError
 from archiver.database import database_url as parse_url
 from archiver.database import run_in_transaction
@@ -17,6 +23,7 @@ from archiver.settings import Settings
 from archiver.worker import reconciling
 from tests import servers
 from tests.upstreams import API_KEY, CallHQ, simulated
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True),
@@ -38,9 +45,9 @@ async def test_leases_that_are_about_to_end_are_taken_anew(
     database_url: str, callhq: CallHQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So short that a few sessions use one up; the constants alone are changed.
-    monkeypatch.setattr(reconcile, "READ_SECONDS", 1.0)
-    monkeypatch.setattr(reconcile, "RECORD_SECONDS", 0.0)
-    monkeypatch.setattr(reconcile, "LEASE_SECONDS", 1.2)
+    monkeypatch.setattr(leases, "READ", timedelta(seconds=1))
+    monkeypatch.setattr(leases, "RECORD", timedelta(0))
+    monkeypatch.setattr(leases, "LEASE", timedelta(seconds=1.2))
     sessions = [callhq.session(f"s{n}", "ok") for n in range(60)]
     ids = [session.id for session in sessions]
     told: list[Reading] = []
@@ -72,3 +79,75 @@ async def test_a_refused_key_gives_every_lease_back(database_url: str, callhq: C
             await reconciler.read_all(ids)
         now = datetime.now(UTC)
         assert set(await run_in_transaction(engine, lambda c: leases.claim(c, ids, now, now))) == set(ids)
+
+
+async def lease_of(engine: AsyncEngine, session_id: str) -> datetime | None:
+    statement = text("SELECT leased_until FROM archiver.sessions WHERE session_id = :session_id")
+    return await run_in_transaction(engine, lambda c: c.scalar(statement, {"session_id": session_id}))
+
+
+async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
+    database_url: str, callhq: CallHQ
+) -> None:
+    session = callhq.session("s", "ok")
+    async with reconciling(settings(callhq), parse_url(database_url)) as (engine, _, submit):
+        await backfill.register(engine, submit, [session.id])
+        began = datetime.now(UTC)
+        own, others = began + leases.LEASE, began + 2 * leases.LEASE
+        await run_in_transaction(engine, lambda c: leases.claim(c, [session.id], began, own))
+        woken = own + timedelta(seconds=1)
+        assert await run_in_transaction(engine, lambda c: leases.claim(c, [session.id], woken, others))
+        await run_in_transaction(engine, lambda c: leases.release(c, {session.id: own}))
+        assert await lease_of(engine, session.id) == others
+        postpone = partial(leases.postpone, session_id=session.id, lease=own, until=woken, failing_since=woken)
+        await run_in_transaction(engine, postpone)
+        assert await lease_of(engine, session.id) == others
+        await submit(history.observe(session.id, 404, b""), began)
+        assert await lease_of(engine, session.id) == others
+        # The other one gives it back, with its reading.
+        await submit(history.observe(session.id, 410, b""), woken)
+        assert await lease_of(engine, session.id) is None
+
+
+async def test_only_a_failure_that_goes_on_after_a_session_expired_is_taken_for_an_answer(
+    database_url: str, callhq: CallHQ
+) -> None:
+    ids = [callhq.session("s", "ok").id]
+    nowhere = settings(callhq).model_copy(update={"callhq_api_url": "http://127.0.0.1:9/api"})
+    with stamina.set_testing(True, attempts=1):
+        async with reconciling(nowhere, parse_url(database_url)) as (engine, reconciler, submit):
+            await submit(history.register({"id": ids[0]}), datetime.now(UTC) - timedelta(days=30))
+            assert await reconciler.read_all(ids) == {"failed": 1}
+            assert await reconciler.read_all(ids) == {"failed": 1}
+            fails_long = text("UPDATE archiver.sessions SET failing_since = failing_since - interval '2 hours'")
+            await run_in_transaction(engine, lambda c: c.execute(fails_long))
+            assert await reconciler.read_all(ids) == {"unavailable": 1}
+            failing = text("SELECT failing_since FROM archiver.sessions WHERE session_id <> ''")
+            assert await run_in_transaction(engine, lambda c: c.scalar(failing)) is None
+
+
+async def test_leasing_goes_on_where_another_transaction_was_in_the_way(database_url: str, callhq: CallHQ) -> None:
+    ids = sorted(callhq.session(f"s{n}", "ok").id for n in range(2))
+    lock = "UPDATE archiver.sessions SET reason = reason WHERE session_id = %s"
+    async with reconciling(settings(callhq), parse_url(database_url)) as (engine, _, submit):
+        await backfill.register(engine, submit, ids)
+        async with await psycopg.AsyncConnection.connect(database_url) as other:
+            # It will take the two in the opposite order, and Postgres ends whoever waits the longer: us.
+            await other.execute("SET deadlock_timeout = '10s'")
+            await other.execute(lock, [ids[1]])
+            now = datetime.now(UTC)
+            claim = partial(leases.claim, session_ids=ids, now=now, until=now + leases.LEASE)
+            claiming = asyncio.create_task(run_in_transaction(engine, claim))
+            await asyncio.to_thread(until, lambda: is_blocked(database_url), "it waits for the other")
+            await other.execute(lock, [ids[0]])
+            await other.commit()
+        assert set(await claiming) == set(ids)
+
+
+def is_blocked(database_url: str) -> bool:
+    with psycopg.connect(database_url) as looking:
+        query = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"
+        )
+        return looking.execute(query).fetchone() != (0,)

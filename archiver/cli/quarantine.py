@@ -42,11 +42,12 @@ def list_(reason: str | None, limit: int, as_json: bool) -> None:
     if not rows:
         click.echo(_nothing(reason))
         return
-    table = Table("id", "received", "times", "bytes", "reason", "detail")
+    table = Table("id", "source", "received", "times", "bytes", "reason", "detail")
     for row in rows:
         received = f"{row['received_at']:%Y-%m-%d %H:%M:%S}"
         table.add_row(
             str(row["id"]),
+            row["source"],
             received,
             str(row["delivery_count"]),
             str(row["bytes"]),
@@ -87,7 +88,18 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
         click.echo("\n" + "".join(printable))
 
 
-_DESCRIBED = ("id", "received_at", "last_received_at", "delivery_count", "reason", "detail", "key_id")
+_DESCRIBED = (
+    "id",
+    "source",
+    "type",
+    "session_id",
+    "received_at",
+    "last_received_at",
+    "delivery_count",
+    "reason",
+    "detail",
+    "key_id",
+)
 
 
 def _described(row: RowMapping) -> dict[str, Any]:

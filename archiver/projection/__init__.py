@@ -34,7 +34,7 @@ def project(connection: Connection, facts: Sequence[Fact], timing: Timing) -> No
     The caller holds the lock that `ledger` takes for facts without a session.
     """
     told = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
-    others = [fact for fact in facts if fact.source != "webhook"]
+    others = [fact for fact in facts if fact.source != events.WEBHOOK]
     if not told and not others:
         return
     placed = _place(connection, told)

@@ -88,7 +88,7 @@ def select_stories(connection: Connection, session_ids: Sequence[str]) -> dict[s
     of_session: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in found:
         of_session[row.session_id].append(row)
-    chat_ids = sorted({row.chat_id for row in found if row.source == "webhook"})
+    chat_ids = sorted({row.chat_id for row in found if row.source == events.WEBHOOK})
     unplaced: dict[str, list[Row[Any]]] = defaultdict(list)
     if chat_ids:
         for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": chat_ids}):
@@ -123,11 +123,11 @@ def select_unplaced(connection: Connection, after: str, most: int) -> dict[str, 
 def _story(session_id: str, found: Sequence[Row[Any]], unplaced: Mapping[str, Sequence[Row[Any]]]) -> Story:
     chats: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in found:
-        if row.source == "webhook":
+        if row.source == events.WEBHOOK:
             chats[row.chat_id].append(row)
     for chat_id, own in chats.items():
         own.extend(unplaced.get(chat_id, ()))
-    told = sorted((row for row in found if row.source != "webhook"), key=lambda row: row.last_received_at)
+    told = sorted((row for row in found if row.source != events.WEBHOOK), key=lambda row: row.last_received_at)
     turns = {chat_id: _facts(own) for chat_id, own in chats.items()}
     return Story(
         session_id,

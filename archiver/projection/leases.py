@@ -4,11 +4,12 @@ A lease is taken by compare-and-set, so that no two workers ever read one sessio
 that a worker that was killed loses nothing.
 """
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, bindparam, func, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, bindparam, func, not_, or_, select, text, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
 from archiver import tables
@@ -16,7 +17,13 @@ from archiver.projection.facts import UNPLACED
 
 _sessions = tables.sessions.c
 _AMONG = _sessions.session_id == func.any(bindparam("session_ids", type_=ARRAY(TEXT)))
+_HAS_NEWS = _sessions.last_event_at > _sessions.read_at
 _FREE = or_(_sessions.leased_until.is_(None), _sessions.leased_until < bindparam("now"))
+
+
+READ = timedelta(seconds=120)  # for one history, once it is its turn; retries included
+RECORD = timedelta(seconds=300)  # for its commit, with all that may delay it
+LEASE = 2 * READ + RECORD
 
 
 class Standing(msgspec.Struct, frozen=True, gc=False):
@@ -43,7 +50,14 @@ _HAND_OUT = (
     .returning(_sessions.session_id)
 )
 _CLAIM = update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STANDING)
-_RELEASE = update(tables.sessions).where(_AMONG).values(leased_until=None)
+# Only its own: whoever overslept may find that another has leased the session meanwhile.
+_OWN = _sessions.leased_until == bindparam("lease")
+_RELEASE = update(tables.sessions).where(_AMONG, _OWN).values(leased_until=None)
+_POSTPONE = (
+    update(tables.sessions)
+    .where(_sessions.session_id == bindparam("of_session"), _OWN)
+    .values(leased_until=None, reconcile_at=bindparam("until"), failing_since=bindparam("since"))
+)
 
 
 def hand_out_due(connection: Connection, now: datetime, until: datetime, most: int) -> list[str]:
@@ -60,16 +74,21 @@ def claim(connection: Connection, session_ids: Sequence[str], now: datetime, unt
     return {row.session_id: Standing(*row) for row in connection.execute(_CLAIM, claimed)}
 
 
-def release(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Give leases back."""
-    if session_ids:
-        connection.execute(_RELEASE, {"session_ids": sorted(session_ids)})
+def release(connection: Connection, leased: Mapping[str, datetime]) -> None:
+    """Give leases back; each session with the time until which it was leased."""
+    sessions: dict[datetime, list[str]] = defaultdict(list)
+    for session_id, lease in leased.items():
+        sessions[lease].append(session_id)
+    for lease, session_ids in sessions.items():
+        connection.execute(_RELEASE, {"session_ids": sorted(session_ids), "lease": lease})
 
 
-def postpone(connection: Connection, session_ids: Sequence[str], until: datetime) -> None:
-    """Give leases back after readings that failed; the next are due then."""
-    postponed = update(tables.sessions).where(_AMONG).values(leased_until=None, reconcile_at=until)
-    connection.execute(postponed, {"session_ids": sorted(session_ids)})
+def postpone(
+    connection: Connection, session_id: str, lease: datetime, *, until: datetime, failing_since: datetime | None
+) -> None:
+    """Give the lease back after a reading that failed; the next is due then. `failing_since`: the first that did."""
+    postponed = {"of_session": session_id, "lease": lease, "until": until, "since": failing_since}
+    connection.execute(_POSTPONE, postponed)
 
 
 def hasten(connection: Connection, session_ids: Sequence[str], now: datetime) -> None:
@@ -85,22 +104,23 @@ def select_standings(connection: Connection, session_ids: Sequence[str]) -> dict
 
 
 class Schedule(msgspec.Struct, frozen=True, gc=False):
-    """The times by which a session that could not be read is judged."""
+    """The times by which a session that could not be read is judged; `failing_since`: not for the first time."""
 
-    last_event_at: datetime
     read_by: datetime | None
+    failing_since: datetime | None
 
 
 def select_schedule(connection: Connection, session_id: str) -> Schedule | None:
     """The times of one session."""
-    statement = select(_sessions.last_event_at, _sessions.read_by).where(_sessions.session_id == session_id)
+    statement = select(_sessions.read_by, _sessions.failing_since).where(_sessions.session_id == session_id)
     row = connection.execute(statement).one_or_none()
     return None if row is None else Schedule(*row)
 
 
 def _unread(before: datetime, since: datetime | None, *, every: bool) -> list[ColumnElement[bool]]:
-    """Sessions not read since `before`, with an event `since`; or `every` one; or those whose coverage is open."""
-    conditions = [_sessions.session_id != UNPLACED, or_(_sessions.read_at.is_(None), _sessions.read_at < before)]
+    """Sessions not read since `before`, or with news; of those with an event `since`, or `every` one, or the open."""
+    is_stale = or_(_sessions.read_at.is_(None), _sessions.read_at < before, _HAS_NEWS)
+    conditions = [_sessions.session_id != UNPLACED, is_stale]
     if since is not None:
         conditions.append(_sessions.last_event_at >= since)
     elif not every:
@@ -128,8 +148,8 @@ def count_unread(connection: Connection, *, before: datetime, since: datetime | 
 
 
 def select_read(connection: Connection, session_ids: Sequence[str], since: datetime) -> set[str]:
-    """Those of these sessions that were read from then on."""
-    statement = select(_sessions.session_id).where(_AMONG, _sessions.read_at >= since)
+    """Those of these sessions that were read from then on, and of which nothing was heard after that."""
+    statement = select(_sessions.session_id).where(_AMONG, _sessions.read_at >= since, not_(_HAS_NEWS))
     return set(connection.scalars(statement, {"session_ids": list(session_ids)}))
 
 

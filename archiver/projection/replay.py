@@ -12,6 +12,9 @@ from archiver.projection.coverage import Timing
 from archiver.projection.facts import UNPLACED, select_unplaced
 from archiver.projection.turns import fold
 
+# Of one transaction; a session with more has one of its own.
+PAGE_EVENTS = 2_000
+PAGE_BYTES = 16 * 1_048_576
 SESSIONS_A_PAGE = 500
 UNPLACED_A_PAGE = 1_000
 
@@ -27,22 +30,24 @@ class Page(msgspec.Struct, frozen=True):
 _PAGE = text(
     """
     WITH page AS MATERIALIZED (
-        (SELECT session_id, count(*) AS events, min(received_at) AS first, max(received_at) AS last
+        (SELECT session_id, count(*) AS events, sum(octet_length(body)) AS bytes,
+                min(received_at) AS first, max(received_at) AS last
            FROM archiver.events WHERE session_id > :after GROUP BY session_id ORDER BY session_id LIMIT :most)
         UNION ALL
-        (SELECT session_id, 0, NULL, NULL
+        (SELECT session_id, 0, NULL, NULL, NULL
            FROM archiver.sessions WHERE session_id > :after ORDER BY session_id LIMIT :most)
     )
-    SELECT session_id, sum(events)::bigint AS events, min(first) AS first, max(last) AS last
+    SELECT session_id, sum(events)::bigint AS events, coalesce(sum(bytes), 0)::bigint AS bytes,
+           min(first) AS first, max(last) AS last
       FROM page GROUP BY session_id ORDER BY session_id LIMIT :most
     """
 )
 
 
-def replay_sessions(connection: Connection, after: str, most_events: int, timing: Timing) -> Page:
-    """Make the next sessions after this id anew, as many as have so many ledger rows together, but at least one."""
+def replay_sessions(connection: Connection, after: str, timing: Timing) -> Page:
+    """Make the next sessions after this id anew, as many as fit into a page together, but at least one."""
     found = connection.execute(_PAGE, {"after": after, "most": SESSIONS_A_PAGE}).all()
-    taken = _take(found, most_events)
+    taken = _take(found)
     # Locks them, so that what is recorded meanwhile projects itself afterwards.
     heard = {row.session_id: [row.first, row.last] for row in taken if row.events}
     rows.upsert_sessions(connection, heard, timing)
@@ -52,12 +57,13 @@ def replay_sessions(connection: Connection, after: str, most_events: int, timing
     return Page(sum(row.events for row in taken), None if is_last else taken[-1].session_id)
 
 
-def _take(found: Sequence[Row[Any]], most_events: int) -> Sequence[Row[Any]]:
-    events = 0
+def _take(found: Sequence[Row[Any]]) -> Sequence[Row[Any]]:
+    events = size = 0
     for number, row in enumerate(found):
-        if number and events + row.events > most_events:
-            return found[:number]
         events += row.events
+        size += row.bytes
+        if number and (events > PAGE_EVENTS or size > PAGE_BYTES):
+            return found[:number]
     return found
 
 

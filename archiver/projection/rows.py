@@ -12,6 +12,7 @@ from archiver import tables
 from archiver.database import RowsInsert
 from archiver.projection.coverage import Timing
 from archiver.projection.facts import UNPLACED, Key
+from archiver.projection.leases import LEASE
 from archiver.projection.sessions import Rows, chat_row
 from archiver.projection.turns import Turn
 
@@ -190,7 +191,7 @@ def write_difference(
 ) -> int:
     """Bring the archive from what it holds to what was derived, writing only rows that differ.
 
-    The leases of the sessions `released` end.
+    The leases under which the newest readings of the sessions `released` were made end.
 
     Answers by how many messages of the kind that only history told there are more than before.
     """
@@ -198,8 +199,13 @@ def write_difference(
     for rows in derived:
         session_id = rows.session["session_id"]
         old = archived.sessions.get(session_id)
-        lease = None if old is None or session_id in released else old["leased_until"]
-        sessions[session_id] = rows.session | {"leased_until": lease}
+        kept = _AT_REST if old is None else {name: old[name] for name in _AT_REST}
+        if old is not None and session_id in released:
+            # A reader that overslept may find the lease of another, which ends later than its own could.
+            lease = kept["leased_until"]
+            is_own = lease is not None and lease <= rows.session["read_at"] + LEASE
+            kept = {"leased_until": None if is_own else lease, "failing_since": None}
+        sessions[session_id] = rows.session | kept
     chats = {(row["session_id"], row["chat_id"]): row for rows in derived for row in rows.chats}
     messages = {(m["session_id"], m["chat_id"], m["ordinal"]): m for rows in derived for m in rows.messages}
     changed = [row for key, row in sorted(sessions.items()) if _differs(row, archived.sessions.get(key))]
@@ -215,6 +221,8 @@ def write_difference(
 
 
 _UNREPAIRED: Row = {"repaired_messages": 0}
+# How its readings go is known nowhere else: not in the ledger.
+_AT_REST: Row = {"leased_until": None, "failing_since": None}
 
 
 def _changed(new: Mapping[Any, Row], old: Mapping[Any, Row]) -> list[Row]:

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import perf_counter
 from typing import Literal
 
@@ -26,9 +27,6 @@ from archiver.reconcile.pause import SharedPause
 
 log = structlog.get_logger(__name__)
 
-READ_SECONDS = 120  # for one history, once it is its turn; retries included
-RECORD_SECONDS = 300  # for its commit, with all that may delay it
-LEASE_SECONDS = 2 * READ_SECONDS + RECORD_SECONDS
 LEASED_TOGETHER = 100
 RECORDING = 3  # sessions under way for each call that may be: while some are recorded, others are asked for
 LONGEST_RETRY = timedelta(hours=1)
@@ -112,8 +110,8 @@ class Reconciler:
                         return
                     part, session_id = session
                     answer = await self._ask_in_time(session_id)
-                part.read[session_id] = await self._record(session_id, answer)
-                leased.held.discard(session_id)
+                part.read[session_id] = await self._record(session_id, part.lease, answer)
+                leased.held.pop(session_id, None)
                 if part.is_read():
                     await report(part)
 
@@ -128,7 +126,7 @@ class Reconciler:
         try:
             await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
         finally:
-            await run_in_transaction(self._engine, lambda c: leases.release(c, list(leased.held)))
+            await run_in_transaction(self._engine, lambda c: leases.release(c, leased.held))
         for part in list(leased.parts):
             await report(part)
         for session_id in leased.busy:
@@ -173,21 +171,21 @@ class Reconciler:
             reading: Reading = undone.reading
         return reading
 
-    async def _record(self, session_id: str, answer: _Answer) -> tuple[Outcome, str]:
+    async def _record(self, session_id: str, lease: datetime, answer: _Answer) -> tuple[Outcome, str]:
         """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
         event = answer.event
         if event is None:
             log.warning("history not read", session_id=session_id, error=answer.fault)
-            event = await self._failed(session_id, answer.began)
+            event = await self._failed(session_id, lease, answer.began)
             if event is None:
                 return "failed", answer.fault
         try:
             status = await self._submit(event, answer.began)
         except NotRecordedError as error:
-            await self._postpone(session_id, answer.began + self._timing.quiet)
+            await self._postpone(session_id, lease, answer.began + self._timing.quiet)
             return "failed", str(error.__doc__)
         if status == "quarantined":
-            await self._postpone(session_id, answer.began + LONGEST_RETRY)
+            await self._postpone(session_id, lease, answer.began + LONGEST_RETRY)
             return "unreadable", "its answer could not be stored: see archiver quarantine list"
         outcome = _OUTCOMES[event.type]
         telemetry.readings.labels(outcome).inc()
@@ -196,10 +194,10 @@ class Reconciler:
     async def _ask_in_time(self, session_id: str) -> _Answer:
         began, started = datetime.now(UTC), perf_counter()
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(leases.READ.total_seconds()):
                 event = await self._ask(session_id)
         except (UnreachableError, TimeoutError) as error:
-            return _Answer(began, None, str(error) or f"no answer in {READ_SECONDS} s")
+            return _Answer(began, None, str(error) or f"no answer in {leases.READ.seconds} s")
         telemetry.reading_seconds.observe(perf_counter() - started)
         return _Answer(began, event)
 
@@ -211,33 +209,37 @@ class Reconciler:
             return history.observe(session_id, 413, b"")
         return history.observe(session_id, answer.status, answer.body)
 
-    async def _failed(self, session_id: str, now: datetime) -> Event | None:
-        """Try again later, ever later; once upstream has forgotten the session, the failure itself is a fact."""
+    async def _failed(self, session_id: str, lease: datetime, now: datetime) -> Event | None:
+        """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
         telemetry.readings.labels("failed").inc()
         schedule = await run_in_transaction(self._engine, lambda c: leases.select_schedule(c, session_id))
         if schedule is None:
             return None
-        has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * self._timing.margin
-        if self._gives_up and has_expired:
+        since, margin = schedule.failing_since or now, self._timing.margin
+        has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * margin
+        if self._gives_up and has_expired and now >= since + margin:
             return history.give_up(session_id)
-        # As long again as it has been waited for: the pauses double. But several times before upstream forgets it.
-        pause = min(max(now - schedule.last_event_at, self._timing.quiet), LONGEST_RETRY)
+        # As long again as it has been failing: the pauses double. But several times before upstream forgets it.
+        pause = min(max(now - since, self._timing.quiet), LONGEST_RETRY)
         if schedule.read_by is not None and now < schedule.read_by + self._timing.margin:
             left = schedule.read_by + self._timing.margin - now
             pause = max(min(pause, left / 4), SHORTEST_RETRY)
-        await self._postpone(session_id, now + pause)
+        await self._postpone(session_id, lease, now + pause, failing_since=since)
         return None
 
-    async def _postpone(self, session_id: str, until: datetime) -> None:
-        await run_in_transaction(self._engine, lambda connection: leases.postpone(connection, [session_id], until))
+    async def _postpone(
+        self, session_id: str, lease: datetime, until: datetime, *, failing_since: datetime | None = None
+    ) -> None:
+        postpone = partial(leases.postpone, session_id=session_id, lease=lease, until=until)
+        await run_in_transaction(self._engine, partial(postpone, failing_since=failing_since))
 
 
 class _Part:
-    """Sessions leased together: where they stood, until when they are ours, and what became of those read."""
+    """Sessions leased together until `lease`: where they stood, and what became of those read."""
 
-    def __init__(self, before: dict[str, Standing], until: datetime) -> None:
+    def __init__(self, before: dict[str, Standing], lease: datetime) -> None:
         self.before = before
-        self.until = until
+        self.lease = lease
         self.waiting = deque(before)
         self.read: dict[str, tuple[Outcome, str]] = {}
 
@@ -257,7 +259,7 @@ class _Leased:
         self._left = deque(dict.fromkeys(session_ids))
         self._part = _Part({}, datetime.now(UTC))
         self._leasing = asyncio.Lock()
-        self.held: set[str] = set()
+        self.held: dict[str, datetime] = {}
         self.busy: list[str] = []
         self.parts: list[_Part] = []
 
@@ -265,10 +267,7 @@ class _Leased:
         """The next one, and the part that it belongs to; None: there is no more."""
         async with self._leasing:
             while True:
-                if (
-                    self._part.waiting
-                    and datetime.now(UTC) + timedelta(seconds=READ_SECONDS + RECORD_SECONDS) > self._part.until
-                ):
+                if self._part.waiting and datetime.now(UTC) + leases.READ + leases.RECORD > self._part.lease:
                     await self._give_back()
                 if self._part.waiting:
                     return self._part, self._part.waiting.popleft()
@@ -278,21 +277,20 @@ class _Leased:
 
     async def _give_back(self) -> None:
         """It is too late to be done before the lease ends: what is left of the part is leased anew."""
-        late = list(self._part.waiting)
+        late = dict.fromkeys(self._part.waiting, self._part.lease)
         self._part.waiting.clear()
         for session_id in late:
-            del self._part.before[session_id]
+            del self._part.before[session_id], self.held[session_id]
         self._left.extendleft(reversed(late))
-        self.held.difference_update(late)
         await run_in_transaction(self._engine, lambda c: leases.release(c, late))
 
     async def _lease(self, session_ids: Sequence[str]) -> None:
         now = datetime.now(UTC)
-        until = now + timedelta(seconds=LEASE_SECONDS)
-        mine = await run_in_transaction(self._engine, lambda c: leases.claim(c, session_ids, now, until))
+        lease = now + leases.LEASE
+        mine = await run_in_transaction(self._engine, lambda c: leases.claim(c, session_ids, now, lease))
         self.busy += [session_id for session_id in session_ids if session_id not in mine]
-        self.held |= mine.keys()
-        self._part = _Part(mine, until)
+        self.held |= dict.fromkeys(mine, lease)
+        self._part = _Part(mine, lease)
         self.parts.append(self._part)
 
 

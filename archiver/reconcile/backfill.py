@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import msgspec
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, case, delete
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -15,6 +15,7 @@ from archiver.database import run_in_transaction
 from archiver.projection import leases
 from archiver.reconcile import Submit
 
+RESUMABLE = timedelta(days=1)  # what was left off before that begins anew
 PAGE = 5_000  # sessions, by their ids alone
 
 
@@ -32,11 +33,13 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 async def begin(engine: AsyncEngine, selection: Selection) -> datetime:
-    """When the backfill of this selection began: now, or with the earlier one that was never ended."""
-    statement = insert(tables.backfills).values(selection=selection.key, started_at=datetime.now(UTC))
+    """When the backfill of this selection began: now, or with the earlier one that was not ended."""
+    now, started = datetime.now(UTC), tables.backfills.c.started_at
+    statement = insert(tables.backfills).values(selection=selection.key, started_at=now)
     begun = statement.on_conflict_do_update(
-        index_elements=[tables.backfills.c.selection], set_={"started_at": tables.backfills.c.started_at}
-    ).returning(tables.backfills.c.started_at)
+        index_elements=[tables.backfills.c.selection],
+        set_={"started_at": case((started < now - RESUMABLE, statement.excluded.started_at), else_=started)},
+    ).returning(started)
     started_at: datetime = await run_in_transaction(engine, lambda connection: connection.execute(begun).scalar_one())
     return started_at
 

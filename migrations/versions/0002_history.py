@@ -39,6 +39,7 @@ def downgrade() -> None:
     # Turns that only history knows have no place in the older schema; the ledger keeps what told them.
     for table in ("messages", "chats"):
         op.execute(f"DELETE FROM archiver.{table} WHERE starts_with(chat_id, E'\\x1f')")
+    op.execute("DELETE FROM archiver.quarantine WHERE source <> 'webhook'")
     for name in ("backfills", "pauses"):
         op.drop_table(name, schema=SCHEMA)
     op.drop_index("sessions_open_idx", "sessions", schema=SCHEMA)
@@ -84,6 +85,11 @@ def columns() -> dict[str, list[sa.Column[Any]]]:
             sa.Column("read_by", TIME, comment="A last reading is due by then, before upstream forgets the session."),
             sa.Column("reconcile_at", TIME, comment="When its history is to be read next; null: never again."),
             sa.Column("leased_until", TIME, comment="A worker reads it at present; free again after this time."),
+            sa.Column(
+                "failing_since",
+                TIME,
+                comment="Since then every reading has failed; null if the latest did not.",
+            ),
         ],
         "messages": [
             sa.Column(
@@ -91,6 +97,20 @@ def columns() -> dict[str, list[sa.Column[Any]]]:
             ),
             sa.Column(
                 "in_history", sa.Boolean(), comment="Whether the latest reading shows it; null where none could."
+            ),
+        ],
+        "quarantine": [
+            sa.Column(
+                "source",
+                sa.Text(),
+                nullable=False,
+                server_default="webhook",
+                comment="Whence it came: webhook, history or application.",
+            ),
+            sa.Column("type", sa.Text(), comment="Kind of a fact of ours, such as history.read; null for a webhook."),
+            sa.Column("session_id", sa.Text(), comment="Session of a fact of ours; null for a webhook."),
+            sa.Column(
+                "dedupe_key", sa.LargeBinary(), comment="Key in the ledger of a fact of ours; null for a webhook."
             ),
         ],
     }
@@ -103,6 +123,11 @@ COMMENTS = [
     ("chats", "source", "Whence it is known: webhook or history."),
     ("messages", "chat_id", "Turn; U+001F alone: said before any turn, such as a greeting."),
     ("messages", "source", "Whence it is known: webhook or history."),
+    (
+        "quarantine",
+        "body_digest",
+        "SHA-256 of what it is told apart by: the bytes, and of a fact of ours whose it is.",
+    ),
 ]
 
 OLDER_COMMENTS = {
@@ -110,6 +135,7 @@ OLDER_COMMENTS = {
     ("events", "type"): "Event type as told, such as chat.created.",
     ("chats", "chat_id"): "CallHQ''s chat id: one turn.",
     ("messages", "chat_id"): "Turn.",
+    ("quarantine", "body_digest"): "SHA-256 of the bytes: the same bytes are kept once.",
 }
 
 
