@@ -158,26 +158,24 @@ def test_a_backfill_that_was_killed_goes_on_where_it_was(database_url: str, tmp_
         assert told(backfill(database_url, callhq, "--file", str(file), "--json"))["sessions"] == 60
 
 
+@pytest.mark.parametrize("every", [False, True])
 def test_what_was_heard_of_a_session_after_its_reading_is_read_when_the_backfill_goes_on(
-    database_url: str, callhq: CallHQ
+    database_url: str, callhq: CallHQ, *, every: bool
 ) -> None:
-    sessions = [callhq.session(f"s{n}", "ok") for n in range(2)]
-    listed = [option for session in sessions for option in ("--session", session.id)]
+    ids = tuple(callhq.session(f"s{n}", "ok").id for n in range(2))
+    listed = [option for session_id in ids for option in ("--session", session_id)]
     backfill(database_url, callhq, *listed)
+    options, selection = (["--all"], Selection(every=True)) if every else (listed, Selection(ids))
     with psycopg.connect(database_url) as connection:
         # As if this backfill had begun before those readings, and not ended; then there is news of one of the two.
-        selection = Selection(tuple(session.id for session in sessions))
-        connection.execute(
-            "INSERT INTO archiver.backfills SELECT %s, min(read_at) FROM archiver.sessions", [selection.key]
-        )
-        connection.execute(
-            "UPDATE archiver.sessions SET last_event_at = now() WHERE session_id = %s", [sessions[0].id]
-        )
-    assert told(backfill(database_url, callhq, *listed, "--json"))["sessions"] == 1
+        begun = "INSERT INTO archiver.backfills SELECT %s, min(read_at) FROM archiver.sessions"
+        connection.execute(begun, [selection.key])
+        connection.execute("UPDATE archiver.sessions SET last_event_at = now() WHERE session_id = %s", [ids[0]])
+    assert told(backfill(database_url, callhq, *options, "--json"))["sessions"] == 1
     with psycopg.connect(database_url) as connection:
         # What was left off long ago begins anew.
         connection.execute("INSERT INTO archiver.backfills VALUES (%s, now() - interval '2 days')", [selection.key])
-    assert told(backfill(database_url, callhq, *listed, "--json"))["sessions"] == 2
+    assert told(backfill(database_url, callhq, *options, "--json"))["sessions"] == 2
 
 
 _READ = "SELECT count(*) FROM archiver.sessions WHERE read_at IS NOT NULL"
