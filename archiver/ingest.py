@@ -83,16 +83,25 @@ def _messages(delivery: Delivery) -> int:
 class Ingest:
     """The queue of one process; takes deliveries while `running`.
 
+    `patience`: seconds for which a batch may wait until it is full, where nobody waits for the answer; 0: a batch
+    waits for no longer than what it may save.
     `failed_at`: when a batch last failed for the database's sake, on `time.monotonic`'s clock; None after a success.
     """
 
     failed_at: float | None = None
 
     def __init__(
-        self, engine: AsyncEngine, *, queue_events: int, queue_bytes: int, batch_events: int, timing: Timing = _TIMING
+        self,
+        engine: AsyncEngine,
+        *,
+        queue_events: int,
+        queue_bytes: int,
+        batch_events: int,
+        timing: Timing = _TIMING,
+        patience: float = 0.0,
     ) -> None:
         self._engine = engine
-        self._timing = timing
+        self._timing, self._patience = timing, patience
         self._max_events, self._max_bytes, self._batch_events = queue_events, queue_bytes, batch_events
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0  # of what waits and of what is being written
@@ -155,7 +164,8 @@ class Ingest:
                 log.info("database available again")
             self.failed_at = monotonic() if has_failed else None
             # Senders that wait for an answer before they send again are about to: so many may come at once.
-            self._expected = min(len(batch) + len(self._queue), self._batch_events)
+            at_once = len(batch) + len(self._queue)
+            self._expected = self._batch_events if self._patience else min(at_once, self._batch_events)
             for waiting, result in zip(batch, results, strict=True):
                 self._events -= 1
                 self._bytes -= len(waiting.delivery.content.body)
@@ -189,7 +199,7 @@ class Ingest:
         if self._closing or len(self._queue) >= self._expected:
             return
         try:
-            async with asyncio.timeout(min(last_seconds / 2, LONGEST_GATHERING_SECONDS)):
+            async with asyncio.timeout(self._patience or min(last_seconds / 2, LONGEST_GATHERING_SECONDS)):
                 await self._arrived.wait()
         except TimeoutError:
             if self._queue:

@@ -38,6 +38,7 @@ HANDED_OUT_AT_ONCE = 5_000
 HANDED_OUT_FOR = 2 * leases.LEASE
 POLL_SECONDS = 1.0
 _BATCH = 50  # histories in one transaction
+_PATIENCE_SECONDS = 0.05
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
 QUEUE = "archiver"
@@ -143,7 +144,14 @@ async def reconciling(
     writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
     at_once = concurrency or configuration.history_concurrency
     timing = timing_of(configuration)
-    queue = Ingest(writing, queue_events=10_000, queue_bytes=_QUEUE_BYTES, batch_events=_BATCH, timing=timing)
+    queue = Ingest(
+        writing,
+        queue_events=10_000,
+        queue_bytes=_QUEUE_BYTES,
+        batch_events=_BATCH,
+        timing=timing,
+        patience=_PATIENCE_SECONDS,
+    )
     pause = SharedPause(asking)
     client = Client(
         configuration.callhq_api_url,

@@ -710,6 +710,26 @@ def test_an_output_that_is_full_is_said_in_one_line(command: list[str], unbuffer
     assert (process.returncode, process.stderr) == (1, b"archiver: Cannot write: No space left on device.\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_is_not_taken_whole_is_a_failure(unbuffered: str, database_url: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO archiver.quarantine"
+            " (received_at, last_received_at, delivery_count, reason, detail, body, body_digest)"
+            " VALUES (now(), now(), 1, 'not_json', '', convert_to(repeat('x', 1000000), 'UTF8'), '')"
+        )
+    # A pipe that takes what it can hold and no more.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    environment = {**os.environ, "DATABASE_URL": database_url, "PYTHONUNBUFFERED": unbuffered}
+    program = [sys.executable, "-m", "archiver", "quarantine", "show", "1", "--raw"]
+    process = run(program, stdout=writing, stderr=PIPE, env=environment, check=False)
+    os.close(reading)
+    os.close(writing)
+    assert process.returncode == 1
+    assert process.stderr.startswith(b"archiver: Cannot write: ")
+
+
 def test_a_reader_who_has_seen_enough_is_no_matter(url: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -86,10 +86,16 @@ def execute(engine: Engine, *statements: str) -> None:
 
 @asynccontextmanager
 async def ingesting(
-    engine: Engine, queue_events: int = 1000, queue_bytes: int = 10_000_000, batch_events: int = 500
+    engine: Engine,
+    queue_events: int = 1000,
+    queue_bytes: int = 10_000_000,
+    batch_events: int = 500,
+    patience: float = 0,
 ) -> AsyncIterator[Ingest]:
     writing = database.connect_async(engine.url)
-    ingest = Ingest(writing, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events)
+    ingest = Ingest(
+        writing, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events, patience=patience
+    )
     try:
         async with asyncio.timeout(30), ingest.running():
             yield ingest
@@ -622,6 +628,17 @@ def test_i1_a_commit_is_durable_whatever_the_roles_default(engine: Engine) -> No
     engine.dispose()
     take(engine, created())
     assert rows(engine, "SELECT DISTINCT setting FROM public.seen") == [("on",)]
+
+
+async def test_a_patient_queue_commits_full_batches_and_does_not_wait_any_longer(engine: Engine) -> None:
+    async with ingesting(engine, batch_events=3, patience=3600) as ingest:
+        await submit(ingest, created("first"))
+        early = [submit(ingest, created(f"early-{n}")) for n in range(2)]
+        # Meanwhile another receiver commits, and so would this one if it waited for no third.
+        await asyncio.to_thread(take, engine, created("other"))
+        await asyncio.gather(*early, submit(ingest, created("late")))
+    transactions = "SELECT count(*) FROM archiver.events GROUP BY xmin::text ORDER BY 1"
+    assert rows(engine, transactions) == [(1,), (1,), (3,)]
 
 
 # Several receivers

@@ -22,14 +22,13 @@ from archiver.callhq.answers import (
     member,
 )
 from archiver.callhq.registry import Registrar, Registry
+from archiver.callhq.slots import Slots
 
-CONNECT_SECONDS = 5.0
 ATTEMPT_SECONDS = 30.0  # for one attempt, to the last byte of its answer
 ATTEMPTS = 4
 MAX_PAUSES = 10  # that one call waits for
 MAX_BYTES = 64 * 1_048_576  # of one answer, decompressed
 _FIRST_BACKOFF, _LONGEST_BACKOFF, _JITTER = 0.5, 10.0, 1.0  # seconds
-_IDLE = 2.0  # seconds that a connection is kept unused: less than servers keep it, so that none is used as it ends
 
 
 class Pause(Protocol):
@@ -69,15 +68,8 @@ class Client:
         self._interval = 1 / rate if rate else 0.0
         self._next = 0.0  # on the loop's clock
         self._turn = asyncio.Lock()
-        self._slots = asyncio.Semaphore(concurrency)
-        self._http = httpx2.AsyncClient(
-            headers={"user-agent": "callhq-archiver", "accept": "application/json", "accept-encoding": "gzip"},
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # the whole of an attempt has a deadline of ours
-            limits=httpx2.Limits(
-                max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=_IDLE
-            ),
-        )
-        self._registrar = Registrar(self._http, self._slots, registry) if registry else None
+        self._slots = Slots(concurrency)
+        self._registrar = Registrar(concurrency, registry) if registry else None
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,7 +77,9 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.aclose()
+        await self._slots.aclose()
+        if self._registrar:
+            await self._registrar.aclose()
 
     async def history(self, session_id: str) -> Answer:
         """`GET /chats/session/{id}`: every status but 401, 403, 429 and 5xx is an answer.
@@ -169,12 +163,12 @@ class Client:
     async def _exchange(self, method: str, path: str, body: bytes | None) -> Answer:
         """One attempt: an answer, or an error that says what came instead."""
         headers = self._headers if body is None else {**self._headers, "content-type": "application/json"}
-        async with self._slots:  # not the pool's, whose waiting would count against the deadline
+        async with self._slots.one() as http:  # waiting for one does not count against the deadline
             await self._wait_for_turn()
             try:
                 async with (
                     asyncio.timeout(self._timeout),
-                    self._http.stream(method, self._url + path, content=body, headers=headers) as response,
+                    http.stream(method, self._url + path, content=body, headers=headers) as response,
                 ):
                     check(response)
                     return Answer(response.status_code, await self._read(response))

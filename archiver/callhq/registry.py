@@ -10,6 +10,7 @@ import structlog
 from pydantic import SecretStr
 
 from archiver.callhq.access import base, secret
+from archiver.callhq.slots import Slots
 
 log = structlog.get_logger(__name__)
 
@@ -28,9 +29,8 @@ class Registry(msgspec.Struct, frozen=True):
 class Registrar:
     """Tells the archive of each session once; what failed is told again with the next call for that session."""
 
-    def __init__(self, http: httpx2.AsyncClient, slots: asyncio.Semaphore, registry: Registry) -> None:
-        self._http = http
-        self._slots = slots
+    def __init__(self, concurrency: int, registry: Registry) -> None:
+        self._slots = Slots(concurrency)
         self._url = base("Registry.url", registry.url) + "/sessions"
         self._headers = {"authorization": f"Bearer {secret('Registry.token', registry.token)}"}
         self._sessions: dict[str, dict[str, Any] | None] = {}  # by id: what is still to be told, None once it was
@@ -54,10 +54,14 @@ class Registrar:
         if len(self._sessions) > MAX_REMEMBERED:
             del self._sessions[next(iter(self._sessions))]  # the oldest: at worst it is told again
 
+    async def aclose(self) -> None:
+        """End every connection."""
+        await self._slots.aclose()
+
     async def _send(self, session_id: str, body: dict[str, Any]) -> bool:
         try:
-            async with self._slots, asyncio.timeout(REGISTRY_SECONDS):
-                response = await self._http.post(self._url, json=body, headers=self._headers)
+            async with self._slots.one() as http, asyncio.timeout(REGISTRY_SECONDS):
+                response = await http.post(self._url, json=body, headers=self._headers)
         except (httpx2.RequestError, TimeoutError) as error:
             reason = type(error).__name__
         else:

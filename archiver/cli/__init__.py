@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from io import RawIOBase, TextIOWrapper
 
 import click
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -39,6 +40,7 @@ for _command in (serve, worker, migrate, backfill, status, doctor, quarantine, r
 
 def main() -> None:
     """The `archiver` command."""
+    _write_whole()
     try:
         try:
             _run()
@@ -54,7 +56,16 @@ def main() -> None:
         _fail(f"Cannot write: {error.strerror}.")
 
 
-_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN}
+
+
+def _write_whole() -> None:
+    """Under PYTHONUNBUFFERED, which images for containers like to set, what a pipe does not take at once is lost."""
+    given = sys.stdout
+    if isinstance(given, TextIOWrapper) and isinstance(given.buffer, RawIOBase):
+        sys.stdout = open(  # noqa: SIM115  # for as long as the program runs
+            given.fileno(), "w", buffering=1, encoding=given.encoding, errors=given.errors, closefd=False
+        )
 
 
 def _run() -> None:

@@ -28,7 +28,7 @@ from archiver.reconcile.pause import SharedPause
 log = structlog.get_logger(__name__)
 
 LEASED_TOGETHER = 100
-RECORDING = 3  # sessions under way for each call that may be: while some are recorded, others are asked for
+RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
 LONGEST_RETRY = timedelta(hours=1)
 SHORTEST_RETRY = timedelta(seconds=30)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,11 @@ def used_by_children_of(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ended = (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return ended + sum(used(int(child)) for child in children)
+    seconds = ended
+    for child in children:
+        with suppress(FileNotFoundError):  # ended in between: too late to be counted with those that had
+            seconds += used(int(child))
+    return seconds
 
 
 if __name__ == "__main__":
