@@ -31,9 +31,6 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         return self.event.session_id, self.event.dedupe_key
 
 
-_TIMING = projection.Timing()
-
-
 class Recorded(msgspec.Struct, frozen=True, gc=False):
     """The ledger's answer to one observation: its row, and whether this very observation made it."""
 
@@ -42,7 +39,7 @@ class Recorded(msgspec.Struct, frozen=True, gc=False):
 
 
 def record(
-    connection: Connection, observations: Sequence[Observation], timing: projection.Timing = _TIMING
+    connection: Connection, observations: Sequence[Observation], timing: projection.Timing = projection.DEFAULT_TIMING
 ) -> list[Recorded]:
     """Append what the ledger does not hold, count what it does, and project what is new, in this transaction.
 

@@ -546,7 +546,7 @@ async def test_nobody_learns_that_an_idle_connection_was_killed(engine: Engine, 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A silent database counts as gone sooner: a minute is too long for a test."""
     with monkeypatch.context() as patch:
-        patch.setattr("archiver.ingest.BATCH_SECONDS", 0.5)
+        patch.setattr("archiver.ingest.writing.BATCH_SECONDS", 0.5)
         yield
 
 

@@ -13,12 +13,12 @@ from sqlalchemy import Connection
 from archiver import events, history, telemetry
 from archiver.projection import facts as ledger_facts
 from archiver.projection import rows
-from archiver.projection.coverage import Timing
+from archiver.projection.coverage import DEFAULT_TIMING, Timing
 from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import derive
 from archiver.projection.turns import Fact, Turn, fold
 
-__all__ = ["UNPLACED", "Fact", "Key", "Timing", "Turn", "fold", "project", "rederive"]
+__all__ = ["DEFAULT_TIMING", "UNPLACED", "Fact", "Key", "Timing", "Turn", "fold", "project", "rederive"]
 
 
 MAX_HOMES = 50  # sessions of one chat

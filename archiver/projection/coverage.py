@@ -32,6 +32,9 @@ class Timing(msgspec.Struct, frozen=True):
         return opened_at + self.lifetime - self.margin
 
 
+DEFAULT_TIMING = Timing()
+
+
 class Reading(msgspec.Struct, frozen=True, gc=False):
     """One distinct answer to our history calls: `kind` of `history.READINGS`, when first and last, how often."""
 

@@ -1,0 +1,132 @@
+"""The HTTP service: its routes, its answers, and the only code that knows status codes."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from archiver import database, settings, signatures, telemetry
+from archiver.app.readiness import Readiness
+from archiver.app.sessions import Registration
+from archiver.app.webhooks import Receiver
+from archiver.ingest import Ingest
+from archiver.settings import Settings
+from archiver.worker import timing_of
+
+log = structlog.get_logger(__name__)
+
+WEBHOOK_PATH = "/webhooks/callhq"
+
+
+async def healthz(_: Request) -> Response:
+    """Alive: says nothing of the database."""
+    return JSONResponse({"status": "alive"})
+
+
+async def metrics(_: Request) -> Response:
+    """Prometheus text."""
+    return Response(telemetry.metrics(), media_type=telemetry.CONTENT_TYPE)
+
+
+class Service(Starlette):
+    """All routes; webhooks go straight to the receiver."""
+
+    receiver: Receiver
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"] == WEBHOOK_PATH and scope["method"] == "POST":
+            await self.receiver(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create(configuration: Settings | None = None) -> Service:
+    """The composition root: settings to a service. Opens nothing until the server starts it.
+
+    Raises `SettingsError` when a setting is missing or wrong.
+    """
+    configuration = configuration or settings.read()
+    if configuration.database_url is None:
+        raise settings.SettingsError("DATABASE_URL: not set; `archiver serve` sets it for the embedded database.")
+    url = database.database_url(configuration.database_url.get_secret_value())
+    verifier = signatures.verifier(configuration)
+
+    prepared = configuration.prepared_statements
+    writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
+    # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
+    asking = database.connect_async(url, pool_size=1, prepared_statements=prepared)
+    ingest = Ingest(
+        writing,
+        queue_events=configuration.queue_events,
+        queue_bytes=configuration.queue_bytes,
+        batch_events=configuration.batch_events,
+        timing=timing_of(configuration),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        end_with_parent()
+        _collect_less_garbage()
+        async with ingest.running():
+            yield
+        await writing.dispose()
+        await asking.dispose()
+        log.info("stopped")
+
+    receiver = Receiver(configuration, verifier, ingest)
+    token = configuration.api_token.get_secret_value()
+    app = Service(
+        routes=[
+            Route(WEBHOOK_PATH, receiver, methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/readyz", Readiness(asking, ingest).readyz),
+            Route("/metrics", metrics),
+            Route("/sessions", Registration(token, configuration.max_body, ingest).register, methods=["POST"]),
+        ],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.receiver = receiver
+    app.router.redirect_slashes = False  # a redirect loses the body of whoever does not follow it
+    return app
+
+
+def end_with_parent() -> None:
+    """A process that another one started does not outlive it, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def _collect_less_garbage() -> None:
+    """What a request makes holds no cycles: the collector finds nothing, and looking cost a tenth of each event."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    code = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else ""
+    headers = error.headers if isinstance(error, HTTPException) else None
+    content = {"status": "refused", "reason": detail.lower().replace(" ", "_"), "detail": f"{detail}."}
+    return JSONResponse(content, code, headers)

@@ -1,0 +1,94 @@
+"""`POST /webhooks/callhq`: the webhook."""
+
+import time
+from datetime import UTC, datetime
+from functools import cache
+
+import msgspec
+from prometheus_client import Counter
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from archiver import events, signatures, telemetry
+from archiver.app.answers import RETRY_AFTER
+from archiver.app.bodies import BodyIncompleteError, BodyTooLargeError, read_body
+from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
+from archiver.settings import Settings
+
+
+class Receiver:
+    """`POST /webhooks/callhq`: bytes, then signature, then meaning, then the queue.
+
+    Plain ASGI: what request and response objects, router and middleware cost is a good part of what an event costs.
+    """
+
+    def __init__(self, configuration: Settings, verifier: signatures.Verifier, ingest: Ingest) -> None:
+        self._max_body = configuration.max_body
+        self._verifier = verifier
+        self._ingest = ingest
+        self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, as docs/http.md has it."""
+        try:
+            body = await read_body(scope, receive, self._max_body)
+            url = _url(scope) if self._signs_url else ""
+            key_id = self._verifier.verify(body, scope["headers"], scope["method"], url, time.time())
+        except ClientDisconnect:
+            telemetry.received.labels("disconnected", "").inc()
+            return
+        except BodyIncompleteError as error:
+            await _refusal(400, "incomplete", "incomplete", str(error.__doc__))(scope, receive, send)
+            return
+        except BodyTooLargeError:
+            detail = f"The body is larger than {self._max_body} bytes (ARCHIVER_MAX_BODY)."
+            await _refusal(413, "too_large", "too_large", detail)(scope, receive, send)
+            return
+        except signatures.SignatureError as error:
+            await _refusal(401, "unauthenticated", error.reason, str(error))(scope, receive, send)
+            return
+        delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
+        try:
+            outcome = await self._ingest.submit(delivery)
+        except QueueFullError as error:
+            await _refusal(503, "overloaded", "", str(error.__doc__))(scope, receive, send)
+        except UnavailableError as error:
+            await _refusal(503, "unavailable", "", str(error.__doc__))(scope, receive, send)
+        else:
+            await _answer(outcome, send)
+
+
+@cache
+def _counter(status: str, reason: str | None) -> Counter:
+    return telemetry.received.labels(status, reason or "")
+
+
+async def _answer(outcome: Outcome, send: Send) -> None:
+    _counter(outcome.status, outcome.reason).inc()
+    if outcome.status == "quarantined":
+        telemetry.refusals.tell(status=outcome.status, reason=outcome.reason or "", detail=outcome.detail or "")
+    body = msgspec.json.encode(outcome)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    code = 422 if outcome.status == "quarantined" else 200
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _url(scope: Scope) -> str:
+    """The URL as the platform called it, for signatures that cover it."""
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    query = scope["query_string"]
+    target: bytes = host + scope["raw_path"] + (b"?" + query if query else b"")
+    return f"{scope['scheme']}://{target.decode('latin-1')}"
+
+
+def _refusal(code: int, status: str, reason: str, detail: str) -> Response:
+    telemetry.received.labels(status, reason).inc()
+    telemetry.refusals.tell(status=status, reason=reason, detail=detail)
+    content = {"status": status, "reason": reason or status, "detail": detail}
+    return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
+
+
+# RFC 9110, 15.5.2: a 401 names a scheme to authenticate by.
+_REFUSAL_HEADERS = {401: {"www-authenticate": "Webhook"}, 503: RETRY_AFTER}

@@ -1,0 +1,55 @@
+"""What is quarantined, through the write path again."""
+
+from datetime import UTC
+
+from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver import events, quarantine
+from archiver.database import is_data_error, transaction
+from archiver.events import Event, Malformed
+from archiver.ingest.writing import Delivery, Outcome, explain_fault, store
+from archiver.projection import DEFAULT_TIMING, Timing
+
+
+def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAULT_TIMING) -> Outcome | None:
+    """Drive one quarantined delivery through the write path again; None where there is no such row.
+
+    On success the ledger holds its bytes, with the time of its first delivery and the count of all, and the
+    quarantine lets go of it; else the row stays, with today's reason. Raises what the database raises when it is
+    not available.
+    """
+    try:
+        with transaction(engine) as connection:
+            outcome = _retry(connection, quarantine_id, timing)
+    except Exception as error:
+        if isinstance(error, SQLAlchemyError) and not is_data_error(error):
+            raise
+        outcome = Outcome("quarantined", quarantine_id, *explain_fault(error))
+    if outcome is not None and outcome.status == "quarantined":
+        with transaction(engine) as connection:
+            quarantine.update_reason(connection, quarantine_id, outcome.reason or "", outcome.detail or "")
+    return outcome
+
+
+def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcome | None:
+    row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
+    if row is None:
+        return None
+    event = _quarantined_event(row)
+    if isinstance(event, Malformed):
+        return Outcome("quarantined", quarantine_id, event.reason, event.detail)
+    received_at = row["received_at"].astimezone(UTC)
+    delivery = Delivery(event, received_at, row["key_id"], row["source"], row["delivery_count"])
+    (outcome,) = store(connection, [delivery], timing)
+    quarantine.delete_quarantined(connection, quarantine_id)
+    return outcome
+
+
+def _quarantined_event(row: RowMapping) -> Event | Malformed:
+    """A webhook is what its bytes say today; a fact of ours is what it was."""
+    body = bytes(row["body"])
+    if row["source"] == events.WEBHOOK:
+        return events.parse(body)
+    key = bytes(row["dedupe_key"])
+    return Event(row["type"], body, key, row["session_id"], chat_id=None, chat=None, occurred_at=None)
