@@ -3,6 +3,7 @@
 Holds no session state, so that PgBouncer in transaction mode serves: what a transaction needs is set inside it.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -115,12 +116,39 @@ def transaction(
         yield connection
 
 
-async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
+async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T], seconds: float | None = None) -> T:
     """What `work` answers, after the commit of the one durable transaction that it runs in.
 
     `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: where
-    another transaction was in the way it is done again.
+    another transaction was in the way it is done again. After so many `seconds` it is a `TimeoutError`, and nobody
+    knows whether it was committed.
     """
+    if seconds is None:
+        return await _run(engine, work)
+    running = asyncio.ensure_future(_run(engine, work))
+    try:
+        await asyncio.wait({running}, timeout=seconds)
+        if not running.done():
+            raise TimeoutError
+        return running.result()
+    finally:
+        if not running.done():
+            # The driver tries for seconds to tell a silent server that nobody waits any more; nobody waits for that.
+            running.cancel()
+            _abandoned.add(running)
+            running.add_done_callback(_forget)
+
+
+_abandoned: set[asyncio.Future[Any]] = set()
+
+
+def _forget(abandoned: asyncio.Future[Any]) -> None:
+    _abandoned.discard(abandoned)
+    if not abandoned.cancelled():
+        abandoned.exception()  # looked at, so that nothing complains
+
+
+async def _run(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
     for attempt in range(CONFLICT_RETRIES + 1):
         try:
             return await _run_once(engine, work)
@@ -215,6 +243,21 @@ def explain(error: BaseException) -> str:
     if state is None and isinstance(original, psycopg.OperationalError):
         return " ".join(str(original).split())
     return f"SQLSTATE {state or 'unknown'}"
+
+
+# What a server says that will let us in before long; in other languages it is taken for a refusal.
+_NOT_YET = ("starting up", "shutting down", "recovery", "not accepting", "not yet accepting", "too many", "remaining")
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether Postgres cannot be reached at present; not where it, or its certificate, says that we are wrong."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
+        return False
+    said = str(original)
+    if "certificate" in said:
+        return False
+    return "FATAL: " not in said or any(words in said for words in _NOT_YET)
 
 
 # Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html that the data itself caused:

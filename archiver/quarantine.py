@@ -14,30 +14,28 @@ from sqlalchemy.dialects.postgresql import insert
 
 from archiver import tables
 from archiver.database import RowsInsert
-from archiver.events import WEBHOOK, Event, Malformed
+from archiver.events import WEBHOOK, Event
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):
-    """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content."""
+    """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content.
 
-    content: Event | Malformed
+    `ours`: the fact, where it is none that its bytes tell by themselves.
+    """
+
+    body: bytes
     reason: str
     detail: str
     received_at: datetime
     key_id: str | None
     source: str = WEBHOOK
-
-    @property
-    def ours(self) -> Event | None:
-        """The fact, unless it is a webhook: that is what its bytes say."""
-        return self.content if self.source != WEBHOOK and isinstance(self.content, Event) else None
+    ours: Event | None = None
 
     @property
     def digest(self) -> bytes:
         """Tells it apart from others."""
-        told = self.content.body
-        if self.ours is not None:
-            told = self.ours.session_id.encode() + b"\0" + self.ours.dedupe_key
+        ours = self.ours
+        told = self.body if ours is None else ours.session_id.encode() + b"\0" + ours.dedupe_key
         return hashlib.sha256(told).digest()
 
 
@@ -72,7 +70,7 @@ def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list
             digest,
             {
                 "body_digest": digest,
-                "body": reject.content.body,
+                "body": reject.body,
                 "received_at": reject.received_at,
                 "key_id": reject.key_id,
                 "delivery_count": 0,

@@ -36,7 +36,9 @@ class Settings(BaseSettings):
         "Unset: an embedded Postgres under `ARCHIVER_HOME`.",
     )
     home: Path = _env(
-        "ARCHIVER_HOME", Path(".archiver"), "Folder of the embedded database, relative to the working directory."
+        "ARCHIVER_HOME",
+        Path(".archiver"),
+        "Folder of the embedded database and of the spool, relative to the working directory.",
     )
     webhook_scheme: WebhookScheme = _env(
         "ARCHIVER_WEBHOOK_SCHEME",
@@ -129,6 +131,18 @@ class Settings(BaseSettings):
         "Bytes of one process that may wait for a commit (503 above); one event always may.",
         gt=0,
     )
+    spool: Literal["on", "off"] = _env(
+        "ARCHIVER_SPOOL",
+        "on",
+        "`on`: what Postgres does not take goes to disk under `ARCHIVER_HOME`, and from there to Postgres later; "
+        "`off`: it is refused (503).",
+    )
+    spool_bytes: int = _env(
+        "ARCHIVER_SPOOL_BYTES",
+        1_073_741_824,
+        "Bytes of the largest spool of one process (503 above).",
+        ge=1_048_576,
+    )
     batch_events: int = _env("ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000)
     prepared_statements: bool = _env(
         "ARCHIVER_PREPARED_STATEMENTS",
@@ -156,7 +170,9 @@ class Settings(BaseSettings):
             raise ValueError("must not be empty")
         return value
 
-    @field_validator("webhook_scheme", "hmac_algorithm", "hmac_encoding", "log_level", "log_format", mode="before")
+    @field_validator(
+        "webhook_scheme", "hmac_algorithm", "hmac_encoding", "log_level", "log_format", "spool", mode="before"
+    )
     @classmethod
     def _in_lower_case(cls, value: Any) -> Any:
         return value.strip().lower() if isinstance(value, str) else value

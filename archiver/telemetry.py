@@ -46,6 +46,13 @@ reading_seconds = Histogram(
 pauses = Counter("archiver_pauses_total", "Pauses that CallHQ asked for, by its answer.", ["reason"])
 queue_events = Gauge("archiver_queue_events", "Events waiting for a commit.", multiprocess_mode="livesum")
 queue_bytes = Gauge("archiver_queue_bytes", "Bytes of the events waiting.", multiprocess_mode="livesum")
+spool_events = Gauge(
+    "archiver_spool_events", "Events on the spool, waiting for the database.", multiprocess_mode="livesum"
+)
+spool_bytes = Gauge("archiver_spool_bytes", "Bytes of the events on the spool.", multiprocess_mode="livesum")
+spool_age = Gauge(
+    "archiver_spool_oldest_age_seconds", "Age of the oldest event on the spool.", multiprocess_mode="livemax"
+)
 last_event = Gauge(
     "archiver_last_event_timestamp_seconds",
     "Unix time of the last event that this server committed; 0 before the first.",

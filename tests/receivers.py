@@ -182,7 +182,8 @@ def starting(database_url: str | None, *options: str, **environment: str) -> Ite
     """`archiver serve` on a free port, not waited for; kills what is left of it in the end."""
     with tempfile.TemporaryDirectory(prefix="archiver-serve-") as folder:
         log = Path(folder) / "stderr"
-        settings = {"ARCHIVER_WEBHOOK_SECRETS": SECRET, "ARCHIVER_LOG_FORMAT": "json"} | environment
+        own = {"ARCHIVER_WEBHOOK_SECRETS": SECRET, "ARCHIVER_LOG_FORMAT": "json", "ARCHIVER_HOME": f"{folder}/home"}
+        settings = own | environment
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "archiver", "serve", "--port", "0", *options],

@@ -22,6 +22,7 @@ from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
 from archiver.ingest import Ingest
 from archiver.settings import Settings
+from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool
 from archiver.worker import timing_of
 
 log = structlog.get_logger(__name__)
@@ -64,7 +65,7 @@ def create(configuration: Settings | None = None) -> Service:
     verifier = signatures.verifier(configuration)
 
     prepared = configuration.prepared_statements
-    writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
+    writing = database.connect_async(url, pool_size=2, prepared_statements=prepared)  # the spool's way back is one
     # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
     asking = database.connect_async(url, pool_size=1, prepared_statements=prepared)
     ingest = Ingest(
@@ -80,8 +81,11 @@ def create(configuration: Settings | None = None) -> Service:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         end_with_parent()
         _collect_less_garbage()
-        async with ingest.running():
+        spool = _open_spool(configuration)
+        async with ingest.running(spool):
             yield
+        if spool is not None:
+            spool.close()
         await writing.dispose()
         await asking.dispose()
         log.info("stopped")
@@ -102,6 +106,17 @@ def create(configuration: Settings | None = None) -> Service:
     app.receiver = receiver
     app.router.redirect_slashes = False  # a redirect loses the body of whoever does not follow it
     return app
+
+
+def _open_spool(configuration: Settings) -> Spool | None:
+    """Without one the receiver is as good as its database; that is better than no receiver."""
+    if configuration.spool == "off":
+        return None
+    try:
+        return open_spool(configuration.home.resolve() / SPOOL_FOLDER, configuration.spool_bytes)
+    except SpoolError as error:
+        log.error("no spool: what the database does not take is refused", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+        return None
 
 
 def end_with_parent() -> None:

@@ -3,53 +3,47 @@
 import asyncio
 import time
 
-from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from archiver import database, schema
 from archiver.app.answers import RETRY_AFTER
-from archiver.ingest import Ingest
+from archiver.ingest import Ingest, database_fault
+from archiver.spool import SpoolError
 
-READY_SECONDS = 3
 FAILURE_SECONDS = 15
+ROOM_BYTES = 1_048_576  # of a spool that takes events
 
 
 class Readiness:
-    """Ready: an event could be committed now."""
+    """Ready: an event could be made durable now, by the database or by the spool."""
 
     def __init__(self, engine: AsyncEngine, ingest: Ingest) -> None:
         self._engine, self._ingest = engine, ingest
 
     async def readyz(self, _: Request) -> Response:
-        """Whether an event could be committed now, and if not, why."""
-        fault = await self._fault()
-        if fault is None:
-            return JSONResponse({"status": "ready", "database": "ready"})
-        answer = {"status": "not ready", "database": fault}
-        return JSONResponse(answer, 503, RETRY_AFTER)
+        """Which of the two would take an event, and if one does not, why."""
+        told = {
+            "database": await database_fault(self._engine) or self._commit_fault() or "ready",
+            "spool": await asyncio.to_thread(self._spool_fault) or "ready",
+        }
+        if "ready" in told.values():
+            return JSONResponse({"status": "ready"} | told)
+        return JSONResponse({"status": "not ready"} | told, 503, RETRY_AFTER)
 
-    async def _fault(self) -> str | None:
-        try:
-            async with asyncio.timeout(READY_SECONDS):
-                is_read_only = await database.run_in_transaction(self._engine, _look)
-        except TimeoutError:
-            return f"silent for {READY_SECONDS} seconds"
-        except SQLAlchemyError as error:
-            return f"unavailable: {database.explain(error)}"
-        except schema.SchemaError as error:
-            return str(error)
-        if is_read_only:
-            return "read-only"
-        # A full disk answers questions as ever, so what the last batch met counts too: but not for long, since
-        # whoever is thought unready is sent no event that could prove the contrary.
-        failed_at = self._ingest.failed_at
+    def _commit_fault(self) -> str | None:
+        """What the last batch met: without a spool not for long, since whoever is thought unready is sent no event
+        that could prove the contrary.
+        """
+        failed_at, fallback = self._ingest.failed_at, self._ingest.fallback
         has_failed = failed_at is not None and time.monotonic() - failed_at < FAILURE_SECONDS
-        return "the last events could not be committed: see the log" if has_failed else None
+        is_away = fallback is not None and fallback.is_open
+        return "the last events could not be committed: see the log" if has_failed or is_away else None
 
-
-def _look(connection: Connection) -> bool:
-    schema.check(connection)
-    return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+    def _spool_fault(self) -> str | None:
+        if self._ingest.fallback is None:
+            return "none"
+        try:
+            return "full" if self._ingest.fallback.spool.room() < ROOM_BYTES else None
+        except SpoolError as error:
+            return str(error)

@@ -49,7 +49,9 @@ class Registration:
             detail = "Some of them could not be stored: see archiver quarantine list."
             return JSONResponse(_problem("quarantined", detail), 422)
         stored = sum(isinstance(result, Outcome) and result.status == "stored" for result in results)
-        return JSONResponse({"status": "stored", "sessions": len(sessions), "new": stored})
+        is_spooled = any(isinstance(result, Outcome) and result.status == "spooled" for result in results)
+        status = "spooled" if is_spooled else "stored"
+        return JSONResponse({"status": status, "sessions": len(sessions), "new": stored})
 
 
 def _problem(status: str, detail: str) -> dict[str, str]:

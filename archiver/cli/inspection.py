@@ -8,8 +8,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, overview, schema, settings
+from archiver import database, overview, schema, settings, spool
 from archiver.cli import connection
 from archiver.doctor import Finding, examine_database, examine_settings
 from archiver.embedded import EmbeddedError
@@ -20,15 +21,22 @@ from archiver.embedded import EmbeddedError
 def status(as_json: bool) -> None:
     """Show on one screen what the archive holds and what waits for a person."""
     configuration = settings.read()
-    with (
-        connection.engine(configuration, create=False) as engine,
-        database.transaction(engine, statement_seconds=300) as opened,
-    ):
-        schema.check(opened)
-        where = connection.where(configuration, opened)
-        figures = overview.select_overview(opened)
+    spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
+    try:
+        with (
+            connection.engine(configuration, create=False) as engine,
+            database.transaction(engine, statement_seconds=300) as opened,
+        ):
+            schema.check(opened)
+            where = connection.where(configuration, opened)
+            figures = overview.select_overview(opened)
+    except SQLAlchemyError:
+        if spooled.events:
+            size = f"{spooled.bytes / 1_000_000:,.1f} MB"
+            click.echo(f"archiver: {spooled.events:,} events ({size}) wait on the spool.", err=True)
+        raise
     if as_json:
-        told = {"database": where} | msgspec.structs.asdict(figures)
+        told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -39,6 +47,7 @@ def status(as_json: bool) -> None:
     table.add_row("events", f"{figures.events:,}", f"{figures.deliveries:,} deliveries")
     table.add_row("last event", _moment(figures.last_event_at))
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
+    table.add_row("spool", f"{spooled.events:,}", f"since {_moment(spooled.oldest_at)}" if spooled.events else "")
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     Console().print(table)
     if figures.quarantine:

@@ -15,6 +15,7 @@ import structlog
 import uvicorn
 from pydantic import SecretStr
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
 from archiver import database, schema, settings, signatures, telemetry
@@ -98,6 +99,11 @@ def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None
             schema.upgrade(engine)
         with database.transaction(engine) as opened:
             schema.check(opened)
+    except SQLAlchemyError as error:
+        if configuration.spool == "off" or not database.is_unreachable(error):
+            raise
+        # Nobody sends again what a receiver that is not there does not take.
+        log.error("the database cannot be reached: events are spooled until it can", reason=database.explain(error))  # noqa: TRY400  # there is nothing to trace
     finally:
         engine.dispose()
 

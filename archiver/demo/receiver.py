@@ -44,7 +44,9 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", _PROGRAM, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"),
-            env=_environment(DATABASE_URL=database_url, ARCHIVER_WEBHOOK_SECRETS=secret),
+            env=_environment(
+                DATABASE_URL=database_url, ARCHIVER_WEBHOOK_SECRETS=secret, ARCHIVER_HOME=str(log.parent)
+            ),
             stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=output,

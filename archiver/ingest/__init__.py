@@ -6,7 +6,7 @@ statement waits for Postgres.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic, perf_counter
 
@@ -16,9 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.events import Event
+from archiver.ingest.fallback import Fallback
+from archiver.ingest.probe import database_fault
 from archiver.ingest.redrive import retry_quarantined
 from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, write
 from archiver.projection import DEFAULT_TIMING, Timing
+from archiver.spool import Spool
 
 __all__ = [
     "Delivery",
@@ -27,6 +30,7 @@ __all__ = [
     "QueueFullError",
     "Result",
     "UnavailableError",
+    "database_fault",
     "retry_quarantined",
     "write",
 ]
@@ -58,10 +62,12 @@ class Ingest:
 
     `patience`: seconds for which a batch may wait until it is full, where nobody waits for the answer; 0: a batch
     waits for no longer than what it may save.
+    `fallback`: takes what the database does not; None without a spool.
     `failed_at`: when a batch last failed for the database's sake, on `time.monotonic`'s clock; None after a success.
     """
 
     failed_at: float | None = None
+    fallback: Fallback | None = None
 
     def __init__(
         self,
@@ -84,15 +90,21 @@ class Ingest:
         self._closing = False
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, spool: Spool | None = None) -> AsyncIterator[None]:
         """Write batches meanwhile; at the end write what still waits, and take nothing more."""
+        if spool is not None:
+            self.fallback = Fallback(self._engine, spool, self._timing)
         writer = asyncio.create_task(self._write_batches())
+        drain = asyncio.create_task(self.fallback.drain()) if self.fallback else None
         try:
             yield
         finally:
             self._closing = True
             self._arrived.set()
             await writer
+            if drain:
+                drain.cancel()  # the rest stays on disk
+                await asyncio.wait({drain})
 
     async def submit(self, delivery: Delivery) -> Outcome:
         """Commit one delivery, together with whatever else waits.
@@ -127,7 +139,7 @@ class Ingest:
             started = perf_counter()
             deliveries = [waiting.delivery for waiting in batch]
             try:
-                results = await write(self._engine, deliveries, self._timing)
+                results = await self._write(deliveries)
             except Exception:  # the supervisor: whatever happens, everyone is answered and the next batch comes
                 log.exception("batch failed", events=len(batch))
                 results = [UnavailableError()] * len(batch)
@@ -145,6 +157,11 @@ class Ingest:
                 if not waiting.answer.done():
                     waiting.answer.set_result(result)
             self._gauge()
+
+    async def _write(self, deliveries: Sequence[Delivery]) -> list[Result]:
+        if self.fallback:
+            return await self.fallback.write(deliveries)
+        return await write(self._engine, deliveries, self._timing)
 
     def _take(self) -> list[_Waiting]:
         """What fits into one transaction of bounded length: so many events, messages and bytes."""

@@ -2,13 +2,13 @@
 
 from datetime import UTC
 
-from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import events, quarantine
+from archiver import quarantine
 from archiver.database import is_data_error, transaction
-from archiver.events import Event, Malformed
-from archiver.ingest.writing import Delivery, Outcome, explain_fault, store
+from archiver.events import Malformed
+from archiver.ingest.writing import Delivery, Outcome, explain_fault, restore, store
 from archiver.projection import DEFAULT_TIMING, Timing
 
 
@@ -36,7 +36,7 @@ def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcom
     row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
     if row is None:
         return None
-    event = _quarantined_event(row)
+    event = restore(row["source"], bytes(row["body"]), row["type"], row["session_id"], row["dedupe_key"])
     if isinstance(event, Malformed):
         return Outcome("quarantined", quarantine_id, event.reason, event.detail)
     received_at = row["received_at"].astimezone(UTC)
@@ -44,12 +44,3 @@ def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcom
     (outcome,) = store(connection, [delivery], timing)
     quarantine.delete_quarantined(connection, quarantine_id)
     return outcome
-
-
-def _quarantined_event(row: RowMapping) -> Event | Malformed:
-    """A webhook is what its bytes say today; a fact of ours is what it was."""
-    body = bytes(row["body"])
-    if row["source"] == events.WEBHOOK:
-        return events.parse(body)
-    key = bytes(row["dedupe_key"])
-    return Event(row["type"], body, key, row["session_id"], chat_id=None, chat=None, occurred_at=None)

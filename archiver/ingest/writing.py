@@ -1,6 +1,5 @@
 """Deliveries to Postgres: one transaction for all of them if they let us, and for each what became of it."""
 
-import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from time import perf_counter
@@ -22,11 +21,17 @@ log = structlog.get_logger(__name__)
 
 BATCH_SECONDS = 60  # after which a database that says nothing at all counts as gone
 
-Status = Literal["stored", "duplicate", "ignored", "quarantined"]
+QUERY_CANCELED = "57014"  # by its statement_timeout
+
+Status = Literal["stored", "duplicate", "ignored", "quarantined", "spooled"]
 
 
 class UnavailableError(Exception):
     """The database did not take the event; send it again."""
+
+    def __init__(self, *, is_slow: bool = False) -> None:
+        super().__init__()
+        self.is_slow = is_slow  # it had all the time that one may take
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):
@@ -38,15 +43,31 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     source: str = events.WEBHOOK
     count: int = 1
 
+    @property
+    def ours(self) -> Event | None:
+        """A fact of ours; None for a webhook, which is what its bytes say."""
+        is_ours = self.source != events.WEBHOOK and isinstance(self.content, Event)
+        return self.content if is_ours and isinstance(self.content, Event) else None
+
+
+def restore(
+    source: str, body: bytes, kind: str | None, session_id: str | None, dedupe_key: bytes | None
+) -> Event | Malformed:
+    """What was kept of a delivery: a webhook is what its bytes say today, a fact of ours what it was."""
+    if source == events.WEBHOOK or kind is None or session_id is None or dedupe_key is None:
+        return events.parse(body)
+    return Event(kind, body, dedupe_key, session_id, chat_id=None, chat=None, occurred_at=None)
+
 
 class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`.
+    """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`; a spooled one
+    has none yet: 0.
 
     As JSON it is the answer to the sender.
     """
 
     status: Status
-    id: int
+    id: int = 0
     reason: str | None = None
     detail: str | None = None
 
@@ -54,31 +75,40 @@ class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 Result = Outcome | UnavailableError
 
 
-async def write(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing = DEFAULT_TIMING) -> list[Result]:
+async def write(
+    engine: AsyncEngine,
+    deliveries: Sequence[Delivery],
+    timing: Timing = DEFAULT_TIMING,
+    seconds: float | None = None,
+) -> list[Result]:
     """Commit these deliveries, in one transaction if they let us, and say of each what became of it.
 
-    A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4).
+    A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4). After so many
+    `seconds` without an answer the database counts as gone.
     """
+    limit = seconds or BATCH_SECONDS
     try:
-        return list(await _commit(engine, deliveries, timing))
+        return list(await _commit(engine, deliveries, timing, limit))
     except SQLAlchemyError as error:
         if not is_data_error(error):
             return [_unavailable(error)] * len(deliveries)
         fault: Exception = error
     except TimeoutError:
-        return [_silent()] * len(deliveries)
+        return [_silent(limit)] * len(deliveries)
     except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
         fault = error
     if len(deliveries) == 1:
-        return [await _quarantine_alone(engine, deliveries[0], fault)]
+        return [await _quarantine_alone(engine, deliveries[0], fault, limit)]
     middle = len(deliveries) // 2
-    return await write(engine, deliveries[:middle], timing) + await write(engine, deliveries[middle:], timing)
+    first = await write(engine, deliveries[:middle], timing, limit)
+    return first + await write(engine, deliveries[middle:], timing, limit)
 
 
-async def _commit(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing) -> list[Outcome]:
+async def _commit(
+    engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing, seconds: float
+) -> list[Outcome]:
     started = perf_counter()
-    async with asyncio.timeout(BATCH_SECONDS):
-        outcomes = await run_in_transaction(engine, lambda connection: store(connection, deliveries, timing))
+    outcomes = await run_in_transaction(engine, lambda connection: store(connection, deliveries, timing), seconds)
     telemetry.commit_seconds.observe(perf_counter() - started)
     telemetry.batch_events.observe(len(deliveries))
     telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
@@ -116,22 +146,21 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
     content = delivery.content
     if isinstance(content, Malformed):
         reason, detail = content.reason, content.detail
-    return Reject(content, reason, detail, delivery.received_at, delivery.key_id, delivery.source)
+    return Reject(content.body, reason, detail, delivery.received_at, delivery.key_id, delivery.source, delivery.ours)
 
 
-async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
+async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, seconds: float) -> Result:
     reason, detail = explain_fault(fault)
     log.error("quarantined", reason=reason, detail=detail)
     rejects = [_reject(delivery, reason, detail)]
     try:
-        async with asyncio.timeout(BATCH_SECONDS):
-            (row_id,) = await run_in_transaction(
-                engine, lambda connection: quarantine.upsert_quarantine(connection, rejects)
-            )
+        (row_id,) = await run_in_transaction(
+            engine, lambda connection: quarantine.upsert_quarantine(connection, rejects), seconds
+        )
     except SQLAlchemyError as error:
         return _unavailable(error)
     except TimeoutError:
-        return _silent()
+        return _silent(seconds)
     return Outcome("quarantined", row_id, reason, detail)
 
 
@@ -145,9 +174,9 @@ def explain_fault(fault: Exception) -> tuple[str, str]:
 
 def _unavailable(error: SQLAlchemyError) -> UnavailableError:
     log.error("database unavailable", sqlstate=sqlstate(error), error=type(error).__name__, detail=explain(error))
-    return UnavailableError()
+    return UnavailableError(is_slow=sqlstate(error) == QUERY_CANCELED)
 
 
-def _silent() -> UnavailableError:
-    log.error("database silent", seconds=BATCH_SECONDS)
-    return UnavailableError()
+def _silent(seconds: float) -> UnavailableError:
+    log.error("database silent", seconds=seconds)
+    return UnavailableError(is_slow=True)

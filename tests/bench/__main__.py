@@ -63,12 +63,12 @@ def main() -> None:
         sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
     try:
         with tempfile.TemporaryDirectory(prefix="bench ") as home, embedded.running(Path(home)) as postgres:
-            run(postgres, arguments.seconds, arguments.rounds)
+            run(postgres, Path(home), arguments.seconds, arguments.rounds)
     except BenchError as failure:
         sys.exit(f"bench: {failure}")
 
 
-def run(postgres: embedded.Postgres, seconds: int, rounds: int) -> None:
+def run(postgres: embedded.Postgres, home: Path, seconds: int, rounds: int) -> None:
     urls = {case: migrated(postgres, f"bench_{case}") for case in "bcd"}
     with psycopg.connect(postgres.url) as connection:
         (version,) = connection.execute("SELECT version()").fetchone() or ("?",)
@@ -79,7 +79,7 @@ def run(postgres: embedded.Postgres, seconds: int, rounds: int) -> None:
     batch = 1.0
     for number in range(rounds):
         for case in "abc":
-            with serving(case, urls.get(case, postgres.url)) as base:
+            with serving(case, urls.get(case, postgres.url), home) as base:
                 load = measure(base, seconds, prefix=f"{case}{number}")
                 if case == "c":
                     batch = mean_batch(base)
@@ -89,12 +89,12 @@ def run(postgres: embedded.Postgres, seconds: int, rounds: int) -> None:
         print(f"  round {number + 1} d: {results['d'][-1].rate:8,.0f} events/s", flush=True)
     report(results, batch)
     audit(urls["c"], sum(load.acknowledged for load in results["c"]), rounds)
-    with serving("c", urls["c"]) as base:
+    with serving("c", urls["c"], home) as base:
         audit_each(base, urls["c"])
 
 
 @contextmanager
-def serving(case: str, url: str) -> Iterator[str]:
+def serving(case: str, url: str, home: Path) -> Iterator[str]:
     """The server of a case in a process of its own; all three under the same uvicorn settings."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -108,6 +108,7 @@ def serving(case: str, url: str) -> Iterator[str]:
         "DATABASE_URL": url,
         "ARCHIVER_WEBHOOK_SECRETS": SECRET,
         "ARCHIVER_LOG_LEVEL": "warning",
+        "ARCHIVER_HOME": str(home),
     }
     process = subprocess.Popen([sys.executable, *command], env=environment)
     base = f"http://127.0.0.1:{port}"

@@ -1,0 +1,310 @@
+"""`archiver serve` while Postgres is away, silent, read-only, full or half gone, and while its spool is too (I1)."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from archiver import embedded
+from archiver.database import database_url as parse_url
+from tests.conftest import Cluster
+from tests.faults.load import Load, assert_archived, body_of, rows
+from tests.payloads import created
+from tests.proxies import proxied
+from tests.receivers import Receiver, archiver, serving
+from tests.test_registration import TOKEN, register
+from tests.waiting import until
+
+AWAY_SECONDS = 60  # in which whatever was spooled is archived, once Postgres is back
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Postgres]:
+    """A server of our own, to be broken."""
+    with embedded.running(tmp_path_factory.mktemp("outages"), options={"max_connections": "50"}) as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="module")
+def own(postgres: embedded.Postgres) -> Cluster:
+    return Cluster("18", postgres.database_url("DATABASE").replace("DATABASE", "{database}"))
+
+
+@pytest.fixture
+def url(own: Cluster) -> Iterator[str]:
+    url = own.clone()
+    yield url
+    own.drop(url)
+
+
+def post(receiver: Receiver, numbers: range) -> list[str]:
+    """What each of these events is told."""
+    return [str(receiver.post(body_of(number)).json()["status"]) for number in numbers]
+
+
+def waiting(receiver: Receiver) -> float:
+    return receiver.metric("archiver_spool_events")
+
+
+def until_drained(receiver: Receiver) -> None:
+    until(lambda: waiting(receiver) == 0, "what was spooled is archived", AWAY_SECONDS)
+
+
+@contextmanager
+def stopped(postgres: embedded.Postgres, how: signal.Signals) -> Iterator[None]:
+    """Its postmaster is sent this; started again in the end."""
+    pid = postgres.pid
+    os.kill(pid, how)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "Postgres ends")
+    try:
+        yield
+    finally:
+        until(lambda: postgres.revive() or postgres.pid != pid, "Postgres starts again")
+
+
+@contextmanager
+def frozen(postgres: embedded.Postgres) -> Iterator[None]:
+    """Every process of it stands still: connections stay, answers do not come."""
+    pids = [postgres.pid, *map(int, Path(f"/proc/{postgres.pid}/task/{postgres.pid}/children").read_text().split())]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("how", [signal.SIGQUIT, signal.SIGKILL, signal.SIGINT])
+def test_i1_what_comes_while_postgres_is_stopped_is_spooled_and_archived_later(
+    postgres: embedded.Postgres, url: str, how: signal.Signals
+) -> None:
+    with serving(url) as receiver:
+        assert set(post(receiver, range(10))) == {"stored"}
+        with stopped(postgres, how):
+            # The connection that was lost while idle may be found out before anything is asked of it, or after.
+            assert set(post(receiver, range(10, 60))) == {"spooled"}
+            assert set(post(receiver, range(10))) == {"spooled"}
+            ready = receiver.get("/readyz")
+            assert (ready.status_code, ready.json()["spool"]) == (200, "ready")
+            assert "unavailable" in ready.json()["database"]
+            assert waiting(receiver) == 60
+            assert receiver.metric("archiver_spool_bytes") > 0
+            assert receiver.metric("archiver_spool_oldest_age_seconds") > 0
+        until_drained(receiver)
+        assert set(post(receiver, range(60, 70))) == {"stored"}
+        assert receiver.get("/readyz").json() == {"status": "ready", "database": "ready", "spool": "ready"}
+    assert_archived(url, set(range(70)))
+    assert rows(url, "SELECT count(*) FROM archiver.events WHERE delivery_count = 2") == [(10,)]
+
+
+def test_i1_what_comes_while_postgres_hangs_is_spooled(postgres: embedded.Postgres, url: str) -> None:
+    with serving(url) as receiver:
+        assert set(post(receiver, range(5))) == {"stored"}
+        with frozen(postgres):
+            assert set(post(receiver, range(5, 40))) == {"spooled"}
+            assert "silent" in receiver.get("/readyz").json()["database"]
+        until_drained(receiver)
+    assert_archived(url, set(range(40)))
+
+
+def test_i1_under_load_everything_acknowledged_survives_an_immediate_stop(
+    postgres: embedded.Postgres, url: str
+) -> None:
+    with serving(url) as receiver:
+        load = Load([receiver.port], 8, range(10**6))
+        until(lambda: len(load.answers) > 300, "it is under load")
+        with stopped(postgres, signal.SIGQUIT):
+            told = len(load.answers)
+            until(lambda: len(load.answers) > told + 300, "it takes events all the same")
+        told = len(load.answers)
+        until(lambda: len(load.answers) > told + 300, "and goes on to")
+        load.end()
+        until_drained(receiver)
+    assert not load.broken
+    assert {code for _, code, _ in load.answers} == {200}
+    assert_archived(url, load.acknowledged)
+
+
+def test_i3_a_commit_whose_answer_is_lost_is_stored_once(url: str) -> None:
+    with proxied(url) as (proxy, through), serving(through) as receiver:
+        assert set(post(receiver, range(3))) == {"stored"}
+        proxy.set("swallow")
+        assert set(post(receiver, range(3, 6))) == {"spooled"}
+        assert proxy.swallowed > 0
+        proxy.set("pass")
+        until_drained(receiver)
+        proxy.set("cut")
+        assert set(post(receiver, range(6, 9))) == {"spooled"}
+        proxy.set("pass")
+        until_drained(receiver)
+    assert_archived(url, set(range(9)))
+
+
+def test_i1_backends_that_are_terminated_within_commits_lose_nothing(own: Cluster, url: str) -> None:
+    name = parse_url(url).database
+    terminate = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        f" WHERE datname = '{name}' AND application_name = 'callhq-archiver' AND state <> 'idle'"
+    )
+    with serving(url) as receiver:
+        load = Load([receiver.port], 8, range(10**6))
+        ended = 0
+        with psycopg.connect(own.url("postgres"), autocommit=True) as other:
+            while ended < 20:
+                (count,) = other.execute(terminate).fetchone() or (0,)
+                ended += count
+        load.end()
+        until_drained(receiver)
+    assert {code for _, code, _ in load.answers} == {200}
+    assert_archived(url, load.acknowledged)
+
+
+def test_i1_a_killed_receiver_leaves_its_spool_to_the_next(
+    postgres: embedded.Postgres, url: str, tmp_path: Path
+) -> None:
+    home = {"ARCHIVER_HOME": str(tmp_path)}
+    with serving(url, **home) as receiver, stopped(postgres, signal.SIGQUIT):
+        assert set(post(receiver, range(20))) == {"spooled"}
+        receiver.kill()
+        # With Postgres still away.
+        with serving(url, **home) as second:
+            assert waiting(second) == 20
+            assert set(post(second, range(20, 30))) == {"spooled"}
+            assert second.stop() == 0
+    with serving(url, **home) as third:
+        until_drained(third)
+    assert_archived(url, set(range(30)))
+
+
+def test_i1_sigterm_while_postgres_is_away_spools_and_answers_what_was_accepted(
+    postgres: embedded.Postgres, url: str, tmp_path: Path
+) -> None:
+    home = {"ARCHIVER_HOME": str(tmp_path)}
+    with serving(url, **home) as receiver, stopped(postgres, signal.SIGQUIT):
+        load = Load([receiver.port], 8, range(10**6))
+        until(lambda: len(load.acknowledged) > 100, "it is under load")
+        assert receiver.stop() == 0
+        load.join()
+    with serving(url, **home) as second:
+        until_drained(second)
+    assert_archived(url, load.acknowledged)
+
+
+def test_several_receivers_spool_beside_each_other(postgres: embedded.Postgres, url: str, tmp_path: Path) -> None:
+    home = {"ARCHIVER_HOME": str(tmp_path)}
+    with serving(url, **home) as one, serving(url, "--workers", "2", **home) as several:
+        with stopped(postgres, signal.SIGQUIT):
+            load = Load([one.port, several.port], 8, range(400))
+            load.join()
+        until_drained(one)
+        until_drained(several)
+    assert {(code, status) for _, code, status in load.answers} == {(200, "spooled")}
+    assert_archived(url, set(range(400)))
+
+
+def test_i1_a_database_that_only_reads_is_waited_for(own: Cluster, url: str) -> None:
+    name = parse_url(url).database
+    lose = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    with serving(url) as receiver:
+        own.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        own.execute(lose)
+        until(lambda: receiver.get("/readyz").json()["database"] == "read-only", "it sees that it may only read")
+        assert set(post(receiver, range(10))) == {"spooled"}
+        assert receiver.get("/readyz").status_code == 200
+        own.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        own.execute(lose)
+        until_drained(receiver)
+    assert_archived(url, set(range(10)))
+
+
+def test_i1_a_full_disk_of_postgres_is_waited_for(url: str) -> None:
+    with serving(url) as receiver, psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION public.fill() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$;"
+            "CREATE TRIGGER fill BEFORE INSERT ON archiver.messages EXECUTE FUNCTION public.fill()"
+        )
+        assert set(post(receiver, range(10))) == {"spooled"}
+        assert "could not be committed" in receiver.get("/readyz").json()["database"]
+        connection.execute("DROP TRIGGER fill ON archiver.messages")
+        until_drained(receiver)
+    assert_archived(url, set(range(10)))
+
+
+def test_i12_a_full_spool_asks_to_come_again_and_loses_nothing(postgres: embedded.Postgres, url: str) -> None:
+    with serving(url, ARCHIVER_SPOOL_BYTES="1048576", ARCHIVER_MAX_BODY="200000") as receiver:
+        with stopped(postgres, signal.SIGQUIT):
+            taken = 0
+            while (reply := receiver.post(created(f"chat-{taken}", "s", input="x" * 100_000))).status_code == 200:
+                taken += 1
+            assert 5 < taken < 15
+            assert (reply.status_code, reply.json()["status"]) == (503, "unavailable")
+            assert int(reply.headers["retry-after"]) > 0
+            ready = receiver.get("/readyz")
+            assert (ready.status_code, ready.json()["spool"]) == (503, "full")
+        until_drained(receiver)
+        assert set(post(receiver, range(10_000, 10_010))) == {"stored"}
+    assert rows(url, "SELECT count(*) FROM archiver.events WHERE chat_id IS NOT NULL") == [(taken + 10,)]
+
+
+def test_without_a_spool_it_works_and_says_so(postgres: embedded.Postgres, url: str, tmp_path: Path) -> None:
+    (tmp_path / "spool").write_bytes(b"")
+    with serving(url, ARCHIVER_HOME=str(tmp_path)) as receiver:
+        assert "ARCHIVER_SPOOL=off" in receiver.stderr()
+        assert receiver.get("/readyz").json() == {"status": "ready", "database": "ready", "spool": "none"}
+        assert set(post(receiver, range(3))) == {"stored"}
+        with stopped(postgres, signal.SIGQUIT):
+            assert receiver.post(body_of(4)).status_code == 503
+            assert receiver.get("/readyz").status_code == 503
+
+
+def test_i4_what_cannot_be_archived_is_quarantined_when_it_leaves_the_spool(
+    postgres: embedded.Postgres, url: str
+) -> None:
+    with serving(url, ARCHIVER_API_TOKEN=TOKEN) as receiver:
+        with stopped(postgres, signal.SIGQUIT):
+            assert receiver.post(b"{").json() == {"status": "spooled"}
+            assert set(post(receiver, range(3))) == {"spooled"}
+            told = register(receiver, {"ids": ["session-1", "never-mentioned"]})
+            assert (told.status_code, told.json()["status"]) == (200, "spooled")
+        until_drained(receiver)
+    assert rows(url, "SELECT body, reason FROM archiver.quarantine") == [(b"{", "not_json")]
+    assert rows(url, "SELECT session_id FROM archiver.events WHERE type = 'session.registered' ORDER BY 1") == [
+        ("never-mentioned",),
+        ("session-1",),
+    ]
+
+
+def test_it_starts_without_its_database_and_waits_for_the_right_schema(
+    postgres: embedded.Postgres, own: Cluster, tmp_path: Path
+) -> None:
+    own.execute("CREATE DATABASE late TEMPLATE template0")
+    url = own.url("late")
+    with ExitStack() as away:
+        away.enter_context(stopped(postgres, signal.SIGQUIT))
+        early = away.enter_context(serving(url, ARCHIVER_HOME=str(tmp_path)))
+        assert "events are spooled until it can" in early.stderr()
+        assert set(post(early, range(5))) == {"spooled"}
+        until(postgres.revive, "Postgres starts again")
+        until(lambda: "archiver migrate" in early.get("/readyz").json()["database"], "it misses its schema")
+        assert set(post(early, range(5, 10))) == {"spooled"}
+        assert archiver("migrate", database_url=url).returncode == 0
+        until_drained(early)
+        assert_archived(url, set(range(10)))
+
+
+def test_status_tells_what_is_spooled(postgres: embedded.Postgres, url: str, tmp_path: Path) -> None:
+    home = {"ARCHIVER_HOME": str(tmp_path)}
+    with serving(url, **home) as receiver:
+        with stopped(postgres, signal.SIGQUIT):
+            assert set(post(receiver, range(7))) == {"spooled"}
+            receiver.kill()
+        told = json.loads(archiver("status", "--json", database_url=url, **home).stdout)
+        assert (told["spool"]["events"], told["spool"]["bytes"] > 0) == (7, True)
+        assert "7" in archiver("status", database_url=url, **home).stdout

@@ -1,0 +1,101 @@
+"""A TCP proxy before Postgres that fails as networks do: cuts, falls silent, swallows the answer to a COMMIT."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+from psycopg.conninfo import conninfo_to_dict
+
+Mode = Literal["pass", "cut", "silent", "swallow"]
+CHUNK = 65_536
+
+
+class Proxy:
+    """`mode` may change at any time: `cut` ends connections, `silent` passes nothing on, `swallow` lets a COMMIT
+    through and ends the connection before its answer.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        self._upstream = upstream
+        self._mode: Mode = "pass"
+        self._open: list[socket.socket] = []
+        self.connections = 0
+        self.swallowed = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def set(self, mode: Mode) -> None:
+        self._mode = mode
+        if mode == "cut":
+            for connection in self._open:
+                _end(connection)
+            self._open.clear()
+
+    def close(self) -> None:
+        self.set("cut")
+        _end(self._listener)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.connections += 1
+                if self._mode == "cut":
+                    client.close()
+                    continue
+                server = socket.socket(socket.AF_UNIX)
+                try:
+                    server.connect(self._upstream)
+                except OSError:
+                    client.close()
+                    continue
+                self._open += [client, server]
+                committing = threading.Event()
+                threading.Thread(target=self._ask, args=(client, server, committing), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client, committing), daemon=True).start()
+
+    def _ask(self, client: socket.socket, server: socket.socket, committing: threading.Event) -> None:
+        with suppress(OSError):
+            while data := client.recv(CHUNK):
+                if self._mode == "swallow" and b"COMMIT" in data:
+                    committing.set()
+                if self._mode != "silent":
+                    server.sendall(data)
+        _end(server)
+
+    def _answer(self, server: socket.socket, client: socket.socket, committing: threading.Event) -> None:
+        with suppress(OSError):
+            while data := server.recv(CHUNK):
+                if committing.is_set():
+                    self.swallowed += 1
+                    break
+                if self._mode != "silent":
+                    client.sendall(data)
+        _end(client)
+        _end(server)
+
+
+def _end(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+@contextmanager
+def proxied(url: str) -> Iterator[tuple[Proxy, str]]:
+    """A proxy before the server of this URL, which has a unix socket, and the URL that leads through it."""
+    told = conninfo_to_dict(url)
+    folder, port = str(told.pop("host")), told.pop("port", "5432")
+    proxy = Proxy(f"{folder}/.s.PGSQL.{port}")
+    user, database = told["user"], told["dbname"]
+    password = f":{told['password']}" if told.get("password") else ""
+    try:
+        yield (
+            proxy,
+            f"postgresql://{user}{password}@127.0.0.1:{proxy.port}/{database}?sslmode=disable&gssencmode=disable",
+        )
+    finally:
+        proxy.close()

@@ -1,0 +1,175 @@
+"""The spool by itself: durable, bounded, one holder a file, nothing left of what has gone."""
+
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archiver.spool import Spool, Spooled, SpoolError, SpoolFullError, open_left_behind, open_spool, select_depth
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ROOM = 1_048_576
+
+
+def spooled(body: bytes, seconds: float = 0) -> Spooled:
+    return Spooled(0, NOW + timedelta(seconds=seconds), "webhook", "key", body)
+
+
+def bodies(spool: Spool, after: int = 0, most: int = 1_000, most_bytes: int = 10**9) -> list[bytes]:
+    return [each.body for each in spool.select_oldest(after, most, most_bytes)]
+
+
+@given(
+    st.lists(
+        st.builds(
+            Spooled,
+            st.just(0),
+            st.datetimes(timezones=st.just(UTC)),
+            st.sampled_from(["webhook", "application"]),
+            st.none() | st.text(st.characters(codec="utf-8")),
+            st.binary(),
+            st.none() | st.just("session.registered"),
+            st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+            st.none() | st.binary(),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_i1_what_was_spooled_is_there_again_in_order_whoever_opens_it(
+    tmp_path_factory: pytest.TempPathFactory, deliveries: list[Spooled]
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    spool = open_spool(folder, ROOM)
+    spool.append(deliveries)
+    spool.close()
+    again = open_spool(folder, ROOM)
+    found = again.select_oldest(0, 100, 10**9)
+    again.close()
+    assert [each.id for each in found] == list(range(1, len(found) + 1))
+    assert [
+        Spooled(0, *(getattr(each, name) for name in Spooled.__struct_fields__[1:])) for each in found
+    ] == deliveries
+
+
+def test_depth_tells_what_waits_and_what_has_gone_no_longer(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    assert spool.depth().events == 0
+    spool.append([spooled(b"one", 1), spooled(b"three", 2)])
+    depth = spool.depth()
+    assert (depth.events, depth.bytes, depth.oldest_at) == (2, 8, NOW + timedelta(seconds=1))
+    assert select_depth(tmp_path) == depth
+    spool.delete(spool.select_oldest(0, 1, 10**9))
+    depth = spool.depth()
+    assert (depth.events, depth.bytes, depth.oldest_at) == (1, 5, NOW + timedelta(seconds=2))
+    spool.close()
+    assert select_depth(tmp_path) == depth
+    again = open_spool(tmp_path, ROOM)
+    assert again.depth() == depth
+    again.close()
+
+
+def test_a_page_is_bounded_in_events_and_bytes_and_holds_at_least_one(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"x" * 100) for _ in range(10)])
+    assert len(bodies(spool, most=3)) == 3
+    assert len(bodies(spool, most_bytes=250)) == 2
+    assert len(bodies(spool, most_bytes=1)) == 1
+    assert len(bodies(spool, after=8)) == 2
+    spool.close()
+
+
+def test_i12_a_full_spool_takes_nothing_and_keeps_what_it_has(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    taken = 0
+    while spool.room() > 120_000:
+        spool.append([spooled(b"x" * 10_000)] * 10)
+        taken += 10
+    with pytest.raises(SpoolFullError, match="ARCHIVER_SPOOL_BYTES"):
+        spool.append([spooled(b"x" * 10_000)] * 13)
+    assert spool.depth().events == len(bodies(spool)) == taken > 50
+    assert spool.path.stat().st_size <= ROOM
+    spool.delete(spool.select_oldest(0, 20, 10**9))
+    spool.append([spooled(b"x" * 10_000)] * 10)
+    spool.close()
+
+
+def test_i8_nothing_of_what_has_gone_is_left_on_disk(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"hunter2-%d" % number * 700) for number in range(20)])
+    assert any(b"hunter2" in path.read_bytes() for path in tmp_path.iterdir())
+    spool.delete(spool.select_oldest(0, 100, 10**9))
+    for path in tmp_path.iterdir():
+        assert b"hunter2" not in path.read_bytes(), path
+    assert spool.path.stat().st_size < 50_000
+    spool.close()
+
+
+def test_each_process_has_a_file_of_its_own_and_finds_what_others_left_behind(tmp_path: Path) -> None:
+    first, second = open_spool(tmp_path, ROOM), open_spool(tmp_path, ROOM)
+    assert first.path != second.path
+    second.append([spooled(b"second")])
+    assert list(open_left_behind(tmp_path)) == []
+    second.close()
+    for left in open_left_behind(tmp_path):
+        assert bodies(left) == [b"second"]
+        left.delete(left.select_oldest(0, 1, 10**9))
+    assert list(open_left_behind(tmp_path)) == []
+    first.close()
+    assert select_depth(tmp_path).events == 0
+
+
+_SPOOL_AND_TELL = """
+import sys
+from pathlib import Path
+from tests.test_spool import ROOM, open_spool, spooled
+spool = open_spool(Path(sys.argv[1]), ROOM)
+for number in range(10_000):
+    spool.append([spooled(str(number).encode())])
+    print(number, flush=True)
+"""
+
+
+def test_i1_kill_9_loses_nothing_that_was_taken_and_frees_the_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _SPOOL_AND_TELL, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        told = [process.stdout.readline().strip() for _ in range(50)]
+        process.kill()
+        told += [line.strip() for line in process.stdout if line.endswith("\n")]
+    spool = open_spool(tmp_path, ROOM)
+    assert spool.path.name == "spool-0.db"
+    found = [body.decode() for body in bodies(spool, most=20_000)]
+    assert found[: len(told)] == told
+    assert len(found) - len(told) <= 1
+    spool.close()
+
+
+def test_files_are_private(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path / "new", ROOM)
+    spool.append([spooled(b"x")])
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o600}
+    spool.close()
+
+
+def test_what_is_no_spool_is_an_error_that_names_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SpoolError, match=r"ARCHIVER_HOME.*ARCHIVER_SPOOL=off"):
+        open_spool(tmp_path / "file", ROOM)
+    (tmp_path / "spool-0.db").write_bytes(b"no database at all" * 1_000)
+    with pytest.raises(SpoolError, match="not a database"):
+        open_spool(tmp_path, ROOM)
+
+
+def test_i1_each_commit_is_fsynced(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    (synchronous,) = spool._database.execute("PRAGMA synchronous").fetchone()
+    (journal,) = spool._database.execute("PRAGMA journal_mode").fetchone()
+    assert (synchronous, journal) == (2, "wal")
+    spool.close()
