@@ -25,8 +25,8 @@ MAX_MESSAGES = 200_000  # of one session
 MAX_REGISTRATIONS = 1_000  # of one request
 
 _GONE = frozenset({404, 410})
-# The same messages told again are the same fact, whenever upstream says that it touched them.
-_TIMES = frozenset({"updatedAt"})
+# The same told again is the same fact, whatever else an answer holds: times of access, ids of requests.
+_TOLD = ("id", "messages", "name", "status", "assistantId", "createdAt")
 
 
 class Told(msgspec.Struct, frozen=True, gc=False):
@@ -52,7 +52,7 @@ def observe(session_id: str, status: int, body: bytes) -> Event:
     session = _session(session_id, body) if status in range(200, 300) else None
     if session is None:
         return _event(UNREADABLE, session_id, body, [status, hashlib.sha256(body).hexdigest()])
-    return _event(READ, session_id, body, [{name: session[name] for name in session if name not in _TIMES}])
+    return _event(READ, session_id, body, [{name: session[name] for name in _TOLD if name in session}])
 
 
 def give_up(session_id: str) -> Event:
@@ -133,7 +133,8 @@ def _session(session_id: str, body: bytes) -> dict[str, Any] | None:
 def _messages(value: Any) -> tuple[Message, ...] | None:
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         return None
-    if not all(isinstance(item, dict) and isinstance(item.get("role"), str) and "content" in item for item in value):
+    # One without content, such as a call of a tool, is a message too.
+    if not all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
         return None
     return events.messages_of(value, "")
 

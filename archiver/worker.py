@@ -4,6 +4,8 @@ A periodic task hands out the sessions that are due, in bulk and in the order in
 reads some of them. A job that is lost with its worker costs nothing: its sessions become due again.
 """
 
+import asyncio
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -15,6 +17,7 @@ import psycopg
 import psycopg_pool
 import structlog
 from psycopg.conninfo import make_conninfo
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -32,16 +35,22 @@ from archiver.settings import Settings
 log = structlog.get_logger(__name__)
 
 JOBS_SCHEMA = "archiver_jobs"
-SESSIONS_A_JOB = 50
-HANDED_OUT_AT_ONCE = 5_000
-# Handed out again after this time, if no job has read them by then.
-HANDED_OUT_FOR = 2 * leases.LEASE
+SESSIONS_A_JOB = 20
+MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
+# Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
+HANDED_OUT_FOR = timedelta(minutes=10)
 POLL_SECONDS = 1.0
 _BATCH = 50  # histories in one transaction
 _PATIENCE_SECONDS = 0.05
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
-QUEUE = "archiver"
+READINGS, TIMERS = "readings", "timers"  # queues: readings that hang must not keep others from being handed out
+_LAST = -(2**31)  # the least priority there is
+
+
+_COUNT_WAITING = text(
+    "SELECT count(*) FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name = 'readings'"
+)
 
 
 class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
@@ -71,52 +80,72 @@ class Worker:
             pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, min_size=1, max_size=4
         )
         self.jobs = procrastinate.App(connector=connector)
-        self._read_histories = self.jobs.task(name="read_histories", queue=QUEUE)(self.read_histories)
-        hand_out = self.jobs.task(name="hand_out_due", queue=QUEUE, queueing_lock="hand_out_due", pass_context=False)
+        self._read_histories = self.jobs.task(name="read_histories", queue=READINGS)(self.read_histories)
+        hand_out = self.jobs.task(name="hand_out_due", queue=TIMERS, queueing_lock="hand_out_due")
         self.jobs.periodic(cron="* * * * * */5")(hand_out(self.hand_out_due))
-        forget = self.jobs.task(name="forget_jobs", queue=QUEUE, queueing_lock="forget_jobs")
+        forget = self.jobs.task(name="forget_jobs", queue=TIMERS, queueing_lock="forget_jobs")
         self.jobs.periodic(cron="* * * * *")(forget(self.forget_jobs))
 
     async def run(self) -> None:
         """Until SIGTERM or Ctrl-C; jobs under way are ended first."""
+        told = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, told.set)
         async with self.jobs.open_async():
-            await self.jobs.run_worker_async(
-                queues=[QUEUE],
-                concurrency=4,
-                listen_notify=False,  # it would hold a connection of its own, and PgBouncer knows no LISTEN
-                fetch_job_polling_interval=POLL_SECONDS,
-                delete_jobs="always",
-                shutdown_graceful_timeout=20,
-            )
+            working = [asyncio.create_task(self._work(READINGS, 4)), asyncio.create_task(self._work(TIMERS, 1))]
+            ending = asyncio.create_task(told.wait())
+            await asyncio.wait([*working, ending], return_when=asyncio.FIRST_COMPLETED)
+            for task in (*working, ending):
+                task.cancel()  # which lets jobs under way end
+            for result in await asyncio.gather(*working, return_exceptions=True):
+                if isinstance(result, Exception):
+                    raise result
+
+    async def _work(self, queue: str, concurrency: int) -> None:
+        await self.jobs.run_worker_async(
+            queues=[queue],
+            concurrency=concurrency,
+            listen_notify=False,  # it would hold a connection of its own, and PgBouncer knows no LISTEN
+            fetch_job_polling_interval=POLL_SECONDS,
+            delete_jobs="always",
+            shutdown_graceful_timeout=20,
+            install_signal_handlers=False,
+        )
 
     async def hand_out_due(self, timestamp: int) -> None:
         """Make jobs of the sessions whose history is to be read; `timestamp` is procrastinate's."""
         del timestamp
         now = datetime.now(UTC)
-        due = await run_in_transaction(
-            self._engine, lambda c: leases.hand_out_due(c, now, now + HANDED_OUT_FOR, HANDED_OUT_AT_ONCE)
-        )
-        parts = [due[start : start + SESSIONS_A_JOB] for start in range(0, len(due), SESSIONS_A_JOB)]
-        if parts:
-            jobs: list[dict[str, Any]] = [{"session_ids": part} for part in parts]
-            await self._read_histories.batch_defer_async(*jobs)
+        until = now + HANDED_OUT_FOR
 
-    async def read_histories(self, session_ids: Sequence[str]) -> None:
-        """Read the histories of these sessions."""
+        def hand_out(connection: Connection) -> list[tuple[str, datetime | None]]:
+            most = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_A_JOB
+            return leases.hand_out_due(connection, now, until, most) if most > 0 else []
+
+        due = await run_in_transaction(self._engine, hand_out)
+        for start in range(0, len(due), SESSIONS_A_JOB):
+            part = due[start : start + SESSIONS_A_JOB]
+            read_by = part[0][1]
+            priority = _LAST if read_by is None else -int(read_by.timestamp() // 60)
+            reading = self._read_histories.configure(priority=priority)
+            await reading.defer_async(session_ids=[each for each, _ in part], due_at=until.isoformat())
+
+    async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
+        """Read the histories of these sessions, those that are still due as they were handed out."""
         try:
-            await self._reconciler.read_all(session_ids)
+            await self._reconciler.read_all(session_ids, due_at=datetime.fromisoformat(due_at))
         except UnauthorizedError as error:
             # They are handed out again, when the key may be another.
             log.error("histories cannot be read", error=str(error))  # noqa: TRY400  # there is nothing to trace
 
     async def forget_jobs(self, timestamp: int) -> None:
-        """Jobs whose worker died are dropped; their sessions are due as soon as their leases have ended."""
+        """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
         del timestamp
         for job in await self.jobs.job_manager.get_stalled_jobs():
-            session_ids = job.task_kwargs.get("session_ids", [])
-            if isinstance(session_ids, list) and session_ids:
-                ids = [str(each) for each in session_ids]
-                hasten = partial(leases.hasten, session_ids=ids, now=datetime.now(UTC))
+            session_ids, due_at = job.task_kwargs.get("session_ids"), job.task_kwargs.get("due_at")
+            if isinstance(session_ids, list) and isinstance(due_at, str):
+                ids, handed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
+                hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=datetime.now(UTC))
                 await run_in_transaction(self._engine, hasten)
             await self.jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
 
@@ -163,11 +192,14 @@ async def reconciling(
 
     async def submit(event: Event, began: datetime) -> str:
         source = APPLICATION if event.type == REGISTERED else SOURCE
-        try:
-            outcome = await queue.submit(Delivery(event, began, None, source=source))
-        except (QueueFullError, UnavailableError) as error:
-            raise NotRecordedError from error
-        return outcome.status
+        delivery = Delivery(event, began, None, source=source)
+        while True:
+            try:
+                return (await queue.submit(delivery)).status
+            except QueueFullError:
+                await asyncio.sleep(_PATIENCE_SECONDS)  # large answers: there is room once others are committed
+            except UnavailableError as error:
+                raise NotRecordedError from error
 
     try:
         async with queue.running(), client:

@@ -804,7 +804,7 @@ def test_i7_nothing_that_was_ever_read_is_lost_but_outputs_of_a_turn_told_anew(w
     for each in world.readings:
         assert _is_subsequence(_without_answers(texts(each.messages)), _without_answers(texts(known)))
     if not any(each.is_deleted for each in world.turns):
-        spine = spine_of(*world.readings)
+        spine = transcript([], world.readings)
         gone = Counter(texts(spine)) - Counter(texts(lines))
         assert {role for role, _ in gone} <= {"assistant"}
         assert _is_subsequence([_unclaimed(line) for line in known], spine)
@@ -1003,3 +1003,30 @@ def test_merge_turns_alone_takes_what_merge_history_made() -> None:
     read = reading("u hi", "a hello")
     turns = [turn("A", "u hi", "a hello")]
     assert merge_turns(merge_history([], read), turns, read.read_at) == transcript(turns, [read])
+
+
+@_many
+@given(st.data())
+def test_i6_readings_cut_at_either_end_leave_no_trace_once_a_whole_one_is_known(data: st.DataObject) -> None:
+    said = st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from(["ok", "thanks", "a"]))
+    whole = [Message(*each) for each in data.draw(st.lists(said, min_size=1, max_size=12))]
+    readings = []
+    for minute in range(data.draw(st.integers(0, 3))):
+        end = data.draw(st.integers(0, len(whole)))
+        start = data.draw(st.integers(0, end))
+        readings.append(Reading(tuple(whole[start:end]), START + timedelta(minutes=minute)))
+    readings.append(Reading(tuple(whole), START + timedelta(hours=1)))
+    lines = transcript([], readings)
+    assert texts(lines) == texts(whole)
+    # Each line was shown at the latest by the last, and by a part of it as soon as one held such a line.
+    for line in lines:
+        earlier = [each.read_at for each in readings if (line.role, line.content) in texts(each.messages)]
+        assert line.first_read_at in earlier
+
+
+def test_a_line_is_dated_by_the_first_reading_that_showed_it() -> None:
+    whole = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    cuts = [(2, 4), (0, 2), (0, 4)]
+    readings = [Reading(tuple(whole[a:b]), START + timedelta(minutes=n)) for n, (a, b) in enumerate(cuts)]
+    times = [line.first_read_at for line in transcript([], readings)]
+    assert times == [START + timedelta(minutes=1)] * 2 + [START] * 2

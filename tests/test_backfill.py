@@ -15,7 +15,7 @@ from archiver.demo.upstream import Session
 from archiver.reconcile.backfill import Selection
 from tests import servers
 from tests.receivers import archiver
-from tests.upstreams import CallHQ, simulated
+from tests.upstreams import CallHQ, Refusing, hosting, simulated
 from tests.waiting import until
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
@@ -130,6 +130,46 @@ def test_wrong_usage_exits_2_and_says_what_is_right(database_url: str, options: 
     ended = archiver("backfill", *options, database_url=database_url, CALLHQ_API_KEY="k")
     assert ended.returncode == 2
     assert complaint in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["id\n{}\n", "Session ID,name\n{},x\n", "{};Kitchen\n", "id;name\n{};K\u00fcche\n", "\ufeff{}\n"]
+)
+def test_a_file_of_any_usual_form_is_read(database_url: str, callhq: CallHQ, tmp_path: Path, content: str) -> None:
+    session, file = callhq.session("s", "ok"), tmp_path / "ids"
+    file.write_text(content.format(session.id), encoding="utf-8")
+    assert told(backfill(database_url, callhq, "--file", str(file), "--json"))["outcomes"] == {"read": 1}
+
+
+@pytest.mark.parametrize("content", [b"K\xfcche\n", "id\n".encode("utf-16"), b"x" * 200_000])
+def test_a_file_of_no_usual_form_is_wrong_usage(database_url: str, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "ids"
+    file.write_bytes(content)
+    ended = archiver("backfill", "--file", str(file), database_url=database_url, CALLHQ_API_KEY="k")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+
+
+def test_what_failed_is_all_that_the_same_command_reads_again(database_url: str) -> None:
+    with simulated() as callhq, hosting(Refusing(callhq)) as callhq.url:
+        sessions = [callhq.session(f"s{n}", "ok") for n in range(5)]
+        callhq.refused = sessions[0].id
+        listed = [option for session in sessions for option in ("--session", session.id)]
+        ended = backfill(database_url, callhq, *listed, "--json")
+        assert ended.returncode == 1
+        assert told(ended)["outcomes"] == {"read": 4, "failed": 1}
+        callhq.refused = ""
+        assert told(backfill(database_url, callhq, *listed, "--json"))["outcomes"] == {"read": 1}
+        assert told(backfill(database_url, callhq, *listed, "--json"))["outcomes"] == {"read": 5}
+
+
+def test_a_database_that_refuses_is_said_in_one_line(database_url: str, callhq: CallHQ) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute("ALTER TABLE archiver.messages RENAME TO elsewhere")
+    ended = backfill(database_url, callhq, "--session", callhq.session("s", "ok").id)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "The database did not take the answer" in ended.stderr
 
 
 def test_without_a_key_it_names_the_setting(database_url: str) -> None:

@@ -198,7 +198,7 @@ def connect(to: Server, **options: Any) -> Client:
 async def test_an_answer_is_told_byte_for_byte_whatever_its_status(status):
     body = b"" if status == 304 else b'\xff\x00{"session": \n'
     async with server([Response(body, status)]) as s, connect(s) as client:
-        assert await client.history("s1") == Answer(status, body)
+        assert told(await client.history("s1")) == (status, body)
     assert [(call.method, call.path) for call in s.calls] == [("GET", "/api/chats/session/s1")]
     assert s.calls[0].headers["x-api-key"] == KEY
 
@@ -212,7 +212,7 @@ async def test_a_redirect_is_an_answer_and_not_followed():
 async def test_a_compressed_answer_is_told_decompressed():
     packed = Response(gzip.compress(FOUND), headers={"content-encoding": "gzip"})
     async with server([packed]) as s, connect(s) as client:
-        assert await client.history("s1") == Answer(200, FOUND)
+        assert told(await client.history("s1")) == (200, FOUND)
     assert s.calls[0].headers["accept-encoding"] == "gzip"
 
 
@@ -242,7 +242,7 @@ async def test_an_id_that_is_none_is_not_asked_for(session_id):
 async def test_server_errors_are_tried_again_until_there_is_an_answer():
     script = [Response(status_code=500), Response(status_code=502), Response(b"x", 404)]
     async with server(script) as s, connect(s) as client:
-        assert await client.history("s1") == Answer(404, b"x")
+        assert told(await client.history("s1")) == (404, b"x")
     assert len(s.calls) == 3
 
 
@@ -326,6 +326,10 @@ async def test_a_caller_that_gives_up_is_obeyed_at_once_and_leaves_no_slot_taken
                 await client.history("s1")
         assert (await client.history("s1")).status == 200
     assert len(s.calls) == 2
+
+
+def told(answer: Answer) -> tuple[int, bytes]:
+    return answer.status, answer.body
 
 
 @pytest.mark.parametrize("status", [401, 403])

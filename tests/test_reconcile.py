@@ -10,7 +10,7 @@ import psycopg
 import pytest
 import stamina
 from pydantic import SecretStr
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import history
@@ -22,7 +22,7 @@ from archiver.reconcile import Reading, backfill
 from archiver.settings import Settings
 from archiver.worker import reconciling
 from tests import servers
-from tests.upstreams import API_KEY, CallHQ, simulated
+from tests.upstreams import API_KEY, CallHQ, Refusing, hosting, simulated
 from tests.waiting import until
 
 pytestmark = [
@@ -41,20 +41,21 @@ def settings(callhq: CallHQ, key: str = API_KEY) -> Settings:
     return Settings.model_construct(callhq_api_url=f"{callhq.url}/api", callhq_api_key=SecretStr(key))
 
 
-async def test_leases_that_are_about_to_end_are_taken_anew(
+async def test_leases_are_kept_for_as_long_as_the_reading_takes(
     database_url: str, callhq: CallHQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So short that a few sessions use one up; the constants alone are changed.
-    monkeypatch.setattr(leases, "READ", timedelta(seconds=1))
-    monkeypatch.setattr(leases, "RECORD", timedelta(0))
-    monkeypatch.setattr(leases, "LEASE", timedelta(seconds=1.2))
+    # So short that a few sessions outlast one; the constants alone are changed.
+    monkeypatch.setattr(leases, "LEASE", timedelta(seconds=0.6))
     sessions = [callhq.session(f"s{n}", "ok") for n in range(60)]
     ids = [session.id for session in sessions]
     told: list[Reading] = []
+    lapsed = text("SELECT count(*) FROM archiver.sessions WHERE leased_until < clock_timestamp()")
     async with reconciling(settings(callhq), parse_url(database_url), concurrency=1) as (engine, reconciler, submit):
         await backfill.register(engine, submit, ids)
-        outcomes = await reconciler.read_all(ids, told.append)
-    assert outcomes == {"read": 60}
+        reading = asyncio.create_task(reconciler.read_all(ids, told.append))
+        while not reading.done():
+            assert await run_in_transaction(engine, lambda c: c.scalar(lapsed)) == 0
+        assert await reading == {"read": 60}
     assert Counter(reading.session_id for reading in told) == Counter(ids)
     said = {session.id: len(session.messages()) for session in sessions}
     assert all(reading.recovered == said[reading.session_id] for reading in told)
@@ -69,6 +70,61 @@ async def test_sessions_that_somebody_else_reads_are_left_to_them(database_url: 
         await run_in_transaction(engine, lambda c: leases.claim(c, ids[:3], until, until))
         assert await reconciler.read_all(ids, told.append) == {"read": 7, "busy": 3}
     assert {reading.session_id for reading in told if reading.outcome == "busy"} == set(ids[:3])
+
+
+async def test_one_session_that_is_refused_keeps_no_other_from_being_read(database_url: str, callhq: CallHQ) -> None:
+    ids = [callhq.session(f"s{n}", "ok").id for n in range(30)]
+    callhq.refused = ids[0]
+    told: list[Reading] = []
+    with hosting(Refusing(callhq)) as callhq.url:
+        async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
+            await backfill.register(engine, submit, ids)
+            assert await reconciler.read_all(ids, told.append) == {"read": 29, "failed": 1}
+            (refused,) = [reading for reading in told if reading.outcome == "failed"]
+            assert refused.session_id == ids[0]
+            assert "CALLHQ_API_KEY" in refused.error
+            # It backs off, as others do that fail.
+            query = text("SELECT failing_since IS NOT NULL FROM archiver.sessions WHERE session_id = :session_id")
+            failing = partial(Connection.scalar, statement=query, parameters={"session_id": ids[0]})
+            assert await run_in_transaction(engine, failing)
+
+
+async def test_what_was_read_is_told_however_it_ends(database_url: str, callhq: CallHQ) -> None:
+    ids = [callhq.session(f"s{n}", "ok").id for n in range(60)]
+    told: list[Reading] = []
+    async with reconciling(settings(callhq), parse_url(database_url), concurrency=1) as (engine, reconciler, submit):
+        await backfill.register(engine, submit, ids)
+        some = asyncio.Event()
+
+        def note(reading: Reading) -> None:
+            told.append(reading)
+            some.set()
+
+        reading = asyncio.create_task(reconciler.read_all(ids, note))
+        await some.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        query = text("SELECT session_id, repaired_messages FROM archiver.sessions WHERE read_at IS NOT NULL")
+        read = await run_in_transaction(engine, lambda c: {row.session_id: row[1] for row in c.execute(query)})
+    assert {each.session_id: each.recovered for each in told} == read
+    assert 0 < len(read) < 60
+
+
+async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url: str, callhq: CallHQ) -> None:
+    ids = [callhq.session(f"s{n}", "ok").id for n in range(10)]
+    async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
+        await backfill.register(engine, submit, ids)
+        times = []
+        for minutes in (10, 20):
+            now = datetime.now(UTC) + timedelta(minutes=minutes)
+            until_then = now + timedelta(minutes=10)
+            hand_out = partial(leases.hand_out_due, now=now, until=until_then, most=100)
+            assert {each for each, _ in await run_in_transaction(engine, hand_out)} == set(ids)
+            times.append(until_then)
+        assert await reconciler.read_all(ids, due_at=times[0]) == {}
+        assert await reconciler.read_all(ids, due_at=times[1]) == {"read": 10}
+        assert await reconciler.read_all(ids, due_at=times[1]) == {}
 
 
 async def test_a_refused_key_gives_every_lease_back(database_url: str, callhq: CallHQ) -> None:
@@ -102,11 +158,10 @@ async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
         postpone = partial(leases.postpone, session_id=session.id, lease=own, until=woken, failing_since=woken)
         await run_in_transaction(engine, postpone)
         assert await lease_of(engine, session.id) == others
+        renew = partial(leases.renew, leased={session.id: own}, until=woken + leases.LEASE)
+        assert await run_in_transaction(engine, renew) == set()
         await submit(history.observe(session.id, 404, b""), began)
         assert await lease_of(engine, session.id) == others
-        # The other one gives it back, with its reading.
-        await submit(history.observe(session.id, 410, b""), woken)
-        assert await lease_of(engine, session.id) is None
 
 
 async def test_only_a_failure_that_goes_on_after_a_session_expired_is_taken_for_an_answer(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver.demo.faults import Faults
 from archiver.demo.platform import Platform, create
@@ -52,6 +53,7 @@ class CallHQ:
     upstream: Upstream
     app: Starlette
     url: str = ""
+    refused: str = ""  # the session that `Refusing` refuses
 
     @property
     def settings(self) -> dict[str, str]:
@@ -63,6 +65,19 @@ class CallHQ:
         for said in inputs:
             self.upstream.create_chat(session.id, said, None)
         return session
+
+
+class Refusing:
+    """The platform, but for the one session that is `refused`: 403."""
+
+    def __init__(self, callhq: CallHQ) -> None:
+        self._callhq = callhq
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = self._callhq.refused
+        is_refused = scope["type"] == "http" and refused and scope["path"].endswith(refused)
+        answer = JSONResponse({"message": "not yours"}, 403) if is_refused else self._callhq.app
+        await answer(scope, receive, send)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """One transcript out of what webhooks told and what history answers showed: a pure function of the known turns and
 the sequence of the known readings, so that the order in which they arrived cannot matter (I5, I6).
 
-`merge_history` keeps a spine of all lines that any reading showed; `merge_turns` lets the turns claim theirs.
+Readings that a later one holds as a whole are left out; `merge_history` keeps a spine of all lines that the others
+showed; `merge_turns` lets the turns claim theirs.
 """
 
 from collections.abc import Iterable
 
 from archiver.alignment.history import merge_history
+from archiver.alignment.parts import date, whole
 from archiver.alignment.shapes import Line, Reading, Turn
 from archiver.alignment.turns import merge_turns
 
@@ -25,8 +27,8 @@ def transcript(turns: Iterable[Turn], readings: Iterable[Reading]) -> list[Line]
     deleted = sorted(gone, key=lambda run: (len(run), run))
     spine: list[Line] = []
     read_at = None
-    for reading in sorted(readings, key=lambda reading: reading.read_at):
-        spine = merge_history(spine, reading, deleted)
+    for reading, first_read_at in whole(sorted(readings, key=lambda reading: reading.read_at)):
+        spine = date(merge_history(spine, reading, deleted), first_read_at)
         read_at = reading.read_at
     return merge_turns(spine, known, read_at)
 

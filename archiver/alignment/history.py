@@ -45,10 +45,7 @@ def _not_shown(line: Line) -> Line:
 
 
 def _align(lines: Sequence[Line], old: Sequence[Key], new: Sequence[Key], deleted: Collection[Run]) -> list[Pair]:
-    # The same answer again, or the same and more, is what most readings are. However else the first could be
-    # aligned, it changes nothing; a history that grew goes on where it ended.
-    if old == new[: len(old)]:
-        return [(index, index) for index in range(len(old))]
+    # The same answer again changes nothing, however else it could be aligned.
     shown = [index for index, line in enumerate(lines) if line.in_history]
     if [old[index] for index in shown] == new:
         return [*zip(shown, range(len(new)), strict=True)]

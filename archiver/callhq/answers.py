@@ -60,10 +60,14 @@ class BusyError(Exception):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What upstream answered: HTTP's status, and the body byte for byte once decompressed."""
+    """What upstream answered: HTTP's status, and the body byte for byte once decompressed.
+
+    `began`: when the attempt did that was answered; what was said from then on may be missing in the answer.
+    """
 
     status: int
     body: bytes
+    began: datetime
 
 
 def check(response: httpx2.Response) -> None:

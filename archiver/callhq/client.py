@@ -1,6 +1,7 @@
 """The calls, each with its retries and pauses."""
 
 import asyncio
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -165,13 +166,14 @@ class Client:
         headers = self._headers if body is None else {**self._headers, "content-type": "application/json"}
         async with self._slots.one() as http:  # waiting for one does not count against the deadline
             await self._wait_for_turn()
+            began = datetime.now(UTC)
             try:
                 async with (
                     asyncio.timeout(self._timeout),
                     http.stream(method, self._url + path, content=body, headers=headers) as response,
                 ):
                     check(response)
-                    return Answer(response.status_code, await self._read(response))
+                    return Answer(response.status_code, await self._read(response), began)
             except TimeoutError:
                 raise FailedError(f"no whole answer within {self._timeout:g} s", was_sent=True) from None
             except httpx2.RequestError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import re
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ from archiver.callhq import UnauthorizedError
 from archiver.cli import connection
 from archiver.events import REASONS, UnreadableError
 from archiver.history import register
-from archiver.reconcile import Reading, backfill
+from archiver.reconcile import NotRecordedError, Reading, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
 from archiver.worker import reconciling
@@ -99,8 +100,9 @@ def command(
             connection.run(
                 _run(configuration, url, selection, summary, rate=rate, concurrency=concurrency, quiet=as_json)
             )
-        except UnauthorizedError as error:
-            raise settings.SettingsError(str(error)) from None
+        except (UnauthorizedError, NotRecordedError) as error:
+            summary.show(as_json=as_json)
+            raise settings.SettingsError(str(error) or str(error.__doc__)) from None
     summary.show(as_json=as_json)
     if summary.was_interrupted:
         click.echo(f"archiver: {_INTERRUPTED}", err=True)
@@ -109,11 +111,17 @@ def command(
 
 
 def _ids(file: TextIO) -> Iterator[str]:
-    for row in csv.reader(file):
-        session_id = row[0].strip() if row else ""
-        # The heading of a column is no id.
-        if session_id and session_id.lower() not in {"id", "session_id", "sessionid"}:
-            yield session_id
+    try:
+        lines = file.read().splitlines()
+        # As spreadsheets write it where a comma is the decimal sign.
+        delimiter = ";" if lines and ";" in lines[0] and "," not in lines[0] else ","
+        for number, row in enumerate(csv.reader(lines, delimiter=delimiter)):
+            session_id = row[0].strip() if row else ""
+            is_heading = number == 0 and re.sub(r"[\s_-]", "", session_id).lower() in {"id", "sessionid"}
+            if session_id and not is_heading:
+                yield session_id
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise click.UsageError(f"--file: it is no UTF-8 text of one id a line, nor a CSV ({error}).") from None
 
 
 def _check(session_ids: Sequence[str]) -> None:
@@ -246,7 +254,7 @@ async def _run(
                     else:
                         await backfill.register(engine, submit, page)
                         await reconciler.read_all(page, told)
-            if not summary.dry_run:
+            if not summary.dry_run and not summary.failures:  # else the same command goes on with those
                 await backfill.end(engine, selection)
 
     reading = asyncio.create_task(read())

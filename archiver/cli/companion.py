@@ -1,4 +1,4 @@
-"""The worker beside a receiver: a process of its own, so that long histories do not hold up webhooks.
+"""The worker beside a receiver: a process of its own, so that reading histories does not hold up webhooks.
 
 It is started again when it ends by itself, and ends with its parent, however that ended.
 """

@@ -47,8 +47,8 @@ def project(connection: Connection, facts: Sequence[Fact], timing: Timing) -> No
     # Locks the sessions: from here on nobody else projects their turns.
     read = rows.upsert_sessions(connection, heard, timing) | {fact.event.session_id for fact in others}
     _project_turns(connection, {key: own for key, own in placed.items() if key[0] not in read}, timing)
-    released = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
-    rederive(connection, sorted(read), timing, released)
+    just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
+    rederive(connection, sorted(read), timing, just_read)
 
 
 def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing) -> None:
@@ -72,19 +72,18 @@ def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]],
 
 
 def rederive(
-    connection: Connection, session_ids: Sequence[str], timing: Timing, released: Collection[str] = ()
+    connection: Connection, session_ids: Sequence[str], timing: Timing, just_read: Collection[str] = ()
 ) -> None:
     """Make these sessions anew from all that the ledger tells of them, and write what differs.
 
-    The caller has their rows locked. A session of which the ledger tells nothing is removed. Whoever had `released`
-    leased is done with them.
+    The caller has their rows locked. A session of which the ledger tells nothing is removed.
     """
     if not session_ids:
         return
     stories = ledger_facts.select_stories(connection, session_ids)
     archived = rows.select_archived(connection, session_ids)
     derived = [derive(story, timing) for story in stories.values()]
-    telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, released))
+    telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
     rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in stories])
     rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
 

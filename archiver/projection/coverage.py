@@ -13,8 +13,6 @@ from archiver.projection.turns import Turn
 
 State = Literal["open", "complete", "repaired", "unverified", "lost"]
 
-_LONGEST_DOUBLING = 20  # of the quiet time: more than fit into any lifetime
-
 
 class Timing(msgspec.Struct, frozen=True):
     """`quiet`: wait so long after a session's last event; `lifetime`: after so long upstream forgets the session."""
@@ -27,9 +25,18 @@ class Timing(msgspec.Struct, frozen=True):
         """So long before the end of its life a session is read for the last time."""
         return min(max(self.lifetime / 24, 2 * self.quiet), self.lifetime / 2)
 
+    @property
+    def wait(self) -> timedelta:
+        """The quiet time, or less where sessions live so shortly."""
+        return min(self.quiet, self.margin / 2)
+
     def read_by(self, opened_at: datetime) -> datetime:
         """When the last reading of a session is due."""
         return opened_at + self.lifetime - self.margin
+
+    def due_after(self, last_event_at: datetime, read_by: datetime) -> datetime:
+        """When a session is to be read after an event: after a quiet time, or just before upstream forgets it."""
+        return min(last_event_at + self.wait, max(read_by + self.margin - self.wait, last_event_at))
 
 
 DEFAULT_TIMING = Timing()
@@ -74,15 +81,20 @@ _TRIED_AGAIN = {history.GONE, history.UNREADABLE}
 
 
 def cover(
-    turns: Mapping[str, Turn], readings: Sequence[Reading], lines: Sequence[Line], last_event_at: datetime
+    turns: Mapping[str, Turn], found: int, readings: Sequence[Reading], lines: Sequence[Line], last_event_at: datetime
 ) -> Coverage:
-    """The coverage of a session: its turns, its readings in order of time, and the transcript they make."""
+    """The coverage of a session: its turns, how many more only history knows, its readings in order of time, and the
+    transcript they make.
+    """
     repaired = _repaired(lines)
     if not readings:
         return Coverage("open", NEVER_READ, None, None, 0)
     newest = readings[-1]
     told = [reading.last_at for reading in readings if reading.kind == history.READ]
     state, reason = _state(turns, newest, lines, last_event_at, repaired)
+    # A turn whose content no webhook told may be one of those that only history knows.
+    if reason != NEWS and sum(not turn.is_told for turn in turns.values()) > found:
+        state, reason = "lost", UNSEEN
     return Coverage(state, reason, max(told, default=None), newest.last_at, repaired)
 
 
@@ -91,14 +103,10 @@ def _state(
 ) -> tuple[State, str]:
     if last_event_at > newest.last_at:
         return "open", NEWS
-    # A turn whose content no webhook told may be one of those that only history knows.
-    unseen = sum(not turn.is_told for turn in turns.values()) > sum(line.source == "history" for line in lines)
     confirmed = {line.chat_id for line in lines if line.first_read_at is not None}
     has_told = any(line.first_read_at is not None for line in lines)
     is_agreed = not _unconfirmed(turns, lines, confirmed)
     told_nothing = newest.kind == history.READ and not newest.told.messages
-    if unseen:
-        return "lost", UNSEEN
     if not is_agreed:
         is_partial = newest.kind == history.READ and not told_nothing
         return "unverified", PARTIAL if is_partial else _UNREAD[newest.kind]
@@ -125,17 +133,28 @@ def next_reading(
 ) -> datetime | None:
     """When the history is to be read next; None: never again.
 
-    After a quiet time; then ever later, twice as long each time that nothing changed; a last time before upstream
-    forgets the session, and if that told nothing, again until it has.
+    After a quiet time; then ever later, as long again as nothing has changed; a last time before upstream forgets the
+    session, and if that told nothing, or the session was not quiet, again until it has.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:
-        return min(last_event_at + timing.quiet, max(read_by, last_event_at))
+        return timing.due_after(last_event_at, read_by)
     newest = readings[-1]
-    again = newest.last_at + timing.quiet
-    if newest.last_at >= read_by:
-        return again if newest.kind in _TRIED_AGAIN and again < read_by + timing.margin else None
     if newest.kind == history.UNAVAILABLE:
         return None
-    doubled: int = 2 ** min(newest.count, _LONGEST_DOUBLING)
-    return min(newest.last_at + timing.quiet * doubled, read_by)
+    if newest.last_at < read_by:
+        return min(newest.last_at + max(2 * timing.quiet, _unchanged(readings)), read_by)
+    quiet_at, again = timing.due_after(last_event_at, read_by), newest.last_at + timing.wait
+    if newest.last_at < quiet_at:
+        return quiet_at
+    return again if newest.kind in _TRIED_AGAIN and again < read_by + timing.margin else None
+
+
+def _unchanged(readings: Sequence[Reading]) -> timedelta:
+    """For how long all readings have told the same; of answers that tell no messages each is like the other."""
+    newest = readings[-1]
+    others = (each for each in reversed(readings[:-1]) if each.kind != newest.kind or newest.kind == history.READ)
+    other = next(others, None)
+    alike = [each for each in readings if each.kind == newest.kind] if newest.kind != history.READ else [newest]
+    since = min(each.first_at for each in alike)
+    return newest.last_at - (since if other is None else max(since, other.last_at))

@@ -1,7 +1,7 @@
 """Who reads which session, and when: the columns of `sessions` that steer readings.
 
-A lease is taken by compare-and-set, so that no two workers ever read one session at a time; it ends by itself, so
-that a worker that was killed loses nothing.
+A lease is taken by compare-and-set, so that no two workers ever read one session at a time; it ends by itself unless
+it is renewed, so that a worker that was killed loses nothing.
 """
 
 from collections import defaultdict
@@ -21,9 +21,7 @@ _HAS_NEWS = _sessions.last_event_at > _sessions.read_at
 _FREE = or_(_sessions.leased_until.is_(None), _sessions.leased_until < bindparam("now"))
 
 
-READ = timedelta(seconds=120)  # for one history, once it is its turn; retries included
-RECORD = timedelta(seconds=300)  # for its commit, with all that may delay it
-LEASE = 2 * READ + RECORD
+LEASE = timedelta(seconds=60)  # renewed by whoever lives
 
 
 class Standing(msgspec.Struct, frozen=True, gc=False):
@@ -38,7 +36,7 @@ class Standing(msgspec.Struct, frozen=True, gc=False):
 _STANDING = (_sessions.session_id, _sessions.coverage, _sessions.reason, _sessions.repaired_messages)
 
 _DUE = (
-    select(_sessions.session_id)
+    select(_sessions.session_id, _sessions.read_by)
     .where(_sessions.reconcile_at <= bindparam("now"), _FREE)
     .order_by(_sessions.read_by, _sessions.session_id)
     .limit(bindparam("most"))
@@ -50,9 +48,16 @@ _HAND_OUT = (
     .returning(_sessions.session_id)
 )
 _CLAIM = update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STANDING)
+_CLAIM_DUE = _CLAIM.where(_sessions.reconcile_at == bindparam("due_at"))
 # Only its own: whoever overslept may find that another has leased the session meanwhile.
 _OWN = _sessions.leased_until == bindparam("lease")
 _RELEASE = update(tables.sessions).where(_AMONG, _OWN).values(leased_until=None)
+_RENEW = (
+    update(tables.sessions)
+    .where(_AMONG, _OWN)
+    .values(leased_until=bindparam("until"))
+    .returning(_sessions.session_id)
+)
 _POSTPONE = (
     update(tables.sessions)
     .where(_sessions.session_id == bindparam("of_session"), _OWN)
@@ -60,27 +65,57 @@ _POSTPONE = (
 )
 
 
-def hand_out_due(connection: Connection, now: datetime, until: datetime, most: int) -> list[str]:
-    """Sessions whose reading is due, those first that upstream forgets first; handed out again from `until` on."""
-    due = list(connection.scalars(_DUE, {"now": now, "most": most}))
-    handed = {"session_ids": sorted(due), "now": now, "until": until}
+def hand_out_due(
+    connection: Connection, now: datetime, until: datetime, most: int
+) -> list[tuple[str, datetime | None]]:
+    """Sessions whose reading is due, and by when; those first that upstream forgets first.
+
+    They are handed out again from `until` on, if they were not read by then.
+    """
+    due = [(row.session_id, row.read_by) for row in connection.execute(_DUE, {"now": now, "most": most})]
+    handed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
     mine = set(connection.scalars(_HAND_OUT, handed)) if due else set()
-    return [session_id for session_id in due if session_id in mine]
+    return [(session_id, read_by) for session_id, read_by in due if session_id in mine]
 
 
-def claim(connection: Connection, session_ids: Sequence[str], now: datetime, until: datetime) -> dict[str, Standing]:
-    """Lease these sessions until then; answers those that were free, and where they stand."""
+def claim(
+    connection: Connection,
+    session_ids: Sequence[str],
+    now: datetime,
+    until: datetime,
+    due_at: datetime | None = None,
+) -> dict[str, Standing]:
+    """Lease these sessions until then; answers those that were free, and where they stand.
+
+    `due_at`: only those whose next reading is due exactly then, as they were handed out.
+    """
     claimed = {"session_ids": sorted(session_ids), "now": now, "until": until}
-    return {row.session_id: Standing(*row) for row in connection.execute(_CLAIM, claimed)}
+    if due_at is None:
+        rows = connection.execute(_CLAIM, claimed)
+    else:
+        rows = connection.execute(_CLAIM_DUE, claimed | {"due_at": due_at})
+    return {row.session_id: Standing(*row) for row in rows}
 
 
 def release(connection: Connection, leased: Mapping[str, datetime]) -> None:
     """Give leases back; each session with the time until which it was leased."""
+    for lease, session_ids in _by_lease(leased).items():
+        connection.execute(_RELEASE, {"session_ids": session_ids, "lease": lease})
+
+
+def renew(connection: Connection, leased: Mapping[str, datetime], until: datetime) -> set[str]:
+    """Keep leases; answers the sessions of those that had not ended and gone to somebody else."""
+    kept: set[str] = set()
+    for lease, session_ids in _by_lease(leased).items():
+        kept |= set(connection.scalars(_RENEW, {"session_ids": session_ids, "lease": lease, "until": until}))
+    return kept
+
+
+def _by_lease(leased: Mapping[str, datetime]) -> dict[datetime, list[str]]:
     sessions: dict[datetime, list[str]] = defaultdict(list)
-    for session_id, lease in leased.items():
-        sessions[lease].append(session_id)
-    for lease, session_ids in sessions.items():
-        connection.execute(_RELEASE, {"session_ids": sorted(session_ids), "lease": lease})
+    for session_id in sorted(leased):
+        sessions[leased[session_id]].append(session_id)
+    return sessions
 
 
 def postpone(
@@ -91,9 +126,9 @@ def postpone(
     connection.execute(_POSTPONE, postponed)
 
 
-def hasten(connection: Connection, session_ids: Sequence[str], now: datetime) -> None:
-    """Make these sessions due at once, those that still are to be read at all; whoever has them leased keeps them."""
-    hastened = update(tables.sessions).where(_AMONG, _sessions.reconcile_at > now).values(reconcile_at=now)
+def hasten(connection: Connection, session_ids: Sequence[str], handed: datetime, now: datetime) -> None:
+    """Make those of these sessions due at once that were handed out until `handed` and not read since."""
+    hastened = update(tables.sessions).where(_AMONG, _sessions.reconcile_at == handed).values(reconcile_at=now)
     connection.execute(hastened, {"session_ids": sorted(session_ids)})
 
 

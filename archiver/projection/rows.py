@@ -1,18 +1,18 @@
-"""The rows of sessions, chats and messages: the only module that writes these three tables."""
+"""The rows of sessions, chats and messages: what is derived from the ledger is written here alone."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Table, and_, bindparam, delete, func, or_, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, delete, func, literal_column, or_, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 
 from archiver import tables
 from archiver.database import RowsInsert
 from archiver.projection.coverage import Timing
 from archiver.projection.facts import UNPLACED, Key
-from archiver.projection.leases import LEASE
 from archiver.projection.sessions import Rows, chat_row
 from archiver.projection.turns import Turn
 
@@ -31,7 +31,9 @@ def select_homes(connection: Connection, chat_ids: Iterable[str]) -> list[Key]:
     return [(row.session_id, row.chat_id) for row in connection.execute(statement, {"chat_ids": sorted(chat_ids)})]
 
 
-def _session_upsert() -> RowsInsert:
+@cache
+def _session_upsert(after_read_by: timedelta) -> RowsInsert:
+    """`after_read_by`: so much later than `read_by` is the last moment to read a session that is not quiet."""
     sessions = tables.sessions
     statement = insert(sessions)
     new = statement.excluded
@@ -41,16 +43,14 @@ def _session_upsert() -> RowsInsert:
         "first_event_at": func.least(sessions.c.first_event_at, new.first_event_at),
         "last_event_at": last_event_at,
         "read_by": read_by,
-        # After a quiet time, or earlier where upstream is about to forget the session.
+        # As `Timing.due_after` has it.
         "reconcile_at": func.least(
-            func.greatest(sessions.c.reconcile_at, new.reconcile_at), func.greatest(read_by, last_event_at)
+            func.greatest(sessions.c.reconcile_at, new.reconcile_at),
+            func.greatest(read_by + literal_column(f"interval '{after_read_by.total_seconds()} s'"), last_event_at),
         ),
     }
     upsert = statement.on_conflict_do_update(index_elements=[sessions.c.session_id], set_=changes)
     return RowsInsert(upsert.returning(sessions.c.session_id, sessions.c.read_at), ["session_id", *changes])
-
-
-_UPSERT_SESSION = _session_upsert()
 
 
 def upsert_sessions(connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing) -> set[str]:
@@ -65,10 +65,11 @@ def upsert_sessions(connection: Connection, heard: Mapping[str, Sequence[datetim
                 "first_event_at": first,
                 "last_event_at": last,
                 "read_by": read_by,
-                "reconcile_at": min(last + timing.quiet, max(read_by, last)),
+                "reconcile_at": timing.due_after(last, read_by),
             }
         )
-    return {row.session_id for row in _UPSERT_SESSION.execute(connection, new) if row.read_at is not None}
+    upsert = _session_upsert(timing.margin - timing.wait)
+    return {row.session_id for row in upsert.execute(connection, new) if row.read_at is not None}
 
 
 def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> RowsInsert:
@@ -187,11 +188,11 @@ def select_archived(connection: Connection, session_ids: Sequence[str]) -> Archi
 
 
 def write_difference(
-    connection: Connection, archived: Archived, derived: Sequence[Rows], released: Collection[str]
+    connection: Connection, archived: Archived, derived: Sequence[Rows], read: Collection[str]
 ) -> int:
     """Bring the archive from what it holds to what was derived, writing only rows that differ.
 
-    The leases under which the newest readings of the sessions `released` were made end.
+    Of the sessions `read` a reading has just been recorded.
 
     Answers by how many messages of the kind that only history told there are more than before.
     """
@@ -199,12 +200,9 @@ def write_difference(
     for rows in derived:
         session_id = rows.session["session_id"]
         old = archived.sessions.get(session_id)
-        kept = _AT_REST if old is None else {name: old[name] for name in _AT_REST}
-        if old is not None and session_id in released:
-            # A reader that overslept may find the lease of another, which ends later than its own could.
-            lease = kept["leased_until"]
-            is_own = lease is not None and lease <= rows.session["read_at"] + LEASE
-            kept = {"leased_until": None if is_own else lease, "failing_since": None}
+        kept: Row = dict(_AT_REST) if old is None else {name: old[name] for name in _AT_REST}
+        if session_id in read:
+            kept["failing_since"] = None
         sessions[session_id] = rows.session | kept
     chats = {(row["session_id"], row["chat_id"]): row for rows in derived for row in rows.chats}
     messages = {(m["session_id"], m["chat_id"], m["ordinal"]): m for rows in derived for m in rows.messages}

@@ -49,10 +49,11 @@ def derive(story: Story, timing: Timing) -> Rows:
         ],
     )
     keys = _chat_keys(lines)
+    found_chats = _found_chats(story, lines, keys)
     chats = [chat_row(story.session_id, chat_id, turn) for chat_id, turn in story.turns.items()]
     return Rows(
-        session=_session_row(story, lines, timing),
-        chats=chats + _found_chats(story, lines, keys),
+        session=_session_row(story, lines, len(found_chats), timing),
+        chats=chats + found_chats,
         messages=_message_rows(story, lines, keys),
     )
 
@@ -148,15 +149,17 @@ def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
     return row
 
 
-def _session_row(story: Story, lines: Sequence[Line], timing: Timing) -> Row:
+def _session_row(story: Story, lines: Sequence[Line], found: int, timing: Timing) -> Row:
     readings = story.readings
     first_event_at = min([*story.heard_at, *(reading.first_at for reading in readings)])
     # A session that nobody mentioned before it was read was last heard of then.
     last_event_at = max(story.heard_at, default=first_event_at)
     told = _told_in_order(story)
     created_at = min((each.created_at for each in told if each.created_at), default=None)
-    opened_at = min(first_event_at, created_at or first_event_at)
-    covered = coverage.cover(story.turns, readings, lines, last_event_at)
+    # Whoever tells of a session that upstream had forgotten before we heard of it is mistaken.
+    is_plausible = created_at is not None and created_at > first_event_at - timing.lifetime
+    opened_at = min(first_event_at, created_at) if is_plausible and created_at else first_event_at
+    covered = coverage.cover(story.turns, found, readings, lines, last_event_at)
     return {
         "session_id": story.session_id,
         "first_event_at": first_event_at,

@@ -1,10 +1,10 @@
 """Reading histories: each session by one reader at a time, each answer as a fact through the one write path.
 
-No transaction is open while CallHQ is asked: lease, ask, record, and the recording gives the lease back.
+No transaction is open while CallHQ is asked: lease, ask, record, give back.
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -15,20 +15,23 @@ from typing import Literal
 import msgspec
 import structlog
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import history, ledger, telemetry
-from archiver.callhq import Client, TooLargeError, UnreachableError
+from archiver.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
 from archiver.database import run_in_transaction
 from archiver.events import Event
 from archiver.projection import Timing, leases
 from archiver.projection.leases import Standing
+from archiver.reconcile.leased import Leased
 from archiver.reconcile.pause import SharedPause
 
 log = structlog.get_logger(__name__)
 
-LEASED_TOGETHER = 100
+TOLD_TOGETHER = 20
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
+REFUSALS = 5  # of sessions, and none accepted: it is the key
 LONGEST_RETRY = timedelta(hours=1)
 SHORTEST_RETRY = timedelta(seconds=30)
 
@@ -59,7 +62,7 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
 class _Answer(msgspec.Struct, frozen=True, gc=False):
     """What a call came to: the fact, or why there is none.
 
-    `began`: when the call did; what is told from then on may be missing in its answer.
+    `began`: when the call that was answered did, or the first that was not.
     """
 
     began: datetime
@@ -88,56 +91,53 @@ class Reconciler:
         self._pause = pause
         self._concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
+        self._accepted, self._refused = 0, 0  # calls, with this key
 
     async def read_all(
-        self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
+        self,
+        session_ids: Sequence[str],
+        told: Callable[[Reading], object] = lambda _: None,
+        due_at: datetime | None = None,
     ) -> Counter[Outcome]:
         """Read these sessions, some at a time, and tell of each what became of it.
 
-        A session that somebody else reads at present is left to them (`busy`). Raises `UnauthorizedError`; the
-        leases of sessions not read by then are given back.
+        A session that somebody else reads at present is left to them (`busy`). With `due_at` only those are read
+        whose reading is due as of then. Raises `UnauthorizedError` if the key is refused for all; what was read by
+        then has been told.
         """
-        leased = _Leased(self._engine, session_ids)
-        outcomes: Counter[Outcome] = Counter()
+        leased = Leased(self._engine, session_ids, due_at)
+        report = _Report(self._engine, leased, told)
 
         async def one_after_another() -> None:
             while True:
-                # Waiting for its turn and for CallHQ's pause comes first: the lease and the clock run after that.
+                # CallHQ's pause comes first: what is not leased meanwhile is free for others.
                 async with self._turns:
                     await self._pause.wait()
-                    session = await leased.next_session()
-                    if session is None:
+                    session_id = await leased.next_session()
+                    if session_id is None:
                         return
-                    part, session_id = session
-                    answer = await self._ask_in_time(session_id)
-                part.read[session_id] = await self._record(session_id, part.lease, answer)
-                leased.held.pop(session_id, None)
-                if part.is_read():
-                    await report(part)
+                    answer = await self._answer(session_id)
+                await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
 
-        async def report(part: _Part) -> None:
-            leased.parts.remove(part)
-            ids = list(part.before)
-            after = await run_in_transaction(self._engine, lambda c: leases.select_standings(c, ids))
-            for session_id, (outcome, error) in part.read.items():
-                outcomes[outcome] += 1
-                told(Reading(session_id, outcome, part.before.get(session_id), after.get(session_id), error))
-
-        try:
-            await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
-        finally:
-            await run_in_transaction(self._engine, lambda c: leases.release(c, leased.held))
-        for part in list(leased.parts):
-            await report(part)
-        for session_id in leased.busy:
-            outcomes["busy"] += 1
-            told(Reading(session_id, "busy"))
-        return outcomes
+        async with leased.kept():
+            try:
+                await _together(
+                    one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids)))
+                )
+            finally:
+                await report.tell()
+        report.tell_busy()
+        if self._refused and not self._accepted:
+            raise UnauthorizedError
+        return report.outcomes
 
     async def preview_all(
         self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
     ) -> Counter[Outcome]:
-        """Read these sessions and tell what would become of each, without a trace in the database."""
+        """Read these sessions and tell what would become of each, without a trace in the database.
+
+        Raises `UnauthorizedError` if the key is refused for all.
+        """
         outcomes: Counter[Outcome] = Counter()
         waiting = iter(session_ids)
 
@@ -150,10 +150,12 @@ class Reconciler:
                 told(reading)
 
         await _together(one_after_another() for _ in range(min(self._concurrency, len(session_ids))))
+        if self._refused and not self._accepted:
+            raise UnauthorizedError
         return outcomes
 
     async def _preview(self, session_id: str) -> Reading:
-        answer = await self._ask_in_time(session_id)
+        answer = await self._answer(session_id)
         event = answer.event
         if event is None:
             return Reading(session_id, "failed", error=answer.fault)
@@ -191,23 +193,24 @@ class Reconciler:
         telemetry.readings.labels(outcome).inc()
         return outcome, answer.fault
 
-    async def _ask_in_time(self, session_id: str) -> _Answer:
+    async def _answer(self, session_id: str) -> _Answer:
+        """Raises `UnauthorizedError` where the key is refused again and again and never accepted."""
         began, started = datetime.now(UTC), perf_counter()
         try:
-            async with asyncio.timeout(leases.READ.total_seconds()):
-                event = await self._ask(session_id)
-        except (UnreachableError, TimeoutError) as error:
-            return _Answer(began, None, str(error) or f"no answer in {leases.READ.seconds} s")
-        telemetry.reading_seconds.observe(perf_counter() - started)
-        return _Answer(began, event)
-
-    async def _ask(self, session_id: str) -> Event:
-        try:
             answer = await self._client.history(session_id)
+        except UnreachableError as error:
+            return _Answer(began, None, str(error))
         except TooLargeError as error:
             log.warning("history too large", session_id=session_id, error=str(error))
-            return history.observe(session_id, 413, b"")
-        return history.observe(session_id, answer.status, answer.body)
+            return _Answer(began, history.observe(session_id, 413, b""))
+        except UnauthorizedError:
+            self._refused += 1
+            if not self._accepted and self._refused >= REFUSALS:
+                raise
+            return _Answer(began, None, "CallHQ refuses this session: is it one of the account of CALLHQ_API_KEY?")
+        self._accepted += 1
+        telemetry.reading_seconds.observe(perf_counter() - started)
+        return _Answer(answer.began, history.observe(session_id, answer.status, answer.body))
 
     async def _failed(self, session_id: str, lease: datetime, now: datetime) -> Event | None:
         """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
@@ -219,11 +222,7 @@ class Reconciler:
         has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * margin
         if self._gives_up and has_expired and now >= since + margin:
             return history.give_up(session_id)
-        # As long again as it has been failing: the pauses double. But several times before upstream forgets it.
-        pause = min(max(now - since, self._timing.quiet), LONGEST_RETRY)
-        if schedule.read_by is not None and now < schedule.read_by + self._timing.margin:
-            left = schedule.read_by + self._timing.margin - now
-            pause = max(min(pause, left / 4), SHORTEST_RETRY)
+        pause = retry_pause(self._timing, schedule.read_by, since, now)
         await self._postpone(session_id, lease, now + pause, failing_since=since)
         return None
 
@@ -234,64 +233,58 @@ class Reconciler:
         await run_in_transaction(self._engine, partial(postpone, failing_since=failing_since))
 
 
-class _Part:
-    """Sessions leased together until `lease`: where they stood, and what became of those read."""
+def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:
+    """How long to wait after a reading that failed, as all have `since` then.
 
-    def __init__(self, before: dict[str, Standing], lease: datetime) -> None:
-        self.before = before
-        self.lease = lease
-        self.waiting = deque(before)
-        self.read: dict[str, tuple[Outcome, str]] = {}
-
-    def is_read(self) -> bool:
-        return len(self.read) == len(self.before)
-
-
-class _Leased:
-    """Hands out sessions to read, leasing the next ones when those at hand are used up.
-
-    `held` are those whose leases are to be given back in the end, `busy` those that somebody else reads, `parts`
-    those of which nothing has been told yet.
+    As long again as it has been failing: the pauses double. But several times before upstream forgets the session.
     """
+    pause = min(max(now - since, timing.quiet), LONGEST_RETRY)
+    if read_by is not None and now < read_by + timing.margin:
+        pause = max(min(pause, (read_by + timing.margin - now) / 4), SHORTEST_RETRY)
+    return pause
 
-    def __init__(self, engine: AsyncEngine, session_ids: Sequence[str]) -> None:
-        self._engine = engine
-        self._left = deque(dict.fromkeys(session_ids))
-        self._part = _Part({}, datetime.now(UTC))
-        self._leasing = asyncio.Lock()
-        self.held: dict[str, datetime] = {}
-        self.busy: list[str] = []
-        self.parts: list[_Part] = []
 
-    async def next_session(self) -> tuple[_Part, str] | None:
-        """The next one, and the part that it belongs to; None: there is no more."""
-        async with self._leasing:
-            while True:
-                if self._part.waiting and datetime.now(UTC) + leases.READ + leases.RECORD > self._part.lease:
-                    await self._give_back()
-                if self._part.waiting:
-                    return self._part, self._part.waiting.popleft()
-                if not self._left:
-                    return None
-                await self._lease([self._left.popleft() for _ in range(min(LEASED_TOGETHER, len(self._left)))])
+class _Report:
+    """Tells what became of sessions, some together, as each look at where they stand costs a transaction."""
 
-    async def _give_back(self) -> None:
-        """It is too late to be done before the lease ends: what is left of the part is leased anew."""
-        late = dict.fromkeys(self._part.waiting, self._part.lease)
-        self._part.waiting.clear()
-        for session_id in late:
-            del self._part.before[session_id], self.held[session_id]
-        self._left.extendleft(reversed(late))
-        await run_in_transaction(self._engine, lambda c: leases.release(c, late))
+    def __init__(self, engine: AsyncEngine, leased: Leased, told: Callable[[Reading], object]) -> None:
+        self._engine, self._leased, self._told = engine, leased, told
+        self._finished: dict[str, tuple[Outcome, str]] = {}
+        self.outcomes: Counter[Outcome] = Counter()
 
-    async def _lease(self, session_ids: Sequence[str]) -> None:
-        now = datetime.now(UTC)
-        lease = now + leases.LEASE
-        mine = await run_in_transaction(self._engine, lambda c: leases.claim(c, session_ids, now, lease))
-        self.busy += [session_id for session_id in session_ids if session_id not in mine]
-        self.held |= dict.fromkeys(mine, lease)
-        self._part = _Part(mine, lease)
-        self.parts.append(self._part)
+    async def add(self, session_id: str, outcome: Outcome, error: str) -> None:
+        """One more."""
+        self._finished[session_id] = (outcome, error)
+        if len(self._finished) >= TOLD_TOGETHER:
+            await self.tell()
+
+    async def tell(self) -> None:
+        """Of all that were not told yet; their leases end."""
+        finished, self._finished = self._finished, {}
+        if not finished:
+            return
+        ids = list(finished)
+        leased = self._leased.let_go(ids)
+
+        def release(connection: Connection) -> dict[str, Standing]:
+            leases.release(connection, leased)
+            return leases.select_standings(connection, ids)
+
+        after: dict[str, Standing] = {}
+        try:
+            after = await run_in_transaction(self._engine, release)
+        except SQLAlchemyError as error:
+            log.warning("leases not given back: they end by themselves", error=type(error).__name__)
+        for session_id, (outcome, error_text) in finished.items():
+            self.outcomes[outcome] += 1
+            before = self._leased.before.pop(session_id, None)
+            self._told(Reading(session_id, outcome, before, after.get(session_id), error_text))
+
+    def tell_busy(self) -> None:
+        """Of those that were left to somebody else."""
+        for session_id in self._leased.busy:
+            self.outcomes["busy"] += 1
+            self._told(Reading(session_id, "busy"))
 
 
 class _UndoneError(Exception):

@@ -16,6 +16,7 @@ from archiver.projection import leases
 from archiver.reconcile import Submit
 
 RESUMABLE = timedelta(days=1)  # what was left off before that begins anew
+REGISTERED_TOGETHER = 500
 PAGE = 5_000  # sessions, by their ids alone
 
 
@@ -95,4 +96,5 @@ async def register(engine: AsyncEngine, submit: Submit, session_ids: Sequence[st
     known = await run_in_transaction(engine, lambda c: leases.select_standings(c, session_ids))
     unknown = [history.register({"id": session_id}) for session_id in session_ids if session_id not in known]
     now = datetime.now(UTC)
-    await asyncio.gather(*(submit(event, now) for event in unknown))
+    for start in range(0, len(unknown), REGISTERED_TOGETHER):
+        await asyncio.gather(*(submit(event, now) for event in unknown[start : start + REGISTERED_TOGETHER]))

@@ -365,7 +365,7 @@ VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
         "One row a session: how complete it is known to be.",
         """
         SELECT session_id, coverage AS state, first_event_at, reconciled_at,
-               repaired_messages::bigint AS repaired_messages, reason
+               repaired_messages::bigint AS repaired_messages, reason, reconcile_at AS next_reading_at
           FROM archiver.sessions
          WHERE session_id <> ''
         """,
@@ -376,6 +376,7 @@ VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
             "reconciled_at": "When its history last told its messages; null if it never did.",
             "repaired_messages": "Messages that history supplied.",
             "reason": "Code of why it is in that state.",
+            "next_reading_at": "When its history is to be read next; null: never again.",
         },
     ),
 }
@@ -384,6 +385,6 @@ VIEWS: dict[str, tuple[str, str, dict[str, str]]] = {
 COMPLETE_THROUGH = """
     CREATE FUNCTION analytics.complete_through() RETURNS timestamptz LANGUAGE sql STABLE AS $$
         SELECT coalesce(min(coalesce(reconciled_at, first_event_at)), now())
-          FROM analytics.coverage WHERE state = 'open'
+          FROM analytics.coverage WHERE state = 'open' OR next_reading_at IS NOT NULL
     $$
 """

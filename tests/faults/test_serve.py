@@ -217,7 +217,7 @@ def test_i1_i3_lost_connections_under_load_lose_and_double_nothing(cluster: Clus
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         f" WHERE datname = '{name}' AND application_name = 'callhq-archiver'"
     )
-    with serving(database_url) as receiver:
+    with serving(database_url, ARCHIVER_SPOOL="off") as receiver:
         stop = threading.Event()
         numbers = itertools.takewhile(lambda _: not stop.is_set(), itertools.count())
         load = Load([receiver.port], 8, numbers)

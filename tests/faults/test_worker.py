@@ -212,7 +212,7 @@ def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> No
             part = leases.hand_out_due(connection, now, now + timedelta(minutes=10), 5_000)
         if not part:
             break
-        handed += part
+        handed += [session_id for session_id, _ in part]
     assert len(handed) == len(set(handed)) == 100_000
     with transaction(engine) as connection:
         query = "SELECT session_id FROM archiver.sessions WHERE session_id <> '' ORDER BY read_by, session_id"

@@ -1,0 +1,59 @@
+"""Readings that are parts of later ones: most are, for a history grows, and some were cut at either end.
+
+Such a part tells nothing but when its lines were shown first. Aligning it could only go wrong: nobody knows what an
+answer whose question was cut off is the answer to.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import msgspec
+
+from archiver.alignment.shapes import Line, Reading
+from archiver.events import Message
+
+_MOST_PLACES = 100  # at which a part is looked for
+
+FirstRead = Sequence[datetime | None]  # when each line of a reading was shown for the first time by one of its parts
+
+
+def whole(readings: Sequence[Reading]) -> list[tuple[Reading, FirstRead]]:
+    """The readings, given in order of time, that the next such reading does not hold as a run of its own lines."""
+    found: list[tuple[Reading, list[datetime | None]]] = []
+    for reading in reversed(readings):
+        place = _place(reading.messages, found[-1][0].messages) if found else None
+        if place is None:
+            found.append((reading, [None] * len(reading.messages)))
+            continue
+        first_read_at = reading.first_read_at or reading.read_at
+        times = found[-1][1]
+        for index in range(place, place + len(reading.messages)):
+            known = times[index]
+            times[index] = first_read_at if known is None else min(known, first_read_at)
+    return [*reversed(found)]
+
+
+def date(lines: Sequence[Line], first_read_at: FirstRead) -> list[Line]:
+    """The spine, its lines that the latest reading shows dated back to when parts of that reading showed them."""
+    times = iter(first_read_at)
+    return [_dated(line, next(times)) if line.in_history else line for line in lines]
+
+
+def _dated(line: Line, first_read_at: datetime | None) -> Line:
+    if first_read_at is None or (line.first_read_at is not None and line.first_read_at <= first_read_at):
+        return line
+    return msgspec.structs.replace(line, first_read_at=first_read_at)
+
+
+def _place(part: Sequence[Message], messages: Sequence[Message]) -> int | None:
+    """Where the one stands in the other: at its beginning, else at its end, else at the first place between."""
+    last = len(messages) - len(part)
+    if last < 0:
+        return None
+    if not part:
+        return 0
+    between = (index for index in range(1, last) if messages[index] == part[0])
+    for _, start in zip(range(_MOST_PLACES), (0, last, *between), strict=False):
+        if messages[start : start + len(part)] == part:
+            return start
+    return None
