@@ -143,6 +143,21 @@ class Settings(BaseSettings):
         "Bytes of the largest spool of one process (503 above).",
         ge=1_048_576,
     )
+    max_connections: int = _env(
+        "ARCHIVER_MAX_CONNECTIONS",
+        2_000,
+        "Connections of one process that may be open at a time (503 above).",
+        gt=0,
+        le=100_000,
+    )
+    client_timeout: int = _env(
+        "ARCHIVER_CLIENT_TIMEOUT",
+        10,
+        "Seconds that a client may take to send a request's headers; thrice that to send its body (408 above) "
+        "and to read its answer.",
+        gt=0,
+        le=3_600,
+    )
     batch_events: int = _env("ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000)
     prepared_statements: bool = _env(
         "ARCHIVER_PREPARED_STATEMENTS",

@@ -59,6 +59,10 @@ class Verifier(ABC):
         """
 
     @abstractmethod
+    def check_headers(self, headers: Headers, now: float) -> None:
+        """Raises the `SignatureError` that `verify` would raise whatever the body is, as far as the headers tell."""
+
+    @abstractmethod
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         """Headers that `verify` accepts, made with the first secret: what the platform would send.
 
@@ -72,6 +76,9 @@ class _Unproven(Verifier):
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         return "none"
+
+    def check_headers(self, headers: Headers, now: float) -> None:
+        pass
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         return {}
@@ -99,6 +106,9 @@ class _SharedSecret(Verifier):
         if found is None:
             raise SignatureError("bad_signature", self.header)
         return found
+
+    def check_headers(self, headers: Headers, now: float) -> None:
+        self.verify(b"", headers, "", "", now)  # the body proves nothing here
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         secret = self.keys[0][0].decode(errors="surrogateescape")
@@ -158,6 +168,15 @@ class _Hmac(Verifier):
     tolerance: int
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
+        timestamp, message_id, signature = self._read(headers, now)
+        payload = self._payload(body, timestamp, message_id, method, url)
+        return self.mac.matching(payload, [signature], self.header)
+
+    def check_headers(self, headers: Headers, now: float) -> None:
+        self._read(headers, now)
+
+    def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, bytes]:
+        """Timestamp, message id and canonical signature."""
         timestamp = message_id = b""
         if self.timestamp_header:
             timestamp = _only(headers, self.timestamp_header)
@@ -168,8 +187,7 @@ class _Hmac(Verifier):
         signature = self.mac.canonical(given.removeprefix(self.prefix))
         if not given.startswith(self.prefix) or len(signature) != self.mac.length:
             raise SignatureError("malformed_header", self.header)
-        payload = self._payload(body, timestamp, message_id, method, url)
-        return self.mac.matching(payload, [signature], self.header)
+        return timestamp, message_id, signature
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         timestamp = str(int(now))
@@ -202,6 +220,15 @@ class _Standard(Verifier):
     tolerance: int
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
+        timestamp, message_id, candidates, header = self._read(headers, now)
+        payload = b"%b.%b.%b" % (message_id, timestamp, body)
+        return self.mac.matching(payload, candidates, header)
+
+    def check_headers(self, headers: Headers, now: float) -> None:
+        self._read(headers, now)
+
+    def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, list[bytes], bytes]:
+        """Timestamp, message id, canonical signatures and the name of their header."""
         names = {name for name, _ in headers}
         svix = b"svix-signature" in names and b"webhook-signature" not in names
         family = b"svix-" if svix else b"webhook-"
@@ -210,9 +237,8 @@ class _Standard(Verifier):
         message_id = _only(headers, family + b"id")
         if b"." in message_id:  # else the same signed text could be cut into another id, time and body
             raise SignatureError("malformed_header", family + b"id")
-        candidates = self._signatures(headers, family + b"signature")
-        payload = b"%b.%b.%b" % (message_id, timestamp, body)
-        return self.mac.matching(payload, candidates, family + b"signature")
+        header = family + b"signature"
+        return timestamp, message_id, self._signatures(headers, header), header
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         timestamp = str(int(now))

@@ -53,6 +53,12 @@ spool_bytes = Gauge("archiver_spool_bytes", "Bytes of the events on the spool.",
 spool_age = Gauge(
     "archiver_spool_oldest_age_seconds", "Age of the oldest event on the spool.", multiprocess_mode="livemax"
 )
+connections = Gauge("archiver_connections", "Open connections.", multiprocess_mode="livesum")
+connections_refused = Counter(
+    "archiver_connections_refused_total",
+    "Connections that were ended for what their clients did, by reason.",
+    ["reason"],
+)
 last_event = Gauge(
     "archiver_last_event_timestamp_seconds",
     "Unix time of the last event that this server committed; 0 before the first.",
@@ -64,22 +70,35 @@ class Refusals:
     """Log lines about deliveries that were not archived: the first of a kind at once, then one now and then."""
 
     SECONDS = 60.0
+    ADDRESSES = 1_000  # remembered at a time, over all kinds
 
     def __init__(self) -> None:
         self._told: dict[tuple[str, str], float] = {}
         self._since: Counting[tuple[str, str]] = Counting()
+        self._addresses: Counting[tuple[tuple[str, str], str]] = Counting()
 
-    def tell(self, *, status: str, reason: str, detail: str) -> None:
-        """One more; `detail` is a sentence without content."""
+    def tell(self, *, status: str, reason: str, detail: str, address: str = "") -> None:
+        """One more; `detail` is a sentence without content, `address` the sender's where that is of interest."""
         kind, now = (status, reason), monotonic()
         self._since[kind] += 1
+        if address and ((kind, address) in self._addresses or len(self._addresses) < self.ADDRESSES):
+            self._addresses[kind, address] += 1
         if now - self._told.get(kind, -self.SECONDS) < self.SECONDS:
             return
         self._told[kind] = now
         count = self._since.pop(kind)
         structlog.get_logger(__name__).warning(
-            "not archived", status=status, reason=reason, detail=detail, count=count
+            "not archived", status=status, reason=reason, detail=detail, count=count, **self._whence(kind)
         )
+
+    def _whence(self, kind: tuple[str, str]) -> dict[str, Any]:
+        """From how many addresses since the last line, at least, and from which most; forgotten thereby."""
+        found = Counting(
+            {address: self._addresses[each, address] for each, address in self._addresses if each == kind}
+        )
+        for address in found:
+            del self._addresses[kind, address]
+        return {"addresses": len(found), "most_from": found.most_common(1)[0][0]} if found else {}
 
 
 refusals = Refusals()

@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import structlog
 from starlette.applications import Starlette
@@ -17,6 +18,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from archiver import database, settings, signatures, telemetry
+from archiver.app.bodies import Bodies
+from archiver.app.crowd import Crowd
 from archiver.app.readiness import Readiness
 from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
@@ -76,21 +79,25 @@ def create(configuration: Settings | None = None) -> Service:
         timing=timing_of(configuration),
     )
 
+    crowd = Crowd(configuration.max_connections, configuration.client_timeout)
+
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         end_with_parent()
         _collect_less_garbage()
         spool = _open_spool(configuration)
         async with ingest.running(spool):
-            yield
+            with crowd.watched():
+                yield {"crowd": crowd}  # Uvicorn hands it to each connection
         if spool is not None:
             spool.close()
         await writing.dispose()
         await asking.dispose()
         log.info("stopped")
 
-    receiver = Receiver(configuration, verifier, ingest)
+    bodies = Bodies(configuration.max_body, configuration.queue_bytes)
+    receiver = Receiver(configuration, verifier, bodies, ingest)
     token = configuration.api_token.get_secret_value()
     app = Service(
         routes=[
@@ -98,7 +105,7 @@ def create(configuration: Settings | None = None) -> Service:
             Route("/healthz", healthz),
             Route("/readyz", Readiness(asking, ingest).readyz),
             Route("/metrics", metrics),
-            Route("/sessions", Registration(token, configuration.max_body, ingest).register, methods=["POST"]),
+            Route("/sessions", Registration(token, bodies, ingest).register, methods=["POST"]),
         ],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},

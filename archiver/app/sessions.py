@@ -10,15 +10,15 @@ from starlette.responses import JSONResponse, Response
 
 from archiver import history
 from archiver.app.answers import RETRY_AFTER
-from archiver.app.bodies import BodyIncompleteError, BodyTooLargeError, read_body
+from archiver.app.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError
 from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 
 
 class Registration:
     """`POST /sessions`: the application tells which sessions it opened, so that each is read."""
 
-    def __init__(self, token: str, max_body: int, ingest: Ingest) -> None:
-        self._token, self._max_body, self._ingest = token.encode(), max_body, ingest
+    def __init__(self, token: str, bodies: Bodies, ingest: Ingest) -> None:
+        self._token, self._bodies, self._ingest = token.encode(), bodies, ingest
 
     async def register(self, request: Request) -> Response:
         """Answers once all of them are committed: 200 with how many were new."""
@@ -29,13 +29,9 @@ class Registration:
             detail = "Send the token of ARCHIVER_API_TOKEN: Authorization: Bearer TOKEN."
             return JSONResponse(_problem("unauthenticated", detail), 401, {"www-authenticate": "Bearer"})
         try:
-            sessions = history.registrations(await read_body(request.scope, request.receive, self._max_body))
-        except BodyTooLargeError:
-            return JSONResponse(
-                _problem("too_large", f"Send at most {self._max_body} bytes (ARCHIVER_MAX_BODY)."), 413
-            )
-        except (BodyIncompleteError, ClientDisconnect, ValueError) as error:
-            return JSONResponse(_problem("invalid", str(error) or str(error.__doc__)), 422)
+            sessions = history.registrations(await self._bodies.read(request.scope, request.receive))
+        except (BodyTooLargeError, BodiesFullError, BodyIncompleteError, ClientDisconnect, ValueError) as error:
+            return self._refusal(error)
         now = datetime.now(UTC)
         deliveries = [Delivery(session, now, None, source=history.APPLICATION) for session in sessions]
         results = await asyncio.gather(*map(self._ingest.submit, deliveries), return_exceptions=True)
@@ -52,6 +48,14 @@ class Registration:
         is_spooled = any(isinstance(result, Outcome) and result.status == "spooled" for result in results)
         status = "spooled" if is_spooled else "stored"
         return JSONResponse({"status": status, "sessions": len(sessions), "new": stored})
+
+    def _refusal(self, error: Exception) -> Response:
+        if isinstance(error, BodyTooLargeError):
+            detail = f"Send at most {self._bodies.largest} bytes (ARCHIVER_MAX_BODY)."
+            return JSONResponse(_problem("too_large", detail), 413)
+        if isinstance(error, BodiesFullError):
+            return JSONResponse(_problem("overloaded", str(error.__doc__)), 503, RETRY_AFTER)
+        return JSONResponse(_problem("invalid", str(error) or str(error.__doc__)), 422)
 
 
 def _problem(status: str, detail: str) -> dict[str, str]:

@@ -12,19 +12,21 @@ from starlette.types import Receive, Scope, Send
 
 from archiver import events, signatures, telemetry
 from archiver.app.answers import RETRY_AFTER
-from archiver.app.bodies import BodyIncompleteError, BodyTooLargeError, read_body
+from archiver.app.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError, is_small
 from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 from archiver.settings import Settings
 
 
 class Receiver:
-    """`POST /webhooks/callhq`: bytes, then signature, then meaning, then the queue.
+    """`POST /webhooks/callhq`: headers, then bytes, then signature, then meaning, then the queue.
 
     Plain ASGI: what request and response objects, router and middleware cost is a good part of what an event costs.
     """
 
-    def __init__(self, configuration: Settings, verifier: signatures.Verifier, ingest: Ingest) -> None:
-        self._max_body = configuration.max_body
+    def __init__(
+        self, configuration: Settings, verifier: signatures.Verifier, bodies: Bodies, ingest: Ingest
+    ) -> None:
+        self._bodies = bodies
         self._verifier = verifier
         self._ingest = ingest
         self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
@@ -32,9 +34,7 @@ class Receiver:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, as docs/http.md has it."""
         try:
-            body = await read_body(scope, receive, self._max_body)
-            url = _url(scope) if self._signs_url else ""
-            key_id = self._verifier.verify(body, scope["headers"], scope["method"], url, time.time())
+            body, key_id = await self._prove(scope, receive)
         except ClientDisconnect:
             telemetry.received.labels("disconnected", "").inc()
             return
@@ -42,11 +42,16 @@ class Receiver:
             await _refusal(400, "incomplete", "incomplete", str(error.__doc__))(scope, receive, send)
             return
         except BodyTooLargeError:
-            detail = f"The body is larger than {self._max_body} bytes (ARCHIVER_MAX_BODY)."
-            await _refusal(413, "too_large", "too_large", detail)(scope, receive, send)
+            detail = f"The body is larger than {self._bodies.largest} bytes (ARCHIVER_MAX_BODY)."
+            await _unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
+            return
+        except BodiesFullError as error:
+            await _unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
             return
         except signatures.SignatureError as error:
-            await _refusal(401, "unauthenticated", error.reason, str(error))(scope, receive, send)
+            address = scope["client"][0] if scope["client"] else ""
+            refusal = _refusal(401, "unauthenticated", error.reason, str(error), address)
+            await _unread(scope, refusal)(scope, receive, send)
             return
         delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
         try:
@@ -57,6 +62,18 @@ class Receiver:
             await _refusal(503, "unavailable", "", str(error.__doc__))(scope, receive, send)
         else:
             await _answer(outcome, send)
+
+    async def _prove(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
+        """The body, and the key id of the secret that it proves; a stranger's body is not read."""
+        headers = scope["headers"]
+        try:
+            self._verifier.check_headers(headers, time.time())
+        except signatures.SignatureError:
+            await self._bodies.check_unread(scope, receive)
+            raise
+        body = await self._bodies.read(scope, receive)
+        url = _url(scope) if self._signs_url else ""
+        return body, self._verifier.verify(body, headers, scope["method"], url, time.time())
 
 
 @cache
@@ -83,11 +100,18 @@ def _url(scope: Scope) -> str:
     return f"{scope['scheme']}://{target.decode('latin-1')}"
 
 
-def _refusal(code: int, status: str, reason: str, detail: str) -> Response:
+def _refusal(code: int, status: str, reason: str, detail: str, address: str = "") -> Response:
     telemetry.received.labels(status, reason).inc()
-    telemetry.refusals.tell(status=status, reason=reason, detail=detail)
+    telemetry.refusals.tell(status=status, reason=reason, detail=detail, address=address)
     content = {"status": status, "reason": reason or status, "detail": detail}
     return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
+
+
+def _unread(scope: Scope, refusal: Response) -> Response:
+    """Before its body is read: one that may be long is not waited for."""
+    if not is_small(scope):
+        refusal.headers["connection"] = "close"
+    return refusal
 
 
 # RFC 9110, 15.5.2: a 401 names a scheme to authenticate by.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from uvicorn.supervisors import Multiprocess
 
 from archiver import database, schema, settings, signatures, telemetry
 from archiver.app import WEBHOOK_PATH, create
+from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
 from archiver.settings import Settings, SettingsError
@@ -28,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 30
 BACKLOG = 2048
+OTHER_FILES = 256  # that a process has open beside its connections: libraries, logs, the database's
 
 
 @click.command()
@@ -53,6 +56,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     configuration = _require_authentication(configuration, insecure=insecure)
+    _allow_files(configuration.max_connections + SPARE + OTHER_FILES)
     has_worker = _has_worker(configuration, wanted=not no_worker)
     with connection.lasting_database_url(configuration) as url, _multiprocess_metrics(workers + has_worker):
         should_migrate = configuration.database_url is None if migrate is None else migrate
@@ -81,6 +85,20 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
         hint = "" if configuration.secrets else "\nTo try it out without any: archiver serve --insecure"
         raise SettingsError(f"{error}{hint}") from None
     return configuration
+
+
+def _allow_files(needed: int) -> None:
+    """Each connection is an open file; its processes inherit what is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < needed:
+        log.warning(
+            "fewer connections are possible than ARCHIVER_MAX_CONNECTIONS: raise the limit of files (ulimit -Hn)",
+            limit=hard,
+            needed=needed,
+        )
 
 
 def _has_worker(configuration: Settings, *, wanted: bool) -> bool:
@@ -141,6 +159,8 @@ _SERVER = {
     "access_log": False,
     "server_header": False,
     "ws": "none",
+    "http": "archiver.app.connections:Connection",
+    "loop": "archiver.app.listening:Loop",
     "timeout_graceful_shutdown": DRAIN_SECONDS,
     "backlog": BACKLOG,
 }
@@ -164,7 +184,16 @@ def _receive_in_processes(configuration: Settings, listener: socket.socket, work
     for name in ("DATABASE_URL_FILE", "ARCHIVER_WEBHOOK_SCHEME_FILE"):
         os.environ.pop(name, None)
     server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_server(configuration))
-    Multiprocess(server, sockets=[listener]).run()
+    _Processes(server, sockets=[listener]).run()
+
+
+class _Processes(Multiprocess):
+    """Uvicorn's; it closes its own listening socket, which would go on to take in connections that nobody answers."""
+
+    def terminate_all(self) -> None:
+        for listener in self.sockets:
+            listener.close()
+        super().terminate_all()
 
 
 def _environment(configuration: Settings) -> dict[str, str]:

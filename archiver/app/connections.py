@@ -1,0 +1,288 @@
+"""What one client may cost: Uvicorn's HTTP protocol, with bounds on what it sends, for how long, and what it reads.
+
+Whoever oversteps one is told why where that is possible, and loses the connection.
+"""
+
+import asyncio
+from enum import Enum
+from typing import Any
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from archiver import telemetry
+from archiver.app.crowd import Crowd
+from archiver.app.listening import Loop
+from archiver.app.refusals import ANSWERS, Refused
+
+MAX_HEAD = 65_536  # bytes of a request line and its headers
+MAX_WAITING = 16  # requests behind the one that is being answered
+MAX_DISCARDED = 65_536  # bytes of a body that arrive after its answer
+PIECE = 16_384  # bytes parsed at a time: a bound cannot be overstepped by more
+LINGER_SECONDS = 2.0  # for which a client may still send what nobody reads, so that it sees its answer
+GRACE_SECONDS = 1.0  # at the end of `serve`, for a request that was just under way
+FRAMING = 8  # times a body's size that its chunks may take; the rest are trailers, which nobody reads
+SLOWEST = 16_384  # bytes a second with which a body earns more time
+
+
+class Part(Enum):
+    """What of a request is being read."""
+
+    NOTHING = 1
+    HEAD = 2
+    BODY = 3
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection; `app_state["crowd"]` is all of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._crowd: Crowd = app_state["crowd"]
+        self._part = Part.NOTHING
+        self._size = 0  # bytes of that part
+        self._framed = 0  # bytes of a body with all that is around it
+        self._since = self.loop.time()  # when that part began, or the wait for it
+        self._unsent_since: float | None = None  # since when the client leaves something unread
+        self._is_used = False  # there was a request
+        self._is_deaf = False  # whatever else arrives is thrown away
+        self._is_lingering = False
+        self._is_last = False  # the next answer ends the connection
+        self._outlet: _Outlet | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in Uvicorn
+        super().connection_made(transport)
+        self.flow = _Flow(self)
+        self._outlet = _Outlet(self)
+        if not self._crowd.admit(self):
+            self._refuse("too_many")
+            if self._crowd.is_beset:
+                transport.close()
+        elif isinstance(self.loop, Loop) and self.loop.is_draining:
+            self.shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._crowd.remove(self)
+        super().connection_lost(exc)
+        # They hold each other: let go, so that no garbage waits for the collector.
+        self.pipeline.clear()
+        self._outlet = None
+        if self._is_used:
+            self.cycle.transport = self.transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        try:
+            if len(data) <= PIECE:
+                self._feed(data)
+            else:
+                whole = memoryview(data)
+                for start in range(0, len(data), PIECE):
+                    self._feed(whole[start : start + PIECE])
+        except httptools.HttpParserUpgrade:
+            # The parser takes what follows for another protocol, which there is none of.
+            self._is_deaf, self._part = True, Part.BODY
+            self.cycle.keep_alive = False
+        except httptools.HttpParserError as error:
+            self._refuse(error.__context__.reason if isinstance(error.__context__, Refused) else "malformed")
+
+    def _feed(self, piece: bytes | memoryview) -> None:
+        if self._is_deaf:
+            return
+        self.parser.feed_data(piece)
+        if self._part is Part.HEAD:
+            self._size += len(piece)
+            if self._size > MAX_HEAD + PIECE:  # the first piece may have begun with the end of another request
+                self._refuse("headers_too_large")
+        elif self._part is Part.BODY:
+            self._framed += len(piece)
+            if self._framed > MAX_HEAD + PIECE + FRAMING * self._size:
+                self._refuse("headers_too_large")
+
+    # The parser's callbacks
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._part, self._size, self._since = Part.HEAD, 0, self.loop.time()
+
+    def on_headers_complete(self) -> None:
+        if self._size > MAX_HEAD - PIECE and self._head_size() > MAX_HEAD:
+            raise Refused("headers_too_large")
+        if len(self.pipeline) >= MAX_WAITING:
+            raise Refused("too_many_waiting")
+        super().on_headers_complete()
+        if self._outlet is not None:
+            self.cycle.transport = self._outlet
+        if self._is_last:
+            self.cycle.keep_alive = False
+        self._is_used = True
+        self._part, self._size, self._framed, self._since = Part.BODY, 0, 0, self.loop.time()
+        self.headers = []  # trailers are no headers: a proxy in front may not have looked at them
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+        if self.cycle.response_complete and self._size > MAX_DISCARDED and not self._is_deaf:
+            telemetry.connections_refused.labels("body_unwanted").inc()
+            self.end()
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._part = Part.NOTHING
+        if self.cycle.response_complete:
+            self._since = self.loop.time()
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    # Its end
+
+    def on_response_complete(self) -> None:
+        """The next request is answered, or waited for. No timer for that: the crowd looks around."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing() or self._is_lingering:
+            return
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._is_deaf:
+            self.end()
+        elif self._part is Part.NOTHING:
+            self._since = self.loop.time()
+        self.flow.resume_reading()
+
+    def shutdown(self) -> None:
+        """The server ends: what was accepted is answered, and so is what is sent within a moment."""
+        if self._is_last:
+            return
+        self._is_last = True
+        if self._is_answering:
+            self.cycle.keep_alive = False
+        elif self._part is Part.NOTHING:
+            self._since = self.loop.time()
+
+    def end(self) -> None:
+        """Close; but a client that still sends would see a reset, which may take its answer away (RFC 9112, 9.6)."""
+        if self._part is Part.NOTHING:
+            self.transport.close()
+        elif not self._is_lingering:
+            self._linger()
+
+    def _linger(self) -> None:
+        self._is_deaf = self._is_lingering = True
+        self._since = self.loop.time()
+        self.pipeline.clear()
+        self.flow.resume_reading()
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+
+    def _refuse(self, reason: str) -> None:
+        """Read no more. Told in an answer, unless that would be taken for the answer to an earlier request."""
+        telemetry.connections_refused.labels(reason).inc()
+        self._is_deaf = True
+        is_within_body = self._part is Part.BODY
+        if is_within_body and self.pipeline:
+            self.pipeline.popleft()  # it will not be whole; those before it are answered
+        elif is_within_body and self._is_answering:
+            if not self.cycle.response_started:
+                self.transport.write(self._answer(reason))
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self._linger()
+        elif is_within_body:
+            self._linger()
+        elif self._is_answering:
+            self.cycle.keep_alive = False
+        else:
+            self.transport.write(self._answer(reason))
+            self._linger()
+
+    def _answer(self, reason: str) -> bytes:
+        status, rest = ANSWERS[reason]
+        dates = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
+        return b"".join([status, *dates, rest])
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._is_used and not self.cycle.response_complete
+
+    # Its bounds in time
+
+    def check(self, now: float, patience: float) -> None:
+        """Told a few times a second what time it is."""
+        if self._leaves_unread(now, 3 * patience):
+            telemetry.connections_refused.labels("not_reading").inc()
+            self.transport.abort()
+        elif self._is_lingering:
+            if now - self._since > LINGER_SECONDS:
+                self.transport.close()
+        elif self.flow.read_paused:
+            self._since = now  # it waits for us
+        elif not self._is_deaf and self._is_overdue(now - self._since, patience):
+            self._time_out()
+
+    def _leaves_unread(self, now: float, seconds: float) -> bool:
+        if not self.transport.get_write_buffer_size():
+            self._unsent_since = None
+        elif self._unsent_since is None:
+            self._unsent_since = now
+        return self._unsent_since is not None and now - self._unsent_since > seconds
+
+    def _is_overdue(self, seconds: float, patience: float) -> bool:
+        if self._part is Part.BODY:
+            return seconds > 3 * patience + self._size / SLOWEST
+        if self._part is Part.HEAD:
+            return seconds > patience
+        if self._is_last:
+            patience = GRACE_SECONDS
+        elif self._is_used:  # senders that keep a connection may use it the moment we close it: seldom, if we wait
+            patience *= 3
+        return not self._is_answering and seconds > patience
+
+    def _time_out(self) -> None:
+        if self._part is Part.HEAD:
+            self._refuse("slow_headers")
+        elif self._part is Part.BODY:
+            self._refuse("slow_body")
+        else:
+            if not self._is_used and not self._is_last:
+                telemetry.connections_refused.labels("silent").inc()
+            self.transport.close()
+
+
+class _Flow(FlowControl):
+    """While a request waits for the answer to another, nothing more is read."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection.transport)
+        self._pipeline: Any = connection.pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
+class _Outlet(asyncio.Transport):
+    """The transport as an answer sees it: what it closes may linger."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection, self._transport = connection, connection.transport
+
+    def write(self, data: Any) -> None:
+        self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._connection.end()

@@ -1,0 +1,48 @@
+"""Where connections come in: an event loop whose listening sockets end without losing anybody.
+
+Uvicorn makes its server from its configuration alone, in each process of `--workers N` too: what can be chosen there
+is the event loop.
+"""
+
+import asyncio
+import socket
+from typing import Any
+
+import uvloop
+
+
+class Loop(uvloop.Loop):
+    """uvloop; `is_draining` from when a server of it was closed."""
+
+    is_draining = False
+
+    async def create_server(self, protocol_factory: Any, *args: Any, sock: Any = None, **options: Any) -> Any:
+        if sock is None:
+            return await super().create_server(protocol_factory, *args, **options)
+        server = await super().create_server(protocol_factory, sock=sock, **options)
+        queue = sock.dup()
+        queue.setblocking(False)
+        return _Listening(self, server, queue, protocol_factory)
+
+
+class _Listening:
+    """A server that, when closed, takes in who was connected by the kernel already."""
+
+    def __init__(self, loop: Loop, server: asyncio.AbstractServer, queue: socket.socket, factory: Any) -> None:
+        self._loop, self._server, self._queue, self._factory = loop, server, queue, factory
+        self._accepting: list[asyncio.Task[Any]] = []
+
+    def close(self) -> None:
+        self._loop.is_draining = True
+        self._server.close()
+        with self._queue:
+            while True:
+                try:
+                    connection, _ = self._queue.accept()
+                except OSError:  # nobody is left, or no file descriptor
+                    return
+                accepting = self._loop.connect_accepted_socket(self._factory, connection)
+                self._accepting.append(self._loop.create_task(accepting))
+
+    async def wait_closed(self) -> None:
+        await self._server.wait_closed()

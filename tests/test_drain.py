@@ -1,0 +1,76 @@
+"""Nobody who was let in is lost when `serve` ends; as many are let in as there may be files."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from archiver.app.listening import Loop
+from tests.payloads import SECRET, created
+from tests.receivers import serving
+from tests.sockets import connect, delivery, read
+from tests.test_limits import on_one_version
+from tests.waiting import until
+
+
+@on_one_version
+def test_a_request_under_way_on_an_idle_connection_is_answered_as_its_last(database_url: str) -> None:
+    with serving(database_url) as receiver:
+        with connect(receiver.port, delivery(created("a"))) as connection, connect(receiver.port) as fresh:
+            assert read(connection).headers["connection"] is None
+            receiver.signal(signal.SIGTERM)
+            until(lambda: is_refused(receiver.port), "it takes no more connections")
+            for each in (connection, fresh):
+                each.sendall(delivery(created("b")))
+                answer = read(each)
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+        with pytest.raises(subprocess.TimeoutExpired):  # the client that asked for metrics may still ask more
+            receiver.wait(0.1)
+        assert receiver.wait(5) == 0
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+class Greeter(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvloop's is one
+        transport.write(b"hello")
+        transport.close()
+
+
+def test_whoever_the_kernel_let_in_is_served_after_the_listening_ended() -> None:
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            server = await loop.create_server(Greeter, sock=listener)
+            clients = [socket.create_connection(address, 10) for _ in range(20)]  # the loop did not run meanwhile
+            server.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        greetings = await asyncio.gather(*(loop.run_in_executor(None, client.recv, 10) for client in clients))
+        assert greetings == [b"hello"] * 20
+        for client in clients:
+            client.close()
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(serve())
+
+
+def test_i12_too_few_files_are_told() -> None:
+    script = f"ulimit -n 600; exec {sys.executable} -m archiver serve --port 0 --no-migrate"
+    settings = {
+        "DATABASE_URL": "postgresql://127.0.0.1:1/none",
+        "ARCHIVER_WEBHOOK_SECRETS": SECRET,
+        "ARCHIVER_SPOOL": "off",
+    }
+    ended = subprocess.run(["sh", "-c", script], env=settings, capture_output=True, text=True, check=False)
+    assert "limit of files" in ended.stderr
