@@ -10,12 +10,10 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from time import perf_counter
-from typing import Literal
 
 import msgspec
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import history, ledger, telemetry
@@ -23,40 +21,24 @@ from archiver.callhq import Client, TooLargeError, UnauthorizedError, Unreachabl
 from archiver.database import run_in_transaction
 from archiver.events import Event
 from archiver.projection import Timing, leases
-from archiver.projection.leases import Standing
 from archiver.reconcile.leased import Leased
 from archiver.reconcile.pause import SharedPause
+from archiver.reconcile.report import Outcome, Reading, Report
+
+__all__ = ["NotRecordedError", "Outcome", "Reading", "Reconciler", "Submit", "retry_pause"]
 
 log = structlog.get_logger(__name__)
 
-TOLD_TOGETHER = 20
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
 REFUSALS = 5  # of sessions, and none accepted: it is the key
 LONGEST_RETRY = timedelta(hours=1)
 SHORTEST_RETRY = timedelta(seconds=30)
 
 Submit = Callable[[Event, datetime], Awaitable[str]]
-Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy"]
 
 
 class NotRecordedError(Exception):
     """The database did not take the answer."""
-
-
-class Reading(msgspec.Struct, frozen=True, gc=False):
-    """What became of one session: the outcome, where it stood before and stands now, and why a failed one failed."""
-
-    session_id: str
-    outcome: Outcome
-    before: Standing | None = None
-    after: Standing | None = None
-    error: str = ""
-
-    @property
-    def recovered(self) -> int:
-        """Messages that this reading supplied."""
-        after = self.after.repaired_messages if self.after else 0
-        return after - (self.before.repaired_messages if self.before else 0)
 
 
 class _Answer(msgspec.Struct, frozen=True, gc=False):
@@ -106,7 +88,7 @@ class Reconciler:
         then has been told.
         """
         leased = Leased(self._engine, session_ids, due_at)
-        report = _Report(self._engine, leased, told)
+        report = Report(self._engine, leased, told)
 
         async def one_after_another() -> None:
             while True:
@@ -242,49 +224,6 @@ def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: 
     if read_by is not None and now < read_by + timing.margin:
         pause = max(min(pause, (read_by + timing.margin - now) / 4), SHORTEST_RETRY)
     return pause
-
-
-class _Report:
-    """Tells what became of sessions, some together, as each look at where they stand costs a transaction."""
-
-    def __init__(self, engine: AsyncEngine, leased: Leased, told: Callable[[Reading], object]) -> None:
-        self._engine, self._leased, self._told = engine, leased, told
-        self._finished: dict[str, tuple[Outcome, str]] = {}
-        self.outcomes: Counter[Outcome] = Counter()
-
-    async def add(self, session_id: str, outcome: Outcome, error: str) -> None:
-        """One more."""
-        self._finished[session_id] = (outcome, error)
-        if len(self._finished) >= TOLD_TOGETHER:
-            await self.tell()
-
-    async def tell(self) -> None:
-        """Of all that were not told yet; their leases end."""
-        finished, self._finished = self._finished, {}
-        if not finished:
-            return
-        ids = list(finished)
-        leased = self._leased.let_go(ids)
-
-        def release(connection: Connection) -> dict[str, Standing]:
-            leases.release(connection, leased)
-            return leases.select_standings(connection, ids)
-
-        after: dict[str, Standing] = {}
-        try:
-            after = await run_in_transaction(self._engine, release)
-        except SQLAlchemyError as error:
-            log.warning("leases not given back: they end by themselves", error=type(error).__name__)
-        for session_id, (outcome, error_text) in finished.items():
-            self.outcomes[outcome] += 1
-            before = self._leased.before.pop(session_id, None)
-            self._told(Reading(session_id, outcome, before, after.get(session_id), error_text))
-
-    def tell_busy(self) -> None:
-        """Of those that were left to somebody else."""
-        for session_id in self._leased.busy:
-            self.outcomes["busy"] += 1
-            self._told(Reading(session_id, "busy"))
 
 
 class _UndoneError(Exception):

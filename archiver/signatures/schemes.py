@@ -1,18 +1,11 @@
-"""Whether a delivery comes from the platform: `verifier(settings)` is built once, then asked about each request.
-
-Everything is decided over the exact bytes received, before anything is parsed, and compared in constant time.
-Pure: the clock, the headers and the body are arguments.
-"""
+"""The ways in which a delivery proves itself: the secret in a header, an HMAC over a template, Standard Webhooks."""
 
 import hmac
-import re
 from abc import ABC, abstractmethod
-from binascii import a2b_base64, b2a_base64
+from binascii import b2a_base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
-
-from archiver.settings import Settings, SettingsError
 
 Headers = Sequence[tuple[bytes, bytes]]
 """As ASGI gives them: names in lower case, values any bytes."""
@@ -26,15 +19,11 @@ Reason = Literal[
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-_Keys = tuple[tuple[bytes, str], ...]  # (key, key id) of each secret, in the order of the setting
-_PLACEHOLDERS = ("body", "timestamp", "method", "url", "svix-id")
+Keys = tuple[tuple[bytes, str], ...]  # (key, key id) of each secret, in the order of the setting
 _LONGEST_TIMESTAMP = 15  # digits; milliseconds have 13
 _FIRST_MILLISECONDS = 10**11  # as seconds this is the year 5138, as milliseconds 1973
 _LONGEST_SIGNATURES = 4096  # bytes, over 80 signatures; each is compared with each secret
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
-_SECRETS = "ARCHIVER_WEBHOOK_SECRETS"
-_MAKE_TEXT = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
-_MAKE_BASE64 = 'python -c "import base64, secrets; print(base64.b64encode(secrets.token_bytes(32)).decode())"'
 
 
 class SignatureError(Exception):
@@ -71,7 +60,7 @@ class Verifier(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class _Unproven(Verifier):
+class Unproven(Verifier):
     """Scheme `none`."""
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
@@ -85,10 +74,10 @@ class _Unproven(Verifier):
 
 
 @dataclass(frozen=True, slots=True)
-class _SharedSecret(Verifier):
+class SharedSecret(Verifier):
     """Schemes `secret` and `bearer`: the secret itself is in a header."""
 
-    keys: _Keys = field(repr=False)
+    keys: Keys = field(repr=False)
     header: bytes
     bearer: bool
 
@@ -116,14 +105,14 @@ class _SharedSecret(Verifier):
 
 
 @dataclass(frozen=True, slots=True)
-class _Mac:
+class Mac:
     """HMAC (RFC 2104) under several keys, written as text.
 
     Signatures are compared as canonical text (hex in lower case; base64 in the standard alphabet without padding),
     so that two different texts never stand for one signature by way of a lenient decoder.
     """
 
-    keys: _Keys = field(repr=False)
+    keys: Keys = field(repr=False)
     algorithm: str
     encoding: Literal["hex", "base64"]
 
@@ -156,10 +145,10 @@ class _Mac:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hmac(Verifier):
+class Hmac(Verifier):
     """Scheme `hmac`: one signature over a template. A header that the template does not sign is empty here."""
 
-    mac: _Mac
+    mac: Mac
     template: tuple[bytes | str, ...]  # bytes stand for themselves, text names a placeholder
     header: bytes
     prefix: bytes
@@ -213,10 +202,10 @@ class _Hmac(Verifier):
 
 
 @dataclass(frozen=True, slots=True)
-class _Standard(Verifier):
+class Standard(Verifier):
     """Scheme `standard`: Standard Webhooks, symmetric signatures (`v1`), also under Svix's names of the headers."""
 
-    mac: _Mac
+    mac: Mac
     tolerance: int
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
@@ -264,104 +253,6 @@ class _Standard(Verifier):
         if not candidates:
             raise SignatureError("malformed_header", header)
         return candidates
-
-
-def verifier(settings: Settings) -> Verifier:
-    """What proves a delivery under these settings.
-
-    Raises `SettingsError`, which names the variable and never tells a secret.
-    """
-    scheme = settings.webhook_scheme
-    if scheme == "none":
-        return _Unproven()
-    base64 = scheme == "standard" or (scheme == "hmac" and settings.hmac_secret_is_base64)
-    if not settings.secrets:
-        raise SettingsError(
-            f"{_SECRETS} is empty, and scheme {scheme} needs a secret. Give the one that the platform was told; "
-            f"to make a good one: {_MAKE_BASE64 if base64 else _MAKE_TEXT}"
-        )
-    # The reference libraries read the standard alphabet only, and one of them skips what it does not know.
-    decode = _decode_standard if scheme == "standard" else _decode_any
-    keys = tuple(
-        (decode(secret, number) if base64 else _bytes(secret), key_id(secret))
-        for number, secret in enumerate(settings.secrets, start=1)
-    )
-    if scheme == "secret":
-        return _SharedSecret(keys, settings.secret_header.encode(), bearer=False)
-    if scheme == "bearer":
-        return _SharedSecret(keys, b"authorization", bearer=True)
-    if scheme == "standard":
-        return _Standard(_Mac(keys, "sha256", "base64"), settings.timestamp_tolerance)
-    return _hmac(settings, keys)
-
-
-def key_id(secret: str | bytes) -> str:
-    """8 hex characters that say which secret, as written in the setting, and do not tell it."""
-    key = _bytes(secret) if isinstance(secret, str) else secret
-    return hmac.digest(key, b"callhq-archiver key id", "sha256").hex()[:8]
-
-
-def _bytes(secret: str) -> bytes:
-    """As they stood in the environment, UTF-8 or not."""
-    return secret.encode(errors="surrogateescape")
-
-
-def _hmac(settings: Settings, keys: _Keys) -> Verifier:
-    template = _parse_template(settings.hmac_template)
-    for placeholder, header, variable in (
-        ("timestamp", settings.hmac_timestamp_header, "ARCHIVER_HMAC_TIMESTAMP_HEADER"),
-        ("svix-id", settings.hmac_id_header, "ARCHIVER_HMAC_ID_HEADER"),
-    ):
-        if placeholder in template and not header:
-            raise SettingsError(
-                f"{variable} is empty, but ARCHIVER_HMAC_TEMPLATE signs {{{placeholder}}}: "
-                "name the header that carries it, or take it out of the template."
-            )
-    return _Hmac(
-        mac=_Mac(keys, settings.hmac_algorithm, settings.hmac_encoding),
-        template=template,
-        header=settings.hmac_header.encode(),
-        prefix=settings.hmac_prefix.encode(),
-        timestamp_header=settings.hmac_timestamp_header.encode() if "timestamp" in template else b"",
-        id_header=settings.hmac_id_header.encode() if "svix-id" in template else b"",
-        tolerance=settings.timestamp_tolerance,
-    )
-
-
-def _parse_template(template: str) -> tuple[bytes | str, ...]:
-    known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
-    parts: list[bytes | str] = []
-    for piece in re.split(r"(\{[^{}]*\})", template):
-        name = piece[1:-1] if piece.startswith("{") and piece.endswith("}") else None
-        if name in _PLACEHOLDERS:
-            parts.append(name)
-        elif "{" in piece or "}" in piece:
-            raise SettingsError(f"ARCHIVER_HMAC_TEMPLATE: {piece!r} is not a placeholder; there are {known}.")
-        elif piece:
-            parts.append(piece.encode())
-    if "body" not in parts:
-        raise SettingsError("ARCHIVER_HMAC_TEMPLATE must hold {body}: a signature over less proves nothing.")
-    return tuple(parts)
-
-
-def _decode_standard(secret: str, number: int) -> bytes:
-    """The key of a secret in base64, standard alphabet, padded or not, `whsec_` before it or not."""
-    text = secret.removeprefix("whsec_").rstrip("=")
-    try:
-        key = a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
-    except ValueError:
-        raise SettingsError(
-            f"{_SECRETS}: secret {number} is not base64 (letters, digits, + and /, after an optional whsec_). "
-            f"To make a good one: {_MAKE_BASE64}"
-        ) from None
-    if not key:
-        raise SettingsError(f"{_SECRETS}: secret {number} is empty. To make a good one: {_MAKE_BASE64}")
-    return key
-
-
-def _decode_any(secret: str, number: int) -> bytes:
-    """As `_decode_standard`, in the URL-safe alphabet too."""
-    return _decode_standard(secret.removeprefix("whsec_").replace("-", "+").replace("_", "/"), number)
 
 
 def _only(headers: Headers, header: bytes) -> bytes:

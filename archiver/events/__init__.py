@@ -1,0 +1,191 @@
+"""Bytes to `Event` or `Malformed`: the only place that knows what a webhook looks like. Pure.
+
+Upstream documents no webhook body, so every field but the event type and the chat's id is optional, several
+envelopes are understood, and whatever is not understood stays in the bytes.
+"""
+
+from typing import Any
+
+from archiver.events.documents import decode, digest
+from archiver.events.shapes import (
+    MAX_DEPTH,
+    MAX_ID,
+    MAX_MESSAGES,
+    NOTHING_TOLD,
+    REASONS,
+    Chat,
+    Event,
+    Malformed,
+    Message,
+    UnreadableError,
+)
+from archiver.events.values import (
+    MAX_VARIABLE_DEPTH,
+    OURS,
+    cost_of,
+    identifier,
+    label,
+    messages_of,
+    storable,
+    storable_id,
+    timestamp,
+    variables_of,
+)
+
+__all__ = [
+    "CHAT_EVENTS",
+    "CREATED",
+    "DELETED",
+    "MAX_DEPTH",
+    "MAX_ID",
+    "MAX_MESSAGES",
+    "MAX_VARIABLE_DEPTH",
+    "NOTHING_TOLD",
+    "OURS",
+    "REASONS",
+    "WEBHOOK",
+    "Chat",
+    "Event",
+    "Malformed",
+    "Message",
+    "UnreadableError",
+    "decode",
+    "digest",
+    "identifier",
+    "label",
+    "messages_of",
+    "parse",
+    "storable",
+    "timestamp",
+]
+
+CREATED = "chat.created"
+DELETED = "chat.deleted"
+CHAT_EVENTS = frozenset({CREATED, DELETED})
+
+WEBHOOK = "webhook"  # the source of what upstream sent by itself
+
+
+def parse(body: bytes) -> Event | Malformed:
+    """Read one webhook body.
+
+    Never raises, whatever the bytes are. The envelopes: `{"message": {"type", "timestamp", "chat"}}`,
+    `{"type"|"event", "chat"|"data"}` and `{"type", "timestamp", "data": {"chat"}}`.
+    """
+    try:
+        return _event(body, decode(body))
+    except UnreadableError as error:
+        reason = str(error)
+    return Malformed(body=body, reason=reason, detail=REASONS[reason])
+
+
+def _event(body: bytes, document: Any) -> Event:
+    if not isinstance(document, dict):
+        raise UnreadableError("not_an_object")
+    envelope = _envelope(document)
+    event_type = _event_type(envelope)
+    chat = _chat_object(envelope)
+    chat_id = identifier(chat.get("id")) or identifier(chat.get("chatId")) or identifier(envelope.get("chatId"))
+    if event_type in CHAT_EVENTS and chat_id is None:
+        raise UnreadableError("no_chat_id")
+    is_known = event_type in CHAT_EVENTS
+    return Event(
+        type=event_type,
+        body=body,
+        dedupe_key=_chat_key(event_type, chat_id, chat, envelope) if is_known else _other_key(event_type, envelope),
+        session_id=_session_id(chat, envelope) or "",
+        chat_id=chat_id,
+        chat=_chat(chat, envelope) if is_known else None,
+        occurred_at=timestamp(envelope.get("timestamp")) or timestamp(envelope.get("createdAt")),
+    )
+
+
+def _envelope(document: dict[str, Any]) -> dict[str, Any]:
+    message = document.get("message")
+    is_flat = any(isinstance(name := document.get(key), str) and name in CHAT_EVENTS for key in ("type", "event"))
+    if isinstance(message, dict) and ("type" in message or "event" in message) and not is_flat:
+        return message
+    return document
+
+
+def _event_type(envelope: dict[str, Any]) -> str:
+    for name in ("type", "event"):
+        value = envelope.get(name)
+        if isinstance(value, str) and value.strip():
+            return storable_id(value.strip())
+    raise UnreadableError("no_event_type")
+
+
+def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
+    data = envelope.get("data")
+    candidates = [envelope.get("chat")]
+    if isinstance(data, dict):
+        candidates += [data.get("chat"), data]
+    else:
+        candidates.append(data)
+    for candidate in candidates:
+        if isinstance(candidate, dict):
+            return candidate
+        if candidate is not None and (bare := identifier(candidate)):
+            return {"id": bare}
+    return {}
+
+
+# What `_chat` reads beside the chat object, and so what makes two facts differ though their chat objects do not.
+_BESIDE_THE_CHAT = frozenset({"assistant", "assistantId", "assistantOverrides", "session"})
+_TIMES = ("timestamp", "createdAt")
+
+
+def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
+    """A digest of the fact, so that a retry in a new envelope is the same."""
+    if _BESIDE_THE_CHAT.isdisjoint(envelope):
+        return digest([event_type, chat_id, chat])
+    beside = {name: envelope[name] for name in _BESIDE_THE_CHAT if envelope.get(name) is not None}
+    return digest([event_type, chat_id, chat, beside] if beside else [event_type, chat_id, chat])
+
+
+def _other_key(event_type: str, envelope: dict[str, Any]) -> bytes:
+    """Of an unknown type nobody knows what matters: all but the time at which it was told."""
+    return digest([event_type, {name: value for name, value in envelope.items() if name not in _TIMES}])
+
+
+def _session_id(chat: dict[str, Any], envelope: dict[str, Any]) -> str | None:
+    for place in (chat, _first_dict(envelope.get("data")), envelope):
+        session = place.get("session")
+        found = (
+            identifier(place.get("sessionId")) or identifier(session) or identifier(_first_dict(session).get("id"))
+        )
+        if found:
+            return found
+    return None
+
+
+def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
+    assistant = _first_dict(chat.get("assistant"), envelope.get("assistant"))
+    session = _first_dict(chat.get("session"), envelope.get("session"))
+    overrides = _first_dict(chat.get("assistantOverrides"), envelope.get("assistantOverrides"))
+    said, answered = messages_of(chat.get("input"), "user"), messages_of(chat.get("output"), "assistant")
+    if len(said) + len(answered) > MAX_MESSAGES:
+        raise UnreadableError("too_many_messages")
+    return Chat(
+        assistant_id=identifier(chat.get("assistantId"))
+        or identifier(assistant.get("id"))
+        or identifier(envelope.get("assistantId")),
+        external_id=label(chat.get("externalChatId")),
+        status=label(chat.get("status")),
+        cost=cost_of(chat.get("cost")),
+        variables=variables_of(overrides.get("variableValues")),
+        input=said,
+        output=answered,
+        created_at=timestamp(chat.get("createdAt")),
+        updated_at=timestamp(chat.get("updatedAt")),
+        session_name=label(session.get("name")),
+        session_status=label(session.get("status")),
+    )
+
+
+def _first_dict(*values: Any) -> dict[str, Any]:
+    for value in values:
+        if isinstance(value, dict):
+            return value
+    return {}

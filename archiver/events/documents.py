@@ -1,0 +1,69 @@
+"""Bytes to JSON, as liberally as may be, and JSON to a digest that tells one fact from another."""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import msgspec
+
+from archiver.events.shapes import MAX_DEPTH, UnreadableError
+
+_MAX_DIGITS = 400  # of an integer; longer ones stay text
+
+
+def decode(body: bytes) -> Any:
+    """The JSON in these bytes, read liberally: lone surrogates, NaN, numbers of any length.
+
+    Raises `UnreadableError`.
+    """
+    try:
+        document = _load(body)
+    except RecursionError:
+        raise UnreadableError("nested_too_deeply") from None
+    # Whether a body is read must not depend on how deep the caller stands; few bodies have brackets enough to ask.
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
+        raise UnreadableError("nested_too_deeply")
+    return document
+
+
+def _load(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    # The standard library is slower and more liberal: lone surrogates, NaN, numbers out of range.
+    try:
+        return json.loads(body, parse_constant=str, parse_int=_integer, parse_float=_float)
+    except ValueError as error:
+        raise UnreadableError("not_json") from error
+
+
+def _depth(document: Any) -> int:
+    depth, level = 0, [document]
+    while level:
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [value for item in containers for value in (item.values() if isinstance(item, dict) else item)]
+        depth += bool(containers)
+    return depth
+
+
+# What is no number to us stays text, so that two facts that differ in it alone still differ.
+
+
+def _integer(text: str) -> int | str:
+    return int(text) if len(text) <= _MAX_DIGITS else text
+
+
+def _float(text: str) -> float | str:
+    value = float(text)
+    return value if math.isfinite(value) else text
+
+
+def digest(fact: list[Any]) -> bytes:
+    """SHA-256 over the canonical JSON of a fact."""
+    try:
+        canonical = msgspec.json.encode(fact, order="deterministic")
+    except (UnicodeEncodeError, OverflowError):
+        canonical = json.dumps(fact, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return hashlib.sha256(canonical).digest()

@@ -1,0 +1,72 @@
+"""What a delivery is once it was read, and why one could not be."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
+MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack
+MAX_MESSAGES = 2_000  # of one turn
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """One message of a turn, as text."""
+
+    role: str
+    content: str
+
+
+class Chat(msgspec.Struct, frozen=True, gc=False):
+    """One turn as one delivery tells it; None or empty where it does not."""
+
+    assistant_id: str | None
+    external_id: str | None
+    status: str | None
+    cost: Decimal | None
+    variables: dict[str, Any] | None
+    input: tuple[Message, ...]
+    output: tuple[Message, ...]
+    created_at: datetime | None
+    updated_at: datetime | None
+    session_name: str | None = None
+    session_status: str | None = None
+
+
+NOTHING_TOLD = Chat(None, None, None, None, None, (), (), None, None)
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One delivery that could be read. `occurred_at` is the envelope's time, `body` the exact bytes."""
+
+    type: str
+    body: bytes
+    dedupe_key: bytes
+    session_id: str
+    chat_id: str | None
+    chat: Chat | None
+    occurred_at: datetime | None
+
+
+class Malformed(msgspec.Struct, frozen=True, gc=False):
+    """One delivery that could not be read: `reason` is a stable code, `detail` a sentence without content."""
+
+    body: bytes
+    reason: str
+    detail: str
+
+
+REASONS = {
+    "not_json": "The body is not JSON.",
+    "nested_too_deeply": f"The body is nested more than {MAX_DEPTH} levels deep.",
+    "not_an_object": "The body is JSON, but not an object.",
+    "no_event_type": "There is no `type` or `event`, neither at the top nor in `message`, that is a text.",
+    "no_chat_id": "A chat event needs the chat's `id`.",
+    "unusable_id": f"An id is longer than {MAX_ID} bytes, holds U+0000 or a lone surrogate, or begins with U+001F.",
+    "too_many_messages": f"One turn holds more than {MAX_MESSAGES} messages.",
+}
+
+
+class UnreadableError(Exception):
+    """What was told cannot be read; the text is a code of `REASONS`."""
