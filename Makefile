@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench bench-backfill soak lock clean
+.PHONY: help demo run test check lint bench bench-backfill bench-overload soak lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -43,6 +43,9 @@ bench: $(VENV)/.installed  ## Measure ingest against its baselines (needs wrk)
 
 bench-backfill: $(VENV)/.installed  ## Measure backfill against a simulated CallHQ whose histories take 50 ms
 	@$(BIN)/python -m tests.bench.backfill $(BENCH_ARGS)
+
+bench-overload: $(VENV)/.installed  ## Measure the receiver under four times the senders that it can serve (needs wrk)
+	@$(BIN)/python -m tests.bench.overload $(BENCH_ARGS)
 
 soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)
