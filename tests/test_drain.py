@@ -5,9 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from archiver.app.connections import Connection
+from archiver.app.crowd import Crowd
 from archiver.app.listening import Loop
 from tests.payloads import SECRET, created
 from tests.receivers import serving
@@ -60,6 +65,29 @@ def test_whoever_the_kernel_let_in_is_served_after_the_listening_ended() -> None
         assert greetings == [b"hello"] * 20
         for client in clients:
             client.close()
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(serve())
+
+
+async def greet(_: Any, __: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+def test_their_answer_is_the_last_on_their_connection() -> None:
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        config = uvicorn.Config(greet, log_config=None)
+        config.load()
+        state, crowd = ServerState(), Crowd(10, 10)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = await loop.create_server(lambda: Connection(config, state, {"crowd": crowd}), sock=listener)
+            client = connect(listener.getsockname()[1], b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            server.close()
+        answer = await loop.run_in_executor(None, read, client)
+        assert (answer.content, answer.headers["connection"]) == (b"hello", "close")
+        client.close()
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(serve())
