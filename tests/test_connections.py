@@ -14,7 +14,7 @@ import pytest
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import SECRET, created
-from tests.receivers import Receiver, serving
+from tests.receivers import Receiver, has_read_all, serving
 from tests.sockets import connect, delivery, head, is_ended, read, read_all
 from tests.test_http import ledger_locked
 from tests.waiting import until
@@ -149,6 +149,7 @@ def test_i12_the_bodies_being_read_are_bounded_in_sum(database_url: str) -> None
             first.sendall(delivery(body)[-20:])
             assert read(first).status == 200
         with connect(receiver.port, delivery(body)[:-20]) as third:
+            until(lambda: has_read_all(receiver.port, 1), "it is being read")
             third.sendall(delivery(body)[-20:])
             assert read(third).status == 200
 

@@ -5,13 +5,18 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from archiver.app.connections import Connection
+from archiver.app.crowd import Crowd
 from archiver.app.listening import Loop
 from tests.payloads import SECRET, created
 from tests.receivers import serving
-from tests.sockets import connect, delivery, read
+from tests.sockets import Answer, connect, delivery, read
 from tests.test_limits import on_one_version
 from tests.waiting import until
 
@@ -63,6 +68,33 @@ def test_whoever_the_kernel_let_in_is_served_after_the_listening_ended() -> None
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(serve())
+
+
+async def greet(_: Any, __: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+def test_their_answer_is_the_last_on_their_connection() -> None:
+    async def serve() -> Answer:
+        loop = asyncio.get_running_loop()
+        config = uvicorn.Config(greet, log_config=None)
+        config.load()
+        state, crowd = ServerState(), Crowd(10, 10)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = await loop.create_server(lambda: Connection(config, state, {"crowd": crowd}), sock=listener)
+            client = connect(listener.getsockname()[1], b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            server.close()
+        answer = await loop.run_in_executor(None, read, client)
+        client.close()
+        for connection in state.connections:
+            connection.transport.abort()  # uvloop waits for it otherwise
+        await asyncio.sleep(0)
+        return answer
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        answer = runner.run(serve())
+    assert (answer.content, answer.headers["connection"]) == (b"hello", "close")
 
 
 def test_i12_too_few_files_are_told() -> None:

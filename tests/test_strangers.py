@@ -44,11 +44,11 @@ def test_i2_a_stranger_is_refused_before_the_body_is_read(scheme: str, framing: 
 
 
 @on_one_version
-def test_a_stranger_who_still_sends_sees_the_answer(receiver: Receiver) -> None:
-    body = b"x" * 900_000
+def test_whoever_still_sends_sees_the_answer(receiver: Receiver) -> None:
+    body = b"x" * 20_000_000  # more than the sockets hold: most is sent after the answer
     connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
     connection.request("POST", WEBHOOK, body, {"x-webhook-secret": "wrong"})
-    assert connection.getresponse().status == 401
+    assert connection.getresponse().status == 413
     connection.close()
 
 
