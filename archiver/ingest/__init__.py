@@ -113,9 +113,7 @@ class Ingest:
         caller does not take the delivery out of its batch.
         """
         size = len(delivery.content.body)
-        full = self._events >= self._max_events or self._bytes + size > self._max_bytes
-        if self._closing or (full and self._events > 0):
-            raise QueueFullError
+        self.check_room(size)
         waiting = _Waiting(delivery, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._events += 1
@@ -128,6 +126,12 @@ class Ingest:
         if isinstance(result, UnavailableError):
             raise result
         return result
+
+    def check_room(self, size: int = 0) -> None:
+        """Raises `QueueFullError` where a delivery of so many bytes would not be taken now."""
+        full = self._events >= self._max_events or self._bytes + size > self._max_bytes
+        if self._closing or (full and self._events > 0):
+            raise QueueFullError
 
     async def _write_batches(self) -> None:
         seconds = 0.0

@@ -32,7 +32,7 @@ def main() -> None:
         sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
     with tempfile.TemporaryDirectory(prefix="bench ") as home, embedded.running(Path(home)) as postgres:
         url = migrated(postgres, "overload")
-        with serving(url, ARCHIVER_QUEUE_EVENTS=str(QUEUE), ARCHIVER_LOG_LEVEL="error") as receiver:
+        with serving(url, ARCHIVER_QUEUE_EVENTS=str(QUEUE)) as receiver:
             load(receiver, "warm", 3, USUAL)
             before = load(receiver, "before", 10, USUAL)
             during = load(receiver, "during", arguments.seconds, arguments.times * QUEUE)
