@@ -50,8 +50,11 @@ class Receiver:
             detail = f"The body is larger than {self._bodies.largest} bytes (ARCHIVER_MAX_BODY)."
             await _unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
             return
-        except (BodiesFullError, QueueFullError) as error:
-            await asyncio.sleep(REFUSAL_SECONDS)
+        except BodiesFullError as error:
+            await _unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            return
+        except QueueFullError as error:
+            await asyncio.sleep(REFUSAL_SECONDS)  # here nothing of a body is held meanwhile
             await _unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
             return
         except signatures.SignatureError as error:
@@ -63,7 +66,6 @@ class Receiver:
         try:
             outcome = await self._ingest.submit(delivery)
         except QueueFullError as error:
-            await asyncio.sleep(REFUSAL_SECONDS)
             await _refusal(503, "overloaded", "", str(error.__doc__))(scope, receive, send)
         except UnavailableError as error:
             await _refusal(503, "unavailable", "", str(error.__doc__))(scope, receive, send)
