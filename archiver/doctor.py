@@ -8,7 +8,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, schema, signatures
+from archiver import database, roles, schema, signatures
 from archiver.settings import Settings, SettingsError, misspelt
 
 Verdict = Literal["ok", "warning", "failure"]
@@ -68,7 +68,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         with database.transaction(engine, statement_seconds=10) as connection:
             is_reached = True
             yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
-            for check in (_version, _durability, _entry, _schema, _privileges, _reader):
+            for check in (_version, _durability, _entry, _schema, _privileges, _roles):
                 finding = check(connection)
                 if finding is not None:
                     yield finding
@@ -113,8 +113,7 @@ def _entry(connection: Connection) -> Finding | None:
         return Finding("schema", "failure", detail, f"As an administrator: {create} Then run `archiver migrate`.")
     if not connection.scalar(_IS_SHUT_OUT):
         return None
-    detail = "This user may not read the schema archiver."
-    return Finding("privileges", "failure", detail, f"As its owner: {' '.join(_grants(connection))}")
+    return _lacking(connection, "This user may not read the schema archiver.")
 
 
 _IS_SHUT_OUT = text(
@@ -134,79 +133,36 @@ def _schema(connection: Connection) -> Finding:
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
-# What this program does to each table; the columns are all that may change of a ledger row.
-NEEDED: tuple[tuple[str, str], ...] = (
-    ("archiver.events", "SELECT, INSERT"),
-    ("archiver.schema_version", "SELECT"),
-    ("archiver.sessions", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver.chats", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver.messages", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver.quarantine", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver.pauses", "SELECT, INSERT, UPDATE"),
-    ("archiver.backfills", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver_jobs.procrastinate_jobs", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver_jobs.procrastinate_events", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver_jobs.procrastinate_periodic_defers", "SELECT, INSERT, UPDATE, DELETE"),
-    ("archiver_jobs.procrastinate_workers", "SELECT, INSERT, UPDATE, DELETE"),
-)
-COUNTERS = ("delivery_count", "last_received_at", "occurred_at")
-# By object id: a name cannot be looked up in a schema that one may not enter.
-_MISSING_GRANTS = text(
-    """
-    SELECT format('GRANT USAGE ON SCHEMA %s TO %I;', nspname, current_user)
-      FROM pg_namespace WHERE nspname IN ('archiver', 'archiver_jobs') AND NOT has_schema_privilege(oid, 'USAGE')
-    UNION ALL
-    SELECT format('GRANT %s ON %s.%s TO %I;', string_agg(p, ', ' ORDER BY place), n.nspname, c.relname, current_user)
-      FROM unnest(CAST(:tables AS text[]), CAST(:privileges AS text[])) WITH ORDINALITY AS needed (name, wanted, row)
-      JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
-      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(name, '.', 2)
-     CROSS JOIN unnest(string_to_array(wanted, ', ')) WITH ORDINALITY AS p (p, place)
-     WHERE NOT has_table_privilege(c.oid, p)
-     GROUP BY needed.row, n.nspname, c.relname
-    UNION ALL
-    SELECT format('GRANT UPDATE (%s) ON archiver.events TO %I;', string_agg(a.attname, ', '), current_user)
-      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver' AND c.relname = 'events' AND a.attname = ANY (:counters)
-       AND NOT has_column_privilege(c.oid, a.attnum, 'UPDATE')
-    HAVING count(*) > 0
-    UNION ALL
-    SELECT format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA archiver_jobs TO %I;', current_user)
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver_jobs'
-       AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(c.oid, 'USAGE') END
-    HAVING count(*) > 0
-    """
-)
-
-
-def _grants(connection: Connection) -> list[str]:
-    """The SQL that gives this user what it needs and has not."""
-    names, wanted = zip(*NEEDED, strict=True)
-    values = {"tables": list(names), "privileges": list(wanted), "counters": list(COUNTERS)}
-    return list(connection.scalars(_MISSING_GRANTS, values))
-
-
 def _privileges(connection: Connection) -> Finding:
-    if missing := _grants(connection):
-        detail = "This database user may not write the archive."
-        return Finding("privileges", "failure", detail, f"As its owner: {' '.join(missing)}")
+    if roles.missing(connection, roles.WRITER, _user(connection)):
+        return _lacking(connection, "This database user may not write the archive.")
     return Finding("privileges", "ok", "This database user may write the archive.")
 
 
-def _reader(connection: Connection) -> Finding:
-    exists = connection.scalar(text("SELECT true FROM pg_roles WHERE rolname = :name"), {"name": schema.READER})
-    if not exists:
+def _lacking(connection: Connection, detail: str) -> Finding:
+    user = _user(connection)
+    if roles.WRITER in roles.existing(connection):
+        return Finding("privileges", "failure", detail, f'As an administrator: GRANT {roles.WRITER} TO "{user}";')
+    missing = roles.missing(connection, roles.WRITER, user)
+    return Finding("privileges", "failure", detail, f"As its owner: {'; '.join(missing)};")
+
+
+def _user(connection: Connection) -> str:
+    return str(connection.scalar(text("SELECT current_user")))
+
+
+def _roles(connection: Connection) -> Finding:
+    found = roles.existing(connection)
+    if absent := [name for name in roles.NEEDED if name not in found]:
         return Finding(
-            "reader role",
+            "roles",
             "warning",
-            f"The role {schema.READER} does not exist, so dashboards have no role to read by.",
-            f"As an administrator: CREATE ROLE {schema.READER} NOLOGIN; then run `archiver migrate` again.",
+            f"The roles {', '.join(absent)} do not exist, so nobody can be given just what they need.",
+            "As an administrator run deploy/roles.sql; then run `archiver migrate` again.",
         )
-    if not schema.reader_can_read(connection):
-        return Finding(
-            "reader role", "warning", f"{schema.READER} may not read the views.", "Run `archiver migrate` again."
-        )
-    return Finding("reader role", "ok", f"{schema.READER} reads the views: GRANT {schema.READER} TO your_dashboard;")
+    if not roles.are_granted(connection):
+        return Finding("roles", "warning", "The roles lack some of their grants.", "Run `archiver migrate` again.")
+    return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
 
 
 def _clock(connection: Connection, tolerance: int) -> Finding:

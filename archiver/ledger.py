@@ -118,8 +118,12 @@ def _event_upsert() -> RowsInsert:
         set_={
             "delivery_count": facts.c.delivery_count + new.delivery_count,
             "last_received_at": func.greatest(facts.c.last_received_at, new.last_received_at),
-            # A retry may carry a later envelope time: which of them came first must not matter.
-            "occurred_at": func.least(facts.c.occurred_at, new.occurred_at),
+            # A retry may carry another envelope time: which of them came first must not matter. What the first one
+            # told is sealed, so an earlier one stands apart.
+            "earliest_at": func.nullif(
+                func.least(facts.c.earliest_at, facts.c.occurred_at, new.occurred_at), facts.c.occurred_at
+            ),
+            "is_recounted": literal_column("true"),
         },
     ).returning(
         facts.c.session_id,
@@ -128,9 +132,12 @@ def _event_upsert() -> RowsInsert:
         facts.c.delivery_count,
         # Of a first delivery they are what was just sent, and reading times costs.
         case((facts.c.delivery_count > literal_column("1"), facts.c.received_at)).label("received_at"),
-        case((facts.c.delivery_count > literal_column("1"), facts.c.occurred_at)).label("occurred_at"),
+        case(
+            (facts.c.delivery_count > literal_column("1"), func.least(facts.c.occurred_at, facts.c.earliest_at))
+        ).label("occurred_at"),
     )
-    return RowsInsert(upsert, [column.name for column in facts.c if column.name != "id"])
+    unset = ("id", "earliest_at", "is_recounted")
+    return RowsInsert(upsert, [column.name for column in facts.c if column.name not in unset])
 
 
 _UPSERT_EVENT = _event_upsert()

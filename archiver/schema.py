@@ -1,4 +1,4 @@
-"""The schema: bringing it to head, telling where it stands, and who may read it."""
+"""The schema: bringing it to head, telling where it stands, and what its roles may do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import tables
+from archiver import roles, tables
 from archiver.database import sqlstate, transaction
 
 VERSION_TABLE = "schema_version"
-READER = "archiver_reader"
 SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
 
 # Arbitrary, and not the ledger's: one migration of a database at a time.
@@ -79,7 +78,7 @@ def grant_missing(connection: Connection) -> str | None:
 
 
 def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the schema up to `revision`, and let the reader role read. Safe to run twice at once.
+    """Bring the schema up to `revision`, and let each role do what it is for. Safe to run twice at once.
 
     Raises `SchemaError` where the database is newer than this program, or the user lacks a right.
     """
@@ -109,7 +108,7 @@ def _explain_refusal(connection: Connection, refusal: str) -> str:
 def _upgrade(engine: Engine, revision: str) -> None:
     with _exclusive(engine) as connection:
         # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
-        if revision == "head" and current(connection) == head() and reader_can_read(connection) is not False:
+        if revision == "head" and current(connection) == head() and roles.are_granted(connection):
             return
         if current(connection) is not None and revision == "head":
             _refuse_newer(connection)
@@ -117,18 +116,7 @@ def _upgrade(engine: Engine, revision: str) -> None:
         if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
         command.upgrade(_config(connection), revision)
-        grant_reader(connection)
-
-
-def reader_can_read(connection: Connection) -> bool | None:
-    """Whether the reader role may read the views; None where there is no such role or no such view."""
-    query = (
-        "SELECT has_schema_privilege(r.oid, n.oid, 'USAGE') AND has_table_privilege(r.oid, c.oid, 'SELECT')"
-        " FROM pg_roles r, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE r.rolname = :name AND n.nspname = 'analytics' AND c.relname = 'messages'"
-    )
-    answer: bool | None = connection.scalar(text(query), {"name": READER})
-    return answer
+        roles.grant_missing(connection)
 
 
 def downgrade(engine: Engine, revision: str) -> None:
@@ -154,15 +142,6 @@ def _exclusive(engine: Engine) -> Iterator[Connection]:
             text("SELECT set_config('lock_timeout', :limit, true)"), {"limit": str(_LOCK_SECONDS * 1000)}
         )
         yield connection
-
-
-def grant_reader(connection: Connection) -> bool:
-    """Let `archiver_reader` read the views and nothing else; False where the role does not exist."""
-    if not connection.scalar(text("SELECT true FROM pg_roles WHERE rolname = :name"), {"name": READER}):
-        return False
-    connection.execute(text(f"GRANT USAGE ON SCHEMA analytics TO {READER}"))
-    connection.execute(text(f"GRANT SELECT ON ALL TABLES IN SCHEMA analytics TO {READER}"))
-    return True
 
 
 def _config(connection: Connection | None = None) -> Config:

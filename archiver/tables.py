@@ -31,13 +31,15 @@ metadata = MetaData(schema=SCHEMA)
 
 Time = DateTime(timezone=True)
 
+DEDUPE_KEY = "SHA-256 over event type, chat id and canonical chat; once erased SHA-256 over the salt and that."
+
 events = Table(
     "events",
     metadata,
     Column(
         "session_id", Text, nullable=False, comment="Session it belongs to; empty where the delivery does not tell."
     ),
-    Column("dedupe_key", LargeBinary, nullable=False, comment="SHA-256 over event type, chat id and canonical chat."),
+    Column("dedupe_key", LargeBinary, nullable=False, comment=DEDUPE_KEY),
     Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with arrival; gaps are normal."),
     Column("type", Text, nullable=False, comment="Event type as told, such as chat.created; or ours, by source."),
     Column("source", Text, nullable=False, comment="Whence it came: webhook, history or application."),
@@ -45,15 +47,24 @@ events = Table(
     Column("received_at", Time, nullable=False, comment="When its first delivery reached us."),
     Column("last_received_at", Time, nullable=False, comment="When its latest delivery reached us."),
     Column("delivery_count", Integer, nullable=False, comment="Deliveries of this same fact, the first included."),
-    Column("occurred_at", Time, comment="Earliest time that any of its deliveries told in the envelope."),
+    Column("occurred_at", Time, comment="Time that its first delivery told in the envelope."),
     Column("key_id", Text, comment="Which webhook secret matched its first delivery; none where unsigned."),
-    Column("body", LargeBinary, comment="The exact bytes of the first delivery."),
-    Column("salt", LargeBinary, comment="Random bytes that body_digest is salted with."),
+    Column("body", LargeBinary, comment="The exact bytes of the first delivery; null once erased."),
+    Column("salt", LargeBinary, comment="Random bytes that body_digest is salted with; null once erased."),
     Column("body_digest", LargeBinary, nullable=False, comment="SHA-256 over salt and body."),
+    Column("earliest_at", Time, comment="Earlier time that a later delivery told; null if none did."),
+    Column(
+        "is_recounted",
+        Boolean,
+        nullable=False,
+        server_default="false",
+        comment="It was delivered again since its counters were last sealed.",
+    ),
     PrimaryKeyConstraint("session_id", "dedupe_key", name="events_pkey"),
     CheckConstraint("delivery_count > 0", name="events_delivery_count_positive"),
     Index("events_id_idx", "id"),
     Index("events_session_id_chat_id_idx", "session_id", "chat_id"),
+    Index("events_recounted_idx", "id", postgresql_where=text("is_recounted")),
     comment="The ledger: each distinct fact once, byte for byte. Everything else is derived from it.",
 )
 
@@ -114,6 +125,7 @@ chats = Table(
     PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),
     ForeignKeyConstraint(["session_id"], [sessions.c.session_id], name="chats_session_id_fkey"),
     Index("chats_chat_id_idx", "chat_id"),
+    Index("chats_deleted_at_idx", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
     comment="One row a turn: its newest revision, derived from the ledger.",
 )
 
@@ -184,4 +196,96 @@ backfills = Table(
     Column("started_at", Time, nullable=False, comment="Sessions read since then need not be read again."),
     PrimaryKeyConstraint("selection", name="backfills_pkey"),
     comment="Backfills that have begun and not ended, so that they can go on.",
+)
+
+recounts = Table(
+    "recounts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with sealing."),
+    Column("event_id", BigInteger, nullable=False, comment="Event that was delivered again."),
+    Column("delivery_count", Integer, nullable=False, comment="Its deliveries when this was sealed."),
+    Column("last_received_at", Time, nullable=False, comment="Its latest delivery when this was sealed."),
+    Column("earliest_at", Time, comment="Its earliest_at when this was sealed."),
+    PrimaryKeyConstraint("id", name="recounts_pkey"),
+    Index("recounts_event_id_idx", "event_id", "id"),
+    comment="What the counters of an event stood at when they were sealed; append-only.",
+)
+
+acts = Table(
+    "acts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with time."),
+    Column("at", Time, nullable=False, comment="When it was done."),
+    Column("actor", Text, nullable=False, comment="Who did it: a user of the operating system, or a part of ours."),
+    Column("kind", Text, nullable=False, comment="What was done, such as erase or hold.add."),
+    Column("reason", Text, comment="Why, as the actor said."),
+    Column("detail", JSONB(none_as_null=True), nullable=False, comment="To what, and with which result; no content."),
+    PrimaryKeyConstraint("id", name="acts_pkey"),
+    comment="The audit trail of administrative acts; append-only and sealed.",
+)
+
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("session_id", Text, nullable=False, comment="Session; empty for facts that do not tell theirs."),
+    Column("chat_id", Text, nullable=False, comment="Turn; empty: the whole session."),
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with time."),
+    Column("erased_at", Time, nullable=False, comment="When it was ordered; the content goes right after."),
+    Column("rule", Text, nullable=False, comment="Under which rule: request, chat.deleted or retention."),
+    Column("act_id", BigInteger, nullable=False, comment="The act that tells who and why."),
+    PrimaryKeyConstraint("session_id", "chat_id", name="erasures_pkey"),
+    Index("erasures_id_idx", "id"),
+    comment="What was erased and does not come back: no content, and none is taken for it; append-only.",
+)
+
+removals = Table(
+    "removals",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with time."),
+    Column(
+        "event_id", BigInteger, nullable=False, comment="Event whose row was removed; its leaf stays in its seal."
+    ),
+    Column("act_id", BigInteger, nullable=False, comment="The act that tells by which rule."),
+    PrimaryKeyConstraint("id", name="removals_pkey"),
+    UniqueConstraint("event_id", name="removals_event_id_key"),
+    comment="Ledger rows that retention removed, metadata and all; append-only.",
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="For archiver hold release."),
+    Column("placed_at", Time, nullable=False, comment="When it was placed."),
+    Column("author", Text, nullable=False, comment="Who placed it."),
+    Column("reason", Text, nullable=False, comment="Why."),
+    Column("session_id", Text, comment="Holds this session; null: any."),
+    Column("assistant_id", Text, comment="Holds sessions of this assistant; null: any."),
+    Column("variable", Text, comment="Holds sessions with this variable at this value; null: any."),
+    Column("value", Text, comment="Value of the variable."),
+    Column("since", Time, comment="Holds sessions with a turn at or after this time; null: any."),
+    Column("until", Time, comment="Holds sessions with a turn before this time; null: any."),
+    Column("released_at", Time, comment="When it was released; null: in force."),
+    Column("released_by", Text, comment="Who released it."),
+    PrimaryKeyConstraint("id", name="holds_pkey"),
+    comment="Legal holds: what one in force covers is neither erased nor expired.",
+)
+
+seals = Table(
+    "seals",
+    metadata,
+    Column("id", BigInteger, autoincrement=False, nullable=False, comment="1, 2, 3 … without gaps."),
+    Column("sealed_at", Time, nullable=False, comment="When it was made."),
+    Column("events_through", BigInteger, nullable=False, comment="Events up to this id are sealed, here or before."),
+    Column("recounts_through", BigInteger, nullable=False, comment="Likewise of recounts."),
+    Column("acts_through", BigInteger, nullable=False, comment="Likewise of acts."),
+    Column("erasures_through", BigInteger, nullable=False, comment="Likewise of erasures."),
+    Column("removals_through", BigInteger, nullable=False, comment="Likewise of removals."),
+    Column("entries", LargeBinary, nullable=False, comment="41 bytes a leaf: kind, id as 8 bytes, leaf hash."),
+    Column("root", LargeBinary, nullable=False, comment="Root of the Merkle tree (RFC 6962) over the leaf hashes."),
+    Column("previous", LargeBinary, nullable=False, comment="Hash of the seal before; zeros at the first."),
+    Column("hash", LargeBinary, nullable=False, comment="SHA-256 of the statement that docs/seals.md describes."),
+    Column("key_id", Text, comment="Which key signed; null: unsigned."),
+    Column("signature", LargeBinary, comment="Ed25519 over the statement; null: unsigned."),
+    PrimaryKeyConstraint("id", name="seals_pkey"),
+    comment="The chain of seals: each proves what the ledger held, and that nothing before it was changed.",
 )

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import database, doctor, events, ledger
+from archiver import database, events, ledger, roles
 from archiver.database import transaction
 from archiver.events import Event, Malformed, parse
 from archiver.ingest import Delivery, Outcome, UnavailableError, retry_quarantined, write
 from tests.payloads import created
+from tests.rows import DERIVED, empty, rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -30,11 +31,6 @@ def take(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[Outcome | U
             await writing.dispose()
 
     return asyncio.run(written())
-
-
-def rows(engine: Engine, query: str) -> list[Any]:
-    with transaction(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(query))]
 
 
 @pytest.mark.parametrize("cost", ["1e999999999", "-9e9999999"])
@@ -112,10 +108,7 @@ SETS = {
 def test_i5_any_order_ends_in_the_same_archive(engine: Engine, bodies: list[bytes]) -> None:
     ends = set()
     for order in itertools.permutations(bodies):
-        with engine.begin() as connection:
-            for table in ("events", "messages", "chats"):
-                connection.execute(text(f"DELETE FROM archiver.{table}"))
-            connection.execute(text("DELETE FROM archiver.sessions WHERE session_id <> ''"))
+        empty(engine, "events", *DERIVED)
         for number, body in enumerate(order):
             take(engine, body, seconds=number)
         ends.add(
@@ -148,10 +141,9 @@ def test_unknown_events_that_differ_beside_their_chat_are_all_kept(engine: Engin
 def test_a_user_with_the_privileges_that_doctor_asks_for_can_write(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("DO $$BEGIN CREATE ROLE writer; EXCEPTION WHEN duplicate_object THEN NULL; END$$"))
-        connection.execute(text("GRANT USAGE ON SCHEMA archiver TO writer"))
-        for table, privileges in doctor.NEEDED:
-            connection.execute(text(f"GRANT {privileges} ON {table} TO writer"))
-        connection.execute(text(f"GRANT UPDATE ({', '.join(doctor.COUNTERS)}) ON archiver.events TO writer"))
+        for statement in roles.missing(connection, roles.WRITER, "writer"):
+            connection.execute(text(statement))
+        assert roles.missing(connection, roles.WRITER, "writer") == []
     for body in (created("a", None), created("a")):
         event = parse(body)
         assert isinstance(event, Event)
@@ -220,10 +212,7 @@ def test_what_stands_beside_data_chat_is_read() -> None:
 def test_i5_when_a_session_was_first_heard_of_does_not_depend_on_batches(engine: Engine) -> None:
     bodies = [e("chat.deleted", T, chat={"id": "a"}), created("a", "s")]
     for batches in ([[0, 1]], [[0], [1]], [[1], [0]]):
-        with engine.begin() as connection:
-            for table in ("events", "messages", "chats"):
-                connection.execute(text(f"DELETE FROM archiver.{table}"))
-            connection.execute(text("DELETE FROM archiver.sessions WHERE session_id <> ''"))
+        empty(engine, "events", *DERIVED)
         for batch in batches:
             with transaction(engine) as connection:
                 facts = [parse(bodies[number]) for number in batch]

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from archiver import database, events
-from archiver.database import transaction
 from archiver.ingest import Delivery, Ingest, Outcome, UnavailableError, fallback
 from archiver.spool import Spool, Spooled, open_spool
 from tests import servers
 from tests.payloads import created
 from tests.proxies import proxied
+from tests.rows import execute, rows
 from tests.waiting import until
 
 pytestmark = [
@@ -56,17 +56,6 @@ async def submit(ingest: Ingest, *bodies: bytes) -> list[str]:
 
 def is_open(ingest: Ingest) -> bool:
     return ingest.fallback is not None and ingest.fallback.is_open
-
-
-def rows(engine: Engine, query: str) -> list[Any]:
-    with transaction(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(query))]
-
-
-def execute(engine: Engine, *statements: str) -> None:
-    with engine.begin() as connection:
-        for statement in statements:
-            connection.execute(text(statement))
 
 
 async def until_soon(condition: Any, what: str) -> None:

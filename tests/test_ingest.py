@@ -15,10 +15,9 @@ from typing import Any
 import psycopg
 import pytest
 from prometheus_client import REGISTRY
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from archiver import database, events, history
-from archiver.database import transaction
 from archiver.ingest import (
     Delivery,
     Ingest,
@@ -31,6 +30,7 @@ from archiver.ingest import (
 )
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
+from tests.rows import execute, rows
 from tests.waiting import until
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -71,17 +71,6 @@ class Receiver:
 def take(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[Outcome]:
     with Receiver(engine) as receiver:
         return receiver.take(*bodies, seconds=seconds)
-
-
-def rows(engine: Engine, query: str) -> list[Any]:
-    with transaction(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(query))]
-
-
-def execute(engine: Engine, *statements: str) -> None:
-    with engine.begin() as connection:
-        for statement in statements:
-            connection.execute(text(statement))
 
 
 @asynccontextmanager

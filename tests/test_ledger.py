@@ -7,11 +7,12 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from archiver import events, ledger
 from archiver.database import transaction
 from tests.payloads import created, deleted
+from tests.rows import DERIVED, empty, rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -25,11 +26,6 @@ def observe(body: bytes, seconds: float = 0) -> ledger.Observation:
 def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[ledger.Recorded]:
     with transaction(engine) as connection:
         return ledger.record(connection, [observe(body, seconds) for body in bodies])
-
-
-def rows(engine: Engine, query: str) -> list[Any]:
-    with transaction(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(query))]
 
 
 def archive(engine: Engine) -> dict[str, list[Any]]:
@@ -156,11 +152,7 @@ def test_i3_i5_any_order_any_batching_and_any_redelivery_end_in_the_same_archive
         bodies = deliveries(seed)
         archives, ledgers = [], []
         for _ in range(2):
-            with engine.begin() as connection:
-                for table in ("events", "messages", "chats", "sessions"):
-                    connection.execute(
-                        text(f"DELETE FROM archiver.{table} WHERE session_id <> '' OR '{table}' <> 'sessions'")
-                    )
+            empty(engine, "events", *DERIVED)
             play(engine, bodies, order)
             archives.append(archive(engine))
             ledgers.append(rows(engine, "SELECT dedupe_key, delivery_count FROM archiver.events ORDER BY 1"))

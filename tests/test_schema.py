@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -16,10 +15,11 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
-from archiver import database, events, ledger, quarantine, schema, tables
+from archiver import database, events, ledger, quarantine, roles, schema, tables
 from archiver.database import transaction
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
+from tests.rows import execute, rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 VIEWS = {
@@ -30,7 +30,21 @@ VIEWS = {
     "daily": "day assistant_id conversations chats messages cost deleted_chats repaired_messages",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
 }
-TABLES = ("events", "sessions", "chats", "messages", "quarantine", "pauses", "backfills")
+TABLES = (
+    "events",
+    "sessions",
+    "chats",
+    "messages",
+    "quarantine",
+    "pauses",
+    "backfills",
+    "recounts",
+    "acts",
+    "erasures",
+    "removals",
+    "holds",
+    "seals",
+)
 
 
 @pytest.fixture
@@ -48,17 +62,6 @@ def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
         observations.append(ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "key"))
     with transaction(engine) as connection:
         ledger.record(connection, observations)
-
-
-def rows(engine: Engine, query: str) -> list[Any]:
-    with transaction(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(query))]
-
-
-def execute(engine: Engine, *statements: str) -> None:
-    with engine.begin() as connection:
-        for statement in statements:
-            connection.execute(text(statement))
 
 
 # Migrations
@@ -188,7 +191,9 @@ def test_the_migrated_constraints_are_what_the_tables_say(engine: Engine) -> Non
         engine,
         "SELECT table_name, identity_generation FROM information_schema.columns"
         " WHERE table_schema = 'archiver' AND is_identity = 'YES' ORDER BY 1",
-    ) == [("events", "ALWAYS"), ("quarantine", "ALWAYS")]
+    ) == [
+        (table, "ALWAYS") for table in ("acts", "erasures", "events", "holds", "quarantine", "recounts", "removals")
+    ]
 
 
 def test_the_tables_of_a_session_can_be_distributed_by_it(engine: Engine) -> None:
@@ -232,7 +237,7 @@ def test_every_table_view_and_column_says_what_it_means(engine: Engine) -> None:
 # Who may read
 
 
-def refused(engine: Engine, statement: str, role: str = schema.READER) -> bool:
+def refused(engine: Engine, statement: str, role: str = roles.READER) -> bool:
     """Whether this role is denied the statement; it must not fail in any other way."""
     try:
         with engine.begin() as connection:
@@ -264,8 +269,8 @@ def test_the_reader_may_change_nothing_through_a_view(engine: Engine, view: str)
         rows(
             engine,
             f"SELECT p FROM unnest('{{INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER}}'::text[]) p"
-            f" WHERE has_table_privilege('{schema.READER}', 'analytics.{view}', p)"
-            f" OR p IN ('INSERT', 'UPDATE') AND has_column_privilege('{schema.READER}',"
+            f" WHERE has_table_privilege('{roles.READER}', 'analytics.{view}', p)"
+            f" OR p IN ('INSERT', 'UPDATE') AND has_column_privilege('{roles.READER}',"
             f" 'analytics.{view}', '{column}', p)",
         )
         == []
@@ -297,7 +302,7 @@ def test_the_reader_is_nobody_of_power(engine: Engine) -> None:
     assert rows(
         engine,
         "SELECT rolsuper, rolcanlogin, rolcreaterole, rolcreatedb, rolbypassrls, rolreplication FROM pg_roles"
-        f" WHERE rolname = '{schema.READER}'",
+        f" WHERE rolname = '{roles.READER}'",
     ) == [(False,) * 6]
     assert (
         rows(
@@ -329,9 +334,9 @@ def owner(cluster: Cluster, empty_database_url: str) -> Iterator[Engine]:
 @pytest.fixture
 def _no_reader(cluster: Cluster) -> Iterator[None]:
     """The role belongs to the whole server, so other databases keep it under another name meanwhile."""
-    cluster.execute(f"ALTER ROLE {schema.READER} RENAME TO reader_aside")
+    cluster.execute(f"ALTER ROLE {roles.READER} RENAME TO reader_aside")
     yield
-    cluster.execute(f"ALTER ROLE reader_aside RENAME TO {schema.READER}")
+    cluster.execute(f"ALTER ROLE reader_aside RENAME TO {roles.READER}")
 
 
 def test_an_ordinary_user_migrates_and_records(owner: Engine) -> None:
@@ -348,11 +353,11 @@ def test_an_ordinary_user_migrates_and_records(owner: Engine) -> None:
 @pytest.mark.usefixtures("_no_reader")
 def test_a_reader_role_made_later_may_read_after_the_next_migrate(cluster: Cluster, owner: Engine) -> None:
     schema.upgrade(owner)  # which may not create roles
-    assert rows(owner, f"SELECT 1 FROM pg_roles WHERE rolname = '{schema.READER}'") == []
+    assert rows(owner, f"SELECT 1 FROM pg_roles WHERE rolname = '{roles.READER}'") == []
     with transaction(owner) as connection:
-        assert not schema.grant_reader(connection)
-    cluster.execute(f"CREATE ROLE {schema.READER} NOLOGIN")
-    cluster.execute(f"GRANT {schema.READER} TO ordinary")
+        assert roles.READER not in roles.existing(connection)
+    cluster.execute(f"CREATE ROLE {roles.READER} NOLOGIN")
+    cluster.execute(f"GRANT {roles.READER} TO ordinary")
     try:
         assert refused(owner, "SELECT * FROM analytics.messages")
         schema.upgrade(owner)
@@ -360,7 +365,7 @@ def test_a_reader_role_made_later_may_read_after_the_next_migrate(cluster: Clust
         assert all(refused(owner, f"SELECT * FROM archiver.{table}") for table in TABLES)
     finally:
         execute(owner, "DROP SCHEMA analytics CASCADE")
-        cluster.execute(f"DROP ROLE {schema.READER}")
+        cluster.execute(f"DROP ROLE {roles.READER}")
 
 
 # Views

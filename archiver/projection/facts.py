@@ -24,7 +24,8 @@ _SELECT_OTHER_FACTS = text(
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text, own text[])
     )
-    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
+    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.body,
+           least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
      WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own)
        AND e.type IN ('chat.created', 'chat.deleted') AND e.body IS NOT NULL
@@ -64,7 +65,7 @@ def _fact(row: Row[Any]) -> Fact | None:
 _SELECT_FACTS = text(
     """
     SELECT e.session_id, e.type, e.source, e.chat_id, e.received_at, e.last_received_at, e.delivery_count,
-           e.occurred_at, e.body
+           least(e.occurred_at, e.earliest_at) AS occurred_at, e.body
       FROM archiver.events e
      WHERE e.session_id = ANY (:session_ids) AND e.body IS NOT NULL
        AND (e.source <> 'webhook' OR e.type IN ('chat.created', 'chat.deleted'))
@@ -74,7 +75,8 @@ _SELECT_FACTS = text(
 
 _SELECT_UNPLACED = text(
     """
-    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
+    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.body,
+           least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM archiver.events e
      WHERE e.session_id = '' AND e.chat_id = ANY (:chat_ids) AND e.body IS NOT NULL
        AND e.type IN ('chat.created', 'chat.deleted')
@@ -103,7 +105,8 @@ _SELECT_UNPLACED_PAGE = text(
          WHERE session_id = '' AND chat_id > :after AND type IN ('chat.created', 'chat.deleted')
          ORDER BY chat_id LIMIT :most
     )
-    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.occurred_at, e.body
+    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.body,
+           least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM page JOIN archiver.events e ON e.session_id = '' AND e.chat_id = page.chat_id
      WHERE e.body IS NOT NULL AND e.type IN ('chat.created', 'chat.deleted')
      ORDER BY e.chat_id

@@ -1,0 +1,149 @@
+"""Who may do what in the database: three roles, each with what it needs and no more.
+
+`deploy/roles.sql` makes the roles; the grants belong to a schema's version, so migrations bring them up to date.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+from sqlalchemy import Connection, text
+
+READER = "archiver_reader"  # dashboards
+WRITER = "archiver_writer"  # `serve` and `worker`
+AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
+
+
+class Needs(msgspec.Struct, frozen=True):
+    """Privileges by table, as `schema.name`; columns of the ledger that may change; whether jobs are made."""
+
+    tables: Mapping[str, str]
+    columns: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    sequences: tuple[str, ...] = ()  # schemas whose sequences are used
+
+
+_ALL = "SELECT, INSERT, UPDATE, DELETE"
+_APPEND = "SELECT, INSERT"
+_VIEWS = ("conversations", "chats", "messages", "daily", "coverage")
+_JOBS = ("jobs", "events", "periodic_defers", "workers")
+
+NEEDED: Mapping[str, Needs] = {
+    READER: Needs({f"analytics.{view}": "SELECT" for view in _VIEWS}),
+    WRITER: Needs(
+        {
+            # Rows go only with a row in `removals`: a trigger sees to that.
+            "archiver.events": "SELECT, INSERT, DELETE",
+            "archiver.schema_version": "SELECT",
+            **{f"archiver.{name}": _ALL for name in ("sessions", "chats", "messages", "quarantine", "backfills")},
+            "archiver.pauses": "SELECT, INSERT, UPDATE",
+            "archiver.holds": "SELECT",
+            **{f"archiver.{name}": _APPEND for name in ("recounts", "acts", "erasures", "removals", "seals")},
+            **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
+        },
+        # All that may change of a ledger row: its counters, and that its content goes.
+        columns=(
+            "delivery_count",
+            "last_received_at",
+            "earliest_at",
+            "is_recounted",
+            "dedupe_key",
+            "body",
+            "salt",
+        ),
+        functions=("archiver.settle()",),
+        sequences=("archiver_jobs",),
+    ),
+    AUDITOR: Needs(
+        {
+            **{f"analytics.{view}": "SELECT" for view in _VIEWS},
+            **{
+                f"archiver.{name}": "SELECT"
+                for name in (
+                    "schema_version",
+                    "events",
+                    "quarantine",
+                    "recounts",
+                    "erasures",
+                    "removals",
+                    "holds",
+                    "seals",
+                    "sessions",
+                    "chats",
+                    "messages",
+                )
+            },
+            "archiver.acts": _APPEND,  # an export is an act
+        }
+    ),
+}
+
+# By object id: a name cannot be looked up in a schema that one may not enter.
+_MISSING = text(
+    """
+    WITH r AS (SELECT CAST(:role AS name) AS role)
+    SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, r.role)
+      FROM pg_namespace, r
+     WHERE nspname IN (SELECT split_part(name, '.', 1) FROM unnest(CAST(:tables AS text[])) AS name)
+       AND NOT has_schema_privilege(r.role, oid, 'USAGE')
+    UNION ALL
+    SELECT format('GRANT %s ON %I.%I TO %I', string_agg(p, ', ' ORDER BY place), n.nspname, c.relname, r.role)
+      FROM r CROSS JOIN unnest(CAST(:tables AS text[]), CAST(:privileges AS text[]))
+           WITH ORDINALITY AS needed (name, wanted, row)
+      JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
+      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(name, '.', 2)
+     CROSS JOIN unnest(string_to_array(wanted, ', ')) WITH ORDINALITY AS p (p, place)
+     WHERE NOT has_table_privilege(r.role, c.oid, p)
+     GROUP BY needed.row, n.nspname, c.relname, r.role
+    UNION ALL
+    SELECT format('GRANT UPDATE (%s) ON archiver.events TO %I', string_agg(a.attname, ', '), r.role)
+      FROM r CROSS JOIN pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'archiver' AND c.relname = 'events' AND a.attname = ANY (CAST(:columns AS text[]))
+       AND NOT has_column_privilege(r.role, c.oid, a.attnum, 'UPDATE')
+     GROUP BY r.role
+    UNION ALL
+    SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', name, r.role)
+      FROM r CROSS JOIN unnest(CAST(:functions AS text[])) AS name
+      JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
+      JOIN pg_proc f ON f.pronamespace = n.oid AND f.proname || '()' = split_part(name, '.', 2)
+     WHERE NOT has_function_privilege(r.role, f.oid, 'EXECUTE')
+    UNION ALL
+    SELECT format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA %I TO %I', n.nspname, r.role)
+      FROM r CROSS JOIN pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = ANY (CAST(:sequences AS text[]))
+       AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(r.role, c.oid, 'USAGE') END
+     GROUP BY n.nspname, r.role
+    """
+)
+
+
+def missing(connection: Connection, role: str, grantee: str | None = None) -> list[str]:
+    """The SQL that gives `grantee`, or the role itself, what that role needs and it has not."""
+    needs = NEEDED[role]
+    values = {
+        "role": grantee or role,
+        "tables": list(needs.tables),
+        "privileges": list(needs.tables.values()),
+        "columns": list(needs.columns),
+        "functions": list(needs.functions),
+        "sequences": list(needs.sequences),
+    }
+    return list(connection.scalars(_MISSING, values))
+
+
+def existing(connection: Connection) -> list[str]:
+    """Those of our roles that there are."""
+    query = text("SELECT rolname FROM pg_roles WHERE rolname = ANY (:names) ORDER BY 1")
+    return list(connection.scalars(query, {"names": list(NEEDED)}))
+
+
+def grant_missing(connection: Connection) -> None:
+    """Give each role that there is what it needs."""
+    for role in existing(connection):
+        for statement in missing(connection, role):
+            connection.execute(text(statement))
+
+
+def are_granted(connection: Connection) -> bool:
+    """Whether each role that there is has what it needs."""
+    return not any(missing(connection, role) for role in existing(connection))
