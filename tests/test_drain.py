@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -98,7 +99,7 @@ def test_their_answer_is_the_last_on_their_connection() -> None:
 
 
 def test_i12_too_few_files_are_told() -> None:
-    script = f"ulimit -n 600; exec {sys.executable} -m archiver serve --port 0 --no-migrate"
+    script = f"ulimit -n 600; exec {shlex.quote(sys.executable)} -m archiver serve --port 0 --no-migrate"
     settings = {
         "DATABASE_URL": "postgresql://127.0.0.1:1/none",
         "ARCHIVER_WEBHOOK_SECRETS": SECRET,
