@@ -1,9 +1,9 @@
 """Nobody who was let in is lost when `serve` ends; as many are let in as there may be files."""
 
 import asyncio
+import shlex
 import signal
 import socket
-import shlex
 import subprocess
 import sys
 from typing import Any
