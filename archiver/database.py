@@ -116,6 +116,14 @@ def transaction(
         yield connection
 
 
+@contextmanager
+def snapshot(engine: Engine, *, statement_seconds: float) -> Iterator[Connection]:
+    """One transaction that only reads, and sees the database as it was at its start, however long it reads."""
+    frozen = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    with transaction(frozen, statement_seconds=statement_seconds) as connection:
+        yield connection
+
+
 async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T], seconds: float | None = None) -> T:
     """What `work` answers, after the commit of the one durable transaction that it runs in.
 

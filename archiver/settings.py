@@ -119,6 +119,15 @@ class Settings(BaseSettings):
     api_token: SecretStr = _env(
         "ARCHIVER_API_TOKEN", SecretStr(""), "Bearer token of `POST /sessions`; without one that route answers 404."
     )
+    seal_every: int = _env(
+        "ARCHIVER_SEAL_EVERY", 60, "Seconds between two seals of what is new in the ledger.", gt=0, le=86_400
+    )
+    seal_key: SecretStr = _env(
+        "ARCHIVER_SEAL_KEY",
+        SecretStr(""),
+        "Ed25519 private key (PEM) that signs the seals, best given as `ARCHIVER_SEAL_KEY_FILE`; without one they "
+        "are chained, not signed.",
+    )
     queue_events: int = _env(
         "ARCHIVER_QUEUE_EVENTS",
         10_000,

@@ -16,12 +16,13 @@ import procrastinate
 import psycopg
 import psycopg_pool
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database
+from archiver import database, seals
 from archiver.callhq import Client, UnauthorizedError
 from archiver.database import run_in_transaction
 from archiver.events import Event
@@ -30,7 +31,7 @@ from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
 from archiver.projection import Timing, leases
 from archiver.reconcile import NotRecordedError, Reconciler, Submit
 from archiver.reconcile.pause import SharedPause
-from archiver.settings import Settings
+from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +45,8 @@ _BATCH = 50  # histories in one transaction
 _PATIENCE_SECONDS = 0.05
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
-READINGS, TIMERS = "readings", "timers"  # queues: readings that hang must not keep others from being handed out
+# Queues: neither readings that hang nor long sealing must keep sessions from being handed out.
+READINGS, TIMERS, UPKEEP = "readings", "timers", "upkeep"
 _LAST = -(2**31)  # the least priority there is
 
 
@@ -67,10 +69,11 @@ class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
 
 
 class Worker:
-    """All background work of one process."""
+    """All background work of one process; `reconciler`: None where histories cannot be read."""
 
-    def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler) -> None:
+    def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler | None) -> None:
         self._engine, self._reconciler = engine, reconciler
+        self._upkeep = Upkeep(configuration, url)
         conninfo = make_conninfo(
             url.set(drivername="postgresql").render_as_string(hide_password=False),
             application_name="callhq-archiver worker",
@@ -81,8 +84,11 @@ class Worker:
         )
         self.jobs = procrastinate.App(connector=connector)
         self._read_histories = self.jobs.task(name="read_histories", queue=READINGS)(self.read_histories)
-        hand_out = self.jobs.task(name="hand_out_due", queue=TIMERS, queueing_lock="hand_out_due")
-        self.jobs.periodic(cron="* * * * * */5")(hand_out(self.hand_out_due))
+        if reconciler is not None:
+            hand_out = self.jobs.task(name="hand_out_due", queue=TIMERS, queueing_lock="hand_out_due")
+            self.jobs.periodic(cron="* * * * * */5")(hand_out(self.hand_out_due))
+        seal = self.jobs.task(name="seal", queue=UPKEEP, queueing_lock="seal")
+        self.jobs.periodic(cron="* * * * * */5")(seal(self.seal))
         forget = self.jobs.task(name="forget_jobs", queue=TIMERS, queueing_lock="forget_jobs")
         self.jobs.periodic(cron="* * * * *")(forget(self.forget_jobs))
 
@@ -92,7 +98,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, told.set)
         async with self.jobs.open_async():
-            working = [asyncio.create_task(self._work(READINGS, 4)), asyncio.create_task(self._work(TIMERS, 1))]
+            queues = {TIMERS: 1, UPKEEP: 1} | ({} if self._reconciler is None else {READINGS: 4})
+            working = [asyncio.create_task(self._work(queue, at_once)) for queue, at_once in queues.items()]
             ending = asyncio.create_task(told.wait())
             await asyncio.wait([*working, ending], return_when=asyncio.FIRST_COMPLETED)
             for task in (*working, ending):
@@ -132,11 +139,18 @@ class Worker:
 
     async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
         """Read the histories of these sessions, those that are still due as they were handed out."""
+        if self._reconciler is None:
+            return
         try:
             await self._reconciler.read_all(session_ids, due_at=datetime.fromisoformat(due_at))
         except UnauthorizedError as error:
             # They are handed out again, when the key may be another.
             log.error("histories cannot be read", error=str(error))  # noqa: TRY400  # there is nothing to trace
+
+    async def seal(self, timestamp: int) -> None:
+        """Seal what is settled, if it is time again."""
+        del timestamp
+        await asyncio.to_thread(self._upkeep.seal)
 
     async def forget_jobs(self, timestamp: int) -> None:
         """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
@@ -148,6 +162,35 @@ class Worker:
                 hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=datetime.now(UTC))
                 await run_in_transaction(self._engine, hasten)
             await self.jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
+
+
+class Upkeep:
+    """What is done in a thread, because it reads in streams: sealing."""
+
+    def __init__(self, configuration: Settings, url: URL) -> None:
+        self._key = signing_key(configuration)
+        self._every = timedelta(seconds=configuration.seal_every)
+        self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
+
+    def seal(self) -> None:
+        """Seal what is settled, if the newest seal is old enough."""
+        with database.transaction(self._engine) as connection:
+            newest = seals.select_newest(connection)
+        if datetime.now(UTC) - newest.sealed_at < self._every:
+            return
+        try:
+            seals.seal(self._engine, self._key)
+        except seals.BusyError as error:
+            log.warning("not sealed this time", reason=str(error))
+
+
+def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
+    """The key that signs seals, if there is one. Raises `SettingsError`."""
+    pem = configuration.seal_key.get_secret_value()
+    try:
+        return seals.private_key(pem) if pem else None
+    except seals.KeyFileError as error:
+        raise SettingsError(f"ARCHIVER_SEAL_KEY: {error}.") from None
 
 
 def timing_of(configuration: Settings) -> Timing:

@@ -184,6 +184,8 @@ def starting(database_url: str | None, *options: str, **environment: str) -> Ite
         log = Path(folder) / "stderr"
         own = {"ARCHIVER_WEBHOOK_SECRETS": SECRET, "ARCHIVER_LOG_FORMAT": "json", "ARCHIVER_HOME": f"{folder}/home"}
         settings = own | environment
+        if "CALLHQ_API_KEY" not in settings and "--worker" not in options:
+            options = ("--no-worker", *options)  # it would be a process more, of no use to most tests
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "archiver", "serve", "--port", "0", *options],

@@ -14,6 +14,8 @@ from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
 from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
+from archiver.cli.seals import group as seals
+from archiver.cli.seals import prove, seal, verify
 from archiver.cli.serve import migrate, serve
 from archiver.cli.worker import rebuild, worker
 from archiver.database import sqlstate
@@ -34,7 +36,9 @@ def cli() -> None:
     """
 
 
-for _command in (serve, worker, migrate, backfill, status, doctor, quarantine, rebuild, demo, simulate):
+_READING = (status, doctor, verify, prove, seals)
+_WRITING = (serve, worker, migrate, backfill, quarantine, rebuild, seal)
+for _command in (*_WRITING, *_READING, demo, simulate):
     cli.add_command(_command)
 
 

@@ -25,6 +25,7 @@ from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
 from archiver.settings import Settings, SettingsError
+from archiver.worker import signing_key
 
 log = structlog.get_logger(__name__)
 
@@ -43,12 +44,18 @@ OTHER_FILES = 256  # that a process has open beside its connections: libraries, 
     help="Bring the schema to head first.  [default: only with the embedded database]",
 )
 @click.option("--insecure", is_flag=True, help="Accept unsigned deliveries where no secret is set. Never in public.")
-@click.option("--no-worker", is_flag=True, help="Only receive; `archiver worker` reads histories elsewhere.")
-def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, no_worker: bool) -> None:
+@click.option(
+    "--worker/--no-worker",
+    "has_worker",
+    default=True,
+    show_default=True,
+    help="Do background work too; without, `archiver worker` does it elsewhere.",
+)
+def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, has_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until told to stop.
 
-    With CALLHQ_API_KEY set, a worker beside it reads histories, unless told --no-worker. SIGTERM or Ctrl-C: takes no
-    more, writes and answers what was accepted, exits 0.
+    A worker beside it seals the ledger and, with CALLHQ_API_KEY set, reads histories, unless told --no-worker.
+    SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
     """
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,8 +63,8 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     configuration = _require_authentication(configuration, insecure=insecure)
+    signing_key(configuration)
     _allow_files(configuration.max_connections + SPARE + OTHER_FILES)
-    has_worker = _has_worker(configuration, wanted=not no_worker)
     with connection.lasting_database_url(configuration) as url, _multiprocess_metrics(workers + has_worker):
         should_migrate = configuration.database_url is None if migrate is None else migrate
         _prepare(configuration, url, should_migrate=should_migrate)
@@ -99,13 +106,6 @@ def _allow_files(needed: int) -> None:
             limit=hard,
             needed=needed,
         )
-
-
-def _has_worker(configuration: Settings, *, wanted: bool) -> bool:
-    has_key = bool(configuration.callhq_api_key.get_secret_value())
-    if wanted and not has_key:
-        log.warning("histories are not read and gaps stay open: CALLHQ_API_KEY is not set")
-    return wanted and has_key
 
 
 def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None:

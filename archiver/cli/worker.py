@@ -13,7 +13,7 @@ from archiver.cli import connection
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
 from archiver.settings import Settings
-from archiver.worker import Worker, reconciling, timing_of
+from archiver.worker import Worker, reconciling, signing_key, timing_of
 
 log = structlog.get_logger(__name__)
 
@@ -23,14 +23,13 @@ log = structlog.get_logger(__name__)
     "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of loopback."
 )
 def worker(metrics_port: int | None) -> None:
-    """Read histories in the background, until told to stop. Any number of workers, on any number of machines.
+    """Read histories and seal the ledger, until told to stop. Any number of workers, on any number of machines.
 
     `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
     """
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
-    if not configuration.callhq_api_key.get_secret_value():
-        raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
+    signing_key(configuration)
     with connection.lasting_database_url(configuration, create=False) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)
@@ -55,9 +54,17 @@ def work(configuration: Settings, url: str) -> None:
 
 async def _work(configuration: Settings, url: str) -> None:
     parsed = database.database_url(url)
-    async with reconciling(configuration, parsed) as (engine, reconciler, _):
-        log.info("working", api=configuration.callhq_api_url)
-        await Worker(configuration, parsed, engine, reconciler).run()
+    if configuration.callhq_api_key.get_secret_value():
+        async with reconciling(configuration, parsed) as (engine, reconciler, _):
+            log.info("working", api=configuration.callhq_api_url)
+            await Worker(configuration, parsed, engine, reconciler).run()
+    else:
+        log.warning("histories are not read and gaps stay open: CALLHQ_API_KEY is not set")
+        engine = database.connect_async(parsed, prepared_statements=configuration.prepared_statements)
+        try:
+            await Worker(configuration, parsed, engine, None).run()
+        finally:
+            await engine.dispose()
     log.info("stopped")
 
 

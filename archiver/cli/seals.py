@@ -1,0 +1,238 @@
+"""`archiver seal`, `verify`, `prove` and `seals`: that nobody edited the ledger, and how to show it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sqlalchemy import text
+
+from archiver import database, schema, seals, settings
+from archiver.cli import connection
+from archiver.seals import Checked, Finding, KeyFileError, Seal
+from archiver.worker import signing_key
+
+READ_SECONDS = 24 * 3600  # of one statement of a verification
+TOLD = 20  # findings that are printed before the rest is counted
+
+
+@click.command()
+@connection.json_option
+def seal(as_json: bool) -> None:
+    """Seal what is settled, now. A worker does it otherwise, every ARCHIVER_SEAL_EVERY seconds."""
+    configuration = settings.read()
+    key = signing_key(configuration)
+    with connection.engine(configuration, create=False) as engine:
+        with database.transaction(engine) as opened:
+            schema.check(opened)
+        try:
+            made = seals.seal(engine, key)
+        except seals.BusyError as error:
+            raise settings.SettingsError(str(error)) from None
+    if as_json:
+        click.echo(_json([_told(each) for each in made]))
+        return
+    for each in made:
+        click.echo(f"seal {each.id}: {each.size:,} leaves, {each.hash.hex()}")
+    if not made:
+        click.echo("Nothing is new since the last seal.")
+
+
+@click.command()
+@click.option("--since", "after_seal", type=click.IntRange(1), metavar="SEAL", help="Begin after this seal.")
+@click.option(
+    "--key",
+    "key_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Public key (PEM) that must have signed every signed seal. [default: that of ARCHIVER_SEAL_KEY]",
+)
+@click.option(
+    "--against",
+    type=click.File("r"),
+    metavar="FILE",
+    help="Seals as `archiver seals export` wrote them elsewhere; - for stdin.",
+)
+@connection.json_option
+def verify(after_seal: int | None, key_file: Path | None, against: IO[str] | None, as_json: bool) -> None:
+    """Check seals and ledger: each row against its seal, each body against its digest, each seal against its chain.
+
+    Names each event and seal that is not as it was sealed, and exits 1 if there is any. What is not sealed yet can be
+    changed unseen: how many events that are is told.
+    """
+    configuration = settings.read()
+    key = _checking_key(configuration, key_file)
+    heads = None if against is None else _heads(against)
+    checked, findings = Checked(), []
+    with connection.engine(configuration, create=False) as engine:
+        with database.transaction(engine) as opened:
+            schema.check(opened)
+            _require_seal(seals.select_newest(opened), after_seal)
+        with (
+            database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
+            Progress(
+                TextColumn("Verifying {task.fields[told]}"), TimeElapsedColumn(), console=Console(stderr=True)
+            ) as progress,
+        ):
+            task = progress.add_task("", total=None, told="")
+
+            def tell(so_far: Checked) -> None:
+                progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
+
+            found = seals.verify(
+                opened, after_seal=after_seal or 0, key=key, heads=heads, checked=checked, on_progress=tell
+            )
+            for finding in found:
+                findings.append(finding)
+                if not as_json and len(findings) <= TOLD:
+                    progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
+    _report(checked, findings, has_key=key is not None, as_json=as_json)
+
+
+def _require_seal(newest: Seal, after_seal: int | None) -> None:
+    if after_seal is not None and after_seal > newest.id:
+        raise click.UsageError(f"There is no seal {after_seal}: the newest is {newest.id}.")
+
+
+def _checking_key(configuration: settings.Settings, key_file: Path | None) -> Any:
+    if key_file is None:
+        key = signing_key(configuration)
+        return None if key is None else key.public_key()
+    try:
+        return seals.public_key(key_file.read_text(encoding="utf-8", errors="replace"))
+    except KeyFileError as error:
+        raise click.UsageError(f"--key: {error}.") from None
+
+
+def _heads(file: IO[str]) -> dict[int, bytes]:
+    heads = {}
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+            heads[int(told["id"])] = bytes.fromhex(told["hash"])
+        except (ValueError, KeyError, TypeError):
+            raise click.UsageError(
+                f"--against: line {number} is no seal as `archiver seals export` prints."
+            ) from None
+    return heads
+
+
+def _report(checked: Checked, findings: list[Finding], *, has_key: bool, as_json: bool) -> None:
+    head = checked.head
+    if as_json:
+        click.echo(
+            _json(
+                {
+                    "ok": not findings,
+                    "seals": checked.seals,
+                    "events": checked.events,
+                    "unsealed": checked.unsealed,
+                    "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
+                    "signatures_checked": has_key,
+                    "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
+                }
+            )
+        )
+    else:
+        click.echo(
+            f"{checked.events:,} events in {checked.seals:,} seals; {checked.unsealed:,} events not sealed yet."
+        )
+        if head.id:
+            click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
+    if findings:
+        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
+        click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
+        sys.exit(1)
+
+
+def _signed(head: Seal, *, has_key: bool) -> str:
+    if head.key_id is None:
+        return ", not signed"
+    return f", signed by {head.key_id}" + ("" if has_key else " (not checked: give --key)")
+
+
+@click.command()
+@click.argument("event", type=click.IntRange(1, 2**63 - 1))
+def prove(event: int) -> None:
+    """Print, as JSON, the proof that EVENT (its id in archiver.events) is in its seal.
+
+    docs/seals.md has a script that checks such a proof without this program.
+    """
+    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
+        schema.check(opened)
+        try:
+            proof = seals.prove(opened, event)
+        except seals.NotSealedError as error:
+            click.echo(f"archiver: {error}", err=True)
+            sys.exit(1)
+    click.echo(_json(proof.as_json()))
+
+
+@click.group("seals")
+def group() -> None:
+    """The chain of seals."""
+
+
+@group.command("list")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000), help="The newest so many.")
+@connection.json_option
+def list_(limit: int, as_json: bool) -> None:
+    """List the newest seals."""
+    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
+        schema.check(opened)
+        first = int(opened.scalar(text("SELECT coalesce(max(id), 0) FROM archiver.seals")) or 0) - limit
+        found = [each for each, _ in seals.select_seals(opened, max(first, 0))]
+    if as_json:
+        click.echo(_json([_told(each) for each in found]))
+        return
+    table = Table("seal", "sealed", "leaves", "events through", "key", "hash")
+    for each in found:
+        sealed_at = f"{each.sealed_at:%Y-%m-%d %H:%M:%S}"
+        events = f"{each.through['events']:,}"
+        table.add_row(str(each.id), sealed_at, f"{each.size:,}", events, each.key_id or "-", each.hash.hex())
+    Console().print(table if found else "There is no seal yet: archiver seal")
+
+
+@group.command()
+@click.option(
+    "--since", "after", default=0, type=click.IntRange(0), metavar="SEAL", help="Only those after this one."
+)
+def export(after: int) -> None:
+    """Print the seals as JSON lines, for a place that whoever owns the database cannot write.
+
+    `archiver verify --against FILE` compares with them later.
+    """
+    with connection.engine(settings.read(), create=False) as engine:
+        with database.transaction(engine) as opened:
+            schema.check(opened)
+        with database.snapshot(engine, statement_seconds=READ_SECONDS) as opened:
+            for line in _lines(seals.select_seals(opened, after)):
+                click.echo(line)
+
+
+def _lines(found: Iterator[tuple[Seal, Any]]) -> Iterator[str]:
+    return (json.dumps(_told(each)) for each, _ in found)
+
+
+def _told(each: Seal) -> dict[str, Any]:
+    return {
+        "id": each.id,
+        "sealed_at": each.sealed_at.isoformat(),
+        "leaves": each.size,
+        "events_through": each.through["events"],
+        "hash": each.hash.hex(),
+        "statement": each.statement.decode(),
+        "key_id": each.key_id,
+        "signature": None if each.signature is None else each.signature.hex(),
+    }
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

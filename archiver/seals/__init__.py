@@ -1,0 +1,23 @@
+"""Seals: what the ledger held, proven. A Merkle tree over what is settled, each seal chained to the one before."""
+
+from archiver.seals.chain import KeyFileError, Seal, private_key, public_key, select_newest, select_seals
+from archiver.seals.proofs import NotSealedError, Proof, prove
+from archiver.seals.sealing import BusyError, seal
+from archiver.seals.verifying import Checked, Finding, verify
+
+__all__ = [
+    "BusyError",
+    "Checked",
+    "Finding",
+    "KeyFileError",
+    "NotSealedError",
+    "Proof",
+    "Seal",
+    "private_key",
+    "prove",
+    "public_key",
+    "seal",
+    "select_newest",
+    "select_seals",
+    "verify",
+]

@@ -1,0 +1,190 @@
+"""The chain: each seal states what it holds and which seal came before, so that none can be changed alone."""
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+from sqlalchemy import Connection, RowMapping, insert, select
+
+from archiver import tables
+from archiver.seals import merkle
+from archiver.seals.leaves import KINDS
+
+NOTHING = bytes(32)  # the hash before the first seal's
+_ENTRY = struct.Struct(">cq32s")
+
+
+class KeyFileError(Exception):
+    """A key that is none; the text says how to make one."""
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """A leaf as its seal lists it: the letter of its table, its id, its hash."""
+
+    letter: bytes
+    id: int
+    hash: bytes
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """One seal; `through` tells up to which id each table is sealed, by the table's name."""
+
+    id: int
+    sealed_at: datetime
+    through: dict[str, int]
+    size: int
+    root: bytes
+    previous: bytes
+    hash: bytes
+    key_id: str | None = None
+    signature: bytes | None = None
+
+    @property
+    def statement(self) -> bytes:
+        """What is hashed and signed: lines of text, so that anybody can put it together."""
+        lines = [
+            "callhq-archiver seal v1",
+            f"id {self.id}",
+            f"sealed_at {self.sealed_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
+            *(f"{kind.table} {self.through[kind.table]}" for kind in KINDS),
+            f"leaves {self.size}",
+            f"root {self.root.hex()}",
+            f"previous {self.previous.hex()}",
+            f"key {self.key_id or '-'}",
+        ]
+        return "\n".join(lines).encode() + b"\n"
+
+
+FIRST = Seal(0, datetime(1970, 1, 1, tzinfo=UTC), {kind.table: 0 for kind in KINDS}, 0, NOTHING, NOTHING, NOTHING)
+
+
+def make(before: Seal, entries: Sequence[Entry], through: dict[str, int], key: Ed25519PrivateKey | None) -> Seal:
+    """The seal that follows `before`; signed where there is a key."""
+    draft = Seal(
+        id=before.id + 1,
+        sealed_at=datetime.now(UTC),
+        through=through,
+        size=len(entries),
+        root=merkle.root([entry.hash for entry in entries]),
+        previous=before.hash,
+        hash=NOTHING,
+        key_id=None if key is None else key_id(key.public_key()),
+    )
+    return msgspec.structs.replace(
+        draft,
+        hash=sha256(draft.statement).digest(),
+        signature=None if key is None else key.sign(draft.statement),
+    )
+
+
+def is_signed_by(seal: Seal, key: Ed25519PublicKey) -> bool:
+    """Whether this key signed it."""
+    if seal.signature is None:
+        return False
+    try:
+        key.verify(seal.signature, seal.statement)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def pack(entries: Iterable[Entry]) -> bytes:
+    """As `seals.entries` holds them."""
+    return b"".join(_ENTRY.pack(entry.letter, entry.id, entry.hash) for entry in entries)
+
+
+def unpack(packed: bytes) -> list[Entry] | None:
+    """None where these are no entries."""
+    if len(packed) % _ENTRY.size:
+        return None
+    return [Entry(*fields) for fields in _ENTRY.iter_unpack(packed)]
+
+
+def insert_seal(connection: Connection, seal: Seal, entries: Iterable[Entry]) -> None:
+    """Append it to the chain."""
+    values = {name: getattr(seal, name) for name in _KEPT} | {"entries": pack(entries)}
+    values |= {kind.through: seal.through[kind.table] for kind in KINDS}
+    connection.execute(insert(tables.seals), values)
+
+
+_KEPT = ("id", "sealed_at", "root", "previous", "hash", "key_id", "signature")
+
+
+def select_newest(connection: Connection) -> Seal:
+    """The newest seal; `FIRST` where there is none."""
+    query = select(tables.seals).order_by(tables.seals.c.id.desc()).limit(1)
+    row = connection.execute(query).mappings().first()
+    return FIRST if row is None else of_row(row)
+
+
+def select_seals(
+    connection: Connection, after: int = 0, through: int | None = None
+) -> Iterator[tuple[Seal, list[Entry] | None]]:
+    """The seals after this id with their entries, in order, a few at a time."""
+    while True:
+        query = select(tables.seals).where(tables.seals.c.id > after).order_by(tables.seals.c.id).limit(_PAGE)
+        if through is not None:
+            query = query.where(tables.seals.c.id <= through)
+        rows = connection.execute(query).mappings().all()
+        for row in rows:
+            yield of_row(row), unpack(bytes(row["entries"]))
+        if len(rows) < _PAGE:
+            return
+        after = rows[-1]["id"]
+
+
+_PAGE = 20
+
+
+def of_row(row: RowMapping) -> Seal:
+    """A seal from its row."""
+    return Seal(
+        id=row["id"],
+        sealed_at=row["sealed_at"],
+        through={kind.table: row[kind.through] for kind in KINDS},
+        size=len(row["entries"]) // _ENTRY.size,
+        root=bytes(row["root"]),
+        previous=bytes(row["previous"]),
+        hash=bytes(row["hash"]),
+        key_id=row["key_id"],
+        signature=None if row["signature"] is None else bytes(row["signature"]),
+    )
+
+
+def private_key(pem: str) -> Ed25519PrivateKey:
+    """The signing key in these PEM lines. Raises `KeyFileError`."""
+    try:
+        key = load_pem_private_key(pem.encode(), password=None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError("not an Ed25519 private key in PEM: openssl genpkey -algorithm ed25519 -out seal.key")
+    return key
+
+
+def public_key(pem: str) -> Ed25519PublicKey:
+    """The key in these PEM lines, public or the public half of a private one. Raises `KeyFileError`."""
+    if "PRIVATE KEY" in pem:
+        return private_key(pem).public_key()
+    try:
+        key = load_pem_public_key(pem.encode())
+    except ValueError:
+        key = None
+    if not isinstance(key, Ed25519PublicKey):
+        raise KeyFileError("not an Ed25519 public key in PEM: openssl pkey -in seal.key -pubout -out seal.pub")
+    return key
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """Tells keys apart: the first 16 hexadecimal digits of SHA-256 over the raw public key."""
+    return sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""Sealing: what is settled is hashed into a tree, and the tree chained to those before it."""
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from archiver.database import sqlstate, transaction
+from archiver.seals import chain
+from archiver.seals.chain import Entry, Seal
+from archiver.seals.leaves import KINDS, select_leaves
+
+log = structlog.get_logger(__name__)
+
+LEAVES = 10_000  # of each table in one seal
+# Whoever writes waits behind a lock that waits: so it is not waited for.
+LOCK_SECONDS = 0.1
+ATTEMPTS = 20
+LOCK_NOT_AVAILABLE = "55P03"
+
+# Arbitrary, and not the ledger's: one sealer of a database at a time.
+_SEALING_LOCK = text("SELECT pg_advisory_xact_lock(:key)").bindparams(key=0x63616C6C_68710003)
+
+
+_SETTLED = ("events", "acts", "erasures", "removals")
+
+
+class BusyError(Exception):
+    """The ledger is so busy that it could not be looked at for an instant; try again."""
+
+
+def seal(engine: Engine, key: Ed25519PrivateKey | None = None) -> list[Seal]:
+    """Seal all that is settled; answers the new seals, none where nothing is new.
+
+    Raises `BusyError`.
+    """
+    settled = _settle(engine)
+    made: list[Seal] = []
+    while True:
+        with transaction(engine, statement_seconds=60) as connection:
+            connection.execute(_SEALING_LOCK)
+            new = _seal_next(connection, settled, key)
+        if new is None:
+            return made
+        log.info("sealed", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
+        made.append(new)
+        # What is delivered again meanwhile is for the next time: there may be no end of that.
+        if new.size < LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
+            return made
+
+
+def _settle(engine: Engine) -> dict[str, int]:
+    """Up to which id each table holds all that it ever will."""
+    for _ in range(ATTEMPTS):
+        try:
+            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
+                return dict(connection.execute(text("SELECT * FROM archiver.settle()")).mappings().one())
+        except OperationalError as error:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+                raise
+    raise BusyError(str(BusyError.__doc__))
+
+
+def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:
+    before = chain.select_newest(connection)
+    sealed = before.through
+    through = {kind.table: settled.get(kind.through, 0) for kind in KINDS}
+    through["events"] = _at_most(connection, "events", sealed["events"], through["events"])
+    through["recounts"] = _recount(connection, sealed["events"], through["events"])
+    for name in ("recounts", *_SETTLED[1:]):
+        through[name] = _at_most(connection, name, sealed[name], through[name])
+    # Another sealer may know of more by now.
+    through = {name: max(number, sealed[name]) for name, number in through.items()}
+    entries = [
+        Entry(kind.letter, leaf.id, leaf.hash)
+        for kind in KINDS
+        for leaf in select_leaves(connection, kind, sealed[kind.table], through[kind.table])
+    ]
+    if not entries:
+        return None
+    new = chain.make(before, entries, through, key)
+    chain.insert_seal(connection, new, entries)
+    return new
+
+
+def _at_most(connection: Connection, table: str, after: int, through: int) -> int:
+    """The id up to which there are as many new rows as one seal holds."""
+    query = f"SELECT id FROM archiver.{table} WHERE id > :after AND id <= :through ORDER BY id OFFSET :most LIMIT 1"  # noqa: S608  # a name of ours
+    beyond = connection.scalar(text(query), {"after": after, "through": through, "most": LEAVES})
+    return through if beyond is None else int(beyond) - 1
+
+
+# Those that were delivered several times before they were ever sealed, and those that were again since.
+_RECOUNT_NEW = text(
+    """
+    INSERT INTO archiver.recounts (event_id, delivery_count, last_received_at, earliest_at)
+    SELECT id, delivery_count, last_received_at, earliest_at
+      FROM archiver.events WHERE id > :after AND id <= :through AND delivery_count > 1
+     ORDER BY id
+    """
+)
+_CLEAR = text(
+    """
+    UPDATE archiver.events SET is_recounted = false
+     WHERE is_recounted AND id <= :through
+       AND id <= coalesce((SELECT max(id) FROM (SELECT id FROM archiver.events WHERE is_recounted
+                           ORDER BY id LIMIT :most) AS page), 0)
+    RETURNING id, delivery_count, last_received_at, earliest_at
+    """
+)
+_RECOUNT = text(
+    "INSERT INTO archiver.recounts (event_id, delivery_count, last_received_at, earliest_at)"
+    " VALUES (:id, :delivery_count, :last_received_at, :earliest_at)"
+)
+
+
+def _recount(connection: Connection, after: int, through: int) -> int:
+    """Note what the counters of redelivered events stand at; answers the id of the last such note."""
+    connection.execute(_RECOUNT_NEW, {"after": after, "through": through})
+    # In this order: what is delivered meanwhile is noted again, and the later note counts.
+    cleared = connection.execute(_CLEAR, {"through": through, "most": LEAVES}).mappings().all()
+    if cleared:
+        connection.execute(_RECOUNT, [dict(row) for row in sorted(cleared, key=lambda row: int(row["id"]))])
+    return int(connection.scalar(text("SELECT coalesce(max(id), 0) FROM archiver.recounts")) or 0)

@@ -1,0 +1,266 @@
+"""Verification: everything computed again from the rows, in one pass and bounded memory, and each fault named."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from hashlib import sha256
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import Connection, text
+
+from archiver.seals import chain, merkle
+from archiver.seals.chain import Entry, Seal
+from archiver.seals.leaves import BY_LETTER, EVENTS, KINDS, Kind, Leaf, select_leaves
+
+WINDOW = 20_000  # leaves that are looked at together
+_LEAST = -(2**63)
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that is not as it was sealed: a row of `table` (a seal is one of `seals`), and what is wrong."""
+
+    table: str
+    id: int
+    fault: str
+    seal: int | None = None
+
+    def __str__(self) -> str:
+        sealed = "" if self.seal is None else f", sealed by {self.seal}"
+        return f"{_NOUNS[self.table]} {self.id}{sealed}: {_EXPLAINED[self.fault]}"
+
+
+_NOUNS = {
+    "events": "event",
+    "recounts": "recount",
+    "acts": "act",
+    "erasures": "erasure",
+    "removals": "removal",
+    "seals": "seal",
+}
+_EXPLAINED = {
+    "changed": "its row was changed after it was sealed",
+    "missing": "its row is missing",
+    "inserted": "its row was put among those that were sealed already",
+    "body_changed": "its body is not the one that was received",
+    "counters_changed": "its counters were changed by other than a delivery",
+    "erased_without_record": "its body is gone, and no erasure tells why",
+    "altered": "what it states is not what its hash says",
+    "altered_leaves": "its list of leaves is not the one that it states the root of",
+    "out_of_chain": "it does not follow the seal before it",
+    "wrong_signature": "its signature is not by the key given",
+    "unsigned": "it is not signed, and those before it were",
+    "not_the_known_one": "it is not the seal that was exported under this number",
+}
+
+
+class Checked(msgspec.Struct):
+    """How far a verification has come."""
+
+    seals: int = 0
+    events: int = 0
+    unsealed: int = 0  # events that are not sealed yet
+    head: Seal = chain.FIRST
+
+
+def verify(
+    connection: Connection,
+    *,
+    after_seal: int = 0,
+    key: Ed25519PublicKey | None = None,
+    heads: Mapping[int, bytes] | None = None,
+    checked: Checked | None = None,
+    on_progress: Callable[[Checked], None] = lambda _: None,
+) -> Iterator[Finding]:
+    """Everything that is not as it was sealed, in the order of seals.
+
+    `after_seal`: begin after this seal, taking it as it stands; 0: from the first. `heads`: hashes of seals, by
+    number, as they were exported. The connection shows one snapshot (REPEATABLE READ), so that an archive in use can
+    be verified.
+    """
+    checked = Checked() if checked is None else checked
+    known = dict(heads or {})
+    before = _seal_before(connection, after_seal)
+    yield from _compare_known(before, known)
+    for number in connection.scalars(text("SELECT id FROM archiver.seals WHERE id < 1 ORDER BY id")):
+        yield Finding("seals", number, "inserted")
+    start = before
+    for window in _windows(connection, after_seal):
+        for seal, entries in window:
+            yield from _check_seal(seal, entries, before, key)
+            yield from _compare_known(seal, known)
+            before = seal
+            checked.seals += 1
+        yield from _compare(connection, window, start, before, checked)
+        start = checked.head = before
+        on_progress(checked)
+    for number in sorted(number for number in known if number > after_seal):
+        yield Finding("seals", number, "missing")
+    yield from _compare_unsealed(connection, before, checked)
+    yield from _check_counters(connection, before.through["events"])
+    yield from _check_erased(connection)
+    on_progress(checked)
+
+
+def _seal_before(connection: Connection, number: int) -> Seal:
+    if number == 0:
+        return chain.FIRST
+    return next(seal for seal, _ in chain.select_seals(connection, number - 1, number))
+
+
+def _windows(connection: Connection, after: int) -> Iterator[list[tuple[Seal, list[Entry] | None]]]:
+    window: list[tuple[Seal, list[Entry] | None]] = []
+    size = 0
+    for seal, entries in chain.select_seals(connection, after):
+        window.append((seal, entries))
+        size += seal.size
+        if size >= WINDOW:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def _check_seal(
+    seal: Seal, entries: Sequence[Entry] | None, before: Seal, key: Ed25519PublicKey | None
+) -> Iterator[Finding]:
+    for number in range(before.id + 1, seal.id):
+        yield Finding("seals", number, "missing")
+    if seal.hash != sha256(seal.statement).digest():
+        yield Finding("seals", seal.id, "altered")
+    if (
+        entries is None
+        or merkle.root([entry.hash for entry in entries]) != seal.root
+        or not _fits(seal, entries, before)
+    ):
+        yield Finding("seals", seal.id, "altered_leaves")
+    if seal.previous != before.hash:
+        yield Finding("seals", seal.id, "out_of_chain")
+    yield from _check_signature(seal, before, key)
+
+
+def _fits(seal: Seal, entries: Sequence[Entry], before: Seal) -> bool:
+    """Whether its leaves are those between the seal before and what it says it goes through, in their order."""
+    letters = [kind.letter for kind in KINDS]
+    order = [(letters.index(entry.letter), entry.id) if entry.letter in BY_LETTER else (-1, 0) for entry in entries]
+    return order == sorted(set(order)) and all(
+        entry.letter in BY_LETTER
+        and before.through[BY_LETTER[entry.letter].table] < entry.id <= seal.through[BY_LETTER[entry.letter].table]
+        for entry in entries
+    )
+
+
+def _check_signature(seal: Seal, before: Seal, key: Ed25519PublicKey | None) -> Iterator[Finding]:
+    if (seal.signature is None) != (seal.key_id is None):
+        yield Finding("seals", seal.id, "wrong_signature")
+    elif seal.signature is None and before.signature is not None:
+        yield Finding("seals", seal.id, "unsigned")
+    elif key is not None and seal.signature is not None and not chain.is_signed_by(seal, key):
+        yield Finding("seals", seal.id, "wrong_signature")
+
+
+def _compare_known(seal: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
+    """Against what was exported; what is left of `known` in the end is missing."""
+    if known.pop(seal.id, seal.hash) != seal.hash:
+        yield Finding("seals", seal.id, "not_the_known_one")
+
+
+def _compare(
+    connection: Connection,
+    window: Sequence[tuple[Seal, list[Entry] | None]],
+    start: Seal,
+    end: Seal,
+    checked: Checked,
+) -> Iterator[Finding]:
+    """The leaves of these seals against the rows as they are."""
+    for kind in KINDS:
+        sealed = {
+            entry.id: (entry.hash, seal.id)
+            for seal, entries in window
+            for entry in entries or ()
+            if entry.letter == kind.letter
+        }
+        gone = _removed(connection, start.through["events"], end.through["events"]) if kind is EVENTS else set()
+        # Nothing of ours has an id below 1, but what somebody else put there may.
+        after = start.through[kind.table] if start.id else _LEAST
+        through = max(end.through[kind.table], start.through[kind.table])
+        if kind is EVENTS:
+            checked.events += len(sealed)
+        yield from _compare_kind(kind, sealed, select_leaves(connection, kind, after, through), gone)
+
+
+def _compare_kind(
+    kind: Kind, sealed: dict[int, tuple[bytes, int]], leaves: Iterator[Leaf], gone: Collection[int]
+) -> Iterator[Finding]:
+    for leaf in leaves:
+        known = sealed.pop(leaf.id, None)
+        if known is None:
+            yield Finding(kind.table, leaf.id, "inserted")
+        elif known[0] != leaf.hash:
+            yield Finding(kind.table, leaf.id, "changed", known[1])
+        elif not leaf.is_intact:
+            yield Finding(kind.table, leaf.id, "body_changed", known[1])
+    for row_id, (_, number) in sealed.items():
+        if row_id not in gone:
+            yield Finding(kind.table, row_id, "missing", number)
+
+
+def _removed(connection: Connection, after: int, through: int) -> set[int]:
+    query = text("SELECT event_id FROM archiver.removals WHERE event_id > :after AND event_id <= :through")
+    return set(connection.scalars(query, {"after": after, "through": through}))
+
+
+def _compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> Iterator[Finding]:
+    for leaf in select_leaves(connection, EVENTS, head.through["events"], 2**63 - 1):
+        checked.unsealed += 1
+        if not leaf.is_intact:
+            yield Finding("events", leaf.id, "body_changed")
+
+
+# Where nothing was delivered since, the counters stand as they were sealed; else they have grown.
+_COUNTERS = text(
+    """
+    SELECT e.id
+      FROM archiver.events e
+      LEFT JOIN (
+          SELECT DISTINCT ON (event_id) event_id, delivery_count, last_received_at, earliest_at
+            FROM archiver.recounts ORDER BY event_id, id DESC
+      ) r ON r.event_id = e.id
+     WHERE e.id <= :through
+       AND (r.event_id IS NOT NULL OR e.is_recounted OR e.delivery_count <> 1 OR e.earliest_at IS NOT NULL
+            OR e.last_received_at <> e.received_at)
+       AND NOT CASE WHEN e.is_recounted THEN
+               e.delivery_count > coalesce(r.delivery_count, 1)
+               AND e.last_received_at >= coalesce(r.last_received_at, e.received_at)
+               AND (e.earliest_at IS NOT DISTINCT FROM r.earliest_at
+                    OR coalesce(e.earliest_at < coalesce(r.earliest_at, e.occurred_at, 'infinity'), false))
+           ELSE
+               (e.delivery_count, e.last_received_at, e.earliest_at) IS NOT DISTINCT FROM
+               (coalesce(r.delivery_count, 1), coalesce(r.last_received_at, e.received_at), r.earliest_at)
+           END
+     ORDER BY e.id
+    """
+)
+
+
+def _check_counters(connection: Connection, through: int) -> Iterator[Finding]:
+    for event_id in connection.scalars(_COUNTERS, {"through": through}):
+        yield Finding("events", event_id, "counters_changed")
+
+
+_ERASED = text(
+    """
+    SELECT e.id
+      FROM archiver.events e
+     WHERE (e.body IS NULL OR e.salt IS NULL)
+       AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
+           SELECT FROM archiver.erasures x
+            WHERE x.session_id = e.session_id
+              AND (x.chat_id = '' OR x.chat_id = e.chat_id OR e.source <> 'webhook')
+       ))
+     ORDER BY e.id
+    """
+)
+
+
+def _check_erased(connection: Connection) -> Iterator[Finding]:
+    for event_id in connection.scalars(_ERASED):
+        yield Finding("events", event_id, "erased_without_record")

@@ -1,0 +1,352 @@
+"""Seals: whatever is changed, removed, put in or put elsewhere is found, and named (I9)."""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver import events, history, ledger, seals, tables
+from archiver.database import snapshot, transaction
+from archiver.seals import chain, leaves, merkle, sealing
+from archiver.seals.verifying import Finding
+from tests.payloads import created, deleted
+from tests.rows import execute, rows
+from tests.test_limits import on_one_version
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+# The tree
+
+# Leaves and roots of the test vectors of Certificate Transparency's reference implementation.
+LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
+ROOTS = {
+    1: "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+    2: "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
+    3: "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
+    8: "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
+}
+
+
+@pytest.mark.parametrize("size", ROOTS)
+def test_the_root_is_that_of_the_published_vectors(size: int) -> None:
+    hashes = [merkle.leaf_hash(bytes.fromhex(leaf)) for leaf in LEAVES[:size]]
+    assert merkle.root(hashes).hex() == ROOTS[size]
+
+
+def as_the_rfc_has_it(leaves: Sequence[bytes]) -> bytes:
+    if len(leaves) < 2:
+        return sha256(b"\0" + leaves[0]).digest() if leaves else sha256(b"").digest()
+    split = 1
+    while split * 2 < len(leaves):
+        split *= 2
+    return sha256(b"\1" + as_the_rfc_has_it(leaves[:split]) + as_the_rfc_has_it(leaves[split:])).digest()
+
+
+@given(st.lists(st.binary(max_size=3), max_size=70))
+def test_the_root_is_that_of_the_rfcs_recursion(leaves: list[bytes]) -> None:
+    assert merkle.root([merkle.leaf_hash(leaf) for leaf in leaves]) == as_the_rfc_has_it(leaves)
+
+
+@given(st.integers(1, 70), st.data())
+def test_a_path_leads_to_the_root_and_no_other_does(size: int, data: st.DataObject) -> None:
+    hashes = [merkle.leaf_hash(bytes([number])) for number in range(size)]
+    root = merkle.root(hashes)
+    index = data.draw(st.integers(0, size - 1))
+    path = merkle.path(hashes, index)
+    assert merkle.root_of_path(hashes[index], index, size, path) == root
+    assert merkle.root_of_path(merkle.leaf_hash(b"another"), index, size, path) != root
+    assert merkle.root_of_path(hashes[index], index, size, [*path, root]) is None
+    if path:
+        assert merkle.root_of_path(hashes[index], index, size, path[:-1]) is None
+        turned = [bytes(32), *path[1:]]
+        assert merkle.root_of_path(hashes[index], index, size, turned) != root
+
+
+# An archive with something in every sealed table
+
+
+def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
+    observations = []
+    for body in bodies:
+        event = events.parse(body)
+        assert isinstance(event, events.Event)
+        observations.append(ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "key"))
+    with transaction(engine) as connection:
+        ledger.record(connection, observations)
+
+
+def read(engine: Engine, session_id: str, seconds: float) -> None:
+    answer = msgspec.json.encode({"id": session_id, "messages": [{"role": "user", "content": "hello"}]})
+    fact = history.observe(session_id, 200, answer)
+    with transaction(engine) as connection:
+        ledger.record(connection, [ledger.Observation(fact, NOW + timedelta(seconds=seconds), history.SOURCE, None)])
+
+
+def act(engine: Engine, kind: str, **detail: Any) -> None:
+    execute(
+        engine,
+        "INSERT INTO archiver.acts (at, actor, kind, reason, detail) VALUES"
+        f" (now(), 'tester', '{kind}', 'because', '{msgspec.json.encode(detail).decode()}')".replace(":", r"\:"),
+    )
+
+
+def erase(engine: Engine, session_id: str, chat_id: str) -> None:
+    execute(
+        engine,
+        "INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)"
+        f" VALUES ('{session_id}', '{chat_id}', now(), 'request', 1)",
+        "UPDATE archiver.events SET body = NULL, salt = NULL, dedupe_key = sha256(salt || dedupe_key)"
+        f" WHERE session_id = '{session_id}' AND chat_id = '{chat_id}'",
+    )
+
+
+@pytest.fixture
+def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Five signed seals over every kind of row; deliveries and an erasure before and after their sealing."""
+    monkeypatch.setattr(sealing, "LEAVES", 4)
+    record(engine, created("a", "s"), created("b", "s"), deleted("c", session_id=None))
+    record(engine, created("b", "s", at=1_600_000_000_000), seconds=5)
+    seals.seal(engine, KEY)
+    record(engine, created("d", "t"), b'{"type": "x.unknown"}', deleted("a", session_id="s"), seconds=1)
+    record(engine, created("e", "t"))
+    record(engine, created("a", "s"), created("d", "t"), seconds=9)
+    act(engine, "erase", sessions=1)
+    seals.seal(engine, KEY)
+    erase(engine, "t", "e")
+    read(engine, "s", 20)
+    record(engine, created("d", "t"), seconds=30)
+    # The row of an event that retention removed.
+    execute(
+        engine,
+        "INSERT INTO archiver.removals (event_id, act_id) SELECT id, 1 FROM archiver.events WHERE chat_id = 'c'",
+        "DELETE FROM archiver.events WHERE chat_id = 'c'",
+    )
+    seals.seal(engine, KEY)
+    record(engine, created("z", "z"))
+    return engine
+
+
+def findings(connection: Connection, **options: Any) -> list[Finding]:
+    return list(seals.verify(connection, key=KEY.public_key(), **options))
+
+
+def verify(engine: Engine, **options: Any) -> list[Finding]:
+    with snapshot(engine, statement_seconds=30) as connection:
+        return findings(connection, **options)
+
+
+def test_an_archive_that_nobody_touched_verifies(sealed: Engine) -> None:
+    checked = seals.Checked()
+    assert verify(sealed, checked=checked) == []
+    counted = rows(sealed, "SELECT (SELECT count(*) FROM archiver.events), (SELECT count(*) FROM archiver.seals)")
+    assert counted == [(checked.events - 1 + checked.unsealed, checked.seals)]  # one was removed by rule
+    assert checked.unsealed == 1
+    assert checked.seals >= 3
+
+
+# What somebody with all rights does to it
+
+
+@pytest.fixture
+def forged(sealed: Engine) -> Iterator[Connection]:
+    """A connection past all guards, whose changes are undone."""
+    with sealed.connect() as connection:
+        yield connection
+        connection.rollback()
+
+
+def forge(connection: Connection, statement: str, renumbered: str | None = None) -> int:
+    """The rows that a statement changed, in a transaction of its own that stays open."""
+    connection.rollback()
+    connection.execute(text("SET LOCAL session_replication_role = replica"))
+    if renumbered is not None:
+        connection.execute(text(f"ALTER TABLE archiver.{renumbered} ALTER COLUMN id DROP IDENTITY IF EXISTS"))
+    return connection.execute(text(statement)).rowcount
+
+
+FLIPS = {
+    "TEXT": ["{c} || 'x'", "coalesce({c}, 'x') || ' '", "NULL", "''"],
+    "BLOB": ["set_byte({c}, 0, get_byte({c}, 0) # 1)", "{c} || '\\x00'", "NULL", "''"],
+    "BIGINT": ["{c} + 1000", "-{c}"],
+    "INTEGER": ["{c} + 1", "{c} - 1", "{c} + 1000"],
+    "DATETIME": ["{c} + interval '1 microsecond'", "{c} - interval '1 day'", "NULL", "'epoch'"],
+    "BOOLEAN": ["NOT {c}"],
+    "JSONB": ["{c} || '{{\"more\"\\: 1}}'", "'{{}}'"],
+}
+SEALED = ("events", "recounts", "acts", "erasures", "removals", "seals")
+
+
+@on_one_version
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [(table, column.name) for table in SEALED for column in tables.metadata.tables[f"archiver.{table}"].columns],
+)
+def test_i9_each_changed_column_is_found_and_named(forged: Connection, table: str, column: str) -> None:
+    heads = {seal.id: seal.hash for seal, _ in chain.select_seals(forged)}
+    kind = str(tables.metadata.tables[f"archiver.{table}"].columns[column].type).split("(")[0].split()[0]
+    changed = 0
+    for row_id in sealed_ids(forged, table):
+        for flip in FLIPS[kind]:
+            value = flip.format(c=column)
+            statement = (
+                f"UPDATE archiver.{table} SET {column} = {value}"
+                f" WHERE id = {row_id} AND {column} IS DISTINCT FROM {value}"
+            )
+            try:
+                touched = forge(forged, statement, table if column == "id" else None)
+            except DBAPIError:
+                continue  # such a row cannot be
+            changed += touched
+            told = findings(forged, heads=heads) if touched else []
+            assert not touched or any(found.table == table and found.id == row_id for found in told), (row_id, flip)
+    assert changed
+
+
+def sealed_ids(connection: Connection, table: str) -> list[int]:
+    rule = "true" if table == "seals" else f"id <= (SELECT max({table}_through) FROM archiver.seals)"
+    return list(connection.scalars(text(f"SELECT id FROM archiver.{table} WHERE {rule} ORDER BY id")))
+
+
+@on_one_version
+@pytest.mark.parametrize("table", SEALED)
+def test_i9_each_removed_row_is_found_and_named(forged: Connection, table: str) -> None:
+    ids = sealed_ids(forged, table)
+    for row_id in ids[:-1] if table == "seals" else ids:
+        assert forge(forged, f"DELETE FROM archiver.{table} WHERE id = {row_id}") == 1
+        assert any(found.table == table and found.id == row_id for found in findings(forged)), row_id
+
+
+@pytest.mark.parametrize("row_id", [-(2**62), 0, 1, 3])
+def test_i9_a_row_put_in_is_found_and_named(forged: Connection, row_id: int) -> None:
+    names = [column.name for column in tables.events.c if column.name not in {"id", "session_id"}]
+    forge(
+        forged,
+        f"INSERT INTO archiver.events (id, session_id, {', '.join(names)}) OVERRIDING SYSTEM VALUE"
+        f" SELECT {row_id}, 'put in', {', '.join(names)} FROM archiver.events WHERE chat_id = 'b'",
+    )
+    assert any(found.id == row_id for found in findings(forged))
+
+
+@pytest.mark.parametrize(
+    "columns", ["body, salt, body_digest", "body", "salt", "body, salt", "received_at", "dedupe_key", "id"]
+)
+def test_i9_rows_that_trade_places_are_found(forged: Connection, columns: str) -> None:
+    first, second = forged.scalars(
+        text("SELECT id FROM archiver.events WHERE chat_id IN ('b', 'd') AND type = 'chat.created' ORDER BY id")
+    )
+    names = columns.split(", ")
+    forge(forged, "ALTER TABLE archiver.events DROP CONSTRAINT events_pkey", "events")
+    swapped = forged.execute(
+        text(
+            f"UPDATE archiver.events e SET {', '.join(f'{name} = o.{name}' for name in names)}"
+            f" FROM archiver.events o WHERE (e.id, o.id) IN (({first}, {second}), ({second}, {first}))"
+        )
+    )
+    assert swapped.rowcount == 2
+    assert {first, second} <= {found.id for found in findings(forged)}
+
+
+def test_i9_seals_made_anew_without_the_key_are_found(sealed: Engine, forged: Connection) -> None:
+    forge(forged, "UPDATE archiver.events SET type = 'forged' WHERE chat_id = 'b'")
+    before, rewritten = chain.FIRST, 0
+    for seal, entries in list(chain.select_seals(forged)):
+        assert entries is not None
+        now = {
+            (kind.letter, leaf.id): leaf.hash
+            for kind in leaves.KINDS
+            for leaf in leaves.select_leaves(forged, kind, before.through[kind.table], seal.through[kind.table])
+        }
+        anew = [
+            chain.Entry(entry.letter, entry.id, now.get((entry.letter, entry.id), entry.hash)) for entry in entries
+        ]
+        made = chain.make(before, anew, seal.through, None)
+        forged.execute(text(f"DELETE FROM archiver.seals WHERE id = {seal.id}"))
+        chain.insert_seal(forged, made, anew)
+        before, rewritten = made, rewritten + 1
+    # As a chain of unsigned seals it is whole: only the exported heads, or the key, tell.
+    assert findings(forged) == []
+    with snapshot(sealed, statement_seconds=30) as honest:
+        heads = {seal.id: seal.hash for seal, _ in chain.select_seals(honest)}
+    told = findings(forged, heads=heads)
+    assert {(found.table, found.fault) for found in told} == {("seals", "not_the_known_one")}
+    assert len(told) == rewritten
+
+
+def test_i9_a_chain_cut_at_its_end_is_found_against_exported_seals(sealed: Engine, forged: Connection) -> None:
+    heads = {seal.id: seal.hash for seal, _ in chain.select_seals(forged)}
+    last = max(heads)
+    forge(forged, f"DELETE FROM archiver.seals WHERE id = {last}")
+    assert findings(forged, heads=heads) == [Finding("seals", last, "missing")]
+    assert verify(sealed, heads=heads) == []
+
+
+def test_i9_a_seal_signed_by_another_key_is_found(sealed: Engine) -> None:
+    stranger = Ed25519PrivateKey.generate().public_key()
+    with snapshot(sealed, statement_seconds=30) as connection:
+        told = list(seals.verify(connection, key=stranger))
+    assert told
+    assert {found.fault for found in told} == {"wrong_signature"}
+
+
+def test_increments_are_verified_after_a_seal(sealed: Engine, forged: Connection) -> None:
+    forge(forged, "UPDATE archiver.events SET type = 'forged' WHERE chat_id = 'a' AND type = 'chat.created'")
+    assert findings(forged)
+    assert not [found for found in findings(forged, after_seal=1) if found.fault == "changed"]
+    assert verify(sealed, after_seal=2) == []
+
+
+def test_content_that_is_gone_without_an_erasure_is_found(forged: Connection) -> None:
+    event_id = forged.scalar(text("SELECT id FROM archiver.events WHERE chat_id = 'b'"))
+    forge(
+        forged,
+        "UPDATE archiver.events SET body = NULL, salt = NULL, dedupe_key = sha256(salt || dedupe_key)"
+        f" WHERE id = {event_id}",
+    )
+    assert findings(forged) == [Finding("events", int(event_id or 0), "erased_without_record")]
+
+
+# Sealing
+
+
+def test_nothing_new_makes_no_seal(engine: Engine) -> None:
+    assert seals.seal(engine) == []
+    record(engine, created())
+    assert len(seals.seal(engine)) == 1
+    assert seals.seal(engine) == []
+
+
+def test_a_redelivery_after_its_sealing_is_sealed_too(engine: Engine) -> None:
+    record(engine, created())
+    seals.seal(engine)
+    for count in (2, 3):
+        record(engine, created(), seconds=count)
+        assert verify(engine) == []
+        (seal,) = seals.seal(engine)
+        assert seal.size == 1
+        assert verify(engine) == []
+    assert rows(engine, "SELECT delivery_count, is_recounted FROM archiver.events") == [(3, False)]
+    assert rows(engine, "SELECT delivery_count FROM archiver.recounts ORDER BY id") == [(2,), (3,)]
+
+
+def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine) -> None:
+    with engine.connect() as late:
+        event = events.parse(created("late", "s"))
+        assert isinstance(event, events.Event)
+        ledger.record(late, [ledger.Observation(event, NOW, "webhook", "key")])
+        record(engine, created("early", "t"))  # a higher id, committed first
+        with pytest.raises(seals.BusyError):
+            seals.seal(engine)
+        assert rows(engine, "SELECT count(*) FROM archiver.seals") == [(0,)]
+        late.commit()
+    (seal,) = seals.seal(engine)
+    assert seal.size == 2
+    assert verify(engine) == []

@@ -1,0 +1,183 @@
+"""`archiver seal`, `verify`, `prove` and `seals`, and the worker that seals, as people and programs use them."""
+
+import json
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from tests.payloads import created
+from tests.receivers import archiver, serving
+from tests.waiting import until
+
+SCRIPT = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "seals.md").read_text(), re.DOTALL
+)[0]
+
+
+@pytest.fixture
+def url(database_url: str) -> str:
+    """An archive of three events."""
+    with serving(database_url) as receiver:
+        for name in "abc":
+            assert receiver.post(created(name, "s")).json()["status"] == "stored"
+    return database_url
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """A signing key; its public half beside it as `.pub`."""
+    made = Ed25519PrivateKey.generate()
+    file = tmp_path / "seal.key"
+    file.write_bytes(made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = made.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    file.with_suffix(".pub").write_bytes(public)
+    return file
+
+
+def forge(url: str, statement: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(statement)
+
+
+def ok(*arguments: str, url: str, **settings: str) -> str:
+    ended = archiver(*arguments, database_url=url, **settings)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_i9_a_forged_event_is_named_and_the_exit_code_tells(url: str) -> None:
+    assert "seal 1: 3 leaves" in ok("seal", url=url)
+    assert "Nothing is new" in ok("seal", url=url)
+    assert "3 events in 1 seals; 0 events not sealed yet." in ok("verify", url=url)
+    told = json.loads(ok("verify", "--json", url=url))
+    assert (told["ok"], told["events"], told["seals"], told["findings"]) == (True, 3, 1, [])
+    forge(url, r"UPDATE archiver.events SET body = '\x7b7d' WHERE chat_id = 'b'")
+    ended = archiver("verify", database_url=url)
+    assert ended.returncode == 1
+    assert "event 2, sealed by 1: its body is not the one that was received" in ended.stderr
+    told = json.loads(archiver("verify", "--json", database_url=url).stdout)
+    assert [(found["table"], found["id"], found["fault"]) for found in told["findings"]] == [
+        ("events", 2, "body_changed")
+    ]
+
+
+def proof_of(url: str, event: int) -> dict[str, Any]:
+    proof: dict[str, Any] = json.loads(ok("prove", str(event), url=url))
+    return proof
+
+
+def check(proof: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """By the script of the documentation, without anything of ours."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", SCRIPT], input=json.dumps(proof), capture_output=True, text=True, check=False
+    )
+
+
+def test_a_proof_is_checked_by_the_script_of_the_documentation(url: str) -> None:
+    assert len(SCRIPT.strip().splitlines()) <= 22
+    ok("seal", url=url)
+    for event, chat_id in enumerate("abc", 1):
+        checked = check(proof_of(url, event))
+        assert checked.returncode == 0, checked.stderr
+        with psycopg.connect(url) as connection:
+            salt, body = connection.execute(
+                "SELECT salt, body FROM archiver.events WHERE id = %s", [event]
+            ).fetchone() or (b"", b"")
+        assert f"body_digest {sha256(salt + body).hexdigest()} chat.created webhook s {chat_id}" in (checked.stdout)
+
+
+@pytest.mark.parametrize("part", ["leaf", "path", "statement", "hash", "index"])
+def test_the_script_of_the_documentation_refuses_a_forged_proof(url: str, part: str) -> None:
+    ok("seal", url=url)
+    proof = proof_of(url, 2)
+    forged = {
+        "leaf": proof["leaf"][:-1] + ("0" if proof["leaf"][-1] != "0" else "1"),
+        "path": proof["path"][::-1],
+        "statement": proof["statement"].replace("sealed_at 20", "sealed_at 19"),
+        "hash": "0" * 64,
+        "index": 0,
+    }
+    assert check(proof).returncode == 0
+    assert check(proof | {part: forged[part]}).returncode != 0
+
+
+def test_an_event_that_is_not_sealed_has_no_proof(url: str) -> None:
+    for event, advice in ((1, "not sealed yet: run `archiver seal`"), (99, "There is no event 99")):
+        ended = archiver("prove", str(event), database_url=url)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert advice in ended.stderr
+
+
+def test_signatures_are_made_and_checked(url: str, key: Path) -> None:
+    ok("seal", url=url, ARCHIVER_SEAL_KEY_FILE=str(key))
+    assert "signed by" in ok("verify", "--key", str(key.with_suffix(".pub")), url=url)
+    assert "not checked: give --key" in ok("verify", url=url)
+    assert json.loads(ok("verify", "--json", url=url, ARCHIVER_SEAL_KEY_FILE=str(key)))["signatures_checked"]
+    stranger = key.with_name("other.pub")
+    stranger.write_bytes(
+        Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    ended = archiver("verify", "--key", str(stranger), database_url=url)
+    assert ended.returncode == 1
+    assert "seal 1: its signature is not by the key given" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["seal", "verify", "worker", "serve"])
+def test_a_key_that_is_none_is_told_at_once(command: str, tmp_path: Path) -> None:
+    (tmp_path / "no.key").write_text("hello")
+    ended = archiver(
+        command,
+        database_url="postgresql://127.0.0.1:1/none",
+        ARCHIVER_SEAL_KEY_FILE=str(tmp_path / "no.key"),
+        ARCHIVER_WEBHOOK_SECRETS="s",
+    )
+    assert ended.returncode == 1
+    assert "ARCHIVER_SEAL_KEY: not an Ed25519 private key in PEM: openssl genpkey" in ended.stderr
+
+
+def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
+    ok("seal", url=url)
+    elsewhere = tmp_path / "seals.jsonl"
+    elsewhere.write_text(ok("seals", "export", url=url))
+    assert json.loads(elsewhere.read_text())["hash"] in ok("seals", "list", "--json", url=url)
+    ok("verify", "--against", str(elsewhere), url=url)
+    forge(url, "DELETE FROM archiver.seals")
+    ok("verify", url=url)
+    ended = archiver("verify", "--against", str(elsewhere), database_url=url)
+    assert ended.returncode == 1
+    assert "seal 1: its row is missing" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["verify", "--since", "7"], "There is no seal 7: the newest is 0"),
+        (["verify", "--against", __file__], "--against: line 1 is no seal"),
+        (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: openssl pkey"),
+    ],
+)
+def test_wrong_usage_is_told(database_url: str, arguments: list[str], advice: str) -> None:
+    ended = archiver(*arguments, database_url=database_url)
+    assert ended.returncode == 2
+    assert advice in " ".join(ended.stderr.split())
+
+
+def test_the_worker_beside_serve_seals_without_a_key_for_histories(database_url: str) -> None:
+    with serving(database_url, "--worker", ARCHIVER_SEAL_EVERY="1") as receiver:
+        receiver.post(created())
+
+        def is_sealed() -> bool:
+            return bool(json.loads(ok("verify", "--json", url=database_url))["events"])
+
+        until(is_sealed, "the event is sealed")
+        assert '"sealed"' in receiver.stderr()
+        assert receiver.stop() == 0
