@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench bench-backfill bench-overload soak lock clean
+.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals soak lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -46,6 +46,9 @@ bench-backfill: $(VENV)/.installed  ## Measure backfill against a simulated Call
 
 bench-overload: $(VENV)/.installed  ## Measure the receiver under four times the senders that it can serve (needs wrk)
 	@$(BIN)/python -m tests.bench.overload $(BENCH_ARGS)
+
+bench-seals: $(VENV)/.installed  ## Measure sealing and verification of a million events (--beside: what it costs ingest)
+	@$(BIN)/python -m tests.bench.seals $(BENCH_ARGS)
 
 soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)

@@ -181,6 +181,7 @@ class Receiver:
 def starting(database_url: str | None, *options: str, **environment: str) -> Iterator[Receiver]:
     """`archiver serve` on a free port, not waited for; kills what is left of it in the end."""
     with tempfile.TemporaryDirectory(prefix="archiver-serve-") as folder:
+        Path(folder).chmod(0o711)  # else, as root, the data would lie elsewhere, and outlive it
         log = Path(folder) / "stderr"
         own = {"ARCHIVER_WEBHOOK_SECRETS": SECRET, "ARCHIVER_LOG_FORMAT": "json", "ARCHIVER_HOME": f"{folder}/home"}
         settings = own | environment

@@ -1,7 +1,7 @@
 """The chain: each seal states what it holds and which seal came before, so that none can be changed alone."""
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from hashlib import sha256
 
@@ -18,10 +18,11 @@ from sqlalchemy import Connection, RowMapping, insert, select
 
 from archiver import tables
 from archiver.seals import merkle
-from archiver.seals.leaves import KINDS
+from archiver.seals.leaves import KINDS, Leaf
 
 NOTHING = bytes(32)  # the hash before the first seal's
 _ENTRY = struct.Struct(">cq32s")
+ENTRY_SIZE = _ENTRY.size
 
 
 class KeyFileError(Exception):
@@ -37,12 +38,16 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """One seal; `through` tells up to which id each table is sealed, by the table's name."""
+    """One seal; `through` tells up to which id each table is sealed, by the table's name.
+
+    `listed`: SHA-256 over its packed entries.
+    """
 
     id: int
     sealed_at: datetime
     through: dict[str, int]
     size: int
+    listed: bytes
     root: bytes
     previous: bytes
     hash: bytes
@@ -58,6 +63,7 @@ class Seal(msgspec.Struct, frozen=True):
             f"sealed_at {self.sealed_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
             *(f"{kind.table} {self.through[kind.table]}" for kind in KINDS),
             f"leaves {self.size}",
+            f"entries {self.listed.hex()}",
             f"root {self.root.hex()}",
             f"previous {self.previous.hex()}",
             f"key {self.key_id or '-'}",
@@ -65,17 +71,20 @@ class Seal(msgspec.Struct, frozen=True):
         return "\n".join(lines).encode() + b"\n"
 
 
-FIRST = Seal(0, datetime(1970, 1, 1, tzinfo=UTC), {kind.table: 0 for kind in KINDS}, 0, NOTHING, NOTHING, NOTHING)
+FIRST = Seal(
+    0, datetime(1970, 1, 1, tzinfo=UTC), {kind.table: 0 for kind in KINDS}, 0, NOTHING, NOTHING, NOTHING, NOTHING
+)
 
 
-def make(before: Seal, entries: Sequence[Entry], through: dict[str, int], key: Ed25519PrivateKey | None) -> Seal:
-    """The seal that follows `before`; signed where there is a key."""
+def make(before: Seal, entries: bytes, through: dict[str, int], key: Ed25519PrivateKey | None) -> Seal:
+    """The seal that follows `before` and holds these packed entries; signed where there is a key."""
     draft = Seal(
         id=before.id + 1,
         sealed_at=datetime.now(UTC),
         through=through,
-        size=len(entries),
-        root=merkle.root([entry.hash for entry in entries]),
+        size=len(entries) // ENTRY_SIZE,
+        listed=sha256(entries).digest(),
+        root=merkle.root(hashes(entries)),
         previous=before.hash,
         hash=NOTHING,
         key_id=None if key is None else key_id(key.public_key()),
@@ -98,21 +107,25 @@ def is_signed_by(seal: Seal, key: Ed25519PublicKey) -> bool:
     return True
 
 
-def pack(entries: Iterable[Entry]) -> bytes:
-    """As `seals.entries` holds them."""
-    return b"".join(_ENTRY.pack(entry.letter, entry.id, entry.hash) for entry in entries)
+def pack(letter: bytes, leaves: Iterable[Leaf]) -> bytes:
+    """Leaves of one table as `seals.entries` holds them."""
+    return b"".join([_ENTRY.pack(letter, row_id, hashed) for row_id, hashed, _ in leaves])
 
 
-def unpack(packed: bytes) -> list[Entry] | None:
-    """None where these are no entries."""
-    if len(packed) % _ENTRY.size:
-        return None
-    return [Entry(*fields) for fields in _ENTRY.iter_unpack(packed)]
+def unpack(packed: bytes) -> list[Entry]:
+    """Without what is left over, where these are no entries."""
+    whole = len(packed) - len(packed) % ENTRY_SIZE
+    return [Entry(*fields) for fields in _ENTRY.iter_unpack(packed[:whole])]
 
 
-def insert_seal(connection: Connection, seal: Seal, entries: Iterable[Entry]) -> None:
+def hashes(packed: bytes) -> list[bytes]:
+    """The leaf hashes alone."""
+    return [packed[end - 32 : end] for end in range(ENTRY_SIZE, len(packed) + 1, ENTRY_SIZE)]
+
+
+def insert_seal(connection: Connection, seal: Seal, entries: bytes) -> None:
     """Append it to the chain."""
-    values = {name: getattr(seal, name) for name in _KEPT} | {"entries": pack(entries)}
+    values = {name: getattr(seal, name) for name in _KEPT} | {"entries": entries}
     values |= {kind.through: seal.through[kind.table] for kind in KINDS}
     connection.execute(insert(tables.seals), values)
 
@@ -127,17 +140,15 @@ def select_newest(connection: Connection) -> Seal:
     return FIRST if row is None else of_row(row)
 
 
-def select_seals(
-    connection: Connection, after: int = 0, through: int | None = None
-) -> Iterator[tuple[Seal, list[Entry] | None]]:
-    """The seals after this id with their entries, in order, a few at a time."""
+def select_seals(connection: Connection, after: int = 0, through: int | None = None) -> Iterator[tuple[Seal, bytes]]:
+    """The seals after this id with their packed entries, in order, a few at a time."""
     while True:
         query = select(tables.seals).where(tables.seals.c.id > after).order_by(tables.seals.c.id).limit(_PAGE)
         if through is not None:
             query = query.where(tables.seals.c.id <= through)
         rows = connection.execute(query).mappings().all()
         for row in rows:
-            yield of_row(row), unpack(bytes(row["entries"]))
+            yield of_row(row), bytes(row["entries"])
         if len(rows) < _PAGE:
             return
         after = rows[-1]["id"]
@@ -152,7 +163,8 @@ def of_row(row: RowMapping) -> Seal:
         id=row["id"],
         sealed_at=row["sealed_at"],
         through={kind.table: row[kind.through] for kind in KINDS},
-        size=len(row["entries"]) // _ENTRY.size,
+        size=len(row["entries"]) // ENTRY_SIZE,
+        listed=sha256(row["entries"]).digest(),
         root=bytes(row["root"]),
         previous=bytes(row["previous"]),
         hash=bytes(row["hash"]),

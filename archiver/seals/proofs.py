@@ -52,8 +52,9 @@ def prove(connection: Connection, event_id: int) -> Proof:
     if number is None:
         raise NotSealedError(f"Event {event_id} is not sealed yet: run `archiver seal`.")
     seal, entries = next(chain.select_seals(connection, number - 1, number))
-    entries = entries or []
-    places = [n for n, entry in enumerate(entries) if entry.letter == EVENTS.letter and entry.id == event_id]
+    places = [
+        n for n, entry in enumerate(chain.unpack(entries)) if entry.letter == EVENTS.letter and entry.id == event_id
+    ]
     if not places:
         raise NotSealedError(f"Seal {number} does not hold event {event_id}: run `archiver verify`.")
     (index,) = places
@@ -62,7 +63,7 @@ def prove(connection: Connection, event_id: int) -> Proof:
         leaf=leaf.hex(),
         index=index,
         leaves=seal.size,
-        path=[step.hex() for step in merkle.path([entry.hash for entry in entries], index)],
+        path=[step.hex() for step in merkle.path(chain.hashes(entries), index)],
         seal=seal.id,
         statement=seal.statement.decode(),
         hash=seal.hash.hex(),

@@ -7,7 +7,7 @@ from sqlalchemy.exc import OperationalError
 
 from archiver.database import sqlstate, transaction
 from archiver.seals import chain
-from archiver.seals.chain import Entry, Seal
+from archiver.seals.chain import Seal
 from archiver.seals.leaves import KINDS, select_leaves
 
 log = structlog.get_logger(__name__)
@@ -71,11 +71,10 @@ def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519Priv
         through[name] = _at_most(connection, name, sealed[name], through[name])
     # Another sealer may know of more by now.
     through = {name: max(number, sealed[name]) for name, number in through.items()}
-    entries = [
-        Entry(kind.letter, leaf.id, leaf.hash)
+    entries = b"".join(
+        chain.pack(kind.letter, select_leaves(connection, kind, sealed[kind.table], through[kind.table]))
         for kind in KINDS
-        for leaf in select_leaves(connection, kind, sealed[kind.table], through[kind.table])
-    ]
+    )
     if not entries:
         return None
     new = chain.make(before, entries, through, key)

@@ -1,6 +1,6 @@
 """Verification: everything computed again from the rows, in one pass and bounded memory, and each fault named."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 
 import msgspec
@@ -9,10 +9,12 @@ from sqlalchemy import Connection, text
 
 from archiver.seals import chain, merkle
 from archiver.seals.chain import Entry, Seal
-from archiver.seals.leaves import BY_LETTER, EVENTS, KINDS, Kind, Leaf, select_leaves
+from archiver.seals.leaves import BY_LETTER, EVENTS, KINDS, Leaf, select_leaves
 
 WINDOW = 20_000  # leaves that are looked at together
 _LEAST = -(2**63)
+
+Sealed = tuple[Seal, bytes]  # with its packed entries
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -89,7 +91,7 @@ def verify(
             yield from _compare_known(seal, known)
             before = seal
             checked.seals += 1
-        yield from _compare(connection, window, start, before, checked)
+        yield from _compare(connection, window, start, checked)
         start = checked.head = before
         on_progress(checked)
     for number in sorted(number for number in known if number > after_seal):
@@ -106,8 +108,8 @@ def _seal_before(connection: Connection, number: int) -> Seal:
     return next(seal for seal, _ in chain.select_seals(connection, number - 1, number))
 
 
-def _windows(connection: Connection, after: int) -> Iterator[list[tuple[Seal, list[Entry] | None]]]:
-    window: list[tuple[Seal, list[Entry] | None]] = []
+def _windows(connection: Connection, after: int) -> Iterator[list[Sealed]]:
+    window: list[Sealed] = []
     size = 0
     for seal, entries in chain.select_seals(connection, after):
         window.append((seal, entries))
@@ -119,33 +121,16 @@ def _windows(connection: Connection, after: int) -> Iterator[list[tuple[Seal, li
         yield window
 
 
-def _check_seal(
-    seal: Seal, entries: Sequence[Entry] | None, before: Seal, key: Ed25519PublicKey | None
-) -> Iterator[Finding]:
+def _check_seal(seal: Seal, entries: bytes, before: Seal, key: Ed25519PublicKey | None) -> Iterator[Finding]:
     for number in range(before.id + 1, seal.id):
         yield Finding("seals", number, "missing")
     if seal.hash != sha256(seal.statement).digest():
         yield Finding("seals", seal.id, "altered")
-    if (
-        entries is None
-        or merkle.root([entry.hash for entry in entries]) != seal.root
-        or not _fits(seal, entries, before)
-    ):
+    if len(entries) % chain.ENTRY_SIZE or merkle.root(chain.hashes(entries)) != seal.root:
         yield Finding("seals", seal.id, "altered_leaves")
     if seal.previous != before.hash:
         yield Finding("seals", seal.id, "out_of_chain")
     yield from _check_signature(seal, before, key)
-
-
-def _fits(seal: Seal, entries: Sequence[Entry], before: Seal) -> bool:
-    """Whether its leaves are those between the seal before and what it says it goes through, in their order."""
-    letters = [kind.letter for kind in KINDS]
-    order = [(letters.index(entry.letter), entry.id) if entry.letter in BY_LETTER else (-1, 0) for entry in entries]
-    return order == sorted(set(order)) and all(
-        entry.letter in BY_LETTER
-        and before.through[BY_LETTER[entry.letter].table] < entry.id <= seal.through[BY_LETTER[entry.letter].table]
-        for entry in entries
-    )
 
 
 def _check_signature(seal: Seal, before: Seal, key: Ed25519PublicKey | None) -> Iterator[Finding]:
@@ -163,56 +148,59 @@ def _compare_known(seal: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
         yield Finding("seals", seal.id, "not_the_known_one")
 
 
-def _compare(
-    connection: Connection,
-    window: Sequence[tuple[Seal, list[Entry] | None]],
-    start: Seal,
-    end: Seal,
-    checked: Checked,
-) -> Iterator[Finding]:
-    """The leaves of these seals against the rows as they are."""
+def _compare(connection: Connection, window: Sequence[Sealed], start: Seal, checked: Checked) -> Iterator[Finding]:
+    """The rows as they are against what these seals list."""
+    found: list[bytearray] = [bytearray() for _ in window]
     for kind in KINDS:
-        sealed = {
-            entry.id: (entry.hash, seal.id)
-            for seal, entries in window
-            for entry in entries or ()
-            if entry.letter == kind.letter
-        }
-        gone = _removed(connection, start.through["events"], end.through["events"]) if kind is EVENTS else set()
         # Nothing of ours has an id below 1, but what somebody else put there may.
         after = start.through[kind.table] if start.id else _LEAST
-        through = max(end.through[kind.table], start.through[kind.table])
+        bounds = [seal.through[kind.table] for seal, _ in window]
+        place = 0
+        run: list[Leaf] = []
+        for leaf in select_leaves(connection, kind, after, max(bounds)):
+            while leaf[0] > bounds[place]:
+                found[place] += chain.pack(kind.letter, run)
+                place, run = place + 1, []
+            run.append(leaf)
+            if not leaf[2]:
+                yield Finding(kind.table, leaf[0], "body_changed", window[place][0].id)
+        found[place] += chain.pack(kind.letter, run)
         if kind is EVENTS:
-            checked.events += len(sealed)
-        yield from _compare_kind(kind, sealed, select_leaves(connection, kind, after, through), gone)
+            checked.events += sum(len(rows) for rows in found) // chain.ENTRY_SIZE
+    for (seal, entries), rows in zip(window, found, strict=True):
+        if rows != entries:
+            yield from _differences(connection, seal, chain.unpack(entries), chain.unpack(bytes(rows)))
 
 
-def _compare_kind(
-    kind: Kind, sealed: dict[int, tuple[bytes, int]], leaves: Iterator[Leaf], gone: Collection[int]
+def _differences(
+    connection: Connection, seal: Seal, entries: Sequence[Entry], rows: Sequence[Entry]
 ) -> Iterator[Finding]:
-    for leaf in leaves:
-        known = sealed.pop(leaf.id, None)
-        if known is None:
-            yield Finding(kind.table, leaf.id, "inserted")
-        elif known[0] != leaf.hash:
-            yield Finding(kind.table, leaf.id, "changed", known[1])
-        elif not leaf.is_intact:
-            yield Finding(kind.table, leaf.id, "body_changed", known[1])
-    for row_id, (_, number) in sealed.items():
-        if row_id not in gone:
-            yield Finding(kind.table, row_id, "missing", number)
+    """What one seal lists and the rows of its range are not the same: which."""
+    listed = {(entry.letter, entry.id): entry.hash for entry in entries}
+    gone = _removed(connection, [entry.id for entry in entries if entry.letter == EVENTS.letter])
+    for row in rows:
+        known = listed.pop((row.letter, row.id), None)
+        if known != row.hash:
+            fault = "inserted" if known is None else "changed"
+            yield Finding(BY_LETTER[row.letter].table, row.id, fault, None if known is None else seal.id)
+    for letter, row_id in listed:
+        if letter not in BY_LETTER:
+            yield Finding("seals", seal.id, "altered_leaves")
+        elif letter != EVENTS.letter or row_id not in gone:
+            yield Finding(BY_LETTER[letter].table, row_id, "missing", seal.id)
 
 
-def _removed(connection: Connection, after: int, through: int) -> set[int]:
-    query = text("SELECT event_id FROM archiver.removals WHERE event_id > :after AND event_id <= :through")
-    return set(connection.scalars(query, {"after": after, "through": through}))
+def _removed(connection: Connection, event_ids: Sequence[int]) -> set[int]:
+    """Those of these events that retention removed."""
+    query = text("SELECT event_id FROM archiver.removals WHERE event_id = ANY (:event_ids)")
+    return set(connection.scalars(query, {"event_ids": list(event_ids)}))
 
 
 def _compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> Iterator[Finding]:
-    for leaf in select_leaves(connection, EVENTS, head.through["events"], 2**63 - 1):
+    for row_id, _, is_intact in select_leaves(connection, EVENTS, head.through["events"], 2**63 - 1):
         checked.unsealed += 1
-        if not leaf.is_intact:
-            yield Finding("events", leaf.id, "body_changed")
+        if not is_intact:
+            yield Finding("events", row_id, "body_changed")
 
 
 # Where nothing was delivered since, the counters stand as they were sealed; else they have grown.

@@ -11,7 +11,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,7 +25,7 @@ import psycopg
 from sqlalchemy import event
 
 from archiver import database, embedded, events, ledger
-from tests.bench.database import migrated
+from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK, created
 
 HERE = Path(__file__).parent
@@ -62,8 +61,8 @@ def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
     try:
-        with tempfile.TemporaryDirectory(prefix="bench ") as home, embedded.running(Path(home)) as postgres:
-            run(postgres, Path(home), arguments.seconds, arguments.rounds)
+        with server() as (postgres, home):
+            run(postgres, home, arguments.seconds, arguments.rounds)
     except BenchError as failure:
         sys.exit(f"bench: {failure}")
 

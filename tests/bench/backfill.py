@@ -10,7 +10,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +17,7 @@ from typing import Any
 
 import psycopg
 
-from archiver import embedded
-from tests.bench.database import migrated
+from tests.bench.database import migrated, server
 from tests.upstreams import API_KEY
 
 LATENCY = 0.05
@@ -40,10 +38,10 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=10_000, help="to read (default 10,000)")
     parser.add_argument("--concurrency", type=int, default=32, help="calls in flight (default 32)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench ") as home, embedded.running(Path(home)) as postgres:
+    with server() as (postgres, home):
         for number, sessions in enumerate((arguments.sessions // 10, arguments.sessions)):
             url = migrated(postgres, f"backfill_{number}")
-            report(url, postgres.pid, sessions, arguments.concurrency, Path(home))
+            report(url, postgres.pid, sessions, arguments.concurrency, home)
 
 
 def report(url: str, postmaster: int, sessions: int, concurrency: int, home: Path) -> None:

@@ -9,12 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
-from archiver import embedded
-from tests.bench.database import migrated
+from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK
 from tests.receivers import Receiver, serving
 
@@ -30,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
-    with tempfile.TemporaryDirectory(prefix="bench ") as home, embedded.running(Path(home)) as postgres:
+    with server() as (postgres, _):
         url = migrated(postgres, "overload")
         with serving(url, ARCHIVER_QUEUE_EVENTS=str(QUEUE)) as receiver:
             load(receiver, "warm", 3, USUAL)

@@ -9,7 +9,6 @@ import http.client
 import os
 import random
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 import psycopg
 
 from archiver import embedded
-from tests.bench.database import migrated
+from tests.bench.database import migrated, server
 from tests.faults.load import assert_archived, body_of, rows
 from tests.proxies import Proxy, proxied
 from tests.receivers import Receiver, deliver, starting
@@ -149,10 +148,10 @@ def faults(world: World) -> dict[str, tuple[Callable[[], None], bool]]:
 
 @contextmanager
 def running(seed: int) -> Iterator[World]:
-    with tempfile.TemporaryDirectory(prefix="soak ") as folder, embedded.running(Path(folder)) as postgres:
+    with server() as (postgres, folder):
         url = migrated(postgres, "soak")
         with proxied(url) as (proxy, through):
-            world = World(postgres, proxy, through, Path(folder) / "receiver", random.Random(seed))
+            world = World(postgres, proxy, through, folder / "receiver", random.Random(seed))
             world.start_receiver()
             try:
                 yield world

@@ -1,0 +1,131 @@
+"""Sealing, verification and export of a large ledger against a plain SHA-256 of the same bytes: `make bench-seals`.
+
+With --beside: what sealing costs a receiver at full rate (needs wrk).
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import Engine
+
+from archiver import database, embedded, seals, telemetry
+from tests.bench.database import migrated, server
+from tests.payloads import SECRET, WEBHOOK
+from tests.receivers import serving
+
+HERE = Path(__file__).parent
+_FILL = """
+    INSERT INTO archiver.events (session_id, dedupe_key, type, source, chat_id, received_at, last_received_at,
+                                 delivery_count, occurred_at, key_id, body, salt, body_digest)
+    SELECT 'session-' || n / 4, sha256(body), 'chat.created', 'webhook', 'chat-' || n, at, at, 1, at, 'key', body,
+           salt, sha256(salt || body)
+      FROM (
+          SELECT n, timestamptz '2026-01-01' + n * interval '1 second' AS at,
+                 substr(sha256(n::text::bytea), 1, 16) AS salt,
+                 convert_to(format('{"type": "chat.created", "chat": {"id": "chat-%s", "sessionId": "session-%s",'
+                                   ' "input": "%s", "output": [{"role": "assistant", "content": "%s"}]}}', n, n / 4,
+                                   repeat(md5(n::text) || ' ', 9), repeat(md5((-n)::text) || ' ', 9)), 'UTF8') AS body
+            FROM generate_series(%s, %s) AS n
+      ) AS made
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench-seals BENCH_ARGS=…", description=__doc__)
+    parser.add_argument("--events", type=int, default=1_000_000, help="in the ledger (default 1,000,000)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each measurement in turn; the median counts")
+    parser.add_argument("--beside", action="store_true", help="measure sealing beside full-rate ingest instead")
+    parser.add_argument("--seconds", type=int, default=8, help="of load for each round of --beside (default 8)")
+    arguments = parser.parse_args()
+    telemetry.configure_logs("warning", "text")
+    with server() as (postgres, _):
+        if arguments.beside:
+            if shutil.which("wrk") is None:
+                sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
+            beside(postgres, arguments.rounds, arguments.seconds)
+        else:
+            alone(postgres, arguments.events, arguments.rounds)
+
+
+def alone(postgres: embedded.Postgres, events: int, rounds: int) -> None:
+    url = migrated(postgres, "sealed")
+    with psycopg.connect(url, autocommit=True) as connection:
+        for start in range(1, events + 1, 50_000):
+            made = _FILL.replace("%s, %s)", f"{start}, {min(start + 49_999, events)})")
+            connection.execute(made.encode())
+        connection.execute("VACUUM (ANALYZE) archiver.events")
+    engine = database.connect(database.database_url(url), pool_size=1)
+    started = time.perf_counter()
+    made_seals = seals.seal(engine)
+    rate = events / (time.perf_counter() - started)
+    print(f"{events:,} events; sealing: {rate:,.0f} events/s, {len(made_seals)} seals")
+    rates: dict[str, list[float]] = {"plain SHA-256 of the bodies": [], "archiver verify": []}
+    for _ in range(rounds):
+        for name, measure in zip(rates, (plain, verify), strict=True):
+            started = time.perf_counter()
+            assert measure(engine) == events
+            rates[name].append(events / (time.perf_counter() - started))
+    for name, measured in rates.items():
+        print(f"{name:30}{statistics.median(measured):12,.0f} events/s")
+    base, checked = (statistics.median(measured) for measured in rates.values())
+    print(f"verify / plain {checked / base:.2f}")
+    print(
+        f"memory of this process at its highest: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB"
+    )
+    engine.dispose()
+
+
+def plain(engine: Engine) -> int:
+    """The same bytes, streamed and hashed, and nothing else."""
+    count = 0
+    with database.snapshot(engine, statement_seconds=3600) as connection:
+        driver: Any = connection.connection.driver_connection
+        query = "COPY (SELECT body FROM archiver.events ORDER BY id) TO STDOUT (FORMAT BINARY)"
+        with driver.cursor() as cursor, cursor.copy(query) as copy:
+            while block := copy.read():
+                sha256(block).digest()
+                count += 1
+    return count - 1  # the trailer
+
+
+def verify(engine: Engine) -> int:
+    checked = seals.Checked()
+    with database.snapshot(engine, statement_seconds=3600) as connection:
+        assert not list(seals.verify(connection, checked=checked))
+    return checked.events
+
+
+def beside(postgres: embedded.Postgres, rounds: int, seconds: int) -> None:
+    rates: dict[str, list[float]] = {"86400": [], "5": []}
+    for number in range(rounds):
+        for every, measured in rates.items():
+            url = migrated(postgres, f"beside_{every}_{number}")
+            with serving(url, "--worker", ARCHIVER_SEAL_EVERY=every) as receiver:
+                if every == "86400":  # the first seal is made at once: not beside the load
+                    receiver.post(b"{}")
+                measured.append(load(receiver.url + WEBHOOK, seconds, f"{every}-{number}"))
+            with psycopg.connect(url) as connection:
+                (count,) = connection.execute("SELECT count(*) FROM archiver.seals").fetchone() or (0,)
+            print(f"  round {number + 1}, a seal each {every:>5} s: {measured[-1]:8,.0f} events/s, {count} seals")
+    without, sealing = (statistics.median(measured) for measured in rates.values())
+    print(f"with sealing / without {sealing / without:.3f}")
+
+
+def load(url: str, seconds: int, prefix: str) -> float:
+    command = ["wrk", "-t1", "-c64", f"-d{seconds}s", "-s", str(HERE / "events.lua"), url]
+    environment = os.environ | {"BENCH_PREFIX": prefix, "ARCHIVER_WEBHOOK_SECRETS": SECRET}
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return float(told.split("Requests/sec:")[1].split()[0])
+
+
+main()
