@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from tests.payloads import SECRET, WEBHOOK
+from tests.servers import as_writer
 from tests.waiting import until
 
 START_SECONDS = 30
@@ -187,13 +188,14 @@ def starting(database_url: str | None, *options: str, **environment: str) -> Ite
         settings = own | environment
         if "CALLHQ_API_KEY" not in settings and "--worker" not in options:
             options = ("--no-worker", *options)  # it would be a process more, of no use to most tests
+        url = database_url if database_url is None or "--migrate" in options else as_writer(database_url)
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "archiver", "serve", "--port", "0", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
-                env=_environment(database_url, settings),
+                env=_environment(url, settings),
                 start_new_session=True,
             )
         receiver = Receiver(process, log)

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,14 @@ from urllib.parse import quote
 from archiver import embedded
 
 SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
+
+
+WRITER = "test_writer"  # who is given archiver_writer, and nothing else
+
+
+def as_writer(url: str) -> str:
+    """The same database for `serve` and `worker`, as a user who may do no more than they need."""
+    return re.sub(r"^postgresql://postgres@", f"postgresql://{WRITER}@", url)
 
 
 def versions() -> list[str]:

@@ -24,6 +24,7 @@ from archiver.database import transaction
 from archiver.projection import leases
 from tests import servers
 from tests.receivers import serving
+from tests.servers import as_writer
 from tests.upstreams import CallHQ, hosting, simulated
 from tests.waiting import until
 
@@ -78,7 +79,7 @@ def working(url: str, callhq: CallHQ, **settings: str) -> Iterator[subprocess.Po
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "archiver", "worker"],
-            env={**os.environ, "DATABASE_URL": url, **callhq.settings, **SOON, **settings},
+            env={**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings},
             stdout=log,
             stderr=log,
         )
