@@ -20,6 +20,7 @@ from archiver.database import sqlstate
 from archiver.embedded import EmbeddedError
 from archiver.schema import INSUFFICIENT_PRIVILEGE, SchemaError
 from archiver.settings import SettingsError
+from archiver.spool import SpoolError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,7 +72,7 @@ def _write_whole() -> None:
 def _run() -> None:
     try:
         cli()
-    except (SettingsError, SchemaError, EmbeddedError) as error:
+    except (SettingsError, SchemaError, EmbeddedError, SpoolError) as error:
         _fail(str(error))
     except DBAPIError as error:
         _fail(_explain(error))
