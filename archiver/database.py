@@ -271,6 +271,18 @@ def explain(error: BaseException) -> str:
     return f"SQLSTATE {state or 'unknown'}"
 
 
+CERTIFICATE_ADVICE = (
+    "The server's certificate is not accepted: if it has expired, renew it and reload Postgres; otherwise let"
+    " sslrootcert in DATABASE_URL name the authority that signed it, and write the host as the certificate has it."
+)
+
+
+def is_untrusted(error: BaseException) -> bool:
+    """Whether it is a certificate for which no connection came about."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(original, psycopg.OperationalError) and "certificate" in str(original)
+
+
 # What a server says that will let us in before long; in other languages it is taken for a refusal.
 _NOT_YET = ("starting up", "shutting down", "recovery", "not accepting", "not yet accepting", "too many", "remaining")
 
@@ -281,7 +293,7 @@ def is_unreachable(error: BaseException) -> bool:
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
         return False
     said = str(original)
-    if "certificate" in said:
+    if is_untrusted(error):
         return False
     return "FATAL: " not in said or any(words in said for words in _NOT_YET)
 

@@ -16,7 +16,7 @@ from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
 from archiver.cli.serve import migrate, serve
 from archiver.cli.worker import rebuild, worker
-from archiver.database import sqlstate
+from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
 from archiver.embedded import EmbeddedError
 from archiver.schema import INSUFFICIENT_PRIVILEGE, SchemaError
 from archiver.settings import SettingsError
@@ -86,6 +86,8 @@ def _explain(error: DBAPIError) -> str:
     said, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:
         return f"The database refused: {said}\nRun `archiver doctor`: it gives the SQL that helps."
+    if is_untrusted(error):
+        return f"The database cannot be trusted: {said}\n{CERTIFICATE_ADVICE}"
     # Without a SQLSTATE it is the driver that speaks, unless it only passes on why the server let nobody in.
     is_from_server = state is not None or "FATAL: " in said
     what = "refused" if is_from_server else "cannot be reached"

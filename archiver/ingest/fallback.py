@@ -172,7 +172,8 @@ class Fallback:
             return
         telemetry.spool_events.set(depth.events)
         telemetry.spool_bytes.set(depth.bytes)
-        telemetry.spool_age.set((datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0)
+        age = (datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0
+        telemetry.spool_age.set(max(age, 0))  # the clock may have been set back
 
 
 def _spooled(delivery: Delivery) -> Spooled:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import msgspec
 import structlog
@@ -23,6 +24,7 @@ from archiver.spool.files import BUSY_SECONDS, PAGE_BYTES, Spooled, open_file, t
 from archiver.spool.salvage import overwrite, set_aside, set_aside_files, sync
 
 __all__ = [
+    "LEAST_ROOM",
     "SPOOL_FOLDER",
     "Depth",
     "Spool",
@@ -32,6 +34,7 @@ __all__ = [
     "open_left_behind",
     "open_spool",
     "select_depth",
+    "select_room",
     "set_aside_files",
 ]
 
@@ -39,6 +42,7 @@ log = structlog.get_logger(__name__)
 
 SPOOL_FOLDER = "spool"  # in ARCHIVER_HOME
 MAX_FILES = 1_000
+LEAST_ROOM = 1_048_576  # bytes: with less a spool counts as full
 
 
 class Depth(msgspec.Struct, frozen=True, gc=False):
@@ -295,6 +299,26 @@ def select_depth(folder: Path) -> Depth:
         events, size = events + found[0], size + found[1]
         oldest = min(oldest or found[2], found[2]) if found[2] else oldest
     return Depth(events, size, datetime.fromisoformat(oldest) if oldest else None)
+
+
+def select_room(folder: Path) -> int:
+    """Bytes that the disk of a folder may still take, be it that the folder is not there yet.
+
+    Raises `SpoolError` where nothing can be written.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with explained(folder):
+        if place == folder:
+            with TemporaryFile(dir=folder) as trial:
+                trial.write(bytes(PAGE_BYTES))
+                trial.flush()
+                os.fsync(trial.fileno())
+        elif not os.access(place, os.W_OK | os.X_OK):
+            raise SpoolError(unusable(folder, f"{place} may not be written"))
+        disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _hold(folder: Path, number: int, max_bytes: int) -> Spool | None:

@@ -1,5 +1,6 @@
 """What can be wrong with a spool, in words that say what helps."""
 
+import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ def explained(path: Path) -> Iterator[None]:
             raise damaged(path, str(error)) from None
         raise SpoolError(unusable(path, str(error))) from None
     except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise SpoolFullError(str(SpoolFullError.__doc__)) from None
         raise SpoolError(unusable(Path(error.filename or path), error.strerror or str(error))) from None
 
 

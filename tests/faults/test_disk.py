@@ -1,5 +1,6 @@
 """The disk of the spool: full, damaged, or emptied by somebody under a receiver that uses it (I1, I3)."""
 
+import json
 import os
 import shutil
 import signal
@@ -204,3 +205,47 @@ def test_i1_what_can_be_read_of_a_damaged_spool_is_archived(
     archived = rows(url, "SELECT count(*) FROM archiver.events")[0][0]
     assert 90 < archived < 220
     assert_archived(url, set(range(200, 220)))
+
+
+def findings(home: Path, url: str, **settings: str) -> dict[str, tuple[str, str]]:
+    """What `doctor` says of the spool, by what it checked: the verdict, and all of the text."""
+    told = archiver(
+        "doctor", "--json", database_url=url, ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS="x" * 20, **settings
+    )
+    found = {
+        each["check"]: (each["verdict"], f"{each['detail']} {each['advice']}") for each in json.loads(told.stdout)
+    }
+    is_bad = any(verdict == "failure" for verdict, _ in found.values())
+    assert (told.returncode, "Traceback" in told.stderr) == (int(is_bad), False)
+    return {check: each for check, each in found.items() if check.startswith("spool")}
+
+
+def test_doctor_says_what_is_wrong_with_the_spool(postgres: embedded.Postgres, url: str, disk: Path) -> None:
+    few = {"ARCHIVER_SPOOL_BYTES": "1048576"}
+    assert findings(disk, url, **few)["spool"][0] == "ok"
+    assert not (disk / "spool").exists()
+    verdict, text = findings(disk, url)["spool"]
+    assert (verdict, "ARCHIVER_SPOOL_BYTES" in text) == ("warning", True)
+    verdict, text = findings(disk, url, ARCHIVER_SPOOL="off")["spool"]
+    assert (verdict, "ARCHIVER_SPOOL is off" in text) == ("warning", True)
+    with serving(url, ARCHIVER_HOME=str(disk)) as receiver, stopped(postgres, signal.SIGQUIT):
+        assert set(post(receiver, range(30))) == {"spooled"}
+        assert receiver.stop() == 0
+    found = findings(disk, url, **few)
+    assert found["spool"][0] == "ok"
+    assert (found["spooled"][0], "30 events" in found["spooled"][1]) == ("warning", True)
+    assert "archiver serve" in found["spooled"][1]
+    fill(disk, leave=0)
+    verdict, text = findings(disk, url, **few)["spool"]
+    assert (verdict, "full" in text, "ARCHIVER_HOME" in text) == ("failure", True, True)
+    (disk / "ballast").unlink()
+    overwrite(disk / "spool" / "spool-0.db")
+    with serving(url, ARCHIVER_HOME=str(disk)) as receiver:
+        until_drained(receiver)
+    verdict, text = findings(disk, url, **few)["spool files"]
+    assert (verdict, "damaged-spool-0-1.db" in text, "remove" in text) == ("warning", True, True)
+    assert_archived(url, set())
+    shutil.rmtree(disk / "spool")
+    (disk / "spool").write_bytes(b"")
+    verdict, text = findings(disk, url, **few)["spool"]
+    assert (verdict, "ARCHIVER_HOME" in text) == ("failure", True)
