@@ -4,6 +4,7 @@ Holds no session state, so that PgBouncer in transaction mode serves: what a tra
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -12,6 +13,7 @@ from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 import psycopg
@@ -28,6 +30,7 @@ from archiver.settings import SettingsError
 T = TypeVar("T")
 
 CONNECT_SECONDS = 5
+CONNECT_SECONDS_EACH = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
 STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
@@ -50,7 +53,7 @@ def database_url(value: str) -> URL:
     Raises `SettingsError` for anything else; the text never repeats the value, which may hold a password.
     """
     try:
-        url = make_url(value.strip())
+        url = _make_url(value.strip())
     except (ArgumentError, ValueError):
         raise SettingsError(
             "DATABASE_URL: not a URL; write postgresql://USER:PASSWORD@HOST:5432/DATABASE,"
@@ -61,6 +64,28 @@ def database_url(value: str) -> URL:
     if value.count("@") > 1:
         raise SettingsError("DATABASE_URL: an @ in the user or the password must be written %40.")
     return url.set(drivername="postgresql+psycopg")
+
+
+_SEVERAL_HOSTS = re.compile(
+    r"(?P<before>[^:/?#]+://(?:[^@/?#]*@)?)(?P<hosts>[^@/?#]*,[^@/?#]*)(?P<rest>(?:[/?#].*)?)", re.DOTALL
+)
+
+
+def _make_url(value: str) -> URL:
+    """SQLAlchemy's, which knows several hosts only in the query: libpq's HOST1:5432,HOST2:5432 is brought there."""
+    several = _SEVERAL_HOSTS.fullmatch(value)
+    if several is None:
+        return make_url(value)
+    told = [_HOST.fullmatch(each) for each in several["hosts"].split(",")]
+    hosts = [unquote(each["name"].strip("[]")) for each in told if each]
+    ports = [each["port"] or "" for each in told if each]
+    if len(hosts) < len(told) or not all(hosts):
+        raise ValueError
+    url = make_url(several["before"] + several["rest"])
+    return url.update_query_dict({"host": ",".join(hosts)} | ({"port": ",".join(ports)} if any(ports) else {}))
+
+
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]+)(?::(?P<port>[0-9]*))?")
 
 
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:
@@ -78,8 +103,9 @@ def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool = T
 
 
 def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool) -> dict[str, Any]:
+    has_several_hosts = not isinstance(hosts := url.query.get("host", ""), str) or "," in hosts
     arguments: dict[str, Any] = {
-        "connect_timeout": CONNECT_SECONDS,
+        "connect_timeout": CONNECT_SECONDS_EACH if has_several_hosts else CONNECT_SECONDS,
         "application_name": "callhq-archiver",
         "cursor_factory": cursor,
         # A host that fell silent, or a firewall that forgot the connection, shows itself within a minute or so.
@@ -253,6 +279,18 @@ def explain(error: BaseException) -> str:
     return f"SQLSTATE {state or 'unknown'}"
 
 
+CERTIFICATE_ADVICE = (
+    "The server's certificate is not accepted: if it has expired, renew it and reload Postgres; otherwise let"
+    " sslrootcert in DATABASE_URL name the authority that signed it, and write the host as the certificate has it."
+)
+
+
+def is_untrusted(error: BaseException) -> bool:
+    """Whether it is a certificate for which no connection came about."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(original, psycopg.OperationalError) and "certificate" in str(original)
+
+
 # What a server says that will let us in before long; in other languages it is taken for a refusal.
 _NOT_YET = ("starting up", "shutting down", "recovery", "not accepting", "not yet accepting", "too many", "remaining")
 
@@ -263,7 +301,7 @@ def is_unreachable(error: BaseException) -> bool:
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
         return False
     said = str(original)
-    if "certificate" in said:
+    if is_untrusted(error):
         return False
     return "FATAL: " not in said or any(words in said for words in _NOT_YET)
 

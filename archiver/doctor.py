@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -10,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, roles, schema, signatures
 from archiver.settings import Settings, SettingsError, misspelt
+from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_depth, select_room, set_aside_files
 
 Verdict = Literal["ok", "warning", "failure"]
 
@@ -80,9 +82,51 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         if is_reached:
             yield Finding("questions", "failure", detail, "The database refused a question: see its log.")
         else:
-            yield Finding(
-                "database", "failure", detail, "Check DATABASE_URL, and that Postgres runs and is reachable."
-            )
+            advice = "Check DATABASE_URL, and that Postgres runs and is reachable."
+            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else advice
+            yield Finding("database", "failure", detail, advice)
+
+
+def examine_spool(configuration: Settings) -> Iterator[Finding]:
+    """Whether what Postgres does not take could be kept on disk, and what is left there."""
+    folder = configuration.home.resolve() / SPOOL_FOLDER
+    try:
+        if configuration.spool == "off":
+            detail = "ARCHIVER_SPOOL is off: while Postgres is away events are refused, and may not be sent again."
+            yield Finding("spool", "warning", detail, "Unset it, unless another queue stands before this receiver.")
+        else:
+            yield _spool_room(folder, configuration.spool_bytes)
+        left = select_depth(folder)
+    except SpoolError as error:
+        yield Finding("spool", "failure", "While Postgres is away no event can be taken.", str(error))
+        return
+    if left.events:
+        yield Finding(
+            "spooled",
+            "warning",
+            f"{left.events:,} events ({left.bytes / 1_000_000:,.1f} MB) wait in {folder} for Postgres.",
+            "`archiver serve` with this ARCHIVER_HOME archives them once Postgres takes events:"
+            " if it runs, see its log and /readyz, else start it.",
+        )
+    if aside := set_aside_files(folder):
+        yield Finding(
+            "spool files",
+            "warning",
+            f"Damaged, and archived as far as they could be read: {', '.join(map(str, aside))}.",
+            "Check the disk; then remove them, for they may hold content.",
+        )
+
+
+def _spool_room(folder: Path, wanted: int) -> Finding:
+    room = select_room(folder)
+    told = f"{folder} can be written, with room for {room / 1_000_000:,.1f} MB"
+    if room < LEAST_ROOM:
+        advice = "Make room on the disk of ARCHIVER_HOME, or let ARCHIVER_HOME name a larger one."
+        return Finding("spool", "failure", f"The disk of {folder} is full.", advice)
+    if room < wanted:
+        advice = "Make room on that disk, or set ARCHIVER_SPOOL_BYTES to what it should take at most."
+        return Finding("spool", "warning", f"{told}, less than ARCHIVER_SPOOL_BYTES ({wanted:,}).", advice)
+    return Finding("spool", "ok", f"{told}.")
 
 
 def _version(connection: Connection) -> Finding:

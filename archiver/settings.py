@@ -32,7 +32,8 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = _env(
         "DATABASE_URL",
         None,
-        "Postgres to archive into; `postgres://` and `postgresql://` are both accepted. "
+        "Postgres to archive into; `postgres://` and `postgresql://` are both accepted, and several hosts: "
+        "`postgresql://USER@HOST1:5432,HOST2:5432/DATABASE?target_session_attrs=read-write`. "
         "Unset: an embedded Postgres under `ARCHIVER_HOME`.",
     )
     home: Path = _env(

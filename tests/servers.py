@@ -39,6 +39,11 @@ def running(version: str, home: Path) -> Iterator[str]:
             yield f"postgresql://postgres@/{{database}}?host={quote(str(folder), safe='')}"
 
 
+def unprivileged() -> int | None:
+    """The user to run Postgres as where it refuses to run as us, who are root."""
+    return pwd.getpwnam("postgres").pw_uid if os.getuid() == 0 else None
+
+
 @contextmanager
 def _system_15() -> Iterator[Path]:
     # Postgres refuses to run as root.

@@ -264,6 +264,8 @@ def test_a_file_that_cannot_be_read_is_named(url: str, tmp_path: Path, content: 
         f"//{HUNTER}",
         f"postgresql://archiver:{HUNTER}",
         f"postgresql://archiver:{HUNTER}@localhost:port/archive",
+        f"postgresql://archiver:{HUNTER}@localhost:port,other:5432/archive",
+        f"postgresql://archiver:{HUNTER}@localhost,/archive",
     ],
 )
 def test_a_wrong_database_url_is_named_and_not_told(wrong: str, cluster: Cluster) -> None:
@@ -292,6 +294,8 @@ def test_an_at_sign_in_the_password_is_to_be_encoded(password: str, place: str, 
         f"postgresql://archiver@127.0.0.1:1/archive?password={HUNTER}",
         f"postgresql://archiver:{HUNTER}@no-such-host.invalid/archive",
         f"postgresql://archiver:{HUNTER}@127.0.0.1:99999/archive",
+        f"postgresql://archiver:{HUNTER}%2C@127.0.0.1:1,127.0.0.1:2/archive?target_session_attrs=read-write",
+        f"postgresql://archiver:{HUNTER}@127.0.0.1:1,[::1]:1/archive",
         f"postgresql://archiver:{HUNTER}@127.0.0.1:1/archive?no_such_option=1",
     ],
 )

@@ -1,7 +1,11 @@
 """The spool by itself: durable, bounded, one holder a file, nothing left of what has gone."""
 
+import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,7 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.spool import Spool, Spooled, SpoolError, SpoolFullError, open_left_behind, open_spool, select_depth
+from archiver.spool import (
+    Spool,
+    Spooled,
+    SpoolError,
+    SpoolFullError,
+    open_left_behind,
+    open_spool,
+    select_depth,
+    set_aside_files,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ROOM = 1_048_576
@@ -162,9 +175,108 @@ def test_what_is_no_spool_is_an_error_that_names_the_settings(tmp_path: Path) ->
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(SpoolError, match=r"ARCHIVER_HOME.*ARCHIVER_SPOOL=off"):
         open_spool(tmp_path / "file", ROOM)
-    (tmp_path / "spool-0.db").write_bytes(b"no database at all" * 1_000)
-    with pytest.raises(SpoolError, match="not a database"):
-        open_spool(tmp_path, ROOM)
+
+
+def damage(path: Path, start: int, size: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * size)
+
+
+def test_i1_of_a_damaged_file_everything_that_can_be_read_is_kept(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"%d " % number * 100) for number in range(200)])
+    before = set(bodies(spool))
+    spool.close()
+    damage(spool.path, 20 * 4_096, 4_096)
+    with pytest.raises(SpoolError, match=r"damaged.*sets the file aside"):
+        select_depth(tmp_path)
+    again = open_spool(tmp_path, ROOM)
+    found = bodies(again)
+    assert set(found) < before
+    assert 180 < len(found) == again.depth().events
+    (aside,) = set_aside_files(tmp_path)
+    assert aside.stat().st_size > 20 * 4_096
+    again.append([spooled(b"new")])
+    assert bodies(again)[-1] == b"new"
+    again.close()
+
+
+@pytest.mark.parametrize("keeps", [0, 100, 4_096 * 25 + 17])
+def test_i1_a_file_that_lost_its_end_does_not_keep_a_process_from_spooling(tmp_path: Path, keeps: int) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"%d " % number * 100) for number in range(200)])
+    spool.close()
+    os.truncate(spool.path, keeps)
+    again = open_spool(tmp_path, ROOM)
+    found = bodies(again)
+    assert len(found) > 80 if keeps > 4_096 else not found
+    again.append([spooled(b"new")])
+    assert bodies(again) == [*found, b"new"]
+    again.close()
+
+
+def test_i2_a_delivery_that_the_disk_changed_is_no_delivery(tmp_path: Path) -> None:
+    """SQLite looks at no body: that its bytes are those which were verified, only our checksum tells."""
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"a" * 20_000), spooled(b"b" * 20_000), spooled(b"c" * 20_000)])
+    spool.close()
+    damage(spool.path, spool.path.read_bytes().index(b"b" * 4_000) + 2_000, 1)
+    again = open_spool(tmp_path, ROOM)
+    assert again.depth().events == 3
+    assert bodies(again) == [b"a" * 20_000, b"c" * 20_000]
+    assert again.depth().events == 2
+    assert len(set_aside_files(tmp_path)) == 1
+    again.close()
+
+
+def test_i1_a_file_of_the_version_before_checksums_is_read(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "spool-0.db")) as database:
+        database.execute(
+            "CREATE TABLE spooled (id INTEGER PRIMARY KEY AUTOINCREMENT, received_at TEXT NOT NULL,"
+            " source TEXT NOT NULL, key_id TEXT, body BLOB NOT NULL, type TEXT, session_id TEXT, dedupe_key BLOB)"
+        )
+        database.execute(
+            "INSERT INTO spooled (received_at, source, body) VALUES (?, 'webhook', ?)", (NOW.isoformat(), b"x")
+        )
+        database.commit()
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"y")])
+    assert bodies(spool) == [b"x", b"y"]
+    spool.close()
+
+
+@pytest.mark.parametrize("removed", ["spool-0.db", "spool-0.db-wal", "spool-0.lock", ""])
+def test_i1_what_is_removed_while_in_use_is_made_anew_with_all_that_it_held(tmp_path: Path, removed: str) -> None:
+    folder = tmp_path / "spool"
+    spool = open_spool(folder, ROOM)
+    spool.append([spooled(b"before")])
+    if removed:
+        (folder / removed).unlink()
+    else:
+        shutil.rmtree(folder)
+    spool.append([spooled(b"after")])
+    other = open_spool(folder, ROOM)
+    assert other.path != spool.path
+    assert bodies(spool) == [b"before", b"after"]
+    assert spool.depth().events == 2
+    other.close()
+    spool.close()
+    found = [body for left in open_left_behind(folder) for body in bodies(left)]
+    assert set(found) == {b"before", b"after"}
+
+
+def test_one_damaged_file_keeps_no_other_from_being_adopted(tmp_path: Path) -> None:
+    spools = [open_spool(tmp_path, ROOM) for _ in range(3)]
+    for spool in spools:
+        spool.append([spooled(spool.path.name.encode())])
+    for spool in spools[1:]:
+        spool.close()
+    (tmp_path / "spool-1.db").write_bytes(b"no database at all" * 1_000)
+    (tmp_path / "damaged-spool-1-1.db").mkdir()
+    assert [bodies(left) for left in open_left_behind(tmp_path)] == [[b"spool-2.db"]]
+    assert [path.name for path in set_aside_files(tmp_path)] == ["damaged-spool-1-1.db", "damaged-spool-1-2.db"]
+    spools[0].close()
 
 
 def test_i1_each_commit_is_fsynced(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from archiver.app.answers import RETRY_AFTER
 from archiver.ingest import Ingest, database_fault
-from archiver.spool import SpoolError
+from archiver.spool import LEAST_ROOM, SpoolError
 
 FAILURE_SECONDS = 15
-ROOM_BYTES = 1_048_576  # of a spool that takes events
 
 
 class Readiness:
@@ -44,6 +43,6 @@ class Readiness:
         if self._ingest.fallback is None:
             return "none"
         try:
-            return "full" if self._ingest.fallback.spool.room() < ROOM_BYTES else None
+            return "full" if self._ingest.fallback.spool.room() < LEAST_ROOM else None
         except SpoolError as error:
             return str(error)

@@ -18,10 +18,11 @@ from archiver.cli.seals import group as seals
 from archiver.cli.seals import prove, seal, verify
 from archiver.cli.serve import migrate, serve
 from archiver.cli.worker import rebuild, worker
-from archiver.database import sqlstate
+from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
 from archiver.embedded import EmbeddedError
 from archiver.schema import INSUFFICIENT_PRIVILEGE, SchemaError
 from archiver.settings import SettingsError
+from archiver.spool import SpoolError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -75,7 +76,7 @@ def _write_whole() -> None:
 def _run() -> None:
     try:
         cli()
-    except (SettingsError, SchemaError, EmbeddedError) as error:
+    except (SettingsError, SchemaError, EmbeddedError, SpoolError) as error:
         _fail(str(error))
     except DBAPIError as error:
         _fail(_explain(error))
@@ -89,6 +90,8 @@ def _explain(error: DBAPIError) -> str:
     said, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:
         return f"The database refused: {said}\nRun `archiver doctor`: it gives the SQL that helps."
+    if is_untrusted(error):
+        return f"The database cannot be trusted: {said}\n{CERTIFICATE_ADVICE}"
     # Without a SQLSTATE it is the driver that speaks, unless it only passes on why the server let nobody in.
     is_from_server = state is not None or "FATAL: " in said
     what = "refused" if is_from_server else "cannot be reached"

@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, overview, schema, settings, spool
 from archiver.cli import connection
-from archiver.doctor import Finding, examine_database, examine_settings
+from archiver.doctor import Finding, examine_database, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
 
 
@@ -67,13 +67,17 @@ def _moment(moment: datetime | None) -> str:
 @click.command()
 @connection.json_option
 def doctor(as_json: bool) -> None:
-    """Check settings, database, role, schema and clock, and say what to do. Exit 1 if something must be done."""
+    """Check settings, spool, database, role, schema, clock, and say what to do. Exit 1 if something must be done."""
     try:
         configuration = settings.read()
     except settings.SettingsError as error:
         findings = [Finding("settings", "failure", "A setting is wrong.", str(error))]
     else:
-        findings = [*examine_settings(configuration), *_examine_database(configuration)]
+        findings = [
+            *examine_settings(configuration),
+            *examine_spool(configuration),
+            *_examine_database(configuration),
+        ]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
     else:

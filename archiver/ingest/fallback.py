@@ -37,7 +37,7 @@ class Fallback:
         self._told_at = -TOLD_SECONDS
         self.is_open = False
         self._spool_fault = ""  # why it did not take what it was last given
-        if spool.depth().events:
+        if spool.events:
             self._spooled.set()
         self._gauge()
 
@@ -58,22 +58,30 @@ class Fallback:
         """For ever: what waits on the spool goes to Postgres, the oldest first; new events go beside it."""
         while True:
             try:
-                async with asyncio.timeout(ADOPT_SECONDS):
-                    await self._spooled.wait()
-            except TimeoutError:
-                await self._adopt()
-                continue
-            self._spooled.clear()
-            try:
-                await self._empty(self.spool)
-            except SpoolError as error:
-                self._tell_spool_fault(error)
-                self._spooled.set()
-            if self.is_open and await self._is_back():
-                self._close(self.spool)  # the spool took nothing that could have shown it
-            elif self.is_open or self._spooled.is_set():
+                await self._drain_once()
+            except Exception:  # the supervisor: whatever happens, what is on disk is tried again
+                log.exception("draining failed")
                 self._spooled.set()
                 await asyncio.sleep(LONGEST_PAUSE_SECONDS)
+
+    async def _drain_once(self) -> None:
+        try:
+            async with asyncio.timeout(ADOPT_SECONDS):
+                await self._spooled.wait()
+        except TimeoutError:
+            await self._adopt()
+            return
+        self._spooled.clear()
+        try:
+            await self._empty(self.spool)
+        except SpoolError as error:
+            self._tell_spool_fault(error)
+            self._spooled.set()
+        if self.is_open and await self._is_back():
+            self._close(self.spool)  # the spool took nothing that could have shown it
+        elif self.is_open or self._spooled.is_set():
+            self._spooled.set()
+            await asyncio.sleep(LONGEST_PAUSE_SECONDS)
 
     async def _append(self, deliveries: Sequence[Spooled]) -> bool:
         try:
@@ -91,7 +99,7 @@ class Fallback:
         try:
             left_behind = open_left_behind(self.spool.path.parent)
             while spool := await asyncio.to_thread(next, left_behind, None):
-                log.info("draining what another process spooled", file=spool.path.name, events=spool.depth().events)
+                log.info("draining what another process spooled", file=spool.path.name, events=spool.events)
                 await self._empty(spool)
         except SpoolError as error:
             self._tell_spool_fault(error)
@@ -148,7 +156,7 @@ class Fallback:
 
     def _close(self, spool: Spool) -> None:
         if self.is_open:
-            log.info("the database takes events again", spooled=spool.depth().events)
+            log.info("the database takes events again", spooled=spool.events)
         self.is_open = False
 
     def _tell_spool_fault(self, error: SpoolError) -> None:
@@ -157,10 +165,15 @@ class Fallback:
         self._spool_fault = str(error)
 
     def _gauge(self) -> None:
-        depth = self.spool.depth()
+        try:
+            depth = self.spool.depth()
+        except SpoolError as error:
+            self._tell_spool_fault(error)
+            return
         telemetry.spool_events.set(depth.events)
         telemetry.spool_bytes.set(depth.bytes)
-        telemetry.spool_age.set((datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0)
+        age = (datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0
+        telemetry.spool_age.set(max(age, 0))  # the clock may have been set back
 
 
 def _spooled(delivery: Delivery) -> Spooled:

@@ -1,10 +1,8 @@
 """`archiver serve` while Postgres is away, silent, read-only, full or half gone, and while its spool is too (I1)."""
 
 import json
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
@@ -14,70 +12,12 @@ from archiver import embedded
 from archiver.database import database_url as parse_url
 from tests.conftest import Cluster
 from tests.faults.load import Load, assert_archived, body_of, rows
+from tests.faults.outages import frozen, post, stopped, until_drained, waiting
 from tests.payloads import created
 from tests.proxies import proxied
-from tests.receivers import Receiver, archiver, serving
+from tests.receivers import archiver, serving
 from tests.test_registration import TOKEN, register
 from tests.waiting import until
-
-AWAY_SECONDS = 60  # in which whatever was spooled is archived, once Postgres is back
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Postgres]:
-    """A server of our own, to be broken."""
-    with embedded.running(tmp_path_factory.mktemp("outages"), options={"max_connections": "50"}) as postgres:
-        yield postgres
-
-
-@pytest.fixture(scope="module")
-def own(postgres: embedded.Postgres) -> Cluster:
-    return Cluster("18", postgres.database_url("DATABASE").replace("DATABASE", "{database}"))
-
-
-@pytest.fixture
-def url(own: Cluster) -> Iterator[str]:
-    url = own.clone()
-    yield url
-    own.drop(url)
-
-
-def post(receiver: Receiver, numbers: range) -> list[str]:
-    """What each of these events is told."""
-    return [str(receiver.post(body_of(number)).json()["status"]) for number in numbers]
-
-
-def waiting(receiver: Receiver) -> float:
-    return receiver.metric("archiver_spool_events")
-
-
-def until_drained(receiver: Receiver) -> None:
-    until(lambda: waiting(receiver) == 0, "what was spooled is archived", AWAY_SECONDS)
-
-
-@contextmanager
-def stopped(postgres: embedded.Postgres, how: signal.Signals) -> Iterator[None]:
-    """Its postmaster is sent this; started again in the end."""
-    pid = postgres.pid
-    os.kill(pid, how)
-    until(lambda: not Path(f"/proc/{pid}").exists(), "Postgres ends")
-    try:
-        yield
-    finally:
-        until(lambda: postgres.revive() or postgres.pid != pid, "Postgres starts again")
-
-
-@contextmanager
-def frozen(postgres: embedded.Postgres) -> Iterator[None]:
-    """Every process of it stands still: connections stay, answers do not come."""
-    pids = [postgres.pid, *map(int, Path(f"/proc/{postgres.pid}/task/{postgres.pid}/children").read_text().split())]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("how", [signal.SIGQUIT, signal.SIGKILL, signal.SIGINT])

@@ -1,0 +1,53 @@
+"""What can be wrong with a spool, in words that say what helps."""
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+class SpoolError(Exception):
+    """The spool cannot be used; the text says why and what helps."""
+
+
+class SpoolFullError(SpoolError):
+    """The spool is full: give it more room (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."""
+
+
+class SpoolDamagedError(SpoolError):
+    """The spool's file is not as it was written."""
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What fails within is a `SpoolError`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+        if code == sqlite3.SQLITE_FULL:
+            raise SpoolFullError(str(SpoolFullError.__doc__)) from None
+        if code in _DAMAGED:
+            raise damaged(path, str(error)) from None
+        raise SpoolError(unusable(path, str(error))) from None
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise SpoolFullError(str(SpoolFullError.__doc__)) from None
+        raise SpoolError(unusable(Path(error.filename or path), error.strerror or str(error))) from None
+
+
+def damaged(path: Path, reason: str) -> SpoolDamagedError:
+    """For a file that a receiver has not saved what can be saved from yet."""
+    return SpoolDamagedError(
+        f"The spool {path} is damaged ({reason}): check the disk of ARCHIVER_HOME; a receiver sets the file aside"
+        " within half a minute and archives what can still be read."
+    )
+
+
+def unusable(place: Path, reason: str) -> str:
+    return (
+        f"The spool {place} cannot be used ({reason}): check ARCHIVER_HOME and its disk, or set ARCHIVER_SPOOL=off."
+    )

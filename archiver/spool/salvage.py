@@ -1,0 +1,84 @@
+"""A file that is given up: a damaged one, of which is kept what can be read; one on a full disk that is done with."""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from itertools import count, takewhile
+from pathlib import Path
+
+from archiver.spool import files
+from archiver.spool.errors import SpoolDamagedError, explained
+
+
+def set_aside(path: Path) -> tuple[int, Path]:
+    """Put a new file in its place, with whatever can be read of it, and keep it under another name.
+
+    Answers how many deliveries those are, and the name. Raises `SpoolError`, and leaves it then where it is.
+    """
+    fresh = path.with_suffix(".new")
+    with explained(path):
+        fresh.unlink(missing_ok=True)
+        saved = _copy(path, fresh)
+        aside = next(name for name in _names(path) if not name.exists())
+        os.link(path, aside)
+        for end in ("-wal", "-shm"):
+            if (beside := Path(f"{path}{end}")).exists():
+                beside.rename(f"{aside}{end}")
+        fresh.replace(path)
+        sync(path.parent)
+    return saved, aside
+
+
+def set_aside_files(folder: Path) -> list[Path]:
+    """The damaged files that wait for a person."""
+    return sorted(folder.glob("damaged-*.db"))
+
+
+def _names(path: Path) -> Iterator[Path]:
+    return (path.with_name(f"damaged-{path.stem}-{number}.db") for number in count(1))
+
+
+def _copy(path: Path, fresh: Path) -> int:
+    damaged = sqlite3.connect(path, isolation_level=None)
+    saved = 0
+    try:
+        damaged.execute("PRAGMA writable_schema = ON")  # for one that has lost its end: it need not be whole
+        whole = files.open_file(fresh, 2**40)
+        try:
+            with files.transaction(whole, fresh):
+                saved = files.insert_all(whole, _readable(damaged, path))
+            whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # nothing beside it, so that it can be renamed
+        finally:
+            whole.close()
+    finally:
+        damaged.close()
+    return saved
+
+
+def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Spooled]:
+    try:
+        yield from files.readable(damaged, path)
+    except SpoolDamagedError:
+        return  # not even how many there were
+
+
+def overwrite(path: Path) -> None:
+    """Leave an empty file, for which a full disk has room, and on the disk nothing of what it held (I8)."""
+    with explained(path):
+        for each in takewhile(Path.exists, (path, Path(f"{path}-wal"))):
+            with each.open("r+b", buffering=0) as file:
+                size = each.stat().st_size
+                for start in range(0, size, files.PAGE_BYTES):
+                    file.write(bytes(min(files.PAGE_BYTES, size - start)))
+                os.fsync(file.fileno())
+                file.truncate(0)
+                os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Make what was renamed or made in it durable."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,84 @@
+"""A receiver whose wall clock is set back by hours while it runs: all is archived once, and read in time (I3, I6).
+
+time-machine, inside its process, moves what `time` and `datetime` tell there, and nothing else.
+"""
+
+import signal
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from archiver import embedded
+from tests.faults.load import Load, assert_archived, rows
+from tests.faults.outages import post, stopped, until_drained, waiting
+from tests.faults.test_worker import SOON, working
+from tests.receivers import serving
+from tests.upstreams import hosting, simulated
+from tests.waiting import until
+
+BACK = timedelta(hours=5)
+
+# Read by every Python that finds it, and so by the receiver and by nothing else.
+MOVED = f"""
+import os, signal, time
+def move(*_):
+    import time_machine
+    time_machine.travel(time.time() - {BACK.total_seconds()}, tick=True).start()
+    with open(os.environ["MOVED_TO"], "w") as told:
+        told.write(str(time.time()))
+signal.signal(signal.SIGUSR2, move)
+"""
+
+
+class Asked:
+    """Stands before the platform, and knows for which sessions it was asked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.sessions: set[str] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self.sessions.add(scope["path"].rpartition("/")[2])
+        await self._app(scope, receive, send)
+
+
+def test_i3_a_clock_that_is_set_back_by_hours_loses_and_doubles_nothing(
+    postgres: embedded.Postgres, url: str, tmp_path: Path
+) -> None:
+    """Under load, with deliveries on the spool from before and after; a worker whose clock is right reads on."""
+    (tmp_path / "sitecustomize.py").write_text(MOVED)
+    told = tmp_path / "told"
+    moved = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(told), "ARCHIVER_HOME": str(tmp_path / "home")}
+    with serving(url, **moved, **SOON) as receiver:
+        load = Load([receiver.port], 8, range(10**6))
+        until(lambda: len(load.answers) > 200, "it is under load")
+        with stopped(postgres, signal.SIGQUIT):
+            until(lambda: waiting(receiver) > 100, "events are spooled")
+            receiver.signal(signal.SIGUSR2)
+            until(lambda: told.exists() and told.read_text(), "its clock is set back")
+            behind = datetime.now(UTC) - datetime.fromtimestamp(float(told.read_text()), UTC)
+            assert abs(behind - BACK) < timedelta(minutes=1)
+            before = waiting(receiver)
+            until(lambda: waiting(receiver) > before + 100, "and go on to be")
+            assert receiver.metric("archiver_spool_oldest_age_seconds") >= 0
+        until(lambda: load.answers[-1][2] == "stored", "Postgres takes events again")
+        before = len(load.answers)
+        until(lambda: len(load.answers) > before + 200, "it is under load again")
+        load.end()
+        until_drained(receiver)
+        assert not load.broken
+        assert {code for _, code, _ in load.answers} == {200}
+        assert set(post(receiver, range(20))) == {"duplicate"}
+    assert_archived(url, load.acknowledged)
+    ((behind,),) = rows(url, "SELECT now() - min(received_at) FROM archiver.events")
+    assert abs(behind - BACK) < timedelta(minutes=2), "it did go by that clock"
+    late = "SELECT count(*) FROM archiver.sessions WHERE reconcile_at > now() + interval '1 minute'"
+    assert rows(url, late) == [(0,)]
+    assert rows(url, "SELECT count(*) FROM archiver.sessions WHERE reconcile_at IS NULL AND session_id <> ''") == [
+        (0,)
+    ]
+    with simulated() as callhq, hosting(asked := Asked(callhq.app)) as callhq.url, working(url, callhq):
+        sessions = {f"session-{number}" for number in range(20)}
+        until(lambda: asked.sessions == sessions, "every session is asked for", 60)
