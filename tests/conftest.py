@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import database, roles, schema
+from archiver import database, schema
 from tests import servers
 
 _TEMPLATE = "archiver_template"
@@ -29,7 +29,7 @@ class Cluster:
         engine = self.engine(self.url(_TEMPLATE))
         schema.upgrade(engine)
         engine.dispose()
-        self.execute(f"CREATE ROLE {servers.WRITER} LOGIN IN ROLE {roles.WRITER}")
+        servers.let_writer_in(self.url("postgres"))
 
     def url(self, name: str) -> str:
         return self._url.format(database=name)

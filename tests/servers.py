@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import psycopg
+
 from archiver import embedded
 
 SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
@@ -21,6 +23,13 @@ WRITER = "test_writer"  # who is given archiver_writer, and nothing else
 def as_writer(url: str) -> str:
     """The same database for `serve` and `worker`, as a user who may do no more than they need."""
     return re.sub(r"^postgresql://postgres@", f"postgresql://{WRITER}@", url)
+
+
+def let_writer_in(url: str) -> None:
+    """Make that user, once for each server."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [WRITER]).fetchone():
+            connection.execute(f"CREATE ROLE {WRITER} LOGIN IN ROLE archiver_writer")
 
 
 def versions() -> list[str]:

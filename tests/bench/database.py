@@ -8,6 +8,7 @@ from pathlib import Path
 import psycopg
 
 from archiver import database, embedded, schema
+from tests import servers
 
 
 @contextmanager
@@ -27,5 +28,6 @@ def migrated(postgres: embedded.Postgres, name: str) -> str:
     url = postgres.database_url(name)
     engine = database.connect(database.database_url(url))
     schema.upgrade(engine)
+    servers.let_writer_in(url)
     engine.dispose()
     return url

@@ -12,6 +12,7 @@ from tests.faults.clusters import Server, placed
 from tests.faults.load import assert_archived, rows
 from tests.faults.outages import post, until_drained
 from tests.receivers import archiver, serving
+from tests.servers import let_writer_in
 from tests.waiting import until
 
 AUTHORITY = """
@@ -93,6 +94,7 @@ def test_i1_an_expired_certificate_ends_the_start_and_later_spools(server: Serve
     certificates.issue(VALID, server)
     server.run("pg_ctl", "-D", server.data, "reload")
     until(lambda: archiver("migrate", database_url=url).returncode == 0, "the new certificate is accepted")
+    let_writer_in(url)
     with serving(url, ARCHIVER_HOME=str(tmp_path / "home")) as receiver:
         assert set(post(receiver, range(10))) == {"stored"}
         valid = certificates.trusted.read_bytes()

@@ -13,6 +13,7 @@ from tests.faults.clusters import Server, placed, programs_of
 from tests.faults.load import Load, assert_archived, rows
 from tests.faults.outages import until_drained
 from tests.receivers import archiver, serving
+from tests.servers import let_writer_in
 from tests.waiting import until
 
 
@@ -44,6 +45,7 @@ def test_i1_everything_acknowledged_survives_the_death_of_the_primary(pair: tupl
     )
     told = archiver("migrate", database_url=url)
     assert told.returncode == 0, told.stderr
+    let_writer_in(primary.url("archive"))
     with serving(url) as receiver:
         load = Load([receiver.port], 8, range(10**6))
         until(lambda: len(load.answers) > 300, "it is under load")
@@ -72,6 +74,7 @@ def test_a_host_that_fell_silent_leaves_time_for_the_next(
         hosts = f"127.0.0.1:{silent.getsockname()[1]},127.0.0.1:{primary.port}"
         url = f"postgresql://postgres@{hosts}/archive?target_session_attrs=read-write"
         assert archiver("migrate", database_url=primary.url("archive")).returncode == 0
+        let_writer_in(primary.url("archive"))
         with serving(url) as receiver:
             load = Load([receiver.port], 4, range(200))
             load.join()

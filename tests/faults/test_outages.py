@@ -16,6 +16,7 @@ from tests.faults.outages import frozen, post, stopped, until_drained, waiting
 from tests.payloads import created
 from tests.proxies import proxied
 from tests.receivers import archiver, serving
+from tests.servers import let_writer_in
 from tests.test_registration import TOKEN, register
 from tests.waiting import until
 
@@ -235,6 +236,7 @@ def test_it_starts_without_its_database_and_waits_for_the_right_schema(
         until(lambda: "archiver migrate" in early.get("/readyz").json()["database"], "it misses its schema")
         assert set(post(early, range(5, 10))) == {"spooled"}
         assert archiver("migrate", database_url=url).returncode == 0
+        let_writer_in(url)
         until_drained(early)
         assert_archived(url, set(range(10)))
 
