@@ -7,8 +7,6 @@ import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
-from decimal import Decimal
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -224,14 +222,6 @@ def sqlstate(error: BaseException) -> str | None:
     return original.sqlstate if isinstance(original, psycopg.Error) else None
 
 
-# Postgres reads these as text as well, with two gains: the driver writes them in Python, slowly; and a value has the
-# type of a null, so that a statement prepared for one serves the other.
-_AS_TEXT: dict[type, Callable[[Any], str]] = {
-    datetime: lru_cache(maxsize=4_096)(str),  # an event's own times stand in its row several times
-    Decimal: str,  # never from the cache: 1.0 and 1.00 are equal there
-}
-
-
 class RowsInsert:
     """A Core INSERT, with its ON CONFLICT and RETURNING, for many rows in one statement.
 
@@ -255,8 +245,10 @@ class RowsInsert:
         answered: list[Row[Any]] = []
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]
-            values = chain.from_iterable(map(self._values, page))
-            parameters = tuple([as_text(v) if (as_text := _AS_TEXT.get(type(v))) else v for v in values])
+            values = tuple(chain.from_iterable(map(self._values, page)))
+            # Postgres reads times and decimals as text as well, with two gains: the driver writes them in Python,
+            # slowly; and a value has the type of a null, so that a statement prepared for one serves the other.
+            parameters = msgspec.to_builtins(values, builtin_types=(bytes,))
             result = connection.exec_driver_sql(self._render(len(page)), parameters)
             answered += result if result.returns_rows else ()
         return answered

@@ -44,6 +44,25 @@ def refused(receiver: Receiver, reason: str) -> float:
     return sum(float(line.removeprefix(series)) for line in lines if line.startswith(series))
 
 
+# Answers
+
+
+def test_an_answer_arrives_in_one_piece(receiver: Receiver) -> None:
+    with connect(receiver.port) as connection:
+        for number in range(50):
+            connection.sendall(delivery(created(f"piece {number}")))
+            assert connection.recv(65_536).endswith(b"}"), "the head came alone"
+
+
+def test_an_answer_without_a_body_arrives(receiver: Receiver) -> None:
+    with connect(receiver.port) as connection:
+        for _ in range(2):
+            connection.sendall(head(path="/healthz", method="HEAD"))
+            answer = connection.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 ")
+            assert answer.endswith(b"\r\n\r\n")
+
+
 # Headers
 
 

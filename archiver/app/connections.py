@@ -150,6 +150,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The next request is answered, or waited for. No timer for that: the crowd looks around."""
         self.server_state.total_requests += 1
+        if self._outlet is not None:
+            self._outlet.complete()
         if self.transport.is_closing() or self._is_lingering:
             return
         if self.pipeline:
@@ -272,17 +274,32 @@ class _Flow(FlowControl):
 
 
 class _Outlet(asyncio.Transport):
-    """The transport as an answer sees it: what it closes may linger."""
+    """The transport as an answer sees it: what it closes may linger, and the head goes with the first of the body.
+
+    So does ASGI want it; and apart they are two system calls, two packets and two things to read for the client.
+    """
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
         self._connection, self._transport = connection, connection.transport
+        self._has_begun, self._head = False, b""
 
     def write(self, data: Any) -> None:
-        self._transport.write(data)
+        if not self._has_begun and self._connection.cycle.response_started:
+            self._has_begun, self._head = True, data
+        else:
+            self._transport.write(self._head + data)
+            self._head = b""
+
+    def complete(self) -> None:
+        """The answer ends, maybe without a body."""
+        if self._head:
+            self._transport.write(self._head)
+        self._has_begun, self._head = False, b""
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
 
     def close(self) -> None:
+        self.complete()
         self._connection.end()

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -14,18 +15,18 @@ from archiver.projection.turns import Turn
 State = Literal["open", "complete", "repaired", "unverified", "lost"]
 
 
-class Timing(msgspec.Struct, frozen=True):
+class Timing(msgspec.Struct, frozen=True, dict=True):
     """`quiet`: wait so long after a session's last event; `lifetime`: after so long upstream forgets the session."""
 
     quiet: timedelta = timedelta(seconds=300)
     lifetime: timedelta = timedelta(seconds=86_400)
 
-    @property
+    @cached_property
     def margin(self) -> timedelta:
         """So long before the end of its life a session is read for the last time."""
         return min(max(self.lifetime / 24, 2 * self.quiet), self.lifetime / 2)
 
-    @property
+    @cached_property
     def wait(self) -> timedelta:
         """The quiet time, or less where sessions live so shortly."""
         return min(self.quiet, self.margin / 2)
