@@ -162,6 +162,8 @@ def _became(outcome: Outcome | None) -> str:
         return "not in the quarantine"
     if outcome.status == "quarantined":
         return f"still quarantined: {outcome.detail}"
+    if outcome.reason == "erased":
+        return "gone: what it speaks of was erased"
     return f"{outcome.status} as event {outcome.id}"
 
 
