@@ -12,6 +12,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from archiver import __version__
 from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
+from archiver.cli.erasure import command as erase
+from archiver.cli.holds import acts, hold
 from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
 from archiver.cli.serve import migrate, serve
@@ -35,6 +37,8 @@ def cli() -> None:
 
 
 for _command in (serve, worker, migrate, backfill, status, doctor, quarantine, rebuild, demo, simulate):
+    cli.add_command(_command)
+for _command in (erase, hold, acts):
     cli.add_command(_command)
 
 
