@@ -64,10 +64,11 @@ def record(
     refused = [_is_refused(observation, erased) for observation in observations]
     kept = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
     answers = iter(_append(connection, kept, timing, {session_id for session_id, _ in erased}))
-    read = {
-        o.event.session_id for o, is_refused in zip(observations, refused, strict=True) if is_refused and _reads(o)
-    }
-    projection.rederive_locked(connection, sorted(read), timing)
+    touched = {told.session_id for told, what in erased.items() if what.is_found}
+    for observation, is_refused in zip(observations, refused, strict=True):
+        if is_refused and _reads(observation):
+            touched.add(observation.event.session_id)
+    projection.rederive_locked(connection, sorted(touched), timing)
     return [_ERASED if is_refused else next(answers) for is_refused in refused]
 
 

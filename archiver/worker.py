@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import database
 from archiver.callhq import Client, UnauthorizedError
 from archiver.database import run_in_transaction
+from archiver.erasure.periodic import Upkeep
 from archiver.events import Event
 from archiver.history import APPLICATION, REGISTERED, SOURCE
 from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
@@ -44,7 +45,8 @@ _BATCH = 50  # histories in one transaction
 _PATIENCE_SECONDS = 0.05
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
-READINGS, TIMERS = "readings", "timers"  # queues: readings that hang must not keep others from being handed out
+# Queues: readings that hang must not keep others from being handed out, nor long erasures.
+READINGS, TIMERS, UPKEEP = "readings", "timers", "upkeep"
 _LAST = -(2**31)  # the least priority there is
 
 
@@ -67,9 +69,9 @@ class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
 
 
 class Worker:
-    """All background work of one process."""
+    """All background work of one process; without a `reconciler` it reads no histories."""
 
-    def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler) -> None:
+    def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler | None) -> None:
         self._engine, self._reconciler = engine, reconciler
         conninfo = make_conninfo(
             url.set(drivername="postgresql").render_as_string(hide_password=False),
@@ -81,10 +83,17 @@ class Worker:
         )
         self.jobs = procrastinate.App(connector=connector)
         self._read_histories = self.jobs.task(name="read_histories", queue=READINGS)(self.read_histories)
-        hand_out = self.jobs.task(name="hand_out_due", queue=TIMERS, queueing_lock="hand_out_due")
-        self.jobs.periodic(cron="* * * * * */5")(hand_out(self.hand_out_due))
+        if reconciler is not None:
+            hand_out = self.jobs.task(name="hand_out_due", queue=TIMERS, queueing_lock="hand_out_due")
+            self.jobs.periodic(cron="* * * * * */5")(hand_out(self.hand_out_due))
         forget = self.jobs.task(name="forget_jobs", queue=TIMERS, queueing_lock="forget_jobs")
         self.jobs.periodic(cron="* * * * *")(forget(self.forget_jobs))
+        self._upkeep = Upkeep(configuration, url, timing_of(configuration))
+        # One at a time, on whichever machine.
+        erase = self.jobs.task(name="erase", queue=UPKEEP, queueing_lock="erase", lock="erase")
+        self.jobs.periodic(cron="* * * * * */20")(erase(self._upkeep.erase))
+        expire = self.jobs.task(name="expire", queue=UPKEEP, queueing_lock="expire", lock="erase")
+        self.jobs.periodic(cron="17 3 * * *")(expire(self._upkeep.expire))
 
     async def run(self) -> None:
         """Until SIGTERM or Ctrl-C; jobs under way are ended first."""
@@ -92,7 +101,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, told.set)
         async with self.jobs.open_async():
-            working = [asyncio.create_task(self._work(READINGS, 4)), asyncio.create_task(self._work(TIMERS, 1))]
+            queues = {TIMERS: 1, UPKEEP: 1} | ({READINGS: 4} if self._reconciler else {})
+            working = [asyncio.create_task(self._work(queue, jobs)) for queue, jobs in queues.items()]
             ending = asyncio.create_task(told.wait())
             await asyncio.wait([*working, ending], return_when=asyncio.FIRST_COMPLETED)
             for task in (*working, ending):
@@ -100,6 +110,7 @@ class Worker:
             for result in await asyncio.gather(*working, return_exceptions=True):
                 if isinstance(result, Exception):
                     raise result
+        self._upkeep.close()
 
     async def _work(self, queue: str, concurrency: int) -> None:
         await self.jobs.run_worker_async(
@@ -132,6 +143,8 @@ class Worker:
 
     async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
         """Read the histories of these sessions, those that are still due as they were handed out."""
+        if self._reconciler is None:
+            return
         try:
             await self._reconciler.read_all(session_ids, due_at=datetime.fromisoformat(due_at))
         except UnauthorizedError as error:

@@ -16,6 +16,7 @@ from archiver.cli.erasure import command as erase
 from archiver.cli.holds import acts, hold
 from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
+from archiver.cli.retention import command as retention
 from archiver.cli.serve import migrate, serve
 from archiver.cli.worker import rebuild, worker
 from archiver.database import sqlstate
@@ -38,7 +39,7 @@ def cli() -> None:
 
 for _command in (serve, worker, migrate, backfill, status, doctor, quarantine, rebuild, demo, simulate):
     cli.add_command(_command)
-for _command in (erase, hold, acts):
+for _command in (erase, hold, retention, acts):
     cli.add_command(_command)
 
 

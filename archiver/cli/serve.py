@@ -24,6 +24,7 @@ from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
+from archiver.cli.recording import record_settings
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
@@ -47,7 +48,8 @@ OTHER_FILES = 256  # that a process has open beside its connections: libraries, 
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, no_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until told to stop.
 
-    With CALLHQ_API_KEY set, a worker beside it reads histories, unless told --no-worker. SIGTERM or Ctrl-C: takes no
+    With CALLHQ_API_KEY set, or where the settings let something be erased, a worker runs beside it, unless told
+    --no-worker. SIGTERM or Ctrl-C: takes no
     more, writes and answers what was accepted, exits 0.
     """
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
@@ -105,7 +107,7 @@ def _has_worker(configuration: Settings, *, wanted: bool) -> bool:
     has_key = bool(configuration.callhq_api_key.get_secret_value())
     if wanted and not has_key:
         log.warning("histories are not read and gaps stay open: CALLHQ_API_KEY is not set")
-    return wanted and has_key
+    return wanted and (has_key or configuration.erases)
 
 
 def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None:
@@ -117,6 +119,7 @@ def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None
             schema.upgrade(engine)
         with database.transaction(engine) as opened:
             schema.check(opened)
+        record_settings(engine, configuration, "serve")
     except SQLAlchemyError as error:
         if configuration.spool == "off" or not database.is_unreachable(error):
             raise

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from archiver import database, schema, settings, telemetry
 from archiver.cli import connection
+from archiver.cli.recording import record_settings
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
 from archiver.settings import Settings
@@ -23,13 +24,15 @@ log = structlog.get_logger(__name__)
     "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of loopback."
 )
 def worker(metrics_port: int | None) -> None:
-    """Read histories in the background, until told to stop. Any number of workers, on any number of machines.
+    """Read histories, and erase what is to be erased, in the background until told to stop.
+
+    Any number of workers, on any number of machines.
 
     `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
     """
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
-    if not configuration.callhq_api_key.get_secret_value():
+    if not configuration.callhq_api_key.get_secret_value() and not configuration.erases:
         raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
     with connection.lasting_database_url(configuration, create=False) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
@@ -50,14 +53,24 @@ def _serve_metrics(port: int) -> None:
 
 def work(configuration: Settings, url: str) -> None:
     """Background work until SIGTERM or Ctrl-C."""
+    with connection.engine_at(configuration, url) as engine:
+        record_settings(engine, configuration, "worker")
     connection.run(_work(configuration, url))
 
 
 async def _work(configuration: Settings, url: str) -> None:
     parsed = database.database_url(url)
-    async with reconciling(configuration, parsed) as (engine, reconciler, _):
-        log.info("working", api=configuration.callhq_api_url)
-        await Worker(configuration, parsed, engine, reconciler).run()
+    if configuration.callhq_api_key.get_secret_value():
+        async with reconciling(configuration, parsed) as (engine, reconciler, _):
+            log.info("working", api=configuration.callhq_api_url)
+            await Worker(configuration, parsed, engine, reconciler).run()
+    else:
+        engine = database.connect_async(parsed, pool_size=1, prepared_statements=configuration.prepared_statements)
+        log.info("working, but reading no histories: CALLHQ_API_KEY is not set")
+        try:
+            await Worker(configuration, parsed, engine, None).run()
+        finally:
+            await engine.dispose()
     log.info("stopped")
 
 

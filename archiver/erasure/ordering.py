@@ -53,13 +53,15 @@ def order(
     *,
     skip_held: bool = False,
     erased_at: Mapping[Target, datetime] | None = None,
+    act_id: int | None = None,
 ) -> Ordered:
     """Order these to be erased, or raise `HeldError`, which is recorded too, if any is held.
 
-    `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now.
+    `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
+    if it was recorded before.
     """
     wanted = sorted(set(targets))
-    done = Ordered(None, [], {})
+    done = Ordered(act_id, [], {})
     try:
         if not skip_held:
             _check(engine, wanted)
