@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from sqlalchemy import event as engine_event
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,12 +16,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import database, erasure, events, history, quarantine
 from archiver.database import transaction
 from archiver.erasure import Act, Criteria, HeldError, Target
+from archiver.erasure.sweeping import delete_mentioning
+from archiver.erasure.targets import of_chats
 from archiver.ingest import Delivery, Outcome
 from archiver.ingest.writing import store
 from archiver.projection import Timing
 from archiver.rebuild import rebuild
 from tests.payloads import chat, created, deleted, event
-from tests.rows import execute, rows
+from tests.rows import empty, execute, rows
 
 NOW = datetime(2026, 1, 5, tzinfo=UTC)
 TIMING = Timing()
@@ -62,20 +66,19 @@ def sweep(engine: Engine, after: int = 0) -> int:
 
 def dump(engine: Engine) -> bytes:
     """Every row of every table, as `pg_dump` would have it, and what the planner remembers of them."""
-    found = b""
+    names = rows(
+        engine,
+        "SELECT format('%I.%I', nspname, relname) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
+        " WHERE relkind = 'r' AND nspname NOT IN ('pg_catalog', 'information_schema')",
+    )
+    return b"".join(dump_of(engine, name) for name in [*(name for (name,) in names), "pg_statistic"])
+
+
+def dump_of(engine: Engine, table: str) -> bytes:
     with engine.connect() as connection:
-        names = connection.execute(
-            text(
-                "SELECT format('%I.%I', nspname, relname) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
-                " WHERE relkind = 'r' AND nspname NOT IN ('pg_catalog', 'information_schema')"
-            )
-        ).scalars()
-        for name in [*names, "pg_statistic"]:
-            cursor = connection.connection.cursor()
-            with cursor.copy(f"COPY {name} TO STDOUT") as copy:
-                for piece in copy:
-                    found += bytes(piece)
-    return found
+        cursor = connection.connection.cursor()
+        with cursor.copy(f"COPY {table} TO STDOUT") as copy:
+            return b"".join(bytes(piece) for piece in copy)
 
 
 def holds_text(engine: Engine, *words: str) -> list[str]:
@@ -458,3 +461,94 @@ def test_who_writes_the_archive_may_erase(engine: Engine, database_url: str) -> 
     finally:
         as_writer.dispose()
     assert holds_text(engine, "question of c1", "question of c2", "question of c3") == ["question of c2"]
+
+
+CHATS = range(5)  # of two sessions
+_chats = st.sampled_from(CHATS)
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["tell", "revise", "delete"]), _chats, st.booleans()),
+        st.tuples(st.sampled_from(["read", "erase session", "sweep"]), _chats, st.just(True)),
+        st.tuples(st.sampled_from(["erase", "order", "break"]), _chats, st.just(True)),
+    ),
+    max_size=25,
+)
+
+
+def words(chat: int, what: str = "asked") -> str:
+    return f"<{what} in {chat}>"
+
+
+class Story:
+    """What was told, and what was erased of it, step by step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.told: set[int] = set()  # and taken
+        self.placed: set[int] = set()  # their session was told, be it taken or not
+        self.erased: set[int] = set()
+        self.closed: set[int] = set()  # sessions
+        self.minute = 0
+
+    def go(self, step: tuple[str, int, bool]) -> None:
+        what, chat_number, has_session = step
+        self.minute += 1
+        chat_id, session = f"c{chat_number}", chat_number % 2
+        session_id = f"s{session}" if has_session else None
+        is_gone = chat_number in self.erased or session in self.closed
+        if what in ("tell", "revise", "delete"):
+            said: dict[str, Any] = {"input": words(chat_number), "output": words(chat_number, what)}
+            body = deleted(chat_id, session_id) if what == "delete" else created(chat_id, session_id, **said)
+            (outcome,) = record(self.engine, body, minute=self.minute)
+            # Without a session it may not be known yet whose it is.
+            if is_gone and (has_session or chat_number in self.erased):
+                assert outcome.reason == "erased"
+            if outcome.reason != "erased" and what != "delete":
+                self.told.add(chat_number)
+            self.placed |= {chat_number} if has_session else set()
+        elif what == "read":
+            seen = [each for each in CHATS if each % 2 == session and each in self.placed]
+            lines = [line for each in seen for line in (("user", words(each)), ("assistant", words(each, "tell")))]
+            read(self.engine, f"s{session}", self.minute, *lines)
+        elif what == "break":
+            record(self.engine, b'{"chat": "%s", "input": "%s"' % (chat_id.encode(), words(chat_number).encode()))
+        elif what == "sweep":
+            sweep(self.engine)
+        else:
+            self.erase(what, chat_number)
+
+    def erase(self, what: str, chat_number: int) -> None:
+        with transaction(self.engine) as connection:
+            found = [Target(f"s{chat_number % 2}")]
+            if what != "erase session":
+                found = sorted(of_chats(connection, [f"c{chat_number}"]))
+        erasure.order(self.engine, found, "request", ACT)
+        if what == "erase session":
+            self.closed.add(chat_number % 2)
+        else:
+            self.erased.add(chat_number)
+        with transaction(self.engine) as connection:
+            delete_mentioning(connection, found)
+        if what != "order":
+            sweep(self.engine)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_steps)
+def test_i8_whatever_happens_in_whatever_order_erased_is_erased_and_the_rest_stays(
+    engine: Engine, steps: list[tuple[str, int, bool]]
+) -> None:
+    empty(engine, "messages", "chats", "sessions", "events", "quarantine", "erasures", "acts")
+    story = Story(engine)
+    for step in steps:
+        story.go(step)
+    sweep(engine)
+    ledger_and_archive = b"".join(dump_of(engine, f"archiver.{name}") for name in ("events", "messages", "chats"))
+    for number in CHATS:
+        marker = words(number).encode()
+        is_there = marker in ledger_and_archive or marker.hex().encode() in ledger_and_archive
+        if number in story.erased or (number % 2 in story.closed and number in story.placed):
+            assert not is_there
+        elif number in story.told and number % 2 not in story.closed:
+            assert is_there
+    assert is_rebuilt_the_same(engine)
