@@ -344,6 +344,41 @@ def test_who_may_not_place_holds_is_told_which_right_is_missing(
 
 
 @on_one_version
+def test_counsel_places_and_releases_holds_and_erases_nothing(
+    cluster: Cluster, database_url: str, engine: Engine
+) -> None:
+    name = f"counsel_{engine.url.database}"
+    execute(
+        engine,
+        f"CREATE ROLE {name} LOGIN",
+        f"GRANT archiver_auditor TO {name}",
+        f"GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO {name}",
+    )
+    record(engine, created("c1", "s1"))
+    try:
+        counsel = database_url.replace("postgres@", f"{name}@", 1)
+        for arguments in (["add", "--session", "s1"], ["release", "1"]):
+            told = archiver("hold", *arguments, "--reason", "x", database_url=counsel)
+            assert told.returncode == 0, told.stderr
+        assert erase(counsel, "--session", "s1").returncode == 1
+    finally:
+        execute(engine, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+    assert holds_text(engine, "question of c1") == ["question of c1"]
+    assert [kind for (kind,) in rows(engine, "SELECT kind FROM archiver.acts")] == ["hold.add", "hold.release"]
+
+
+@on_one_version
+def test_what_is_held_by_a_variable_stays_in_the_quarantine_too(database_url: str, engine: Engine) -> None:
+    record(engine, b'{"customer": "Mary" broken')
+    archiver("hold", "add", "--variable", "customer=Mary", "--reason", "x", database_url=database_url)
+    assert erase(database_url, "--where", "customer=Mary").returncode == 0
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(1,)]
+    archiver("hold", "release", "1", "--reason", "x", database_url=database_url)
+    assert erase(database_url, "--where", "customer=Mary").returncode == 0
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+
+
+@on_one_version
 def test_a_retry_of_the_quarantine_is_an_act(database_url: str, engine: Engine) -> None:
     record(engine, b"{", b"[")
     archiver("quarantine", "retry", "--all", "--actor", "anna", database_url=database_url)

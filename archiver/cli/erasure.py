@@ -140,13 +140,13 @@ class _Run:
             "chats": len({each.chat_id for each in found if each.chat_id}),
             "where": sorted({name for name, _ in wanted.variables}),
             "skip_held": self._skip_held,
+            "found": msgspec.structs.asdict(counts),
         }
         act = Act("erase", who, reason, detail)
         ordered = erasure.order(self._engine, found, "request", act, skip_held=self._skip_held)
-        if ordered.targets or not ordered.held:
-            with database.transaction(self._engine, statement_seconds=600) as opened:
-                free = [each for each in found if each not in ordered.held]
-                counts.quarantined = quarantine.delete_rows(opened, _select_quarantined(opened, free, wanted))
+        with database.transaction(self._engine, statement_seconds=600) as opened:
+            free = [each for each in found if each not in ordered.held]
+            counts.quarantined = quarantine.delete_rows(opened, _select_quarantined(opened, free, wanted))
         self._finish(counts, [ordered])
 
     def replay(self, lines: Sequence[replay.Line], act: Act) -> None:
@@ -204,9 +204,10 @@ def _find(opened: Connection, wanted: Wanted) -> list[Target]:
 
 
 def _select_quarantined(opened: Connection, found: Sequence[Target], wanted: Wanted) -> list[int]:
-    """What is about these in the quarantine, or tells such a variable."""
+    """What is about these in the quarantine, or tells such a variable, unless a hold is about that."""
     about = set(select_mentioning(opened, found)) if found else set()
-    for name, value in wanted.variables:
+    held = {(row["variable"], row["value"]) for row in erasure.select_holds(opened, released=False)}
+    for name, value in set(wanted.variables) - held:
         about |= set(quarantine.select_mentioning(opened, mentions.of_variable(name, value)))
     return sorted(about)
 

@@ -93,7 +93,8 @@ def _changing() -> Iterator[Connection]:
             raise
         raise settings.SettingsError(
             "This database user may not place or release holds: the writer of the archive must not.\n"
-            "As the owner: GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
+            "As the owner: GRANT archiver_auditor TO the_user;"
+            " GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
         ) from None
 
 
