@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from archiver import events, history, projection, tables
 from archiver.database import RowsInsert
 from archiver.events import Event
-from archiver.projection.erased import Erased, Told, extend_erasure, select_erased
+from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
 
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
@@ -69,6 +69,7 @@ def record(
         if is_refused and _reads(observation):
             touched.add(observation.event.session_id)
     projection.rederive_locked(connection, sorted(touched), timing)
+    note_refused(connection, [told for told, what in erased.items() if what.is_whole])
     return [_ERASED if is_refused else next(answers) for is_refused in refused]
 
 

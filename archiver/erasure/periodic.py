@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import TypeVar
 
 import structlog
@@ -11,11 +12,13 @@ from sqlalchemy.engine import URL
 from archiver import acts, database
 from archiver.erasure.deleted import order_deleted
 from archiver.erasure.retention import Rules, examine, expire
-from archiver.erasure.sweeping import sweep
+from archiver.erasure.sweeping import PAGE, sweep
 from archiver.projection import Timing
 from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+SWEEP_ALL_SECONDS = 3_600.0
 
 T = TypeVar("T")
 
@@ -31,6 +34,7 @@ class Upkeep:
         prepared = configuration.prepared_statements
         self._engine = database.connect(url, pool_size=1, prepared_statements=prepared)
         self._swept = 0  # up to this erasure nothing is left
+        self._swept_all_at = monotonic()
 
     async def erase(self, timestamp: int) -> None:
         """Order what was deleted to be erased, then take away what was ordered; `timestamp` is procrastinate's."""
@@ -39,7 +43,12 @@ class Upkeep:
             async for ordered in _steps(order_deleted(self._engine, datetime.now(UTC) - self._grace)):
                 if ordered.targets:
                     log.info("deleted turns are erased", turns=len(ordered.targets))
-        async for step in _steps(sweep(self._engine, self._timing, self._swept)):
+        # What was found out while something was recorded may be seen later than what has a greater number; and what
+        # was held when it was swept is found again by looking at all.
+        now = monotonic()
+        if now - self._swept_all_at >= SWEEP_ALL_SECONDS:
+            self._swept, self._swept_all_at = 0, now
+        async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
             self._swept = max(self._swept, step.through)
 
     async def expire(self, timestamp: int) -> None:

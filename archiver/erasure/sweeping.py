@@ -11,9 +11,10 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import history, ledger, quarantine
+from archiver import acts, history, ledger, quarantine
 from archiver.database import is_conflict, transaction
 from archiver.erasure import mentions
+from archiver.erasure.ordering import Act, order
 from archiver.erasure.targets import Target, marks, parts
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
 from archiver.projection.facts import select_stories
@@ -44,9 +45,13 @@ _NAMED = """
 _SELECT_PAGE = text(
     f"""
     WITH page AS MATERIALIZED (
-        SELECT id, session_id, chat_id, erased_at FROM archiver.erasures WHERE id > :after ORDER BY id LIMIT :most
+        SELECT * FROM archiver.erasures WHERE id > :after ORDER BY id LIMIT :most
     )
-    SELECT e.id, e.session_id, e.chat_id, EXISTS (SELECT FROM archiver.events f WHERE {_NAMED}) AS is_pending
+    SELECT e.id, e.session_id, e.chat_id, e.rule, e.act_id,
+           EXISTS (SELECT FROM archiver.events f WHERE {_NAMED}) AS is_pending,
+           e.session_id <> '' AND e.chat_id <> ''
+           AND EXISTS (SELECT FROM archiver.events f
+                        WHERE f.session_id = '' AND f.chat_id = e.chat_id AND f.body IS NOT NULL) AS has_strays
       FROM page e ORDER BY e.id
     """  # noqa: S608  # a constant
 )
@@ -59,6 +64,10 @@ def sweep(engine: Engine, timing: Timing, after: int = 0) -> Iterator[Step]:
             page = connection.execute(_SELECT_PAGE, {"after": after, "most": PAGE}).all()
         if not page:
             return
+        for row in page:
+            if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
+                act = Act("erase", acts.ARCHIVER, None)
+                order(engine, [Target(UNPLACED, row.chat_id)], row.rule, act, skip_held=True, act_id=row.act_id)
         pending = [Target(row.session_id, row.chat_id) for row in page if row.is_pending]
         for part in parts(sorted(pending), AT_ONCE):
             yield _take_away(engine, part, timing, after)

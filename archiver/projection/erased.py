@@ -28,6 +28,7 @@ _SELECT_ERASED = text(
     """
     WITH told AS MATERIALIZED (
         SELECT DISTINCT session_id, chat_id FROM json_to_recordset(:told) AS t (session_id text, chat_id text)
+         WHERE EXISTS (SELECT FROM archiver.erasures)
     ), known AS MATERIALIZED (
         SELECT t.session_id, t.chat_id,
                EXISTS (SELECT FROM archiver.erasures e
@@ -75,6 +76,48 @@ _EXTEND = text(
 def extend_erasure(connection: Connection, session_id: str, chat_id: str) -> None:
     """Note that a chat, erased when nobody had told its session, is one of this session."""
     connection.execute(_EXTEND, {"session_id": session_id, "chat_id": chat_id})
+
+
+# A fact that was refused told that these, which did not tell their session, are of an erased one: under the same act
+# they are erased with the next sweep, unless they are held themselves.
+_NOTE_STRAYS = text(
+    """
+    WITH told AS MATERIALIZED (
+        SELECT DISTINCT session_id, chat_id FROM json_to_recordset(:told) AS t (session_id text, chat_id text)
+    )
+    INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)
+    SELECT t.session_id, t.chat_id, e.erased_at, e.rule, e.act_id
+      FROM told t JOIN archiver.erasures e ON e.session_id = t.session_id AND e.chat_id = ''
+     WHERE EXISTS (SELECT FROM archiver.events f
+                    WHERE f.session_id = '' AND f.chat_id = t.chat_id AND f.body IS NOT NULL)
+    ON CONFLICT DO NOTHING
+    """
+)
+
+
+# And where nothing is known of such a turn, it is noted that nothing is to be, not even without its session.
+_NOTE_UNKNOWN = text(
+    """
+    WITH told AS MATERIALIZED (
+        SELECT DISTINCT session_id, chat_id FROM json_to_recordset(:told) AS t (session_id text, chat_id text)
+    )
+    INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)
+    SELECT '', t.chat_id, e.erased_at, e.rule, e.act_id
+      FROM told t JOIN archiver.erasures e ON e.session_id = t.session_id AND e.chat_id = ''
+     WHERE NOT EXISTS (SELECT FROM archiver.chats c WHERE c.session_id = t.session_id AND c.chat_id = t.chat_id)
+       AND NOT EXISTS (SELECT FROM archiver.events f WHERE f.session_id = '' AND f.chat_id = t.chat_id)
+    ON CONFLICT DO NOTHING
+    """
+)
+
+
+def note_refused(connection: Connection, refused: Iterable[Told]) -> None:
+    """Note what refused facts told of turns of erased sessions, so that facts without one are known as theirs."""
+    told = sorted({each for each in refused if each.session_id and each.chat_id}, key=_order)
+    if told:
+        asked = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in told]
+        for statement in (_NOTE_STRAYS, _NOTE_UNKNOWN):
+            connection.execute(statement, {"told": msgspec.json.encode(asked).decode()})
 
 
 _SELECT_SESSIONS = text(
