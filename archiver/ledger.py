@@ -61,9 +61,10 @@ def record(
     erased = _select_erased(connection, observations)
     if not erased:
         return _append(connection, observations, timing, ())
-    refused = [_is_refused(observation, erased) for observation in observations]
+    sessions = {told.session_id for told in erased} - {projection.UNPLACED}
+    refused = [_is_refused(observation, erased, sessions) for observation in observations]
     kept = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
-    answers = iter(_append(connection, kept, timing, {session_id for session_id, _ in erased}))
+    answers = iter(_append(connection, kept, timing, sessions))
     touched = {told.session_id for told, what in erased.items() if what.is_found}
     for observation, is_refused in zip(observations, refused, strict=True):
         if is_refused and _reads(observation):
@@ -82,12 +83,12 @@ def _select_erased(connection: Connection, observations: Sequence[Observation]) 
     return erased
 
 
-def _is_refused(observation: Observation, erased: Mapping[Told, Erased]) -> bool:
+def _is_refused(observation: Observation, erased: Mapping[Told, Erased], sessions: Collection[str]) -> bool:
     """Whether it speaks of what was erased. A reading of a session may, as soon as one of its turns was."""
     event = observation.event
-    found = erased.get(Told(event.session_id, event.chat_id))
     if _reads(observation):
-        return found is not None or any(session_id == event.session_id for session_id, _ in erased)
+        return event.session_id in sessions
+    found = erased.get(Told(event.session_id, event.chat_id))
     return found is not None and found.is_whole
 
 

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
 
+from archiver import quarantine
 from archiver.database import transaction
 from tests import servers
 from tests.conftest import Cluster
@@ -19,6 +21,7 @@ from tests.proxies import proxied
 from tests.receivers import archiver, serving
 from tests.rows import execute, rows
 from tests.test_erasure import archive, dump, holds_text, is_rebuilt_the_same, read, record, said, sweep, texts
+from tests.upstreams import simulated
 from tests.waiting import until
 
 on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
@@ -387,3 +390,37 @@ def test_a_retry_of_the_quarantine_is_an_act(database_url: str, engine: Engine) 
         ("anna", None, {"became": {"quarantined": 2}}),
         ("anna", None, {"became": {"absent": 1}}),
     ]
+
+
+@on_one_version
+def test_i8_a_backfill_does_not_bring_it_back_and_ends(database_url: str, engine: Engine) -> None:
+    with simulated() as callhq:
+        whole, partly = callhq.session("whole", "ok"), callhq.session("partly", "ok", "ok")
+        record(engine, created("c1", whole.id), created("c2", partly.id), created("c3", partly.id))
+        assert erase(database_url, "--session", whole.id, "--chat", "c2").returncode == 0
+        messages = rows(engine, "SELECT * FROM analytics.messages ORDER BY 1, 2")
+        events = rows(engine, "SELECT count(*) FROM archiver.events")
+        for options in (["--all"], ["--session", whole.id, "--session", partly.id]):
+            told = archiver("backfill", *options, database_url=database_url, **callhq.settings)
+            assert told.returncode == 0, told.stderr
+    assert rows(engine, "SELECT * FROM analytics.messages ORDER BY 1, 2") == messages
+    (registrations,) = rows(engine, "SELECT count(*) FROM archiver.events WHERE type = 'session.registered'")
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(events[0][0] + registrations[0],)]
+    standing = "SELECT DISTINCT reason, leased_until, reconcile_at FROM archiver.sessions WHERE session_id <> ''"
+    assert rows(engine, standing) == [("erased", None, None)]
+
+
+@on_one_version
+def test_i8_what_was_quarantined_before_does_not_come_back_by_a_retry(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    assert erase(database_url, "--session", "s1").returncode == 0
+    # As if it had been refused by a defect at the time, and told again meanwhile.
+    with transaction(engine) as connection:
+        body = created("c1", "s1")
+        quarantine.upsert_quarantine(
+            connection, [quarantine.Reject(body, "not_processable", "", datetime.now(UTC), "key")]
+        )
+    told = archiver("quarantine", "retry", "--all", database_url=database_url)
+    assert (told.returncode, told.stdout) == (0, "1: gone: what it speaks of was erased\n")
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+    assert holds_text(engine, "question of c1") == []

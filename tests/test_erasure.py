@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,6 +26,7 @@ from archiver.projection import Timing
 from archiver.rebuild import rebuild
 from tests.payloads import chat, created, deleted, event
 from tests.rows import empty, execute, rows
+from tests.waiting import until
 
 NOW = datetime(2026, 1, 5, tzinfo=UTC)
 TIMING = Timing()
@@ -225,6 +228,41 @@ def test_i8_facts_that_did_not_tell_their_session_go_too(engine: Engine) -> None
     ]
     assert texts(engine, "") == ["question of c2", "answer to c2"]
     assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_session_found_to_have_an_erased_turn_is_not_read_again(engine: Engine) -> None:
+    record(engine, created("c1", None), created("c2", "s1"))
+    erase(engine, Target("", "c1"))
+    standing = "SELECT reason, reconcile_at FROM archiver.sessions WHERE session_id = 's1'"
+    assert rows(engine, standing)[0][0] == "awaiting_history"
+    assert record(engine, created("c1", "s1"), minute=1)[0].reason == "erased"
+    assert rows(engine, standing) == [("erased", None)]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_facts_without_a_session_alone_go_from_the_sessions_that_have_their_turn(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    record(engine, created("c1", None, input="homeless words", updatedAt="2024-01-15T09:40:00Z"), minute=1)
+    assert texts(engine, "s1") == ["homeless words", "answer to c1"]
+    erase(engine, Target("", "c1"))
+    assert texts(engine, "s1") == ["question of c1", "answer to c1"]
+    assert holds_text(engine, "homeless words") == []
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_it_is_ordered_only_once_those_who_write_have_committed(engine: Engine) -> None:
+    observed = events.parse(created("c1", "s1"))
+    assert isinstance(observed, events.Event)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as writing:
+            store(writing, [Delivery(observed, NOW, "key")], TIMING)
+            erasing = pool.submit(erase, engine, Target("s1"))
+            waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            until(lambda: erasing.done() or rows(engine, waiting), "it waits")
+            assert not erasing.done()
+        erasing.result(30)
+    assert texts(engine, "s1") == []
+    assert holds_text(engine, "question of c1") == []
 
 
 def test_i8_a_turn_erased_before_its_session_was_told_keeps_that_session_from_bringing_it_back(
@@ -463,19 +501,27 @@ def test_who_writes_the_archive_neither_places_nor_releases_holds(engine: Engine
 def test_who_writes_the_archive_may_erase(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s3"), b'{"s1" broken')
     read(engine, "s1", 3, *said("c1", "c2"))
-    as_writer = database.connect(database.database_url(database_url), pool_size=1)
+    with as_writer(database_url) as writer:
+        erase(writer, Target("s1", "c1"))
+        erase(writer, Target("s3"))
+        assert [each.reason for each in record(writer, created("c9", "s3"), created("c1", "s1"))] == ["erased"] * 2
+        assert rows(writer, "SELECT current_user") == [("archiver_writer",)]
+    assert holds_text(engine, "question of c1", "question of c2", "question of c3") == ["question of c2"]
 
-    @engine_event.listens_for(as_writer, "begin")
+
+@contextmanager
+def as_writer(database_url: str) -> Iterator[Engine]:
+    """With the rights of `archiver_writer` and no more."""
+    writer = database.connect(database.database_url(database_url), pool_size=1)
+
+    @engine_event.listens_for(writer, "begin")
     def _(connection: Any) -> None:
         connection.exec_driver_sql("SET LOCAL ROLE archiver_writer")
 
     try:
-        erase(as_writer, Target("s1", "c1"))
-        erase(as_writer, Target("s3"))
-        assert rows(as_writer, "SELECT current_user") == [("archiver_writer",)]
+        yield writer
     finally:
-        as_writer.dispose()
-    assert holds_text(engine, "question of c1", "question of c2", "question of c3") == ["question of c2"]
+        writer.dispose()
 
 
 CHATS = range(5)  # of two sessions

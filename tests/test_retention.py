@@ -21,6 +21,7 @@ from tests.test_erasure import (
     NOW,
     TIMING,
     archive,
+    as_writer,
     erase,
     hold,
     holds_text,
@@ -168,6 +169,15 @@ def test_what_is_left_goes_once_it_is_sealed_and_does_not_come_back(engine: Engi
         assert record(engine, created("c1", session_id))[0].reason == "erased"
     assert rows(engine, "SELECT count(*) FROM archiver.events WHERE session_id IN ('', 's1')") == [(0,)]
     assert run(engine, rules).is_nothing
+
+
+def test_who_writes_the_archive_may_let_it_expire(engine: Engine, database_url: str) -> None:
+    record(engine, created("c1", "s1"), created("c2", None), b"{")
+    with as_writer(database_url) as writer:
+        run(writer, Rules(10, {}, 30))
+        seal(engine)
+        assert run(writer, Rules(10, {}, 30)).metadata.total() == 2
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(0,)]
 
 
 def test_a_ledger_row_that_no_rule_removed_stays(engine: Engine) -> None:
