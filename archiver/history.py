@@ -15,7 +15,8 @@ READ = "history.read"  # the messages of the session
 GONE = "history.gone"  # 404 or 410
 UNREADABLE = "history.unreadable"  # an answer of a shape that we do not know
 UNAVAILABLE = "history.unavailable"  # no answer at all until the session had expired
-READINGS = frozenset({READ, GONE, UNREADABLE, UNAVAILABLE})
+REDACTED = "history.redacted"  # what readings told of a session, without the turns that were erased
+READINGS = frozenset({READ, GONE, UNREADABLE, UNAVAILABLE, REDACTED})
 REGISTERED = "session.registered"
 
 SOURCE = "history"
@@ -58,6 +59,20 @@ def observe(session_id: str, status: int, body: bytes) -> Event:
 def give_up(session_id: str) -> Event:
     """The fact that a session expired before any answer was to be had."""
     return _event(UNAVAILABLE, session_id, json.dumps({"sessionId": session_id}).encode(), [])
+
+
+def redact(session_id: str, told: "Told", through: datetime) -> Event:
+    """The fact that stands for all readings of a session once the erasures `through` that time were made."""
+    session = {
+        "id": session_id,
+        "messages": [{"role": message.role, "content": message.content} for message in told.messages or ()],
+        "name": told.name,
+        "status": told.status,
+        "assistantId": told.assistant_id,
+        "createdAt": told.created_at.isoformat() if told.created_at else None,
+    }
+    event = _event(REDACTED, session_id, json.dumps({"session": session}).encode(), [session, through.isoformat()])
+    return msgspec.structs.replace(event, occurred_at=through)
 
 
 def register(session: Mapping[str, Any]) -> Event:
@@ -103,7 +118,7 @@ def told(kind: str, session_id: str, body: bytes) -> Told:
     if kind == REGISTERED:
         document = _decoded(body)
         return _told(document, None) if isinstance(document, dict) else NOTHING_TOLD
-    session = _session(session_id, body) if kind == READ else None
+    session = _session(session_id, body) if kind in (READ, REDACTED) else None
     return NOTHING_TOLD if session is None else _told(session, _messages(session["messages"]))
 
 

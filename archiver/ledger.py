@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self
 
@@ -10,9 +10,10 @@ import msgspec
 from sqlalchemy import Connection, case, func, literal_column, text
 from sqlalchemy.dialects.postgresql import insert
 
-from archiver import events, projection, tables
+from archiver import events, history, projection, tables
 from archiver.database import RowsInsert
 from archiver.events import Event
+from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
 
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
@@ -32,10 +33,17 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
 
 
 class Recorded(msgspec.Struct, frozen=True, gc=False):
-    """The ledger's answer to one observation: its row, and whether this very observation made it."""
+    """The ledger's answer to one observation: its row, and whether this very observation made it.
+
+    `is_erased`: what it speaks of was erased, so that it has no row, and nothing of it was kept.
+    """
 
     id: int
     is_new: bool
+    is_erased: bool = False
+
+
+_ERASED = Recorded(0, is_new=False, is_erased=True)
 
 
 def record(
@@ -50,6 +58,47 @@ def record(
         return []
     homeless = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
     lock_placement(connection, exclusive=homeless)
+    erased = _select_erased(connection, observations)
+    if not erased:
+        return _append(connection, observations, timing, ())
+    sessions = {told.session_id for told in erased} - {projection.UNPLACED}
+    refused = [_is_refused(observation, erased, sessions) for observation in observations]
+    kept = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
+    answers = iter(_append(connection, kept, timing, sessions))
+    touched = {told.session_id for told, what in erased.items() if what.is_found}
+    for observation, is_refused in zip(observations, refused, strict=True):
+        if is_refused and _reads(observation):
+            touched.add(observation.event.session_id)
+    projection.rederive_locked(connection, sorted(touched), timing)
+    note_refused(connection, [told for told, what in erased.items() if what.is_whole])
+    return [_ERASED if is_refused else next(answers) for is_refused in refused]
+
+
+def _select_erased(connection: Connection, observations: Sequence[Observation]) -> dict[Told, Erased]:
+    """What of that which they speak of was erased. A statement of its own: the lock makes it exact."""
+    erased = select_erased(connection, (Told(o.event.session_id, o.event.chat_id) for o in observations))
+    found = [told for told, what in erased.items() if what.is_found and told.chat_id]
+    for session_id, chat_id in found:
+        extend_erasure(connection, session_id, chat_id or "")
+    return erased
+
+
+def _is_refused(observation: Observation, erased: Mapping[Told, Erased], sessions: Collection[str]) -> bool:
+    """Whether it speaks of what was erased. A reading of a session may, as soon as one of its turns was."""
+    event = observation.event
+    if _reads(observation):
+        return event.session_id in sessions
+    found = erased.get(Told(event.session_id, event.chat_id))
+    return found is not None and found.is_whole
+
+
+def _reads(observation: Observation) -> bool:
+    return observation.event.type in history.READINGS - {history.REDACTED} and observation.source == history.SOURCE
+
+
+def _append(
+    connection: Connection, observations: Sequence[Observation], timing: projection.Timing, erased: Collection[str]
+) -> list[Recorded]:
     tellings: dict[Key, _Telling] = {}
     for observation in observations:
         key = observation.key
@@ -57,7 +106,7 @@ def record(
         tellings[key] = _Telling.of(observation) if known is None else known.and_also(observation)
     rows = _upsert_events(connection, tellings)
     changed = [fact for key, row in rows.items() if (fact := _changed(tellings[key], row)) is not None]
-    projection.project(connection, changed, timing)
+    projection.project(connection, changed, timing, erased)
     answers, told = [], set()
     for observation in observations:
         key = observation.key

@@ -4,12 +4,12 @@ A fact of ours, such as a history answer, keeps what its bytes do not tell: its 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, delete, func, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import tables
@@ -108,6 +108,43 @@ def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool
 def delete_quarantined(connection: Connection, quarantine_id: int) -> None:
     """Let go of a row whose bytes the ledger now holds."""
     connection.execute(delete(tables.quarantine).where(tables.quarantine.c.id == quarantine_id))
+
+
+_SELECT_BODIES = (
+    select(tables.quarantine.c.id, tables.quarantine.c.session_id, tables.quarantine.c.body)
+    .where(tables.quarantine.c.id > bindparam("after"))
+    .order_by(tables.quarantine.c.id)
+    .limit(bindparam("most"))
+)
+BODIES = 50  # read at a time
+
+
+def select_mentioning(
+    connection: Connection, is_about: Callable[[bytes], bool], session_ids: Collection[str] = ()
+) -> list[int]:
+    """The rows whose bytes are about something, and those of our own facts about these sessions."""
+    found: list[int] = []
+    after = 0
+    while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES}).all():
+        found += [row.id for row in page if row.session_id in session_ids or is_about(bytes(row.body))]
+        after = page[-1].id
+    return found
+
+
+def select_older(connection: Connection, before: datetime, limit: int) -> list[int]:
+    """Rows that came, for the first time, before then; oldest first."""
+    quarantine = tables.quarantine.c
+    query = select(quarantine.id).where(quarantine.received_at < before).order_by(quarantine.id).limit(limit)
+    return list(connection.scalars(query))
+
+
+def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
+    """Remove these for good; answers how many there were."""
+    if not quarantine_ids:
+        return 0
+    quarantine = tables.quarantine
+    gone = delete(quarantine).where(quarantine.c.id.in_(quarantine_ids)).returning(quarantine.c.id)
+    return len(connection.execute(gone).all())
 
 
 def update_reason(connection: Connection, quarantine_id: int, reason: str, detail: str) -> None:

@@ -9,8 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+MAX_DAYS = 36_600  # of retention
 
 WebhookScheme = Literal["secret", "bearer", "hmac", "standard", "none"]
 
@@ -174,6 +176,38 @@ class Settings(BaseSettings):
         True,
         "Prepare repeated statements; `false` behind PgBouncer before 1.22 or with `max_prepared_statements` 0.",
     )
+    on_delete: Literal["keep", "erase"] = _env(
+        "ARCHIVER_ON_DELETE",
+        "keep",
+        "What becomes of a turn that `chat.deleted` names: `keep` its content under a tombstone, or `erase` it.",
+    )
+    erase_after: int = _env(
+        "ARCHIVER_ERASE_AFTER",
+        0,
+        "Seconds after its deletion at which `ARCHIVER_ON_DELETE=erase` erases a turn.",
+        ge=0,
+        le=3_660 * 86_400,
+    )
+    retention_days: int = _env(
+        "ARCHIVER_RETENTION_DAYS",
+        0,
+        "Days after a session's last event at which its content is erased; 0: never.",
+        ge=0,
+        le=MAX_DAYS,
+    )
+    retention_by_assistant: str = _env(
+        "ARCHIVER_RETENTION_BY_ASSISTANT",
+        "",
+        "Days for the sessions of some assistants instead, such as `as_1=30,as_2=365`; the longest counts where "
+        "several took part.",
+    )
+    retention_metadata_days: int = _env(
+        "ARCHIVER_RETENTION_METADATA_DAYS",
+        0,
+        "Days after its last event at which what is left of an erased session goes too, once it is sealed; 0: never.",
+        ge=0,
+        le=MAX_DAYS,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ARCHIVER_LOG_LEVEL",
         "info",
@@ -196,7 +230,14 @@ class Settings(BaseSettings):
         return value
 
     @field_validator(
-        "webhook_scheme", "hmac_algorithm", "hmac_encoding", "log_level", "log_format", "spool", mode="before"
+        "webhook_scheme",
+        "hmac_algorithm",
+        "hmac_encoding",
+        "log_level",
+        "log_format",
+        "spool",
+        "on_delete",
+        mode="before",
     )
     @classmethod
     def _in_lower_case(cls, value: Any) -> Any:
@@ -217,6 +258,30 @@ class Settings(BaseSettings):
             raise ValueError("set, but empty: unset it to use the embedded Postgres")
         return value
 
+    @field_validator("retention_by_assistant")
+    @classmethod
+    def _is_days_by_assistant(cls, value: str) -> str:
+        _days_by_assistant(value)
+        return value
+
+    @model_validator(mode="after")
+    def _keeps_metadata_longest(self) -> "Settings":
+        days = self.retention_metadata_days
+        content = [self.retention_days, *self.retention_of_assistants.values()]
+        if days and (not self.retention_days or max(content) > days):
+            raise ValueError("ARCHIVER_RETENTION_METADATA_DAYS: must be 0, or no less than the days of any content")
+        return self
+
+    @property
+    def retention_of_assistants(self) -> dict[str, int]:
+        """Days of content by assistant id, where they are not those of all."""
+        return _days_by_assistant(self.retention_by_assistant)
+
+    @property
+    def expires(self) -> bool:
+        """Whether any content is erased by the clock alone."""
+        return bool(self.retention_days or any(self.retention_of_assistants.values()))
+
     @property
     def secrets(self) -> tuple[str, ...]:
         """The webhook secrets, blanks dropped."""
@@ -235,6 +300,16 @@ class Settings(BaseSettings):
         """The environment and the files it names; nothing else."""
         del dotenv_settings, file_secret_settings
         return init_settings, _FileSource(settings_cls), env_settings
+
+
+def _days_by_assistant(value: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for part in filter(None, (each.strip() for each in value.split(","))):
+        assistant_id, _, days = part.rpartition("=")
+        if not assistant_id.strip() or not days.strip().isdecimal() or int(days) > MAX_DAYS:
+            raise ValueError("write ASSISTANT=DAYS, separated by commas, such as as_1=30,as_2=365")
+        found[assistant_id.strip()] = int(days)
+    return found
 
 
 class _FileSource(PydanticBaseSettingsSource):
@@ -283,6 +358,8 @@ def read() -> Settings:
 
 
 def _explain(fault: Any) -> str:
+    if not fault["loc"]:  # of several together; its text names them
+        return f"{fault['msg'].removeprefix('Value error, ')}."
     name = str(fault["loc"][0])
     given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
     return f"{given_as}: {fault['msg'].removeprefix('Value error, ')}."

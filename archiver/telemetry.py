@@ -18,6 +18,9 @@ MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 received = Counter("archiver_received_total", "Webhook requests, by answer and reason.", ["status", "reason"])
 duplicates = Counter("archiver_duplicates_total", "Deliveries of facts that the ledger already held.")
+refused_erased = Counter(
+    "archiver_refused_erased_total", "Deliveries that were not kept, because what they speak of was erased."
+)
 batch_events = Histogram(
     "archiver_batch_events",
     "Events that shared one transaction.",

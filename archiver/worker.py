@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import database, seals
 from archiver.callhq import Client, UnauthorizedError
 from archiver.database import run_in_transaction
+from archiver.erasure.periodic import Upkeep
 from archiver.events import Event
 from archiver.history import APPLICATION, REGISTERED, SOURCE
 from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
@@ -45,7 +46,7 @@ _BATCH = 50  # histories in one transaction
 _PATIENCE_SECONDS = 0.05
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
-# Queues: neither readings that hang nor long sealing must keep sessions from being handed out.
+# Queues: neither readings that hang nor long upkeep must keep sessions from being handed out.
 READINGS, TIMERS, UPKEEP = "readings", "timers", "upkeep"
 _LAST = -(2**31)  # the least priority there is
 
@@ -73,7 +74,7 @@ class Worker:
 
     def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler | None) -> None:
         self._engine, self._reconciler = engine, reconciler
-        self._upkeep = Upkeep(configuration, url)
+        self._sealing = Sealing(configuration, url)
         conninfo = make_conninfo(
             url.set(drivername="postgresql").render_as_string(hide_password=False),
             application_name="callhq-archiver worker",
@@ -91,6 +92,12 @@ class Worker:
         self.jobs.periodic(cron="* * * * * */5")(seal(self.seal))
         forget = self.jobs.task(name="forget_jobs", queue=TIMERS, queueing_lock="forget_jobs")
         self.jobs.periodic(cron="* * * * *")(forget(self.forget_jobs))
+        self._upkeep = Upkeep(configuration, url, timing_of(configuration))
+        # One at a time, on whichever machine.
+        erase = self.jobs.task(name="erase", queue=UPKEEP, queueing_lock="erase", lock="erase")
+        self.jobs.periodic(cron="* * * * * */20")(erase(self._upkeep.erase))
+        expire = self.jobs.task(name="expire", queue=UPKEEP, queueing_lock="expire", lock="erase")
+        self.jobs.periodic(cron="17 3 * * *")(expire(self._upkeep.expire))
 
     async def run(self) -> None:
         """Until SIGTERM or Ctrl-C; jobs under way are ended first."""
@@ -98,8 +105,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, told.set)
         async with self.jobs.open_async():
-            queues = {TIMERS: 1, UPKEEP: 1} | ({} if self._reconciler is None else {READINGS: 4})
-            working = [asyncio.create_task(self._work(queue, at_once)) for queue, at_once in queues.items()]
+            queues = {TIMERS: 1, UPKEEP: 2} | ({READINGS: 4} if self._reconciler else {})
+            working = [asyncio.create_task(self._work(queue, jobs)) for queue, jobs in queues.items()]
             ending = asyncio.create_task(told.wait())
             await asyncio.wait([*working, ending], return_when=asyncio.FIRST_COMPLETED)
             for task in (*working, ending):
@@ -107,6 +114,7 @@ class Worker:
             for result in await asyncio.gather(*working, return_exceptions=True):
                 if isinstance(result, Exception):
                     raise result
+        self._upkeep.close()
 
     async def _work(self, queue: str, concurrency: int) -> None:
         await self.jobs.run_worker_async(
@@ -150,7 +158,7 @@ class Worker:
     async def seal(self, timestamp: int) -> None:
         """Seal what is settled, if it is time again."""
         del timestamp
-        await asyncio.to_thread(self._upkeep.seal)
+        await asyncio.to_thread(self._sealing.seal)
 
     async def forget_jobs(self, timestamp: int) -> None:
         """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
@@ -164,8 +172,8 @@ class Worker:
             await self.jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
 
 
-class Upkeep:
-    """What is done in a thread, because it reads in streams: sealing."""
+class Sealing:
+    """Done in a thread, because it reads in streams."""
 
     def __init__(self, configuration: Settings, url: URL) -> None:
         self._key = signing_key(configuration)

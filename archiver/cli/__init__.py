@@ -12,8 +12,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from archiver import __version__
 from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
+from archiver.cli.erasure import command as erase
+from archiver.cli.holds import acts, hold
 from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
+from archiver.cli.retention import command as retention
 from archiver.cli.seals import group as seals
 from archiver.cli.seals import prove, seal, verify
 from archiver.cli.serve import migrate, serve
@@ -37,9 +40,12 @@ def cli() -> None:
     """
 
 
-_READING = (status, doctor, verify, prove, seals)
-_WRITING = (serve, worker, migrate, backfill, quarantine, rebuild, seal)
-for _command in (*_WRITING, *_READING, demo, simulate):
+_COMMANDS = (
+    *(serve, worker, migrate, backfill, rebuild, quarantine),
+    *(seal, verify, prove, seals, erase, hold, retention, acts),
+    *(status, doctor, demo, simulate),
+)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -30,8 +30,6 @@ from rich.text import Text
 from archiver import database, schema, settings, telemetry
 from archiver.callhq import UnauthorizedError
 from archiver.cli import connection
-from archiver.events import REASONS, UnreadableError
-from archiver.history import register
 from archiver.reconcile import NotRecordedError, Reading, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
@@ -82,12 +80,12 @@ def command(
     first. After Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read.
     """
     listed = (*session_ids, *(_ids(file) if file else ()))
-    _check(listed)
+    connection.check_ids(listed, "session")
     if sum([bool(session_ids or file), since is not None, every]) > 1:
         raise click.UsageError("Choose one of --session/--file, --since and --all.")
     if file is not None and not listed:
         raise click.UsageError("The file holds no ids.")
-    selection = Selection(listed, _moment(since), every)
+    selection = Selection(listed, connection.moment(since, "--since"), every)
     configuration = settings.read()
     telemetry.configure_logs("error", configuration.log_format)
     if not configuration.callhq_api_key.get_secret_value():
@@ -122,25 +120,6 @@ def _ids(file: TextIO) -> Iterator[str]:
                 yield session_id
     except (UnicodeDecodeError, csv.Error) as error:
         raise click.UsageError(f"--file: it is no UTF-8 text of one id a line, nor a CSV ({error}).") from None
-
-
-def _check(session_ids: Sequence[str]) -> None:
-    for session_id in session_ids:
-        try:
-            register({"id": session_id})
-        except UnreadableError as error:
-            reason = REASONS.get(str(error), "It is empty.")
-            raise click.UsageError(f"{session_id[:80]!r} is no session id. {reason}") from None
-
-
-def _moment(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text.upper())
-    except ValueError:
-        raise click.BadParameter("write 2024-01-15 or 2024-01-15T09:30:00Z", param_hint="--since") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class Summary:

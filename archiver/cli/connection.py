@@ -1,9 +1,11 @@
 """The database of a command: the one that DATABASE_URL names, or the embedded one, started for as long as needed."""
 
 import asyncio
+import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -11,7 +13,7 @@ import structlog
 import uvloop
 from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded, schema
+from archiver import database, embedded, events, schema
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
@@ -113,3 +115,45 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a program to read.")
+
+actor_option = click.option(
+    "--actor", metavar="NAME", help="Who does it, for the audit trail.  [default: your user and machine]"
+)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed; exit 1 where the answer is no. Without a terminal stdin answers."""
+    if not yes and not click.confirm(question, err=True):
+        click.echo("archiver: nothing was done", err=True)
+        sys.exit(1)
+
+
+def moment(told: str | None, option: str) -> datetime | None:
+    """A time as people write it, in UTC unless it says otherwise."""
+    if told is None:
+        return None
+    try:
+        found = datetime.fromisoformat(told.upper())
+    except ValueError:
+        raise click.BadParameter("write 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def check_ids(ids: Iterable[str], what: str) -> None:
+    """Wrong usage where one of these can be no id; `what` says of what."""
+    for each in ids:
+        try:
+            found = events.identifier(each)
+        except events.UnreadableError as error:
+            raise click.UsageError(f"{each[:80]!r} is no {what} id. {events.REASONS[str(error)]}") from None
+        if found is None:
+            raise click.UsageError(f"{each[:80]!r} is no {what} id. It is empty.")
+
+
+def name_and_value(told: str, option: str) -> tuple[str, str]:
+    """The two sides of NAME=VALUE."""
+    name, is_given, value = told.partition("=")
+    if not is_given or not name.strip():
+        raise click.BadParameter("write NAME=VALUE", param_hint=option)
+    return name.strip(), value

@@ -2,6 +2,7 @@
 
 import sys
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Engine, RowMapping
 
-from archiver import database, schema, settings
+from archiver import acts, database, schema, settings
 from archiver import quarantine as store
 from archiver.cli import connection
 from archiver.ingest import Outcome, retry_quarantined
@@ -119,8 +120,9 @@ def _told(body: bytes) -> dict[str, str | None]:
 @click.argument("quarantine_ids", metavar="[ID]...", type=ID, nargs=-1)
 @click.option("--all", "every", is_flag=True, help="Every one, oldest first.")
 @click.option("--reason", help="Every one with this reason.")
+@connection.actor_option
 @connection.json_option
-def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, as_json: bool) -> None:
+def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, actor: str | None, as_json: bool) -> None:
     """Drive quarantined deliveries through the archiver again.
 
     What can be archived now leaves the quarantine; the rest stays. Exit 1 if any stays.
@@ -139,6 +141,10 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, as_j
             outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, timing_of(configuration))
             if not as_json:
                 click.echo(f"{quarantine_id}: {_became(outcome)}")
+        if outcomes:
+            became = Counter("absent" if each is None else each.status for each in outcomes.values())
+            with database.transaction(engine) as opened:
+                acts.insert_act(opened, "quarantine.retry", actor or acts.actor(), None, {"became": became})
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(outcomes), indent=2))
     elif not outcomes:
@@ -162,6 +168,8 @@ def _became(outcome: Outcome | None) -> str:
         return "not in the quarantine"
     if outcome.status == "quarantined":
         return f"still quarantined: {outcome.detail}"
+    if outcome.reason == "erased":
+        return "gone: what it speaks of was erased"
     return f"{outcome.status} as event {outcome.id}"
 
 

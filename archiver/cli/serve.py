@@ -24,6 +24,7 @@ from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
+from archiver.cli.recording import record_settings
 from archiver.settings import Settings, SettingsError
 from archiver.worker import signing_key
 
@@ -54,8 +55,8 @@ OTHER_FILES = 256  # that a process has open beside its connections: libraries, 
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, has_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until told to stop.
 
-    A worker beside it seals the ledger and, with CALLHQ_API_KEY set, reads histories, unless told --no-worker.
-    SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
+    A worker beside it reads histories (with CALLHQ_API_KEY), seals the ledger and erases what is to be erased, unless
+    told --no-worker. SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
     """
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -117,6 +118,7 @@ def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None
             schema.upgrade(engine)
         with database.transaction(engine) as opened:
             schema.check(opened)
+        record_settings(engine, configuration, "serve")
     except SQLAlchemyError as error:
         if configuration.spool == "off" or not database.is_unreachable(error):
             raise

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from archiver import database, schema, settings, telemetry
 from archiver.cli import connection
+from archiver.cli.recording import record_settings
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
 from archiver.settings import Settings
@@ -23,7 +24,9 @@ log = structlog.get_logger(__name__)
     "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of loopback."
 )
 def worker(metrics_port: int | None) -> None:
-    """Read histories and seal the ledger, until told to stop. Any number of workers, on any number of machines.
+    """Read histories, seal the ledger and erase what is to be erased, until told to stop.
+
+    Any number of workers, on any number of machines.
 
     `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
     """
@@ -49,6 +52,8 @@ def _serve_metrics(port: int) -> None:
 
 def work(configuration: Settings, url: str) -> None:
     """Background work until SIGTERM or Ctrl-C."""
+    with connection.engine_at(configuration, url) as engine:
+        record_settings(engine, configuration, "worker")
     connection.run(_work(configuration, url))
 
 
@@ -60,7 +65,7 @@ async def _work(configuration: Settings, url: str) -> None:
             await Worker(configuration, parsed, engine, reconciler).run()
     else:
         log.warning("histories are not read and gaps stay open: CALLHQ_API_KEY is not set")
-        engine = database.connect_async(parsed, prepared_statements=configuration.prepared_statements)
+        engine = database.connect_async(parsed, pool_size=1, prepared_statements=configuration.prepared_statements)
         try:
             await Worker(configuration, parsed, engine, None).run()
         finally:

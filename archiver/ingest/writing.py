@@ -112,6 +112,7 @@ async def _commit(
     telemetry.commit_seconds.observe(perf_counter() - started)
     telemetry.batch_events.observe(len(deliveries))
     telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
+    telemetry.refused_erased.inc(sum(outcome.reason == "erased" for outcome in outcomes))
     webhooks = [delivery.received_at for delivery in deliveries if delivery.source == events.WEBHOOK]
     if webhooks:
         telemetry.last_event.set(max(webhooks).timestamp())
@@ -136,6 +137,8 @@ def store(connection: Connection, deliveries: Sequence[Delivery], timing: Timing
 
 
 def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
+    if recorded.is_erased:
+        return Outcome("ignored", reason="erased")
     if not recorded.is_new:
         return Outcome("duplicate", recorded.id)
     is_known = event.type in events.CHAT_EVENTS or delivery.source != events.WEBHOOK

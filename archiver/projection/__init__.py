@@ -18,7 +18,19 @@ from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import derive
 from archiver.projection.turns import Fact, Turn, fold
 
-__all__ = ["DEFAULT_TIMING", "UNPLACED", "Fact", "Key", "Timing", "Turn", "fold", "project", "rederive"]
+__all__ = [
+    "DEFAULT_TIMING",
+    "UNPLACED",
+    "Fact",
+    "Key",
+    "Timing",
+    "Turn",
+    "fold",
+    "project",
+    "rederive",
+    "rederive_locked",
+    "rederive_unplaced",
+]
 
 
 MAX_HOMES = 50  # sessions of one chat
@@ -28,9 +40,10 @@ class TooManyHomesError(Exception):
     """A chat that does not tell its session is known in so many sessions that it says nothing."""
 
 
-def project(connection: Connection, facts: Sequence[Fact], timing: Timing) -> None:
+def project(connection: Connection, facts: Sequence[Fact], timing: Timing, erased: Collection[str] = ()) -> None:
     """Bring the archive up to date with facts that the same transaction has just put into the ledger.
 
+    Sessions `erased`, even in part, are made anew as those of which history is known.
     The caller holds the lock that `ledger` takes for facts without a session.
     """
     told = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
@@ -46,6 +59,7 @@ def project(connection: Connection, facts: Sequence[Fact], timing: Timing) -> No
     heard.pop(UNPLACED, None)
     # Locks the sessions: from here on nobody else projects their turns.
     read = rows.upsert_sessions(connection, heard, timing) | {fact.event.session_id for fact in others}
+    read |= heard.keys() & set(erased)
     _project_turns(connection, {key: own for key, own in placed.items() if key[0] not in read}, timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
     rederive(connection, sorted(read), timing, just_read)
@@ -86,6 +100,23 @@ def rederive(
     telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
     rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in stories])
     rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
+
+
+def rederive_locked(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
+    """The same for sessions whose rows nobody has locked yet."""
+    rows.lock_sessions(connection, session_ids)
+    rederive(connection, session_ids, timing)
+
+
+def rederive_unplaced(connection: Connection, chat_ids: Sequence[str]) -> None:
+    """Make turns anew whose session no delivery told. The caller holds the ledger's lock alone."""
+    if not chat_ids:
+        return
+    facts = ledger_facts.select_unplaced_of(connection, chat_ids)
+    placed = {chat_id for _, chat_id in rows.select_homes(connection, chat_ids)}
+    rows.delete_unplaced(connection, chat_ids)
+    homeless = {(UNPLACED, each): fold(told) for each, told in sorted(facts.items()) if told and each not in placed}
+    rows.upsert_turns(connection, homeless)
 
 
 def _own_keys(placed: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:

@@ -70,6 +70,7 @@ AGREED = "agreed"
 REPAIRED = "history_supplied_messages"
 PARTIAL = "turns_not_in_history"
 UNSEEN = "content_never_seen"
+ERASED = "erased"
 _UNREAD = {
     history.GONE: "history_gone",
     history.UNREADABLE: "history_unreadable",
@@ -82,12 +83,22 @@ _TRIED_AGAIN = {history.GONE, history.UNREADABLE}
 
 
 def cover(
-    turns: Mapping[str, Turn], found: int, readings: Sequence[Reading], lines: Sequence[Line], last_event_at: datetime
+    turns: Mapping[str, Turn],
+    found: int,
+    readings: Sequence[Reading],
+    lines: Sequence[Line],
+    last_event_at: datetime,
+    *,
+    is_erased: bool = False,
 ) -> Coverage:
     """The coverage of a session: its turns, how many more only history knows, its readings in order of time, and the
     transcript they make.
     """
     repaired = _repaired(lines)
+    if is_erased:
+        read_at = readings[-1].last_at if readings else None
+        told_at = max((each.last_at for each in readings if each.kind == history.READ), default=None)
+        return Coverage("unverified", ERASED, told_at, read_at, repaired)
     if not readings:
         return Coverage("open", NEVER_READ, None, None, 0)
     newest = readings[-1]

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, text
 
 from archiver import events, history, telemetry
 from archiver.projection.coverage import Reading
+from archiver.projection.erased import select_erased_sessions
 from archiver.projection.sessions import Story
 from archiver.projection.turns import Fact, fold
 
@@ -24,11 +25,11 @@ _SELECT_OTHER_FACTS = text(
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text, own text[])
     )
-    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.body,
+    SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
      WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own)
-       AND e.type IN ('chat.created', 'chat.deleted') AND e.body IS NOT NULL
+       AND e.type IN ('chat.created', 'chat.deleted')
     """
 )
 
@@ -54,6 +55,9 @@ def select_other_facts(connection: Connection, own: Mapping[Key, Sequence[bytes]
 
 
 def _fact(row: Row[Any]) -> Fact | None:
+    if row.body is None:  # erased: that there was such a fact, and when, is all that is left
+        ids = events.Event(row.type, b"", bytes(row.dedupe_key), row.session_id, row.chat_id, None, row.occurred_at)
+        return Fact(ids, row.source, row.received_at, row.occurred_at)
     event = events.parse(row.body)
     if isinstance(event, events.Malformed):
         # Stored by a version that could read it: its turn keeps what the other facts tell.
@@ -64,10 +68,10 @@ def _fact(row: Row[Any]) -> Fact | None:
 
 _SELECT_FACTS = text(
     """
-    SELECT e.session_id, e.type, e.source, e.chat_id, e.received_at, e.last_received_at, e.delivery_count,
-           least(e.occurred_at, e.earliest_at) AS occurred_at, e.body
+    SELECT e.session_id, e.type, e.dedupe_key, e.source, e.chat_id, e.received_at, e.last_received_at,
+           e.delivery_count, least(e.occurred_at, e.earliest_at) AS occurred_at, e.body
       FROM archiver.events e
-     WHERE e.session_id = ANY (:session_ids) AND e.body IS NOT NULL
+     WHERE e.session_id = ANY (:session_ids)
        AND (e.source <> 'webhook' OR e.type IN ('chat.created', 'chat.deleted'))
      ORDER BY e.id
     """
@@ -75,10 +79,10 @@ _SELECT_FACTS = text(
 
 _SELECT_UNPLACED = text(
     """
-    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.body,
+    SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM archiver.events e
-     WHERE e.session_id = '' AND e.chat_id = ANY (:chat_ids) AND e.body IS NOT NULL
+     WHERE e.session_id = '' AND e.chat_id = ANY (:chat_ids)
        AND e.type IN ('chat.created', 'chat.deleted')
     """
 )
@@ -95,7 +99,11 @@ def select_stories(connection: Connection, session_ids: Sequence[str]) -> dict[s
     if chat_ids:
         for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": chat_ids}):
             unplaced[row.chat_id].append(row)
-    return {session_id: _story(session_id, own, unplaced) for session_id, own in of_session.items()}
+    erased = select_erased_sessions(connection, list(of_session))
+    stories = {session_id: _story(session_id, own, unplaced) for session_id, own in of_session.items()}
+    for session_id in erased:
+        stories[session_id].is_erased = True
+    return stories
 
 
 _SELECT_UNPLACED_PAGE = text(
@@ -105,13 +113,22 @@ _SELECT_UNPLACED_PAGE = text(
          WHERE session_id = '' AND chat_id > :after AND type IN ('chat.created', 'chat.deleted')
          ORDER BY chat_id LIMIT :most
     )
-    SELECT e.session_id, e.chat_id, e.source, e.received_at, e.body,
+    SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM page JOIN archiver.events e ON e.session_id = '' AND e.chat_id = page.chat_id
-     WHERE e.body IS NOT NULL AND e.type IN ('chat.created', 'chat.deleted')
+     WHERE e.type IN ('chat.created', 'chat.deleted')
      ORDER BY e.chat_id
     """
 )
+
+
+def select_unplaced_of(connection: Connection, chat_ids: Sequence[str]) -> dict[str, list[Fact]]:
+    """The facts about these chats that do not tell their session, by chat."""
+    found: dict[str, list[Fact]] = defaultdict(list)
+    for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": list(chat_ids)}):
+        fact = _fact(row)
+        found[row.chat_id] += [fact] if fact is not None else []
+    return found
 
 
 def select_unplaced(connection: Connection, after: str, most: int) -> dict[str, list[Fact]]:
@@ -155,4 +172,6 @@ def _arrivals(chats: Iterable[Sequence[Row[Any]]]) -> list[datetime]:
 
 
 def _told(row: Row[Any]) -> history.Told:
+    if row.body is None:
+        return history.NOTHING_TOLD
     return history.told(row.type, row.session_id, row.body)

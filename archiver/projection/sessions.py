@@ -1,6 +1,6 @@
 """A session of which history is known, as a whole: turns and readings to the rows of the archive (I6, I7). Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -8,7 +8,7 @@ import msgspec
 
 from archiver import alignment, history
 from archiver.alignment import Line
-from archiver.events import OURS
+from archiver.events import OURS, Message
 from archiver.history import Told
 from archiver.projection import coverage
 from archiver.projection.coverage import Reading, Timing
@@ -28,6 +28,7 @@ class Story(msgspec.Struct):
     registrations: Sequence[tuple[datetime, Told]]
     heard_at: Sequence[datetime]  # arrivals of all that is not a reading
     strays: Sequence[str]  # its chats of which some facts did not tell the session
+    is_erased: bool = False  # all of it, or some of its turns
 
 
 class Rows(msgspec.Struct):
@@ -40,14 +41,7 @@ class Rows(msgspec.Struct):
 
 def derive(story: Story, timing: Timing) -> Rows:
     """The rows of a session, whatever the order in which its facts came."""
-    lines = alignment.transcript(
-        [_aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
-        [
-            alignment.Reading(reading.told.messages, reading.last_at, reading.first_at)
-            for reading in story.readings
-            if reading.told.messages is not None
-        ],
-    )
+    lines = _transcript(story)
     keys = _chat_keys(lines)
     found_chats = _found_chats(story, lines, keys)
     chats = [chat_row(story.session_id, chat_id, turn) for chat_id, turn in story.turns.items()]
@@ -55,6 +49,47 @@ def derive(story: Story, timing: Timing) -> Rows:
         session=_session_row(story, lines, len(found_chats), timing),
         chats=chats + found_chats,
         messages=_message_rows(story, lines, keys),
+    )
+
+
+def _transcript(story: Story) -> list[Line]:
+    return alignment.transcript(
+        [_aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
+        [
+            alignment.Reading(reading.told.messages, reading.last_at, reading.first_at)
+            for reading in story.readings
+            if reading.told.messages is not None
+        ],
+    )
+
+
+def without(story: Story, chat_ids: Collection[str]) -> Told | None:
+    """What all readings told of a session, in order, but for these turns; None where no reading told its messages.
+
+    A line that no turn claimed goes too where it says what such a turn said.
+    """
+    if not any(reading.told.messages is not None for reading in story.readings):
+        return None
+    said = {
+        message.content.strip()
+        for chat_id in chat_ids
+        if chat_id in story.turns
+        for message in story.turns[chat_id].messages
+    }
+    kept = [
+        Message(line.role, line.content)
+        for line in _transcript(story)
+        if line.first_read_at is not None
+        and line.chat_id not in chat_ids
+        and (line.chat_id is not None or line.content.strip() not in said - {""})
+    ]
+    told = [reading.told for reading in story.readings]
+    return Told(
+        tuple(kept),
+        name=_last(each.name for each in told),
+        status=_last(each.status for each in told),
+        assistant_id=_last(each.assistant_id for each in told),
+        created_at=min((each.created_at for each in told if each.created_at), default=None),
     )
 
 
@@ -159,7 +194,7 @@ def _session_row(story: Story, lines: Sequence[Line], found: int, timing: Timing
     # Whoever tells of a session that upstream had forgotten before we heard of it is mistaken.
     is_plausible = created_at is not None and created_at > first_event_at - timing.lifetime
     opened_at = min(first_event_at, created_at) if is_plausible and created_at else first_event_at
-    covered = coverage.cover(story.turns, found, readings, lines, last_event_at)
+    covered = coverage.cover(story.turns, found, readings, lines, last_event_at, is_erased=story.is_erased)
     return {
         "session_id": story.session_id,
         "first_event_at": first_event_at,
@@ -174,7 +209,10 @@ def _session_row(story: Story, lines: Sequence[Line], found: int, timing: Timing
         "assistant_id": _last(each.assistant_id for each in told),
         "created_at": created_at,
         "read_by": timing.read_by(opened_at),
-        "reconcile_at": coverage.next_reading(timing, opened_at, last_event_at, readings),
+        # What history shows cannot be told apart from what was erased, so it is not asked again.
+        "reconcile_at": None
+        if story.is_erased
+        else coverage.next_reading(timing, opened_at, last_event_at, readings),
     }
 
 

@@ -52,10 +52,16 @@ def upgrade() -> None:
         _create_view(name, with_erasures=True)
     for role in ROLES:
         op.execute(CREATE_ROLE.format(role=role))
+    for table, columns in CONTENT.items():
+        for column in columns:
+            op.execute(f"ALTER TABLE archiver.{table} ALTER COLUMN {column} SET STATISTICS 0")
 
 
 def downgrade() -> None:
     # The roles stay: they belong to the whole cluster, and other databases may use them.
+    for table, columns in CONTENT.items():
+        for column in columns:
+            op.execute(f"ALTER TABLE archiver.{table} ALTER COLUMN {column} SET STATISTICS -1")
     for name in ("conversations", "chats"):
         op.execute(f"DROP VIEW analytics.{name}")
         _create_view(name, with_erasures=False)
@@ -76,6 +82,17 @@ def downgrade() -> None:
     for table, column, _, older in COMMENTS:
         op.execute(f"COMMENT ON COLUMN archiver.{table}.{column} IS '{older}'")
 
+
+# What an erasure takes away. The planner would keep samples of it, which no erasure reaches; it has no use for them:
+# these are looked up by unique keys, or not at all.
+CONTENT = {
+    "events": ("dedupe_key", "body", "salt"),
+    "quarantine": ("body", "body_digest", "dedupe_key", "detail"),
+    "sessions": ("name",),
+    "chats": ("variables", "session_name", "external_id"),
+    "messages": ("content",),
+    "holds": ("value",),
+}
 
 COMMENTS = (
     (

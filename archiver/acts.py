@@ -1,0 +1,58 @@
+"""The audit trail: what was done to the archive, by whom and why. Append-only; no content and no secret enters it."""
+
+import getpass
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, insert, select, text
+
+from archiver import tables
+
+ARCHIVER = "archiver"  # the actor of what our own tasks do
+
+
+def actor() -> str:
+    """Who runs this command: the user of the operating system, and the machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def insert_act(
+    connection: Connection, kind: str, who: str, reason: str | None = None, detail: Mapping[str, Any] | None = None
+) -> int:
+    """Record that this was done, in the transaction that does it. `detail`: to what, as JSON. Answers its id."""
+    acts = tables.acts
+    row = {"at": datetime.now(UTC), "actor": who, "kind": kind, "reason": reason, "detail": dict(detail or {})}
+    return int(connection.execute(insert(acts).returning(acts.c.id), row).scalar_one())
+
+
+def select_acts(
+    connection: Connection, *, after: int = 0, limit: int = 500, kind: str | None = None
+) -> Sequence[RowMapping]:
+    """The acts after this id, oldest first."""
+    acts = tables.acts
+    query = select(acts).where(acts.c.id > after)
+    if kind is not None:
+        query = query.where(acts.c.kind == kind)
+    return connection.execute(query.order_by(acts.c.id).limit(limit)).mappings().all()
+
+
+SETTINGS = "settings.changed"
+
+_LATEST_SETTINGS = text(
+    "SELECT detail FROM archiver.acts WHERE kind = 'settings.changed' AND detail ->> 'part' = :part"
+    " ORDER BY id DESC LIMIT 1"
+)
+
+
+def insert_changed_settings(connection: Connection, who: str, part: str, values: Mapping[str, Any]) -> None:
+    """Record the settings that `part` (serve or worker) starts with, if they are not those last recorded."""
+    detail = {"part": part, **values}
+    if connection.scalar(_LATEST_SETTINGS, {"part": part}) != detail:
+        insert_act(connection, SETTINGS, who, None, detail)

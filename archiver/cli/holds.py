@@ -1,0 +1,155 @@
+"""`archiver hold` and `archiver acts`: what must not go, and what was done."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from archiver import acts as trail
+from archiver import database, erasure, schema, settings
+from archiver.cli import connection
+from archiver.erasure import Criteria, HoldError
+from archiver.schema import INSUFFICIENT_PRIVILEGE
+
+PAGE = 500
+
+
+@click.group()
+def hold() -> None:
+    """Legal holds: what one covers is neither erased nor expired."""
+
+
+@hold.command()
+@click.option("--session", "session_id", metavar="ID", help="This session.")
+@click.option("--assistant", "assistant_id", metavar="ID", help="Sessions of this assistant.")
+@click.option("--variable", metavar="NAME=VALUE", help="Sessions in which this variable has this value.")
+@click.option(
+    "--since", metavar="TIME", help="Sessions with a turn from then on: 2024-01-15 or 2024-01-15T09:30:00Z."
+)
+@click.option("--until", metavar="TIME", help="Sessions with a turn before then.")
+@click.option("--reason", required=True, help="Why, for the record.")
+@connection.actor_option
+@connection.json_option
+def add(
+    *,
+    session_id: str | None,
+    assistant_id: str | None,
+    variable: str | None,
+    since: str | None,
+    until: str | None,
+    reason: str,
+    actor: str | None,
+    as_json: bool,
+) -> None:
+    """Place a hold on the sessions to which all of this applies."""
+    connection.check_ids([session_id] if session_id is not None else [], "session")
+    name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
+    criteria = Criteria(
+        session_id,
+        assistant_id,
+        name,
+        value,
+        connection.moment(since, "--since"),
+        connection.moment(until, "--until"),
+    )
+    if criteria.is_empty:
+        raise click.UsageError("Say what to hold: --session, --assistant, --variable, --since or --until.")
+    with _changing() as opened:
+        hold_id = erasure.insert_hold(opened, criteria, actor or trail.actor(), reason)
+    click.echo(msgspec.json.encode({"hold": hold_id}).decode() if as_json else f"Hold {hold_id} is in force.")
+
+
+@hold.command()
+@click.argument("hold_id", metavar="ID", type=click.IntRange(1, 2**63 - 1))
+@click.option("--reason", required=True, help="Why, for the record.")
+@connection.actor_option
+def release(*, hold_id: int, reason: str, actor: str | None) -> None:
+    """End a hold. What it alone kept may be erased and expire from now on."""
+    try:
+        with _changing() as opened:
+            erasure.release_hold(opened, hold_id, actor or trail.actor(), reason)
+    except HoldError as error:
+        click.echo(f"archiver: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"Hold {hold_id} is released.")
+
+
+@contextmanager
+def _changing() -> Iterator[Connection]:
+    try:
+        with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
+            schema.check(opened)
+            yield opened
+    except DBAPIError as error:
+        if database.sqlstate(error) != INSUFFICIENT_PRIVILEGE:
+            raise
+        raise settings.SettingsError(
+            "This database user may not place or release holds: the writer of the archive must not.\n"
+            "As the owner: GRANT archiver_auditor TO the_user;"
+            " GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
+        ) from None
+
+
+@hold.command("list")
+@click.option("--all", "every", is_flag=True, help="Released ones too.")
+@connection.json_option
+def list_(*, every: bool, as_json: bool) -> None:
+    """List the holds in force."""
+    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
+        schema.check(opened)
+        found = [dict(row) for row in erasure.select_holds(opened, released=every)]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        return
+    if not found:
+        click.echo("There is no hold." if every else "No hold is in force.")
+        return
+    table = Table("id", "placed", "author", "holds", "reason", "released")
+    for row in found:
+        released = f"{row['released_at']:%Y-%m-%d %H:%M} by {row['released_by']}" if row["released_at"] else ""
+        placed = f"{row['placed_at']:%Y-%m-%d %H:%M}"
+        cells = (row["author"], _covers(row), row["reason"], released)
+        table.add_row(str(row["id"]), placed, *map(Text, cells))
+    Console().print(table)
+
+
+def _covers(row: dict[str, Any]) -> str:
+    told = {name: row[f"{name}_id"] for name in ("session", "assistant")}
+    if row["variable"] is not None:
+        told[row["variable"]] = row["value"]
+    told |= {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("since", "until") if row[name]}
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+
+
+@click.command("acts")
+@click.option("--kind", help="Only those of this kind, such as erase.")
+@connection.json_option
+def acts(*, kind: str | None, as_json: bool) -> None:
+    """List the audit trail: what was done to the archive, by whom and why, oldest first."""
+    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
+        schema.check(opened)
+        if as_json:
+            for row in _every_act(opened, kind):
+                click.echo(msgspec.json.encode(row).decode())
+            return
+        table = Table("id", "at", "actor", "kind", "reason", "detail")
+        for row in _every_act(opened, kind):
+            detail = msgspec.json.encode(row["detail"]).decode()
+            cells = (row["actor"], row["kind"], row["reason"] or "", detail)
+            table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *map(Text, cells))
+    Console().print(table)
+
+
+def _every_act(opened: Connection, kind: str | None) -> Iterator[dict[str, Any]]:
+    after = 0
+    while page := trail.select_acts(opened, after=after, limit=PAGE, kind=kind):
+        yield from map(dict, page)
+        after = page[-1]["id"]

@@ -1,0 +1,24 @@
+"""Erasure: what holds forbid, what was ordered, and how its content goes (I8)."""
+
+from archiver.erasure.holds import Criteria, HoldError, covering, insert_hold, release_hold, select_holds
+from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, order
+from archiver.erasure.sweeping import Step, sweep
+from archiver.erasure.targets import Counts, Target
+
+__all__ = [
+    "Act",
+    "Counts",
+    "Criteria",
+    "HeldError",
+    "HoldError",
+    "Ordered",
+    "Rule",
+    "Step",
+    "Target",
+    "covering",
+    "insert_hold",
+    "order",
+    "release_hold",
+    "select_holds",
+    "sweep",
+]

@@ -1,0 +1,158 @@
+"""Ordering an erasure: from its commit on nothing of what it names is taken any more (I8), unless a hold forbids it.
+
+The content goes right after, by `sweeping`, and is found again by that if whoever ordered it was killed in between.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+
+from archiver import acts, ledger
+from archiver.database import transaction
+from archiver.erasure.holds import covering
+from archiver.erasure.targets import Target, parts, with_strays
+
+Rule = Literal["request", "chat.deleted", "retention"]
+
+AT_ONCE = 500  # of one transaction, in which nothing else is recorded
+
+
+class Act(msgspec.Struct, frozen=True):
+    """Who erases, why, and what is to be noted of it; no content."""
+
+    kind: str
+    actor: str
+    reason: str | None
+    detail: Mapping[str, Any] = {}
+
+
+class HeldError(Exception):
+    """Legal holds cover some of it, so nothing was erased."""
+
+    def __init__(self, held: Mapping[Target, Sequence[int]]) -> None:
+        super().__init__()
+        self.held = held
+
+
+class Ordered(msgspec.Struct, frozen=True):
+    """What was ordered, under which act (None: there was nothing), and what was passed over for its holds."""
+
+    act_id: int | None
+    targets: Sequence[Target]
+    held: Mapping[Target, Sequence[int]]
+
+
+def order(
+    engine: Engine,
+    targets: Sequence[Target],
+    rule: Rule,
+    act: Act,
+    *,
+    skip_held: bool = False,
+    erased_at: Mapping[Target, datetime] | None = None,
+    act_id: int | None = None,
+) -> Ordered:
+    """Order these to be erased, or raise `HeldError`, which is recorded too, if any is held.
+
+    `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
+    if it was recorded before.
+    """
+    wanted = sorted(set(targets))
+    done = Ordered(act_id, [], {})
+    try:
+        if not skip_held:
+            _check(engine, wanted)
+        for part in parts(wanted, AT_ONCE):
+            with transaction(engine, lock_seconds=60) as connection:
+                more = _order(
+                    connection, part, rule, act, done.act_id, skip_held=skip_held, erased_at=erased_at or {}
+                )
+            done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held})
+    except HeldError as error:
+        _record_refusal(engine, act, rule, error)
+        raise
+    return done
+
+
+def _order(
+    connection: Connection,
+    targets: Sequence[Target],
+    rule: Rule,
+    act: Act,
+    act_id: int | None,
+    *,
+    skip_held: bool,
+    erased_at: Mapping[Target, datetime],
+) -> Ordered:
+    # Whoever recorded something has committed it, and whoever records next sees what is ordered here.
+    ledger.lock_placement(connection, exclusive=True)
+    whole = with_strays(connection, targets)
+    held = covering(connection, whole)
+    if held and not skip_held:
+        raise HeldError(held)
+    free = [target for target in whole if target not in held]
+    if free and act_id is None:
+        act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, {"rule": rule, **act.detail})
+    if free and act_id is not None:
+        _insert_erasures(connection, free, rule, act_id, erased_at)
+    return Ordered(act_id, free, held)
+
+
+def _check(engine: Engine, targets: Sequence[Target]) -> None:
+    held: dict[Target, Sequence[int]] = {}
+    for part in parts(targets, AT_ONCE):
+        with transaction(engine) as connection:
+            held |= covering(connection, with_strays(connection, part))
+    if held:
+        raise HeldError(held)
+
+
+TOLD = 100  # targets in one act
+
+
+def _record_refusal(engine: Engine, act: Act, rule: Rule, error: HeldError) -> None:
+    """In a transaction of its own: the erasure's is undone."""
+    detail = {
+        "rule": rule,
+        **act.detail,
+        "holds": sorted({hold for holds in error.held.values() for hold in holds}),
+        "held": len(error.held),
+        "targets": [msgspec.structs.asdict(target) for target in list(error.held)[:TOLD]],
+    }
+    with transaction(engine) as connection:
+        acts.insert_act(connection, f"{act.kind}.refused", act.actor, act.reason, detail)
+
+
+# Of one session each later than the one before, whatever the clocks say: what stands for its readings tells up to
+# which of them it was made.
+_INSERT = text(
+    """
+    WITH told AS MATERIALIZED (
+        SELECT session_id, chat_id, erased_at
+          FROM json_to_recordset(:targets) AS t (session_id text, chat_id text, erased_at timestamptz)
+    ), latest AS MATERIALIZED (
+        SELECT e.session_id, max(e.erased_at) AS at FROM archiver.erasures e
+         WHERE e.session_id <> '' AND e.session_id IN (SELECT session_id FROM told) GROUP BY e.session_id
+    )
+    INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)
+    SELECT t.session_id, t.chat_id, greatest(t.erased_at, l.at + interval '1 microsecond'),
+           CAST(:rule AS text), CAST(:act_id AS bigint)
+      FROM told t LEFT JOIN latest l ON l.session_id = t.session_id
+     ORDER BY t.session_id, t.chat_id
+    ON CONFLICT DO NOTHING
+    """
+)
+
+
+def _insert_erasures(
+    connection: Connection, targets: Sequence[Target], rule: Rule, act_id: int, erased_at: Mapping[Target, datetime]
+) -> None:
+    now = datetime.now(UTC)
+    rows = [
+        {"session_id": each.session_id, "chat_id": each.chat_id, "erased_at": erased_at.get(each, now)}
+        for each in targets
+    ]
+    connection.execute(_INSERT, {"targets": msgspec.json.encode(rows).decode(), "rule": rule, "act_id": act_id})

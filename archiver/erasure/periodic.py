@@ -1,0 +1,75 @@
+"""What goes by itself: turns that upstream deleted, content that is old enough, and whatever an erasure has left."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import TypeVar
+
+import structlog
+from sqlalchemy.engine import URL
+
+from archiver import acts, database
+from archiver.erasure.deleted import order_deleted
+from archiver.erasure.retention import Rules, examine, expire
+from archiver.erasure.sweeping import PAGE, sweep
+from archiver.projection import Timing
+from archiver.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+SWEEP_ALL_SECONDS = 3_600.0
+
+T = TypeVar("T")
+
+
+class Upkeep:
+    """The erasing tasks of one worker. Each step is a short transaction, in a thread beside the event loop."""
+
+    def __init__(self, configuration: Settings, url: URL, timing: Timing) -> None:
+        self._timing = timing
+        self._grace = timedelta(seconds=configuration.erase_after)
+        self._erases_deleted = configuration.on_delete == "erase"
+        self._rules = Rules.of(configuration)
+        prepared = configuration.prepared_statements
+        self._engine = database.connect(url, pool_size=1, prepared_statements=prepared)
+        self._swept = 0  # up to this erasure nothing is left
+        self._swept_all_at = monotonic()
+
+    async def erase(self, timestamp: int) -> None:
+        """Order what was deleted to be erased, then take away what was ordered; `timestamp` is procrastinate's."""
+        del timestamp
+        if self._erases_deleted:
+            async for ordered in _steps(order_deleted(self._engine, datetime.now(UTC) - self._grace)):
+                if ordered.targets:
+                    log.info("deleted turns are erased", turns=len(ordered.targets))
+        # What was found out while something was recorded may be seen later than what has a greater number; and what
+        # was held when it was swept is found again by looking at all.
+        now = monotonic()
+        if now - self._swept_all_at >= SWEEP_ALL_SECONDS:
+            self._swept, self._swept_all_at = 0, now
+        async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
+            self._swept = max(self._swept, step.through)
+
+    async def expire(self, timestamp: int) -> None:
+        """Take what is old enough, as the settings say; its content goes right after."""
+        now = datetime.now(UTC)
+        due = await asyncio.to_thread(examine, self._engine, self._rules, now)
+        steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=acts.ARCHIVER)
+        async for _ in _steps(steps):
+            pass
+        if not due.is_nothing:
+            log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
+        await self.erase(timestamp)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._engine.dispose()
+
+
+async def _steps(steps: Iterator[T]) -> AsyncIterator[T]:
+    while True:
+        step = await asyncio.to_thread(next, steps, None)
+        if step is None:
+            return
+        yield step

@@ -1,0 +1,78 @@
+"""The list of what was erased, applied to a backup that was restored: what it brought back goes again."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, get_args
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+
+from archiver import events
+from archiver.database import transaction
+from archiver.erasure.ordering import Act, Ordered, Rule, order
+from archiver.erasure.targets import Target, as_json
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One line of `archiver erase --list`."""
+
+    session_id: str
+    chat_id: str
+    erased_at: datetime
+    rule: str
+
+    @property
+    def target(self) -> Target:
+        return Target(self.session_id, self.chat_id)
+
+
+class ReplayError(Exception):
+    """The list cannot be read; the text says where and why."""
+
+
+def parse(lines: Iterable[bytes]) -> list[Line]:
+    """The lines of a list. Raises `ReplayError`."""
+    return [_parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(number: int, line: bytes) -> Line:
+    try:
+        told = msgspec.json.decode(line, type=Line)
+        for told_id in (told.session_id, told.chat_id):
+            events.identifier(told_id)
+    except (msgspec.DecodeError, UnicodeDecodeError, events.UnreadableError):
+        raise ReplayError(f"Line {number} is none of archiver erase --list.") from None
+    if told.rule not in get_args(Rule) or told.erased_at.tzinfo is None or not (told.session_id or told.chat_id):
+        raise ReplayError(f"Line {number} is none of archiver erase --list.")
+    return told
+
+
+_SELECT_KNOWN = text(
+    """
+    SELECT t.session_id, t.chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+     WHERE EXISTS (SELECT FROM archiver.erasures e WHERE e.session_id = t.session_id AND e.chat_id = t.chat_id)
+    """
+)
+
+
+def select_new(connection: Connection, lines: Sequence[Line]) -> list[Line]:
+    """Those that this database does not know as erased."""
+    told = {"targets": as_json(line.target for line in lines)}
+    known = {Target(*row) for row in connection.execute(_SELECT_KNOWN, told)}
+    return [line for line in lines if line.target not in known]
+
+
+def replay(engine: Engine, lines: Sequence[Line], act: Act, *, skip_held: bool) -> list[Ordered]:
+    """Order again what this database does not know as erased, under the rule and the time of the list.
+
+    Raises `HeldError`.
+    """
+    with transaction(engine) as connection:
+        new = select_new(connection, lines)
+    done = []
+    rules: tuple[Any, ...] = get_args(Rule)
+    for rule in rules:
+        told = {line.target: line.erased_at.astimezone(UTC) for line in new if line.rule == rule}
+        if told:
+            done.append(order(engine, list(told), rule, act, skip_held=skip_held, erased_at=told))
+    return done

@@ -1,0 +1,251 @@
+"""Retention: what is old enough goes by rule, content first and the rest later, in bounded steps.
+
+A session's content is erased as any other; what is left of it goes once seals prove that it was there.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+
+from archiver import acts, ledger, quarantine
+from archiver.database import transaction
+from archiver.erasure.holds import covering, is_any_in_force
+from archiver.erasure.ordering import Act, order
+from archiver.erasure.targets import Target, with_strays
+from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
+from archiver.projection.rows import lock_sessions, select_homes
+from archiver.settings import Settings
+
+PAGE = 500
+REMOVED_AT_ONCE = 20  # sessions
+NOBODY = "(none)"  # stands for the assistant of sessions that tell none
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """After how many days what goes; 0: never."""
+
+    content: int
+    by_assistant: Mapping[str, int]
+    metadata: int
+
+    @classmethod
+    def of(cls, configuration: Settings) -> "Rules":
+        return cls(
+            configuration.retention_days,
+            configuration.retention_of_assistants,
+            configuration.retention_metadata_days,
+        )
+
+    @property
+    def is_content_for_ever(self) -> bool:
+        return not self.content and not any(self.by_assistant.values())
+
+
+class Due(msgspec.Struct):
+    """What is old enough: sessions by assistant, and rows of the quarantine; `held` of the sessions are not taken."""
+
+    content: Counter[str]
+    metadata: Counter[str]
+    held: int = 0
+    quarantined: int = 0
+
+    @property
+    def is_nothing(self) -> bool:
+        return not (self.content.total() or self.metadata.total() or self.quarantined)
+
+
+# Of several assistants the one whose sessions are kept longest counts; 0 is for ever. A turn without a session stands
+# for itself.
+_SELECT_EXPIRED = text(
+    """
+    WITH page AS MATERIALIZED (
+        (SELECT s.session_id, '' AS chat_id, s.last_event_at, s.assistant_id
+           FROM archiver.sessions s
+          WHERE s.session_id <> '' AND (s.session_id, '') > (CAST(:after_session AS text), CAST(:after_chat AS text))
+          ORDER BY s.session_id LIMIT :most)
+        UNION ALL
+        (SELECT c.session_id, c.chat_id, c.first_received_at, NULL
+           FROM archiver.chats c
+          WHERE c.session_id = ''
+            AND (c.session_id, c.chat_id) > (CAST(:after_session AS text), CAST(:after_chat AS text))
+          ORDER BY c.chat_id LIMIT :most)
+    ), taken AS MATERIALIZED (
+        SELECT * FROM page ORDER BY session_id, chat_id LIMIT :most
+    ), ruled AS MATERIALIZED (
+        SELECT t.session_id, t.chat_id, t.last_event_at, a.assistant_id,
+               coalesce(CAST(CAST(:by_assistant AS json) ->> a.assistant_id AS integer), :content) AS days
+          FROM taken t LEFT JOIN LATERAL (
+                SELECT t.assistant_id WHERE t.assistant_id IS NOT NULL
+                UNION
+                SELECT c.assistant_id FROM archiver.chats c
+                 WHERE c.session_id = t.session_id AND (t.session_id <> '' OR c.chat_id = t.chat_id)
+                   AND c.assistant_id IS NOT NULL
+               ) a ON true
+    )
+    SELECT r.session_id, r.chat_id, min(r.assistant_id) AS assistant_id,
+           bool_and(r.days > 0) AND max(r.last_event_at) < :now - max(r.days) * interval '1 day'
+           AND NOT EXISTS (SELECT FROM archiver.erasures e
+                            WHERE e.session_id = r.session_id AND e.chat_id = r.chat_id) AS is_expired
+      FROM ruled r GROUP BY r.session_id, r.chat_id ORDER BY r.session_id, r.chat_id
+    """
+)
+
+# Only what was erased whole, and is sealed to the last event: so that there is proof that it was there.
+_SELECT_REMOVABLE = text(
+    """
+    WITH sealed AS MATERIALIZED (SELECT coalesce(max(events_through), 0) AS through FROM archiver.seals)
+    SELECT e.id, e.session_id, e.chat_id FROM archiver.erasures e CROSS JOIN sealed
+     WHERE e.id > :after AND (e.chat_id = '' OR e.session_id = '')
+       AND EXISTS (SELECT FROM archiver.events f
+                    WHERE f.session_id = e.session_id AND (e.chat_id = '' OR f.chat_id = e.chat_id))
+       AND NOT EXISTS (SELECT FROM archiver.events f
+                        WHERE f.session_id = e.session_id AND (e.chat_id = '' OR f.chat_id = e.chat_id)
+                          AND (f.id > sealed.through OR f.body IS NOT NULL OR f.received_at >= :before))
+     ORDER BY e.id LIMIT :most
+    """
+)
+
+
+def _expired(engine: Engine, rules: Rules, now: datetime) -> Iterator[dict[Target, str]]:
+    """What is old enough, a page at a time, with the assistant of each."""
+    if rules.is_content_for_ever:
+        return
+    by_assistant = msgspec.json.encode(rules.by_assistant).decode()
+    last = Target(UNPLACED)
+    while True:
+        parameters: dict[str, Any] = {"after_session": last.session_id, "after_chat": last.chat_id, "most": PAGE}
+        parameters |= {"now": now, "content": rules.content, "by_assistant": by_assistant}
+        with transaction(engine, statement_seconds=300) as connection:
+            page = connection.execute(_SELECT_EXPIRED, parameters).all()
+        yield {Target(row.session_id, row.chat_id): row.assistant_id or NOBODY for row in page if row.is_expired}
+        if len(page) < PAGE:
+            return
+        last = Target(page[-1].session_id, page[-1].chat_id)
+
+
+def _removable(engine: Engine, rules: Rules, now: datetime) -> Iterator[list[Target]]:
+    after = 0
+    while rules.metadata:
+        parameters = {"after": after, "before": now - timedelta(days=rules.metadata), "most": PAGE}
+        with transaction(engine, statement_seconds=300) as connection:
+            page = connection.execute(_SELECT_REMOVABLE, parameters).all()
+        if not page:
+            return
+        after = page[-1].id
+        yield [Target(row.session_id, row.chat_id) for row in page]
+
+
+def _quarantine_before(connection: Connection, rules: Rules, now: datetime) -> datetime | None:
+    """Bytes that nobody could read stay as long as any content, and while anything is held: it may be theirs."""
+    if not rules.content or 0 in rules.by_assistant.values() or is_any_in_force(connection):
+        return None
+    return now - timedelta(days=max(rules.content, *rules.by_assistant.values(), 0))
+
+
+def examine(engine: Engine, rules: Rules, now: datetime) -> Due:
+    """What a run would take now. Writes nothing."""
+    due = Due(Counter(), Counter())
+    for found in _expired(engine, rules, now):
+        with transaction(engine) as connection:
+            held = covering(connection, list(found))
+        due.held += len(held)
+        due.content += Counter(assistant for target, assistant in found.items() if target not in held)
+    for targets in _removable(engine, rules, now):
+        with transaction(engine) as connection:
+            held = covering(connection, targets)
+        due.held += len(held)
+        due.metadata[NOBODY] += sum(target not in held for target in targets)
+    due.metadata = +due.metadata
+    with transaction(engine) as connection:
+        before = _quarantine_before(connection, rules, now)
+        due.quarantined = len(quarantine.select_older(connection, before, 1_000_000)) if before else 0
+    return due
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What a step of a run has ordered or removed."""
+
+    sessions: int = 0
+    removed: int = 0
+    quarantined: int = 0
+
+
+def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str) -> Iterator[Step]:
+    """Take what is old enough: order its content to be erased, which goes with the next sweep, and remove the rest.
+
+    `due` is what `examine` told, for the record.
+    """
+    if due.is_nothing:
+        return
+    detail = {
+        "rules": msgspec.structs.asdict(rules),
+        "content": due.content,
+        "metadata": due.metadata.total(),
+        "quarantined": due.quarantined,
+        "held": due.held,
+    }
+    act = Act("retention", who, None, detail)
+    with transaction(engine) as connection:
+        act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, detail)
+    for found in _expired(engine, rules, now):
+        if found:
+            done = order(engine, list(found), "retention", act, skip_held=True, act_id=act_id)
+            yield Step(sessions=len(done.targets))
+    for targets in _removable(engine, rules, now):
+        for start in range(0, len(targets), REMOVED_AT_ONCE):
+            yield Step(removed=_remove(engine, targets[start : start + REMOVED_AT_ONCE], act_id, timing))
+    yield from _empty_quarantine(engine, rules, now)
+
+
+def _empty_quarantine(engine: Engine, rules: Rules, now: datetime) -> Iterator[Step]:
+    while True:
+        with transaction(engine) as connection:
+            before = _quarantine_before(connection, rules, now)
+            gone = (
+                quarantine.delete_rows(connection, quarantine.select_older(connection, before, PAGE)) if before else 0
+            )
+        if not gone:
+            return
+        yield Step(quarantined=gone)
+
+
+_SELECT_EVENTS = text(
+    """
+    SELECT f.id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+      JOIN archiver.events f ON f.session_id = t.session_id AND (t.chat_id = '' OR f.chat_id = t.chat_id)
+    """
+)
+# The trigger on the ledger asks for these first.
+_INSERT_REMOVALS = text(
+    """
+    INSERT INTO archiver.removals (event_id, act_id)
+    SELECT CAST(json_array_elements_text(:ids) AS bigint), :act_id
+    """
+)
+_DELETE_EVENTS = text(
+    "DELETE FROM archiver.events WHERE id IN (SELECT CAST(json_array_elements_text(:ids) AS bigint))"
+)
+
+
+def _remove(engine: Engine, targets: Sequence[Target], act_id: int, timing: Timing) -> int:
+    with transaction(engine) as connection:
+        strays = sorted(each.chat_id for each in with_strays(connection, targets) if each.session_id == UNPLACED)
+    with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
+        ledger.lock_placement(connection, exclusive=bool(strays))
+        held = covering(connection, targets)
+        free = [target for target in targets if target not in held]
+        homes = {session_id for session_id, _ in select_homes(connection, strays)} if strays else set()
+        sessions = sorted({*homes, *(target.session_id for target in free)} - {UNPLACED})
+        lock_sessions(connection, sessions)
+        told = msgspec.json.encode(free).decode()
+        ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": told}))
+        as_json = msgspec.json.encode(ids).decode()
+        connection.execute(_INSERT_REMOVALS, {"ids": as_json, "act_id": act_id})
+        connection.execute(_DELETE_EVENTS, {"ids": as_json})
+        rederive(connection, sessions, timing)
+        rederive_unplaced(connection, strays)
+        return len(ids)

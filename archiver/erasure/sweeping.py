@@ -1,0 +1,204 @@
+"""Taking away the content of what was ordered to be erased: from ledger, archive and quarantine, in bounded steps.
+
+Whatever was ordered and still has content is found again, so that a process that was killed loses nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver import acts, history, ledger, quarantine
+from archiver.database import is_conflict, transaction
+from archiver.erasure import mentions
+from archiver.erasure.ordering import Act, order
+from archiver.erasure.targets import Target, marks, parts
+from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
+from archiver.projection.facts import select_stories
+from archiver.projection.rows import lock_sessions, select_homes
+from archiver.projection.sessions import Story, without
+
+PAGE = 500  # erasures looked at together
+AT_ONCE = 20  # sessions, or turns without one, of one transaction
+CONFLICT_RETRIES = 10
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What a step has done: up to which erasure it looked, and what it took away."""
+
+    through: int
+    events: int = 0
+    quarantined: int = 0
+
+
+# Content that an erasure names: of a session all of it; of a turn its facts, and each reading of its session but one
+# that was made without it.
+_NAMED = """
+    f.session_id = e.session_id AND f.body IS NOT NULL
+    AND (e.chat_id = '' OR f.chat_id = e.chat_id
+         OR (e.session_id <> '' AND f.source = 'history'
+             AND NOT (f.type = 'history.redacted' AND f.occurred_at >= e.erased_at)))
+"""
+_SELECT_PAGE = text(
+    f"""
+    WITH page AS MATERIALIZED (
+        SELECT * FROM archiver.erasures WHERE id > :after ORDER BY id LIMIT :most
+    )
+    SELECT e.id, e.session_id, e.chat_id, e.rule, e.act_id,
+           EXISTS (SELECT FROM archiver.events f WHERE {_NAMED}) AS is_pending,
+           e.session_id <> '' AND e.chat_id <> ''
+           AND EXISTS (SELECT FROM archiver.events f
+                        WHERE f.session_id = '' AND f.chat_id = e.chat_id AND f.body IS NOT NULL) AS has_strays
+      FROM page e ORDER BY e.id
+    """  # noqa: S608  # a constant
+)
+
+
+def sweep(engine: Engine, timing: Timing, after: int = 0) -> Iterator[Step]:
+    """Take away what erasures after this id have left; yields after each step, and at the end of each page."""
+    while True:
+        with transaction(engine, statement_seconds=300) as connection:
+            page = connection.execute(_SELECT_PAGE, {"after": after, "most": PAGE}).all()
+        if not page:
+            return
+        for row in page:
+            if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
+                act = Act("erase", acts.ARCHIVER, None)
+                order(engine, [Target(UNPLACED, row.chat_id)], row.rule, act, skip_held=True, act_id=row.act_id)
+        pending = [Target(row.session_id, row.chat_id) for row in page if row.is_pending]
+        for part in parts(sorted(pending), AT_ONCE):
+            yield _take_away(engine, part, timing, after)
+        after = page[-1].id
+        yield Step(after)
+
+
+def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after: int) -> Step:
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
+                ledger.lock_placement(connection, exclusive=any(not each.session_id for each in targets))
+                gone = delete_mentioning(connection, targets)
+                return Step(after, _erase(connection, targets, timing), gone)
+        except DBAPIError as error:
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def delete_mentioning(connection: Connection, targets: Sequence[Target]) -> int:
+    """Remove from the quarantine what is about these, as far as its bytes tell; answers how many there were."""
+    return quarantine.delete_rows(connection, select_mentioning(connection, targets))
+
+
+def select_mentioning(connection: Connection, targets: Sequence[Target]) -> list[int]:
+    """What is about these in the quarantine."""
+    whole = {each.session_id for each in targets if not each.chat_id}
+    return quarantine.select_mentioning(connection, mentions.of_any(marks(connection, targets)), whole)
+
+
+def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
+    strays = sorted({each.chat_id for each in targets if each.session_id == UNPLACED})
+    ordered = _select_ordered(connection, sorted({each.session_id for each in targets} - {UNPLACED}))
+    whole = sorted(each for each in ordered if "" in ordered[each])
+    partly = sorted(ordered.keys() - set(whole))
+    homes = {session_id for session_id, _ in select_homes(connection, strays)} if strays else set()
+    touched = sorted({*ordered, *homes})
+    lock_sessions(connection, touched)
+    stories = select_stories(connection, partly)
+    # Before what it is made from goes.
+    redacted = [
+        observation
+        for session_id, story in sorted(stories.items())
+        if (observation := _redact(story, ordered[session_id])) is not None
+    ]
+    erased = _erase_content(connection, [Target(each) for each in whole], ordered, strays)
+    ledger.record(connection, redacted, timing)
+    made = {observation.event.session_id for observation in redacted}
+    rederive(connection, [each for each in touched if each not in made], timing)
+    rederive_unplaced(connection, strays)
+    return erased
+
+
+_SELECT_ORDERED = text(
+    """
+    SELECT session_id, chat_id, erased_at FROM archiver.erasures
+     WHERE session_id IN (SELECT json_array_elements_text(:session_ids))
+    """
+)
+
+
+def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
+    """All that was ever ordered of these sessions: by session and chat id when."""
+    ordered: dict[str, dict[str, datetime]] = defaultdict(dict)
+    told = msgspec.json.encode(session_ids).decode()
+    for row in connection.execute(_SELECT_ORDERED, {"session_ids": told}) if session_ids else ():
+        ordered[row.session_id][row.chat_id] = row.erased_at
+    return ordered
+
+
+def _redact(story: Story, ordered: dict[str, datetime]) -> ledger.Observation | None:
+    """One reading in place of all, without the erased turns."""
+    told = without(story, ordered.keys())
+    if told is None:
+        return None
+    event = history.redact(story.session_id, told, max(ordered.values()))
+    return ledger.Observation(event, story.readings[-1].last_at, history.SOURCE, None)
+
+
+# The guard on the ledger allows exactly this.
+_SET = "body = NULL, salt = NULL, dedupe_key = sha256(f.salt || f.dedupe_key)"
+_ERASE = text(
+    f"""
+    WITH e AS MATERIALIZED (
+        SELECT session_id, chat_id, erased_at
+          FROM json_to_recordset(:targets) AS t (session_id text, chat_id text, erased_at timestamptz)
+    )
+    UPDATE archiver.events f SET {_SET} FROM e WHERE {_NAMED} RETURNING f.id
+    """  # noqa: S608  # constants
+)
+# Of a type that we do not know, and whose turn is not told where we would look for it.
+_SELECT_UNKNOWN = text(
+    """
+    SELECT id, body FROM archiver.events
+     WHERE session_id = :session_id AND chat_id IS NULL AND source = 'webhook' AND body IS NOT NULL
+    """
+)
+_ERASE_EVENTS = text(
+    f"""
+    UPDATE archiver.events f SET {_SET} WHERE f.session_id = :session_id AND f.body IS NOT NULL
+       AND f.id IN (SELECT CAST(json_array_elements_text(:ids) AS bigint))
+    """  # noqa: S608  # a constant
+)
+
+
+def _erase_content(
+    connection: Connection,
+    whole: Sequence[Target],
+    ordered: dict[str, dict[str, datetime]],
+    strays: Sequence[str],
+) -> int:
+    sessions = {target.session_id for target in whole}
+    rows = [
+        {"session_id": session_id, "chat_id": chat_id, "erased_at": erased_at}
+        for session_id, chats in sorted(ordered.items())
+        for chat_id, erased_at in sorted(chats.items())
+        if session_id not in sessions or not chat_id
+    ]
+    rows += [{"session_id": UNPLACED, "chat_id": chat_id, "erased_at": None} for chat_id in strays]
+    erased = len(connection.execute(_ERASE, {"targets": msgspec.json.encode(rows).decode()}).all())
+    for session_id, chats in ordered.items():
+        if session_id not in sessions:
+            erased += _erase_unknown(connection, session_id, [*chats])
+    return erased
+
+
+def _erase_unknown(connection: Connection, session_id: str, told: Sequence[str]) -> int:
+    is_about = mentions.of_any(told)
+    found = connection.execute(_SELECT_UNKNOWN, {"session_id": session_id})
+    ids = [row.id for row in found if is_about(bytes(row.body))]
+    if ids:
+        connection.execute(_ERASE_EVENTS, {"session_id": session_id, "ids": msgspec.json.encode(ids).decode()})
+    return len(ids)

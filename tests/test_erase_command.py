@@ -1,0 +1,426 @@
+"""`archiver erase`, `hold` and `acts` as commands, against real receivers, files and kills (I8)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from archiver import quarantine
+from archiver.database import transaction
+from tests import servers
+from tests.conftest import Cluster
+from tests.payloads import chat, created, event
+from tests.proxies import proxied
+from tests.receivers import archiver, serving
+from tests.rows import execute, rows
+from tests.test_erasure import archive, dump, holds_text, is_rebuilt_the_same, read, record, said, sweep, texts
+from tests.upstreams import simulated
+from tests.waiting import until
+
+on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
+
+
+def erase(url: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return archiver("erase", *options, "--reason", "she asked", "--yes", database_url=url, **environment)
+
+
+def acts(engine: Engine, kind: str) -> list[Any]:
+    return rows(engine, f"SELECT actor, reason, detail FROM archiver.acts WHERE kind = '{kind}' ORDER BY id")
+
+
+MARKERS = [
+    f"marker-{name}-7f3a"
+    for name in (
+        "input",
+        "output",
+        "variable",
+        "name",
+        "history",
+        "quarantine",
+        "spool",
+        "status",
+        "extra",
+        "greeting",
+    )
+]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_i8_ten_markers_are_found_nowhere_after_an_erasure(
+    cluster: Cluster, database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    (
+        at_input,
+        at_output,
+        at_variable,
+        at_name,
+        at_history,
+        at_quarantine,
+        at_spool,
+        at_status,
+        at_extra,
+        at_greeting,
+    ) = MARKERS
+    home = tmp_path / "home"
+    with proxied(database_url) as (proxy, through), serving(through, ARCHIVER_HOME=str(home)) as receiver:
+        told = chat(
+            "c1",
+            "s1",
+            input=at_input,
+            output=at_output,
+            status=at_status,
+            somethingElse=at_extra,
+            session={"id": "s1", "name": at_name},
+            assistantOverrides={"variableValues": {"customer": at_variable}},
+        )
+        assert receiver.post(event("chat.created", 1_705_311_000_000, told)).json()["status"] == "stored"
+        assert receiver.post(b'{"sessionId": "s1", "said": "%s"' % at_quarantine.encode()).status_code == 422
+        read(engine, "s1", 5, ("assistant", at_greeting), ("user", at_input), ("assistant", at_history))
+        # What is on the spool while it is erased.
+        proxy.set("cut")
+        spooled = created("c2", "s1", input=at_spool)
+        assert receiver.post(spooled).json() == {"status": "spooled"}
+        execute(engine, "ANALYZE")
+        before = searched(cluster, engine, home) | in_files(MARKERS, receiver.log)
+        assert before == set(MARKERS)
+        done = erase(database_url, "--session", "s1", "--json")
+        assert done.returncode == 0, done.stderr
+        assert {"sessions": 1, "quarantined": 1, "events": 2}.items() <= json.loads(done.stdout).items()
+        proxy.set("pass")
+        until(lambda: receiver.metric("archiver_refused_erased_total") == 1, "the spool is drained")
+        until(lambda: receiver.metric("archiver_spool_events") == 0, "the spool is empty")
+        # And what is sent once more.
+        ledger = rows(engine, "SELECT t::text FROM archiver.events t")
+        for body in (event("chat.created", 1_705_311_000_000, told), spooled):
+            assert receiver.post(body).json() == {"status": "ignored", "reason": "erased"}
+        assert rows(engine, "SELECT t::text FROM archiver.events t") == ledger
+        assert holds_text(engine, *MARKERS) == []
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM (FULL, ANALYZE)"))
+            connection.execute(text("CHECKPOINT"))
+        assert searched(cluster, engine, home) | in_files(MARKERS, receiver.log) == set()
+        assert receiver.stop() == 0
+        assert searched(cluster, engine, home) | in_files(MARKERS, receiver.log) == set()
+    assert is_rebuilt_the_same(engine)
+
+
+def searched(cluster: Cluster, engine: Engine, home: Path) -> set[str]:
+    """Which markers are in a dump, in the files of this database, or in those of the spool."""
+    with transaction(engine) as connection:
+        folder = Path(str(connection.scalar(text("SHOW data_directory"))))
+        connection.execute(text("SELECT 1"))
+    files = [each for each in folder.rglob("*") if each.is_file() and "pg_wal" not in each.parts]
+    assert len(files) > 100, cluster.version
+    return set(holds_text(engine, *MARKERS)) | in_files(MARKERS, *files, *home.rglob("*"))
+
+
+def in_files(words: list[str], *files: Path) -> set[str]:
+    found: set[str] = set()
+    for file in files:
+        if file.is_file():
+            whole = file.read_bytes()
+            found |= {word for word in words if word.encode() in whole}
+    return found
+
+
+@on_one_version
+def test_i8_killed_between_order_and_erasure_it_goes_on_with_the_same_command(
+    database_url: str, engine: Engine
+) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+    with engine.connect() as locking:
+        # Whoever takes the content away waits for this.
+        locking.execute(text("SELECT FROM archiver.sessions WHERE session_id = 's1' FOR UPDATE"))
+        command = [sys.executable, "-m", "archiver", "erase", "--session", "s1", "--reason", "x", "--yes"]
+        process = subprocess.Popen(command, env=os.environ | {"DATABASE_URL": database_url})
+        until(lambda: rows(engine, "SELECT FROM archiver.erasures"), "it is ordered")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert holds_text(engine, "question of c1") == ["question of c1"]
+    assert record(engine, created("c9", "s1"))[0].reason == "erased"
+    again = erase(database_url, "--session", "s1")
+    assert again.returncode == 0, again.stderr
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c2"]
+    assert is_rebuilt_the_same(engine)
+
+
+@on_one_version
+def test_it_asks_first_and_a_dry_run_writes_nothing(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s3"), b'{"sessionId": "s1" broken')
+    before = archive(engine)
+    told = archiver("erase", "--session", "s1", "--reason", "x", "--dry-run", "--json", database_url=database_url)
+    figures = json.loads(told.stdout)
+    assert figures == {
+        "dry_run": True,
+        "act": None,
+        "sessions": 1,
+        "turns": 2,
+        "messages": 4,
+        "events": 2,
+        "quarantined": 1,
+        "held": [],
+    }
+    unanswered = archiver("erase", "--session", "s1", "--reason", "x", database_url=database_url)
+    assert unanswered.returncode == 1
+    assert "2 events" in unanswered.stderr
+    assert archive(engine) == before
+    assert rows(engine, "SELECT count(*) FROM archiver.acts") == [(0,)]
+
+
+@on_one_version
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "Say what to erase"),
+        (["--session", "s1"], "--reason"),
+        (["--session", "s1", "--reason", " "], "--reason"),
+        (["--session", "", "--reason", "x"], "no session id"),
+        (["--chat", "\x1f1", "--reason", "x"], "no chat id"),
+        (["--where", "customer", "--reason", "x"], "NAME=VALUE"),
+        (["--session", "s1", "--list", "--reason", "x"], "Say what to erase"),
+    ],
+)
+def test_wrong_usage_is_told(database_url: str, options: list[str], says: str) -> None:
+    told = archiver("erase", *options, database_url=database_url)
+    assert told.returncode == 2
+    assert says in told.stderr
+
+
+@on_one_version
+def test_i8_by_a_variable_and_the_value_is_recorded_nowhere(database_url: str, engine: Engine) -> None:
+    def of(customer: str) -> dict[str, Any]:
+        return {"assistantOverrides": {"variableValues": {"customer": customer, "plan": 3}}}
+
+    record(engine, created("c1", "s1", **of("Mary Miller")), created("c2", "s1"), created("c3", "s2", **of("Bob")))
+    record(engine, created("c4", None, **of("Mary Miller")))
+    record(
+        engine, b'{"customer": "Mary Miller" broken', b'{"name": "Mary Miller" broken', b'{"customer": "Mary" broken'
+    )
+    done = erase(database_url, "--where", "customer=Mary Miller", "--actor", "anna", "--json")
+    assert done.returncode == 0, done.stderr
+    assert texts(engine, "s1") == texts(engine, "") == []
+    assert texts(engine, "s2") == ["question of c3", "answer to c3"]
+    execute(engine, 'DELETE FROM archiver.quarantine WHERE body = \'{"name": "Mary Miller" broken\'')
+    assert b"Mary Miller" not in dump(engine)
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(1,)]
+    ((actor, reason, detail),) = acts(engine, "erase")
+    assert (actor, reason, detail["where"], detail["sessions"]) == ("anna", "she asked", ["customer"], 1)
+    assert is_rebuilt_the_same(engine)
+
+
+@on_one_version
+def test_i8_one_turn_wherever_it_is(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"))
+    read(engine, "s1", 5, *said("c1", "c2"))
+    assert erase(database_url, "--chat", "c1").returncode == 0
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c2"]
+    for session_id in ("s1", None, "s9"):
+        assert record(engine, created("c1", session_id))[0].reason == "erased"
+    assert is_rebuilt_the_same(engine)
+
+
+@on_one_version
+def test_i8_the_list_survives_a_restore_and_is_applied_again(
+    cluster: Cluster, database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    record(
+        engine,
+        created("c1", "s1"),
+        created("c2", "s2"),
+        created("c3", "s2"),
+        created("c4", None),
+        created("c5", "s5"),
+    )
+    read(engine, "s2", 5, *said("c2", "c3"))
+    engine.dispose()
+    backup = cluster.clone(engine.url.database or "")
+    restored = cluster.engine(backup)
+    try:
+        assert (
+            erase(database_url, "--session", "s1", "--chat", "c2", "--chat", "c4", "--actor", "anna").returncode == 0
+        )
+        told = archiver("erase", "--list", database_url=database_url)
+        lines = [json.loads(line) for line in told.stdout.splitlines()]
+        assert {"s1", "s2", ""} == {line["session_id"] for line in lines}
+        assert {line["actor"] for line in lines} == {"anna"}
+        assert set(lines[0]) == {"session_id", "chat_id", "erased_at", "rule", "reason", "actor"}
+        file = tmp_path / "erasures.jsonl"
+        file.write_text(told.stdout)
+        for _ in range(2):
+            done = archiver("erase", "--replay", str(file), "--yes", database_url=backup)
+            assert done.returncode == 0, done.stderr
+        assert holds_text(restored, *(f"question of c{number}" for number in range(1, 6))) == [
+            "question of c3",
+            "question of c5",
+        ]
+        assert archiver("erase", "--list", database_url=backup).stdout.count("erased_at") == len(lines)
+        when = "SELECT session_id, chat_id, erased_at, rule FROM archiver.erasures ORDER BY 1, 2"
+        assert rows(restored, when) == rows(engine, when)
+        assert rows(restored, "SELECT detail ->> 'new' FROM archiver.acts WHERE kind = 'erase.replay'") == [("4",)]
+        assert archive(restored)[2] == archive(engine)[2]
+        assert is_rebuilt_the_same(restored)
+    finally:
+        restored.dispose()
+        cluster.drop(backup)
+
+
+@on_one_version
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        '{"session_id": "s1"}',
+        '{"session_id": "", "chat_id": "", "erased_at": "2026-01-01T00:00:00Z", "rule": "request"}',
+        '{"session_id": "s1", "chat_id": "", "erased_at": "2026-01-01T00:00:00Z", "rule": "whim"}',
+        '{"session_id": "\\u0000", "chat_id": "", "erased_at": "2026-01-01T00:00:00Z", "rule": "request"}',
+        '{"session_id": "s1", "chat_id": "", "erased_at": "2026-01-01T00:00:00", "rule": "request"}',
+    ],
+)
+def test_a_list_that_is_none_is_refused(database_url: str, tmp_path: Path, line: str) -> None:
+    (tmp_path / "list").write_text(f"\n{line}\n")
+    told = archiver("erase", "--replay", str(tmp_path / "list"), "--yes", database_url=database_url)
+    assert told.returncode == 2
+    assert "Line 2" in told.stderr
+
+
+@on_one_version
+def test_holds_are_placed_listed_obeyed_and_released(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+
+    def hold(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return archiver("hold", *arguments, database_url=database_url)
+
+    assert hold("add", "--reason", "x").returncode == 2
+    placed = hold("add", "--session", "s1", "--since", "2024-01-01", "--reason", "case 7", "--actor", "judge")
+    assert placed.returncode == 0, placed.stderr
+    by_variable = hold("add", "--variable", "customerTier=Nobody", "--reason", "case 8", "--json")
+    assert json.loads(by_variable.stdout) == {"hold": 2}
+    listed = json.loads(hold("list", "--json").stdout)
+    assert next((row["author"], row["session_id"], row["reason"]) for row in listed) == ("judge", "s1", "case 7")
+    refused = erase(database_url, "--session", "s1", "--session", "s2")
+    assert refused.returncode == 1
+    assert "session s1 is under legal hold 1" in refused.stderr
+    assert "--skip-held" in refused.stderr
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1", "question of c2"]
+    assert len(acts(engine, "erase.refused")) == 1
+    assert erase(database_url, "--session", "s1", "--session", "s2", "--skip-held").returncode == 0
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1"]
+    assert hold("release", "1", "--reason", "closed").returncode == 0
+    again = hold("release", "1", "--reason", "closed")
+    assert again.returncode == 1
+    assert "archiver hold list --all" in again.stderr
+    assert len(json.loads(hold("list", "--json").stdout)) == 1
+    assert "case 7" in hold("list", "--all").stdout
+    assert erase(database_url, "--session", "s1").returncode == 0
+    assert holds_text(engine, "question of c1") == []
+    trail = archiver("acts", "--json", database_url=database_url).stdout.splitlines()
+    kinds = [json.loads(line)["kind"] for line in trail]
+    assert kinds == ["hold.add", "hold.add", "erase.refused", "erase", "hold.release", "erase"]
+    assert "Nobody" not in "".join(trail)
+    assert "hold.add" in archiver("acts", database_url=database_url).stdout
+
+
+@on_one_version
+def test_who_may_not_place_holds_is_told_which_right_is_missing(
+    cluster: Cluster, database_url: str, engine: Engine
+) -> None:
+    name = f"limited_{engine.url.database}"
+    execute(engine, f"CREATE ROLE {name} LOGIN", f"GRANT archiver_writer TO {name}")
+    try:
+        limited = database_url.replace("postgres@", f"{name}@", 1)
+        told = archiver("hold", "add", "--session", "s1", "--reason", "x", database_url=limited)
+        assert told.returncode == 1
+        assert "GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds" in told.stderr
+        record(engine, created("c1", "s1"))
+        assert erase(limited, "--session", "s1").returncode == 0
+    finally:
+        execute(engine, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+    assert holds_text(engine, "question of c1") == []
+    assert sweep(engine) == 0
+
+
+@on_one_version
+def test_counsel_places_and_releases_holds_and_erases_nothing(
+    cluster: Cluster, database_url: str, engine: Engine
+) -> None:
+    name = f"counsel_{engine.url.database}"
+    execute(
+        engine,
+        f"CREATE ROLE {name} LOGIN",
+        f"GRANT archiver_auditor TO {name}",
+        f"GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO {name}",
+    )
+    record(engine, created("c1", "s1"))
+    try:
+        counsel = database_url.replace("postgres@", f"{name}@", 1)
+        for arguments in (["add", "--session", "s1"], ["release", "1"]):
+            told = archiver("hold", *arguments, "--reason", "x", database_url=counsel)
+            assert told.returncode == 0, told.stderr
+        assert erase(counsel, "--session", "s1").returncode == 1
+    finally:
+        execute(engine, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+    assert holds_text(engine, "question of c1") == ["question of c1"]
+    assert [kind for (kind,) in rows(engine, "SELECT kind FROM archiver.acts")] == ["hold.add", "hold.release"]
+
+
+@on_one_version
+def test_what_is_held_by_a_variable_stays_in_the_quarantine_too(database_url: str, engine: Engine) -> None:
+    record(engine, b'{"customer": "Mary" broken')
+    archiver("hold", "add", "--variable", "customer=Mary", "--reason", "x", database_url=database_url)
+    assert erase(database_url, "--where", "customer=Mary").returncode == 0
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(1,)]
+    archiver("hold", "release", "1", "--reason", "x", database_url=database_url)
+    assert erase(database_url, "--where", "customer=Mary").returncode == 0
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+
+
+@on_one_version
+def test_a_retry_of_the_quarantine_is_an_act(database_url: str, engine: Engine) -> None:
+    record(engine, b"{", b"[")
+    archiver("quarantine", "retry", "--all", "--actor", "anna", database_url=database_url)
+    archiver("quarantine", "retry", "99", "--actor", "anna", database_url=database_url)
+    assert acts(engine, "quarantine.retry") == [
+        ("anna", None, {"became": {"quarantined": 2}}),
+        ("anna", None, {"became": {"absent": 1}}),
+    ]
+
+
+@on_one_version
+def test_i8_a_backfill_does_not_bring_it_back_and_ends(database_url: str, engine: Engine) -> None:
+    with simulated() as callhq:
+        whole, partly = callhq.session("whole", "ok"), callhq.session("partly", "ok", "ok")
+        record(engine, created("c1", whole.id), created("c2", partly.id), created("c3", partly.id))
+        assert erase(database_url, "--session", whole.id, "--chat", "c2").returncode == 0
+        messages = rows(engine, "SELECT * FROM analytics.messages ORDER BY 1, 2")
+        events = rows(engine, "SELECT count(*) FROM archiver.events")
+        for options in (["--all"], ["--session", whole.id, "--session", partly.id]):
+            told = archiver("backfill", *options, database_url=database_url, **callhq.settings)
+            assert told.returncode == 0, told.stderr
+    assert rows(engine, "SELECT * FROM analytics.messages ORDER BY 1, 2") == messages
+    (registrations,) = rows(engine, "SELECT count(*) FROM archiver.events WHERE type = 'session.registered'")
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(events[0][0] + registrations[0],)]
+    standing = "SELECT DISTINCT reason, leased_until, reconcile_at FROM archiver.sessions WHERE session_id <> ''"
+    assert rows(engine, standing) == [("erased", None, None)]
+
+
+@on_one_version
+def test_i8_what_was_quarantined_before_does_not_come_back_by_a_retry(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    assert erase(database_url, "--session", "s1").returncode == 0
+    # As if it had been refused by a defect at the time, and told again meanwhile.
+    with transaction(engine) as connection:
+        body = created("c1", "s1")
+        quarantine.upsert_quarantine(
+            connection, [quarantine.Reject(body, "not_processable", "", datetime.now(UTC), "key")]
+        )
+    told = archiver("quarantine", "retry", "--all", database_url=database_url)
+    assert (told.returncode, told.stdout) == (0, "1: gone: what it speaks of was erased\n")
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+    assert holds_text(engine, "question of c1") == []

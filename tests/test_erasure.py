@@ -1,0 +1,615 @@
+"""Erased is erased (I8): in ledger, archive and quarantine, for good, and the rest stays as it was."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, text
+from sqlalchemy import event as engine_event
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver import database, erasure, events, history, quarantine
+from archiver.database import transaction
+from archiver.erasure import Act, Criteria, HeldError, Target
+from archiver.erasure.sweeping import delete_mentioning
+from archiver.erasure.targets import of_chats
+from archiver.ingest import Delivery, Outcome
+from archiver.ingest.writing import store
+from archiver.projection import Timing
+from archiver.rebuild import rebuild
+from tests.payloads import chat, created, deleted, event
+from tests.rows import empty, execute, rows
+from tests.waiting import until
+
+NOW = datetime(2026, 1, 5, tzinfo=UTC)
+TIMING = Timing()
+ACT = Act("erase", "anna@desk", "she asked for it")
+
+
+def record(engine: Engine, *bodies: bytes, minute: float = 0) -> list[Outcome]:
+    read = [events.parse(body) for body in bodies]
+    deliveries = [Delivery(each, NOW + timedelta(minutes=minute), "key") for each in read]
+    with transaction(engine) as connection:
+        return store(connection, deliveries, TIMING)
+
+
+def read(engine: Engine, session_id: str, minute: float, *messages: tuple[str, str]) -> Outcome:
+    told = [{"role": role, "content": content} for role, content in messages]
+    body = json.dumps({"session": {"id": session_id, "name": f"name of {session_id}", "messages": told}}).encode()
+    observed = history.observe(session_id, 200, body)
+    delivery = Delivery(observed, NOW + timedelta(minutes=minute), None, source=history.SOURCE)
+    with transaction(engine) as connection:
+        return store(connection, [delivery], TIMING)[0]
+
+
+def said(*chat_ids: str) -> list[tuple[str, str]]:
+    return [
+        line
+        for chat_id in chat_ids
+        for line in (("user", f"question of {chat_id}"), ("assistant", f"answer to {chat_id}"))
+    ]
+
+
+def erase(engine: Engine, *targets: Target, **options: Any) -> erasure.Ordered:
+    ordered = erasure.order(engine, targets, "request", ACT, **options)
+    sweep(engine)
+    return ordered
+
+
+def sweep(engine: Engine, after: int = 0) -> int:
+    return sum(step.events for step in erasure.sweep(engine, TIMING, after))
+
+
+def dump(engine: Engine) -> bytes:
+    """Every row of every table, as `pg_dump` would have it, and what the planner remembers of them."""
+    names = rows(
+        engine,
+        "SELECT format('%I.%I', nspname, relname) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
+        " WHERE relkind = 'r' AND nspname NOT IN ('pg_catalog', 'information_schema')",
+    )
+    return b"".join(dump_of(engine, name) for name in [*(name for (name,) in names), "pg_statistic"])
+
+
+def dump_of(engine: Engine, table: str) -> bytes:
+    with engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        with cursor.copy(f"COPY {table} TO STDOUT") as copy:
+            return b"".join(bytes(piece) for piece in copy)
+
+
+def holds_text(engine: Engine, *words: str) -> list[str]:
+    whole = dump(engine)
+    return [word for word in words if word.encode() in whole or word.encode().hex().encode() in whole]
+
+
+def archive(engine: Engine) -> list[list[str]]:
+    names = ("sessions", "chats", "messages")
+    return [sorted(row for (row,) in rows(engine, f"SELECT t::text FROM archiver.{name} t")) for name in names]
+
+
+def texts(engine: Engine, session_id: str) -> list[str]:
+    return [
+        row[0]
+        for row in rows(
+            engine, f"SELECT content FROM analytics.messages WHERE session_id = '{session_id}' ORDER BY position"
+        )
+    ]
+
+
+def is_rebuilt_the_same(engine: Engine) -> bool:
+    before = archive(engine)
+    for _ in rebuild(engine, TIMING):
+        pass
+    kept = archive(engine)
+    execute(
+        engine, *(f"DELETE FROM archiver.{name} WHERE session_id <> ''" for name in ("messages", "chats", "sessions"))
+    )
+    for _ in rebuild(engine, TIMING):
+        pass
+    return before == kept == archive(engine)
+
+
+def test_i8_an_erased_session_keeps_its_ids_and_times_and_nothing_else(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), deleted("c1", "s1"), created("c3", "s2"))
+    read(engine, "s1", 10, *said("c1", "c2"), ("user", "only history"), ("assistant", "knows this"))
+    chats = rows(engine, "SELECT chat_id, first_received_at, occurred_at, deleted_at FROM archiver.chats ORDER BY 1")
+    before = archive(engine)[0]
+    erase(engine, Target("s1"))
+    assert texts(engine, "s1") == []
+    assert texts(engine, "s2") == ["question of c3", "answer to c3"]
+    after = rows(engine, "SELECT chat_id, first_received_at, occurred_at, deleted_at FROM archiver.chats ORDER BY 1")
+    assert [row for row in after if row[0] != "\x1f1"] == [row for row in chats if row[0] != "\x1f1"]
+    assert rows(
+        engine,
+        "SELECT name, status, assistant_id, coverage, reason, reconcile_at"
+        " FROM archiver.sessions WHERE session_id = 's1'",
+    ) == [(None, None, None, "unverified", "erased", None)]
+    assert [row for row in archive(engine)[0] if row.startswith("(s2")] == [
+        row for row in before if row.startswith("(s2")
+    ]
+    assert holds_text(engine, "question of c1", "answer to c2", "only history", "name of s1") == []
+    assert holds_text(engine, "question of c3") == ["question of c3"]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_no_unsalted_digest_is_left(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    read(engine, "s1", 1, *said("c1"))
+    record(engine, b'{"sessionId": "s1", broken')
+    digests = rows(
+        engine, "SELECT dedupe_key FROM archiver.events UNION ALL SELECT body_digest FROM archiver.quarantine"
+    )
+    execute(engine, "ANALYZE")
+    assert all(digest.hex().encode() in dump(engine) for (digest,) in digests)
+    erase(engine, Target("s1"))
+    assert not any(digest.hex().encode() in dump(engine) for (digest,) in digests)
+
+
+def test_i8_a_redelivery_and_a_late_history_do_not_bring_it_back(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    erase(engine, Target("s1"))
+    before = archive(engine), rows(engine, "SELECT t::text FROM archiver.events t")
+    again = record(engine, created("c1", "s1"), created("c1", "s1", output="other"), created("c9", "s1"), minute=5)
+    again += record(engine, deleted("c1", None), event("session.closed", 1, chat("c1", "s1")), minute=6)
+    again.append(read(engine, "s1", 7, *said("c1")))
+    with transaction(engine) as connection:
+        registration = Delivery(history.register({"id": "s1", "name": "x"}), NOW, None, source=history.APPLICATION)
+        again += store(connection, [registration], TIMING)
+    assert again == [Outcome("ignored", reason="erased")] * len(again)
+    assert (archive(engine), rows(engine, "SELECT t::text FROM archiver.events t")) == before
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+
+
+def test_i8_what_is_refused_harms_no_other_of_its_batch(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    erase(engine, Target("s1"))
+    told = record(engine, created("c2", "s2"), created("c1", "s1"), b"{", created("c3", None), created("c2", "s2"))
+    assert [each.status for each in told] == ["stored", "ignored", "quarantined", "stored", "duplicate"]
+
+
+def test_i8_an_erased_turn_goes_from_readings_too_and_the_others_stay(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s1"))
+    greeting = ("assistant", "welcome")
+    read(engine, "s1", 5, greeting, *said("c1", "c2"))
+    read(engine, "s1", 10, greeting, *said("c1", "c2", "c3"), ("user", "only history"), ("assistant", "knows this"))
+    whole = texts(engine, "s1")
+    erase(engine, Target("s1", "c2"))
+    assert texts(engine, "s1") == [each for each in whole if not each.endswith("c2")]
+    assert holds_text(engine, "question of c2", "answer to c2") == []
+    sources = rows(engine, "SELECT content, source FROM analytics.messages WHERE session_id = 's1'")
+    assert dict(sources)["only history"] == "history"
+    assert dict(sources)["question of c3"] == "webhook"
+    assert rows(engine, "SELECT state, reason FROM analytics.coverage WHERE session_id = 's1'") == [
+        ("unverified", "erased")
+    ]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_turn_after_turn_can_be_erased_and_later_readings_are_not_taken(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s1"))
+    read(engine, "s1", 10, *said("c1", "c2", "c3"))
+    for number, chat_id in enumerate(["c2", "c1"]):
+        erase(engine, Target("s1", chat_id))
+        assert read(engine, "s1", 20 + number, *said("c1", "c2", "c3")).reason == "erased"
+    assert texts(engine, "s1") == ["question of c3", "answer to c3"]
+    assert holds_text(engine, "question of c2", "answer to c1") == []
+    # What is said later goes on, and does not make it due to be read.
+    record(engine, created("c4", "s1", createdAt="2024-01-15T10:30:00Z"), minute=30)
+    assert texts(engine, "s1") == ["question of c3", "answer to c3", "question of c4", "answer to c4"]
+    assert rows(engine, "SELECT reason, reconcile_at FROM archiver.sessions WHERE session_id = 's1'") == [
+        ("erased", None)
+    ]
+    assert sweep(engine) == 0
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_turn_of_a_session_that_was_never_read(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"))
+    erase(engine, Target("s1", "c1"))
+    record(engine, created("c3", "s1"), minute=3)
+    assert sorted(texts(engine, "s1")) == sorted(content for _, content in said("c2", "c3"))
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_facts_that_did_not_tell_their_session_go_too(engine: Engine) -> None:
+    record(engine, created("c1", None, input="homeless words"), created("c2", None))
+    record(engine, created("c1", "s1"), minute=1)
+    erase(engine, Target("s1"))
+    assert holds_text(engine, "homeless words", "question of c1") == []
+    assert record(engine, created("c1", None, input="homeless words"), minute=2) == [
+        Outcome("ignored", reason="erased")
+    ]
+    assert texts(engine, "") == ["question of c2", "answer to c2"]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_session_found_to_have_an_erased_turn_is_not_read_again(engine: Engine) -> None:
+    record(engine, created("c1", None), created("c2", "s1"))
+    erase(engine, Target("", "c1"))
+    standing = "SELECT reason, reconcile_at FROM archiver.sessions WHERE session_id = 's1'"
+    assert rows(engine, standing)[0][0] == "awaiting_history"
+    assert record(engine, created("c1", "s1"), minute=1)[0].reason == "erased"
+    assert rows(engine, standing) == [("erased", None)]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_facts_without_a_session_alone_go_from_the_sessions_that_have_their_turn(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    record(engine, created("c1", None, input="homeless words", updatedAt="2024-01-15T09:40:00Z"), minute=1)
+    assert texts(engine, "s1") == ["homeless words", "answer to c1"]
+    erase(engine, Target("", "c1"))
+    assert texts(engine, "s1") == ["question of c1", "answer to c1"]
+    assert holds_text(engine, "homeless words") == []
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_it_is_ordered_only_once_those_who_write_have_committed(engine: Engine) -> None:
+    observed = events.parse(created("c1", "s1"))
+    assert isinstance(observed, events.Event)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as writing:
+            store(writing, [Delivery(observed, NOW, "key")], TIMING)
+            erasing = pool.submit(erase, engine, Target("s1"))
+            waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            until(lambda: erasing.done() or rows(engine, waiting), "it waits")
+            assert not erasing.done()
+        erasing.result(30)
+    assert texts(engine, "s1") == []
+    assert holds_text(engine, "question of c1") == []
+
+
+def test_i8_a_turn_erased_before_its_session_was_told_keeps_that_session_from_bringing_it_back(
+    engine: Engine,
+) -> None:
+    record(engine, created("c1", None))
+    erase(engine, Target("", "c1"))
+    assert holds_text(engine, "question of c1") == []
+    assert record(engine, created("c1", "s1"), created("c2", "s1"), minute=1)[0].reason == "erased"
+    assert read(engine, "s1", 2, *said("c1", "c2")).reason == "erased"
+    assert texts(engine, "s1") == ["question of c2", "answer to c2"]
+    assert holds_text(engine, "question of c1") == []
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_facts_that_turn_out_to_be_of_an_erased_session_go_with_the_next_sweep_unless_held(engine: Engine) -> None:
+    record(engine, created("c1", None), created("c2", None))
+    erase(engine, Target("s1"))
+    hold(engine, assistant_id="assistant-1")
+    # Only now is it told whose they are.
+    again = record(engine, created("c1", "s1"), deleted("c2", "s1"), minute=1)
+    assert {each.reason for each in again} == {"erased"}
+    assert sweep(engine) == 0
+    execute(engine, "UPDATE archiver.holds SET released_at = now(), released_by = 'judge'")
+    assert sweep(engine) == 2
+    assert holds_text(engine, "question of c1", "question of c2") == []
+    assert rows(engine, "SELECT count(DISTINCT act_id) FROM archiver.erasures") == [(1,)]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_the_quarantine_lets_go_of_what_is_about_it_and_of_nothing_else(engine: Engine) -> None:
+    record(engine, created("chat-1", "s-1"))
+    record(
+        engine,
+        b'{"sessionId": "s-1", broken',
+        b'{"id": "chat-1" broken',
+        b'{"id": "chat-12", "sessionId": "s-11" broken',
+        b"nothing of anybody",
+    )
+    with transaction(engine) as connection:
+        answer = history.observe("s-1", 200, b"secret answer")
+        reject = quarantine.Reject(b"secret answer", "not_storable", "", NOW, None, history.SOURCE, answer)
+        quarantine.upsert_quarantine(connection, [reject])
+    erase(engine, Target("s-1"))
+    assert [bytes(body) for (body,) in rows(engine, "SELECT body FROM archiver.quarantine ORDER BY id")] == [
+        b'{"id": "chat-12", "sessionId": "s-11" broken',
+        b"nothing of anybody",
+    ]
+
+
+def test_i8_an_unknown_event_that_mentions_an_erased_turn_goes_with_it(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    record(engine, b'{"type": "chat.rated", "sessionId": "s1", "rating": {"of": "c1", "words": "marker one"}}')
+    record(engine, b'{"type": "chat.rated", "sessionId": "s1", "rating": {"of": "c10", "words": "marker two"}}')
+    erase(engine, Target("s1", "c1"))
+    assert holds_text(engine, "marker one", "marker two") == ["marker two"]
+
+
+def test_i8_what_was_ordered_and_not_erased_is_found_and_erased(engine: Engine) -> None:
+    for number in range(3):
+        record(engine, created(f"c{number}", f"s{number}"))
+    erasure.order(engine, [Target("s0"), Target("s1", "c1")], "request", ACT)
+    assert holds_text(engine, "question of c0", "question of c1") == ["question of c0", "question of c1"]
+    assert sweep(engine) == 2
+    assert holds_text(engine, "question of c0", "question of c1", "question of c2") == ["question of c2"]
+    assert sweep(engine) == 0
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_many_erasures_are_swept_page_by_page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archiver.erasure.sweeping.PAGE", 3)
+    monkeypatch.setattr("archiver.erasure.sweeping.AT_ONCE", 2)
+    monkeypatch.setattr("archiver.erasure.ordering.AT_ONCE", 2)
+    record(engine, *(created(f"c{number}", f"s{number % 5}") for number in range(20)))
+    targets = [Target(f"s{number % 5}", f"c{number}") for number in range(0, 20, 2)]
+    for number in range(5):
+        read(engine, f"s{number}", 9, *said(*(f"c{each}" for each in range(number, 20, 5))))
+    ordered = erasure.order(engine, targets, "request", ACT)
+    assert len(ordered.targets) == 10
+    steps = list(erasure.sweep(engine, TIMING))
+    assert len(steps) > 4
+    kept = [word for number in range(20) for word in (f"question of c{number}",)]
+    dumped = [content for (content,) in rows(engine, "SELECT content FROM analytics.messages")]
+    assert sorted(set(dumped) & set(kept)) == sorted(f"question of c{number}" for number in range(1, 20, 2))
+    assert rows(engine, "SELECT count(*) FROM archiver.acts") == [(1,)]
+
+
+def test_i8_while_it_is_ordered_writers_wait_and_none_slips_through(engine: Engine) -> None:
+    counter = itertools.count()
+    record(engine, created("first", "s1"))
+
+    def write(_: int) -> list[str]:
+        found: list[str] = []
+        for _ in range(15):
+            number = next(counter)
+            found += [
+                each.status for each in record(engine, created(f"n{number}", "s1"), created(f"m{number}", "s2"))
+            ]
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write, number) for number in range(3)]
+        while next(counter) < 12:
+            pass
+        erase(engine, Target("s1"))
+        statuses = list(itertools.chain.from_iterable(each.result() for each in writing))
+    assert statuses.count("stored") + statuses.count("ignored") == 90
+    assert rows(engine, "SELECT count(*) FROM archiver.events WHERE session_id = 's1' AND body IS NOT NULL") == [(0,)]
+    assert texts(engine, "s1") == []
+    assert rows(engine, "SELECT count(*) FROM archiver.chats WHERE session_id = 's2'") == [(45,)]
+
+
+def hold(engine: Engine, **criteria: Any) -> int:
+    with transaction(engine) as connection:
+        return erasure.insert_hold(connection, Criteria(**criteria), "judge@court", "case 7")
+
+
+@pytest.mark.parametrize(
+    ("criteria", "held"),
+    [
+        ({"session_id": "s1"}, {"s1"}),
+        ({"assistant_id": "a2"}, {"s2"}),
+        ({"variable": "tier", "value": "Gold"}, {"s2"}),
+        ({"variable": "tier", "value": "Silver"}, set()),
+        ({"variable": "tier", "value": "Gold", "session_id": "s1"}, set()),
+        ({"since": datetime(2024, 3, 1, tzinfo=UTC)}, {"s3"}),
+        ({"until": datetime(2024, 1, 16, tzinfo=UTC)}, {"s1", ""}),
+        ({"since": datetime(2024, 2, 1, tzinfo=UTC), "until": datetime(2024, 2, 2, tzinfo=UTC)}, {"s2"}),
+        ({"assistant_id": "a1", "since": datetime(2024, 2, 1, tzinfo=UTC)}, {"s3"}),
+        ({"session_id": "unheard of"}, {"unheard of"}),
+    ],
+)
+def test_a_hold_covers_what_all_of_its_criteria_say(engine: Engine, criteria: dict[str, Any], held: set[str]) -> None:
+    record(
+        engine,
+        created("c1", "s1", assistantId="a1", createdAt="2024-01-15T00:00:00Z"),
+        created(
+            "c2",
+            "s2",
+            assistantId="a2",
+            createdAt="2024-02-01T00:00:00Z",
+            assistantOverrides={"variableValues": {"tier": "Gold"}},
+        ),
+        created("c3", "s3", assistantId="a1", createdAt="2024-03-01T00:00:00Z"),
+        created("c4", None, assistantId="a4", createdAt="2024-01-15T00:00:00Z"),
+    )
+    hold(engine, **criteria)
+    targets = [Target("s1"), Target("s2", "c2"), Target("s3"), Target("unheard of"), Target("", "c4")]
+    with transaction(engine) as connection:
+        found = {target.session_id for target in erasure.covering(connection, targets)}
+    assert found == held
+
+
+def test_i8_a_hold_stops_an_erasure_as_a_whole_and_the_attempt_is_recorded(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"), created("c1", None))
+    hold_id = hold(engine, session_id="s1")
+    with pytest.raises(HeldError) as refused:
+        erase(engine, Target("s1", "c1"), Target("s2"))
+    # The facts that did not tell their session are those of the held one.
+    assert refused.value.held == {Target("s1", "c1"): [hold_id], Target("", "c1"): [hold_id]}
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1", "question of c2"]
+    assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(0,)]
+    assert rows(engine, "SELECT kind, actor, detail -> 'holds' FROM archiver.acts WHERE kind LIKE 'erase%'") == [
+        ("erase.refused", "anna@desk", [hold_id])
+    ]
+    done = erase(engine, Target("s1", "c1"), Target("s2"), skip_held=True)
+    assert done.targets == [Target("s2")]
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1"]
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, hold_id, "judge@court", "closed")
+    erase(engine, Target("s1", "c1"))
+    assert holds_text(engine, "question of c1") == []
+
+
+def test_only_a_hold_in_force_is_released(engine: Engine) -> None:
+    hold_id = hold(engine, session_id="s1")
+    for known in (True, False):
+        with transaction(engine) as connection:
+            if known:
+                erasure.release_hold(connection, hold_id, "judge", "closed")
+            else:
+                with pytest.raises(erasure.HoldError, match="hold list"):
+                    erasure.release_hold(connection, hold_id, "judge", "closed")
+    with transaction(engine) as connection, pytest.raises(erasure.HoldError):
+        erasure.insert_hold(connection, Criteria(), "judge", "all of it")
+
+
+FORBIDDEN = [
+    "UPDATE archiver.events SET body = NULL",
+    "UPDATE archiver.events SET body = 'other'",
+    "UPDATE archiver.events SET body = NULL, salt = NULL",
+    "UPDATE archiver.events SET body = NULL, salt = NULL, dedupe_key = 'other'",
+    "UPDATE archiver.events SET chat_id = 'other'",
+    "DELETE FROM archiver.events",
+    "TRUNCATE archiver.events",
+    "UPDATE archiver.erasures SET rule = 'other'",
+    "DELETE FROM archiver.erasures",
+    "TRUNCATE archiver.erasures",
+    "UPDATE archiver.acts SET actor = 'other'",
+    "DELETE FROM archiver.acts",
+    "DELETE FROM archiver.removals",
+    "DELETE FROM archiver.holds",
+    "UPDATE archiver.holds SET reason = 'other'",
+    "UPDATE archiver.holds SET session_id = 'other', released_at = now()",
+]
+
+
+@pytest.mark.parametrize("role", ["", "SET LOCAL ROLE archiver_writer"])
+@pytest.mark.parametrize("statement", FORBIDDEN)
+def test_i8_nothing_but_an_erasure_changes_the_record(engine: Engine, statement: str, role: str) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+    hold(engine, session_id="s2")
+    erase(engine, Target("s1"))
+    execute(engine, "INSERT INTO archiver.removals (event_id, act_id) VALUES (0, 0)")
+    with engine.connect() as connection:
+        connection.execute(text(role or "SELECT 1"))
+        with pytest.raises(SQLAlchemyError, match=r"append-only|permission denied|only placed and released"):
+            connection.execute(text(statement))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO archiver.holds (placed_at, author, reason, session_id) VALUES (now(), 'x', 'y', 's')",
+        "UPDATE archiver.holds SET released_at = now(), released_by = 'me'",
+    ],
+)
+def test_who_writes_the_archive_neither_places_nor_releases_holds(engine: Engine, statement: str) -> None:
+    hold(engine, session_id="s2")
+    with engine.connect() as connection:
+        connection.execute(text("SET LOCAL ROLE archiver_writer"))
+        with pytest.raises(SQLAlchemyError, match="permission denied"):
+            connection.execute(text(statement))
+
+
+def test_who_writes_the_archive_may_erase(engine: Engine, database_url: str) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s3"), b'{"s1" broken')
+    read(engine, "s1", 3, *said("c1", "c2"))
+    with as_writer(database_url) as writer:
+        erase(writer, Target("s1", "c1"))
+        erase(writer, Target("s3"))
+        assert [each.reason for each in record(writer, created("c9", "s3"), created("c1", "s1"))] == ["erased"] * 2
+        assert rows(writer, "SELECT current_user") == [("archiver_writer",)]
+    assert holds_text(engine, "question of c1", "question of c2", "question of c3") == ["question of c2"]
+
+
+@contextmanager
+def as_writer(database_url: str) -> Iterator[Engine]:
+    """With the rights of `archiver_writer` and no more."""
+    writer = database.connect(database.database_url(database_url), pool_size=1)
+
+    @engine_event.listens_for(writer, "begin")
+    def _(connection: Any) -> None:
+        connection.exec_driver_sql("SET LOCAL ROLE archiver_writer")
+
+    try:
+        yield writer
+    finally:
+        writer.dispose()
+
+
+CHATS = range(5)  # of two sessions
+_chats = st.sampled_from(CHATS)
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["tell", "revise", "delete"]), _chats, st.booleans()),
+        st.tuples(st.sampled_from(["read", "erase session", "sweep"]), _chats, st.just(True)),
+        st.tuples(st.sampled_from(["erase", "order", "break"]), _chats, st.just(True)),
+    ),
+    max_size=25,
+)
+
+
+def words(chat: int, what: str = "asked") -> str:
+    return f"<{what} in {chat}>"
+
+
+class Story:
+    """What was told, and what was erased of it, step by step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.told: set[int] = set()  # and taken
+        self.placed: set[int] = set()  # their session was told, be it taken or not
+        self.erased: set[int] = set()
+        self.closed: set[int] = set()  # sessions
+        self.minute = 0
+
+    def go(self, step: tuple[str, int, bool]) -> None:
+        what, chat_number, has_session = step
+        self.minute += 1
+        chat_id, session = f"c{chat_number}", chat_number % 2
+        session_id = f"s{session}" if has_session else None
+        is_gone = chat_number in self.erased or session in self.closed
+        if what in ("tell", "revise", "delete"):
+            said: dict[str, Any] = {"input": words(chat_number), "output": words(chat_number, what)}
+            body = deleted(chat_id, session_id) if what == "delete" else created(chat_id, session_id, **said)
+            (outcome,) = record(self.engine, body, minute=self.minute)
+            # Without a session it may not be known yet whose it is.
+            if is_gone and (has_session or chat_number in self.erased):
+                assert outcome.reason == "erased"
+            if outcome.reason != "erased" and what != "delete":
+                self.told.add(chat_number)
+            self.placed |= {chat_number} if has_session else set()
+        elif what == "read":
+            seen = [each for each in CHATS if each % 2 == session and each in self.placed]
+            lines = [line for each in seen for line in (("user", words(each)), ("assistant", words(each, "tell")))]
+            read(self.engine, f"s{session}", self.minute, *lines)
+        elif what == "break":
+            record(self.engine, b'{"chat": "%s", "input": "%s"' % (chat_id.encode(), words(chat_number).encode()))
+        elif what == "sweep":
+            sweep(self.engine)
+        else:
+            self.erase(what, chat_number)
+
+    def erase(self, what: str, chat_number: int) -> None:
+        with transaction(self.engine) as connection:
+            found = [Target(f"s{chat_number % 2}")]
+            if what != "erase session":
+                found = sorted(of_chats(connection, [f"c{chat_number}"]))
+        erasure.order(self.engine, found, "request", ACT)
+        if what == "erase session":
+            self.closed.add(chat_number % 2)
+        else:
+            self.erased.add(chat_number)
+        with transaction(self.engine) as connection:
+            delete_mentioning(connection, found)
+        if what != "order":
+            sweep(self.engine)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_steps)
+def test_i8_whatever_happens_in_whatever_order_erased_is_erased_and_the_rest_stays(
+    engine: Engine, steps: list[tuple[str, int, bool]]
+) -> None:
+    empty(engine, "messages", "chats", "sessions", "events", "quarantine", "erasures", "acts")
+    story = Story(engine)
+    for step in steps:
+        story.go(step)
+    sweep(engine)
+    ledger_and_archive = b"".join(dump_of(engine, f"archiver.{name}") for name in ("events", "messages", "chats"))
+    for number in CHATS:
+        marker = words(number).encode()
+        is_there = marker in ledger_and_archive or marker.hex().encode() in ledger_and_archive
+        if number in story.erased or (number % 2 in story.closed and number in story.placed):
+            assert not is_there
+        elif number in story.told and number % 2 not in story.closed:
+            assert is_there
+    assert is_rebuilt_the_same(engine)
