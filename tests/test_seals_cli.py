@@ -55,7 +55,7 @@ def ok(*arguments: str, url: str, **settings: str) -> str:
 
 
 def test_i9_a_forged_event_is_named_and_the_exit_code_tells(url: str) -> None:
-    assert "seal 1: 3 leaves" in ok("seal", url=url)
+    assert "seal 1: 4 leaves" in ok("seal", url=url)  # and what settings serve began with
     assert "Nothing is new" in ok("seal", url=url)
     assert "3 events in 1 seals; 0 events not sealed yet." in ok("verify", url=url)
     told = json.loads(ok("verify", "--json", url=url))

@@ -13,7 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import text
 
-from archiver import database, schema, seals, settings
+from archiver import database, schema, seals, settings, telemetry
 from archiver.cli import connection
 from archiver.seals import Checked, Finding, KeyFileError, Seal
 from archiver.worker import signing_key
@@ -27,6 +27,7 @@ TOLD = 20  # findings that are printed before the rest is counted
 def seal(as_json: bool) -> None:
     """Seal what is settled, now. A worker does it otherwise, every ARCHIVER_SEAL_EVERY seconds."""
     configuration = settings.read()
+    telemetry.configure_logs("warning", configuration.log_format)  # what is told here is told below
     key = signing_key(configuration)
     with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
