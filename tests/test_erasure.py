@@ -230,6 +230,14 @@ def test_i8_facts_that_did_not_tell_their_session_go_too(engine: Engine) -> None
     assert is_rebuilt_the_same(engine)
 
 
+def test_i8_clocks_that_differ_leave_nothing_of_a_later_erasure(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"))
+    read(engine, "s1", 5, *said("c1", "c2"))
+    for chat_id, at in {"c1": NOW, "c2": NOW - timedelta(days=1)}.items():
+        erase(engine, Target("s1", chat_id), erased_at={Target("s1", chat_id): at})
+    assert holds_text(engine, "question of c1", "question of c2") == []
+
+
 def test_i8_a_session_found_to_have_an_erased_turn_is_not_read_again(engine: Engine) -> None:
     record(engine, created("c1", None), created("c2", "s1"))
     erase(engine, Target("", "c1"))
@@ -250,7 +258,10 @@ def test_i8_facts_without_a_session_alone_go_from_the_sessions_that_have_their_t
     assert is_rebuilt_the_same(engine)
 
 
-def test_i8_it_is_ordered_only_once_those_who_write_have_committed(engine: Engine) -> None:
+def test_i8_it_is_ordered_only_once_those_who_write_have_committed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("archiver.erasure.ordering.LOCK_SECONDS", 0.1)
     observed = events.parse(created("c1", "s1"))
     assert isinstance(observed, events.Event)
     with ThreadPoolExecutor(1) as pool:
@@ -259,6 +270,7 @@ def test_i8_it_is_ordered_only_once_those_who_write_have_committed(engine: Engin
             erasing = pool.submit(erase, engine, Target("s1"))
             waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
             until(lambda: erasing.done() or rows(engine, waiting), "it waits")
+            record(engine, created("c2", "s2"))  # which does not wait for long behind it
             assert not erasing.done()
         erasing.result(30)
     assert texts(engine, "s1") == []

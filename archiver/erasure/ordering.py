@@ -5,19 +5,24 @@ The content goes right after, by `sweeping`, and is found again by that if whoev
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from time import sleep
 from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from archiver import acts, ledger
-from archiver.database import transaction
+from archiver.database import is_conflict, sqlstate, transaction
 from archiver.erasure.holds import covering
 from archiver.erasure.targets import Target, parts, with_strays
 
 Rule = Literal["request", "chat.deleted", "retention"]
 
 AT_ONCE = 500  # of one transaction, in which nothing else is recorded
+LOCK_SECONDS = 2.0
+ATTEMPTS = 60
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Act(msgspec.Struct, frozen=True):
@@ -66,15 +71,30 @@ def order(
         if not skip_held:
             _check(engine, wanted)
         for part in parts(wanted, AT_ONCE):
-            with transaction(engine, lock_seconds=60) as connection:
-                more = _order(
-                    connection, part, rule, act, done.act_id, skip_held=skip_held, erased_at=erased_at or {}
-                )
+            more = _order_patiently(
+                engine, part, rule, act, done.act_id, skip_held=skip_held, erased_at=erased_at or {}
+            )
             done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held})
     except HeldError as error:
         _record_refusal(engine, act, rule, error)
         raise
     return done
+
+
+def _order_patiently(
+    engine: Engine, targets: Sequence[Target], rule: Rule, act: Act, act_id: int | None, **options: Any
+) -> Ordered:
+    """Who waits for the lock keeps all who record waiting: so for an instant only, and again."""
+    for attempt in range(ATTEMPTS):
+        try:
+            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
+                return _order(connection, targets, rule, act, act_id, **options)
+        except DBAPIError as error:
+            is_busy = sqlstate(error) == LOCK_NOT_AVAILABLE or is_conflict(error)
+            if not is_busy or attempt == ATTEMPTS - 1:
+                raise
+            sleep(LOCK_SECONDS)
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _order(
