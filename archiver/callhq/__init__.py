@@ -3,6 +3,7 @@
 It tells what was answered, not what the answer means. Neither key nor content enters a log line or an error.
 """
 
+from archiver.callhq.access import shown
 from archiver.callhq.answers import (
     Answer,
     CallError,
@@ -24,4 +25,5 @@ __all__ = [
     "TooLargeError",
     "UnauthorizedError",
     "UnreachableError",
+    "shown",
 ]
