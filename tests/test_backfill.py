@@ -1,6 +1,7 @@
 """`archiver backfill`, as a process, against a simulated CallHQ on a real port."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,30 @@ def test_a_file_of_no_usual_form_is_wrong_usage(database_url: str, tmp_path: Pat
     ended = archiver("backfill", "--file", str(file), database_url=database_url, CALLHQ_API_KEY="k")
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
+
+
+def test_a_selection_without_sessions_says_so(database_url: str, callhq: CallHQ) -> None:
+    ended = backfill(database_url, callhq, "--since", "2099-01-01")
+    assert (ended.returncode, ended.stdout.splitlines()[0][:16]) == (0, "Nothing to read:")
+    assert told(backfill(database_url, callhq, "--since", "2099-01-01", "--json"))["sessions"] == 0
+
+
+def test_a_session_that_could_not_be_read_does_not_count_as_complete_now(database_url: str) -> None:
+    with simulated() as callhq, hosting(Refusing(callhq)) as callhq.url:
+        ids = [callhq.session(name, "ok").id for name in ("refused", "accepted")]
+        listed = [option for each in ids for option in ("--session", each)]
+        assert told(backfill(database_url, callhq, *listed, "--json"))["coverage"] == {"repaired": 2}
+        callhq.refused = ids[0]
+        figures = told(backfill(database_url, callhq, *listed, "--json"))
+    assert (figures["outcomes"], figures["coverage"]) == ({"read": 1, "failed": 1}, {"repaired": 1})
+
+
+def test_the_progress_tells_the_rate_that_was_kept(database_url: str, callhq: CallHQ) -> None:
+    ids = [callhq.session(f"s{n}", "ok").id for n in range(5)]
+    listed = [option for each in ids for option in ("--session", each)]
+    ended = backfill(database_url, callhq, *listed, "--rate", "4", "--concurrency", "1")
+    (rate,) = re.findall(r"5/5 (\d+\.\d)/s", ended.stderr)
+    assert 1 < float(rate) < 8
 
 
 def test_what_failed_is_all_that_the_same_command_reads_again(database_url: str) -> None:

@@ -207,6 +207,9 @@ class Summary:
             table.add_row(f"{'would be' if self.dry_run else 'now'} {state}", f"{number:,}")
         table.add_row("sessions/s", f"{self.outcomes.total() / seconds:,.1f}" if seconds else "")
         console = Console()
+        if not self.outcomes and not self.was_interrupted:
+            click.echo("Nothing to read: no session matches, or all that do have been read.")
+            return
         console.print(table)
         for session_id, number in self.repaired[:SHOWN] if self.dry_run else ():
             console.print(Text(f"  {session_id}: {number} messages"))
@@ -300,8 +303,11 @@ async def _run(
 
 
 class _Rate(ProgressColumn):
+    """Since the start: sessions are told of some together, so that between two of them there is no time."""
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.1f}/s")
+        seconds = task.finished_time or task.elapsed
+        return Text(f"{task.completed / seconds:,.1f}/s" if seconds else "")
 
 
 @contextmanager
