@@ -16,13 +16,18 @@ from subprocess import PIPE, CompletedProcess, run
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from archiver import __version__, schema
 from archiver.database import database_url as parse_url
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import SECRET, created
+from tests.proxies import Proxy
 from tests.receivers import archiver, archiver_raw, serving, starting
+from tests.upstreams import API_KEY, hosting, simulated
 from tests.waiting import until
 
 # What is tested here stands in front of Postgres: one version of it is enough.
@@ -229,6 +234,31 @@ def test_values_from_a_list_may_be_written_in_capitals(url: str) -> None:
     settings = {"ARCHIVER_WEBHOOK_SCHEME": "Bearer", "ARCHIVER_LOG_LEVEL": "WARNING", "ARCHIVER_HMAC_ENCODING": "HEX"}
     process = archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER, **settings)
     assert "Scheme bearer" in said(process)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("ARCHIVER_QUEUE_EVENTS", "0", "must be at least 1"),
+        ("ARCHIVER_BATCH_EVENTS", "1001", "must be from 1 to 1000"),
+        ("ARCHIVER_MAX_BODY", "1k", "must be a whole number, without a unit, from 1 to 268435456"),
+        ("ARCHIVER_QUEUE_EVENTS", "1.5", "must be a whole number, without a unit, at least 1"),
+        ("ARCHIVER_HISTORY_RATE", "2/s", "must be a number, without a unit, at least 0"),
+        ("ARCHIVER_PREPARED_STATEMENTS", "perhaps", "must be true or false"),
+        ("ARCHIVER_SPOOL", "perhaps", "must be 'on' or 'off'"),
+        ("ARCHIVER_HOME", " ", "set, but empty: unset it to use .archiver in the working directory"),
+    ],
+)
+def test_a_wrong_setting_is_told_as_the_documentation_has_it(url: str, name: str, value: str, told: str) -> None:
+    assert failed(archiver("status", database_url=url, **{name: value})) == f"archiver: {name}: {told}."
+
+
+def test_an_empty_home_makes_no_database(home: Path, cluster: Cluster) -> None:
+    del cluster
+    home.mkdir()
+    command = [sys.executable, "-m", "archiver", "migrate"]
+    process = run(command, cwd=home, env={**os.environ, "ARCHIVER_HOME": ""}, capture_output=True, check=False)
+    assert (process.returncode, list(home.iterdir())) == (1, [])
 
 
 @pytest.mark.parametrize("name", ["ARCHIVER_SECRET_HEADER", "ARCHIVER_HMAC_HEADER"])
@@ -500,8 +530,91 @@ def test_doctor_warns_of_a_setting_that_is_misspelt(database_url: str) -> None:
     assert process.returncode == 0
     assert "ARCHIVER_WEBHOOK_SECRET is no setting, and does nothing. -> Is ARCHIVER_WEBHOOK_SECRETS" in said(process)
     assert "Is ARCHIVER_MAX_BODY_FILE meant?" in said(process)
-    assert "ARCHIVER_SOMETHING_ELSE" not in said(process)
+    assert "ARCHIVER_SOMETHING_ELSE is no setting" in said(process)
     assert HUNTER not in process.stdout
+
+
+def test_serve_says_what_it_writes_to_and_which_variables_do_nothing(home: Path, cluster: Cluster) -> None:
+    del cluster
+    meant = {
+        "DATABASE_URI": "DATABASE_URL",
+        "DATABSE_URL_FILE": "DATABASE_URL_FILE",
+        "POSTGRES_DSN": "DATABASE_URL",
+        "ARCHIVER_DATABASE_URL": "DATABASE_URL",
+        "CALLHQ_KEY": None,
+        "ARCHIVER_FOO": None,
+    }
+    of_kubernetes = {"ARCHIVER_SERVICE_PORT_HTTP": "1", "ARCHIVER_PORT": "tcp://", "ARCHIVER_PORT_80_TCP_ADDR": "::1"}
+    with serving(None, ARCHIVER_HOME=str(home), **dict.fromkeys(meant, HUNTER), **of_kubernetes) as receiver:
+        assert receiver.stop() == 0
+        log = receiver.stderr()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert {line["variable"]: line.get("meant") for line in lines if "variable" in line} == meant
+    assert {line["level"] for line in lines if "variable" in line} == {"warning"}
+    assert [line["database"] for line in lines if line["event"] == "receiving"] == [f"embedded in {home}"]
+    assert HUNTER not in log
+
+
+def test_serve_names_the_database_without_its_password(database_url: str) -> None:
+    parsed = parse_url(database_url).set(drivername="postgresql", password=HUNTER)
+    # Whoever says which database to use may have other variables of that kind.
+    with serving(parsed.render_as_string(hide_password=False), DATABASE_URI=HUNTER) as receiver:
+        log = receiver.stderr()
+    lines = [json.loads(line) for line in log.splitlines()]
+    (told,) = [line["database"] for line in lines if line["event"] == "receiving"]
+    assert told == f"{parsed.database} at {parsed.query['host']} as postgres"
+    assert not any("variable" in line for line in lines)
+    assert HUNTER not in log
+
+
+def examined_platform(database_url: str, url: str, key: str = API_KEY) -> dict[str, str]:
+    settings = {"CALLHQ_API_URL": url, "CALLHQ_API_KEY": key, "ARCHIVER_WEBHOOK_SECRETS": HUNTER}
+    process = archiver("doctor", "--json", database_url=database_url, **settings)
+    (finding,) = [each for each in json.loads(process.stdout) if each["check"] == "CallHQ"]
+    assert process.returncode == (1 if finding["verdict"] == "failure" else 0)
+    assert API_KEY not in process.stdout
+    told: dict[str, str] = finding
+    return told
+
+
+def test_doctor_asks_callhq_whether_it_takes_the_key(database_url: str) -> None:
+    with simulated() as callhq:
+        assert examined_platform(database_url, f"{callhq.url}/api")["verdict"] == "ok"
+        refused = examined_platform(database_url, f"{callhq.url}/api", "another key")
+        assert (refused["verdict"], "CALLHQ_API_KEY" in refused["advice"]) == ("failure", True)
+        for wrong in (callhq.url, f"{callhq.url}/api/v2", "http://127.0.0.1:1/api"):
+            lost = examined_platform(database_url, wrong.replace("http://", f"http://me:{HUNTER}@"))
+            assert (lost["verdict"], "CALLHQ_API_URL" in lost["advice"]) == ("failure", True)
+            assert HUNTER not in str(lost)
+    assert examined(database_url)["CallHQ"]["verdict"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (JSONResponse({"message": "Couldn't find the session."}, 404), "ok"),
+        (JSONResponse({"error": "00000000-0000-0000-0000-000000000000 not found"}, 404), "ok"),
+        (JSONResponse({"message": ["sessionId must be of version 4"]}, 400), "ok"),
+        (JSONResponse({"session": {"messages": []}}), "ok"),
+        (JSONResponse({"message": "Cannot GET /chats/session/00000000", "statusCode": 404}, 404), "failure"),
+        (JSONResponse({"message": "Not Found"}, 404), "failure"),
+        (HTMLResponse("<html>Session expired: log in</html>"), "failure"),
+        (HTMLResponse("no session", 404), "failure"),
+        (JSONResponse({"message": "session"}, 500), "failure"),
+        (JSONResponse({"message": "slowly"}, 429), "warning"),
+    ],
+)
+def test_doctor_tells_the_api_from_what_is_none(database_url: str, answer: Response, verdict: str) -> None:
+    calls = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            calls.append(scope["path"])
+            await answer(scope, receive, send)
+
+    with hosting(app) as url:
+        assert examined_platform(database_url, url)["verdict"] == verdict
+    assert calls == ["/chats/session/00000000-0000-0000-0000-000000000000"]
 
 
 def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
@@ -553,6 +666,7 @@ def test_doctor_and_the_others_name_a_wrong_password(password_url: str) -> None:
         assert process.returncode == 1
         assert "password authentication failed" in said(process)
         assert "DATABASE_URL" in said(process)
+        assert command[0] != "doctor" or "Correct the user or the password" in said(process)
         assert HUNTER not in said(process)
 
 
@@ -584,6 +698,41 @@ def test_doctor_fails_with_advice(settings: dict[str, str], check: str, cluster:
     process = archiver("doctor", **{"ARCHIVER_WEBHOOK_SECRETS": HUNTER, **settings})
     assert process.returncode == 1
     assert f"failure {check}" in said(process)
+
+
+@pytest.fixture
+def without_ssl(database_url: str) -> Iterator[str]:
+    """The URL of a server on TCP that has no TLS, and must."""
+    options = conninfo_to_dict(database_url)
+    proxy = Proxy(f"{options['host']}/.s.PGSQL.{options.get('port', 5432)}")
+    yield f"postgresql://postgres@127.0.0.1:{proxy.port}/{options['dbname']}?sslmode=require"
+    proxy.close()
+
+
+def test_serve_does_not_wait_for_a_server_to_learn_tls(without_ssl: str) -> None:
+    text = failed(archiver("serve", "--port", "0", database_url=without_ssl, ARCHIVER_WEBHOOK_SECRETS=HUNTER))
+    assert "does not support SSL" in text
+    assert "DATABASE_URL" in text
+
+
+def test_serve_without_a_database_names_the_one_that_it_waits_for(cluster: Cluster) -> None:
+    del cluster
+    with serving(f"postgresql://archiver:{HUNTER}@no-such-host.invalid/archive") as receiver:
+        (line,) = [line for line in receiver.stderr().splitlines() if "events are spooled until it can" in line]
+    assert "archive at no-such-host.invalid as archiver" in line
+    assert "archiver doctor" in line
+    assert HUNTER not in line
+
+
+def test_doctor_says_of_each_way_to_miss_a_database_what_helps(without_ssl: str, cluster: Cluster) -> None:
+    for url, advice in (
+        (without_ssl, "sslmode"),
+        (NOWHERE, "Correct host and port"),
+        (cluster.url("missing"), "CREATE DATABASE"),
+        (as_user(cluster.url("postgres"), "missing"), "Correct the user"),
+        ("postgresql://archiver@no-such-host.invalid/archive", "Correct the host"),
+    ):
+        assert advice in examined(url)["database"]["advice"]
 
 
 def test_doctor_finds_missing_privileges(guest_url: str) -> None:

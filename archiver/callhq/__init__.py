@@ -13,6 +13,7 @@ from archiver.callhq.answers import (
     UnreachableError,
 )
 from archiver.callhq.client import Client, Pause
+from archiver.callhq.probe import WaitError, probe
 from archiver.callhq.registry import Registry
 
 __all__ = [
@@ -25,5 +26,7 @@ __all__ = [
     "TooLargeError",
     "UnauthorizedError",
     "UnreachableError",
+    "WaitError",
+    "probe",
     "shown",
 ]

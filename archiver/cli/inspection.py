@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, overview, schema, settings, spool
 from archiver.cli import connection
-from archiver.doctor import Finding, examine_database, examine_settings
+from archiver.doctor import Finding, examine_database, examine_platform, examine_settings
 from archiver.embedded import EmbeddedError
 
 
@@ -73,7 +73,11 @@ def doctor(as_json: bool) -> None:
     except settings.SettingsError as error:
         findings = [Finding("settings", "failure", "A setting is wrong.", str(error))]
     else:
-        findings = [*examine_settings(configuration), *_examine_database(configuration)]
+        findings = [
+            *examine_settings(configuration),
+            examine_platform(configuration),
+            *_examine_database(configuration),
+        ]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
     else:

@@ -29,6 +29,7 @@ def worker(metrics_port: int | None) -> None:
     """
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
+    connection.warn_of_strangers()
     if not configuration.callhq_api_key.get_secret_value():
         raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
     with connection.lasting_database_url(configuration, create=False) as url:
