@@ -12,7 +12,7 @@ import tempfile
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import PIPE, CompletedProcess, run
+from subprocess import PIPE, STDOUT, CompletedProcess, run
 
 import psycopg
 import pytest
@@ -97,6 +97,7 @@ def test_it_runs_as_a_module_and_as_a_command(cluster: Cluster) -> None:
         ("sevre",),
         ("serve", "--port", "70000"),
         ("serve", "--workers", "0"),
+        ("serve", "--workers", "x"),
         ("quarantine", "show", "one"),
         ("quarantine", "retry"),
         ("quarantine", "retry", "1", "--all"),
@@ -109,6 +110,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...], cluster: Cluster) -> None:
     process = archiver(*arguments, database_url=NOWHERE)
     assert process.returncode == 2
     assert "Usage: " in said(process)
+    assert "range" not in process.stderr.replace("not in the range", "")
 
 
 # serve
@@ -829,11 +831,33 @@ def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
     for arguments in (["list"], ["retry", "--all"]):
         process = archiver("quarantine", *arguments, database_url=database_url)
         assert (process.returncode, process.stdout) == (0, "Nothing is quarantined.\n")
-    for arguments in (["list", "--reason", "typo"], ["retry", "--reason", "typo"]):
-        process = archiver("quarantine", *arguments, database_url=database_url)
-        assert (process.returncode, process.stdout) == (0, "Nothing is quarantined with reason typo.\n")
+    for command in ("list", "retry"):
+        process = archiver("quarantine", command, "--reason", "not_json", database_url=database_url)
+        assert (process.returncode, process.stdout) == (0, "Nothing is quarantined with reason not_json.\n")
+        process = archiver("quarantine", command, "--reason", "typo", database_url=database_url)
+        assert (process.returncode, process.stdout) == (2, "")
+        assert "not_json" in process.stderr
+        assert "not_processable" in process.stderr
     assert json.loads(archiver("quarantine", "list", "--json", database_url=database_url).stdout) == []
     assert json.loads(archiver("quarantine", "retry", "--all", "--json", database_url=database_url).stdout) == {}
+
+
+def test_what_is_no_terminal_is_told_in_whole_lines(database_url: str) -> None:
+    detail = " ".join(["a sentence"] * 30)
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO archiver.quarantine"
+            " (received_at, last_received_at, delivery_count, reason, detail, body, body_digest)"
+            " VALUES (now(), now(), 1, 'of_an_earlier_version', %s, '', '')",
+            [detail],
+        )
+    listed = archiver("quarantine", "list", "--reason", "of_an_earlier_version", database_url=database_url)
+    assert (listed.returncode, listed.stdout.count(detail)) == (0, 1)
+    assert detail not in archiver("quarantine", "list", database_url=database_url, COLUMNS="80").stdout
+    shown = archiver("quarantine", "show", "1", database_url=database_url).stdout
+    assert ("of_an_earlier_version" in shown, "None" in shown) == (True, False)
+    examined = archiver("doctor", database_url=NOWHERE).stdout
+    assert "-> Correct host and port in DATABASE_URL, or start Postgres: nobody listens there." in examined
 
 
 def test_an_unknown_quarantine_id_is_1(url: str) -> None:
@@ -920,6 +944,18 @@ def test_without_a_database_url_the_commands_share_the_embedded_database(home: P
         assert (status["database"], status["events"]) == (f"embedded in {home}", 1)
         examined = archiver("doctor", ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=SECRET)
         assert f"Reached the one embedded in {home}." in said(examined)
+        # Without a secret something must be done; what is to be pasted comes after it all the same.
+        program = [sys.executable, "-m", "archiver", "doctor"]
+        told = run(
+            program,
+            stdout=PIPE,
+            stderr=STDOUT,
+            text=True,
+            env={**os.environ, "ARCHIVER_HOME": str(home)},
+            check=False,
+        )
+        assert told.returncode == 1
+        assert told.stdout.splitlines()[-1] == examined.stdout.splitlines()[-1]
         psql = [*shlex.split(examined.stdout.splitlines()[-1]), "-tAc", "SELECT count(*) FROM analytics.messages"]
         assert run(psql, check=True, capture_output=True).stdout == b"2\n"
         receiver.signal(signal.SIGTERM)

@@ -6,13 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import events, settings, signatures, tables
+from archiver import events, quarantine, settings, signatures, tables
 from archiver.app import create
 from archiver.cli import cli
 from archiver.database import transaction
@@ -67,10 +68,21 @@ def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, cl
 def test_the_command_page_lists_every_command_and_option() -> None:
     page = (ROOT / "docs" / "commands.md").read_text()
     for name, command in commands(cli):
-        assert f"`{name}" in page, name
+        row = "\n".join(line for line in page.splitlines() if re.match(rf"\| `{name}[ `]", line)) or page
+        assert f"`{name}" in row, name
         for parameter in command.params:
             if isinstance(parameter, click.Option) and parameter.opts[0] != "--help":
-                assert any(option in page for option in parameter.opts), f"{name} {parameter.opts[0]}"
+                assert any(option in row for option in parameter.opts), f"{name} {parameter.opts[0]}"
+
+
+def test_the_command_page_names_the_fields_of_a_quarantined_delivery(engine: Engine) -> None:
+    told = (ROOT / "docs" / "commands.md").read_text().split("`list --json` is", 1)[1].split("`show --json`", 1)[0]
+    with transaction(engine) as connection:
+        reject = quarantine.Reject(b"{", "not_json", "", datetime.now(UTC), None)
+        quarantine.upsert_quarantine(connection, [reject])
+        (row,) = quarantine.select_quarantine(connection)
+    for name in row:
+        assert f"`{name}`" in told, name
 
 
 def test_the_data_model_page_lists_every_table_and_column() -> None:
@@ -116,6 +128,11 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
     assert "Hello" in history
     assert "Chat deleted successfully" in deleted
     assert "calls" in json.loads(report)["history"]
+    assert process.stderr == ""
+    # Nobody listens there any more.
+    process = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -30,6 +30,7 @@ from rich.text import Text
 from archiver import database, schema, settings, telemetry
 from archiver.callhq import UnauthorizedError, shown
 from archiver.cli import connection
+from archiver.cli.output import Number, Whole, console
 from archiver.events import REASONS, UnreadableError
 from archiver.history import register
 from archiver.reconcile import NotRecordedError, Reading, backfill
@@ -56,12 +57,12 @@ _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it 
 @click.option("--dry-run", is_flag=True, help="Show what would be repaired; write nothing.")
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="At most so many calls a second.  [default: ARCHIVER_HISTORY_RATE]",
 )
 @click.option(
     "--concurrency",
-    type=click.IntRange(1, 256),
+    type=Whole(1, 256),
     help="So many calls at a time.  [default: ARCHIVER_HISTORY_CONCURRENCY]",
 )
 @connection.json_option
@@ -206,13 +207,13 @@ class Summary:
         for state, number in sorted(self.coverage.items()):
             table.add_row(f"{'would be' if self.dry_run else 'now'} {state}", f"{number:,}")
         table.add_row("sessions/s", f"{self.outcomes.total() / seconds:,.1f}" if seconds else "")
-        console = Console()
         if not self.outcomes and not self.was_interrupted:
             click.echo("Nothing to read: no session matches, or all that do have been read.")
             return
-        console.print(table)
+        printed = console()
+        printed.print(table)
         for session_id, number in self.repaired[:SHOWN] if self.dry_run else ():
-            console.print(Text(f"  {session_id}: {number} messages"))
+            printed.print(Text(f"  {session_id}: {number} messages"))
         for session_id, error in self.failures[:SHOWN]:
             click.echo(f"archiver: {session_id}: {error}", err=True)
         if len(self.failures) > SHOWN:

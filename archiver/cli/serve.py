@@ -24,6 +24,7 @@ from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
+from archiver.cli.output import Whole
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
@@ -35,8 +36,8 @@ OTHER_FILES = 256  # that a process has open beside its connections: libraries, 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Receiving processes.")
+@click.option("--port", default=8000, show_default=True, type=Whole(0, 65535), help="0 takes a free one.")
+@click.option("--workers", default=1, show_default=True, type=Whole(1, 64), help="Receiving processes.")
 @click.option(
     "--migrate/--no-migrate",
     default=None,

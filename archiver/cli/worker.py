@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from archiver import database, schema, settings, telemetry
 from archiver.cli import connection
+from archiver.cli.output import Whole
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
 from archiver.settings import Settings
@@ -19,9 +20,7 @@ log = structlog.get_logger(__name__)
 
 
 @click.command()
-@click.option(
-    "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of loopback."
-)
+@click.option("--metrics-port", type=Whole(1, 65535), help="Serve Prometheus metrics on this port of loopback.")
 def worker(metrics_port: int | None) -> None:
     """Read histories in the background, until told to stop. Any number of workers, on any number of machines.
 
