@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -139,3 +140,20 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def locked(name: str) -> dict[str, str]:
+    """The requirements of a lock file with their hashes, by the package."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.lstrip().startswith("#")]
+    entries = re.split(r"^(?=\S)", "\n".join(lines), flags=re.MULTILINE)
+    return {entry.partition("==")[0]: entry.strip() for entry in entries if entry.strip()}
+
+
+def test_production_installs_what_the_tests_ran_on_and_no_more() -> None:
+    tested, installed = locked("requirements.lock"), locked("requirements-runtime.lock")
+    assert installed.items() < tested.items()
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*told["project"]["dependencies"], *told["dependency-groups"]["build"]]
+    assert {re.split(r"[^\w-]", each)[0] for each in wanted} <= {each.partition("[")[0] for each in installed}
+    assert not {"pytest", "mypy", "ruff", "coverage", "hypothesis"} & installed.keys()
+    assert "--require-hashes -r requirements-runtime.lock" in (ROOT / "README.md").read_text()
