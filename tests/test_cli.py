@@ -557,6 +557,14 @@ def test_serve_says_what_it_writes_to_and_which_variables_do_nothing(home: Path,
     assert HUNTER not in log
 
 
+def test_each_receiving_process_says_for_itself_that_it_stopped(url: str) -> None:
+    with serving(url, "--workers", "2") as receiver:
+        assert receiver.stop() == 0
+        log = receiver.stderr()
+    stopped = [line for line in map(json.loads, log.splitlines()) if line["event"] == "stopped"]
+    assert len({line["pid"] for line in stopped}) == 2
+
+
 def test_serve_names_the_database_without_its_password(database_url: str) -> None:
     parsed = parse_url(database_url).set(drivername="postgresql", password=HUNTER)
     # Whoever says which database to use may have other variables of that kind.

@@ -9,6 +9,7 @@ from functools import partial
 import psycopg
 import pytest
 import stamina
+import structlog
 from pydantic import SecretStr
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -99,6 +100,22 @@ async def test_one_session_that_is_refused_keeps_no_other_from_being_read(databa
             query = text("SELECT failing_since IS NOT NULL FROM archiver.sessions WHERE session_id = :session_id")
             failing = partial(Connection.scalar, statement=query, parameters={"session_id": ids[0]})
             assert await run_in_transaction(engine, failing)
+
+
+async def test_a_worker_that_finds_nothing_doubts_the_url(database_url: str, callhq: CallHQ) -> None:
+    session = callhq.session("s", "ok")
+
+    async def lines(*session_ids: str, url: str) -> list[str]:
+        configuration = settings(callhq).model_copy(update={"callhq_api_url": url})
+        async with reconciling(configuration, parse_url(database_url), concurrency=1) as (_, reconciler, submit):
+            await register(submit, session_ids)
+            with structlog.testing.capture_logs() as told:
+                await reconciler.read_all(session_ids)
+        return [line["event"] for line in told if "CALLHQ_API_URL" in line["event"]]
+
+    nobody = [f"nobody-{n}" for n in range(6)]
+    assert len(await lines(*nobody, session.id, url=callhq.url)) == 1
+    assert await lines(session.id, *nobody, url=f"{callhq.url}/api") == []
 
 
 async def test_what_was_read_is_told_however_it_ends(database_url: str, callhq: CallHQ) -> None:
