@@ -558,7 +558,7 @@ def test_serve_says_what_it_writes_to_and_which_variables_do_nothing(home: Path,
 
 
 def test_each_receiving_process_says_for_itself_that_it_stopped(url: str) -> None:
-    with serving(url, "--workers", "2") as receiver:
+    with serving(url, "--workers", "2", "--no-worker") as receiver:
         assert receiver.stop() == 0
         log = receiver.stderr()
     stopped = [line for line in map(json.loads, log.splitlines()) if line["event"] == "stopped"]
