@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
 .PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals soak lock clean
 
@@ -53,9 +54,10 @@ bench-seals: $(VENV)/.installed  ## Measure sealing and verification of a millio
 soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)
 
-lock: $(VENV)/.installed  ## Renew requirements.lock from pyproject.toml
+lock: $(VENV)/.installed  ## Renew requirements.lock and its part for production from pyproject.toml
 	@$(PIP) 'uv==0.13.9'
-	@$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --group dev --output-file requirements.lock pyproject.toml
+	@$(LOCK) --group dev --output-file requirements.lock pyproject.toml
+	@$(LOCK) --group build --constraints requirements.lock --output-file requirements-runtime.lock pyproject.toml
 
 clean:  ## Remove .venv and caches (never your data)
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

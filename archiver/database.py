@@ -86,6 +86,17 @@ def _make_url(value: str) -> URL:
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]+)(?::(?P<port>[0-9]*))?")
 
 
+def place(url: URL) -> str:
+    """Which database a URL names, and as whom, for people; nothing of it that may be secret."""
+    told = {name: value if isinstance(value, str) else ",".join(value) for name, value in url.query.items()}
+    host = url.host or told.get("host") or "the default host"
+    port = f":{url.port}" if url.port else ""
+    user = url.username or told.get("user")
+    return f"{url.database or told.get('dbname') or user or 'the default'} at {host}{port}" + (
+        f" as {user}" if user else ""
+    )
+
+
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:
     """An engine with at most `pool_size` connections; none is opened yet."""
     return create_engine(
@@ -293,7 +304,7 @@ def is_unreachable(error: BaseException) -> bool:
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
         return False
     said = str(original)
-    if is_untrusted(error):
+    if is_untrusted(error) or "does not support SSL" in said:
         return False
     return "FATAL: " not in said or any(words in said for words in _NOT_YET)
 

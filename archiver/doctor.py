@@ -1,5 +1,7 @@
 """What could be wrong with an installation, checked one by one, each with what to do about it."""
 
+import asyncio
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,8 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, roles, schema, signatures
-from archiver.settings import Settings, SettingsError, misspelt
+from archiver.callhq import CallError, UnauthorizedError, WaitError, probe, shown
+from archiver.settings import Settings, SettingsError, strangers
 from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_depth, select_room, set_aside_files
 
 Verdict = Literal["ok", "warning", "failure"]
@@ -31,8 +34,9 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine_settings(configuration: Settings) -> Iterator[Finding]:
     """What can be said without a database."""
-    for name, meant in misspelt():
-        yield Finding("settings", "warning", f"{name} is no setting, and does nothing.", f"Is {meant} meant?")
+    for name, meant in strangers():
+        advice = f"Is {meant} meant?" if meant else "Unset it, or see docs/settings.md for the name that is meant."
+        yield Finding("settings", "warning", f"{name} is no setting, and does nothing.", advice)
     scheme = configuration.webhook_scheme
     try:
         signatures.verifier(configuration)
@@ -54,10 +58,31 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
             "webhook secret",
             "warning",
             f"{detail} One is shorter than {SHORTEST_SECRET} characters, and could be guessed.",
-            'Make a longer one: python -c "import secrets; print(secrets.token_urlsafe(32))"',
+            'Make a longer one: python3 -c "import secrets; print(secrets.token_urlsafe(32))"',
         )
     else:
         yield Finding("webhook secret", "ok", detail)
+
+
+def examine_platform(configuration: Settings) -> Finding:
+    """Whether histories can be read, by one call."""
+    if not configuration.callhq_api_key.get_secret_value():
+        detail = "Histories are not read, and what webhooks lose stays lost: there is no key."
+        return Finding("CallHQ", "warning", detail, "Set CALLHQ_API_KEY, or CALLHQ_API_KEY_FILE.")
+    place = shown(configuration.callhq_api_url)
+    try:
+        asyncio.run(probe(configuration.callhq_api_url, configuration.callhq_api_key))
+    except SettingsError as error:
+        return Finding("CallHQ", "failure", "CallHQ cannot be asked.", str(error))
+    except UnauthorizedError:
+        advice = "Set CALLHQ_API_KEY to a valid key of the account whose chats are archived."
+        return Finding("CallHQ", "failure", f"{place} refuses the key.", advice)
+    except WaitError as error:
+        return Finding("CallHQ", "warning", f"{place} is busy. {error}", "Ask again later.")
+    except CallError as error:
+        advice = "Check CALLHQ_API_URL, which must be like https://api.callhq.ai/api, and that it can be reached."
+        return Finding("CallHQ", "failure", f"{place}: {error}", advice)
+    return Finding("CallHQ", "ok", f"{place} takes the key.")
 
 
 def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
@@ -78,13 +103,36 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                         break
             yield _clock(connection, configuration.timestamp_tolerance)
     except SQLAlchemyError as error:
-        detail = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        said = str(getattr(error, "orig", None) or error).strip()
+        detail = said.splitlines()[0]
         if is_reached:
             yield Finding("questions", "failure", detail, "The database refused a question: see its log.")
         else:
-            advice = "Check DATABASE_URL, and that Postgres runs and is reachable."
-            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else advice
+            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(said)
             yield Finding("database", "failure", detail, advice)
+
+
+# What libpq and Postgres say; in other languages the general advice is given.
+_ADVICE = (
+    ("password authentication failed", "Correct the user or the password in DATABASE_URL, percent-encoded."),
+    ("no password supplied", "DATABASE_URL lacks the password: postgresql://USER:PASSWORD@HOST:5432/DATABASE."),
+    (
+        "database .* does not exist",
+        "Correct the database in DATABASE_URL, or as an administrator: CREATE DATABASE …;",
+    ),
+    ("role .* does not exist", "Correct the user in DATABASE_URL, or as an administrator: CREATE ROLE … LOGIN;"),
+    ("pg_hba.conf", "Let the user of DATABASE_URL in from this machine: pg_hba.conf on the server."),
+    ("does not support SSL", "Switch ssl on in Postgres, or take sslmode out of DATABASE_URL."),
+    ("resolve host|translate host name", "Correct the host in DATABASE_URL: nobody here knows that name."),
+    ("refused|No such file", "Correct host and port in DATABASE_URL, or start Postgres: nobody listens there."),
+    ("timeout|timed out", "Check the host in DATABASE_URL and the firewalls in between: nobody answers."),
+)
+
+
+def _advice_on(said: str) -> str:
+    """What to do where the database cannot be reached for this reason."""
+    general = "Check DATABASE_URL, and that Postgres runs and is reachable."
+    return next((advice for pattern, advice in _ADVICE if re.search(pattern, said)), general)
 
 
 def examine_spool(configuration: Settings) -> Iterator[Finding]:

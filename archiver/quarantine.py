@@ -12,9 +12,13 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from archiver import tables
+from archiver import events, tables
 from archiver.database import RowsInsert
 from archiver.events import WEBHOOK, Event
+
+# Codes of `Reject.reason`; the last two are faults of ours or of the database, for what could be read.
+NOT_STORABLE, NOT_PROCESSABLE = "not_storable", "not_processable"
+REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE)
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):
@@ -103,6 +107,11 @@ def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool
     """One row with its body; `lock` holds it until the transaction ends."""
     query = select(tables.quarantine).where(tables.quarantine.c.id == quarantine_id)
     return connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+
+
+def select_reasons(connection: Connection) -> list[str]:
+    """The reasons that rows have."""
+    return list(connection.scalars(select(tables.quarantine.c.reason).distinct()))
 
 
 def delete_quarantined(connection: Connection, quarantine_id: int) -> None:

@@ -5,6 +5,7 @@ the environment.
 """
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -250,6 +251,13 @@ class Settings(BaseSettings):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/")
 
+    @field_validator("home", mode="before")
+    @classmethod
+    def _is_somewhere(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("set, but empty: unset it to use .archiver in the working directory")
+        return value
+
     @field_validator("database_url")
     @classmethod
     def _is_not_blank(cls, value: SecretStr | None) -> SecretStr | None:
@@ -362,16 +370,55 @@ def _explain(fault: Any) -> str:
         return f"{fault['msg'].removeprefix('Value error, ')}."
     name = str(fault["loc"][0])
     given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
-    return f"{given_as}: {fault['msg'].removeprefix('Value error, ')}."
+    field = next(field for each, field in Settings.model_fields.items() if environment_name(each) == name)
+    kind, limits = fault["type"], _limits(field.metadata).strip(" .")
+    limits = limits[:1].lower() + limits[1:]
+    if kind in _KINDS:
+        what = ", ".join(filter(None, (_KINDS[kind], limits)))
+    elif kind.startswith(("greater_than", "less_than")):
+        what = f"must be {limits}"
+    elif kind == "literal_error":
+        what = f"must be {fault['ctx']['expected']}"
+    else:
+        what = fault["msg"].removeprefix("Value error, ")
+    return f"{given_as}: {what}."
 
 
-def misspelt() -> list[tuple[str, str]]:
-    """Variables of the environment that look like a setting and are none, each with the one that may be meant."""
+_KINDS = {
+    "int_parsing": "must be a whole number, without a unit",
+    "int_from_float": "must be a whole number, without a unit",
+    "float_parsing": "must be a number, without a unit",
+    "bool_parsing": "must be true or false",
+}
+
+# What Kubernetes sets for a service called archiver or callhq.
+_OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?)$")
+_OF_A_DATABASE = re.compile(r"(DATABASE|DB|PG|POSTGRES|POSTGRESQL)_(URL|URI|DSN)(_FILE)?")
+
+
+def strangers() -> list[tuple[str, str]]:
+    """Variables of the environment that look like a setting and are none, each with the one that may be meant, or "".
+
+    Those that look like `DATABASE_URL` count while that is not set.
+    """
     names = [environment_name(field_name) for field_name in Settings.model_fields]
     known = {*names, *(f"{name}_FILE" for name in names)}
-    strangers = sorted(name for name in os.environ if name.startswith(("ARCHIVER_", "CALLHQ_")) and name not in known)
-    close = [(name, get_close_matches(name, known, n=1, cutoff=0.85)) for name in strangers]
-    return [(name, meant[0]) for name, meant in close if meant]
+    database = {"DATABASE_URL", "DATABASE_URL_FILE"}
+    is_database_told = bool(database & os.environ.keys())
+    found = []
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith(("ARCHIVER_", "CALLHQ_")):
+            bare = name.removeprefix("ARCHIVER_")
+            if not _OF_A_SERVICE.search(name):
+                found.append((name, bare if bare in known else _nearest(name, known)))
+        elif not is_database_told:
+            meant = "DATABASE_URL" if _OF_A_DATABASE.fullmatch(name) else _nearest(name, database)
+            found += [(name, meant)] if meant else []
+    return found
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.85)), "")
 
 
 def table() -> list[tuple[str, str, str]]:

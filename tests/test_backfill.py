@@ -1,20 +1,25 @@
 """`archiver backfill`, as a process, against a simulated CallHQ on a real port."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from starlette.responses import HTMLResponse
+from starlette.types import Receive, Scope, Send
 
 from archiver.demo.upstream import Session
 from archiver.reconcile.backfill import Selection
 from tests import servers
-from tests.receivers import archiver
+from tests.payloads import created
+from tests.receivers import archiver, serving
 from tests.upstreams import CallHQ, Refusing, hosting, simulated
 from tests.waiting import until
 
@@ -80,11 +85,93 @@ def test_a_second_run_finds_nothing_to_do(database_url: str, callhq: CallHQ) -> 
     assert (again["sessions"], again["recovered_messages"]) == (1, 0)
 
 
-def test_a_session_that_is_gone_is_no_failure(database_url: str, callhq: CallHQ) -> None:
-    ended = backfill(database_url, callhq, "--session", "nobody", "--json")
+def test_a_session_that_is_gone_is_no_failure(database_url: str) -> None:
+    with simulated(history_gone=1.0) as callhq:
+        ended = backfill(database_url, callhq, "--session", callhq.session("s", "ok").id, "--json")
     assert ended.returncode == 0
     assert told(ended)["outcomes"] == {"gone": 1}
     assert rows(database_url, "SELECT state, reason FROM analytics.coverage") == [("unverified", "history_gone")]
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_an_id_that_nobody_knows_is_a_failure_and_makes_no_conversation(
+    database_url: str, callhq: CallHQ, option: list[str]
+) -> None:
+    session = callhq.session("s", "ok")
+    ended = backfill(database_url, callhq, "--session", "nope", "--session", session.id, "--json", *option)
+    assert ended.returncode == 1
+    assert told(ended)["outcomes"] == {"read": 1, "unknown": 1}
+    assert [failure["id"] for failure in told(ended)["failures"]] == ["nope"]
+    listed = [] if option else [(session.id,)]
+    assert rows(database_url, "SELECT session_id FROM analytics.conversations") == listed
+    said = backfill(database_url, callhq, "--session", "nope", *option).stderr
+    assert "archiver: nope: CallHQ does not know this session (404)" in said
+
+
+def hear_of(database_url: str, session_id: str) -> None:
+    """One webhook of a session, its others lost."""
+    with serving(database_url) as receiver:
+        assert receiver.post(created("by hand", session_id)).status_code == 200
+
+
+def test_a_wrong_url_is_told_and_mended_by_the_next_run(database_url: str, callhq: CallHQ) -> None:
+    session = callhq.session("s", "ok")
+    hear_of(database_url, session.id)
+    without_api = callhq.settings | {"CALLHQ_API_URL": callhq.url.replace("http://", "http://me:hunter2@")}
+    for option in ("--dry-run", "--all", "--all"):
+        ended = archiver("backfill", option, database_url=database_url, **without_api)
+        assert ended.returncode == 1
+        assert "CallHQ answered 404 for every session, although 1 of them were heard of lately" in ended.stderr
+        assert "CALLHQ_API_URL" in ended.stderr
+        assert "hunter2" not in ended.stderr
+    assert rows(database_url, "SELECT reason FROM analytics.coverage") == [("history_gone",)]
+    ended = backfill(database_url, callhq, "--json")
+    assert (ended.returncode, told(ended)["outcomes"]) == (0, {"read": 1})
+    assert session.messages()[0]["content"] in str(transcript(database_url, session))
+
+
+def test_what_callhq_forgot_long_ago_is_no_failure_and_not_asked_for_again(database_url: str, callhq: CallHQ) -> None:
+    lifetime = {"ARCHIVER_SESSION_LIFETIME": "1"}
+    hear_of(database_url, "forgotten")
+    time.sleep(1)
+    ended = backfill(database_url, callhq, **lifetime)
+    assert (ended.returncode, ended.stderr.count("404")) == (0, 0)
+    assert told(backfill(database_url, callhq, "--json", **lifetime))["sessions"] == 0
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again(database_url: str) -> None:
+    with simulated(history_garbage=0.5) as callhq:
+        ids = [callhq.session(f"s{n}", "ok").id for n in range(8)]
+        ended = backfill(database_url, callhq, *(option for each in ids for option in ("--session", each)), "--json")
+    assert told(ended)["outcomes"]["read"] >= 6
+
+
+class Proxy:
+    """The platform, or while it is `down` a page for people, which says that all is well."""
+
+    def __init__(self, callhq: CallHQ) -> None:
+        self._app, self.is_down = callhq.app, True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = HTMLResponse("<html>Back soon</html>")
+        await (page if scope["type"] == "http" and self.is_down else self._app)(scope, receive, send)
+
+
+@pytest.mark.parametrize("options", [[], ["--all"], ["--since", "2020-01-01"], ["--session"]])
+def test_an_answer_of_an_unexpected_shape_is_never_done_with(
+    database_url: str, callhq: CallHQ, options: list[str]
+) -> None:
+    session, proxy = callhq.session("s", "ok"), Proxy(callhq)
+    hear_of(database_url, session.id)
+    selection = [*options, session.id] if options == ["--session"] else options
+    with hosting(proxy) as callhq.url:
+        for _ in range(2):
+            ended = backfill(database_url, callhq, *selection)
+            assert ended.returncode == 1
+            assert f"{session.id}: an answer of an unexpected shape" in ended.stderr
+        proxy.is_down = False
+        ended = backfill(database_url, callhq, *selection, "--json")
+        assert (ended.returncode, told(ended)["outcomes"]) == (0, {"read": 1})
 
 
 def test_a_history_that_cannot_be_read_exits_1_and_names_the_session(database_url: str) -> None:
@@ -110,6 +197,7 @@ def test_a_refused_key_ends_it_with_one_clear_error(database_url: str, callhq: C
     assert ended.returncode == 1
     assert "CALLHQ_API_KEY" in ended.stderr
     assert "wrong" not in ended.stderr
+    assert "refuses this session" not in ended.stderr  # where none was accepted, nothing says that it is the session
     assert "Traceback" not in ended.stderr
     # Nobody holds the session any more.
     assert rows(database_url, "SELECT leased_until FROM archiver.sessions WHERE session_id <> ''") == [(None,)]
@@ -148,6 +236,30 @@ def test_a_file_of_no_usual_form_is_wrong_usage(database_url: str, tmp_path: Pat
     ended = archiver("backfill", "--file", str(file), database_url=database_url, CALLHQ_API_KEY="k")
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
+
+
+def test_a_selection_without_sessions_says_so(database_url: str, callhq: CallHQ) -> None:
+    ended = backfill(database_url, callhq, "--since", "2099-01-01")
+    assert (ended.returncode, ended.stdout.splitlines()[0][:16]) == (0, "Nothing to read:")
+    assert told(backfill(database_url, callhq, "--since", "2099-01-01", "--json"))["sessions"] == 0
+
+
+def test_a_session_that_could_not_be_read_does_not_count_as_complete_now(database_url: str) -> None:
+    with simulated() as callhq, hosting(Refusing(callhq)) as callhq.url:
+        ids = [callhq.session(name, "ok").id for name in ("refused", "accepted")]
+        listed = [option for each in ids for option in ("--session", each)]
+        assert told(backfill(database_url, callhq, *listed, "--json"))["coverage"] == {"repaired": 2}
+        callhq.refused = ids[0]
+        figures = told(backfill(database_url, callhq, *listed, "--json"))
+    assert (figures["outcomes"], figures["coverage"]) == ({"read": 1, "failed": 1}, {"repaired": 1})
+
+
+def test_the_progress_tells_the_rate_that_was_kept(database_url: str, callhq: CallHQ) -> None:
+    ids = [callhq.session(f"s{n}", "ok").id for n in range(5)]
+    listed = [option for each in ids for option in ("--session", each)]
+    ended = backfill(database_url, callhq, *listed, "--rate", "4", "--concurrency", "1")
+    (rate,) = re.findall(r"5/5 (\d+\.\d)/s", ended.stderr)
+    assert 0 < float(rate) < 8
 
 
 def test_what_failed_is_all_that_the_same_command_reads_again(database_url: str) -> None:

@@ -12,17 +12,22 @@ import tempfile
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import PIPE, CompletedProcess, run
+from subprocess import PIPE, STDOUT, CompletedProcess, run
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from archiver import __version__, schema
 from archiver.database import database_url as parse_url
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import SECRET, created
+from tests.proxies import Proxy
 from tests.receivers import archiver, archiver_raw, serving, starting
+from tests.upstreams import API_KEY, hosting, simulated
 from tests.waiting import until
 
 # What is tested here stands in front of Postgres: one version of it is enough.
@@ -92,6 +97,7 @@ def test_it_runs_as_a_module_and_as_a_command(cluster: Cluster) -> None:
         ("sevre",),
         ("serve", "--port", "70000"),
         ("serve", "--workers", "0"),
+        ("serve", "--workers", "x"),
         ("quarantine", "show", "one"),
         ("quarantine", "retry"),
         ("quarantine", "retry", "1", "--all"),
@@ -104,6 +110,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...], cluster: Cluster) -> None:
     process = archiver(*arguments, database_url=NOWHERE)
     assert process.returncode == 2
     assert "Usage: " in said(process)
+    assert "range" not in process.stderr.replace("not in the range", "")
 
 
 # serve
@@ -229,6 +236,31 @@ def test_values_from_a_list_may_be_written_in_capitals(url: str) -> None:
     settings = {"ARCHIVER_WEBHOOK_SCHEME": "Bearer", "ARCHIVER_LOG_LEVEL": "WARNING", "ARCHIVER_HMAC_ENCODING": "HEX"}
     process = archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER, **settings)
     assert "Scheme bearer" in said(process)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("ARCHIVER_QUEUE_EVENTS", "0", "must be at least 1"),
+        ("ARCHIVER_BATCH_EVENTS", "1001", "must be from 1 to 1000"),
+        ("ARCHIVER_MAX_BODY", "1k", "must be a whole number, without a unit, from 1 to 268435456"),
+        ("ARCHIVER_QUEUE_EVENTS", "1.5", "must be a whole number, without a unit, at least 1"),
+        ("ARCHIVER_HISTORY_RATE", "2/s", "must be a number, without a unit, at least 0"),
+        ("ARCHIVER_PREPARED_STATEMENTS", "perhaps", "must be true or false"),
+        ("ARCHIVER_SPOOL", "perhaps", "must be 'on' or 'off'"),
+        ("ARCHIVER_HOME", " ", "set, but empty: unset it to use .archiver in the working directory"),
+    ],
+)
+def test_a_wrong_setting_is_told_as_the_documentation_has_it(url: str, name: str, value: str, told: str) -> None:
+    assert failed(archiver("status", database_url=url, **{name: value})) == f"archiver: {name}: {told}."
+
+
+def test_an_empty_home_makes_no_database(home: Path, cluster: Cluster) -> None:
+    del cluster
+    home.mkdir()
+    command = [sys.executable, "-m", "archiver", "migrate"]
+    process = run(command, cwd=home, env={**os.environ, "ARCHIVER_HOME": ""}, capture_output=True, check=False)
+    assert (process.returncode, list(home.iterdir())) == (1, [])
 
 
 @pytest.mark.parametrize("name", ["ARCHIVER_SECRET_HEADER", "ARCHIVER_HMAC_HEADER"])
@@ -504,8 +536,99 @@ def test_doctor_warns_of_a_setting_that_is_misspelt(database_url: str) -> None:
     assert process.returncode == 0
     assert "ARCHIVER_WEBHOOK_SECRET is no setting, and does nothing. -> Is ARCHIVER_WEBHOOK_SECRETS" in said(process)
     assert "Is ARCHIVER_MAX_BODY_FILE meant?" in said(process)
-    assert "ARCHIVER_SOMETHING_ELSE" not in said(process)
+    assert "ARCHIVER_SOMETHING_ELSE is no setting" in said(process)
     assert HUNTER not in process.stdout
+
+
+def test_serve_says_what_it_writes_to_and_which_variables_do_nothing(home: Path, cluster: Cluster) -> None:
+    del cluster
+    meant = {
+        "DATABASE_URI": "DATABASE_URL",
+        "DATABSE_URL_FILE": "DATABASE_URL_FILE",
+        "POSTGRES_DSN": "DATABASE_URL",
+        "ARCHIVER_DATABASE_URL": "DATABASE_URL",
+        "CALLHQ_KEY": None,
+        "ARCHIVER_FOO": None,
+    }
+    of_kubernetes = {"ARCHIVER_SERVICE_PORT_HTTP": "1", "ARCHIVER_PORT": "tcp://", "ARCHIVER_PORT_80_TCP_ADDR": "::1"}
+    with serving(None, ARCHIVER_HOME=str(home), **dict.fromkeys(meant, HUNTER), **of_kubernetes) as receiver:
+        assert receiver.stop() == 0
+        log = receiver.stderr()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert {line["variable"]: line.get("meant") for line in lines if "variable" in line} == meant
+    assert {line["level"] for line in lines if "variable" in line} == {"warning"}
+    assert [line["database"] for line in lines if line["event"] == "receiving"] == [f"embedded in {home}"]
+    assert HUNTER not in log
+
+
+def test_each_receiving_process_says_for_itself_that_it_stopped(url: str) -> None:
+    with serving(url, "--workers", "2", "--no-worker") as receiver:
+        assert receiver.stop() == 0
+        log = receiver.stderr()
+    stopped = [line for line in map(json.loads, log.splitlines()) if line["event"] == "stopped"]
+    assert len({line["pid"] for line in stopped}) == 2
+
+
+def test_serve_names_the_database_without_its_password(database_url: str) -> None:
+    parsed = parse_url(database_url).set(drivername="postgresql", password=HUNTER)
+    # Whoever says which database to use may have other variables of that kind.
+    with serving(parsed.render_as_string(hide_password=False), DATABASE_URI=HUNTER) as receiver:
+        log = receiver.stderr()
+    lines = [json.loads(line) for line in log.splitlines()]
+    (told,) = [line["database"] for line in lines if line["event"] == "receiving"]
+    assert told == f"{parsed.database} at {parsed.query['host']} as postgres"
+    assert not any("variable" in line for line in lines)
+    assert HUNTER not in log
+
+
+def examined_platform(database_url: str, url: str, key: str = API_KEY) -> dict[str, str]:
+    settings = {"CALLHQ_API_URL": url, "CALLHQ_API_KEY": key, "ARCHIVER_WEBHOOK_SECRETS": HUNTER}
+    process = archiver("doctor", "--json", database_url=database_url, **settings)
+    (finding,) = [each for each in json.loads(process.stdout) if each["check"] == "CallHQ"]
+    assert process.returncode == (1 if finding["verdict"] == "failure" else 0)
+    assert API_KEY not in process.stdout
+    told: dict[str, str] = finding
+    return told
+
+
+def test_doctor_asks_callhq_whether_it_takes_the_key(database_url: str) -> None:
+    with simulated() as callhq:
+        assert examined_platform(database_url, f"{callhq.url}/api")["verdict"] == "ok"
+        refused = examined_platform(database_url, f"{callhq.url}/api", "another key")
+        assert (refused["verdict"], "CALLHQ_API_KEY" in refused["advice"]) == ("failure", True)
+        for wrong in (callhq.url, f"{callhq.url}/api/v2", "http://127.0.0.1:1/api"):
+            lost = examined_platform(database_url, wrong.replace("http://", f"http://me:{HUNTER}@"))
+            assert (lost["verdict"], "CALLHQ_API_URL" in lost["advice"]) == ("failure", True)
+            assert HUNTER not in str(lost)
+    assert examined(database_url)["CallHQ"]["verdict"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (JSONResponse({"message": "Couldn't find the session."}, 404), "ok"),
+        (JSONResponse({"error": "00000000-0000-0000-0000-000000000000 not found"}, 404), "ok"),
+        (JSONResponse({"message": ["sessionId must be of version 4"]}, 400), "ok"),
+        (JSONResponse({"session": {"messages": []}}), "ok"),
+        (JSONResponse({"message": "Cannot GET /chats/session/00000000", "statusCode": 404}, 404), "failure"),
+        (JSONResponse({"message": "Not Found"}, 404), "failure"),
+        (HTMLResponse("<html>Session expired: log in</html>"), "failure"),
+        (HTMLResponse("no session", 404), "failure"),
+        (JSONResponse({"message": "session"}, 500), "failure"),
+        (JSONResponse({"message": "slowly"}, 429), "warning"),
+    ],
+)
+def test_doctor_tells_the_api_from_what_is_none(database_url: str, answer: Response, verdict: str) -> None:
+    calls = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            calls.append(scope["path"])
+            await answer(scope, receive, send)
+
+    with hosting(app) as url:
+        assert examined_platform(database_url, url)["verdict"] == verdict
+    assert calls == ["/chats/session/00000000-0000-0000-0000-000000000000"]
 
 
 def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
@@ -557,6 +680,7 @@ def test_doctor_and_the_others_name_a_wrong_password(password_url: str) -> None:
         assert process.returncode == 1
         assert "password authentication failed" in said(process)
         assert "DATABASE_URL" in said(process)
+        assert command[0] != "doctor" or "Correct the user or the password" in said(process)
         assert HUNTER not in said(process)
 
 
@@ -588,6 +712,41 @@ def test_doctor_fails_with_advice(settings: dict[str, str], check: str, cluster:
     process = archiver("doctor", **{"ARCHIVER_WEBHOOK_SECRETS": HUNTER, **settings})
     assert process.returncode == 1
     assert f"failure {check}" in said(process)
+
+
+@pytest.fixture
+def without_ssl(database_url: str) -> Iterator[str]:
+    """The URL of a server on TCP that has no TLS, and must."""
+    options = conninfo_to_dict(database_url)
+    proxy = Proxy(f"{options['host']}/.s.PGSQL.{options.get('port', 5432)}")
+    yield f"postgresql://postgres@127.0.0.1:{proxy.port}/{options['dbname']}?sslmode=require"
+    proxy.close()
+
+
+def test_serve_does_not_wait_for_a_server_to_learn_tls(without_ssl: str) -> None:
+    text = failed(archiver("serve", "--port", "0", database_url=without_ssl, ARCHIVER_WEBHOOK_SECRETS=HUNTER))
+    assert "does not support SSL" in text
+    assert "DATABASE_URL" in text
+
+
+def test_serve_without_a_database_names_the_one_that_it_waits_for(cluster: Cluster) -> None:
+    del cluster
+    with serving(f"postgresql://archiver:{HUNTER}@no-such-host.invalid/archive") as receiver:
+        (line,) = [line for line in receiver.stderr().splitlines() if "events are spooled until it can" in line]
+    assert "archive at no-such-host.invalid as archiver" in line
+    assert "archiver doctor" in line
+    assert HUNTER not in line
+
+
+def test_doctor_says_of_each_way_to_miss_a_database_what_helps(without_ssl: str, cluster: Cluster) -> None:
+    for url, advice in (
+        (without_ssl, "sslmode"),
+        (NOWHERE, "Correct host and port"),
+        (cluster.url("missing"), "CREATE DATABASE"),
+        (as_user(cluster.url("postgres"), "missing"), "Correct the user"),
+        ("postgresql://archiver@no-such-host.invalid/archive", "Correct the host"),
+    ):
+        assert advice in examined(url)["database"]["advice"]
 
 
 def test_doctor_finds_missing_privileges(guest_url: str) -> None:
@@ -684,11 +843,33 @@ def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
     for arguments in (["list"], ["retry", "--all"]):
         process = archiver("quarantine", *arguments, database_url=database_url)
         assert (process.returncode, process.stdout) == (0, "Nothing is quarantined.\n")
-    for arguments in (["list", "--reason", "typo"], ["retry", "--reason", "typo"]):
-        process = archiver("quarantine", *arguments, database_url=database_url)
-        assert (process.returncode, process.stdout) == (0, "Nothing is quarantined with reason typo.\n")
+    for command in ("list", "retry"):
+        process = archiver("quarantine", command, "--reason", "not_json", database_url=database_url)
+        assert (process.returncode, process.stdout) == (0, "Nothing is quarantined with reason not_json.\n")
+        process = archiver("quarantine", command, "--reason", "typo", database_url=database_url)
+        assert (process.returncode, process.stdout) == (2, "")
+        assert "not_json" in process.stderr
+        assert "not_processable" in process.stderr
     assert json.loads(archiver("quarantine", "list", "--json", database_url=database_url).stdout) == []
     assert json.loads(archiver("quarantine", "retry", "--all", "--json", database_url=database_url).stdout) == {}
+
+
+def test_what_is_no_terminal_is_told_in_whole_lines(database_url: str) -> None:
+    detail = " ".join(["a sentence"] * 30)
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO archiver.quarantine"
+            " (received_at, last_received_at, delivery_count, reason, detail, body, body_digest)"
+            " VALUES (now(), now(), 1, 'of_an_earlier_version', %s, '', '')",
+            [detail],
+        )
+    listed = archiver("quarantine", "list", "--reason", "of_an_earlier_version", database_url=database_url)
+    assert (listed.returncode, listed.stdout.count(detail)) == (0, 1)
+    assert detail not in archiver("quarantine", "list", database_url=database_url, COLUMNS="80").stdout
+    shown = archiver("quarantine", "show", "1", database_url=database_url).stdout
+    assert ("of_an_earlier_version" in shown, "None" in shown) == (True, False)
+    examined = archiver("doctor", database_url=NOWHERE).stdout
+    assert "-> Correct host and port in DATABASE_URL, or start Postgres: nobody listens there." in examined
 
 
 def test_an_unknown_quarantine_id_is_1(url: str) -> None:
@@ -775,6 +956,18 @@ def test_without_a_database_url_the_commands_share_the_embedded_database(home: P
         assert (status["database"], status["events"]) == (f"embedded in {home}", 1)
         examined = archiver("doctor", ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=SECRET)
         assert f"Reached the one embedded in {home}." in said(examined)
+        # Without a secret something must be done; what is to be pasted comes after it all the same.
+        program = [sys.executable, "-m", "archiver", "doctor"]
+        told = run(
+            program,
+            stdout=PIPE,
+            stderr=STDOUT,
+            text=True,
+            env={**os.environ, "ARCHIVER_HOME": str(home)},
+            check=False,
+        )
+        assert told.returncode == 1
+        assert told.stdout.splitlines()[-1] == examined.stdout.splitlines()[-1]
         psql = [*shlex.split(examined.stdout.splitlines()[-1]), "-tAc", "SELECT count(*) FROM analytics.messages"]
         assert run(psql, check=True, capture_output=True).stdout == b"2\n"
         receiver.signal(signal.SIGTERM)

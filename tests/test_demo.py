@@ -332,7 +332,8 @@ def test_the_demo_stays_and_what_it_invites_to_works(home):
     assert (answer.status_code, answer.json()["status"]) == (200, "stored")
     assert "Did it arrive?" in shown.stdout
     assert re.search(r"^sessions +13 ", status.stdout, re.MULTILINE)
-    assert (second.returncode, "Another demo runs" in refused) == (1, True)
+    assert str(Path(sys.executable).with_name("archiver")) in asked
+    assert (second.returncode, "Another demo runs" in refused, "Starting" in refused) == (1, True, False)
     assert (process.returncode, rest) == (0, "Stopped.\n")
     assert_nothing_left(home)
 

@@ -6,13 +6,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import events, settings, signatures, tables
+from archiver import events, quarantine, settings, signatures, tables
 from archiver.app import create
 from archiver.cli import cli
 from archiver.database import transaction
@@ -67,10 +69,21 @@ def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, cl
 def test_the_command_page_lists_every_command_and_option() -> None:
     page = (ROOT / "docs" / "commands.md").read_text()
     for name, command in commands(cli):
-        assert f"`{name}" in page, name
+        row = "\n".join(line for line in page.splitlines() if re.match(rf"\| `{name}[ `]", line)) or page
+        assert f"`{name}" in row, name
         for parameter in command.params:
             if isinstance(parameter, click.Option) and parameter.opts[0] != "--help":
-                assert any(option in page for option in parameter.opts), f"{name} {parameter.opts[0]}"
+                assert any(option in row for option in parameter.opts), f"{name} {parameter.opts[0]}"
+
+
+def test_the_command_page_names_the_fields_of_a_quarantined_delivery(engine: Engine) -> None:
+    told = (ROOT / "docs" / "commands.md").read_text().split("`list --json` is", 1)[1].split("`show --json`", 1)[0]
+    with transaction(engine) as connection:
+        reject = quarantine.Reject(b"{", "not_json", "", datetime.now(UTC), None)
+        quarantine.upsert_quarantine(connection, [reject])
+        (row,) = quarantine.select_quarantine(connection)
+    for name in row:
+        assert f"`{name}`" in told, name
 
 
 def test_the_data_model_page_lists_every_table_and_column() -> None:
@@ -116,9 +129,31 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
     assert "Hello" in history
     assert "Chat deleted successfully" in deleted
     assert "calls" in json.loads(report)["history"]
+    assert process.stderr == ""
+    # Nobody listens there any more.
+    process = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def locked(name: str) -> dict[str, str]:
+    """The requirements of a lock file with their hashes, by the package."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.lstrip().startswith("#")]
+    entries = re.split(r"^(?=\S)", "\n".join(lines), flags=re.MULTILINE)
+    return {entry.partition("==")[0]: entry.strip() for entry in entries if entry.strip()}
+
+
+def test_production_installs_what_the_tests_ran_on_and_no_more() -> None:
+    tested, installed = locked("requirements.lock"), locked("requirements-runtime.lock")
+    assert installed.items() < tested.items()
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*told["project"]["dependencies"], *told["dependency-groups"]["build"]]
+    assert {re.split(r"[^\w-]", each)[0] for each in wanted} <= {each.partition("[")[0] for each in installed}
+    assert not {"pytest", "mypy", "ruff", "coverage", "hypothesis"} & installed.keys()
+    assert "--require-hashes -r requirements-runtime.lock" in (ROOT / "README.md").read_text()

@@ -2,13 +2,14 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import psycopg
 import pytest
 import stamina
+import structlog
 from pydantic import SecretStr
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,7 +19,7 @@ from archiver.callhq import UnauthorizedError
 from archiver.database import database_url as parse_url
 from archiver.database import run_in_transaction
 from archiver.projection import leases
-from archiver.reconcile import Reading, backfill
+from archiver.reconcile import Reading, Submit
 from archiver.settings import Settings
 from archiver.worker import reconciling
 from tests import servers
@@ -41,6 +42,11 @@ def settings(callhq: CallHQ, key: str = API_KEY) -> Settings:
     return Settings.model_construct(callhq_api_url=f"{callhq.url}/api", callhq_api_key=SecretStr(key))
 
 
+async def register(submit: Submit, session_ids: Sequence[str]) -> None:
+    now = datetime.now(UTC)
+    await asyncio.gather(*(submit(history.register({"id": each}), now) for each in session_ids))
+
+
 async def test_leases_are_kept_for_as_long_as_the_reading_takes(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,7 +62,7 @@ async def test_leases_are_kept_for_as_long_as_the_reading_takes(
             reconciler,
             submit,
         ):
-            await backfill.register(engine, submit, ids)
+            await register(submit, ids)
             reading = asyncio.create_task(reconciler.read_all(ids, told.append))
             seen = set()
             while not reading.done():
@@ -72,7 +78,7 @@ async def test_sessions_that_somebody_else_reads_are_left_to_them(database_url: 
     ids = [callhq.session(f"s{n}", "ok").id for n in range(10)]
     told: list[Reading] = []
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
-        await backfill.register(engine, submit, ids)
+        await register(submit, ids)
         until = datetime.max.replace(tzinfo=UTC)
         await run_in_transaction(engine, lambda c: leases.claim(c, ids[:3], until, until))
         assert await reconciler.read_all(ids, told.append) == {"read": 7, "busy": 3}
@@ -85,7 +91,7 @@ async def test_one_session_that_is_refused_keeps_no_other_from_being_read(databa
     told: list[Reading] = []
     with hosting(Refusing(callhq)) as callhq.url:
         async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
-            await backfill.register(engine, submit, ids)
+            await register(submit, ids)
             assert await reconciler.read_all(ids, told.append) == {"read": 29, "failed": 1}
             (refused,) = [reading for reading in told if reading.outcome == "failed"]
             assert refused.session_id == ids[0]
@@ -96,11 +102,27 @@ async def test_one_session_that_is_refused_keeps_no_other_from_being_read(databa
             assert await run_in_transaction(engine, failing)
 
 
+async def test_a_worker_that_finds_nothing_doubts_the_url(database_url: str, callhq: CallHQ) -> None:
+    session = callhq.session("s", "ok")
+
+    async def lines(*session_ids: str, url: str) -> list[str]:
+        configuration = settings(callhq).model_copy(update={"callhq_api_url": url})
+        async with reconciling(configuration, parse_url(database_url), concurrency=1) as (_, reconciler, submit):
+            await register(submit, session_ids)
+            with structlog.testing.capture_logs() as told:
+                await reconciler.read_all(session_ids)
+        return [line["event"] for line in told if "CALLHQ_API_URL" in line["event"]]
+
+    nobody = [f"nobody-{n}" for n in range(6)]
+    assert len(await lines(*nobody, session.id, url=callhq.url)) == 1
+    assert await lines(session.id, *nobody, url=f"{callhq.url}/api") == []
+
+
 async def test_what_was_read_is_told_however_it_ends(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(60)]
     told: list[Reading] = []
     async with reconciling(settings(callhq), parse_url(database_url), concurrency=1) as (engine, reconciler, submit):
-        await backfill.register(engine, submit, ids)
+        await register(submit, ids)
         some = asyncio.Event()
 
         def note(reading: Reading) -> None:
@@ -121,7 +143,7 @@ async def test_what_was_read_is_told_however_it_ends(database_url: str, callhq: 
 async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(10)]
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
-        await backfill.register(engine, submit, ids)
+        await register(submit, ids)
         times = []
         for minutes in (10, 20):
             now = datetime.now(UTC) + timedelta(minutes=minutes)
@@ -137,7 +159,7 @@ async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url
 async def test_a_refused_key_gives_every_lease_back(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(10)]
     async with reconciling(settings(callhq, "wrong"), parse_url(database_url)) as (engine, reconciler, submit):
-        await backfill.register(engine, submit, ids)
+        await register(submit, ids)
         with pytest.raises(UnauthorizedError):
             await reconciler.read_all(ids)
         now = datetime.now(UTC)
@@ -154,7 +176,7 @@ async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
 ) -> None:
     session = callhq.session("s", "ok")
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, _, submit):
-        await backfill.register(engine, submit, [session.id])
+        await register(submit, [session.id])
         began = datetime.now(UTC)
         own, others = began + leases.LEASE, began + 2 * leases.LEASE
         await run_in_transaction(engine, lambda c: leases.claim(c, [session.id], began, own))
@@ -192,7 +214,7 @@ async def test_leasing_goes_on_where_another_transaction_was_in_the_way(database
     ids = sorted(callhq.session(f"s{n}", "ok").id for n in range(2))
     lock = "UPDATE archiver.sessions SET reason = reason WHERE session_id = %s"
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, _, submit):
-        await backfill.register(engine, submit, ids)
+        await register(submit, ids)
         async with await psycopg.AsyncConnection.connect(database_url) as other:
             # It will take the two in the opposite order, and Postgres ends whoever waits the longer: us.
             await other.execute("SET deadlock_timeout = '10s'")

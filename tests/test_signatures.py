@@ -535,14 +535,14 @@ def test_a_scheme_without_a_secret_is_refused_and_told_how_to_make_one(scheme: s
     with pytest.raises(SettingsError, match=r"^ARCHIVER_WEBHOOK_SECRETS is empty") as refused:
         verifier_of(scheme, (secrets,))
     assert f"scheme {scheme} needs a secret" in str(refused.value)
-    assert 'python -c "import' in str(refused.value)
+    assert 'python3 -c "import' in str(refused.value)
 
 
 @pytest.mark.parametrize("way", PROVEN)
 def test_the_advice_makes_a_secret_that_works(way: Way, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SettingsError) as refused:
         verifier_of(way.scheme, (), **dict(way.options))
-    advice = re.search(r'python -c "(.*)"', str(refused.value))
+    advice = re.search(r'python3 -c "(.*)"', str(refused.value))
     assert advice
     exec(advice[1], {})
     secret = capsys.readouterr().out.strip()

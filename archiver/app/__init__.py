@@ -94,7 +94,7 @@ def create(configuration: Settings | None = None) -> Service:
             spool.close()
         await writing.dispose()
         await asking.dispose()
-        log.info("stopped")
+        log.info("stopped", pid=os.getpid())
 
     bodies = Bodies(configuration.max_body, configuration.queue_bytes)
     receiver = Receiver(configuration, verifier, bodies, ingest)

@@ -3,6 +3,7 @@
 It tells what was answered, not what the answer means. Neither key nor content enters a log line or an error.
 """
 
+from archiver.callhq.access import shown
 from archiver.callhq.answers import (
     Answer,
     CallError,
@@ -12,6 +13,7 @@ from archiver.callhq.answers import (
     UnreachableError,
 )
 from archiver.callhq.client import Client, Pause
+from archiver.callhq.probe import WaitError, probe
 from archiver.callhq.registry import Registry
 
 __all__ = [
@@ -24,4 +26,7 @@ __all__ = [
     "TooLargeError",
     "UnauthorizedError",
     "UnreachableError",
+    "WaitError",
+    "probe",
+    "shown",
 ]

@@ -24,6 +24,12 @@ def base(name: str, url: str) -> str:
     return str(parsed).rstrip("/")
 
 
+def shown(url: str) -> str:
+    """The URL for people, without what it may hold of a password."""
+    parsed = httpx2.URL(url)
+    return str(parsed.copy_with(userinfo=b"")) if parsed.userinfo else url
+
+
 def secret(name: str, secret: SecretStr) -> str:
     """Raises `SettingsError` for what no header can hold; the HTTP library's own error would quote it."""
     value = secret.get_secret_value().strip()

@@ -60,12 +60,14 @@ class Client:
         registry: Registry | None = None,
         max_bytes: int = MAX_BYTES,
         timeout: float = ATTEMPT_SECONDS,
+        attempts: int = ATTEMPTS,
     ) -> None:
         self._url = base("CALLHQ_API_URL", api_url)
         self._headers = {"x-api-key": secret("CALLHQ_API_KEY", api_key)}
         self._pause = pause
         self._max_bytes = max_bytes
         self._timeout = timeout
+        self._attempts = attempts
         self._interval = 1 / rate if rate else 0.0
         self._next = 0.0  # on the loop's clock
         self._turn = asyncio.Lock()
@@ -136,7 +138,7 @@ class Client:
         try:
             async for attempt in stamina.retry_context(
                 on=is_worth_another,
-                attempts=ATTEMPTS,
+                attempts=self._attempts,
                 timeout=None,
                 wait_initial=_FIRST_BACKOFF,
                 wait_max=_LONGEST_BACKOFF,

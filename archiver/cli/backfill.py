@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TextIO
 
 import click
@@ -28,12 +28,13 @@ from rich.table import Table
 from rich.text import Text
 
 from archiver import database, schema, settings, telemetry
-from archiver.callhq import UnauthorizedError
+from archiver.callhq import UnauthorizedError, shown
 from archiver.cli import connection
+from archiver.cli.output import Number, Whole, console
 from archiver.reconcile import NotRecordedError, Reading, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
-from archiver.worker import reconciling
+from archiver.worker import reconciling, timing_of
 
 SHOWN = 20  # failures
 _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it was."
@@ -54,12 +55,12 @@ _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it 
 @click.option("--dry-run", is_flag=True, help="Show what would be repaired; write nothing.")
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="At most so many calls a second.  [default: ARCHIVER_HISTORY_RATE]",
 )
 @click.option(
     "--concurrency",
-    type=click.IntRange(1, 256),
+    type=Whole(1, 256),
     help="So many calls at a time.  [default: ARCHIVER_HISTORY_CONCURRENCY]",
 )
 @connection.json_option
@@ -76,8 +77,9 @@ def command(
 ) -> None:
     """Read histories now, and repair what webhooks lost.
 
-    Without options: the sessions whose coverage is open. Sessions that the archive has never heard of are registered
-    first. After Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read.
+    Without options: the sessions whose coverage is open, and those that CallHQ did not show and has not forgotten
+    yet. Sessions that the archive has never heard of are registered, unless CallHQ does not know them either. After
+    Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read, or none was found.
     """
     listed = (*session_ids, *(_ids(file) if file else ()))
     connection.check_ids(listed, "session")
@@ -90,7 +92,7 @@ def command(
     telemetry.configure_logs("error", configuration.log_format)
     if not configuration.callhq_api_key.get_secret_value():
         raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
-    summary = Summary(dry_run=dry_run)
+    summary = Summary(dry_run=dry_run, lifetime=timedelta(seconds=configuration.session_lifetime))
     with connection.database_url(configuration) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)
@@ -104,8 +106,18 @@ def command(
     summary.show(as_json=as_json)
     if summary.was_interrupted:
         click.echo(f"archiver: {_INTERRUPTED}", err=True)
-    if summary.was_interrupted or summary.failures:
+    if summary.is_in_doubt:
+        click.echo(f"archiver: {_found_nothing(configuration, summary)}", err=True)
+    if summary.was_interrupted or summary.failures or summary.is_in_doubt:
         sys.exit(1)
+
+
+def _found_nothing(configuration: Settings, summary: "Summary") -> str:
+    heard = f", although {summary.heard_of:,} of them were heard of lately" if summary.heard_of else ""
+    return (
+        f"CallHQ answered 404 for every session{heard}. Is CALLHQ_API_URL right?"
+        f" It is {shown(configuration.callhq_api_url)}; run `archiver doctor`."
+    )
 
 
 def _ids(file: TextIO) -> Iterator[str]:
@@ -125,9 +137,12 @@ def _ids(file: TextIO) -> Iterator[str]:
 class Summary:
     """What a backfill came to."""
 
-    def __init__(self, *, dry_run: bool) -> None:
+    def __init__(self, *, dry_run: bool, lifetime: timedelta) -> None:
         self.dry_run = dry_run
         self.was_interrupted = False
+        self.finds_nothing = False  # every answer was 404
+        self.heard_of = 0  # sessions that CallHQ does not show, although it cannot have forgotten them
+        self._lifetime = lifetime
         self.outcomes: Counter[str] = Counter()
         self.coverage: Counter[str] = Counter()
         self.recovered = 0
@@ -140,11 +155,18 @@ class Summary:
         self.outcomes[reading.outcome] += 1
         if reading.outcome in _FAILURES:
             self.failures.append((reading.session_id, reading.error or _FAILURES[reading.outcome]))
-        if reading.after is not None:
+        if reading.after is not None and reading.outcome != "failed":  # else it stands as before
             self.coverage[reading.after.coverage] += 1
+        if reading.outcome == "gone" and reading.before is not None:
+            self.heard_of += reading.before.heard_at > datetime.now(UTC) - self._lifetime
         if reading.recovered > 0:
             self.recovered += reading.recovered
             self.repaired.append((reading.session_id, reading.recovered))
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether nothing was found where something must be."""
+        return self.finds_nothing and (self.heard_of > 0 or self.outcomes["unknown"] > 0)
 
     def show(self, *, as_json: bool) -> None:
         """On stdout."""
@@ -155,7 +177,7 @@ class Summary:
         table = Table(show_header=False)
         table.add_column()
         table.add_column(justify="right")
-        for name in ("read", "gone", "unreadable", "unavailable", "failed", "busy"):
+        for name in ("read", "gone", "unreadable", "unavailable", "unknown", "failed", "busy"):
             if self.outcomes[name] or name == "read":
                 table.add_row(_MEANINGS[name], f"{self.outcomes[name]:,}")
         would = "messages that would be recovered" if self.dry_run else "messages recovered"
@@ -164,10 +186,13 @@ class Summary:
         for state, number in sorted(self.coverage.items()):
             table.add_row(f"{'would be' if self.dry_run else 'now'} {state}", f"{number:,}")
         table.add_row("sessions/s", f"{self.outcomes.total() / seconds:,.1f}" if seconds else "")
-        console = Console()
-        console.print(table)
+        if not self.outcomes and not self.was_interrupted:
+            click.echo("Nothing to read: no session matches, or all that do have been read.")
+            return
+        printed = console()
+        printed.print(table)
         for session_id, number in self.repaired[:SHOWN] if self.dry_run else ():
-            console.print(Text(f"  {session_id}: {number} messages"))
+            printed.print(Text(f"  {session_id}: {number} messages"))
         for session_id, error in self.failures[:SHOWN]:
             click.echo(f"archiver: {session_id}: {error}", err=True)
         if len(self.failures) > SHOWN:
@@ -192,6 +217,7 @@ _FAILURES = {
     "unreadable": "an answer of an unexpected shape",
     "unavailable": "no answer, and the session has expired",
     "busy": "left to a worker that reads it now",
+    "unknown": "unknown",
 }
 
 _MEANINGS = {
@@ -199,6 +225,7 @@ _MEANINGS = {
     "gone": "no longer there (404, 410)",
     "unreadable": "answered in an unexpected shape",
     "unavailable": "given up: expired before any answer",
+    "unknown": "unknown here and there (404)",
     "failed": "could not be read",
     "busy": "left to a worker that reads them now",
 }
@@ -222,17 +249,21 @@ async def _run(
         ) as (
             engine,
             reconciler,
-            submit,
+            _,
         ):
+            timing = timing_of(configuration)
             begun = datetime.now(UTC) if summary.dry_run else await backfill.begin(engine, selection)
-            total = await backfill.count(engine, selection, begun)
+            total = await backfill.count(engine, selection, begun, timing)
             with _progress(total, summary, quiet=quiet) as told:
-                async for page in backfill.pages(engine, selection, begun):
+                async for page in backfill.pages(engine, selection, begun, timing):
                     if summary.dry_run:
                         await reconciler.preview_all(page, told)
                     else:
-                        await backfill.register(engine, submit, page)
-                        await reconciler.read_all(page, told)
+                        strangers = await backfill.strangers(engine, page)
+                        await reconciler.meet_all(strangers, told)
+                        unmet = set(strangers)
+                        await reconciler.read_all([each for each in page if each not in unmet], told)
+            summary.finds_nothing = reconciler.finds_nothing
             if not summary.dry_run and not summary.failures:  # else the same command goes on with those
                 await backfill.end(engine, selection)
 
@@ -252,8 +283,11 @@ async def _run(
 
 
 class _Rate(ProgressColumn):
+    """Since the start: sessions are told of some together, so that between two of them there is no time."""
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.1f}/s")
+        seconds = task.finished_time or task.elapsed
+        return Text(f"{task.completed / seconds:,.1f}/s" if seconds else "")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import uvloop
 from sqlalchemy import Connection, Engine
 
 from archiver import database, embedded, events, schema
-from archiver.settings import Settings, SettingsError
+from archiver.settings import Settings, SettingsError, strangers
 
 log = structlog.get_logger(__name__)
 
@@ -106,6 +106,19 @@ def where(configuration: Settings, opened: Connection) -> str:
     if configuration.database_url is None:
         return f"embedded in {configuration.home.resolve()}"
     return schema.where(opened)
+
+
+def named(configuration: Settings) -> str:
+    """The same for the log, as the settings say it: nobody has to reach it."""
+    if configuration.database_url is None:
+        return f"embedded in {configuration.home.resolve()}"
+    return database.place(database.database_url(configuration.database_url.get_secret_value()))
+
+
+def warn_of_strangers() -> None:
+    """A setting whose name is misspelt does nothing, which is not to be found out by what is missing."""
+    for name, meant in strangers():
+        log.warning("there is no such setting: it does nothing", variable=name, **{"meant": meant} if meant else {})
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

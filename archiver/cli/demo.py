@@ -7,17 +7,18 @@ import click
 from rich.console import Console
 
 from archiver import settings
+from archiver.cli.output import Number, Whole
 from archiver.demo.faults import Expired, Faults, with_history_faults
 from archiver.demo.run import run
 from archiver.demo.serving import simulate as serve_simulation
 from archiver.demo.serving import with_secret
 
-SHARE = click.FloatRange(0, 1)
+SHARE = Number(0, 1)
 
 
 @click.command()
 @click.option("--exit", "exit_when_done", is_flag=True, help="End once the archive is compared; else serve on.")
-@click.option("--conversations", default=300, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
+@click.option("--conversations", default=300, show_default=True, type=Whole(1, 10_000), help="How many.")
 @click.option("--loss", default=0.2, show_default=True, type=SHARE, help="Share of webhooks that never arrive.")
 @click.option("--duplicates", default=0.1, show_default=True, type=SHARE, help="Share sent more than once.")
 @click.option("--seed", default=1, show_default=True, help="Same seed, same conversations and faults.")
@@ -42,7 +43,7 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", required=True, type=click.IntRange(1, 65535), help="Port of the API, which is under /api.")
+@click.option("--port", required=True, type=Whole(1, 65535), help="Port of the API, which is under /api.")
 @click.option("--webhook", "webhook_url", metavar="URL", help="Where to send webhooks; none are sent without.")
 @click.option("--secret", default="", help="Secret to sign them with.  [default: ARCHIVER_WEBHOOK_SECRETS]")
 @click.option("--api-key", help="The only x-api-key accepted.  [default: any]")
@@ -61,13 +62,13 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
     "--history-latency",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0, 60),
+    type=Number(0, 60),
     metavar="SECONDS",
     help="How long each history answer takes.",
 )
 @click.option(
     "--lifetime",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     metavar="SECONDS",
     help="Age at which a session's history expires.  [default: never]",
 )

@@ -1,18 +1,19 @@
 """`archiver status` and `archiver doctor`: what is, and what is wrong."""
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, overview, schema, settings, spool
 from archiver.cli import connection
-from archiver.doctor import Finding, examine_database, examine_settings, examine_spool
+from archiver.cli.output import console
+from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
 
 
@@ -49,7 +50,7 @@ def status(as_json: bool) -> None:
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
     table.add_row("spool", f"{spooled.events:,}", f"since {_moment(spooled.oldest_at)}" if spooled.events else "")
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
-    Console().print(table)
+    console().print(table)
     if figures.quarantine:
         click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
 
@@ -76,6 +77,7 @@ def doctor(as_json: bool) -> None:
         findings = [
             *examine_settings(configuration),
             *examine_spool(configuration),
+            examine_platform(configuration),
             *_examine_database(configuration),
         ]
     if as_json:
@@ -85,6 +87,9 @@ def doctor(as_json: bool) -> None:
     failures = [finding.check for finding in findings if finding.verdict == "failure"]
     if failures:
         click.echo(f"archiver: something must be done about: {', '.join(failures)}", err=True)
+    if not as_json:
+        _print_psql(findings)
+    if failures:
         sys.exit(1)
 
 
@@ -117,7 +122,10 @@ def _print(findings: list[Finding]) -> None:
         table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, Text(finding.detail))
         if finding.advice:
             table.add_row("", "", Text(f"-> {finding.advice}", "bold"))
-    Console().print(table)
+    console().print(table)
+
+
+def _print_psql(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.check == "psql":  # in one line, for pasting
             click.echo(f"\nTo look inside while `archiver serve` runs:\n{finding.detail}")

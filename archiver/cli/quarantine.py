@@ -8,19 +8,19 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Engine, RowMapping
+from sqlalchemy import Connection, Engine, RowMapping
 
 from archiver import acts, database, schema, settings
 from archiver import quarantine as store
 from archiver.cli import connection
+from archiver.cli.output import Whole, console
 from archiver.ingest import Outcome, retry_quarantined
 from archiver.worker import timing_of
 
 PAGE = 500
-ID = click.IntRange(1, 2**63 - 1)
+ID = Whole(1, 2**63 - 1)
 
 
 @click.group()
@@ -30,13 +30,15 @@ def quarantine() -> None:
 
 @quarantine.command("list")
 @click.option("--reason", help="Only those with this reason.")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000), help="At most so many.")
+@click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="At most so many.")
 @connection.json_option
 def list_(reason: str | None, limit: int, as_json: bool) -> None:
     """List them, oldest first, without their content."""
     with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
         schema.check(opened)
         rows = [dict(row) for row in store.select_quarantine(opened, limit=limit, reason=reason)]
+        if not rows:
+            _check_reason(opened, reason)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2))
         return
@@ -55,7 +57,18 @@ def list_(reason: str | None, limit: int, as_json: bool) -> None:
             row["reason"],
             Text(row["detail"]),
         )
-    Console().print(table)
+    console().print(table)
+
+
+def _check_reason(opened: Connection, reason: str | None) -> None:
+    """A reason that is in the quarantine can be asked for, whoever wrote it; else one that this version gives."""
+    if reason is None or reason in store.REASONS:
+        return
+    known = {*store.REASONS, *store.select_reasons(opened)}
+    if reason not in known:
+        raise click.BadParameter(
+            f"there is no such reason; known are {', '.join(sorted(known))}", param_hint="--reason"
+        )
 
 
 def _nothing(reason: str | None) -> str:
@@ -82,7 +95,8 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(_described(row) | _told(row["body"])), indent=2))
     else:
         for name, value in _described(row).items():
-            click.echo(f"{name + ':':18}{value}")
+            if value is not None:
+                click.echo(f"{name + ':':18}{value}")
         # Control characters of a stranger's making do not reach the terminal.
         shown = bytes(row["body"]).decode("utf-8", "backslashreplace")
         printable = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
@@ -137,6 +151,7 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, acto
     with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
             schema.check(opened)
+            _check_reason(opened, reason)
         for quarantine_id in quarantine_ids or _every_id(engine, reason):
             outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, timing_of(configuration))
             if not as_json:

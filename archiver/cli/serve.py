@@ -24,6 +24,7 @@ from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
+from archiver.cli.output import Whole
 from archiver.cli.recording import record_settings
 from archiver.settings import Settings, SettingsError
 from archiver.worker import signing_key
@@ -37,8 +38,8 @@ OTHER_FILES = 256  # that a process has open beside its connections: libraries, 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Receiving processes.")
+@click.option("--port", default=8000, show_default=True, type=Whole(0, 65535), help="0 takes a free one.")
+@click.option("--workers", default=1, show_default=True, type=Whole(1, 64), help="Receiving processes.")
 @click.option(
     "--migrate/--no-migrate",
     default=None,
@@ -63,15 +64,17 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
         signal.signal(number, lambda *_: sys.exit(0))
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
+    connection.warn_of_strangers()
     configuration = _require_authentication(configuration, insecure=insecure)
     signing_key(configuration)
+    place = connection.named(configuration)
     _allow_files(configuration.max_connections + SPARE + OTHER_FILES)
     with connection.lasting_database_url(configuration) as url, _multiprocess_metrics(workers + has_worker):
         should_migrate = configuration.database_url is None if migrate is None else migrate
-        _prepare(configuration, url, should_migrate=should_migrate)
+        _prepare(configuration, url, place, should_migrate=should_migrate)
         configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
         environment = _environment(configuration)
-        with _listening(host, port) as listener, working(environment) if has_worker else nullcontext():
+        with _listening(host, port, place) as listener, working(environment) if has_worker else nullcontext():
             if workers == 1:
                 _receive(configuration, listener)
             else:
@@ -109,7 +112,7 @@ def _allow_files(needed: int) -> None:
         )
 
 
-def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None:
+def _prepare(configuration: Settings, url: str, place: str, *, should_migrate: bool) -> None:
     engine = database.connect(
         database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
     )
@@ -123,7 +126,11 @@ def _prepare(configuration: Settings, url: str, *, should_migrate: bool) -> None
         if configuration.spool == "off" or not database.is_unreachable(error):
             raise
         # Nobody sends again what a receiver that is not there does not take.
-        log.error("the database cannot be reached: events are spooled until it can", reason=database.explain(error))  # noqa: TRY400  # there is nothing to trace
+        log.error(  # noqa: TRY400  # there is nothing to trace
+            "the database cannot be reached: events are spooled until it can; archiver doctor says what to do",
+            database=place,
+            reason=database.explain(error),
+        )
     finally:
         engine.dispose()
 
@@ -140,7 +147,7 @@ def _multiprocess_metrics(processes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def _listening(host: str, port: int, place: str) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -151,7 +158,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     with listener:
         address, bound_port = listener.getsockname()[:2]
         shown = f"[{address}]" if family == socket.AF_INET6 else address
-        log.info("receiving", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}")
+        log.info("receiving", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}", database=place)
         yield listener
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from archiver import database, schema, settings, telemetry
 from archiver.cli import connection
+from archiver.cli.output import Whole
 from archiver.cli.recording import record_settings
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
@@ -20,9 +21,7 @@ log = structlog.get_logger(__name__)
 
 
 @click.command()
-@click.option(
-    "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of loopback."
-)
+@click.option("--metrics-port", type=Whole(1, 65535), help="Serve Prometheus metrics on this port of loopback.")
 def worker(metrics_port: int | None) -> None:
     """Read histories, seal the ledger and erase what is to be erased, until told to stop.
 
@@ -33,6 +32,7 @@ def worker(metrics_port: int | None) -> None:
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     signing_key(configuration)
+    connection.warn_of_strangers()
     with connection.lasting_database_url(configuration, create=False) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)

@@ -102,6 +102,7 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
     record, secret = Record(), secrets.token_urlsafe(24)
     signer = _signer(secret)
     async with contextlib.AsyncExitStack() as stack:
+        _refuse_second(plan.home)
         view.say("Starting Postgres …")
         postgres = await stack.enter_async_context(_postgres(plan.home))
         stack.enter_context(_alone(plan.home))
@@ -166,6 +167,14 @@ def _alone(home: Path) -> Iterator[None]:
         except BlockingIOError:
             raise BusyError from None
         yield
+
+
+def _refuse_second(home: Path) -> None:
+    """The same before anything is started. Where there is no lock yet, or none for us, starting says why."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        if (home / "demo.lock").exists():
+            with _alone(home):
+                pass
 
 
 def _empty_database(postgres: Postgres) -> None:

@@ -2,11 +2,11 @@
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -79,7 +79,8 @@ class View:
         self.say(f"\nWebhooks are received at {receiver}. Send one:\n")
         self.say(f"  curl {receiver} -H {shlex.quote(header)} -d {shlex.quote(body)}\n")
         self.say(f"Look at it:\n\n  {psql} -c {shlex.quote(query)}\n")
-        program = "archiver" if shutil.which("archiver") else f"{shlex.quote(sys.executable)} -m archiver"
+        beside = Path(sys.executable).with_name("archiver")
+        program = shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m archiver"
         self.say(f"Ask the archiver:\n\n  DATABASE_URL={shlex.quote(database_url)} {program} status\n")
         self.say(f"The simulated CallHQ is at {api} (any x-api-key); what it is told arrives in the archive too.")
         self.say("Ctrl-C ends everything.")

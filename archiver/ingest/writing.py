@@ -171,8 +171,11 @@ def explain_fault(fault: Exception) -> tuple[str, str]:
     """A reason and a sentence that hold nothing of the event: a database error's own text may quote it."""
     state = sqlstate(fault)
     if state is not None or isinstance(fault, DBAPIError):
-        return "not_storable", f"Postgres refused the event with SQLSTATE {state or 'unknown'}."
-    return "not_processable", f"The archiver failed on the event with {type(fault).__name__}: please report it."
+        return quarantine.NOT_STORABLE, f"Postgres refused the event with SQLSTATE {state or 'unknown'}."
+    return (
+        quarantine.NOT_PROCESSABLE,
+        f"The archiver failed on the event with {type(fault).__name__}: please report it.",
+    )
 
 
 def _unavailable(error: SQLAlchemyError) -> UnavailableError:

@@ -77,7 +77,7 @@ _UNREAD = {
     history.UNAVAILABLE: "history_unavailable",
     history.READ: "history_empty",
 }
-
+NOT_SHOWN = tuple(reason for kind, reason in _UNREAD.items() if kind != history.READ)
 
 _TRIED_AGAIN = {history.GONE, history.UNREADABLE}
 

@@ -9,15 +9,24 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, bindparam, func, not_, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, not_, or_, select, text, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
-from archiver import tables
+from archiver import history, tables
+from archiver.projection.coverage import NOT_SHOWN, Timing
 from archiver.projection.facts import UNPLACED
 
 _sessions = tables.sessions.c
 _AMONG = _sessions.session_id == func.any(bindparam("session_ids", type_=ARRAY(TEXT)))
 _HAS_NEWS = _sessions.last_event_at > _sessions.read_at
+# The fact that the last reading made, or made again.
+_IS_UNREADABLE = exists().where(
+    tables.events.c.session_id == _sessions.session_id,
+    tables.events.c.type == history.UNREADABLE,
+    tables.events.c.last_received_at == _sessions.read_at,
+)
+# It may have been asked for at the wrong place, or at the wrong time.
+_WAS_NOT_SHOWN = or_(_sessions.reason.in_(NOT_SHOWN), _sessions.reconciled_at.is_(None))
 _FREE = or_(_sessions.leased_until.is_(None), _sessions.leased_until < bindparam("now"))
 
 
@@ -25,15 +34,22 @@ LEASE = timedelta(seconds=60)  # renewed by whoever lives
 
 
 class Standing(msgspec.Struct, frozen=True, gc=False):
-    """Where a session stands: its coverage, and how many messages history supplied."""
+    """Where a session stands: its coverage, how many messages history supplied, and when it was last heard of."""
 
     session_id: str
     coverage: str
     reason: str
     repaired_messages: int
+    heard_at: datetime
 
 
-_STANDING = (_sessions.session_id, _sessions.coverage, _sessions.reason, _sessions.repaired_messages)
+_STANDING = (
+    _sessions.session_id,
+    _sessions.coverage,
+    _sessions.reason,
+    _sessions.repaired_messages,
+    _sessions.last_event_at,
+)
 
 _DUE = (
     select(_sessions.session_id, _sessions.read_by)
@@ -152,39 +168,53 @@ def select_schedule(connection: Connection, session_id: str) -> Schedule | None:
     return None if row is None else Schedule(*row)
 
 
-def _unread(before: datetime, since: datetime | None, *, every: bool) -> list[ColumnElement[bool]]:
-    """Sessions not read since `before`, or with news; of those with an event `since`, or `every` one, or the open."""
-    is_stale = or_(_sessions.read_at.is_(None), _sessions.read_at < before, _HAS_NEWS)
-    conditions = [_sessions.session_id != UNPLACED, is_stale]
-    if since is not None:
-        conditions.append(_sessions.last_event_at >= since)
-    elif not every:
-        conditions.append(_sessions.coverage == "open")
-    return conditions
+class Wanted(msgspec.Struct, frozen=True, gc=False):
+    """Sessions to read: those with an event `since`; `every` one; or else those that another reading could complete.
+
+    Of them those that were not read from `before` on, or of which something was heard after that, or whose answer
+    was of an unexpected shape.
+    """
+
+    before: datetime
+    since: datetime | None
+    every: bool
+    timing: Timing
+
+    @property
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """What is true of such a session."""
+        is_stale = or_(_sessions.read_at.is_(None), _sessions.read_at < self.before, _HAS_NEWS, _IS_UNREADABLE)
+        conditions = [_sessions.session_id != UNPLACED, is_stale]
+        if self.since is not None:
+            conditions.append(_sessions.last_event_at >= self.since)
+        elif not self.every:
+            is_remembered = _sessions.read_by > self.before - self.timing.margin
+            conditions.append(or_(_sessions.coverage == "open", and_(is_remembered, _WAS_NOT_SHOWN)))
+        return conditions
 
 
-def select_unread(
-    connection: Connection, *, before: datetime, since: datetime | None, every: bool, after: str, most: int
-) -> list[str]:
-    """A page of session ids, in their order, that were not read since `before`; which, as `count_unread` has it."""
+def select_unread(connection: Connection, wanted: Wanted, *, after: str, most: int) -> list[str]:
+    """A page of the ids of the sessions that are wanted, in their order."""
     statement = (
         select(_sessions.session_id)
-        .where(_sessions.session_id > after, *_unread(before, since, every=every))
+        .where(_sessions.session_id > after, *wanted.conditions)
         .order_by(_sessions.session_id)
         .limit(most)
     )
     return list(connection.scalars(statement))
 
 
-def count_unread(connection: Connection, *, before: datetime, since: datetime | None, every: bool) -> int:
-    """How many sessions with an event `since`, or `every` one, or those whose coverage is open, are to be read."""
-    statement = select(func.count()).select_from(tables.sessions).where(*_unread(before, since, every=every))
+def count_unread(connection: Connection, wanted: Wanted) -> int:
+    """How many sessions are wanted."""
+    statement = select(func.count()).select_from(tables.sessions).where(*wanted.conditions)
     return connection.scalar(statement) or 0
 
 
 def select_read(connection: Connection, session_ids: Sequence[str], since: datetime) -> set[str]:
-    """Those of these sessions that were read from then on, and of which nothing was heard after that."""
-    statement = select(_sessions.session_id).where(_AMONG, _sessions.read_at >= since, not_(_HAS_NEWS))
+    """Those of these sessions that were read from then on, so that nothing is left to be asked for."""
+    statement = select(_sessions.session_id).where(
+        _AMONG, _sessions.read_at >= since, not_(_HAS_NEWS), not_(_IS_UNREADABLE)
+    )
     return set(connection.scalars(statement, {"session_ids": list(session_ids)}))
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from time import perf_counter
 
 import msgspec
+import stamina
 import structlog
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -31,6 +32,12 @@ log = structlog.get_logger(__name__)
 
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
 REFUSALS = 5  # of sessions, and none accepted: it is the key
+MISSING = 5  # sessions, and none found: it is the URL, or so it seems
+ATTEMPTS = 3  # at an answer that can be read
+_FIRST_BACKOFF, _LONGEST_BACKOFF, _JITTER = 0.5, 5.0, 0.5  # seconds
+_NOT_FOUND = 404
+_NOT_STORED = "its answer could not be stored: see archiver quarantine list"
+_NOT_KNOWN = "CallHQ does not know this session (404), nor does the archive: is the id right? It was not registered."
 LONGEST_RETRY = timedelta(hours=1)
 SHORTEST_RETRY = timedelta(seconds=30)
 
@@ -50,6 +57,13 @@ class _Answer(msgspec.Struct, frozen=True, gc=False):
     began: datetime
     event: Event | None
     fault: str = ""
+    status: int = 0
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether it was told that all is well, and then nothing that can be understood."""
+        is_success = self.status in range(200, 300)
+        return is_success and self.event is not None and self.event.type == history.UNREADABLE
 
 
 class Reconciler:
@@ -74,6 +88,12 @@ class Reconciler:
         self._concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
         self._accepted, self._refused = 0, 0  # calls, with this key
+        self._missing = 0  # of those accepted: answered 404
+
+    @property
+    def finds_nothing(self) -> bool:
+        """Whether every answer was 404, as it is where the URL is not the API's."""
+        return 0 < self._missing == self._accepted and not self._refused
 
     async def read_all(
         self,
@@ -113,6 +133,31 @@ class Reconciler:
             raise UnauthorizedError
         return report.outcomes
 
+    async def meet_all(
+        self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
+    ) -> Counter[Outcome]:
+        """The same for sessions that the archive has never heard of. Each is registered with its first answer; one
+        that CallHQ does not know either is not (`unknown`).
+        """
+        report = Report(self._engine, Leased(self._engine, [], None), told)
+        waiting = iter(session_ids)
+
+        async def one_after_another() -> None:
+            for session_id in waiting:
+                async with self._turns:
+                    await self._pause.wait()
+                    met = datetime.now(UTC)
+                    answer = await self._answer(session_id)
+                await report.add(session_id, *await self._register(session_id, met, answer))
+
+        try:
+            await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
+        finally:
+            await report.tell()
+        if self._refused and not self._accepted:
+            raise UnauthorizedError
+        return report.outcomes
+
     async def preview_all(
         self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
     ) -> Counter[Outcome]:
@@ -145,6 +190,8 @@ class Reconciler:
 
         def record_and_undo(connection: Connection) -> None:
             before = leases.select_standings(connection, [session_id]).get(session_id)
+            if before is None and answer.status == _NOT_FOUND:
+                raise _UndoneError(Reading(session_id, "unknown", error=_NOT_KNOWN))
             ledger.record(connection, [observation], self._timing)
             after = leases.select_standings(connection, [session_id]).get(session_id)
             raise _UndoneError(Reading(session_id, _OUTCOMES[event.type], before, after))
@@ -170,13 +217,59 @@ class Reconciler:
             return "failed", str(error.__doc__)
         if status == "quarantined":
             await self._postpone(session_id, lease, answer.began + LONGEST_RETRY)
-            return "unreadable", "its answer could not be stored: see archiver quarantine list"
+            return "unreadable", _NOT_STORED
         outcome = _OUTCOMES[event.type]
         telemetry.readings.labels(outcome).inc()
         return outcome, answer.fault
 
+    async def _register(self, session_id: str, met: datetime, answer: _Answer) -> tuple[Outcome, str]:
+        """Commit that there is such a session, and what was answered of it: the outcome, and what went wrong."""
+        if answer.status == _NOT_FOUND:
+            return "unknown", _NOT_KNOWN
+        facts = [(history.register({"id": session_id}), met)]
+        if answer.event is not None:
+            facts.append((answer.event, answer.began))
+        try:
+            became = await asyncio.gather(*(self._submit(event, moment) for event, moment in facts))
+        except NotRecordedError as error:
+            return "failed", str(error.__doc__)
+        if answer.event is None:
+            telemetry.readings.labels("failed").inc()
+            return "failed", answer.fault
+        if "quarantined" in became:
+            return "unreadable", _NOT_STORED
+        outcome = _OUTCOMES[answer.event.type]
+        telemetry.readings.labels(outcome).inc()
+        return outcome, answer.fault
+
     async def _answer(self, session_id: str) -> _Answer:
-        """Raises `UnauthorizedError` where the key is refused again and again and never accepted."""
+        """What cannot be read is asked for again, like what a server failed at: a proxy may have said it.
+
+        Raises `UnauthorizedError` where the key is refused again and again and never accepted.
+        """
+        attempts = stamina.retry_context(
+            on=_OddError,
+            attempts=ATTEMPTS,
+            timeout=None,
+            wait_initial=_FIRST_BACKOFF,
+            wait_max=_LONGEST_BACKOFF,
+            wait_jitter=_JITTER,
+        )
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    return await self._ask_once(session_id)
+        except _OddError as odd:
+            return odd.answer
+        raise AssertionError("stamina ends with an answer or with an error")
+
+    async def _ask_once(self, session_id: str) -> _Answer:
+        answer = await self._ask(session_id)
+        if answer.is_odd:
+            raise _OddError(answer)
+        return answer
+
+    async def _ask(self, session_id: str) -> _Answer:
         began, started = datetime.now(UTC), perf_counter()
         try:
             answer = await self._client.history(session_id)
@@ -184,15 +277,23 @@ class Reconciler:
             return _Answer(began, None, str(error))
         except TooLargeError as error:
             log.warning("history too large", session_id=session_id, error=str(error))
-            return _Answer(began, history.observe(session_id, 413, b""))
+            return _Answer(began, history.observe(session_id, 413, b""), status=413)
         except UnauthorizedError:
             self._refused += 1
             if not self._accepted and self._refused >= REFUSALS:
                 raise
-            return _Answer(began, None, "CallHQ refuses this session: is it one of the account of CALLHQ_API_KEY?")
-        self._accepted += 1
+            what = "this session" if self._accepted else "the key, or this session"
+            return _Answer(began, None, f"CallHQ refuses {what}: is it one of the account of CALLHQ_API_KEY?")
+        self._accept(answer.status)
         telemetry.reading_seconds.observe(perf_counter() - started)
-        return _Answer(answer.began, history.observe(session_id, answer.status, answer.body))
+        event = history.observe(session_id, answer.status, answer.body)
+        return _Answer(answer.began, event, status=answer.status)
+
+    def _accept(self, status: int) -> None:
+        self._accepted += 1
+        self._missing += status == _NOT_FOUND
+        if self._missing == self._accepted == MISSING:
+            log.warning("CallHQ answers 404 for every session: is CALLHQ_API_URL right? Ask archiver doctor")
 
     async def _failed(self, session_id: str, lease: datetime, now: datetime) -> Event | None:
         """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
@@ -224,6 +325,14 @@ def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: 
     if read_by is not None and now < read_by + timing.margin:
         pause = max(min(pause, (read_by + timing.margin - now) / 4), SHORTEST_RETRY)
     return pause
+
+
+class _OddError(Exception):
+    """An answer that may be another one when it is asked for again."""
+
+    def __init__(self, answer: _Answer) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 class _UndoneError(Exception):

@@ -1,27 +1,26 @@
 """Backfill: many sessions, now, a page at a time; one that was interrupted goes on where it was."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import msgspec
-from sqlalchemy import Connection, case, delete
+from sqlalchemy import case, delete
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import events, history, tables
+from archiver import events, tables
 from archiver.database import run_in_transaction
-from archiver.projection import leases
-from archiver.reconcile import Submit
+from archiver.projection import Timing, leases
 
 RESUMABLE = timedelta(days=1)  # what was left off before that begins anew
-REGISTERED_TOGETHER = 500
 PAGE = 5_000  # sessions, by their ids alone
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Which sessions: these ids; those with events `since`; `every` one; or else those whose coverage is open."""
+    """Which sessions: these ids; those with events `since`; `every` one; or else those that a reading could
+    complete: their coverage is open, or CallHQ still remembers what it did not show.
+    """
 
     session_ids: tuple[str, ...] = ()
     since: datetime | None = None
@@ -51,35 +50,30 @@ async def end(engine: AsyncEngine, selection: Selection) -> None:
     await run_in_transaction(engine, lambda connection: connection.execute(ended))
 
 
-async def count(engine: AsyncEngine, selection: Selection, begun: datetime) -> int:
+async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing) -> int:
     """How many sessions are still to be read."""
     if not selection.session_ids:
-        return await run_in_transaction(
-            engine,
-            lambda c: leases.count_unread(c, before=begun, since=selection.since, every=selection.every),
-        )
+        wanted = leases.Wanted(begun, selection.since, selection.every, timing)
+        return await run_in_transaction(engine, partial(leases.count_unread, wanted=wanted))
     return sum([len(page) async for page in _listed(engine, selection.session_ids, begun)])
 
 
-async def pages(engine: AsyncEngine, selection: Selection, begun: datetime) -> AsyncIterator[list[str]]:
+async def pages(
+    engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing
+) -> AsyncIterator[list[str]]:
     """The sessions still to be read, a page at a time."""
     if selection.session_ids:
         async for page in _listed(engine, selection.session_ids, begun):
             yield page
         return
-    after = ""
+    wanted, after = leases.Wanted(begun, selection.since, selection.every, timing), ""
     while True:
-        page = await run_in_transaction(engine, partial(_page, selection=selection, begun=begun, after=after))
+        select_page = partial(leases.select_unread, wanted=wanted, after=after, most=PAGE)
+        page = await run_in_transaction(engine, select_page)
         if not page:
             return
         yield page
         after = page[-1]
-
-
-def _page(connection: Connection, selection: Selection, begun: datetime, after: str) -> list[str]:
-    return leases.select_unread(
-        connection, before=begun, since=selection.since, every=selection.every, after=after, most=PAGE
-    )
 
 
 async def _listed(engine: AsyncEngine, session_ids: Sequence[str], begun: datetime) -> AsyncIterator[list[str]]:
@@ -91,10 +85,7 @@ async def _listed(engine: AsyncEngine, session_ids: Sequence[str], begun: dateti
             yield left
 
 
-async def register(engine: AsyncEngine, submit: Submit, session_ids: Sequence[str]) -> None:
-    """Make known to the archive those of these sessions that it has never heard of."""
+async def strangers(engine: AsyncEngine, session_ids: Sequence[str]) -> list[str]:
+    """Those of these sessions that the archive has never heard of."""
     known = await run_in_transaction(engine, lambda c: leases.select_standings(c, session_ids))
-    unknown = [history.register({"id": session_id}) for session_id in session_ids if session_id not in known]
-    now = datetime.now(UTC)
-    for start in range(0, len(unknown), REGISTERED_TOGETHER):
-        await asyncio.gather(*(submit(event, now) for event in unknown[start : start + REGISTERED_TOGETHER]))
+    return [session_id for session_id in session_ids if session_id not in known]

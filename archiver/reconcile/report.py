@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 TOLD_TOGETHER = 20
 
-Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy"]
+Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy", "unknown"]
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):

@@ -26,8 +26,8 @@ __all__ = ["REASONS", "Reason", "SignatureError", "Verifier", "key_id", "verifie
 
 _PLACEHOLDERS = ("body", "timestamp", "method", "url", "svix-id")
 _SECRETS = "ARCHIVER_WEBHOOK_SECRETS"
-_MAKE_TEXT = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
-_MAKE_BASE64 = 'python -c "import base64, secrets; print(base64.b64encode(secrets.token_bytes(32)).decode())"'
+_MAKE_TEXT = 'python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
+_MAKE_BASE64 = 'python3 -c "import base64, secrets; print(base64.b64encode(secrets.token_bytes(32)).decode())"'
 
 
 def verifier(settings: Settings) -> Verifier:
