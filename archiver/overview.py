@@ -19,6 +19,9 @@ class Overview(msgspec.Struct, frozen=True):
     coverage: dict[str, int]
     quarantine: int
     quarantine_reasons: dict[str, int]
+    seals: int
+    sealed_at: datetime | None
+    unsealed: int
     sizes: dict[str, int]
 
 
@@ -27,8 +30,13 @@ def select_overview(connection: Connection) -> Overview:
     ledger = connection.execute(
         text(
             "SELECT count(*) AS events, coalesce(sum(delivery_count), 0)::bigint AS deliveries,"
-            " max(last_received_at) AS last_event_at FROM archiver.events"
+            " max(last_received_at) AS last_event_at,"
+            " count(*) FILTER (WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals)) AS unsealed"
+            " FROM archiver.events"
         )
+    ).one()
+    seals = connection.execute(
+        text("SELECT coalesce(max(id), 0) AS newest, max(sealed_at) AS sealed_at FROM archiver.seals")
     ).one()
     chats = connection.execute(
         text("SELECT count(*) AS chats, count(deleted_at) AS deleted FROM archiver.chats")
@@ -48,6 +56,9 @@ def select_overview(connection: Connection) -> Overview:
         coverage=coverage,
         quarantine=sum(reasons.values()),
         quarantine_reasons=reasons,
+        seals=seals.newest,
+        sealed_at=seals.sealed_at,
+        unsealed=ledger.unsealed,
         sizes=_counts(
             connection,
             "SELECT c.relname, pg_total_relation_size(c.oid) FROM pg_class c JOIN pg_namespace n"

@@ -37,6 +37,7 @@ from archiver.settings import Settings, SettingsError
 log = structlog.get_logger(__name__)
 
 JOBS_SCHEMA = "archiver_jobs"
+SEALS_A_JOB = 20  # a backlog must not hold up the end of a worker
 SESSIONS_A_JOB = 20
 MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
 # Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
@@ -178,17 +179,21 @@ class Sealing:
     def __init__(self, configuration: Settings, url: URL) -> None:
         self._key = signing_key(configuration)
         self._every = timedelta(seconds=configuration.seal_every)
+        self._not_before = datetime.min.replace(tzinfo=UTC)
         self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
 
     def seal(self) -> None:
         """Seal what is settled, if the newest seal is old enough."""
         with database.transaction(self._engine) as connection:
             newest = seals.select_newest(connection)
-        if datetime.now(UTC) - newest.sealed_at < self._every:
+        now = datetime.now(UTC)
+        # A clock that is, or was, ahead must not end all sealing.
+        if timedelta() <= now - newest.sealed_at < self._every or now < self._not_before:
             return
         try:
-            seals.seal(self._engine, self._key)
+            seals.seal(self._engine, self._key, most=SEALS_A_JOB)
         except seals.BusyError as error:
+            self._not_before = now + self._every
             log.warning("not sealed this time", reason=str(error))
 
 

@@ -136,7 +136,7 @@ def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def findings(connection: Connection, **options: Any) -> list[Finding]:
-    return list(seals.verify(connection, key=KEY.public_key(), **options))
+    return list(seals.verify(connection, keys={seals.key_id(KEY.public_key()): KEY.public_key()}, **options))
 
 
 def verify(engine: Engine, **options: Any) -> list[Finding]:
@@ -225,13 +225,13 @@ def test_i9_each_removed_row_is_found_and_named(forged: Connection, table: str) 
         assert any(found.table == table and found.id == row_id for found in findings(forged)), row_id
 
 
-@pytest.mark.parametrize("row_id", [-(2**62), 0, 1, 3])
+@pytest.mark.parametrize("row_id", [-(2**63), 0, 1, 3])
 def test_i9_a_row_put_in_is_found_and_named(forged: Connection, row_id: int) -> None:
     names = [column.name for column in tables.events.c if column.name not in {"id", "session_id"}]
     forge(
         forged,
         f"INSERT INTO archiver.events (id, session_id, {', '.join(names)}) OVERRIDING SYSTEM VALUE"
-        f" SELECT {row_id}, 'put in', {', '.join(names)} FROM archiver.events WHERE chat_id = 'b'",
+        f" SELECT CAST({row_id} AS numeric), 'put in', {', '.join(names)} FROM archiver.events WHERE chat_id = 'b'",
     )
     assert any(found.id == row_id for found in findings(forged))
 
@@ -274,11 +274,13 @@ def test_i9_seals_made_anew_without_the_key_are_found(sealed: Engine, forged: Co
         forged.execute(text(f"DELETE FROM archiver.seals WHERE id = {seal.id}"))
         chain.insert_seal(forged, made, anew)
         before, rewritten = made, rewritten + 1
-    # As a chain of unsigned seals it is whole: only the exported heads, or the key, tell.
-    assert findings(forged) == []
+    # As a chain of unsigned seals it is whole: only the key, or exported seals, tell.
+    assert list(seals.verify(forged)) == []
+    assert {found.fault for found in findings(forged)} == {"unsigned"}
+    assert findings(forged, signed_since=rewritten + 1) == []
     with snapshot(sealed, statement_seconds=30) as honest:
         heads = {seal.id: seal.hash for seal, _ in chain.select_seals(honest)}
-    told = findings(forged, heads=heads)
+    told = list(seals.verify(forged, heads=heads))
     assert {(found.table, found.fault) for found in told} == {("seals", "not_the_known_one")}
     assert len(told) == rewritten
 
@@ -294,9 +296,11 @@ def test_i9_a_chain_cut_at_its_end_is_found_against_exported_seals(sealed: Engin
 def test_i9_a_seal_signed_by_another_key_is_found(sealed: Engine) -> None:
     stranger = Ed25519PrivateKey.generate().public_key()
     with snapshot(sealed, statement_seconds=30) as connection:
-        told = list(seals.verify(connection, key=stranger))
+        told = list(seals.verify(connection, keys={seals.key_id(stranger): stranger}))
+        forged = list(seals.verify(connection, keys={seals.key_id(KEY.public_key()): stranger}))
     assert told
-    assert {found.fault for found in told} == {"wrong_signature"}
+    assert {found.fault for found in told} == {"unknown_key"}
+    assert {found.fault for found in forged} == {"wrong_signature"}
 
 
 def test_increments_are_verified_after_a_seal(sealed: Engine, forged: Connection) -> None:
@@ -316,27 +320,84 @@ def test_content_that_is_gone_without_an_erasure_is_found(forged: Connection) ->
     assert findings(forged) == [Finding("events", int(event_id or 0), "erased_without_record")]
 
 
+def test_a_salt_that_gave_bytes_to_the_body_is_found(forged: Connection) -> None:
+    """Hashed one after the other, salt and body have no boundary but the salt's length."""
+    event_id = forged.scalar(text("SELECT id FROM archiver.events WHERE chat_id = 'b'"))
+    forge(
+        forged,
+        "UPDATE archiver.events SET body = substr(salt, 13) || body, dedupe_key = substr(salt, 13) || dedupe_key,"
+        f" salt = substr(salt, 1, 12) WHERE id = {event_id}",
+    )
+    assert findings(forged) == [Finding("events", int(event_id or 0), "changed")]
+
+
+def test_counters_that_a_recount_put_in_lowers_are_found(forged: Connection) -> None:
+    event_id = forged.scalar(text("SELECT event_id FROM archiver.recounts ORDER BY id LIMIT 1"))
+    forge(
+        forged,
+        "UPDATE archiver.events SET delivery_count = 1, last_received_at = received_at, earliest_at = NULL"
+        f" WHERE id = {event_id}",
+    )
+    forged.execute(
+        text(
+            "INSERT INTO archiver.recounts (event_id, delivery_count, last_received_at)"
+            f" SELECT id, 1, received_at FROM archiver.events WHERE id = {event_id}"
+        )
+    )
+    assert {(found.table, found.fault) for found in findings(forged)} == {("recounts", "went_back")}
+
+
+def test_an_erasure_without_an_act_is_found(forged: Connection) -> None:
+    forge(
+        forged,
+        "INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)"
+        " VALUES ('s', '', now(), 'request', 999)",
+    )
+    assert [(found.table, found.fault) for found in findings(forged)] == [("erasures", "without_act")]
+
+
+def test_seals_are_verified_from_one_that_is_missing(forged: Connection) -> None:
+    forge(forged, "DELETE FROM archiver.seals WHERE id = 2")
+    assert Finding("seals", 2, "missing") in findings(forged, after_seal=2)
+
+
 # Sealing
 
 
 def test_nothing_new_makes_no_seal(engine: Engine) -> None:
-    assert seals.seal(engine) == []
+    assert seals.seal(engine, KEY) == []
     record(engine, created())
-    assert len(seals.seal(engine)) == 1
-    assert seals.seal(engine) == []
+    assert len(seals.seal(engine, KEY)) == 1
+    assert seals.seal(engine, KEY) == []
 
 
 def test_a_redelivery_after_its_sealing_is_sealed_too(engine: Engine) -> None:
     record(engine, created())
-    seals.seal(engine)
+    seals.seal(engine, KEY)
     for count in (2, 3):
         record(engine, created(), seconds=count)
         assert verify(engine) == []
-        (seal,) = seals.seal(engine)
+        (seal,) = seals.seal(engine, KEY)
         assert seal.size == 1
         assert verify(engine) == []
     assert rows(engine, "SELECT delivery_count, is_recounted FROM archiver.events") == [(3, False)]
     assert rows(engine, "SELECT delivery_count FROM archiver.recounts ORDER BY id") == [(2,), (3,)]
+
+
+def test_more_redeliveries_than_one_seal_holds_are_no_tampering(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "LEAVES", 3)
+    bodies = [created(f"c{n}", "s") for n in range(8)]
+    record(engine, *bodies)
+    seals.seal(engine, KEY)
+    record(engine, *bodies, seconds=5)
+    record(engine, created("new", "s"), created("new", "s"))
+    for _ in range(6):
+        seals.seal(engine, KEY, most=1)
+        with snapshot(engine, statement_seconds=30) as connection:
+            assert list(seals.verify(connection)) == []
+    assert rows(engine, "SELECT count(*) FROM archiver.events WHERE is_recounted") == [(0,)]
 
 
 def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine) -> None:
@@ -346,9 +407,9 @@ def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine
         ledger.record(late, [ledger.Observation(event, NOW, "webhook", "key")])
         record(engine, created("early", "t"))  # a higher id, committed first
         with pytest.raises(seals.BusyError):
-            seals.seal(engine)
+            seals.seal(engine, KEY)
         assert rows(engine, "SELECT count(*) FROM archiver.seals") == [(0,)]
         late.commit()
-    (seal,) = seals.seal(engine)
+    (seal,) = seals.seal(engine, KEY)
     assert seal.size == 2
     assert verify(engine) == []

@@ -49,6 +49,8 @@ def status(as_json: bool) -> None:
     table.add_row("last event", _moment(figures.last_event_at))
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
     table.add_row("spool", f"{spooled.events:,}", f"since {_moment(spooled.oldest_at)}" if spooled.events else "")
+    sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
+    table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
     if figures.quarantine:

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import click
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -15,6 +16,7 @@ from sqlalchemy import text
 
 from archiver import database, schema, seals, settings, telemetry
 from archiver.cli import connection
+from archiver.cli.output import Whole
 from archiver.seals import Checked, Finding, KeyFileError, Seal
 from archiver.worker import signing_key
 
@@ -46,12 +48,21 @@ def seal(as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--since", "after_seal", type=click.IntRange(1), metavar="SEAL", help="Begin after this seal.")
+@click.option("--since", "after_seal", type=Whole(1), metavar="SEAL", help="Begin after this seal.")
 @click.option(
     "--key",
-    "key_file",
+    "key_files",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Public key (PEM) that must have signed every signed seal. [default: that of ARCHIVER_SEAL_KEY]",
+    help="Public key (PEM) that signs seals; several after a rotation. [default: that of ARCHIVER_SEAL_KEY]",
+)
+@click.option(
+    "--signed-since",
+    default=1,
+    show_default=True,
+    type=Whole(1),
+    metavar="SEAL",
+    help="With a key: the first seal that must be signed.",
 )
 @click.option(
     "--against",
@@ -60,14 +71,16 @@ def seal(as_json: bool) -> None:
     help="Seals as `archiver seals export` wrote them elsewhere; - for stdin.",
 )
 @connection.json_option
-def verify(after_seal: int | None, key_file: Path | None, against: IO[str] | None, as_json: bool) -> None:
+def verify(
+    after_seal: int | None, key_files: tuple[Path, ...], signed_since: int, against: IO[str] | None, as_json: bool
+) -> None:
     """Check seals and ledger: each row against its seal, each body against its digest, each seal against its chain.
 
     Names each event and seal that is not as it was sealed, and exits 1 if there is any. What is not sealed yet can be
     changed unseen: how many events that are is told.
     """
     configuration = settings.read()
-    key = _checking_key(configuration, key_file)
+    keys = _checking_keys(configuration, key_files)
     heads = None if against is None else _heads(against)
     checked, findings = Checked(), []
     with connection.engine(configuration, create=False) as engine:
@@ -86,13 +99,19 @@ def verify(after_seal: int | None, key_file: Path | None, against: IO[str] | Non
                 progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
 
             found = seals.verify(
-                opened, after_seal=after_seal or 0, key=key, heads=heads, checked=checked, on_progress=tell
+                opened,
+                after_seal=after_seal or 0,
+                keys=keys,
+                signed_since=signed_since,
+                heads=heads,
+                checked=checked,
+                on_progress=tell,
             )
             for finding in found:
                 findings.append(finding)
                 if not as_json and len(findings) <= TOLD:
                     progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
-    _report(checked, findings, has_key=key is not None, as_json=as_json)
+    _report(checked, findings, has_key=bool(keys), as_json=as_json)
 
 
 def _require_seal(newest: Seal, after_seal: int | None) -> None:
@@ -100,14 +119,15 @@ def _require_seal(newest: Seal, after_seal: int | None) -> None:
         raise click.UsageError(f"There is no seal {after_seal}: the newest is {newest.id}.")
 
 
-def _checking_key(configuration: settings.Settings, key_file: Path | None) -> Any:
-    if key_file is None:
-        key = signing_key(configuration)
-        return None if key is None else key.public_key()
+def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
+    own = signing_key(configuration)
+    if not key_files:
+        return {} if own is None else {seals.key_id(own.public_key()): own.public_key()}
     try:
-        return seals.public_key(key_file.read_text(encoding="utf-8", errors="replace"))
+        keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
     except KeyFileError as error:
         raise click.UsageError(f"--key: {error}.") from None
+    return {seals.key_id(key): key for key in keys}
 
 
 def _heads(file: IO[str]) -> dict[int, bytes]:
@@ -160,7 +180,7 @@ def _signed(head: Seal, *, has_key: bool) -> str:
 
 
 @click.command()
-@click.argument("event", type=click.IntRange(1, 2**63 - 1))
+@click.argument("event", type=Whole(1, 2**63 - 1))
 def prove(event: int) -> None:
     """Print, as JSON, the proof that EVENT (its id in archiver.events) is in its seal.
 
@@ -182,7 +202,7 @@ def group() -> None:
 
 
 @group.command("list")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000), help="The newest so many.")
+@click.option("--limit", default=20, show_default=True, type=Whole(1, 10_000), help="The newest so many.")
 @connection.json_option
 def list_(limit: int, as_json: bool) -> None:
     """List the newest seals."""
@@ -202,9 +222,7 @@ def list_(limit: int, as_json: bool) -> None:
 
 
 @group.command()
-@click.option(
-    "--since", "after", default=0, type=click.IntRange(0), metavar="SEAL", help="Only those after this one."
-)
+@click.option("--since", "after", default=0, type=Whole(0), metavar="SEAL", help="Only those after this one.")
 def export(after: int) -> None:
     """Print the seals as JSON lines, for a place that whoever owns the database cannot write.
 

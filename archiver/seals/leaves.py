@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from psycopg import sql
+from psycopg.errors import error_from_result
 from sqlalchemy import Connection
 
 from archiver.seals.merkle import leaf_hash
@@ -71,18 +72,25 @@ KINDS = (
 BY_LETTER = {kind.letter: kind for kind in KINDS}
 
 
-def select_leaves(connection: Connection, kind: Kind, after: int, through: int) -> Iterator[Leaf]:
-    """The leaves of rows with ids above `after` and up to `through`, in order of their ids.
+def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Iterator[Leaf]:
+    """The leaves of rows with ids above `after` (None: all) and up to `through`, in order of their ids.
 
-    To be read to the end before the connection is used for anything else.
+    No body is looked at. To be read to the end before the connection is used for anything else.
     """
-    if kind is EVENTS:
-        return _event_leaves(connection, after, through)
     rows = _copy(connection, kind, kind.fields, after, through)
     return ((_ID(row)[0], leaf_hash(kind.letter + row[_COUNT:]), True) for row in rows)
 
 
-def _event_leaves(connection: Connection, after: int, through: int) -> Iterator[Leaf]:
+def select_checked_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Iterator[Leaf]:
+    """The same, and of an event whether its body is what its digest says."""
+    return (
+        _checked_events(connection, after, through)
+        if kind is EVENTS
+        else select_leaves(connection, kind, after, through)
+    )
+
+
+def _checked_events(connection: Connection, after: int | None, through: int) -> Iterator[Leaf]:
     # What is done here is done a million times: hence no function of its own for anything.
     for row in _copy(connection, EVENTS, (_BEFORE, *EVENTS.fields, _AFTER), after, through):
         size, row_id = _EVENT(row)
@@ -101,15 +109,15 @@ def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None
 
 
 def _copy(
-    connection: Connection, kind: Kind, expressions: Sequence[str], after: int, through: int
+    connection: Connection, kind: Kind, expressions: Sequence[str], after: int | None, through: int
 ) -> Iterator[bytes]:
     """Rows in Postgres' binary format: the number of fields, then the fields."""
     query = sql.SQL(
-        "COPY (SELECT {} FROM archiver.{} WHERE id > {} AND id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY)"
+        "COPY (SELECT {} FROM archiver.{} WHERE {} id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
     ).format(
         sql.SQL(", ".join(expressions)),
         sql.Identifier(kind.table),
-        sql.Literal(after),
+        sql.SQL("" if after is None else f"id > {after} AND"),
         sql.Literal(through),
     )
     driver: Any = connection.connection.driver_connection
@@ -121,6 +129,8 @@ def _copy(
             if row:
                 yield row
             size, row = arrived(1)
-            if size < 1:
+            if size == 0:
                 row = copy.read()
+            elif size < 0:  # before the end: it has failed
+                raise error_from_result(driver.pgconn.get_result())
         copy.read()  # which ends the COPY

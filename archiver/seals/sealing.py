@@ -1,11 +1,14 @@
 """Sealing: what is settled is hashed into a tree, and the tree chained to those before it."""
 
+import random
+import time
+
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from archiver.database import sqlstate, transaction
+from archiver.database import CONFLICT_RETRIES, is_conflict, sqlstate, transaction
 from archiver.seals import chain
 from archiver.seals.chain import Seal
 from archiver.seals.leaves import KINDS, select_leaves
@@ -13,9 +16,10 @@ from archiver.seals.leaves import KINDS, select_leaves
 log = structlog.get_logger(__name__)
 
 LEAVES = 10_000  # of each table in one seal
-# Whoever writes waits behind a lock that waits: so it is not waited for.
-LOCK_SECONDS = 0.1
-ATTEMPTS = 20
+# Whoever writes waits behind a lock that waits: so it is hardly waited for, again and again.
+LOCK_SECONDS = 0.005
+ATTEMPTS = 60
+PAUSE_SECONDS = 0.05
 LOCK_NOT_AVAILABLE = "55P03"
 
 # Arbitrary, and not the ledger's: one sealer of a database at a time.
@@ -29,17 +33,15 @@ class BusyError(Exception):
     """The ledger is so busy that it could not be looked at for an instant; try again."""
 
 
-def seal(engine: Engine, key: Ed25519PrivateKey | None = None) -> list[Seal]:
-    """Seal all that is settled; answers the new seals, none where nothing is new.
+def seal(engine: Engine, key: Ed25519PrivateKey | None = None, most: int | None = None) -> list[Seal]:
+    """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
 
     Raises `BusyError`.
     """
     settled = _settle(engine)
     made: list[Seal] = []
-    while True:
-        with transaction(engine, statement_seconds=60) as connection:
-            connection.execute(_SEALING_LOCK)
-            new = _seal_next(connection, settled, key)
+    while most is None or len(made) < most:
+        new = _seal_once(engine, settled, key)
         if new is None:
             return made
         log.info("sealed", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
@@ -47,6 +49,19 @@ def seal(engine: Engine, key: Ed25519PrivateKey | None = None) -> list[Seal]:
         # What is delivered again meanwhile is for the next time: there may be no end of that.
         if new.size < LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
             return made
+    return made
+
+
+def _seal_once(engine: Engine, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            with transaction(engine, statement_seconds=60) as connection:
+                connection.execute(_SEALING_LOCK)
+                return _seal_next(connection, settled, key)
+        except DBAPIError as error:
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _settle(engine: Engine) -> dict[str, int]:
@@ -58,6 +73,7 @@ def _settle(engine: Engine) -> dict[str, int]:
         except OperationalError as error:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
+        time.sleep(random.uniform(0.2, 1) * PAUSE_SECONDS)  # noqa: S311  # so that two sealers do not keep step
     raise BusyError(str(BusyError.__doc__))
 
 
@@ -90,19 +106,18 @@ def _at_most(connection: Connection, table: str, after: int, through: int) -> in
 
 
 # Those that were delivered several times before they were ever sealed, and those that were again since.
-_RECOUNT_NEW = text(
+_CLEAR_NEW = text(
     """
-    INSERT INTO archiver.recounts (event_id, delivery_count, last_received_at, earliest_at)
-    SELECT id, delivery_count, last_received_at, earliest_at
-      FROM archiver.events WHERE id > :after AND id <= :through AND delivery_count > 1
-     ORDER BY id
+    UPDATE archiver.events SET is_recounted = false
+     WHERE id > :after AND id <= :through AND delivery_count > 1
+    RETURNING id, delivery_count, last_received_at, earliest_at
     """
 )
 _CLEAR = text(
     """
     UPDATE archiver.events SET is_recounted = false
-     WHERE is_recounted AND id <= :through
-       AND id <= coalesce((SELECT max(id) FROM (SELECT id FROM archiver.events WHERE is_recounted
+     WHERE is_recounted
+       AND id <= coalesce((SELECT max(id) FROM (SELECT id FROM archiver.events WHERE is_recounted AND id <= :after
                            ORDER BY id LIMIT :most) AS page), 0)
     RETURNING id, delivery_count, last_received_at, earliest_at
     """
@@ -115,9 +130,11 @@ _RECOUNT = text(
 
 def _recount(connection: Connection, after: int, through: int) -> int:
     """Note what the counters of redelivered events stand at; answers the id of the last such note."""
-    connection.execute(_RECOUNT_NEW, {"after": after, "through": through})
-    # In this order: what is delivered meanwhile is noted again, and the later note counts.
-    cleared = connection.execute(_CLEAR, {"through": through, "most": LEAVES}).mappings().all()
+    # What is delivered meanwhile waits for the end of this transaction, or is marked once more.
+    cleared = [
+        *connection.execute(_CLEAR_NEW, {"after": after, "through": through}).mappings(),
+        *connection.execute(_CLEAR, {"after": after, "most": LEAVES}).mappings(),
+    ]
     if cleared:
         connection.execute(_RECOUNT, [dict(row) for row in sorted(cleared, key=lambda row: int(row["id"]))])
     return int(connection.scalar(text("SELECT coalesce(max(id), 0) FROM archiver.recounts")) or 0)

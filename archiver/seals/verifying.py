@@ -9,10 +9,9 @@ from sqlalchemy import Connection, text
 
 from archiver.seals import chain, merkle
 from archiver.seals.chain import Entry, Seal
-from archiver.seals.leaves import BY_LETTER, EVENTS, KINDS, Leaf, select_leaves
+from archiver.seals.leaves import BY_LETTER, EVENTS, KINDS, Leaf, select_checked_leaves
 
 WINDOW = 20_000  # leaves that are looked at together
-_LEAST = -(2**63)
 
 Sealed = tuple[Seal, bytes]  # with its packed entries
 
@@ -48,10 +47,21 @@ _EXPLAINED = {
     "altered": "what it states is not what its hash says",
     "altered_leaves": "its list of leaves is not the one that it states the root of",
     "out_of_chain": "it does not follow the seal before it",
-    "wrong_signature": "its signature is not by the key given",
-    "unsigned": "it is not signed, and those before it were",
+    "wrong_signature": "its signature is not by the key that it names",
+    "unknown_key": "it is signed by a key that was not given",
+    "unsigned": "it is not signed, though it should be",
+    "went_back": "it counts less than the one before it",
+    "without_act": "the audit trail has no act that ordered it",
+    "not_removed": "its event is still there",
     "not_the_known_one": "it is not the seal that was exported under this number",
 }
+
+
+class Signing(msgspec.Struct, frozen=True):
+    """Which keys may have signed, by their ids, and since which seal all are signed."""
+
+    keys: Mapping[str, Ed25519PublicKey]
+    since: int
 
 
 class Checked(msgspec.Struct):
@@ -67,27 +77,36 @@ def verify(
     connection: Connection,
     *,
     after_seal: int = 0,
-    key: Ed25519PublicKey | None = None,
+    keys: Mapping[str, Ed25519PublicKey] | None = None,
+    signed_since: int = 1,
     heads: Mapping[int, bytes] | None = None,
     checked: Checked | None = None,
     on_progress: Callable[[Checked], None] = lambda _: None,
 ) -> Iterator[Finding]:
     """Everything that is not as it was sealed, in the order of seals.
 
-    `after_seal`: begin after this seal, taking it as it stands; 0: from the first. `heads`: hashes of seals, by
-    number, as they were exported. The connection shows one snapshot (REPEATABLE READ), so that an archive in use can
-    be verified.
+    `after_seal`: begin after this seal; 0: from the first. `keys`, by their ids: each seal from `signed_since` on
+    must be signed by one of them. `heads`: hashes of seals, by number, as they were exported. The connection shows
+    one snapshot (REPEATABLE READ), so that an archive in use can be verified.
     """
     checked = Checked() if checked is None else checked
     known = dict(heads or {})
+    signing = Signing(keys or {}, signed_since)
     before = _seal_before(connection, after_seal)
+    if before.id != after_seal:
+        yield Finding("seals", after_seal, "missing")
+        after_seal = 0
+    elif before.id:
+        if before.hash != sha256(before.statement).digest():
+            yield Finding("seals", before.id, "altered")
+        yield from _check_signature(before, before, signing)
     yield from _compare_known(before, known)
     for number in connection.scalars(text("SELECT id FROM archiver.seals WHERE id < 1 ORDER BY id")):
         yield Finding("seals", number, "inserted")
     start = before
     for window in _windows(connection, after_seal):
         for seal, entries in window:
-            yield from _check_seal(seal, entries, before, key)
+            yield from _check_seal(seal, entries, before, signing)
             yield from _compare_known(seal, known)
             before = seal
             checked.seals += 1
@@ -97,15 +116,15 @@ def verify(
     for number in sorted(number for number in known if number > after_seal):
         yield Finding("seals", number, "missing")
     yield from _compare_unsealed(connection, before, checked)
-    yield from _check_counters(connection, before.through["events"])
-    yield from _check_erased(connection)
+    for check in (_check_counters, _check_recounts, _check_content, _check_acts):
+        yield from check(connection, before)
     on_progress(checked)
 
 
 def _seal_before(connection: Connection, number: int) -> Seal:
     if number == 0:
         return chain.FIRST
-    return next(seal for seal, _ in chain.select_seals(connection, number - 1, number))
+    return next((seal for seal, _ in chain.select_seals(connection, number - 1, number)), chain.FIRST)
 
 
 def _windows(connection: Connection, after: int) -> Iterator[list[Sealed]]:
@@ -121,7 +140,7 @@ def _windows(connection: Connection, after: int) -> Iterator[list[Sealed]]:
         yield window
 
 
-def _check_seal(seal: Seal, entries: bytes, before: Seal, key: Ed25519PublicKey | None) -> Iterator[Finding]:
+def _check_seal(seal: Seal, entries: bytes, before: Seal, signing: Signing) -> Iterator[Finding]:
     for number in range(before.id + 1, seal.id):
         yield Finding("seals", number, "missing")
     if seal.hash != sha256(seal.statement).digest():
@@ -130,16 +149,22 @@ def _check_seal(seal: Seal, entries: bytes, before: Seal, key: Ed25519PublicKey 
         yield Finding("seals", seal.id, "altered_leaves")
     if seal.previous != before.hash:
         yield Finding("seals", seal.id, "out_of_chain")
-    yield from _check_signature(seal, before, key)
+    yield from _check_signature(seal, before, signing)
 
 
-def _check_signature(seal: Seal, before: Seal, key: Ed25519PublicKey | None) -> Iterator[Finding]:
+def _check_signature(seal: Seal, before: Seal, signing: Signing) -> Iterator[Finding]:
+    is_due = bool(signing.keys) and seal.id >= signing.since
     if (seal.signature is None) != (seal.key_id is None):
         yield Finding("seals", seal.id, "wrong_signature")
-    elif seal.signature is None and before.signature is not None:
-        yield Finding("seals", seal.id, "unsigned")
-    elif key is not None and seal.signature is not None and not chain.is_signed_by(seal, key):
-        yield Finding("seals", seal.id, "wrong_signature")
+    elif seal.signature is None or seal.key_id is None:
+        if is_due or before.signature is not None:
+            yield Finding("seals", seal.id, "unsigned")
+    elif signing.keys:
+        key = signing.keys.get(seal.key_id)
+        if key is None:
+            yield Finding("seals", seal.id, "unknown_key")
+        elif not chain.is_signed_by(seal, key):
+            yield Finding("seals", seal.id, "wrong_signature")
 
 
 def _compare_known(seal: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
@@ -153,11 +178,11 @@ def _compare(connection: Connection, window: Sequence[Sealed], start: Seal, chec
     found: list[bytearray] = [bytearray() for _ in window]
     for kind in KINDS:
         # Nothing of ours has an id below 1, but what somebody else put there may.
-        after = start.through[kind.table] if start.id else _LEAST
+        after = start.through[kind.table] if start.id else None
         bounds = [seal.through[kind.table] for seal, _ in window]
         place = 0
         run: list[Leaf] = []
-        for leaf in select_leaves(connection, kind, after, max(bounds)):
+        for leaf in select_checked_leaves(connection, kind, after, max(bounds)):
             while leaf[0] > bounds[place]:
                 found[place] += chain.pack(kind.letter, run)
                 place, run = place + 1, []
@@ -197,7 +222,7 @@ def _removed(connection: Connection, event_ids: Sequence[int]) -> set[int]:
 
 
 def _compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> Iterator[Finding]:
-    for row_id, _, is_intact in select_leaves(connection, EVENTS, head.through["events"], 2**63 - 1):
+    for row_id, _, is_intact in select_checked_leaves(connection, EVENTS, head.through["events"], 2**63 - 1):
         checked.unsealed += 1
         if not is_intact:
             yield Finding("events", row_id, "body_changed")
@@ -229,26 +254,64 @@ _COUNTERS = text(
 )
 
 
-def _check_counters(connection: Connection, through: int) -> Iterator[Finding]:
-    for event_id in connection.scalars(_COUNTERS, {"through": through}):
+def _check_counters(connection: Connection, head: Seal) -> Iterator[Finding]:
+    for event_id in connection.scalars(_COUNTERS, {"through": head.through["events"]}):
         yield Finding("events", event_id, "counters_changed")
 
 
-_ERASED = text(
+_WENT_BACK = text(
     """
-    SELECT e.id
+    SELECT id FROM (
+        SELECT id, delivery_count < lag(delivery_count) OVER earlier
+                   OR last_received_at < lag(last_received_at) OVER earlier AS went_back
+          FROM archiver.recounts WINDOW earlier AS (PARTITION BY event_id ORDER BY id)
+    ) AS compared WHERE went_back ORDER BY id
+    """
+)
+
+
+def _check_recounts(connection: Connection, _: Seal) -> Iterator[Finding]:
+    for recount_id in connection.scalars(_WENT_BACK):
+        yield Finding("recounts", recount_id, "went_back")
+
+
+# Salt and key have their lengths, or bytes of a body could pass for theirs.
+_CONTENT = text(
+    """
+    SELECT e.id, NOT (e.body IS NULL OR e.salt IS NULL) AS is_there
       FROM archiver.events e
-     WHERE (e.body IS NULL OR e.salt IS NULL)
-       AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
-           SELECT FROM archiver.erasures x
-            WHERE x.session_id = e.session_id
-              AND (x.chat_id = '' OR x.chat_id = e.chat_id OR e.source <> 'webhook')
-       ))
+     WHERE octet_length(e.salt) <> 16 OR octet_length(e.dedupe_key) <> 32
+        OR ((e.body IS NULL OR e.salt IS NULL)
+            AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
+                SELECT FROM archiver.erasures x
+                 WHERE x.session_id = e.session_id
+                   AND (x.chat_id = '' OR x.chat_id = e.chat_id OR e.source <> 'webhook')
+            )))
      ORDER BY e.id
     """
 )
 
 
-def _check_erased(connection: Connection) -> Iterator[Finding]:
-    for event_id in connection.scalars(_ERASED):
-        yield Finding("events", event_id, "erased_without_record")
+def _check_content(connection: Connection, _: Seal) -> Iterator[Finding]:
+    for event_id, is_there in connection.execute(_CONTENT):
+        yield Finding("events", event_id, "changed" if is_there else "erased_without_record")
+
+
+_WITHOUT_ACT = text(
+    """
+    SELECT 'erasures' AS name, x.id, 'without_act' AS fault FROM archiver.erasures x
+     WHERE NOT EXISTS (SELECT FROM archiver.acts a WHERE a.id = x.act_id)
+    UNION ALL
+    SELECT 'removals', r.id, 'without_act' FROM archiver.removals r
+     WHERE NOT EXISTS (SELECT FROM archiver.acts a WHERE a.id = r.act_id)
+    UNION ALL
+    SELECT 'removals', r.id, 'not_removed' FROM archiver.removals r
+     WHERE EXISTS (SELECT FROM archiver.events e WHERE e.id = r.event_id)
+     ORDER BY 1, 2
+    """
+)
+
+
+def _check_acts(connection: Connection, _: Seal) -> Iterator[Finding]:
+    for name, row_id, fault in connection.execute(_WITHOUT_ACT):
+        yield Finding(name, row_id, fault)

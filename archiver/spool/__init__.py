@@ -63,6 +63,7 @@ class Spool:
         self.path = folder / f"spool-{number}.db"
         self._lock_file, self._max_bytes = lock, max_bytes
         self._lock = threading.Lock()
+        self._file = 0  # counts the files that this has been: in each one the ids begin anew
         self._reopen()
 
     def _reopen(self) -> None:
@@ -73,6 +74,7 @@ class Spool:
 
     def _open(self) -> None:
         self._is_closed = True  # until it is open
+        self._file += 1
         self._database = open_file(self.path, self._max_bytes)
         # What has gone, but could not be deleted, because that needs room too: all up to an id, and some behind it.
         self._gone_through, self._gone = 0, set[int]()
@@ -90,12 +92,19 @@ class Spool:
         """Make these deliveries durable, all or none. Raises `SpoolError`, of a full one `SpoolFullError`."""
         with self._lock:
             self._hold_on()
-            with transaction(self._database, self.path):
-                files.insert(self._database, deliveries)
-            if not self._is_there():  # or it was written into a file that nobody will find
-                raise SpoolError(unusable(self.path, "removed while in use"))
-            self._events += len(deliveries)
-            self._bytes += sum(len(each.body) for each in deliveries)
+            try:
+                self._append(deliveries)
+            except SpoolDamagedError as error:
+                self._go_on(error)
+                self._append(deliveries)
+
+    def _append(self, deliveries: Sequence[Spooled]) -> None:
+        with transaction(self._database, self.path):
+            files.insert(self._database, deliveries)
+        if not self._is_there():  # or it was written into a file that nobody will find
+            raise SpoolError(unusable(self.path, "removed while in use"))
+        self._events += len(deliveries)
+        self._bytes += sum(len(each.body) for each in deliveries)
 
     def select_oldest(self, after: int, most: int, most_bytes: int) -> list[Spooled]:
         """The oldest deliveries after this id: so many, or so many bytes of them, but at least one."""
@@ -105,9 +114,7 @@ class Spool:
             try:
                 return self._select_oldest(after, most, most_bytes)
             except SpoolDamagedError as error:
-                self._database.close()
-                self._is_closed = True
-                self._salvage(error)
+                self._go_on(error)
                 return self._select_oldest(after, most, most_bytes)
 
     def _select_oldest(self, after: int, most: int, most_bytes: int) -> list[Spooled]:
@@ -120,7 +127,7 @@ class Spool:
                 size += len(delivery.body)
                 if found and size > most_bytes:
                     break
-                found.append(delivery)
+                found.append(msgspec.structs.replace(delivery, file=self._file))
                 if len(found) == most:
                     break
         return found
@@ -128,10 +135,15 @@ class Spool:
     def delete(self, deliveries: Sequence[Spooled]) -> None:
         """Let go of deliveries that are safe elsewhere; when none is left, of the room that they took too.
 
+        Those that were read before we went on in another file stay: there their ids are those of others.
+
         On a full disk nothing can be deleted: they are passed over from now on, and overwritten when none is left.
         Raises `SpoolError`.
         """
         with self._lock:
+            if self._is_closed:
+                self._reopen()
+            deliveries = [each for each in deliveries if each.file == self._file]
             try:
                 if self._gone_through or self._gone:
                     raise SpoolFullError  # it was so before, and would be slow to find out again
@@ -231,6 +243,7 @@ class Spool:
             raise
         self._database.close()
         os.close(self._lock_file)
+        self._file += 1
         self.path, self._lock_file = fresh.path, fresh._lock_file
         self._database, self._identity = fresh._database, fresh._identity
         self._gone_through, self._gone = fresh._gone_through, fresh._gone
@@ -241,6 +254,11 @@ class Spool:
             files.insert_all(self._database, deliveries)
         events, size, _ = self._database.execute(_SELECT_DEPTH).fetchone()
         self._events, self._bytes = int(events), int(size)
+
+    def _go_on(self, error: SpoolError) -> None:
+        self._database.close()
+        self._is_closed = True
+        self._salvage(error)
 
     def _salvage(self, error: SpoolError) -> None:
         """Go on in a new file of the same name, with whatever can still be read of the damaged one."""

@@ -25,7 +25,7 @@ PAGE_DELIVERIES = 200
 class Spooled(msgspec.Struct, frozen=True, gc=False):
     """One delivery as it came. A fact of ours keeps what its bytes do not tell: its kind, its session, its key.
 
-    `id` grows with arrival; 0 before it is spooled.
+    `id` grows with arrival, within the file that `file` numbers; 0 before it is spooled.
     """
 
     id: int
@@ -36,6 +36,7 @@ class Spooled(msgspec.Struct, frozen=True, gc=False):
     type: str | None = None
     session_id: str | None = None
     dedupe_key: bytes | None = None
+    file: int = 0
 
 
 _COLUMNS = "received_at, source, key_id, type, session_id, dedupe_key, body"

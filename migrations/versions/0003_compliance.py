@@ -67,10 +67,11 @@ def downgrade() -> None:
         _create_view(name, with_erasures=False)
     op.execute("DROP FUNCTION archiver.settle()")
     op.execute("DROP TRIGGER events_no_truncate ON archiver.events")
+    op.execute("DROP TRIGGER events_guard_counters ON archiver.events")
     op.execute("DROP TRIGGER events_guard ON archiver.events")
     for name in NEW_TABLES:
         op.drop_table(name, schema=SCHEMA)
-    for function in ("guard_event", "guard_hold", "refuse_change"):
+    for function in ("guard_event", "guard_counters", "guard_hold", "refuse_change"):
         op.execute(f"DROP FUNCTION archiver.{function}()")
     op.drop_index("chats_deleted_at_idx", "chats", schema=SCHEMA)
     op.drop_index("events_recounted_idx", "events", schema=SCHEMA)
@@ -237,11 +238,17 @@ def _create_tables() -> None:
 
 
 def _create_guards() -> None:
-    for function in (GUARD_EVENT, GUARD_HOLD, REFUSE_CHANGE):
+    for function in (GUARD_EVENT, GUARD_COUNTERS, GUARD_HOLD, REFUSE_CHANGE):
         op.execute(function)
     op.execute(
-        "CREATE TRIGGER events_guard BEFORE UPDATE OR DELETE ON archiver.events"
+        "CREATE TRIGGER events_guard BEFORE DELETE OR UPDATE OF session_id, dedupe_key, id, type, source, chat_id,"
+        " received_at, occurred_at, key_id, body, salt, body_digest ON archiver.events"
         " FOR EACH ROW EXECUTE FUNCTION archiver.guard_event()"
+    )
+    # Apart, because the one above reads the body, which each redelivery would pay for.
+    op.execute(
+        "CREATE TRIGGER events_guard_counters BEFORE UPDATE OF delivery_count, last_received_at, earliest_at"
+        " ON archiver.events FOR EACH ROW EXECUTE FUNCTION archiver.guard_counters()"
     )
     op.execute(
         "CREATE TRIGGER holds_guard BEFORE UPDATE OR DELETE ON archiver.holds"
@@ -306,9 +313,6 @@ GUARD_EVENT = """
            IS DISTINCT FROM
            (OLD.session_id, OLD.id, OLD.type, OLD.source, OLD.chat_id, OLD.received_at, OLD.occurred_at, OLD.key_id,
             OLD.body_digest)
-           OR NEW.delivery_count < OLD.delivery_count
-           OR NEW.last_received_at < OLD.last_received_at
-           OR coalesce(NEW.earliest_at > OLD.earliest_at, NEW.earliest_at IS NULL AND OLD.earliest_at IS NOT NULL)
            OR NOT (
                (NEW.dedupe_key, NEW.body, NEW.salt) IS NOT DISTINCT FROM (OLD.dedupe_key, OLD.body, OLD.salt)
                OR (NEW.body IS NULL AND NEW.salt IS NULL AND OLD.body IS NOT NULL
@@ -317,6 +321,20 @@ GUARD_EVENT = """
         THEN
             RAISE EXCEPTION 'archiver.events is append-only: event % may not be changed', OLD.id
                 USING ERRCODE = 'restrict_violation';
+        END IF;
+        RETURN NEW;
+    END
+    $$
+"""
+
+GUARD_COUNTERS = """
+    CREATE FUNCTION archiver.guard_counters() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF NEW.delivery_count < OLD.delivery_count
+           OR NEW.last_received_at < OLD.last_received_at
+           OR coalesce(NEW.earliest_at > OLD.earliest_at, NEW.earliest_at IS NULL AND OLD.earliest_at IS NOT NULL)
+        THEN
+            RAISE EXCEPTION 'the counters of event % may only grow', OLD.id USING ERRCODE = 'restrict_violation';
         END IF;
         RETURN NEW;
     END
