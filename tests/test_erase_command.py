@@ -16,7 +16,7 @@ from archiver import quarantine
 from archiver.database import transaction
 from tests import servers
 from tests.conftest import Cluster
-from tests.payloads import chat, created, event
+from tests.payloads import chat, created, deleted, event
 from tests.proxies import proxied
 from tests.receivers import archiver, serving
 from tests.rows import execute, rows
@@ -224,6 +224,19 @@ def test_i8_one_turn_wherever_it_is(database_url: str, engine: Engine) -> None:
     for session_id in ("s1", None, "s9"):
         assert record(engine, created("c1", session_id))[0].reason == "erased"
     assert is_rebuilt_the_same(engine)
+
+
+@on_one_version
+def test_i8_words_that_may_be_those_of_an_erased_turn_are_told(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"), deleted("c2", "s1"))
+    read(engine, "s1", 5, *said("c1", "c2"))
+    for options in (["--dry-run"], []):
+        told = erase(database_url, "--chat", "c2", *options).stderr
+        assert "session s1 holds words of history that no turn claims" in told
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1", "question of c2"]
+    for known in (("--chat", "c1"), ("--chat", "c2", "--session", "s1")):
+        assert "no turn claims" not in erase(database_url, *known).stderr
+    assert holds_text(engine, "question of c1", "question of c2") == []
 
 
 @on_one_version

@@ -130,6 +130,8 @@ class _Run:
             quarantined = _select_quarantined(opened, found, wanted)
             counts.quarantined = len(quarantined)
             held = erasure.covering(opened, found)
+            unclaimed = targets.select_unclaimed(opened, found)
+        _warn_of(unclaimed)
         if self._dry_run:
             self._report(counts, held, None)
             return
@@ -210,6 +212,17 @@ def _select_quarantined(opened: Connection, found: Sequence[Target], wanted: Wan
     for name, value in set(wanted.variables) - held:
         about |= set(quarantine.select_mentioning(opened, mentions.of_variable(name, value)))
     return sorted(about)
+
+
+def _warn_of(unclaimed: Sequence[str]) -> None:
+    for session_id in unclaimed[:SHOWN]:
+        click.echo(
+            f"archiver: no webhook told what a turn named here said, and session {session_id} holds words of history"
+            " that no turn claims: they may be its words, and stay; erase the whole session to be sure",
+            err=True,
+        )
+    if len(unclaimed) > SHOWN:
+        click.echo(f"archiver: and {len(unclaimed) - SHOWN:,} more sessions", err=True)
 
 
 def _told(counts: Counts) -> str:

@@ -109,6 +109,30 @@ def count(connection: Connection, targets: Sequence[Target]) -> Counts:
     return Counts(*row)
 
 
+# Ids of our own begin with U+001F: turns and greetings that only history tells of.
+_SELECT_UNCLAIMED = text(
+    """
+    WITH told AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+    )
+    SELECT DISTINCT t.session_id FROM told t
+     WHERE t.session_id <> '' AND t.chat_id <> ''
+       AND NOT EXISTS (SELECT FROM told w WHERE w.session_id = t.session_id AND w.chat_id = '')
+       AND NOT EXISTS (SELECT FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id = t.chat_id)
+       AND EXISTS (SELECT FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id LIKE E'\\x1f%')
+     ORDER BY 1
+    """
+)
+
+
+def select_unclaimed(connection: Connection, targets: Sequence[Target]) -> list[str]:
+    """The sessions in which a turn's words may stand unclaimed.
+
+    No webhook ever told what the turn said, and a history tells words of which nobody knows whose they are.
+    """
+    return list(connection.scalars(_SELECT_UNCLAIMED, {"targets": as_json(targets)}))
+
+
 _SELECT_CHATS = text(
     """
     SELECT DISTINCT e.chat_id FROM archiver.events e
