@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import msgspec
 import psycopg
+from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, Row, bindparam, create_engine, text
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.engine import URL, make_url
@@ -97,6 +98,13 @@ def place(url: URL) -> str:
     return f"{url.database or told.get('dbname') or user or 'the default'} at {host}{port}" + (
         f" as {user}" if user else ""
     )
+
+
+def conninfo(url: URL, application_name: str) -> str:
+    """The same place in libpq's words, for those who connect without SQLAlchemy."""
+    _, arguments = _DIALECT.create_connect_args(url)
+    arguments.pop("context", None)  # the driver's own
+    return make_conninfo(**{"application_name": application_name, **arguments})
 
 
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:

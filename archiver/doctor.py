@@ -101,6 +101,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield finding
                     if finding.verdict == "failure" and check in {_entry, _schema}:
                         break
+                if check is _privileges and finding is not None and finding.verdict == "ok":
+                    yield _sealing(connection, configuration.seal_every)
             yield _clock(connection, configuration.timestamp_tolerance)
     except SQLAlchemyError as error:
         said = str(getattr(error, "orig", None) or error).strip()
@@ -223,6 +225,28 @@ def _schema(connection: Connection) -> Finding:
         first = f"As an administrator: {create} Then run" if create and schema.current(connection) else "Run"
         return Finding("schema", "failure", str(error), f"{first} `archiver migrate` with this same version.")
     return Finding("schema", "ok", f"At {schema.head()}.")
+
+
+_OLDEST_UNSEALED = text(
+    "SELECT extract(epoch FROM clock_timestamp() - received_at)::float8 FROM archiver.events"
+    " WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals) ORDER BY id LIMIT 1"
+)
+LATE_SEALS = 10  # times the usual
+LEAST_LATE_SECONDS = 600.0
+
+
+def _sealing(connection: Connection, every: int) -> Finding:
+    """Whether what came is sealed in time: until then it can be changed unseen."""
+    age = connection.scalar(_OLDEST_UNSEALED)
+    if age is None or age < max(LATE_SEALS * every, LEAST_LATE_SECONDS):
+        return Finding("seals", "ok", "No event waits long for its seal.")
+    return Finding(
+        "seals",
+        "warning",
+        f"An event that came {age / 60:,.0f} minutes ago is not sealed.",
+        "Let a worker run (`archiver serve` without --no-worker, or `archiver worker`) and see its log; or run"
+        " `archiver seal` now. It waits while archiver.events is vacuumed.",
+    )
 
 
 def _privileges(connection: Connection) -> Finding:

@@ -5,16 +5,21 @@ import os
 import sys
 import traceback
 from collections import Counter as Counting
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client.metrics_core import Metric
 
 FRAMES = 6  # of a traceback, the innermost
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+# The library looks when it is imported, and counts in that folder or, told of it later, by itself.
+_IS_SHARED = MULTIPROCESS_FOLDER in os.environ
 
 received = Counter("archiver_received_total", "Webhook requests, by answer and reason.", ["status", "reason"])
 duplicates = Counter("archiver_duplicates_total", "Deliveries of facts that the ledger already held.")
@@ -55,6 +60,11 @@ spool_events = Gauge(
 spool_bytes = Gauge("archiver_spool_bytes", "Bytes of the events on the spool.", multiprocess_mode="livesum")
 spool_age = Gauge(
     "archiver_spool_oldest_age_seconds", "Age of the oldest event on the spool.", multiprocess_mode="livemax"
+)
+sealing = Gauge(
+    "archiver_sealing_timestamp_seconds",
+    "Unix time when all that was settled had last been sealed; 0 before. Alert when it grows old.",
+    multiprocess_mode="livemax",
 )
 connections = Gauge("archiver_connections", "Open connections.", multiprocess_mode="livesum")
 connections_refused = Counter(
@@ -108,13 +118,36 @@ refusals = Refusals()
 
 
 def metrics() -> bytes:
-    """All metrics as Prometheus text, summed over the processes of one `serve --workers N`."""
+    """All metrics as Prometheus text, summed over the processes of one `serve`."""
     if MULTIPROCESS_FOLDER not in os.environ:
         return generate_latest()
     _forget_dead_processes(Path(os.environ[MULTIPROCESS_FOLDER]))
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # the library leaves it untyped
-    return generate_latest(registry)
+    return generate_latest(registry if _IS_SHARED else cast("CollectorRegistry", _Together(REGISTRY, registry)))
+
+
+class _Together:
+    """A process that counts by itself, and those beside it that share a folder, as one registry."""
+
+    def __init__(self, *registries: CollectorRegistry) -> None:
+        self._registries = registries
+
+    def collect(self) -> Iterable[Metric]:
+        """Each series once: of gauges of the greatest the greatest, else the sum."""
+        families: dict[str, Metric] = {}
+        for family in chain.from_iterable(registry.collect() for registry in self._registries):
+            known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            series = {(each.name, *sorted(each.labels.items())): each for each in known.samples}
+            for sample in family.samples:
+                key = (sample.name, *sorted(sample.labels.items()))
+                of_both = [sample.value, *([series[key].value] if key in series else [])]
+                series[key] = sample._replace(value=max(of_both) if family.name in _GREATEST else sum(of_both))
+            known.samples = list(series.values())
+        return families.values()
+
+
+_GREATEST = {family.name for gauge in (spool_age, sealing, last_event) for family in gauge.describe()}
 
 
 def _forget_dead_processes(folder: Path) -> None:

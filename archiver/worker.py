@@ -17,12 +17,11 @@ import psycopg
 import psycopg_pool
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, seals
+from archiver import database, seals, telemetry
 from archiver.callhq import Client, UnauthorizedError
 from archiver.database import run_in_transaction
 from archiver.erasure.periodic import Upkeep
@@ -76,10 +75,7 @@ class Worker:
     def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler | None) -> None:
         self._engine, self._reconciler = engine, reconciler
         self._sealing = Sealing(configuration, url)
-        conninfo = make_conninfo(
-            url.set(drivername="postgresql").render_as_string(hide_password=False),
-            application_name="callhq-archiver worker",
-        )
+        conninfo = database.conninfo(url, "callhq-archiver worker")
         kwargs = {} if configuration.prepared_statements else {"prepare_threshold": None}
         connector = procrastinate.PsycopgConnector(
             pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, min_size=1, max_size=4
@@ -191,10 +187,13 @@ class Sealing:
         if timedelta() <= now - newest.sealed_at < self._every or now < self._not_before:
             return
         try:
-            seals.seal(self._engine, self._key, most=SEALS_A_JOB)
+            made = seals.seal(self._engine, self._key, most=SEALS_A_JOB)
         except seals.BusyError as error:
             self._not_before = now + self._every
             log.warning("not sealed this time", reason=str(error))
+            return
+        if len(made) < SEALS_A_JOB:
+            telemetry.sealing.set(now.timestamp())
 
 
 def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:

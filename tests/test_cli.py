@@ -643,6 +643,19 @@ def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
     assert HUNTER not in process.stdout
 
 
+def test_doctor_warns_of_events_that_nobody_seals(database_url: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO archiver.events (session_id, dedupe_key, type, source, received_at, last_received_at,"
+            " delivery_count, body, salt, body_digest) SELECT '', '', 'x', 'webhook', at, at, 1, '', '', ''"
+            " FROM (SELECT now() - interval '1 hour' AS at) AS told"
+        )
+    assert (checked := examined(database_url)["seals"])["verdict"] == "warning"
+    assert "60 minutes ago is not sealed" in checked["detail"]
+    assert archiver("seal", database_url=database_url).returncode == 0
+    assert examined(database_url)["seals"]["verdict"] == "ok"
+
+
 def test_doctor_warns_of_a_secret_that_can_be_guessed(database_url: str) -> None:
     process = archiver("doctor", "--json", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=f"{HUNTER},short")
     assert process.returncode == 0

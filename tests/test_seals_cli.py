@@ -13,6 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from tests import servers
+from tests.conftest import Cluster
 from tests.payloads import created
 from tests.receivers import archiver, serving
 from tests.waiting import until
@@ -20,6 +22,9 @@ from tests.waiting import until
 SCRIPT = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "seals.md").read_text(), re.DOTALL
 )[0]
+
+
+on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 
 
 @pytest.fixture
@@ -182,6 +187,19 @@ def test_the_worker_beside_serve_seals_without_a_key_for_histories(database_url:
         until(is_sealed, "the event is sealed")
         assert '"sealed"' in receiver.stderr()
         assert receiver.stop() == 0
+
+
+@on_one_version
+def test_the_worker_finds_a_database_whose_path_has_spaces(tmp_path: Path, cluster: Cluster) -> None:
+    del cluster  # which says for which version this is
+    home = tmp_path / "my archive"
+    with serving(None, "--worker", ARCHIVER_SEAL_EVERY="1", ARCHIVER_HOME=str(home)) as receiver:
+        receiver.post(created())
+        until(lambda: '"sealed"' in receiver.stderr(), "the event is sealed")
+        # What the receiver counts, and what the worker does.
+        assert receiver.metric("archiver_batch_events_sum") == 1
+        assert receiver.metric('archiver_batch_events_bucket{le="+Inf"}') == 1
+        until(lambda: receiver.metric("archiver_sealing_timestamp_seconds") > 0, "the worker's are told with them")
 
 
 def test_i8_i9_what_was_erased_leaves_the_seals_whole(url: str) -> None:

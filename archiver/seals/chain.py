@@ -1,9 +1,10 @@
 """The chain: each seal states what it holds and which seal came before, so that none can be changed alone."""
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
+from typing import Any
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_pem_public_key,
 )
-from sqlalchemy import Connection, RowMapping, insert, select
+from sqlalchemy import Connection, Select, func, insert, select
 
 from archiver import tables
 from archiver.seals import merkle
@@ -135,9 +136,21 @@ _KEPT = ("id", "sealed_at", "root", "previous", "hash", "key_id", "signature")
 
 def select_newest(connection: Connection) -> Seal:
     """The newest seal; `FIRST` where there is none."""
-    query = select(tables.seals).order_by(tables.seals.c.id.desc()).limit(1)
-    row = connection.execute(query).mappings().first()
-    return FIRST if row is None else of_row(row)
+    row = connection.execute(_NEWEST).mappings().first()
+    return FIRST if row is None else of_row(dict(row))
+
+
+def _without_entries() -> Select[Any]:
+    """Entries are many, and are looked at where they lie."""
+    columns, entries = tables.seals.c, tables.seals.c.entries
+    return select(
+        *(column for column in columns if column is not entries),
+        (func.octet_length(entries) / ENTRY_SIZE).label("size"),
+        func.sha256(entries).label("listed"),
+    )
+
+
+_NEWEST = _without_entries().order_by(tables.seals.c.id.desc()).limit(1)
 
 
 def select_seals(connection: Connection, after: int = 0, through: int | None = None) -> Iterator[tuple[Seal, bytes]]:
@@ -148,7 +161,9 @@ def select_seals(connection: Connection, after: int = 0, through: int | None = N
             query = query.where(tables.seals.c.id <= through)
         rows = connection.execute(query).mappings().all()
         for row in rows:
-            yield of_row(row), bytes(row["entries"])
+            entries = bytes(row["entries"])
+            size, listed = len(entries) // ENTRY_SIZE, sha256(entries).digest()
+            yield of_row({**row, "size": size, "listed": listed}), entries
         if len(rows) < _PAGE:
             return
         after = rows[-1]["id"]
@@ -157,14 +172,14 @@ def select_seals(connection: Connection, after: int = 0, through: int | None = N
 _PAGE = 20
 
 
-def of_row(row: RowMapping) -> Seal:
-    """A seal from its row."""
+def of_row(row: Mapping[str, Any]) -> Seal:
+    """A seal from its row, with the `size` and the digest (`listed`) of its entries."""
     return Seal(
         id=row["id"],
         sealed_at=row["sealed_at"],
         through={kind.table: row[kind.through] for kind in KINDS},
-        size=len(row["entries"]) // ENTRY_SIZE,
-        listed=sha256(row["entries"]).digest(),
+        size=int(row["size"]),
+        listed=bytes(row["listed"]),
         root=bytes(row["root"]),
         previous=bytes(row["previous"]),
         hash=bytes(row["hash"]),
