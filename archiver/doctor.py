@@ -250,7 +250,11 @@ def _sealing(connection: Connection, every: int) -> Finding:
 
 
 def _privileges(connection: Connection) -> Finding:
-    if roles.missing(connection, roles.WRITER, _user(connection)):
+    user = _user(connection)
+    if roles.missing(connection, roles.WRITER, user):
+        if not roles.missing(connection, roles.AUDITOR, user):
+            detail = "This database user may verify, prove and export, but not write the archive."
+            return Finding("privileges", "warning", detail, "Let `serve` and `worker` use another.")
         return _lacking(connection, "This database user may not write the archive.")
     return Finding("privileges", "ok", "This database user may write the archive.")
 

@@ -426,6 +426,12 @@ def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str,
     findings = examined(url)
     assert [each for each, finding in findings.items() if finding["verdict"] == "failure"] == ["privileges"]
     assert findings["database"]["verdict"] == "ok"
+    with psycopg.connect(database_url) as connection:
+        connection.execute(f'GRANT archiver_auditor TO "{stranger}"')
+    auditing = examined(url)["privileges"]
+    assert (auditing["verdict"], "verify, prove and export" in auditing["detail"]) == ("warning", True)
+    with psycopg.connect(database_url) as connection:
+        connection.execute(f'REVOKE archiver_auditor FROM "{stranger}"')
     for statement in re.findall(r"GRANT .*?;", findings["privileges"]["advice"]):
         with psycopg.connect(database_url) as connection:
             connection.execute(statement)

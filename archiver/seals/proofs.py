@@ -55,8 +55,9 @@ def prove(connection: Connection, event_id: int) -> Proof:
     places = [
         n for n, entry in enumerate(chain.unpack(entries)) if entry.letter == EVENTS.letter and entry.id == event_id
     ]
-    if not places:
-        raise NotSealedError(f"Seal {number} does not hold event {event_id}: run `archiver verify`.")
+    if len(places) != 1:
+        held = "does not hold" if not places else "holds more than once"
+        raise NotSealedError(f"Seal {number} {held} event {event_id}: run `archiver verify`.")
     (index,) = places
     return Proof(
         event=event_id,
