@@ -69,6 +69,7 @@ NEEDED: Mapping[str, Needs] = {
                     "removals",
                     "holds",
                     "seals",
+                    "outbox",
                     "sessions",
                     "chats",
                     "messages",
