@@ -20,7 +20,7 @@ from tests.feeds import publish
 from tests.payloads import created, deleted
 from tests.proxies import proxied
 from tests.receivers import archiver, serving
-from tests.rows import execute
+from tests.rows import execute, rows
 from tests.servers import as_writer
 from tests.test_ledger import record
 from tests.test_limits import on_one_version
@@ -183,3 +183,34 @@ def test_the_types_are_those_of_the_documentation() -> None:
     page = (Path(__file__).parent.parent / "docs" / "changes.md").read_text()
     for name in outbox.TYPES:
         assert f"| `{name}` |" in page
+
+
+@on_one_version
+def test_the_examples_of_the_documentation_work_as_pasted(engine: Engine, reader_url: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "changes.md").read_text()
+    examples = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+    record(engine, created("a", "s"))
+    publish(engine)
+    polling, listening = (
+        subprocess.Popen(
+            [sys.executable, "-c", example],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"DATABASE_URL": reader_url},
+        )
+        for example in examples
+    )
+    with polling, listening:
+        try:
+            assert polling.stdout
+            assert listening.stdout
+            assert polling.stdout.readline() == "1 chat.created s a\n"
+            listens = "SELECT 1 FROM pg_stat_activity WHERE query = 'LISTEN archiver_events' AND state = 'idle'"
+            until(lambda: rows(engine, listens), "it listens")
+            record(engine, deleted("a", "s"))
+            publish(engine)
+            assert listening.stdout.readline() == "2 chat.deleted\n"
+            assert polling.stdout.readline() == "2 chat.deleted s a\n"
+        finally:
+            polling.kill()
+            listening.kill()
