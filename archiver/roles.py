@@ -24,7 +24,7 @@ class Needs(msgspec.Struct, frozen=True):
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
 _APPEND = "SELECT, INSERT"
-_VIEWS = ("conversations", "chats", "messages", "daily", "coverage")
+_VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes")
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
 NEEDED: Mapping[str, Needs] = {
@@ -38,6 +38,8 @@ NEEDED: Mapping[str, Needs] = {
             "archiver.pauses": "SELECT, INSERT, UPDATE",
             "archiver.holds": "SELECT",
             **{f"archiver.{name}": _APPEND for name in ("recounts", "acts", "erasures", "removals", "seals")},
+            **{f"archiver.{name}": "SELECT, INSERT, DELETE" for name in ("outbox", "changes")},
+            "analytics.changes": "SELECT",  # `followups tail` beside them
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
         },
         # All that may change of a ledger row: its counters, and that its content goes.
@@ -67,6 +69,7 @@ NEEDED: Mapping[str, Needs] = {
                     "removals",
                     "holds",
                     "seals",
+                    "outbox",
                     "sessions",
                     "chats",
                     "messages",

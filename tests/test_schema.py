@@ -29,6 +29,7 @@ VIEWS = {
     "messages": "session_id position chat_id role content created_at source deleted_at",
     "daily": "day assistant_id conversations chats messages cost deleted_chats repaired_messages",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
+    "changes": "cursor type session_id chat_id seal_id changed_at",
 }
 TABLES = (
     "events",
@@ -44,6 +45,8 @@ TABLES = (
     "removals",
     "holds",
     "seals",
+    "outbox",
+    "changes",
 )
 
 
@@ -192,7 +195,8 @@ def test_the_migrated_constraints_are_what_the_tables_say(engine: Engine) -> Non
         "SELECT table_name, identity_generation FROM information_schema.columns"
         " WHERE table_schema = 'archiver' AND is_identity = 'YES' ORDER BY 1",
     ) == [
-        (table, "ALWAYS") for table in ("acts", "erasures", "events", "holds", "quarantine", "recounts", "removals")
+        (table, "ALWAYS")
+        for table in ("acts", "erasures", "events", "holds", "outbox", "quarantine", "recounts", "removals")
     ]
 
 
