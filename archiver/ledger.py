@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Connection, case, func, literal_column, text
 from sqlalchemy.dialects.postgresql import insert
 
-from archiver import events, history, projection, tables
+from archiver import events, history, outbox, projection, tables
 from archiver.database import RowsInsert
 from archiver.events import Event
 from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
@@ -47,9 +47,15 @@ _ERASED = Recorded(0, is_new=False, is_erased=True)
 
 
 def record(
-    connection: Connection, observations: Sequence[Observation], timing: projection.Timing = projection.DEFAULT_TIMING
+    connection: Connection,
+    observations: Sequence[Observation],
+    timing: projection.Timing = projection.DEFAULT_TIMING,
+    *,
+    tells: bool = True,
 ) -> list[Recorded]:
     """Append what the ledger does not hold, count what it does, and project what is new, in this transaction.
+
+    What the archive changes thereby is told with it, unless that is nobody's news (not `tells`).
 
     Answers in the order of `observations`. Safe against other writers of the same facts: ledger rows are taken in
     order of their keys, then sessions in order of theirs, so that no two writers wait for each other.
@@ -60,11 +66,11 @@ def record(
     lock_placement(connection, exclusive=homeless)
     erased = _select_erased(connection, observations)
     if not erased:
-        return _append(connection, observations, timing, ())
+        return _append(connection, observations, timing, (), tells=tells)
     sessions = {told.session_id for told in erased} - {projection.UNPLACED}
     refused = [_is_refused(observation, erased, sessions) for observation in observations]
     kept = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
-    answers = iter(_append(connection, kept, timing, sessions))
+    answers = iter(_append(connection, kept, timing, sessions, tells=tells))
     touched = {told.session_id for told, what in erased.items() if what.is_found}
     for observation, is_refused in zip(observations, refused, strict=True):
         if is_refused and _reads(observation):
@@ -97,7 +103,12 @@ def _reads(observation: Observation) -> bool:
 
 
 def _append(
-    connection: Connection, observations: Sequence[Observation], timing: projection.Timing, erased: Collection[str]
+    connection: Connection,
+    observations: Sequence[Observation],
+    timing: projection.Timing,
+    erased: Collection[str],
+    *,
+    tells: bool,
 ) -> list[Recorded]:
     tellings: dict[Key, _Telling] = {}
     for observation in observations:
@@ -106,7 +117,9 @@ def _append(
         tellings[key] = _Telling.of(observation) if known is None else known.and_also(observation)
     rows = _upsert_events(connection, tellings)
     changed = [fact for key, row in rows.items() if (fact := _changed(tellings[key], row)) is not None]
-    projection.project(connection, changed, timing, erased)
+    changes = projection.project(connection, changed, timing, erased)
+    if tells:
+        outbox.insert_changes(connection, changes)
     answers, told = [], set()
     for observation in observations:
         key = observation.key

@@ -115,7 +115,7 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
         if (observation := _redact(story, ordered[session_id])) is not None
     ]
     erased = _erase_content(connection, [Target(each) for each in whole], ordered, strays)
-    ledger.record(connection, redacted, timing)
+    ledger.record(connection, redacted, timing, tells=False)
     made = {observation.event.session_id for observation in redacted}
     rederive(connection, [each for each in touched if each not in made], timing)
     rederive_unplaced(connection, strays)

@@ -11,8 +11,9 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from archiver import events, history, telemetry
+from archiver.outbox import Change
+from archiver.projection import differences, rows
 from archiver.projection import facts as ledger_facts
-from archiver.projection import rows
 from archiver.projection.coverage import DEFAULT_TIMING, Timing
 from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import derive
@@ -40,8 +41,12 @@ class TooManyHomesError(Exception):
     """A chat that does not tell its session is known in so many sessions that it says nothing."""
 
 
-def project(connection: Connection, facts: Sequence[Fact], timing: Timing, erased: Collection[str] = ()) -> None:
+def project(
+    connection: Connection, facts: Sequence[Fact], timing: Timing, erased: Collection[str] = ()
+) -> list[Change]:
     """Bring the archive up to date with facts that the same transaction has just put into the ledger.
+
+    Answers what changed thereby, as the feed is to tell it.
 
     Sessions `erased`, even in part, are made anew as those of which history is known.
     The caller holds the lock that `ledger` takes for facts without a session.
@@ -49,7 +54,7 @@ def project(connection: Connection, facts: Sequence[Fact], timing: Timing, erase
     told = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
     others = [fact for fact in facts if fact.source != events.WEBHOOK]
     if not told and not others:
-        return
+        return []
     placed = _place(connection, told)
     heard: dict[str, list[datetime]] = defaultdict(list)
     for (session_id, _), own in placed.items():
@@ -60,46 +65,55 @@ def project(connection: Connection, facts: Sequence[Fact], timing: Timing, erase
     # Locks the sessions: from here on nobody else projects their turns.
     read = rows.upsert_sessions(connection, heard, timing) | {fact.event.session_id for fact in others}
     read |= heard.keys() & set(erased)
-    _project_turns(connection, {key: own for key, own in placed.items() if key[0] not in read}, timing)
+    changes = _project_turns(connection, {key: own for key, own in placed.items() if key[0] not in read}, timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
-    rederive(connection, sorted(read), timing, just_read)
+    return changes + rederive(connection, sorted(read), timing, just_read)
 
 
-def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing) -> None:
+def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing) -> list[Change]:
     """Turns of sessions that no reading told of stand alone, and are written without a look at their neighbours."""
     if not placed:
-        return
+        return []
     earlier = ledger_facts.select_other_facts(connection, _own_keys(placed))
     known = {key: [*_told_now(own), *earlier.get(key, ())] for key, own in sorted(placed.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
-    rows.upsert_turns(connection, turns)
     revised = [key for key in turns if key in earlier]
+    # As it stands, and not as earlier facts add up to: a redelivery may just have moved one of them in time.
+    before = rows.select_shown(connection, revised) if revised else {}
+    rows.upsert_turns(connection, turns)
     if revised:
         # A fact that did not tell its session may have come first.
         heard: dict[str, list[datetime]] = defaultdict(list)
         for session_id, chat_id in revised:
-            heard[session_id] += [fact.received_at for fact in earlier[session_id, chat_id]]
+            heard[session_id] += [fact.received_at for fact in known[session_id, chat_id]]
         heard.pop(UNPLACED, None)
         rows.upsert_sessions(connection, heard, timing)
         rows.delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
-        rows.delete_unplaced(connection, [chat_id for session_id, chat_id in revised if session_id != UNPLACED])
+        found = rows.delete_unplaced(connection, [chat_id for session_id, chat_id in revised if session_id])
+        for session_id, chat_id in revised:
+            if session_id != UNPLACED and chat_id in found:
+                before.setdefault((session_id, chat_id), found[chat_id])
+    return differences.of_turns(turns, before)
 
 
 def rederive(
     connection: Connection, session_ids: Sequence[str], timing: Timing, just_read: Collection[str] = ()
-) -> None:
+) -> list[Change]:
     """Make these sessions anew from all that the ledger tells of them, and write what differs.
 
-    The caller has their rows locked. A session of which the ledger tells nothing is removed.
+    The caller has their rows locked. A session of which the ledger tells nothing is removed. Answers what changed,
+    which is to be told only where something new was recorded.
     """
     if not session_ids:
-        return
+        return []
     stories = ledger_facts.select_stories(connection, session_ids)
     archived = rows.select_archived(connection, session_ids)
     derived = [derive(story, timing) for story in stories.values()]
     telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
     rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in stories])
-    rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
+    unplaced = rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
+    before = differences.Before(archived.sessions, archived.chats, archived.messages.values(), unplaced)
+    return differences.of_sessions(before, derived, just_read)
 
 
 def rederive_locked(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:

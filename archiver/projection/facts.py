@@ -35,7 +35,10 @@ _SELECT_OTHER_FACTS = text(
 
 
 def select_other_facts(connection: Connection, own: Mapping[Key, Sequence[bytes]]) -> dict[Key, list[Fact]]:
-    """The ledger's facts about these turns, but for those with the dedupe keys given, by the turn in its session."""
+    """The ledger's facts about these turns, but for those with the dedupe keys given, by the turn in its session.
+
+    A turn of which there are only facts that cannot be read again has none, but is there.
+    """
     # As JSON, because the driver writes an array item by item.
     keys = [
         {"session_id": key[0], "chat_id": key[1], "own": [digest.hex() for digest in digests]}
@@ -47,10 +50,8 @@ def select_other_facts(connection: Connection, own: Mapping[Key, Sequence[bytes]
     found: dict[Key, list[Fact]] = defaultdict(list)
     for row in connection.execute(_SELECT_OTHER_FACTS, {"keys": msgspec.json.encode(keys).decode()}):
         fact = _fact(row)
-        if fact is None:
-            continue
         for key in [(row.session_id, row.chat_id)] if row.session_id != UNPLACED else homes[row.chat_id]:
-            found[key].append(fact)
+            found[key] += [fact] if fact is not None else []
     return found
 
 

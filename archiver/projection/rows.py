@@ -1,17 +1,32 @@
 """The rows of sessions, chats and messages: what is derived from the ledger is written here alone."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Table, and_, bindparam, delete, func, literal_column, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Table,
+    and_,
+    bindparam,
+    column,
+    delete,
+    func,
+    literal_column,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 
 from archiver import tables
 from archiver.database import RowsInsert
 from archiver.projection.coverage import Timing
+from archiver.projection.differences import Shown, shown, shown_elsewhere
 from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import Rows, chat_row
 from archiver.projection.turns import Turn
@@ -106,6 +121,32 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
     _UPSERT_UNREAD_MESSAGE.execute(connection, messages)
 
 
+# The keys stand in a materialized CTE because a distributed table joins to nothing else.
+_SELECT_TURNS = text(
+    f"""
+    WITH keys AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text)
+    )
+    SELECT {", ".join(f"c.{each.name}" for each in tables.chats.c)}, m.role, m.content
+      FROM keys JOIN archiver.chats c ON c.session_id = keys.session_id AND c.chat_id = keys.chat_id
+      LEFT JOIN archiver.messages m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
+     ORDER BY m.ordinal
+    """  # noqa: S608  # names of columns
+).columns(*tables.chats.c, column("role", TEXT), column("content", TEXT))
+
+
+def select_shown(connection: Connection, keys: Sequence[Key]) -> dict[Key, Shown]:
+    """What the archive shows of these turns; none for those that it does not hold."""
+    asked = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
+    chats: dict[Key, Row] = {}
+    said: dict[Key, list[tuple[str, str]]] = defaultdict(list)
+    for row in connection.execute(_SELECT_TURNS, {"keys": msgspec.json.encode(asked).decode()}).mappings():
+        key = row["session_id"], row["chat_id"]
+        chats[key] = dict(row)
+        said[key] += [(row["role"], row["content"])] if row["role"] is not None else []
+    return {key: shown(row, said[key]) for key, row in chats.items()}
+
+
 _DELETE_SURPLUS = delete(tables.messages).where(
     and_(
         tables.messages.c.session_id == bindparam("of_session"),
@@ -124,13 +165,21 @@ def delete_surplus_messages(connection: Connection, kept: Mapping[Key, int]) -> 
         )
 
 
-def delete_unplaced(connection: Connection, chat_ids: Sequence[str]) -> None:
-    """A turn whose session became known no longer stands among those without one."""
-    for table in (tables.messages, tables.chats) if chat_ids else ():
-        connection.execute(
-            delete(table).where(table.c.session_id == UNPLACED, table.c.chat_id == func.any(_CHAT_IDS)),
-            {"chat_ids": list(chat_ids)},
-        )
+def delete_unplaced(connection: Connection, chat_ids: Sequence[str]) -> dict[str, Shown]:
+    """A turn whose session became known no longer stands among those without one. Answers those that did."""
+    if not chat_ids:
+        return {}
+    unplaced = {"chat_ids": list(chat_ids)}
+    connection.execute(_DELETE_UNPLACED_MESSAGES, unplaced)
+    deleted = connection.execute(_DELETE_UNPLACED_CHATS, unplaced)
+    return {row.chat_id: shown_elsewhere(is_deleted=row.deleted_at is not None) for row in deleted}
+
+
+_DELETE_UNPLACED_MESSAGES, _delete_unplaced_chats = (
+    delete(table).where(table.c.session_id == UNPLACED, table.c.chat_id == func.any(_CHAT_IDS))
+    for table in (tables.messages, tables.chats)
+)
+_DELETE_UNPLACED_CHATS = _delete_unplaced_chats.returning(tables.chats.c.chat_id, tables.chats.c.deleted_at)
 
 
 _DELETE_UNPLACED_BETWEEN = [

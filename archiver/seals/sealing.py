@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from archiver.database import CONFLICT_RETRIES, is_conflict, sqlstate, transaction
+from archiver.outbox import Change, insert_changes
 from archiver.seals import chain
 from archiver.seals.chain import Seal
 from archiver.seals.leaves import KINDS, select_leaves
@@ -95,6 +96,7 @@ def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519Priv
         return None
     new = chain.make(before, entries, through, key)
     chain.insert_seal(connection, new, entries)
+    insert_changes(connection, [Change("seal.created", seal_id=new.id)])
     return new
 
 

@@ -1,0 +1,39 @@
+"""What a transaction changed in the archive, written by that very transaction (I11); `feed` publishes it in order."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+import msgspec
+from sqlalchemy import Connection, text
+
+ChangeType = Literal[
+    "chat.created",
+    "chat.updated",
+    "chat.deleted",
+    "session.settled",
+    "session.repaired",
+    "session.lost",
+    "seal.created",
+]
+TYPES: tuple[str, ...] = get_args(ChangeType)
+
+
+class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """One change of the archive: what, and of which turn, session or seal. Holds ids and no content."""
+
+    type: ChangeType
+    session_id: str = ""
+    chat_id: str | None = None
+    seal_id: int | None = None
+
+
+# One narrow row a transaction, whatever it changed: ingest pays for each row and for each index entry.
+_INSERT = text("INSERT INTO archiver.outbox (changed_at, changes) VALUES (:changed_at, CAST(:changes AS json))")
+
+
+def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
+    """Have these published if, and only if, this transaction commits."""
+    if changes:
+        told = msgspec.json.encode(changes).decode()
+        connection.execute(_INSERT, {"changed_at": datetime.now(UTC), "changes": told})
