@@ -9,6 +9,12 @@ from sqlalchemy import Connection, RowMapping, text
 from archiver.followups.deliveries import State
 from archiver.followups.schedule import ATTEMPTS
 
+
+def only(*, dead: bool, pending: bool) -> State | None:
+    """The state that is asked for; None: any."""
+    return "dead" if dead else "pending" if pending else None
+
+
 _LIST = """
     SELECT d.subscription_id, d.cursor, d.type, d.session_id, d.chat_id, d.seal_id, d.changed_at, d.state, d.attempts,
            d.due_at, d.ended_at, a.at AS attempted_at, a.seconds, a.status, a.fault, a.answer

@@ -94,7 +94,7 @@ def upgrade() -> None:
         sa.Index("deliveries_ended_at_idx", "ended_at", postgresql_where=sa.text("ended_at IS NOT NULL")),
         sa.Index("deliveries_dead_idx", "subscription_id", "cursor", postgresql_where=sa.text("state = 'dead'")),
         schema=SCHEMA,
-        comment="Follow-ups: ids only, the content is read as it is sent. A window on the feed, not a queue of its own.",
+        comment="Follow-ups, ids only: content is read as it is sent. The queue is the feed; this is what is at hand of it.",
     )
 
     op.create_table(
