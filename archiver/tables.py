@@ -380,7 +380,7 @@ deliveries = Table(
     Index("deliveries_session_idx", "session_id", "subscription_id", "cursor"),
     Index("deliveries_ended_at_idx", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
     Index("deliveries_dead_idx", "subscription_id", "cursor", postgresql_where=text("state = 'dead'")),
-    comment="Follow-ups, ids only: content is read as it is sent. The queue is the feed; this is what is at hand of it.",
+    comment="Follow-ups at hand, ids only: content is read as it is sent, and the queue is the feed.",
 )
 
 attempts = Table(

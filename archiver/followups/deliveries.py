@@ -100,7 +100,7 @@ def select_due(
 
 _COUNT_PENDING = text(
     "SELECT count(*) FROM (SELECT FROM archiver.deliveries WHERE subscription_id = :id AND state = 'pending'"
-    " LIMIT :most) AS some"
+    " LIMIT :most) AS first_ones"
 )
 
 

@@ -68,6 +68,7 @@ class Sender:
         self._allow_private = allow_private
         self._transport: Transport | None = None
         self._slots = asyncio.Semaphore(1)
+        self._is_told_to_wait = False  # by an answer that is not recorded yet
 
     async def aclose(self) -> None:
         """End its connections."""
@@ -82,6 +83,7 @@ class Sender:
             while True:
                 turn = await self._turn(results, list(under_way.values()), is_ending=ending.is_set())
                 results = []
+                self._is_told_to_wait = False
                 self._begin(turn, under_way)
                 if not under_way:
                     if turn.subscription is None or ending.is_set() or not turn.is_behind:
@@ -119,14 +121,16 @@ class Sender:
         return self._transport
 
     async def _send(self, transport: Transport | None, subscription: Subscription, ready: Ready) -> Result | None:
-        """None where its content would be too old by now: it is read again."""
+        """None where its content would be too old by now, or the receiver asked for a pause: it is read again."""
         async with self._slots:
             await self._pace.turn()
-            if monotonic() - ready.read_at > FRESH_SECONDS:
+            if self._is_told_to_wait or monotonic() - ready.read_at > FRESH_SECONDS:
                 return None
             if transport is None:
                 return Result(ready.due, Attempt.refused())
             attempt = await transport.send(subscription, ready.due.message_id, ready.body)
+            if attempt.status == GONE or (attempt.status in _OVERLOADED and attempt.retry_after):
+                self._is_told_to_wait = True
         result = Result(ready.due, attempt)
         telemetry.followup_seconds.observe(attempt.seconds)
         telemetry.followup_attempts.labels("failed" if result.state == "pending" else result.state).inc()
@@ -134,6 +138,7 @@ class Sender:
 
     async def _turn(self, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool) -> Turn:
         """What came of deliveries is known here alone: it is tried until it is recorded."""
+        is_told = False
         while True:
             try:
                 return await run_in_transaction(
@@ -145,7 +150,10 @@ class Sender:
                 if is_ending:
                     raise
                 telemetry.followup_waits.inc()
-                log.warning("follow-ups wait for the database", subscription=self._id, reason=database.explain(error))
+                if not is_told:
+                    reason = database.explain(error)
+                    log.error("follow-ups wait for the database", subscription=self._id, reason=reason)  # noqa: TRY400
+                is_told = True
             await asyncio.sleep(RETRY_SECONDS)
 
     def _settle(
@@ -172,10 +180,11 @@ class Sender:
             failures = 0 if each.attempt.fault is None else failures + 1
             if each.attempt.status in _OVERLOADED:
                 wait = max(wait, each.attempt.retry_after or 0.0)
-        if not results or failures == leased.failures == 0:
-            return leased
-        subscriptions.set_circuit(connection, self._id, failures, max(wait, probe_after(failures)))
         is_gone = any(each.attempt.status == GONE for each in results)
+        if failures == leased.failures == 0 and not wait and not is_gone:
+            return leased
+        if results:
+            subscriptions.set_circuit(connection, self._id, failures, max(wait, probe_after(failures)))
         is_lost = failures > 0 and leased.failing_seconds > GIVE_UP_AFTER.total_seconds()
         if not is_gone and not is_lost:
             return subscriptions.lease(connection, self._id, self._owner)  # as it is now

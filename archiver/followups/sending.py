@@ -61,10 +61,11 @@ class Transport:
         *,
         concurrency: int,
         allow_private: bool,
+        seconds: float = SECONDS,
         trusted: ssl.SSLContext | None = None,
         resolve: Resolve = resolve,
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoint, self._seconds = endpoint, seconds
         self._network = Guarded(is_encrypted=endpoint.is_encrypted, allow_private=allow_private, resolve=resolve)
         self._url = httpcore2.URL(
             scheme=endpoint.scheme, host=endpoint.host, port=endpoint.port, target=endpoint.target
@@ -104,7 +105,7 @@ class Transport:
             return msgspec.structs.replace(Attempt(began, monotonic() - started), **what)
 
         try:
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(self._seconds):
                 return ended(**await self._exchange(headers, body))
         except TimeoutError:
             return ended(fault="timeout")

@@ -94,7 +94,7 @@ def upgrade() -> None:
         sa.Index("deliveries_ended_at_idx", "ended_at", postgresql_where=sa.text("ended_at IS NOT NULL")),
         sa.Index("deliveries_dead_idx", "subscription_id", "cursor", postgresql_where=sa.text("state = 'dead'")),
         schema=SCHEMA,
-        comment="Follow-ups, ids only: content is read as it is sent. The queue is the feed; this is what is at hand of it.",
+        comment="Follow-ups at hand, ids only: content is read as it is sent, and the queue is the feed.",
     )
 
     op.create_table(
