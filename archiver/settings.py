@@ -209,6 +209,13 @@ class Settings(BaseSettings):
         ge=0,
         le=MAX_DAYS,
     )
+    changes_days: int = _env(
+        "ARCHIVER_CHANGES_DAYS",
+        30,
+        "Days for which the change feed, `analytics.changes`, goes back; 0: for ever.",
+        ge=0,
+        le=MAX_DAYS,
+    )
     followups_rate: float = _env(
         "ARCHIVER_FOLLOWUPS_RATE",
         200,

@@ -91,6 +91,17 @@ last_event = Gauge(
     "Unix time of the last event that this server committed; 0 before the first.",
     multiprocess_mode="livemax",
 )
+published_changes = Counter("archiver_changes_published_total", "Changes of the archive that the feed has told.")
+notify_failures = Counter(
+    "archiver_notify_failures_total",
+    "Pages of changes that went without NOTIFY: somebody who listens sleeps in a transaction.",
+)
+outbox_transactions = Gauge(
+    "archiver_outbox_transactions", "Transactions whose changes are not published yet.", multiprocess_mode="livemax"
+)
+outbox_age = Gauge(
+    "archiver_outbox_oldest_age_seconds", "Age of the oldest change not published yet.", multiprocess_mode="livemax"
+)
 
 
 class Refusals:

@@ -5,5 +5,6 @@ the archive, without gaps; `deliveries` holds only what is at hand of it.
 """
 
 from archiver.followups.running import Followups
+from archiver.followups.subscriptions import select_consumed
 
-__all__ = ["Followups"]
+__all__ = ["Followups", "select_consumed"]

@@ -175,6 +175,8 @@ class Sender:
 
     def _judge(self, connection: Connection, leased: Subscription, results: Sequence[Result]) -> Subscription | None:
         """Keep count of failures in a row; None where the subscription is at its end for now."""
+        if not results:
+            return leased
         failures, wait = leased.failures, 0.0
         for each in results:
             failures = 0 if each.attempt.fault is None else failures + 1
@@ -183,8 +185,7 @@ class Sender:
         is_gone = any(each.attempt.status == GONE for each in results)
         if failures == leased.failures == 0 and not wait and not is_gone:
             return leased
-        if results:
-            subscriptions.set_circuit(connection, self._id, failures, max(wait, probe_after(failures)))
+        subscriptions.set_circuit(connection, self._id, failures, max(wait, probe_after(failures)))
         is_lost = failures > 0 and leased.failing_seconds > GIVE_UP_AFTER.total_seconds()
         if not is_gone and not is_lost:
             return subscriptions.lease(connection, self._id, self._owner)  # as it is now

@@ -7,6 +7,7 @@ facts (`sessions`): whatever their order, the archive ends the same (I5), and th
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 
 from sqlalchemy import Connection
 
@@ -15,6 +16,7 @@ from archiver.outbox import Change
 from archiver.projection import differences, rows
 from archiver.projection import facts as ledger_facts
 from archiver.projection.coverage import DEFAULT_TIMING, Timing
+from archiver.projection.differences import Shown
 from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import derive
 from archiver.projection.turns import Fact, Turn, fold
@@ -65,21 +67,27 @@ def project(
     # Locks the sessions: from here on nobody else projects their turns.
     read = rows.upsert_sessions(connection, heard, timing) | {fact.event.session_id for fact in others}
     read |= heard.keys() & set(erased)
-    changes = _project_turns(connection, {key: own for key, own in placed.items() if key[0] not in read}, timing)
+    unread = {key: own for key, own in placed.items() if key[0] not in read}
+    changes, moved = _project_turns(connection, unread, timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
-    return changes + rederive(connection, sorted(read), timing, just_read)
+    return changes + rederive(connection, sorted(read), timing, just_read, moved)
 
 
-def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing) -> list[Change]:
-    """Turns of sessions that no reading told of stand alone, and are written without a look at their neighbours."""
+def _project_turns(
+    connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing
+) -> tuple[list[Change], dict[str, Shown]]:
+    """Turns of sessions that no reading told of stand alone, and are written without a look at their neighbours.
+
+    Answers what changed, and the turns that stood without a session until now.
+    """
     if not placed:
-        return []
+        return [], {}
     earlier = ledger_facts.select_other_facts(connection, _own_keys(placed))
     known = {key: [*_told_now(own), *earlier.get(key, ())] for key, own in sorted(placed.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
     revised = [key for key in turns if key in earlier]
     # As it stands, and not as earlier facts add up to: a redelivery may just have moved one of them in time.
-    before = rows.select_shown(connection, revised) if revised else {}
+    before, moved = rows.select_shown(connection, revised) if revised else {}, dict[str, Shown]()
     rows.upsert_turns(connection, turns)
     if revised:
         # A fact that did not tell its session may have come first.
@@ -89,17 +97,22 @@ def _project_turns(connection: Connection, placed: Mapping[Key, Sequence[Fact]],
         heard.pop(UNPLACED, None)
         rows.upsert_sessions(connection, heard, timing)
         rows.delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
-        found = rows.delete_unplaced(connection, [chat_id for session_id, chat_id in revised if session_id])
-        for session_id, chat_id in revised:
-            if session_id != UNPLACED and chat_id in found:
-                before.setdefault((session_id, chat_id), found[chat_id])
-    return differences.of_turns(turns, before)
+        at_home = [(session_id, chat_id) for session_id, chat_id in revised if session_id != UNPLACED]
+        moved = rows.delete_unplaced(connection, [chat_id for _, chat_id in at_home])
+        before = {key: moved[key[1]] for key in at_home if key[1] in moved} | before
+    return differences.of_turns(turns, before), moved
 
 
 def rederive(
-    connection: Connection, session_ids: Sequence[str], timing: Timing, just_read: Collection[str] = ()
+    connection: Connection,
+    session_ids: Sequence[str],
+    timing: Timing,
+    just_read: Collection[str] = (),
+    moved: Mapping[str, Shown] = MappingProxyType({}),
 ) -> list[Change]:
     """Make these sessions anew from all that the ledger tells of them, and write what differs.
+
+    `moved`: turns by chat id that stood without a session until this transaction.
 
     The caller has their rows locked. A session of which the ledger tells nothing is removed. Answers what changed,
     which is to be told only where something new was recorded.
@@ -111,8 +124,8 @@ def rederive(
     derived = [derive(story, timing) for story in stories.values()]
     telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
     rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in stories])
-    unplaced = rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
-    before = differences.Before(archived.sessions, archived.chats, archived.messages.values(), unplaced)
+    strays = rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
+    before = differences.Before(archived.sessions, archived.chats, archived.messages.values(), {**moved, **strays})
     return differences.of_sessions(before, derived, just_read)
 
 

@@ -1,0 +1,68 @@
+"""Publishing: from the outbox, in whatever order transactions were committed, into the feed, in one order for all.
+
+Cursors are given here and not by those who write: a sequence would give them before the commit, and a transaction
+that stays open for long would commit a smaller one after readers had gone past it. One publisher at a time gives
+them, its lock is let go once its commit is visible, and the next begins behind the greatest: they become visible in
+order, and without gaps.
+"""
+
+from sqlalchemy import Connection, text
+
+CHANNEL = "archiver_events"
+QUEUE_FULL = "54000"
+
+# Of one transaction. The rows bound the look, the changes bound what is written; one row is always taken.
+PAGE_ROWS = 500
+PAGE_CHANGES = 5_000
+
+# Arbitrary, and not the ledger's: one publisher of a database at a time; whoever comes second leaves it to the first.
+# And a plan made while the outbox was empty, and kept, must not scan it when it no longer is.
+_TRY_LOCK = text(
+    "SELECT pg_try_advisory_xact_lock(:key), set_config('enable_seqscan', 'off', true),"
+    " set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)"
+).bindparams(key=0x63616C6C_68710004)
+
+# A statement of its own after the lock, so that it sees all that the publisher before it has committed.
+_PUBLISH = text(
+    """
+    WITH oldest AS MATERIALIZED (
+        SELECT id, changed_at, changes FROM archiver.outbox ORDER BY id LIMIT :rows
+    ), counted AS (
+        SELECT id, changed_at, changes,
+               sum(json_array_length(changes)) OVER (ORDER BY id) - json_array_length(changes) AS before
+          FROM oldest
+    ), page AS MATERIALIZED (
+        SELECT id, changed_at, changes FROM counted WHERE before < :changes
+    ), taken AS (
+        DELETE FROM archiver.outbox WHERE id IN (SELECT id FROM page)
+    ), published AS (
+        INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
+        SELECT (SELECT coalesce(max(cursor), 0) FROM archiver.changes)
+                   + row_number() OVER (ORDER BY page.id, told.place),
+               told.change ->> 'type', coalesce(told.change ->> 'session_id', ''), told.change ->> 'chat_id',
+               CAST(told.change ->> 'seal_id' AS bigint), page.changed_at
+          FROM page CROSS JOIN LATERAL json_array_elements(page.changes) WITH ORDINALITY AS told (change, place)
+        RETURNING cursor, type, session_id, chat_id, seal_id
+    ), notified AS MATERIALIZED (
+        SELECT CASE WHEN :notifies THEN
+                   pg_notify(:channel, CASE WHEN octet_length(whole) < 8000 THEN whole ELSE bare END)
+               END
+          FROM (SELECT CAST(json_build_object('cursor', cursor, 'type', type, 'session_id', session_id,
+                                              'chat_id', chat_id, 'seal_id', seal_id) AS text) AS whole,
+                       CAST(json_build_object('cursor', cursor, 'type', type) AS text) AS bare
+                  FROM published ORDER BY cursor) AS told
+    )
+    SELECT count(*) FROM notified
+    """
+).bindparams(rows=PAGE_ROWS, changes=PAGE_CHANGES, channel=CHANNEL)
+
+
+def publish(connection: Connection, *, notifies: bool = True) -> int | None:
+    """Publish the oldest page of what is committed, in this transaction; answers how many changes.
+
+    None: another publisher is at it. `notifies`: tell those who listen, too; then the commit may fail with SQLSTATE
+    `QUEUE_FULL`, where somebody who listens has slept in a transaction for so long that Postgres has no more room.
+    """
+    if not connection.scalar(_TRY_LOCK):
+        return None
+    return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)

@@ -1,0 +1,68 @@
+"""Reading the feed, and what it has not published yet."""
+
+from datetime import datetime
+
+import msgspec
+from sqlalchemy import Connection, text
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """A row of `analytics.changes`."""
+
+    cursor: int
+    type: str
+    session_id: str
+    chat_id: str | None
+    seal_id: int | None
+    changed_at: datetime
+
+
+# Of the view, which is all that a reader may see.
+_SELECT = text(
+    """
+    SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM analytics.changes
+     WHERE cursor > :after AND cursor <= :through ORDER BY cursor
+    """
+)
+
+
+def select_changes(connection: Connection, after: int, through: int) -> list[Entry]:
+    """The changes after this cursor, up to that one, in order."""
+    return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "through": through})]
+
+
+class Extent(msgspec.Struct, frozen=True, gc=False):
+    """The cursors of the oldest change that the feed still holds, and of the newest; 0 where it holds none."""
+
+    oldest: int
+    newest: int
+
+
+_EXTENT = text("SELECT coalesce(min(cursor), 0), coalesce(max(cursor), 0) FROM analytics.changes")
+
+
+def select_extent(connection: Connection) -> Extent:
+    """From where to where the feed goes at present."""
+    return Extent(*connection.execute(_EXTENT).one())
+
+
+class Waiting(msgspec.Struct, frozen=True, gc=False):
+    """What nobody has published yet: how many transactions, counted up to a limit; since when the oldest waits."""
+
+    transactions: int
+    since: datetime | None
+
+
+_MOST_COUNTED = 100_000
+
+_WAITING = text(
+    """
+    SELECT (SELECT count(*) FROM (SELECT FROM archiver.outbox LIMIT :most) AS some) AS transactions,
+           (SELECT changed_at FROM archiver.outbox ORDER BY id LIMIT 1) AS since
+    """
+).bindparams(most=_MOST_COUNTED)
+
+
+def select_waiting(connection: Connection) -> Waiting:
+    """What waits for a worker."""
+    return Waiting(*connection.execute(_WAITING).one())
