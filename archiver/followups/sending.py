@@ -25,7 +25,7 @@ Fault = Literal[
     "refused_address",  # it resolves to where nothing may be sent
     "unknown_host",
     "no_connection",
-    "bad_certificate",
+    "bad_certificate",  # or no TLS at all
     "timeout",
     "broken_answer",  # ended early, or is no HTTP
     "redirect",
@@ -146,7 +146,9 @@ def _fault(error: Exception) -> Fault | None:
     if isinstance(error, httpcore2.TimeoutException):
         return "timeout"
     if isinstance(error, httpcore2.ConnectError):
-        return "bad_certificate" if isinstance(error.__cause__, ssl.SSLError) else "no_connection"
+        # The library keeps what it was made of as its argument.
+        is_about_tls = any(isinstance(each, ssl.SSLError) for each in error.args)
+        return "bad_certificate" if is_about_tls else "no_connection"
     if isinstance(error, httpcore2.ProtocolError | httpcore2.NetworkError):
         return "broken_answer"
     return None
