@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.database import explain, run_in_transaction, sqlstate
-from archiver.feed.publishing import PAGE_CHANGES, QUEUE_FULL, publish
+from archiver.feed.publishing import PAGE_CHANGES, QUEUE_FULL, publish, select_queue_usage
 from archiver.feed.reading import select_waiting
 from archiver.feed.retention import PAGE, delete_old
 
@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 IDLE_SECONDS = 0.3
 FAULT_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # without notifications, once Postgres had no room for them
+MOSTLY_EMPTY = 0.5  # of the queue of notifications
 GAUGE_SECONDS = 5.0
 
 
@@ -35,6 +36,7 @@ class Publisher:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._fault = ""  # why the last page was not published
+        self._is_silent = False  # for want of room for notifications
         self._notifies_from = 0.0
         self._gauged_at = -GAUGE_SECONDS
 
@@ -62,24 +64,26 @@ class Publisher:
         except SQLAlchemyError as error:
             if not notifies or sqlstate(error) != QUEUE_FULL:
                 raise
-            self._be_silent()
+            await self._be_silent()
             published = await run_in_transaction(self._engine, partial(publish, notifies=False))
         else:
-            if notifies and published and self._notifies_from:
+            if notifies and published and self._is_silent:
                 log.info("NOTIFY works again")
-                self._notifies_from = 0.0
+                self._is_silent = False
         telemetry.published_changes.inc(published or 0)
         return published or 0
 
-    def _be_silent(self) -> None:
+    async def _be_silent(self) -> None:
         """Nobody is to wait for the feed because somebody who listens is asleep."""
         telemetry.notify_failures.inc()
-        if not self._notifies_from:
+        if await run_in_transaction(self._engine, select_queue_usage) > MOSTLY_EMPTY:
+            self._notifies_from = monotonic() + SILENCE_SECONDS
+        if not self._is_silent:
             log.error(
                 "Postgres has no room for notifications: changes are published without NOTIFY",
                 advice="SELECT pg_notification_queue_usage(); and end the transaction of who listens and sleeps",
             )
-        self._notifies_from = monotonic() + SILENCE_SECONDS
+        self._is_silent = True
 
     async def _gauge(self) -> None:
         if monotonic() - self._gauged_at < GAUGE_SECONDS:

@@ -66,3 +66,11 @@ def publish(connection: Connection, *, notifies: bool = True) -> int | None:
     if not connection.scalar(_TRY_LOCK):
         return None
     return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)
+
+
+def select_queue_usage(connection: Connection) -> float:
+    """From 0 to 1: how full Postgres's queue of notifications is.
+
+    Asking has Postgres let go of what everybody has read; else it does so only with a notification that it takes.
+    """
+    return float(connection.scalar(text("SELECT pg_notification_queue_usage()")) or 0)

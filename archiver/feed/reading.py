@@ -57,7 +57,7 @@ _MOST_COUNTED = 100_000
 
 _WAITING = text(
     """
-    SELECT (SELECT count(*) FROM (SELECT FROM archiver.outbox LIMIT :most) AS some) AS transactions,
+    SELECT (SELECT count(*) FROM (SELECT FROM archiver.outbox LIMIT :most) AS counted) AS transactions,
            (SELECT changed_at FROM archiver.outbox ORDER BY id LIMIT 1) AS since
     """
 ).bindparams(most=_MOST_COUNTED)
