@@ -58,7 +58,12 @@ def test_from_add_to_remove(database_url: str, engine: Engine) -> None:
         (secret,) = re.findall(r"whsec_\S+", added.stdout)
         (row,) = told(database_url, "list")
         assert row["events"] == ["chat.created", "session.lost"]
-        assert (row["assistant_id"], row["variable"], row["value"], row["contains"]) == ("a1", "tier", "gold", "refund")
+        assert (row["assistant_id"], row["variable"], row["value"], row["contains"]) == (
+            "a1",
+            "tier",
+            "gold",
+            "refund",
+        )
         assert (row["is_ordered"], row["concurrency"], row["cursor"]) == (True, 2, 0)
         assert told(database_url, "show", "1") == row
         receiver.then(Response("thank you", 202))
@@ -88,7 +93,8 @@ def test_from_add_to_remove(database_url: str, engine: Engine) -> None:
         assert followups(database_url, "remove", "1", "--yes").returncode == 0
         assert told(database_url, "list") == []
     acts = rows(engine, "SELECT kind, detail::text FROM archiver.acts ORDER BY id")
-    assert [kind for kind, _ in acts] == [f"followups.{name}" for name in "add rotate pause resume remove".split()]
+    done = ("add", "rotate", "pause", "resume", "remove")
+    assert [kind for kind, _ in acts] == [f"followups.{name}" for name in done]
     assert not re.search("whsec|t0ken", str(acts))
 
 
@@ -159,6 +165,24 @@ def test_wrong_usage(words: list[str], database_url: str) -> None:
 @pytest.mark.parametrize("words", [["show"], ["pause"], ["resume"], ["remove", "--yes"], ["rotate"], ["test"]])
 def test_a_subscription_that_is_not_there(words: list[str], database_url: str) -> None:
     assert "no subscription 9" in failed(followups(database_url, words[0], "9", *words[1:]))
+
+
+def test_status_and_doctor_tell_how_follow_ups_stand(database_url: str, engine: Engine) -> None:
+    change(engine, ("chat.created", "s", "c1"))
+    assert "follow-ups" not in said(archiver("doctor", database_url=database_url))
+    first = subscribe(engine, "http://127.0.0.1:9")
+    status = archiver("status", "--json", database_url=database_url)
+    assert json.loads(status.stdout)["followups"]["behind"] == 1
+    assert "1 subscriptions, 1 changes behind" in said(archiver("status", database_url=database_url))
+    execute(engine, "UPDATE archiver.changes SET changed_at = now() - interval '2 hours'")
+    assert "has not been told" in said(archiver("doctor", database_url=database_url))
+    with sending(database_url):
+        until(lambda: states(engine) == {"pending": 1}, "it failed")
+    execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
+    assert "1 were given up" in said(archiver("doctor", database_url=as_writer(database_url)))
+    followups(database_url, "pause", str(first))
+    assert "1 subscriptions are paused" in said(archiver("doctor", database_url=database_url))
+    assert "1 dead; 1 subscriptions, 1 paused" in said(archiver("status", database_url=database_url))
 
 
 def test_a_secret_of_ones_own(database_url: str, tmp_path: Path) -> None:

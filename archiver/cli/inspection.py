@@ -15,6 +15,7 @@ from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
+from archiver.followups.review import Standing, select_standing
 
 
 @click.command()
@@ -31,13 +32,14 @@ def status(as_json: bool) -> None:
             schema.check(opened)
             where = connection.where(configuration, opened)
             figures = overview.select_overview(opened)
+            standing = select_standing(opened)
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
             click.echo(f"archiver: {spooled.events:,} events ({size}) wait on the spool.", err=True)
         raise
     if as_json:
-        told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
+        told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled, "followups": standing}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -51,10 +53,17 @@ def status(as_json: bool) -> None:
     table.add_row("spool", f"{spooled.events:,}", f"since {_moment(spooled.oldest_at)}" if spooled.events else "")
     sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
+    table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
     if figures.quarantine:
         click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
+
+
+def _standing(standing: Standing) -> str:
+    told = f"pending, {standing.dead:,} dead; {standing.subscriptions:,} subscriptions"
+    told += f", {standing.paused:,} paused" if standing.paused else ""
+    return told + (f", {standing.behind:,} changes behind" if standing.behind else "")
 
 
 def _counts(counts: dict[str, int]) -> str:
