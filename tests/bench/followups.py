@@ -2,7 +2,7 @@
 
 (a) ingest alone, and with three subscriptions that match everything, in turns: events/s and their ratio;
 (b) the delay from commit to receipt of a healthy receiver, alone and beside one that hangs and one that answers 500;
-(c) 5,000 events while workers, a receiver that fails 20 %, and Postgres are killed: what was told against what changed.
+(c) 5,000 events while workers, a receiver that fails 20 %, and Postgres are killed: what was told, and what changed.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def load(url: str, seconds: int, prefix: str) -> float:
 
 
 def beside_others(postgres: embedded.Postgres, count: int) -> None:
-    """The same subscription, first alone, then beside the two others, then alone: the mean of the first and the last."""
+    """The same, first alone, then beside the two others, then alone: the mean of the first and the last counts."""
     medians = []
     with receiving() as healthy, receiving() as hanging, receiving() as failing:
         hanging.hangs = True
@@ -111,8 +111,8 @@ def beside_others(postgres: embedded.Postgres, count: int) -> None:
                 medians.append(delay(engine, healthy, count, number))
     alone = (medians[0] + medians[2]) / 2
     print(
-        f"(b) delay from commit to receipt, median: alone {medians[0]:.0f} and {medians[2]:.0f} ms, beside one that hangs"
-        f" and one that fails {medians[1]:.0f} ms: {medians[1] / alone:.2f}"
+        f"(b) delay from commit to receipt, median: alone {medians[0]:.0f} and {medians[2]:.0f} ms, beside one that"
+        f" hangs and one that fails {medians[1]:.0f} ms: {medians[1] / alone:.2f}"
     )
 
 
@@ -151,9 +151,8 @@ def beside_faults(postgres: embedded.Postgres, home: Path, events: int, seed: in
     started = time.perf_counter()
     with connected(url) as engine:
         told = survive(postgres, engine, url, home, events=events, rng=random.Random(seed))
-    print(
-        f"(c) {events:,} events, seed {seed}, in {time.perf_counter() - started:.0f} s: {told}; none missing, no other"
-    )
+    seconds = time.perf_counter() - started
+    print(f"(c) {events:,} events, seed {seed}, in {seconds:.0f} s: {told}; none is missing, and there is no other")
 
 
 if __name__ == "__main__":
