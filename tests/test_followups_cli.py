@@ -33,7 +33,7 @@ from tests.waiting import until
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 
 DOCS = Path(__file__).parent.parent / "docs"
-PRIVATE = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true"}
+PRIVATE = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "COLUMNS": "300"}
 
 
 def followups(url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -132,7 +132,6 @@ def test_deliveries_are_listed_and_retried(database_url: str, engine: Engine) ->
         (["http://8.8.8.8/", "--event", "chat.created"], "https"),
         (["https://169.254.169.254/", "--event", "chat.created"], "nothing is sent to"),
         (["https://u:hunter2@8.8.8.8/", "--event", "chat.created"], "no password"),
-        (["https://nowhere.invalid/", "--event", "chat.created"], "Nobody knows"),
     ],
 )
 def test_such_receivers_are_refused(words: list[str], reason: str, database_url: str) -> None:

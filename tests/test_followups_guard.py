@@ -385,3 +385,13 @@ def test_the_pace_is_even_and_kept_by_all_together() -> None:
         return loop.time() - began
 
     assert asyncio.run(run()) >= 40 / 200 - 0.051
+
+
+def test_who_would_wait_for_too_long_is_sent_back() -> None:
+    async def run() -> list[bool]:
+        pace = Pace(10)
+        return await asyncio.gather(*(pace.turn() for _ in range(30)))
+
+    turns = asyncio.run(run())
+    assert 10 <= sum(turns) <= 12
+    assert turns == sorted(turns, reverse=True)

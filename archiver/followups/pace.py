@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from time import monotonic
 
+LONGEST_SECONDS = 1.0  # that somebody waits: what is to be sent must not grow old meanwhile
 _BURST_SECONDS = 0.05  # that may be made up for: a loop that was late a little does not lose its turns
 
 
@@ -15,12 +16,16 @@ class Pace:
         self._clock = clock
         self._next = 0.0
 
-    async def turn(self) -> None:
-        """Return when it is one's turn."""
+    async def turn(self) -> bool:
+        """Return when it is one's turn; or, without one, after a while, where there are too many before."""
         if not self._interval:
-            return
+            return True
         now = self._clock()
         mine = max(self._next, now - _BURST_SECONDS)
+        if mine - now > max(LONGEST_SECONDS, self._interval):
+            await asyncio.sleep(LONGEST_SECONDS)
+            return False
         self._next = mine + self._interval
         if mine > now:
             await asyncio.sleep(mine - now)
+        return True

@@ -123,8 +123,8 @@ class Sender:
     async def _send(self, transport: Transport | None, subscription: Subscription, ready: Ready) -> Result | None:
         """None where its content would be too old by now, or the receiver asked for a pause: it is read again."""
         async with self._slots:
-            await self._pace.turn()
-            if self._is_told_to_wait or monotonic() - ready.read_at > FRESH_SECONDS:
+            is_old = monotonic() - ready.read_at > FRESH_SECONDS
+            if is_old or not await self._pace.turn() or self._is_told_to_wait:
                 return None
             if transport is None:
                 return Result(ready.due, Attempt.refused())

@@ -9,11 +9,14 @@ from typing import Literal, Self
 
 import httpcore2
 import msgspec
+import structlog
 
 from archiver.followups import guard, signing
 from archiver.followups.guard import Endpoint, Guarded, RefusedError, Resolve, UnresolvedError, resolve
 from archiver.followups.schedule import retry_after
 from archiver.followups.subscriptions import Subscription
+
+log = structlog.get_logger(__name__)
 
 SECONDS = 15.0  # for an attempt, to the last byte of its answer
 MOST_READ = 65_536  # bytes of an answer
@@ -28,6 +31,7 @@ Fault = Literal[
     "bad_certificate",  # or no TLS at all
     "timeout",
     "broken_answer",  # ended early, or is no HTTP
+    "failed_here",
     "redirect",
     "not_2xx",
 ]
@@ -109,11 +113,8 @@ class Transport:
                 return ended(**await self._exchange(headers, body))
         except TimeoutError:
             return ended(fault="timeout")
-        except Exception as error:
-            fault = _fault(error)
-            if fault is None:
-                raise
-            return ended(fault=fault)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not be tried for ever without counting
+            return ended(fault=_fault(error))
 
     async def _exchange(self, headers: dict[str, str], body: bytes) -> dict[str, object]:
         async with self._pool.stream("POST", self._url, headers=list(headers.items()), content=body) as response:
@@ -137,8 +138,8 @@ def _judge(status: int) -> Fault | None:
     return "redirect" if status in range(300, 400) else "not_2xx"
 
 
-def _fault(error: Exception) -> Fault | None:
-    """What an error of the exchange is called; None for those that are none of the network's."""
+def _fault(error: Exception) -> Fault:
+    """What an error of the exchange is called."""
     if isinstance(error, RefusedError):
         return "refused_address"
     if isinstance(error, UnresolvedError):
@@ -151,4 +152,5 @@ def _fault(error: Exception) -> Fault | None:
         return "bad_certificate" if is_about_tls else "no_connection"
     if isinstance(error, httpcore2.ProtocolError | httpcore2.NetworkError):
         return "broken_answer"
-    return None
+    log.error("an attempt at a follow-up failed here", exc_info=(type(error), error, error.__traceback__))
+    return "failed_here"
