@@ -72,16 +72,20 @@ class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
             yield connection
 
 
+def conninfo_of(url: URL) -> str:
+    """What libpq is told. Not the URL as text: SQLAlchemy writes a space in it in a way that libpq does not read."""
+    told = url.translate_connect_args(username="user", database="dbname")
+    told |= {name: value if isinstance(value, str) else ",".join(value) for name, value in url.query.items()}
+    return make_conninfo("", **told | {"application_name": "callhq-archiver worker"})
+
+
 class Worker:
     """All background work of one process; `reconciler`: None where histories cannot be read."""
 
     def __init__(self, configuration: Settings, url: URL, engine: AsyncEngine, reconciler: Reconciler | None) -> None:
         self._engine, self._reconciler = engine, reconciler
         self._sealing = Sealing(configuration, url)
-        conninfo = make_conninfo(
-            url.set(drivername="postgresql").render_as_string(hide_password=False),
-            application_name="callhq-archiver worker",
-        )
+        conninfo = conninfo_of(url)
         kwargs = {} if configuration.prepared_statements else {"prepare_threshold": None}
         connector = procrastinate.PsycopgConnector(
             pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, min_size=1, max_size=4

@@ -130,7 +130,7 @@ def delay(engine: Engine, receiver: Receiver, count: int, place: int) -> float:
             for each in receiver.got[len(came) :]:
                 came[each.data["chat_id"]] = time.time()
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     record(engine, created(f"first{place}", f"s{place}"))
     until(lambda: came, "the worker has started", 60)
