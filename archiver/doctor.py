@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, roles, schema, signatures
+from archiver import database, feed, roles, schema, signatures
 from archiver.callhq import CallError, UnauthorizedError, WaitError, probe, shown
 from archiver.followups.review import select_standing
 from archiver.settings import Settings, SettingsError, strangers
@@ -96,7 +97,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         with database.transaction(engine, statement_seconds=10) as connection:
             is_reached = True
             yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
-            for check in (_version, _durability, _entry, _schema, _privileges, _roles, _followups):
+            checks = (_version, _durability, _entry, _schema, _privileges, _roles, _outbox, _followups)
+            for check in checks:
                 finding = check(connection)
                 if finding is not None:
                     yield finding
@@ -256,6 +258,17 @@ def _roles(connection: Connection) -> Finding:
     if not roles.are_granted(connection):
         return Finding("roles", "warning", "The roles lack some of their grants.", "Run `archiver migrate` again.")
     return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
+
+
+def _outbox(connection: Connection) -> Finding | None:
+    """Whether somebody publishes what changes; None where this user cannot see it."""
+    if not connection.scalar(text("SELECT has_table_privilege('archiver.outbox', 'SELECT')")):
+        return None
+    waiting = feed.select_waiting(connection)
+    if not waiting.is_overdue(datetime.now(UTC)):
+        return Finding("changes", "ok", "Changes are published as they are committed.")
+    detail = f"Changes of {waiting.transactions:,} transactions wait since {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
+    return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
 
 
 _LATE_SECONDS = 3_600

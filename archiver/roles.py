@@ -71,6 +71,7 @@ NEEDED: Mapping[str, Needs] = {
                     "removals",
                     "holds",
                     "seals",
+                    "outbox",
                     "sessions",
                     "chats",
                     "messages",

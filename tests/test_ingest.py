@@ -29,6 +29,7 @@ from archiver.ingest import (
     write,
 )
 from tests.conftest import Cluster
+from tests.feeds import told
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
 from tests.waiting import until
@@ -308,6 +309,15 @@ def test_i4_a_retry_archives_what_was_repaired_with_its_first_time_and_empties_t
     assert rows(poisoned, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
     assert (POISON,) in rows(poisoned, "SELECT content FROM analytics.messages")
     assert retry_quarantined(poisoned, refused.id) is None
+
+
+def test_i11_a_batch_that_was_halved_tells_what_was_stored_once_and_a_retry_the_rest(poisoned: Engine) -> None:
+    bodies = [created(f"c{n}", "s", input=POISON if n == 3 else "harmless") for n in range(6)]
+    refused = take(poisoned, *bodies, *bodies)[3]
+    assert [chat_id for _, _, chat_id in told(poisoned)] == ["c0", "c1", "c2", "c4", "c5"]
+    execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
+    retry_quarantined(poisoned, refused.id)
+    assert told(poisoned)[5:] == [("chat.created", "s", "c3")]
 
 
 def test_i4_a_history_that_was_quarantined_is_retried_as_the_history_that_it_is(poisoned: Engine) -> None:

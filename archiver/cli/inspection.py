@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, overview, schema, settings, spool
+from archiver import database, feed, overview, schema, settings, spool
 from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
@@ -32,6 +32,7 @@ def status(as_json: bool) -> None:
             schema.check(opened)
             where = connection.where(configuration, opened)
             figures = overview.select_overview(opened)
+            extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
             standing = select_standing(opened)
     except SQLAlchemyError:
         if spooled.events:
@@ -39,7 +40,8 @@ def status(as_json: bool) -> None:
             click.echo(f"archiver: {spooled.events:,} events ({size}) wait on the spool.", err=True)
         raise
     if as_json:
-        told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled, "followups": standing}
+        told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
+        told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": standing}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -53,11 +55,15 @@ def status(as_json: bool) -> None:
     table.add_row("spool", f"{spooled.events:,}", f"since {_moment(spooled.oldest_at)}" if spooled.events else "")
     sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
+    unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
+    table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
     table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
     if figures.quarantine:
         click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
+    if waiting.is_overdue(datetime.now(UTC)):
+        click.echo(f"Nobody publishes changes: {feed.ADVICE}")
 
 
 def _standing(standing: Standing) -> str:

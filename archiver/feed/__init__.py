@@ -2,10 +2,11 @@
 
 from archiver.feed.publisher import Publisher
 from archiver.feed.publishing import CHANNEL, publish
-from archiver.feed.reading import Entry, Extent, Waiting, select_changes, select_extent, select_waiting
+from archiver.feed.reading import ADVICE, Entry, Extent, Waiting, select_changes, select_extent, select_waiting
 from archiver.feed.retention import delete_old
 
 __all__ = [
+    "ADVICE",
     "CHANNEL",
     "Entry",
     "Extent",

@@ -1,6 +1,6 @@
 """Reading the feed, and what it has not published yet."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import msgspec
 from sqlalchemy import Connection, text
@@ -21,14 +21,14 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 _SELECT = text(
     """
     SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM analytics.changes
-     WHERE cursor > :after AND cursor <= :through ORDER BY cursor
+     WHERE cursor > :after ORDER BY cursor LIMIT :most
     """
 )
 
 
-def select_changes(connection: Connection, after: int, through: int) -> list[Entry]:
-    """The changes after this cursor, up to that one, in order."""
-    return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "through": through})]
+def select_changes(connection: Connection, after: int, most: int) -> list[Entry]:
+    """The changes after this cursor, in order, at most so many."""
+    return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "most": most})]
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):
@@ -51,6 +51,14 @@ class Waiting(msgspec.Struct, frozen=True, gc=False):
 
     transactions: int
     since: datetime | None
+
+    def is_overdue(self, now: datetime) -> bool:
+        """Whether it has waited for so long that no worker can be running."""
+        return self.since is not None and now - self.since > _OVERDUE
+
+
+_OVERDUE = timedelta(seconds=60)
+ADVICE = "start `archiver worker`, or `archiver serve` without --no-worker; if one runs, see its log."
 
 
 _MOST_COUNTED = 100_000

@@ -3,15 +3,16 @@
 import click
 
 from archiver.cli.followups import changing, listing, subscribing
+from archiver.cli.followups.tail import tail
 
 
-@click.group("followups")
-def group() -> None:
-    """Act on conversations, exactly as archived: subscriptions and their deliveries."""
+@click.group()
+def followups() -> None:
+    """Act on what changes in the archive: follow the feed, or have it sent to receivers."""
 
 
 for _command in (
-    *(subscribing.add, listing.list_, listing.show, changing.pause, changing.resume, changing.remove),
+    *(tail, subscribing.add, listing.list_, listing.show, changing.pause, changing.resume, changing.remove),
     *(subscribing.rotate, subscribing.test, listing.deliveries, changing.retry),
 ):
-    group.add_command(_command)
+    followups.add_command(_command)
