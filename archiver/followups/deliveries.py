@@ -138,7 +138,7 @@ _RECORD_ATTEMPTS = text(
     INSERT INTO archiver.attempts (subscription_id, cursor, number, at, seconds, status, fault, answer)
     SELECT :id, t.cursor, t.number, t.at, t.seconds, t.status, t.fault,
            CASE WHEN t.cursor NOT IN (SELECT cursor FROM erased) THEN decode(t.answer, 'hex') END
-      FROM told t ON CONFLICT DO NOTHING
+      FROM told t JOIN archiver.deliveries d ON d.subscription_id = :id AND d.cursor = t.cursor ON CONFLICT DO NOTHING
     """  # noqa: S608  # a constant
 )
 

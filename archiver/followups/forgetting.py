@@ -2,7 +2,6 @@
 
 from sqlalchemy import Connection, text
 
-# Of nobody: their subscription was removed.
 _FORGET = """
     WITH gone AS MATERIALIZED (
         DELETE FROM archiver.deliveries d USING (
@@ -16,8 +15,21 @@ _FORGET = """
     SELECT count(*) FROM gone
 """
 _FORGET_ENDED = text(_FORGET.format(which="ended_at < now() - :days * interval '1 day'"))
+# Which there are, from one to the next by the index.
 _FORGET_REMOVED = text(
-    _FORGET.format(which="NOT EXISTS (SELECT FROM archiver.subscriptions s WHERE s.id = subscription_id)")
+    _FORGET.format(
+        which="""subscription_id = (
+                WITH RECURSIVE known AS (
+                    SELECT min(subscription_id) AS id FROM archiver.deliveries
+                     UNION ALL
+                    SELECT (SELECT min(d.subscription_id) FROM archiver.deliveries d
+                             WHERE d.subscription_id > known.id)
+                      FROM known WHERE known.id IS NOT NULL
+                )
+                SELECT min(id) FROM known
+                 WHERE NOT EXISTS (SELECT FROM archiver.subscriptions s WHERE s.id = known.id)
+            )"""
+    )
 )
 _FORGET_OF = text(_FORGET.format(which="subscription_id = :id"))
 AT_ONCE = 1_000

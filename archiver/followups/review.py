@@ -18,10 +18,14 @@ def only(*, dead: bool, pending: bool) -> State | None:
 _LIST = """
     SELECT d.subscription_id, d.cursor, d.type, d.session_id, d.chat_id, d.seal_id, d.changed_at, d.state, d.attempts,
            d.due_at, d.ended_at, a.at AS attempted_at, a.seconds, a.status, a.fault, a.answer
-      FROM archiver.deliveries d
+      FROM archiver.subscriptions s
+     CROSS JOIN LATERAL (
+               SELECT * FROM archiver.deliveries d WHERE d.subscription_id = s.id {of_state}
+                ORDER BY d.cursor DESC LIMIT :most
+           ) AS d
       LEFT JOIN archiver.attempts a
              ON a.subscription_id = d.subscription_id AND a.cursor = d.cursor AND a.number = d.attempts
-     WHERE true {conditions} ORDER BY d.changed_at DESC, d.cursor DESC, d.subscription_id LIMIT :most
+     {of_subscription} ORDER BY d.cursor DESC, d.subscription_id LIMIT :most
 """
 
 
@@ -29,13 +33,13 @@ def select_deliveries(
     connection: Connection, *, subscription_id: int | None, state: State | None, most: int
 ) -> Sequence[RowMapping]:
     """The newest ones, each with its latest attempt."""
-    conditions, values = "", dict[str, Any](most=most)
+    values: dict[str, Any] = {"most": most}
+    of_subscription = ""
     if subscription_id is not None:
-        conditions += " AND d.subscription_id = :id"
-        values["id"] = subscription_id
-    if state is not None:
-        conditions += f" AND d.state = '{state}'"
-    return connection.execute(text(_LIST.format(conditions=conditions)), values).mappings().all()
+        of_subscription, values["id"] = "WHERE s.id = :id", subscription_id
+    of_state = "" if state is None else f"AND d.state = '{state}'"
+    query = text(_LIST.format(of_state=of_state, of_subscription=of_subscription))
+    return connection.execute(query, values).mappings().all()
 
 
 _RETRY = """

@@ -100,9 +100,9 @@ def select_newest_cursor(connection: Connection) -> int:
 
 _COUNTS = text(
     """
-    SELECT subscription_id, count(*) FILTER (WHERE state = 'pending') AS pending,
-           count(*) FILTER (WHERE state = 'dead') AS dead, count(*) FILTER (WHERE state = 'delivered') AS delivered
-      FROM archiver.deliveries GROUP BY 1
+    SELECT subscription_id, state, count(*) AS number FROM archiver.deliveries WHERE state = 'pending' GROUP BY 1, 2
+     UNION ALL
+    SELECT subscription_id, state, count(*) FROM archiver.deliveries WHERE state = 'dead' GROUP BY 1, 2
     """
 )
 
@@ -113,11 +113,10 @@ def select_subscriptions(connection: Connection, subscription_id: int | None = N
     if subscription_id is not None:
         query = query.where(_S.c.id == subscription_id)
     newest = select_newest_cursor(connection)
-    counts = {row["subscription_id"]: row for row in connection.execute(_COUNTS).mappings()}
+    counts = {(row.subscription_id, row.state): int(row.number) for row in connection.execute(_COUNTS)}
     found = []
     for row in connection.execute(query).mappings():
-        counted = counts.get(row["id"])
-        told = {name: int(counted[name]) if counted else 0 for name in ("pending", "dead", "delivered")}
+        told = {state: counts.get((row["id"], state), 0) for state in ("pending", "dead")}
         found.append({**row, **told, "behind": max(0, newest - row["cursor"])})
     return found
 
