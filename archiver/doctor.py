@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, feed, roles, schema, signatures
 from archiver.callhq import CallError, UnauthorizedError, WaitError, probe, shown
+from archiver.followups.review import select_standing
 from archiver.settings import Settings, SettingsError, strangers
 from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_depth, select_room, set_aside_files
 
@@ -96,7 +97,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         with database.transaction(engine, statement_seconds=10) as connection:
             is_reached = True
             yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
-            for check in (_version, _durability, _entry, _schema, _privileges, _roles, _outbox):
+            checks = (_version, _durability, _entry, _schema, _privileges, _roles, _outbox, _followups)
+            for check in checks:
                 finding = check(connection)
                 if finding is not None:
                     yield finding
@@ -295,6 +297,34 @@ def _outbox(connection: Connection) -> Finding | None:
         return Finding("changes", "ok", "Changes are published as they are committed.")
     detail = f"Changes of {waiting.transactions:,} transactions wait since {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
     return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
+
+
+_LATE_SECONDS = 3_600
+_MAY_SEE_FOLLOWUPS = text(
+    "SELECT bool_and(has_table_privilege(name, 'SELECT'))"
+    " FROM unnest(ARRAY['archiver.subscriptions', 'archiver.deliveries', 'archiver.changes']) AS name"
+)
+
+
+def _followups(connection: Connection) -> Finding | None:
+    """Whether somebody who is to be told is not; None where nobody is to be."""
+    if not connection.scalar(_MAY_SEE_FOLLOWUPS):
+        return None  # what is missing is told above
+    standing = select_standing(connection)
+    if not standing.subscriptions:
+        return None
+    told = f"{standing.subscriptions:,} subscriptions, {standing.pending:,} deliveries pending"
+    if standing.paused:
+        advice = "archiver followups list tells why; once that is mended: archiver followups resume ID"
+        return Finding("follow-ups", "warning", f"{told}; {standing.paused:,} subscriptions are paused.", advice)
+    if standing.dead:
+        advice = "archiver followups deliveries --dead shows them; archiver followups retry tries them again."
+        return Finding("follow-ups", "warning", f"{told}; {standing.dead:,} were given up.", advice)
+    if standing.oldest_seconds > _LATE_SECONDS:
+        advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
+        late = f"a change of {standing.oldest_seconds / 3_600:,.1f} hours ago has not been told"
+        return Finding("follow-ups", "warning", f"{told}; {late}.", advice)
+    return Finding("follow-ups", "ok", f"{told}.")
 
 
 def _clock(connection: Connection, tolerance: int) -> Finding:

@@ -40,6 +40,8 @@ NEEDED: Mapping[str, Needs] = {
             **{f"archiver.{name}": _APPEND for name in ("recounts", "acts", "erasures", "removals", "seals")},
             **{f"archiver.{name}": "SELECT, INSERT, DELETE" for name in ("outbox", "changes")},
             "analytics.changes": "SELECT",  # `followups tail` beside them
+            "analytics.conversations": "SELECT",  # what follow-ups tell of them
+            **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
         },
         # All that may change of a ledger row: its counters, and that its content goes.

@@ -216,6 +216,24 @@ class Settings(BaseSettings):
         ge=0,
         le=MAX_DAYS,
     )
+    followups_rate: float = _env(
+        "ARCHIVER_FOLLOWUPS_RATE",
+        200,
+        "Most follow-ups that one worker sends in a second, over all subscriptions; 0: no limit.",
+        ge=0,
+    )
+    followups_days: int = _env(
+        "ARCHIVER_FOLLOWUPS_DAYS",
+        14,
+        "Days for which deliveries that ended, and their attempts, are kept.",
+        gt=0,
+        le=MAX_DAYS,
+    )
+    followups_allow_private: bool = _env(
+        "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE",
+        False,
+        "Let follow-ups go to loopback and private addresses, and there by `http` too.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ARCHIVER_LOG_LEVEL",
         "info",

@@ -52,6 +52,30 @@ reading_seconds = Histogram(
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
 pauses = Counter("archiver_pauses_total", "Pauses that CallHQ asked for, by its answer.", ["reason"])
+followup_attempts = Counter(
+    "archiver_followup_attempts_total",
+    "Attempts at follow-ups, by what became of the delivery: delivered, failed (it is tried again) or dead.",
+    ["result"],
+)
+followup_seconds = Histogram(
+    "archiver_followup_attempt_seconds",
+    "Seconds that an attempt at a follow-up took.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15),
+)
+followup_waits = Counter(
+    "archiver_followup_waits_total", "Times that sending follow-ups waited for the database, or was started again."
+)
+followup_oldest = Gauge(
+    "archiver_followup_oldest_age_seconds",
+    "Age of the oldest change that a subscription at work has not been told.",
+    multiprocess_mode="livemostrecent",
+)
+followup_pending = Gauge(
+    "archiver_followup_pending", "Deliveries that wait, or are tried again.", multiprocess_mode="livemostrecent"
+)
+followup_paused = Gauge(
+    "archiver_followup_paused_subscriptions", "Subscriptions that are paused.", multiprocess_mode="livemostrecent"
+)
 queue_events = Gauge("archiver_queue_events", "Events waiting for a commit.", multiprocess_mode="livesum")
 queue_bytes = Gauge("archiver_queue_bytes", "Bytes of the events waiting.", multiprocess_mode="livesum")
 spool_events = Gauge(

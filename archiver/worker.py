@@ -27,6 +27,7 @@ from archiver.database import run_in_transaction
 from archiver.erasure.periodic import Upkeep
 from archiver.events import Event
 from archiver.feed import Publisher
+from archiver.followups import Followups, select_consumed
 from archiver.history import APPLICATION, REGISTERED, SOURCE
 from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
 from archiver.projection import Timing, leases
@@ -99,6 +100,7 @@ class Worker:
         prepared = configuration.prepared_statements
         self._feeding = database.connect_async(url, pool_size=1, prepared_statements=prepared)
         self._publisher = Publisher(self._feeding)
+        self._followups = Followups(configuration, url)
         self._changes_days = configuration.changes_days
         if self._changes_days:
             shorten = self.jobs.task(name="shorten_feed", queue=UPKEEP, queueing_lock="shorten_feed")
@@ -113,11 +115,13 @@ class Worker:
             queues = {TIMERS: 1, UPKEEP: 2} | ({READINGS: 4} if self._reconciler else {})
             working = [asyncio.create_task(self._work(queue, jobs)) for queue, jobs in queues.items()]
             working.append(asyncio.create_task(self._publisher.run()))
+            following = asyncio.create_task(self._followups.run(told))
             ending = asyncio.create_task(told.wait())
-            await asyncio.wait([*working, ending], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*working, following, ending], return_when=asyncio.FIRST_COMPLETED)
+            told.set()  # whatever it was that ended
             for task in (*working, ending):
                 task.cancel()  # which lets jobs under way end
-            for result in await asyncio.gather(*working, return_exceptions=True):
+            for result in await asyncio.gather(*working, following, return_exceptions=True):
                 if isinstance(result, Exception):
                     raise result
         self._upkeep.close()
@@ -170,7 +174,7 @@ class Worker:
     async def shorten_feed(self, timestamp: int) -> None:
         """Let go of changes that are old enough, as the settings say."""
         del timestamp
-        await self._publisher.delete_old(self._changes_days)
+        await self._publisher.delete_old(self._changes_days, select_consumed)
 
     async def forget_jobs(self, timestamp: int) -> None:
         """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Engine, text
 
 from archiver import database, events, ledger, roles
@@ -279,3 +280,12 @@ def test_i10_facts_without_session_that_came_first_date_a_session_whatever_their
     with transaction(engine) as connection:
         query = text("SELECT first_event_at FROM archiver.sessions WHERE session_id = 's'")
         assert connection.scalar(query) == NOW + timedelta(seconds=1)
+
+
+def test_the_worker_reaches_a_database_whose_folder_or_password_holds_a_space() -> None:
+    url = database.database_url(
+        "postgresql://anna:a%20b%2Bc@/archive?host=/tmp/my%20archive,/tmp/other&port=5432,5433"
+    )
+    told = conninfo_to_dict(database.conninfo(url, "a worker"))
+    assert (told["host"], told["port"], told["password"]) == ("/tmp/my archive,/tmp/other", "5432,5433", "a b+c")
+    assert (told["user"], told["dbname"]) == ("anna", "archive")

@@ -266,7 +266,7 @@ def test_the_worker_lets_go_of_old_changes_a_page_at_a_time(database_url: str, e
 
     async def shorten() -> None:
         asynchronous = database.connect_async(database.database_url(as_writer(database_url)), pool_size=1)
-        await feed.Publisher(asynchronous).delete_old(30)
+        await feed.Publisher(asynchronous).delete_old(30, lambda _: None)
         await asynchronous.dispose()
 
     asyncio.run(shorten())

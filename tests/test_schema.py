@@ -47,6 +47,9 @@ TABLES = (
     "seals",
     "outbox",
     "changes",
+    "subscriptions",
+    "deliveries",
+    "attempts",
 )
 
 
@@ -196,7 +199,10 @@ def test_the_migrated_constraints_are_what_the_tables_say(engine: Engine) -> Non
         " WHERE table_schema = 'archiver' AND is_identity = 'YES' ORDER BY 1",
     ) == [
         (table, "ALWAYS")
-        for table in ("acts", "erasures", "events", "holds", "outbox", "quarantine", "recounts", "removals")
+        for table in (
+            *("acts", "erasures", "events", "holds", "outbox", "quarantine", "recounts", "removals"),
+            "subscriptions",
+        )
     ]
 
 

@@ -15,6 +15,7 @@ from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
+from archiver.followups.review import Standing, select_standing
 
 
 @click.command()
@@ -32,6 +33,7 @@ def status(as_json: bool) -> None:
             where = connection.where(configuration, opened)
             figures = overview.select_overview(opened)
             extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
+            standing = select_standing(opened)
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
@@ -39,7 +41,7 @@ def status(as_json: bool) -> None:
         raise
     if as_json:
         told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
-        told |= {"feed": {"newest": extent.newest, "waiting": waiting}}
+        told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": standing}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -55,12 +57,19 @@ def status(as_json: bool) -> None:
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
     unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
     table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
+    table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
     if figures.quarantine:
         click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
     if waiting.is_overdue(datetime.now(UTC)):
         click.echo(f"Nobody publishes changes: {feed.ADVICE}")
+
+
+def _standing(standing: Standing) -> str:
+    told = f"pending, {standing.dead:,} dead; {standing.subscriptions:,} subscriptions"
+    told += f", {standing.paused:,} paused" if standing.paused else ""
+    return told + (f", {standing.behind:,} changes behind" if standing.behind else "")
 
 
 def _counts(counts: dict[str, int]) -> str:

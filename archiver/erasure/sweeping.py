@@ -1,4 +1,4 @@
-"""Taking away the content of what was ordered to be erased: from ledger, archive and quarantine, in bounded steps.
+"""Taking away the content of what was ordered to be erased: from ledger, archive, quarantine and delivery log.
 
 Whatever was ordered and still has content is found again, so that a process that was killed loses nothing.
 """
@@ -16,6 +16,7 @@ from archiver.database import is_conflict, transaction
 from archiver.erasure import mentions
 from archiver.erasure.ordering import Act, order
 from archiver.erasure.targets import Target, marks, parts
+from archiver.followups.deliveries import redact
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
 from archiver.projection.facts import select_stories
 from archiver.projection.rows import lock_sessions, select_homes
@@ -81,6 +82,7 @@ def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after:
             with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
                 ledger.lock_placement(connection, exclusive=any(not each.session_id for each in targets))
                 gone = delete_mentioning(connection, targets)
+                redact(connection, [(each.session_id, each.chat_id) for each in targets])
                 return Step(after, _erase(connection, targets, timing), gone)
         except DBAPIError as error:
             if not is_conflict(error) or attempt == CONFLICT_RETRIES:

@@ -5,11 +5,13 @@ Every worker has one; a lock in the database lets one at a time publish, and who
 
 import asyncio
 import random
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from time import monotonic
 
 import structlog
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -97,11 +99,16 @@ class Publisher:
             log.error("changes are not published", reason=fault)
         self._fault = fault
 
-    async def delete_old(self, days: int) -> None:
-        """Delete the changes that are so many days old, a page at a time."""
+    async def delete_old(self, days: int, consumed: Callable[[Connection], int | None]) -> None:
+        """Delete the changes that are so many days old, a page at a time.
+
+        `consumed` answers up to which cursor whoever must see each change has; None: nobody must.
+        """
         before, deleted = datetime.now(UTC) - timedelta(days=days), 0
         while True:
-            page = await run_in_transaction(self._engine, partial(delete_old, before=before))
+            page = await run_in_transaction(
+                self._engine, lambda connection: delete_old(connection, before, consumed(connection))
+            )
             deleted += page
             if page < PAGE:
                 break

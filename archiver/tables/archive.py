@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy Core and as Alembic's target. No statement and no logic.
+"""Ledger, archive, and what proves and guards them.
 
 All of a session lives together: ledger, sessions, chats and messages carry `session_id`, never updated, in every
 primary key, so that the schema can be distributed by it unchanged.
@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.dialects.postgresql import JSONB
 
 SCHEMA = "archiver"
 
@@ -288,44 +288,4 @@ seals = Table(
     Column("signature", LargeBinary, comment="Ed25519 over the statement; null: unsigned."),
     PrimaryKeyConstraint("id", name="seals_pkey"),
     comment="The chain of seals: each proves what the ledger held, and that nothing before it was changed.",
-)
-
-outbox = Table(
-    "outbox",
-    metadata,
-    Column(
-        "id",
-        BigInteger,
-        Identity(always=True),
-        nullable=False,
-        comment="Grows with writing, not with committing: nothing may be read by it.",
-    ),
-    Column("changed_at", Time, nullable=False, comment="When the changes were made."),
-    Column(
-        "changes",
-        JSON(none_as_null=True),
-        nullable=False,
-        comment="What changed, in order: a list of type, session_id, chat_id and seal_id; no content.",
-    ),
-    PrimaryKeyConstraint("id", name="outbox_pkey"),
-    comment="Changes as they were committed, one row a transaction, until a worker publishes them.",
-)
-
-changes = Table(
-    "changes",
-    metadata,
-    Column(
-        "cursor",
-        BigInteger,
-        autoincrement=False,
-        nullable=False,
-        comment="1, 2, 3 … without gaps; visible in this order.",
-    ),
-    Column("type", Text, nullable=False, comment="What changed, such as chat.created."),
-    Column("session_id", Text, nullable=False, server_default="", comment="Conversation; empty where none is known."),
-    Column("chat_id", Text, comment="Turn; null for changes of whole sessions and of seals."),
-    Column("seal_id", BigInteger, comment="Seal; null for changes of conversations."),
-    Column("changed_at", Time, nullable=False, comment="When it changed; the order is that of cursor."),
-    PrimaryKeyConstraint("cursor", name="changes_pkey"),
-    comment="The change feed: what changed in the archive, once and in an order that never changes.",
 )

@@ -1,0 +1,113 @@
+"""`archiver followups list`, `show` and `deliveries`: who is told, and how it goes. No secret is ever shown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from archiver import settings
+from archiver.cli import connection
+from archiver.cli.followups.opening import ID, looking
+from archiver.cli.output import Whole, console
+from archiver.followups import review, subscriptions
+from archiver.followups.deliveries import DEAD, PENDING, message_id
+from archiver.followups.subscriptions import NoSuchError
+
+
+@click.command("list")
+@connection.json_option
+def list_(*, as_json: bool) -> None:
+    """List the subscriptions."""
+    with looking(settings.read()) as opened:
+        found = subscriptions.select_subscriptions(opened)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        return
+    if not found:
+        click.echo("There is no subscription: archiver followups add URL --event chat.created")
+        return
+    table = Table("id", "url", "events", "only", "state", "pending", "dead", "behind")
+    for row in found:
+        counts = (f"{row[name]:,}" for name in ("pending", "dead", "behind"))
+        cells = (row["url"], " ".join(row["events"]), _only(row), _state(row))
+        table.add_row(str(row["id"]), *map(Text, cells), *counts)
+    console().print(table)
+
+
+def _only(row: Mapping[str, Any]) -> str:
+    told = [f"assistant {row['assistant_id']}"] if row["assistant_id"] is not None else []
+    told += [f"{row['variable']}={row['value']}"] if row["variable"] is not None else []
+    told += [f"contains {row['contains']!r}"] if row["contains"] is not None else []
+    return ", ".join([*told, *(["ordered"] if row["is_ordered"] else [])])
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    if row["paused_at"] is not None:
+        return f"paused: {row['pause_reason']}"
+    return f"failing, {row['failures']} in a row" if row["failures"] else "at work"
+
+
+@click.command()
+@ID
+@connection.json_option
+def show(*, subscription_id: int, as_json: bool) -> None:
+    """Show one subscription, and what is on its way to it."""
+    with looking(settings.read()) as opened:
+        found = subscriptions.select_subscriptions(opened, subscription_id)
+        if not found:
+            raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found[0]), indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in found[0].items():
+        shown = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        table.add_row(name, Text(shown))
+    console().print(table)
+
+
+@click.command()
+@click.option("--subscription", "subscription_id", type=Whole(1, 2**63 - 1), help="Only to this one.")
+@click.option("--dead", is_flag=True, help="Only those that were given up.")
+@click.option("--pending", is_flag=True, help="Only those that wait, or are tried again.")
+@click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="The newest so many.")
+@connection.json_option
+def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit: int, as_json: bool) -> None:
+    """List deliveries, newest first, each with its latest attempt."""
+    if dead and pending:
+        raise click.UsageError("Say --dead or --pending, not both.")
+    state = review.only(dead=dead, pending=pending)
+    with looking(settings.read()) as opened:
+        rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, most=limit)
+        found = [_told(dict(row)) for row in rows]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        return
+    if not found:
+        click.echo("There is no such delivery.")
+        return
+    table = Table("id", "type", "session", "chat", "state", "attempts", "latest", "answer")
+    for row in found:
+        latest = " ".join(str(row[name]) for name in ("status", "fault") if row[name] is not None)
+        cells = (row["id"], row["type"], row["session_id"], row["chat_id"] or "", row["state"])
+        table.add_row(
+            *map(Text, cells), str(row["attempts"]), latest, Text(repr(row["answer"]) if row["answer"] else "")
+        )
+    console().print(table)
+    if any(row["state"] == DEAD for row in found):
+        click.echo("To try one again: archiver followups retry ID")
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    answer = row["answer"]
+    told = {
+        **row,
+        "id": message_id(row["subscription_id"], row["cursor"], row["changed_at"]),
+        "answer": None if answer is None else bytes(answer).decode(errors="replace"),
+    }
+    if told["state"] != PENDING:
+        del told["due_at"]
+    return told

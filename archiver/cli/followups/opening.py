@@ -1,0 +1,31 @@
+"""The database as the commands about follow-ups open it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from sqlalchemy import Connection
+
+from archiver import database, schema
+from archiver.cli import connection
+from archiver.cli.output import Whole
+from archiver.followups.subscriptions import NoSuchError, TooManyError
+from archiver.settings import Settings
+
+ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
+
+
+@contextmanager
+def changing(configuration: Settings) -> Iterator[Connection]:
+    """One transaction. Exit 1 where there is no such subscription, or no room for another."""
+    try:
+        with connection.engine(configuration, create=False) as engine, database.transaction(engine) as opened:
+            schema.check(opened)
+            yield opened
+    except (NoSuchError, TooManyError) as error:
+        click.echo(f"archiver: {error}", err=True)
+        sys.exit(1)
+
+
+looking = changing  # the same, for who only looks

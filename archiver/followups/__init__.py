@@ -1,0 +1,10 @@
+"""Follow-ups: what changed in the archive is told to others (I11).
+
+Each subscription is a consumer of the change feed with a cursor of its own. The feed is the queue: it is written with
+the archive, without gaps; `deliveries` holds only what is at hand of it.
+"""
+
+from archiver.followups.running import Followups
+from archiver.followups.subscriptions import select_consumed
+
+__all__ = ["Followups", "select_consumed"]

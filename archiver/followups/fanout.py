@@ -1,0 +1,100 @@
+"""From the feed to deliveries: which changes are told to a subscription, set-based, one page a statement."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import msgspec
+from sqlalchemy import Connection, TextClause, text
+
+from archiver.followups.schedule import ATTEMPTS
+from archiver.followups.subscriptions import Subscription
+
+PAGE = 1_000  # changes looked at in one statement
+MOST_PENDING = 10_000  # of one subscription; the rest waits in the feed
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What a statement did: how many changes it looked at, up to which cursor, and how many are to be told."""
+
+    looked_at: int
+    through: int
+    told: int
+    missed: int  # of which the feed holds nothing any more
+
+
+# A turn that was without a session when it changed may have found its own since.
+_PAGE = """
+    WITH page AS MATERIALIZED (
+        SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM archiver.changes
+         WHERE cursor > :cursor ORDER BY cursor LIMIT :most
+    ), told AS MATERIALIZED (
+        SELECT * FROM page WHERE type = ANY (CAST(:events AS text[]))
+    ), homes AS MATERIALIZED (
+        SELECT t.cursor, min(c.session_id) AS session_id
+          FROM told t JOIN archiver.chats c ON c.chat_id = t.chat_id
+         WHERE t.session_id = '' AND t.chat_id IS NOT NULL AND c.session_id <> '' GROUP BY t.cursor
+    ), sought AS MATERIALIZED (
+        SELECT t.cursor, coalesce(h.session_id, t.session_id) AS session_id, t.chat_id
+          FROM told t LEFT JOIN homes h ON h.cursor = t.cursor
+    )
+"""
+_BY_TURN = "{table} x ON x.session_id = s.session_id AND x.chat_id = s.chat_id"
+_BY_SESSION = "{table} x ON x.session_id = s.session_id WHERE s.chat_id IS NULL AND s.session_id <> ''"
+_CONDITIONS: Mapping[str, tuple[str, str]] = {
+    "assistant_id": ("archiver.chats", "x.assistant_id = :assistant_id"),
+    "variable": ("archiver.chats", "x.variables ->> CAST(:variable AS text) = CAST(:value AS text)"),
+    "contains": ("archiver.messages", "position(lower(:contains) IN lower(x.content)) > 0"),
+}
+_TELL = """
+    , made AS (
+        INSERT INTO archiver.deliveries (subscription_id, cursor, type, session_id, chat_id, seal_id, changed_at,
+                                         created_at, last_attempt, due_at)
+        SELECT :id, cursor, type, session_id, chat_id, seal_id, changed_at, now(), :attempts, now() FROM told{where}
+         ORDER BY cursor ON CONFLICT DO NOTHING RETURNING 1
+    )
+    SELECT count(*) AS looked_at, min(cursor) AS since, max(cursor) AS through, (SELECT count(*) FROM made) AS told
+      FROM page
+"""
+
+
+def _matching(name: str) -> str:
+    table, condition = _CONDITIONS[name]
+    of_turns = f"SELECT s.cursor FROM sought s JOIN {_BY_TURN.format(table=table)} WHERE {condition}"  # noqa: S608
+    of_sessions = f"SELECT s.cursor FROM sought s JOIN {_BY_SESSION.format(table=table)} AND {condition}"  # noqa: S608
+    found = f"{of_turns} UNION {of_sessions}"
+    if name == "assistant_id":  # a session may tell its assistant though none of its turns does
+        sessions = _BY_SESSION.format(table="archiver.sessions")
+        found += f" UNION SELECT s.cursor FROM sought s JOIN {sessions} AND {condition}"  # noqa: S608
+    return f", by_{name} AS MATERIALIZED ({found})"
+
+
+@lru_cache
+def _statement(names: tuple[str, ...]) -> TextClause:
+    conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # names of ours
+    where = f" WHERE {conditions}" if names else ""
+    return text(_PAGE + "".join(map(_matching, names)) + _TELL.format(where=where))
+
+
+_ADVANCE = text("UPDATE archiver.subscriptions SET cursor = :through WHERE id = :id")
+
+
+def fan_out(connection: Connection, subscription: Subscription, after: int) -> Page:
+    """Make deliveries of the next changes after this cursor, and move on. The caller holds its lease.
+
+    Whoever else believed to hold it meanwhile would make the same deliveries again, of which none is added.
+    """
+    told = {name: value for name, value in msgspec.structs.asdict(subscription.filter).items() if value is not None}
+    names = tuple(name for name in _CONDITIONS if name in told)
+    values = {
+        **told,
+        "id": subscription.id,
+        "cursor": after,
+        "most": PAGE,
+        "events": list(subscription.events),
+        "attempts": ATTEMPTS,
+    }
+    row = connection.execute(_statement(names), values).one()
+    if not row.looked_at:
+        return Page(0, after, 0, 0)
+    connection.execute(_ADVANCE, {"id": subscription.id, "through": row.through})
+    return Page(row.looked_at, row.through, row.told, max(0, row.since - after - 1))

@@ -1,0 +1,191 @@
+"""Where follow-ups may go (SSRF): each address is checked after its name is resolved, at every connection.
+
+The connection is made to the very address that was checked, so that a name that resolves to something else a moment
+later gains nothing.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from time import monotonic
+from typing import Any, Literal
+
+import httpcore2
+import httpx2
+import msgspec
+
+Address = IPv4Address | IPv6Address
+Reach = Literal["public", "private", "forbidden"]
+Resolve = Callable[[str, int], Sequence[str]]
+
+CONNECT_SECONDS = 5.0
+LOOK_UPS = 2  # at a time for one subscription: a name server that hangs keeps no other waiting
+LONGEST_URL = 2_000  # characters
+
+
+class RefusedError(Exception):
+    """A URL or an address that follow-ups do not go to; the text says why and what helps."""
+
+
+class UnresolvedError(Exception):
+    """Nobody knows a host's name at present."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A receiver: what a URL says, taken apart once. `target` is path and query."""
+
+    scheme: str
+    host: str
+    port: int
+    target: bytes
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether it speaks TLS."""
+        return self.scheme == "https"
+
+    @property
+    def authority(self) -> str:
+        """Host and port, as the header `Host` has them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def place(self) -> str:
+        """Without path and query, which may hold a token: for logs and the audit trail."""
+        return f"{self.scheme}://{self.authority}"
+
+
+def endpoint(url: str) -> Endpoint:
+    """What the URL says. Raises `RefusedError`, without quoting it: it may hold a password."""
+    if len(url) > LONGEST_URL:
+        raise RefusedError(f"The URL is longer than {LONGEST_URL} characters.")
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        raise RefusedError("That is no URL: write https://HOST/PATH.") from None
+    if parsed.scheme not in {"http", "https"} or not parsed.raw_host:
+        raise RefusedError("The URL must be like https://HOST/PATH.")
+    if parsed.userinfo:
+        raise RefusedError("The URL must hold no user and no password: deliveries prove themselves by signature.")
+    if parsed.fragment:
+        raise RefusedError("The URL must have no part after #: nobody would be sent it.")
+    port = parsed.port if parsed.port is not None else _PORTS[parsed.scheme]
+    if port not in range(1, 65_536):
+        raise RefusedError("The URL's port must be from 1 to 65535.")
+    return Endpoint(parsed.scheme, parsed.raw_host.decode("ascii"), port, parsed.raw_path)
+
+
+_PORTS = {"http": 80, "https": 443}
+
+
+# Beyond what `ipaddress` knows to be not global, or knows in newer versions only.
+_FORBIDDEN = [ip_network(each) for each in ("0.0.0.0/8", "169.254.0.0/16", "240.0.0.0/4", "fe80::/10", "::/128")]
+_FORBIDDEN += [ip_network(each) for each in ("192.88.99.0/24", "fec0::/10", "3fff::/20", "64:ff9b:1::/48")]
+# Metadata services of clouds: credentials for whoever asks from inside, some of them at public addresses.
+_FORBIDDEN += [ip_network(each) for each in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.0/24")]
+_FORBIDDEN += [ip_network(each) for each in ("fd00:ec2::/32", "fd20:ce::254/128")]
+_PRIVATE = [ip_network(each) for each in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
+_PRIVATE += [ip_network(each) for each in ("100.64.0.0/10", "::1/128", "fc00::/7")]
+_UNICAST = ip_network("2000::/3")  # all that has been given out of IPv6
+_NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
+
+
+def reach(address: Address) -> Reach:
+    """Whether an address is anybody's, our own network's, or one that nothing of ours may be sent to."""
+    inner = _inner(address)
+    if inner:
+        found = {reach(each) for each in inner}
+        return "forbidden" if "forbidden" in found else "private" if "private" in found else "public"
+    if any(address in network for network in _FORBIDDEN) or address.is_multicast:
+        return "forbidden"
+    if any(address in network for network in _PRIVATE):
+        return "private"
+    is_unicast = isinstance(address, IPv4Address) or address in _UNICAST
+    return "public" if address.is_global and is_unicast else "forbidden"
+
+
+def _inner(address: Address) -> list[Address]:
+    """The IPv4 addresses that an IPv6 address leads to."""
+    if isinstance(address, IPv4Address):
+        return []
+    if address.ipv4_mapped is not None:
+        return [address.ipv4_mapped]
+    if address.sixtofour is not None:
+        return [address.sixtofour]
+    if address.teredo is not None:
+        return list(address.teredo)
+    is_loopback = address.is_loopback or address.is_unspecified
+    if address in _NAT64 or (address in _COMPATIBLE and not is_loopback):
+        return [IPv4Address(int(address) & 0xFFFF_FFFF)]
+    return []
+
+
+def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) -> list[str]:
+    """These addresses, if something may be sent to every one of them. Raises `RefusedError`."""
+    found = []
+    for told in addresses:
+        address = ip_address(told.partition("%")[0])
+        how = reach(address)
+        if how == "forbidden":
+            raise RefusedError(f"{address} is an address that nothing is sent to.")
+        if how == "private" and not allow_private:
+            advice = "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true would let follow-ups go there"
+            raise RefusedError(f"{address} is a private address; {advice}.")
+        if how == "public" and not is_encrypted:
+            raise RefusedError(f"{address} is a public address: use https there, so that nobody reads along.")
+        found.append(str(address))
+    return found
+
+
+def resolve(host: str, port: int) -> Sequence[str]:
+    """The addresses of a host, as the system knows them. Blocks. Raises `UnresolvedError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise UnresolvedError(f"Nobody knows the host {host}.") from None
+    return list(dict.fromkeys(str(info[4][0]) for info in found))
+
+
+class Guarded(httpcore2.AsyncNetworkBackend):
+    """The network as one subscription may use it."""
+
+    def __init__(self, *, is_encrypted: bool, allow_private: bool, resolve: Resolve = resolve) -> None:
+        self._is_encrypted, self._allow_private = is_encrypted, allow_private
+        self._resolve = resolve
+        self._network = httpcore2.AnyIOBackend()
+        # Of its own: the loop's would be shared with everybody who waits for a name.
+        self._threads = ThreadPoolExecutor(LOOK_UPS, thread_name_prefix="names")
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # the name is the library's
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """To the first address that answers. Raises `RefusedError`, `UnresolvedError` and the library's errors."""
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host, port)
+        addresses = check(found, is_encrypted=self._is_encrypted, allow_private=self._allow_private)
+        ends = monotonic() + (timeout or CONNECT_SECONDS)
+        failure: Exception = UnresolvedError(f"Nobody knows an address of {host}.")
+        for number, address in enumerate(addresses):
+            share = max(0.1, (ends - monotonic()) / (len(addresses) - number))
+            try:
+                return await self._network.connect_tcp(address, port, share, local_address, socket_options)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+    def close(self) -> None:
+        """Wait for nobody who looks up a name."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def ssl_context() -> ssl.SSLContext:
+    """Certificates are verified against the system's authorities, and names against the URL's host."""
+    return httpx2.create_ssl_context()

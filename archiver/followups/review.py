@@ -1,0 +1,107 @@
+"""What people see of deliveries, and what they can do about those that were given up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, text
+
+from archiver.followups.deliveries import State
+from archiver.followups.schedule import ATTEMPTS
+
+
+def only(*, dead: bool, pending: bool) -> State | None:
+    """The state that is asked for; None: any."""
+    return "dead" if dead else "pending" if pending else None
+
+
+_LIST = """
+    SELECT d.subscription_id, d.cursor, d.type, d.session_id, d.chat_id, d.seal_id, d.changed_at, d.state, d.attempts,
+           d.due_at, d.ended_at, a.at AS attempted_at, a.seconds, a.status, a.fault, a.answer
+      FROM archiver.subscriptions s
+     CROSS JOIN LATERAL (
+               SELECT * FROM archiver.deliveries d WHERE d.subscription_id = s.id {of_state}
+                ORDER BY d.cursor DESC LIMIT :most
+           ) AS d
+      LEFT JOIN archiver.attempts a
+             ON a.subscription_id = d.subscription_id AND a.cursor = d.cursor AND a.number = d.attempts
+     {of_subscription} ORDER BY d.cursor DESC, d.subscription_id LIMIT :most
+"""
+
+
+def select_deliveries(
+    connection: Connection, *, subscription_id: int | None, state: State | None, most: int
+) -> Sequence[RowMapping]:
+    """The newest ones, each with its latest attempt."""
+    values: dict[str, Any] = {"most": most}
+    of_subscription = ""
+    if subscription_id is not None:
+        of_subscription, values["id"] = "WHERE s.id = :id", subscription_id
+    of_state = "" if state is None else f"AND d.state = '{state}'"
+    query = text(_LIST.format(of_state=of_state, of_subscription=of_subscription))
+    return connection.execute(query, values).mappings().all()
+
+
+_RETRY = """
+    UPDATE archiver.deliveries
+       SET state = 'pending', due_at = now(), ended_at = NULL, last_attempt = attempts + :attempts
+     WHERE {which} RETURNING cursor
+"""
+_RETRY_ONE = text(_RETRY.format(which="subscription_id = :id AND cursor = :cursor AND state IN ('dead', 'pending')"))
+_RETRY_DEAD = text(
+    _RETRY.format(
+        which="subscription_id = :id AND state = 'dead' AND cursor IN (SELECT cursor FROM archiver.deliveries"
+        " WHERE subscription_id = :id AND state = 'dead' ORDER BY cursor LIMIT :most)"
+    )
+)
+
+
+def retry(connection: Connection, subscription_id: int, cursor: int) -> bool:
+    """Let one be tried now, with as many attempts as a new one; False where it is delivered, or there is none."""
+    values = {"id": subscription_id, "cursor": cursor, "attempts": ATTEMPTS}
+    return connection.execute(_RETRY_ONE, values).first() is not None
+
+
+def retry_dead(connection: Connection, subscription_id: int, most: int) -> int:
+    """The same for those that were given up, the oldest so many; answers how many there were."""
+    values = {"id": subscription_id, "most": most, "attempts": ATTEMPTS}
+    return len(connection.execute(_RETRY_DEAD, values).all())
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """How follow-ups stand: counts, and the age in seconds of the oldest change not yet told."""
+
+    subscriptions: int
+    paused: int
+    failing: int
+    pending: int
+    dead: int
+    behind: int
+    oldest_seconds: float
+
+
+_STANDING = text(
+    """
+    SELECT (SELECT count(*) FROM archiver.subscriptions) AS subscriptions,
+           (SELECT count(*) FROM archiver.subscriptions WHERE paused_at IS NOT NULL) AS paused,
+           (SELECT count(*) FROM archiver.subscriptions
+             WHERE paused_at IS NULL AND closed_until IS NOT NULL) AS failing,
+           (SELECT count(*) FROM archiver.deliveries WHERE state = 'pending') AS pending,
+           (SELECT count(*) FROM archiver.deliveries WHERE state = 'dead') AS dead,
+           (SELECT coalesce(max(c.newest - s.cursor), 0)
+              FROM archiver.subscriptions s, (SELECT max(cursor) AS newest FROM archiver.changes) AS c
+             WHERE s.paused_at IS NULL) AS behind,
+           coalesce(extract(epoch FROM now() - least(
+               (SELECT min(d.changed_at) FROM archiver.deliveries d JOIN archiver.subscriptions s
+                    ON s.id = d.subscription_id WHERE d.state = 'pending' AND s.paused_at IS NULL),
+               (SELECT min(n.changed_at) FROM archiver.subscriptions s,
+                       LATERAL (SELECT changed_at FROM archiver.changes WHERE cursor > s.cursor
+                                 ORDER BY cursor LIMIT 1) AS n WHERE s.paused_at IS NULL))), 0) AS oldest_seconds
+    """
+)
+
+
+def select_standing(connection: Connection) -> Standing:
+    """Exact; reads what is pending and what is dead."""
+    row = connection.execute(_STANDING).mappings().one()
+    return Standing(**{**row, "oldest_seconds": float(row["oldest_seconds"])})

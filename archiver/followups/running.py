@@ -1,0 +1,128 @@
+"""All follow-ups of one worker: looks for work, lets each subscription's sender do it, and forgets what is old."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import TypeVar
+
+import structlog
+from sqlalchemy import Connection
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from archiver import database, telemetry
+from archiver.database import run_in_transaction
+from archiver.followups import forgetting, review, subscriptions
+from archiver.followups.pace import Pace
+from archiver.followups.sender import DATABASE_SECONDS, Sender
+from archiver.settings import Settings
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 0.25
+TELL_SECONDS = 10.0  # between two looks at how follow-ups stand
+FORGET_SECONDS = 60.0
+FORGET_MOST = 20  # steps at a time
+END_SECONDS = 5.0  # for deliveries under way
+CONNECTIONS = 3  # to Postgres; a turn of any sender takes one for some milliseconds
+_AWAY = (DBAPIError, PoolTimeoutError, TimeoutError)
+
+
+class Followups:
+    """Run it beside other work, on as many machines as one likes: each subscription is served by one at a time."""
+
+    def __init__(self, configuration: Settings, url: URL) -> None:
+        self._days = configuration.followups_days
+        self._allow_private = configuration.followups_allow_private
+        self._pace = Pace(configuration.followups_rate)
+        self._engine = database.connect_async(
+            url, pool_size=CONNECTIONS, prepared_statements=configuration.prepared_statements
+        )
+        self._owner = subscriptions.new_owner()
+        self._senders: dict[int, Sender] = {}
+        self._sending: dict[int, asyncio.Task[None]] = {}
+        self._told_at = self._forgot_at = float("-inf")
+        self._is_away = False
+
+    async def run(self, ending: asyncio.Event) -> None:
+        """Until told; deliveries under way get a moment to end. What is cut off is sent again by whoever is next."""
+        try:
+            while not ending.is_set():
+                await self._look(ending)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ending.wait(), LOOK_SECONDS)
+        finally:
+            await self._end()
+
+    async def _look(self, ending: asyncio.Event) -> None:
+        try:
+            for subscription_id in await self._do(partial(subscriptions.select_busy, owner=self._owner)):
+                self._start(subscription_id, ending)
+            await self._tell()
+            await self._forget()
+        except _AWAY as error:
+            telemetry.followup_waits.inc()
+            if not self._is_away:
+                log.warning("follow-ups wait for the database", reason=database.explain(error))
+            self._is_away = True
+        else:
+            self._is_away = False
+        for subscription_id in [each for each, task in self._sending.items() if task.done()]:
+            self._reap(subscription_id)
+
+    def _start(self, subscription_id: int, ending: asyncio.Event) -> None:
+        if subscription_id in self._sending:
+            return
+        if subscription_id not in self._senders:
+            self._senders[subscription_id] = Sender(
+                subscription_id, self._engine, self._pace, self._owner, allow_private=self._allow_private
+            )
+        drain = self._senders[subscription_id].drain(ending)
+        self._sending[subscription_id] = asyncio.create_task(drain)
+
+    def _reap(self, subscription_id: int) -> None:
+        """A defect in what is sent to one subscription must not end what is sent to the others, nor hide."""
+        error = self._sending.pop(subscription_id).exception()
+        if error is not None:
+            telemetry.followup_waits.inc()
+            trace = (type(error), error, error.__traceback__)
+            log.error("a sender failed and is started again", subscription=subscription_id, exc_info=trace)
+
+    async def _tell(self) -> None:
+        if monotonic() - self._told_at < TELL_SECONDS:
+            return
+        standing = await self._do(review.select_standing)
+        self._told_at = monotonic()
+        telemetry.followup_oldest.set(standing.oldest_seconds)
+        telemetry.followup_pending.set(standing.pending)
+        telemetry.followup_paused.set(standing.paused)
+        known = await self._do(subscriptions.select_ids)
+        for gone in self._senders.keys() - known - self._sending.keys():
+            await self._senders.pop(gone).aclose()
+
+    async def _forget(self) -> None:
+        if monotonic() - self._forgot_at < FORGET_SECONDS:
+            return
+        for forget in (partial(forgetting.forget_ended, days=self._days), forgetting.forget_removed):
+            for _ in range(FORGET_MOST):
+                if await self._do(forget) < forgetting.AT_ONCE:
+                    break
+        self._forgot_at = monotonic()
+
+    async def _do(self, work: Callable[[Connection], T]) -> T:
+        return await run_in_transaction(self._engine, work, DATABASE_SECONDS)
+
+    async def _end(self) -> None:
+        if self._sending:
+            _, late = await asyncio.wait(self._sending.values(), timeout=END_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*self._sending.values(), return_exceptions=True)
+        for sender in self._senders.values():
+            await sender.aclose()
+        await self._engine.dispose()

@@ -1,0 +1,47 @@
+"""When a delivery is tried again, and for how long a receiver that fails is left alone. Pure."""
+
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+
+ATTEMPTS = 14  # after which a delivery is given up
+LONGEST_RETRY_AFTER = 86_400.0  # seconds
+FAILURES = 5  # in a row, after which only one delivery at a time asks whether the receiver is back
+GIVE_UP_AFTER = timedelta(days=7)  # without a single success: the subscription is paused
+
+# At most so many seconds after the attempt of that number; on average half of it, a day in all.
+_BACKOFF = (10, 30, 90, 270, 810, 2_430, 7_290, 21_870, *[28_800] * 5)
+_FIRST_PROBE, _LONGEST_PROBE = 5.0, 900.0
+
+Choose = Callable[[float, float], float]
+
+
+def backoff(number: int, retry_after: float | None = None, choose: Choose = random.uniform) -> float:
+    """Seconds from the failed attempt of this number (1, 2, 3 …) to the next.
+
+    Full jitter, so that what failed together is not tried again together; no sooner than the receiver asked for.
+    """
+    most = _BACKOFF[min(number, len(_BACKOFF)) - 1]
+    return max(choose(1.0, most), retry_after or 0.0)
+
+
+def probe_after(failures: int, choose: Choose = random.uniform) -> float:
+    """Seconds for which a receiver is left alone after so many failures in a row; 0 while it is not yet cut off."""
+    if failures < FAILURES:
+        return 0.0
+    most = min(_FIRST_PROBE * 2 ** min(failures - FAILURES, 20), _LONGEST_PROBE)
+    return choose(most / 2, most)
+
+
+def retry_after(header: str, now: datetime) -> float | None:
+    """Seconds, from seconds or an HTTP date (RFC 9110, 10.2.3), at most a day; None where it says nothing."""
+    text = header.strip()
+    if text.isascii() and text.isdecimal():
+        return min(float(text[:10]), LONGEST_RETRY_AFTER)
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, OverflowError, TypeError):
+        return None
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return min(max((aware - now).total_seconds(), 0.0), LONGEST_RETRY_AFTER)

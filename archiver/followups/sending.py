@@ -1,0 +1,156 @@
+"""One attempt: a POST to a receiver, and what came of it. No redirect is followed, no proxy asked, no cookie kept."""
+
+import asyncio
+import ssl
+from datetime import UTC, datetime
+from time import monotonic, time
+from types import TracebackType
+from typing import Literal, Self
+
+import httpcore2
+import msgspec
+import structlog
+
+from archiver.followups import guard, signing
+from archiver.followups.guard import Endpoint, Guarded, RefusedError, Resolve, UnresolvedError, resolve
+from archiver.followups.schedule import retry_after
+from archiver.followups.subscriptions import Subscription
+
+log = structlog.get_logger(__name__)
+
+SECONDS = 15.0  # for an attempt, to the last byte of its answer
+MOST_READ = 65_536  # bytes of an answer
+KEPT = 256  # bytes of an answer
+IDLE_SECONDS = 4.0  # that a connection is kept unused: less than servers keep it
+GONE = 410
+
+Fault = Literal[
+    "refused_address",  # it resolves to where nothing may be sent
+    "unknown_host",
+    "no_connection",
+    "bad_certificate",  # or no TLS at all
+    "timeout",
+    "broken_answer",  # ended early, or is no HTTP
+    "failed_here",
+    "redirect",
+    "not_2xx",
+]
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """What came of it: `status` if there was an answer, `fault` unless it was 2xx; the first bytes of the answer.
+
+    `retry_after`: seconds that the receiver asks for.
+    """
+
+    at: datetime
+    seconds: float
+    status: int | None = None
+    fault: Fault | None = None
+    answer: bytes = b""
+    retry_after: float | None = None
+
+    @staticmethod
+    def refused() -> "Attempt":
+        """One that was not made."""
+        return Attempt(datetime.now(UTC), 0.0, fault="refused_address")
+
+
+class Transport:
+    """The connections to one receiver; use as `async with`."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        concurrency: int,
+        allow_private: bool,
+        seconds: float = SECONDS,
+        trusted: ssl.SSLContext | None = None,
+        resolve: Resolve = resolve,
+    ) -> None:
+        self._endpoint, self._seconds = endpoint, seconds
+        self._network = Guarded(is_encrypted=endpoint.is_encrypted, allow_private=allow_private, resolve=resolve)
+        self._url = httpcore2.URL(
+            scheme=endpoint.scheme, host=endpoint.host, port=endpoint.port, target=endpoint.target
+        )
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=trusted or guard.ssl_context(),
+            max_connections=concurrency,
+            keepalive_expiry=IDLE_SECONDS,
+            network_backend=self._network,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End every connection."""
+        self._network.close()
+        await self._pool.aclose()
+
+    async def send(self, subscription: Subscription, message_id: str, body: bytes) -> Attempt:
+        """One POST, signed now."""
+        began, started = datetime.now(UTC), monotonic()
+        headers = {
+            "host": self._endpoint.authority,
+            "content-type": "application/json",
+            "user-agent": "callhq-archiver",
+            "accept-encoding": "identity",
+            **signing.sign(subscription.keys(began), message_id, int(time()), body),
+        }
+
+        def ended(**what: object) -> Attempt:
+            return msgspec.structs.replace(Attempt(began, monotonic() - started), **what)
+
+        try:
+            async with asyncio.timeout(self._seconds):
+                return ended(**await self._exchange(headers, body))
+        except TimeoutError:
+            return ended(fault="timeout")
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not be tried for ever without counting
+            return ended(fault=_fault(error))
+
+    async def _exchange(self, headers: dict[str, str], body: bytes) -> dict[str, object]:
+        async with self._pool.stream("POST", self._url, headers=list(headers.items()), content=body) as response:
+            answer = bytearray()
+            async for part in response.aiter_stream():
+                answer += part
+                if len(answer) >= MOST_READ:  # and what is left of it unread ends the connection
+                    break
+            told = {name.lower(): value for name, value in response.headers}
+            return {
+                "status": response.status,
+                "fault": _judge(response.status),
+                "answer": bytes(answer[:KEPT]),
+                "retry_after": retry_after(told.get(b"retry-after", b"").decode("latin-1"), datetime.now(UTC)),
+            }
+
+
+def _judge(status: int) -> Fault | None:
+    if status in range(200, 300):
+        return None
+    return "redirect" if status in range(300, 400) else "not_2xx"
+
+
+def _fault(error: Exception) -> Fault:
+    """What an error of the exchange is called."""
+    if isinstance(error, RefusedError):
+        return "refused_address"
+    if isinstance(error, UnresolvedError):
+        return "unknown_host"
+    if isinstance(error, httpcore2.TimeoutException):
+        return "timeout"
+    if isinstance(error, httpcore2.ConnectError):
+        # The library keeps what it was made of as its argument.
+        is_about_tls = any(isinstance(each, ssl.SSLError) for each in error.args)
+        return "bad_certificate" if is_about_tls else "no_connection"
+    if isinstance(error, httpcore2.ProtocolError | httpcore2.NetworkError):
+        return "broken_answer"
+    log.error("an attempt at a follow-up failed here", exc_info=(type(error), error, error.__traceback__))
+    return "failed_here"

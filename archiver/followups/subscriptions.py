@@ -1,0 +1,274 @@
+"""The table of subscriptions: who is told of what, up to where, and how it went lately."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, text, update
+
+from archiver import tables
+from archiver.followups import signing
+
+EVENTS = (
+    "chat.created",
+    "chat.updated",
+    "chat.deleted",
+    "session.settled",
+    "session.repaired",
+    "session.lost",
+    "seal.created",
+)
+SEAL = "seal.created"
+MOST = 100  # subscriptions
+CONCURRENCY, MOST_CONCURRENCY = 4, 32
+OVERLAP = timedelta(hours=24)  # in which both secrets sign after a rotation
+LEASE_SECONDS = 20.0
+GONE, FAILING, BY_HAND = "gone", "failing", "paused"  # why a subscription is paused
+
+
+class NoSuchError(Exception):
+    """There is no subscription of that id."""
+
+
+class TooManyError(Exception):
+    """There are too many subscriptions already."""
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """What a conversation must have, so that its changes are told; None: anything."""
+
+    assistant_id: str | None = None
+    variable: str | None = None
+    value: str | None = None
+    contains: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it lets everything through."""
+        return self == Filter()
+
+
+class Subscription(msgspec.Struct, frozen=True):
+    """A subscription as its sender needs it."""
+
+    id: int
+    url: str
+    events: tuple[str, ...]
+    filter: Filter
+    is_ordered: bool
+    concurrency: int
+    secret: str
+    previous_secret: str | None
+    previous_until: datetime | None
+    cursor: int
+    failures: int
+    closed_seconds: float  # that its receiver is still left alone
+    failing_seconds: float  # since its receiver last took anything
+
+    def keys(self, now: datetime) -> list[bytes]:
+        """What signs, the newest first."""
+        found = [signing.key(self.secret)]
+        if self.previous_secret is not None and self.previous_until is not None and now < self.previous_until:
+            found.append(signing.key(self.previous_secret))
+        return found
+
+
+_S = tables.subscriptions
+# Never the secrets.
+_SHOWN = [each for each in _S.c if each.name not in {"secret", "previous_secret", "leased_by", "leased_until"}]
+
+
+def insert_subscription(connection: Connection, values: Mapping[str, Any], after: int | None) -> int:
+    """A new one that is told what comes after this cursor, or after all that is in the feed. Answers its id.
+
+    Raises `TooManyError`.
+    """
+    connection.execute(text("LOCK TABLE archiver.subscriptions IN SHARE ROW EXCLUSIVE MODE"))
+    if int(connection.scalar(select(func.count()).select_from(_S)) or 0) >= MOST:
+        raise TooManyError(f"There are {MOST} subscriptions already, the most that there may be.")
+    cursor = select_newest_cursor(connection) if after is None else after
+    row = {**values, "cursor": cursor, "created_at": datetime.now(UTC)}
+    return int(connection.execute(insert(_S).returning(_S.c.id), row).scalar_one())
+
+
+def select_newest_cursor(connection: Connection) -> int:
+    """Of the feed; 0 where nothing has ever changed."""
+    return int(connection.scalar(text("SELECT coalesce(max(cursor), 0) FROM archiver.changes")) or 0)
+
+
+_COUNTS = text(
+    """
+    SELECT subscription_id, state, count(*) AS number FROM archiver.deliveries WHERE state = 'pending' GROUP BY 1, 2
+     UNION ALL
+    SELECT subscription_id, state, count(*) FROM archiver.deliveries WHERE state = 'dead' GROUP BY 1, 2
+    """
+)
+
+
+def select_subscriptions(connection: Connection, subscription_id: int | None = None) -> list[dict[str, Any]]:
+    """All, or one: without their secrets, with counts of deliveries and of changes of the feed not yet looked at."""
+    query = select(*_SHOWN).order_by(_S.c.id)
+    if subscription_id is not None:
+        query = query.where(_S.c.id == subscription_id)
+    newest = select_newest_cursor(connection)
+    counts = {(row.subscription_id, row.state): int(row.number) for row in connection.execute(_COUNTS)}
+    found = []
+    for row in connection.execute(query).mappings():
+        told = {state: counts.get((row["id"], state), 0) for state in ("pending", "dead")}
+        found.append({**row, **told, "behind": max(0, newest - row["cursor"])})
+    return found
+
+
+def select_ids(connection: Connection) -> set[int]:
+    """Which there are."""
+    return set(connection.scalars(select(_S.c.id)))
+
+
+def select_one(connection: Connection, subscription_id: int) -> RowMapping:
+    """With its secrets. Raises `NoSuchError`."""
+    row = connection.execute(select(_S).where(_S.c.id == subscription_id)).mappings().first()
+    if row is None:
+        raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+    return row
+
+
+def of_row(row: RowMapping) -> Subscription:
+    """As its sender needs it."""
+    told = Filter(row["assistant_id"], row["variable"], row["value"], row["contains"])
+    return Subscription(
+        id=row["id"],
+        url=row["url"],
+        events=tuple(row["events"]),
+        filter=told,
+        is_ordered=row["is_ordered"],
+        concurrency=row["concurrency"],
+        secret=row["secret"],
+        previous_secret=row["previous_secret"],
+        previous_until=row["previous_until"],
+        cursor=row["cursor"],
+        failures=row["failures"],
+        closed_seconds=float(row.get("closed_seconds") or 0.0),
+        failing_seconds=float(row.get("failing_seconds") or 0.0),
+    )
+
+
+def _change(connection: Connection, subscription_id: int, **values: Any) -> None:
+    changed = connection.execute(update(_S).where(_S.c.id == subscription_id).values(**values).returning(_S.c.id))
+    if changed.first() is None:
+        raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+
+
+def pause(connection: Connection, subscription_id: int, reason: str) -> None:
+    """Nothing is sent and nothing of the feed looked at from now on. Raises `NoSuchError`."""
+    _change(connection, subscription_id, paused_at=datetime.now(UTC), pause_reason=reason)
+
+
+def resume(connection: Connection, subscription_id: int) -> int:
+    """It goes on where it was; answers how many changes the feed does not hold any more. Raises `NoSuchError`."""
+    _change(
+        connection,
+        subscription_id,
+        paused_at=None,
+        pause_reason=None,
+        failures=0,
+        failing_since=None,
+        closed_until=None,
+    )
+    oldest = connection.scalar(text("SELECT min(cursor) FROM archiver.changes"))
+    cursor = int(select_one(connection, subscription_id)["cursor"])
+    return 0 if oldest is None else max(0, int(oldest) - cursor - 1)
+
+
+def rotate(connection: Connection, subscription_id: int, secret: str) -> datetime:
+    """Sign with this one from now on, and with the one before until the time that is answered."""
+    until = datetime.now(UTC) + OVERLAP
+    before = select_one(connection, subscription_id)["secret"]
+    _change(connection, subscription_id, secret=secret, previous_secret=before, previous_until=until)
+    return until
+
+
+def remove(connection: Connection, subscription_id: int) -> None:
+    """Its deliveries belong to nobody then, and are forgotten. Raises `NoSuchError`."""
+    if connection.execute(delete(_S).where(_S.c.id == subscription_id).returning(_S.c.id)).first() is None:
+        raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+
+
+def new_owner() -> str:
+    """A name for whoever leases, like no other's."""
+    return secrets.token_hex(8)
+
+
+# Its sender has it alone, on whichever machine; the clock is the database's, since several machines have several.
+_LEASE = text(
+    """
+    UPDATE archiver.subscriptions SET leased_by = :owner, leased_until = now() + :seconds * interval '1 second'
+     WHERE id = :id AND paused_at IS NULL
+       AND (leased_by = :owner OR leased_until IS NULL OR leased_until < now())
+    RETURNING *, extract(epoch FROM closed_until - now()) AS closed_seconds,
+              extract(epoch FROM now() - failing_since) AS failing_seconds
+    """
+)
+_RELEASE = text(
+    "UPDATE archiver.subscriptions SET leased_by = NULL, leased_until = NULL WHERE id = :id AND leased_by = :owner"
+)
+
+
+def lease(connection: Connection, subscription_id: int, owner: str) -> Subscription | None:
+    """The subscription, ours for the next seconds; None if it is another's, paused or removed."""
+    values = {"id": subscription_id, "owner": owner, "seconds": LEASE_SECONDS}
+    row = connection.execute(_LEASE, values).mappings().first()
+    return None if row is None else of_row(row)
+
+
+def release(connection: Connection, subscription_id: int, owner: str) -> None:
+    """Let others have it."""
+    connection.execute(_RELEASE, {"id": subscription_id, "owner": owner})
+
+
+_SET_CIRCUIT = text(
+    """
+    UPDATE archiver.subscriptions
+       SET failures = :failures,
+           failing_since = CASE WHEN :failures = 0 THEN NULL ELSE coalesce(failing_since, now()) END,
+           closed_until = CASE WHEN :wait > 0 THEN now() + :wait * interval '1 second' END
+     WHERE id = :id
+    """
+)
+
+
+def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
+    """So many failures in a row; for so many seconds its receiver is left alone."""
+    connection.execute(_SET_CIRCUIT, {"id": subscription_id, "failures": failures, "wait": wait})
+
+
+# What there is to do: changes not looked at, or deliveries that are due, and nobody else at it.
+_SELECT_BUSY = text(
+    """
+    SELECT s.id FROM archiver.subscriptions s
+     WHERE s.paused_at IS NULL AND coalesce(s.closed_until, '-infinity') <= now()
+       AND (s.leased_by = :owner OR s.leased_until IS NULL OR s.leased_until < now())
+       AND (s.cursor < (SELECT max(cursor) FROM archiver.changes)
+            OR EXISTS (SELECT FROM archiver.deliveries d
+                        WHERE d.subscription_id = s.id AND d.state = 'pending' AND d.due_at <= now()))
+     ORDER BY s.id
+    """
+)
+
+
+def select_busy(connection: Connection, owner: str) -> Sequence[int]:
+    """The subscriptions for which there is something to do."""
+    return connection.scalars(_SELECT_BUSY, {"owner": owner}).all()
+
+
+_SELECT_LEAST = text("SELECT min(cursor) FROM archiver.subscriptions WHERE paused_at IS NULL")
+
+
+def select_consumed(connection: Connection) -> int | None:
+    """Up to which cursor every subscription at work has looked at the feed; None where there is none.
+
+    A paused one keeps nothing: else one that nobody resumes would keep the feed for ever.
+    """
+    least = connection.scalar(_SELECT_LEAST)
+    return None if least is None else int(least)

@@ -1,0 +1,43 @@
+"""The tables, as SQLAlchemy Core and as Alembic's target. No statement and no logic."""
+
+from archiver.tables.archive import (
+    SCHEMA,
+    acts,
+    backfills,
+    chats,
+    erasures,
+    events,
+    holds,
+    messages,
+    metadata,
+    pauses,
+    quarantine,
+    recounts,
+    removals,
+    seals,
+    sessions,
+)
+from archiver.tables.feed import attempts, changes, deliveries, outbox, subscriptions
+
+__all__ = [
+    "SCHEMA",
+    "acts",
+    "attempts",
+    "backfills",
+    "changes",
+    "chats",
+    "deliveries",
+    "erasures",
+    "events",
+    "holds",
+    "messages",
+    "metadata",
+    "outbox",
+    "pauses",
+    "quarantine",
+    "recounts",
+    "removals",
+    "seals",
+    "sessions",
+    "subscriptions",
+]

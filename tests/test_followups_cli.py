@@ -1,0 +1,258 @@
+"""`archiver followups` as its users meet it, and the schemas of what is sent."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from jsonschema import Draft202012Validator
+from sqlalchemy import Engine
+from standardwebhooks import Webhook
+from starlette.responses import Response
+
+from archiver import erasure, seals
+from archiver.erasure import Act, Target
+from archiver.followups.subscriptions import EVENTS
+from tests import servers
+from tests.feeds import publish
+from tests.followups import SECRET, change, let_time_pass, receiving, sending, states, subscribe
+from tests.payloads import created, deleted
+from tests.receivers import archiver
+from tests.rows import execute, rows
+from tests.servers import as_writer
+from tests.test_cli import failed, said
+from tests.test_erasure import read, record, sweep
+from tests.test_erasure import said as lines
+from tests.waiting import until
+
+pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
+
+DOCS = Path(__file__).parent.parent / "docs"
+PRIVATE = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "COLUMNS": "300"}
+
+
+def followups(url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return archiver("followups", *arguments, database_url=as_writer(url), **PRIVATE, **environment)
+
+
+def told(url: str, *arguments: str) -> Any:
+    process = followups(url, *arguments, "--json")
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_from_add_to_remove(database_url: str, engine: Engine) -> None:
+    with receiving() as receiver:
+        hook = receiver.url + "/hook?token=t0ken"
+        added = followups(
+            database_url,
+            *("add", hook, "--event", "chat.created", "--event", "session.lost", "--assistant", "a1"),
+            *("--variable", "tier=gold", "--contains", "refund", "--ordered", "--concurrency", "2"),
+        )
+        assert added.returncode == 0, added.stderr
+        (secret,) = re.findall(r"whsec_\S+", added.stdout)
+        (row,) = told(database_url, "list")
+        assert row["events"] == ["chat.created", "session.lost"]
+        assert (row["assistant_id"], row["variable"], row["value"], row["contains"]) == (
+            "a1",
+            "tier",
+            "gold",
+            "refund",
+        )
+        assert (row["is_ordered"], row["concurrency"], row["cursor"]) == (True, 2, 0)
+        assert told(database_url, "show", "1") == row
+        receiver.then(Response("thank you", 202))
+        tested = followups(database_url, "test", "1")
+        assert "answered 202" in said(tested)
+        assert "thank you" in tested.stdout
+        assert Webhook(secret).verify(receiver.got[0].body, receiver.got[0].headers)["type"] == "followups.test"
+        check(receiver.got[0].told)
+        receiver.always(418)
+        tested = followups(database_url, "test", "1", "--json")
+        assert tested.returncode == 1
+        assert json.loads(tested.stdout)["status"] == 418
+        receiver.then()
+        again = told(database_url, "rotate", "1")
+        assert again["secret"] != secret
+        assert followups(database_url, "test", "1").returncode == 0
+        assert Webhook(secret).verify(receiver.got[-1].body, receiver.got[-1].headers)
+        assert Webhook(again["secret"]).verify(receiver.got[-1].body, receiver.got[-1].headers)
+        assert followups(database_url, "pause", "1", "--reason", "moving house").returncode == 0
+        assert "paused: moving house" in said(followups(database_url, "list"))
+        assert followups(database_url, "resume", "1").returncode == 0
+        printed = "".join(
+            followups(database_url, *words).stdout
+            for words in (["list"], ["list", "--json"], ["show", "1"], ["show", "1", "--json"], ["deliveries"])
+        )
+        assert "whsec" not in printed
+        assert followups(database_url, "remove", "1", "--yes").returncode == 0
+        assert told(database_url, "list") == []
+    acts = rows(engine, "SELECT kind, detail::text FROM archiver.acts ORDER BY id")
+    done = ("add", "rotate", "pause", "resume", "remove")
+    assert [kind for kind, _ in acts] == [f"followups.{name}" for name in done]
+    assert not re.search("whsec|t0ken", str(acts))
+
+
+def test_deliveries_are_listed_and_retried(database_url: str, engine: Engine) -> None:
+    change(engine, ("chat.created", "s", "c1"), ("chat.created", "s", "c2"))
+    with receiving() as receiver:
+        subscribe(engine, receiver.url)
+        with sending(database_url):
+            receiver.always(Response("no [bold]room[/bold]", 500))
+            until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") == [(2,)], "both failed")
+        execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
+        found = told(database_url, "deliveries", "--dead")
+        assert [(row["status"], row["fault"], row["answer"]) for row in found] == [
+            (500, "not_2xx", "no [bold]room[/bold]")
+        ] * 2
+        shown = said(followups(database_url, "deliveries", "--subscription", "1"))
+        assert "no [bold]room[/bold]" in shown
+        assert told(database_url, "deliveries", "--pending") == []
+        assert "1 are tried again" in said(followups(database_url, "retry", found[0]["id"]))
+        missing = followups(database_url, "retry", "msg_1_77")
+        assert (missing.returncode, "msg_1_77" in missing.stderr) == (1, True)
+        assert "1 are tried again" in said(followups(database_url, "retry", "--dead", "1"))
+        assert len(told(database_url, "deliveries", "--pending")) == 2
+        receiver.then()
+        with sending(database_url):
+            let_time_pass(engine)
+            until(lambda: states(engine) == {"delivered": 2}, "both are delivered")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["http://127.0.0.1/", "--event", "chat.created"], "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE"),
+        (["https://localhost/", "--event", "chat.created"], "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE"),
+        (["http://8.8.8.8/", "--event", "chat.created"], "https"),
+        (["https://169.254.169.254/", "--event", "chat.created"], "nothing is sent to"),
+        (["https://u:hunter2@8.8.8.8/", "--event", "chat.created"], "no password"),
+    ],
+)
+def test_such_receivers_are_refused(words: list[str], reason: str, database_url: str) -> None:
+    process = archiver("followups", "add", *words, database_url=as_writer(database_url))
+    text = failed(process)
+    assert reason in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["add", "https://8.8.8.8/"],
+        ["add", "https://8.8.8.8/", "--event", "chat.exploded"],
+        ["add", "https://8.8.8.8/", "--event", "seal.created", "--assistant", "a"],
+        ["add", "https://8.8.8.8/", "--event", "chat.created", "--variable", "tier"],
+        ["add", "https://8.8.8.8/", "--event", "chat.created", "--secret-file", "/dev/null"],
+        ["add", "https://8.8.8.8/", "--event", "chat.created", "--secret-file", "/nowhere"],
+        ["retry"],
+        ["retry", "7"],
+        ["retry", "msg_1_1", "--dead", "1"],
+        ["deliveries", "--dead", "--pending"],
+    ],
+)
+def test_wrong_usage(words: list[str], database_url: str) -> None:
+    process = followups(database_url, *words)
+    assert (process.returncode, process.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("words", [["show"], ["pause"], ["resume"], ["remove", "--yes"], ["rotate"], ["test"]])
+def test_a_subscription_that_is_not_there(words: list[str], database_url: str) -> None:
+    assert "no subscription 9" in failed(followups(database_url, words[0], "9", *words[1:]))
+
+
+def test_status_and_doctor_tell_how_follow_ups_stand(database_url: str, engine: Engine) -> None:
+    change(engine, ("chat.created", "s", "c1"))
+    assert "follow-ups" not in said(archiver("doctor", database_url=database_url))
+    first = subscribe(engine, "http://127.0.0.1:9")
+    status = archiver("status", "--json", database_url=database_url)
+    assert json.loads(status.stdout)["followups"]["behind"] == 1
+    assert "1 subscriptions, 1 changes behind" in said(archiver("status", database_url=database_url))
+    execute(engine, "UPDATE archiver.changes SET changed_at = now() - interval '2 hours'")
+    assert "has not been told" in said(archiver("doctor", database_url=database_url))
+    with sending(database_url):
+        until(lambda: states(engine) == {"pending": 1}, "it failed")
+    execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
+    assert "1 were given up" in said(archiver("doctor", database_url=as_writer(database_url)))
+    followups(database_url, "pause", str(first))
+    assert "1 subscriptions are paused" in said(archiver("doctor", database_url=database_url))
+    assert "1 dead; 1 subscriptions, 1 paused" in said(archiver("status", database_url=database_url))
+
+
+def test_a_secret_of_ones_own(database_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(SECRET + "\n")
+    with receiving() as receiver:
+        added = followups(
+            database_url, "add", receiver.url, "--event", "seal.created", "--secret-file", str(path), "--json"
+        )
+        assert json.loads(added.stdout) == {"subscription": 1}
+        assert followups(database_url, "test", "1").returncode == 0
+        Webhook(SECRET).verify(receiver.got[0].body, receiver.got[0].headers)
+
+
+# The schemas
+
+
+def check(message: dict[str, Any]) -> None:
+    schema = json.loads((DOCS / "schemas" / f"{message['type']}.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    checker = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    assert [error.message for error in checker.iter_errors(message)] == []
+
+
+def test_what_is_sent_is_as_the_schemas_say(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", None, cost=None, assistantOverrides=None))
+    record(engine, created("c1", "s1", updatedAt="2024-01-15T10:00:00Z", input="x" * 300_000), minute=1)
+    record(engine, deleted("c2", "s1"), deleted("c9", "s9"), created("c8", "s8"), minute=2)
+    read(engine, "s1", 10, *lines("c1", "c4"))
+    read(engine, "s9", 10)
+    seals.seal(engine)
+    publish(engine)
+    change(engine, ("session.lost", "s1", None), ("chat.created", "s8", "c8"), ("chat.created", "s7", "c7"))
+    change(engine, ("session.settled", "s8", None), ("session.settled", "s7", None))
+    erasure.order(engine, [Target("s8")], "request", Act("erase", "anna", "asked"))
+    sweep(engine)
+    with receiving() as receiver:
+        subscribe(engine, receiver.url)
+        with sending(database_url):
+            ((count,),) = rows(engine, "SELECT count(*) FROM archiver.changes")
+            until(lambda: states(engine) == {"delivered": count}, "all are told")
+    for got in receiver.got:
+        check(got.told)
+    assert {got.told["type"] for got in receiver.got} == set(EVENTS)
+    assert any("truncated" in got.data for got in receiver.got)
+    assert any("erased_at" in got.data for got in receiver.got)
+    with pytest.raises(AssertionError):
+        check(receiver.got[0].told | {"data": {}})
+
+
+# The page
+
+
+def test_the_receiver_of_the_page_verifies(database_url: str, tmp_path: Path) -> None:
+    page = (DOCS / "followups.md").read_text()
+    (script,) = re.findall(r"```python\n(# receiver\.py\n.*?)```", page, re.DOTALL)
+    path = tmp_path / "receiver.py"
+    path.write_text(script.replace("8200", "0"))
+    environment = {**os.environ, "FOLLOWUPS_SECRET": SECRET, "PYTHONUNBUFFERED": "1"}
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET)
+    with subprocess.Popen([sys.executable, path], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            port = process.stdout.readline().split()[-1]
+            url = f"http://127.0.0.1:{port}/"
+            followups(database_url, "add", url, "--event", "chat.created", "--secret-file", str(secret))
+            assert followups(database_url, "test", "1").returncode == 0
+            assert "followups.test" in process.stdout.readline()
+            with psycopg.connect(database_url, autocommit=True) as connection:
+                connection.execute("UPDATE archiver.subscriptions SET secret = %s", ["whsec_" + "QUJD" * 8])
+            assert json.loads(followups(database_url, "test", "1", "--json").stdout)["status"] == 401
+        finally:
+            process.kill()
