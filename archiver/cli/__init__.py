@@ -13,6 +13,7 @@ from archiver import __version__
 from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
 from archiver.cli.erasure import command as erase
+from archiver.cli.export import command as export
 from archiver.cli.holds import acts, hold
 from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
@@ -42,7 +43,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(serve, worker, migrate, backfill, rebuild, quarantine),
-    *(seal, verify, prove, seals, erase, hold, retention, acts),
+    *(seal, verify, prove, seals, erase, hold, retention, export, acts),
     *(status, doctor, demo, simulate),
 )
 for _command in _COMMANDS:

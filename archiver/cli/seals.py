@@ -81,7 +81,7 @@ def verify(
     """
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
-    heads = None if against is None else _heads(against)
+    heads = None if against is None else heads_of(against)
     checked, findings = Checked(), []
     with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
@@ -123,6 +123,11 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     own = signing_key(configuration)
     if not key_files:
         return {} if own is None else {seals.key_id(own.public_key()): own.public_key()}
+    return public_keys(key_files)
+
+
+def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
+    """The keys in these files, by their ids."""
     try:
         keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
     except KeyFileError as error:
@@ -130,7 +135,8 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     return {seals.key_id(key): key for key in keys}
 
 
-def _heads(file: IO[str]) -> dict[int, bytes]:
+def heads_of(file: IO[str]) -> dict[int, bytes]:
+    """The hashes of exported seals, by their numbers."""
     heads = {}
     for number, line in enumerate(file, 1):
         if not line.strip():
