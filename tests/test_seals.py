@@ -71,6 +71,33 @@ def test_a_path_leads_to_the_root_and_no_other_does(size: int, data: st.DataObje
         assert merkle.root_of_path(hashes[index], index, size, turned) != root
 
 
+@given(st.integers(0, 70), st.data())
+def test_a_cover_leads_to_the_root_and_no_other_does(size: int, data: st.DataObject) -> None:
+    hashes = [merkle.leaf_hash(bytes([number])) for number in range(size)]
+    root = merkle.root(hashes)
+    selected = sorted(data.draw(st.sets(st.integers(0, size - 1)) if size else st.just(set[int]())))
+    chosen = [hashes[index] for index in selected]
+    cover = merkle.cover(hashes, selected)
+    assert merkle.root_of_cover(chosen, selected, size, cover) == root
+    assert merkle.root_of_cover(chosen, selected, size, [*cover, root]) is None
+    for place in range(len(cover)):
+        turned = [*cover[:place], bytes(32), *cover[place + 1 :]]
+        assert merkle.root_of_cover(chosen, selected, size, turned) != root
+        assert merkle.root_of_cover(chosen, selected, size, cover[:place] + cover[place + 1 :]) != root
+    for place in range(len(chosen)):
+        turned = [*chosen[:place], bytes(32), *chosen[place + 1 :]]
+        assert merkle.root_of_cover(turned, selected, size, cover) != root
+    if size and len(selected) == size:
+        assert cover == []
+
+
+@given(st.integers(1, 70), st.data())
+def test_a_cover_of_one_leaf_is_its_path(size: int, data: st.DataObject) -> None:
+    hashes = [merkle.leaf_hash(bytes([number])) for number in range(size)]
+    index = data.draw(st.integers(0, size - 1))
+    assert sorted(merkle.cover(hashes, [index])) == sorted(merkle.path(hashes, index))
+
+
 # An archive with something in every sealed table
 
 

@@ -23,6 +23,7 @@ EXPLAINED = {
     "unknown_key": "it is signed by a key that was not given",
     "out_of_order": "it does not follow the one before it",
     "body_changed": "its body is not the one that was received",
+    "erased_without_record": "its body is gone, and no erasure tells why",
     "changed": "it is not as it was sealed",
     "not_sealed": "it is none of those that its seal holds",
     "missing_row": "its row is missing, though the seal's line tells of it",

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from archiver.events import WEBHOOK
 from archiver.export import manifest
 from archiver.export.findings import Finding, Found
 from archiver.export.manifest import File, Head
@@ -47,6 +48,10 @@ class Rows:
         self._acts: set[int] = set()
         self._ordered: set[int] = set()
         self.events = Lines(folder, manifest.EVENTS, files[manifest.EVENTS], EventLine, findings)
+        erasures = Lines(folder, manifest.ERASURES, files[manifest.ERASURES], ErasureLine, Found())
+        self._covered: set[int] = set()  # hashes of sessions and of turns, for there may be many
+        for _, each in erasures:
+            self._covered |= {hash((each.session_id, each.chat_id)), hash(each.session_id)}
         acts = Lines(folder, manifest.ACTS, files[manifest.ACTS], ActLine, findings)
         erasures = Lines(folder, manifest.ERASURES, files[manifest.ERASURES], ErasureLine, findings)
         self._streams = {
@@ -72,10 +77,19 @@ class Rows:
     def _event(self, number: int, event: EventLine) -> bytes:
         body = event.content()
         hashed, is_intact = event_leaf(event, body)
-        self.erased += body is None
+        if body is None:
+            self.erased += 1
+            if not self._is_covered(event):
+                self._findings.append(Finding(manifest.EVENTS, "erased_without_record", number, f"event {event.id}"))
         if not is_intact:
             self._findings.append(Finding(manifest.EVENTS, "body_changed", number, f"event {event.id}"))
         return hashed
+
+    def _is_covered(self, event: EventLine) -> bool:
+        """Whether an erasure tells of it; a history is of all turns of its session."""
+        if any(hash((event.session_id, chat_id)) in self._covered for chat_id in ("", event.chat_id or "")):
+            return True
+        return event.source != WEBHOOK and hash(event.session_id) in self._covered
 
     def _act(self, _: int, act: ActLine) -> bytes:
         self._acts.add(act.id)
