@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals soak lock clean
+.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals bench-export soak lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -50,6 +50,9 @@ bench-overload: $(VENV)/.installed  ## Measure the receiver under four times the
 
 bench-seals: $(VENV)/.installed  ## Measure sealing and verification of a million events (--beside: what it costs ingest)
 	@$(BIN)/python -m tests.bench.seals $(BENCH_ARGS)
+
+bench-export: $(VENV)/.installed  ## Measure the export of a million events, and its check
+	@$(BIN)/python -m tests.bench.export $(BENCH_ARGS)
 
 soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)

@@ -1,11 +1,14 @@
 """Rows as Postgres copies them out, one by one and at little cost."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 from psycopg import sql
 from psycopg.errors import error_from_result
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 Buffer = bytes | memoryview
 
@@ -20,7 +23,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
     `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
     """
     driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(query) as copy:
+    with _told(), driver.cursor() as cursor, cursor.copy(query) as copy:
         row = copy.read()[_HEADER:]
         # What has arrived is taken from libpq itself, at a third of the cost; what has not is waited for.
         arrived = driver.pgconn.get_copy_data
@@ -38,6 +41,15 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
 def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
     """What a COPY in another format gives, a row at a time. To be closed likewise."""
     driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(query) as copy:
+    with _told(), driver.cursor() as cursor, cursor.copy(query) as copy:
         while row := copy.read():
             yield row
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The driver's errors as those of any other statement."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise DBAPIError("COPY", None, error, hide_parameters=True) from error

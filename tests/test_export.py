@@ -142,9 +142,9 @@ def test_what_is_not_there_is_told(archive: Engine, tmp_path: Path) -> None:
 
 
 def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path) -> None:
-    hold = {"variable": "customerTier", "value": "Premium"}
+    criteria = Criteria(variable="customerTier", value="Premium")
     with transaction(archive) as connection:
-        number = erasure.insert_hold(connection, Criteria(**hold), "anna", "case 7")
+        number = erasure.insert_hold(connection, criteria, "anna", "case 7")
     made = make(archive, tmp_path / "held", Selection(), hold_ids=[number])
     query = "SELECT id, actor, reason, kind, detail FROM archiver.acts WHERE kind ~ '^export' ORDER BY id"
     found = rows(archive, query)
@@ -241,14 +241,8 @@ def test_a_selection_is_what_a_hold_on_the_same_covers(engine: Engine) -> None:
             erasure.insert_hold(connection, criteria, "tester", "because")
             held = set(erasure.covering(connection, [*whole, *alone]))
             driver = connection.connection.driver_connection
-            found = {
-                Target(row[0])
-                for row in connection.exec_driver_sql(selection.sessions().as_string(driver))  # type: ignore[arg-type]
-            }
-            strays = {
-                Target("", row[0])
-                for row in connection.exec_driver_sql(selection.turns().as_string(driver))  # type: ignore[arg-type]
-            }
+            found = {Target(row[0]) for row in connection.exec_driver_sql(selection.sessions().as_string(driver))}
+            strays = {Target("", row[0]) for row in connection.exec_driver_sql(selection.turns().as_string(driver))}
             connection.rollback()
         assert found == {each for each in held if each.session_id}
         assert strays == {each for each in held if not each.session_id}
