@@ -1,6 +1,7 @@
 """Seals: whatever is changed, removed, put in or put elsewhere is found, and named (I9)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
@@ -328,6 +329,13 @@ def test_i9_a_seal_signed_by_another_key_is_found(sealed: Engine) -> None:
     assert told
     assert {found.fault for found in told} == {"unknown_key"}
     assert {found.fault for found in forged} == {"wrong_signature"}
+
+
+def test_a_verification_that_is_broken_off_leaves_its_connection_free(sealed: Engine) -> None:
+    execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE id = 1", unguarded=True)
+    with snapshot(sealed, statement_seconds=30) as connection, closing(seals.verify(connection)) as found:
+        assert next(found).fault == "body_changed"
+    assert rows(sealed, "SELECT 1") == [(1,)]
 
 
 def test_increments_are_verified_after_a_seal(sealed: Engine, forged: Connection) -> None:

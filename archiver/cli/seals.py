@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,7 +99,7 @@ def verify(
             def tell(so_far: Checked) -> None:
                 progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
 
-            found = seals.verify(
+            verification = seals.verify(
                 opened,
                 after_seal=after_seal or 0,
                 keys=keys,
@@ -107,10 +108,11 @@ def verify(
                 checked=checked,
                 on_progress=tell,
             )
-            for finding in found:
-                findings.append(finding)
-                if not as_json and len(findings) <= TOLD:
-                    progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
+            with closing(verification) as found:
+                for finding in found:
+                    findings.append(finding)
+                    if not as_json and len(findings) <= TOLD:
+                        progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     _report(checked, findings, has_key=bool(keys), as_json=as_json)
 
 

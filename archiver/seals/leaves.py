@@ -7,7 +7,7 @@ that a row is hashed as it arrives. Source: https://www.postgresql.org/docs/curr
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -79,16 +79,17 @@ KINDS = (
 BY_LETTER = {kind.letter: kind for kind in KINDS}
 
 
-def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Iterator[Leaf]:
+def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
     """The leaves of rows with ids above `after` (None: all) and up to `through`, in order of their ids.
 
-    No body is looked at. To be read to the end before the connection is used for anything else.
+    No body is looked at. To be read to the end, or closed, before the connection is used for anything else, even a
+    rollback.
     """
     rows = _copy(connection, kind, kind.fields, after, through)
     return ((_ID(row)[0], leaf_hash(kind.letter + row[_COUNT:]), True) for row in rows)
 
 
-def select_checked_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Iterator[Leaf]:
+def select_checked_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
     """The same, and of an event whether its body is what its digest says."""
     return (
         _checked_events(connection, after, through)
@@ -97,7 +98,7 @@ def select_checked_leaves(connection: Connection, kind: Kind, after: int | None,
     )
 
 
-def _checked_events(connection: Connection, after: int | None, through: int) -> Iterator[Leaf]:
+def _checked_events(connection: Connection, after: int | None, through: int) -> Generator[Leaf]:
     # What is done here is done a million times: hence no function of its own for anything.
     for row in _copy(connection, EVENTS, (_BEFORE, *EVENTS.fields, _AFTER), after, through):
         size, row_id = _EVENT(row)
@@ -116,7 +117,7 @@ def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None
 
 def _copy(
     connection: Connection, kind: Kind, expressions: Sequence[str], after: int | None, through: int
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Rows in Postgres' binary format."""
     query = sql.SQL(
         "COPY (SELECT {} FROM archiver.{} WHERE {} id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
