@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import os
-from base64 import b64decode
+import re
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -373,6 +374,32 @@ def test_i9_a_body_that_is_taken_out_like_an_erased_one_is_found(exported: Path,
     rewrite(folder, "events.jsonl", [compact(record) + b"\n", *(each + b"\n" for each in content[1:])])
     reforge(folder, lambda told: told["counts"].update(erased=told["counts"]["erased"] + 1))
     assert [(found.fault, found.what) for found in check(folder)] == [("erased_without_record", "event 1")]
+
+
+def test_i9_a_salt_that_gave_bytes_to_the_body_is_found(exported: Path, tmp_path: Path) -> None:
+    """Hashed one after the other, salt and body have no boundary but the salt's length."""
+    content = (exported / "events.jsonl").read_bytes().split(b"\n")[:-1]
+    record = json.loads(content[0])
+    # Bytes that are text as well, as a body must be here.
+    salt, given = record["salt"], bytes.fromhex(record["salt"])[12:]
+    record |= {"salt": salt[:24], "dedupe_key": given.hex() + record["dedupe_key"]}
+    record |= {"body": None, "body_base64": b64encode(given + record["body"].encode()).decode()}
+    folder = copied(exported, tmp_path / "forged")
+    rewrite(folder, "events.jsonl", [compact(record) + b"\n", *(each + b"\n" for each in content[1:])])
+    reforge(folder)
+    assert [(found.fault, found.what) for found in check(folder)] == [("body_changed", "event 1")]
+
+
+def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path) -> None:
+    content = (exported / "seals.jsonl").read_bytes().splitlines(keepends=True)
+    record = json.loads(content[1])
+    statement = re.sub(r"sealed_at \d{4}", "sealed_at 1999", record["statement"])
+    record |= {"statement": statement, "hash": sha256(statement.encode()).hexdigest()}
+    folder = copied(exported, tmp_path / "forged")
+    rewrite(folder, "seals.jsonl", [content[0], json.dumps(record).encode() + b"\n", *content[2:]])
+    reforge(folder)
+    assert [(found.fault, found.what) for found in check(folder)] == [("out_of_chain", "seal 3")]
+    assert [found.fault for found in check(folder, is_keyed=True)] == ["wrong_signature", "out_of_chain"]
 
 
 @on_one_version

@@ -161,6 +161,18 @@ def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> N
     assert "manifest.json: it is missing" in ended.stderr
 
 
+def test_a_right_that_is_missing_half_way_is_told_and_nothing_is_left(url: str, output: Path) -> None:
+    with as_auditor(url) as auditors:
+        with psycopg.connect(url) as connection:
+            connection.execute("REVOKE SELECT ON analytics.messages FROM archiver_auditor")
+        ended = archiver("export", "--output", str(output), "--all", database_url=auditors)
+    assert ended.returncode == 1
+    assert "permission denied for view messages" in ended.stderr
+    assert "archiver doctor" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(output.parent.iterdir()) == []
+
+
 @contextmanager
 def waiting_export(url: str, output: Path) -> Iterator[subprocess.Popen[str]]:
     """An export that has begun, and waits for a table that we hold."""

@@ -332,7 +332,7 @@ def test_i9_a_seal_signed_by_another_key_is_found(sealed: Engine) -> None:
 
 
 def test_a_verification_that_is_broken_off_leaves_its_connection_free(sealed: Engine) -> None:
-    execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE id = 1", unguarded=True)
+    execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE chat_id = 'b'", unguarded=True)
     with snapshot(sealed, statement_seconds=30) as connection, closing(seals.verify(connection)) as found:
         assert next(found).fault == "body_changed"
     assert rows(sealed, "SELECT 1") == [(1,)]
