@@ -102,6 +102,7 @@ def test_openai_lines_are_conversations_in_order_without_what_was_deleted(archiv
     assert "question of c2" in (exported / "messages.jsonl").read_text()
 
 
+@on_one_version
 def test_the_manifest_says_what_was_asked_for_and_how_much_there_is(archive: Engine, tmp_path: Path) -> None:
     made = make(archive, tmp_path / "one", Selection(["s1"]), formats=("openai",), settings={"on_delete": "keep"})
     told = json.loads((tmp_path / "one" / "manifest.json").read_bytes())
@@ -128,12 +129,14 @@ def test_events_without_a_session_go_with_the_sessions_that_they_speak_of(archiv
     assert check(tmp_path / "other", is_keyed=True) == []
 
 
+@on_one_version
 @pytest.mark.parametrize("session_id", ["s1", "s2", "s3", "s4", "s9"])
 def test_each_session_alone_checks(archive: Engine, tmp_path: Path, session_id: str) -> None:
     make(archive, tmp_path / "one", Selection([session_id]))
     assert check(tmp_path / "one", is_keyed=True) == []
 
 
+@on_one_version
 def test_what_is_not_there_is_told(archive: Engine, tmp_path: Path) -> None:
     with pytest.raises(UnknownError, match="session no, nor"):
         make(archive, tmp_path / "one", Selection(["s1", "no", "nor"]))
@@ -142,6 +145,7 @@ def test_what_is_not_there_is_told(archive: Engine, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@on_one_version
 def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path) -> None:
     criteria = Criteria(variable="customerTier", value="Premium")
     with transaction(archive) as connection:
@@ -163,6 +167,7 @@ def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path)
     assert kinds == ["export", "export.done", "export"]
 
 
+@on_one_version
 def test_nothing_is_written_where_something_is(archive: Engine, exported: Path, tmp_path: Path) -> None:
     before = sorted(each.name for each in exported.iterdir())
     with pytest.raises(FolderError, match="no empty folder"):
@@ -185,7 +190,6 @@ MOMENTS = [None, *(datetime(2024, 1, day, tzinfo=UTC) for day in (1, 2, 3, 4))]
 
 
 @on_one_version
-@pytest.mark.usefixtures("cluster")
 def test_a_selection_is_what_a_hold_on_the_same_covers(engine: Engine) -> None:
     for number in range(12):
         day = 1 + number % 4
@@ -286,7 +290,6 @@ def mutated(record: Any, path: tuple[Any, ...]) -> Any:
 
 
 @on_one_version
-@pytest.mark.usefixtures("cluster")
 def test_i9_every_changed_field_of_every_file_is_found(exported: Path, tmp_path: Path) -> None:
     tried = 0
     for name in sorted(each.name for each in exported.iterdir()):
@@ -318,7 +321,6 @@ SEALED = ("events.jsonl", "acts.jsonl", "erasures.jsonl")
 
 
 @on_one_version
-@pytest.mark.usefixtures("cluster")
 def test_i9_a_changed_row_is_named_even_under_a_manifest_made_anew(exported: Path, tmp_path: Path) -> None:
     tried = 0
     for name in SEALED:
@@ -346,7 +348,6 @@ def compact(record: Any) -> bytes:
 
 
 @on_one_version
-@pytest.mark.usefixtures("cluster")
 def test_i9_rows_removed_doubled_put_in_and_swapped_are_named(exported: Path, tmp_path: Path) -> None:
     for name in SEALED:
         content = [each + b"\n" for each in (exported / name).read_bytes().split(b"\n")[:-1]]
@@ -365,6 +366,7 @@ def test_i9_rows_removed_doubled_put_in_and_swapped_are_named(exported: Path, tm
             assert named is None or any(f" {named}, sealed by" in str(found) for found in told), (name, told)
 
 
+@on_one_version
 def test_i9_a_body_that_is_taken_out_like_an_erased_one_is_found(exported: Path, tmp_path: Path) -> None:
     content = (exported / "events.jsonl").read_bytes().split(b"\n")[:-1]
     record = json.loads(content[0])
@@ -376,6 +378,7 @@ def test_i9_a_body_that_is_taken_out_like_an_erased_one_is_found(exported: Path,
     assert [(found.fault, found.what) for found in check(folder)] == [("erased_without_record", "event 1")]
 
 
+@on_one_version
 def test_i9_a_salt_that_gave_bytes_to_the_body_is_found(exported: Path, tmp_path: Path) -> None:
     """Hashed one after the other, salt and body have no boundary but the salt's length."""
     content = (exported / "events.jsonl").read_bytes().split(b"\n")[:-1]
@@ -390,6 +393,7 @@ def test_i9_a_salt_that_gave_bytes_to_the_body_is_found(exported: Path, tmp_path
     assert [(found.fault, found.what) for found in check(folder)] == [("body_changed", "event 1")]
 
 
+@on_one_version
 def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path) -> None:
     content = (exported / "seals.jsonl").read_bytes().splitlines(keepends=True)
     record = json.loads(content[1])
@@ -403,7 +407,6 @@ def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path)
 
 
 @on_one_version
-@pytest.mark.usefixtures("cluster")
 def test_i9_every_changed_field_of_a_seal_is_found_under_a_manifest_made_anew(
     archive: Engine, tmp_path: Path
 ) -> None:
@@ -425,6 +428,7 @@ def test_i9_every_changed_field_of_a_seal_is_found_under_a_manifest_made_anew(
         assert check(folder)
 
 
+@on_one_version
 def test_i9_an_archive_that_was_forged_is_found_in_its_export(archive: Engine, tmp_path: Path) -> None:
     execute(archive, "UPDATE archiver.events SET type = 'forged' WHERE id = 2", unguarded=True)
     make(archive, tmp_path / "whole")
@@ -433,6 +437,7 @@ def test_i9_an_archive_that_was_forged_is_found_in_its_export(archive: Engine, t
     ]
 
 
+@on_one_version
 def test_the_manifest_is_signed_and_a_stranger_is_found(archive: Engine, tmp_path: Path) -> None:
     make(archive, tmp_path / "signed", key=KEY)
     checked = export.Checked()
@@ -449,6 +454,7 @@ def test_the_manifest_is_signed_and_a_stranger_is_found(archive: Engine, tmp_pat
     assert told == {"unknown_key"}
 
 
+@on_one_version
 def test_exported_seals_pin_what_is_in_it(archive: Engine, exported: Path) -> None:
     with snapshot(archive, statement_seconds=30) as connection:
         heads = {seal.id: seal.hash for seal, _ in seals.select_seals(connection)}
@@ -509,7 +515,6 @@ DAMAGES: list[tuple[Any, str, str]] = [
 
 
 @on_one_version
-@pytest.mark.usefixtures("cluster")
 def test_whatever_is_damaged_is_a_finding(exported: Path, tmp_path: Path) -> None:
     for damage, name, fault in DAMAGES:
         folder = copied(exported, tmp_path / "forged")
@@ -519,6 +524,7 @@ def test_whatever_is_damaged_is_a_finding(exported: Path, tmp_path: Path) -> Non
         assert len(told) <= 10_001
 
 
+@on_one_version
 def test_a_manifest_leads_to_no_other_file(exported: Path, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path / "forged")
     told = json.loads((folder / "manifest.json").read_bytes())
@@ -527,6 +533,7 @@ def test_a_manifest_leads_to_no_other_file(exported: Path, tmp_path: Path) -> No
     assert {found.fault for found in check(folder)} == {"manifest_digest", "damaged"}
 
 
+@on_one_version
 def test_a_line_that_is_too_long_is_a_finding(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,12 +562,14 @@ def test_any_text_is_one_row_of_csv(tmp_path_factory: pytest.TempPathFactory, sa
     assert reading.measured(path).rows == 2
 
 
+@on_one_version
 def test_everything_of_an_empty_archive_is_nothing(engine: Engine, tmp_path: Path) -> None:
     made = make(engine, tmp_path / "empty")
     assert (made.manifest.head, made.manifest.counts.events) == (None, 0)
     assert check(tmp_path / "empty") == []
 
 
+@on_one_version
 def test_counts_tell_what_is_not_sealed_and_not_exported(archive: Engine, exported: Path) -> None:
     told = json.loads((exported / "manifest.json").read_bytes())["counts"]
     (counted,) = rows(

@@ -97,6 +97,7 @@ def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tm
     assert verified.returncode == 0, verified.stderr
 
 
+@on_one_version
 def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Path, tmp_path: Path) -> None:
     ok("--output", output, "--all", url=url)
     folder = copied(output, tmp_path / "forged")
@@ -143,6 +144,7 @@ def test_wrong_usage_is_told(arguments: list[str], advice: str) -> None:
     assert advice in " ".join(ended.stderr.split())
 
 
+@on_one_version
 def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> None:
     for arguments, advice in (
         (("--session", "s1", "--session", "none"), "Nothing is known of session none"),
@@ -161,6 +163,7 @@ def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> N
     assert "manifest.json: it is missing" in ended.stderr
 
 
+@on_one_version
 def test_a_right_that_is_missing_half_way_is_told_and_nothing_is_left(url: str, output: Path) -> None:
     with as_auditor(url) as auditors:
         with psycopg.connect(url) as connection:

@@ -1,5 +1,6 @@
 """Making an export: recorded first, then read in one snapshot, then put in its place."""
 
+import struct
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -222,15 +223,16 @@ class _Export:
             for row in rows:
                 ids.append(int.from_bytes(row[6:14], "big", signed=True))
                 end = 18 + int.from_bytes(row[14:18], "big")
-                head, body = row[18 : end - 1], row[end + 4 :]  # without the closing brace, and after the length
-                if row[end] == _NULL:
+                bytes_of_it, body = _bytes_of(row, end)
+                head = row[18 : end - 1]  # without the closing brace
+                if body is None:
                     erased += 1
-                    sink.write(head, b',"body":null}\n')
+                    sink.write(head, bytes_of_it, b',"body":null}\n')
                 else:
                     try:
-                        sink.write(head, b',"body":', encode(str(body, "utf-8")), b"}\n")
+                        sink.write(head, bytes_of_it, b',"body":', encode(str(body, "utf-8")), b"}\n")
                     except UnicodeDecodeError:
-                        sink.write(head, b',"body":null,"body_base64":"', b64encode(body), b'"}\n')
+                        sink.write(head, bytes_of_it, b',"body":null,"body_base64":"', b64encode(body), b'"}\n')
                 if not sink.rows % TOLD_EVERY:
                     self._tell(manifest.EVENTS, sink.rows)
         return erased
@@ -247,7 +249,31 @@ class _Export:
         return {row.part: row.detail | {"since": row.at} for row in self._connection.execute(_LATEST_SETTINGS)}
 
 
-_NULL = 0xFF  # the first byte of a length below 0
+_USUAL = struct.Struct(">i32si32si16si").unpack_from
+
+
+def _bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
+    """What of an event is bytes: that part of its line, and the body. The fields begin at `place`."""
+    try:
+        one, digest, two, key, three, salt, size = _USUAL(row, place)
+    except struct.error:
+        return _unusual_bytes_of(row, place)
+    if (one, two, three) != (32, 32, 16) or size < 0:
+        return _unusual_bytes_of(row, place)
+    told = f',"body_digest":"{digest.hex()}","dedupe_key":"{key.hex()}","salt":"{salt.hex()}"'
+    return told.encode(), row[len(row) - size :]
+
+
+def _unusual_bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
+    """Of an erased event, or one that somebody has changed."""
+    values: list[memoryview | None] = []
+    for _ in range(4):
+        size = int.from_bytes(row[place : place + 4], "big", signed=True)
+        values.append(None if size < 0 else row[place + 4 : place + 4 + size])
+        place += 4 + max(size, 0)
+    told = zip(("body_digest", "dedupe_key", "salt"), values, strict=False)
+    lines = [f',"{name}":' + ("null" if value is None else f'"{value.hex()}"') for name, value in told]
+    return "".join(lines).encode(), values[3]
 
 
 class _Covered(msgspec.Struct):
