@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sqlalchemy.exc import DBAPIError
 
 from archiver import acts, database, export, schema, settings
 from archiver.cli import connection
@@ -144,6 +145,10 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
     except (export.FolderError, export.UnknownError) as error:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)
+    except DBAPIError:
+        if (output / "manifest.json").exists():  # else it would not have begun
+            click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)
+        raise
     _report(output, made, as_json=as_json)
 
 
