@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals bench-followups soak lock clean
+.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups soak lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -53,6 +53,9 @@ bench-seals: $(VENV)/.installed  ## Measure sealing and verification of a millio
 
 bench-followups: $(VENV)/.installed  ## Measure what follow-ups cost ingest and each other, and that none is lost (needs wrk)
 	@$(BIN)/python -m tests.bench.followups $(BENCH_ARGS)
+
+bench-export: $(VENV)/.installed  ## Measure the export of a million events, and its check
+	@$(BIN)/python -m tests.bench.export $(BENCH_ARGS)
 
 soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)

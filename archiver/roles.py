@@ -31,6 +31,7 @@ NEEDED: Mapping[str, Needs] = {
     READER: Needs({f"analytics.{view}": "SELECT" for view in _VIEWS}),
     WRITER: Needs(
         {
+            **{f"analytics.{view}": "SELECT" for view in _VIEWS},  # it exports, too
             # Rows go only with a row in `removals`: a trigger sees to that.
             "archiver.events": "SELECT, INSERT, DELETE",
             "archiver.schema_version": "SELECT",

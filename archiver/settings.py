@@ -129,8 +129,8 @@ class Settings(BaseSettings):
     seal_key: SecretStr = _env(
         "ARCHIVER_SEAL_KEY",
         SecretStr(""),
-        "Ed25519 private key (PEM) that signs the seals, best given as `ARCHIVER_SEAL_KEY_FILE`; without one they "
-        "are chained, not signed.",
+        "Ed25519 private key (PEM) that signs the seals, and the manifests of exports, best given as "
+        "`ARCHIVER_SEAL_KEY_FILE`; without one seals are chained, not signed.",
     )
     queue_events: int = _env(
         "ARCHIVER_QUEUE_EVENTS",

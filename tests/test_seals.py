@@ -1,6 +1,7 @@
 """Seals: whatever is changed, removed, put in or put elsewhere is found, and named (I9)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
@@ -69,6 +70,33 @@ def test_a_path_leads_to_the_root_and_no_other_does(size: int, data: st.DataObje
         assert merkle.root_of_path(hashes[index], index, size, path[:-1]) is None
         turned = [bytes(32), *path[1:]]
         assert merkle.root_of_path(hashes[index], index, size, turned) != root
+
+
+@given(st.integers(0, 70), st.data())
+def test_a_cover_leads_to_the_root_and_no_other_does(size: int, data: st.DataObject) -> None:
+    hashes = [merkle.leaf_hash(bytes([number])) for number in range(size)]
+    root = merkle.root(hashes)
+    selected = sorted(data.draw(st.sets(st.integers(0, size - 1)) if size else st.just(set[int]())))
+    chosen = [hashes[index] for index in selected]
+    cover = merkle.cover(hashes, selected)
+    assert merkle.root_of_cover(chosen, selected, size, cover) == root
+    assert merkle.root_of_cover(chosen, selected, size, [*cover, root]) is None
+    for place in range(len(cover)):
+        turned = [*cover[:place], bytes(32), *cover[place + 1 :]]
+        assert merkle.root_of_cover(chosen, selected, size, turned) != root
+        assert merkle.root_of_cover(chosen, selected, size, cover[:place] + cover[place + 1 :]) != root
+    for place in range(len(chosen)):
+        turned = [*chosen[:place], bytes(32), *chosen[place + 1 :]]
+        assert merkle.root_of_cover(turned, selected, size, cover) != root
+    if size and len(selected) == size:
+        assert cover == []
+
+
+@given(st.integers(1, 70), st.data())
+def test_a_cover_of_one_leaf_is_its_path(size: int, data: st.DataObject) -> None:
+    hashes = [merkle.leaf_hash(bytes([number])) for number in range(size)]
+    index = data.draw(st.integers(0, size - 1))
+    assert sorted(merkle.cover(hashes, [index])) == sorted(merkle.path(hashes, index))
 
 
 # An archive with something in every sealed table
@@ -301,6 +329,13 @@ def test_i9_a_seal_signed_by_another_key_is_found(sealed: Engine) -> None:
     assert told
     assert {found.fault for found in told} == {"unknown_key"}
     assert {found.fault for found in forged} == {"wrong_signature"}
+
+
+def test_a_verification_that_is_broken_off_leaves_its_connection_free(sealed: Engine) -> None:
+    execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE chat_id = 'b'", unguarded=True)
+    with snapshot(sealed, statement_seconds=30) as connection, closing(seals.verify(connection)) as found:
+        assert next(found).fault == "body_changed"
+    assert rows(sealed, "SELECT 1") == [(1,)]
 
 
 def test_increments_are_verified_after_a_seal(sealed: Engine, forged: Connection) -> None:

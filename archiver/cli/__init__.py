@@ -13,6 +13,7 @@ from archiver import __version__
 from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
 from archiver.cli.erasure import command as erase
+from archiver.cli.export import command as export
 from archiver.cli.followups import followups
 from archiver.cli.holds import acts, hold
 from archiver.cli.inspection import doctor, status
@@ -43,7 +44,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(serve, worker, migrate, backfill, rebuild, quarantine),
-    *(seal, verify, prove, seals, erase, hold, retention, acts),
+    *(seal, verify, prove, seals, erase, hold, retention, export, acts),
     *(followups, status, doctor, demo, simulate),
 )
 for _command in _COMMANDS:

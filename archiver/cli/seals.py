@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,7 +82,7 @@ def verify(
     """
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
-    heads = None if against is None else _heads(against)
+    heads = None if against is None else heads_of(against)
     checked, findings = Checked(), []
     with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
@@ -98,7 +99,7 @@ def verify(
             def tell(so_far: Checked) -> None:
                 progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
 
-            found = seals.verify(
+            verification = seals.verify(
                 opened,
                 after_seal=after_seal or 0,
                 keys=keys,
@@ -107,10 +108,11 @@ def verify(
                 checked=checked,
                 on_progress=tell,
             )
-            for finding in found:
-                findings.append(finding)
-                if not as_json and len(findings) <= TOLD:
-                    progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
+            with closing(verification) as found:
+                for finding in found:
+                    findings.append(finding)
+                    if not as_json and len(findings) <= TOLD:
+                        progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     _report(checked, findings, has_key=bool(keys), as_json=as_json)
 
 
@@ -123,6 +125,11 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     own = signing_key(configuration)
     if not key_files:
         return {} if own is None else {seals.key_id(own.public_key()): own.public_key()}
+    return public_keys(key_files)
+
+
+def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
+    """The keys in these files, by their ids."""
     try:
         keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
     except KeyFileError as error:
@@ -130,7 +137,8 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     return {seals.key_id(key): key for key in keys}
 
 
-def _heads(file: IO[str]) -> dict[int, bytes]:
+def heads_of(file: IO[str]) -> dict[int, bytes]:
+    """The hashes of exported seals, by their numbers."""
     heads = {}
     for number, line in enumerate(file, 1):
         if not line.strip():

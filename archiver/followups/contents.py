@@ -5,11 +5,10 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, text
 
-from archiver import seals, tables
+from archiver import seals
 from archiver.followups.deliveries import Due
-from archiver.seals.chain import of_row
 
 MOST_BYTES = 262_144  # of a body; without its messages, then its variables, above
 
@@ -191,8 +190,8 @@ _CONVERSATION = (
 
 
 def _select_seal(connection: Connection, due: Due) -> Data:
-    row = connection.execute(select(tables.seals).where(tables.seals.c.id == due.seal_id)).mappings().first()
-    return {"cursor": due.cursor, "seal": None if row is None else _told(of_row(row))}
+    seal = None if due.seal_id is None else seals.select_seal(connection, due.seal_id)
+    return {"cursor": due.cursor, "seal": None if seal is None else _told(seal)}
 
 
 def _told(seal: seals.Seal) -> Data:

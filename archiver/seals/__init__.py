@@ -1,6 +1,15 @@
 """Seals: what the ledger held, proven. A Merkle tree over what is settled, each seal chained to the one before."""
 
-from archiver.seals.chain import KeyFileError, Seal, key_id, private_key, public_key, select_newest, select_seals
+from archiver.seals.chain import (
+    KeyFileError,
+    Seal,
+    key_id,
+    private_key,
+    public_key,
+    select_newest,
+    select_seal,
+    select_seals,
+)
 from archiver.seals.proofs import NotSealedError, Proof, prove
 from archiver.seals.sealing import BusyError, seal
 from archiver.seals.verifying import Checked, Finding, verify
@@ -19,6 +28,7 @@ __all__ = [
     "public_key",
     "seal",
     "select_newest",
+    "select_seal",
     "select_seals",
     "verify",
 ]

@@ -1,5 +1,6 @@
 """The chain: each seal states what it holds and which seal came before, so that none can be changed alone."""
 
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -140,6 +141,12 @@ def select_newest(connection: Connection) -> Seal:
     return FIRST if row is None else of_row(dict(row))
 
 
+def select_seal(connection: Connection, number: int) -> Seal | None:
+    """The seal of this number."""
+    row = connection.execute(_without_entries().where(tables.seals.c.id == number)).mappings().first()
+    return None if row is None else of_row(dict(row))
+
+
 def _without_entries() -> Select[Any]:
     """Entries are many, and are looked at where they lie."""
     columns, entries = tables.seals.c, tables.seals.c.entries
@@ -186,6 +193,37 @@ def of_row(row: Mapping[str, Any]) -> Seal:
         key_id=row["key_id"],
         signature=None if row["signature"] is None else bytes(row["signature"]),
     )
+
+
+_STATEMENT = re.compile(
+    r"callhq-archiver seal v1\nid (\d{1,19})\nsealed_at (\S{27})\n"
+    + "".join(rf"{kind.table} (\d{{1,19}})\n" for kind in KINDS)
+    + r"leaves (\d{1,19})\nentries ([0-9a-f]{64})\nroot ([0-9a-f]{64})\nprevious ([0-9a-f]{64})\nkey (\S{1,64})\n",
+    re.ASCII,
+)
+
+
+def of_statement(statement: str, hashed: bytes, key: str | None, signature: bytes | None) -> Seal:
+    """A seal from its text. Raises `ValueError` where it is none."""
+    found = _STATEMENT.fullmatch(statement)
+    if found is None:
+        raise ValueError("not the statement of a seal")
+    number, sealed_at, *throughs, size, listed, root, previous, named = found.groups()
+    seal = Seal(
+        id=int(number),
+        sealed_at=datetime.fromisoformat(sealed_at),
+        through={kind.table: int(through) for kind, through in zip(KINDS, throughs, strict=True)},
+        size=int(size),
+        listed=bytes.fromhex(listed),
+        root=bytes.fromhex(root),
+        previous=bytes.fromhex(previous),
+        hash=hashed,
+        key_id=key,
+        signature=signature,
+    )
+    if seal.statement != statement.encode() or named != (key or "-"):
+        raise ValueError("not the statement of this seal")
+    return seal
 
 
 def private_key(pem: str) -> Ed25519PrivateKey:

@@ -7,20 +7,18 @@ that a row is hashed as it arrives. Source: https://www.postgresql.org/docs/curr
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
 import msgspec
 from psycopg import sql
-from psycopg.errors import error_from_result
 from sqlalchemy import Connection
 
+from archiver import copying
 from archiver.seals.merkle import leaf_hash
 
-_HEADER = 19  # bytes before the first row: signature, flags, length of the extension
 _COUNT = 2  # bytes before each row: number of its fields
-_TRAILER = b"\xff\xff"
 
 # Before an event's fields stands the length of what is after them, its salt and body in one; -1 where they are gone.
 _BEFORE, _AFTER = "coalesce(octet_length(salt) + octet_length(body), -1)", "salt || body"
@@ -28,6 +26,15 @@ _EVENT = struct.Struct(">6xi4xq").unpack_from  # that length, and the id
 _LEAF = _COUNT + 4 + 4  # where an event's leaf begins
 _DIGEST = slice(_LEAF + 12 + 12 + 4, _LEAF + 12 + 12 + 4 + 32)
 _ID = struct.Struct(">6xq").unpack_from
+
+_NULL = struct.pack(">i", -1)
+_LENGTH = struct.Struct(">i").pack
+
+
+def leaf(letter: bytes, fields: Iterable[bytes | None]) -> bytes:
+    """A leaf's bytes from those of its fields, for whoever has no database."""
+    return letter + b"".join([_NULL if each is None else _LENGTH(len(each)) + each for each in fields])
+
 
 Leaf = tuple[int, bytes, bool]  # a row's id, its leaf hash, and whether its body is what its digest says
 
@@ -72,16 +79,17 @@ KINDS = (
 BY_LETTER = {kind.letter: kind for kind in KINDS}
 
 
-def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Iterator[Leaf]:
+def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
     """The leaves of rows with ids above `after` (None: all) and up to `through`, in order of their ids.
 
-    No body is looked at. To be read to the end before the connection is used for anything else.
+    No body is looked at. To be read to the end, or closed, before the connection is used for anything else, even a
+    rollback.
     """
     rows = _copy(connection, kind, kind.fields, after, through)
     return ((_ID(row)[0], leaf_hash(kind.letter + row[_COUNT:]), True) for row in rows)
 
 
-def select_checked_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Iterator[Leaf]:
+def select_checked_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
     """The same, and of an event whether its body is what its digest says."""
     return (
         _checked_events(connection, after, through)
@@ -90,7 +98,7 @@ def select_checked_leaves(connection: Connection, kind: Kind, after: int | None,
     )
 
 
-def _checked_events(connection: Connection, after: int | None, through: int) -> Iterator[Leaf]:
+def _checked_events(connection: Connection, after: int | None, through: int) -> Generator[Leaf]:
     # What is done here is done a million times: hence no function of its own for anything.
     for row in _copy(connection, EVENTS, (_BEFORE, *EVENTS.fields, _AFTER), after, through):
         size, row_id = _EVENT(row)
@@ -103,15 +111,14 @@ def _checked_events(connection: Connection, after: int | None, through: int) -> 
 
 def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None:
     """The bytes of one leaf; None where there is no such row."""
-    for row in _copy(connection, kind, kind.fields, row_id - 1, row_id):
-        return kind.letter + row[_COUNT:]
-    return None
+    found = [kind.letter + row[_COUNT:] for row in _copy(connection, kind, kind.fields, row_id - 1, row_id)]
+    return found[0] if found else None
 
 
 def _copy(
     connection: Connection, kind: Kind, expressions: Sequence[str], after: int | None, through: int
-) -> Iterator[bytes]:
-    """Rows in Postgres' binary format: the number of fields, then the fields."""
+) -> Generator[Any]:
+    """Rows in Postgres' binary format."""
     query = sql.SQL(
         "COPY (SELECT {} FROM archiver.{} WHERE {} id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
     ).format(
@@ -120,17 +127,4 @@ def _copy(
         sql.SQL("" if after is None else f"id > {after} AND"),
         sql.Literal(through),
     )
-    driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(query) as copy:
-        row = copy.read()[_HEADER:]
-        # What has arrived is taken from libpq itself, at a third of the cost; what has not is waited for.
-        arrived = driver.pgconn.get_copy_data
-        while row != _TRAILER:
-            if row:
-                yield row
-            size, row = arrived(1)
-            if size == 0:
-                row = copy.read()
-            elif size < 0:  # before the end: it has failed
-                raise error_from_result(driver.pgconn.get_result())
-        copy.read()  # which ends the COPY
+    return copying.rows(connection, query)

@@ -1,6 +1,7 @@
 """Merkle trees as RFC 6962, section 2.1, has them: leaf hashes to a root, and proofs that a leaf is in it. Pure."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 
 EMPTY_ROOT = sha256(b"").digest()
@@ -56,3 +57,50 @@ def root_of_path(leaf: bytes, index: int, size: int, audit_path: Sequence[bytes]
             hashed = _node_hash(step, hashed) if index % 2 else _node_hash(hashed, step)
         index, last = index // 2, last // 2
     return hashed if next(steps, None) is None else None
+
+
+def cover(hashes: Sequence[bytes], selected: Sequence[int]) -> list[bytes]:
+    """The fewest hashes that lead from the leaves at the indices `selected`, ascending, to the root: left to right.
+
+    Of a range without a selected leaf its root, of one with nothing else none, of any other those of both its halves
+    (the RFC's, section 2.1). Where all are selected nothing is hashed.
+    """
+    return list(_cover(hashes, selected, 0, len(hashes)))
+
+
+def _cover(hashes: Sequence[bytes], selected: Sequence[int], start: int, end: int) -> Iterator[bytes]:
+    count = bisect_left(selected, end) - bisect_left(selected, start)
+    if count == 0:
+        yield root(hashes[start:end])
+    elif count < end - start:
+        middle = start + _split(end - start)
+        yield from _cover(hashes, selected, start, middle)
+        yield from _cover(hashes, selected, middle, end)
+
+
+def root_of_cover(
+    leaves: Sequence[bytes], selected: Sequence[int], size: int, covering: Sequence[bytes]
+) -> bytes | None:
+    """The root of `size` leaves, those at `selected` with these hashes; None for a cover of another length."""
+    rest = iter(covering)
+    found = _root_of_cover(leaves, selected, rest, 0, size)
+    return found if next(rest, None) is None else None
+
+
+def _root_of_cover(
+    leaves: Sequence[bytes], selected: Sequence[int], covering: Iterator[bytes], start: int, end: int
+) -> bytes | None:
+    first, last = bisect_left(selected, start), bisect_left(selected, end)
+    if first == last:
+        return next(covering, None)
+    if last - first == end - start:
+        return root(leaves[first:last])
+    middle = start + _split(end - start)
+    left = _root_of_cover(leaves, selected, covering, start, middle)
+    right = _root_of_cover(leaves, selected, covering, middle, end)
+    return None if left is None or right is None else _node_hash(left, right)
+
+
+def _split(size: int) -> int:
+    """The largest power of two below `size`."""
+    return 1 << (size - 1).bit_length() - 1

@@ -1,6 +1,7 @@
 """Verification: everything computed again from the rows, in one pass and bounded memory, and each fault named."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from hashlib import sha256
 
 import msgspec
@@ -82,8 +83,8 @@ def verify(
     heads: Mapping[int, bytes] | None = None,
     checked: Checked | None = None,
     on_progress: Callable[[Checked], None] = lambda _: None,
-) -> Iterator[Finding]:
-    """Everything that is not as it was sealed, in the order of seals.
+) -> Generator[Finding]:
+    """Everything that is not as it was sealed, in the order of seals. To be read to the end, or closed.
 
     `after_seal`: begin after this seal; 0: from the first. `keys`, by their ids: each seal from `signed_since` on
     must be signed by one of them. `heads`: hashes of seals, by number, as they were exported. The connection shows
@@ -182,13 +183,14 @@ def _compare(connection: Connection, window: Sequence[Sealed], start: Seal, chec
         bounds = [seal.through[kind.table] for seal, _ in window]
         place = 0
         run: list[Leaf] = []
-        for leaf in select_checked_leaves(connection, kind, after, max(bounds)):
-            while leaf[0] > bounds[place]:
-                found[place] += chain.pack(kind.letter, run)
-                place, run = place + 1, []
-            run.append(leaf)
-            if not leaf[2]:
-                yield Finding(kind.table, leaf[0], "body_changed", window[place][0].id)
+        with closing(select_checked_leaves(connection, kind, after, max(bounds))) as leaves:
+            for leaf in leaves:
+                while leaf[0] > bounds[place]:
+                    found[place] += chain.pack(kind.letter, run)
+                    place, run = place + 1, []
+                run.append(leaf)
+                if not leaf[2]:
+                    yield Finding(kind.table, leaf[0], "body_changed", window[place][0].id)
         found[place] += chain.pack(kind.letter, run)
         if kind is EVENTS:
             checked.events += sum(len(rows) for rows in found) // chain.ENTRY_SIZE
@@ -222,10 +224,11 @@ def _removed(connection: Connection, event_ids: Sequence[int]) -> set[int]:
 
 
 def _compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> Iterator[Finding]:
-    for row_id, _, is_intact in select_checked_leaves(connection, EVENTS, head.through["events"], 2**63 - 1):
-        checked.unsealed += 1
-        if not is_intact:
-            yield Finding("events", row_id, "body_changed")
+    with closing(select_checked_leaves(connection, EVENTS, head.through["events"], 2**63 - 1)) as leaves:
+        for row_id, _, is_intact in leaves:
+            checked.unsealed += 1
+            if not is_intact:
+                yield Finding("events", row_id, "body_changed")
 
 
 # Where nothing was delivered since, the counters stand as they were sealed; else they have grown.

@@ -1,4 +1,4 @@
-"""Sealing, verification and export of a large ledger against a plain SHA-256 of the same bytes: `make bench-seals`.
+"""Sealing and verification of a large ledger against a plain SHA-256 of the same bytes: `make bench-seals`.
 
 With --beside: what sealing costs a receiver at full rate (needs wrk).
 """
@@ -20,24 +20,11 @@ from sqlalchemy import Engine
 
 from archiver import database, embedded, seals, telemetry
 from tests.bench.database import migrated, server
+from tests.bench.ledgers import fill
 from tests.payloads import SECRET, WEBHOOK
 from tests.receivers import serving
 
 HERE = Path(__file__).parent
-_FILL = """
-    INSERT INTO archiver.events (session_id, dedupe_key, type, source, chat_id, received_at, last_received_at,
-                                 delivery_count, occurred_at, key_id, body, salt, body_digest)
-    SELECT 'session-' || n / 4, sha256(body), 'chat.created', 'webhook', 'chat-' || n, at, at, 1, at, 'key', body,
-           salt, sha256(salt || body)
-      FROM (
-          SELECT n, timestamptz '2026-01-01' + n * interval '1 second' AS at,
-                 substr(sha256(n::text::bytea), 1, 16) AS salt,
-                 convert_to(format('{"type": "chat.created", "chat": {"id": "chat-%s", "sessionId": "session-%s",'
-                                   ' "input": "%s", "output": [{"role": "assistant", "content": "%s"}]}}', n, n / 4,
-                                   repeat(md5(n::text) || ' ', 9), repeat(md5((-n)::text) || ' ', 9)), 'UTF8') AS body
-            FROM generate_series(%s, %s) AS n
-      ) AS made
-"""
 
 
 def main() -> None:
@@ -59,11 +46,7 @@ def main() -> None:
 
 def alone(postgres: embedded.Postgres, events: int, rounds: int) -> None:
     url = migrated(postgres, "sealed")
-    with psycopg.connect(url, autocommit=True) as connection:
-        for start in range(1, events + 1, 50_000):
-            made = _FILL.replace("%s, %s)", f"{start}, {min(start + 49_999, events)})")
-            connection.execute(made.encode())
-        connection.execute("VACUUM (ANALYZE) archiver.events")
+    fill(url, events)
     engine = database.connect(database.database_url(url), pool_size=1)
     started = time.perf_counter()
     made_seals = seals.seal(engine)

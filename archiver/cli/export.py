@@ -1,0 +1,244 @@
+"""`archiver export`: conversations and their proofs in a folder, and the check of such a folder."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sqlalchemy.exc import DBAPIError
+
+from archiver import acts, database, export, schema, settings
+from archiver.cli import connection
+from archiver.cli.output import Whole
+from archiver.cli.output import console as on_stdout
+from archiver.cli.seals import heads_of, public_keys
+from archiver.erasure import Criteria
+from archiver.export import Checked, Finding, Made, Selection, Wanted
+from archiver.worker import signing_key
+
+TOLD = 20  # findings that are printed before the rest is counted
+
+
+@click.command("export")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make; must not be there yet."
+)
+@click.option("--session", "session_ids", multiple=True, metavar="ID", help="This session; may be repeated.")
+@click.option(
+    "--since", metavar="TIME", help="Sessions with a turn from then on: 2024-01-15 or 2024-01-15T09:30:00Z."
+)
+@click.option("--until", metavar="TIME", help="Sessions with a turn before then.")
+@click.option("--hold", "hold_ids", multiple=True, type=Whole(1, 2**63 - 1), help="What this hold covers, or did.")
+@click.option("--all", "is_all", is_flag=True, help="Everything.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(export.FORMATS),
+    help="Of the transcripts; may be repeated.  [default: jsonl]",
+)
+@click.option("--reason", help="Why, for the record.")
+@connection.actor_option
+@click.option(
+    "--check",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Check the export in this folder instead; needs no database.",
+)
+@click.option(
+    "--key",
+    "key_files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With --check: public key (PEM) that signs seals; several after a rotation.",
+)
+@click.option(
+    "--signed-since",
+    default=1,
+    show_default=True,
+    type=Whole(1),
+    metavar="SEAL",
+    help="With --key: the first seal that must be signed.",
+)
+@click.option(
+    "--against",
+    type=click.File("r"),
+    metavar="FILE",
+    help="With --check: seals as `archiver seals export` wrote them elsewhere; - for stdin.",
+)
+@connection.json_option
+def command(
+    *,
+    output: Path | None,
+    session_ids: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    hold_ids: tuple[int, ...],
+    is_all: bool,
+    formats: tuple[str, ...],
+    reason: str | None,
+    actor: str | None,
+    folder: Path | None,
+    key_files: tuple[Path, ...],
+    signed_since: int,
+    against: IO[str] | None,
+    as_json: bool,
+) -> None:
+    """Export conversations, with what proves where they come from, or check such an export.
+
+    The folder holds transcripts, the ledger's events, their seals and a manifest. Each export is recorded. --check
+    exits 1 and names what is not as it was exported, or not as it was sealed.
+    """
+    if (output is None) == (folder is None):
+        raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
+    chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
+    if folder is not None:
+        if any(chosen) or formats:
+            raise click.UsageError("--check takes the whole export: no selection, no format.")
+        heads = None if against is None else heads_of(against)
+        _check(folder, export.Keys(public_keys(key_files), signed_since), heads, as_json=as_json)
+        return
+    if key_files or against is not None:
+        raise click.UsageError("--key and --against go with --check.")
+    if sum(chosen) != 1:
+        raise click.UsageError("Say what to export: --session, --since and --until, --hold, or --all.")
+    connection.check_ids(session_ids, "session")
+    times = Criteria(since=connection.moment(since, "--since"), until=connection.moment(until, "--until"))
+    selection = Selection(sorted({*session_ids}), [] if times.is_empty else [times], is_all)
+    wanted = Wanted(
+        selection,
+        tuple(dict.fromkeys(formats)) or ("jsonl",),
+        actor or acts.actor(),
+        reason,
+        sorted({*hold_ids}),
+    )
+    assert output is not None  # noqa: S101  # one of the two was given
+    _export(output, wanted, as_json=as_json)
+
+
+def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
+    configuration = settings.read()
+    key = signing_key(configuration)
+    wanted = msgspec.structs.replace(wanted, settings=_told_settings(configuration))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half-made either
+    try:
+        with (
+            connection.engine(configuration, create=False) as engine,
+            Progress(
+                SpinnerColumn(), TextColumn("Exporting {task.fields[told]}"), TimeElapsedColumn(), console=_stderr()
+            ) as progress,
+        ):
+            with database.transaction(engine) as opened:
+                schema.check(opened)
+            task = progress.add_task("", total=None, told="")
+
+            def tell(name: str, rows: int) -> None:
+                progress.update(task, told=f"{name}: {rows:,}")
+
+            made = export.make(engine, output, wanted, key, tell)
+    except (export.FolderError, export.UnknownError) as error:
+        click.echo(f"archiver: {error}", err=True)
+        sys.exit(1)
+    except DBAPIError:
+        if (output / "manifest.json").exists():  # else it would not have begun
+            click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)
+        raise
+    _report(output, made, as_json=as_json)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _told_settings(configuration: settings.Settings) -> dict[str, Any]:
+    """Those that say what an archive holds and for how long; no secret."""
+    return {
+        "on_delete": configuration.on_delete,
+        "erase_after": configuration.erase_after,
+        "retention_days": configuration.retention_days,
+        "retention_by_assistant": configuration.retention_of_assistants,
+        "retention_metadata_days": configuration.retention_metadata_days,
+        "session_lifetime": configuration.session_lifetime,
+        "reconcile_after": configuration.reconcile_after,
+        "seal_every": configuration.seal_every,
+    }
+
+
+def _report(output: Path, made: Made, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(made.manifest), indent=2))
+        return
+    table = Table("file", "rows", "bytes", "SHA-256")
+    for name, file in made.manifest.files.items():
+        table.add_row(name, f"{file.rows:,}", f"{file.bytes:,}", file.sha256)
+    on_stdout().print(table)
+    counts = made.manifest.counts
+    click.echo(f"Exported {_told(counts.events, counts.erased, counts.unsealed)} to {output}.")
+    if counts.quarantined:
+        click.echo(f"The quarantine holds {counts.quarantined:,} deliveries, of whomever: they are not exported.")
+    click.echo(f"SHA-256 of the manifest: {made.digest}")
+
+
+def _told(events: int, erased: int, unsealed: int) -> str:
+    return f"{events:,} events ({erased:,} erased, {unsealed:,} not sealed yet)"
+
+
+def _check(folder: Path, keys: export.Keys, heads: dict[int, bytes] | None, *, as_json: bool) -> None:
+    checked, findings = Checked(), []
+    with Progress(TextColumn("Checking {task.fields[told]}"), TimeElapsedColumn(), console=_stderr()) as progress:
+        task = progress.add_task("", total=None, told="")
+
+        def tell(so_far: Checked) -> None:
+            progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
+
+        for finding in export.check(folder, keys=keys, heads=heads, checked=checked, on_progress=tell):
+            findings.append(finding)
+            if not as_json and len(findings) <= TOLD:
+                progress.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
+    _report_check(checked, findings, keys, as_json=as_json)
+
+
+def _escaped(finding: Finding) -> str:
+    """A file may be called anything."""
+    printable = "".join(each if each.isprintable() else "?" for each in str(finding))
+    return printable.replace("[", r"\[")
+
+
+def _report_check(checked: Checked, findings: list[Finding], keys: export.Keys, *, as_json: bool) -> None:
+    told = checked.told
+    if as_json:
+        result = {
+            "ok": not findings,
+            "events": checked.events,
+            "seals": checked.seals,
+            "unsealed": None if told is None else told.counts.unsealed,
+            "manifest_sha256": checked.digest,
+            "manifest_signed_by": None if told is None else told.signed_by,
+            "signatures_checked": bool(keys.by_id),
+            "manifest_signature_checked": checked.is_signed,
+            "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
+        }
+        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    elif told is not None:
+        click.echo(f"{checked.events:,} events in {checked.seals:,} seals; {told.counts.unsealed:,} not sealed yet.")
+        click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
+        click.echo(f"Recorded as act {told.act}: compare it with archiver acts --kind export.done")
+    if findings:
+        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
+        click.echo(f"archiver: {len(findings):,} not as exported or sealed{more}; see docs/export.md", err=True)
+        sys.exit(1)
+
+
+def _signed(checked: Checked, keys: export.Keys) -> str:
+    signer = checked.told.signed_by if checked.told is not None else None
+    if signer is None:
+        return ", not signed"
+    if checked.is_signed:
+        return f", signed by {signer}"
+    return f", signed by {signer}" + (" (wrongly)" if keys.by_id else " (not checked: give --key)")

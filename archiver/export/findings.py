@@ -1,0 +1,65 @@
+"""What a check of an export has found."""
+
+import msgspec
+
+MOST = 10_000  # findings that are told of one export
+
+EXPLAINED = {
+    "more": "there is more like that, which is not told",
+    "missing": "it is missing",
+    "extra": "it does not belong to the export",
+    "not_a_file": "it is no ordinary file",
+    "unreadable": "it cannot be read",
+    "damaged": "it is not as an export has it",
+    "too_long": "it is longer than any line of an export",
+    "digest": "its SHA-256 is not the one in the manifest",
+    "size": "it has not as many bytes as the manifest says",
+    "rows": "it has not as many rows as the manifest says",
+    "counts": "its counts are not those of the files",
+    "coverage": "its coverage is not that of the conversations",
+    "head": "its newest seal is not the last one of seals.jsonl",
+    "manifest_digest": "its SHA-256 is not the one in manifest.sha256",
+    "manifest_signature": "it is not signed by the key that it names",
+    "unknown_key": "it is signed by a key that was not given",
+    "out_of_order": "it does not follow the one before it",
+    "body_changed": "its body is not the one that was received",
+    "erased_without_record": "its body is gone, and no erasure tells why",
+    "changed": "it is not as it was sealed",
+    "not_sealed": "it is none of those that its seal holds",
+    "missing_row": "its row is missing, though the seal's line tells of it",
+    "without_act": "the act that ordered it is missing",
+    "altered": "what it states is not what its hash says",
+    "altered_leaves": "its leaves do not lead to the root that it states",
+    "out_of_chain": "it does not follow the seal before it",
+    "wrong_signature": "its signature is not by the key that it names",
+    "unsigned": "it is not signed, though it should be",
+    "not_the_known_one": "it is not the seal that was exported under this number",
+}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that is not as it was exported, or not as it was sealed: in which file, at which line, and what."""
+
+    file: str
+    fault: str
+    line: int | None = None
+    what: str | None = None  # such as "event 5"
+
+    def __str__(self) -> str:
+        line = "" if self.line is None else f", line {self.line}"
+        what = "" if self.what is None else f", {self.what}"
+        return f"{self.file}{line}{what}: {EXPLAINED[self.fault]}"
+
+
+class Found(list[Finding]):
+    """Findings that wait to be told: no more than anybody wants, or a file of nonsense would fill the memory."""
+
+    def append(self, found: Finding) -> None:
+        if len(self) <= MOST:
+            super().append(found)
+
+    def taken(self) -> list[Finding]:
+        """All that wait, which do so no longer."""
+        taken = list(self)
+        self.clear()
+        return taken

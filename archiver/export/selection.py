@@ -1,0 +1,150 @@
+"""What is to be exported, as queries: sessions, and the turns that stand without one."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from psycopg import sql
+from sqlalchemy import Connection, select, text
+
+from archiver import tables
+from archiver.erasure import Criteria
+
+_BEGAN = "coalesce(t.created_at, t.occurred_at, t.first_received_at)"
+
+
+class UnknownError(Exception):
+    """What was asked for does not exist; the text names it."""
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """These sessions, those to which any of the criteria applies, or everything there is."""
+
+    session_ids: Sequence[str] = ()
+    criteria: Sequence[Criteria] = ()
+    is_all: bool = False
+
+    def sessions(self) -> sql.Composable:
+        """A query of their ids."""
+        if self.is_all:
+            return sql.SQL("SELECT session_id FROM archiver.sessions WHERE session_id <> ''")
+        named = {*self.session_ids, *(each.session_id for each in self.criteria if _is_of_one(each))} - {None, ""}
+        parts: list[sql.Composable] = [_listed(sorted(filter(None, named)))]
+        parts += [_sessions_of(each) for each in self.criteria if not _is_of_one(each)]
+        return _union(parts)
+
+    def turns(self) -> sql.Composable:
+        """A query of the chat ids by which what stands without a session belongs to them: as holds have it."""
+        if self.is_all:
+            return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
+        of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")
+        return _union([of_sessions.format(self.sessions()), *map(_unplaced_of, self.criteria)])
+
+    def where(self, alias: str = "e") -> sql.Composable:
+        """Whether a row of a table with `session_id` and `chat_id` is of these."""
+        if self.is_all:
+            return sql.SQL("true")
+        return sql.SQL("({e}.session_id IN ({}) OR ({e}.session_id = '' AND {e}.chat_id IN ({})))").format(
+            self.sessions(), self.turns(), e=sql.Identifier(alias)
+        )
+
+
+def _is_of_one(criteria: Criteria) -> bool:
+    """Whether it names a session and nothing else: that need not be in the archive, only in the ledger."""
+    return criteria == Criteria(session_id=criteria.session_id)
+
+
+def _union(parts: Iterable[sql.Composable]) -> sql.Composable:
+    return sql.SQL(" UNION ").join(parts)
+
+
+def _listed(session_ids: Sequence[str]) -> sql.Composable:
+    return sql.SQL("SELECT unnest({}::text[])").format(sql.Literal(list(session_ids)))
+
+
+def _sessions_of(criteria: Criteria) -> sql.Composable:
+    rules: list[sql.Composable] = [sql.SQL("s.session_id <> ''")]
+    if criteria.session_id is not None:
+        rules.append(_is("s.session_id", criteria.session_id))
+    if criteria.assistant_id is not None:
+        rules.append(
+            sql.SQL("({} OR {})").format(
+                _is("s.assistant_id", criteria.assistant_id), _any_turn(_assistant(criteria))
+            )
+        )
+    if criteria.variable is not None:
+        rules.append(_any_turn(_variable(criteria)))
+    if criteria.since is not None or criteria.until is not None:
+        rules.append(
+            sql.SQL("({} OR (NOT {} AND {}))").format(
+                _any_turn(_within(_BEGAN, criteria)),
+                _any_turn(sql.SQL("true")),
+                _within("coalesce(s.created_at, s.first_event_at)", criteria),
+            )
+        )
+    return sql.SQL("SELECT s.session_id FROM archiver.sessions s WHERE {}").format(sql.SQL(" AND ").join(rules))
+
+
+def _unplaced_of(criteria: Criteria) -> sql.Composable:
+    """What stands without a session is judged by what it says itself."""
+    rules: list[sql.Composable] = [sql.SQL("t.session_id = ''" if criteria.session_id is None else "false")]
+    if criteria.assistant_id is not None:
+        rules.append(_assistant(criteria))
+    if criteria.variable is not None:
+        rules.append(_variable(criteria))
+    rules.append(_within(_BEGAN, criteria))
+    return sql.SQL("SELECT t.chat_id FROM archiver.chats t WHERE {}").format(sql.SQL(" AND ").join(rules))
+
+
+def _any_turn(rule: sql.Composable) -> sql.Composable:
+    return sql.SQL("EXISTS (SELECT FROM archiver.chats t WHERE t.session_id = s.session_id AND {})").format(rule)
+
+
+def _assistant(criteria: Criteria) -> sql.Composable:
+    return _is("t.assistant_id", criteria.assistant_id)
+
+
+def _variable(criteria: Criteria) -> sql.Composable:
+    value = sql.SQL("t.variables ->> {} = {}")
+    return value.format(sql.Literal(criteria.variable), sql.Literal(criteria.value))
+
+
+def _is(column: str, value: str | None) -> sql.Composable:
+    return sql.SQL("{} = {}").format(sql.SQL(column), sql.Literal(value))
+
+
+def _within(moment: str, criteria: Criteria) -> sql.Composable:
+    rules: list[sql.Composable] = [sql.SQL("true")]
+    for limit, comparison in ((criteria.since, ">="), (criteria.until, "<")):
+        if limit is not None:
+            rules.append(sql.SQL(f"{moment} {comparison} {{}}").format(sql.Literal(limit)))
+    return sql.SQL(" AND ").join(rules)
+
+
+_HOLD_FIELDS = Criteria.__struct_fields__
+
+
+def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteria]:
+    """What these holds cover or, once released, did. Raises `UnknownError`."""
+    holds = tables.holds
+    query = select(holds).where(holds.c.id.in_(hold_ids)).order_by(holds.c.id)
+    found = {row["id"]: row for row in connection.execute(query).mappings()}
+    if missing := sorted(set(hold_ids) - found.keys()):
+        raise UnknownError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
+    return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in found.values()]
+
+
+_UNKNOWN = text(
+    """
+    SELECT told.session_id FROM json_array_elements_text(:session_ids) AS told (session_id)
+     WHERE NOT EXISTS (SELECT FROM archiver.sessions s WHERE s.session_id = told.session_id)
+       AND NOT EXISTS (SELECT FROM archiver.events e WHERE e.session_id = told.session_id)
+       AND NOT EXISTS (SELECT FROM archiver.erasures x WHERE x.session_id = told.session_id)
+    """
+)
+
+
+def check_known(connection: Connection, session_ids: Sequence[str]) -> None:
+    """Raises `UnknownError` where nothing is known of one of these."""
+    told = msgspec.json.encode(session_ids).decode()
+    if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": told})):
+        raise UnknownError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")

@@ -1,0 +1,582 @@
+"""Exports hold what they say, byte for byte, and whatever is changed in one is found."""
+
+import csv
+import io
+import json
+import os
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine
+
+from archiver import erasure, export, seals
+from archiver.database import snapshot, transaction
+from archiver.erasure import Criteria, Target
+from archiver.export import FolderError, Selection, UnknownError, reading
+from tests.exports import KEY, NASTY, check, copied, fill, lines, make, reforge, rewrite
+from tests.payloads import created
+from tests.rows import execute, rows
+from tests.test_erasure import record
+from tests.test_limits import on_one_version
+
+
+@pytest.fixture
+def archive(engine: Engine) -> Engine:
+    fill(engine)
+    return engine
+
+
+@pytest.fixture
+def exported(archive: Engine, tmp_path: Path) -> Path:
+    make(archive, tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def as_json(engine: Engine, query: str) -> list[Any]:
+    return [row[0] for row in rows(engine, f"SELECT row_to_json(v) FROM ({query}) v")]
+
+
+# What is in it
+
+
+def test_an_export_checks_and_holds_every_row_as_it_is(archive: Engine, exported: Path) -> None:
+    assert check(exported, is_keyed=True) == []
+    for view, order in (("chats", "chat_id"), ("messages", "position")):
+        wanted = as_json(archive, f"SELECT * FROM analytics.{view} ORDER BY session_id, {order}")
+        found = lines(exported, f"{view}.jsonl")
+        assert sorted(map(str, found)) == sorted(map(str, wanted))
+    told = {each["session_id"]: each for each in lines(exported, "conversations.jsonl")}
+    for each in as_json(archive, "SELECT * FROM analytics.conversations"):
+        assert each.items() <= told[each["session_id"]].items()
+    assert (told["s2"]["coverage"], told["s2"]["reason"]) == ("unverified", "erased")
+    assert told["s3"]["erased_at"] is not None
+
+
+def test_an_event_holds_the_exact_bytes_that_arrived(archive: Engine, exported: Path) -> None:
+    ledger = {row[0]: row[1:] for row in rows(archive, "SELECT id, body, salt, received_at FROM archiver.events")}
+    found = lines(exported, "events.jsonl")
+    assert [each["id"] for each in found] == sorted(ledger)
+    for each in found:
+        body, salt, received_at = ledger[each["id"]]
+        told = b64decode(each["body_base64"]) if "body_base64" in each else each["body"]
+        assert (told.encode() if isinstance(told, str) else told) == (None if body is None else bytes(body))
+        assert each["salt"] == (None if salt is None else bytes(salt).hex())
+        assert datetime.fromisoformat(each["received_at"]) == received_at
+    assert sum("body_base64" in each for each in found) == 1
+    assert {each["chat_id"] for each in found if each["body"] is None and "body_base64" not in each} >= {"c3"}
+
+
+def test_csv_holds_what_the_json_holds(exported: Path) -> None:
+    for name in ("conversations", "chats", "messages"):
+        with (exported / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(file))
+        wanted = lines(exported, f"{name}.jsonl")
+        assert list(found[0]) == list(wanted[0])
+        assert len(found) == len(wanted)
+        for row, told in zip(found, wanted, strict=True):
+            plain = {key: value for key, value in told.items() if isinstance(value, str) and "T" not in value}
+            assert {key: row[key] for key in plain} == plain
+    assert any(NASTY.replace("\0", "\ufffd") == row["content"] for row in lines(exported, "messages.jsonl"))
+
+
+def test_openai_lines_are_conversations_in_order_without_what_was_deleted(archive: Engine, exported: Path) -> None:
+    wanted = []
+    for (session_id,) in rows(archive, "SELECT session_id FROM archiver.sessions WHERE session_id <> '' ORDER BY 1"):
+        told = rows(
+            archive,
+            f"SELECT role, content FROM analytics.messages WHERE session_id = '{session_id}' AND deleted_at IS NULL"
+            " ORDER BY position",
+        )
+        wanted += [{"messages": [{"role": role, "content": content} for role, content in told]}] if told else []
+    assert lines(exported, "openai.jsonl") == wanted
+    assert "question of c2" not in (exported / "openai.jsonl").read_text()
+    assert "question of c2" in (exported / "messages.jsonl").read_text()
+
+
+@on_one_version
+def test_the_manifest_says_what_was_asked_for_and_how_much_there_is(archive: Engine, tmp_path: Path) -> None:
+    made = make(archive, tmp_path / "one", Selection(["s1"]), formats=("openai",), settings={"on_delete": "keep"})
+    told = json.loads((tmp_path / "one" / "manifest.json").read_bytes())
+    assert sha256((tmp_path / "one" / "manifest.json").read_bytes()).hexdigest() == made.digest
+    assert (told["asked"], told["actor"], told["reason"]) == ({"sessions": ["s1"]}, "anna@desk", "case 7")
+    assert told["settings"]["here"] == {"on_delete": "keep"}
+    assert told["head"]["id"] == 3
+    (messages,) = rows(archive, "SELECT count(*) FROM archiver.messages WHERE session_id = 's1'")[0]
+    assert {"conversations": 1, "chats": 3, "messages": messages, "unsealed": 0}.items() <= told["counts"].items()
+    assert sum(told["coverage"].values()) == 1
+    assert check(tmp_path / "one") == []
+    assert {each["session_id"] for each in lines(tmp_path / "one", "events.jsonl")} == {"", "s1"}
+
+
+def test_events_without_a_session_go_with_the_sessions_that_they_speak_of(archive: Engine, tmp_path: Path) -> None:
+    make(archive, tmp_path / "one", Selection(["s1"]))
+    strays = [each["chat_id"] for each in lines(tmp_path / "one", "events.jsonl") if not each["session_id"]]
+    assert strays == ["c2"]
+    make(archive, tmp_path / "other", Selection(["s2"]))
+    assert all(each["session_id"] == "s2" for each in lines(tmp_path / "other", "events.jsonl"))
+    assert [each["chat_id"] for each in lines(tmp_path / "other", "erasures.jsonl")] == ["c3"]
+    ordered = [each["act_id"] for each in lines(tmp_path / "other", "erasures.jsonl")]
+    assert [each["id"] for each in lines(tmp_path / "other", "acts.jsonl")] == ordered
+    assert check(tmp_path / "other", is_keyed=True) == []
+
+
+@on_one_version
+@pytest.mark.parametrize("session_id", ["s1", "s2", "s3", "s4", "s9"])
+def test_each_session_alone_checks(archive: Engine, tmp_path: Path, session_id: str) -> None:
+    make(archive, tmp_path / "one", Selection([session_id]))
+    assert check(tmp_path / "one", is_keyed=True) == []
+
+
+@on_one_version
+def test_what_is_not_there_is_told(archive: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UnknownError, match="session no, nor"):
+        make(archive, tmp_path / "one", Selection(["s1", "no", "nor"]))
+    with pytest.raises(UnknownError, match="no hold 7"):
+        make(archive, tmp_path / "one", Selection(), hold_ids=[7])
+    assert list(tmp_path.iterdir()) == []
+
+
+@on_one_version
+def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path) -> None:
+    criteria = Criteria(variable="customerTier", value="Premium")
+    with transaction(archive) as connection:
+        number = erasure.insert_hold(connection, criteria, "anna", "case 7")
+    made = make(archive, tmp_path / "held", Selection(), hold_ids=[number])
+    query = "SELECT id, actor, reason, kind, detail FROM archiver.acts WHERE kind ~ '^export' ORDER BY id"
+    found = rows(archive, query)
+    assert [row[1:4] for row in found] == [
+        ("anna@desk", "case 7", "export"),
+        ("anna@desk", "case 7", "export.done"),
+    ]
+    assert found[0][4] == {"holds": [number], "formats": list(export.FORMATS)}
+    assert (found[1][4]["act"], found[1][4]["manifest_sha256"]) == (found[0][0], made.digest)
+    assert found[1][4]["events"] == made.manifest.counts.events
+    assert "Premium" not in str(found) + (tmp_path / "held" / "manifest.json").read_text()
+    with pytest.raises(UnknownError):
+        make(archive, tmp_path / "none", Selection(["none"]))
+    kinds = [row[0] for row in rows(archive, "SELECT kind FROM archiver.acts WHERE kind ~ '^export' ORDER BY id")]
+    assert kinds == ["export", "export.done", "export"]
+
+
+@on_one_version
+def test_nothing_is_written_where_something_is(archive: Engine, exported: Path, tmp_path: Path) -> None:
+    before = sorted(each.name for each in exported.iterdir())
+    with pytest.raises(FolderError, match="no empty folder"):
+        make(archive, exported)
+    with pytest.raises(FolderError, match="make it first"):
+        make(archive, tmp_path / "no" / "where")
+    assert sorted(each.name for each in exported.iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    make(archive, tmp_path / "empty")
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o700
+    assert all(each.stat().st_mode & 0o777 == 0o600 for each in (tmp_path / "empty").iterdir())
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "whole"]
+
+
+# Selection: as legal holds have it
+
+
+IDS = [f"s{number}" for number in range(4)]
+MOMENTS = [None, *(datetime(2024, 1, day, tzinfo=UTC) for day in (1, 2, 3, 4))]
+
+
+@on_one_version
+def test_a_selection_is_what_a_hold_on_the_same_covers(engine: Engine) -> None:
+    for number in range(12):
+        day = 1 + number % 4
+        record(
+            engine,
+            created(
+                f"c{number}",
+                [*IDS, None][number % 5],
+                createdAt=f"2024-01-0{day}T00:00:00Z" if number % 3 else None,
+                at=1_704_067_200_000 + 86_400_000 * (number % 5),
+                assistantId=f"a{number % 2}",
+                assistantOverrides={"variableValues": {"v": number % 3}},
+            ),
+        )
+        record(engine, created(f"c{number}", session_id=None, at=1, status="again"), minute=1)
+    execute(
+        engine,
+        "INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at, assistant_id)"
+        " VALUES ('bare', '2024-01-02', '2024-01-02', 'a1')",
+    )
+    sessions = [row[0] for row in rows(engine, "SELECT session_id FROM archiver.sessions WHERE session_id <> ''")]
+    turns = [row[0] for row in rows(engine, "SELECT DISTINCT chat_id FROM archiver.chats")]
+    whole = [Target(each) for each in [*sessions, "elsewhere"]]
+    # Of what stands without a session, what is there.
+    alone = [Target("", each) for each in turns]
+    covered = 0
+
+    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        st.builds(
+            Criteria,
+            session_id=st.sampled_from([None, None, None, *IDS, "bare", "elsewhere"]),
+            assistant_id=st.sampled_from([None, None, "a0", "a1"]),
+            variable=st.sampled_from([None, None, "v"]),
+            value=st.sampled_from(["0", "1"]),
+            since=st.sampled_from(MOMENTS),
+            until=st.sampled_from(MOMENTS),
+        )
+    )
+    def compare(drawn: Criteria) -> None:
+        nonlocal covered
+        criteria = Criteria(
+            drawn.session_id,
+            drawn.assistant_id,
+            drawn.variable,
+            drawn.value if drawn.variable else None,
+            drawn.since,
+            drawn.until,
+        )
+        if criteria.is_empty:
+            return
+        selection = Selection(criteria=[criteria])
+        with engine.connect() as connection:
+            erasure.insert_hold(connection, criteria, "tester", "because")
+            held = set(erasure.covering(connection, [*whole, *alone]))
+            driver = connection.connection.driver_connection
+            found = {Target(row[0]) for row in connection.exec_driver_sql(selection.sessions().as_string(driver))}
+            strays = {Target("", row[0]) for row in connection.exec_driver_sql(selection.turns().as_string(driver))}
+            connection.rollback()
+        assert found == {each for each in held if each.session_id}
+        assert strays == {each for each in held if not each.session_id}
+        covered += len(held)
+
+    compare()
+    assert covered > 100
+
+
+# What somebody does to it
+
+
+def leaves_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict | list) and value:
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves_of(each, (*path, key))
+    else:
+        yield path
+
+
+def other(value: Any) -> Any:
+    """Something else that may stand there as well."""
+    if isinstance(value, str):
+        if value[4:5] == "-" and value[10:11] == "T":
+            return (datetime.fromisoformat(value) + timedelta(microseconds=1)).isoformat()
+        is_hexadecimal = value and set(value) <= set("0123456789abcdef")
+        return value[:-1] + ("0" if value[-1] != "0" else "1") if is_hexadecimal else value + "x"
+    if isinstance(value, int | float):
+        return value + 1 if not isinstance(value, bool) else not value
+    return "x" if value is None else {"x": 1}
+
+
+def mutated(record: Any, path: tuple[Any, ...]) -> Any:
+    changed = json.loads(json.dumps(record))
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = other(inner[path[-1]])
+    return changed
+
+
+@on_one_version
+def test_i9_every_changed_field_of_every_file_is_found(exported: Path, tmp_path: Path) -> None:
+    tried = 0
+    for name in sorted(each.name for each in exported.iterdir()):
+        whole = (exported / name).read_bytes()
+        if name.endswith(".jsonl"):
+            content = whole.splitlines(keepends=True)
+            places = range(min(len(content), 3))
+        else:
+            content, places = [whole], range(1)
+        for place in places:
+            if not name.endswith((".jsonl", ".json")):
+                forged = [b"x" + content[place][1:]]
+            else:
+                record = json.loads(content[place])
+                forged = [json.dumps(mutated(record, path)).encode() + b"\n" for path in leaves_of(record)]
+            for line in forged:
+                folder = copied(exported, tmp_path / "forged")
+                rewrite(folder, name, [*content[:place], line, *content[place + 1 :]])
+                told = check(folder)
+                assert name in {found.file for found in told} or name == "manifest.sha256", (name, line[:200])
+                assert told
+                tried += 1
+    assert tried > 150
+
+
+# What a seal does not vouch for: counters, and in erased rows nothing else.
+COUNTERS = {"last_received_at", "delivery_count", "earliest_at"}
+SEALED = ("events.jsonl", "acts.jsonl", "erasures.jsonl")
+
+
+@on_one_version
+def test_i9_a_changed_row_is_named_even_under_a_manifest_made_anew(exported: Path, tmp_path: Path) -> None:
+    tried = 0
+    for name in SEALED:
+        content = (exported / name).read_bytes().split(b"\n")[:-1]
+        through = {"events.jsonl": -2, "acts.jsonl": 2, "erasures.jsonl": None}[name]  # what is sealed
+        for place, line in list(enumerate(content))[:through]:
+            record = json.loads(line)
+            for field in record.keys() - COUNTERS:
+                forged = [*content[:place], compact(mutated(record, (field,))), *content[place + 1 :]]
+                folder = copied(exported, tmp_path / "forged")
+                rewrite(folder, name, [each + b"\n" for each in forged])
+                reforge(folder)
+                told = [found for found in check(folder, is_keyed=True) if found.file in {name, "seals.jsonl"}]
+                assert any(found.line == place + 1 or str(record["id"]) in (found.what or "") for found in told), (
+                    name,
+                    place,
+                    field,
+                )
+                tried += 1
+    assert tried > 100
+
+
+def compact(record: Any) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+@on_one_version
+def test_i9_rows_removed_doubled_put_in_and_swapped_are_named(exported: Path, tmp_path: Path) -> None:
+    for name in SEALED:
+        content = [each + b"\n" for each in (exported / name).read_bytes().split(b"\n")[:-1]]
+        put_in = compact(json.loads(content[0]) | {"id": -5}) + b"\n"
+        for forged, named in (
+            (content[1:], json.loads(content[0])["id"]),
+            ([content[0], *content], None),
+            ([put_in, *content], -5),
+            ([content[1], content[0], *content[2:]], None),
+        ):
+            folder = copied(exported, tmp_path / "forged")
+            rewrite(folder, name, forged)
+            reforge(folder)
+            told = check(folder)
+            assert told, name
+            assert named is None or any(f" {named}, sealed by" in str(found) for found in told), (name, told)
+
+
+@on_one_version
+def test_i9_a_body_that_is_taken_out_like_an_erased_one_is_found(exported: Path, tmp_path: Path) -> None:
+    content = (exported / "events.jsonl").read_bytes().split(b"\n")[:-1]
+    record = json.loads(content[0])
+    salted = sha256(bytes.fromhex(record["salt"] + record["dedupe_key"])).hexdigest()
+    record |= {"body": None, "salt": None, "dedupe_key": salted}
+    folder = copied(exported, tmp_path / "forged")
+    rewrite(folder, "events.jsonl", [compact(record) + b"\n", *(each + b"\n" for each in content[1:])])
+    reforge(folder, lambda told: told["counts"].update(erased=told["counts"]["erased"] + 1))
+    assert [(found.fault, found.what) for found in check(folder)] == [("erased_without_record", "event 1")]
+
+
+@on_one_version
+def test_i9_a_salt_that_gave_bytes_to_the_body_is_found(exported: Path, tmp_path: Path) -> None:
+    """Hashed one after the other, salt and body have no boundary but the salt's length."""
+    content = (exported / "events.jsonl").read_bytes().split(b"\n")[:-1]
+    record = json.loads(content[0])
+    # Bytes that are text as well, as a body must be here.
+    salt, given = record["salt"], bytes.fromhex(record["salt"])[12:]
+    record |= {"salt": salt[:24], "dedupe_key": given.hex() + record["dedupe_key"]}
+    record |= {"body": None, "body_base64": b64encode(given + record["body"].encode()).decode()}
+    folder = copied(exported, tmp_path / "forged")
+    rewrite(folder, "events.jsonl", [compact(record) + b"\n", *(each + b"\n" for each in content[1:])])
+    reforge(folder)
+    assert [(found.fault, found.what) for found in check(folder)] == [("body_changed", "event 1")]
+
+
+@on_one_version
+def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path) -> None:
+    content = (exported / "seals.jsonl").read_bytes().splitlines(keepends=True)
+    record = json.loads(content[1])
+    statement = re.sub(r"sealed_at \d{4}", "sealed_at 1999", record["statement"])
+    record |= {"statement": statement, "hash": sha256(statement.encode()).hexdigest()}
+    folder = copied(exported, tmp_path / "forged")
+    rewrite(folder, "seals.jsonl", [content[0], json.dumps(record).encode() + b"\n", *content[2:]])
+    reforge(folder)
+    assert [(found.fault, found.what) for found in check(folder)] == [("out_of_chain", "seal 3")]
+    assert [found.fault for found in check(folder, is_keyed=True)] == ["wrong_signature", "out_of_chain"]
+
+
+@on_one_version
+def test_i9_every_changed_field_of_a_seal_is_found_under_a_manifest_made_anew(
+    archive: Engine, tmp_path: Path
+) -> None:
+    make(archive, tmp_path / "one", Selection(["s1", "s2"]))
+    content = (tmp_path / "one" / "seals.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(content) == 3
+    assert any(json.loads(line)["cover"] for line in content)
+    for place, line in enumerate(content):
+        record = json.loads(line)
+        for path in leaves_of(record):
+            forged = json.dumps(mutated(record, path)).encode() + b"\n"
+            folder = copied(tmp_path / "one", tmp_path / "forged")
+            rewrite(folder, "seals.jsonl", [*content[:place], forged, *content[place + 1 :]])
+            reforge(folder)
+            assert any(found.file == "seals.jsonl" for found in check(folder, is_keyed=True)), path
+        folder = copied(tmp_path / "one", tmp_path / "forged")
+        rewrite(folder, "seals.jsonl", content[:place] + content[place + 1 :])
+        reforge(folder)
+        assert check(folder)
+
+
+@on_one_version
+def test_i9_an_archive_that_was_forged_is_found_in_its_export(archive: Engine, tmp_path: Path) -> None:
+    execute(archive, "UPDATE archiver.events SET type = 'forged' WHERE id = 2", unguarded=True)
+    make(archive, tmp_path / "whole")
+    assert [str(found) for found in check(tmp_path / "whole")] == [
+        "events.jsonl, line 2, event 2, sealed by 1: it is not as it was sealed"
+    ]
+
+
+@on_one_version
+def test_the_manifest_is_signed_and_a_stranger_is_found(archive: Engine, tmp_path: Path) -> None:
+    make(archive, tmp_path / "signed", key=KEY)
+    checked = export.Checked()
+    assert check(tmp_path / "signed", is_keyed=True, checked=checked) == []
+    assert checked.is_signed
+    folder = copied(tmp_path / "signed", tmp_path / "forged")
+    reforge(folder, lambda told: told.update(reason="another"))
+    assert [found.fault for found in check(folder, is_keyed=True)] == ["manifest_signature"]
+    (folder / "manifest.sig").unlink()
+    assert [(found.file, found.fault) for found in check(folder)] == [("manifest.sig", "missing")]
+    public = Ed25519PrivateKey.generate().public_key()
+    strangers = export.Keys({seals.key_id(public): public})
+    told = {found.fault for found in export.check(tmp_path / "signed", keys=strangers)}
+    assert told == {"unknown_key"}
+
+
+@on_one_version
+def test_exported_seals_pin_what_is_in_it(archive: Engine, exported: Path) -> None:
+    with snapshot(archive, statement_seconds=30) as connection:
+        heads = {seal.id: seal.hash for seal, _ in seals.select_seals(connection)}
+    assert check(exported, heads=heads) == []
+    told = check(exported, heads=heads | {2: bytes(32)})
+    assert [(found.fault, found.what) for found in told] == [("not_the_known_one", "seal 2")]
+
+
+def damage_links(folder: Path) -> None:
+    (folder / "chats.jsonl").rename(folder.parent / "elsewhere")
+    (folder / "chats.jsonl").symlink_to(folder.parent / "elsewhere")
+
+
+def put(name: str, content: bytes) -> Any:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def add(name: str, content: bytes) -> Any:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() + content)
+
+
+def cut(name: str) -> Any:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 7)
+
+
+def replace_by_folder(folder: Path) -> None:
+    (folder / "acts.jsonl").unlink()
+    (folder / "acts.jsonl").mkdir()
+
+
+def replace_by_pipe(folder: Path) -> None:
+    (folder / "events.jsonl").unlink()
+    os.mkfifo(folder / "events.jsonl")
+
+
+DAMAGES: list[tuple[Any, str, str]] = [
+    (damage_links, "chats.jsonl", "not_a_file"),
+    (replace_by_folder, "acts.jsonl", "not_a_file"),
+    (replace_by_pipe, "events.jsonl", "not_a_file"),
+    (put("more.txt", b""), "more.txt", "extra"),
+    (put("manifest.json", b"{"), "manifest.json", "damaged"),
+    (put("manifest.json", b"[" * 100_000), "manifest.json", "damaged"),
+    (put("manifest.json", b"\xff"), "manifest.json", "damaged"),
+    (add("events.jsonl", b"[" * 100_000 + b"\n"), "events.jsonl", "damaged"),
+    (add("events.jsonl", b"\xff\xfe\x00\n"), "events.jsonl", "damaged"),
+    (add("events.jsonl", b"\n" * 20_000), "events.jsonl", "damaged"),
+    (add("seals.jsonl", b'{"id": 1}\n'), "seals.jsonl", "damaged"),
+    (add("conversations.jsonl", b"null\n"), "conversations.jsonl", "damaged"),
+    *((cut(f"{name}.jsonl"), f"{name}.jsonl", "damaged") for name in ("events", "acts", "erasures", "seals")),
+    *((cut(name), name, "digest") for name in ("messages.jsonl", "chats.csv", "openai.jsonl")),
+    *(
+        ((lambda folder, gone=f"{name}.jsonl": (folder / gone).unlink()), f"{name}.jsonl", "missing")
+        for name in ("conversations", "chats", "messages", "events", "acts", "erasures", "seals", "openai")
+    ),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json", "missing"),
+    (lambda folder: (folder / "manifest.sha256").unlink(), "manifest.sha256", "missing"),
+]
+
+
+@on_one_version
+def test_whatever_is_damaged_is_a_finding(exported: Path, tmp_path: Path) -> None:
+    for damage, name, fault in DAMAGES:
+        folder = copied(exported, tmp_path / "forged")
+        damage(folder)
+        told = check(folder)
+        assert (name, fault) in {(found.file, found.fault) for found in told}, (name, fault)
+        assert len(told) <= 10_001
+
+
+@on_one_version
+def test_a_manifest_leads_to_no_other_file(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path / "forged")
+    told = json.loads((folder / "manifest.json").read_bytes())
+    told["files"]["../whole/chats.jsonl"] = told["files"].pop("chats.jsonl")
+    (folder / "manifest.json").write_text(json.dumps(told))
+    assert {found.fault for found in check(folder)} == {"manifest_digest", "damaged"}
+
+
+@on_one_version
+def test_a_line_that_is_too_long_is_a_finding(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LONGEST", 100_000)
+    told = check(exported)
+    long = [found.line for found in told if found.fault == "too_long"]
+    content = (exported / "events.jsonl").read_bytes().split(b"\n")
+    assert long == [number for number, line in enumerate(content, 1) if len(line) >= 100_000]
+    assert not {"digest", "size", "rows"} & {found.fault for found in told}
+
+
+def test_quoted_line_ends_are_no_rows_of_csv(tmp_path: Path) -> None:
+    written = io.StringIO(newline="")
+    writer = csv.writer(written)
+    writer.writerows([["a", "b"], ['x"\n"', "y"], ["", "\n\n"], ["=1", ","]])
+    (tmp_path / "some.csv").write_text(written.getvalue(), newline="")
+    assert reading.measured(tmp_path / "some.csv").rows == 3
+
+
+@given(said=st.text())
+def test_any_text_is_one_row_of_csv(tmp_path_factory: pytest.TempPathFactory, said: str) -> None:
+    written = io.StringIO(newline="")
+    csv.writer(written).writerows([["a"], [said], ["b" + said]])
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(written.getvalue().encode("utf-8", "surrogatepass"))
+    assert reading.measured(path).rows == 2
+
+
+@on_one_version
+def test_everything_of_an_empty_archive_is_nothing(engine: Engine, tmp_path: Path) -> None:
+    made = make(engine, tmp_path / "empty")
+    assert (made.manifest.head, made.manifest.counts.events) == (None, 0)
+    assert check(tmp_path / "empty") == []
+
+
+@on_one_version
+def test_counts_tell_what_is_not_sealed_and_not_exported(archive: Engine, exported: Path) -> None:
+    told = json.loads((exported / "manifest.json").read_bytes())["counts"]
+    (counted,) = rows(
+        archive,
+        "SELECT count(*), count(*) FILTER (WHERE body IS NULL),"
+        " count(*) FILTER (WHERE id > (SELECT max(events_through) FROM archiver.seals)),"
+        " (SELECT count(*) FROM archiver.quarantine) FROM archiver.events",
+    )
+    assert (told["events"], told["erased"], told["unsealed"], told["quarantined"]) == counted
+    assert counted[2] == 2

@@ -1,0 +1,273 @@
+"""`archiver export` as people and programs use it: roles, kills, a full disk, and an archive that is written to."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from sqlalchemy import Engine
+
+from tests.exports import KEY, copied, fill, lines, reforge
+from tests.payloads import created
+from tests.receivers import archiver
+from tests.rows import execute, rows
+from tests.servers import as_writer
+from tests.test_erasure import record
+from tests.test_limits import on_one_version
+from tests.waiting import until
+
+
+@pytest.fixture
+def url(engine: Engine, database_url: str) -> str:
+    fill(engine)
+    return database_url
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "case 7"
+
+
+@pytest.fixture(autouse=True)
+def _has_parent(output: Path) -> None:
+    output.parent.mkdir()
+
+
+def ok(*arguments: str | Path, url: str | None = None, **settings: str) -> str:
+    ended = archiver("export", *map(str, arguments), database_url=url, **settings)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@contextmanager
+def as_auditor(url: str) -> Iterator[str]:
+    """The same database for somebody who is given archiver_auditor, and nothing else."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        name = f"auditor_{connection.info.dbname}"
+        connection.execute(f"CREATE ROLE {name} LOGIN IN ROLE archiver_auditor".encode())
+        yield url.replace("postgresql://postgres@", f"postgresql://{name}@")
+        connection.execute(f"DROP ROLE {name}".encode())
+
+
+def test_an_auditor_exports_and_anybody_checks_without_a_database(url: str, output: Path, tmp_path: Path) -> None:
+    (tmp_path / "seal.pub").write_bytes(
+        KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    with as_auditor(url) as auditors:
+        told = ok("--output", output, "--all", "--format", "csv", "--format", "openai", url=auditors)
+    assert "events.jsonl" in told
+    assert "not sealed yet) to" in told
+    checked = ok("--check", output, "--key", tmp_path / "seal.pub")
+    (digest,) = [line.split(": ")[1].split(",")[0] for line in checked.splitlines() if "SHA-256" in line]
+    assert digest in told
+    assert digest in archiver("acts", "--kind", "export.done", "--json", database_url=url).stdout
+    sums = subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=output, capture_output=True, check=False)
+    assert sums.returncode == 0
+
+
+def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tmp_path: Path) -> None:
+    key = tmp_path / "seal.key"
+    key.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    told = ok(
+        *("--output", output, "--session", "s1", "--reason", "why", "--actor", "anna", "--json"),
+        url=as_writer(url),
+        ARCHIVER_SEAL_KEY_FILE=str(key),
+        ARCHIVER_ON_DELETE="erase",
+    )
+    assert json.loads(told) == json.loads((output / "manifest.json").read_bytes())
+    assert json.loads(told)["settings"]["here"]["on_delete"] == "erase"
+    assert "BEGIN" not in told
+    assert "signed by" in ok("--check", output, "--key", key)
+    assert "not checked: give --key" in ok("--check", output)
+    assert json.loads(ok("--check", output, "--key", key, "--json"))["manifest_signature_checked"]
+    # As the documentation has it, without this program.
+    openssl = ["openssl", "pkeyutl", "-verify", "-inkey", str(key), "-rawin"]
+    verified = subprocess.run(
+        [*openssl, "-in", "manifest.json", "-sigfile", "manifest.sig"], cwd=output, check=False, capture_output=True
+    )
+    assert verified.returncode == 0, verified.stderr
+
+
+@on_one_version
+def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Path, tmp_path: Path) -> None:
+    ok("--output", output, "--all", url=url)
+    folder = copied(output, tmp_path / "forged")
+    content = (folder / "events.jsonl").read_bytes()
+    (folder / "events.jsonl").write_bytes(content.replace(b"chat.deleted", b"chat.forgery", 1))
+    (folder / "[bold]\x1b[31m").touch()
+    reforge(folder)
+    ended = archiver("export", "--check", str(folder))
+    assert ended.returncode == 1
+    assert "events.jsonl, line 3, event 3, sealed by 1: it is not as it was sealed" in ended.stderr
+    assert "[bold]?[31m: it does not belong to the export" in ended.stderr
+    assert "\x1b" not in ended.stderr
+    told = json.loads(archiver("export", "--check", str(folder), "--json").stdout)
+    assert {(found["file"], found["line"], found["fault"]) for found in told["findings"]} >= {
+        ("events.jsonl", 3, "changed")
+    }
+    seals = tmp_path / "seals.jsonl"
+    seals.write_text(archiver("seals", "export", database_url=url).stdout)
+    ok("--check", output, "--against", seals)
+    seals.write_text(seals.read_text().replace('"hash": "', '"hash": "00')[:-1].replace("00", "", 0))
+    ended = archiver("export", "--check", str(output), "--against", str(seals))
+    assert ended.returncode == 1
+    assert "it is not the seal that was exported under this number" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["--all"], "Say where to: --output DIR"),
+        (["--output", "x"], "Say what to export"),
+        (["--output", "x", "--all", "--session", "s"], "Say what to export"),
+        (["--output", "x", "--all", "--hold", "1"], "Say what to export"),
+        (["--output", "x", "--session", ""], "is no session id"),
+        (["--output", "x", "--since", "yesterday"], "write 2024-01-15"),
+        (["--output", "x", "--all", "--key", __file__], "go with --check"),
+        (["--check", ".", "--all"], "takes the whole export"),
+        (["--check", ".", "--key", __file__], "not an Ed25519 public key"),
+        (["--check", ".", "--against", __file__], "line 1 is no seal"),
+    ],
+)
+def test_wrong_usage_is_told(arguments: list[str], advice: str) -> None:
+    ended = archiver("export", *arguments, database_url="postgresql://127.0.0.1:1/none")
+    assert ended.returncode == 2
+    assert advice in " ".join(ended.stderr.split())
+
+
+@on_one_version
+def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> None:
+    for arguments, advice in (
+        (("--session", "s1", "--session", "none"), "Nothing is known of session none"),
+        (("--hold", "9"), "There is no hold 9; see archiver hold list --all"),
+    ):
+        ended = archiver("export", "--output", str(output), *arguments, database_url=url)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert f"archiver: {advice}" in ended.stderr
+    (output / "mine").mkdir(parents=True)
+    ended = archiver("export", "--output", str(output), "--all", database_url=url)
+    assert ended.returncode == 1
+    assert "is no empty folder: name another" in ended.stderr
+    assert [each.name for each in output.parent.rglob("*")] == ["case 7", "mine"]
+    ended = archiver("export", "--check", str(output))
+    assert ended.returncode == 1
+    assert "manifest.json: it is missing" in ended.stderr
+
+
+@on_one_version
+def test_a_right_that_is_missing_half_way_is_told_and_nothing_is_left(url: str, output: Path) -> None:
+    with as_auditor(url) as auditors:
+        with psycopg.connect(url) as connection:
+            connection.execute("REVOKE SELECT ON analytics.messages FROM archiver_auditor")
+        ended = archiver("export", "--output", str(output), "--all", database_url=auditors)
+    assert ended.returncode == 1
+    assert "permission denied for view messages" in ended.stderr
+    assert "archiver doctor" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(output.parent.iterdir()) == []
+
+
+@contextmanager
+def waiting_export(url: str, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """An export that has begun, and waits for a table that we hold."""
+    command = [sys.executable, "-m", "archiver", "export", "--output", str(output), "--all"]
+    with psycopg.connect(url) as holder:
+        holder.execute("LOCK TABLE archiver.chats IN ACCESS EXCLUSIVE MODE")
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"DATABASE_URL": url}
+        ) as process:
+            try:
+                until(lambda: is_awaited(url), "the export waits")
+                yield process
+                holder.rollback()
+                process.wait(60)
+            finally:
+                process.kill()
+
+
+def is_awaited(url: str) -> bool:
+    with psycopg.connect(url) as connection:
+        query = (
+            "SELECT 1 FROM pg_locks l JOIN pg_database d ON d.oid = l.database"
+            " WHERE NOT l.granted AND d.datname = current_database()"
+        )
+        return connection.execute(query).fetchone() is not None
+
+
+@on_one_version
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_leaves_nothing(url: str, output: Path, number: signal.Signals) -> None:
+    with waiting_export(url, output) as process:
+        assert [each.name.startswith(".case 7.partial-") for each in output.parent.iterdir()] == [True]
+        process.send_signal(number)
+        assert process.wait(60) == 1
+    assert list(output.parent.iterdir()) == []
+
+
+@on_one_version
+def test_what_comes_meanwhile_is_not_in_it(url: str, engine: Engine, output: Path) -> None:
+    before = rows(engine, "SELECT count(*), max(id) FROM archiver.events")
+    with waiting_export(url, output):
+        names = "session_id, type, source, received_at, last_received_at, delivery_count, body, salt, body_digest"
+        execute(
+            engine,
+            f"INSERT INTO archiver.events (dedupe_key, {names}) SELECT sha256('another'), {names}"
+            " FROM archiver.events WHERE id = 1",
+        )
+    assert rows(engine, "SELECT count(*) FROM archiver.events") == [(before[0][0] + 1,)]
+    ok("--check", output)
+    found = [each["id"] for each in lines(output, "events.jsonl")]
+    assert (len(found), found[-1]) == before[0]
+
+
+SMALL = 1_048_576
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of `SMALL` bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a file system may not be mounted here (root may)")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@on_one_version
+def test_a_full_disk_is_told_and_nothing_is_left_on_it(url: str, engine: Engine, disk: Path) -> None:
+    record(engine, *(created(f"more{number}", "s1", input="word " * 10_000) for number in range(30)), minute=30)
+    ended = archiver("export", "--output", str(disk / "here"), "--all", database_url=url)
+    assert ended.returncode == 1
+    assert "There is no room for the export" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(disk.iterdir()) == []
+    ok("--output", disk / "here", "--session", "s2", url=url)
+    ok("--check", disk / "here")
+
+
+@on_one_version
+def test_holds_and_times_select_and_released_holds_do_so_too(url: str, engine: Engine, output: Path) -> None:
+    execute(
+        engine,
+        "INSERT INTO archiver.holds (placed_at, author, reason, session_id, released_at, released_by)"
+        " VALUES (now(), 'anna', 'case', 's4', now(), 'anna')",
+    )
+    ok("--output", output, "--hold", "1", url=url)
+    assert {each["session_id"] for each in lines(output, "events.jsonl")} == {"s4"}
+    shutil.rmtree(output)
+    ok("--output", output, "--since", "2024-03-01", "--until", "2024-03-02", url=url)
+    assert {each["session_id"] for each in lines(output, "conversations.jsonl")} == {"s4"}
+    told: dict[str, Any] = json.loads((output / "manifest.json").read_bytes())
+    assert told["asked"] == {"since": "2024-03-01T00:00:00+00:00", "until": "2024-03-02T00:00:00+00:00"}
+    ok("--check", output)
