@@ -1,25 +1,16 @@
-"""Every setting, its default and its meaning: one typed table, read from the environment.
+"""The settings: one typed table, each with its default, its meaning and its limits."""
 
-Each name may also be given as NAME_FILE, the path of a file that holds the value, so that a secret need not stand in
-the environment.
-"""
-
-import os
-import re
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from archiver.settings.sources import FileSource
 
 MAX_DAYS = 36_600  # of retention
 
 WebhookScheme = Literal["secret", "bearer", "hmac", "standard", "none"]
-
-
-class SettingsError(Exception):
-    """A setting is missing or wrong; the text names it and says what to do."""
 
 
 def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
@@ -332,7 +323,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment and the files it names; nothing else."""
         del dotenv_settings, file_secret_settings
-        return init_settings, _FileSource(settings_cls), env_settings
+        return init_settings, FileSource(settings_cls), env_settings
 
 
 def _days_by_assistant(value: str) -> dict[str, int]:
@@ -343,127 +334,3 @@ def _days_by_assistant(value: str) -> dict[str, int]:
             raise ValueError("write ASSISTANT=DAYS, separated by commas, such as as_1=30,as_2=365")
         found[assistant_id.strip()] = int(days)
     return found
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    """NAME_FILE: the value is the content of that file, without the white space around it."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        name = environment_name(field_name)
-        path = os.environ.get(f"{name}_FILE")
-        if path is None:
-            return None, name, False
-        if not path.strip():
-            raise SettingsError(f"{name}_FILE: set, but empty: unset it, or name a file.")
-        if os.environ.get(name):
-            raise SettingsError(f"{name} and {name}_FILE are both set: keep one of them.")
-        try:
-            return Path(path).read_text(encoding="utf-8").strip(), name, False
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}.") from error
-
-    def __call__(self) -> dict[str, Any]:
-        values = {}
-        for field_name, field in self.settings_cls.model_fields.items():
-            value, name, _ = self.get_field_value(field, field_name)
-            if value is not None:
-                values[name] = value
-        return values
-
-
-def environment_name(field_name: str) -> str:
-    """The environment variable of a field of `Settings`."""
-    alias = Settings.model_fields[field_name].validation_alias
-    return str(alias.choices[0]) if isinstance(alias, AliasChoices) else field_name
-
-
-def read() -> Settings:
-    """The settings of this process.
-
-    Raises `SettingsError`, one line a fault, each naming the variable; never the value, which may be a secret.
-    """
-    try:
-        return Settings()
-    except ValidationError as error:
-        lines = [_explain(fault) for fault in error.errors(include_input=False, include_url=False)]
-        raise SettingsError("\n".join(lines)) from None
-
-
-def _explain(fault: Any) -> str:
-    if not fault["loc"]:  # of several together; its text names them
-        return f"{fault['msg'].removeprefix('Value error, ')}."
-    name = str(fault["loc"][0])
-    given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
-    field = next(field for each, field in Settings.model_fields.items() if environment_name(each) == name)
-    kind, limits = fault["type"], _limits(field.metadata).strip(" .")
-    limits = limits[:1].lower() + limits[1:]
-    if kind in _KINDS:
-        what = ", ".join(filter(None, (_KINDS[kind], limits)))
-    elif kind.startswith(("greater_than", "less_than")):
-        what = f"must be {limits}"
-    elif kind == "literal_error":
-        what = f"must be {fault['ctx']['expected']}"
-    else:
-        what = fault["msg"].removeprefix("Value error, ")
-    return f"{given_as}: {what}."
-
-
-_KINDS = {
-    "int_parsing": "must be a whole number, without a unit",
-    "int_from_float": "must be a whole number, without a unit",
-    "float_parsing": "must be a number, without a unit",
-    "bool_parsing": "must be true or false",
-}
-
-# What Kubernetes sets for a service called archiver or callhq.
-_OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?)$")
-_OF_A_DATABASE = re.compile(r"(DATABASE|DB|PG|POSTGRES|POSTGRESQL)_(URL|URI|DSN)(_FILE)?")
-
-
-def strangers() -> list[tuple[str, str]]:
-    """Variables of the environment that look like a setting and are none, each with the one that may be meant, or "".
-
-    Those that look like `DATABASE_URL` count while that is not set.
-    """
-    names = [environment_name(field_name) for field_name in Settings.model_fields]
-    known = {*names, *(f"{name}_FILE" for name in names)}
-    database = {"DATABASE_URL", "DATABASE_URL_FILE"}
-    is_database_told = bool(database & os.environ.keys())
-    found = []
-    for name in sorted(os.environ.keys() - known):
-        if name.startswith(("ARCHIVER_", "CALLHQ_")):
-            bare = name.removeprefix("ARCHIVER_")
-            if not _OF_A_SERVICE.search(name):
-                found.append((name, bare if bare in known else _nearest(name, known)))
-        elif not is_database_told:
-            meant = "DATABASE_URL" if _OF_A_DATABASE.fullmatch(name) else _nearest(name, database)
-            found += [(name, meant)] if meant else []
-    return found
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.85)), "")
-
-
-def table() -> list[tuple[str, str, str]]:
-    """Each setting as (environment variable, default as text, meaning); the documentation is held against it."""
-    rows = []
-    for field_name, field in Settings.model_fields.items():
-        default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
-        text = str(default).lower() if isinstance(default, bool) else str("" if default is None else default)
-        rows.append((environment_name(field_name), text, f"{field.description}{_limits(field.metadata)}"))
-    return rows
-
-
-def _limits(metadata: list[Any]) -> str:
-    """In words; what is above 0 is a whole number here."""
-    told = {name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)}
-    least = told.get("ge", 1 if "gt" in told else None)
-    most = told.get("le")
-    if least is None:
-        return ""
-    return f" At least {least}." if most is None else f" From {least} to {most}."
-
-
-SCHEMES: tuple[str, ...] = get_args(WebhookScheme)

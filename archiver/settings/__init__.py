@@ -1,0 +1,78 @@
+"""Every setting, its default and its meaning: one typed table, read from the environment.
+
+Each name may also be given as NAME_FILE, the path of a file that holds the value, so that a secret need not stand in
+the environment.
+"""
+
+import os
+from typing import Any, get_args
+
+from pydantic import SecretStr, ValidationError
+
+from archiver.settings.errors import SettingsError
+from archiver.settings.fields import Settings, WebhookScheme
+from archiver.settings.sources import environment_name
+from archiver.settings.strangers import strangers
+
+__all__ = ["SCHEMES", "Settings", "SettingsError", "read", "strangers", "table"]
+
+SCHEMES: tuple[str, ...] = get_args(WebhookScheme)
+
+
+def read() -> Settings:
+    """The settings of this process.
+
+    Raises `SettingsError`, one line a fault, each naming the variable; never the value, which may be a secret.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [_explain(fault) for fault in error.errors(include_input=False, include_url=False)]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _explain(fault: Any) -> str:
+    if not fault["loc"]:  # of several together; its text names them
+        return f"{fault['msg'].removeprefix('Value error, ')}."
+    name = str(fault["loc"][0])
+    given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
+    field = next(field for each, field in Settings.model_fields.items() if environment_name(Settings, each) == name)
+    kind, limits = fault["type"], _limits(field.metadata).strip(" .")
+    limits = limits[:1].lower() + limits[1:]
+    if kind in _KINDS:
+        what = ", ".join(filter(None, (_KINDS[kind], limits)))
+    elif kind.startswith(("greater_than", "less_than")):
+        what = f"must be {limits}"
+    elif kind == "literal_error":
+        what = f"must be {fault['ctx']['expected']}"
+    else:
+        what = fault["msg"].removeprefix("Value error, ")
+    return f"{given_as}: {what}."
+
+
+_KINDS = {
+    "int_parsing": "must be a whole number, without a unit",
+    "int_from_float": "must be a whole number, without a unit",
+    "float_parsing": "must be a number, without a unit",
+    "bool_parsing": "must be true or false",
+}
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Each setting as (environment variable, default as text, meaning); the documentation is held against it."""
+    rows = []
+    for field_name, field in Settings.model_fields.items():
+        default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        text = str(default).lower() if isinstance(default, bool) else str("" if default is None else default)
+        rows.append((environment_name(Settings, field_name), text, f"{field.description}{_limits(field.metadata)}"))
+    return rows
+
+
+def _limits(metadata: list[Any]) -> str:
+    """In words; what is above 0 is a whole number here."""
+    told = {name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)}
+    least = told.get("ge", 1 if "gt" in told else None)
+    most = told.get("le")
+    if least is None:
+        return ""
+    return f" At least {least}." if most is None else f" From {least} to {most}."
