@@ -56,8 +56,8 @@ OTHER_FILES = 256  # that a process has open beside its connections: libraries, 
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, has_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until told to stop.
 
-    A worker beside it reads histories (with CALLHQ_API_KEY), seals the ledger and erases what is to be erased, unless
-    told --no-worker. SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
+    A worker beside it reads histories (with CALLHQ_API_KEY), publishes changes, seals the ledger and erases what is
+    to go, unless told --no-worker. SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
     """
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
     for number in (signal.SIGTERM, signal.SIGINT):

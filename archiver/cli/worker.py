@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 @click.command()
 @click.option("--metrics-port", type=Whole(1, 65535), help="Serve Prometheus metrics on this port of loopback.")
 def worker(metrics_port: int | None) -> None:
-    """Read histories, seal the ledger and erase what is to be erased, until told to stop.
+    """Read histories, publish changes, seal the ledger and erase what is to go, until told to stop.
 
     Any number of workers, on any number of machines.
 
