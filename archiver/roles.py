@@ -14,16 +14,19 @@ AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
 
 
 class Needs(msgspec.Struct, frozen=True):
-    """Privileges by table, as `schema.name`; columns of the ledger that may change; whether jobs are made."""
+    """Privileges by table, as `schema.name`; columns of the ledger that may change; whether jobs are made.
+
+    `appends`: tables that take new rows, whose numbers Postgres gives and nobody chooses.
+    """
 
     tables: Mapping[str, str]
+    appends: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     sequences: tuple[str, ...] = ()  # schemas whose sequences are used
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
-_APPEND = "SELECT, INSERT"
 _VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes")
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
@@ -33,18 +36,21 @@ NEEDED: Mapping[str, Needs] = {
         {
             **{f"analytics.{view}": "SELECT" for view in _VIEWS},  # it exports, too
             # Rows go only with a row in `removals`: a trigger sees to that.
-            "archiver.events": "SELECT, INSERT, DELETE",
+            "archiver.events": "SELECT, DELETE",
             "archiver.schema_version": "SELECT",
             **{f"archiver.{name}": _ALL for name in ("sessions", "chats", "messages", "quarantine", "backfills")},
             "archiver.pauses": "SELECT, INSERT, UPDATE",
             "archiver.holds": "SELECT",
-            **{f"archiver.{name}": _APPEND for name in ("recounts", "acts", "erasures", "removals", "seals")},
+            **{f"archiver.{name}": "SELECT" for name in ("recounts", "acts", "erasures", "removals")},
+            "archiver.seals": "SELECT, INSERT",
             **{f"archiver.{name}": "SELECT, INSERT, DELETE" for name in ("outbox", "changes")},
             "analytics.changes": "SELECT",  # `followups tail` beside them
             "analytics.conversations": "SELECT",  # what follow-ups tell of them
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
         },
+        # A row of a number far ahead would count as sealed with all that come before it.
+        appends=tuple(f"archiver.{name}" for name in ("events", "recounts", "acts", "erasures", "removals")),
         # All that may change of a ledger row: its counters, and that its content goes.
         columns=(
             "delivery_count",
@@ -78,8 +84,9 @@ NEEDED: Mapping[str, Needs] = {
                     "messages",
                 )
             },
-            "archiver.acts": _APPEND,  # an export is an act
-        }
+            "archiver.acts": "SELECT",
+        },
+        appends=("archiver.acts",),  # an export is an act
     ),
 }
 
@@ -100,6 +107,15 @@ _MISSING = text(
      CROSS JOIN unnest(string_to_array(wanted, ', ')) WITH ORDINALITY AS p (p, place)
      WHERE NOT has_table_privilege(r.role, c.oid, p)
      GROUP BY needed.row, n.nspname, c.relname, r.role
+    UNION ALL
+    SELECT format('GRANT INSERT (%s) ON %I.%I TO %I', string_agg(format('%I', a.attname), ', ' ORDER BY a.attnum),
+                  n.nspname, c.relname, r.role)
+      FROM r CROSS JOIN unnest(CAST(:appends AS text[])) AS name
+      JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
+      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(name, '.', 2)
+      JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attidentity = ''
+     WHERE NOT has_column_privilege(r.role, c.oid, a.attnum, 'INSERT')
+     GROUP BY n.nspname, c.relname, r.role
     UNION ALL
     SELECT format('GRANT UPDATE (%s) ON archiver.events TO %I', string_agg(a.attname, ', '), r.role)
       FROM r CROSS JOIN pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
@@ -130,6 +146,7 @@ def missing(connection: Connection, role: str, grantee: str | None = None) -> li
         "role": grantee or role,
         "tables": list(needs.tables),
         "privileges": list(needs.tables.values()),
+        "appends": list(needs.appends),
         "columns": list(needs.columns),
         "functions": list(needs.functions),
         "sequences": list(needs.sequences),

@@ -13,7 +13,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from archiver import database, events, ledger, quarantine, roles, schema, tables
 from archiver.database import transaction
@@ -507,3 +507,65 @@ def test_positions_are_without_gaps_in_every_session(engine: Engine) -> None:
         "SELECT session_id, array_agg(position ORDER BY position), array_agg(created_at ORDER BY position)"
         " = array_agg(created_at ORDER BY created_at) FROM analytics.messages GROUP BY 1 ORDER BY 1",
     ) == [("s0", [1, 2, 3, 4, 5, 6], True), ("s1", [1, 2, 3, 4, 5, 6], True)]
+
+
+# Who may write
+
+
+NUMBERED = ("events", "recounts", "acts", "erasures", "removals")
+
+
+@pytest.mark.parametrize(("role", "table"), [*((roles.WRITER, table) for table in NUMBERED), (roles.AUDITOR, "acts")])
+def test_nobody_chooses_the_number_of_what_is_sealed(engine: Engine, role: str, table: str) -> None:
+    columns = [column for column in tables.metadata.tables[f"archiver.{table}"].columns if column.name != "id"]
+    samples = {"TIMESTAMP": "now()", "BYTEA": "'\\x00'", "JSONB": "'{}'", "TEXT": "'x'", "BOOLEAN": "false"}
+    values = ", ".join(samples.get(str(each.type.compile(engine.dialect)).split()[0], "1") for each in columns)
+    names = ", ".join(column.name for column in columns)
+    chosen = (
+        f"INSERT INTO archiver.{table} (id, {names}) OVERRIDING SYSTEM VALUE VALUES (9000000000000000000, {values})"
+    )
+    assert refused(engine, chosen, role)
+    assert not refused(engine, f"INSERT INTO archiver.{table} ({names}) VALUES ({values})", role)
+    assert rows(engine, f"SELECT max(id) FROM archiver.{table}") == [(1,)]
+
+
+SHADOWS = {
+    "UPDATE archiver.events SET delivery_count = delivery_count - 1": [
+        "CREATE FUNCTION evil.less(integer, integer) RETURNS boolean LANGUAGE sql AS 'SELECT false'",
+        "CREATE OPERATOR evil.< (leftarg = integer, rightarg = integer, function = evil.less)",
+    ],
+    "UPDATE archiver.events SET body = NULL, salt = NULL, dedupe_key = 'chosen'": [
+        "CREATE FUNCTION evil.sha256(bytea) RETURNS bytea LANGUAGE sql AS $$SELECT 'chosen'\\:\\:bytea$$",
+    ],
+    "UPDATE archiver.holds SET reason = 'another', released_at = now()": [
+        "CREATE FUNCTION evil.same(jsonb, jsonb) RETURNS boolean LANGUAGE sql AS 'SELECT true'",
+        "CREATE OPERATOR evil.= (leftarg = jsonb, rightarg = jsonb, function = evil.same)",
+    ],
+}
+
+
+@pytest.mark.parametrize("statement", SHADOWS)
+def test_a_search_path_does_not_talk_a_guard_round(engine: Engine, statement: str) -> None:
+    record(engine, created(), created())
+    execute(
+        engine,
+        "INSERT INTO archiver.holds (placed_at, author, reason, session_id) VALUES (now(), 'x', 'y', 's')",
+        *("CREATE SCHEMA evil", *SHADOWS[statement]),
+    )
+    with pytest.raises(IntegrityError, match=r"append-only|only grow|only placed and released"):
+        execute(engine, "SET LOCAL search_path = evil, pg_catalog", statement)
+
+
+def test_the_planner_keeps_no_samples_of_what_an_erasure_takes(engine: Engine) -> None:
+    record(engine, *(created(f"c{number}", f"s{number}") for number in range(20)))
+    execute(engine, "UPDATE archiver.sessions SET status = 'MARK', name = 'MARK'", "ANALYZE")
+    kept = rows(
+        engine,
+        "SELECT tablename, attname FROM pg_stats WHERE schemaname = 'archiver'"
+        " AND tablename IN ('sessions', 'chats', 'messages')",
+    )
+    taken = ["external_id", "status", "cost", "variables", "session_name", "session_status"]
+    taken += ["name", "role", "content"]
+    assert (
+        sorted({*kept} & {(table, column) for table in ("sessions", "chats", "messages") for column in taken}) == []
+    )

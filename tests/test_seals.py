@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import events, history, ledger, seals, tables
+from archiver import erasure, events, history, ledger, seals, tables
 from archiver.database import snapshot, transaction
+from archiver.projection import Timing
 from archiver.seals import chain, leaves, merkle, sealing
-from archiver.seals.verifying import Finding
+from archiver.seals.findings import Finding
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
 from tests.test_limits import on_one_version
@@ -147,7 +148,8 @@ def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     record(engine, created("d", "t"), b'{"type": "x.unknown"}', deleted("a", session_id="s"), seconds=1)
     record(engine, created("e", "t"))
     record(engine, created("a", "s"), created("d", "t"), seconds=9)
-    act(engine, "erase", sessions=1)
+    act(engine, "erase", rule="request", sessions=1)
+    act(engine, "retention", rules={"metadata": 30})
     seals.seal(engine, KEY)
     erase(engine, "t", "e")
     read(engine, "s", 20)
@@ -155,7 +157,7 @@ def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     # The row of an event that retention removed.
     execute(
         engine,
-        "INSERT INTO archiver.removals (event_id, act_id) SELECT id, 1 FROM archiver.events WHERE chat_id = 'c'",
+        "INSERT INTO archiver.removals (event_id, act_id) SELECT id, 2 FROM archiver.events WHERE chat_id = 'c'",
         "DELETE FROM archiver.events WHERE chat_id = 'c'",
     )
     seals.seal(engine, KEY)
@@ -448,3 +450,175 @@ def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine
     (seal,) = seals.seal(engine, KEY)
     assert seal.size == 2
     assert verify(engine) == []
+
+
+# What whoever holds the rights of a writer, or all, does beside the seals
+
+
+def wipe(connection: Connection, which: str) -> int:
+    """Take content away as an erasure does, and tell no one."""
+    return forge(
+        connection,
+        "UPDATE archiver.events SET body = NULL, salt = NULL, dedupe_key = sha256(salt || dedupe_key)"
+        f" WHERE body IS NOT NULL AND {which}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "detail"),
+    [
+        ("erase", {"rule": "request"}),
+        ("settings.changed", {"part": "serve"}),
+        ("retention", {"rules": {"metadata": 0}}),
+        ("retention", {}),
+    ],
+)
+def test_i9_a_removal_that_cites_another_act_is_found(forged: Connection, kind: str, detail: dict[str, Any]) -> None:
+    event_id, act_id = int(forged.scalar(text("SELECT id FROM archiver.events WHERE chat_id = 'b'")) or 0), 900
+    forge(forged, f"DELETE FROM archiver.events WHERE id = {event_id}")
+    insert_act(forged, act_id, kind, detail)
+    forged.execute(text(f"INSERT INTO archiver.removals (event_id, act_id) VALUES ({event_id}, {act_id})"))
+    assert [(found.table, found.fault) for found in findings(forged)] == [("removals", "without_act")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "detail", "rule", "is_right"),
+    [
+        ("settings.changed", {"part": "serve"}, "request", False),
+        ("erase.refused", {"rule": "request"}, "request", False),
+        ("erase", {"rule": "chat.deleted"}, "request", False),
+        ("erase", {}, "request", False),
+        ("retention", {"rules": {"metadata": 0}}, "request", False),
+        ("retention", {"rules": {"metadata": 0}}, "retention", True),
+        ("erase", {"rule": "chat.deleted"}, "chat.deleted", True),
+        ("erase.replay", {"rule": "retention"}, "retention", True),
+    ],
+)
+def test_i9_an_erasure_that_cites_another_act_is_found(
+    forged: Connection, kind: str, detail: dict[str, Any], rule: str, *, is_right: bool
+) -> None:
+    wipe(forged, "session_id = 's'")
+    insert_act(forged, 900, kind, detail)
+    forged.execute(
+        text(
+            "INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)"
+            f" VALUES ('s', '', now(), '{rule}', 900)"
+        )
+    )
+    expected = [] if is_right else [("erasures", "without_act")]
+    assert [(found.table, found.fault) for found in findings(forged)] == expected
+
+
+def insert_act(connection: Connection, act_id: int, kind: str, detail: dict[str, Any]) -> None:
+    connection.execute(
+        text(
+            "INSERT INTO archiver.acts (id, at, actor, kind, detail) OVERRIDING SYSTEM VALUE"
+            " VALUES (:id, now(), 'tester', :kind, CAST(:detail AS jsonb))"
+        ),
+        {"id": act_id, "kind": kind, "detail": msgspec.json.encode(detail).decode()},
+    )
+
+
+def test_what_an_erased_turn_took_with_it_is_no_tampering(engine: Engine) -> None:
+    """A fact of an unknown type tells its turn in its bytes alone."""
+    record(engine, created("c1", "s1"), b'{"type": "x.rated", "sessionId": "s1", "rating": {"of": "c1", "stars": 2}}')
+    seals.seal(engine, KEY)
+    erase_turn(engine, "s1", "c1")
+    assert rows(engine, "SELECT DISTINCT body IS NULL FROM archiver.events") == [(True,)]
+    assert verify(engine) == []
+
+
+def erase_turn(engine: Engine, session_id: str, chat_id: str) -> None:
+    ordered = erasure.Act("erase", "tester", "because")
+    erasure.order(engine, [erasure.Target(session_id, chat_id)], "request", ordered)
+    for _ in erasure.sweep(engine, Timing()):
+        pass
+
+
+def test_i9_what_stays_where_a_turn_was_erased_may_not_go(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"))
+    read(engine, "s1", 1)
+    registered = history.register({"id": "s1", "name": "of somebody"})
+    with transaction(engine) as connection:
+        ledger.record(connection, [ledger.Observation(registered, NOW, history.APPLICATION, None)])
+    erase_turn(engine, "s1", "c1")
+    seals.seal(engine, KEY)
+    assert verify(engine) == []
+    with engine.connect() as forged:
+        for kind in ("history.redacted", "session.registered"):
+            assert wipe(forged, f"type = '{kind}'") == 1
+            assert [found.fault for found in findings(forged)] == ["erased_without_record"], kind
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("earliest_at", "NULL"),
+        ("earliest_at", "earliest_at + interval '1 s'"),
+        ("delivery_count", "delivery_count - 1"),
+        ("last_received_at", "last_received_at - interval '1 s'"),
+    ],
+)
+def test_i9_a_recount_put_in_that_takes_something_back_is_found(engine: Engine, column: str, value: str) -> None:
+    at = 1_705_311_000_000
+    record(engine, created("a", "s", at=at))
+    record(engine, created("a", "s", at=at - 2000), seconds=5)
+    seals.seal(engine, KEY)
+    assert verify(engine) == []
+    with engine.connect() as forged:
+        forge(forged, f"UPDATE archiver.events SET {column} = {value}")
+        forged.execute(RECOUNT)
+        assert [(found.table, found.fault) for found in findings(forged)] == [("recounts", "went_back")]
+
+
+RECOUNT = text(
+    "INSERT INTO archiver.recounts (event_id, delivery_count, last_received_at, earliest_at)"
+    " SELECT id, delivery_count, last_received_at, earliest_at FROM archiver.events"
+)
+
+
+def test_i9_a_first_recount_of_a_time_that_is_no_earlier_one_is_found(engine: Engine) -> None:
+    record(engine, created("a", "s"))
+    seals.seal(engine, KEY)
+    with engine.connect() as forged:
+        forge(
+            forged,
+            "UPDATE archiver.events SET delivery_count = 2, earliest_at = occurred_at + interval '1 day'",
+        )
+        forged.execute(RECOUNT)
+        assert [(found.table, found.fault) for found in findings(forged)] == [("recounts", "went_back")]
+
+
+def test_i9_a_gap_of_any_size_among_seals_is_one_finding(forged: Connection) -> None:
+    newest = chain.select_newest(forged).id
+    huge = 2**63 - 1
+    forge(forged, f"UPDATE archiver.seals SET id = {huge} WHERE id = {newest}")
+    gap = Finding("seals", newest, "missing", through=huge - 1)
+    assert gap in findings(forged)
+    assert str(gap) == f"seals {newest} to {huge - 1}: its row is missing"
+    forge(forged, f"DELETE FROM archiver.seals WHERE id = {newest - 1}")
+    assert Finding("seals", newest - 1, "missing") in findings(forged)
+
+
+@pytest.mark.parametrize("sealed_at", ["infinity", "-infinity", "20000-01-01", "0044-03-15 BC"])
+def test_i9_a_seal_of_a_time_that_cannot_be_is_named(forged: Connection, sealed_at: str) -> None:
+    forge(forged, f"UPDATE archiver.seals SET sealed_at = '{sealed_at}' WHERE id = 2".replace(":", r"\:"))
+    assert {(found.table, found.id, found.fault) for found in findings(forged)} >= {("seals", 2, "altered")}
+
+
+def test_exported_seals_are_compared_wherever_a_verification_begins(sealed: Engine) -> None:
+    with snapshot(sealed, statement_seconds=30) as connection:
+        heads = {seal.id: seal.hash for seal, _ in chain.select_seals(connection)}
+    newest = max(heads)
+    for number in heads:
+        checked = seals.Checked()
+        told = verify(sealed, after_seal=newest, heads=heads | {number: bytes(32)}, checked=checked)
+        assert told == [Finding("seals", number, "not_the_known_one")]
+        assert checked.compared == len(heads)
+    assert verify(sealed, after_seal=newest, heads=heads) == []
+    assert verify(sealed, after_seal=newest, heads={newest + 5: bytes(32)}) == [
+        Finding("seals", newest + 5, "missing")
+    ]
+    with sealed.connect() as forged:
+        forge(forged, "DELETE FROM archiver.seals WHERE id = 1")
+        assert Finding("seals", 1, "missing") in findings(forged, after_seal=newest, heads=heads)

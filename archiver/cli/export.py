@@ -68,7 +68,7 @@ TOLD = 20  # findings that are printed before the rest is counted
 )
 @click.option(
     "--against",
-    type=click.File("r"),
+    type=click.File("rb"),
     metavar="FILE",
     help="With --check: seals as `archiver seals export` wrote them elsewhere; - for stdin.",
 )
@@ -87,7 +87,7 @@ def command(
     folder: Path | None,
     key_files: tuple[Path, ...],
     signed_since: int,
-    against: IO[str] | None,
+    against: IO[bytes] | None,
     as_json: bool,
 ) -> None:
     """Export conversations, with what proves where they come from, or check such an export.

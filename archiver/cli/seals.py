@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import click
 import msgspec
@@ -67,13 +67,13 @@ def seal(as_json: bool) -> None:
 )
 @click.option(
     "--against",
-    type=click.File("r"),
+    type=click.File("rb"),
     metavar="FILE",
     help="Seals as `archiver seals export` wrote them elsewhere; - for stdin.",
 )
 @connection.json_option
 def verify(
-    after_seal: int | None, key_files: tuple[Path, ...], signed_since: int, against: IO[str] | None, as_json: bool
+    after_seal: int | None, key_files: tuple[Path, ...], signed_since: int, against: IO[bytes] | None, as_json: bool
 ) -> None:
     """Check seals and ledger: each row against its seal, each body against its digest, each seal against its chain.
 
@@ -113,7 +113,7 @@ def verify(
                     findings.append(finding)
                     if not as_json and len(findings) <= TOLD:
                         progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
-    _report(checked, findings, has_key=bool(keys), as_json=as_json)
+    _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json)
 
 
 def _require_seal(newest: Seal, after_seal: int | None) -> None:
@@ -137,23 +137,36 @@ def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
     return {seals.key_id(key): key for key in keys}
 
 
-def heads_of(file: IO[str]) -> dict[int, bytes]:
+class _Exported(msgspec.Struct):
+    """What counts of a line of `archiver seals export`."""
+
+    id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+def heads_of(file: IO[bytes]) -> dict[int, bytes]:
     """The hashes of exported seals, by their numbers."""
-    heads = {}
+    heads: dict[int, bytes] = {}
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            told = json.loads(line)
-            heads[int(told["id"])] = bytes.fromhex(told["hash"])
-        except (ValueError, KeyError, TypeError):
+            told = msgspec.json.decode(line, type=_Exported)
+        except (ValueError, RecursionError):
             raise click.UsageError(
                 f"--against: line {number} is no seal as `archiver seals export` prints."
             ) from None
+        hashed = bytes.fromhex(told.hash)
+        if heads.setdefault(told.id, hashed) != hashed:
+            raise click.UsageError(
+                f"--against: line {number} tells another hash of seal {told.id} than a line before."
+            )
+    if not heads:
+        raise click.UsageError("--against: there is no seal in it; `archiver seals export` writes them.")
     return heads
 
 
-def _report(checked: Checked, findings: list[Finding], *, has_key: bool, as_json: bool) -> None:
+def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_compared: bool, as_json: bool) -> None:
     head = checked.head
     if as_json:
         click.echo(
@@ -163,6 +176,7 @@ def _report(checked: Checked, findings: list[Finding], *, has_key: bool, as_json
                     "seals": checked.seals,
                     "events": checked.events,
                     "unsealed": checked.unsealed,
+                    "compared": checked.compared,
                     "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
                     "signatures_checked": has_key,
                     "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
@@ -175,6 +189,8 @@ def _report(checked: Checked, findings: list[Finding], *, has_key: bool, as_json
         )
         if head.id:
             click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
+        if is_compared:
+            click.echo(f"Compared with {checked.compared:,} exported seals.")
     if findings:
         more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
         click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
@@ -230,7 +246,9 @@ def list_(limit: int, as_json: bool) -> None:
 
 
 @group.command()
-@click.option("--since", "after", default=0, type=Whole(0), metavar="SEAL", help="Only those after this one.")
+@click.option(
+    "--since", "after", default=0, type=Whole(0, 2**63 - 1), metavar="SEAL", help="Only those after this one."
+)
 def export(after: int) -> None:
     """Print the seals as JSON lines, for a place that whoever owns the database cannot write.
 

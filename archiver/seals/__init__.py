@@ -10,9 +10,10 @@ from archiver.seals.chain import (
     select_seal,
     select_seals,
 )
+from archiver.seals.findings import Finding
 from archiver.seals.proofs import NotSealedError, Proof, prove
 from archiver.seals.sealing import BusyError, seal
-from archiver.seals.verifying import Checked, Finding, verify
+from archiver.seals.verifying import Checked, verify
 
 __all__ = [
     "BusyError",

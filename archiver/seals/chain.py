@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_pem_public_key,
 )
-from sqlalchemy import Connection, Select, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Select, case, func, insert, select, text
 
 from archiver import tables
 from archiver.seals import merkle
@@ -147,11 +147,29 @@ def select_seal(connection: Connection, number: int) -> Seal | None:
     return None if row is None else of_row(dict(row))
 
 
+# A time that Python has none for is no time of a seal: another one stands for it, which its hash is not over.
+_SEALED_AT = case(
+    (
+        tables.seals.c.sealed_at.between(text("'0002-01-01 UTC'"), text("'9999-12-30 UTC'")),
+        tables.seals.c.sealed_at,
+    )
+).label("sealed_at")
+
+
+def _columns(*, with_entries: bool) -> list[ColumnElement[Any]]:
+    entries, sealed_at = tables.seals.c.entries, tables.seals.c.sealed_at
+    return [
+        _SEALED_AT if column is sealed_at else column
+        for column in tables.seals.c
+        if with_entries or column is not entries
+    ]
+
+
 def _without_entries() -> Select[Any]:
     """Entries are many, and are looked at where they lie."""
-    columns, entries = tables.seals.c, tables.seals.c.entries
+    entries = tables.seals.c.entries
     return select(
-        *(column for column in columns if column is not entries),
+        *_columns(with_entries=False),
         (func.octet_length(entries) / ENTRY_SIZE).label("size"),
         func.sha256(entries).label("listed"),
     )
@@ -163,7 +181,12 @@ _NEWEST = _without_entries().order_by(tables.seals.c.id.desc()).limit(1)
 def select_seals(connection: Connection, after: int = 0, through: int | None = None) -> Iterator[tuple[Seal, bytes]]:
     """The seals after this id with their packed entries, in order, a few at a time."""
     while True:
-        query = select(tables.seals).where(tables.seals.c.id > after).order_by(tables.seals.c.id).limit(_PAGE)
+        query = (
+            select(*_columns(with_entries=True))
+            .where(tables.seals.c.id > after)
+            .order_by(tables.seals.c.id)
+            .limit(_PAGE)
+        )
         if through is not None:
             query = query.where(tables.seals.c.id <= through)
         rows = connection.execute(query).mappings().all()
@@ -177,13 +200,14 @@ def select_seals(connection: Connection, after: int = 0, through: int | None = N
 
 
 _PAGE = 20
+_NO_TIME = datetime.max.replace(tzinfo=UTC)
 
 
 def of_row(row: Mapping[str, Any]) -> Seal:
     """A seal from its row, with the `size` and the digest (`listed`) of its entries."""
     return Seal(
         id=row["id"],
-        sealed_at=row["sealed_at"],
+        sealed_at=row["sealed_at"] or _NO_TIME,
         through={kind.table: row[kind.through] for kind in KINDS},
         size=int(row["size"]),
         listed=bytes(row["listed"]),

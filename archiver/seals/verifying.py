@@ -10,52 +10,13 @@ from sqlalchemy import Connection, text
 
 from archiver.seals import chain, merkle
 from archiver.seals.chain import Entry, Seal
+from archiver.seals.consistency import check_acts, check_content, check_counters, check_recounts
+from archiver.seals.findings import Finding
 from archiver.seals.leaves import BY_LETTER, EVENTS, KINDS, Leaf, select_checked_leaves
 
 WINDOW = 20_000  # leaves that are looked at together
 
 Sealed = tuple[Seal, bytes]  # with its packed entries
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """Something that is not as it was sealed: a row of `table` (a seal is one of `seals`), and what is wrong."""
-
-    table: str
-    id: int
-    fault: str
-    seal: int | None = None
-
-    def __str__(self) -> str:
-        sealed = "" if self.seal is None else f", sealed by {self.seal}"
-        return f"{_NOUNS[self.table]} {self.id}{sealed}: {_EXPLAINED[self.fault]}"
-
-
-_NOUNS = {
-    "events": "event",
-    "recounts": "recount",
-    "acts": "act",
-    "erasures": "erasure",
-    "removals": "removal",
-    "seals": "seal",
-}
-_EXPLAINED = {
-    "changed": "its row was changed after it was sealed",
-    "missing": "its row is missing",
-    "inserted": "its row was put among those that were sealed already",
-    "body_changed": "its body is not the one that was received",
-    "counters_changed": "its counters were changed by other than a delivery",
-    "erased_without_record": "its body is gone, and no erasure tells why",
-    "altered": "what it states is not what its hash says",
-    "altered_leaves": "its list of leaves is not the one that it states the root of",
-    "out_of_chain": "it does not follow the seal before it",
-    "wrong_signature": "its signature is not by the key that it names",
-    "unknown_key": "it is signed by a key that was not given",
-    "unsigned": "it is not signed, though it should be",
-    "went_back": "it counts less than the one before it",
-    "without_act": "the audit trail has no act that ordered it",
-    "not_removed": "its event is still there",
-    "not_the_known_one": "it is not the seal that was exported under this number",
-}
 
 
 class Signing(msgspec.Struct, frozen=True):
@@ -71,6 +32,7 @@ class Checked(msgspec.Struct):
     seals: int = 0
     events: int = 0
     unsealed: int = 0  # events that are not sealed yet
+    compared: int = 0  # seals that were exported, and were compared with those here
     head: Seal = chain.FIRST
 
 
@@ -87,11 +49,12 @@ def verify(
     """Everything that is not as it was sealed, in the order of seals. To be read to the end, or closed.
 
     `after_seal`: begin after this seal; 0: from the first. `keys`, by their ids: each seal from `signed_since` on
-    must be signed by one of them. `heads`: hashes of seals, by number, as they were exported. The connection shows
-    one snapshot (REPEATABLE READ), so that an archive in use can be verified.
+    must be signed by one of them. `heads`: hashes of seals, by number, as they were exported; all are compared,
+    wherever it begins. The connection shows one snapshot (REPEATABLE READ): an archive in use can be verified.
     """
     checked = Checked() if checked is None else checked
     known = dict(heads or {})
+    checked.compared = len(known)
     signing = Signing(keys or {}, signed_since)
     before = _seal_before(connection, after_seal)
     if before.id != after_seal:
@@ -102,6 +65,7 @@ def verify(
             yield Finding("seals", before.id, "altered")
         yield from _check_signature(before, before, signing)
     yield from _compare_known(before, known)
+    yield from _compare_earlier(connection, before, known)
     for number in connection.scalars(text("SELECT id FROM archiver.seals WHERE id < 1 ORDER BY id")):
         yield Finding("seals", number, "inserted")
     start = before
@@ -114,10 +78,10 @@ def verify(
         yield from _compare(connection, window, start, checked)
         start = checked.head = before
         on_progress(checked)
-    for number in sorted(number for number in known if number > after_seal):
+    for number in sorted(known):
         yield Finding("seals", number, "missing")
     yield from _compare_unsealed(connection, before, checked)
-    for check in (_check_counters, _check_recounts, _check_content, _check_acts):
+    for check in (check_counters, check_recounts, check_content, check_acts):
         yield from check(connection, before)
     on_progress(checked)
 
@@ -142,8 +106,9 @@ def _windows(connection: Connection, after: int) -> Iterator[list[Sealed]]:
 
 
 def _check_seal(seal: Seal, entries: bytes, before: Seal, signing: Signing) -> Iterator[Finding]:
-    for number in range(before.id + 1, seal.id):
-        yield Finding("seals", number, "missing")
+    first, last = before.id + 1, seal.id - 1
+    if first <= last:  # one finding of however many: a number may be anything
+        yield Finding("seals", first, "missing", through=last if last > first else None)
     if seal.hash != sha256(seal.statement).digest():
         yield Finding("seals", seal.id, "altered")
     if len(entries) % chain.ENTRY_SIZE or merkle.root(chain.hashes(entries)) != seal.root:
@@ -172,6 +137,16 @@ def _compare_known(seal: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
     """Against what was exported; what is left of `known` in the end is missing."""
     if known.pop(seal.id, seal.hash) != seal.hash:
         yield Finding("seals", seal.id, "not_the_known_one")
+
+
+def _compare_earlier(connection: Connection, before: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
+    """Those that this verification does not begin with, too: by their hashes alone."""
+    numbers = [number for number in known if number < before.id]
+    for start in range(0, len(numbers), WINDOW):
+        query = text("SELECT id, hash FROM archiver.seals WHERE id = ANY (:numbers) ORDER BY id")
+        for row in connection.execute(query, {"numbers": numbers[start : start + WINDOW]}):
+            if known.pop(row.id) != bytes(row.hash):
+                yield Finding("seals", row.id, "not_the_known_one")
 
 
 def _compare(connection: Connection, window: Sequence[Sealed], start: Seal, checked: Checked) -> Iterator[Finding]:
@@ -229,92 +204,3 @@ def _compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> I
             checked.unsealed += 1
             if not is_intact:
                 yield Finding("events", row_id, "body_changed")
-
-
-# Where nothing was delivered since, the counters stand as they were sealed; else they have grown.
-_COUNTERS = text(
-    """
-    SELECT e.id
-      FROM archiver.events e
-      LEFT JOIN (
-          SELECT DISTINCT ON (event_id) event_id, delivery_count, last_received_at, earliest_at
-            FROM archiver.recounts ORDER BY event_id, id DESC
-      ) r ON r.event_id = e.id
-     WHERE e.id <= :through
-       AND (r.event_id IS NOT NULL OR e.is_recounted OR e.delivery_count <> 1 OR e.earliest_at IS NOT NULL
-            OR e.last_received_at <> e.received_at)
-       AND NOT CASE WHEN e.is_recounted THEN
-               e.delivery_count > coalesce(r.delivery_count, 1)
-               AND e.last_received_at >= coalesce(r.last_received_at, e.received_at)
-               AND (e.earliest_at IS NOT DISTINCT FROM r.earliest_at
-                    OR coalesce(e.earliest_at < coalesce(r.earliest_at, e.occurred_at, 'infinity'), false))
-           ELSE
-               (e.delivery_count, e.last_received_at, e.earliest_at) IS NOT DISTINCT FROM
-               (coalesce(r.delivery_count, 1), coalesce(r.last_received_at, e.received_at), r.earliest_at)
-           END
-     ORDER BY e.id
-    """
-)
-
-
-def _check_counters(connection: Connection, head: Seal) -> Iterator[Finding]:
-    for event_id in connection.scalars(_COUNTERS, {"through": head.through["events"]}):
-        yield Finding("events", event_id, "counters_changed")
-
-
-_WENT_BACK = text(
-    """
-    SELECT id FROM (
-        SELECT id, delivery_count < lag(delivery_count) OVER earlier
-                   OR last_received_at < lag(last_received_at) OVER earlier AS went_back
-          FROM archiver.recounts WINDOW earlier AS (PARTITION BY event_id ORDER BY id)
-    ) AS compared WHERE went_back ORDER BY id
-    """
-)
-
-
-def _check_recounts(connection: Connection, _: Seal) -> Iterator[Finding]:
-    for recount_id in connection.scalars(_WENT_BACK):
-        yield Finding("recounts", recount_id, "went_back")
-
-
-# Salt and key have their lengths, or bytes of a body could pass for theirs.
-_CONTENT = text(
-    """
-    SELECT e.id, NOT (e.body IS NULL OR e.salt IS NULL) AS is_there
-      FROM archiver.events e
-     WHERE octet_length(e.salt) <> 16 OR octet_length(e.dedupe_key) <> 32
-        OR ((e.body IS NULL OR e.salt IS NULL)
-            AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
-                SELECT FROM archiver.erasures x
-                 WHERE x.session_id = e.session_id
-                   AND (x.chat_id = '' OR x.chat_id = e.chat_id OR e.source <> 'webhook')
-            )))
-     ORDER BY e.id
-    """
-)
-
-
-def _check_content(connection: Connection, _: Seal) -> Iterator[Finding]:
-    for event_id, is_there in connection.execute(_CONTENT):
-        yield Finding("events", event_id, "changed" if is_there else "erased_without_record")
-
-
-_WITHOUT_ACT = text(
-    """
-    SELECT 'erasures' AS name, x.id, 'without_act' AS fault FROM archiver.erasures x
-     WHERE NOT EXISTS (SELECT FROM archiver.acts a WHERE a.id = x.act_id)
-    UNION ALL
-    SELECT 'removals', r.id, 'without_act' FROM archiver.removals r
-     WHERE NOT EXISTS (SELECT FROM archiver.acts a WHERE a.id = r.act_id)
-    UNION ALL
-    SELECT 'removals', r.id, 'not_removed' FROM archiver.removals r
-     WHERE EXISTS (SELECT FROM archiver.events e WHERE e.id = r.event_id)
-     ORDER BY 1, 2
-    """
-)
-
-
-def _check_acts(connection: Connection, _: Seal) -> Iterator[Finding]:
-    for name, row_id, fault in connection.execute(_WITHOUT_ACT):
-        yield Finding(name, row_id, fault)

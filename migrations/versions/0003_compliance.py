@@ -85,13 +85,13 @@ def downgrade() -> None:
 
 
 # What an erasure takes away. The planner would keep samples of it, which no erasure reaches; it has no use for them:
-# these are looked up by unique keys, or not at all.
+# these are looked up by unique keys, or not at all. Of assistants it keeps some: they tell it how many there are.
 CONTENT = {
     "events": ("dedupe_key", "body", "salt"),
     "quarantine": ("body", "body_digest", "dedupe_key", "detail"),
-    "sessions": ("name",),
-    "chats": ("variables", "session_name", "external_id"),
-    "messages": ("content",),
+    "sessions": ("name", "status"),
+    "chats": ("variables", "session_name", "session_status", "external_id", "status", "cost"),
+    "messages": ("content", "role"),
     "holds": ("value",),
 }
 
@@ -297,9 +297,11 @@ ERASED_AT = {
     ),
 }
 
-# Of a ledger row only the counters change, upwards, and content goes, once and for all.
+# Of a ledger row only the counters change, upwards, and content goes, once and for all. Whatever search_path somebody
+# sets, the names in here mean what they do in Postgres.
 GUARD_EVENT = """
-    CREATE FUNCTION archiver.guard_event() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION archiver.guard_event() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
     BEGIN
         IF TG_OP = 'DELETE' THEN
             IF NOT EXISTS (SELECT FROM archiver.removals r WHERE r.event_id = OLD.id) THEN
@@ -327,12 +329,14 @@ GUARD_EVENT = """
     $$
 """
 
+# Each redelivery runs it: operators by their full names cost nothing, a search_path of its own does.
 GUARD_COUNTERS = """
     CREATE FUNCTION archiver.guard_counters() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        IF NEW.delivery_count < OLD.delivery_count
-           OR NEW.last_received_at < OLD.last_received_at
-           OR coalesce(NEW.earliest_at > OLD.earliest_at, NEW.earliest_at IS NULL AND OLD.earliest_at IS NOT NULL)
+        IF NEW.delivery_count OPERATOR(pg_catalog.<) OLD.delivery_count
+           OR NEW.last_received_at OPERATOR(pg_catalog.<) OLD.last_received_at
+           OR coalesce(NEW.earliest_at OPERATOR(pg_catalog.>) OLD.earliest_at,
+                       NEW.earliest_at IS NULL AND OLD.earliest_at IS NOT NULL)
         THEN
             RAISE EXCEPTION 'the counters of event % may only grow', OLD.id USING ERRCODE = 'restrict_violation';
         END IF;
@@ -342,7 +346,8 @@ GUARD_COUNTERS = """
 """
 
 GUARD_HOLD = """
-    CREATE FUNCTION archiver.guard_hold() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION archiver.guard_hold() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
     BEGIN
         IF TG_OP = 'UPDATE' THEN
             IF OLD.released_at IS NULL
@@ -358,7 +363,8 @@ GUARD_HOLD = """
 """
 
 REFUSE_CHANGE = """
-    CREATE FUNCTION archiver.refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION archiver.refuse_change() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
     BEGIN
         RAISE EXCEPTION 'archiver.% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation';
     END

@@ -1,0 +1,50 @@
+"""What a verification finds, and how it is told."""
+
+import msgspec
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that is not as it was sealed: a row of `table` (a seal is one of `seals`), and what is wrong.
+
+    `through`: the same is wrong with all from `id` up to this one.
+    """
+
+    table: str
+    id: int
+    fault: str
+    seal: int | None = None
+    through: int | None = None
+
+    def __str__(self) -> str:
+        if self.through is not None:
+            return f"{_NOUNS[self.table]}s {self.id} to {self.through}: {_EXPLAINED[self.fault]}"
+        sealed = "" if self.seal is None else f", sealed by {self.seal}"
+        return f"{_NOUNS[self.table]} {self.id}{sealed}: {_EXPLAINED[self.fault]}"
+
+
+_NOUNS = {
+    "events": "event",
+    "recounts": "recount",
+    "acts": "act",
+    "erasures": "erasure",
+    "removals": "removal",
+    "seals": "seal",
+}
+_EXPLAINED = {
+    "changed": "its row was changed after it was sealed",
+    "missing": "its row is missing",
+    "inserted": "its row was put among those that were sealed already",
+    "body_changed": "its body is not the one that was received",
+    "counters_changed": "its counters were changed by other than a delivery",
+    "erased_without_record": "its body is gone, and no erasure tells why",
+    "altered": "what it states is not what its hash says",
+    "altered_leaves": "its list of leaves is not the one that it states the root of",
+    "out_of_chain": "it does not follow the seal before it",
+    "wrong_signature": "its signature is not by the key that it names",
+    "unknown_key": "it is signed by a key that was not given",
+    "unsigned": "it is not signed, though it should be",
+    "went_back": "it counts less than the one before it",
+    "without_act": "the audit trail has no act that ordered it",
+    "not_removed": "its event is still there",
+    "not_the_known_one": "it is not the seal that was exported under this number",
+}
