@@ -333,6 +333,17 @@ def test_i8_an_unknown_event_that_mentions_an_erased_turn_goes_with_it(engine: E
     assert holds_text(engine, "marker one", "marker two") == ["marker two"]
 
 
+def test_i8_a_turn_of_which_only_unknown_events_tell_goes_wherever_it_is(engine: Engine) -> None:
+    for number in ("c9", "c10"):
+        told = {"type": "chat.rated", "sessionId": "s1", "chatId": number, "words": f"words of {number}!"}
+        assert record(engine, json.dumps(told).encode())[0].status == "ignored"
+    with transaction(engine) as connection:
+        found = of_chats(connection, ["c9"])
+    assert found == {Target("s1", "c9"), Target("", "c9")}
+    erase(engine, *found)
+    assert holds_text(engine, "words of c9!", "words of c10!") == ["words of c10!"]
+
+
 def test_i8_what_was_ordered_and_not_erased_is_found_and_erased(engine: Engine) -> None:
     for number in range(3):
         record(engine, created(f"c{number}", f"s{number}"))
