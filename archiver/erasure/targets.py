@@ -27,8 +27,8 @@ def as_json(targets: Iterable[Target]) -> str:
     return msgspec.json.encode(list(targets)).decode()
 
 
-# The archive knows nothing of a turn that only events of unknown types tell of. The ledger has no index by chats alone,
-# which each event would pay for: so all of it is read, or of its index by session and chat.
+# The archive knows nothing of a turn that only events of unknown types tell of. The ledger has no index by chats
+# alone, which each event would pay for: so all of it is read, or of its index by session and chat.
 _SELECT_HOMES = text(
     """
     WITH told AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
