@@ -460,6 +460,41 @@ def test_i8_a_hold_stops_an_erasure_as_a_whole_and_the_attempt_is_recorded(engin
     assert holds_text(engine, "question of c1") == []
 
 
+def test_i8_a_hold_keeps_a_session_of_which_a_turn_was_erased_before_it_was_known(engine: Engine) -> None:
+    record(engine, created("c1", None), created("c2", "s1"))
+    read(engine, "s1", 1, *said("c1", "c2"))
+    hold_id = hold(engine, session_id="s1")
+    erase(engine, Target("", "c1"))
+    held = texts(engine, "s1")
+    assert "question of c1" in held
+    assert record(engine, created("c1", "s1"), minute=2)[0].reason == "erased"
+    for _ in range(2):
+        assert [step.held for step in erasure.sweep(engine, TIMING) if step.held] == [{Target("s1", "c1"): [hold_id]}]
+        assert texts(engine, "s1") == held
+        assert rows(engine, "SELECT type FROM archiver.events WHERE source = 'history' AND body IS NOT NULL") == [
+            ("history.read",)
+        ]
+    assert is_rebuilt_the_same(engine)
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, hold_id, "judge@court", "closed")
+    assert sweep(engine) == 1
+    kept = "SELECT type FROM archiver.events WHERE source = 'history' AND body IS NOT NULL"
+    assert rows(engine, kept) == [("history.redacted",)]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_hold_placed_between_order_and_sweep_keeps_what_is_there(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+    erasure.order(engine, [Target("s1"), Target("s2")], "request", ACT)
+    hold_id = hold(engine, session_id="s1")
+    assert sweep(engine) == 1
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1"]
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, hold_id, "judge@court", "closed")
+    assert sweep(engine) == 1
+    assert holds_text(engine, "question of c1") == []
+
+
 def test_only_a_hold_in_force_is_released(engine: Engine) -> None:
     hold_id = hold(engine, session_id="s1")
     for known in (True, False):

@@ -175,14 +175,16 @@ class _Run:
         connection.confirm(f"Erase for good ({named})?", yes=self._yes)
 
     def _finish(self, counts: Counts, done: Sequence[Ordered]) -> None:
+        held = {target: holds for each in done for target, holds in each.held.items()}
+        ordered = {target for each in done for target in each.targets}
         columns = (SpinnerColumn(), TextColumn("Erasing: {task.completed:,} events"))
         with Progress(*columns, console=Console(stderr=True), disable=self._as_json) as progress:
             task = progress.add_task("", total=None)
             # From the first one on: what an erasure that was stopped has left goes too.
             for step in erasure.sweep(self._engine, self._timing):
                 counts.quarantined += step.quarantined
+                held |= {target: holds for target, holds in step.held.items() if target in ordered}
                 progress.update(task, advance=step.events)
-        held = {target: holds for each in done for target, holds in each.held.items()}
         self._report(counts, held, next((each.act_id for each in done if each.act_id is not None), None))
 
     def _report(self, counts: Counts, held: Mapping[Target, Sequence[int]], act_id: int | None) -> None:
