@@ -12,12 +12,13 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, history, ledger, quarantine
+from archiver import acts, history, ledger
 from archiver.database import is_conflict, transaction
 from archiver.erasure import mentions
 from archiver.erasure.holds import covering
 from archiver.erasure.ordering import Act, order
-from archiver.erasure.targets import Target, marks, parts
+from archiver.erasure.quarantined import delete_mentioning
+from archiver.erasure.targets import Target, parts
 from archiver.followups.deliveries import redact
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
 from archiver.projection.facts import select_stories
@@ -95,17 +96,6 @@ def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after:
             if not is_conflict(error) or attempt == CONFLICT_RETRIES:
                 raise
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def delete_mentioning(connection: Connection, targets: Sequence[Target]) -> int:
-    """Remove from the quarantine what is about these, as far as its bytes tell; answers how many there were."""
-    return quarantine.delete_rows(connection, select_mentioning(connection, targets))
-
-
-def select_mentioning(connection: Connection, targets: Sequence[Target]) -> list[int]:
-    """What is about these in the quarantine."""
-    whole = {each.session_id for each in targets if not each.chat_id}
-    return quarantine.select_mentioning(connection, mentions.of_any(marks(connection, targets)), whole)
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
