@@ -80,6 +80,13 @@ def record(
     return [_ERASED if is_refused else next(answers) for is_refused in refused]
 
 
+def is_refused(connection: Connection, observation: Observation) -> bool:
+    """Whether `record` would take nothing of it, for what it speaks of was erased; nobody orders more meanwhile."""
+    lock_placement(connection, exclusive=False)
+    erased = select_erased(connection, [Told(observation.event.session_id, observation.event.chat_id)])
+    return _is_refused(observation, erased, {told.session_id for told in erased} - {projection.UNPLACED})
+
+
 def _select_erased(connection: Connection, observations: Sequence[Observation]) -> dict[Told, Erased]:
     """What of that which they speak of was erased. A statement of its own: the lock makes it exact."""
     erased = select_erased(connection, (Told(o.event.session_id, o.event.chat_id) for o in observations))

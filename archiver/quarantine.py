@@ -4,7 +4,7 @@ A fact of ours, such as a history answer, keeps what its bytes do not tell: its 
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -138,6 +138,20 @@ def select_mentioning(
         found += [row.id for row in page if row.session_id in session_ids or is_about(bytes(row.body))]
         after = page[-1].id
     return found
+
+
+def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iterator[RowMapping]:
+    """Of these rows each one's `id`, `session_id` and `body`, in order of their ids."""
+    for start in range(0, len(quarantine_ids), BODIES):
+        some = tables.quarantine.c.id.in_(quarantine_ids[start : start + BODIES])
+        yield from connection.execute(_SELECT_BODIES.where(some), {"after": 0, "most": BODIES}).mappings().all()
+
+
+def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
+    """Hold those of these rows that are there until the transaction ends."""
+    quarantine = tables.quarantine.c
+    query = select(quarantine.id).where(quarantine.id.in_(quarantine_ids)).order_by(quarantine.id)
+    connection.execute(query.with_for_update())
 
 
 def select_older(connection: Connection, before: datetime, limit: int) -> list[int]:

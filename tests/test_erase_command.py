@@ -294,6 +294,10 @@ def test_i8_the_list_survives_a_restore_and_is_applied_again(
         '{"session_id": "s1", "chat_id": "", "erased_at": "2026-01-01T00:00:00Z", "rule": "whim"}',
         '{"session_id": "\\u0000", "chat_id": "", "erased_at": "2026-01-01T00:00:00Z", "rule": "request"}',
         '{"session_id": "s1", "chat_id": "", "erased_at": "2026-01-01T00:00:00", "rule": "request"}',
+        '{"session_id": "s1", "chat_id": "", "erased_at": "9999-12-31T23:59:59.999999Z", "rule": "request"}',
+        '{"session_id": "s1", "chat_id": "", "erased_at": "9999-12-31T23:59:59-23:59", "rule": "request"}',
+        '{"session_id": "s1", "chat_id": "", "erased_at": "0001-01-01T00:00:00+23:59", "rule": "request"}',
+        '{"session_id": "s1", "chat_id": "", "erased_at": "1999-12-31T23:59:59Z", "rule": "request"}',
     ],
 )
 def test_a_list_that_is_none_is_refused(database_url: str, tmp_path: Path, line: str) -> None:
@@ -392,6 +396,52 @@ def test_what_is_held_by_a_variable_stays_in_the_quarantine_too(database_url: st
     archiver("hold", "release", "1", "--reason", "x", database_url=database_url)
     assert erase(database_url, "--where", "customer=Mary").returncode == 0
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
+
+
+@on_one_version
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--since", "0001-01-01T00:00:00+14:00"], "--since"),
+        (["--until", "9999-12-31T23:59:59-14:00"], "--until"),
+        (["--since", "2024-02-01", "--until", "2024-02-01"], "--since"),
+        (["--assistant", " "], "no assistant id"),
+        (["--session", "s1", "--reason", " "], "Say why"),
+    ],
+)
+def test_a_hold_that_cannot_be_meant_is_wrong_usage(database_url: str, options: list[str], says: str) -> None:
+    told = archiver("hold", "add", "--reason", "x", *options, database_url=database_url)
+    assert told.returncode == 2, told.stderr
+    assert says in told.stderr
+    assert archiver("hold", "release", "1", "--reason", " ", database_url=database_url).returncode == 2
+
+
+@on_one_version
+def test_i8_by_a_variable_nothing_goes_from_the_quarantine_while_anything_is_held(
+    database_url: str, engine: Engine
+) -> None:
+    variables: dict[str, Any] = {"assistantOverrides": {"variableValues": {"customer": "Mary"}}}
+    record(engine, created("c1", "s1", **variables), created("c2", "held", **variables))
+    record(engine, b'{"sessionId": "held", "customer": "Mary" broken', b'{"customer": "Mary" broken', b'{"s1" broken')
+    archiver("hold", "add", "--session", "held", "--reason", "x", database_url=database_url)
+    told = erase(database_url, "--where", "customer=Mary", "--skip-held", "--json")
+    assert told.returncode == 0
+    assert json.loads(told.stdout)["quarantined"] == 1
+    assert "2 rows of the quarantine stay" in told.stderr
+    assert texts(engine, "held") == ["question of c2", "answer to c2"]
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(2,)]
+
+
+@on_one_version
+def test_i8_a_replayed_list_takes_what_only_the_quarantine_holds(database_url: str, engine: Engine) -> None:
+    record(engine, b'{"sessionId": "s7" broken', b'{"sessionId": "s8" broken')
+    line = b'{"session_id": "s7", "chat_id": "", "erased_at": "2026-01-01T00:00:00Z", "rule": "request"}'
+    command = [sys.executable, "-m", "archiver", "erase", "--replay", "-", "--yes", "--json"]
+    done = subprocess.run(
+        command, input=line, capture_output=True, env=os.environ | {"DATABASE_URL": database_url}, check=True
+    )
+    assert json.loads(done.stdout)["quarantined"] == 1
+    assert rows(engine, "SELECT body FROM archiver.quarantine") == [(b'{"sessionId": "s8" broken',)]
 
 
 @on_one_version

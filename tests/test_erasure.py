@@ -1,5 +1,6 @@
 """Erased is erased (I8): in ledger, archive and quarantine, for good, and the rest stays as it was."""
 
+import asyncio
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import database, erasure, events, history, quarantine
 from archiver.database import transaction
 from archiver.erasure import Act, Criteria, HeldError, Target
-from archiver.erasure.sweeping import delete_mentioning
+from archiver.erasure.quarantined import delete_mentioning, select_found
 from archiver.erasure.targets import of_chats
-from archiver.ingest import Delivery, Outcome
+from archiver.ingest import Delivery, Outcome, write
 from archiver.ingest.writing import store
 from archiver.projection import Timing
 from archiver.rebuild import rebuild
@@ -325,12 +326,115 @@ def test_i8_the_quarantine_lets_go_of_what_is_about_it_and_of_nothing_else(engin
     ]
 
 
+def quarantined(engine: Engine) -> list[bytes]:
+    return sorted(bytes(body) for (body,) in rows(engine, "SELECT body FROM archiver.quarantine"))
+
+
+def test_i8_quarantined_history_answers_of_its_session_go_with_a_turn(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s3"))
+    with transaction(engine) as connection:
+        for session_id in ("s1", "s3"):
+            body = b"all words of " + session_id.encode()
+            answer = history.observe(session_id, 200, body)
+            reject = quarantine.Reject(body, "not_storable", "", NOW, None, history.SOURCE, answer)
+            quarantine.upsert_quarantine(connection, [reject])
+    erase(engine, Target("s1", "c1"))
+    assert quarantined(engine) == [b"all words of s3"]
+
+
+def test_i8_the_quarantine_keeps_what_may_be_about_anything_held(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("h1", "held"), created("h2", "other", assistantId="a2"))
+    record(engine, created("h3", None, assistantId="a2"), created("hé", "other", assistantId="a2"))
+    bodies = [
+        b'{"sessionId": "held", "also": "s1" broken',
+        b'{"chat": "h1", "also": "s1" broken',
+        b'{"said": "of tier Gold by c1" broken',
+        b'{"said": "of other by c1" broken',
+        b'{"chat": "h2", "also": "c1" broken',
+        b'{"chat": "h3", "also": "c1" broken',
+        b'{"chat": "h\\u00e9", "also": "c1" broken',
+    ]
+    record(engine, *bodies, b'{"sessionId": "s1", "said": "of helder" broken')
+    holds = [hold(engine, session_id="held"), hold(engine, variable="tier", value="Gold")]
+    holds.append(hold(engine, assistant_id="a2"))
+    erase(engine, Target("s1"))
+    assert quarantined(engine) == sorted(bodies)
+    with transaction(engine) as connection:
+        for hold_id in holds:
+            erasure.release_hold(connection, hold_id, "judge@court", "closed")
+    with transaction(engine) as connection:
+        assert delete_mentioning(connection, [Target("s1")]) == len(bodies)
+
+
+def test_i8_what_the_quarantine_was_found_to_hold_goes_with_the_order(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("archiver.erasure.ordering.AT_ONCE", 2)
+    told = [b'{"sessionId": "s7" broken', b'{"customer": "Mary" broken']
+    record(engine, b'{"sessionId": "s6", "and": "s9" broken', *told)
+    targets = [Target("s7"), Target("s8"), Target("s9")]
+    with transaction(engine) as connection:
+        found = select_found(connection, targets, [("customer", "Mary")])
+    hold(engine, session_id="s6")  # placed since
+    ordered = erasure.order(engine, targets, "request", ACT, found=found)
+    assert ordered.quarantined == 1
+    assert quarantined(engine) == [told[1], b'{"sessionId": "s6", "and": "s9" broken']
+
+
+REFUSING = """
+    CREATE FUNCTION archiver.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        PERFORM pg_advisory_xact_lock(1);
+        RAISE EXCEPTION 'it cannot be stored' USING ERRCODE = '22000';
+    END
+    $$
+"""
+
+
+def test_i8_what_cannot_be_stored_is_not_quarantined_where_it_is_erased_meanwhile(
+    engine: Engine, database_url: str
+) -> None:
+    execute(
+        engine, REFUSING, "CREATE TRIGGER refuse BEFORE INSERT ON archiver.events EXECUTE FUNCTION archiver.refuse()"
+    )
+
+    async def write_one() -> list[Any]:
+        writer = database.connect_async(database.database_url(database_url))
+        try:
+            return [*await write(writer, [Delivery(events.parse(created("c1", "s1")), NOW, "key")])]
+        finally:
+            await writer.dispose()
+
+    placing = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = 1667329132"
+    with ThreadPoolExecutor(2) as pool:
+        with engine.connect() as blocking:
+            blocking.execute(text("SELECT pg_advisory_xact_lock(1)"))
+            writing = pool.submit(asyncio.run, write_one())
+            until(lambda: rows(engine, placing), "it is being recorded")
+            erasing = pool.submit(erase, engine, Target("s1"))
+            until(lambda: rows(engine, f"{placing} AND NOT granted"), "the erasure waits for that")
+        assert writing.result(30) == [Outcome("ignored", reason="erased")]
+        erasing.result(30)
+    assert quarantined(engine) == []
+
+
 def test_i8_an_unknown_event_that_mentions_an_erased_turn_goes_with_it(engine: Engine) -> None:
     record(engine, created("c1", "s1"))
     record(engine, b'{"type": "chat.rated", "sessionId": "s1", "rating": {"of": "c1", "words": "marker one"}}')
     record(engine, b'{"type": "chat.rated", "sessionId": "s1", "rating": {"of": "c10", "words": "marker two"}}')
     erase(engine, Target("s1", "c1"))
     assert holds_text(engine, "marker one", "marker two") == ["marker two"]
+
+
+def test_i8_a_turn_of_which_only_unknown_events_tell_goes_wherever_it_is(engine: Engine) -> None:
+    for number in ("c9", "c10"):
+        told = {"type": "chat.rated", "sessionId": "s1", "chatId": number, "words": f"words of {number}!"}
+        assert record(engine, json.dumps(told).encode())[0].status == "ignored"
+    with transaction(engine) as connection:
+        found = of_chats(connection, ["c9"])
+    assert found == {Target("s1", "c9"), Target("", "c9")}
+    erase(engine, *found)
+    assert holds_text(engine, "words of c9!", "words of c10!") == ["words of c10!"]
 
 
 def test_i8_what_was_ordered_and_not_erased_is_found_and_erased(engine: Engine) -> None:
@@ -446,6 +550,41 @@ def test_i8_a_hold_stops_an_erasure_as_a_whole_and_the_attempt_is_recorded(engin
     with transaction(engine) as connection:
         erasure.release_hold(connection, hold_id, "judge@court", "closed")
     erase(engine, Target("s1", "c1"))
+    assert holds_text(engine, "question of c1") == []
+
+
+def test_i8_a_hold_keeps_a_session_of_which_a_turn_was_erased_before_it_was_known(engine: Engine) -> None:
+    record(engine, created("c1", None), created("c2", "s1"))
+    read(engine, "s1", 1, *said("c1", "c2"))
+    hold_id = hold(engine, session_id="s1")
+    erase(engine, Target("", "c1"))
+    held = texts(engine, "s1")
+    assert "question of c1" in held
+    assert record(engine, created("c1", "s1"), minute=2)[0].reason == "erased"
+    for _ in range(2):
+        assert [step.held for step in erasure.sweep(engine, TIMING) if step.held] == [{Target("s1", "c1"): [hold_id]}]
+        assert texts(engine, "s1") == held
+        assert rows(engine, "SELECT type FROM archiver.events WHERE source = 'history' AND body IS NOT NULL") == [
+            ("history.read",)
+        ]
+    assert is_rebuilt_the_same(engine)
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, hold_id, "judge@court", "closed")
+    assert sweep(engine) == 1
+    kept = "SELECT type FROM archiver.events WHERE source = 'history' AND body IS NOT NULL"
+    assert rows(engine, kept) == [("history.redacted",)]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_hold_placed_between_order_and_sweep_keeps_what_is_there(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+    erasure.order(engine, [Target("s1"), Target("s2")], "request", ACT)
+    hold_id = hold(engine, session_id="s1")
+    assert sweep(engine) == 1
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1"]
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, hold_id, "judge@court", "closed")
+    assert sweep(engine) == 1
     assert holds_text(engine, "question of c1") == []
 
 

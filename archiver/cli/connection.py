@@ -148,9 +148,9 @@ def moment(told: str | None, option: str) -> datetime | None:
         return None
     try:
         found = datetime.fromisoformat(told.upper())
-    except ValueError:
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
         raise click.BadParameter("write 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def check_ids(ids: Iterable[str], what: str) -> None:

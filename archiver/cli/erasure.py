@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from sqlalchemy import Connection, Engine
 
-from archiver import acts, database, erasure, quarantine, schema, settings
+from archiver import acts, database, erasure, ledger, schema, settings
 from archiver.cli import connection
-from archiver.erasure import Act, Counts, HeldError, Ordered, Target, mentions, replay, targets
-from archiver.erasure.sweeping import select_mentioning
+from archiver.erasure import Act, Counts, HeldError, Ordered, Target, replay, targets
+from archiver.erasure.quarantined import Found, delete_found, select_found, select_free
 from archiver.projection import Timing
 from archiver.worker import timing_of
 
@@ -127,11 +127,12 @@ class _Run:
         with database.transaction(self._engine, statement_seconds=600) as opened:
             found = _find(opened, wanted)
             counts = targets.count(opened, targets.with_strays(opened, found))
-            quarantined = _select_quarantined(opened, found, wanted)
-            counts.quarantined = len(quarantined)
             held = erasure.covering(opened, found)
+            rows = select_found(opened, [each for each in found if each not in held], wanted.variables)
+            counts.quarantined = len(select_free(opened, rows))
             unclaimed = targets.select_unclaimed(opened, found)
         _warn_of(unclaimed)
+        _warn_of_kept(len({*rows.naming, *rows.telling}) - counts.quarantined)
         if self._dry_run:
             self._report(counts, held, None)
             return
@@ -145,18 +146,23 @@ class _Run:
             "found": msgspec.structs.asdict(counts),
         }
         act = Act("erase", who, reason, detail)
-        ordered = erasure.order(self._engine, found, "request", act, skip_held=self._skip_held)
+        ordered = erasure.order(self._engine, found, "request", act, skip_held=self._skip_held, found=rows)
+        # And what came meanwhile.
         with database.transaction(self._engine, statement_seconds=600) as opened:
-            free = [each for each in found if each not in ordered.held]
-            counts.quarantined = quarantine.delete_rows(opened, _select_quarantined(opened, free, wanted))
+            rows = select_found(opened, [each for each in found if each not in ordered.held], wanted.variables)
+        with database.transaction(self._engine, statement_seconds=600) as opened:
+            ledger.lock_placement(opened, exclusive=False)
+            counts.quarantined = ordered.quarantined + delete_found(opened, rows)
         self._finish(counts, [ordered])
 
     def replay(self, lines: Sequence[replay.Line], act: Act) -> None:
         with database.transaction(self._engine, statement_seconds=600) as opened:
             new = [line.target for line in replay.select_new(opened, lines)]
             counts = targets.count(opened, targets.with_strays(opened, new))
-            counts.quarantined = len(select_mentioning(opened, new)) if new else 0
             held = erasure.covering(opened, new)
+            rows = select_found(opened, [each for each in new if each not in held]) if new else Found()
+            counts.quarantined = len(select_free(opened, rows))
+        _warn_of_kept(len(rows.naming) - counts.quarantined)
         if self._dry_run:
             self._report(counts, held, None)
             return
@@ -166,6 +172,7 @@ class _Run:
         done = replay.replay(
             self._engine, lines, msgspec.structs.replace(act, detail=detail), skip_held=self._skip_held
         )
+        counts.quarantined = sum(each.quarantined for each in done)
         self._finish(counts, done)
 
     def _ask(self, found: Sequence[Target], counts: Counts) -> None:
@@ -175,14 +182,16 @@ class _Run:
         connection.confirm(f"Erase for good ({named})?", yes=self._yes)
 
     def _finish(self, counts: Counts, done: Sequence[Ordered]) -> None:
+        held = {target: holds for each in done for target, holds in each.held.items()}
+        ordered = {target for each in done for target in each.targets}
         columns = (SpinnerColumn(), TextColumn("Erasing: {task.completed:,} events"))
         with Progress(*columns, console=Console(stderr=True), disable=self._as_json) as progress:
             task = progress.add_task("", total=None)
             # From the first one on: what an erasure that was stopped has left goes too.
             for step in erasure.sweep(self._engine, self._timing):
                 counts.quarantined += step.quarantined
+                held |= {target: holds for target, holds in step.held.items() if target in ordered}
                 progress.update(task, advance=step.events)
-        held = {target: holds for each in done for target, holds in each.held.items()}
         self._report(counts, held, next((each.act_id for each in done if each.act_id is not None), None))
 
     def _report(self, counts: Counts, held: Mapping[Target, Sequence[int]], act_id: int | None) -> None:
@@ -205,15 +214,6 @@ def _find(opened: Connection, wanted: Wanted) -> list[Target]:
     return sorted(found)
 
 
-def _select_quarantined(opened: Connection, found: Sequence[Target], wanted: Wanted) -> list[int]:
-    """What is about these in the quarantine, or tells such a variable, unless a hold is about that."""
-    about = set(select_mentioning(opened, found)) if found else set()
-    held = {(row["variable"], row["value"]) for row in erasure.select_holds(opened, released=False)}
-    for name, value in set(wanted.variables) - held:
-        about |= set(quarantine.select_mentioning(opened, mentions.of_variable(name, value)))
-    return sorted(about)
-
-
 def _warn_of(unclaimed: Sequence[str]) -> None:
     for session_id in unclaimed[:SHOWN]:
         click.echo(
@@ -223,6 +223,15 @@ def _warn_of(unclaimed: Sequence[str]) -> None:
         )
     if len(unclaimed) > SHOWN:
         click.echo(f"archiver: and {len(unclaimed) - SHOWN:,} more sessions", err=True)
+
+
+def _warn_of_kept(kept: int) -> None:
+    if kept:
+        click.echo(
+            f"archiver: {kept:,} rows of the quarantine stay, for they may be about what a legal hold covers: erase"
+            " again once it is released",
+            err=True,
+        )
 
 
 def _told(counts: Counts) -> str:

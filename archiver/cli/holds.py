@@ -51,6 +51,8 @@ def add(
 ) -> None:
     """Place a hold on the sessions to which all of this applies."""
     connection.check_ids([session_id] if session_id is not None else [], "session")
+    connection.check_ids([assistant_id] if assistant_id is not None else [], "assistant")
+    _check_reason(reason)
     name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
     criteria = Criteria(
         session_id,
@@ -62,6 +64,8 @@ def add(
     )
     if criteria.is_empty:
         raise click.UsageError("Say what to hold: --session, --assistant, --variable, --since or --until.")
+    if criteria.since is not None and criteria.until is not None and criteria.since >= criteria.until:
+        raise click.UsageError("Nothing is at or after --since and before --until: give the earlier time to --since.")
     with _changing() as opened:
         hold_id = erasure.insert_hold(opened, criteria, actor or trail.actor(), reason)
     click.echo(msgspec.json.encode({"hold": hold_id}).decode() if as_json else f"Hold {hold_id} is in force.")
@@ -73,6 +77,7 @@ def add(
 @connection.actor_option
 def release(*, hold_id: int, reason: str, actor: str | None) -> None:
     """End a hold. What it alone kept may be erased and expire from now on."""
+    _check_reason(reason)
     try:
         with _changing() as opened:
             erasure.release_hold(opened, hold_id, actor or trail.actor(), reason)
@@ -80,6 +85,11 @@ def release(*, hold_id: int, reason: str, actor: str | None) -> None:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)
     click.echo(f"Hold {hold_id} is released.")
+
+
+def _check_reason(reason: str) -> None:
+    if not reason.strip():
+        raise click.UsageError("Say why, for the record: --reason TEXT.")
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 """Whether bytes that nobody could read are about what was erased: they hold one of its ids, whole. Pure."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from archiver import events
 
 _WORD = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
@@ -16,6 +20,27 @@ def of_variable(name: str, value: str) -> Callable[[bytes], bool]:
     """Whether bytes hold both a variable's name and its value."""
     of_name, of_value = of_any([name]), of_any([value])
     return lambda body: of_name(body) and of_value(body)
+
+
+_PIECES = re.compile(rb'"(?:[^"\\\x00-\x1f]|\\.)*"|[A-Za-z0-9_-]+')
+_WORDS = re.compile(rb"[A-Za-z0-9_-]+")
+
+
+def ids(body: bytes) -> set[str]:
+    """Whatever in these bytes may be an id: each word, and each string as JSON has it."""
+    found = {word.decode() for word in _WORDS.findall(body)}
+    for piece in _PIECES.findall(body):
+        if piece.startswith(b'"'):
+            with suppress(ValueError):
+                found.add(json.loads(piece))
+    return {each for each in found if _is_id(each)}
+
+
+def _is_id(told: str) -> bool:
+    try:
+        return events.identifier(told) is not None
+    except events.UnreadableError:
+        return False
 
 
 def _forms(mark: str) -> Iterable[bytes]:

@@ -12,9 +12,10 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, ledger
+from archiver import acts, ledger, quarantine
 from archiver.database import is_conflict, sqlstate, transaction
 from archiver.erasure.holds import covering
+from archiver.erasure.quarantined import Found, delete_found
 from archiver.erasure.targets import Target, parts, with_strays
 
 Rule = Literal["request", "chat.deleted", "retention"]
@@ -23,6 +24,7 @@ AT_ONCE = 500  # of one transaction, in which nothing else is recorded
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
 LOCK_NOT_AVAILABLE = "55P03"
+NOTHING = Found()
 
 
 class Act(msgspec.Struct, frozen=True):
@@ -43,11 +45,15 @@ class HeldError(Exception):
 
 
 class Ordered(msgspec.Struct, frozen=True):
-    """What was ordered, under which act (None: there was nothing), and what was passed over for its holds."""
+    """What was ordered, under which act (None: there was nothing), and what was passed over for its holds.
+
+    `quarantined`: how many rows of the quarantine went at once.
+    """
 
     act_id: int | None
     targets: Sequence[Target]
     held: Mapping[Target, Sequence[int]]
+    quarantined: int = 0
 
 
 def order(
@@ -59,22 +65,26 @@ def order(
     skip_held: bool = False,
     erased_at: Mapping[Target, datetime] | None = None,
     act_id: int | None = None,
+    found: Found = NOTHING,
 ) -> Ordered:
     """Order these to be erased, or raise `HeldError`, which is recorded too, if any is held.
 
     `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
-    if it was recorded before.
+    if it was recorded before. `found`: what the quarantine was found to hold about these, which goes with the order:
+    no sweep finds what was ordered of which the ledger holds nothing.
     """
     wanted = sorted(set(targets))
     done = Ordered(act_id, [], {})
     try:
         if not skip_held:
             _check(engine, wanted)
-        for part in parts(wanted, AT_ONCE):
+        for start in range(0, len(wanted), AT_ONCE):
+            part = wanted[start : start + AT_ONCE]
+            going = found if start + AT_ONCE >= len(wanted) else NOTHING
             more = _order_patiently(
-                engine, part, rule, act, done.act_id, skip_held=skip_held, erased_at=erased_at or {}
+                engine, part, rule, act, done.act_id, skip_held=skip_held, erased_at=erased_at or {}, found=going
             )
-            done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held})
+            done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
     except HeldError as error:
         _record_refusal(engine, act, rule, error)
         raise
@@ -106,7 +116,10 @@ def _order(
     *,
     skip_held: bool,
     erased_at: Mapping[Target, datetime],
+    found: Found,
 ) -> Ordered:
+    if ids := sorted({*found.naming, *found.telling}):
+        quarantine.lock_rows(connection, ids)  # before the other lock, as whoever retries one does
     # Whoever recorded something has committed it, and whoever records next sees what is ordered here.
     ledger.lock_placement(connection, exclusive=True)
     whole = with_strays(connection, targets)
@@ -118,7 +131,7 @@ def _order(
         act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, {"rule": rule, **act.detail})
     if free and act_id is not None:
         _insert_erasures(connection, free, rule, act_id, erased_at)
-    return Ordered(act_id, free, held)
+    return Ordered(act_id, free, held, delete_found(connection, found))
 
 
 def _check(engine: Engine, targets: Sequence[Target]) -> None:

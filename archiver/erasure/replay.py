@@ -1,7 +1,7 @@
 """The list of what was erased, applied to a backup that was restored: what it brought back goes again."""
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
 import msgspec
@@ -9,8 +9,13 @@ from sqlalchemy import Connection, Engine, text
 
 from archiver import events
 from archiver.database import transaction
+from archiver.erasure.holds import covering
 from archiver.erasure.ordering import Act, Ordered, Rule, order
+from archiver.erasure.quarantined import select_found
 from archiver.erasure.targets import Target, as_json
+
+FIRST = datetime(2000, 1, 1, tzinfo=UTC)
+AHEAD = timedelta(days=1)  # clocks differ
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -40,11 +45,16 @@ def _parse(number: int, line: bytes) -> Line:
         told = msgspec.json.decode(line, type=Line)
         for told_id in (told.session_id, told.chat_id):
             events.identifier(told_id)
-    except (msgspec.DecodeError, UnicodeDecodeError, events.UnreadableError):
+        is_dated = told.erased_at.tzinfo is not None
+        erased_at = told.erased_at.astimezone(UTC)
+    except (msgspec.DecodeError, UnicodeDecodeError, events.UnreadableError, OverflowError):
         raise ReplayError(f"Line {number} is none of archiver erase --list.") from None
-    if told.rule not in get_args(Rule) or told.erased_at.tzinfo is None or not (told.session_id or told.chat_id):
+    if told.rule not in get_args(Rule) or not is_dated or not (told.session_id or told.chat_id):
         raise ReplayError(f"Line {number} is none of archiver erase --list.")
-    return told
+    # Each erasure of a session is later than the one before, so a time out of reach would leave no room for more.
+    if not FIRST <= erased_at <= datetime.now(UTC) + AHEAD:
+        raise ReplayError(f"Line {number} tells of an erasure at {erased_at:%Y-%m-%d}, which cannot be.")
+    return msgspec.structs.replace(told, erased_at=erased_at)
 
 
 _SELECT_KNOWN = text(
@@ -72,7 +82,10 @@ def replay(engine: Engine, lines: Sequence[Line], act: Act, *, skip_held: bool) 
     done = []
     rules: tuple[Any, ...] = get_args(Rule)
     for rule in rules:
-        told = {line.target: line.erased_at.astimezone(UTC) for line in new if line.rule == rule}
+        told = {line.target: line.erased_at for line in new if line.rule == rule}
         if told:
-            done.append(order(engine, list(told), rule, act, skip_held=skip_held, erased_at=told))
+            with transaction(engine, statement_seconds=600) as connection:
+                free = sorted(told.keys() - covering(connection, sorted(told)).keys())
+                found = select_found(connection, free)
+            done.append(order(engine, list(told), rule, act, skip_held=skip_held, erased_at=told, found=found))
     return done

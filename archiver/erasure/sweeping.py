@@ -1,21 +1,24 @@
 """Taking away the content of what was ordered to be erased: from ledger, archive, quarantine and delivery log.
 
-Whatever was ordered and still has content is found again, so that a process that was killed loses nothing.
+Whatever was ordered and still has content is found again, so that a process that was killed loses nothing. What
+a hold in force covers stays until its release.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, history, ledger, quarantine
+from archiver import acts, history, ledger
 from archiver.database import is_conflict, transaction
 from archiver.erasure import mentions
+from archiver.erasure.holds import covering
 from archiver.erasure.ordering import Act, order
-from archiver.erasure.targets import Target, marks, parts
+from archiver.erasure.quarantined import delete_mentioning
+from archiver.erasure.targets import Target, parts
 from archiver.followups.deliveries import redact
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
 from archiver.projection.facts import select_stories
@@ -28,11 +31,12 @@ CONFLICT_RETRIES = 10
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What a step has done: up to which erasure it looked, and what it took away."""
+    """What a step has done: up to which erasure it looked, what it took away, and what it left for which holds."""
 
     through: int
     events: int = 0
     quarantined: int = 0
+    held: Mapping[Target, Sequence[int]] = {}
 
 
 # Content that an erasure names: of a session all of it; of a turn its facts, and each reading of its session but one
@@ -81,24 +85,17 @@ def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after:
         try:
             with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
                 ledger.lock_placement(connection, exclusive=any(not each.session_id for each in targets))
-                gone = delete_mentioning(connection, targets)
-                redact(connection, [(each.session_id, each.chat_id) for each in targets])
-                return Step(after, _erase(connection, targets, timing), gone)
+                # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or
+                # the hold was placed since. Nobody places one meanwhile.
+                held = covering(connection, targets)
+                free = [target for target in targets if target not in held]
+                gone = delete_mentioning(connection, free)
+                redact(connection, [(each.session_id, each.chat_id) for each in free])
+                return Step(after, _erase(connection, free, timing), gone, held)
         except DBAPIError as error:
             if not is_conflict(error) or attempt == CONFLICT_RETRIES:
                 raise
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def delete_mentioning(connection: Connection, targets: Sequence[Target]) -> int:
-    """Remove from the quarantine what is about these, as far as its bytes tell; answers how many there were."""
-    return quarantine.delete_rows(connection, select_mentioning(connection, targets))
-
-
-def select_mentioning(connection: Connection, targets: Sequence[Target]) -> list[int]:
-    """What is about these in the quarantine."""
-    whole = {each.session_id for each in targets if not each.chat_id}
-    return quarantine.select_mentioning(connection, mentions.of_any(marks(connection, targets)), whole)
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:

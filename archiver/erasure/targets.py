@@ -27,16 +27,25 @@ def as_json(targets: Iterable[Target]) -> str:
     return msgspec.json.encode(list(targets)).decode()
 
 
+# The archive knows nothing of a turn that only events of unknown types tell of. The ledger has no index by chats
+# alone, which each event would pay for: so all of it is read, or of its index by session and chat.
 _SELECT_HOMES = text(
     """
+    WITH told AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
     SELECT c.session_id, c.chat_id FROM archiver.chats c
-     WHERE c.session_id <> '' AND c.chat_id IN (SELECT json_array_elements_text(:chat_ids))
+     WHERE c.session_id <> '' AND c.chat_id IN (SELECT chat_id FROM told)
+    UNION
+    SELECT e.session_id, e.chat_id FROM archiver.events e
+     WHERE e.session_id <> '' AND e.chat_id IN (SELECT chat_id FROM told)
     """
 )
 
 
 def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
-    """These chats wherever they are: in each session that holds them, and where no delivery tells one."""
+    """These chats wherever they are: in each session that holds them, and where no delivery tells one.
+
+    Reads the ledger from end to end, so call it once.
+    """
     homes = connection.execute(_SELECT_HOMES, {"chat_ids": msgspec.json.encode(chat_ids).decode()})
     return {Target(row.session_id, row.chat_id) for row in homes} | {Target(UNPLACED, each) for each in chat_ids}
 

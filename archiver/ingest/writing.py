@@ -122,9 +122,7 @@ async def _commit(
 def store(connection: Connection, deliveries: Sequence[Delivery], timing: Timing) -> list[Outcome]:
     rejects = [_reject(delivery) for delivery in deliveries if isinstance(delivery.content, Malformed)]
     observations = [
-        ledger.Observation(delivery.content, delivery.received_at, delivery.source, delivery.key_id, delivery.count)
-        for delivery in deliveries
-        if isinstance(delivery.content, Event)
+        _observation(delivery, delivery.content) for delivery in deliveries if isinstance(delivery.content, Event)
     ]
     recorded = iter(ledger.record(connection, observations, timing))
     quarantined = iter(quarantine.upsert_quarantine(connection, rejects))
@@ -134,6 +132,10 @@ def store(connection: Connection, deliveries: Sequence[Delivery], timing: Timing
         else Outcome("quarantined", next(quarantined), delivery.content.reason, delivery.content.detail)
         for delivery in deliveries
     ]
+
+
+def _observation(delivery: Delivery, event: Event) -> ledger.Observation:
+    return ledger.Observation(event, delivery.received_at, delivery.source, delivery.key_id, delivery.count)
 
 
 def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
@@ -154,17 +156,28 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
 
 async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, seconds: float) -> Result:
     reason, detail = explain_fault(fault)
-    log.error("quarantined", reason=reason, detail=detail)
-    rejects = [_reject(delivery, reason, detail)]
     try:
-        (row_id,) = await run_in_transaction(
-            engine, lambda connection: quarantine.upsert_quarantine(connection, rejects), seconds
+        row_id = await run_in_transaction(
+            engine, lambda connection: _keep_unless_erased(connection, delivery, reason, detail), seconds
         )
     except SQLAlchemyError as error:
         return _unavailable(error)
     except TimeoutError:
         return _silent(seconds)
+    if row_id is None:
+        telemetry.refused_erased.inc()
+        return Outcome("ignored", reason="erased")
+    log.error("quarantined", reason=reason, detail=detail)
     return Outcome("quarantined", row_id, reason, detail)
+
+
+def _keep_unless_erased(connection: Connection, delivery: Delivery, reason: str, detail: str) -> int | None:
+    """The row in the quarantine; none where it was erased meanwhile what this speaks of, which could be read."""
+    content = delivery.content
+    if isinstance(content, Event) and ledger.is_refused(connection, _observation(delivery, content)):
+        return None
+    (row_id,) = quarantine.upsert_quarantine(connection, [_reject(delivery, reason, detail)])
+    return row_id
 
 
 def explain_fault(fault: Exception) -> tuple[str, str]:
