@@ -272,7 +272,7 @@ class Story:
 @on_one_version
 def test_i11_the_feed_tells_the_differences_of_the_archive_and_nothing_else(engine: Engine) -> None:
     # Not shrunk: what is smaller is no simpler here, and the seed says it all.
-    @settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+    @settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
     @given(seed=st.integers(0, 2**32))
     @example(seed=5602)  # a turn that finds two homes at once, one of them read before
     def check(seed: int) -> None:

@@ -88,6 +88,8 @@ _FORBIDDEN += [ip_network(each) for each in ("192.88.99.0/24", "fec0::/10", "3ff
 # Metadata services of clouds: credentials for whoever asks from inside, some of them at public addresses.
 _FORBIDDEN += [ip_network(each) for each in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.0/24")]
 _FORBIDDEN += [ip_network(each) for each in ("fd00:ec2::/32", "fd20:ce::254/128")]
+# 6to4 and Teredo: given up, and who forwards them is anybody's guess.
+_FORBIDDEN += [ip_network(each) for each in ("2002::/16", "2001::/32")]
 _PRIVATE = [ip_network(each) for each in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
 _PRIVATE += [ip_network(each) for each in ("100.64.0.0/10", "::1/128", "fc00::/7")]
 _UNICAST = ip_network("2000::/3")  # all that has been given out of IPv6
@@ -114,10 +116,6 @@ def _inner(address: Address) -> list[Address]:
         return []
     if address.ipv4_mapped is not None:
         return [address.ipv4_mapped]
-    if address.sixtofour is not None:
-        return [address.sixtofour]
-    if address.teredo is not None:
-        return list(address.teredo)
     is_loopback = address.is_loopback or address.is_unspecified
     if address in _NAT64 or (address in _COMPATIBLE and not is_loopback):
         return [IPv4Address(int(address) & 0xFFFF_FFFF)]

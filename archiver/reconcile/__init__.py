@@ -110,6 +110,9 @@ class Reconciler:
         leased = Leased(self._engine, session_ids, due_at)
         report = Report(self._engine, leased, told)
 
+        async def record(session_id: str, answer: _Answer) -> None:
+            await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
+
         async def one_after_another() -> None:
             while True:
                 # CallHQ's pause comes first: what is not leased meanwhile is free for others.
@@ -119,7 +122,7 @@ class Reconciler:
                     if session_id is None:
                         return
                     answer = await self._answer(session_id)
-                await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
+                await _to_the_end(record(session_id, answer))
 
         async with leased.kept():
             try:
@@ -142,13 +145,16 @@ class Reconciler:
         report = Report(self._engine, Leased(self._engine, [], None), told)
         waiting = iter(session_ids)
 
+        async def register(session_id: str, met: datetime, answer: _Answer) -> None:
+            await report.add(session_id, *await self._register(session_id, met, answer))
+
         async def one_after_another() -> None:
             for session_id in waiting:
                 async with self._turns:
                     await self._pause.wait()
                     met = datetime.now(UTC)
                     answer = await self._answer(session_id)
-                await report.add(session_id, *await self._register(session_id, met, answer))
+                await _to_the_end(register(session_id, met, answer))
 
         try:
             await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
@@ -349,6 +355,16 @@ _OUTCOMES: dict[str, Outcome] = {
     history.UNREADABLE: "unreadable",
     history.UNAVAILABLE: "unavailable",
 }
+
+
+async def _to_the_end(work: Awaitable[None]) -> None:
+    """Even where whoever waits for it is cancelled: what is being committed is told, too."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait([task])
 
 
 async def _together(work: Iterable[Awaitable[None]]) -> None:

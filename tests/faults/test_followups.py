@@ -180,6 +180,6 @@ def test_i11_what_is_told_is_what_changed_whoever_is_killed(
 ) -> None:
     engine = own.engine(url)
     try:
-        survive(postgres, engine, url, tmp_path, events=400, rng=random.Random(20260105))
+        survive(postgres, engine, url, tmp_path, events=250, rng=random.Random(20260105))
     finally:
         engine.dispose()
