@@ -1004,3 +1004,20 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:  # it ended meanwhile
         return b""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["erase", "--session", "s", "--reason", "Gr\udcfcnde"],
+        ["erase", "--where", "name=\udcff", "--reason", "x"],
+        ["hold", "add", "--session", "s", "--reason", "x", "--actor", "\udcc3"],
+        ["export", "--output", "\ud800"],
+        ["\udcff"],
+    ],
+)
+@pytest.mark.usefixtures("cluster")
+def test_arguments_that_are_not_utf_8_are_wrong_usage(arguments: list[str]) -> None:
+    ended = archiver(*arguments, database_url=NOWHERE)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"archiver: '.*\\u(d[8-f]..).*' is not UTF-8\n", ended.stderr)

@@ -116,11 +116,14 @@ def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Pat
     }
     seals = tmp_path / "seals.jsonl"
     seals.write_text(archiver("seals", "export", database_url=url).stdout)
-    ok("--check", output, "--against", seals)
-    seals.write_text(seals.read_text().replace('"hash": "', '"hash": "00')[:-1].replace("00", "", 0))
+    heads = [json.loads(line) for line in seals.read_text().splitlines()]
+    told = json.loads(ok("--check", output, "--against", seals, "--json"))
+    assert told["compared"] == told["seals"] == len(heads)
+    seals.write_text("".join(json.dumps(head | {"hash": "00" * 32}) + "\n" for head in heads))
     ended = archiver("export", "--check", str(output), "--against", str(seals))
     assert ended.returncode == 1
     assert "it is not the seal that was exported under this number" in ended.stderr
+    assert f"Compared with {len(heads)} seals exported elsewhere." in ended.stdout
 
 
 @pytest.mark.parametrize(

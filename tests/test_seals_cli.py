@@ -168,6 +168,7 @@ def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
     [
         (["verify", "--since", "7"], "There is no seal 7: the newest is 0"),
         (["verify", "--against", __file__], "--against: line 1 is no seal"),
+        (["seals", "export", "--since", "1" + "0" * 20], "is not in the range 0<=x<=9223372036854775807"),
         (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: openssl pkey"),
     ],
 )
@@ -175,6 +176,62 @@ def test_wrong_usage_is_told(database_url: str, arguments: list[str], advice: st
     ended = archiver(*arguments, database_url=database_url)
     assert ended.returncode == 2
     assert advice in " ".join(ended.stderr.split())
+
+
+HASH = "00" * 32
+NO_SEALS = {
+    "line 1 is no seal": [
+        b"\xff\xfe",
+        b'{"id": 1, "hash": "\xff"}',
+        b"[" * 100_000,
+        b'{"id": ' * 100_000,
+        b"7",
+        *(
+            f'{{"id": {number}, "hash": "{HASH}"}}'.encode()
+            for number in ("1e400", "1.7", "0", "-1", "true", '"1"', str(2**63), "9" * 5000)
+        ),
+        b'{"id": 1, "hash": "00"}',
+        b'{"id": 1, "hash": "' + b"0g" * 32 + b'"}',
+    ],
+    "there is no seal in it": [b"", b"\n \n"],
+    "line 2 tells another hash of seal 1": [
+        f'{{"id": 1, "hash": "{HASH}"}}\n{{"id": 1, "hash": "{HASH[2:]}01"}}'.encode()
+    ],
+}
+
+
+@on_one_version
+def test_what_holds_no_seals_is_wrong_usage(cluster: Cluster, tmp_path: Path) -> None:
+    del cluster  # which says for which version this is
+    file = tmp_path / "seals.jsonl"
+    for fault, contents in NO_SEALS.items():
+        for content in contents:
+            file.write_bytes(content)
+            for command in (["verify"], ["export", "--check", str(tmp_path)]):
+                ended = archiver(*command, "--against", str(file), database_url="postgresql://127.0.0.1:1/none")
+                assert ended.returncode == 2, (content[:80], ended.stderr)
+                assert f"--against: {fault}" in " ".join(ended.stderr.split()), content[:80]
+
+
+@on_one_version
+def test_how_many_exported_seals_were_compared_is_told(url: str, tmp_path: Path) -> None:
+    ok("seal", url=url)
+    elsewhere = tmp_path / "seals.jsonl"
+    elsewhere.write_text(ok("seals", "export", url=url))
+    with psycopg.connect(url) as connection:
+        connection.execute("INSERT INTO archiver.acts (at, actor, kind, detail) VALUES (now(), 'x', 'y', '{}')")
+    ok("seal", url=url)
+    assert "Compared" not in ok("verify", "--since", "2", url=url)
+    assert "Compared with 1 seals exported elsewhere." in ok(
+        "verify", "--since", "2", "--against", str(elsewhere), url=url
+    )
+    told = json.loads(ok("verify", "--since", "2", "--against", str(elsewhere), "--json", url=url))
+    assert (told["compared"], told["ok"]) == (1, True)
+    seal = json.loads(elsewhere.read_text())
+    elsewhere.write_text(json.dumps(seal | {"hash": HASH}))
+    ended = archiver("verify", "--since", "2", "--against", str(elsewhere), database_url=url)
+    assert ended.returncode == 1
+    assert "seal 1: it is not the seal that was exported under this number" in ended.stderr
 
 
 def test_the_worker_beside_serve_seals_without_a_key_for_histories(database_url: str) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from io import RawIOBase, TextIOWrapper
 
 import click
@@ -54,6 +55,7 @@ for _command in _COMMANDS:
 def main() -> None:
     """The `archiver` command."""
     _write_whole()
+    _require_text(sys.argv[1:])
     try:
         try:
             _run()
@@ -79,6 +81,14 @@ def _write_whole() -> None:
         sys.stdout = open(  # noqa: SIM115  # for as long as the program runs
             given.fileno(), "w", buffering=1, encoding=given.encoding, errors=given.errors, closefd=False
         )
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Bytes that are no text could neither be recorded nor printed."""
+    for argument in arguments:
+        if any("\ud800" <= each <= "\udfff" for each in argument):
+            click.echo(f"archiver: {argument[:80]!a} is not UTF-8", err=True)
+            sys.exit(2)
 
 
 def _run() -> None:

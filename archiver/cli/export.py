@@ -201,7 +201,7 @@ def _check(folder: Path, keys: export.Keys, heads: dict[int, bytes] | None, *, a
             findings.append(finding)
             if not as_json and len(findings) <= TOLD:
                 progress.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
-    _report_check(checked, findings, keys, as_json=as_json)
+    _report_check(checked, findings, keys, is_compared=heads is not None, as_json=as_json)
 
 
 def _escaped(finding: Finding) -> str:
@@ -210,7 +210,9 @@ def _escaped(finding: Finding) -> str:
     return printable.replace("[", r"\[")
 
 
-def _report_check(checked: Checked, findings: list[Finding], keys: export.Keys, *, as_json: bool) -> None:
+def _report_check(
+    checked: Checked, findings: list[Finding], keys: export.Keys, *, is_compared: bool, as_json: bool
+) -> None:
     told = checked.told
     if as_json:
         result = {
@@ -218,6 +220,7 @@ def _report_check(checked: Checked, findings: list[Finding], keys: export.Keys, 
             "events": checked.events,
             "seals": checked.seals,
             "unsealed": None if told is None else told.counts.unsealed,
+            "compared": checked.compared,
             "manifest_sha256": checked.digest,
             "manifest_signed_by": None if told is None else told.signed_by,
             "signatures_checked": bool(keys.by_id),
@@ -227,6 +230,8 @@ def _report_check(checked: Checked, findings: list[Finding], keys: export.Keys, 
         click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
     elif told is not None:
         click.echo(f"{checked.events:,} events in {checked.seals:,} seals; {told.counts.unsealed:,} not sealed yet.")
+        if is_compared:
+            click.echo(f"Compared with {checked.compared:,} seals exported elsewhere.")
         click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
         click.echo(f"Recorded as act {told.act}: compare it with archiver acts --kind export.done")
     if findings:

@@ -190,7 +190,7 @@ def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_comp
         if head.id:
             click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
         if is_compared:
-            click.echo(f"Compared with {checked.compared:,} exported seals.")
+            click.echo(f"Compared with {checked.compared:,} seals exported elsewhere.")
     if findings:
         more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
         click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)

@@ -29,6 +29,7 @@ class Checked(msgspec.Struct):
     told: Manifest | None = None
     events: int = 0
     seals: int = 0
+    compared: int = 0  # of the seals, with `heads`
 
 
 class _Covered(msgspec.Struct):
@@ -154,6 +155,7 @@ class _Checking:
         seals.finish()
         yield from findings.taken()
         checked.events = counts.events = rows.events.rows
+        checked.compared = seals.compared
         counts.erased, counts.unsealed = rows.erased, seals.unsealed
         if told.head != seals.head:
             yield Finding(manifest.MANIFEST, "head")

@@ -117,6 +117,7 @@ class SealCheck:
         self._rows, self._keys, self._heads, self._findings = rows, keys, heads, findings
         self._before: Seal | None = None
         self.seals = 0
+        self.compared = 0  # with seals as they were exported elsewhere
         self.unsealed = 0
 
     @property
@@ -148,6 +149,7 @@ class SealCheck:
             yield "out_of_chain"
         elif self._before is not None and seal.id <= self._before.id:
             yield "out_of_order"
+        self.compared += seal.id in self._heads
         if self._heads.get(seal.id, seal.hash) != seal.hash:
             yield "not_the_known_one"
 
