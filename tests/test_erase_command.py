@@ -90,8 +90,9 @@ def test_i8_ten_markers_are_found_nowhere_after_an_erasure(
         execute(engine, "ANALYZE")
         before = searched(cluster, engine, home) | in_files(MARKERS, receiver.log)
         assert before == set(MARKERS)
-        done = erase(database_url, "--session", "s1", "--json")
+        done = erase(database_url, "--session", "s1", "--json", ARCHIVER_HOME=str(home))
         assert done.returncode == 0, done.stderr
+        assert "1 deliveries wait on the spool" in done.stderr
         assert {"sessions": 1, "quarantined": 1, "events": 2}.items() <= json.loads(done.stdout).items()
         proxy.set("pass")
         until(lambda: receiver.metric("archiver_refused_erased_total") == 1, "the spool is drained")
@@ -414,6 +415,38 @@ def test_a_hold_that_cannot_be_meant_is_wrong_usage(database_url: str, options: 
     assert told.returncode == 2, told.stderr
     assert says in told.stderr
     assert archiver("hold", "release", "1", "--reason", " ", database_url=database_url).returncode == 2
+
+
+@on_one_version
+def test_i8_what_no_spool_can_bring_in_any_more_is_told(database_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    (folder / "damaged-spool-0-1.db").write_bytes(b"what was there")
+    (folder / "spool-1.db").write_bytes(b"no database at all" * 100)
+    told = erase(database_url, "--session", "s1", ARCHIVER_HOME=str(tmp_path))
+    assert told.returncode == 0
+    assert "damaged-spool-0-1.db is damaged" in told.stderr
+    assert "is not known" in told.stderr
+
+
+@on_one_version
+def test_i8_a_released_hold_forgets_its_value(database_url: str, engine: Engine, tmp_path: Path) -> None:
+    variables: dict[str, Any] = {"assistantOverrides": {"variableValues": {"customer": "Mary Miller"}}}
+    record(engine, created("c1", "s1", **variables))
+
+    def hold(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return archiver("hold", *arguments, database_url=database_url)
+
+    hold("add", "--variable", "customer=Mary Miller", "--reason", "case 7")
+    assert "Mary" in hold("list").stdout
+    assert hold("release", "1", "--reason", "closed").returncode == 0
+    assert [row["variable"] for row in json.loads(hold("list", "--all", "--json").stdout)] == ["customer"]
+    assert "gone" in hold("list", "--all").stdout
+    assert erase(database_url, "--where", "customer=Mary Miller").returncode == 0
+    assert b"Mary Miller" not in dump(engine)
+    told = archiver("export", "--output", str(tmp_path / "out"), "--hold", "1", database_url=database_url)
+    assert told.returncode != 0
+    assert "went with its release" in told.stderr
 
 
 @on_one_version

@@ -112,6 +112,16 @@ def test_i12_a_full_spool_takes_nothing_and_keeps_what_it_has(tmp_path: Path) ->
     spool.close()
 
 
+def test_i8_nothing_of_what_has_gone_is_left_on_disk_while_others_wait(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(b"gone words"), spooled(b"waiting words")])
+    spool.delete(spool.select_oldest(0, 1, ROOM))
+    on_disk = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert b"waiting words" in on_disk
+    assert b"gone words" not in on_disk
+    spool.close()
+
+
 def test_i8_nothing_of_what_has_gone_is_left_on_disk(tmp_path: Path) -> None:
     spool = open_spool(tmp_path, ROOM)
     spool.append([spooled(b"hunter2-%d" % number * 700) for number in range(20)])

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from sqlalchemy import Connection, Engine
 
-from archiver import acts, database, erasure, ledger, schema, settings
+from archiver import acts, database, erasure, ledger, schema, settings, spool
 from archiver.cli import connection
 from archiver.erasure import Act, Counts, HeldError, Ordered, Target, replay, targets
 from archiver.erasure.quarantined import Found, delete_found, select_found, select_free
@@ -82,6 +83,7 @@ def command(
                 run.replay(replay.parse(file), Act("erase.replay", actor or acts.actor(), reason))
             else:
                 run.erase(wanted, actor or acts.actor(), str(reason))
+            _warn_of_spool(configuration.home / spool.SPOOL_FOLDER)
         except replay.ReplayError as error:
             raise click.UsageError(str(error)) from None
         except HeldError as error:
@@ -231,6 +233,24 @@ def _warn_of_kept(kept: int) -> None:
             f"archiver: {kept:,} rows of the quarantine stay, for they may be about what a legal hold covers: erase"
             " again once it is released",
             err=True,
+        )
+
+
+def _warn_of_spool(folder: Path) -> None:
+    try:
+        waiting = spool.select_depth(folder).events
+    except spool.SpoolError as error:
+        click.echo(f"archiver: what waits on the spool is not known: {error}", err=True)
+    else:
+        if waiting:
+            click.echo(
+                f"archiver: {waiting:,} deliveries wait on the spool in {folder}: those of what was erased stay there"
+                " until serve has drained it, and are refused then",
+                err=True,
+            )
+    for each in spool.set_aside_files(folder):
+        click.echo(
+            f"archiver: {each} is damaged and may hold what was erased: look at it, then remove it by hand", err=True
         )
 
 

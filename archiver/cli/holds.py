@@ -134,7 +134,7 @@ def list_(*, every: bool, as_json: bool) -> None:
 def _covers(row: dict[str, Any]) -> str:
     told = {name: row[f"{name}_id"] for name in ("session", "assistant")}
     if row["variable"] is not None:
-        told[row["variable"]] = row["value"]
+        told[row["variable"]] = "(gone with the release)" if row["value"] is None else row["value"]
     told |= {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("since", "until") if row[name]}
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
 

@@ -130,6 +130,11 @@ def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteri
     found = {row["id"]: row for row in connection.execute(query).mappings()}
     if missing := sorted(set(hold_ids) - found.keys()):
         raise UnknownError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
+    for row in found.values():
+        if row["variable"] is not None and row["value"] is None:
+            raise UnknownError(
+                f"The value of hold {row['id']} went with its release: name the sessions instead, with --session"
+            )
     return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in found.values()]
 
 

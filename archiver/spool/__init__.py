@@ -157,6 +157,8 @@ class Spool:
             self._bytes -= sum(len(each.body) for each in deliveries)
             if self._is_empty():
                 self._free()
+            elif deliveries:
+                self._checkpoint()  # else what has gone is still read in the write-ahead log (I8)
 
     def _pass_over(self, deliveries: Sequence[Spooled]) -> None:
         self._gone.update(each.id for each in deliveries)
@@ -184,8 +186,14 @@ class Spool:
             return
         self._events = self._bytes = 0
         with suppress(sqlite3.Error):  # it is only room
-            # As a script: executed as a statement, the first would free one page.
-            self._database.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
+            # As a script: executed as a statement, it would free one page.
+            self._database.executescript("PRAGMA incremental_vacuum;")
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Where somebody reads the file longer than `BUSY_SECONDS` it is done after the next deletion."""
+        with suppress(sqlite3.Error):
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @property
     def events(self) -> int:

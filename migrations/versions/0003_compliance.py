@@ -205,7 +205,7 @@ def _create_tables() -> None:
         _text("session_id", "Holds this session; null: any.", nullable=True),
         _text("assistant_id", "Holds sessions of this assistant; null: any.", nullable=True),
         _text("variable", "Holds sessions with this variable at this value; null: any.", nullable=True),
-        _text("value", "Value of the variable.", nullable=True),
+        _text("value", "Value of the variable; null once released.", nullable=True),
         _time("since", "Holds sessions with a turn at or after this time; null: any.", nullable=True),
         _time("until", "Holds sessions with a turn before this time; null: any.", nullable=True),
         _time("released_at", "When it was released; null: in force.", nullable=True),
@@ -345,6 +345,7 @@ GUARD_COUNTERS = """
     $$
 """
 
+# The value may say who somebody is: it goes with the release, whoever may do no more than release.
 GUARD_HOLD = """
     CREATE FUNCTION archiver.guard_hold() RETURNS trigger LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp AS $$
@@ -354,6 +355,9 @@ GUARD_HOLD = """
                AND to_jsonb(NEW) - '{released_at,released_by}'::text[]
                    = to_jsonb(OLD) - '{released_at,released_by}'::text[]
             THEN
+                IF NEW.released_at IS NOT NULL THEN
+                    NEW.value := NULL;
+                END IF;
                 RETURN NEW;
             END IF;
         END IF;
