@@ -374,7 +374,8 @@ async def _together(work: Iterable[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # told once they end what they are committing
+                task.cancel()
         for task in tasks:
             with suppress(asyncio.CancelledError, Exception):
                 await task
