@@ -467,7 +467,7 @@ def wipe(connection: Connection, which: str) -> int:
 @pytest.mark.parametrize(
     ("kind", "detail"),
     [
-        ("erase", {"rule": "request"}),
+        ("erase", {"rule": "request", "rules": {"metadata": 30}}),
         ("settings.changed", {"part": "serve"}),
         ("retention", {"rules": {"metadata": 0}}),
         ("retention", {}),
