@@ -239,6 +239,26 @@ def test_a_long_path_gets_a_short_private_socket_folder_for_its_time(long_home: 
     assert not postgres.socket_dir.exists()
 
 
+def test_a_server_that_is_started_again_is_found_where_it_was(long_home: Path) -> None:
+    with embedded.running(long_home) as postgres:
+        os.kill(postgres.pid, signal.SIGKILL)
+        with embedded.running(long_home) as second:  # a command that happens to come first
+            assert second.socket_dir == postgres.socket_dir
+        assert shown(postgres, "port") == ["5432"]
+        postmaster.stop_server(postgres.data)  # as by hand
+        assert postgres.revive()
+        assert shown(postgres, "port") == ["5432"]
+
+
+def test_a_short_folder_of_which_the_name_was_taken_is_given_up(long_home: Path) -> None:
+    embedded.start(long_home).stop()
+    known = long_home / "postgres.socket"
+    known.readlink().mkdir()  # anybody may look into it
+    with embedded.running(long_home) as postgres:
+        assert postgres.socket_dir == known.readlink()
+        assert postgres.socket_dir.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_swapped_socket_folder_is_refused(long_home: Path) -> None:
     with embedded.running(long_home) as postgres:
         aside = postgres.socket_dir.with_suffix(".aside")

@@ -90,10 +90,11 @@ def test_readyz_tells_that_events_cannot_be_committed(database_url: str) -> None
         assert receiver.get("/readyz").status_code == 200
 
 
-def test_an_embedded_postgres_that_is_killed_is_started_again(tmp_path: Path) -> None:
-    with serving(None, ARCHIVER_HOME=str(tmp_path)) as receiver:
+@pytest.mark.parametrize("name", ["h", "h" * 100], ids=["short path", "path too long for a socket"])
+def test_an_embedded_postgres_that_is_killed_is_started_again(tmp_path: Path, name: str) -> None:
+    with serving(None, ARCHIVER_HOME=str(tmp_path / name)) as receiver:
         assert receiver.post(created("before")).status_code == 200
-        pid_file = tmp_path / "postgres" / "postmaster.pid"
+        pid_file = tmp_path / name / "postgres" / "postmaster.pid"
         os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
         until(lambda: receiver.post(created("after")).json()["status"] == "duplicate", "it takes events again", 60)
         assert receiver.post(created("before")).json()["status"] == "duplicate"

@@ -208,7 +208,7 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
     and so it is tried again until they are gone.
     """
     _clear_stale(cluster)
-    socket_dir = place.make_socket_folder(cluster.data, cluster.account)
+    socket_dir = place.make_socket_folder(cluster.home, cluster.data, cluster.account)
     settings = _DEFAULTS | dict(options) | _FIXED | {"unix_socket_directories": str(socket_dir)}
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     server: list[str | Path] = [cluster.programs / "postgres", "-D", cluster.data, *arguments]

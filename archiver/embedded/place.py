@@ -2,7 +2,8 @@
 
 In home: `postgres` (the data folder, or a symbolic link to it), `postgres.log`, and three empty files that carry
 locks: `postgres.lock` (held while starting or stopping), `postgres.users` (shared by every process that uses the
-server) and `postgres.watch` (held by the watchdog).
+server) and `postgres.watch` (held by the watchdog). Where the path is too long for a socket, `postgres.socket` is a
+link to the short folder that has it.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archiver.embedded.account import Account, can_reach
@@ -121,17 +122,36 @@ def root_owned(folder: Path) -> Path:
     return folder
 
 
-def make_socket_folder(data: Path, account: Account | None) -> Path:
-    """The data folder itself, which is private; or a new short folder, if its path would not do for a socket.
+def make_socket_folder(home: Path, data: Path, account: Account | None) -> Path:
+    """The data folder itself, which is private; or a short folder, if its path would not do for a socket.
 
-    Too long is too long for the kernel; a comma separates hosts for libpq.
+    Too long is too long for the kernel; a comma separates hosts for libpq. A server that is started again gets the
+    folder that it had: every process that uses it knows it by that name.
     """
     if len(os.fsencode(data / SOCKET_NAME)) < _SOCKET_PATH_BYTES and "," not in str(data):
         return data
-    folder = Path(tempfile.mkdtemp(prefix=SHORT_PREFIX, dir=_short_temporary(account)))
+    known = home / "postgres.socket"
+    folder = _again(known, data) or Path(tempfile.mkdtemp(prefix=SHORT_PREFIX, dir=_short_temporary(account)))
     if account is not None:
         os.chown(folder, account.uid, account.gid, follow_symlinks=False)
+    if not known.is_symlink():
+        known.symlink_to(folder)
     return folder
+
+
+def _again(known: Path, data: Path) -> Path | None:
+    """The short folder that the link names; without the link if the name is somebody else's by now."""
+    if not known.is_symlink():
+        return None
+    folder = known.readlink()
+    if folder.is_absolute() and folder.name.startswith(SHORT_PREFIX):
+        with suppress(OSError):
+            folder.mkdir(mode=0o700)
+            return folder
+        if is_private(folder, data):
+            return folder
+    known.unlink()
+    return None
 
 
 def _short_temporary(account: Account | None) -> Path:
