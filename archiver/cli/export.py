@@ -13,10 +13,9 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from archiver import acts, database, export, schema, settings
-from archiver.cli import connection
+from archiver.cli import connection, evidence
 from archiver.cli.output import Whole
 from archiver.cli.output import console as on_stdout
-from archiver.cli.seals import heads_of, public_keys
 from archiver.erasure import Criteria
 from archiver.export import Checked, Finding, Made, Selection, Wanted
 from archiver.worker import signing_key
@@ -49,29 +48,11 @@ TOLD = 20  # findings that are printed before the rest is counted
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Check the export in this folder instead; needs no database.",
+    help="Check the export in this folder instead, with the three options below; needs no database.",
 )
-@click.option(
-    "--key",
-    "key_files",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="With --check: public key (PEM) that signs seals; several after a rotation.",
-)
-@click.option(
-    "--signed-since",
-    default=1,
-    show_default=True,
-    type=Whole(1),
-    metavar="SEAL",
-    help="With --key: the first seal that must be signed.",
-)
-@click.option(
-    "--against",
-    type=click.File("rb"),
-    metavar="FILE",
-    help="With --check: seals as `archiver seals export` wrote them elsewhere; - for stdin.",
-)
+@evidence.key_option()
+@evidence.signed_since_option
+@evidence.against_option
 @connection.json_option
 def command(
     *,
@@ -95,15 +76,15 @@ def command(
     The folder holds transcripts, the ledger's events, their seals and a manifest. Each export is recorded. --check
     exits 1 and names what is not as it was exported, or not as it was sealed.
     """
-    if (output is None) == (folder is None):
-        raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
     chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
-    if folder is not None:
+    if folder is not None and output is None:
         if any(chosen) or formats:
             raise click.UsageError("--check takes the whole export: no selection, no format.")
-        heads = None if against is None else heads_of(against)
-        _check(folder, export.Keys(public_keys(key_files), signed_since), heads, as_json=as_json)
+        heads = None if against is None else evidence.heads_of(against)
+        _check(folder, export.Keys(evidence.public_keys(key_files), signed_since), heads, as_json=as_json)
         return
+    if output is None or folder is not None:
+        raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
     if key_files or against is not None:
         raise click.UsageError("--key and --against go with --check.")
     if sum(chosen) != 1:
@@ -118,7 +99,6 @@ def command(
         reason,
         sorted({*hold_ids}),
     )
-    assert output is not None  # noqa: S101  # one of the two was given
     _export(output, wanted, as_json=as_json)
 
 

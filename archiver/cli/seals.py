@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import click
 import msgspec
@@ -16,9 +16,9 @@ from rich.table import Table
 from sqlalchemy import text
 
 from archiver import database, schema, seals, settings, telemetry
-from archiver.cli import connection
+from archiver.cli import connection, evidence
 from archiver.cli.output import Whole
-from archiver.seals import Checked, Finding, KeyFileError, Seal
+from archiver.seals import Checked, Finding, Seal
 from archiver.worker import signing_key
 
 READ_SECONDS = 24 * 3600  # of one statement of a verification
@@ -50,27 +50,9 @@ def seal(as_json: bool) -> None:
 
 @click.command()
 @click.option("--since", "after_seal", type=Whole(1), metavar="SEAL", help="Begin after this seal.")
-@click.option(
-    "--key",
-    "key_files",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Public key (PEM) that signs seals; several after a rotation. [default: that of ARCHIVER_SEAL_KEY]",
-)
-@click.option(
-    "--signed-since",
-    default=1,
-    show_default=True,
-    type=Whole(1),
-    metavar="SEAL",
-    help="With a key: the first seal that must be signed.",
-)
-@click.option(
-    "--against",
-    type=click.File("rb"),
-    metavar="FILE",
-    help="Seals as `archiver seals export` wrote them elsewhere; - for stdin.",
-)
+@evidence.key_option(default="[default: that of ARCHIVER_SEAL_KEY]")
+@evidence.signed_since_option
+@evidence.against_option
 @connection.json_option
 def verify(
     after_seal: int | None, key_files: tuple[Path, ...], signed_since: int, against: IO[bytes] | None, as_json: bool
@@ -82,7 +64,7 @@ def verify(
     """
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
-    heads = None if against is None else heads_of(against)
+    heads = None if against is None else evidence.heads_of(against)
     checked, findings = Checked(), []
     with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
@@ -125,45 +107,7 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     own = signing_key(configuration)
     if not key_files:
         return {} if own is None else {seals.key_id(own.public_key()): own.public_key()}
-    return public_keys(key_files)
-
-
-def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
-    """The keys in these files, by their ids."""
-    try:
-        keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
-    except KeyFileError as error:
-        raise click.UsageError(f"--key: {error}.") from None
-    return {seals.key_id(key): key for key in keys}
-
-
-class _Exported(msgspec.Struct):
-    """What counts of a line of `archiver seals export`."""
-
-    id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
-    hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-
-
-def heads_of(file: IO[bytes]) -> dict[int, bytes]:
-    """The hashes of exported seals, by their numbers."""
-    heads: dict[int, bytes] = {}
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            told = msgspec.json.decode(line, type=_Exported)
-        except (ValueError, RecursionError):
-            raise click.UsageError(
-                f"--against: line {number} is no seal as `archiver seals export` prints."
-            ) from None
-        hashed = bytes.fromhex(told.hash)
-        if heads.setdefault(told.id, hashed) != hashed:
-            raise click.UsageError(
-                f"--against: line {number} tells another hash of seal {told.id} than a line before."
-            )
-    if not heads:
-        raise click.UsageError("--against: there is no seal in it; `archiver seals export` writes them.")
-    return heads
+    return evidence.public_keys(key_files)
 
 
 def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_compared: bool, as_json: bool) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from archiver import embedded
+from tests.disks import small_disk
 from tests.faults.load import assert_archived, body_of, rows
 from tests.faults.outages import post, stopped, until_drained, waiting
 from tests.receivers import Receiver, archiver, serving
@@ -22,14 +22,8 @@ SMALL = 3 * 1_048_576
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of `SMALL` bytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a file system may not be mounted here (root may)")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with small_disk(tmp_path / "disk", SMALL) as place:
+        yield place
 
 
 def fill(disk: Path, leave: int) -> None:
