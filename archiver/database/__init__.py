@@ -1,0 +1,204 @@
+"""The way to Postgres: engine, transactions, and what an error means for the caller.
+
+Holds no session state, so that PgBouncer in transaction mode serves: what a transaction needs is set inside it.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import msgspec
+import psycopg
+from psycopg.conninfo import make_conninfo
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from archiver import telemetry
+from archiver.database.errors import (
+    CERTIFICATE_ADVICE,
+    explain,
+    is_conflict,
+    is_data_error,
+    is_unreachable,
+    is_untrusted,
+    sqlstate,
+)
+from archiver.database.inserting import DIALECT, PARAMSTYLE, RowsInsert
+from archiver.database.urls import database_url, place
+
+__all__ = [
+    "CERTIFICATE_ADVICE",
+    "RowsInsert",
+    "connect",
+    "connect_async",
+    "conninfo",
+    "database_url",
+    "explain",
+    "is_conflict",
+    "is_data_error",
+    "is_unreachable",
+    "is_untrusted",
+    "place",
+    "run_in_transaction",
+    "snapshot",
+    "sqlstate",
+    "transaction",
+]
+
+T = TypeVar("T")
+
+CONNECT_SECONDS = 5
+CONNECT_SECONDS_EACH = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
+STATEMENT_SECONDS = 30
+LOCK_SECONDS = 10
+CONFLICT_RETRIES = 3
+
+# Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one; and a
+# time near the end of the calendar must not leave it on the way through another time zone. And compiling a statement
+# takes Postgres 200 ms where it guesses it to be costly, which never pays for the few rows of ours.
+_OPEN = text(
+    "SELECT set_config('synchronous_commit', 'on', true), set_config('TimeZone', 'UTC', true),"
+    " set_config('jit', 'off', true),"
+    " set_config('statement_timeout', :statement_timeout, true),"
+    " set_config('lock_timeout', :lock_timeout, true)"
+)
+
+
+def conninfo(url: URL, application_name: str) -> str:
+    """The same place in libpq's words, for those who connect without SQLAlchemy."""
+    _, arguments = DIALECT.create_connect_args(url)
+    arguments.pop("context", None)  # the driver's own
+    return make_conninfo(**{"application_name": application_name, **arguments})
+
+
+def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:
+    """An engine with at most `pool_size` connections; none is opened yet."""
+    return create_engine(
+        url,
+        pool_pre_ping=True,  # a connection lost while idle must not fail whoever comes next
+        **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
+    )
+
+
+def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> AsyncEngine:
+    """The same for an event loop."""
+    return create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
+
+
+def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool) -> dict[str, Any]:
+    has_several_hosts = not isinstance(hosts := url.query.get("host", ""), str) or "," in hosts
+    arguments: dict[str, Any] = {
+        "connect_timeout": CONNECT_SECONDS_EACH if has_several_hosts else CONNECT_SECONDS,
+        "application_name": "callhq-archiver",
+        "cursor_factory": cursor,
+        # A host that fell silent, or a firewall that forgot the connection, shows itself within a minute or so.
+        "keepalives_idle": 15,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,  # milliseconds
+    }
+    if not prepared_statements:
+        arguments["prepare_threshold"] = None
+    # What the URL says goes before what we would say.
+    arguments |= {name: value for name, value in url.query.items() if name in arguments}
+    return {
+        "paramstyle": PARAMSTYLE,
+        # Whatever the role's default: after the ledger's lock a statement must see what was committed before it.
+        "isolation_level": "READ COMMITTED",
+        "pool_size": pool_size,
+        "max_overflow": 0,
+        "pool_timeout": CONNECT_SECONDS,
+        "connect_args": arguments,
+        "hide_parameters": True,  # an error's text must never hold a message
+        "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+        "json_deserializer": msgspec.json.decode,
+    }
+
+
+@contextmanager
+def transaction(
+    engine: Engine, *, statement_seconds: float = STATEMENT_SECONDS, lock_seconds: float = LOCK_SECONDS
+) -> Iterator[Connection]:
+    """One durable transaction with bounded waits; commits at the end of the block, rolls back on an error."""
+    with engine.begin() as connection:
+        _open(connection, statement_seconds, lock_seconds)
+        yield connection
+
+
+@contextmanager
+def snapshot(engine: Engine, *, statement_seconds: float) -> Iterator[Connection]:
+    """One transaction that only reads, and sees the database as it was at its start, however long it reads."""
+    frozen = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    with transaction(frozen, statement_seconds=statement_seconds) as connection:
+        yield connection
+
+
+async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T], seconds: float | None = None) -> T:
+    """What `work` answers, after the commit of the one durable transaction that it runs in.
+
+    `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: where
+    another transaction was in the way it is done again. After so many `seconds` it is a `TimeoutError`, and nobody
+    knows whether it was committed.
+    """
+    if seconds is None:
+        return await _run(engine, work)
+    running = asyncio.ensure_future(_run(engine, work))
+    try:
+        await asyncio.wait({running}, timeout=seconds)
+        if not running.done():
+            raise TimeoutError
+        return running.result()
+    finally:
+        if not running.done():
+            # The driver tries for seconds to tell a silent server that nobody waits any more; nobody waits for that.
+            running.cancel()
+            _abandoned.add(running)
+            running.add_done_callback(_forget)
+
+
+_abandoned: set[asyncio.Future[Any]] = set()
+
+
+def _forget(abandoned: asyncio.Future[Any]) -> None:
+    _abandoned.discard(abandoned)
+    if not abandoned.cancelled():
+        abandoned.exception()  # looked at, so that nothing complains
+
+
+async def _run(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            return await _run_once(engine, work)
+        except DBAPIError as error:
+            telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
+    started = False
+
+    def opened(connection: Connection) -> T:
+        nonlocal started
+        _open(connection, STATEMENT_SECONDS, LOCK_SECONDS)
+        started = True
+        return work(connection)
+
+    try:
+        async with engine.begin() as connection:
+            return await connection.run_sync(opened)
+    except DBAPIError as error:
+        if started or not error.connection_invalidated:
+            raise
+    # Lost while idle, before anything was asked of it: the next connection is a new one, and nothing is done twice.
+    async with engine.begin() as connection:
+        return await connection.run_sync(opened)
+
+
+def _open(connection: Connection, statement_seconds: float, lock_seconds: float) -> None:
+    limits = {"statement_timeout": statement_seconds, "lock_timeout": lock_seconds}
+    connection.execute(_OPEN, {name: str(round(seconds * 1000)) for name, seconds in limits.items()})
