@@ -9,19 +9,17 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from time import perf_counter
 
-import msgspec
-import stamina
 import structlog
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import history, ledger, telemetry
-from archiver.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
+from archiver.callhq import Client
 from archiver.database import run_in_transaction
 from archiver.events import Event
 from archiver.projection import Timing, leases
+from archiver.reconcile.asking import NOT_FOUND, Answer, Asking
 from archiver.reconcile.leased import Leased
 from archiver.reconcile.pause import SharedPause
 from archiver.reconcile.report import Outcome, Reading, Report
@@ -31,11 +29,6 @@ __all__ = ["NotRecordedError", "Outcome", "Reading", "Reconciler", "Submit", "re
 log = structlog.get_logger(__name__)
 
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
-REFUSALS = 5  # of sessions, and none accepted: it is the key
-MISSING = 5  # sessions, and none found: it is the URL, or so it seems
-ATTEMPTS = 3  # at an answer that can be read
-_FIRST_BACKOFF, _LONGEST_BACKOFF, _JITTER = 0.5, 5.0, 0.5  # seconds
-_NOT_FOUND = 404
 _NOT_STORED = "its answer could not be stored: see archiver quarantine list"
 _NOT_KNOWN = "CallHQ does not know this session (404), nor does the archive: is the id right? It was not registered."
 LONGEST_RETRY = timedelta(hours=1)
@@ -46,24 +39,6 @@ Submit = Callable[[Event, datetime], Awaitable[str]]
 
 class NotRecordedError(Exception):
     """The database did not take the answer."""
-
-
-class _Answer(msgspec.Struct, frozen=True, gc=False):
-    """What a call came to: the fact, or why there is none.
-
-    `began`: when the call that was answered did, or the first that was not.
-    """
-
-    began: datetime
-    event: Event | None
-    fault: str = ""
-    status: int = 0
-
-    @property
-    def is_odd(self) -> bool:
-        """Whether it was told that all is well, and then nothing that can be understood."""
-        is_success = self.status in range(200, 300)
-        return is_success and self.event is not None and self.event.type == history.UNREADABLE
 
 
 class Reconciler:
@@ -82,18 +57,17 @@ class Reconciler:
         concurrency: int,
         gives_up: bool = True,
     ) -> None:
-        self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
+        self._engine, self._submit, self._timing = engine, submit, timing
+        self._asking = Asking(client)
         self._gives_up = gives_up  # where there is no answer long after a session expired
         self._pause = pause
         self._concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
-        self._accepted, self._refused = 0, 0  # calls, with this key
-        self._missing = 0  # of those accepted: answered 404
 
     @property
     def finds_nothing(self) -> bool:
         """Whether every answer was 404, as it is where the URL is not the API's."""
-        return 0 < self._missing == self._accepted and not self._refused
+        return self._asking.finds_nothing
 
     async def read_all(
         self,
@@ -110,7 +84,7 @@ class Reconciler:
         leased = Leased(self._engine, session_ids, due_at)
         report = Report(self._engine, leased, told)
 
-        async def record(session_id: str, answer: _Answer) -> None:
+        async def record(session_id: str, answer: Answer) -> None:
             await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
 
         async def one_after_another() -> None:
@@ -121,7 +95,7 @@ class Reconciler:
                     session_id = await leased.next_session()
                     if session_id is None:
                         return
-                    answer = await self._answer(session_id)
+                    answer = await self._asking.answer(session_id)
                 await _to_the_end(record(session_id, answer))
 
         async with leased.kept():
@@ -132,8 +106,7 @@ class Reconciler:
             finally:
                 await report.tell()
         report.tell_busy()
-        if self._refused and not self._accepted:
-            raise UnauthorizedError
+        self._asking.check_key()
         return report.outcomes
 
     async def meet_all(
@@ -145,7 +118,7 @@ class Reconciler:
         report = Report(self._engine, Leased(self._engine, [], None), told)
         waiting = iter(session_ids)
 
-        async def register(session_id: str, met: datetime, answer: _Answer) -> None:
+        async def register(session_id: str, met: datetime, answer: Answer) -> None:
             await report.add(session_id, *await self._register(session_id, met, answer))
 
         async def one_after_another() -> None:
@@ -153,15 +126,14 @@ class Reconciler:
                 async with self._turns:
                     await self._pause.wait()
                     met = datetime.now(UTC)
-                    answer = await self._answer(session_id)
+                    answer = await self._asking.answer(session_id)
                 await _to_the_end(register(session_id, met, answer))
 
         try:
             await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
         finally:
             await report.tell()
-        if self._refused and not self._accepted:
-            raise UnauthorizedError
+        self._asking.check_key()
         return report.outcomes
 
     async def preview_all(
@@ -183,12 +155,11 @@ class Reconciler:
                 told(reading)
 
         await _together(one_after_another() for _ in range(min(self._concurrency, len(session_ids))))
-        if self._refused and not self._accepted:
-            raise UnauthorizedError
+        self._asking.check_key()
         return outcomes
 
     async def _preview(self, session_id: str) -> Reading:
-        answer = await self._answer(session_id)
+        answer = await self._asking.answer(session_id)
         event = answer.event
         if event is None:
             return Reading(session_id, "failed", error=answer.fault)
@@ -196,7 +167,7 @@ class Reconciler:
 
         def record_and_undo(connection: Connection) -> None:
             before = leases.select_standings(connection, [session_id]).get(session_id)
-            if before is None and answer.status == _NOT_FOUND:
+            if before is None and answer.status == NOT_FOUND:
                 raise _UndoneError(Reading(session_id, "unknown", error=_NOT_KNOWN))
             ledger.record(connection, [observation], self._timing)
             after = leases.select_standings(connection, [session_id]).get(session_id)
@@ -208,7 +179,7 @@ class Reconciler:
             reading: Reading = undone.reading
         return reading
 
-    async def _record(self, session_id: str, lease: datetime, answer: _Answer) -> tuple[Outcome, str]:
+    async def _record(self, session_id: str, lease: datetime, answer: Answer) -> tuple[Outcome, str]:
         """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
         event = answer.event
         if event is None:
@@ -228,9 +199,9 @@ class Reconciler:
         telemetry.readings.labels(outcome).inc()
         return outcome, answer.fault
 
-    async def _register(self, session_id: str, met: datetime, answer: _Answer) -> tuple[Outcome, str]:
+    async def _register(self, session_id: str, met: datetime, answer: Answer) -> tuple[Outcome, str]:
         """Commit that there is such a session, and what was answered of it: the outcome, and what went wrong."""
-        if answer.status == _NOT_FOUND:
+        if answer.status == NOT_FOUND:
             return "unknown", _NOT_KNOWN
         facts = [(history.register({"id": session_id}), met)]
         if answer.event is not None:
@@ -247,59 +218,6 @@ class Reconciler:
         outcome = _OUTCOMES[answer.event.type]
         telemetry.readings.labels(outcome).inc()
         return outcome, answer.fault
-
-    async def _answer(self, session_id: str) -> _Answer:
-        """What cannot be read is asked for again, like what a server failed at: a proxy may have said it.
-
-        Raises `UnauthorizedError` where the key is refused again and again and never accepted.
-        """
-        attempts = stamina.retry_context(
-            on=_OddError,
-            attempts=ATTEMPTS,
-            timeout=None,
-            wait_initial=_FIRST_BACKOFF,
-            wait_max=_LONGEST_BACKOFF,
-            wait_jitter=_JITTER,
-        )
-        try:
-            async for attempt in attempts:
-                with attempt:
-                    return await self._ask_once(session_id)
-        except _OddError as odd:
-            return odd.answer
-        raise AssertionError("stamina ends with an answer or with an error")
-
-    async def _ask_once(self, session_id: str) -> _Answer:
-        answer = await self._ask(session_id)
-        if answer.is_odd:
-            raise _OddError(answer)
-        return answer
-
-    async def _ask(self, session_id: str) -> _Answer:
-        began, started = datetime.now(UTC), perf_counter()
-        try:
-            answer = await self._client.history(session_id)
-        except UnreachableError as error:
-            return _Answer(began, None, str(error))
-        except TooLargeError as error:
-            log.warning("history too large", session_id=session_id, error=str(error))
-            return _Answer(began, history.observe(session_id, 413, b""), status=413)
-        except UnauthorizedError:
-            self._refused += 1
-            if not self._accepted and self._refused >= REFUSALS:
-                raise
-            what = "this session" if self._accepted else "the key, or this session"
-            return _Answer(began, None, f"CallHQ refuses {what}: is it one of the account of CALLHQ_API_KEY?")
-        self._accept(answer.status)
-        telemetry.reading_seconds.observe(perf_counter() - started)
-        event = history.observe(session_id, answer.status, answer.body)
-        return _Answer(answer.began, event, status=answer.status)
-
-    def _accept(self, status: int) -> None:
-        self._accepted += 1
-        self._missing += status == _NOT_FOUND
-        if self._missing == self._accepted == MISSING:
-            log.warning("CallHQ answers 404 for every session: is CALLHQ_API_URL right? Ask archiver doctor")
 
     async def _failed(self, session_id: str, lease: datetime, now: datetime) -> Event | None:
         """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
@@ -331,14 +249,6 @@ def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: 
     if read_by is not None and now < read_by + timing.margin:
         pause = max(min(pause, (read_by + timing.margin - now) / 4), SHORTEST_RETRY)
     return pause
-
-
-class _OddError(Exception):
-    """An answer that may be another one when it is asked for again."""
-
-    def __init__(self, answer: _Answer) -> None:
-        super().__init__()
-        self.answer = answer
 
 
 class _UndoneError(Exception):

@@ -1,0 +1,288 @@
+"""One file of the spool, held by this process: written and emptied, and made good where its disk failed."""
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from archiver.spool import files
+from archiver.spool.errors import SpoolDamagedError, SpoolError, SpoolFullError, explained, unusable
+from archiver.spool.files import PAGE_BYTES, Spooled, open_file, transaction
+from archiver.spool.salvage import overwrite, set_aside, sync
+
+log = structlog.get_logger(__name__)
+
+MAX_FILES = 1_000
+LEAST_ROOM = 1_048_576  # bytes: with less a spool counts as full
+
+
+class Depth(msgspec.Struct, frozen=True, gc=False):
+    """What waits in a spool: deliveries, the bytes of their bodies, when the oldest of them came."""
+
+    events: int
+    bytes: int
+    oldest_at: datetime | None
+
+
+SELECT_DEPTH = "SELECT count(*), coalesce(sum(length(body)), 0), min(received_at) FROM spooled"
+
+
+class Spool:
+    """One file, held by this process. Threads may share it."""
+
+    def __init__(self, folder: Path, number: int, lock: int, max_bytes: int) -> None:
+        self.path = folder / f"spool-{number}.db"
+        self._lock_file, self._max_bytes = lock, max_bytes
+        self._lock = threading.Lock()
+        self._file = 0  # counts the files that this has been: in each one the ids begin anew
+        self._reopen()
+
+    def _reopen(self) -> None:
+        try:
+            self._open()
+        except SpoolDamagedError as error:
+            self._salvage(error)
+
+    def _open(self) -> None:
+        self._is_closed = True  # until it is open
+        self._file += 1
+        self._database = open_file(self.path, self._max_bytes)
+        # What has gone, but could not be deleted, because that needs room too: all up to an id, and some behind it.
+        self._gone_through, self._gone = 0, set[int]()
+        try:
+            with explained(self.path):
+                events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+        except SpoolError:
+            self._database.close()
+            raise
+        self._events, self._bytes = int(events), int(size)
+        self._identity = self._seen()
+        self._is_closed = False
+
+    def append(self, deliveries: Sequence[Spooled]) -> None:
+        """Make these deliveries durable, all or none. Raises `SpoolError`, of a full one `SpoolFullError`."""
+        with self._lock:
+            self._hold_on()
+            try:
+                self._append(deliveries)
+            except SpoolDamagedError as error:
+                self._go_on(error)
+                self._append(deliveries)
+
+    def _append(self, deliveries: Sequence[Spooled]) -> None:
+        with transaction(self._database, self.path):
+            files.insert(self._database, deliveries)
+        if not self._is_there():  # or it was written into a file that nobody will find
+            raise SpoolError(unusable(self.path, "removed while in use"))
+        self._events += len(deliveries)
+        self._bytes += sum(len(each.body) for each in deliveries)
+
+    def select_oldest(self, after: int, most: int, most_bytes: int) -> list[Spooled]:
+        """The oldest deliveries after this id: so many, or so many bytes of them, but at least one."""
+        with self._lock:
+            if self._is_closed:
+                self._reopen()
+            try:
+                return self._select_oldest(after, most, most_bytes)
+            except SpoolDamagedError as error:
+                self._go_on(error)
+                return self._select_oldest(after, most, most_bytes)
+
+    def _select_oldest(self, after: int, most: int, most_bytes: int) -> list[Spooled]:
+        found: list[Spooled] = []
+        size = 0
+        with closing(files.select(self._database, self.path, max(after, self._gone_through) + 1)) as waiting:
+            for delivery in waiting:
+                if delivery.id in self._gone:
+                    continue
+                size += len(delivery.body)
+                if found and size > most_bytes:
+                    break
+                found.append(msgspec.structs.replace(delivery, file=self._file))
+                if len(found) == most:
+                    break
+        return found
+
+    def delete(self, deliveries: Sequence[Spooled]) -> None:
+        """Let go of deliveries that are safe elsewhere; when none is left, of the room that they took too.
+
+        Those that were read before we went on in another file stay: there their ids are those of others.
+
+        On a full disk nothing can be deleted: they are passed over from now on, and overwritten when none is left.
+        Raises `SpoolError`.
+        """
+        with self._lock:
+            if self._is_closed:
+                self._reopen()
+            deliveries = [each for each in deliveries if each.file == self._file]
+            try:
+                if self._gone_through or self._gone:
+                    raise SpoolFullError  # it was so before, and would be slow to find out again
+                with transaction(self._database, self.path):
+                    self._database.executemany(
+                        "DELETE FROM spooled WHERE id = ?", [(each.id,) for each in deliveries]
+                    )
+            except SpoolError:
+                self._pass_over(deliveries)
+            self._events -= len(deliveries)
+            self._bytes -= sum(len(each.body) for each in deliveries)
+            if self._is_empty():
+                self._free()
+            elif deliveries:
+                self._checkpoint()  # else what has gone is still read in the write-ahead log (I8)
+
+    def _pass_over(self, deliveries: Sequence[Spooled]) -> None:
+        self._gone.update(each.id for each in deliveries)
+        with explained(self.path):
+            numbers = self._database.execute("SELECT id FROM spooled WHERE id > ? ORDER BY id", (self._gone_through,))
+            for (number,) in numbers:
+                if number not in self._gone:
+                    break
+                self._gone.remove(number)
+                self._gone_through = number
+
+    def _is_empty(self) -> bool:
+        with explained(self.path):
+            query = "SELECT NOT EXISTS (SELECT 1 FROM spooled WHERE id > ?)"
+            return bool(self._database.execute(query, (self._gone_through,)).fetchone()[0])
+
+    def _free(self) -> None:
+        if self._gone_through:
+            if not self._is_there():
+                return
+            self._database.close()
+            self._is_closed = True
+            overwrite(self.path)
+            self._open()
+            return
+        self._events = self._bytes = 0
+        with suppress(sqlite3.Error):  # it is only room
+            # As a script: executed as a statement, it would free one page.
+            self._database.executescript("PRAGMA incremental_vacuum;")
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Where somebody reads the file longer than `BUSY_SECONDS` it is done after the next deletion."""
+        with suppress(sqlite3.Error):
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @property
+    def events(self) -> int:
+        """How many wait."""
+        return self._events
+
+    def depth(self) -> Depth:
+        """What waits. Raises `SpoolError`."""
+        with self._lock, explained(self.path):
+            query = "SELECT received_at FROM spooled WHERE id > ? ORDER BY id LIMIT 1"
+            oldest = self._database.execute(query, (self._gone_through,)).fetchone()
+        return Depth(self._events, self._bytes, datetime.fromisoformat(oldest[0]) if oldest else None)
+
+    def room(self) -> int:
+        """Bytes that it may still take, for it may fill neither its limit nor the disk. Raises `SpoolError`."""
+        with self._lock, explained(self.path):
+            self._hold_on()
+            used, most = (
+                self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "max_page_count")
+            )
+            free = self._database.execute("PRAGMA freelist_count").fetchone()[0]
+            disk = os.statvfs(self.path.parent)
+        return int(min((most - used + free) * PAGE_BYTES, disk.f_bavail * disk.f_frsize))
+
+    def close(self) -> None:
+        """Leave the file to whoever takes it next."""
+        with self._lock:
+            self._database.close()
+        os.close(self._lock_file)
+
+    def _seen(self) -> list[tuple[int, int] | None]:
+        """Which files stand where ours should: a removed one could be written to for ever, and be read by nobody."""
+        return [_identity(path) for path in (self.path, Path(f"{self.path}-wal"), self.path.with_suffix(".lock"))]
+
+    def _is_there(self) -> bool:
+        return self._seen() == self._identity
+
+    def _hold_on(self) -> None:
+        """Before anything is written."""
+        if self._is_closed:
+            self._reopen()
+        elif not self._is_there():
+            self._replace()
+
+    def _replace(self) -> None:
+        """Go on in another file, because somebody removed ours, or the lock that makes it ours."""
+        log.error("the spool was removed while in use: going on in another file", spool=str(self.path))
+        is_in_place = self._seen()[:2] == self._identity[:2]
+        fresh = open_spool(self.path.parent, self._max_bytes)
+        try:
+            if not is_in_place:  # otherwise whoever holds it now, which may be us, has them
+                fresh._copy(files.readable(self._database, self.path))
+        except BaseException:
+            fresh.close()
+            raise
+        self._database.close()
+        os.close(self._lock_file)
+        self._file += 1
+        self.path, self._lock_file = fresh.path, fresh._lock_file
+        self._database, self._identity = fresh._database, fresh._identity
+        self._gone_through, self._gone = fresh._gone_through, fresh._gone
+        self._events, self._bytes = fresh._events, fresh._bytes
+
+    def _copy(self, deliveries: Iterator[Spooled]) -> None:
+        with transaction(self._database, self.path):
+            files.insert_all(self._database, deliveries)
+        events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+        self._events, self._bytes = int(events), int(size)
+
+    def _go_on(self, error: SpoolError) -> None:
+        self._database.close()
+        self._is_closed = True
+        self._salvage(error)
+
+    def _salvage(self, error: SpoolError) -> None:
+        """Go on in a new file of the same name, with whatever can still be read of the damaged one."""
+        saved, aside = set_aside(self.path)
+        log.error("the spool was damaged: saved what can be read", reason=str(error), events=saved, aside=str(aside))
+        self._open()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def open_spool(folder: Path, max_bytes: int) -> Spool:
+    """The first file of this folder that nobody holds, made if there is none. Raises `SpoolError`."""
+    with explained(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync(folder.parent)  # SQLite sees to what is in the folder
+    for number in range(MAX_FILES):
+        if (held := hold(folder, number, max_bytes)) is not None:
+            return held
+    raise SpoolError(f"{folder} has {MAX_FILES} spools in use.")
+
+
+def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
+    """The file of this number, if nobody else holds it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with explained(folder):
+        lock = os.open(folder / f"spool-{number}.lock", flags, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Spool(folder, number, lock, max_bytes)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except BaseException:
+        os.close(lock)
+        raise
