@@ -567,8 +567,9 @@ def test_serve_says_what_it_writes_to_and_which_variables_do_nothing(home: Path,
     assert HUNTER not in log
 
 
-def test_each_receiving_process_says_for_itself_that_it_stopped(url: str) -> None:
-    with serving(url, "--workers", "2", "--no-worker") as receiver:
+def test_each_receiving_process_says_for_itself_that_it_stopped(url: str, tmp_path: Path) -> None:
+    with serving(url, "--workers", "2", "--no-worker", ARCHIVER_HOME=str(tmp_path)) as receiver:
+        until(lambda: len(list(tmp_path.glob("spool/*.lock"))) == 2, "both have begun")
         assert receiver.stop() == 0
         log = receiver.stderr()
     stopped = [line for line in map(json.loads, log.splitlines()) if line["event"] == "stopped"]
