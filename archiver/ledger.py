@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Any, Self
 
 import msgspec
-from sqlalchemy import Connection, case, func, literal_column, text
+from sqlalchemy import Connection, case, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events, history, outbox, projection, tables
-from archiver.database import RowsInsert
+from archiver.database import Direct, RowsInsert
 from archiver.events import Event
 from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
 
@@ -169,13 +169,13 @@ _BY_KEY = (
     "set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
     " set_config('enable_mergejoin', 'off', true)"
 )
-_LOCK_SHARED = text(f"SELECT pg_advisory_xact_lock_shared(:key), {_BY_KEY}").bindparams(key=_PLACEMENT_LOCK)
-_LOCK_EXCLUSIVE = text(f"SELECT pg_advisory_xact_lock(:key), {_BY_KEY}").bindparams(key=_PLACEMENT_LOCK)
+_LOCK_SHARED = Direct(f"SELECT pg_advisory_xact_lock_shared({_PLACEMENT_LOCK}), {_BY_KEY}")
+_LOCK_EXCLUSIVE = Direct(f"SELECT pg_advisory_xact_lock({_PLACEMENT_LOCK}), {_BY_KEY}")
 
 
 def lock_placement(connection: Connection, *, exclusive: bool) -> None:
     """To be held by whoever derives turns: alone (`exclusive`) for those without a session, else beside others."""
-    connection.execute(_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED)
+    (_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED).execute(connection)
 
 
 def _event_upsert() -> RowsInsert:

@@ -5,7 +5,9 @@ from datetime import UTC, datetime
 from typing import Literal, get_args
 
 import msgspec
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
+
+from archiver.database import Direct
 
 ChangeType = Literal[
     "chat.created",
@@ -29,11 +31,11 @@ class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 # One narrow row a transaction, whatever it changed: ingest pays for each row and for each index entry.
-_INSERT = text("INSERT INTO archiver.outbox (changed_at, changes) VALUES (:changed_at, CAST(:changes AS json))")
+_INSERT = Direct("INSERT INTO archiver.outbox (changed_at, changes) VALUES ($1, $2)")
 
 
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
     """Have these published if, and only if, this transaction commits."""
     if changes:
         told = msgspec.json.encode(changes).decode()
-        connection.execute(_INSERT, {"changed_at": datetime.now(UTC), "changes": told})
+        _INSERT.execute(connection, datetime.now(UTC).isoformat(), told)

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import msgspec
 import psycopg
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver import telemetry
+from archiver.database.direct import Direct
 from archiver.database.errors import (
     CERTIFICATE_ADVICE,
     explain,
@@ -31,6 +32,7 @@ from archiver.database.urls import database_url, place
 
 __all__ = [
     "CERTIFICATE_ADVICE",
+    "Direct",
     "RowsInsert",
     "connect",
     "connect_async",
@@ -59,11 +61,11 @@ CONFLICT_RETRIES = 3
 # Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one; and a
 # time near the end of the calendar must not leave it on the way through another time zone. And compiling a statement
 # takes Postgres 200 ms where it guesses it to be costly, which never pays for the few rows of ours.
-_OPEN = text(
+_OPEN = Direct(
     "SELECT set_config('synchronous_commit', 'on', true), set_config('TimeZone', 'UTC', true),"
     " set_config('jit', 'off', true),"
-    " set_config('statement_timeout', :statement_timeout, true),"
-    " set_config('lock_timeout', :lock_timeout, true)"
+    " set_config('statement_timeout', $1, true),"
+    " set_config('lock_timeout', $2, true)"
 )
 
 
@@ -200,5 +202,4 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
 
 
 def _open(connection: Connection, statement_seconds: float, lock_seconds: float) -> None:
-    limits = {"statement_timeout": statement_seconds, "lock_timeout": lock_seconds}
-    connection.execute(_OPEN, {name: str(round(seconds * 1000)) for name, seconds in limits.items()})
+    _OPEN.execute(connection, *(str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds)))

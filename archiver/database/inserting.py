@@ -7,9 +7,11 @@ from operator import itemgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, bindparam, create_engine
+from sqlalchemy import Connection, bindparam, create_engine
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.sql.dml import ReturningInsert
+
+from archiver.database import direct
 
 # Placeholders as Postgres has them ($1): the driver would else parse each long statement anew, in Python.
 PARAMSTYLE = "numeric_dollar"
@@ -33,18 +35,18 @@ class RowsInsert:
         self._names = self._head.rpartition("(")[2].rstrip(")").split(", ")
         self._values = itemgetter(*self._names)
         self._render = lru_cache(maxsize=128)(self._text)
+        self._rows = direct.Rows()
 
-    def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[Row[Any]]:
+    def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Insert these rows, and answer what the statement returns: in any order, so to be matched by key."""
-        answered: list[Row[Any]] = []
+        answered: list[Any] = []
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]
             values = tuple(chain.from_iterable(map(self._values, page)))
             # Postgres reads times and decimals as text as well, with two gains: the driver writes them in Python,
             # slowly; and a value has the type of a null, so that a statement prepared for one serves the other.
             parameters = msgspec.to_builtins(values, builtin_types=(bytes,))
-            result = connection.exec_driver_sql(self._render(len(page)), parameters)
-            answered += result if result.returns_rows else ()
+            answered += direct.execute(connection, self._render(len(page)), parameters, self._rows)
         return answered
 
     def _text(self, count: int) -> str:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Connection, text
 
+from archiver.database import Direct
+
 
 class Told(NamedTuple):
     """Whose a fact is: its session, empty where it does not tell, and its chat if it speaks of one."""
@@ -24,10 +26,10 @@ class Erased(msgspec.Struct, frozen=True, gc=False):
 
 # As JSON, because the driver writes an array item by item. A chat that does not tell its session is erased, too,
 # where a session that holds it was, or that turn of it.
-_SELECT_ERASED = text(
+_SELECT_ERASED = Direct(
     """
     WITH told AS MATERIALIZED (
-        SELECT DISTINCT session_id, chat_id FROM json_to_recordset(:told) AS t (session_id text, chat_id text)
+        SELECT DISTINCT session_id, chat_id FROM json_to_recordset($1) AS t (session_id text, chat_id text)
          WHERE EXISTS (SELECT FROM archiver.erasures)
     ), known AS MATERIALIZED (
         SELECT t.session_id, t.chat_id,
@@ -54,7 +56,7 @@ _SELECT_ERASED = text(
 def select_erased(connection: Connection, told: Iterable[Told]) -> dict[Told, Erased]:
     """Of these, those of which something was erased. Exact under the lock that `ledger` takes."""
     asked = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(told), key=_order)]
-    found = connection.execute(_SELECT_ERASED, {"told": msgspec.json.encode(asked).decode()}) if asked else ()
+    found = _SELECT_ERASED.execute(connection, msgspec.json.encode(asked).decode()) if asked else ()
     return {Told(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in found}
 
 

@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Connection, Row, text
 
 from archiver import events, history, telemetry
+from archiver.database import Direct
 from archiver.projection.coverage import Reading
 from archiver.projection.erased import select_erased_sessions
 from archiver.projection.sessions import Story
@@ -20,10 +21,10 @@ Key = tuple[str, str]  # session_id, chat_id
 
 # Facts about the same turns that are not this batch's own, be their session told or not. The keys stand in a
 # materialized CTE because a distributed ledger joins to nothing else.
-_SELECT_OTHER_FACTS = text(
+_SELECT_OTHER_FACTS = Direct(
     """
     WITH keys AS MATERIALIZED (
-        SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text, own text[])
+        SELECT * FROM json_to_recordset($1) AS k (session_id text, chat_id text, own text[])
     )
     SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
@@ -48,7 +49,7 @@ def select_other_facts(connection: Connection, own: Mapping[Key, Sequence[bytes]
     for key in own:
         homes[key[1]].append(key)
     found: dict[Key, list[Fact]] = defaultdict(list)
-    for row in connection.execute(_SELECT_OTHER_FACTS, {"keys": msgspec.json.encode(keys).decode()}):
+    for row in _SELECT_OTHER_FACTS.execute(connection, msgspec.json.encode(keys).decode()):
         fact = _fact(row)
         for key in [(row.session_id, row.chat_id)] if row.session_id != UNPLACED else homes[row.chat_id]:
             found[key] += [fact] if fact is not None else []

@@ -180,7 +180,7 @@ def feed(url: str, batch: int, seconds: int, prefix: str) -> Load:
     """(d): the very statements that the archiver sends, taken down beforehand, with nothing else around them."""
     engine = database.connect(database.database_url(url), pool_size=1)
     script: list[tuple[str, Any]] = []
-    event.listen(engine, "before_cursor_execute", lambda *call: script.append((call[2], call[3])))
+    event.listen(engine, "connect", lambda opened, _: record(opened, script))
     number, spent, done = 0, 0.0, 0
     with psycopg.connect(url, cursor_factory=psycopg.RawCursor) as connection:
         while spent < seconds:
@@ -199,6 +199,15 @@ def feed(url: str, batch: int, seconds: int, prefix: str) -> Load:
             done += batch * len(transactions)
     engine.dispose()
     return Load(done / spent)
+
+
+def record(opened: psycopg.Connection, script: list[tuple[str, Any]]) -> None:
+    class Recording(psycopg.RawCursor):
+        def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+            script.append((query, params))
+            return super().execute(query, params, **options)
+
+    opened.cursor_factory = Recording
 
 
 def take_down(engine: Any, bodies: Sequence[bytes]) -> None:
