@@ -204,7 +204,8 @@ def feed(url: str, batch: int, seconds: int, prefix: str) -> Load:
 def record(opened: psycopg.Connection, script: list[tuple[str, Any]]) -> None:
     class Recording(psycopg.RawCursor):
         def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-            script.append((query, params))
+            if query != ";":  # which the pool asks, and not the archiver
+                script.append((query, params))
             return super().execute(query, params, **options)
 
     opened.cursor_factory = Recording
