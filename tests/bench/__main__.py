@@ -74,9 +74,7 @@ def run(postgres: embedded.Postgres, home: Path, seconds: int, rounds: int) -> N
         (version,) = connection.execute("SELECT version()").fetchone() or ("?",)
         (fsync,) = connection.execute("SHOW fsync").fetchone() or ("?",)
     print(f"{version.split(' on ')[0]}, fsync {fsync}, {CONNECTIONS} connections, {os.cpu_count()} cores")
-    print(
-        f"{rounds} rounds of {seconds} s a case, after {WARM_SECONDS} s to warm up; medians of rates and of each round's ratios;"
-    )
+    print(f"{rounds} rounds of {seconds} s a case, after {WARM_SECONDS} s to warm up; medians, also of ratios;")
     print("every event of b, c and d is durable when it is counted")
     results: dict[str, list[Load]] = {case: [] for case in NAMES}
     acknowledged = 0

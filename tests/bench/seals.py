@@ -27,6 +27,7 @@ from tests.payloads import SECRET, WEBHOOK
 from tests.receivers import serving
 
 HERE = Path(__file__).parent
+WARM_SECONDS = 3
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=1_000_000, help="in the ledger (default 1,000,000)")
     parser.add_argument("--rounds", type=int, default=3, help="of each measurement in turn; the median counts")
     parser.add_argument("--beside", action="store_true", help="measure sealing beside full-rate ingest instead")
-    parser.add_argument("--seconds", type=int, default=8, help="of load for each round of --beside (default 8)")
+    parser.add_argument("--seconds", type=int, default=16, help="of load for each round of --beside (default 16)")
     arguments = parser.parse_args()
     telemetry.configure_logs("warning", "text")
     with server() as (postgres, _):
@@ -98,19 +99,21 @@ def verify(engine: Engine) -> int:
 
 
 def beside(postgres: embedded.Postgres, rounds: int, seconds: int) -> None:
-    rates: dict[str, list[float]] = {"86400": [], "5": []}
+    """Each round compares two loads, in turn the one or the other first: what disturbs a machine drifts."""
+    ratios: list[float] = []
     for number in range(rounds):
-        for every, measured in rates.items():
+        rates: dict[str, float] = {}
+        for every in ("86400", "5")[:: -1 if number % 2 else 1]:
             url = migrated(postgres, f"beside_{every}_{number}")
             with serving(url, "--worker", ARCHIVER_SEAL_EVERY=every) as receiver:
-                if every == "86400":  # the first seal is made at once: not beside the load
-                    receiver.post(b"{}")
-                measured.append(load(receiver.url + WEBHOOK, seconds, f"{every}-{number}"))
+                receiver.post(b"{}")  # the first seal is made at once: not beside the load
+                load(receiver.url + WEBHOOK, WARM_SECONDS, f"{every}-{number}w")
+                rates[every] = load(receiver.url + WEBHOOK, seconds, f"{every}-{number}")
             with psycopg.connect(url) as connection:
                 (count,) = connection.execute("SELECT count(*) FROM archiver.seals").fetchone() or (0,)
-            print(f"  round {number + 1}, a seal each {every:>5} s: {measured[-1]:8,.0f} events/s, {count} seals")
-    without, sealing = (statistics.median(measured) for measured in rates.values())
-    print(f"with sealing / without {sealing / without:.3f}")
+            print(f"  round {number + 1}, a seal each {every:>5} s: {rates[every]:8,.0f} events/s, {count} seals")
+        ratios.append(rates["5"] / rates["86400"])
+    print(f"with sealing / without {statistics.median(ratios):.3f} (median of {rounds} rounds)")
 
 
 def load(url: str, seconds: int, prefix: str) -> float:
