@@ -292,12 +292,12 @@ def test_i9_seals_made_anew_without_the_key_are_found(sealed: Engine, forged: Co
         now = {
             (kind.letter, row_id): hashed
             for kind in leaves.KINDS
-            for row_id, hashed, _ in leaves.select_leaves(
+            for row_id, hashed in leaves.select_leaves(
                 forged, kind, before.through[kind.table], seal.through[kind.table]
             )
         }
         anew = b"".join(
-            chain.pack(entry.letter, [(entry.id, now.get((entry.letter, entry.id), entry.hash), True)])
+            leaves.pack(entry.letter, [(entry.id, now.get((entry.letter, entry.id), entry.hash))])
             for entry in chain.unpack(entries)
         )
         made = chain.make(before, anew, seal.through, None)

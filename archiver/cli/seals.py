@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from archiver.seals import Checked, Finding, Seal
 from archiver.worker import signing_key
 
 READ_SECONDS = 24 * 3600  # of one statement of a verification
+MOST_JOBS = 8  # unless more are asked for
 TOLD = 20  # findings that are printed before the rest is counted
 
 
@@ -53,9 +54,21 @@ def seal(as_json: bool) -> None:
 @evidence.key_option(default="[default: that of ARCHIVER_SEAL_KEY]")
 @evidence.signed_since_option
 @evidence.against_option
+@click.option(
+    "--jobs",
+    type=Whole(1, 64),
+    metavar="N",
+    help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {MOST_JOBS}]",
+)
 @connection.json_option
 def verify(
-    after_seal: int | None, key_files: tuple[Path, ...], signed_since: int, against: IO[bytes] | None, as_json: bool
+    *,
+    after_seal: int | None,
+    key_files: tuple[Path, ...],
+    signed_since: int,
+    against: IO[bytes] | None,
+    jobs: int | None,
+    as_json: bool,
 ) -> None:
     """Check seals and ledger: each row against its seal, each body against its digest, each seal against its chain.
 
@@ -89,13 +102,22 @@ def verify(
                 heads=heads,
                 checked=checked,
                 on_progress=tell,
+                effort=seals.Effort(jobs or min(seals.processors(), MOST_JOBS)),
             )
-            with closing(verification) as found:
+            with closing(verification) as found, _complete():
                 for finding in found:
                     findings.append(finding)
                     if not as_json and len(findings) <= TOLD:
                         progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json)
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    try:
+        yield
+    except seals.LostError as error:
+        raise settings.SettingsError(str(error)) from None
 
 
 def _require_seal(newest: Seal, after_seal: int | None) -> None:

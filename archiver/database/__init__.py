@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.engine import URL
@@ -131,10 +132,16 @@ def transaction(
 
 
 @contextmanager
-def snapshot(engine: Engine, *, statement_seconds: float) -> Iterator[Connection]:
-    """One transaction that only reads, and sees the database as it was at its start, however long it reads."""
+def snapshot(engine: Engine, *, statement_seconds: float, exported: str | None = None) -> Iterator[Connection]:
+    """One transaction that only reads, and sees the database as it was at its start, however long it reads.
+
+    `exported`: what `pg_export_snapshot` told another one, which is still open: this one sees the same as that.
+    """
     frozen = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-    with transaction(frozen, statement_seconds=statement_seconds) as connection:
+    with frozen.begin() as connection:
+        if exported is not None:  # before anything else is said, or it is too late
+            connection.exec_driver_sql(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(exported).as_string())
+        _open(connection, statement_seconds, LOCK_SECONDS)
         yield connection
 
 

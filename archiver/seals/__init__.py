@@ -10,21 +10,26 @@ from archiver.seals.chain import (
     select_seal,
     select_seals,
 )
+from archiver.seals.comparing import Checked
 from archiver.seals.findings import Finding
+from archiver.seals.parallel import LostError, processors
 from archiver.seals.proofs import NotSealedError, Proof, prove
 from archiver.seals.sealing import BusyError, seal
-from archiver.seals.verifying import Checked, verify
+from archiver.seals.verifying import Effort, verify
 
 __all__ = [
     "BusyError",
     "Checked",
+    "Effort",
     "Finding",
     "KeyFileError",
+    "LostError",
     "NotSealedError",
     "Proof",
     "Seal",
     "key_id",
     "private_key",
+    "processors",
     "prove",
     "public_key",
     "seal",

@@ -1,8 +1,7 @@
 """The chain: each seal states what it holds and which seal came before, so that none can be changed alone."""
 
 import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
@@ -20,11 +19,10 @@ from sqlalchemy import ColumnElement, Connection, Select, case, func, insert, se
 
 from archiver import tables
 from archiver.seals import merkle
-from archiver.seals.leaves import KINDS, Leaf
+from archiver.seals.leaves import ENTRY, KINDS
 
 NOTHING = bytes(32)  # the hash before the first seal's
-_ENTRY = struct.Struct(">cq32s")
-ENTRY_SIZE = _ENTRY.size
+ENTRY_SIZE = ENTRY.size
 
 
 class KeyFileError(Exception):
@@ -109,15 +107,10 @@ def is_signed_by(seal: Seal, key: Ed25519PublicKey) -> bool:
     return True
 
 
-def pack(letter: bytes, leaves: Iterable[Leaf]) -> bytes:
-    """Leaves of one table as `seals.entries` holds them."""
-    return b"".join([_ENTRY.pack(letter, row_id, hashed) for row_id, hashed, _ in leaves])
-
-
 def unpack(packed: bytes) -> list[Entry]:
     """Without what is left over, where these are no entries."""
     whole = len(packed) - len(packed) % ENTRY_SIZE
-    return [Entry(*fields) for fields in _ENTRY.iter_unpack(packed[:whole])]
+    return [Entry(*fields) for fields in ENTRY.iter_unpack(packed[:whole])]
 
 
 def hashes(packed: bytes) -> list[bytes]:

@@ -1,40 +1,42 @@
 """Rows beside each other: counters only grow, content goes by an erasure, and each of those by an act."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from sqlalchemy import Connection, text
 
 from archiver.seals.chain import Seal
 from archiver.seals.findings import Finding
 
-# Where nothing was delivered since, the counters stand as they were sealed; else they have grown.
-_COUNTERS = text(
-    """
+# Where nothing was delivered since, the counters stand as they were sealed; else they have grown. Of `r`, the newest
+# recount, all is null where there is none.
+_AS_THEY_SHOULD_BE = """
+    CASE WHEN e.is_recounted THEN
+        e.delivery_count > coalesce(r.delivery_count, 1)
+        AND e.last_received_at >= coalesce(r.last_received_at, e.received_at)
+        AND (e.earliest_at IS NOT DISTINCT FROM r.earliest_at
+             OR coalesce(e.earliest_at < coalesce(r.earliest_at, e.occurred_at, 'infinity'), false))
+    ELSE
+        (e.delivery_count, e.last_received_at, e.earliest_at) IS NOT DISTINCT FROM
+        (coalesce(r.delivery_count, 1), coalesce(r.last_received_at, e.received_at), r.earliest_at)
+    END
+"""
+_RECOUNTED = text(
+    f"""
     SELECT e.id
-      FROM archiver.events e
-      LEFT JOIN (
+      FROM (
           SELECT DISTINCT ON (event_id) event_id, delivery_count, last_received_at, earliest_at
             FROM archiver.recounts ORDER BY event_id, id DESC
-      ) r ON r.event_id = e.id
-     WHERE e.id <= :through
-       AND (r.event_id IS NOT NULL OR e.is_recounted OR e.delivery_count <> 1 OR e.earliest_at IS NOT NULL
-            OR e.last_received_at <> e.received_at)
-       AND NOT CASE WHEN e.is_recounted THEN
-               e.delivery_count > coalesce(r.delivery_count, 1)
-               AND e.last_received_at >= coalesce(r.last_received_at, e.received_at)
-               AND (e.earliest_at IS NOT DISTINCT FROM r.earliest_at
-                    OR coalesce(e.earliest_at < coalesce(r.earliest_at, e.occurred_at, 'infinity'), false))
-           ELSE
-               (e.delivery_count, e.last_received_at, e.earliest_at) IS NOT DISTINCT FROM
-               (coalesce(r.delivery_count, 1), coalesce(r.last_received_at, e.received_at), r.earliest_at)
-           END
+      ) r JOIN archiver.events e ON e.id = r.event_id
+     WHERE e.id <= :through AND NOT {_AS_THEY_SHOULD_BE}
      ORDER BY e.id
-    """
+    """  # noqa: S608  # words of ours
 )
 
 
-def check_counters(connection: Connection, head: Seal) -> Iterator[Finding]:
-    for event_id in connection.scalars(_COUNTERS, {"through": head.through["events"]}):
+def check_recounted(connection: Connection, head: Seal) -> Iterator[Finding]:
+    """The counters of events that were recounted: whatever they are now, a row alone does not tell what they were."""
+    for event_id in connection.scalars(_RECOUNTED, {"through": head.through["events"]}):
         yield Finding("events", event_id, "counters_changed")
 
 
@@ -59,32 +61,64 @@ def check_recounts(connection: Connection, _: Seal) -> Iterator[Finding]:
         yield Finding("recounts", recount_id, "went_back")
 
 
+# Those that a row alone does not tell to be as they should be (`leaves.Run.unusual`), by their ids or up to one.
+_WHICH = {"these": "e.id = ANY (:ids)", "up_to": "e.id <= :last"}
+
+_COUNTERS = {
+    name: text(
+        f"""
+        SELECT e.id FROM archiver.events e LEFT JOIN archiver.recounts r ON r.event_id = e.id
+         WHERE {rule} AND e.id <= :through AND r.event_id IS NULL AND NOT {_AS_THEY_SHOULD_BE}
+         ORDER BY e.id
+        """  # noqa: S608  # words of ours
+    )
+    for name, rule in _WHICH.items()
+}
+
 # Salt and key have their lengths, or bytes of a body could pass for theirs. Content goes as `erasure.sweeping` takes
 # it: of a session all; of a turn its facts, each reading of its session but one that was made without it, and what
 # tells of the turn in its bytes alone.
-_CONTENT = text(
-    """
-    SELECT e.id, NOT (e.body IS NULL OR e.salt IS NULL) AS is_there
-      FROM archiver.events e
-     WHERE octet_length(e.salt) <> 16 OR octet_length(e.dedupe_key) <> 32
-        OR ((e.body IS NULL OR e.salt IS NULL)
-            AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
-                SELECT FROM archiver.erasures x
-                 WHERE x.session_id = e.session_id
-                   AND (x.chat_id = e.chat_id
-                        OR (x.session_id <> ''
-                            AND (x.chat_id = ''
-                                 OR (e.source = 'webhook' AND e.chat_id IS NULL)
-                                 OR (e.source = 'history'
-                                     AND NOT (e.type = 'history.redacted' AND e.occurred_at >= x.erased_at)))))
-            )))
-     ORDER BY e.id
-    """
-)
+_CONTENT = {
+    name: text(
+        f"""
+        SELECT e.id, NOT (e.body IS NULL OR e.salt IS NULL) AS is_there
+          FROM archiver.events e
+         WHERE {rule} AND (octet_length(e.salt) <> 16 OR octet_length(e.dedupe_key) <> 32
+            OR ((e.body IS NULL OR e.salt IS NULL)
+                AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
+                    SELECT FROM archiver.erasures x
+                     WHERE x.session_id = e.session_id
+                       AND (x.chat_id = e.chat_id
+                            OR (x.session_id <> ''
+                                AND (x.chat_id = ''
+                                     OR (e.source = 'webhook' AND e.chat_id IS NULL)
+                                     OR (e.source = 'history'
+                                         AND NOT (e.type = 'history.redacted' AND e.occurred_at >= x.erased_at)))))
+                ))))
+         ORDER BY e.id
+        """  # noqa: S608  # words of ours
+    )
+    for name, rule in _WHICH.items()
+}
+PAGE = 10_000  # ids that are asked for at once
 
 
-def check_content(connection: Connection, _: Seal) -> Iterator[Finding]:
-    for event_id, is_there in connection.execute(_CONTENT):
+def check_unusual(connection: Connection, event_ids: Sequence[int], through: int) -> Iterator[Finding]:
+    """Counters, up to this id, and content of these events, whose rows are not as they are after one delivery."""
+    for start in range(0, len(event_ids), PAGE):
+        ids = list(event_ids[start : start + PAGE])
+        yield from _check(connection, "these", {"ids": ids}, through)
+
+
+def check_earlier(connection: Connection, last: int, through: int) -> Iterator[Finding]:
+    """The same of all events up to `last`: those of before the seal after which a verification begins."""
+    yield from _check(connection, "up_to", {"last": last}, through)
+
+
+def _check(connection: Connection, which: str, those: dict[str, Any], through: int) -> Iterator[Finding]:
+    for event_id in connection.scalars(_COUNTERS[which], {**those, "through": through}):
+        yield Finding("events", event_id, "counters_changed")
+    for event_id, is_there in connection.execute(_CONTENT[which], those):
         yield Finding("events", event_id, "changed" if is_there else "erased_without_record")
 
 

@@ -8,6 +8,7 @@ that a row is hashed as it arrives. Source: https://www.postgresql.org/docs/curr
 
 import struct
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from hashlib import sha256
 from typing import Any
 
@@ -21,9 +22,17 @@ from archiver.seals.merkle import leaf_hash
 _COUNT = 2  # bytes before each row: number of its fields
 
 # Before an event's fields stands the length of what is after them, its salt and body in one; -1 where they are gone.
-_BEFORE, _AFTER = "coalesce(octet_length(salt) + octet_length(body), -1)", "salt || body"
+# Of a row that is not as it is after one delivery it is -2 less that length, so that it is looked at again.
+_BEFORE = """
+    CASE WHEN octet_length(salt) = 16 AND octet_length(dedupe_key) = 32 AND body IS NOT NULL AND delivery_count = 1
+              AND last_received_at = received_at AND earliest_at IS NULL AND NOT is_recounted
+         THEN 16 + octet_length(body)
+         ELSE -2 - coalesce(octet_length(salt) + octet_length(body), -1) END
+"""
+_AFTER = "salt || body"
 _EVENT = struct.Struct(">6xi4xq").unpack_from  # that length, and the id
 _LEAF = _COUNT + 4 + 4  # where an event's leaf begins
+_ID_BYTES = slice(_LEAF + 4, _LEAF + 12)
 _DIGEST = slice(_LEAF + 12 + 12 + 4, _LEAF + 12 + 12 + 4 + 32)
 _ID = struct.Struct(">6xq").unpack_from
 
@@ -36,7 +45,25 @@ def leaf(letter: bytes, fields: Iterable[bytes | None]) -> bytes:
     return letter + b"".join([_NULL if each is None else _LENGTH(len(each)) + each for each in fields])
 
 
-Leaf = tuple[int, bytes, bool]  # a row's id, its leaf hash, and whether its body is what its digest says
+Leaf = tuple[int, bytes]  # a row's id and its leaf hash
+ENTRY = struct.Struct(">cq32s")  # a leaf as its seal lists it: the letter of its table, its id, its hash
+
+
+def pack(letter: bytes, leaves: Iterable[Leaf]) -> bytes:
+    """Leaves of one table as `seals.entries` holds them."""
+    return b"".join([ENTRY.pack(letter, row_id, hashed) for row_id, hashed in leaves])
+
+
+class Run(msgspec.Struct):
+    """What lies between two ids of a table: the packed leaves of its rows, and of events what is conspicuous.
+
+    `bodies`: ids of events whose body is not what its digest says. `unusual`: of those whose rows are not as they are
+    after one delivery, so that it takes more to tell whether they are as they should be.
+    """
+
+    entries: list[bytes] = msgspec.field(default_factory=list)
+    bodies: list[int] = msgspec.field(default_factory=list)
+    unusual: list[int] = msgspec.field(default_factory=list)
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -86,27 +113,54 @@ def select_leaves(connection: Connection, kind: Kind, after: int | None, through
     rollback.
     """
     rows = _copy(connection, kind, kind.fields, after, through)
-    return ((_ID(row)[0], leaf_hash(kind.letter + row[_COUNT:]), True) for row in rows)
+    return ((_ID(row)[0], leaf_hash(kind.letter + row[_COUNT:])) for row in rows)
 
 
-def select_checked_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
-    """The same, and of an event whether its body is what its digest says."""
-    return (
-        _checked_events(connection, after, through)
-        if kind is EVENTS
-        else select_leaves(connection, kind, after, through)
-    )
+def read_runs(connection: Connection, kind: Kind, after: int | None, bounds: Sequence[int]) -> list[Run]:
+    """The rows with ids above `after` (None: all), those up to each of `bounds` in turn.
+
+    A bound below one before it has an empty run. Of events each body is held against its digest.
+    """
+    runs = [Run() for _ in bounds]
+    if after is None or after < max(bounds):
+        (_read_events if kind is EVENTS else _read_leaves)(connection, kind, after, bounds, runs)
+    return runs
 
 
-def _checked_events(connection: Connection, after: int | None, through: int) -> Generator[Leaf]:
+def _read_leaves(
+    connection: Connection, kind: Kind, after: int | None, bounds: Sequence[int], runs: Sequence[Run]
+) -> None:
+    place = 0
+    with closing(select_leaves(connection, kind, after, max(bounds))) as leaves:
+        for row_id, hashed in leaves:
+            while row_id > bounds[place]:
+                place += 1
+            runs[place].entries.append(ENTRY.pack(kind.letter, row_id, hashed))
+
+
+def _read_events(
+    connection: Connection, kind: Kind, after: int | None, bounds: Sequence[int], runs: Sequence[Run]
+) -> None:
     # What is done here is done a million times: hence no function of its own for anything.
-    for row in _copy(connection, EVENTS, (_BEFORE, *EVENTS.fields, _AFTER), after, through):
-        size, row_id = _EVENT(row)
-        if size < 0:
-            yield row_id, sha256(b"\0E" + row[_LEAF:-4]).digest(), True
-        else:
-            is_intact = sha256(row[-size:]).digest() == row[_DIGEST]
-            yield row_id, sha256(b"\0E" + row[_LEAF : -4 - size]).digest(), is_intact
+    place, bound, run = 0, bounds[0], runs[0]
+    append = run.entries.append
+    with closing(_copy(connection, kind, (_BEFORE, *kind.fields, _AFTER), after, max(bounds))) as rows:
+        for row in rows:
+            size, row_id = _EVENT(row)
+            while row_id > bound:
+                place += 1
+                bound, run = bounds[place], runs[place]
+                append = run.entries.append
+            if size < 0:
+                run.unusual.append(row_id)
+                size = -2 - size
+            whole = bytes(row)
+            if size < 0:
+                append(b"E" + whole[_ID_BYTES] + sha256(b"\0E" + whole[_LEAF:-4]).digest())
+            else:
+                append(b"E" + whole[_ID_BYTES] + sha256(b"\0E" + whole[_LEAF : -4 - size]).digest())
+                if sha256(row[-size:]).digest() != whole[_DIGEST]:
+                    run.bodies.append(row_id)
 
 
 def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None:

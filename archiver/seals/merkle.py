@@ -31,7 +31,8 @@ def root(hashes: Sequence[bytes]) -> bytes:
 
 
 def _above(level: list[bytes]) -> list[bytes]:
-    paired = [sha256(b"\1" + level[n] + level[n + 1]).digest() for n in range(0, len(level) - 1, 2)]
+    each = iter(level)
+    paired = [sha256(b"\1" + left + right).digest() for left, right in zip(each, each, strict=False)]
     return paired + level[-1:] if len(level) % 2 else paired
 
 

@@ -12,7 +12,7 @@ from archiver.database import CONFLICT_RETRIES, is_conflict, sqlstate, transacti
 from archiver.outbox import Change, insert_changes
 from archiver.seals import chain
 from archiver.seals.chain import Seal
-from archiver.seals.leaves import KINDS, select_leaves
+from archiver.seals.leaves import KINDS, pack, select_leaves
 
 log = structlog.get_logger(__name__)
 
@@ -89,8 +89,7 @@ def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519Priv
     # Another sealer may know of more by now.
     through = {name: max(number, sealed[name]) for name, number in through.items()}
     entries = b"".join(
-        chain.pack(kind.letter, select_leaves(connection, kind, sealed[kind.table], through[kind.table]))
-        for kind in KINDS
+        pack(kind.letter, select_leaves(connection, kind, sealed[kind.table], through[kind.table])) for kind in KINDS
     )
     if not entries:
         return None

@@ -21,6 +21,7 @@ from psycopg import sql
 from sqlalchemy import Engine
 
 from archiver import copying, database, embedded, seals, telemetry
+from archiver.cli.seals import MOST_JOBS
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
 from tests.payloads import SECRET, WEBHOOK
@@ -94,7 +95,8 @@ def plain(engine: Engine, columns: str) -> int:
 def verify(engine: Engine) -> int:
     checked = seals.Checked()
     with database.snapshot(engine, statement_seconds=3600) as connection:
-        assert not list(seals.verify(connection, checked=checked))
+        effort = seals.Effort(min(seals.processors(), MOST_JOBS))  # as the command has it
+        assert not list(seals.verify(connection, checked=checked, effort=effort))
     return checked.events
 
 
@@ -123,4 +125,5 @@ def load(url: str, seconds: int, prefix: str) -> float:
     return float(told.split("Requests/sec:")[1].split()[0])
 
 
-main()
+if __name__ == "__main__":  # not in the processes that verify
+    main()

@@ -1,0 +1,209 @@
+"""A verification by several processes: this one takes ranges from the beginning, the others from the end.
+
+All see the snapshot of the first. Where they meet changes nothing of what is found, nor its order.
+"""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.process import BaseProcess
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import URL, Connection, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver import database
+from archiver.seals.comparing import Checked
+from archiver.seals.findings import Finding
+from archiver.seals.ranges import Held, Range, Signing, verify_range
+
+PARTS = 16  # ranges for each process, so that all end at about the same time
+MOST_WINDOWS = 10  # of one range, so that progress is seen
+STATEMENT_SECONDS = 24 * 3600
+JOIN_SECONDS = 10
+
+
+class LostError(Exception):
+    """A process of the verification was ended from outside: nothing is known of its part. Try again, or --jobs 1."""
+
+
+class _Orders(msgspec.Struct, frozen=True):
+    """What a process is told at its start, by a pipe: there is a password in it."""
+
+    url: URL
+    snapshot: str
+    keys: Mapping[str, bytes]  # raw
+    signed_since: int
+    heads: Mapping[int, bytes]
+    through: int
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """What was found in a range, and how much was looked at."""
+
+    findings: list[Finding]
+    seals: int
+    events: int
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_possible(connection: Connection) -> bool:
+    """Whether the server exports snapshots: a standby need not."""
+    return not connection.scalar(text("SELECT pg_is_in_recovery()"))
+
+
+def verify(
+    connection: Connection,
+    these: Range,
+    held: Held,
+    jobs: int,
+    on_progress: Callable[[Checked], None],
+) -> Generator[Finding, None, Checked]:
+    """As `ranges.verify_range`, by so many processes, this one included. Raises `LostError`."""
+    work = _Work(_cut(these, jobs))
+    with _helped(_orders(connection, held), work, min(jobs, len(work.ranges)) - 1):
+        first = 0  # of those that this process has not looked at
+        while (number := _next(work.left.popleft)) is not None:
+            yield from work.look_at(number, connection, held)
+            first = number + 1
+            on_progress(work.checked())
+    for number in range(first, len(work.ranges)):
+        if number in work.parts:
+            yield from work.parts[number].findings
+        else:  # the database would not have the process whose part it was
+            yield from work.look_at(number, connection, held)
+            on_progress(work.checked())
+    return work.checked()
+
+
+class _Work:
+    """The ranges; numbers of those that nobody has taken yet; what was found in those that are done."""
+
+    def __init__(self, ranges: list[Range]) -> None:
+        self.ranges = ranges
+        self.left = deque(range(len(ranges)))
+        self.parts: dict[int, _Part] = {}
+
+    def look_at(self, number: int, connection: Connection, held: Held) -> Iterator[Finding]:
+        """Here, and each finding at once."""
+        own = Checked()
+        yield from verify_range(connection, self.ranges[number], held, own)
+        self.parts[number] = _Part([], own.seals, own.events)
+
+    def hand_out(self, number: int | None, pipe: Pipe) -> None:
+        """This one to a process, then others from the end on. Raises `OSError` and `EOFError` where it has ended."""
+        while number is not None:
+            pipe.send(self.ranges[number])
+            part: _Part | None = pipe.recv()
+            if part is None:  # the database would not have it
+                return
+            self.parts[number] = part
+            number = _next(self.left.pop)
+
+    def checked(self) -> Checked:
+        done = list(self.parts.values())
+        return Checked(seals=sum(part.seals for part in done), events=sum(part.events for part in done))
+
+
+def _cut(these: Range, jobs: int) -> list[Range]:
+    each = max(1, min(MOST_WINDOWS, len(these.windows) // (jobs * PARTS)))
+    parts = [these.windows[start : start + each] for start in range(0, len(these.windows), each)]
+    before = [these.after, *(part[-1] for part in parts)]
+    return [Range(after, part) for after, part in zip(before, parts, strict=False)]
+
+
+def _next(take: Callable[[], int]) -> int | None:
+    try:
+        return take()
+    except IndexError:
+        return None
+
+
+def _orders(connection: Connection, held: Held) -> _Orders:
+    return _Orders(
+        url=connection.engine.url,
+        snapshot=str(connection.scalar(text("SELECT pg_export_snapshot()"))),
+        keys={name: key.public_bytes_raw() for name, key in held.signing.keys.items()},
+        signed_since=held.signing.since,
+        heads=held.heads,
+        through=held.through,
+    )
+
+
+@contextmanager
+def _helped(orders: _Orders, work: _Work, count: int) -> Iterator[None]:
+    """So many processes do their part meanwhile, and until there is none left."""
+    lost = []
+
+    def feed(first: int, pipe: Pipe) -> None:
+        try:
+            work.hand_out(first, pipe)
+        except (EOFError, OSError) as error:
+            lost.append(error)
+
+    helpers = [_start(orders) for _ in range(count)]
+    threads = [
+        threading.Thread(target=feed, args=(work.left.pop(), pipe), name="helper", daemon=True) for _, pipe in helpers
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        yield
+        for thread in threads:
+            thread.join()
+        if lost:
+            raise LostError(str(LostError.__doc__))
+    finally:
+        work.left.clear()
+        for process, _ in helpers:
+            process.terminate()
+            process.join(JOIN_SECONDS)
+
+
+def _start(orders: _Orders) -> tuple[BaseProcess, Pipe]:
+    context = get_context("spawn")
+    ours, its = context.Pipe()
+    process = context.Process(target=_help, args=(orders, its), name="verify", daemon=True)
+    # Ctrl-C reaches the whole group, a process that only begins as well: this one decides when it ends.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        its.close()
+    return process, ours
+
+
+def _help(orders: _Orders, pipe: Pipe) -> None:
+    """A process: looks at one range after the other until it is ended."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    keys = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in orders.keys.items()}
+    held = Held(Signing(keys, orders.signed_since), orders.heads, orders.through)
+    engine = database.connect(orders.url, pool_size=1, prepared_statements=False)
+    try:
+        with database.snapshot(engine, statement_seconds=STATEMENT_SECONDS, exported=orders.snapshot) as connection:
+            while True:
+                checked = Checked()
+                with closing(verify_range(connection, pipe.recv(), held, checked)) as found:
+                    findings = list(found)
+                pipe.send(_Part(findings, checked.seals, checked.events))
+    except SQLAlchemyError:
+        pipe.send(None)
+        threading.Event().wait()  # for its end: what it was sent meanwhile must not be lost on the way
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
