@@ -105,7 +105,7 @@ def test_ranges_find_together_what_the_whole_does(sealed: Engine, data: st.DataO
         held = ranges.Held(ranges.Signing(KEYS, 2), heads, 40)
         whole = list(ranges.verify_range(forged, ranges.Range(after, windows), held, seals.Checked()))
         cuts = sorted(data.draw(st.sets(st.integers(0, len(windows)))) | {0, len(windows)})
-        parts = []
+        parts: list[Finding] = []
         for start, end in pairwise(cuts):
             begin = windows[start - 1] if start else after
             parts += ranges.verify_range(forged, ranges.Range(begin, windows[start:end]), held, seals.Checked())

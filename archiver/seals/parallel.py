@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
@@ -194,8 +194,7 @@ def _help(orders: _Orders, pipe: Pipe) -> None:
         with database.snapshot(engine, statement_seconds=STATEMENT_SECONDS, exported=orders.snapshot) as connection:
             while True:
                 checked = Checked()
-                with closing(verify_range(connection, pipe.recv(), held, checked)) as found:
-                    findings = list(found)
+                findings = list(verify_range(connection, pipe.recv(), held, checked))
                 pipe.send(_Part(findings, checked.seals, checked.events))
     except SQLAlchemyError:
         pipe.send(None)
