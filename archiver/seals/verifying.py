@@ -27,13 +27,15 @@ PAGE = 20_000  # numbers that are asked for at once
 
 
 class Effort(msgspec.Struct, frozen=True):
-    """How many processes work on a verification, this one included: one, where there are not `least` leaves.
+    """How many processes work on a verification, this one included; one, where there are not `least` leaves.
+
+    A process needs a second before it begins.
 
     `window`: leaves that each of them looks at together.
     """
 
     jobs: int = 1
-    least: int = 200_000
+    least: int = 1_000_000
     window: int = 20_000
 
 
