@@ -357,6 +357,19 @@ def test_content_that_is_gone_without_an_erasure_is_found(forged: Connection) ->
     assert findings(forged) == [Finding("events", int(event_id or 0), "erased_without_record")]
 
 
+def test_i9_rows_before_and_after_the_seals_that_are_verified_are_looked_at_too(forged: Connection) -> None:
+    sealed_first, unsealed = forged.scalars(
+        text("SELECT min(id) FROM archiver.events WHERE chat_id IN ('a', 'z') GROUP BY chat_id ORDER BY 1")
+    )
+    for event_id in (sealed_first, unsealed):
+        assert wipe(forged, f"id = {event_id}") == 1
+        assert findings(forged, after_seal=2) == [Finding("events", event_id, "erased_without_record")]
+    # One that was never delivered again, so that no recount tells of it.
+    once = "id = (SELECT min(id) FROM archiver.events e WHERE delivery_count = 1)"
+    assert forge(forged, f"UPDATE archiver.events SET last_received_at = 'epoch' WHERE {once}") == 1
+    assert [found.fault for found in findings(forged, after_seal=2)] == ["counters_changed"]
+
+
 def test_a_salt_that_gave_bytes_to_the_body_is_found(forged: Connection) -> None:
     """Hashed one after the other, salt and body have no boundary but the salt's length."""
     event_id = forged.scalar(text("SELECT id FROM archiver.events WHERE chat_id = 'b'"))

@@ -27,9 +27,8 @@ PAGE = 20_000  # numbers that are asked for at once
 
 
 class Effort(msgspec.Struct, frozen=True):
-    """How many processes work on a verification, this one included; one, where there are not `least` leaves.
-
-    A process needs a second before it begins.
+    """How many processes work on a verification, this one included; one, where there are not `least` leaves: a
+    process takes up to a second to begin.
 
     `window`: leaves that each of them looks at together.
     """
