@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -18,6 +20,7 @@ from archiver import events, quarantine, settings, signatures, tables
 from archiver.app import create
 from archiver.cli import cli
 from archiver.database import transaction
+from archiver.events import Event
 from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +58,80 @@ def test_the_http_page_lists_every_reason_to_refuse_or_quarantine() -> None:
         "not_storable",
         "not_processable",
     }
+
+
+def told_at(path: str, value: object) -> dict[str, Any]:
+    """A webhook that tells this value at a path of the table of fields."""
+    document: dict[str, Any] = {"type": "chat.created", "chat": {"id": "1"}}
+    if path.startswith("data.") or path == "chat.chatId":
+        document["chat"] = {}
+    if path.startswith("data."):
+        document = {"type": "chat.created", "data": {"chat": {"id": "1"}}}
+    *folders, name = path.split(".")
+    inner = document
+    for folder in folders:
+        inner = inner.setdefault(folder, {})
+    inner[name] = value
+    return document
+
+
+# Of each field: two values that differ in the archive, and what of the event tells them apart.
+FIELDS: dict[str, tuple[object, object, Callable[[Event], object]]] = {
+    "event type": ("chat.created", "chat.deleted", lambda event: event.type),
+    "chat id": ("7", 8, lambda event: event.chat_id),
+    "session id": ("s", 8, lambda event: event.session_id),
+    "assistant": ("a", 8, lambda event: chat_of(event).assistant_id),
+    "other id": ("x", 8, lambda event: chat_of(event).external_id),
+    "status": ("open", 8, lambda event: chat_of(event).status),
+    "question": ("one", [{"role": "user", "content": "two"}], lambda event: chat_of(event).input),
+    "answer": ("one", [{"role": "tool", "content": [{"text": "two"}]}], lambda event: chat_of(event).output),
+    "variables": ({"tier": "gold"}, {"tier": 2}, lambda event: chat_of(event).variables),
+    "cost": (0.5, "1e-9", lambda event: chat_of(event).cost),
+    "created": ("2024-01-15T09:30:00Z", 1_705_311_001, lambda event: chat_of(event).created_at),
+    "updated": ("2024-01-15T09:30:00Z", "1705311001000", lambda event: chat_of(event).updated_at),
+    "session's name": ("Call", 8, lambda event: chat_of(event).session_name),
+    "session's status": ("open", 8, lambda event: chat_of(event).session_status),
+    "time of the event": ("2024-01-15T09:30:00Z", 1_705_311_001, lambda event: event.occurred_at),
+}
+
+
+def chat_of(event: Event) -> events.Chat:
+    assert event.chat is not None
+    return event.chat
+
+
+def read_at(path: str, value: object) -> Event:
+    document = told_at(path, value)
+    if path == "chatId":
+        del document["chat"]["id"]
+    if path == "event":
+        del document["type"]
+    event = events.parse(json.dumps(document).encode())
+    assert isinstance(event, Event), (path, event)
+    return event
+
+
+def test_the_http_page_tells_of_every_field_that_is_read_and_where() -> None:
+    rows = table_rows("http.md", "Envelopes")
+    assert [row[0] for row in rows] == list(FIELDS)
+    for field, where, _, _ in rows:
+        one, other, part = FIELDS[field]
+        for path in re.findall(r"`(.*?)`", where):
+            seen = [part(read_at(path, value)) for value in (one, other)]
+            assert seen[0], (field, path)
+            assert seen[1], (field, path)
+            assert seen[0] != seen[1], (field, path)
+
+
+def test_the_http_page_names_whatever_the_parser_looks_up() -> None:
+    section = (ROOT / "docs" / "http.md").read_text().split("## Envelopes", 1)[1].split("\n## ", 1)[0]
+    looked_up = {
+        name
+        for file in (ROOT / "archiver" / "events").glob("*.py")
+        for name in re.findall(r"\.get\(\"(\w+)\"\)", file.read_text())
+    }
+    assert len(looked_up) > 20
+    assert not {name for name in looked_up if not re.search(rf"[`.]{name}[`.]", section)}
 
 
 def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, click.Command]]:
