@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: $(VENV)/.installed  ## See it work: a database, the receiver and a simulated CallHQ (DEMO_ARGS=--exit ends by itself)
 	@$(BIN)/python -m archiver demo $(DEMO_ARGS)
 
-run: $(VENV)/.installed  ## Receive real webhooks on an embedded Postgres (needs ARCHIVER_WEBHOOK_SECRETS)
+run: $(VENV)/.installed  ## Receive real webhooks on an embedded Postgres (needs ARCHIVER_WEBHOOK_SECRETS, or ARGS=--insecure)
 	@$(BIN)/python -m archiver serve $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests, three at a time (TEST_ARGS goes to pytest)

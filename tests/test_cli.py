@@ -121,7 +121,8 @@ def test_serve_refuses_without_a_secret_and_says_how_to_make_one(url: str, secre
     text = failed(archiver("serve", "--port", "0", database_url=url, **secrets))
     assert "ARCHIVER_WEBHOOK_SECRETS" in text
     assert "secrets.token_urlsafe(32)" in text
-    assert "--insecure" in text
+    assert "archiver serve --insecure" in text
+    assert "make run ARGS=--insecure" in text  # which needs no activated venv
 
 
 @pytest.mark.parametrize("scheme", ["secret", "none"])

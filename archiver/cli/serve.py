@@ -81,6 +81,11 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
                 _receive_in_processes(configuration, listener, workers)
 
 
+_WITHOUT_SECRETS = """
+To try it out without any: archiver serve --insecure
+With make: make run ARGS=--insecure"""
+
+
 def _require_authentication(configuration: Settings, *, insecure: bool) -> Settings:
     if insecure and (not configuration.secrets or configuration.webhook_scheme == "none"):
         log.warning("unsigned deliveries are accepted: anyone who reaches this port can write to the archive")
@@ -93,7 +98,7 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
     try:
         signatures.verifier(configuration)
     except SettingsError as error:
-        hint = "" if configuration.secrets else "\nTo try it out without any: archiver serve --insecure"
+        hint = "" if configuration.secrets else _WITHOUT_SECRETS
         raise SettingsError(f"{error}{hint}") from None
     return configuration
 
