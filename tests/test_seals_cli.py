@@ -137,6 +137,55 @@ def test_signatures_are_made_and_checked(url: str, key: Path) -> None:
     assert "seal 1: it is signed by a key that was not given" in ended.stderr
 
 
+@on_one_version
+def test_seals_that_are_not_signed_after_one_that_was_are_told_and_can_be_left_behind(url: str, key: Path) -> None:
+    public = ["--key", str(key.with_suffix(".pub"))]
+    ok("seal", url=url, ARCHIVER_SEAL_KEY_FILE=str(key))
+    with serving(url) as receiver:
+        for name in "de":  # `seal` ran with a key once; who seals otherwise has none
+            assert receiver.post(created(name, "s")).json()["status"] == "stored"
+            ok("seal", url=url)
+        warned = seals_finding(url)
+        assert receiver.post(created("f", "s")).json()["status"] == "stored"
+    assert (warned["verdict"], warned["detail"]) == (
+        "warning",
+        "Seals after 1 are not signed, though those up to it are.",
+    )
+    assert "ARCHIVER_SEAL_KEY" in warned["advice"]
+    for given, unsigned in (((), [2]), (public, [2, 3])):
+        told = json.loads(archiver("verify", "--json", *given, database_url=url).stdout)
+        assert [(found["id"], found["fault"]) for found in told["findings"]] == [(n, "unsigned") for n in unsigned]
+    ok("seal", url=url, ARCHIVER_SEAL_KEY_FILE=str(key))
+    assert seals_finding(url)["verdict"] == "ok"
+    elsewhere = key.with_name("seals.jsonl")
+    elsewhere.write_text(ok("seals", "export", url=url))
+    told_of = ok("verify", "--since", "2", *public, "--signed-since", "4", "--against", str(elsewhere), url=url)
+    assert "Compared with 4 seals exported elsewhere." in told_of
+    ended = archiver("verify", *public, "--signed-since", "5", database_url=url)
+    assert (ended.returncode, "There is no seal 5: the newest is 4." in ended.stderr) == (2, True)
+
+
+def seals_finding(url: str) -> dict[str, str]:
+    ended = archiver("doctor", "--json", database_url=url, ARCHIVER_WEBHOOK_SECRETS="hunter2-hunter2-hunter2")
+    return next(found for found in json.loads(ended.stdout) if found["check"] == "seals")
+
+
+def test_a_private_key_is_refused_where_seals_are_checked(key: Path) -> None:
+    for command in (["verify"], ["export", "--check", str(key.parent)]):
+        ended = archiver(*command, "--key", str(key), database_url="postgresql://127.0.0.1:1/none")
+        assert ended.returncode == 2
+        said = " ".join(ended.stderr.split())
+        assert "--key: a private key" in said
+        assert "openssl pkey -in seal.key -pubout -out seal.pub" in said
+
+
+def test_signatures_cannot_be_asked_for_without_a_key(tmp_path: Path) -> None:
+    for command in (["verify"], ["export", "--check", str(tmp_path)]):
+        ended = archiver(*command, "--signed-since", "1", database_url="postgresql://127.0.0.1:1/none")
+        assert ended.returncode == 2
+        assert "give the public key too, --key FILE" in " ".join(ended.stderr.split())
+
+
 @pytest.mark.parametrize("command", ["seal", "verify", "worker", "serve"])
 def test_a_key_that_is_none_is_told_at_once(command: str, tmp_path: Path) -> None:
     (tmp_path / "no.key").write_text("hello")

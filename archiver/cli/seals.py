@@ -82,7 +82,7 @@ def verify(
     with connection.engine(configuration, create=False) as engine:
         with database.transaction(engine) as opened:
             schema.check(opened)
-            _require_seal(seals.select_newest(opened), after_seal)
+            evidence.require_seals(seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since)
         with (
             database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
             Progress(
@@ -120,15 +120,10 @@ def _complete() -> Iterator[None]:
         raise settings.SettingsError(str(error)) from None
 
 
-def _require_seal(newest: Seal, after_seal: int | None) -> None:
-    if after_seal is not None and after_seal > newest.id:
-        raise click.UsageError(f"There is no seal {after_seal}: the newest is {newest.id}.")
-
-
 def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
     own = signing_key(configuration)
-    if not key_files:
-        return {} if own is None else {seals.key_id(own.public_key()): own.public_key()}
+    if not key_files and own is not None:
+        return {seals.key_id(own.public_key()): own.public_key()}
     return evidence.public_keys(key_files)
 
 

@@ -126,11 +126,26 @@ LATE_SEALS = 10  # times the usual
 LEAST_LATE_SECONDS = 600.0
 
 
+# Of the newest seal, whether it is signed; and of the newest that is, which it is.
+_SIGNED = text(
+    "SELECT (SELECT signature IS NOT NULL FROM archiver.seals ORDER BY id DESC LIMIT 1),"
+    " (SELECT id FROM archiver.seals WHERE signature IS NOT NULL ORDER BY id DESC LIMIT 1)"
+)
+
+
 def _sealing(connection: Connection, every: int) -> Finding:
-    """Whether what came is sealed in time: until then it can be changed unseen."""
+    """Whether what came is sealed in time, for until then it can be changed unseen; and signed, if it once was."""
     age = connection.scalar(_OLDEST_UNSEALED)
     if age is None or age < max(LATE_SEALS * every, LEAST_LATE_SECONDS):
-        return Finding("seals", "ok", "No event waits long for its seal.")
+        is_signed, latest_signed = connection.execute(_SIGNED).one()
+        if is_signed or latest_signed is None:
+            return Finding("seals", "ok", "No event waits long for its seal.")
+        return Finding(
+            "seals",
+            "warning",
+            f"Seals after {latest_signed} are not signed, though those up to it are.",
+            "Give ARCHIVER_SEAL_KEY to every `serve` and `worker`; where the key was given up see docs/seals.md.",
+        )
     return Finding(
         "seals",
         "warning",

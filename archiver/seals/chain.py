@@ -255,9 +255,12 @@ def private_key(pem: str) -> Ed25519PrivateKey:
 
 
 def public_key(pem: str) -> Ed25519PublicKey:
-    """The key in these PEM lines, public or the public half of a private one. Raises `KeyFileError`."""
+    """The public key in these PEM lines. Raises `KeyFileError`: for a private one too, which checking never needs."""
     if "PRIVATE KEY" in pem:
-        return private_key(pem).public_key()
+        raise KeyFileError(
+            "a private key, which only signs: to check, make its public half with"
+            " openssl pkey -in seal.key -pubout -out seal.pub"
+        )
     try:
         key = load_pem_public_key(pem.encode())
     except ValueError:
