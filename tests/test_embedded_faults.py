@@ -244,6 +244,27 @@ def test_backends_that_outlive_their_postmaster_are_waited_for(home: Path) -> No
         assert "pre-existing shared memory block" in (home / "postgres.log").read_text()
 
 
+def test_a_server_that_waits_for_its_clients_to_go_is_told_as_that_and_without_old_errors(home: Path) -> None:
+    with pytest.raises(embedded.EmbeddedError, match="plenty"):
+        embedded.start(home, options={"shared_buffers": "plenty"})
+    with embedded.running(home) as postgres:
+        with psycopg.connect(postgres.url):
+            os.kill(postgres.pid, signal.SIGTERM)
+            log = home / "postgres.log"
+            until(lambda: "received smart shutdown request" in log.read_text(), "it shuts down")
+            with pytest.raises(embedded.EmbeddedError, match=f"pid {postgres.pid}.*was told to shut down") as told:
+                embedded.start(home)
+            assert "plenty" not in str(told.value)
+        with embedded.running(home) as again:  # once they have gone
+            assert query(again, "SELECT 1") == (1,)
+            query(again, "ALTER DATABASE postgres WITH ALLOW_CONNECTIONS false")
+            with pytest.raises(embedded.EmbeddedError, match="refuses us") as refused:
+                embedded.start(home)
+            assert "plenty" not in str(refused.value)
+            assert "smart shutdown" not in str(refused.value)
+            assert "starting PostgreSQL" in str(refused.value)
+
+
 @pytest.mark.parametrize("also_initdb", [False, True], ids=["its parent", "initdb too"])
 def test_a_killed_initdb_leaves_nothing_dead(home: Path, also_initdb: bool) -> None:
     with user_process(home) as process:

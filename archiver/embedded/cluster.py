@@ -16,11 +16,12 @@ import psycopg
 from psycopg import sql
 
 from archiver.embedded import account as accounts
-from archiver.embedded import binaries, place, postmaster
+from archiver.embedded import binaries, log, place, postmaster
 from archiver.embedded.account import Account
 from archiver.embedded.postmaster import POLL_SECONDS, EmbeddedError
 
 START_SECONDS = 120.0  # crash recovery may have a gigabyte to replay
+CLIENTS_SECONDS = 3.0  # for clients to go, where somebody shut the server down in the way that waits for them
 LOG_BYTES = 8 * 1024 * 1024
 SUPERUSER = "postgres"
 DATABASE = "archiver"
@@ -112,7 +113,7 @@ def _initialise(cluster: Cluster, start_lock: int) -> None:
         )
         if done.returncode != 0:
             raise EmbeddedError(
-                f"initdb failed; set ARCHIVER_HOME to another folder, or DATABASE_URL:\n{_tail(done.stdout)}"
+                f"initdb failed; set ARCHIVER_HOME to another folder, or DATABASE_URL:\n{log.tail(done.stdout)}"
             )
         fresh.rename(cluster.data)
         undo.pop_all()
@@ -159,30 +160,48 @@ def _hand_over(data: Path, account: Account) -> None:
 def ensure_watchdog(cluster: Cluster) -> None:
     """Starts a watchdog unless one is alive; it inherits its lock, already held."""
     files = [place.open_file(cluster.home / f"postgres.{name}") for name in ("lock", "users", "watch")]
-    log = place.open_file(cluster.log)
+    told = place.open_file(cluster.log)
     try:
         if postmaster.try_lock(files[2]):
             # -I: no folder of the caller's choosing is searched for modules.
             numbers = [str(file) for file in files]
             script: list[str | Path] = [sys.executable, "-I", postmaster.__file__, cluster.data, *numbers]
-            accounts.spawn(script, None, log, keep=files)
+            accounts.spawn(script, None, told, keep=files)
     finally:
-        for file in (*files, log):
+        for file in (*files, told):
             os.close(file)
 
 
 def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.PidFile:
     """The server of the cluster: the one that runs, else a new one. It accepts connections and has our database."""
     deadline = time.monotonic() + START_SECONDS
+    patience = None
     while True:
         found = postmaster.read_pid_file(cluster.data)
         if postmaster.serving(cluster.data) is None:
             _launch(cluster, options, deadline)
+        elif found is not None and found.status == "stopping" and _waits_for_clients(cluster):
+            patience = patience or time.monotonic() + CLIENTS_SECONDS
+            if time.monotonic() > patience:
+                raise EmbeddedError(_STOPPING.format(data=cluster.data, pid=found.pid))
         elif found is not None and found.status == "ready" and _answers(cluster, found):
             return found
         if time.monotonic() > deadline:
             raise _failed(cluster, f"Postgres did not get ready within {START_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)  # it tells its state by a file alone
+
+
+_STOPPING = (
+    "The Postgres of {data} (pid {pid}) was told to shut down; it takes no new connection, and waits until those that"
+    " it has are closed. End the programs that use it, such as `archiver serve`, or let it cut them off:"
+    " kill -INT {pid}. Then try again."
+)
+
+
+def _waits_for_clients(cluster: Cluster) -> bool:
+    """Whether the shutdown under way may last for as long as any client stays; only the log tells."""
+    _, _, requested = log.since_start(cluster.log).rpartition("LOG:  received ")
+    return requested.startswith("smart shutdown request")
 
 
 def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
@@ -212,22 +231,22 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
     settings = _DEFAULTS | dict(options) | _FIXED | {"unix_socket_directories": str(socket_dir)}
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     server: list[str | Path] = [cluster.programs / "postgres", "-D", cluster.data, *arguments]
-    log = place.open_file(cluster.log)
+    file = place.open_file(cluster.log)
     try:
-        if os.fstat(log).st_size > LOG_BYTES:
-            os.ftruncate(log, 0)
+        if os.fstat(file).st_size > LOG_BYTES:
+            os.ftruncate(file, 0)
         while True:
-            began = os.fstat(log).st_size
-            pid = accounts.spawn(server, cluster.account, log)
+            began = os.fstat(file).st_size
+            pid = accounts.spawn(server, cluster.account, file)
             if _becomes_ready(cluster, pid, deadline):
                 return
-            said = os.pread(log, LOG_BYTES, began).decode(errors="replace")
+            said = os.pread(file, LOG_BYTES, began).decode(errors="replace")
             if "pre-existing shared memory block" not in said or time.monotonic() > deadline:
                 postmaster.remove_sockets(socket_dir, cluster.data)
-                raise _failed(cluster, "Postgres did not start")
+                raise _failed(cluster, "Postgres did not start", said)
             time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has gone
     finally:
-        os.close(log)
+        os.close(file)
 
 
 def _becomes_ready(cluster: Cluster, pid: int, deadline: float) -> bool:
@@ -266,13 +285,9 @@ def _listens(path: Path) -> bool:
     return True
 
 
-def _failed(cluster: Cluster, what: str) -> EmbeddedError:
-    text = cluster.log.read_text(errors="replace") if cluster.log.exists() else ""
+def _failed(cluster: Cluster, what: str, said: str | None = None) -> EmbeddedError:
+    text = log.since_start(cluster.log) if said is None else said
     return EmbeddedError(
         f"{what}. Set ARCHIVER_HOME to another folder, or DATABASE_URL to a Postgres of your own. "
-        f"The end of {cluster.log}:\n{_tail(text)}"
+        f"The end of {cluster.log}:\n{log.tail(text)}"
     )
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-15:])
