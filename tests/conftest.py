@@ -72,7 +72,7 @@ def _leave_no_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", params=servers.versions())
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     version: str = request.param
-    home: Path = tmp_path_factory.mktemp(f"postgres-{version}")
+    home: Path = tmp_path_factory.mktemp(servers.fresh_name(f"postgres-{version}"))
     with servers.running(version, home) as url:
         yield Cluster(version, url)
 

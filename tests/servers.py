@@ -3,6 +3,7 @@
 import os
 import pwd
 import re
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,15 @@ def let_writer_in(url: str) -> None:
 def versions() -> list[str]:
     """The major versions at hand; CI has both."""
     return ["18", "15"] if SYSTEM_15.is_dir() else ["18"]
+
+
+def fresh_name(name: str) -> str:
+    """For the home of a server: no other run has ever used it.
+
+    pytest uses its folders' names again. As root the data of a home lies elsewhere, found by the home's path, and
+    what a killed run left there would be taken for this run's.
+    """
+    return f"{name}-{secrets.token_hex(4)}-"
 
 
 @contextmanager

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 import pytest
 
 from archiver import embedded
+from tests import servers
 from tests.conftest import Cluster
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Postgres]:
     """A server of our own, to be broken."""
-    with embedded.running(tmp_path_factory.mktemp("outages"), options={"max_connections": "50"}) as postgres:
+    with embedded.running(
+        tmp_path_factory.mktemp(servers.fresh_name("outages")), options={"max_connections": "50"}
+    ) as postgres:
         yield postgres
 
 
