@@ -92,7 +92,7 @@ def test_i8_ten_markers_are_found_nowhere_after_an_erasure(
         assert before == set(MARKERS)
         done = erase(database_url, "--session", "s1", "--json", ARCHIVER_HOME=str(home))
         assert done.returncode == 0, done.stderr
-        assert "1 deliveries wait on the spool" in done.stderr
+        assert "1 delivery waits on the spool" in done.stderr
         assert {"sessions": 1, "quarantined": 1, "events": 2}.items() <= json.loads(done.stdout).items()
         proxy.set("pass")
         until(lambda: receiver.metric("archiver_refused_erased_total") == 1, "the spool is drained")
@@ -343,6 +343,71 @@ def test_holds_are_placed_listed_obeyed_and_released(database_url: str, engine: 
     assert kinds == ["hold.add", "hold.add", "erase.refused", "erase", "hold.release", "erase"]
     assert "Nobody" not in "".join(trail)
     assert "hold.add" in archiver("acts", database_url=database_url).stdout
+
+
+@on_one_version
+def test_i8_what_a_hold_keeps_is_neither_counted_nor_recorded_as_erased(database_url: str, engine: Engine) -> None:
+    def of(customer: str) -> dict[str, Any]:
+        return {"assistantOverrides": {"variableValues": {"customer": customer}}}
+
+    record(engine, created("c1", "s1", **of("7")), created("c2", "s2", **of("7")), created("c3", "s2"))
+    archiver("hold", "add", "--session", "s1", "--reason", "case 7", database_url=database_url)
+    before = archive(engine)
+    named = ("--where", "customer=7")
+    for options in (["--dry-run"], ["--dry-run", "--json"]):
+        refused = erase(database_url, *named, *options)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "session s1 is under legal hold 1" in refused.stderr
+        assert "nothing would be erased" in refused.stderr
+    assert acts(engine, "erase.refused") == []
+    shown = erase(database_url, *named, "--dry-run", "--skip-held")
+    assert shown.returncode == 0
+    assert shown.stdout == "It would erase 1 session, 2 turns, 4 messages, 2 events, 0 quarantined.\n"
+    assert archive(engine) == before
+    done = erase(database_url, *named, "--skip-held", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {"sessions": 1, "turns": 2, "messages": 4, "events": 2}.items() <= told.items()
+    assert told["held"] == [{"session_id": "s1", "chat_id": "", "holds": [1]}]
+    ((_, _, detail),) = acts(engine, "erase")
+    assert (detail["sessions"], detail["found"]["sessions"], detail["held"], detail["holds"]) == (1, 1, 1, [1])
+    assert holds_text(engine, "question of c1", "question of c2") == ["question of c1"]
+
+
+@on_one_version
+def test_what_is_held_since_it_was_ordered_is_not_counted_as_erased(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", None), created("c2", "s1"))
+    read(engine, "s1", 1, *said("c2"))
+    archiver("hold", "add", "--session", "s1", "--reason", "case 7", database_url=database_url)
+    assert erase(database_url, "--chat", "c1", "--dry-run").stdout.startswith("It would erase 0 sessions, 1 turn,")
+    execute(
+        engine,
+        """
+        CREATE FUNCTION place_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO archiver.holds (placed_at, author, reason, assistant_id) VALUES (now(), 'judge', 'x', 'a9');
+            RETURN NULL;
+        END $$
+        """,
+        "CREATE TRIGGER place AFTER INSERT ON archiver.erasures EXECUTE FUNCTION place_hold()",
+    )
+    record(engine, created("c3", "s3", assistantId="a9"))
+    done = erase(database_url, "--session", "s3", "--chat", "c1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Erased 0 sessions, 1 turn, 2 messages, 1 event, 0 quarantined.\n"
+    assert "session s3 is under legal hold 2" in done.stderr
+    assert holds_text(engine, "question of c1", "question of c3") == ["question of c3"]
+
+
+@on_one_version
+def test_what_nobody_knows_is_told(database_url: str, engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", None))
+    told = erase(database_url, "--chat", "c8", "--session", "s9", "--where", "nosuch=1", "--dry-run").stderr
+    assert "nothing is known of chat c8: what is delivered of it later is refused" in told
+    assert "nothing is known of session s9" in told
+    assert "no turn has a variable nosuch" in told
+    told = erase(database_url, "--chat", "c1", "--chat", "c2", "--session", "s1", "--where", "customerTier=1").stderr
+    assert "is known" not in told
+    assert "no turn" not in told
 
 
 @on_one_version

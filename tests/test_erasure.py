@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, erasure, events, history, quarantine
 from archiver.database import transaction
-from archiver.erasure import Act, Criteria, HeldError, Target
+from archiver.erasure import Act, Criteria, HeldError, Target, ordering
 from archiver.erasure.quarantined import delete_mentioning, select_found
 from archiver.erasure.targets import of_chats
 from archiver.ingest import Delivery, Outcome, write
@@ -551,6 +551,40 @@ def test_i8_a_hold_stops_an_erasure_as_a_whole_and_the_attempt_is_recorded(engin
         erasure.release_hold(connection, hold_id, "judge@court", "closed")
     erase(engine, Target("s1", "c1"))
     assert holds_text(engine, "question of c1") == []
+
+
+PLACES_A_HOLD = """
+    CREATE FUNCTION place_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO archiver.holds (placed_at, author, reason, session_id)
+        SELECT now(), 'judge', 'case 9', 's0500' WHERE NOT EXISTS (SELECT FROM archiver.holds);
+        RETURN NULL;
+    END $$
+"""
+
+
+def test_i8_a_hold_that_is_placed_between_two_parts_of_an_erasure_is_told_with_what_was_ordered(
+    engine: Engine,
+) -> None:
+    named = [Target(f"s{number:04}") for number in range(ordering.AT_ONCE + 1)]
+    execute(
+        engine,
+        PLACES_A_HOLD,
+        "CREATE TRIGGER place AFTER INSERT ON archiver.erasures EXECUTE FUNCTION place_hold()",
+    )
+    with pytest.raises(HeldError) as refused:
+        erasure.order(engine, named, "request", ACT)
+    assert (refused.value.held, refused.value.ordered) == ({Target("s0500"): [1]}, ordering.AT_ONCE)
+    assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(ordering.AT_ONCE,)]
+    told = rows(engine, "SELECT kind, detail -> 'ordered' FROM archiver.acts ORDER BY id")
+    assert told == [("erase", None), ("erase.refused", ordering.AT_ONCE)]
+
+
+def test_i8_the_act_tells_what_it_passed_over_for_which_holds(engine: Engine) -> None:
+    named = [Target(f"s{number:04}") for number in range(ordering.AT_ONCE + 1)]
+    holds = [hold(engine, session_id=each) for each in ("s0000", "s0500")]
+    assert len(erase(engine, *named, skip_held=True).targets) == ordering.AT_ONCE - 1
+    told = "SELECT detail -> 'holds', detail -> 'held' FROM archiver.acts WHERE kind = 'erase'"
+    assert rows(engine, told) == [(holds, 2)]
 
 
 def test_i8_a_hold_keeps_a_session_of_which_a_turn_was_erased_before_it_was_known(engine: Engine) -> None:

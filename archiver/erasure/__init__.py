@@ -1,7 +1,7 @@
 """Erasure: what holds forbid, what was ordered, and how its content goes (I8)."""
 
 from archiver.erasure.holds import Criteria, HoldError, covering, insert_hold, release_hold, select_holds
-from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, order
+from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, check, order
 from archiver.erasure.sweeping import Step, sweep
 from archiver.erasure.targets import Counts, Target
 
@@ -15,6 +15,7 @@ __all__ = [
     "Rule",
     "Step",
     "Target",
+    "check",
     "covering",
     "insert_hold",
     "order",

@@ -37,11 +37,15 @@ class Act(msgspec.Struct, frozen=True):
 
 
 class HeldError(Exception):
-    """Legal holds cover some of it, so nothing was erased."""
+    """Legal holds cover some of it, so nothing is erased.
+
+    But for the `ordered` first ones, sessions and turns, where a hold was placed while these were ordered already.
+    """
 
     def __init__(self, held: Mapping[Target, Sequence[int]]) -> None:
         super().__init__()
         self.held = held
+        self.ordered = 0
 
 
 class Ordered(msgspec.Struct, frozen=True):
@@ -69,26 +73,53 @@ def order(
 ) -> Ordered:
     """Order these to be erased, or raise `HeldError`, which is recorded too, if any is held.
 
+    A hold that is placed meanwhile stops what is left of many: the error and its record tell how many were ordered.
+
     `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
     if it was recorded before. `found`: what the quarantine was found to hold about these, which goes with the order:
     no sweep finds what was ordered of which the ledger holds nothing.
     """
     wanted = sorted(set(targets))
+    known: Mapping[Target, Sequence[int]] = {}
+    if not skip_held:
+        check(engine, wanted, rule, act)
+    elif act_id is None:
+        known = _select_held(engine, wanted)  # for the act, which comes with the first part and stays as it is
     done = Ordered(act_id, [], {})
+    several = list(parts(wanted, AT_ONCE))
     try:
-        if not skip_held:
-            _check(engine, wanted)
-        for start in range(0, len(wanted), AT_ONCE):
-            part = wanted[start : start + AT_ONCE]
-            going = found if start + AT_ONCE >= len(wanted) else NOTHING
-            more = _order_patiently(
-                engine, part, rule, act, done.act_id, skip_held=skip_held, erased_at=erased_at or {}, found=going
-            )
+        for number, part in enumerate(several, 1):
+            going = found if number == len(several) else NOTHING
+            options = {"skip_held": skip_held, "erased_at": erased_at or {}, "found": going, "known": known}
+            more = _order_patiently(engine, part, rule, act, done.act_id, **options)
             done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
     except HeldError as error:
+        error.ordered = len(done.targets)
         _record_refusal(engine, act, rule, error)
         raise
     return done
+
+
+def check(engine: Engine, targets: Sequence[Target], rule: Rule, act: Act) -> None:
+    """Raise `HeldError`, which is recorded, if any of these is held."""
+    if held := _select_held(engine, targets):
+        error = HeldError(held)
+        _record_refusal(engine, act, rule, error)
+        raise error
+
+
+def _select_held(engine: Engine, targets: Sequence[Target]) -> Mapping[Target, Sequence[int]]:
+    held: dict[Target, Sequence[int]] = {}
+    for part in parts(targets, AT_ONCE):
+        with transaction(engine) as connection:
+            held |= covering(connection, with_strays(connection, part))
+    return held
+
+
+def _detail(act: Act, rule: Rule, held: Mapping[Target, Sequence[int]]) -> dict[str, Any]:
+    """With how many sessions and turns are held, by which holds."""
+    holds = sorted({hold for holds in held.values() for hold in holds})
+    return {"rule": rule, **act.detail, **({"holds": holds, "held": len(held)} if held else {})}
 
 
 def _order_patiently(
@@ -117,6 +148,7 @@ def _order(
     skip_held: bool,
     erased_at: Mapping[Target, datetime],
     found: Found,
+    known: Mapping[Target, Sequence[int]],
 ) -> Ordered:
     if ids := sorted({*found.naming, *found.telling}):
         quarantine.lock_rows(connection, ids)  # before the other lock, as whoever retries one does
@@ -128,19 +160,10 @@ def _order(
         raise HeldError(held)
     free = [target for target in whole if target not in held]
     if free and act_id is None:
-        act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, {"rule": rule, **act.detail})
+        act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, _detail(act, rule, {**known, **held}))
     if free and act_id is not None:
         _insert_erasures(connection, free, rule, act_id, erased_at)
     return Ordered(act_id, free, held, delete_found(connection, found))
-
-
-def _check(engine: Engine, targets: Sequence[Target]) -> None:
-    held: dict[Target, Sequence[int]] = {}
-    for part in parts(targets, AT_ONCE):
-        with transaction(engine) as connection:
-            held |= covering(connection, with_strays(connection, part))
-    if held:
-        raise HeldError(held)
 
 
 TOLD = 100  # targets in one act
@@ -149,10 +172,8 @@ TOLD = 100  # targets in one act
 def _record_refusal(engine: Engine, act: Act, rule: Rule, error: HeldError) -> None:
     """In a transaction of its own: the erasure's is undone."""
     detail = {
-        "rule": rule,
-        **act.detail,
-        "holds": sorted({hold for holds in error.held.values() for hold in holds}),
-        "held": len(error.held),
+        **_detail(act, rule, error.held),
+        **({"ordered": error.ordered} if error.ordered else {}),
         "targets": [msgspec.structs.asdict(target) for target in list(error.held)[:TOLD]],
     }
     with transaction(engine) as connection:

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
 
 from archiver import events
 from archiver.database import transaction
+from archiver.erasure import ordering
 from archiver.erasure.holds import covering
-from archiver.erasure.ordering import Act, Ordered, Rule, order
+from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, order
 from archiver.erasure.quarantined import select_found
 from archiver.erasure.targets import Target, as_json
 
@@ -72,20 +73,35 @@ def select_new(connection: Connection, lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if line.target not in known]
 
 
+def check(engine: Engine, lines: Sequence[Line], act: Act) -> None:
+    """Raise `HeldError`, which is recorded, if any of what is new of these is held."""
+    for rule, told in _new_by_rule(engine, lines).items():
+        ordering.check(engine, sorted(told), rule, act)
+
+
 def replay(engine: Engine, lines: Sequence[Line], act: Act, *, skip_held: bool) -> list[Ordered]:
     """Order again what this database does not know as erased, under the rule and the time of the list.
 
     Raises `HeldError`.
     """
+    if not skip_held:
+        check(engine, lines, act)
+    done: list[Ordered] = []
+    for rule, told in _new_by_rule(engine, lines).items():
+        with transaction(engine, statement_seconds=600) as connection:
+            free = sorted(told.keys() - covering(connection, sorted(told)).keys())
+            found = select_found(connection, free)
+        try:
+            done.append(order(engine, list(told), rule, act, skip_held=skip_held, erased_at=told, found=found))
+        except HeldError as error:
+            error.ordered += sum(len(each.targets) for each in done)
+            raise
+    return done
+
+
+def _new_by_rule(engine: Engine, lines: Sequence[Line]) -> dict[Rule, dict[Target, datetime]]:
     with transaction(engine) as connection:
         new = select_new(connection, lines)
-    done = []
-    rules: tuple[Any, ...] = get_args(Rule)
-    for rule in rules:
-        told = {line.target: line.erased_at for line in new if line.rule == rule}
-        if told:
-            with transaction(engine, statement_seconds=600) as connection:
-                free = sorted(told.keys() - covering(connection, sorted(told)).keys())
-                found = select_found(connection, free)
-            done.append(order(engine, list(told), rule, act, skip_held=skip_held, erased_at=told, found=found))
-    return done
+    rules: tuple[Rule, ...] = get_args(Rule)
+    by_rule = {rule: {line.target: line.erased_at for line in new if line.rule == rule} for rule in rules}
+    return {rule: told for rule, told in by_rule.items() if told}

@@ -15,7 +15,7 @@ from archiver import acts, ledger, quarantine
 from archiver.database import transaction
 from archiver.erasure.holds import covering, is_any_in_force
 from archiver.erasure.ordering import Act, order
-from archiver.erasure.targets import Target, with_strays
+from archiver.erasure.targets import Target, parts, with_strays
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
 from archiver.projection.rows import lock_sessions, select_homes
 from archiver.settings import Settings
@@ -196,8 +196,8 @@ def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: 
             done = order(engine, list(found), "retention", act, skip_held=True, act_id=act_id)
             yield Step(sessions=len(done.targets))
     for targets in _removable(engine, rules, now):
-        for start in range(0, len(targets), REMOVED_AT_ONCE):
-            yield Step(removed=_remove(engine, targets[start : start + REMOVED_AT_ONCE], act_id, timing))
+        for part in parts(targets, REMOVED_AT_ONCE):
+            yield Step(removed=_remove(engine, part, act_id, timing))
     yield from _empty_quarantine(engine, rules, now)
 
 

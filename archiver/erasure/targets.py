@@ -111,11 +111,44 @@ class Counts(msgspec.Struct):
     events: int = 0
     quarantined: int = 0
 
+    def without(self, others: "Counts") -> "Counts":
+        """What is left once these are taken out."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(others), strict=True)
+        return Counts(*(max(mine - theirs, 0) for mine, theirs in pairs))
+
 
 def count(connection: Connection, targets: Sequence[Target]) -> Counts:
     """What archive and ledger hold of these; `quarantined` is for the caller to say."""
     row = connection.execute(_COUNT, {"targets": as_json(targets)}).one()
     return Counts(*row)
+
+
+_SELECT_UNKNOWN = text(
+    """
+    SELECT t.session_id, t.chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+     WHERE NOT EXISTS (SELECT FROM archiver.events e
+                        WHERE e.session_id = t.session_id AND t.chat_id IN ('', e.chat_id))
+       AND NOT EXISTS (SELECT FROM archiver.chats c
+                        WHERE c.session_id = t.session_id AND t.chat_id IN ('', c.chat_id))
+       AND NOT EXISTS (SELECT FROM archiver.erasures x
+                        WHERE x.session_id = t.session_id AND x.chat_id = t.chat_id)
+    """
+)
+
+
+def select_unknown(connection: Connection, targets: Sequence[Target]) -> list[Target]:
+    """Those of which nothing is known, nor that they were erased; a turn only if it is unknown in all of these."""
+    found = {Target(*row) for row in connection.execute(_SELECT_UNKNOWN, {"targets": as_json(targets)})}
+    known = {each.chat_id for each in targets if each not in found and each.chat_id}
+    return sorted(each for each in found if each.chat_id not in known)
+
+
+_HAS_VARIABLE = text("SELECT EXISTS (SELECT FROM archiver.chats c WHERE jsonb_exists(c.variables, :variable))")
+
+
+def has_variable(connection: Connection, variable: str) -> bool:
+    """Whether any turn has this variable, at whatever value. Reads all of them where none has."""
+    return bool(connection.scalar(_HAS_VARIABLE, {"variable": variable}))
 
 
 # Ids of our own begin with U+001F: turns and greetings that only history tells of.
