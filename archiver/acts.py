@@ -14,6 +14,18 @@ from archiver import tables
 ARCHIVER = "archiver"  # the actor of what our own tasks do
 
 
+# All that are written, for whoever asks for one that there is not.
+KINDS = (
+    *("erase", "erase.refused", "erase.replay", "erase.replay.refused"),
+    *("export", "export.done"),
+    *(f"followups.{each}" for each in ("add", "pause", "remove", "resume", "retry", "rotate")),
+    *("hold.add", "hold.release"),
+    "quarantine.retry",
+    "retention",
+    "settings.changed",
+)
+
+
 def actor() -> str:
     """Who runs this command: the user of the operating system, and the machine."""
     try:
@@ -27,6 +39,8 @@ def insert_act(
     connection: Connection, kind: str, who: str, reason: str | None = None, detail: Mapping[str, Any] | None = None
 ) -> int:
     """Record that this was done, in the transaction that does it. `detail`: to what, as JSON. Answers its id."""
+    if kind not in KINDS:
+        raise ValueError(f"acts.KINDS lacks {kind}")
     acts = tables.acts
     row = {"at": datetime.now(UTC), "actor": who, "kind": kind, "reason": reason, "detail": dict(detail or {})}
     return int(connection.execute(insert(acts).returning(acts.c.id), row).scalar_one())
@@ -41,6 +55,11 @@ def select_acts(
     if kind is not None:
         query = query.where(acts.c.kind == kind)
     return connection.execute(query.order_by(acts.c.id).limit(limit)).mappings().all()
+
+
+def select_kinds(connection: Connection) -> list[str]:
+    """The kinds of the acts that there are. Reads the whole trail."""
+    return sorted(connection.scalars(select(tables.acts.c.kind).distinct()))
 
 
 SETTINGS = "settings.changed"

@@ -427,8 +427,20 @@ def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str,
     findings = examined(url)
     assert [each for each, finding in findings.items() if finding["verdict"] == "failure"] == ["privileges"]
     assert findings["database"]["verdict"] == "ok"
+    assert "needs the role archiver_auditor" in refused
+    assert "needs the role archiver_writer" in failed(archiver("rebuild", "--yes", database_url=url))
     with psycopg.connect(database_url) as connection:
         connection.execute(f'GRANT archiver_auditor TO "{stranger}"')
+    for command in (
+        ["verify"],
+        ["acts"],
+        ["seals", "list"],
+        ["hold", "list"],
+        ["quarantine", "list"],
+        ["erase", "--list"],
+    ):
+        assert archiver(*command, database_url=url).returncode == 0, command
+    assert "follow-ups not for this database user to see" in said(archiver("status", database_url=url))
     auditing = examined(url)["privileges"]
     assert (auditing["verdict"], "verify, prove and export" in auditing["detail"]) == ("warning", True)
     with psycopg.connect(database_url) as connection:

@@ -319,7 +319,9 @@ def test_holds_are_placed_listed_obeyed_and_released(database_url: str, engine: 
     placed = hold("add", "--session", "s1", "--since", "2024-01-01", "--reason", "case 7", "--actor", "judge")
     assert placed.returncode == 0, placed.stderr
     by_variable = hold("add", "--variable", "customerTier=Nobody", "--reason", "case 8", "--json")
-    assert json.loads(by_variable.stdout) == {"hold": 2}
+    assert json.loads(by_variable.stdout) == {"hold": 2, "sessions": 0, "turns_without_session": 0}
+    assert "hold 2 covers nothing yet" in by_variable.stderr
+    assert (placed.stdout, placed.stderr) == ("Hold 1 is in force. It covers 1 session now.\n", "")
     listed = json.loads(hold("list", "--json").stdout)
     assert next((row["author"], row["session_id"], row["reason"]) for row in listed) == ("judge", "s1", "case 7")
     refused = erase(database_url, "--session", "s1", "--session", "s2")
@@ -343,6 +345,19 @@ def test_holds_are_placed_listed_obeyed_and_released(database_url: str, engine: 
     assert kinds == ["hold.add", "hold.add", "erase.refused", "erase", "hold.release", "erase"]
     assert "Nobody" not in "".join(trail)
     assert "hold.add" in archiver("acts", database_url=database_url).stdout
+    assert archiver("acts", "--kind", "export", database_url=database_url).returncode == 0
+    unknown = archiver("acts", "--kind", "nosuch", database_url=database_url)
+    assert unknown.returncode == 2
+    assert "hold.release" in unknown.stderr
+
+
+@on_one_version
+def test_a_hold_tells_the_sessions_and_the_turns_without_one_that_it_covers(
+    database_url: str, engine: Engine
+) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"), created("c3", None))
+    told = archiver("hold", "add", "--assistant", "assistant-1", "--reason", "x", database_url=database_url)
+    assert told.stdout == "Hold 1 is in force. It covers 2 sessions and 1 turn without a session now.\n"
 
 
 @on_one_version

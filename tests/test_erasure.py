@@ -553,6 +553,21 @@ def test_i8_a_hold_stops_an_erasure_as_a_whole_and_the_attempt_is_recorded(engin
     assert holds_text(engine, "question of c1") == []
 
 
+def test_an_erased_turn_counts_on_the_day_on_which_its_delivery_happened(engine: Engine) -> None:
+    monday, tuesday = "2024-01-15T23:59:59Z", 1_705_363_201_000  # two seconds later
+    record(engine, created("c1", "s1", tuesday, createdAt=monday), created("c2", "s1", tuesday, createdAt=monday))
+    days = "SELECT day::text, assistant_id, chats::int, messages::int FROM analytics.daily ORDER BY 1"
+    assert rows(engine, days) == [("2024-01-15", "assistant-1", 2, 4)]
+    erase(engine, Target("s1", "c1"))
+    # That turn has none any more, and its session's counts.
+    assert rows(engine, days) == [("2024-01-15", "assistant-1", 1, 2), ("2024-01-16", "assistant-1", 1, 0)]
+    erase(engine, Target("s1"))
+    assert rows(engine, days) == [("2024-01-16", None, 2, 0)]
+    kept = "SELECT chat_id, occurred_at::text, created_at, updated_at FROM archiver.chats ORDER BY 1"
+    assert [row[2:] for row in rows(engine, kept)] == [(None, None)] * 2
+    assert is_rebuilt_the_same(engine)
+
+
 PLACES_A_HOLD = """
     CREATE FUNCTION place_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         INSERT INTO archiver.holds (placed_at, author, reason, session_id)

@@ -25,7 +25,7 @@ from archiver.export import FolderError, Selection, UnknownError, reading
 from tests.exports import KEY, NASTY, check, copied, fill, lines, make, reforge, rewrite
 from tests.payloads import created
 from tests.rows import execute, rows
-from tests.test_erasure import record
+from tests.test_erasure import erase, record
 from tests.test_limits import on_one_version
 
 
@@ -564,9 +564,19 @@ def test_any_text_is_one_row_of_csv(tmp_path_factory: pytest.TempPathFactory, sa
 
 @on_one_version
 def test_everything_of_an_empty_archive_is_nothing(engine: Engine, tmp_path: Path) -> None:
-    made = make(engine, tmp_path / "empty")
+    with pytest.raises(UnknownError):
+        make(engine, tmp_path / "empty")
+    assert list(tmp_path.iterdir()) == []
+
+
+@on_one_version
+def test_what_is_left_of_a_session_that_was_erased_before_anybody_heard_of_it_is_exported(
+    engine: Engine, tmp_path: Path
+) -> None:
+    erase(engine, Target("s7"))
+    made = make(engine, tmp_path / "left", Selection(["s7"]))
     assert (made.manifest.head, made.manifest.counts.events) == (None, 0)
-    assert check(tmp_path / "empty") == []
+    assert check(tmp_path / "left") == []
 
 
 @on_one_version

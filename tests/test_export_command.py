@@ -132,8 +132,10 @@ def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Pat
     [
         (["--all"], "Say where to: --output DIR"),
         (["--output", "x"], "Say what to export"),
-        (["--output", "x", "--all", "--session", "s"], "Say what to export"),
-        (["--output", "x", "--all", "--hold", "1"], "Say what to export"),
+        (["--output", "x", "--all", "--session", "s"], "do not go together"),
+        (["--output", "x", "--all", "--hold", "1"], "do not go together"),
+        (["--output", "x", "--since", "2024-03-02", "--until", "2024-03-02"], "give the earlier time to --since"),
+        (["--output", "x", "--check", "."], "say only one of them"),
         (["--output", "x", "--session", ""], "is no session id"),
         (["--output", "x", "--since", "yesterday"], "write 2024-01-15"),
         (["--output", "x", "--all", "--key", __file__], "go with --check"),
@@ -153,6 +155,7 @@ def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> N
     for arguments, advice in (
         (("--session", "s1", "--session", "none"), "Nothing is known of session none"),
         (("--hold", "9"), "There is no hold 9; see archiver hold list --all"),
+        (("--until", "2001-01-01"), "Nothing that is archived is of these: nothing was exported"),
     ):
         ended = archiver("export", "--output", str(output), *arguments, database_url=url)
         assert (ended.returncode, ended.stdout) == (1, "")

@@ -224,7 +224,9 @@ def test_the_command_shows_asks_and_expires(database_url: str, engine: Engine) -
 
     record(engine, created("c1", "s1"))
     execute(engine, "UPDATE archiver.sessions SET last_event_at = now() - interval '50 days' WHERE session_id = 's1'")
-    assert "ARCHIVER_RETENTION_DAYS" in retention("--yes").stderr
+    unset = retention("--yes").stderr
+    assert "ARCHIVER_RETENTION_DAYS" in unset
+    assert "not the one of `serve`" in unset
     told = retention("--dry-run", "--json", ARCHIVER_RETENTION_DAYS="30")
     assert json.loads(told.stdout)["content"] == {"assistant-1": 1}
     assert retention(ARCHIVER_RETENTION_DAYS="30").returncode == 1

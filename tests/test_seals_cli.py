@@ -62,7 +62,7 @@ def ok(*arguments: str, url: str, **settings: str) -> str:
 def test_i9_a_forged_event_is_named_and_the_exit_code_tells(url: str) -> None:
     assert "seal 1: 4 leaves" in ok("seal", url=url)  # and what settings serve began with
     assert "Nothing is new" in ok("seal", url=url)
-    assert "3 events in 1 seals; 0 events not sealed yet." in ok("verify", url=url)
+    assert "3 events in 1 seal; 0 events not sealed yet." in ok("verify", url=url)
     told = json.loads(ok("verify", "--json", url=url))
     assert (told["ok"], told["events"], told["seals"], told["findings"]) == (True, 3, 1, [])
     forge(url, r"UPDATE archiver.events SET body = '\x7b7d' WHERE chat_id = 'b'")
@@ -204,6 +204,7 @@ def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
     elsewhere = tmp_path / "seals.jsonl"
     elsewhere.write_text(ok("seals", "export", url=url))
     assert json.loads(elsewhere.read_text())["hash"] in ok("seals", "list", "--json", url=url)
+    assert json.loads(elsewhere.read_text())["hash"] in ok("seals", "list", url=url)
     ok("verify", "--against", str(elsewhere), url=url)
     forge(url, "DELETE FROM archiver.seals")
     ok("verify", url=url)
@@ -271,7 +272,7 @@ def test_how_many_exported_seals_were_compared_is_told(url: str, tmp_path: Path)
         connection.execute("INSERT INTO archiver.acts (at, actor, kind, detail) VALUES (now(), 'x', 'y', '{}')")
     ok("seal", url=url)
     assert "Compared" not in ok("verify", "--since", "2", url=url)
-    assert "Compared with 1 seals exported elsewhere." in ok(
+    assert "Compared with 1 seal exported elsewhere." in ok(
         "verify", "--since", "2", "--against", str(elsewhere), url=url
     )
     told = json.loads(ok("verify", "--since", "2", "--against", str(elsewhere), "--json", url=url))

@@ -26,6 +26,7 @@ from archiver.cli.serve import migrate, serve
 from archiver.cli.worker import rebuild, worker
 from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
 from archiver.embedded import EmbeddedError
+from archiver.roles import AUDITOR, WRITER
 from archiver.schema import INSUFFICIENT_PRIVILEGE, SchemaError
 from archiver.settings import SettingsError
 from archiver.spool import SpoolError
@@ -104,10 +105,24 @@ def _run() -> None:
         )
 
 
+_AUDITING = ("verify", "prove", "seals", "export", "acts", "status")
+_AUDITING_PARTS = (("hold", "list"), ("quarantine", "list"), ("quarantine", "show"), ("erase", "--list"))
+
+
+def _role(arguments: Sequence[str]) -> str:
+    """What a command that was refused needs: an auditor reads, and who changes the archive writes it."""
+    is_part = any(arguments[0] == command and part in arguments for command, part in _AUDITING_PARTS)
+    return AUDITOR if arguments[0] in _AUDITING or is_part else WRITER
+
+
 def _explain(error: DBAPIError) -> str:
     said, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:
-        return f"The database refused: {said}\nRun `archiver doctor`: it gives the SQL that helps."
+        role = _role(sys.argv[1:])
+        return (
+            f"The database refused: {said.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
+            f" run GRANT {role} TO the_user; or see `archiver doctor`."
+        )
     if is_untrusted(error):
         return f"The database cannot be trusted: {said}\n{CERTIFICATE_ADVICE}"
     # Without a SQLSTATE it is the driver that speaks, unless it only passes on why the server let nobody in.

@@ -14,11 +14,9 @@ from typing import Any, TextIO
 
 import click
 import msgspec
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TextColumn,
@@ -30,7 +28,7 @@ from rich.text import Text
 from archiver import database, schema, settings, telemetry
 from archiver.callhq import UnauthorizedError, shown
 from archiver.cli import connection
-from archiver.cli.output import Number, Whole, console
+from archiver.cli.output import Number, Whole, console, progress
 from archiver.reconcile import NotRecordedError, Reading, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
@@ -293,11 +291,11 @@ class _Rate(ProgressColumn):
 @contextmanager
 def _progress(total: int, summary: Summary, *, quiet: bool) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task("Reading", total=total)
+    with progress(*columns, quiet=quiet) as bar:
+        task = bar.add_task("Reading", total=total)
 
         def told(reading: Reading) -> None:
             summary.add(reading)
-            progress.update(task, advance=1, description=f"Reading, {summary.recovered:,} messages recovered")
+            bar.update(task, advance=1, description=f"Reading, {summary.recovered:,} messages recovered")
 
         yield told

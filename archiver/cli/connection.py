@@ -101,6 +101,26 @@ def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
         made.dispose()
 
 
+@contextmanager
+def ready(configuration: Settings) -> Iterator[Engine]:
+    """The engine of a command that asks an archive. Raises `SchemaError` unless its schema is at head."""
+    with engine(configuration, create=False) as made:
+        with database.transaction(made) as connection:
+            schema.check(connection)
+        yield made
+
+
+@contextmanager
+def opened(configuration: Settings, *, statement_seconds: float = database.STATEMENT_SECONDS) -> Iterator[Connection]:
+    """The same for a command that asks in one transaction."""
+    with (
+        engine(configuration, create=False) as made,
+        database.transaction(made, statement_seconds=statement_seconds) as connection,
+    ):
+        schema.check(connection)
+        yield connection
+
+
 def where(configuration: Settings, opened: Connection) -> str:
     """Which database a command talks to, for people; no password."""
     if configuration.database_url is None:
@@ -151,6 +171,14 @@ def moment(told: str | None, option: str) -> datetime | None:
         return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         raise click.BadParameter("write 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
+
+
+def period(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+    """The times of `--since` and `--until`; wrong usage where nothing is between them."""
+    first, end = moment(since, "--since"), moment(until, "--until")
+    if first is not None and end is not None and first >= end:
+        raise click.UsageError("Nothing is at or after --since and before --until: give the earlier time to --since.")
+    return first, end
 
 
 def check_ids(ids: Iterable[str], what: str) -> None:

@@ -7,15 +7,13 @@ from typing import IO, Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, database, export, schema, settings
+from archiver import acts, export, settings
 from archiver.cli import connection, evidence
-from archiver.cli.output import Whole
-from archiver.cli.output import console as on_stdout
+from archiver.cli.output import Whole, console, counted, progress
 from archiver.erasure import Criteria
 from archiver.export import Checked, Finding, Made, Selection, Wanted
 from archiver.worker import signing_key
@@ -77,20 +75,27 @@ def command(
     exits 1 and names what is not as it was exported, or not as it was sealed.
     """
     chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
-    if folder is not None and output is None:
+    if folder is not None:
+        if output is not None:
+            raise click.UsageError("--output makes an export and --check checks one: say only one of them.")
         if any(chosen) or formats:
             raise click.UsageError("--check takes the whole export: no selection, no format.")
         heads = None if against is None else evidence.heads_of(against)
         _check(folder, export.Keys(evidence.public_keys(key_files), signed_since), heads, as_json=as_json)
         return
-    if output is None or folder is not None:
+    if output is None:
         raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
     if key_files or against is not None:
         raise click.UsageError("--key and --against go with --check.")
-    if sum(chosen) != 1:
+    if sum(chosen) > 1:
+        raise click.UsageError(
+            "--session, --since and --until, --hold, and --all do not go together: say one of them."
+        )
+    if not any(chosen):
         raise click.UsageError("Say what to export: --session, --since and --until, --hold, or --all.")
     connection.check_ids(session_ids, "session")
-    times = Criteria(since=connection.moment(since, "--since"), until=connection.moment(until, "--until"))
+    first, end = connection.period(since, until)
+    times = Criteria(since=first, until=end)
     selection = Selection(sorted({*session_ids}), [] if times.is_empty else [times], is_all)
     wanted = Wanted(
         selection,
@@ -109,17 +114,13 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half-made either
     try:
         with (
-            connection.engine(configuration, create=False) as engine,
-            Progress(
-                SpinnerColumn(), TextColumn("Exporting {task.fields[told]}"), TimeElapsedColumn(), console=_stderr()
-            ) as progress,
+            connection.ready(configuration) as engine,
+            progress(SpinnerColumn(), TextColumn("Exporting {task.fields[told]}"), TimeElapsedColumn()) as bar,
         ):
-            with database.transaction(engine) as opened:
-                schema.check(opened)
-            task = progress.add_task("", total=None, told="")
+            task = bar.add_task("", total=None, told="")
 
             def tell(name: str, rows: int) -> None:
-                progress.update(task, told=f"{name}: {rows:,}")
+                bar.update(task, told=f"{name}: {rows:,}")
 
             made = export.make(engine, output, wanted, key, tell)
     except (export.FolderError, export.UnknownError) as error:
@@ -130,10 +131,6 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
             click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)
         raise
     _report(output, made, as_json=as_json)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True)
 
 
 def _told_settings(configuration: settings.Settings) -> dict[str, Any]:
@@ -157,30 +154,31 @@ def _report(output: Path, made: Made, *, as_json: bool) -> None:
     table = Table("file", "rows", "bytes", "SHA-256")
     for name, file in made.manifest.files.items():
         table.add_row(name, f"{file.rows:,}", f"{file.bytes:,}", file.sha256)
-    on_stdout().print(table)
+    console().print(table)
     counts = made.manifest.counts
     click.echo(f"Exported {_told(counts.events, counts.erased, counts.unsealed)} to {output}.")
     if counts.quarantined:
-        click.echo(f"The quarantine holds {counts.quarantined:,} deliveries, of whomever: they are not exported.")
+        quarantined = counted(counts.quarantined, "delivery", "deliveries")
+        click.echo(f"The quarantine holds {quarantined}, of whomever: nothing of that is exported.")
     click.echo(f"SHA-256 of the manifest: {made.digest}")
 
 
 def _told(events: int, erased: int, unsealed: int) -> str:
-    return f"{events:,} events ({erased:,} erased, {unsealed:,} not sealed yet)"
+    return f"{counted(events, 'event')} ({erased:,} erased, {unsealed:,} not sealed yet)"
 
 
 def _check(folder: Path, keys: export.Keys, heads: dict[int, bytes] | None, *, as_json: bool) -> None:
     checked, findings = Checked(), []
-    with Progress(TextColumn("Checking {task.fields[told]}"), TimeElapsedColumn(), console=_stderr()) as progress:
-        task = progress.add_task("", total=None, told="")
+    with progress(TextColumn("Checking {task.fields[told]}"), TimeElapsedColumn()) as bar:
+        task = bar.add_task("", total=None, told="")
 
         def tell(so_far: Checked) -> None:
-            progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
+            bar.update(task, told=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
 
         for finding in export.check(folder, keys=keys, heads=heads, checked=checked, on_progress=tell):
             findings.append(finding)
             if not as_json and len(findings) <= TOLD:
-                progress.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
+                bar.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
     _report_check(checked, findings, keys, is_compared=heads is not None, as_json=as_json)
 
 
@@ -209,9 +207,10 @@ def _report_check(
         }
         click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
     elif told is not None:
-        click.echo(f"{checked.events:,} events in {checked.seals:,} seals; {told.counts.unsealed:,} not sealed yet.")
+        seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
+        click.echo(f"{seen}; {told.counts.unsealed:,} not sealed yet.")
         if is_compared:
-            click.echo(f"Compared with {checked.compared:,} seals exported elsewhere.")
+            click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
         click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
         click.echo(f"Recorded as act {told.act}: compare it with archiver acts --kind export.done")
     if findings:

@@ -7,19 +7,21 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from archiver import acts as trail
-from archiver import database, erasure, schema, settings
+from archiver import database, erasure, export, settings
 from archiver.cli import connection
+from archiver.cli.output import console, counted
 from archiver.erasure import Criteria, HoldError
+from archiver.export import Selection
 from archiver.schema import INSUFFICIENT_PRIVILEGE
 
 PAGE = 500
+COUNT_SECONDS = 120  # of counting what a hold covers
 
 
 @click.group()
@@ -54,21 +56,46 @@ def add(
     connection.check_ids([assistant_id] if assistant_id is not None else [], "assistant")
     _check_reason(reason)
     name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
-    criteria = Criteria(
-        session_id,
-        assistant_id,
-        name,
-        value,
-        connection.moment(since, "--since"),
-        connection.moment(until, "--until"),
-    )
+    criteria = Criteria(session_id, assistant_id, name, value, *connection.period(since, until))
     if criteria.is_empty:
         raise click.UsageError("Say what to hold: --session, --assistant, --variable, --since or --until.")
-    if criteria.since is not None and criteria.until is not None and criteria.since >= criteria.until:
-        raise click.UsageError("Nothing is at or after --since and before --until: give the earlier time to --since.")
-    with _changing() as opened:
-        hold_id = erasure.insert_hold(opened, criteria, actor or trail.actor(), reason)
-    click.echo(msgspec.json.encode({"hold": hold_id}).decode() if as_json else f"Hold {hold_id} is in force.")
+    with connection.ready(settings.read()) as engine:
+        with _changing(engine) as opened:
+            hold_id = erasure.insert_hold(opened, criteria, actor or trail.actor(), reason)
+        covered = _covered(engine, criteria)
+    if as_json:
+        told = {"hold": hold_id, "sessions": None, "turns_without_session": None}
+        if covered is not None:
+            told |= {"sessions": covered[0], "turns_without_session": covered[1]}
+        click.echo(msgspec.json.encode(told).decode())
+    else:
+        click.echo(f"Hold {hold_id} is in force.{_told(covered)}")
+    if covered is not None and not any(covered):
+        click.echo(
+            f"archiver: hold {hold_id} covers nothing yet, only what comes; if that is not what you mean:"
+            f" archiver hold release {hold_id}",
+            err=True,
+        )
+
+
+def _covered(engine: Engine, criteria: Criteria) -> tuple[int, int] | None:
+    """How many sessions, and turns without one; None where counting takes too long or is not allowed.
+
+    Apart from the placing, during which nobody records anything.
+    """
+    try:
+        with database.transaction(engine, statement_seconds=COUNT_SECONDS) as opened:
+            return export.count(opened, Selection(criteria=[criteria]))
+    except DBAPIError:
+        return None
+
+
+def _told(covered: tuple[int, int] | None) -> str:
+    if covered is None:
+        return ""
+    sessions, turns = covered
+    apart = f" and {counted(turns, 'turn')} without a session" if turns else ""
+    return f" It covers {counted(sessions, 'session')}{apart} now."
 
 
 @hold.command()
@@ -79,7 +106,7 @@ def release(*, hold_id: int, reason: str, actor: str | None) -> None:
     """End a hold. What it alone kept may be erased and expire from now on."""
     _check_reason(reason)
     try:
-        with _changing() as opened:
+        with connection.ready(settings.read()) as engine, _changing(engine) as opened:
             erasure.release_hold(opened, hold_id, actor or trail.actor(), reason)
     except HoldError as error:
         click.echo(f"archiver: {error}", err=True)
@@ -93,10 +120,9 @@ def _check_reason(reason: str) -> None:
 
 
 @contextmanager
-def _changing() -> Iterator[Connection]:
+def _changing(engine: Engine) -> Iterator[Connection]:
     try:
-        with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-            schema.check(opened)
+        with database.transaction(engine) as opened:
             yield opened
     except DBAPIError as error:
         if database.sqlstate(error) != INSUFFICIENT_PRIVILEGE:
@@ -113,8 +139,7 @@ def _changing() -> Iterator[Connection]:
 @connection.json_option
 def list_(*, every: bool, as_json: bool) -> None:
     """List the holds in force."""
-    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-        schema.check(opened)
+    with connection.opened(settings.read()) as opened:
         found = [dict(row) for row in erasure.select_holds(opened, released=every)]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
@@ -128,7 +153,7 @@ def list_(*, every: bool, as_json: bool) -> None:
         placed = f"{row['placed_at']:%Y-%m-%d %H:%M}"
         cells = (row["author"], _covers(row), row["reason"], released)
         table.add_row(str(row["id"]), placed, *map(Text, cells))
-    Console().print(table)
+    console().print(table)
 
 
 def _covers(row: dict[str, Any]) -> str:
@@ -144,8 +169,8 @@ def _covers(row: dict[str, Any]) -> str:
 @connection.json_option
 def acts(*, kind: str | None, as_json: bool) -> None:
     """List the audit trail: what was done to the archive, by whom and why, oldest first."""
-    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-        schema.check(opened)
+    with connection.opened(settings.read()) as opened:
+        _check_kind(opened, kind)
         if as_json:
             for row in _every_act(opened, kind):
                 click.echo(msgspec.json.encode(row).decode())
@@ -155,7 +180,16 @@ def acts(*, kind: str | None, as_json: bool) -> None:
             detail = msgspec.json.encode(row["detail"]).decode()
             cells = (row["actor"], row["kind"], row["reason"] or "", detail)
             table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *map(Text, cells))
-    Console().print(table)
+    console().print(table)
+
+
+def _check_kind(opened: Connection, kind: str | None) -> None:
+    """A kind that is in the trail can be asked for, whoever wrote it; else one that this version writes."""
+    if kind is None or kind in trail.KINDS:
+        return
+    known = {*trail.KINDS, *trail.select_kinds(opened)}
+    if kind not in known:
+        raise click.BadParameter(f"there is no such kind; known are {', '.join(sorted(known))}", param_hint="--kind")
 
 
 def _every_act(opened: Connection, kind: str | None) -> Iterator[dict[str, Any]]:

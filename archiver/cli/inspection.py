@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, feed, overview, schema, settings, spool
+from archiver import feed, overview, settings, spool
 from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
-from archiver.followups.review import Standing, select_standing
+from archiver.followups.review import Standing, may_select_standing, select_standing
 
 
 @click.command()
@@ -25,15 +25,11 @@ def status(as_json: bool) -> None:
     configuration = settings.read()
     spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
     try:
-        with (
-            connection.engine(configuration, create=False) as engine,
-            database.transaction(engine, statement_seconds=300) as opened,
-        ):
-            schema.check(opened)
+        with connection.opened(configuration, statement_seconds=300) as opened:
             where = connection.where(configuration, opened)
             figures = overview.select_overview(opened)
             extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
-            standing = select_standing(opened)
+            standing = select_standing(opened) if may_select_standing(opened) else None
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
@@ -57,7 +53,10 @@ def status(as_json: bool) -> None:
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
     unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
     table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
-    table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
+    if standing is None:
+        table.add_row("follow-ups", "", "not for this database user to see")
+    else:
+        table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
     if figures.quarantine:

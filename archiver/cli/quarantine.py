@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection, Engine, RowMapping
 
-from archiver import acts, database, schema, settings
+from archiver import acts, database, settings
 from archiver import quarantine as store
 from archiver.cli import connection
 from archiver.cli.output import Whole, console
@@ -34,8 +34,7 @@ def quarantine() -> None:
 @connection.json_option
 def list_(reason: str | None, limit: int, as_json: bool) -> None:
     """List them, oldest first, without their content."""
-    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-        schema.check(opened)
+    with connection.opened(settings.read()) as opened:
         rows = [dict(row) for row in store.select_quarantine(opened, limit=limit, reason=reason)]
         if not rows:
             _check_reason(opened, reason)
@@ -83,8 +82,7 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     """Show one with its body."""
     if raw and as_json:
         raise click.UsageError("Say --raw or --json, not both.")
-    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-        schema.check(opened)
+    with connection.opened(settings.read()) as opened:
         row = store.select_quarantined(opened, quarantine_id)
     if row is None:
         click.echo(f"archiver: {quarantine_id} is not in the quarantine; see archiver quarantine list", err=True)
@@ -148,9 +146,8 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, acto
         raise click.UsageError("Name ids, or say --all or --reason.")
     configuration = settings.read()
     outcomes: dict[int, Outcome | None] = {}
-    with connection.engine(configuration, create=False) as engine:
+    with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
-            schema.check(opened)
             _check_reason(opened, reason)
         for quarantine_id in quarantine_ids or _every_id(engine, reason):
             outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, timing_of(configuration))

@@ -5,13 +5,13 @@ from datetime import UTC, datetime
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
 from sqlalchemy import Engine
 
-from archiver import acts, database, erasure, schema, settings
+from archiver import acts, erasure, settings
 from archiver.cli import connection
+from archiver.cli.output import console, counted, progress
 from archiver.erasure.retention import Due, Rules, examine, expire
 from archiver.projection import Timing
 from archiver.worker import timing_of
@@ -27,11 +27,12 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
     configuration = settings.read()
     rules = Rules.of(configuration)
     if rules.is_content_for_ever and not rules.metadata:
-        raise settings.SettingsError("Nothing ever expires: set ARCHIVER_RETENTION_DAYS.")
+        raise settings.SettingsError(
+            "Nothing ever expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads the environment that it is called"
+            " in, not the one of `serve` or `worker`: `archiver acts --kind settings.changed` tells what those have."
+        )
     now = datetime.now(UTC)
-    with connection.engine(configuration, create=False) as engine:
-        with database.transaction(engine) as opened:
-            schema.check(opened)
+    with connection.ready(configuration) as engine:
         due = examine(engine, rules, now)
         if not dry_run and not due.is_nothing:
             connection.confirm(f"Let expire for good ({_told(due)})?", yes=yes)
@@ -42,24 +43,24 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     if due.content:
-        Console().print(_table(due.content))
+        console().print(_table(due.content))
     click.echo(f"{'Would expire' if dry_run else 'Expired'}: {_told(due)}.")
 
 
 def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str, quiet: bool) -> None:
     columns = (SpinnerColumn(), TextColumn("Expiring: {task.completed:,} rows and sessions"))
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task("", total=None)
+    with progress(*columns, quiet=quiet) as bar:
+        task = bar.add_task("", total=None)
         for step in expire(engine, rules, now, timing=timing, due=due, who=who):
-            progress.update(task, advance=step.sessions + step.removed + step.quarantined)
+            bar.update(task, advance=step.sessions + step.removed + step.quarantined)
         for swept in erasure.sweep(engine, timing):
-            progress.update(task, advance=swept.events)
+            bar.update(task, advance=swept.events)
 
 
 def _told(due: Due) -> str:
     return (
-        f"content of {due.content.total():,} sessions, what was left of {due.metadata.total():,} erased before,"
-        f" {due.quarantined:,} quarantined; {due.held:,} held"
+        f"content of {counted(due.content.total(), 'session')}, what was left of {due.metadata.total():,} erased"
+        f" before, {due.quarantined:,} quarantined; {due.held:,} held"
     )
 
 

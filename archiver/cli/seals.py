@@ -10,14 +10,12 @@ from typing import IO, Any
 import click
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sqlalchemy import text
 
-from archiver import database, schema, seals, settings, telemetry
+from archiver import database, seals, settings, telemetry
 from archiver.cli import connection, evidence
-from archiver.cli.output import Whole
+from archiver.cli.output import Whole, console, counted, progress
 from archiver.seals import Checked, Finding, Seal
 from archiver.worker import signing_key
 
@@ -33,9 +31,7 @@ def seal(as_json: bool) -> None:
     configuration = settings.read()
     telemetry.configure_logs("warning", configuration.log_format)  # what is told here is told below
     key = signing_key(configuration)
-    with connection.engine(configuration, create=False) as engine:
-        with database.transaction(engine) as opened:
-            schema.check(opened)
+    with connection.ready(configuration) as engine:
         try:
             made = seals.seal(engine, key)
         except seals.BusyError as error:
@@ -44,7 +40,7 @@ def seal(as_json: bool) -> None:
         click.echo(_json([_told(each) for each in made]))
         return
     for each in made:
-        click.echo(f"seal {each.id}: {each.size:,} leaves, {each.hash.hex()}")
+        click.echo(f"seal {each.id}: {counted(each.size, 'leaf', 'leaves')}, {each.hash.hex()}")
     if not made:
         click.echo("Nothing is new since the last seal.")
 
@@ -79,20 +75,17 @@ def verify(
     keys = _checking_keys(configuration, key_files)
     heads = None if against is None else evidence.heads_of(against)
     checked, findings = Checked(), []
-    with connection.engine(configuration, create=False) as engine:
+    with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
-            schema.check(opened)
             evidence.require_seals(seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since)
         with (
             database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
-            Progress(
-                TextColumn("Verifying {task.fields[told]}"), TimeElapsedColumn(), console=Console(stderr=True)
-            ) as progress,
+            progress(TextColumn("Verifying {task.fields[told]}"), TimeElapsedColumn()) as bar,
         ):
-            task = progress.add_task("", total=None, told="")
+            task = bar.add_task("", total=None, told="")
 
             def tell(so_far: Checked) -> None:
-                progress.update(task, told=f"{so_far.events:,} events, {so_far.seals:,} seals")
+                bar.update(task, told=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
 
             verification = seals.verify(
                 opened,
@@ -108,7 +101,7 @@ def verify(
                 for finding in found:
                     findings.append(finding)
                     if not as_json and len(findings) <= TOLD:
-                        progress.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
+                        bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json)
 
 
@@ -146,12 +139,13 @@ def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_comp
         )
     else:
         click.echo(
-            f"{checked.events:,} events in {checked.seals:,} seals; {checked.unsealed:,} events not sealed yet."
+            f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')};"
+            f" {counted(checked.unsealed, 'event')} not sealed yet."
         )
         if head.id:
             click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
         if is_compared:
-            click.echo(f"Compared with {checked.compared:,} seals exported elsewhere.")
+            click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
     if findings:
         more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
         click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
@@ -171,8 +165,7 @@ def prove(event: int) -> None:
 
     docs/seals.md has a script that checks such a proof without this program.
     """
-    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-        schema.check(opened)
+    with connection.opened(settings.read()) as opened:
         try:
             proof = seals.prove(opened, event)
         except seals.NotSealedError as error:
@@ -191,9 +184,8 @@ def group() -> None:
 @connection.json_option
 def list_(limit: int, as_json: bool) -> None:
     """List the newest seals."""
-    with connection.engine(settings.read(), create=False) as engine, database.transaction(engine) as opened:
-        schema.check(opened)
-        first = int(opened.scalar(text("SELECT coalesce(max(id), 0) FROM archiver.seals")) or 0) - limit
+    with connection.opened(settings.read()) as opened:
+        first = seals.select_newest(opened).id - limit
         found = [each for each, _ in seals.select_seals(opened, max(first, 0))]
     if as_json:
         click.echo(_json([_told(each) for each in found]))
@@ -203,7 +195,10 @@ def list_(limit: int, as_json: bool) -> None:
         sealed_at = f"{each.sealed_at:%Y-%m-%d %H:%M:%S}"
         events = f"{each.through['events']:,}"
         table.add_row(str(each.id), sealed_at, f"{each.size:,}", events, each.key_id or "-", each.hash.hex())
-    Console().print(table if found else "There is no seal yet: archiver seal")
+    if found:
+        console().print(table)
+    else:
+        click.echo("There is no seal yet: archiver seal")
 
 
 @group.command()
@@ -215,12 +210,12 @@ def export(after: int) -> None:
 
     `archiver verify --against FILE` compares with them later.
     """
-    with connection.engine(settings.read(), create=False) as engine:
-        with database.transaction(engine) as opened:
-            schema.check(opened)
-        with database.snapshot(engine, statement_seconds=READ_SECONDS) as opened:
-            for line in _lines(seals.select_seals(opened, after)):
-                click.echo(line)
+    with (
+        connection.ready(settings.read()) as engine,
+        database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
+    ):
+        for line in _lines(seals.select_seals(opened, after)):
+            click.echo(line)
 
 
 def _lines(found: Iterator[tuple[Seal, Any]]) -> Iterator[str]:

@@ -5,12 +5,11 @@ import sys
 import click
 import structlog
 from prometheus_client import start_http_server
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from archiver import database, schema, settings, telemetry
 from archiver.cli import connection
-from archiver.cli.output import Whole
+from archiver.cli.output import Whole, counted, progress
 from archiver.cli.recording import record_settings
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
@@ -85,7 +84,7 @@ def rebuild(*, yes: bool) -> None:
         with database.transaction(engine, statement_seconds=600) as opened:
             schema.check(opened)
             events = count_events(opened)
-        if not yes and not click.confirm(f"Derive the archive anew from {events:,} ledger rows?", err=True):
+        if not yes and not click.confirm(f"Derive the archive anew from {counted(events, 'ledger row')}?", err=True):
             click.echo("archiver: nothing was done", err=True)
             sys.exit(1)
         columns = (
@@ -95,9 +94,9 @@ def rebuild(*, yes: bool) -> None:
             TimeRemainingColumn(),
         )
         done = 0
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=events)
+        with progress(*columns) as bar:
+            task = bar.add_task("", total=events)
             for read in replay(engine, timing_of(configuration)):
                 done += read
-                progress.update(task, completed=done, total=max(events, done))
-    click.echo(f"The archive was derived anew from {done:,} ledger rows.")
+                bar.update(task, completed=done, total=max(events, done))
+    click.echo(f"The archive was derived anew from {counted(done, 'ledger row')}.")

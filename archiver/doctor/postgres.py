@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, feed, roles, schema
 from archiver.doctor.finding import Finding, Verdict
-from archiver.followups.review import select_standing
+from archiver.followups.review import may_select_standing, select_standing
 from archiver.settings import Settings
 
 OLDEST_POSTGRES = 14
@@ -168,7 +168,10 @@ def _privileges(connection: Connection) -> Finding:
 def _lacking(connection: Connection, detail: str) -> Finding:
     user = _user(connection)
     if roles.WRITER in roles.existing(connection):
-        return Finding("privileges", "failure", detail, f'As an administrator: GRANT {roles.WRITER} TO "{user}";')
+        advice = f'As an administrator: GRANT {roles.WRITER} TO "{user}";'
+        if roles.AUDITOR in roles.existing(connection):
+            advice += f" For commands that only read, such as status, verify and export: {roles.AUDITOR}."
+        return Finding("privileges", "failure", detail, advice)
     missing = roles.missing(connection, roles.WRITER, user)
     return Finding("privileges", "failure", detail, f"As its owner: {'; '.join(missing)};")
 
@@ -203,15 +206,11 @@ def _outbox(connection: Connection) -> Finding | None:
 
 
 _LATE_SECONDS = 3_600
-_MAY_SEE_FOLLOWUPS = text(
-    "SELECT bool_and(has_table_privilege(name, 'SELECT'))"
-    " FROM unnest(ARRAY['archiver.subscriptions', 'archiver.deliveries', 'archiver.changes']) AS name"
-)
 
 
 def _followups(connection: Connection) -> Finding | None:
     """Whether somebody who is to be told is not; None where nobody is to be."""
-    if not connection.scalar(_MAY_SEE_FOLLOWUPS):
+    if not may_select_standing(connection):
         return None  # what is missing is told above
     standing = select_standing(connection)
     if not standing.subscriptions:

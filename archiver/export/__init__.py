@@ -6,7 +6,7 @@ from archiver.export.folder import FolderError
 from archiver.export.making import Made, Wanted, make
 from archiver.export.manifest import FORMATS, Manifest
 from archiver.export.sealed import Keys
-from archiver.export.selection import Selection, UnknownError
+from archiver.export.selection import Selection, UnknownError, count
 
 __all__ = [
     "FORMATS",
@@ -20,5 +20,6 @@ __all__ = [
     "UnknownError",
     "Wanted",
     "check",
+    "count",
     "make",
 ]

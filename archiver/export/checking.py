@@ -11,10 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from archiver.export import manifest
 from archiver.export.findings import MOST, Finding, Found
-from archiver.export.manifest import Counts, Manifest
+from archiver.export.manifest import Counts, Covered, Manifest
 from archiver.export.proofs import Line
-from archiver.export.reading import Checked as Lines
-from archiver.export.reading import NoFileError, compare, measured, opened
+from archiver.export.reading import Lines, NoFileError, compare, measured, opened
 from archiver.export.sealed import Keys, Rows, SealCheck
 
 _MANIFEST_BYTES = 256 * 1024 * 1024
@@ -30,10 +29,6 @@ class Checked(msgspec.Struct):
     events: int = 0
     seals: int = 0
     compared: int = 0  # of the seals, with `heads`
-
-
-class _Covered(msgspec.Struct):
-    coverage: str
 
 
 def check(
@@ -132,7 +127,7 @@ class _Checking:
         findings = Found()
         coverage: Counter[str] = Counter()
         name = manifest.CONVERSATIONS
-        for _, record in Lines(self._folder, name, told.files[name], _Covered, findings):
+        for _, record in Lines(self._folder, name, told.files[name], Covered, findings):
             coverage[record.coverage] += 1
         yield from findings.taken()
         if told.counts.conversations != told.files[name].rows:

@@ -18,9 +18,9 @@ from sqlalchemy import Connection, Engine, text
 from archiver import __version__, acts, copying, database
 from archiver.export import folder, manifest, proofs, queries
 from archiver.export.folder import Sink
-from archiver.export.manifest import Counts, File, Head, Manifest
+from archiver.export.manifest import Counts, Covered, File, Head, Manifest
 from archiver.export.proofs import Ids
-from archiver.export.selection import Selection, check_known, select_held
+from archiver.export.selection import Selection, UnknownError, check_known, select_held
 from archiver.seals import key_id
 
 ACT, DONE = "export", "export.done"
@@ -68,7 +68,8 @@ def make(
 ) -> Made:
     """Write the export to the folder `output`; signed where there is a key.
 
-    It is recorded before anything is read, and once more when it is done. Raises `FolderError` and `UnknownError`.
+    It is recorded before anything is read, and once more when it is done. Raises `FolderError`, and `UnknownError`
+    where there is nothing to export.
     """
     folder.check(output)
     detail = {**wanted.asked(), "formats": list(wanted.formats)}
@@ -78,6 +79,7 @@ def make(
         with database.snapshot(engine, statement_seconds=READ_SECONDS) as connection:
             connection.execute(text("SELECT set_config('DateStyle', 'ISO', true)"))
             told = _Export(connection, partial, _resolved(connection, wanted), key, on_progress).write(act)
+        _require_some(told)
         encoded = manifest.encode(told)
         digest = sha256(encoded).hexdigest()
         _write_small(partial / manifest.DIGEST, f"{digest}  {manifest.MANIFEST}\n".encode())
@@ -98,6 +100,13 @@ def _resolved(connection: Connection, wanted: Wanted) -> Wanted:
         return wanted
     held = Selection(criteria=select_held(connection, wanted.hold_ids))
     return msgspec.structs.replace(wanted, selection=held)
+
+
+def _require_some(told: Manifest) -> None:
+    """An empty folder would look like the answer to another question than the one that was asked."""
+    counts, erasures = told.counts, told.files[manifest.ERASURES]
+    if not (counts.conversations or counts.chats or counts.events or erasures.rows):
+        raise UnknownError("Nothing that is archived is of these: nothing was exported")
 
 
 def _write_small(path: Path, content: bytes) -> None:
@@ -239,7 +248,7 @@ class _Export:
 
     def _coverage(self) -> dict[str, int]:
         found: Counter[str] = Counter()
-        decode = msgspec.json.Decoder(_Covered).decode
+        decode = msgspec.json.Decoder(Covered).decode
         with (self._partial / manifest.CONVERSATIONS).open("rb") as file:
             found.update(decode(line).coverage for line in file)
         return dict(sorted(found.items()))
@@ -274,10 +283,6 @@ def _unusual_bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | 
     told = zip(("body_digest", "dedupe_key", "salt"), values, strict=False)
     lines = [f',"{name}":' + ("null" if value is None else f'"{value.hex()}"') for name, value in told]
     return "".join(lines).encode(), values[3]
-
-
-class _Covered(msgspec.Struct):
-    coverage: str
 
 
 _LATEST_SETTINGS = text(

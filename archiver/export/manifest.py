@@ -77,3 +77,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def encode(manifest: Manifest) -> bytes:
     """As it stands in its file."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+class Covered(msgspec.Struct):
+    """What counts of a line of `conversations.jsonl` for the manifest."""
+
+    coverage: str

@@ -37,7 +37,7 @@ def opened(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=BLOCK)
 
 
-class Checked(Generic[T]):
+class Lines(Generic[T]):
     """The lines of a file as records, which is compared on the way with what the manifest says of it.
 
     What is found is put into `findings`, for the caller to take.

@@ -14,7 +14,7 @@ from archiver.export import manifest
 from archiver.export.findings import Finding, Found
 from archiver.export.manifest import File, Head
 from archiver.export.proofs import EXPORTED, Line
-from archiver.export.reading import Checked as Lines
+from archiver.export.reading import Lines
 from archiver.export.records import ActLine, ErasureLine, EventLine, act_leaf, erasure_leaf, event_leaf
 from archiver.seals import chain, merkle
 from archiver.seals.chain import Entry, Seal

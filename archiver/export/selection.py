@@ -1,6 +1,7 @@
 """What is to be exported, as queries: sessions, and the turns that stand without one."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 from psycopg import sql
@@ -118,6 +119,17 @@ def _within(moment: str, criteria: Criteria) -> sql.Composable:
         if limit is not None:
             rules.append(sql.SQL(f"{moment} {comparison} {{}}").format(sql.Literal(limit)))
     return sql.SQL(" AND ").join(rules)
+
+
+def count(connection: Connection, selection: Selection) -> tuple[int, int]:
+    """How many sessions the archive holds of these, and how many turns without one."""
+    driver: Any = connection.connection.driver_connection
+    query = sql.SQL(
+        "SELECT (SELECT count(*) FROM archiver.sessions WHERE session_id <> '' AND session_id IN ({})),"
+        " (SELECT count(*) FROM archiver.chats WHERE session_id = '' AND chat_id IN ({}))"
+    ).format(selection.sessions(), selection.turns())
+    sessions, turns = connection.exec_driver_sql(query.as_string(driver)).one()
+    return sessions, turns
 
 
 _HOLD_FIELDS = Criteria.__struct_fields__

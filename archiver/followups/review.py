@@ -101,6 +101,17 @@ _STANDING = text(
 )
 
 
+_MAY_SEE = text(
+    "SELECT bool_and(has_table_privilege(name, 'SELECT'))"
+    " FROM unnest(ARRAY['archiver.subscriptions', 'archiver.deliveries', 'archiver.changes']) AS name"
+)
+
+
+def may_select_standing(connection: Connection) -> bool:
+    """Whether this user may ask for it: auditors may not read what holds secrets."""
+    return bool(connection.scalar(_MAY_SEE))
+
+
 def select_standing(connection: Connection) -> Standing:
     """Exact; reads what is pending and what is dead."""
     row = connection.execute(_STANDING).mappings().one()

@@ -7,7 +7,7 @@ import click
 import msgspec
 from sqlalchemy import Engine
 
-from archiver import acts, database, schema, settings, spool
+from archiver import acts, database, settings, spool
 from archiver.cli import connection
 from archiver.cli.erasure import telling
 from archiver.cli.erasure.running import Run, Wanted
@@ -58,9 +58,7 @@ def command(
     wanted = Wanted(session_ids, chat_ids, variables)
     _check(wanted, reason, should_list=should_list, is_replayed=file is not None)
     configuration = settings.read()
-    with connection.engine(configuration, create=False) as engine:
-        with database.transaction(engine) as opened:
-            schema.check(opened)
+    with connection.ready(configuration) as engine:
         if should_list:
             _list(engine)
             return
