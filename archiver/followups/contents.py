@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from archiver import seals
 from archiver.followups.deliveries import Due
 
-MOST_BYTES = 262_144  # of a body; without its messages, then its variables, above
+MOST_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
 
 Data = dict[str, Any]
 
@@ -30,14 +30,16 @@ def select_bodies(connection: Connection, due: Sequence[Due]) -> dict[int, bytes
 def encode(kind: str, at: datetime, data: Data) -> bytes:
     """The body, JSON, no longer than is allowed: `truncated` tells that something was left out."""
     body = _json(kind, at, data)
-    for left_out in ("messages", "variables"):
+    for left_out in ("messages", "variables", "chat", "conversation"):
         if len(body) <= MOST_BYTES:
             break
         shorter = dict(data, truncated=True)
         if left_out == "messages":
             shorter.pop("messages", None)
-        elif isinstance(shorter.get("chat"), dict):
+        elif left_out == "variables" and isinstance(shorter.get("chat"), dict):
             shorter["chat"] = dict(shorter["chat"], variables=None)
+        elif left_out in shorter:
+            shorter[left_out] = None
         data = shorter
         body = _json(kind, at, data)
     return body
