@@ -1,22 +1,32 @@
 """One sender, turn by turn (I11): what it may still send of what it has read, and which delivery comes next."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from time import monotonic
+from typing import Any
 
-from sqlalchemy import Engine
+import pytest
+from sqlalchemy import Engine, text
 from standardwebhooks import Webhook
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from archiver import database, erasure
 from archiver.database import transaction
-from archiver.erasure import Act, Target
-from archiver.followups import deliveries, signing, subscriptions
+from archiver.erasure import Act, Criteria, Target
+from archiver.followups import contents, deliveries, signing, subscriptions
+from archiver.followups.deliveries import Due
 from archiver.followups.pace import Pace
 from archiver.followups.sender import AHEAD, FRESH_SECONDS, Sender
 from tests.followups import SECRET, Receiver, change, receiving, sending, states, subscribe
 from tests.payloads import created
-from tests.rows import execute
+from tests.rows import execute, rows
+from tests.test_erase_command import in_files
 from tests.test_erasure import record, sweep
 from tests.test_limits import on_one_version
 from tests.waiting import until
@@ -141,3 +151,86 @@ def test_in_order_turns_without_a_session_wait_for_their_own_kind_alone(engine: 
         with transaction(engine) as connection:
             due = deliveries.select_due(connection, subscription_id, busy, 9, is_ordered=True, is_probe=False)
         assert [each.cursor for each in due] == cursors
+
+
+class Slow(Response):
+    """An answer that takes its time."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.5)
+        await super().__call__(scope, receive, send)
+
+
+def test_what_is_answered_meanwhile_does_not_undo_a_retry_after(engine: Engine, database_url: str) -> None:
+    changes(engine, 2)
+    with receiving() as receiver, sending(database_url):
+        receiver.then(Response(status_code=429, headers={"retry-after": "3600"}), Slow(status_code=204))
+        subscribe(engine, receiver.url, concurrency=2)
+        until(lambda: states(engine) == {"delivered": 1, "pending": 1}, "both have ended")
+        closed = "SELECT closed_until > now() + interval '59 minutes' FROM archiver.subscriptions"
+        assert rows(engine, closed) == [(True,)]
+
+
+def test_a_receiver_that_fails_for_a_moment_is_asked_again_after_some_seconds(
+    engine: Engine, database_url: str
+) -> None:
+    changes(engine, 50)
+    with receiving() as receiver, sending(database_url):
+        receiver.always(500)
+        subscribe(engine, receiver.url)
+        until(
+            lambda: rows(engine, "SELECT closed_until > now() FROM archiver.subscriptions") == [(True,)],
+            "it is cut off",
+        )
+        until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
+        assert rows(engine, "SELECT closed_until < now() + interval '6 seconds' FROM archiver.subscriptions") == [
+            (True,)
+        ]
+        receiver.then()
+        until(lambda: states(engine).get("delivered", 0) >= 30, "it goes on by itself")
+
+
+@pytest.mark.parametrize("fields", [{"status": "x" * 300_000}, {"session": {"id": "s1", "name": "x" * 300_000}}])
+def test_i12_a_body_is_bounded_whatever_is_long(fields: dict[str, Any], engine: Engine) -> None:
+    now = datetime.now(UTC)
+    record(engine, created("c1", "s1", **fields))
+    due = [
+        Due(1, 1, "chat.created", "s1", "c1", None, now, 0, 14),
+        Due(1, 2, "session.settled", "s1", None, None, now, 0, 14),
+    ]
+    with transaction(engine) as connection:
+        bodies = contents.select_bodies(connection, due)
+    assert all(len(body) <= contents.MOST_BYTES for body in bodies.values())
+    assert json.loads(bodies[1])["data"]["truncated"] is True
+    assert json.loads(bodies[1])["data"]["chat_id"] == "c1"
+
+
+def test_nobody_subscribes_from_beyond_the_end_of_the_feed(engine: Engine) -> None:
+    changes(engine, 3)
+    with pytest.raises(subscriptions.BeyondError):
+        subscribe(engine, "http://127.0.0.1:9", after=4)
+    subscribe(engine, "http://127.0.0.1:9", after=3)
+
+
+def test_i8_the_vacuum_of_the_page_reaches_what_receivers_answered_and_what_holds_named(
+    engine: Engine, database_url: str
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "erasure.md").read_text()
+    (vacuum,) = re.findall(r"`(VACUUM \(FULL\) [^`]+)`", page)
+    record(engine, created("c1", "s1"))
+    change(engine, ("chat.created", "s1", "c1"))
+    with receiving() as receiver, sending(database_url):
+        receiver.always(Response("you said: marker-answer-7f3a"))
+        subscribe(engine, receiver.url)
+        until(lambda: states(engine) == {"delivered": 1}, "it is told")
+    with transaction(engine) as connection:
+        held = erasure.insert_hold(connection, Criteria(variable="email", value="marker-hold-7f3a"), "anna", "case 7")
+        erasure.release_hold(connection, held, "anna", "closed")
+    erasure.order(engine, [Target("s1")], "request", Act("erase", "anna@desk", "she asked for it"))
+    sweep(engine)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(vacuum))
+        connection.execute(text("CHECKPOINT"))
+        folder = Path(str(connection.scalar(text("SHOW data_directory"))))
+    files = [each for each in folder.rglob("*") if each.is_file() and "pg_wal" not in each.parts]
+    assert in_files(["marker-answer-7f3a", "marker-hold-7f3a"], *files) == set()

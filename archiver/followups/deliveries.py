@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from archiver.followups.schedule import ATTEMPTS, backoff
 from archiver.followups.sending import Attempt
 
-DELIVERED, DEAD, PENDING = "delivered", "dead", "pending"
+DEAD, PENDING = "dead", "pending"
 State = Literal["pending", "delivered", "dead"]
 
 

@@ -68,7 +68,7 @@ class Sender:
         self._allow_private = allow_private
         self._transport: Transport | None = None
         self._slots = asyncio.Semaphore(1)
-        self._is_told_to_wait = False  # by an answer that is not recorded yet
+        self._is_told_to_wait = False  # by its receiver, or because the subscription is not ours any more
 
     async def aclose(self) -> None:
         """End its connections."""
@@ -83,7 +83,8 @@ class Sender:
             while True:
                 turn = await self._turn(results, list(under_way.values()), is_ending=ending.is_set())
                 results = []
-                self._is_told_to_wait = False
+                leased = turn.subscription
+                self._is_told_to_wait = leased is None or leased.closed_seconds > 0
                 self._begin(turn, under_way)
                 if not under_way:
                     if turn.subscription is None or ending.is_set() or not turn.is_behind:
@@ -182,6 +183,9 @@ class Sender:
             failures = 0 if each.attempt.fault is None else failures + 1
             if each.attempt.status in _OVERLOADED:
                 wait = max(wait, each.attempt.retry_after or 0.0)
+        if leased.failures < FAILURES or leased.closed_seconds > 0:
+            # What was under way when it was cut off says nothing new: from there on only a probe counts.
+            failures = min(failures, max(leased.failures, FAILURES))
         is_gone = any(each.attempt.status == GONE for each in results)
         if failures == leased.failures == 0 and not wait and not is_gone:
             return leased

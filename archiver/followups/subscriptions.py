@@ -36,6 +36,10 @@ class TooManyError(Exception):
     """There are too many subscriptions already."""
 
 
+class BeyondError(Exception):
+    """The cursor is beyond the end of the feed."""
+
+
 class Filter(msgspec.Struct, frozen=True):
     """What a conversation must have, so that its changes are told; None: anything."""
 
@@ -83,12 +87,15 @@ _SHOWN = [each for each in _S.c if each.name not in {"secret", "previous_secret"
 def insert_subscription(connection: Connection, values: Mapping[str, Any], after: int | None) -> int:
     """A new one that is told what comes after this cursor, or after all that is in the feed. Answers its id.
 
-    Raises `TooManyError`.
+    Raises `TooManyError` and `BeyondError`.
     """
     connection.execute(text("LOCK TABLE archiver.subscriptions IN SHARE ROW EXCLUSIVE MODE"))
     if int(connection.scalar(select(func.count()).select_from(_S)) or 0) >= MOST:
         raise TooManyError(f"There are {MOST} subscriptions already, the most that there may be.")
-    cursor = select_newest_cursor(connection) if after is None else after
+    newest = select_newest_cursor(connection)
+    if after is not None and after > newest:
+        raise BeyondError(f"The feed ends at {newest}, before {after}: what comes up to there would not be told.")
+    cursor = newest if after is None else after
     row = {**values, "cursor": cursor, "created_at": datetime.now(UTC)}
     return int(connection.execute(insert(_S).returning(_S.c.id), row).scalar_one())
 
@@ -232,14 +239,15 @@ _SET_CIRCUIT = text(
     UPDATE archiver.subscriptions
        SET failures = :failures,
            failing_since = CASE WHEN :failures = 0 THEN NULL ELSE coalesce(failing_since, now()) END,
-           closed_until = CASE WHEN :wait > 0 THEN now() + :wait * interval '1 second' END
+           closed_until = CASE WHEN :wait > 0 OR closed_until > now()
+                               THEN greatest(closed_until, now() + :wait * interval '1 second') END
      WHERE id = :id
     """
 )
 
 
 def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
-    """So many failures in a row; for so many seconds its receiver is left alone."""
+    """So many failures in a row; its receiver is left alone for so many seconds, or for as long as before."""
     connection.execute(_SET_CIRCUIT, {"id": subscription_id, "failures": failures, "wait": wait})
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from archiver import database, schema
 from archiver.cli import connection
 from archiver.cli.output import Whole
-from archiver.followups.subscriptions import NoSuchError, TooManyError
+from archiver.followups.subscriptions import BeyondError, NoSuchError, TooManyError
 from archiver.settings import Settings
 
 ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
@@ -18,12 +18,12 @@ ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
 
 @contextmanager
 def changing(configuration: Settings) -> Iterator[Connection]:
-    """One transaction. Exit 1 where there is no such subscription, or no room for another."""
+    """One transaction. Exit 1 where there is no such subscription, no room for another, or no such cursor."""
     try:
         with connection.engine(configuration, create=False) as engine, database.transaction(engine) as opened:
             schema.check(opened)
             yield opened
-    except (NoSuchError, TooManyError) as error:
+    except (NoSuchError, TooManyError, BeyondError) as error:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)
 
