@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from archiver import database
 from archiver.database import transaction
-from archiver.followups import Followups, signing, subscriptions
+from archiver.followups import Followups, subscriptions
 from archiver.settings import Settings
 from tests.upstreams import hosting
 
@@ -96,9 +96,9 @@ async def _live(receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def receiving() -> Iterator[Receiver]:
+def receiving(port: int = 0) -> Iterator[Receiver]:
     receiver = Receiver()
-    with hosting(receiver) as url:
+    with hosting(receiver, port) as url:
         receiver.url = url
         try:
             yield receiver
@@ -168,6 +168,3 @@ def states(engine: Engine) -> dict[str, int]:
     with transaction(engine) as connection:
         query = text("SELECT state, count(*) FROM archiver.deliveries GROUP BY 1")
         return {row[0]: int(row[1]) for row in connection.execute(query)}
-
-
-KEY = signing.key(SECRET)

@@ -523,7 +523,7 @@ def test_how_follow_ups_stand(engine: Engine, database_url: str) -> None:
         standing = review.select_standing(connection)
         assert (standing.paused, standing.behind) == (1, 0)
         assert standing.oldest_seconds < 3600
-        counted = subscriptions.select_subscriptions(connection, first)
+        counted = review.select_subscriptions(connection, first)
     assert [(row["pending"], row["dead"], row["behind"]) for row in counted] == [(1, 0, 0)]
     assert not {"secret", "previous_secret"} & counted[0].keys()
 

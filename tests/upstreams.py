@@ -25,14 +25,14 @@ START_SECONDS = 30
 
 
 @contextmanager
-def hosting(app: ASGIApp) -> Iterator[str]:
-    """An ASGI app on a port of its own meanwhile; gives its URL."""
+def hosting(app: ASGIApp, port: int = 0) -> Iterator[str]:
+    """An ASGI app on a port of its own meanwhile, or on this one; gives its URL."""
     listening: Future[str] = Future()
     loop = asyncio.new_event_loop()
     ending = asyncio.Event()
 
     async def host() -> None:
-        async with serving(app, "127.0.0.1", 0) as url:
+        async with serving(app, "127.0.0.1", port) as url:
             listening.set_result(url)
             await ending.wait()
 

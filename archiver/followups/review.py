@@ -1,4 +1,4 @@
-"""What people see of deliveries, and what they can do about those that were given up."""
+"""What people see of subscriptions and deliveries, and what they can do about those that were given up."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,45 @@ from sqlalchemy import Connection, RowMapping, text
 
 from archiver.followups.deliveries import State
 from archiver.followups.schedule import ATTEMPTS
+
+# Never the secrets. What waits and fails was tried last of all; where nothing waits, the newest that were given up.
+_SHOW = text(
+    """
+    SELECT s.id, s.url, s.events, s.assistant_id, s.variable, s.value, s.contains, s.is_ordered, s.concurrency,
+           s.cursor, s.created_at,
+           CASE WHEN s.paused_at IS NOT NULL THEN 'paused' WHEN s.failures > 0 THEN 'failing' ELSE 'at work' END
+               AS state,
+           s.paused_at, s.pause_reason, s.failures, s.failing_since,
+           CASE WHEN s.closed_until > now() THEN s.closed_until END AS closed_until,
+           a.status AS last_status, a.fault AS last_fault,
+           (SELECT count(*) FROM archiver.deliveries d
+             WHERE d.subscription_id = s.id AND d.state = 'pending') AS pending,
+           (SELECT count(*) FROM archiver.deliveries d WHERE d.subscription_id = s.id AND d.state = 'dead') AS dead,
+           greatest(0, (SELECT coalesce(max(cursor), 0) FROM archiver.changes) - s.cursor) AS behind
+      FROM archiver.subscriptions s
+      LEFT JOIN LATERAL (
+               SELECT a.status, a.fault
+                 FROM (SELECT cursor, attempts FROM archiver.deliveries
+                        WHERE subscription_id = s.id AND state = 'pending' AND attempts > 0
+                        UNION ALL
+                       (SELECT cursor, attempts FROM archiver.deliveries
+                         WHERE subscription_id = s.id AND state = 'dead' ORDER BY cursor DESC LIMIT 100)) AS d
+                 JOIN archiver.attempts a
+                      ON a.subscription_id = s.id AND a.cursor = d.cursor AND a.number = d.attempts
+                WHERE s.failures > 0 ORDER BY a.at DESC LIMIT 1
+           ) AS a ON true
+     WHERE s.id = coalesce(CAST(:id AS bigint), s.id) ORDER BY s.id
+    """
+)
+
+
+def select_subscriptions(connection: Connection, subscription_id: int | None = None) -> list[dict[str, Any]]:
+    """All, or one: without their secrets, with their state and what they are behind.
+
+    `state` is "paused", "failing" or "at work"; `last_status` and `last_fault` are of the latest of the failures in a
+    row, and `closed_until` is when its receiver is asked again: each null where there is none.
+    """
+    return [dict(row) for row in connection.execute(_SHOW, {"id": subscription_id}).mappings()]
 
 
 def only(*, dead: bool, pending: bool) -> State | None:

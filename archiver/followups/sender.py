@@ -183,16 +183,17 @@ class Sender:
             failures = 0 if each.attempt.fault is None else failures + 1
             if each.attempt.status in _OVERLOADED:
                 wait = max(wait, each.attempt.retry_after or 0.0)
-        if leased.failures < FAILURES or leased.closed_seconds > 0:
-            # What was under way when it was cut off says nothing new: from there on only a probe counts.
-            failures = min(failures, max(leased.failures, FAILURES))
+        # What was under way when it was cut off says nothing new: from there on a probe counts, one at a time.
+        probes = 0 if leased.closed_seconds > 0 else 1
+        failures = min(failures, max(leased.failures + probes, FAILURES))
         is_gone = any(each.attempt.status == GONE for each in results)
         if failures == leased.failures == 0 and not wait and not is_gone:
             return leased
         subscriptions.set_circuit(connection, self._id, failures, max(wait, probe_after(failures)))
-        is_lost = failures > 0 and leased.failing_seconds > GIVE_UP_AFTER.total_seconds()
+        judged = subscriptions.lease(connection, self._id, self._owner)  # as it is now
+        is_lost = judged is not None and judged.failing_seconds > GIVE_UP_AFTER.total_seconds()
         if not is_gone and not is_lost:
-            return subscriptions.lease(connection, self._id, self._owner)  # as it is now
+            return judged
         reason = subscriptions.GONE if is_gone else subscriptions.FAILING
         subscriptions.release(connection, self._id, self._owner)
         subscriptions.pause(connection, self._id, reason)

@@ -69,7 +69,7 @@ class Subscription(msgspec.Struct, frozen=True):
     cursor: int
     failures: int
     closed_seconds: float  # that its receiver is still left alone
-    failing_seconds: float  # since its receiver last took anything
+    failing_seconds: float  # since the first of the failures in a row
 
     def keys(self, now: datetime) -> list[bytes]:
         """What signs, the newest first."""
@@ -80,8 +80,6 @@ class Subscription(msgspec.Struct, frozen=True):
 
 
 _S = tables.subscriptions
-# Never the secrets.
-_SHOWN = [each for each in _S.c if each.name not in {"secret", "previous_secret", "leased_by", "leased_until"}]
 
 
 def insert_subscription(connection: Connection, values: Mapping[str, Any], after: int | None) -> int:
@@ -103,29 +101,6 @@ def insert_subscription(connection: Connection, values: Mapping[str, Any], after
 def select_newest_cursor(connection: Connection) -> int:
     """Of the feed; 0 where nothing has ever changed."""
     return int(connection.scalar(text("SELECT coalesce(max(cursor), 0) FROM archiver.changes")) or 0)
-
-
-_COUNTS = text(
-    """
-    SELECT subscription_id, state, count(*) AS number FROM archiver.deliveries WHERE state = 'pending' GROUP BY 1, 2
-     UNION ALL
-    SELECT subscription_id, state, count(*) FROM archiver.deliveries WHERE state = 'dead' GROUP BY 1, 2
-    """
-)
-
-
-def select_subscriptions(connection: Connection, subscription_id: int | None = None) -> list[dict[str, Any]]:
-    """All, or one: without their secrets, with counts of deliveries and of changes of the feed not yet looked at."""
-    query = select(*_SHOWN).order_by(_S.c.id)
-    if subscription_id is not None:
-        query = query.where(_S.c.id == subscription_id)
-    newest = select_newest_cursor(connection)
-    counts = {(row.subscription_id, row.state): int(row.number) for row in connection.execute(_COUNTS)}
-    found = []
-    for row in connection.execute(query).mappings():
-        told = {state: counts.get((row["id"], state), 0) for state in ("pending", "dead")}
-        found.append({**row, **told, "behind": max(0, newest - row["cursor"])})
-    return found
 
 
 def select_ids(connection: Connection) -> set[int]:
@@ -172,20 +147,20 @@ def pause(connection: Connection, subscription_id: int, reason: str) -> None:
     _change(connection, subscription_id, paused_at=datetime.now(UTC), pause_reason=reason)
 
 
+_HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "closed_until": None}
+
+
 def resume(connection: Connection, subscription_id: int) -> int:
     """It goes on where it was; answers how many changes the feed does not hold any more. Raises `NoSuchError`."""
-    _change(
-        connection,
-        subscription_id,
-        paused_at=None,
-        pause_reason=None,
-        failures=0,
-        failing_since=None,
-        closed_until=None,
-    )
+    _change(connection, subscription_id, paused_at=None, pause_reason=None, **_HEALTHY)
     oldest = connection.scalar(text("SELECT min(cursor) FROM archiver.changes"))
     cursor = int(select_one(connection, subscription_id)["cursor"])
     return 0 if oldest is None else max(0, int(oldest) - cursor - 1)
+
+
+def close_circuit(connection: Connection, subscription_id: int) -> None:
+    """Its receiver is back: it is left alone no longer. Raises `NoSuchError`."""
+    _change(connection, subscription_id, **_HEALTHY)
 
 
 def rotate(connection: Connection, subscription_id: int, secret: str) -> datetime:
@@ -238,17 +213,22 @@ _SET_CIRCUIT = text(
     """
     UPDATE archiver.subscriptions
        SET failures = :failures,
-           failing_since = CASE WHEN :failures = 0 THEN NULL ELSE coalesce(failing_since, now()) END,
-           closed_until = CASE WHEN :wait > 0 OR closed_until > now()
+           failing_since = CASE WHEN :failures = 0 THEN NULL
+                                WHEN closed_until < now() - :idle * interval '1 second' THEN now()
+                                ELSE coalesce(failing_since, now()) END,
+           closed_until = CASE WHEN :failures > 0 OR :wait > 0 OR closed_until > now()
                                THEN greatest(closed_until, now() + :wait * interval '1 second') END
      WHERE id = :id
     """
 )
+# Longer than anything waits between two attempts: a time without any is not one in which everything failed.
+_IDLE_SECONDS = 90_000.0
 
 
 def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
     """So many failures in a row; its receiver is left alone for so many seconds, or for as long as before."""
-    connection.execute(_SET_CIRCUIT, {"id": subscription_id, "failures": failures, "wait": wait})
+    values = {"id": subscription_id, "failures": failures, "wait": wait, "idle": _IDLE_SECONDS}
+    connection.execute(_SET_CIRCUIT, values)
 
 
 # What there is to do: changes not looked at, or deliveries that are due, and nobody else at it.

@@ -1,6 +1,7 @@
 """`archiver followups list`, `show` and `deliveries`: who is told, and how it goes. No secret is ever shown."""
 
 from collections.abc import Mapping
+from datetime import UTC
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from archiver import settings
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, looking
 from archiver.cli.output import Whole, console
-from archiver.followups import review, subscriptions
+from archiver.followups import review
 from archiver.followups.deliveries import DEAD, PENDING, message_id
 from archiver.followups.subscriptions import NoSuchError
 
@@ -22,7 +23,7 @@ from archiver.followups.subscriptions import NoSuchError
 def list_(*, as_json: bool) -> None:
     """List the subscriptions."""
     with looking(settings.read()) as opened:
-        found = subscriptions.select_subscriptions(opened)
+        found = review.select_subscriptions(opened)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
         return
@@ -45,9 +46,16 @@ def _only(row: Mapping[str, Any]) -> str:
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    if row["paused_at"] is not None:
+    if row["state"] == "paused":
         return f"paused: {row['pause_reason']}"
-    return f"failing, {row['failures']} in a row" if row["failures"] else "at work"
+    if row["state"] != "failing":
+        return str(row["state"])
+    told = f"failing, {row['failures']:,} in a row"
+    latest = " ".join(str(row[name]) for name in ("last_status", "last_fault") if row[name] is not None)
+    told += f": {latest}" if latest else ""
+    return told + (
+        f"; left alone until {row['closed_until'].astimezone(UTC):%H:%M:%S} UTC" if row["closed_until"] else ""
+    )
 
 
 @click.command()
@@ -56,7 +64,7 @@ def _state(row: Mapping[str, Any]) -> str:
 def show(*, subscription_id: int, as_json: bool) -> None:
     """Show one subscription, and what is on its way to it."""
     with looking(settings.read()) as opened:
-        found = subscriptions.select_subscriptions(opened, subscription_id)
+        found = review.select_subscriptions(opened, subscription_id)
         if not found:
             raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
     if as_json:
@@ -65,6 +73,7 @@ def show(*, subscription_id: int, as_json: bool) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in found[0].items():
         shown = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        shown = _state(found[0]) if name == "state" else shown
         table.add_row(name, Text(shown))
     console().print(table)
 

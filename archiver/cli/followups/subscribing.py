@@ -1,6 +1,7 @@
 """`archiver followups add`, `rotate` and `test`: to whom, signed with what, and whether it arrives."""
 
 import asyncio
+import contextlib
 import secrets
 import sys
 from collections.abc import Sequence
@@ -101,12 +102,19 @@ def _check_events(events: Sequence[str], only: Filter) -> None:
 def _check_url(url: str, *, allow_private: bool) -> guard.Endpoint:
     try:
         endpoint = guard.endpoint(url)
-        found = guard.resolve(endpoint.host, endpoint.port)
-        guard.check(found, is_encrypted=endpoint.is_encrypted, allow_private=allow_private)
+    except guard.RefusedError as error:
+        raise click.BadParameter(str(error), param_hint="URL") from None
+    try:
+        _check_addresses(endpoint, allow_private=allow_private)
     except (guard.RefusedError, guard.UnresolvedError) as error:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)
     return endpoint
+
+
+def _check_addresses(endpoint: guard.Endpoint, *, allow_private: bool) -> None:
+    found = guard.resolve(endpoint.host, endpoint.port)
+    guard.check(found, is_encrypted=endpoint.is_encrypted, allow_private=allow_private)
 
 
 def _read_secret(path: Path) -> str:
@@ -150,11 +158,18 @@ def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None,
 @ID
 @connection.json_option
 def test(*, subscription_id: int, as_json: bool) -> None:
-    """Send a `followups.test` message now, and tell the answer. Exit 1 if it is not taken."""
+    """Send a `followups.test` message now, and tell the answer. Exit 1 if it is not taken.
+
+    If it is, the receiver is left alone no longer.
+    """
     configuration = settings.read()
     with looking(configuration) as opened:
-        subscription = subscriptions.of_row(subscriptions.select_one(opened, subscription_id))
+        row = subscriptions.select_one(opened, subscription_id)
+        subscription = subscriptions.of_row(row)
     attempt = asyncio.run(_send(subscription, allow_private=configuration.followups_allow_private))
+    if attempt.fault is None:
+        with changing(configuration) as opened:
+            subscriptions.close_circuit(opened, subscription_id)
     if as_json:
         told = {name: getattr(attempt, name) for name in ("status", "fault", "seconds")}
         click.echo(msgspec.json.encode(told | {"answer": attempt.answer.decode(errors="replace")}).decode())
@@ -163,8 +178,21 @@ def test(*, subscription_id: int, as_json: bool) -> None:
         status = f"answered {attempt.status}" if attempt.status else "did not answer"
         fault = f" ({attempt.fault})" if attempt.fault else ""
         click.echo(f"The receiver {status}{fault} after {attempt.seconds:.2f} s; it said {answer}.")
+    if attempt.fault == "refused_address":
+        _explain_refusal(subscription.url, allow_private=configuration.followups_allow_private)
     if attempt.fault is not None:
         sys.exit(1)
+    if row["paused_at"] is not None:
+        click.echo(f"It is paused: archiver followups resume {subscription_id}", err=True)
+
+
+def _explain_refusal(url: str, *, allow_private: bool) -> None:
+    """Say what refused it; nothing where by now nothing does."""
+    with contextlib.suppress(guard.UnresolvedError):
+        try:
+            _check_addresses(guard.endpoint(url), allow_private=allow_private)
+        except guard.RefusedError as error:
+            click.echo(f"archiver: {error}", err=True)
 
 
 async def _send(subscription: Subscription, *, allow_private: bool) -> Attempt:

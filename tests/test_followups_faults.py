@@ -1,0 +1,89 @@
+"""Receivers that fail (I11): when they are asked again, and how that is told."""
+
+import socket
+
+from sqlalchemy import Engine
+
+from tests.followups import change, receiving, sending, states, subscribe
+from tests.rows import execute, rows
+from tests.test_cli import said
+from tests.test_followups_cli import followups, told
+from tests.test_limits import on_one_version
+from tests.waiting import until
+
+pytestmark = on_one_version
+
+
+def free_port() -> int:
+    """Nobody listens there yet."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def test_a_receiver_that_starts_a_little_later_is_told_within_seconds(engine: Engine, database_url: str) -> None:
+    change(engine, *(("chat.created", "s", f"c{number}") for number in range(50)))
+    port = free_port()
+    with sending(database_url):
+        subscription_id = subscribe(engine, f"http://127.0.0.1:{port}/")
+        until(lambda: rows(engine, "SELECT failures FROM archiver.subscriptions") >= [(5,)], "it is cut off")
+        until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
+        soon = "closed_until <= now() + 5 * power(2, failures - 5) * interval '1 second'"
+        assert rows(engine, f"SELECT {soon} FROM archiver.subscriptions") == [(True,)]
+        (row,) = told(database_url, "list")
+        assert (row["state"], row["last_status"], row["last_fault"]) == ("failing", None, "no_connection")
+        with receiving(port):
+            execute(engine, "UPDATE archiver.deliveries SET due_at = now() WHERE state = 'pending'")
+            until(lambda: states(engine) == {"delivered": 50}, "it is told by itself")
+        assert told(database_url, "show", str(subscription_id))["state"] == "at work"
+
+
+def test_what_was_under_way_when_it_was_cut_off_counts_no_probe(engine: Engine, database_url: str) -> None:
+    change(engine, *(("chat.created", "s", f"c{number}") for number in range(50)))
+    with receiving() as receiver, sending(database_url):
+        receiver.hangs = True
+        receiver.always(500)
+        subscribe(engine, receiver.url, concurrency=20)
+        until(lambda: len(receiver.got) == 20, "all hang")
+        execute(engine, "UPDATE archiver.subscriptions SET failures = 5, closed_until = now()")
+        receiver.hangs = False
+        until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") >= [(20,)], "all failed")
+        until(
+            lambda: rows(engine, "SELECT closed_until > now() FROM archiver.subscriptions") == [(True,)], "left alone"
+        )
+        ((failures,),) = rows(engine, "SELECT failures FROM archiver.subscriptions")
+    assert failures <= 5 + 2  # those that ended in two turns at most
+
+
+def test_a_test_that_is_taken_ends_the_wait(engine: Engine, database_url: str) -> None:
+    change(engine, ("chat.created", "s", "c"))
+    with receiving() as receiver:
+        subscribe(engine, receiver.url)
+        waits = "failures = 9, failing_since = now(), closed_until = now() + interval '15 minutes'"
+        execute(engine, f"UPDATE archiver.subscriptions SET {waits}")
+        assert "left alone until" in said(followups(database_url, "show", "1"))
+        receiver.then(500)
+        assert followups(database_url, "test", "1").returncode == 1
+        assert told(database_url, "show", "1")["failures"] == 9
+        assert followups(database_url, "test", "1").returncode == 0
+        assert told(database_url, "show", "1")["closed_until"] is None
+        with sending(database_url):
+            until(lambda: states(engine) == {"delivered": 1}, "it is told at once")
+        followups(database_url, "pause", "1", "--reason", "moving house")
+        assert "archiver followups resume 1" in said(followups(database_url, "test", "1"))
+        assert "paused: moving house" in said(followups(database_url, "show", "1"))
+
+
+def test_a_week_counts_from_the_first_failure_and_not_without_attempts(engine: Engine, database_url: str) -> None:
+    change(engine, ("chat.created", "s", "c"))
+    with receiving() as receiver:
+        receiver.always(500)
+        for failing in (
+            "failures = 1, failing_since = now() - interval '8 days', closed_until = now() - interval '8 days'",
+            "failures = 0, failing_since = NULL, closed_until = NULL",
+        ):
+            subscription_id = subscribe(engine, receiver.url)
+            execute(engine, f"UPDATE archiver.subscriptions SET {failing} WHERE id = {subscription_id}")
+        with sending(database_url):
+            until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") == [(2,)], "both failed")
+    recent = "SELECT paused_at, failing_since > now() - interval '1 day' FROM archiver.subscriptions"
+    assert rows(engine, recent) == [(None, True)] * 2
