@@ -76,6 +76,14 @@ followup_pending = Gauge(
 followup_paused = Gauge(
     "archiver_followup_paused_subscriptions", "Subscriptions that are paused.", multiprocess_mode="livemostrecent"
 )
+followup_failing = Gauge(
+    "archiver_followup_failing_subscriptions",
+    "Subscriptions at work whose latest attempt failed.",
+    multiprocess_mode="livemostrecent",
+)
+followup_defects = Counter(
+    "archiver_followup_defects_total", "Attempts that failed here, for no reason of the receiver: see the log."
+)
 queue_events = Gauge("archiver_queue_events", "Events waiting for a commit.", multiprocess_mode="livesum")
 queue_bytes = Gauge("archiver_queue_bytes", "Bytes of the events waiting.", multiprocess_mode="livesum")
 spool_events = Gauge(

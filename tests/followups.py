@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from archiver import database
+from archiver import database, outbox
 from archiver.database import transaction
 from archiver.followups import Followups, subscriptions
 from archiver.settings import Settings
@@ -110,7 +110,7 @@ def subscribe(engine: Engine, url: str, *events: str, after: int | None = 0, **v
     """A new subscription, all events unless told, from the beginning of the feed."""
     row = {
         "url": url,
-        "events": list(events or subscriptions.EVENTS),
+        "events": list(events or outbox.TYPES),
         "is_ordered": False,
         "concurrency": 4,
         "secret": SECRET,

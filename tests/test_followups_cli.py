@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from archiver import erasure, seals
 from archiver.erasure import Act, Target
-from archiver.followups.subscriptions import EVENTS
+from archiver.outbox import TYPES
 from tests import servers
 from tests.feeds import publish
 from tests.followups import SECRET, change, let_time_pass, receiving, sending, states, subscribe
@@ -113,15 +113,18 @@ def test_deliveries_are_listed_and_retried(database_url: str, engine: Engine) ->
         shown = said(followups(database_url, "deliveries", "--subscription", "1"))
         assert "no [bold]room[/bold]" in shown
         assert told(database_url, "deliveries", "--pending") == []
-        assert "1 are tried again" in said(followups(database_url, "retry", found[0]["id"]))
+        assert "1 is tried again" in said(followups(database_url, "retry", found[0]["id"]))
         missing = followups(database_url, "retry", "msg_1_77")
-        assert (missing.returncode, "msg_1_77" in missing.stderr) == (1, True)
-        assert "1 are tried again" in said(followups(database_url, "retry", "--dead", "1"))
+        assert (missing.returncode, "msg_1_77: there is no such delivery" in missing.stderr) == (1, True)
+        assert "1 is tried again" in said(followups(database_url, "retry", "--dead", "1"))
         assert len(told(database_url, "deliveries", "--pending")) == 2
         receiver.then()
         with sending(database_url):
             let_time_pass(engine)
             until(lambda: states(engine) == {"delivered": 2}, "both are delivered")
+    late = followups(database_url, "retry", found[0]["id"])
+    assert (late.returncode, "was delivered already" in late.stderr) == (1, True)
+    assert "0 are tried again" in late.stdout
 
 
 @pytest.mark.parametrize(
@@ -131,14 +134,38 @@ def test_deliveries_are_listed_and_retried(database_url: str, engine: Engine) ->
         (["https://localhost/", "--event", "chat.created"], "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE"),
         (["http://8.8.8.8/", "--event", "chat.created"], "https"),
         (["https://169.254.169.254/", "--event", "chat.created"], "nothing is sent to"),
-        (["https://u:hunter2@8.8.8.8/", "--event", "chat.created"], "no password"),
     ],
 )
 def test_such_receivers_are_refused(words: list[str], reason: str, database_url: str) -> None:
     process = archiver("followups", "add", *words, database_url=as_writer(database_url))
-    text = failed(process)
-    assert reason in text
-    assert "hunter2" not in text
+    assert reason in failed(process)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["https://u:hunter2@8.8.8.8/"], "no password"),
+        (["ftp://hunter2.example/"], "https://HOST/PATH"),
+        (["https://8.8.8.8:0/hunter2"], "port"),
+        (["https://8.8.8.8/hunter2 b"], "%20"),
+        (["https://8.8.8.8/hunter2\tb"], "%20"),
+        (["https://8.8.8.8/", "--assistant", ""], "--assistant"),
+        (["https://8.8.8.8/", "--contains", ""], "--contains"),
+        (["https://8.8.8.8/", "--variable", "=gold"], "--variable"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words: list[str], reason: str, database_url: str) -> None:
+    process = followups(database_url, "add", *words, "--event", "chat.created")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert reason in process.stderr
+    assert "hunter2" not in process.stderr
+
+
+def test_a_test_tells_which_setting_refuses(database_url: str, engine: Engine) -> None:
+    subscribe(engine, "http://127.0.0.1:9/")
+    process = archiver("followups", "test", "1", database_url=as_writer(database_url))
+    assert (process.returncode, "refused_address" in process.stdout) == (1, True)
+    assert "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,9 +188,11 @@ def test_wrong_usage(words: list[str], database_url: str) -> None:
     assert (process.returncode, process.stdout) == (2, "")
 
 
-@pytest.mark.parametrize("words", [["show"], ["pause"], ["resume"], ["remove", "--yes"], ["rotate"], ["test"]])
-def test_a_subscription_that_is_not_there(words: list[str], database_url: str) -> None:
-    assert "no subscription 9" in failed(followups(database_url, words[0], "9", *words[1:]))
+@pytest.mark.parametrize(
+    "words", ["show", "pause", "resume", "remove --yes", "rotate", "test", "deliveries --subscription"]
+)
+def test_a_subscription_that_is_not_there(words: str, database_url: str) -> None:
+    assert "no subscription 9" in failed(followups(database_url, *words.split(), "9"))
 
 
 def test_status_and_doctor_tell_how_follow_ups_stand(database_url: str, engine: Engine) -> None:
@@ -178,7 +207,15 @@ def test_status_and_doctor_tell_how_follow_ups_stand(database_url: str, engine: 
     with sending(database_url):
         until(lambda: states(engine) == {"pending": 1}, "it failed")
     execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
-    assert "1 were given up" in said(archiver("doctor", database_url=as_writer(database_url)))
+    told = said(archiver("doctor", database_url=as_writer(database_url)))
+    assert "1 were given up" in told
+    assert f"1 subscriptions fail: {first} (no_connection)" in told
+    status = archiver("status", database_url=as_writer(database_url))
+    assert "1 failing" in said(status)
+    assert f"failing: {first} (no_connection)" in said(status)
+    standing = json.loads(archiver("status", "--json", database_url=database_url).stdout)["followups"]
+    (failing,) = standing["failing_subscriptions"]
+    assert (failing["id"], failing["last_fault"]) == (first, "no_connection")
     followups(database_url, "pause", str(first))
     assert "1 subscriptions are paused" in said(archiver("doctor", database_url=database_url))
     assert "1 dead; 1 subscriptions, 1 paused" in said(archiver("status", database_url=database_url))
@@ -191,7 +228,7 @@ def test_a_secret_of_ones_own(database_url: str, tmp_path: Path) -> None:
         added = followups(
             database_url, "add", receiver.url, "--event", "seal.created", "--secret-file", str(path), "--json"
         )
-        assert json.loads(added.stdout) == {"subscription": 1}
+        assert json.loads(added.stdout) == {"id": 1}
         assert followups(database_url, "test", "1").returncode == 0
         Webhook(SECRET).verify(receiver.got[0].body, receiver.got[0].headers)
 
@@ -225,7 +262,7 @@ def test_what_is_sent_is_as_the_schemas_say(database_url: str, engine: Engine) -
             until(lambda: states(engine) == {"delivered": count}, "all are told")
     for got in receiver.got:
         check(got.told)
-    assert {got.told["type"] for got in receiver.got} == set(EVENTS)
+    assert {got.told["type"] for got in receiver.got} == set(TYPES)
     assert any("truncated" in got.data for got in receiver.got)
     assert any("erased_at" in got.data for got in receiver.got)
     with pytest.raises(AssertionError):

@@ -4,9 +4,12 @@ import socket
 
 from sqlalchemy import Engine
 
-from tests.followups import change, receiving, sending, states, subscribe
+from tests.feeds import publish
+from tests.followups import change, let_time_pass, receiving, sending, states, subscribe
+from tests.payloads import created
 from tests.rows import execute, rows
 from tests.test_cli import said
+from tests.test_erasure import record
 from tests.test_followups_cli import followups, told
 from tests.test_limits import on_one_version
 from tests.waiting import until
@@ -87,3 +90,40 @@ def test_a_week_counts_from_the_first_failure_and_not_without_attempts(engine: E
             until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") == [(2,)], "both failed")
     recent = "SELECT paused_at, failing_since > now() - interval '1 day' FROM archiver.subscriptions"
     assert rows(engine, recent) == [(None, True)] * 2
+
+
+def test_a_damaged_secret_is_a_failed_attempt(engine: Engine, database_url: str) -> None:
+    change(engine, ("chat.created", "s", "c"))
+    with receiving() as receiver:
+        subscription_id = subscribe(engine, receiver.url)
+        execute(engine, "UPDATE archiver.subscriptions SET secret = 'whsec_damaged'")
+        with sending(database_url):
+            until(lambda: rows(engine, "SELECT fault FROM archiver.attempts") == [("bad_secret",)], "it is counted")
+            assert receiver.got == []
+            told(database_url, "rotate", str(subscription_id))
+            let_time_pass(engine)
+            until(lambda: states(engine) == {"delivered": 1}, "the new secret signs")
+    assert len(receiver.got[0].headers["webhook-signature"].split(" ")) == 1
+
+
+def test_in_order_what_a_turn_told_before_it_found_its_session_comes_first(engine: Engine, database_url: str) -> None:
+    record(engine, created("c1", None))
+    publish(engine)
+    with receiving() as receiver, sending(database_url):
+        receiver.then(500)
+        subscribe(engine, receiver.url, is_ordered=True)
+        until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") == [(1,)], "it failed")
+        far = "UPDATE archiver.deliveries SET due_at = now() + interval '1 hour'"
+        execute(engine, far)
+        record(engine, created("c1", "s1"))
+        publish(engine)
+        change(engine, ("session.settled", "s1", None), ("chat.created", "s2", "c2"))
+        until(lambda: states(engine) == {"delivered": 1, "pending": 3}, "another session does not wait")
+        assert rows(engine, "SELECT DISTINCT session_id FROM archiver.deliveries ORDER BY 1") == [("s1",), ("s2",)]
+        until(
+            lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "nothing is under way"
+        )
+        assert [got.data["session_id"] for got in receiver.got] == [None, "s2"]
+        let_time_pass(engine)
+        until(lambda: states(engine) == {"delivered": 4}, "all are told")
+    assert [cursor for cursor in receiver.cursors if cursor != 4] == [1, 1, 2, 3]

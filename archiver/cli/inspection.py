@@ -1,8 +1,9 @@
 """`archiver status` and `archiver doctor`: what is, and what is wrong."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import click
 import msgspec
@@ -15,7 +16,7 @@ from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
-from archiver.followups.review import Standing, may_select_standing, select_standing
+from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 
 
 @click.command()
@@ -29,7 +30,8 @@ def status(as_json: bool) -> None:
             where = connection.where(configuration, opened)
             figures = overview.select_overview(opened)
             extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
-            standing = select_standing(opened) if may_select_standing(opened) else None
+            may_see = may_select_standing(opened)
+            standing, failing = (select_standing(opened), select_failing(opened)) if may_see else (None, [])
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
@@ -37,7 +39,7 @@ def status(as_json: bool) -> None:
         raise
     if as_json:
         told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
-        told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": standing}
+        told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(standing, failing)}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -57,6 +59,8 @@ def status(as_json: bool) -> None:
         table.add_row("follow-ups", "", "not for this database user to see")
     else:
         table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
+    if failing:
+        table.add_row("", "", Text(f"failing: {name_failing(failing)}"))
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
     if figures.quarantine:
@@ -68,7 +72,14 @@ def status(as_json: bool) -> None:
 def _standing(standing: Standing) -> str:
     told = f"pending, {standing.dead:,} dead; {standing.subscriptions:,} subscriptions"
     told += f", {standing.paused:,} paused" if standing.paused else ""
+    told += f", {standing.failing:,} failing" if standing.failing else ""
     return told + (f", {standing.behind:,} changes behind" if standing.behind else "")
+
+
+def _followups(standing: Standing, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = ("id", "failures", "failing_since", "closed_until", "last_status", "last_fault")
+    told = [{name: row[name] for name in names} for row in failing]
+    return msgspec.structs.asdict(standing) | {"failing_subscriptions": told}
 
 
 def _counts(counts: dict[str, int]) -> str:

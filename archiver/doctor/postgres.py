@@ -2,15 +2,16 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, feed, roles, schema
 from archiver.doctor.finding import Finding, Verdict
-from archiver.followups.review import may_select_standing, select_standing
+from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 from archiver.settings import Settings
 
 OLDEST_POSTGRES = 14
@@ -216,17 +217,33 @@ def _followups(connection: Connection) -> Finding | None:
     if not standing.subscriptions:
         return None
     told = f"{standing.subscriptions:,} subscriptions, {standing.pending:,} deliveries pending"
+    wrong = list(_wrong_with(standing, select_failing(connection)))
+    if not wrong:
+        return Finding("follow-ups", "ok", f"{told}.")
+    detail = "; ".join([told, *(each for each, _ in wrong)])
+    return Finding("follow-ups", "warning", f"{detail}.", " ".join(advice for _, advice in wrong))
+
+
+def _wrong_with(standing: Standing, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What is wrong with follow-ups, each with what to do."""
     if standing.paused:
-        advice = "archiver followups list tells why; once that is mended: archiver followups resume ID"
-        return Finding("follow-ups", "warning", f"{told}; {standing.paused:,} subscriptions are paused.", advice)
+        advice = (
+            "archiver followups list tells why they are paused; once that is mended: archiver followups resume ID."
+        )
+        yield f"{standing.paused:,} subscriptions are paused", advice
+    if failing:
+        advice = (
+            "archiver followups show ID tells since when one fails; to ask its receiver: archiver followups test ID."
+        )
+        yield f"{len(failing):,} subscriptions fail: {name_failing(failing)}", advice
     if standing.dead:
-        advice = "archiver followups deliveries --dead shows them; archiver followups retry tries them again."
-        return Finding("follow-ups", "warning", f"{told}; {standing.dead:,} were given up.", advice)
+        advice = (
+            "archiver followups deliveries --dead shows what was given up; archiver followups retry tries it again."
+        )
+        yield f"{standing.dead:,} were given up", advice
     if standing.oldest_seconds > _LATE_SECONDS:
         advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
-        late = f"a change of {standing.oldest_seconds / 3_600:,.1f} hours ago has not been told"
-        return Finding("follow-ups", "warning", f"{told}; {late}.", advice)
-    return Finding("follow-ups", "ok", f"{told}.")
+        yield f"a change of {standing.oldest_seconds / 3_600:,.1f} hours ago has not been told", advice
 
 
 def _clock(connection: Connection, tolerance: int) -> Finding:

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, text
 
 from archiver import seals
 from archiver.followups.deliveries import Due
+from archiver.followups.homes import homes
 
 MOST_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
 
@@ -52,19 +53,12 @@ def _json(kind: str, at: datetime, data: Data) -> bytes:
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
 
 
-_TURNS = """
+_TURNS = f"""
     WITH sought AS MATERIALIZED (
         SELECT cursor, session_id, chat_id
           FROM json_to_recordset(:turns) AS t (cursor bigint, session_id text, chat_id text)
-    ), homes AS MATERIALIZED (
-        SELECT t.cursor, min(c.session_id) AS session_id
-          FROM sought t JOIN archiver.chats c ON c.chat_id = t.chat_id
-         WHERE t.session_id = '' AND c.session_id <> '' GROUP BY t.cursor
-    ), turns AS MATERIALIZED (
-        SELECT t.cursor, coalesce(h.session_id, t.session_id) AS session_id, t.chat_id
-          FROM sought t LEFT JOIN homes h ON h.cursor = t.cursor
-    )
-"""
+    ), {homes("sought", "turns")}
+"""  # noqa: S608  # a constant
 _SELECT_CHATS = text(
     f"""
     {_TURNS}

@@ -131,9 +131,10 @@ _RECORD = text(
 _RECORD_ATTEMPTS = text(
     f"""
     {_TOLD}, erased AS MATERIALIZED (
-        SELECT DISTINCT t.cursor FROM told t JOIN archiver.erasures e ON e.session_id = t.session_id
-         WHERE e.chat_id = t.chat_id OR (t.session_id <> '' AND e.chat_id = '')
-               OR (t.session_id <> '' AND t.chat_id IS NULL)
+        SELECT DISTINCT t.cursor FROM told t
+          JOIN archiver.deliveries d ON d.subscription_id = :id AND d.cursor = t.cursor  -- may have found its session
+          JOIN archiver.erasures e ON e.session_id IN (t.session_id, d.session_id)
+         WHERE e.chat_id = t.chat_id OR (e.session_id <> '' AND (e.chat_id = '' OR t.chat_id IS NULL))
     )
     INSERT INTO archiver.attempts (subscription_id, cursor, number, at, seconds, status, fault, answer)
     SELECT :id, t.cursor, t.number, t.at, t.seconds, t.status, t.fault,

@@ -6,6 +6,7 @@ from functools import lru_cache
 import msgspec
 from sqlalchemy import Connection, TextClause, text
 
+from archiver.followups.homes import homes
 from archiver.followups.schedule import ATTEMPTS
 from archiver.followups.subscriptions import Subscription
 
@@ -22,22 +23,14 @@ class Page(msgspec.Struct, frozen=True):
     missed: int  # of which the feed holds nothing any more
 
 
-# A turn that was without a session when it changed may have found its own since.
-_PAGE = """
+_PAGE = f"""
     WITH page AS MATERIALIZED (
         SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM archiver.changes
          WHERE cursor > :cursor ORDER BY cursor LIMIT :most
     ), told AS MATERIALIZED (
         SELECT * FROM page WHERE type = ANY (CAST(:events AS text[]))
-    ), homes AS MATERIALIZED (
-        SELECT t.cursor, min(c.session_id) AS session_id
-          FROM told t JOIN archiver.chats c ON c.chat_id = t.chat_id
-         WHERE t.session_id = '' AND t.chat_id IS NOT NULL AND c.session_id <> '' GROUP BY t.cursor
-    ), sought AS MATERIALIZED (
-        SELECT t.cursor, coalesce(h.session_id, t.session_id) AS session_id, t.chat_id
-          FROM told t LEFT JOIN homes h ON h.cursor = t.cursor
-    )
-"""
+    ), {homes("told", "sought")}
+"""  # noqa: S608  # a constant
 _BY_TURN = "{table} x ON x.session_id = s.session_id AND x.chat_id = s.chat_id"
 _BY_SESSION = "{table} x ON x.session_id = s.session_id WHERE s.chat_id IS NULL AND s.session_id <> ''"
 _CONDITIONS: Mapping[str, tuple[str, str]] = {
@@ -49,7 +42,8 @@ _TELL = """
     , made AS (
         INSERT INTO archiver.deliveries (subscription_id, cursor, type, session_id, chat_id, seal_id, changed_at,
                                          created_at, last_attempt, due_at)
-        SELECT :id, cursor, type, session_id, chat_id, seal_id, changed_at, now(), :attempts, now() FROM told{where}
+        SELECT :id, cursor, type, s.session_id, t.chat_id, seal_id, changed_at, now(), :attempts, now()
+          FROM told t JOIN sought s USING (cursor){where}
          ORDER BY cursor ON CONFLICT DO NOTHING RETURNING 1
     )
     SELECT count(*) AS looked_at, min(cursor) AS since, max(cursor) AS through, (SELECT count(*) FROM made) AS told
@@ -75,11 +69,23 @@ def _statement(names: tuple[str, ...]) -> TextClause:
     return text(_PAGE + "".join(map(_matching, names)) + _TELL.format(where=where))
 
 
+# Of a turn that has found its session: what waits of it from before comes first there, too.
+_MOVE_IN = text(
+    """
+    WITH found AS MATERIALIZED (
+        SELECT DISTINCT ON (chat_id) chat_id, session_id FROM archiver.changes
+         WHERE cursor > :cursor AND cursor <= :through AND session_id <> '' AND chat_id IS NOT NULL
+         ORDER BY chat_id, session_id
+    )
+    UPDATE archiver.deliveries d SET session_id = f.session_id FROM found f
+     WHERE d.subscription_id = :id AND d.state = 'pending' AND d.session_id = '' AND d.chat_id = f.chat_id
+    """
+)
 _ADVANCE = text("UPDATE archiver.subscriptions SET cursor = :through WHERE id = :id")
 
 
-def fan_out(connection: Connection, subscription: Subscription, after: int) -> Page:
-    """Make deliveries of the next changes after this cursor, and move on. The caller holds its lease.
+def fan_out(connection: Connection, subscription: Subscription, after: int, most: int = PAGE) -> Page:
+    """Make deliveries of at most so many changes after this cursor, and move on. The caller holds its lease.
 
     Whoever else believed to hold it meanwhile would make the same deliveries again, of which none is added.
     """
@@ -89,12 +95,15 @@ def fan_out(connection: Connection, subscription: Subscription, after: int) -> P
         **told,
         "id": subscription.id,
         "cursor": after,
-        "most": PAGE,
+        "most": min(most, PAGE),
         "events": list(subscription.events),
         "attempts": ATTEMPTS,
     }
     row = connection.execute(_statement(names), values).one()
     if not row.looked_at:
         return Page(0, after, 0, 0)
-    connection.execute(_ADVANCE, {"id": subscription.id, "through": row.through})
+    through = {"id": subscription.id, "through": row.through}
+    if subscription.is_ordered:
+        connection.execute(_MOVE_IN, through | {"cursor": after})
+    connection.execute(_ADVANCE, through)
     return Page(row.looked_at, row.through, row.told, max(0, row.since - after - 1))

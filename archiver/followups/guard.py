@@ -63,6 +63,8 @@ def endpoint(url: str) -> Endpoint:
     """What the URL says. Raises `RefusedError`, without quoting it: it may hold a password."""
     if len(url) > LONGEST_URL:
         raise RefusedError(f"The URL is longer than {LONGEST_URL} characters.")
+    if any(each.isspace() or not each.isprintable() for each in url):
+        raise RefusedError("The URL must hold no space and no control character: write %20 for a space.")
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:

@@ -1,7 +1,7 @@
 """What people see of subscriptions and deliveries, and what they can do about those that were given up."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection, RowMapping, text
@@ -54,6 +54,24 @@ def only(*, dead: bool, pending: bool) -> State | None:
     return "dead" if dead else "pending" if pending else None
 
 
+def select_failing(connection: Connection) -> list[dict[str, Any]]:
+    """Those at work whose latest attempt failed, as `select_subscriptions` has them."""
+    return [row for row in select_subscriptions(connection) if row["state"] == "failing"]
+
+
+def latest_fault(row: Mapping[str, Any]) -> str:
+    """Of one of `select_subscriptions`: such as "no_connection" or "503 not_2xx"; empty where nothing failed."""
+    return " ".join(str(row[name]) for name in ("last_status", "last_fault") if row[name] is not None)
+
+
+def name_failing(failing: Sequence[Mapping[str, Any]]) -> str:
+    """Some by their ids, each with its latest fault."""
+    named = [f"{row['id']} ({latest_fault(row)})" if latest_fault(row) else str(row["id"]) for row in failing]
+    more = f" and {len(named) - _NAMED:,} more" if len(named) > _NAMED else ""
+    return ", ".join(named[:_NAMED]) + more
+
+
+_NAMED = 5
 _LIST = """
     SELECT d.subscription_id, d.cursor, d.type, d.session_id, d.chat_id, d.seal_id, d.changed_at, d.state, d.attempts,
            d.due_at, d.ended_at, a.at AS attempted_at, a.seconds, a.status, a.fault, a.answer
@@ -87,6 +105,12 @@ _RETRY = """
      WHERE {which} RETURNING cursor
 """
 _RETRY_ONE = text(_RETRY.format(which="subscription_id = :id AND cursor = :cursor AND state IN ('dead', 'pending')"))
+_SELECT_ONE = text(
+    """
+    SELECT FROM archiver.deliveries d JOIN archiver.subscriptions s ON s.id = d.subscription_id
+     WHERE d.subscription_id = :id AND d.cursor = :cursor
+    """
+)
 _RETRY_DEAD = text(
     _RETRY.format(
         which="subscription_id = :id AND state = 'dead' AND cursor IN (SELECT cursor FROM archiver.deliveries"
@@ -95,10 +119,15 @@ _RETRY_DEAD = text(
 )
 
 
-def retry(connection: Connection, subscription_id: int, cursor: int) -> bool:
-    """Let one be tried now, with as many attempts as a new one; False where it is delivered, or there is none."""
-    values = {"id": subscription_id, "cursor": cursor, "attempts": ATTEMPTS}
-    return connection.execute(_RETRY_ONE, values).first() is not None
+Retried = Literal["retried", "delivered", "unknown"]
+
+
+def retry(connection: Connection, subscription_id: int, cursor: int) -> Retried:
+    """Let one be tried now, with as many attempts as a new one, unless it is delivered, or there is none."""
+    values = {"id": subscription_id, "cursor": cursor}
+    if connection.execute(_RETRY_ONE, values | {"attempts": ATTEMPTS}).first() is not None:
+        return "retried"
+    return "unknown" if connection.execute(_SELECT_ONE, values).first() is None else "delivered"
 
 
 def retry_dead(connection: Connection, subscription_id: int, most: int) -> int:
@@ -124,7 +153,7 @@ _STANDING = text(
     SELECT (SELECT count(*) FROM archiver.subscriptions) AS subscriptions,
            (SELECT count(*) FROM archiver.subscriptions WHERE paused_at IS NOT NULL) AS paused,
            (SELECT count(*) FROM archiver.subscriptions
-             WHERE paused_at IS NULL AND closed_until IS NOT NULL) AS failing,
+             WHERE paused_at IS NULL AND failures > 0) AS failing,
            (SELECT count(*) FROM archiver.deliveries WHERE state = 'pending') AS pending,
            (SELECT count(*) FROM archiver.deliveries WHERE state = 'dead') AS dead,
            (SELECT coalesce(max(c.newest - s.cursor), 0)
@@ -142,7 +171,8 @@ _STANDING = text(
 
 _MAY_SEE = text(
     "SELECT bool_and(has_table_privilege(name, 'SELECT'))"
-    " FROM unnest(ARRAY['archiver.subscriptions', 'archiver.deliveries', 'archiver.changes']) AS name"
+    " FROM unnest(ARRAY['archiver.subscriptions', 'archiver.deliveries', 'archiver.attempts', 'archiver.changes'])"
+    " AS name"
 )
 
 

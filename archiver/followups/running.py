@@ -101,6 +101,7 @@ class Followups:
         telemetry.followup_oldest.set(standing.oldest_seconds)
         telemetry.followup_pending.set(standing.pending)
         telemetry.followup_paused.set(standing.paused)
+        telemetry.followup_failing.set(standing.failing)
         known = await self._do(subscriptions.select_ids)
         for gone in self._senders.keys() - known - self._sending.keys():
             await self._senders.pop(gone).aclose()

@@ -211,9 +211,10 @@ class Sender:
         found = self._select(connection, leased, busy, wanted)
         after, missed, is_behind = leased.cursor, 0, False
         for _ in range(PAGES):
-            if len(found) >= wanted or deliveries.count_pending(connection, self._id, MOST_PENDING) >= MOST_PENDING:
+            room = MOST_PENDING - deliveries.count_pending(connection, self._id, MOST_PENDING)
+            if len(found) >= wanted or room == 0:
                 break
-            page = fan_out(connection, leased, after)
+            page = fan_out(connection, leased, after, room)
             after, missed, is_behind = page.through, missed + page.missed, page.looked_at > 0
             if not is_behind:
                 break

@@ -11,9 +11,11 @@ import httpcore2
 import msgspec
 import structlog
 
+from archiver import telemetry
 from archiver.followups import guard, signing
 from archiver.followups.guard import Endpoint, Guarded, RefusedError, Resolve, UnresolvedError, resolve
 from archiver.followups.schedule import retry_after
+from archiver.followups.signing import SecretError
 from archiver.followups.subscriptions import Subscription
 
 log = structlog.get_logger(__name__)
@@ -32,6 +34,7 @@ Fault = Literal[
     "timeout",
     "broken_answer",  # ended early, or is no HTTP
     "failed_here",
+    "bad_secret",  # it is damaged in the database
     "redirect",
     "not_2xx",
 ]
@@ -97,18 +100,18 @@ class Transport:
     async def send(self, subscription: Subscription, message_id: str, body: bytes) -> Attempt:
         """One POST, signed now."""
         began, started = datetime.now(UTC), monotonic()
-        headers = {
-            "host": self._endpoint.authority,
-            "content-type": "application/json",
-            "user-agent": "callhq-archiver",
-            "accept-encoding": "identity",
-            **signing.sign(subscription.keys(began), message_id, int(time()), body),
-        }
 
         def ended(**what: object) -> Attempt:
             return msgspec.structs.replace(Attempt(began, monotonic() - started), **what)
 
         try:
+            headers = {
+                "host": self._endpoint.authority,
+                "content-type": "application/json",
+                "user-agent": "callhq-archiver",
+                "accept-encoding": "identity",
+                **signing.sign(subscription.keys(began), message_id, int(time()), body),
+            }
             async with asyncio.timeout(self._seconds):
                 return ended(**await self._exchange(headers, body))
         except TimeoutError:
@@ -138,19 +141,26 @@ def _judge(status: int) -> Fault | None:
     return "redirect" if status in range(300, 400) else "not_2xx"
 
 
+_FAULTS: tuple[tuple[type[Exception], Fault], ...] = (
+    (RefusedError, "refused_address"),
+    (UnresolvedError, "unknown_host"),
+    (httpcore2.TimeoutException, "timeout"),
+)
+
+
 def _fault(error: Exception) -> Fault:
-    """What an error of the exchange is called."""
-    if isinstance(error, RefusedError):
-        return "refused_address"
-    if isinstance(error, UnresolvedError):
-        return "unknown_host"
-    if isinstance(error, httpcore2.TimeoutException):
-        return "timeout"
+    """What an error of an attempt is called."""
+    for kind, fault in _FAULTS:
+        if isinstance(error, kind):
+            return fault
     if isinstance(error, httpcore2.ConnectError):
         # The library keeps what it was made of as its argument.
         is_about_tls = any(isinstance(each, ssl.SSLError) for each in error.args)
         return "bad_certificate" if is_about_tls else "no_connection"
     if isinstance(error, httpcore2.ProtocolError | httpcore2.NetworkError):
         return "broken_answer"
+    telemetry.followup_defects.inc()
+    if isinstance(error, SecretError):
+        return "bad_secret"
     log.error("an attempt at a follow-up failed here", exc_info=(type(error), error, error.__traceback__))
     return "failed_here"

@@ -1,5 +1,6 @@
 """The table of subscriptions: who is told of what, up to where, and how it went lately."""
 
+import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,15 +12,6 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, tex
 from archiver import tables
 from archiver.followups import signing
 
-EVENTS = (
-    "chat.created",
-    "chat.updated",
-    "chat.deleted",
-    "session.settled",
-    "session.repaired",
-    "session.lost",
-    "seal.created",
-)
 SEAL = "seal.created"
 MOST = 100  # subscriptions
 CONCURRENCY, MOST_CONCURRENCY = 4, 32
@@ -72,10 +64,11 @@ class Subscription(msgspec.Struct, frozen=True):
     failing_seconds: float  # since the first of the failures in a row
 
     def keys(self, now: datetime) -> list[bytes]:
-        """What signs, the newest first."""
+        """What signs, the newest first. Raises `signing.SecretError` where the newest is damaged."""
         found = [signing.key(self.secret)]
         if self.previous_secret is not None and self.previous_until is not None and now < self.previous_until:
-            found.append(signing.key(self.previous_secret))
+            with contextlib.suppress(signing.SecretError):  # a damaged one was rotated away
+                found.append(signing.key(self.previous_secret))
         return found
 
 

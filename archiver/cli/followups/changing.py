@@ -71,20 +71,22 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     asked = [(each, parse_message_id(each)) for each in ids]
     if wrong := [each for each, parsed in asked if parsed is None]:
         raise click.UsageError(f"{wrong[0][:80]!r} is no id of a delivery: archiver followups deliveries")
-    missing: list[str] = []
+    became: list[tuple[str, review.Retried]] = []
     with changing(settings.read()) as opened:
         if dead is not None:
             subscriptions.select_one(opened, dead)
             retried = review.retry_dead(opened, dead, RETRIED)
         else:
-            missing = [each for each, parsed in asked if parsed is None or not review.retry(opened, *parsed)]
-            retried = len(asked) - len(missing)
+            became = [(each, review.retry(opened, *parsed)) for each, parsed in asked if parsed is not None]
+            retried = sum(how == "retried" for _, how in became)
         detail = {"subscription": dead} if dead is not None else {"deliveries": list(ids)}
         acts.insert_act(opened, "followups.retry", actor or acts.actor(), None, detail | {"retried": retried})
-    click.echo(f"{retried:,} are tried again.")
+    click.echo(f"{retried:,} {'is' if retried == 1 else 'are'} tried again.")
     if retried == RETRIED:
         click.echo("There may be more: the same command again goes on.", err=True)
-    for each in missing:
-        click.echo(f"archiver: {each}: delivered, or there is none", err=True)
-    if missing:
+    for each, how in became:
+        if how != "retried":
+            told = "was delivered already" if how == "delivered" else "there is no such delivery"
+            click.echo(f"archiver: {each}: {told}", err=True)
+    if retried < len(became):
         sys.exit(1)

@@ -13,7 +13,7 @@ from archiver import settings
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, looking
 from archiver.cli.output import Whole, console
-from archiver.followups import review
+from archiver.followups import review, subscriptions
 from archiver.followups.deliveries import DEAD, PENDING, message_id
 from archiver.followups.subscriptions import NoSuchError
 
@@ -51,7 +51,7 @@ def _state(row: Mapping[str, Any]) -> str:
     if row["state"] != "failing":
         return str(row["state"])
     told = f"failing, {row['failures']:,} in a row"
-    latest = " ".join(str(row[name]) for name in ("last_status", "last_fault") if row[name] is not None)
+    latest = review.latest_fault(row)
     told += f": {latest}" if latest else ""
     return told + (
         f"; left alone until {row['closed_until'].astimezone(UTC):%H:%M:%S} UTC" if row["closed_until"] else ""
@@ -90,6 +90,8 @@ def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit:
         raise click.UsageError("Say --dead or --pending, not both.")
     state = review.only(dead=dead, pending=pending)
     with looking(settings.read()) as opened:
+        if subscription_id is not None:
+            subscriptions.select_one(opened, subscription_id)
         rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, most=limit)
         found = [_told(dict(row)) for row in rows]
     if as_json:

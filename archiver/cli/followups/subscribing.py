@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from archiver import acts, settings
+from archiver import acts, outbox, settings
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, changing, looking
 from archiver.cli.output import Whole
@@ -30,7 +30,7 @@ secret_file_option = click.option(
 
 @click.command()
 @click.argument("url")
-@click.option("--event", "events", multiple=True, required=True, metavar="TYPE", help="; ".join(subscriptions.EVENTS))
+@click.option("--event", "events", multiple=True, required=True, metavar="TYPE", help="; ".join(outbox.TYPES))
 @click.option("--assistant", "assistant_id", metavar="ID", help="Only conversations of this assistant.")
 @click.option("--variable", metavar="NAME=VALUE", help="Only conversations in which this variable has this value.")
 @click.option("--contains", metavar="TEXT", help="Only where a message holds this text, in whatever case.")
@@ -64,6 +64,9 @@ def add(
 ) -> None:
     """Tell URL of changes from now on, by signed POSTs (Standard Webhooks)."""
     configuration = settings.read()
+    for option, given in (("--assistant", assistant_id), ("--contains", contains)):
+        if given == "":
+            raise click.BadParameter("it is empty; leave it out to tell of any", param_hint=option)
     name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
     only = Filter(assistant_id, name, value, contains)
     _check_events(events, only)
@@ -72,7 +75,7 @@ def add(
     values = {
         **msgspec.structs.asdict(only),
         "url": url,
-        "events": sorted(set(events), key=subscriptions.EVENTS.index),
+        "events": sorted(set(events), key=outbox.TYPES.index),
         "is_ordered": is_ordered,
         "concurrency": concurrency,
         "secret": secret,
@@ -83,7 +86,7 @@ def add(
         acts.insert_act(opened, "followups.add", actor or acts.actor(), None, detail | {"from": after})
     told = {} if secret_file else {"secret": secret}
     if as_json:
-        click.echo(msgspec.json.encode({"subscription": subscription_id} | told).decode())
+        click.echo(msgspec.json.encode({"id": subscription_id} | told).decode())
         return
     click.echo(f"Subscription {subscription_id} is told of {', '.join(values['events'])}.")
     _show_secret(told.get("secret"))
@@ -92,8 +95,8 @@ def add(
 
 def _check_events(events: Sequence[str], only: Filter) -> None:
     for each in events:
-        if each not in subscriptions.EVENTS:
-            known = ", ".join(subscriptions.EVENTS)
+        if each not in outbox.TYPES:
+            known = ", ".join(outbox.TYPES)
             raise click.BadParameter(f"there is no {each!r}; there are {known}", param_hint="--event")
     if subscriptions.SEAL in events and not only.is_empty:
         raise click.UsageError("Seals belong to no conversation: add seal.created apart, without a filter.")
@@ -148,7 +151,7 @@ def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None,
         acts.insert_act(opened, "followups.rotate", actor or acts.actor(), None, {"subscription": subscription_id})
     told = {} if secret_file else {"secret": secret}
     if as_json:
-        click.echo(msgspec.json.encode({"subscription": subscription_id, "both_until": until} | told).decode())
+        click.echo(msgspec.json.encode({"id": subscription_id, "both_until": until} | told).decode())
         return
     click.echo(f"Both secrets of subscription {subscription_id} sign until {until:%Y-%m-%d %H:%M} UTC.")
     _show_secret(told.get("secret"))
