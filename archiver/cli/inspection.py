@@ -76,7 +76,9 @@ def _standing(standing: Standing) -> str:
     return told + (f", {standing.behind:,} changes behind" if standing.behind else "")
 
 
-def _followups(standing: Standing, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _followups(standing: Standing | None, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if standing is None:
+        return None
     names = ("id", "failures", "failing_since", "closed_until", "last_status", "last_fault")
     told = [{name: row[name] for name in names} for row in failing]
     return msgspec.structs.asdict(standing) | {"failing_subscriptions": told}
