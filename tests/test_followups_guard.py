@@ -1,11 +1,13 @@
 """Where follow-ups may go, and how they prove themselves: no address that was not checked, none that is not to be."""
 
 import asyncio
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from http.client import parse_headers
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 
@@ -295,24 +297,27 @@ def tls(path: Path) -> Iterator[int]:
     """A server that answers 204 to whatever it is sent, encrypted."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
-    loop = asyncio.new_event_loop()
+    listener = socket.create_server(("127.0.0.1", 0))
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
-        await writer.drain()
-        writer.close()
+    def answer() -> None:
+        with suppress(OSError):  # it was shut down
+            while True:
+                connection, _ = listener.accept()
+                # Whoever does not trust the certificate leaves.
+                with connection, suppress(OSError), context.wrap_socket(connection, server_side=True) as encrypted:
+                    with encrypted.makefile("rb") as request:
+                        request.readline()
+                        request.read(int(parse_headers(request)["content-length"]))
+                    encrypted.sendall(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
 
-    server = loop.run_until_complete(asyncio.start_server(answer, "127.0.0.1", 0, ssl=context))
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=answer)
     thread.start()
     try:
-        yield server.sockets[0].getsockname()[1]
+        yield listener.getsockname()[1]
     finally:
-        loop.call_soon_threadsafe(server.close)
-        loop.call_soon_threadsafe(loop.stop)
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()
-        loop.close()
+        listener.close()
 
 
 def test_the_certificate_must_be_of_the_urls_host(tmp_path: Path) -> None:
