@@ -17,6 +17,8 @@ import httpcore2
 import httpx2
 import msgspec
 
+from archiver.followups.wires import Wire
+
 Address = IPv4Address | IPv6Address
 Reach = Literal["public", "private", "forbidden"]
 Resolve = Callable[[str, int], Sequence[str]]
@@ -101,9 +103,13 @@ _NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
 def reach(address: Address) -> Reach:
     """Whether an address is anybody's, our own network's, or one that nothing of ours may be sent to."""
     inner = _inner(address)
-    if inner:
-        found = {reach(each) for each in inner}
-        return "forbidden" if "forbidden" in found else "private" if "private" in found else "public"
+    if inner is None:
+        return _reach(address)
+    found = {reach(inner), _reach(address) if _is_isatap(address) else "public"}
+    return "forbidden" if "forbidden" in found else "private" if "private" in found else "public"
+
+
+def _reach(address: Address) -> Reach:
     if any(address in network for network in _FORBIDDEN) or address.is_multicast:
         return "forbidden"
     if any(address in network for network in _PRIVATE):
@@ -112,16 +118,21 @@ def reach(address: Address) -> Reach:
     return "public" if address.is_global and is_unicast else "forbidden"
 
 
-def _inner(address: Address) -> list[Address]:
-    """The IPv4 addresses that an IPv6 address leads to."""
+def _inner(address: Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 address leads to."""
     if isinstance(address, IPv4Address):
-        return []
+        return None
     if address.ipv4_mapped is not None:
-        return [address.ipv4_mapped]
+        return address.ipv4_mapped
     is_loopback = address.is_loopback or address.is_unspecified
-    if address in _NAT64 or (address in _COMPATIBLE and not is_loopback):
-        return [IPv4Address(int(address) & 0xFFFF_FFFF)]
-    return []
+    if address in _NAT64 or (address in _COMPATIBLE and not is_loopback) or _is_isatap(address):
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return None
+
+
+def _is_isatap(address: Address) -> bool:
+    """Whether it is …:0:5efe:V4 or …:200:5efe:V4 (RFC 5214, 6.1), under a prefix that says something of its own."""
+    return address.version == 6 and int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE  # noqa: PLR2004
 
 
 def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) -> list[str]:
@@ -176,7 +187,7 @@ class Guarded(httpcore2.AsyncNetworkBackend):
         for number, address in enumerate(addresses):
             share = max(0.1, (ends - monotonic()) / (len(addresses) - number))
             try:
-                return await self._network.connect_tcp(address, port, share, local_address, socket_options)
+                return Wire(await self._network.connect_tcp(address, port, share, local_address, socket_options))
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure

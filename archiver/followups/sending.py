@@ -17,6 +17,7 @@ from archiver.followups.guard import Endpoint, Guarded, RefusedError, Resolve, U
 from archiver.followups.schedule import retry_after
 from archiver.followups.signing import SecretError
 from archiver.followups.subscriptions import Subscription
+from archiver.followups.wires import Wire
 
 log = structlog.get_logger(__name__)
 
@@ -126,6 +127,10 @@ class Transport:
                 answer += part
                 if len(answer) >= MOST_READ:  # and what is left of it unread ends the connection
                     break
+            else:
+                wire = response.extensions.get("network_stream")
+                if isinstance(wire, Wire):
+                    wire.settle(bytes(answer))
             told = {name.lower(): value for name, value in response.headers}
             return {
                 "status": response.status,

@@ -43,7 +43,11 @@ secret_file_option = click.option(
     help="Deliveries under way at a time.",
 )
 @click.option(
-    "--from", "after", type=Whole(0), metavar="CURSOR", help="Tell what the feed holds after this cursor, too."
+    "--from",
+    "after",
+    type=Whole(0, 2**63 - 1),
+    metavar="CURSOR",
+    help="Tell what the feed holds after this cursor, too.",
 )
 @secret_file_option
 @connection.actor_option
