@@ -115,15 +115,17 @@ _TOLD = """
             state text, wait float8, at timestamptz, seconds float8, status int, fault text, answer text)
     )
 """
+# Its last attempt was under way when somebody had it tried again: it goes on at the time that was set for it then.
+_MORE = "t.state = 'dead' AND d.state = 'pending' AND t.number < d.last_attempt"
 _RECORD = text(
     f"""
     {_TOLD}
     UPDATE archiver.deliveries d
        SET attempts = greatest(d.attempts, t.number),
            state = CASE WHEN 'delivered' IN (d.state, t.state) THEN 'delivered'
-                        WHEN d.state = 'dead' THEN 'dead' ELSE t.state END,
+                        WHEN d.state = 'dead' THEN 'dead' WHEN {_MORE} THEN 'pending' ELSE t.state END,
            due_at = CASE WHEN t.state = 'pending' THEN now() + t.wait * interval '1 second' ELSE d.due_at END,
-           ended_at = CASE WHEN t.state = 'pending' THEN d.ended_at ELSE coalesce(d.ended_at, now()) END
+           ended_at = CASE WHEN t.state = 'pending' OR {_MORE} THEN d.ended_at ELSE coalesce(d.ended_at, now()) END
       FROM told t WHERE d.subscription_id = :id AND d.cursor = t.cursor
     """  # noqa: S608  # a constant
 )
