@@ -19,10 +19,11 @@ from starlette.types import Receive, Scope, Send
 from archiver import database, erasure
 from archiver.database import transaction
 from archiver.erasure import Act, Criteria, Target
-from archiver.followups import contents, deliveries, signing, subscriptions
-from archiver.followups.deliveries import Due
+from archiver.followups import contents, deliveries, fanout, review, signing, subscriptions
+from archiver.followups.deliveries import Due, Result
 from archiver.followups.pace import Pace
 from archiver.followups.sender import AHEAD, FRESH_SECONDS, Sender
+from archiver.followups.sending import Attempt
 from tests.followups import SECRET, Receiver, change, receiving, sending, states, subscribe
 from tests.payloads import created
 from tests.rows import execute, rows
@@ -203,6 +204,88 @@ def test_i12_a_body_is_bounded_whatever_is_long(fields: dict[str, Any], engine: 
     assert all(len(body) <= contents.MOST_BYTES for body in bodies.values())
     assert json.loads(bodies[1])["data"]["truncated"] is True
     assert json.loads(bodies[1])["data"]["chat_id"] == "c1"
+
+
+def test_a_retry_while_the_last_attempt_is_under_way_is_kept(engine: Engine) -> None:
+    changes(engine, 1)
+    subscription_id = subscribe(engine, "http://127.0.0.1:9")
+    execute(
+        engine,
+        "INSERT INTO archiver.deliveries (subscription_id, cursor, type, session_id, chat_id, changed_at, created_at,"
+        f" attempts, last_attempt, due_at) VALUES ({subscription_id}, 1, 'chat.created', 's', 'c0', now(), now(), 13,"
+        " 14, now())",
+    )
+    with transaction(engine) as connection:
+        (due,) = deliveries.select_due(connection, subscription_id, [], 1, is_ordered=False, is_probe=False)
+    last = Result(due, Attempt(datetime.now(UTC), 0.1, 500, "not_2xx"))
+    with transaction(engine) as connection:
+        assert review.retry(connection, subscription_id, 1)
+    for _ in range(2):  # the same twice is the same
+        with transaction(engine) as connection:
+            deliveries.record(connection, subscription_id, [last])
+        assert rows(engine, "SELECT state, attempts, due_at <= now(), ended_at FROM archiver.deliveries") == [
+            ("pending", 14, True, None)
+        ]
+    with transaction(engine) as connection:
+        (due,) = deliveries.select_due(connection, subscription_id, [], 1, is_ordered=False, is_probe=False)
+    assert due.attempts < due.last_attempt - 1
+
+
+def names(engine: Engine, *contents: str) -> None:
+    """Turns that say this, each changed once, in this order."""
+    record(engine, *(created(f"c{number}", "s", input=each) for number, each in enumerate(contents)))
+    changes(engine, len(contents))
+
+
+@pytest.fixture
+def hesitant(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that say "huge" are not read to their end in any time that is allowed."""
+    monkeypatch.setattr(fanout, "SEARCH_SECONDS", 0.2)
+    monkeypatch.setattr(fanout, "LONGEST_SEARCH_SECONDS", 0.4)
+    names(engine, "yes", "no", "huge", "no", "yes")
+    execute(engine, "ALTER TABLE archiver.messages RENAME TO read_slowly")
+    is_slow = "content = 'huge' AND current_query() LIKE '%by_contains%'"
+    execute(
+        engine,
+        "CREATE VIEW archiver.messages AS SELECT session_id, chat_id, ordinal, role, source,"
+        f" CASE WHEN {is_slow} THEN content || pg_sleep(60)::text ELSE content END AS content"
+        " FROM archiver.read_slowly",
+    )
+
+
+@pytest.mark.usefixtures("hesitant")
+def test_i11_a_change_that_cannot_be_searched_in_time_is_told_and_wedges_nothing(
+    engine: Engine, database_url: str
+) -> None:
+    with receiving() as receiver:
+        subscription_id = subscribe(engine, receiver.url, contains="YES")
+        with transaction(engine) as connection:
+            subscription = subscriptions.of_row(subscriptions.select_one(connection, subscription_id))
+            assert fanout.search(connection, subscription, 1, 3) is None
+            page = fanout.search(connection, subscription, 0, 2)
+            assert page is not None
+            assert (page.looked_at, page.through, page.told) == (2, 2, 1)
+            assert connection.scalar(text("SHOW statement_timeout")) == "30s"
+        with sending(database_url):
+            until(lambda: rows(engine, "SELECT cursor FROM archiver.subscriptions") == [(5,)], "all was looked at")
+            until(lambda: states(engine) == {"delivered": 3}, "and what was found is told")
+    assert sorted(receiver.cursors) == [1, 3, 5]
+
+
+def test_what_is_sought_is_found_for_each_change_of_a_turn_and_of_its_session(engine: Engine) -> None:
+    record(engine, created("c1", "s1", input="Äpfel"), created("c2", "s2", input="Birnen"))
+    change(
+        engine,
+        *(("chat.created", "s1", "c1"), ("chat.updated", "s1", "c1"), ("session.settled", "s1", None)),
+        *(("chat.created", "s2", "c2"), ("session.settled", "s2", None), ("session.settled", "s1", None)),
+    )
+    subscription_id = subscribe(engine, "http://127.0.0.1:9", contains="äPFEL")
+    with transaction(engine) as connection:
+        subscription = subscriptions.of_row(subscriptions.select_one(connection, subscription_id))
+        page = fanout.search(connection, subscription, 0, fanout.PAGE)
+    assert page is not None
+    assert (page.looked_at, page.told) == (6, 4)
+    assert rows(engine, "SELECT cursor FROM archiver.deliveries ORDER BY 1") == [(1,), (2,), (3,), (6,)]
 
 
 def test_nobody_subscribes_from_beyond_the_end_of_the_feed(engine: Engine) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "is_data_error",
     "is_unreachable",
     "is_untrusted",
+    "limit",
     "place",
     "run_in_transaction",
     "snapshot",
@@ -59,11 +60,13 @@ STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
 
-# Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one; and a
-# time near the end of the calendar must not leave it on the way through another time zone. And compiling a statement
+# Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one; a
+# time near the end of the calendar must not leave it on the way through another time zone, and the driver reads times
+# with a time zone in the ISO style alone. And compiling a statement
 # takes Postgres 200 ms where it guesses it to be costly, which never pays for the few rows of ours.
 _OPEN = Direct(
     "SELECT set_config('synchronous_commit', 'on', true), set_config('TimeZone', 'UTC', true),"
+    " set_config('DateStyle', 'ISO, YMD', true),"
     " set_config('jit', 'off', true),"
     " set_config('statement_timeout', $1, true),"
     " set_config('lock_timeout', $2, true)"
@@ -210,3 +213,11 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
 
 def _open(connection: Connection, statement_seconds: float, lock_seconds: float) -> None:
     _OPEN.execute(connection, *(str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds)))
+
+
+_LIMIT = Direct("SELECT set_config('statement_timeout', $1, true)")
+
+
+def limit(connection: Connection, statement_seconds: float = STATEMENT_SECONDS) -> None:
+    """Let no statement from here to the end of the transaction, or of what is nested in it, take longer."""
+    _LIMIT.execute(connection, str(round(statement_seconds * 1000)))

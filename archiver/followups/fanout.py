@@ -4,13 +4,21 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import msgspec
+import structlog
 from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DBAPIError
 
+from archiver import database, telemetry
 from archiver.followups.homes import homes
 from archiver.followups.schedule import ATTEMPTS
 from archiver.followups.subscriptions import Subscription
 
-PAGE = 1_000  # changes looked at in one statement
+log = structlog.get_logger(__name__)
+
+PAGE = 1_000  # changes looked at in one statement, at most
+SEARCH_SECONDS = 2.0  # that a search for text may take; then fewer changes are looked at in one statement
+LONGEST_SEARCH_SECONDS = 8.0  # of a single change
+_CANCELLED = "57014"
 MOST_PENDING = 10_000  # of one subscription; the rest waits in the feed
 
 
@@ -29,10 +37,18 @@ _PAGE = f"""
          WHERE cursor > :cursor ORDER BY cursor LIMIT :most
     ), told AS MATERIALIZED (
         SELECT * FROM page WHERE type = ANY (CAST(:events AS text[]))
-    ), {homes("told", "sought")}
+    ), {homes("told", "sought")}, wanted AS MATERIALIZED (
+        SELECT DISTINCT session_id, chat_id FROM sought
+    )
 """  # noqa: S608  # a constant
-_BY_TURN = "{table} x ON x.session_id = s.session_id AND x.chat_id = s.chat_id"
-_BY_SESSION = "{table} x ON x.session_id = s.session_id WHERE s.chat_id IS NULL AND s.session_id <> ''"
+# Each turn and each session once, however often they changed; the first row that meets it is enough.
+_FOUND = """
+    SELECT w.session_id, w.chat_id FROM wanted w, LATERAL
+           (SELECT FROM {table} x WHERE x.session_id = w.session_id {of_turn} AND {condition} LIMIT 1) AS first_one
+     WHERE {kind}
+"""
+_TURNS = {"of_turn": "AND x.chat_id = w.chat_id", "kind": "w.chat_id IS NOT NULL"}
+_SESSIONS = {"of_turn": "", "kind": "w.chat_id IS NULL AND w.session_id <> ''"}
 _CONDITIONS: Mapping[str, tuple[str, str]] = {
     "assistant_id": ("archiver.chats", "x.assistant_id = :assistant_id"),
     "variable": ("archiver.chats", "x.variables ->> CAST(:variable AS text) = CAST(:value AS text)"),
@@ -53,13 +69,13 @@ _TELL = """
 
 def _matching(name: str) -> str:
     table, condition = _CONDITIONS[name]
-    of_turns = f"SELECT s.cursor FROM sought s JOIN {_BY_TURN.format(table=table)} WHERE {condition}"  # noqa: S608
-    of_sessions = f"SELECT s.cursor FROM sought s JOIN {_BY_SESSION.format(table=table)} AND {condition}"  # noqa: S608
-    found = f"{of_turns} UNION {of_sessions}"
+    found = [_FOUND.format(table=table, condition=condition, **kind) for kind in (_TURNS, _SESSIONS)]
     if name == "assistant_id":  # a session may tell its assistant though none of its turns does
-        sessions = _BY_SESSION.format(table="archiver.sessions")
-        found += f" UNION SELECT s.cursor FROM sought s JOIN {sessions} AND {condition}"  # noqa: S608
-    return f", by_{name} AS MATERIALIZED ({found})"
+        found.append(_FOUND.format(table="archiver.sessions", condition=condition, **_SESSIONS))
+    return f""", by_{name} AS MATERIALIZED (
+        SELECT s.cursor FROM sought s JOIN ({" UNION ".join(found)}) AS f
+            ON f.session_id = s.session_id AND f.chat_id IS NOT DISTINCT FROM s.chat_id
+    )"""  # noqa: S608  # texts of ours
 
 
 @lru_cache
@@ -82,6 +98,28 @@ _MOVE_IN = text(
     """
 )
 _ADVANCE = text("UPDATE archiver.subscriptions SET cursor = :through WHERE id = :id")
+
+
+def search(connection: Connection, subscription: Subscription, after: int, most: int) -> Page | None:
+    """As `fan_out`, where text is sought: None if that took too long, of so many changes.
+
+    What cannot be searched in time alone is told without having been searched: nothing is to be lost.
+    """
+    try:
+        with connection.begin_nested():
+            database.limit(connection, SEARCH_SECONDS if most > 1 else LONGEST_SEARCH_SECONDS)
+            page = fan_out(connection, subscription, after, most)
+            database.limit(connection)
+            return page
+    except DBAPIError as error:
+        if database.sqlstate(error) != _CANCELLED:
+            raise
+    telemetry.followup_waits.inc()
+    if most > 1:
+        return None
+    log.error("a change cannot be searched in time and is told unsearched", subscription=subscription.id, after=after)
+    unsearched = msgspec.structs.replace(subscription.filter, contains=None)
+    return fan_out(connection, msgspec.structs.replace(subscription, filter=unsearched), after, 1)
 
 
 def fan_out(connection: Connection, subscription: Subscription, after: int, most: int = PAGE) -> Page:

@@ -22,7 +22,7 @@ from archiver.database import run_in_transaction
 from archiver.followups import deliveries, subscriptions
 from archiver.followups.contents import select_bodies
 from archiver.followups.deliveries import Due, Result
-from archiver.followups.fanout import MOST_PENDING, fan_out
+from archiver.followups.fanout import MOST_PENDING, PAGE, Page, fan_out, search
 from archiver.followups.guard import RefusedError, endpoint
 from archiver.followups.pace import Pace
 from archiver.followups.schedule import FAILURES, GIVE_UP_AFTER, probe_after
@@ -36,6 +36,7 @@ AHEAD = 4  # times its concurrency: what is read before it can be sent
 RENEW_SECONDS = 5.0  # of a lease that lasts longer
 LINGER_SECONDS = 0.02  # in which results gather for one transaction
 PAGES = 5  # of the feed in one transaction
+LOOK_SECONDS = 0.5  # at the feed in one transaction, about
 DATABASE_SECONDS = 20.0
 RETRY_SECONDS = 1.0  # while the database is away
 _OVERLOADED = frozenset({429, 503})
@@ -68,6 +69,7 @@ class Sender:
         self._allow_private = allow_private
         self._transport: Transport | None = None
         self._slots = asyncio.Semaphore(1)
+        self._page = PAGE
         self._is_told_to_wait = False  # by its receiver, or because the subscription is not ours any more
 
     async def aclose(self) -> None:
@@ -210,11 +212,17 @@ class Sender:
         busy = [each.cursor for each in under_way]
         found = self._select(connection, leased, busy, wanted)
         after, missed, is_behind = leased.cursor, 0, False
+        began = monotonic()
         for _ in range(PAGES):
             room = MOST_PENDING - deliveries.count_pending(connection, self._id, MOST_PENDING)
             if len(found) >= wanted or room == 0:
                 break
-            page = fan_out(connection, leased, after, room)
+            if monotonic() - began > LOOK_SECONDS:  # and the others may have the connection
+                break
+            page = self._look(connection, leased, after, room)
+            if page is None:
+                is_behind = True
+                break
             after, missed, is_behind = page.through, missed + page.missed, page.looked_at > 0
             if not is_behind:
                 break
@@ -222,6 +230,21 @@ class Sender:
                 found = self._select(connection, leased, busy, wanted)
         bodies = select_bodies(connection, found)
         return Turn(leased, tuple((each, bodies[each.cursor]) for each in found), is_behind, missed)
+
+    def _look(self, connection: Connection, leased: Subscription, after: int, room: int) -> Page | None:
+        """At the next page of the feed, which is as large as can be searched soon; None if this one was not."""
+        if leased.filter.contains is None:
+            return fan_out(connection, leased, after, room)
+        began = monotonic()
+        page = search(connection, leased, after, min(self._page, room))
+        if page is None:
+            held = subscriptions.select_newest_cursor(connection) - after  # the feed has no gaps
+            self._page = max(1, min(self._page, held, room) // 2)
+        elif monotonic() - began > LOOK_SECONDS:
+            self._page = max(1, self._page // 2)
+        elif monotonic() - began < LOOK_SECONDS / 4:
+            self._page = min(PAGE, self._page * 2)
+        return page
 
     def _select(self, connection: Connection, leased: Subscription, busy: Sequence[int], most: int) -> list[Due]:
         return deliveries.select_due(
