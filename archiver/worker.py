@@ -58,8 +58,13 @@ _COUNT_WAITING = text(
 )
 
 
+_OPEN = f"SELECT set_config('search_path', '{JOBS_SCHEMA}', true), set_config('DateStyle', 'ISO, YMD', true)"
+
+
 class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
-    """Says in each transaction where the jobs are, so that no state of the session is needed (PgBouncer)."""
+    """Says in each transaction where the jobs are, so that no state of the session is needed (PgBouncer); and that
+    times are to be written in the one style that the driver reads.
+    """
 
     @asynccontextmanager
     async def connection(
@@ -67,7 +72,7 @@ class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
         timeout: float | None = None,  # noqa: ASYNC109  # the name is the pool's
     ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         async with super().connection(timeout) as connection:
-            await connection.execute(f"SET LOCAL search_path = {JOBS_SCHEMA}")
+            await connection.execute(_OPEN)
             yield connection
 
 

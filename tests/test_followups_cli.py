@@ -177,6 +177,7 @@ def test_a_test_tells_which_setting_refuses(database_url: str, engine: Engine) -
         ["add", "https://8.8.8.8/", "--event", "chat.created", "--variable", "tier"],
         ["add", "https://8.8.8.8/", "--event", "chat.created", "--secret-file", "/dev/null"],
         ["add", "https://8.8.8.8/", "--event", "chat.created", "--secret-file", "/nowhere"],
+        ["add", "https://8.8.8.8/", "--event", "chat.created", "--from", "9223372036854775808"],
         ["retry"],
         ["retry", "7"],
         ["retry", "msg_1_1", "--dead", "1"],

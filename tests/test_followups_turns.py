@@ -26,6 +26,7 @@ from archiver.followups.sender import AHEAD, FRESH_SECONDS, Sender
 from archiver.followups.sending import Attempt
 from tests.followups import SECRET, Receiver, change, receiving, sending, states, subscribe
 from tests.payloads import created
+from tests.receivers import serving
 from tests.rows import execute, rows
 from tests.test_erase_command import in_files
 from tests.test_erasure import record, sweep
@@ -286,6 +287,19 @@ def test_what_is_sought_is_found_for_each_change_of_a_turn_and_of_its_session(en
     assert page is not None
     assert (page.looked_at, page.told) == (6, 4)
     assert rows(engine, "SELECT cursor FROM archiver.deliveries ORDER BY 1") == [(1,), (2,), (3,), (6,)]
+
+
+def test_the_databases_style_of_dates_changes_nothing(engine: Engine, database_url: str) -> None:
+    execute(engine, f"ALTER DATABASE {engine.url.database} SET datestyle = 'German'")
+    engine.dispose()
+    with receiving() as receiver, serving(database_url, "--worker", ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE="true") as serve:
+        subscribe(engine, receiver.url, "chat.created")
+        assert serve.post(created("c1", "s1")).json()["status"] == "stored"
+        until(lambda: states(engine) == {"delivered": 1}, "it is told")
+        done = "SELECT count(*) > 0 FROM archiver_jobs.procrastinate_jobs WHERE status = 'succeeded'"
+        until(lambda: rows(engine, done) == [(True,)], "a job has ended")
+        assert serve.stop() == 0
+        assert '"level": "error"' not in serve.stderr()
 
 
 def test_nobody_subscribes_from_beyond_the_end_of_the_feed(engine: Engine) -> None:
