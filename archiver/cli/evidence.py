@@ -70,11 +70,19 @@ class _Exported(msgspec.Struct):
 
     id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    statement: str = ""
+    key_id: str | None = None
 
 
 def heads_of(file: IO[bytes]) -> dict[int, bytes]:
     """The hashes of exported seals, by their numbers."""
+    return known_of(file)[0]
+
+
+def known_of(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]:
+    """The same, and up to which id the newest of them seals each table."""
     heads: dict[int, bytes] = {}
+    newest: _Exported | None = None
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -89,6 +97,14 @@ def heads_of(file: IO[bytes]) -> dict[int, bytes]:
             raise click.UsageError(
                 f"--against: line {number} tells another hash of seal {told.id} than a line before."
             )
-    if not heads:
+        if newest is None or told.id >= newest.id:
+            newest = told
+    if newest is None:
         raise click.UsageError("--against: there is no seal in it; `archiver seals export` writes them.")
-    return heads
+    if not newest.statement:
+        return heads, {}
+    try:
+        sealed = seals.chain.of_statement(newest.statement, heads[newest.id], newest.key_id, None)
+    except (ValueError, OverflowError):
+        raise click.UsageError(f"--against: the statement of seal {newest.id} is none of a seal.") from None
+    return heads, sealed.through

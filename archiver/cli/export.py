@@ -51,6 +51,12 @@ TOLD = 20  # findings that are printed before the rest is counted
 @evidence.key_option()
 @evidence.signed_since_option
 @evidence.against_option
+@click.option(
+    "--manifest",
+    "digest",
+    metavar="SHA256",
+    help="The manifest's SHA-256, as archiver acts has it: for one that is not signed.",
+)
 @connection.json_option
 def command(
     *,
@@ -67,6 +73,7 @@ def command(
     key_files: tuple[Path, ...],
     signed_since: int,
     against: IO[bytes] | None,
+    digest: str | None,
     as_json: bool,
 ) -> None:
     """Export conversations, with what proves where they come from, or check such an export.
@@ -80,8 +87,9 @@ def command(
             raise click.UsageError("--output makes an export and --check checks one: say only one of them.")
         if any(chosen) or formats:
             raise click.UsageError("--check takes the whole export: no selection, no format.")
-        heads = None if against is None else evidence.heads_of(against)
-        _check(folder, export.Keys(evidence.public_keys(key_files), signed_since), heads, as_json=as_json)
+        known = None if against is None else evidence.known_of(against)
+        keys = export.Keys(evidence.public_keys(key_files), signed_since)
+        _check(folder, keys, known, None if digest is None else digest.lower(), as_json=as_json)
         return
     if output is None:
         raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
@@ -130,7 +138,14 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
         if (output / "manifest.json").exists():  # else it would not have begun
             click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)
         raise
-    _report(output, made, as_json=as_json)
+    try:
+        _report(output, made, as_json=as_json)
+        sys.stdout.flush()
+    except OSError:
+        click.echo(
+            f"archiver: the export is whole, in {output}; only this report of it could not be written", err=True
+        )
+        raise
 
 
 def _told_settings(configuration: settings.Settings) -> dict[str, Any]:
@@ -167,15 +182,25 @@ def _told(events: int, erased: int, unsealed: int) -> str:
     return f"{counted(events, 'event')} ({erased:,} erased, {unsealed:,} not sealed yet)"
 
 
-def _check(folder: Path, keys: export.Keys, heads: dict[int, bytes] | None, *, as_json: bool) -> None:
+def _check(
+    folder: Path,
+    keys: export.Keys,
+    known: tuple[dict[int, bytes], dict[str, int]] | None,
+    digest: str | None,
+    *,
+    as_json: bool,
+) -> None:
     checked, findings = Checked(), []
+    heads, through = known or (None, None)
     with progress(TextColumn("Checking {task.fields[told]}"), TimeElapsedColumn()) as bar:
         task = bar.add_task("", total=None, told="")
 
         def tell(so_far: Checked) -> None:
             bar.update(task, told=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
 
-        for finding in export.check(folder, keys=keys, heads=heads, checked=checked, on_progress=tell):
+        for finding in export.check(
+            folder, keys=keys, heads=heads, through=through, digest=digest, checked=checked, on_progress=tell
+        ):
             findings.append(finding)
             if not as_json and len(findings) <= TOLD:
                 bar.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
@@ -197,7 +222,9 @@ def _report_check(
             "ok": not findings,
             "events": checked.events,
             "seals": checked.seals,
-            "unsealed": None if told is None else told.counts.unsealed,
+            "unsealed": checked.unsealed.get("events"),
+            "unsealed_erasures": checked.unsealed.get("erasures"),
+            "unsealed_acts": checked.unsealed.get("acts"),
             "compared": checked.compared,
             "manifest_sha256": checked.digest,
             "manifest_signed_by": None if told is None else told.signed_by,
@@ -207,8 +234,9 @@ def _report_check(
         }
         click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
     elif told is not None:
+        loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
         seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
-        click.echo(f"{seen}; {told.counts.unsealed:,} not sealed yet.")
+        click.echo(f"{seen}; not sealed yet: {loose}.")
         if is_compared:
             click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
         click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")

@@ -12,16 +12,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from archiver.export import manifest
 from archiver.export.findings import MOST, Finding, Found
 from archiver.export.manifest import Counts, Covered, Manifest
-from archiver.export.proofs import Line
 from archiver.export.reading import Lines, NoFileError, compare, measured, opened
-from archiver.export.sealed import Keys, Rows, SealCheck
+from archiver.export.sealed import Keys, Known, Rows, SealCheck, SealLine
 
-_MANIFEST_BYTES = 256 * 1024 * 1024
+_MANIFEST_BYTES = 16 * 1024 * 1024
 _SMALL = 4096
 
 
 class Checked(msgspec.Struct):
-    """How far a check has come. `digest`: SHA-256 of the manifest. `is_signed`: by one of the keys given."""
+    """How far a check has come. `digest`: SHA-256 of the manifest. `is_signed`: by one of the keys given.
+
+    `unsealed`: rows that no seal of the export holds, by table.
+    """
 
     digest: str | None = None
     is_signed: bool = False
@@ -29,6 +31,7 @@ class Checked(msgspec.Struct):
     events: int = 0
     seals: int = 0
     compared: int = 0  # of the seals, with `heads`
+    unsealed: dict[str, int] = {}
 
 
 def check(
@@ -36,15 +39,21 @@ def check(
     *,
     keys: Keys | None = None,
     heads: Mapping[int, bytes] | None = None,
+    through: Mapping[str, int] | None = None,
+    digest: str | None = None,
     checked: Checked | None = None,
     on_progress: Callable[[Checked], None] = lambda _: None,
 ) -> Iterator[Finding]:
     """Everything in this folder that is not as it was exported, or not as it was sealed.
 
     `keys`: who must have signed the seals, since when. `heads`: hashes of seals by number, as they were exported
-    elsewhere. Reads in a stream; memory is bounded by the longest line, and by one seal.
+    elsewhere; `through`: up to which id the newest of those seals each table. `digest`: SHA-256 of the manifest, as
+    somebody else tells it: vouches for it as a signature does.
+
+    Reads in a stream; memory is bounded by the longest line, and by one seal.
     """
-    checking = _Checking(folder, keys or Keys({}), dict(heads or {}), Checked() if checked is None else checked)
+    known = Known(dict(heads or {}), through or {})
+    checking = _Checking(folder, keys or Keys({}), known, digest, Checked() if checked is None else checked)
     for number, finding in enumerate(checking.run(on_progress)):
         if number == MOST:
             yield Finding(finding.file, "more")
@@ -53,8 +62,8 @@ def check(
 
 
 class _Checking:
-    def __init__(self, folder: Path, keys: Keys, heads: Mapping[int, bytes], checked: Checked) -> None:
-        self._folder, self._keys, self._heads, self._checked = folder, keys, heads, checked
+    def __init__(self, folder: Path, keys: Keys, known: Known, digest: str | None, checked: Checked) -> None:
+        self._folder, self._keys, self._known, self._digest, self._checked = folder, keys, known, digest, checked
 
     def run(self, on_progress: Callable[[Checked], None]) -> Iterator[Finding]:
         try:
@@ -81,9 +90,14 @@ class _Checking:
             return
         if found != f"{digest}  {manifest.MANIFEST}\n".encode():
             yield Finding(manifest.MANIFEST, "manifest_digest")
+        if self._digest not in (None, digest):
+            yield Finding(manifest.MANIFEST, "not_recorded")
 
     def _check_signature(self, told: Manifest, content: bytes) -> Iterator[Finding]:
         if told.signed_by is None:
+            # Whoever has the folder can take the signature away.
+            if self._keys.by_id and self._digest is None:
+                yield Finding(manifest.MANIFEST, "unsigned")
             return
         try:
             signature = _read(self._folder / manifest.SIGNATURE, _SMALL)
@@ -141,8 +155,11 @@ class _Checking:
         """The ledger's rows against their seals, in one pass over both."""
         checked, findings = self._checked, Found()
         rows = Rows(self._folder, told.files, findings)
-        seals = SealCheck(rows, self._keys, self._heads, findings)
-        for number, line in Lines(self._folder, manifest.SEALS, told.files[manifest.SEALS], Line, findings):
+        # A manifest that somebody vouches for was made before those seals; another may have lost them.
+        is_vouched = checked.is_signed or self._digest == checked.digest
+        known = Known(self._known.heads) if is_vouched else self._known
+        seals = SealCheck(rows, self._keys, known, findings)
+        for number, line in Lines(self._folder, manifest.SEALS, told.files[manifest.SEALS], SealLine, findings):
             seals.check(number, line)
             yield from findings.taken()
             checked.seals, checked.events = seals.seals, rows.events.rows
@@ -151,7 +168,8 @@ class _Checking:
         yield from findings.taken()
         checked.events = counts.events = rows.events.rows
         checked.compared = seals.compared
-        counts.erased, counts.unsealed = rows.erased, seals.unsealed
+        counts.erased, counts.unsealed = rows.erased, seals.unsealed["events"]
+        checked.unsealed = seals.unsealed
         if told.head != seals.head:
             yield Finding(manifest.MANIFEST, "head")
 

@@ -33,6 +33,9 @@ EXPLAINED = {
     "out_of_chain": "it does not follow the seal before it",
     "wrong_signature": "its signature is not by the key that it names",
     "unsigned": "it is not signed, though it should be",
+    "not_recorded": "its SHA-256 is not the one that was given",
+    "seal_left_out": "a seal that was exported elsewhere holds it or one after it, and none in here does",
+    "none_known": "none of its seals is among those that were exported elsewhere",
     "not_the_known_one": "it is not the seal that was exported under this number",
 }
 

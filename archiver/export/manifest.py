@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -22,6 +22,10 @@ BY_FORMAT: Mapping[str, tuple[str, ...]] = {
 FORMATS = tuple(BY_FORMAT)
 
 
+Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+KeyId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]  # it is printed
+
+
 def names(formats: Sequence[str]) -> list[str]:
     """The files of an export in these formats."""
     return [*ALWAYS, *(name for each in formats for name in BY_FORMAT[each])]
@@ -30,27 +34,27 @@ def names(formats: Sequence[str]) -> list[str]:
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file; `rows` are lines, in CSV records without the header."""
 
-    bytes: int
-    rows: int
+    bytes: Whole
+    rows: Whole
     sha256: str
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):
     """How much there is. `erased`: events without content; `quarantined`: in the archive, and not exported."""
 
-    conversations: int = 0
-    chats: int = 0
-    messages: int = 0
-    events: int = 0
-    erased: int = 0
-    unsealed: int = 0
-    quarantined: int = 0
+    conversations: Whole = 0
+    chats: Whole = 0
+    messages: Whole = 0
+    events: Whole = 0
+    erased: Whole = 0
+    unsealed: Whole = 0
+    quarantined: Whole = 0
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The newest seal."""
 
-    id: int
+    id: Whole
     hash: str
 
 
@@ -60,17 +64,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     archiver: str
     made_at: datetime
-    act: int
+    act: Whole
     actor: str
     reason: str | None
     asked: dict[str, Any]
     formats: list[str]
     settings: dict[str, Any]
     counts: Counts
-    coverage: dict[str, int]
+    coverage: dict[str, Whole]
     complete_through: datetime
     head: Head | None
-    signed_by: str | None
+    signed_by: KeyId | None
     files: dict[str, File]
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from archiver.export.findings import Finding, Found
 from archiver.export.manifest import File
+from archiver.export.records import is_plain
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class Lines(Generic[T]):
     def __init__(self, folder: Path, name: str, file: File, kind: type[T], findings: Found) -> None:
         self._path, self.name, self._file = folder / name, name, file
         self._decode = msgspec.json.Decoder(kind).decode
+        self._is_strict = issubclass(kind, msgspec.Struct) and kind.__struct_config__.forbid_unknown_fields
         self._findings = findings
         self.rows = 0
 
@@ -75,7 +77,10 @@ class Lines(Generic[T]):
                 continue
             try:
                 record = self._decode(line)
+                is_whole = not self._is_strict or is_plain(line, record)
             except (msgspec.MsgspecError, ValueError, RecursionError):
+                is_whole = False
+            if not is_whole:
                 self._found("damaged")
             else:
                 yield self.rows, record

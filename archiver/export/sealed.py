@@ -13,7 +13,7 @@ from archiver.events import WEBHOOK
 from archiver.export import manifest
 from archiver.export.findings import Finding, Found
 from archiver.export.manifest import File, Head
-from archiver.export.proofs import EXPORTED, Line
+from archiver.export.proofs import EXPORTED
 from archiver.export.reading import Lines
 from archiver.export.records import ActLine, ErasureLine, EventLine, act_leaf, erasure_leaf, event_leaf
 from archiver.seals import chain, merkle
@@ -29,6 +29,26 @@ class Keys(msgspec.Struct, frozen=True):
 
     by_id: Mapping[str, Ed25519PublicKey]
     since: int = 1
+
+
+class Known(msgspec.Struct, frozen=True):
+    """Seals as they were exported elsewhere: their hashes, and up to which id the newest seals each table."""
+
+    heads: Mapping[int, bytes] = {}
+    through: Mapping[str, int] = {}
+
+
+class SealLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`proofs.Line`, its lists unread: of what is no seal they can be any number."""
+
+    id: int
+    statement: str
+    hash: str
+    key_id: str | None
+    signature: str | None
+    places: msgspec.Raw
+    entries: str
+    cover: msgspec.Raw
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -113,19 +133,19 @@ class Rows:
 class SealCheck:
     """The seals of an export, one after the other."""
 
-    def __init__(self, rows: Rows, keys: Keys, heads: Mapping[int, bytes], findings: Found) -> None:
-        self._rows, self._keys, self._heads, self._findings = rows, keys, heads, findings
+    def __init__(self, rows: Rows, keys: Keys, known: Known, findings: Found) -> None:
+        self._rows, self._keys, self._known, self._findings = rows, keys, known, findings
         self._before: Seal | None = None
         self.seals = 0
         self.compared = 0  # with seals as they were exported elsewhere
-        self.unsealed = 0
+        self.unsealed = dict.fromkeys(EXPORTED, 0)
 
     @property
     def head(self) -> Head | None:
         """The last one."""
         return None if self._before is None else Head(self._before.id, self._before.hash.hex())
 
-    def check(self, number: int, line: Line) -> None:
+    def check(self, number: int, line: SealLine) -> None:
         """One line of seals.jsonl, and the rows that its seal holds."""
         self.seals += 1
         try:
@@ -149,8 +169,8 @@ class SealCheck:
             yield "out_of_chain"
         elif self._before is not None and seal.id <= self._before.id:
             yield "out_of_order"
-        self.compared += seal.id in self._heads
-        if self._heads.get(seal.id, seal.hash) != seal.hash:
+        self.compared += seal.id in self._known.heads
+        if self._known.heads.get(seal.id, seal.hash) != seal.hash:
             yield "not_the_known_one"
 
     def _signature_faults(self, seal: Seal) -> Iterator[str]:
@@ -182,27 +202,43 @@ class SealCheck:
             self._findings.append(Finding(manifest.SEALS, "missing_row", None, what))
 
     def finish(self) -> None:
-        """What no seal holds yet."""
+        """What no seal of the export holds."""
         for table in EXPORTED:
-            count = sum(1 for _ in self._rows.through(table, 2**63 - 1))
-            if table == "events":
-                self.unsealed = count
+            for row in self._rows.through(table, 2**63 - 1):
+                self.unsealed[table] += 1
+                if row.id <= self._known.through.get(table, 0):
+                    what = f"{_SINGULAR[table]} {row.id}"
+                    self._findings.append(Finding(f"{table}.jsonl", "seal_left_out", row.line, what))
+        if self._known.heads and not self.compared:
+            self._findings.append(Finding(manifest.SEALS, "none_known"))
         for act_id in sorted(self._rows.orders_missing()):
             self._findings.append(Finding(manifest.ACTS, "without_act", None, f"act {act_id}"))
 
 
-def _parsed(line: Line) -> tuple[Seal, list[int], list[Entry], list[bytes]]:
+_read_places = msgspec.json.Decoder(list[tuple[int, int]]).decode
+_read_cover = msgspec.json.Decoder(list[str]).decode
+_MOST_COVER = 64  # hashes between two leaves that are told, at the most
+
+
+def _parsed(line: SealLine) -> tuple[Seal, list[int], list[Entry], list[bytes]]:
     """Raises `ValueError` for what no export writes."""
     signature = None if line.signature is None else bytes.fromhex(line.signature)
     seal = chain.of_statement(line.statement, bytes.fromhex(line.hash), line.key_id, signature)
     packed = b64decode(line.entries, validate=True)
     if seal.id != line.id or len(packed) % chain.ENTRY_SIZE:
         raise ValueError("not one seal")
+    most = len(packed) // chain.ENTRY_SIZE
+    if _count(line.places, b"[") > most + 1 or _count(line.cover, b'"') > 2 * _MOST_COVER * (most + 1):
+        raise ValueError("more than its entries need")
     places: list[int] = []
     end = 0
-    for start, length in line.places:
+    for start, length in _read_places(line.places):
         if start < end or length < 1 or start + length > seal.size or len(places) + length > MOST_LEAVES:
             raise ValueError("no places of leaves")
         end = start + length
         places += range(start, end)
-    return seal, places, chain.unpack(packed), [bytes.fromhex(each) for each in line.cover]
+    return seal, places, chain.unpack(packed), [bytes.fromhex(each) for each in _read_cover(line.cover)]
+
+
+def _count(told: msgspec.Raw, mark: bytes) -> int:
+    return bytes(told).count(mark)
