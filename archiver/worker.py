@@ -43,7 +43,7 @@ SESSIONS_A_JOB = 20
 MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
 # Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
 HANDED_OUT_FOR = timedelta(minutes=10)
-POLL_SECONDS = 1.0
+POLL_SECONDS = AWAY_SECONDS = 1.0
 _BATCH = 50  # histories in one transaction
 _PATIENCE_SECONDS = 0.05
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
@@ -118,7 +118,7 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, told.set)
         async with self.jobs.open_async():
             queues = {TIMERS: 1, UPKEEP: 2} | ({READINGS: 4} if self._reconciler else {})
-            working = [asyncio.create_task(self._work(queue, jobs)) for queue, jobs in queues.items()]
+            working = [asyncio.create_task(self._work(queue, jobs, told)) for queue, jobs in queues.items()]
             working.append(asyncio.create_task(self._publisher.run()))
             following = asyncio.create_task(self._followups.run(told))
             ending = asyncio.create_task(told.wait())
@@ -132,7 +132,19 @@ class Worker:
         self._upkeep.close()
         await self._feeding.dispose()
 
-    async def _work(self, queue: str, concurrency: int) -> None:
+    async def _work(self, queue: str, concurrency: int, told: asyncio.Event) -> None:
+        """Until told; whatever the database does meanwhile."""
+        while not told.is_set():
+            try:
+                await self._work_off(queue, concurrency)
+            except procrastinate.exceptions.ConnectorException as error:
+                cause = error.__cause__
+                if not isinstance(cause, psycopg.OperationalError):
+                    raise
+                log.warning("jobs wait for the database", queue=queue, reason=database.explain(cause))
+            await asyncio.sleep(0 if told.is_set() else AWAY_SECONDS)
+
+    async def _work_off(self, queue: str, concurrency: int) -> None:
         await self.jobs.run_worker_async(
             queues=[queue],
             concurrency=concurrency,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import tracemalloc
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
@@ -21,11 +23,12 @@ from sqlalchemy import Engine
 from archiver import erasure, export, seals
 from archiver.database import snapshot, transaction
 from archiver.erasure import Criteria, Target
-from archiver.export import FolderError, Selection, UnknownError, reading
+from archiver.export import Finding, FolderError, Selection, UnknownError, reading
+from archiver.export.records import EventLine, is_plain
 from tests.exports import KEY, NASTY, check, copied, fill, lines, make, reforge, rewrite
 from tests.payloads import created
 from tests.rows import execute, rows
-from tests.test_erasure import erase, record
+from tests.test_erasure import NOW, erase, record
 from tests.test_limits import on_one_version
 
 
@@ -243,6 +246,7 @@ def test_a_selection_is_what_a_hold_on_the_same_covers(engine: Engine) -> None:
             return
         selection = Selection(criteria=[criteria])
         with engine.connect() as connection:
+            selection.prepare(connection)
             erasure.insert_hold(connection, criteria, "tester", "because")
             held = set(erasure.covering(connection, [*whole, *alone]))
             driver = connection.connection.driver_connection
@@ -461,6 +465,134 @@ def test_exported_seals_pin_what_is_in_it(archive: Engine, exported: Path) -> No
     assert check(exported, heads=heads) == []
     told = check(exported, heads=heads | {2: bytes(32)})
     assert [(found.fault, found.what) for found in told] == [("not_the_known_one", "seal 2")]
+
+
+def stripped(folder: Path, to: Path) -> Path:
+    """A copy of which nobody signed the manifest."""
+    copied(folder, to)
+    (to / "manifest.sig").unlink(missing_ok=True)
+    return to
+
+
+@on_one_version
+def test_i9_what_outlives_the_signature_is_found(archive: Engine, tmp_path: Path) -> None:
+    whole, forged = tmp_path / "whole", tmp_path / "forged"
+    make(archive, whole, key=KEY)
+    with snapshot(archive, statement_seconds=30) as connection:
+        exported = [seal for seal, _ in seals.select_seals(connection)]
+    known: dict[str, Any] = {"heads": {seal.id: seal.hash for seal in exported}, "through": exported[-1].through}
+    assert check(whole, is_keyed=True, digest=None, **known) == []
+    folder = stripped(whole, forged)
+    reforge(folder, lambda told: told.update(signed_by=None))
+    assert [str(found) for found in check(folder, is_keyed=True, digest=None, **known)] == [
+        "manifest.json: it is not signed, though it should be"
+    ]
+    recorded = sha256((whole / "manifest.json").read_bytes()).hexdigest()
+    assert [found.fault for found in check(folder, is_keyed=True, digest=recorded, **known)] == ["not_recorded"]
+    # All seals but the first, or all, left out: what they held could be anything.
+    for kept in (1, 0):
+        folder = stripped(whole, forged)
+        content = (folder / "seals.jsonl").read_bytes().splitlines(keepends=True)[:kept]
+        rewrite(folder, "seals.jsonl", content)
+        through = exported[0].through["events"] if kept else 0
+        held = [each["id"] for each in lines(folder, "events.jsonl") if each["id"] > through]
+
+        def change(told: dict[str, Any], kept: int = kept, rest: int = len(held)) -> None:
+            told.update(signed_by=None, head={"id": 1, "hash": exported[0].hash.hex()} if kept else None)
+            told["counts"]["unsealed"] = rest
+
+        reforge(folder, change)
+        assert check(folder) == []
+        told = check(folder, **known)
+        beyond = exported[-1].through["events"]
+        wanted = {f"event {each}" for each in held if each <= beyond}
+        assert {found.what for found in told if found.file == "events.jsonl"} == wanted
+        assert {found.fault for found in told} == {"seal_left_out"} | ({"none_known"} if not kept else set())
+
+
+@on_one_version
+def test_what_is_not_sealed_yet_is_counted_of_each_kind(archive: Engine, exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path / "forged")
+    last = {name: lines(folder, f"{name}.jsonl")[-1] for name in ("erasures", "acts")}
+    for name, each in last.items():
+        with (folder / f"{name}.jsonl").open("ab") as file:
+            file.write(compact(each | {"id": 10**15}))
+    reforge(folder)
+    before, checked = export.Checked(), export.Checked()
+    assert check(exported, checked=before) == check(folder, checked=checked) == []
+    assert before.unsealed["events"] == checked.unsealed["events"] == 2
+    for name in last:
+        assert checked.unsealed[name] == before.unsealed[name] + 1
+
+
+@on_one_version
+def test_i9_a_line_with_a_key_twice_is_damaged(exported: Path, tmp_path: Path) -> None:
+    for name in ("events", "erasures", "acts", "seals"):
+        for number in range(len(lines(exported, f"{name}.jsonl"))):
+            for put_in in (b'{"id":7,', b'{"id" :7,', b'{"\\u0069d":7,', b'{"body":"x", '):
+                folder = copied(exported, tmp_path / "forged")
+                content = (folder / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+                content[number] = content[number].replace(b"{", put_in, 1)
+                rewrite(folder, f"{name}.jsonl", content)
+                reforge(folder)
+                assert Finding(f"{name}.jsonl", "damaged", number + 1) in check(folder)
+
+
+def test_i9_keys_behind_the_body_are_seen() -> None:
+    event = EventLine(1, "t", "s", "", None, NOW, NOW, 1, None, None, None, "", "", None, "x")
+    plain = msgspec.json.encode(event).replace(b',"body_base64":null', b"") + b"\n"
+    assert is_plain(plain, event)
+    for other in (b',"body":"x"', b',"bod\\u0079":"x"', b' ,"body" :"x"', b',"body":"\\u0078"'):
+        doubled = plain.replace(b',"body":"x"', b',"body":"y"' + other)
+        assert msgspec.json.decode(doubled, type=EventLine) == event
+        assert not is_plain(doubled, event)
+
+
+@on_one_version
+def test_the_manifest_names_only_keys_and_numbers_that_can_be(exported: Path, tmp_path: Path) -> None:
+    def put_count(told: dict[str, Any]) -> None:
+        told["counts"]["unsealed"] = 10**30
+
+    for change in (
+        lambda told: told.update(signed_by="\x1b[2Jx"),
+        lambda told: told.update(signed_by="0" * 16 + "\n"),
+        lambda told: told.update(act=10**30),
+        put_count,
+    ):
+        folder = copied(exported, tmp_path / "forged")
+        reforge(folder, change)
+        assert [(found.file, found.fault) for found in check(folder)] == [("manifest.json", "damaged")]
+
+
+@on_one_version
+def test_more_places_than_entries_are_not_even_read(exported: Path, tmp_path: Path) -> None:
+    for name, filler in (("places", b"[0,0]"), ("cover", b'""')):
+        folder = copied(exported, tmp_path / "forged")
+        content = (folder / "seals.jsonl").read_bytes().splitlines(keepends=True)
+        start, _, rest = content[0].partition(b'"%s":[' % name.encode())
+        content[0] = start + b'"%s":[' % name.encode() + b",".join([filler] * 500_000) + rest[rest.index(b"]") :]
+        if name == "places":
+            content[0] = start + b'"places":[' + b",".join([filler] * 500_000) + rest[rest.index(b'],"entries') :]
+        rewrite(folder, "seals.jsonl", content)
+        reforge(folder)
+        tracemalloc.start()
+        told = check(folder)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert Finding("seals.jsonl", "damaged", 1) in told
+        assert most < 12 * len(content[0])
+
+
+@on_one_version
+def test_the_value_of_a_hold_is_in_no_statement(engine: Engine, tmp_path: Path) -> None:
+    record(engine, created("c1", "s1", assistantOverrides={"variableValues": {"name": "Ann Whoever"}}))
+    record(engine, created("c2", "s2"))
+    with transaction(engine) as connection:
+        erasure.insert_hold(connection, Criteria(variable="name", value="Ann Whoever"), "anna", "case")
+    selection = Selection(criteria=[Criteria(variable="name", value="Ann Whoever")])
+    assert "Ann" not in selection.where().as_string()
+    make(engine, tmp_path / "held", Selection(), hold_ids=[1])
+    assert {each["session_id"] for each in lines(tmp_path / "held", "events.jsonl")} == {"s1"}
 
 
 def damage_links(folder: Path) -> None:

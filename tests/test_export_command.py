@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from sqlalchemy import Engine
 
+from archiver.export.partial import remove_left
 from tests.disks import small_disk
 from tests.exports import KEY, copied, fill, lines, reforge
 from tests.payloads import created
@@ -67,7 +69,11 @@ def test_an_auditor_exports_and_anybody_checks_without_a_database(url: str, outp
         told = ok("--output", output, "--all", "--format", "csv", "--format", "openai", url=auditors)
     assert "events.jsonl" in told
     assert "not sealed yet) to" in told
-    checked = ok("--check", output, "--key", tmp_path / "seal.pub")
+    unsigned = archiver("export", "--check", str(output), "--key", str(tmp_path / "seal.pub"))
+    assert unsigned.returncode == 1
+    assert "manifest.json: it is not signed, though it should be" in unsigned.stderr
+    recorded = sha256((output / "manifest.json").read_bytes()).hexdigest()
+    checked = ok("--check", output, "--key", tmp_path / "seal.pub", "--manifest", recorded)
     (digest,) = [line.split(": ")[1].split(",")[0] for line in checked.splitlines() if "SHA-256" in line]
     assert digest in told
     assert digest in archiver("acts", "--kind", "export.done", "--json", database_url=url).stdout
@@ -211,13 +217,50 @@ def is_awaited(url: str) -> bool:
 
 
 @on_one_version
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_an_export_that_is_stopped_leaves_nothing(url: str, output: Path, number: signal.Signals) -> None:
     with waiting_export(url, output) as process:
         assert [each.name.startswith(".case 7.partial-") for each in output.parent.iterdir()] == [True]
-        process.send_signal(number)
+        for _ in range(20):  # whoever is impatient
+            process.send_signal(number)
         assert process.wait(60) == 1
     assert list(output.parent.iterdir()) == []
+
+
+@on_one_version
+def test_what_a_killed_export_left_goes_with_the_next_and_nothing_else_does(url: str, output: Path) -> None:
+    others = [
+        output.parent / name for name in (".mine.partial-abcdefgh", ".case.partial-x", "case 7.partial-abcdefgh")
+    ]
+    for each in others:
+        each.mkdir()
+        (each / "mine.txt").touch()
+    with waiting_export(url, output) as process:
+        process.kill()
+        process.wait()
+    (left,) = output.parent.glob(".case 7.partial-*")
+    with waiting_export(url, output.with_name("first")):
+        assert not left.exists()
+        (made,) = output.parent.glob(".first.partial-*")
+        remove_left(output.parent)  # as an export beside it does
+        assert made.exists()
+    assert sorted(output.parent.iterdir()) == sorted([*others, output.with_name("first")])
+
+
+@on_one_version
+def test_a_report_that_cannot_be_written_leaves_the_export_and_says_so(url: str, output: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "archiver", "export", "--output", str(output), "--session", "s1"],
+            env=os.environ | {"DATABASE_URL": url},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert f"the export is whole, in {output}" in ended.stderr
+    ok("--check", output)
 
 
 @on_one_version

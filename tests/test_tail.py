@@ -179,6 +179,21 @@ def test_what_serve_takes_in_reaches_the_pipe_and_status_tells_when_nobody_publi
     assert [each["verdict"] for each in findings if each["check"] == "changes"] == ["ok"]
 
 
+@on_one_version
+def test_a_closed_stdout_is_no_defect(engine: Engine, database_url: str) -> None:
+    record(engine, created("a"))
+    publish(engine)
+    command = [sys.executable, "-m", "archiver", "followups", "tail", "--from", "0", "--no-follow"]
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        env=os.environ | {"DATABASE_URL": database_url},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_the_types_are_those_of_the_documentation() -> None:
     page = (Path(__file__).parent.parent / "docs" / "changes.md").read_text()
     for name in outbox.TYPES:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from io import RawIOBase, TextIOWrapper
+from pathlib import Path
 
 import click
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -55,6 +56,8 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """The `archiver` command."""
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for as long as the program runs
     _write_whole()
     _require_text(sys.argv[1:])
     try:
@@ -98,8 +101,10 @@ def _run() -> None:
     except (SettingsError, SchemaError, EmbeddedError, SpoolError) as error:
         _fail(str(error))
     except DBAPIError as error:
+        _end_if_interrupted(error)
         _fail(_explain(error))
     except (PoolTimeoutError, SQLAlchemyError) as error:
+        _end_if_interrupted(error)
         _fail(
             f"The database did not answer ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
         )
@@ -113,6 +118,16 @@ def _role(arguments: Sequence[str]) -> str:
     """What a command that was refused needs: an auditor reads, and who changes the archive writes it."""
     is_part = any(arguments[0] == command and part in arguments for command, part in _AUDITING_PARTS)
     return AUDITOR if arguments[0] in _AUDITING or is_part else WRITER
+
+
+def _end_if_interrupted(error: BaseException) -> None:
+    """What fails because Ctrl-C cut it off is no fault of the database."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            click.echo("Aborted!", err=True)
+            sys.exit(1)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _explain(error: DBAPIError) -> str:

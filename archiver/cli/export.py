@@ -3,6 +3,7 @@
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import click
@@ -119,7 +120,7 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
     configuration = settings.read()
     key = signing_key(configuration)
     wanted = msgspec.structs.replace(wanted, settings=_told_settings(configuration))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half-made either
+    _stop_once()
     try:
         with (
             connection.ready(configuration) as engine,
@@ -146,6 +147,22 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
             f"archiver: the export is whole, in {output}; only this report of it could not be written", err=True
         )
         raise
+
+
+def _stop_once() -> None:
+    """Whatever asks for the end ends it like Ctrl-C, and once: what was half-made is being removed from then on."""
+    asked = [each for each in _ENDING if signal.getsignal(each) != signal.SIG_IGN]
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for each in asked:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in asked:
+        signal.signal(each, stop)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _told_settings(configuration: settings.Settings) -> dict[str, Any]:

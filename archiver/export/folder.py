@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from archiver.export.manifest import File
+from archiver.export.partial import held, remove_left
 
 BUFFER = 256 * 1024  # bytes that are hashed and written together
 
@@ -23,19 +23,20 @@ class FolderError(Exception):
 def made(output: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `output` at the end of the block; on any error nothing of it is left.
 
-    Raises `FolderError`.
+    What exports beside it left that were killed is removed too. Raises `FolderError`.
     """
     target = output.resolve()
     check(target)
+    remove_left(target.parent)
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        try:
-            yield partial
-            _sync(partial)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with held(target) as partial:
+            try:
+                yield partial
+                _sync(partial)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         _sync(target.parent)
     except OSError as error:
         raise FolderError(_explain(error, target)) from error

@@ -99,6 +99,7 @@ def _resolved(connection: Connection, wanted: Wanted) -> Wanted:
     if not wanted.hold_ids:
         return wanted
     held = Selection(criteria=select_held(connection, wanted.hold_ids))
+    held.prepare(connection)
     return msgspec.structs.replace(wanted, selection=held)
 
 

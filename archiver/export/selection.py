@@ -24,13 +24,22 @@ class Selection(msgspec.Struct, frozen=True):
     criteria: Sequence[Criteria] = ()
     is_all: bool = False
 
+    def prepare(self, connection: Connection) -> None:
+        """Hand over the values of variables, for this transaction: they may say who somebody is.
+
+        In a statement they would be seen by whoever sees statements, and be logged where those are slow.
+        """
+        for place, each in enumerate(self.criteria):
+            if each.variable is not None:
+                connection.execute(_SET, {"name": _setting(place), "value": each.value or ""})
+
     def sessions(self) -> sql.Composable:
         """A query of their ids."""
         if self.is_all:
             return sql.SQL("SELECT session_id FROM archiver.sessions WHERE session_id <> ''")
         named = {*self.session_ids, *(each.session_id for each in self.criteria if _is_of_one(each))} - {None, ""}
         parts: list[sql.Composable] = [_listed(sorted(filter(None, named)))]
-        parts += [_sessions_of(each) for each in self.criteria if not _is_of_one(each)]
+        parts += [_sessions_of(each, n) for n, each in enumerate(self.criteria) if not _is_of_one(each)]
         return _union(parts)
 
     def turns(self) -> sql.Composable:
@@ -38,7 +47,9 @@ class Selection(msgspec.Struct, frozen=True):
         if self.is_all:
             return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
         of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")
-        return _union([of_sessions.format(self.sessions()), *map(_unplaced_of, self.criteria)])
+        return _union(
+            [of_sessions.format(self.sessions()), *(_unplaced_of(each, n) for n, each in enumerate(self.criteria))]
+        )
 
     def where(self, alias: str = "e") -> sql.Composable:
         """Whether a row of a table with `session_id` and `chat_id` is of these."""
@@ -62,7 +73,7 @@ def _listed(session_ids: Sequence[str]) -> sql.Composable:
     return sql.SQL("SELECT unnest({}::text[])").format(sql.Literal(list(session_ids)))
 
 
-def _sessions_of(criteria: Criteria) -> sql.Composable:
+def _sessions_of(criteria: Criteria, place: int) -> sql.Composable:
     rules: list[sql.Composable] = [sql.SQL("s.session_id <> ''")]
     if criteria.session_id is not None:
         rules.append(_is("s.session_id", criteria.session_id))
@@ -73,7 +84,7 @@ def _sessions_of(criteria: Criteria) -> sql.Composable:
             )
         )
     if criteria.variable is not None:
-        rules.append(_any_turn(_variable(criteria)))
+        rules.append(_any_turn(_variable(criteria, place)))
     if criteria.since is not None or criteria.until is not None:
         rules.append(
             sql.SQL("({} OR (NOT {} AND {}))").format(
@@ -85,13 +96,13 @@ def _sessions_of(criteria: Criteria) -> sql.Composable:
     return sql.SQL("SELECT s.session_id FROM archiver.sessions s WHERE {}").format(sql.SQL(" AND ").join(rules))
 
 
-def _unplaced_of(criteria: Criteria) -> sql.Composable:
+def _unplaced_of(criteria: Criteria, place: int) -> sql.Composable:
     """What stands without a session is judged by what it says itself."""
     rules: list[sql.Composable] = [sql.SQL("t.session_id = ''" if criteria.session_id is None else "false")]
     if criteria.assistant_id is not None:
         rules.append(_assistant(criteria))
     if criteria.variable is not None:
-        rules.append(_variable(criteria))
+        rules.append(_variable(criteria, place))
     rules.append(_within(_BEGAN, criteria))
     return sql.SQL("SELECT t.chat_id FROM archiver.chats t WHERE {}").format(sql.SQL(" AND ").join(rules))
 
@@ -104,9 +115,16 @@ def _assistant(criteria: Criteria) -> sql.Composable:
     return _is("t.assistant_id", criteria.assistant_id)
 
 
-def _variable(criteria: Criteria) -> sql.Composable:
-    value = sql.SQL("t.variables ->> {} = {}")
-    return value.format(sql.Literal(criteria.variable), sql.Literal(criteria.value))
+_SET = text("SELECT set_config(:name, :value, true)")
+
+
+def _setting(place: int) -> str:
+    return f"archiver.exported_value_{place}"
+
+
+def _variable(criteria: Criteria, place: int) -> sql.Composable:
+    value = sql.SQL("t.variables ->> {} = current_setting({})")
+    return value.format(sql.Literal(criteria.variable), sql.Literal(_setting(place)))
 
 
 def _is(column: str, value: str | None) -> sql.Composable:

@@ -218,3 +218,21 @@ def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> No
     with transaction(engine) as connection:
         query = "SELECT session_id FROM archiver.sessions WHERE session_id <> '' ORDER BY read_by, session_id"
         assert handed == list(connection.scalars(text(query)))
+
+
+def test_a_worker_whose_connections_are_lost_at_its_start_goes_on(database_url: str) -> None:
+    with simulated() as callhq, working(database_url, callhq) as worker:
+        # Whenever it holds one, from the first on.
+        for _ in range(12):
+            until(lambda: execute(database_url, TERMINATE), "it is connected", 60)
+        make_due(database_url, callhq, 1)
+        until(lambda: read(database_url) == 1, "it is read", 60)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+
+
+# Of its jobs: what it does before them ends it, as it ends any command.
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'callhq-archiver worker'"
+    " AND datname = current_database()"
+)
