@@ -348,7 +348,7 @@ def test_i9_a_changed_row_is_named_even_under_a_manifest_made_anew(exported: Pat
 
 
 def compact(record: Any) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode()
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @on_one_version
@@ -404,7 +404,7 @@ def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path)
     statement = re.sub(r"sealed_at \d{4}", "sealed_at 1999", record["statement"])
     record |= {"statement": statement, "hash": sha256(statement.encode()).hexdigest()}
     folder = copied(exported, tmp_path / "forged")
-    rewrite(folder, "seals.jsonl", [content[0], json.dumps(record).encode() + b"\n", *content[2:]])
+    rewrite(folder, "seals.jsonl", [content[0], compact(record) + b"\n", *content[2:]])
     reforge(folder)
     assert [(found.fault, found.what) for found in check(folder)] == [("out_of_chain", "seal 3")]
     assert [found.fault for found in check(folder, is_keyed=True)] == ["wrong_signature", "out_of_chain"]
@@ -516,7 +516,7 @@ def test_what_is_not_sealed_yet_is_counted_of_each_kind(archive: Engine, exporte
     last = {name: lines(folder, f"{name}.jsonl")[-1] for name in ("erasures", "acts")}
     for name, each in last.items():
         with (folder / f"{name}.jsonl").open("ab") as file:
-            file.write(compact(each | {"id": 10**15}))
+            file.write(compact(each | {"id": 10**15}) + b"\n")
     reforge(folder)
     before, checked = export.Checked(), export.Checked()
     assert check(exported, checked=before) == check(folder, checked=checked) == []
