@@ -38,7 +38,9 @@ class Rows:
 
 
 def execute(connection: Connection, text: str, parameters: Sequence[Any], rows: Rows) -> list[Any]:
-    """Run a statement within the connection's transaction, and answer its rows."""
+    """Run a statement within the connection's transaction, begun if it is not, and answer its rows."""
+    if not connection.in_transaction():
+        connection.begin()
     cursor = connection.connection.cursor()
     try:
         cursor.execute(text, parameters)
