@@ -141,6 +141,7 @@ def _within(moment: str, criteria: Criteria) -> sql.Composable:
 
 def count(connection: Connection, selection: Selection) -> tuple[int, int]:
     """How many sessions the archive holds of these, and how many turns without one."""
+    selection.prepare(connection)
     driver: Any = connection.connection.driver_connection
     query = sql.SQL(
         "SELECT (SELECT count(*) FROM archiver.sessions WHERE session_id <> '' AND session_id IN ({})),"
