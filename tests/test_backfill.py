@@ -257,8 +257,8 @@ def test_a_session_that_could_not_be_read_does_not_count_as_complete_now(databas
 def test_the_progress_tells_the_rate_that_was_kept(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(5)]
     listed = [option for each in ids for option in ("--session", each)]
-    ended = backfill(database_url, callhq, *listed, "--rate", "4", "--concurrency", "1")
-    (rate,) = re.findall(r"5/5 (\d+\.\d)/s", ended.stderr)
+    ended = backfill(database_url, callhq, *listed, "--rate", "4", "--concurrency", "1", TTY_COMPATIBLE="1")
+    (rate, *_) = re.findall(r"5/5\D* (\d+\.\d)/s", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", ended.stderr))
     assert 0 < float(rate) < 8
 
 

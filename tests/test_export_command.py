@@ -84,6 +84,8 @@ def test_an_auditor_exports_and_anybody_checks_without_a_database(url: str, outp
 def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tmp_path: Path) -> None:
     key = tmp_path / "seal.key"
     key.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = tmp_path / "seal.pub"
+    public.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     told = ok(
         *("--output", output, "--session", "s1", "--reason", "why", "--actor", "anna", "--json"),
         url=as_writer(url),
@@ -93,11 +95,11 @@ def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tm
     assert json.loads(told) == json.loads((output / "manifest.json").read_bytes())
     assert json.loads(told)["settings"]["here"]["on_delete"] == "erase"
     assert "BEGIN" not in told
-    assert "signed by" in ok("--check", output, "--key", key)
+    assert "signed by" in ok("--check", output, "--key", public)
     assert "not checked: give --key" in ok("--check", output)
-    assert json.loads(ok("--check", output, "--key", key, "--json"))["manifest_signature_checked"]
+    assert json.loads(ok("--check", output, "--key", public, "--json"))["manifest_signature_checked"]
     # As the documentation has it, without this program.
-    openssl = ["openssl", "pkeyutl", "-verify", "-inkey", str(key), "-rawin"]
+    openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(public), "-rawin"]
     verified = subprocess.run(
         [*openssl, "-in", "manifest.json", "-sigfile", "manifest.sig"], cwd=output, check=False, capture_output=True
     )
