@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,24 +29,25 @@ from tests.payloads import SECRET, WEBHOOK
 from tests.receivers import serving
 
 HERE = Path(__file__).parent
-WARM_SECONDS = 3
+WARM_SECONDS = 5
+SPARE_SECONDS = 60  # of load, for windows that take longer than told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-seals BENCH_ARGS=…", description=__doc__)
     parser.add_argument("--events", type=int, default=1_000_000, help="in the ledger (default 1,000,000)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each measurement in turn; the median counts")
+    parser.add_argument("--rounds", type=int, help="of each measurement in turn (default 3; 20 pairs of --beside)")
     parser.add_argument("--beside", action="store_true", help="measure sealing beside full-rate ingest instead")
-    parser.add_argument("--seconds", type=int, default=16, help="of load for each round of --beside (default 16)")
+    parser.add_argument("--seconds", type=int, default=3, help="of each window of --beside (default 3)")
     arguments = parser.parse_args()
     telemetry.configure_logs("warning", "text")
     with server() as (postgres, _):
         if arguments.beside:
             if shutil.which("wrk") is None:
                 sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
-            beside(postgres, arguments.rounds, arguments.seconds)
+            beside(postgres, arguments.rounds or 20, arguments.seconds)
         else:
-            alone(postgres, arguments.events, arguments.rounds)
+            alone(postgres, arguments.events, arguments.rounds or 3)
 
 
 def alone(postgres: embedded.Postgres, events: int, rounds: int) -> None:
@@ -101,28 +103,50 @@ def verify(engine: Engine) -> int:
 
 
 def beside(postgres: embedded.Postgres, rounds: int, seconds: int) -> None:
-    """Each round compares two loads, in turn the one or the other first: what disturbs a machine drifts."""
+    """One load, in windows by turns: with a seal of all that came since the last, and without.
+
+    What disturbs a machine lasts longer than a window; each seal bears the cost of two.
+    """
+    url = migrated(postgres, "beside")
+    engine = database.connect(database.database_url(url), pool_size=1)
     ratios: list[float] = []
-    for number in range(rounds):
-        rates: dict[str, float] = {}
-        for every in ("86400", "5")[:: -1 if number % 2 else 1]:
-            url = migrated(postgres, f"beside_{every}_{number}")
-            with serving(url, "--worker", ARCHIVER_SEAL_EVERY=every) as receiver:
-                receiver.post(b"{}")  # the first seal is made at once: not beside the load
-                load(receiver.url + WEBHOOK, WARM_SECONDS, f"{every}-{number}w")
-                rates[every] = load(receiver.url + WEBHOOK, seconds, f"{every}-{number}")
-            with psycopg.connect(url) as connection:
-                (count,) = connection.execute("SELECT count(*) FROM archiver.seals").fetchone() or (0,)
-            print(f"  round {number + 1}, a seal each {every:>5} s: {rates[every]:8,.0f} events/s, {count} seals")
-        ratios.append(rates["5"] / rates["86400"])
-    print(f"with sealing / without {statistics.median(ratios):.3f} (median of {rounds} rounds)")
+    with (
+        serving(url, "--worker", ARCHIVER_SEAL_EVERY="86400") as receiver,
+        loading(receiver.url + WEBHOOK, WARM_SECONDS + 2 * rounds * seconds + SPARE_SECONDS),
+        psycopg.connect(url, autocommit=True) as connection,
+    ):
+        time.sleep(WARM_SECONDS)  # the load goes on beside
+        for _ in range(rounds):
+            with_seal = window(connection, seconds, lambda: seals.seal(engine))
+            ratios.append(with_seal / window(connection, seconds, lambda: None))
+            print(f"  with a seal {with_seal:8,.0f} events/s, of that without {ratios[-1]:.2f}", flush=True)
+    engine.dispose()
+    print(f"with sealing / without {statistics.median(ratios):.3f} (median of {rounds} pairs of {seconds} s)")
 
 
-def load(url: str, seconds: int, prefix: str) -> float:
+def window(connection: psycopg.Connection, seconds: int, work: Callable[[], object]) -> float:
+    """Events a second of a window that begins with some work."""
+    began, before = time.perf_counter(), stored(connection)
+    work()
+    time.sleep(max(0.0, began + seconds - time.perf_counter()))  # the load goes on beside
+    return (stored(connection) - before) / (time.perf_counter() - began)
+
+
+def stored(connection: psycopg.Connection) -> int:
+    (last,) = connection.execute("SELECT last_value FROM archiver.events_id_seq").fetchone() or (0,)
+    return int(last)
+
+
+@contextmanager
+def loading(url: str, seconds: int) -> Iterator[None]:
     command = ["wrk", "-t1", "-c64", f"-d{seconds}s", "-s", str(HERE / "events.lua"), url]
-    environment = os.environ | {"BENCH_PREFIX": prefix, "ARCHIVER_WEBHOOK_SECRETS": SECRET}
-    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    return float(told.split("Requests/sec:")[1].split()[0])
+    environment = os.environ | {"BENCH_PREFIX": "beside", "ARCHIVER_WEBHOOK_SECRETS": SECRET}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 if __name__ == "__main__":  # not in the processes that verify
