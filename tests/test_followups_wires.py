@@ -4,7 +4,7 @@ import asyncio
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,11 @@ class Raw:
                 writer.write(self.answer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+            pass
+        finally:  # also where it is cancelled: nothing is left open when its loop ends
+            writer.transport.abort()
+            with suppress(OSError):
+                await writer.wait_closed()
 
 
 @contextmanager
