@@ -45,7 +45,7 @@ against_option = click.option(
 
 def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
     """The keys in these files, by their ids. Wrong usage where signatures are asked for and no key is given."""
-    if not key_files and _is_given("signed_since"):
+    if not key_files and is_given("signed_since"):
         raise click.UsageError("--signed-since checks signatures: give the public key too, --key FILE.")
     try:
         keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
@@ -54,14 +54,15 @@ def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
     return {seals.key_id(key): key for key in keys}
 
 
-def _is_given(parameter: str) -> bool:
+def is_given(parameter: str) -> bool:
+    """Whether the option of this parameter is on the command line, if only with its default."""
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def require_seals(newest: Seal, **wanted: int | None) -> None:
     """Wrong usage where an option, by the name of its parameter, names a seal that is not there yet."""
     for parameter, number in wanted.items():
-        if number is not None and number > newest.id and _is_given(parameter):
+        if number is not None and number > newest.id and is_given(parameter):
             raise click.UsageError(f"There is no seal {number}: the newest is {newest.id}.")
 
 

@@ -47,7 +47,8 @@ TOLD = 20  # findings that are printed before the rest is counted
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Check the export in this folder instead, with the three options below; needs no database.",
+    help="Check the export in this folder instead; needs no database. --key, --signed-since, --against and --manifest"
+    " go with it.",
 )
 @evidence.key_option()
 @evidence.signed_since_option
@@ -94,8 +95,8 @@ def command(
         return
     if output is None:
         raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
-    if key_files or against is not None:
-        raise click.UsageError("--key and --against go with --check.")
+    if any(map(evidence.is_given, ("key_files", "signed_since", "against", "digest"))):
+        raise click.UsageError("--key, --signed-since, --against and --manifest go with --check.")
     if sum(chosen) > 1:
         raise click.UsageError(
             "--session, --since and --until, --hold, and --all do not go together: say one of them."
