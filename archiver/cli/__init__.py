@@ -56,8 +56,6 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """The `archiver` command."""
-    if sys.stdout is None:  # closed by whoever called
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for as long as the program runs
     _write_whole()
     _require_text(sys.argv[1:])
     try:
@@ -79,10 +77,16 @@ _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIP
 
 
 def _write_whole() -> None:
-    """Under PYTHONUNBUFFERED, which images for containers like to set, what a pipe does not take at once is lost."""
+    """Let stdout take all that is printed.
+
+    Whoever called may have closed it. And under PYTHONUNBUFFERED, which images for containers like to set, what a
+    pipe does not take at once is lost.
+    """
     given = sys.stdout
-    if isinstance(given, TextIOWrapper) and isinstance(given.buffer, RawIOBase):
-        sys.stdout = open(  # noqa: SIM115  # for as long as the program runs
+    if given is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for as long as the program runs
+    elif isinstance(given, TextIOWrapper) and isinstance(given.buffer, RawIOBase):
+        sys.stdout = open(  # noqa: SIM115  # likewise
             given.fileno(), "w", buffering=1, encoding=given.encoding, errors=given.errors, closefd=False
         )
 
