@@ -7,7 +7,7 @@ import click
 
 from archiver import acts, settings
 from archiver.cli import connection
-from archiver.cli.followups.opening import ID, changing
+from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole
 from archiver.followups import forgetting, review, subscriptions
 from archiver.followups.deliveries import parse_message_id
@@ -21,7 +21,7 @@ RETRIED = 10_000  # at once
 @connection.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
     """Send nothing until `resume`; what happens meanwhile is told then, as far back as the feed goes."""
-    with changing(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         subscriptions.pause(opened, subscription_id, reason)
         acts.insert_act(opened, "followups.pause", actor or acts.actor(), reason, {"subscription": subscription_id})
     click.echo(f"Subscription {subscription_id} is paused.")
@@ -32,7 +32,7 @@ def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
 @connection.actor_option
 def resume(*, subscription_id: int, actor: str | None) -> None:
     """Go on where it was paused. Exit 1 if changes are gone that were not told."""
-    with changing(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         gone = subscriptions.resume(opened, subscription_id)
         detail = {"subscription": subscription_id, "gone": gone}
         acts.insert_act(opened, "followups.resume", actor or acts.actor(), None, detail)
@@ -50,12 +50,12 @@ def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
     """Remove a subscription, its secret and what is known of its deliveries."""
     connection.confirm(f"Remove subscription {subscription_id} with all its deliveries?", yes=yes)
     configuration = settings.read()
-    with changing(configuration) as opened:
+    with in_transaction(configuration) as opened:
         subscriptions.remove(opened, subscription_id)
         acts.insert_act(opened, "followups.remove", actor or acts.actor(), None, {"subscription": subscription_id})
     forgotten = forgetting.AT_ONCE
     while forgotten == forgetting.AT_ONCE:  # some at a time; what a stop here leaves, a worker forgets
-        with changing(configuration) as opened:
+        with in_transaction(configuration) as opened:
             forgotten = forgetting.forget_of(opened, subscription_id)
     click.echo(f"Subscription {subscription_id} is removed.")
 
@@ -72,7 +72,7 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     if wrong := [each for each, parsed in asked if parsed is None]:
         raise click.UsageError(f"{wrong[0][:80]!r} is no id of a delivery: archiver followups deliveries")
     became: list[tuple[str, review.Retried]] = []
-    with changing(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         if dead is not None:
             subscriptions.select_one(opened, dead)
             retried = review.retry_dead(opened, dead, RETRIED)

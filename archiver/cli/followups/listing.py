@@ -11,7 +11,7 @@ from rich.text import Text
 
 from archiver import settings
 from archiver.cli import connection
-from archiver.cli.followups.opening import ID, looking
+from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole, console
 from archiver.followups import review, subscriptions
 from archiver.followups.deliveries import DEAD, PENDING, message_id
@@ -22,7 +22,7 @@ from archiver.followups.subscriptions import NoSuchError
 @connection.json_option
 def list_(*, as_json: bool) -> None:
     """List the subscriptions."""
-    with looking(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         found = review.select_subscriptions(opened)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
@@ -63,7 +63,7 @@ def _state(row: Mapping[str, Any]) -> str:
 @connection.json_option
 def show(*, subscription_id: int, as_json: bool) -> None:
     """Show one subscription, and what is on its way to it."""
-    with looking(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         found = review.select_subscriptions(opened, subscription_id)
         if not found:
             raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
@@ -89,7 +89,7 @@ def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit:
     if dead and pending:
         raise click.UsageError("Say --dead or --pending, not both.")
     state = review.only(dead=dead, pending=pending)
-    with looking(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         if subscription_id is not None:
             subscriptions.select_one(opened, subscription_id)
         rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, most=limit)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import click
 from sqlalchemy import Connection
 
-from archiver import database, schema
 from archiver.cli import connection
 from archiver.cli.output import Whole
 from archiver.followups.subscriptions import BeyondError, NoSuchError, TooManyError
@@ -17,15 +16,11 @@ ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
 
 
 @contextmanager
-def changing(configuration: Settings) -> Iterator[Connection]:
-    """One transaction. Exit 1 where there is no such subscription, no room for another, or no such cursor."""
+def in_transaction(configuration: Settings) -> Iterator[Connection]:
+    """Exit 1 where there is no such subscription, no room for another, or no such cursor."""
     try:
-        with connection.engine(configuration, create=False) as engine, database.transaction(engine) as opened:
-            schema.check(opened)
+        with connection.opened(configuration) as opened:
             yield opened
     except (NoSuchError, TooManyError, BeyondError) as error:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)
-
-
-looking = changing  # the same, for who only looks

@@ -13,7 +13,7 @@ import msgspec
 
 from archiver import acts, outbox, settings
 from archiver.cli import connection
-from archiver.cli.followups.opening import ID, changing, looking
+from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole
 from archiver.followups import guard, sending, signing, subscriptions
 from archiver.followups.contents import encode
@@ -84,7 +84,7 @@ def add(
         "concurrency": concurrency,
         "secret": secret,
     }
-    with changing(configuration) as opened:
+    with in_transaction(configuration) as opened:
         subscription_id = subscriptions.insert_subscription(opened, values, after)
         detail = {"subscription": subscription_id, "receiver": endpoint.place, "events": values["events"]}
         acts.insert_act(opened, "followups.add", actor or acts.actor(), None, detail | {"from": after})
@@ -150,7 +150,7 @@ def _show_secret(secret: str | None) -> None:
 def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None, as_json: bool) -> None:
     """Sign with a new secret; for 24 hours with the one before as well."""
     secret = _read_secret(secret_file) if secret_file else signing.make_secret()
-    with changing(settings.read()) as opened:
+    with in_transaction(settings.read()) as opened:
         until = subscriptions.rotate(opened, subscription_id, secret)
         acts.insert_act(opened, "followups.rotate", actor or acts.actor(), None, {"subscription": subscription_id})
     told = {} if secret_file else {"secret": secret}
@@ -170,12 +170,12 @@ def test(*, subscription_id: int, as_json: bool) -> None:
     If it is, the receiver is left alone no longer.
     """
     configuration = settings.read()
-    with looking(configuration) as opened:
+    with in_transaction(configuration) as opened:
         row = subscriptions.select_one(opened, subscription_id)
         subscription = subscriptions.of_row(row)
     attempt = asyncio.run(_send(subscription, allow_private=configuration.followups_allow_private))
     if attempt.fault is None:
-        with changing(configuration) as opened:
+        with in_transaction(configuration) as opened:
             subscriptions.close_circuit(opened, subscription_id)
     if as_json:
         told = {name: getattr(attempt, name) for name in ("status", "fault", "seconds")}
