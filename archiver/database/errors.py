@@ -51,6 +51,7 @@ def is_unreachable(error: BaseException) -> bool:
 # what a trigger raises.
 _DATA_CLASSES = frozenset({"21", "22", "23", "44", "54", "P0"})
 _CONFLICTS = frozenset({"40001", "40P01"})
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
 def is_data_error(error: BaseException) -> bool:
@@ -65,3 +66,8 @@ def is_data_error(error: BaseException) -> bool:
 def is_conflict(error: BaseException) -> bool:
     """Whether another transaction was in the way, so that the same again may succeed at once."""
     return sqlstate(error) in _CONFLICTS
+
+
+def is_lock_timeout(error: BaseException) -> bool:
+    """Whether a lock was waited for as long as the transaction may (`lock_timeout`)."""
+    return sqlstate(error) == _LOCK_NOT_AVAILABLE

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import acts, ledger, quarantine
-from archiver.database import is_conflict, sqlstate, transaction
+from archiver.database import is_conflict, is_lock_timeout, transaction
 from archiver.erasure.holds import covering
 from archiver.erasure.quarantined import Found, delete_found
 from archiver.erasure.targets import Target, parts, with_strays
@@ -23,7 +23,6 @@ Rule = Literal["request", "chat.deleted", "retention"]
 AT_ONCE = 500  # of one transaction, in which nothing else is recorded
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
-LOCK_NOT_AVAILABLE = "55P03"
 NOTHING = Found()
 
 
@@ -131,7 +130,7 @@ def _order_patiently(
             with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
                 return _order(connection, targets, rule, act, act_id, **options)
         except DBAPIError as error:
-            is_busy = sqlstate(error) == LOCK_NOT_AVAILABLE or is_conflict(error)
+            is_busy = is_lock_timeout(error) or is_conflict(error)
             if not is_busy or attempt == ATTEMPTS - 1:
                 raise
             sleep(LOCK_SECONDS)

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from archiver.database import CONFLICT_RETRIES, is_conflict, sqlstate, transaction
+from archiver.database import CONFLICT_RETRIES, is_conflict, is_lock_timeout, transaction
 from archiver.outbox import Change, insert_changes
 from archiver.seals import chain
 from archiver.seals.chain import Seal
@@ -21,7 +21,6 @@ LEAVES = 10_000  # of each table in one seal
 LOCK_SECONDS = 0.005
 ATTEMPTS = 60
 PAUSE_SECONDS = 0.05
-LOCK_NOT_AVAILABLE = "55P03"
 
 # Arbitrary, and not the ledger's: one sealer of a database at a time.
 _SEALING_LOCK = text("SELECT pg_advisory_xact_lock(:key)").bindparams(key=0x63616C6C_68710003)
@@ -72,7 +71,7 @@ def _settle(engine: Engine) -> dict[str, int]:
             with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
                 return dict(connection.execute(text("SELECT * FROM archiver.settle()")).mappings().one())
         except OperationalError as error:
-            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+            if not is_lock_timeout(error):
                 raise
         time.sleep(random.uniform(0.2, 1) * PAUSE_SECONDS)  # noqa: S311  # so that two sealers do not keep step
     raise BusyError(str(BusyError.__doc__))
