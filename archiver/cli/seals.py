@@ -46,7 +46,13 @@ def seal(as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--since", "after_seal", type=Whole(1), metavar="SEAL", help="Begin after this seal.")
+@click.option(
+    "--since",
+    "after_seal",
+    type=Whole(1),
+    metavar="SEAL",
+    help="Begin after this seal: rows that were sealed up to there are not held against their seals.",
+)
 @evidence.key_option(default="[default: that of ARCHIVER_SEAL_KEY]")
 @evidence.signed_since_option
 @evidence.against_option
