@@ -159,14 +159,21 @@ def astray(engine: Engine) -> Iterator[Engine]:
     made.dispose()
 
 
-@on_one_version
-def test_a_process_that_is_killed_is_no_verification(sealed: Engine) -> None:
-    execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE id = 1", unguarded=True)
+@contextmanager
+def under_way(engine: Engine) -> Iterator[Iterator[Finding]]:
+    """A verification that has told its first finding, while the other processes only begin."""
+    execute(engine, "UPDATE archiver.events SET body = 'x' WHERE id = 1", unguarded=True)
     with (
-        snapshot(sealed, statement_seconds=30) as connection,
+        snapshot(engine, statement_seconds=30) as connection,
         closing(seals.verify(connection, effort=TOGETHER)) as verification,
     ):
-        next(verification)  # while the other processes only begin
+        next(verification)
+        yield verification
+
+
+@on_one_version
+def test_a_process_that_is_killed_is_no_verification(sealed: Engine) -> None:
+    with under_way(sealed) as verification:
         for child in multiprocessing.active_children():
             child.kill()
         with pytest.raises(seals.LostError, match="--jobs 1"):
@@ -175,11 +182,6 @@ def test_a_process_that_is_killed_is_no_verification(sealed: Engine) -> None:
 
 @on_one_version
 def test_no_process_is_left_where_a_verification_is_broken_off(sealed: Engine) -> None:
-    execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE id = 1", unguarded=True)
-    with (
-        snapshot(sealed, statement_seconds=30) as connection,
-        closing(seals.verify(connection, effort=TOGETHER)) as verification,
-    ):
-        next(verification)
+    with under_way(sealed):
         assert len(multiprocessing.active_children()) == TOGETHER.jobs - 1
     until(lambda: not multiprocessing.active_children(), "they have ended")
