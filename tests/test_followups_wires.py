@@ -90,6 +90,15 @@ def send(server: Raw, trusted: Path | None = None) -> list[Attempt]:
     return asyncio.run(run())
 
 
+def after_deliveries(answer: bytes, is_encrypted: bool, folder: Path) -> Raw:
+    """A server that answered so, after several deliveries, all of which it took."""
+    path = certificate(folder, "crm.test") if is_encrypted else None
+    with raw(answer, encrypted=path) as server:
+        attempts = send(server, path)
+    assert [each.fault for each in attempts] == [None] * TIMES
+    return server
+
+
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 A_RECORD = b"HTTP/1.1 200 OK\r\ncontent-length: 16342\r\n\r\n".ljust(16_384, b"x")  # the most that TLS has in one
 
@@ -107,18 +116,12 @@ A_RECORD = b"HTTP/1.1 200 OK\r\ncontent-length: 16342\r\n\r\n".ljust(16_384, b"x
 )
 @pytest.mark.parametrize("is_encrypted", [False, True])
 def test_nothing_left_over_is_taken_for_the_next_answer(answer: bytes, is_encrypted: bool, tmp_path: Path) -> None:
-    path = certificate(tmp_path, "crm.test") if is_encrypted else None
-    with raw(answer, encrypted=path) as server:
-        attempts = send(server, path)
-    assert [each.fault for each in attempts] == [None] * TIMES
+    server = after_deliveries(answer, is_encrypted, tmp_path)
     assert server.requests == server.connections == TIMES
 
 
 @pytest.mark.parametrize("answer", [NO_CONTENT, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nOK"])
 @pytest.mark.parametrize("is_encrypted", [False, True])
 def test_a_connection_is_kept_for_the_next_delivery(answer: bytes, is_encrypted: bool, tmp_path: Path) -> None:
-    path = certificate(tmp_path, "crm.test") if is_encrypted else None
-    with raw(answer, encrypted=path) as server:
-        attempts = send(server, path)
-    assert [each.fault for each in attempts] == [None] * TIMES
+    server = after_deliveries(answer, is_encrypted, tmp_path)
     assert (server.requests, server.connections) == (TIMES, 1)
