@@ -16,37 +16,32 @@ import procrastinate
 import psycopg
 import psycopg_pool
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, seals, telemetry
-from archiver.callhq import Client, UnauthorizedError
+from archiver import database
+from archiver.callhq import UnauthorizedError
 from archiver.database import run_in_transaction
 from archiver.erasure.periodic import Upkeep
-from archiver.events import Event
 from archiver.feed import Publisher
 from archiver.followups import Followups, select_consumed
-from archiver.history import APPLICATION, REGISTERED, SOURCE
-from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
-from archiver.projection import Timing, leases
-from archiver.reconcile import NotRecordedError, Reconciler, Submit
-from archiver.reconcile.pause import SharedPause
-from archiver.settings import Settings, SettingsError
+from archiver.projection import leases
+from archiver.reconcile import Reconciler
+from archiver.settings import Settings
+from archiver.worker.reading import reconciling, timing_of
+from archiver.worker.sealing import Sealing, signing_key
+
+__all__ = ["Worker", "reconciling", "signing_key", "timing_of"]
 
 log = structlog.get_logger(__name__)
 
 JOBS_SCHEMA = "archiver_jobs"
-SEALS_A_JOB = 20  # a backlog must not hold up the end of a worker
 SESSIONS_A_JOB = 20
 MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
 # Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
 HANDED_OUT_FOR = timedelta(minutes=10)
 POLL_SECONDS = AWAY_SECONDS = 1.0
-_BATCH = 50  # histories in one transaction
-_PATIENCE_SECONDS = 0.05
-_QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
 # Queues: neither readings that hang nor long upkeep must keep sessions from being handed out.
 READINGS, TIMERS, UPKEEP = "readings", "timers", "upkeep"
@@ -203,101 +198,3 @@ class Worker:
                 hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=datetime.now(UTC))
                 await run_in_transaction(self._engine, hasten)
             await self.jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
-
-
-class Sealing:
-    """Done in a thread, because it reads in streams."""
-
-    def __init__(self, configuration: Settings, url: URL) -> None:
-        self._key = signing_key(configuration)
-        self._every = timedelta(seconds=configuration.seal_every)
-        self._not_before = datetime.min.replace(tzinfo=UTC)
-        self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
-
-    def seal(self) -> None:
-        """Seal what is settled, if the newest seal is old enough."""
-        with database.transaction(self._engine) as connection:
-            newest = seals.select_newest(connection)
-        now = datetime.now(UTC)
-        # A clock that is, or was, ahead must not end all sealing.
-        if timedelta() <= now - newest.sealed_at < self._every or now < self._not_before:
-            return
-        try:
-            made = seals.seal(self._engine, self._key, most=SEALS_A_JOB)
-        except seals.BusyError as error:
-            self._not_before = now + self._every
-            log.warning("not sealed this time", reason=str(error))
-            return
-        if len(made) < SEALS_A_JOB:
-            telemetry.sealing.set(now.timestamp())
-
-
-def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
-    """The key that signs seals, if there is one. Raises `SettingsError`."""
-    pem = configuration.seal_key.get_secret_value()
-    try:
-        return seals.private_key(pem) if pem else None
-    except seals.KeyFileError as error:
-        raise SettingsError(f"ARCHIVER_SEAL_KEY: {error}.") from None
-
-
-def timing_of(configuration: Settings) -> Timing:
-    """When histories are read, as the settings say."""
-    return Timing(
-        quiet=timedelta(seconds=configuration.reconcile_after),
-        lifetime=timedelta(seconds=configuration.session_lifetime),
-    )
-
-
-@asynccontextmanager
-async def reconciling(
-    configuration: Settings,
-    url: URL,
-    *,
-    concurrency: int | None = None,
-    rate: float | None = None,
-    gives_up: bool = True,
-) -> AsyncIterator[tuple[AsyncEngine, Reconciler, Submit]]:
-    """All that reading histories needs: connections to Postgres and to CallHQ, and the write path."""
-    prepared = configuration.prepared_statements
-    asking = database.connect_async(url, pool_size=2, prepared_statements=prepared)
-    writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
-    at_once = concurrency or configuration.history_concurrency
-    timing = timing_of(configuration)
-    queue = Ingest(
-        writing,
-        queue_events=10_000,
-        queue_bytes=_QUEUE_BYTES,
-        batch_events=_BATCH,
-        timing=timing,
-        patience=_PATIENCE_SECONDS,
-    )
-    pause = SharedPause(asking)
-    client = Client(
-        configuration.callhq_api_url,
-        configuration.callhq_api_key,
-        concurrency=at_once,
-        rate=rate or configuration.history_rate or None,
-        pause=pause,
-    )
-
-    async def submit(event: Event, began: datetime) -> str:
-        source = APPLICATION if event.type == REGISTERED else SOURCE
-        delivery = Delivery(event, began, None, source=source)
-        while True:
-            try:
-                return (await queue.submit(delivery)).status
-            except QueueFullError:
-                await asyncio.sleep(_PATIENCE_SECONDS)  # large answers: there is room once others are committed
-            except UnavailableError as error:
-                raise NotRecordedError from error
-
-    try:
-        async with queue.running(), client:
-            reconciler = Reconciler(
-                asking, client, submit, pause=pause, timing=timing, concurrency=at_once, gives_up=gives_up
-            )
-            yield asking, reconciler, submit
-    finally:
-        await writing.dispose()
-        await asking.dispose()

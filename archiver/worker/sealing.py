@@ -1,0 +1,50 @@
+"""Sealing as background work: now and then, with the key that the settings name."""
+
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy.engine import URL
+
+from archiver import database, seals, telemetry
+from archiver.settings import Settings, SettingsError
+
+log = structlog.get_logger(__name__)
+
+SEALS_A_JOB = 20  # a backlog must not hold up the end of a worker
+
+
+class Sealing:
+    """Done in a thread, because it reads in streams."""
+
+    def __init__(self, configuration: Settings, url: URL) -> None:
+        self._key = signing_key(configuration)
+        self._every = timedelta(seconds=configuration.seal_every)
+        self._not_before = datetime.min.replace(tzinfo=UTC)
+        self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
+
+    def seal(self) -> None:
+        """Seal what is settled, if the newest seal is old enough."""
+        with database.transaction(self._engine) as connection:
+            newest = seals.select_newest(connection)
+        now = datetime.now(UTC)
+        # A clock that is, or was, ahead must not end all sealing.
+        if timedelta() <= now - newest.sealed_at < self._every or now < self._not_before:
+            return
+        try:
+            made = seals.seal(self._engine, self._key, most=SEALS_A_JOB)
+        except seals.BusyError as error:
+            self._not_before = now + self._every
+            log.warning("not sealed this time", reason=str(error))
+            return
+        if len(made) < SEALS_A_JOB:
+            telemetry.sealing.set(now.timestamp())
+
+
+def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
+    """The key that signs seals, if there is one. Raises `SettingsError`."""
+    pem = configuration.seal_key.get_secret_value()
+    try:
+        return seals.private_key(pem) if pem else None
+    except seals.KeyFileError as error:
+        raise SettingsError(f"ARCHIVER_SEAL_KEY: {error}.") from None
