@@ -5,15 +5,12 @@ import csv
 import re
 import signal
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TextIO
 
 import click
-import msgspec
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,19 +19,18 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from archiver import database, schema, settings, telemetry
 from archiver.callhq import UnauthorizedError, shown
 from archiver.cli import connection
-from archiver.cli.output import Number, Whole, console, progress
+from archiver.cli.backfill.summary import Summary
+from archiver.cli.output import Number, Whole, progress
 from archiver.reconcile import NotRecordedError, Reading, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
 from archiver.worker import reconciling, timing_of
 
-SHOWN = 20  # failures
 _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it was."
 
 
@@ -110,7 +106,7 @@ def command(
         sys.exit(1)
 
 
-def _found_nothing(configuration: Settings, summary: "Summary") -> str:
+def _found_nothing(configuration: Settings, summary: Summary) -> str:
     heard = f", although {summary.heard_of:,} of them were heard of lately" if summary.heard_of else ""
     return (
         f"CallHQ answered 404 for every session{heard}. Is CALLHQ_API_URL right?"
@@ -130,103 +126,6 @@ def _ids(file: TextIO) -> Iterator[str]:
                 yield session_id
     except (UnicodeDecodeError, csv.Error) as error:
         raise click.UsageError(f"--file: it is no UTF-8 text of one id a line, nor a CSV ({error}).") from None
-
-
-class Summary:
-    """What a backfill came to."""
-
-    def __init__(self, *, dry_run: bool, lifetime: timedelta) -> None:
-        self.dry_run = dry_run
-        self.was_interrupted = False
-        self.finds_nothing = False  # every answer was 404
-        self.heard_of = 0  # sessions that CallHQ does not show, although it cannot have forgotten them
-        self._lifetime = lifetime
-        self.outcomes: Counter[str] = Counter()
-        self.coverage: Counter[str] = Counter()
-        self.recovered = 0
-        self.repaired: list[tuple[str, int]] = []
-        self.failures: list[tuple[str, str]] = []
-        self._started = time.monotonic()
-
-    def add(self, reading: Reading) -> None:
-        """One more session."""
-        self.outcomes[reading.outcome] += 1
-        if reading.outcome in _FAILURES:
-            self.failures.append((reading.session_id, reading.error or _FAILURES[reading.outcome]))
-        if reading.after is not None and reading.outcome != "failed":  # else it stands as before
-            self.coverage[reading.after.coverage] += 1
-        if reading.outcome == "gone" and reading.before is not None:
-            self.heard_of += reading.before.heard_at > datetime.now(UTC) - self._lifetime
-        if reading.recovered > 0:
-            self.recovered += reading.recovered
-            self.repaired.append((reading.session_id, reading.recovered))
-
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether nothing was found where something must be."""
-        return self.finds_nothing and (self.heard_of > 0 or self.outcomes["unknown"] > 0)
-
-    def show(self, *, as_json: bool) -> None:
-        """On stdout."""
-        seconds = time.monotonic() - self._started
-        if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(self._figures(seconds)), indent=2))
-            return
-        table = Table(show_header=False)
-        table.add_column()
-        table.add_column(justify="right")
-        for name in ("read", "gone", "unreadable", "unavailable", "unknown", "failed", "busy"):
-            if self.outcomes[name] or name == "read":
-                table.add_row(_MEANINGS[name], f"{self.outcomes[name]:,}")
-        would = "messages that would be recovered" if self.dry_run else "messages recovered"
-        table.add_row(would, f"{self.recovered:,}", style="bold")
-        table.add_row("in sessions", f"{len(self.repaired):,}")
-        for state, number in sorted(self.coverage.items()):
-            table.add_row(f"{'would be' if self.dry_run else 'now'} {state}", f"{number:,}")
-        table.add_row("sessions/s", f"{self.outcomes.total() / seconds:,.1f}" if seconds else "")
-        if not self.outcomes and not self.was_interrupted:
-            click.echo("Nothing to read: no session matches, or all that do have been read.")
-            return
-        printed = console()
-        printed.print(table)
-        for session_id, number in self.repaired[:SHOWN] if self.dry_run else ():
-            printed.print(Text(f"  {session_id}: {number} messages"))
-        for session_id, error in self.failures[:SHOWN]:
-            click.echo(f"archiver: {session_id}: {error}", err=True)
-        if len(self.failures) > SHOWN:
-            click.echo(f"archiver: and {len(self.failures) - SHOWN:,} more", err=True)
-
-    def _figures(self, seconds: float) -> dict[str, Any]:
-        return {
-            "dry_run": self.dry_run,
-            "interrupted": self.was_interrupted,
-            "sessions": self.outcomes.total(),
-            "outcomes": self.outcomes,
-            "coverage": self.coverage,
-            "recovered_messages": self.recovered,
-            "repaired_sessions": [{"id": each, "messages": number} for each, number in self.repaired],
-            "failures": [{"id": each, "error": error} for each, error in self.failures],
-            "seconds": round(seconds, 3),
-        }
-
-
-_FAILURES = {
-    "failed": "could not be read",
-    "unreadable": "an answer of an unexpected shape",
-    "unavailable": "no answer, and the session has expired",
-    "busy": "left to a worker that reads it now",
-    "unknown": "unknown",
-}
-
-_MEANINGS = {
-    "read": "sessions read",
-    "gone": "no longer there (404, 410)",
-    "unreadable": "answered in an unexpected shape",
-    "unavailable": "given up: expired before any answer",
-    "unknown": "unknown here and there (404)",
-    "failed": "could not be read",
-    "busy": "left to a worker that reads them now",
-}
 
 
 async def _run(
