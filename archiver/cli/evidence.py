@@ -75,13 +75,8 @@ class _Exported(msgspec.Struct):
     key_id: str | None = None
 
 
-def heads_of(file: IO[bytes]) -> dict[int, bytes]:
-    """The hashes of exported seals, by their numbers."""
-    return known_of(file)[0]
-
-
 def known_of(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]:
-    """The same, and up to which id the newest of them seals each table."""
+    """The hashes of exported seals, by their numbers, and up to which id the newest of them seals each table."""
     heads: dict[int, bytes] = {}
     newest: _Exported | None = None
     for number, line in enumerate(file, 1):

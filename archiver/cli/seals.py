@@ -79,7 +79,7 @@ def verify(
     """
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
-    heads = None if against is None else evidence.heads_of(against)
+    heads = None if against is None else evidence.known_of(against)[0]
     checked, findings = Checked(), []
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
