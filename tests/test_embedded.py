@@ -110,7 +110,9 @@ class Visitor:
 @pytest.fixture(scope="session")
 def visitor() -> Iterator[Visitor]:
     name = f"archivertest{os.getpid()}"
-    subprocess.run(["useradd", "--no-create-home", "--shell", "/bin/sh", name], check=True)
+    tools = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    useradd, userdel = (shutil.which(each, path=tools) or each for each in ("useradd", "userdel"))
+    subprocess.run([useradd, "--no-create-home", "--shell", "/bin/sh", name], check=True)
     try:
         with tempfile.TemporaryDirectory(prefix="embedded-visitor-") as made:
             shelf = Path(made)
@@ -120,7 +122,7 @@ def visitor() -> Iterator[Visitor]:
                 entry.pw_uid, entry.pw_gid, copy_python(shelf / "python"), copy_packages(shelf / "packages")
             )
     finally:
-        subprocess.run(["userdel", name], check=True)
+        subprocess.run([userdel, name], check=True)
 
 
 def copy_python(target: Path) -> str:
