@@ -11,7 +11,7 @@ from sqlalchemy import Connection, case, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events, history, outbox, projection, tables
-from archiver.database import Direct, RowsInsert
+from archiver.database import Direct, RowsInsert, Statement, execute
 from archiver.events import Event
 from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
 
@@ -63,8 +63,7 @@ def record(
     if not observations:
         return []
     homeless = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
-    lock_placement(connection, exclusive=homeless)
-    erased = _select_erased(connection, observations)
+    erased = _select_erased(connection, observations, _lock(exclusive=homeless))
     if not erased:
         return _append(connection, observations, timing, (), tells=tells)
     sessions = {told.session_id for told in erased} - {projection.UNPLACED}
@@ -82,14 +81,16 @@ def record(
 
 def is_refused(connection: Connection, observation: Observation) -> bool:
     """Whether `record` would take nothing of it, for what it speaks of was erased; nobody orders more meanwhile."""
-    lock_placement(connection, exclusive=False)
-    erased = select_erased(connection, [Told(observation.event.session_id, observation.event.chat_id)])
+    told = [Told(observation.event.session_id, observation.event.chat_id)]
+    erased = select_erased(connection, told, _lock(exclusive=False))
     return _is_refused(observation, erased, {told.session_id for told in erased} - {projection.UNPLACED})
 
 
-def _select_erased(connection: Connection, observations: Sequence[Observation]) -> dict[Told, Erased]:
+def _select_erased(
+    connection: Connection, observations: Sequence[Observation], lock: Statement
+) -> dict[Told, Erased]:
     """What of that which they speak of was erased. A statement of its own: the lock makes it exact."""
-    erased = select_erased(connection, (Told(o.event.session_id, o.event.chat_id) for o in observations))
+    erased = select_erased(connection, (Told(o.event.session_id, o.event.chat_id) for o in observations), lock)
     found = [told for told, what in erased.items() if what.is_found and told.chat_id]
     for session_id, chat_id in found:
         extend_erasure(connection, session_id, chat_id or "")
@@ -175,7 +176,11 @@ _LOCK_EXCLUSIVE = Direct(f"SELECT pg_advisory_xact_lock({_PLACEMENT_LOCK}), {_BY
 
 def lock_placement(connection: Connection, *, exclusive: bool) -> None:
     """To be held by whoever derives turns: alone (`exclusive`) for those without a session, else beside others."""
-    (_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED).execute(connection)
+    execute(connection, _lock(exclusive=exclusive))
+
+
+def _lock(*, exclusive: bool) -> Statement:
+    return (_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED).of()
 
 
 def _event_upsert() -> RowsInsert:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver import telemetry
-from archiver.database.direct import Direct
+from archiver.database.direct import Direct, Statement, execute
 from archiver.database.errors import (
     CERTIFICATE_ADVICE,
     explain,
@@ -36,10 +36,12 @@ __all__ = [
     "CERTIFICATE_ADVICE",
     "Direct",
     "RowsInsert",
+    "Statement",
     "connect",
     "connect_async",
     "conninfo",
     "database_url",
+    "execute",
     "explain",
     "is_conflict",
     "is_data_error",

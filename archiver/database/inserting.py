@@ -1,6 +1,6 @@
 """Many rows in one statement."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -40,14 +40,19 @@ class RowsInsert:
     def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Insert these rows, and answer what the statement returns: in any order, so to be matched by key."""
         answered: list[Any] = []
+        for statement in self.of(rows):
+            answered += direct.execute(connection, statement)[0]
+        return answered
+
+    def of(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[direct.Statement]:
+        """The statements that insert these rows, for `execute`."""
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]
             values = tuple(chain.from_iterable(map(self._values, page)))
             # Postgres reads times and decimals as text as well, with two gains: the driver writes them in Python,
             # slowly; and a value has the type of a null, so that a statement prepared for one serves the other.
             parameters = msgspec.to_builtins(values, builtin_types=(bytes,))
-            answered += direct.execute(connection, self._render(len(page)), parameters, self._rows)
-        return answered
+            yield direct.Statement(self._render(len(page)), parameters, self._rows)
 
     def _text(self, count: int) -> str:
         width = len(self._names)

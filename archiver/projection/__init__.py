@@ -64,17 +64,20 @@ def project(
     for fact in others:
         heard[fact.event.session_id].append(fact.received_at)
     heard.pop(UNPLACED, None)
-    # Locks the sessions: from here on nobody else projects their turns.
-    read = rows.upsert_sessions(connection, heard, timing) | {fact.event.session_id for fact in others}
-    read |= heard.keys() & set(erased)
+    # Locks the sessions: from here on nobody else projects their turns, and what is known of these is looked up.
+    read, known = rows.upsert_sessions(connection, heard, timing, ledger_facts.other_facts(_own_keys(placed)))
+    read |= {fact.event.session_id for fact in others} | (heard.keys() & set(erased))
     unread = {key: own for key, own in placed.items() if key[0] not in read}
-    changes, moved = _project_turns(connection, unread, timing)
+    changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(known, unread), timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
     return changes + rederive(connection, sorted(read), timing, just_read, moved)
 
 
 def _project_turns(
-    connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing: Timing
+    connection: Connection,
+    placed: Mapping[Key, Sequence[Fact]],
+    earlier: Mapping[Key, Sequence[Fact]],
+    timing: Timing,
 ) -> tuple[list[Change], dict[str, Shown]]:
     """Turns of sessions that no reading told of stand alone, and are written without a look at their neighbours.
 
@@ -82,7 +85,6 @@ def _project_turns(
     """
     if not placed:
         return [], {}
-    earlier = ledger_facts.select_other_facts(connection, _own_keys(placed))
     known = {key: [*_told_now(own), *earlier.get(key, ())] for key, own in sorted(placed.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
     revised = [key for key in turns if key in earlier]

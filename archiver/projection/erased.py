@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.database import Direct
+from archiver.database import Direct, Statement, execute
 
 
 class Told(NamedTuple):
@@ -53,10 +53,10 @@ _SELECT_ERASED = Direct(
 )
 
 
-def select_erased(connection: Connection, told: Iterable[Told]) -> dict[Told, Erased]:
-    """Of these, those of which something was erased. Exact under the lock that `ledger` takes."""
+def select_erased(connection: Connection, told: Iterable[Told], lock: Statement) -> dict[Told, Erased]:
+    """Of these, those of which something was erased. `lock` takes that of `ledger` first, which makes it exact."""
     asked = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(told), key=_order)]
-    found = _SELECT_ERASED.execute(connection, msgspec.json.encode(asked).decode()) if asked else ()
+    _, found = execute(connection, lock, _SELECT_ERASED.of(msgspec.json.encode(asked).decode()))
     return {Told(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in found}
 
 

@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import Connection, Row, text
 
 from archiver import events, history, telemetry
-from archiver.database import Direct
+from archiver.database import Direct, Statement
 from archiver.projection.coverage import Reading
 from archiver.projection.erased import select_erased_sessions
 from archiver.projection.sessions import Story
@@ -35,23 +35,30 @@ _SELECT_OTHER_FACTS = Direct(
 )
 
 
-def select_other_facts(connection: Connection, own: Mapping[Key, Sequence[bytes]]) -> dict[Key, list[Fact]]:
-    """The ledger's facts about these turns, but for those with the dedupe keys given, by the turn in its session.
-
-    A turn of which there are only facts that cannot be read again has none, but is there.
-    """
+def other_facts(own: Mapping[Key, Sequence[bytes]]) -> Statement:
+    """What asks for the ledger's facts about these turns, but for those with the dedupe keys given."""
     # As JSON, because the driver writes an array item by item.
     keys = [
         {"session_id": key[0], "chat_id": key[1], "own": [digest.hex() for digest in digests]}
         for key, digests in own.items()
     ]
+    return _SELECT_OTHER_FACTS.of(msgspec.json.encode(keys).decode())
+
+
+def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:
+    """What that answered of these turns, by the turn in its session.
+
+    A turn of which there are only facts that cannot be read again has none, but is there.
+    """
     homes: dict[str, list[Key]] = defaultdict(list)
-    for key in own:
+    for key in keys:
         homes[key[1]].append(key)
     found: dict[Key, list[Fact]] = defaultdict(list)
-    for row in _SELECT_OTHER_FACTS.execute(connection, msgspec.json.encode(keys).decode()):
-        fact = _fact(row)
-        for key in [(row.session_id, row.chat_id)] if row.session_id != UNPLACED else homes[row.chat_id]:
+    for row in rows:
+        told = row.session_id, row.chat_id
+        places = [key for key in homes.get(row.chat_id, ()) if row.session_id == UNPLACED or key == told]
+        fact = _fact(row) if places else None
+        for key in places:
             found[key] += [fact] if fact is not None else []
     return found
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 
 from archiver import tables
-from archiver.database import RowsInsert
+from archiver.database import RowsInsert, Statement, execute
 from archiver.projection.coverage import Timing
 from archiver.projection.differences import Shown, shown, shown_elsewhere
 from archiver.projection.facts import UNPLACED, Key
@@ -68,8 +68,13 @@ def _session_upsert(after_read_by: timedelta) -> RowsInsert:
     return RowsInsert(upsert.returning(sessions.c.session_id, sessions.c.read_at), ["session_id", *changes])
 
 
-def upsert_sessions(connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing) -> set[str]:
-    """Lock these sessions, in order of their ids, and note when they were heard of; answers those once read."""
+def upsert_sessions(
+    connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing, *then: Statement
+) -> tuple[set[str], list[Any]]:
+    """Lock these sessions, in order of their ids, and note when they were heard of; answers those once read.
+
+    And the rows of what is to be asked `then`, in the same round trip.
+    """
     new = []
     for session_id in sorted(heard):
         first, last = min(heard[session_id]), max(heard[session_id])
@@ -83,8 +88,10 @@ def upsert_sessions(connection: Connection, heard: Mapping[str, Sequence[datetim
                 "reconcile_at": timing.due_after(last, read_by),
             }
         )
-    upsert = _session_upsert(timing.margin - timing.wait)
-    return {row.session_id for row in upsert.execute(connection, new) if row.read_at is not None}
+    upserts = [*_session_upsert(timing.margin - timing.wait).of(new)]
+    answers = execute(connection, *upserts, *then)
+    read = {row.session_id for answered in answers[: len(upserts)] for row in answered if row.read_at is not None}
+    return read, [row for answered in answers[len(upserts) :] for row in answered]
 
 
 def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> RowsInsert:
@@ -105,7 +112,7 @@ _UPSERT_WHOLE_SESSION = _upsert(tables.sessions, ("session_id",))
 
 def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
     """Write turns, with their messages, of sessions that were never read."""
-    _UPSERT_CHAT.execute(connection, [chat_row(*key, turn) for key, turn in turns.items()])
+    chats = _UPSERT_CHAT.of([chat_row(*key, turn) for key, turn in turns.items()])
     messages = [
         {
             "session_id": session_id,
@@ -118,7 +125,7 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
         for (session_id, chat_id), turn in turns.items()
         for ordinal, message in enumerate(turn.messages)
     ]
-    _UPSERT_UNREAD_MESSAGE.execute(connection, messages)
+    execute(connection, *chats, *_UPSERT_UNREAD_MESSAGE.of(messages))
 
 
 # The keys stand in a materialized CTE because a distributed table joins to nothing else.

@@ -1,0 +1,100 @@
+"""Several statements in one round trip, on connections of both kinds."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from archiver import database
+from archiver.database import Direct, execute, run_in_transaction, sqlstate, transaction
+
+Work = Callable[[Connection], Any]
+Runner = Callable[[Work], Any]
+
+TAKE = Direct("INSERT INTO taken (number) VALUES ($1::int) RETURNING number")
+PUT = Direct("INSERT INTO taken (number) VALUES ($1::int)")
+COUNT = Direct("SELECT count(*)::int AS held, $1::text AS told FROM taken")
+ONE = Direct("SELECT 1 AS one")
+MUCH = "x" * 10_000_000  # more than any buffer on the way takes at once
+
+
+@pytest.fixture(params=["plain", "asyncio"])
+def run(request: pytest.FixtureRequest, database_url: str) -> Iterator[Runner]:
+    """Runs work in a transaction of its own, of a database with a table `taken`."""
+    url = database.database_url(database_url)
+    with transaction(engine := database.connect(url)) as connection:
+        connection.exec_driver_sql("CREATE TABLE taken (number int PRIMARY KEY)")
+    if request.param == "plain":
+
+        def plainly(work: Work) -> Any:
+            with transaction(engine) as connection:
+                return work(connection)
+
+        yield plainly
+    else:
+        running = asyncio.Runner()
+        loop = database.connect_async(url)
+        yield lambda work: running.run(run_in_transaction(loop, work))
+        running.run(loop.dispose())
+        running.close()
+    engine.dispose()
+
+
+def held(run: Runner) -> int:
+    return int(run(lambda connection: execute(connection, COUNT.of(""))[0][0].held))
+
+
+def test_each_statement_sees_what_those_before_it_did_and_has_its_own_answer(run: Runner) -> None:
+    first, nothing, second = run(
+        lambda connection: execute(connection, TAKE.of(1), PUT.of(2), COUNT.of("as text")),
+    )
+    assert [row.number for row in first] == [1]
+    assert nothing == []
+    assert [(row.held, row.told) for row in second] == [(2, "as text")]
+    assert held(run) == 2
+
+
+def test_nothing_to_execute_is_no_fault(run: Runner) -> None:
+    assert run(execute) == []
+
+
+@pytest.mark.parametrize("told", ["little", MUCH], ids=["little", "much"])
+def test_after_the_first_that_fails_none_is_run_and_its_error_is_told(
+    run: Runner, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(connection: Connection) -> list[Any]:
+        execute(connection, PUT.of(1))
+        with pytest.raises(DBAPIError) as raised, connection.begin_nested():
+            execute(connection, PUT.of(2), PUT.of(1), COUNT.of(told), PUT.of(3), COUNT.of(told))
+        assert sqlstate(raised.value) == "23505"
+        assert not raised.value.connection_invalidated
+        return execute(connection, TAKE.of(4), COUNT.of(""))
+
+    _, ((after, _),) = run(work)
+    assert (after, held(run)) == (2, 2)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_connection_that_is_lost_among_them_is_told_as_lost_and_replaced(run: Runner) -> None:
+    suicide = Direct("SELECT pg_terminate_backend(pg_backend_pid())")
+    with pytest.raises(DBAPIError) as raised:
+        run(lambda connection: execute(connection, PUT.of(1), suicide.of(), PUT.of(2)))
+    assert raised.value.connection_invalidated
+    assert held(run) == 0
+
+
+def test_what_is_cut_off_leaves_no_connection_of_which_nobody_knows_the_state(database_url: str) -> None:
+    async def cut_off() -> int:
+        engine = database.connect_async(database.database_url(database_url), pool_size=1)
+        sleep = Direct("SELECT pg_sleep(60)")
+        with pytest.raises(TimeoutError):
+            await run_in_transaction(engine, lambda c: execute(c, ONE.of(), sleep.of()), seconds=0.2)
+        ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.of()))
+        await engine.dispose()
+        return int(row.one)
+
+    assert asyncio.run(cut_off()) == 1
