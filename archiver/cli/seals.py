@@ -20,7 +20,6 @@ from archiver.seals import Checked, Finding, Seal
 from archiver.worker import signing_key
 
 READ_SECONDS = 24 * 3600  # of one statement of a verification
-MOST_JOBS = 8  # unless more are asked for
 TOLD = 20  # findings that are printed before the rest is counted
 
 
@@ -60,7 +59,7 @@ def seal(as_json: bool) -> None:
     "--jobs",
     type=Whole(1, 64),
     metavar="N",
-    help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {MOST_JOBS}]",
+    help="Processes that work on it, each with a connection.  [default: one a processor, at most 8]",
 )
 @connection.json_option
 def verify(
@@ -101,7 +100,7 @@ def verify(
                 heads=heads,
                 checked=checked,
                 on_progress=tell,
-                effort=seals.Effort(jobs or min(seals.processors(), MOST_JOBS)),
+                effort=seals.Effort(jobs or seals.usual_jobs()),
             )
             with closing(verification) as found, _complete():
                 for finding in found:

@@ -12,7 +12,7 @@ from archiver.seals.chain import (
 )
 from archiver.seals.comparing import Checked
 from archiver.seals.findings import Finding
-from archiver.seals.parallel import LostError, processors
+from archiver.seals.parallel import LostError, usual_jobs
 from archiver.seals.proofs import NotSealedError, Proof, prove
 from archiver.seals.sealing import BusyError, seal
 from archiver.seals.verifying import Effort, verify
@@ -29,12 +29,12 @@ __all__ = [
     "Seal",
     "key_id",
     "private_key",
-    "processors",
     "prove",
     "public_key",
     "seal",
     "select_newest",
     "select_seal",
     "select_seals",
+    "usual_jobs",
     "verify",
 ]

@@ -31,8 +31,11 @@ def root(hashes: Sequence[bytes]) -> bytes:
 
 
 def _above(level: list[bytes]) -> list[bytes]:
-    each = iter(level)
-    paired = [sha256(b"\1" + left + right).digest() for left, right in zip(each, each, strict=False)]
+    each, begin, paired = iter(level), sha256(b"\1").copy, []  # a copy costs less than to begin anew
+    for left, right in zip(each, each, strict=False):
+        node = begin()
+        node.update(left + right)
+        paired.append(node.digest())
     return paired + level[-1:] if len(level) % 2 else paired
 
 

@@ -30,7 +30,7 @@ _SETTLED = ("events", "acts", "erasures", "removals")
 
 
 class BusyError(Exception):
-    """The ledger is so busy that it could not be looked at for an instant; try again."""
+    """The ledger could not be looked at for an instant: it is written without a pause, or vacuumed. Try again."""
 
 
 def seal(engine: Engine, key: Ed25519PrivateKey | None = None, most: int | None = None) -> list[Seal]:

@@ -27,14 +27,13 @@ PAGE = 20_000  # numbers that are asked for at once
 
 
 class Effort(msgspec.Struct, frozen=True):
-    """How many processes work on a verification, this one included; one, where there are not `least` leaves: a
-    process takes up to a second to begin.
+    """How many processes work on a verification, this one included; one, where there are not `least` leaves.
 
     `window`: leaves that each of them looks at together.
     """
 
     jobs: int = 1
-    least: int = 1_000_000
+    least: int = 100_000
     window: int = 20_000
 
 
