@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
+from psycopg import sql
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database
-from archiver.database import Direct, execute, run_in_transaction, sqlstate, transaction
+from archiver.database import Direct, copying, execute, run_in_transaction, sqlstate, transaction
 
 Work = Callable[[Connection], Any]
 Runner = Callable[[Work], Any]
@@ -98,3 +100,48 @@ def test_what_is_cut_off_leaves_no_connection_of_which_nobody_knows_the_state(da
         return int(row.one)
 
     assert asyncio.run(cut_off()) == 1
+
+
+# Rows copied out
+
+
+@pytest.mark.parametrize("read", [copying.rows, copying.lines])
+@pytest.mark.parametrize(
+    ("fault", "state"), [("1 / (100000 - i)", "22012"), ("i, pg_cancel_backend(pg_backend_pid())", "57014")]
+)
+def test_a_copy_that_fails_half_way_says_why_and_leaves_the_connection_to_others(
+    read: Callable[..., Generator[Any]], fault: str, state: str, database_url: str
+) -> None:
+    engine = database.connect(database.database_url(database_url))
+    copied = sql.SQL(f"COPY (SELECT {fault} FROM generate_series(1, 200000) AS i) TO STDOUT (FORMAT BINARY)")
+    with transaction(engine) as connection:
+        with (
+            pytest.raises(DBAPIError) as raised,
+            connection.begin_nested(),
+            closing(read(connection, copied)) as rows,
+        ):
+            for _ in rows:
+                pass
+        assert sqlstate(raised.value) == state
+        assert execute(connection, ONE.of())[0][0].one == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize("read", [copying.rows, copying.lines])
+def test_a_connection_lost_within_a_copy_is_told_as_lost(
+    read: Callable[..., Generator[Any]], database_url: str
+) -> None:
+    engine = database.connect(database.database_url(database_url))
+    end = "CASE i WHEN 100000 THEN pg_terminate_backend(pg_backend_pid()) END"
+    copied = sql.SQL(f"COPY (SELECT i, {end} FROM generate_series(1, 200000) AS i) TO STDOUT (FORMAT BINARY)")
+    with (
+        pytest.raises(DBAPIError) as raised,
+        transaction(engine) as connection,
+        closing(read(connection, copied)) as rows,
+    ):
+        for _ in rows:
+            pass
+    assert raised.value.connection_invalidated
+    with transaction(engine) as connection:
+        assert execute(connection, ONE.of())[0][0].one == 1
+    engine.dispose()

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import psycopg
 from sqlalchemy import AdaptedConnection, Connection
-from sqlalchemy.exc import DBAPIError
+
+from archiver.database.errors import as_of_engine
 
 # Where the first of several fails it warns of the others that they were not run, which is no news to the caller.
 logging.getLogger("psycopg").addFilter(lambda record: not str(record.msg).startswith("error ignored terminating"))
@@ -70,12 +71,7 @@ def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
             return adapted.run_async(partial(_execute_async, statements=statements))
         return _execute(driver, statements)
     except psycopg.Error as error:
-        is_lost = driver.closed
-        if is_lost:
-            connection.invalidate(error)
-        raise DBAPIError.instance(
-            statements[-1].text, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=is_lost
-        ) from error
+        raise as_of_engine(connection, statements[-1].text, error) from error
     except Exception:
         raise
     except BaseException as error:  # cancelled: nobody knows what the server does with it

@@ -1,13 +1,24 @@
 """What an error of the database means for whoever asked."""
 
 import psycopg
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, StatementError
 
 
 def sqlstate(error: BaseException) -> str | None:
     """The five characters that tell what Postgres refused; None where the error is not Postgres's."""
     original = error.orig if isinstance(error, DBAPIError) else error
     return original.sqlstate if isinstance(original, psycopg.Error) else None
+
+
+def as_of_engine(connection: Connection, statement: str, error: psycopg.Error) -> StatementError:
+    """The driver's error as that of a statement of SQLAlchemy's engine; a connection that is lost is given up."""
+    is_lost = connection.connection.driver_connection.closed  # type: ignore[union-attr]  # there is one until then
+    if is_lost:
+        connection.invalidate(error)
+    return DBAPIError.instance(
+        statement, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=is_lost
+    )
 
 
 def explain(error: BaseException) -> str:

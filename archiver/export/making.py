@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from psycopg import sql
 from sqlalchemy import Connection, Engine, text
 
-from archiver import __version__, acts, copying, database
+from archiver import __version__, acts, database
+from archiver.database import copying
 from archiver.export import folder, manifest, proofs, queries
 from archiver.export.folder import Sink
 from archiver.export.manifest import Counts, Covered, File, Head, Manifest

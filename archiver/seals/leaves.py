@@ -16,7 +16,7 @@ import msgspec
 from psycopg import sql
 from sqlalchemy import Connection
 
-from archiver import copying
+from archiver.database import copying
 from archiver.seals.merkle import leaf_hash
 
 _COUNT = 2  # bytes before each row: number of its fields

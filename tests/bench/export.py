@@ -19,7 +19,8 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import copying, database, embedded, export, seals, telemetry
+from archiver import database, embedded, export, seals, telemetry
+from archiver.database import copying
 from archiver.export import Selection, Wanted, queries
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill

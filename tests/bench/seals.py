@@ -21,7 +21,8 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import copying, database, embedded, seals, telemetry
+from archiver import database, embedded, seals, telemetry
+from archiver.database import copying
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
 from tests.payloads import SECRET, WEBHOOK

@@ -8,7 +8,8 @@ import psycopg
 from psycopg import sql
 from psycopg.errors import error_from_result
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+
+from archiver.database.errors import as_of_engine
 
 Buffer = bytes | memoryview
 
@@ -23,7 +24,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
     `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
     """
     driver: Any = connection.connection.driver_connection
-    with _told(), driver.cursor() as cursor, cursor.copy(query) as copy:
+    with _told(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         row = copy.read()[_HEADER:]
         # What has arrived is taken from libpq itself, at a third of the cost; what has not is waited for.
         arrived = driver.pgconn.get_copy_data
@@ -34,22 +35,25 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
             if size == 0:
                 row = copy.read()
             elif size < 0:  # before the end: it has failed
-                raise error_from_result(driver.pgconn.get_result())
+                result = driver.pgconn.get_result()
+                while driver.pgconn.get_result():
+                    pass  # or nothing else, not even a rollback, could be sent
+                raise error_from_result(result)
         copy.read()  # which ends the COPY
 
 
 def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
     """What a COPY in another format gives, a row at a time. To be closed likewise."""
     driver: Any = connection.connection.driver_connection
-    with _told(), driver.cursor() as cursor, cursor.copy(query) as copy:
+    with _told(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         while row := copy.read():
             yield row
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(connection: Connection) -> Iterator[None]:
     """The driver's errors as those of any other statement."""
     try:
         yield
     except psycopg.Error as error:
-        raise DBAPIError("COPY", None, error, hide_parameters=True) from error
+        raise as_of_engine(connection, "COPY", error) from error
