@@ -89,7 +89,9 @@ def is_refused(connection: Connection, observation: Observation) -> bool:
 def _select_erased(
     connection: Connection, observations: Sequence[Observation], lock: Statement
 ) -> dict[Told, Erased]:
-    """What of that which they speak of was erased. A statement of its own: the lock makes it exact."""
+    """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
+    sees was committed before the lock was had, or is not there as long as it is held.
+    """
     erased = select_erased(connection, (Told(o.event.session_id, o.event.chat_id) for o in observations), lock)
     found = [told for told, what in erased.items() if what.is_found and told.chat_id]
     for session_id, chat_id in found:
@@ -180,7 +182,7 @@ def lock_placement(connection: Connection, *, exclusive: bool) -> None:
 
 
 def _lock(*, exclusive: bool) -> Statement:
-    return (_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED).of()
+    return (_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED).bind()
 
 
 def _event_upsert() -> RowsInsert:

@@ -47,12 +47,12 @@ def run(request: pytest.FixtureRequest, database_url: str) -> Iterator[Runner]:
 
 
 def held(run: Runner) -> int:
-    return int(run(lambda connection: execute(connection, COUNT.of(""))[0][0].held))
+    return int(run(lambda connection: execute(connection, COUNT.bind(""))[0][0].held))
 
 
 def test_each_statement_sees_what_those_before_it_did_and_has_its_own_answer(run: Runner) -> None:
     first, nothing, second = run(
-        lambda connection: execute(connection, TAKE.of(1), PUT.of(2), COUNT.of("as text")),
+        lambda connection: execute(connection, TAKE.bind(1), PUT.bind(2), COUNT.bind("as text")),
     )
     assert [row.number for row in first] == [1]
     assert nothing == []
@@ -69,12 +69,13 @@ def test_after_the_first_that_fails_none_is_run_and_its_error_is_told(
     run: Runner, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(connection: Connection) -> list[Any]:
-        execute(connection, PUT.of(1))
+        execute(connection, PUT.bind(1))
         with pytest.raises(DBAPIError) as raised, connection.begin_nested():
-            execute(connection, PUT.of(2), PUT.of(1), COUNT.of(told), PUT.of(3), COUNT.of(told))
+            execute(connection, PUT.bind(2), PUT.bind(1), COUNT.bind(told), PUT.bind(3), COUNT.bind(told))
         assert sqlstate(raised.value) == "23505"
+        assert raised.value.statement == PUT.bind(1).text
         assert not raised.value.connection_invalidated
-        return execute(connection, TAKE.of(4), COUNT.of(""))
+        return execute(connection, TAKE.bind(4), COUNT.bind(""))
 
     _, ((after, _),) = run(work)
     assert (after, held(run)) == (2, 2)
@@ -84,9 +85,32 @@ def test_after_the_first_that_fails_none_is_run_and_its_error_is_told(
 def test_a_connection_that_is_lost_among_them_is_told_as_lost_and_replaced(run: Runner) -> None:
     suicide = Direct("SELECT pg_terminate_backend(pg_backend_pid())")
     with pytest.raises(DBAPIError) as raised:
-        run(lambda connection: execute(connection, PUT.of(1), suicide.of(), PUT.of(2)))
+        run(lambda connection: execute(connection, PUT.bind(1), suicide.bind(), PUT.bind(2)))
     assert raised.value.connection_invalidated
     assert held(run) == 0
+
+
+def test_where_all_were_lost_while_idle_nobody_fails(database_url: str) -> None:
+    async def lose() -> int:
+        engine = database.connect_async(database.database_url(database_url), pool_size=3)
+        together = asyncio.Barrier(3)
+
+        async def use() -> None:
+            async with engine.connect() as connection:
+                await connection.exec_driver_sql("SELECT 1")
+                await together.wait()
+
+        await asyncio.gather(*(use() for _ in range(3)))
+        others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        end = f"{others} AND datname = current_database()"
+        with transaction(plain := database.connect(database.database_url(database_url))) as connection:
+            assert connection.exec_driver_sql(end).scalar() == 3
+        plain.dispose()
+        ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.bind()))
+        await engine.dispose()
+        return int(row.one)
+
+    assert asyncio.run(lose()) == 1
 
 
 def test_what_is_cut_off_leaves_no_connection_of_which_nobody_knows_the_state(database_url: str) -> None:
@@ -94,8 +118,8 @@ def test_what_is_cut_off_leaves_no_connection_of_which_nobody_knows_the_state(da
         engine = database.connect_async(database.database_url(database_url), pool_size=1)
         sleep = Direct("SELECT pg_sleep(60)")
         with pytest.raises(TimeoutError):
-            await run_in_transaction(engine, lambda c: execute(c, ONE.of(), sleep.of()), seconds=0.2)
-        ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.of()))
+            await run_in_transaction(engine, lambda c: execute(c, ONE.bind(), sleep.bind()), seconds=0.2)
+        ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.bind()))
         await engine.dispose()
         return int(row.one)
 
@@ -123,7 +147,7 @@ def test_a_copy_that_fails_half_way_says_why_and_leaves_the_connection_to_others
             for _ in rows:
                 pass
         assert sqlstate(raised.value) == state
-        assert execute(connection, ONE.of())[0][0].one == 1
+        assert execute(connection, ONE.bind())[0][0].one == 1
     engine.dispose()
 
 
@@ -143,5 +167,5 @@ def test_a_connection_lost_within_a_copy_is_told_as_lost(
             pass
     assert raised.value.connection_invalidated
     with transaction(engine) as connection:
-        assert execute(connection, ONE.of())[0][0].one == 1
+        assert execute(connection, ONE.bind())[0][0].one == 1
     engine.dispose()

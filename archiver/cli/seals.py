@@ -59,7 +59,7 @@ def seal(as_json: bool) -> None:
     "--jobs",
     type=Whole(1, 64),
     metavar="N",
-    help="Processes that work on it, each with a connection.  [default: one a processor, at most 8]",
+    help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {seals.MOST_JOBS}]",
 )
 @connection.json_option
 def verify(

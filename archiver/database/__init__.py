@@ -64,10 +64,10 @@ STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
 
-# Said once a transaction, in one round trip. I1: whatever the role's default, a commit here is a durable one; a
-# time near the end of the calendar must not leave it on the way through another time zone, and the driver reads times
-# with a time zone in the ISO style alone. And compiling a statement
-# takes Postgres 200 ms where it guesses it to be costly, which never pays for the few rows of ours.
+# Said once a transaction, by one statement. I1: whatever the role's default, a commit here is a durable one; a time
+# near the end of the calendar must not leave it on the way through another time zone, and the driver reads times with
+# a time zone in the ISO style alone. Compiling a statement takes Postgres 200 ms where it guesses it to be costly:
+# that never pays for the few rows of ours.
 _OPEN = Direct(
     "SELECT set_config('synchronous_commit', 'on', true), set_config('TimeZone', 'UTC', true),"
     " set_config('DateStyle', 'ISO, YMD', true),"
@@ -210,7 +210,8 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
     except DBAPIError as error:
         if started or not error.connection_invalidated:
             raise
-    # Lost while idle, before anything was asked of it: the next connection is a new one, and nothing is done twice.
+    # Lost while idle, before anything was asked of it, so nothing is done twice. The pool's others were lost with it.
+    await engine.dispose()
     async with engine.begin() as connection:
         return await connection.run_sync(opened)
 

@@ -13,8 +13,10 @@ from sqlalchemy import AdaptedConnection, Connection
 
 from archiver.database.errors import as_of_engine
 
-# Where the first of several fails it warns of the others that they were not run, which is no news to the caller.
-logging.getLogger("psycopg").addFilter(lambda record: not str(record.msg).startswith("error ignored terminating"))
+# Where the first of several fails the driver warns of the others that they were not run: no news to the caller.
+logging.getLogger("psycopg").addFilter(
+    lambda record: not any(isinstance(each, psycopg.errors.PipelineAborted) for each in record.args or ())
+)
 
 
 class Rows:
@@ -23,8 +25,10 @@ class Rows:
     def __init__(self) -> None:
         self._make: Callable[[Iterable[Any]], Any] | None = None
 
-    def of(self, cursor: Any, answered: Iterable[Any]) -> list[Any]:
+    def of(self, cursor: Any, answered: Sequence[Any]) -> list[Any]:
         """All that it answered."""
+        if not answered:
+            return []
         if self._make is None:
             make_kind: Any = namedtuple
             self._make = make_kind("Row", [column.name for column in cursor.description], rename=True)._make
@@ -32,7 +36,7 @@ class Rows:
 
 
 class Statement(msgspec.Struct, frozen=True, gc=False):
-    """What is to be executed: Postgres' own words, with $1 for the first parameter."""
+    """A statement with its parameters, for `execute`."""
 
     text: str
     parameters: Sequence[Any]
@@ -46,19 +50,20 @@ class Direct:
         self._text = text
         self._rows = Rows()
 
-    def of(self, *parameters: Any) -> Statement:
-        """With these parameters, for `execute`."""
+    def bind(self, *parameters: Any) -> Statement:
+        """With these parameters."""
         return Statement(self._text, parameters, self._rows)
 
     def execute(self, connection: Connection, *parameters: Any) -> list[Any]:
         """What it returns, as named tuples. Fails as any other statement of the connection."""
-        (answered,) = execute(connection, self.of(*parameters))
+        (answered,) = execute(connection, self.bind(*parameters))
         return answered
 
 
 def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
-    """Run statements, one after the other and in one round trip, within the connection's transaction, begun if it is
-    not. Answers the rows of each. After the first that fails none is run.
+    """Run statements within the connection's transaction, begun if it is not; several travel together, in one round
+    trip. Each sees what those before it did, and what others had committed when it began. Answers the rows of each.
+    After the first that fails none is run.
     """
     if not statements:
         return []
@@ -66,41 +71,35 @@ def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
         connection.begin()
     adapted: Any = connection.connection.dbapi_connection
     driver: Any = connection.connection.driver_connection
+    cursors = [driver.cursor() for _ in statements]
     try:
         if isinstance(adapted, AdaptedConnection):
-            return adapted.run_async(partial(_execute_async, statements=statements))
-        return _execute(driver, statements)
+            answers = adapted.run_async(partial(_run_async, cursors=cursors, statements=statements))
+        else:
+            answers = _run(driver, cursors, statements)
     except psycopg.Error as error:
-        raise as_of_engine(connection, statements[-1].text, error) from error
+        undone = (each for each, cursor in zip(statements, cursors, strict=True) if cursor.pgresult is None)
+        raise as_of_engine(connection, next(undone, statements[-1]).text, error) from error
     except Exception:
         raise
     except BaseException as error:  # cancelled: nobody knows what the server does with it
         connection.invalidate(error)
         raise
+    each_answered = zip(statements, cursors, answers, strict=True)
+    return [statement.rows.of(cursor, answered) for statement, cursor, answered in each_answered]
 
 
-async def _execute_async(driver: psycopg.AsyncConnection[Any], statements: Sequence[Statement]) -> list[list[Any]]:
-    cursors = [driver.cursor() for _ in statements]
-    async with driver.pipeline() if _is_several(driver, statements) else nullcontext():
+async def _run_async(
+    driver: psycopg.AsyncConnection[Any], cursors: Sequence[Any], statements: Sequence[Statement]
+) -> list[Any]:
+    async with driver.pipeline() if len(statements) > 1 else nullcontext():
         for cursor, statement in zip(cursors, statements, strict=True):
             await cursor.execute(statement.text, statement.parameters)
-    return [
-        [] if cursor.rownumber is None else statement.rows.of(cursor, await cursor.fetchall())
-        for cursor, statement in zip(cursors, statements, strict=True)
-    ]
+    return [() if cursor.rownumber is None else await cursor.fetchall() for cursor in cursors]
 
 
-def _execute(driver: psycopg.Connection[Any], statements: Sequence[Statement]) -> list[list[Any]]:
-    cursors = [driver.cursor() for _ in statements]
-    with driver.pipeline() if _is_several(driver, statements) else nullcontext():
+def _run(driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Sequence[Statement]) -> list[Any]:
+    with driver.pipeline() if len(statements) > 1 else nullcontext():
         for cursor, statement in zip(cursors, statements, strict=True):
             cursor.execute(statement.text, statement.parameters)
-    return [
-        [] if cursor.rownumber is None else statement.rows.of(cursor, cursor.fetchall())
-        for cursor, statement in zip(cursors, statements, strict=True)
-    ]
-
-
-def _is_several(driver: psycopg.BaseConnection[Any], statements: Sequence[Statement]) -> bool:
-    """Whether there is more than one to send: the driver begins the transaction with a statement of its own."""
-    return len(statements) > 1 or driver.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    return [() if cursor.rownumber is None else cursor.fetchall() for cursor in cursors]

@@ -40,11 +40,11 @@ class RowsInsert:
     def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Insert these rows, and answer what the statement returns: in any order, so to be matched by key."""
         answered: list[Any] = []
-        for statement in self.of(rows):
+        for statement in self.bind(rows):
             answered += direct.execute(connection, statement)[0]
         return answered
 
-    def of(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[direct.Statement]:
+    def bind(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[direct.Statement]:
         """The statements that insert these rows, for `execute`."""
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]

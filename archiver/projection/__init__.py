@@ -65,7 +65,8 @@ def project(
         heard[fact.event.session_id].append(fact.received_at)
     heard.pop(UNPLACED, None)
     # Locks the sessions: from here on nobody else projects their turns, and what is known of these is looked up.
-    read, known = rows.upsert_sessions(connection, heard, timing, ledger_facts.other_facts(_own_keys(placed)))
+    asked = ledger_facts.other_facts(_own_keys(placed)) if placed else None
+    read, known = rows.upsert_sessions(connection, heard, timing, asked)
     read |= {fact.event.session_id for fact in others} | (heard.keys() & set(erased))
     unread = {key: own for key, own in placed.items() if key[0] not in read}
     changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(known, unread), timing)

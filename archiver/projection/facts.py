@@ -29,20 +29,24 @@ _SELECT_OTHER_FACTS = Direct(
     SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
-     WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own)
+      LEFT JOIN archiver.sessions s ON s.session_id = e.session_id
+     WHERE s.read_at IS NULL AND NOT encode(e.dedupe_key, 'hex') = ANY (keys.own)
        AND e.type IN ('chat.created', 'chat.deleted')
     """
 )
 
 
 def other_facts(own: Mapping[Key, Sequence[bytes]]) -> Statement:
-    """What asks for the ledger's facts about these turns, but for those with the dedupe keys given."""
+    """What asks for the ledger's facts about these turns, but for those with the dedupe keys given.
+
+    Of sessions that were read it answers none: those are made anew from all that the ledger tells.
+    """
     # As JSON, because the driver writes an array item by item.
     keys = [
         {"session_id": key[0], "chat_id": key[1], "own": [digest.hex() for digest in digests]}
         for key, digests in own.items()
     ]
-    return _SELECT_OTHER_FACTS.of(msgspec.json.encode(keys).decode())
+    return _SELECT_OTHER_FACTS.bind(msgspec.json.encode(keys).decode())
 
 
 def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:

@@ -69,11 +69,11 @@ def _session_upsert(after_read_by: timedelta) -> RowsInsert:
 
 
 def upsert_sessions(
-    connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing, *then: Statement
+    connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing, then: Statement | None = None
 ) -> tuple[set[str], list[Any]]:
     """Lock these sessions, in order of their ids, and note when they were heard of; answers those once read.
 
-    And the rows of what is to be asked `then`, in the same round trip.
+    And the rows of what is asked `then`, under that lock and in the same round trip.
     """
     new = []
     for session_id in sorted(heard):
@@ -88,10 +88,10 @@ def upsert_sessions(
                 "reconcile_at": timing.due_after(last, read_by),
             }
         )
-    upserts = [*_session_upsert(timing.margin - timing.wait).of(new)]
-    answers = execute(connection, *upserts, *then)
-    read = {row.session_id for answered in answers[: len(upserts)] for row in answered if row.read_at is not None}
-    return read, [row for answered in answers[len(upserts) :] for row in answered]
+    upserts = [*_session_upsert(timing.margin - timing.wait).bind(new)]
+    answers = execute(connection, *upserts, *([then] if then else []))
+    told = answers.pop() if then else []
+    return {row.session_id for answered in answers for row in answered if row.read_at is not None}, told
 
 
 def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> RowsInsert:
@@ -112,7 +112,7 @@ _UPSERT_WHOLE_SESSION = _upsert(tables.sessions, ("session_id",))
 
 def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
     """Write turns, with their messages, of sessions that were never read."""
-    chats = _UPSERT_CHAT.of([chat_row(*key, turn) for key, turn in turns.items()])
+    chats = _UPSERT_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
     messages = [
         {
             "session_id": session_id,
@@ -125,7 +125,7 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
         for (session_id, chat_id), turn in turns.items()
         for ordinal, message in enumerate(turn.messages)
     ]
-    execute(connection, *chats, *_UPSERT_UNREAD_MESSAGE.of(messages))
+    execute(connection, *chats, *_UPSERT_UNREAD_MESSAGE.bind(messages))
 
 
 # The keys stand in a materialized CTE because a distributed table joins to nothing else.

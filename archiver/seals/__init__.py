@@ -12,12 +12,13 @@ from archiver.seals.chain import (
 )
 from archiver.seals.comparing import Checked
 from archiver.seals.findings import Finding
-from archiver.seals.parallel import LostError, usual_jobs
+from archiver.seals.parallel import MOST_JOBS, LostError, usual_jobs
 from archiver.seals.proofs import NotSealedError, Proof, prove
 from archiver.seals.sealing import BusyError, seal
 from archiver.seals.verifying import Effort, verify
 
 __all__ = [
+    "MOST_JOBS",
     "BusyError",
     "Checked",
     "Effort",

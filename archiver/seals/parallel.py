@@ -28,7 +28,6 @@ MOST_JOBS = 8  # unless more are asked for
 PARTS = 16  # ranges for each process, so that all end at about the same time
 MOST_WINDOWS = 10  # of one range, so that progress is seen
 STATEMENT_SECONDS = 24 * 3600
-JOIN_SECONDS = 10
 
 
 class LostError(Exception):
@@ -36,7 +35,7 @@ class LostError(Exception):
 
 
 class _Orders(msgspec.Struct, frozen=True):
-    """What a process is told at its start, by a pipe: there is a password in it."""
+    """What a process is told at its start, and not by its command line: there is a password in it."""
 
     url: URL
     snapshot: str
@@ -154,11 +153,13 @@ def _helped(orders: _Orders, work: _Work, count: int) -> Iterator[None]:
         except (EOFError, OSError) as error:
             lost.append(error)
 
-    helpers = [_start(orders) for _ in range(count)]
-    threads = [
-        threading.Thread(target=feed, args=(work.left.pop(), pipe), name="helper", daemon=True) for _, pipe in helpers
-    ]
+    helpers: list[BaseProcess] = []
+    threads: list[threading.Thread] = []
     try:
+        for _ in range(count):
+            process, pipe = _start(orders)
+            helpers.append(process)
+            threads.append(threading.Thread(target=feed, args=(work.left.pop(), pipe), name="helper", daemon=True))
         for thread in threads:
             thread.start()
         yield
@@ -168,9 +169,10 @@ def _helped(orders: _Orders, work: _Work, count: int) -> Iterator[None]:
             raise LostError(str(LostError.__doc__))
     finally:
         work.left.clear()
-        for process, _ in helpers:
-            process.terminate()
-            process.join(JOIN_SECONDS)
+        for process in helpers:
+            process.kill()  # it has nothing to tidy up
+        for process in helpers:
+            process.join()
 
 
 def _start(orders: _Orders) -> tuple[BaseProcess, Pipe]:
