@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
-from archiver import events, ledger
-from archiver.database import transaction
+from archiver import events, history, ledger
+from archiver.database import execute, transaction
+from archiver.projection.facts import other_facts
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty, rows
 
@@ -54,6 +55,22 @@ def test_i3_a_fact_is_stored_once_and_its_redeliveries_are_counted(engine: Engin
         ("user", "question of chat-1"),
         ("assistant", "answer to chat-1"),
     ]
+
+
+def test_bodies_of_sessions_that_were_read_are_not_looked_up_twice(engine: Engine) -> None:
+    """They are made anew as a whole, from all that the ledger tells: under a lock the same is not sent twice."""
+    record(engine, created())
+    asked = other_facts({("session-1", "chat-1"): []})
+
+    def answered() -> list[Any]:
+        with transaction(engine) as connection:
+            return execute(connection, asked)[0]
+
+    assert [row.chat_id for row in answered()] == ["chat-1"]
+    told = history.observe("session-1", 200, b'{"session": {"messages": []}}')
+    with transaction(engine) as connection:
+        ledger.record(connection, [ledger.Observation(told, NOW, history.SOURCE, None)])
+    assert answered() == []
 
 
 def test_i3_the_bytes_are_kept_as_they_came(engine: Engine) -> None:
