@@ -124,7 +124,7 @@ def test_i6_due_sessions_are_read_and_the_worker_ends_when_told(database_url: st
         assert worker.wait(30) == 0
     assert execute(database_url, "SELECT DISTINCT state FROM analytics.coverage") == [("repaired",)]
     assert execute(
-        database_url, "SELECT DISTINCT reconcile_at > now() FROM archiver.sessions WHERE session_id <> ''"
+        database_url, "SELECT DISTINCT reconcile_at > read_at FROM archiver.sessions WHERE session_id <> ''"
     ) == [(True,)]
 
 
