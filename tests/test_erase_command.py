@@ -138,7 +138,7 @@ def test_i8_killed_between_order_and_erasure_it_goes_on_with_the_same_command(
     record(engine, created("c1", "s1"), created("c2", "s2"))
     with engine.connect() as locking:
         # Whoever takes the content away waits for this.
-        locking.execute(text("SELECT FROM archiver.sessions WHERE session_id = 's1' FOR UPDATE"))
+        locking.execute(text("SELECT FROM archiver.events WHERE session_id = 's1' FOR UPDATE"))
         command = [sys.executable, "-m", "archiver", "erase", "--session", "s1", "--reason", "x", "--yes"]
         process = subprocess.Popen(command, env=os.environ | {"DATABASE_URL": database_url})
         until(lambda: rows(engine, "SELECT FROM archiver.erasures"), "it is ordered")

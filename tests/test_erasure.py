@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from sqlalchemy import event as engine_event
@@ -21,9 +21,9 @@ from archiver.database import transaction
 from archiver.erasure import Act, Criteria, HeldError, Target, ordering
 from archiver.erasure.quarantined import delete_mentioning, select_found
 from archiver.erasure.targets import of_chats
-from archiver.ingest import Delivery, Outcome, write
+from archiver.ingest import Delivery, Outcome, retry_quarantined, write
 from archiver.ingest.writing import store
-from archiver.projection import Timing
+from archiver.projection import Timing, leases
 from archiver.rebuild import rebuild
 from tests.payloads import chat, created, deleted, event
 from tests.rows import empty, execute, rows
@@ -724,12 +724,83 @@ def as_writer(database_url: str) -> Iterator[Engine]:
         writer.dispose()
 
 
+SCHEDULED_THOUGH_ERASED = """
+    SELECT s.session_id FROM archiver.sessions s
+     WHERE (s.reconcile_at IS NOT NULL OR s.reason <> 'erased')
+       AND EXISTS (SELECT FROM archiver.erasures e WHERE e.session_id = s.session_id AND e.session_id <> '')
+"""
+
+
+def register(engine: Engine, session_id: str, minute: float) -> Outcome:
+    told = history.register({"id": session_id, "name": "x"})
+    delivery = Delivery(told, NOW + timedelta(minutes=minute), None, source=history.APPLICATION)
+    with transaction(engine) as connection:
+        return store(connection, [delivery], TIMING)[0]
+
+
+def test_i8_a_turn_of_an_erased_session_told_again_without_it_does_not_schedule_the_session(engine: Engine) -> None:
+    record(engine, created("c3", "s1"))
+    erase(engine, Target("s1", "c3"))
+    record(engine, created("c1", "s1"), minute=1)
+    again = created("c1", None, output="said later", updatedAt="2024-01-15T09:40:00Z")
+    assert record(engine, again, minute=2)[0].status == "stored"
+    assert texts(engine, "s1") == ["question of c1", "said later"]
+    assert rows(engine, SCHEDULED_THOUGH_ERASED) == []
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_in_one_batch_with_facts_of_other_sessions_neither(engine: Engine) -> None:
+    record(engine, created("c3", "s1"), created("c1", "s1"), created("c1", "s2"))
+    erase(engine, Target("s1", "c3"))
+    record(engine, deleted("c1", None), created("c9", "s9"), created("c1", "s2", status="failed"), minute=2)
+    assert rows(engine, SCHEDULED_THOUGH_ERASED) == []
+    due = rows(engine, "SELECT session_id FROM archiver.sessions WHERE reconcile_at IS NOT NULL ORDER BY 1")
+    assert due == [("s2",), ("s9",)]
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_quarantined_delivery_that_is_retried_does_not_schedule_an_erased_session(engine: Engine) -> None:
+    record(engine, created("c3", "s1"), created("c1", "s1"))
+    erase(engine, Target("s1", "c3"))
+    with transaction(engine) as connection:
+        body = deleted("c1", None)
+        (row_id,) = quarantine.upsert_quarantine(
+            connection, [quarantine.Reject(body, "not_storable", "", NOW + timedelta(hours=1), None)]
+        )
+    outcome = retry_quarantined(engine, row_id)
+    assert outcome is not None
+    assert outcome.status == "stored"
+    assert rows(engine, SCHEDULED_THOUGH_ERASED) == []
+    assert is_rebuilt_the_same(engine)
+
+
+def test_i8_a_reading_that_fails_while_its_session_is_erased_does_not_schedule_it(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"))
+    lease = NOW + timedelta(minutes=1)
+    with transaction(engine) as connection:
+        assert leases.claim(connection, ["s1"], NOW, lease).keys() == {"s1"}
+    erase(engine, Target("s1", "c1"))
+    with transaction(engine) as connection:
+        leases.postpone(connection, "s1", lease, until=NOW + timedelta(minutes=5), failing_since=NOW)
+    assert rows(engine, SCHEDULED_THOUGH_ERASED) == []
+
+
+def test_i8_an_ordered_erasure_ends_the_schedule_though_nothing_of_it_can_go(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+    erasure.order(engine, [Target("s1", "of another copy"), Target("s2")], "request", ACT)
+    hold(engine, session_id="s2")
+    sweep(engine)
+    assert rows(engine, SCHEDULED_THOUGH_ERASED) == []
+    assert texts(engine, "s2") == ["question of c2", "answer to c2"]
+    assert is_rebuilt_the_same(engine)
+
+
 CHATS = range(5)  # of two sessions
 _chats = st.sampled_from(CHATS)
 _steps = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["tell", "revise", "delete"]), _chats, st.booleans()),
-        st.tuples(st.sampled_from(["read", "erase session", "sweep"]), _chats, st.just(True)),
+        st.tuples(st.sampled_from(["read", "erase session", "sweep", "register"]), _chats, st.just(True)),
         st.tuples(st.sampled_from(["erase", "order", "break"]), _chats, st.just(True)),
     ),
     max_size=25,
@@ -776,8 +847,11 @@ class Story:
             record(self.engine, b'{"chat": "%s", "input": "%s"' % (chat_id.encode(), words(chat_number).encode()))
         elif what == "sweep":
             sweep(self.engine)
+        elif what == "register":
+            register(self.engine, f"s{session}", self.minute)
         else:
             self.erase(what, chat_number)
+        assert rows(self.engine, SCHEDULED_THOUGH_ERASED) == []
 
     def erase(self, what: str, chat_number: int) -> None:
         with transaction(self.engine) as connection:
@@ -798,6 +872,9 @@ class Story:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_steps)
+@example([("tell", 3, True), ("erase", 3, True), ("tell", 1, True), ("tell", 1, False)])
+@example([("tell", 0, True), ("tell", 2, True), ("erase", 0, True), ("tell", 2, False)])
+@example([("tell", 0, True), ("tell", 2, False), ("erase", 0, True), ("tell", 2, True), ("delete", 2, False)])
 def test_i8_whatever_happens_in_whatever_order_erased_is_erased_and_the_rest_stays(
     engine: Engine, steps: list[tuple[str, int, bool]]
 ) -> None:

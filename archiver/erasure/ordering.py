@@ -17,6 +17,8 @@ from archiver.database import is_conflict, is_lock_timeout, transaction
 from archiver.erasure.holds import covering
 from archiver.erasure.quarantined import Found, delete_found
 from archiver.erasure.targets import Target, parts, with_strays
+from archiver.projection import UNPLACED
+from archiver.projection.rows import mark_erased
 
 Rule = Literal["request", "chat.deleted", "retention"]
 
@@ -209,3 +211,5 @@ def _insert_erasures(
         for each in targets
     ]
     connection.execute(_INSERT, {"targets": msgspec.json.encode(rows).decode(), "rule": rule, "act_id": act_id})
+    # Its history is not fetched again from now on, whether its content goes at once or is kept by a hold.
+    mark_erased(connection, sorted({each.session_id for each in targets} - {UNPLACED}))

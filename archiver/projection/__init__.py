@@ -17,6 +17,7 @@ from archiver.projection import differences, rows
 from archiver.projection import facts as ledger_facts
 from archiver.projection.coverage import DEFAULT_TIMING, Timing
 from archiver.projection.differences import Shown
+from archiver.projection.erased import select_erased_sessions
 from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import derive
 from archiver.projection.turns import Fact, Turn, fold
@@ -50,7 +51,8 @@ def project(
 
     Answers what changed thereby, as the feed is to tell it.
 
-    Sessions `erased`, even in part, are made anew as those of which history is known.
+    Sessions `erased`, even in part, are made anew as those of which history is known: the caller names those that the
+    facts name themselves, and those to which a fact is assigned here are looked up.
     The caller holds the lock that `ledger` takes for facts without a session.
     """
     told = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
@@ -67,7 +69,9 @@ def project(
     # Locks the sessions: from here on nobody else projects their turns, and what is known of these is looked up.
     asked = ledger_facts.other_facts(_own_keys(placed)) if placed else None
     read, known = rows.upsert_sessions(connection, heard, timing, asked)
-    read |= {fact.event.session_id for fact in others} | (heard.keys() & set(erased))
+    assigned = sorted(heard.keys() - {fact.event.session_id for fact in facts})
+    erased = {*erased, *select_erased_sessions(connection, assigned)}
+    read |= {fact.event.session_id for fact in others} | (heard.keys() & erased)
     unread = {key: own for key, own in placed.items() if key[0] not in read}
     changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(known, unread), timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, not_, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, not_, or_, select, text, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
 from archiver import history, tables
-from archiver.projection.coverage import NOT_SHOWN, Timing
+from archiver.projection.coverage import ERASED, NOT_SHOWN, Timing
 from archiver.projection.facts import UNPLACED
 
 _sessions = tables.sessions.c
@@ -77,7 +77,12 @@ _RENEW = (
 _POSTPONE = (
     update(tables.sessions)
     .where(_sessions.session_id == bindparam("of_session"), _OWN)
-    .values(leased_until=None, reconcile_at=bindparam("until"), failing_since=bindparam("since"))
+    .values(
+        leased_until=None,
+        # It may have been erased while it was read: then it is never due.
+        reconcile_at=case((_sessions.reason == ERASED, None), else_=bindparam("until")),
+        failing_since=bindparam("since"),
+    )
 )
 
 

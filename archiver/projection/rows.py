@@ -25,6 +25,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 
 from archiver import tables
 from archiver.database import RowsInsert, Statement, execute
+from archiver.projection import coverage
 from archiver.projection.coverage import Timing
 from archiver.projection.differences import Shown, shown, shown_elsewhere
 from archiver.projection.facts import UNPLACED, Key
@@ -211,6 +212,16 @@ def lock_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
         # No FOR UPDATE: a distributed table has none across sessions.
         touched = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
         connection.execute(touched.values(read_by=tables.sessions.c.read_by), {"session_ids": list(session_ids)})
+
+
+def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
+    """Set these sessions to what `derive` makes of an erased one, but for its content: unverified, and never due."""
+    if session_ids:
+        marked = update(tables.sessions).where(
+            tables.sessions.c.session_id == func.any(_SESSION_IDS), tables.sessions.c.session_id != UNPLACED
+        )
+        values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None}
+        connection.execute(marked.values(values), {"session_ids": list(session_ids)})
 
 
 def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
