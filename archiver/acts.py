@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select, text
+from sqlalchemy import Connection, RowMapping, Select, insert, select, text
 
 from archiver import tables
 
@@ -47,14 +47,32 @@ def insert_act(
 
 
 def select_acts(
-    connection: Connection, *, after: int = 0, limit: int = 500, kind: str | None = None
+    connection: Connection,
+    *,
+    after: int = 0,
+    limit: int = 500,
+    kind: str | None = None,
+    since: datetime | None = None,
 ) -> Sequence[RowMapping]:
-    """The acts after this id, oldest first."""
+    """Return the entries after this id, oldest first: of this kind, and recorded at `since` or later."""
+    return connection.execute(_of(kind, since).where(tables.acts.c.id > after).limit(limit)).mappings().all()
+
+
+def select_newest_id(
+    connection: Connection, count: int, *, kind: str | None = None, since: datetime | None = None
+) -> int:
+    """Return the id of the oldest of the newest `count` such entries; 0 where there are fewer."""
     acts = tables.acts
-    query = select(acts).where(acts.c.id > after)
+    newest = _of(kind, since).order_by(None).order_by(acts.c.id.desc()).with_only_columns(acts.c.id)
+    return int(connection.scalar(newest.offset(count - 1).limit(1)) or 0)
+
+
+def _of(kind: str | None, since: datetime | None) -> Select[Any]:
+    acts = tables.acts
+    query = select(acts).order_by(acts.c.id)
     if kind is not None:
         query = query.where(acts.c.kind == kind)
-    return connection.execute(query.order_by(acts.c.id).limit(limit)).mappings().all()
+    return query if since is None else query.where(acts.c.at >= since)
 
 
 def select_kinds(connection: Connection) -> list[str]:

@@ -353,6 +353,31 @@ def test_holds_are_placed_listed_obeyed_and_released(database_url: str, engine: 
 
 
 @on_one_version
+def test_the_audit_trail_is_listed_by_kind_time_and_number(database_url: str, engine: Engine) -> None:
+    def audit(*arguments: str) -> list[dict[str, Any]]:
+        ended = archiver("audit", *arguments, "--json", database_url=database_url)
+        assert ended.returncode == 0, ended.stderr
+        return [json.loads(line) for line in ended.stdout.splitlines()]
+
+    assert audit() == []
+    assert "The audit trail is empty." in archiver("audit", database_url=database_url).stdout
+    for number in range(5):
+        archiver("hold", "add", "--session", f"s{number}", "--reason", f"case {number}", database_url=database_url)
+    archiver("hold", "release", "1", "--reason", "closed", database_url=database_url)
+    every = audit()
+    assert [each["kind"] for each in every] == ["hold.add"] * 5 + ["hold.release"]
+    assert audit("--limit", "2") == every[-2:]
+    assert audit("--limit", "2", "--kind", "hold.add") == every[3:5]
+    assert audit("--limit", "100") == every
+    assert audit("--since", every[2]["at"]) == every[2:]
+    assert audit("--since", every[2]["at"], "--limit", "1", "--kind", "hold.add") == every[4:5]
+    assert audit("--since", "2100-01-01") == []
+    assert "no such entry" in archiver("audit", "--since", "2100-01-01", database_url=database_url).stdout
+    for wrong in (("--limit", "0"), ("--limit", "x"), ("--since", "yesterday")):
+        assert archiver("audit", *wrong, database_url=database_url).returncode == 2
+
+
+@on_one_version
 def test_a_hold_tells_the_sessions_and_the_turns_without_one_that_it_covers(
     database_url: str, engine: Engine
 ) -> None:

@@ -1,5 +1,6 @@
 """`archiver export` as people and programs use it: roles, kills, a full disk, and an archive that is written to."""
 
+import csv
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from sqlalchemy import Engine
 
+from archiver.export import spreadsheet
 from archiver.export.partial import remove_left
 from tests.disks import small_disk
 from tests.exports import KEY, copied, fill, lines, reforge
@@ -107,6 +109,70 @@ def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tm
 
 
 @on_one_version
+def test_an_unsigned_export_fails_its_check_until_somebody_vouches_for_it(
+    url: str, engine: Engine, output: Path, tmp_path: Path
+) -> None:
+    """Its transcripts can be changed by anyone who can write to the folder."""
+    ok("--output", output, "--all", url=url)
+    public = tmp_path / "seal.pub"
+    public.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    folder = copied(output, tmp_path / "forged")
+    content = (folder / "messages.jsonl").read_bytes()
+    (folder / "messages.jsonl").write_bytes(content.replace(b"only history knows", b"nothing of the kind"))
+    reforge(folder)
+    for each in (output, folder):
+        ended = archiver("export", "--check", str(each))
+        assert ended.returncode == 1
+        last = ended.stderr.splitlines()[-1]
+        assert last.startswith("archiver: The export is not signed: transcripts")
+        assert "--manifest SHA256" in last
+        assert json.loads(archiver("export", "--check", str(each), "--json").stdout)["ok"] is False
+        accepted = ok("--check", each, "--unsigned").splitlines()
+        assert accepted[-1].startswith("The export is not signed: transcripts")
+        assert json.loads(ok("--check", each, "--unsigned", "--json"))["ok"] is True
+        ok("--check", each, "--unsigned", "--key", public)
+    ((act, recorded),) = rows(
+        engine,
+        "SELECT detail ->> 'act', detail ->> 'manifest_sha256' FROM archiver.acts WHERE kind = 'export.done'",
+    )
+    lines_of_it = ok("--check", output, "--manifest", recorded).splitlines()
+    assert f'export.done whose detail has "act": {act}:' in lines_of_it[-1]
+    assert archiver("export", "--check", str(folder), "--manifest", recorded).returncode == 1
+
+
+@on_one_version
+def test_csv_cells_that_a_spreadsheet_would_run_are_made_harmless_unless_raw(
+    url: str, engine: Engine, output: Path
+) -> None:
+    risky = [
+        '=HYPERLINK("http://example.com")',
+        "+1",
+        "-2+3",
+        "@x",
+        "\t=1",
+        "\r=1",
+        "\x1b[31mred",
+        "'=quoted",
+        "plain",
+    ]
+    record(engine, *(created(f"risky{number}", "s5", input=each) for number, each in enumerate(risky)), minute=40)
+    ok("--output", output, "--session", "s5", "--format", "csv", url=url)
+    raw = output.with_name("raw")
+    ok("--output", raw, "--session", "s5", "--format", "csv", "--raw-csv", url=url)
+    contents = {}
+    for folder in (output, raw):
+        with (folder / "messages.csv").open(newline="") as file:
+            contents[folder] = [row["content"] for row in csv.DictReader(file) if row["role"] == "user"]
+        ok("--check", folder, "--unsigned")
+    assert contents[raw] == risky
+    assert [spreadsheet.restore_cell(each) for each in contents[output]] == risky
+    assert not any(each.startswith(("=", "+", "-", "@", "\t", "\r")) for each in contents[output])
+    assert "\x1b" not in (output / "messages.csv").read_text()
+    kinds = [json.loads((folder / "manifest.json").read_bytes())["csv"] for folder in (output, raw)]
+    assert kinds == ["neutralised", "raw"]
+
+
+@on_one_version
 def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Path, tmp_path: Path) -> None:
     ok("--output", output, "--all", url=url)
     folder = copied(output, tmp_path / "forged")
@@ -126,7 +192,7 @@ def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Pat
     seals = tmp_path / "seals.jsonl"
     seals.write_text(archiver("seals", "export", database_url=url).stdout)
     heads = [json.loads(line) for line in seals.read_text().splitlines()]
-    told = json.loads(ok("--check", output, "--against", seals, "--json"))
+    told = json.loads(ok("--check", output, "--against", seals, "--unsigned", "--json"))
     assert told["compared"] == told["seals"] == len(heads)
     seals.write_text("".join(json.dumps(head | {"hash": "00" * 32}) + "\n" for head in heads))
     ended = archiver("export", "--check", str(output), "--against", str(seals))
@@ -150,6 +216,9 @@ def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Pat
         (["--output", "x", "--all", "--signed-since", "2"], "go with --check"),
         (["--output", "x", "--all", "--against", __file__], "go with --check"),
         (["--output", "x", "--all", "--manifest", "0" * 64], "go with --check"),
+        (["--output", "x", "--all", "--unsigned"], "go with --check"),
+        (["--output", "x", "--all", "--raw-csv"], "goes with --format csv"),
+        (["--check", ".", "--raw-csv"], "takes the whole export"),
         (["--check", ".", "--all"], "takes the whole export"),
         (["--check", ".", "--key", __file__], "not an Ed25519 public key"),
         (["--check", ".", "--against", __file__], "line 1 is no seal"),
@@ -265,7 +334,7 @@ def test_a_report_that_cannot_be_written_leaves_the_export_and_says_so(url: str,
         )
     assert ended.returncode == 1
     assert f"the export is whole, in {output}" in ended.stderr
-    ok("--check", output)
+    ok("--check", output, "--unsigned")
 
 
 @on_one_version
@@ -279,7 +348,7 @@ def test_what_comes_meanwhile_is_not_in_it(url: str, engine: Engine, output: Pat
             " FROM archiver.events WHERE id = 1",
         )
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(before[0][0] + 1,)]
-    ok("--check", output)
+    ok("--check", output, "--unsigned")
     found = [each["id"] for each in lines(output, "events.jsonl")]
     assert (len(found), found[-1]) == before[0]
 
@@ -302,7 +371,7 @@ def test_a_full_disk_is_told_and_nothing_is_left_on_it(url: str, engine: Engine,
     assert "Traceback" not in ended.stderr
     assert list(disk.iterdir()) == []
     ok("--output", disk / "here", "--session", "s2", url=url)
-    ok("--check", disk / "here")
+    ok("--check", disk / "here", "--unsigned")
 
 
 @on_one_version
@@ -319,4 +388,4 @@ def test_holds_and_times_select_and_released_holds_do_so_too(url: str, engine: E
     assert {each["session_id"] for each in lines(output, "conversations.jsonl")} == {"s4"}
     told: dict[str, Any] = json.loads((output / "manifest.json").read_bytes())
     assert told["asked"] == {"since": "2024-03-01T00:00:00+00:00", "until": "2024-03-02T00:00:00+00:00"}
-    ok("--check", output)
+    ok("--check", output, "--unsigned")

@@ -52,6 +52,7 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     cli.add_command(_command)
+cli.add_command(acts, "audit")  # acts is the older name
 
 
 def main() -> None:
@@ -114,7 +115,7 @@ def _run() -> None:
         )
 
 
-_AUDITING = ("verify", "prove", "seals", "export", "acts", "status")
+_AUDITING = ("verify", "prove", "seals", "export", "acts", "audit", "status")
 _AUDITING_PARTS = (("hold", "list"), ("quarantine", "list"), ("quarantine", "show"), ("erase", "--list"))
 
 

@@ -16,7 +16,7 @@ from archiver import acts, export, settings
 from archiver.cli import connection, evidence
 from archiver.cli.output import Whole, console, counted, progress
 from archiver.erasure import Criteria
-from archiver.export import Checked, Finding, Made, Selection, Wanted
+from archiver.export import Checked, Finding, Made, Manifest, Selection, Wanted
 from archiver.worker import signing_key
 
 TOLD = 20  # findings that are printed before the rest is counted
@@ -40,6 +40,11 @@ TOLD = 20  # findings that are printed before the rest is counted
     type=click.Choice(export.FORMATS),
     help="Of the transcripts; may be repeated.  [default: jsonl]",
 )
+@click.option(
+    "--raw-csv",
+    is_flag=True,
+    help="Leave CSV cells exactly as they are, even those that a spreadsheet would run as a formula.",
+)
 @click.option("--reason", help="Why, for the record.")
 @connection.actor_option
 @click.option(
@@ -47,8 +52,8 @@ TOLD = 20  # findings that are printed before the rest is counted
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Check the export in this folder instead; needs no database. --key, --signed-since, --against and --manifest"
-    " go with it.",
+    help="Check the export in this folder instead; needs no database. --key, --signed-since, --against, --manifest"
+    " and --unsigned go with it.",
 )
 @evidence.key_option()
 @evidence.signed_since_option
@@ -57,7 +62,13 @@ TOLD = 20  # findings that are printed before the rest is counted
     "--manifest",
     "digest",
     metavar="SHA256",
-    help="The manifest's SHA-256, as archiver acts has it: for one that is not signed.",
+    help="The manifest's SHA-256, as archiver audit has it: for one that is not signed.",
+)
+@click.option(
+    "--unsigned",
+    "accepts_unsigned",
+    is_flag=True,
+    help="With --check: accept an export that is not signed, without --manifest.",
 )
 @connection.json_option
 def command(
@@ -69,6 +80,7 @@ def command(
     hold_ids: tuple[int, ...],
     is_all: bool,
     formats: tuple[str, ...],
+    raw_csv: bool,
     reason: str | None,
     actor: str | None,
     folder: Path | None,
@@ -76,27 +88,32 @@ def command(
     signed_since: int,
     against: IO[bytes] | None,
     digest: str | None,
+    accepts_unsigned: bool,
     as_json: bool,
 ) -> None:
     """Export conversations, with what proves where they come from, or check such an export.
 
     The folder holds transcripts, the ledger's events, their seals and a manifest. Each export is recorded. --check
-    exits 1 and names what is not as it was exported, or not as it was sealed.
+    exits 1 and names what is not as it was exported, or not as it was sealed; and where the export is not signed,
+    unless --manifest gives its SHA-256 or --unsigned accepts it.
     """
     chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
     if folder is not None:
         if output is not None:
             raise click.UsageError("--output makes an export and --check checks one: say only one of them.")
-        if any(chosen) or formats:
+        if any(chosen) or formats or raw_csv:
             raise click.UsageError("--check takes the whole export: no selection, no format.")
         known = None if against is None else evidence.known_of(against)
         keys = export.Keys(evidence.public_keys(key_files), signed_since)
-        _check(folder, keys, known, None if digest is None else digest.lower(), as_json=as_json)
+        digest = None if digest is None else digest.lower()
+        _check(folder, keys, known, digest, accepts_unsigned=accepts_unsigned, as_json=as_json)
         return
     if output is None:
         raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
-    if any(map(evidence.is_given, ("key_files", "signed_since", "against", "digest"))):
-        raise click.UsageError("--key, --signed-since, --against and --manifest go with --check.")
+    if any(map(evidence.is_given, ("key_files", "signed_since", "against", "digest", "accepts_unsigned"))):
+        raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned go with --check.")
+    if raw_csv and "csv" not in formats:
+        raise click.UsageError("--raw-csv goes with --format csv.")
     if sum(chosen) > 1:
         raise click.UsageError(
             "--session, --since and --until, --hold, and --all do not go together: say one of them."
@@ -113,6 +130,7 @@ def command(
         actor or acts.actor(),
         reason,
         sorted({*hold_ids}),
+        raw_csv=raw_csv,
     )
     _export(output, wanted, as_json=as_json)
 
@@ -206,6 +224,7 @@ def _check(
     known: tuple[dict[int, bytes], dict[str, int]] | None,
     digest: str | None,
     *,
+    accepts_unsigned: bool,
     as_json: bool,
 ) -> None:
     checked, findings = Checked(), []
@@ -219,10 +238,44 @@ def _check(
         for finding in export.check(
             folder, keys=keys, heads=heads, through=through, digest=digest, checked=checked, on_progress=tell
         ):
+            if accepts_unsigned and finding.fault == "unsigned":
+                continue
             findings.append(finding)
             if not as_json and len(findings) <= TOLD:
                 bar.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
-    _report_check(checked, findings, keys, is_compared=heads is not None, as_json=as_json)
+    vouching = _vouching(checked, keys, is_digest_given=digest is not None)
+    is_accepted = accepts_unsigned or not _is_unsigned(checked, is_digest_given=digest is not None)
+    if as_json:
+        _print_checked(checked, findings, keys, is_ok=not findings and is_accepted)
+    elif checked.told is not None:
+        _report_check(checked, checked.told, keys, is_compared=heads is not None)
+    if findings:
+        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
+        click.echo(f"archiver: {len(findings):,} not as exported or sealed{more}; see docs/export.md", err=True)
+    if vouching and not as_json:
+        click.echo(f"{'archiver: ' if not is_accepted else ''}{vouching}", err=not is_accepted)
+    if findings or not is_accepted:
+        sys.exit(1)
+
+
+def _is_unsigned(checked: Checked, *, is_digest_given: bool) -> bool:
+    """Whether it has no signature, and its digest was not given either."""
+    return checked.told is not None and checked.told.signed_by is None and not is_digest_given
+
+
+def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> str:
+    """What the check cannot vouch for, with the option that helps; "" where a key or a digest vouches for it."""
+    if checked.told is None or checked.is_signed or is_digest_given:
+        return ""
+    if checked.told.signed_by is not None and keys.by_id:
+        return ""  # a wrong signature is a finding
+    doubt = "transcripts, counts and unsealed rows may have been changed by anyone who could write to this folder"
+    if checked.told.signed_by is not None:
+        return f"The signature was not checked: {doubt}. Give the public key: --key FILE."
+    return (
+        f"The export is not signed: {doubt}. Give the SHA-256 that the audit log has, --manifest SHA256,"
+        " or accept it with --unsigned."
+    )
 
 
 def _escaped(finding: Finding) -> str:
@@ -231,38 +284,35 @@ def _escaped(finding: Finding) -> str:
     return printable.replace("[", r"\[")
 
 
-def _report_check(
-    checked: Checked, findings: list[Finding], keys: export.Keys, *, is_compared: bool, as_json: bool
-) -> None:
-    told = checked.told
-    if as_json:
-        result = {
-            "ok": not findings,
-            "events": checked.events,
-            "seals": checked.seals,
-            "unsealed": checked.unsealed.get("events"),
-            "unsealed_erasures": checked.unsealed.get("erasures"),
-            "unsealed_acts": checked.unsealed.get("acts"),
-            "compared": checked.compared,
-            "manifest_sha256": checked.digest,
-            "manifest_signed_by": None if told is None else told.signed_by,
-            "signatures_checked": bool(keys.by_id),
-            "manifest_signature_checked": checked.is_signed,
-            "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
-        }
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
-    elif told is not None:
-        loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
-        seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
-        click.echo(f"{seen}; not sealed yet: {loose}.")
-        if is_compared:
-            click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
-        click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
-        click.echo(f"Recorded as act {told.act}: compare it with archiver acts --kind export.done")
-    if findings:
-        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
-        click.echo(f"archiver: {len(findings):,} not as exported or sealed{more}; see docs/export.md", err=True)
-        sys.exit(1)
+def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys, *, is_ok: bool) -> None:
+    result = {
+        "ok": is_ok,
+        "events": checked.events,
+        "seals": checked.seals,
+        "unsealed": checked.unsealed.get("events"),
+        "unsealed_erasures": checked.unsealed.get("erasures"),
+        "unsealed_acts": checked.unsealed.get("acts"),
+        "compared": checked.compared,
+        "manifest_sha256": checked.digest,
+        "manifest_signed_by": None if checked.told is None else checked.told.signed_by,
+        "signatures_checked": bool(keys.by_id),
+        "manifest_signature_checked": checked.is_signed,
+        "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
+    }
+    click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+
+
+def _report_check(checked: Checked, told: Manifest, keys: export.Keys, *, is_compared: bool) -> None:
+    loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
+    seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
+    click.echo(f"{seen}; not sealed yet: {loose}.")
+    if is_compared:
+        click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
+    click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
+    click.echo(
+        f'Recorded in the audit log by the entry of kind export.done whose detail has "act": {told.act}:'
+        " archiver audit --kind export.done"
+    )
 
 
 def _signed(checked: Checked, keys: export.Keys) -> str:

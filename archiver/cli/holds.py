@@ -1,8 +1,9 @@
-"""`archiver hold` and `archiver acts`: what must not go, and what was done."""
+"""`archiver hold` and `archiver audit`: what must not go, and what was done."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from archiver import acts as trail
 from archiver import database, erasure, export, settings
 from archiver.cli import connection
-from archiver.cli.output import console, counted
+from archiver.cli.output import Whole, console, counted
 from archiver.erasure import Criteria, HoldError
 from archiver.export import Selection
 from archiver.schema import INSUFFICIENT_PRIVILEGE
@@ -166,21 +167,31 @@ def _covers(row: dict[str, Any]) -> str:
 
 @click.command("acts")
 @click.option("--kind", help="Only those of this kind, such as erase.")
+@click.option("--since", metavar="TIME", help="Only those recorded from then on: 2024-01-15 or 2024-01-15T09:30:00Z.")
+@click.option("--limit", type=Whole(1), help="Only the newest N of these.")
 @connection.json_option
-def acts(*, kind: str | None, as_json: bool) -> None:
-    """List the audit trail: what was done to the archive, by whom and why, oldest first."""
+def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
+    """List the audit trail: what was done to the archive, by whom and why, oldest first.
+
+    With --json, one JSON object a line.
+    """
+    first = connection.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
         _check_kind(opened, kind)
+        found = _every_act(opened, kind, first, limit)
         if as_json:
-            for row in _every_act(opened, kind):
+            for row in found:
                 click.echo(msgspec.json.encode(row).decode())
             return
         table = Table("id", "at", "actor", "kind", "reason", "detail")
-        for row in _every_act(opened, kind):
+        for row in found:
             detail = msgspec.json.encode(row["detail"]).decode()
             cells = (row["actor"], row["kind"], row["reason"] or "", detail)
             table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *map(Text, cells))
-    console().print(table)
+    if table.rows:
+        console().print(table)
+    else:
+        click.echo("The audit trail has no such entry." if kind or since else "The audit trail is empty.")
 
 
 def _check_kind(opened: Connection, kind: str | None) -> None:
@@ -192,8 +203,10 @@ def _check_kind(opened: Connection, kind: str | None) -> None:
         raise click.BadParameter(f"there is no such kind; known are {', '.join(sorted(known))}", param_hint="--kind")
 
 
-def _every_act(opened: Connection, kind: str | None) -> Iterator[dict[str, Any]]:
-    after = 0
-    while page := trail.select_acts(opened, after=after, limit=PAGE, kind=kind):
+def _every_act(
+    opened: Connection, kind: str | None, since: datetime | None, limit: int | None
+) -> Iterator[dict[str, Any]]:
+    after = 0 if limit is None else trail.select_newest_id(opened, limit, kind=kind, since=since) - 1
+    while page := trail.select_acts(opened, after=after, limit=PAGE, kind=kind, since=since):
         yield from map(dict, page)
         after = page[-1]["id"]

@@ -29,7 +29,7 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
     if rules.is_content_for_ever and not rules.metadata:
         raise settings.SettingsError(
             "Nothing ever expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads the environment that it is called"
-            " in, not the one of `serve` or `worker`: `archiver acts --kind settings.changed` tells what those have."
+            " in, not the one of `serve` or `worker`: `archiver audit --kind settings.changed` tells what those have."
         )
     now = datetime.now(UTC)
     with connection.ready(configuration) as engine:

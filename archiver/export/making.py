@@ -22,6 +22,7 @@ from archiver.export.folder import Sink
 from archiver.export.manifest import Counts, Covered, File, Head, Manifest
 from archiver.export.proofs import Ids
 from archiver.export.selection import Selection, UnknownError, check_known, select_held
+from archiver.export.spreadsheet import neutralise_line
 from archiver.seals import key_id
 
 ACT, DONE = "export", "export.done"
@@ -32,7 +33,10 @@ Progress = Callable[[str, int], None]  # a file's name, and the rows written so 
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What is to be exported, in which formats, for whom and why. `hold_ids`: what these holds cover."""
+    """What is to be exported, in which formats, for whom and why. `hold_ids`: what these holds cover.
+
+    `raw_csv`: CSV cells keep their exact text, even where a spreadsheet would run it as a formula.
+    """
 
     selection: Selection
     formats: Sequence[str]
@@ -40,6 +44,7 @@ class Wanted(msgspec.Struct, frozen=True):
     reason: str | None = None
     hold_ids: Sequence[int] = ()
     settings: Mapping[str, Any] = {}
+    raw_csv: bool = False
 
     def asked(self) -> dict[str, Any]:
         """In plain words; of a hold its number alone, for its value may say who somebody is."""
@@ -158,6 +163,7 @@ class _Export:
             head=head,
             signed_by=None if self._key is None else key_id(self._key.public_key()),
             files=self._files,
+            csv=self._csv_cells(),
         )
 
     def _write_transcripts(self) -> None:
@@ -195,13 +201,26 @@ class _Export:
                     self._tell(name, sink.rows)
 
     def _write_csv(self, name: str, sink: Sink, kind: str) -> None:
+        numbers = self._numeric_columns(kind)
         for query in queries.as_csv(self._selection, kind):
             with closing(copying.lines(self._connection, query)) as lines:
                 for line in lines:
-                    sink.write(line)
+                    sink.write(line if self._wanted.raw_csv else neutralise_line(bytes(line), numbers))
                     if not sink.rows % TOLD_EVERY:
                         self._tell(name, sink.rows)
         sink.rows -= 1  # the header
+
+    def _numeric_columns(self, kind: str) -> set[int]:
+        """Their indexes: what stands in them is no text that a spreadsheet could run."""
+        driver: Any = self._connection.connection.driver_connection
+        query = queries.columns(kind).as_string(driver)
+        described = self._connection.exec_driver_sql(query).cursor.description
+        return {index for index, column in enumerate(described) if column[1] in _NUMERIC_TYPES}
+
+    def _csv_cells(self) -> manifest.CsvCells | None:
+        if "csv" not in self._wanted.formats:
+            return None
+        return "raw" if self._wanted.raw_csv else "neutralised"
 
     def _write_evidence(self) -> Head | None:
         with ExitStack() as stack:
@@ -260,6 +279,7 @@ class _Export:
         return {row.part: row.detail | {"since": row.at} for row in self._connection.execute(_LATEST_SETTINGS)}
 
 
+_NUMERIC_TYPES = {20, 21, 23, 700, 701, 1700}  # their oids in pg_type: int8, int2, int4, float4, float8, numeric
 _USUAL = struct.Struct(">i32si32si16si").unpack_from
 
 

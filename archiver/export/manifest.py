@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -23,6 +23,7 @@ FORMATS = tuple(BY_FORMAT)
 
 
 Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+CsvCells = Literal["neutralised", "raw"]
 KeyId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]  # it is printed
 
 
@@ -59,7 +60,11 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`asked`: what was to be exported. `act`: the id of the act that recorded it. `coverage`: sessions by state."""
+    """`asked`: what was to be exported. `act`: the id of the act that recorded it. `coverage`: sessions by state.
+
+    `csv`: whether the cells of CSV files were made harmless to spreadsheets; null where there are none, or where the
+    export is of a version that did not do so.
+    """
 
     version: str
     archiver: str
@@ -76,6 +81,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head: Head | None
     signed_by: KeyId | None
     files: dict[str, File]
+    csv: CsvCells | None = None
 
 
 def encode(manifest: Manifest) -> bytes:

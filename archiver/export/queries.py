@@ -44,6 +44,11 @@ def as_csv(selection: Selection, name: str) -> Iterator[sql.Composable]:
         yield sql.SQL("COPY ({}) TO STDOUT (FORMAT CSV, ENCODING 'UTF8'{})").format(query, header)
 
 
+def columns(name: str) -> sql.Composable:
+    """No row, with the columns of this file as CSV has them."""
+    return sql.SQL(_ROWS[name] + " LIMIT 0")
+
+
 def rows_of(selection: Selection, name: str, what: sql.Composable) -> Iterator[sql.Composable]:
     """The queries that together give what this file holds."""
     order = sql.SQL(_ORDER[name])

@@ -1,0 +1,69 @@
+"""Make the cells of a CSV file harmless to spreadsheets and terminals, so that each cell can be restored.
+
+A spreadsheet runs a cell that begins with `=`, `+`, `-` or `@`, in full width too, as a formula; some programs drop
+white space before it. A terminal obeys ESC, and the C1 control characters, each of which is ESC and a letter in one.
+Source: OWASP, "CSV Injection"; ECMA-48. Hence two rules, in this order:
+
+1. ESC (U+001B) and the characters from U+0080 to U+009F become U+241B and their code in two hexadecimal digits;
+   U+241B itself becomes U+241B twice.
+2. A cell that a spreadsheet could run gets an apostrophe in front.
+
+Cells of numeric columns stay as they are: `-1.5` is a number there.
+"""
+
+import re
+from collections.abc import Collection
+
+_ESCAPE = "\u241b"  # SYMBOL FOR ESCAPE
+_CONTROL = re.compile("[\x1b\x80-\x9f\u241b]")
+_ESCAPED = re.compile("\u241b(\u241b|[0-9A-F]{2})")
+# Apostrophes first: a cell that has them already gets one more, so that restoring takes exactly one away.
+_RISKY = re.compile("'*[\\s\u200b-\u200f\u2060\ufeff]*[\t\r\n=+\\-@\uff0b\uff0d\uff1d\uff20]")
+# Whether a line can hold a cell that changes: a superset, at the speed of the regular expression engine. A sign after
+# a letter or digit, as in a time, is none.
+_SUSPECT = re.compile(
+    rb"(?:^|[^0-9A-Za-z])(?:[=+\-@\t\r]|\n(?!\Z))|\xef\xbc[\x8b\x8d\x9d\xa0]"  # signs, in full width too; white space
+    rb"|\x1b|\xc2[\x80-\x9f]|\xe2\x90\x9b"  # control characters, and what stands for them
+)
+_CELL = re.compile(r'("(?:[^"]|"")*"|[^,"\n]*)(,|\n\Z|\Z)')
+
+
+def neutralise_cell(cell: str) -> str:
+    """Return the cell as a spreadsheet and a terminal show it without acting on it; see the rules above."""
+    if _CONTROL.search(cell):
+        cell = _CONTROL.sub(_code, cell)
+    return f"'{cell}" if _RISKY.match(cell) else cell
+
+
+def restore_cell(cell: str) -> str:
+    """Return the cell that `neutralise_cell` was given."""
+    if cell.startswith("'") and _RISKY.match(cell):
+        cell = cell[1:]
+    return _ESCAPED.sub(lambda found: found[1] if found[1] == _ESCAPE else chr(int(found[1], 16)), cell)
+
+
+def neutralise_line(line: bytes, numbers: Collection[int]) -> bytes:
+    """Return one CSV record, as COPY writes it, with its cells neutralised.
+
+    `numbers`: the indexes, from 0, of numeric columns. A cell that is harmless keeps its bytes, and with them the
+    difference between NULL (nothing) and an empty text (`""`).
+    """
+    if not _SUSPECT.search(line):
+        return line
+    pieces: list[str] = []
+    for column, found in enumerate(_CELL.finditer(line.decode())):
+        written, end = found[1], found[2]
+        if column not in numbers:
+            is_quoted = written.startswith('"')
+            cell = written[1:-1].replace('""', '"') if is_quoted else written
+            harmless = neutralise_cell(cell)
+            if harmless != cell:
+                written = '"' + harmless.replace('"', '""') + '"'
+        pieces += (written, end)
+        if end != ",":
+            break
+    return "".join(pieces).encode()
+
+
+def _code(found: re.Match[str]) -> str:
+    return _ESCAPE * 2 if found[0] == _ESCAPE else f"{_ESCAPE}{ord(found[0]):02X}"
