@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups soak lock clean
+.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups soak schema lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -59,6 +59,9 @@ bench-export: $(VENV)/.installed  ## Measure the export of a million events, and
 
 soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)
+
+schema: $(VENV)/.installed  ## Record a new migration: its digest
+	@$(BIN)/python -m tests.landing
 
 lock: $(VENV)/.installed  ## Renew requirements.lock and its part for production from pyproject.toml
 	@$(PIP) 'uv==0.13.9'

@@ -3,7 +3,7 @@
 `deploy/roles.sql` makes the roles; the grants belong to a schema's version, so migrations bring them up to date.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 from sqlalchemy import Connection, text
@@ -154,19 +154,128 @@ def missing(connection: Connection, role: str, grantee: str | None = None) -> li
     return list(connection.scalars(_MISSING, values))
 
 
+# Only what was granted to the role itself: what its owner or a superuser may do needs no grant.
+_SURPLUS = text(
+    """
+    WITH wanted (kind, name, priv) AS (
+        SELECT * FROM unnest(CAST(:kinds AS text[]), CAST(:names AS text[]), CAST(:privileges AS text[]))
+    ), given (kind, name, what, granted) AS (
+        SELECT 'schema', n.nspname::text, format('SCHEMA %I', n.nspname), n.nspacl
+          FROM pg_namespace n WHERE n.nspname = ANY (CAST(:schemas AS text[]))
+        UNION ALL
+        SELECT CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, n.nspname || '.' || c.relname,
+               format('%s %I.%I', CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, n.nspname, c.relname),
+               c.relacl
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = ANY (CAST(:schemas AS text[])) AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+        UNION ALL
+        SELECT 'function', format('%s.%s(%s)', n.nspname, f.proname, oidvectortypes(f.proargtypes)),
+               format('ROUTINE %I.%I(%s)', n.nspname, f.proname, oidvectortypes(f.proargtypes)), f.proacl
+          FROM pg_proc f JOIN pg_namespace n ON n.oid = f.pronamespace
+         WHERE n.nspname = ANY (CAST(:schemas AS text[]))
+    ), columns (name, what, attribute, is_numbered, priv, grantable) AS (
+        SELECT n.nspname || '.' || c.relname, format('%I.%I', n.nspname, c.relname), a.attname::text,
+               a.attidentity <> '', x.privilege_type, x.is_grantable
+          FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+         CROSS JOIN aclexplode(a.attacl) x
+         WHERE n.nspname = ANY (CAST(:schemas AS text[])) AND a.attacl IS NOT NULL
+           AND x.grantee = (SELECT oid FROM pg_roles WHERE rolname = :role)
+    )
+    SELECT format('REVOKE %s%s ON %s FROM %I', CASE WHEN is_kept THEN 'GRANT OPTION FOR ' ELSE '' END, priv, what,
+                  CAST(:role AS text))
+      FROM (
+          SELECT x.privilege_type AS priv, g.what, x.is_grantable,
+                 EXISTS (SELECT FROM wanted w
+                          WHERE w.kind = g.kind AND w.priv = x.privilege_type
+                            AND (w.name = g.name OR g.kind = 'sequence' AND w.name = split_part(g.name, '.', 1)))
+                     AS is_kept
+            FROM given g CROSS JOIN aclexplode(g.granted) x
+           WHERE x.grantee = (SELECT oid FROM pg_roles WHERE rolname = :role)
+      ) each
+     WHERE NOT is_kept OR is_grantable
+    UNION ALL
+    SELECT format('REVOKE %s%s (%I) ON TABLE %s FROM %I', CASE WHEN is_kept THEN 'GRANT OPTION FOR ' ELSE '' END,
+                  priv, attribute, what, CAST(:role AS text))
+      FROM (
+          SELECT c.*, EXISTS (
+                     SELECT FROM wanted w
+                      WHERE w.priv = c.priv
+                        AND (w.kind = 'table' AND w.name = c.name
+                             OR w.kind = 'column' AND w.name = c.name || '.' || c.attribute
+                             OR w.kind = 'append' AND w.name = c.name AND NOT c.is_numbered)
+                 ) AS is_kept
+            FROM columns c
+      ) each
+     WHERE NOT is_kept OR grantable
+     ORDER BY 1
+    """
+)
+_SCHEMAS = ("archiver", "analytics", "archiver_jobs")
+
+
+def surplus(connection: Connection, role: str) -> list[str]:
+    """The SQL that takes from a role what it was granted in our schemas and does not need."""
+    wanted = list(_wanted(NEEDED[role]))
+    values = {
+        "role": role,
+        "schemas": list(_SCHEMAS),
+        "kinds": [kind for kind, _, _ in wanted],
+        "names": [name for _, name, _ in wanted],
+        "privileges": [privilege for _, _, privilege in wanted],
+    }
+    return list(connection.scalars(_SURPLUS, values))
+
+
+def _wanted(needs: Needs) -> Iterator[tuple[str, str, str]]:
+    """Each privilege that a role is granted: the kind of the object, its name, the privilege."""
+    for schema in {name.partition(".")[0] for name in needs.tables}:
+        yield "schema", schema, "USAGE"
+    for name, privileges in needs.tables.items():
+        for privilege in privileges.split(", "):
+            yield "table", name, privilege
+    for name in needs.appends:
+        yield "append", name, "INSERT"
+    for name in needs.columns:
+        yield "column", f"archiver.events.{name}", "UPDATE"
+    for name in needs.functions:
+        yield "function", name, "EXECUTE"
+    for schema in needs.sequences:
+        yield "sequence", schema, "USAGE"
+
+
 def existing(connection: Connection) -> list[str]:
     """Those of our roles that there are."""
     query = text("SELECT rolname FROM pg_roles WHERE rolname = ANY (:names) ORDER BY 1")
     return list(connection.scalars(query, {"names": list(NEEDED)}))
 
 
-def grant_missing(connection: Connection) -> None:
-    """Give each role that there is what it needs."""
-    for role in existing(connection):
+def bring_up_to_date(connection: Connection) -> None:
+    """Give each role that exists what it needs, and revoke what it no longer needs.
+
+    Where anything differs all is granted again, so that a dump shows it in the order of a fresh database.
+    """
+    if are_granted(connection):
+        return
+    found = existing(connection)
+    for statement in connection.scalars(_REVOKE_ALL, {"roles": found, "schemas": list(_SCHEMAS)}).all():
+        connection.execute(text(statement))
+    for role in found:
         for statement in missing(connection, role):
             connection.execute(text(statement))
 
 
+# Tables include views, and a privilege revoked on a table is revoked on its columns as well.
+_REVOKE_ALL = text(
+    """
+    SELECT format('REVOKE ALL ON %s %s %I FROM %I', kind, CASE kind WHEN 'SCHEMA' THEN '' ELSE 'IN SCHEMA' END,
+                  nspname, rolname)
+      FROM pg_namespace, pg_roles,
+           unnest(CAST('{SCHEMA,ALL TABLES,ALL SEQUENCES,ALL ROUTINES}' AS text[])) AS kind
+     WHERE nspname = ANY (CAST(:schemas AS text[])) AND rolname = ANY (CAST(:roles AS text[]))
+    """
+)
+
+
 def are_granted(connection: Connection) -> bool:
-    """Whether each role that there is has what it needs."""
-    return not any(missing(connection, role) for role in existing(connection))
+    """Whether each role that exists has what it needs and no more."""
+    return not any(missing(connection, role) or surplus(connection, role) for role in existing(connection))

@@ -23,6 +23,8 @@ SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migratio
 _MIGRATION_LOCK = 0x63616C6C_68710002
 _LOCK_SECONDS = 10
 _STATEMENT_SECONDS = 600
+_REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
+_REPAIRED_FROM = "0005"
 INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
@@ -115,8 +117,17 @@ def _upgrade(engine: Engine, revision: str) -> None:
         # Alembic keeps its version table there, so the schema must be first.
         if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
+        _repair(connection)
         command.upgrade(_config(connection), revision)
-        roles.grant_missing(connection)
+        roles.bring_up_to_date(connection)
+
+
+def _repair(connection: Connection) -> None:
+    """Prepare a database below the repair migration for the migrations before it; that one does the rest."""
+    script = ScriptDirectory.from_config(_config())
+    is_at = current(connection)
+    if is_at is not None and is_at < _REPAIRED_FROM:
+        script.get_revision(_REPAIR).module.repair(connection, script, is_at)
 
 
 def downgrade(engine: Engine, revision: str) -> None:

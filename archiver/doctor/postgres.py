@@ -191,7 +191,8 @@ def _roles(connection: Connection) -> Finding:
             "As an administrator run deploy/roles.sql; then run `archiver migrate` again.",
         )
     if not roles.are_granted(connection):
-        return Finding("roles", "warning", "The roles lack some of their grants.", "Run `archiver migrate` again.")
+        detail = "The roles lack some of their grants, or have some that they do not need."
+        return Finding("roles", "warning", detail, "Run `archiver migrate` again.")
     return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
 
 
