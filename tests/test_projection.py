@@ -116,7 +116,7 @@ def test_i3_an_empty_output_never_replaces_a_filled_one(known: list[Fact]) -> No
 def test_i3_a_newer_fact_replaces_what_it_tells_and_only_that(known: list[Fact], newer: Fact) -> None:
     chat = newer.event.chat
     assert chat is not None
-    later = START + timedelta(days=1)
+    later = START + timedelta(minutes=5)  # all others are of the four minutes before
     chat = msgspec.structs.replace(chat, updated_at=later)
     newer = msgspec.structs.replace(newer, event=msgspec.structs.replace(newer.event, chat=chat))
     before, after = fold(known), fold([*known, newer])

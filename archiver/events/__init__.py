@@ -19,6 +19,7 @@ from archiver.events.shapes import (
     Message,
     UnreadableError,
 )
+from archiver.events.times import CLOCK_TOLERANCE, EARLIEST, credible, plausible, timestamp
 from archiver.events.values import (
     MAX_VARIABLE_DEPTH,
     OURS,
@@ -28,14 +29,15 @@ from archiver.events.values import (
     messages_of,
     storable,
     storable_id,
-    timestamp,
     variables_of,
 )
 
 __all__ = [
     "CHAT_EVENTS",
+    "CLOCK_TOLERANCE",
     "CREATED",
     "DELETED",
+    "EARLIEST",
     "MAX_DEPTH",
     "MAX_ID",
     "MAX_MESSAGES",
@@ -49,12 +51,14 @@ __all__ = [
     "Malformed",
     "Message",
     "UnreadableError",
+    "credible",
     "decode",
     "digest",
     "identifier",
     "label",
     "messages_of",
     "parse",
+    "plausible",
     "storable",
     "timestamp",
 ]

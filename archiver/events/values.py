@@ -1,9 +1,8 @@
-"""Single values of a document: ids, texts, messages, times, costs."""
+"""Single values of a document: ids, texts, messages, costs."""
 
 import json
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -13,9 +12,7 @@ OURS = "\x1f"  # begins the keys that we make ourselves, for turns that only his
 MAX_VARIABLE_DEPTH = 64
 _MAX_COST_TEXT = 40  # characters
 _COST_MAGNITUDES = range(-30, 12)  # powers of ten
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-_DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
 
 
 def identifier(value: Any) -> str | None:
@@ -106,28 +103,3 @@ def _storable_json(value: Any, depth: int) -> Any:
     if isinstance(value, list):
         return [_storable_json(item, depth - 1) for item in value] if depth else None
     return value
-
-
-def timestamp(value: Any) -> datetime | None:
-    """A time in UTC from ISO 8601 text or from an epoch number in seconds, milliseconds or finer; None if neither."""
-    try:
-        if isinstance(value, str):
-            if not _DIGITS.fullmatch(value):
-                parsed = datetime.fromisoformat(value.upper())
-                if parsed.tzinfo is UTC:
-                    return parsed
-                return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        return _from_epoch(value)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _from_epoch(value: float) -> datetime:
-    for limit, unit in ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6)):
-        if abs(value) < limit:
-            # Integers stay exact; timedelta rounds to microseconds.
-            return _EPOCH + timedelta(seconds=value / unit)
-    return _EPOCH + timedelta(seconds=value / 1e9)

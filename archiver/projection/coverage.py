@@ -1,6 +1,6 @@
 """How complete a session is known to be, and when its history is to be read next. Pure: from ledger facts alone."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Literal
@@ -69,6 +69,7 @@ NEWS = "events_after_reading"
 AGREED = "agreed"
 REPAIRED = "history_supplied_messages"
 PARTIAL = "turns_not_in_history"
+DIFFERS = "texts_not_in_history"
 UNSEEN = "content_never_seen"
 ERASED = "erased"
 _UNREAD = {
@@ -115,23 +116,32 @@ def _state(
 ) -> tuple[State, str]:
     if last_event_at > newest.last_at:
         return "open", NEWS
-    confirmed = {line.chat_id for line in lines if line.first_read_at is not None}
     has_told = any(line.first_read_at is not None for line in lines)
-    is_agreed = not _unconfirmed(turns, lines, confirmed)
     told_nothing = newest.kind == history.READ and not newest.told.messages
-    if not is_agreed:
+    unconfirmed = _unconfirmed(turns, lines)
+    if unconfirmed:
         is_partial = newest.kind == history.READ and not told_nothing
-        return "unverified", PARTIAL if is_partial else _UNREAD[newest.kind]
+        return "unverified", unconfirmed if is_partial else _UNREAD[newest.kind]
     if not has_told and newest.kind != history.READ:
         return "unverified", _UNREAD[newest.kind]
     return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
 
 
-def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line], confirmed: Collection[str | None]) -> bool:
-    """Whether a turn that was not deleted, and has content, was never shown by any reading."""
-    deleted = {chat_id for chat_id, turn in turns.items() if turn.deleted_at is not None}
-    told = {line.chat_id for line in lines if line.chat_id is not None and line.content.strip()}
-    return bool(told - deleted - set(confirmed))
+def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None:
+    """The reason why history does not confirm all that webhooks told; None if it does.
+
+    Each text counts: a turn may be in the history with other words. Deleted turns need no confirmation.
+    """
+    texts = [
+        line
+        for line in lines
+        if line.chat_id is not None and line.content.strip() and turns[line.chat_id].deleted_at is None
+    ]
+    confirmed = {line.chat_id for line in texts if line.first_read_at is not None}
+    unconfirmed = {line.chat_id for line in texts if line.first_read_at is None}
+    if unconfirmed - confirmed:
+        return PARTIAL
+    return DIFFERS if unconfirmed else None
 
 
 def _repaired(lines: Sequence[Line]) -> int:

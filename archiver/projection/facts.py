@@ -69,14 +69,16 @@ def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fac
 
 def _fact(row: Row[Any]) -> Fact | None:
     if row.body is None:  # erased: that there was such a fact, and when, is all that is left
-        ids = events.Event(row.type, b"", bytes(row.dedupe_key), row.session_id, row.chat_id, None, row.occurred_at)
-        return Fact(ids, row.source, row.received_at, row.occurred_at)
+        occurred_at = events.plausible(row.occurred_at)
+        ids = events.Event(row.type, b"", bytes(row.dedupe_key), row.session_id, row.chat_id, None, occurred_at)
+        return Fact(ids, row.source, row.received_at, occurred_at)
     event = events.parse(row.body)
     if isinstance(event, events.Malformed):
         # Stored by a version that could read it: its turn keeps what the other facts tell.
         telemetry.unreadable_facts.labels(event.reason).inc()
         return None
-    return Fact(event, row.source, row.received_at, row.occurred_at)
+    # Earlier versions kept times in the ledger that stand for "no value".
+    return Fact(event, row.source, row.received_at, events.plausible(row.occurred_at) or event.occurred_at)
 
 
 _SELECT_FACTS = text(
@@ -187,4 +189,6 @@ def _arrivals(chats: Iterable[Sequence[Row[Any]]]) -> list[datetime]:
 def _told(row: Row[Any]) -> history.Told:
     if row.body is None:
         return history.NOTHING_TOLD
-    return history.told(row.type, row.session_id, row.body)
+    told = history.told(row.type, row.session_id, row.body)
+    created_at = events.credible(told.created_at, row.received_at)
+    return told if created_at == told.created_at else msgspec.structs.replace(told, created_at=created_at)

@@ -30,15 +30,30 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def told_at(self) -> datetime:
-        """The time by which revisions are ordered: upstream's own where there is one."""
+        """The time by which revisions are ordered: upstream's own where there is a credible one.
+
+        One that claims to be of the future is as new as its arrival.
+        """
         chat = self.event.chat
         updated, created = (chat.updated_at, chat.created_at) if chat else (None, None)
-        return updated or self.occurred_at or created or self.received_at
+        if updated is None and self.occurred_at is None:
+            return self.credible(created) or self.received_at
+        return self.credible(updated) or self.credible(self.occurred_at) or self.received_at
 
     @property
     def order(self) -> tuple[datetime, datetime, datetime, bytes]:
         """Sorts the revisions of a turn, oldest first; arrival decides only where upstream tells nothing."""
-        return self.told_at, self.occurred_at or _NEVER, self.received_at, self.event.dedupe_key
+        occurred_at = self.credible(self.occurred_at) or _NEVER
+        return self.told_at, occurred_at, self.received_at, self.event.dedupe_key
+
+    @property
+    def known_at(self) -> datetime:
+        """By when it was true, on the clock by which histories are read: no later than its arrival."""
+        return min(self.told_at, self.received_at)
+
+    def credible(self, moment: datetime | None) -> datetime | None:
+        """The reported time, unless it is later than the arrival of this fact."""
+        return events.credible(moment, self.received_at)
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False):
@@ -59,7 +74,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     source: str
     messages: tuple[Message, ...]
     inputs: int  # of the messages, the first so many are input
-    told_at: datetime  # of the newest fact with content
+    told_at: datetime  # when the newest fact with content was true, no later than its arrival
 
     @property
     def began_at(self) -> datetime:
@@ -80,7 +95,8 @@ def fold(facts: Sequence[Fact]) -> Turn:
     if len(facts) == 1:
         return _turn_of(facts[0])
     ordered = sorted(facts, key=lambda fact: fact.order)
-    tellings = [fact.event.chat for fact in ordered if fact.event.chat is not None]
+    told = [(fact, fact.event.chat) for fact in ordered if fact.event.chat is not None]
+    tellings = [chat for _, chat in told]
     outputs = [chat.output for chat in tellings]
     said = _newest(chat.input or None for chat in tellings) or ()
     return Turn(
@@ -89,19 +105,17 @@ def fold(facts: Sequence[Fact]) -> Turn:
         status=_newest(chat.status for chat in tellings),
         cost=_newest(chat.cost for chat in tellings),
         variables=_newest(chat.variables for chat in tellings),
-        created_at=_earliest(chat.created_at for chat in tellings),
+        created_at=_earliest(fact.credible(chat.created_at) for fact, chat in told),
         session_name=_newest(chat.session_name for chat in tellings),
         session_status=_newest(chat.session_status for chat in tellings),
-        updated_at=max((chat.updated_at for chat in tellings if chat.updated_at), default=None),
-        occurred_at=_earliest(fact.occurred_at for fact in ordered),
+        updated_at=_latest(fact.credible(chat.updated_at) for fact, chat in told),
+        occurred_at=_earliest(fact.credible(fact.occurred_at) for fact in ordered),
         first_received_at=min(fact.received_at for fact in ordered),
-        deleted_at=_earliest(
-            fact.occurred_at or fact.told_at for fact in ordered if fact.event.type == events.DELETED
-        ),
+        deleted_at=_earliest(_deleted_at(fact) for fact in ordered if fact.event.type == events.DELETED),
         source=ordered[0].source,
         messages=said + (_newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)),
         inputs=len(said),
-        told_at=max((fact.told_at for fact in ordered if _tells_content(fact)), default=ordered[0].told_at),
+        told_at=max((fact.known_at for fact in ordered if _tells_content(fact)), default=ordered[0].known_at),
     )
 
 
@@ -114,18 +128,22 @@ def _turn_of(fact: Fact) -> Turn:
         status=chat.status,
         cost=chat.cost,
         variables=chat.variables,
-        created_at=chat.created_at,
-        updated_at=chat.updated_at,
+        created_at=fact.credible(chat.created_at),
+        updated_at=fact.credible(chat.updated_at),
         session_name=chat.session_name,
         session_status=chat.session_status,
-        occurred_at=fact.occurred_at,
+        occurred_at=fact.credible(fact.occurred_at),
         first_received_at=fact.received_at,
-        deleted_at=(fact.occurred_at or fact.told_at) if fact.event.type == events.DELETED else None,
+        deleted_at=_deleted_at(fact) if fact.event.type == events.DELETED else None,
         source=fact.source,
         messages=chat.input + chat.output,
         inputs=len(chat.input),
-        told_at=fact.told_at,
+        told_at=fact.known_at,
     )
+
+
+def _deleted_at(fact: Fact) -> datetime:
+    return fact.credible(fact.occurred_at) or fact.told_at
 
 
 def _tells_content(fact: Fact) -> bool:
@@ -139,6 +157,10 @@ def _newest(values: Iterable[T | None]) -> T | None:
 
 def _earliest(values: Iterable[datetime | None]) -> datetime | None:
     return min((value for value in values if value is not None), default=None)
+
+
+def _latest(values: Iterable[datetime | None]) -> datetime | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _is_filled(output: tuple[Message, ...]) -> bool:
