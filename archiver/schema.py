@@ -29,7 +29,14 @@ INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
 class SchemaError(Exception):
-    """The database's schema is not the one that this version works with; the text says what to do."""
+    """The database's schema is not the one that this version works with; the text says what to do.
+
+    `reason`: the same without the name of the database, for anyone who asks `/readyz`.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 @cache
@@ -54,7 +61,10 @@ def check(connection: Connection) -> None:
         return
     known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     if is_at is None:
-        raise SchemaError(f"The database {where(connection)} has no archiver schema yet: run `archiver migrate`.")
+        raise SchemaError(
+            f"The database {where(connection)} has no archiver schema yet: run `archiver migrate`.",
+            "there is no archiver schema yet: run `archiver migrate`",
+        )
     if is_at in known:
         raise SchemaError(f"The schema is at {is_at}, older than {head()}: run `archiver migrate`.")
     raise SchemaError(f"The schema is at {is_at}, newer than this program knows: upgrade callhq-archiver.")

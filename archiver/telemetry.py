@@ -160,6 +160,25 @@ class Refusals:
 refusals = Refusals()
 
 
+class Recurring:
+    """A warning that is written at once, and then at most once a minute with the number of times since the last."""
+
+    SECONDS = 60.0
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._written_at = -self.SECONDS
+        self._count = 0
+
+    def warn(self, **fields: Any) -> None:
+        """Count one more; `fields` are those of the newest. They hold no content."""
+        self._count += 1
+        now = monotonic()
+        if now - self._written_at >= self.SECONDS:
+            structlog.get_logger(__name__).warning(self._event, count=self._count, **fields)
+            self._written_at, self._count = now, 0
+
+
 def metrics() -> bytes:
     """All metrics as Prometheus text, summed over the processes of one `serve`."""
     if MULTIPROCESS_FOLDER not in os.environ:
@@ -232,6 +251,7 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
     root.setLevel(level.upper())
     for talkative in ("alembic", "uvicorn", "procrastinate", "httpx2", "httpcore2"):  # we say what matters
         logging.getLogger(talkative).setLevel(max(root.level, logging.WARNING))
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # its callers log that a call failed, once a minute
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -374,6 +375,32 @@ def test_it_is_not_ready_on_a_schema_that_is_not_its_own(database_url: str) -> N
         assert "upgrade callhq-archiver" in ready.json()["database"]
         connection.execute("DELETE FROM archiver.schema_version")
         assert "archiver migrate" in receiver.get("/readyz").json()["database"]
+
+
+def test_readyz_has_reasons_alone_and_the_log_has_the_places(
+    cluster: Cluster, database_url: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "a home of secrets"
+    with serving(database_url, ARCHIVER_HOME=str(home)) as receiver:
+        place = parse_url(database_url)
+        secret = [str(place.database), *map(str, place.query.values()), str(place.username), str(home)]
+        told = []
+        with psycopg.connect(database_url) as connection:
+            connection.execute("DELETE FROM archiver.schema_version")
+        told.append(receiver.get("/readyz").text)
+        with database_gone(cluster, database_url):
+            told.append(receiver.get("/readyz").text)
+        (home / "spool").rename(tmp_path / "away")
+        (home / "spool").write_bytes(b"")
+        told.append(receiver.get("/readyz").text)
+        for each in told:
+            assert json.loads(each)["database"] != "ready"
+            assert not [part for part in secret if part in each], each
+        assert "archiver migrate" in told[0]
+        assert "unavailable" in told[1]
+        assert "ARCHIVER_HOME" in json.loads(told[2])["spool"]
+        log = receiver.stderr()
+        assert all(part in log for part in (str(place.database), str(home / "spool")))
 
 
 def test_it_is_not_ready_where_it_may_only_read(cluster: Cluster, database_url: str) -> None:

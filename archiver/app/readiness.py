@@ -3,46 +3,69 @@
 import asyncio
 import time
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from archiver.app.answers import RETRY_AFTER
-from archiver.ingest import Ingest, database_fault
+from archiver.ingest import Fault, Ingest, database_fault
 from archiver.spool import LEAST_ROOM, SpoolError
 
 FAILURE_SECONDS = 15
+LOG_SECONDS = 60
+
+log = structlog.get_logger(__name__)
 
 
 class Readiness:
-    """Ready: an event could be made durable now, by the database or by the spool."""
+    """Ready: an event could be made durable now, by the database or by the spool.
+
+    Anyone may ask, so the answer has reasons alone; hosts, users and paths go to the log.
+    """
 
     def __init__(self, engine: AsyncEngine, ingest: Ingest) -> None:
         self._engine, self._ingest = engine, ingest
+        self._logged: dict[str, tuple[str, float]] = {}  # by part: the detail last logged, and when
 
     async def readyz(self, _: Request) -> Response:
         """Which of the two would take an event, and if one does not, why."""
-        told = {
-            "database": await database_fault(self._engine) or self._commit_fault() or "ready",
-            "spool": await asyncio.to_thread(self._spool_fault) or "ready",
+        faults = {
+            "database": await database_fault(self._engine) or self._commit_fault(),
+            "spool": await asyncio.to_thread(self._spool_fault),
         }
-        if "ready" in told.values():
-            return JSONResponse({"status": "ready"} | told)
-        return JSONResponse({"status": "not ready"} | told, 503, RETRY_AFTER)
+        self._log(faults)
+        reasons = {part: "ready" if fault is None else fault.reason for part, fault in faults.items()}
+        if None in faults.values():
+            return JSONResponse({"status": "ready"} | reasons)
+        return JSONResponse({"status": "not ready"} | reasons, 503, RETRY_AFTER)
 
-    def _commit_fault(self) -> str | None:
+    def _log(self, faults: dict[str, Fault | None]) -> None:
+        """A fault when it appears or changes, and once a minute while it lasts."""
+        now = time.monotonic()
+        for part, fault in faults.items():
+            if fault is None or fault.detail == fault.reason:
+                self._logged.pop(part, None)
+                continue
+            detail, at = self._logged.get(part, ("", now))
+            if detail != fault.detail or now - at >= LOG_SECONDS:
+                log.warning("not ready", part=part, reason=fault.detail)
+                self._logged[part] = (fault.detail, now)
+
+    def _commit_fault(self) -> Fault | None:
         """What the last batch met: without a spool not for long, since whoever is thought unready is sent no event
         that could prove the contrary.
         """
         failed_at, fallback = self._ingest.failed_at, self._ingest.fallback
         has_failed = failed_at is not None and time.monotonic() - failed_at < FAILURE_SECONDS
         is_away = fallback is not None and fallback.is_open
-        return "the last events could not be committed: see the log" if has_failed or is_away else None
+        reason = "the last events could not be committed: see the log"
+        return Fault(reason, reason) if has_failed or is_away else None
 
-    def _spool_fault(self) -> str | None:
+    def _spool_fault(self) -> Fault | None:
         if self._ingest.fallback is None:
-            return "none"
+            return Fault("none", "none")
         try:
-            return "full" if self._ingest.fallback.spool.room() < LEAST_ROOM else None
+            return Fault("full", "full") if self._ingest.fallback.spool.room() < LEAST_ROOM else None
         except SpoolError as error:
-            return str(error)
+            return Fault(error.reason, str(error))

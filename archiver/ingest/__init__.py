@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import telemetry
 from archiver.events import Event
 from archiver.ingest.fallback import Fallback
-from archiver.ingest.probe import database_fault
+from archiver.ingest.probe import Fault, database_fault
 from archiver.ingest.redrive import retry_quarantined
 from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, write
 from archiver.projection import DEFAULT_TIMING, Timing
@@ -25,6 +25,7 @@ from archiver.spool import Spool
 
 __all__ = [
     "Delivery",
+    "Fault",
     "Ingest",
     "Outcome",
     "QueueFullError",

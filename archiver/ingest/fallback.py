@@ -145,7 +145,7 @@ class Fallback:
         fault = await database_fault(self._engine)
         if fault is not None and monotonic() - self._told_at >= TOLD_SECONDS:
             self._told_at = monotonic()
-            log.error("events stay spooled", database=fault)
+            log.error("events stay spooled", database=fault.detail)
         return fault is None
 
     def _open(self) -> None:

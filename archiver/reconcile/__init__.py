@@ -10,7 +10,6 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-import structlog
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -25,8 +24,6 @@ from archiver.reconcile.pause import SharedPause
 from archiver.reconcile.report import Outcome, Reading, Report
 
 __all__ = ["NotRecordedError", "Outcome", "Reading", "Reconciler", "Submit", "retry_pause"]
-
-log = structlog.get_logger(__name__)
 
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
 _NOT_STORED = "its answer could not be stored: see archiver quarantine list"
@@ -63,6 +60,7 @@ class Reconciler:
         self._pause = pause
         self._concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
+        self._not_read = telemetry.Recurring("histories not read")
 
     @property
     def finds_nothing(self) -> bool:
@@ -183,7 +181,7 @@ class Reconciler:
         """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
         event = answer.event
         if event is None:
-            log.warning("history not read", session_id=session_id, error=answer.fault)
+            self._not_read.warn(session_id=session_id, error=answer.fault)
             event = await self._failed(session_id, lease, answer.began)
             if event is None:
                 return "failed", answer.fault

@@ -10,15 +10,24 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class SpoolError(Exception):
-    """The spool cannot be used; the text says why and what helps."""
+    """The spool cannot be used; the text says why and what helps.
+
+    `reason` is for anyone who asks `/readyz`: it names no path.
+    """
+
+    reason = "cannot be used: see the log, and check ARCHIVER_HOME and its disk"
 
 
 class SpoolFullError(SpoolError):
     """The spool is full: give it more room (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."""
 
+    reason = "full"
+
 
 class SpoolDamagedError(SpoolError):
     """The spool's file is not as it was written."""
+
+    reason = "damaged: see the log"
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """`archiver worker`, as processes, against a simulated CallHQ that watches who asks what, and when."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psycopg
 import pytest
@@ -66,6 +68,27 @@ class Watch:
                 self._open[scope["path"]] -= 1
 
 
+def test_while_callhq_is_away_one_line_a_minute_says_so(database_url: str) -> None:
+    """Not three a session and round."""
+    with simulated() as callhq, closed_port() as port, tempfile.NamedTemporaryFile() as log:
+        make_due(database_url, callhq, 12)
+        settings = {"CALLHQ_API_URL": f"http://127.0.0.1:{port}/api", "CALLHQ_API_KEY": "key"}
+        with working(database_url, callhq, log=log, **settings):
+            failing = "SELECT count(*) FROM archiver.sessions WHERE failing_since IS NOT NULL"
+            until(lambda: execute(database_url, failing) == [(12,)], "each has failed")
+        lines = Path(log.name).read_text().splitlines()
+    about = [json.loads(line) for line in lines if "retry" in line or "not read" in line]
+    assert [(each["event"], "cannot connect" in each["error"]) for each in about] == [("histories not read", True)]
+
+
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port of this machine at which nothing listens, and nothing else begins to."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
 @contextmanager
 def watched(callhq: CallHQ) -> Iterator[Watch]:
     watch = Watch(callhq.app)
@@ -74,9 +97,12 @@ def watched(callhq: CallHQ) -> Iterator[Watch]:
 
 
 @contextmanager
-def working(url: str, callhq: CallHQ, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+def working(
+    url: str, callhq: CallHQ, *, log: IO[bytes] | None = None, **settings: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """`archiver worker`; what is left of it in the end is killed."""
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as unread:
+        log = log or unread
         process = subprocess.Popen(
             [sys.executable, "-m", "archiver", "worker"],
             env={**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings},
