@@ -54,6 +54,7 @@ _KINDS = {
     "int_parsing": "must be a whole number, without a unit",
     "int_from_float": "must be a whole number, without a unit",
     "float_parsing": "must be a number, without a unit",
+    "finite_number": "must be a number, without a unit",
     "bool_parsing": "must be true or false",
 }
 

@@ -1,7 +1,9 @@
 """The settings: one typed table, each with its default, its meaning and its limits."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -109,7 +111,11 @@ class Settings(BaseSettings):
         "ARCHIVER_HISTORY_CONCURRENCY", 8, "Histories that one worker reads at a time.", gt=0, le=256
     )
     history_rate: float = _env(
-        "ARCHIVER_HISTORY_RATE", 0, "Most history calls of one worker in a second; 0: no limit.", ge=0
+        "ARCHIVER_HISTORY_RATE",
+        0,
+        "Most history calls of one worker in a second; 0: no limit.",
+        ge=0,
+        allow_inf_nan=False,
     )
     api_token: SecretStr = _env(
         "ARCHIVER_API_TOKEN", SecretStr(""), "Bearer token of `POST /sessions`; without one that route answers 404."
@@ -212,6 +218,7 @@ class Settings(BaseSettings):
         200,
         "Most follow-ups that one worker sends in a second, over all subscriptions; 0: no limit.",
         ge=0,
+        allow_inf_nan=False,
     )
     followups_days: int = _env(
         "ARCHIVER_FOLLOWUPS_DAYS",
@@ -246,6 +253,47 @@ class Settings(BaseSettings):
             raise ValueError("must not be empty")
         return value
 
+    @field_validator("secret_header", "hmac_header", "hmac_timestamp_header", "hmac_id_header")
+    @classmethod
+    def _is_header_name(cls, value: str) -> str:
+        """A token of RFC 9110, 5.6.2: a request can have no other header."""
+        if value and not _TOKEN.fullmatch(value):
+            raise ValueError("must be the name of a header: letters, digits and hyphens, such as x-signature")
+        return value
+
+    @field_validator("hmac_prefix")
+    @classmethod
+    def _may_begin_a_header(cls, value: str) -> str:
+        if value and (not value.isascii() or not value.isprintable() or value.startswith(" ")):
+            raise ValueError("must be what a header's value can begin with: printable ASCII, no space first")
+        return value
+
+    @field_validator("callhq_api_key", "api_token")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr) -> SecretStr:
+        text = value.get_secret_value().strip()
+        if not text.isascii() or not text.isprintable():
+            raise ValueError("must be printable ASCII, on one line")
+        return value
+
+    @field_validator("api_token")
+    @classmethod
+    def _is_one_word(cls, value: SecretStr) -> SecretStr:
+        if " " in value.get_secret_value().strip():
+            raise ValueError("must not hold a space: a bearer token is one word")
+        return value
+
+    @model_validator(mode="after")
+    def _secrets_fit_a_header(self) -> "Settings":
+        if self.webhook_scheme in {"secret", "bearer"}:
+            for number, secret in enumerate(self.secrets, start=1):
+                if any(ord(each) < 32 or ord(each) == 127 for each in secret):  # noqa: PLR2004  # ASCII's controls
+                    raise ValueError(
+                        f"ARCHIVER_WEBHOOK_SECRETS: secret {number} holds a line break or a control character, which"
+                        " no header can; separate secrets by commas"
+                    )
+        return self
+
     @field_validator(
         "webhook_scheme",
         "hmac_algorithm",
@@ -263,8 +311,11 @@ class Settings(BaseSettings):
     @field_validator("callhq_api_url")
     @classmethod
     def _is_http(cls, value: str) -> str:
+        value = value.strip()
         if not value.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
+        if not _has_host(value):
+            raise ValueError("must be like https://api.callhq.ai/api")
         return value.rstrip("/")
 
     @field_validator("home", mode="before")
@@ -326,11 +377,27 @@ class Settings(BaseSettings):
         return init_settings, FileSource(settings_cls), env_settings
 
 
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+
+
+def _has_host(url: str) -> bool:
+    """Whether a URL has a host, a port that can be, and nothing that a URL must not hold."""
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    has_gaps = any(each.isspace() or not each.isprintable() for each in url)
+    return bool(parts.hostname) and has_port and not has_gaps and not parts.query and not parts.fragment
+
+
 def _days_by_assistant(value: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in filter(None, (each.strip() for each in value.split(","))):
         assistant_id, _, days = part.rpartition("=")
         if not assistant_id.strip() or not days.strip().isdecimal() or int(days) > MAX_DAYS:
             raise ValueError("write ASSISTANT=DAYS, separated by commas, such as as_1=30,as_2=365")
+        if assistant_id.strip() in found:
+            raise ValueError("gives an assistant twice: keep one of them")
         found[assistant_id.strip()] = int(days)
     return found
