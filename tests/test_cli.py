@@ -1003,6 +1003,14 @@ def test_a_command_that_looks_makes_no_embedded_database(command: list[str], hom
     assert not home.exists()
 
 
+def test_a_command_beside_the_demo_says_where_its_database_is(home: Path, cluster: Cluster) -> None:
+    del cluster
+    (home / "demo" / "postgres").mkdir(parents=True)
+    text = failed(archiver("status", ARCHIVER_HOME=str(home)))
+    assert f"There is no embedded database in {home} (ARCHIVER_HOME)" in text
+    assert f"set ARCHIVER_HOME={shlex.quote(str(home / 'demo'))} to use it" in text
+
+
 def test_without_a_database_url_the_commands_share_the_embedded_database(home: Path, cluster: Cluster) -> None:
     del cluster
     with starting(None, ARCHIVER_HOME=str(home)) as receiver, receiver:

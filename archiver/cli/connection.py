@@ -1,11 +1,13 @@
 """The database of a command: the one that DATABASE_URL names, or the embedded one, started for as long as needed."""
 
 import asyncio
+import shlex
 import sys
 import threading
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -37,18 +39,25 @@ def database_url(configuration: Settings, *, create: bool = False) -> Iterator[s
 @contextmanager
 def running(configuration: Settings, *, create: bool = False) -> Iterator[embedded.Postgres]:
     """The embedded Postgres. A command that only looks must not leave an empty one wherever it was called."""
-    if not create and not _has_embedded(configuration):
+    if not create and not _has_embedded(configuration.home):
+        home = configuration.home.resolve()
+        demo = home / "demo"
+        hint = (
+            f" The database of `archiver demo` is in {demo}: set ARCHIVER_HOME={shlex.quote(str(demo))} to use it."
+            if _has_embedded(demo)
+            else ""
+        )
         raise SettingsError(
-            f"There is no embedded database in {configuration.home.resolve()} (ARCHIVER_HOME); set DATABASE_URL,"
-            " or run this where `archiver serve` runs."
+            f"There is no embedded database in {home} (ARCHIVER_HOME); set DATABASE_URL,"
+            f" or run this where `archiver serve` runs.{hint}"
         )
     with embedded.running(configuration.home) as postgres:
         yield postgres
 
 
-def _has_embedded(configuration: Settings) -> bool:
+def _has_embedded(home: Path) -> bool:
     try:
-        (configuration.home / "postgres").lstat()
+        (home / "postgres").lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
