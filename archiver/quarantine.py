@@ -4,7 +4,7 @@ A fact of ours, such as a history answer, keeps what its bytes do not tell: its 
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -92,14 +92,24 @@ def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list
 
 
 def select_quarantine(
-    connection: Connection, *, after: int = 0, limit: int = 100, reason: str | None = None
+    connection: Connection,
+    *,
+    after: int = 0,
+    limit: int = 100,
+    reason: str | None = None,
+    only: Sequence[int] | None = None,
 ) -> Sequence[RowMapping]:
-    """Rows without their bodies (`bytes` tells their size), oldest first, beginning after id `after`."""
+    """Rows without their bodies (`bytes` tells their size), oldest first, beginning after id `after`.
+
+    `only`: those of these ids.
+    """
     quarantine = tables.quarantine
     columns = [column for column in quarantine.c if column.name not in {"body", "body_digest", "dedupe_key"}]
     query = select(*columns, func.length(quarantine.c.body).label("bytes")).where(quarantine.c.id > after)
     if reason is not None:
         query = query.where(quarantine.c.reason == reason)
+    if only is not None:
+        query = query.where(quarantine.c.id.in_(only))
     return connection.execute(query.order_by(quarantine.c.id).limit(limit)).mappings().all()
 
 
@@ -128,16 +138,12 @@ _SELECT_BODIES = (
 BODIES = 50  # read at a time
 
 
-def select_mentioning(
-    connection: Connection, is_about: Callable[[bytes], bool], session_ids: Collection[str] = ()
-) -> list[int]:
-    """The rows whose bytes are about something, and those of our own facts about these sessions."""
-    found: list[int] = []
+def select_every_body(connection: Connection) -> Iterator[RowMapping]:
+    """Each row's `id`, `session_id` and `body`, in order of their ids, a few at a time."""
     after = 0
-    while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES}).all():
-        found += [row.id for row in page if row.session_id in session_ids or is_about(bytes(row.body))]
-        after = page[-1].id
-    return found
+    while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES}).mappings().all():
+        yield from page
+        after = page[-1]["id"]
 
 
 def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iterator[RowMapping]:

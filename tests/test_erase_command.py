@@ -166,6 +166,7 @@ def test_it_asks_first_and_a_dry_run_writes_nothing(database_url: str, engine: E
         "messages": 4,
         "events": 2,
         "quarantined": 1,
+        "unsearchable": 0,
         "held": [],
     }
     unanswered = archiver("erase", "--session", "s1", "--reason", "x", database_url=database_url)

@@ -4,6 +4,7 @@ import sys
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from archiver import acts, database, settings
 from archiver import quarantine as store
 from archiver.cli import connection
 from archiver.cli.output import Whole, console
+from archiver.erasure.quarantined import select_unsearchable
 from archiver.ingest import Outcome, retry_quarantined
 from archiver.worker import timing_of
 
@@ -30,19 +32,23 @@ def quarantine() -> None:
 
 @quarantine.command("list")
 @click.option("--reason", help="Only those with this reason.")
+@click.option(
+    "--unsearchable", is_flag=True, help="Only those whose bytes cannot be decoded, so that no erasure searches them."
+)
 @click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="At most so many.")
 @connection.json_option
-def list_(reason: str | None, limit: int, as_json: bool) -> None:
+def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> None:
     """List them, oldest first, without their content."""
     with connection.opened(settings.read()) as opened:
-        rows = [dict(row) for row in store.select_quarantine(opened, limit=limit, reason=reason)]
+        only = list(islice(select_unsearchable(opened), None if reason else limit)) if unsearchable else None
+        rows = [dict(row) for row in store.select_quarantine(opened, limit=limit, reason=reason, only=only)]
         if not rows:
             _check_reason(opened, reason)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2))
         return
     if not rows:
-        click.echo(_nothing(reason))
+        click.echo("Every quarantined body can be searched." if unsearchable else _nothing(reason))
         return
     table = Table("id", "source", "received", "times", "bytes", "reason", "detail")
     for row in rows:

@@ -1,15 +1,16 @@
 """What the quarantine holds about what is to be erased, and about nothing that a hold in force covers.
 
-Its bytes could not be read: whatever they mention, they may be about.
+Its bytes could not be read as a delivery: whatever they mention, decoded, they may be about.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy import Connection, text
 
 from archiver import quarantine
 from archiver.erasure import mentions
+from archiver.erasure.decoding import Decoded, decode
 from archiver.erasure.holds import covering, is_any_in_force, select_holds
 from archiver.erasure.targets import Target, marks
 
@@ -17,32 +18,48 @@ Variables = Collection[tuple[str, str]]  # names with values
 
 
 class Found(msgspec.Struct, frozen=True):
-    """Ids of rows: those that name what is to be erased, and those that only tell such a variable."""
+    """Ids of rows: those that name what is to be erased, and those that only tell such a variable.
+
+    `unsearchable`: of the others those of which not every byte could be decoded.
+    """
 
     naming: Sequence[int] = ()
     telling: Sequence[int] = ()
+    unsearchable: Sequence[int] = ()
 
 
 def select_found(connection: Connection, targets: Sequence[Target], variables: Variables = ()) -> Found:
     """What is about these, or tells such a variable; held or not. Reads the whole quarantine."""
-    naming: list[int] = []
-    if targets:
-        is_about = mentions.of_any(marks(connection, targets))
-        # A history answer tells all of its session, and says whose it is beside its bytes.
-        sessions = {each.session_id for each in targets} - {""}
-        naming = quarantine.select_mentioning(connection, is_about, sessions)
-    telling = {
-        row_id
-        for name, value in variables
-        for row_id in quarantine.select_mentioning(connection, mentions.of_variable(name, value))
-    }
-    return Found(naming, sorted(telling - set(naming)))
+    if not targets and not variables:
+        return Found()
+    is_about = mentions.of_any(marks(connection, targets) if targets else ())
+    # A history answer tells all of its session, and says whose it is beside its bytes.
+    sessions = {each.session_id for each in targets} - {""}
+    tells_any = [mentions.of_variable(name, value) for name, value in variables]
+    naming, telling, unsearchable = list[int](), list[int](), list[int]()
+    for row in quarantine.select_every_body(connection):
+        body = decode(bytes(row["body"]))
+        if row["session_id"] in sessions or is_about(body):
+            naming.append(row["id"])
+        elif any(tells(body) for tells in tells_any):
+            telling.append(row["id"])
+        elif not body.is_whole:
+            unsearchable.append(row["id"])
+    return Found(naming, telling, unsearchable)
+
+
+def select_unsearchable(connection: Connection) -> Iterator[int]:
+    """The rows of which not every byte can be decoded, so that no erasure and no hold can search them."""
+    for row in quarantine.select_every_body(connection):
+        if not decode(bytes(row["body"])).is_whole:
+            yield row["id"]
 
 
 def select_free(connection: Connection, found: Found) -> list[int]:
-    """Those that may go: of what only tells a variable none as long as anything is held, which may be whose it is.
+    """Those that may go.
 
-    Exact under the lock of `ledger.lock_placement`, beside which nobody places a hold.
+    As long as anything is held: none that only tells a variable and none that cannot be searched, for it may be about
+    what is held. Exact under the lock of `ledger.lock_placement`, beside which nobody places a hold.
     """
     if not is_any_in_force(connection):
         return sorted({*found.naming, *found.telling})
@@ -50,11 +67,16 @@ def select_free(connection: Connection, found: Found) -> list[int]:
     sessions = [Target(each["session_id"]) for each in holds if each["session_id"] is not None]
     values = {each["value"] for each in holds} - {None, ""}
     is_held = mentions.of_any(marks(connection, sessions) | values)
-    return [
-        row["id"]
-        for row in quarantine.select_bodies(connection, found.naming)
-        if not is_held(bytes(row["body"])) and not covering(connection, _named(connection, row))
-    ]
+    free: list[int] = []
+    for row in quarantine.select_bodies(connection, found.naming):
+        body = decode(bytes(row["body"]))
+        if (
+            body.is_whole
+            and not is_held(body)
+            and not covering(connection, _named(connection, body, row["session_id"]))
+        ):
+            free.append(row["id"])
+    return free
 
 
 # What the archive knows by any of these ids.
@@ -70,8 +92,8 @@ _SELECT_NAMED = text(
 )
 
 
-def _named(connection: Connection, row: RowMapping) -> list[Target]:
-    ids = mentions.ids(bytes(row["body"])) | ({row["session_id"]} if row["session_id"] else set())
+def _named(connection: Connection, body: Decoded, session_id: str | None) -> list[Target]:
+    ids = mentions.ids(body) | ({session_id} if session_id else set())
     named = connection.execute(_SELECT_NAMED, {"ids": msgspec.json.encode(sorted(ids)).decode()})
     return [Target(row.session_id, row.chat_id) for row in named]
 

@@ -12,12 +12,13 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, history, ledger
+from archiver import acts, history, ledger, quarantine
 from archiver.database import is_conflict, transaction
 from archiver.erasure import mentions
+from archiver.erasure.decoding import decode
 from archiver.erasure.holds import covering
 from archiver.erasure.ordering import Act, order
-from archiver.erasure.quarantined import delete_mentioning
+from archiver.erasure.quarantined import delete_found, select_found
 from archiver.erasure.targets import Target, parts
 from archiver.followups.deliveries import redact
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
@@ -74,10 +75,29 @@ def sweep(engine: Engine, timing: Timing, after: int = 0) -> Iterator[Step]:
                 act = Act("erase", acts.ARCHIVER, None)
                 order(engine, [Target(UNPLACED, row.chat_id)], row.rule, act, skip_held=True, act_id=row.act_id)
         pending = [Target(row.session_id, row.chat_id) for row in page if row.is_pending]
+        if pending:  # before the content, by which these are found again where this ends half-way
+            yield Step(after, quarantined=_empty_quarantine(engine, sorted(pending)))
         for part in parts(sorted(pending), AT_ONCE):
             yield _take_away(engine, part, timing, after)
         after = page[-1].id
         yield Step(after)
+
+
+def _empty_quarantine(engine: Engine, targets: Sequence[Target]) -> int:
+    """Remove what the quarantine holds about these. It is searched before anything is locked, for that takes long."""
+    with transaction(engine, statement_seconds=600) as connection:
+        held = covering(connection, targets)
+        found = select_found(connection, [target for target in targets if target not in held])
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
+                quarantine.lock_rows(connection, found.naming)  # before the other lock, as a retry does
+                ledger.lock_placement(connection, exclusive=False)
+                return delete_found(connection, found)
+        except DBAPIError as error:
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after: int) -> Step:
@@ -89,9 +109,8 @@ def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after:
                 # the hold was placed since. Nobody places one meanwhile.
                 held = covering(connection, targets)
                 free = [target for target in targets if target not in held]
-                gone = delete_mentioning(connection, free)
                 redact(connection, [(each.session_id, each.chat_id) for each in free])
-                return Step(after, _erase(connection, free, timing), gone, held)
+                return Step(after, _erase(connection, free, timing), held=held)
         except DBAPIError as error:
             if not is_conflict(error) or attempt == CONFLICT_RETRIES:
                 raise
@@ -197,7 +216,7 @@ def _erase_content(
 def _erase_unknown(connection: Connection, session_id: str, told: Sequence[str]) -> int:
     is_about = mentions.of_any(told)
     found = connection.execute(_SELECT_UNKNOWN, {"session_id": session_id})
-    ids = [row.id for row in found if is_about(bytes(row.body))]
+    ids = [row.id for row in found if is_about(decode(bytes(row.body)))]
     if ids:
         connection.execute(_ERASE_EVENTS, {"session_id": session_id, "ids": msgspec.json.encode(ids).decode()})
     return len(ids)

@@ -103,13 +103,14 @@ _COUNT = text(
 
 
 class Counts(msgspec.Struct):
-    """How much there is to erase."""
+    """How much there is to erase; `unsearchable`: rows of the quarantine that could not be searched for it."""
 
     sessions: int = 0
     turns: int = 0
     messages: int = 0
     events: int = 0
     quarantined: int = 0
+    unsearchable: int = 0
 
     def without(self, others: "Counts") -> "Counts":
         """What is left once these are taken out."""
@@ -118,7 +119,7 @@ class Counts(msgspec.Struct):
 
 
 def count(connection: Connection, targets: Sequence[Target]) -> Counts:
-    """What archive and ledger hold of these; `quarantined` is for the caller to say."""
+    """What archive and ledger hold of these; `quarantined` and `unsearchable` are for the caller to say."""
     row = connection.execute(_COUNT, {"targets": as_json(targets)}).one()
     return Counts(*row)
 

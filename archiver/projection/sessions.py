@@ -9,6 +9,7 @@ import msgspec
 from archiver import alignment, history
 from archiver.alignment import Line
 from archiver.events import OURS, Message
+from archiver.events.normal import normal_text
 from archiver.history import Told
 from archiver.projection import coverage
 from archiver.projection.coverage import Reading, Timing
@@ -66,12 +67,13 @@ def _transcript(story: Story) -> list[Line]:
 def without(story: Story, chat_ids: Collection[str]) -> Told | None:
     """What all readings told of a session, in order, but for these turns; None where no reading told its messages.
 
-    A line that no turn claimed goes too where it says what such a turn said.
+    A line that no turn claimed goes too where it says what such a turn said, in whatever form it was written, or its
+    beginning.
     """
     if not any(reading.told.messages is not None for reading in story.readings):
         return None
     said = {
-        message.content.strip()
+        normal_text(message.content)
         for chat_id in chat_ids
         if chat_id in story.turns
         for message in story.turns[chat_id].messages
@@ -81,7 +83,7 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
         for line in _transcript(story)
         if line.first_read_at is not None
         and line.chat_id not in chat_ids
-        and (line.chat_id is not None or line.content.strip() not in said - {""})
+        and (line.chat_id is not None or not _repeats(line.content, said - {""}))
     ]
     told = [reading.told for reading in story.readings]
     return Told(
@@ -91,6 +93,17 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
         assistant_id=_last(each.assistant_id for each in told),
         created_at=min((each.created_at for each in told if each.created_at), default=None),
     )
+
+
+_CUT = 40  # characters: a text that was cut at a limit is known by as many
+
+
+def _repeats(content: str, said: Collection[str]) -> bool:
+    text = normal_text(content)
+    if text in said:
+        return True
+    beginning = text.removesuffix("...").removesuffix("…").rstrip()
+    return len(beginning) >= _CUT and any(each.startswith(beginning) for each in said)
 
 
 def _aligned(chat_id: str, turn: Turn) -> alignment.Turn:

@@ -56,6 +56,7 @@ class Run:
         telling.warn_of_unknown(unknown, unheard)
         telling.warn_of(unclaimed)
         telling.warn_of_kept(looked.kept)
+        telling.warn_of_unsearchable(looked.counts.unsearchable)
         if self._dry_run:
             self._report(looked.counts, looked.held, None)
             return
@@ -68,6 +69,7 @@ class Run:
         with database.transaction(self._engine, statement_seconds=600) as opened:
             ledger.lock_placement(opened, exclusive=False)
             counts.quarantined = ordered.quarantined + delete_found(opened, rows)
+            counts.unsearchable = len(rows.unsearchable)
         self._finish(counts, [ordered])
 
     def replay(self, lines: Sequence[replay.Line], act: Act) -> None:
@@ -78,6 +80,7 @@ class Run:
         if looked.held and not self._skip_held:
             self._refuse(looked.held, lambda: replay.check(self._engine, lines, act))
         telling.warn_of_kept(looked.kept)
+        telling.warn_of_unsearchable(looked.counts.unsearchable)
         if self._dry_run:
             self._report(looked.counts, looked.held, None)
             return
@@ -100,7 +103,7 @@ class Run:
         named = [each for each in found if each not in held]
         rows = select_found(opened, named, variables)
         counts = targets.count(opened, free)
-        counts.quarantined = len(select_free(opened, rows))
+        counts.quarantined, counts.unsearchable = len(select_free(opened, rows)), len(rows.unsearchable)
         return _Looked(named, free, held, counts, rows)
 
     def _refuse(self, held: Mapping[Target, Sequence[int]], check: Callable[[], None]) -> None:

@@ -45,6 +45,17 @@ def warn_of_kept(kept: int) -> None:
         )
 
 
+def warn_of_unsearchable(count: int) -> None:
+    """How many rows of the quarantine may be about it, or not: their bytes cannot be decoded."""
+    if count:
+        bodies = counted(count, "quarantined body", "quarantined bodies")
+        click.echo(
+            f"archiver: {bodies} could not be searched, because their bytes cannot be decoded: list them with"
+            " archiver quarantine list --unsearchable, look at each with archiver quarantine show ID",
+            err=True,
+        )
+
+
 def warn_of_spool(folder: Path) -> None:
     """What an erasure does not reach."""
     try:

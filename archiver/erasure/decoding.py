@@ -1,0 +1,329 @@
+"""Everything that a body says, however its writer encoded it: the one place that decodes bytes to be searched. Pure.
+
+Layers are decoded within each other, up to `MAX_LAYERS`: UTF-8, UTF-16 and UTF-32 with and without a byte order
+mark; gzip, zlib and deflate; JSON with any escapes, and JSON in its strings; JSON that is broken or cut off; forms
+and percent encoding; HTML entities; base64 and base64url of text or of compressed text. Hexadecimal,
+quoted-printable, encrypted and proprietary encodings are not decoded.
+"""
+
+import binascii
+import json
+import re
+import sys
+import zlib
+from base64 import b64decode
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+from urllib.parse import parse_qsl, unquote, unquote_plus
+
+import msgspec
+
+from archiver.events.normal import normal_text
+
+MAX_LAYERS = 40  # within each other
+MAX_CHARACTERS = 32 * 1_048_576  # of all layers of one body together, or
+MAX_GROWTH = 16  # times its length if that is more
+MAX_TEXTS = 500_000
+
+_WORDS = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Decoded(msgspec.Struct, frozen=True, dict=True):
+    """The texts of all layers; `is_whole`: every byte could be decoded, and no limit was reached."""
+
+    texts: tuple[str, ...]
+    is_whole: bool
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Every run of ASCII letters, digits, `_` and `-`."""
+        return frozenset(word for text in self.texts for word in _WORDS.findall(text))
+
+
+def decode(body: bytes) -> Decoded:
+    """Return the texts that these bytes hold. Never raises; time and memory are bounded by the limits above."""
+    walk = _Walk(max(MAX_CHARACTERS, MAX_GROWTH * len(body)))
+    walk.add_bytes(body, 0)
+    walk.run()
+    return Decoded(tuple(walk.texts), walk.is_whole)
+
+
+class _Walk:
+    """One body on its way: texts that are found, and those whose own layers are not yet looked for."""
+
+    def __init__(self, most: int) -> None:
+        self.texts: dict[str, None] = {}
+        self.is_whole = True
+        self._left = most
+        self._waiting: deque[tuple[str, int]] = deque()
+
+    def run(self) -> None:
+        while self._waiting:
+            text, layer = self._waiting.popleft()
+            for inner in _layers_of(text):
+                if isinstance(inner, bytes):
+                    self.add_bytes(inner, layer + 1)
+                else:
+                    self.add(inner, layer + 1)
+
+    def add(self, text: str, layer: int) -> None:
+        if not text or text in self.texts:
+            return
+        self._left -= len(text)
+        if self._left < 0 or layer > MAX_LAYERS or len(self.texts) >= MAX_TEXTS:
+            self.is_whole = False
+            return
+        self.texts[text] = None
+        if len(text) >= _LEAST and _HINT.search(text):
+            self._waiting.append((text, layer))
+
+    def add_bytes(self, body: bytes, layer: int) -> None:
+        packed = _decompress(body, max(self._left, 0) + 1)
+        if packed is not None:
+            inner, is_whole = packed
+            self.is_whole &= is_whole
+            if layer < MAX_LAYERS:
+                self.add_bytes(inner, layer + 1)
+            else:
+                self.is_whole = False
+            return
+        found, is_whole = _read(body)
+        self.is_whole &= is_whole
+        for text in found:
+            self.add(text, layer)
+
+
+# A text without any of these has no further layer, and neither has a short one.
+_LEAST = 2
+_HINT = re.compile(r'[\\"\[{%&+=\t\r\n\f\v]|  |[^\x00-\x7f]|[A-Za-z0-9/_-]{16}')
+
+
+def _layers_of(text: str) -> Iterator[str | bytes]:
+    document = _json_of(text)
+    if document is not None:
+        yield from _strings_of(document)
+    else:
+        yield normal_text(text)
+        yield from _of_broken_json(text)
+    yield from _of_form(text)
+    yield from _of_base64(text)
+
+
+def _json_of(text: str) -> Any:
+    """The document, its objects as lists of pairs so that none of equal names is lost; None where it is none."""
+    start = text.lstrip("\ufeff \t\r\n")
+    if start[:1] not in ('"', "[", "{"):
+        return None
+    try:
+        return json.loads(start, strict=False, object_pairs_hook=_Pairs, **_NUMBERS)
+    except (ValueError, RecursionError):
+        return None
+
+
+_NUMBERS: Any = {"parse_int": str, "parse_float": str, "parse_constant": str}
+
+
+class _Pairs(list[Any]):
+    """An object as json.loads read it: pairs of name and value."""
+
+
+def _strings_of(document: Any) -> Iterator[str]:
+    waiting = [document]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            waiting.extend(reversed([each for pair in item for each in pair] if isinstance(item, _Pairs) else item))
+
+
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+_SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+
+
+def _of_broken_json(text: str) -> Iterator[str]:
+    """Each quoted piece, and the whole with its escapes resolved: one that was cut off has no end."""
+    if '"' in text:
+        for piece in _QUOTED.findall(text):
+            yield _unescape(piece)
+    if "\\" in text:
+        yield _unescape(text)
+
+
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    plain = _ESCAPE.sub(_character, text)
+    return _joined(plain)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _joined(text: str) -> str:
+    """Surrogates that stand in pairs are one character each."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def _character(found: re.Match[str]) -> str:
+    digits = found[1] or found[2] or found[3]
+    if digits is None:
+        return _SHORT.get(found[4], found[4])
+    code = int(digits, 16)
+    return chr(code) if code <= sys.maxunicode else found[0]
+
+
+_IS_FORM = re.compile(r"\s*[^\s=&{}\[\]\"<>]{1,200}=")
+_PERCENT = re.compile(r"%[0-9a-fA-F]{2}")
+
+
+def _of_form(text: str) -> Iterator[str]:
+    if _BASE64.fullmatch(text):  # `=` ends it, and `+` is no space
+        return
+    if _PERCENT.search(text):
+        for encoding in ("utf-8", "latin-1"):
+            yield unquote(text, encoding)
+            yield unquote_plus(text, encoding)
+    if _IS_FORM.match(text) or ("=" in text and "&" in text):
+        with suppress(ValueError):
+            for name, value in parse_qsl(text.strip(), keep_blank_values=True):
+                yield name
+                yield value
+
+
+_BASE64 = re.compile(r"\s*([A-Za-z0-9+/_\r\n-]{16,}={0,2})\s*")
+_BASE64_INSIDE = re.compile(r"[A-Za-z0-9+/_-]{24,}={0,2}")
+
+
+def _of_base64(text: str) -> Iterator[bytes]:
+    """What a text is in base64, or a run of its characters."""
+    whole = _BASE64.fullmatch(text)
+    for packed in [whole[1]] if whole else _BASE64_INSIDE.findall(text):
+        plain = re.sub(r"[\r\n=]", "", packed).translate(_FROM_URL)
+        with suppress(binascii.Error, ValueError):
+            body = b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+            # A word may look like base64 by chance: only what has a meaning counts.
+            if _is_packed(body) or _makes_sense(body):
+                yield body
+
+
+_FROM_URL = str.maketrans("-_", "+/")
+
+
+_GZIP = b"\x1f\x8b"
+_ZLIB = re.compile(rb"\x78[\x01\x5e\x9c\xda]")
+_ANY_FORMAT, _RAW = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
+
+
+def _is_packed(body: bytes) -> bool:
+    return body.startswith(_GZIP) or _ZLIB.match(body) is not None
+
+
+def _decompress(body: bytes, most: int, layers: int = 4) -> tuple[bytes, bool] | None:
+    """What was compressed, at most so many bytes of it, and whether that is all; None where nothing was."""
+    if _is_packed(body):
+        unpacked, rest, is_whole = _inflate(body, _ANY_FORMAT, most)
+        pieces = [unpacked]
+        while rest.startswith(_GZIP) and is_whole:  # members one after the other (RFC 1952, section 2.2)
+            unpacked, rest, is_whole = _inflate(rest, _ANY_FORMAT, most - sum(map(len, pieces)))
+            pieces.append(unpacked)
+        whole = b"".join(pieces)
+        return (whole, is_whole and not rest.strip(b"\0")) if whole or is_whole else None
+    if _strictly(body, "utf-8") is None:
+        unpacked, rest, is_whole = _inflate(body, _RAW, most)
+        # Nothing marks deflate, so what it was made of has to make sense, here or a few layers below.
+        if (
+            is_whole
+            and not rest
+            and (_makes_sense(unpacked) or (layers and _decompress(unpacked, most, layers - 1) is not None))
+        ):
+            return unpacked, True
+    return None
+
+
+def _inflate(body: bytes, window: int, most: int) -> tuple[bytes, bytes, bool]:
+    """The content, what follows it, and whether it came to its end."""
+    inflater = zlib.decompressobj(window)
+    pieces = []
+    try:
+        while body and most > 0 and not inflater.eof:
+            piece = inflater.decompress(body, min(most, _AT_ONCE))
+            pieces.append(piece)
+            most -= len(piece)
+            body = inflater.unconsumed_tail
+    except zlib.error:
+        return b"".join(pieces), b"", False
+    return b"".join(pieces), inflater.unused_data, inflater.eof
+
+
+_AT_ONCE = 65_536  # bytes: what was decompressed before a damaged place counts, too
+
+
+_MARKS = (
+    ("utf-8-sig", b"\xef\xbb\xbf"),
+    ("utf-32", b"\xff\xfe\0\0"),
+    ("utf-32", b"\0\0\xfe\xff"),
+    ("utf-16", b"\xff\xfe"),
+    ("utf-16", b"\xfe\xff"),
+)
+_UNMARKED = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+
+
+def _read(body: bytes) -> tuple[list[str], bool]:
+    """The bytes as text, in every encoding that they may have, and whether one of them makes sense of all."""
+    for encoding, mark in _MARKS:
+        if body.startswith(mark):
+            with suppress(UnicodeDecodeError):
+                return [body.decode(encoding)], True
+    plain = _strictly(body, "utf-8")
+    if plain is not None and "\0" not in plain:
+        return [plain], True
+    found = [text for encoding in _UNMARKED if (text := _strictly(body, encoding)) is not None]
+    # ASCII that is read as UTF-16 looks like Chinese: without a mark a NUL has to show that it is UTF-16 or UTF-32.
+    if plain is not None or (b"\0" in body and any(map(_is_printable, found))):
+        return found, True
+    return [*found, *_leniently(body)], False
+
+
+def _makes_sense(body: bytes) -> bool:
+    """Whether these bytes are text without a doubt."""
+    found, is_whole = _read(body)
+    return is_whole and bool(body) and any(map(_is_printable, found))
+
+
+def _strictly(body: bytes, encoding: str) -> str | None:
+    try:
+        return _joined(body.decode(encoding, "surrogatepass"))
+    except UnicodeDecodeError:
+        return None
+
+
+def _leniently(body: bytes) -> list[str]:
+    """What is damaged, or in an encoding of one byte a character."""
+    found = [body.decode("utf-8", "replace"), body.decode("latin-1")]
+    if b"\0" in body:
+        for encoding in _UNMARKED[1:]:
+            width = 4 if "32" in encoding else 2
+            found += [body[start:].decode(encoding, "replace") for start in range(width)]
+    return found
+
+
+_ODD = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def _is_printable(text: str) -> bool:
+    """Whether nothing in it shows that it is no text: no control, private or unassigned character."""
+    if _ODD.search(text):
+        return False
+    return text.isascii() or all(each.isprintable() or each.isspace() or each in _ALLOWED for each in set(text))
+
+
+# Format characters, and a line end of EBCDIC, occur in texts.
+_FORMAT = (range(0x200B, 0x2010), range(0x202A, 0x202F), range(0x2060, 0x2065), (0xFEFF, 0xAD, 0x85))
+_ALLOWED = frozenset(chr(code) for codes in _FORMAT for code in codes)
