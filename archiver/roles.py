@@ -215,18 +215,18 @@ _SCHEMAS = ("archiver", "analytics", "archiver_jobs")
 
 def surplus(connection: Connection, role: str) -> list[str]:
     """The SQL that takes from a role what it was granted in our schemas and does not need."""
-    wanted = list(_wanted(NEEDED[role]))
+    granted = list(wanted(NEEDED[role]))
     values = {
         "role": role,
         "schemas": list(_SCHEMAS),
-        "kinds": [kind for kind, _, _ in wanted],
-        "names": [name for _, name, _ in wanted],
-        "privileges": [privilege for _, _, privilege in wanted],
+        "kinds": [kind for kind, _, _ in granted],
+        "names": [name for _, name, _ in granted],
+        "privileges": [privilege for _, _, privilege in granted],
     }
     return list(connection.scalars(_SURPLUS, values))
 
 
-def _wanted(needs: Needs) -> Iterator[tuple[str, str, str]]:
+def wanted(needs: Needs) -> Iterator[tuple[str, str, str]]:
     """Each privilege that a role is granted: the kind of the object, its name, the privilege."""
     for schema in {name.partition(".")[0] for name in needs.tables}:
         yield "schema", schema, "USAGE"

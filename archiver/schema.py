@@ -22,7 +22,7 @@ SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migratio
 # Arbitrary, and not the ledger's: one migration of a database at a time.
 _MIGRATION_LOCK = 0x63616C6C_68710002
 _LOCK_SECONDS = 10
-_STATEMENT_SECONDS = 600
+STATEMENT_SECONDS = 600
 _REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
 _REPAIRED_FROM = "0005"
 INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
@@ -155,7 +155,7 @@ def _refuse_newer(connection: Connection) -> None:
 @contextmanager
 def _exclusive(engine: Engine) -> Iterator[Connection]:
     """One transaction for the whole migration, so that it happens wholly or not at all."""
-    with transaction(engine, statement_seconds=_STATEMENT_SECONDS, lock_seconds=_LOCK_SECONDS) as connection:
+    with transaction(engine, statement_seconds=STATEMENT_SECONDS, lock_seconds=_LOCK_SECONDS) as connection:
         # Waiting for another migration is not waiting for a busy table: it may take as long as that one does.
         connection.execute(text("SELECT set_config('lock_timeout', '0', true)"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
@@ -167,12 +167,12 @@ def _exclusive(engine: Engine) -> Iterator[Connection]:
 
 def _config(connection: Connection | None = None) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
 
 
-def _scripts() -> Path:
+def scripts() -> Path:
     """The migrations: packed into the wheel, or beside the package in a checkout."""
     package = Path(__file__).parent
     packed = package / "_migrations"

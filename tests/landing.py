@@ -1,7 +1,11 @@
-"""Record a new migration: `make schema` adds its digest to migrations/digests.txt."""
+"""Record a new migration, for `make schema`: its digest, and the catalogue of the schema that it gives."""
 
 import hashlib
+import tempfile
 from pathlib import Path
+
+from archiver import catalogue, database, schema
+from tests import servers
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 
@@ -20,5 +24,17 @@ def add_digests() -> None:
     digests.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+def write_catalogue() -> None:
+    """Store the catalogue of a database that the migrations create on Postgres 18."""
+    with tempfile.TemporaryDirectory() as folder, servers.running("18", Path(folder)) as url:
+        engine = database.connect(database.database_url(url.format(database="postgres")))
+        schema.upgrade(engine)
+        with database.transaction(engine) as connection:
+            found = catalogue.read(connection)
+        engine.dispose()
+    (MIGRATIONS / catalogue.FILE).write_bytes(catalogue.encode(found))
+
+
 if __name__ == "__main__":
     add_digests()
+    write_catalogue()

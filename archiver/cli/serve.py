@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
-from archiver import database, schema, settings, signatures, telemetry
+from archiver import catalogue, database, schema, settings, signatures, telemetry
 from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
@@ -216,24 +216,50 @@ def _environment(configuration: Settings) -> dict[str, str]:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Only tell whether the schema is at head; exit 1 if it is not.")
+@click.option(
+    "--check", is_flag=True, help="Only report: the revision, and each difference from what this version expects."
+)
+@click.option("--repair", is_flag=True, help="Undo the differences that a statement can undo, then report.")
 @connection.json_option
-def migrate(check: bool, as_json: bool) -> None:
+def migrate(check: bool, repair: bool, as_json: bool) -> None:
     """Bring the database's schema to the one that this version needs.
 
-    Safe to run while receivers run, and twice at once: the second waits for the first.
+    Safe to run while receivers run, and twice at once: the second waits for the first. Exit 1 if the schema then
+    differs from what this version expects.
     """
+    if check and repair:
+        raise click.UsageError("--check and --repair exclude each other.")
     configuration = settings.read()
     with connection.engine(configuration, create=not check) as engine:
         if not check:
             schema.upgrade(engine)
+        if repair:
+            for difference in _repaired(engine):
+                click.echo(f"Repaired: {difference.detail}", err=as_json)
         _report(engine, as_json=as_json)
+
+
+def _repaired(engine: Engine) -> list[catalogue.Difference]:
+    with database.transaction(engine, statement_seconds=schema.STATEMENT_SECONDS) as opened:
+        schema.check(opened)
+        return catalogue.repair(opened)
 
 
 def _report(engine: Engine, *, as_json: bool) -> None:
     with database.transaction(engine) as opened:
+        at = schema.current(opened)
+        differences = catalogue.select_differences(opened) if at == schema.head() else []
         if as_json:
-            click.echo(json.dumps({"schema": schema.current(opened), "head": schema.head()}))
+            told = [
+                {"object": each.object, "verdict": each.verdict, "detail": each.detail, "advice": each.advice}
+                for each in differences
+            ]
+            click.echo(json.dumps({"schema": at, "head": schema.head(), "differences": told}))
         schema.check(opened)
+    for each in differences:
+        click.echo(f"archiver: {each.verdict}: {each.detail}\n  -> {each.advice}", err=True)
+    if failures := sum(each.verdict == "failure" for each in differences):
+        click.echo(f"archiver: the schema is at {schema.head()}, with {failures:,} differences", err=True)
+        sys.exit(1)
     if not as_json:
         click.echo(f"The schema is at {schema.head()}, as this version needs it.")

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, feed, roles, schema
+from archiver import catalogue, database, feed, roles, schema
 from archiver.doctor.finding import Finding, Verdict
 from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 from archiver.settings import Settings
@@ -35,6 +35,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield finding
                     if finding.verdict == "failure" and check in {_entry, _schema}:
                         break
+                if check is _schema:
+                    yield from _catalogue(connection)
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every)
             yield _clock(connection, configuration.timestamp_tolerance)
@@ -119,6 +121,15 @@ def _schema(connection: Connection) -> Finding:
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
+def _catalogue(connection: Connection) -> Iterator[Finding]:
+    """Each difference between the schema and what this version expects."""
+    differences = catalogue.select_differences(connection)
+    if not differences:
+        yield Finding("catalogue", "ok", "Tables, views, functions, triggers and grants are as this version expects.")
+    for each in differences:
+        yield Finding("catalogue", each.verdict, each.detail, each.advice)
+
+
 _OLDEST_UNSEALED = text(
     "SELECT extract(epoch FROM clock_timestamp() - received_at)::float8 FROM archiver.events"
     " WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals) ORDER BY id LIMIT 1"
@@ -190,9 +201,6 @@ def _roles(connection: Connection) -> Finding:
             f"The roles {', '.join(absent)} do not exist, so nobody can be given just what they need.",
             "As an administrator run deploy/roles.sql; then run `archiver migrate` again.",
         )
-    if not roles.are_granted(connection):
-        detail = "The roles lack some of their grants, or have some that they do not need."
-        return Finding("roles", "warning", detail, "Run `archiver migrate` again.")
     return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
 
 

@@ -1,0 +1,7 @@
+"""What the database's schema is in detail, compared with what this version expects."""
+
+from archiver.catalogue.comparing import FILE, read_expected, repair, select_differences
+from archiver.catalogue.difference import Difference
+from archiver.catalogue.reading import Catalogue, encode, read
+
+__all__ = ["FILE", "Catalogue", "Difference", "encode", "read", "read_expected", "repair", "select_differences"]
