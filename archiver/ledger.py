@@ -11,7 +11,7 @@ from sqlalchemy import Connection, case, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events, history, outbox, projection, tables
-from archiver.database import Direct, RowsInsert, Statement, execute
+from archiver.database import Lock, RowsInsert, Statement, locks
 from archiver.events import Event
 from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
 
@@ -87,7 +87,7 @@ def is_refused(connection: Connection, observation: Observation) -> bool:
 
 
 def _select_erased(
-    connection: Connection, observations: Sequence[Observation], lock: Statement
+    connection: Connection, observations: Sequence[Observation], lock: Sequence[Statement]
 ) -> dict[Told, Erased]:
     """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
     sees was committed before the lock was had, or is not there as long as it is held.
@@ -162,27 +162,16 @@ class _Telling(msgspec.Struct, frozen=True, gc=False):
 
 
 # A fact without a session and a fact that tells the session of the same chat must see each other, whichever commits
-# first. So the former are recorded alone, the latter beside each other. The number is arbitrary; the lock is
-# per database and ends with the transaction.
-_PLACEMENT_LOCK = 0x63616C6C_68710001
-#
-# And everything from here on looks up by key: a plan that Postgres made while the tables were empty, and kept, must
-# not scan them when they no longer are.
-_BY_KEY = (
-    "set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
-    " set_config('enable_mergejoin', 'off', true)"
-)
-_LOCK_SHARED = Direct(f"SELECT pg_advisory_xact_lock_shared({_PLACEMENT_LOCK}), {_BY_KEY}")
-_LOCK_EXCLUSIVE = Direct(f"SELECT pg_advisory_xact_lock({_PLACEMENT_LOCK}), {_BY_KEY}")
+# first. So the former are recorded alone, the latter beside each other.
 
 
 def lock_placement(connection: Connection, *, exclusive: bool) -> None:
     """To be held by whoever derives turns: alone (`exclusive`) for those without a session, else beside others."""
-    execute(connection, _lock(exclusive=exclusive))
+    locks.take(connection, Lock.PLACEMENT, exclusive=exclusive)
 
 
-def _lock(*, exclusive: bool) -> Statement:
-    return (_LOCK_EXCLUSIVE if exclusive else _LOCK_SHARED).bind()
+def _lock(*, exclusive: bool) -> tuple[Statement, ...]:
+    return locks.taking(Lock.PLACEMENT, exclusive=exclusive)
 
 
 def _event_upsert() -> RowsInsert:

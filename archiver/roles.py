@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import msgspec
 from sqlalchemy import Connection, text
 
+from archiver.database import Lock
+
 READER = "archiver_reader"  # dashboards
 WRITER = "archiver_writer"  # `serve` and `worker`
 AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
@@ -48,6 +50,7 @@ NEEDED: Mapping[str, Needs] = {
             "analytics.conversations": "SELECT",  # what follow-ups tell of them
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
+            **{f"archiver_jobs.{lock}": "UPDATE" for lock in Lock},
         },
         # A row of a number far ahead would count as sealed with all that come before it.
         appends=tuple(f"archiver.{name}" for name in ("events", "recounts", "acts", "erasures", "removals")),

@@ -1,9 +1,10 @@
 """The schema: bringing it to head, telling where it stands, and what its roles may do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from alembic import command
@@ -13,19 +14,20 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import roles, tables
-from archiver.database import sqlstate, transaction
+from archiver import roles, tables, waits
+from archiver.database import is_lock_timeout, sqlstate, transaction
+from archiver.waits import INSUFFICIENT_PRIVILEGE
 
 VERSION_TABLE = "schema_version"
 SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
 
-# Arbitrary, and not the ledger's: one migration of a database at a time.
-_MIGRATION_LOCK = 0x63616C6C_68710002
-_LOCK_SECONDS = 10
+_LOCK_SECONDS = 2.0
+PAUSE_SECONDS = 2.0  # between two attempts to have a lock: what waited behind it goes on
+PATIENCE_SECONDS = 45.0  # for locks in all
+RACES = 1  # with another migration that makes the schema
 STATEMENT_SECONDS = 600
 _REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
 _REPAIRED_FROM = "0005"
-INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
 class SchemaError(Exception):
@@ -92,10 +94,11 @@ def grant_missing(connection: Connection) -> str | None:
 def upgrade(engine: Engine, revision: str = "head") -> None:
     """Bring the schema up to `revision`, and let each role do what it is for. Safe to run twice at once.
 
-    Raises `SchemaError` where the database is newer than this program, or the user lacks a right.
+    Raises `SchemaError` where the database is newer than this program, where the user lacks a right, or where others
+    hold the tables for too long.
     """
     try:
-        _upgrade(engine, revision)
+        _patiently(engine, lambda connection: _upgrade(connection, revision))
     except DBAPIError as error:
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
@@ -117,19 +120,26 @@ def _explain_refusal(connection: Connection, refusal: str) -> str:
     )
 
 
-def _upgrade(engine: Engine, revision: str) -> None:
-    with _exclusive(engine) as connection:
-        # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
-        if revision == "head" and current(connection) == head() and roles.are_granted(connection):
-            return
-        if current(connection) is not None and revision == "head":
-            _refuse_newer(connection)
-        # Alembic keeps its version table there, so the schema must be first.
-        if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
+def _upgrade(connection: Connection, revision: str) -> None:
+    # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
+    if _is_done(connection, revision):
+        return
+    if current(connection) is not None and revision == "head":
+        _refuse_newer(connection)
+    # Alembic keeps its version table there, so the schema must be first.
+    if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
+        with _another_migration():
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
-        _repair(connection)
-        command.upgrade(_config(connection), revision)
-        roles.bring_up_to_date(connection)
+    _lock(connection)
+    if _is_done(connection, revision):  # by another one, meanwhile
+        return
+    _repair(connection)
+    command.upgrade(_config(connection), revision)
+    roles.bring_up_to_date(connection)
+
+
+def _is_done(connection: Connection, revision: str) -> bool:
+    return revision == "head" and current(connection) == head() and roles.are_granted(connection)
 
 
 def _repair(connection: Connection) -> None:
@@ -142,8 +152,12 @@ def _repair(connection: Connection) -> None:
 
 def downgrade(engine: Engine, revision: str) -> None:
     """Take the schema down to `revision`; `base` removes it, data and all."""
-    with _exclusive(engine) as connection:
+
+    def work(connection: Connection) -> None:
+        _lock(connection)
         command.downgrade(_config(connection), revision)
+
+    _patiently(engine, work)
 
 
 def _refuse_newer(connection: Connection) -> None:
@@ -152,17 +166,65 @@ def _refuse_newer(connection: Connection) -> None:
         check(connection)
 
 
+# One migration of a database at a time. Only the owner may lock the row of the version, so that nobody else can keep
+# a migration waiting thereby; before there is one, the names that a migration makes are unique.
+_LOCK_TABLE = text(f"LOCK TABLE {tables.SCHEMA}.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE")
+_LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # constants
+_MADE_BY_ANOTHER = {"23505", "42P06", "42P07"}  # SQLSTATEs: unique violation, duplicate schema, duplicate table
+
+
+def _lock(connection: Connection) -> None:
+    """Wait for another migration, and keep others waiting up to the end of this transaction."""
+    name = f"{tables.SCHEMA}.{VERSION_TABLE}"
+    if not connection.scalar(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": name}):
+        return
+    with _another_migration():
+        if connection.execute(_LOCK_ROW).first() is None:
+            connection.execute(_LOCK_TABLE)
+
+
+class _UnderWayError(Exception):
+    """Another migration of this database is under way."""
+
+
 @contextmanager
-def _exclusive(engine: Engine) -> Iterator[Connection]:
-    """One transaction for the whole migration, so that it happens wholly or not at all."""
-    with transaction(engine, statement_seconds=STATEMENT_SECONDS, lock_seconds=_LOCK_SECONDS) as connection:
-        # Waiting for another migration is not waiting for a busy table: it may take as long as that one does.
-        connection.execute(text("SELECT set_config('lock_timeout', '0', true)"))
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-        connection.execute(
-            text("SELECT set_config('lock_timeout', :limit, true)"), {"limit": str(_LOCK_SECONDS * 1000)}
-        )
-        yield connection
+def _another_migration() -> Iterator[None]:
+    """What the block waits for is another migration."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not is_lock_timeout(error):
+            raise
+        raise _UnderWayError from error
+
+
+def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
+    """Do it in one transaction, so that it happens wholly or not at all; again where a lock was not free.
+
+    A table lock that waits keeps all others waiting behind it: so it waits for an instant, again and again. Another
+    migration takes its time. Raises `SchemaError` that names the session that holds a lock.
+    """
+    began, races = monotonic(), 0
+    with waits.watching(engine) as watch:
+        while True:
+            try:
+                with transaction(
+                    engine, statement_seconds=STATEMENT_SECONDS, lock_seconds=_LOCK_SECONDS
+                ) as connection:
+                    work(connection)
+                    return
+            except _UnderWayError:
+                if monotonic() - began > STATEMENT_SECONDS:
+                    raise SchemaError(f"Another migration takes too long. {watch.explain()}") from None
+            except DBAPIError as error:
+                if sqlstate(error) in _MADE_BY_ANOTHER and races < RACES:
+                    races += 1
+                elif not is_lock_timeout(error):
+                    raise
+                elif monotonic() - began > PATIENCE_SECONDS:
+                    raise SchemaError(f"The schema cannot be changed. {watch.explain()}") from None
+            watch.report.add(watch.holders)
+            sleep(PAUSE_SECONDS)
 
 
 def _config(connection: Connection | None = None) -> Config:

@@ -109,6 +109,11 @@ last_event = Gauge(
     "Unix time of the last event that this server committed; 0 before the first.",
     multiprocess_mode="livemax",
 )
+lock_waiters = Gauge(
+    "archiver_lock_waiting_sessions",
+    "Sessions that wait for a lock on the archiver's tables, for seconds. Alert when it stays above 0.",
+    multiprocess_mode="livemax",
+)
 published_changes = Counter("archiver_changes_published_total", "Changes of the archive that the feed has told.")
 notify_failures = Counter(
     "archiver_notify_failures_total",

@@ -269,7 +269,7 @@ def test_i8_it_is_ordered_only_once_those_who_write_have_committed(
         with transaction(engine) as writing:
             store(writing, [Delivery(observed, NOW, "key")], TIMING)
             erasing = pool.submit(erase, engine, Target("s1"))
-            waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            waiting = "SELECT FROM pg_locks WHERE relation = 'archiver_jobs.lock_placement'::regclass AND NOT granted"
             until(lambda: erasing.done() or rows(engine, waiting), "it waits")
             record(engine, created("c2", "s2"))  # which does not wait for long behind it
             assert not erasing.done()
@@ -405,7 +405,7 @@ def test_i8_what_cannot_be_stored_is_not_quarantined_where_it_is_erased_meanwhil
         finally:
             await writer.dispose()
 
-    placing = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = 1667329132"
+    placing = "SELECT FROM pg_locks WHERE relation = 'archiver_jobs.lock_placement'::regclass"
     with ThreadPoolExecutor(2) as pool:
         with engine.connect() as blocking:
             blocking.execute(text("SELECT pg_advisory_xact_lock(1)"))

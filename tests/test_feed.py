@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from archiver import database, embedded, feed, ledger, schema
 from archiver.database import transaction
@@ -146,12 +147,13 @@ def test_i12_a_page_is_bounded_and_a_transaction_is_never_torn(engine: Engine) -
     ]
 
 
-def test_i11_one_publishes_at_a_time_and_the_other_does_not_wait(engine: Engine) -> None:
+def test_i11_one_publishes_at_a_time_and_the_other_waits_its_turn(engine: Engine) -> None:
     record(engine, created())
     with transaction(engine) as first:
         assert feed.publish(first) == 1
-        with transaction(engine, statement_seconds=5) as second:
-            assert feed.publish(second) is None
+        with pytest.raises(DBAPIError) as refused, transaction(engine, lock_seconds=0.1) as second:
+            feed.publish(second)
+        assert database.is_lock_timeout(refused.value)
         first.rollback()
     assert publish(engine) == 1
 

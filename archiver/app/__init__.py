@@ -1,5 +1,6 @@
 """The HTTP service: its routes, its answers, and the only code that knows status codes."""
 
+import asyncio
 import gc
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from archiver.app.webhooks import Receiver
 from archiver.ingest import Ingest
 from archiver.settings import Settings
 from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool
+from archiver.waits import report_waits
 from archiver.worker import timing_of
 
 log = structlog.get_logger(__name__)
@@ -70,7 +72,7 @@ def create(configuration: Settings | None = None) -> Service:
     prepared = configuration.prepared_statements
     writing = database.connect_async(url, pool_size=2, prepared_statements=prepared)  # the spool's way back is one
     # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
-    asking = database.connect_async(url, pool_size=1, prepared_statements=prepared)
+    asking = database.connect_async(url, pool_size=2, prepared_statements=prepared)
     ingest = Ingest(
         writing,
         queue_events=configuration.queue_events,
@@ -88,8 +90,11 @@ def create(configuration: Settings | None = None) -> Service:
         _collect_less_garbage()
         spool = _open_spool(configuration)
         async with ingest.running(spool):
+            watch = asyncio.create_task(report_waits(asking))
             with crowd.watched():
                 yield {"crowd": crowd}  # Uvicorn hands it to each connection
+            watch.cancel()
+            await asyncio.wait({watch})
         if spool is not None:
             spool.close()
         await writing.dispose()

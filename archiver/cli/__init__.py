@@ -28,9 +28,10 @@ from archiver.cli.worker import rebuild, worker
 from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
 from archiver.embedded import EmbeddedError
 from archiver.roles import AUDITOR, WRITER
-from archiver.schema import INSUFFICIENT_PRIVILEGE, SchemaError
+from archiver.schema import SchemaError
 from archiver.settings import SettingsError
 from archiver.spool import SpoolError
+from archiver.waits import INSUFFICIENT_PRIVILEGE, LockedError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -103,7 +104,7 @@ def _require_text(arguments: Sequence[str]) -> None:
 def _run() -> None:
     try:
         cli()
-    except (SettingsError, SchemaError, EmbeddedError, SpoolError) as error:
+    except (SettingsError, SchemaError, EmbeddedError, SpoolError, LockedError) as error:
         _fail(str(error))
     except DBAPIError as error:
         _end_if_interrupted(error)

@@ -15,7 +15,7 @@ import structlog
 import uvloop
 from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded, events, schema
+from archiver import database, embedded, events, schema, waits
 from archiver.settings import Settings, SettingsError, strangers
 
 log = structlog.get_logger(__name__)
@@ -105,7 +105,8 @@ def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
         database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
     )
     try:
-        yield made
+        with waits.watching(made):
+            yield made
     finally:
         made.dispose()
 

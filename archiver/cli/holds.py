@@ -19,7 +19,7 @@ from archiver.cli import connection
 from archiver.cli.output import Whole, console, counted
 from archiver.erasure import Criteria, HoldError
 from archiver.export import Selection
-from archiver.schema import INSUFFICIENT_PRIVILEGE
+from archiver.waits import INSUFFICIENT_PRIVILEGE
 
 PAGE = 500
 COUNT_SECONDS = 120  # of counting what a hold covers

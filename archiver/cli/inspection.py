@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import feed, overview, settings, spool
+from archiver import database, feed, overview, schema, settings, spool, waits
 from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
@@ -26,12 +26,15 @@ def status(as_json: bool) -> None:
     configuration = settings.read()
     spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
     try:
-        with connection.opened(configuration, statement_seconds=300) as opened:
-            where = connection.where(configuration, opened)
-            figures = overview.select_overview(opened)
-            extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
-            may_see = may_select_standing(opened)
-            standing, failing = (select_standing(opened), select_failing(opened)) if may_see else (None, [])
+        with connection.engine(configuration, create=False) as engine:
+            with database.transaction(engine, statement_seconds=300) as opened:
+                schema.check(opened)
+                where = connection.where(configuration, opened)
+                figures = overview.select_overview(opened)
+                extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
+                may_see = may_select_standing(opened)
+                standing, failing = (select_standing(opened), select_failing(opened)) if may_see else (None, [])
+            holders = waits.find_holders(engine)
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
@@ -40,6 +43,7 @@ def status(as_json: bool) -> None:
     if as_json:
         told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
         told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(standing, failing)}
+        told |= {"locks": holders}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -63,6 +67,8 @@ def status(as_json: bool) -> None:
         table.add_row("", "", Text(f"failing: {name_failing(failing)}"))
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
+    for each in holders:
+        click.echo(f"A lock is waited for: {each}.")
     if figures.quarantine:
         click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
     if waiting.is_overdue(datetime.now(UTC)):

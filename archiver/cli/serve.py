@@ -230,6 +230,7 @@ def migrate(check: bool, repair: bool, as_json: bool) -> None:
     if check and repair:
         raise click.UsageError("--check and --repair exclude each other.")
     configuration = settings.read()
+    telemetry.configure_logs("warning", configuration.log_format)
     with connection.engine(configuration, create=not check) as engine:
         if not check:
             schema.upgrade(engine)

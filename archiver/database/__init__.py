@@ -18,9 +18,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver import telemetry
+from archiver.database import locks
 from archiver.database.direct import Direct, Statement, execute
 from archiver.database.errors import (
     CERTIFICATE_ADVICE,
+    NO_ROOM_FOR_LOCKS,
     explain,
     is_conflict,
     is_data_error,
@@ -30,11 +32,14 @@ from archiver.database.errors import (
     sqlstate,
 )
 from archiver.database.inserting import DIALECT, PARAMSTYLE, RowsInsert
+from archiver.database.locks import Lock
 from archiver.database.urls import database_url, place
 
 __all__ = [
     "CERTIFICATE_ADVICE",
+    "NO_ROOM_FOR_LOCKS",
     "Direct",
+    "Lock",
     "RowsInsert",
     "Statement",
     "connect",
@@ -49,6 +54,7 @@ __all__ = [
     "is_unreachable",
     "is_untrusted",
     "limit",
+    "locks",
     "place",
     "run_in_transaction",
     "snapshot",

@@ -27,7 +27,19 @@ def explain(error: BaseException) -> str:
     original = error.orig if isinstance(error, DBAPIError) else error
     if state is None and isinstance(original, psycopg.OperationalError):
         return " ".join(str(original).split())
+    if state in _MEANINGS:
+        return f"SQLSTATE {state}: {_MEANINGS[state]}"
     return f"SQLSTATE {state or 'unknown'}"
+
+
+NO_ROOM_FOR_LOCKS = (
+    "Postgres has no room for more locks: raise max_locks_per_transaction in postgresql.conf, or end the session that"
+    " holds most: SELECT pid, count(*) FROM pg_locks GROUP BY pid ORDER BY 2 DESC LIMIT 1;"
+)
+_MEANINGS = {
+    "53200": f"out of memory. If of shared memory: {NO_ROOM_FOR_LOCKS}",
+    "55P03": "another session holds a lock that is needed; archiver doctor names it",
+}
 
 
 CERTIFICATE_ADVICE = (
@@ -43,7 +55,16 @@ def is_untrusted(error: BaseException) -> bool:
 
 
 # What a server says that will let us in before long; in other languages it is taken for a refusal.
-_NOT_YET = ("starting up", "shutting down", "recovery", "not accepting", "not yet accepting", "too many", "remaining")
+_NOT_YET = (
+    "starting up",
+    "shutting down",
+    "recovery",
+    "not accepting",
+    "not yet accepting",
+    "too many",
+    "remaining",
+    "out of shared memory",
+)
 
 
 def is_unreachable(error: BaseException) -> bool:

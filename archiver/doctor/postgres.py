@@ -9,13 +9,18 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import catalogue, database, feed, roles, schema
+from archiver import catalogue, database, feed, roles, schema, waits
 from archiver.doctor.finding import Finding, Verdict
 from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 from archiver.settings import Settings
 
 OLDEST_POSTGRES = 14
+OUT_OF_MEMORY = "53200"  # SQLSTATE
 _CLOCK_WARNING_SECONDS = 5
+_LOCK_SECONDS = 3.0  # in which the holder of a lock is found
+_MOST_HOLDERS = 3  # named
+_MOST_USED = 0.75  # of the room for locks
+_ASK_AGAIN = "Run `archiver doctor` again."
 
 
 def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
@@ -25,10 +30,23 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
     """
     is_reached = False
     try:
-        with database.transaction(engine, statement_seconds=10) as connection:
+        with (
+            waits.watching(engine),
+            database.transaction(engine, statement_seconds=10, lock_seconds=_LOCK_SECONDS) as connection,
+        ):
             is_reached = True
             yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
-            checks = (_version, _durability, _entry, _schema, _privileges, _roles, _outbox, _followups)
+            checks = (
+                _version,
+                _durability,
+                _room_for_locks,
+                _entry,
+                _schema,
+                _privileges,
+                _roles,
+                _outbox,
+                _followups,
+            )
             for check in checks:
                 finding = check(connection)
                 if finding is not None:
@@ -40,11 +58,17 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every)
             yield _clock(connection, configuration.timestamp_tolerance)
+        yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
+    except waits.LockedError as error:
+        detail, _, advice = str(error).partition("\n")
+        yield Finding("locks", "failure", detail, advice or _ASK_AGAIN)
     except SQLAlchemyError as error:
         said = str(getattr(error, "orig", None) or error).strip()
         detail = said.splitlines()[0]
         if is_reached:
-            yield Finding("questions", "failure", detail, "The database refused a question: see its log.")
+            is_full = database.sqlstate(error) == OUT_OF_MEMORY
+            advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database refused a question: see its log."
+            yield Finding("questions", "failure", detail, advice)
         else:
             advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(said)
             yield Finding("database", "failure", detail, advice)
@@ -63,6 +87,7 @@ _ADVICE = (
     ("does not support SSL", "Switch ssl on in Postgres, or take sslmode out of DATABASE_URL."),
     ("resolve host|translate host name", "Correct the host in DATABASE_URL: nobody here knows that name."),
     ("refused|No such file", "Correct host and port in DATABASE_URL, or start Postgres: nobody listens there."),
+    ("out of shared memory", database.NO_ROOM_FOR_LOCKS),
     ("timeout|timed out", "Check the host in DATABASE_URL and the firewalls in between: nobody answers."),
 )
 
@@ -78,6 +103,27 @@ def _version(connection: Connection) -> Finding:
     if version < OLDEST_POSTGRES:
         return Finding("version", "failure", f"PostgreSQL {version}.", f"Use PostgreSQL {OLDEST_POSTGRES} or newer.")
     return Finding("version", "ok", f"PostgreSQL {version}.")
+
+
+def _held(engine: Engine) -> Finding | None:
+    """The sessions that keep others waiting for our tables; None where there are none."""
+    holders = waits.find_holders(engine)
+    if not holders:
+        return None
+    detail = f"Locks are waited for: {'; '.join(map(str, holders[:_MOST_HOLDERS]))}."
+    return Finding("locks", "failure", detail, holders[0].advice)
+
+
+def _room_for_locks(connection: Connection) -> Finding:
+    """Whether a session has used up the room for locks."""
+    used = database.locks.select_usage(connection)
+    if used.usage > _MOST_USED:
+        detail = (
+            f"{used.usage:.0%} of the room for locks is used; process {used.pid} (user {used.user or 'unknown'},"
+            f" application {used.application or 'unnamed'}) holds {used.locks:,} of them."
+        )
+        return Finding("room for locks", "warning", detail, database.NO_ROOM_FOR_LOCKS)
+    return Finding("room for locks", "ok", f"{used.usage:.0%} of it is used.")
 
 
 def _durability(connection: Connection) -> Finding:

@@ -70,8 +70,8 @@ class Publisher:
             if notifies and published and self._is_silent:
                 log.info("NOTIFY works again")
                 self._is_silent = False
-        telemetry.published_changes.inc(published or 0)
-        return published or 0
+        telemetry.published_changes.inc(published)
+        return published
 
     async def _be_silent(self) -> None:
         """Nobody is to wait for the feed because somebody who listens is asleep."""

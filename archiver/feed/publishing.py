@@ -8,19 +8,14 @@ order, and without gaps.
 
 from sqlalchemy import Connection, text
 
+from archiver.database import Lock, locks
+
 CHANNEL = "archiver_events"
 QUEUE_FULL = "54000"
 
 # Of one transaction. The rows bound the look, the changes bound what is written; one row is always taken.
 PAGE_ROWS = 500
 PAGE_CHANGES = 5_000
-
-# Arbitrary, and not the ledger's: one publisher of a database at a time; whoever comes second leaves it to the first.
-# And a plan made while the outbox was empty, and kept, must not scan it when it no longer is.
-_TRY_LOCK = text(
-    "SELECT pg_try_advisory_xact_lock(:key), set_config('enable_seqscan', 'off', true),"
-    " set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)"
-).bindparams(key=0x63616C6C_68710004)
 
 # A statement of its own after the lock, so that it sees all that the publisher before it has committed.
 _PUBLISH = text(
@@ -57,14 +52,13 @@ _PUBLISH = text(
 ).bindparams(rows=PAGE_ROWS, changes=PAGE_CHANGES, channel=CHANNEL)
 
 
-def publish(connection: Connection, *, notifies: bool = True) -> int | None:
+def publish(connection: Connection, *, notifies: bool = True) -> int:
     """Publish the oldest page of what is committed, in this transaction; answers how many changes.
 
-    None: another publisher is at it. `notifies`: tell those who listen, too; then the commit may fail with SQLSTATE
-    `QUEUE_FULL`, where somebody who listens has slept in a transaction for so long that Postgres has no more room.
+    Waits for another publisher that is at it. `notifies`: tell those who listen, too; then the commit may fail with
+    SQLSTATE `QUEUE_FULL`, where a listener has slept in a transaction for so long that Postgres has no more room.
     """
-    if not connection.scalar(_TRY_LOCK):
-        return None
+    locks.take(connection, Lock.PUBLISHING, exclusive=True)
     return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)
 
 

@@ -53,10 +53,10 @@ _SELECT_ERASED = Direct(
 )
 
 
-def select_erased(connection: Connection, told: Iterable[Told], first: Statement) -> dict[Told, Erased]:
-    """Of these, those of which something was erased. Exact where the statement `first` takes the ledger's lock."""
+def select_erased(connection: Connection, told: Iterable[Told], first: Sequence[Statement]) -> dict[Told, Erased]:
+    """Of these, those of which something was erased. Exact where the statements `first` take the ledger's lock."""
     asked = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(told), key=_order)]
-    _, found = execute(connection, first, _SELECT_ERASED.bind(msgspec.json.encode(asked).decode()))
+    *_, found = execute(connection, *first, _SELECT_ERASED.bind(msgspec.json.encode(asked).decode()))
     return {Told(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in found}
 
 

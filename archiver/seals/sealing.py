@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from archiver.database import CONFLICT_RETRIES, is_conflict, is_lock_timeout, transaction
+from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, is_lock_timeout, locks, transaction
 from archiver.outbox import Change, insert_changes
 from archiver.seals import chain
 from archiver.seals.chain import Seal
@@ -21,10 +21,6 @@ LEAVES = 10_000  # of each table in one seal
 LOCK_SECONDS = 0.005
 ATTEMPTS = 60
 PAUSE_SECONDS = 0.05
-
-# Arbitrary, and not the ledger's: one sealer of a database at a time.
-_SEALING_LOCK = text("SELECT pg_advisory_xact_lock(:key)").bindparams(key=0x63616C6C_68710003)
-
 
 _SETTLED = ("events", "acts", "erasures", "removals")
 
@@ -56,7 +52,7 @@ def _seal_once(engine: Engine, settled: dict[str, int], key: Ed25519PrivateKey |
     for attempt in range(CONFLICT_RETRIES + 1):
         try:
             with transaction(engine, statement_seconds=60) as connection:
-                connection.execute(_SEALING_LOCK)
+                locks.take(connection, Lock.SEALING, exclusive=True)
                 return _seal_next(connection, settled, key)
         except DBAPIError as error:
             if not is_conflict(error) or attempt == CONFLICT_RETRIES:

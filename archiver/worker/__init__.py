@@ -20,9 +20,9 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database
+from archiver import database, waits
 from archiver.callhq import UnauthorizedError
-from archiver.database import run_in_transaction
+from archiver.database import LOCK_SECONDS, run_in_transaction
 from archiver.erasure.periodic import Upkeep
 from archiver.feed import Publisher
 from archiver.followups import Followups, select_consumed
@@ -53,7 +53,10 @@ _COUNT_WAITING = text(
 )
 
 
-_OPEN = f"SELECT set_config('search_path', '{JOBS_SCHEMA}', true), set_config('DateStyle', 'ISO, YMD', true)"
+_OPEN = (
+    f"SELECT set_config('search_path', '{JOBS_SCHEMA}', true), set_config('DateStyle', 'ISO, YMD', true),"
+    f" set_config('lock_timeout', '{LOCK_SECONDS * 1000}', true)"
+)
 
 
 class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
@@ -98,7 +101,7 @@ class Worker:
         expire = self.jobs.task(name="expire", queue=UPKEEP, queueing_lock="expire", lock="erase")
         self.jobs.periodic(cron="17 3 * * *")(expire(self._upkeep.expire))
         prepared = configuration.prepared_statements
-        self._feeding = database.connect_async(url, pool_size=1, prepared_statements=prepared)
+        self._feeding = database.connect_async(url, pool_size=2, prepared_statements=prepared)
         self._publisher = Publisher(self._feeding)
         self._followups = Followups(configuration, url)
         self._changes_days = configuration.changes_days
@@ -115,6 +118,7 @@ class Worker:
             queues = {TIMERS: 1, UPKEEP: 2} | ({READINGS: 4} if self._reconciler else {})
             working = [asyncio.create_task(self._work(queue, jobs, told)) for queue, jobs in queues.items()]
             working.append(asyncio.create_task(self._publisher.run()))
+            working.append(asyncio.create_task(waits.report_waits(self._feeding)))
             following = asyncio.create_task(self._followups.run(told))
             ending = asyncio.create_task(told.wait())
             await asyncio.wait([*working, following, ending], return_when=asyncio.FIRST_COMPLETED)

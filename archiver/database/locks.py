@@ -1,0 +1,154 @@
+"""The locks of the archiver, each an empty table of the schema `archiver_jobs`, and the sessions that hold them up.
+
+A table lock needs a privilege on the table, and one on its schema to find it by name: `archiver_writer` and the owner
+have both, no other login has either. An advisory lock would need none. A lock ends with its transaction, so that
+PgBouncer in transaction mode serves, and its wait is bounded by `lock_timeout`.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+
+import msgspec
+from sqlalchemy import Connection, text
+
+from archiver.database.direct import Direct, Statement, execute
+
+
+class Lock(StrEnum):
+    """The tables."""
+
+    PLACEMENT = "lock_placement"  # shared by all that record, exclusive for turns without a session
+    SEALING = "lock_sealing"
+    PUBLISHING = "lock_publishing"
+
+
+_SHARED = {each: Direct(f"LOCK TABLE archiver_jobs.{each} IN ROW EXCLUSIVE MODE") for each in Lock}
+_EXCLUSIVE = {each: Direct(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE MODE") for each in Lock}
+
+# For transactions that look up by key: a plan that Postgres made while the tables were empty, and kept, must not scan
+# them when they no longer are.
+_BY_KEY = Direct(
+    "SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
+    " set_config('enable_mergejoin', 'off', true)"
+)
+
+
+def taking(lock: Lock, *, exclusive: bool) -> tuple[Statement, ...]:
+    """The statements that take a lock to the end of the transaction, for `execute`; lookups by key follow them."""
+    return (_EXCLUSIVE if exclusive else _SHARED)[lock].bind(), _BY_KEY.bind()
+
+
+def take(connection: Connection, lock: Lock, *, exclusive: bool) -> None:
+    """Take a lock to the end of the transaction, in one round trip."""
+    execute(connection, *taking(lock, exclusive=exclusive))
+
+
+SCHEMAS = ("archiver", "analytics", "archiver_jobs")
+# Waits of this length are ordinary.
+LEAST_SECONDS = 2.0
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """A session that keeps others waiting for the archiver's tables.
+
+    `pid` 0: a prepared transaction. `since`: when its transaction began; None where Postgres does not show that to
+    this user. `relations`: the tables that are waited for. `waiting`: how many sessions wait, the first since
+    `waiting_since`.
+    """
+
+    pid: int
+    user: str | None
+    application: str | None
+    since: datetime | None
+    relations: Sequence[str]
+    waiting: int
+    waiting_since: datetime
+
+    @property
+    def advice(self) -> str:
+        """What ends the wait."""
+        if not self.pid:
+            return "End it: COMMIT PREPARED or ROLLBACK PREPARED."
+        return f"End that session's transaction; as an administrator: SELECT pg_terminate_backend({self.pid});"
+
+    def __str__(self) -> str:
+        held = f"since {_shown(self.since)}" if self.since else f"at least since {_shown(self.waiting_since)}"
+        who = (
+            f"process {self.pid} (user {self.user or 'unknown'}, application {self.application or 'unnamed'})"
+            if self.pid
+            else "a prepared transaction (see pg_prepared_xacts)"
+        )
+        what = ", ".join(self.relations) or "a row"
+        return f"{who} holds a lock on {what} {held}; {self.waiting} wait since {_shown(self.waiting_since)}"
+
+
+def _shown(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+# A session whose wait is behind another one that waits is not held up by that one, but by the holder of both.
+# Postgres shows locks, users and applications of all sessions to everybody, but not when a transaction began.
+_HOLDERS = text(
+    """
+    WITH locks AS MATERIALIZED (
+        SELECT pid, granted, waitstart, relation FROM pg_locks
+         WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database()) OR NOT granted
+    ), tables AS MATERIALIZED (
+        SELECT c.oid, n.nspname || '.' || c.relname AS name
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ANY (:schemas)
+    ), waiting AS MATERIALIZED (
+        SELECT w.pid, w.waitstart, t.name
+          FROM locks w LEFT JOIN tables t ON t.oid = w.relation
+         WHERE NOT w.granted AND w.waitstart <= clock_timestamp() - make_interval(secs => :seconds)
+           AND (t.oid IS NOT NULL
+                OR w.pid IN (SELECT l.pid FROM locks l JOIN tables t ON t.oid = l.relation WHERE l.granted))
+    ), blocking AS MATERIALIZED (
+        SELECT DISTINCT w.pid AS waiter, w.waitstart, w.name, b.pid
+          FROM waiting w CROSS JOIN LATERAL unnest(pg_blocking_pids(w.pid)) AS b (pid)
+         WHERE b.pid NOT IN (SELECT pid FROM waiting)
+    )
+    SELECT b.pid, a.usename, a.application_name, a.xact_start,
+           array_remove(array_agg(DISTINCT b.name), NULL) AS relations,
+           count(DISTINCT b.waiter) AS waiting, min(b.waitstart) AS waiting_since
+      FROM blocking b LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+     GROUP BY b.pid, a.usename, a.application_name, a.xact_start
+     ORDER BY min(b.waitstart), b.pid
+    """
+).bindparams(schemas=list(SCHEMAS))
+
+
+_USAGE = text(
+    """
+    WITH room AS (
+        SELECT current_setting('max_locks_per_transaction')::float8
+               * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int) AS most
+    ), held AS MATERIALIZED (
+        SELECT pid, count(*) AS locks FROM pg_locks WHERE NOT fastpath GROUP BY pid
+    )
+    SELECT (SELECT coalesce(sum(locks), 0) FROM held) / most AS usage, h.pid, h.locks,
+           a.usename, a.application_name
+      FROM room LEFT JOIN (SELECT * FROM held ORDER BY locks DESC LIMIT 1) AS h ON true
+      LEFT JOIN pg_stat_activity a ON a.pid = h.pid
+    """
+)
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """How much of its room for locks Postgres has used (1: all it promises), and which session holds most of them."""
+
+    usage: float
+    pid: int | None
+    locks: int | None
+    user: str | None
+    application: str | None
+
+
+def select_usage(connection: Connection) -> Usage:
+    """Of the whole server."""
+    return Usage(*connection.execute(_USAGE).one())
+
+
+def select_holders(connection: Connection, seconds: float = LEAST_SECONDS) -> list[Holder]:
+    """The sessions that others have waited for, that long; first those that have been waited for longest."""
+    return [Holder(*row) for row in connection.execute(_HOLDERS, {"seconds": seconds})]
