@@ -200,6 +200,7 @@ def _event_upsert() -> RowsInsert:
         case(
             (facts.c.delivery_count > literal_column("1"), func.least(facts.c.occurred_at, facts.c.earliest_at))
         ).label("occurred_at"),
+        facts.c.earliest_at.is_not(None).label("is_dated_back"),
     )
     unset = ("id", "earliest_at", "is_recounted")
     return RowsInsert(upsert, [column.name for column in facts.c if column.name not in unset])
@@ -242,6 +243,6 @@ def _changed(telling: _Telling, row: Any) -> projection.Fact | None:
         return projection.Fact(first.event, first.source, first.received_at, telling.occurred_at)
     is_repeat = row.delivery_count > telling.count
     is_from_upstream = first.source == events.WEBHOOK
-    if is_repeat and is_from_upstream and (telling.occurred_at is None or telling.occurred_at != row.occurred_at):
+    if is_repeat and is_from_upstream and not (row.is_dated_back and telling.occurred_at == row.occurred_at):
         return None
     return projection.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)

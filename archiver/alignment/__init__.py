@@ -2,21 +2,55 @@
 the sequence of the known readings, so that the order in which they arrived cannot matter (I5, I6).
 
 Readings that a later one holds as a whole are left out; `merge_history` keeps a spine of all lines that the others
-showed; `merge_turns` lets the turns claim theirs.
+showed; `merge_turns` lets the turns claim theirs; turns newer than the latest reading are appended (`newer`).
 """
 
 from collections.abc import Iterable
+from datetime import datetime
 
+import msgspec
+
+from archiver.alignment import newer
 from archiver.alignment.history import merge_history
+from archiver.alignment.newer import Key, key_of, may_claim
 from archiver.alignment.parts import date, whole
 from archiver.alignment.shapes import Line, Reading, Turn
-from archiver.alignment.turns import merge_turns
+from archiver.alignment.turns import in_order, merge_turns, whole_turn
 
-__all__ = ["Line", "Reading", "Turn", "merge_history", "merge_turns", "transcript"]
+__all__ = [
+    "Key",
+    "Line",
+    "Reading",
+    "Transcript",
+    "Turn",
+    "compose",
+    "key_of",
+    "may_claim",
+    "merge_history",
+    "merge_turns",
+    "transcript",
+    "whole_turn",
+]
+
+
+class Transcript(msgspec.Struct, frozen=True):
+    """The lines of a session, in order.
+
+    `can_append`: a further turn that arrives after the latest reading, begins after all others, and says nothing that
+    only history tells (`may_claim`) is appended to these lines as it is (`whole_turn`), and changes none of them.
+    """
+
+    lines: list[Line]
+    can_append: bool
 
 
 def transcript(turns: Iterable[Turn], readings: Iterable[Reading]) -> list[Line]:
-    """What a session said, in order.
+    """What a session said, in order: the lines of `compose`."""
+    return compose(turns, readings).lines
+
+
+def compose(turns: Iterable[Turn], readings: Iterable[Reading]) -> Transcript:
+    """What a session said, in order, and whether a turn can be appended to it.
 
     `turns`, of different chats, come in any order. `readings` are taken in order of `read_at`; those of one instant
     in the order given.
@@ -30,7 +64,19 @@ def transcript(turns: Iterable[Turn], readings: Iterable[Reading]) -> list[Line]
     for reading, first_read_at in whole(sorted(readings, key=lambda reading: reading.read_at)):
         spine = date(merge_history(spine, reading, deleted), first_read_at)
         read_at = reading.read_at
-    return merge_turns(spine, known, read_at)
+    return _with_turns(spine, known, read_at)
+
+
+def _with_turns(spine: list[Line], turns: list[Turn], read_at: datetime | None) -> Transcript:
+    ordered = in_order(turns)
+    count = newer.split(ordered, read_at)
+    lines = merge_turns(spine, ordered[:count], read_at)
+    is_open, texts = newer.has_open_end(lines), newer.unclaimed(lines)
+    if count < len(ordered):
+        if is_open or any(may_claim(turn.messages, texts) for turn in ordered[count:]):
+            return Transcript(merge_turns(spine, ordered, read_at), can_append=False)
+        lines = [*lines, *(line for turn in ordered[count:] for line in whole_turn(turn, read_at))]
+    return Transcript(lines, can_append=not is_open)
 
 
 def _said(turn: Turn) -> tuple[tuple[str, str], ...]:

@@ -14,23 +14,41 @@ from archiver.events import Message
 
 _MOST_PLACES = 100  # at which a part is looked for
 
+_Part = tuple[datetime, int, int]  # when a part was read, its first line, the line after its last
 FirstRead = Sequence[datetime | None]  # when each line of a reading was shown for the first time by one of its parts
 
 
 def whole(readings: Sequence[Reading]) -> list[tuple[Reading, FirstRead]]:
     """The readings, given in order of time, that the next such reading does not hold as a run of its own lines."""
-    found: list[tuple[Reading, list[datetime | None]]] = []
+    found: list[tuple[Reading, list[_Part]]] = []
     for reading in reversed(readings):
         place = _place(reading.messages, found[-1][0].messages) if found else None
         if place is None:
-            found.append((reading, [None] * len(reading.messages)))
-            continue
-        first_read_at = reading.first_read_at or reading.read_at
-        times = found[-1][1]
-        for index in range(place, place + len(reading.messages)):
-            known = times[index]
-            times[index] = first_read_at if known is None else min(known, first_read_at)
-    return [*reversed(found)]
+            found.append((reading, []))
+        else:
+            end = place + len(reading.messages)
+            found[-1][1].append((reading.first_read_at or reading.read_at, place, end))
+    return [(reading, _earliest(parts, len(reading.messages))) for reading, parts in reversed(found)]
+
+
+def _earliest(parts: Sequence[_Part], size: int) -> FirstRead:
+    """The time of the earliest part that covers each of `size` lines, in one pass over lines and parts."""
+    times: list[datetime | None] = [None] * size
+    unset = [*range(size + 1)]  # for each line the next one without a time, or one on the way to it
+    for read_at, start, end in sorted(parts):
+        line = _next_unset(unset, start)
+        while line < end:
+            times[line] = read_at
+            unset[line] = line + 1
+            line = _next_unset(unset, line + 1)
+    return times
+
+
+def _next_unset(unset: list[int], line: int) -> int:
+    while unset[line] != line:
+        unset[line] = unset[unset[line]]
+        line = unset[line]
+    return line
 
 
 def date(lines: Sequence[Line], first_read_at: FirstRead) -> list[Line]:

@@ -25,7 +25,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     """One chat as its newest revision tells it: the first `inputs` messages are input, the others output.
 
     `began_at` orders turns, ties by `told_at` and `chat_id`; it may be wrong. `told_at` is the upstream time of the
-    newest revision.
+    newest revision. `arrived_at`: when its first delivery arrived; None where that is not known.
     """
 
     chat_id: str
@@ -34,6 +34,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     began_at: datetime
     told_at: datetime
     is_deleted: bool = False
+    arrived_at: datetime | None = None
 
 
 class Line(msgspec.Struct, frozen=True, gc=False):

@@ -1,7 +1,7 @@
 """Turns claim their lines of the spine, or stand between the others' lines where their times put them."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
 import msgspec
@@ -29,9 +29,7 @@ def merge_turns(lines: Sequence[Line], turns: Sequence[Turn], read_at: datetime 
     that the spine does not show is inserted whole, blank messages too, before the next turn that it shows. Of a turn
     that both tell differently the newer telling stands (I3).
     """
-    ordered = sorted(
-        (turn for turn in turns if turn.messages), key=lambda turn: (turn.began_at, turn.told_at, turn.chat_id)
-    )
+    ordered = in_order(turns)
     placement = place(lines, ordered)
     missing = deque(index for index in range(len(ordered)) if index not in placement.matches)
     placings = sorted(placement.matches.items(), key=lambda placing: placing[1].start)
@@ -39,16 +37,24 @@ def merge_turns(lines: Sequence[Line], turns: Sequence[Turn], read_at: datetime 
     merged = [*lines[: starts[0]]]
     for (index, match), limit in zip(placings, starts[1:], strict=True):
         while index in placement.in_order and missing and missing[0] < index:
-            merged += _whole(ordered[missing.popleft()], read_at)
+            merged += whole_turn(ordered[missing.popleft()], read_at)
         run = msgspec.structs.replace(match, end=_end(lines, match, limit))
         merged += _run(ordered[index], run, lines, read_at)
         merged += lines[run.end : limit]
     for index in missing:
-        merged += _whole(ordered[index], read_at)
+        merged += whole_turn(ordered[index], read_at)
     return merged
 
 
-def _whole(turn: Turn, read_at: datetime | None) -> list[Line]:
+def in_order(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns that have messages, in order of their beginning."""
+    return sorted(
+        (turn for turn in turns if turn.messages), key=lambda turn: (turn.began_at, turn.told_at, turn.chat_id)
+    )
+
+
+def whole_turn(turn: Turn, read_at: datetime | None) -> list[Line]:
+    """The lines of a turn of which no reading shows anything."""
     in_history = None if read_at is None or turn.began_at > read_at else False
     return [_own(turn, index, in_history) for index in range(len(turn.messages))]
 

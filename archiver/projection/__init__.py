@@ -15,6 +15,7 @@ from archiver import events, history, telemetry
 from archiver.outbox import Change
 from archiver.projection import differences, rows
 from archiver.projection import facts as ledger_facts
+from archiver.projection.appending import append
 from archiver.projection.coverage import DEFAULT_TIMING, Timing
 from archiver.projection.differences import Shown
 from archiver.projection.erased import select_erased_sessions
@@ -75,7 +76,10 @@ def project(
     unread = {key: own for key, own in placed.items() if key[0] not in read}
     changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(known, unread), timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
-    return changes + rederive(connection, sorted(read), timing, just_read, moved)
+    whole = {fact.event.session_id for fact in others} | set(erased)
+    appended = append(connection, {key: own for key, own in placed.items() if key[0] in read - whole}, timing)
+    read -= appended.sessions
+    return changes + appended.changes + rederive(connection, sorted(read), timing, just_read, moved)
 
 
 def _project_turns(

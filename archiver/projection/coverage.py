@@ -63,6 +63,8 @@ class Coverage(msgspec.Struct, frozen=True, gc=False):
     repaired_messages: int
 
 
+OPEN: State = "open"
+
 # Why a session is in its state; docs/data-model.md explains each.
 NEVER_READ = "awaiting_history"
 NEWS = "events_after_reading"

@@ -21,8 +21,7 @@ Key = tuple[str, str]  # session_id, chat_id
 
 # Facts about the same turns that are not this batch's own, be their session told or not. The keys stand in a
 # materialized CTE because a distributed ledger joins to nothing else.
-_SELECT_OTHER_FACTS = Direct(
-    """
+_OTHER_FACTS = """
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset($1) AS k (session_id text, chat_id text, own text[])
     )
@@ -30,23 +29,24 @@ _SELECT_OTHER_FACTS = Direct(
            least(e.occurred_at, e.earliest_at) AS occurred_at
       FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
       LEFT JOIN archiver.sessions s ON s.session_id = e.session_id
-     WHERE s.read_at IS NULL AND NOT encode(e.dedupe_key, 'hex') = ANY (keys.own)
-       AND e.type IN ('chat.created', 'chat.deleted')
+     WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own) AND e.type IN ('chat.created', 'chat.deleted')
     """
-)
+_SELECT_OTHER_FACTS = Direct(_OTHER_FACTS)
+_SELECT_OTHER_FACTS_UNREAD = Direct(f"{_OTHER_FACTS} AND s.read_at IS NULL")
 
 
-def other_facts(own: Mapping[Key, Sequence[bytes]]) -> Statement:
+def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) -> Statement:
     """What asks for the ledger's facts about these turns, but for those with the dedupe keys given.
 
-    Of sessions that were read it answers none: those are made anew from all that the ledger tells.
+    Of sessions that were read it answers none, unless `of_read`: most of those are made from all that there is.
     """
     # As JSON, because the driver writes an array item by item.
     keys = [
         {"session_id": key[0], "chat_id": key[1], "own": [digest.hex() for digest in digests]}
         for key, digests in own.items()
     ]
-    return _SELECT_OTHER_FACTS.bind(msgspec.json.encode(keys).decode())
+    statement = _SELECT_OTHER_FACTS if of_read else _SELECT_OTHER_FACTS_UNREAD
+    return statement.bind(msgspec.json.encode(keys).decode())
 
 
 def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:

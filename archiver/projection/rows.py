@@ -129,6 +129,12 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
     execute(connection, *chats, *_UPSERT_UNREAD_MESSAGE.bind(messages))
 
 
+def upsert_placed_turns(connection: Connection, turns: Mapping[Key, Turn], lines: Sequence[Row]) -> None:
+    """Write turns, with these messages, of sessions that were read."""
+    chats = _UPSERT_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
+    execute(connection, *chats, *_UPSERT_MESSAGE.bind(lines))
+
+
 # The keys stand in a materialized CTE because a distributed table joins to nothing else.
 _SELECT_TURNS = text(
     f"""

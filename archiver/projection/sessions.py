@@ -1,13 +1,13 @@
 """A session of which history is known, as a whole: turns and readings to the rows of the archive (I6, I7). Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
 from archiver import alignment, history
-from archiver.alignment import Line
+from archiver.alignment import Line, Transcript
 from archiver.events import OURS, Message
 from archiver.events.normal import normal_text
 from archiver.history import Told
@@ -42,20 +42,21 @@ class Rows(msgspec.Struct):
 
 def derive(story: Story, timing: Timing) -> Rows:
     """The rows of a session, whatever the order in which its facts came."""
-    lines = _transcript(story)
+    transcript = _transcript(story)
+    lines = transcript.lines
     keys = _chat_keys(lines)
     found_chats = _found_chats(story, lines, keys)
     chats = [chat_row(story.session_id, chat_id, turn) for chat_id, turn in story.turns.items()]
     return Rows(
-        session=_session_row(story, lines, len(found_chats), timing),
+        session=_session_row(story, transcript, len(found_chats), timing),
         chats=chats + found_chats,
         messages=_message_rows(story, lines, keys),
     )
 
 
-def _transcript(story: Story) -> list[Line]:
-    return alignment.transcript(
-        [_aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
+def _transcript(story: Story) -> Transcript:
+    return alignment.compose(
+        [aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
         [
             alignment.Reading(reading.told.messages, reading.last_at, reading.first_at)
             for reading in story.readings
@@ -80,7 +81,7 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
     }
     kept = [
         Message(line.role, line.content)
-        for line in _transcript(story)
+        for line in _transcript(story).lines
         if line.first_read_at is not None
         and line.chat_id not in chat_ids
         and (line.chat_id is not None or not _repeats(line.content, said - {""}))
@@ -106,9 +107,12 @@ def _repeats(content: str, said: Collection[str]) -> bool:
     return len(beginning) >= _CUT and any(each.startswith(beginning) for each in said)
 
 
-def _aligned(chat_id: str, turn: Turn) -> alignment.Turn:
+def aligned(chat_id: str, turn: Turn) -> alignment.Turn:
+    """A turn as the alignment takes it."""
     is_deleted = turn.deleted_at is not None
-    return alignment.Turn(chat_id, turn.messages, turn.inputs, turn.began_at, turn.told_at, is_deleted)
+    return alignment.Turn(
+        chat_id, turn.messages, turn.inputs, turn.began_at, turn.told_at, is_deleted, turn.first_received_at
+    )
 
 
 def _chat_keys(lines: Sequence[Line]) -> list[str]:
@@ -157,19 +161,23 @@ def _message_rows(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> l
     for place, (line, key) in enumerate(zip(lines, keys, strict=True), 1):
         ordinal = ordinals.get(key, 0)
         ordinals[key] = ordinal + 1
-        rows.append(
-            {
-                "session_id": story.session_id,
-                "chat_id": key,
-                "ordinal": ordinal,
-                "role": line.role,
-                "content": line.content,
-                "source": line.source,
-                "place": place if story.readings else None,
-                "in_history": line.in_history,
-            }
-        )
+        row = message_row(story.session_id, key, ordinal, line)
+        rows.append(row | {"place": place} if story.readings else row)
     return rows
+
+
+def message_row(session_id: str, chat_id: str, ordinal: int, line: Line) -> Row:
+    """A line as a row of `messages`, without its place."""
+    return {
+        "session_id": session_id,
+        "chat_id": chat_id,
+        "ordinal": ordinal,
+        "role": line.role,
+        "content": line.content,
+        "source": line.source,
+        "place": None,
+        "in_history": line.in_history,
+    }
 
 
 CHAT_COLUMNS = (
@@ -197,8 +205,8 @@ def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
     return row
 
 
-def _session_row(story: Story, lines: Sequence[Line], found: int, timing: Timing) -> Row:
-    readings = story.readings
+def _session_row(story: Story, transcript: Transcript, found: int, timing: Timing) -> Row:
+    readings, lines = story.readings, transcript.lines
     first_event_at = min([*story.heard_at, *(reading.first_at for reading in readings)])
     # A session that nobody mentioned before it was read was last heard of then.
     last_event_at = max(story.heard_at, default=first_event_at)
@@ -221,12 +229,24 @@ def _session_row(story: Story, lines: Sequence[Line], found: int, timing: Timing
         "status": _last(each.status for each in told),
         "assistant_id": _last(each.assistant_id for each in told),
         "created_at": created_at,
+        "places": len(lines) if readings else None,
+        "append_after": _append_after(story, transcript),
         "read_by": timing.read_by(opened_at),
         # What history shows cannot be told apart from what was erased, so it is not asked again.
         "reconcile_at": None
         if story.is_erased
         else coverage.next_reading(timing, opened_at, last_event_at, readings),
     }
+
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+def _append_after(story: Story, transcript: Transcript) -> datetime | None:
+    """A turn that arrives after the latest reading is appended as it is if it begins after this; None: none is."""
+    if story.is_erased or not story.readings or not transcript.can_append:
+        return None
+    return max((turn.began_at for turn in story.turns.values()), default=_NEVER)
 
 
 def _told_in_order(story: Story) -> list[Told]:

@@ -91,6 +91,12 @@ sessions = Table(
     Column("reconcile_at", Time, comment="When its history is to be read next; null: never again."),
     Column("leased_until", Time, comment="A worker reads it at present; free again after this time."),
     Column("failing_since", Time, comment="Since then every reading has failed; null if the latest did not."),
+    Column("places", Integer, comment="Messages of its transcript, if its history was read; else null."),
+    Column(
+        "append_after",
+        Time,
+        comment="A new turn that begins after this is appended to the transcript; null: all is aligned again.",
+    ),
     PrimaryKeyConstraint("session_id", name="sessions_pkey"),
     Index("sessions_reconcile_at_idx", "reconcile_at", postgresql_where=text("reconcile_at IS NOT NULL")),
     Index("sessions_open_idx", "first_event_at", postgresql_where=text("coverage = 'open'")),
@@ -141,6 +147,7 @@ messages = Table(
     Column("place", Integer, comment="1, 2, 3 … in true order, once history has been read; null before."),
     Column("in_history", Boolean, comment="Whether the latest reading shows it; null where none could."),
     PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
+    Index("messages_history_idx", "session_id", postgresql_where=text("source = 'history'")),
     # No foreign key: one write path makes both rows in one transaction; checking took a fifth of Postgres's time.
     comment="One row a message, derived from the ledger.",
 )
