@@ -20,8 +20,9 @@ from psycopg.conninfo import conninfo_to_dict
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from archiver import __version__, schema
+from archiver import schema
 from archiver.database import database_url as parse_url
+from archiver.version import describe
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import SECRET, created
@@ -88,7 +89,7 @@ def test_it_runs_as_a_module_and_as_a_command(cluster: Cluster) -> None:
     del cluster
     for command in ([sys.executable, "-m", "archiver"], [str(Path(sys.executable).with_name("archiver"))]):
         process = run([*command, "--version"], capture_output=True, text=True, check=False)
-        assert (process.returncode, process.stdout) == (0, f"archiver, version {__version__}\n")
+        assert (process.returncode, process.stdout) == (0, f"{describe()}\n")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import click
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from archiver import __version__
 from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
 from archiver.cli.erasure import command as erase
@@ -31,11 +30,12 @@ from archiver.roles import AUDITOR, WRITER
 from archiver.schema import SchemaError
 from archiver.settings import SettingsError
 from archiver.spool import SpoolError
+from archiver.version import describe
 from archiver.waits import INSUFFICIENT_PRIVILEGE, LockedError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="archiver")
+@click.version_option(message=describe())
 def cli() -> None:
     """Keep every CallHQ conversation, once, in Postgres.
 

@@ -1,0 +1,86 @@
+"""`archiver --version`: version, commit and schema revision, at once."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from archiver import __version__, schema, version
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def checkout(folder: Path, files: dict[str, str]) -> Path:
+    (folder / "pyproject.toml").write_text("")
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+def test_it_names_version_and_schema_revision() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "archiver", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed == f"{version.describe()}\n"
+    assert printed.startswith(f"archiver, version {__version__}, ")
+    assert f", schema {schema.head()}\n" in printed
+
+
+def test_it_loads_nothing_but_the_standard_library() -> None:
+    program = (
+        "import sys; sys.argv = ['archiver', '--version']; import archiver.__main__ as program; program.main();"
+        " print(sorted(name for name in sys.modules if name.startswith(('click', 'sqlalchemy', 'alembic'))))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".git/HEAD": f"{COMMIT}\n"},
+        {".git/HEAD": "ref: refs/heads/main\n", ".git/refs/heads/main": f"{COMMIT}\n"},
+        {
+            ".git/HEAD": "ref: refs/heads/main\n",
+            ".git/packed-refs": f"# pack-refs with: peeled\n{'f' * 40} refs/heads/other\n{COMMIT} refs/heads/main\n",
+        },
+        {
+            ".git": "gitdir: elsewhere/worktrees/one\n",
+            "elsewhere/worktrees/one/HEAD": "ref: refs/heads/branch\n",
+            "elsewhere/worktrees/one/commondir": "../..\n",
+            "elsewhere/refs/heads/branch": f"{COMMIT}\n",
+        },
+    ],
+)
+def test_the_commit_of_a_checkout_is_known(files: dict[str, str], tmp_path: Path) -> None:
+    assert version._checked_out(checkout(tmp_path, files)) == COMMIT
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {".git/HEAD": "ref: refs/heads/none\n"},
+        {".git/HEAD": "ref: refs/heads/main\n", ".git/refs/heads/main": "damaged\n"},
+        {".git": "gitdir: nowhere\n"},
+    ],
+)
+def test_an_unknown_commit_is_left_out(files: dict[str, str], tmp_path: Path) -> None:
+    assert version._checked_out(checkout(tmp_path, files)) is None
+
+
+def test_the_repository_around_an_installation_is_another_projects(tmp_path: Path) -> None:
+    checkout(tmp_path, {".git/HEAD": COMMIT})
+    (tmp_path / "pyproject.toml").unlink()
+    assert version._checked_out(tmp_path) is None
+
+
+def test_the_changelog_has_the_version_under_what_is_unreleased() -> None:
+    headings = [line for line in Path("CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert headings[0] == "## Unreleased"
+    assert headings[1].split()[1] == project["version"] == __version__
