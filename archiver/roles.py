@@ -49,6 +49,7 @@ NEEDED: Mapping[str, Needs] = {
             "analytics.changes": "SELECT",  # `followups tail` beside them
             "analytics.conversations": "SELECT",  # what follow-ups tell of them
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
+            **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
             **{f"archiver_jobs.{lock}": "UPDATE" for lock in Lock},
         },
@@ -85,6 +86,8 @@ NEEDED: Mapping[str, Needs] = {
                     "sessions",
                     "chats",
                     "messages",
+                    "workers",
+                    "duties",
                 )
             },
             "archiver.acts": "SELECT",

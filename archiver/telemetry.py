@@ -114,6 +114,18 @@ lock_waiters = Gauge(
     "Sessions that wait for a lock on the archiver's tables, for seconds. Alert when it stays above 0.",
     multiprocess_mode="livemax",
 )
+worker_up = Gauge(
+    "archiver_worker_up",
+    "1 while a duty of the worker works, 0 while it fails or hangs; without a series it is off or no worker runs.",
+    ["duty"],
+    multiprocess_mode="livemin",
+)
+worker_restarts = Counter(
+    "archiver_worker_restarts_total", "Times that a duty of the worker was started again after a fault.", ["duty"]
+)
+heartbeat_failures = Counter(
+    "archiver_heartbeat_failures_total", "Reports of a worker that the database did not take, by reason.", ["reason"]
+)
 published_changes = Counter("archiver_changes_published_total", "Changes of the archive that the feed has told.")
 notify_failures = Counter(
     "archiver_notify_failures_total",

@@ -15,8 +15,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
-from archiver.database import run_in_transaction, transaction
+from archiver.database import explain, run_in_transaction, transaction
 from archiver.database.locks import Holder, Lock, select_holders
+from archiver.duties import Duty
 
 log = structlog.get_logger(__name__)
 
@@ -59,15 +60,17 @@ class Report:
             )
 
 
-async def report_waits(engine: AsyncEngine) -> None:
+async def report_waits(engine: AsyncEngine, duty: Duty | None = None) -> None:
     """Look every few seconds, until cancelled, for sessions that hold up the archiver. Uses one connection."""
-    report = Report()
+    report, duty = Report(), duty or Duty("locks")
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         try:
             report.add(await run_in_transaction(engine, select_holders, LOOK_LIMIT_SECONDS))
-        except (SQLAlchemyError, TimeoutError):  # counted there; that the database is away is reported by others
-            continue
+        except (SQLAlchemyError, TimeoutError) as error:
+            duty.failing(f"database: {explain(error)}")
+        else:
+            duty.working()
 
 
 class Watch:

@@ -125,7 +125,10 @@ class Receiver:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> httpx2.Response:
-        return self._client.get(self.url + path)
+        try:
+            return self._client.get(self.url + path)
+        except (httpx2.ReadError, httpx2.RemoteProtocolError):  # the idle connection was being closed at that moment
+            return self._client.get(self.url + path)
 
     def post(self, body: bytes, headers: Mapping[str, str] | None = None) -> httpx2.Response:
         """One delivery, with the secret of the tests unless `headers` say otherwise."""

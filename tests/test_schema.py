@@ -50,6 +50,8 @@ TABLES = (
     "subscriptions",
     "deliveries",
     "attempts",
+    "workers",
+    "duties",
 )
 
 

@@ -23,7 +23,7 @@ from archiver.callhq.answers import (
     member,
 )
 from archiver.callhq.registry import Registrar, Registry
-from archiver.callhq.slots import Slots
+from archiver.callhq.slots import slots
 
 ATTEMPT_SECONDS = 30.0  # for one attempt, to the last byte of its answer
 ATTEMPTS = 4
@@ -71,7 +71,7 @@ class Client:
         self._interval = 1 / rate if rate else 0.0
         self._next = 0.0  # on the loop's clock
         self._turn = asyncio.Lock()
-        self._slots = Slots(concurrency)
+        self._slots = slots(concurrency)
         self._registrar = Registrar(concurrency, registry) if registry else None
 
     async def __aenter__(self) -> Self:

@@ -10,7 +10,7 @@ import structlog
 from pydantic import SecretStr
 
 from archiver.callhq.access import base, secret
-from archiver.callhq.slots import Slots
+from archiver.callhq.slots import slots
 
 log = structlog.get_logger(__name__)
 
@@ -30,7 +30,7 @@ class Registrar:
     """Tells the archive of each session once; what failed is told again with the next call for that session."""
 
     def __init__(self, concurrency: int, registry: Registry) -> None:
-        self._slots = Slots(concurrency)
+        self._slots = slots(concurrency)
         self._url = base("Registry.url", registry.url) + "/sessions"
         self._headers = {"authorization": f"Bearer {secret('Registry.token', registry.token)}"}
         self._sessions: dict[str, dict[str, Any] | None] = {}  # by id: what is still to be told, None once it was

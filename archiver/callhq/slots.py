@@ -1,11 +1,14 @@
 """How many calls run at a time, and the connection that each of them has."""
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx2
+
+from archiver.settings import SettingsError
 
 CONNECT_SECONDS = 5.0
 _IDLE = 2.0  # seconds that a connection is kept unused: less than servers keep it, so that none is used as it ends
@@ -47,3 +50,20 @@ def _client(trusted: ssl.SSLContext) -> httpx2.AsyncClient:
         timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # the whole of an attempt has a deadline of its own
         limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE),
     )
+
+
+# What the HTTP client reads from the environment by itself, in capitals or not.
+_ENVIRONMENT = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
+
+
+def slots(number: int) -> Slots:
+    """Return so many clients. Raises `SettingsError`, which names the variables to check, where none can be built."""
+    try:
+        return Slots(number)
+    except (ImportError, OSError, ValueError, TypeError, httpx2.InvalidURL) as error:
+        named = sorted(name for name in os.environ if name.lower() in _ENVIRONMENT)
+        advice = f"check {', '.join(named)} in the environment" if named else "see the libraries that are installed"
+        detail = " ".join(str(error).split()).rstrip(".") or "no further detail"
+        raise SettingsError(
+            f"The HTTP client for CallHQ cannot be built: {type(error).__name__}: {detail}. To correct it, {advice}."
+        ) from error

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, feed, overview, schema, settings, spool, waits
+from archiver import database, feed, heartbeats, overview, schema, settings, spool, waits
 from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
 from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
+from archiver.heartbeats import Worker
 
 
 @click.command()
@@ -32,6 +33,7 @@ def status(as_json: bool) -> None:
                 where = connection.where(configuration, opened)
                 figures = overview.select_overview(opened)
                 extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
+                workers = heartbeats.select_workers(opened) if heartbeats.may_select(opened) else None
                 may_see = may_select_standing(opened)
                 standing, failing = (select_standing(opened), select_failing(opened)) if may_see else (None, [])
             holders = waits.find_holders(engine)
@@ -43,7 +45,7 @@ def status(as_json: bool) -> None:
     if as_json:
         told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
         told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(standing, failing)}
-        told |= {"locks": holders}
+        told |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
@@ -65,14 +67,35 @@ def status(as_json: bool) -> None:
         table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
     if failing:
         table.add_row("", "", Text(f"failing: {name_failing(failing)}"))
+    _add_workers(table, workers)
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
+    _print_advice(holders, waiting, is_quarantined=figures.quarantine > 0)
+
+
+def _print_advice(holders: Sequence[object], waiting: feed.Waiting, *, is_quarantined: bool) -> None:
     for each in holders:
         click.echo(f"A lock is waited for: {each}.")
-    if figures.quarantine:
+    if is_quarantined:
         click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
     if waiting.is_overdue(datetime.now(UTC)):
         click.echo(f"Nobody publishes changes: {feed.ADVICE}")
+
+
+def _worker(worker: Worker) -> dict[str, Any]:
+    return msgspec.structs.asdict(worker) | {"is_running": worker.is_fresh}
+
+
+def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
+    if workers is None:
+        table.add_row("workers", "", "not visible to this database user")
+        return
+    running = [each for each in workers if each.is_fresh]
+    faulty = [(each, name, report) for each in running for name, report in each.faulty.items()]
+    table.add_row("workers", f"{len(running):,}", "every duty works" if running and not faulty else "")
+    for each, name, report in faulty:
+        told = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
+        table.add_row("", "", Text(told))
 
 
 def _standing(standing: Standing) -> str:

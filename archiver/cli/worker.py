@@ -1,5 +1,7 @@
 """`archiver worker` and `archiver rebuild`: background work alone, and the archive anew."""
 
+import asyncio
+import signal
 import sys
 
 import click
@@ -14,7 +16,7 @@ from archiver.cli.recording import record_settings
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
 from archiver.settings import Settings
-from archiver.worker import Worker, reconciling, signing_key, timing_of
+from archiver.worker import Worker, signing_key, timing_of
 
 log = structlog.get_logger(__name__)
 
@@ -57,18 +59,10 @@ def work(configuration: Settings, url: str) -> None:
 
 
 async def _work(configuration: Settings, url: str) -> None:
-    parsed = database.database_url(url)
-    if configuration.callhq_api_key.get_secret_value():
-        async with reconciling(configuration, parsed) as (engine, reconciler, _):
-            log.info("working", api=configuration.callhq_api_url)
-            await Worker(configuration, parsed, engine, reconciler).run()
-    else:
-        log.warning("histories are not read and gaps stay open: CALLHQ_API_KEY is not set")
-        engine = database.connect_async(parsed, pool_size=1, prepared_statements=configuration.prepared_statements)
-        try:
-            await Worker(configuration, parsed, engine, None).run()
-        finally:
-            await engine.dispose()
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    await Worker(configuration, database.database_url(url)).run(ending)
     log.info("stopped")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import catalogue, database, feed, roles, schema, waits
+from archiver import catalogue, database, feed, heartbeats, roles, schema, waits
 from archiver.doctor.finding import Finding, Verdict
 from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 from archiver.settings import Settings
@@ -57,6 +57,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield from _catalogue(connection)
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every)
+            yield from _workers(connection)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
     except waits.LockedError as error:
@@ -259,6 +260,31 @@ def _outbox(connection: Connection) -> Finding | None:
         return Finding("changes", "ok", "Changes are published as they are committed.")
     detail = f"Changes of {waiting.transactions:,} transactions wait since {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
     return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
+
+
+def _workers(connection: Connection) -> Iterator[Finding]:
+    """Whether a worker runs, and each duty of one that fails or hangs."""
+    if not heartbeats.may_select(connection):
+        return  # what is missing is found above
+    workers = heartbeats.select_workers(connection)
+    running = [each for each in workers if each.is_fresh]
+    for each in running:
+        for name, report in each.faulty.items():
+            place, reason = f"on {each.host} (process {each.pid})", report.reason.rstrip(".")
+            detail = f"{report.state} {place} since {report.since:%Y-%m-%d %H:%M:%S} UTC: {reason}."
+            detail += f" It was started again {report.restarts:,} times." if report.restarts else ""
+            yield Finding(f"duty {name}", "failure", detail, "Correct what the reason names; see the worker's log.")
+    ended = [each for each in workers if not each.is_fresh]
+    if not running:
+        detail = f"No worker has reported in the last {heartbeats.FRESH_SECONDS:.0f} seconds."
+        if ended:
+            last = max(ended, key=lambda each: each.beat_at)
+            detail += f" The last was process {last.pid} on {last.host}, at {last.beat_at:%Y-%m-%d %H:%M:%S} UTC."
+        yield Finding(
+            "worker", "warning", detail, "Start `archiver worker`, or `archiver serve` without --no-worker."
+        )
+    elif not any(each.faulty for each in running):
+        yield Finding("worker", "ok", f"{len(running):,} running, every duty of each works.")
 
 
 _LATE_SECONDS = 3_600

@@ -1,7 +1,7 @@
 """What goes by itself: turns that upstream deleted, content that is old enough, and whatever an erasure has left."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TypeVar
@@ -9,7 +9,7 @@ from typing import TypeVar
 import structlog
 from sqlalchemy.engine import URL
 
-from archiver import acts, database
+from archiver import acts, database, heartbeats
 from archiver.erasure.deleted import order_deleted
 from archiver.erasure.retention import Rules, examine, expire
 from archiver.erasure.sweeping import PAGE, sweep
@@ -36,11 +36,11 @@ class Upkeep:
         self._swept = 0  # up to this erasure nothing is left
         self._swept_all_at = monotonic()
 
-    async def erase(self, timestamp: int) -> None:
-        """Order what was deleted to be erased, then take away what was ordered; `timestamp` is procrastinate's."""
-        del timestamp
+    async def erase(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Order what was deleted to be erased, then take away what was ordered; `beat` is called after each step."""
         if self._erases_deleted:
             async for ordered in _steps(order_deleted(self._engine, datetime.now(UTC) - self._grace)):
+                beat()
                 if ordered.targets:
                     log.info("deleted turns are erased", turns=len(ordered.targets))
         # What was found out while something was recorded may be seen later than what has a greater number; and what
@@ -49,18 +49,24 @@ class Upkeep:
         if now - self._swept_all_at >= SWEEP_ALL_SECONDS:
             self._swept, self._swept_all_at = 0, now
         async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
+            beat()
             self._swept = max(self._swept, step.through)
 
-    async def expire(self, timestamp: int) -> None:
-        """Take what is old enough, as the settings say; its content goes right after."""
+    async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Take what is old enough, as the settings say; its content goes right after. `beat` as for `erase`."""
         now = datetime.now(UTC)
         due = await asyncio.to_thread(examine, self._engine, self._rules, now)
         steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=acts.ARCHIVER)
         async for _ in _steps(steps):
-            pass
+            beat()
         if not due.is_nothing:
             log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
-        await self.erase(timestamp)
+        await self.erase(beat)
+
+    def claim(self, name: str, seconds: float) -> bool:
+        """Begin a duty that one worker at a time does: False where another began it within so many seconds."""
+        with database.transaction(self._engine) as connection:
+            return heartbeats.claim(connection, name, seconds)
 
     def close(self) -> None:
         """Let go of the connection."""

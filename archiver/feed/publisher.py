@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.database import explain, run_in_transaction, sqlstate
+from archiver.duties import Duty
 from archiver.feed.publishing import PAGE_CHANGES, QUEUE_FULL, publish, select_queue_usage
 from archiver.feed.reading import select_waiting
 from archiver.feed.retention import PAGE, delete_old
@@ -33,8 +34,8 @@ GAUGE_SECONDS = 5.0
 class Publisher:
     """Publishes changes for as long as it runs. `engine`: one connection of its own is enough."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: AsyncEngine, duty: Duty | None = None) -> None:
+        self._engine, self._duty = engine, duty or Duty("publish")
         self._fault = ""  # why the last page was not published
         self._is_silent = False  # for want of room for notifications
         self._notifies_from = 0.0
@@ -47,9 +48,11 @@ class Publisher:
                 published = await self._publish()
                 await self._gauge()
             except SQLAlchemyError as error:
+                self._duty.failing(explain(error))
                 self._tell(explain(error))
                 await asyncio.sleep(FAULT_SECONDS)
                 continue
+            self._duty.working()
             if self._fault:
                 log.info("changes are published again")
                 self._fault = ""

@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import database, telemetry
 from archiver.database import run_in_transaction
+from archiver.duties import Duty, where
 from archiver.followups import forgetting, review, subscriptions
 from archiver.followups.pace import Pace
 from archiver.followups.sender import DATABASE_SECONDS, Sender
@@ -36,7 +37,8 @@ _AWAY = (DBAPIError, PoolTimeoutError, TimeoutError)
 class Followups:
     """Run it beside other work, on as many machines as one likes: each subscription is served by one at a time."""
 
-    def __init__(self, configuration: Settings, url: URL) -> None:
+    def __init__(self, configuration: Settings, url: URL, duty: Duty | None = None) -> None:
+        self._duty = duty or Duty("followups")
         self._days = configuration.followups_days
         self._allow_private = configuration.followups_allow_private
         self._pace = Pace(configuration.followups_rate)
@@ -70,8 +72,10 @@ class Followups:
             if not self._is_away:
                 log.warning("follow-ups wait for the database", reason=database.explain(error))
             self._is_away = True
+            self._duty.failing(database.explain(error))
         else:
             self._is_away = False
+            self._duty.working()
         for subscription_id in [each for each, task in self._sending.items() if task.done()]:
             self._reap(subscription_id)
 
@@ -88,7 +92,11 @@ class Followups:
     def _reap(self, subscription_id: int) -> None:
         """A defect in what is sent to one subscription must not end what is sent to the others, nor hide."""
         error = self._sending.pop(subscription_id).exception()
-        if error is not None:
+        part = f"subscription {subscription_id}"
+        if error is None:
+            self._duty.working(part)
+        else:
+            self._duty.failing(f"{part}: {type(error).__name__} at {where(error)}", part)
             telemetry.followup_waits.inc()
             trace = (type(error), error, error.__traceback__)
             log.error("a sender failed and is started again", subscription=subscription_id, exc_info=trace)

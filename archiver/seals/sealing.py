@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,10 +30,15 @@ class BusyError(Exception):
     """The ledger could not be looked at for an instant: it is written without a pause, or vacuumed. Try again."""
 
 
-def seal(engine: Engine, key: Ed25519PrivateKey | None = None, most: int | None = None) -> list[Seal]:
+def seal(
+    engine: Engine,
+    key: Ed25519PrivateKey | None = None,
+    most: int | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> list[Seal]:
     """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
 
-    Raises `BusyError`.
+    `beat` is called after each. Raises `BusyError`.
     """
     settled = _settle(engine)
     made: list[Seal] = []
@@ -42,6 +48,7 @@ def seal(engine: Engine, key: Ed25519PrivateKey | None = None, most: int | None 
             return made
         log.info("sealed", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
         made.append(new)
+        beat()
         # What is delivered again meanwhile is for the next time: there may be no end of that.
         if new.size < LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
             return made

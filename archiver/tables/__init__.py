@@ -18,6 +18,7 @@ from archiver.tables.archive import (
     sessions,
 )
 from archiver.tables.feed import attempts, changes, deliveries, outbox, subscriptions
+from archiver.tables.operations import duties, workers
 
 __all__ = [
     "SCHEMA",
@@ -27,6 +28,7 @@ __all__ = [
     "changes",
     "chats",
     "deliveries",
+    "duties",
     "erasures",
     "events",
     "holds",
@@ -40,4 +42,5 @@ __all__ = [
     "seals",
     "sessions",
     "subscriptions",
+    "workers",
 ]

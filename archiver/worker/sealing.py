@@ -1,5 +1,6 @@
 """Sealing as background work: now and then, with the key that the settings name."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -23,8 +24,12 @@ class Sealing:
         self._not_before = datetime.min.replace(tzinfo=UTC)
         self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
 
-    def seal(self) -> None:
-        """Seal what is settled, if the newest seal is old enough."""
+    def close(self) -> None:
+        """Close the connection."""
+        self._engine.dispose()
+
+    def seal(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Seal what is settled, if the newest seal is old enough; `beat` is called after each seal."""
         with database.transaction(self._engine) as connection:
             newest = seals.select_newest(connection)
         now = datetime.now(UTC)
@@ -32,7 +37,7 @@ class Sealing:
         if timedelta() <= now - newest.sealed_at < self._every or now < self._not_before:
             return
         try:
-            made = seals.seal(self._engine, self._key, most=SEALS_A_JOB)
+            made = seals.seal(self._engine, self._key, most=SEALS_A_JOB, beat=beat)
         except seals.BusyError as error:
             self._not_before = now + self._every
             log.warning("not sealed this time", reason=str(error))

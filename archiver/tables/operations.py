@@ -1,0 +1,35 @@
+"""What processes report about themselves. Local tables: none of them is distributed by session."""
+
+from sqlalchemy import Column, Index, Integer, PrimaryKeyConstraint, Table, Text
+from sqlalchemy.dialects.postgresql import JSON
+
+from archiver.tables.archive import Time, metadata
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Text, nullable=False, comment="Host, process id and a random part."),
+    Column("host", Text, nullable=False, comment="Host name of the machine."),
+    Column("pid", Integer, nullable=False, comment="Process id there."),
+    Column("version", Text, nullable=False, comment="Version of callhq-archiver."),
+    Column("started_at", Time, nullable=False, comment="When the process started, on its own clock."),
+    Column("beat_at", Time, nullable=False, comment="When it last reported, on the clock of Postgres."),
+    Column(
+        "duties",
+        JSON,
+        nullable=False,
+        comment="Each duty: state (starting, running, failed, hanging or off), since when, why, restarts.",
+    ),
+    PrimaryKeyConstraint("id", name="workers_pkey"),
+    Index("workers_beat_at_idx", "beat_at"),
+    comment="What each worker last reported about its duties; rows that are a day old are deleted.",
+)
+
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", Text, nullable=False, comment="A duty that one worker at a time does."),
+    Column("begun_at", Time, nullable=False, comment="When a worker last began it, on the clock of Postgres."),
+    PrimaryKeyConstraint("name", name="duties_pkey"),
+    comment="When duties that workers share were last begun.",
+)

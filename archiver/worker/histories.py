@@ -1,0 +1,189 @@
+"""The duty that reads histories: hands out what is due, and works the jobs off."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import procrastinate
+import psycopg
+import psycopg_pool
+import structlog
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import database, heartbeats
+from archiver.callhq import UnauthorizedError
+from archiver.database import LOCK_SECONDS, run_in_transaction
+from archiver.duties import Duty, where
+from archiver.projection import leases
+from archiver.reconcile import Reconciler
+from archiver.settings import Settings
+from archiver.worker.reading import reconciling
+
+log = structlog.get_logger(__name__)
+
+JOBS_SCHEMA = "archiver_jobs"
+READINGS = "readings"  # the queue
+SESSIONS_A_JOB = 20
+MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
+AT_ONCE = 4  # jobs
+# Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
+HANDED_OUT_FOR = timedelta(minutes=10)
+HAND_OUT_SECONDS, FORGET_SECONDS = 5.0, 60.0
+POLL_SECONDS = AWAY_SECONDS = 1.0
+SILENT_SECONDS = 1_800.0  # without an end of any job while some are under way: CallHQ may ask for long pauses
+_LAST = -(2**31)  # the least priority there is
+_JOBS = "readings"  # the part of the duty's report that is about jobs
+
+_COUNT_WAITING = text(
+    "SELECT count(*) FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name = 'readings'"
+)
+# Earlier versions ran every duty as periodic jobs of these queues; nobody works them off any more.
+_DELETE_EARLIER = text(
+    "DELETE FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name IN ('timers', 'upkeep')"
+)
+_OPEN = (
+    f"SELECT set_config('search_path', '{JOBS_SCHEMA}', true), set_config('DateStyle', 'ISO, YMD', true),"
+    f" set_config('lock_timeout', '{LOCK_SECONDS * 1000}', true)"
+)
+
+
+class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
+    """Says in each transaction where the jobs are, so that no state of the session is needed (PgBouncer); and that
+    times are to be written in the one style that the driver reads.
+    """
+
+    @asynccontextmanager
+    async def connection(
+        self,
+        timeout: float | None = None,  # noqa: ASYNC109  # the name is the pool's
+    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        async with super().connection(timeout) as connection:
+            await connection.execute(_OPEN)
+            yield connection
+
+
+class Histories:
+    """Reads histories for as long as it runs, with connections and an HTTP client of its own."""
+
+    def __init__(self, configuration: Settings, url: URL, duty: Duty) -> None:
+        self._configuration, self._url, self._duty = configuration, url, duty
+        conninfo = database.conninfo(url, "callhq-archiver worker")
+        kwargs = {} if configuration.prepared_statements else {"prepare_threshold": None}
+        connector = procrastinate.PsycopgConnector(
+            pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, min_size=1, max_size=4
+        )
+        self._jobs = procrastinate.App(connector=connector)
+        self._read_histories = self._jobs.task(name="read_histories", queue=READINGS)(self.read_histories)
+        self._reconciler: Reconciler | None = None
+        self._under_way, self._ended_at = 0, monotonic()
+
+    async def run(self, ending: asyncio.Event) -> None:
+        """Work until `ending` is set. Raises `SettingsError` where the settings allow no HTTP client."""
+        async with reconciling(self._configuration, self._url) as (engine, reconciler, _), self._jobs.open_async():
+            log.info("working", api=self._configuration.callhq_api_url)
+            self._reconciler = reconciler
+            parts = [self._hand_out(engine), self._forget(engine), self._work_off(), ending.wait()]
+            tasks = [asyncio.ensure_future(each) for each in parts]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()  # which lets jobs under way end
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
+
+    async def _hand_out(self, engine: AsyncEngine) -> None:
+        while True:
+            await self._hand_out_due(engine)
+            if not self._under_way or monotonic() - self._ended_at < SILENT_SECONDS:
+                self._duty.working()
+            await asyncio.sleep(HAND_OUT_SECONDS)
+
+    async def _forget(self, engine: AsyncEngine) -> None:
+        claim = partial(heartbeats.claim, name="forget_jobs", seconds=FORGET_SECONDS / 2)
+        while True:
+            if await run_in_transaction(engine, claim):
+                await self._forget_jobs(engine)
+            await asyncio.sleep(FORGET_SECONDS)
+
+    async def _work_off(self) -> None:
+        """Work jobs off, whatever the database does."""
+        while True:
+            try:
+                await self._jobs.run_worker_async(
+                    queues=[READINGS],
+                    concurrency=AT_ONCE,
+                    listen_notify=False,  # it would hold a connection of its own, and PgBouncer knows no LISTEN
+                    fetch_job_polling_interval=POLL_SECONDS,
+                    delete_jobs="always",
+                    shutdown_graceful_timeout=20,
+                    install_signal_handlers=False,
+                )
+            except procrastinate.exceptions.ConnectorException as error:
+                cause = error.__cause__
+                if not isinstance(cause, psycopg.OperationalError):
+                    raise
+                self._duty.failing(f"database: {database.explain(cause)}")
+                log.warning("jobs wait for the database", queue=READINGS, reason=database.explain(cause))
+            await asyncio.sleep(AWAY_SECONDS)
+
+    async def _hand_out_due(self, engine: AsyncEngine) -> None:
+        """Make jobs of the sessions whose history is to be read."""
+        now = datetime.now(UTC)
+        until = now + HANDED_OUT_FOR
+
+        def hand_out(connection: Connection) -> list[tuple[str, datetime | None]]:
+            most = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_A_JOB
+            return leases.hand_out_due(connection, now, until, most) if most > 0 else []
+
+        due = await run_in_transaction(engine, hand_out)
+        for start in range(0, len(due), SESSIONS_A_JOB):
+            part = due[start : start + SESSIONS_A_JOB]
+            read_by = part[0][1]
+            priority = _LAST if read_by is None else -int(read_by.timestamp() // 60)
+            reading = self._read_histories.configure(priority=priority)
+            await reading.defer_async(session_ids=[each for each, _ in part], due_at=until.isoformat())
+
+    async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
+        """Read the histories of these sessions, those that are still due as they were handed out."""
+        if self._reconciler is None:
+            return
+        self._begin_job()
+        try:
+            await self._reconciler.read_all(session_ids, due_at=datetime.fromisoformat(due_at))
+        except UnauthorizedError as error:
+            # They are handed out again, when the key may be another.
+            self._duty.failing(str(error), _JOBS)
+            log.error("histories cannot be read", error=str(error))  # noqa: TRY400  # there is nothing to trace
+        except Exception as error:
+            self._duty.failing(f"{type(error).__name__} at {where(error)}", _JOBS)
+            raise
+        else:
+            self._duty.working(_JOBS)
+        finally:
+            self._under_way -= 1
+            self._ended_at = monotonic()
+
+    def _begin_job(self) -> None:
+        if not self._under_way:
+            self._ended_at = monotonic()
+        self._under_way += 1
+
+    async def _forget_jobs(self, engine: AsyncEngine) -> None:
+        """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
+        for job in await self._jobs.job_manager.get_stalled_jobs():
+            session_ids, due_at = job.task_kwargs.get("session_ids"), job.task_kwargs.get("due_at")
+            if isinstance(session_ids, list) and isinstance(due_at, str):
+                ids, handed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
+                hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=datetime.now(UTC))
+                await run_in_transaction(engine, hasten)
+            await self._jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
+        await run_in_transaction(engine, lambda connection: connection.execute(_DELETE_EARLIER))

@@ -1,0 +1,242 @@
+"""The supervisor of a worker's duties: starts each by itself, restarts it with backoff, and reports on all of them.
+
+The reports come from a thread with a connection of its own, so that neither a duty that blocks the event loop nor one
+that uses up its connections keeps them back.
+"""
+
+import asyncio
+import os
+import random
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+
+import msgspec
+import psycopg
+import structlog
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from archiver import database, heartbeats, telemetry
+from archiver.duties import Duty, Report, where
+from archiver.settings import SettingsError
+
+log = structlog.get_logger(__name__)
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+AWAY_PAUSE_SECONDS = 2.0  # the longest while the database is away: it comes back for all of them at once
+STEADY_SECONDS = 60.0  # a duty that ran for so long begins with the first pause again
+GRACE_SECONDS = 20.0  # for what is under way at the end
+LOOP_SECONDS = 1.0
+BLOCKED_SECONDS = 60.0  # without a turn of the event loop
+LOG_SECONDS = 60.0
+CLEAN_SECONDS = 3_600.0
+_AWAY = (DBAPIError, PoolTimeoutError, TimeoutError, psycopg.OperationalError)
+
+
+class Runner(msgspec.Struct, frozen=True):
+    """A duty and the work that it does until `ending` is set.
+
+    `may_cancel`: whether a hanging one may be cut off and started again; not where a thread would go on.
+    """
+
+    duty: Duty
+    run: Callable[[asyncio.Event], Awaitable[None]]
+    may_cancel: bool = True
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an operator may read of a fault: of foreign errors type and place, for they may quote content."""
+    cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError | psycopg.Error) else error
+    if isinstance(error, SettingsError):
+        return str(error)
+    if isinstance(cause, SQLAlchemyError | psycopg.Error):
+        return f"database: {database.explain(cause)}"
+    if isinstance(error, ImportError):
+        return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__} at {where(error)}"
+
+
+class Supervisor:
+    """Runs duties until `ending` is set; a fault of one leaves the others alone."""
+
+    def __init__(self, runners: Sequence[Runner], url: URL, *, prepared_statements: bool) -> None:
+        self._runners = runners
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._watch = _Watch(runners, url, self._cancel, prepared_statements=prepared_statements)
+
+    async def run(self, ending: asyncio.Event) -> None:
+        """Run all duties. Returns once each has ended, or its grace is over."""
+        ticking = asyncio.create_task(self._tick())
+        self._watch.start(asyncio.get_running_loop())
+        try:
+            supervised = [asyncio.create_task(self._supervise(each, ending)) for each in self._runners]
+            await ending.wait()
+            _, late = await asyncio.wait(supervised, timeout=GRACE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*supervised, return_exceptions=True)
+        finally:
+            ticking.cancel()
+            await asyncio.to_thread(self._watch.stop)
+
+    async def _tick(self) -> None:
+        while True:
+            self._watch.loop_beat_at = monotonic()
+            await asyncio.sleep(LOOP_SECONDS)
+
+    def _cancel(self, name: str) -> None:
+        """Cut off a hanging duty; called on the event loop."""
+        if task := self._tasks.get(name):
+            task.cancel()
+
+    async def _supervise(self, runner: Runner, ending: asyncio.Event) -> None:
+        duty, pause = runner.duty, FIRST_PAUSE_SECONDS
+        while not ending.is_set():
+            duty.beat()
+            began = monotonic()
+            error = await self._run_once(runner, ending)
+            if ending.is_set():
+                return
+            if error is not None:
+                duty.failing(reason_of(error))
+                log.error("duty ended by a fault", duty=duty.name, exc_info=error)
+            if monotonic() - began > STEADY_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            longest = AWAY_PAUSE_SECONDS if isinstance(error, _AWAY) else LONGEST_PAUSE_SECONDS
+            with suppress(TimeoutError):
+                await asyncio.wait_for(_beating(ending, duty), min(pause, longest) * random.uniform(0.8, 1.2))  # noqa: S311
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            duty.restarts += 1
+            telemetry.worker_restarts.labels(duty.name).inc()
+
+    async def _run_once(self, runner: Runner, ending: asyncio.Event) -> Exception | None:
+        """Run until the end or a fault; None where a hanging duty was cut off."""
+        task = asyncio.ensure_future(runner.run(ending))
+        self._tasks[runner.duty.name] = task
+        try:
+            await asyncio.wait({task})
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if task.cancelled():
+            return None
+        error = task.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        return error or _EndedError()
+
+
+class _EndedError(Exception):
+    """The duty ended by itself."""
+
+
+async def _beating(ending: asyncio.Event, duty: Duty) -> None:
+    """Wait for the end; waiting to be started again is not hanging."""
+    while not ending.is_set():
+        duty.beat()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), LOOP_SECONDS)
+
+
+class _Watch:
+    """A thread that looks at the duties once a second: log lines, gauges, the row in `archiver.workers`."""
+
+    def __init__(
+        self, runners: Sequence[Runner], url: URL, cancel: Callable[[str], None], *, prepared_statements: bool
+    ) -> None:
+        self._runners, self._cancel = runners, cancel
+        self._engine = database.connect(url, pool_size=1, prepared_statements=prepared_statements)
+        self._process = heartbeats.Process(f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}")
+        self.loop_beat_at = monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main = threading.get_ident()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._logged: dict[str, tuple[str, float]] = {}
+        self._cut_off: set[str] = set()
+        self._recorded_at = self._cleaned_at = float("-inf")
+        self._fault = ""
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin; called on the event loop, whose thread is watched."""
+        self._loop, self._main, self.loop_beat_at = loop, threading.get_ident(), monotonic()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and forget the row of this worker."""
+        self._ending.set()
+        self._thread.join(GRACE_SECONDS)
+        with suppress(SQLAlchemyError), database.transaction(self._engine, statement_seconds=2) as connection:
+            heartbeats.delete_worker(connection, self._process.id)
+        self._engine.dispose()
+
+    def _run(self) -> None:
+        while not self._ending.wait(LOOP_SECONDS):
+            try:
+                self._look()
+            except Exception:  # the supervisor of the watch itself
+                log.exception("the watch over the duties failed")
+
+    def _look(self) -> None:
+        stuck = self._stuck()
+        reports = {each.duty.name: each.duty.report(stuck) for each in self._runners}
+        for runner in self._runners:
+            self._act(runner, reports[runner.duty.name], stuck)
+        if monotonic() - self._recorded_at >= heartbeats.BEAT_SECONDS:
+            self._recorded_at = monotonic()
+            self._record(reports)
+
+    def _stuck(self) -> str:
+        """What has kept the event loop from its turns for long, or nothing."""
+        silent = monotonic() - self.loop_beat_at
+        frame = sys._current_frames().get(self._main)
+        if silent < BLOCKED_SECONDS or frame is None:
+            return ""
+        code = frame.f_code
+        return f"the event loop has been blocked for {silent:.0f} s in {code.co_filename}:{frame.f_lineno}"
+
+    def _act(self, runner: Runner, report: Report, stuck: str) -> None:
+        name = runner.duty.name
+        if report.state != "off":
+            telemetry.worker_up.labels(name).set(report.state == "running")
+        if report.state != "hanging":
+            self._cut_off.discard(name)
+        elif runner.may_cancel and not stuck and name not in self._cut_off and self._loop is not None:
+            self._cut_off.add(name)
+            self._loop.call_soon_threadsafe(self._cancel, name)
+        self._log(name, report)
+
+    def _log(self, name: str, report: Report) -> None:
+        """One line at the start of a fault and one a minute while it lasts, and one at its end."""
+        state, logged_at = self._logged.get(name, ("", float("-inf")))
+        told = {"duty": name, "state": report.state, "restarts": report.restarts}
+        if report.is_faulty:
+            if state != report.state or monotonic() - logged_at >= LOG_SECONDS:
+                log.error("duty not working", reason=report.reason, since=report.since.isoformat(), **told)
+                self._logged[name] = (report.state, monotonic())
+        elif name in self._logged and report.state == "running":
+            del self._logged[name]
+            log.info("duty works again", **told)
+
+    def _record(self, reports: dict[str, Report]) -> None:
+        try:
+            with database.transaction(self._engine, statement_seconds=5, lock_seconds=2) as connection:
+                heartbeats.upsert_worker(connection, self._process, reports)
+                if monotonic() - self._cleaned_at >= CLEAN_SECONDS:
+                    heartbeats.delete_old(connection)
+                    self._cleaned_at = monotonic()
+        except SQLAlchemyError as error:
+            fault = database.explain(error)
+            telemetry.heartbeat_failures.labels(database.sqlstate(error) or "none").inc()
+            if fault != self._fault:
+                log.warning("the state of the duties could not be recorded", reason=fault)
+            self._fault = fault
+        else:
+            self._fault = ""
