@@ -57,7 +57,8 @@ bench-followups: $(VENV)/.installed  ## Measure what follow-ups cost ingest and 
 bench-export: $(VENV)/.installed  ## Measure the export of a million events, and its check
 	@$(BIN)/python -m tests.bench.export $(BENCH_ARGS)
 
-soak: $(VENV)/.installed  ## Three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
+soak: $(VENV)/.installed  ## Align 80,000 random conversations; three minutes of faults under load, then an audit (SOAK_ARGS="--seconds 60 --seed 7")
+	@$(BIN)/python -m tests.bench.assignment
 	@$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)
 
 schema: $(VENV)/.installed  ## Record a new migration: its digest

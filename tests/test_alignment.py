@@ -398,9 +398,15 @@ def test_a_partial_match_that_is_longer_does_not_put_a_full_one_out_of_order() -
 
 
 def test_a_partial_match_out_of_order_is_none() -> None:
-    turns = [turn("B", "u b", "a draft", at=1), turn("A", "u a", "a A", at=2)]
+    turns = [turn("B", "u b", "a draft", at=1), turn("A", "u a", "a A", at=3)]
     lines = transcript(turns, [reading("u a", "a A", "u b", "a final")])
     assert "".join(line.chat_id or "-" for line in lines) == "BBAA--"
+
+
+def test_a_partial_match_is_found_out_of_an_order_that_is_not_certain() -> None:
+    turns = [turn("B", "u b", "a draft", at=1), turn("A", "u a", "a A", at=2)]
+    lines = transcript(turns, [reading("u a", "a A", "u b", "a final")])
+    assert "".join(line.chat_id or "-" for line in lines) == "AABB"
 
 
 def test_of_equal_places_the_earliest_is_taken() -> None:
@@ -812,7 +818,7 @@ def test_i7_nothing_that_was_ever_read_is_lost_but_outputs_of_a_turn_told_anew(w
 
 
 def _unclaimed(line: Line) -> Line:
-    return msgspec.structs.replace(line, chat_id=None, source="history")
+    return msgspec.structs.replace(line, chat_id=None, source="history", is_ambiguous=False)
 
 
 @_many

@@ -202,7 +202,7 @@ def difference(before: Snapshot, after: Snapshot, read: set[str]) -> Counter[Any
             found[CREATED, session_id, chat_id] += 1
         elif was[1] != content:
             found[UPDATED, session_id, chat_id] += 1
-    agreed = {"complete", "repaired"}
+    agreed = {"complete", "repaired", "ambiguous"}
     for session_id, (coverage, repaired, transcript) in after["sessions"].items():
         old_coverage, old_repaired, old_transcript = before["sessions"].get(session_id, ("open", 0, None))
         is_new = session_id in read and transcript != old_transcript

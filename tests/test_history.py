@@ -92,6 +92,31 @@ def test_a_reading_that_agrees_makes_a_session_complete(archive: Archive) -> Non
     assert {source for *_, source in archive.transcript()} == {"webhook"}
 
 
+def test_i6_cost_and_chat_id_go_to_the_lines_that_match_without_a_gap(archive: Archive) -> None:
+    """The webhook of the turn before was lost; it had an answer more between the same texts."""
+    ok = [{"role": "assistant", "content": "ok"}]
+    archive.webhook(2, created("chat-2", input="ok", output=ok, cost=7))
+    lost = [("user", "ok"), ("assistant", "looking it up"), ("assistant", "ok")]
+    archive.reading(10, answer(*lost, ("user", "ok"), ("assistant", "ok")))
+    assert [(chat_id, content) for chat_id, _, content, _ in archive.transcript()] == [
+        (None, "ok"),
+        (None, "looking it up"),
+        (None, "ok"),
+        ("chat-2", "ok"),
+        ("chat-2", "ok"),
+    ]
+    assert archive.rows("SELECT chat_id, cost FROM analytics.chats ORDER BY chat_id") == [("chat-2", 7), (None, None)]
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 3)
+
+
+def test_a_turn_that_fits_the_lines_of_a_lost_one_as_well_makes_its_session_ambiguous(archive: Archive) -> None:
+    ok = [("user", "ok"), ("assistant", "ok")]
+    archive.webhook(2, created("chat-2", input="ok", output=[{"role": "assistant", "content": "ok"}]))
+    archive.reading(10, answer(*ok, *ok))
+    assert archive.coverage() == ("ambiguous", "several_places_fit", 2)
+    assert contents(archive.transcript()) == ["ok"] * 4
+
+
 def test_i6_a_lost_turn_is_supplied_at_its_place(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.webhook(3, turn(3))

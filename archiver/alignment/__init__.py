@@ -61,20 +61,24 @@ def compose(turns: Iterable[Turn], readings: Iterable[Reading]) -> Transcript:
     deleted = sorted(gone, key=lambda run: (len(run), run))
     spine: list[Line] = []
     read_at = None
-    for reading, first_read_at in whole(sorted(readings, key=lambda reading: reading.read_at)):
-        spine = date(merge_history(spine, reading, deleted), first_read_at)
-        read_at = reading.read_at
-    return _with_turns(spine, known, read_at)
+    found = whole(sorted(readings, key=lambda reading: reading.read_at))
+    # Where turns vanished, equal ones that stayed may have been taken for them.
+    is_dated = len(found) < 2 or not any(turn.is_deleted and turn.messages for turn in known)  # noqa: PLR2004
+    for each in found:
+        spine = date(merge_history(spine, each.reading, deleted), each.first_read_at)
+        read_at = each.reading.read_at
+        is_dated = is_dated and not each.is_doubtful
+    return _with_turns(spine, known, read_at, is_dated=is_dated)
 
 
-def _with_turns(spine: list[Line], turns: list[Turn], read_at: datetime | None) -> Transcript:
+def _with_turns(spine: list[Line], turns: list[Turn], read_at: datetime | None, *, is_dated: bool) -> Transcript:
     ordered = in_order(turns)
     count = newer.split(ordered, read_at)
-    lines = merge_turns(spine, ordered[:count], read_at)
+    lines = merge_turns(spine, ordered[:count], read_at, is_dated=is_dated)
     is_open, texts = newer.has_open_end(lines), newer.unclaimed(lines)
     if count < len(ordered):
         if is_open or any(may_claim(turn.messages, texts) for turn in ordered[count:]):
-            return Transcript(merge_turns(spine, ordered, read_at), can_append=False)
+            return Transcript(merge_turns(spine, ordered, read_at, is_dated=is_dated), can_append=False)
         lines = [*lines, *(line for turn in ordered[count:] for line in whole_turn(turn, read_at))]
     return Transcript(lines, can_append=not is_open)
 

@@ -1,14 +1,15 @@
 """Where a turn may stand in the spine.
 
-A turn matches from a line on when its messages and the lines run in parallel. A line that is not a user's may be
-skipped (tool and system messages, an output that the webhook did not tell), and so may a blank message, which
-upstream may leave out. The match is *full* when every message with content was found, *partial* when every such input
-was.
+A turn matches from a line on when its messages and the lines run in parallel; texts are compared by `wording.key_of`.
+A line that is not a user's may be skipped (tool and system messages, an output that the webhook did not tell), and so
+may a blank message, which upstream may leave out. Between two inputs only asides may be skipped: an answer ends a
+turn. The match is *full* when every message with content was found, *partial* when every such input was.
 """
 
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import accumulate
 
@@ -16,19 +17,27 @@ import msgspec
 
 from archiver.alignment.shapes import USER, Line, Turn
 from archiver.alignment.subsequence import align, common_subsequence
+from archiver.alignment.wording import Key, key_of
 
 NEARBY = 32  # places of an often repeated text that are tried for one turn
-
-Key = tuple[str, str]  # role, content
+SKEW = timedelta(seconds=40)  # by which the time of a turn is believed to be wrong at most
+ASIDES = frozenset({"system", "developer", "tool", "function"})  # roles of lines that webhooks often do not report
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
-    """A turn at the lines `start` to `end`, exclusive; `pairs` of (message of the turn, line), ascending in both."""
+    """A turn at the lines `start` to `end`, exclusive; `pairs` of (message of the turn, line), ascending in both.
+
+    `asides`: skipped lines that webhooks often do not report; `jumps`: other skipped lines; `is_exact`: no pair
+    differs in writing.
+    """
 
     start: int
     end: int
     pairs: tuple[tuple[int, int], ...]
     is_full: bool
+    asides: int = 0
+    jumps: int = 0
+    is_exact: bool = True
 
 
 class Spine:
@@ -38,10 +47,11 @@ class Spine:
         self.lines = lines
         self.taken = bytearray(len(lines))
         # One more at the end stands for both ends: a walk that runs off either stops there as at a user's line.
-        self._keys: list[Key | None] = [*((line.role, line.content) for line in lines), None]
-        self._is_user = [*(line.role == USER for line in lines), True]
+        self.keys: list[Key | None] = [*(key_of(line.role, line.content) for line in lines), None]
+        self._is_user = [*(key is None or key[0] == USER for key in self.keys)]
+        self._is_aside = [*(key is not None and (key[0] in ASIDES or not key[1]) for key in self.keys)]
         self.places: defaultdict[Key | None, list[int]] = defaultdict(list)
-        for place, key in enumerate(self._keys):
+        for place, key in enumerate(self.keys):
             self.places[key].append(place)
 
     def is_free(self, match: Match) -> bool:
@@ -50,14 +60,20 @@ class Spine:
     def take(self, match: Match) -> None:
         self.taken[match.start : match.end] = b"\1" * (match.end - match.start)
 
+    def is_user(self, line: int) -> bool:
+        """Whether the user says this line, or nothing stands there."""
+        return self._is_user[line]
+
     def walk(self, told: "Told", messages: Iterable[int], line: int, step: int) -> list[tuple[int, int]] | None:
         """Pairs of `messages`, by index, and lines from `line` on, up or down; None where a message is missing."""
         pairs = []
         for message in messages:
-            while self._keys[line] != told.keys[message]:
+            # The step that leads down to an input, or up from one to the input before, passes no answer.
+            is_among_inputs = message < told.inputs - (step < 0)
+            while self.keys[line] != told.keys[message]:
                 if message not in told.required:
                     break
-                if self._is_user[line]:
+                if self._is_user[line] or (is_among_inputs and not self._is_aside[line]):
                     return None
                 line += step
             else:
@@ -67,15 +83,27 @@ class Spine:
 
     def answers_from(self, line: int) -> list[Key | None]:
         """The lines from `line` up to the next user's."""
-        return self._keys[line : self._is_user.index(True, line)]
+        return self.keys[line : self._is_user.index(True, line)]
+
+    def match(self, turn: "Told", pairs: list[tuple[int, int]], *, is_full: bool) -> Match:
+        start, end = pairs[0][1], pairs[-1][1] + 1
+        asides = jumps = 0
+        if end - start > len(pairs):
+            found = {line for _, line in pairs}
+            skipped = [line for line in range(start, end) if line not in found]
+            asides = sum(self._is_aside[line] for line in skipped)
+            jumps = len(skipped) - asides
+        is_exact = all(turn.messages[message].content == self.lines[line].content for message, line in pairs)
+        return Match(start, end, tuple(pairs), is_full, asides, jumps, is_exact)
 
 
 class Told:
     """What a turn tells, shared by all turns that tell the same; remembers where it was found."""
 
     def __init__(self, turn: Turn, spine: Spine) -> None:
-        self.keys = [(message.role, message.content) for message in turn.messages]
-        filled = [index for index, (_, content) in enumerate(self.keys) if content.strip()]
+        self.messages = turn.messages
+        self.keys = [key_of(message.role, message.content) for message in turn.messages]
+        filled = [index for index, (_, content) in enumerate(self.keys) if content]
         # Of a turn without any content its blank input is all that there is to find.
         self.required = frozenset(filled or range(turn.inputs or len(self.keys)))
         self.inputs = turn.inputs
@@ -107,7 +135,7 @@ class Told:
 
     def _find_full(self, line: int) -> Match | None:
         pairs = self._around(self.anchor, line, len(self.keys))
-        return _match(pairs, is_full=True) if pairs else None
+        return self._spine.match(self, pairs, is_full=True) if pairs else None
 
     def _find_partial(self, line: int) -> Match | None:
         pairs = self._around(self.input_anchor, line, self.inputs)
@@ -116,7 +144,7 @@ class Told:
         begin = pairs[-1][1] + 1
         outputs = common_subsequence(self.keys[self.inputs :], self._spine.answers_from(begin))
         pairs += [(self.inputs + message, begin + answer) for message, answer in outputs]
-        return _match(pairs, is_full=False)
+        return self._spine.match(self, pairs, is_full=False)
 
     def _around(self, anchor: int | None, line: int, end: int) -> list[tuple[int, int]] | None:
         if anchor is None:
@@ -124,10 +152,6 @@ class Told:
         after = self._spine.walk(self, range(anchor + 1, end), line + 1, 1)
         before = None if after is None else self._spine.walk(self, range(anchor - 1, -1, -1), line - 1, -1)
         return None if after is None or before is None else [*reversed(before), (anchor, line), *after]
-
-
-def _match(pairs: list[tuple[int, int]], *, is_full: bool) -> Match:
-    return Match(pairs[0][1], pairs[-1][1] + 1, tuple(pairs), is_full)
 
 
 class Candidates:
@@ -168,7 +192,34 @@ class Candidates:
 
     def _could_show(self, turn: int, line: int) -> bool:
         last_read_at = self.spine.lines[line].last_read_at
-        return last_read_at is not None and last_read_at >= self._turns[turn].began_at
+        return last_read_at is not None and last_read_at >= self._turns[turn].began_at - SKEW
+
+    def untimely(self, turn: int, line: int) -> timedelta:
+        """By how much the turn began too early or too late to begin at this line; zero where it did not.
+
+        A line that a reading showed was said before it. One that follows what an earlier reading showed at last was
+        said after that reading.
+        """
+        began_at = self._turns[turn].began_at
+        first_read_at = self.spine.lines[line].first_read_at
+        if first_read_at is None or began_at > first_read_at:
+            return timedelta.max if first_read_at is None else began_at - first_read_at
+        after = self._said_after[line]
+        return after - began_at if after is not None and began_at < after else timedelta()
+
+    @cached_property
+    def _said_after(self) -> list[datetime | None]:
+        """Of each line the latest reading that showed neither it nor any line after it."""
+        lines = self.spine.lines
+        readings = sorted({line.first_read_at for line in lines if line.first_read_at} - {None})
+        found: list[datetime | None] = []
+        earliest: datetime | None = None
+        for line in reversed(lines):
+            if line.first_read_at is not None and (earliest is None or line.first_read_at < earliest):
+                earliest = line.first_read_at
+            before = bisect_left(readings, earliest) if earliest else 0
+            found.append(readings[before - 1] if before else None)
+        return found[::-1]
 
     def _nearby(self, turn: int, anchor: int | None) -> list[int]:
         """Where the anchor's text stands; of many places those next to where the whole conversation has it."""
@@ -189,7 +240,7 @@ class Candidates:
     def _expected(self) -> list[int]:
         """The line of each message of all turns in a row, if these are aligned as one text, or of the one before."""
         said = [key for told in self.told for key in told.keys]
-        keys = [(line.role, line.content) for line in self.spine.lines]
+        keys = self.spine.keys[:-1]
         lines = [0] * len(said)
         for line, message in align(keys, said):
             lines[message] = line

@@ -6,6 +6,7 @@ answer whose question was cut off is the answer to.
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import islice
 
 import msgspec
 
@@ -18,17 +19,33 @@ _Part = tuple[datetime, int, int]  # when a part was read, its first line, the l
 FirstRead = Sequence[datetime | None]  # when each line of a reading was shown for the first time by one of its parts
 
 
-def whole(readings: Sequence[Reading]) -> list[tuple[Reading, FirstRead]]:
+class Whole(msgspec.Struct):
+    """A reading that is no part of the next such one, and when its lines were shown for the first time.
+
+    `is_doubtful`: a part of it that is not empty fits several places, so that some of these times may be wrong.
+    """
+
+    reading: Reading
+    first_read_at: FirstRead = ()
+    is_doubtful: bool = False
+
+
+def whole(readings: Sequence[Reading]) -> list[Whole]:
     """The readings, given in order of time, that the next such reading does not hold as a run of its own lines."""
-    found: list[tuple[Reading, list[_Part]]] = []
+    found: list[Whole] = []
+    parts: list[list[_Part]] = []
     for reading in reversed(readings):
-        place = _place(reading.messages, found[-1][0].messages) if found else None
-        if place is None:
-            found.append((reading, []))
+        places = _places(reading.messages, found[-1].reading.messages) if found else []
+        if places:
+            end = places[0] + len(reading.messages)
+            parts[-1].append((reading.first_read_at or reading.read_at, places[0], end))
+            found[-1].is_doubtful |= len(places) > 1
         else:
-            end = place + len(reading.messages)
-            found[-1][1].append((reading.first_read_at or reading.read_at, place, end))
-    return [(reading, _earliest(parts, len(reading.messages))) for reading, parts in reversed(found)]
+            found.append(Whole(reading))
+            parts.append([])
+    for each, own in zip(found, parts, strict=True):
+        each.first_read_at = _earliest(own, len(each.reading.messages))
+    return [*reversed(found)]
 
 
 def _earliest(parts: Sequence[_Part], size: int) -> FirstRead:
@@ -63,15 +80,14 @@ def _dated(line: Line, first_read_at: datetime | None) -> Line:
     return msgspec.structs.replace(line, first_read_at=first_read_at)
 
 
-def _place(part: Sequence[Message], messages: Sequence[Message]) -> int | None:
-    """Where the one stands in the other: at its beginning, else at its end, else at the first place between."""
+def _places(part: Sequence[Message], messages: Sequence[Message]) -> list[int]:
+    """Up to two places of the one in the other: at its beginning, else at its end, else between."""
     last = len(messages) - len(part)
     if last < 0:
-        return None
+        return []
     if not part:
-        return 0
+        return [0]
     between = (index for index in range(1, last) if messages[index] == part[0])
-    for _, start in zip(range(_MOST_PLACES), (0, last, *between), strict=False):
-        if messages[start : start + len(part)] == part:
-            return start
-    return None
+    starts = (0, *([last] if last else []), *between)
+    fitting = (start for start in starts[:_MOST_PLACES] if messages[start : start + len(part)] == part)
+    return [*islice(fitting, 2)]

@@ -6,13 +6,14 @@ from datetime import datetime
 
 import msgspec
 
-from archiver.alignment.candidates import Match
+from archiver.alignment.candidates import ASIDES, Match
 from archiver.alignment.matching import place
 from archiver.alignment.shapes import USER, Line, Turn
+from archiver.alignment.wording import role_of
 from archiver.events import Message
 
 # Roles whose lines are no version of an output.
-_ASIDES = frozenset({USER, "system", "developer", "tool", "function"})
+_OTHERS = ASIDES | {USER}
 
 
 class _Superseded(msgspec.Struct, frozen=True):
@@ -22,15 +23,18 @@ class _Superseded(msgspec.Struct, frozen=True):
     messages: Collection[int] = ()
 
 
-def merge_turns(lines: Sequence[Line], turns: Sequence[Turn], read_at: datetime | None) -> list[Line]:
+def merge_turns(
+    lines: Sequence[Line], turns: Sequence[Turn], read_at: datetime | None, *, is_dated: bool = True
+) -> list[Line]:
     """The transcript from the spine of history lines, of which none is claimed, and turns of different chats.
 
-    `read_at` is the time of the latest reading, None if there is none. The lines of a turn stand together. A turn
+    `read_at` is the time of the latest reading, None if there is none. `is_dated`: it is certain when each line was
+    read for the first time. The lines of a turn stand together. A turn
     that the spine does not show is inserted whole, blank messages too, before the next turn that it shows. Of a turn
     that both tell differently the newer telling stands (I3).
     """
     ordered = in_order(turns)
-    placement = place(lines, ordered)
+    placement = place(lines, ordered, is_dated=is_dated)
     missing = deque(index for index in range(len(ordered)) if index not in placement.matches)
     placings = sorted(placement.matches.items(), key=lambda placing: placing[1].start)
     starts = [match.start for _, match in placings] + [len(lines)]
@@ -38,8 +42,10 @@ def merge_turns(lines: Sequence[Line], turns: Sequence[Turn], read_at: datetime 
     for (index, match), limit in zip(placings, starts[1:], strict=True):
         while index in placement.in_order and missing and missing[0] < index:
             merged += whole_turn(ordered[missing.popleft()], read_at)
-        run = msgspec.structs.replace(match, end=_end(lines, match, limit))
-        merged += _run(ordered[index], run, lines, read_at)
+        run = msgspec.structs.replace(match, end=_end(lines, match, limit, is_deleted=ordered[index].is_deleted))
+        own = _run(ordered[index], run, lines, read_at)
+        is_ambiguous = index in placement.ambiguous
+        merged += [msgspec.structs.replace(line, is_ambiguous=True) for line in own] if is_ambiguous else own
         merged += lines[run.end : limit]
     for index in missing:
         merged += whole_turn(ordered[index], read_at)
@@ -64,10 +70,16 @@ def _own(turn: Turn, index: int, in_history: bool | None) -> Line:
     return Line(message.role, message.content, "webhook", turn.chat_id, in_history)
 
 
-def _end(lines: Sequence[Line], match: Match, limit: int) -> int:
-    """Where the turn's lines end: what no user said after it belongs to it, up to the next turn."""
+def _end(lines: Sequence[Line], match: Match, limit: int, *, is_deleted: bool) -> int:
+    """Where the turn's lines end: what no user said after it belongs to it, up to the next turn.
+
+    What is shown still is not part of a deleted turn that vanished.
+    """
+    is_shown = lines[match.end - 1].in_history
     end = match.end
-    while end < limit and lines[end].role != USER:
+    while end < limit and role_of(lines[end].role) != USER:
+        if is_deleted and lines[end].in_history and not is_shown:
+            break
         end += 1
     return end
 
@@ -134,4 +146,4 @@ def _superseded(turn: Turn, match: Match, lines: Sequence[Line]) -> _Superseded:
 
 
 def _is_answer(said: Line | Message) -> bool:
-    return said.role not in _ASIDES and bool(said.content.strip())
+    return role_of(said.role) not in _OTHERS and bool(said.content.strip())

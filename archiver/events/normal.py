@@ -1,25 +1,48 @@
 """The normalised form of a text: equal for texts that differ only in how a system wrote the same words. Pure."""
 
-import html
+import re
 import unicodedata
+from html import unescape
+from itertools import chain
 
-# A byte order mark and a zero width space show nothing and separate nothing.
-_INVISIBLE = str.maketrans("", "", "\ufeff\u200b")
-_LAYERS = 3  # of HTML entities: `&amp;amp;lt;`
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_LAYERS = 4  # of HTML entities: `&amp;amp;lt;`
+# Soft hyphen, zero-width space and non-joiner, marks of direction, word joiner, byte order mark and variation
+# selectors show nothing and separate nothing.
+_RANGES = (range(0x202A, 0x202F), range(0x2060, 0x2065), range(0x2066, 0x206A), range(0xFE00, 0xFE10))
+_INVISIBLE: dict[int, str | None] = dict.fromkeys(
+    [0x00AD, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF, *chain.from_iterable(_RANGES)]
+)
+_TYPOGRAPHIC = {"'": "\u2018\u2019\u201a\u201b\u02bc", '"': "\u201c\u201d\u201e\u201f"} | {
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    "...": "\u2026",
+}
+_FOLDED = _INVISIBLE | {ord(each): plain for plain, every in _TYPOGRAPHIC.items() for each in every}
+# Between two symbols the zero-width joiner makes one emoji of several; beside a letter or a space it shows nothing.
+_JOINER = re.compile("(?<![^\\w\\s])\u200d|\u200d(?![^\\w\\s])")
 
 
 def normal_text(text: str) -> str:
     """Return the form under which two texts are compared; it is never stored or shown.
 
     HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters stay
-    apart), each run of white space, line ends and no-break spaces included, becomes one space, and the ends are
-    trimmed. Letter case, punctuation and digits stay.
+    apart), typographic quotes, dashes and ellipses become those of ASCII, invisible characters go, each run of white
+    space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Letter case,
+    punctuation and digits stay.
     """
-    if text.isascii() and "&" not in text:
-        return " ".join(text.split())
+    if "&" in text:
+        text = _unescaped(text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _JOINER.sub("", text.translate(_FOLDED)))
+    elif text.isprintable() and "  " not in text:  # as most short texts
+        return text.strip()
+    return " ".join(text.split())
+
+
+def _unescaped(text: str) -> str:
     for _ in range(_LAYERS):
-        plain = html.unescape(text)
+        plain = _ENTITY.sub(lambda entity: unescape(entity[0]), text)
         if plain == text:
             break
         text = plain
-    return " ".join(unicodedata.normalize("NFC", text.translate(_INVISIBLE)).split())
+    return text

@@ -12,7 +12,7 @@ from archiver.alignment import Line
 from archiver.history import Told
 from archiver.projection.turns import Turn
 
-State = Literal["open", "complete", "repaired", "unverified", "lost"]
+State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost"]
 
 
 class Timing(msgspec.Struct, frozen=True, dict=True):
@@ -70,6 +70,7 @@ NEVER_READ = "awaiting_history"
 NEWS = "events_after_reading"
 AGREED = "agreed"
 REPAIRED = "history_supplied_messages"
+AMBIGUOUS = "several_places_fit"
 PARTIAL = "turns_not_in_history"
 DIFFERS = "texts_not_in_history"
 UNSEEN = "content_never_seen"
@@ -126,6 +127,8 @@ def _state(
         return "unverified", unconfirmed if is_partial else _UNREAD[newest.kind]
     if not has_told and newest.kind != history.READ:
         return "unverified", _UNREAD[newest.kind]
+    if any(line.is_ambiguous for line in lines):
+        return "ambiguous", AMBIGUOUS
     return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
 
 

@@ -16,7 +16,7 @@ from archiver.projection.facts import Key
 from archiver.projection.sessions import Row, Rows, chat_row
 from archiver.projection.turns import Turn
 
-SETTLED = frozenset({"complete", "repaired"})  # a session whose history agrees with the archive
+SETTLED = frozenset({"complete", "repaired", "ambiguous"})  # a session whose history agrees with the archive
 LOST = "lost"
 
 _FIELDS = (

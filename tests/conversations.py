@@ -1,0 +1,191 @@
+"""Random conversations whose truth is known: what was said, what webhooks delivered, what readings returned.
+
+Texts are few, so that turns repeat each other. Webhooks are lost, histories hold lines that no webhook reports, turns
+are reported before all of their output exists, turns are deleted, and readings are cut at either end.
+"""
+
+import random
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
+
+import msgspec
+
+from archiver.alignment import Reading, Turn, transcript
+from archiver.events import Message
+
+START = datetime(2024, 1, 15, tzinfo=UTC)
+ASIDES = ("tool", "system")
+SKEW = 40  # seconds by which a reported time is wrong at most, where times are skewed
+
+
+class Conversation(msgspec.Struct):
+    """`truth` is the final history: each message and the chat that it belongs to, None where no webhook arrived."""
+
+    truth: list[tuple[Message, str | None]]
+    turns: list[Turn]
+    readings: list[Reading]
+
+
+class _Spoken(msgspec.Struct):
+    began: float
+    inputs: list[Message]
+    outputs: list[Message]  # with lines that no webhook reports
+    reported: int  # so many messages of the output, asides not counted, were there when the webhook was sent
+    is_lost: bool
+    deleted: float | None = None
+    messages: list[Message] = []
+
+    def answers(self) -> list[Message]:
+        return [message for message in self.outputs if message.role not in ASIDES]
+
+
+def conversation(rng: random.Random, *, is_skewed: bool = False) -> Conversation:
+    """One conversation; `is_skewed`: its turns report times that are wrong by up to `SKEW` seconds."""
+    words = ["ok", "yes", "no", "thanks", *(f"text {number}" for number in range(36))][: rng.choice([1, 2, 4, 40])]
+    spoken = _spoken(rng, words)
+    greeting = [Message("assistant", "Welcome")] * (rng.random() < 0.2)
+    end = spoken[-1].began + 600 if spoken else 600.0
+    readings = [*_early_readings(rng, spoken, greeting, end), _reading(spoken, greeting, end)]
+    turns = [_turn(rng, number, each, is_skewed=is_skewed) for number, each in enumerate(spoken) if not each.is_lost]
+    rng.shuffle(turns)
+    truth: list[tuple[Message, str | None]] = [(message, None) for message in greeting]
+    for number, each in enumerate(spoken):
+        chat_id = None if each.is_lost else f"C{number}"
+        truth += [(message, chat_id) for message in _shown(each, end)]
+    return Conversation(truth, turns, readings)
+
+
+def _spoken(rng: random.Random, words: list[str]) -> list[_Spoken]:
+    loss = rng.choice([0.0, 0.2, 0.4])
+    pause = rng.choice([5.0, 30.0, 90.0])
+    partial, aside = rng.choice([0.0, 0.0, 0.2]), rng.choice([0.0, 0.0, 0.2])
+    moment, spoken = 0.0, []
+    for _ in range(rng.randint(1, 8)):
+        moment += rng.uniform(0.5, 1.5) * pause
+        inputs = [Message("user", rng.choice(words)) for _ in range(rng.choice([1, 1, 1, 1, 2]))]
+        outputs: list[Message] = []
+        for _ in range(rng.choice([0, 1, 1, 1, 1, 1, 2])):
+            if rng.random() < aside:
+                outputs.append(Message(rng.choice(ASIDES), "looking it up"))
+            outputs.append(Message("assistant", rng.choice(words)))
+        answers = sum(message.role not in ASIDES for message in outputs)
+        reported = rng.randint(0, answers) if rng.random() < partial else answers
+        each = _Spoken(moment, inputs, outputs, reported, rng.random() < loss)
+        if rng.random() < 0.05 and not each.is_lost:
+            each.deleted = moment + rng.uniform(1, 400)
+        spoken.append(each)
+    for each in spoken:
+        # Whether history still shows a deleted turn or another one that was lost and says the same, nothing can show.
+        if any(other.is_lost and _could_be(each, other) for other in spoken):
+            each.deleted = None
+    return spoken
+
+
+def _could_be(one: _Spoken, other: _Spoken) -> bool:
+    """Whether what was reported of the one fits the other."""
+    return one.inputs == other.inputs and other.answers()[: one.reported] == one.answers()[: one.reported]
+
+
+def _shown(each: _Spoken, moment: float) -> list[Message]:
+    if each.began > moment or (each.deleted is not None and each.deleted <= moment):
+        return []
+    return each.inputs + each.outputs
+
+
+def _reading(spoken: list[_Spoken], greeting: list[Message], moment: float) -> Reading:
+    messages = [*greeting, *(message for each in spoken for message in _shown(each, moment))]
+    return Reading(tuple(messages), START + timedelta(seconds=moment))
+
+
+def _early_readings(rng: random.Random, spoken: list[_Spoken], greeting: list[Message], end: float) -> list[Reading]:
+    """Up to two readings on the way, whole or the newest lines alone."""
+    found = []
+    for moment in sorted(rng.uniform(0, end - 300) for _ in range(rng.choice([0, 0, 1, 2]))):
+        whole = _reading(spoken, greeting, moment)
+        first = rng.randint(0, len(whole.messages)) if rng.random() < 0.2 else 0
+        found.append(msgspec.structs.replace(whole, messages=whole.messages[first:]))
+    return found
+
+
+def _turn(rng: random.Random, number: int, each: _Spoken, *, is_skewed: bool) -> Turn:
+    began = START + timedelta(seconds=each.began + (rng.uniform(-SKEW, SKEW) if is_skewed else 0))
+    messages = (*each.inputs, *each.answers()[: each.reported])
+    return Turn(f"C{number}", messages, len(each.inputs), began, began, each.deleted is not None)
+
+
+class Verdict(msgspec.Struct):
+    """How a transcript differs from the truth.
+
+    `misplaced` are the chats with a line that is not theirs, or without one that is; `reported` is whether the
+    transcript says so: a line of it is ambiguous, or a turn is in no reading. `surplus` counts the lines that the
+    latest reading does not show; those of deleted turns, and all where turns were deleted, are none.
+    `is_by_time`: the turns stand in the order of their reported times, and it is these that are wrong.
+    """
+
+    misplaced: frozenset[str]
+    is_reported: bool
+    is_ambiguous: bool
+    is_by_time: bool
+    surplus: int
+
+
+def judge(told: Conversation) -> Verdict:
+    """Align a conversation and compare the result with its truth."""
+    lines = transcript(told.turns, told.readings)
+    shown = [line for line in lines if line.in_history]
+    assert [(line.role, line.content) for line in shown] == [(said.role, said.content) for said, _ in told.truth]
+    assigned = [line.chat_id for line in shown]
+    true = [chat_id for _, chat_id in told.truth]
+    misplaced = {chat for pair in zip(assigned, true, strict=True) if pair[0] != pair[1] for chat in pair if chat}
+    read = {line.chat_id for line in lines if line.first_read_at is not None}
+    is_ambiguous = any(line.is_ambiguous for line in lines)
+    is_missing = any(turn.chat_id not in read for turn in told.turns if not turn.is_deleted)
+    has_deleted = any(turn.is_deleted for turn in told.turns)
+    return Verdict(
+        misplaced=frozenset(misplaced),
+        is_reported=is_ambiguous or is_missing,
+        is_ambiguous=is_ambiguous,
+        is_by_time=_is_by_time(told, assigned) and not _is_by_time(told, true),
+        surplus=0 if has_deleted else len(lines) - len(shown),
+    )
+
+
+def _is_by_time(told: Conversation, assigned: list[str | None]) -> bool:
+    """Whether the turns stand in the order of the times that they report."""
+    times = {turn.chat_id: turn.began_at for turn in told.turns}
+    order = [times[chat_id] for chat_id, _ in groupby(assigned) if chat_id is not None]
+    return order == sorted(order)
+
+
+class Tally(msgspec.Struct):
+    """What many conversations came to."""
+
+    conversations: int = 0
+    ambiguous: int = 0
+    misplaced: int = 0  # and reported
+    by_time: int = 0  # turns stand in the order of the times that they report, and these are wrong
+    wrong: list[int] = msgspec.field(default_factory=list)  # seeds of those with an error that is not reported
+
+    def __str__(self) -> str:
+        return (
+            f"{self.conversations:,} conversations: {len(self.wrong)} wrong, {self.ambiguous:,} ambiguous, of which"
+            f" {self.misplaced:,} are not as they were, {self.by_time} follow wrong times"
+        )
+
+
+def tally(seeds: Iterable[int], *, is_skewed: bool = False) -> Tally:
+    """Judge one conversation a seed. Wrong times may only mislead where nothing contradicts them."""
+    found = Tally()
+    for seed in seeds:
+        verdict = judge(conversation(random.Random(seed), is_skewed=is_skewed))
+        found.conversations += 1
+        found.ambiguous += verdict.is_ambiguous
+        if verdict.surplus or (verdict.misplaced and not verdict.is_reported):
+            if is_skewed and verdict.is_by_time and not verdict.surplus:
+                found.by_time += 1
+            else:
+                found.wrong.append(seed)
+        else:
+            found.misplaced += bool(verdict.misplaced)
+    return found
