@@ -117,6 +117,38 @@ def test_a_turn_that_fits_the_lines_of_a_lost_one_as_well_makes_its_session_ambi
     assert contents(archive.transcript()) == ["ok"] * 4
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("Hi there\n", "Hi there"),
+        ("a\r\nb", "a\nb"),
+        ("Gr\u00f6\u00dfe", "Gro\u0308\u00dfe"),
+        ("Tom & Jerry", "Tom &amp;amp; Jerry"),
+        ("a b", "a\u00a0b"),
+        ("My card is 4111 1111 1111 1234", "My card is **** **** **** 1234"),
+        ("What I wanted to ask you for a long time is this", "What I wanted to ask you for a long ti"),
+    ],
+)
+def test_i6_history_that_words_a_turn_differently_does_not_double_it(archive: Archive, told: str, shown: str) -> None:
+    archive.webhook(1, created("chat-1", input=told, output=[{"role": "assistant", "content": "fine"}]))
+    archive.reading(10, answer(("Human", shown), ("ai", "fine ")))
+    assert archive.transcript() == [
+        ("chat-1", "user", told, "webhook"),
+        ("chat-1", "assistant", "fine", "webhook"),
+    ]
+    assert archive.coverage() == ("complete", "worded_differently", 0)
+    before = archive.dump()
+    list(rebuild(archive.engine, TIMING))
+    assert archive.dump() == before
+
+
+def test_a_lost_turn_whose_roles_have_other_names_is_a_turn(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, answer(*said(1), ("human", "lost"), ("ai", "found")))
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 2)
+    assert archive.rows("SELECT count(*) FROM analytics.chats WHERE chat_id IS NULL") == [(1,)]
+
+
 def test_i6_a_lost_turn_is_supplied_at_its_place(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.webhook(3, turn(3))

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import msgspec
 
-from archiver.alignment import newer
+from archiver.alignment import newer, wording
 from archiver.alignment.history import merge_history
 from archiver.alignment.newer import Key, key_of, may_claim
 from archiver.alignment.parts import date, whole
@@ -84,4 +84,5 @@ def _with_turns(spine: list[Line], turns: list[Turn], read_at: datetime | None, 
 
 
 def _said(turn: Turn) -> tuple[tuple[str, str], ...]:
-    return tuple((message.role, message.content) for message in turn.messages if message.content.strip())
+    keys = (wording.key_of(message.role, message.content) for message in turn.messages)
+    return tuple((role, content) for role, content in keys if content)

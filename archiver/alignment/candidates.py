@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import msgspec
 
 from archiver.alignment.shapes import USER, Line, Turn
 from archiver.alignment.subsequence import align, common_subsequence
-from archiver.alignment.wording import Key, key_of
+from archiver.alignment.wording import Key, are_alike, is_cut, key_of
 
 NEARBY = 32  # places of an often repeated text that are tried for one turn
 SKEW = timedelta(seconds=40)  # by which the time of a turn is believed to be wrong at most
@@ -63,6 +63,10 @@ class Spine:
     def is_user(self, line: int) -> bool:
         """Whether the user says this line, or nothing stands there."""
         return self._is_user[line]
+
+    def is_aside(self, line: int) -> bool:
+        """Whether webhooks often do not report this line."""
+        return self._is_aside[line]
 
     def walk(self, told: "Told", messages: Iterable[int], line: int, step: int) -> list[tuple[int, int]] | None:
         """Pairs of `messages`, by index, and lines from `line` on, up or down; None where a message is missing."""
@@ -142,9 +146,30 @@ class Told:
         if not pairs:
             return None
         begin = pairs[-1][1] + 1
-        outputs = common_subsequence(self.keys[self.inputs :], self._spine.answers_from(begin))
-        pairs += [(self.inputs + message, begin + answer) for message, answer in outputs]
+        pairs += self.outputs_from(begin)
         return self._spine.match(self, pairs, is_full=False)
+
+    def outputs_from(self, begin: int) -> list[tuple[int, int]]:
+        """Pairs of outputs and the lines from `begin` up to the next user's, those that are alike included.
+
+        Between two equal ones, or those and an end, one output is alike to the one line that stands there, unless it
+        is the beginning of that line: then it may have been reported before the rest existed.
+        """
+        said, shown = self.keys[self.inputs :], self._spine.answers_from(begin)
+        equal = common_subsequence(said, shown)
+        pairs = []
+        for (said_before, shown_before), (at_said, at_shown) in pairwise([(-1, -1), *equal, (len(said), len(shown))]):
+            outputs = [each for each in range(said_before + 1, at_said) if self._is_answer(said[each])]
+            lines = [each for each in range(shown_before + 1, at_shown) if self._is_answer(shown[each])]
+            if len(outputs) == len(lines) == 1 and _is_alike(said[outputs[0]], shown[lines[0]]):
+                pairs.append((self.inputs + outputs[0], begin + lines[0]))
+            if at_said < len(said):
+                pairs.append((self.inputs + at_said, begin + at_shown))
+        return pairs
+
+    @staticmethod
+    def _is_answer(key: Key | None) -> bool:
+        return key is not None and key[0] not in ASIDES and bool(key[1])
 
     def _around(self, anchor: int | None, line: int, end: int) -> list[tuple[int, int]] | None:
         if anchor is None:
@@ -152,6 +177,12 @@ class Told:
         after = self._spine.walk(self, range(anchor + 1, end), line + 1, 1)
         before = None if after is None else self._spine.walk(self, range(anchor - 1, -1, -1), line - 1, -1)
         return None if after is None or before is None else [*reversed(before), (anchor, line), *after]
+
+
+def _is_alike(output: Key, line: Key | None) -> bool:
+    return (
+        line is not None and output[0] == line[0] and not is_cut(output[1], line[1]) and are_alike(output[1], line[1])
+    )
 
 
 class Candidates:
@@ -176,13 +207,13 @@ class Candidates:
     def partial(self, turn: int) -> list[Match]:
         """Partial matches where a reading could show the turn."""
         told = self.told[turn]
-        lines = (line for line in self._nearby(turn, told.input_anchor) if self._could_show(turn, line))
+        lines = (line for line in self._nearby(turn, told.input_anchor) if self.could_show(turn, line))
         return [match for line in lines if (match := told.partial_at(line))]
 
     def full_at(self, turn: int, line: int) -> Match | None:
         """The full match with the anchor at `line`, unless inputs are its only evidence and the line is too old."""
         told = self.told[turn]
-        return told.full_at(line) if told.has_output or self._could_show(turn, line) else None
+        return told.full_at(line) if told.has_output or self.could_show(turn, line) else None
 
     def free_places(self, turn: int) -> Iterator[int]:
         """Every unclaimed line that has the text of the anchor."""
@@ -190,7 +221,8 @@ class Candidates:
         places = () if told.anchor is None else self.spine.places[told.keys[told.anchor]]
         return (place for place in places if not self.spine.taken[place])
 
-    def _could_show(self, turn: int, line: int) -> bool:
+    def could_show(self, turn: int, line: int) -> bool:
+        """Whether a reading that showed this line was taken after the turn began."""
         last_read_at = self.spine.lines[line].last_read_at
         return last_read_at is not None and last_read_at >= self._turns[turn].began_at - SKEW
 

@@ -2,14 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
 from itertools import pairwise
 
 import msgspec
 
 from archiver.alignment.shapes import USER, Line, Reading
 from archiver.alignment.subsequence import Pair, align, common_subsequence
+from archiver.alignment.wording import Key, key_of
+from archiver.events import Message
 
-Key = tuple[str, str]  # role, content
 Run = tuple[Key, ...]  # all that one turn says
 Item = tuple[Key, object]  # a line and its context
 
@@ -17,27 +19,42 @@ Item = tuple[Key, object]  # a line and its context
 def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[Run] = ()) -> list[Line]:
     """The spine `lines`, of which no turn has claimed any, and a later reading.
 
-    Lines are the same if role and content are equal and, for all but the user's, what the user said before; those of
-    a turn that is `deleted` only where all of it is there: else what is like a part of it is another turn's.
+    Lines are the same if role and content are equal but for differences of writing (`wording.key_of`) and, for all
+    but the user's, what the user said before; those of a turn that is `deleted` only where all of it is there: else
+    what is like a part of it is another turn's.
     What the reading does not show stays at its place with `in_history=False` (I7); what is new is inserted at its
     own, after the old lines of the same gap. So the lines with `in_history=True` are exactly the reading, in order.
     """
-    old = [(line.role, line.content) for line in lines]
-    new = [(message.role, message.content) for message in reading.messages]
+    old = [key_of(line.role, line.content) for line in lines]
+    new = [key_of(message.role, message.content) for message in reading.messages]
     merged: list[Line] = []
     for (old_before, new_before), (at_old, at_new) in pairwise(
         [(-1, -1), *_align(lines, old, new, deleted), (len(old), len(new))]
     ):
         merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
         merged += [
-            Line(*key, "history", None, True, reading.first_read_at or reading.read_at, reading.read_at)
-            for key in new[new_before + 1 : at_new]
+            Line(
+                message.role,
+                message.content,
+                "history",
+                None,
+                True,
+                reading.first_read_at or reading.read_at,
+                reading.read_at,
+            )
+            for message in reading.messages[new_before + 1 : at_new]
         ]
         merged += [
-            msgspec.structs.replace(line, in_history=True, last_read_at=reading.read_at)
-            for line in lines[at_old : at_old + 1]
+            _shown_again(line, message, reading.read_at)
+            for line, message in zip(lines[at_old : at_old + 1], reading.messages[at_new : at_new + 1], strict=True)
         ]
     return merged
+
+
+def _shown_again(line: Line, message: Message, read_at: datetime) -> Line:
+    return msgspec.structs.replace(
+        line, role=message.role, content=message.content, in_history=True, last_read_at=read_at
+    )
 
 
 def _not_shown(line: Line) -> Line:

@@ -12,6 +12,7 @@ from archiver.alignment.ambiguity import ambiguous_turns
 from archiver.alignment.candidates import SKEW, Candidates, Match, Told
 from archiver.alignment.placement import Placement
 from archiver.alignment.shapes import Line, Turn
+from archiver.alignment.similar import similar
 
 _OUTPUTS_TOO = 4  # how much more a message weighs where the outputs were found with the inputs
 _TRIES = 256  # places where a turn that is out of order is looked for
@@ -28,8 +29,8 @@ def place(lines: Sequence[Line], turns: Sequence[Turn], *, is_dated: bool = True
     of that order; turns found by their inputs alone, often a mere "ok", in order; then such turns out of order, but
     only among turns whose times are so close that their order is not certain. `_Search.weight` decides between
     matches of one kind: one without skipped lines wins. A turn that finds its lines taken has them if the others find
-    lines that fit them as well. Turns that were deleted come after all others, for a history may show them no more.
-    At last the head may show the tail of a turn.
+    lines that fit them as well; one that finds none has those between its neighbours that are alike. Turns that were
+    deleted come after all others, for a history may show them no more. At last the head may show the tail of a turn.
 
     `is_dated`: it is certain when each line was read for the first time.
     """
@@ -45,6 +46,7 @@ def place(lines: Sequence[Line], turns: Sequence[Turn], *, is_dated: bool = True
         search.claim_nearby(some)
         if not is_deleted:
             search.claim_occupied(some, with_output=False)
+            search.claim_similar()
     search.claim_head()
     search.placement.ambiguous = ambiguous_turns(turns, search.candidates, search.placement, is_dated=is_dated)
     return search.placement
@@ -127,6 +129,12 @@ class _Search:
         """The matches by which a turn may claim lines: full ones with output, or else those by its inputs."""
         told = self.candidates.told[turn]
         return self.candidates.full(turn) if with_output or not told.has_output else self.candidates.partial(turn)
+
+    def claim_similar(self) -> None:
+        """Claim lines that are worded differently."""
+        for turn, match in similar(self._turns, self.candidates, self.placement).items():
+            if self.spine.is_free(match):
+                self.claim(turn, match, in_order=True)
 
     def claim_head(self) -> None:
         """A history that was cut in the middle of a turn begins with the tail of the last one before all others."""

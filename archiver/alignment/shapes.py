@@ -43,6 +43,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     `source` says whose word it is; what both tell is the webhook's. `in_history`: the latest reading shows it, does
     not, or (None) could not, because what was told is newer or nothing was read. `first_read_at` and `last_read_at`
     are the earliest and the latest reading that showed it. `is_ambiguous`: other lines fit its turn as well.
+    `is_reworded`: webhook and history write it differently.
     """
 
     role: str
@@ -53,3 +54,4 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     first_read_at: datetime | None = None
     last_read_at: datetime | None = None
     is_ambiguous: bool = False
+    is_reworded: bool = False

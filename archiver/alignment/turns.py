@@ -109,8 +109,22 @@ def _run(turn: Turn, match: Match, lines: Sequence[Line], read_at: datetime | No
             continue
         yield from own(message)
         if message not in superseded.messages:
-            yield msgspec.structs.replace(lines[index], source="webhook", chat_id=turn.chat_id)
+            yield _claimed(lines[index], turn, turn.messages[message])
     yield from own(len(turn.messages))
+
+
+def _claimed(line: Line, turn: Turn, message: Message) -> Line:
+    """A line that both tell, in the words of the webhook."""
+    if (message.role, message.content) == (line.role, line.content):
+        return msgspec.structs.replace(line, source="webhook", chat_id=turn.chat_id)
+    return msgspec.structs.replace(
+        line,
+        role=message.role,
+        content=message.content,
+        source="webhook",
+        chat_id=turn.chat_id,
+        is_reworded=True,
+    )
 
 
 def _superseded(turn: Turn, match: Match, lines: Sequence[Line]) -> _Superseded:

@@ -1,8 +1,13 @@
 """When two messages say the same although they are not written the same.
 
 `key_of` removes differences that carry no meaning: names and letter case of roles, and what `events.normal` removes.
-Two messages with one key are the same wherever they stand.
+Two messages with one key are the same wherever they stand. `are_alike` finds texts that a system cut, masked or
+reformatted.
 """
+
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
 
 from archiver.alignment.shapes import USER
 from archiver.events.normal import normal_text
@@ -24,3 +29,90 @@ def role_of(role: str) -> str:
 def key_of(role: str, content: str) -> Key:
     """What two messages have in common if they are the same message."""
     return role_of(role), normal_text(content)
+
+
+def are_alike(one: str, other: str) -> bool:
+    """Whether two normalised texts are probably one text that a system has cut, masked or reformatted.
+
+    Only for messages that nothing else could be: alone it is weak evidence. Different numbers, words or short texts
+    are never alike.
+    """
+    if one == other or is_cut(one, other) or is_cut(other, one):
+        return True
+    if _is_masked(one, other) or _is_masked(other, one):
+        return True
+    return _has_letters(one) and (_plain(one) == _plain(other) or _lacks_symbols(one, other))
+
+
+_CUT = 32  # characters from which on a text may be the beginning of another without a mark that says so
+_MARKED_CUT = 8  # where a mark says so
+_SURE_CUT = 100  # where a number may be cut, too
+_CUT_MARK = re.compile(r"\s*(?:\.\.\.|[\[(]\s*(?:\.\.\.)?\s*(?:truncated|cut|more)[^\])]*[\])])$", re.IGNORECASE)
+_CUT_ENTITY = re.compile(r"&#?\w*$")
+
+
+def is_cut(short: str, whole: str) -> bool:
+    """Whether the one is the other, cut at a limit."""
+    beginning = _CUT_MARK.sub("", _CUT_MARK.sub("", short))
+    is_marked = beginning != short
+    beginning = _CUT_ENTITY.sub("", beginning)
+    if len(beginning) < (_MARKED_CUT if is_marked else _CUT) or not whole.startswith(beginning):
+        return False
+    if len(whole) <= len(beginning):
+        return is_marked
+    splits_number = beginning[-1].isdigit() and whole[len(beginning)].isdigit()
+    return not splits_number or len(beginning) >= _SURE_CUT
+
+
+_MASK = re.compile(
+    r"\[[^\[\]]{2,40}\]|<[^<>]{2,40}>|\{\{?[^{}]{2,40}\}\}?"  # [PHONE], <card>, {{email}}
+    r"|[*•█#]{2,}|(?<=\d)[*#•]|[*#•](?=\d)|\b[xX]{2,}\b|(?<=\d)[xX]+|[xX]+(?=\d)"
+)
+_MASKS = 20  # of one text
+_MASKABLE = 4_000  # characters
+_LITERAL = 6  # letters and digits that must be left where more than digits was masked
+
+
+def _is_masked(masked: str, whole: str) -> bool:
+    """Whether the one is the other with masks in the place of digits or words."""
+    if max(len(masked), len(whole)) > _MASKABLE:
+        return False
+    masks = [*_MASK.finditer(masked)]
+    if not 0 < len(masks) <= _MASKS:
+        return False
+    literals = [*_MASK.split(masked)]
+    digits = _pattern(literals, [r"(\d[\d\-\s().+/]*)" for _ in masks])
+    if digits.fullmatch(whole):
+        return True
+    if sum(map(str.isalnum, "".join(literals))) < _LITERAL:
+        return False
+    anything = [r"(.{1,80}?)" if mask[0][0] in "[<{" else rf"(\S{{{len(mask[0])}}})" for mask in masks]
+    return _pattern(literals, anything).fullmatch(whole) is not None
+
+
+def _pattern(literals: Sequence[str], masks: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(
+        "".join(re.escape(literal) + mask for literal, mask in zip_longest(literals, masks, fillvalue=""))
+    )
+
+
+_TAGS = re.compile(r"</?[a-zA-Z][^<>]*>")
+_DECORATION = re.compile(r"(?<!\d)[.,:;]|[.,:;](?!\d)|[*_`~!'\"()\s]")
+_SYMBOLS = re.compile(r"\s*(?:[^\x00-\x7f]|\?)+\s*")
+_LETTERS = 8
+
+
+def _has_letters(text: str) -> bool:
+    return sum(map(str.isalnum, text)) >= _LETTERS
+
+
+def _plain(text: str) -> str:
+    """The text without markup, white space, letter case and most punctuation."""
+    return _DECORATION.sub("", _TAGS.sub("", text)).casefold()
+
+
+def _lacks_symbols(one: str, other: str) -> bool:
+    """Whether a system that writes ASCII alone has dropped or replaced the symbols of one of them."""
+    if one.isascii() == other.isascii():
+        return False
+    return _SYMBOLS.sub("", one) == _SYMBOLS.sub("", other) or _SYMBOLS.sub("?", one) == _SYMBOLS.sub("?", other)

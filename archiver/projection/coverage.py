@@ -9,6 +9,8 @@ import msgspec
 
 from archiver import history
 from archiver.alignment import Line
+from archiver.alignment.shapes import USER
+from archiver.alignment.wording import role_of
 from archiver.history import Told
 from archiver.projection.turns import Turn
 
@@ -71,6 +73,7 @@ NEWS = "events_after_reading"
 AGREED = "agreed"
 REPAIRED = "history_supplied_messages"
 AMBIGUOUS = "several_places_fit"
+REWORDED = "worded_differently"
 PARTIAL = "turns_not_in_history"
 DIFFERS = "texts_not_in_history"
 UNSEEN = "content_never_seen"
@@ -129,6 +132,8 @@ def _state(
         return "unverified", _UNREAD[newest.kind]
     if any(line.is_ambiguous for line in lines):
         return "ambiguous", AMBIGUOUS
+    if any(line.is_reworded for line in lines):
+        return "repaired" if repaired else "complete", REWORDED
     return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
 
 
@@ -151,7 +156,9 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None
 
 def _repaired(lines: Sequence[Line]) -> int:
     """Messages that history supplied; but what stands before any turn no webhook could have carried."""
-    first = next((n for n, line in enumerate(lines) if line.chat_id is not None or line.role == "user"), len(lines))
+    first = next(
+        (n for n, line in enumerate(lines) if line.chat_id is not None or role_of(line.role) == USER), len(lines)
+    )
     return sum(line.source == "history" for line in lines[first:])
 
 

@@ -8,6 +8,8 @@ import msgspec
 
 from archiver import alignment, history
 from archiver.alignment import Line, Transcript
+from archiver.alignment.shapes import USER
+from archiver.alignment.wording import role_of
 from archiver.events import OURS, Message
 from archiver.events.normal import normal_text
 from archiver.history import Told
@@ -133,8 +135,8 @@ def _chat_keys(lines: Sequence[Line]) -> list[str]:
 
 def _begins_turn(line: Line, before: Line | None) -> bool:
     if before is None:
-        return line.role == "user"
-    return before.chat_id is not None or (line.role == "user" and before.role != "user")
+        return role_of(line.role) == USER
+    return before.chat_id is not None or (role_of(line.role) == USER and role_of(before.role) != USER)
 
 
 def _found_chats(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> list[Row]:

@@ -1,0 +1,123 @@
+"""Texts that a person would call the same, and texts that a person would call different."""
+
+import html
+import unicodedata
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from archiver.alignment.wording import are_alike, key_of
+from archiver.events.normal import normal_text
+
+CHANGES: dict[str, Callable[[str], str]] = {
+    "trailing line end": lambda text: text + "\n",
+    "leading space": lambda text: "  " + text,
+    "CR LF": lambda text: text.replace("\n", "\r\n"),
+    "NFD": lambda text: unicodedata.normalize("NFD", text),
+    "NFC": lambda text: unicodedata.normalize("NFC", text),
+    "entities": html.escape,
+    "entities twice": lambda text: html.escape(html.escape(text)),
+    "numeric entities": lambda text: text.encode("ascii", "xmlcharrefreplace").decode(),
+    "no-break space": lambda text: text.replace(" ", "\u00a0"),
+    "nbsp": lambda text: text.replace(" ", "&nbsp;"),
+    "two spaces": lambda text: text.replace(" ", "  "),
+    "tabs": lambda text: text.replace(" ", "\t"),
+    "byte order mark": lambda text: "\ufeff" + text,
+    "zero-width space": lambda text: text.replace(" ", " \u200b"),
+    "typographic quotes": lambda text: text.replace("'", "\u2019").replace('"', "\u201d"),
+    "ellipsis": lambda text: text.replace("...", "\u2026"),
+    "variation selector": lambda text: text.replace("\u2764", "\u2764\ufe0f"),
+    "en dash": lambda text: text.replace("-", "\u2013"),
+}
+TEXTS = ['Größe & <Farbe>: "5 €"\nnaïve café ...', "I can't - really \u2764 it", "yes", "order 12", "a\nb"]
+
+changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+@changes
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_change_of_writing_changes_no_key(change: Callable[[str], str], text: str) -> None:
+    assert key_of("user", change(text)) == key_of("user", text)
+
+
+_texts = st.text(st.sampled_from("ab é&<'\"-\n12€"), max_size=30)
+
+
+@given(_texts, st.lists(st.sampled_from(sorted(CHANGES)), max_size=3))
+def test_any_changes_of_writing_change_no_key(text: str, names: list[str]) -> None:
+    changed = text
+    for name in names:
+        changed = CHANGES[name](changed)
+    assert normal_text(changed) == normal_text(text) or html.unescape(text) != text
+
+
+@pytest.mark.parametrize("role", ["user", "User", "HUMAN", "human", " customer "])
+def test_names_of_roles_are_no_difference(role: str) -> None:
+    assert key_of(role, "x") == ("user", "x")
+    assert key_of({"user": "ai"}.get(role, "Model"), "x") == ("assistant", "x")
+
+
+DIFFERENT = [
+    ("yes", "no"),
+    ("order 12", "order 13"),
+    ("order 1", "order 12"),
+    ("Order number 4711, please", "Order number 4712, please"),
+    ("I do want to cancel my subscription today", "I don't want to cancel my subscription today"),
+    ("ok", "ok thanks"),
+    ("yes", "yes please"),
+    ("C#", "C1"),
+    ("C++", "C"),
+    ("it costs 10.5 in total today", "it costs 105 in total today"),
+    ("great work \U0001f44d", "great work \U0001f44e"),
+    ("\U0001f44d", "\U0001f44e"),
+    ("My order number is 1", "My order number is 12"),
+    ("please send it to 12 Main Street, Springfield 1", "please send it to 12 Main Street, Springfield 12"),
+    ("the temperature outside is -5 degrees", "the temperature outside is 5 degrees"),
+    ("***", "yes"),
+    ("<no>", "yes"),
+    ("card 12** please", "card 1345 please 2"),
+    ("x\u00b2", "x2"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_different_texts_are_neither_equal_nor_alike(one: str, other: str) -> None:
+    assert normal_text(one) != normal_text(other)
+    assert not are_alike(normal_text(one), normal_text(other))
+    assert not are_alike(normal_text(other), normal_text(one))
+
+
+LONG = "This is a rather long message of a user, which some system stored in a column that is too short for it. " * 3
+ALIKE = [
+    (LONG, LONG[:100]),
+    (LONG, LONG[:255]),
+    (LONG, LONG[:80] + "\u2026"),
+    (LONG, LONG[:80] + "... [truncated]"),
+    ("My card is 4111 1111 1111 1234", "My card is **** **** **** 1234"),
+    ("My card is 4111 1111 1111 1234", "My card is XXXX-XXXX-XXXX-1234".replace("-", " ")),
+    ("Call 555-0100 now", "Call ### now"),
+    ("Call 555-0100 now", "Call [PHONE] now"),
+    ("order 12", "order **"),
+    ("order 12", "order 1*"),
+    ("My PIN is 1234", "My PIN is xxxx"),
+    ("Write to jane@example.org please", "Write to <EMAIL> please"),
+    ("**Hello there**, nice to see you", "Hello there, nice to see you"),
+    ("Line one<br>line two of it", "Line one line two of it"),
+    ("great work \U0001f44d", "great work"),
+    ("Größe und Übergröße", "Gr??e und ?bergr??e"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE)
+def test_texts_that_were_cut_masked_or_reformatted_are_alike(one: str, other: str) -> None:
+    assert are_alike(normal_text(one), normal_text(other))
+    assert are_alike(normal_text(other), normal_text(one))
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_different_numbers_are_never_alike(one: int, other: int) -> None:
+    assert are_alike(f"please cancel my order number {one}", f"please cancel my order number {other}") == (
+        one == other
+    )
