@@ -114,6 +114,11 @@ lock_waiters = Gauge(
     "Sessions that wait for a lock on the archiver's tables, for seconds. Alert when it stays above 0.",
     multiprocess_mode="livemax",
 )
+settings_current = Gauge(
+    "archiver_settings_current",
+    "1 while the settings in use are those of their files; 0 while changed files cannot be used.",
+    multiprocess_mode="livemin",
+)
 worker_up = Gauge(
     "archiver_worker_up",
     "1 while a duty of the worker works, 0 while it fails or hangs; without a series it is off or no worker runs.",

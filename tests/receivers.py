@@ -23,8 +23,8 @@ from tests.payloads import SECRET, WEBHOOK
 from tests.servers import as_writer
 from tests.waiting import until
 
-START_SECONDS = 30
-STOP_SECONDS = 30
+START_SECONDS = 120
+STOP_SECONDS = 60
 
 
 # Imports the command line once, then forks a process for each command: importing costs more than most commands do.

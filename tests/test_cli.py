@@ -779,8 +779,9 @@ def without_ssl(database_url: str) -> Iterator[str]:
     proxy.close()
 
 
-def test_serve_does_not_wait_for_a_server_to_learn_tls(without_ssl: str) -> None:
-    text = failed(archiver("serve", "--port", "0", database_url=without_ssl, ARCHIVER_WEBHOOK_SECRETS=HUNTER))
+def test_serve_without_a_spool_does_not_wait_for_a_server_to_learn_tls(without_ssl: str) -> None:
+    settings = {"ARCHIVER_WEBHOOK_SECRETS": HUNTER, "ARCHIVER_SPOOL": "off"}
+    text = failed(archiver("serve", "--port", "0", database_url=without_ssl, **settings))
     assert "does not support SSL" in text
     assert "DATABASE_URL" in text
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
+from sqlalchemy.engine import URL
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -25,10 +26,12 @@ from archiver.app.readiness import Readiness
 from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
 from archiver.ingest import Ingest
+from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool
 from archiver.waits import report_waits
 from archiver.worker import timing_of
+from archiver.worker.recording import record_settings
 
 log = structlog.get_logger(__name__)
 
@@ -83,6 +86,21 @@ def create(configuration: Settings | None = None) -> Service:
 
     crowd = Crowd(configuration.max_connections, configuration.client_timeout)
 
+    async def reload(new: Settings) -> None:
+        """Use new secrets, token and database; what else is set counts from the next start."""
+        if new.webhook_scheme == "none" != configuration.webhook_scheme:
+            raise settings.SettingsError(
+                "ARCHIVER_WEBHOOK_SCHEME is none: start serve with --insecure to accept that."
+            )
+        verifier = signatures.verifier(new)
+        at = url if new.database_url is None else database.database_url(new.database_url.get_secret_value())
+        receiver.use(new, verifier)
+        registration.use(new.api_token.get_secret_value())
+        for engine in (writing, asking):
+            database.redirect(engine, at)
+            await engine.dispose()  # of idle connections; those in use end their transaction
+        await asyncio.to_thread(_record, new, at)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
@@ -90,11 +108,12 @@ def create(configuration: Settings | None = None) -> Service:
         _collect_less_garbage()
         spool = _open_spool(configuration)
         async with ingest.running(spool):
-            watch = asyncio.create_task(report_waits(asking))
+            tasks = {asyncio.create_task(report_waits(asking)), asyncio.create_task(Reloading(reload).run())}
             with crowd.watched():
                 yield {"crowd": crowd}  # Uvicorn hands it to each connection
-            watch.cancel()
-            await asyncio.wait({watch})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         if spool is not None:
             spool.close()
         await writing.dispose()
@@ -103,14 +122,14 @@ def create(configuration: Settings | None = None) -> Service:
 
     bodies = Bodies(configuration.max_body, configuration.queue_bytes)
     receiver = Receiver(configuration, verifier, bodies, ingest)
-    token = configuration.api_token.get_secret_value()
+    registration = Registration(configuration.api_token.get_secret_value(), bodies, ingest)
     app = Service(
         routes=[
             Route(WEBHOOK_PATH, receiver, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", Readiness(asking, ingest).readyz),
             Route("/metrics", metrics),
-            Route("/sessions", Registration(token, bodies, ingest).register, methods=["POST"]),
+            Route("/sessions", registration.register, methods=["POST"]),
         ],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
@@ -129,6 +148,14 @@ def _open_spool(configuration: Settings) -> Spool | None:
     except SpoolError as error:
         log.error("no spool: what the database does not take is refused", reason=str(error))  # noqa: TRY400  # there is nothing to trace
         return None
+
+
+def _record(configuration: Settings, url: URL) -> None:
+    engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
+    try:
+        record_settings(engine, configuration, "serve")
+    finally:
+        engine.dispose()
 
 
 def end_with_parent() -> None:

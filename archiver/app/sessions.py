@@ -18,7 +18,12 @@ class Registration:
     """`POST /sessions`: the application tells which sessions it opened, so that each is read."""
 
     def __init__(self, token: str, bodies: Bodies, ingest: Ingest) -> None:
-        self._token, self._bodies, self._ingest = token.encode(), bodies, ingest
+        self._bodies, self._ingest = bodies, ingest
+        self.use(token)
+
+    def use(self, token: str) -> None:
+        """Demand this token from now on."""
+        self._token = token.encode()
 
     async def register(self, request: Request) -> Response:
         """Answers once all of them are committed: 200 with how many were new."""

@@ -32,8 +32,12 @@ class Receiver:
         self, configuration: Settings, verifier: signatures.Verifier, bodies: Bodies, ingest: Ingest
     ) -> None:
         self._bodies = bodies
-        self._verifier = verifier
         self._ingest = ingest
+        self.use(configuration, verifier)
+
+    def use(self, configuration: Settings, verifier: signatures.Verifier) -> None:
+        """Verify deliveries so from now on; one whose headers were checked before is verified as they were."""
+        self._verifier = verifier
         self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,16 +78,16 @@ class Receiver:
 
     async def _prove(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
         """The body, and the key id of the secret that it proves; a stranger's body is not read."""
-        headers = scope["headers"]
+        headers, verifier, signs_url = scope["headers"], self._verifier, self._signs_url
         try:
-            self._verifier.check_headers(headers, time.time())
+            verifier.check_headers(headers, time.time())
         except signatures.SignatureError:
             await self._bodies.check_unread(scope, receive)
             raise
         self._ingest.check_room()
         body = await self._bodies.read(scope, receive)
-        url = _url(scope) if self._signs_url else ""
-        return body, self._verifier.verify(body, headers, scope["method"], url, time.time())
+        url = _url(scope) if signs_url else ""
+        return body, verifier.verify(body, headers, scope["method"], url, time.time())
 
 
 @cache

@@ -34,9 +34,12 @@ PROCESS = "worker"  # stands for the whole process among the duties
 
 
 @contextmanager
-def working(environment: Mapping[str, str]) -> Iterator[None]:
-    """Run a worker until the end of the block, with this environment over that of this process."""
-    companion = _Companion(environment)
+def working(environment: Mapping[str, str], url: str) -> Iterator[None]:
+    """Run a worker until the end of the block, with this environment over that of this process.
+
+    `url`: of the database, where the settings name none; and where faults of the whole process are reported.
+    """
+    companion = _Companion(environment, url)
     try:
         yield
     finally:
@@ -44,12 +47,12 @@ def working(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 class _Companion:
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, environment: Mapping[str, str], url: str) -> None:
+        self._environment, self._url = environment, url
         self._id = f"{socket.gethostname()}:{os.getpid()}:serve"
         self._stopping = threading.Event()
         self._restarts = 0
-        self._process, self._said = _start(environment)
+        self._process, self._said = _start(environment, url)
         self._watcher = threading.Thread(target=self._watch, name="companion", daemon=True)
         self._watcher.start()
 
@@ -83,12 +86,12 @@ class _Companion:
             reason = f"the process ended with {_named(code)}: {_received(self._said)}"
             log.error("the worker ended by itself and is started again", code=code, reason=reason)
             is_recorded = self._record(reason) or is_recorded
-            self._process, self._said = _start(self._environment)
+            self._process, self._said = _start(self._environment, self._url)
 
     def _record(self, reason: str | None) -> bool:
         """Report the fault where `status` and `doctor` look, or withdraw it; whether the database took that."""
         try:
-            engine = database.connect(database.database_url(self._environment["DATABASE_URL"]), pool_size=1)
+            engine = database.connect(database.database_url(self._url), pool_size=1)
             with database.transaction(engine, statement_seconds=5, lock_seconds=2) as connection:
                 if reason is None:
                     heartbeats.delete_worker(connection, self._id)
@@ -120,16 +123,16 @@ def _received(said: Connection) -> str:
 _SAID_NOTHING = "it gave no reason; see the log before this line, and the machine's log for a lack of memory"
 
 
-def _start(environment: Mapping[str, str]) -> tuple[BaseProcess, Connection]:
+def _start(environment: Mapping[str, str], url: str) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(dict(environment), sending), name="worker")
+    process = context.Process(target=_run, args=(dict(environment), url, sending), name="worker")
     process.start()
     sending.close()
     return process, receiving
 
 
-def _run(environment: Mapping[str, str], said: Connection) -> None:
+def _run(environment: Mapping[str, str], url: str, said: Connection) -> None:
     # Ctrl-C reaches the whole group: the parent decides when this ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, value in environment.items():
@@ -140,7 +143,7 @@ def _run(environment: Mapping[str, str], said: Connection) -> None:
     try:
         configuration = settings.read()
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
-        work(configuration, environment["DATABASE_URL"])
+        work(configuration, url)
     except Exception as error:  # the outermost frame of the process
         reason = str(error) if isinstance(error, SettingsError) else f"{type(error).__name__} at {where(error)}"
         log.exception("the worker cannot work", reason=reason)

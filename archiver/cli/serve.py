@@ -19,15 +19,16 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
-from archiver import catalogue, database, schema, settings, signatures, telemetry
+from archiver import catalogue, database, reloading, schema, settings, signatures, telemetry
 from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
 from archiver.cli.output import Whole
-from archiver.cli.recording import record_settings
 from archiver.settings import Settings, SettingsError
+from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_room
 from archiver.worker import signing_key
+from archiver.worker.recording import record_settings
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +63,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
+    reloading.block()
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     connection.warn_of_strangers()
@@ -72,9 +74,12 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     with connection.lasting_database_url(configuration) as url, _multiprocess_metrics(workers + has_worker):
         should_migrate = configuration.database_url is None if migrate is None else migrate
         _prepare(configuration, url, place, should_migrate=should_migrate)
+        environment = _decided(configuration, url)
+        os.environ.update(environment)
+        for name in environment:
+            os.environ.pop(f"{name}_FILE", None)
         configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
-        environment = _environment(configuration)
-        with _listening(host, port, place) as listener, working(environment) if has_worker else nullcontext():
+        with _listening(host, port, place) as listener, working(environment, url) if has_worker else nullcontext():
             if workers == 1:
                 _receive(configuration, listener)
             else:
@@ -128,7 +133,7 @@ def _prepare(configuration: Settings, url: str, place: str, *, should_migrate: b
             schema.check(opened)
         record_settings(engine, configuration, "serve")
     except SQLAlchemyError as error:
-        if configuration.spool == "off" or not database.is_unreachable(error):
+        if not database.is_not_connected(error) or not _can_spool(configuration):
             raise
         # Nobody sends again what a receiver that is not there does not take.
         log.error(  # noqa: TRY400  # there is nothing to trace
@@ -138,6 +143,15 @@ def _prepare(configuration: Settings, url: str, place: str, *, should_migrate: b
         )
     finally:
         engine.dispose()
+
+
+def _can_spool(configuration: Settings) -> bool:
+    if configuration.spool == "off":
+        return False
+    try:
+        return select_room(configuration.home.resolve() / SPOOL_FOLDER) >= LEAST_ROOM
+    except SpoolError:
+        return False
 
 
 @contextmanager
@@ -193,10 +207,7 @@ def _receive(configuration: Settings, listener: socket.socket) -> None:
 
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int) -> None:
-    """They read the settings again, so what was decided here is told by the environment."""
-    os.environ.update(_environment(configuration))
-    for name in ("DATABASE_URL_FILE", "ARCHIVER_WEBHOOK_SCHEME_FILE"):
-        os.environ.pop(name, None)
+    """They read the settings again, so what was decided here stands in the environment."""
     server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_server(configuration))
     _Processes(server, sockets=[listener]).run()
 
@@ -204,15 +215,24 @@ def _receive_in_processes(configuration: Settings, listener: socket.socket, work
 class _Processes(Multiprocess):
     """Uvicorn's; it closes its own listening socket, which would go on to take in connections that nobody answers."""
 
+    def handle_signals(self) -> None:
+        """SIGHUP, which is kept back here and in what begins, goes to every receiver, which reads its files again."""
+        while signal.sigtimedwait({signal.SIGHUP}, 0) is not None:
+            for process in self.processes:
+                if process.pid is not None and process.exitcode is None:
+                    os.kill(process.pid, signal.SIGHUP)
+        super().handle_signals()
+
     def terminate_all(self) -> None:
         for listener in self.sockets:
             listener.close()
         super().terminate_all()
 
 
-def _environment(configuration: Settings) -> dict[str, str]:
-    url = configuration.database_url.get_secret_value() if configuration.database_url else ""
-    return {"DATABASE_URL": url, "ARCHIVER_WEBHOOK_SCHEME": configuration.webhook_scheme}
+def _decided(configuration: Settings, url: str) -> dict[str, str]:
+    """What processes that read the settings again could not know: the embedded database, and --insecure."""
+    decided = {} if configuration.database_url else {"DATABASE_URL": url}
+    return decided | ({"ARCHIVER_WEBHOOK_SCHEME": "none"} if configuration.webhook_scheme == "none" else {})
 
 
 @click.command()

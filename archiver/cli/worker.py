@@ -9,14 +9,14 @@ import structlog
 from prometheus_client import start_http_server
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from archiver import database, schema, settings, telemetry
+from archiver import database, reloading, schema, settings, telemetry
 from archiver.cli import connection
 from archiver.cli.output import Whole, counted, progress
-from archiver.cli.recording import record_settings
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
 from archiver.settings import Settings
 from archiver.worker import Worker, signing_key, timing_of
+from archiver.worker.recording import record_settings
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +30,7 @@ def worker(metrics_port: int | None) -> None:
 
     `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
     """
+    reloading.block()
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     signing_key(configuration)
@@ -53,17 +54,42 @@ def _serve_metrics(port: int) -> None:
 
 def work(configuration: Settings, url: str) -> None:
     """Background work until SIGTERM or Ctrl-C."""
-    with connection.engine_at(configuration, url) as engine:
-        record_settings(engine, configuration, "worker")
     connection.run(_work(configuration, url))
 
 
 async def _work(configuration: Settings, url: str) -> None:
+    """Work with one set of settings after the other: new ones begin once what was under way has ended."""
+    stopped, given = asyncio.Event(), configuration
     ending = asyncio.Event()
+
+    def stop() -> None:
+        stopped.set()
+        ending.set()
+
+    async def reload(new: Settings) -> None:
+        nonlocal given
+        signing_key(new)
+        database.database_url(_url(new, url))
+        given = new
+        ending.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    await Worker(configuration, database.database_url(url)).run(ending)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    while not stopped.is_set():
+        ending.clear()
+        at = _url(given, url)
+        await asyncio.to_thread(_record, given, at)
+        await Worker(given, database.database_url(at), reload).run(ending)
     log.info("stopped")
+
+
+def _url(configuration: Settings, embedded: str) -> str:
+    return configuration.database_url.get_secret_value() if configuration.database_url else embedded
+
+
+def _record(configuration: Settings, url: str) -> None:
+    with connection.engine_at(configuration, url) as engine:
+        record_settings(engine, configuration, "worker")
 
 
 @click.command()

@@ -7,12 +7,13 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import msgspec
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -27,6 +28,7 @@ from archiver.database.errors import (
     is_conflict,
     is_data_error,
     is_lock_timeout,
+    is_not_connected,
     is_unreachable,
     is_untrusted,
     sqlstate,
@@ -51,11 +53,13 @@ __all__ = [
     "is_conflict",
     "is_data_error",
     "is_lock_timeout",
+    "is_not_connected",
     "is_unreachable",
     "is_untrusted",
     "limit",
     "locks",
     "place",
+    "redirect",
     "run_in_transaction",
     "snapshot",
     "sqlstate",
@@ -102,6 +106,26 @@ def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -
 def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> AsyncEngine:
     """The same for an event loop."""
     return create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
+
+
+def redirect(engine: AsyncEngine, url: URL) -> None:
+    """Let every connection that is opened from now on go to this URL. Connections in use are not cut off."""
+    dialect = engine.sync_engine.dialect
+    _, arguments = dialect.create_connect_args(url)
+    given = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
+
+    def connect_there(_: Any, __: Any, ___: Any, parameters: dict[str, Any]) -> None:
+        kept = {name: parameters[name] for name in ("prepare_threshold", "context") if name in parameters}
+        parameters.clear()
+        parameters.update(arguments | given | kept)
+
+    if engine.sync_engine in _redirected:
+        event.remove(engine.sync_engine, "do_connect", _redirected[engine.sync_engine])
+    event.listen(engine.sync_engine, "do_connect", connect_there)
+    _redirected[engine.sync_engine] = connect_there
+
+
+_redirected: WeakKeyDictionary[Engine, Callable[..., None]] = WeakKeyDictionary()
 
 
 def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def is_untrusted(error: BaseException) -> bool:
     return isinstance(original, psycopg.OperationalError) and "certificate" in str(original)
 
 
+def is_not_connected(error: BaseException) -> bool:
+    """Whether no connection came about, for whatever reason: host, password, certificate, a server that is down."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(original, psycopg.OperationalError) and original.sqlstate is None
+
+
 # What a server says that will let us in before long; in other languages it is taken for a refusal.
 _NOT_YET = (
     "starting up",

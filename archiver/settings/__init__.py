@@ -14,7 +14,7 @@ from archiver.settings.fields import Settings, WebhookScheme
 from archiver.settings.sources import environment_name
 from archiver.settings.strangers import strangers
 
-__all__ = ["SCHEMES", "Settings", "SettingsError", "read", "strangers", "table"]
+__all__ = ["SCHEMES", "Settings", "SettingsError", "file_names", "read", "strangers", "table"]
 
 SCHEMES: tuple[str, ...] = get_args(WebhookScheme)
 
@@ -57,6 +57,11 @@ _KINDS = {
     "finite_number": "must be a number, without a unit",
     "bool_parsing": "must be true or false",
 }
+
+
+def file_names() -> list[str]:
+    """Return every variable that may name a file with the value of a setting: NAME_FILE of each."""
+    return [f"{environment_name(Settings, field_name)}_FILE" for field_name in Settings.model_fields]
 
 
 def table() -> list[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ from archiver.duties import Duty
 from archiver.erasure.periodic import Upkeep
 from archiver.feed import Publisher
 from archiver.followups import Followups, select_consumed
+from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.worker.histories import Histories
 from archiver.worker.reading import reconciling, timing_of
@@ -39,11 +40,13 @@ FEED_RETENTION_SECONDS = 3_600.0
 BEAT_SECONDS = 1.0  # between two reports of a duty that waits for its next turn
 CLAIMED = 0.9  # of a period: claims are not to beat against it
 
+Reload = Callable[[Settings], Awaitable[None]]
+
 
 class Worker:
-    """All background work of one process."""
+    """All background work of one process, with these settings. `reload` takes the new ones where a file changed."""
 
-    def __init__(self, configuration: Settings, url: URL) -> None:
+    def __init__(self, configuration: Settings, url: URL, reload: Reload | None = None) -> None:
         self._configuration, self._url = configuration, url
         self._prepared = configuration.prepared_statements
         runners = [
@@ -55,6 +58,7 @@ class Worker:
             self._runner("retention", self._retention, may_cancel=False),
             self._runner("feed_retention", self._feed_retention),
             self._runner("locks", self._locks),
+            *([self._runner("settings", partial(self._settings, reload))] if reload else []),
         ]
         self._supervisor = Supervisor(runners, url, prepared_statements=self._prepared)
 
@@ -148,6 +152,9 @@ class Worker:
             await until(ending, waits.report_waits(engine, duty))
         finally:
             await engine.dispose()
+
+    async def _settings(self, reload: Reload, duty: Duty, ending: asyncio.Event) -> None:
+        await until(ending, Reloading(reload, duty).run())
 
 
 async def until(ending: asyncio.Event, work: Awaitable[None]) -> None:

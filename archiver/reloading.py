@@ -1,0 +1,110 @@
+"""Settings that stand in files are read again when a file changes, and on SIGHUP.
+
+A file counts as changed once two looks in a row find the same new content, so that one that is being written is not
+read half-way. What cannot be used is reported, and the settings before stay in use.
+"""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from time import monotonic
+
+import structlog
+
+from archiver import settings, telemetry
+from archiver.duties import Duty, where
+from archiver.settings import Settings, SettingsError
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 2.0
+REPORT_SECONDS = 60.0
+_LARGEST = 1_048_576
+# Not settings of ours, but read by the HTTP client when it is built.
+_CERTIFICATES = ("SSL_CERT_FILE",)
+
+
+def block() -> None:
+    """Keep SIGHUP back in this thread and in all that it starts, until each is ready for it (`Reloading.run`)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
+def look() -> Mapping[str, str]:
+    """Return what each file that holds a setting has in it, as a digest; why it cannot be read where it cannot."""
+    names = [name for name in settings.file_names() if os.environ.get(name)]
+    return {name: _digest(Path(os.environ[name])) for name in (*names, *filter(os.environ.get, _CERTIFICATES))}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return sha256(file.read(_LARGEST)).hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+class Reloading:
+    """Reads the settings again for as long as it runs.
+
+    `apply` uses the new ones; it raises `SettingsError`, before it changes anything, where they cannot be used.
+    """
+
+    def __init__(self, apply: Callable[[Settings], Awaitable[None]], duty: Duty | None = None) -> None:
+        self._apply, self._duty = apply, duty or Duty("settings")
+        self._used, self._before = look(), look()
+        self._asked = asyncio.Event()
+        self._fault, self._reported_at = "", 0.0
+
+    async def run(self) -> None:
+        """Look until cancelled. SIGHUP asks for a look at once, where the event loop is in the main thread."""
+        telemetry.settings_current.set(1)
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        while True:
+            try:
+                await asyncio.wait_for(self._asked.wait(), LOOK_SECONDS)
+            except TimeoutError:
+                await self._look(is_asked=False)
+            else:
+                self._asked.clear()
+                await self._look(is_asked=True)
+            if self._fault:
+                self._report()
+            else:
+                self._duty.working()
+
+    async def _look(self, *, is_asked: bool) -> None:
+        found = await asyncio.to_thread(look)
+        is_settled, self._before = found == self._before, found
+        if is_asked or (is_settled and found != self._used):
+            await self._reload(found)
+
+    async def _reload(self, found: Mapping[str, str]) -> None:
+        self._used = found
+        try:
+            await self._apply(settings.read())
+        except SettingsError as error:
+            self._note(str(error))
+        except Exception as error:  # the supervisor: the next change is read whatever became of this one
+            self._note(f"{type(error).__name__} at {where(error)}")
+            log.exception("settings could not be reloaded")
+        else:
+            self._note("")
+            log.info("settings reloaded", pid=os.getpid())
+        telemetry.settings_current.set(not self._fault)
+
+    def _note(self, fault: str) -> None:
+        if fault != self._fault:
+            self._reported_at = 0.0
+        self._fault = fault
+
+    def _report(self) -> None:
+        self._duty.failing(f"the settings before stay in use: {self._fault}")
+        if not self._reported_at or monotonic() - self._reported_at >= REPORT_SECONDS:
+            self._reported_at = monotonic()
+            log.error("new settings cannot be used; those before stay in use", reason=self._fault)

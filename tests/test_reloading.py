@@ -1,0 +1,187 @@
+"""Settings in files are read again, without a signal and on SIGHUP, and a wrong database at the start is survived."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from sqlalchemy import Engine
+
+from archiver import seals
+from tests.payloads import created
+from tests.receivers import Receiver, archiver, serving
+from tests.rows import rows
+from tests.servers import as_writer
+from tests.waiting import until
+
+OLD, NEW = "an old secret of the platform", "a new secret of the platform"
+
+
+def code(receiver: Receiver, secret: str, number: int = 1) -> int:
+    body = created(f"c{number}", f"s{number}")
+    return receiver.post(body, {"x-webhook-secret": secret}).status_code
+
+
+@contextmanager
+def sending(receiver: Receiver, secret: str) -> Iterator[None]:
+    """Deliveries one after the other meanwhile, each of which must be taken."""
+    codes: list[int] = []
+    ending = threading.Event()
+
+    def send() -> None:
+        while not ending.is_set():
+            codes.append(code(receiver, secret, len(codes)))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+    assert set(codes) == {200}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("is_signalled", [False, True])
+def test_secrets_are_rotated_without_a_restart_and_without_losing_a_delivery(
+    workers: str, is_signalled: bool, database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "secrets"
+    file.write_text(OLD)
+    options = {"ARCHIVER_WEBHOOK_SECRETS": "", "ARCHIVER_WEBHOOK_SECRETS_FILE": str(file)}
+    with serving(database_url, "--workers", workers, "--no-worker", **options) as receiver:
+
+        def change(value: str) -> None:
+            file.write_text(value)
+            if is_signalled:
+                receiver.signal(signal.SIGHUP)
+
+        def answers(secret: str, wanted: int) -> bool:
+            return {code(receiver, secret) for _ in range(8)} == {wanted}
+
+        assert (code(receiver, OLD), code(receiver, NEW)) == (200, 401)
+        with sending(receiver, OLD):
+            change(f"{OLD},{NEW}")
+            until(lambda: answers(NEW, 200), "both are accepted")
+        with sending(receiver, NEW):
+            change(NEW)
+            until(lambda: answers(OLD, 401), "the old one is refused")
+            change("")
+            until(lambda: "new settings cannot be used" in receiver.stderr(), "an empty file is refused")
+            until(lambda: receiver.metric("archiver_settings_current") == 0, "the metric says so")
+            assert answers(NEW, 200)
+        found = archiver("doctor", database_url=database_url, **options)
+        assert found.returncode == 1
+        assert "ARCHIVER_WEBHOOK_SECRETS" in found.stdout
+        file.unlink()
+        until(lambda: "cannot read" in receiver.stderr(), "a missing file is refused")
+        change(f"{NEW}\n")
+        until(lambda: receiver.metric("archiver_settings_current") == 1, "it is read again")
+        assert receiver.process.poll() is None
+        assert receiver.stop() == 0
+
+
+def test_a_token_is_changed_and_a_scheme_of_none_is_not_taken(database_url: str, tmp_path: Path) -> None:
+    token, scheme = tmp_path / "token", tmp_path / "scheme"
+    token.write_text("first")
+    scheme.write_text("secret")
+    files = {"ARCHIVER_API_TOKEN_FILE": str(token), "ARCHIVER_WEBHOOK_SCHEME_FILE": str(scheme)}
+    with serving(database_url, **files) as receiver:
+
+        def answer(value: str) -> int:
+            headers = {"authorization": f"Bearer {value}"}
+            url = f"{receiver.url}/sessions"
+            return receiver._client.post(url, content=b'{"ids": ["s1"]}', headers=headers).status_code
+
+        assert (answer("first"), answer("second")) == (200, 401)
+        token.write_text("second")
+        until(lambda: (answer("first"), answer("second")) == (401, 200), "the new one counts")
+        scheme.write_text("none")
+        receiver.signal(signal.SIGHUP)
+        until(lambda: "--insecure" in receiver.stderr(), "it is refused")
+        assert receiver.post(created("c1", "s1"), {}).status_code == 401
+
+
+def nobody_listens() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return f"postgresql://nobody@127.0.0.1:{port}/nothing"
+
+
+@pytest.mark.parametrize("fault", ["host", "user", "database", "certificate"])
+def test_i1_a_start_with_a_wrong_database_spools_until_the_file_is_right(
+    fault: str, database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    right = as_writer(database_url)
+    wrong = {
+        "host": nobody_listens(),
+        "user": right.replace("test_writer@", "no_such_user:wrong@"),
+        "database": right.replace("/test_", "/no_such_database_"),
+        "certificate": f"{nobody_listens()}?sslmode=verify-full&sslrootcert={tmp_path}/nowhere.pem",
+    }[fault]
+    file = tmp_path / "url"
+    file.write_text(wrong)
+    with serving(None, "--worker", DATABASE_URL_FILE=str(file), ARCHIVER_SEAL_EVERY="1") as receiver:
+        assert receiver.post(created("c1", "s1")).json()["status"] == "spooled"
+        assert receiver.get("/readyz").status_code == 200
+        assert receiver.get("/readyz").json()["database"] != "ready"
+        assert "events are spooled" in receiver.stderr()
+        file.write_text(right)
+        until(lambda: rows(engine, "SELECT 1 FROM archiver.events"), "what was spooled is archived", 60)
+        until(lambda: rows(engine, "SELECT 1 FROM archiver.seals"), "the worker found it too", 60)
+        assert receiver.post(created("c2", "s2")).json()["status"] == "stored"
+        assert receiver.stop() == 0
+
+
+def test_a_start_with_a_wrong_database_and_without_a_spool_is_refused(tmp_path: Path) -> None:
+    options = {"ARCHIVER_WEBHOOK_SECRETS": OLD, "ARCHIVER_HOME": str(tmp_path / "home"), "ARCHIVER_SPOOL": "off"}
+    ended = archiver("serve", "--port", "0", database_url=nobody_listens(), **options)
+    assert ended.returncode == 1
+    assert "cannot be reached" in ended.stderr
+
+
+def pem(key: Ed25519PrivateKey) -> str:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+
+def test_the_worker_takes_a_new_key_and_keeps_the_old_one_where_the_file_is_wrong(
+    database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    keys = [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()]
+    file = tmp_path / "key"
+    file.write_text(pem(keys[0]))
+    with serving(database_url, "--worker", ARCHIVER_SEAL_KEY_FILE=str(file), ARCHIVER_SEAL_EVERY="1") as receiver:
+
+        def signer(number: int) -> str:
+            receiver.post(created(f"c{number}", f"s{number}"))
+            query = "SELECT key_id FROM archiver.seals ORDER BY id DESC LIMIT 1"
+            found: str = until(lambda: rows(engine, query), "it is sealed")[0][0]
+            return found
+
+        ids = [seals.key_id(key.public_key()) for key in keys]
+        assert signer(1) == ids[0]
+        file.write_text("no key at all")
+        failing = 'archiver_worker_up{duty="settings"} 0.0'
+        until(lambda: failing in receiver.get("/metrics").text, "the worker reports it")
+        status = " ".join(archiver("status", database_url=database_url).stdout.split())
+        assert "settings failed" in until(lambda: "settings failed" in status and status, "status reports it")
+        assert signer(2) == ids[0]
+        file.write_text(pem(keys[1]))
+        until(lambda: signer(3) == ids[1], "the new key signs", 60)
+        assert receiver.stop() == 0
+
+
+def test_sighup_ends_no_worker(database_url: str, tmp_path: Path) -> None:
+    with serving(database_url, "--worker") as receiver:
+        until(lambda: 'archiver_worker_up{duty="seal"} 1.0' in receiver.get("/metrics").text, "it works")
+        os.killpg(receiver.process.pid, signal.SIGHUP)
+        until(lambda: receiver.stderr().count("settings reloaded") >= 2, "receiver and worker read them again")
+        assert "ended by itself" not in receiver.stderr()
+        assert receiver.stop() == 0
