@@ -109,6 +109,16 @@ last_event = Gauge(
     "Unix time of the last event that this server committed; 0 before the first.",
     multiprocess_mode="livemax",
 )
+clock_difference = Gauge(
+    "archiver_clock_difference_seconds",
+    "By how much the clock of this machine is ahead of the database's; negative: behind. Alert beyond a minute.",
+    multiprocess_mode="livemostrecent",
+)
+times_ahead = Gauge(
+    "archiver_times_ahead",
+    "Due times that were further ahead than they can be, and were made due at the last look, once a minute.",
+    multiprocess_mode="livemostrecent",
+)
 lock_waiters = Gauge(
     "archiver_lock_waiting_sessions",
     "Sessions that wait for a lock on the archiver's tables, for seconds. Alert when it stays above 0.",

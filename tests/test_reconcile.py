@@ -79,8 +79,8 @@ async def test_sessions_that_somebody_else_reads_are_left_to_them(database_url: 
     told: list[Reading] = []
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
         await register(submit, ids)
-        until = datetime.max.replace(tzinfo=UTC)
-        await run_in_transaction(engine, lambda c: leases.claim(c, ids[:3], until, until))
+        now = datetime.now(UTC)
+        await run_in_transaction(engine, lambda c: leases.claim(c, ids[:3], now, now + leases.LEASE))
         assert await reconciler.read_all(ids, told.append) == {"read": 7, "busy": 3}
     assert {reading.session_id for reading in told if reading.outcome == "busy"} == set(ids[:3])
 

@@ -6,6 +6,7 @@ Holds no session state, so that PgBouncer in transaction mode serves: what a tra
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver import telemetry
-from archiver.database import locks
+from archiver.database import clock, locks
+from archiver.database.clock import now
 from archiver.database.direct import Direct, Statement, execute
 from archiver.database.errors import (
     CERTIFICATE_ADVICE,
@@ -44,6 +46,7 @@ __all__ = [
     "Lock",
     "RowsInsert",
     "Statement",
+    "clock",
     "connect",
     "connect_async",
     "conninfo",
@@ -58,6 +61,7 @@ __all__ = [
     "is_untrusted",
     "limit",
     "locks",
+    "now",
     "place",
     "redirect",
     "run_in_transaction",
@@ -83,7 +87,8 @@ _OPEN = Direct(
     " set_config('DateStyle', 'ISO, YMD', true),"
     " set_config('jit', 'off', true),"
     " set_config('statement_timeout', $1, true),"
-    " set_config('lock_timeout', $2, true)"
+    " set_config('lock_timeout', $2, true),"
+    " extract(epoch FROM clock_timestamp())::float8 AS at"
 )
 
 
@@ -247,7 +252,9 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
 
 
 def _open(connection: Connection, statement_seconds: float, lock_seconds: float) -> None:
-    _OPEN.execute(connection, *(str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds)))
+    began = monotonic()
+    limits = (str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds))
+    clock.look(_OPEN.execute(connection, *limits)[0].at, began)
 
 
 _LIMIT = Direct("SELECT set_config('statement_timeout', $1, true)")

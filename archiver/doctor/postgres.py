@@ -57,6 +57,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield from _catalogue(connection)
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every)
+                    yield _times_ahead(connection, configuration.session_lifetime)
             yield from _workers(connection)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
@@ -325,6 +326,39 @@ def _wrong_with(standing: Standing, failing: Sequence[Mapping[str, Any]]) -> Ite
     if standing.oldest_seconds > _LATE_SECONDS:
         advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
         yield f"a change of {standing.oldest_seconds / 3_600:,.1f} hours ago has not been told", advice
+
+
+# Each with how far ahead it may be: a lease lasts a minute at most, a retry waits for a day, a reading for the life
+# of its session.
+_AHEAD = text(
+    """
+    SELECT what, moment FROM (
+        SELECT 'the newest event', (SELECT received_at FROM archiver.events ORDER BY id DESC LIMIT 1), interval '0'
+        UNION ALL SELECT 'the newest seal', (SELECT sealed_at FROM archiver.seals ORDER BY id DESC LIMIT 1), '0'
+        UNION ALL SELECT 'the lease of a session', max(leased_until), interval '1 minute' FROM archiver.sessions
+        UNION ALL SELECT 'the lease of a subscription', max(leased_until), interval '1 minute'
+                    FROM archiver.subscriptions
+        UNION ALL SELECT 'the next reading of a session', max(reconcile_at),
+                         interval '1 day' + make_interval(secs => :lifetime) FROM archiver.sessions
+        UNION ALL SELECT 'the next attempt at a follow-up', max(due_at), interval '1 day'
+                    FROM archiver.deliveries WHERE state = 'pending'
+    ) AS times (what, moment, ahead)
+     WHERE moment > clock_timestamp() + ahead + interval '1 minute'
+    """
+)
+
+
+def _times_ahead(connection: Connection, lifetime: float) -> Finding:
+    """Whether a clock that was ahead has left times that the database's clock has not reached."""
+    found = connection.execute(_AHEAD, {"lifetime": lifetime}).all()
+    if not found:
+        return Finding("times", "ok", "No time in the database is further ahead than it can be.")
+    listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in found)
+    advice = (
+        "A clock was ahead, of a machine or of the database: synchronise them (NTP). A worker ends such leases, and"
+        " makes such readings and attempts due, within minutes."
+    )
+    return Finding("times", "warning", f"These times are further ahead than they can be: {listed}.", advice)
 
 
 def _clock(connection: Connection, tolerance: int) -> Finding:

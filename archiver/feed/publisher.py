@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import explain, run_in_transaction, sqlstate
+from archiver.database import explain, now, run_in_transaction, sqlstate
 from archiver.duties import Duty
 from archiver.feed.publishing import PAGE_CHANGES, QUEUE_FULL, publish, select_queue_usage
 from archiver.feed.reading import select_waiting
@@ -107,7 +107,7 @@ class Publisher:
 
         `consumed` answers up to which cursor whoever must see each change has; None: nobody must.
         """
-        before, deleted = datetime.now(UTC) - timedelta(days=days), 0
+        before, deleted = now() - timedelta(days=days), 0
         while True:
             page = await run_in_transaction(
                 self._engine, lambda connection: delete_old(connection, before, consumed(connection))

@@ -175,12 +175,14 @@ def new_owner() -> str:
     return secrets.token_hex(8)
 
 
-# Its sender has it alone, on whichever machine; the clock is the database's, since several machines have several.
+# Its sender has it alone, on whichever machine; the clock is the database's, since several machines have several. A
+# lease further ahead than one lasts is of a time when that clock was ahead.
 _LEASE = text(
     """
     UPDATE archiver.subscriptions SET leased_by = :owner, leased_until = now() + :seconds * interval '1 second'
      WHERE id = :id AND paused_at IS NULL
-       AND (leased_by = :owner OR leased_until IS NULL OR leased_until < now())
+       AND (leased_by = :owner OR leased_until IS NULL OR leased_until < now()
+            OR leased_until > now() + 2 * :seconds * interval '1 second')
     RETURNING *, extract(epoch FROM closed_until - now()) AS closed_seconds,
               extract(epoch FROM now() - failing_since) AS failing_seconds
     """
@@ -229,7 +231,8 @@ _SELECT_BUSY = text(
     """
     SELECT s.id FROM archiver.subscriptions s
      WHERE s.paused_at IS NULL AND coalesce(s.closed_until, '-infinity') <= now()
-       AND (s.leased_by = :owner OR s.leased_until IS NULL OR s.leased_until < now())
+       AND (s.leased_by = :owner OR s.leased_until IS NULL OR s.leased_until < now()
+            OR s.leased_until > now() + 2 * :seconds * interval '1 second')
        AND (s.cursor < (SELECT max(cursor) FROM archiver.changes)
             OR EXISTS (SELECT FROM archiver.deliveries d
                         WHERE d.subscription_id = s.id AND d.state = 'pending' AND d.due_at <= now()))
@@ -240,7 +243,7 @@ _SELECT_BUSY = text(
 
 def select_busy(connection: Connection, owner: str) -> Sequence[int]:
     """The subscriptions for which there is something to do."""
-    return connection.scalars(_SELECT_BUSY, {"owner": owner}).all()
+    return connection.scalars(_SELECT_BUSY, {"owner": owner, "seconds": LEASE_SECONDS}).all()
 
 
 _SELECT_LEAST = text("SELECT min(cursor) FROM archiver.subscriptions WHERE paused_at IS NULL")

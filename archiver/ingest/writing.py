@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events, ledger, quarantine, telemetry
-from archiver.database import explain, is_data_error, run_in_transaction, sqlstate
+from archiver.database import clock, explain, is_data_error, run_in_transaction, sqlstate
 from archiver.events import Event, Malformed
 from archiver.projection import DEFAULT_TIMING, Timing
 from archiver.quarantine import Reject
@@ -135,7 +135,8 @@ def store(connection: Connection, deliveries: Sequence[Delivery], timing: Timing
 
 
 def _observation(delivery: Delivery, event: Event) -> ledger.Observation:
-    return ledger.Observation(event, delivery.received_at, delivery.source, delivery.key_id, delivery.count)
+    received_at = clock.at_most_now(delivery.received_at)
+    return ledger.Observation(event, received_at, delivery.source, delivery.key_id, delivery.count)
 
 
 def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
@@ -151,7 +152,8 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
     content = delivery.content
     if isinstance(content, Malformed):
         reason, detail = content.reason, content.detail
-    return Reject(content.body, reason, detail, delivery.received_at, delivery.key_id, delivery.source, delivery.ours)
+    received_at = clock.at_most_now(delivery.received_at)
+    return Reject(content.body, reason, detail, received_at, delivery.key_id, delivery.source, delivery.ours)
 
 
 async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, seconds: float) -> Result:

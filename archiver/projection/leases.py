@@ -7,12 +7,14 @@ it is renewed, so that a worker that was killed loses nothing.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, not_, or_, select, text, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
 from archiver import history, tables
+from archiver.database.clock import TOLERANCE
 from archiver.projection.coverage import ERASED, NOT_SHOWN, Timing
 from archiver.projection.facts import UNPLACED
 
@@ -27,10 +29,13 @@ _IS_UNREADABLE = exists().where(
 )
 # It may have been asked for at the wrong place, or at the wrong time.
 _WAS_NOT_SHOWN = or_(_sessions.reason.in_(NOT_SHOWN), _sessions.reconciled_at.is_(None))
-_FREE = or_(_sessions.leased_until.is_(None), _sessions.leased_until < bindparam("now"))
-
-
 LEASE = timedelta(seconds=60)  # renewed by whoever lives
+# One that is further ahead than a lease lasts was written by a clock that was ahead: it counts for nothing.
+_FREE = or_(
+    _sessions.leased_until.is_(None),
+    _sessions.leased_until < bindparam("now"),
+    _sessions.leased_until > bindparam("beyond"),
+)
 
 
 class Standing(msgspec.Struct, frozen=True, gc=False):
@@ -93,10 +98,15 @@ def hand_out_due(
 
     They are handed out again from `until` on, if they were not read by then.
     """
-    due = [(row.session_id, row.read_by) for row in connection.execute(_DUE, {"now": now, "most": most})]
+    due = [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": most})]
     handed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
     mine = set(connection.scalars(_HAND_OUT, handed)) if due else set()
     return [(session_id, read_by) for session_id, read_by in due if session_id in mine]
+
+
+def _at(now: datetime) -> dict[str, Any]:
+    """The values by which a lease is judged."""
+    return {"now": now, "beyond": now + LEASE + TOLERANCE}
 
 
 def claim(
@@ -110,7 +120,7 @@ def claim(
 
     `due_at`: only those whose next reading is due exactly then, as they were handed out.
     """
-    claimed = {"session_ids": sorted(session_ids), "now": now, "until": until}
+    claimed = {"session_ids": sorted(session_ids), "until": until} | _at(now)
     if due_at is None:
         rows = connection.execute(_CLAIM, claimed)
     else:

@@ -7,13 +7,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import history, ledger, telemetry
+from archiver import database, history, ledger, telemetry
 from archiver.callhq import Client
 from archiver.database import run_in_transaction
 from archiver.events import Event
@@ -123,7 +123,7 @@ class Reconciler:
             for session_id in waiting:
                 async with self._turns:
                     await self._pause.wait()
-                    met = datetime.now(UTC)
+                    met = database.now()
                     answer = await self._asking.answer(session_id)
                 await _to_the_end(register(session_id, met, answer))
 

@@ -2,14 +2,14 @@
 key and of the URL.
 """
 
-from datetime import UTC, datetime
+from datetime import datetime
 from time import perf_counter
 
 import msgspec
 import stamina
 import structlog
 
-from archiver import history, telemetry
+from archiver import database, history, telemetry
 from archiver.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
 from archiver.events import Event
 
@@ -87,7 +87,7 @@ class Asking:
         return answer
 
     async def _ask(self, session_id: str) -> Answer:
-        began, started = datetime.now(UTC), perf_counter()
+        began, started = database.now(), perf_counter()
         try:
             answer = await self._client.history(session_id)
         except UnreachableError as error:

@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 import structlog
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver.database import explain, run_in_transaction
+from archiver.database import explain, now, run_in_transaction
 from archiver.projection import leases
 from archiver.projection.leases import Standing
 
@@ -72,11 +73,13 @@ class Leased:
         return {each: self._held.pop(each) for each in session_ids if each in self._held}
 
     async def _lease(self, session_ids: Sequence[str]) -> None:
-        now = datetime.now(UTC)
-        lease = now + leases.LEASE
-        mine = await run_in_transaction(
-            self._engine, lambda c: leases.claim(c, session_ids, now, lease, self._due_at)
-        )
+
+        def claim(connection: Connection) -> tuple[datetime, dict[str, Standing]]:
+            moment = now()  # by the database's clock, which this transaction has seen
+            lease = moment + leases.LEASE
+            return lease, leases.claim(connection, session_ids, moment, lease, self._due_at)
+
+        lease, mine = await run_in_transaction(self._engine, claim)
         if self._due_at is None:  # else the others may not be due any more
             self.busy += [session_id for session_id in session_ids if session_id not in mine]
         self.before |= mine
@@ -86,7 +89,7 @@ class Leased:
     async def _is_ours(self, session_id: str) -> bool:
         """Whoever slept for too long may find that others have leased what was leased."""
         lease = self._held.get(session_id)
-        if lease is not None and lease <= datetime.now(UTC):
+        if lease is not None and lease <= now():
             await self._renew()
         return session_id in self._held
 
@@ -99,8 +102,13 @@ class Leased:
                 log.warning("leases not renewed", error=explain(error))
 
     async def _renew(self) -> None:
-        held, lease = dict(self._held), datetime.now(UTC) + leases.LEASE
-        kept = await run_in_transaction(self._engine, lambda c: leases.renew(c, held, lease))
+        held = dict(self._held)
+
+        def renew(connection: Connection) -> tuple[datetime, set[str]]:
+            lease = now() + leases.LEASE
+            return lease, leases.renew(connection, held, lease)
+
+        lease, kept = await run_in_transaction(self._engine, renew)
         for session_id in held.keys() & self._held.keys():
             if session_id in kept:
                 self._held[session_id] = lease

@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import tables, telemetry
-from archiver.database import run_in_transaction
+from archiver.database import now, run_in_transaction
 
 log = structlog.get_logger(__name__)
 
@@ -30,16 +30,14 @@ class SharedPause:
     async def wait(self) -> None:
         """Until nobody asks for a pause any more."""
         # Another process may prolong it meanwhile, which no event of ours would tell.
-        while (seconds := (await self._end() - datetime.now(UTC)).total_seconds()) > 0:  # noqa: ASYNC110
+        while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(seconds, 1.0))
 
     async def set(self, seconds: float, reason: str) -> None:
         """Let every worker pause so long; a longer pause under way stays."""
         telemetry.pauses.labels(reason).inc()
         log.warning("pause", seconds=seconds, reason=reason)
-        statement = insert(tables.pauses).values(
-            name=_NAME, until=datetime.now(UTC) + timedelta(seconds=seconds), reason=reason
-        )
+        statement = insert(tables.pauses).values(name=_NAME, until=now() + timedelta(seconds=seconds), reason=reason)
         later = statement.on_conflict_do_update(
             index_elements=[tables.pauses.c.name],
             set_={"until": statement.excluded.until, "reason": statement.excluded.reason},

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from sqlalchemy import ColumnElement, Connection, Select, case, func, insert, select, text
 
-from archiver import tables
+from archiver import database, tables
 from archiver.seals import merkle
 from archiver.seals.leaves import ENTRY, KINDS
 
@@ -80,7 +80,7 @@ def make(before: Seal, entries: bytes, through: dict[str, int], key: Ed25519Priv
     """The seal that follows `before` and holds these packed entries; signed where there is a key."""
     draft = Seal(
         id=before.id + 1,
-        sealed_at=datetime.now(UTC),
+        sealed_at=database.now(),
         through=through,
         size=len(entries) // ENTRY_SIZE,
         listed=sha256(entries).digest(),

@@ -8,7 +8,7 @@ nothing: its sessions become due again. All other duties are loops on monotonic 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 
 import structlog
@@ -114,7 +114,7 @@ class Worker:
 
         async def expire() -> None:
             nonlocal is_owed
-            now = datetime.now(UTC)
+            now = database.now()
             since_then = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)) - RETENTION_AT
             if timedelta() <= since_then < RETENTION_WITHIN:
                 seconds = 2 * RETENTION_WITHIN.total_seconds()

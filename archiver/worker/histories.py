@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -16,14 +16,15 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, heartbeats
+from archiver import database, heartbeats, telemetry
 from archiver.callhq import UnauthorizedError
 from archiver.database import LOCK_SECONDS, run_in_transaction
 from archiver.duties import Duty, where
 from archiver.projection import leases
 from archiver.reconcile import Reconciler
 from archiver.settings import Settings
-from archiver.worker.reading import reconciling
+from archiver.worker.reading import reconciling, timing_of
+from archiver.worker.recalling import recall
 
 log = structlog.get_logger(__name__)
 
@@ -137,14 +138,14 @@ class Histories:
 
     async def _hand_out_due(self, engine: AsyncEngine) -> None:
         """Make jobs of the sessions whose history is to be read."""
-        now = datetime.now(UTC)
-        until = now + HANDED_OUT_FOR
 
-        def hand_out(connection: Connection) -> list[tuple[str, datetime | None]]:
+        def hand_out(connection: Connection) -> tuple[datetime, list[tuple[str, datetime | None]]]:
+            now = database.now()
+            until = now + HANDED_OUT_FOR
             most = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_A_JOB
-            return leases.hand_out_due(connection, now, until, most) if most > 0 else []
+            return until, leases.hand_out_due(connection, now, until, most) if most > 0 else []
 
-        due = await run_in_transaction(engine, hand_out)
+        until, due = await run_in_transaction(engine, hand_out)
         for start in range(0, len(due), SESSIONS_A_JOB):
             part = due[start : start + SESSIONS_A_JOB]
             read_by = part[0][1]
@@ -179,11 +180,15 @@ class Histories:
 
     async def _forget_jobs(self, engine: AsyncEngine) -> None:
         """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
+        recalled = await run_in_transaction(engine, partial(recall, timing=timing_of(self._configuration)))
+        telemetry.times_ahead.set(recalled)
+        if recalled:
+            log.warning("times further ahead than they can be are due now: a clock was ahead", rows=recalled)
         for job in await self._jobs.job_manager.get_stalled_jobs():
             session_ids, due_at = job.task_kwargs.get("session_ids"), job.task_kwargs.get("due_at")
             if isinstance(session_ids, list) and isinstance(due_at, str):
                 ids, handed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
-                hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=datetime.now(UTC))
+                hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=database.now())
                 await run_in_transaction(engine, hasten)
             await self._jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
         await run_in_transaction(engine, lambda connection: connection.execute(_DELETE_EARLIER))

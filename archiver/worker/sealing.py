@@ -1,7 +1,8 @@
 """Sealing as background work: now and then, with the key that the settings name."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from time import monotonic
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,7 +22,7 @@ class Sealing:
     def __init__(self, configuration: Settings, url: URL) -> None:
         self._key = signing_key(configuration)
         self._every = timedelta(seconds=configuration.seal_every)
-        self._not_before = datetime.min.replace(tzinfo=UTC)
+        self._not_before = float("-inf")  # on `time.monotonic`
         self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
 
     def close(self) -> None:
@@ -32,14 +33,14 @@ class Sealing:
         """Seal what is settled, if the newest seal is old enough; `beat` is called after each seal."""
         with database.transaction(self._engine) as connection:
             newest = seals.select_newest(connection)
-        now = datetime.now(UTC)
+        now = database.now()
         # A clock that is, or was, ahead must not end all sealing.
-        if timedelta() <= now - newest.sealed_at < self._every or now < self._not_before:
+        if timedelta() <= now - newest.sealed_at < self._every or monotonic() < self._not_before:
             return
         try:
             made = seals.seal(self._engine, self._key, most=SEALS_A_JOB, beat=beat)
         except seals.BusyError as error:
-            self._not_before = now + self._every
+            self._not_before = monotonic() + self._every.total_seconds()
             log.warning("not sealed this time", reason=str(error))
             return
         if len(made) < SEALS_A_JOB:

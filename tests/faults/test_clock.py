@@ -6,11 +6,12 @@ time-machine, inside its process, moves what `time` and `datetime` tell there, a
 import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver import embedded
-from tests.faults.load import Load, assert_archived, rows
+from tests.faults.load import Load, assert_archived, body_of, rows
 from tests.faults.outages import post, stopped, until_drained, waiting
 from tests.faults.test_worker import SOON, working
 from tests.receivers import serving
@@ -28,6 +29,20 @@ def move(*_):
     with open(os.environ["MOVED_TO"], "w") as told:
         told.write(str(time.time()))
 signal.signal(signal.SIGUSR2, move)
+"""
+
+
+# A clock that is ahead from the start, by the hours that the environment names, until a signal puts it right.
+AHEAD = """
+import os, signal, time
+import time_machine
+travel = time_machine.travel(time.time() + 3600 * float(os.environ["HOURS_AHEAD"]), tick=True)
+travel.start()
+def put_right(*_):
+    travel.stop()
+    with open(os.environ["MOVED_TO"], "w") as told:
+        told.write(str(time.time()))
+signal.signal(signal.SIGUSR2, put_right)
 """
 
 
@@ -82,3 +97,48 @@ def test_i3_a_clock_that_is_set_back_by_hours_loses_and_doubles_nothing(
     with simulated() as callhq, hosting(asked := Asked(callhq.app)) as callhq.url, working(url, callhq):
         sessions = {f"session-{number}" for number in range(20)}
         until(lambda: asked.sessions == sessions, "every session is asked for", 60)
+
+
+def seals(url: str) -> int:
+    ((count,),) = rows(url, "SELECT count(*) FROM archiver.seals")
+    return int(count)
+
+
+def test_i13_a_worker_whose_clock_was_ahead_and_came_back_goes_on_with_every_duty(url: str, tmp_path: Path) -> None:
+    """It seals and reads while its clock is an hour ahead, and once that is right; no job is made up for."""
+    (tmp_path / "sitecustomize.py").write_text(AHEAD)
+    told = tmp_path / "told"
+    moved: dict[str, Any] = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(told), "HOURS_AHEAD": "1"}
+    with (
+        simulated() as callhq,
+        hosting(asked := Asked(callhq.app)) as callhq.url,
+        serving(url, ARCHIVER_HOME=str(tmp_path / "home"), **SOON) as receiver,
+        working(url, callhq, ARCHIVER_SEAL_EVERY="1", **moved) as worker,
+    ):
+        post(receiver, range(3))
+        until(lambda: seals(url) and asked.sessions, "it works by a clock that is ahead", 90)
+        before = seals(url)
+        worker.send_signal(signal.SIGUSR2)
+        until(told.exists, "its clock is right")
+        receiver.post(body_of(2_000_003))
+        until(lambda: seals(url) > before, "it seals", 60)
+        until(lambda: len(asked.sessions) > 1, "it reads what is due", 60)
+        ((jobs,),) = rows(url, "SELECT count(*) FROM archiver_jobs.procrastinate_jobs")
+        assert jobs < 50
+        assert rows(url, "SELECT count(*) FROM archiver.seals WHERE sealed_at > now() + interval '1 minute'") == [
+            (0,)
+        ]
+        late = "SELECT count(*) FROM archiver.sessions WHERE leased_until > now() + interval '5 minutes'"
+        assert rows(url, late) == [(0,)]
+
+
+def test_what_a_receiver_a_day_ahead_takes_is_read_in_time(url: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AHEAD)
+    moved = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(tmp_path / "told"), "HOURS_AHEAD": "24"}
+    with serving(url, ARCHIVER_HOME=str(tmp_path / "home"), **moved, **SOON) as receiver:
+        assert set(post(receiver, range(5))) == {"stored"}
+        assert receiver.metric("archiver_clock_difference_seconds") > 80_000
+    late = "SELECT count(*) FROM archiver.events WHERE last_received_at > now() + interval '2 minutes'"
+    assert rows(url, late) == [(0,)]
+    late = "SELECT count(*) FROM archiver.sessions WHERE reconcile_at > now() + interval '5 minutes'"
+    assert rows(url, late) == [(0,)]
