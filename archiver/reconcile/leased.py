@@ -31,7 +31,7 @@ class Leased:
         self._left = deque(dict.fromkeys(session_ids))
         self._waiting: deque[str] = deque()
         self._held: dict[str, datetime] = {}
-        self._leasing = asyncio.Lock()
+        self._leasing, self._renewing = asyncio.Lock(), asyncio.Lock()
         self.before: dict[str, Standing] = {}
         self.busy: list[str] = []
 
@@ -102,6 +102,10 @@ class Leased:
                 log.warning("leases not renewed", error=explain(error))
 
     async def _renew(self) -> None:
+        async with self._renewing:  # of two at a time the second would take what the first renewed for another's
+            await self._renew_all()
+
+    async def _renew_all(self) -> None:
         held = dict(self._held)
 
         def renew(connection: Connection) -> tuple[datetime, set[str]]:
