@@ -93,6 +93,11 @@ spool_bytes = Gauge("archiver_spool_bytes", "Bytes of the events on the spool.",
 spool_age = Gauge(
     "archiver_spool_oldest_age_seconds", "Age of the oldest event on the spool.", multiprocess_mode="livemax"
 )
+spool_lost = Gauge(
+    "archiver_spool_lost_events",
+    "Acknowledged events that a disk or a person took from the spool; see archiver doctor. Alert above 0.",
+    multiprocess_mode="livemax",
+)
 sealing = Gauge(
     "archiver_sealing_timestamp_seconds",
     "Unix time when all that was settled had last been sealed; 0 before. Alert when it grows old.",

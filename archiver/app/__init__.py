@@ -28,7 +28,7 @@ from archiver.app.webhooks import Receiver
 from archiver.ingest import Ingest
 from archiver.reloading import Reloading
 from archiver.settings import Settings
-from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool
+from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
 from archiver.waits import report_waits
 from archiver.worker import timing_of
 from archiver.worker.recording import record_settings
@@ -36,6 +36,7 @@ from archiver.worker.recording import record_settings
 log = structlog.get_logger(__name__)
 
 WEBHOOK_PATH = "/webhooks/callhq"
+SPOOL_RETRY_SECONDS = 10.0
 
 
 async def healthz(_: Request) -> Response:
@@ -109,13 +110,14 @@ def create(configuration: Settings | None = None) -> Service:
         spool = _open_spool(configuration)
         async with ingest.running(spool):
             tasks = {asyncio.create_task(report_waits(asking)), asyncio.create_task(Reloading(reload).run())}
+            tasks.add(asyncio.create_task(_watch_spool(configuration, ingest)))
             with crowd.watched():
                 yield {"crowd": crowd}  # Uvicorn hands it to each connection
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-        if spool is not None:
-            spool.close()
+        if ingest.fallback is not None:
+            ingest.fallback.spool.close()
         await writing.dispose()
         await asking.dispose()
         log.info("stopped", pid=os.getpid())
@@ -137,6 +139,19 @@ def create(configuration: Settings | None = None) -> Service:
     app.receiver = receiver
     app.router.redirect_slashes = False  # a redirect loses the body of whoever does not follow it
     return app
+
+
+async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:
+    """Try again where there is no spool, until cancelled; and keep the number of lost events."""
+    folder = configuration.home.resolve() / SPOOL_FOLDER
+    while configuration.spool != "off":
+        telemetry.spool_lost.set((await asyncio.to_thread(select_lost, folder)).events)
+        await asyncio.sleep(SPOOL_RETRY_SECONDS)
+        if ingest.fallback is None:
+            spool = await asyncio.to_thread(_open_spool, configuration)
+            if spool is not None:
+                log.info("there is a spool again", file=spool.path.name)
+                ingest.add_spool(spool)
 
 
 def _open_spool(configuration: Settings) -> Spool | None:

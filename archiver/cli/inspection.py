@@ -26,6 +26,7 @@ def status(as_json: bool) -> None:
     """Show on one screen what the archive holds and what waits for a person."""
     configuration = settings.read()
     spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
+    lost = spool.select_lost(configuration.home / spool.SPOOL_FOLDER)
     try:
         with connection.engine(configuration, create=False) as engine:
             with database.transaction(engine, statement_seconds=300) as opened:
@@ -44,6 +45,7 @@ def status(as_json: bool) -> None:
         raise
     if as_json:
         told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
+        told |= {"spool_lost": lost}
         told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(standing, failing)}
         told |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
@@ -56,7 +58,7 @@ def status(as_json: bool) -> None:
     table.add_row("events", f"{figures.events:,}", f"{figures.deliveries:,} deliveries")
     table.add_row("last event", _moment(figures.last_event_at))
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
-    table.add_row("spool", f"{spooled.events:,}", f"since {_moment(spooled.oldest_at)}" if spooled.events else "")
+    table.add_row("spool", f"{spooled.events:,}", _spooled(spooled, lost))
     sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
     unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
@@ -96,6 +98,13 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
     for each, name, report in faulty:
         told = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
         table.add_row("", "", Text(told))
+
+
+def _spooled(spooled: spool.Depth, lost: spool.Lost) -> str:
+    said = [f"since {_moment(spooled.oldest_at)}"] if spooled.events else []
+    if lost.events:
+        said.append(f"{lost.events:,} lost since {_moment(lost.since)}: see archiver doctor")
+    return "; ".join(said)
 
 
 def _standing(standing: Standing) -> str:

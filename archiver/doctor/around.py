@@ -8,7 +8,17 @@ from archiver import signatures
 from archiver.callhq import CallError, UnauthorizedError, WaitError, probe, shown
 from archiver.doctor.finding import Finding
 from archiver.settings import Settings, SettingsError, strangers
-from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_depth, select_room, set_aside_files
+from archiver.spool import (
+    LEAST_ROOM,
+    LOST,
+    SPOOL_FOLDER,
+    SpoolError,
+    select_depth,
+    select_lost,
+    select_room,
+    select_unfit,
+    set_aside_files,
+)
 
 SHORTEST_SECRET = 16  # characters
 
@@ -86,6 +96,22 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
             f"{left.events:,} events ({left.bytes / 1_000_000:,.1f} MB) wait in {folder} for Postgres.",
             "`archiver serve` with this ARCHIVER_HOME archives them once Postgres takes events:"
             " if it runs, see its log and /readyz, else start it.",
+        )
+    if (lost := select_lost(folder)).since is not None:
+        yield Finding(
+            "spool losses",
+            "failure",
+            f"{lost.events:,} acknowledged events are lost since {lost.since:%Y-%m-%d %H:%M:%S} UTC: a disk"
+            f" or a person took them from {folder}.",
+            "Run `archiver backfill`, which reads the histories of their sessions; check the disk of ARCHIVER_HOME;"
+            f" then remove {folder / LOST}.",
+        )
+    if unfit := select_unfit(folder):
+        yield Finding(
+            "spool files",
+            "warning",
+            f"Not files, so that others are used in their place: {', '.join(map(str, unfit))}.",
+            "Remove them.",
         )
     if aside := set_aside_files(folder):
         yield Finding(

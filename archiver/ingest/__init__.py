@@ -89,23 +89,28 @@ class Ingest:
         self._arrived = asyncio.Event()
         self._expected = 1  # events for which the next batch waits a moment
         self._closing = False
+        self._drain: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self, spool: Spool | None = None) -> AsyncIterator[None]:
         """Write batches meanwhile; at the end write what still waits, and take nothing more."""
         if spool is not None:
-            self.fallback = Fallback(self._engine, spool, self._timing)
+            self.add_spool(spool)
         writer = asyncio.create_task(self._write_batches())
-        drain = asyncio.create_task(self.fallback.drain()) if self.fallback else None
         try:
             yield
         finally:
             self._closing = True
             self._arrived.set()
             await writer
-            if drain:
-                drain.cancel()  # the rest stays on disk
-                await asyncio.wait({drain})
+            if self._drain:
+                self._drain.cancel()  # the rest stays on disk
+                await asyncio.wait({self._drain})
+
+    def add_spool(self, spool: Spool) -> None:
+        """From now on what the database does not take goes there. Within `running`."""
+        self.fallback = Fallback(self._engine, spool, self._timing)
+        self._drain = asyncio.create_task(self.fallback.drain())
 
     async def submit(self, delivery: Delivery) -> Outcome:
         """Commit one delivery, together with whatever else waits.

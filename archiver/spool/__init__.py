@@ -7,6 +7,7 @@ was acknowledged is then saved as far as it can still be read.
 
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from tempfile import TemporaryFile
 
 import structlog
 
+from archiver.spool.counting import LOST, Lost, select_lost
 from archiver.spool.errors import SpoolError, SpoolFullError, explained, unusable
 from archiver.spool.files import BUSY_SECONDS, PAGE_BYTES, Spooled
 from archiver.spool.held import LEAST_ROOM, SELECT_DEPTH, Depth, Spool, hold, open_spool
@@ -21,8 +23,10 @@ from archiver.spool.salvage import set_aside_files
 
 __all__ = [
     "LEAST_ROOM",
+    "LOST",
     "SPOOL_FOLDER",
     "Depth",
+    "Lost",
     "Spool",
     "SpoolError",
     "SpoolFullError",
@@ -30,7 +34,9 @@ __all__ = [
     "open_left_behind",
     "open_spool",
     "select_depth",
+    "select_lost",
     "select_room",
+    "select_unfit",
     "set_aside_files",
 ]
 
@@ -44,7 +50,7 @@ def open_left_behind(folder: Path) -> Iterator[Spool]:
     for path in sorted(folder.glob("spool-*.db")):
         number = path.stem.removeprefix("spool-")
         try:
-            size = path.stat().st_size if number.isdecimal() else 0
+            size = path.lstat().st_size if number.isdecimal() and _is_file(path) else 0
             held = hold(folder, int(number), 2 * size) if size else None
         except (OSError, SpoolError) as error:
             log.error("a spool that was left behind cannot be read", reason=str(error))  # noqa: TRY400  # there is nothing to trace
@@ -61,6 +67,8 @@ def select_depth(folder: Path) -> Depth:
     """What waits in all files of a folder, whoever holds them. Raises `SpoolError`."""
     events, size, oldest = 0, 0, None
     for path in sorted(folder.glob("spool-*.db")):
+        if not _is_file(path):
+            continue
         with explained(path):
             database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
             try:
@@ -70,6 +78,18 @@ def select_depth(folder: Path) -> Depth:
         events, size = events + found[0], size + found[1]
         oldest = min(oldest or found[2], found[2]) if found[2] else oldest
     return Depth(events, size, datetime.fromisoformat(oldest) if oldest else None)
+
+
+def select_unfit(folder: Path) -> list[Path]:
+    """What stands where a file of the spool should, and is none: a folder, a link."""
+    return [path for path in sorted(folder.glob("spool-*.*")) if not _is_file(path)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return True  # it has gone
 
 
 def select_room(folder: Path) -> int:

@@ -110,7 +110,7 @@ def insert(database: sqlite3.Connection, deliveries: Sequence[Spooled]) -> None:
         )
         for each in deliveries
     ]
-    database.executemany(_INSERT, [(*row, _checksum(row)) for row in rows])
+    database.executemany(_INSERT, [(*row, checksum(row)) for row in rows])
 
 
 def insert_all(database: sqlite3.Connection, deliveries: Iterator[Spooled]) -> int:
@@ -125,8 +125,8 @@ def insert_all(database: sqlite3.Connection, deliveries: Iterator[Spooled]) -> i
 def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[Spooled]:
     """The deliveries from this id on, in order. Raises `SpoolError`, at a damaged one `SpoolDamagedError`."""
     with explained(path):
-        for number, checksum, *row in database.execute(_SELECT_FROM, (start,)):
-            if checksum is not None and checksum != _checksum(tuple(row)):
+        for number, stored, *row in database.execute(_SELECT_FROM, (start,)):
+            if stored is not None and stored != checksum(tuple(row)):
                 raise damaged(path, f"checksum of delivery {number}")
             received_at, source, key_id, kind, session_id, dedupe_key, body = row
             try:
@@ -152,6 +152,18 @@ def readable(database: sqlite3.Connection, path: Path) -> Iterator[Spooled]:
         start += 1  # one that cannot be read, or lies where nothing can: try behind it
 
 
-def _checksum(row: Row) -> int:
+def insert_rows(database: sqlite3.Connection, rows: Iterator[Row]) -> int:
+    """Likewise rows that were found by their checksums; answers how many."""
+    return database.executemany(_INSERT, ((*row, checksum(row)) for row in rows)).rowcount
+
+
+def select_rows(database: sqlite3.Connection, path: Path) -> set[Row]:
+    """All rows, without their numbers. Raises `SpoolError`."""
+    with explained(path):
+        return set(database.execute(f"SELECT {_COLUMNS} FROM spooled"))  # noqa: S608  # a constant
+
+
+def checksum(row: Row) -> int:
+    """Of a row without its number."""
     *rest, body = row
     return crc32(body if isinstance(body, bytes) else b"", crc32(repr(rest).encode()))

@@ -13,13 +13,15 @@ import msgspec
 import structlog
 
 from archiver.spool import files
-from archiver.spool.errors import SpoolDamagedError, SpoolError, SpoolFullError, explained, unusable
+from archiver.spool.counting import Count, add_lost
+from archiver.spool.errors import SpoolDamagedError, SpoolError, SpoolFullError, damaged, explained, unusable
 from archiver.spool.files import PAGE_BYTES, Spooled, open_file, transaction
-from archiver.spool.salvage import overwrite, set_aside, sync
+from archiver.spool.salvage import insert_found, overwrite, set_aside, sync
 
 log = structlog.get_logger(__name__)
 
 MAX_FILES = 1_000
+MOST_FAULTS = 10  # names that cannot be used, after which it is the folder that cannot
 LEAST_ROOM = 1_048_576  # bytes: with less a spool counts as full
 
 
@@ -42,6 +44,7 @@ class Spool:
         self._lock_file, self._max_bytes = lock, max_bytes
         self._lock = threading.Lock()
         self._file = 0  # counts the files that this has been: in each one the ids begin anew
+        self._count = Count(self.path)
         self._reopen()
 
     def _reopen(self) -> None:
@@ -59,12 +62,36 @@ class Spool:
         try:
             with explained(self.path):
                 events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+            self._events, self._bytes = int(events), int(size)
+            self._find_missing()
         except SpoolError:
             self._database.close()
             raise
-        self._events, self._bytes = int(events), int(size)
         self._identity = self._seen()
         self._is_closed = False
+
+    def _find_missing(self) -> None:
+        """Compare what the file holds with the count beside it; look for the rest in its bytes, and report a loss."""
+        missing = self._count.read() - self._events
+        if missing > 0:
+            with transaction(self._database, self.path):
+                known = files.select_rows(self._database, self.path)
+                found = insert_found(self._database, self.path, known)
+            if found:
+                log.error("the spool was damaged: saved what can be read", events=found, file=self.path.name)
+                events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+                self._events, self._bytes = int(events), int(size)
+            missing -= found
+        if missing > 0:
+            lost = add_lost(self.path.parent, missing)
+            log.error(
+                "acknowledged events are lost: they are in the spool no more",
+                events=missing,
+                in_all=lost.events,
+                file=self.path.name,
+                advice="archiver backfill reads the histories of their sessions; see archiver doctor",
+            )
+        self._count.write(self._events, is_durable=missing > 0)
 
     def append(self, deliveries: Sequence[Spooled]) -> None:
         """Make these deliveries durable, all or none. Raises `SpoolError`, of a full one `SpoolFullError`."""
@@ -83,6 +110,7 @@ class Spool:
             raise SpoolError(unusable(self.path, "removed while in use"))
         self._events += len(deliveries)
         self._bytes += sum(len(each.body) for each in deliveries)
+        self._count.write(self._events)
 
     def select_oldest(self, after: int, most: int, most_bytes: int) -> list[Spooled]:
         """The oldest deliveries after this id: so many, or so many bytes of them, but at least one."""
@@ -108,6 +136,8 @@ class Spool:
                 found.append(msgspec.structs.replace(delivery, file=self._file))
                 if len(found) == most:
                     break
+        if not found and after == 0 and self._events > 0:  # a damaged page may lead past rows without a word
+            raise damaged(self.path, f"{self._events:,} deliveries cannot be reached")
         return found
 
     def delete(self, deliveries: Sequence[Spooled]) -> None:
@@ -122,6 +152,7 @@ class Spool:
             if self._is_closed:
                 self._reopen()
             deliveries = [each for each in deliveries if each.file == self._file]
+            self._count.write(self._events - len(deliveries), is_durable=True)
             try:
                 if self._gone_through or self._gone:
                     raise SpoolFullError  # it was so before, and would be slow to find out again
@@ -151,7 +182,8 @@ class Spool:
     def _is_empty(self) -> bool:
         with explained(self.path):
             query = "SELECT NOT EXISTS (SELECT 1 FROM spooled WHERE id > ?)"
-            return bool(self._database.execute(query, (self._gone_through,)).fetchone()[0])
+            is_empty = bool(self._database.execute(query, (self._gone_through,)).fetchone()[0])
+        return is_empty and self._events <= 0
 
     def _free(self) -> None:
         if self._gone_through:
@@ -220,6 +252,8 @@ class Spool:
         """Go on in another file, because somebody removed ours, or the lock that makes it ours."""
         log.error("the spool was removed while in use: going on in another file", spool=str(self.path))
         is_in_place = self._seen()[:2] == self._identity[:2]
+        if not is_in_place:  # whatever was in it goes to the other file
+            self._count.write(0)
         fresh = open_spool(self.path.parent, self._max_bytes)
         try:
             if not is_in_place:  # otherwise whoever holds it now, which may be us, has them
@@ -232,6 +266,7 @@ class Spool:
         self._file += 1
         self.path, self._lock_file = fresh.path, fresh._lock_file
         self._database, self._identity = fresh._database, fresh._identity
+        self._count = fresh._count
         self._gone_through, self._gone = fresh._gone_through, fresh._gone
         self._events, self._bytes = fresh._events, fresh._bytes
 
@@ -240,6 +275,7 @@ class Spool:
             files.insert_all(self._database, deliveries)
         events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
         self._events, self._bytes = int(events), int(size)
+        self._count.write(self._events)
 
     def _go_on(self, error: SpoolError) -> None:
         self._database.close()
@@ -266,14 +302,29 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
     with explained(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync(folder.parent)  # SQLite sees to what is in the folder
+    faults: list[SpoolError] = []
     for number in range(MAX_FILES):
-        if (held := hold(folder, number, max_bytes)) is not None:
+        try:
+            held = hold(folder, number, max_bytes)
+        except SpoolFullError:
+            raise
+        except SpoolError as error:  # of this name, unless the next ones meet it as well
+            faults.append(error)
+            if len(faults) == MOST_FAULTS:
+                raise faults[0] from None
+            continue
+        if held is not None:
+            if faults:
+                log.error("a file of the spool cannot be used: another one is", reason=str(faults[0]))
             return held
     raise SpoolError(f"{folder} has {MAX_FILES} spools in use.")
 
 
 def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
     """The file of this number, if nobody else holds it."""
+    for name in (f"spool-{number}.db", f"spool-{number}.db-wal", f"spool-{number}.db-shm"):
+        if (folder / name).is_symlink() or (folder / name).is_dir():
+            raise SpoolError(unusable(folder / name, "not a file"))
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     with explained(folder):
         lock = os.open(folder / f"spool-{number}.lock", flags, 0o600)

@@ -2,12 +2,13 @@
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import count, takewhile
 from pathlib import Path
 
 from archiver.spool import files
 from archiver.spool.errors import SpoolDamagedError, explained
+from archiver.spool.scanning import scan
 
 
 def set_aside(path: Path) -> tuple[int, Path]:
@@ -47,12 +48,22 @@ def _copy(path: Path, fresh: Path) -> int:
         try:
             with files.transaction(whole, fresh):
                 saved = files.insert_all(whole, _readable(damaged, path))
+                known = files.select_rows(whole, fresh)
+                saved += insert_found(whole, path, known)
             whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # nothing beside it, so that it can be renamed
         finally:
             whole.close()
     finally:
         damaged.close()
     return saved
+
+
+def insert_found(database: sqlite3.Connection, path: Path, known: Collection[files.Row]) -> int:
+    """Insert what the bytes of a file hold beside the rows that are known; answers how many. Within a transaction."""
+    wal = Path(f"{path}-wal")
+    found = scan(path.read_bytes(), wal.read_bytes() if wal.is_file() else b"")
+    new = [row for row in found if row not in known]
+    return files.insert_rows(database, iter(new)) if new else 0
 
 
 def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Spooled]:

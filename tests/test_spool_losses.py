@@ -1,0 +1,174 @@
+"""What a disk or a person does to the spool: intact deliveries are found again, and a loss is reported by number."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from archiver.spool import Spool, Spooled, open_spool, select_lost
+from tests.payloads import created
+from tests.receivers import archiver, serving
+from tests.waiting import until
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ROOM = 16 * 1_048_576
+BESIDE = 160  # bytes before and after a body that its row may take
+
+
+def body(number: int, size: int = 40) -> bytes:
+    return f"<{number:06}>".encode() + bytes(65 + (number * 7 + at) % 26 for at in range(size))
+
+
+def fill(folder: Path, sizes: list[int]) -> list[bytes]:
+    """Spool so many deliveries, and let go of the file; answers their bodies."""
+    wanted = [body(number, size) for number, size in enumerate(sizes)]
+    spool = open_spool(folder, ROOM)
+    spool.append([Spooled(0, NOW + timedelta(seconds=n), "webhook", "k", each) for n, each in enumerate(wanted)])
+    spool.close()
+    return wanted
+
+
+def left(spool: Spool) -> set[bytes]:
+    """What can be drained."""
+    found: set[bytes] = set()
+    while page := spool.select_oldest(0, 50, 10**9):
+        found |= {each.body for each in page}
+        spool.delete(page)
+    return found
+
+
+def reopened(folder: Path) -> set[bytes]:
+    spool = open_spool(folder, ROOM)
+    try:
+        return left(spool)
+    finally:
+        spool.close()
+
+
+def is_untouched(raw: bytes, each: bytes, start: int, end: int) -> bool:
+    """Whether the row of this body lies apart from the bytes that are damaged."""
+    at = raw.index(each)
+    return end <= at - BESIDE or start >= at + len(each) + BESIDE
+
+
+@pytest.mark.parametrize("zeroed", [100, 4_096, 8_192])
+def test_i1_all_rows_behind_a_damaged_head_are_found(tmp_path: Path, zeroed: int) -> None:
+    wanted = fill(tmp_path, [40 + 10 * n for n in range(40)] + [9_000, 40_000, 5_000])
+    path = tmp_path / "spool-0.db"
+    raw = path.read_bytes()
+    path.write_bytes(bytes(zeroed) + raw[zeroed:])
+    untouched = {each for each in wanted if zeroed <= 100 or is_untouched(raw, each[:48], 0, zeroed)}
+    assert len(untouched) > 20
+    found = reopened(tmp_path)
+    assert untouched <= found
+    assert select_lost(tmp_path).events == len(wanted) - len(found)
+
+
+@given(st.floats(0, 1), st.integers(1, 6_000), st.booleans())
+@settings(max_examples=60, deadline=None)
+@example(0.0, 100, True)
+@example(0.0, 6_000, False)
+def test_i1_damage_anywhere_costs_no_row_that_it_does_not_touch(
+    tmp_path_factory: pytest.TempPathFactory, place: float, length: int, is_zeroed: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    wanted = fill(folder, [40 + n for n in range(120)])
+    path = folder / "spool-0.db"
+    raw = path.read_bytes()
+    start = int(place * (len(raw) - 1))
+    end = min(start + length, len(raw))
+    damage = bytes(end - start) if is_zeroed else bytes(each ^ 0x55 for each in raw[start:end])
+    path.write_bytes(raw[:start] + damage + raw[end:])
+    untouched = {each for each in wanted if is_untouched(raw, each, start, end)}
+    found = reopened(folder)
+    assert untouched <= found <= set(wanted)
+    assert select_lost(folder).events == len(set(wanted) - found)
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.3, 0.7])
+def test_i1_a_write_ahead_log_that_is_damaged_or_cut_costs_what_it_does_not_hold_and_no_more(
+    tmp_path: Path, cut: float
+) -> None:
+    """As after kill -9: the log was not written into the file."""
+    spool = open_spool(tmp_path / "live", ROOM)
+    wanted = [body(number, 300) for number in range(60)]
+    for number, each in enumerate(wanted):
+        spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
+        (copied / name).write_bytes((tmp_path / "live" / name).read_bytes())
+    spool.close()
+    wal = copied / "spool-0.db-wal"
+    raw = bytearray(wal.read_bytes())
+    at = int(cut * len(raw))
+    raw[at : at + 200] = bytes(200)  # all behind it SQLite passes over
+    wal.write_bytes(bytes(raw))
+    found = reopened(copied)
+    lost = set(wanted) - found
+    assert len(lost) <= 1
+    assert select_lost(copied).events == len(lost)
+
+
+def test_i1_a_write_ahead_log_that_is_removed_is_reported_with_the_number(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path / "live", ROOM)
+    spool.append([Spooled(0, NOW, "webhook", "k", body(number)) for number in range(7)])
+    home = tmp_path / "home"
+    copied = home / "spool"
+    copied.mkdir(parents=True)
+    for name in ("spool-0.db", "spool-0.count"):
+        (copied / name).write_bytes((tmp_path / "live" / name).read_bytes())
+    spool.close()
+    reopened(copied)
+    assert select_lost(copied).events == 7
+    reopened(copied)
+    assert select_lost(copied).events == 7, "it is reported once"
+    shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
+    assert "7 acknowledged events are lost" in " ".join(shown.stdout.split())
+
+
+def test_no_loss_is_reported_where_none_is(tmp_path: Path) -> None:
+    wanted = fill(tmp_path, [40] * 20)
+    spool = open_spool(tmp_path, ROOM)
+    spool.delete(spool.select_oldest(0, 5, 10**9))
+    spool.close()
+    assert len(reopened(tmp_path)) == 15
+    spool = open_spool(tmp_path, ROOM)
+    spool.delete(spool.select_oldest(0, 100, 10**9))
+    spool.close()
+    assert reopened(tmp_path) == set()
+    assert select_lost(tmp_path).events == 0
+    assert len(wanted) == 20
+
+
+@pytest.mark.parametrize("name", ["spool-0.db", "spool-0.db-wal", "spool-0.lock"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_name_that_is_no_file_is_passed_over_and_reported(tmp_path: Path, name: str, kind: str) -> None:
+    home = tmp_path / "home"
+    folder = home / "spool"
+    folder.mkdir(parents=True)
+    if kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    spool = open_spool(folder, ROOM)
+    spool.append([Spooled(0, NOW, "webhook", "k", body(1))])
+    assert left(spool) == {body(1)}
+    assert spool.path.name == "spool-1.db"
+    spool.close()
+    assert not (tmp_path / "elsewhere").exists()
+    shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
+    assert name in shown.stdout
+
+
+def test_a_receiver_without_a_spool_tries_again_and_says_so(database_url: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o711)
+    (home / "spool").write_text("in the way")
+    with serving(database_url, ARCHIVER_HOME=str(home)) as receiver:
+        assert receiver.get("/readyz").json()["spool"] == "none"
+        (home / "spool").unlink()
+        until(lambda: receiver.get("/readyz").json()["spool"] == "ready", "there is a spool again", 60)
+        assert receiver.post(created()).json()["status"] == "stored"
