@@ -11,6 +11,7 @@ from datetime import datetime
 import msgspec
 
 from archiver.alignment import newer, wording
+from archiver.alignment.context import without_repeats
 from archiver.alignment.history import merge_history
 from archiver.alignment.newer import Key, key_of, may_claim
 from archiver.alignment.parts import date, whole
@@ -74,11 +75,12 @@ def compose(turns: Iterable[Turn], readings: Iterable[Reading]) -> Transcript:
 def _with_turns(spine: list[Line], turns: list[Turn], read_at: datetime | None, *, is_dated: bool) -> Transcript:
     ordered = in_order(turns)
     count = newer.split(ordered, read_at)
-    lines = merge_turns(spine, ordered[:count], read_at, is_dated=is_dated)
+    lines = merge_turns(spine, without_repeats(ordered[:count], spine), read_at, is_dated=is_dated)
     is_open, texts = newer.has_open_end(lines), newer.unclaimed(lines)
     if count < len(ordered):
         if is_open or any(may_claim(turn.messages, texts) for turn in ordered[count:]):
-            return Transcript(merge_turns(spine, ordered, read_at, is_dated=is_dated), can_append=False)
+            lines = merge_turns(spine, without_repeats(ordered, spine), read_at, is_dated=is_dated)
+            return Transcript(lines, can_append=False)
         lines = [*lines, *(line for turn in ordered[count:] for line in whole_turn(turn, read_at))]
     return Transcript(lines, can_append=not is_open)
 

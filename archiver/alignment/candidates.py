@@ -21,6 +21,7 @@ from archiver.alignment.wording import Key, are_alike, is_cut, key_of
 
 NEARBY = 32  # places of an often repeated text that are tried for one turn
 SKEW = timedelta(seconds=40)  # by which the time of a turn is believed to be wrong at most
+PROMPTS = frozenset({"system", "developer"})
 ASIDES = frozenset({"system", "developer", "tool", "function"})  # roles of lines that webhooks often do not report
 
 
@@ -108,6 +109,8 @@ class Told:
         self.messages = turn.messages
         self.keys = [key_of(message.role, message.content) for message in turn.messages]
         filled = [index for index, (_, content) in enumerate(self.keys) if content]
+        # A history may not show what the application tells its assistant.
+        filled = [index for index in filled if index >= turn.inputs or self.keys[index][0] not in PROMPTS] or filled
         # Of a turn without any content its blank input is all that there is to find.
         self.required = frozenset(filled or range(turn.inputs or len(self.keys)))
         self.inputs = turn.inputs

@@ -9,6 +9,7 @@ import msgspec
 
 from archiver import history
 from archiver.alignment import Line
+from archiver.alignment.candidates import PROMPTS
 from archiver.alignment.shapes import USER
 from archiver.alignment.wording import role_of
 from archiver.history import Told
@@ -140,12 +141,16 @@ def _state(
 def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None:
     """The reason why history does not confirm all that webhooks told; None if it does.
 
-    Each text counts: a turn may be in the history with other words. Deleted turns need no confirmation.
+    Each text counts: a turn may be in the history with other words. Deleted turns need no confirmation, nor what an
+    application tells its assistant.
     """
     texts = [
         line
         for line in lines
-        if line.chat_id is not None and line.content.strip() and turns[line.chat_id].deleted_at is None
+        if line.chat_id is not None
+        and line.content.strip()
+        and role_of(line.role) not in PROMPTS
+        and turns[line.chat_id].deleted_at is None
     ]
     confirmed = {line.chat_id for line in texts if line.first_read_at is not None}
     unconfirmed = {line.chat_id for line in texts if line.first_read_at is None}

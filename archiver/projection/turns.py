@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from archiver import events
+from archiver.alignment.context import own_messages
 from archiver.events import Event, Message
 
 T = TypeVar("T")
@@ -99,6 +100,8 @@ def fold(facts: Sequence[Fact]) -> Turn:
     tellings = [chat for _, chat in told]
     outputs = [chat.output for chat in tellings]
     said = _newest(chat.input or None for chat in tellings) or ()
+    answered = _newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)
+    said, answered = own_messages(said, answered)
     return Turn(
         assistant_id=_newest(chat.assistant_id for chat in tellings),
         external_id=_newest(chat.external_id for chat in tellings),
@@ -113,7 +116,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
         first_received_at=min(fact.received_at for fact in ordered),
         deleted_at=_earliest(_deleted_at(fact) for fact in ordered if fact.event.type == events.DELETED),
         source=ordered[0].source,
-        messages=said + (_newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)),
+        messages=said + answered,
         inputs=len(said),
         told_at=max((fact.known_at for fact in ordered if _tells_content(fact)), default=ordered[0].known_at),
     )
@@ -122,6 +125,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
 def _turn_of(fact: Fact) -> Turn:
     """`fold` of a single fact, which is what nearly every turn is made of, at a fraction of the cost."""
     chat = fact.event.chat or events.NOTHING_TOLD
+    said, answered = own_messages(chat.input, chat.output)
     return Turn(
         assistant_id=chat.assistant_id,
         external_id=chat.external_id,
@@ -136,8 +140,8 @@ def _turn_of(fact: Fact) -> Turn:
         first_received_at=fact.received_at,
         deleted_at=_deleted_at(fact) if fact.event.type == events.DELETED else None,
         source=fact.source,
-        messages=chat.input + chat.output,
-        inputs=len(chat.input),
+        messages=said + answered,
+        inputs=len(said),
         told_at=fact.known_at,
     )
 

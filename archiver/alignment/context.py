@@ -1,0 +1,124 @@
+"""What a turn repeats of the conversation before it: some clients send all of it, or the end of it, with each turn.
+
+`own_messages` removes it by form alone: in an input, what stands up to the last answer before the user's words; in an
+output, what stands up to the last of the user's words. `without_repeats` removes what only the history can show to be
+a repeat. The ledger keeps the bytes.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from archiver.alignment.candidates import ASIDES, PROMPTS
+from archiver.alignment.shapes import USER, Line, Turn
+from archiver.alignment.wording import Key, key_of, role_of
+from archiver.events import Message
+
+_PLACES = 64  # of an often repeated text that are looked at
+
+Messages = tuple[Message, ...]
+
+
+def own_messages(said: Messages, answered: Messages) -> tuple[Messages, Messages]:
+    """Input and output of a turn without the conversation before it.
+
+    Where there is no input, the user's last words in the output are it.
+    """
+    if len(said) > 1:
+        said = said[_context_end(said) :]
+    end = _last_of(answered, is_user=True) if len(answered) > 1 else 0
+    if 0 < end < len(answered):
+        if not said:
+            begin = end
+            while begin and role_of(answered[begin - 1].role) == USER:
+                begin -= 1
+            said = answered[begin:end]
+        answered = answered[end:]
+    return said, answered
+
+
+def _context_end(said: Messages) -> int:
+    """Where the new words begin: after the last answer that words of the user follow."""
+    last = _last_of(said, is_user=True)
+    return _last_of(said[:last], is_user=False)
+
+
+def _last_of(messages: Messages, *, is_user: bool) -> int:
+    """The index after the last message of the user, or after the last answer or call of a tool."""
+    for index in range(len(messages), 0, -1):
+        role = role_of(messages[index - 1].role)
+        if (role == USER) if is_user else (role != USER and role not in PROMPTS):
+            return index
+    return 0
+
+
+def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
+    """The turns, given in order, without what they repeat as the `lines` of the history show.
+
+    Leading inputs, or leading outputs, go if the history shows the others of them without these, and these before. A
+    system message goes if an earlier turn has it, too, and the history shows it less often.
+    """
+    if not lines:
+        return [*turns]
+    keys = [key_of(line.role, line.content) for line in lines]
+    places: dict[Key, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    prompts: set[Key] = set()
+    found = []
+    for turn in turns:
+        trimmed = _without_prompts(turn, prompts, places) if turn.inputs > 1 else turn
+        if len(trimmed.messages) > 2:  # noqa: PLR2004  # a question and its answer repeat nothing
+            trimmed = _without_leading(trimmed, keys, places)
+        found.append(trimmed)
+    return found
+
+
+def _without_prompts(turn: Turn, prompts: set[Key], places: dict[Key, list[int]]) -> Turn:
+    kept = []
+    for message in turn.messages[: turn.inputs]:
+        key = key_of(message.role, message.content)
+        if key[0] in PROMPTS:
+            if key in prompts and len(places.get(key, ())) <= 1:
+                continue
+            prompts.add(key)
+        kept.append(message)
+    if len(kept) == turn.inputs or not kept:
+        return turn
+    return msgspec.structs.replace(turn, messages=(*kept, *turn.messages[turn.inputs :]), inputs=len(kept))
+
+
+def _without_leading(turn: Turn, keys: Sequence[Key], places: dict[Key, list[int]]) -> Turn:
+    said, answered = turn.messages[: turn.inputs], turn.messages[turn.inputs :]
+    inputs = said[_surplus(said, keys, places) :]
+    outputs = answered[_surplus(answered, keys, places) :]
+    if len(inputs) + len(outputs) == len(turn.messages):
+        return turn
+    return msgspec.structs.replace(turn, messages=inputs + outputs, inputs=len(inputs))
+
+
+def _surplus(messages: Messages, keys: Sequence[Key], places: dict[Key, list[int]]) -> int:
+    """How many of the first of these messages are repeats."""
+    told = [key_of(message.role, message.content) for message in messages]
+    if len(told) < 2 or not all(content for _, content in told):  # noqa: PLR2004
+        return 0
+    runs = [(_run(told, keys, place), place) for place in places.get(told[-1], ())[:_PLACES]]
+    length, place = max(runs, default=(0, 0), key=lambda run: (run[0], -run[1]))
+    missing = told[: len(told) - length]
+    # Elsewhere in the history, and all of them before.
+    if length and missing and all(any(other < place for other in places.get(key, ())) for key in missing):
+        return len(missing)
+    return 0
+
+
+def _run(told: Sequence[Key], keys: Sequence[Key], place: int) -> int:
+    """How many of the last of these messages stand in a row that ends at this line."""
+    length = 1
+    line = place - 1
+    while length < len(told) and line >= 0:
+        if keys[line] == told[-1 - length]:
+            length += 1
+        elif keys[line][0] not in ASIDES and keys[line][1]:
+            break
+        line -= 1
+    return length

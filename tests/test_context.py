@@ -1,0 +1,130 @@
+"""A turn that repeats the conversation before it adds only what is new; what a user really says again stays."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archiver.alignment import Turn, transcript
+from archiver.alignment.context import own_messages
+from archiver.rebuild import rebuild
+from tests.payloads import created
+from tests.test_alignment import minute, reading, said, texts
+from tests.test_history import TIMING, Archive, answer, archive
+
+__all__ = ["archive"]  # a fixture
+
+Said = list[tuple[str, str]]
+
+
+def turn(chat_id: str, inputs: list[str], outputs: list[str], at: float) -> Turn:
+    told, answered = own_messages(said(*inputs), said(*outputs))
+    return Turn(chat_id, told + answered, len(told), minute(at), minute(at))
+
+
+def conversation(length: int) -> list[str]:
+    return [f"{role} {number}" for number in range(length) for role in "ua"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ["u 0", "a 0", "u 1"],
+        ["s rules", "u 0", "a 0", "u 1"],
+        ["a 0", "u 1"],
+        ["u 0 ", "a  0", "u 1"],
+        ["u 0", "t look", "a 0", "u 1"],
+        ["u 1"],
+    ],
+)
+@pytest.mark.parametrize("outputs", [["a 1"], ["u 1", "a 1"], ["u 0", "a 0", "u 1", "a 1"]])
+def test_an_input_that_repeats_the_conversation_adds_only_what_is_new(inputs: list[str], outputs: list[str]) -> None:
+    first, second = turn("A", ["u 0"], ["a 0"], 1), turn("B", inputs, outputs, 2)
+    whole = ["u 0", "a 0", "u 1", "a 1"]
+    for known, history, chats in (
+        ([first, second], [], "AABB"),
+        ([second], [], "BB"),
+        ([first, second], [reading(*whole)], "AABB"),
+        ([second], [reading(*whole)], "--BB"),
+    ):
+        lines = transcript(known, history)
+        assert "".join(line.chat_id or "-" for line in lines) == chats
+        assert texts(lines) == texts(said(*whole[-len(chats) :]))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(["u 0", "u 1"], ["a 1"]), (["u 1"], ["a 0", "a 1"])])
+def test_what_only_history_shows_to_be_a_repeat_goes_once_it_was_read(inputs: list[str], outputs: list[str]) -> None:
+    turns = [turn("A", ["u 0"], ["a 0"], 1), turn("B", inputs, outputs, 2)]
+    assert len(transcript(turns, [])) == 5
+    lines = transcript(turns, [reading("u 0", "a 0", "u 1", "a 1")])
+    assert "".join(line.chat_id or "-" for line in lines) == "AABB"
+
+
+def test_a_system_message_of_each_turn_stands_once_where_history_does_not_show_it() -> None:
+    turns = [turn("A", ["s rules", "u 0"], ["a 0"], 1), turn("B", ["s rules", "u 1"], ["a 1"], 2)]
+    lines = transcript(turns, [reading("u 0", "a 0", "u 1", "a 1")])
+    assert texts(lines) == texts(said("s rules", "u 0", "a 0", "u 1", "a 1"))
+    shown = ["s rules", "u 0", "a 0", "s rules", "u 1", "a 1"]
+    assert texts(transcript(turns, [reading(*shown)])) == texts(said(*shown))
+
+
+def test_what_a_user_really_says_again_stays() -> None:
+    turns = [turn("A", ["u 0"], ["a 0"], 1), turn("B", ["u 0"], ["a 0"], 2), turn("C", ["u 0", "u 1"], ["a 1"], 3)]
+    whole = ["u 0", "a 0", "u 0", "a 0", "u 0", "u 1", "a 1"]
+    for history in ([], [reading(*whole)]):
+        lines = transcript(turns, history)
+        assert "".join(line.chat_id or "-" for line in lines) == "AABBCCC"
+        assert texts(lines) == texts(said(*whole))
+
+
+def test_an_output_that_holds_all_of_the_turn_is_split() -> None:
+    assert own_messages((), said("u 0", "a 0", "u 1", "u 2", "a 1")) == (said("u 1", "u 2"), said("a 1"))
+    assert own_messages((), said("u 0")) == ((), said("u 0"))
+    assert own_messages(said("u 0", "a draft"), ()) == (said("u 0", "a draft"), ())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 6), st.data())
+def test_i6_a_conversation_repeated_with_every_turn_stands_once(length: int, data: st.DataObject) -> None:
+    whole = conversation(length)
+    turns = []
+    for number in range(length):
+        before = whole[: 2 * number]
+        window = before[data.draw(st.integers(0, len(before))) :]
+        rules = ["s rules"] * data.draw(st.integers(0, 1)) if window else []
+        resent = [*rules, *(f"{text}{data.draw(st.sampled_from(['', ' ', chr(160)]))}" for text in window)]
+        echo = data.draw(st.sampled_from([[], [*window, whole[2 * number]]]))
+        inputs = [*resent, whole[2 * number]] if "a" in [text[0] for text in window] else [whole[2 * number]]
+        turns.append(turn(f"C{number}", inputs, [*echo, whole[2 * number + 1]], number))
+    known = [each for each in turns if data.draw(st.integers(0, 3))]
+    assert texts(transcript(turns, [])) == texts(said(*whole))
+    lines = transcript(known, [reading(*whole)])
+    assert texts(lines) == texts(said(*whole))
+    for each in known:
+        assert [line.content for line in lines if line.chat_id == each.chat_id] == [each.chat_id[1:]] * 2
+
+
+def _created(number: int, inputs: Any) -> bytes:
+    moment = minute(number).replace(year=2026).isoformat()
+    output = [{"role": "assistant", "content": f"a{number}"}]
+    return created(f"chat-{number}", input=inputs, output=output, createdAt=moment, updatedAt=moment)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1), (2,)])
+@pytest.mark.parametrize("is_read", [False, True])
+def test_i10_resent_context_is_no_part_of_the_archive(
+    archive: Archive, order: tuple[int, ...], is_read: bool
+) -> None:
+    whole = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    resent = [{"role": role, "content": content} for role, content in whole[:3]]
+    for number in order:
+        archive.webhook(number, _created(number, "q1" if number == 1 else resent))
+    if is_read:
+        archive.reading(30, answer(*whole))
+    shown = whole if is_read or 1 in order else whole[2:]
+    assert [(role, content) for _, role, content, _ in archive.transcript()] == shown
+    assert [chat_id for chat_id, *_ in archive.transcript()][-2:] == ["chat-2", "chat-2"]
+    before = archive.dump()
+    list(rebuild(archive.engine, TIMING))
+    assert archive.dump() == before
