@@ -122,6 +122,11 @@ def told(kind: str, session_id: str, body: bytes) -> Told:
     return NOTHING_TOLD if session is None else _told(session, _messages(session["messages"]))
 
 
+def message(content: bytes) -> tuple[Message, ...]:
+    """What one of the messages of a response says, given as it stands there; nothing where it is none."""
+    return _messages([_decoded(content)]) or ()
+
+
 def _event(kind: str, session_id: str, body: bytes, fact: list[Any]) -> Event:
     key = events.digest([kind, *fact])
     return Event(kind, body, key, session_id, chat_id=None, chat=None, occurred_at=None)

@@ -10,7 +10,8 @@ import msgspec
 from sqlalchemy import Connection, case, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
 
-from archiver import events, history, outbox, projection, tables
+from archiver import compaction, events, history, outbox, projection, tables
+from archiver.compaction import InPieces
 from archiver.database import Lock, RowsInsert, Statement, locks
 from archiver.events import Event
 from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
@@ -125,9 +126,18 @@ def _append(
         key = observation.key
         known = tellings.get(key)
         tellings[key] = _Telling.of(observation) if known is None else known.and_also(observation)
-    rows = _upsert_events(connection, tellings)
+    responses = {
+        key: (telling.first.event.body, telling.first.received_at)
+        for key, telling in tellings.items()
+        if compaction.is_response(telling.first.event, telling.first.source)
+    }
+    in_pieces = compaction.take_apart(connection, responses, timing) if responses else {}
+    rows = _upsert_events(connection, tellings, in_pieces)
     changed = [fact for key, row in rows.items() if (fact := _changed(tellings[key], row)) is not None]
     changes = projection.project(connection, changed, timing, erased)
+    for key in sorted(responses):
+        if rows[key].delivery_count == tellings[key].count:
+            compaction.supersede(connection, key, responses[key][0])
     if tells:
         outbox.insert_changes(connection, changes)
     answers, told = [], set()
@@ -174,7 +184,7 @@ def _lock(*, exclusive: bool) -> tuple[Statement, ...]:
     return locks.taking(Lock.PLACEMENT, exclusive=exclusive)
 
 
-def _event_upsert() -> RowsInsert:
+def _event_upsert(*more_unset: str) -> RowsInsert:
     facts = tables.events
     statement = insert(facts)
     new = statement.excluded
@@ -202,15 +212,22 @@ def _event_upsert() -> RowsInsert:
         ).label("occurred_at"),
         facts.c.earliest_at.is_not(None).label("is_dated_back"),
     )
-    unset = ("id", "earliest_at", "is_recounted")
+    unset = {"id", "earliest_at", "is_recounted", *more_unset}
     return RowsInsert(upsert, [column.name for column in facts.c if column.name not in unset])
 
 
-_UPSERT_EVENT = _event_upsert()
+_UPSERT_EVENT = _event_upsert("frame", "runs")
+_UPSERT_IN_PIECES = _event_upsert()
 
 
-def _upsert_events(connection: Connection, tellings: dict[Key, _Telling]) -> dict[Key, Any]:
-    rows = _UPSERT_EVENT.execute(connection, [_event_row(tellings[key]) for key in sorted(tellings)])
+def _upsert_events(
+    connection: Connection, tellings: dict[Key, _Telling], in_pieces: Mapping[Key, InPieces]
+) -> dict[Key, Any]:
+    usual = [_event_row(tellings[key]) for key in sorted(tellings) if key not in in_pieces]
+    rows = _UPSERT_EVENT.execute(connection, usual)
+    for key, found in sorted(in_pieces.items()):
+        row = _event_row(tellings[key]) | {"body": None, "frame": found.frame, "runs": found.runs}
+        rows += _UPSERT_IN_PIECES.execute(connection, [row])
     return {(row.session_id, row.dedupe_key): row for row in rows}
 
 

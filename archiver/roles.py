@@ -42,6 +42,7 @@ NEEDED: Mapping[str, Needs] = {
             "archiver.schema_version": "SELECT",
             **{f"archiver.{name}": _ALL for name in ("sessions", "chats", "messages", "quarantine", "backfills")},
             "archiver.pauses": "SELECT, INSERT, UPDATE",
+            "archiver.pieces": "SELECT, INSERT, DELETE",
             "archiver.holds": "SELECT",
             **{f"archiver.{name}": "SELECT" for name in ("recounts", "acts", "erasures", "removals")},
             "archiver.seals": "SELECT, INSERT",
@@ -55,7 +56,7 @@ NEEDED: Mapping[str, Needs] = {
         },
         # A row of a number far ahead would count as sealed with all that come before it.
         appends=tuple(f"archiver.{name}" for name in ("events", "recounts", "acts", "erasures", "removals")),
-        # All that may change of a ledger row: its counters, and that its content goes.
+        # All that may change of a ledger row: its counters; its content goes, or gives way to pieces.
         columns=(
             "delivery_count",
             "last_received_at",
@@ -64,6 +65,8 @@ NEEDED: Mapping[str, Needs] = {
             "dedupe_key",
             "body",
             "salt",
+            "frame",
+            "runs",
         ),
         functions=("archiver.settle()",),
         sequences=("archiver_jobs",),
@@ -76,6 +79,7 @@ NEEDED: Mapping[str, Needs] = {
                 for name in (
                     "schema_version",
                     "events",
+                    "pieces",
                     "quarantine",
                     "recounts",
                     "erasures",

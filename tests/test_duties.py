@@ -22,7 +22,7 @@ from tests.receivers import Receiver, archiver, serving
 from tests.rows import rows
 from tests.waiting import until
 
-DUTIES = ("reconcile", "seal", "publish", "followups", "erase", "retention", "feed_retention", "locks")
+DUTIES = ("reconcile", "seal", "publish", "followups", "erase", "retention", "feed_retention", "compact", "locks")
 
 
 def up(receiver: Receiver, duty: str) -> float | None:

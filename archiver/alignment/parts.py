@@ -4,9 +4,10 @@ Such a part tells nothing but when its lines were shown first. Aligning it could
 answer whose question was cut off is the answer to.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from datetime import datetime
-from itertools import islice
+from itertools import accumulate, islice
 
 import msgspec
 
@@ -34,18 +35,57 @@ def whole(readings: Sequence[Reading]) -> list[Whole]:
     """The readings, given in order of time, that the next such reading does not hold as a run of its own lines."""
     found: list[Whole] = []
     parts: list[list[_Part]] = []
-    for reading in reversed(readings):
-        places = _places(reading.messages, found[-1].reading.messages) if found else []
+    following: Sequence[Message] = ()
+    repeats = _Repeats(())
+    place = 0  # of the reading before in this loop
+    for each in reversed(readings):
+        first_read_at = each.first_read_at or each.read_at
+        if each.shown is not None and place == 0:
+            parts[-1].append((first_read_at, 0, each.shown))
+            found[-1].is_doubtful |= repeats.hold(each.shown)
+            continue
+        reading = each if each.shown is None else _with_messages(each, following)
+        following = reading.messages
+        places = _places(following, found[-1].reading.messages) if found else []
+        place = places[0] if places else 0
         if places:
-            end = places[0] + len(reading.messages)
-            parts[-1].append((reading.first_read_at or reading.read_at, places[0], end))
+            parts[-1].append((first_read_at, place, place + len(following)))
             found[-1].is_doubtful |= len(places) > 1
         else:
             found.append(Whole(reading))
             parts.append([])
-    for each, own in zip(found, parts, strict=True):
-        each.first_read_at = _earliest(own, len(each.reading.messages))
+            repeats = _Repeats(following)
+    for last, own in zip(found, parts, strict=True):
+        last.first_read_at = _earliest(own, len(last.reading.messages))
     return [*reversed(found)]
+
+
+def _with_messages(reading: Reading, following: Sequence[Message]) -> Reading:
+    return msgspec.structs.replace(reading, messages=tuple(following[: reading.shown]), shown=None)
+
+
+class _Repeats:
+    """Where messages begin once more as they begin at first, and for how long: `_places` of their own beginnings."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = messages
+        again = (index for index in range(1, len(messages)) if messages[index] == messages[0])
+        self._starts = [*islice(again, _MOST_PLACES - 2)]
+        self._lengths = [*accumulate(map(self._length_at, self._starts), max)]
+
+    def _length_at(self, start: int) -> int:
+        pairs = zip(self._messages, islice(self._messages, start, None), strict=False)
+        return next((n for n, (one, other) in enumerate(pairs) if one != other), len(self._messages) - start)
+
+    def hold(self, length: int) -> bool:
+        """Whether their first so many messages, at least one, stand in another place as well."""
+        last = len(self._messages) - length
+        if last <= 0:
+            return False
+        before = bisect_left(self._starts, last)
+        return bool(before and self._lengths[before - 1] >= length) or (
+            self._messages[last] == self._messages[0] and self._messages[last:] == self._messages[:length]
+        )
 
 
 def _earliest(parts: Sequence[_Part], size: int) -> FirstRead:

@@ -13,12 +13,14 @@ USER = "user"
 class Reading(msgspec.Struct, frozen=True, gc=False):
     """One history answer: flat, without ids or times; perhaps cut at either end, shrunk or empty.
 
-    `first_read_at`: when the same was answered for the first time, if that was before `read_at`.
+    `first_read_at`: when the same was answered for the first time, if that was before `read_at`. `shown`: it shows so
+    many of the first messages of the next reading, and its own are not given.
     """
 
     messages: tuple[Message, ...]
     read_at: datetime
     first_read_at: datetime | None = None
+    shown: int | None = None
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False):

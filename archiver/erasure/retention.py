@@ -104,7 +104,7 @@ _SELECT_REMOVABLE = text(
                     WHERE f.session_id = e.session_id AND (e.chat_id = '' OR f.chat_id = e.chat_id))
        AND NOT EXISTS (SELECT FROM archiver.events f
                         WHERE f.session_id = e.session_id AND (e.chat_id = '' OR f.chat_id = e.chat_id)
-                          AND (f.id > sealed.through OR f.body IS NOT NULL OR f.received_at >= :before))
+                          AND (f.id > sealed.through OR f.salt IS NOT NULL OR f.received_at >= :before))
      ORDER BY e.id LIMIT :most
     """
 )

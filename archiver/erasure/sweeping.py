@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, history, ledger, quarantine
+from archiver import acts, history, ledger, pieces, quarantine
 from archiver.database import is_conflict, transaction
 from archiver.erasure import mentions
 from archiver.erasure.decoding import decode
@@ -43,7 +43,7 @@ class Step(msgspec.Struct, frozen=True):
 # Content that an erasure names: of a session all of it; of a turn its facts, and each reading of its session but one
 # that was made without it.
 _NAMED = """
-    f.session_id = e.session_id AND f.body IS NOT NULL
+    f.session_id = e.session_id AND f.salt IS NOT NULL
     AND (e.chat_id = '' OR f.chat_id = e.chat_id
          OR (e.session_id <> '' AND f.source = 'history'
              AND NOT (f.type = 'history.redacted' AND f.occurred_at >= e.erased_at)))
@@ -167,7 +167,7 @@ def _redact(story: Story, ordered: dict[str, datetime]) -> ledger.Observation | 
 
 
 # The guard on the ledger allows exactly this.
-_SET = "body = NULL, salt = NULL, dedupe_key = sha256(f.salt || f.dedupe_key)"
+_SET = "body = NULL, frame = NULL, runs = NULL, salt = NULL, dedupe_key = sha256(f.salt || f.dedupe_key)"
 _ERASE = text(
     f"""
     WITH e AS MATERIALIZED (
@@ -207,6 +207,7 @@ def _erase_content(
     ]
     rows += [{"session_id": UNPLACED, "chat_id": chat_id, "erased_at": None} for chat_id in strays]
     erased = len(connection.execute(_ERASE, {"targets": msgspec.json.encode(rows).decode()}).all())
+    pieces.delete_unused(connection, sorted(ordered))
     for session_id, chats in ordered.items():
         if session_id not in sessions:
             erased += _erase_unknown(connection, session_id, [*chats])

@@ -97,7 +97,7 @@ _COUNT = text(
                 ON m.session_id = t.session_id AND t.chat_id IN ('', m.chat_id)) AS messages,
            (SELECT count(DISTINCT e.id) FROM told t JOIN archiver.events e
                 ON e.session_id = t.session_id AND t.chat_id IN ('', e.chat_id)
-             WHERE e.body IS NOT NULL) AS events
+             WHERE e.salt IS NOT NULL) AS events
     """
 )
 

@@ -82,7 +82,8 @@ def as_openai(selection: Selection) -> sql.Composable:
 _EVENT = """
     SELECT v.id, row_to_json((SELECT r FROM (SELECT
                v.id, v.type, v.source, v.session_id, v.chat_id, v.received_at, v.last_received_at, v.delivery_count,
-               v.occurred_at, v.earliest_at, v.key_id) r))::text, v.body_digest, v.dedupe_key, v.salt, v.body
+               v.occurred_at, v.earliest_at, v.key_id) r))::text, v.body_digest, v.dedupe_key, v.salt,
+           CASE WHEN v.runs IS NULL THEN v.body ELSE archiver.body_of(v.session_id, v.frame, v.runs) END
       FROM ({}) v
 """
 

@@ -54,6 +54,9 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
     last_at: datetime
     count: int
     told: Told
+    # It showed so many of the first messages of the next reading that told any, and nothing else: `told` is without
+    # them, so that all readings of a growing history together cost as much as the last one.
+    shown: int | None = None
 
 
 class Coverage(msgspec.Struct, frozen=True, gc=False):

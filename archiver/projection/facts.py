@@ -1,15 +1,17 @@
 """What the ledger tells of turns and sessions, read back."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Row, text
 
-from archiver import events, history, telemetry
+from archiver import events, history, pieces, telemetry
 from archiver.database import Direct, Statement
+from archiver.events import Message
 from archiver.projection.coverage import Reading
 from archiver.projection.erased import select_erased_sessions
 from archiver.projection.sessions import Story
@@ -84,7 +86,7 @@ def _fact(row: Row[Any]) -> Fact | None:
 _SELECT_FACTS = text(
     """
     SELECT e.session_id, e.type, e.dedupe_key, e.source, e.chat_id, e.received_at, e.last_received_at,
-           e.delivery_count, least(e.occurred_at, e.earliest_at) AS occurred_at, e.body
+           e.delivery_count, least(e.occurred_at, e.earliest_at) AS occurred_at, e.body, e.frame, e.runs
       FROM archiver.events e
      WHERE e.session_id = ANY (:session_ids)
        AND (e.source <> 'webhook' OR e.type IN ('chat.created', 'chat.deleted'))
@@ -115,7 +117,11 @@ def select_stories(connection: Connection, session_ids: Sequence[str]) -> dict[s
         for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": chat_ids}):
             unplaced[row.chat_id].append(row)
     erased = select_erased_sessions(connection, list(of_session))
-    stories = {session_id: _story(session_id, own, unplaced) for session_id, own in of_session.items()}
+    contents = pieces.select_contents(connection, sorted({row.session_id for row in found if row.runs is not None}))
+    stories = {
+        session_id: _story(session_id, own, unplaced, contents.get(session_id, {}))
+        for session_id, own in of_session.items()
+    }
     for session_id in erased:
         stories[session_id].is_erased = True
     return stories
@@ -155,7 +161,13 @@ def select_unplaced(connection: Connection, after: str, most: int) -> dict[str, 
     return found
 
 
-def _story(session_id: str, found: Sequence[Row[Any]], unplaced: Mapping[str, Sequence[Row[Any]]]) -> Story:
+def _story(
+    session_id: str,
+    found: Sequence[Row[Any]],
+    unplaced: Mapping[str, Sequence[Row[Any]]],
+    contents: Mapping[int, bytes],
+) -> Story:
+    shared = _Shared(contents)
     chats: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in found:
         if row.source == events.WEBHOOK:
@@ -167,12 +179,8 @@ def _story(session_id: str, found: Sequence[Row[Any]], unplaced: Mapping[str, Se
     return Story(
         session_id,
         turns={chat_id: fold(facts) for chat_id, facts in turns.items() if facts},
-        readings=[
-            Reading(row.type, row.received_at, row.last_received_at, row.delivery_count, _told(row))
-            for row in told
-            if row.type in history.READINGS
-        ],
-        registrations=[(row.received_at, _told(row)) for row in told if row.type == history.REGISTERED],
+        readings=_readings([row for row in told if row.type in history.READINGS], shared),
+        registrations=[(row.received_at, _told(row, shared)) for row in told if row.type == history.REGISTERED],
         strays=[chat_id for chat_id in chats if chat_id in unplaced],
         heard_at=[*_arrivals(chats.values()), *(row.received_at for row in told if row.type == history.REGISTERED)],
     )
@@ -186,9 +194,53 @@ def _arrivals(chats: Iterable[Sequence[Row[Any]]]) -> list[datetime]:
     return [row.received_at for own in chats for row in own]
 
 
-def _told(row: Row[Any]) -> history.Told:
-    if row.body is None:
+class _Shared:
+    """The messages that the responses of a session share, each read once, and a run of them as a slice."""
+
+    def __init__(self, contents: Mapping[int, bytes]) -> None:
+        self._messages: list[Message] = []
+        self._bounds: dict[int, tuple[int, int]] = {}
+        for number in sorted(contents):
+            start = len(self._messages)
+            self._messages += history.message(contents[number])
+            self._bounds[number] = start, len(self._messages)
+
+    def shown(self, runs: Iterable[pieces.Run]) -> Iterator[Message]:
+        """The messages of a response; none of pieces that are missing."""
+        nowhere = (0, 0)
+        slices = (
+            self._messages[self._bounds.get(first, nowhere)[0] : self._bounds.get(last, nowhere)[1]]
+            for first, last in runs
+        )
+        return chain.from_iterable(slices)
+
+    def count(self, runs: Iterable[pieces.Run]) -> int:
+        """How many messages these are."""
+        return sum(self._bounds[last][1] - self._bounds[first][0] for first, last in runs)
+
+
+def _readings(rows: Sequence[Row[Any]], shared: _Shared) -> list[Reading]:
+    """The readings, given in order of time."""
+    found: list[Reading] = []
+    following: Row[Any] | None = None  # the next one that tells messages
+    for row in reversed(rows):
+        shown = None
+        if row.runs is not None and following is not None and pieces.is_prefix(row.runs, following.runs or ()):
+            shown = shared.count(pieces.pairs(row.runs))
+        told = _told(row, shared, with_messages=shown is None)
+        times = (row.received_at, row.last_received_at, row.delivery_count)
+        found.append(Reading(row.type, *times, told, shown))
+        following = row if told.messages is not None else following
+    return found[::-1]
+
+
+def _told(row: Row[Any], shared: _Shared, *, with_messages: bool = True) -> history.Told:
+    if row.runs is not None:
+        messages = shared.shown(pieces.pairs(row.runs)) if with_messages else ()
+        told = pieces.told(row.session_id, row.frame, messages)
+    elif row.body is None:
         return history.NOTHING_TOLD
-    told = history.told(row.type, row.session_id, row.body)
+    else:
+        told = history.told(row.type, row.session_id, row.body)
     created_at = events.credible(told.created_at, row.received_at)
     return told if created_at == told.created_at else msgspec.structs.replace(told, created_at=created_at)

@@ -34,6 +34,9 @@ _PAGE = text(
                 min(received_at) AS first, max(received_at) AS last
            FROM archiver.events WHERE session_id > :after GROUP BY session_id ORDER BY session_id LIMIT :most)
         UNION ALL
+        (SELECT session_id, 0, sum(octet_length(content)), NULL, NULL
+           FROM archiver.pieces WHERE session_id > :after GROUP BY session_id ORDER BY session_id LIMIT :most)
+        UNION ALL
         (SELECT session_id, 0, NULL, NULL, NULL
            FROM archiver.sessions WHERE session_id > :after ORDER BY session_id LIMIT :most)
     )

@@ -60,7 +60,7 @@ def _transcript(story: Story) -> Transcript:
     return alignment.compose(
         [aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
         [
-            alignment.Reading(reading.told.messages, reading.last_at, reading.first_at)
+            alignment.Reading(reading.told.messages, reading.last_at, reading.first_at, reading.shown)
             for reading in story.readings
             if reading.told.messages is not None
         ],

@@ -7,6 +7,7 @@ from sqlalchemy import Connection, text
 
 from archiver.seals.chain import Seal
 from archiver.seals.findings import Finding
+from archiver.seals.restoring import check_in_pieces
 
 # Where nothing was delivered since, the counters stand as they were sealed; else they have grown. Of `r`, the newest
 # recount, all is null where there is none.
@@ -84,7 +85,7 @@ _CONTENT = {
         SELECT e.id, NOT (e.body IS NULL OR e.salt IS NULL) AS is_there
           FROM archiver.events e
          WHERE {rule} AND (octet_length(e.salt) <> 16 OR octet_length(e.dedupe_key) <> 32
-            OR ((e.body IS NULL OR e.salt IS NULL)
+            OR ((e.salt IS NULL OR (e.body IS NULL AND e.runs IS NULL))
                 AND (e.body IS NOT NULL OR e.salt IS NOT NULL OR NOT EXISTS (
                     SELECT FROM archiver.erasures x
                      WHERE x.session_id = e.session_id
@@ -108,6 +109,7 @@ def check_unusual(connection: Connection, event_ids: Sequence[int], through: int
     for start in range(0, len(event_ids), PAGE):
         ids = list(event_ids[start : start + PAGE])
         yield from _check(connection, "these", {"ids": ids}, through)
+        yield from check_in_pieces(connection, ids)
 
 
 def check_earlier(connection: Connection, last: int, through: int) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ _EXPLAINED = {
     "missing": "its row is missing",
     "inserted": "its row was put among those that were sealed already",
     "body_changed": "its body is not the one that was received",
+    "not_restorable": "the pieces that stand for its body do not make the bytes that were received",
     "counters_changed": "its counters were changed by other than a delivery",
     "erased_without_record": "its body is gone, and no erasure tells why",
     "altered": "what it states is not what its hash says",

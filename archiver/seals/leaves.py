@@ -93,7 +93,7 @@ EVENTS = Kind(
         "chat_id",
         "key_id",
         # Commits to the key; an erasure leaves this in the place of the key itself.
-        "CASE WHEN body IS NULL THEN dedupe_key ELSE sha256(salt || dedupe_key) END",
+        "CASE WHEN salt IS NULL THEN dedupe_key ELSE sha256(salt || dedupe_key) END",
     ),
 )
 KINDS = (

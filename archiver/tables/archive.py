@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 SCHEMA = "archiver"
 
@@ -32,6 +32,8 @@ metadata = MetaData(schema=SCHEMA)
 Time = DateTime(timezone=True)
 
 DEDUPE_KEY = "SHA-256 over event type, chat id and canonical chat; once erased SHA-256 over the salt and that."
+
+BODY = "The exact bytes of the first delivery; null once erased, and where frame and runs are in their place."
 
 events = Table(
     "events",
@@ -49,7 +51,7 @@ events = Table(
     Column("delivery_count", Integer, nullable=False, comment="Deliveries of this same fact, the first included."),
     Column("occurred_at", Time, comment="Time that its first delivery told in the envelope."),
     Column("key_id", Text, comment="Which webhook secret matched its first delivery; none where unsigned."),
-    Column("body", LargeBinary, comment="The exact bytes of the first delivery; null once erased."),
+    Column("body", LargeBinary, comment=BODY),
     Column("salt", LargeBinary, comment="Random bytes that body_digest is salted with; null once erased."),
     Column("body_digest", LargeBinary, nullable=False, comment="SHA-256 over salt and body."),
     Column("earliest_at", Time, comment="Earlier time that a later delivery told; null if none did."),
@@ -60,12 +62,33 @@ events = Table(
         server_default="false",
         comment="It was delivered again since its counters were last sealed.",
     ),
+    Column(
+        "frame",
+        ARRAY(LargeBinary),
+        comment="Of a history response in pieces: its bytes before the messages, between two of them, after them.",
+    ),
+    Column(
+        "runs",
+        ARRAY(Integer),
+        comment="Of a history response in pieces: first and last number of each run of pieces that it is made of.",
+    ),
     PrimaryKeyConstraint("session_id", "dedupe_key", name="events_pkey"),
     CheckConstraint("delivery_count > 0", name="events_delivery_count_positive"),
     Index("events_id_idx", "id"),
     Index("events_session_id_chat_id_idx", "session_id", "chat_id"),
     Index("events_recounted_idx", "id", postgresql_where=text("is_recounted")),
     comment="The ledger: each distinct fact once, byte for byte. Everything else is derived from it.",
+)
+
+pieces = Table(
+    "pieces",
+    metadata,
+    Column("session_id", Text, nullable=False, comment="Conversation."),
+    Column("number", Integer, nullable=False, comment="1, 2, 3 … within the session."),
+    Column("digest", LargeBinary, nullable=False, comment="First 16 bytes of the SHA-256 of the content."),
+    Column("content", LargeBinary, nullable=False, comment="A message as a history response has it, byte for byte."),
+    PrimaryKeyConstraint("session_id", "number", name="pieces_pkey"),
+    comment="The messages of history responses that the ledger holds in pieces, each once for its session.",
 )
 
 sessions = Table(

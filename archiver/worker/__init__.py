@@ -22,6 +22,7 @@ from archiver.feed import Publisher
 from archiver.followups import Followups, select_consumed
 from archiver.reloading import Reloading
 from archiver.settings import Settings
+from archiver.worker.compacting import Compacting
 from archiver.worker.histories import Histories
 from archiver.worker.reading import reconciling, timing_of
 from archiver.worker.sealing import Sealing, signing_key
@@ -37,6 +38,7 @@ RETENTION_AT = timedelta(hours=3, minutes=17)  # of each day, UTC
 RETENTION_WITHIN = timedelta(minutes=10)
 RETENTION_LOOK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
+COMPACT_SECONDS = 20.0
 BEAT_SECONDS = 1.0  # between two reports of a duty that waits for its next turn
 CLAIMED = 0.9  # of a period: claims are not to beat against it
 
@@ -57,6 +59,7 @@ class Worker:
             self._runner("erase", self._erase, may_cancel=False),
             self._runner("retention", self._retention, may_cancel=False),
             self._runner("feed_retention", self._feed_retention),
+            self._runner("compact", self._compact, may_cancel=False),
             self._runner("locks", self._locks),
             *([self._runner("settings", partial(self._settings, reload))] if reload else []),
         ]
@@ -145,6 +148,13 @@ class Worker:
             await _every(FEED_RETENTION_SECONDS, shorten, duty, ending)
         finally:
             await engine.dispose()
+
+    async def _compact(self, duty: Duty, ending: asyncio.Event) -> None:
+        compacting = Compacting(self._configuration, self._url)
+        try:
+            await _every(COMPACT_SECONDS, partial(asyncio.to_thread, compacting.compact, duty.beat), duty, ending)
+        finally:
+            compacting.close()
 
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
         engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)

@@ -1,0 +1,185 @@
+"""Keeping history responses in room that grows with the transcript, not with the number of responses.
+
+Of each session the ledger keeps at most `WHOLE_BYTES` of responses as they were received: a small response until a
+later one holds it as a whole, or others need the room. All else is kept in pieces (`pieces`), from which the exact
+bytes are made again; the guard on the ledger compares them before it lets the bytes go.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+
+from archiver import history, pieces
+from archiver.database import Direct, transaction
+from archiver.events import Event
+from archiver.pieces import WHOLE_BYTES, Split
+from archiver.projection import Timing
+from archiver.projection.rows import lock_sessions, upsert_sessions
+
+MOST_OLDER = 16  # responses that give way to pieces with a new one; what is left is for the duty
+SESSIONS_A_STEP = 200
+RESPONSES_A_STEP = 20
+BYTES_A_STEP = 32 * 1_048_576
+
+Key = tuple[str, bytes]  # session_id, dedupe_key
+
+
+class InPieces(msgspec.Struct, frozen=True):
+    """What the ledger holds of a response in place of its bytes."""
+
+    frame: list[bytes]
+    runs: list[int]
+
+
+def is_response(event: Event, source: str) -> bool:
+    """Whether this fact is a history response that tells messages."""
+    return source == history.SOURCE and event.type == history.READ
+
+
+_IS_KNOWN = Direct("SELECT FROM archiver.events WHERE session_id = $1 AND dedupe_key = $2")
+
+
+def take_apart(
+    connection: Connection, responses: Mapping[Key, tuple[bytes, datetime]], timing: Timing
+) -> dict[Key, InPieces]:
+    """Write the pieces of those of these new responses, with their arrivals, that are too large to be kept as bytes.
+
+    Locks their sessions, in order of their ids.
+    """
+    large = {key: told for key, told in sorted(responses.items()) if len(told[0]) > WHOLE_BYTES}
+    large = {key: told for key, told in large.items() if not _IS_KNOWN.execute(connection, *key)}
+    if not large:
+        return {}
+    upsert_sessions(connection, {session_id: [arrived] for (session_id, _), (_, arrived) in large.items()}, timing)
+    return {
+        key: _write(connection, key[0], found)
+        for key, (body, _) in large.items()
+        if (found := pieces.split(key[0], body)) is not None
+    }
+
+
+def _write(connection: Connection, session_id: str, found: Split) -> InPieces:
+    known = pieces.select_known(connection, session_id)
+    runs = known.runs(found.messages)
+    pieces.insert_new(connection, known)
+    return InPieces(list(found.frame), pieces.numbers(runs))
+
+
+# A response has no chat; the newest first.
+_SELECT_OLDER = Direct(
+    f"""
+    SELECT e.dedupe_key, e.body FROM archiver.events e
+     WHERE e.session_id = $1 AND e.chat_id IS NULL AND e.type = '{history.READ}' AND e.body IS NOT NULL
+       AND e.dedupe_key <> $2
+     ORDER BY e.received_at DESC LIMIT {MOST_OLDER}
+    """  # noqa: S608  # constants
+)
+_UPDATE = Direct(
+    """
+    UPDATE archiver.events SET body = NULL, frame = $3, runs = $4
+     WHERE session_id = $1 AND dedupe_key = $2 AND body IS NOT NULL
+    """
+)
+
+
+def supersede(connection: Connection, key: Key, body: bytes) -> None:
+    """Take apart the responses of a session that one just recorded holds as a whole, or for which there is no room.
+
+    The caller has the session's row locked.
+    """
+    session_id, own = key
+    older = [(bytes(row.dedupe_key), bytes(row.body)) for row in _SELECT_OLDER.execute(connection, session_id, own)]
+    if not older:
+        return
+    is_full = len(body) + sum(len(each) for _, each in older) > WHOLE_BYTES
+    new = None if is_full else pieces.split(session_id, body)
+    for dedupe_key, each in reversed(older):
+        found = pieces.split(session_id, each)
+        if found is not None and (is_full or (new is not None and pieces.is_part(found.messages, new.messages))):
+            made = _write(connection, session_id, found)
+            _UPDATE.execute(connection, session_id, dedupe_key, made.frame, made.runs)
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What a step of the duty has done; `last`: the session up to which nothing is left, None at the end of all."""
+
+    responses: int
+    last: str | None
+
+
+# Sessions with several responses as bytes, or with one that is too large; the newest small one stays as it is.
+_SELECT_SESSIONS = text(
+    f"""
+    WITH page AS MATERIALIZED (
+        SELECT s.session_id FROM archiver.sessions s
+         WHERE s.session_id > :after AND s.read_at IS NOT NULL ORDER BY s.session_id LIMIT :most
+    )
+    SELECT p.session_id, coalesce(sum(octet_length(e.body)), 0) > {WHOLE_BYTES} AS is_full
+      FROM page p LEFT JOIN archiver.events e ON e.session_id = p.session_id AND e.chat_id IS NULL
+           AND e.type = '{history.READ}' AND e.body IS NOT NULL
+     GROUP BY p.session_id ORDER BY p.session_id
+    """  # noqa: S608  # constants
+)
+_SELECT_WHOLE = text(
+    f"""
+    SELECT e.dedupe_key, octet_length(e.body) AS size, row_number() OVER (ORDER BY e.received_at DESC) AS age
+      FROM archiver.events e
+     WHERE e.session_id = :session_id AND e.chat_id IS NULL AND e.type = '{history.READ}' AND e.body IS NOT NULL
+       AND NOT encode(e.dedupe_key, 'hex') = ANY (:passed)
+     ORDER BY e.received_at LIMIT 1000
+    """  # noqa: S608  # constants
+)
+_SELECT_BODY = Direct("SELECT body FROM archiver.events WHERE session_id = $1 AND dedupe_key = $2")
+
+
+def compact(engine: Engine, after: str) -> Iterator[Step]:
+    """Take apart what earlier versions kept as bytes, from the session after this one on; each step is short."""
+    while True:
+        with transaction(engine) as connection:
+            page = connection.execute(_SELECT_SESSIONS, {"after": after, "most": SESSIONS_A_STEP}).all()
+        for row in page:
+            if row.is_full:
+                yield from _compact_session(engine, row.session_id, after)
+        if len(page) < SESSIONS_A_STEP:
+            yield Step(0, None)
+            return
+        after = page[-1].session_id
+        yield Step(0, after)
+
+
+def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[Step]:
+    passed: list[str] = []  # what cannot be split stays as it is
+    while True:
+        with transaction(engine, statement_seconds=300) as connection:
+            lock_sessions(connection, [session_id])
+            found = connection.execute(_SELECT_WHOLE, {"session_id": session_id, "passed": passed}).all()
+            older = [row for row in found if row.age > 1 or row.size > WHOLE_BYTES]
+            taken = _taken([(bytes(row.dedupe_key), row.size) for row in older])
+            done = sum(_take_apart(connection, session_id, key, passed) for key in taken)
+        if not taken:
+            return
+        yield Step(done, after)
+
+
+def _taken(found: Sequence[tuple[bytes, int]]) -> list[bytes]:
+    size = 0
+    taken: list[bytes] = []
+    for key, length in found[:RESPONSES_A_STEP]:
+        size += length
+        if taken and size > BYTES_A_STEP:
+            break
+        taken.append(key)
+    return taken
+
+
+def _take_apart(connection: Connection, session_id: str, key: bytes, passed: list[str]) -> bool:
+    ((body,),) = _SELECT_BODY.execute(connection, session_id, key)
+    found = None if body is None else pieces.split(session_id, bytes(body))
+    if found is None:
+        passed.append(key.hex())
+        return False
+    made = _write(connection, session_id, found)
+    _UPDATE.execute(connection, session_id, key, made.frame, made.runs)
+    return True

@@ -1,0 +1,44 @@
+"""History responses in pieces: the bytes that frame and pieces make, against the digest that is sealed."""
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from archiver import pieces
+from archiver.seals.findings import Finding
+
+_SELECT = text(
+    """
+    SELECT id, session_id, salt, body_digest, frame, runs FROM archiver.events
+     WHERE id = ANY (:ids) AND runs IS NOT NULL AND body IS NULL AND salt IS NOT NULL
+     ORDER BY session_id, id
+    """
+)
+
+
+def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterator[Finding]:
+    """Those of these events that are in pieces, and whose pieces do not make the bytes that were received.
+
+    Memory is that of the pieces of one session.
+    """
+    rows = connection.execute(_SELECT, {"ids": list(event_ids)}).all()
+    for session_id, of_session in groupby(rows, key=attrgetter("session_id")):
+        contents = pieces.select_contents(connection, [session_id]).get(session_id, {})
+        restored = pieces.Restored(contents)
+        for row in of_session:
+            if not _is_intact(row, restored):
+                yield Finding("events", row.id, "not_restorable")
+
+
+def _is_intact(row: Any, restored: pieces.Restored) -> bool:
+    made = sha256(row.salt)
+    try:
+        for part in restored.parts(row.frame, row.runs):
+            made.update(part)
+    except (LookupError, TypeError, ValueError):  # frame and runs may be anything
+        return False
+    return made.digest() == bytes(row.body_digest)

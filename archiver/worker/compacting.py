@@ -1,0 +1,41 @@
+"""Compaction as background work: history responses that earlier versions kept as bytes give way to pieces."""
+
+from collections.abc import Callable
+from time import monotonic
+
+import structlog
+from sqlalchemy.engine import URL
+
+from archiver import compaction, database
+from archiver.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+SECONDS_A_JOB = 10.0  # so that it delays neither the end of a worker nor other upkeep
+
+
+class Compacting:
+    """Goes through all sessions once; new responses are stored in pieces as they are recorded."""
+
+    def __init__(self, configuration: Settings, url: URL) -> None:
+        self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
+        self._after: str | None = ""  # the session up to which nothing is left; None: there is nothing left
+        self._responses = 0
+
+    def compact(self, beat: Callable[[], None]) -> None:
+        """Go on where the last call ended, for some seconds; reports each step."""
+        if self._after is None:
+            return
+        started = monotonic()
+        for step in compaction.compact(self._engine, self._after):
+            beat()
+            self._responses += step.responses
+            self._after = step.last
+            if monotonic() - started > SECONDS_A_JOB:
+                break
+        if self._after is None and self._responses:
+            log.info("history responses compacted", responses=self._responses)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._engine.dispose()
