@@ -2,17 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self
 
 import msgspec
 from sqlalchemy import Connection, case, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
 
 from archiver import compaction, events, history, outbox, projection, tables
 from archiver.compaction import InPieces
-from archiver.database import Lock, RowsInsert, Statement, locks
+from archiver.database import Direct, Lock, RowsInsert, Statement, execute, is_lock_timeout, limit_locks, locks
 from archiver.events import Event
 from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
 
@@ -53,22 +54,51 @@ def record(
     timing: projection.Timing = projection.DEFAULT_TIMING,
     *,
     tells: bool = True,
+    locks_late: bool = False,
 ) -> list[Recorded]:
     """Append what the ledger does not hold, count what it does, and project what is new, in this transaction.
 
     What the archive changes thereby is told with it, unless that is nobody's news (not `tells`).
+
+    `locks_late`: for observations that may take long. The placement lock, behind which every other writer may wait,
+    is taken at the end, for an instant; a serialization failure where others changed something on which this
+    depends, so that the transaction is to be run again.
 
     Answers in the order of `observations`. Safe against other writers of the same facts: ledger rows are taken in
     order of their keys, then sessions in order of theirs, so that no two writers wait for each other.
     """
     if not observations:
         return []
-    homeless = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
-    erased = _select_erased(connection, observations, _lock(exclusive=homeless))
+    is_exclusive = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
+    if locks_late:
+        execute(connection, locks.by_key())
+        before = _select_related(connection, observations)
+    lock = (locks.by_key(),) if locks_late else _lock(exclusive=is_exclusive)
+    erased = _select_erased(connection, observations, lock)
+    sessions = _sessions_of(erased)
+    refused = [_is_refused(observation, erased, sessions) for observation in observations]
+    answers = _record(connection, observations, timing, erased, refused, tells=tells)
+    if locks_late:
+        _lock_late(connection, exclusive=is_exclusive)
+        now = select_erased(connection, _told(observations), ())
+        is_same = _sessions_of(now) == sessions and _select_related(connection, observations) == before
+        if not is_same or refused != [_is_refused(each, now, sessions) for each in observations]:
+            execute(connection, _CONFLICT.bind())
+    return answers
+
+
+def _record(
+    connection: Connection,
+    observations: Sequence[Observation],
+    timing: projection.Timing,
+    erased: Mapping[Told, Erased],
+    refused: Sequence[bool],
+    *,
+    tells: bool,
+) -> list[Recorded]:
     if not erased:
         return _append(connection, observations, timing, (), tells=tells)
-    sessions = {told.session_id for told in erased} - {projection.UNPLACED}
-    refused = [_is_refused(observation, erased, sessions) for observation in observations]
+    sessions = _sessions_of(erased)
     kept = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
     answers = iter(_append(connection, kept, timing, sessions, tells=tells))
     touched = {told.session_id for told, what in erased.items() if what.is_found}
@@ -80,11 +110,19 @@ def record(
     return [_ERASED if is_refused else next(answers) for is_refused in refused]
 
 
+def _sessions_of(erased: Iterable[Told]) -> set[str]:
+    return {told.session_id for told in erased} - {projection.UNPLACED}
+
+
+def _told(observations: Sequence[Observation]) -> list[Told]:
+    return [Told(each.event.session_id, each.event.chat_id) for each in observations]
+
+
 def is_refused(connection: Connection, observation: Observation) -> bool:
     """Whether `record` would take nothing of it, for what it speaks of was erased; nobody orders more meanwhile."""
     told = [Told(observation.event.session_id, observation.event.chat_id)]
     erased = select_erased(connection, told, _lock(exclusive=False))
-    return _is_refused(observation, erased, {told.session_id for told in erased} - {projection.UNPLACED})
+    return _is_refused(observation, erased, _sessions_of(erased))
 
 
 def _select_erased(
@@ -93,7 +131,7 @@ def _select_erased(
     """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
     sees was committed before the lock was had, or is not there as long as it is held.
     """
-    erased = select_erased(connection, (Told(o.event.session_id, o.event.chat_id) for o in observations), lock)
+    erased = select_erased(connection, _told(observations), lock)
     found = [told for told, what in erased.items() if what.is_found and told.chat_id]
     for session_id, chat_id in found:
         extend_erasure(connection, session_id, chat_id or "")
@@ -182,6 +220,57 @@ def lock_placement(connection: Connection, *, exclusive: bool) -> None:
 
 def _lock(*, exclusive: bool) -> tuple[Statement, ...]:
     return locks.taking(Lock.PLACEMENT, exclusive=exclusive)
+
+
+LATE_SECONDS, LATE_PAUSE_SECONDS, LATE_ATTEMPTS = 0.25, 0.25, 8
+_PAUSE = Direct("SELECT pg_sleep($1)")
+_CONFLICT = Direct(
+    "DO $$ BEGIN RAISE EXCEPTION 'facts about the same turns were recorded, or erased, in between'"
+    " USING ERRCODE = 'serialization_failure'; END $$"
+)
+
+
+def _lock_late(connection: Connection, *, exclusive: bool) -> None:
+    """Take the placement lock at the end of a transaction. Other writers wait behind a lock that waits, so it waits
+    for an instant only, several times. Raises the lock timeout of the last attempt.
+    """
+    for attempt in range(LATE_ATTEMPTS):
+        try:
+            with connection.begin_nested():
+                limit_locks(connection, LATE_SECONDS)
+                lock_placement(connection, exclusive=exclusive)
+                return
+        except DBAPIError as error:
+            if not is_lock_timeout(error) or attempt == LATE_ATTEMPTS - 1:
+                raise
+        execute(connection, _PAUSE.bind(LATE_PAUSE_SECONDS))
+
+
+# What a fact depends on beside the rows that its transaction locks: facts about the same turn that do not name its
+# session; and for such a fact the sessions that hold its turn.
+_SELECT_RELATED = Direct(
+    """
+    SELECT encode(e.dedupe_key, 'hex') AS key, CAST(least(e.occurred_at, e.earliest_at) AS text) AS detail
+      FROM archiver.events e
+     WHERE e.session_id = '' AND e.chat_id IN (SELECT json_array_elements_text($1))
+       AND e.type IN ('chat.created', 'chat.deleted')
+    UNION ALL
+    SELECT c.session_id, c.chat_id FROM archiver.chats c
+     WHERE c.session_id <> '' AND c.chat_id IN (SELECT json_array_elements_text($2))
+    """
+)
+
+
+def _select_related(connection: Connection, observations: Sequence[Observation]) -> set[tuple[str, str | None]]:
+    """The related facts and sessions that are not those of `observations` themselves."""
+    told = [each.event for each in observations if each.event.chat_id and each.event.type in events.CHAT_EVENTS]
+    chats = sorted({str(each.chat_id) for each in told})
+    homeless = sorted({str(each.chat_id) for each in told if not each.session_id})
+    own_keys = {each.dedupe_key.hex() for each in told if not each.session_id}
+    own_turns = {(each.session_id, each.chat_id) for each in told}
+    lists = [msgspec.json.encode(each).decode() for each in (chats, homeless)]
+    found = {(row.key, row.detail) for row in _SELECT_RELATED.execute(connection, *lists)}
+    return {each for each in found if each[0] not in own_keys and each not in own_turns}
 
 
 def _event_upsert(*more_unset: str) -> RowsInsert:

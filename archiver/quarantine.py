@@ -16,9 +16,9 @@ from archiver import events, tables
 from archiver.database import RowsInsert
 from archiver.events import WEBHOOK, Event
 
-# Codes of `Reject.reason`; the last two are faults of ours or of the database, for what could be read.
-NOT_STORABLE, NOT_PROCESSABLE = "not_storable", "not_processable"
-REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE)
+# Codes of `Reject.reason`; the last three are faults of ours or of the database, for what could be read.
+NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW = "not_storable", "not_processable", "too_slow"
+REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW)
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):

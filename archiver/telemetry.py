@@ -39,6 +39,11 @@ commit_seconds = Histogram(
 commit_failures = Counter(
     "archiver_commit_failures_total", "Transactions that did not commit, by SQLSTATE.", ["sqlstate"]
 )
+slow_events = Counter(
+    "archiver_slow_events_total",
+    "Events that were written alone, because transactions took too long with them, by what became of them.",
+    ["status"],
+)
 unreadable_facts = Counter(
     "archiver_unreadable_facts_total", "Ledger rows that this version cannot read again, by reason.", ["reason"]
 )

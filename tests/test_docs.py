@@ -56,6 +56,7 @@ def test_the_http_page_lists_every_reason_to_refuse_or_quarantine() -> None:
         "incomplete",
         "too_large",
         "not_storable",
+        "too_slow",
         "not_processable",
     }
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine
 
 from archiver import database, events
-from archiver.ingest import Delivery, Ingest, Outcome, UnavailableError, fallback
+from archiver.ingest import Delivery, Ingest, Outcome, UnavailableError, draining, fallback
 from archiver.spool import Spool, Spooled, open_spool
 from tests import servers
 from tests.payloads import created
@@ -32,8 +32,9 @@ ROOM = 4 * 1_048_576
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants alone are shorter."""
     monkeypatch.setattr(fallback, "SPOOL_AFTER_SECONDS", 1.0)
-    monkeypatch.setattr(fallback, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(fallback, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(draining, "FIRST_PAUSE_SECONDS", 0.01)
+    for module in (fallback, draining):
+        monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 0.05)
 
 
 @asynccontextmanager

@@ -2,18 +2,22 @@
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from archiver import events, history, ledger
-from archiver.database import execute, transaction
+from archiver.database import execute, is_conflict, is_lock_timeout, transaction
 from archiver.projection.facts import other_facts
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty, rows
+from tests.slowness import slow_rows
+from tests.waiting import until
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -27,6 +31,17 @@ def observe(body: bytes, seconds: float = 0) -> ledger.Observation:
 def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[ledger.Recorded]:
     with transaction(engine) as connection:
         return ledger.record(connection, [observe(body, seconds) for body in bodies])
+
+
+def record_again(engine: Engine, *bodies: bytes, locks_late: bool) -> list[ledger.Recorded]:
+    """And once more where others were in the way, as ingest does."""
+    while True:
+        try:
+            with transaction(engine) as connection:
+                return ledger.record(connection, [observe(body) for body in bodies], locks_late=locks_late)
+        except DBAPIError as error:
+            if not is_conflict(error) and not is_lock_timeout(error):
+                raise
 
 
 def archive(engine: Engine) -> dict[str, list[Any]]:
@@ -176,5 +191,55 @@ def test_i3_i5_any_order_any_batching_and_any_redelivery_end_in_the_same_archive
             order.shuffle(bodies)
         assert archives[0] == archives[1]
         assert ledgers[0] == ledgers[1]
+
+    check()
+
+
+def test_i5_a_late_deletion_without_its_session_sees_the_chat_that_was_recorded_in_between(engine: Engine) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with transaction(engine) as beside:
+            ledger.lock_placement(beside, exclusive=False)
+            recording = threads.submit(record_again, engine, deleted("c", None), locks_late=True)
+            waits = "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_sleep($1)%' AND wait_event = 'PgSleep'"
+            until(lambda: rows(engine, waits), "it waits for the lock")
+            record(engine, created("c", "s"))
+        recording.result(30)
+    found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
+    assert found == [("s", "c", True)]
+
+
+def test_i5_a_late_chat_sees_its_deletion_that_was_recorded_in_between_without_a_session(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        connection.execute(text("CREATE TABLE public.gate AS SELECT 1 AS number"))
+    slow_rows(engine, "archiver.messages", "content", "slow", "PERFORM 1 FROM public.gate FOR SHARE")
+    with ThreadPoolExecutor(1) as threads:
+        with transaction(engine) as beside:
+            beside.execute(text("SELECT 1 FROM public.gate FOR UPDATE"))
+            recording = threads.submit(record_again, engine, created("c", "s", input="slow"), locks_late=True)
+            until(lambda: rows(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"), "it is held up")
+            record(engine, deleted("c", None))
+        recording.result(30)
+    found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
+    assert found == [("s", "c", True)]
+
+
+def test_i5_facts_that_are_recorded_at_once_with_early_and_late_locks_end_in_the_same_archive(engine: Engine) -> None:
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(seed=st.integers(0, 10_000), rng=st.randoms(use_true_random=False))
+    def check(seed: int, rng: random.Random) -> None:
+        bodies = deliveries(seed)
+        empty(engine, "events", *DERIVED)
+        play(engine, bodies, rng)
+        alone = archive(engine)
+        empty(engine, "events", *DERIVED)
+        rng.shuffle(bodies)
+        with ThreadPoolExecutor(4) as threads:
+            late = [rng.random() < 0.6 for _ in bodies]
+            for done in [
+                threads.submit(record_again, engine, body, locks_late=is_late)
+                for body, is_late in zip(bodies, late, strict=True)
+            ]:
+                done.result(60)
+        assert archive(engine) == alone
 
     check()

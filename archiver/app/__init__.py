@@ -25,7 +25,7 @@ from archiver.app.crowd import Crowd
 from archiver.app.readiness import Readiness
 from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
-from archiver.ingest import Ingest
+from archiver.ingest import CONNECTIONS, Ingest
 from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
@@ -74,7 +74,7 @@ def create(configuration: Settings | None = None) -> Service:
     verifier = signatures.verifier(configuration)
 
     prepared = configuration.prepared_statements
-    writing = database.connect_async(url, pool_size=2, prepared_statements=prepared)  # the spool's way back is one
+    writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
     # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
     asking = database.connect_async(url, pool_size=2, prepared_statements=prepared)
     ingest = Ingest(

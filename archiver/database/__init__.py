@@ -42,6 +42,8 @@ from archiver.database.urls import database_url, place
 __all__ = [
     "CERTIFICATE_ADVICE",
     "NO_ROOM_FOR_LOCKS",
+    "LOCK_SECONDS",
+    "STATEMENT_SECONDS",
     "Direct",
     "Lock",
     "RowsInsert",
@@ -60,6 +62,7 @@ __all__ = [
     "is_unreachable",
     "is_untrusted",
     "limit",
+    "limit_locks",
     "locks",
     "now",
     "place",
@@ -187,16 +190,25 @@ def snapshot(engine: Engine, *, statement_seconds: float, exported: str | None =
         yield connection
 
 
-async def run_in_transaction(engine: AsyncEngine, work: Callable[[Connection], T], seconds: float | None = None) -> T:
+async def run_in_transaction(
+    engine: AsyncEngine,
+    work: Callable[[Connection], T],
+    seconds: float | None = None,
+    *,
+    statement_seconds: float = STATEMENT_SECONDS,
+    lock_seconds: float = LOCK_SECONDS,
+) -> T:
     """What `work` answers, after the commit of the one durable transaction that it runs in.
 
     `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: where
     another transaction was in the way it is done again. After so many `seconds` it is a `TimeoutError`, and nobody
-    knows whether it was committed.
+    knows whether it was committed. Postgres cancels a statement after `statement_seconds`, and one that waits for a
+    lock after `lock_seconds`.
     """
+    limits = statement_seconds, lock_seconds
     if seconds is None:
-        return await _run(engine, work)
-    running = asyncio.ensure_future(_run(engine, work))
+        return await _run(engine, work, limits)
+    running = asyncio.ensure_future(_run(engine, work, limits))
     try:
         await asyncio.wait({running}, timeout=seconds)
         if not running.done():
@@ -219,10 +231,10 @@ def _forget(abandoned: asyncio.Future[Any]) -> None:
         abandoned.exception()  # looked at, so that nothing complains
 
 
-async def _run(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
+async def _run(engine: AsyncEngine, work: Callable[[Connection], T], limits: tuple[float, float]) -> T:
     for attempt in range(CONFLICT_RETRIES + 1):
         try:
-            return await _run_once(engine, work)
+            return await _run_once(engine, work, limits)
         except DBAPIError as error:
             telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
             if not is_conflict(error) or attempt == CONFLICT_RETRIES:
@@ -230,12 +242,12 @@ async def _run(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T]) -> T:
+async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T], limits: tuple[float, float]) -> T:
     started = False
 
     def opened(connection: Connection) -> T:
         nonlocal started
-        _open(connection, STATEMENT_SECONDS, LOCK_SECONDS)
+        _open(connection, *limits)
         started = True
         return work(connection)
 
@@ -263,3 +275,11 @@ _LIMIT = Direct("SELECT set_config('statement_timeout', $1, true)")
 def limit(connection: Connection, statement_seconds: float = STATEMENT_SECONDS) -> None:
     """Let no statement from here to the end of the transaction, or of what is nested in it, take longer."""
     _LIMIT.execute(connection, str(round(statement_seconds * 1000)))
+
+
+_LIMIT_LOCKS = Direct("SELECT set_config('lock_timeout', $1, true)")
+
+
+def limit_locks(connection: Connection, lock_seconds: float = LOCK_SECONDS) -> None:
+    """Let no statement from here to the end of the transaction, or of a nested one, wait longer for a lock."""
+    _LIMIT_LOCKS.execute(connection, str(round(lock_seconds * 1000)))

@@ -39,6 +39,11 @@ def taking(lock: Lock, *, exclusive: bool) -> tuple[Statement, ...]:
     return (_EXCLUSIVE if exclusive else _SHARED)[lock].bind(), _BY_KEY.bind()
 
 
+def by_key() -> Statement:
+    """The statement that lets the transaction look up by key, without any lock."""
+    return _BY_KEY.bind()
+
+
 def take(connection: Connection, lock: Lock, *, exclusive: bool) -> None:
     """Take a lock to the end of the transaction, in one round trip."""
     execute(connection, *taking(lock, exclusive=exclusive))

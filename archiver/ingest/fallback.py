@@ -1,86 +1,96 @@
-"""What Postgres does not take goes to the spool, and from there to Postgres once it takes events again."""
+"""What Postgres does not take in time goes to the spool, and from there to Postgres once it takes events again."""
 
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from time import monotonic
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.ingest.probe import database_fault
-from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, restore, write
+from archiver.ingest.alone import Alone
+from archiver.ingest.circuit import Circuit
+from archiver.ingest.draining import LONGEST_PAUSE_SECONDS, Drain
+from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, subject, write
 from archiver.projection import Timing
 from archiver.spool import Spool, Spooled, SpoolError, open_left_behind
 
 log = structlog.get_logger(__name__)
 
-SPOOL_AFTER_SECONDS = 5.0  # without an answer from Postgres; senders wait no longer than some ten
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 2.0
+SPOOL_AFTER_SECONDS = 3.0  # without an answer from Postgres; senders wait no longer than some ten
 ADOPT_SECONDS = 30.0  # between two looks for what other processes left behind
-TOLD_SECONDS = 60.0
-DRAIN_EVENTS = 200  # of one transaction
-DRAIN_BYTES = 8 * 1_048_576  # likewise
+ADOPT_AT_ONCE = 8  # files
 
 
 class Fallback:
     """Makes deliveries durable: in Postgres, or else on the spool. `drain` brings them from there to Postgres.
 
-    `is_open`: Postgres did not take what it was last given, so nobody waits for it until `drain` finds that it takes
-    events again.
+    Nobody waits for Postgres while the circuit is open, nor for the deliveries of a session that took too long.
     """
 
-    def __init__(self, engine: AsyncEngine, spool: Spool, timing: Timing) -> None:
+    def __init__(self, engine: AsyncEngine, spool: Spool, timing: Timing, circuit: Circuit, alone: Alone) -> None:
         self._engine, self.spool, self._timing = engine, spool, timing
-        self._spooled = asyncio.Event()
-        self._told_at = -TOLD_SECONDS
-        self.is_open = False
+        self._circuit, self._alone = circuit, alone
+        self._gate = asyncio.Semaphore(1)
+        self._drain = self._draining(spool)
         self._spool_fault = ""  # why it did not take what it was last given
         if spool.events:
-            self._spooled.set()
+            self._drain.arrived.set()
         self._gauge()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether Postgres takes no events."""
+        return self._circuit.is_open
 
     async def write(self, deliveries: Sequence[Delivery]) -> list[Result]:
         """For each delivery what became of it: `spooled` where it is not in Postgres, but on disk."""
         results: list[Result] = [UnavailableError()] * len(deliveries)
-        if not self.is_open:
-            results = await write(self._engine, deliveries, self._timing, SPOOL_AFTER_SECONDS)
+        faults: list[UnavailableError] = []
+        if not self._circuit.is_open:
+            quick = [place for place, each in enumerate(deliveries) if not self._alone.knows(subject(each))]
+            wanted = [deliveries[place] for place in quick]
+            written = await write(self._engine, wanted, self._timing, SPOOL_AFTER_SECONDS) if quick else []
+            for place, result in zip(quick, written, strict=True):
+                results[place] = result
+            faults = [result for result in written if isinstance(result, UnavailableError)]
         left = [place for place, result in enumerate(results) if isinstance(result, UnavailableError)]
         if left:
-            self._open()
-            spooled = await self._append([_spooled(deliveries[place]) for place in left])
-            for place in left if spooled else ():
+            appending = asyncio.create_task(self._append([_spooled(deliveries[place]) for place in left]))
+            if faults:
+                await self._circuit.judge(faults)
+            if self._circuit.is_open:
+                self._drain.arrived.set()  # it looks when the circuit is to be closed
+            for place in left if await appending else ():
                 results[place] = Outcome("spooled")
         return results
 
     async def drain(self) -> None:
         """For ever: what waits on the spool goes to Postgres, the oldest first; new events go beside it."""
-        while True:
-            try:
-                await self._drain_once()
-            except Exception:  # the supervisor: whatever happens, what is on disk is tried again
-                log.exception("draining failed")
-                self._spooled.set()
-                await asyncio.sleep(LONGEST_PAUSE_SECONDS)
+        adopting = asyncio.create_task(self._adopt_for_ever())
+        try:
+            while True:
+                try:
+                    await self._drain_once()
+                except Exception:  # the supervisor: whatever happens, what is on disk is tried again
+                    log.exception("draining failed")
+                    self._drain.arrived.set()
+                    await asyncio.sleep(LONGEST_PAUSE_SECONDS)
+        finally:
+            adopting.cancel()
+            await asyncio.wait({adopting})
 
     async def _drain_once(self) -> None:
+        if not self._circuit.is_open:
+            await self._drain.arrived.wait()
         try:
-            async with asyncio.timeout(ADOPT_SECONDS):
-                await self._spooled.wait()
-        except TimeoutError:
-            await self._adopt()
-            return
-        self._spooled.clear()
-        try:
-            await self._empty(self.spool)
+            await self._drain.empty()
         except SpoolError as error:
             self._tell_spool_fault(error)
-            self._spooled.set()
-        if self.is_open and await self._is_back():
-            self._close(self.spool)  # the spool took nothing that could have shown it
-        elif self.is_open or self._spooled.is_set():
-            self._spooled.set()
+            self._drain.arrived.set()
+        if self._circuit.is_open and await self._circuit.allows_trial():
+            self._circuit.close()  # the spool holds nothing that could have shown it
+        elif self._circuit.is_open or self._drain.arrived.is_set():
             await asyncio.sleep(LONGEST_PAUSE_SECONDS)
 
     async def _append(self, deliveries: Sequence[Spooled]) -> bool:
@@ -90,74 +100,43 @@ class Fallback:
             self._tell_spool_fault(error)
             return False
         self._spool_fault = ""
-        self._spooled.set()
+        self._drain.arrived.set()
         self._gauge()
         return True
 
-    async def _adopt(self) -> None:
-        """Drain what a process that has ended left behind."""
+    def _draining(self, spool: Spool) -> Drain:
+        return Drain(spool, self._write_spooled, self._circuit, self._alone, self._gauge)
+
+    async def _write_spooled(self, deliveries: Sequence[Delivery], seconds: float) -> list[Result]:
+        async with self._gate:  # one transaction for all files, beside those of new events
+            return await write(self._engine, deliveries, self._timing, seconds)
+
+    async def _adopt_for_ever(self) -> None:
+        """Drain what processes that have ended left behind, each file beside the others."""
+        adopted: set[asyncio.Task[None]] = set()
         try:
-            left_behind = open_left_behind(self.spool.path.parent)
-            while spool := await asyncio.to_thread(next, left_behind, None):
-                log.info("draining what another process spooled", file=spool.path.name, events=spool.events)
-                await self._empty(spool)
+            while True:
+                await asyncio.sleep(ADOPT_SECONDS)
+                left_behind = open_left_behind(self.spool.path.parent)
+                while len(adopted) < ADOPT_AT_ONCE and (spool := await asyncio.to_thread(next, left_behind, None)):
+                    log.info("draining what another process spooled", file=spool.path.name, events=spool.events)
+                    adopted.add(task := asyncio.create_task(self._adopt(spool)))
+                    task.add_done_callback(adopted.discard)
+        finally:
+            for task in adopted:
+                task.cancel()
+            if adopted:
+                await asyncio.wait(adopted)
+
+    async def _adopt(self, spool: Spool) -> None:
+        try:
+            await self._draining(spool).empty()
         except SpoolError as error:
             self._tell_spool_fault(error)
-
-    async def _empty(self, spool: Spool) -> None:
-        """Until nothing is left. Raises `SpoolError`.
-
-        A delivery that alone keeps Postgres busy for too long is passed over until all others are through.
-        """
-        after, most, pause = 0, DRAIN_EVENTS, FIRST_PAUSE_SECONDS
-        while waiting := await asyncio.to_thread(spool.select_oldest, after, most, DRAIN_BYTES):
-            started = monotonic()
-            results = await self._write_again(waiting)
-            taken = [each for each, result in zip(waiting, results, strict=True) if isinstance(result, Outcome)]
-            await asyncio.to_thread(spool.delete, taken)
-            self._gauge()
-            if taken:
-                self._close(spool)
-                most, pause = min(2 * most, DRAIN_EVENTS), FIRST_PAUSE_SECONDS
-                await asyncio.sleep(monotonic() - started)  # half of the time is left to new events
-            elif not self.is_open and most > 1:
-                most //= 2
-            else:
-                after = 0 if self.is_open else waiting[-1].id
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-        if after:
-            self._spooled.set()
-
-    async def _write_again(self, waiting: Sequence[Spooled]) -> Sequence[Result]:
-        """`UnavailableError` for all if Postgres takes nothing at present."""
-        results: Sequence[Result] = [UnavailableError()] * len(waiting)
-        if self.is_open and not await self._is_back():
-            return results
-        results = await write(self._engine, [_delivery(each) for each in waiting], self._timing, SPOOL_AFTER_SECONDS)
-        faults = [result for result in results if isinstance(result, UnavailableError)]
-        # What takes too long may be the fault of these very events; anything else is Postgres's.
-        if faults and not (all(fault.is_slow for fault in faults) and await self._is_back()):
-            self._open()
-        return results
-
-    async def _is_back(self) -> bool:
-        fault = await database_fault(self._engine)
-        if fault is not None and monotonic() - self._told_at >= TOLD_SECONDS:
-            self._told_at = monotonic()
-            log.error("events stay spooled", database=fault.detail)
-        return fault is None
-
-    def _open(self) -> None:
-        if not self.is_open:
-            log.error("the database takes no events: they are spooled", spool=str(self.spool.path))
-        self.is_open = True
-        self._spooled.set()
-
-    def _close(self, spool: Spool) -> None:
-        if self.is_open:
-            log.info("the database takes events again", spooled=spool.events)
-        self.is_open = False
+        except Exception:  # the supervisor: it is opened again later
+            log.exception("draining failed", file=spool.path.name)
+        finally:
+            spool.close()
 
     def _tell_spool_fault(self, error: SpoolError) -> None:
         if self._spool_fault != str(error):
@@ -188,8 +167,3 @@ def _spooled(delivery: Delivery) -> Spooled:
         ours.session_id if ours else None,
         ours.dedupe_key if ours else None,
     )
-
-
-def _delivery(spooled: Spooled) -> Delivery:
-    content = restore(spooled.source, spooled.body, spooled.type, spooled.session_id, spooled.dedupe_key)
-    return Delivery(content, spooled.received_at, spooled.key_id, spooled.source)

@@ -1,12 +1,17 @@
-"""Whether Postgres would take an event now, without giving it one."""
+"""Whether Postgres would take an event now: asked, or tried with one that is rolled back."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from uuid import uuid4
 
 import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import schema
+from archiver import events, ledger, schema
 from archiver.database import explain, is_untrusted, run_in_transaction, sqlstate
+from archiver.ingest.writing import SERVER_FIRST
 
 PROBE_SECONDS = 3
 
@@ -26,8 +31,22 @@ async def database_fault(engine: AsyncEngine) -> Fault | None:
 
     A full disk answers questions as before: that shows only when something is written.
     """
+    return await _fault(engine, _look)
+
+
+async def trial_fault(engine: AsyncEngine) -> Fault | None:
+    """Why not; None if it answers and stores an event of its own in time, which is then rolled back."""
     try:
-        is_read_only = await run_in_transaction(engine, _look, PROBE_SECONDS)
+        return await _fault(engine, _try)
+    except _RolledBackError:
+        return None
+
+
+async def _fault(engine: AsyncEngine, look: Callable[[Connection], bool]) -> Fault | None:
+    try:
+        # Postgres ends what takes too long itself: nothing is left of it that others could wait for.
+        seconds = SERVER_FIRST * PROBE_SECONDS
+        is_read_only = await run_in_transaction(engine, look, PROBE_SECONDS, statement_seconds=seconds)
     except TimeoutError:
         reason = f"silent for {PROBE_SECONDS} seconds"
         return Fault(reason, reason)
@@ -49,3 +68,19 @@ def _kind(error: SQLAlchemyError) -> str:
 def _look(connection: Connection) -> bool:
     schema.check(connection)
     return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+
+
+class _RolledBackError(Exception):
+    """The trial event was stored; this rolls it back."""
+
+
+def _try(connection: Connection) -> bool:
+    if _look(connection):
+        return True
+    name = f"archiver-trial-{uuid4()}"
+    chat = {"id": name, "sessionId": name, "input": "trial", "output": [{"role": "assistant", "content": "trial"}]}
+    event = events.parse(msgspec.json.encode({"message": {"type": events.CREATED, "chat": chat}}))
+    if not isinstance(event, events.Event):
+        raise TypeError("The trial event cannot be read.")
+    ledger.record(connection, [ledger.Observation(event, datetime.now(UTC), events.WEBHOOK, None)])
+    raise _RolledBackError

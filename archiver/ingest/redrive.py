@@ -6,10 +6,12 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import quarantine
-from archiver.database import is_data_error, transaction
+from archiver.database import is_data_error, sqlstate, transaction
 from archiver.events import Malformed
-from archiver.ingest.writing import Delivery, Outcome, explain_fault, restore, store
+from archiver.ingest.writing import QUERY_CANCELED, Delivery, Outcome, TooSlowError, explain_fault, restore, store
 from archiver.projection import DEFAULT_TIMING, Timing
+
+RETRY_SECONDS = 600.0  # of one statement: more than an event has by itself
 
 
 def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAULT_TIMING) -> Outcome | None:
@@ -20,12 +22,13 @@ def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAU
     not available.
     """
     try:
-        with transaction(engine) as connection:
+        with transaction(engine, statement_seconds=RETRY_SECONDS) as connection:
             outcome = _retry(connection, quarantine_id, timing)
     except Exception as error:
-        if isinstance(error, SQLAlchemyError) and not is_data_error(error):
+        fault: Exception = TooSlowError(RETRY_SECONDS, 1) if sqlstate(error) == QUERY_CANCELED else error
+        if isinstance(fault, SQLAlchemyError) and not is_data_error(fault):
             raise
-        outcome = Outcome("quarantined", quarantine_id, *explain_fault(error))
+        outcome = Outcome("quarantined", quarantine_id, *explain_fault(fault))
     if outcome is not None and outcome.status == "quarantined":
         with transaction(engine) as connection:
             quarantine.update_reason(connection, quarantine_id, outcome.reason or "", outcome.detail or "")
@@ -41,6 +44,6 @@ def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcom
         return Outcome("quarantined", quarantine_id, event.reason, event.detail)
     received_at = row["received_at"].astimezone(UTC)
     delivery = Delivery(event, received_at, row["key_id"], row["source"], row["delivery_count"])
-    (outcome,) = store(connection, [delivery], timing)
+    (outcome,) = store(connection, [delivery], timing, locks_late=True)
     quarantine.delete_quarantined(connection, quarantine_id)
     return outcome

@@ -46,7 +46,9 @@ SPOOL_FOLDER = "spool"  # in ARCHIVER_HOME
 
 
 def open_left_behind(folder: Path) -> Iterator[Spool]:
-    """The files that hold something and that nobody holds; one that cannot be read is left where it is."""
+    """The files that hold something and that nobody holds, for the caller to close; one that cannot be read is left
+    where it is.
+    """
     for path in sorted(folder.glob("spool-*.db")):
         number = path.stem.removeprefix("spool-")
         try:
@@ -55,12 +57,10 @@ def open_left_behind(folder: Path) -> Iterator[Spool]:
         except (OSError, SpoolError) as error:
             log.error("a spool that was left behind cannot be read", reason=str(error))  # noqa: TRY400  # there is nothing to trace
             continue
-        if held is not None:
-            try:
-                if held.events:
-                    yield held
-            finally:
-                held.close()
+        if held is not None and held.events:
+            yield held
+        elif held is not None:
+            held.close()
 
 
 def select_depth(folder: Path) -> Depth:

@@ -12,7 +12,7 @@ from archiver import database
 from archiver.callhq import Client
 from archiver.events import Event
 from archiver.history import APPLICATION, REGISTERED, SOURCE
-from archiver.ingest import Delivery, Ingest, QueueFullError, UnavailableError
+from archiver.ingest import CONNECTIONS, Delivery, Ingest, QueueFullError, UnavailableError
 from archiver.projection import Timing
 from archiver.reconcile import NotRecordedError, Reconciler, Submit
 from archiver.reconcile.pause import SharedPause
@@ -43,7 +43,7 @@ async def reconciling(
     """All that reading histories needs: connections to Postgres and to CallHQ, and the write path."""
     prepared = configuration.prepared_statements
     asking = database.connect_async(url, pool_size=2, prepared_statements=prepared)
-    writing = database.connect_async(url, pool_size=1, prepared_statements=prepared)
+    writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
     at_once = concurrency or configuration.history_concurrency
     timing = timing_of(configuration)
     queue = Ingest(
