@@ -34,7 +34,7 @@ from archiver.callhq import (
     UnauthorizedError,
     UnreachableError,
 )
-from archiver.callhq.client import ATTEMPTS, MAX_PAUSES
+from archiver.callhq.client import ATTEMPTS, MAX_OWN_PAUSES, MAX_PAUSES
 from archiver.demo import client as customers
 from archiver.demo.faults import Faults
 from archiver.demo.platform import Platform, create
@@ -64,8 +64,12 @@ class Pauses:
     async def wait(self) -> None:
         self.log.append("wait")
 
-    async def set(self, seconds: float, reason: str) -> None:
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
         self.log.append(f"set {seconds:g} {reason}")
+        return True
+
+    def answered(self, session_id: str) -> None:
+        """No matter here."""
 
     @property
     def seconds(self) -> list[float]:
@@ -81,9 +85,10 @@ class RealPauses(Pauses):
         await super().wait()
         await asyncio.sleep(self.until - asyncio.get_running_loop().time())
 
-    async def set(self, seconds: float, reason: str) -> None:
-        await super().set(seconds, reason)
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+        await super().set(seconds, reason, session_id)
         self.until = asyncio.get_running_loop().time() + seconds
+        return True
 
 
 @dataclass
@@ -432,6 +437,31 @@ async def test_pauses_are_bounded(status):
         with pytest.raises(UnreachableError, match=f"busy.*{status}"):
             await client.history("s1")
     assert len(s.calls) == MAX_PAUSES + 1
+
+
+class OwnPauses(Pauses):
+    """Each pause is for its session alone."""
+
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+        await super().set(seconds, reason, session_id)
+        return False
+
+
+async def test_a_long_pause_for_one_session_ends_its_call_and_says_for_how_long():
+    pauses = OwnPauses()
+    async with server([busy(503, retry_after="300")]) as s, connect(s, pause=pauses) as client:
+        with pytest.raises(UnreachableError, match="503 for this session") as raised:
+            await client.history("s1")
+        assert (await client.history("s2")).status == 200
+    assert (raised.value.retry_after, len(s.calls)) == (300, 2)
+
+
+async def test_short_pauses_for_one_session_are_waited_for_and_bounded():
+    pauses = OwnPauses()
+    async with server([busy(429, retry_after="1")] * 9) as s, connect(s, pause=pauses) as client:
+        with pytest.raises(UnreachableError, match="429 for this session"):
+            await client.history("s1")
+    assert len(s.calls) == MAX_OWN_PAUSES + 1
 
 
 async def test_no_more_calls_run_at_a_time_than_allowed():

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.conftest import Cluster
 from tests.payloads import SECRET, created
 from tests.receivers import Receiver, has_read_all, serving
 from tests.sockets import connect, delivery, head, is_ended, read, read_all
-from tests.test_http import ledger_locked
+from tests.test_http import ledger_locked, rows
 from tests.waiting import until
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
@@ -234,21 +235,77 @@ def test_i12_whoever_reads_no_answers_is_cut_off(receiver: Receiver) -> None:
 
 
 def test_i12_one_connection_too_many_is_told_to_come_again(database_url: str) -> None:
-    with serving(database_url, ARCHIVER_MAX_CONNECTIONS="5") as receiver:
-        others = [connect(receiver.port) for _ in range(4)]  # and the one that asks for metrics
-        until(lambda: receiver.metric("archiver_connections") == 5, "all are open")
+    with serving(database_url, ARCHIVER_MAX_CONNECTIONS="4") as receiver, ledger_locked(database_url) as release:
+        others = [connect(receiver.port, delivery(created(f"other {number}"))) for number in range(4)]
+        until(lambda: has_read_all(receiver.port, len(others)), "all of them are being answered")
         with connect(receiver.port, delivery(created("a"))) as connection:
             answer = read(connection)
             assert (answer.status, answer.reason, answer.headers["connection"]) == (503, "too_many", "close")
             assert int(answer.headers["retry-after"]) > 0
             assert is_ended(connection)
-        assert receiver.metric('archiver_connections_refused_total{reason="too_many"}') == 1
-        others.pop().close()
-        until(lambda: receiver.metric("archiver_connections") == 4, "there is room")
+        release()
+        for other in others:
+            assert read(other).status == 200
+            other.close()
         with connect(receiver.port, delivery(created("a"))) as connection:
             assert read(connection).status == 200
-        for other in others:
-            other.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /webhooks/callhq HTTP/1.1\r\n", head("content-length: 100") + b"{"])
+def test_i12_connections_that_wait_give_way_to_a_new_one(database_url: str, sent: bytes) -> None:
+    with serving(database_url, ARCHIVER_MAX_CONNECTIONS="20") as receiver, ExitStack() as stack:
+        honest = [stack.enter_context(connect(receiver.port)) for _ in range(5)]
+        for number, connection in enumerate(honest):
+            connection.sendall(delivery(created(f"before {number}")))
+            assert read(connection).status == 200
+        idle = [
+            stack.enter_context(connect(receiver.port, sent, source=f"127.0.0.{2 + number % 4}"))
+            for number in range(200)
+        ]
+        for number, connection in enumerate(
+            [*honest, *(stack.enter_context(connect(receiver.port)) for _ in range(5))]
+        ):
+            connection.sendall(delivery(created(f"after {number}")))
+            assert read(connection).status == 200
+        assert all(is_ended(connection) for connection in idle[:100])
+        assert receiver.metric('archiver_connections_refused_total{reason="given_up"}') > 100
+
+
+def test_i12_one_address_has_a_part_of_the_connections(database_url: str) -> None:
+    with serving(database_url, ARCHIVER_MAX_CONNECTIONS="20") as receiver, ExitStack() as stack:
+        other = stack.enter_context(connect(receiver.port, source="127.0.0.3"))
+        for _ in range(30):
+            stack.enter_context(connect(receiver.port, source="127.0.0.2"))
+        until(lambda: receiver.metric("archiver_connections") <= 12, "the oldest of that address have gone")
+        other.sendall(delivery(created("other")))
+        assert read(other).status == 200
+
+
+@pytest.mark.parametrize(
+    ("version", "lines"),
+    [
+        ("1.0", ["transfer-encoding: chunked"]),
+        ("1.1", ["transfer-encoding: chunked", "transfer-encoding: chunked"]),
+        ("1.1", ["transfer-encoding: identity", "transfer-encoding: chunked"]),
+        ("1.1", ["transfer-encoding: chunked, chunked"]),
+        ("1.1", ["transfer-encoding: gzip, chunked"]),
+        ("1.1", ["transfer-encoding: chunked", "content-length: 5"]),
+        ("1.1", ["content-length: 5", "transfer-encoding: chunked"]),
+        ("1.1", ["transfer-encoding: identity"]),
+        ("1.1", ["transfer-encoding: xchunked"]),
+    ],
+)
+def test_a_request_whose_end_a_proxy_may_see_elsewhere_is_refused(
+    receiver: Receiver, url: str, version: str, lines: list[str]
+) -> None:
+    body = created(f"doubtful {version} {lines}")
+    request = head(*lines).replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+    chunks = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    with connect(receiver.port, request + chunks) as connection:
+        answer = read(connection)
+        assert (answer.status, answer.reason, answer.headers["connection"]) == (400, "malformed", "close")
+        assert is_ended(connection)
+    assert rows(url, "SELECT count(*) FROM archiver.events WHERE starts_with(chat_id, 'doubtful')") == [(0,)]
 
 
 def test_i12_as_many_files_as_needed_are_allowed(database_url: str) -> None:

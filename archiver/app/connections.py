@@ -4,10 +4,12 @@ Whoever oversteps one is told why where that is possible, and loses the connecti
 """
 
 import asyncio
+import weakref
 from enum import Enum
 from typing import Any
 
 import httptools
+from starlette.types import Scope
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -28,6 +30,13 @@ FRAMING = 8  # times a body's size that its chunks may take; the rest are traile
 SLOWEST = 16_384  # bytes a second with which a body earns more time
 
 
+def prove(scope: Scope) -> None:
+    """Note that this request was authenticated: its connection goes before others now."""
+    connection = scope.get("state", {}).get("connection")
+    if connection is not None and (member := connection()) is not None:
+        member.prove()
+
+
 class Part(Enum):
     """What of a request is being read."""
 
@@ -46,7 +55,8 @@ class Connection(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        # Weak, since each request's scope holds it: nothing is to be left for the collector.
+        super().__init__(config, server_state, {**app_state, "connection": weakref.ref(self)}, _loop)
         self._crowd: Crowd = app_state["crowd"]
         self._part = Part.NOTHING
         self._size = 0  # bytes of that part
@@ -118,6 +128,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._size > MAX_HEAD - PIECE and self._head_size() > MAX_HEAD:
             raise Refused("headers_too_large")
+        if self._is_framed_doubtfully():
+            raise Refused("malformed")
         if len(self.pipeline) >= MAX_WAITING:
             raise Refused("too_many_waiting")
         super().on_headers_complete()
@@ -142,8 +154,37 @@ class Connection(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._since = self.loop.time()
 
+    def _is_framed_doubtfully(self) -> bool:
+        """Whether a proxy in front may see the end of this request elsewhere (RFC 9112, 6.1 and 6.3)."""
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if not codings:
+            return False
+        has_length = any(name == b"content-length" for name, _ in self.headers)
+        is_chunked = len(codings) == 1 and codings[0].strip(b" \t").lower() == b"chunked"
+        return has_length or not is_chunked or self.parser.get_http_version() != "1.1"
+
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    # Its place among the others
+
+    @property
+    def address(self) -> str:
+        """The client's; empty where it has none."""
+        return self.client[0] if self.client else ""
+
+    @property
+    def is_occupied(self) -> bool:
+        """Whether a whole request of it is being answered."""
+        return self._is_answering and self._part is Part.NOTHING
+
+    def prove(self) -> None:
+        """Note that a request of it was authenticated."""
+        self._crowd.prove(self)
+
+    def give_up(self) -> None:
+        """End it at once, for another."""
+        self.transport.abort()
 
     # Its end
 

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from archiver import history
 from archiver.app.answers import RETRY_AFTER
 from archiver.app.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError
+from archiver.app.connections import prove
 from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 
 
@@ -33,6 +34,7 @@ class Registration:
         if not hmac.compare_digest(given, b"Bearer " + self._token):
             detail = "Send the token of ARCHIVER_API_TOKEN: Authorization: Bearer TOKEN."
             return JSONResponse(_problem("unauthenticated", detail), 401, {"www-authenticate": "Bearer"})
+        prove(request.scope)
         try:
             sessions = history.registrations(await self._bodies.read(request.scope, request.receive))
         except (BodyTooLargeError, BodiesFullError, BodyIncompleteError, ClientDisconnect, ValueError) as error:

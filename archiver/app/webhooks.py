@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from archiver import events, signatures, telemetry
 from archiver.app.answers import RETRY_AFTER
 from archiver.app.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError, is_small
+from archiver.app.connections import prove
 from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 from archiver.settings import Settings
 
@@ -87,7 +88,9 @@ class Receiver:
         self._ingest.check_room()
         body = await self._bodies.read(scope, receive)
         url = _url(scope) if signs_url else ""
-        return body, verifier.verify(body, headers, scope["method"], url, time.time())
+        key_id = verifier.verify(body, headers, scope["method"], url, time.time())
+        prove(scope)
+        return body, key_id
 
 
 @cache

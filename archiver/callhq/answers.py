@@ -21,7 +21,11 @@ class CallError(Exception):
 
 
 class UnreachableError(CallError):
-    """No answer was to be had, after retries; another time there may be one."""
+    """No answer was to be had, after retries; another time there may be one, at the soonest after `retry_after`."""
+
+    def __init__(self, what: str, retry_after: float = 0.0) -> None:
+        super().__init__(what)
+        self.retry_after = retry_after  # seconds
 
 
 class UnauthorizedError(CallError):

@@ -1,6 +1,7 @@
 """The calls, each with its retries and pauses."""
 
 import asyncio
+from collections import Counter
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -28,6 +29,8 @@ from archiver.callhq.slots import slots
 ATTEMPT_SECONDS = 30.0  # for one attempt, to the last byte of its answer
 ATTEMPTS = 4
 MAX_PAUSES = 10  # that one call waits for
+# Of a pause that concerns one session alone: shorter ones are waited for, some times; longer ones end the call.
+OWN_PAUSE_SECONDS, MAX_OWN_PAUSES = 5.0, 2
 MAX_BYTES = 64 * 1_048_576  # of one answer, decompressed
 _FIRST_BACKOFF, _LONGEST_BACKOFF, _JITTER = 0.5, 10.0, 1.0  # seconds
 
@@ -38,8 +41,13 @@ class Pause(Protocol):
     async def wait(self) -> None:
         """Return once nobody is asked to wait any more."""
 
-    async def set(self, seconds: float, reason: str) -> None:
-        """Make everybody wait so long from now; `reason` is the status that asked for it, `429` or `503`."""
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+        """Note that CallHQ asked for a pause of so many seconds when it was asked about this session, or, with None,
+        about none. `reason` is the status, `429` or `503`. Answers whether the pause is for every call.
+        """
+
+    def answered(self, session_id: str) -> None:
+        """Note that CallHQ answered about this session."""
 
 
 class Client:
@@ -91,7 +99,7 @@ class Client:
         """
         if not session_id:
             raise ValueError("A session id has at least one character.")
-        return await self._call("GET", f"/chats/session/{segment(session_id)}", None)
+        return await self._call("GET", f"/chats/session/{segment(session_id)}", None, session_id)
 
     async def create_session(self, name: str, assistant_id: str) -> dict[str, Any]:
         """`POST /sessions`: the new session. Raises every `CallError`."""
@@ -128,9 +136,9 @@ class Client:
             )
         return held
 
-    async def _call(self, method: str, path: str, body: bytes | None) -> Answer:
+    async def _call(self, method: str, path: str, body: bytes | None, session_id: str | None = None) -> Answer:
         """With retries and pauses. What may have been done is not asked for again, unless it is a GET."""
-        pauses = 0
+        pauses = Counter[bool]()  # by whether they were for every call
 
         def is_worth_another(error: Exception) -> bool:
             return isinstance(error, FailedError) and (method == "GET" or not error.was_sent)
@@ -147,21 +155,32 @@ class Client:
                 with attempt:
                     while True:
                         try:
-                            return await self._exchange(method, path, body)
+                            answer = await self._exchange(method, path, body)
                         except BusyError as busy:
-                            pauses += 1
-                            await self._be_told_to_wait(method, busy, pauses)
+                            is_shared = await self._pause.set(busy.seconds, str(busy.status), session_id)
+                            pauses[is_shared] += 1
+                            await self._heed(method, busy, pauses, is_shared=is_shared)
+                        else:
+                            if session_id is not None:
+                                self._pause.answered(session_id)
+                            return answer
         except FailedError as error:
             # The error beneath holds the request, and the request the key.
             raise UnreachableError(f"CallHQ gave no answer: {error} (attempts: {attempt.num}).") from None
         raise AssertionError("stamina ends with an answer or with an error")
 
-    async def _be_told_to_wait(self, method: str, busy: BusyError, pauses: int) -> None:
-        await self._pause.set(busy.seconds, str(busy.status))
-        if pauses > MAX_PAUSES:
-            raise UnreachableError(f"CallHQ is busy: it answered {busy.status} after each of {MAX_PAUSES} pauses.")
+    async def _heed(self, method: str, busy: BusyError, pauses: Counter[bool], *, is_shared: bool) -> None:
+        """Raise where the call ends here; wait for a pause that is for this session alone."""
+        what = f"CallHQ is busy: it answered {busy.status}"
+        if pauses[True] > MAX_PAUSES:
+            raise UnreachableError(f"{what} after each of {MAX_PAUSES} pauses.")
         if method != "GET" and busy.status != httpx2.codes.TOO_MANY_REQUESTS:
-            raise UnreachableError(f"CallHQ is busy: it answered {busy.status}.")
+            raise UnreachableError(f"{what}.")
+        if is_shared:
+            return
+        if busy.seconds > OWN_PAUSE_SECONDS or pauses[False] > MAX_OWN_PAUSES:
+            raise UnreachableError(f"{what} for this session.", busy.seconds)
+        await asyncio.sleep(busy.seconds)
 
     async def _exchange(self, method: str, path: str, body: bytes | None) -> Answer:
         """One attempt: an answer, or an error that says what came instead."""

@@ -38,8 +38,11 @@ class _Impatience:
     async def wait(self) -> None:
         """Nobody asked before us."""
 
-    async def set(self, seconds: float, reason: str) -> None:
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
         raise WaitError(f"It answered {reason}: wait {seconds:.0f} s.")
+
+    def answered(self, session_id: str) -> None:
+        """Nobody asks after us."""
 
 
 def is_of_the_api(answer: Answer) -> bool:

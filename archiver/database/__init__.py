@@ -4,7 +4,7 @@ Holds no session state, so that PgBouncer in transaction mode serves: what a tra
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from archiver.database.errors import (
     CERTIFICATE_ADVICE,
     NO_ROOM_FOR_LOCKS,
     explain,
+    is_cancelled,
     is_conflict,
     is_data_error,
     is_lock_timeout,
@@ -55,6 +56,7 @@ __all__ = [
     "database_url",
     "execute",
     "explain",
+    "is_cancelled",
     "is_conflict",
     "is_data_error",
     "is_lock_timeout",
@@ -67,6 +69,7 @@ __all__ = [
     "now",
     "place",
     "redirect",
+    "run_apart",
     "run_in_transaction",
     "snapshot",
     "sqlstate",
@@ -74,6 +77,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 CONNECT_SECONDS = 5
 CONNECT_SECONDS_EACH = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
@@ -220,6 +224,39 @@ async def run_in_transaction(
             running.cancel()
             _abandoned.add(running)
             running.add_done_callback(_forget)
+
+
+APART_LOCK_SECONDS, APART_STATEMENT_SECONDS = 0.5, 10.0
+
+
+async def run_apart(
+    engine: AsyncEngine, items: Sequence[Item], work: Callable[[Connection, Sequence[Item]], T]
+) -> tuple[list[T], list[Item]]:
+    """Return what `work` answers for all items, in one transaction if none of them makes it wait.
+
+    Where a lock or a statement takes too long, each half has a transaction of its own, and so on. The items that
+    still wait alone are returned, too: nothing was done for them.
+    """
+    if not items:
+        return [], []
+    try:
+        answer = await run_in_transaction(
+            engine,
+            lambda connection: work(connection, items),
+            statement_seconds=APART_STATEMENT_SECONDS,
+            lock_seconds=APART_LOCK_SECONDS,
+        )
+    except DBAPIError as error:
+        if not is_lock_timeout(error) and not is_cancelled(error):
+            raise
+        if len(items) == 1:
+            return [], list(items)
+    else:
+        return [answer], []
+    middle = len(items) // 2
+    first, waiting = await run_apart(engine, items[:middle], work)
+    second, also_waiting = await run_apart(engine, items[middle:], work)
+    return first + second, waiting + also_waiting
 
 
 _abandoned: set[asyncio.Future[Any]] = set()

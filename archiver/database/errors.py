@@ -89,7 +89,7 @@ def is_unreachable(error: BaseException) -> bool:
 # what a trigger raises.
 _DATA_CLASSES = frozenset({"21", "22", "23", "44", "54", "P0"})
 _CONFLICTS = frozenset({"40001", "40P01"})
-_LOCK_NOT_AVAILABLE = "55P03"
+_LOCK_NOT_AVAILABLE, _QUERY_CANCELED = "55P03", "57014"
 
 
 def is_data_error(error: BaseException) -> bool:
@@ -109,3 +109,8 @@ def is_conflict(error: BaseException) -> bool:
 def is_lock_timeout(error: BaseException) -> bool:
     """Whether a lock was waited for as long as the transaction may (`lock_timeout`)."""
     return sqlstate(error) == _LOCK_NOT_AVAILABLE
+
+
+def is_cancelled(error: BaseException) -> bool:
+    """Whether a statement took as long as it may (`statement_timeout`)."""
+    return sqlstate(error) == _QUERY_CANCELED

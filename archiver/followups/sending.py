@@ -23,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 SECONDS = 15.0  # for an attempt, to the last byte of its answer
 MOST_READ = 65_536  # bytes of an answer
+MOST_PARTS = 256  # of an answer: each chunk of an answer in chunks is one
 KEPT = 256  # bytes of an answer
 IDLE_SECONDS = 4.0  # that a connection is kept unused: less than servers keep it
 GONE = 410
@@ -122,13 +123,16 @@ class Transport:
 
     async def _exchange(self, headers: dict[str, str], body: bytes) -> dict[str, object]:
         async with self._pool.stream("POST", self._url, headers=list(headers.items()), content=body) as response:
-            answer = bytearray()
+            wire = response.extensions.get("network_stream")
+            if isinstance(wire, Wire):
+                wire.begin_body()
+            answer, parts = bytearray(), 0
             async for part in response.aiter_stream():
                 answer += part
-                if len(answer) >= MOST_READ:  # and what is left of it unread ends the connection
+                parts += 1
+                if len(answer) >= MOST_READ or parts >= MOST_PARTS:  # what is left of it unread ends the connection
                     break
             else:
-                wire = response.extensions.get("network_stream")
                 if isinstance(wire, Wire):
                     wire.settle(bytes(answer))
             told = {name.lower(): value for name, value in response.headers}

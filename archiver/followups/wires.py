@@ -3,12 +3,23 @@
 Else what is left of one answer, as the body that a 204 must not have, would be taken for the beginning of the next.
 """
 
+import asyncio
+import re
 import ssl
 from typing import Any
 
 import httpcore2
 
 MOST_KEPT = 262_144  # bytes; an answer that is whole has fewer
+
+# What one attempt may cost: a receiver that keeps answering takes the time in which others could be served.
+MOST_BYTES = 262_144  # that come on the wire
+READ_BYTES = 4_096  # that are parsed at a time
+MOST_INFORMATIONAL = 16  # responses 1xx before the one that is asked for
+FREE_READS, READS_A_SECOND = 64, 100
+
+_INFORMATIONAL = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
+_LONGEST_MATCH = 12
 
 
 class Wire(httpcore2.AsyncNetworkStream):
@@ -18,6 +29,14 @@ class Wire(httpcore2.AsyncNetworkStream):
         self._stream = stream
         self._came = bytearray()
         self._is_clean = False
+        self._bytes = self._reads = self._informational = 0
+        self._tail = b""
+        self._ahead = b""  # came, and is not parsed yet
+        self._is_body = False
+
+    def begin_body(self) -> None:
+        """Note that the head of the answer has been read."""
+        self._is_body = True
 
     def settle(self, body: bytes) -> None:
         """Tell what the body of the answer was; whether nothing else came is known from then on."""
@@ -39,15 +58,35 @@ class Wire(httpcore2.AsyncNetworkStream):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  # the library's name
         """As the library says."""
-        part = await self._stream.read(max_bytes, timeout)
-        if len(self._came) < MOST_KEPT:
-            self._came += part
+        if self._ahead:
+            await asyncio.sleep(0)  # others come first
+        else:
+            self._reads += 1
+            if self._reads > FREE_READS:
+                await asyncio.sleep(1 / READS_A_SECOND)
+            self._ahead = await self._stream.read(max_bytes, timeout)
+            self._check(self._ahead)
+            if len(self._came) < MOST_KEPT:
+                self._came += self._ahead
+        part, self._ahead = self._ahead[:READ_BYTES], self._ahead[READ_BYTES:]
         return part
+
+    def _check(self, part: bytes) -> None:
+        self._bytes += len(part)
+        if not self._is_body:
+            began = len(self._tail)
+            seen = self._tail + part
+            self._informational += sum(match.end() > began for match in _INFORMATIONAL.finditer(seen))
+            self._tail = seen[-_LONGEST_MATCH:]
+        if self._bytes > MOST_BYTES or self._informational > MOST_INFORMATIONAL:
+            raise httpcore2.RemoteProtocolError("the answer does not end")
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  # the library's name
         """As the library says."""
         self._came.clear()
-        self._is_clean = False
+        self._is_clean = self._is_body = False
+        self._bytes = self._reads = self._informational = 0
+        self._tail = self._ahead = b""
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:

@@ -181,7 +181,7 @@ class Ingest:
         await asyncio.wait({task}, timeout=OVERTAKE_SECONDS)
         if not task.done():
             self._lanes[task] = {subject(waiting.delivery) for waiting in batch}
-            self._expected = 1
+            self._expected = self._batch_events if self._patience else 1
             task.add_done_callback(lambda done: self._lanes.pop(done, None))
             while len(self._lanes) >= LANES:
                 await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)

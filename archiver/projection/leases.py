@@ -91,17 +91,24 @@ _POSTPONE = (
 )
 
 
-def hand_out_due(
-    connection: Connection, now: datetime, until: datetime, most: int
-) -> list[tuple[str, datetime | None]]:
-    """Sessions whose reading is due, and by when; those first that upstream forgets first.
+Due = tuple[str, datetime | None]  # a session, and by when it is to be read
 
-    They are handed out again from `until` on, if they were not read by then.
-    """
-    due = [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": most})]
+
+def select_due(connection: Connection, now: datetime, most: int) -> list[Due]:
+    """Sessions whose reading is due; those first that upstream forgets first."""
+    return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": most})]
+
+
+def hand_out(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:
+    """Take these sessions, if they are still due; they are due again from `until` on, if they were not read."""
     handed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
     mine = set(connection.scalars(_HAND_OUT, handed)) if due else set()
     return [(session_id, read_by) for session_id, read_by in due if session_id in mine]
+
+
+def hand_out_due(connection: Connection, now: datetime, until: datetime, most: int) -> list[Due]:
+    """Take sessions whose reading is due, in one transaction."""
+    return hand_out(connection, select_due(connection, now, most), now, until)
 
 
 def _at(now: datetime) -> dict[str, Any]:

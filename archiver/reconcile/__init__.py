@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from functools import partial
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, history, ledger, telemetry
 from archiver.callhq import Client
-from archiver.database import run_in_transaction
+from archiver.database import run_apart, run_in_transaction
 from archiver.events import Event
 from archiver.projection import Timing, leases
 from archiver.reconcile.asking import NOT_FOUND, Answer, Asking
@@ -182,7 +181,7 @@ class Reconciler:
         event = answer.event
         if event is None:
             self._not_read.warn(session_id=session_id, error=answer.fault)
-            event = await self._failed(session_id, lease, answer.began)
+            event = await self._failed(session_id, lease, answer)
             if event is None:
                 return "failed", answer.fault
         try:
@@ -217,8 +216,9 @@ class Reconciler:
         telemetry.readings.labels(outcome).inc()
         return outcome, answer.fault
 
-    async def _failed(self, session_id: str, lease: datetime, now: datetime) -> Event | None:
+    async def _failed(self, session_id: str, lease: datetime, answer: Answer) -> Event | None:
         """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
+        now = answer.began
         telemetry.readings.labels("failed").inc()
         schedule = await run_in_transaction(self._engine, lambda c: leases.select_schedule(c, session_id))
         if schedule is None:
@@ -227,15 +227,21 @@ class Reconciler:
         has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * margin
         if self._gives_up and has_expired and now >= since + margin:
             return history.give_up(session_id)
-        pause = retry_pause(self._timing, schedule.read_by, since, now)
+        wanted = min(timedelta(seconds=answer.retry_after), LONGEST_RETRY)
+        pause = max(retry_pause(self._timing, schedule.read_by, since, now), wanted)
         await self._postpone(session_id, lease, now + pause, failing_since=since)
         return None
 
     async def _postpone(
         self, session_id: str, lease: datetime, until: datetime, *, failing_since: datetime | None = None
     ) -> None:
-        postpone = partial(leases.postpone, session_id=session_id, lease=lease, until=until)
-        await run_in_transaction(self._engine, partial(postpone, failing_since=failing_since))
+        """Where another transaction holds the session its lease ends by itself, and it is handed out again later."""
+
+        def postpone(connection: Connection, session_ids: Sequence[str]) -> None:
+            for each in session_ids:
+                leases.postpone(connection, each, lease, until=until, failing_since=failing_since)
+
+        await run_apart(self._engine, [session_id], postpone)
 
 
 def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:

@@ -25,13 +25,15 @@ _FIRST_BACKOFF, _LONGEST_BACKOFF, _JITTER = 0.5, 5.0, 0.5  # seconds
 class Answer(msgspec.Struct, frozen=True, gc=False):
     """What a call came to: the fact, or why there is none.
 
-    `began`: when the call that was answered did, or the first that was not.
+    `began`: when the call that was answered did, or the first that was not. `retry_after`: seconds for which CallHQ
+    does not want to be asked about this session.
     """
 
     began: datetime
     event: Event | None
     fault: str = ""
     status: int = 0
+    retry_after: float = 0.0
 
     @property
     def is_odd(self) -> bool:
@@ -91,7 +93,7 @@ class Asking:
         try:
             answer = await self._client.history(session_id)
         except UnreachableError as error:
-            return Answer(began, None, str(error))
+            return Answer(began, None, str(error), retry_after=error.retry_after)
         except TooLargeError as error:
             log.warning("history too large", session_id=session_id, error=str(error))
             return Answer(began, history.observe(session_id, 413, b""), status=413)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver.database import explain, now, run_in_transaction
+from archiver.database import explain, now, run_apart
 from archiver.projection import leases
 from archiver.projection.leases import Standing
 
@@ -46,7 +46,7 @@ class Leased:
             await asyncio.wait({renewing})
             if self._held:
                 try:
-                    await run_in_transaction(self._engine, lambda c: leases.release(c, self._held))
+                    await release_apart(self._engine, self._held)
                 except SQLAlchemyError as error:
                     log.warning("leases not given back: they end by themselves", error=explain(error))
 
@@ -74,16 +74,18 @@ class Leased:
 
     async def _lease(self, session_ids: Sequence[str]) -> None:
 
-        def claim(connection: Connection) -> tuple[datetime, dict[str, Standing]]:
+        def claim(connection: Connection, part: Sequence[str]) -> tuple[datetime, dict[str, Standing]]:
             moment = now()  # by the database's clock, which this transaction has seen
             lease = moment + leases.LEASE
-            return lease, leases.claim(connection, session_ids, moment, lease, self._due_at)
+            return lease, leases.claim(connection, part, moment, lease, self._due_at)
 
-        lease, mine = await run_in_transaction(self._engine, claim)
+        parts, _ = await run_apart(self._engine, session_ids, claim)
+        mine = {session_id: standing for _, claimed in parts for session_id, standing in claimed.items()}
+        held = {session_id: lease for lease, claimed in parts for session_id in claimed}
         if self._due_at is None:  # else the others may not be due any more
             self.busy += [session_id for session_id in session_ids if session_id not in mine]
         self.before |= mine
-        self._held |= dict.fromkeys(mine, lease)
+        self._held |= held
         self._waiting += [session_id for session_id in session_ids if session_id in mine]
 
     async def _is_ours(self, session_id: str) -> bool:
@@ -108,13 +110,19 @@ class Leased:
     async def _renew_all(self) -> None:
         held = dict(self._held)
 
-        def renew(connection: Connection) -> tuple[datetime, set[str]]:
+        def renew(connection: Connection, items: Sequence[tuple[str, datetime]]) -> dict[str, datetime]:
             lease = now() + leases.LEASE
-            return lease, leases.renew(connection, held, lease)
+            return dict.fromkeys(leases.renew(connection, dict(items), lease), lease)
 
-        lease, kept = await run_in_transaction(self._engine, renew)
-        for session_id in held.keys() & self._held.keys():
+        parts, waiting = await run_apart(self._engine, list(held.items()), renew)
+        kept = {session_id: lease for part in parts for session_id, lease in part.items()}
+        for session_id in (held.keys() & self._held.keys()) - {session_id for session_id, _ in waiting}:
             if session_id in kept:
-                self._held[session_id] = lease
+                self._held[session_id] = kept[session_id]
             else:
                 del self._held[session_id]
+
+
+async def release_apart(engine: AsyncEngine, leased: Mapping[str, datetime]) -> None:
+    """Give leases back; one that another transaction holds ends by itself."""
+    await run_apart(engine, list(leased.items()), lambda connection, items: leases.release(connection, dict(items)))

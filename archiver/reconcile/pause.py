@@ -1,4 +1,8 @@
-"""The pause that CallHQ asks of one worker and all obey, kept in Postgres."""
+"""The pause that CallHQ asks of one worker and all obey, kept in Postgres.
+
+A pause that CallHQ asks for is for the session that was asked about, unless several sessions in a row are asked to
+wait: then it concerns the account, or the platform.
+"""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -16,6 +20,8 @@ log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 0.1
 _NAME = "callhq"
+# The pause is for all once so many sessions are to wait, of the latest ones that were asked about within so long.
+SEVERAL, LATEST, RECENT_SECONDS = 3, 5, 60.0
 
 
 class SharedPause:
@@ -26,6 +32,9 @@ class SharedPause:
         self._until = datetime.min.replace(tzinfo=UTC)
         self._looked = -_LOOK_SECONDS
         self._looking = asyncio.Lock()
+        self._latest: dict[
+            str, tuple[float, bool]
+        ] = {}  # by session, oldest first: when, and whether it was answered
 
     async def wait(self) -> None:
         """Until nobody asks for a pause any more."""
@@ -33,9 +42,17 @@ class SharedPause:
         while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(seconds, 1.0))
 
-    async def set(self, seconds: float, reason: str) -> None:
-        """Let every worker pause so long; a longer pause under way stays."""
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+        """Let every worker pause so long, where this is not about one session alone; answers whether it is not.
+
+        A longer pause under way stays.
+        """
         telemetry.pauses.labels(reason).inc()
+        if session_id is not None:
+            self._note(session_id, is_answered=False)
+            if not self._is_about_all():
+                log.info("one session is asked for later", session_id=session_id, seconds=seconds, reason=reason)
+                return False
         log.warning("pause", seconds=seconds, reason=reason)
         statement = insert(tables.pauses).values(name=_NAME, until=now() + timedelta(seconds=seconds), reason=reason)
         later = statement.on_conflict_do_update(
@@ -45,6 +62,21 @@ class SharedPause:
         )
         await run_in_transaction(self._engine, lambda connection: connection.execute(later))
         self._looked = -_LOOK_SECONDS
+        return True
+
+    def answered(self, session_id: str) -> None:
+        """Note that CallHQ answered about this session."""
+        self._note(session_id, is_answered=True)
+
+    def _note(self, session_id: str, *, is_answered: bool) -> None:
+        self._latest.pop(session_id, None)
+        self._latest[session_id] = monotonic(), is_answered
+        while len(self._latest) > LATEST:
+            del self._latest[next(iter(self._latest))]
+
+    def _is_about_all(self) -> bool:
+        since = monotonic() - RECENT_SECONDS
+        return sum(at >= since and not is_answered for at, is_answered in self._latest.values()) >= SEVERAL
 
     async def _end(self) -> datetime:
         async with self._looking:

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver.database import run_in_transaction
 from archiver.projection import leases
 from archiver.projection.leases import Standing
-from archiver.reconcile.leased import Leased
+from archiver.reconcile.leased import Leased, release_apart
 
 log = structlog.get_logger(__name__)
 
@@ -60,13 +60,13 @@ class Report:
         ids = list(finished)
         leased = self._leased.let_go(ids)
 
-        def release(connection: Connection) -> dict[str, Standing]:
-            leases.release(connection, leased)
+        def select(connection: Connection) -> dict[str, Standing]:
             return leases.select_standings(connection, ids)
 
         after: dict[str, Standing] = {}
         try:
-            after = await run_in_transaction(self._engine, release)
+            await release_apart(self._engine, leased)
+            after = await run_in_transaction(self._engine, select)
         except SQLAlchemyError as error:
             log.warning("leases not given back: they end by themselves", error=type(error).__name__)
         for session_id, (outcome, error_text) in finished.items():

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, heartbeats, telemetry
 from archiver.callhq import UnauthorizedError
-from archiver.database import LOCK_SECONDS, run_in_transaction
+from archiver.database import LOCK_SECONDS, run_apart, run_in_transaction
 from archiver.duties import Duty, where
 from archiver.projection import leases
 from archiver.reconcile import Reconciler
@@ -139,13 +139,16 @@ class Histories:
     async def _hand_out_due(self, engine: AsyncEngine) -> None:
         """Make jobs of the sessions whose history is to be read."""
 
-        def hand_out(connection: Connection) -> tuple[datetime, list[tuple[str, datetime | None]]]:
+        def select(connection: Connection) -> tuple[datetime, list[leases.Due]]:
             now = database.now()
-            until = now + HANDED_OUT_FOR
             most = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_A_JOB
-            return until, leases.hand_out_due(connection, now, until, most) if most > 0 else []
+            return now, leases.select_due(connection, now, most) if most > 0 else []
 
-        until, due = await run_in_transaction(engine, hand_out)
+        now, found = await run_in_transaction(engine, select)
+        until = now + HANDED_OUT_FOR
+        # A session that another transaction holds is due again next time; none waits for it.
+        parts, _ = await run_apart(engine, found, partial(leases.hand_out, now=now, until=until))
+        due = [each for part in parts for each in part]
         for start in range(0, len(due), SESSIONS_A_JOB):
             part = due[start : start + SESSIONS_A_JOB]
             read_by = part[0][1]
@@ -188,7 +191,6 @@ class Histories:
             session_ids, due_at = job.task_kwargs.get("session_ids"), job.task_kwargs.get("due_at")
             if isinstance(session_ids, list) and isinstance(due_at, str):
                 ids, handed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
-                hasten = partial(leases.hasten, session_ids=ids, handed=handed, now=database.now())
-                await run_in_transaction(engine, hasten)
+                await run_apart(engine, ids, partial(leases.hasten, handed=handed, now=database.now()))
             await self._jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
         await run_in_transaction(engine, lambda connection: connection.execute(_DELETE_EARLIER))

@@ -20,6 +20,7 @@ from archiver.settings import Settings
 
 _BATCH = 50  # histories in one transaction
 _PATIENCE_SECONDS = 0.05
+_SUBMIT_SECONDS = 20.0  # for which a reader waits until its answer is committed; one that takes longer still may be
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
 
@@ -68,10 +69,11 @@ async def reconciling(
         delivery = Delivery(event, began, None, source=source)
         while True:
             try:
-                return (await queue.submit(delivery)).status
+                async with asyncio.timeout(_SUBMIT_SECONDS):
+                    return (await queue.submit(delivery)).status
             except QueueFullError:
                 await asyncio.sleep(_PATIENCE_SECONDS)  # large answers: there is room once others are committed
-            except UnavailableError as error:
+            except (UnavailableError, TimeoutError) as error:
                 raise NotRecordedError from error
 
     try:

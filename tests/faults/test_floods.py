@@ -132,11 +132,8 @@ def test_i12_more_connections_than_allowed_cost_no_more(database_url: str) -> No
         ExitStack() as stack,
     ):
         crowd = [stack.enter_context(connect(receiver.port)) for _ in range(600)]
-        refused = crowd[99:]
-        assert sum(b"too_many" in read_all(connection) for connection in refused) == 501
-        for connection in crowd[:50]:
-            connection.close()
-        until(lambda: receiver.metric("archiver_connections") < 60, "there is room")
+        assert all(read_all(connection) == b"" for connection in crowd[:540])  # given up for those after them
+        until(lambda: receiver.metric("archiver_connections") < 60, "one address has half of them")
         assert_honest_are_served(receiver)
 
 

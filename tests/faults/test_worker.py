@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver.database import transaction
 from archiver.projection import leases
+from archiver.reconcile.pause import SEVERAL
 from tests import servers
 from tests.receivers import serving
 from tests.servers import as_writer
@@ -46,6 +47,7 @@ class Watch:
         self.began: list[float] = []
         self.paused_at: float | None = None
         self.pauses = 0  # of the next calls are answered 429
+        self.busy = ""  # the path of a session that is always answered 503, with a long Retry-After
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +60,9 @@ class Watch:
             refuses = self.pauses > 0
             self.pauses -= refuses
         try:
-            if refuses:
+            if scope["path"] == self.busy:
+                await JSONResponse({"message": "busy"}, 503, {"retry-after": "300"})(scope, receive, send)
+            elif refuses:
                 await JSONResponse({"message": "busy"}, 429, {"retry-after": "2"})(scope, receive, send)
                 self.paused_at = time.monotonic()
             else:
@@ -190,13 +194,38 @@ def test_a_429_pauses_all_workers(database_url: str) -> None:
         make_due(database_url, callhq, 400)
         with working(database_url, callhq), working(database_url, callhq):
             until(lambda: read(database_url) > 50, "both are at work", 60)
-            watch.pauses = 1
-            until(lambda: watch.paused_at is not None, "one of them is refused", 60)
+            watch.pauses = 2 * SEVERAL  # of as many sessions, so that one of the two workers meets several
+            until(lambda: watch.pauses == 0, "they are refused", 60)
             until(lambda: read(database_url) == 400, "all are read", 60)
     assert watch.paused_at is not None
     # Calls under way when it was said, and those of a worker that had just looked, are not held back.
     late = [began for began in watch.began if watch.paused_at + 0.5 < began < watch.paused_at + 1.9]
     assert late == []
+
+
+def test_a_session_that_is_always_answered_503_delays_no_other(database_url: str) -> None:
+    with simulated() as callhq, watched(callhq) as watch:
+        make_due(database_url, callhq, 40)
+        ((session_id,),) = execute(database_url, "SELECT min(session_id) FROM archiver.events")
+        watch.busy = f"/api/chats/session/{session_id}"
+        with working(database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="2"):
+            until(lambda: read(database_url) == 39, "all others are read", 60)
+            query = "SELECT round(extract(epoch FROM reconcile_at - failing_since)) FROM archiver.sessions"
+            failing = f"{query} WHERE failing_since IS NOT NULL"
+            until(lambda: execute(database_url, failing) == [(300,)], "and this one is asked for when it is to be")
+    assert execute(database_url, "SELECT count(*) FROM archiver.pauses") == [(0,)]
+
+
+def test_i13_a_session_that_another_program_holds_keeps_no_other_from_being_read(database_url: str) -> None:
+    with simulated() as callhq:
+        make_due(database_url, callhq, 60)
+        first = "(SELECT min(session_id) FROM archiver.events)"
+        with psycopg.connect(database_url) as beside:
+            beside.execute(f"SELECT FROM archiver.sessions WHERE session_id = {first} FOR UPDATE")
+            with working(database_url, callhq):
+                until(lambda: read(database_url) == 59, "all others are read", 60)
+                beside.rollback()
+                until(lambda: read(database_url) == 60, "and then this one", 60)
 
 
 def test_serve_has_a_worker_that_is_started_again_and_ends_with_it(database_url: str) -> None:
