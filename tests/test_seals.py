@@ -465,6 +465,31 @@ def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine
     assert verify(engine) == []
 
 
+def test_i13_transactions_that_write_without_a_pause_do_not_end_sealing(engine: Engine) -> None:
+    def write(connection: Connection, name: str) -> None:
+        event = events.parse(created(name, name))
+        assert isinstance(event, events.Event)
+        ledger.record(connection, [ledger.Observation(event, NOW, "webhook", "key")])
+
+    settling = seals.Settling()
+    record(engine, created("before", "b"))
+    with engine.connect() as first, engine.connect() as second:
+        write(first, "first")
+        record(engine, created("between", "w"))  # a higher id, committed first
+        with pytest.raises(seals.BusyError):
+            seals.seal(engine, KEY, None, settling)
+        write(second, "second")
+        first.commit()
+        record(engine, created("after", "a"))
+        (seal,) = seals.seal(engine, KEY, None, settling)
+        assert seal.size == 3
+        assert verify(engine) == []
+        second.commit()
+    (seal,) = seals.seal(engine, KEY, None, settling)
+    assert seal.size == 2
+    assert verify(engine) == []
+
+
 # What whoever holds the rights of a writer, or all, does beside the seals
 
 

@@ -42,8 +42,8 @@ from archiver.database.urls import database_url, place
 
 __all__ = [
     "CERTIFICATE_ADVICE",
-    "NO_ROOM_FOR_LOCKS",
     "LOCK_SECONDS",
+    "NO_ROOM_FOR_LOCKS",
     "STATEMENT_SECONDS",
     "Direct",
     "Lock",

@@ -15,6 +15,7 @@ from archiver.seals.findings import Finding
 from archiver.seals.parallel import MOST_JOBS, LostError, usual_jobs
 from archiver.seals.proofs import NotSealedError, Proof, prove
 from archiver.seals.sealing import BusyError, seal
+from archiver.seals.settling import Settling
 from archiver.seals.verifying import Effort, verify
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "NotSealedError",
     "Proof",
     "Seal",
+    "Settling",
     "key_id",
     "private_key",
     "prove",

@@ -1,27 +1,24 @@
 """Sealing: what is settled is hashed into a tree, and the tree chained to those before it."""
 
-import random
 import time
 from collections.abc import Callable
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, is_lock_timeout, locks, transaction
+from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, locks, transaction
 from archiver.outbox import Change, insert_changes
 from archiver.seals import chain
 from archiver.seals.chain import Seal
 from archiver.seals.leaves import KINDS, pack, select_leaves
+from archiver.seals.settling import Settled, Settling
 
 log = structlog.get_logger(__name__)
 
 LEAVES = 10_000  # of each table in one seal
-# Whoever writes waits behind a lock that waits: so it is hardly waited for, again and again.
-LOCK_SECONDS = 0.005
-ATTEMPTS = 60
-PAUSE_SECONDS = 0.05
+LOOKS, LOOK_SECONDS = 20, 0.25  # for the end of those who write, where nobody looks later
 
 _SETTLED = ("events", "acts", "erasures", "removals")
 
@@ -34,13 +31,17 @@ def seal(
     engine: Engine,
     key: Ed25519PrivateKey | None = None,
     most: int | None = None,
+    settling: Settling | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> list[Seal]:
     """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
 
-    `beat` is called after each. Raises `BusyError`.
+    `settling` is for whoever calls again: a transaction that writes for long is not waited for here. `beat` is called
+    after each seal. Raises `BusyError`.
     """
-    settled = _settle(engine)
+    settled = settling.settle(engine) if settling is not None else _settle(engine)
+    if settled is None:
+        raise BusyError(str(BusyError.__doc__))
     made: list[Seal] = []
     while most is None or len(made) < most:
         new = _seal_once(engine, settled, key)
@@ -67,17 +68,13 @@ def _seal_once(engine: Engine, settled: dict[str, int], key: Ed25519PrivateKey |
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _settle(engine: Engine) -> dict[str, int]:
-    """Up to which id each table holds all that it ever will."""
-    for _ in range(ATTEMPTS):
-        try:
-            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
-                return dict(connection.execute(text("SELECT * FROM archiver.settle()")).mappings().one())
-        except OperationalError as error:
-            if not is_lock_timeout(error):
-                raise
-        time.sleep(random.uniform(0.2, 1) * PAUSE_SECONDS)  # noqa: S311  # so that two sealers do not keep step
-    raise BusyError(str(BusyError.__doc__))
+def _settle(engine: Engine) -> Settled | None:
+    settling = Settling()
+    for _ in range(LOOKS):
+        if (settled := settling.settle(engine)) is not None or not settling.is_waiting:
+            return settled
+        time.sleep(LOOK_SECONDS)
+    return None
 
 
 def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:

@@ -23,6 +23,7 @@ class Sealing:
         self._key = signing_key(configuration)
         self._every = timedelta(seconds=configuration.seal_every)
         self._not_before = float("-inf")  # on `time.monotonic`
+        self._settling = seals.Settling()
         self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
 
     def close(self) -> None:
@@ -38,9 +39,10 @@ class Sealing:
         if timedelta() <= now - newest.sealed_at < self._every or monotonic() < self._not_before:
             return
         try:
-            made = seals.seal(self._engine, self._key, most=SEALS_A_JOB, beat=beat)
+            made = seals.seal(self._engine, self._key, SEALS_A_JOB, self._settling, beat)
         except seals.BusyError as error:
-            self._not_before = monotonic() + self._every.total_seconds()
+            if not self._settling.is_waiting:
+                self._not_before = monotonic() + self._every.total_seconds()
             log.warning("not sealed this time", reason=str(error))
             return
         if len(made) < SEALS_A_JOB:

@@ -1,0 +1,91 @@
+"""What is settled: up to which id each sealed table holds all that it ever will.
+
+A table lock shows it in an instant, where no transaction is writing. Where one is, for long or in turn with others,
+their end shows it: all that had been written when they were under way is settled once none of them is any more, whatever
+others write by then.
+"""
+
+import random
+import time
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from archiver.database import is_lock_timeout, transaction
+
+# Whoever writes waits behind a lock that waits: so it is hardly waited for, again and again.
+LOCK_SECONDS = 0.005
+ATTEMPTS = 60
+PAUSE_SECONDS = 0.05
+
+Settled = dict[str, int]
+
+_SELECT_WRITTEN = text(
+    """
+    SELECT (SELECT coalesce(max(id), 0) FROM archiver.events) AS events_through,
+           (SELECT coalesce(max(id), 0) FROM archiver.acts) AS acts_through,
+           (SELECT coalesce(max(id), 0) FROM archiver.erasures) AS erasures_through,
+           (SELECT coalesce(max(id), 0) FROM archiver.removals) AS removals_through
+    """
+)
+# A transaction has the table's lock before it is given an id, and until its end. Prepared ones are among them. In a
+# distributed database others may write whose locks do not show here: NULL.
+_SELECT_WRITERS = text(
+    """
+    SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_partition') IS NULL THEN ARRAY(
+        SELECT DISTINCT virtualtransaction FROM pg_locks
+         WHERE locktype = 'relation' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
+           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+           AND relation IN (CAST('archiver.events' AS regclass), CAST('archiver.acts' AS regclass),
+                            CAST('archiver.erasures' AS regclass), CAST('archiver.removals' AS regclass))
+           AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    ) END
+    """
+)
+
+
+class Settling:
+    """Finds out what is settled; remembers, from one call to the next, whose end is awaited."""
+
+    def __init__(self) -> None:
+        self._written: Settled = {}
+        self._writers: frozenset[str] | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the end of transactions that write is awaited, so that the next look costs little."""
+        return self._writers is not None
+
+    def settle(self, engine: Engine) -> Settled | None:
+        """Up to which id each table holds all that it ever will; None where that is not known yet."""
+        if self._writers is None:
+            settled = _settle(engine)
+            if settled is None:
+                with transaction(engine) as connection:
+                    self._written = dict(connection.execute(_SELECT_WRITTEN).mappings().one())
+                    self._writers = _select_writers(connection)
+            return settled
+        with transaction(engine) as connection:
+            under_way = _select_writers(connection)
+        if under_way is None or self._writers & under_way:
+            return None
+        self._writers = None
+        return self._written
+
+
+def _select_writers(connection: Connection) -> frozenset[str] | None:
+    """The transactions that have written, or may; in order after `_SELECT_WRITTEN`: in a snapshot of its own."""
+    found = connection.scalar(_SELECT_WRITERS)
+    return None if found is None else frozenset(found)
+
+
+def _settle(engine: Engine) -> Settled | None:
+    for _ in range(ATTEMPTS):
+        try:
+            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
+                return dict(connection.execute(text("SELECT * FROM archiver.settle()")).mappings().one())
+        except OperationalError as error:
+            if not is_lock_timeout(error):
+                raise
+        time.sleep(random.uniform(0.2, 1) * PAUSE_SECONDS)  # noqa: S311  # so that two sealers do not keep step
+    return None
