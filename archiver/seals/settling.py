@@ -1,8 +1,8 @@
 """What is settled: up to which id each sealed table holds all that it ever will.
 
 A table lock shows it in an instant, where no transaction is writing. Where one is, for long or in turn with others,
-their end shows it: all that had been written when they were under way is settled once none of them is any more, whatever
-others write by then.
+their end shows it: all that had been written when they were under way is settled once none of them is any more,
+whatever others write by then.
 """
 
 import random
