@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver import database, embedded, feed, ledger, schema
 from archiver.database import transaction
+from archiver.feed import publisher
 from archiver.feed.publishing import PAGE_CHANGES
 from archiver.outbox import Change, insert_changes
 from tests.conftest import Cluster
@@ -24,6 +25,7 @@ from tests.feeds import publish
 from tests.payloads import created
 from tests.rows import execute, rows
 from tests.servers import as_writer
+from tests.slowness import quick_rows, slow_rows
 from tests.test_ledger import observe, record
 from tests.test_limits import on_one_version
 from tests.waiting import until
@@ -199,6 +201,31 @@ async def publish_all(url: str, is_done: Callable[[], bool]) -> None:
     publishing.cancel()
     await asyncio.gather(publishing, return_exceptions=True)
     await engine.dispose()
+
+
+def test_i13_changes_of_a_session_that_take_too_long_keep_no_others_from_being_published(
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "SELDOM", 0.1)
+    slow_rows(engine, "archiver.changes", "session_id", "slow", "PERFORM pg_sleep(60)")
+    for number in range(5):
+        both = [Change("chat.created", name, f"{name}-{number}") for name in ("slow", f"other-{number}")]
+        write(engine, *both, Change("chat.updated", "slow", f"slow-{number}"))
+    of_others = "SELECT count(*) FROM analytics.changes WHERE session_id <> 'slow'"
+
+    def is_done() -> bool:
+        until(lambda: rows(engine, of_others) == [(5,)], "those of others are published")
+        write(engine, Change("chat.created", "other-new", "new"))
+        until(lambda: rows(engine, of_others) == [(6,)], "and new ones")
+        quick_rows(engine, "archiver.changes")
+        return bool(until(lambda: rows(engine, "SELECT count(*) FROM archiver.outbox") == [(0,)], "all are", 60))
+
+    asyncio.run(publish_all(as_writer(database_url), is_done))
+    query = "SELECT type, chat_id FROM analytics.changes WHERE session_id = 'slow' ORDER BY cursor"
+    assert rows(engine, query) == [
+        (kind, f"slow-{number}") for number in range(5) for kind in ("chat.created", "chat.updated")
+    ]
+    assert rows(engine, "SELECT count(*), min(cursor), max(cursor) FROM analytics.changes") == [(16, 1, 16)]
 
 
 def test_i11_who_listens_and_sleeps_keeps_nothing_from_being_published(

@@ -5,20 +5,28 @@ Every worker has one; a lock in the database lets one at a time publish, and who
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from time import monotonic
 
+import msgspec
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import explain, now, run_in_transaction, sqlstate
+from archiver.database import explain, is_cancelled, now, run_in_transaction, sqlstate
 from archiver.duties import Duty
-from archiver.feed.publishing import PAGE_CHANGES, QUEUE_FULL, publish, select_queue_usage
+from archiver.feed.publishing import (
+    PAGE_CHANGES,
+    QUEUE_FULL,
+    publish,
+    publish_some,
+    select_oldest_sessions,
+    select_queue_usage,
+)
 from archiver.feed.reading import select_waiting
 from archiver.feed.retention import PAGE, delete_old
 
@@ -31,12 +39,25 @@ MOSTLY_EMPTY = 0.5  # of the queue of notifications
 GAUGE_SECONDS = 5.0
 
 
+# Of a statement: for a page, for a part of one that took longer, and at most for the changes of one session.
+PAGE_SECONDS, PART_SECONDS, LONGEST_SECONDS = 5.0, 1.0, 30.0
+SELDOM = 10  # times as long as such changes have taken, they are left
+
+
+class Slow(msgspec.Struct, frozen=True):
+    """When the changes of a session are to be tried again, and with how much time."""
+
+    due_at: float
+    seconds: float
+
+
 class Publisher:
     """Publishes changes for as long as it runs. `engine`: one connection of its own is enough."""
 
     def __init__(self, engine: AsyncEngine, duty: Duty | None = None) -> None:
         self._engine, self._duty = engine, duty or Duty("publish")
         self._fault = ""  # why the last page was not published
+        self._slow: dict[str, Slow] = {}  # sessions whose changes took too long
         self._is_silent = False  # for want of room for notifications
         self._notifies_from = 0.0
         self._gauged_at = -GAUGE_SECONDS
@@ -61,20 +82,78 @@ class Publisher:
                 await asyncio.sleep(IDLE_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311
 
     async def _publish(self) -> int:
+        try:
+            published = await self._publish_page()
+        except DBAPIError as error:
+            if not is_cancelled(error):
+                raise
+            published = await self._isolate()
+        published += await self._publish_slow()
+        telemetry.published_changes.inc(published)
+        return published
+
+    async def _publish_page(self) -> int:
+        if self._slow:
+            return await self._transact(partial(publish_some, chooses=lambda each: each not in self._slow))
+        return await self._transact(publish)
+
+    async def _isolate(self) -> int:
+        """Publish the oldest page in parts, to find the session whose changes take too long."""
+        sessions = await run_in_transaction(self._engine, select_oldest_sessions)
+        return await self._publish_part([each for each in sessions if each not in self._slow])
+
+    async def _publish_part(self, sessions: Sequence[str]) -> int:
+        middle, published = len(sessions) // 2, 0
+        for part in (sessions[:middle], sessions[middle:]) if middle else (sessions,):
+            try:
+                some = partial(publish_some, chooses=set(part).__contains__)
+                published += await self._transact(some, PART_SECONDS) if part else 0
+            except DBAPIError as error:
+                if not is_cancelled(error):
+                    raise
+                if len(part) > 1:
+                    published += await self._publish_part(part)
+                else:
+                    log.warning("changes of one session take too long: those of others are published first")
+                    self._slow[part[0]] = Slow(monotonic(), PAGE_SECONDS)
+        return published
+
+    async def _publish_slow(self) -> int:
+        """Publish the changes of one session that took too long, with more time, if it is due again."""
+        began = monotonic()
+        due = min(self._slow, key=lambda each: self._slow[each].due_at, default=None)
+        if due is None or self._slow[due].due_at > began:
+            return 0
+        seconds = self._slow[due].seconds
+        try:
+            published = await self._transact(partial(publish_some, chooses={due}.__contains__), seconds)
+        except DBAPIError as error:
+            if not is_cancelled(error):
+                raise
+            # The others wait for it: seldom, so that they lose little.
+            self._slow[due] = Slow(began + SELDOM * seconds, min(2 * seconds, LONGEST_SECONDS))
+            return 0
+        if not published:
+            del self._slow[due]
+        return published
+
+    async def _transact(self, work: Callable[..., int], seconds: float = PAGE_SECONDS) -> int:
         notifies = monotonic() >= self._notifies_from
         try:
-            published = await run_in_transaction(self._engine, partial(publish, notifies=notifies))
+            published = await self._run(partial(work, notifies=notifies), seconds)
         except SQLAlchemyError as error:
             if not notifies or sqlstate(error) != QUEUE_FULL:
                 raise
             await self._be_silent()
-            published = await run_in_transaction(self._engine, partial(publish, notifies=False))
+            published = await self._run(partial(work, notifies=False), seconds)
         else:
             if notifies and published and self._is_silent:
                 log.info("NOTIFY works again")
                 self._is_silent = False
-        telemetry.published_changes.inc(published)
         return published
+
+    async def _run(self, work: Callable[[Connection], int], seconds: float) -> int:
+        return await run_in_transaction(self._engine, work, statement_seconds=seconds)
 
     async def _be_silent(self) -> None:
         """Nobody is to wait for the feed because somebody who listens is asleep."""

@@ -6,6 +6,10 @@ them, its lock is let go once its commit is visible, and the next begins behind 
 order, and without gaps.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
 from sqlalchemy import Connection, text
 
 from archiver.database import Lock, locks
@@ -18,8 +22,21 @@ PAGE_ROWS = 500
 PAGE_CHANGES = 5_000
 
 # A statement of its own after the lock, so that it sees all that the publisher before it has committed.
+_NOTIFY = """
+        RETURNING cursor, type, session_id, chat_id, seal_id
+    ), notified AS MATERIALIZED (
+        SELECT CASE WHEN :notifies THEN
+                   pg_notify(:channel, CASE WHEN octet_length(whole) < 8000 THEN whole ELSE bare END)
+               END
+          FROM (SELECT CAST(json_build_object('cursor', cursor, 'type', type, 'session_id', session_id,
+                                              'chat_id', chat_id, 'seal_id', seal_id) AS text) AS whole,
+                       CAST(json_build_object('cursor', cursor, 'type', type) AS text) AS bare
+                  FROM published ORDER BY cursor) AS told
+    )
+    SELECT count(*) FROM notified
+"""
 _PUBLISH = text(
-    """
+    f"""
     WITH oldest AS MATERIALIZED (
         SELECT id, changed_at, changes FROM archiver.outbox ORDER BY id LIMIT :rows
     ), counted AS (
@@ -37,18 +54,8 @@ _PUBLISH = text(
                told.change ->> 'type', coalesce(told.change ->> 'session_id', ''), told.change ->> 'chat_id',
                CAST(told.change ->> 'seal_id' AS bigint), page.changed_at
           FROM page CROSS JOIN LATERAL json_array_elements(page.changes) WITH ORDINALITY AS told (change, place)
-        RETURNING cursor, type, session_id, chat_id, seal_id
-    ), notified AS MATERIALIZED (
-        SELECT CASE WHEN :notifies THEN
-                   pg_notify(:channel, CASE WHEN octet_length(whole) < 8000 THEN whole ELSE bare END)
-               END
-          FROM (SELECT CAST(json_build_object('cursor', cursor, 'type', type, 'session_id', session_id,
-                                              'chat_id', chat_id, 'seal_id', seal_id) AS text) AS whole,
-                       CAST(json_build_object('cursor', cursor, 'type', type) AS text) AS bare
-                  FROM published ORDER BY cursor) AS told
-    )
-    SELECT count(*) FROM notified
-    """
+    {_NOTIFY}
+    """  # noqa: S608  # a constant
 ).bindparams(rows=PAGE_ROWS, changes=PAGE_CHANGES, channel=CHANNEL)
 
 
@@ -60,6 +67,73 @@ def publish(connection: Connection, *, notifies: bool = True) -> int:
     """
     locks.take(connection, Lock.PUBLISHING, exclusive=True)
     return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)
+
+
+_SELECT_ROWS = text(
+    "SELECT id, changed_at, changes FROM archiver.outbox WHERE id > :after ORDER BY id LIMIT :rows"
+).bindparams(rows=PAGE_ROWS)
+_DELETE_ROWS = text("DELETE FROM archiver.outbox WHERE id IN (SELECT CAST(json_array_elements_text(:ids) AS bigint))")
+# Under the ids that they had, so that what is left of a session stays in order.
+_KEEP = text(
+    """
+    INSERT INTO archiver.outbox (id, changed_at, changes) OVERRIDING SYSTEM VALUE
+    SELECT id, changed_at, changes
+      FROM json_to_recordset(:kept) AS k (id bigint, changed_at timestamptz, changes json)
+    """
+)
+_PUBLISH_TOLD = text(
+    f"""
+    WITH published AS (
+        INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
+        SELECT (SELECT coalesce(max(cursor), 0) FROM archiver.changes) + row_number() OVER (ORDER BY place),
+               type, coalesce(session_id, ''), chat_id, seal_id, changed_at
+          FROM json_to_recordset(:told)
+               AS t (place int, type text, session_id text, chat_id text, seal_id bigint, changed_at timestamptz)
+    {_NOTIFY}
+    """  # noqa: S608  # a constant
+).bindparams(channel=CHANNEL)
+LOOKED_PAGES = 20  # in one transaction, past what is left
+
+
+def publish_some(connection: Connection, chooses: Callable[[str], bool], *, notifies: bool) -> int:
+    """Publish the oldest changes of the sessions that are chosen, as `publish` does, and leave the others."""
+    locks.take(connection, Lock.PUBLISHING, exclusive=True)
+    after, ids = 0, list[int]()
+    told: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    for _ in range(LOOKED_PAGES):
+        page = connection.execute(_SELECT_ROWS, {"after": after}).all()
+        for row in page:
+            mine = [each for each in row.changes if chooses(each.get("session_id", ""))]
+            if mine:
+                ids.append(row.id)
+                told += [
+                    {**each, "changed_at": row.changed_at, "place": len(told) + n} for n, each in enumerate(mine)
+                ]
+            if mine and len(mine) < len(row.changes):
+                rest = [each for each in row.changes if not chooses(each.get("session_id", ""))]
+                kept.append({"id": row.id, "changed_at": row.changed_at, "changes": rest})
+        if len(page) < PAGE_ROWS or len(told) >= PAGE_CHANGES:
+            break
+        after = page[-1].id
+    if not told:
+        return 0
+    told = [{**each, "place": place} for place, each in enumerate(told)]
+    published = int(connection.scalar(_PUBLISH_TOLD, {"told": _json(told), "notifies": notifies}) or 0)
+    connection.execute(_DELETE_ROWS, {"ids": _json(ids)})
+    if kept:
+        connection.execute(_KEEP, {"kept": _json(kept)})
+    return published
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def select_oldest_sessions(connection: Connection) -> list[str]:
+    """The sessions of the oldest page, and "" for changes of none, each once and in order."""
+    page = connection.execute(_SELECT_ROWS, {"after": 0}).all()
+    return list(dict.fromkeys(each.get("session_id", "") for row in page for each in row.changes))
 
 
 def select_queue_usage(connection: Connection) -> float:
