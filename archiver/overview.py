@@ -69,3 +69,57 @@ def select_overview(connection: Connection) -> Overview:
 
 def _counts(connection: Connection, query: str) -> dict[str, int]:
     return {str(name): int(count) for name, count in connection.execute(text(query))}
+
+
+class Silence(msgspec.Struct, frozen=True):
+    """Turns that histories have shown since the latest webhook of a turn, and that no webhook delivered."""
+
+    since: datetime | None
+    turns: int
+    sessions: int
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether they are so many that webhooks no longer arrive, rather than that some were lost."""
+        return self.turns >= SILENT_TURNS
+
+
+SILENT_TURNS = 3
+ADVICE = (
+    "See whether the platform still sends its webhooks here (on the assistant's page under Server Messaging), and"
+    " whether this receiver refuses them: archiver_received_total by status."
+)
+_MOST_LOOKED_AT = 1_000  # readings and registrations, the newest
+
+# A turn is counted only if it is certain that it began after that webhook: its session is younger, or was read in
+# between and did not have it. A turn whose webhook was lost before, and that a later reading supplied, does not
+# count; nor does any where only deletions were ever sent.
+_SILENCE = text(
+    """
+    WITH latest AS MATERIALIZED (
+        SELECT id, received_at FROM archiver.events
+         WHERE source = 'webhook' AND type <> 'chat.deleted' AND starts_with(type, 'chat.') ORDER BY id DESC LIMIT 1
+    ), heard AS MATERIALIZED (
+        SELECT DISTINCT session_id
+          FROM (SELECT e.session_id FROM archiver.events e, latest l
+                 WHERE e.id > l.id AND e.source <> 'webhook' AND e.session_id <> ''
+                 ORDER BY e.id DESC LIMIT :most) AS newest
+    )
+    SELECT l.received_at AS since, count(c.chat_id) AS turns, count(DISTINCT c.session_id) AS sessions
+      FROM latest l LEFT JOIN (heard h
+           JOIN archiver.chats c ON c.session_id = h.session_id AND c.source = 'history'
+           JOIN archiver.sessions s ON s.session_id = h.session_id)
+        ON c.first_received_at > l.received_at
+           AND (s.first_event_at > l.received_at
+                OR EXISTS (SELECT FROM archiver.events r
+                            WHERE r.session_id = c.session_id AND r.source = 'history'
+                              AND r.last_received_at > l.received_at AND r.last_received_at < c.first_received_at))
+     GROUP BY l.received_at
+    """
+).bindparams(most=_MOST_LOOKED_AT)
+
+
+def select_silence(connection: Connection) -> Silence:
+    """Since when no webhook of a turn has arrived, and what histories have shown since."""
+    row = connection.execute(_SILENCE).one_or_none()
+    return Silence(None, 0, 0) if row is None else Silence(row.since, row.turns, row.sessions)

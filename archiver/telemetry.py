@@ -98,6 +98,11 @@ spool_bytes = Gauge("archiver_spool_bytes", "Bytes of the events on the spool.",
 spool_age = Gauge(
     "archiver_spool_oldest_age_seconds", "Age of the oldest event on the spool.", multiprocess_mode="livemax"
 )
+missed_turns = Gauge(
+    "archiver_turns_without_webhook",
+    "Turns that histories have shown since the latest webhook of a turn. From 3 on webhooks no longer arrive: alert.",
+    multiprocess_mode="livemostrecent",
+)
 spool_lost = Gauge(
     "archiver_spool_lost_events",
     "Acknowledged events that a disk or a person took from the spool; see archiver doctor. Alert above 0.",

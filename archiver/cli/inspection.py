@@ -33,6 +33,7 @@ def status(as_json: bool) -> None:
                 schema.check(opened)
                 where = connection.where(configuration, opened)
                 figures = overview.select_overview(opened)
+                silence = overview.select_silence(opened)
                 extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
                 workers = heartbeats.select_workers(opened) if heartbeats.may_select(opened) else None
                 may_see = may_select_standing(opened)
@@ -45,7 +46,7 @@ def status(as_json: bool) -> None:
         raise
     if as_json:
         told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
-        told |= {"spool_lost": lost}
+        told |= {"spool_lost": lost, "webhooks": silence}
         told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(standing, failing)}
         told |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
@@ -56,7 +57,7 @@ def status(as_json: bool) -> None:
     table.add_row("chats", f"{figures.chats:,}", f"{figures.deleted_chats:,} deleted")
     table.add_row("messages", f"{figures.messages:,}")
     table.add_row("events", f"{figures.events:,}", f"{figures.deliveries:,} deliveries")
-    table.add_row("last event", _moment(figures.last_event_at))
+    table.add_row("last event", _moment(figures.last_event_at), _silence(silence))
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
     table.add_row("spool", f"{spooled.events:,}", _spooled(spooled, lost))
     sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
@@ -98,6 +99,12 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
     for each, name, report in faulty:
         told = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
         table.add_row("", "", Text(told))
+
+
+def _silence(silence: overview.Silence) -> str:
+    if not silence.is_certain:
+        return ""
+    return f"no webhook of a turn since {_moment(silence.since)}, but {silence.turns:,} turns: see archiver doctor"
 
 
 def _spooled(spooled: spool.Depth, lost: spool.Lost) -> str:

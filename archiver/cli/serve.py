@@ -6,7 +6,6 @@ import resource
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,6 +23,7 @@ from archiver.app import WEBHOOK_PATH, create
 from archiver.app.crowd import SPARE
 from archiver.cli import connection
 from archiver.cli.companion import working
+from archiver.cli.counters import shared_metrics
 from archiver.cli.output import Whole
 from archiver.settings import Settings, SettingsError
 from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_room
@@ -71,7 +71,10 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     signing_key(configuration)
     place = connection.named(configuration)
     _allow_files(configuration.max_connections + SPARE + OTHER_FILES)
-    with connection.lasting_database_url(configuration) as url, _multiprocess_metrics(workers + has_worker):
+    with (
+        connection.lasting_database_url(configuration) as url,
+        shared_metrics(configuration.home, workers + has_worker),
+    ):
         should_migrate = configuration.database_url is None if migrate is None else migrate
         _prepare(configuration, url, place, should_migrate=should_migrate)
         environment = _decided(configuration, url)
@@ -152,17 +155,6 @@ def _can_spool(configuration: Settings) -> bool:
         return select_room(configuration.home.resolve() / SPOOL_FOLDER) >= LEAST_ROOM
     except SpoolError:
         return False
-
-
-@contextmanager
-def _multiprocess_metrics(processes: int) -> Iterator[None]:
-    """A folder in which several processes keep their counters, so that /metrics of any tells of all."""
-    if processes == 1:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="archiver-metrics-") as folder:
-        os.environ[telemetry.MULTIPROCESS_FOLDER] = folder
-        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import catalogue, database, feed, heartbeats, roles, schema, waits
+from archiver import catalogue, database, feed, heartbeats, overview, roles, schema, waits
 from archiver.doctor.finding import Finding, Verdict
 from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 from archiver.settings import Settings
@@ -58,6 +58,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every)
                     yield _times_ahead(connection, configuration.session_lifetime)
+                    yield _webhooks(connection)
             yield from _workers(connection)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
@@ -326,6 +327,18 @@ def _wrong_with(standing: Standing, failing: Sequence[Mapping[str, Any]]) -> Ite
     if standing.oldest_seconds > _LATE_SECONDS:
         advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
         yield f"a change of {standing.oldest_seconds / 3_600:,.1f} hours ago has not been told", advice
+
+
+def _webhooks(connection: Connection) -> Finding:
+    """Whether webhooks still arrive, as far as histories can show that they do not."""
+    silence = overview.select_silence(connection)
+    if not silence.is_certain:
+        return Finding("webhooks", "ok", "Histories show no turn for which webhooks have stopped.")
+    detail = (
+        f"No webhook of a turn has arrived since {silence.since:%Y-%m-%d %H:%M:%S} UTC, although histories have shown"
+        f" {silence.turns:,} turns of {silence.sessions:,} sessions since."
+    )
+    return Finding("webhooks", "failure", detail, overview.ADVICE)
 
 
 # Each with how far ahead it may be: a lease lasts a minute at most, a retry waits for a day, a reading for the life

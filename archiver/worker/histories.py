@@ -20,6 +20,7 @@ from archiver import database, heartbeats, telemetry
 from archiver.callhq import UnauthorizedError
 from archiver.database import LOCK_SECONDS, run_apart, run_in_transaction
 from archiver.duties import Duty, where
+from archiver.overview import select_silence
 from archiver.projection import leases
 from archiver.reconcile import Reconciler
 from archiver.settings import Settings
@@ -185,6 +186,8 @@ class Histories:
         """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
         recalled = await run_in_transaction(engine, partial(recall, timing=timing_of(self._configuration)))
         telemetry.times_ahead.set(recalled)
+        silence = await run_in_transaction(engine, select_silence)
+        telemetry.missed_turns.set(silence.turns)
         if recalled:
             log.warning("times further ahead than they can be are due now: a clock was ahead", rows=recalled)
         for job in await self._jobs.job_manager.get_stalled_jobs():
