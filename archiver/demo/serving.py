@@ -115,6 +115,7 @@ def simulate(
     _check(webhook_url)
     signing = settings if webhook_url else settings.model_copy(update={"webhook_scheme": "none"})
     verifier = signatures.verifier(signing)
+    verifier.sign(b"", 0, "m", "POST", "")  # raises where it can only verify
 
     async def until_stopped() -> int:
         stop = asyncio.Event()

@@ -12,7 +12,9 @@ from archiver.settings.sources import FileSource
 
 MAX_DAYS = 36_600  # of retention
 
-WebhookScheme = Literal["secret", "bearer", "hmac", "standard", "none"]
+WebhookScheme = Literal[
+    "secret", "bearer", "hmac", "standard", "github", "stripe", "slack", "shopify", "svix", "none"
+]
 
 
 def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
@@ -40,8 +42,8 @@ class Settings(BaseSettings):
     webhook_scheme: WebhookScheme = _env(
         "ARCHIVER_WEBHOOK_SCHEME",
         "secret",
-        "How deliveries prove themselves: `secret`, `bearer`, `hmac`, `standard` (Standard Webhooks), "
-        "or `none` (only with `--insecure`).",
+        "How deliveries prove themselves: `secret`, `bearer`, `hmac`, `standard` (Standard Webhooks), a preset "
+        "(`github`, `stripe`, `slack`, `shopify`, `svix`), or `none` (only with `--insecure`).",
     )
     webhook_secrets: SecretStr = _env(
         "ARCHIVER_WEBHOOK_SECRETS",
@@ -55,6 +57,11 @@ class Settings(BaseSettings):
     hmac_header: str = _env("ARCHIVER_HMAC_HEADER", "x-signature", "Scheme `hmac`: header of the signature.")
     hmac_timestamp_header: str = _env(
         "ARCHIVER_HMAC_TIMESTAMP_HEADER", "x-timestamp", "Scheme `hmac`: header of the signed time."
+    )
+    hmac_timestamp_prefix: str = _env(
+        "ARCHIVER_HMAC_TIMESTAMP_PREFIX",
+        "",
+        "Scheme `hmac`: text before the signed time where its header holds other entries too, such as `t=`.",
     )
     hmac_id_header: str = _env(
         "ARCHIVER_HMAC_ID_HEADER",
@@ -261,7 +268,7 @@ class Settings(BaseSettings):
             raise ValueError("must be the name of a header: letters, digits and hyphens, such as x-signature")
         return value
 
-    @field_validator("hmac_prefix")
+    @field_validator("hmac_prefix", "hmac_timestamp_prefix")
     @classmethod
     def _may_begin_a_header(cls, value: str) -> str:
         if value and (not value.isascii() or not value.isprintable() or value.startswith(" ")):

@@ -7,6 +7,10 @@ Pure: the clock, the headers and the body are arguments.
 import hmac
 import re
 from binascii import a2b_base64
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from archiver.settings import Settings, SettingsError
 from archiver.signatures.schemes import (
@@ -14,6 +18,7 @@ from archiver.signatures.schemes import (
     Hmac,
     Keys,
     Mac,
+    PublicKeys,
     Reason,
     SharedSecret,
     SignatureError,
@@ -26,6 +31,7 @@ __all__ = ["REASONS", "Reason", "SignatureError", "Verifier", "key_id", "verifie
 
 _PLACEHOLDERS = ("body", "timestamp", "method", "url", "svix-id")
 _SECRETS = "ARCHIVER_WEBHOOK_SECRETS"
+_PUBLIC_KEY, _SIGNING_KEY = "whpk_", "whsk_"
 _MAKE_TEXT = 'python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
 _MAKE_BASE64 = 'python3 -c "import base64, secrets; print(base64.b64encode(secrets.token_bytes(32)).decode())"'
 
@@ -38,25 +44,52 @@ def verifier(settings: Settings) -> Verifier:
     scheme = settings.webhook_scheme
     if scheme == "none":
         return Unproven()
-    base64 = scheme == "standard" or (scheme == "hmac" and settings.hmac_secret_is_base64)
+    is_standard = scheme in {"standard", "svix"}
+    base64 = is_standard or (scheme == "hmac" and settings.hmac_secret_is_base64)
     if not settings.secrets:
         raise SettingsError(
             f"{_SECRETS} is empty, and scheme {scheme} needs a secret. Give the one that the platform was told; "
             f"to make a good one: {_MAKE_BASE64 if base64 else _MAKE_TEXT}"
         )
-    # The reference libraries read the standard alphabet only, and one of them skips what it does not know.
-    decode = _decode_standard if scheme == "standard" else _decode_any
+    if is_standard:
+        return _standard(settings)
     keys = tuple(
-        (decode(secret, number) if base64 else _bytes(secret), key_id(secret))
+        (_decode_any(secret, number) if base64 else _bytes(secret), key_id(secret))
         for number, secret in enumerate(settings.secrets, start=1)
     )
     if scheme == "secret":
         return SharedSecret(keys, settings.secret_header.encode(), bearer=False)
     if scheme == "bearer":
         return SharedSecret(keys, b"authorization", bearer=True)
-    if scheme == "standard":
-        return Standard(Mac(keys, "sha256", "base64"), settings.timestamp_tolerance)
-    return _hmac(settings, keys)
+    return _hmac(settings.model_copy(update=PRESETS.get(scheme, {})), keys)
+
+
+# What each preset stands for, as settings of scheme `hmac`. The platforms' own documents are the source:
+# GitHub "Validating webhook deliveries", Stripe "Verify webhook signatures manually", Slack "Verifying requests from
+# Slack", Shopify "Deliver webhooks through HTTPS".
+_OF_BODY = {"hmac_algorithm": "sha256", "hmac_template": "{body}", "hmac_timestamp_prefix": ""}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "github": _OF_BODY | {"hmac_header": "x-hub-signature-256", "hmac_prefix": "sha256=", "hmac_encoding": "hex"},
+    "stripe": {
+        "hmac_algorithm": "sha256",
+        "hmac_encoding": "hex",
+        "hmac_header": "stripe-signature",
+        "hmac_prefix": "v1=",
+        "hmac_timestamp_header": "stripe-signature",
+        "hmac_timestamp_prefix": "t=",
+        "hmac_template": "{timestamp}.{body}",
+    },
+    "slack": {
+        "hmac_algorithm": "sha256",
+        "hmac_encoding": "hex",
+        "hmac_header": "x-slack-signature",
+        "hmac_prefix": "v0=",
+        "hmac_timestamp_header": "x-slack-request-timestamp",
+        "hmac_timestamp_prefix": "",
+        "hmac_template": "v0:{timestamp}:{body}",
+    },
+    "shopify": _OF_BODY | {"hmac_header": "x-shopify-hmac-sha256", "hmac_prefix": "", "hmac_encoding": "base64"},
+}
 
 
 def key_id(secret: str | bytes) -> str:
@@ -87,9 +120,37 @@ def _hmac(settings: Settings, keys: Keys) -> Verifier:
         header=settings.hmac_header.encode(),
         prefix=settings.hmac_prefix.encode(),
         timestamp_header=settings.hmac_timestamp_header.encode() if "timestamp" in template else b"",
+        timestamp_prefix=settings.hmac_timestamp_prefix.encode(),
         id_header=settings.hmac_id_header.encode() if "svix-id" in template else b"",
         tolerance=settings.timestamp_tolerance,
+        takes_milliseconds=settings.webhook_scheme == "hmac",
     )
+
+
+def _standard(settings: Settings) -> Standard:
+    numbered = [*enumerate(settings.secrets, start=1)]
+    # The reference libraries read the standard alphabet only, and one of them skips what it does not know.
+    keys = tuple(
+        (_decode_standard(secret, number), key_id(secret))
+        for number, secret in numbered
+        if not secret.startswith(_PUBLIC_KEY)
+    )
+    public_keys: PublicKeys = tuple(
+        (_public_key(secret, number), key_id(secret)) for number, secret in numbered if secret.startswith(_PUBLIC_KEY)
+    )
+    family = "svix" if settings.webhook_scheme == "svix" else "webhook"
+    return Standard(Mac(keys, "sha256", "base64"), public_keys, settings.timestamp_tolerance, family)
+
+
+def _public_key(secret: str, number: int) -> Ed25519PublicKey:
+    """The Ed25519 key in `whpk_` and base64 (Standard Webhooks, "Signature scheme")."""
+    try:
+        return Ed25519PublicKey.from_public_bytes(_decode_standard(secret.removeprefix(_PUBLIC_KEY), number))
+    except ValueError:
+        raise SettingsError(
+            f"{_SECRETS}: secret {number} begins with {_PUBLIC_KEY} and is not an Ed25519 public key: "
+            "32 bytes in base64 must follow."
+        ) from None
 
 
 def _parse_template(template: str) -> tuple[bytes | str, ...]:
@@ -110,6 +171,11 @@ def _parse_template(template: str) -> tuple[bytes | str, ...]:
 
 def _decode_standard(secret: str, number: int) -> bytes:
     """The key of a secret in base64, standard alphabet, padded or not, `whsec_` before it or not."""
+    if secret.startswith(_SIGNING_KEY):
+        raise SettingsError(
+            f"{_SECRETS}: secret {number} is the platform's signing key ({_SIGNING_KEY}), which only the platform "
+            f"may hold. Give the public key that belongs to it ({_PUBLIC_KEY})."
+        )
     text = secret.removeprefix("whsec_").rstrip("=")
     try:
         key = a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)

@@ -1,11 +1,18 @@
 """The ways in which a delivery proves itself: the secret in a header, an HMAC over a template, Standard Webhooks."""
 
 import hmac
+import re
 from abc import ABC, abstractmethod
-from binascii import b2a_base64
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, get_args
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from archiver.settings import SettingsError
 
 Headers = Sequence[tuple[bytes, bytes]]
 """As ASGI gives them: names in lower case, values any bytes."""
@@ -20,9 +27,12 @@ Reason = Literal[
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 Keys = tuple[tuple[bytes, str], ...]  # (key, key id) of each secret, in the order of the setting
+PublicKeys = tuple[tuple[Ed25519PublicKey, str], ...]
 _LONGEST_TIMESTAMP = 15  # digits; milliseconds have 13
 _FIRST_MILLISECONDS = 10**11  # as seconds this is the year 5138, as milliseconds 1973
 _LONGEST_SIGNATURES = 4096  # bytes, over 80 signatures; each is compared with each secret
+_MOST_ASYMMETRIC = 16  # signatures of one delivery that are verified under public keys, which takes longer
+_ED25519_LENGTH = 86  # characters of 64 bytes in base64, without padding
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
@@ -131,52 +141,71 @@ class Mac:
         size = {"sha1": 20, "sha256": 32, "sha512": 64}[self.algorithm]
         return size * 2 if self.encoding == "hex" else (size * 4 + 2) // 3
 
-    def matching(self, payload: bytes, candidates: list[bytes], header: bytes) -> str:
-        """The key id of the first key that makes any of `candidates`; every pair is compared."""
+    def find(self, payload: bytes, candidates: list[bytes]) -> str | None:
+        """The key id of the first key that makes any of `candidates`, else None; every pair is compared."""
         found = None
         for key, name in self.keys:
             expected = self.canonical(self.sign(key, payload))
             for candidate in candidates:
                 if hmac.compare_digest(expected, candidate):
                     found = found or name
-        if found is None:
-            raise SignatureError("bad_signature", header)
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Hmac(Verifier):
-    """Scheme `hmac`: one signature over a template. A header that the template does not sign is empty here."""
+    """Scheme `hmac` and the presets that are like it: signatures over a template, several in a header while a secret
+    is rotated. A header that the template does not sign is empty here.
+
+    With a `timestamp_prefix` the time is one of the entries of its header, which may be that of the signatures.
+    """
 
     mac: Mac
     template: tuple[bytes | str, ...]  # bytes stand for themselves, text names a placeholder
     header: bytes
     prefix: bytes
     timestamp_header: bytes
+    timestamp_prefix: bytes
     id_header: bytes
     tolerance: int
+    takes_milliseconds: bool
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
-        timestamp, message_id, signature = self._read(headers, now)
+        timestamp, message_id, candidates = self._read(headers, now)
         payload = self._payload(body, timestamp, message_id, method, url)
-        return self.mac.matching(payload, [signature], self.header)
+        found = self.mac.find(payload, candidates)
+        if found is None:
+            raise SignatureError("bad_signature", self.header)
+        return found
 
     def check_headers(self, headers: Headers, now: float) -> None:
         self._read(headers, now)
 
-    def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, bytes]:
-        """Timestamp, message id and canonical signature."""
+    def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, list[bytes]]:
+        """Timestamp, message id and canonical signatures."""
         timestamp = message_id = b""
         if self.timestamp_header:
-            timestamp = _only(headers, self.timestamp_header)
-            _check_time(timestamp, now, self.tolerance, self.timestamp_header)
+            timestamp = self._timestamp(headers)
+            _check_time(
+                timestamp, now, self.tolerance, self.timestamp_header, takes_milliseconds=self.takes_milliseconds
+            )
         if self.id_header:
             message_id = _only(headers, self.id_header)
-        given = _only(headers, self.header)
-        signature = self.mac.canonical(given.removeprefix(self.prefix))
-        if not given.startswith(self.prefix) or len(signature) != self.mac.length:
+        given = _entries(_only(headers, self.header), self.prefix, self.header)
+        length = self.mac.length
+        candidates = [text for text in map(self.mac.canonical, given) if len(text) == length]
+        if not candidates:
             raise SignatureError("malformed_header", self.header)
-        return timestamp, message_id, signature
+        return timestamp, message_id, candidates
+
+    def _timestamp(self, headers: Headers) -> bytes:
+        given = _only(headers, self.timestamp_header)
+        if not self.timestamp_prefix:
+            return given
+        found = _entries(given, self.timestamp_prefix, self.timestamp_header)
+        if len(found) != 1:  # of two, the platform and we might take different ones
+            raise SignatureError("malformed_header", self.timestamp_header)
+        return found[0]
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         timestamp = str(int(now))
@@ -184,7 +213,9 @@ class Hmac(Verifier):
         signature = self.prefix + self.mac.sign(self.mac.keys[0][0], payload)
         headers = {self.header: signature.decode()}
         if self.timestamp_header:
-            headers[self.timestamp_header] = timestamp
+            time = self.timestamp_prefix.decode() + timestamp
+            is_shared = self.timestamp_header == self.header
+            headers[self.timestamp_header] = f"{time},{signature.decode()}" if is_shared else time
         if self.id_header:
             headers[self.id_header] = message_id
         return {name.decode(): value for name, value in headers.items()}
@@ -203,26 +234,44 @@ class Hmac(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class Standard(Verifier):
-    """Scheme `standard`: Standard Webhooks, symmetric signatures (`v1`), also under Svix's names of the headers."""
+    """Schemes `standard` and `svix`: Standard Webhooks, with symmetric signatures (`v1`) under secrets and asymmetric
+    ones (`v1a`) under public keys, and with either family of header names.
+    """
 
     mac: Mac
+    public_keys: PublicKeys
     tolerance: int
+    family: str  # of the headers that `sign` makes: `webhook` or `svix`
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
-        timestamp, message_id, candidates, header = self._read(headers, now)
+        timestamp, message_id, signatures, header = self._read(headers, now)
         payload = b"%b.%b.%b" % (message_id, timestamp, body)
-        return self.mac.matching(payload, candidates, header)
+        found = self.mac.find(payload, signatures.symmetric) or self._signer(payload, signatures.asymmetric)
+        if found is None:
+            raise SignatureError("bad_signature", header)
+        return found
 
     def check_headers(self, headers: Headers, now: float) -> None:
         self._read(headers, now)
 
-    def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, list[bytes], bytes]:
-        """Timestamp, message id, canonical signatures and the name of their header."""
+    def _signer(self, payload: bytes, signatures: list[bytes]) -> str | None:
+        """The key id of the public key under which one of the signatures is valid; nothing here is secret."""
+        for signature in signatures:
+            for key, name in self.public_keys:
+                try:
+                    key.verify(signature, payload)
+                except InvalidSignature:
+                    continue
+                return name
+        return None
+
+    def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, "_Signatures", bytes]:
+        """Timestamp, message id, signatures and the name of their header."""
         names = {name for name, _ in headers}
         svix = b"svix-signature" in names and b"webhook-signature" not in names
         family = b"svix-" if svix else b"webhook-"
         timestamp = _only(headers, family + b"timestamp")
-        _check_time(timestamp, now, self.tolerance, family + b"timestamp")
+        _check_time(timestamp, now, self.tolerance, family + b"timestamp", takes_milliseconds=False)
         message_id = _only(headers, family + b"id")
         if b"." in message_id:  # else the same signed text could be cut into another id, time and body
             raise SignatureError("malformed_header", family + b"id")
@@ -230,29 +279,64 @@ class Standard(Verifier):
         return timestamp, message_id, self._signatures(headers, header), header
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
+        if not self.mac.keys:
+            raise SettingsError(
+                "ARCHIVER_WEBHOOK_SECRETS: a public key (whpk_) only verifies. To sign, give a secret (whsec_)."
+            )
         timestamp = str(int(now))
         payload = b"%b.%b.%b" % (message_id.encode(), timestamp.encode(), body)
         signature = self.mac.sign(self.mac.keys[0][0], payload).decode()
         return {
-            "webhook-id": message_id,
-            "webhook-timestamp": timestamp,
-            "webhook-signature": f"v1,{signature}",
+            f"{self.family}-id": message_id,
+            f"{self.family}-timestamp": timestamp,
+            f"{self.family}-signature": f"v1,{signature}",
         }
 
-    def _signatures(self, headers: Headers, header: bytes) -> list[bytes]:
-        """Those of version `v1`, from all headers of that name; other versions and stray words are passed over."""
+    def _signatures(self, headers: Headers, header: bytes) -> "_Signatures":
+        """Those that a secret or key of ours could make, from all headers of that name; other words are skipped."""
         values = [value for name, value in headers if name == header]
         if not any(values):
             raise SignatureError("missing_header", header)
         words = b" ".join(values)
         if len(words) > _LONGEST_SIGNATURES:
             raise SignatureError("malformed_header", header)
-        entries = [word[3:] for word in words.split(b" ") if word.startswith(b"v1,")]
-        length = self.mac.length
-        candidates = [text for text in map(self.mac.canonical, entries) if len(text) == length]
-        if not candidates:
+        symmetric = self._texts(words, b"v1,", self.mac.length) if self.mac.keys else []
+        texts = self._texts(words, b"v1a,", _ED25519_LENGTH) if self.public_keys else []
+        asymmetric = [signature for text in texts if (signature := _decoded(text)) is not None]
+        if not symmetric and not asymmetric:
             raise SignatureError("malformed_header", header)
-        return candidates
+        return _Signatures(symmetric, asymmetric[:_MOST_ASYMMETRIC])
+
+    def _texts(self, words: bytes, version: bytes, length: int) -> list[bytes]:
+        found = [self.mac.canonical(word[len(version) :]) for word in words.split(b" ") if word.startswith(version)]
+        return [text for text in found if len(text) == length]
+
+
+@dataclass(frozen=True, slots=True)
+class _Signatures:
+    symmetric: list[bytes]  # canonical texts
+    asymmetric: list[bytes]
+
+
+def _decoded(text: bytes) -> bytes | None:
+    """The bytes of a canonical text; None where it is not the one text of these bytes."""
+    try:
+        signature = a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
+    except ValueError:
+        return None
+    return signature if b2a_base64(signature, newline=False).rstrip(b"=") == text else None
+
+
+@cache
+def _entry(prefix: bytes) -> re.Pattern[bytes]:
+    return re.compile(rb"(?:^|[ ,])" + re.escape(prefix) + rb"([^ ,]+)")
+
+
+def _entries(value: bytes, prefix: bytes, header: bytes) -> list[bytes]:
+    """What follows the prefix in each entry of a header; entries are separated by commas or spaces."""
+    if len(value) > _LONGEST_SIGNATURES:
+        raise SignatureError("malformed_header", header)
+    return _entry(prefix).findall(value)
 
 
 def _only(headers: Headers, header: bytes) -> bytes:
@@ -265,12 +349,12 @@ def _only(headers: Headers, header: bytes) -> bytes:
     return found[0]
 
 
-def _check_time(timestamp: bytes, now: float, tolerance: int, header: bytes) -> None:
-    """Decimal digits: seconds since the epoch, or milliseconds."""
+def _check_time(timestamp: bytes, now: float, tolerance: int, header: bytes, *, takes_milliseconds: bool) -> None:
+    """Decimal digits: seconds since the epoch, or milliseconds where the scheme may use these."""
     if len(timestamp) > _LONGEST_TIMESTAMP or not timestamp.isdigit():
         raise SignatureError("malformed_timestamp", header)
     seconds: float = int(timestamp)
-    if seconds > _FIRST_MILLISECONDS:
+    if takes_milliseconds and seconds > _FIRST_MILLISECONDS:
         seconds /= 1000
     if abs(now - seconds) > tolerance:
         raise SignatureError("stale_timestamp", header)
