@@ -65,7 +65,7 @@ def redact(session_id: str, told: "Told", through: datetime) -> Event:
     """The fact that stands for all readings of a session once the erasures `through` that time were made."""
     session = {
         "id": session_id,
-        "messages": [{"role": message.role, "content": message.content} for message in told.messages or ()],
+        "messages": [_redacted(message) for message in told.messages or ()],
         "name": told.name,
         "status": told.status,
         "assistantId": told.assistant_id,
@@ -73,6 +73,17 @@ def redact(session_id: str, told: "Told", through: datetime) -> Event:
     }
     event = _event(REDACTED, session_id, json.dumps({"session": session}).encode(), [session, through.isoformat()])
     return msgspec.structs.replace(event, occurred_at=through)
+
+
+def _redacted(message: Message) -> dict[str, Any]:
+    """A message in a shape that is read as the same again."""
+    if message.kind == "text":
+        return {"role": message.role, "content": message.content}
+    if message.kind == "refusal":
+        return {"role": message.role, "content": None, "refusal": message.content}
+    if message.kind == "tool_call":
+        return {"role": message.role, "content": message.content, "tool_calls": [{}]}
+    return {"role": message.role, "content": json.loads(message.content) if message.content.strip() else ""}
 
 
 def register(session: Mapping[str, Any]) -> Event:
@@ -154,7 +165,7 @@ def _messages(value: Any) -> tuple[Message, ...] | None:
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         return None
     # One without content, such as a call of a tool, is a message too.
-    if not all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
+    if not all(events.role_of(item) is not None for item in value):
         return None
     return events.messages_of(value, "")
 

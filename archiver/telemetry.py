@@ -47,6 +47,11 @@ slow_events = Counter(
 unreadable_facts = Counter(
     "archiver_unreadable_facts_total", "Ledger rows that this version cannot read again, by reason.", ["reason"]
 )
+messages_without_text = Counter(
+    "archiver_messages_without_text_total",
+    "Messages of stored webhooks in which no text was found, by what they are instead.",
+    ["shape"],
+)
 repaired_messages = Counter(
     "archiver_repaired_messages_total", "Messages that history supplied: webhooks were lost. Alert when it grows."
 )

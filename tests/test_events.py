@@ -128,20 +128,23 @@ def test_labels_and_assistant_are_found_beside_the_chat() -> None:
         ("", []),
         (None, []),
         ([], []),
-        (5, []),
+        (5, [("user", "5")]),
         ({"role": "system", "content": "be kind"}, [("system", "be kind")]),
         (["a", "b"], [("user", "a"), ("user", "b")]),
         ([{"role": "user", "content": "a"}, {"content": "b"}], [("user", "a"), ("user", "b")]),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], [("user", "ab")]),
-        ([{"role": "user", "content": [{"type": "image", "url": "u"}]}], [("user", "")]),
-        ([{"role": "user", "content": None}], [("user", "")]),
-        ([{"role": "tool", "content": {"é": [1]}}], [("tool", '{"é": [1]}')]),
-        ([{"role": None, "content": 1.5}, {"unrelated": 1}, 3, None], [("user", "1.5")]),
+        ([{"role": "user", "content": [{"type": "image", "url": "u"}]}], [("user", "", "image")]),
+        ([{"role": "user", "content": None}], [("user", "", "null")]),
+        ([{"role": "tool", "content": {"é": [1]}}], [("tool", '{"é": [1]}', "object")]),
+        (
+            [{"role": None, "content": 1.5}, {"unrelated": 1}, 3, None],
+            [("user", "1.5"), ("user", '{"unrelated": 1}', "object"), ("user", "3")],
+        ),
         ([{"role": "us\x00er", "content": "a\x00b"}], [("us\ufffder", "a\ufffdb")]),
     ],
     ids=repr,
 )
-def test_input_is_a_text_or_a_message_or_a_list(given_input: Any, messages: list[tuple[str, str]]) -> None:
+def test_input_is_a_text_or_a_message_or_a_list(given_input: Any, messages: list[Any]) -> None:
     assert read_chat(input=given_input).input == tuple(Message(*message) for message in messages)
 
 

@@ -33,16 +33,7 @@ def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[R
     ):
         merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
         merged += [
-            Line(
-                message.role,
-                message.content,
-                "history",
-                None,
-                True,
-                reading.first_read_at or reading.read_at,
-                reading.read_at,
-            )
-            for message in reading.messages[new_before + 1 : at_new]
+            _line(message, reading) for message in reading.messages[new_before + 1 : at_new]
         ]
         merged += [
             _shown_again(line, message, reading.read_at)
@@ -53,7 +44,14 @@ def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[R
 
 def _shown_again(line: Line, message: Message, read_at: datetime) -> Line:
     return msgspec.structs.replace(
-        line, role=message.role, content=message.content, in_history=True, last_read_at=read_at
+        line, role=message.role, content=message.content, kind=message.kind, in_history=True, last_read_at=read_at
+    )
+
+
+def _line(message: Message, reading: Reading) -> Line:
+    first_read_at = reading.first_read_at or reading.read_at
+    return Line(
+        *(message.role, message.content, "history", None, True, first_read_at, reading.read_at), kind=message.kind
     )
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from archiver.events import Message
+from archiver.events import Kind, Message
 
 USER = "user"
 
@@ -57,3 +57,4 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     last_read_at: datetime | None = None
     is_ambiguous: bool = False
     is_reworded: bool = False
+    kind: Kind = "text"

@@ -67,7 +67,7 @@ def whole_turn(turn: Turn, read_at: datetime | None) -> list[Line]:
 
 def _own(turn: Turn, index: int, in_history: bool | None) -> Line:
     message = turn.messages[index]
-    return Line(message.role, message.content, "webhook", turn.chat_id, in_history)
+    return Line(message.role, message.content, "webhook", turn.chat_id, in_history, kind=message.kind)
 
 
 def _end(lines: Sequence[Line], match: Match, limit: int, *, is_deleted: bool) -> int:
@@ -116,13 +116,14 @@ def _run(turn: Turn, match: Match, lines: Sequence[Line], read_at: datetime | No
 def _claimed(line: Line, turn: Turn, message: Message) -> Line:
     """A line that both tell, in the words of the webhook."""
     if (message.role, message.content) == (line.role, line.content):
-        return msgspec.structs.replace(line, source="webhook", chat_id=turn.chat_id)
+        return msgspec.structs.replace(line, source="webhook", chat_id=turn.chat_id, kind=message.kind)
     return msgspec.structs.replace(
         line,
         role=message.role,
         content=message.content,
         source="webhook",
         chat_id=turn.chat_id,
+        kind=message.kind,
         is_reworded=True,
     )
 

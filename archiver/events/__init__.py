@@ -7,14 +7,17 @@ envelopes are understood, and whatever is not understood stays in the bytes.
 from typing import Any
 
 from archiver.events.documents import decode, digest
+from archiver.events.messages import messages_of, role_of
 from archiver.events.shapes import (
     MAX_DEPTH,
     MAX_ID,
     MAX_MESSAGES,
     NOTHING_TOLD,
     REASONS,
+    SHAPES,
     Chat,
     Event,
+    Kind,
     Malformed,
     Message,
     UnreadableError,
@@ -26,7 +29,6 @@ from archiver.events.values import (
     cost_of,
     identifier,
     label,
-    messages_of,
     storable,
     storable_id,
     variables_of,
@@ -45,9 +47,11 @@ __all__ = [
     "NOTHING_TOLD",
     "OURS",
     "REASONS",
+    "SHAPES",
     "WEBHOOK",
     "Chat",
     "Event",
+    "Kind",
     "Malformed",
     "Message",
     "UnreadableError",
@@ -59,6 +63,7 @@ __all__ = [
     "messages_of",
     "parse",
     "plausible",
+    "role_of",
     "storable",
     "timestamp",
 ]
@@ -83,8 +88,9 @@ def parse(body: bytes) -> Event | Malformed:
     return Malformed(body=body, reason=reason, detail=REASONS[reason])
 
 
-def _event(body: bytes, document: Any) -> Event:
-    if not isinstance(document, dict):
+def _event(body: bytes, given: Any) -> Event:
+    document = _object(given)
+    if document is None:
         raise UnreadableError("not_an_object")
     envelope = _envelope(document)
     event_type = _event_type(envelope)
@@ -104,10 +110,23 @@ def _event(body: bytes, document: Any) -> Event:
     )
 
 
+def _object(value: Any) -> dict[str, Any] | None:
+    """An object, or one that was sent as JSON text; None for anything else."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return None
+    try:
+        document = decode(value.encode(errors="surrogatepass"))
+    except UnreadableError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
 def _envelope(document: dict[str, Any]) -> dict[str, Any]:
-    message = document.get("message")
+    message = _object(document.get("message"))
     is_flat = any(isinstance(name := document.get(key), str) and name in CHAT_EVENTS for key in ("type", "event"))
-    if isinstance(message, dict) and ("type" in message or "event" in message) and not is_flat:
+    if message is not None and ("type" in message or "event" in message) and not is_flat:
         return message
     return document
 
@@ -121,15 +140,12 @@ def _event_type(envelope: dict[str, Any]) -> str:
 
 
 def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
-    data = envelope.get("data")
-    candidates = [envelope.get("chat")]
-    if isinstance(data, dict):
-        candidates += [data.get("chat"), data]
-    else:
-        candidates.append(data)
-    for candidate in candidates:
-        if isinstance(candidate, dict):
-            return candidate
+    data = _object(envelope.get("data"))
+    inner = [envelope.get("data")] if data is None else [data.get("chat"), data]
+    for candidate in (envelope.get("chat"), *inner):
+        found = _object(candidate)
+        if found is not None:
+            return found
         if candidate is not None and (bare := identifier(candidate)):
             return {"id": bare}
     return {}
@@ -154,7 +170,7 @@ def _other_key(event_type: str, envelope: dict[str, Any]) -> bytes:
 
 
 def _session_id(chat: dict[str, Any], envelope: dict[str, Any]) -> str | None:
-    for place in (chat, _first_dict(envelope.get("data")), envelope):
+    for place in (chat, _object(envelope.get("data")) or {}, envelope):
         session = place.get("session")
         found = (
             identifier(place.get("sessionId")) or identifier(session) or identifier(_first_dict(session).get("id"))

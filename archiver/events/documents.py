@@ -12,8 +12,26 @@ from archiver.events.shapes import MAX_DEPTH, UnreadableError
 _MAX_DIGITS = 400  # of an integer; longer ones stay text
 
 
+class Exact(float):
+    """A number that is no integer: the double nearest to it, and in `text` the digits that were sent."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> "Exact":
+        """The number in this text. Raises `ValueError` for one that no double can hold."""
+        value = super().__new__(cls, text)
+        if not math.isfinite(value):
+            raise ValueError("beyond a double")
+        value.text = text
+        return value
+
+
+_DECODER = msgspec.json.Decoder(float_hook=Exact)
+
+
 def decode(body: bytes) -> Any:
-    """The JSON in these bytes, read liberally: lone surrogates, NaN, numbers of any length.
+    """The JSON in these bytes, read liberally: lone surrogates, NaN, numbers of any length; fractions are `Exact`.
 
     Raises `UnreadableError`.
     """
@@ -29,7 +47,7 @@ def decode(body: bytes) -> Any:
 
 def _load(body: bytes) -> Any:
     try:
-        return msgspec.json.decode(body)
+        return _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     # The standard library is slower and more liberal: lone surrogates, NaN, numbers out of range.
@@ -55,15 +73,17 @@ def _integer(text: str) -> int | str:
     return int(text) if len(text) <= _MAX_DIGITS else text
 
 
-def _float(text: str) -> float | str:
-    value = float(text)
-    return value if math.isfinite(value) else text
+def _float(text: str) -> Exact | str:
+    try:
+        return Exact(text)
+    except ValueError:
+        return text
 
 
 def digest(fact: list[Any]) -> bytes:
-    """SHA-256 over the canonical JSON of a fact."""
+    """SHA-256 over the canonical JSON of a fact, in which numbers with a fraction or an exponent are doubles."""
     try:
-        canonical = msgspec.json.encode(fact, order="deterministic")
+        canonical = msgspec.json.encode(fact, order="deterministic", enc_hook=float)
     except (UnicodeEncodeError, OverflowError):
         canonical = json.dumps(fact, sort_keys=True, separators=(",", ":")).encode("ascii")
     return hashlib.sha256(canonical).digest()

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,11 +11,32 @@ MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers tak
 MAX_MESSAGES = 2_000  # of one turn
 
 
+Shape = Literal["text", "refusal", "tool_call", "null", "empty", "image", "audio", "video", "file", "object"]
+Kind = Literal["text", "refusal", "tool_call", "other"]
+
+_KINDS: dict[Shape, Kind] = {"text": "text", "refusal": "refusal", "tool_call": "tool_call"}
+SHAPES: dict[Kind, Shape] = {"text": "text", "refusal": "refusal", "tool_call": "tool_call", "other": "object"}
+
+
 class Message(msgspec.Struct, frozen=True, gc=False):
-    """One message of a turn, as text."""
+    """One message of a turn, as text; `shape`: what it was written as.
+
+    Only `text` and `refusal` carry words; `object` is shown as JSON, the others are blank.
+    """
 
     role: str
     content: str
+    shape: Shape = "text"
+
+    @property
+    def kind(self) -> Kind:
+        """What the archive calls it."""
+        return _KINDS.get(self.shape, "other")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether words were found in it."""
+        return self.shape in {"text", "refusal"}
 
 
 class Chat(msgspec.Struct, frozen=True, gc=False):

@@ -1,16 +1,17 @@
-"""Single values of a document: ids, texts, messages, costs."""
+"""Single values of a document: ids, texts, costs."""
 
-import json
 import re
-from collections.abc import Iterator
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
-from archiver.events.shapes import MAX_ID, Message, UnreadableError
+from archiver.events.documents import Exact
+from archiver.events.shapes import MAX_ID, UnreadableError
 
 OURS = "\x1f"  # begins the keys that we make ourselves, for turns that only history knows; so no id may
 MAX_VARIABLE_DEPTH = 64
-_MAX_COST_TEXT = 40  # characters
+_MAX_COST_TEXT = 10_000  # characters; Postgres holds 16,383 digits after the point
+_COST = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,9})?", re.ASCII | re.IGNORECASE)
+_COST_FIELDS = ("total", "amount", "value", "cost", "totalCost", "total_cost", "usd")
 _COST_MAGNITUDES = range(-30, 12)  # powers of ten
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
@@ -48,44 +49,20 @@ def storable(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
-def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
-    """The messages in a text, an object or a list of either."""
-    if isinstance(value, str):
-        return (Message(default_role, storable(value)),) if value else ()
-    items = value if isinstance(value, list) else [value]
-    return tuple(message for item in items for message in _message(item, default_role))
-
-
-def _message(item: Any, default_role: str) -> Iterator[Message]:
-    if isinstance(item, str):
-        if item:
-            yield Message(default_role, storable(item))
-    elif isinstance(item, dict) and ("content" in item or "role" in item):
-        yield Message(label(item.get("role")) or default_role, _text(item.get("content")))
-
-
-def _text(content: Any) -> str:
-    """The text of a message's content: a string, a list of parts that carry text, or whatever else as JSON."""
-    if isinstance(content, str):
-        return storable(content)
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        return "".join(_text(part.get("text")) if isinstance(part, dict) else _text(part) for part in content)
-    return storable(json.dumps(content, ensure_ascii=False))
-
-
-def cost_of(value: Any) -> Decimal | None:
-    text = str(value).strip() if isinstance(value, int | float | str) and not isinstance(value, bool) else ""
-    if not text.isascii() or len(text) > _MAX_COST_TEXT:
+def cost_of(value: Any, levels: int = 3) -> Decimal | None:
+    """The cost with the digits that were sent; of an object that of its total; None for what is no number."""
+    if isinstance(value, dict):
+        found = (cost_of(value[name], levels - 1) for name in _COST_FIELDS if name in value) if levels else iter(())
+        return next((cost for cost in found if cost is not None), None)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    try:
-        cost = Decimal(text)
-    except InvalidOperation:
+    text = (value.text if isinstance(value, Exact) else str(value)).strip()
+    if len(text) > _MAX_COST_TEXT or not _COST.fullmatch(text):
         return None
+    cost = Decimal(text)
     if not cost:
         return Decimal(0)
-    return cost if cost.is_finite() and cost.adjusted() in _COST_MAGNITUDES else None
+    return cost if cost.adjusted() in _COST_MAGNITUDES else None
 
 
 def variables_of(value: Any) -> dict[str, Any] | None:
@@ -102,4 +79,4 @@ def _storable_json(value: Any, depth: int) -> Any:
         return {storable(k): _storable_json(v, depth - 1) for k, v in value.items()} if depth else None
     if isinstance(value, list):
         return [_storable_json(item, depth - 1) for item in value] if depth else None
-    return value
+    return float(value) if isinstance(value, Exact) else value

@@ -207,10 +207,19 @@ async def _commit(
     telemetry.batch_events.observe(len(deliveries))
     telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
     telemetry.refused_erased.inc(sum(outcome.reason == "erased" for outcome in outcomes))
+    _count_without_text(deliveries, outcomes)
     webhooks = [delivery.received_at for delivery in deliveries if delivery.source == events.WEBHOOK]
     if webhooks:
         telemetry.last_event.set(max(webhooks).timestamp())
     return outcomes
+
+
+def _count_without_text(deliveries: Sequence[Delivery], outcomes: Sequence[Outcome]) -> None:
+    for delivery, outcome in zip(deliveries, outcomes, strict=True):
+        chat = delivery.content.chat if isinstance(delivery.content, Event) else None
+        for message in chat.input + chat.output if chat is not None and outcome.status == "stored" else ():
+            if not message.has_text:
+                telemetry.messages_without_text.labels(message.shape).inc()
 
 
 def store(

@@ -121,6 +121,7 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
             "ordinal": ordinal,
             "role": message.role,
             "content": message.content,
+            "content_kind": message.kind,
             "source": turn.source,
         }
         for (session_id, chat_id), turn in turns.items()

@@ -10,7 +10,7 @@ from archiver import alignment, history
 from archiver.alignment import Line, Transcript
 from archiver.alignment.shapes import USER
 from archiver.alignment.wording import role_of
-from archiver.events import OURS, Message
+from archiver.events import OURS, SHAPES, Message
 from archiver.events.normal import normal_text
 from archiver.history import Told
 from archiver.projection import coverage
@@ -82,7 +82,7 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
         for message in story.turns[chat_id].messages
     }
     kept = [
-        Message(line.role, line.content)
+        Message(line.role, line.content, SHAPES[line.kind])
         for line in _transcript(story).lines
         if line.first_read_at is not None
         and line.chat_id not in chat_ids
@@ -176,6 +176,7 @@ def message_row(session_id: str, chat_id: str, ordinal: int, line: Line) -> Row:
         "ordinal": ordinal,
         "role": line.role,
         "content": line.content,
+        "content_kind": line.kind,
         "source": line.source,
         "place": None,
         "in_history": line.in_history,

@@ -169,6 +169,13 @@ messages = Table(
     Column("source", Text, nullable=False, comment="Whence it is known: webhook or history."),
     Column("place", Integer, comment="1, 2, 3 … in true order, once history has been read; null before."),
     Column("in_history", Boolean, comment="Whether the latest reading shows it; null where none could."),
+    Column(
+        "content_kind",
+        Text,
+        nullable=False,
+        server_default="text",
+        comment="What content is: text, refusal, tool_call or other; the last two are no text.",
+    ),
     PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
     Index("messages_history_idx", "session_id", postgresql_where=text("source = 'history'")),
     # No foreign key: one write path makes both rows in one transaction; checking took a fifth of Postgres's time.

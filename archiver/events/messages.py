@@ -1,0 +1,172 @@
+"""The messages of a turn, in whatever shape a platform writes them, by one rule for all shapes. Pure.
+
+A value is a text, a number, a list of values, or an object that carries values in fields such as `content`, `parts`
+or `text`. A message is a text, or an object whose role is its own or that of its place. One that holds no text is a
+message all the same: `Message.shape` says what it is.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from archiver.events.documents import Exact
+from archiver.events.shapes import Message, Shape
+from archiver.events.values import label, storable
+
+MAX_NESTING = 32  # levels of one message that are searched for text
+
+_ROLES = {
+    **dict.fromkeys(("human", "customer", "caller", "client", "visitor", "end_user", "enduser"), "user"),
+    **dict.fromkeys(("ai", "bot", "model", "agent", "chatbot", "llm"), "assistant"),
+    **{role: role for role in ("user", "assistant", "system", "developer", "tool", "function")},
+}
+# Fields that name the author where `role` does not; they count for the names of roles alone.
+_AUTHORS = ("author", "sender", "speaker", "from", "type")
+
+# Fields that carry what was said. The first with text counts: the others say the same in another form.
+_TEXTS = (
+    *("content", "parts", "text", "message", "output_text", "input_text", "transcript", "value", "body"),
+    *("utterance", "response", "answer", "summary", "output", "result"),
+)
+_CARRIERS = ("data", "audio")  # which carry objects with texts; a text there is encoded bytes
+_LISTS = ("messages", "choices", "candidates", "output", "items")  # of an answer that wraps its messages
+_CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use", "toolUse")
+_CALL_TYPES = ("_call", "tool_use", "tool-call", "tool_calls")  # ends of `type`
+# What is no text, by a word in `type` or by the field that carries it.
+_MEDIA: dict[str, Shape] = {"image": "image", "audio": "audio", "video": "video", "file": "file", "document": "file"}
+_MEDIA_FIELDS: dict[str, Shape] = {
+    **dict.fromkeys(("image", "image_url", "imageurl", "input_image"), "image"),
+    **dict.fromkeys(("audio", "input_audio"), "audio"),
+    **dict.fromkeys(("file", "file_data", "filedata", "inline_data", "inlinedata", "document"), "file"),
+    **dict.fromkeys(("video", "video_url"), "video"),
+}
+_METADATA = frozenset({"role", "id", "type", "name", "index", "status", "object", "time", "timestamp", "metadata"})
+_METADATA_ENDS = ("At", "_at", "Id", "_id")
+_STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # of a list with several shapes
+
+
+class _Said(NamedTuple):
+    text: str
+    shape: Shape
+
+
+_NULL, _UNKNOWN = _Said("", "null"), _Said("", "object")
+
+
+def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
+    """The messages in a value: a text, a number, a message, an answer that wraps messages, or a list of these."""
+    if isinstance(value, str):
+        return (_spoken(default_role, value),) if value else ()
+    return tuple(_messages(value, default_role, MAX_NESTING))
+
+
+def role_of(item: Any) -> str | None:
+    """The role of an object's author, `user` and `assistant` under any of their usual names; None without one."""
+    if not isinstance(item, Mapping):
+        return None
+    role = item.get("role")
+    if isinstance(role, str) and role.strip():
+        return _ROLES.get(role.strip().lower()) or label(role)
+    for name in _AUTHORS:
+        author = item.get(name)
+        if isinstance(author, Mapping):
+            author = author.get("role")
+        if isinstance(author, str) and (known := _ROLES.get(author.strip().lower())):
+            return known
+    return None
+
+
+def _spoken(role: str, text: str) -> Message:
+    return Message(role, storable(text), "text" if text.strip() else "empty")
+
+
+def _messages(value: Any, default_role: str, depth: int) -> Iterator[Message]:
+    if isinstance(value, list) and depth:
+        for item in value:
+            yield from _messages(item, default_role, depth - 1)
+    elif isinstance(value, dict) and depth:
+        yield from _message(value, default_role, depth - 1)
+    elif value is not None and not isinstance(value, bool) and value != "":
+        said = _said(value, depth)
+        yield Message(default_role, said.text, said.shape)
+
+
+def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Message]:
+    role = role_of(item)
+    content = item.get("content")
+    if isinstance(content, str) and content and "refusal" not in item:  # as nearly always
+        yield _spoken(role or default_role, content)
+    elif role is None and (inner := _wrapped(item)) is not None:
+        yield from _messages(inner, default_role, depth)
+    elif item:
+        said = _of_object(item, depth)
+        if said.shape == "object":
+            said = _as_json(item)
+        yield Message(role or default_role, said.text, said.shape)
+
+
+def _wrapped(item: dict[str, Any]) -> Any:
+    """The messages that an object without a role only wraps; None if it does not."""
+    if "type" not in item:
+        for name in _LISTS:
+            if isinstance(item.get(name), list):
+                return item[name]
+    inner = (item.get(name) for name in ("message", "content", "data"))
+    return next((value for value in inner if role_of(value) is not None), None)
+
+
+def _as_json(item: dict[str, Any]) -> _Said:
+    """What no rule knows, as JSON: better than not at all."""
+    content = item.get("content")
+    if content is None:
+        content = {
+            name: value
+            for name, value in item.items()
+            if name not in _METADATA and not name.endswith(_METADATA_ENDS) and value is not None
+        }
+    return _Said(storable(json.dumps(content, ensure_ascii=False)), "object") if content else _NULL
+
+
+def _said(value: Any, depth: int) -> _Said:
+    if value is None:
+        return _NULL
+    if isinstance(value, str):
+        return _Said(storable(value), "text" if value.strip() else "empty")
+    if isinstance(value, list):
+        return _joined([_said(part, depth - 1) for part in value]) if depth else _UNKNOWN
+    if isinstance(value, dict):
+        return _of_object(value, depth - 1) if depth else _UNKNOWN
+    return _Said(value.text if isinstance(value, Exact) else json.dumps(value), "text")
+
+
+def _joined(parts: Sequence[_Said]) -> _Said:
+    text = "".join(part.text for part in parts)
+    shapes: list[Shape] = [part.shape for part in parts if part.shape != "object"]
+    shapes = shapes or ["object" if parts else "empty"]
+    return _Said(text, next((shape for shape in _STRONGEST if shape in shapes), shapes[0]))
+
+
+def _of_object(item: dict[str, Any], depth: int) -> _Said:
+    found = [_said(item[name], depth) for name in _TEXTS if name in item]
+    found += [_said(item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
+    said = next((each for each in found if each.shape in {"text", "refusal"}), None)
+    given = item.get("refusal")
+    refusal = _NULL if isinstance(given, bool) else _said(given, depth)
+    if refusal.shape == "text":
+        text = refusal.text if said is None or said.text == refusal.text else f"{said.text}\n{refusal.text}"
+        return _Said(text, "refusal")
+    if said is not None:
+        return _Said(said.text, "refusal") if given is True else said
+    return _without_text(item, found)
+
+
+def _without_text(item: dict[str, Any], found: Sequence[_Said]) -> _Said:
+    kind = str(item.get("type") or "").lower()
+    if any(item.get(name) for name in _CALLS) or kind.endswith(_CALL_TYPES):
+        return _Said("", "tool_call")
+    media = [shape for word, shape in _MEDIA.items() if word in kind]
+    media += [_MEDIA_FIELDS[field.lower()] for field in item if field.lower() in _MEDIA_FIELDS]
+    if media:
+        return _Said("", media[0])
+    nothing = _NULL if found or "refusal" in item else _UNKNOWN
+    return next((each for each in found if each.shape != "null"), nothing)

@@ -1,0 +1,336 @@
+"""The text of a message, in whatever shape it is written; what holds none is shown as such and counted."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+from sqlalchemy import Engine
+
+from archiver import events, history
+from archiver.events import Event, Message
+from archiver.rebuild import rebuild
+from archiver.telemetry import metrics
+from tests import servers
+from tests.payloads import chat, event
+from tests.test_history import TIMING, Archive
+from tests.test_ingest import take
+
+on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "price", "arguments": '{"of": "tea"}'}}
+
+# What a platform writes as `output`, and the messages in it.
+SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
+    "text": ("Hello", [("assistant", "Hello", "text")]),
+    "number": (5, [("assistant", "5", "text")]),
+    "decimal number": ([2.5], [("assistant", "2.5", "text")]),
+    "role and content": ({"role": "assistant", "content": "Hello"}, [("assistant", "Hello", "text")]),
+    "refusal beside null": (
+        [{"role": "assistant", "content": None, "refusal": "I cannot."}],
+        [("assistant", "I cannot.", "refusal")],
+    ),
+    "refusal alone": ([{"role": "assistant", "refusal": "I cannot."}], [("assistant", "I cannot.", "refusal")]),
+    "refusal beside empty": ([{"content": "", "refusal": "I cannot."}], [("assistant", "I cannot.", "refusal")]),
+    "refusal beside text": (
+        [{"role": "assistant", "content": "Let me see.", "refusal": "I cannot."}],
+        [("assistant", "Let me see.\nI cannot.", "refusal")],
+    ),
+    "null refusal": ([{"role": "assistant", "content": "Hello", "refusal": None}], [("assistant", "Hello", "text")]),
+    "refusal part": (
+        [{"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}],
+        [("assistant", "I cannot.", "refusal")],
+    ),
+    "bot and message": ([{"role": "bot", "message": "Hello", "time": 1.5}], [("assistant", "Hello", "text")]),
+    "gemini": ([{"role": "model", "parts": [{"text": "Hel"}, {"text": "lo"}]}], [("assistant", "Hello", "text")]),
+    "gemini candidates": (
+        {"candidates": [{"content": {"role": "model", "parts": [{"text": "Hello"}]}, "finishReason": "STOP"}]},
+        [("assistant", "Hello", "text")],
+    ),
+    "gemini call": (
+        [{"role": "model", "parts": [{"functionCall": {"name": "price", "args": {}}}]}],
+        [("assistant", "", "tool_call")],
+    ),
+    "output_text without role": ([{"type": "output_text", "text": "Hello"}], [("assistant", "Hello", "text")]),
+    "text alone": ({"text": "Hello"}, [("assistant", "Hello", "text")]),
+    "transcript alone": ([{"transcript": "Hello"}], [("assistant", "Hello", "text")]),
+    "spoken": (
+        [{"role": "assistant", "content": None, "audio": {"id": "a", "data": "UklGRg==", "transcript": "Hello"}}],
+        [("assistant", "Hello", "text")],
+    ),
+    "input_audio": (
+        [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}}]}],
+        [("user", "", "other")],
+    ),
+    "nested content": (
+        [{"role": "assistant", "content": [[{"type": "text", "text": "Hel"}], {"content": [{"text": "lo"}]}]}],
+        [("assistant", "Hello", "text")],
+    ),
+    "nested list": (
+        [[["Hello"], [{"text": "World"}]]],
+        [("assistant", "Hello", "text"), ("assistant", "World", "text")],
+    ),
+    "assistants api": (
+        [{"role": "assistant", "content": [{"type": "text", "text": {"value": "Hello", "annotations": []}}]}],
+        [("assistant", "Hello", "text")],
+    ),
+    "chat completion": (
+        {"object": "chat.completion", "choices": [{"message": {"role": "assistant", "content": "Hello"}}]},
+        [("assistant", "Hello", "text")],
+    ),
+    "tool call": (
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "3"}],
+        [("assistant", "", "tool_call"), ("tool", "3", "text")],
+    ),
+    "tool call with text": (
+        [{"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}],
+        [("assistant", "Let me see.", "text")],
+    ),
+    "responses": (
+        {
+            "object": "response",
+            "output": [
+                {"type": "reasoning", "id": "rs_1", "summary": []},
+                {"type": "function_call", "call_id": "c", "name": "price", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "3"},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]},
+            ],
+        },
+        [
+            ("assistant", "", "other"),
+            ("assistant", "", "tool_call"),
+            ("assistant", "3", "text"),
+            ("assistant", "Hello", "text"),
+        ],
+    ),
+    "anthropic": (
+        [
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "Hm", "signature": "x"},
+                    {"type": "text", "text": "Let me see."},
+                    {"type": "tool_use", "id": "t", "name": "price", "input": {"of": "tea"}},
+                ],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"text": "3"}]}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "price", "input": {}}]},
+        ],
+        [("assistant", "Let me see.", "text"), ("user", "3", "text"), ("assistant", "", "tool_call")],
+    ),
+    "langchain": (
+        [{"type": "human", "data": {"content": "Hello"}}, {"type": "ai", "content": "Hi"}],
+        [("user", "Hello", "text"), ("assistant", "Hi", "text")],
+    ),
+    "sharegpt": (
+        [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}],
+        [("user", "Hello", "text"), ("assistant", "Hi", "text")],
+    ),
+    "chatgpt": (
+        [{"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hel", "lo"]}}],
+        [("user", "Hello", "text")],
+    ),
+    "sender": ([{"sender": "User", "body": "Hello"}], [("user", "Hello", "text")]),
+    "sender of another kind": ([{"from": "+1 202 555 0143", "text": "Hello"}], [("assistant", "Hello", "text")]),
+    "roles": (
+        [
+            {"role": role, "content": "x"}
+            for role in ("Human", "AI", " bot ", "USER", "Assistant", "System", "narrator")
+        ],
+        [
+            (role, "x", "text")
+            for role in ("user", "assistant", "assistant", "user", "assistant", "system", "narrator")
+        ],
+    ),
+    "image": (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}],
+        [("user", "", "other")],
+    ),
+    "image with text": (
+        [{"role": "user", "content": [{"type": "image", "data": "UklG"}, {"type": "text", "text": "What is it?"}]}],
+        [("user", "What is it?", "text")],
+    ),
+    "null": ([{"role": "assistant", "content": None}], [("assistant", "", "other")]),
+    "role alone": ([{"role": "assistant", "id": "m", "createdAt": "2026-01-05"}], [("assistant", "", "other")]),
+    "blank": ([{"role": "assistant", "content": " "}], [("assistant", " ", "other")]),
+    "unknown": ([{"role": "assistant", "spoken": "Hello"}], [("assistant", '{"spoken": "Hello"}', "other")]),
+    "unknown content": ([{"content": {"spoken": "Hello"}}], [("assistant", '{"spoken": "Hello"}', "other")]),
+    "nothing": ([None, "", {}, [], False], []),
+}
+
+
+def told(**fields: Any) -> Event:
+    read = events.parse(event("chat.created", 1_767_603_600_000, chat(**fields)))
+    assert isinstance(read, Event)
+    return read
+
+
+def kinds(messages: tuple[Message, ...] | None) -> list[tuple[str, str, str]]:
+    return [(message.role, message.content, message.kind) for message in messages or ()]
+
+
+@pytest.mark.parametrize(("output", "messages"), SHAPES.values(), ids=SHAPES)
+def test_the_text_is_found_in_every_shape(output: Any, messages: list[tuple[str, str, str]]) -> None:
+    content = told(input=None, output=output).chat
+    assert content is not None
+    assert kinds(content.output) == messages
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [(name, SHAPES[name][1]) for name in ("anthropic", "chatgpt", "langchain", "roles")],
+)
+def test_a_history_is_read_like_a_webhook(name: str, messages: list[tuple[str, str, str]]) -> None:
+    body = json.dumps({"session": {"id": "s", "messages": SHAPES[name][0]}}).encode()
+    observed = history.observe("s", 200, body)
+    assert observed.type == history.READ
+    assert kinds(history.told(observed.type, "s", body).messages) == messages
+
+
+_words = st.text("abc <>&\"'\\/{}[]é\u00a0\n", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
+_leaves = _words | st.integers(0, 9)
+_fields = st.sampled_from(["content", "parts", "text", "message", "output_text", "transcript", "value", "body"])
+_containers = st.recursive(
+    st.builds(lambda name, leaf: {name: leaf}, _fields, _leaves),
+    lambda inner: st.builds(lambda name, value: {"type": "x", name: value}, _fields, inner | st.lists(inner)),
+    max_leaves=6,
+)
+
+
+def texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for name, inner in value.items() if name != "type" for text in texts(inner)]
+    return [text for inner in value for text in texts(inner)] if isinstance(value, list) else [str(value)]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(_containers, max_size=4))
+@example([{"text": {"text": "a"}}, {"content": [{"parts": [{"value": 0}]}]}])
+def test_no_text_in_a_field_that_is_known_disappears(parts: list[Any]) -> None:
+    content = told(input=None, output=[{"role": "assistant", "content": parts}]).chat
+    assert content is not None
+    (message,) = content.output
+    assert message.content == "".join(text for part in parts for text in texts(part))
+    assert message.kind == ("text" if parts and message.content else "other")
+
+
+@pytest.mark.parametrize("deep", [*range(28, 40), 150])
+def test_what_is_nested_too_deeply_is_a_message_without_text(deep: int) -> None:
+    nested: Any = "Hello"
+    for _ in range(deep):
+        nested = [nested]
+    content = told(input=None, output={"role": "assistant", "content": nested}).chat
+    assert content is not None
+    (message,) = content.output
+    assert message.kind in {"text", "other"}
+    assert message.content == "Hello" or "Hello" in message.content
+
+
+CHAT = chat("c1", "s1")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"type": "chat.created", "data": json.dumps(CHAT)},
+        {"type": "chat.created", "data": json.dumps({"chat": CHAT})},
+        {"type": "chat.created", "chat": " " + json.dumps(CHAT)},
+        {"type": "chat.created", "data": {"chat": json.dumps(CHAT)}},
+        {"message": json.dumps({"type": "chat.created", "chat": CHAT})},
+        json.dumps({"type": "chat.created", "chat": CHAT}),
+    ],
+    ids=lambda document: str(document)[:40],
+)
+def test_an_object_may_be_json_text(document: Any) -> None:
+    read = events.parse(json.dumps(document).encode())
+    reference = events.parse(json.dumps({"type": "chat.created", "chat": CHAT}).encode())
+    assert isinstance(read, Event)
+    assert isinstance(reference, Event)
+    assert (read.session_id, read.chat_id, read.chat) == ("s1", "c1", reference.chat)
+    assert read.dedupe_key == reference.dedupe_key
+
+
+@pytest.mark.parametrize("text", ["{", "{not json}", "{}x", "{" + "[" * 500, "{\ud800}"], ids=ascii)
+def test_what_only_looks_like_json_text_is_an_id_as_before(text: str) -> None:
+    read = events.parse(json.dumps({"type": "chat.deleted", "chat": text}).encode())
+    assert isinstance(read, Event) == ("\ud800" not in text)
+    assert not isinstance(read, Event) or read.chat_id == text
+
+
+@pytest.fixture
+def archive(engine: Engine) -> Archive:
+    return Archive(engine)
+
+
+@on_one_version
+def test_messages_without_text_are_shown_as_such_whether_told_by_webhook_or_history(archive: Archive) -> None:
+    said: list[dict[str, Any]] = [
+        {"role": "user", "content": "What does tea cost?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": None, "refusal": "I must not say."},
+        {"role": "assistant", "content": {"spoken": "Hello"}},
+    ]
+    body = json.dumps({"session": {"id": "session-1", "messages": [*said, *said]}}).encode()
+    content = chat(input=said[0]["content"], output=said[1:])
+    shown = [
+        ("user", "What does tea cost?", "text"),
+        ("assistant", "", "tool_call"),
+        ("tool", "3", "text"),
+        ("assistant", "I must not say.", "refusal"),
+        ("assistant", '{"spoken": "Hello"}', "other"),
+    ]
+    query = "SELECT role, content, content_kind FROM analytics.messages ORDER BY position"
+    archive.webhook(1, event("chat.created", None, content))  # type: ignore[arg-type]  # it reports no time
+    assert archive.rows(query) == shown
+    archive.reading(10, body)
+    assert archive.rows(query) == [*shown, *shown]
+    assert archive.rows("SELECT count(*) FROM archiver.messages WHERE source = 'history'") == [(5,)]
+    archived = archive.dump()
+    list(rebuild(archive.engine, TIMING))
+    assert archive.dump() == archived
+
+
+def test_a_redacted_history_keeps_what_its_messages_are() -> None:
+    said = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "refusal": "No."},
+        {"role": "assistant", "content": [{"spoken": "Hello"}]},
+        {"role": "assistant", "content": None},
+    ]
+    body = json.dumps({"session": {"id": "s", "messages": said}}).encode()
+    before = history.told(history.READ, "s", body)
+    redacted = history.redact("s", before, datetime(2026, 1, 5, tzinfo=UTC))
+    assert kinds(history.told(redacted.type, "s", redacted.body).messages) == kinds(before.messages)
+
+
+def counted(shape: str) -> float:
+    return REGISTRY.get_sample_value("archiver_messages_without_text_total", {"shape": shape}) or 0
+
+
+@on_one_version
+def test_messages_without_text_are_counted_once_by_what_they_are(engine: Engine) -> None:
+    shapes = ("tool_call", "image", "null", "object")
+    before = {shape: counted(shape) for shape in shapes}
+    output = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": [{"type": "image", "data": "UklG"}]},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "refusal": "No."},
+        {"role": "assistant", "spoken": "secret words"},
+    ]
+    body = event("chat.created", 1_767_603_600_000, chat(output=output))
+    take(engine, body)
+    take(engine, body)  # a redelivery
+    assert {shape: counted(shape) - before[shape] for shape in shapes} == {
+        "tool_call": 2,
+        "image": 1,
+        "null": 1,
+        "object": 1,
+    }
+    assert b"secret" not in metrics()
