@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, get_args
 
 import httpx2
@@ -130,11 +131,50 @@ async def test_the_documented_calls_answer_with_the_documented_fields():
     assert chat["assistantOverrides"] == said["assistantOverrides"]
     assert chat["output"][0].keys() == {"role", "content"}
     assert chat["createdAt"].endswith("Z")
+    assert chat["status"] == "active"
     assert chat["createdAt"] < chat["updatedAt"]
     history = read.json()["session"]
     assert history.keys() == {"id", "name", "status", "assistantId", "messages", "updatedAt"}
     assert history["messages"] == [{"role": "user", "content": "Hello"}, *chat["output"]]
     assert all(isinstance(answer.json()["message"], str) for answer in (opened, talked, read))
+
+
+async def test_no_answer_reports_a_time_of_the_future_however_fast_the_calls():
+    seen = []
+    async with world() as w:
+        session_id = await w.session()
+        for number in range(60):
+            answer = await w.http.post("/chats", json={"sessionId": session_id, "input": f"{number}"})
+            seen.append((answer.json()["chat"], datetime.now(UTC)))
+        history = await w.api.history(session_id)
+        answered = datetime.now(UTC)
+    assert all(datetime.fromisoformat(chat["updatedAt"]) <= at for chat, at in seen)
+    assert datetime.fromisoformat(history["updatedAt"]) <= answered
+    created = [chat["createdAt"] for chat, _ in seen]
+    assert created == sorted(set(created))
+    assert all(chat["createdAt"] < chat["updatedAt"] for chat, _ in seen)
+
+
+@pytest.mark.parametrize("more", [{}, {"assistantId": "assistant-1"}, {"sessionId": None, "assistantOverrides": {}}])
+async def test_a_chat_without_a_session_is_answered_told_and_deleted(more):
+    async with world() as w:
+        talked = await w.http.post("/chats", json={"input": "What does tea cost?", **more})
+        again = await w.http.post("/chats", json={"input": "What does tea cost?", **more})
+        chat = talked.json()["chat"]
+        removed = await w.http.request("DELETE", f"/chats/{chat['id']}")
+        missing = await w.http.request("DELETE", f"/chats/{chat['id']}")
+        await w.deliveries()
+        told = w.receiver.told()
+        bodies = [event["chat"] for event in w.receiver.events]
+    assert (talked.status_code, removed.status_code, missing.status_code) == (201, 200, 404)
+    assert "sessionId" not in chat
+    assert chat.get("assistantId") == more.get("assistantId")
+    assert chat["output"][0]["content"]
+    assert chat["id"] != again.json()["chat"]["id"]
+    assert sorted(told) == sorted(
+        [("chat.created", chat["id"]), ("chat.created", again.json()["chat"]["id"]), ("chat.deleted", chat["id"])]
+    )
+    assert all("sessionId" not in body for body in bodies)
 
 
 async def test_history_is_flat_and_in_order_and_replies_use_context_and_variables():
@@ -174,8 +214,10 @@ async def test_any_content_type_will_do(content_type):
 
 
 BAD_INPUT: list[tuple[str, str, bytes | None, int, str]] = [
-    ("POST", "/sessions", b"{not json", 400, "malformed"),
-    ("POST", "/sessions", b"", 400, "truncated"),
+    ("POST", "/sessions", b"{not json", 400, "not valid JSON: JSON is malformed"),
+    ("POST", "/chats", b'{"sessionId": "SESSION", "input": "Hi"', 400, "not valid JSON: Input data was truncated"),
+    ("POST", "/chats", b"input=Hi", 400, "not valid JSON"),
+    ("POST", "/sessions", b"", 400, "not valid JSON: Input data was truncated"),
     ("POST", "/sessions", b"[]", 400, "Expected `object`"),
     ("POST", "/sessions", b'{"assistantId": "a"}', 400, "`name`"),
     ("POST", "/sessions", b'{"name": "N"}', 400, "`assistantId`"),
@@ -184,7 +226,8 @@ BAD_INPUT: list[tuple[str, str, bytes | None, int, str]] = [
     ("POST", "/sessions", b'{"name": "\xff", "assistantId": "a"}', 400, "utf-8"),
     ("POST", "/sessions", b'{"name": "N", "x": ' + b"[" * 100_000, 400, "recursion"),
     ("POST", "/sessions", b" " * 2_000_000, 413, "larger than"),
-    ("POST", "/chats", b'{"input": "Hi"}', 400, "`sessionId`"),
+    ("POST", "/chats", b'{"sessionId": "", "input": "Hi"}', 400, "$.sessionId"),
+    ("POST", "/chats", b'{"assistantId": "a"}', 400, "`input`"),
     ("POST", "/chats", b'{"sessionId": "SESSION"}', 400, "`input`"),
     ("POST", "/chats", b'{"sessionId": "SESSION", "input": ""}', 400, "$.input"),
     ("POST", "/chats", b'{"sessionId": "SESSION", "input": []}', 400, "$.input"),

@@ -144,7 +144,8 @@ def deleted(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
     """The webhook of a deletion: it repeats no content, and sometimes tells nothing but the id."""
     random = seeded(faults.seed, "deleted", chat["id"])
     is_bare = random.random() < faults.bare_deletion
-    told = {name: chat[name] for name in (("id",) if is_bare else ("id", "sessionId", "assistantId"))}
+    names = ("id",) if is_bare else ("id", "sessionId", "assistantId")
+    told = {name: chat[name] for name in names if name in chat}
     return [_webhook(faults, DELETED, chat, told, {"bare_deletion"} if is_bare else set())]
 
 
@@ -160,7 +161,7 @@ def _webhook(
     }
     return Webhook(
         type=kind,
-        session_id=chat["sessionId"],
+        session_id=chat.get("sessionId", ""),
         chat_id=chat["id"],
         chat=told,
         faults=frozenset(found | {name for name, happens in drawn.items() if happens}),

@@ -3,8 +3,10 @@
 `DELETE /api/chats/{id}` is not documented upstream; `GET /simulator/report` is the simulator's own.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -41,10 +43,11 @@ class InputMessage(msgspec.Struct):
 
 
 class NewChat(msgspec.Struct, rename="camel"):
-    """Body of `POST /chats`; `assistant_overrides` is kept as it came."""
+    """Body of `POST /chats`; without a session it is a chat of its own. `assistant_overrides` is kept as it came."""
 
-    session_id: Text
     input: Text | Annotated[list[InputMessage], msgspec.Meta(min_length=1, max_length=1000)]
+    session_id: Text | None = None
+    assistant_id: Text | None = None
     assistant_overrides: dict[str, Any] | None = None
 
 
@@ -68,7 +71,12 @@ class Platform:
         overrides = wanted.assistant_overrides
         if overrides and not isinstance(overrides.get("variableValues", {}), dict | None):
             raise HTTPException(400, "Expected `object` - at `$.assistantOverrides.variableValues`")
-        chat = self.upstream.create_chat(wanted.session_id, msgspec.to_builtins(wanted.input), overrides)
+        said = msgspec.to_builtins(wanted.input)
+        if wanted.session_id is None:
+            chat = self.upstream.create_single_chat(wanted.assistant_id, said, overrides)
+        else:
+            chat = self.upstream.create_chat(wanted.session_id, said, overrides)
+        await _until(datetime.fromisoformat(chat["updatedAt"]))
         await self.sender.submit(planned.created(self._faults, chat))
         return _answer(201, "Chat created successfully", chat=chat)
 
@@ -119,15 +127,19 @@ def create(platform: Platform) -> Starlette:
     )
 
 
+async def _until(moment: datetime) -> None:
+    """Wait for a moment that is some milliseconds ahead: no answer reports a time of the future."""
+    await asyncio.sleep(max(0.0, (moment - datetime.now(UTC)).total_seconds()))
+
+
 async def _body(request: Request, shape: type[Body]) -> Body:
     """The JSON body, whatever content type it came with."""
     try:
         return msgspec.json.decode(await _bytes(request), type=shape)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not JSON, or a field that is missing or wrong: the text says which
+    except msgspec.ValidationError as error:  # a field that is missing or wrong: the text says which
         raise HTTPException(400, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"The body is not valid JSON: {error}") from error
 
 
 async def _bytes(request: Request) -> bytes:

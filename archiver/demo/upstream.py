@@ -10,7 +10,7 @@ from archiver.demo.seeds import identifier, seeded
 
 MAX_SESSIONS = 100_000
 MAX_CHATS = 1_000  # of one session
-_THINKING = timedelta(milliseconds=250)  # between a chat's creation and its output
+_THINKING = timedelta(milliseconds=250)  # by which a chat's creation lies before its output, which is now
 _TICK = timedelta(milliseconds=1)
 
 Message = dict[str, str]
@@ -34,7 +34,7 @@ class Session:
         self.name = name
         self.assistant_id = assistant_id
         self.greeting = greeting  # before all chats, and of none
-        self.created_at = self.updated_at = now
+        self.created_at = self.updated_at = self.last_chat_at = now
         self.variables: dict[str, Any] = {}
         self.chats: dict[str, dict[str, Any]] = {}
         self.turns = 0  # deleted ones too
@@ -69,6 +69,8 @@ class Upstream:
         self._sessions: dict[str, Session] = {}
         self._session_of: dict[str, str] = {}
         self._names: Counter[tuple[str, str]] = Counter()
+        self._single: dict[str, dict[str, Any]] = {}  # chats without a session
+        self._singles = 0  # deleted ones too
 
     def create_session(self, name: str, assistant_id: str) -> Session:
         """Open a session. Raises `FullError`."""
@@ -99,12 +101,39 @@ class Upstream:
         session = self.session(session_id)
         if session.turns >= MAX_CHATS:
             raise FullError(f"A session holds at most {MAX_CHATS} chats here")
+        chat = self._answer(session, given, overrides)
+        self._session_of[chat["id"]] = session_id
+        return chat
+
+    def create_single_chat(
+        self, assistant_id: str | None, given: str | list[Message], overrides: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """A chat without a session: one question and its answer, of which no history tells. Raises `FullError`."""
+        if len(self._single) >= MAX_SESSIONS:
+            raise FullError(f"This simulator holds at most {MAX_SESSIONS} chats without a session")
+        self._singles += 1
+        alone = Session(
+            identifier(self._seed, "single", self._singles), "", assistant_id or "", [], datetime.now(UTC)
+        )
+        chat = self._answer(alone, given, overrides)
+        del chat["sessionId"]
+        if assistant_id is None:
+            del chat["assistantId"]
+        self._single[chat["id"]] = chat
+        return chat
+
+    def _answer(
+        self, session: Session, given: str | list[Message], overrides: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        session_id = session.id
         session.turns += 1
         session.variables |= (overrides or {}).get("variableValues") or {}
         random = seeded(self._seed, "reply", session_id, session.turns)
         text = "\n".join(message["content"] for message in said(given))
         replies = conversations.reply(text, session.messages(), session.variables, random)
-        created_at = max(datetime.now(UTC), session.updated_at + _TICK)
+        now = datetime.now(UTC)
+        created_at = max(now - _THINKING, session.last_chat_at + _TICK)
+        updated_at = max(now, created_at + _TICK)
         chat: dict[str, Any] = {
             "id": identifier(self._seed, "chat", session_id, session.turns),
             "externalChatId": identifier(self._seed, "external", session_id, session.turns),
@@ -112,16 +141,15 @@ class Upstream:
             "input": given,
             "output": _numbered(replies, session.turns),
             "assistantId": session.assistant_id,
-            "status": "completed",
+            "status": "active",
             "cost": round(0.002 + len(text) * 0.00001, 6),
             "createdAt": iso(created_at),
-            "updatedAt": iso(created_at + _THINKING),
+            "updatedAt": iso(updated_at),
         }
         if overrides is not None:
             chat["assistantOverrides"] = overrides
         session.chats[chat["id"]] = chat
-        session.updated_at = created_at
-        self._session_of[chat["id"]] = session_id
+        session.last_chat_at, session.updated_at = created_at, updated_at
         return chat
 
     def delete_chat(self, chat_id: str) -> dict[str, Any]:
@@ -129,6 +157,8 @@ class Upstream:
 
         Raises `UnknownError`.
         """
+        if chat_id in self._single:
+            return self._single.pop(chat_id)
         session_id = self._session_of.pop(chat_id, None)
         if session_id is None:
             raise UnknownError(f"Chat {chat_id} not found")
