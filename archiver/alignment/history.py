@@ -32,9 +32,7 @@ def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[R
         [(-1, -1), *_align(lines, old, new, deleted), (len(old), len(new))]
     ):
         merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
-        merged += [
-            _line(message, reading) for message in reading.messages[new_before + 1 : at_new]
-        ]
+        merged += [_line(message, reading) for message in reading.messages[new_before + 1 : at_new]]
         merged += [
             _shown_again(line, message, reading.read_at)
             for line, message in zip(lines[at_old : at_old + 1], reading.messages[at_new : at_new + 1], strict=True)

@@ -9,21 +9,17 @@ import re
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from archiver.alignment.shapes import USER
+from archiver.events import known_role
 from archiver.events.normal import normal_text
 
 Key = tuple[str, str]  # role and content, without differences that carry no meaning
 
 ASSISTANT = "assistant"
-_ROLES = {
-    **dict.fromkeys(("user", "human", "customer", "client", "caller", "visitor", "end_user"), USER),
-    **dict.fromkeys(("assistant", "ai", "bot", "model", "agent", "chatbot"), ASSISTANT),
-}
 
 
 def role_of(role: str) -> str:
     """The role, `user` and `assistant` by one name each."""
-    return _ROLES.get(role) or _ROLES.get(folded := role.strip().lower()) or folded
+    return known_role(role) or role.strip().lower()
 
 
 def key_of(role: str, content: str) -> Key:

@@ -7,7 +7,7 @@ envelopes are understood, and whatever is not understood stays in the bytes.
 from typing import Any
 
 from archiver.events.documents import decode, digest
-from archiver.events.messages import messages_of, role_of
+from archiver.events.messages import known_role, messages_of, role_of
 from archiver.events.shapes import (
     MAX_DEPTH,
     MAX_ID,
@@ -59,6 +59,7 @@ __all__ = [
     "decode",
     "digest",
     "identifier",
+    "known_role",
     "label",
     "messages_of",
     "parse",

@@ -60,18 +60,23 @@ def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
     return tuple(_messages(value, default_role, MAX_NESTING))
 
 
+def known_role(role: str) -> str | None:
+    """The role by its one name, such as `assistant` for `AI`; None for one that is not known."""
+    return _ROLES.get(role) or _ROLES.get(role.strip().lower())
+
+
 def role_of(item: Any) -> str | None:
     """The role of an object's author, `user` and `assistant` under any of their usual names; None without one."""
     if not isinstance(item, Mapping):
         return None
     role = item.get("role")
     if isinstance(role, str) and role.strip():
-        return _ROLES.get(role.strip().lower()) or label(role)
+        return known_role(role) or label(role)
     for name in _AUTHORS:
         author = item.get(name)
         if isinstance(author, Mapping):
             author = author.get("role")
-        if isinstance(author, str) and (known := _ROLES.get(author.strip().lower())):
+        if isinstance(author, str) and (known := known_role(author)):
             return known
     return None
 
