@@ -1,5 +1,6 @@
 """The command line: parses, prints, starts. What a command does lives below."""
 
+import codecs
 import errno
 import os
 import sys
@@ -58,6 +59,7 @@ cli.add_command(acts, "audit")  # acts is the older name
 
 def main() -> None:
     """The `archiver` command."""
+    _write_everything()
     _write_whole()
     _require_text(sys.argv[1:])
     try:
@@ -76,6 +78,22 @@ def main() -> None:
 
 
 _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN}
+
+
+def _write_everything() -> None:
+    """Let stdout and stderr take every character, whatever their encoding: what it lacks is written as JSON does."""
+    codecs.register_error("archiver", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="archiver")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    escaped = (f"\\u{int.from_bytes(units[at : at + 2]):04x}" for at in range(0, len(units), 2))
+    return "".join(escaped), error.end
 
 
 def _write_whole() -> None:

@@ -1,11 +1,12 @@
 """The way to Postgres: engine, transactions, and what an error means for the caller.
 
-Holds no session state, so that PgBouncer in transaction mode serves: what a transaction needs is set inside it.
+`session` says what is set in each transaction, and why.
 """
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver import telemetry
-from archiver.database import clock, locks
+from archiver.database import clock, locks, session
 from archiver.database.clock import now
 from archiver.database.direct import Direct, Statement, execute
 from archiver.database.errors import (
@@ -38,6 +39,7 @@ from archiver.database.errors import (
 )
 from archiver.database.inserting import DIALECT, PARAMSTYLE, RowsInsert
 from archiver.database.locks import Lock
+from archiver.database.session import EncodingError, is_behind_pooler
 from archiver.database.urls import database_url, place
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "NO_ROOM_FOR_LOCKS",
     "STATEMENT_SECONDS",
     "Direct",
+    "EncodingError",
     "Lock",
     "RowsInsert",
     "Statement",
@@ -56,6 +59,7 @@ __all__ = [
     "database_url",
     "execute",
     "explain",
+    "is_behind_pooler",
     "is_cancelled",
     "is_conflict",
     "is_data_error",
@@ -71,6 +75,7 @@ __all__ = [
     "redirect",
     "run_apart",
     "run_in_transaction",
+    "session",
     "snapshot",
     "sqlstate",
     "transaction",
@@ -85,16 +90,9 @@ STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
 
-# Said once a transaction, by one statement. I1: whatever the role's default, a commit here is a durable one; a time
-# near the end of the calendar must not leave it on the way through another time zone, and the driver reads times with
-# a time zone in the ISO style alone. Compiling a statement takes Postgres 200 ms where it guesses it to be costly:
-# that never pays for the few rows of ours.
+# Once a transaction, by one statement.
 _OPEN = Direct(
-    "SELECT set_config('synchronous_commit', 'on', true), set_config('TimeZone', 'UTC', true),"
-    " set_config('DateStyle', 'ISO, YMD', true),"
-    " set_config('jit', 'off', true),"
-    " set_config('statement_timeout', $1, true),"
-    " set_config('lock_timeout', $2, true),"
+    f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"
     " extract(epoch FROM clock_timestamp())::float8 AS at"
 )
 
@@ -103,21 +101,30 @@ def conninfo(url: URL, application_name: str) -> str:
     """The same place in libpq's words, for those who connect without SQLAlchemy."""
     _, arguments = DIALECT.create_connect_args(url)
     arguments.pop("context", None)  # the driver's own
-    return make_conninfo(**{"application_name": application_name, **arguments})
+    return make_conninfo(**{"application_name": application_name, **arguments, **session.STARTUP})
 
 
-def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> Engine:
-    """An engine with at most `pool_size` connections; none is opened yet."""
-    return create_engine(
+def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> Engine:
+    """An engine with at most `pool_size` connections; none is opened yet.
+
+    `prepared_statements`: None: unless a pooler such as PgBouncer is in between. Connecting raises `EncodingError`
+    where the database is not UTF-8.
+    """
+    engine = create_engine(
         url,
         pool_pre_ping=True,  # a connection lost while idle must not fail whoever comes next
         **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
     )
+    event.listen(engine, "connect", partial(session.check_connection, prepared_statements=prepared_statements))
+    return engine
 
 
-def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool = True) -> AsyncEngine:
+def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> AsyncEngine:
     """The same for an event loop."""
-    return create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
+    engine = create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
+    check = partial(session.check_connection, prepared_statements=prepared_statements)
+    event.listen(engine.sync_engine, "connect", check)
+    return engine
 
 
 def redirect(engine: AsyncEngine, url: URL) -> None:
@@ -140,7 +147,7 @@ def redirect(engine: AsyncEngine, url: URL) -> None:
 _redirected: WeakKeyDictionary[Engine, Callable[..., None]] = WeakKeyDictionary()
 
 
-def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool) -> dict[str, Any]:
+def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool | None) -> dict[str, Any]:
     has_several_hosts = not isinstance(hosts := url.query.get("host", ""), str) or "," in hosts
     arguments: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS_EACH if has_several_hosts else CONNECT_SECONDS,
@@ -152,10 +159,11 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,  # milliseconds
     }
-    if not prepared_statements:
+    if prepared_statements is False:
         arguments["prepare_threshold"] = None
     # What the URL says goes before what we would say.
     arguments |= {name: value for name, value in url.query.items() if name in arguments}
+    arguments |= session.STARTUP  # which the URL does not change
     return {
         "paramstyle": PARAMSTYLE,
         # Whatever the role's default: after the ledger's lock a statement must see what was committed before it.

@@ -47,6 +47,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 _outbox,
                 _followups,
             )
+            yield from _session(connection, configuration)
             for check in checks:
                 finding = check(connection)
                 if finding is not None:
@@ -65,6 +66,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
     except waits.LockedError as error:
         detail, _, advice = str(error).partition("\n")
         yield Finding("locks", "failure", detail, advice or _ASK_AGAIN)
+    except database.EncodingError as error:
+        yield Finding("encoding", "failure", "The database is not UTF-8.", str(error))
     except SQLAlchemyError as error:
         said = str(getattr(error, "orig", None) or error).strip()
         detail = said.splitlines()[0]
@@ -127,6 +130,21 @@ def _room_for_locks(connection: Connection) -> Finding:
         )
         return Finding("room for locks", "warning", detail, database.NO_ROOM_FOR_LOCKS)
     return Finding("room for locks", "ok", f"{used.usage:.0%} of it is used.")
+
+
+def _session(connection: Connection, configuration: Settings) -> Iterator[Finding]:
+    """What is between us and Postgres, and a default that no transaction of ours can undo."""
+    if database.is_behind_pooler(connection):
+        detail = "A connection pooler such as PgBouncer is in between, so statements are not prepared."
+        advice = ""
+        if configuration.prepared_statements:
+            detail = "A connection pooler is in between, and ARCHIVER_PREPARED_STATEMENTS is true."
+            advice = "Unset it, unless the pooler keeps prepared statements, as PgBouncer does from 1.22."
+        yield Finding("pooler", "warning" if advice else "ok", detail, advice)
+    if connection.scalar(text("SELECT current_setting('session_replication_role')")) != "origin":
+        detail = "session_replication_role is not origin: the triggers that guard the ledger do not run."
+        advice = "As an administrator: ALTER ROLE … RESET session_replication_role; and the same for ALTER DATABASE."
+        yield Finding("guards", "failure", detail, advice)
 
 
 def _durability(connection: Connection) -> Finding:

@@ -176,10 +176,11 @@ class Settings(BaseSettings):
         le=3_600,
     )
     batch_events: int = _env("ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000)
-    prepared_statements: bool = _env(
+    prepared_statements: bool | None = _env(
         "ARCHIVER_PREPARED_STATEMENTS",
-        True,
-        "Prepare repeated statements; `false` behind PgBouncer before 1.22 or with `max_prepared_statements` 0.",
+        None,
+        "Prepare repeated statements. Unset: unless a connection pooler such as PgBouncer is found. `true` prepares "
+        "them behind PgBouncer from 1.22 with `max_prepared_statements` above 0; `false` never does.",
     )
     on_delete: Literal["keep", "erase"] = _env(
         "ARCHIVER_ON_DELETE",

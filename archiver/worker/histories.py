@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, heartbeats, telemetry
 from archiver.callhq import UnauthorizedError
-from archiver.database import LOCK_SECONDS, run_apart, run_in_transaction
+from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_apart, run_in_transaction
 from archiver.duties import Duty, where
 from archiver.overview import select_silence
 from archiver.projection import leases
@@ -49,16 +49,16 @@ _COUNT_WAITING = text(
 _DELETE_EARLIER = text(
     "DELETE FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name IN ('timers', 'upkeep')"
 )
-_OPEN = (
-    f"SELECT set_config('search_path', '{JOBS_SCHEMA}', true), set_config('DateStyle', 'ISO, YMD', true),"
-    f" set_config('lock_timeout', '{LOCK_SECONDS * 1000}', true)"
+_SETTINGS = database.session.settings_sql(
+    search_path=f"'{JOBS_SCHEMA}'",
+    statement_timeout=f"'{STATEMENT_SECONDS * 1000}'",
+    lock_timeout=f"'{LOCK_SECONDS * 1000}'",
 )
+_OPEN = f"SELECT {_SETTINGS}"
 
 
 class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
-    """Says in each transaction where the jobs are, so that no state of the session is needed (PgBouncer); and that
-    times are to be written in the one style that the driver reads.
-    """
+    """Sets in each transaction where the jobs are, and what every other transaction of ours sets."""
 
     @asynccontextmanager
     async def connection(
@@ -76,9 +76,11 @@ class Histories:
     def __init__(self, configuration: Settings, url: URL, duty: Duty) -> None:
         self._configuration, self._url, self._duty = configuration, url, duty
         conninfo = database.conninfo(url, "callhq-archiver worker")
-        kwargs = {} if configuration.prepared_statements else {"prepare_threshold": None}
+        prepared = configuration.prepared_statements
+        kwargs = {"prepare_threshold": None} if prepared is False else {}
+        configure = partial(database.session.configure, prepared_statements=prepared)
         connector = procrastinate.PsycopgConnector(
-            pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, min_size=1, max_size=4
+            pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, configure=configure, min_size=1, max_size=4
         )
         self._jobs = procrastinate.App(connector=connector)
         self._read_histories = self._jobs.task(name="read_histories", queue=READINGS)(self.read_histories)

@@ -65,7 +65,7 @@ def reason_of(error: BaseException) -> str:
 class Supervisor:
     """Runs duties until `ending` is set; a fault of one leaves the others alone."""
 
-    def __init__(self, runners: Sequence[Runner], url: URL, *, prepared_statements: bool) -> None:
+    def __init__(self, runners: Sequence[Runner], url: URL, *, prepared_statements: bool | None) -> None:
         self._runners = runners
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watch = _Watch(runners, url, self._cancel, prepared_statements=prepared_statements)
@@ -149,7 +149,7 @@ class _Watch:
     """A thread that looks at the duties once a second: log lines, gauges, the row in `archiver.workers`."""
 
     def __init__(
-        self, runners: Sequence[Runner], url: URL, cancel: Callable[[str], None], *, prepared_statements: bool
+        self, runners: Sequence[Runner], url: URL, cancel: Callable[[str], None], *, prepared_statements: bool | None
     ) -> None:
         self._runners, self._cancel = runners, cancel
         self._engine = database.connect(url, pool_size=1, prepared_statements=prepared_statements)
