@@ -29,7 +29,7 @@ class Needs(msgspec.Struct, frozen=True):
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
-_VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes")
+_VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes", "health")
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
 NEEDED: Mapping[str, Needs] = {

@@ -294,6 +294,42 @@ def test_the_archive_is_complete_through_the_first_gap(archive: Archive) -> None
     assert archive.rows("SELECT analytics.complete_through()") == [(START + timedelta(minutes=5),)]
 
 
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_session_that_upstream_reports_as_unknown_holds_nothing_back_and_is_counted(
+    archive: Archive, status: int
+) -> None:
+    archive.webhook(1, turn(1, "unknown"))
+    archive.webhook(5, turn(2, "known"))
+    archive.reading(10, b'{"message": "Session not found"}', status, session_id="unknown")
+    assert archive.rows("SELECT state, reason FROM analytics.coverage WHERE session_id = 'unknown'") == [
+        ("unverified", "history_gone")
+    ]
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=5), 1, 0)]
+    archive.webhook(20, turn(3, "unknown"))  # somebody speaks there again
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0)]
+    archive.reading(30, b'{"message": "Session not found"}', status, session_id="unknown")
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=5), 1, 0)]
+
+
+def test_a_session_with_lost_content_holds_nothing_back_and_is_counted(archive: Archive) -> None:
+    archive.webhook(1, deleted("chat-1", "lost"))
+    archive.webhook(5, turn(2, "known"))
+    archive.reading(10, b"{}", 404, session_id="lost")
+    assert archive.rows("SELECT state FROM analytics.coverage WHERE session_id = 'lost'") == [("lost",)]
+    assert archive.rows("SELECT complete_through, lost_sessions FROM analytics.health") == [
+        (START + timedelta(minutes=5), 1)
+    ]
+
+
+@pytest.mark.parametrize(("status", "body"), [(503, b""), (200, b"not JSON")])
+def test_a_session_that_could_not_be_read_holds_back_the_archive(archive: Archive, status: int, body: bytes) -> None:
+    archive.webhook(1, turn(1, "unread"))
+    archive.webhook(5, turn(2, "known"))
+    if status == 200:
+        archive.reading(10, body, status, session_id="unread")
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0)]
+
+
 def test_i10_a_rebuild_gives_the_same_rows(archive: Archive) -> None:
     for number in (1, 3, 4):
         archive.webhook(number, turn(number))

@@ -30,6 +30,7 @@ VIEWS = {
     "daily": "day assistant_id conversations chats messages cost deleted_chats repaired_messages",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
     "changes": "cursor type session_id chat_id seal_id changed_at",
+    "health": "complete_through unknown_sessions lost_sessions",
 }
 TABLES = (
     "events",

@@ -123,6 +123,11 @@ sessions = Table(
     PrimaryKeyConstraint("session_id", name="sessions_pkey"),
     Index("sessions_reconcile_at_idx", "reconcile_at", postgresql_where=text("reconcile_at IS NOT NULL")),
     Index("sessions_open_idx", "first_event_at", postgresql_where=text("coverage = 'open'")),
+    Index(
+        "sessions_unknown_idx",
+        "first_event_at",
+        postgresql_where=text("reason = 'history_gone' OR coverage = 'lost'"),
+    ),
     comment="One row a conversation, derived from the ledger.",
 )
 
