@@ -92,7 +92,7 @@ CONFLICT_RETRIES = 3
 
 # Once a transaction, by one statement.
 _OPEN = Direct(
-    f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"
+    f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"  # noqa: S608  # constants
     " extract(epoch FROM clock_timestamp())::float8 AS at"
 )
 

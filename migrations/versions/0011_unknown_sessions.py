@@ -1,4 +1,4 @@
-"""Sessions that CallHQ reports as unknown hold back `complete_through()` no longer; `analytics.health` counts them."""
+"""Unknown and lost sessions hold back `complete_through()` no longer; `analytics.health` counts them."""
 
 from alembic import op
 
