@@ -11,11 +11,13 @@ from sqlalchemy import Connection, RowMapping, Select, insert, select, text
 
 from archiver import tables
 
+ADOPT = "adopt"
 ARCHIVER = "archiver"  # the actor of what our own tasks do
 
 
 # All that are written, for whoever asks for one that there is not.
 KINDS = (
+    ADOPT,
     *("erase", "erase.refused", "erase.replay", "erase.replay.refused"),
     *("export", "export.done"),
     *(f"followups.{each}" for each in ("add", "pause", "remove", "resume", "retry", "rotate")),

@@ -51,6 +51,7 @@ NEEDED: Mapping[str, Needs] = {
             "analytics.conversations": "SELECT",  # what follow-ups tell of them
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
+            "archiver.epochs": "SELECT, INSERT",
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
             **{f"archiver_jobs.{lock}": "UPDATE" for lock in Lock},
         },
@@ -92,6 +93,7 @@ NEEDED: Mapping[str, Needs] = {
                     "messages",
                     "workers",
                     "duties",
+                    "epochs",
                 )
             },
             "archiver.acts": "SELECT",

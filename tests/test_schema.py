@@ -53,6 +53,7 @@ TABLES = (
     "attempts",
     "workers",
     "duties",
+    "epochs",
 )
 
 

@@ -25,6 +25,7 @@ from archiver.app.crowd import Crowd
 from archiver.app.readiness import Readiness
 from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
+from archiver.identity import Guard, watch_identity
 from archiver.ingest import CONNECTIONS, Ingest
 from archiver.reloading import Reloading
 from archiver.settings import Settings
@@ -87,6 +88,8 @@ def create(configuration: Settings | None = None) -> Service:
 
     crowd = Crowd(configuration.max_connections, configuration.client_timeout)
 
+    guard = Guard(configuration.home.resolve(), url)
+
     async def reload(new: Settings) -> None:
         """Use new secrets, token and database; what else is set counts from the next start."""
         if new.webhook_scheme == "none" != configuration.webhook_scheme:
@@ -109,8 +112,8 @@ def create(configuration: Settings | None = None) -> Service:
         _collect_less_garbage()
         spool = _open_spool(configuration)
         async with ingest.running(spool):
-            tasks = {asyncio.create_task(report_waits(asking)), asyncio.create_task(Reloading(reload).run())}
-            tasks.add(asyncio.create_task(_watch_spool(configuration, ingest)))
+            work = [report_waits(asking), Reloading(reload).run(), watch_identity(asking, guard)]
+            tasks = set(map(asyncio.create_task, [*work, _watch_spool(configuration, ingest)]))
             with crowd.watched():
                 yield {"crowd": crowd}  # Uvicorn hands it to each connection
             for task in tasks:

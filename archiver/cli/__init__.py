@@ -12,6 +12,7 @@ import click
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from archiver.cli.adopt import adopt
 from archiver.cli.backfill import command as backfill
 from archiver.cli.demo import demo, simulate
 from archiver.cli.erasure import command as erase
@@ -50,7 +51,7 @@ def cli() -> None:
 _COMMANDS = (
     *(serve, worker, migrate, backfill, rebuild, quarantine),
     *(seal, verify, prove, seals, erase, hold, retention, export, acts),
-    *(followups, status, doctor, demo, simulate),
+    *(followups, adopt, status, doctor, demo, simulate),
 )
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -15,7 +15,7 @@ import structlog
 import uvloop
 from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded, events, schema, waits
+from archiver import database, embedded, events, identity, schema, waits
 from archiver.settings import Settings, SettingsError, strangers
 
 log = structlog.get_logger(__name__)
@@ -129,6 +129,13 @@ def opened(configuration: Settings, *, statement_seconds: float = database.STATE
     ):
         schema.check(connection)
         yield connection
+
+
+def identity_fault(configuration: Settings, engine: Engine, opened: Connection) -> str:
+    """Why this is not the database served before, in words; empty where it is, or this user may not ask."""
+    if not identity.may_select(opened):
+        return ""
+    return identity.Guard(configuration.home.resolve(), engine.url).examine(opened)
 
 
 def where(configuration: Settings, opened: Connection) -> str:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from archiver import database, seals, settings, telemetry
+from archiver import database, identity, seals, settings, telemetry
 from archiver.cli import connection, evidence
 from archiver.cli.output import Whole, console, counted, progress
 from archiver.seals import Checked, Finding, Seal
@@ -31,6 +31,9 @@ def seal(as_json: bool) -> None:
     telemetry.configure_logs("warning", configuration.log_format)  # what is told here is told below
     key = signing_key(configuration)
     with connection.ready(configuration) as engine:
+        with database.transaction(engine) as opened:
+            if reason := connection.identity_fault(configuration, engine, opened):
+                raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
         try:
             made = seals.seal(engine, key)
         except seals.BusyError as error:
@@ -82,6 +85,7 @@ def verify(
     checked, findings = Checked(), []
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
+            reason = connection.identity_fault(configuration, engine, opened)
             evidence.require_seals(seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since)
         with (
             database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
@@ -107,7 +111,11 @@ def verify(
                     findings.append(finding)
                     if not as_json and len(findings) <= TOLD:
                         bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
+    if reason:
+        click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
     _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json)
+    if reason:
+        sys.exit(1)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import catalogue, database, feed, heartbeats, overview, roles, schema, waits
+from archiver import catalogue, database, feed, heartbeats, identity, overview, roles, schema, waits
 from archiver.doctor.finding import Finding, Verdict
 from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
 from archiver.settings import Settings
@@ -61,6 +61,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield _times_ahead(connection, configuration.session_lifetime)
                     yield _webhooks(connection)
             yield from _workers(connection)
+            yield from _identity(configuration, connection, engine)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
     except waits.LockedError as error:
@@ -305,6 +306,17 @@ def _workers(connection: Connection) -> Iterator[Finding]:
         )
     elif not any(each.faulty for each in running):
         yield Finding("worker", "ok", f"{len(running):,} running, every duty of each works.")
+
+
+def _identity(configuration: Settings, connection: Connection, engine: Engine) -> Iterator[Finding]:
+    """Whether this is the database that was served before."""
+    if not identity.may_select(connection):
+        return
+    if reason := identity.Guard(configuration.home.resolve(), engine.url).examine(connection):
+        detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are received."
+        yield Finding("identity", "failure", detail, identity.ADVICE)
+    else:
+        yield Finding("identity", "ok", "This is the database that was served before, or one that is new.")
 
 
 _LATE_SECONDS = 3_600

@@ -29,6 +29,7 @@ from archiver.feed.publishing import (
 )
 from archiver.feed.reading import select_waiting
 from archiver.feed.retention import PAGE, delete_old
+from archiver.identity import ForeignDatabaseError, Guard
 
 log = structlog.get_logger(__name__)
 
@@ -54,8 +55,8 @@ class Slow(msgspec.Struct, frozen=True):
 class Publisher:
     """Publishes changes for as long as it runs. `engine`: one connection of its own is enough."""
 
-    def __init__(self, engine: AsyncEngine, duty: Duty | None = None) -> None:
-        self._engine, self._duty = engine, duty or Duty("publish")
+    def __init__(self, engine: AsyncEngine, duty: Duty | None = None, guard: Guard | None = None) -> None:
+        self._engine, self._duty, self._guard = engine, duty or Duty("publish"), guard
         self._fault = ""  # why the last page was not published
         self._slow: dict[str, Slow] = {}  # sessions whose changes took too long
         self._is_silent = False  # for want of room for notifications
@@ -68,9 +69,10 @@ class Publisher:
             try:
                 published = await self._publish()
                 await self._gauge()
-            except SQLAlchemyError as error:
-                self._duty.failing(explain(error))
-                self._tell(explain(error))
+            except (SQLAlchemyError, ForeignDatabaseError) as error:
+                fault = str(error) if isinstance(error, ForeignDatabaseError) else explain(error)
+                self._duty.failing(fault)
+                self._tell(fault)
                 await asyncio.sleep(FAULT_SECONDS)
                 continue
             self._duty.working()
@@ -153,7 +155,12 @@ class Publisher:
         return published
 
     async def _run(self, work: Callable[[Connection], int], seconds: float) -> int:
-        return await run_in_transaction(self._engine, work, statement_seconds=seconds)
+        def guarded(connection: Connection) -> int:
+            if self._guard is not None:
+                self._guard.require(connection)
+            return work(connection)
+
+        return await run_in_transaction(self._engine, guarded, statement_seconds=seconds)
 
     async def _be_silent(self) -> None:
         """Nobody is to wait for the feed because somebody who listens is asleep."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from time import monotonic
 from typing import TypeVar
@@ -19,6 +19,7 @@ from archiver.duties import Duty, where
 from archiver.followups import forgetting, review, subscriptions
 from archiver.followups.pace import Pace
 from archiver.followups.sender import DATABASE_SECONDS, Sender
+from archiver.identity import ForeignDatabaseError, Guard
 from archiver.settings import Settings
 
 T = TypeVar("T")
@@ -37,7 +38,10 @@ _AWAY = (DBAPIError, PoolTimeoutError, TimeoutError)
 class Followups:
     """Run it beside other work, on as many machines as one likes: each subscription is served by one at a time."""
 
-    def __init__(self, configuration: Settings, url: URL, duty: Duty | None = None) -> None:
+    def __init__(
+        self, configuration: Settings, url: URL, duty: Duty | None = None, guard: Guard | None = None
+    ) -> None:
+        self._guard = guard
         self._duty = duty or Duty("followups")
         self._days = configuration.followups_days
         self._allow_private = configuration.followups_allow_private
@@ -63,7 +67,7 @@ class Followups:
 
     async def _look(self, ending: asyncio.Event) -> None:
         try:
-            for subscription_id in await self._do(partial(subscriptions.select_busy, owner=self._owner)):
+            for subscription_id in await self._do(self._select_busy):
                 self._start(subscription_id, ending)
             await self._tell()
             await self._forget()
@@ -73,25 +77,40 @@ class Followups:
                 log.warning("follow-ups wait for the database", reason=database.explain(error))
             self._is_away = True
             self._duty.failing(database.explain(error))
+        except ForeignDatabaseError as error:
+            self._duty.failing(str(error))
+            for task in self._sending.values():
+                task.cancel()
         else:
             self._is_away = False
             self._duty.working()
         for subscription_id in [each for each, task in self._sending.items() if task.done()]:
             self._reap(subscription_id)
 
+    def _select_busy(self, connection: Connection) -> Collection[int]:
+        if self._guard is not None:
+            self._guard.require(connection)
+        return subscriptions.select_busy(connection, owner=self._owner)
+
     def _start(self, subscription_id: int, ending: asyncio.Event) -> None:
         if subscription_id in self._sending:
             return
         if subscription_id not in self._senders:
             self._senders[subscription_id] = Sender(
-                subscription_id, self._engine, self._pace, self._owner, allow_private=self._allow_private
+                subscription_id,
+                self._engine,
+                self._pace,
+                self._owner,
+                allow_private=self._allow_private,
+                guard=self._guard,
             )
         drain = self._senders[subscription_id].drain(ending)
         self._sending[subscription_id] = asyncio.create_task(drain)
 
     def _reap(self, subscription_id: int) -> None:
         """A defect in what is sent to one subscription must not end what is sent to the others, nor hide."""
-        error = self._sending.pop(subscription_id).exception()
+        ended = self._sending.pop(subscription_id)
+        error = None if ended.cancelled() else ended.exception()
         part = f"subscription {subscription_id}"
         if error is None:
             self._duty.working(part)

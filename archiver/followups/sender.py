@@ -28,6 +28,7 @@ from archiver.followups.pace import Pace
 from archiver.followups.schedule import FAILURES, GIVE_UP_AFTER, probe_after
 from archiver.followups.sending import GONE, Attempt, Transport
 from archiver.followups.subscriptions import Subscription
+from archiver.identity import Guard
 
 log = structlog.get_logger(__name__)
 
@@ -63,8 +64,16 @@ class Sender:
     """Sends for one subscription while there is something to send. `owner` names whoever leases."""
 
     def __init__(
-        self, subscription_id: int, engine: AsyncEngine, pace: Pace, owner: str, *, allow_private: bool
+        self,
+        subscription_id: int,
+        engine: AsyncEngine,
+        pace: Pace,
+        owner: str,
+        *,
+        allow_private: bool,
+        guard: Guard | None = None,
     ) -> None:
+        self._guard = guard
         self._id, self._engine, self._pace, self._owner = subscription_id, engine, pace, owner
         self._allow_private = allow_private
         self._transport: Transport | None = None
@@ -162,6 +171,8 @@ class Sender:
     def _settle(
         self, connection: Connection, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool
     ) -> Turn:
+        if self._guard is not None and self._guard.reason(connection):
+            return Turn(None)
         if results:
             ledger.lock_placement(connection, exclusive=False)  # beside no erasure: it or we see the other
             deliveries.record(connection, self._id, results)

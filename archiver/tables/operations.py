@@ -1,6 +1,6 @@
 """What processes report about themselves. Local tables: none of them is distributed by session."""
 
-from sqlalchemy import Column, Index, Integer, PrimaryKeyConstraint, Table, Text
+from sqlalchemy import BigInteger, Column, Index, Integer, PrimaryKeyConstraint, Table, Text
 from sqlalchemy.dialects.postgresql import JSON
 
 from archiver.tables.archive import Time, metadata
@@ -32,4 +32,18 @@ duties = Table(
     Column("begun_at", Time, nullable=False, comment="When a worker last began it, on the clock of Postgres."),
     PrimaryKeyConstraint("name", name="duties_pkey"),
     comment="When duties that workers share were last begun.",
+)
+
+epochs = Table(
+    "epochs",
+    metadata,
+    Column("id", BigInteger, autoincrement=False, nullable=False, comment="1, 2, 3 …; the last counts."),
+    Column("system_identifier", Text, nullable=False, comment="Of the cluster; empty where the user may not ask."),
+    Column("database_oid", BigInteger, nullable=False, comment="Object id of the database."),
+    Column("timeline", BigInteger, comment="At its beginning."),
+    Column("place", Text, comment="Which files an embedded database has; null of any other."),
+    Column("cursor", BigInteger, nullable=False, comment="Newest change at its beginning."),
+    Column("began_at", Time, nullable=False, comment="When it began."),
+    PrimaryKeyConstraint("id", name="epochs_pkey"),
+    comment="Which database this is: begun by the first process that served it, and by archiver adopt.",
 )

@@ -20,6 +20,7 @@ from archiver.duties import Duty
 from archiver.erasure.periodic import Upkeep
 from archiver.feed import Publisher
 from archiver.followups import Followups, select_consumed
+from archiver.identity import ForeignDatabaseError, Guard
 from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.worker.compacting import Compacting
@@ -33,6 +34,7 @@ __all__ = ["Worker", "reconciling", "signing_key", "timing_of"]
 log = structlog.get_logger(__name__)
 
 SEAL_SECONDS = 5.0
+IDENTITY_SECONDS = 1.0
 ERASE_SECONDS = 20.0
 RETENTION_AT = timedelta(hours=3, minutes=17)  # of each day, UTC
 RETENTION_WITHIN = timedelta(minutes=10)
@@ -50,6 +52,7 @@ class Worker:
 
     def __init__(self, configuration: Settings, url: URL, reload: Reload | None = None) -> None:
         self._configuration, self._url = configuration, url
+        self._guard = Guard(configuration.home.resolve(), url)
         self._prepared = configuration.prepared_statements
         runners = [
             self._runner("reconcile", self._reconcile),
@@ -61,6 +64,7 @@ class Worker:
             self._runner("feed_retention", self._feed_retention),
             self._runner("compact", self._compact, may_cancel=False),
             self._runner("locks", self._locks),
+            self._runner("identity", self._identity),
             *([self._runner("settings", partial(self._settings, reload))] if reload else []),
         ]
         self._supervisor = Supervisor(runners, url, prepared_statements=self._prepared)
@@ -83,7 +87,7 @@ class Worker:
         await Histories(self._configuration, self._url, duty).run(ending)
 
     async def _seal(self, duty: Duty, ending: asyncio.Event) -> None:
-        sealing = Sealing(self._configuration, self._url)
+        sealing = Sealing(self._configuration, self._url, self._guard)
         try:
             await _every(SEAL_SECONDS, partial(asyncio.to_thread, sealing.seal, duty.beat), duty, ending)
         finally:
@@ -92,12 +96,12 @@ class Worker:
     async def _publish(self, duty: Duty, ending: asyncio.Event) -> None:
         engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
         try:
-            await until(ending, Publisher(engine, duty).run())
+            await until(ending, Publisher(engine, duty, self._guard).run())
         finally:
             await engine.dispose()
 
     async def _followups(self, duty: Duty, ending: asyncio.Event) -> None:
-        await Followups(self._configuration, self._url, duty).run(ending)
+        await Followups(self._configuration, self._url, duty, self._guard).run(ending)
 
     async def _erase(self, duty: Duty, ending: asyncio.Event) -> None:
         upkeep = Upkeep(self._configuration, self._url, timing_of(self._configuration))
@@ -160,6 +164,18 @@ class Worker:
         engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
         try:
             await until(ending, waits.report_waits(engine, duty))
+        finally:
+            await engine.dispose()
+
+    async def _identity(self, duty: Duty, ending: asyncio.Event) -> None:
+        engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
+
+        async def watch() -> None:
+            if reason := await run_in_transaction(engine, self._guard.watch):
+                raise ForeignDatabaseError(reason)
+
+        try:
+            await _every(IDENTITY_SECONDS, watch, duty, ending)
         finally:
             await engine.dispose()
 

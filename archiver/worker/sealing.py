@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy.engine import URL
 
 from archiver import database, seals, telemetry
+from archiver.identity import Guard
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
@@ -19,7 +20,8 @@ SEALS_A_JOB = 20  # a backlog must not hold up the end of a worker
 class Sealing:
     """Done in a thread, because it reads in streams."""
 
-    def __init__(self, configuration: Settings, url: URL) -> None:
+    def __init__(self, configuration: Settings, url: URL, guard: Guard) -> None:
+        self._guard = guard
         self._key = signing_key(configuration)
         self._every = timedelta(seconds=configuration.seal_every)
         self._not_before = float("-inf")  # on `time.monotonic`
@@ -33,6 +35,7 @@ class Sealing:
     def seal(self, beat: Callable[[], None] = lambda: None) -> None:
         """Seal what is settled, if the newest seal is old enough; `beat` is called after each seal."""
         with database.transaction(self._engine) as connection:
+            self._guard.require(connection)
             newest = seals.select_newest(connection)
         now = database.now()
         # A clock that is, or was, ahead must not end all sealing.

@@ -1,0 +1,32 @@
+"""`archiver adopt`: let a restored or promoted database take over from the one that was served before."""
+
+import click
+
+from archiver import acts, database, identity, settings
+from archiver.cli import connection
+
+
+@click.command()
+@connection.actor_option
+@connection.yes_option
+def adopt(*, actor: str | None, yes: bool) -> None:
+    """Accept this database in place of the one that was served before.
+
+    Workers seal, publish and send follow-ups again: do it where this database takes over, never for a copy. A new
+    epoch begins; the audit trail records it.
+    """
+    configuration = settings.read()
+    with connection.ready(configuration) as engine:
+        guard = identity.Guard(configuration.home.resolve(), engine.url)
+        with database.transaction(engine) as opened:
+            reason, where = guard.examine(opened), connection.where(configuration, opened)
+        if not reason:
+            click.echo("Nothing to adopt: this is the database that was served before, or one that is new.")
+            return
+        click.echo(f"{where}: {reason}.", err=True)
+        connection.confirm("Let it take over, seal its ledger and send its follow-ups?", yes=yes)
+        with database.transaction(engine) as opened:
+            number = guard.adopt(opened)
+            detail = {"epoch": number, "reason": reason}
+            acts.insert_act(opened, acts.ADOPT, actor or acts.actor(), None, detail)
+        click.echo(f"Adopted: epoch {number} begins.")

@@ -1,0 +1,193 @@
+"""A restored copy does not act as production, and a database that went back is reported (I11, I9)."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from archiver import embedded
+from tests.conftest import Cluster
+from tests.faults.clusters import Server, placed, programs_of
+from tests.faults.load import rows
+from tests.followups import receiving, subscribe
+from tests.payloads import created
+from tests.receivers import Receiver, archiver, serving
+from tests.servers import let_writer_in
+from tests.waiting import until
+
+SETTINGS = {"ARCHIVER_SEAL_EVERY": "1", "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true"}
+
+
+def post(receiver: Receiver, number: int) -> str:
+    status: str = receiver.post(created(f"c{number}", f"s{number}")).json()["status"]
+    return status
+
+
+def newest_seal(url: str) -> int:
+    return int(rows(url, "SELECT coalesce(max(id), 0) FROM archiver.seals")[0][0])
+
+
+def is_all_sealed(url: str) -> bool:
+    query = "SELECT max(id) <= (SELECT coalesce(max(events_through), 0) FROM archiver.seals) FROM archiver.events"
+    return bool(rows(url, query)[0][0])
+
+
+def remembered(home: Path) -> dict[str, Any]:
+    """What this machine remembers of the newest epoch."""
+    path = home / "served.json"
+    return list(json.loads(path.read_text()).values())[-1] if path.exists() else {}
+
+
+def assert_is_stopped(receiver: Receiver, url: str, home: Path, why: str) -> None:
+    """It receives, but neither seals nor publishes, and says so in each place."""
+    until(lambda: "is not the one served before" in receiver.stderr(), "the log says so")
+    stopped = {f'archiver_worker_up{{duty="{duty}"}} 0.0' for duty in ("seal", "publish", "followups", "identity")}
+    until(lambda: stopped <= set(receiver.get("/metrics").text.splitlines()), "the duties are stopped")
+    before = newest_seal(url), rows(url, "SELECT max(cursor) FROM archiver.changes")
+    assert post(receiver, 1_000) in {"stored", "duplicate"}
+    assert receiver.get("/readyz").status_code == 200
+    found = json.loads(archiver("doctor", "--json", database_url=url, ARCHIVER_HOME=str(home)).stdout)
+    (finding,) = [each for each in found if each["check"] == "identity"]
+    assert (finding["verdict"], why in finding["detail"]) == ("failure", True), finding
+    for command in ("seal", "verify"):
+        ended = archiver(command, database_url=url, ARCHIVER_HOME=str(home))
+        assert (ended.returncode, "archiver adopt" in ended.stderr) == (1, True), ended.stderr
+    assert (newest_seal(url), rows(url, "SELECT max(cursor) FROM archiver.changes")) == before
+
+
+def test_a_restored_copy_receives_but_seals_and_sends_nothing_until_it_is_adopted(
+    url: str, own: Cluster, tmp_path: Path
+) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    with receiving() as endpoint:
+        engine = own.engine(url)
+        subscribe(engine, endpoint.url, "chat.created")
+        engine.dispose()
+        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+            assert post(receiver, 1) == "stored"
+            until(lambda: is_all_sealed(url), "it is sealed")
+            until(lambda: len(endpoint.got) == 1, "it is sent")
+            assert receiver.stop() == 0
+        copy = own.clone(url.partition("?")[0].rpartition("/")[2])
+        with serving(copy, "--worker", ARCHIVER_HOME=str(other), **SETTINGS) as receiver:
+            assert_is_stopped(receiver, copy, other, "object id")
+            assert len(endpoint.got) == 1
+            no = archiver("adopt", database_url=copy, ARCHIVER_HOME=str(other))  # an empty answer
+            assert (no.returncode, "object id" in no.stderr) == (1, True)
+            yes = archiver("adopt", "--yes", database_url=copy, ARCHIVER_HOME=str(other))
+            assert (yes.returncode, "epoch 2" in yes.stdout) == (0, True), yes.stderr
+            until(lambda: is_all_sealed(copy), "it is sealed again")
+            until(lambda: len(endpoint.got) == 2, "it is sent again")
+            assert receiver.stop() == 0
+        assert rows(copy, "SELECT detail ->> 'epoch' FROM archiver.acts WHERE kind = 'adopt'") == [("2",)]
+        again = archiver("adopt", "--yes", database_url=copy, ARCHIVER_HOME=str(other))
+        assert (again.returncode, "Nothing to adopt" in again.stdout) == (0, True)
+        # The original goes on, and so does a machine that never served it.
+        with serving(url, "--worker", ARCHIVER_HOME=str(tmp_path / "third"), **SETTINGS) as receiver:
+            assert post(receiver, 2) == "stored"
+            until(lambda: is_all_sealed(url), "it is sealed")
+            assert receiver.stop() == 0
+        own.drop(copy)
+
+
+@contextmanager
+def primary_of(postgres: embedded.Postgres, stack: ExitStack) -> Iterator[tuple[Server, Server]]:
+    programs, user = programs_of(postgres), postgres.data.stat().st_uid if os.getuid() == 0 else None
+    primary, other = (stack.enter_context(placed(programs, user)) for _ in range(2))
+    primary.run("initdb", "-D", primary.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
+    primary.start()
+    with psycopg.connect(primary.url("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE archive")
+    assert archiver("migrate", database_url=primary.url("archive")).returncode == 0
+    let_writer_in(primary.url("archive"))
+    yield primary, other
+
+
+def base_backup(primary: Server, other: Server, *options: str) -> None:
+    where: list[str | Path] = ["-d", primary.url("postgres"), "-D", other.data, "-X", "stream", "-c", "fast"]
+    other.run("pg_basebackup", *where, *options)
+
+
+def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
+    postgres: embedded.Postgres, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    with ExitStack() as stack, primary_of(postgres, stack) as (primary, backup):
+        url = primary.url("archive")
+        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+            assert post(receiver, 1) == "stored"
+            until(lambda: is_all_sealed(url), "it is sealed")
+            base_backup(primary, backup)
+            assert post(receiver, 2) == "stored"
+            until(lambda: is_all_sealed(url), "it is sealed")
+            until(lambda: remembered(home).get("seal_id") == newest_seal(url), "this machine remembers it")
+            assert receiver.stop() == 0
+        primary.kill()
+        backup.start()
+        url = backup.url("archive")
+        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+            assert_is_stopped(receiver, url, home, "it lacks event")
+            # Ids that are given again do not hide it.
+            for number in range(2_000, 2_010):
+                assert post(receiver, number) == "stored"
+            assert_is_stopped(receiver, url, home, "it lacks event")
+            assert archiver("adopt", "--yes", database_url=url, ARCHIVER_HOME=str(home)).returncode == 0
+            until(lambda: is_all_sealed(url), "it is sealed again")
+            assert receiver.stop() == 0
+
+
+def test_a_planned_failover_to_a_standby_that_lacks_nothing_stops_nothing(
+    postgres: embedded.Postgres, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    with ExitStack() as stack, primary_of(postgres, stack) as (primary, standby):
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        url = f"postgresql://postgres@{hosts}/archive?target_session_attrs=read-write"
+        base_backup(primary, standby, "-R")
+        standby.start()
+        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+            assert post(receiver, 1) == "stored"
+            until(lambda: is_all_sealed(primary.url("archive")), "it is sealed")
+            primary.run("pg_ctl", "-D", primary.data, "-m", "fast", "-w", "stop")
+            standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+            until(lambda: post(receiver, 2) in {"stored", "duplicate"}, "it takes events")
+            until(lambda: is_all_sealed(standby.url("archive")), "it is sealed")
+            until(lambda: remembered(home).get("timeline") == 2, "the timeline went up")
+            assert "not the one served before" not in receiver.stderr()
+            assert receiver.stop() == 0
+
+
+def test_a_copied_folder_of_the_embedded_database_is_stopped_and_a_moved_one_is_not() -> None:
+    with tempfile.TemporaryDirectory(prefix="archiver-identity-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)  # else, as root, the data would lie elsewhere
+        home, copy, moved = folder / "home", folder / "copy", folder / "moved"
+        with serving(None, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+            assert post(receiver, 1) == "stored"
+            until(lambda: remembered(home).get("seal_id", 0) > 0, "it is sealed")
+            assert receiver.stop() == 0
+        assert not (home / "postgres").is_symlink()
+        shutil.copytree(home, copy, symlinks=True)
+        owner = (home / "postgres").stat()
+        for path in [copy / "postgres", *(copy / "postgres").rglob("*")]:
+            os.chown(path, owner.st_uid, owner.st_gid)
+        home.rename(moved)
+        with serving(None, "--worker", ARCHIVER_HOME=str(moved), **SETTINGS) as receiver:
+            before = remembered(moved)["seal_id"]
+            assert post(receiver, 2) == "stored"
+            until(lambda: remembered(moved)["seal_id"] > before, "the moved one is sealed")
+            assert receiver.stop() == 0
+        with serving(None, "--worker", ARCHIVER_HOME=str(copy), **SETTINGS) as receiver:
+            up = 'archiver_worker_up{duty="seal"} 0.0'
+            until(lambda: up in receiver.get("/metrics").text, "the copy is not sealed")
+            assert "its files" in receiver.stderr()
+            assert post(receiver, 3) == "stored"
+            assert archiver("adopt", "--yes", ARCHIVER_HOME=str(copy)).returncode == 0
+            until(lambda: remembered(copy)["seal_id"] > 0, "it is sealed again")
+            assert receiver.stop() == 0
