@@ -8,6 +8,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable
 from random import Random
+from time import process_time
 from urllib.parse import quote, quote_plus, urlencode
 
 import pytest
@@ -138,6 +139,12 @@ def test_a_bomb_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     body = decode(bomb)
     assert not body.is_whole
     assert sum(map(len, body.texts)) <= 1_000_000
+
+
+def test_i12_quotes_without_end_take_no_long_time() -> None:
+    started = process_time()
+    assert "erased-1" in decode(b'{"id": "erased-1", "a": "' + b'\\"' * 500_000).words
+    assert process_time() - started < 5
 
 
 def test_nesting_is_bounded() -> None:

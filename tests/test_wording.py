@@ -3,6 +3,7 @@
 import html
 import unicodedata
 from collections.abc import Callable
+from time import process_time
 
 import pytest
 from hypothesis import given
@@ -121,3 +122,18 @@ def test_different_numbers_are_never_alike(one: int, other: int) -> None:
     assert are_alike(f"please cancel my order number {one}", f"please cancel my order number {other}") == (
         one == other
     )
+
+
+@pytest.mark.parametrize(
+    ("masked", "whole"),
+    [
+        ("abcdefg " + "[AA] " * 20 + "end", "abcdefg " + "a " * 1_900 + "!"),
+        ("tel " + "** " * 20 + "end", "tel " + "1 " * 1_900 + "!"),
+        ("(more " * 20_000, "something else"),
+    ],
+    ids=["names", "numbers", "marks"],
+)
+def test_i12_no_text_of_a_user_takes_long_to_compare(masked: str, whole: str) -> None:
+    started = process_time()
+    assert not are_alike(masked, whole)
+    assert process_time() - started < 2

@@ -6,8 +6,7 @@ reformatted.
 """
 
 import re
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
 
 from archiver.events import known_role
 from archiver.events.normal import normal_text
@@ -43,7 +42,7 @@ def are_alike(one: str, other: str) -> bool:
 _CUT = 32  # characters from which on a text may be the beginning of another without a mark that says so
 _MARKED_CUT = 8  # where a mark says so
 _SURE_CUT = 100  # where a number may be cut, too
-_CUT_MARK = re.compile(r"\s*(?:\.\.\.|[\[(]\s*(?:\.\.\.)?\s*(?:truncated|cut|more)[^\])]*[\])])$", re.IGNORECASE)
+_CUT_MARK = re.compile(r"\s*(?:\.\.\.|[\[(]\s*(?:\.\.\.)?\s*(?:truncated|cut|more)[^\])]{0,80}[\])])$", re.IGNORECASE)
 _CUT_ENTITY = re.compile(r"&#?\w*$")
 
 
@@ -73,23 +72,53 @@ def _is_masked(masked: str, whole: str) -> bool:
     """Whether the one is the other with masks in the place of digits or words."""
     if max(len(masked), len(whole)) > _MASKABLE:
         return False
-    masks = [*_MASK.finditer(masked)]
+    masks = [found[0] for found in _MASK.finditer(masked)]
     if not 0 < len(masks) <= _MASKS:
         return False
-    literals = [*_MASK.split(masked)]
-    digits = _pattern(literals, [r"(\d[\d\-\s().+/]*)" for _ in masks])
-    if digits.fullmatch(whole):
+    literals = _MASK.split(masked)
+    numbers = _ends_of_numbers(whole)
+    if _fits(whole, literals, [numbers for _ in masks]):
         return True
     if sum(map(str.isalnum, "".join(literals))) < _LITERAL:
         return False
-    anything = [r"(.{1,80}?)" if mask[0][0] in "[<{" else rf"(\S{{{len(mask[0])}}})" for mask in masks]
-    return _pattern(literals, anything).fullmatch(whole) is not None
+    return _fits(whole, literals, [_ends_of_words(whole, mask) for mask in masks])
 
 
-def _pattern(literals: Sequence[str], masks: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(
-        "".join(re.escape(literal) + mask for literal, mask in zip_longest(literals, masks, fillvalue=""))
-    )
+_Ends = Callable[[int], range]  # where what a mask stands for may end, if it begins at this index
+
+
+def _fits(whole: str, literals: Sequence[str], masks: Sequence[_Ends]) -> bool:
+    """Whether the text is these literals with what the masks stand for between them.
+
+    Looks at each place once for each mask. A regular expression would try every way to share out the text between
+    the masks, which may take days for a dozen of them, and users choose the texts.
+    """
+    places = [len(literals[0])] if whole.startswith(literals[0]) else []
+    for literal, ends in zip(literals[1:], masks, strict=True):
+        found: list[int] = []
+        for place in places:
+            reach = ends(place)
+            found += range(max(reach.start, found[-1] + 1 if found else 0), reach.stop)
+        places = [place + len(literal) for place in found if whole.startswith(literal, place)]
+    return bool(places) and places[-1] == len(whole)
+
+
+_NUMBER = re.compile(r"[\d\-\s().+/]+")
+_NAME = 80  # characters that a mask with a name may stand for
+
+
+def _ends_of_numbers(whole: str) -> _Ends:
+    ends: dict[int, int] = {}
+    for found in _NUMBER.finditer(whole):
+        ends |= dict.fromkeys((index for index in range(*found.span()) if whole[index].isdecimal()), found.end())
+    return lambda place: range(place + 1, ends.get(place, place) + 1)
+
+
+def _ends_of_words(whole: str, mask: str) -> _Ends:
+    if mask[0] in "[<{":
+        return lambda place: range(place + 1, min(place + _NAME, len(whole)) + 1)
+    size = len(mask)
+    return lambda place: range(place + size, place + size + (whole.find(" ", place, place + size) < 0))
 
 
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>")

@@ -142,11 +142,12 @@ def _strings_of(document: Any) -> Iterator[str]:
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+# The last piece may have no end; without it, and without `++`, each of its escaped quotes would begin another search.
+_QUOTED = re.compile(r'"((?:[^"\\]++|\\.)*+)(?:"|\\?\Z)', re.DOTALL)
 
 
 def _of_broken_json(text: str) -> Iterator[str]:
-    """Each quoted piece, and the whole with its escapes resolved: one that was cut off has no end."""
+    """Each quoted piece, be it cut off, and the whole with its escapes resolved."""
     if '"' in text:
         for piece in _QUOTED.findall(text):
             yield _unescape(piece)
