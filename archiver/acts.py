@@ -4,7 +4,7 @@ import getpass
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, insert, select, text
@@ -40,11 +40,15 @@ def actor() -> str:
 def insert_act(
     connection: Connection, kind: str, who: str, reason: str | None = None, detail: Mapping[str, Any] | None = None
 ) -> int:
-    """Record that this was done, in the transaction that does it. `detail`: to what, as JSON. Answers its id."""
+    """Record that this was done, in the transaction that does it. `detail`: to what, as JSON. Answers its id.
+
+    Postgres adds when, and as which database user; it refuses kinds that this user's commands do not make. A new kind
+    needs a migration of `archiver.guard_act`.
+    """
     if kind not in KINDS:
         raise ValueError(f"acts.KINDS lacks {kind}")
     acts = tables.acts
-    row = {"at": datetime.now(UTC), "actor": who, "kind": kind, "reason": reason, "detail": dict(detail or {})}
+    row = {"actor": who, "kind": kind, "reason": reason, "detail": dict(detail or {})}
     return int(connection.execute(insert(acts).returning(acts.c.id), row).scalar_one())
 
 

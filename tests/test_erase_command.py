@@ -481,6 +481,8 @@ def test_counsel_places_and_releases_holds_and_erases_nothing(
         f"CREATE ROLE {name} LOGIN",
         f"GRANT archiver_auditor TO {name}",
         f"GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO {name}",
+        f"GRANT USAGE ON SCHEMA archiver_jobs TO {name}",
+        f"GRANT UPDATE ON archiver_jobs.lock_placement TO {name}",
     )
     record(engine, created("c1", "s1"))
     try:

@@ -294,12 +294,13 @@ def test_i8_a_turn_erased_before_its_session_was_told_keeps_that_session_from_br
 def test_i8_facts_that_turn_out_to_be_of_an_erased_session_go_with_the_next_sweep_unless_held(engine: Engine) -> None:
     record(engine, created("c1", None), created("c2", None))
     erase(engine, Target("s1"))
-    hold(engine, assistant_id="assistant-1")
+    hold_id = hold(engine, assistant_id="assistant-1")
     # Only now is it told whose they are.
     again = record(engine, created("c1", "s1"), deleted("c2", "s1"), minute=1)
     assert {each.reason for each in again} == {"erased"}
     assert sweep(engine) == 0
-    execute(engine, "UPDATE archiver.holds SET released_at = now(), released_by = 'judge'")
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, hold_id, "judge@court", "closed")
     assert sweep(engine) == 2
     assert holds_text(engine, "question of c1", "question of c2") == []
     assert rows(engine, "SELECT count(DISTINCT act_id) FROM archiver.erasures") == [(1,)]

@@ -141,6 +141,7 @@ WORDINGS = {
     "no-break spaces": QUESTION.replace(" ", "\u00a0"),
     "trimmed": "  " + QUESTION + "\n\n",
     "cut off": QUESTION[:60] + "...",
+    "masked": QUESTION.replace("5", "***"),
 }
 
 
@@ -150,7 +151,9 @@ def test_i8_history_that_words_an_erased_turn_otherwise_keeps_none_of_it(
     engine: Engine, wording: str, is_webhook_plain: bool
 ) -> None:
     words = WORDINGS[wording]
-    by_webhook, by_history = (QUESTION, words) if is_webhook_plain or wording == "cut off" else (words, QUESTION)
+    by_webhook, by_history = (
+        (QUESTION, words) if is_webhook_plain or wording in ("cut off", "masked") else (words, QUESTION)
+    )
     record(engine, created("c1", "s1", input=by_webhook, output="answer one"), created("c2", "s1"))
     lines = [
         ("user", by_history),

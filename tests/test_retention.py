@@ -9,7 +9,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import settings
-from archiver.erasure import Target
+from archiver.database import transaction
+from archiver.erasure import Target, release_hold
 from archiver.erasure.deleted import order_deleted
 from archiver.erasure.retention import Due, Rules, examine, expire
 from archiver.settings import Settings
@@ -47,6 +48,7 @@ def seal(engine: Engine) -> None:
         engine,
         "INSERT INTO archiver.seals SELECT coalesce(max(s.id), 0) + 1, now(), (SELECT max(id) FROM archiver.events),"
         " 0, 0, 0, 0, '', '', '', '' FROM archiver.seals s",
+        unguarded=True,
     )
 
 
@@ -63,8 +65,8 @@ def test_i8_deleted_turns_are_erased_after_their_grace_unless_held(engine: Engin
     read(engine, "s1", 5, *said("c0", "c1", "c2", "c3"))
     at = int(datetime(2026, 1, 5, tzinfo=UTC).timestamp() * 1000)
     for number, chat_id in enumerate(["c0", "c1", "c2"]):
-        record(engine, deleted(chat_id, "s1", at=at + number * 3_600_000))
-    record(engine, deleted("h", "held", at=at), deleted("x", None, at=at))
+        record(engine, deleted(chat_id, "s1", at=at + number * 3_600_000), minute=240)
+    record(engine, deleted("h", "held", at=at), deleted("x", None, at=at), minute=240)
     hold(engine, session_id="held")
     list(order_deleted(engine, NEVER))
     assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(0,)]
@@ -82,7 +84,8 @@ def test_i8_deleted_turns_are_erased_after_their_grace_unless_held(engine: Engin
     before = rows(engine, "SELECT count(*) FROM archiver.acts")
     list(order_deleted(engine, datetime(2026, 1, 5, 1, 30, tzinfo=UTC)))
     assert rows(engine, "SELECT count(*) FROM archiver.acts") == before
-    execute(engine, "UPDATE archiver.holds SET released_at = now(), released_by = 'judge'")
+    with transaction(engine) as connection:
+        release_hold(connection, 1, "judge", "closed")
     list(order_deleted(engine, FOREVER))
     sweep(engine)
     assert holds_text(engine, *asked) == ["question of c3"]
@@ -138,9 +141,10 @@ def test_content_expires_by_assistant_and_holds_stop_it(engine: Engine, monkeypa
 def test_the_quarantine_expires_once_no_content_is_kept_longer_and_nothing_is_held(engine: Engine) -> None:
     record(engine, b'{"old')
     record(engine, b'{"new', minute=35 * DAY)
-    hold(engine, session_id="held")
+    hold_id = hold(engine, session_id="held")
     assert run(engine, Rules(30, {}, 0)).quarantined == 0
-    execute(engine, "UPDATE archiver.holds SET released_at = now(), released_by = 'judge'")
+    with transaction(engine) as connection:
+        release_hold(connection, hold_id, "judge", "closed")
     assert run(engine, Rules(30, {"a": 0}, 0)).quarantined == 0
     assert run(engine, Rules(30, {}, 0)).quarantined == 1
     assert rows(engine, "SELECT body FROM archiver.quarantine") == [(b'{"new',)]

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from archiver import erasure, events, history, ledger, seals, tables
 from archiver.database import snapshot, transaction
 from archiver.projection import Timing
-from archiver.seals import chain, leaves, merkle, sealing
+from archiver.seals import bounds, chain, leaves, merkle
 from archiver.seals.findings import Finding
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
@@ -141,7 +141,7 @@ def erase(engine: Engine, session_id: str, chat_id: str) -> None:
 @pytest.fixture
 def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Five signed seals over every kind of row; deliveries and an erasure before and after their sealing."""
-    monkeypatch.setattr(sealing, "LEAVES", 4)
+    monkeypatch.setattr(bounds, "LEAVES", 4)
     record(engine, created("a", "s"), created("b", "s"), deleted("c", session_id=None))
     record(engine, created("b", "s", at=1_600_000_000_000), seconds=5)
     seals.seal(engine, KEY)
@@ -437,7 +437,7 @@ def test_a_redelivery_after_its_sealing_is_sealed_too(engine: Engine) -> None:
 def test_more_redeliveries_than_one_seal_holds_are_no_tampering(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "LEAVES", 3)
+    monkeypatch.setattr(bounds, "LEAVES", 3)
     bodies = [created(f"c{n}", "s") for n in range(8)]
     record(engine, *bodies)
     seals.seal(engine, KEY)

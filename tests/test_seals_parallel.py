@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, event, text
 
 from archiver import database, seals
 from archiver.database import snapshot
-from archiver.seals import chain, ranges, sealing
+from archiver.seals import bounds, chain, ranges
 from archiver.seals.findings import Finding
 from tests.payloads import created
 from tests.rows import execute
@@ -30,7 +30,7 @@ TOGETHER = seals.Effort(jobs=3, least=0, window=1)
 @pytest.fixture
 def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """A dozen seals, some events delivered again, and some that are not sealed."""
-    monkeypatch.setattr(sealing, "LEAVES", 4)
+    monkeypatch.setattr(bounds, "LEAVES", 4)
     execute(
         engine,
         "INSERT INTO archiver.acts (at, actor, kind, reason, detail)"

@@ -42,7 +42,8 @@ def fill(engine: Engine) -> None:
             " body_digest) VALUES (now(), now(), 2, 'not_json', '', 'x', sha256('x'))",
             "INSERT INTO archiver.pauses VALUES ('callhq', now(), 'busy')",
             "INSERT INTO archiver.backfills VALUES ('all', now())",
-            "INSERT INTO archiver.acts (at, actor, kind, reason, detail) VALUES (now(), 'x', 'hold.add', 'y', '{}')",
+            "INSERT INTO archiver.acts (at, actor, kind, reason, detail)"
+            r""" VALUES (now(), 'x', 'hold.add', 'y', '{"hold"\: 1, "session_id"\: "s1"}')""",
             "INSERT INTO archiver.holds (placed_at, author, reason, session_id) VALUES (now(), 'x', 'y', 's1')",
         ):
             connection.execute(text(statement))

@@ -132,6 +132,8 @@ def _changing(engine: Engine) -> Iterator[Connection]:
             "This database user may not place or release holds: the writer of the archive must not.\n"
             "As the owner: GRANT archiver_auditor TO the_user;"
             " GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
+            " GRANT USAGE ON SCHEMA archiver_jobs TO the_user;"
+            " GRANT UPDATE ON archiver_jobs.lock_placement TO the_user;"
         ) from None
 
 
@@ -160,7 +162,8 @@ def list_(*, every: bool, as_json: bool) -> None:
 def _covers(row: dict[str, Any]) -> str:
     told = {name: row[f"{name}_id"] for name in ("session", "assistant")}
     if row["variable"] is not None:
-        told[row["variable"]] = "(gone with the release)" if row["value"] is None else row["value"]
+        lost = "(gone with the release)" if row["has_row"] else "(any: its row is missing)"
+        told[row["variable"]] = lost if row["value"] is None else row["value"]
     told |= {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("since", "until") if row[name]}
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
 

@@ -36,7 +36,7 @@ def seal(as_json: bool) -> None:
                 raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
         try:
             made = seals.seal(engine, key)
-        except seals.BusyError as error:
+        except (seals.BusyError, seals.BoundsError) as error:
             raise settings.SettingsError(str(error)) from None
     if as_json:
         click.echo(_json([_told(each) for each in made]))

@@ -1,9 +1,10 @@
 """Erasure: what holds forbid, what was ordered, and how its content goes (I8)."""
 
-from archiver.erasure.holds import Criteria, HoldError, covering, insert_hold, release_hold, select_holds
+from archiver.erasure.holds import HoldError, covering, insert_hold, release_hold, select_holds
 from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, check, order
 from archiver.erasure.sweeping import Step, sweep
 from archiver.erasure.targets import Counts, Target
+from archiver.legal_holds import Criteria
 
 __all__ = [
     "Act",

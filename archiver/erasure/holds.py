@@ -1,33 +1,17 @@
 """Legal holds: what one in force covers is neither erased nor expired."""
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, insert, select, text, update
+from sqlalchemy import Connection, insert, select, text, update
 
 from archiver import acts, ledger, tables
 from archiver.erasure.targets import Target, as_json
-
-
-class Criteria(msgspec.Struct, frozen=True):
-    """What a hold covers: sessions to which all of this applies; None: any.
-
-    `since` and `until`: sessions with a turn that began at or after the one and before the other.
-    """
-
-    session_id: str | None = None
-    assistant_id: str | None = None
-    variable: str | None = None
-    value: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return all(each is None for each in msgspec.structs.astuple(self))
+from archiver.legal_holds import LOGGED, Criteria, select_in_force, select_placed, value_digest
 
 
 class HoldError(Exception):
@@ -40,15 +24,17 @@ def insert_hold(connection: Connection, criteria: Criteria, author: str, reason:
         raise HoldError("A hold needs something to hold: name a session, an assistant, a variable or a time.")
     ledger.lock_placement(connection, exclusive=True)
     holds = tables.holds
-    row = {"placed_at": datetime.now(UTC), "author": author, "reason": reason, **msgspec.structs.asdict(criteria)}
+    salt = None if criteria.value is None else os.urandom(16)
+    row = {"placed_at": datetime.now(UTC), "author": author, "reason": reason, "salt": salt}
+    row |= msgspec.structs.asdict(criteria)
     hold_id = int(connection.execute(insert(holds).returning(holds.c.id), row).scalar_one())
-    # The value may say who somebody is, and the trail is for ever.
-    told = {name: _plain(value) for name, value in row.items() if name in _TOLD and value is not None}
+    # The value may identify a person, and the audit log is kept for good: it has a digest, whose salt goes with the
+    # value when the hold is released.
+    told = {name: _plain(value) for name, value in row.items() if name in LOGGED and value is not None}
+    if salt is not None and criteria.value is not None:
+        told["value_digest"] = value_digest(salt, criteria.value)
     acts.insert_act(connection, "hold.add", author, reason, {"hold": hold_id, **told})
     return hold_id
-
-
-_TOLD = ("session_id", "assistant_id", "variable", "since", "until")
 
 
 def _plain(value: Any) -> Any:
@@ -60,16 +46,31 @@ def release_hold(connection: Connection, hold_id: int, who: str, reason: str) ->
     holds = tables.holds
     ended = update(holds).where(holds.c.id == hold_id, holds.c.released_at.is_(None))
     values = {"released_at": datetime.now(UTC), "released_by": who}
-    if connection.execute(ended.values(values).returning(holds.c.id)).one_or_none() is None:
+    is_ended = connection.execute(ended.values(values).returning(holds.c.id)).one_or_none() is not None
+    # Its row may be gone, or say that it is released: the audit log has the last word.
+    if not is_ended and hold_id not in {hold.id for hold in select_in_force(connection)}:
         raise HoldError(f"No hold {hold_id} is in force; see archiver hold list --all")
     acts.insert_act(connection, "hold.release", who, reason, {"hold": hold_id})
 
 
-def select_holds(connection: Connection, *, released: bool) -> Sequence[RowMapping]:
-    """The holds in force, or all of them, oldest first."""
-    holds = tables.holds
-    query = select(holds).order_by(holds.c.id)
-    return connection.execute(query if released else query.where(holds.c.released_at.is_(None))).mappings().all()
+_SHOWN = tuple(column for column in tables.holds.c if column.name != "salt")
+
+
+def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[str, Any]]:
+    """The holds in force, or all of them, oldest first; without `has_row` only the audit log has it in force."""
+    rows = connection.execute(select(*_SHOWN).order_by(tables.holds.c.id)).mappings().all()
+    found = [{**row, "has_row": True} for row in rows if released or row["released_at"] is None]
+    placed, _ = select_placed(connection)
+    known = {row["id"] for row in found if row["released_at"] is None}
+    for hold in select_in_force(connection):
+        if hold.id not in known:
+            log = placed[hold.id]
+            found.append(
+                {"id": hold.id, "placed_at": log.placed_at, "author": log.author, "reason": log.reason or ""}
+                | {name: getattr(hold, name) for name in Criteria.__struct_fields__}
+                | {"released_at": None, "released_by": None, "has_row": False}
+            )
+    return sorted(found, key=lambda row: int(row["id"]))
 
 
 # A turn without a session is held by what it says itself, and by what holds any session that is known to have it.
@@ -87,19 +88,22 @@ _COVERING = text(
                coalesce(c.created_at, c.occurred_at, c.first_received_at) AS began_at
           FROM (SELECT DISTINCT place, CASE WHEN place = '' THEN chat_id END AS only FROM places) p
           JOIN archiver.chats c ON c.session_id = p.place AND c.chat_id = coalesce(p.only, c.chat_id)
-         WHERE EXISTS (SELECT FROM archiver.holds WHERE released_at IS NULL)
+    ), holds AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(:holds) AS h (id bigint, session_id text, assistant_id text, variable text,
+                                                      value text, is_any_value boolean, since timestamptz,
+                                                      until timestamptz)
     )
     SELECT DISTINCT p.session_id, p.chat_id, h.id
-      FROM places p CROSS JOIN archiver.holds h
+      FROM places p CROSS JOIN holds h
       LEFT JOIN archiver.sessions s ON s.session_id = p.place AND p.place <> ''
-     WHERE h.released_at IS NULL
-       AND (h.session_id IS NULL OR h.session_id = p.place)
+     WHERE (h.session_id IS NULL OR h.session_id = p.place)
        AND (h.assistant_id IS NULL OR s.assistant_id = h.assistant_id
             OR EXISTS (SELECT FROM turns t WHERE t.place = p.place AND (p.place <> '' OR t.chat_id = p.chat_id)
                           AND t.assistant_id = h.assistant_id))
        AND (h.variable IS NULL
             OR EXISTS (SELECT FROM turns t WHERE t.place = p.place AND (p.place <> '' OR t.chat_id = p.chat_id)
-                          AND t.variables ->> h.variable = h.value))
+                          AND (t.variables ->> h.variable = h.value
+                               OR h.is_any_value AND jsonb_exists(t.variables, h.variable))))
        AND ((h.since IS NULL AND h.until IS NULL)
             OR (NOT EXISTS (SELECT FROM turns t WHERE t.place = p.place)
                 AND coalesce(s.created_at, s.first_event_at) >= coalesce(h.since, '-infinity')
@@ -114,15 +118,13 @@ _COVERING = text(
 def covering(connection: Connection, targets: Sequence[Target]) -> Mapping[Target, list[int]]:
     """Those of these targets that are held, each with the ids of the holds."""
     held: dict[Target, list[int]] = defaultdict(list)
-    if targets:
-        for row in connection.execute(_COVERING, {"targets": as_json(targets)}):
+    if targets and (holds := select_in_force(connection)):
+        asked = {"targets": as_json(targets), "holds": msgspec.json.encode(holds).decode()}
+        for row in connection.execute(_COVERING, asked):
             held[Target(row.session_id, row.chat_id)].append(row.id)
     return {target: sorted(ids) for target, ids in sorted(held.items())}
 
 
-_IS_ANY = text("SELECT EXISTS (SELECT FROM archiver.holds WHERE released_at IS NULL)")
-
-
 def is_any_in_force(connection: Connection) -> bool:
     """Whether anything at all is held."""
-    return bool(connection.scalar(_IS_ANY))
+    return bool(select_in_force(connection))

@@ -11,8 +11,9 @@ from sqlalchemy import Connection, text
 from archiver import quarantine
 from archiver.erasure import mentions
 from archiver.erasure.decoding import Decoded, decode
-from archiver.erasure.holds import covering, is_any_in_force, select_holds
+from archiver.erasure.holds import covering
 from archiver.erasure.targets import Target, marks
+from archiver.legal_holds import select_in_force
 
 Variables = Collection[tuple[str, str]]  # names with values
 
@@ -61,11 +62,13 @@ def select_free(connection: Connection, found: Found) -> list[int]:
     As long as anything is held: none that only tells a variable and none that cannot be searched, for it may be about
     what is held. Exact under the lock of `ledger.lock_placement`, beside which nobody places a hold.
     """
-    if not is_any_in_force(connection):
+    holds = select_in_force(connection)
+    if not holds:
         return sorted({*found.naming, *found.telling})
-    holds = select_holds(connection, released=False)
-    sessions = [Target(each["session_id"]) for each in holds if each["session_id"] is not None]
-    values = {each["value"] for each in holds} - {None, ""}
+    if any(hold.is_any_value for hold in holds):  # whose value is not known
+        return []
+    sessions = [Target(hold.session_id) for hold in holds if hold.session_id is not None]
+    values = {hold.value for hold in holds if hold.value}
     is_held = mentions.of_any(marks(connection, sessions) | values)
     free: list[int] = []
     for row in quarantine.select_bodies(connection, found.naming):

@@ -107,7 +107,8 @@ def ledger(selection: Selection) -> sql.Composable:
 def erasures(selection: Selection) -> sql.Composable:
     """Two columns, the id and a JSON object: what was erased of these."""
     query = sql.SQL(
-        "SELECT v.id, row_to_json(v)::text FROM (SELECT e.id, e.session_id, e.chat_id, e.erased_at, e.rule, e.act_id"
+        "SELECT v.id, row_to_json(v)::text FROM (SELECT e.id, e.session_id, e.chat_id, e.erased_at, e.rule, e.act_id,"
+        " e.recorded_at, e.database_user"
         " FROM archiver.erasures e WHERE {}) v ORDER BY v.id"
     )
     return sql.SQL(_BINARY).format(query.format(selection.where()))
@@ -117,7 +118,8 @@ def acts(selection: Selection) -> sql.Composable:
     """Two columns, the id and a JSON object: the acts that ordered these erasures; of everything all acts."""
     ordered = sql.SQL("a.id IN (SELECT e.act_id FROM archiver.erasures e WHERE {})").format(selection.where())
     query = sql.SQL(
-        "SELECT v.id, row_to_json(v)::text FROM (SELECT a.id, a.at, a.actor, a.kind, a.reason, a.detail"
+        "SELECT v.id, row_to_json(v)::text FROM (SELECT a.id, a.at, a.actor, a.kind, a.reason, a.detail,"
+        " a.database_user"
         " FROM archiver.acts a WHERE {}) v ORDER BY v.id"
     )
     return sql.SQL(_BINARY).format(query.format(sql.SQL("true") if selection.is_all else ordered))

@@ -52,6 +52,7 @@ class ActLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False)
     kind: str
     reason: str | None
     detail: msgspec.Raw
+    database_user: str | None = None
 
 
 class ErasureLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -63,6 +64,8 @@ class ErasureLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fa
     erased_at: datetime
     rule: str
     act_id: int
+    recorded_at: datetime | None = None
+    database_user: str | None = None
 
 
 _keys_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -123,7 +126,8 @@ def act_leaf(act: ActLine) -> bytes:
     """The leaf's hash. Raises `ValueError` and `OverflowError`."""
     detail = bytes(act.detail)
     fields = (_number(act.id), _moment(act.at), act.actor.encode(), act.kind.encode(), _text(act.reason), detail)
-    return _hashed(b"A", fields)
+    later = () if act.database_user is None else (act.database_user.encode(),)
+    return _hashed(b"A", (*fields, *later))
 
 
 def erasure_leaf(erasure: ErasureLine) -> bytes:
@@ -136,7 +140,8 @@ def erasure_leaf(erasure: ErasureLine) -> bytes:
         erasure.rule.encode(),
         _number(erasure.act_id),
     )
-    return _hashed(b"X", fields)
+    added = (_moment(erasure.recorded_at), _text(erasure.database_user))
+    return _hashed(b"X", fields if added == (None, None) else (*fields, *added))
 
 
 def _hashed(letter: bytes, fields: tuple[bytes | None, ...]) -> bytes:

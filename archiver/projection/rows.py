@@ -227,7 +227,7 @@ def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
         marked = update(tables.sessions).where(
             tables.sessions.c.session_id == func.any(_SESSION_IDS), tables.sessions.c.session_id != UNPLACED
         )
-        values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None}
+        values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None, "append_after": None}
         connection.execute(marked.values(values), {"session_ids": list(session_ids)})
 
 

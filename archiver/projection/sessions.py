@@ -9,7 +9,7 @@ import msgspec
 from archiver import alignment, history
 from archiver.alignment import Line, Transcript
 from archiver.alignment.shapes import USER
-from archiver.alignment.wording import role_of
+from archiver.alignment.wording import are_alike, role_of
 from archiver.events import OURS, SHAPES, Message
 from archiver.events.normal import normal_text
 from archiver.history import Told
@@ -70,8 +70,8 @@ def _transcript(story: Story) -> Transcript:
 def without(story: Story, chat_ids: Collection[str]) -> Told | None:
     """What all readings told of a session, in order, but for these turns; None where no reading told its messages.
 
-    A line that no turn claimed goes too where it says what such a turn said, in whatever form it was written, or its
-    beginning.
+    A line that no turn claimed goes too where it says what such a turn said, in whatever form it was written, cut or
+    masked.
     """
     if not any(reading.told.messages is not None for reading in story.readings):
         return None
@@ -98,15 +98,9 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
     )
 
 
-_CUT = 40  # characters: a text that was cut at a limit is known by as many
-
-
 def _repeats(content: str, said: Collection[str]) -> bool:
     text = normal_text(content)
-    if text in said:
-        return True
-    beginning = text.removesuffix("...").removesuffix("…").rstrip()
-    return len(beginning) >= _CUT and any(each.startswith(beginning) for each in said)
+    return text in said or any(are_alike(text, each) for each in said)
 
 
 def aligned(chat_id: str, turn: Turn) -> alignment.Turn:

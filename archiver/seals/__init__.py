@@ -1,5 +1,6 @@
 """Seals: what the ledger held, proven. A Merkle tree over what is settled, each seal chained to the one before."""
 
+from archiver.seals.bounds import BoundsError
 from archiver.seals.chain import (
     KeyFileError,
     Seal,
@@ -20,6 +21,7 @@ from archiver.seals.verifying import Effort, verify
 
 __all__ = [
     "MOST_JOBS",
+    "BoundsError",
     "BusyError",
     "Checked",
     "Effort",

@@ -6,7 +6,7 @@ import msgspec
 class Finding(msgspec.Struct, frozen=True):
     """Something that is not as it was sealed: a row of `table` (a seal is one of `seals`), and what is wrong.
 
-    `through`: the same is wrong with all from `id` up to this one.
+    `through`: the same is wrong with all from `id` up to this one. `hold`: the legal hold that it broke.
     """
 
     table: str
@@ -14,11 +14,13 @@ class Finding(msgspec.Struct, frozen=True):
     fault: str
     seal: int | None = None
     through: int | None = None
+    hold: int | None = None
 
     def __str__(self) -> str:
         if self.through is not None:
             return f"{_NOUNS[self.table]}s {self.id} to {self.through}: {_EXPLAINED[self.fault]}"
         sealed = "" if self.seal is None else f", sealed by {self.seal}"
+        sealed += "" if self.hold is None else f", legal hold {self.hold}"
         return f"{_NOUNS[self.table]} {self.id}{sealed}: {_EXPLAINED[self.fault]}"
 
 
@@ -29,6 +31,7 @@ _NOUNS = {
     "erasures": "erasure",
     "removals": "removal",
     "seals": "seal",
+    "holds": "hold",
 }
 _EXPLAINED = {
     "changed": "its row was changed after it was sealed",
@@ -47,5 +50,11 @@ _EXPLAINED = {
     "went_back": "it counts less than the one before it",
     "without_act": "the audit trail has no act that ordered it",
     "not_removed": "its event is still there",
+    "out_of_bounds": "it reaches further than the rows that it lists: archiver seal did not make it",
+    "held": "the hold was in force and covers its session",
+    "differs_from_log": "its row is not what the audit log says that was placed",
+    "released_without_act": "its row says that it was released, and the audit log has no release",
+    "not_released": "the audit log has its release, and its row says that it is in force",
+    "not_placed": "the audit log releases a hold that it never placed",
     "not_the_known_one": "it is not the seal that was exported under this number",
 }

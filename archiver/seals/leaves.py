@@ -67,11 +67,16 @@ class Run(msgspec.Struct):
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """A sealed table: `letter` marks its leaves, `fields` are what a leaf holds."""
+    """A sealed table: `letter` marks its leaves, `fields` are what a leaf holds.
+
+    `later`: fields that a migration added, of which the last is a text. Rows of before have null in all of them, and
+    their leaves end without them.
+    """
 
     letter: bytes
     table: str
     fields: tuple[str, ...]
+    later: tuple[str, ...] = ()
 
     @property
     def through(self) -> str:
@@ -99,9 +104,14 @@ EVENTS = Kind(
 KINDS = (
     EVENTS,
     Kind(b"R", "recounts", ("id", "event_id", "delivery_count", "last_received_at", "earliest_at")),
-    Kind(b"A", "acts", ("id", "at", "actor", "kind", "reason", "detail::text")),
-    Kind(b"X", "erasures", ("id", "session_id", "chat_id", "erased_at", "rule", "act_id")),
-    Kind(b"D", "removals", ("id", "event_id", "act_id")),
+    Kind(b"A", "acts", ("id", "at", "actor", "kind", "reason", "detail::text"), ("database_user",)),
+    Kind(
+        b"X",
+        "erasures",
+        ("id", "session_id", "chat_id", "erased_at", "rule", "act_id"),
+        ("recorded_at", "database_user"),
+    ),
+    Kind(b"D", "removals", ("id", "event_id", "act_id"), ("recorded_at", "session_id", "database_user")),
 )
 BY_LETTER = {kind.letter: kind for kind in KINDS}
 
@@ -112,8 +122,8 @@ def select_leaves(connection: Connection, kind: Kind, after: int | None, through
     No body is looked at. To be read to the end, or closed, before the connection is used for anything else, even a
     rollback.
     """
-    rows = _copy(connection, kind, kind.fields, after, through)
-    return ((_ID(row)[0], leaf_hash(kind.letter + row[_COUNT:])) for row in rows)
+    rows = _copy(connection, kind, (*kind.fields, *kind.later), after, through)
+    return ((_ID(row)[0], leaf_hash(kind.letter + _fields_of(kind, row))) for row in rows)
 
 
 def read_runs(connection: Connection, kind: Kind, after: int | None, bounds: Sequence[int]) -> list[Run]:
@@ -169,8 +179,18 @@ def _read_events(
 
 def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None:
     """The bytes of one leaf; None where there is no such row."""
-    found = [kind.letter + row[_COUNT:] for row in _copy(connection, kind, kind.fields, row_id - 1, row_id)]
+    rows = _copy(connection, kind, (*kind.fields, *kind.later), row_id - 1, row_id)
+    found = [kind.letter + _fields_of(kind, row) for row in rows]
     return found[0] if found else None
+
+
+def _fields_of(kind: Kind, row: Any) -> Any:
+    """The fields of a row, without those that a migration added where they are null.
+
+    No text ends with the bytes of a null, for they are not UTF-8.
+    """
+    nulls = _NULL * len(kind.later)
+    return row[_COUNT : -len(nulls)] if nulls and row[-len(nulls) :] == nulls else row[_COUNT:]
 
 
 def _copy(

@@ -43,6 +43,7 @@ class _Orders(msgspec.Struct, frozen=True):
     signed_since: int
     heads: Mapping[int, bytes]
     through: int
+    unbounded: frozenset[int]
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -139,6 +140,7 @@ def _orders(connection: Connection, held: Held) -> _Orders:
         signed_since=held.signing.since,
         heads=held.heads,
         through=held.through,
+        unbounded=held.unbounded,
     )
 
 
@@ -195,7 +197,7 @@ def _help(orders: _Orders, pipe: Pipe) -> None:
     """A process: looks at one range after the other until it is ended."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     keys = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in orders.keys.items()}
-    held = Held(Signing(keys, orders.signed_since), orders.heads, orders.through)
+    held = Held(Signing(keys, orders.signed_since), orders.heads, orders.through, orders.unbounded)
     engine = database.connect(orders.url, pool_size=1, prepared_statements=False)
     try:
         with database.snapshot(engine, statement_seconds=STATEMENT_SECONDS, exported=orders.snapshot) as connection:

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import Connection, text
 
 from archiver.seals import chain, merkle
+from archiver.seals.bounds import is_bounded
 from archiver.seals.chain import Seal
 from archiver.seals.comparing import Checked, compare
 from archiver.seals.findings import Finding
@@ -21,11 +22,15 @@ class Signing(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What seals are held against; `heads`: hashes of those that were exported, `through`: the last event sealed."""
+    """What seals are held against; `heads`: hashes of those that were exported, `through`: the last event sealed.
+
+    `unbounded`: seals that reach further than there ever were rows.
+    """
 
     signing: Signing
     heads: Mapping[int, bytes]
     through: int
+    unbounded: frozenset[int] = frozenset()
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -72,12 +77,14 @@ def verify_range(
     """What of these seals, and of what they sealed, is not as it was."""
     before = seal_before(connection, these.after)
     for last in these.windows:
-        start, window = before, list(chain.select_seals(connection, before.id, last))
+        start, window, forged = before, list(chain.select_seals(connection, before.id, last)), set[int]()
         for seal, entries in window:
-            yield from _check_seal(seal, entries, before, held)
+            found = list(_check_seal(seal, entries, before, held))
+            forged |= {finding.id for finding in found if finding.fault == "out_of_bounds"}
+            yield from found
             before = seal
             checked.seals += 1
-        yield from compare(connection, window, start, held.through, checked)
+        yield from compare(connection, window, start, held.through, checked, forged=forged)
         on_progress()
 
 
@@ -98,6 +105,9 @@ def _check_seal(seal: Seal, entries: bytes, before: Seal, held: Held) -> Iterato
         yield Finding("seals", seal.id, "altered_leaves")
     if seal.previous != before.hash:
         yield Finding("seals", seal.id, "out_of_chain")
+    is_as_made = seal.hash == sha256(seal.statement).digest()
+    if is_as_made and (seal.id in held.unbounded or not is_bounded(seal, entries, before)):
+        yield Finding("seals", seal.id, "out_of_bounds")
     yield from check_signature(seal, before, held.signing)
     yield from compare_known(seal, held.heads)
 

@@ -10,14 +10,13 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, locks, transaction
 from archiver.outbox import Change, insert_changes
-from archiver.seals import chain
+from archiver.seals import bounds, chain
 from archiver.seals.chain import Seal
 from archiver.seals.leaves import KINDS, pack, select_leaves
 from archiver.seals.settling import Settled, Settling
 
 log = structlog.get_logger(__name__)
 
-LEAVES = 10_000  # of each table in one seal
 LOOKS, LOOK_SECONDS = 20, 0.25  # for the end of those who write, where nobody looks later
 
 _SETTLED = ("events", "acts", "erasures", "removals")
@@ -37,7 +36,7 @@ def seal(
     """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
 
     `settling` is for whoever calls again: a transaction that writes for long is not waited for here. `beat` is called
-    after each seal. Raises `BusyError`.
+    after each seal. Raises `BusyError`, and `BoundsError` where the newest seal was forged.
     """
     settled = settling.settle(engine) if settling is not None else _settle(engine)
     if settled is None:
@@ -51,7 +50,7 @@ def seal(
         made.append(new)
         beat()
         # What is delivered again meanwhile is for the next time: there may be no end of that.
-        if new.size < LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
+        if new.size < bounds.LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
             return made
     return made
 
@@ -79,6 +78,7 @@ def _settle(engine: Engine) -> Settled | None:
 
 def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:
     before = chain.select_newest(connection)
+    bounds.require_bounded(connection, before)
     sealed = before.through
     through = {kind.table: settled.get(kind.through, 0) for kind in KINDS}
     through["events"] = _at_most(connection, "events", sealed["events"], through["events"])
@@ -101,7 +101,7 @@ def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519Priv
 def _at_most(connection: Connection, table: str, after: int, through: int) -> int:
     """The id up to which there are as many new rows as one seal holds."""
     query = f"SELECT id FROM archiver.{table} WHERE id > :after AND id <= :through ORDER BY id OFFSET :most LIMIT 1"  # noqa: S608  # a name of ours
-    beyond = connection.scalar(text(query), {"after": after, "through": through, "most": LEAVES})
+    beyond = connection.scalar(text(query), {"after": after, "through": through, "most": bounds.LEAVES})
     return through if beyond is None else int(beyond) - 1
 
 
@@ -133,7 +133,7 @@ def _recount(connection: Connection, after: int, through: int) -> int:
     # What is delivered meanwhile waits for the end of this transaction, or is marked once more.
     cleared = [
         *connection.execute(_CLEAR_NEW, {"after": after, "through": through}).mappings(),
-        *connection.execute(_CLEAR, {"after": after, "most": LEAVES}).mappings(),
+        *connection.execute(_CLEAR, {"after": after, "most": bounds.LEAVES}).mappings(),
     ]
     if cleared:
         connection.execute(_RECOUNT, [dict(row) for row in sorted(cleared, key=lambda row: int(row["id"]))])

@@ -8,10 +8,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import Connection, text
 
 from archiver.seals import parallel
+from archiver.seals.bounds import select_unbounded
 from archiver.seals.chain import Seal
 from archiver.seals.comparing import Checked, compare_unsealed
 from archiver.seals.consistency import check_acts, check_earlier, check_recounted, check_recounts
 from archiver.seals.findings import Finding
+from archiver.seals.holds import check_holds
 from archiver.seals.ranges import (
     Held,
     Range,
@@ -73,7 +75,9 @@ def verify(
         yield Finding("seals", number, "inserted")
     windows, leaves, there = windows_of(connection, before.id, effort.window, known)
     head = checked.head = seal_before(connection, windows[-1]) if windows else before
-    held = Held(signing, known, head.through["events"])
+    unbounded = frozenset(select_unbounded(connection))
+    sealed = _newest_but(connection, unbounded, head)
+    held = Held(signing, known, sealed.through["events"], unbounded)
     these = Range(before.id, windows)
     if effort.jobs > 1 and leaves >= effort.least and parallel.is_possible(connection):
         done = yield from parallel.verify(connection, these, held, effort.jobs, on_progress)
@@ -84,10 +88,18 @@ def verify(
         yield Finding("seals", number, "missing")
     yield from compare_unsealed(connection, head, checked)
     if before.id:
-        yield from check_earlier(connection, before.through["events"], head.through["events"])
-    for check in (check_recounted, check_recounts, check_acts):
-        yield from check(connection, head)
+        yield from check_earlier(connection, before.through["events"], sealed.through["events"])
+    for check in (check_recounted, check_recounts, check_acts, check_holds):
+        yield from check(connection, sealed)
     on_progress(checked)
+
+
+def _newest_but(connection: Connection, unbounded: frozenset[int], head: Seal) -> Seal:
+    """The newest seal that does not reach further than there are rows."""
+    number = head.id
+    while number in unbounded:
+        number -= 1
+    return head if number == head.id else seal_before(connection, number)
 
 
 def _compare_earlier(connection: Connection, before: Seal, known: dict[int, bytes]) -> Iterator[Finding]:

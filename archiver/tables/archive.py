@@ -253,16 +253,21 @@ recounts = Table(
     comment="What the counters of an event stood at when they were sealed; append-only.",
 )
 
+_USER = "Database user that added the row (session_user of Postgres); null in rows of older versions."
+_WHEN = "When Postgres added the row; null in rows of older versions."
+
 acts = Table(
     "acts",
     metadata,
     Column("id", BigInteger, Identity(always=True), nullable=False, comment="Grows with time."),
-    Column("at", Time, nullable=False, comment="When it was done."),
+    Column("at", Time, nullable=False, comment="When it was done, by the clock of Postgres."),
     Column("actor", Text, nullable=False, comment="Who did it: a user of the operating system, or a part of ours."),
     Column("kind", Text, nullable=False, comment="What was done, such as erase or hold.add."),
     Column("reason", Text, comment="Why, as the actor said."),
     Column("detail", JSONB(none_as_null=True), nullable=False, comment="To what, and with which result; no content."),
+    Column("database_user", Text, comment=_USER),
     PrimaryKeyConstraint("id", name="acts_pkey"),
+    Index("acts_holds_idx", "id", postgresql_where=text("kind IN ('hold.add', 'hold.release')")),
     comment="The audit trail of administrative acts; append-only and sealed.",
 )
 
@@ -275,6 +280,8 @@ erasures = Table(
     Column("erased_at", Time, nullable=False, comment="When it was ordered; the content goes right after."),
     Column("rule", Text, nullable=False, comment="Under which rule: request, chat.deleted or retention."),
     Column("act_id", BigInteger, nullable=False, comment="The act that tells who and why."),
+    Column("recorded_at", Time, comment=_WHEN),
+    Column("database_user", Text, comment=_USER),
     PrimaryKeyConstraint("session_id", "chat_id", name="erasures_pkey"),
     Index("erasures_id_idx", "id"),
     comment="What was erased and does not come back: no content, and none is taken for it; append-only.",
@@ -288,6 +295,13 @@ removals = Table(
         "event_id", BigInteger, nullable=False, comment="Event whose row was removed; its leaf stays in its seal."
     ),
     Column("act_id", BigInteger, nullable=False, comment="The act that tells by which rule."),
+    Column("recorded_at", Time, comment=_WHEN),
+    Column(
+        "session_id",
+        Text,
+        comment="Session of the event, empty where it names none; null in rows of older versions.",
+    ),
+    Column("database_user", Text, comment=_USER),
     PrimaryKeyConstraint("id", name="removals_pkey"),
     UniqueConstraint("event_id", name="removals_event_id_key"),
     comment="Ledger rows that retention removed, metadata and all; append-only.",
@@ -308,6 +322,11 @@ holds = Table(
     Column("until", Time, comment="Holds sessions with a turn before this time; null: any."),
     Column("released_at", Time, comment="When it was released; null: in force."),
     Column("released_by", Text, comment="Who released it."),
+    Column(
+        "salt",
+        LargeBinary,
+        comment="Random bytes that the audit log's digest of the value is salted with; null once released.",
+    ),
     PrimaryKeyConstraint("id", name="holds_pkey"),
     comment="Legal holds: what one in force covers is neither erased nor expired.",
 )
