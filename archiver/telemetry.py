@@ -26,6 +26,11 @@ duplicates = Counter("archiver_duplicates_total", "Deliveries of facts that the 
 refused_erased = Counter(
     "archiver_refused_erased_total", "Deliveries that were not kept, because what they speak of was erased."
 )
+destruction_refused = Counter(
+    "archiver_destruction_refused_total",
+    "Runs of a duty that destroyed nothing for its age, because a clock is in doubt, by reason.",
+    ["reason"],
+)
 batch_events = Histogram(
     "archiver_batch_events",
     "Events that shared one transaction.",

@@ -1,7 +1,7 @@
 """`archiver retention`: what the settings let expire, now."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 
 import click
 import msgspec
@@ -9,9 +9,10 @@ from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
 from sqlalchemy import Engine
 
-from archiver import acts, erasure, settings
+from archiver import acts, database, erasure, settings
 from archiver.cli import connection
 from archiver.cli.output import console, counted, progress
+from archiver.erasure.clocks import ClockError, time_to_destroy_by
 from archiver.erasure.retention import Due, Rules, examine, expire
 from archiver.projection import Timing
 from archiver.worker import timing_of
@@ -31,30 +32,42 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
             "Nothing ever expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads the environment that it is called"
             " in, not the one of `serve` or `worker`: `archiver audit --kind settings.changed` tells what those have."
         )
-    now = datetime.now(UTC)
+    swept = 0
     with connection.ready(configuration) as engine:
+        try:
+            with database.transaction(engine) as opened:
+                now = time_to_destroy_by(opened, configuration.home)
+        except ClockError as error:
+            raise settings.SettingsError(str(error)) from None
         due = examine(engine, rules, now)
-        if not dry_run and not due.is_nothing:
-            connection.confirm(f"Let expire for good ({_told(due)})?", yes=yes)
+        if not dry_run:
+            if not due.is_nothing:
+                connection.confirm(f"Let expire for good ({_told(due)})?", yes=yes)
+            # And what a run that was killed had ordered: that goes, whether anything more is old enough or not.
             who = actor or acts.actor()
-            _expire(engine, rules, now, timing=timing_of(configuration), due=due, who=who, quiet=as_json)
+            swept = _expire(engine, rules, now, timing=timing_of(configuration), due=due, who=who, quiet=as_json)
     if as_json:
-        told = {"dry_run": dry_run} | msgspec.structs.asdict(due)
+        told = {"dry_run": dry_run, "events": swept} | msgspec.structs.asdict(due)
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         return
     if due.content:
         console().print(_table(due.content))
     click.echo(f"{'Would expire' if dry_run else 'Expired'}: {_told(due)}.")
+    if due.is_nothing and swept:
+        click.echo(f"The content of {counted(swept, 'event')} that were ordered to expire before is gone.")
 
 
-def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str, quiet: bool) -> None:
+def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str, quiet: bool) -> int:
+    swept = 0
     columns = (SpinnerColumn(), TextColumn("Expiring: {task.completed:,} rows and sessions"))
     with progress(*columns, quiet=quiet) as bar:
         task = bar.add_task("", total=None)
         for step in expire(engine, rules, now, timing=timing, due=due, who=who):
             bar.update(task, advance=step.sessions + step.removed + step.quarantined)
-        for swept in erasure.sweep(engine, timing):
-            bar.update(task, advance=swept.events)
+        for taken in erasure.sweep(engine, timing):
+            bar.update(task, advance=taken.events)
+            swept += taken.events
+    return swept
 
 
 def _told(due: Due) -> str:

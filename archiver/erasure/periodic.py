@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import TypeVar
 
 import structlog
 from sqlalchemy.engine import URL
 
-from archiver import acts, database, heartbeats
+from archiver import acts, database, heartbeats, telemetry
+from archiver.erasure.clocks import ClockError, time_to_destroy_by
 from archiver.erasure.deleted import order_deleted
 from archiver.erasure.retention import Rules, examine, expire
 from archiver.erasure.sweeping import PAGE, sweep
@@ -31,42 +32,64 @@ class Upkeep:
         self._grace = timedelta(seconds=configuration.erase_after)
         self._erases_deleted = configuration.on_delete == "erase"
         self._rules = Rules.of(configuration)
+        self._home = configuration.home
         prepared = configuration.prepared_statements
         self._engine = database.connect(url, pool_size=1, prepared_statements=prepared)
         self._swept = 0  # up to this erasure nothing is left
         self._swept_all_at = monotonic()
 
     async def erase(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Order what was deleted to be erased, then take away what was ordered; `beat` is called after each step."""
-        if self._erases_deleted:
-            async for ordered in _steps(order_deleted(self._engine, datetime.now(UTC) - self._grace)):
+        """Order what was deleted to be erased, then take away what was ordered; `beat` is called after each step.
+
+        Raises `ClockError`, after it has taken away what was ordered before.
+        """
+        now, refused = await asyncio.to_thread(self._now) if self._erases_deleted else (None, None)
+        if now is not None:
+            async for ordered in _steps(order_deleted(self._engine, now - self._grace)):
                 beat()
                 if ordered.targets:
                     log.info("deleted turns are erased", turns=len(ordered.targets))
         # What was found out while something was recorded may be seen later than what has a greater number; and what
         # was held when it was swept is found again by looking at all.
-        now = monotonic()
-        if now - self._swept_all_at >= SWEEP_ALL_SECONDS:
-            self._swept, self._swept_all_at = 0, now
+        moment = monotonic()
+        if moment - self._swept_all_at >= SWEEP_ALL_SECONDS:
+            self._swept, self._swept_all_at = 0, moment
         async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
             beat()
             self._swept = max(self._swept, step.through)
+        if refused is not None:
+            raise refused
 
     async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Take what is old enough, as the settings say; its content goes right after. `beat` as for `erase`."""
-        now = datetime.now(UTC)
-        due = await asyncio.to_thread(examine, self._engine, self._rules, now)
-        steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=acts.ARCHIVER)
-        async for _ in _steps(steps):
-            beat()
-        if not due.is_nothing:
-            log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
+        """Take what is old enough, as the settings say; its content goes right after. `beat` as for `erase`.
+
+        Raises `ClockError`, after it has taken away what was ordered before.
+        """
+        now, refused = await asyncio.to_thread(self._now)
+        if now is not None:
+            due = await asyncio.to_thread(examine, self._engine, self._rules, now)
+            steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=acts.ARCHIVER)
+            async for _ in _steps(steps):
+                beat()
+            if not due.is_nothing:
+                log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
         await self.erase(beat)
+        if refused is not None:
+            raise refused
 
     def claim(self, name: str, seconds: float) -> bool:
         """Begin a duty that one worker at a time does: False where another began it within so many seconds."""
         with database.transaction(self._engine) as connection:
             return heartbeats.claim(connection, name, seconds)
+
+    def _now(self) -> tuple[datetime | None, ClockError | None]:
+        """The time to destroy by, or why there is none while a clock is in doubt."""
+        try:
+            with database.transaction(self._engine) as connection:
+                return time_to_destroy_by(connection, self._home), None
+        except ClockError as error:
+            telemetry.destruction_refused.labels(error.reason).inc()
+            return None, error
 
     def close(self) -> None:
         """Let go of the connection."""

@@ -24,7 +24,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import database, heartbeats, telemetry
 from archiver.duties import Duty, Report, where
+from archiver.erasure.clocks import ClockError
 from archiver.identity import ForeignDatabaseError
+from archiver.seals import BoundsError
 from archiver.settings import SettingsError
 
 log = structlog.get_logger(__name__)
@@ -54,7 +56,7 @@ class Runner(msgspec.Struct, frozen=True):
 def reason_of(error: BaseException) -> str:
     """Return what an operator may read of a fault: of foreign errors type and place, for they may quote content."""
     cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError | psycopg.Error) else error
-    if isinstance(error, SettingsError | ForeignDatabaseError):
+    if isinstance(error, SettingsError | ForeignDatabaseError | ClockError | BoundsError):
         return str(error)
     if isinstance(cause, SQLAlchemyError | psycopg.Error):
         return f"database: {database.explain(cause)}"
