@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0013"
-down_revision = "0012"
+revision = "0014"
+down_revision = "0013"
 branch_labels = None
 depends_on = None
 
@@ -83,6 +83,8 @@ GUARD_ACT = """
                 THEN has_table_privilege(current_user, 'archiver.quarantine', 'DELETE')
             WHEN NEW.kind IN ('settings.changed')
                 THEN has_column_privilege(current_user, 'archiver.events', 'body', 'INSERT')
+            WHEN NEW.kind IN ('adopt')
+                THEN has_table_privilege(current_user, 'archiver.epochs', 'INSERT')
             WHEN NEW.kind IN ('hold.add')
                 THEN has_table_privilege(current_user, 'archiver.holds', 'INSERT')
             WHEN NEW.kind IN ('hold.release')
