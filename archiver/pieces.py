@@ -28,6 +28,8 @@ WHOLE_BYTES = 32_768
 _LEAST_BYTES = 256  # of messages that stand elsewhere already, so that a run of their own is worth it
 _MOST_PLACES = 32  # where such messages are looked for
 
+FRAME = 3  # parts of a frame
+
 Run = tuple[int, int]  # numbers of its first and its last piece
 
 

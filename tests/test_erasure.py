@@ -249,6 +249,13 @@ def test_i8_a_session_found_to_have_an_erased_turn_is_not_read_again(engine: Eng
     assert is_rebuilt_the_same(engine)
 
 
+def test_i10_what_is_ordered_and_not_taken_yet_is_rebuilt_the_same(engine: Engine) -> None:
+    record(engine, created("c1", "s1"))
+    read(engine, "s1", 5, *said("c1"))
+    erasure.order(engine, [Target("s1")], "request", ACT)
+    assert is_rebuilt_the_same(engine)
+
+
 def test_i8_facts_without_a_session_alone_go_from_the_sessions_that_have_their_turn(engine: Engine) -> None:
     record(engine, created("c1", "s1"))
     record(engine, created("c1", None, input="homeless words", updatedAt="2024-01-15T09:40:00Z"), minute=1)

@@ -230,6 +230,7 @@ def test_i9_seals_verify_and_prove_responses_in_pieces(grown: Engine) -> None:
     [
         "UPDATE archiver.pieces SET content = content || 'x' WHERE number = 3",
         "DELETE FROM archiver.pieces WHERE number = 3",
+        "DELETE FROM archiver.pieces WHERE number IN (SELECT runs[2] FROM archiver.events)",
         "UPDATE archiver.events SET runs = '{1,1}' WHERE runs IS NOT NULL",
         "UPDATE archiver.events SET runs = '{5,1}' WHERE runs IS NOT NULL",
         "UPDATE archiver.events SET runs = '{}' WHERE runs IS NOT NULL",
@@ -242,6 +243,9 @@ def test_i9_seals_verify_and_prove_responses_in_pieces(grown: Engine) -> None:
 def test_i9_a_false_compaction_is_found(grown: Engine, tampering: str) -> None:
     execute(grown, tampering, unguarded=True)
     assert set(faults(grown)) == {"not_restorable"}
+    # What is damaged stops neither its session nor the others.
+    record(grown, 100, webhook(1_000, conversation(1)), events.WEBHOOK)
+    assert sum(rebuild(grown, TIMING)) > 0
 
 
 @pytest.mark.parametrize(

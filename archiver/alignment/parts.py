@@ -78,9 +78,9 @@ class _Repeats:
         return next((n for n, (one, other) in enumerate(pairs) if one != other), len(self._messages) - start)
 
     def hold(self, length: int) -> bool:
-        """Whether their first so many messages, at least one, stand in another place as well."""
+        """Whether their first so many messages stand in another place as well."""
         last = len(self._messages) - length
-        if last <= 0:
+        if last <= 0 or not length:
             return False
         before = bisect_left(self._starts, last)
         return bool(before and self._lengths[before - 1] >= length) or (

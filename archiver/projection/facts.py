@@ -1,9 +1,10 @@
 """What the ledger tells of turns and sessions, read back."""
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import msgspec
@@ -198,25 +199,23 @@ class _Shared:
     """The messages that the responses of a session share, each read once, and a run of them as a slice."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
-        self._messages: list[Message] = []
-        self._bounds: dict[int, tuple[int, int]] = {}
-        for number in sorted(contents):
-            start = len(self._messages)
-            self._messages += history.message(contents[number])
-            self._bounds[number] = start, len(self._messages)
+        self._numbers = sorted(contents)
+        said = [history.message(contents[number]) for number in self._numbers]
+        self._messages = [*chain.from_iterable(said)]
+        self._starts = [*accumulate(map(len, said), initial=0)]
 
     def shown(self, runs: Iterable[pieces.Run]) -> Iterator[Message]:
-        """The messages of a response; none of pieces that are missing."""
-        nowhere = (0, 0)
-        slices = (
-            self._messages[self._bounds.get(first, nowhere)[0] : self._bounds.get(last, nowhere)[1]]
-            for first, last in runs
-        )
-        return chain.from_iterable(slices)
+        """The messages of a response; none of pieces that are missing, which `archiver verify` reports."""
+        return chain.from_iterable(self._messages[self._slice(run)] for run in runs)
 
     def count(self, runs: Iterable[pieces.Run]) -> int:
         """How many messages these are."""
-        return sum(self._bounds[last][1] - self._bounds[first][0] for first, last in runs)
+        slices = map(self._slice, runs)
+        return sum(max(0, each.stop - each.start) for each in slices)
+
+    def _slice(self, run: pieces.Run) -> slice:
+        first, last = bisect_left(self._numbers, run[0]), bisect_right(self._numbers, run[1])
+        return slice(self._starts[first], self._starts[last])
 
 
 def _readings(rows: Sequence[Row[Any]], shared: _Shared) -> list[Reading]:
@@ -235,7 +234,7 @@ def _readings(rows: Sequence[Row[Any]], shared: _Shared) -> list[Reading]:
 
 
 def _told(row: Row[Any], shared: _Shared, *, with_messages: bool = True) -> history.Told:
-    if row.runs is not None:
+    if row.runs is not None and len(row.frame or ()) == pieces.FRAME:
         messages = shared.shown(pieces.pairs(row.runs)) if with_messages else ()
         told = pieces.told(row.session_id, row.frame, messages)
     elif row.body is None:
