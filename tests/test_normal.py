@@ -2,6 +2,7 @@
 
 import html
 import unicodedata
+from time import process_time
 
 import pytest
 from hypothesis import example, given
@@ -45,3 +46,15 @@ def test_a_form_is_its_own_form_but_for_entities_beyond_the_limit(text: str) -> 
     once = normal_text(text)
     assert normal_text(once) == once or "&" in once
     assert normal_text(text + "\r\n") == once
+
+
+def test_i12_no_text_takes_long_to_normalise() -> None:
+    started = process_time()
+    marks = "\u0301\u0316" * 250_000
+    assert normal_text(f"a{marks}b") == normal_text(f"a{marks}b".replace(marks, marks[:30]))
+    assert process_time() - started < 2
+
+
+def test_marks_and_symbols_that_texts_have_stay() -> None:
+    for text in ("a" + "\u0301\u0316" * 10, "\u2500" * 500, "\U0001f44d" * 100):
+        assert normal_text(text) == unicodedata.normalize("NFC", text)

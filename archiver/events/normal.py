@@ -18,6 +18,10 @@ _TYPOGRAPHIC = {"'": "\u2018\u2019\u201a\u201b\u02bc", '"': "\u201c\u201d\u201e\
     "...": "\u2026",
 }
 _FOLDED = _INVISIBLE | {ord(each): plain for plain, every in _TYPOGRAPHIC.items() for each in every}
+# Putting a run of combining marks in order takes the square of its length. No language needs more than 30 of them on
+# one character (Unicode Standard Annex 15, section 13), and nobody can read more.
+_MOST_MARKS = 30
+_SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MOST_MARKS + 1},}}")  # combining marks are neither word nor space
 # Between two symbols the zero-width joiner makes one emoji of several; beside a letter or a space it shows nothing.
 _JOINER = re.compile("(?<![^\\w\\s])\u200d|\u200d(?![^\\w\\s])")
 
@@ -27,16 +31,26 @@ def normal_text(text: str) -> str:
 
     HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters stay
     apart), typographic quotes, dashes and ellipses become those of ASCII, invisible characters go, each run of white
-    space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Letter case,
-    punctuation and digits stay.
+    space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Of more than 30
+    combining marks in a row the first 30 count. Letter case, punctuation and digits stay.
     """
     if "&" in text:
         text = _unescaped(text)
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _JOINER.sub("", text.translate(_FOLDED)))
+        text = _JOINER.sub("", text.translate(_FOLDED))
+        text = unicodedata.normalize("NFC", _SYMBOLS.sub(_with_few_marks, text))
     elif text.isprintable() and "  " not in text:  # as most short texts
         return text.strip()
     return " ".join(text.split())
+
+
+def _with_few_marks(symbols: re.Match[str]) -> str:
+    kept, marks = [], 0
+    for symbol in symbols[0]:
+        marks = marks + 1 if unicodedata.combining(symbol) else 0
+        if marks <= _MOST_MARKS:
+            kept.append(symbol)
+    return "".join(kept)
 
 
 def _unescaped(text: str) -> str:
