@@ -21,7 +21,7 @@ from archiver.projection.rows import lock_sessions, upsert_sessions
 MOST_OLDER = 16  # responses that give way to pieces with a new one; what is left is for the duty
 SESSIONS_A_STEP = 200
 RESPONSES_A_STEP = 20
-BYTES_A_STEP = 32 * 1_048_576
+BYTES_A_STEP = 4 * 1_048_576  # who writes to the session waits for as long
 
 Key = tuple[str, bytes]  # session_id, dedupe_key
 

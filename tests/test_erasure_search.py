@@ -132,6 +132,17 @@ def test_i8_what_cannot_be_searched_is_counted_reported_and_listed(database_url:
     assert len(quarantined(engine)) == len(unsearchable) + 1
 
 
+NUMBER = "Bitte buchen Sie es von meiner Karte 4111 1111 1111 1234 ab, danke"
+
+
+def test_i8_history_that_cut_an_erased_turn_within_a_number_keeps_none_of_it(engine: Engine) -> None:
+    record(engine, created("c1", "s1", input=NUMBER, output="answer one"))
+    read(engine, "s1", 5, ("user", NUMBER[:50]), ("assistant", "ok"))
+    erase(engine, Target("s1", "c1"))
+    assert holds_text(engine, "4111") == []
+    assert is_rebuilt_the_same(engine)
+
+
 QUESTION = 'Größe "XL" & Farbe: 5 € — bitte\nbis zum Frühling liefern an café & co, danke'
 WORDINGS = {
     "line ends": QUESTION.replace("\n", "\r\n") + "\r\n",

@@ -98,9 +98,14 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
     )
 
 
+_CUT = 32  # characters: so much of a beginning is of the same text, even where it ends within a number
+
+
 def _repeats(content: str, said: Collection[str]) -> bool:
     text = normal_text(content)
-    return text in said or any(are_alike(text, each) for each in said)
+    beginning = text.removesuffix("...").rstrip()
+    is_long = len(beginning) >= _CUT
+    return text in said or any(are_alike(text, each) or (is_long and each.startswith(beginning)) for each in said)
 
 
 def aligned(chat_id: str, turn: Turn) -> alignment.Turn:
