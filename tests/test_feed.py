@@ -78,7 +78,7 @@ def transactions_of(engine: Engine, writer: int, seed: int, others_were_seen: th
         is_kept = rng.random() < 0.8
         with transaction(engine) as connection:
             ledger.record(connection, [observe(created(chat_id, f"s{writer}")) for chat_id in chat_ids])
-            connection.execute(text(f"INSERT INTO naive (chat_id) VALUES ('{writer}-{number}')"))
+            connection.execute(text(f"INSERT INTO public.naive (chat_id) VALUES ('{writer}-{number}')"))
             if writer == number == 0:
                 assert others_were_seen.wait(60)
             connection.execute(text(f"SELECT pg_sleep({rng.choice([0, 0, 0.01, 0.05])})"))
@@ -94,8 +94,8 @@ def test_i11_no_reader_misses_a_change_whatever_order_writers_commit_in(
 ) -> None:
     engine = cluster.engine(database_url, pool_size=WRITERS + PUBLISHERS + 2)
     # What a feed would be whose cursors those who write take themselves.
-    execute(engine, "CREATE TABLE naive (cursor bigint GENERATED ALWAYS AS IDENTITY, chat_id text)")
-    reader, naive = Reader(engine, "analytics.changes"), Reader(engine, "naive")
+    execute(engine, "CREATE TABLE public.naive (cursor bigint GENERATED ALWAYS AS IDENTITY, chat_id text)")
+    reader, naive = Reader(engine, "analytics.changes"), Reader(engine, "public.naive")
     committed: dict[int, list[str]] = {}
     others_were_seen = threading.Event()
 
@@ -126,7 +126,7 @@ def test_i11_no_reader_misses_a_change_whatever_order_writers_commit_in(
     for writer in range(WRITERS):
         assert [chat_id for _, chat_id in reader.seen if chat_id.startswith(f"{writer}-")] == committed[writer]
     # The same reader of the same transactions does miss rows where cursors are taken before the commit.
-    assert len(naive.seen) < rows(engine, "SELECT count(*) FROM naive")[0][0]
+    assert len(naive.seen) < rows(engine, "SELECT count(*) FROM public.naive")[0][0]
     engine.dispose()
 
 

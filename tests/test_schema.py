@@ -523,6 +523,7 @@ NUMBERED = ("events", "recounts", "acts", "erasures", "removals")
 def test_nobody_chooses_the_number_of_what_is_sealed(engine: Engine, role: str, table: str) -> None:
     columns = [column for column in tables.metadata.tables[f"archiver.{table}"].columns if column.name != "id"]
     samples = {"TIMESTAMP": "now()", "BYTEA": "'\\x00'", "JSONB": "'{}'", "TEXT": "'x'", "BOOLEAN": "false"}
+    samples |= {"BYTEA[]": "NULL", "INTEGER[]": "NULL"}
     values = ", ".join(samples.get(str(each.type.compile(engine.dialect)).split()[0], "1") for each in columns)
     names = ", ".join(column.name for column in columns)
     chosen = (

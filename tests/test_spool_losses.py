@@ -70,6 +70,8 @@ def test_i1_all_rows_behind_a_damaged_head_are_found(tmp_path: Path, zeroed: int
 @settings(max_examples=60, deadline=None)
 @example(0.0, 100, True)
 @example(0.0, 6_000, False)
+@example(0.578125, 91, False)
+@example(0.59375, 131, True)
 def test_i1_damage_anywhere_costs_no_row_that_it_does_not_touch(
     tmp_path_factory: pytest.TempPathFactory, place: float, length: int, is_zeroed: bool
 ) -> None:

@@ -98,19 +98,21 @@ def transaction(database: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 def insert(database: sqlite3.Connection, deliveries: Sequence[Spooled]) -> None:
     """Within a transaction."""
-    rows = [
-        (
-            each.received_at.isoformat(),
-            each.source,
-            each.key_id,
-            each.type,
-            each.session_id,
-            each.dedupe_key,
-            each.body,
-        )
-        for each in deliveries
-    ]
+    rows = [row_of(each) for each in deliveries]
     database.executemany(_INSERT, [(*row, checksum(row)) for row in rows])
+
+
+def row_of(delivery: Spooled) -> Row:
+    """Return its columns, without number and checksum."""
+    return (
+        delivery.received_at.isoformat(),
+        delivery.source,
+        delivery.key_id,
+        delivery.type,
+        delivery.session_id,
+        delivery.dedupe_key,
+        delivery.body,
+    )
 
 
 def insert_all(database: sqlite3.Connection, deliveries: Iterator[Spooled]) -> int:

@@ -4,6 +4,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from datetime import datetime
@@ -22,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 MAX_FILES = 1_000
 MOST_FAULTS = 10  # names that cannot be used, after which it is the folder that cannot
+DELETED = 10_000  # rows that are remembered
 LEAST_ROOM = 1_048_576  # bytes: with less a spool counts as full
 
 
@@ -43,6 +45,8 @@ class Spool:
         self.path = folder / f"spool-{number}.db"
         self._lock_file, self._max_bytes = lock, max_bytes
         self._lock = threading.Lock()
+        # Checksums of the latest rows that were deleted: SQLite may leave copies of them where it moved rows.
+        self._deleted: deque[int] = deque(maxlen=DELETED)
         self._file = 0  # counts the files that this has been: in each one the ids begin anew
         self._count = Count(self.path)
         self._reopen()
@@ -58,7 +62,7 @@ class Spool:
         self._file += 1
         self._database = open_file(self.path, self._max_bytes)
         # What has gone, but could not be deleted, because that needs room too: all up to an id, and some behind it.
-        self._gone_through, self._gone = 0, set[int]()
+        self._gone_through, self._gone, self._passed_over = 0, set[int](), 0
         try:
             with explained(self.path):
                 events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
@@ -76,7 +80,7 @@ class Spool:
         if missing > 0:
             with transaction(self._database, self.path):
                 known = files.select_rows(self._database, self.path)
-                found = insert_found(self._database, self.path, known)
+                found = insert_found(self._database, self.path, known, set(self._deleted))
             if found:
                 log.error("the spool was damaged: saved what can be read", events=found, file=self.path.name)
                 events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
@@ -160,7 +164,9 @@ class Spool:
                     self._database.executemany(
                         "DELETE FROM spooled WHERE id = ?", [(each.id,) for each in deliveries]
                     )
+                self._deleted.extend(files.checksum(files.row_of(each)) for each in deliveries)
             except SpoolError:
+                self._passed_over += len(deliveries)
                 self._pass_over(deliveries)
             self._events -= len(deliveries)
             self._bytes -= sum(len(each.body) for each in deliveries)
@@ -268,6 +274,7 @@ class Spool:
         self._database, self._identity = fresh._database, fresh._identity
         self._count = fresh._count
         self._gone_through, self._gone = fresh._gone_through, fresh._gone
+        self._passed_over = fresh._passed_over
         self._events, self._bytes = fresh._events, fresh._bytes
 
     def _copy(self, deliveries: Iterator[Spooled]) -> None:
@@ -280,11 +287,13 @@ class Spool:
     def _go_on(self, error: SpoolError) -> None:
         self._database.close()
         self._is_closed = True
+        # What was passed over is still in the file, and is found with the rest.
+        self._count.write(self._events + self._passed_over)
         self._salvage(error)
 
     def _salvage(self, error: SpoolError) -> None:
         """Go on in a new file of the same name, with whatever can still be read of the damaged one."""
-        saved, aside = set_aside(self.path)
+        saved, aside = set_aside(self.path, set(self._deleted))
         log.error("the spool was damaged: saved what can be read", reason=str(error), events=saved, aside=str(aside))
         self._open()
 
