@@ -142,10 +142,10 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
         for row in page:
             if row.is_full:
                 yield from _compact_session(engine, row.session_id, after)
+            after = row.session_id
         if len(page) < SESSIONS_A_STEP:
             yield Step(0, None)
             return
-        after = page[-1].session_id
         yield Step(0, after)
 
 

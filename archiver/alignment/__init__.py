@@ -13,19 +13,17 @@ import msgspec
 from archiver.alignment import newer, wording
 from archiver.alignment.context import without_repeats
 from archiver.alignment.history import merge_history
-from archiver.alignment.newer import Key, key_of, may_claim
+from archiver.alignment.newer import may_claim
 from archiver.alignment.parts import date, whole
 from archiver.alignment.shapes import Line, Reading, Turn
 from archiver.alignment.turns import in_order, merge_turns, whole_turn
 
 __all__ = [
-    "Key",
     "Line",
     "Reading",
     "Transcript",
     "Turn",
     "compose",
-    "key_of",
     "may_claim",
     "merge_history",
     "merge_turns",

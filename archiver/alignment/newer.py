@@ -13,8 +13,6 @@ from archiver.alignment.wording import role_of
 from archiver.events import Message
 from archiver.events.normal import normal_text
 
-Key = str
-
 
 def split(ordered: Sequence[Turn], read_at: datetime | None) -> int:
     """The number of turns, given in order of their beginning, that are to be aligned; those after them are newer."""
@@ -36,16 +34,11 @@ def has_open_end(lines: Iterable[Line]) -> bool:
     return is_open
 
 
-def unclaimed(lines: Iterable[Line]) -> set[Key]:
-    """The texts that only history tells."""
-    return {key_of(line) for line in lines if line.source == "history"}
+def unclaimed(lines: Iterable[Line]) -> set[str]:
+    """The normalised texts that only history tells."""
+    return {normal_text(line.content) for line in lines if line.source == "history"}
 
 
-def may_claim(messages: Iterable[Message], texts: Container[Key]) -> bool:
-    """Whether any of these messages may be one of the unclaimed `texts`."""
-    return any(message.content.strip() and key_of(message) in texts for message in messages)
-
-
-def key_of(said: Line | Message) -> Key:
-    """What messages have in common that may be the same, whatever their roles are called."""
-    return normal_text(said.content)
+def may_claim(messages: Iterable[Message], texts: Container[str]) -> bool:
+    """Whether any of these messages may be one of the unclaimed `texts`, whatever their roles are called."""
+    return any(message.content.strip() and normal_text(message.content) in texts for message in messages)

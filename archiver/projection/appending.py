@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from archiver import alignment, events
 from archiver.database import Direct, execute
-from archiver.events import Message
+from archiver.events.normal import normal_text
 from archiver.outbox import Change
 from archiver.projection import coverage, differences, facts, rows
 from archiver.projection.coverage import Timing
@@ -88,9 +88,9 @@ def append(connection: Connection, placed: Mapping[Key, Sequence[Fact]], timing:
         _SELECT_UNCLAIMED.bind(asked),
         facts.other_facts(keys, of_read=True),
     )
-    texts: dict[str, set[alignment.Key]] = defaultdict(set)
+    texts: dict[str, set[str]] = defaultdict(set)
     for row in unclaimed:
-        texts[row.session_id].add(alignment.key_of(Message(row.role, row.content)))
+        texts[row.session_id].add(normal_text(row.content))
     unplaced = {row.chat_id for row in others if row.session_id == UNPLACED}
     earlier = facts.by_turn(others, placed)
     for standing in standings:
@@ -130,7 +130,7 @@ class _Tail:
         )
         self._places: int = standing.places
 
-    def can_append(self, texts: Collection[alignment.Key]) -> bool:
+    def can_append(self, texts: Collection[str]) -> bool:
         """Whether they follow all other turns, arrived after the latest reading, and say nothing of `texts`."""
         if len(self._revised) > 1 or not self._is_readable:
             return False
