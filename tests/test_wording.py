@@ -61,6 +61,11 @@ def test_names_of_roles_are_no_difference(role: str) -> None:
 
 
 DIFFERENT = [
+    ("Отмените заказ, please help me now", "please help me now"),
+    ("返金 please help me now", "please help me now"),
+    ("great work \U0001f44d", "great work?"),
+    ("can you call me now Отмените", "can you call me now?"),
+    ("a < b and c > d here now", "a and c > d here now"),
     ("yes", "no"),
     ("order 12", "order 13"),
     ("order 1", "order 12"),
@@ -107,6 +112,8 @@ ALIKE = [
     ("**Hello there**, nice to see you", "Hello there, nice to see you"),
     ("Line one<br>line two of it", "Line one line two of it"),
     ("great work \U0001f44d", "great work"),
+    ("great \U0001f44d work of you", "great work of you"),
+    ("great work \U0001f44d ok", "great work ?? ok"),
     ("Größe und Übergröße", "Gr??e und ?bergr??e"),
 ]
 

@@ -60,7 +60,7 @@ def is_cut(short: str, whole: str) -> bool:
 
 
 _MASK = re.compile(
-    r"\[[^\[\]]{2,40}\]|<[^<>]{2,40}>|\{\{?[^{}]{2,40}\}\}?"  # [PHONE], <card>, {{email}}
+    r"\[[^\[\]\s][^\[\]]{1,39}\]|<[^<>\s][^<>]{1,39}>|\{\{?[^{}]{2,40}\}\}?"  # [PHONE], <card>, {{email}}
     r"|[*•█#]{2,}|(?<=\d)[*#•]|[*#•](?=\d)|\b[xX]{2,}\b|(?<=\d)[xX]+|[xX]+(?=\d)"
 )
 _MASKS = 20  # of one text
@@ -123,7 +123,9 @@ def _ends_of_words(whole: str, mask: str) -> _Ends:
 
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>")
 _DECORATION = re.compile(r"(?<!\d)[.,:;]|[.,:;](?!\d)|[*_`~!'\"()\s]")
-_SYMBOLS = re.compile(r"\s*(?:[^\x00-\x7f]|\?)+\s*")
+_DROPPED = re.compile(r"[^\x00-\x7f\w]|\s")  # emoji and such: letters carry meaning
+_FOREIGN = re.compile(r"[^\x00-\x7f]")
+_UNITS = (("utf-32-le", 4), ("utf-16-le", 2), ("utf-8", 1))  # for each of which a system writes one `?`
 _LETTERS = 8
 
 
@@ -137,7 +139,14 @@ def _plain(text: str) -> str:
 
 
 def _lacks_symbols(one: str, other: str) -> bool:
-    """Whether a system that writes ASCII alone has dropped or replaced the symbols of one of them."""
+    """Whether a system that writes ASCII alone has dropped the symbols of one of them, or written `?` for them."""
     if one.isascii() == other.isascii():
         return False
-    return _SYMBOLS.sub("", one) == _SYMBOLS.sub("", other) or _SYMBOLS.sub("?", one) == _SYMBOLS.sub("?", other)
+    plain, whole = (one, other) if one.isascii() else (other, one)
+    is_dropped = _DROPPED.sub("", plain) == _DROPPED.sub("", whole)
+    return is_dropped or any(plain == _in_ascii(whole, form, size) for form, size in _UNITS)
+
+
+def _in_ascii(text: str, form: str, size: int) -> str:
+    """The text as a system writes it that has one `?` for each unit of what is not ASCII."""
+    return _FOREIGN.sub(lambda found: "?" * (len(found[0].encode(form, "replace")) // size), text)
