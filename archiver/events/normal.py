@@ -6,7 +6,7 @@ from html import unescape
 from itertools import chain
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_LAYERS = 4  # of HTML entities: `&amp;amp;lt;`
+_LAYERS = 8  # of HTML entities: `&amp;amp;lt;`
 # Soft hyphen, zero-width space and non-joiner, marks of direction, word joiner, byte order mark and variation
 # selectors show nothing and separate nothing.
 _RANGES = (range(0x202A, 0x202F), range(0x2060, 0x2065), range(0x2066, 0x206A), range(0xFE00, 0xFE10))
