@@ -410,7 +410,9 @@ def test_another_takes_over_once_the_lease_has_ended(engine: Engine, database_ur
     with receiving() as receiver:
         subscribe(engine, receiver.url)
         execute(
-            engine, "UPDATE archiver.subscriptions SET leased_by = 'dead', leased_until = now() + interval '1 day'"
+            engine,
+            "UPDATE archiver.subscriptions SET leased_by = 'dead',"
+            f" leased_until = now() + interval '{subscriptions.LEASE_SECONDS} seconds'",
         )
         with sending(database_url):
             with transaction(engine) as connection:

@@ -210,6 +210,7 @@ FLIPS = {
     "INTEGER": ["{c} + 1", "{c} - 1", "{c} + 1000"],
     "DATETIME": ["{c} + interval '1 microsecond'", "{c} - interval '1 day'", "NULL", "'epoch'"],
     "BOOLEAN": ["NOT {c}"],
+    "ARRAY": ["array_append({c}, NULL)", "{c}[2\\:]", "NULL", "'{{}}'"],
     "JSONB": ["{c} || '{{\"more\"\\: 1}}'", "'{{}}'"],
 }
 SEALED = ("events", "recounts", "acts", "erasures", "removals", "seals")

@@ -26,6 +26,7 @@ _COUNT = 2  # bytes before each row: number of its fields
 _BEFORE = """
     CASE WHEN octet_length(salt) = 16 AND octet_length(dedupe_key) = 32 AND body IS NOT NULL AND delivery_count = 1
               AND last_received_at = received_at AND earliest_at IS NULL AND NOT is_recounted
+              AND frame IS NULL AND runs IS NULL
          THEN 16 + octet_length(body)
          ELSE -2 - coalesce(octet_length(salt) + octet_length(body), -1) END
 """

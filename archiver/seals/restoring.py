@@ -13,15 +13,16 @@ from archiver.seals.findings import Finding
 
 _SELECT = text(
     """
-    SELECT id, session_id, salt, body_digest, frame, runs FROM archiver.events
-     WHERE id = ANY (:ids) AND runs IS NOT NULL AND body IS NULL AND salt IS NOT NULL
+    SELECT id, session_id, salt, body IS NOT NULL AS has_body, body_digest, frame, runs FROM archiver.events
+     WHERE id = ANY (:ids) AND (frame IS NOT NULL OR runs IS NOT NULL)
      ORDER BY session_id, id
     """
 )
 
 
 def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterator[Finding]:
-    """Those of these events that are in pieces, and whose pieces do not make the bytes that were received.
+    """Those of these events that are in pieces, and whose pieces do not make the bytes that were received; and those
+    that have a frame or runs beside their bytes, or after their erasure.
 
     Memory is that of the pieces of one session.
     """
@@ -30,7 +31,9 @@ def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterato
         contents = pieces.select_contents(connection, [session_id]).get(session_id, {})
         restored = pieces.Restored(contents)
         for row in of_session:
-            if not _is_intact(row, restored):
+            if row.has_body or row.salt is None:
+                yield Finding("events", row.id, "changed")
+            elif not _is_intact(row, restored):
                 yield Finding("events", row.id, "not_restorable")
 
 

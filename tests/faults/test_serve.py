@@ -228,7 +228,8 @@ def test_i1_i3_lost_connections_under_load_lose_and_double_nothing(cluster: Clus
         stop.set()
         load.join()
         assert not load.broken
-        assert {code for _, code, _ in load.answers} == {200, 503}
+        # Mostly 200 alone: a batch whose connection is lost before it commits is written on another one.
+        assert {200} <= {code for _, code, _ in load.answers} <= {200, 503}
         refused = {number for number, code, _ in load.answers if code == 503}
         for number in refused:  # as the platform does
             assert send_once(receiver.port, number)[0] == 200
