@@ -357,7 +357,7 @@ def test_connections_lost_while_idle_fail_no_webhook_and_no_readiness(database_u
     )
     with serving(database_url) as receiver:
         assert receiver.post(created("before")).status_code == 200
-        assert rows(database_url, lose) == [(True,), (True,)]  # the writer's, and readiness's own
+        assert set(rows(database_url, lose)) == {(True,)}  # the writer's, readiness's own, and those of its duties
         reply = receiver.post(created("after"))
         assert (reply.status_code, reply.json()["status"]) == (200, "stored")
         assert receiver.get("/readyz").status_code == 200
