@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# What SQLite answers to bytes that it did not write. A damaged schema or file format is a plain SQLITE_ERROR; a text
+# that is not UTF-8 fails in Python, without a code (0). Other codes are faults of the disk, its permissions or room.
+_DAMAGED = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_TOOBIG,
+}
 
 
 class SpoolError(Exception):
@@ -39,7 +47,7 @@ def explained(path: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
         if code == sqlite3.SQLITE_FULL:
             raise SpoolFullError(str(SpoolFullError.__doc__)) from None
-        if code in _DAMAGED:
+        if code in _DAMAGED or (code == 0 and isinstance(error, sqlite3.OperationalError)):
             raise damaged(path, str(error)) from None
         raise SpoolError(unusable(path, str(error))) from None
     except OSError as error:

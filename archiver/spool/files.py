@@ -41,7 +41,7 @@ class Spooled(msgspec.Struct, frozen=True, gc=False):
 
 _COLUMNS = "received_at, source, key_id, type, session_id, dedupe_key, body"
 _SCHEMA = """
-    CREATE TABLE IF NOT EXISTS spooled (
+    CREATE TABLE spooled (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         received_at TEXT NOT NULL,
         source TEXT NOT NULL,
@@ -53,6 +53,10 @@ _SCHEMA = """
         checksum INTEGER
     )
 """
+_OBJECTS = {("table", "spooled"), ("table", "sqlite_sequence")}
+_MAGIC = b"SQLite format 3\0"
+_WAL_FORMAT = 2  # the newest format that SQLite writes
+_MOST_UNREADABLE = 1_000  # ids that are tried one by one behind a damaged page; a scan finds what lies further on
 _INSERT = f"INSERT INTO spooled ({_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # a constant
 _SELECT_FROM = f"SELECT id, checksum, {_COLUMNS} FROM spooled WHERE id >= ? ORDER BY id"  # noqa: S608  # a constant
 
@@ -63,8 +67,10 @@ def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
     """The file, made if there is none. Raises `SpoolError`, of a damaged one `SpoolDamagedError`."""
     with explained(path):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        _check_head(path)
         database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
+            _check_pages(database, path)
             for pragma in (
                 "auto_vacuum = INCREMENTAL",  # before the first table, or never
                 "journal_mode = WAL",
@@ -73,13 +79,65 @@ def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
                 f"max_page_count = {max(max_bytes // PAGE_BYTES, 16)}",
             ):
                 database.execute(f"PRAGMA {pragma}").fetchall()
-            database.execute(_SCHEMA)
-            if "checksum" not in {row[1] for row in database.execute("PRAGMA table_info(spooled)")}:
-                database.execute("ALTER TABLE spooled ADD COLUMN checksum INTEGER")  # made by an older version
+            _make_table(database, path)
         except BaseException:
             database.close()
             raise
         return database
+
+
+def _check_head(path: Path) -> None:
+    """Raise `SpoolDamagedError` where SQLite would write nothing, or remove a write-ahead log with deliveries."""
+    with path.open("rb") as file:
+        head = file.read(100)
+    if head and (not head.startswith(_MAGIC) or max(head[18:20], default=0) > _WAL_FORMAT):
+        raise damaged(path, "file header")
+    if not head and read_wal(path):
+        raise damaged(path, "empty beside a write-ahead log")
+
+
+def _check_pages(database: sqlite3.Connection, path: Path) -> None:
+    """Raise `SpoolDamagedError` unless every page and every row is where it belongs.
+
+    A damaged page may lead past rows, to others, or to a wrong number, without an error; a damaged list of free pages
+    lets the next delivery overwrite one that waits.
+    """
+    (result,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if result != "ok":
+        raise damaged(path, result)
+
+
+def _make_table(database: sqlite3.Connection, path: Path) -> None:
+    found = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    if not found:
+        database.execute(_SCHEMA)
+        return
+    sql = next((sql for _, name, sql in found if name == "spooled"), None) or ""
+    plain = _without_spaces(_SCHEMA)
+    before_checksums = plain.replace(",checksumINTEGER", "")
+    if {each[:2] for each in found} != _OBJECTS or _without_spaces(sql) not in {plain, before_checksums}:
+        raise damaged(path, "schema")
+    if _without_spaces(sql) == before_checksums:
+        _add_checksums(database, path)
+
+
+def _without_spaces(sql: str) -> str:
+    return "".join(sql.split())
+
+
+def _add_checksums(database: sqlite3.Connection, path: Path) -> None:
+    """Give each row of an older version its checksum: from then on, a row without one is damaged."""
+    database.create_function("checksum_of", -1, lambda *row: checksum(row), deterministic=True)
+    with transaction(database, path):
+        database.execute("ALTER TABLE spooled ADD COLUMN checksum INTEGER")
+        database.execute(f"UPDATE spooled SET checksum = checksum_of({_COLUMNS})")  # noqa: S608  # a constant
+
+
+def read_wal(path: Path) -> bytes:
+    """Return the write-ahead log beside a file; empty where there is none."""
+    with explained(path):
+        wal = Path(f"{path}-wal")
+        return wal.read_bytes() if wal.is_file() else b""
 
 
 @contextmanager
@@ -127,9 +185,13 @@ def insert_all(database: sqlite3.Connection, deliveries: Iterator[Spooled]) -> i
 def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[Spooled]:
     """The deliveries from this id on, in order. Raises `SpoolError`, at a damaged one `SpoolDamagedError`."""
     with explained(path):
+        last = start - 1
         for number, stored, *row in database.execute(_SELECT_FROM, (start,)):
-            if stored is not None and stored != checksum(tuple(row)):
+            if number <= last:
+                raise damaged(path, f"delivery {number} behind delivery {last}")
+            if stored != checksum(tuple(row)):
                 raise damaged(path, f"checksum of delivery {number}")
+            last = number
             received_at, source, key_id, kind, session_id, dedupe_key, body = row
             try:
                 moment = datetime.fromisoformat(received_at)
@@ -143,15 +205,15 @@ def readable(database: sqlite3.Connection, path: Path) -> Iterator[Spooled]:
     with explained(path):
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'spooled'").fetchone():
             return
-        last = int(database.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'spooled'").fetchone()[0] or 0)
-    start = 1
-    while start <= last:
+    start, unreadable = 1, 0
+    while unreadable < _MOST_UNREADABLE:
         with suppress(SpoolDamagedError):
             for delivery in select(database, path, start):
                 yield delivery
-                start = delivery.id + 1
+                start, unreadable = delivery.id + 1, 0
             break
         start += 1  # one that cannot be read, or lies where nothing can: try behind it
+        unreadable += 1
 
 
 def insert_rows(database: sqlite3.Connection, rows: Iterator[Row]) -> int:

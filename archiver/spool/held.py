@@ -18,6 +18,7 @@ from archiver.spool.counting import Count, add_lost
 from archiver.spool.errors import SpoolDamagedError, SpoolError, SpoolFullError, damaged, explained, unusable
 from archiver.spool.files import PAGE_BYTES, Spooled, open_file, transaction
 from archiver.spool.salvage import insert_found, overwrite, set_aside, sync
+from archiver.spool.scanning import scan
 
 log = structlog.get_logger(__name__)
 
@@ -45,17 +46,18 @@ class Spool:
         self.path = folder / f"spool-{number}.db"
         self._lock_file, self._max_bytes = lock, max_bytes
         self._lock = threading.Lock()
-        # Checksums of the latest rows that were deleted: SQLite may leave copies of them where it moved rows.
+        # Hashes of the latest rows that were deleted: SQLite may leave copies of them where it moved rows.
         self._deleted: deque[int] = deque(maxlen=DELETED)
         self._file = 0  # counts the files that this has been: in each one the ids begin anew
         self._count = Count(self.path)
         self._reopen()
 
     def _reopen(self) -> None:
+        wal = files.read_wal(self.path)
         try:
             self._open()
         except SpoolDamagedError as error:
-            self._salvage(error)
+            self._salvage(error, wal)
 
     def _open(self) -> None:
         self._is_closed = True  # until it is open
@@ -80,7 +82,8 @@ class Spool:
         if missing > 0:
             with transaction(self._database, self.path):
                 known = files.select_rows(self._database, self.path)
-                found = insert_found(self._database, self.path, known, set(self._deleted))
+                rows = scan(self.path.read_bytes(), files.read_wal(self.path))
+                found = insert_found(self._database, rows, known, set(self._deleted))
             if found:
                 log.error("the spool was damaged: saved what can be read", events=found, file=self.path.name)
                 events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
@@ -164,7 +167,7 @@ class Spool:
                     self._database.executemany(
                         "DELETE FROM spooled WHERE id = ?", [(each.id,) for each in deliveries]
                     )
-                self._deleted.extend(files.checksum(files.row_of(each)) for each in deliveries)
+                self._deleted.extend(hash(files.row_of(each)) for each in deliveries)
             except SpoolError:
                 self._passed_over += len(deliveries)
                 self._pass_over(deliveries)
@@ -285,15 +288,16 @@ class Spool:
         self._count.write(self._events)
 
     def _go_on(self, error: SpoolError) -> None:
+        wal = files.read_wal(self.path)
         self._database.close()
         self._is_closed = True
         # What was passed over is still in the file, and is found with the rest.
         self._count.write(self._events + self._passed_over)
-        self._salvage(error)
+        self._salvage(error, wal)
 
-    def _salvage(self, error: SpoolError) -> None:
+    def _salvage(self, error: SpoolError, wal: bytes) -> None:
         """Go on in a new file of the same name, with whatever can still be read of the damaged one."""
-        saved, aside = set_aside(self.path, set(self._deleted))
+        saved, aside = set_aside(self.path, wal, set(self._deleted))
         log.error("the spool was damaged: saved what can be read", reason=str(error), events=saved, aside=str(aside))
         self._open()
 

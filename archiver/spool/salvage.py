@@ -2,7 +2,7 @@
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -11,17 +11,18 @@ from archiver.spool.errors import SpoolDamagedError, explained
 from archiver.spool.scanning import scan
 
 
-def set_aside(path: Path, deleted: Collection[int]) -> tuple[int, Path]:
+def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Path]:
     """Put a new file in its place, with whatever can be read of it, and keep it under another name.
 
-    `deleted`: checksums of rows that may still lie in bytes that SQLite no longer uses.
+    `wal`: the write-ahead log as it was before SQLite saw it: SQLite removes it, with the frames that it passed over.
+    `deleted`: hashes of rows that may still lie in bytes that SQLite no longer uses.
 
     Answers how many deliveries those are, and the name. Raises `SpoolError`, and leaves it then where it is.
     """
     fresh = path.with_suffix(".new")
     with explained(path):
         fresh.unlink(missing_ok=True)
-        saved = _copy(path, fresh, deleted)
+        saved = _copy(path, fresh, wal, deleted)
         aside = next(name for name in _names(path) if not name.exists())
         os.link(path, aside)
         for end in ("-wal", "-shm"):
@@ -41,7 +42,8 @@ def _names(path: Path) -> Iterator[Path]:
     return (path.with_name(f"damaged-{path.stem}-{number}.db") for number in count(1))
 
 
-def _copy(path: Path, fresh: Path, deleted: Collection[int]) -> int:
+def _copy(path: Path, fresh: Path, wal: bytes, deleted: Collection[int]) -> int:
+    raw = path.read_bytes()  # before SQLite sees it again
     damaged = sqlite3.connect(path, isolation_level=None)
     saved = 0
     try:
@@ -51,7 +53,7 @@ def _copy(path: Path, fresh: Path, deleted: Collection[int]) -> int:
             with files.transaction(whole, fresh):
                 saved = files.insert_all(whole, _readable(damaged, path))
                 known = files.select_rows(whole, fresh)
-                saved += insert_found(whole, path, known, deleted)
+                saved += insert_found(whole, scan(raw, wal), known, deleted)
             whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # nothing beside it, so that it can be renamed
         finally:
             whole.close()
@@ -61,15 +63,13 @@ def _copy(path: Path, fresh: Path, deleted: Collection[int]) -> int:
 
 
 def insert_found(
-    database: sqlite3.Connection, path: Path, known: Collection[files.Row], deleted: Collection[int]
+    database: sqlite3.Connection, found: Iterable[files.Row], known: Collection[files.Row], deleted: Collection[int]
 ) -> int:
-    """Insert what the bytes of a file hold beside the rows that are known, and beside those that were deleted.
+    """Insert the rows that a scan found, except those that are known and those that were deleted.
 
     Answers how many. Within a transaction.
     """
-    wal = Path(f"{path}-wal")
-    found = scan(path.read_bytes(), wal.read_bytes() if wal.is_file() else b"")
-    new = [row for row in found if row not in known and files.checksum(row) not in deleted]
+    new = [row for row in found if row not in known and hash(row) not in deleted]
     return files.insert_rows(database, iter(new)) if new else 0
 
 
