@@ -72,6 +72,8 @@ def test_i1_all_rows_behind_a_damaged_head_are_found(tmp_path: Path, zeroed: int
 @example(0.0, 6_000, False)
 @example(0.578125, 91, False)
 @example(0.59375, 131, True)
+@example(0.001, 12, False)
+@example(0.783203125, 28, True)
 def test_i1_damage_anywhere_costs_no_row_that_it_does_not_touch(
     tmp_path_factory: pytest.TempPathFactory, place: float, length: int, is_zeroed: bool
 ) -> None:
@@ -112,6 +114,30 @@ def test_i1_a_write_ahead_log_that_is_damaged_or_cut_costs_what_it_does_not_hold
     lost = set(wanted) - found
     assert len(lost) <= 1
     assert select_lost(copied).events == len(lost)
+
+
+@pytest.mark.parametrize("damaged", ["emptied", "head", "all", "log too"])
+def test_i1_what_the_write_ahead_log_holds_is_found_although_its_file_is_damaged(
+    tmp_path: Path, damaged: str
+) -> None:
+    """SQLite removes the log of an empty file, and all of a log behind a damaged frame, when it closes them."""
+    spool = open_spool(tmp_path / "live", ROOM)
+    wanted = [body(number, 300) for number in range(60)]
+    for number, each in enumerate(wanted):
+        spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
+        (copied / name).write_bytes((tmp_path / "live" / name).read_bytes())
+    spool.close()
+    path, wal = copied / "spool-0.db", copied / "spool-0.db-wal"
+    raw = path.read_bytes()
+    path.write_bytes(b"" if damaged == "emptied" else b"x" * (100 if damaged == "head" else len(raw)) + raw[100:])
+    if damaged == "log too":
+        raw = wal.read_bytes()
+        wal.write_bytes(raw[:32] + b"x" * 24 + raw[56:])
+    assert reopened(copied) == set(wanted)
+    assert select_lost(copied).events == 0
 
 
 def test_i1_a_write_ahead_log_that_is_removed_is_reported_with_the_number(tmp_path: Path) -> None:
