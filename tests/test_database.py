@@ -17,9 +17,9 @@ from archiver.database import Direct, copying, execute, run_in_transaction, sqls
 Work = Callable[[Connection], Any]
 Runner = Callable[[Work], Any]
 
-TAKE = Direct("INSERT INTO taken (number) VALUES ($1::int) RETURNING number")
-PUT = Direct("INSERT INTO taken (number) VALUES ($1::int)")
-COUNT = Direct("SELECT count(*)::int AS held, $1::text AS told FROM taken")
+TAKE = Direct("INSERT INTO public.taken (number) VALUES ($1::int) RETURNING number")
+PUT = Direct("INSERT INTO public.taken (number) VALUES ($1::int)")
+COUNT = Direct("SELECT count(*)::int AS held, $1::text AS told FROM public.taken")
 ONE = Direct("SELECT 1 AS one")
 MUCH = "x" * 10_000_000  # more than any buffer on the way takes at once
 
@@ -29,7 +29,7 @@ def run(request: pytest.FixtureRequest, database_url: str) -> Iterator[Runner]:
     """Runs work in a transaction of its own, of a database with a table `taken`."""
     url = database.database_url(database_url)
     with transaction(engine := database.connect(url)) as connection:
-        connection.exec_driver_sql("CREATE TABLE taken (number int PRIMARY KEY)")
+        connection.exec_driver_sql("CREATE TABLE public.taken (number int PRIMARY KEY)")
     if request.param == "plain":
 
         def plainly(work: Work) -> Any:
