@@ -69,6 +69,22 @@ def _leave_no_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             shutil.rmtree(link.resolve().parent)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a module that says `ON_ONE_VERSION` run each test on the first version of Postgres alone."""
+    others = {*servers.versions()[1:]}
+    dropped = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and getattr(item.module, "ON_ONE_VERSION", False)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("cluster") in others
+    ]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
 @pytest.fixture(scope="session", params=servers.versions())
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     version: str = request.param

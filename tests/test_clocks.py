@@ -15,6 +15,8 @@ from tests.receivers import archiver
 from tests.rows import execute, rows
 from tests.test_ledger import record
 
+ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
+
 
 @pytest.mark.parametrize(("ahead", "is_free"), [("30 seconds", False), ("1 day", True), ("-1 second", True)])
 def test_a_lease_that_is_further_ahead_than_a_lease_lasts_is_free(engine: Engine, ahead: str, is_free: bool) -> None:
