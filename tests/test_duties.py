@@ -83,12 +83,12 @@ def test_i13_what_the_database_refuses_to_one_duty_is_reported_and_ends_with_the
     with serving(database_url, "--worker", ARCHIVER_SEAL_EVERY="1") as receiver:
         until(lambda: up(receiver, "seal") == 1, "it seals")
         with psycopg.connect(database_url, autocommit=True) as connection:
-            connection.execute("REVOKE SELECT ON archiver.seals FROM archiver_writer")
+            connection.execute("REVOKE SELECT ON archiver.recounts FROM archiver_writer")
             until(lambda: up(receiver, "seal") == 0, "it does not seal")
             (line, *_) = until(lambda: log_lines(receiver, "duty not working"), "it is logged")
             assert (line["duty"], line["reason"]) == ("seal", "database: SQLSTATE 42501")
             assert {up(receiver, each) for each in ("publish", "followups", "erase")} == {1.0}
-            connection.execute("GRANT SELECT ON archiver.seals TO archiver_writer")
+            connection.execute("GRANT SELECT ON archiver.recounts TO archiver_writer")
         until(lambda: up(receiver, "seal") == 1, "it seals again", 90)
         assert log_lines(receiver, "duty works again")
         assert receiver.post(created("c1", "s1")).json()["status"] == "stored"

@@ -60,10 +60,10 @@ cli.add_command(acts, "audit")  # acts is the older name
 
 def main() -> None:
     """The `archiver` command."""
-    _write_everything()
-    _write_whole()
-    _require_text(sys.argv[1:])
     try:
+        _write_everything()  # which writes what waits
+        _write_whole()
+        _require_text(sys.argv[1:])
         try:
             _run()
         finally:
