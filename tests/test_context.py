@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +79,21 @@ def test_what_a_user_really_says_again_stays() -> None:
         lines = transcript(turns, history)
         assert "".join(line.chat_id or "-" for line in lines) == "AABBCCC"
         assert texts(lines) == texts(said(*whole))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "history"),
+    [
+        (["u ok"], ["a ok", "a else?"], ["u yes", "a ok", "u ok", "a thanks", "a else?"]),
+        (["u ok", "u why"], ["a so"], ["u ok", "a yes", "u why", "a no"]),
+    ],
+)
+def test_i3_texts_that_recur_in_other_turns_are_no_repeats(
+    inputs: list[str], outputs: list[str], history: list[str]
+) -> None:
+    gone = turn("A", inputs, outputs, 1)  # the first is seed 190 of the simulation
+    lines = transcript([msgspec.structs.replace(gone, is_deleted=True)], [reading(*history)])
+    assert texts(line for line in lines if line.chat_id == "A") == texts(gone.messages)
 
 
 def test_an_output_that_holds_all_of_the_turn_is_split() -> None:

@@ -5,7 +5,7 @@ output, what stands up to the last of the user's words. `without_repeats` remove
 a repeat. The ledger keeps the bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -55,8 +55,9 @@ def _last_of(messages: Messages, *, is_user: bool) -> int:
 def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     """The turns, given in order, without what they repeat as the `lines` of the history show.
 
-    Leading inputs, or leading outputs, go if the history shows the others of them without these, and these before. A
-    system message goes if an earlier turn has it, too, and the history shows it less often.
+    Leading inputs, or leading outputs, go if the history shows the others of them without these, next to what the
+    turn was answered or asked, and these before: single texts that recur elsewhere are no repeats. A system message
+    goes if an earlier turn has it, too, and the history shows it less often.
     """
     if not lines:
         return [*turns]
@@ -90,35 +91,56 @@ def _without_prompts(turn: Turn, prompts: set[Key], places: dict[Key, list[int]]
 
 def _without_leading(turn: Turn, keys: Sequence[Key], places: dict[Key, list[int]]) -> Turn:
     said, answered = turn.messages[: turn.inputs], turn.messages[turn.inputs :]
-    inputs = said[_surplus(said, keys, places) :]
-    outputs = answered[_surplus(answered, keys, places) :]
+    asked = [key_of(message.role, message.content) for message in said]
+    replied = [key_of(message.role, message.content) for message in answered]
+
+    def is_answered(lines: range) -> bool:
+        after = _next_line(keys, range(lines.stop, len(keys)))
+        return not replied or after in replied
+
+    def is_asked(lines: range) -> bool:
+        before = _next_line(keys, range(lines.start - 1, -1, -1))
+        return not asked or before == asked[-1]
+
+    inputs = said[_surplus(asked, keys, places, is_answered) :]
+    outputs = answered[_surplus(replied, keys, places, is_asked) :]
     if len(inputs) + len(outputs) == len(turn.messages):
         return turn
     return msgspec.structs.replace(turn, messages=inputs + outputs, inputs=len(inputs))
 
 
-def _surplus(messages: Messages, keys: Sequence[Key], places: dict[Key, list[int]]) -> int:
-    """How many of the first of these messages are repeats."""
-    told = [key_of(message.role, message.content) for message in messages]
+def _next_line(keys: Sequence[Key], places: range) -> Key | None:
+    return next((keys[place] for place in places if not _is_skipped(keys[place])), None)
+
+
+def _is_skipped(key: Key) -> bool:
+    return key[0] in ASIDES or not key[1]
+
+
+def _surplus(
+    told: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
+) -> int:
+    """How many of the first of these messages are repeats. `is_own`: whether these lines may be the same turn's."""
     if len(told) < 2 or not all(content for _, content in told):  # noqa: PLR2004
         return 0
-    runs = [(_run(told, keys, place), place) for place in places.get(told[-1], ())[:_PLACES]]
-    length, place = max(runs, default=(0, 0), key=lambda run: (run[0], -run[1]))
+    runs = [_run(told, keys, place) for place in places.get(told[-1], ())[:_PLACES]]
+    own = [run for run in runs if run[0] == len(told) or is_own(run[1])]
+    length, lines = max(own, default=(0, range(0)), key=lambda run: (run[0], -run[1].stop))
     missing = told[: len(told) - length]
     # Elsewhere in the history, and all of them before.
-    if length and missing and all(any(other < place for other in places.get(key, ())) for key in missing):
+    if length and missing and all(any(other < lines.stop - 1 for other in places.get(key, ())) for key in missing):
         return len(missing)
     return 0
 
 
-def _run(told: Sequence[Key], keys: Sequence[Key], place: int) -> int:
-    """How many of the last of these messages stand in a row that ends at this line."""
-    length = 1
+def _run(told: Sequence[Key], keys: Sequence[Key], place: int) -> tuple[int, range]:
+    """How many of the last of these messages stand in a row that ends at this line, and its lines."""
+    length, start = 1, place
     line = place - 1
     while length < len(told) and line >= 0:
         if keys[line] == told[-1 - length]:
-            length += 1
-        elif keys[line][0] not in ASIDES and keys[line][1]:
+            length, start = length + 1, line
+        elif not _is_skipped(keys[line]):
             break
         line -= 1
-    return length
+    return length, range(start, place + 1)
