@@ -235,3 +235,14 @@ def is_blocked(database_url: str) -> bool:
             " WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"
         )
         return looking.execute(query).fetchone() != (0,)
+
+
+async def test_a_session_met_by_its_reading_has_no_news_after_it_where_clocks_differ(
+    database_url: str, callhq: CallHQ, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, begun = callhq.session("s", "ok"), datetime.now(UTC)
+    monkeypatch.setattr("archiver.database.now", lambda: datetime.now(UTC) + timedelta(seconds=10))
+    async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, _):
+        assert await reconciler.meet_all([session.id]) == {"read": 1}
+        read = partial(leases.select_read, session_ids=[session.id], since=begun)
+        assert await run_in_transaction(engine, read) == {session.id}

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, history, ledger, telemetry
+from archiver import history, ledger, telemetry
 from archiver.callhq import Client
 from archiver.database import run_apart, run_in_transaction
 from archiver.events import Event
@@ -115,16 +115,15 @@ class Reconciler:
         report = Report(self._engine, Leased(self._engine, [], None), told)
         waiting = iter(session_ids)
 
-        async def register(session_id: str, met: datetime, answer: Answer) -> None:
-            await report.add(session_id, *await self._register(session_id, met, answer))
+        async def register(session_id: str, answer: Answer) -> None:
+            await report.add(session_id, *await self._register(session_id, answer))
 
         async def one_after_another() -> None:
             for session_id in waiting:
                 async with self._turns:
                     await self._pause.wait()
-                    met = database.now()
                     answer = await self._asking.answer(session_id)
-                await _to_the_end(register(session_id, met, answer))
+                await _to_the_end(register(session_id, answer))
 
         try:
             await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
@@ -196,15 +195,14 @@ class Reconciler:
         telemetry.readings.labels(outcome).inc()
         return outcome, answer.fault
 
-    async def _register(self, session_id: str, met: datetime, answer: Answer) -> tuple[Outcome, str]:
+    async def _register(self, session_id: str, answer: Answer) -> tuple[Outcome, str]:
         """Commit that there is such a session, and what was answered of it: the outcome, and what went wrong."""
         if answer.status == NOT_FOUND:
             return "unknown", _NOT_KNOWN
-        facts = [(history.register({"id": session_id}), met)]
-        if answer.event is not None:
-            facts.append((answer.event, answer.began))
+        # Both at one time: by another clock the session might have been heard of after its reading, as if by news.
+        facts = [history.register({"id": session_id}), *([answer.event] if answer.event is not None else [])]
         try:
-            became = await asyncio.gather(*(self._submit(event, moment) for event, moment in facts))
+            became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
         except NotRecordedError as error:
             return "failed", str(error.__doc__)
         if answer.event is None:
