@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -156,27 +157,32 @@ def pem(key: Ed25519PrivateKey) -> str:
 def test_the_worker_takes_a_new_key_and_keeps_the_old_one_where_the_file_is_wrong(
     database_url: str, engine: Engine, tmp_path: Path
 ) -> None:
-    keys = [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()]
+    keys, numbers = [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()], count()
     file = tmp_path / "key"
     file.write_text(pem(keys[0]))
     with serving(database_url, "--worker", ARCHIVER_SEAL_KEY_FILE=str(file), ARCHIVER_SEAL_EVERY="1") as receiver:
 
-        def signer(number: int) -> str:
+        def signer() -> str:
+            # One more each time: with what was sealed under the old key no new one would sign anything.
+            number = next(numbers)
             receiver.post(created(f"c{number}", f"s{number}"))
             query = "SELECT key_id FROM archiver.seals ORDER BY id DESC LIMIT 1"
             found: str = until(lambda: rows(engine, query), "it is sealed")[0][0]
             return found
 
         ids = [seals.key_id(key.public_key()) for key in keys]
-        assert signer(1) == ids[0]
+        assert signer() == ids[0]
         file.write_text("no key at all")
         failing = 'archiver_worker_up{duty="settings"} 0.0'
         until(lambda: failing in receiver.get("/metrics").text, "the worker reports it")
-        status = " ".join(archiver("status", database_url=database_url).stdout.split())
-        assert "settings failed" in until(lambda: "settings failed" in status and status, "status reports it")
-        assert signer(2) == ids[0]
+
+        def status() -> str:
+            return " ".join(archiver("status", database_url=database_url).stdout.split())
+
+        until(lambda: "settings failed" in status(), "status reports it")  # a worker records its state now and then
+        assert signer() == ids[0]
         file.write_text(pem(keys[1]))
-        until(lambda: signer(3) == ids[1], "the new key signs", 60)
+        until(lambda: signer() == ids[1], "the new key signs", 60)
         assert receiver.stop() == 0
 
 
