@@ -55,9 +55,9 @@ def _last_of(messages: Messages, *, is_user: bool) -> int:
 def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     """The turns, given in order, without what they repeat as the `lines` of the history show.
 
-    Leading inputs, or leading outputs, go if the history shows the others of them without these, next to what the
-    turn was answered or asked, and these before: single texts that recur elsewhere are no repeats. A system message
-    goes if an earlier turn has it, too, and the history shows it less often.
+    Leading inputs go if the history shows the others of them without these, next to what the turn was answered, and
+    these before: single texts that recur elsewhere are no repeats. Outputs stay: short answers are alike. A system
+    message goes if an earlier turn has it, too, and the history shows it less often.
     """
     if not lines:
         return [*turns]
@@ -98,15 +98,10 @@ def _without_leading(turn: Turn, keys: Sequence[Key], places: dict[Key, list[int
         after = _next_line(keys, range(lines.stop, len(keys)))
         return not replied or after in replied
 
-    def is_asked(lines: range) -> bool:
-        before = _next_line(keys, range(lines.start - 1, -1, -1))
-        return not asked or before == asked[-1]
-
     inputs = said[_surplus(asked, keys, places, is_answered) :]
-    outputs = answered[_surplus(replied, keys, places, is_asked) :]
-    if len(inputs) + len(outputs) == len(turn.messages):
+    if len(inputs) == len(said):
         return turn
-    return msgspec.structs.replace(turn, messages=inputs + outputs, inputs=len(inputs))
+    return msgspec.structs.replace(turn, messages=inputs + answered, inputs=len(inputs))
 
 
 def _next_line(keys: Sequence[Key], places: range) -> Key | None:
