@@ -14,7 +14,7 @@ def main() -> None:
 
 def _print_version() -> bool:
     """False where stdout does not take it: the program says why."""
-    from archiver.version import describe  # noqa: PLC0415
+    from archiver.version import describe  # noqa: PLC0415  # an import costs nothing until it is needed
 
     try:
         sys.stdout.write(f"{describe()}\n")

@@ -62,7 +62,7 @@ def compose(turns: Iterable[Turn], readings: Iterable[Reading]) -> Transcript:
     read_at = None
     found = whole(sorted(readings, key=lambda reading: reading.read_at))
     # Where turns vanished, equal ones that stayed may have been taken for them.
-    is_dated = len(found) < 2 or not any(turn.is_deleted and turn.messages for turn in known)  # noqa: PLR2004
+    is_dated = len(found) < 2 or not any(turn.is_deleted and turn.messages for turn in known)  # noqa: PLR2004  # one alone
     for each in found:
         spine = date(merge_history(spine, each.reading, deleted), each.first_read_at)
         read_at = each.reading.read_at

@@ -116,7 +116,7 @@ def _surplus(
     told: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
 ) -> int:
     """How many of the first of these messages are repeats. `is_own`: whether these lines may be the same turn's."""
-    if len(told) < 2 or not all(content for _, content in told):  # noqa: PLR2004
+    if len(told) < 2 or not all(content for _, content in told):  # noqa: PLR2004  # one alone repeats nothing
         return 0
     runs = [_run(told, keys, place) for place in places.get(told[-1], ())[:_PLACES]]
     own = [run for run in runs if run[0] == len(told) or is_own(run[1])]

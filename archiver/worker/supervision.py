@@ -113,7 +113,7 @@ class Supervisor:
                 pause = FIRST_PAUSE_SECONDS
             longest = AWAY_PAUSE_SECONDS if isinstance(error, _AWAY) else LONGEST_PAUSE_SECONDS
             with suppress(TimeoutError):
-                await asyncio.wait_for(_beating(ending, duty), min(pause, longest) * random.uniform(0.8, 1.2))  # noqa: S311
+                await asyncio.wait_for(_beating(ending, duty), min(pause, longest) * random.uniform(0.8, 1.2))  # noqa: S311  # jitter
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             duty.restarts += 1
             telemetry.worker_restarts.labels(duty.name).inc()
