@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver.database import transaction
 from archiver.projection import leases
-from archiver.reconcile.pause import SEVERAL
 from tests import servers
 from tests.receivers import serving
 from tests.servers import as_writer
@@ -34,6 +33,7 @@ from tests.waiting import until
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 
 SOON = {"ARCHIVER_RECONCILE_AFTER": "1"}
+RETRY_AFTER = 6  # seconds
 
 
 class Watch:
@@ -45,8 +45,7 @@ class Watch:
         self._open: Counter[str] = Counter()
         self.together = 0  # calls for a session that was being read already
         self.began: list[float] = []
-        self.paused_at: float | None = None
-        self.pauses = 0  # of the next calls are answered 429
+        self.is_refusing = False  # each call is answered 429
         self.busy = ""  # the path of a session that is always answered 503, with a long Retry-After
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,17 +53,14 @@ class Watch:
             await self._app(scope, receive, send)
             return
         with self._lock:
-            self.began.append(time.monotonic())
+            self.began.append(time.time())
             self.together += self._open[scope["path"]] > 0
             self._open[scope["path"]] += 1
-            refuses = self.pauses > 0
-            self.pauses -= refuses
         try:
             if scope["path"] == self.busy:
                 await JSONResponse({"message": "busy"}, 503, {"retry-after": "300"})(scope, receive, send)
-            elif refuses:
-                await JSONResponse({"message": "busy"}, 429, {"retry-after": "2"})(scope, receive, send)
-                self.paused_at = time.monotonic()
+            elif self.is_refusing:
+                await JSONResponse({"message": "busy"}, 429, {"retry-after": str(RETRY_AFTER)})(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         finally:
@@ -194,12 +190,14 @@ def test_a_429_pauses_all_workers(database_url: str) -> None:
         make_due(database_url, callhq, 400)
         with working(database_url, callhq), working(database_url, callhq):
             until(lambda: read(database_url) > 50, "both are at work", 60)
-            watch.pauses = 2 * SEVERAL  # of as many sessions, so that one of the two workers meets several
-            until(lambda: watch.pauses == 0, "they are refused", 60)
+            watch.is_refusing = True  # until one of the two workers has met several in a row
+            until(lambda: execute(database_url, "SELECT count(*) FROM archiver.pauses") == [(1,)], "they pause", 60)
+            watch.is_refusing = False
             until(lambda: read(database_url) == 400, "all are read", 60)
-    assert watch.paused_at is not None
-    # Calls under way when it was said, and those of a worker that had just looked, are not held back.
-    late = [began for began in watch.began if watch.paused_at + 0.5 < began < watch.paused_at + 1.9]
+        ((ended_at,),) = execute(database_url, "SELECT extract(epoch FROM until)::float FROM archiver.pauses")
+    # Calls under way when the pause began, and those of a worker that had just looked, are not held back: only the
+    # second half of the pause is silent for certain.
+    late = [began for began in watch.began if ended_at - RETRY_AFTER / 2 < began < ended_at]
     assert late == []
 
 
