@@ -1,7 +1,8 @@
 """Settings that stand in files are read again when a file changes, and on SIGHUP.
 
 A file counts as changed once two looks in a row find the same new content, so that one that is being written is not
-read half-way. What cannot be used is reported, and the settings before stay in use.
+read half-way. Changes count from a look taken before the settings are read, so that none in between is missed.
+What cannot be used is reported, and the settings before stay in use.
 """
 
 import asyncio
@@ -51,19 +52,29 @@ class Reloading:
     """Reads the settings again for as long as it runs.
 
     `apply` uses the new ones; it raises `SettingsError`, before it changes anything, where they cannot be used.
+    `used` is a `look` taken before the present settings were read. `forward` passes SIGHUP on to other processes.
     """
 
-    def __init__(self, apply: Callable[[Settings], Awaitable[None]], duty: Duty | None = None) -> None:
-        self._apply, self._duty = apply, duty or Duty("settings")
-        self._used, self._before = look(), look()
+    def __init__(
+        self,
+        apply: Callable[[Settings], Awaitable[None]],
+        used: Mapping[str, str],
+        forward: Callable[[], None] | None = None,
+    ) -> None:
+        self._apply, self._duty, self._forward = apply, Duty("settings"), forward
+        self._used = self._before = used
         self._asked = asyncio.Event()
         self._fault, self._reported_at = "", 0.0
 
-    async def run(self) -> None:
-        """Look until cancelled. SIGHUP asks for a look at once, where the event loop is in the main thread."""
-        telemetry.settings_current.set(1)
+    async def run(self, duty: Duty | None = None) -> None:
+        """Look until cancelled. SIGHUP asks for a look at once, where the event loop is in the main thread.
+
+        May be run again: what changed in between is read.
+        """
+        self._duty = duty or self._duty
+        telemetry.settings_current.set(not self._fault)
         if threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         while True:
             try:
@@ -78,10 +89,17 @@ class Reloading:
             else:
                 self._duty.working()
 
+    def _hang_up(self) -> None:
+        self._asked.set()
+        if self._forward is not None:
+            self._forward()
+
     async def _look(self, *, is_asked: bool) -> None:
         found = await asyncio.to_thread(look)
         is_settled, self._before = found == self._before, found
-        if is_asked or (is_settled and found != self._used):
+        # `serve` decides some settings for the processes that it starts, which then stand in no file.
+        is_changed = any(self._used.get(name) != digest for name, digest in found.items())
+        if is_asked or (is_settled and is_changed):
             await self._reload(found)
 
     async def _reload(self, found: Mapping[str, str]) -> None:

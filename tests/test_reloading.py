@@ -1,8 +1,11 @@
 """Settings in files are read again, without a signal and on SIGHUP, and a wrong database at the start is survived."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ from sqlalchemy import Engine
 
 from archiver import seals
 from tests.payloads import created
-from tests.receivers import Receiver, archiver, serving
+from tests.receivers import Receiver, archiver, serving, starting
 from tests.rows import rows
 from tests.servers import as_writer
 from tests.waiting import until
@@ -118,19 +121,23 @@ def nobody_listens() -> str:
     return f"postgresql://nobody@127.0.0.1:{port}/nothing"
 
 
+def wrong(fault: str, right: str, folder: Path) -> str:
+    """The URL of a database to which no connection comes about."""
+    return {
+        "host": nobody_listens(),
+        "user": right.replace("test_writer@", "no_such_user:wrong@"),
+        "database": right.replace("/test_", "/no_such_database_"),
+        "certificate": f"{nobody_listens()}?sslmode=verify-full&sslrootcert={folder}/nowhere.pem",
+    }[fault]
+
+
 @pytest.mark.parametrize("fault", ["host", "user", "database", "certificate"])
 def test_i1_a_start_with_a_wrong_database_spools_until_the_file_is_right(
     fault: str, database_url: str, engine: Engine, tmp_path: Path
 ) -> None:
     right = as_writer(database_url)
-    wrong = {
-        "host": nobody_listens(),
-        "user": right.replace("test_writer@", "no_such_user:wrong@"),
-        "database": right.replace("/test_", "/no_such_database_"),
-        "certificate": f"{nobody_listens()}?sslmode=verify-full&sslrootcert={tmp_path}/nowhere.pem",
-    }[fault]
     file = tmp_path / "url"
-    file.write_text(wrong)
+    file.write_text(wrong(fault, right, tmp_path))
     with serving(None, "--worker", DATABASE_URL_FILE=str(file), ARCHIVER_SEAL_EVERY="1") as receiver:
         assert receiver.post(created("c1", "s1")).json()["status"] == "spooled"
         assert receiver.get("/readyz").status_code == 200
@@ -184,6 +191,101 @@ def test_the_worker_takes_a_new_key_and_keeps_the_old_one_where_the_file_is_wron
         file.write_text(pem(keys[1]))
         until(lambda: signer() == ids[1], "the new key signs", 60)
         assert receiver.stop() == 0
+
+
+def reloaded(log: str) -> set[int]:
+    """The processes that read their settings again."""
+    lines = [json.loads(line) for line in log.splitlines() if '"settings reloaded"' in line]
+    return {line["pid"] for line in lines}
+
+
+@pytest.mark.parametrize("receivers", [1, 2])
+def test_sighup_to_serve_reaches_its_worker_too(receivers: int, database_url: str) -> None:
+    with serving(database_url, "--worker", "--workers", str(receivers)) as receiver:
+        until(lambda: 'archiver_worker_up{duty="seal"} 1.0' in receiver.get("/metrics").text, "it works")
+        receiver.signal(signal.SIGHUP)
+        until(lambda: len(reloaded(receiver.stderr())) == receivers + 1, "receivers and worker read their files")
+        assert "ended by itself" not in receiver.stderr()
+        assert receiver.stop() == 0
+
+
+def test_sighup_while_the_worker_starts_ends_nothing(database_url: str) -> None:
+    with serving(database_url, "--worker") as receiver:
+        for _ in range(20):
+            receiver.signal(signal.SIGHUP)
+        until(lambda: len(reloaded(receiver.stderr())) == 2, "receiver and worker read their files")
+        assert "ended by itself" not in receiver.stderr()
+        assert receiver.stop() == 0
+
+
+def test_a_file_that_changes_while_serve_starts_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "secrets"
+    file.write_text(OLD)
+    options = {"ARCHIVER_WEBHOOK_SECRETS": "", "ARCHIVER_WEBHOOK_SECRETS_FILE": str(file)}
+    with socket.create_server(("127.0.0.1", 0)) as database:
+        url = f"postgresql://postgres@127.0.0.1:{database.getsockname()[1]}/silent"
+        with starting(url, **options) as receiver:
+            connection, _ = database.accept()  # the settings have been read by now
+            file.write_text(NEW)
+            connection.close()
+            database.close()
+            with receiver:
+                until(lambda: (code(receiver, NEW), code(receiver, OLD)) == (200, 401), "the new one counts")
+
+
+@contextmanager
+def working(log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`archiver worker`, killed in the end."""
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "archiver", "worker"],
+            env={**os.environ, "ARCHIVER_LOG_FORMAT": "json", "ARCHIVER_SEAL_EVERY": "1", **environment},
+            stdout=stderr,
+            stderr=stderr,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_file_that_changes_while_a_worker_starts_is_read(database_url: str, engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        file.write_text(f"postgresql://postgres@127.0.0.1:{silent.getsockname()[1]}/silent")
+        options = {"DATABASE_URL_FILE": str(file), "ARCHIVER_HOME": str(tmp_path)}
+        with working(tmp_path / "log", **options) as worker:
+            connection, _ = silent.accept()
+            file.write_text(as_writer(database_url))
+            connection.close()
+            silent.close()
+            until(lambda: rows(engine, "SELECT 1 FROM archiver.workers"), "it works with the new one")
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(60) == 0
+
+
+@pytest.mark.parametrize("fault", ["host", "user", "database", "certificate"])
+def test_a_worker_with_a_wrong_database_waits_until_the_file_is_right(
+    fault: str, database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    right = as_writer(database_url)
+    file = tmp_path / "url"
+    file.write_text(wrong(fault, right, tmp_path))
+    with serving(database_url) as receiver:
+        assert receiver.post(created("c1", "s1")).json()["status"] == "stored"
+    options = {"DATABASE_URL_FILE": str(file), "ARCHIVER_HOME": str(tmp_path)}
+    with working(tmp_path / "log", **options) as worker:
+        log = tmp_path / "log"
+        until(lambda: worker.poll() is not None or "duty not working" in log.read_text(), "it reports the fault")
+        assert worker.poll() is None, log.read_text()
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert any("the worker waits for it" in line["event"] and line["reason"] for line in lines), lines
+        assert not any("Traceback" in line.get("exception", "") for line in lines if "waits" in line["event"])
+        file.write_text(right)
+        until(lambda: rows(engine, "SELECT 1 FROM archiver.seals"), "it seals", 120)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 0
 
 
 def test_sighup_ends_no_worker(database_url: str, tmp_path: Path) -> None:

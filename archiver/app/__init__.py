@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from archiver import database, settings, signatures, telemetry
+from archiver import database, reloading, settings, signatures, telemetry
 from archiver.app.bodies import Bodies
 from archiver.app.crowd import Crowd
 from archiver.app.readiness import Readiness
@@ -27,7 +27,6 @@ from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
 from archiver.identity import Guard, watch_identity
 from archiver.ingest import CONNECTIONS, Ingest
-from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
 from archiver.waits import report_waits
@@ -63,11 +62,17 @@ class Service(Starlette):
             await super().__call__(scope, receive, send)
 
 
-def create(configuration: Settings | None = None) -> Service:
+def create(
+    configuration: Settings | None = None,
+    used: Mapping[str, str] | None = None,
+    forward: Callable[[], None] | None = None,
+) -> Service:
     """The composition root: settings to a service. Opens nothing until the server starts it.
 
+    `used`: a look at the files of the settings, taken before these were read. `forward` passes SIGHUP on to others.
     Raises `SettingsError` when a setting is missing or wrong.
     """
+    used = reloading.look() if used is None else used
     configuration = configuration or settings.read()
     if configuration.database_url is None:
         raise settings.SettingsError("DATABASE_URL: not set; `archiver serve` sets it for the embedded database.")
@@ -105,6 +110,8 @@ def create(configuration: Settings | None = None) -> Service:
             await engine.dispose()  # of idle connections; those in use end their transaction
         await asyncio.to_thread(_record, new, at)
 
+    files = reloading.Reloading(reload, used, forward)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
@@ -112,7 +119,7 @@ def create(configuration: Settings | None = None) -> Service:
         _collect_less_garbage()
         spool = _open_spool(configuration)
         async with ingest.running(spool):
-            work = [report_waits(asking), Reloading(reload).run(), watch_identity(asking, guard)]
+            work = [report_waits(asking), files.run(), watch_identity(asking, guard)]
             tasks = set(map(asyncio.create_task, [*work, _watch_spool(configuration, ingest)]))
             with crowd.watched():
                 yield {"crowd": crowd}  # Uvicorn hands it to each connection

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, heartbeats, settings, telemetry
+from archiver import database, heartbeats, reloading, settings, telemetry
 from archiver.app import end_with_parent
 from archiver.cli.worker import work
 from archiver.duties import Report, where
@@ -34,19 +34,21 @@ PROCESS = "worker"  # stands for the whole process among the duties
 
 
 @contextmanager
-def working(environment: Mapping[str, str], url: str) -> Iterator[None]:
+def working(environment: Mapping[str, str], url: str) -> Iterator["Companion"]:
     """Run a worker until the end of the block, with this environment over that of this process.
 
     `url`: of the database, where the settings name none; and where faults of the whole process are reported.
     """
-    companion = _Companion(environment, url)
+    companion = Companion(environment, url)
     try:
-        yield
+        yield companion
     finally:
         companion.stop()
 
 
-class _Companion:
+class Companion:
+    """The process of the worker, started again where it ended by itself."""
+
     def __init__(self, environment: Mapping[str, str], url: str) -> None:
         self._environment, self._url = environment, url
         self._id = f"{socket.gethostname()}:{os.getpid()}:serve"
@@ -65,6 +67,12 @@ class _Companion:
         self._process.terminate()
         self._process.join(STOP_SECONDS)
         self._process.kill()
+
+    def hang_up(self) -> None:
+        """Send SIGHUP, which it keeps back until it is ready: it reads its files again."""
+        pid = self._process.pid
+        if pid is not None and self._process.exitcode is None:
+            os.kill(pid, signal.SIGHUP)
 
     def _watch(self) -> None:
         pause, is_recorded = FIRST_PAUSE_SECONDS, False
@@ -141,9 +149,10 @@ def _run(environment: Mapping[str, str], url: str, said: Connection) -> None:
     end_with_parent()
     telemetry.configure_logs("info", "auto")  # until the settings are read
     try:
+        used = reloading.look()
         configuration = settings.read()
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
-        work(configuration, url)
+        work(configuration, url, used)
     except Exception as error:  # the outermost frame of the process
         reason = str(error) if isinstance(error, SettingsError) else f"{type(error).__name__} at {where(error)}"
         log.exception("the worker cannot work", reason=reason)

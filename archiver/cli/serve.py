@@ -6,7 +6,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -64,6 +64,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     reloading.block()
+    used = reloading.look()
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     connection.warn_of_strangers()
@@ -82,11 +83,15 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
         for name in environment:
             os.environ.pop(f"{name}_FILE", None)
         configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
-        with _listening(host, port, place) as listener, working(environment, url) if has_worker else nullcontext():
+        with (
+            _listening(host, port, place) as listener,
+            working(environment, url) if has_worker else nullcontext() as companion,
+        ):
+            forward = None if companion is None else companion.hang_up
             if workers == 1:
-                _receive(configuration, listener)
+                _receive(configuration, used, listener, forward)
             else:
-                _receive_in_processes(configuration, listener, workers)
+                _receive_in_processes(configuration, listener, workers, forward)
 
 
 _WITHOUT_SECRETS = """
@@ -191,25 +196,34 @@ def _server(configuration: Settings) -> dict[str, Any]:
     return _SERVER | {"proxy_headers": "{url}" in configuration.hmac_template}
 
 
-def _receive(configuration: Settings, listener: socket.socket) -> None:
-    server = uvicorn.Server(uvicorn.Config(create(configuration), **_server(configuration)))
+Forward = Callable[[], None] | None  # passes SIGHUP on to the worker
+
+
+def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.socket, forward: Forward) -> None:
+    server = uvicorn.Server(uvicorn.Config(create(configuration, used, forward), **_server(configuration)))
     server.run([listener])
     if not server.started:
         sys.exit(1)
 
 
-def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int) -> None:
+def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int, forward: Forward) -> None:
     """They read the settings again, so what was decided here stands in the environment."""
     server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_server(configuration))
-    _Processes(server, sockets=[listener]).run()
+    _Processes(server, listener, forward).run()
 
 
 class _Processes(Multiprocess):
     """Uvicorn's; it closes its own listening socket, which would go on to take in connections that nobody answers."""
 
+    def __init__(self, server: uvicorn.Config, listener: socket.socket, forward: Forward) -> None:
+        super().__init__(server, sockets=[listener])
+        self._forward = forward
+
     def handle_signals(self) -> None:
-        """SIGHUP, which is kept back here and in what begins, goes to every receiver, which reads its files again."""
+        """SIGHUP, kept back here and in each process that starts, goes to all of them; each reads its files again."""
         while signal.sigtimedwait({signal.SIGHUP}, 0) is not None:
+            if self._forward is not None:
+                self._forward()
             for process in self.processes:
                 if process.pid is not None and process.exitcode is None:
                     os.kill(process.pid, signal.SIGHUP)

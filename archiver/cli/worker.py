@@ -3,17 +3,20 @@
 import asyncio
 import signal
 import sys
+from collections.abc import Mapping
 
 import click
 import structlog
 from prometheus_client import start_http_server
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, reloading, schema, settings, telemetry
 from archiver.cli import connection
 from archiver.cli.output import Whole, counted, progress
 from archiver.rebuild import count_events
 from archiver.rebuild import rebuild as replay
+from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.worker import Worker, signing_key, timing_of
 from archiver.worker.recording import record_settings
@@ -31,16 +34,32 @@ def worker(metrics_port: int | None) -> None:
     `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
     """
     reloading.block()
+    used = reloading.look()
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     signing_key(configuration)
     connection.warn_of_strangers()
     with connection.lasting_database_url(configuration, create=False) as url:
-        with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
-            schema.check(opened)
+        _check(configuration, url)
         if metrics_port is not None:
             _serve_metrics(metrics_port)
-        work(configuration, url)
+        work(configuration, url, used)
+
+
+def _check(configuration: Settings, url: str) -> None:
+    """Check the schema. A database that cannot be reached is reported; each duty goes on trying."""
+    try:
+        with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
+            schema.check(opened)
+    except SQLAlchemyError as error:
+        if not database.is_not_connected(error):
+            raise
+        log.error(  # noqa: TRY400  # there is nothing to trace
+            "the database cannot be reached: the worker waits for it, or for another DATABASE_URL in its file",
+            database=connection.named(configuration),
+            reason=database.explain(error),
+            advice="archiver doctor says what to do",
+        )
 
 
 def _serve_metrics(port: int) -> None:
@@ -52,12 +71,12 @@ def _serve_metrics(port: int) -> None:
         ) from None
 
 
-def work(configuration: Settings, url: str) -> None:
-    """Background work until SIGTERM or Ctrl-C."""
-    connection.run(_work(configuration, url))
+def work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
+    """Background work until SIGTERM or Ctrl-C. `used`: the files, looked at before the settings were read."""
+    connection.run(_work(configuration, url, used))
 
 
-async def _work(configuration: Settings, url: str) -> None:
+async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
     """Work with one set of settings after the other: new ones begin once what was under way has ended."""
     stopped, given = asyncio.Event(), configuration
     ending = asyncio.Event()
@@ -75,11 +94,12 @@ async def _work(configuration: Settings, url: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    files = Reloading(reload, used)
     while not stopped.is_set():
         ending.clear()
         at = _url(given, url)
         await asyncio.to_thread(_record, given, at)
-        await Worker(given, database.database_url(at), reload).run(ending)
+        await Worker(given, database.database_url(at), files).run(ending)
     log.info("stopped")
 
 

@@ -44,13 +44,11 @@ COMPACT_SECONDS = 20.0
 BEAT_SECONDS = 1.0  # between two reports of a duty that waits for its next turn
 CLAIMED = 0.9  # of a period: claims are not to beat against it
 
-Reload = Callable[[Settings], Awaitable[None]]
-
 
 class Worker:
-    """All background work of one process, with these settings. `reload` takes the new ones where a file changed."""
+    """All background work of one process, with these settings. `reloading` reads new ones where a file changed."""
 
-    def __init__(self, configuration: Settings, url: URL, reload: Reload | None = None) -> None:
+    def __init__(self, configuration: Settings, url: URL, reloading: Reloading | None = None) -> None:
         self._configuration, self._url = configuration, url
         self._guard = Guard(configuration.home.resolve(), url)
         self._prepared = configuration.prepared_statements
@@ -65,7 +63,7 @@ class Worker:
             self._runner("compact", self._compact, may_cancel=False),
             self._runner("locks", self._locks),
             self._runner("identity", self._identity),
-            *([self._runner("settings", partial(self._settings, reload))] if reload else []),
+            *([self._runner("settings", partial(self._settings, reloading))] if reloading else []),
         ]
         self._supervisor = Supervisor(runners, url, prepared_statements=self._prepared)
 
@@ -179,8 +177,8 @@ class Worker:
         finally:
             await engine.dispose()
 
-    async def _settings(self, reload: Reload, duty: Duty, ending: asyncio.Event) -> None:
-        await until(ending, Reloading(reload, duty).run())
+    async def _settings(self, reloading: Reloading, duty: Duty, ending: asyncio.Event) -> None:
+        await until(ending, reloading.run(duty))
 
 
 async def until(ending: asyncio.Event, work: Awaitable[None]) -> None:

@@ -81,7 +81,6 @@ def test_i1_an_expired_certificate_ends_a_start_without_spool_or_spools(server: 
     for command in (
         ["serve", "--port", "0"],
         ["serve", "--port", "0", "--migrate"],
-        ["worker"],
         ["status"],
         ["doctor"],
     ):
