@@ -7,70 +7,24 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
+from tests import processes
 from tests.payloads import SECRET, WEBHOOK
+from tests.processes import Process
 from tests.servers import as_writer
 from tests.waiting import until
 
 START_SECONDS = 120
 STOP_SECONDS = 60
-
-
-# Imports the command line once, then forks a process for each command: importing costs more than most commands do.
-_COMMANDS = """
-import json, os, signal, sys, traceback
-from archiver.cli import main
-for line in sys.stdin:
-    told = json.loads(line)
-    if pid := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
-    signal.alarm(60)
-    for number, path in enumerate([os.devnull, told["stdout"], told["stderr"]]):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
-    os.environ.clear()
-    os.environ.update(told["environment"])
-    sys.argv = ["archiver", *told["arguments"]]
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else end.code is not None
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-"""
-
-
-@cache
-def _commands() -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _COMMANDS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_environment(None, {}),
-    )
-
-    def stop() -> None:
-        process.communicate()  # the end of its input is its end
-
-    atexit.register(stop)
-    return process
 
 
 def archiver(
@@ -85,15 +39,11 @@ def archiver_raw(
     *arguments: str, database_url: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
     """As `archiver`, with the bytes that it printed."""
-    process = _commands()
-    assert process.stdin
-    assert process.stdout
     with tempfile.TemporaryDirectory(prefix="archiver-command-") as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        told = {"arguments": arguments, "environment": _environment(database_url, environment)}
-        process.stdin.write(json.dumps(told | {"stdout": str(stdout), "stderr": str(stderr)}) + "\n")
-        process.stdin.flush()
-        code = int(process.stdout.readline())
+        environment = _environment(database_url, environment)
+        process = processes.start(arguments, environment, stdout=stdout, stderr=stderr, seconds=60)
+        code = process.wait()
         return subprocess.CompletedProcess(arguments, code, stdout.read_bytes(), stderr.read_bytes())
 
 
@@ -112,7 +62,7 @@ atexit.register(_BYTECODE.cleanup)
 class Receiver:
     """A running `archiver serve`."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     url: str = ""
     _client: httpx2.Client = field(default_factory=lambda: httpx2.Client(trust_env=False, timeout=30))
@@ -192,15 +142,8 @@ def starting(database_url: str | None, *options: str, **environment: str) -> Ite
         if "CALLHQ_API_KEY" not in settings and "--worker" not in options:
             options = ("--no-worker", *options)  # it would be a process more, of no use to most tests
         url = database_url if database_url is None or "--migrate" in options else as_writer(database_url)
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "archiver", "serve", "--port", "0", *options],
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                env=_environment(url, settings),
-                start_new_session=True,
-            )
+        arguments = ["serve", "--port", "0", *options]
+        process = processes.start(arguments, _environment(url, settings), stdout=log, stderr=log, is_apart=True)
         receiver = Receiver(process, log)
         try:
             yield receiver

@@ -19,10 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import embedded
 from archiver.followups.deliveries import message_id
+from tests import processes
 from tests.conftest import Cluster
 from tests.faults.outages import stopped
 from tests.followups import SECRET, let_time_pass, states, subscribe
 from tests.payloads import created, deleted
+from tests.processes import Process
 from tests.rows import rows
 from tests.servers import as_writer
 from tests.test_erasure import record
@@ -67,16 +69,12 @@ def recording(folder: Path, share: float = FAILS) -> Iterator[Recorder]:
 
 
 @contextmanager
-def working(url: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+def working(url: str, **settings: str) -> Iterator[Process]:
     """`archiver worker`, which sends as fast as it can."""
     told = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "archiver", "worker"],
-            env={**os.environ, "DATABASE_URL": as_writer(url), **told, **settings},
-            stdout=log,
-            stderr=log,
-        )
+    with tempfile.NamedTemporaryFile() as log:
+        environment = {**os.environ, "DATABASE_URL": as_writer(url), **told, **settings}
+        process = processes.start(["worker"], environment, stdout=log.name, stderr=log.name)
         try:
             yield process
         finally:

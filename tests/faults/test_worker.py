@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psycopg
 import pytest
@@ -24,7 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver.database import transaction
 from archiver.projection import leases
-from tests import servers
+from tests import processes, servers
+from tests.processes import Process
 from tests.receivers import serving
 from tests.servers import as_writer
 from tests.upstreams import CallHQ, hosting, simulated
@@ -97,18 +96,12 @@ def watched(callhq: CallHQ) -> Iterator[Watch]:
 
 
 @contextmanager
-def working(
-    url: str, callhq: CallHQ, *, log: IO[bytes] | None = None, **settings: str
-) -> Iterator[subprocess.Popen[bytes]]:
+def working(url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str) -> Iterator[Process]:
     """`archiver worker`; what is left of it in the end is killed."""
-    with tempfile.TemporaryFile() as unread:
-        log = log or unread
-        process = subprocess.Popen(
-            [sys.executable, "-m", "archiver", "worker"],
-            env={**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings},
-            stdout=log,
-            stderr=log,
-        )
+    with tempfile.NamedTemporaryFile() as unread:
+        environment = {**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings}
+        path = (log or unread).name
+        process = processes.start(["worker"], environment, stdout=path, stderr=path)
         try:
             yield process
         finally:
