@@ -80,6 +80,14 @@ followup_seconds = Histogram(
 followup_waits = Counter(
     "archiver_followup_waits_total", "Times that sending follow-ups waited for the database, or was started again."
 )
+followup_set_aside = Counter(
+    "archiver_followup_set_aside_total",
+    "Pieces of work on follow-ups that were set aside (locked, too_slow); each is tried again alone.",
+    ["reason"],
+)
+followup_aside = Gauge(
+    "archiver_followup_aside", "Pieces of work on follow-ups that are set aside.", multiprocess_mode="livesum"
+)
 followup_oldest = Gauge(
     "archiver_followup_oldest_age_seconds",
     "Age of the oldest change that a subscription at work has not been told.",

@@ -1,6 +1,9 @@
 """Rows that are slow on purpose: a trigger that sleeps, or fails, where a row is one of those that a test names."""
 
-from sqlalchemy import Engine
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine, text
 
 from tests.rows import execute
 
@@ -20,3 +23,13 @@ def slow_rows(engine: Engine, table: str, column: str, value: str, action: str) 
 def quick_rows(engine: Engine, table: str) -> None:
     """Undo it."""
     execute(engine, f"DROP TRIGGER slow_{table.replace('.', '_')} ON {table}")
+
+
+@contextmanager
+def holding(engine: Engine, *statements: str) -> Iterator[Connection]:
+    """A transaction of another program that stays open, with its locks."""
+    with engine.connect() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+        yield connection
+        connection.rollback()

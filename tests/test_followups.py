@@ -489,12 +489,12 @@ def test_what_ended_is_forgotten_after_its_time_and_what_waits_is_not(engine: En
         "UPDATE archiver.deliveries SET state = 'pending', ended_at = NULL WHERE cursor = 3",
     )
     with transaction(engine) as connection:
-        assert forgetting.forget_ended(connection, 14) == 2
-        assert forgetting.forget_removed(connection) == 0
+        assert forgetting.forget(connection, forgetting.select_ended(connection, 14)) == 2
+        assert forgetting.select_removed(connection) == []
     assert [row[0] for row in attempts(engine)] == [3, 4]
     with transaction(engine) as connection:
         subscriptions.remove(connection, subscription_id)
-        assert forgetting.forget_removed(connection) == 2
+        assert forgetting.forget(connection, forgetting.select_removed(connection)) == 2
     assert attempts(engine) == told_of(engine) == []
 
 

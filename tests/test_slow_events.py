@@ -1,14 +1,14 @@
 """One event that takes long, waits for another transaction, or fails, while Postgres is well: no other waits (I4)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine
 
 from archiver import database, events, history, quarantine
 from archiver.history import SOURCE
@@ -19,7 +19,7 @@ from tests import servers
 from tests.payloads import created, deleted
 from tests.receivers import archiver
 from tests.rows import rows
-from tests.slowness import quick_rows, slow_rows
+from tests.slowness import holding, quick_rows, slow_rows
 from tests.waiting import until
 
 pytestmark = [
@@ -76,16 +76,6 @@ def count_others(engine: Engine) -> int:
 
 async def until_soon(condition: Any, what: str, seconds: float = 60) -> None:
     await asyncio.to_thread(until, condition, what, seconds)
-
-
-@contextmanager
-def holding(engine: Engine, *statements: str) -> Iterator[Connection]:
-    """A transaction of another program that stays open, with its locks."""
-    with engine.connect() as connection:
-        for statement in statements:
-            connection.execute(text(statement))
-        yield connection
-        connection.rollback()
 
 
 async def test_i4_events_beside_a_slow_one_are_archived_and_the_circuit_stays_closed(

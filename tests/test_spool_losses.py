@@ -91,20 +91,25 @@ def test_i1_damage_anywhere_costs_no_row_that_it_does_not_touch(
     assert select_lost(folder).events == len(set(wanted) - found)
 
 
+def left_by_a_kill(folder: Path) -> tuple[Path, list[bytes]]:
+    """A spool as after kill -9, its write-ahead log not written into its file, and the bodies that it holds."""
+    spool = open_spool(folder / "live", ROOM)
+    wanted = [body(number, 300) for number in range(60)]
+    for number, each in enumerate(wanted):
+        spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
+    copied = folder / "copied"
+    copied.mkdir()
+    for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
+        (copied / name).write_bytes((folder / "live" / name).read_bytes())
+    spool.close()
+    return copied, wanted
+
+
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.7])
 def test_i1_a_write_ahead_log_that_is_damaged_or_cut_costs_what_it_does_not_hold_and_no_more(
     tmp_path: Path, cut: float
 ) -> None:
-    """As after kill -9: the log was not written into the file."""
-    spool = open_spool(tmp_path / "live", ROOM)
-    wanted = [body(number, 300) for number in range(60)]
-    for number, each in enumerate(wanted):
-        spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
-    copied = tmp_path / "copied"
-    copied.mkdir()
-    for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
-        (copied / name).write_bytes((tmp_path / "live" / name).read_bytes())
-    spool.close()
+    copied, wanted = left_by_a_kill(tmp_path)
     wal = copied / "spool-0.db-wal"
     raw = bytearray(wal.read_bytes())
     at = int(cut * len(raw))
@@ -121,15 +126,7 @@ def test_i1_what_the_write_ahead_log_holds_is_found_although_its_file_is_damaged
     tmp_path: Path, damaged: str
 ) -> None:
     """SQLite removes the log of an empty file, and all of a log behind a damaged frame, when it closes them."""
-    spool = open_spool(tmp_path / "live", ROOM)
-    wanted = [body(number, 300) for number in range(60)]
-    for number, each in enumerate(wanted):
-        spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
-    copied = tmp_path / "copied"
-    copied.mkdir()
-    for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
-        (copied / name).write_bytes((tmp_path / "live" / name).read_bytes())
-    spool.close()
+    copied, wanted = left_by_a_kill(tmp_path)
     path, wal = copied / "spool-0.db", copied / "spool-0.db-wal"
     raw = path.read_bytes()
     path.write_bytes(b"" if damaged == "emptied" else b"x" * (100 if damaged == "head" else len(raw)) + raw[100:])

@@ -238,7 +238,11 @@ APART_LOCK_SECONDS, APART_STATEMENT_SECONDS = 0.5, 10.0
 
 
 async def run_apart(
-    engine: AsyncEngine, items: Sequence[Item], work: Callable[[Connection, Sequence[Item]], T]
+    engine: AsyncEngine,
+    items: Sequence[Item],
+    work: Callable[[Connection, Sequence[Item]], T],
+    *,
+    statement_seconds: float = APART_STATEMENT_SECONDS,
 ) -> tuple[list[T], list[Item]]:
     """Return what `work` answers for all items, in one transaction if none of them makes it wait.
 
@@ -251,7 +255,7 @@ async def run_apart(
         answer = await run_in_transaction(
             engine,
             lambda connection: work(connection, items),
-            statement_seconds=APART_STATEMENT_SECONDS,
+            statement_seconds=statement_seconds,
             lock_seconds=APART_LOCK_SECONDS,
         )
     except DBAPIError as error:
@@ -262,8 +266,8 @@ async def run_apart(
     else:
         return [answer], []
     middle = len(items) // 2
-    first, waiting = await run_apart(engine, items[:middle], work)
-    second, also_waiting = await run_apart(engine, items[middle:], work)
+    first, waiting = await run_apart(engine, items[:middle], work, statement_seconds=statement_seconds)
+    second, also_waiting = await run_apart(engine, items[middle:], work, statement_seconds=statement_seconds)
     return first + second, waiting + also_waiting
 
 

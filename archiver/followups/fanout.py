@@ -1,6 +1,6 @@
 """From the feed to deliveries: which changes are told to a subscription, set-based, one page a statement."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import msgspec
@@ -31,12 +31,16 @@ class Page(msgspec.Struct, frozen=True):
     missed: int  # of which the feed holds nothing any more
 
 
+# Changes of a subject: a session, a turn without one, or else the change itself.
+_IS_OF = """(session_id = ANY (CAST(:subjects AS text[]))
+    OR coalesce(chat_id = ANY (CAST(:subjects AS text[])), false)
+    OR (session_id = '' AND chat_id IS NULL AND CAST(cursor AS text) = ANY (CAST(:subjects AS text[]))))"""
 _PAGE = f"""
     WITH page AS MATERIALIZED (
         SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM archiver.changes
-         WHERE cursor > :cursor ORDER BY cursor LIMIT :most
+         WHERE cursor > :cursor AND cursor <= :until {{only}} ORDER BY cursor LIMIT :most
     ), told AS MATERIALIZED (
-        SELECT * FROM page WHERE type = ANY (CAST(:events AS text[]))
+        SELECT * FROM page WHERE type = ANY (CAST(:events AS text[])) {{but}}
     ), {homes("told", "sought")}, wanted AS MATERIALIZED (
         SELECT DISTINCT session_id, chat_id FROM sought
     )
@@ -78,38 +82,64 @@ def _matching(name: str) -> str:
     )"""  # noqa: S608  # texts of ours
 
 
+_ONLY, _BUT = f"AND {_IS_OF}", f"AND NOT {_IS_OF}"
+
+
 @lru_cache
-def _statement(names: tuple[str, ...]) -> TextClause:
+def _statement(names: tuple[str, ...], *, is_only: bool) -> TextClause:
     conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # names of ours
     where = f" WHERE {conditions}" if names else ""
-    return text(_PAGE + "".join(map(_matching, names)) + _TELL.format(where=where))
+    page = _PAGE.format(only=_ONLY if is_only else "", but="" if is_only else _BUT)
+    return text(page + "".join(map(_matching, names)) + _TELL.format(where=where))
 
 
 # Of a turn that has found its session: what waits of it from before comes first there, too.
-_MOVE_IN = text(
-    """
+_MOVE_IN = """
     WITH found AS MATERIALIZED (
         SELECT DISTINCT ON (chat_id) chat_id, session_id FROM archiver.changes
-         WHERE cursor > :cursor AND cursor <= :through AND session_id <> '' AND chat_id IS NOT NULL
+         WHERE cursor > :cursor AND cursor <= :through AND session_id <> '' AND chat_id IS NOT NULL {which}
          ORDER BY chat_id, session_id
     )
     UPDATE archiver.deliveries d SET session_id = f.session_id FROM found f
      WHERE d.subscription_id = :id AND d.state = 'pending' AND d.session_id = '' AND d.chat_id = f.chat_id
-    """
-)
+"""
+_MOVE_ALL_BUT, _MOVE_ONLY = text(_MOVE_IN.format(which=_BUT)), text(_MOVE_IN.format(which=_ONLY))
 _ADVANCE = text("UPDATE archiver.subscriptions SET cursor = :through WHERE id = :id")
 
 
-def search(connection: Connection, subscription: Subscription, after: int, most: int) -> Page | None:
+_SELECT_NEXT = text(
+    "SELECT cursor, session_id, chat_id FROM archiver.changes WHERE cursor > :cursor ORDER BY cursor LIMIT 1"
+)
+_END = 2**63 - 1
+
+
+def select_subject(connection: Connection, after: int) -> tuple[int, str] | None:
+    """The first change after this cursor, and its subject; None where there is none."""
+    row = connection.execute(_SELECT_NEXT, {"cursor": after}).one_or_none()
+    return None if row is None else (row.cursor, row.session_id or row.chat_id or str(row.cursor))
+
+
+def search(
+    connection: Connection,
+    subscription: Subscription,
+    after: int,
+    most: int,
+    *,
+    aside: Sequence[str] = (),
+    advances: bool = True,
+    statement_seconds: float = database.STATEMENT_SECONDS,
+) -> Page | None:
     """As `fan_out`, where text is sought: None if that took too long, of so many changes.
+
+    `statement_seconds`: the limit of the caller's other statements, which is set again.
 
     What cannot be searched in time alone is told without having been searched: nothing is to be lost.
     """
     try:
         with connection.begin_nested():
             database.limit(connection, SEARCH_SECONDS if most > 1 else LONGEST_SEARCH_SECONDS)
-            page = fan_out(connection, subscription, after, most)
-            database.limit(connection)
+            page = fan_out(connection, subscription, after, most, aside=aside, advances=advances)
+            database.limit(connection, statement_seconds)
             return page
     except DBAPIError as error:
         if database.sqlstate(error) != _CANCELLED:
@@ -119,29 +149,68 @@ def search(connection: Connection, subscription: Subscription, after: int, most:
         return None
     log.error("a change cannot be searched in time and is told unsearched", subscription=subscription.id, after=after)
     unsearched = msgspec.structs.replace(subscription.filter, contains=None)
-    return fan_out(connection, msgspec.structs.replace(subscription, filter=unsearched), after, 1)
+    unfiltered = msgspec.structs.replace(subscription, filter=unsearched)
+    return fan_out(connection, unfiltered, after, 1, aside=aside, advances=advances)
 
 
-def fan_out(connection: Connection, subscription: Subscription, after: int, most: int = PAGE) -> Page:
+def fan_out(
+    connection: Connection,
+    subscription: Subscription,
+    after: int,
+    most: int = PAGE,
+    *,
+    aside: Sequence[str] = (),
+    advances: bool = True,
+) -> Page:
     """Make deliveries of at most so many changes after this cursor, and move on. The caller holds its lease.
 
+    `aside`: the subjects whose changes are passed over. `advances`: whether the cursor of the subscription moves on.
     Whoever else believed to hold it meanwhile would make the same deliveries again, of which none is added.
     """
+    page = _make(connection, subscription, after, most=min(most, PAGE), until=_END, subjects=aside, is_only=False)
+    if page.looked_at and advances:
+        advance(connection, subscription.id, page.through)
+    return page
+
+
+def fan_out_subject(
+    connection: Connection, subscription: Subscription, subject: str, *, after: int, until: int, most: int = PAGE
+) -> Page:
+    """Make deliveries of at most so many changes of this subject in that part of the feed, which was passed over."""
+    return _make(connection, subscription, after, most=most, until=until, subjects=[subject], is_only=True)
+
+
+def advance(connection: Connection, subscription_id: int, through: int) -> None:
+    """Note that all deliveries up to this cursor are made."""
+    connection.execute(_ADVANCE, {"id": subscription_id, "through": through})
+
+
+def _make(
+    connection: Connection,
+    subscription: Subscription,
+    after: int,
+    *,
+    most: int,
+    until: int,
+    subjects: Sequence[str],
+    is_only: bool,
+) -> Page:
     told = {name: value for name, value in msgspec.structs.asdict(subscription.filter).items() if value is not None}
     names = tuple(name for name in _CONDITIONS if name in told)
     values = {
         **told,
         "id": subscription.id,
         "cursor": after,
-        "most": min(most, PAGE),
+        "until": until,
+        "subjects": list(subjects),
+        "most": most,
         "events": list(subscription.events),
         "attempts": ATTEMPTS,
     }
-    row = connection.execute(_statement(names), values).one()
+    row = connection.execute(_statement(names, is_only=is_only), values).one()
     if not row.looked_at:
         return Page(0, after, 0, 0)
-    through = {"id": subscription.id, "through": row.through}
     if subscription.is_ordered:
-        connection.execute(_MOVE_IN, through | {"cursor": after})
-    connection.execute(_ADVANCE, through)
+        moved = {"id": subscription.id, "cursor": after, "through": row.through, "subjects": list(subjects)}
+        connection.execute(_MOVE_ONLY if is_only else _MOVE_ALL_BUT, moved)
     return Page(row.looked_at, row.through, row.told, max(0, row.since - after - 1))

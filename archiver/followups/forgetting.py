@@ -1,23 +1,23 @@
 """What is dropped of deliveries, some at a time: those that ended long ago, those whose subscription was removed."""
 
-from sqlalchemy import Connection, text
+from collections.abc import Sequence
 
-_FORGET = """
-    WITH gone AS MATERIALIZED (
-        DELETE FROM archiver.deliveries d USING (
-            SELECT subscription_id, cursor FROM archiver.deliveries WHERE {which} LIMIT :most FOR UPDATE SKIP LOCKED
-        ) AS old WHERE d.subscription_id = old.subscription_id AND d.cursor = old.cursor
-        RETURNING d.subscription_id, d.cursor
-    ), attempts AS (
-        DELETE FROM archiver.attempts a USING gone g
-         WHERE a.subscription_id = g.subscription_id AND a.cursor = g.cursor
-    )
-    SELECT count(*) FROM gone
+import msgspec
+from sqlalchemy import Connection, TextClause, text
+
+Key = tuple[int, int]  # subscription_id, cursor
+AT_ONCE = 1_000
+
+_SELECT = """
+    SELECT subscription_id, cursor FROM archiver.deliveries
+     WHERE {which} AND (subscription_id, cursor) NOT IN (SELECT t.* FROM json_to_recordset(:but) AS t
+                                                         (subscription_id bigint, cursor bigint))
+     LIMIT :most FOR UPDATE SKIP LOCKED
 """
-_FORGET_ENDED = text(_FORGET.format(which="ended_at < now() - :days * interval '1 day'"))
+_SELECT_ENDED = text(_SELECT.format(which="ended_at < now() - :days * interval '1 day'"))
 # Which there are, from one to the next by the index.
-_FORGET_REMOVED = text(
-    _FORGET.format(
+_SELECT_REMOVED = text(
+    _SELECT.format(
         which="""subscription_id = (
                 WITH RECURSIVE known AS (
                     SELECT min(subscription_id) AS id FROM archiver.deliveries
@@ -31,20 +31,50 @@ _FORGET_REMOVED = text(
             )"""
     )
 )
-_FORGET_OF = text(_FORGET.format(which="subscription_id = :id"))
-AT_ONCE = 1_000
+_SELECT_OF = text(_SELECT.format(which="subscription_id = :id"))
+_FORGET = text(
+    """
+    WITH old AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(:keys) AS t (subscription_id bigint, cursor bigint)
+    ), gone AS MATERIALIZED (
+        DELETE FROM archiver.deliveries d USING old
+         WHERE d.subscription_id = old.subscription_id AND d.cursor = old.cursor
+           AND (d.ended_at IS NOT NULL
+                OR NOT EXISTS (SELECT FROM archiver.subscriptions s WHERE s.id = d.subscription_id))
+        RETURNING d.subscription_id, d.cursor
+    ), attempts AS (
+        DELETE FROM archiver.attempts a USING gone g
+         WHERE a.subscription_id = g.subscription_id AND a.cursor = g.cursor
+    )
+    SELECT count(*) FROM gone
+    """
+)
 
 
-def forget_ended(connection: Connection, days: int) -> int:
-    """Drop some of those that ended so long ago; answers how many."""
-    return int(connection.scalar(_FORGET_ENDED, {"days": days, "most": AT_ONCE}) or 0)
+def select_ended(connection: Connection, days: int, but: Sequence[Key] = ()) -> list[Key]:
+    """Some of those that ended so long ago, without these."""
+    return _select(connection, _SELECT_ENDED, but, days=days)
 
 
-def forget_removed(connection: Connection) -> int:
-    """Drop some whose subscription was removed; answers how many."""
-    return int(connection.scalar(_FORGET_REMOVED, {"most": AT_ONCE}) or 0)
+def select_removed(connection: Connection, but: Sequence[Key] = ()) -> list[Key]:
+    """Some whose subscription was removed, without these."""
+    return _select(connection, _SELECT_REMOVED, but)
+
+
+def _select(connection: Connection, query: TextClause, but: Sequence[Key], **values: int) -> list[Key]:
+    found = connection.execute(query, {**values, "but": _json(but), "most": AT_ONCE})
+    return [(row.subscription_id, row.cursor) for row in found]
+
+
+def forget(connection: Connection, keys: Sequence[Key]) -> int:
+    """Drop these, unless they wait to be sent again by now; returns how many."""
+    return int(connection.scalar(_FORGET, {"keys": _json(keys)}) or 0)
 
 
 def forget_of(connection: Connection, subscription_id: int) -> int:
-    """Drop some of a subscription that was removed; answers how many."""
-    return int(connection.scalar(_FORGET_OF, {"id": subscription_id, "most": AT_ONCE}) or 0)
+    """Drop some of a subscription that was removed; returns how many."""
+    return forget(connection, _select(connection, _SELECT_OF, (), id=subscription_id))
+
+
+def _json(keys: Sequence[Key]) -> str:
+    return msgspec.json.encode([{"subscription_id": key[0], "cursor": key[1]} for key in keys]).decode()

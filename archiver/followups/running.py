@@ -14,9 +14,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import database, telemetry
-from archiver.database import run_in_transaction
+from archiver.database import run_apart, run_in_transaction
 from archiver.duties import Duty, where
 from archiver.followups import forgetting, review, subscriptions
+from archiver.followups.aside import STATEMENT_SECONDS, Lanes
 from archiver.followups.pace import Pace
 from archiver.followups.sender import DATABASE_SECONDS, Sender
 from archiver.identity import ForeignDatabaseError, Guard
@@ -27,11 +28,15 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 0.25
+CARE_SECONDS = 1.0
 TELL_SECONDS = 10.0  # between two looks at how follow-ups stand
 FORGET_SECONDS = 60.0
+STUCK_SECONDS = 3_600.0  # after which deliveries that could not be forgotten are tried again
 FORGET_MOST = 20  # steps at a time
 END_SECONDS = 5.0  # for deliveries under way
-CONNECTIONS = 3  # to Postgres; a turn of any sender takes one for some milliseconds
+CONNECTIONS = (
+    4  # to Postgres; a turn of any sender takes one for some milliseconds, slow work has two of them at most
+)
 _AWAY = (DBAPIError, PoolTimeoutError, TimeoutError)
 
 
@@ -49,28 +54,45 @@ class Followups:
         self._engine = database.connect_async(
             url, pool_size=CONNECTIONS, prepared_statements=configuration.prepared_statements
         )
+        self._lanes = Lanes()
         self._owner = subscriptions.new_owner()
         self._senders: dict[int, Sender] = {}
         self._sending: dict[int, asyncio.Task[None]] = {}
         self._told_at = self._forgot_at = float("-inf")
+        self._stuck: list[forgetting.Key] = []
+        self._stuck_at = float("-inf")
         self._is_away = False
 
     async def run(self, ending: asyncio.Event) -> None:
         """Until told; deliveries under way get a moment to end. What is cut off is sent again by whoever is next."""
+        caring = asyncio.create_task(self._care())
         try:
             while not ending.is_set():
                 await self._look(ending)
+                if caring.done():
+                    caring.result()  # raises
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ending.wait(), LOOK_SECONDS)
         finally:
+            caring.cancel()
+            await asyncio.wait({caring})
             await self._end()
+
+    async def _care(self) -> None:
+        """Report and forget, beside the senders: neither waits for a row that is slow."""
+        while True:
+            for task in (self._tell, self._forget):
+                try:
+                    await task()
+                except _AWAY as error:
+                    telemetry.followup_waits.inc()
+                    log.warning("upkeep of follow-ups waits for the database", reason=database.explain(error))
+            await asyncio.sleep(CARE_SECONDS)
 
     async def _look(self, ending: asyncio.Event) -> None:
         try:
             for subscription_id in await self._do(self._select_busy):
                 self._start(subscription_id, ending)
-            await self._tell()
-            await self._forget()
         except _AWAY as error:
             telemetry.followup_waits.inc()
             if not self._is_away:
@@ -103,6 +125,7 @@ class Followups:
                 self._owner,
                 allow_private=self._allow_private,
                 guard=self._guard,
+                lanes=self._lanes,
             )
         drain = self._senders[subscription_id].drain(ending)
         self._sending[subscription_id] = asyncio.create_task(drain)
@@ -136,11 +159,18 @@ class Followups:
     async def _forget(self) -> None:
         if monotonic() - self._forgot_at < FORGET_SECONDS:
             return
-        for forget in (partial(forgetting.forget_ended, days=self._days), forgetting.forget_removed):
-            for _ in range(FORGET_MOST):
-                if await self._do(forget) < forgetting.AT_ONCE:
-                    break
         self._forgot_at = monotonic()
+        if self._forgot_at - self._stuck_at > STUCK_SECONDS:
+            self._stuck, self._stuck_at = [], self._forgot_at
+        for select in (partial(forgetting.select_ended, days=self._days), forgetting.select_removed):
+            for _ in range(FORGET_MOST):
+                keys = await self._do(partial(select, but=self._stuck))
+                _, stuck = await run_apart(self._engine, keys, forgetting.forget, statement_seconds=STATEMENT_SECONDS)
+                if stuck:
+                    log.warning("deliveries are locked or slow and cannot be forgotten now", deliveries=len(stuck))
+                self._stuck += stuck
+                if len(keys) < forgetting.AT_ONCE or len(self._stuck) >= forgetting.AT_ONCE:
+                    break
 
     async def _do(self, work: Callable[[Connection], T]) -> T:
         return await run_in_transaction(self._engine, work, DATABASE_SECONDS)

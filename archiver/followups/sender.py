@@ -6,6 +6,7 @@ with what the archive holds of them; where few are left, the feed is looked at f
 """
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from datetime import timedelta
 from time import monotonic
@@ -20,11 +21,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import database, ledger, telemetry
 from archiver.database import run_in_transaction
 from archiver.followups import deliveries, subscriptions
+from archiver.followups.aside import LOCK_SECONDS, MOST, STATEMENT_SECONDS, Aside, Lanes, Piece, Reason, slow
 from archiver.followups.contents import select_bodies
 from archiver.followups.deliveries import Due, Result
-from archiver.followups.fanout import MOST_PENDING, PAGE, Page, fan_out, search
+from archiver.followups.fanout import MOST_PENDING
 from archiver.followups.guard import RefusedError, endpoint
 from archiver.followups.pace import Pace
+from archiver.followups.reader import LOOK_SECONDS, Position, Reader
 from archiver.followups.schedule import FAILURES, GIVE_UP_AFTER, probe_after
 from archiver.followups.sending import GONE, Attempt, Transport
 from archiver.followups.subscriptions import Subscription
@@ -37,9 +40,10 @@ AHEAD = 4  # times its concurrency: what is read before it can be sent
 RENEW_SECONDS = 5.0  # of a lease that lasts longer
 LINGER_SECONDS = 0.02  # in which results gather for one transaction
 PAGES = 5  # of the feed in one transaction
-LOOK_SECONDS = 0.5  # at the feed in one transaction, about
 DATABASE_SECONDS = 20.0
-RETRY_SECONDS = 1.0  # while the database is away
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 5.0  # while the database is away, or the subscription's row is locked
+RESULTS = "results"
+RESULTS_SPLIT = 8  # parts of results that cannot be recorded together
 _OVERLOADED = frozenset({429, 503})
 
 
@@ -52,12 +56,41 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What a turn found: None where the subscription is not ours. `is_behind`: the feed may hold more for it."""
+    """What a turn found: None where the subscription is not ours. `is_behind`: the feed may hold more for it.
+
+    `position`: where it is in the feed. `unrecorded`: why results could not be recorded in time.
+    """
 
     subscription: Subscription | None
     found: tuple[tuple[Due, bytes], ...] = ()
     is_behind: bool = False
     missed: int = 0
+    position: Position | None = None
+    unrecorded: Reason | None = None
+
+
+class Recording(Piece):
+    """What came of some deliveries that could not be recorded in time; until then none of them is sent again here."""
+
+    def __init__(self, subscription_id: int, results: Sequence[Result]) -> None:
+        self.key = (RESULTS, tuple(each.due.cursor for each in results))
+        self._id, self._results = subscription_id, results
+
+    def run(self, connection: Connection) -> int:
+        """Record them."""
+        ledger.lock_placement(connection, exclusive=False)
+        deliveries.record(connection, self._id, self._results)
+        return len(self._results)
+
+    def succeeded(self, answer: int) -> bool:
+        """All are recorded."""
+        return answer == len(self._results)
+
+    def divided(self) -> Sequence[Piece]:
+        """Parts; none of a single one."""
+        size = max(1, len(self._results) // RESULTS_SPLIT)
+        starts = range(0, len(self._results), size) if len(self._results) > 1 else ()
+        return [Recording(self._id, self._results[start : start + size]) for start in starts]
 
 
 class Sender:
@@ -72,17 +105,22 @@ class Sender:
         *,
         allow_private: bool,
         guard: Guard | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._guard = guard
+        self._lanes = lanes or Lanes()
+        self._aside = Aside(subscription_id, engine, self._lanes)
+        self._reader = Reader(self._aside)
+        self._is_slow = False  # its row: a turn waits for others of this kind
         self._id, self._engine, self._pace, self._owner = subscription_id, engine, pace, owner
         self._allow_private = allow_private
         self._transport: Transport | None = None
         self._slots = asyncio.Semaphore(1)
-        self._page = PAGE
         self._is_told_to_wait = False  # by its receiver, or because the subscription is not ours any more
 
     async def aclose(self) -> None:
-        """End its connections."""
+        """End its connections, and give up what is set aside."""
+        await self._aside.aclose()
         if self._transport is not None:
             await self._transport.aclose()
 
@@ -149,43 +187,74 @@ class Sender:
         return result
 
     async def _turn(self, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool) -> Turn:
-        """What came of deliveries is known here alone: it is tried until it is recorded."""
-        is_told = False
+        """What came of deliveries is known here alone: it is tried until it is recorded, or set aside."""
+        is_told, pause = False, RETRY_SECONDS
         while True:
             try:
-                return await run_in_transaction(
-                    self._engine,
-                    lambda connection: self._settle(connection, results, under_way, is_ending=is_ending),
-                    DATABASE_SECONDS,
-                )
+                turn = await self._run(results, under_way, is_ending=is_ending)
             except (DBAPIError, PoolTimeoutError, TimeoutError) as error:
                 if is_ending:
                     raise
+                self._is_slow = slow(error) is not None
                 telemetry.followup_waits.inc()
                 if not is_told:
                     reason = database.explain(error)
                     log.error("follow-ups wait for the database", subscription=self._id, reason=reason)  # noqa: TRY400
                 is_told = True
-            await asyncio.sleep(RETRY_SECONDS)
+            else:
+                self._is_slow = False
+                self._set_aside(turn, results)
+                return turn
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+
+    async def _run(self, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool) -> Turn:
+        self._reader.begin()
+        async with self._lanes.short if self._is_slow else contextlib.nullcontext():
+            return await run_in_transaction(
+                self._engine,
+                lambda connection: self._settle(connection, results, under_way, is_ending=is_ending),
+                DATABASE_SECONDS,
+                statement_seconds=STATEMENT_SECONDS,
+                lock_seconds=LOCK_SECONDS,
+            )
+
+    def _set_aside(self, turn: Turn, results: Sequence[Result]) -> None:
+        if turn.unrecorded is not None:
+            self._aside.add(Recording(self._id, results), turn.unrecorded)
+        if turn.position is not None and turn.subscription is not None:
+            self._reader.commit(turn.subscription, turn.position)
 
     def _settle(
         self, connection: Connection, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool
     ) -> Turn:
         if self._guard is not None and self._guard.reason(connection):
             return Turn(None)
-        if results:
-            ledger.lock_placement(connection, exclusive=False)  # beside no erasure: it or we see the other
-            deliveries.record(connection, self._id, results)
+        unrecorded = self._record(connection, results)
         leased = subscriptions.lease(connection, self._id, self._owner)
         if leased is None:
-            return Turn(None)
+            return Turn(None, unrecorded=unrecorded)
         judged = self._judge(connection, leased, results)
         if judged is None:
-            return Turn(None)
-        turn = Turn(judged) if is_ending else self._next(connection, judged, under_way)
-        if not turn.found and not under_way and not turn.is_behind:
+            return Turn(None, unrecorded=unrecorded)
+        turn = Turn(judged) if is_ending else self._next(connection, judged, under_way, results if unrecorded else ())
+        if not turn.found and not under_way and not turn.is_behind and not self._aside.keys and not unrecorded:
             subscriptions.release(connection, self._id, self._owner)
-        return turn
+        return msgspec.structs.replace(turn, unrecorded=unrecorded)
+
+    def _record(self, connection: Connection, results: Sequence[Result]) -> Reason | None:
+        """Record what came of deliveries; return why that takes too long, so that nothing is recorded."""
+        if not results:
+            return None
+        try:
+            with connection.begin_nested():
+                ledger.lock_placement(connection, exclusive=False)  # beside no erasure: it or we see the other
+                deliveries.record(connection, self._id, results)
+        except DBAPIError as error:
+            if (reason := slow(error)) is None:
+                raise
+            return reason
+        return None
 
     def _judge(self, connection: Connection, leased: Subscription, results: Sequence[Result]) -> Subscription | None:
         """Keep count of failures in a row; None where the subscription is at its end for now."""
@@ -213,49 +282,38 @@ class Sender:
         log.error("a subscription is paused", subscription=self._id, reason=reason)
         return None
 
-    def _next(self, connection: Connection, leased: Subscription, under_way: Sequence[Due]) -> Turn:
+    def _next(
+        self, connection: Connection, leased: Subscription, under_way: Sequence[Due], unrecorded: Sequence[Result]
+    ) -> Turn:
         if leased.closed_seconds > 0:
             return Turn(leased)
         is_probe = leased.failures >= FAILURES
         wanted = (1 if is_probe else leased.concurrency * AHEAD) - len(under_way)
-        if wanted <= 0:
+        if wanted <= 0 or self._aside.is_full:
             return Turn(leased)
-        busy = [each.cursor for each in under_way]
+        busy = [each.cursor for each in under_way] + [each.due.cursor for each in unrecorded]
+        aside = (cursors for kind, cursors in self._aside.keys if kind == RESULTS)
+        busy += [cursor for cursors in aside for cursor in cursors if isinstance(cursor, int)]
         found = self._select(connection, leased, busy, wanted)
-        after, missed, is_behind = leased.cursor, 0, False
+        position, missed, is_behind = self._reader.start(connection, leased), 0, False
         began = monotonic()
         for _ in range(PAGES):
             room = MOST_PENDING - deliveries.count_pending(connection, self._id, MOST_PENDING)
-            if len(found) >= wanted or room == 0:
+            if len(found) >= wanted or room == 0 or len(position.slow) >= MOST:
                 break
             if monotonic() - began > LOOK_SECONDS:  # and the others may have the connection
                 break
-            page = self._look(connection, leased, after, room)
+            page, position = self._reader.look(connection, leased, position, room)
             if page is None:
                 is_behind = True
                 break
-            after, missed, is_behind = page.through, missed + page.missed, page.looked_at > 0
+            missed, is_behind = missed + page.missed, page.looked_at > 0
             if not is_behind:
                 break
             if page.told:
                 found = self._select(connection, leased, busy, wanted)
         bodies = select_bodies(connection, found)
-        return Turn(leased, tuple((each, bodies[each.cursor]) for each in found), is_behind, missed)
-
-    def _look(self, connection: Connection, leased: Subscription, after: int, room: int) -> Page | None:
-        """At the next page of the feed, which is as large as can be searched soon; None if this one was not."""
-        if leased.filter.contains is None:
-            return fan_out(connection, leased, after, room)
-        began = monotonic()
-        page = search(connection, leased, after, min(self._page, room))
-        if page is None:
-            held = subscriptions.select_newest_cursor(connection) - after  # the feed has no gaps
-            self._page = max(1, min(self._page, held, room) // 2)
-        elif monotonic() - began > LOOK_SECONDS:
-            self._page = max(1, self._page // 2)
-        elif monotonic() - began < LOOK_SECONDS / 4:
-            self._page = min(PAGE, self._page * 2)
-        return page
+        return Turn(leased, tuple((each, bodies[each.cursor]) for each in found), is_behind, missed, position)
 
     def _select(self, connection: Connection, leased: Subscription, busy: Sequence[int], most: int) -> list[Due]:
         return deliveries.select_due(
