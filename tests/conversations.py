@@ -5,9 +5,9 @@ are reported before all of their output exists, turns are deleted, and readings 
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import groupby
+from typing import overload
 
 import msgspec
 
@@ -17,6 +17,29 @@ from archiver.events import Message
 START = datetime(2024, 1, 15, tzinfo=UTC)
 ASIDES = ("tool", "system")
 SKEW = 40  # seconds by which a reported time is wrong at most, where times are skewed
+SHORT = ("ok", "yes", "no", "thanks")
+
+
+class Words(Sequence[str]):
+    """Texts of which `short` in a hundred are short ones that recur, and all others are different."""
+
+    def __init__(self, short: int) -> None:
+        self._short = short
+
+    def __len__(self) -> int:
+        return 10**9
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[str]: ...
+    def __getitem__(self, number: int | slice) -> str | Sequence[str]:
+        if isinstance(number, slice):
+            raise TypeError(number)
+        return SHORT[number // 100 % len(SHORT)] if number % 100 < self._short else f"text {number}"
+
+
+DISTINCT, REALISTIC = Words(0), Words(15)
 
 
 class Conversation(msgspec.Struct):
@@ -40,9 +63,12 @@ class _Spoken(msgspec.Struct):
         return [message for message in self.outputs if message.role not in ASIDES]
 
 
-def conversation(rng: random.Random, *, is_skewed: bool = False) -> Conversation:
-    """One conversation; `is_skewed`: its turns report times that are wrong by up to `SKEW` seconds."""
-    words = ["ok", "yes", "no", "thanks", *(f"text {number}" for number in range(36))][: rng.choice([1, 2, 4, 40])]
+def conversation(rng: random.Random, *, is_skewed: bool = False, words: Sequence[str] | None = None) -> Conversation:
+    """One conversation, of `words` or of a few that recur.
+
+    `is_skewed`: its turns report times that are wrong by up to `SKEW` seconds.
+    """
+    words = words or [*SHORT, *(f"text {number}" for number in range(36))][: rng.choice([1, 2, 4, 40])]
     spoken = _spoken(rng, words)
     greeting = [Message("assistant", "Welcome")] * (rng.random() < 0.2)
     end = spoken[-1].began + 600 if spoken else 600.0
@@ -56,7 +82,7 @@ def conversation(rng: random.Random, *, is_skewed: bool = False) -> Conversation
     return Conversation(truth, turns, readings)
 
 
-def _spoken(rng: random.Random, words: list[str]) -> list[_Spoken]:
+def _spoken(rng: random.Random, words: Sequence[str]) -> list[_Spoken]:
     loss = rng.choice([0.0, 0.2, 0.4])
     pause = rng.choice([5.0, 30.0, 90.0])
     partial, aside = rng.choice([0.0, 0.0, 0.2]), rng.choice([0.0, 0.0, 0.2])
@@ -120,13 +146,13 @@ class Verdict(msgspec.Struct):
     `misplaced` are the chats with a line that is not theirs, or without one that is; `reported` is whether the
     transcript says so: a line of it is ambiguous, or a turn is in no reading. `surplus` counts the lines that the
     latest reading does not show; those of deleted turns, and all where turns were deleted, are none.
-    `is_by_time`: the turns stand in the order of their reported times, and it is these that are wrong.
+    `is_needless`: it is ambiguous, but no turn fits any lines but its own.
     """
 
     misplaced: frozenset[str]
     is_reported: bool
     is_ambiguous: bool
-    is_by_time: bool
+    is_needless: bool
     surplus: int
 
 
@@ -146,16 +172,28 @@ def judge(told: Conversation) -> Verdict:
         misplaced=frozenset(misplaced),
         is_reported=is_ambiguous or is_missing,
         is_ambiguous=is_ambiguous,
-        is_by_time=_is_by_time(told, assigned) and not _is_by_time(told, true),
+        is_needless=is_ambiguous and not has_deleted and not any(_fits_elsewhere(each, told) for each in told.turns),
         surplus=0 if has_deleted else len(lines) - len(shown),
     )
 
 
-def _is_by_time(told: Conversation, assigned: list[str | None]) -> bool:
-    """Whether the turns stand in the order of the times that they report."""
-    times = {turn.chat_id: turn.began_at for turn in told.turns}
-    order = [times[chat_id] for chat_id, _ in groupby(assigned) if chat_id is not None]
-    return order == sorted(order)
+def _fits_elsewhere(turn: Turn, told: Conversation) -> bool:
+    """Whether its messages stand, in order and up to the next words of the user, at another line than its first."""
+    said = [message for message, _ in told.truth]
+    own = next((place for place, (_, chat_id) in enumerate(told.truth) if chat_id == turn.chat_id), -1)
+    return any(_fits(turn.messages, said[place:]) for place in range(len(said)) if place != own)
+
+
+def _fits(messages: Sequence[Message], said: Sequence[Message]) -> bool:
+    if said[:1] != [*messages[:1]]:
+        return False
+    found = 0
+    for each in said:
+        if found < len(messages) and each == messages[found]:
+            found += 1
+        elif each.role == "user":
+            break
+    return found == len(messages)
 
 
 class Tally(msgspec.Struct):
@@ -164,28 +202,27 @@ class Tally(msgspec.Struct):
     conversations: int = 0
     ambiguous: int = 0
     misplaced: int = 0  # and reported
-    by_time: int = 0  # turns stand in the order of the times that they report, and these are wrong
     wrong: list[int] = msgspec.field(default_factory=list)  # seeds of those with an error that is not reported
+    needless: list[int] = msgspec.field(default_factory=list)  # seeds of those that are ambiguous without a reason
 
     def __str__(self) -> str:
         return (
             f"{self.conversations:,} conversations: {len(self.wrong)} wrong, {self.ambiguous:,} ambiguous, of which"
-            f" {self.misplaced:,} are not as they were, {self.by_time} follow wrong times"
+            f" {self.misplaced:,} are not as they were and {len(self.needless)} have no reason to be"
         )
 
 
-def tally(seeds: Iterable[int], *, is_skewed: bool = False) -> Tally:
-    """Judge one conversation a seed. Wrong times may only mislead where nothing contradicts them."""
+def tally(seeds: Iterable[int], *, is_skewed: bool = False, words: Sequence[str] | None = None) -> Tally:
+    """Judge one conversation a seed."""
     found = Tally()
     for seed in seeds:
-        verdict = judge(conversation(random.Random(seed), is_skewed=is_skewed))
+        verdict = judge(conversation(random.Random(seed), is_skewed=is_skewed, words=words))
         found.conversations += 1
         found.ambiguous += verdict.is_ambiguous
+        if verdict.is_needless:
+            found.needless.append(seed)
         if verdict.surplus or (verdict.misplaced and not verdict.is_reported):
-            if is_skewed and verdict.is_by_time and not verdict.surplus:
-                found.by_time += 1
-            else:
-                found.wrong.append(seed)
+            found.wrong.append(seed)
         else:
             found.misplaced += bool(verdict.misplaced)
     return found

@@ -85,6 +85,7 @@ def test_what_a_user_really_says_again_stays() -> None:
     [
         (["u ok"], ["a ok", "a else?"], ["u yes", "a ok", "u ok", "a thanks", "a else?"]),
         (["u ok", "u why"], ["a so"], ["u ok", "a yes", "u why", "a no"]),
+        (["u thanks", "u ok"], ["a ok"], ["u thanks", "a thanks", "u yes", "a ok", "u ok", "a ok"]),
     ],
 )
 def test_i3_texts_that_recur_in_other_turns_are_no_repeats(

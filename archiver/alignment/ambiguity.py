@@ -8,10 +8,11 @@ A turn is ambiguous where other lines fit it as well as those that it has:
 - the readings that showed them agree with the time of the turn, give or take `SKEW`;
 - the order of the turns allows it; turns whose times differ by at most twice `SKEW` may have either order.
 
-Turns that fit each other's lines are ambiguous where their times are equal, or where other turns show that times of
-this session are wrong; else their times decide. Where turns were deleted, those that skip an answer, are shown in
-part, or whose text occurs more than once, are ambiguous if lines of a deleted one are still shown, for these may be
-another turn's, or if lines vanished that no deleted turn has.
+Turns that fit each other's lines are ambiguous where their times differ by at most twice `SKEW`, or by no more than
+times of this session are known to be wrong; else their times decide. Where turns were deleted, those that skip an
+answer, are shown in part, begin after a line of the user that no turn has, or whose text occurs more than once, are
+ambiguous if lines of a deleted one are still shown, for these may be another turn's, or if lines vanished that no
+deleted turn has.
 """
 
 from collections import Counter
@@ -44,7 +45,7 @@ def ambiguous_turns(
 
     `is_dated`: it is certain when each line was read for the first time; else that decides nothing.
     """
-    error = _known_error(turns, placement)
+    error = _time_error(turns, placement)
     owners = _owners(placement)
     is_torn = _is_torn(turns, candidates, placement, owners)
     told = Counter(chain.from_iterable({*told.keys} for told in candidates.told))
@@ -52,7 +53,12 @@ def ambiguous_turns(
         turn
         for turn, match in placement.matches.items()
         if (is_torn or _may_be_gone(turns[turn], turn, placement, candidates))
-        and (_recurs(turn, candidates, told) or match.jumps or _is_partly_shown(match, candidates))
+        and (
+            _recurs(turn, candidates, told)
+            or match.jumps
+            or _is_partly_shown(match, candidates)
+            or _begins_late(match, candidates, owners)
+        )
     }
     moves = []
     for turn, match in placement.matches.items():
@@ -90,6 +96,12 @@ def _is_partly_shown(match: Match, candidates: Candidates) -> bool:
     return len({line.in_history for line in candidates.spine.lines[match.start : match.end]}) > 1
 
 
+def _begins_late(match: Match, candidates: Candidates, owners: Mapping[int, int]) -> bool:
+    """Whether the user says something right before it that no turn has."""
+    before = match.start - 1
+    return before >= 0 and candidates.spine.is_user(before) and before not in owners
+
+
 def _recurs(turn: int, candidates: Candidates, told: Mapping[Key, int]) -> bool:
     """Whether what a turn says first occurs more than once."""
     key = candidates.told[turn].keys[0]
@@ -115,15 +127,18 @@ def _spread(
     return found
 
 
-def _known_error(turns: Sequence[Turn], placement: Placement) -> timedelta:
-    """By how much the times of the turns are wrong at least, if they contradict the order of their lines."""
+def _time_error(turns: Sequence[Turn], placement: Placement) -> timedelta:
+    """Two times that differ by no more than this may be in the wrong order.
+
+    Each may be wrong by `SKEW`; more where the times of the turns contradict the order of their lines by more.
+    """
     error, latest = timedelta(), None
     for turn, _ in sorted(placement.matches.items(), key=lambda placing: placing[1].start):
         began_at = turns[turn].began_at
         if latest is None or began_at > latest:
             latest = began_at
         error = max(error, latest - began_at)
-    return max(error, 2 * SKEW) if error else error
+    return max(error, 2 * SKEW)
 
 
 def _owners(placement: Placement) -> dict[int, int]:

@@ -56,8 +56,9 @@ def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     """The turns, given in order, without what they repeat as the `lines` of the history show.
 
     Leading inputs go if the history shows the others of them without these, next to what the turn was answered, and
-    these before: single texts that recur elsewhere are no repeats. Outputs stay: short answers are alike. A system
-    message goes if an earlier turn has it, too, and the history shows it less often.
+    these before: single texts that recur elsewhere are no repeats. Those of a deleted turn stay: the history shows no
+    turn to compare it with. Outputs stay: short answers are alike. A system message goes if an earlier turn has it,
+    too, and the history shows it less often.
     """
     if not lines:
         return [*turns]
@@ -69,7 +70,7 @@ def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     found = []
     for turn in turns:
         trimmed = _without_prompts(turn, prompts, places) if turn.inputs > 1 else turn
-        if len(trimmed.messages) > 2:  # noqa: PLR2004  # a question and its answer repeat nothing
+        if len(trimmed.messages) > 2 and not trimmed.is_deleted:  # noqa: PLR2004  # a question and its answer repeat nothing
             trimmed = _without_leading(trimmed, keys, places)
         found.append(trimmed)
     return found

@@ -16,7 +16,7 @@ from archiver.alignment.similar import similar
 
 _OUTPUTS_TOO = 4  # how much more a message weighs where the outputs were found with the inputs
 _TRIES = 256  # places where a turn that is out of order is looked for
-_MOVES = 4  # turns that go elsewhere, one after the other, to make room for one
+_MOVES = 16  # turns that go elsewhere, one after the other, to make room for one
 _TAIL = 64  # messages of a turn that the head of the history may show alone
 
 Placing = tuple[int, Match]

@@ -1,4 +1,5 @@
-"""Random conversations whose truth is known, aligned with what was lost of them: none may be wrong and not say so.
+"""Random conversations whose truth is known, aligned with what was lost of them: none may be wrong and not say so,
+and none ambiguous without a reason.
 
 Part of `make soak`; alone: `.venv/bin/python -m tests.bench.assignment`.
 """
@@ -16,7 +17,7 @@ def main() -> None:
     found = [_report("true times", tally(range(CONVERSATIONS)))]
     found.append(_report("times wrong by up to 40 s", tally(range(SKEWED), is_skewed=True)))
     print(f"in {time.monotonic() - started:.0f} s", flush=True)
-    if any(each.wrong for each in found):
+    if any(each.wrong or each.needless for each in found):
         sys.exit(1)
 
 
@@ -24,6 +25,8 @@ def _report(name: str, found: Tally) -> Tally:
     print(f"{name}: {found}", flush=True)
     if found.wrong:
         print(f"wrong: seeds {found.wrong}", flush=True)
+    if found.needless:
+        print(f"ambiguous without a reason: seeds {found.needless}", flush=True)
     return found
 
 
