@@ -112,6 +112,18 @@ def test_i11_an_output_that_history_supplies_updates_its_turn(archive: Archive) 
     assert kinds == [UPDATED, "session.repaired", "session.settled"]
 
 
+def test_i11_the_wording_of_history_updates_its_turn_once(archive: Archive) -> None:
+    for number in (1, 2):
+        archive.webhook(number, turn(number))
+    before = cursor(archive.engine)
+    (_, text), *others = said(1)
+    for minute in (10, 20):
+        archive.reading(minute, answer(("user", f"{text}\r\n"), *others, *said(2)))
+    assert told(archive.engine, before) == [(UPDATED, "session-1", "chat-1"), ("session.settled", "session-1", None)]
+    archive.reading(30, answer(*said(1), *said(2)))
+    assert told(archive.engine, before)[2:] == [(UPDATED, "session-1", "chat-1")]
+
+
 def test_i11_a_session_that_did_not_agree_settles_when_it_does(archive: Archive) -> None:
     for number in (1, 2):
         archive.webhook(number, turn(number))

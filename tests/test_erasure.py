@@ -193,6 +193,21 @@ def test_i8_an_erased_turn_goes_from_readings_too_and_the_others_stay(engine: En
     assert is_rebuilt_the_same(engine)
 
 
+def test_i8_the_wording_that_history_has_for_a_turn_goes_with_it_and_that_of_others_stays(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"))
+    read(engine, "s1", 5, *((role, text.replace(" ", "\u00a0")) for role, text in said("c1", "c2")))
+    shown = "SELECT content, history_content FROM analytics.messages WHERE session_id = 's1' ORDER BY position"
+    of_c1 = [(text, text.replace(" ", "\u00a0")) for _, text in said("c1")]
+    assert rows(engine, shown)[:2] == of_c1
+    assert holds_text(engine, "answer\u00a0to\u00a0c2") != []
+    erase(engine, Target("s1", "c2"))
+    assert holds_text(engine, "answer to c2", "answer\u00a0to\u00a0c2", "question\u00a0of\u00a0c2") == []
+    assert rows(engine, shown) == of_c1
+    assert is_rebuilt_the_same(engine)
+    erase(engine, Target("s1"))
+    assert holds_text(engine, "answer\u00a0to\u00a0c1", "question\u00a0of\u00a0c1") == []
+
+
 def test_i8_turn_after_turn_can_be_erased_and_later_readings_are_not_taken(engine: Engine) -> None:
     record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s1"))
     read(engine, "s1", 10, *said("c1", "c2", "c3"))

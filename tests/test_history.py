@@ -137,9 +137,32 @@ def test_i6_history_that_words_a_turn_differently_does_not_double_it(archive: Ar
         ("chat-1", "assistant", "fine", "webhook"),
     ]
     assert archive.coverage() == ("complete", "worded_differently", 0)
+    wordings = "SELECT content, history_content, content_kind FROM analytics.messages ORDER BY position"
+    assert archive.rows(wordings) == [(told, shown, "text"), ("fine", "fine ", "text")]
     before = archive.dump()
     list(rebuild(archive.engine, TIMING))
     assert archive.dump() == before
+
+
+def test_history_content_is_only_where_the_latest_history_that_shows_a_message_words_it_differently(
+    archive: Archive,
+) -> None:
+    def found() -> list[Any]:
+        return archive.rows("SELECT content, history_content FROM analytics.messages ORDER BY position")
+
+    archive.webhook(1, created("chat-1", input="q 1", output="a 1"))
+    archive.webhook(2, created("chat-2", input="q 2", output="a 2"))
+    assert found() == [("q 1", None), ("a 1", None), ("q 2", None), ("a 2", None)]
+    archive.reading(10, answer(("user", "q  1"), ("assistant", "a 1"), ("user", "lost "), ("assistant", "too ")))
+    assert found() == [
+        *(("q 1", "q  1"), ("a 1", None)),
+        *(("lost ", None), ("too ", None)),
+        *(("q 2", None), ("a 2", None)),
+    ]
+    archive.reading(20, answer(("user", "q 1 "), ("assistant", "a 1"), ("user", "q 2\n"), ("assistant", "a 2")))
+    assert [each for each in found() if each[1] is not None] == [("q 1", "q 1 "), ("q 2", "q 2\n")]
+    archive.reading(30, answer(("user", "q 1"), ("assistant", "a 1"), ("user", "q 2"), ("assistant", "a 2")))
+    assert [each for each in found() if each[1] is not None] == []
 
 
 def test_a_lost_turn_whose_roles_have_other_names_is_a_turn(archive: Archive) -> None:

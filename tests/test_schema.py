@@ -26,7 +26,7 @@ VIEWS = {
     "conversations": "session_id assistant_id name status started_at last_message_at chats messages user_messages"
     " assistant_messages cost deleted_chats coverage",
     "chats": "session_id chat_id assistant_id status cost variables created_at updated_at source deleted_at",
-    "messages": "session_id position chat_id role content created_at source deleted_at content_kind",
+    "messages": "session_id position chat_id role content created_at source deleted_at content_kind history_content",
     "daily": "day assistant_id conversations chats messages cost deleted_chats repaired_messages",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
     "changes": "cursor type session_id chat_id seal_id changed_at",

@@ -45,7 +45,8 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     `source` says whose word it is; what both tell is the webhook's. `in_history`: the latest reading shows it, does
     not, or (None) could not, because what was told is newer or nothing was read. `first_read_at` and `last_read_at`
     are the earliest and the latest reading that showed it. `is_ambiguous`: other lines fit its turn as well.
-    `is_reworded`: webhook and history write it differently.
+    `is_reworded`: webhook and history write it differently; `history_content` is the text of history then, as the
+    latest reading that showed it has it, unless only the roles differ.
     """
 
     role: str
@@ -58,3 +59,4 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     is_ambiguous: bool = False
     is_reworded: bool = False
     kind: Kind = "text"
+    history_content: str | None = None

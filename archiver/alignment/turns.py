@@ -114,7 +114,7 @@ def _run(turn: Turn, match: Match, lines: Sequence[Line], read_at: datetime | No
 
 
 def _claimed(line: Line, turn: Turn, message: Message) -> Line:
-    """A line that both tell, in the words of the webhook."""
+    """A line that both tell, in the words of the webhook, and with those of history where they differ."""
     if (message.role, message.content) == (line.role, line.content):
         return msgspec.structs.replace(line, source="webhook", chat_id=turn.chat_id, kind=message.kind)
     return msgspec.structs.replace(
@@ -125,6 +125,7 @@ def _claimed(line: Line, turn: Turn, message: Message) -> Line:
         chat_id=turn.chat_id,
         kind=message.kind,
         is_reworded=True,
+        history_content=line.content if line.content != message.content else None,
     )
 
 

@@ -1,6 +1,7 @@
 """What changed in the archive, as the feed tells it: rows before and after, compared. Pure.
 
-Times of arrival, places and sources are ours and no change; what upstream told of a turn is.
+Times of arrival, places and sources are ours and no change; what upstream told of a turn is, and so is the wording
+that history has for one of its messages.
 """
 
 from collections import defaultdict
@@ -31,7 +32,7 @@ _FIELDS = (
     "session_status",
 )
 
-Said = Sequence[tuple[str, str]]  # role and content of each message
+Said = tuple[str, str, str | None]  # role and content of a message, and history's own wording of it
 
 
 class Shown(NamedTuple):
@@ -41,7 +42,12 @@ class Shown(NamedTuple):
     is_deleted: bool
 
 
-def shown(row: Mapping[str, Any], said: Said) -> Shown:
+def said_in(row: Mapping[str, Any]) -> Said:
+    """What a row of `messages` says."""
+    return row["role"], row["content"], row["history_content"]
+
+
+def shown(row: Mapping[str, Any], said: Sequence[Said]) -> Shown:
     """Of a row of `chats`, and of its messages in order."""
     variables = row["variables"]
     # Postgres keeps JSON in an order of its own.
@@ -71,7 +77,7 @@ def of_turns(turns: Mapping[Key, Turn], before: Mapping[Key, Shown]) -> list[Cha
 
 
 def _shown_of(key: Key, turn: Turn) -> Shown:
-    return shown(chat_row(*key, turn), [(message.role, message.content) for message in turn.messages])
+    return shown(chat_row(*key, turn), [(message.role, message.content, None) for message in turn.messages])
 
 
 def _kind(before: Shown | None, after: Shown) -> ChangeType | None:
@@ -130,14 +136,14 @@ def _of_session(before: Row, after: Row, *, is_read: bool, is_new: bool) -> list
     return found
 
 
-def _by_chat(messages: Iterable[Row]) -> Mapping[str, Said]:
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+def _by_chat(messages: Iterable[Row]) -> Mapping[str, Sequence[Said]]:
+    found: dict[str, list[Said]] = defaultdict(list)
     for row in sorted(messages, key=itemgetter("ordinal")):
-        found[row["chat_id"]].append((row["role"], row["content"]))
+        found[row["chat_id"]].append(said_in(row))
     return found
 
 
-def _in_order(messages: Iterable[Row]) -> Said:
+def _in_order(messages: Iterable[Row]) -> Sequence[tuple[str, str]]:
     """The transcript of a session, whoever told it; none of it before history was read."""
     placed = [row for row in messages if row["place"] is not None]
     return [(row["role"], row["content"]) for row in sorted(placed, key=itemgetter("place"))]

@@ -27,7 +27,7 @@ from archiver import tables
 from archiver.database import RowsInsert, Statement, execute
 from archiver.projection import coverage
 from archiver.projection.coverage import Timing
-from archiver.projection.differences import Shown, shown, shown_elsewhere
+from archiver.projection.differences import Said, Shown, said_in, shown, shown_elsewhere
 from archiver.projection.facts import UNPLACED, Key
 from archiver.projection.sessions import Rows, chat_row
 from archiver.projection.turns import Turn
@@ -107,7 +107,7 @@ _CHAT_KEY = ("session_id", "chat_id")
 _MESSAGE_KEY = ("session_id", "chat_id", "ordinal")
 _UPSERT_CHAT = _upsert(tables.chats, _CHAT_KEY)
 _UPSERT_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY)
-_UPSERT_UNREAD_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY, unset=("place", "in_history"))
+_UPSERT_UNREAD_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY, unset=("place", "in_history", "history_content"))
 _UPSERT_WHOLE_SESSION = _upsert(tables.sessions, ("session_id",))
 
 
@@ -142,23 +142,23 @@ _SELECT_TURNS = text(
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text)
     )
-    SELECT {", ".join(f"c.{each.name}" for each in tables.chats.c)}, m.role, m.content
+    SELECT {", ".join(f"c.{each.name}" for each in tables.chats.c)}, m.role, m.content, m.history_content
       FROM keys JOIN archiver.chats c ON c.session_id = keys.session_id AND c.chat_id = keys.chat_id
       LEFT JOIN archiver.messages m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
      ORDER BY m.ordinal
     """  # noqa: S608  # names of columns
-).columns(*tables.chats.c, column("role", TEXT), column("content", TEXT))
+).columns(*tables.chats.c, column("role", TEXT), column("content", TEXT), column("history_content", TEXT))
 
 
 def select_shown(connection: Connection, keys: Sequence[Key]) -> dict[Key, Shown]:
     """What the archive shows of these turns; none for those that it does not hold."""
     asked = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
-    said: dict[Key, list[tuple[str, str]]] = defaultdict(list)
+    said: dict[Key, list[Said]] = defaultdict(list)
     for row in connection.execute(_SELECT_TURNS, {"keys": msgspec.json.encode(asked).decode()}).mappings():
         key = row["session_id"], row["chat_id"]
         chats[key] = dict(row)
-        said[key] += [(row["role"], row["content"])] if row["role"] is not None else []
+        said[key] += [said_in(row)] if row["role"] is not None else []
     return {key: shown(row, said[key]) for key, row in chats.items()}
 
 

@@ -82,7 +82,7 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
         for message in story.turns[chat_id].messages
     }
     kept = [
-        Message(line.role, line.content, SHAPES[line.kind])
+        Message(line.role, _in_history(line), SHAPES[line.kind])
         for line in _transcript(story).lines
         if line.first_read_at is not None
         and line.chat_id not in chat_ids
@@ -96,6 +96,12 @@ def without(story: Story, chat_ids: Collection[str]) -> Told | None:
         assistant_id=_last(each.assistant_id for each in told),
         created_at=min((each.created_at for each in told if each.created_at), default=None),
     )
+
+
+def _in_history(line: Line) -> str:
+    """The text of a line as history has it, where the line is found again by it, whatever stands beside it."""
+    text = line.history_content
+    return text if text is not None and normal_text(text) == normal_text(line.content) else line.content
 
 
 _CUT = 32  # characters: so much of a beginning is of the same text, even where it ends within a number
@@ -176,6 +182,7 @@ def message_row(session_id: str, chat_id: str, ordinal: int, line: Line) -> Row:
         "role": line.role,
         "content": line.content,
         "content_kind": line.kind,
+        "history_content": line.history_content,
         "source": line.source,
         "place": None,
         "in_history": line.in_history,

@@ -181,6 +181,12 @@ messages = Table(
         server_default="text",
         comment="What content is: text, refusal, tool_call or other; the last two are no text.",
     ),
+    Column(
+        "history_content",
+        Text,
+        comment="Text of the history where it differs from content; null where it does not, or no history shows the"
+        " message.",
+    ),
     PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
     Index("messages_history_idx", "session_id", postgresql_where=text("source = 'history'")),
     # No foreign key: one write path makes both rows in one transaction; checking took a fifth of Postgres's time.
