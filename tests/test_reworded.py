@@ -79,6 +79,32 @@ def test_i6_turns_that_a_person_would_call_different_never_merge(one: str, other
         assert {(line.chat_id, line.content) for line in lines if line.role == "user"} == {("A", told), (None, shown)}
 
 
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_i6_different_turns_never_merge_between_two_that_match(one: str, other: str) -> None:
+    for told, shown in ((one, other), (other, one)):
+        assert "C" not in _shown_between(told, shown)
+
+
+def _shown_between(told: str, shown: str, first: str = "u hi", answer: str = "a fine") -> list[str | None]:
+    """The turns of what history shows, where it has one turn with another text between two that it has as told."""
+    turns = [turn("B", first, "a B", at=1), turn("C", f"u {told}", "a fine", at=5), turn("D", "u bye", "a D", at=9)]
+    lines = transcript(turns, [reading(first, "a B", f"u {shown}", answer, "u bye", "a D")])
+    assert texts(line for line in lines if line.chat_id == "C") == [("user", told), ("assistant", "fine")]
+    return [line.chat_id for line in lines if line.in_history]
+
+
+def test_i6_a_text_cut_at_a_low_limit_stays_in_its_turn_where_nothing_contradicts_it() -> None:
+    whole = "I would like a refund"
+    for told, shown in ((whole, whole[:16]), (whole[:16], whole)):
+        assert _shown_between(told, shown) == [*"BBCCDD"]
+        # The answer is another one, or the limit cannot be so low.
+        assert _shown_between(told, shown, answer="a other") == [*"BB", None, None, *"DD"]
+        assert _shown_between(told, shown, first="u a longer text than that") == [*"BB", None, None, *"DD"]
+        # A neighbour is missing.
+        lines = transcript([turn("C", f"u {told}", "a fine")], [reading(f"u {shown}", "a fine")])
+        assert [line.chat_id for line in lines if line.in_history] == [None, None]
+
+
 def test_a_long_answer_that_was_cut_keeps_the_words_of_its_webhook() -> None:
     long = "This answer is so long that some system has cut it at a limit of its own"
     lines = transcript([turn("A", "u hi", f"a {long}")], [reading("u hi", f"a {long[:50]}")])

@@ -30,6 +30,12 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "typographic quotes": lambda text: text.replace("'", "\u2019").replace('"', "\u201d"),
     "ellipsis": lambda text: text.replace("...", "\u2026"),
     "variation selector": lambda text: text.replace("\u2764", "\u2764\ufe0f"),
+    "guillemets": lambda text: text.replace('"', "\u00ab").replace("'", "\u2039"),
+    "acute accents": lambda text: text.replace("'", "\u00b4"),
+    "control characters": lambda text: f"\x07{text}\x7f",
+    "marks of direction": lambda text: f"\u2067{text}\u2069\u061c",
+    "narrow no-break space": lambda text: text.replace(" ", "\u202f"),
+    "line separator": lambda text: text.replace("\n", "\u2028"),
     "en dash": lambda text: text.replace("-", "\u2013"),
 }
 TEXTS = ['Größe & <Farbe>: "5 €"\nnaïve café ...', "I can't - really \u2764 it", "yes", "order 12", "a\nb"]
@@ -86,6 +92,16 @@ DIFFERENT = [
     ("<no>", "yes"),
     ("card 12** please", "card 1345 please 2"),
     ("x\u00b2", "x2"),
+    ("press #", "press 1"),
+    ("press *", "press 1"),
+    ("size X", "size 1"),
+    ("what is 2*4 then", "what is 214 then"),
+    ("you are #1 for me", "you are 11 for me"),
+    ("5x please", "51 please"),
+    ("it costs 10\\.5 in total today", "it costs 105 in total today"),
+    ("see [this](http://a.example)", "see [this](http://b.example)"),
+    ("I would like a refund", "I would like a"),
+    ("cancel", "cancellation"),
 ]
 
 
@@ -109,6 +125,13 @@ ALIKE = [
     ("order 12", "order **"),
     ("order 12", "order 1*"),
     ("My PIN is 1234", "My PIN is xxxx"),
+    ("My PIN is 1234", "My PIN is \u25cf\u25cf\u25cf\u25cf"),
+    ("My PIN is 1234", "My PIN is \u25cf\u25cf34"),
+    ("order 12", "order 1\u2022"),
+    ("Yes", "**Yes**"),
+    ("no", "_no_"),
+    ("1. First of 3 * 4", "1\\. First of 3 \\* 4"),
+    ('say "hi"', 'say \\"hi\\"'),
     ("Write to jane@example.org please", "Write to <EMAIL> please"),
     ("**Hello there**, nice to see you", "Hello there, nice to see you"),
     ("Line one<br>line two of it", "Line one line two of it"),

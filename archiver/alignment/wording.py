@@ -34,13 +34,14 @@ def are_alike(one: str, other: str) -> bool:
     """
     if one == other or is_cut(one, other) or is_cut(other, one):
         return True
-    if _is_masked(one, other) or _is_masked(other, one):
+    if _is_masked(one, other) or _is_masked(other, one) or _unformatted(one) == _unformatted(other):
         return True
     return _has_letters(one) and (_plain(one) == _plain(other) or _lacks_symbols(one, other))
 
 
 _CUT = 32  # characters from which on a text may be the beginning of another without a mark that says so
 _MARKED_CUT = 8  # where a mark says so
+_SHORT_CUT = 12  # where it ends within a word and more is known
 _SURE_CUT = 100  # where a number may be cut, too
 _CUT_MARK = re.compile(r"\s*(?:\.\.\.|[\[(]\s*(?:\.\.\.)?\s*(?:truncated|cut|more)[^\])]{0,80}[\])])$", re.IGNORECASE)
 _CUT_ENTITY = re.compile(r"&#?\w*$")
@@ -59,9 +60,18 @@ def is_cut(short: str, whole: str) -> bool:
     return not splits_number or len(beginning) >= _SURE_CUT
 
 
+def is_short_cut(short: str, whole: str) -> bool:
+    """Whether the one may be the other, cut within a word at a limit so low that it alone is no evidence."""
+    size = len(short)
+    return _SHORT_CUT <= size < len(whole) and whole.startswith(short) and whole[size - 1 : size + 1].isalpha()
+
+
+# Not a single mark between digits or alone, a number sign before a digit, nor a single x: 2*4, press *, #12, 5x.
 _MASK = re.compile(
     r"\[[^\[\]\s][^\[\]]{1,39}\]|<[^<>\s][^<>]{1,39}>|\{\{?[^{}]{2,40}\}\}?"  # [PHONE], <card>, {{email}}
-    r"|[*•█#]{2,}|(?<=\d)[*#•]|[*#•](?=\d)|\b[xX]{2,}\b|(?<=\d)[xX]+|[xX]+(?=\d)"
+    r"|[*\u2022\u25cf\u25cb\u25a0\u25aa\u2588\u2217\u00d7\uff0a#]{2,}"  # bullets, squares and such
+    r"|(?<=\d)[*#\u2022\u25cf](?!\d)|(?<!\d)[*\u2022\u25cf](?=\d)"
+    r"|\b[xX]{2,}\b|(?<=\d)[xX]{2,}|[xX]{2,}(?=\d)"
 )
 _MASKS = 20  # of one text
 _MASKABLE = 4_000  # characters
@@ -121,6 +131,8 @@ def _ends_of_words(whole: str, mask: str) -> _Ends:
     return lambda place: range(place + size, place + size + (whole.find(" ", place, place + size) < 0))
 
 
+_ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # as Markdown and JSON have it before punctuation
+_EMPHASIS = re.compile(r"(?<![\w*_`])([*_]{1,3}|`)(?! )([^*_`]*[^\W_][^*_`]*)(?<! )\1(?![\w*_`])")
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>")
 _DECORATION = re.compile(r"(?<!\d)[.,:;]|[.,:;](?!\d)|[*_`~!'\"()\s]")
 _DROPPED = re.compile(r"[^\x00-\x7f\w]|\s")  # emoji and such: letters carry meaning
@@ -133,9 +145,14 @@ def _has_letters(text: str) -> bool:
     return sum(map(str.isalnum, text)) >= _LETTERS
 
 
+def _unformatted(text: str) -> str:
+    """The text without the backslashes and the emphasis of Markdown."""
+    return _EMPHASIS.sub(r"\2", _ESCAPE.sub("", text))
+
+
 def _plain(text: str) -> str:
     """The text without markup, white space, letter case and most punctuation."""
-    return _DECORATION.sub("", _TAGS.sub("", text)).casefold()
+    return _DECORATION.sub("", _TAGS.sub("", _ESCAPE.sub("", text))).casefold()
 
 
 def _lacks_symbols(one: str, other: str) -> bool:

@@ -7,13 +7,19 @@ from itertools import chain
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _LAYERS = 8  # of HTML entities: `&amp;amp;lt;`
-# Soft hyphen, zero-width space and non-joiner, marks of direction, word joiner, byte order mark and variation
-# selectors show nothing and separate nothing.
-_RANGES = (range(0x202A, 0x202F), range(0x2060, 0x2065), range(0x2066, 0x206A), range(0xFE00, 0xFE10))
-_INVISIBLE: dict[int, str | None] = dict.fromkeys(
-    [0x00AD, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF, *chain.from_iterable(_RANGES)]
+# Control characters that are no white space, soft hyphen, combining grapheme joiner, zero-width space and non-joiner,
+# marks of direction, Mongolian vowel separator, word joiner, byte order mark and variation selectors show nothing and
+# separate nothing.
+_CONTROLS: dict[int, str | None] = dict.fromkeys(
+    code for code in (*range(0x20), *range(0x7F, 0xA0)) if not chr(code).isspace()
 )
-_TYPOGRAPHIC = {"'": "\u2018\u2019\u201a\u201b\u02bc", '"': "\u201c\u201d\u201e\u201f"} | {
+_RANGES = (range(0x202A, 0x202F), range(0x2060, 0x2065), range(0x2066, 0x206A), range(0xFE00, 0xFE10))
+_INVISIBLE: dict[int, str | None] = _CONTROLS | dict.fromkeys(
+    [0x00AD, 0x034F, 0x061C, 0x180E, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF, *chain.from_iterable(_RANGES)]
+)
+_TYPOGRAPHIC = {
+    "'": "\u2018\u2019\u201a\u201b\u02bc\u00b4\u2032\u2039\u203a",
+    '"': "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb",
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
     "...": "\u2026",
 }
@@ -30,9 +36,9 @@ def normal_text(text: str) -> str:
     """Return the form under which two texts are compared; it is never stored or shown.
 
     HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters stay
-    apart), typographic quotes, dashes and ellipses become those of ASCII, invisible characters go, each run of white
-    space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Of more than 30
-    combining marks in a row the first 30 count. Letter case, punctuation and digits stay.
+    apart), typographic quotes, dashes and ellipses become those of ASCII, invisible and control characters go,
+    each run of white space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Of
+    more than 30 combining marks in a row the first 30 count. Letter case, punctuation and digits stay.
     """
     if "&" in text:
         text = _unescaped(text)
@@ -41,6 +47,8 @@ def normal_text(text: str) -> str:
         text = unicodedata.normalize("NFC", _SYMBOLS.sub(_with_few_marks, text))
     elif text.isprintable() and "  " not in text:  # as most short texts
         return text.strip()
+    else:
+        text = text.translate(_CONTROLS)
     return " ".join(text.split())
 
 

@@ -158,7 +158,7 @@ def select_shown(connection: Connection, keys: Sequence[Key]) -> dict[Key, Shown
     for row in connection.execute(_SELECT_TURNS, {"keys": msgspec.json.encode(asked).decode()}).mappings():
         key = row["session_id"], row["chat_id"]
         chats[key] = dict(row)
-        said[key] += [said_in(row)] if row["role"] is not None else []
+        said[key] += [said_in(chats[key])] if row["role"] is not None else []
     return {key: shown(row, said[key]) for key, row in chats.items()}
 
 

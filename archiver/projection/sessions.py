@@ -9,7 +9,7 @@ import msgspec
 from archiver import alignment, history
 from archiver.alignment import Line, Transcript
 from archiver.alignment.shapes import USER
-from archiver.alignment.wording import are_alike, role_of
+from archiver.alignment.wording import are_alike, is_short_cut, role_of
 from archiver.events import OURS, SHAPES, Message
 from archiver.events.normal import normal_text
 from archiver.history import Told
@@ -111,7 +111,9 @@ def _repeats(content: str, said: Collection[str]) -> bool:
     text = normal_text(content)
     beginning = text.removesuffix("...").rstrip()
     is_long = len(beginning) >= _CUT
-    return text in said or any(are_alike(text, each) or (is_long and each.startswith(beginning)) for each in said)
+    return text in said or any(
+        are_alike(text, each) or is_short_cut(text, each) or (is_long and each.startswith(beginning)) for each in said
+    )
 
 
 def aligned(chat_id: str, turn: Turn) -> alignment.Turn:
