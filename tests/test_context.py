@@ -38,6 +38,8 @@ def conversation(length: int) -> list[str]:
         ["a 0", "u 1"],
         ["u 0 ", "a  0", "u 1"],
         ["u 0", "t look", "a 0", "u 1"],
+        ["u 0", "a 0", "u 1", "a "],
+        ["u 0", "a 0", "u 1", "a 1"],
         ["u 1"],
     ],
 )
@@ -61,6 +63,41 @@ def test_what_only_history_shows_to_be_a_repeat_goes_once_it_was_read() -> None:
     assert len(transcript(turns, [])) == 5
     lines = transcript(turns, [reading("u 0", "a 0", "u 1", "a 1")])
     assert "".join(line.chat_id or "-" for line in lines) == "AABB"
+
+
+@pytest.mark.parametrize("again", ["u 1", "u 0"])
+@pytest.mark.parametrize("answer", ["a 1", "a 0"])
+@pytest.mark.parametrize(("questions", "answers"), [(True, False), (False, True), (True, True)])
+def test_questions_or_answers_alone_are_repeats_where_history_shows_it(
+    again: str, answer: str, questions: bool, answers: bool
+) -> None:
+    """Whatever the user really asks again, and however often it is answered the same."""
+    whole = ["u 0", "a 0", again, answer]
+    resent = turn("B", ["u 0", again] if questions else [again], ["a 0", answer] if answers else [answer], 2)
+    for known, chats in (([turn("A", ["u 0"], ["a 0"], 1), resent], "AABB"), ([resent], "--BB")):
+        lines = transcript(known, [reading(*whole)])
+        assert texts(lines) == texts(said(*whole))
+        assert "".join(line.chat_id or "-" for line in lines) == chats or (again, answer) == ("u 0", "a 0")
+
+
+def test_questions_and_answers_that_history_shows_are_no_repeats() -> None:
+    first = turn("A", ["u 0"], ["a 0"], 1)
+    for inputs, outputs in ((["u 0", "u 1"], ["a 1"]), (["u 1"], ["a 0", "a 1"]), (["u 0", "u 0"], ["a 0", "a 0"])):
+        whole = ["u 0", "a 0", *inputs, *outputs]
+        for known in ([first, turn("B", inputs, outputs, 2)], [turn("B", inputs, outputs, 2)]):
+            assert texts(transcript(known, [reading(*whole)])) == texts(said(*whole))
+
+
+def test_a_turn_that_a_reading_could_not_show_loses_nothing_to_it() -> None:
+    later = turn("B", ["u 0", "u 0"], ["a 0", "a 0"], 200)
+    lines = transcript([later], [reading("u 0", "a 0", "u 0", "a 0", at=100)])
+    assert texts(line for line in lines if line.chat_id == "B") == texts(later.messages)
+
+
+def test_a_result_of_a_tool_in_an_input_keeps_no_turn_from_its_lines() -> None:
+    turns = [turn("A", ["u 0"], ["a 0"], 1), turn("B", ["u 0", "a 0", "u 1", "t found"], ["a 1"], 2)]
+    lines = transcript(turns, [reading("u 0", "a 0", "u 1", "a 1")])
+    assert texts(lines) == texts(said("u 0", "a 0", "u 1", "t found", "a 1"))
 
 
 def test_a_system_message_of_each_turn_stands_once_where_history_does_not_show_it() -> None:
@@ -100,6 +137,12 @@ def test_an_output_that_holds_all_of_the_turn_is_split() -> None:
     assert own_messages((), said("u 0", "a 0", "u 1", "u 2", "a 1")) == (said("u 1", "u 2"), said("a 1"))
     assert own_messages((), said("u 0")) == ((), said("u 0"))
     assert own_messages(said("u 0", "a draft"), ()) == (said("u 0", "a draft"), ())
+    assert own_messages(said("u 0", "a draft"), said("a 1")) == (said("u 0", "a draft"), said("a 1"))
+
+
+def test_an_output_that_ends_with_the_input_is_no_answer_yet() -> None:
+    assert own_messages(said("u 1"), said("u 0", "a 0", "u 1")) == (said("u 1"), ())
+    assert own_messages(said("u 1"), said("u 0", "a 0", "u 2")) == (said("u 1"), said("u 0", "a 0", "u 2"))
 
 
 @settings(max_examples=150, deadline=None)

@@ -165,6 +165,21 @@ def test_history_content_is_only_where_the_latest_history_that_shows_a_message_w
     assert [each for each in found() if each[1] is not None] == []
 
 
+@pytest.mark.parametrize(
+    "names", [("human", "ai"), ("User", "Assistant"), (" CUSTOMER ", "bot"), ("end_user", "LLM")]
+)
+def test_messages_of_the_user_and_the_assistant_are_counted_by_any_name(
+    archive: Archive, names: tuple[str, str]
+) -> None:
+    user, assistant = names
+    answers = [{"role": assistant, "content": "a 1"}]
+    archive.webhook(1, created("chat-1", input=[{"role": user, "content": "q 1"}], output=answers))
+    counts = "SELECT messages, user_messages, assistant_messages FROM analytics.conversations"
+    assert archive.rows(counts) == [(2, 1, 1)]
+    archive.reading(10, answer((user, "q 1"), (assistant, "a 1"), (user, "lost"), (assistant, "found")))
+    assert archive.rows(counts) == [(4, 2, 2)]
+
+
 def test_a_lost_turn_whose_roles_have_other_names_is_a_turn(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.reading(10, answer(*said(1), ("human", "lost"), ("ai", "found")))

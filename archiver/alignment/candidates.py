@@ -109,8 +109,8 @@ class Told:
         self.messages = turn.messages
         self.keys = [key_of(message.role, message.content) for message in turn.messages]
         filled = [index for index, (_, content) in enumerate(self.keys) if content]
-        # A history may not show what the application tells its assistant.
-        filled = [index for index in filled if index >= turn.inputs or self.keys[index][0] not in PROMPTS] or filled
+        # A history may not show what the application tells its assistant, results of tools included.
+        filled = [index for index in filled if index >= turn.inputs or self.keys[index][0] not in ASIDES] or filled
         # Of a turn without any content its blank input is all that there is to find.
         self.required = frozenset(filled or range(turn.inputs or len(self.keys)))
         self.inputs = turn.inputs

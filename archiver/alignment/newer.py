@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from datetime import datetime
 
 from archiver.alignment.shapes import USER, Line, Turn
-from archiver.alignment.wording import role_of
+from archiver.alignment.wording import normal_role
 from archiver.events import Message
 from archiver.events.normal import normal_text
 
@@ -30,7 +30,7 @@ def has_open_end(lines: Iterable[Line]) -> bool:
     """Whether a turn that no webhook has told stands at the end: a late delivery may be about it."""
     is_open = False
     for line in lines:
-        is_open = line.chat_id is None and (is_open or role_of(line.role) == USER)
+        is_open = line.chat_id is None and (is_open or normal_role(line.role) == USER)
     return is_open
 
 

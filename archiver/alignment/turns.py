@@ -9,7 +9,7 @@ import msgspec
 from archiver.alignment.candidates import ASIDES, Match
 from archiver.alignment.matching import place
 from archiver.alignment.shapes import USER, Line, Turn
-from archiver.alignment.wording import role_of
+from archiver.alignment.wording import normal_role
 from archiver.events import Message
 
 # Roles whose lines are no version of an output.
@@ -77,7 +77,7 @@ def _end(lines: Sequence[Line], match: Match, limit: int, *, is_deleted: bool) -
     """
     is_shown = lines[match.end - 1].in_history
     end = match.end
-    while end < limit and role_of(lines[end].role) != USER:
+    while end < limit and normal_role(lines[end].role) != USER:
         if is_deleted and lines[end].in_history and not is_shown:
             break
         end += 1
@@ -162,4 +162,4 @@ def _superseded(turn: Turn, match: Match, lines: Sequence[Line]) -> _Superseded:
 
 
 def _is_answer(said: Line | Message) -> bool:
-    return role_of(said.role) not in _OTHERS and bool(said.content.strip())
+    return normal_role(said.role) not in _OTHERS and bool(said.content.strip())

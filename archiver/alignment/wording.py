@@ -16,14 +16,14 @@ Key = tuple[str, str]  # role and content, without differences that carry no mea
 ASSISTANT = "assistant"
 
 
-def role_of(role: str) -> str:
+def normal_role(role: str) -> str:
     """The role, `user` and `assistant` by one name each."""
     return known_role(role) or role.strip().lower()
 
 
 def key_of(role: str, content: str) -> Key:
     """What two messages have in common if they are the same message."""
-    return role_of(role), normal_text(content)
+    return normal_role(role), normal_text(content)
 
 
 def are_alike(one: str, other: str) -> bool:

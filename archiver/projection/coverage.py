@@ -11,7 +11,7 @@ from archiver import history
 from archiver.alignment import Line
 from archiver.alignment.candidates import PROMPTS
 from archiver.alignment.shapes import USER
-from archiver.alignment.wording import role_of
+from archiver.alignment.wording import normal_role
 from archiver.history import Told
 from archiver.projection.turns import Turn
 
@@ -152,7 +152,7 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None
         for line in lines
         if line.chat_id is not None
         and line.content.strip()
-        and role_of(line.role) not in PROMPTS
+        and normal_role(line.role) not in PROMPTS
         and turns[line.chat_id].deleted_at is None
     ]
     confirmed = {line.chat_id for line in texts if line.first_read_at is not None}
@@ -165,7 +165,7 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None
 def _repaired(lines: Sequence[Line]) -> int:
     """Messages that history supplied; but what stands before any turn no webhook could have carried."""
     first = next(
-        (n for n, line in enumerate(lines) if line.chat_id is not None or role_of(line.role) == USER), len(lines)
+        (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
     )
     return sum(line.source == "history" for line in lines[first:])
 

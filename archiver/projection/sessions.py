@@ -9,7 +9,7 @@ import msgspec
 from archiver import alignment, history
 from archiver.alignment import Line, Transcript
 from archiver.alignment.shapes import USER
-from archiver.alignment.wording import are_alike, is_short_cut, role_of
+from archiver.alignment.wording import are_alike, is_short_cut, normal_role
 from archiver.events import OURS, SHAPES, Message
 from archiver.events.normal import normal_text
 from archiver.history import Told
@@ -142,8 +142,8 @@ def _chat_keys(lines: Sequence[Line]) -> list[str]:
 
 def _begins_turn(line: Line, before: Line | None) -> bool:
     if before is None:
-        return role_of(line.role) == USER
-    return before.chat_id is not None or (role_of(line.role) == USER and role_of(before.role) != USER)
+        return normal_role(line.role) == USER
+    return before.chat_id is not None or (normal_role(line.role) == USER and normal_role(before.role) != USER)
 
 
 def _found_chats(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> list[Row]:
