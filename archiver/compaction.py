@@ -7,12 +7,13 @@ bytes are made again; the guard on the ledger compares them before it lets the b
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
 
 from archiver import history, pieces
-from archiver.database import Direct, transaction
+from archiver.database import Direct, run, transaction
 from archiver.events import Event
 from archiver.pieces import WHOLE_BYTES, Split
 from archiver.projection import Timing
@@ -152,15 +153,22 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
 def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[Step]:
     passed: list[str] = []  # what cannot be split stays as it is
     while True:
-        with transaction(engine, statement_seconds=300) as connection:
-            lock_sessions(connection, [session_id])
-            found = connection.execute(_SELECT_WHOLE, {"session_id": session_id, "passed": passed}).all()
-            older = [row for row in found if row.age > 1 or row.size > WHOLE_BYTES]
-            taken = _taken([(bytes(row.dedupe_key), row.size) for row in older])
-            done = sum(_take_apart(connection, session_id, key, passed) for key in taken)
-        if not taken:
+        # A response that is delivered again locks its own row before its session's: one of both is done again.
+        done, unsplit, is_last = run(engine, partial(_compact_some, session_id=session_id, passed=passed))
+        passed += unsplit
+        if is_last:
             return
         yield Step(done, after)
+
+
+def _compact_some(connection: Connection, session_id: str, passed: Sequence[str]) -> tuple[int, list[str], bool]:
+    """How many were taken apart, which cannot be, and whether there was none of either."""
+    lock_sessions(connection, [session_id])
+    found = connection.execute(_SELECT_WHOLE, {"session_id": session_id, "passed": list(passed)}).all()
+    older = [row for row in found if row.age > 1 or row.size > WHOLE_BYTES]
+    taken = _taken([(bytes(row.dedupe_key), row.size) for row in older])
+    unsplit = [key.hex() for key in taken if not _take_apart(connection, session_id, key)]
+    return len(taken) - len(unsplit), unsplit, not taken
 
 
 def _taken(found: Sequence[tuple[bytes, int]]) -> list[bytes]:
@@ -174,11 +182,10 @@ def _taken(found: Sequence[tuple[bytes, int]]) -> list[bytes]:
     return taken
 
 
-def _take_apart(connection: Connection, session_id: str, key: bytes, passed: list[str]) -> bool:
+def _take_apart(connection: Connection, session_id: str, key: bytes) -> bool:
     ((body,),) = _SELECT_BODY.execute(connection, session_id, key)
     found = None if body is None else pieces.split(session_id, bytes(body))
     if found is None:
-        passed.append(key.hex())
         return False
     made = _write(connection, session_id, found)
     _UPDATE.execute(connection, session_id, key, made.frame, made.runs)

@@ -160,10 +160,15 @@ def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
     connection.execute(query.with_for_update())
 
 
-def select_older(connection: Connection, before: datetime, limit: int) -> list[int]:
-    """Rows that came, for the first time, before then; oldest first."""
+def select_older(connection: Connection, before: datetime, limit: int, after: int = 0) -> list[int]:
+    """Rows after this id that came, for the first time, before then; oldest first."""
     quarantine = tables.quarantine.c
-    query = select(quarantine.id).where(quarantine.received_at < before).order_by(quarantine.id).limit(limit)
+    query = (
+        select(quarantine.id)
+        .where(quarantine.received_at < before, quarantine.id > after)
+        .order_by(quarantine.id)
+        .limit(limit)
+    )
     return list(connection.scalars(query))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from archiver.projection import Timing
 from archiver.rebuild import rebuild
 from tests.payloads import created
 from tests.rows import DERIVED, execute, rows
+from tests.slowness import holding, slow_rows
+from tests.waiting import until
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
 
@@ -342,6 +345,28 @@ def test_i12_the_duty_works_in_steps_and_goes_on_after_each(grown: Engine, monke
     steps = list(compaction.compact(grown, ""))
     assert [step.responses for step in steps] == [2, 2, 0]
     assert steps[-1].last is None
+
+
+def test_a_compaction_that_meets_the_same_response_again_is_done_again(grown: Engine) -> None:
+    """The two lock the session and the response in opposite order; Postgres ends one of them (40P01)."""
+    told = bodies(grown)
+    as_before(grown)
+    slow_rows(grown, "archiver.sessions", "session_id", "s1", "PERFORM pg_sleep(2)")
+    with (
+        ThreadPoolExecutor() as pool,
+        holding(
+            grown,
+            "SET LOCAL deadlock_timeout = '120s'",  # the other one finds it
+            "UPDATE archiver.events SET delivery_count = delivery_count + 1 WHERE type = 'history.read'",
+        ) as repeated,
+    ):
+        compacting = pool.submit(lambda: sum(step.responses for step in compaction.compact(grown, "")))
+        sleeping = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        until(lambda: rows(grown, sleeping), "it has the session")
+        repeated.execute(text("UPDATE archiver.sessions SET read_by = read_by WHERE session_id = 's1'"))
+        repeated.commit()
+        assert compacting.result(60) == len(told) - 1
+    assert bodies(grown) == told
 
 
 def test_a_reading_after_the_upgrade_makes_room_for_itself(grown: Engine) -> None:

@@ -73,6 +73,7 @@ __all__ = [
     "now",
     "place",
     "redirect",
+    "run",
     "run_apart",
     "run_in_transaction",
     "session",
@@ -186,6 +187,26 @@ def transaction(
     with engine.begin() as connection:
         _open(connection, statement_seconds, lock_seconds)
         yield connection
+
+
+def run(
+    engine: Engine,
+    work: Callable[[Connection], T],
+    *,
+    statement_seconds: float = STATEMENT_SECONDS,
+    lock_seconds: float = LOCK_SECONDS,
+    retries: int = CONFLICT_RETRIES,
+) -> T:
+    """As `run_in_transaction`, without an event loop: done again where another transaction was in the way."""
+    for attempt in range(retries + 1):
+        try:
+            with transaction(engine, statement_seconds=statement_seconds, lock_seconds=lock_seconds) as connection:
+                return work(connection)
+        except DBAPIError as error:
+            telemetry.commit_failures.labels(sqlstate(error) or "none").inc()
+            if not is_conflict(error) or attempt == retries:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 @contextmanager

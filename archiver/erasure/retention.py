@@ -6,13 +6,16 @@ A session's content is erased as any other; what is left of it goes once seals p
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, ledger, quarantine
+from archiver import acts, quarantine
 from archiver.database import transaction
+from archiver.erasure.apart import apart, lock_placement
 from archiver.erasure.holds import covering, is_any_in_force
 from archiver.erasure.ordering import Act, order
 from archiver.erasure.targets import Target, parts, with_strays
@@ -195,22 +198,31 @@ def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: 
         if found:
             done = order(engine, list(found), "retention", act, skip_held=True, act_id=act_id)
             yield Step(sessions=len(done.targets))
+    slow: list[DBAPIError] = []
+    remove = partial(_remove, act_id=act_id, timing=timing)
     for targets in _removable(engine, rules, now):
         for part in parts(targets, REMOVED_AT_ONCE):
-            yield Step(removed=_remove(engine, part, act_id, timing))
-    yield from _empty_quarantine(engine, rules, now)
+            for removed in apart(engine, part, remove, slow):
+                yield Step(removed=removed)
+    yield from _empty_quarantine(engine, rules, now, slow)
+    if slow:
+        raise slow[0]
 
 
-def _empty_quarantine(engine: Engine, rules: Rules, now: datetime) -> Iterator[Step]:
+def _empty_quarantine(engine: Engine, rules: Rules, now: datetime, slow: list[DBAPIError]) -> Iterator[Step]:
+    def work(connection: Connection, ids: Sequence[int]) -> int:
+        return quarantine.delete_rows(connection, ids) if _quarantine_before(connection, rules, now) else 0
+
+    after = 0
     while True:
         with transaction(engine) as connection:
             before = _quarantine_before(connection, rules, now)
-            gone = (
-                quarantine.delete_rows(connection, quarantine.select_older(connection, before, PAGE)) if before else 0
-            )
-        if not gone:
+            ids = quarantine.select_older(connection, before, PAGE, after) if before else []
+        if not ids:
             return
-        yield Step(quarantined=gone)
+        for gone in apart(engine, ids, work, slow):
+            yield Step(quarantined=gone)
+        after = ids[-1]
 
 
 _SELECT_EVENTS = text(
@@ -231,21 +243,19 @@ _DELETE_EVENTS = text(
 )
 
 
-def _remove(engine: Engine, targets: Sequence[Target], act_id: int, timing: Timing) -> int:
-    with transaction(engine) as connection:
-        strays = sorted(each.chat_id for each in with_strays(connection, targets) if each.session_id == UNPLACED)
-    with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
-        ledger.lock_placement(connection, exclusive=bool(strays))
-        held = covering(connection, targets)
-        free = [target for target in targets if target not in held]
-        homes = {session_id for session_id, _ in select_homes(connection, strays)} if strays else set()
-        sessions = sorted({*homes, *(target.session_id for target in free)} - {UNPLACED})
-        lock_sessions(connection, sessions)
-        told = msgspec.json.encode(free).decode()
-        ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": told}))
-        as_json = msgspec.json.encode(ids).decode()
-        connection.execute(_INSERT_REMOVALS, {"ids": as_json, "act_id": act_id})
-        connection.execute(_DELETE_EVENTS, {"ids": as_json})
-        rederive(connection, sessions, timing)
-        rederive_unplaced(connection, strays)
-        return len(ids)
+def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timing: Timing) -> int:
+    strays = sorted(each.chat_id for each in with_strays(connection, targets) if each.session_id == UNPLACED)
+    lock_placement(connection, exclusive=bool(strays))
+    held = covering(connection, targets)
+    free = [target for target in targets if target not in held]
+    homes = {session_id for session_id, _ in select_homes(connection, strays)} if strays else set()
+    sessions = sorted({*homes, *(target.session_id for target in free)} - {UNPLACED})
+    lock_sessions(connection, sessions)
+    told = msgspec.json.encode(free).decode()
+    ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": told}))
+    as_json = msgspec.json.encode(ids).decode()
+    connection.execute(_INSERT_REMOVALS, {"ids": as_json, "act_id": act_id})
+    connection.execute(_DELETE_EVENTS, {"ids": as_json})
+    rederive(connection, sessions, timing)
+    rederive_unplaced(connection, strays)
+    return len(ids)

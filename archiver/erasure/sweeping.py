@@ -7,18 +7,20 @@ a hold in force covers stays until its release.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import acts, history, ledger, pieces, quarantine
-from archiver.database import is_conflict, transaction
+from archiver.database import transaction
 from archiver.erasure import mentions
+from archiver.erasure.apart import apart, lock_placement
 from archiver.erasure.decoding import decode
 from archiver.erasure.holds import covering
 from archiver.erasure.ordering import Act, order
-from archiver.erasure.quarantined import delete_found, select_found
+from archiver.erasure.quarantined import Found, delete_found, select_found
 from archiver.erasure.targets import Target, parts
 from archiver.followups.deliveries import redact
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
@@ -28,11 +30,10 @@ from archiver.projection.sessions import Story, without
 
 PAGE = 500  # erasures looked at together
 AT_ONCE = 20  # sessions, or turns without one, of one transaction
-CONFLICT_RETRIES = 10
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What a step has done: up to which erasure it looked, what it took away, and what it left for which holds."""
+    """What a step has done: up to which erasure all is done, what it took away, and what it left for which holds."""
 
     through: int
     events: int = 0
@@ -64,57 +65,71 @@ _SELECT_PAGE = text(
 
 
 def sweep(engine: Engine, timing: Timing, after: int = 0) -> Iterator[Step]:
-    """Take away what erasures after this id have left; yields after each step, and at the end of each page."""
+    """Take away what erasures after this id have left; yields after each step, and at the end of each page.
+
+    What is locked, or takes too long, is left, and keeps nothing else: its error is raised at the end.
+    """
+    slow: list[DBAPIError] = []
+    through = after
     while True:
         with transaction(engine, statement_seconds=300) as connection:
             page = connection.execute(_SELECT_PAGE, {"after": after, "most": PAGE}).all()
         if not page:
-            return
+            break
         for row in page:
             if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
                 act = Act("erase", acts.ARCHIVER, None)
                 order(engine, [Target(UNPLACED, row.chat_id)], row.rule, act, skip_held=True, act_id=row.act_id)
-        pending = [Target(row.session_id, row.chat_id) for row in page if row.is_pending]
-        if pending:  # before the content, by which these are found again where this ends half-way
-            yield Step(after, quarantined=_empty_quarantine(engine, sorted(pending)))
-        for part in parts(sorted(pending), AT_ONCE):
-            yield _take_away(engine, part, timing, after)
+        pending = sorted(Target(row.session_id, row.chat_id) for row in page if row.is_pending)
+        for step in _sweep(engine, pending, timing, slow):
+            yield msgspec.structs.replace(step, through=through)
         after = page[-1].id
-        yield Step(after)
+        through = through if slow else after
+        yield Step(through)
+    if slow:
+        raise slow[0]
 
 
-def _empty_quarantine(engine: Engine, targets: Sequence[Target]) -> int:
-    """Remove what the quarantine holds about these. It is searched before anything is locked, for that takes long."""
+def _sweep(engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]) -> Iterator[Step]:
+    if not pending:
+        return
+    # Before the content, by which these are found again where this ends half-way.
+    for ids in _parts(_select_quarantined(engine, pending)):
+        for removed in apart(engine, ids, _empty_quarantine, slow):
+            yield Step(0, quarantined=removed)
+    take_away = partial(_take_away, timing=timing)
+    strays = [target for target in pending if not target.session_id]
+    for part in parts(strays, AT_ONCE):
+        yield from apart(engine, part, take_away, slow)
+    for part in parts(pending[len(strays) :], AT_ONCE):
+        yield from apart(engine, part, take_away, slow)
+
+
+def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (ids[start : start + AT_ONCE] for start in range(0, len(ids), AT_ONCE))
+
+
+def _select_quarantined(engine: Engine, targets: Sequence[Target]) -> Sequence[int]:
+    """What the quarantine holds about these. It is searched before anything is locked, for that takes long."""
     with transaction(engine, statement_seconds=600) as connection:
         held = covering(connection, targets)
-        found = select_found(connection, [target for target in targets if target not in held])
-    for attempt in range(CONFLICT_RETRIES + 1):
-        try:
-            with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
-                quarantine.lock_rows(connection, found.naming)  # before the other lock, as a retry does
-                ledger.lock_placement(connection, exclusive=False)
-                return delete_found(connection, found)
-        except DBAPIError as error:
-            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
-                raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
+        return select_found(connection, [target for target in targets if target not in held]).naming
 
 
-def _take_away(engine: Engine, targets: Sequence[Target], timing: Timing, after: int) -> Step:
-    for attempt in range(CONFLICT_RETRIES + 1):
-        try:
-            with transaction(engine, statement_seconds=600, lock_seconds=60) as connection:
-                ledger.lock_placement(connection, exclusive=any(not each.session_id for each in targets))
-                # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or
-                # the hold was placed since. Nobody places one meanwhile.
-                held = covering(connection, targets)
-                free = [target for target in targets if target not in held]
-                redact(connection, [(each.session_id, each.chat_id) for each in free])
-                return Step(after, _erase(connection, free, timing), held=held)
-        except DBAPIError as error:
-            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
-                raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
+def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
+    quarantine.lock_rows(connection, ids)  # before the other lock, as a retry does
+    lock_placement(connection, exclusive=False)
+    return delete_found(connection, Found(naming=ids))
+
+
+def _take_away(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
+    lock_placement(connection, exclusive=any(not each.session_id for each in targets))
+    # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
+    # placed since. Nobody places one beside this transaction.
+    held = covering(connection, targets)
+    free = [target for target in targets if target not in held]
+    redact(connection, [(each.session_id, each.chat_id) for each in free])
+    return Step(0, _erase(connection, free, timing), held=held)
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
