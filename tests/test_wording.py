@@ -161,8 +161,11 @@ def test_different_numbers_are_never_alike(one: int, other: int) -> None:
         ("abcdefg " + "[AA] " * 20 + "end", "abcdefg " + "a " * 1_900 + "!"),
         ("tel " + "** " * 20 + "end", "tel " + "1 " * 1_900 + "!"),
         ("(more " * 20_000, "something else"),
+        ("*" + "a" * 100_000, "something else"),
+        ("_a*" * 30_000, "something else"),
+        ("\\" * 100_000, "something else"),
     ],
-    ids=["names", "numbers", "marks"],
+    ids=["names", "numbers", "marks", "emphasis", "emphases", "escapes"],
 )
 def test_i12_no_text_of_a_user_takes_long_to_compare(masked: str, whole: str) -> None:
     started = process_time()

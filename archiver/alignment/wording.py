@@ -132,7 +132,7 @@ def _ends_of_words(whole: str, mask: str) -> _Ends:
 
 
 _ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # as Markdown and JSON have it before punctuation
-_EMPHASIS = re.compile(r"(?<![\w*_`])([*_]{1,3}|`)(?! )([^*_`]*[^\W_][^*_`]*)(?<! )\1(?![\w*_`])")
+_EMPHASIS = re.compile(r"(?<![\w*_`])([*_]{1,3}|`)(?! )(?=[^*_`]*[^\W_])([^*_`]+)(?<! )\1(?![\w*_`])")
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>")
 _DECORATION = re.compile(r"(?<!\d)[.,:;]|[.,:;](?!\d)|[*_`~!'\"()\s]")
 _DROPPED = re.compile(r"[^\x00-\x7f\w]|\s")  # emoji and such: letters carry meaning
