@@ -10,14 +10,18 @@ from datetime import datetime
 from functools import partial
 
 import msgspec
+import structlog
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from archiver import history, pieces
-from archiver.database import Direct, run, transaction
+from archiver.database import Direct, explain, is_cancelled, is_lock_timeout, run, transaction
 from archiver.events import Event
 from archiver.pieces import WHOLE_BYTES, Split
 from archiver.projection import Timing
 from archiver.projection.rows import lock_sessions, upsert_sessions
+
+log = structlog.get_logger(__name__)
 
 MOST_OLDER = 16  # responses that give way to pieces with a new one; what is left is for the duty
 SESSIONS_A_STEP = 200
@@ -142,7 +146,13 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
             page = connection.execute(_SELECT_SESSIONS, {"after": after, "most": SESSIONS_A_STEP}).all()
         for row in page:
             if row.is_full:
-                yield from _compact_session(engine, row.session_id, after)
+                try:
+                    yield from _compact_session(engine, row.session_id, after)
+                except DBAPIError as error:
+                    if not is_lock_timeout(error) and not is_cancelled(error):
+                        raise
+                    # It only takes more room than it needs; the next worker that starts tries again.
+                    log.warning("history responses not compacted", reason=explain(error))
             after = row.session_id
         if len(page) < SESSIONS_A_STEP:
             yield Step(0, None)

@@ -347,6 +347,19 @@ def test_i12_the_duty_works_in_steps_and_goes_on_after_each(grown: Engine, monke
     assert steps[-1].last is None
 
 
+def test_a_session_that_is_locked_keeps_no_other_from_being_compacted(grown: Engine) -> None:
+    as_before(grown)
+    for minute in range(3):
+        body = answer([*conversation(30), ("user", str(minute))], minute).replace(b'"id": "s1"', b'"id": "s2"')
+        record(grown, 100 + minute, history.observe("s2", 200, body))
+    as_before(grown)
+    with holding(grown, "SELECT 1 FROM archiver.sessions WHERE session_id = 's1' FOR UPDATE"):
+        steps = list(compaction.compact(grown, ""))
+    assert steps[-1].last is None
+    whole = "SELECT session_id FROM archiver.events WHERE type = 'history.read' AND body IS NOT NULL GROUP BY 1"
+    assert rows(grown, f"{whole} HAVING count(*) > 1") == [("s1",)]
+
+
 def test_a_compaction_that_meets_the_same_response_again_is_done_again(grown: Engine) -> None:
     """The two lock the session and the response in opposite order; Postgres ends one of them (40P01)."""
     told = bodies(grown)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import Engine
@@ -11,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver import database, erasure
 from archiver.erasure import Target
+from archiver.erasure.deleted import order_deleted
 from archiver.erasure.retention import Rules
 from tests.payloads import created, deleted
 from tests.rows import rows
@@ -127,3 +129,42 @@ def test_i8_a_quarantined_delivery_that_is_locked_keeps_no_other_from_going(engi
     assert rows(engine, "SELECT id FROM archiver.quarantine") == [(first,)]
     run(engine, Rules(10, {}, 0))
     assert rows(engine, "SELECT id FROM archiver.quarantine") == []
+
+
+def test_i12_a_session_that_is_locked_keeps_no_other_from_being_ordered_and_nobody_from_recording(
+    engine: Engine,
+) -> None:
+    record(engine, *(created(f"c{number}", f"s{number}") for number in range(100)))
+    targets = [Target(f"s{number}") for number in range(100)]
+    with holding(engine, "SELECT 1 FROM archiver.sessions WHERE session_id = 's42' FOR UPDATE"):
+        with ThreadPoolExecutor() as pool:
+            ordering = pool.submit(erasure.order, engine, targets, "request", ACT)
+            number = 0
+            while not ordering.done():
+                assert record(engine, created(f"new-{number}", f"new-{number}"))[0].status == "stored"
+                number += 1
+            with pytest.raises(DBAPIError) as raised:
+                ordering.result()
+        assert database.is_lock_timeout(raised.value)
+        assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(99,)]
+        sweep(engine)
+    assert {name for name in left(engine) if name.startswith("s")} == {"s42"}
+    assert rows(engine, "SELECT count(*) FROM archiver.acts") == [(1,)]
+    erasure.order(engine, targets, "request", ACT)
+    sweep(engine)
+    assert rows(engine, "SELECT count(DISTINCT session_id) FROM archiver.erasures") == [(100,)]
+
+
+def test_i13_a_deleted_turn_that_is_slow_keeps_no_other_from_being_erased(engine: Engine) -> None:
+    record(engine, *(created(f"c{number}", f"s{number}") for number in range(30)))
+    record(engine, *(deleted(f"c{number}", f"s{number}") for number in range(30)), minute=1)
+    slow_rows(engine, "archiver.sessions", "session_id", "s11", FOR_EVER)
+    before = datetime(2100, 1, 1, tzinfo=UTC)
+    with pytest.raises(DBAPIError):
+        list(order_deleted(engine, before))
+    ordered = {row[0] for row in rows(engine, "SELECT session_id FROM archiver.erasures")}
+    assert ordered == {f"s{number}" for number in range(30)} - {"s11"}
+    quick_rows(engine, "archiver.sessions")
+    list(order_deleted(engine, before))
+    sweep(engine)
+    assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(30,)]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from sqlalchemy import Engine, Row, text
+from sqlalchemy.exc import DBAPIError
 
 from archiver import acts
 from archiver.database import transaction
@@ -29,18 +30,21 @@ _SELECT_DELETED = text(
 def order_deleted(engine: Engine, before: datetime) -> Iterator[Ordered]:
     """Order the turns that were deleted up to then to be erased, a page at a time; what is held is passed over.
 
-    The content goes with the next sweep.
+    The content goes with the next sweep. What is locked, or takes too long, is left: its error is raised at the end.
     """
+    slow: list[DBAPIError] = []
     after: dict[str, object] = {"after_time": "-infinity", "after_session": "", "after_chat": ""}
     while True:
         with transaction(engine, statement_seconds=300) as connection:
             page = connection.execute(_SELECT_DELETED, {"before": before, "most": PAGE, **after}).all()
         if not page:
-            return
+            break
         act = Act("erase", acts.ARCHIVER, "chat.deleted", {"chats": len(page)})
-        yield order(engine, [_target(row) for row in page], "chat.deleted", act, skip_held=True)
+        yield order(engine, [_target(row) for row in page], "chat.deleted", act, skip_held=True, slow=slow)
         last = page[-1]
         after = {"after_time": last.deleted_at, "after_session": last.session_id, "after_chat": last.chat_id}
+    if slow:
+        raise slow[0]
 
 
 def _target(row: Row[tuple[str, str, datetime]]) -> Target:

@@ -3,7 +3,8 @@
 The content goes right after, by `sweeping`, and is found again by that if whoever ordered it was killed in between.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from time import sleep
 from typing import Any, Literal
@@ -12,8 +13,8 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, ledger, quarantine
-from archiver.database import is_conflict, is_lock_timeout, transaction
+from archiver import acts, database, ledger, quarantine
+from archiver.database import is_cancelled, is_conflict, is_lock_timeout, transaction
 from archiver.erasure.holds import covering
 from archiver.erasure.quarantined import Found, delete_found
 from archiver.erasure.targets import Target, parts, with_strays
@@ -25,6 +26,9 @@ Rule = Literal["request", "chat.deleted", "retention"]
 AT_ONCE = 500  # of one transaction, in which nothing else is recorded
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
+# While it has the placement lock, for which all who record wait: of a statement, and of a wait for a row.
+STATEMENT_SECONDS, ROW_SECONDS = 2.0, 0.5
+SPLIT = 8  # parts of targets of which one is locked or slow
 NOTHING = Found()
 
 
@@ -35,6 +39,14 @@ class Act(msgspec.Struct, frozen=True):
     actor: str
     reason: str | None
     detail: Mapping[str, Any] = {}
+
+
+class _SlowError(Exception):
+    """One of the targets is locked, or takes too long; the cause is the database's error."""
+
+    def __init__(self, cause: DBAPIError) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class HeldError(Exception):
@@ -71,6 +83,7 @@ def order(
     erased_at: Mapping[Target, datetime] | None = None,
     act_id: int | None = None,
     found: Found = NOTHING,
+    slow: list[DBAPIError] | None = None,
 ) -> Ordered:
     """Order these to be erased, or raise `HeldError`, which is recorded too, if any is held.
 
@@ -79,6 +92,9 @@ def order(
     `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
     if it was recorded before. `found`: what the quarantine was found to hold about these, which goes with the order:
     no sweep finds what was ordered of which the ledger holds nothing.
+
+    A target that is locked, or takes too long, is left, and keeps no other: its error is added to `slow`, or raised
+    in the end.
     """
     wanted = sorted(set(targets))
     known: Mapping[Target, Sequence[int]] = {}
@@ -87,17 +103,28 @@ def order(
     elif act_id is None:
         known = _select_held(engine, wanted)  # for the act, which comes with the first part and stays as it is
     done = Ordered(act_id, [], {})
-    several = list(parts(wanted, AT_ONCE))
-    try:
-        for number, part in enumerate(several, 1):
-            going = found if number == len(several) else NOTHING
-            options = {"skip_held": skip_held, "erased_at": erased_at or {}, "found": going, "known": known}
+    left, left_out = deque(parts(wanted, AT_ONCE)), list[DBAPIError]()
+    while left:
+        part = left.popleft()
+        going = NOTHING if left else found
+        options = {"skip_held": skip_held, "erased_at": erased_at or {}, "found": going, "known": known}
+        try:
             more = _order_patiently(engine, part, rule, act, done.act_id, **options)
-            done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
-    except HeldError as error:
-        error.ordered = len(done.targets)
-        _record_refusal(engine, act, rule, error)
-        raise
+        except HeldError as error:
+            error.ordered = len(done.targets)
+            _record_refusal(engine, act, rule, error)
+            raise
+        except _SlowError as error:
+            if len(part) == 1:
+                left_out.append(error.cause)
+            else:
+                left.extendleft(reversed(list(parts(part, max(1, len(part) // SPLIT)))))
+            continue
+        done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
+    if slow is not None:
+        slow += left_out
+    elif left_out:
+        raise left_out[0]
     return done
 
 
@@ -128,10 +155,22 @@ def _order_patiently(
 ) -> Ordered:
     """Who waits for the lock keeps all who record waiting: so for an instant only, and again."""
     for attempt in range(ATTEMPTS):
+        has_lock = False
+
+        def work(connection: Connection) -> None:
+            nonlocal has_lock
+            # Whoever recorded something has committed it, and whoever records next sees what is ordered here.
+            ledger.lock_placement(connection, exclusive=True)
+            has_lock = True
+            database.limit(connection, STATEMENT_SECONDS)
+            database.limit_locks(connection, ROW_SECONDS)
+
         try:
             with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
-                return _order(connection, targets, rule, act, act_id, **options)
+                return _order(connection, targets, rule, act, act_id, lock=work, **options)
         except DBAPIError as error:
+            if has_lock and (is_lock_timeout(error) or is_cancelled(error)):
+                raise _SlowError(error) from error
             is_busy = is_lock_timeout(error) or is_conflict(error)
             if not is_busy or attempt == ATTEMPTS - 1:
                 raise
@@ -150,11 +189,11 @@ def _order(
     erased_at: Mapping[Target, datetime],
     found: Found,
     known: Mapping[Target, Sequence[int]],
+    lock: Callable[[Connection], None],
 ) -> Ordered:
     if ids := sorted({*found.naming, *found.telling}):
         quarantine.lock_rows(connection, ids)  # before the other lock, as whoever retries one does
-    # Whoever recorded something has committed it, and whoever records next sees what is ordered here.
-    ledger.lock_placement(connection, exclusive=True)
+    lock(connection)
     whole = with_strays(connection, targets)
     held = covering(connection, whole)
     if held and not skip_held:

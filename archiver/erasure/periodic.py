@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import structlog
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 
 from archiver import acts, database, heartbeats, telemetry
 from archiver.erasure.clocks import ClockError, time_to_destroy_by
@@ -44,11 +45,19 @@ class Upkeep:
         Raises `ClockError`, after it has taken away what was ordered before.
         """
         now, refused = await asyncio.to_thread(self._now) if self._erases_deleted else (None, None)
-        if now is not None:
-            async for ordered in _steps(order_deleted(self._engine, now - self._grace)):
+        try:
+            async for ordered in _steps(order_deleted(self._engine, now - self._grace) if now else iter(())):
                 beat()
                 if ordered.targets:
                     log.info("deleted turns are erased", turns=len(ordered.targets))
+        except DBAPIError:  # what was ordered goes, although other turns are locked or slow
+            await self._sweep(beat)
+            raise
+        await self._sweep(beat)
+        if refused is not None:
+            raise refused
+
+    async def _sweep(self, beat: Callable[[], None]) -> None:
         # What was found out while something was recorded may be seen later than what has a greater number; and what
         # was held when it was swept is found again by looking at all.
         moment = monotonic()
@@ -57,8 +66,6 @@ class Upkeep:
         async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
             beat()
             self._swept = max(self._swept, step.through)
-        if refused is not None:
-            raise refused
 
     async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
         """Take what is old enough, as the settings say; its content goes right after. `beat` as for `erase`.
@@ -69,8 +76,12 @@ class Upkeep:
         if now is not None:
             due = await asyncio.to_thread(examine, self._engine, self._rules, now)
             steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=acts.ARCHIVER)
-            async for _ in _steps(steps):
-                beat()
+            try:
+                async for _ in _steps(steps):
+                    beat()
+            except DBAPIError:
+                await self.erase(beat)
+                raise
             if not due.is_nothing:
                 log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
         await self.erase(beat)

@@ -194,11 +194,11 @@ def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: 
     act = Act("retention", who, None, detail)
     with transaction(engine) as connection:
         act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, detail)
+    slow: list[DBAPIError] = []
     for found in _expired(engine, rules, now):
         if found:
-            done = order(engine, list(found), "retention", act, skip_held=True, act_id=act_id)
+            done = order(engine, list(found), "retention", act, skip_held=True, act_id=act_id, slow=slow)
             yield Step(sessions=len(done.targets))
-    slow: list[DBAPIError] = []
     remove = partial(_remove, act_id=act_id, timing=timing)
     for targets in _removable(engine, rules, now):
         for part in parts(targets, REMOVED_AT_ONCE):

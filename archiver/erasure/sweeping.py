@@ -79,7 +79,15 @@ def sweep(engine: Engine, timing: Timing, after: int = 0) -> Iterator[Step]:
         for row in page:
             if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
                 act = Act("erase", acts.ARCHIVER, None)
-                order(engine, [Target(UNPLACED, row.chat_id)], row.rule, act, skip_held=True, act_id=row.act_id)
+                order(
+                    engine,
+                    [Target(UNPLACED, row.chat_id)],
+                    row.rule,
+                    act,
+                    skip_held=True,
+                    act_id=row.act_id,
+                    slow=slow,
+                )
         pending = sorted(Target(row.session_id, row.chat_id) for row in page if row.is_pending)
         for step in _sweep(engine, pending, timing, slow):
             yield msgspec.structs.replace(step, through=through)
