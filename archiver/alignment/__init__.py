@@ -11,7 +11,7 @@ from datetime import datetime
 import msgspec
 
 from archiver.alignment import newer, wording
-from archiver.alignment.context import without_repeats
+from archiver.alignment.context import restore_unproven, without_repeats
 from archiver.alignment.history import merge_history
 from archiver.alignment.newer import may_claim
 from archiver.alignment.parts import date, whole
@@ -30,6 +30,9 @@ __all__ = [
     "transcript",
     "whole_turn",
 ]
+
+
+_TRIALS = 3  # of leaving repeats out; each restores the turns that turned out to repeat nothing
 
 
 class Transcript(msgspec.Struct, frozen=True):
@@ -73,14 +76,26 @@ def compose(turns: Iterable[Turn], readings: Iterable[Reading]) -> Transcript:
 def _with_turns(spine: list[Line], turns: list[Turn], read_at: datetime | None, *, is_dated: bool) -> Transcript:
     ordered = in_order(turns)
     count = newer.split(ordered, read_at)
-    lines = merge_turns(spine, without_repeats(ordered[:count], spine), read_at, is_dated=is_dated)
+    lines = _merge(spine, ordered[:count], read_at, is_dated=is_dated)
     is_open, texts = newer.has_open_end(lines), newer.unclaimed(lines)
     if count < len(ordered):
         if is_open or any(may_claim(turn.messages, texts) for turn in ordered[count:]):
-            lines = merge_turns(spine, without_repeats(ordered, spine), read_at, is_dated=is_dated)
+            lines = _merge(spine, ordered, read_at, is_dated=is_dated)
             return Transcript(lines, can_append=False)
         lines = [*lines, *(line for turn in ordered[count:] for line in whole_turn(turn, read_at))]
     return Transcript(lines, can_append=not is_open)
+
+
+def _merge(spine: list[Line], turns: list[Turn], read_at: datetime | None, *, is_dated: bool) -> list[Line]:
+    """Let the turns claim their lines, without their repeats as far as the transcript then shows these."""
+    trimmed = without_repeats(turns, spine)
+    for _ in range(_TRIALS):
+        lines = merge_turns(spine, trimmed, read_at, is_dated=is_dated)
+        restored = restore_unproven(turns, trimmed, lines)
+        if restored == trimmed:
+            return lines
+        trimmed = restored
+    return merge_turns(spine, turns, read_at, is_dated=is_dated)
 
 
 def _said(turn: Turn) -> tuple[tuple[str, str], ...]:

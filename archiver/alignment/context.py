@@ -5,6 +5,7 @@ after them the answer itself or a blank in its place; in an output, what stands 
 `without_repeats` removes what only the history can show to be a repeat. The ledger keeps the bytes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -96,6 +97,30 @@ def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
             trimmed = _without_answers(trimmed, lines, keys, places)
         found.append(trimmed)
     return found
+
+
+def restore_unproven(turns: Sequence[Turn], trimmed: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
+    """The `trimmed` turns; one is whole again if the transcript shows its repeats neither before it nor unclaimed.
+
+    `turns` are the same ones, whole; `lines` is the transcript with the trimmed ones.
+    """
+    removed = {
+        turn.chat_id: Counter(_keys(turn.messages)) - Counter(_keys(rest.messages))
+        for turn, rest in zip(turns, trimmed, strict=True)
+        if len(rest.messages) < len(turn.messages)
+    }
+    if not removed:
+        return [*trimmed]
+    keys = [key_of(line.role, line.content) for line in lines]
+    shown = Counter(key for key, line in zip(keys, lines, strict=True) if line.chat_id is None)
+    proven, seen = set(), set()
+    for key, line in zip(keys, lines, strict=True):
+        if line.chat_id in removed and line.chat_id not in seen and removed[line.chat_id] <= shown:
+            proven.add(line.chat_id)
+        seen.add(line.chat_id)
+        shown[key] += line.chat_id is not None
+    unproven = removed.keys() - proven
+    return [turn if turn.chat_id in unproven else rest for turn, rest in zip(turns, trimmed, strict=True)]
 
 
 def _without_prompts(turn: Turn, prompts: set[Key], places: dict[Key, list[int]]) -> Turn:
