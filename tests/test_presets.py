@@ -28,6 +28,7 @@ from svix.webhooks import WebhookVerificationError
 
 from archiver.settings import SettingsError
 from archiver.signatures import PRESETS, Verifier, key_id
+from tests import edwards
 from tests.test_signatures import BASE64S, BODY, NOW, TEXTS, asgi, ask, refusal, signed, verifier_of
 
 AT = datetime.fromtimestamp(NOW, UTC)
@@ -323,6 +324,119 @@ def test_a_key_that_is_none_is_an_error_that_does_not_quote_it(scheme: str, secr
     with pytest.raises(SettingsError, match=words) as error:
         verifier_of(scheme, (secret,))
     assert secret[5:] == "" or secret[5:] not in str(error.value)
+
+
+def public(raw: bytes) -> str:
+    return "whpk_" + base64.b64encode(raw).decode()
+
+
+def written(signature: bytes) -> str:
+    return base64.b64encode(signature).decode()
+
+
+SEEDS = [bytes([number]) * 32 for number in range(3, 7)]
+BODIES = [b"", b"{}", BODY, '{"text": "héllo 🙂"}'.encode(), b"\x00\xff\xfe not text", b"x" * 10_000]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=len)
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: seed[0])
+@pytest.mark.parametrize("family", ["webhook", "svix"])
+def test_signatures_of_an_independent_implementation_are_accepted(family: str, seed: bytes, body: bytes) -> None:
+    at, message_id = str(int(NOW)), "msg_2KWPBgLlAfxdpx2AI54pPJ85f4W"
+    signature = edwards.sign(seed, f"{message_id}.{at}.".encode() + body)
+    key = public(edwards.public_key(seed))
+    headers = {
+        f"{family}-id": message_id,
+        f"{family}-timestamp": at,
+        f"{family}-signature": f"v1a,{written(signature)}",
+    }
+    assert ask(verifier_of("standard", (BASE64S[0], key)), headers, body) == key_id(key)
+    assert refusal(verifier_of("standard", (PAIR.public,)), asgi(headers), body) == "bad_signature"
+    assert refusal(verifier_of("standard", (key,)), asgi(headers), body + b" ") == "bad_signature"
+    halves = signature[:32], int.from_bytes(signature[32:], "little")
+    more = halves[0] + (halves[1] + edwards.L).to_bytes(32, "little")  # the same modulo the order (RFC 8032, 5.1.7)
+    headers[f"{family}-signature"] = f"v1a,{written(more)}"
+    assert refusal(verifier_of("standard", (key,)), asgi(headers), body) == "bad_signature"
+
+
+def low_order_keys() -> list[bytes]:
+    """Each encoding of each point of low order, those that are not canonical included."""
+    found = {
+        (y | sign << 255).to_bytes(32, "little")
+        for point in edwards.low_order()
+        for y in (point[1], point[1] + edwards.P)
+        if y < 2**255
+        for sign in (0, 1)
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize("raw", low_order_keys(), ids=bytes.hex)
+def test_a_key_of_low_order_under_which_anybody_can_sign_is_refused(raw: bytes) -> None:
+    for secrets in ((public(raw),), (BASE64S[0], public(raw))):
+        with pytest.raises(SettingsError, match="low order"):
+            verifier_of("standard", secrets)
+
+
+def test_a_signature_of_points_of_low_order_proves_nothing() -> None:
+    check = verifier_of("standard", (PAIR.public,))
+    for point in low_order_keys():
+        for scalar in (bytes(32), edwards.L.to_bytes(32, "little")):
+            headers = PAIR.headers() | {"webhook-signature": f"v1a,{written(point + scalar)}"}
+            assert refusal(check, asgi(headers)) == "bad_signature"
+
+
+GOOD = PAIR.headers()["webhook-signature"]
+SYMMETRIC = signed(verifier_of("standard", BASE64S[:1]))["webhook-signature"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        *[
+            ({"webhook-timestamp": at}, "malformed_timestamp")
+            for at in ("-1", "+1", "1.5", "1e9", " 1", "abc", "0x5")
+        ],
+        *[({"webhook-timestamp": at}, "malformed_timestamp") for at in ("1" * 16, "9" * 400, "1614265330.")],
+        *[({"webhook-timestamp": at}, "stale_timestamp") for at in ("0", str(int(NOW * 1000)), "9" * 15)],
+        ({"webhook-timestamp": ""}, "missing_header"),
+        ({"webhook-id": ""}, "missing_header"),
+        ({"webhook-id": "msg.1"}, "malformed_header"),
+        ({"webhook-signature": ""}, "missing_header"),
+        ({"webhook-signature": " "}, "malformed_header"),
+        *[
+            ({"webhook-signature": GOOD.replace("v1a", version)}, "malformed_header")
+            for version in ("v1", "V1A", "v2a")
+        ],
+        ({"webhook-signature": GOOD.replace("v1a,", "v1a, ")}, "malformed_header"),
+        ({"webhook-signature": GOOD.replace(",", ";")}, "malformed_header"),
+        ({"webhook-signature": GOOD.removeprefix("v1a,")}, "malformed_header"),
+        ({"webhook-signature": SYMMETRIC.replace("v1,", "v1a,")}, "malformed_header"),
+        ({"webhook-signature": f"v1a,{written(bytes(63))}"}, "malformed_header"),
+        ({"webhook-signature": f"v1a,{written(bytes(65))}"}, "malformed_header"),
+        ({"webhook-signature": f"v1a,{written(bytes(64))}"}, "bad_signature"),
+        ({"webhook-signature": f"{SYMMETRIC} v1a,{written(bytes(64))}"}, "bad_signature"),
+        ({"webhook-signature": " ".join([f"v1a,{written(bytes(64))}"] * 16 + [GOOD])}, "bad_signature"),
+    ],
+)
+def test_what_the_specification_does_not_allow_is_refused(changed: dict[str, str], reason: str) -> None:
+    assert refusal(verifier_of("standard", (PAIR.public,)), asgi(PAIR.headers() | changed)) == reason
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (f"{SYMMETRIC} {GOOD}", PAIR.public),
+        (f"{GOOD} {SYMMETRIC}", PAIR.public),
+        (f"v1a,{written(bytes(64))} {GOOD}", PAIR.public),
+        (f"  v3,x {GOOD}  v1,", PAIR.public),
+        (GOOD.rstrip("="), PAIR.public),
+    ],
+)
+def test_one_good_signature_among_several_is_enough(words: str, name: str) -> None:
+    headers = PAIR.headers() | {"webhook-signature": words}
+    assert ask(verifier_of("standard", (PAIR.public,)), headers) == key_id(name)
+    assert ask(verifier_of("svix", (OTHER.public, PAIR.public)), headers) == key_id(name)
 
 
 def test_a_public_key_signs_nothing() -> None:

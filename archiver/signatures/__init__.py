@@ -32,6 +32,11 @@ __all__ = ["REASONS", "Reason", "SignatureError", "Verifier", "key_id", "verifie
 _PLACEHOLDERS = ("body", "timestamp", "method", "url", "svix-id")
 _SECRETS = "ARCHIVER_WEBHOOK_SECRETS"
 _PUBLIC_KEY, _SIGNING_KEY = "whpk_", "whsk_"
+_PUBLIC_KEY_BYTES = 32
+_FIELD = 2**255 - 19
+# The y of all points whose order divides 8: for such a key a signature of zeros is valid for one message in eight.
+_EIGHTH = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+_LOW_ORDER = frozenset({0, 1, _FIELD - 1, _EIGHTH, _FIELD - _EIGHTH})
 _MAKE_TEXT = 'python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
 _MAKE_BASE64 = 'python3 -c "import base64, secrets; print(base64.b64encode(secrets.token_bytes(32)).decode())"'
 
@@ -144,8 +149,15 @@ def _standard(settings: Settings) -> Standard:
 
 def _public_key(secret: str, number: int) -> Ed25519PublicKey:
     """The Ed25519 key in `whpk_` and base64 (Standard Webhooks, "Signature scheme")."""
+    raw = _decode_standard(secret.removeprefix(_PUBLIC_KEY), number)
+    y = int.from_bytes(raw, "little") & ((1 << 255) - 1)  # the last bit is the sign of x (RFC 8032, section 5.1.2)
+    if len(raw) == _PUBLIC_KEY_BYTES and y % _FIELD in _LOW_ORDER:
+        raise SettingsError(
+            f"{_SECRETS}: secret {number} is a point of low order, under which anybody can sign: it is no key of a"
+            " platform. Copy the public key again."
+        )
     try:
-        return Ed25519PublicKey.from_public_bytes(_decode_standard(secret.removeprefix(_PUBLIC_KEY), number))
+        return Ed25519PublicKey.from_public_bytes(raw)
     except ValueError:
         raise SettingsError(
             f"{_SECRETS}: secret {number} begins with {_PUBLIC_KEY} and is not an Ed25519 public key: "
