@@ -3,32 +3,42 @@
 A database is the one of its newest row in `archiver.epochs`: system identifier of its cluster, object id, and, of an
 embedded one, the inode of its files, none of which a copy shares. What the row cannot show, this machine remembers in
 `ARCHIVER_HOME/served.json`: the newest event, seal and change that it saw committed, and the highest timeline. A
-database that lacks one of them has gone back. Until `archiver adopt` begins a new epoch nothing is sealed, published
-or sent; events are received.
+database that lacks one of them has gone back; the machine that finds this records it in `archiver.epoch_faults`, so
+that machines without that memory stop as well. A table that cannot be read is left out of the comparison. Until
+`archiver adopt` begins a new epoch nothing is sealed, published or sent; events are received.
 """
 
 import asyncio
 import fcntl
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver.database import run_in_transaction
+from archiver import telemetry
+from archiver.database import explain, limit, limit_locks, run_in_transaction
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
 FILE = "served.json"
 WATCH_SECONDS, WATCH_LIMIT_SECONDS, LOG_SECONDS = 2.0, 3.0, 60.0
 CHECK_SECONDS = 1.0  # between two looks in one process
+SKIPPED = 1_000_000  # cursors at the beginning of another epoch: more than were published since a machine last looked
+UNREADABLE_SECONDS = 10.0  # for which what cannot be read is left alone
+FOREIGN = "this database is not the one served before"
 _KEPT = 20  # databases and epochs that one ARCHIVER_HOME remembers
 ADVICE = "If this database takes over, run `archiver adopt`; otherwise let DATABASE_URL name the one served before."
 
@@ -74,10 +84,18 @@ class Epoch(msgspec.Struct, frozen=True):
         whole = self.identity
         return f"{whole.system_identifier}:{whole.database_oid}:{self.id}:{self.began_at.timestamp():.6f}"
 
+    @property
+    def _prefix(self) -> str:
+        return f"{self.identity.system_identifier}:{self.identity.database_oid}:"
+
+    def is_of_same_database(self, key: str) -> bool:
+        """Whether this key is of an epoch of the same database."""
+        return key.startswith(self._prefix)
+
     def newer_of(self, keys: Iterable[str]) -> int:
         """The number of a later epoch of the same database among these keys; 0 where there is none."""
-        prefix = f"{self.identity.system_identifier}:{self.identity.database_oid}:"
-        numbers = [int(key.removeprefix(prefix).partition(":")[0]) for key in keys if key.startswith(prefix)]
+        own = [key.removeprefix(self._prefix) for key in keys if self.is_of_same_database(key)]
+        numbers = [int(key.partition(":")[0]) for key in own]
         return max((number for number in numbers if number > self.id), default=0)
 
 
@@ -138,9 +156,9 @@ def place_of(home: Path, url: URL) -> str | None:
 # By object id: a name cannot be looked up in a schema that one may not enter.
 _MAY_SELECT = text(
     """
-    SELECT count(*) = 5 AND bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
+    SELECT count(*) = 1 AND bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver' AND c.relname IN ('epochs', 'events', 'seals', 'changes', 'removals')
+     WHERE n.nspname = 'archiver' AND c.relname = 'epochs'
     """
 )
 
@@ -167,67 +185,106 @@ def select_epoch(connection: Connection) -> Epoch | None:
 
 _INSERT = text(
     """
-    INSERT INTO archiver.epochs (id, system_identifier, database_oid, timeline, place, cursor, began_at)
-    VALUES (:id, :system_identifier, :database_oid, :timeline, :place, :cursor, clock_timestamp())
+    INSERT INTO archiver.epochs (id, system_identifier, database_oid, timeline, place, cursor, given, began_at)
+    VALUES (:id, :system_identifier, :database_oid, :timeline, :place, :cursor, :given, clock_timestamp())
     ON CONFLICT (id) DO NOTHING
     """
 )
 _NEWEST_CURSOR = text("SELECT coalesce(max(cursor), 0) FROM archiver.changes")
 
 
-def insert_epoch(connection: Connection, identity: Identity, after: int = 0) -> None:
-    """Begin the epoch that follows this one, at the present end of the feed."""
-    cursor = connection.scalar(_NEWEST_CURSOR)
-    connection.execute(_INSERT, {"id": after + 1, "cursor": cursor, **msgspec.structs.asdict(identity)})
+def insert_epoch(connection: Connection, identity: Identity, number: int = 1, given: int = 0) -> None:
+    """Begin an epoch at the present end of the feed. `given`: the greatest cursor that is known to be in use."""
+    cursor = int(connection.scalar(_NEWEST_CURSOR) or 0)
+    skipped = SKIPPED if number > 1 else 0
+    values = {"id": number, "cursor": cursor, "given": max(cursor, given) + skipped}
+    connection.execute(_INSERT, {**values, **msgspec.structs.asdict(identity)})
 
 
-_MARKS = text(
+_SELECT_FAULT = text("SELECT host, reason, cursor FROM archiver.epoch_faults WHERE epoch_id = :epoch_id")
+_INSERT_FAULT = text(
     """
-    SELECT coalesce(e.id, 0), coalesce(CAST(e.received_at AS text), ''),
-           coalesce(s.id, 0), coalesce(encode(s.hash, 'hex'), ''),
-           coalesce(c.cursor, 0), coalesce(CAST(c.changed_at AS text), '')
-      FROM (SELECT 1) AS one
-      LEFT JOIN (SELECT id, received_at FROM archiver.events ORDER BY id DESC LIMIT 1) AS e ON true
-      LEFT JOIN (SELECT id, hash FROM archiver.seals ORDER BY id DESC LIMIT 1) AS s ON true
-      LEFT JOIN (SELECT cursor, changed_at FROM archiver.changes ORDER BY cursor DESC LIMIT 1) AS c ON true
-    """
-)
-
-
-def select_marks(connection: Connection, identity: Identity) -> Marks:
-    """Return the newest event, seal and change."""
-    return Marks(identity.timeline or 0, *connection.execute(_MARKS).one())
-
-
-_LACKING = text(
-    """
-    SELECT CAST(:event_id AS bigint) = 0
-           OR EXISTS (SELECT FROM archiver.events
-                       WHERE id = :event_id AND CAST(received_at AS text) = :event_at)
-           OR EXISTS (SELECT FROM archiver.removals WHERE event_id = :event_id) AS has_event,
-           CAST(:seal_id AS bigint) = 0
-           OR EXISTS (SELECT FROM archiver.seals
-                       WHERE id = :seal_id AND encode(hash, 'hex') = :seal_hash) AS has_seal,
-           CAST(:cursor AS bigint) <= (SELECT coalesce(max(cursor), 0) FROM archiver.changes)
-           AND NOT EXISTS (SELECT FROM archiver.changes
-                            WHERE cursor = :cursor AND CAST(changed_at AS text) <> :changed_at) AS has_change
+    INSERT INTO archiver.epoch_faults (epoch_id, host, reason, cursor, found_at)
+    VALUES (:epoch_id, :host, :reason, :cursor, clock_timestamp())
+    ON CONFLICT (epoch_id) DO NOTHING
     """
 )
 
 
-def lacking(connection: Connection, marks: Marks) -> str:
-    """Return what this database lacks of what was seen committed, in words; empty where it has all of it."""
-    has = connection.execute(_LACKING, msgspec.structs.asdict(marks)).one()
-    lost = [
-        name
-        for name, is_there in (
-            (f"event {marks.event_id}", has.has_event),
-            (f"seal {marks.seal_id}", has.has_seal),
-            (f"change {marks.cursor}", has.has_change),
-        )
-        if not is_there
-    ]
-    return f"it lacks {', '.join(lost)}, which this machine saw committed" if lost else ""
+class UnreadableError(Exception):
+    """A table could not be read within the time that a check may take; the text says why."""
+
+
+PROBE_LOCK_SECONDS, PROBE_SECONDS = 0.1, 1.0
+
+
+def _probe(connection: Connection, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
+    """Return the first row. What fails leaves the transaction as it was, its limits and locks included.
+
+    Raises `UnreadableError`, and what SQLAlchemy raises where the connection is lost.
+    """
+    nested = connection.begin_nested()
+    try:
+        limit(connection, PROBE_SECONDS)
+        limit_locks(connection, PROBE_LOCK_SECONDS)
+        return connection.execute(statement, parameters).first()
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise
+        raise UnreadableError(explain(error)) from None
+    finally:
+        if nested.is_active:
+            nested.rollback()
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """One kind of row that is remembered: the newest, and whether one that was seen is still there."""
+
+    table: str
+    number: str  # fields of `Marks`
+    content: str
+    newest: TextClause
+    has: TextClause
+    name: str
+
+
+KINDS = (
+    Kind(
+        "events",
+        "event_id",
+        "event_at",
+        text("SELECT id, CAST(received_at AS text) FROM archiver.events ORDER BY id DESC LIMIT 1"),
+        text(
+            """
+            SELECT EXISTS (SELECT FROM archiver.events WHERE id = :number AND CAST(received_at AS text) = :content)
+                   OR EXISTS (SELECT FROM archiver.removals WHERE event_id = :number)
+            """
+        ),
+        "event",
+    ),
+    Kind(
+        "seals",
+        "seal_id",
+        "seal_hash",
+        text("SELECT id, encode(hash, 'hex') FROM archiver.seals ORDER BY id DESC LIMIT 1"),
+        text("SELECT EXISTS (SELECT FROM archiver.seals WHERE id = :number AND encode(hash, 'hex') = :content)"),
+        "seal",
+    ),
+    Kind(
+        "changes",
+        "cursor",
+        "changed_at",
+        text("SELECT cursor, CAST(changed_at AS text) FROM archiver.changes ORDER BY cursor DESC LIMIT 1"),
+        text(  # old ones are deleted
+            """
+            SELECT :number <= (SELECT coalesce(max(cursor), 0) FROM archiver.changes)
+                   AND NOT EXISTS (SELECT FROM archiver.changes
+                                    WHERE cursor = :number AND CAST(changed_at AS text) <> :content)
+            """
+        ),
+        "change",
+    ),
+)
 
 
 class Memory:
@@ -237,26 +294,34 @@ class Memory:
         self._path = home / FILE
 
     def read(self) -> dict[str, Marks]:
-        """By epoch; nothing where the file is missing or is none."""
+        """By epoch. Raises `UnreadableError` where there is a file that cannot be read."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Marks])
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise UnreadableError(f"{self._path} (ARCHIVER_HOME) cannot be read: {error.strerror}") from None
+        except ValueError:
+            raise UnreadableError(f"{self._path} (ARCHIVER_HOME) is damaged: remove it") from None
 
-    def remember(self, key: str, marks: Marks) -> None:
-        """Add what was seen. Raises `OSError`."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            known = self.read()
-            merged = known.pop(key, Marks()).merge(marks)
-            kept = dict(list(known.items())[-_KEPT:]) | {key: merged}
-            written = self._path.with_suffix(".new")
-            with written.open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(kept)))
-                file.flush()
-                os.fsync(file.fileno())
-            written.replace(self._path)
+    def remember(self, key: str, marks: Marks) -> Marks:
+        """Add what was seen; answer all that was. Raises `UnreadableError` where the file cannot be used."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.with_suffix(".lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                known = self.read()
+                merged = known.pop(key, Marks()).merge(marks)
+                kept = dict(list(known.items())[-_KEPT:]) | {key: merged}
+                written = self._path.with_suffix(".new")
+                with written.open("wb") as file:
+                    file.write(msgspec.json.format(msgspec.json.encode(kept)))
+                    file.flush()
+                    os.fsync(file.fileno())
+                written.replace(self._path)
+                return merged
+        except OSError as error:
+            raise UnreadableError(f"{self._path} (ARCHIVER_HOME) cannot be written: {error.strerror}") from None
 
 
 class Guard:
@@ -265,7 +330,30 @@ class Guard:
     def __init__(self, home: Path, url: URL) -> None:
         self._memory, self._place = Memory(home), place_of(home, url)
         self._seen: tuple[str, Marks] | None = None
+        self._is_saved = False
+        self._unreadable: dict[str, tuple[str, float]] = {}  # why, and until when it is left alone
         self._reason, self._asked_at = "", float("-inf")
+
+    @property
+    def unreadable(self) -> str:
+        """What could not be checked or remembered, and why; empty where all was. That stops nothing."""
+        return "; ".join(f"{name}: {why}" for name, (why, _) in self._unreadable.items())
+
+    def _try(self, name: str, work: Callable[[], T]) -> T | None:
+        """Return the answer; None where it cannot be had, which is noted, and not tried again for a while."""
+        _, until = self._unreadable.get(name, ("", 0.0))
+        if monotonic() < until:
+            return None
+        try:
+            answer = work()
+        except UnreadableError as error:
+            if name not in self._unreadable:
+                log.warning("not all can be checked of which database this is", part=name, reason=str(error))
+            telemetry.identity_unreadable.labels(name).inc()
+            self._unreadable[name] = str(error), monotonic() + UNREADABLE_SECONDS
+            return None
+        self._unreadable.pop(name, None)
+        return answer
 
     def reason(self, connection: Connection) -> str:
         """Return why not, in words; empty where it may. Within the caller's transaction."""
@@ -280,46 +368,103 @@ class Guard:
             raise ForeignDatabaseError(reason)
 
     def adopt(self, connection: Connection) -> int:
-        """Begin a new epoch with the database as it is; answers its number."""
-        epoch = select_epoch(connection)
-        number = epoch.id if epoch else 0
-        insert_epoch(connection, select_identity(connection, self._place), number)
-        return number + 1
+        """Begin a new epoch with the database as it is; answers its number.
+
+        Its number, and the cursors of its changes, are greater than all that any machine is known to have seen.
+        """
+        epoch, remembered = select_epoch(connection), self._memory_of()
+        if epoch is None:
+            insert_epoch(connection, select_identity(connection, self._place))
+            return 1
+        fault = connection.execute(_SELECT_FAULT, {"epoch_id": epoch.id}).first()
+        newer = epoch.newer_of(remembered)
+        seen = [marks.cursor for key, marks in remembered.items() if epoch.is_of_same_database(key)]
+        number = max(epoch.id, newer) + 1
+        given = max([*seen, 0 if fault is None else fault.cursor])
+        insert_epoch(connection, select_identity(connection, self._place), number, given)
+        return number
+
+    def _memory_of(self) -> dict[str, Marks]:
+        return self._try("memory", self._memory.read) or {}
 
     def examine(self, connection: Connection) -> str:
         """The same, asked now."""
         identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
             return ""
-        remembered = self._memory.read()
-        if newer := epoch.newer_of(remembered):
-            return f"this database is not the one served before: it lacks epoch {newer}, which this machine saw"
-        known = remembered.get(epoch.key, Marks())
-        if self._seen is not None and self._seen[0] == epoch.key:
-            known = known.merge(self._seen[1])
-        went_back = bool(identity.timeline and identity.timeline < known.timeline)
-        fault = identity.differs_from(epoch.identity) or (
-            f"its timeline went back from {known.timeline} to {identity.timeline}" if went_back else ""
+        fault = (
+            identity.differs_from(epoch.identity)
+            or self._went_back(connection, identity, epoch)
+            or self._recorded(connection, epoch)
         )
-        if not fault and identity.timeline is not None:  # a standby may be behind, and takes no events
-            fault = lacking(connection, known)
-        return f"this database is not the one served before: {fault}" if fault else ""
+        return f"{FOREIGN}: {fault}" if fault else ""
+
+    def _went_back(self, connection: Connection, identity: Identity, epoch: Epoch) -> str:
+        """Return what the database lacks of what this machine remembers, in words."""
+        remembered = self._memory_of()
+        if newer := epoch.newer_of(remembered):
+            return f"it lacks epoch {newer}, which this machine saw"
+        known = self._known(remembered, epoch)
+        if identity.timeline and identity.timeline < known.timeline:
+            return f"its timeline went back from {known.timeline} to {identity.timeline}"
+        if identity.timeline is None:  # a standby may be behind, and takes no events
+            return ""
+        lost = [f"{kind.name} {number}" for kind in KINDS if (number := self._lacks(connection, kind, known))]
+        return f"it lacks {', '.join(lost)}, which this machine saw committed" if lost else ""
+
+    def _known(self, remembered: Mapping[str, Marks], epoch: Epoch) -> Marks:
+        known = remembered.get(epoch.key, Marks())
+        return known.merge(self._seen[1]) if self._seen is not None and self._seen[0] == epoch.key else known
+
+    def _lacks(self, connection: Connection, kind: Kind, known: Marks) -> int:
+        """Return the number of the row that was seen committed and is not there; 0 where it is, or none was."""
+        number, content = getattr(known, kind.number), getattr(known, kind.content)
+        if not number:
+            return 0
+        row = self._try(kind.table, lambda: _probe(connection, kind.has, {"number": number, "content": content}))
+        return 0 if row is None or row[0] else number
+
+    def _recorded(self, connection: Connection, epoch: Epoch) -> str:
+        """Return what another machine found, in words."""
+        row = self._try("epoch_faults", lambda: _probe(connection, _SELECT_FAULT, {"epoch_id": epoch.id}))
+        return "" if row is None else f"{row.reason} (found by the machine {row.host})"
 
     def watch(self, connection: Connection) -> str:
-        """Examine the database, and remember what it has where nothing is wrong; begin its first epoch."""
-        reason = self.examine(connection)
-        if reason:
-            return reason
-        identity = select_identity(connection, self._place)
-        epoch = select_epoch(connection)
+        """Examine the database, and remember what it has where nothing is wrong; begin its first epoch.
+
+        What only this machine can know is recorded, so that others stop as well.
+        """
+        identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
-            insert_epoch(connection, identity)
+            if identity.timeline is not None:
+                insert_epoch(connection, identity)
             return ""
-        marks = select_marks(connection, identity)
-        if self._seen != (epoch.key, marks):
+        if reason := self.examine(connection):
+            self._record(connection, identity, epoch)
+            return reason
+        marks = self._select_marks(connection, identity, epoch)
+        if self._seen != (epoch.key, marks) or not self._is_saved:
             self._seen = (epoch.key, marks)
-            self._memory.remember(epoch.key, marks)
+            self._is_saved = self._try("memory_written", partial(self._memory.remember, epoch.key, marks)) is not None
         return ""
+
+    def _record(self, connection: Connection, identity: Identity, epoch: Epoch) -> None:
+        if identity.timeline is None or identity.differs_from(epoch.identity):
+            return  # a standby takes no rows; and the others see for themselves that it is another database
+        if fault := self._went_back(connection, identity, epoch):
+            cursor = self._known(self._memory_of(), epoch).cursor
+            row = {"epoch_id": epoch.id, "host": socket.gethostname(), "reason": fault, "cursor": cursor}
+            connection.execute(_INSERT_FAULT, row)
+
+    def _select_marks(self, connection: Connection, identity: Identity, epoch: Epoch) -> Marks:
+        """Return the newest of each kind; of those that cannot be read, what was known before."""
+        known = self._seen[1] if self._seen is not None and self._seen[0] == epoch.key else Marks()
+        found: dict[str, Any] = {"timeline": identity.timeline or 0}
+        for kind in KINDS:
+            row = self._try(kind.table, partial(_probe, connection, kind.newest, {}))
+            if row is not None:
+                found |= {kind.number: row[0], kind.content: row[1]}
+        return msgspec.structs.replace(known, **found)
 
 
 async def watch_identity(engine: AsyncEngine, guard: Guard) -> None:
@@ -328,7 +473,7 @@ async def watch_identity(engine: AsyncEngine, guard: Guard) -> None:
     while True:
         try:
             reason = await run_in_transaction(engine, guard.watch, WATCH_LIMIT_SECONDS)
-        except (SQLAlchemyError, TimeoutError, OSError):  # a database that is away is reported by others
+        except (SQLAlchemyError, TimeoutError):  # a database that is away is reported by others
             reason = fault
         if reason and (not fault or monotonic() - logged_at >= LOG_SECONDS):
             log.error("the database is not the one served before; events are received", reason=reason, advice=ADVICE)

@@ -29,7 +29,7 @@ class Needs(msgspec.Struct, frozen=True):
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
-_VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes", "health")
+_VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes", "epochs", "health")
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
 NEEDED: Mapping[str, Needs] = {
@@ -51,7 +51,7 @@ NEEDED: Mapping[str, Needs] = {
             "analytics.conversations": "SELECT",  # what follow-ups tell of them
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
-            "archiver.epochs": "SELECT, INSERT",
+            **{f"archiver.{name}": "SELECT, INSERT" for name in ("epochs", "epoch_faults")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
             **{f"archiver_jobs.{lock}": "UPDATE" for lock in Lock},
         },
@@ -94,6 +94,7 @@ NEEDED: Mapping[str, Needs] = {
                     "workers",
                     "duties",
                     "epochs",
+                    "epoch_faults",
                 )
             },
             "archiver.acts": "SELECT",

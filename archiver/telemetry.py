@@ -174,6 +174,11 @@ worker_restarts = Counter(
 heartbeat_failures = Counter(
     "archiver_heartbeat_failures_total", "Reports of a worker that the database did not take, by reason.", ["reason"]
 )
+identity_unreadable = Counter(
+    "archiver_identity_unreadable_total",
+    "Looks at which database this is that could not read or remember a part.",
+    ["part"],
+)
 published_changes = Counter("archiver_changes_published_total", "Changes of the archive that the feed has told.")
 notify_failures = Counter(
     "archiver_notify_failures_total",

@@ -34,8 +34,8 @@ def test_the_stored_catalogue_is_that_of_the_migrations(engine: Engine, cluster:
 
 # What was done to the database; the object that is named; whether `migrate --repair` undoes it.
 CHANGES = {
-    "CREATE OR REPLACE VIEW analytics.changes AS SELECT cursor, type, session_id, chat_id, seal_id, changed_at"
-    " FROM archiver.changes WHERE type <> 'chat.deleted'": ("view analytics.changes", True),
+    "CREATE OR REPLACE VIEW analytics.changes AS SELECT cursor, type, session_id, chat_id, seal_id, changed_at,"
+    " NULL::text AS epoch FROM archiver.changes WHERE type <> 'chat.deleted'": ("view analytics.changes", True),
     "DROP VIEW analytics.changes": ("view analytics.changes", True),
     "DROP TRIGGER events_guard ON archiver.events": ("trigger archiver.events.events_guard", True),
     "ALTER TABLE archiver.events DISABLE TRIGGER events_guard": ("trigger archiver.events.events_guard", True),

@@ -29,7 +29,8 @@ VIEWS = {
     "messages": "session_id position chat_id role content created_at source deleted_at content_kind history_content",
     "daily": "day assistant_id conversations chats messages cost deleted_chats repaired_messages",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
-    "changes": "cursor type session_id chat_id seal_id changed_at",
+    "changes": "cursor type session_id chat_id seal_id changed_at epoch",
+    "epochs": "number epoch began_at cursor given",
     "health": "complete_through unknown_sessions lost_sessions",
 }
 TABLES = (
@@ -54,6 +55,7 @@ TABLES = (
     "workers",
     "duties",
     "epochs",
+    "epoch_faults",
     "pieces",
 )
 

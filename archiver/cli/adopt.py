@@ -1,5 +1,7 @@
 """`archiver adopt`: let a restored or promoted database take over from the one that was served before."""
 
+import json
+
 import click
 
 from archiver import acts, database, identity, settings
@@ -9,7 +11,8 @@ from archiver.cli import connection
 @click.command()
 @connection.actor_option
 @connection.yes_option
-def adopt(*, actor: str | None, yes: bool) -> None:
+@connection.json_option
+def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
     """Accept this database in place of the one that was served before.
 
     Workers seal, publish and send follow-ups again: do it where this database takes over, never for a copy. A new
@@ -20,6 +23,9 @@ def adopt(*, actor: str | None, yes: bool) -> None:
         guard = identity.Guard(configuration.home.resolve(), engine.url)
         with database.transaction(engine) as opened:
             reason, where = guard.examine(opened), connection.where(configuration, opened)
+        if not reason and as_json:
+            click.echo(json.dumps({"adopted": False, "epoch": None, "reason": None}))
+            return
         if not reason:
             click.echo("Nothing to adopt: this is the database that was served before, or one that is new.")
             return
@@ -29,4 +35,7 @@ def adopt(*, actor: str | None, yes: bool) -> None:
             number = guard.adopt(opened)
             detail = {"epoch": number, "reason": reason}
             acts.insert_act(opened, acts.ADOPT, actor or acts.actor(), None, detail)
-        click.echo(f"Adopted: epoch {number} begins.")
+        if as_json:
+            click.echo(json.dumps({"adopted": True, **detail}))
+        else:
+            click.echo(f"Adopted: epoch {number} begins.")

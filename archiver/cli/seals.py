@@ -12,6 +12,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sqlalchemy import Connection
 
 from archiver import database, identity, seals, settings, telemetry
 from archiver.cli import connection, evidence
@@ -82,10 +83,11 @@ def verify(
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
     heads = None if against is None else evidence.known_of(against)[0]
-    checked, findings = Checked(), []
+    checked = Checked()
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
             reason = connection.identity_fault(configuration, engine, opened)
+            findings = _of_identity(opened, reason)
             evidence.require_seals(seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since)
         with (
             database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
@@ -113,9 +115,13 @@ def verify(
                         bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     if reason:
         click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
-    _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json)
-    if reason:
-        sys.exit(1)
+    _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json, reason=reason)
+
+
+def _of_identity(opened: Connection, reason: str) -> list[Finding]:
+    """The finding that the database is not the one served before, where there is a reason."""
+    epoch = identity.select_epoch(opened) if reason else None
+    return [Finding("epochs", epoch.id, "not_the_one_served")] if epoch else []
 
 
 @contextmanager
@@ -133,7 +139,9 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     return evidence.public_keys(key_files)
 
 
-def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_compared: bool, as_json: bool) -> None:
+def _report(
+    checked: Checked, findings: list[Finding], *, has_key: bool, is_compared: bool, as_json: bool, reason: str
+) -> None:
     head = checked.head
     if as_json:
         click.echo(
@@ -146,6 +154,7 @@ def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_comp
                     "compared": checked.compared,
                     "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
                     "signatures_checked": has_key,
+                    "identity": reason or None,
                     "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
                 }
             )
@@ -159,9 +168,12 @@ def _report(checked: Checked, findings: list[Finding], *, has_key: bool, is_comp
             click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
         if is_compared:
             click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
+    if reason:
+        findings = findings[1:]
     if findings:
         more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
         click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
+    if findings or reason:
         sys.exit(1)
 
 

@@ -312,9 +312,12 @@ def _identity(configuration: Settings, connection: Connection, engine: Engine) -
     """Whether this is the database that was served before."""
     if not identity.may_select(connection):
         return
-    if reason := identity.Guard(configuration.home.resolve(), engine.url).examine(connection):
+    guard = identity.Guard(configuration.home.resolve(), engine.url)
+    if reason := guard.examine(connection):
         detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are received."
         yield Finding("identity", "failure", detail, identity.ADVICE)
+    elif guard.unreadable:
+        yield Finding("identity", "warning", f"Not all can be checked of which database this is: {guard.unreadable}.")
     else:
         yield Finding("identity", "ok", "This is the database that was served before, or one that is new.")
 

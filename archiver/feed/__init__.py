@@ -2,7 +2,17 @@
 
 from archiver.feed.publisher import Publisher
 from archiver.feed.publishing import CHANNEL, publish
-from archiver.feed.reading import ADVICE, Entry, Extent, Waiting, select_changes, select_extent, select_waiting
+from archiver.feed.reading import (
+    ADVICE,
+    Entry,
+    Extent,
+    FeedEpoch,
+    Waiting,
+    select_changes,
+    select_epochs,
+    select_extent,
+    select_waiting,
+)
 from archiver.feed.retention import delete_old
 
 __all__ = [
@@ -10,11 +20,13 @@ __all__ = [
     "CHANNEL",
     "Entry",
     "Extent",
+    "FeedEpoch",
     "Publisher",
     "Waiting",
     "delete_old",
     "publish",
     "select_changes",
+    "select_epochs",
     "select_extent",
     "select_waiting",
 ]

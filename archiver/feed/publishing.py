@@ -3,7 +3,7 @@
 Cursors are given here and not by those who write: a sequence would give them before the commit, and a transaction
 that stays open for long would commit a smaller one after readers had gone past it. One publisher at a time gives
 them, its lock is let go once its commit is visible, and the next begins behind the greatest: they become visible in
-order, and without gaps.
+order, and in each epoch without gaps.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,10 @@ QUEUE_FULL = "54000"
 # Of one transaction. The rows bound the look, the changes bound what is written; one row is always taken.
 PAGE_ROWS = 500
 PAGE_CHANGES = 5_000
+
+# What an epoch before this one may have given is not given again.
+_NEWEST = """greatest((SELECT coalesce(max(cursor), 0) FROM archiver.changes),
+                        (SELECT coalesce(max(given), 0) FROM archiver.epochs))"""
 
 # A statement of its own after the lock, so that it sees all that the publisher before it has committed.
 _NOTIFY = """
@@ -49,7 +53,7 @@ _PUBLISH = text(
         DELETE FROM archiver.outbox WHERE id IN (SELECT id FROM page)
     ), published AS (
         INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
-        SELECT (SELECT coalesce(max(cursor), 0) FROM archiver.changes)
+        SELECT {_NEWEST}
                    + row_number() OVER (ORDER BY page.id, told.place),
                told.change ->> 'type', coalesce(told.change ->> 'session_id', ''), told.change ->> 'chat_id',
                CAST(told.change ->> 'seal_id' AS bigint), page.changed_at
@@ -85,7 +89,7 @@ _PUBLISH_TOLD = text(
     f"""
     WITH published AS (
         INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
-        SELECT (SELECT coalesce(max(cursor), 0) FROM archiver.changes) + row_number() OVER (ORDER BY place),
+        SELECT {_NEWEST} + row_number() OVER (ORDER BY place),
                type, coalesce(session_id, ''), chat_id, seal_id, changed_at
           FROM json_to_recordset(:told)
                AS t (place int, type text, session_id text, chat_id text, seal_id bigint, changed_at timestamptz)

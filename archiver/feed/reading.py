@@ -15,12 +15,13 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     chat_id: str | None
     seal_id: int | None
     changed_at: datetime
+    epoch: str | None
 
 
 # Of the view, which is all that a reader may see.
 _SELECT = text(
     """
-    SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM analytics.changes
+    SELECT cursor, type, session_id, chat_id, seal_id, changed_at, epoch FROM analytics.changes
      WHERE cursor > :after ORDER BY cursor LIMIT :most
     """
 )
@@ -29,6 +30,22 @@ _SELECT = text(
 def select_changes(connection: Connection, after: int, most: int) -> list[Entry]:
     """The changes after this cursor, in order, at most so many."""
     return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "most": most})]
+
+
+class FeedEpoch(msgspec.Struct, frozen=True, gc=False):
+    """A row of `analytics.epochs`: the newest change at its beginning, and the greatest cursor given before it."""
+
+    epoch: str
+    cursor: int
+    given: int
+
+
+_EPOCHS = text("SELECT epoch, cursor, given FROM analytics.epochs ORDER BY number")
+
+
+def select_epochs(connection: Connection) -> list[FeedEpoch]:
+    """The epochs of the feed, in order; none before a process has served this database."""
+    return [FeedEpoch(*row) for row in connection.execute(_EPOCHS)]
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):

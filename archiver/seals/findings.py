@@ -32,6 +32,7 @@ _NOUNS = {
     "removals": "removal",
     "seals": "seal",
     "holds": "hold",
+    "epochs": "epoch",
 }
 _EXPLAINED = {
     "changed": "its row was changed after it was sealed",
@@ -56,5 +57,6 @@ _EXPLAINED = {
     "released_without_act": "its row says that it was released, and the audit log has no release",
     "not_released": "the audit log has its release, and its row says that it is in force",
     "not_placed": "the audit log releases a hold that it never placed",
+    "not_the_one_served": "the database is not the one served before, or it went back: archiver doctor says why",
     "not_the_known_one": "it is not the seal that was exported under this number",
 }

@@ -19,7 +19,7 @@ from archiver.tables.archive import (
     sessions,
 )
 from archiver.tables.feed import attempts, changes, deliveries, outbox, subscriptions
-from archiver.tables.operations import duties, epochs, workers
+from archiver.tables.operations import duties, epoch_faults, epochs, workers
 
 __all__ = [
     "SCHEMA",
@@ -30,6 +30,7 @@ __all__ = [
     "chats",
     "deliveries",
     "duties",
+    "epoch_faults",
     "epochs",
     "erasures",
     "events",

@@ -44,6 +44,23 @@ epochs = Table(
     Column("place", Text, comment="Which files an embedded database has; null of any other."),
     Column("cursor", BigInteger, nullable=False, comment="Newest change at its beginning."),
     Column("began_at", Time, nullable=False, comment="When it began."),
+    Column(
+        "given",
+        BigInteger,
+        comment="Greatest cursor known to be given before it, lost ones included; null in rows of older versions.",
+    ),
     PrimaryKeyConstraint("id", name="epochs_pkey"),
     comment="Which database this is: begun by the first process that served it, and by archiver adopt.",
+)
+
+epoch_faults = Table(
+    "epoch_faults",
+    metadata,
+    Column("epoch_id", BigInteger, autoincrement=False, nullable=False, comment="Epoch in which it was found."),
+    Column("host", Text, nullable=False, comment="Host name of the machine that found it."),
+    Column("reason", Text, nullable=False, comment="What the database lacks of what that machine saw committed."),
+    Column("cursor", BigInteger, nullable=False, comment="Newest change that the machine saw in that epoch."),
+    Column("found_at", Time, nullable=False, comment="When it was found, on the clock of Postgres."),
+    PrimaryKeyConstraint("epoch_id", name="epoch_faults_pkey"),
+    comment="Epochs in which the database went back: it is not served until archiver adopt begins another.",
 )

@@ -42,6 +42,7 @@ RETENTION_LOOK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
 BEAT_SECONDS = 1.0  # between two reports of a duty that waits for its next turn
+_UNREADABLE = "unreadable"  # the part of the report of `identity` that is about what could not be compared
 CLAIMED = 0.9  # of a period: claims are not to beat against it
 
 
@@ -171,6 +172,10 @@ class Worker:
         async def watch() -> None:
             if reason := await run_in_transaction(engine, self._guard.watch):
                 raise ForeignDatabaseError(reason)
+            if self._guard.unreadable:
+                duty.failing(f"not all can be checked: {self._guard.unreadable}", _UNREADABLE)
+            else:
+                duty.working(_UNREADABLE)
 
         try:
             await _every(IDENTITY_SECONDS, watch, duty, ending)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 
 from archiver import embedded
 from tests.conftest import Cluster
@@ -18,10 +20,25 @@ from tests.faults.load import rows
 from tests.followups import receiving, subscribe
 from tests.payloads import created
 from tests.receivers import Receiver, archiver, serving
-from tests.servers import let_writer_in
+from tests.servers import let_writer_in, program
 from tests.waiting import until
 
 SETTINGS = {"ARCHIVER_SEAL_EVERY": "1", "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true"}
+
+
+def tail(url: str, at: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    options = {"ARCHIVER_HOME": str(home)} if home else {}
+    return archiver("followups", "tail", "--from", at, "--no-follow", database_url=url, **options)
+
+
+def feed_end(url: str) -> tuple[str, int]:
+    """The epoch and the cursor of the newest change."""
+    return tuple(rows(url, "SELECT epoch, cursor FROM analytics.changes ORDER BY cursor DESC LIMIT 1")[0])
+
+
+def is_published(url: str) -> bool:
+    """Whether all is, the seals of all events included."""
+    return is_all_sealed(url) and not rows(url, "SELECT 1 FROM archiver.outbox")
 
 
 def post(receiver: Receiver, number: int) -> str:
@@ -55,9 +72,13 @@ def assert_is_stopped(receiver: Receiver, url: str, home: Path, why: str) -> Non
     found = json.loads(archiver("doctor", "--json", database_url=url, ARCHIVER_HOME=str(home)).stdout)
     (finding,) = [each for each in found if each["check"] == "identity"]
     assert (finding["verdict"], why in finding["detail"]) == ("failure", True), finding
-    for command in ("seal", "verify"):
-        ended = archiver(command, database_url=url, ARCHIVER_HOME=str(home))
-        assert (ended.returncode, "archiver adopt" in ended.stderr) == (1, True), ended.stderr
+    for command in ("seal", "verify", "tail"):
+        arguments = ["followups", "tail", "--from", "0", "--no-follow"] if command == "tail" else [command]
+        ended = archiver(*arguments, database_url=url, ARCHIVER_HOME=str(home))
+        assert (ended.returncode, "archiver adopt" in ended.stderr) == (command != "tail", True), ended.stderr
+    verified = json.loads(archiver("verify", "--json", database_url=url, ARCHIVER_HOME=str(home)).stdout)
+    assert (verified["ok"], why in verified["identity"]) == (False, True)
+    assert [(each["table"], each["fault"]) for each in verified["findings"]] == [("epochs", "not_the_one_served")]
     assert (newest_seal(url), rows(url, "SELECT max(cursor) FROM archiver.changes")) == before
 
 
@@ -123,10 +144,14 @@ def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
         with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
             assert post(receiver, 1) == "stored"
             until(lambda: is_all_sealed(url), "it is sealed")
+            until(lambda: is_published(url), "it is published")
             base_backup(primary, backup)
+            kept = feed_end(url)
             assert post(receiver, 2) == "stored"
-            until(lambda: is_all_sealed(url), "it is sealed")
+            until(lambda: is_published(url), "it is published")
             until(lambda: remembered(home).get("seal_id") == newest_seal(url), "this machine remembers it")
+            lost = feed_end(url)
+            until(lambda: remembered(home).get("cursor") == lost[1], "this machine remembers the newest change")
             assert receiver.stop() == 0
         primary.kill()
         backup.start()
@@ -137,9 +162,142 @@ def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
             for number in range(2_000, 2_010):
                 assert post(receiver, number) == "stored"
             assert_is_stopped(receiver, url, home, "it lacks event")
-            assert archiver("adopt", "--yes", database_url=url, ARCHIVER_HOME=str(home)).returncode == 0
-            until(lambda: is_all_sealed(url), "it is sealed again")
+            # A cursor that the database has is gone on from; one that was lost is not.
+            assert tail(url, f"{kept[0]}:{kept[1]}").returncode == 0
+            assert tail(url, f"{lost[0]}:{lost[1]}").returncode == 1
+            # A machine that remembers nothing stops as well.
+            other = tmp_path / "other"
+            (finding,) = [
+                each
+                for each in json.loads(
+                    archiver("doctor", "--json", database_url=url, ARCHIVER_HOME=str(other)).stdout
+                )
+                if each["check"] == "identity"
+            ]
+            assert (finding["verdict"], "found by the machine" in finding["detail"]) == ("failure", True)
+            adopted = archiver("adopt", "--yes", "--json", database_url=url, ARCHIVER_HOME=str(other))
+            answer = json.loads(adopted.stdout)
+            assert (answer["adopted"], answer["epoch"], "lacks" in answer["reason"]) == (True, 2, True)
+            until(lambda: is_published(url), "it is published again")
             assert receiver.stop() == 0
+        new = feed_end(url)
+        assert (new[0].startswith("2-"), new[1] > lost[1]) == (True, True)
+        for at in (f"{lost[0]}:{lost[1]}", f"{lost[1]}"):
+            ended = tail(url, at)
+            advice = f"--from {new[0]}:{kept[1]}"
+            assert (ended.returncode, ended.stdout, advice in ended.stderr) == (1, "", True), ended.stderr
+        for at in (f"{new[0]}:{kept[1]}", f"{kept[0]}:{kept[1]}", f"{kept[1]}"):
+            ended = tail(url, at)
+            found = [json.loads(line) for line in ended.stdout.splitlines()]
+            assert ended.returncode == 0
+            assert {each["epoch"] for each in found} == {new[0]}
+            assert "epoch" in ended.stderr
+            assert "are gone" not in ended.stderr
+        assert (tail(url, f"{new[0]}:{new[1]}").returncode, tail(url, f"{new[1]}").stderr) == (0, "")
+        assert (tail(url, "9-00000000:1").returncode, tail(url, ":1").returncode, tail(url, "x").returncode) == (
+            1,
+            2,
+            2,
+        )
+
+
+def test_a_dump_restored_into_another_database_is_stopped(url: str, own: Cluster, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+        assert post(receiver, 1) == "stored"
+        until(lambda: is_published(url), "it is published")
+        end = feed_end(url)
+        assert receiver.stop() == 0
+    own.execute("CREATE DATABASE restored")
+    restored = own.url("restored")
+    dump = tmp_path / "dump"
+    subprocess.run([program("pg_dump"), "-Fc", "-f", dump, url], check=True)
+    subprocess.run([program("pg_restore"), "-d", restored, dump], check=True)
+    with serving(restored, "--worker", ARCHIVER_HOME=str(tmp_path / "other"), **SETTINGS) as receiver:
+        assert_is_stopped(receiver, restored, tmp_path / "other", "object id")
+        assert tail(restored, f"{end[0]}:{end[1]}").returncode == 0
+        assert receiver.stop() == 0
+    own.drop(restored)
+
+
+def test_a_promoted_standby_that_lacks_acknowledged_events_stops_every_machine(
+    postgres: embedded.Postgres, tmp_path: Path
+) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    with ExitStack() as stack, primary_of(postgres, stack) as (primary, standby):
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        url = f"postgresql://postgres@{hosts}/archive?target_session_attrs=read-write"
+        base_backup(primary, standby, "-R")
+        standby.start()
+        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+            assert post(receiver, 1) == "stored"
+            first = primary.url("archive")
+            until(lambda: is_published(first), "it is published")
+            until(lambda: feed_end(standby.url("archive")) == feed_end(first), "the standby has it")
+            standby.run("pg_ctl", "-D", standby.data, "-m", "fast", "-w", "stop")
+            assert post(receiver, 2) == "stored"
+            until(lambda: is_published(first), "it is published")
+            newest = feed_end(first)[1]
+            until(lambda: remembered(home).get("cursor") == newest, "this machine remembers it")
+            primary.kill()
+            standby.start()
+            standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+            until(lambda: post(receiver, 3) in {"stored", "duplicate"}, "it takes events")
+            assert_is_stopped(receiver, url, home, "it lacks event")
+            # One that remembers nothing, such as another host, or this one with an empty folder.
+            with serving(url, "--worker", ARCHIVER_HOME=str(other), **SETTINGS) as second:
+                assert_is_stopped(second, url, other, "it lacks event")
+                assert archiver("adopt", "--yes", database_url=url, ARCHIVER_HOME=str(other)).returncode == 0
+                until(lambda: is_published(standby.url("archive")), "it is published again")
+                assert feed_end(standby.url("archive"))[1] > newest
+                assert second.stop() == 0
+            assert receiver.stop() == 0
+
+
+@pytest.mark.parametrize("fault", ["locked", "revoked"])
+def test_i13_seals_that_cannot_be_read_stop_neither_feed_nor_followups(fault: str, url: str, own: Cluster) -> None:
+    with receiving() as endpoint, ExitStack() as stack:
+        engine = own.engine(url)
+        subscribe(engine, endpoint.url, "chat.created")
+        engine.dispose()
+        receiver = stack.enter_context(serving(url, "--worker", **SETTINGS))
+        assert post(receiver, 1) == "stored"
+        until(lambda: is_published(url), "it is published")
+        until(lambda: len(endpoint.got) == 1, "it is sent")
+        holder = stack.enter_context(psycopg.connect(url))
+        if fault == "locked":
+            holder.execute("LOCK TABLE archiver.seals IN ACCESS EXCLUSIVE MODE")
+        else:
+            holder.execute("REVOKE SELECT ON archiver.seals FROM archiver_writer")
+            holder.commit()
+        up = 'archiver_worker_up{duty="identity"} 0.0'
+        until(lambda: up in receiver.get("/metrics").text, "it is reported")
+        for number in range(2, 8):
+            assert post(receiver, number) == "stored"
+            until(lambda number=number: len(endpoint.got) == number, "it is sent all the same")
+        holder.rollback()
+        holder.execute("GRANT SELECT ON archiver.seals TO archiver_writer")
+        holder.commit()
+        until(lambda: up not in receiver.get("/metrics").text, "it is compared again")
+        until(lambda: is_published(url), "it is sealed again")
+        assert receiver.stop() == 0
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing_and_is_reported(url: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "served.lock").mkdir(parents=True)
+    with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
+        assert post(receiver, 1) == "stored"
+        until(lambda: is_published(url), "it is published")
+        up = 'archiver_worker_up{duty="identity"} 0.0'
+        until(lambda: up in receiver.get("/metrics").text, "it is reported")
+        assert "served.json (ARCHIVER_HOME) cannot be written" in receiver.stderr()
+        assert not remembered(home)
+        (home / "served.lock").rmdir()
+        until(lambda: remembered(home).get("cursor") == feed_end(url)[1], "it is remembered, with nothing new")
+        (home / "served.json").write_text("{")
+        until(lambda: "is damaged" in receiver.stderr(), "a damaged one is reported")
+        assert receiver.stop() == 0
 
 
 def test_a_planned_failover_to_a_standby_that_lacks_nothing_stops_nothing(

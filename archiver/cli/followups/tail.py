@@ -2,15 +2,17 @@
 
 import select
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import Any
 
 import click
 import msgspec
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from archiver import feed, settings
+from archiver import feed, identity, settings
 from archiver.cli import connection
 from archiver.cli.output import Whole
 from archiver.database import is_unreachable, sqlstate, transaction
@@ -26,7 +28,33 @@ _NO_VIEW = ("42P01", "3F000")  # neither table nor schema
 
 
 class CursorError(Exception):
-    """The cursor is beyond the end of the feed."""
+    """The cursor is of a change that this database does not have; the text says what to do."""
+
+
+class Position(msgspec.Struct, frozen=True):
+    """A cursor, and the epoch in which it was given; None where that is not known."""
+
+    cursor: int
+    epoch: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.epoch}:{self.cursor}" if self.epoch else f"{self.cursor}"
+
+
+_CURSOR: click.ParamType[int] = Whole(0, 2**63 - 1)
+
+
+class _Place(click.ParamType[Position]):
+    name = "cursor"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Position:
+        """Read CURSOR or EPOCH:CURSOR."""
+        if isinstance(value, Position):
+            return value
+        epoch, separator, cursor = str(value).rpartition(":")
+        if separator and not epoch.strip():
+            self.fail(f"{value!r} names no epoch before the colon", param, context)
+        return Position(_CURSOR.convert(cursor, param, context), epoch.strip() or None)
 
 
 @click.command()
@@ -34,16 +62,17 @@ class CursorError(Exception):
 @click.option(
     "--from",
     "after",
-    type=Whole(0, 2**63 - 1),
-    metavar="CURSOR",
-    help="Begin after this one; 0: at the oldest.  [default: at the end]",
+    type=_Place(),
+    metavar="[EPOCH:]CURSOR",
+    help="Begin after this one, given in this epoch; 0: at the oldest.  [default: at the end]",
 )
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Wait for more at the end.")
-def tail(*, types: Collection[str], after: int | None, follow: bool) -> None:
-    """Print changes of the archive as JSON lines, each with the cursor to go on from.
+def tail(*, types: Collection[str], after: Position | None, follow: bool) -> None:
+    """Print changes of the archive as JSON lines, each with the epoch and the cursor to go on from.
 
-    Reads analytics.changes, for which the role archiver_reader is enough. Ends with Ctrl-C, or when nobody reads any
-    more; a restart of the database is waited for.
+    Exits 1 where the database has gone back before that cursor, and says where to go on. Reads analytics.changes and
+    analytics.epochs, for which the role archiver_reader is enough. Ends with Ctrl-C, or when nobody reads any more; a
+    restart of the database is waited for.
     """
     if after is None and not follow:
         raise click.UsageError("Say --from: there is nothing after the end, and --no-follow waits for nothing.")
@@ -52,6 +81,7 @@ def tail(*, types: Collection[str], after: int | None, follow: bool) -> None:
         connection.lasting_database_url(configuration, create=False) as url,
         connection.engine_at(configuration, url) as engine,
     ):
+        _warn_of_identity(configuration, engine)
         try:
             _Tail(engine, types, follow=follow).run(after)
         except CursorError as error:
@@ -61,49 +91,83 @@ def tail(*, types: Collection[str], after: int | None, follow: bool) -> None:
             return
 
 
+def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
+    """Say where this machine knows that the database went back; a reader of `analytics` alone cannot ask."""
+    try:
+        with transaction(engine) as opened:
+            reason = connection.identity_fault(configuration, engine, opened)
+    except SQLAlchemyError:
+        return  # the first page says why
+    if reason:
+        click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
+
+
+def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -> None:
+    """Raise `CursorError` where this database has not the change that was given this cursor."""
+    names = [each.epoch for each in epochs]
+    if at.epoch is not None and at.epoch not in names:
+        raise CursorError(
+            f"Cursor {at.cursor} is of epoch {at.epoch}, which this database does not have: it is another database,"
+            " or was restored from a backup. Read the archive itself, then begin with --from 0."
+        )
+    for before, after in pairwise(epochs):
+        is_of_before = before.epoch == at.epoch if at.epoch else at.cursor <= after.given
+        if is_of_before and at.cursor > after.cursor:
+            raise CursorError(
+                f"Cursor {at.cursor} was given in epoch {before.epoch}, of which this database has the changes up to"
+                f" {after.cursor} alone: it went back, and epoch {after.epoch} began. Undo what you did for later"
+                f" changes, then go on with --from {after.epoch}:{after.cursor}."
+            )
+        if is_of_before:
+            break
+    if at.cursor > max(extent.newest, *(each.given for each in epochs), 0):
+        raise CursorError(
+            f"The feed ends at {extent.newest}, before {at.cursor}: that cursor is of another database, or this one"
+            " was restored from a backup. Read the archive itself, then begin with --from 0."
+        )
+
+
 class _Tail:
     def __init__(self, engine: Engine, types: Collection[str], *, follow: bool) -> None:
         self._engine, self._types, self._follow = engine, frozenset(types), follow
+        self._epochs: Sequence[feed.FeedEpoch] = ()
         self._output = select.poll()
         self._output.register(sys.stdout.fileno(), 0)
 
-    def run(self, after: int | None) -> None:
+    def run(self, after: Position | None) -> None:
         """Until the end, or until nobody reads any more. Raises `CursorError`."""
         last = self._begin(after)
         while True:
             page = self._page(last)
             self._print(page, last)
-            last = page[-1].cursor if page else last
+            last = Position(page[-1].cursor, page[-1].epoch) if page else last
             if len(page) < PAGE and (not self._follow or self._has_nobody(IDLE_SECONDS)):
                 return
 
-    def _begin(self, after: int | None) -> int:
+    def _begin(self, after: Position | None) -> Position:
         try:
             with transaction(self._engine) as opened:
-                extent = feed.select_extent(opened)
+                extent = self._check(opened, after or Position(0))
         except DBAPIError as error:
             if sqlstate(error) in _NO_VIEW:
                 raise SchemaError("There is no change feed in this database: run `archiver migrate`.") from None
             raise
-        self._check(after or 0, extent)
-        return extent.newest if after is None else after
+        return Position(extent.newest) if after is None else after
 
-    def _check(self, last: int, extent: feed.Extent) -> None:
-        if last > extent.newest:
-            raise CursorError(
-                f"The feed ends at {extent.newest}, before {last}: that cursor is of another database, or this one"
-                " was restored from a backup. Begin with --from 0."
-            )
+    def _check(self, opened: Connection, last: Position) -> feed.Extent:
+        extent, self._epochs = feed.select_extent(opened), feed.select_epochs(opened)
+        check(last, extent, self._epochs)
+        return extent
 
-    def _page(self, last: int) -> list[feed.Entry]:
+    def _page(self, last: Position) -> list[feed.Entry]:
         """The next changes. While the database is away it is waited for, unless the end is."""
         is_away = False
         while True:
             try:
                 with transaction(self._engine) as opened:
-                    if is_away:
-                        self._check(last, feed.select_extent(opened))
-                    page = feed.select_changes(opened, last, PAGE)
+                    page = feed.select_changes(opened, last.cursor, PAGE)
+                    if is_away or not page or page[0].epoch != last.epoch:
+                        self._check(opened, last)
             except SQLAlchemyError as error:
                 if not self._follow or not _is_away(error):
                     raise
@@ -117,17 +181,29 @@ class _Tail:
                 click.echo("archiver: the database is back", err=True)
             return page
 
-    def _print(self, page: list[feed.Entry], last: int) -> None:
-        if page and 0 < last < page[0].cursor - 1:
-            click.echo(
-                f"archiver: the changes {last + 1} to {page[0].cursor - 1} are gone: they were older than"
-                f" ARCHIVER_CHANGES_DAYS; going on with {page[0].cursor}",
-                err=True,
-            )
+    def _print(self, page: list[feed.Entry], last: Position) -> None:
+        if page and 0 < last.cursor < page[0].cursor - 1:
+            self._report_gap(last.cursor, page[0])
         for entry in page:
             if not self._types or entry.type in self._types:
                 sys.stdout.write(msgspec.json.encode(entry).decode() + "\n")
         sys.stdout.flush()
+
+    def _report_gap(self, last: int, first: feed.Entry) -> None:
+        begun = [each for each in self._epochs[1:] if last <= each.given < first.cursor]
+        end = min([first.cursor - 1, *(each.cursor for each in begun)])
+        if last < end:
+            click.echo(
+                f"archiver: the changes {last + 1} to {end} are gone: they were older than"
+                f" ARCHIVER_CHANGES_DAYS; going on with {first.cursor}",
+                err=True,
+            )
+        for each in begun:
+            click.echo(
+                f"archiver: epoch {each.epoch} began after change {each.cursor}: later changes of the epoch before"
+                " it, if there were any, are lost",
+                err=True,
+            )
 
     def _has_nobody(self, seconds: float) -> bool:
         """Waits so long, or until nobody reads what is printed any more."""
