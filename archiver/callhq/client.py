@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -11,6 +10,7 @@ import msgspec
 import stamina
 from pydantic import SecretStr
 
+from archiver import database
 from archiver.callhq.access import base, secret, segment
 from archiver.callhq.answers import (
     Answer,
@@ -187,7 +187,7 @@ class Client:
         headers = self._headers if body is None else {**self._headers, "content-type": "application/json"}
         async with self._slots.one() as http:  # waiting for one does not count against the deadline
             await self._wait_for_turn()
-            began = datetime.now(UTC)
+            began = database.now()  # one clock for all machines, by which newer turns are known
             try:
                 async with (
                     asyncio.timeout(self._timeout),

@@ -8,12 +8,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver import embedded
 from tests.faults.load import Load, assert_archived, body_of, rows
 from tests.faults.outages import post, stopped, until_drained, waiting
-from tests.faults.test_worker import SOON, working
+from tests.faults.test_worker import SOON, make_due, read, working
 from tests.receivers import serving
 from tests.upstreams import hosting, simulated
 from tests.waiting import until
@@ -142,3 +143,18 @@ def test_what_a_receiver_a_day_ahead_takes_is_read_in_time(url: str, tmp_path: P
     assert rows(url, late) == [(0,)]
     late = "SELECT count(*) FROM archiver.sessions WHERE reconcile_at > now() + interval '5 minutes'"
     assert rows(url, late) == [(0,)]
+
+
+@pytest.mark.parametrize("hours", ["5", "-5"])
+def test_i6_a_reading_is_dated_by_postgres_though_the_clock_of_the_worker_is_wrong(
+    hours: str, url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AHEAD)
+    wrong = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(tmp_path / "told"), "HOURS_AHEAD": hours}
+    with simulated() as callhq, working(url, callhq, **wrong, ARCHIVER_HOME=str(tmp_path)):
+        make_due(url, callhq, 2)
+        until(lambda: read(url) == 2, "they are read")
+    query = "SELECT count(*), bool_and(abs(extract(epoch FROM received_at - now())) < 300) FROM archiver.events"
+    assert rows(url, f"{query} WHERE source = 'history'") == [(2, True)]
+    query = "SELECT bool_and(abs(extract(epoch FROM reconciled_at - now())) < 300) FROM archiver.sessions"
+    assert rows(url, query) == [(True,)]
