@@ -274,7 +274,7 @@ def test_i13_seals_that_cannot_be_read_stop_neither_feed_nor_followups(fault: st
         until(lambda: up in receiver.get("/metrics").text, "it is reported")
         for number in range(2, 8):
             assert post(receiver, number) == "stored"
-            until(lambda number=number: len(endpoint.got) == number, "it is sent all the same")
+        until(lambda: len(endpoint.got) == 7, "all are sent all the same")
         holder.rollback()
         holder.execute("GRANT SELECT ON archiver.seals TO archiver_writer")
         holder.commit()
