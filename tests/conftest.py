@@ -25,6 +25,7 @@ class Cluster:
     def __init__(self, version: str, url: str) -> None:
         self.version = version
         self._url = url
+        self.sync(is_on=False)
         self.execute(f"CREATE DATABASE {_TEMPLATE}")
         engine = self.engine(self.url(_TEMPLATE))
         schema.upgrade(engine)
@@ -46,6 +47,11 @@ class Cluster:
     def drop(self, url: str) -> None:
         name = database.database_url(url).database or ""
         self.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def sync(self, *, is_on: bool) -> None:
+        """Write through to the disk, or not: a database that is dropped costs a checkpoint, of all its files."""
+        self.execute(f"ALTER SYSTEM SET fsync = {'on' if is_on else 'off'}")
+        self.execute("SELECT pg_reload_conf()")
 
     def execute(self, statement: str | sql.Composed) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
@@ -91,6 +97,14 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     home: Path = tmp_path_factory.mktemp(servers.fresh_name(f"postgres-{version}"))
     with servers.running(version, home) as url:
         yield Cluster(version, url)
+
+
+@pytest.fixture
+def durable(cluster: Cluster) -> Iterator[None]:
+    """The server survives a crash of the machine, as `archiver doctor` wants it."""
+    cluster.sync(is_on=True)
+    yield
+    cluster.sync(is_on=False)
 
 
 @pytest.fixture

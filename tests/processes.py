@@ -26,7 +26,7 @@ _IMPORTED = [
 
 # Reads a line of JSON for each process to start, answers with its pid, and writes its exit code to a file so named.
 _PARENT = """
-import gc, importlib, json, os, signal, sys, traceback
+import atexit, gc, importlib, json, os, signal, sys, traceback
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -59,6 +59,8 @@ def start(request):
     except BaseException:
         traceback.print_exc()
         code = 1
+    if not request["seconds"]:  # as at the end of Python: joins its children, saves the coverage
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

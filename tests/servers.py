@@ -93,7 +93,8 @@ def _system_15() -> Iterator[Path]:
                 extra_groups=[] if os.getuid() == 0 else None,
             )
 
-        run(SYSTEM_15 / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
+        users = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
+        run(SYSTEM_15 / "initdb", "-D", data, *users)
         options = f"-c listen_addresses='' -c max_connections=200 -k {folder}"
         run(SYSTEM_15 / "pg_ctl", "-D", data, "-l", folder / "log", "-o", options, "-w", "start")
         try:

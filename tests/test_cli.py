@@ -420,6 +420,7 @@ def as_user(url: str, name: str) -> str:
     return parse_url(url).set(drivername="postgresql", username=name).render_as_string()
 
 
+@pytest.mark.usefixtures("durable")
 def test_h2_migrate_and_doctor_give_the_sql_that_lets_a_user_create_the_schema(
     empty_database_url: str, stranger: str
 ) -> None:
@@ -438,6 +439,7 @@ def test_h2_migrate_and_doctor_give_the_sql_that_lets_a_user_create_the_schema(
         connection.execute(f'DROP OWNED BY "{stranger}" CASCADE')
 
 
+@pytest.mark.usefixtures("durable")
 def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str, stranger: str) -> None:
     url = as_user(database_url, stranger)
     refused = failed(archiver("status", database_url=url))
@@ -572,6 +574,7 @@ def test_doctor_tells_the_key_ids_that_the_ledger_knows_and_no_secret(database_u
     assert HUNTER not in process.stdout
 
 
+@pytest.mark.usefixtures("durable")
 def test_doctor_warns_of_a_setting_that_is_misspelt(database_url: str) -> None:
     settings = {"ARCHIVER_WEBHOOK_SECRET": HUNTER, "ARCHIVER_MAXBODY_FILE": "x", "ARCHIVER_SOMETHING_ELSE": "y"}
     process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=SECRET, **settings)
@@ -634,6 +637,7 @@ def examined_platform(database_url: str, url: str, key: str = API_KEY) -> dict[s
     return told
 
 
+@pytest.mark.usefixtures("durable")
 def test_doctor_asks_callhq_whether_it_takes_the_key(database_url: str) -> None:
     with simulated() as callhq:
         assert examined_platform(database_url, f"{callhq.url}/api")["verdict"] == "ok"
@@ -661,6 +665,7 @@ def test_doctor_asks_callhq_whether_it_takes_the_key(database_url: str) -> None:
         (JSONResponse({"message": "slowly"}, 429), "warning"),
     ],
 )
+@pytest.mark.usefixtures("durable")
 def test_doctor_tells_the_api_from_what_is_none(database_url: str, answer: Response, verdict: str) -> None:
     calls = []
 
@@ -674,6 +679,7 @@ def test_doctor_tells_the_api_from_what_is_none(database_url: str, answer: Respo
     assert calls == ["/chats/session/00000000-0000-0000-0000-000000000000"]
 
 
+@pytest.mark.usefixtures("durable")
 def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
     process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert process.returncode == 0
@@ -699,6 +705,7 @@ def test_doctor_warns_of_events_that_nobody_seals(database_url: str) -> None:
     assert examined(database_url)["seals"]["verdict"] == "ok"
 
 
+@pytest.mark.usefixtures("durable")
 def test_doctor_warns_of_a_secret_that_can_be_guessed(database_url: str) -> None:
     process = archiver("doctor", "--json", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=f"{HUNTER},short")
     assert process.returncode == 0

@@ -77,6 +77,7 @@ def reasons(log: str) -> str:
         ],
     ],
 )
+@pytest.mark.usefixtures("durable")
 def test_the_commands_work(pooled: str, commands: list[list[str]], tmp_path: Path) -> None:
     home = {"ARCHIVER_HOME": str(tmp_path), "ARCHIVER_WEBHOOK_SECRETS": "a" * 32, "ARCHIVER_RETENTION_DAYS": "365"}
     with serving(pooled) as receiver:

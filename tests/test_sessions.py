@@ -124,6 +124,7 @@ def test_no_default_of_a_role_changes_what_is_stored(hostile_url: str, defaults:
         assert connection.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
 
 
+@pytest.mark.usefixtures("durable")
 def test_commands_do_not_depend_on_defaults(hostile_url: str, tmp_path: Path) -> None:
     with serving(hostile_url) as receiver:
         assert receiver.post(created("c", "s", input=TEXT)).json()["status"] == "stored"
