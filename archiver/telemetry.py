@@ -179,6 +179,9 @@ identity_unreadable = Counter(
     "Looks at which database this is that could not read or remember a part.",
     ["part"],
 )
+quarantine_searched = Counter(
+    "archiver_quarantine_searched_total", "Quarantined bodies that were decoded to find what is to be erased."
+)
 published_changes = Counter("archiver_changes_published_total", "Changes of the archive that the feed has told.")
 notify_failures = Counter(
     "archiver_notify_failures_total",

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import quarantine
+from archiver import quarantine, telemetry
+from archiver.cli.erasure.running import Run, Wanted
 from archiver.database import transaction
 from tests import servers
 from tests.conftest import Cluster
@@ -20,7 +21,18 @@ from tests.payloads import chat, created, deleted, event
 from tests.proxies import proxied
 from tests.receivers import archiver, serving
 from tests.rows import execute, rows
-from tests.test_erasure import archive, dump, holds_text, is_rebuilt_the_same, read, record, said, sweep, texts
+from tests.test_erasure import (
+    TIMING,
+    archive,
+    dump,
+    holds_text,
+    is_rebuilt_the_same,
+    read,
+    record,
+    said,
+    sweep,
+    texts,
+)
 from tests.upstreams import simulated
 from tests.waiting import until
 
@@ -629,3 +641,58 @@ def test_i8_what_was_quarantined_before_does_not_come_back_by_a_retry(database_u
     assert (told.returncode, told.stdout) == (0, "1: gone: what it speaks of was erased\n")
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
     assert holds_text(engine, "question of c1") == []
+
+
+QUESTION, ANSWER = "Where is my parcel, ordered on 4 May?", "yes"
+
+
+def conversation(*texts: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[number % 2], "content": each} for number, each in enumerate(texts)]
+
+
+def test_i8_turns_that_repeat_what_was_erased_are_named_and_can_be_erased(database_url: str, engine: Engine) -> None:
+    record(
+        engine,
+        created("c1", "s1", input=QUESTION, output=conversation("", ANSWER)[1:]),
+        created("c2", "s1", input=conversation(QUESTION, ANSWER, "And now?"), output="soon"),
+        created("c3", "s1", input=conversation("hello", ANSWER, "Thanks"), output="welcome"),
+        created("c4", "s1", input="Go on", output="ok", context=json.dumps({"before": QUESTION})),
+        created("c5", "s1", input=ANSWER, output="fine"),
+        created("c6", "s2", input="Something else", output="ok"),
+        event("chat.rated", 1_705_311_000_000, chat("c7", "s1", note=QUESTION.replace(" ", "  "))),
+    )
+    known = json.loads(erase(database_url, "--chat", "c1", "--dry-run", "--json").stdout)["resent"]
+    named = {each["chat_id"] for each in known["turns"]}
+    assert (known["count"], named) == (4, {"c2", "c3", "c4", "c7"})
+    ended = erase(database_url, "--chat", "c1", "--json")
+    assert json.loads(ended.stdout)["resent"] == known
+    for name in sorted(named):
+        assert f"archiver erase --chat {name}" in ended.stderr
+    assert "--chat c5" not in ended.stderr
+    assert archiver("verify", database_url=database_url).returncode == 0
+    ended = erase(database_url, *[option for name in sorted(named) for option in ("--chat", name)], "--json")
+    assert "resent" not in json.loads(ended.stdout)
+    query = "SELECT body FROM archiver.events WHERE body IS NOT NULL"
+    assert not [body for (body,) in rows(engine, query) if QUESTION.encode() in bytes(body)]
+    whole = erase(database_url, "--session", "s1", "--json")
+    assert "resent" not in json.loads(whole.stdout)
+
+
+def test_i8_an_erasure_decodes_each_quarantined_body_once(database_url: str, engine: Engine) -> None:
+    """More erasures than one page, by the command, which looks, orders and sweeps; and by a sweep alone."""
+    sessions = [f"s{number}" for number in range(1_200)]
+    for start in range(0, len(sessions), 400):
+        record(engine, *[created(f"c-{each}", each) for each in sessions[start : start + 400]])
+    record(engine, *[b"{" + each.encode() for each in sessions[:40]], *[b"no %d" % number for number in range(60)])
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(100,)]
+
+    def searched() -> float:
+        return float(telemetry.quarantine_searched._value.get())
+
+    before = searched()
+    run = Run(engine, TIMING, yes=True, dry_run=False, skip_held=False, as_json=True)
+    run.erase(Wanted(sessions, [], []), "counsel", "she asked")
+    assert searched() - before == 100
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(60,)]
+    assert rows(engine, "SELECT count(*) FROM archiver.events WHERE body IS NOT NULL") == [(0,)]

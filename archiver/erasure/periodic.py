@@ -66,6 +66,8 @@ class Upkeep:
         async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
             beat()
             self._swept = max(self._swept, step.through)
+            for each in step.resent:
+                log.warning("another turn repeats what was erased", session_id=each.session_id, chat_id=each.chat_id)
 
     async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
         """Take what is old enough, as the settings say; its content goes right after. `beat` as for `erase`.

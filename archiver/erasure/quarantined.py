@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver import quarantine
+from archiver import quarantine, telemetry
 from archiver.erasure import mentions
 from archiver.erasure.decoding import Decoded, decode
 from archiver.erasure.holds import covering
@@ -21,16 +21,37 @@ Variables = Collection[tuple[str, str]]  # names with values
 class Found(msgspec.Struct, frozen=True):
     """Ids of rows: those that name what is to be erased, and those that only tell such a variable.
 
-    `unsearchable`: of the others those of which not every byte could be decoded.
+    `unsearchable`: of the others those of which not every byte could be decoded. `searched`: all that were decoded.
     """
 
     naming: Sequence[int] = ()
     telling: Sequence[int] = ()
     unsearchable: Sequence[int] = ()
+    searched: Collection[int] = ()
+
+    def with_later(self, found: "Found") -> "Found":
+        """Return the rows of both, where the other search left out what this one had searched."""
+        return Found(
+            [*self.naming, *found.naming],
+            [*self.telling, *found.telling],
+            [*self.unsearchable, *found.unsearchable],
+            found.searched,
+        )
 
 
-def select_found(connection: Connection, targets: Sequence[Target], variables: Variables = ()) -> Found:
-    """What is about these, or tells such a variable; held or not. Reads the whole quarantine."""
+MOST_SEARCHED = 1_000_000  # rows that one search remembers, so that the next of the same run decodes none twice
+
+
+def select_found(
+    connection: Connection,
+    targets: Sequence[Target],
+    variables: Variables = (),
+    searched: Collection[int] = (),
+) -> Found:
+    """What is about these, or tells such a variable; held or not.
+
+    Reads the whole quarantine, and decodes each body but those that were `searched` for the same before.
+    """
     if not targets and not variables:
         return Found()
     is_about = mentions.of_any(marks(connection, targets) if targets else ())
@@ -38,15 +59,21 @@ def select_found(connection: Connection, targets: Sequence[Target], variables: V
     sessions = {each.session_id for each in targets} - {""}
     tells_any = [mentions.of_variable(name, value) for name, value in variables]
     naming, telling, unsearchable = list[int](), list[int](), list[int]()
+    looked = set(searched)
     for row in quarantine.select_every_body(connection):
+        if row["id"] in looked:
+            continue
         body = decode(bytes(row["body"]))
+        telemetry.quarantine_searched.inc()
+        if len(looked) < MOST_SEARCHED:
+            looked.add(row["id"])
         if row["session_id"] in sessions or is_about(body):
             naming.append(row["id"])
         elif any(tells(body) for tells in tells_any):
             telling.append(row["id"])
         elif not body.is_whole:
             unsearchable.append(row["id"])
-    return Found(naming, telling, unsearchable)
+    return Found(naming, telling, unsearchable, looked)
 
 
 def select_unsearchable(connection: Connection) -> Iterator[int]:

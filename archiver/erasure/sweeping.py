@@ -5,7 +5,7 @@ a hold in force covers stays until its release.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
@@ -21,7 +21,8 @@ from archiver.erasure.decoding import decode
 from archiver.erasure.holds import covering
 from archiver.erasure.ordering import Act, order
 from archiver.erasure.quarantined import Found, delete_found, select_found
-from archiver.erasure.targets import Target, parts
+from archiver.erasure.resent import select_resent
+from archiver.erasure.targets import Target, marks, parts
 from archiver.followups.deliveries import redact
 from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
 from archiver.projection.facts import select_stories
@@ -29,15 +30,21 @@ from archiver.projection.rows import lock_sessions, select_homes
 from archiver.projection.sessions import Story, without
 
 PAGE = 500  # erasures looked at together
+AT_ONCE_SEARCHED = 100_000  # ids that the quarantine is searched for in one pass; a page more at most
+MOST_PAGES = 100  # of erasures, between two steps
 AT_ONCE = 20  # sessions, or turns without one, of one transaction
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What a step has done: up to which erasure all is done, what it took away, and what it left for which holds."""
+    """What a step has done: up to which erasure all is done, what it took away, and what it left for which holds.
+
+    `resent`: other turns whose deliveries repeat what an erased turn said.
+    """
 
     through: int
     events: int = 0
     quarantined: int = 0
+    resent: Sequence[Target] = ()
     held: Mapping[Target, Sequence[int]] = {}
 
 
@@ -64,47 +71,80 @@ _SELECT_PAGE = text(
 )
 
 
-def sweep(engine: Engine, timing: Timing, after: int = 0) -> Iterator[Step]:
+class Searched(msgspec.Struct, frozen=True):
+    """Rows of the quarantine that were searched for these before, in the same run."""
+
+    targets: Collection[Target] = ()
+    ids: Collection[int] = ()
+
+
+class _Page(msgspec.Struct, frozen=True):
+    """Up to which erasure, and what of them still has content."""
+
+    through: int
+    pending: Sequence[Target]
+
+
+NOTHING_SEARCHED = Searched()
+
+
+def sweep(engine: Engine, timing: Timing, after: int = 0, searched: Searched = NOTHING_SEARCHED) -> Iterator[Step]:
     """Take away what erasures after this id have left; yields after each step, and at the end of each page.
 
-    What is locked, or takes too long, is left, and keeps nothing else: its error is raised at the end.
+    The quarantine is searched once for as many pages as have `AT_ONCE_SEARCHED` ids together. What is locked, or
+    takes too long, is left, and keeps nothing else: its error is raised at the end.
     """
     slow: list[DBAPIError] = []
     through = after
-    while True:
+    while pages := _select_pages(engine, after, slow):
+        # Before the content, by which these are found again where this ends half-way.
+        for step in _sweep_quarantine(engine, pages, searched, slow):
+            yield msgspec.structs.replace(step, through=through)
+        for page in pages:
+            for step in _sweep_content(engine, page.pending, timing, slow):
+                yield msgspec.structs.replace(step, through=through)
+            after = page.through
+            through = through if slow else after
+            yield Step(through)
+    if slow:
+        raise slow[0]
+
+
+def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_Page]:
+    pages: list[_Page] = []
+    count = 0
+    while count < AT_ONCE_SEARCHED and len(pages) < MOST_PAGES:
         with transaction(engine, statement_seconds=300) as connection:
             page = connection.execute(_SELECT_PAGE, {"after": after, "most": PAGE}).all()
+            pending = sorted(Target(row.session_id, row.chat_id) for row in page if row.is_pending)
+            count += len(marks(connection, pending)) if pending else 0
         if not page:
             break
         for row in page:
             if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
                 act = Act("erase", acts.ARCHIVER, None)
-                order(
-                    engine,
-                    [Target(UNPLACED, row.chat_id)],
-                    row.rule,
-                    act,
-                    skip_held=True,
-                    act_id=row.act_id,
-                    slow=slow,
-                )
-        pending = sorted(Target(row.session_id, row.chat_id) for row in page if row.is_pending)
-        for step in _sweep(engine, pending, timing, slow):
-            yield msgspec.structs.replace(step, through=through)
+                target = Target(UNPLACED, row.chat_id)
+                order(engine, [target], row.rule, act, skip_held=True, act_id=row.act_id, slow=slow)
         after = page[-1].id
-        through = through if slow else after
-        yield Step(through)
-    if slow:
-        raise slow[0]
+        pages.append(_Page(after, pending))
+    return pages
 
 
-def _sweep(engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]) -> Iterator[Step]:
+def _sweep_quarantine(
+    engine: Engine, pages: Sequence[_Page], searched: Searched, slow: list[DBAPIError]
+) -> Iterator[Step]:
+    pending = sorted({target for page in pages for target in page.pending})
     if not pending:
         return
-    # Before the content, by which these are found again where this ends half-way.
-    for ids in _parts(_select_quarantined(engine, pending)):
+    before = searched.ids if set(pending) <= set(searched.targets) else ()
+    for ids in _parts(_select_quarantined(engine, pending, before)):
         for removed in apart(engine, ids, _empty_quarantine, slow):
             yield Step(0, quarantined=removed)
+
+
+def _sweep_content(
+    engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]
+) -> Iterator[Step]:
     take_away = partial(_take_away, timing=timing)
     strays = [target for target in pending if not target.session_id]
     for part in parts(strays, AT_ONCE):
@@ -117,11 +157,12 @@ def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
     return (ids[start : start + AT_ONCE] for start in range(0, len(ids), AT_ONCE))
 
 
-def _select_quarantined(engine: Engine, targets: Sequence[Target]) -> Sequence[int]:
+def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Collection[int]) -> Sequence[int]:
     """What the quarantine holds about these. It is searched before anything is locked, for that takes long."""
     with transaction(engine, statement_seconds=600) as connection:
         held = covering(connection, targets)
-        return select_found(connection, [target for target in targets if target not in held]).naming
+        free = [target for target in targets if target not in held]
+        return select_found(connection, free, searched=searched).naming
 
 
 def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
@@ -136,8 +177,9 @@ def _take_away(connection: Connection, targets: Sequence[Target], timing: Timing
     # placed since. Nobody places one beside this transaction.
     held = covering(connection, targets)
     free = [target for target in targets if target not in held]
+    resent = select_resent(connection, free)  # while it can still be known
     redact(connection, [(each.session_id, each.chat_id) for each in free])
-    return Step(0, _erase(connection, free, timing), held=held)
+    return Step(0, _erase(connection, free, timing), resent=resent, held=held)
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:

@@ -14,6 +14,8 @@ from archiver.cli.erasure import telling
 from archiver.cli.output import progress
 from archiver.erasure import Act, Counts, HeldError, Ordered, Target, replay, targets
 from archiver.erasure.quarantined import Found, delete_found, select_found, select_free
+from archiver.erasure.resent import select_resent
+from archiver.erasure.sweeping import NOTHING_SEARCHED, Searched
 from archiver.projection import Timing
 
 
@@ -57,20 +59,23 @@ class Run:
         telling.warn_of(unclaimed)
         telling.warn_of_kept(looked.kept)
         telling.warn_of_unsearchable(looked.counts.unsearchable)
+        telling.warn_of_resent(looked.resent)
         if self._dry_run:
-            self._report(looked.counts, looked.held, None)
+            self._report(looked.counts, looked.held, None, looked.resent)
             return
         self._ask(looked)
         ordered = erasure.order(self._engine, found, "request", act, skip_held=self._skip_held, found=looked.rows)
         # And what came meanwhile.
         with database.transaction(self._engine, statement_seconds=600) as opened:
             counts = looked.counts if ordered.held == looked.held else targets.count(opened, ordered.targets)
-            rows = select_found(opened, [each for each in found if each not in ordered.held], wanted.variables)
+            before = looked.rows if ordered.held == looked.held else Found()
+            free = [each for each in found if each not in ordered.held]
+            rows = before.with_later(select_found(opened, free, wanted.variables, before.searched))
         with database.transaction(self._engine, statement_seconds=600) as opened:
             ledger.lock_placement(opened, exclusive=False)
             counts.quarantined = ordered.quarantined + delete_found(opened, rows)
             counts.unsearchable = len(rows.unsearchable)
-        self._finish(counts, [ordered])
+        self._finish(counts, [ordered], Searched({*free, *ordered.targets}, rows.searched))
 
     def replay(self, lines: Sequence[replay.Line], act: Act) -> None:
         with database.transaction(self._engine, statement_seconds=600) as opened:
@@ -81,8 +86,9 @@ class Run:
             self._refuse(looked.held, lambda: replay.check(self._engine, lines, act))
         telling.warn_of_kept(looked.kept)
         telling.warn_of_unsearchable(looked.counts.unsearchable)
+        telling.warn_of_resent(looked.resent)
         if self._dry_run:
-            self._report(looked.counts, looked.held, None)
+            self._report(looked.counts, looked.held, None, looked.resent)
             return
         if new:
             self._ask(looked)
@@ -104,7 +110,7 @@ class Run:
         rows = select_found(opened, named, variables)
         counts = targets.count(opened, free)
         counts.quarantined, counts.unsearchable = len(select_free(opened, rows)), len(rows.unsearchable)
-        return _Looked(named, free, held, counts, rows)
+        return _Looked(named, free, held, counts, rows, select_resent(opened, free))
 
     def _refuse(self, held: Mapping[Target, Sequence[int]], check: Callable[[], None]) -> None:
         """As the erasure would be refused, before anybody is asked."""
@@ -118,26 +124,33 @@ class Run:
         named = f"{len(looked.named):,} named: {telling.told(looked.counts)}"
         connection.confirm(f"Erase for good ({named})?", yes=self._yes)
 
-    def _finish(self, counts: Counts, done: Sequence[Ordered]) -> None:
+    def _finish(self, counts: Counts, done: Sequence[Ordered], searched: Searched = NOTHING_SEARCHED) -> None:
         ordered = {target for each in done for target in each.targets}
         held: dict[Target, Sequence[int]] = {}  # since it was ordered
+        resent: set[Target] = set()
         with progress(SpinnerColumn(), TextColumn("Erasing: {task.completed:,} events"), quiet=self._as_json) as bar:
             task = bar.add_task("", total=None)
             # From the first one on: what an erasure that was stopped has left goes too.
-            for step in erasure.sweep(self._engine, self._timing):
+            for step in erasure.sweep(self._engine, self._timing, searched=searched):
                 counts.quarantined += step.quarantined
+                resent |= {*step.resent}
                 held |= {target: holds for target, holds in step.held.items() if target in ordered}
                 bar.update(task, advance=step.events)
         if held:
             with database.transaction(self._engine, statement_seconds=600) as opened:
                 counts = counts.without(targets.count(opened, sorted(held)))
         held = {target: holds for each in done for target, holds in each.held.items()} | held
-        self._report(counts, held, next((each.act_id for each in done if each.act_id is not None), None))
+        act_id = next((each.act_id for each in done if each.act_id is not None), None)
+        self._report(counts, held, act_id, sorted(resent))
 
-    def _report(self, counts: Counts, held: Mapping[Target, Sequence[int]], act_id: int | None) -> None:
+    def _report(
+        self, counts: Counts, held: Mapping[Target, Sequence[int]], act_id: int | None, resent: Sequence[Target]
+    ) -> None:
         if self._as_json:
             told: dict[str, Any] = {"dry_run": self._dry_run, "act": act_id, **msgspec.structs.asdict(counts)}
             told["held"] = [msgspec.structs.asdict(target) | {"holds": holds} for target, holds in held.items()]
+            if resent:
+                told["resent"] = {"count": len(resent), "turns": [msgspec.structs.asdict(each) for each in resent]}
             click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
         else:
             click.echo(f"{'It would erase' if self._dry_run else 'Erased'} {telling.told(counts)}.")
@@ -156,6 +169,7 @@ class _Looked(msgspec.Struct, frozen=True):
     held: Mapping[Target, Sequence[int]]
     counts: Counts
     rows: Found
+    resent: Sequence[Target]
 
     @property
     def kept(self) -> int:

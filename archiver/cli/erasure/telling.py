@@ -1,5 +1,6 @@
 """What an erasure tells people beside its counts, on stderr."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def warn_of_unsearchable(count: int) -> None:
             " archiver quarantine list --unsearchable, look at each with archiver quarantine show ID",
             err=True,
         )
+
+
+def warn_of_resent(resent: Sequence[Target]) -> None:
+    """Name the turns whose deliveries repeat what is erased, with the command that erases them."""
+    if not resent:
+        return
+    repeat = counted(len(resent), "other turn repeats", "other turns repeat")
+    click.echo(
+        f"archiver: {repeat} what an erased turn said: their deliveries stay in the ledger as they were received."
+        " To erase them as well:",
+        err=True,
+    )
+    for each in resent[:SHOWN]:
+        named = f"--chat {shlex.quote(each.chat_id)}" if each.chat_id else f"--session {shlex.quote(each.session_id)}"
+        click.echo(f"  archiver erase {named}", err=True)
+    if len(resent) > SHOWN:
+        click.echo(f"archiver: and {len(resent) - SHOWN:,} more; --json lists all", err=True)
 
 
 def warn_of_spool(folder: Path) -> None:
