@@ -173,6 +173,26 @@ def start(
     return Process(pid, ended / str(pid))
 
 
+def execute(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdout: Path | str,
+    stderr: Path | str,
+    is_apart: bool = False,
+) -> subprocess.Popen[bytes]:
+    """As `start`, but `python -m archiver` from its very beginning."""
+    with Path(stdout).open("ab") as out, Path(stderr).open("ab") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "archiver", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=environment,
+            start_new_session=is_apart,
+        )
+
+
 @cache
 def _parent() -> tuple[subprocess.Popen[str], Path]:
     folder = tempfile.TemporaryDirectory(prefix="archiver-ended-")

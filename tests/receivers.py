@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ atexit.register(_BYTECODE.cleanup)
 class Receiver:
     """A running `archiver serve`."""
 
-    process: Process
+    process: Process | subprocess.Popen[bytes]
     log: Path
     url: str = ""
     _client: httpx2.Client = field(default_factory=lambda: httpx2.Client(trust_env=False, timeout=30))
@@ -134,16 +134,34 @@ class Receiver:
 @contextmanager
 def starting(database_url: str | None, *options: str, **environment: str) -> Iterator[Receiver]:
     """`archiver serve` on a free port, not waited for; kills what is left of it in the end."""
+    with _started(processes.start, database_url, options, environment) as receiver:
+        yield receiver
+
+
+@contextmanager
+def executing(database_url: str | None, *options: str, **environment: str) -> Iterator[Receiver]:
+    """As `starting`, for a measurement: not forked from a process that has imported the program."""
+    with _started(processes.execute, database_url, options, environment) as receiver:
+        yield receiver
+
+
+@contextmanager
+def _started(
+    start: Callable[..., Process | subprocess.Popen[bytes]],
+    database_url: str | None,
+    options: Sequence[str],
+    environment: Mapping[str, str],
+) -> Iterator[Receiver]:
     with tempfile.TemporaryDirectory(prefix="archiver-serve-") as folder:
         Path(folder).chmod(0o711)  # else, as root, the data would lie elsewhere, and outlive it
         log = Path(folder) / "stderr"
         own = {"ARCHIVER_WEBHOOK_SECRETS": SECRET, "ARCHIVER_LOG_FORMAT": "json", "ARCHIVER_HOME": f"{folder}/home"}
-        settings = own | environment
+        settings = {**own, **environment}
         if "CALLHQ_API_KEY" not in settings and "--worker" not in options:
             options = ("--no-worker", *options)  # it would be a process more, of no use to most tests
         url = database_url if database_url is None or "--migrate" in options else as_writer(database_url)
         arguments = ["serve", "--port", "0", *options]
-        process = processes.start(arguments, _environment(url, settings), stdout=log, stderr=log, is_apart=True)
+        process = start(arguments, _environment(url, settings), stdout=log, stderr=log, is_apart=True)
         receiver = Receiver(process, log)
         try:
             yield receiver

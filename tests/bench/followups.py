@@ -27,7 +27,7 @@ from tests.bench.database import migrated, server
 from tests.faults.test_followups import recording, survive, working
 from tests.followups import Receiver, receiving, subscribe
 from tests.payloads import SECRET, WEBHOOK, created
-from tests.receivers import serving
+from tests.receivers import executing
 from tests.rows import rows
 from tests.test_erasure import record
 from tests.waiting import until
@@ -74,8 +74,8 @@ def beside_ingest(postgres: embedded.Postgres, home: Path, seconds: int, rounds:
                 recorder = stack.enter_context(recording(folder, share=0.0)) if name != "alone" else None
                 for _ in range(3 if recorder else 0):
                     subscribe(engine, recorder.url if recorder else "")
-                serve = serving(url, "--worker", ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE="true")
-                receiver = stack.enter_context(serve)
+                serve = executing(url, "--worker", ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE="true")
+                receiver = stack.enter_context(stack.enter_context(serve))
                 assert receiver.post(created("first", "first")).status_code == 200
                 until(lambda: rows(engine, "SELECT 1 FROM archiver.changes"), "the worker publishes", 60)
                 until(lambda: not recorder or len(recorder.lines) >= 3, "and sends", 60)  # noqa: B023

@@ -29,7 +29,7 @@ from archiver import database, history
 from archiver.ingest.writing import Delivery, Outcome, write
 from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK, created
-from tests.receivers import serving
+from tests.receivers import executing
 
 SESSION = "long"
 ROOM = 3.0  # times the transcript
@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with server() as (postgres, _):
         url = migrated(postgres, "long")
-        with serving(url) as receiver:
+        with executing(url) as receiver, receiver:
             bench = Bench(url, receiver.url, receiver.process.pid, postgres.pid, arguments.size)
             broken = [line for line, is_kept in bench.run(arguments.turns) if not is_kept]
             bench.close()

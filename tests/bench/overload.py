@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK
-from tests.receivers import Receiver, serving
+from tests.receivers import Receiver, executing
 
 HERE = Path(__file__).parent
 USUAL = 64  # connections
@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit("bench: wrk is missing; on Debian: apt-get install wrk")
     with server() as (postgres, _):
         url = migrated(postgres, "overload")
-        with serving(url, ARCHIVER_QUEUE_EVENTS=str(QUEUE)) as receiver:
+        with executing(url, ARCHIVER_QUEUE_EVENTS=str(QUEUE)) as receiver, receiver:
             load(receiver, "warm", 3, USUAL)
             before = load(receiver, "before", 10, USUAL)
             during = load(receiver, "during", arguments.seconds, arguments.times * QUEUE)

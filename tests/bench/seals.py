@@ -26,7 +26,7 @@ from archiver.database import copying
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
 from tests.payloads import SECRET, WEBHOOK
-from tests.receivers import serving
+from tests.receivers import executing
 
 HERE = Path(__file__).parent
 WARM_SECONDS = 5
@@ -111,7 +111,8 @@ def beside(postgres: embedded.Postgres, rounds: int, seconds: int) -> None:
     engine = database.connect(database.database_url(url), pool_size=1)
     ratios: list[float] = []
     with (
-        serving(url, "--worker", ARCHIVER_SEAL_EVERY="86400") as receiver,
+        executing(url, "--worker", ARCHIVER_SEAL_EVERY="86400") as receiver,
+        receiver,
         loading(receiver.url + WEBHOOK, WARM_SECONDS + 2 * rounds * seconds + SPARE_SECONDS),
         psycopg.connect(url, autocommit=True) as connection,
     ):

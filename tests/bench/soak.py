@@ -22,7 +22,7 @@ from archiver import embedded
 from tests.bench.database import migrated, server
 from tests.faults.load import assert_archived, body_of, rows
 from tests.proxies import Proxy, proxied
-from tests.receivers import Receiver, deliver, starting
+from tests.receivers import Receiver, deliver, executing
 from tests.waiting import until
 
 SENDERS = 16
@@ -80,7 +80,7 @@ class World:
 
     def start_receiver(self) -> None:
         options = ("--port", str(self.port)) if self.port else ()
-        self._context = starting(self.url, *options, ARCHIVER_HOME=str(self.home), ARCHIVER_LOG_LEVEL="info")
+        self._context = executing(self.url, *options, ARCHIVER_HOME=str(self.home), ARCHIVER_LOG_LEVEL="info")
         self.receiver = self._context.__enter__()
         self.receiver.__enter__()
         self.port = self.receiver.port
