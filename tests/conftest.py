@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -13,6 +14,7 @@ from sqlalchemy import Engine
 
 from archiver import database, schema
 from tests import servers
+from tests.waiting import until
 
 _TEMPLATE = "archiver_template"
 ELSEWHERE = Path("/var/lib/callhq-archiver")
@@ -72,7 +74,13 @@ def _leave_no_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     for link in tmp_path_factory.getbasetemp().rglob("postgres"):
         if link.is_symlink() and link.resolve().parent.parent == ELSEWHERE:
-            shutil.rmtree(link.resolve().parent)
+            until(partial(_is_removed, link.resolve().parent), f"{link} is removed", 60)
+
+
+def _is_removed(folder: Path) -> bool:
+    """A server whose last user was killed may be about to end in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
