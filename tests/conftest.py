@@ -69,6 +69,13 @@ def _clean_environment() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _keep_bytecode(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where Python keeps no bytecode, each of hundreds of processes would compile every module again."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.getbasetemp().parent / "bytecode")
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _leave_no_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """As root, the data of a home that others cannot reach lies elsewhere, and would outlive it."""
     yield

@@ -1,6 +1,5 @@
 """Real `archiver` processes: one that serves, from its start to the end of its last child, and short commands."""
 
-import atexit
 import http.client
 import json
 import os
@@ -49,13 +48,7 @@ def archiver_raw(
 
 def _environment(database_url: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     told = {} if database_url is None else {"DATABASE_URL": database_url}
-    # Where Python keeps no bytecode, each of hundreds of processes would compile every module again.
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**inherited, "PYTHONPYCACHEPREFIX": _BYTECODE.name, **told, **settings}
-
-
-_BYTECODE = tempfile.TemporaryDirectory(prefix="archiver-bytecode-")
-atexit.register(_BYTECODE.cleanup)
+    return {**os.environ, **told, **settings}
 
 
 @dataclass
