@@ -141,6 +141,9 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+AnyProcess = Process | subprocess.Popen[bytes]
+
+
 def start(
     arguments: Sequence[str],
     environment: Mapping[str, str],
@@ -149,11 +152,14 @@ def start(
     stderr: Path | str,
     is_apart: bool = False,
     seconds: int = 0,
-) -> Process:
+) -> AnyProcess:
     """`archiver` with these arguments and no other environment; `is_apart`: in a session of its own.
 
-    Its output is appended to files. SIGALRM ends it after so many `seconds`, if there are any.
+    Its output is appended to files. SIGALRM ends it after so many `seconds`, if there are any. It is forked unless
+    the environment changes where Python imports from.
     """
+    if environment.get("PYTHONPATH") != os.environ.get("PYTHONPATH"):
+        return execute(arguments, environment, stdout=stdout, stderr=stderr, is_apart=is_apart)
     parent, ended = _parent()
     for path in (stdout, stderr):
         Path(path).touch()

@@ -18,7 +18,7 @@ import httpx2
 
 from tests import processes
 from tests.payloads import SECRET, WEBHOOK
-from tests.processes import Process
+from tests.processes import AnyProcess
 from tests.servers import as_writer
 from tests.waiting import until
 
@@ -55,7 +55,7 @@ def _environment(database_url: str | None, settings: Mapping[str, str]) -> dict[
 class Receiver:
     """A running `archiver serve`."""
 
-    process: Process | subprocess.Popen[bytes]
+    process: AnyProcess
     log: Path
     url: str = ""
     _client: httpx2.Client = field(default_factory=lambda: httpx2.Client(trust_env=False, timeout=30))
@@ -140,7 +140,7 @@ def executing(database_url: str | None, *options: str, **environment: str) -> It
 
 @contextmanager
 def _started(
-    start: Callable[..., Process | subprocess.Popen[bytes]],
+    start: Callable[..., AnyProcess],
     database_url: str | None,
     options: Sequence[str],
     environment: Mapping[str, str],

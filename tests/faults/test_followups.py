@@ -24,7 +24,7 @@ from tests.conftest import Cluster
 from tests.faults.outages import stopped
 from tests.followups import SECRET, let_time_pass, states, subscribe
 from tests.payloads import created, deleted
-from tests.processes import Process
+from tests.processes import AnyProcess
 from tests.rows import rows
 from tests.servers import as_writer
 from tests.test_erasure import record
@@ -69,7 +69,7 @@ def recording(folder: Path, share: float = FAILS) -> Iterator[Recorder]:
 
 
 @contextmanager
-def working(url: str, **settings: str) -> Iterator[Process]:
+def working(url: str, **settings: str) -> Iterator[AnyProcess]:
     """`archiver worker`, which sends as fast as it can."""
     told = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
     with tempfile.NamedTemporaryFile() as log:

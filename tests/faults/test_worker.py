@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from archiver.database import transaction
 from archiver.projection import leases
 from tests import processes, servers
-from tests.processes import Process
+from tests.processes import AnyProcess
 from tests.receivers import serving
 from tests.servers import as_writer
 from tests.upstreams import CallHQ, hosting, simulated
@@ -96,7 +96,7 @@ def watched(callhq: CallHQ) -> Iterator[Watch]:
 
 
 @contextmanager
-def working(url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str) -> Iterator[Process]:
+def working(url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str) -> Iterator[AnyProcess]:
     """`archiver worker`; what is left of it in the end is killed."""
     with tempfile.NamedTemporaryFile() as unread:
         environment = {**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings}
