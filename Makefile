@@ -25,9 +25,9 @@ demo: $(VENV)/.installed  ## See it work: a database, the receiver and a simulat
 run: $(VENV)/.installed  ## Receive real webhooks on an embedded Postgres (needs ARCHIVER_WEBHOOK_SECRETS, or ARGS=--insecure)
 	@$(BIN)/python -m archiver serve $(ARGS)
 
-test: $(VENV)/.installed  ## Run the tests, four at a time (TEST_ARGS goes to pytest)
+test: $(VENV)/.installed  ## Run the tests, six at a time (TEST_ARGS goes to pytest)
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -n 4 --dist worksteal $(TEST_ARGS)
+	@$(BIN)/coverage run -m pytest -n 6 --dist worksteal $(TEST_ARGS)
 
 check: lint  ## Everything but the tests: style, types, floors, documentation, branch coverage of the last test run
 	@$(BIN)/python -m pytest -q tests/test_docs.py

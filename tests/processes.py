@@ -59,7 +59,7 @@ def start(request):
     except BaseException:
         traceback.print_exc()
         code = 1
-    if not request["seconds"]:  # as at the end of Python: joins its children, saves the coverage
+    if not request["seconds"]:  # as at the end of Python: joins its children
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

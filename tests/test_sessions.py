@@ -174,6 +174,7 @@ def test_a_database_that_is_not_utf8_is_rejected_in_one_line(cluster: Cluster, e
         cluster.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 @pytest.mark.parametrize(
     "environment",
     [

@@ -211,7 +211,7 @@ def test_a_session_that_is_always_answered_503_delays_no_other(database_url: str
 
 def test_i13_a_session_that_another_program_holds_keeps_no_other_from_being_read(database_url: str) -> None:
     with simulated() as callhq:
-        make_due(database_url, callhq, 180)
+        make_due(database_url, callhq, 60)
         first = "(SELECT min(session_id) FROM archiver.events)"
         with psycopg.connect(database_url) as beside:
             beside.execute(f"SELECT FROM archiver.sessions WHERE session_id = {first} FOR UPDATE")
