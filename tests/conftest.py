@@ -43,7 +43,8 @@ class Cluster:
     def clone(self, template: str = _TEMPLATE) -> str:
         """The URL of a new database."""
         name = f"test_{next(_numbers)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # Page by page through the log, as is the default, costs ten times the processor time.
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         return self.url(name)
 
     def drop(self, url: str) -> None:
@@ -111,10 +112,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", params=servers.versions())
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     version: str = request.param
-    home: Path = tmp_path_factory.mktemp(servers.fresh_name(f"postgres-{version}"))
-    with servers.running(version, home) as url:
+    with servers.folder() as folder, servers.running(version, folder / servers.fresh_name("postgres")) as url:
         yield Cluster(version, url)
 
 

@@ -4,6 +4,7 @@ import os
 import pwd
 import re
 import secrets
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import psycopg
 from archiver import embedded
 
 SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
+_MEMORY, _ROOM = Path("/dev/shm"), 4 * 2**30  # shared by all workers of a run
 
 
 WRITER = "test_writer"  # who is given archiver_writer, and nothing else
@@ -57,14 +59,23 @@ def fresh_name(name: str) -> str:
 
 
 @contextmanager
+def folder() -> Iterator[Path]:
+    """A folder for the data of servers: in memory where there is room, for no test is about the disk of these."""
+    place = _MEMORY if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _ROOM else None
+    with tempfile.TemporaryDirectory(prefix="archiver-servers-", dir=place, ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o711)  # else, as root, the data would lie elsewhere
+        yield Path(name)
+
+
+@contextmanager
 def running(version: str, home: Path) -> Iterator[str]:
     """A fresh server; gives a URL with `{database}` for the database's name."""
     if version == "18":
         with embedded.running(home, options={"max_connections": "200"}) as postgres:
             yield postgres.database_url("DATABASE").replace("DATABASE", "{database}")
     else:
-        with _system_15() as folder:
-            yield f"postgresql://postgres@/{{database}}?host={quote(str(folder), safe='')}"
+        with _system_15(home) as sockets:
+            yield f"postgresql://postgres@/{{database}}?host={quote(str(sockets), safe='')}"
 
 
 def unprivileged() -> int | None:
@@ -73,10 +84,10 @@ def unprivileged() -> int | None:
 
 
 @contextmanager
-def _system_15() -> Iterator[Path]:
+def _system_15(home: Path) -> Iterator[Path]:
     # Postgres refuses to run as root.
     user = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
-    with tempfile.TemporaryDirectory(prefix="pg15-") as name:
+    with tempfile.TemporaryDirectory(prefix="pg15-", dir=home.parent) as name:
         folder = Path(name)
         os.chown(folder, user.pw_uid, user.pw_gid)
         data = folder / "data"
