@@ -819,8 +819,17 @@ def test_i3_no_turn_is_lost_doubled_or_torn(world: World) -> None:
             assert each.told_at <= world.readings[-1].read_at
 
 
+def _draft_with_a_mark() -> World:
+    """The reading shows a draft that ends with the mark of a cut; the turn says at last what stands before it."""
+    asked, answer = Message("user", "ok"), Message("assistant", "thanks 0.2")
+    drafted = Message("assistant", "thanks 0.2 …")
+    turns = [Turn("C0", (asked, answer), 1, minute(0), minute(4))]
+    return World({}, turns, [Reading((), minute(1)), Reading((asked, drafted), minute(3))], set())
+
+
 @_many
 @given(_any_world)
+@example(_draft_with_a_mark())
 def test_i7_nothing_that_was_ever_read_is_lost_but_outputs_of_a_turn_told_anew(world: World) -> None:
     lines = transcript(world.turns, world.readings)
     known = [line for line in lines if line.first_read_at]
@@ -835,7 +844,10 @@ def test_i7_nothing_that_was_ever_read_is_lost_but_outputs_of_a_turn_told_anew(w
 
 
 def _unclaimed(line: Line) -> Line:
-    return msgspec.structs.replace(line, chat_id=None, source="history", is_ambiguous=False)
+    """The line as history alone has it."""
+    shown = line.content if line.history_content is None else line.history_content
+    told = msgspec.structs.replace(line, content=shown, chat_id=None, source="history", is_ambiguous=False)
+    return msgspec.structs.replace(told, is_reworded=False, history_content=None)
 
 
 @_many
