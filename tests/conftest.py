@@ -63,12 +63,8 @@ class Cluster:
 
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment() -> None:
-    """No setting of the machine reaches a test, nor a width of its terminal.
-
-    The coverage of processes that tests start is not measured: that multiplies what each costs, and most are killed
-    before they report it.
-    """
-    ours = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG", "COLUMNS", "LINES", "COVERAGE_")
+    """No setting of the machine reaches a test, nor a width of its terminal."""
+    ours = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG", "COLUMNS", "LINES")
     for name in [name for name in os.environ if name.startswith(ours)]:
         del os.environ[name]
 
