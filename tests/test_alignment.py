@@ -795,9 +795,17 @@ def _deleted_first_turn() -> World:
     return World({}, turns, [Reading((ok, thanks, ok, answer), minute(70))], set())
 
 
+def _read_midway() -> World:
+    """The reading shows one of two equal answers, after a turn that was answered the same."""
+    ok, answer, found = Message("user", "ok"), Message("assistant", "ok"), Message("tool", "ok")
+    turns = [Turn("C4", (ok, answer, answer), 1, minute(40), minute(44))]
+    return World({}, turns, [Reading((answer, found, answer, ok, answer), minute(41))], set())
+
+
 @_many
 @given(_any_world)
 @example(_deleted_first_turn())
+@example(_read_midway())
 def test_i3_no_turn_is_lost_doubled_or_torn(world: World) -> None:
     lines = transcript(world.turns, world.readings)
     runs = [chat_id for chat_id, _ in groupby(line.chat_id for line in lines) if chat_id]
@@ -815,7 +823,9 @@ def test_i3_no_turn_is_lost_doubled_or_torn(world: World) -> None:
         assert not repeated - Counter(texts([*before, *after]))
         missing -= repeated
         if missing:
-            assert any(line.source == "history" and line.role == "assistant" for line in own)
+            # A draft that history shows, or answers to earlier turns that it shows before (`alignment.context`).
+            is_draft = any(line.source == "history" and line.role == "assistant" for line in own)
+            assert is_draft or not missing - Counter(texts(before))
             assert each.told_at <= world.readings[-1].read_at
 
 

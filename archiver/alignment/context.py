@@ -77,10 +77,10 @@ def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     """The turns, given in order, without what they repeat as the `lines` of the history show.
 
     Leading inputs go if the history shows the others of them without these, next to what the turn was answered, and
-    these before: single texts that recur elsewhere are no repeats. Leading outputs go if the history answers the
-    inputs with the others of them alone, and these are the last answers before. All of a deleted turn stays: the
-    history shows no turn to compare it with. A system message goes if an earlier turn has it, too, and the history
-    shows it less often.
+    these before: single texts that recur elsewhere are no repeats. Leading outputs go if a reading taken after the turn
+    had said all answers the inputs with the others of them alone, and these are the last answers before. All of a
+    deleted turn stays: the history shows no turn to compare it with. A system message goes if an earlier turn has it,
+    too, and the history shows it less often.
     """
     if not lines:
         return [*turns]
@@ -142,6 +142,11 @@ def _could_show(turn: Turn, line: Line) -> bool:
     return line.last_read_at is not None and line.last_read_at >= turn.began_at - SKEW
 
 
+def _could_show_all(turn: Turn, line: Line) -> bool:
+    """Whether a reading that showed this line was taken after the turn had said all: an earlier one shows a part."""
+    return line.last_read_at is not None and line.last_read_at >= turn.told_at
+
+
 def _without_leading(turn: Turn, lines: Sequence[Line], keys: Sequence[Key], places: dict[Key, list[int]]) -> Turn:
     said, answered = turn.messages[: turn.inputs], turn.messages[turn.inputs :]
     asked, replied = _keys(said), _keys(answered)
@@ -164,7 +169,7 @@ def _without_answers(turn: Turn, lines: Sequence[Line], keys: Sequence[Key], pla
     surplus = []
     for place in places.get(asked[-1], ())[:_PLACES]:
         length, run = _run(asked, keys, place)
-        if length < len(asked) or not _could_show(turn, lines[place]):
+        if length < len(asked) or not _could_show_all(turn, lines[place]):
             continue
         shown = _answers(keys, range(run.stop, len(keys)))
         if shown == replied:
