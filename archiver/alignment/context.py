@@ -77,10 +77,10 @@ def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     """The turns, given in order, without what they repeat as the `lines` of the history show.
 
     Leading inputs go if the history shows the others of them without these, next to what the turn was answered, and
-    these before: single texts that recur elsewhere are no repeats. Leading outputs go if a reading taken after the turn
-    had said all answers the inputs with the others of them alone, and these are the last answers before. All of a
-    deleted turn stays: the history shows no turn to compare it with. A system message goes if an earlier turn has it,
-    too, and the history shows it less often.
+    these before: single texts that recur elsewhere are no repeats. Leading outputs go if a reading taken after the
+    turn had said all answers the inputs with the others of them alone, and these are the last answers before. All of
+    a deleted turn stays: the history shows no turn to compare it with. A system message goes if an earlier turn has
+    it, too, and the history shows it less often.
     """
     if not lines:
         return [*turns]
