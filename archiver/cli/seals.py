@@ -84,10 +84,11 @@ def verify(
     keys = _checking_keys(configuration, key_files)
     heads = None if against is None else evidence.known_of(against)[0]
     checked = Checked()
+    findings: list[Finding] = []
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
             reason = connection.identity_fault(configuration, engine, opened)
-            findings = _of_identity(opened, reason)
+            wrong_database = _of_identity(opened, reason)
             evidence.require_seals(seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since)
         with (
             database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
@@ -115,7 +116,15 @@ def verify(
                         bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     if reason:
         click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
-    _report(checked, findings, has_key=bool(keys), is_compared=heads is not None, as_json=as_json, reason=reason)
+    if as_json:
+        _report_as_json(checked, wrong_database + findings, has_key=bool(keys), reason=reason)
+    else:
+        _report(checked, has_key=bool(keys), is_compared=heads is not None)
+    if findings:
+        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
+        click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
+    if findings or reason:
+        sys.exit(1)
 
 
 def _of_identity(opened: Connection, reason: str) -> list[Finding]:
@@ -139,42 +148,35 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     return evidence.public_keys(key_files)
 
 
-def _report(
-    checked: Checked, findings: list[Finding], *, has_key: bool, is_compared: bool, as_json: bool, reason: str
-) -> None:
+def _report_as_json(checked: Checked, findings: list[Finding], *, has_key: bool, reason: str) -> None:
     head = checked.head
-    if as_json:
-        click.echo(
-            _json(
-                {
-                    "ok": not findings,
-                    "seals": checked.seals,
-                    "events": checked.events,
-                    "unsealed": checked.unsealed,
-                    "compared": checked.compared,
-                    "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
-                    "signatures_checked": has_key,
-                    "identity": reason or None,
-                    "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
-                }
-            )
+    click.echo(
+        _json(
+            {
+                "ok": not findings and not reason,
+                "seals": checked.seals,
+                "events": checked.events,
+                "unsealed": checked.unsealed,
+                "compared": checked.compared,
+                "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
+                "signatures_checked": has_key,
+                "identity": reason or None,
+                "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
+            }
         )
-    else:
-        click.echo(
-            f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')};"
-            f" {counted(checked.unsealed, 'event')} not sealed yet."
-        )
-        if head.id:
-            click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
-        if is_compared:
-            click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
-    if reason:
-        findings = findings[1:]
-    if findings:
-        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
-        click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
-    if findings or reason:
-        sys.exit(1)
+    )
+
+
+def _report(checked: Checked, *, has_key: bool, is_compared: bool) -> None:
+    head = checked.head
+    click.echo(
+        f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')};"
+        f" {counted(checked.unsealed, 'event')} not sealed yet."
+    )
+    if head.id:
+        click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
+    if is_compared:
+        click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
 
 
 def _signed(head: Seal, *, has_key: bool) -> str:
