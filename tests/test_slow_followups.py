@@ -18,7 +18,6 @@ from tests.waiting import until
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
 SECONDS = 40.0  # in which what is not slow is delivered, on a machine that is busy
-SLEEP = "PERFORM pg_sleep(8)"
 FOR_EVER = "PERFORM pg_sleep(3600)"
 
 
@@ -68,7 +67,7 @@ def is_at_the_end(engine: Engine) -> bool:
 def test_i11_a_delivery_that_is_slow_to_make_and_to_record_holds_up_no_other(
     engine: Engine, database_url: str, *, is_ordered: bool
 ) -> None:
-    slow_rows(engine, "archiver.deliveries", "session_id", "s70", SLEEP)
+    slow_rows(engine, "archiver.deliveries", "session_id", "s70", FOR_EVER)
     conversations(engine, 1, 150)
     with receiving() as receiver, receiving() as other, working(database_url):
         follow(engine, receiver, is_ordered=is_ordered)
@@ -77,6 +76,7 @@ def test_i11_a_delivery_that_is_slow_to_make_and_to_record_holds_up_no_other(
         until_told(other, sessions(1, 150, but=70), "and of the other one")
         conversations(engine, 151, 160)
         until_told(receiver, sessions(151, 160), "and what comes later")
+        quick_rows(engine, "archiver.deliveries")
         until(lambda: states(engine) == {"delivered": 320}, "and in the end the slow one", 120)
         until(lambda: is_at_the_end(engine), "and the cursor follows")
     assert {got.data["session_id"] for got in receiver.got} == sessions(1, 160)
