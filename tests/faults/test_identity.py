@@ -135,6 +135,16 @@ def base_backup(primary: Server, other: Server, *options: str) -> None:
     other.run("pg_basebackup", *where, *options)
 
 
+@contextmanager
+def replicated(postgres: embedded.Postgres, stack: ExitStack) -> Iterator[tuple[Server, Server, str]]:
+    """A primary, its standby, and a URL that finds the one of them that takes writes."""
+    with primary_of(postgres, stack) as (primary, standby):
+        base_backup(primary, standby, "-R")
+        standby.start()
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        yield primary, standby, f"postgresql://postgres@{hosts}/archive?target_session_attrs=read-write"
+
+
 def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
     postgres: embedded.Postgres, tmp_path: Path
 ) -> None:
@@ -224,34 +234,33 @@ def test_a_promoted_standby_that_lacks_acknowledged_events_stops_every_machine(
     postgres: embedded.Postgres, tmp_path: Path
 ) -> None:
     home, other = tmp_path / "home", tmp_path / "other"
-    with ExitStack() as stack, primary_of(postgres, stack) as (primary, standby):
-        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
-        url = f"postgresql://postgres@{hosts}/archive?target_session_attrs=read-write"
-        base_backup(primary, standby, "-R")
+    with (
+        ExitStack() as stack,
+        replicated(postgres, stack) as (primary, standby, url),
+        serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver,
+    ):
+        assert post(receiver, 1) == "stored"
+        first = primary.url("archive")
+        until(lambda: is_published(first), "it is published")
+        until(lambda: feed_end(standby.url("archive")) == feed_end(first), "the standby has it")
+        standby.run("pg_ctl", "-D", standby.data, "-m", "fast", "-w", "stop")
+        assert post(receiver, 2) == "stored"
+        until(lambda: is_published(first), "it is published")
+        newest = feed_end(first)[1]
+        until(lambda: remembered(home).get("cursor") == newest, "this machine remembers it")
+        primary.kill()
         standby.start()
-        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
-            assert post(receiver, 1) == "stored"
-            first = primary.url("archive")
-            until(lambda: is_published(first), "it is published")
-            until(lambda: feed_end(standby.url("archive")) == feed_end(first), "the standby has it")
-            standby.run("pg_ctl", "-D", standby.data, "-m", "fast", "-w", "stop")
-            assert post(receiver, 2) == "stored"
-            until(lambda: is_published(first), "it is published")
-            newest = feed_end(first)[1]
-            until(lambda: remembered(home).get("cursor") == newest, "this machine remembers it")
-            primary.kill()
-            standby.start()
-            standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
-            until(lambda: post(receiver, 3) in {"stored", "duplicate"}, "it takes events")
-            assert_is_stopped(receiver, url, home, "it lacks event")
-            # One that remembers nothing, such as another host, or this one with an empty folder.
-            with serving(url, "--worker", ARCHIVER_HOME=str(other), **SETTINGS) as second:
-                assert_is_stopped(second, url, other, "it lacks event")
-                assert archiver("adopt", "--yes", database_url=url, ARCHIVER_HOME=str(other)).returncode == 0
-                until(lambda: is_published(standby.url("archive")), "it is published again")
-                assert feed_end(standby.url("archive"))[1] > newest
-                assert second.stop() == 0
-            assert receiver.stop() == 0
+        standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+        until(lambda: post(receiver, 3) in {"stored", "duplicate"}, "it takes events")
+        assert_is_stopped(receiver, url, home, "it lacks event")
+        # One that remembers nothing, such as another host, or this one with an empty folder.
+        with serving(url, "--worker", ARCHIVER_HOME=str(other), **SETTINGS) as second:
+            assert_is_stopped(second, url, other, "it lacks event")
+            assert archiver("adopt", "--yes", database_url=url, ARCHIVER_HOME=str(other)).returncode == 0
+            until(lambda: is_published(standby.url("archive")), "it is published again")
+            assert feed_end(standby.url("archive"))[1] > newest
+            assert second.stop() == 0
+        assert receiver.stop() == 0
 
 
 @pytest.mark.parametrize("fault", ["locked", "revoked"])
@@ -304,21 +313,20 @@ def test_a_planned_failover_to_a_standby_that_lacks_nothing_stops_nothing(
     postgres: embedded.Postgres, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
-    with ExitStack() as stack, primary_of(postgres, stack) as (primary, standby):
-        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
-        url = f"postgresql://postgres@{hosts}/archive?target_session_attrs=read-write"
-        base_backup(primary, standby, "-R")
-        standby.start()
-        with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
-            assert post(receiver, 1) == "stored"
-            until(lambda: is_all_sealed(primary.url("archive")), "it is sealed")
-            primary.run("pg_ctl", "-D", primary.data, "-m", "fast", "-w", "stop")
-            standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
-            until(lambda: post(receiver, 2) in {"stored", "duplicate"}, "it takes events")
-            until(lambda: is_all_sealed(standby.url("archive")), "it is sealed")
-            until(lambda: remembered(home).get("timeline") == 2, "the timeline went up")
-            assert "not the one served before" not in receiver.stderr()
-            assert receiver.stop() == 0
+    with (
+        ExitStack() as stack,
+        replicated(postgres, stack) as (primary, standby, url),
+        serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver,
+    ):
+        assert post(receiver, 1) == "stored"
+        until(lambda: is_all_sealed(primary.url("archive")), "it is sealed")
+        primary.run("pg_ctl", "-D", primary.data, "-m", "fast", "-w", "stop")
+        standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+        until(lambda: post(receiver, 2) in {"stored", "duplicate"}, "it takes events")
+        until(lambda: is_all_sealed(standby.url("archive")), "it is sealed")
+        until(lambda: remembered(home).get("timeline") == 2, "the timeline went up")
+        assert "not the one served before" not in receiver.stderr()
+        assert receiver.stop() == 0
 
 
 def test_a_copied_folder_of_the_embedded_database_is_stopped_and_a_moved_one_is_not() -> None:
