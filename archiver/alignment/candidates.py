@@ -109,7 +109,7 @@ class Told:
         self.messages = turn.messages
         self.keys = [key_of(message.role, message.content) for message in turn.messages]
         filled = [index for index, (_, content) in enumerate(self.keys) if content]
-        # A history may not show what the application tells its assistant, results of tools included.
+        # A history may omit the instructions and the results of tools that the application sends to its assistant.
         filled = [index for index in filled if index >= turn.inputs or self.keys[index][0] not in ASIDES] or filled
         # Of a turn without any content its blank input is all that there is to find.
         self.required = frozenset(filled or range(turn.inputs or len(self.keys)))

@@ -213,27 +213,27 @@ def _is_skipped(key: Key) -> bool:
 
 
 def _surplus(
-    told: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
+    messages: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
 ) -> int:
     """How many of the first of these messages are repeats. `is_own`: whether these lines may be the same turn's."""
-    if len(told) < 2 or not all(content for _, content in told):  # noqa: PLR2004  # one alone repeats nothing
+    if len(messages) < 2 or not all(content for _, content in messages):  # noqa: PLR2004  # one alone repeats nothing
         return 0
-    runs = [_run(told, keys, place) for place in places.get(told[-1], ())[:_PLACES]]
-    own = [run for run in runs if run[0] == len(told) or is_own(run[1])]
+    runs = [_run(messages, keys, place) for place in places.get(messages[-1], ())[:_PLACES]]
+    own = [run for run in runs if run[0] == len(messages) or is_own(run[1])]
     for length, lines in sorted(own, key=lambda run: (-run[0], run[1].stop)):
-        missing = told[: len(told) - length]
+        missing = messages[: len(messages) - length]
         # Elsewhere in the history, and all of them before; none, where it shows all.
         if all(any(other < lines.stop - 1 for other in places.get(key, ())) for key in missing):
             return len(missing)
     return 0
 
 
-def _run(told: Sequence[Key], keys: Sequence[Key], place: int) -> tuple[int, range]:
+def _run(messages: Sequence[Key], keys: Sequence[Key], place: int) -> tuple[int, range]:
     """How many of the last of these messages stand in a row that ends at this line, and its lines."""
     length, start = 1, place
     line = place - 1
-    while length < len(told) and line >= 0:
-        if keys[line] == told[-1 - length]:
+    while length < len(messages) and line >= 0:
+        if keys[line] == messages[-1 - length]:
             length, start = length + 1, line
         elif not _is_skipped(keys[line]):
             break

@@ -34,9 +34,7 @@ FORGET_SECONDS = 60.0
 STUCK_SECONDS = 3_600.0  # after which deliveries that could not be forgotten are tried again
 FORGET_MOST = 20  # steps at a time
 END_SECONDS = 5.0  # for deliveries under way
-CONNECTIONS = (
-    4  # to Postgres; a turn of any sender takes one for some milliseconds, slow work has two of them at most
-)
+CONNECTIONS = 4  # to Postgres: each turn of a sender takes one for some milliseconds, slow work at most two
 _AWAY = (DBAPIError, PoolTimeoutError, TimeoutError)
 
 
