@@ -1,10 +1,10 @@
-"""The `archiver` command, also as `python -m archiver`."""
+"""Run the `archiver` command, also as `python -m archiver`."""
 
 import sys
 
 
 def main() -> None:
-    """Answer `--version` at once; everything else needs the whole program."""
+    """Answer `--version` without importing the rest; run every other command."""
     if sys.argv[1:2] == ["--version"] and _print_version():
         return
     from archiver.cli import main as run  # noqa: PLC0415  # it takes more than a second
@@ -13,7 +13,7 @@ def main() -> None:
 
 
 def _print_version() -> bool:
-    """False where stdout does not take it: the program says why."""
+    """Print the version; return False if stdout cannot take it."""
     from archiver.version import describe  # noqa: PLC0415  # an import costs nothing until it is needed
 
     try:

@@ -1,4 +1,4 @@
-"""The health of one duty of a worker: reported by the duty itself, read by the supervisor's watch in another thread.
+"""Health of one worker duty, reported by the duty and read by the supervisor in another thread.
 
 Pure state. A duty reports each step that succeeds and each fault that it survives; one that reports nothing for
 longer than it may take is hanging.
@@ -16,15 +16,15 @@ import msgspec
 
 State = Literal["starting", "running", "failed", "hanging", "off"]
 
-PATIENCE_SECONDS = 90.0  # without a report: longer than any statement and the wait for its lock
+HANG_SECONDS = 90.0  # without a report: longer than any statement and the wait for its lock
 _STEP = "step"
-_MOST_CHARACTERS = 300
+_MAX_CHARACTERS = 300
 _PACKAGE = Path(__file__).parent
 _CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a duty is doing, for other processes to read; no content."""
+    """State of a duty, for other processes; no content."""
 
     state: State
     since: datetime
@@ -50,7 +50,7 @@ class Duty:
         self._since = datetime.now(UTC)
 
     def beat(self) -> None:
-        """Report progress, whether it is good news or not."""
+        """Report progress of any kind."""
         self._beat_at = monotonic()
 
     def working(self, part: str = _STEP) -> None:
@@ -63,20 +63,20 @@ class Duty:
     def failing(self, reason: str, part: str = _STEP) -> None:
         """Report a fault of this part. The duty goes on, or is restarted."""
         self.beat()
-        self._faults[part] = _CREDENTIALS.sub("***@", reason)[:_MOST_CHARACTERS]
+        self._faults[part] = _CREDENTIALS.sub("***@", reason)[:_MAX_CHARACTERS]
 
     def switch_off(self, reason: str) -> None:
-        """Report that the settings leave this duty nothing to do."""
+        """Report that the settings disable this duty."""
         self.beat()
         self._off = reason
 
-    def silent_seconds(self) -> float:
-        """Seconds since the last report, where they are more than it may take; otherwise 0."""
+    def seconds_since_report(self) -> float:
+        """Return the seconds since the last report if they exceed the limit; otherwise 0."""
         silent = monotonic() - self._beat_at
-        return 0.0 if self._off or silent < PATIENCE_SECONDS else silent
+        return 0.0 if self._off or silent < HANG_SECONDS else silent
 
     def report(self, stuck: str = "") -> Report:
-        """Return its state now. `stuck` names what keeps the whole process from working, if anything does."""
+        """Return the current state. `stuck` names what blocks the whole process, if anything does."""
         shown = self._now(stuck)
         if shown[0] != self._shown[0]:
             self._since = datetime.now(UTC)
@@ -84,7 +84,7 @@ class Duty:
         return Report(shown[0], self._since, shown[1], self.restarts)
 
     def _now(self, stuck: str) -> tuple[State, str]:
-        silent, faults = self.silent_seconds(), list(dict(self._faults).values())
+        silent, faults = self.seconds_since_report(), list(dict(self._faults).values())
         if self._off:
             return "off", self._off
         if stuck or silent:
@@ -105,13 +105,13 @@ def parse(text: str) -> dict[str, Report]:
     return msgspec.json.decode(text, type=dict[str, Report])
 
 
-def where(error: BaseException) -> str:
-    """Return the innermost place of this package in an error's traceback, such as `feed/publisher.py:45`."""
+def fault_location(error: BaseException) -> str:
+    """Return the innermost location of this package in a traceback, such as `feed/publisher.py:45`."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _PACKAGE in Path(frame.filename).parents]
-    found = next(reversed(own or frames), None)
-    if found is None:
+    result = next(reversed(own or frames), None)
+    if result is None:
         return "an unknown place"
-    path = Path(found.filename)
+    path = Path(result.filename)
     shown = path.relative_to(_PACKAGE) if _PACKAGE in path.parents else Path(path.name)
-    return f"{shown}:{found.lineno}"
+    return f"{shown}:{result.lineno}"

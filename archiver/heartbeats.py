@@ -1,4 +1,4 @@
-"""The tables `workers` and `duties`: what each worker last reported, and when a shared duty was last begun."""
+"""The tables `workers` and `duties`: latest reports, and starts of shared duties."""
 
 import os
 import socket

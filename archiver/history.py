@@ -1,4 +1,4 @@
-"""Facts that no webhook tells: answers to our history calls, and sessions that the application registered. Pure."""
+"""Facts from other sources than webhooks: history responses and registered sessions. Pure."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ READ = "history.read"  # the messages of the session
 GONE = "history.gone"  # 404 or 410
 UNREADABLE = "history.unreadable"  # an answer of a shape that we do not know
 UNAVAILABLE = "history.unavailable"  # no answer at all until the session had expired
-REDACTED = "history.redacted"  # what readings told of a session, without the turns that were erased
+REDACTED = "history.redacted"  # the content of all readings of a session without erased turns
 READINGS = frozenset({READ, GONE, UNREADABLE, UNAVAILABLE, REDACTED})
 REGISTERED = "session.registered"
 
@@ -26,12 +26,12 @@ MAX_MESSAGES = 200_000  # of one session
 MAX_REGISTRATIONS = 1_000  # of one request
 
 _GONE = frozenset({404, 410})
-# The same told again is the same fact, whatever else an answer holds: times of access, ids of requests.
-_TOLD = ("id", "messages", "name", "status", "assistantId", "createdAt")
+# The same content is the same fact, regardless of other fields of a response: times of access, ids of requests.
+_SNAPSHOT_FIELDS = ("id", "messages", "name", "status", "assistantId", "createdAt")
 
 
-class Told(msgspec.Struct, frozen=True, gc=False):
-    """What a reading or a registration tells of a session; None where it does not."""
+class SessionSnapshot(msgspec.Struct, frozen=True, gc=False):
+    """Content of a session from a reading or registration; None where it has none."""
 
     messages: tuple[Message, ...] | None = None
     name: str | None = None
@@ -40,11 +40,11 @@ class Told(msgspec.Struct, frozen=True, gc=False):
     created_at: datetime | None = None
 
 
-NOTHING_TOLD = Told()
+EMPTY_SNAPSHOT = SessionSnapshot()
 
 
-def observe(session_id: str, status: int, body: bytes) -> Event:
-    """The fact that an answer to `GET /chats/session/{id}` is; `status` is HTTP's, `body` the exact bytes.
+def parse_history(session_id: str, status: int, body: bytes) -> Event:
+    """Return the event of a response to `GET /chats/session/{id}`; `body`: the exact bytes.
 
     Never raises: an answer that cannot be read is a fact too.
     """
@@ -53,23 +53,23 @@ def observe(session_id: str, status: int, body: bytes) -> Event:
     session = _session(session_id, body) if status in range(200, 300) else None
     if session is None:
         return _event(UNREADABLE, session_id, body, [status, hashlib.sha256(body).hexdigest()])
-    return _event(READ, session_id, body, [{name: session[name] for name in _TOLD if name in session}])
+    return _event(READ, session_id, body, [{name: session[name] for name in _SNAPSHOT_FIELDS if name in session}])
 
 
-def give_up(session_id: str) -> Event:
-    """The fact that a session expired before any answer was to be had."""
+def unavailable_event(session_id: str) -> Event:
+    """Return the event that a session expired before any response."""
     return _event(UNAVAILABLE, session_id, json.dumps({"sessionId": session_id}).encode(), [])
 
 
-def redact(session_id: str, told: "Told", through: datetime) -> Event:
-    """The fact that stands for all readings of a session once the erasures `through` that time were made."""
+def redacted_event(session_id: str, snapshot: "SessionSnapshot", through: datetime) -> Event:
+    """Return the event that replaces all readings of a session after erasures up to `through`."""
     session = {
         "id": session_id,
-        "messages": [_redacted(message) for message in told.messages or ()],
-        "name": told.name,
-        "status": told.status,
-        "assistantId": told.assistant_id,
-        "createdAt": told.created_at.isoformat() if told.created_at else None,
+        "messages": [_redacted(message) for message in snapshot.messages or ()],
+        "name": snapshot.name,
+        "status": snapshot.status,
+        "assistantId": snapshot.assistant_id,
+        "createdAt": snapshot.created_at.isoformat() if snapshot.created_at else None,
     }
     event = _event(REDACTED, session_id, json.dumps({"session": session}).encode(), [session, through.isoformat()])
     return msgspec.structs.replace(event, occurred_at=through)
@@ -87,7 +87,7 @@ def _redacted(message: Message) -> dict[str, Any]:
 
 
 def register(session: Mapping[str, Any]) -> Event:
-    """The fact that the application opened a session: `id`, and what it tells of `name`, `assistantId`, `createdAt`.
+    """Return the event that the application opened a session.
 
     Raises `UnreadableError` for an id that is none.
     """
@@ -112,8 +112,8 @@ def registrations(body: bytes) -> list[Event]:
         raise ValueError('Send {"ids": ["..."]} or {"sessions": [{"id": "..."}]}, with at least one.')
     if len(ids) + len(objects) > MAX_REGISTRATIONS:
         raise ValueError(f"Send at most {MAX_REGISTRATIONS} sessions at a time.")
-    told = [{"id": session_id} for session_id in ids] + objects
-    return [_registration(number, session) for number, session in enumerate(told, 1)]
+    rows = [{"id": session_id} for session_id in ids] + objects
+    return [_registration(number, session) for number, session in enumerate(rows, 1)]
 
 
 def _registration(number: int, session: Any) -> Event:
@@ -124,17 +124,17 @@ def _registration(number: int, session: Any) -> Event:
         raise ValueError(f"Session {number}: {reason}") from None
 
 
-def told(kind: str, session_id: str, body: bytes) -> Told:
-    """What the bytes of such a fact tell; nothing where they cannot be read."""
+def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:
+    """Return the content of such a fact; empty if it cannot be parsed."""
     if kind == REGISTERED:
         document = _decoded(body)
-        return _told(document, None) if isinstance(document, dict) else NOTHING_TOLD
+        return _snapshot(document, None) if isinstance(document, dict) else EMPTY_SNAPSHOT
     session = _session(session_id, body) if kind in (READ, REDACTED) else None
-    return NOTHING_TOLD if session is None else _told(session, _messages(session["messages"]))
+    return EMPTY_SNAPSHOT if session is None else _snapshot(session, _messages(session["messages"]))
 
 
 def message(content: bytes) -> tuple[Message, ...]:
-    """What one of the messages of a response says, given as it stands there; nothing where it is none."""
+    """Return the message in one element of a response; empty if there is none."""
     return _messages([_decoded(content)]) or ()
 
 
@@ -170,8 +170,8 @@ def _messages(value: Any) -> tuple[Message, ...] | None:
     return events.messages_of(value, "")
 
 
-def _told(session: Mapping[str, Any], messages: tuple[Message, ...] | None) -> Told:
-    return Told(
+def _snapshot(session: Mapping[str, Any], messages: tuple[Message, ...] | None) -> SessionSnapshot:
+    return SessionSnapshot(
         messages,
         name=events.label(session.get("name")),
         status=events.label(session.get("status")),

@@ -1,4 +1,4 @@
-"""Which database this is, and whether it is the one that was served before.
+"""Identify the database, and detect that it is another one or lost rows.
 
 A database is the one of its newest row in `archiver.epochs`: system identifier of its cluster, object id, and, of an
 embedded one, the inode of its files, none of which a copy shares. What the row cannot show, this machine remembers in
@@ -39,16 +39,16 @@ CHECK_SECONDS = 1.0  # between two looks in one process
 SKIPPED = 1_000_000  # cursors at the beginning of another epoch: more than were published since a machine last looked
 UNREADABLE_SECONDS = 10.0  # for which what cannot be read is left alone
 FOREIGN = "this database is not the one served before"
-_KEPT = 20  # databases and epochs that one ARCHIVER_HOME remembers
+_MAX_EPOCHS = 20  # databases and epochs that one ARCHIVER_HOME remembers
 ADVICE = "If this database takes over, run `archiver adopt`; otherwise let DATABASE_URL name the one served before."
 
 
 class ForeignDatabaseError(Exception):
-    """The database is not the one served before; the text says why."""
+    """The database is not the one served before; the message says why."""
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What tells a database from its copies. Empty or None where this user may not ask, or it is not known."""
+    """Identity of a database. Fields are empty or None if unknown or unreadable by this user."""
 
     system_identifier: str
     database_oid: int
@@ -56,22 +56,22 @@ class Identity(msgspec.Struct, frozen=True):
     place: str | None = None
 
     def differs_from(self, other: "Identity") -> str:
-        """What differs from the one recorded, in words; empty where nothing does. A timeline may go up."""
+        """Describe the differences from the recorded identity; empty if none. A timeline may increase."""
         if self.database_oid != other.database_oid:
             return f"its object id is {self.database_oid}, not {other.database_oid}"
-        for mine, theirs, what in (
+        for own_value, other_value, what in (
             (self.system_identifier, other.system_identifier, "it is in another cluster"),
             (self.place, other.place, "its files are others"),
         ):
-            if mine and theirs and mine != theirs:
-                return f"{what} ({mine}, not {theirs})"
+            if own_value and other_value and own_value != other_value:
+                return f"{what} ({own_value}, not {other_value})"
         if self.timeline and other.timeline and self.timeline < other.timeline:
             return f"its timeline went back from {other.timeline} to {self.timeline}"
         return ""
 
 
 class Epoch(msgspec.Struct, frozen=True):
-    """A stretch of a database's life; another begins with `archiver adopt`."""
+    """A period of a database's life; `archiver adopt` starts the next."""
 
     id: int
     identity: Identity
@@ -88,19 +88,19 @@ class Epoch(msgspec.Struct, frozen=True):
     def _prefix(self) -> str:
         return f"{self.identity.system_identifier}:{self.identity.database_oid}:"
 
-    def is_of_same_database(self, key: str) -> bool:
+    def is_same_database(self, key: str) -> bool:
         """Whether this key is of an epoch of the same database."""
         return key.startswith(self._prefix)
 
     def newer_of(self, keys: Iterable[str]) -> int:
         """The number of a later epoch of the same database among these keys; 0 where there is none."""
-        own = [key.removeprefix(self._prefix) for key in keys if self.is_of_same_database(key)]
+        own = [key.removeprefix(self._prefix) for key in keys if self.is_same_database(key)]
         numbers = [int(key.partition(":")[0]) for key in own]
         return max((number for number in numbers if number > self.id), default=0)
 
 
-class Marks(msgspec.Struct, frozen=True):
-    """The newest of each that was seen committed: its number, and what cannot be the same of another."""
+class Watermarks(msgspec.Struct, frozen=True):
+    """Newest committed row of each kind: id, and content that another row cannot share."""
 
     timeline: int = 0
     event_id: int = 0
@@ -110,14 +110,14 @@ class Marks(msgspec.Struct, frozen=True):
     cursor: int = 0
     changed_at: str = ""
 
-    def merge(self, other: "Marks") -> "Marks":
+    def merge(self, other: "Watermarks") -> "Watermarks":
         """The newer of each."""
         event, seal, change = (
             max((self.event_id, self.event_at), (other.event_id, other.event_at)),
             max((self.seal_id, self.seal_hash), (other.seal_id, other.seal_hash)),
             max((self.cursor, self.changed_at), (other.cursor, other.changed_at)),
         )
-        return Marks(max(self.timeline, other.timeline), *event, *seal, *change)
+        return Watermarks(max(self.timeline, other.timeline), *event, *seal, *change)
 
 
 _MAY_ASK = text("SELECT has_function_privilege('pg_control_system()', 'EXECUTE')")
@@ -139,7 +139,7 @@ def select_identity(connection: Connection, place: str | None = None) -> Identit
     return Identity(system, own.oid, timeline, place)
 
 
-def place_of(home: Path, url: URL) -> str | None:
+def embedded_files_id(home: Path, url: URL) -> str | None:
     """Return which files a database has that is embedded here: those of a copy are others, a moved one keeps them.
 
     None of any other database, and where its sockets had to lie elsewhere.
@@ -164,7 +164,7 @@ _MAY_SELECT = text(
 
 
 def may_select(connection: Connection) -> bool:
-    """Whether this user may read what tells which database this is."""
+    """Return whether this user may read the identity of the database."""
     return bool(connection.scalar(_MAY_SELECT))
 
 
@@ -241,7 +241,7 @@ class Kind(msgspec.Struct, frozen=True):
     """One kind of row that is remembered: the newest, and whether one that was seen is still there."""
 
     table: str
-    number: str  # fields of `Marks`
+    number: str  # fields of `Watermarks`
     content: str
     newest: TextClause
     has: TextClause
@@ -287,16 +287,16 @@ KINDS = (
 )
 
 
-class Memory:
-    """What this machine saw, in a file that its processes share."""
+class MachineRecord:
+    """What this machine saw committed, in a file shared by its processes."""
 
     def __init__(self, home: Path) -> None:
         self._path = home / FILE
 
-    def read(self) -> dict[str, Marks]:
+    def read(self) -> dict[str, Watermarks]:
         """By epoch. Raises `UnreadableError` where there is a file that cannot be read."""
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Marks])
+            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Watermarks])
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -304,18 +304,18 @@ class Memory:
         except ValueError:
             raise UnreadableError(f"{self._path} (ARCHIVER_HOME) is damaged: remove it") from None
 
-    def remember(self, key: str, marks: Marks) -> Marks:
+    def remember(self, key: str, marks: Watermarks) -> Watermarks:
         """Add what was seen; answer all that was. Raises `UnreadableError` where the file cannot be used."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.with_suffix(".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 known = self.read()
-                merged = known.pop(key, Marks()).merge(marks)
-                kept = dict(list(known.items())[-_KEPT:]) | {key: merged}
+                merged = known.pop(key, Watermarks()).merge(marks)
+                trimmed = dict(list(known.items())[-_MAX_EPOCHS:]) | {key: merged}
                 written = self._path.with_suffix(".new")
                 with written.open("wb") as file:
-                    file.write(msgspec.json.format(msgspec.json.encode(kept)))
+                    file.write(msgspec.json.format(msgspec.json.encode(trimmed)))
                     file.flush()
                     os.fsync(file.fileno())
                 written.replace(self._path)
@@ -325,18 +325,18 @@ class Memory:
 
 
 class Guard:
-    """Says whether a database may be sealed, published and sent from; asks it once a second at most."""
+    """Decides whether a database may be sealed, published and delivered from; checks at most once a second."""
 
     def __init__(self, home: Path, url: URL) -> None:
-        self._memory, self._place = Memory(home), place_of(home, url)
-        self._seen: tuple[str, Marks] | None = None
+        self._memory, self._place = MachineRecord(home), embedded_files_id(home, url)
+        self._seen: tuple[str, Watermarks] | None = None
         self._is_saved = False
         self._unreadable: dict[str, tuple[str, float]] = {}  # why, and until when it is left alone
         self._reason, self._asked_at = "", float("-inf")
 
     @property
     def unreadable(self) -> str:
-        """What could not be checked or remembered, and why; empty where all was. That stops nothing."""
+        """Return what could not be checked or stored, and why; empty if complete. It stops nothing."""
         return "; ".join(f"{name}: {why}" for name, (why, _) in self._unreadable.items())
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
@@ -348,7 +348,7 @@ class Guard:
             answer = work()
         except UnreadableError as error:
             if name not in self._unreadable:
-                log.warning("not all can be checked of which database this is", part=name, reason=str(error))
+                log.warning("database identity check incomplete", part=name, reason=str(error))
             telemetry.identity_unreadable.labels(name).inc()
             self._unreadable[name] = str(error), monotonic() + UNREADABLE_SECONDS
             return None
@@ -356,7 +356,7 @@ class Guard:
         return answer
 
     def reason(self, connection: Connection) -> str:
-        """Return why not, in words; empty where it may. Within the caller's transaction."""
+        """Return why the database may not be served; empty if it may. Runs in the caller's transaction."""
         if monotonic() - self._asked_at >= CHECK_SECONDS:
             self._reason = self.examine(connection)
             self._asked_at = monotonic()
@@ -378,13 +378,13 @@ class Guard:
             return 1
         fault = connection.execute(_SELECT_FAULT, {"epoch_id": epoch.id}).first()
         newer = epoch.newer_of(remembered)
-        seen = [marks.cursor for key, marks in remembered.items() if epoch.is_of_same_database(key)]
+        seen = [marks.cursor for key, marks in remembered.items() if epoch.is_same_database(key)]
         number = max(epoch.id, newer) + 1
         given = max([*seen, 0 if fault is None else fault.cursor])
         insert_epoch(connection, select_identity(connection, self._place), number, given)
         return number
 
-    def _memory_of(self) -> dict[str, Marks]:
+    def _memory_of(self) -> dict[str, Watermarks]:
         return self._try("memory", self._memory.read) or {}
 
     def examine(self, connection: Connection) -> str:
@@ -394,13 +394,13 @@ class Guard:
             return ""
         fault = (
             identity.differs_from(epoch.identity)
-            or self._went_back(connection, identity, epoch)
+            or self._missing_rows_reason(connection, identity, epoch)
             or self._recorded(connection, epoch)
         )
         return f"{FOREIGN}: {fault}" if fault else ""
 
-    def _went_back(self, connection: Connection, identity: Identity, epoch: Epoch) -> str:
-        """Return what the database lacks of what this machine remembers, in words."""
+    def _missing_rows_reason(self, connection: Connection, identity: Identity, epoch: Epoch) -> str:
+        """Return which rows, seen committed by this machine, the database lacks."""
         remembered = self._memory_of()
         if newer := epoch.newer_of(remembered):
             return f"it lacks epoch {newer}, which this machine saw"
@@ -409,14 +409,16 @@ class Guard:
             return f"its timeline went back from {known.timeline} to {identity.timeline}"
         if identity.timeline is None:  # a standby may be behind, and takes no events
             return ""
-        lost = [f"{kind.name} {number}" for kind in KINDS if (number := self._lacks(connection, kind, known))]
+        lost = [
+            f"{kind.name} {number}" for kind in KINDS if (number := self._missing_number(connection, kind, known))
+        ]
         return f"it lacks {', '.join(lost)}, which this machine saw committed" if lost else ""
 
-    def _known(self, remembered: Mapping[str, Marks], epoch: Epoch) -> Marks:
-        known = remembered.get(epoch.key, Marks())
+    def _known(self, remembered: Mapping[str, Watermarks], epoch: Epoch) -> Watermarks:
+        known = remembered.get(epoch.key, Watermarks())
         return known.merge(self._seen[1]) if self._seen is not None and self._seen[0] == epoch.key else known
 
-    def _lacks(self, connection: Connection, kind: Kind, known: Marks) -> int:
+    def _missing_number(self, connection: Connection, kind: Kind, known: Watermarks) -> int:
         """Return the number of the row that was seen committed and is not there; 0 where it is, or none was."""
         number, content = getattr(known, kind.number), getattr(known, kind.content)
         if not number:
@@ -425,7 +427,7 @@ class Guard:
         return 0 if row is None or row[0] else number
 
     def _recorded(self, connection: Connection, epoch: Epoch) -> str:
-        """Return what another machine found, in words."""
+        """Return the fault that another machine recorded."""
         row = self._try("epoch_faults", lambda: _probe(connection, _SELECT_FAULT, {"epoch_id": epoch.id}))
         return "" if row is None else f"{row.reason} (found by the machine {row.host})"
 
@@ -451,20 +453,20 @@ class Guard:
     def _record(self, connection: Connection, identity: Identity, epoch: Epoch) -> None:
         if identity.timeline is None or identity.differs_from(epoch.identity):
             return  # a standby takes no rows; and the others see for themselves that it is another database
-        if fault := self._went_back(connection, identity, epoch):
+        if fault := self._missing_rows_reason(connection, identity, epoch):
             cursor = self._known(self._memory_of(), epoch).cursor
             row = {"epoch_id": epoch.id, "host": socket.gethostname(), "reason": fault, "cursor": cursor}
             connection.execute(_INSERT_FAULT, row)
 
-    def _select_marks(self, connection: Connection, identity: Identity, epoch: Epoch) -> Marks:
+    def _select_marks(self, connection: Connection, identity: Identity, epoch: Epoch) -> Watermarks:
         """Return the newest of each kind; of those that cannot be read, what was known before."""
-        known = self._seen[1] if self._seen is not None and self._seen[0] == epoch.key else Marks()
-        found: dict[str, Any] = {"timeline": identity.timeline or 0}
+        known = self._seen[1] if self._seen is not None and self._seen[0] == epoch.key else Watermarks()
+        values: dict[str, Any] = {"timeline": identity.timeline or 0}
         for kind in KINDS:
             row = self._try(kind.table, partial(_probe, connection, kind.newest, {}))
             if row is not None:
-                found |= {kind.number: row[0], kind.content: row[1]}
-        return msgspec.structs.replace(known, **found)
+                values |= {kind.number: row[0], kind.content: row[1]}
+        return msgspec.structs.replace(known, **values)
 
 
 async def watch_identity(engine: AsyncEngine, guard: Guard) -> None:
@@ -476,7 +478,7 @@ async def watch_identity(engine: AsyncEngine, guard: Guard) -> None:
         except (SQLAlchemyError, TimeoutError):  # a database that is away is reported by others
             reason = fault
         if reason and (not fault or monotonic() - logged_at >= LOG_SECONDS):
-            log.error("the database is not the one served before; events are received", reason=reason, advice=ADVICE)
+            log.error("database is not the one served before; receiving only", reason=reason, advice=ADVICE)
             logged_at = monotonic()
         fault = reason
         await asyncio.sleep(WATCH_SECONDS)

@@ -1,4 +1,4 @@
-"""record(): the one write path. Appends observations to the ledger once, and projects what is new."""
+"""record(): the one write path. Appends observations to the ledger once and projects new ones."""
 
 import hashlib
 import os
@@ -12,16 +12,16 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
 from archiver import compaction, events, history, outbox, projection, tables
-from archiver.compaction import InPieces
-from archiver.database import Direct, Lock, RowsInsert, Statement, execute, is_lock_timeout, limit_locks, locks
+from archiver.compaction import StoredPieces
+from archiver.database import BulkInsert, Lock, RawStatement, Statement, execute, is_lock_timeout, limit_locks, locks
 from archiver.events import Event
-from archiver.projection.erased import Erased, Told, extend_erasure, note_refused, select_erased
+from archiver.projection.erased import Erased, FactRef, extend_erasure, note_refused, select_erased
 
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
 class Observation(msgspec.Struct, frozen=True, gc=False):
-    """A fact told: what, when it reached us, whence, which secret proved it; `deliveries` of it at once or before."""
+    """A fact with arrival time, source, key id and number of deliveries."""
 
     event: Event
     received_at: datetime
@@ -35,7 +35,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
 
 
 class Recorded(msgspec.Struct, frozen=True, gc=False):
-    """The ledger's answer to one observation: its row, and whether this very observation made it.
+    """The ledger row of an observation, and whether this observation created it.
 
     `is_erased`: what it speaks of was erased, so that it has no row, and nothing of it was kept.
     """
@@ -53,12 +53,12 @@ def record(
     observations: Sequence[Observation],
     timing: projection.Timing = projection.DEFAULT_TIMING,
     *,
-    tells: bool = True,
+    publish: bool = True,
     locks_late: bool = False,
 ) -> list[Recorded]:
-    """Append what the ledger does not hold, count what it does, and project what is new, in this transaction.
+    """Append new observations, count redeliveries, and project new facts, in this transaction.
 
-    What the archive changes thereby is told with it, unless that is nobody's news (not `tells`).
+    Changes of the archive are published with it, unless `publish` is false.
 
     `locks_late`: for observations that may take long. The placement lock, behind which every other writer may wait,
     is taken at the end, for an instant; a serialization failure where others changed something on which this
@@ -77,10 +77,10 @@ def record(
     erased = _select_erased(connection, observations, lock)
     sessions = _sessions_of(erased)
     refused = [_is_refused(observation, erased, sessions) for observation in observations]
-    answers = _record(connection, observations, timing, erased, refused, tells=tells)
+    answers = _record(connection, observations, timing, erased, refused, publish=publish)
     if locks_late:
         _lock_late(connection, exclusive=is_exclusive)
-        now = select_erased(connection, _told(observations), ())
+        now = select_erased(connection, _refs(observations), ())
         is_same = _sessions_of(now) == sessions and _select_related(connection, observations) == before
         if not is_same or refused != [_is_refused(each, now, sessions) for each in observations]:
             execute(connection, _CONFLICT.bind())
@@ -91,60 +91,60 @@ def _record(
     connection: Connection,
     observations: Sequence[Observation],
     timing: projection.Timing,
-    erased: Mapping[Told, Erased],
+    erased: Mapping[FactRef, Erased],
     refused: Sequence[bool],
     *,
-    tells: bool,
+    publish: bool,
 ) -> list[Recorded]:
     if not erased:
-        return _append(connection, observations, timing, (), tells=tells)
+        return _append(connection, observations, timing, (), publish=publish)
     sessions = _sessions_of(erased)
-    kept = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
-    answers = iter(_append(connection, kept, timing, sessions, tells=tells))
-    touched = {told.session_id for told, what in erased.items() if what.is_found}
+    accepted = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
+    answers = iter(_append(connection, accepted, timing, sessions, publish=publish))
+    touched = {ref.session_id for ref, erased_part in erased.items() if erased_part.is_found}
     for observation, is_refused in zip(observations, refused, strict=True):
         if is_refused and _reads(observation):
             touched.add(observation.event.session_id)
-    projection.rederive_locked(connection, sorted(touched), timing)
-    note_refused(connection, [told for told, what in erased.items() if what.is_whole])
+    projection.lock_and_rederive(connection, sorted(touched), timing)
+    note_refused(connection, [ref for ref, erased_part in erased.items() if erased_part.is_whole])
     return [_ERASED if is_refused else next(answers) for is_refused in refused]
 
 
-def _sessions_of(erased: Iterable[Told]) -> set[str]:
-    return {told.session_id for told in erased} - {projection.UNPLACED}
+def _sessions_of(erased: Iterable[FactRef]) -> set[str]:
+    return {ref.session_id for ref in erased} - {projection.UNASSIGNED}
 
 
-def _told(observations: Sequence[Observation]) -> list[Told]:
-    return [Told(each.event.session_id, each.event.chat_id) for each in observations]
+def _refs(observations: Sequence[Observation]) -> list[FactRef]:
+    return [FactRef(each.event.session_id, each.event.chat_id) for each in observations]
 
 
 def is_refused(connection: Connection, observation: Observation) -> bool:
-    """Whether `record` would take nothing of it, for what it speaks of was erased; nobody orders more meanwhile."""
-    told = [Told(observation.event.session_id, observation.event.chat_id)]
-    erased = select_erased(connection, told, _lock(exclusive=False))
+    """Return whether `record` would refuse the observation because its subject is erased."""
+    refs = [FactRef(observation.event.session_id, observation.event.chat_id)]
+    erased = select_erased(connection, refs, _lock(exclusive=False))
     return _is_refused(observation, erased, _sessions_of(erased))
 
 
 def _select_erased(
     connection: Connection, observations: Sequence[Observation], lock: Sequence[Statement]
-) -> dict[Told, Erased]:
+) -> dict[FactRef, Erased]:
     """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
     sees was committed before the lock was had, or is not there as long as it is held.
     """
-    erased = select_erased(connection, _told(observations), lock)
-    found = [told for told, what in erased.items() if what.is_found and told.chat_id]
-    for session_id, chat_id in found:
+    erased = select_erased(connection, _refs(observations), lock)
+    result = [ref for ref, erased_part in erased.items() if erased_part.is_found and ref.chat_id]
+    for session_id, chat_id in result:
         extend_erasure(connection, session_id, chat_id or "")
     return erased
 
 
-def _is_refused(observation: Observation, erased: Mapping[Told, Erased], sessions: Collection[str]) -> bool:
+def _is_refused(observation: Observation, erased: Mapping[FactRef, Erased], sessions: Collection[str]) -> bool:
     """Whether it speaks of what was erased. A reading of a session may, as soon as one of its turns was."""
     event = observation.event
     if _reads(observation):
         return event.session_id in sessions
-    found = erased.get(Told(event.session_id, event.chat_id))
-    return found is not None and found.is_whole
+    result = erased.get(FactRef(event.session_id, event.chat_id))
+    return result is not None and result.is_whole
 
 
 def _reads(observation: Observation) -> bool:
@@ -157,38 +157,38 @@ def _append(
     timing: projection.Timing,
     erased: Collection[str],
     *,
-    tells: bool,
+    publish: bool,
 ) -> list[Recorded]:
-    tellings: dict[Key, _Telling] = {}
+    groups: dict[Key, DeliveryGroup] = {}
     for observation in observations:
         key = observation.key
-        known = tellings.get(key)
-        tellings[key] = _Telling.of(observation) if known is None else known.and_also(observation)
+        known = groups.get(key)
+        groups[key] = DeliveryGroup.of(observation) if known is None else known.merge(observation)
     responses = {
-        key: (telling.first.event.body, telling.first.received_at)
-        for key, telling in tellings.items()
-        if compaction.is_response(telling.first.event, telling.first.source)
+        key: (group.first.event.body, group.first.received_at)
+        for key, group in groups.items()
+        if compaction.is_response(group.first.event, group.first.source)
     }
-    in_pieces = compaction.take_apart(connection, responses, timing) if responses else {}
-    rows = _upsert_events(connection, tellings, in_pieces)
-    changed = [fact for key, row in rows.items() if (fact := _changed(tellings[key], row)) is not None]
+    in_pieces = compaction.store_in_pieces(connection, responses, timing) if responses else {}
+    rows = _upsert_events(connection, groups, in_pieces)
+    changed = [fact for key, row in rows.items() if (fact := _fact_to_project(groups[key], row)) is not None]
     changes = projection.project(connection, changed, timing, erased)
     for key in sorted(responses):
-        if rows[key].delivery_count == tellings[key].count:
-            compaction.supersede(connection, key, responses[key][0])
-    if tells:
+        if rows[key].delivery_count == groups[key].count:
+            compaction.replace_contained(connection, key, responses[key][0])
+    if publish:
         outbox.insert_changes(connection, changes)
-    answers, told = [], set()
+    answers, seen = [], set()
     for observation in observations:
         key = observation.key
         row = rows[key]
-        answers.append(Recorded(row.id, row.delivery_count == tellings[key].count and key not in told))
-        told.add(key)
+        answers.append(Recorded(row.id, row.delivery_count == groups[key].count and key not in seen))
+        seen.add(key)
     return answers
 
 
-class _Telling(msgspec.Struct, frozen=True, gc=False):
-    """What a batch says of one fact: its first delivery, and what all of them add up to."""
+class DeliveryGroup(msgspec.Struct, frozen=True, gc=False):
+    """All deliveries of one fact in a batch: the first one, and their totals."""
 
     first: Observation
     count: int
@@ -199,9 +199,9 @@ class _Telling(msgspec.Struct, frozen=True, gc=False):
     def of(cls, observation: Observation) -> Self:
         return cls(observation, observation.deliveries, observation.received_at, observation.event.occurred_at)
 
-    def and_also(self, other: Observation) -> "_Telling":
+    def merge(self, other: Observation) -> "DeliveryGroup":
         moments = [moment for moment in (self.occurred_at, other.event.occurred_at) if moment is not None]
-        return _Telling(
+        return DeliveryGroup(
             first=self.first if self.first.received_at <= other.received_at else other,
             count=self.count + other.deliveries,
             last_received_at=max(self.last_received_at, other.received_at),
@@ -209,12 +209,12 @@ class _Telling(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-# A fact without a session and a fact that tells the session of the same chat must see each other, whichever commits
+# An unassigned fact and a fact with the session of the same chat must see each other, whichever commits
 # first. So the former are recorded alone, the latter beside each other.
 
 
 def lock_placement(connection: Connection, *, exclusive: bool) -> None:
-    """To be held by whoever derives turns: alone (`exclusive`) for those without a session, else beside others."""
+    """Lock unassigned turns: exclusively to assign them, otherwise shared."""
     locks.take(connection, Lock.PLACEMENT, exclusive=exclusive)
 
 
@@ -223,8 +223,8 @@ def _lock(*, exclusive: bool) -> tuple[Statement, ...]:
 
 
 LATE_SECONDS, LATE_PAUSE_SECONDS, LATE_ATTEMPTS = 0.25, 0.25, 8
-_PAUSE = Direct("SELECT pg_sleep($1)")
-_CONFLICT = Direct(
+_PAUSE = RawStatement("SELECT pg_sleep($1)")
+_CONFLICT = RawStatement(
     "DO $$ BEGIN RAISE EXCEPTION 'facts about the same turns were recorded, or erased, in between'"
     " USING ERRCODE = 'serialization_failure'; END $$"
 )
@@ -248,7 +248,7 @@ def _lock_late(connection: Connection, *, exclusive: bool) -> None:
 
 # What a fact depends on beside the rows that its transaction locks: facts about the same turn that do not name its
 # session; and for such a fact the sessions that hold its turn.
-_SELECT_RELATED = Direct(
+_SELECT_RELATED = RawStatement(
     """
     SELECT encode(e.dedupe_key, 'hex') AS key, CAST(least(e.occurred_at, e.earliest_at) AS text) AS detail
       FROM archiver.events e
@@ -263,17 +263,19 @@ _SELECT_RELATED = Direct(
 
 def _select_related(connection: Connection, observations: Sequence[Observation]) -> set[tuple[str, str | None]]:
     """The related facts and sessions that are not those of `observations` themselves."""
-    told = [each.event for each in observations if each.event.chat_id and each.event.type in events.CHAT_EVENTS]
-    chats = sorted({str(each.chat_id) for each in told})
-    homeless = sorted({str(each.chat_id) for each in told if not each.session_id})
-    own_keys = {each.dedupe_key.hex() for each in told if not each.session_id}
-    own_turns = {(each.session_id, each.chat_id) for each in told}
-    lists = [msgspec.json.encode(each).decode() for each in (chats, homeless)]
-    found = {(row.key, row.detail) for row in _SELECT_RELATED.execute(connection, *lists)}
-    return {each for each in found if each[0] not in own_keys and each not in own_turns}
+    chat_events = [
+        each.event for each in observations if each.event.chat_id and each.event.type in events.CHAT_EVENTS
+    ]
+    chats = sorted({str(each.chat_id) for each in chat_events})
+    unassigned = sorted({str(each.chat_id) for each in chat_events if not each.session_id})
+    own_keys = {each.dedupe_key.hex() for each in chat_events if not each.session_id}
+    own_turns = {(each.session_id, each.chat_id) for each in chat_events}
+    lists = [msgspec.json.encode(each).decode() for each in (chats, unassigned)]
+    rows = {(row.key, row.detail) for row in _SELECT_RELATED.execute(connection, *lists)}
+    return {each for each in rows if each[0] not in own_keys and each not in own_turns}
 
 
-def _event_upsert(*more_unset: str) -> RowsInsert:
+def _event_upsert(*more_unset: str) -> BulkInsert:
     facts = tables.events
     statement = insert(facts)
     new = statement.excluded
@@ -282,8 +284,8 @@ def _event_upsert(*more_unset: str) -> RowsInsert:
         set_={
             "delivery_count": facts.c.delivery_count + new.delivery_count,
             "last_received_at": func.greatest(facts.c.last_received_at, new.last_received_at),
-            # A retry may carry another envelope time: which of them came first must not matter. What the first one
-            # told is sealed, so an earlier one stands apart.
+            # A retry may carry another envelope time: which of them came first must not matter. The first one is
+            # sealed, so an earlier one is stored apart.
             "earliest_at": func.nullif(
                 func.least(facts.c.earliest_at, facts.c.occurred_at, new.occurred_at), facts.c.occurred_at
             ),
@@ -302,7 +304,7 @@ def _event_upsert(*more_unset: str) -> RowsInsert:
         facts.c.earliest_at.is_not(None).label("is_dated_back"),
     )
     unset = {"id", "earliest_at", "is_recounted", *more_unset}
-    return RowsInsert(upsert, [column.name for column in facts.c if column.name not in unset])
+    return BulkInsert(upsert, [column.name for column in facts.c if column.name not in unset])
 
 
 _UPSERT_EVENT = _event_upsert("frame", "runs")
@@ -310,18 +312,18 @@ _UPSERT_IN_PIECES = _event_upsert()
 
 
 def _upsert_events(
-    connection: Connection, tellings: dict[Key, _Telling], in_pieces: Mapping[Key, InPieces]
+    connection: Connection, groups: dict[Key, DeliveryGroup], in_pieces: Mapping[Key, StoredPieces]
 ) -> dict[Key, Any]:
-    usual = [_event_row(tellings[key]) for key in sorted(tellings) if key not in in_pieces]
+    usual = [_event_row(groups[key]) for key in sorted(groups) if key not in in_pieces]
     rows = _UPSERT_EVENT.execute(connection, usual)
-    for key, found in sorted(in_pieces.items()):
-        row = _event_row(tellings[key]) | {"body": None, "frame": found.frame, "runs": found.runs}
+    for key, item in sorted(in_pieces.items()):
+        row = _event_row(groups[key]) | {"body": None, "frame": item.frame, "runs": item.runs}
         rows += _UPSERT_IN_PIECES.execute(connection, [row])
     return {(row.session_id, row.dedupe_key): row for row in rows}
 
 
-def _event_row(telling: _Telling) -> dict[str, Any]:
-    first, event, salt = telling.first, telling.first.event, os.urandom(16)
+def _event_row(group: DeliveryGroup) -> dict[str, Any]:
+    first, event, salt = group.first, group.first.event, os.urandom(16)
     return {
         "session_id": event.session_id,
         "dedupe_key": event.dedupe_key,
@@ -329,9 +331,9 @@ def _event_row(telling: _Telling) -> dict[str, Any]:
         "source": first.source,
         "chat_id": event.chat_id,
         "received_at": first.received_at,
-        "last_received_at": telling.last_received_at,
-        "delivery_count": telling.count,
-        "occurred_at": telling.occurred_at,
+        "last_received_at": group.last_received_at,
+        "delivery_count": group.count,
+        "occurred_at": group.occurred_at,
         "key_id": first.key_id,
         "body": event.body,
         "salt": salt,
@@ -339,16 +341,16 @@ def _event_row(telling: _Telling) -> dict[str, Any]:
     }
 
 
-def _changed(telling: _Telling, row: Any) -> projection.Fact | None:
+def _fact_to_project(group: DeliveryGroup, row: Any) -> projection.Fact | None:
     """The fact to project: a new one, or a known one that these deliveries may have moved in time.
 
-    A reading that tells the same as before is news too: nothing has changed until then.
+    A reading with the same content as before is projected too: nothing has changed until then.
     """
-    first = telling.first
+    first = group.first
     if row.delivery_count == 1:
-        return projection.Fact(first.event, first.source, first.received_at, telling.occurred_at)
-    is_repeat = row.delivery_count > telling.count
+        return projection.Fact(first.event, first.source, first.received_at, group.occurred_at)
+    is_repeat = row.delivery_count > group.count
     is_from_upstream = first.source == events.WEBHOOK
-    if is_repeat and is_from_upstream and not (row.is_dated_back and telling.occurred_at == row.occurred_at):
+    if is_repeat and is_from_upstream and not (row.is_dated_back and group.occurred_at == row.occurred_at):
         return None
     return projection.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)

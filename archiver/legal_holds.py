@@ -1,4 +1,4 @@
-"""Legal holds as the audit log has them: an entry places a hold, an entry releases it, and no table overrules that.
+"""Legal holds as recorded in the audit log, which is authoritative over the table.
 
 The audit log never holds the value of a variable, which may identify a person: only a digest, salted with bytes that
 the row in `archiver.holds` keeps until the release. Without that row a hold by variable covers every value.
@@ -38,8 +38,8 @@ class Criteria(msgspec.Struct, frozen=True):
 LOGGED = ("session_id", "assistant_id", "variable", "since", "until")  # of the criteria, in an entry of the log
 
 
-class Placed(msgspec.Struct, frozen=True):
-    """A hold as the audit log has it: who placed it, when, why and by which entry and the release."""
+class LoggedHold(msgspec.Struct, frozen=True):
+    """A hold as the audit log records it."""
 
     id: int
     criteria: Criteria
@@ -53,7 +53,7 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """A hold in force. `is_any_value`: its value is lost, so it covers each; `is_row`: it has a row."""
+    """A hold in force. `is_any_value`: its value is lost, so it covers every value."""
 
     id: int
     session_id: str | None
@@ -67,13 +67,13 @@ class Hold(msgspec.Struct, frozen=True):
 
 
 def value_digest(salt: bytes, value: str) -> str:
-    """Return what an entry of the audit log tells of a value: hexadecimal SHA-256 over salt and UTF-8."""
+    """Return the digest of a value for the audit log: hexadecimal SHA-256 over salt and UTF-8."""
     return sha256(salt + value.encode()).hexdigest()
 
 
-def replay(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Placed], list[int]]:
+def replay(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, LoggedHold], list[int]]:
     """Return the holds that these entries, in order of their ids, placed, and the entries that release no hold."""
-    placed: dict[int, Placed] = {}
+    placed: dict[int, LoggedHold] = {}
     unknown: list[int] = []
     for entry in entries:
         hold_id = entry["detail"].get("hold") if isinstance(entry["detail"], dict) else None
@@ -88,14 +88,14 @@ def replay(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Placed], lis
     return placed, unknown
 
 
-def _placed(hold_id: int, entry: Mapping[str, Any]) -> Placed:
+def _placed(hold_id: int, entry: Mapping[str, Any]) -> LoggedHold:
     detail = entry["detail"]
-    told: dict[str, Any] = {name: value for name in LOGGED[:3] if isinstance(value := detail.get(name), str)}
-    told |= {name: time for name in LOGGED[3:] if (time := _time(detail.get(name))) is not None}
+    fields: dict[str, Any] = {name: value for name in LOGGED[:3] if isinstance(value := detail.get(name), str)}
+    fields |= {name: time for name in LOGGED[3:] if (time := _time(detail.get(name))) is not None}
     digest = detail.get("value_digest")
-    return Placed(
+    return LoggedHold(
         hold_id,
-        Criteria(**told),
+        Criteria(**fields),
         digest if isinstance(digest, str) else None,
         entry["id"],
         entry["at"],
@@ -111,7 +111,7 @@ def _time(value: Any) -> datetime | None:
         return None
 
 
-def is_same(placed: Placed, row: Mapping[str, Any]) -> bool:
+def is_same(placed: LoggedHold, row: Mapping[str, Any]) -> bool:
     """Return whether a row of `archiver.holds`, not released, is what the audit log says that was placed."""
     if any(row[name] != getattr(placed.criteria, name) for name in LOGGED):
         return False
@@ -124,18 +124,18 @@ def is_same(placed: Placed, row: Mapping[str, Any]) -> bool:
     )
 
 
-def in_force(placed: Mapping[int, Placed], rows: Sequence[Mapping[str, Any]]) -> list[Hold]:
+def in_force(placed: Mapping[int, LoggedHold], rows: Sequence[Mapping[str, Any]]) -> list[Hold]:
     """Return the holds in force: those of either record that the other does not confirm to be released."""
-    standing = {row["id"]: row for row in rows if row["released_at"] is None}
+    logged = {row["id"]: row for row in rows if row["released_at"] is None}
     names = Criteria.__struct_fields__
-    found = [Hold(row["id"], **{name: row[name] for name in names}) for row in standing.values()]
+    result = [Hold(row["id"], **{name: row[name] for name in names}) for row in logged.values()]
     for hold in placed.values():
-        row = standing.get(hold.id)
+        row = logged.get(hold.id)
         if hold.release_id is None and (row is None or not is_same(hold, row)):
             criteria = msgspec.structs.asdict(hold.criteria)
             is_any_value = hold.criteria.variable is not None
-            found.append(Hold(hold.id, **criteria, is_any_value=is_any_value, is_row=row is not None))
-    return found
+            result.append(Hold(hold.id, **criteria, is_any_value=is_any_value, is_row=row is not None))
+    return result
 
 
 # A partial index answers exactly this condition.
@@ -145,7 +145,7 @@ _SELECT_ENTRIES = text(
 )
 
 
-def select_placed(connection: Connection) -> tuple[dict[int, Placed], list[int]]:
+def select_placed(connection: Connection) -> tuple[dict[int, LoggedHold], list[int]]:
     """Return `replay` of the audit log."""
     return replay([dict(row) for row in connection.execute(_SELECT_ENTRIES).mappings()])
 

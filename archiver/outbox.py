@@ -1,4 +1,4 @@
-"""What a transaction changed in the archive, written by that very transaction (I11); `feed` publishes it in order."""
+"""Changes of the archive, written in the transaction that makes them (I11) and published by `feed`."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import msgspec
 from sqlalchemy import Connection
 
-from archiver.database import Direct
+from archiver.database import RawStatement
 
 ChangeType = Literal[
     "chat.created",
@@ -30,12 +30,12 @@ class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     seal_id: int | None = None
 
 
-# One narrow row a transaction, whatever it changed: ingest pays for each row and for each index entry.
-_INSERT = Direct("INSERT INTO archiver.outbox (changed_at, changes) VALUES ($1, $2)")
+# One narrow row per transaction, for any number of changes: ingest pays for each row and for each index entry.
+_INSERT = RawStatement("INSERT INTO archiver.outbox (changed_at, changes) VALUES ($1, $2)")
 
 
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
     """Have these published if, and only if, this transaction commits."""
     if changes:
-        told = msgspec.json.encode(changes).decode()
-        _INSERT.execute(connection, datetime.now(UTC).isoformat(), told)
+        changes_json = msgspec.json.encode(changes).decode()
+        _INSERT.execute(connection, datetime.now(UTC).isoformat(), changes_json)

@@ -1,4 +1,4 @@
-"""One screen of figures about an archive: what it holds, how fresh it is, and what waits for a person."""
+"""Figures about an archive: content, freshness, and items that need attention."""
 
 from datetime import datetime
 
@@ -72,7 +72,7 @@ def _counts(connection: Connection, query: str) -> dict[str, int]:
 
 
 class Silence(msgspec.Struct, frozen=True):
-    """Turns that histories have shown since the latest webhook of a turn, and that no webhook delivered."""
+    """Turns in histories since the latest webhook that no webhook delivered."""
 
     since: datetime | None
     turns: int
@@ -80,7 +80,7 @@ class Silence(msgspec.Struct, frozen=True):
 
     @property
     def is_certain(self) -> bool:
-        """Whether they are so many that webhooks no longer arrive, rather than that some were lost."""
+        """Return whether there are so many that webhooks have stopped, rather than single ones being lost."""
         return self.turns >= SILENT_TURNS
 
 
@@ -89,7 +89,7 @@ ADVICE = (
     "See whether the platform still sends its webhooks here (on the assistant's page under Server Messaging), and"
     " whether this receiver refuses them: archiver_received_total by status."
 )
-_MOST_LOOKED_AT = 1_000  # readings and registrations, the newest
+_MAX_EXAMINED = 1_000  # readings and registrations, the newest
 
 # A turn is counted only if it is certain that it began after that webhook: its session is younger, or was read in
 # between and did not have it. A turn whose webhook was lost before, and that a later reading supplied, does not
@@ -116,7 +116,7 @@ _SILENCE = text(
                               AND r.last_received_at > l.received_at AND r.last_received_at < c.first_received_at))
      GROUP BY l.received_at
     """
-).bindparams(most=_MOST_LOOKED_AT)
+).bindparams(most=_MAX_EXAMINED)
 
 
 def select_silence(connection: Connection) -> Silence:

@@ -1,5 +1,4 @@
-"""History responses in pieces: the messages of a session's responses, each kept once, and how a response is made of
-them.
+"""History responses in pieces: each message of a session is stored once.
 
 A growing history repeats all that it has shown before. So a response that is not kept as bytes is a frame (what
 stands before the messages, between two of them, and after them) and runs of messages in the order in which the
@@ -17,16 +16,16 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from archiver import history
-from archiver.database import Direct
+from archiver.database import RawStatement
 from archiver.events import Message
-from archiver.history import Told
+from archiver.history import SessionSnapshot
 
 # Bytes that the responses of one session may occupy in the ledger as they were received. Beyond that all are kept in
 # pieces: what is superseded would leave as much dead space in the table, again and again.
-WHOLE_BYTES = 32_768
+MIN_SPLIT_BYTES = 32_768
 
-_LEAST_BYTES = 256  # of messages that stand elsewhere already, so that a run of their own is worth it
-_MOST_PLACES = 32  # where such messages are looked for
+_MIN_PIECE_BYTES = 256  # of messages that stand elsewhere already, so that a run of their own is worth it
+_MAX_PLACES = 32  # where such messages are looked for
 
 FRAME = 3  # parts of a frame
 
@@ -46,13 +45,13 @@ _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def split(session_id: str, body: bytes) -> Split | None:
-    """The response in pieces; None where it cannot be split so that it tells the same, byte for byte."""
+    """Split a response into frame and messages; None if it cannot be reassembled byte for byte."""
     # Half a surrogate pair is no JSON to msgspec; what takes its place here is as long.
     masked = _SURROGATE.sub(rb"\\u00", body)
     for array in _arrays(masked):
-        found = _split_at(body, masked, bytes(array))
-        if found is not None and _is_faithful(session_id, body, found):
-            return found
+        result = _split_at(body, masked, bytes(array))
+        if result is not None and _is_faithful(session_id, body, result):
+            return result
     return None
 
 
@@ -96,12 +95,12 @@ def _is_faithful(session_id: str, body: bytes, found: Split) -> bool:
     if found.frame[0] + found.frame[1].join(found.messages) + found.frame[2] != body:
         return False
     messages = [message for each in found.messages for message in history.message(each)]
-    return told(session_id, found.frame, messages) == history.told(history.READ, session_id, body)
+    return parse_snapshot(session_id, found.frame, messages) == history.parse_snapshot(history.READ, session_id, body)
 
 
-def told(session_id: str, frame: Sequence[bytes], messages: Iterable[Message]) -> Told:
-    """What a response tells that is made of this frame and these messages."""
-    without = history.told(history.READ, session_id, frame[0] + frame[2])
+def parse_snapshot(session_id: str, frame: Sequence[bytes], messages: Iterable[Message]) -> SessionSnapshot:
+    """Return the content of a response made of this frame and these messages."""
+    without = history.parse_snapshot(history.READ, session_id, frame[0] + frame[2])
     return msgspec.structs.replace(without, messages=tuple(messages))
 
 
@@ -109,11 +108,11 @@ def is_part(messages: Sequence[bytes], of: Sequence[bytes]) -> bool:
     """Whether the one is a run of the other."""
     last = len(of) - len(messages)
     between = (start for start in range(last + 1) if of[start] == messages[0])
-    return any(of[start : start + len(messages)] == messages for start in islice(between, _MOST_PLACES))
+    return any(of[start : start + len(messages)] == messages for start in islice(between, _MAX_PLACES))
 
 
-class Known:
-    """The pieces of one session, by number, and those that are to be added."""
+class PieceIndex:
+    """The stored pieces of one session by number, and the pieces to add."""
 
     def __init__(self, session_id: str, digests: Sequence[bytes]) -> None:
         self._session_id = session_id
@@ -126,37 +125,37 @@ class Known:
     def runs(self, messages: Sequence[bytes]) -> list[Run]:
         """These messages as runs of pieces; what is not known, or not worth a run of its own, is added.
 
-        In one pass, whatever repeats: a history that has grown by some lines is one run, and all in all they take as
+        In one pass, even with repeats: a history that has grown by some lines is one run, and all in all they take as
         much room as what was ever new in them.
         """
         digests = [_digest(message) for message in messages]
-        found: list[Run] = []
+        result: list[Run] = []
         place = 0
         while place < len(messages):
-            number, length = self._best(digests, place, found[-1][1] + 1 if found else 1)
-            is_next = bool(found) and number == found[-1][1] + 1
+            number, length = self._best(digests, place, result[-1][1] + 1 if result else 1)
+            is_next = bool(result) and number == result[-1][1] + 1
             worth = sum(map(len, messages[place : place + length]))
-            if length and (is_next or not found or worth >= _LEAST_BYTES):
+            if length and (is_next or not result or worth >= _MIN_PIECE_BYTES):
                 end = number + length - 1
             else:
                 number = end = self._add(messages[place], digests[place])
-                is_next, length = bool(found) and number == found[-1][1] + 1, 1
-            found[-1:] = [(found[-1][0], end)] if is_next else [*found[-1:], (number, end)]
+                is_next, length = bool(result) and number == result[-1][1] + 1, 1
+            result[-1:] = [(result[-1][0], end)] if is_next else [*result[-1:], (number, end)]
             place += length
-        return found
+        return result
 
     def _best(self, digests: Sequence[bytes], place: int, following: int) -> tuple[int, int]:
         """The longest run of known pieces from this message on, that which goes on with `following` first."""
         if length := self._common(digests, place, following):
             return following, length
         numbers = self._places.get(digests[place], ())
-        lengths = ((self._common(digests, place, number), number) for number in islice(numbers, _MOST_PLACES))
+        lengths = ((self._common(digests, place, number), number) for number in islice(numbers, _MAX_PLACES))
         length, number = max(lengths, default=(0, 0))
         return number, length
 
     def _common(self, digests: Sequence[bytes], place: int, number: int) -> int:
-        length, most = 0, min(len(digests) - place, len(self._digests) - number + 1)
-        while length < most and self._digests[number - 1 + length] == digests[place + length]:
+        length, limit = 0, min(len(digests) - place, len(self._digests) - number + 1)
+        while length < limit and self._digests[number - 1 + length] == digests[place + length]:
             length += 1
         return length
 
@@ -172,12 +171,12 @@ def _digest(message: bytes) -> bytes:
     return hashlib.sha256(message).digest()[:16]
 
 
-_SELECT_DIGESTS = Direct("SELECT number, digest FROM archiver.pieces WHERE session_id = $1 ORDER BY number")
+_SELECT_DIGESTS = RawStatement("SELECT number, digest FROM archiver.pieces WHERE session_id = $1 ORDER BY number")
 
 
-def select_known(connection: Connection, session_id: str) -> Known:
+def select_known(connection: Connection, session_id: str) -> PieceIndex:
     """What pieces a session has. The caller has its row locked."""
-    return Known(session_id, [bytes(row.digest) for row in _SELECT_DIGESTS.execute(connection, session_id)])
+    return PieceIndex(session_id, [bytes(row.digest) for row in _SELECT_DIGESTS.execute(connection, session_id)])
 
 
 _INSERT = text(
@@ -186,7 +185,7 @@ _INSERT = text(
 )
 
 
-def insert_new(connection: Connection, known: Known) -> None:
+def insert_new(connection: Connection, known: PieceIndex) -> None:
     """Write the pieces that were added."""
     if known.new:
         connection.execute(_INSERT, known.new)
@@ -203,11 +202,11 @@ _SELECT_CONTENTS = text(
 
 def select_contents(connection: Connection, session_ids: Sequence[str]) -> Mapping[str, Mapping[int, bytes]]:
     """The pieces of these sessions, by session and number."""
-    found: defaultdict[str, dict[int, bytes]] = defaultdict(dict)
+    result: defaultdict[str, dict[int, bytes]] = defaultdict(dict)
     if session_ids:
         for row in connection.execute(_SELECT_CONTENTS, {"session_ids": list(session_ids)}):
-            found[row.session_id][row.number] = bytes(row.content)
-    return found
+            result[row.session_id][row.number] = bytes(row.content)
+    return result
 
 
 _SELECT_USED = text(
@@ -226,8 +225,8 @@ def delete_unused(connection: Connection, session_ids: Sequence[str]) -> None:
         connection.execute(_DELETE, {"session_ids": [each for each in session_ids if each not in used]})
 
 
-class Restored:
-    """The responses of one session, made of its pieces again."""
+class ResponseAssembler:
+    """Reassembles the responses of one session from its pieces."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._numbers = sorted(contents)

@@ -1,6 +1,6 @@
-"""The quarantine: authenticated deliveries that could not be archived, with their bytes and the reason.
+"""The quarantine: authenticated deliveries that could not be archived, with bytes and reason.
 
-A fact of ours, such as a history answer, keeps what its bytes do not tell: its kind, its session, its key.
+An internal fact, such as a history response, also stores its type, session and dedupe key.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from sqlalchemy import Connection, RowMapping, bindparam, delete, func, select, 
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events, tables
-from archiver.database import RowsInsert
+from archiver.database import BulkInsert
 from archiver.events import WEBHOOK, Event
 
 # Codes of `Reject.reason`; the last three are faults of ours or of the database, for what could be read.
@@ -24,7 +24,7 @@ REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW)
 class Reject(msgspec.Struct, frozen=True, gc=False):
     """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content.
 
-    `ours`: the fact, where it is none that its bytes tell by themselves.
+    `internal`: the fact, if its bytes alone do not identify it.
     """
 
     body: bytes
@@ -33,17 +33,17 @@ class Reject(msgspec.Struct, frozen=True, gc=False):
     received_at: datetime
     key_id: str | None
     source: str = WEBHOOK
-    ours: Event | None = None
+    internal: Event | None = None
 
     @property
     def digest(self) -> bytes:
-        """Tells it apart from others."""
-        ours = self.ours
-        told = self.body if ours is None else ours.session_id.encode() + b"\0" + ours.dedupe_key
-        return hashlib.sha256(told).digest()
+        """Return the key that identifies the delivery."""
+        internal = self.internal
+        identity = self.body if internal is None else internal.session_id.encode() + b"\0" + internal.dedupe_key
+        return hashlib.sha256(identity).digest()
 
 
-def _quarantine_upsert() -> RowsInsert:
+def _quarantine_upsert() -> BulkInsert:
     quarantine = tables.quarantine
     statement = insert(quarantine)
     new = statement.excluded
@@ -56,7 +56,7 @@ def _quarantine_upsert() -> RowsInsert:
             "detail": new.detail,
         },
     ).returning(quarantine.c.body_digest, quarantine.c.id)
-    return RowsInsert(upsert, [column.name for column in quarantine.c if column.name != "id"])
+    return BulkInsert(upsert, [column.name for column in quarantine.c if column.name != "id"])
 
 
 _UPSERT = _quarantine_upsert()
@@ -69,7 +69,7 @@ def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list
     digests = [reject.digest for reject in rejects]
     rows: dict[bytes, dict[str, Any]] = {}
     for digest, reject in zip(digests, rejects, strict=True):
-        ours = reject.ours
+        internal = reject.internal
         row = rows.setdefault(
             digest,
             {
@@ -79,9 +79,9 @@ def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list
                 "key_id": reject.key_id,
                 "delivery_count": 0,
                 "source": reject.source,
-                "type": ours.type if ours else None,
-                "session_id": ours.session_id if ours else None,
-                "dedupe_key": ours.dedupe_key if ours else None,
+                "type": internal.type if internal else None,
+                "session_id": internal.session_id if internal else None,
+                "dedupe_key": internal.dedupe_key if internal else None,
             },
         )
         row["delivery_count"] += 1
@@ -99,7 +99,7 @@ def select_quarantine(
     reason: str | None = None,
     only: Sequence[int] | None = None,
 ) -> Sequence[RowMapping]:
-    """Rows without their bodies (`bytes` tells their size), oldest first, beginning after id `after`.
+    """Return rows without bodies (`bytes`: their size), oldest first, starting after id `after`.
 
     `only`: those of these ids.
     """
@@ -125,7 +125,7 @@ def select_reasons(connection: Connection) -> list[str]:
 
 
 def delete_quarantined(connection: Connection, quarantine_id: int) -> None:
-    """Let go of a row whose bytes the ledger now holds."""
+    """Delete a row whose bytes are now in the ledger."""
     connection.execute(delete(tables.quarantine).where(tables.quarantine.c.id == quarantine_id))
 
 
@@ -135,26 +135,28 @@ _SELECT_BODIES = (
     .order_by(tables.quarantine.c.id)
     .limit(bindparam("most"))
 )
-BODIES = 50  # read at a time
+BODIES_PER_PAGE = 50  # read at a time
 
 
 def select_every_body(connection: Connection) -> Iterator[RowMapping]:
     """Each row's `id`, `session_id` and `body`, in order of their ids, a few at a time."""
     after = 0
-    while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES}).mappings().all():
+    while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES_PER_PAGE}).mappings().all():
         yield from page
         after = page[-1]["id"]
 
 
 def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iterator[RowMapping]:
     """Of these rows each one's `id`, `session_id` and `body`, in order of their ids."""
-    for start in range(0, len(quarantine_ids), BODIES):
-        some = tables.quarantine.c.id.in_(quarantine_ids[start : start + BODIES])
-        yield from connection.execute(_SELECT_BODIES.where(some), {"after": 0, "most": BODIES}).mappings().all()
+    for start in range(0, len(quarantine_ids), BODIES_PER_PAGE):
+        some = tables.quarantine.c.id.in_(quarantine_ids[start : start + BODIES_PER_PAGE])
+        yield from (
+            connection.execute(_SELECT_BODIES.where(some), {"after": 0, "most": BODIES_PER_PAGE}).mappings().all()
+        )
 
 
 def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
-    """Hold those of these rows that are there until the transaction ends."""
+    """Lock the existing rows until the end of the transaction."""
     quarantine = tables.quarantine.c
     query = select(quarantine.id).where(quarantine.id.in_(quarantine_ids)).order_by(quarantine.id)
     connection.execute(query.with_for_update())
@@ -177,8 +179,8 @@ def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
     if not quarantine_ids:
         return 0
     quarantine = tables.quarantine
-    gone = delete(quarantine).where(quarantine.c.id.in_(quarantine_ids)).returning(quarantine.c.id)
-    return len(connection.execute(gone).all())
+    deleted = delete(quarantine).where(quarantine.c.id.in_(quarantine_ids)).returning(quarantine.c.id)
+    return len(connection.execute(deleted).all())
 
 
 def update_reason(connection: Connection, quarantine_id: int, reason: str, detail: str) -> None:

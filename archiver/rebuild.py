@@ -1,6 +1,6 @@
-"""The archive anew from the ledger (I10), session by session: readers never see it empty, and memory is bounded.
+"""Rebuild the archive from the ledger by session (I10): readers never see it empty; memory is bounded.
 
-The receiver goes on meanwhile: a page of sessions is locked while it is made anew, and what is recorded later
+The receiver keeps running: a page of sessions is locked while it is rebuilt, and later events
 projects itself.
 """
 
@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from archiver import ledger, tables
 from archiver.database import is_conflict, transaction
 from archiver.projection import Timing
-from archiver.projection.replay import Page, replay_sessions, replay_unplaced
+from archiver.projection.replay import Page, replay_sessions, replay_unassigned
 
 CONFLICT_RETRIES = 10
 
@@ -23,12 +23,12 @@ def count_events(connection: Connection) -> int:
 
 
 def rebuild(engine: Engine, timing: Timing) -> Iterator[int]:
-    """Make every session anew, then the turns without one; yields after each step how many ledger rows it read.
+    """Rebuild every session, then unassigned turns; yields the number of ledger rows read in each step.
 
-    Stopped half-way, what was made anew stays, and what was not is as it was.
+    If stopped half-way, rebuilt sessions stay rebuilt and the others unchanged.
     """
     yield from _pages(engine, lambda connection, after: replay_sessions(connection, after, timing), exclusive=False)
-    yield from _pages(engine, replay_unplaced, exclusive=True)
+    yield from _pages(engine, replay_unassigned, exclusive=True)
 
 
 def _pages(engine: Engine, replay: Callable[[Connection, str], Page], *, exclusive: bool) -> Iterator[int]:

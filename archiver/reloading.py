@@ -1,4 +1,4 @@
-"""Settings that stand in files are read again when a file changes, and on SIGHUP.
+"""Reload settings files when they change and on SIGHUP.
 
 A file counts as changed once two looks in a row find the same new content, so that one that is being written is not
 read half-way. Changes count from a look taken before the settings are read, so that none in between is missed.
@@ -17,12 +17,12 @@ from time import monotonic
 import structlog
 
 from archiver import settings, telemetry
-from archiver.duties import Duty, where
+from archiver.duties import Duty, fault_location
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 2.0
+CHECK_SECONDS = 2.0
 REPORT_SECONDS = 60.0
 _LARGEST = 1_048_576
 # Not settings of ours, but read by the HTTP client when it is built.
@@ -30,7 +30,7 @@ _CERTIFICATES = ("SSL_CERT_FILE",)
 
 
 def block() -> None:
-    """Keep SIGHUP back in this thread and in all that it starts, until each is ready for it (`Reloading.run`)."""
+    """Block SIGHUP in this thread and its children until each is ready for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
@@ -63,7 +63,7 @@ class Reloading:
     ) -> None:
         self._apply, self._duty, self._forward = apply, Duty("settings"), forward
         self._used = self._before = used
-        self._asked = asyncio.Event()
+        self._reload_requested = asyncio.Event()
         self._fault, self._reported_at = "", 0.0
 
     async def run(self, duty: Duty | None = None) -> None:
@@ -78,11 +78,11 @@ class Reloading:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         while True:
             try:
-                await asyncio.wait_for(self._asked.wait(), LOOK_SECONDS)
+                await asyncio.wait_for(self._reload_requested.wait(), CHECK_SECONDS)
             except TimeoutError:
                 await self._look(is_asked=False)
             else:
-                self._asked.clear()
+                self._reload_requested.clear()
                 await self._look(is_asked=True)
             if self._fault:
                 self._report()
@@ -90,17 +90,17 @@ class Reloading:
                 self._duty.working()
 
     def _hang_up(self) -> None:
-        self._asked.set()
+        self._reload_requested.set()
         if self._forward is not None:
             self._forward()
 
     async def _look(self, *, is_asked: bool) -> None:
-        found = await asyncio.to_thread(look)
-        is_settled, self._before = found == self._before, found
+        result = await asyncio.to_thread(look)
+        is_settled, self._before = result == self._before, result
         # `serve` decides some settings for the processes that it starts, which then stand in no file.
-        is_changed = any(self._used.get(name) != digest for name, digest in found.items())
+        is_changed = any(self._used.get(name) != digest for name, digest in result.items())
         if is_asked or (is_settled and is_changed):
-            await self._reload(found)
+            await self._reload(result)
 
     async def _reload(self, found: Mapping[str, str]) -> None:
         self._used = found
@@ -108,9 +108,9 @@ class Reloading:
             await self._apply(settings.read())
         except SettingsError as error:
             self._note(str(error))
-        except Exception as error:  # the supervisor: the next change is read whatever became of this one
-            self._note(f"{type(error).__name__} at {where(error)}")
-            log.exception("settings could not be reloaded")
+        except Exception as error:  # supervisor: the next change is read after any error
+            self._note(f"{type(error).__name__} at {fault_location(error)}")
+            log.exception("settings reload failed")
         else:
             self._note("")
             log.info("settings reloaded", pid=os.getpid())
@@ -125,4 +125,4 @@ class Reloading:
         self._duty.failing(f"the settings before stay in use: {self._fault}")
         if not self._reported_at or monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = monotonic()
-            log.error("new settings cannot be used; those before stay in use", reason=self._fault)
+            log.error("new settings rejected; previous settings stay in use", reason=self._fault)

@@ -1,4 +1,4 @@
-"""Who may do what in the database: three roles, each with what it needs and no more.
+"""Database roles with the privileges that each needs.
 
 `deploy/roles.sql` makes the roles; the grants belong to a schema's version, so migrations bring them up to date.
 """
@@ -18,7 +18,7 @@ AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
 class Needs(msgspec.Struct, frozen=True):
     """Privileges by table, as `schema.name`; columns of the ledger that may change; whether jobs are made.
 
-    `appends`: tables that take new rows, whose numbers Postgres gives and nobody chooses.
+    `appends`: tables that take new rows, whose ids only Postgres assigns.
     """
 
     tables: Mapping[str, str]
@@ -48,7 +48,7 @@ NEEDED: Mapping[str, Needs] = {
             "archiver.seals": "SELECT, INSERT",
             **{f"archiver.{name}": "SELECT, INSERT, DELETE" for name in ("outbox", "changes")},
             "analytics.changes": "SELECT",  # `followups tail` beside them
-            "analytics.conversations": "SELECT",  # what follow-ups tell of them
+            "analytics.conversations": "SELECT",  # what follow-ups deliver
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
             **{f"archiver.{name}": "SELECT, INSERT" for name in ("epochs", "epoch_faults")},
@@ -228,7 +228,7 @@ _SCHEMAS = ("archiver", "analytics", "archiver_jobs")
 
 def surplus(connection: Connection, role: str) -> list[str]:
     """The SQL that takes from a role what it was granted in our schemas and does not need."""
-    granted = list(wanted(NEEDED[role]))
+    granted = list(expected_privileges(NEEDED[role]))
     values = {
         "role": role,
         "schemas": list(_SCHEMAS),
@@ -239,7 +239,7 @@ def surplus(connection: Connection, role: str) -> list[str]:
     return list(connection.scalars(_SURPLUS, values))
 
 
-def wanted(needs: Needs) -> Iterator[tuple[str, str, str]]:
+def expected_privileges(needs: Needs) -> Iterator[tuple[str, str, str]]:
     """Each privilege that a role is granted: the kind of the object, its name, the privilege."""
     for schema in {name.partition(".")[0] for name in needs.tables}:
         yield "schema", schema, "USAGE"
@@ -269,10 +269,10 @@ def bring_up_to_date(connection: Connection) -> None:
     """
     if are_granted(connection):
         return
-    found = existing(connection)
-    for statement in connection.scalars(_REVOKE_ALL, {"roles": found, "schemas": list(_SCHEMAS)}).all():
+    result = existing(connection)
+    for statement in connection.scalars(_REVOKE_ALL, {"roles": result, "schemas": list(_SCHEMAS)}).all():
         connection.execute(text(statement))
-    for role in found:
+    for role in result:
         for statement in missing(connection, role):
             connection.execute(text(statement))
 

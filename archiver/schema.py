@@ -1,4 +1,4 @@
-"""The schema: bringing it to head, telling where it stands, and what its roles may do."""
+"""Migrate the schema, check its revision, and grant the roles their privileges."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import roles, tables, waits
+from archiver import lock_waits, roles, tables
 from archiver.database import is_lock_timeout, sqlstate, transaction
-from archiver.waits import INSUFFICIENT_PRIVILEGE
+from archiver.lock_waits import INSUFFICIENT_PRIVILEGE
 
 VERSION_TABLE = "schema_version"
 SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
 
 _LOCK_SECONDS = 2.0
 PAUSE_SECONDS = 2.0  # between two attempts to have a lock: what waited behind it goes on
-PATIENCE_SECONDS = 45.0  # for locks in all
+LOCK_WAIT_SECONDS = 45.0  # for locks in all
 RACES = 1  # with another migration that makes the schema
 STATEMENT_SECONDS = 600
 _REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
@@ -31,7 +31,7 @@ _REPAIRED_FROM = "0005"
 
 
 class SchemaError(Exception):
-    """The database's schema is not the one that this version works with; the text says what to do.
+    """The schema is not the one that this version needs; the message says what to do.
 
     `reason`: the same without the name of the database, for anyone who asks `/readyz`.
     """
@@ -73,7 +73,7 @@ def check(connection: Connection) -> None:
 
 
 def where(connection: Connection) -> str:
-    """Which database this is, and as whom: what the driver made of the URL, without a password."""
+    """Describe the connected database and user, without password."""
     driver: Any = connection.connection.driver_connection
     info = driver.info
     port = "" if info.host.startswith("/") else f":{info.port}"
@@ -131,7 +131,7 @@ def _upgrade(connection: Connection, revision: str) -> None:
         with _another_migration():
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
     _lock(connection)
-    if _is_done(connection, revision):  # by another one, meanwhile
+    if _is_done(connection, revision):  # by another migration in between
         return
     _repair(connection)
     command.upgrade(_config(connection), revision)
@@ -166,7 +166,8 @@ def _refuse_newer(connection: Connection) -> None:
         check(connection)
 
 
-# One migration of a database at a time. Only the owner may lock the row of the version, so that nobody else can keep
+# One migration of a database at a time. Only the owner may lock the row of the version, so that no other user can
+# keep
 # a migration waiting thereby; before there is one, the names that a migration makes are unique.
 _LOCK_TABLE = text(f"LOCK TABLE {tables.SCHEMA}.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE")
 _LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # constants
@@ -199,13 +200,13 @@ def _another_migration() -> Iterator[None]:
 
 
 def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
-    """Do it in one transaction, so that it happens wholly or not at all; again where a lock was not free.
+    """Run in one transaction; retry if a lock was not free.
 
     A table lock that waits keeps all others waiting behind it: so it waits for an instant, again and again. Another
     migration takes its time. Raises `SchemaError` that names the session that holds a lock.
     """
     began, races = monotonic(), 0
-    with waits.watching(engine) as watch:
+    with lock_waits.watching(engine) as watch:
         while True:
             try:
                 with transaction(
@@ -221,7 +222,7 @@ def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
                     races += 1
                 elif not is_lock_timeout(error):
                     raise
-                elif monotonic() - began > PATIENCE_SECONDS:
+                elif monotonic() - began > LOCK_WAIT_SECONDS:
                     raise SchemaError(f"The schema cannot be changed. {watch.explain()}") from None
             watch.report.add(watch.holders)
             sleep(PAUSE_SECONDS)

@@ -1,4 +1,4 @@
-"""Which build this is: version, commit and schema revision, read from files alone, so that it is there at once."""
+"""Version, commit and schema revision of this build, read from files alone."""
 
 from pathlib import Path
 

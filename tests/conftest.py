@@ -64,8 +64,8 @@ class Cluster:
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment() -> None:
     """No setting of the machine reaches a test, nor a width of its terminal."""
-    ours = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG", "COLUMNS", "LINES")
-    for name in [name for name in os.environ if name.startswith(ours)]:
+    own = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG", "COLUMNS", "LINES")
+    for name in [name for name in os.environ if name.startswith(own)]:
         del os.environ[name]
 
 

@@ -11,7 +11,7 @@ from typing import overload
 
 import msgspec
 
-from archiver.alignment import Reading, Turn, transcript
+from archiver.alignment import HistoryMessages, TurnMessages, transcript
 from archiver.events import Message
 
 START = datetime(2024, 1, 15, tzinfo=UTC)
@@ -46,8 +46,8 @@ class Conversation(msgspec.Struct):
     """`truth` is the final history: each message and the chat that it belongs to, None where no webhook arrived."""
 
     truth: list[tuple[Message, str | None]]
-    turns: list[Turn]
-    readings: list[Reading]
+    turns: list[TurnMessages]
+    readings: list[HistoryMessages]
 
 
 class _Spoken(msgspec.Struct):
@@ -119,25 +119,27 @@ def _shown(each: _Spoken, moment: float) -> list[Message]:
     return each.inputs + each.outputs
 
 
-def _reading(spoken: list[_Spoken], greeting: list[Message], moment: float) -> Reading:
+def _reading(spoken: list[_Spoken], greeting: list[Message], moment: float) -> HistoryMessages:
     messages = [*greeting, *(message for each in spoken for message in _shown(each, moment))]
-    return Reading(tuple(messages), START + timedelta(seconds=moment))
+    return HistoryMessages(tuple(messages), START + timedelta(seconds=moment))
 
 
-def _early_readings(rng: random.Random, spoken: list[_Spoken], greeting: list[Message], end: float) -> list[Reading]:
+def _early_readings(
+    rng: random.Random, spoken: list[_Spoken], greeting: list[Message], end: float
+) -> list[HistoryMessages]:
     """Up to two readings on the way, whole or the newest lines alone."""
-    found = []
+    result = []
     for moment in sorted(rng.uniform(0, end - 300) for _ in range(rng.choice([0, 0, 1, 2]))):
         whole = _reading(spoken, greeting, moment)
         first = rng.randint(0, len(whole.messages)) if rng.random() < 0.2 else 0
-        found.append(msgspec.structs.replace(whole, messages=whole.messages[first:]))
-    return found
+        result.append(msgspec.structs.replace(whole, messages=whole.messages[first:]))
+    return result
 
 
-def _turn(rng: random.Random, number: int, each: _Spoken, *, is_skewed: bool) -> Turn:
+def _turn(rng: random.Random, number: int, each: _Spoken, *, is_skewed: bool) -> TurnMessages:
     began = START + timedelta(seconds=each.began + (rng.uniform(-SKEW, SKEW) if is_skewed else 0))
     messages = (*each.inputs, *each.answers()[: each.reported])
-    return Turn(f"C{number}", messages, len(each.inputs), began, began, each.deleted is not None)
+    return TurnMessages(f"C{number}", messages, len(each.inputs), began, began, each.deleted is not None)
 
 
 class Verdict(msgspec.Struct):
@@ -156,44 +158,48 @@ class Verdict(msgspec.Struct):
     surplus: int
 
 
-def judge(told: Conversation) -> Verdict:
+def judge(conversation: Conversation) -> Verdict:
     """Align a conversation and compare the result with its truth."""
-    lines = transcript(told.turns, told.readings)
+    lines = transcript(conversation.turns, conversation.readings)
     shown = [line for line in lines if line.in_history]
-    assert [(line.role, line.content) for line in shown] == [(said.role, said.content) for said, _ in told.truth]
+    assert [(line.role, line.content) for line in shown] == [
+        (texts.role, texts.content) for texts, _ in conversation.truth
+    ]
     assigned = [line.chat_id for line in shown]
-    true = [chat_id for _, chat_id in told.truth]
+    true = [chat_id for _, chat_id in conversation.truth]
     misplaced = {chat for pair in zip(assigned, true, strict=True) if pair[0] != pair[1] for chat in pair if chat}
     read = {line.chat_id for line in lines if line.first_read_at is not None}
     is_ambiguous = any(line.is_ambiguous for line in lines)
-    is_missing = any(turn.chat_id not in read for turn in told.turns if not turn.is_deleted)
-    has_deleted = any(turn.is_deleted for turn in told.turns)
+    is_missing = any(turn.chat_id not in read for turn in conversation.turns if not turn.is_deleted)
+    has_deleted = any(turn.is_deleted for turn in conversation.turns)
     return Verdict(
         misplaced=frozenset(misplaced),
         is_reported=is_ambiguous or is_missing,
         is_ambiguous=is_ambiguous,
-        is_needless=is_ambiguous and not has_deleted and not any(_fits_elsewhere(each, told) for each in told.turns),
+        is_needless=is_ambiguous
+        and not has_deleted
+        and not any(_fits_elsewhere(each, conversation) for each in conversation.turns),
         surplus=0 if has_deleted else len(lines) - len(shown),
     )
 
 
-def _fits_elsewhere(turn: Turn, told: Conversation) -> bool:
+def _fits_elsewhere(turn: TurnMessages, conversation: Conversation) -> bool:
     """Whether its messages stand, in order and up to the next words of the user, at another line than its first."""
-    said = [message for message, _ in told.truth]
-    own = next((place for place, (_, chat_id) in enumerate(told.truth) if chat_id == turn.chat_id), -1)
-    return any(_fits(turn.messages, said[place:]) for place in range(len(said)) if place != own)
+    texts = [message for message, _ in conversation.truth]
+    own = next((place for place, (_, chat_id) in enumerate(conversation.truth) if chat_id == turn.chat_id), -1)
+    return any(_fits(turn.messages, texts[place:]) for place in range(len(texts)) if place != own)
 
 
 def _fits(messages: Sequence[Message], said: Sequence[Message]) -> bool:
     if said[:1] != [*messages[:1]]:
         return False
-    found = 0
+    result = 0
     for each in said:
-        if found < len(messages) and each == messages[found]:
-            found += 1
+        if result < len(messages) and each == messages[result]:
+            result += 1
         elif each.role == "user":
             break
-    return found == len(messages)
+    return result == len(messages)
 
 
 class Tally(msgspec.Struct):
@@ -214,15 +220,15 @@ class Tally(msgspec.Struct):
 
 def tally(seeds: Iterable[int], *, is_skewed: bool = False, words: Sequence[str] | None = None) -> Tally:
     """Judge one conversation a seed."""
-    found = Tally()
+    result = Tally()
     for seed in seeds:
         verdict = judge(conversation(random.Random(seed), is_skewed=is_skewed, words=words))
-        found.conversations += 1
-        found.ambiguous += verdict.is_ambiguous
+        result.conversations += 1
+        result.ambiguous += verdict.is_ambiguous
         if verdict.is_needless:
-            found.needless.append(seed)
+            result.needless.append(seed)
         if verdict.surplus or (verdict.misplaced and not verdict.is_reported):
-            found.wrong.append(seed)
+            result.wrong.append(seed)
         else:
-            found.misplaced += bool(verdict.misplaced)
-    return found
+            result.misplaced += bool(verdict.misplaced)
+    return result

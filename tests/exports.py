@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from archiver import export, history, seals
 from archiver.database import transaction
 from archiver.erasure import Target
-from archiver.export import Finding, Made, Selection, Wanted
+from archiver.export import CompletedExport, ExportRequest, Finding, Selection
 from archiver.ingest import Delivery
 from archiver.ingest.writing import store
 from tests.payloads import created, deleted, event
@@ -52,15 +52,15 @@ def fill(engine: Engine) -> None:
 
 def unread(engine: Engine, session_id: str, answer: bytes) -> None:
     """A history answer that nobody can read."""
-    delivery = Delivery(history.observe(session_id, 200, answer), NOW, None, source=history.SOURCE)
+    delivery = Delivery(history.parse_history(session_id, 200, answer), NOW, None, source=history.SOURCE)
     with transaction(engine) as connection:
         store(connection, [delivery], TIMING)
 
 
-def make(engine: Engine, output: Path, selection: Selection = ALL, **options: Any) -> Made:
+def make(engine: Engine, output: Path, selection: Selection = ALL, **options: Any) -> CompletedExport:
     key = options.pop("key", None)
     formats = options.pop("formats", export.FORMATS)
-    return export.make(engine, output, Wanted(selection, formats, "anna@desk", "case 7", **options), key)
+    return export.make(engine, output, ExportRequest(selection, formats, "anna@desk", "case 7", **options), key)
 
 
 def check(folder: Path, *, is_keyed: bool = False, **options: Any) -> list[Finding]:
@@ -87,11 +87,11 @@ def rewrite(folder: Path, name: str, changed: Sequence[bytes]) -> None:
 def reforge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
     """The manifest made anew over the files as they are: what whoever has only the folder can do."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    for name, told in manifest["files"].items():
+    for name, item in manifest["files"].items():
         content = (folder / name).read_bytes()
-        told["bytes"], told["sha256"] = len(content), sha256(content).hexdigest()
+        item["bytes"], item["sha256"] = len(content), sha256(content).hexdigest()
         if name.endswith(".jsonl"):
-            told["rows"] = content.count(b"\n")
+            item["rows"] = content.count(b"\n")
     change(manifest)
     encoded = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(encoded)

@@ -20,7 +20,7 @@ def publish(engine: Engine) -> int:
         total += published
 
 
-def told(engine: Engine, after: int = 0) -> list[tuple[Any, ...]]:
+def published(engine: Engine, after: int = 0) -> list[tuple[Any, ...]]:
     """Type, session and chat of each change after a cursor, in order, once all is published."""
     publish(engine)
     query = f"SELECT type, session_id, chat_id FROM analytics.changes WHERE cursor > {after} ORDER BY cursor"

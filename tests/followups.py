@@ -33,12 +33,12 @@ class Got(NamedTuple):
     path: str
 
     @property
-    def told(self) -> Any:
+    def payload(self) -> Any:
         return json.loads(self.body)
 
     @property
     def data(self) -> Any:
-        return self.told["data"]
+        return self.payload["data"]
 
 
 @dataclass
@@ -83,10 +83,10 @@ class Receiver:
 
     @property
     def by_id(self) -> dict[str, list[Got]]:
-        found = defaultdict(list)
+        result = defaultdict(list)
         for each in list(self.got):
-            found[each.message_id].append(each)
-        return found
+            result[each.message_id].append(each)
+        return result
 
 
 async def _live(receive: Receive, send: Send) -> None:
@@ -122,8 +122,8 @@ def subscribe(engine: Engine, url: str, *events: str, after: int | None = 0, **v
 @contextmanager
 def sending(url: str, **settings: Any) -> Iterator[None]:
     """What a worker does about follow-ups, without limit of rate unless told."""
-    told = {"ARCHIVER_FOLLOWUPS_RATE": 0, "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": True} | settings
-    followups = Followups(Settings(**told), database.database_url(url))
+    values = {"ARCHIVER_FOLLOWUPS_RATE": 0, "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": True} | settings
+    followups = Followups(Settings(**values), database.database_url(url))
     loop, ending = asyncio.new_event_loop(), asyncio.Event()
     failures: list[BaseException] = []
 

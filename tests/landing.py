@@ -30,9 +30,9 @@ def write_catalogue() -> None:
         engine = database.connect(database.database_url(url.format(database="postgres")))
         schema.upgrade(engine)
         with database.transaction(engine) as connection:
-            found = catalogue.read(connection)
+            result = catalogue.read(connection)
         engine.dispose()
-    (MIGRATIONS / catalogue.FILE).write_bytes(catalogue.encode(found))
+    (MIGRATIONS / catalogue.FILE).write_bytes(catalogue.encode(result))
 
 
 if __name__ == "__main__":

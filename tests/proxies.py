@@ -87,11 +87,11 @@ def _end(connection: socket.socket) -> None:
 @contextmanager
 def proxied(url: str) -> Iterator[tuple[Proxy, str]]:
     """A proxy before the server of this URL, which has a unix socket, and the URL that leads through it."""
-    told = conninfo_to_dict(url)
-    folder, port = str(told.pop("host")), told.pop("port", "5432")
+    result = conninfo_to_dict(url)
+    folder, port = str(result.pop("host")), result.pop("port", "5432")
     proxy = Proxy(f"{folder}/.s.PGSQL.{port}")
-    user, database = told["user"], told["dbname"]
-    password = f":{told['password']}" if told.get("password") else ""
+    user, database = result["user"], result["dbname"]
+    password = f":{result['password']}" if result.get("password") else ""
     try:
         yield (
             proxy,

@@ -47,8 +47,8 @@ def archiver_raw(
 
 
 def _environment(database_url: str | None, settings: Mapping[str, str]) -> dict[str, str]:
-    told = {} if database_url is None else {"DATABASE_URL": database_url}
-    return {**os.environ, **told, **settings}
+    values = {} if database_url is None else {"DATABASE_URL": database_url}
+    return {**os.environ, **values, **settings}
 
 
 @dataclass
@@ -173,9 +173,9 @@ def begin(port: int, body: bytes, length: int | None = None) -> socket.socket:
     """An authentic delivery, sent, its answer not awaited; `length` is the one told, if not that of `body`."""
     connection = socket.create_connection(("127.0.0.1", port), 30)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    told = len(body) if length is None else length
+    result = len(body) if length is None else length
     head = (
-        f"POST {WEBHOOK} HTTP/1.1\r\nhost: archiver\r\nx-webhook-secret: {SECRET}\r\ncontent-length: {told}\r\n\r\n"
+        f"POST {WEBHOOK} HTTP/1.1\r\nhost: archiver\r\nx-webhook-secret: {SECRET}\r\ncontent-length: {result}\r\n\r\n"
     )
     connection.sendall(head.encode() + body)
     return connection

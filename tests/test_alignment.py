@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import Line, Reading, Turn, merge_history, merge_turns, transcript
+from archiver.alignment import HistoryMessages, TranscriptLine, TurnMessages, merge_history, merge_turns, transcript
 from archiver.alignment.candidates import NEARBY, Match
 from archiver.alignment.matching import heaviest_chain
 from archiver.alignment.subsequence import align, common_subsequence
@@ -43,31 +43,33 @@ def said(*texts: str) -> tuple[Message, ...]:
     return tuple(Message(ROLES[text[0]], text[2:]) for text in texts)
 
 
-def turn(chat_id: str, *texts: str, at: float = 0, told: float | None = None, inputs: int | None = None) -> Turn:
+def turn(
+    chat_id: str, *texts: str, at: float = 0, told: float | None = None, inputs: int | None = None
+) -> TurnMessages:
     """A turn whose input is what the user says at its beginning."""
     messages = said(*texts)
     if inputs is None:
         inputs = next((index for index, message in enumerate(messages) if message.role != "user"), len(messages))
-    return Turn(chat_id, messages, inputs, minute(at), minute(at if told is None else told))
+    return TurnMessages(chat_id, messages, inputs, minute(at), minute(at if told is None else told))
 
 
-def reading(*texts: str, at: float = 100) -> Reading:
-    return Reading(said(*texts), minute(at))
+def reading(*texts: str, at: float = 100) -> HistoryMessages:
+    return HistoryMessages(said(*texts), minute(at))
 
 
-def written(lines: Iterable[Line]) -> list[str]:
+def written(lines: Iterable[TranscriptLine]) -> list[str]:
     return [
         f"{line.chat_id or '-'}:{line.source[0]}{MARKS[line.in_history]} {line.role[0]} {line.content}"
         for line in lines
     ]
 
 
-def texts(lines: Iterable[Line | Message]) -> list[tuple[str, str]]:
+def texts(lines: Iterable[TranscriptLine | Message]) -> list[tuple[str, str]]:
     return [(line.role, line.content) for line in lines]
 
 
-def spine_of(*readings: Reading) -> list[Line]:
-    lines: list[Line] = []
+def merged_history_of(*readings: HistoryMessages) -> list[TranscriptLine]:
+    lines: list[TranscriptLine] = []
     for each in readings:
         lines = merge_history(lines, each)
     return lines
@@ -132,47 +134,47 @@ def test_what_stands_several_times_is_aligned_as_well_as_can_be(old: str, new: s
 
 
 def test_i7_absence_is_not_deletion() -> None:
-    spine = spine_of(reading("u a", "a b", "u c", "a d", at=1), reading("u a", "a b", at=2))
-    assert written(spine) == ["-:h+ u a", "-:h+ a b", "-:h! u c", "-:h! a d"]
+    merged = merged_history_of(reading("u a", "a b", "u c", "a d", at=1), reading("u a", "a b", at=2))
+    assert written(merged) == ["-:h+ u a", "-:h+ a b", "-:h! u c", "-:h! a d"]
 
 
 def test_an_empty_reading_shows_nothing_and_loses_nothing() -> None:
-    assert written(spine_of(reading("u a", "a b", at=1), reading(at=2))) == ["-:h! u a", "-:h! a b"]
+    assert written(merged_history_of(reading("u a", "a b", at=1), reading(at=2))) == ["-:h! u a", "-:h! a b"]
 
 
 def test_what_vanished_comes_before_what_is_new_at_the_same_place() -> None:
-    spine = spine_of(reading("u a", "a draft", "u c", at=1), reading("u a", "a final", "u c", at=2))
-    assert written(spine) == ["-:h+ u a", "-:h! a draft", "-:h+ a final", "-:h+ u c"]
+    merged = merged_history_of(reading("u a", "a draft", "u c", at=1), reading("u a", "a final", "u c", at=2))
+    assert written(merged) == ["-:h+ u a", "-:h! a draft", "-:h+ a final", "-:h+ u c"]
 
 
-def test_a_line_knows_the_first_and_the_last_reading_that_showed_it() -> None:
-    spine = spine_of(reading("u a", at=1), reading("u a", "u b", at=2), reading("u b", "u c", at=3))
-    times = [(line.content, line.first_read_at, line.last_read_at) for line in spine]
+def test_a_line_holds_the_times_of_the_first_and_the_last_reading_that_showed_it() -> None:
+    merged = merged_history_of(reading("u a", at=1), reading("u a", "u b", at=2), reading("u b", "u c", at=3))
+    times = [(line.content, line.first_read_at, line.last_read_at) for line in merged]
     assert times == [("a", minute(1), minute(2)), ("b", minute(2), minute(3)), ("c", minute(3), minute(3))]
 
 
-def test_a_reading_cut_at_its_head_continues_the_spine() -> None:
+def test_a_reading_cut_at_its_head_continues_the_merged_history() -> None:
     whole = ["u hi", "a hello", "u ok", "a ok", "u bye", "a bye"]
-    spine = spine_of(reading(*whole[:4], at=1), reading(*whole[1:], at=2))
-    assert [text for _, text in texts(spine)] == [text[2:] for text in whole]
-    assert written(spine)[0] == "-:h! u hi"
+    merged = merged_history_of(reading(*whole[:4], at=1), reading(*whole[1:], at=2))
+    assert [text for _, text in texts(merged)] == [text[2:] for text in whole]
+    assert written(merged)[0] == "-:h! u hi"
 
 
 def test_a_turn_that_vanished_between_equal_texts_vanishes_whole() -> None:
-    spine = spine_of(reading("u ok", "a A", "u ok", "a B", at=1), reading("u ok", "a B", at=2))
-    assert written(spine) == ["-:h! u ok", "-:h! a A", "-:h+ u ok", "-:h+ a B"]
+    merged = merged_history_of(reading("u ok", "a A", "u ok", "a B", at=1), reading("u ok", "a B", at=2))
+    assert written(merged) == ["-:h! u ok", "-:h! a A", "-:h+ u ok", "-:h+ a B"]
 
 
 def test_a_whole_turn_of_several_lines_vanishes_between_equal_texts() -> None:
     before = ["u ok", "t look", "a A", "u ok", "t look", "a B"]
-    spine = spine_of(reading(*before, at=1), reading("u ok", "t look", "a B", at=2))
-    assert [line.in_history for line in spine] == [False] * 3 + [True] * 3
+    merged = merged_history_of(reading(*before, at=1), reading("u ok", "t look", "a B", at=2))
+    assert [line.in_history for line in merged] == [False] * 3 + [True] * 3
 
 
 def test_the_same_answer_again_changes_nothing_though_it_could_be_aligned_otherwise() -> None:
     cut = reading("t z", "a y", at=2)
-    spine = spine_of(reading("u x", "t z", "t z", at=1), cut)
-    assert merge_history(spine, cut) == spine
+    merged = merged_history_of(reading("u x", "t z", "t z", at=1), cut)
+    assert merge_history(merged, cut) == merged
 
 
 def test_many_repeated_texts_do_not_outweigh_what_is_unmistakable() -> None:
@@ -184,28 +186,28 @@ def test_many_repeated_texts_do_not_outweigh_what_is_unmistakable() -> None:
             f"u {rng.choice(['ok', 'yes', f'ask {number}'])}",
             f"a {rng.choice(['ok', 'well', f'do {number}'])}",
         ]
-    spine = spine_of(reading(*whole[:450], at=1), reading(*whole[300:], at=2))
-    assert texts(spine) == texts(said(*whole))
+    merged = merged_history_of(reading(*whole[:450], at=1), reading(*whole[300:], at=2))
+    assert texts(merged) == texts(said(*whole))
 
 
 def test_an_equal_answer_to_something_else_is_another_message() -> None:
-    spine = spine_of(reading("u a", "a ok", "a ", at=1), reading("u b", "a ok", "a ", at=2))
-    assert written(spine) == ["-:h! u a", "-:h! a ok", "-:h! a ", "-:h+ u b", "-:h+ a ok", "-:h+ a "]
+    merged = merged_history_of(reading("u a", "a ok", "a ", at=1), reading("u b", "a ok", "a ", at=2))
+    assert written(merged) == ["-:h! u a", "-:h! a ok", "-:h! a ", "-:h+ u b", "-:h+ a ok", "-:h+ a "]
 
 
-def test_readings_cut_at_either_end_meet_in_the_middle_of_a_turn() -> None:
+def test_readings_cut_at_opposite_ends_join_in_the_middle_of_a_turn() -> None:
     whole = ["u a", "t look", "a ok", "a ok", "u b", "a ok"]
     for cut in range(1, len(whole)):
         head, tail = whole[: cut + 1], whole[cut:]
         for readings in ([head, tail], [tail, whole], [head, whole], [tail, whole[-1:]], [whole, head, tail]):
-            spine = spine_of(*(reading(*each, at=number) for number, each in enumerate(readings)))
-            assert _is_subsequence(texts(spine), texts(said(*whole))), (readings, written(spine))
+            merged = merged_history_of(*(reading(*each, at=number) for number, each in enumerate(readings)))
+            assert _is_subsequence(texts(merged), texts(said(*whole))), (readings, written(merged))
 
 
 def test_a_cut_answer_between_two_windows_is_found_again() -> None:
     whole = [f"{role} {number}" for number in range(6) for role in "ua"]
-    spine = spine_of(reading(*whole[:4], at=1), reading(*whole[7:], at=2), reading(*whole, at=3))
-    assert texts(spine) == texts(said(*whole))
+    merged = merged_history_of(reading(*whole[:4], at=1), reading(*whole[7:], at=2), reading(*whole, at=3))
+    assert texts(merged) == texts(said(*whole))
 
 
 _loose_readings = st.lists(
@@ -215,28 +217,28 @@ _loose_readings = st.lists(
 
 @_many
 @given(_loose_readings)
-def test_the_shown_lines_are_the_latest_reading_and_the_others_are_kept(readings: list[Reading]) -> None:
-    spine: list[Line] = []
+def test_the_shown_lines_are_the_latest_reading_and_the_others_are_kept(readings: list[HistoryMessages]) -> None:
+    merged: list[TranscriptLine] = []
     for each in readings:
-        before, spine = spine, merge_history(spine, each)
-        assert texts(line for line in spine if line.in_history) == texts(each.messages)
-        assert not Counter(texts(before)) - Counter(texts(spine))
-        assert _is_subsequence(texts(before), texts(spine))
-        assert all(line.last_read_at == each.read_at for line in spine if line.in_history)
-        assert len(spine) <= len(before) + len(each.messages)
+        before, merged = merged, merge_history(merged, each)
+        assert texts(line for line in merged if line.in_history) == texts(each.messages)
+        assert not Counter(texts(before)) - Counter(texts(merged))
+        assert _is_subsequence(texts(before), texts(merged))
+        assert all(line.last_read_at == each.read_at for line in merged if line.in_history)
+        assert len(merged) <= len(before) + len(each.messages)
 
 
 @_many
 @given(_loose_readings)
-def test_the_same_reading_again_changes_nothing(readings: list[Reading]) -> None:
-    spine = spine_of(*readings)
+def test_the_same_reading_again_changes_nothing(readings: list[HistoryMessages]) -> None:
+    merged = merged_history_of(*readings)
     if readings:
-        assert merge_history(spine, readings[-1]) == spine
-        later = Reading(readings[-1].messages, minute(50))
-        assert [_timeless(line) for line in merge_history(spine, later)] == [_timeless(line) for line in spine]
+        assert merge_history(merged, readings[-1]) == merged
+        later = HistoryMessages(readings[-1].messages, minute(50))
+        assert [_timeless(line) for line in merge_history(merged, later)] == [_timeless(line) for line in merged]
 
 
-def _timeless(line: Line) -> Line:
+def _timeless(line: TranscriptLine) -> TranscriptLine:
     return msgspec.structs.replace(line, first_read_at=None, last_read_at=None)
 
 
@@ -258,7 +260,7 @@ def test_a_greeting_that_no_turn_claims_has_no_chat() -> None:
     assert written(lines) == ["-:h+ a Welcome!", "A:w+ u hi", "A:w+ a hello", "-:h+ u lost", "-:h+ a l"]
 
 
-def test_lines_that_only_history_tells_belong_to_the_turn_around_them() -> None:
+def test_lines_that_only_history_has_belong_to_the_surrounding_turn() -> None:
     lines = transcript(
         [turn("A", "u hi", "a hello"), turn("B", "u go", "a went", at=1)],
         [reading("s rules", "u hi", "t look", "a hello", "a more", "s note", "u go", "a went")],
@@ -275,7 +277,7 @@ def test_lines_that_only_history_tells_belong_to_the_turn_around_them() -> None:
     ]
 
 
-def test_an_output_that_only_history_tells_stays_though_the_turn_was_told_later() -> None:
+def test_an_output_that_only_history_has_stays_when_the_turn_arrives_later() -> None:
     lines = transcript([turn("A", "u hi", "a hello", told=200)], [reading("u hi", "a hello", "a more", at=100)])
     assert written(lines) == ["A:w+ u hi", "A:w+ a hello", "A:h+ a more"]
 
@@ -287,10 +289,10 @@ def test_a_turn_may_begin_with_a_system_message() -> None:
 
 
 def test_blank_messages_match_whether_upstream_keeps_them_or_not() -> None:
-    told = turn("A", "u hi", "a ", "a hello", "a \n")
-    assert written(transcript([told], [reading("u hi", "a hello")])) == ["A:w+ u hi", "A:w+ a hello"]
-    kept = transcript([told], [reading("u hi", "a ", "a hello", "a \n")])
-    assert written(kept) == ["A:w+ u hi", "A:w+ a ", "A:w+ a hello", "A:w+ a \n"]
+    result = turn("A", "u hi", "a ", "a hello", "a \n")
+    assert written(transcript([result], [reading("u hi", "a hello")])) == ["A:w+ u hi", "A:w+ a hello"]
+    remaining = transcript([result], [reading("u hi", "a ", "a hello", "a \n")])
+    assert written(remaining) == ["A:w+ u hi", "A:w+ a ", "A:w+ a hello", "A:w+ a \n"]
 
 
 @pytest.mark.parametrize("shown", [["u ", "a Welcome"], ["a Welcome"]])
@@ -305,7 +307,7 @@ def test_a_turn_of_blank_messages_alone_finds_them(blank: list[str]) -> None:
     assert written(lines) == ["X:w+ u x", "X:w+ a y", *[f"A:w+ {text}" for text in blank]]
 
 
-def test_a_turn_that_tells_only_a_blank_input_gets_its_output_from_history() -> None:
+def test_a_turn_with_only_a_blank_input_gets_its_output_from_history() -> None:
     lines = transcript([turn("A", "u ", "a ")], [reading("u x", "a y", "u ", "a hello")])
     assert written(lines) == ["-:h+ u x", "-:h+ a y", "A:w+ u ", "A:h+ a hello"]
 
@@ -324,7 +326,7 @@ def test_several_inputs_are_found_by_a_rarer_output() -> None:
     assert [line.chat_id for line in lines] == ["A"] * 3 + [None] * 3
 
 
-def test_what_is_input_is_told_by_the_turn_not_by_roles() -> None:
+def test_the_turn_and_not_the_role_decides_what_is_input() -> None:
     """As output the same messages claim their lines at any time; as input only where a reading could show them."""
     turns = [turn("A", "u x", "a y", at=1), turn("B", "u x", "a y", at=200, inputs=2)]
     lines = transcript(turns, [reading("u x", "a y", "u x", "a y")])
@@ -340,7 +342,7 @@ def test_two_turns_never_share_a_line() -> None:
         assert {line.chat_id for line in lines} >= {"A", "B"}
 
 
-def test_turns_with_equal_texts_are_told_apart_by_their_order() -> None:
+def test_order_distinguishes_turns_with_equal_texts() -> None:
     turns = [turn("A", "u ok", "a ok"), turn("B", "u go", "a went", at=1), turn("C", "u ok", "a ok", at=2)]
     lines = transcript(turns, [reading("u ok", "a ok", "u go", "a went", "u ok", "a ok")])
     assert [line.chat_id for line in lines] == ["A", "A", "B", "B", "C", "C"]
@@ -352,7 +354,7 @@ def test_of_equal_texts_those_read_after_the_turn_began_are_its_own() -> None:
     assert [line.chat_id for line in lines] == [None, None, "B", "B"]
 
 
-def test_a_partial_match_tells_equal_texts_apart() -> None:
+def test_a_partial_match_distinguishes_equal_texts() -> None:
     turns = [turn("A", "u who", "a dra", at=1), turn("B", "u ok", "a ok", at=2)]
     lines = transcript(turns, [reading("u ok", "a ok", "u who", "a draft", "u ok", "a ok")])
     assert [line.chat_id for line in lines] == [None, None, "A", "A", "B", "B"]
@@ -433,7 +435,7 @@ def test_turns_with_wrong_times_still_find_their_lines() -> None:
     assert all(line.source == "webhook" for line in lines)
 
 
-def test_i5_a_turn_told_after_the_reading_that_shows_it_claims_it() -> None:
+def test_i5_a_turn_that_arrives_after_the_reading_that_shows_it_claims_its_lines() -> None:
     late = turn("A", "u a", "a A", at=200)
     assert written(transcript([late], [reading("u a", "a A", at=100)])) == ["A:w+ u a", "A:w+ a A"]
 
@@ -482,19 +484,19 @@ def test_a_turn_deleted_upstream_keeps_its_lines() -> None:
 
 
 def test_what_is_like_a_part_of_a_deleted_turn_is_another_s() -> None:
-    gone = msgspec.structs.replace(turn("A", "u ok", "a A"), is_deleted=True)
-    lines = transcript([gone], [reading("u ok", "a A", at=1), reading("u ok", "a B", at=2)])
+    deleted = msgspec.structs.replace(turn("A", "u ok", "a A"), is_deleted=True)
+    lines = transcript([deleted], [reading("u ok", "a A", at=1), reading("u ok", "a B", at=2)])
     assert written(lines) == ["A:w! u ok", "A:w! a A", "-:h+ u ok", "-:h+ a B"]
-    lines = transcript([gone], [reading("u x", "a x", "u ok", "a B")])
+    lines = transcript([deleted], [reading("u x", "a x", "u ok", "a B")])
     assert written(lines)[2:] == ["-:h+ u ok", "-:h+ a B", "A:w! u ok", "A:w! a A"]
     before = ["u ok", "a x"]
-    lines = transcript([gone], [reading(*before, "u ok", "a A", at=1), reading(*before, "u ok", "a B", at=2)])
+    lines = transcript([deleted], [reading(*before, "u ok", "a A", at=1), reading(*before, "u ok", "a B", at=2)])
     assert written(lines)[2:] == ["A:w! u ok", "A:w! a A", "-:h+ u ok", "-:h+ a B"]
 
 
 def test_a_deleted_turn_read_before_its_answer_is_the_same_turn() -> None:
-    gone = msgspec.structs.replace(turn("A", "u ok", "a A"), is_deleted=True)
-    lines = transcript([gone], [reading("u x", "u ok", at=1), reading("u x", "u ok", "a A", at=2)])
+    deleted = msgspec.structs.replace(turn("A", "u ok", "a A"), is_deleted=True)
+    lines = transcript([deleted], [reading("u x", "u ok", at=1), reading("u x", "u ok", "a A", at=2)])
     assert written(lines) == ["-:h+ u x", "A:w+ u ok", "A:w+ a A"]
 
 
@@ -502,21 +504,21 @@ def test_i5_deleted_turns_that_overlap_count_in_an_order_that_is_not_chance() ->
     patterns = set()
     for word in "abcdefghij":
         short, long = [f"u {word}", f"a {word}"], [f"u {word}", f"a {word}", "a x"]
-        gone = [
-            msgspec.structs.replace(turn(chat_id, *told), is_deleted=True)
-            for chat_id, told in (("A", short), ("B", long))
+        deleted = [
+            msgspec.structs.replace(turn(chat_id, *item), is_deleted=True)
+            for chat_id, item in (("A", short), ("B", long))
         ]
         readings = [
             reading(f"a {word}", f"a {word}", f"u {word}", f"u {word}", f"u {word}", at=1),
             reading(f"u {word}", f"a {word}", f"a {word}", f"u {word}", f"a {word}", "a x", at=2),
         ]
-        patterns.add(tuple((line.role, line.in_history) for line in transcript(gone, readings)))
+        patterns.add(tuple((line.role, line.in_history) for line in transcript(deleted, readings)))
     assert len(patterns) == 1
 
 
 def test_blank_turns_known_to_be_deleted_are_no_obstacle() -> None:
-    gone = msgspec.structs.replace(turn("A", "u ", "a "), is_deleted=True)
-    lines = transcript([gone], [reading("u x", "a y", at=1), reading("u x", "a y", "u z", at=2)])
+    deleted = msgspec.structs.replace(turn("A", "u ", "a "), is_deleted=True)
+    lines = transcript([deleted], [reading("u x", "a y", at=1), reading("u x", "a y", "u z", at=2)])
     assert written(lines)[:3] == ["-:h+ u x", "-:h+ a y", "-:h+ u z"]
 
 
@@ -570,7 +572,7 @@ def test_i3_a_lost_revision_comes_from_history() -> None:
     assert written(lines) == ["A:w+ u hi", "A:h+ t look", "A:h+ a hello", "A:h+ a there"]
 
 
-def test_i3_a_telling_newer_than_the_reading_stands() -> None:
+def test_i3_a_revision_newer_than_the_reading_wins() -> None:
     lines = transcript([turn("A", "u hi", "a hello", told=10)], [reading("u hi", "t look", "a hel", at=9)])
     assert written(lines) == ["A:w+ u hi", "A:h+ t look", "A:w? a hello"]
 
@@ -590,12 +592,12 @@ def test_a_message_that_history_leaves_out_keeps_its_place() -> None:
     assert written(lines) == ["A:w+ u hi", "A:w! t look", "A:w+ a hello", "-:h+ u x"]
 
 
-def test_an_output_told_and_read_alike_stays_beside_one_that_differs() -> None:
+def test_an_output_equal_in_webhook_and_history_stays_beside_one_that_differs() -> None:
     lines = transcript([turn("A", "u hi", "a 1", "a 2")], [reading("u hi", "a 1", "a 3")])
     assert written(lines) == ["A:w+ u hi", "A:w+ a 1", "A:h+ a 3"]
 
 
-def test_a_draft_read_before_the_final_telling_is_gone_whatever_is_read_next() -> None:
+def test_a_draft_read_before_the_final_revision_is_dropped_regardless_of_later_readings() -> None:
     final = turn("A", "u hi", "a final", told=10)
     draft = reading("u hi", "a draft", at=9)
     assert written(transcript([final], [draft])) == ["A:w+ u hi", "A:w? a final"]
@@ -616,7 +618,7 @@ def test_an_output_that_only_a_longer_reading_showed_is_kept() -> None:
     assert written(transcript([turn("A", "u hi", "a 1")], readings)) == ["A:w+ u hi", "A:w+ a 1", "A:h! a 2"]
 
 
-def test_i3_a_newer_telling_without_output_replaces_none() -> None:
+def test_i3_a_newer_revision_without_output_replaces_no_output() -> None:
     readings = [reading("u hi", "a hello", at=9), reading("u hi", at=20)]
     assert written(transcript([turn("A", "u hi", told=10)], readings)) == ["A:w+ u hi", "A:h! a hello"]
 
@@ -634,8 +636,8 @@ class World(msgspec.Struct):
     """What was said, what webhooks told of it and what readings showed."""
 
     truth: dict[str, list[Message]]  # by chat, as history shows it at the end; "" is the greeting
-    turns: list[Turn]  # those known, in the order in which they came
-    readings: list[Reading]
+    turns: list[TurnMessages]  # those known, in the order in which they came
+    readings: list[HistoryMessages]
     deleted: set[str]
 
     def everything(self) -> list[Message]:
@@ -671,21 +673,21 @@ def _spoken(draw: st.DrawFn, number: int, *, is_distinct: bool, has_drafts: bool
 
     inputs = tuple(text("user") for _ in range(draw(st.sampled_from([1, 1, 1, 2]))))
     outputs = tuple(text("assistant") for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))))
-    told, shown = [], []
+    item, shown = [], []
     for output in outputs:
         if draw(st.integers(0, 5)) == 0:
-            told.append(Message("assistant", ""))
-            shown += told[-1:] * draw(st.integers(0, 1))
+            item.append(Message("assistant", ""))
+            shown += item[-1:] * draw(st.integers(0, 1))
         if draw(st.integers(0, 3)) == 0:
             shown.append(text(draw(st.sampled_from(["tool", "system"]))))
-        told.append(output)
+        item.append(output)
         shown.append(output)
     draft: tuple[Message, ...] = ()
     if has_drafts and outputs and draw(st.booleans()):
         draft = (Message("assistant", f"{outputs[0].content} …"),)
     return _Spoken(
         shown=(inputs, inputs + draft, inputs + tuple(shown)),
-        told=(inputs, inputs + draft, inputs + tuple(told)),
+        told=(inputs, inputs + draft, inputs + tuple(item)),
         inputs=len(inputs),
         began=number * STEP,
     )
@@ -713,13 +715,13 @@ def worlds(
     deletions = {number: moment for number, moment in deletions.items() if draw(st.integers(0, 2)) == 0}
 
     def history(moment: float) -> tuple[Message, ...]:
-        kept = [
+        remaining = [
             message
             for number, each in enumerate(spoken)
             if deletions.get(number, moment + 1) > moment
             for message in each.at(moment)
         ]
-        return (*greeting, *kept)
+        return (*greeting, *remaining)
 
     readings, known = [], 0
     moments = st.tuples(st.integers(0, max(0, len(spoken) - 1)), st.sampled_from(_MOMENTS))
@@ -733,9 +735,9 @@ def worlds(
             # An overlapping one shows at least one line that is known already.
             first = max(0, min(first, known - 1)) if cuts == "overlapping" else first
             known = max(known, last)
-        readings.append(Reading(messages[first:last], minute(moment)))
+        readings.append(HistoryMessages(messages[first:last], minute(moment)))
     if ends_whole:
-        readings.append(Reading(history(end), minute(end)))
+        readings.append(HistoryMessages(history(end), minute(end)))
 
     turns = []
     for number, each in enumerate(spoken):
@@ -744,7 +746,9 @@ def worlds(
             told_at = each.began + (0, DRAFTED, SETTLED)[newest]
             is_deleted = tells_deletions and number in deletions and draw(st.booleans())
             turns.append(
-                Turn(f"C{number}", each.told[newest], each.inputs, minute(each.began), minute(told_at), is_deleted)
+                TurnMessages(
+                    f"C{number}", each.told[newest], each.inputs, minute(each.began), minute(told_at), is_deleted
+                )
             )
     truth = {"": [*greeting]} | {f"C{number}": [*each.at(end)] for number, each in enumerate(spoken)}
     return World(truth, draw(st.permutations(turns)), readings, {f"C{number}" for number in deletions})
@@ -772,8 +776,8 @@ def test_i5_the_order_in_which_things_came_is_irrelevant(world: World, rng: rand
 def test_what_the_latest_reading_shows_stands_once_and_in_order(world: World) -> None:
     lines = transcript(world.turns, world.readings)
     shown = texts(line for line in lines if line.in_history)
-    latest = world.readings[-1] if world.readings else Reading((), minute(-1))
-    if any(each.told_at > latest.read_at for each in world.turns):
+    latest = world.readings[-1] if world.readings else HistoryMessages((), minute(-1))
+    if any(each.revised_at > latest.read_at for each in world.turns):
         assert _is_subsequence(shown, texts(latest.messages))
         assert _without_answers(shown) == _without_answers(texts(latest.messages))
     else:
@@ -787,19 +791,19 @@ def _without_answers(said_lines: Iterable[tuple[str, str]]) -> list[tuple[str, s
 def _deleted_first_turn() -> World:
     """History shows the question of a lost turn where the first turn was: equal to one half of that one's input."""
 
-    def turn(chat_id: str, began: int, inputs: int, *said: Message) -> Turn:
-        return Turn(chat_id, said, inputs, minute(began), minute(began + 4))
+    def turn(chat_id: str, began: int, inputs: int, *said: Message) -> TurnMessages:
+        return TurnMessages(chat_id, said, inputs, minute(began), minute(began + 4))
 
     ok, thanks, answer = Message("user", "ok"), Message("user", "thanks"), Message("assistant", "ok")
     turns = [turn("C0", 0, 2, ok, ok, answer), turn("C2", 20, 1, thanks), turn("C3", 30, 1, ok, answer)]
-    return World({}, turns, [Reading((ok, thanks, ok, answer), minute(70))], set())
+    return World({}, turns, [HistoryMessages((ok, thanks, ok, answer), minute(70))], set())
 
 
 def _read_midway() -> World:
     """The reading shows one of two equal answers, after a turn that was answered the same."""
-    ok, answer, found = Message("user", "ok"), Message("assistant", "ok"), Message("tool", "ok")
-    turns = [Turn("C4", (ok, answer, answer), 1, minute(40), minute(44))]
-    return World({}, turns, [Reading((answer, found, answer, ok, answer), minute(41))], set())
+    ok, answer, item = Message("user", "ok"), Message("assistant", "ok"), Message("tool", "ok")
+    turns = [TurnMessages("C4", (ok, answer, answer), 1, minute(40), minute(44))]
+    return World({}, turns, [HistoryMessages((answer, item, answer, ok, answer), minute(41))], set())
 
 
 @_many
@@ -812,10 +816,10 @@ def test_i3_no_turn_is_lost_doubled_or_torn(world: World) -> None:
     assert sorted(runs) == sorted(each.chat_id for each in world.turns if each.messages)
     for each in world.turns:
         own = [line for line in lines if line.chat_id == each.chat_id]
-        told = [message for message in each.messages if message.content.strip()]
+        result = [message for message in each.messages if message.content.strip()]
         by_webhook = [line for line in own if line.source == "webhook"]
-        assert _is_subsequence(texts(line for line in by_webhook if line.content.strip()), texts(told))
-        missing = Counter(texts(told)) - Counter(texts(by_webhook))
+        assert _is_subsequence(texts(line for line in by_webhook if line.content.strip()), texts(result))
+        missing = Counter(texts(result)) - Counter(texts(by_webhook))
         # Words of the user go alone where the history shows them before, or as no turn's (`alignment.context`).
         repeated = missing - Counter(texts(each.messages[each.inputs :]))
         before = lines[: lines.index(own[0])] if own else []
@@ -826,38 +830,38 @@ def test_i3_no_turn_is_lost_doubled_or_torn(world: World) -> None:
             # A draft that history shows, or answers to earlier turns that it shows before (`alignment.context`).
             is_draft = any(line.source == "history" and line.role == "assistant" for line in own)
             assert is_draft or not missing - Counter(texts(before))
-            assert each.told_at <= world.readings[-1].read_at
+            assert each.revised_at <= world.readings[-1].read_at
 
 
 def _draft_with_a_mark() -> World:
     """The reading shows a draft that ends with the mark of a cut; the turn says at last what stands before it."""
     asked, answer = Message("user", "ok"), Message("assistant", "thanks 0.2")
     drafted = Message("assistant", "thanks 0.2 …")
-    turns = [Turn("C0", (asked, answer), 1, minute(0), minute(4))]
-    return World({}, turns, [Reading((), minute(1)), Reading((asked, drafted), minute(3))], set())
+    turns = [TurnMessages("C0", (asked, answer), 1, minute(0), minute(4))]
+    return World({}, turns, [HistoryMessages((), minute(1)), HistoryMessages((asked, drafted), minute(3))], set())
 
 
 @_many
 @given(_any_world)
 @example(_draft_with_a_mark())
-def test_i7_nothing_that_was_ever_read_is_lost_but_outputs_of_a_turn_told_anew(world: World) -> None:
+def test_i7_no_line_is_lost_except_replaced_outputs_of_a_revised_turn(world: World) -> None:
     lines = transcript(world.turns, world.readings)
     known = [line for line in lines if line.first_read_at]
     for each in world.readings:
         assert _is_subsequence(_without_answers(texts(each.messages)), _without_answers(texts(known)))
     if not any(each.is_deleted for each in world.turns):
-        spine = transcript([], world.readings)
-        gone = Counter(texts(spine)) - Counter(texts(lines))
-        assert {role for role, _ in gone} <= {"assistant"}
-        assert _is_subsequence([_unclaimed(line) for line in known], spine)
-        assert world.turns or lines == spine
+        merged = transcript([], world.readings)
+        deleted = Counter(texts(merged)) - Counter(texts(lines))
+        assert {role for role, _ in deleted} <= {"assistant"}
+        assert _is_subsequence([_unclaimed(line) for line in known], merged)
+        assert world.turns or lines == merged
 
 
-def _unclaimed(line: Line) -> Line:
+def _unclaimed(line: TranscriptLine) -> TranscriptLine:
     """The line as history alone has it."""
     shown = line.content if line.history_content is None else line.history_content
-    told = msgspec.structs.replace(line, content=shown, chat_id=None, source="history", is_ambiguous=False)
-    return msgspec.structs.replace(told, is_reworded=False, history_content=None)
+    result = msgspec.structs.replace(line, content=shown, chat_id=None, source="history", is_ambiguous=False)
+    return msgspec.structs.replace(result, is_reworded=False, history_content=None)
 
 
 @_many
@@ -871,7 +875,7 @@ def test_marks_say_what_the_latest_reading_could_show(world: World) -> None:
         assert line.chat_id is not None or line.source == "history"
         if line.in_history is None:
             assert line.chat_id is not None
-            assert latest is None or turns[line.chat_id].told_at > latest
+            assert latest is None or turns[line.chat_id].revised_at > latest
         elif line.first_read_at is None:
             assert line.chat_id is not None
             assert latest is not None
@@ -908,7 +912,7 @@ def test_i6_distinct_texts_converge_and_each_turn_has_exactly_its_own(world: Wor
 
 @_many
 @given(worlds(is_distinct=True, cuts="overlapping"), st.randoms(use_true_random=False))
-def test_distinct_texts_find_their_lines_whatever_the_times_are(world: World, rng: random.Random) -> None:
+def test_distinct_texts_match_regardless_of_times(world: World, rng: random.Random) -> None:
     turns = [
         msgspec.structs.replace(each, began_at=minute(rng.randint(-50, 0)))
         for each in world.turns
@@ -962,21 +966,21 @@ _matches = st.builds(
 @_some
 @given(st.lists(st.lists(_matches, max_size=4), max_size=5))
 def test_the_heaviest_chain_is_the_best_of_all(candidates: list[list[Match]]) -> None:
-    found = [*enumerate(candidates)]
+    result = [*enumerate(candidates)]
 
     def weight(number: int, match: Match) -> int:
         return (match.end - match.start) * (4 if match.is_full else 1) + number
 
-    chain = heaviest_chain(found, weight)
+    chain = heaviest_chain(result, weight)
     assert [number for number, _ in chain] == sorted({number for number, _ in chain})
     assert all(one.end <= two.start for (_, one), (_, two) in pairwise(chain))
-    assert sum(weight(number, match) for number, match in chain) == _brute(found, weight)
+    assert sum(weight(number, match) for number, match in chain) == _brute(result, weight)
 
 
 # Long sessions
 
 
-def _long(kind: str, messages: int, loss: float) -> tuple[list[Turn], list[Reading]]:
+def _long(kind: str, messages: int, loss: float) -> tuple[list[TurnMessages], list[HistoryMessages]]:
     """Half of `messages` turns, read whole at the end after a reading of three quarters."""
     rng = random.Random(7)
     pools: dict[str, Callable[[str, int], str]] = {
@@ -993,7 +997,7 @@ def _long(kind: str, messages: int, loss: float) -> tuple[list[Turn], list[Readi
     ]
     whole = tuple(message for each in turns for message in each.messages)
     early = messages * 3 // 4
-    readings = [Reading(whole[:early], minute(early / 2)), Reading(whole, minute(messages))]
+    readings = [HistoryMessages(whole[:early], minute(early / 2)), HistoryMessages(whole, minute(messages))]
     return [each for each in turns if rng.random() >= loss], readings
 
 
@@ -1034,10 +1038,10 @@ def test_the_work_grows_with_the_session_not_with_its_square(kind: str, shown: s
         turns, readings = _long(kind, messages, 0.2)
         whole = readings[-1]
         if "deleted" in shown:
-            turns = [msgspec.structs.replace(each, is_deleted=each.told_at.minute % 2 == 0) for each in turns]
+            turns = [msgspec.structs.replace(each, is_deleted=each.revised_at.minute % 2 == 0) for each in turns]
         elif shown != "whole":
             half = whole.messages[messages // 2 :] if shown == "second half" else ()
-            readings = [Reading(half, whole.read_at)]
+            readings = [HistoryMessages(half, whole.read_at)]
         with _counted_calls() as count:
             transcript(turns, readings)
         counts += count
@@ -1053,14 +1057,14 @@ def test_merge_turns_alone_takes_what_merge_history_made() -> None:
 @_many
 @given(st.data())
 def test_i6_readings_cut_at_either_end_leave_no_trace_once_a_whole_one_is_known(data: st.DataObject) -> None:
-    said = st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from(["ok", "thanks", "a"]))
-    whole = [Message(*each) for each in data.draw(st.lists(said, min_size=1, max_size=12))]
+    text = st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from(["ok", "thanks", "a"]))
+    whole = [Message(*each) for each in data.draw(st.lists(text, min_size=1, max_size=12))]
     readings = []
     for minute in range(data.draw(st.integers(0, 3))):
         end = data.draw(st.integers(0, len(whole)))
         start = data.draw(st.integers(0, end))
-        readings.append(Reading(tuple(whole[start:end]), START + timedelta(minutes=minute)))
-    readings.append(Reading(tuple(whole), START + timedelta(hours=1)))
+        readings.append(HistoryMessages(tuple(whole[start:end]), START + timedelta(minutes=minute)))
+    readings.append(HistoryMessages(tuple(whole), START + timedelta(hours=1)))
     lines = transcript([], readings)
     assert texts(lines) == texts(whole)
     # Each line was shown at the latest by the last, and by a part of it as soon as one held such a line.
@@ -1072,6 +1076,6 @@ def test_i6_readings_cut_at_either_end_leave_no_trace_once_a_whole_one_is_known(
 def test_a_line_is_dated_by_the_first_reading_that_showed_it() -> None:
     whole = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
     cuts = [(2, 4), (0, 2), (0, 4)]
-    readings = [Reading(tuple(whole[a:b]), START + timedelta(minutes=n)) for n, (a, b) in enumerate(cuts)]
+    readings = [HistoryMessages(tuple(whole[a:b]), START + timedelta(minutes=n)) for n, (a, b) in enumerate(cuts)]
     times = [line.first_read_at for line in transcript([], readings)]
     assert times == [START + timedelta(minutes=1)] * 2 + [START] * 2

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import Line, transcript
+from archiver.alignment import TranscriptLine, transcript
 from tests.conversations import DISTINCT, REALISTIC, tally
 from tests.test_alignment import reading, turn
 
@@ -15,21 +15,21 @@ from tests.test_alignment import reading, turn
 CONVERSATIONS = 1_500
 
 
-def chats(lines: Sequence[Line]) -> str:
+def chats(lines: Sequence[TranscriptLine]) -> str:
     return "".join(line.chat_id or "-" for line in lines)
 
 
-def ambiguous(lines: Sequence[Line]) -> set[str | None]:
+def ambiguous(lines: Sequence[TranscriptLine]) -> set[str | None]:
     return {line.chat_id for line in lines if line.is_ambiguous}
 
 
 @pytest.mark.parametrize("is_skewed", [False, True])
 def test_i6_each_turn_has_its_own_lines_or_is_ambiguous(is_skewed: bool) -> None:
-    found = tally(range(CONVERSATIONS), is_skewed=is_skewed)
-    assert found.wrong == []
+    result = tally(range(CONVERSATIONS), is_skewed=is_skewed)
+    assert result.wrong == []
     # An answer that is always "ambiguous" would be no answer.
-    assert found.needless == []
-    assert found.ambiguous < found.conversations * 0.35
+    assert result.needless == []
+    assert result.ambiguous < result.conversations * 0.35
 
 
 @settings(max_examples=200, deadline=None)
@@ -37,21 +37,21 @@ def test_i6_each_turn_has_its_own_lines_or_is_ambiguous(is_skewed: bool) -> None
 @example(30, True)
 @example(867, True)
 def test_i6_no_turn_has_the_lines_of_another_without_a_report(seed: int, is_skewed: bool) -> None:
-    found = tally([seed], is_skewed=is_skewed)
-    assert (found.wrong, found.needless) == ([], [])
+    result = tally([seed], is_skewed=is_skewed)
+    assert (result.wrong, result.needless) == ([], [])
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**9), st.booleans())
 def test_a_conversation_of_distinct_texts_is_never_ambiguous(seed: int, is_skewed: bool) -> None:
-    found = tally([seed], is_skewed=is_skewed, words=DISTINCT)
-    assert (found.wrong, found.ambiguous, found.misplaced) == ([], 0, 0)
+    result = tally([seed], is_skewed=is_skewed, words=DISTINCT)
+    assert (result.wrong, result.ambiguous, result.misplaced) == ([], 0, 0)
 
 
 def test_few_conversations_of_mostly_distinct_texts_are_ambiguous() -> None:
-    found = tally(range(CONVERSATIONS), is_skewed=True, words=REALISTIC)
-    assert found.wrong == []
-    assert found.ambiguous < found.conversations * 0.01
+    result = tally(range(CONVERSATIONS), is_skewed=True, words=REALISTIC)
+    assert result.wrong == []
+    assert result.ambiguous < result.conversations * 0.01
 
 
 def test_nothing_is_ambiguous_where_every_webhook_arrived_and_times_are_far_enough_apart() -> None:
@@ -74,9 +74,9 @@ def test_times_decide_between_equal_turns_where_both_may_be_wrong_by_40_seconds(
 
 def test_i6_a_deleted_turn_beside_words_that_no_turn_has_is_ambiguous() -> None:
     """Its lines may be the end of a turn whose webhook was lost."""
-    gone = msgspec.structs.replace(turn("A", "u ok", "a yes", at=1), is_deleted=True)
-    assert ambiguous(transcript([gone], [reading("u yes", "u ok", "a yes")])) == {"A"}
-    assert ambiguous(transcript([gone], [reading("u yes", "a no", "u ok", "a yes")])) == set()
+    deleted = msgspec.structs.replace(turn("A", "u ok", "a yes", at=1), is_deleted=True)
+    assert ambiguous(transcript([deleted], [reading("u yes", "u ok", "a yes")])) == {"A"}
+    assert ambiguous(transcript([deleted], [reading("u yes", "a no", "u ok", "a yes")])) == set()
 
 
 def test_a_match_without_skipped_lines_wins() -> None:
@@ -153,6 +153,6 @@ def test_a_turn_makes_room_for_one_that_fits_nowhere_else() -> None:
 
 
 def test_living_turns_come_before_deleted_ones() -> None:
-    gone = msgspec.structs.replace(turn("A", "u ok", "a ok", at=1), is_deleted=True)
-    lines = transcript([gone, turn("B", "u ok", "a ok", at=2)], [reading("u ok", "a ok")])
+    deleted = msgspec.structs.replace(turn("A", "u ok", "a ok", at=1), is_deleted=True)
+    lines = transcript([deleted, turn("B", "u ok", "a ok", at=2)], [reading("u ok", "a ok")])
     assert {line.chat_id for line in lines if line.in_history} == {"B"}

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import acts, erasure, legal_holds, seals
+from archiver import audit_log, erasure, legal_holds, seals
 from archiver.database import snapshot, transaction
 from archiver.erasure import Criteria, Target
 from archiver.erasure.retention import Rules, examine, expire
@@ -90,7 +90,7 @@ def test_i8_a_hold_by_variable_whose_row_is_lost_covers_every_value_and_no_sessi
     assert held(engine, *targets).keys() == {Target("s1"), Target("s2")}
 
 
-def test_i8_the_audit_log_tells_no_value_and_keeps_no_salt_of_a_released_hold(engine: Engine) -> None:
+def test_i8_the_audit_log_holds_no_value_and_no_salt_of_a_released_hold(engine: Engine) -> None:
     hold_id = hold(engine, variable="customer", value="Mary")
     ((detail, salt),) = rows(engine, "SELECT a.detail, h.salt FROM archiver.acts a CROSS JOIN archiver.holds h")
     assert "Mary" not in json.dumps(detail)
@@ -167,16 +167,16 @@ def test_i9_the_command_names_the_hold(database_url: str, engine: Engine) -> Non
     hold_id = hold(engine, session_id="s1")
     execute(engine, FORGED_ERASURE, f"{WIPE} WHERE session_id = 's1'")
     execute(engine, "DELETE FROM archiver.holds", unguarded=True)
-    told = archiver("verify", database_url=database_url)
-    assert told.returncode == 1
-    assert f"hold {hold_id}: its row is missing" in told.stdout + told.stderr
-    assert f"erasure 1, legal hold {hold_id}: the hold was in force" in told.stdout + told.stderr
+    process = archiver("verify", database_url=database_url)
+    assert process.returncode == 1
+    assert f"hold {hold_id}: its row is missing" in process.stdout + process.stderr
+    assert f"erasure 1, legal hold {hold_id}: the hold was in force" in process.stdout + process.stderr
     listed = archiver("hold", "list", database_url=database_url)
     assert "case 7" in listed.stdout
     assert archiver("hold", "release", str(hold_id), "--reason", "x", database_url=database_url).returncode == 0
 
 
-def test_i9_whatever_holds_and_erasures_do_lawfully_nothing_is_found(engine: Engine) -> None:
+def test_i9_lawful_holds_and_erasures_cause_no_finding(engine: Engine) -> None:
     """Before, after and between; turns whose session becomes known; a hold between order and sweep."""
     record(engine, *(created(f"c{number}", f"s{number}") for number in range(6)), created("u1", None))
     erase(engine, Target("s0"))
@@ -214,7 +214,7 @@ AUDITOR = "archiver_auditor"
 WRITER = "archiver_writer"
 OWN: dict[str, set[str]] = {
     AUDITOR: {"export", "export.done"},
-    WRITER: {kind for kind in acts.KINDS if not kind.startswith("hold.")},
+    WRITER: {kind for kind in audit_log.KINDS if not kind.startswith("hold.")},
 }
 
 
@@ -225,7 +225,7 @@ def as_role(engine: Engine, role: str) -> Iterator[Connection]:
         yield connection
 
 
-@pytest.mark.parametrize("kind", [*acts.KINDS, "made.up", "HOLD.RELEASE", ""])
+@pytest.mark.parametrize("kind", [*audit_log.KINDS, "made.up", "HOLD.RELEASE", ""])
 @pytest.mark.parametrize("role", [AUDITOR, WRITER])
 def test_i9_a_role_adds_only_the_kinds_that_its_commands_make(engine: Engine, role: str, kind: str) -> None:
     added = text("INSERT INTO archiver.acts (at, actor, kind, detail) VALUES (now(), 'boss', :kind, '{}')")
@@ -251,7 +251,7 @@ def test_i9_who_may_place_holds_adds_their_entries(engine: Engine) -> None:
             hold_id = erasure.insert_hold(connection, Criteria(session_id="s1"), "counsel", "case")
             erasure.release_hold(connection, hold_id, "counsel", "closed")
             with pytest.raises(SQLAlchemyError, match="may not add"):
-                acts.insert_act(connection, "erase", "boss", "x")
+                audit_log.insert_entry(connection, "erase", "boss", "x")
     finally:
         execute(engine, "DROP OWNED BY counsel", "DROP ROLE counsel")
 
@@ -386,7 +386,7 @@ def test_i9_the_command_refuses_to_seal_after_it(database_url: str, engine: Engi
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL session_replication_role = replica"))
         forge_seal(connection, {"events": 2**62})
-    told = archiver("seal", database_url=database_url)
-    assert told.returncode == 1
-    assert "Seal 1 claims rows that there are not" in told.stderr
-    assert "archiver verify" in told.stderr
+    process = archiver("seal", database_url=database_url)
+    assert process.returncode == 1
+    assert "Seal 1 claims rows that there are not" in process.stderr
+    assert "archiver verify" in process.stderr

@@ -28,13 +28,13 @@ from archiver.callhq import (
     Answer,
     CallError,
     Client,
-    RefusedError,
     Registry,
+    RequestRefusedError,
     TooLargeError,
     UnauthorizedError,
     UnreachableError,
 )
-from archiver.callhq.client import ATTEMPTS, MAX_OWN_PAUSES, MAX_PAUSES
+from archiver.callhq.client import ATTEMPTS, MAX_PAUSES, MAX_SESSION_PAUSES
 from archiver.demo import client as customers
 from archiver.demo.faults import Faults
 from archiver.demo.platform import Platform, create
@@ -44,7 +44,7 @@ from archiver.settings import Settings, SettingsError
 
 KEY = "the-key-5b1f0c"
 TOKEN = "the-token-77aa"
-SAID = "my card number is 4929"
+CARD = "my card number is 4929"
 FOUND = b'{"session": {"id": "s1", "messages": []}}'
 
 
@@ -68,7 +68,7 @@ class Pauses:
         self.log.append(f"set {seconds:g} {reason}")
         return True
 
-    def answered(self, session_id: str) -> None:
+    def session_answered(self, session_id: str) -> None:
         """No matter here."""
 
     @property
@@ -200,10 +200,10 @@ def connect(to: Server, **options: Any) -> Client:
 
 
 @pytest.mark.parametrize("status", [200, 201, 206, 301, 304, 400, 402, 404, 410, 413, 418, 422, 451])
-async def test_an_answer_is_told_byte_for_byte_whatever_its_status(status):
+async def test_a_response_is_returned_byte_for_byte_with_any_status(status):
     body = b"" if status == 304 else b'\xff\x00{"session": \n'
     async with server([Response(body, status)]) as s, connect(s) as client:
-        assert told(await client.history("s1")) == (status, body)
+        assert status_and_body(await client.history("s1")) == (status, body)
     assert [(call.method, call.path) for call in s.calls] == [("GET", "/api/chats/session/s1")]
     assert s.calls[0].headers["x-api-key"] == KEY
 
@@ -214,17 +214,17 @@ async def test_a_redirect_is_an_answer_and_not_followed():
     assert (len(s.calls), elsewhere.calls) == (1, [])
 
 
-async def test_a_compressed_answer_is_told_decompressed():
+async def test_a_compressed_response_is_returned_decompressed():
     packed = Response(gzip.compress(FOUND), headers={"content-encoding": "gzip"})
     async with server([packed]) as s, connect(s) as client:
-        assert told(await client.history("s1")) == (200, FOUND)
+        assert status_and_body(await client.history("s1")) == (200, FOUND)
     assert s.calls[0].headers["accept-encoding"] == "gzip"
 
 
 @pytest.mark.parametrize(
     "session_id", ["a/b", "../x", "..", ".", "a?b#c", "%2F", "a b+c", "שלום 👍", "\x00\n", "a\\b"]
 )
-async def test_an_id_is_one_segment_of_the_path_whatever_it_holds(session_id):
+async def test_any_id_is_one_path_segment(session_id):
     async with server() as s, connect(s) as client:
         await client.history(session_id)
     [call] = s.calls
@@ -234,7 +234,7 @@ async def test_an_id_is_one_segment_of_the_path_whatever_it_holds(session_id):
 
 
 @pytest.mark.parametrize("session_id", ["", "\ud800"])
-async def test_an_id_that_is_none_is_not_asked_for(session_id):
+async def test_an_empty_id_causes_no_request(session_id):
     async with server() as s, connect(s) as client:
         with pytest.raises(ValueError, match=r"."):
             await client.history(session_id)
@@ -247,45 +247,45 @@ async def test_an_id_that_is_none_is_not_asked_for(session_id):
 async def test_server_errors_are_tried_again_until_there_is_an_answer():
     script = [Response(status_code=500), Response(status_code=502), Response(b"x", 404)]
     async with server(script) as s, connect(s) as client:
-        assert told(await client.history("s1")) == (404, b"x")
+        assert status_and_body(await client.history("s1")) == (404, b"x")
     assert len(s.calls) == 3
 
 
 async def test_attempts_are_bounded_and_the_error_says_what_happened():
-    script = [Response(SAID, 500), Response(SAID, 599), *[Response(SAID, 504)] * 9]
+    script = [Response(CARD, 500), Response(CARD, 599), *[Response(CARD, 504)] * 9]
     async with server(script) as s, connect(s) as client:
         with pytest.raises(UnreachableError, match=r"it answered 504 \(attempts: 4\)") as raised:
             await client.history("s1")
     assert len(s.calls) == ATTEMPTS == 4
-    assert SAID not in str(raised.value)
+    assert CARD not in str(raised.value)
 
 
 BROKEN = {
     "nothing": b"",
-    "no HTTP": b"SSH-2.0-OpenSSH_9.9 " + SAID.encode() + b"\r\n",
-    "a bad status": b"HTTP/1.1 200x " + SAID.encode() + b"\r\n\r\n",
-    "a bad header": b"HTTP/1.1 200 OK\r\n" + SAID.encode() + b"\r\n\r\n",
+    "no HTTP": b"SSH-2.0-OpenSSH_9.9 " + CARD.encode() + b"\r\n",
+    "a bad status": b"HTTP/1.1 200x " + CARD.encode() + b"\r\n\r\n",
+    "a bad header": b"HTTP/1.1 200 OK\r\n" + CARD.encode() + b"\r\n\r\n",
     "half a head": b"HTTP/1.1 200 OK\r\nContent-Le",
-    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + SAID.encode(),
-    "half a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + SAID.encode(),
+    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + CARD.encode(),
+    "half a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + CARD.encode(),
     "no gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
     "endless head": b"HTTP/1.1 200 OK\r\nx: " + b"x" * 1_000_000,
 }
 
 
 @pytest.mark.parametrize("said", BROKEN.values(), ids=BROKEN.keys())
-async def test_a_broken_answer_is_tried_again_and_never_told(said):
+async def test_a_broken_response_is_retried_and_never_returned(said):
     async with raw_server(saying(said)) as s, connect(s) as client:
         with pytest.raises(UnreachableError) as raised:
             await client.history("s1")
     assert len(s.calls) == ATTEMPTS
-    assert SAID not in str(raised.value)
+    assert CARD not in str(raised.value)
 
 
-async def test_nobody_listening_is_said():
+async def test_a_refused_connection_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        gone = Server(url=f"http://127.0.0.1:{listener.getsockname()[1]}")
-    async with connect(gone) as client:
+        deleted = Server(url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+    async with connect(deleted) as client:
         with pytest.raises(UnreachableError, match=r"cannot connect: .+ \(attempts: 4\)"):
             await client.history("s1")
 
@@ -333,19 +333,19 @@ async def test_a_caller_that_gives_up_is_obeyed_at_once_and_leaves_no_slot_taken
     assert len(s.calls) == 2
 
 
-def told(answer: Answer) -> tuple[int, bytes]:
+def status_and_body(answer: Answer) -> tuple[int, bytes]:
     return answer.status, answer.body
 
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refused_key_is_not_tried_again_and_the_error_names_the_setting(status):
-    async with server([Response(SAID, status)] * 9) as s, connect(s) as client:
+    async with server([Response(CARD, status)] * 9) as s, connect(s) as client:
         with pytest.raises(UnauthorizedError, match="CALLHQ_API_KEY") as raised:
             await client.history("s1")
         with pytest.raises(UnauthorizedError):
             await client.create_session("N", "a")
     assert len(s.calls) == 2
-    assert SAID not in str(raised.value)
+    assert CARD not in str(raised.value)
 
 
 # Pauses and rate
@@ -368,7 +368,7 @@ async def test_who_waits_for_another_call_looks_at_the_pause_when_it_is_their_tu
     assert s.pauses.log == ["wait", "call"] * 3
 
 
-async def test_every_attempt_waits_first_whoever_was_told_to():
+async def test_every_attempt_waits_for_the_shared_pause():
     script = [busy(), Response(status_code=500), busy(503)] * 3
     async with server(script) as s, connect(s, concurrency=3) as client:
         await asyncio.gather(*[client.history(f"s{n}") for n in range(9)])
@@ -461,17 +461,17 @@ async def test_short_pauses_for_one_session_are_waited_for_and_bounded():
     async with server([busy(429, retry_after="1")] * 9) as s, connect(s, pause=pauses) as client:
         with pytest.raises(UnreachableError, match="429 for this session"):
             await client.history("s1")
-    assert len(s.calls) == MAX_OWN_PAUSES + 1
+    assert len(s.calls) == MAX_SESSION_PAUSES + 1
 
 
 async def test_no_more_calls_run_at_a_time_than_allowed():
-    running, most = 0, 0
+    running, limit = 0, 0
     full = asyncio.Event()
 
     async def counting(_: Request) -> Response:
-        nonlocal running, most
+        nonlocal running, limit
         running += 1
-        most = max(most, running)
+        limit = max(limit, running)
         if running == 3:
             full.set()
         await full.wait()
@@ -482,7 +482,7 @@ async def test_no_more_calls_run_at_a_time_than_allowed():
 
     async with server([counting] * 12) as s, connect(s, concurrency=3) as client:
         await asyncio.gather(*[client.history(f"s{n}") for n in range(12)])
-    assert most == 3
+    assert limit == 3
     assert len({call.port for call in s.calls}) == 3
 
 
@@ -594,10 +594,10 @@ async def test_a_post_that_may_have_been_done_is_never_repeated():
     for scripted in scripts:
         async with server([scripted]) as s, connect(s, timeout=0.3) as client:
             with pytest.raises(UnreachableError, match=r"attempts: 1\)"):
-                await client.send_message("s1", SAID)
+                await client.send_message("s1", CARD)
         assert len(s.calls) == 1
-    for said in BROKEN.values():
-        async with raw_server(saying(said)) as s, connect(s) as client:
+    for texts in BROKEN.values():
+        async with raw_server(saying(texts)) as s, connect(s) as client:
             with pytest.raises(UnreachableError):
                 await client.create_session("N", "a")
         assert len(s.calls) == 1
@@ -653,22 +653,22 @@ async def test_a_post_that_could_not_connect_is_tried_again():
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
-        (Response(SAID, 404), 404),
+        (Response(CARD, 404), 404),
         (RedirectResponse("/elsewhere"), 307),
         (Response(b"", 200), 200),
-        (Response(b"{not json " + SAID.encode(), 201), 201),
+        (Response(b"{not json " + CARD.encode(), 201), 201),
         (Response(b"[" * 100_000, 201), 201),
-        (JSONResponse([SAID], 201), 201),
-        (JSONResponse({"message": SAID}, 201), 201),
-        (JSONResponse({"chat": {"id": 7, "input": SAID}}, 201), 201),
+        (JSONResponse([CARD], 201), 201),
+        (JSONResponse({"message": CARD}, 201), 201),
+        (JSONResponse({"chat": {"id": 7, "input": CARD}}, 201), 201),
     ],
 )
 async def test_a_post_without_the_documented_answer_is_an_error_without_content(answer, status):
     async with server([answer]) as s, connect(s) as client:
-        with pytest.raises(RefusedError, match=f"POST /chats with {status}") as raised:
-            await client.send_message("s1", SAID)
+        with pytest.raises(RequestRefusedError, match=f"POST /chats with {status}") as raised:
+            await client.send_message("s1", CARD)
     assert raised.value.status == status
-    assert SAID not in str(raised.value)
+    assert CARD not in str(raised.value)
     assert len(s.calls) == 1
 
 
@@ -684,7 +684,7 @@ async def test_a_session_is_registered_once_with_what_is_known_of_it():
     async with server() as archive, server([opened]) as s, connect(s, registry=registering(archive)) as client:
         await client.create_session("N", "a")
         for session_id in ("s1", "s2", "s2", "s1"):
-            await client.send_message(session_id, SAID)
+            await client.send_message(session_id, CARD)
         await client.history("s3")
     assert [(call.method, call.path) for call in archive.calls] == [("POST", "/sessions")] * 2
     assert [json.loads(call.body) for call in archive.calls] == [
@@ -703,22 +703,22 @@ async def test_messages_said_at_once_register_their_session_once():
 
 
 async def test_a_registration_that_failed_is_logged_and_tried_again_with_the_next_call():
-    refusals = [Response(SAID, 500), Response(status_code=401), RedirectResponse("/elsewhere"), busy()]
-    opened = JSONResponse({"session": {"id": "s1", "name": SAID}}, 201)
+    refusals = [Response(CARD, 500), Response(status_code=401), RedirectResponse("/elsewhere"), busy()]
+    opened = JSONResponse({"session": {"id": "s1", "name": CARD}}, 201)
     async with (
         server(refusals) as archive,
         server([opened]) as s,
         connect(s, registry=registering(archive)) as client,
     ):
         with structlog.testing.capture_logs() as lines:
-            await client.create_session(SAID, "a")
+            await client.create_session(CARD, "a")
             for _ in range(6):
-                assert (await client.send_message("s1", SAID))["id"]
-    assert [json.loads(call.body) for call in archive.calls] == [{"sessions": [{"id": "s1", "name": SAID}]}] * 5
+                assert (await client.send_message("s1", CARD))["id"]
+    assert [json.loads(call.body) for call in archive.calls] == [{"sessions": [{"id": "s1", "name": CARD}]}] * 5
     assert [(line["session_id"], line["reason"]) for line in lines] == [
         ("s1", reason) for reason in ("500", "401", "307", "429")
     ]
-    assert not any(secret in str(lines) for secret in (SAID, TOKEN, KEY))
+    assert not any(secret in str(lines) for secret in (CARD, TOKEN, KEY))
 
 
 async def test_an_archive_that_is_away_fails_no_call():
@@ -739,36 +739,36 @@ async def test_an_archive_that_is_away_fails_no_call():
 
 async def test_neither_key_nor_token_nor_content_is_in_any_error_log_or_representation(caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    told: list[str] = []
+    status_and_body: list[str] = []
 
     async def fail(s: Server) -> None:
         async with connect(s, timeout=0.2, registry=Registry(s.url, SecretStr(TOKEN)), max_bytes=500) as client:
-            told.extend((repr(client), str(client), repr(registering(s))))
-            for call in (client.history("s1"), client.send_message("s1", SAID), client.create_session(SAID, "a")):
+            status_and_body.extend((repr(client), str(client), repr(registering(s))))
+            for call in (client.history("s1"), client.send_message("s1", CARD), client.create_session(CARD, "a")):
                 try:
                     await call
                 except CallError as error:
-                    told.extend((repr(error), *traceback.format_exception(error)))
+                    status_and_body.extend((repr(error), *traceback.format_exception(error)))
 
-    for said in BROKEN.values():
-        async with raw_server(saying(said)) as s:
+    for texts in BROKEN.values():
+        async with raw_server(saying(texts)) as s:
             await fail(s)
     scripts: list[Sequence[Scripted]] = [
-        [Response(SAID, status)] * 20 for status in (301, 400, 401, 404, 429, 500, 503)
+        [Response(CARD, status)] * 20 for status in (301, 400, 401, 404, 429, 500, 503)
     ]
     for script in [*scripts, [hanging] * 20, [Response(b"x" * 501)] * 20]:
         async with server(script) as s:
             await fail(s)
     await fail(s)  # which is gone
     captured = capfd.readouterr()
-    ours = "\n".join([*told, captured.out, captured.err])
-    assert "UnreachableError" in ours
-    assert "stamina.retry_scheduled" in ours
+    own = "\n".join([*status_and_body, captured.out, captured.err])
+    assert "UnreachableError" in own
+    assert "stamina.retry_scheduled" in own
     # What httpcore2 logs at DEBUG quotes broken answers; `telemetry` mutes it.
     others = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpcore2"))
-    assert SAID not in ours + others
+    assert CARD not in own + others
     for secret in (KEY, TOKEN):
-        assert secret not in ours + caplog.text
+        assert secret not in own + caplog.text
 
 
 @pytest.mark.parametrize("key", ["", "  ", "secret-part\nx: y", "secret-part\x7f", "secret-part-é", "secret-part\r"])
@@ -784,7 +784,7 @@ def test_a_key_that_no_header_can_hold_is_refused_by_name(key):
 @pytest.mark.parametrize(
     "url", ["", "api.callhq.ai/api", "ftp://host/x", "http://", "http://h:port/x", "https://u:pass@h/x?y=1", "x\x00y"]
 )
-def test_a_url_that_is_none_is_refused_without_telling_it(url):
+def test_an_invalid_url_is_refused_without_quoting_it(url):
     with pytest.raises(SettingsError, match="CALLHQ_API_URL") as raised:
         Client(url, SecretStr(KEY), pause=Pauses())
     assert "pass" not in str(raised.value)
@@ -813,8 +813,8 @@ async def test_through_all_that_goes_wrong_the_platforms_histories_are_read():
         report = (await http.get(f"{truth.url}/simulator/report")).json()
     for session_id, answer in zip(ids, answers, strict=True):
         assert answer.status == 200
-        told = json.loads(answer.body)["session"]["messages"]
-        assert told == platform.upstream.session(session_id).messages()
+        status_and_body = json.loads(answer.body)["session"]["messages"]
+        assert status_and_body == platform.upstream.session(session_id).messages()
     played = report["history_faults"]
     assert all(played[fault] for fault in ("error", "busy", "hanging"))
     assert report["history"]["calls"] == sum(played.values()) + len(ids)

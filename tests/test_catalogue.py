@@ -28,8 +28,8 @@ def test_the_stored_catalogue_is_that_of_the_migrations(engine: Engine, cluster:
     assert differences(engine) == []
     if cluster.version == "18":
         with transaction(engine) as connection:
-            found = catalogue.read(connection)
-        assert catalogue.encode(found) == catalogue.encode(catalogue.read_expected()), "run `make schema`"
+            result = catalogue.read(connection)
+        assert catalogue.encode(result) == catalogue.encode(catalogue.read_expected()), "run `make schema`"
 
 
 # What was done to the database; the object that is named; whether `migrate --repair` undoes it.
@@ -134,9 +134,9 @@ def test_each_difference_is_named_with_a_remedy_and_repaired_where_a_statement_c
     with transaction(lasting) as connection:
         for each in statement.split(";; "):
             connection.execute(text(each.replace(":", r"\:")))
-        found = failures()
-        assert named in [each.object for each in found]
-        assert all(each.detail and each.advice for each in found)
+        result = failures()
+        assert named in [each.object for each in result]
+        assert all(each.detail and each.advice for each in result)
         catalogue.repair(connection)
         remaining = [each.object for each in failures()]
         connection.rollback()
@@ -208,10 +208,10 @@ def test_a_user_who_may_create_no_temporary_view_is_not_shown_false_differences(
 ) -> None:
     execute(engine, f"REVOKE TEMPORARY ON DATABASE {engine.url.database} FROM PUBLIC")
     writer = cluster.engine(servers.as_writer(database_url))
-    found = differences(writer)
+    result = differences(writer)
     writer.dispose()
-    assert {each.verdict for each in found} <= {"warning"}
-    assert all("GRANT TEMPORARY" in each.advice for each in found)
+    assert {each.verdict for each in result} <= {"warning"}
+    assert all("GRANT TEMPORARY" in each.advice for each in result)
 
 
 def test_an_ordinary_owner_and_a_writer_are_shown_no_difference(
@@ -228,8 +228,8 @@ def test_a_restored_database_shows_no_difference(
     content = subprocess.run([program("pg_dump"), "-d", database_url], check=True, capture_output=True).stdout
     command: list[str | Path] = [program("psql"), "-q", "-v", "ON_ERROR_STOP=1", "-d", empty_database_url]
     # An older server does not know a setting that the dump of a newer program makes.
-    kept = b"".join(line for line in content.splitlines(True) if b"transaction_timeout" not in line)
-    subprocess.run(command, input=kept, check=True, capture_output=True)
+    remaining = b"".join(line for line in content.splitlines(True) if b"transaction_timeout" not in line)
+    subprocess.run(command, input=remaining, check=True, capture_output=True)
     restored = cluster.engine(empty_database_url)
     assert differences(restored) == []
     restored.dispose()

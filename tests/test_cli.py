@@ -38,7 +38,7 @@ HUNTER = "hunter2-hunter2-hunter2"  # a secret that no output may hold
 NOWHERE = "postgresql://archiver@127.0.0.1:1/archive"  # port 1: nobody listens
 
 
-def said(process: CompletedProcess[str]) -> str:
+def output_of(process: CompletedProcess[str]) -> str:
     """All that a command printed, line breaks that only fit a terminal taken out."""
     assert "Traceback" not in process.stderr
     return " ".join((process.stdout + process.stderr).split())
@@ -46,7 +46,7 @@ def said(process: CompletedProcess[str]) -> str:
 
 def failed(process: CompletedProcess[str]) -> str:
     """What a command that failed said, to people, on stderr."""
-    text = said(process)
+    text = output_of(process)
     assert process.returncode == 1, text
     assert process.stdout == ""
     return text
@@ -110,7 +110,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...], cluster: Cluster) -> None:
     del cluster
     process = archiver(*arguments, database_url=NOWHERE)
     assert process.returncode == 2
-    assert "Usage: " in said(process)
+    assert "Usage: " in output_of(process)
     assert "range" not in process.stderr.replace("not in the range", "")
 
 
@@ -127,7 +127,7 @@ def test_serve_refuses_without_a_secret_and_says_how_to_make_one(url: str, secre
 
 
 @pytest.mark.parametrize("scheme", ["secret", "none"])
-def test_insecure_lets_it_serve_without_and_warns(url: str, scheme: str) -> None:
+def test_serve_starts_insecure_without_a_secret_and_warns(url: str, scheme: str) -> None:
     settings = {"ARCHIVER_WEBHOOK_SECRETS": "", "ARCHIVER_WEBHOOK_SCHEME": scheme}
     with serving(url, "--insecure", **settings) as receiver:
         assert receiver.post(created(f"unsigned-{scheme}"), {}).json()["status"] == "stored"
@@ -203,7 +203,7 @@ def test_a_port_in_use_is_named(url: str) -> None:
         ("ARCHIVER_RETENTION_BY_ASSISTANT", "a=1,a=2"),
     ],
 )
-def test_a_wrong_setting_is_named_and_its_value_is_not_told(url: str, name: str, value: str) -> None:
+def test_a_wrong_setting_is_named_without_its_value(url: str, name: str, value: str) -> None:
     text = failed(archiver("serve", "--port", "0", database_url=url, **{name: value}))
     assert name in text
     assert HUNTER not in text
@@ -259,7 +259,7 @@ def test_h3_an_empty_database_url_is_no_wish_for_the_embedded_one(
 def test_values_from_a_list_may_be_written_in_capitals(url: str) -> None:
     settings = {"ARCHIVER_WEBHOOK_SCHEME": "Bearer", "ARCHIVER_LOG_LEVEL": "WARNING", "ARCHIVER_HMAC_ENCODING": "HEX"}
     process = archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER, **settings)
-    assert "Scheme bearer" in said(process)
+    assert "Scheme bearer" in output_of(process)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_values_from_a_list_may_be_written_in_capitals(url: str) -> None:
         ("ARCHIVER_HOME", " ", "set, but empty: unset it to use .archiver in the working directory"),
     ],
 )
-def test_a_wrong_setting_is_told_as_the_documentation_has_it(url: str, name: str, value: str, told: str) -> None:
+def test_a_wrong_setting_is_reported_as_documented(url: str, name: str, value: str, told: str) -> None:
     assert failed(archiver("status", database_url=url, **{name: value})) == f"archiver: {name}: {told}."
 
 
@@ -324,7 +324,7 @@ def test_a_file_that_cannot_be_read_is_named(url: str, tmp_path: Path, content: 
         f"postgresql://archiver:{HUNTER}@localhost,/archive",
     ],
 )
-def test_a_wrong_database_url_is_named_and_not_told(wrong: str, cluster: Cluster) -> None:
+def test_a_wrong_database_url_is_named_without_its_value(wrong: str, cluster: Cluster) -> None:
     del cluster
     text = failed(archiver("serve", "--insecure", database_url=wrong))
     assert "DATABASE_URL" in text
@@ -364,7 +364,7 @@ def test_an_unreachable_database_is_explained_without_the_password(unreachable: 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
-def test_a_database_that_nobody_answers_for_has_not_refused(host: str, cluster: Cluster) -> None:
+def test_an_unreachable_database_is_not_reported_as_a_refusal(host: str, cluster: Cluster) -> None:
     del cluster
     text = failed(archiver("status", database_url=f"postgresql://archiver@{host}/archive"))
     assert text.startswith("archiver: The database cannot be reached: ")
@@ -378,7 +378,7 @@ def test_a_database_that_does_not_exist_is_explained(cluster: Cluster) -> None:
 # migrate
 
 
-def test_migrate_brings_an_empty_database_to_head_and_check_only_tells(empty_database_url: str) -> None:
+def test_migrate_brings_an_empty_database_to_head_and_check_only_reports(empty_database_url: str) -> None:
     text = failed(archiver("migrate", "--check", database_url=empty_database_url))
     assert "archiver migrate" in text
     for arguments in (["migrate"], ["migrate", "--check"], ["migrate"]):
@@ -390,8 +390,8 @@ def test_migrate_brings_an_empty_database_to_head_and_check_only_tells(empty_dat
 def test_check_changes_nothing(empty_database_url: str) -> None:
     archiver("migrate", "--check", database_url=empty_database_url)
     with psycopg.connect(empty_database_url) as connection:
-        found = connection.execute("SELECT count(*) FROM pg_namespace WHERE nspname IN ('archiver', 'analytics')")
-        assert found.fetchone() == (0,)
+        rows = connection.execute("SELECT count(*) FROM pg_namespace WHERE nspname IN ('archiver', 'analytics')")
+        assert rows.fetchone() == (0,)
 
 
 @pytest.fixture
@@ -408,7 +408,7 @@ def guest_url(cluster: Cluster, database_url: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def stranger(cluster: Cluster) -> Iterator[str]:
+def unprivileged_user(cluster: Cluster) -> Iterator[str]:
     """A user without any right of its own, whose name must be quoted."""
     name = "Stran-ger"
     cluster.execute(f'CREATE ROLE "{name}" LOGIN')
@@ -422,26 +422,26 @@ def as_user(url: str, name: str) -> str:
 
 @pytest.mark.usefixtures("durable")
 def test_h2_migrate_and_doctor_give_the_sql_that_lets_a_user_create_the_schema(
-    empty_database_url: str, stranger: str
+    empty_database_url: str, unprivileged_user: str
 ) -> None:
-    url, name = as_user(empty_database_url, stranger), parse_url(empty_database_url).database
-    told = re.search(r"GRANT .*?;", failed(archiver("migrate", database_url=url)))
-    assert told is not None
-    assert told[0] == f'GRANT CREATE ON DATABASE {name} TO "{stranger}";'
+    url, name = as_user(empty_database_url, unprivileged_user), parse_url(empty_database_url).database
+    match = re.search(r"GRANT .*?;", failed(archiver("migrate", database_url=url)))
+    assert match is not None
+    assert match[0] == f'GRANT CREATE ON DATABASE {name} TO "{unprivileged_user}";'
     findings = examined(url)
     assert {each for each, finding in findings.items() if finding["verdict"] == "failure"} == {"schema"}
-    assert told[0] in findings["schema"]["advice"]
+    assert match[0] in findings["schema"]["advice"]
     with psycopg.connect(empty_database_url) as connection:
-        connection.execute(told[0])
+        connection.execute(match[0])
     assert archiver("migrate", database_url=url).returncode == 0
     assert examined(url)["privileges"]["verdict"] == "ok"
     with psycopg.connect(empty_database_url) as connection:
-        connection.execute(f'DROP OWNED BY "{stranger}" CASCADE')
+        connection.execute(f'DROP OWNED BY "{unprivileged_user}" CASCADE')
 
 
 @pytest.mark.usefixtures("durable")
-def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str, stranger: str) -> None:
-    url = as_user(database_url, stranger)
+def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str, unprivileged_user: str) -> None:
+    url = as_user(database_url, unprivileged_user)
     refused = failed(archiver("status", database_url=url))
     assert "permission denied for schema archiver" in refused
     assert "archiver doctor" in refused
@@ -455,7 +455,7 @@ def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str,
     assert "needs the role archiver_auditor" in refused
     assert "needs the role archiver_writer" in failed(archiver("rebuild", "--yes", database_url=url))
     with psycopg.connect(database_url) as connection:
-        connection.execute(f'GRANT archiver_auditor TO "{stranger}"')
+        connection.execute(f'GRANT archiver_auditor TO "{unprivileged_user}"')
     for command in (
         ["verify"],
         ["acts"],
@@ -465,11 +465,11 @@ def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str,
         ["erase", "--list"],
     ):
         assert archiver(*command, database_url=url).returncode == 0, command
-    assert "follow-ups not for this database user to see" in said(archiver("status", database_url=url))
+    assert "follow-ups not for this database user to see" in output_of(archiver("status", database_url=url))
     auditing = examined(url)["privileges"]
     assert (auditing["verdict"], "verify, prove and export" in auditing["detail"]) == ("warning", True)
     with psycopg.connect(database_url) as connection:
-        connection.execute(f'REVOKE archiver_auditor FROM "{stranger}"')
+        connection.execute(f'REVOKE archiver_auditor FROM "{unprivileged_user}"')
     for statement in re.findall(r"GRANT .*?;", findings["privileges"]["advice"]):
         with psycopg.connect(database_url) as connection:
             connection.execute(statement)
@@ -479,7 +479,7 @@ def test_h2_doctor_gives_the_sql_that_lets_a_user_do_its_work(database_url: str,
         assert receiver.post(b"{}").json()["status"] == "quarantined"
     assert archiver("rebuild", "--yes", database_url=url).returncode == 0
     with psycopg.connect(database_url) as connection:
-        connection.execute(f'DROP OWNED BY "{stranger}"')
+        connection.execute(f'DROP OWNED BY "{unprivileged_user}"')
 
 
 def test_migrate_at_head_needs_no_right_to_create(guest_url: str) -> None:
@@ -501,7 +501,7 @@ def test_a_schema_of_the_future_is_left_alone(database_url: str) -> None:
 # status
 
 
-def test_status_tells_what_the_archive_holds(database_url: str) -> None:
+def test_status_shows_what_the_archive_holds(database_url: str) -> None:
     with serving(database_url) as receiver:
         for chat_id, session_id in (("a", "s"), ("b", "s"), ("c", "t"), ("a", "s")):
             receiver.post(created(chat_id, session_id))
@@ -513,7 +513,7 @@ def test_status_tells_what_the_archive_holds(database_url: str) -> None:
     assert {name: figures[name] for name in expected} == expected
     assert figures["quarantine_reasons"] == {"no_event_type": 1}
     assert figures["coverage"] == {"open": 2}
-    text = said(archiver("status", database_url=database_url))
+    text = output_of(archiver("status", database_url=database_url))
     assert "sessions 2 2 open" in text
     assert "events 3 4 deliveries" in text
     assert "archiver quarantine list" in text
@@ -524,7 +524,7 @@ def test_status_of_an_empty_archive(url: str, database_url: str) -> None:
     del url
     process = archiver("status", database_url=database_url)
     assert process.returncode == 0
-    assert "last event never" in said(process)
+    assert "last event never" in output_of(process)
 
 
 # doctor
@@ -532,10 +532,10 @@ def test_status_of_an_empty_archive(url: str, database_url: str) -> None:
 
 def verdicts(process: CompletedProcess[str]) -> dict[str, str]:
     findings = json.loads(process.stdout)
-    found = {finding["check"]: finding["verdict"] for finding in findings}
+    values = {finding["check"]: finding["verdict"] for finding in findings}
     failures = [finding["check"] for finding in findings if finding["verdict"] == "failure"]
     assert process.stderr == (f"archiver: something must be done about: {', '.join(failures)}\n" if failures else "")
-    return found
+    return values
 
 
 def examined(url: str) -> dict[str, dict[str, str]]:
@@ -550,10 +550,10 @@ def test_status_and_doctor_say_which_database_they_ask(database_url: str, cluste
     name, host = parse_url(database_url).database, parse_url(database_url).query["host"]
     with_password = parse_url(database_url).set(drivername="postgresql", password=HUNTER)
     url = with_password.render_as_string(hide_password=False)
-    told = f"{name} at {host} as {with_password.username}"
-    assert f"database {told} " in said(archiver("status", database_url=url))
-    assert json.loads(archiver("status", "--json", database_url=url).stdout)["database"] == told
-    assert f"Reached {told}." in said(archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=SECRET))
+    result = f"{name} at {host} as {with_password.username}"
+    assert f"database {result} " in output_of(archiver("status", database_url=url))
+    assert json.loads(archiver("status", "--json", database_url=url).stdout)["database"] == result
+    assert f"Reached {result}." in output_of(archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS=SECRET))
     empty = cluster.clone("template0")
     try:
         text = failed(archiver("status", database_url=empty))
@@ -562,14 +562,14 @@ def test_status_and_doctor_say_which_database_they_ask(database_url: str, cluste
         cluster.drop(empty)
 
 
-def test_doctor_tells_the_key_ids_that_the_ledger_knows_and_no_secret(database_url: str) -> None:
+def test_doctor_shows_the_key_ids_of_the_ledger_and_no_secret(database_url: str) -> None:
     other = f"{HUNTER}-new"
     with serving(database_url) as receiver:
         receiver.post(created())
     with psycopg.connect(database_url) as connection:
         (key_id,) = connection.execute("SELECT key_id FROM archiver.events").fetchone() or ("",)
     process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=f"{other},{SECRET}")
-    assert f", {key_id}." in said(process)
+    assert f", {key_id}." in output_of(process)
     assert SECRET not in process.stdout
     assert HUNTER not in process.stdout
 
@@ -579,9 +579,11 @@ def test_doctor_warns_of_a_setting_that_is_misspelt(database_url: str) -> None:
     settings = {"ARCHIVER_WEBHOOK_SECRET": HUNTER, "ARCHIVER_MAXBODY_FILE": "x", "ARCHIVER_SOMETHING_ELSE": "y"}
     process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=SECRET, **settings)
     assert process.returncode == 0
-    assert "ARCHIVER_WEBHOOK_SECRET is no setting, and does nothing. -> Is ARCHIVER_WEBHOOK_SECRETS" in said(process)
-    assert "Is ARCHIVER_MAX_BODY_FILE meant?" in said(process)
-    assert "ARCHIVER_SOMETHING_ELSE is no setting" in said(process)
+    assert "ARCHIVER_WEBHOOK_SECRET is no setting, and does nothing. -> Is ARCHIVER_WEBHOOK_SECRETS" in output_of(
+        process
+    )
+    assert "Is ARCHIVER_MAX_BODY_FILE meant?" in output_of(process)
+    assert "ARCHIVER_SOMETHING_ELSE is no setting" in output_of(process)
     assert HUNTER not in process.stdout
 
 
@@ -621,8 +623,8 @@ def test_serve_names_the_database_without_its_password(database_url: str) -> Non
     with serving(parsed.render_as_string(hide_password=False), DATABASE_URI=HUNTER) as receiver:
         log = receiver.stderr()
     lines = [json.loads(line) for line in log.splitlines()]
-    (told,) = [line["database"] for line in lines if line["event"] == "receiving"]
-    assert told == f"{parsed.database} at {parsed.query['host']} as postgres"
+    (item,) = [line["database"] for line in lines if line["event"] == "receiving"]
+    assert item == f"{parsed.database} at {parsed.query['host']} as postgres"
     assert not any("variable" in line for line in lines)
     assert HUNTER not in log
 
@@ -633,8 +635,8 @@ def examined_platform(database_url: str, url: str, key: str = API_KEY) -> dict[s
     (finding,) = [each for each in json.loads(process.stdout) if each["check"] == "CallHQ"]
     assert process.returncode == (1 if finding["verdict"] == "failure" else 0)
     assert API_KEY not in process.stdout
-    told: dict[str, str] = finding
-    return told
+    result: dict[str, str] = finding
+    return result
 
 
 @pytest.mark.usefixtures("durable")
@@ -666,7 +668,7 @@ def test_doctor_asks_callhq_whether_it_takes_the_key(database_url: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("durable")
-def test_doctor_tells_the_api_from_what_is_none(database_url: str, answer: Response, verdict: str) -> None:
+def test_doctor_distinguishes_the_api_from_another_server(database_url: str, answer: Response, verdict: str) -> None:
     calls = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -683,16 +685,16 @@ def test_doctor_tells_the_api_from_what_is_none(database_url: str, answer: Respo
 def test_doctor_finds_nothing_wrong_where_nothing_is(database_url: str) -> None:
     process = archiver("doctor", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert process.returncode == 0
-    assert HUNTER not in said(process)
+    assert HUNTER not in output_of(process)
     process = archiver("doctor", "--json", database_url=database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert process.returncode == 0
-    found = verdicts(process)
-    assert {"webhook secret", "database", "version", "durability", "schema", "privileges", "clock"} <= found.keys()
-    assert "failure" not in found.values()
+    result = verdicts(process)
+    assert {"webhook secret", "database", "version", "durability", "schema", "privileges", "clock"} <= result.keys()
+    assert "failure" not in result.values()
     assert HUNTER not in process.stdout
 
 
-def test_doctor_warns_of_events_that_nobody_seals(database_url: str) -> None:
+def test_doctor_warns_of_events_that_are_not_sealed(database_url: str) -> None:
     with psycopg.connect(database_url) as connection:
         connection.execute(
             "INSERT INTO archiver.events (session_id, dedupe_key, type, source, received_at, last_received_at,"
@@ -722,8 +724,8 @@ def password_url(cluster: Cluster, database_url: str) -> Iterator[str]:
         Path(path).write_text(f"local all locked scram-sha-256\n{rules}")
         connection.execute("SELECT pg_reload_conf()")
         wrong = parse_url(database_url).set(drivername="postgresql", username="locked", password=HUNTER)
-        told = wrong.render_as_string(hide_password=False)
-        yield told
+        result = wrong.render_as_string(hide_password=False)
+        yield result
         Path(path).write_text(rules)
         connection.execute("SELECT pg_reload_conf()")
         connection.execute("DROP ROLE locked")
@@ -741,16 +743,16 @@ def test_doctor_and_the_others_name_a_wrong_password(password_url: str) -> None:
     for command in (["doctor"], ["doctor", "--json"], ["status"], ["migrate"]):
         process = archiver(*command, database_url=password_url, ARCHIVER_WEBHOOK_SECRETS=SECRET)
         assert process.returncode == 1
-        assert "password authentication failed" in said(process)
-        assert "DATABASE_URL" in said(process)
-        assert command[0] != "doctor" or "Correct the user or the password" in said(process)
-        assert HUNTER not in said(process)
+        assert "password authentication failed" in output_of(process)
+        assert "DATABASE_URL" in output_of(process)
+        assert command[0] != "doctor" or "Correct the user or the password" in output_of(process)
+        assert HUNTER not in output_of(process)
 
 
 def test_doctor_says_what_to_do_about_an_unmigrated_database(empty_database_url: str) -> None:
     process = archiver("doctor", database_url=empty_database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert process.returncode == 1
-    assert "archiver migrate" in said(process)
+    assert "archiver migrate" in output_of(process)
     process = archiver("doctor", "--json", database_url=empty_database_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert (process.returncode, verdicts(process)["schema"]) == (1, "failure")
 
@@ -774,7 +776,7 @@ def test_doctor_fails_with_advice(settings: dict[str, str], check: str, cluster:
     assert HUNTER not in process.stdout
     process = archiver("doctor", **{"ARCHIVER_WEBHOOK_SECRETS": HUNTER, **settings})
     assert process.returncode == 1
-    assert f"failure {check}" in said(process)
+    assert f"failure {check}" in output_of(process)
 
 
 @pytest.fixture
@@ -796,7 +798,7 @@ def test_serve_without_a_spool_does_not_wait_for_a_server_to_learn_tls(without_s
 def test_serve_without_a_database_names_the_one_that_it_waits_for(cluster: Cluster) -> None:
     del cluster
     with serving(f"postgresql://archiver:{HUNTER}@no-such-host.invalid/archive") as receiver:
-        (line,) = [line for line in receiver.stderr().splitlines() if "events are spooled until it can" in line]
+        (line,) = [line for line in receiver.stderr().splitlines() if "database unavailable; spooling" in line]
     assert "archive at no-such-host.invalid as archiver" in line
     assert "archiver doctor" in line
     assert HUNTER not in line
@@ -815,20 +817,20 @@ def test_doctor_says_of_each_way_to_miss_a_database_what_helps(without_ssl: str,
 
 def test_doctor_finds_missing_privileges(guest_url: str) -> None:
     process = archiver("doctor", "--json", database_url=guest_url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
-    found = verdicts(process)
-    assert (process.returncode, found["database"], found["privileges"]) == (1, "ok", "failure")
+    result = verdicts(process)
+    assert (process.returncode, result["database"], result["privileges"]) == (1, "ok", "failure")
     assert "GRANT archiver_writer TO" in process.stdout
 
 
 @pytest.mark.parametrize("name", ["a[x]", "a[red]b[/red]", "a[/such]"])
 def test_doctor_prints_square_brackets_as_they_are(name: str, cluster: Cluster) -> None:
-    for settings, told in (
+    for settings, item in (
         ({"DATABASE_URL": cluster.url(name)}, f'database "{name}" does not exist'),
         ({"DATABASE_URL": NOWHERE, "ARCHIVER_WEBHOOK_SECRETS_FILE": f"/nowhere/{name}"}, f"read /nowhere/{name}:"),
     ):
         process = archiver("doctor", **settings)
         assert process.returncode == 1
-        assert told in said(process)
+        assert item in output_of(process)
 
 
 # quarantine
@@ -871,9 +873,9 @@ def test_i4_the_quarantine_can_be_listed_shown_and_retried(database_url: str, qu
     raw = archiver_raw("quarantine", "show", ids[0], "--raw", database_url=database_url)
     assert (raw.returncode, raw.stdout, raw.stderr) == (0, STRANGE, b"")
 
-    told = json.loads(quarantine("show", ids[0], "--json").stdout)
-    assert (told["id"], told["bytes"], told["body"]) == (int(ids[0]), len(STRANGE), None)
-    assert b64decode(told["body_base64"]) == STRANGE
+    data = json.loads(quarantine("show", ids[0], "--json").stdout)
+    assert (data["id"], data["bytes"], data["body"]) == (int(ids[0]), len(STRANGE), None)
+    assert b64decode(data["body_base64"]) == STRANGE
     assert json.loads(quarantine("show", ids[1], "--json").stdout)["body"] == "{}"
 
     retried = quarantine("retry", "--all", "--json")
@@ -888,14 +890,14 @@ def test_i4_what_can_be_archived_by_now_leaves_the_quarantine(database_url: str)
     body = created("patience", externalChatId="refused")
     with psycopg.connect(database_url, autocommit=True) as connection, serving(database_url) as receiver:
         connection.execute("ALTER TABLE archiver.chats ADD CONSTRAINT strict CHECK (external_id <> 'refused')")
-        told = receiver.post(body).json()
-        assert (told["status"], told["reason"]) == ("quarantined", "not_storable")
+        data = receiver.post(body).json()
+        assert (data["status"], data["reason"]) == ("quarantined", "not_storable")
         received = connection.execute("SELECT received_at FROM archiver.quarantine").fetchall()
-        assert archiver("quarantine", "retry", str(told["id"]), database_url=database_url).returncode == 1
+        assert archiver("quarantine", "retry", str(data["id"]), database_url=database_url).returncode == 1
         connection.execute("ALTER TABLE archiver.chats DROP CONSTRAINT strict")
         retried = archiver("quarantine", "retry", "--reason", "not_storable", database_url=database_url)
         assert (retried.returncode, retried.stderr) == (0, "")
-        assert f"{told['id']}: stored as event" in retried.stdout
+        assert f"{data['id']}: stored as event" in retried.stdout
         assert connection.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
         assert connection.execute("SELECT body FROM archiver.events").fetchall() == [(body,)]
         assert connection.execute("SELECT received_at FROM archiver.events").fetchall() == received
@@ -918,7 +920,7 @@ def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
     assert json.loads(archiver("quarantine", "retry", "--all", "--json", database_url=database_url).stdout) == {}
 
 
-def test_what_is_no_terminal_is_told_in_whole_lines(database_url: str) -> None:
+def test_output_that_is_not_a_terminal_is_not_wrapped(database_url: str) -> None:
     detail = " ".join(["a sentence"] * 30)
     with psycopg.connect(database_url) as connection:
         connection.execute(
@@ -933,7 +935,7 @@ def test_what_is_no_terminal_is_told_in_whole_lines(database_url: str) -> None:
     shown = archiver("quarantine", "show", "1", database_url=database_url).stdout
     assert ("of_an_earlier_version" in shown, "None" in shown) == (True, False)
     examined = archiver("doctor", database_url=NOWHERE).stdout
-    assert "-> Correct host and port in DATABASE_URL, or start Postgres: nobody listens there." in examined
+    assert "-> Correct host and port in DATABASE_URL, or start Postgres: no server listens there." in examined
 
 
 def test_an_unknown_quarantine_id_is_1(url: str) -> None:
@@ -1008,7 +1010,7 @@ def test_a_command_that_looks_makes_no_embedded_database(command: list[str], hom
     del cluster
     process = archiver(*command, ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert process.returncode == 1
-    assert f"There is no embedded database in {home} (ARCHIVER_HOME); set DATABASE_URL, or run" in said(process)
+    assert f"There is no embedded database in {home} (ARCHIVER_HOME); set DATABASE_URL, or run" in output_of(process)
     assert not home.exists()
 
 
@@ -1027,10 +1029,10 @@ def test_without_a_database_url_the_commands_share_the_embedded_database(home: P
         status = json.loads(archiver("status", "--json", ARCHIVER_HOME=str(home)).stdout)
         assert (status["database"], status["events"]) == (f"embedded in {home}", 1)
         examined = archiver("doctor", ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=SECRET)
-        assert f"Reached the one embedded in {home}." in said(examined)
+        assert f"Reached the one embedded in {home}." in output_of(examined)
         # Without a secret something must be done; what is to be pasted comes after it all the same.
         program = [sys.executable, "-m", "archiver", "doctor"]
-        told = run(
+        completed = run(
             program,
             stdout=PIPE,
             stderr=STDOUT,
@@ -1038,8 +1040,8 @@ def test_without_a_database_url_the_commands_share_the_embedded_database(home: P
             env={**os.environ, "ARCHIVER_HOME": str(home)},
             check=False,
         )
-        assert told.returncode == 1
-        assert told.stdout.splitlines()[-1] == examined.stdout.splitlines()[-1]
+        assert completed.returncode == 1
+        assert completed.stdout.splitlines()[-1] == examined.stdout.splitlines()[-1]
         psql = [*shlex.split(examined.stdout.splitlines()[-1]), "-tAc", "SELECT count(*) FROM analytics.messages"]
         assert run(psql, check=True, capture_output=True).stdout == b"2\n"
         receiver.signal(signal.SIGTERM)

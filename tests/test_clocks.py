@@ -9,7 +9,7 @@ from archiver import database
 from archiver.database import clock, transaction
 from archiver.followups import subscriptions
 from archiver.projection import DEFAULT_TIMING, leases
-from archiver.worker.recalling import recall
+from archiver.worker.clock_recovery import make_impossible_times_due
 from tests.payloads import created
 from tests.receivers import archiver
 from tests.rows import execute, rows
@@ -51,9 +51,9 @@ def test_due_times_further_ahead_than_any_can_be_are_due_now_and_doctor_names_th
     shown = archiver("doctor", database_url=database_url).stdout
     assert "the next reading of a session" in " ".join(shown.split())
     with transaction(engine) as connection:
-        assert recall(connection, DEFAULT_TIMING) == 1
+        assert make_impossible_times_due(connection, DEFAULT_TIMING) == 1
     with transaction(engine) as connection:
-        assert recall(connection, DEFAULT_TIMING) == 0
+        assert make_impossible_times_due(connection, DEFAULT_TIMING) == 0
     assert rows(engine, "SELECT reconcile_at <= now() FROM archiver.sessions WHERE session_id = 's1'") == [(True,)]
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import Turn, transcript
-from archiver.alignment.context import own_messages
+from archiver.alignment import TurnMessages, transcript
+from archiver.alignment.context import messages_of_turn
 from archiver.rebuild import rebuild
 from tests.payloads import created
 from tests.test_alignment import minute, reading, said, texts
@@ -18,12 +18,12 @@ ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
 
 __all__ = ["archive"]  # a fixture
 
-Said = list[tuple[str, str]]
+Texts = list[tuple[str, str]]
 
 
-def turn(chat_id: str, inputs: list[str], outputs: list[str], at: float) -> Turn:
-    told, answered = own_messages(said(*inputs), said(*outputs))
-    return Turn(chat_id, told + answered, len(told), minute(at), minute(at))
+def turn(chat_id: str, inputs: list[str], outputs: list[str], at: float) -> TurnMessages:
+    item, answered = messages_of_turn(said(*inputs), said(*outputs))
+    return TurnMessages(chat_id, item + answered, len(item), minute(at), minute(at))
 
 
 def conversation(length: int) -> list[str]:
@@ -128,21 +128,21 @@ def test_what_a_user_really_says_again_stays() -> None:
 def test_i3_texts_that_recur_in_other_turns_are_no_repeats(
     inputs: list[str], outputs: list[str], history: list[str]
 ) -> None:
-    gone = turn("A", inputs, outputs, 1)  # the first is seed 190 of the simulation
-    lines = transcript([msgspec.structs.replace(gone, is_deleted=True)], [reading(*history)])
-    assert texts(line for line in lines if line.chat_id == "A") == texts(gone.messages)
+    deleted = turn("A", inputs, outputs, 1)  # the first is seed 190 of the simulation
+    lines = transcript([msgspec.structs.replace(deleted, is_deleted=True)], [reading(*history)])
+    assert texts(line for line in lines if line.chat_id == "A") == texts(deleted.messages)
 
 
 def test_an_output_that_holds_all_of_the_turn_is_split() -> None:
-    assert own_messages((), said("u 0", "a 0", "u 1", "u 2", "a 1")) == (said("u 1", "u 2"), said("a 1"))
-    assert own_messages((), said("u 0")) == ((), said("u 0"))
-    assert own_messages(said("u 0", "a draft"), ()) == (said("u 0", "a draft"), ())
-    assert own_messages(said("u 0", "a draft"), said("a 1")) == (said("u 0", "a draft"), said("a 1"))
+    assert messages_of_turn((), said("u 0", "a 0", "u 1", "u 2", "a 1")) == (said("u 1", "u 2"), said("a 1"))
+    assert messages_of_turn((), said("u 0")) == ((), said("u 0"))
+    assert messages_of_turn(said("u 0", "a draft"), ()) == (said("u 0", "a draft"), ())
+    assert messages_of_turn(said("u 0", "a draft"), said("a 1")) == (said("u 0", "a draft"), said("a 1"))
 
 
 def test_an_output_that_ends_with_the_input_is_no_answer_yet() -> None:
-    assert own_messages(said("u 1"), said("u 0", "a 0", "u 1")) == (said("u 1"), ())
-    assert own_messages(said("u 1"), said("u 0", "a 0", "u 2")) == (said("u 1"), said("u 0", "a 0", "u 2"))
+    assert messages_of_turn(said("u 1"), said("u 0", "a 0", "u 1")) == (said("u 1"), ())
+    assert messages_of_turn(said("u 1"), said("u 0", "a 0", "u 2")) == (said("u 1"), said("u 0", "a 0", "u 2"))
 
 
 @settings(max_examples=150, deadline=None)

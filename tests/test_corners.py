@@ -230,7 +230,7 @@ def test_i5_when_a_session_was_first_heard_of_does_not_depend_on_batches(engine:
         ], batches
 
 
-def test_i5_isolation_is_read_committed_whatever_the_database_says(engine: Engine) -> None:
+def test_i5_isolation_is_read_committed_regardless_of_the_database_default(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(
             text(f"ALTER DATABASE {engine.url.database} SET default_transaction_isolation = 'serializable'")
@@ -262,7 +262,7 @@ def test_i4_a_type_that_is_no_text_does_not_raise(value: Any) -> None:
     assert isinstance(parse(body), Malformed)
 
 
-def test_i10_facts_without_session_that_came_first_date_a_session_whatever_their_number(engine: Engine) -> None:
+def test_i10_any_number_of_unassigned_facts_that_came_first_date_a_session(engine: Engine) -> None:
     """Two turns of one session are placed by one batch: the older of the facts that waited counts."""
 
     def record(seconds: float, *bodies: bytes) -> None:
@@ -286,6 +286,10 @@ def test_the_worker_reaches_a_database_whose_folder_or_password_holds_a_space() 
     url = database.database_url(
         "postgresql://anna:a%20b%2Bc@/archive?host=/tmp/my%20archive,/tmp/other&port=5432,5433"
     )
-    told = conninfo_to_dict(database.conninfo(url, "a worker"))
-    assert (told["host"], told["port"], told["password"]) == ("/tmp/my archive,/tmp/other", "5432,5433", "a b+c")
-    assert (told["user"], told["dbname"]) == ("anna", "archive")
+    result = conninfo_to_dict(database.conninfo(url, "a worker"))
+    assert (result["host"], result["port"], result["password"]) == (
+        "/tmp/my archive,/tmp/other",
+        "5432,5433",
+        "a b+c",
+    )
+    assert (result["user"], result["dbname"]) == ("anna", "archive")

@@ -92,22 +92,22 @@ def test_costs_reach_the_archive_the_export_and_follow_ups_with_all_their_digits
     for number, cost in enumerate(COSTS):
         archive.webhook(number, body(number, cost))
     shown = "SELECT cost::text FROM analytics.chats ORDER BY substr(chat_id, 2)::integer"
-    kept = [(text,) for text in COSTS.values()]
-    assert archive.rows(shown) == kept
+    remaining = [(text,) for text in COSTS.values()]
+    assert archive.rows(shown) == remaining
     total = sum(map(Decimal, COSTS.values()), Decimal(0))
     assert archive.rows("SELECT cost FROM analytics.conversations") == [(pytest.approx(total, abs=Decimal("1e-9")),)]
-    said = [
+    texts = [
         message for number in range(len(COSTS)) for message in (("user", f"q{number}"), ("assistant", f"a{number}"))
     ]
-    archive.reading(100, answer(*said))
-    assert archive.rows(shown) == kept
+    archive.reading(100, answer(*texts))
+    assert archive.rows(shown) == remaining
     list(rebuild(engine, TIMING))
-    assert archive.rows(shown) == kept
+    assert archive.rows(shown) == remaining
 
     make(engine, tmp_path / "export")
     exported = (tmp_path / "export" / "chats.jsonl").read_text()
-    found = [json.loads(line, parse_float=str, parse_int=str) for line in exported.splitlines()]
-    assert {chat["chat_id"]: chat["cost"] for chat in found} == {
+    result = [json.loads(line, parse_float=str, parse_int=str) for line in exported.splitlines()]
+    assert {chat["chat_id"]: chat["cost"] for chat in result} == {
         f"c{number}": cost for number, cost in enumerate(COSTS.values())
     }
     with (tmp_path / "export" / "chats.csv").open() as file:
@@ -119,8 +119,8 @@ def test_costs_reach_the_archive_the_export_and_follow_ups_with_all_their_digits
     with transaction(engine) as connection:
         bodies = select_bodies(connection, due)
     for number, cost in enumerate(COSTS.values()):
-        told = json.loads(bodies[number], parse_float=Decimal, parse_int=Decimal)
-        assert told["data"]["chat"]["cost"] == Decimal(cost)
+        data = json.loads(bodies[number], parse_float=Decimal, parse_int=Decimal)
+        assert data["data"]["chat"]["cost"] == Decimal(cost)
 
 
 # Bodies and their dedupe keys, as the version of November 2026 computed them.

@@ -12,15 +12,15 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database
-from archiver.database import Direct, copying, execute, run_in_transaction, sqlstate, transaction
+from archiver.database import RawStatement, copying, execute, run_in_transaction, sqlstate, transaction
 
 Work = Callable[[Connection], Any]
 Runner = Callable[[Work], Any]
 
-TAKE = Direct("INSERT INTO public.taken (number) VALUES ($1::int) RETURNING number")
-PUT = Direct("INSERT INTO public.taken (number) VALUES ($1::int)")
-COUNT = Direct("SELECT count(*)::int AS held, $1::text AS told FROM public.taken")
-ONE = Direct("SELECT 1 AS one")
+TAKE = RawStatement("INSERT INTO public.taken (number) VALUES ($1::int) RETURNING number")
+PUT = RawStatement("INSERT INTO public.taken (number) VALUES ($1::int)")
+COUNT = RawStatement("SELECT count(*)::int AS held, $1::text AS told FROM public.taken")
+ONE = RawStatement("SELECT 1 AS one")
 MUCH = "x" * 10_000_000  # more than any buffer on the way takes at once
 
 
@@ -65,7 +65,7 @@ def test_nothing_to_execute_is_no_fault(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("told", ["little", MUCH], ids=["little", "much"])
-def test_after_the_first_that_fails_none_is_run_and_its_error_is_told(
+def test_no_statement_runs_after_the_first_failure_whose_error_is_raised(
     run: Runner, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(connection: Connection) -> list[Any]:
@@ -82,15 +82,15 @@ def test_after_the_first_that_fails_none_is_run_and_its_error_is_told(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_connection_that_is_lost_among_them_is_told_as_lost_and_replaced(run: Runner) -> None:
-    suicide = Direct("SELECT pg_terminate_backend(pg_backend_pid())")
+def test_a_connection_lost_between_statements_is_reported_as_lost_and_replaced(run: Runner) -> None:
+    suicide = RawStatement("SELECT pg_terminate_backend(pg_backend_pid())")
     with pytest.raises(DBAPIError) as raised:
         run(lambda connection: execute(connection, PUT.bind(1), suicide.bind(), PUT.bind(2)))
     assert raised.value.connection_invalidated
     assert held(run) == 0
 
 
-def test_where_all_were_lost_while_idle_nobody_fails(database_url: str) -> None:
+def test_no_caller_fails_when_all_idle_connections_were_lost(database_url: str) -> None:
     async def lose() -> int:
         engine = database.connect_async(database.database_url(database_url), pool_size=3)
         together = asyncio.Barrier(3)
@@ -113,10 +113,10 @@ def test_where_all_were_lost_while_idle_nobody_fails(database_url: str) -> None:
     assert asyncio.run(lose()) == 1
 
 
-def test_what_is_cut_off_leaves_no_connection_of_which_nobody_knows_the_state(database_url: str) -> None:
+def test_a_cancelled_transaction_leaves_no_connection_in_an_unknown_state(database_url: str) -> None:
     async def cut_off() -> int:
         engine = database.connect_async(database.database_url(database_url), pool_size=1)
-        sleep = Direct("SELECT pg_sleep(60)")
+        sleep = RawStatement("SELECT pg_sleep(60)")
         with pytest.raises(TimeoutError):
             await run_in_transaction(engine, lambda c: execute(c, ONE.bind(), sleep.bind()), seconds=0.2)
         ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.bind()))
@@ -152,7 +152,7 @@ def test_a_copy_that_fails_half_way_says_why_and_leaves_the_connection_to_others
 
 
 @pytest.mark.parametrize("read", [copying.rows, copying.lines])
-def test_a_connection_lost_within_a_copy_is_told_as_lost(
+def test_a_connection_lost_within_a_copy_is_reported_as_lost(
     read: Callable[..., Generator[Any]], database_url: str
 ) -> None:
     engine = database.connect(database.database_url(database_url))

@@ -183,19 +183,19 @@ PACKERS: tuple[Callable[[bytes], bytes], ...] = (bytes, gzip.compress, zlib.comp
 def test_i8_it_is_found_through_any_layers(
     writers: list[str], encoding: str, packers: list[Callable[[bytes], bytes]], mark: str
 ) -> None:
-    said = f"this is about {mark}, is it not"
+    texts = f"this is about {mark}, is it not"
     for name in writers:
-        said = WRITERS[name](said)
-    body = said.encode(encoding)
+        texts = WRITERS[name](texts)
+    body = texts.encode(encoding)
     for pack in packers:
         body = pack(body)
-    found = decode(body)
-    assert mentions.of_any([mark])(found)
-    assert mentions.of_variable("about", mark)(found)
+    result = decode(body)
+    assert mentions.of_any([mark])(result)
+    assert mentions.of_variable("about", mark)(result)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300))
-def test_whatever_the_bytes_are_it_ends(body: bytes) -> None:
+def test_decoding_ends_for_any_bytes(body: bytes) -> None:
     assert isinstance(decode(body).is_whole, bool)
     mentions.ids(decode(body))

@@ -23,16 +23,16 @@ from rich.console import Console
 from archiver import embedded
 from archiver.demo import reconciliation
 from archiver.demo import run as demo
-from archiver.demo.comparison import Archive, ChatRow, Said, differences, expected
+from archiver.demo.archive_reader import Holdings
+from archiver.demo.comparison import Archive, ChatRow, TranscriptMessage, differences, expected
 from archiver.demo.faults import Faults
-from archiver.demo.reading import Holdings
-from archiver.demo.reconciliation import Line
-from archiver.demo.strays import Stray, strays
+from archiver.demo.invalid_deliveries import InvalidDelivery, invalid_deliveries
+from archiver.demo.reconciliation import ArchivedMessage
 from archiver.demo.upstream import Session, Upstream
 from archiver.demo.verdict import Run, figures, problems
 from archiver.demo.view import View
 from archiver.demo.webhooks import Delivery, Outcome
-from archiver.embedded.postmaster import alive
+from archiver.embedded.postmaster import is_running
 from tests.waiting import until as wait_for
 
 
@@ -68,12 +68,12 @@ def held() -> Archive:
 def test_what_is_expected_follows_from_the_deliveries():
     archive = held()
     assert archive.messages["s1"] == [
-        Said("c1", "user", "ok", False),
-        Said("c1", "assistant", "Answer 1", False),
-        Said("c2", "user", "ok", False),
-        Said("c2", "assistant", "Answer 2", False),
-        Said("c3", "user", "ok", True),
-        Said("c3", "assistant", "Answer 3", True),
+        TranscriptMessage("c1", "user", "ok", False),
+        TranscriptMessage("c1", "assistant", "Answer 1", False),
+        TranscriptMessage("c2", "user", "ok", False),
+        TranscriptMessage("c2", "assistant", "Answer 2", False),
+        TranscriptMessage("c3", "user", "ok", True),
+        TranscriptMessage("c3", "assistant", "Answer 3", True),
     ]
     [first, *_] = archive.chats
     assert first == ChatRow("s1", "c1", False, Decimal("0.25"), {"customerTier": "gold"})
@@ -95,13 +95,13 @@ def test_a_deletion_alone_is_a_turn_without_messages():
 
 
 def _swap(archive: Archive) -> None:
-    said = archive.messages["s1"]
-    said[0], said[1] = said[1], said[0]
+    texts = archive.messages["s1"]
+    texts[0], texts[1] = texts[1], texts[0]
 
 
 def _move(archive: Archive) -> None:
-    said = archive.messages["s1"]
-    archive.messages["s1"] = [*said[2:4], *said[:2], *said[4:]]
+    texts = archive.messages["s1"]
+    archive.messages["s1"] = [*texts[2:4], *texts[:2], *texts[4:]]
 
 
 def _content(archive: Archive) -> None:
@@ -109,7 +109,7 @@ def _content(archive: Archive) -> None:
 
 
 def _undelete(archive: Archive) -> None:
-    archive.messages["s1"][4:] = [said._replace(is_deleted=False) for said in archive.messages["s1"][4:]]
+    archive.messages["s1"][4:] = [texts._replace(is_deleted=False) for texts in archive.messages["s1"][4:]]
 
 
 def _undelete_chat(archive: Archive) -> None:
@@ -121,7 +121,7 @@ def _double(archive: Archive) -> None:
 
 
 def _foreign(archive: Archive) -> None:
-    archive.messages["s9"] = [Said("c9", "user", "Hello", False)]
+    archive.messages["s9"] = [TranscriptMessage("c9", "user", "Hello", False)]
 
 
 def _cost(archive: Archive) -> None:
@@ -152,10 +152,10 @@ PLANTED: list[tuple[Callable[[Archive], object], list[str]]] = [
 
 @pytest.mark.parametrize(("plant", "told"), PLANTED)
 def test_a_planted_difference_is_found_and_nothing_else(plant, told):
-    wanted, found = held(), held()
-    assert differences(wanted, found) == []
-    plant(found)
-    lines = differences(wanted, found)
+    expected, item = held(), held()
+    assert differences(expected, item) == []
+    plant(item)
+    lines = differences(expected, item)
     assert len(lines) == len(told), lines
     for line, piece in zip(lines, told, strict=True):
         assert piece in line
@@ -165,18 +165,21 @@ def delivery(kind: str, told: dict[str, Any], outcome: Outcome = "accepted", sta
     return Delivery(kind, told, b"", frozenset(), False, outcome, status, "stored", 1)
 
 
-STRAYS = [(stray, replace(delivery("other", {}), status=stray.status, body=stray.body)) for stray in strays(1)]
-RUN = Run([*[delivery(kind, told) for kind, told in DELIVERED]], STRAYS, seconds=2.0)
-BROKEN = frozenset(stray.body for stray, _ in STRAYS if stray.status == 422)
+INVALID = [
+    (invalid, replace(delivery("other", {}), status=invalid.status, body=invalid.body))
+    for invalid in invalid_deliveries(1)
+]
+RUN = Run([*[delivery(kind, told) for kind, told in DELIVERED]], INVALID, seconds=2.0)
+BROKEN = frozenset(invalid.body for invalid, _ in INVALID if invalid.status == 422)
 HELD = Holdings(held(), facts=6, deliveries=6, quarantined=BROKEN, positions_ok=True)
 
 
 def test_a_faultless_run_has_no_problems():
     assert problems(RUN, HELD) == []
-    told = dict(figures(RUN, HELD))
-    assert (told["webhooks sent"], told["stored"], told["chats deleted"]) == ("6", "6", "1")
-    assert (told["quarantined (422)"], told["refused (401)"]) == (f"{len(BROKEN)}", "4")
-    assert told["events per second, customers included"] == "3"
+    result = dict(figures(RUN, HELD))
+    assert (result["webhooks sent"], result["stored"], result["chats deleted"]) == ("6", "6", "1")
+    assert (result["quarantined (422)"], result["refused (401)"]) == (f"{len(BROKEN)}", "4")
+    assert result["events per second, customers included"] == "3"
 
 
 REFUSED = delivery("chat.created", chat(7), "refused", 503)
@@ -187,7 +190,11 @@ LOST = delivery("chat.created", chat(7), "lost", None)
     ("run", "holdings", "told"),
     [
         (replace(RUN, webhooks=[*RUN.webhooks, REFUSED]), HELD, "webhook chat.created of chat c7: refused (503)"),
-        (replace(RUN, strays=[(Stray(b"", "none", 401), delivery("other", {}))]), HELD, "answered 200, not 401"),
+        (
+            replace(RUN, invalid_deliveries=[(InvalidDelivery(b"", "none", 401), delivery("other", {}))]),
+            HELD,
+            "answered 200, not 401",
+        ),
         (RUN, replace(HELD, facts=7, deliveries=7), "7 facts, where 6"),
         (RUN, replace(HELD, deliveries=5), "counts 5 deliveries, where 6"),
         (RUN, replace(HELD, quarantined=frozenset()), "cannot be found again byte for byte"),
@@ -196,7 +203,7 @@ LOST = delivery("chat.created", chat(7), "lost", None)
         (RUN, replace(HELD, archive=Archive()), "is missing"),
     ],
 )
-def test_every_kind_of_problem_is_told(run, holdings, told):
+def test_every_kind_of_problem_is_reported(run, holdings, told):
     assert any(told in line for line in problems(run, holdings))
 
 
@@ -277,9 +284,9 @@ def test_the_demo_runs_to_its_end_and_the_archive_is_what_was_delivered(home, lo
     written, _ = process.communicate(timeout=180)
     assert process.returncode == 0, written
     assert "equal, message for message" in written
-    told = dict(re.findall(r"│ (\S[^│]*?)\s+│\s+([\d,]+) │", written))
-    assert (told["lost on the way, on purpose"] != "0") == (loss > 0)
-    sent, stored, again = (told[name] for name in ("webhooks sent", "stored", "recognised as duplicates"))
+    result = dict(re.findall(r"│ (\S[^│]*?)\s+│\s+([\d,]+) │", written))
+    assert (result["lost on the way, on purpose"] != "0") == (loss > 0)
+    sent, stored, again = (result[name] for name in ("webhooks sent", "stored", "recognised as duplicates"))
     assert f"  40 of 40 conversations; {sent} sent, {stored} stored, {again} duplicates\n" in written
     assert_nothing_left(home)
 
@@ -312,7 +319,7 @@ def test_kill_9_leaves_nothing_running(home, moment):
         receiver = wait_for(lambda: receiver_of(process.pid), "the receiver starts")
         process.kill()
         process.wait()
-    wait_for(lambda: not alive(receiver), "the receiver ends")
+    wait_for(lambda: not is_running(receiver), "the receiver ends")
     assert_nothing_left(home)
 
 
@@ -352,7 +359,7 @@ def test_a_signal_at_any_moment_ends_everything(home, moment):
     assert_nothing_left(home)
 
 
-def test_an_archive_that_was_changed_behind_its_back_is_told(home):
+def test_an_archive_that_was_changed_afterwards_is_reported(home):
     """The table says so, and so does the exit code; the change is made while the demo runs."""
     with start(home, "exit", conversations=300) as process:
         until(process, "The simulated CallHQ at")
@@ -377,7 +384,7 @@ def spoil(url: str) -> None:
         )
 
 
-def test_a_home_that_cannot_be_used_is_said(tmp_path):
+def test_an_unusable_home_is_reported(tmp_path):
     (tmp_path / "file").write_text("in the way")
     out = io.StringIO()
     code = demo.run(
@@ -406,14 +413,14 @@ def test_wrong_numbers_are_refused(wrong, tmp_path):
 def spoken(*inputs: str) -> Session:
     upstream = Upstream(Faults(seed=1))
     session = upstream.create_session("s", "a")
-    for said in inputs:
-        upstream.create_chat(session.id, said, None)
+    for texts in inputs:
+        upstream.create_chat(session.id, texts, None)
     return session
 
 
-def lines_of(session: Session) -> list[Line]:
+def lines_of(session: Session) -> list[ArchivedMessage]:
     return [
-        Line(chat_id, message["role"], message["content"], "webhook", True)
+        ArchivedMessage(chat_id, message["role"], message["content"], "webhook", True)
         for chat_id, chat in session.chats.items()
         for message in [{"role": "user", "content": chat["input"]}, *chat["output"]]
     ]
@@ -421,8 +428,8 @@ def lines_of(session: Session) -> list[Line]:
 
 def test_an_archive_that_is_the_platform_differs_in_nothing():
     session = spoken("ok", "ok", "thanks")
-    gone = Line("deleted upstream", "user", "gone", "webhook", False)
-    assert reconciliation.differences([session], {session.id: [*lines_of(session), gone]}) == []
+    deleted = ArchivedMessage("deleted upstream", "user", "gone", "webhook", False)
+    assert reconciliation.differences([session], {session.id: [*lines_of(session), deleted]}) == []
 
 
 @pytest.mark.parametrize(
@@ -433,16 +440,16 @@ def test_an_archive_that_is_the_platform_differs_in_nothing():
         lambda lines: [lines[1], lines[0], *lines[2:]],
         lambda lines: [lines[0]._replace(content="edited"), *lines[1:]],
         lambda lines: [lines[0]._replace(in_history=False), *lines[1:]],
-        lambda lines: [*lines, Line(None, "user", "made up", "history", False)],
+        lambda lines: [*lines, ArchivedMessage(None, "user", "made up", "history", False)],
         lambda lines: [],
     ],
 )
-def test_whatever_differs_from_the_platform_is_told(spoil):
+def test_every_difference_from_the_platform_is_reported(spoil):
     session = spoken("ok", "ok", "thanks")
-    told = reconciliation.differences([session], {session.id: spoil(lines_of(session))})
-    assert told
-    assert all(session.id in line for line in told)
+    result = reconciliation.differences([session], {session.id: spoil(lines_of(session))})
+    assert result
+    assert all(session.id in line for line in result)
 
 
-def test_a_session_that_the_platform_has_not_is_told():
-    assert reconciliation.differences([], {"invented": [Line("c", "user", "x", "webhook", True)]})
+def test_a_session_unknown_to_the_platform_is_reported():
+    assert reconciliation.differences([], {"invented": [ArchivedMessage("c", "user", "x", "webhook", True)]})

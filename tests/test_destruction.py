@@ -18,8 +18,8 @@ from sqlalchemy import Engine
 from archiver import database, erasure, settings
 from archiver.database import transaction
 from archiver.erasure import Target, clocks
-from archiver.erasure.clocks import ClockError, Reading, read_clocks, time_to_destroy_by
-from archiver.erasure.periodic import Upkeep
+from archiver.erasure.clocks import ClockError, ClockReading, destruction_time, read_clocks
+from archiver.erasure.periodic import RetentionTasks
 from tests import servers
 from tests.payloads import created, deleted
 from tests.receivers import archiver
@@ -47,7 +47,7 @@ def moved(folder: Path, by: timedelta) -> dict[str, str]:
 
 def destroys_by(engine: Engine, home: Path) -> datetime:
     with transaction(engine) as connection:
-        return time_to_destroy_by(connection, home)
+        return destruction_time(connection, home)
 
 
 @on_one_version
@@ -59,12 +59,12 @@ def test_i8_a_machine_whose_clock_is_wrong_lets_nothing_expire(
     environment = YEAR if by.days > 1 else MONTH
     environment = os.environ | environment | moved(tmp_path / "moved", by) | {"DATABASE_URL": database_url}
     command = [sys.executable, "-m", "archiver", "retention", "--yes"]
-    told = subprocess.run(
+    process = subprocess.run(
         command, env=environment | {"ARCHIVER_HOME": str(tmp_path)}, capture_output=True, text=True, check=False
     )
-    assert told.returncode == 1, told.stdout
-    assert "this machine's clock" in told.stderr
-    assert "Synchronise" in told.stderr
+    assert process.returncode == 1, process.stdout
+    assert "this machine's clock" in process.stderr
+    assert "Synchronise" in process.stderr
     assert texts(engine, "s1") == ["question of c1", "answer to c1"]
     assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(0,)]
 
@@ -75,24 +75,26 @@ def test_the_earlier_of_two_clocks_counts(engine: Engine, tmp_path: Path) -> Non
     assert destroys_by(engine, tmp_path) <= datetime.now(UTC)
 
 
-def remember(home: Path, change: Callable[[Reading], Reading]) -> None:
+def remember(home: Path, change: Callable[[ClockReading], ClockReading]) -> None:
     """As if the clocks had shown this when content was last destroyed."""
     (home / clocks.FILE).write_bytes(msgspec.json.encode(change(read_clocks())))
 
 
-JUMPS: dict[str, Callable[[Reading], Reading]] = {
-    "400 days in a minute": lambda now: Reading(now.at - timedelta(days=400), now.boot_id, now.seconds - 60),
-    "5 minutes in a second": lambda now: Reading(now.at - timedelta(minutes=5), now.boot_id, now.seconds - 1),
-    "back by an hour": lambda now: Reading(now.at + timedelta(hours=1), now.boot_id, now.seconds - 60),
-    "standing still for a day": lambda now: Reading(now.at, now.boot_id, now.seconds - 86_400),
-    "400 days with a restart": lambda now: Reading(now.at - timedelta(days=400), "another", 9.0),
-    "back with a restart": lambda now: Reading(now.at + timedelta(hours=1), "another", 9.0),
+JUMPS: dict[str, Callable[[ClockReading], ClockReading]] = {
+    "400 days in a minute": lambda now: ClockReading(now.at - timedelta(days=400), now.boot_id, now.seconds - 60),
+    "5 minutes in a second": lambda now: ClockReading(now.at - timedelta(minutes=5), now.boot_id, now.seconds - 1),
+    "back by an hour": lambda now: ClockReading(now.at + timedelta(hours=1), now.boot_id, now.seconds - 60),
+    "standing still for a day": lambda now: ClockReading(now.at, now.boot_id, now.seconds - 86_400),
+    "400 days with a restart": lambda now: ClockReading(now.at - timedelta(days=400), "another", 9.0),
+    "back with a restart": lambda now: ClockReading(now.at + timedelta(hours=1), "another", 9.0),
 }
-PASSES: dict[str, Callable[[Reading], Reading]] = {
-    "a day": lambda now: Reading(now.at - timedelta(days=1), now.boot_id, now.seconds - 86_400),
-    "400 days": lambda now: Reading(now.at - timedelta(days=400), now.boot_id, now.seconds - 400 * 86_400),
-    "a correction of some seconds": lambda now: Reading(now.at - timedelta(seconds=20), now.boot_id, now.seconds),
-    "a day with a restart": lambda now: Reading(now.at - timedelta(days=1), "another", 9.0),
+PASSES: dict[str, Callable[[ClockReading], ClockReading]] = {
+    "a day": lambda now: ClockReading(now.at - timedelta(days=1), now.boot_id, now.seconds - 86_400),
+    "400 days": lambda now: ClockReading(now.at - timedelta(days=400), now.boot_id, now.seconds - 400 * 86_400),
+    "a correction of some seconds": lambda now: ClockReading(
+        now.at - timedelta(seconds=20), now.boot_id, now.seconds
+    ),
+    "a day with a restart": lambda now: ClockReading(now.at - timedelta(days=1), "another", 9.0),
 }
 
 
@@ -117,10 +119,10 @@ def test_time_that_passed_is_no_jump(engine: Engine, tmp_path: Path, passes: str
 
 
 @pytest.mark.parametrize("kept", [b"", b"{", b"[]", b"\xff"])
-def test_a_damaged_memory_is_made_anew(engine: Engine, tmp_path: Path, kept: bytes) -> None:
+def test_a_damaged_clock_file_is_recreated(engine: Engine, tmp_path: Path, kept: bytes) -> None:
     (tmp_path / clocks.FILE).write_bytes(kept)
     destroys_by(engine, tmp_path)
-    assert msgspec.json.decode((tmp_path / clocks.FILE).read_bytes(), type=Reading).at <= datetime.now(UTC)
+    assert msgspec.json.decode((tmp_path / clocks.FILE).read_bytes(), type=ClockReading).at <= datetime.now(UTC)
 
 
 def test_a_home_that_takes_no_file_does_not_stop_it(engine: Engine, tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_i8_the_duties_destroy_nothing_after_a_jump_and_go_on_with_what_was_orde
         monkeypatch.setenv(name, value)
     record(engine, created("c1", "s1"), created("c2", "s2"), deleted("c2", "s2"), created("c3", "s3"))
     erasure.order(engine, [Target("s3")], "request", ACT)
-    duties = Upkeep(settings.read(), database.database_url(database_url), TIMING)
+    duties = RetentionTasks(settings.read(), database.database_url(database_url), TIMING)
     try:
         remember(tmp_path, JUMPS["400 days in a minute"])
         for duty in (duties.expire, duties.erase):
@@ -181,11 +183,11 @@ def test_i8_a_killed_run_is_finished_by_the_next(
     for _ in range(2):
         already = len(rows(engine, steps))
         process = subprocess.Popen([sys.executable, "-m", "archiver", "retention", "--yes"], env=environment)
-        wanted = already + chance.randrange(1, SESSIONS)
-        until(lambda: process.poll() is not None or len(rows(engine, steps)) >= wanted, "it is at work")  # noqa: B023
+        expected = already + chance.randrange(1, SESSIONS)
+        until(lambda: process.poll() is not None or len(rows(engine, steps)) >= expected, "it is at work")  # noqa: B023
         process.send_signal(signal.SIGKILL)
         process.wait()
-    told = archiver(
+    completed = archiver(
         "retention",
         "--yes",
         database_url=database_url,
@@ -193,7 +195,7 @@ def test_i8_a_killed_run_is_finished_by_the_next(
         ARCHIVER_HOME=str(tmp_path),
         ARCHIVER_RETENTION_METADATA_DAYS="60",
     )
-    assert told.returncode == 0, told.stderr
+    assert completed.returncode == 0, completed.stderr
     assert holds_text(engine, *(f"question of c{number}" for number in range(SESSIONS))) == ["question of c0"]
     assert rows(engine, "SELECT id FROM archiver.holds WHERE released_at IS NULL") == [(held,)]
     assert is_rebuilt_the_same(engine)

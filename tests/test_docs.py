@@ -35,8 +35,8 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
 
 
 def test_the_settings_page_lists_every_setting_with_its_default_and_meaning() -> None:
-    wanted = [[f"`{name}`", f"`{default}`" if default else "", text] for name, default, text in settings.table()]
-    assert table_rows("settings.md", "All settings") == wanted
+    expected = [[f"`{name}`", f"`{default}`" if default else "", text] for name, default, text in settings.table()]
+    assert table_rows("settings.md", "All settings") == expected
 
 
 def test_the_http_page_lists_every_route(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def read_at(path: str, value: object) -> Event:
     return event
 
 
-def test_the_http_page_tells_of_every_field_that_is_read_and_where() -> None:
+def test_the_http_page_lists_every_field_and_its_place() -> None:
     rows = table_rows("http.md", "Envelopes")
     assert [row[0] for row in rows] == list(FIELDS)
     for field, where, _, _ in rows:
@@ -124,7 +124,7 @@ def test_the_http_page_tells_of_every_field_that_is_read_and_where() -> None:
             assert seen[0] != seen[1], (field, path)
 
 
-def test_the_http_page_names_whatever_the_parser_looks_up() -> None:
+def test_the_http_page_names_every_key_that_the_parser_reads() -> None:
     section = (ROOT / "docs" / "http.md").read_text().split("## Envelopes", 1)[1].split("\n## ", 1)[0]
     looked_up = {
         name
@@ -136,12 +136,12 @@ def test_the_http_page_names_whatever_the_parser_looks_up() -> None:
 
 
 def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, click.Command]]:
-    found = []
+    result = []
     for name, command in group.commands.items():
-        found.append((f"{prefix} {name}", command))
+        result.append((f"{prefix} {name}", command))
         if isinstance(command, click.Group):
-            found += commands(command, f"{prefix} {name}")
-    return found
+            result += commands(command, f"{prefix} {name}")
+    return result
 
 
 def test_the_command_page_lists_every_command_and_option() -> None:
@@ -155,13 +155,13 @@ def test_the_command_page_lists_every_command_and_option() -> None:
 
 
 def test_the_command_page_names_the_fields_of_a_quarantined_delivery(engine: Engine) -> None:
-    told = (ROOT / "docs" / "commands.md").read_text().split("`list --json` is", 1)[1].split("`show --json`", 1)[0]
+    data = (ROOT / "docs" / "commands.md").read_text().split("`list --json` is", 1)[1].split("`show --json`", 1)[0]
     with transaction(engine) as connection:
         reject = quarantine.Reject(b"{", "not_json", "", datetime.now(UTC), None)
         quarantine.upsert_quarantine(connection, [reject])
         (row,) = quarantine.select_quarantine(connection)
     for name in row:
-        assert f"`{name}`" in told, name
+        assert f"`{name}`" in data, name
 
 
 def test_the_data_model_page_lists_every_table_and_column() -> None:
@@ -175,7 +175,7 @@ def test_the_data_model_page_lists_every_table_and_column() -> None:
 def test_the_data_model_page_lists_every_view_and_column(engine: Engine) -> None:
     page = (ROOT / "docs" / "data-model.md").read_text()
     with transaction(engine) as connection:
-        found = connection.execute(
+        rows = connection.execute(
             text(
                 "SELECT c.relname AS view, a.attname AS column, col_description(c.oid, a.attnum) AS meaning"
                 " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -183,7 +183,7 @@ def test_the_data_model_page_lists_every_view_and_column(engine: Engine) -> None
                 " WHERE n.nspname = 'analytics' AND c.relkind = 'v' AND a.attnum > 0 ORDER BY 1, a.attnum"
             )
         ).all()
-    for view, column, meaning in found:
+    for view, column, meaning in rows:
         section = page.split(f"### analytics.{view}\n", 1)[1].split("\n### ", 1)[0]
         assert f"| `{column}` | {meaning} |" in section, (view, column)
 
@@ -230,8 +230,8 @@ def locked(name: str) -> dict[str, str]:
 def test_production_installs_what_the_tests_ran_on_and_no_more() -> None:
     tested, installed = locked("requirements.lock"), locked("requirements-runtime.lock")
     assert installed.items() < tested.items()
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*told["project"]["dependencies"], *told["dependency-groups"]["build"]]
-    assert {re.split(r"[^\w-]", each)[0] for each in wanted} <= {each.partition("[")[0] for each in installed}
+    result = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    expected = [*result["project"]["dependencies"], *result["dependency-groups"]["build"]]
+    assert {re.split(r"[^\w-]", each)[0] for each in expected} <= {each.partition("[")[0] for each in installed}
     assert not {"pytest", "mypy", "ruff", "coverage", "hypothesis"} & installed.keys()
     assert "--require-hashes -r requirements-runtime.lock" in (ROOT / "README.md").read_text()

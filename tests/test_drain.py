@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from archiver.app.connection_limiter import ConnectionLimiter
 from archiver.app.connections import Connection
-from archiver.app.crowd import Crowd
-from archiver.app.listening import Loop
+from archiver.app.listening import DrainingLoop
 from tests.payloads import SECRET, created
 from tests.receivers import serving
 from tests.sockets import Answer, connect, delivery, read
@@ -52,7 +52,7 @@ class Greeter(asyncio.Protocol):
         transport.close()
 
 
-def test_whoever_the_kernel_let_in_is_served_after_the_listening_ended() -> None:
+def test_connections_accepted_by_the_kernel_are_served_after_listening_ended() -> None:
     async def serve() -> None:
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -67,7 +67,7 @@ def test_whoever_the_kernel_let_in_is_served_after_the_listening_ended() -> None
         for client in clients:
             client.close()
 
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=DrainingLoop) as runner:
         runner.run(serve())
 
 
@@ -81,9 +81,9 @@ def test_their_answer_is_the_last_on_their_connection() -> None:
         loop = asyncio.get_running_loop()
         config = uvicorn.Config(greet, log_config=None)
         config.load()
-        state, crowd = ServerState(), Crowd(10, 10)
+        state, limiter = ServerState(), ConnectionLimiter(10, 10)
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            server = await loop.create_server(lambda: Connection(config, state, {"crowd": crowd}), sock=listener)
+            server = await loop.create_server(lambda: Connection(config, state, {"limiter": limiter}), sock=listener)
             client = connect(listener.getsockname()[1], b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             server.close()
         answer = await loop.run_in_executor(None, read, client)
@@ -93,12 +93,12 @@ def test_their_answer_is_the_last_on_their_connection() -> None:
         await asyncio.sleep(0)
         return answer
 
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=DrainingLoop) as runner:
         answer = runner.run(serve())
     assert (answer.content, answer.headers["connection"]) == (b"hello", "close")
 
 
-def test_i12_too_few_files_are_told() -> None:
+def test_i12_too_low_a_file_limit_is_reported() -> None:
     script = f"ulimit -n 600; exec {shlex.quote(sys.executable)} -m archiver serve --port 0 --no-migrate"
     settings = {
         "DATABASE_URL": "postgresql://127.0.0.1:1/none",
@@ -106,4 +106,4 @@ def test_i12_too_few_files_are_told() -> None:
         "ARCHIVER_SPOOL": "off",
     }
     ended = subprocess.run(["sh", "-c", script], env=settings, capture_output=True, text=True, check=False)
-    assert "limit of files" in ended.stderr
+    assert "file limit too low" in ended.stderr

@@ -69,8 +69,8 @@ def test_i13_a_client_that_cannot_be_built_stops_reading_alone(
             return "reconcile failed" in " ".join(archiver("status", database_url=database_url).stdout.split())
 
         until(reported, "status names it")
-        found = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
-        (finding,) = [each for each in found if each["check"] == "duty reconcile"]
+        result = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
+        (finding,) = [each for each in result if each["check"] == "duty reconcile"]
         assert finding["verdict"] == "failure"
         assert named in finding["detail"]
         assert receiver.stop() == 0
@@ -90,7 +90,7 @@ def test_i13_what_the_database_refuses_to_one_duty_is_reported_and_ends_with_the
             assert {up(receiver, each) for each in ("publish", "followups", "erase")} == {1.0}
             connection.execute("GRANT SELECT ON archiver.recounts TO archiver_writer")
         until(lambda: up(receiver, "seal") == 1, "it seals again", 90)
-        assert log_lines(receiver, "duty works again")
+        assert log_lines(receiver, "duty recovered")
         assert receiver.post(created("c1", "s1")).json()["status"] == "stored"
         until(lambda: rows(engine, "SELECT 1 FROM archiver.seals"), "it is sealed")
 
@@ -105,15 +105,15 @@ def test_i13_a_worker_that_was_killed_or_cannot_start_is_reported_with_the_reaso
         every.write_text("often")
         os.kill(worker_of(receiver), signal.SIGKILL)
         (first, *_) = until(
-            lambda: log_lines(receiver, "the worker ended by itself and is started again"), "it is logged"
+            lambda: log_lines(receiver, "worker process ended unexpectedly; restarting"), "it is logged"
         )
         assert "SIGKILL" in str(first["reason"])
-        until(lambda: log_lines(receiver, "the worker cannot work"), "its successor says why it cannot work")
+        until(lambda: log_lines(receiver, "worker process failed"), "its successor says why it cannot work")
         until(lambda: up(receiver, "worker") == 0, "the metric says so")
 
         def finding() -> str:
-            found = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
-            return "".join(each["detail"] for each in found if each["check"] == "duty worker")
+            result = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
+            return "".join(each["detail"] for each in result if each["check"] == "duty worker")
 
         assert "ARCHIVER_SEAL_EVERY_FILE: must be a whole number" in until(
             lambda: "ARCHIVER_SEAL_EVERY_FILE" in finding() and finding(), "doctor says why"
@@ -134,7 +134,7 @@ def worker_of(receiver: Receiver) -> int:
 
 
 @contextmanager
-def working(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def running_worker(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker in a thread of this process."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("ARCHIVER_SEAL_EVERY", "1")
@@ -160,10 +160,10 @@ def reports(engine: Engine) -> dict[str, Report]:
 def test_i13_a_duty_that_hangs_is_reported_and_started_again(
     database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duties, "PATIENCE_SECONDS", 6.0)
+    monkeypatch.setattr(duties, "HANG_SECONDS", 6.0)
     monkeypatch.setattr(supervision, "LOG_SECONDS", 1.0)
     monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 0.5)
-    with working(database_url, monkeypatch):
+    with running_worker(database_url, monkeypatch):
 
         def states() -> dict[str, str]:
             return {name: report.state for name, report in reports(engine).items()}
@@ -196,7 +196,7 @@ def test_a_duty_reports_its_first_fault_until_that_part_works_again() -> None:
 def test_i13_any_fault_of_a_duty_leaves_the_others_alone_and_is_named(
     fault: Exception, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(supervision, "INITIAL_PAUSE_SECONDS", 0.01)
     ending, failed_often = asyncio.Event(), asyncio.Event()
     faulty, sound = Duty("faulty"), Duty("sound")
     steps: list[str] = []

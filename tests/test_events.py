@@ -57,7 +57,7 @@ ENVELOPES = {
 
 
 @pytest.mark.parametrize("document", ENVELOPES.values(), ids=ENVELOPES)
-def test_every_envelope_tells_the_same(document: dict[str, Any]) -> None:
+def test_every_envelope_gives_the_same_event(document: dict[str, Any]) -> None:
     event = read(document)
     reference = read(payloads.created(at=AT))
     assert msgspec.structs.replace(event, body=b"") == msgspec.structs.replace(reference, body=b"")
@@ -153,9 +153,9 @@ def test_output_without_roles_is_the_assistants() -> None:
 
 
 def test_a_turn_of_too_many_messages_is_refused_and_the_longest_allowed_is_not() -> None:
-    most = [{"content": "x"}] * (MAX_MESSAGES - 1)
-    assert len(read_chat(input="q", output=most).output) == MAX_MESSAGES - 1
-    assert refused({"type": "chat.created", "chat": {"id": "1", "input": ["q", "q"], "output": most}}) == (
+    limit = [{"content": "x"}] * (MAX_MESSAGES - 1)
+    assert len(read_chat(input="q", output=limit).output) == MAX_MESSAGES - 1
+    assert refused({"type": "chat.created", "chat": {"id": "1", "input": ["q", "q"], "output": limit}}) == (
         "too_many_messages"
     )
 
@@ -499,13 +499,13 @@ def is_storable(text: str | None) -> bool:
 
 
 def texts(event: Event) -> list[str | None]:
-    found: list[str | None] = [event.type, event.session_id, event.chat_id]
+    result: list[str | None] = [event.type, event.session_id, event.chat_id]
     if event.chat is not None:
         chat = event.chat
-        found += [chat.assistant_id, chat.external_id, chat.status, chat.session_name, chat.session_status]
+        result += [chat.assistant_id, chat.external_id, chat.status, chat.session_name, chat.session_status]
         for message in event.chat.input + event.chat.output:
-            found += [message.role, message.content]
-    return found
+            result += [message.role, message.content]
+    return result
 
 
 def check_any(body: bytes) -> None:
@@ -528,7 +528,7 @@ def check_any(body: bytes) -> None:
 @given(st.binary(max_size=200))
 @example(b"\xef\xbb\xbf")
 @example(b"\xff\xfe{\x00}\x00")
-def test_i4_no_bytes_whatever_raise(body: bytes) -> None:
+def test_i4_no_bytes_raise(body: bytes) -> None:
     check_any(body)
 
 
@@ -562,7 +562,7 @@ _ANY_OBJECT = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(_ANY_JSON)
-def test_i4_no_json_whatever_raises(document: Any) -> None:
+def test_i4_no_json_raises(document: Any) -> None:
     check_any(json.dumps(document).encode())
 
 
@@ -572,7 +572,7 @@ def test_i4_no_json_whatever_raises(document: Any) -> None:
     chat=st.dictionaries(st.sampled_from(_NAMES), _ANY_OBJECT, max_size=10),
     envelope=st.dictionaries(st.sampled_from(_NAMES), _ANY_OBJECT, max_size=4),
 )
-def test_i4_a_chat_of_whatever_fields_can_be_stored(
+def test_i4_a_chat_with_any_fields_can_be_stored(
     event_type: str, chat: dict[str, Any], envelope: dict[str, Any]
 ) -> None:
     chat = {"id": "chat-1"} | chat

@@ -54,53 +54,55 @@ def as_json(engine: Engine, query: str) -> list[Any]:
 def test_an_export_checks_and_holds_every_row_as_it_is(archive: Engine, exported: Path) -> None:
     assert check(exported, is_keyed=True) == []
     for view, order in (("chats", "chat_id"), ("messages", "position")):
-        wanted = as_json(archive, f"SELECT * FROM analytics.{view} ORDER BY session_id, {order}")
-        found = lines(exported, f"{view}.jsonl")
-        assert sorted(map(str, found)) == sorted(map(str, wanted))
-    told = {each["session_id"]: each for each in lines(exported, "conversations.jsonl")}
+        expected = as_json(archive, f"SELECT * FROM analytics.{view} ORDER BY session_id, {order}")
+        result = lines(exported, f"{view}.jsonl")
+        assert sorted(map(str, result)) == sorted(map(str, expected))
+    data = {each["session_id"]: each for each in lines(exported, "conversations.jsonl")}
     for each in as_json(archive, "SELECT * FROM analytics.conversations"):
-        assert each.items() <= told[each["session_id"]].items()
-    assert (told["s2"]["coverage"], told["s2"]["reason"]) == ("unverified", "erased")
-    assert told["s3"]["erased_at"] is not None
+        assert each.items() <= data[each["session_id"]].items()
+    assert (data["s2"]["coverage"], data["s2"]["reason"]) == ("unverified", "erased")
+    assert data["s3"]["erased_at"] is not None
 
 
 def test_an_event_holds_the_exact_bytes_that_arrived(archive: Engine, exported: Path) -> None:
     ledger = {row[0]: row[1:] for row in rows(archive, "SELECT id, body, salt, received_at FROM archiver.events")}
-    found = lines(exported, "events.jsonl")
-    assert [each["id"] for each in found] == sorted(ledger)
-    for each in found:
+    result = lines(exported, "events.jsonl")
+    assert [each["id"] for each in result] == sorted(ledger)
+    for each in result:
         body, salt, received_at = ledger[each["id"]]
-        told = b64decode(each["body_base64"]) if "body_base64" in each else each["body"]
-        assert (told.encode() if isinstance(told, str) else told) == (None if body is None else bytes(body))
+        results = b64decode(each["body_base64"]) if "body_base64" in each else each["body"]
+        assert (results.encode() if isinstance(results, str) else results) == (None if body is None else bytes(body))
         assert each["salt"] == (None if salt is None else bytes(salt).hex())
         assert datetime.fromisoformat(each["received_at"]) == received_at
-    assert sum("body_base64" in each for each in found) == 1
-    assert {each["chat_id"] for each in found if each["body"] is None and "body_base64" not in each} >= {"c3"}
+    assert sum("body_base64" in each for each in result) == 1
+    assert {each["chat_id"] for each in result if each["body"] is None and "body_base64" not in each} >= {"c3"}
 
 
 def test_csv_holds_what_the_json_holds(exported: Path) -> None:
     for name in ("conversations", "chats", "messages"):
         with (exported / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            found = list(csv.DictReader(file))
-        wanted = lines(exported, f"{name}.jsonl")
-        assert list(found[0]) == list(wanted[0])
-        assert len(found) == len(wanted)
-        for row, told in zip(found, wanted, strict=True):
-            plain = {key: value for key, value in told.items() if isinstance(value, str) and "T" not in value}
+            result = list(csv.DictReader(file))
+        expected = lines(exported, f"{name}.jsonl")
+        assert list(result[0]) == list(expected[0])
+        assert len(result) == len(expected)
+        for row, item in zip(result, expected, strict=True):
+            plain = {key: value for key, value in item.items() if isinstance(value, str) and "T" not in value}
             assert {key: row[key] for key in plain} == plain
     assert any(NASTY.replace("\0", "\ufffd") == row["content"] for row in lines(exported, "messages.jsonl"))
 
 
 def test_openai_lines_are_conversations_in_order_without_what_was_deleted(archive: Engine, exported: Path) -> None:
-    wanted = []
+    expected = []
     for (session_id,) in rows(archive, "SELECT session_id FROM archiver.sessions WHERE session_id <> '' ORDER BY 1"):
-        told = rows(
+        rows_found = rows(
             archive,
             f"SELECT role, content FROM analytics.messages WHERE session_id = '{session_id}' AND deleted_at IS NULL"
             " ORDER BY position",
         )
-        wanted += [{"messages": [{"role": role, "content": content} for role, content in told]}] if told else []
-    assert lines(exported, "openai.jsonl") == wanted
+        expected += (
+            [{"messages": [{"role": role, "content": content} for role, content in rows_found]}] if rows_found else []
+        )
+    assert lines(exported, "openai.jsonl") == expected
     assert "question of c2" not in (exported / "openai.jsonl").read_text()
     assert "question of c2" in (exported / "messages.jsonl").read_text()
 
@@ -108,22 +110,22 @@ def test_openai_lines_are_conversations_in_order_without_what_was_deleted(archiv
 @on_one_version
 def test_the_manifest_says_what_was_asked_for_and_how_much_there_is(archive: Engine, tmp_path: Path) -> None:
     made = make(archive, tmp_path / "one", Selection(["s1"]), formats=("openai",), settings={"on_delete": "keep"})
-    told = json.loads((tmp_path / "one" / "manifest.json").read_bytes())
+    data = json.loads((tmp_path / "one" / "manifest.json").read_bytes())
     assert sha256((tmp_path / "one" / "manifest.json").read_bytes()).hexdigest() == made.digest
-    assert (told["asked"], told["actor"], told["reason"]) == ({"sessions": ["s1"]}, "anna@desk", "case 7")
-    assert told["settings"]["here"] == {"on_delete": "keep"}
-    assert told["head"]["id"] == 3
+    assert (data["asked"], data["actor"], data["reason"]) == ({"sessions": ["s1"]}, "anna@desk", "case 7")
+    assert data["settings"]["here"] == {"on_delete": "keep"}
+    assert data["head"]["id"] == 3
     (messages,) = rows(archive, "SELECT count(*) FROM archiver.messages WHERE session_id = 's1'")[0]
-    assert {"conversations": 1, "chats": 3, "messages": messages, "unsealed": 0}.items() <= told["counts"].items()
-    assert sum(told["coverage"].values()) == 1
+    assert {"conversations": 1, "chats": 3, "messages": messages, "unsealed": 0}.items() <= data["counts"].items()
+    assert sum(data["coverage"].values()) == 1
     assert check(tmp_path / "one") == []
     assert {each["session_id"] for each in lines(tmp_path / "one", "events.jsonl")} == {"", "s1"}
 
 
 def test_events_without_a_session_go_with_the_sessions_that_they_speak_of(archive: Engine, tmp_path: Path) -> None:
     make(archive, tmp_path / "one", Selection(["s1"]))
-    strays = [each["chat_id"] for each in lines(tmp_path / "one", "events.jsonl") if not each["session_id"]]
-    assert strays == ["c2"]
+    unassigned = [each["chat_id"] for each in lines(tmp_path / "one", "events.jsonl") if not each["session_id"]]
+    assert unassigned == ["c2"]
     make(archive, tmp_path / "other", Selection(["s2"]))
     assert all(each["session_id"] == "s2" for each in lines(tmp_path / "other", "events.jsonl"))
     assert [each["chat_id"] for each in lines(tmp_path / "other", "erasures.jsonl")] == ["c3"]
@@ -140,7 +142,7 @@ def test_each_session_alone_checks(archive: Engine, tmp_path: Path, session_id: 
 
 
 @on_one_version
-def test_what_is_not_there_is_told(archive: Engine, tmp_path: Path) -> None:
+def test_unknown_selections_are_reported(archive: Engine, tmp_path: Path) -> None:
     with pytest.raises(UnknownError, match="session no, nor"):
         make(archive, tmp_path / "one", Selection(["s1", "no", "nor"]))
     with pytest.raises(UnknownError, match="no hold 7"):
@@ -155,15 +157,15 @@ def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path)
         number = erasure.insert_hold(connection, criteria, "anna", "case 7")
     made = make(archive, tmp_path / "held", Selection(), hold_ids=[number])
     query = "SELECT id, actor, reason, kind, detail FROM archiver.acts WHERE kind ~ '^export' ORDER BY id"
-    found = rows(archive, query)
-    assert [row[1:4] for row in found] == [
+    rows_found = rows(archive, query)
+    assert [row[1:4] for row in rows_found] == [
         ("anna@desk", "case 7", "export"),
         ("anna@desk", "case 7", "export.done"),
     ]
-    assert found[0][4] == {"holds": [number], "formats": list(export.FORMATS)}
-    assert (found[1][4]["act"], found[1][4]["manifest_sha256"]) == (found[0][0], made.digest)
-    assert found[1][4]["events"] == made.manifest.counts.events
-    assert "Premium" not in str(found) + (tmp_path / "held" / "manifest.json").read_text()
+    assert rows_found[0][4] == {"holds": [number], "formats": list(export.FORMATS)}
+    assert (rows_found[1][4]["act"], rows_found[1][4]["manifest_sha256"]) == (rows_found[0][0], made.digest)
+    assert rows_found[1][4]["events"] == made.manifest.counts.events
+    assert "Premium" not in str(rows_found) + (tmp_path / "held" / "manifest.json").read_text()
     with pytest.raises(UnknownError):
         make(archive, tmp_path / "none", Selection(["none"]))
     kinds = [row[0] for row in rows(archive, "SELECT kind FROM archiver.acts WHERE kind ~ '^export' ORDER BY id")]
@@ -250,11 +252,13 @@ def test_a_selection_is_what_a_hold_on_the_same_covers(engine: Engine) -> None:
             erasure.insert_hold(connection, criteria, "tester", "because")
             held = set(erasure.covering(connection, [*whole, *alone]))
             driver = connection.connection.driver_connection
-            found = {Target(row[0]) for row in connection.exec_driver_sql(selection.sessions().as_string(driver))}
-            strays = {Target("", row[0]) for row in connection.exec_driver_sql(selection.turns().as_string(driver))}
+            values = {Target(row[0]) for row in connection.exec_driver_sql(selection.sessions().as_string(driver))}
+            unassigned = {
+                Target("", row[0]) for row in connection.exec_driver_sql(selection.turns().as_string(driver))
+            }
             connection.rollback()
-        assert found == {each for each in held if each.session_id}
-        assert strays == {each for each in held if not each.session_id}
+        assert values == {each for each in held if each.session_id}
+        assert unassigned == {each for each in held if not each.session_id}
         covered += len(held)
 
     compare()
@@ -312,9 +316,9 @@ def test_i9_every_changed_field_of_every_file_is_found(exported: Path, tmp_path:
             for line in forged:
                 folder = copied(exported, tmp_path / "forged")
                 rewrite(folder, name, [*content[:place], line, *content[place + 1 :]])
-                told = check(folder)
-                assert name in {found.file for found in told} or name == "manifest.sha256", (name, line[:200])
-                assert told
+                result = check(folder)
+                assert name in {item.file for item in result} or name == "manifest.sha256", (name, line[:200])
+                assert result
                 tried += 1
     assert tried > 150
 
@@ -325,7 +329,7 @@ SEALED = ("events.jsonl", "acts.jsonl", "erasures.jsonl")
 
 
 @on_one_version
-def test_i9_a_changed_row_is_named_even_under_a_manifest_made_anew(exported: Path, tmp_path: Path) -> None:
+def test_i9_a_changed_row_is_named_even_under_a_new_manifest(exported: Path, tmp_path: Path) -> None:
     tried = 0
     for name in SEALED:
         content = (exported / name).read_bytes().split(b"\n")[:-1]
@@ -337,8 +341,8 @@ def test_i9_a_changed_row_is_named_even_under_a_manifest_made_anew(exported: Pat
                 folder = copied(exported, tmp_path / "forged")
                 rewrite(folder, name, [each + b"\n" for each in forged])
                 reforge(folder)
-                told = [found for found in check(folder, is_keyed=True) if found.file in {name, "seals.jsonl"}]
-                assert any(found.line == place + 1 or str(record["id"]) in (found.what or "") for found in told), (
+                data = [item for item in check(folder, is_keyed=True) if item.file in {name, "seals.jsonl"}]
+                assert any(item.line == place + 1 or str(record["id"]) in (item.what or "") for item in data), (
                     name,
                     place,
                     field,
@@ -365,9 +369,9 @@ def test_i9_rows_removed_doubled_put_in_and_swapped_are_named(exported: Path, tm
             folder = copied(exported, tmp_path / "forged")
             rewrite(folder, name, forged)
             reforge(folder)
-            told = check(folder)
-            assert told, name
-            assert named is None or any(f" {named}, sealed by" in str(found) for found in told), (name, told)
+            result = check(folder)
+            assert result, name
+            assert named is None or any(f" {named}, sealed by" in str(item) for item in result), (name, result)
 
 
 @on_one_version
@@ -379,7 +383,7 @@ def test_i9_a_body_that_is_taken_out_like_an_erased_one_is_found(exported: Path,
     folder = copied(exported, tmp_path / "forged")
     rewrite(folder, "events.jsonl", [compact(record) + b"\n", *(each + b"\n" for each in content[1:])])
     reforge(folder, lambda told: told["counts"].update(erased=told["counts"]["erased"] + 1))
-    assert [(found.fault, found.what) for found in check(folder)] == [("erased_without_record", "event 1")]
+    assert [(item.fault, item.what) for item in check(folder)] == [("erased_without_record", "event 1")]
 
 
 @on_one_version
@@ -394,11 +398,11 @@ def test_i9_a_salt_that_gave_bytes_to_the_body_is_found(exported: Path, tmp_path
     folder = copied(exported, tmp_path / "forged")
     rewrite(folder, "events.jsonl", [compact(record) + b"\n", *(each + b"\n" for each in content[1:])])
     reforge(folder)
-    assert [(found.fault, found.what) for found in check(folder)] == [("body_changed", "event 1")]
+    assert [(item.fault, item.what) for item in check(folder)] == [("body_changed", "event 1")]
 
 
 @on_one_version
-def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path) -> None:
+def test_i9_a_replaced_seal_is_out_of_the_chain(exported: Path, tmp_path: Path) -> None:
     content = (exported / "seals.jsonl").read_bytes().splitlines(keepends=True)
     record = json.loads(content[1])
     statement = re.sub(r"sealed_at \d{4}", "sealed_at 1999", record["statement"])
@@ -406,14 +410,12 @@ def test_i9_a_seal_made_anew_is_out_of_the_chain(exported: Path, tmp_path: Path)
     folder = copied(exported, tmp_path / "forged")
     rewrite(folder, "seals.jsonl", [content[0], compact(record) + b"\n", *content[2:]])
     reforge(folder)
-    assert [(found.fault, found.what) for found in check(folder)] == [("out_of_chain", "seal 3")]
-    assert [found.fault for found in check(folder, is_keyed=True)] == ["wrong_signature", "out_of_chain"]
+    assert [(item.fault, item.what) for item in check(folder)] == [("out_of_chain", "seal 3")]
+    assert [item.fault for item in check(folder, is_keyed=True)] == ["wrong_signature", "out_of_chain"]
 
 
 @on_one_version
-def test_i9_every_changed_field_of_a_seal_is_found_under_a_manifest_made_anew(
-    archive: Engine, tmp_path: Path
-) -> None:
+def test_i9_every_changed_field_of_a_seal_is_found_under_a_new_manifest(archive: Engine, tmp_path: Path) -> None:
     make(archive, tmp_path / "one", Selection(["s1", "s2"]))
     content = (tmp_path / "one" / "seals.jsonl").read_bytes().splitlines(keepends=True)
     assert len(content) == 3
@@ -425,7 +427,7 @@ def test_i9_every_changed_field_of_a_seal_is_found_under_a_manifest_made_anew(
             folder = copied(tmp_path / "one", tmp_path / "forged")
             rewrite(folder, "seals.jsonl", [*content[:place], forged, *content[place + 1 :]])
             reforge(folder)
-            assert any(found.file == "seals.jsonl" for found in check(folder, is_keyed=True)), path
+            assert any(item.file == "seals.jsonl" for item in check(folder, is_keyed=True)), path
         folder = copied(tmp_path / "one", tmp_path / "forged")
         rewrite(folder, "seals.jsonl", content[:place] + content[place + 1 :])
         reforge(folder)
@@ -436,26 +438,26 @@ def test_i9_every_changed_field_of_a_seal_is_found_under_a_manifest_made_anew(
 def test_i9_an_archive_that_was_forged_is_found_in_its_export(archive: Engine, tmp_path: Path) -> None:
     execute(archive, "UPDATE archiver.events SET type = 'forged' WHERE id = 2", unguarded=True)
     make(archive, tmp_path / "whole")
-    assert [str(found) for found in check(tmp_path / "whole")] == [
+    assert [str(item) for item in check(tmp_path / "whole")] == [
         "events.jsonl, line 2, event 2, sealed by 1: it is not as it was sealed"
     ]
 
 
 @on_one_version
-def test_the_manifest_is_signed_and_a_stranger_is_found(archive: Engine, tmp_path: Path) -> None:
+def test_the_manifest_is_signed_and_an_unknown_key_is_found(archive: Engine, tmp_path: Path) -> None:
     make(archive, tmp_path / "signed", key=KEY)
     checked = export.Checked()
     assert check(tmp_path / "signed", is_keyed=True, checked=checked) == []
     assert checked.is_signed
     folder = copied(tmp_path / "signed", tmp_path / "forged")
-    reforge(folder, lambda told: told.update(reason="another"))
-    assert [found.fault for found in check(folder, is_keyed=True)] == ["manifest_signature"]
+    reforge(folder, lambda values: values.update(reason="another"))
+    assert [item.fault for item in check(folder, is_keyed=True)] == ["manifest_signature"]
     (folder / "manifest.sig").unlink()
-    assert [(found.file, found.fault) for found in check(folder)] == [("manifest.sig", "missing")]
+    assert [(item.file, item.fault) for item in check(folder)] == [("manifest.sig", "missing")]
     public = Ed25519PrivateKey.generate().public_key()
-    strangers = export.Keys({seals.key_id(public): public})
-    told = {found.fault for found in export.check(tmp_path / "signed", keys=strangers)}
-    assert told == {"unknown_key"}
+    unknown_keys = export.Keys({seals.key_id(public): public})
+    values = {item.fault for item in export.check(tmp_path / "signed", keys=unknown_keys)}
+    assert values == {"unknown_key"}
 
 
 @on_one_version
@@ -463,8 +465,8 @@ def test_exported_seals_pin_what_is_in_it(archive: Engine, exported: Path) -> No
     with snapshot(archive, statement_seconds=30) as connection:
         heads = {seal.id: seal.hash for seal, _ in seals.select_seals(connection)}
     assert check(exported, heads=heads) == []
-    told = check(exported, heads=heads | {2: bytes(32)})
-    assert [(found.fault, found.what) for found in told] == [("not_the_known_one", "seal 2")]
+    result = check(exported, heads=heads | {2: bytes(32)})
+    assert [(item.fault, item.what) for item in result] == [("not_the_known_one", "seal 2")]
 
 
 def stripped(folder: Path, to: Path) -> Path:
@@ -483,31 +485,31 @@ def test_i9_what_outlives_the_signature_is_found(archive: Engine, tmp_path: Path
     known: dict[str, Any] = {"heads": {seal.id: seal.hash for seal in exported}, "through": exported[-1].through}
     assert check(whole, is_keyed=True, digest=None, **known) == []
     folder = stripped(whole, forged)
-    reforge(folder, lambda told: told.update(signed_by=None))
-    assert [str(found) for found in check(folder, is_keyed=True, digest=None, **known)] == [
+    reforge(folder, lambda result: result.update(signed_by=None))
+    assert [str(item) for item in check(folder, is_keyed=True, digest=None, **known)] == [
         "manifest.json: it is not signed, though it should be"
     ]
     recorded = sha256((whole / "manifest.json").read_bytes()).hexdigest()
-    assert [found.fault for found in check(folder, is_keyed=True, digest=recorded, **known)] == ["not_recorded"]
+    assert [item.fault for item in check(folder, is_keyed=True, digest=recorded, **known)] == ["not_recorded"]
     # All seals but the first, or all, left out: what they held could be anything.
-    for kept in (1, 0):
+    for remaining in (1, 0):
         folder = stripped(whole, forged)
-        content = (folder / "seals.jsonl").read_bytes().splitlines(keepends=True)[:kept]
+        content = (folder / "seals.jsonl").read_bytes().splitlines(keepends=True)[:remaining]
         rewrite(folder, "seals.jsonl", content)
-        through = exported[0].through["events"] if kept else 0
+        through = exported[0].through["events"] if remaining else 0
         held = [each["id"] for each in lines(folder, "events.jsonl") if each["id"] > through]
 
-        def change(told: dict[str, Any], kept: int = kept, rest: int = len(held)) -> None:
-            told.update(signed_by=None, head={"id": 1, "hash": exported[0].hash.hex()} if kept else None)
-            told["counts"]["unsealed"] = rest
+        def change(result: dict[str, Any], remaining: int = remaining, rest: int = len(held)) -> None:
+            result.update(signed_by=None, head={"id": 1, "hash": exported[0].hash.hex()} if remaining else None)
+            result["counts"]["unsealed"] = rest
 
         reforge(folder, change)
         assert check(folder) == []
-        told = check(folder, **known)
+        result = check(folder, **known)
         beyond = exported[-1].through["events"]
-        wanted = {f"event {each}" for each in held if each <= beyond}
-        assert {found.what for found in told if found.file == "events.jsonl"} == wanted
-        assert {found.fault for found in told} == {"seal_left_out"} | ({"none_known"} if not kept else set())
+        expected = {f"event {each}" for each in held if each <= beyond}
+        assert {item.what for item in result if item.file == "events.jsonl"} == expected
+        assert {item.fault for item in result} == {"seal_left_out"} | ({"none_known"} if not remaining else set())
 
 
 @on_one_version
@@ -550,8 +552,8 @@ def test_i9_keys_behind_the_body_are_seen() -> None:
 
 @on_one_version
 def test_the_manifest_names_only_keys_and_numbers_that_can_be(exported: Path, tmp_path: Path) -> None:
-    def put_count(told: dict[str, Any]) -> None:
-        told["counts"]["unsealed"] = 10**30
+    def put_count(document: dict[str, Any]) -> None:
+        document["counts"]["unsealed"] = 10**30
 
     for change in (
         lambda told: told.update(signed_by="\x1b[2Jx"),
@@ -561,7 +563,7 @@ def test_the_manifest_names_only_keys_and_numbers_that_can_be(exported: Path, tm
     ):
         folder = copied(exported, tmp_path / "forged")
         reforge(folder, change)
-        assert [(found.file, found.fault) for found in check(folder)] == [("manifest.json", "damaged")]
+        assert [(item.file, item.fault) for item in check(folder)] == [("manifest.json", "damaged")]
 
 
 @on_one_version
@@ -576,11 +578,11 @@ def test_more_places_than_entries_are_not_even_read(exported: Path, tmp_path: Pa
         rewrite(folder, "seals.jsonl", content)
         reforge(folder)
         tracemalloc.start()
-        told = check(folder)
-        _, most = tracemalloc.get_traced_memory()
+        result = check(folder)
+        _, limit = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert Finding("seals.jsonl", "damaged", 1) in told
-        assert most < 12 * len(content[0])
+        assert Finding("seals.jsonl", "damaged", 1) in result
+        assert limit < 12 * len(content[0])
 
 
 @on_one_version
@@ -647,34 +649,34 @@ DAMAGES: list[tuple[Any, str, str]] = [
 
 
 @on_one_version
-def test_whatever_is_damaged_is_a_finding(exported: Path, tmp_path: Path) -> None:
+def test_every_damage_is_a_finding(exported: Path, tmp_path: Path) -> None:
     for damage, name, fault in DAMAGES:
         folder = copied(exported, tmp_path / "forged")
         damage(folder)
-        told = check(folder)
-        assert (name, fault) in {(found.file, found.fault) for found in told}, (name, fault)
-        assert len(told) <= 10_001
+        result = check(folder)
+        assert (name, fault) in {(item.file, item.fault) for item in result}, (name, fault)
+        assert len(result) <= 10_001
 
 
 @on_one_version
 def test_a_manifest_leads_to_no_other_file(exported: Path, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path / "forged")
-    told = json.loads((folder / "manifest.json").read_bytes())
-    told["files"]["../whole/chats.jsonl"] = told["files"].pop("chats.jsonl")
-    (folder / "manifest.json").write_text(json.dumps(told))
-    assert {found.fault for found in check(folder)} == {"manifest_digest", "damaged"}
+    data = json.loads((folder / "manifest.json").read_bytes())
+    data["files"]["../whole/chats.jsonl"] = data["files"].pop("chats.jsonl")
+    (folder / "manifest.json").write_text(json.dumps(data))
+    assert {item.fault for item in check(folder)} == {"manifest_digest", "damaged"}
 
 
 @on_one_version
 def test_a_line_that_is_too_long_is_a_finding(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "LONGEST", 100_000)
-    told = check(exported)
-    long = [found.line for found in told if found.fault == "too_long"]
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 100_000)
+    result = check(exported)
+    long = [item.line for item in result if item.fault == "too_long"]
     content = (exported / "events.jsonl").read_bytes().split(b"\n")
     assert long == [number for number, line in enumerate(content, 1) if len(line) >= 100_000]
-    assert not {"digest", "size", "rows"} & {found.fault for found in told}
+    assert not {"digest", "size", "rows"} & {item.fault for item in result}
 
 
 def test_quoted_line_ends_are_no_rows_of_csv(tmp_path: Path) -> None:
@@ -702,7 +704,7 @@ def test_everything_of_an_empty_archive_is_nothing(engine: Engine, tmp_path: Pat
 
 
 @on_one_version
-def test_what_is_left_of_a_session_that_was_erased_before_anybody_heard_of_it_is_exported(
+def test_the_rest_of_a_session_that_was_erased_before_its_first_event_is_exported(
     engine: Engine, tmp_path: Path
 ) -> None:
     erase(engine, Target("s7"))
@@ -712,13 +714,13 @@ def test_what_is_left_of_a_session_that_was_erased_before_anybody_heard_of_it_is
 
 
 @on_one_version
-def test_counts_tell_what_is_not_sealed_and_not_exported(archive: Engine, exported: Path) -> None:
-    told = json.loads((exported / "manifest.json").read_bytes())["counts"]
+def test_counts_include_unsealed_and_unexported_rows(archive: Engine, exported: Path) -> None:
+    data = json.loads((exported / "manifest.json").read_bytes())["counts"]
     (counted,) = rows(
         archive,
         "SELECT count(*), count(*) FILTER (WHERE body IS NULL),"
         " count(*) FILTER (WHERE id > (SELECT max(events_through) FROM archiver.seals)),"
         " (SELECT count(*) FROM archiver.quarantine) FROM archiver.events",
     )
-    assert (told["events"], told["erased"], told["unsealed"], told["quarantined"]) == counted
+    assert (data["events"], data["erased"], data["unsealed"], data["quarantined"]) == counted
     assert counted[2] == 2

@@ -68,16 +68,16 @@ def test_an_auditor_exports_and_anybody_checks_without_a_database(url: str, outp
         KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     )
     with as_auditor(url) as auditors:
-        told = ok("--output", output, "--all", "--format", "csv", "--format", "openai", url=auditors)
-    assert "events.jsonl" in told
-    assert "not sealed yet) to" in told
+        process = ok("--output", output, "--all", "--format", "csv", "--format", "openai", url=auditors)
+    assert "events.jsonl" in process
+    assert "not sealed yet) to" in process
     unsigned = archiver("export", "--check", str(output), "--key", str(tmp_path / "seal.pub"))
     assert unsigned.returncode == 1
     assert "manifest.json: it is not signed, though it should be" in unsigned.stderr
     recorded = sha256((output / "manifest.json").read_bytes()).hexdigest()
     checked = ok("--check", output, "--key", tmp_path / "seal.pub", "--manifest", recorded)
     (digest,) = [line.split(": ")[1].split(",")[0] for line in checked.splitlines() if "SHA-256" in line]
-    assert digest in told
+    assert digest in process
     assert digest in archiver("acts", "--kind", "export.done", "--json", database_url=url).stdout
     sums = subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=output, capture_output=True, check=False)
     assert sums.returncode == 0
@@ -88,15 +88,15 @@ def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tm
     key.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public = tmp_path / "seal.pub"
     public.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    told = ok(
+    data = ok(
         *("--output", output, "--session", "s1", "--reason", "why", "--actor", "anna", "--json"),
         url=as_writer(url),
         ARCHIVER_SEAL_KEY_FILE=str(key),
         ARCHIVER_ON_DELETE="erase",
     )
-    assert json.loads(told) == json.loads((output / "manifest.json").read_bytes())
-    assert json.loads(told)["settings"]["here"]["on_delete"] == "erase"
-    assert "BEGIN" not in told
+    assert json.loads(data) == json.loads((output / "manifest.json").read_bytes())
+    assert json.loads(data)["settings"]["here"]["on_delete"] == "erase"
+    assert "BEGIN" not in data
     assert "signed by" in ok("--check", output, "--key", public)
     assert "not checked: give --key" in ok("--check", output)
     assert json.loads(ok("--check", output, "--key", public, "--json"))["manifest_signature_checked"]
@@ -109,7 +109,7 @@ def test_a_writer_exports_too_and_prints_the_manifest(url: str, output: Path, tm
 
 
 @on_one_version
-def test_an_unsigned_export_fails_its_check_until_somebody_vouches_for_it(
+def test_an_unsigned_export_fails_its_check_without_unsigned_or_manifest(
     url: str, engine: Engine, output: Path, tmp_path: Path
 ) -> None:
     """Its transcripts can be changed by anyone who can write to the folder."""
@@ -173,7 +173,7 @@ def test_csv_cells_that_a_spreadsheet_would_run_are_made_harmless_unless_raw(
 
 
 @on_one_version
-def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Path, tmp_path: Path) -> None:
+def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path) -> None:
     ok("--output", output, "--all", url=url)
     folder = copied(output, tmp_path / "forged")
     content = (folder / "events.jsonl").read_bytes()
@@ -185,15 +185,15 @@ def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Pat
     assert "events.jsonl, line 3, event 3, sealed by 1: it is not as it was sealed" in ended.stderr
     assert "[bold]?[31m: it does not belong to the export" in ended.stderr
     assert "\x1b" not in ended.stderr
-    told = json.loads(archiver("export", "--check", str(folder), "--json").stdout)
-    assert {(found["file"], found["line"], found["fault"]) for found in told["findings"]} >= {
+    data = json.loads(archiver("export", "--check", str(folder), "--json").stdout)
+    assert {(item["file"], item["line"], item["fault"]) for item in data["findings"]} >= {
         ("events.jsonl", 3, "changed")
     }
     seals = tmp_path / "seals.jsonl"
     seals.write_text(archiver("seals", "export", database_url=url).stdout)
     heads = [json.loads(line) for line in seals.read_text().splitlines()]
-    told = json.loads(ok("--check", output, "--against", seals, "--unsigned", "--json"))
-    assert told["compared"] == told["seals"] == len(heads)
+    data = json.loads(ok("--check", output, "--against", seals, "--unsigned", "--json"))
+    assert data["compared"] == data["seals"] == len(heads)
     seals.write_text("".join(json.dumps(head | {"hash": "00" * 32}) + "\n" for head in heads))
     ended = archiver("export", "--check", str(output), "--against", str(seals))
     assert ended.returncode == 1
@@ -204,38 +204,38 @@ def test_i9_what_is_wrong_is_named_and_the_exit_code_tells(url: str, output: Pat
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["--all"], "Say where to: --output DIR"),
-        (["--output", "x"], "Say what to export"),
-        (["--output", "x", "--all", "--session", "s"], "do not go together"),
-        (["--output", "x", "--all", "--hold", "1"], "do not go together"),
-        (["--output", "x", "--since", "2024-03-02", "--until", "2024-03-02"], "give the earlier time to --since"),
-        (["--output", "x", "--check", "."], "say only one of them"),
+        (["--all"], "Specify --output DIR"),
+        (["--output", "x"], "Specify what to export"),
+        (["--output", "x", "--all", "--session", "s"], "Use only one of"),
+        (["--output", "x", "--all", "--hold", "1"], "Use only one of"),
+        (["--output", "x", "--since", "2024-03-02", "--until", "2024-03-02"], "--since is not before --until"),
+        (["--output", "x", "--check", "."], "not both"),
         (["--output", "x", "--session", ""], "is no session id"),
-        (["--output", "x", "--since", "yesterday"], "write 2024-01-15"),
-        (["--output", "x", "--all", "--key", __file__], "go with --check"),
-        (["--output", "x", "--all", "--signed-since", "2"], "go with --check"),
-        (["--output", "x", "--all", "--against", __file__], "go with --check"),
-        (["--output", "x", "--all", "--manifest", "0" * 64], "go with --check"),
-        (["--output", "x", "--all", "--unsigned"], "go with --check"),
-        (["--output", "x", "--all", "--raw-csv"], "goes with --format csv"),
-        (["--check", ".", "--raw-csv"], "takes the whole export"),
-        (["--check", ".", "--all"], "takes the whole export"),
+        (["--output", "x", "--since", "yesterday"], "expected 2024-01-15"),
+        (["--output", "x", "--all", "--key", __file__], "require --check"),
+        (["--output", "x", "--all", "--signed-since", "2"], "require --check"),
+        (["--output", "x", "--all", "--against", __file__], "require --check"),
+        (["--output", "x", "--all", "--manifest", "0" * 64], "require --check"),
+        (["--output", "x", "--all", "--unsigned"], "require --check"),
+        (["--output", "x", "--all", "--raw-csv"], "requires --format csv"),
+        (["--check", ".", "--raw-csv"], "checks a whole export"),
+        (["--check", ".", "--all"], "checks a whole export"),
         (["--check", ".", "--key", __file__], "not an Ed25519 public key"),
         (["--check", ".", "--against", __file__], "line 1 is no seal"),
     ],
 )
-def test_wrong_usage_is_told(arguments: list[str], advice: str) -> None:
+def test_wrong_usage_is_reported(arguments: list[str], advice: str) -> None:
     ended = archiver("export", *arguments, database_url="postgresql://127.0.0.1:1/none")
     assert ended.returncode == 2
     assert advice in " ".join(ended.stderr.split())
 
 
 @on_one_version
-def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> None:
+def test_an_impossible_export_is_reported_and_leaves_nothing(url: str, output: Path) -> None:
     for arguments, advice in (
         (("--session", "s1", "--session", "none"), "Nothing is known of session none"),
         (("--hold", "9"), "There is no hold 9; see archiver hold list --all"),
-        (("--until", "2001-01-01"), "Nothing that is archived is of these: nothing was exported"),
+        (("--until", "2001-01-01"), "nothing archived matches the selection; nothing was exported"),
     ):
         ended = archiver("export", "--output", str(output), *arguments, database_url=url)
         assert (ended.returncode, ended.stdout) == (1, "")
@@ -251,7 +251,7 @@ def test_what_cannot_be_is_told_and_nothing_is_left(url: str, output: Path) -> N
 
 
 @on_one_version
-def test_a_right_that_is_missing_half_way_is_told_and_nothing_is_left(url: str, output: Path) -> None:
+def test_a_missing_privilege_is_reported_and_leaves_nothing(url: str, output: Path) -> None:
     with as_auditor(url) as auditors:
         with psycopg.connect(url) as connection:
             connection.execute("REVOKE SELECT ON analytics.messages FROM archiver_auditor")
@@ -338,7 +338,7 @@ def test_a_report_that_cannot_be_written_leaves_the_export_and_says_so(url: str,
 
 
 @on_one_version
-def test_what_comes_meanwhile_is_not_in_it(url: str, engine: Engine, output: Path) -> None:
+def test_events_that_arrive_during_an_export_are_not_in_it(url: str, engine: Engine, output: Path) -> None:
     before = rows(engine, "SELECT count(*), max(id) FROM archiver.events")
     with waiting_export(url, output):
         names = "session_id, type, source, received_at, last_received_at, delivery_count, body, salt, body_digest"
@@ -349,8 +349,8 @@ def test_what_comes_meanwhile_is_not_in_it(url: str, engine: Engine, output: Pat
         )
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(before[0][0] + 1,)]
     ok("--check", output, "--unsigned")
-    found = [each["id"] for each in lines(output, "events.jsonl")]
-    assert (len(found), found[-1]) == before[0]
+    result = [each["id"] for each in lines(output, "events.jsonl")]
+    assert (len(result), result[-1]) == before[0]
 
 
 SMALL = 1_048_576
@@ -363,7 +363,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @on_one_version
-def test_a_full_disk_is_told_and_nothing_is_left_on_it(url: str, engine: Engine, disk: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(url: str, engine: Engine, disk: Path) -> None:
     record(engine, *(created(f"more{number}", "s1", input="word " * 10_000) for number in range(30)), minute=30)
     ended = archiver("export", "--output", str(disk / "here"), "--all", database_url=url)
     assert ended.returncode == 1
@@ -386,6 +386,6 @@ def test_holds_and_times_select_and_released_holds_do_so_too(url: str, engine: E
     shutil.rmtree(output)
     ok("--output", output, "--since", "2024-03-01", "--until", "2024-03-02", url=url)
     assert {each["session_id"] for each in lines(output, "conversations.jsonl")} == {"s4"}
-    told: dict[str, Any] = json.loads((output / "manifest.json").read_bytes())
-    assert told["asked"] == {"since": "2024-03-01T00:00:00+00:00", "until": "2024-03-02T00:00:00+00:00"}
+    data: dict[str, Any] = json.loads((output / "manifest.json").read_bytes())
+    assert data["asked"] == {"since": "2024-03-01T00:00:00+00:00", "until": "2024-03-02T00:00:00+00:00"}
     ok("--check", output, "--unsigned")

@@ -29,12 +29,12 @@ ROOM = 4 * 1_048_576
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants alone are shorter."""
     monkeypatch.setattr(fallback, "SPOOL_AFTER_SECONDS", 1.0)
-    monkeypatch.setattr(draining, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(draining, "INITIAL_PAUSE_SECONDS", 0.01)
     for module in (fallback, draining):
-        monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 0.05)
+        monkeypatch.setattr(module, "MAX_PAUSE_SECONDS", 0.05)
 
 
 @asynccontextmanager

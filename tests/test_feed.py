@@ -89,7 +89,7 @@ def transactions_of(engine: Engine, writer: int, seed: int, others_were_seen: th
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_i11_no_reader_misses_a_change_whatever_order_writers_commit_in(
+def test_i11_no_reader_misses_a_change_in_any_order_of_commits(
     cluster: Cluster, database_url: str, seed: int
 ) -> None:
     engine = cluster.engine(database_url, pool_size=WRITERS + PUBLISHERS + 2)
@@ -100,8 +100,8 @@ def test_i11_no_reader_misses_a_change_whatever_order_writers_commit_in(
     others_were_seen = threading.Event()
 
     def write(writer: int) -> None:
-        kept = transactions_of(engine, writer, seed, others_were_seen)
-        committed[writer] = [chat_id for chat_ids in kept for chat_id in chat_ids]
+        remaining = transactions_of(engine, writer, seed, others_were_seen)
+        committed[writer] = [chat_id for chat_ids in remaining for chat_id in chat_ids]
 
     def publish_page() -> None:
         with transaction(engine) as connection:
@@ -184,9 +184,9 @@ def test_what_is_published_is_notified_in_order(database_url: str, engine: Engin
             Change("seal.created", seal_id=7),
         )
         publish(engine)
-        told = [json.loads(each.payload) for each in listener.notifies(timeout=20, stop_after=3)]
+        published = [json.loads(each.payload) for each in listener.notifies(timeout=20, stop_after=3)]
     nothing: dict[str, Any] = {"chat_id": None, "seal_id": None, "session_id": ""}
-    assert told == [
+    assert published == [
         nothing | {"cursor": 1, "type": "chat.created", "session_id": "s", "chat_id": 'c "é'},
         {"cursor": 2, "type": "session.lost"},
         nothing | {"cursor": 3, "type": "seal.created", "seal_id": 7},
@@ -206,7 +206,7 @@ async def publish_all(url: str, is_done: Callable[[], bool]) -> None:
 def test_i13_changes_of_a_session_that_take_too_long_keep_no_others_from_being_published(
     database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "SELDOM", 0.1)
+    monkeypatch.setattr(publisher, "SLOW_RETRY_FACTOR", 0.1)
     slow_rows(engine, "archiver.changes", "session_id", "slow", "PERFORM pg_sleep(60)")
     for number in range(5):
         both = [Change("chat.created", name, f"{name}-{number}") for name in ("slow", f"other-{number}")]
@@ -244,14 +244,14 @@ def test_i11_who_listens_and_sleeps_keeps_nothing_from_being_published(
             count = "SELECT count(*) FROM analytics.changes"
             asyncio.run(publish_all(postgres.url, lambda: rows(engine, count) == [(181,)]))
             printed = capsys.readouterr()
-            assert (printed.out + printed.err).count("no room for notifications") == 1
+            assert (printed.out + printed.err).count("notification queue full") == 1
         with psycopg.connect(postgres.url, autocommit=True) as listener:
             listener.execute(f"LISTEN {feed.CHANNEL}")
             for number in (182, 183):  # by the first Postgres is made to look that there is room again
                 record(engine, created(str(number)))
                 asyncio.run(publish_all(postgres.url, lambda: rows(engine, count) == [(number,)]))  # noqa: B023
-            told = [json.loads(each.payload)["cursor"] for each in listener.notifies(timeout=20, stop_after=1)]
-            assert told == [183]
+            published = [json.loads(each.payload)["cursor"] for each in listener.notifies(timeout=20, stop_after=1)]
+            assert published == [183]
         engine.dispose()
 
 
@@ -288,7 +288,7 @@ def cursors(engine: Engine) -> list[int]:
 
 
 @on_one_version
-def test_the_worker_lets_go_of_old_changes_a_page_at_a_time(database_url: str, engine: Engine) -> None:
+def test_the_worker_deletes_old_changes_a_page_at_a_time(database_url: str, engine: Engine) -> None:
     write(engine, *[Change("chat.created", "s", str(n)) for n in range(12_000)])
     publish(engine)
     execute(engine, "UPDATE archiver.changes SET changed_at = now() - interval '31 days' WHERE cursor <= 11000")

@@ -13,10 +13,10 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from archiver import erasure
 from archiver.database import transaction
-from archiver.erasure import Act, Target
-from archiver.followups import contents, deliveries, forgetting, review, schedule, subscriptions
+from archiver.erasure import AuditEntry, Target
+from archiver.followups import contents, deliveries, pruning, review, schedule, subscriptions
 from archiver.followups.deliveries import Due
-from archiver.followups.fanout import MOST_PENDING
+from archiver.followups.fanout import MAX_PENDING
 from tests.feeds import publish
 from tests.followups import SECRET, change, let_time_pass, receiving, sending, states, subscribe
 from tests.payloads import created, deleted
@@ -25,14 +25,14 @@ from tests.test_erasure import read, record, said, sweep
 from tests.test_limits import on_one_version
 from tests.waiting import until
 
-ACT = Act("erase", "anna@desk", "she asked for it")
+ACT = AuditEntry("erase", "anna@desk", "she asked for it")
 
 
 def ids(count: int, prefix: str = "c") -> list[str]:
     return [f"{prefix}{number}" for number in range(count)]
 
 
-def told_of(engine: Engine) -> list[tuple[int, int]]:
+def deliveries_made(engine: Engine) -> list[tuple[int, int]]:
     return rows(engine, "SELECT subscription_id, cursor FROM archiver.deliveries ORDER BY 1, 2")
 
 
@@ -48,7 +48,7 @@ def until_delivered(engine: Engine, count: int) -> None:
 # What is told
 
 
-def test_i11_a_turn_is_told_as_it_is_archived_and_signed(engine: Engine, database_url: str) -> None:
+def test_i11_a_turn_is_delivered_as_archived_and_signed(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", "s1"))
     publish(engine)
     with receiving() as receiver, sending(database_url):
@@ -56,10 +56,10 @@ def test_i11_a_turn_is_told_as_it_is_archived_and_signed(engine: Engine, databas
         until_delivered(engine, 1)
     (got,) = receiver.got
     assert got.path == "/crm"
-    assert Webhook(SECRET).verify(got.body, got.headers) == got.told
+    assert Webhook(SECRET).verify(got.body, got.headers) == got.payload
     ((changed_at,),) = rows(engine, "SELECT changed_at FROM archiver.changes")
-    assert got.told["type"] == "chat.created"
-    assert datetime.fromisoformat(got.told["timestamp"]) == changed_at
+    assert got.payload["type"] == "chat.created"
+    assert datetime.fromisoformat(got.payload["timestamp"]) == changed_at
     assert got.data == {
         "cursor": 1,
         "session_id": "s1",
@@ -84,20 +84,20 @@ def test_i11_a_turn_is_told_as_it_is_archived_and_signed(engine: Engine, databas
     assert attempts(engine) == [(1, 1, 204, None, b"")]
 
 
-def test_a_session_is_told_with_its_figures(engine: Engine, database_url: str) -> None:
+def test_a_session_is_delivered_with_its_figures(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", "s1"))
     read(engine, "s1", 10, *said("c1", "c2"))
     publish(engine)
     with receiving() as receiver, sending(database_url):
         subscribe(engine, receiver.url, "session.settled", "session.repaired")
         until_delivered(engine, 2)
-    assert sorted(each.told["type"] for each in receiver.got) == ["session.repaired", "session.settled"]
+    assert sorted(each.payload["type"] for each in receiver.got) == ["session.repaired", "session.settled"]
     conversation = receiver.got[0].data["conversation"]
     assert (conversation["chats"], conversation["messages"], conversation["coverage"]) == (2, 4, "repaired")
     assert conversation["name"] == "name of s1"
 
 
-def test_a_turn_that_found_its_session_since_is_told_there(engine: Engine, database_url: str) -> None:
+def test_a_turn_that_was_assigned_since_is_delivered_with_its_session(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", None))
     publish(engine)
     record(engine, created("c1", "s1"))
@@ -111,7 +111,7 @@ def test_a_turn_that_found_its_session_since_is_told_there(engine: Engine, datab
 
 def test_i12_a_body_is_bounded(engine: Engine) -> None:
     now = datetime.now(UTC)
-    record(engine, created("c1", "s1", input="x" * contents.MOST_BYTES), created("c2", "s1"))
+    record(engine, created("c1", "s1", input="x" * contents.MAX_BYTES), created("c2", "s1"))
     with transaction(engine) as connection:
         due = [Due(1, number, "chat.created", "s1", f"c{number}", None, now, 0, 14) for number in (1, 2)]
         bodies = contents.select_bodies(connection, due)
@@ -120,7 +120,7 @@ def test_i12_a_body_is_bounded(engine: Engine) -> None:
     assert "messages" not in large
     assert large["chat"]["status"] == "completed"
     assert len(small["messages"]) == 2
-    wide = {"chat": {"variables": {"a": "x" * contents.MOST_BYTES}}, "messages": [{"content": "x"}]}
+    wide = {"chat": {"variables": {"a": "x" * contents.MAX_BYTES}}, "messages": [{"content": "x"}]}
     body = contents.encode("chat.created", now, wide)
     assert json.loads(body)["data"] == {"chat": {"variables": None}, "truncated": True}
 
@@ -142,7 +142,7 @@ FILTERS: list[tuple[dict[str, Any], list[int]]] = [
 
 
 @pytest.mark.parametrize(("filters", "cursors"), FILTERS)
-def test_only_what_matches_is_told(
+def test_only_matching_changes_are_delivered(
     filters: dict[str, Any], cursors: list[int], engine: Engine, database_url: str
 ) -> None:
     gold = {"variableValues": {"tier": "gold"}}
@@ -161,7 +161,7 @@ def test_only_what_matches_is_told(
         subscribe(engine, receiver.url, **filters)
         until(lambda: rows(engine, "SELECT cursor FROM archiver.subscriptions") == [(5,)], "all was looked at")
         until(lambda: sorted(receiver.cursors) == cursors, "what matches is told")
-    assert [cursor for _, cursor in told_of(engine)] == cursors
+    assert [cursor for _, cursor in deliveries_made(engine)] == cursors
 
 
 def test_a_subscription_begins_at_the_end_of_the_feed_unless_asked(engine: Engine, database_url: str) -> None:
@@ -171,7 +171,7 @@ def test_a_subscription_begins_at_the_end_of_the_feed_unless_asked(engine: Engin
         late = subscribe(engine, receiver.url, after=2)
         change(engine, ("chat.created", "s", "c9"))
         until_delivered(engine, 3)
-    assert told_of(engine) == [(new, 4), (late, 3), (late, 4)]
+    assert deliveries_made(engine) == [(new, 4), (late, 3), (late, 4)]
 
 
 @on_one_version
@@ -184,14 +184,14 @@ def test_i12_what_waits_is_bounded_and_the_rest_stays_in_the_feed(engine: Engine
             "INSERT INTO archiver.deliveries (subscription_id, cursor, type, session_id, chat_id, changed_at,"
             f" created_at, last_attempt, due_at) SELECT {subscription_id}, -n, 'chat.created', 's', 'c', now(),"
             " now(), 14, CASE WHEN n > 1 THEN now() + interval '1 hour' ELSE now() END"
-            f" FROM generate_series(1, {MOST_PENDING + 1}) n",
+            f" FROM generate_series(1, {MAX_PENDING + 1}) n",
         )
         with sending(database_url):
             until(lambda: receiver.cursors == [-1], "what is due is sent")
             until(lambda: states(engine).get("delivered") == 1, "and recorded")
             assert rows(engine, "SELECT cursor FROM archiver.subscriptions") == [(0,)]
             receiver.hangs = True
-            execute(engine, f"DELETE FROM archiver.deliveries WHERE cursor = -{MOST_PENDING}")
+            execute(engine, f"DELETE FROM archiver.deliveries WHERE cursor = -{MAX_PENDING}")
             until(lambda: receiver.cursors == [-1, 1], "there is room for one")
             assert rows(engine, "SELECT cursor FROM archiver.subscriptions") == [(1,)]
             receiver.hangs = False
@@ -320,11 +320,11 @@ def test_a_receiver_that_fails_is_asked_with_one_at_a_time_and_nothing_is_used_u
         closed = "SELECT closed_until > now() FROM archiver.subscriptions"
         until(lambda: rows(engine, closed) == [(True,)], "it is left alone")
         until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
-        most = len(receiver.got)
-        assert most <= schedule.FAILURES + 4 * 4  # what had been read already
+        limit = len(receiver.got)
+        assert limit <= schedule.OPEN_AFTER_FAILURES + 4 * 4  # what had been read already
         for probe in range(1, 4):
             execute(engine, "UPDATE archiver.subscriptions SET closed_until = now()")
-            until(lambda probe=probe: len(attempts(engine)) == most + probe, "one more")  # type: ignore[misc]  # bound
+            until(lambda probe=probe: len(attempts(engine)) == limit + probe, "one more")  # type: ignore[misc]  # bound
             assert rows(engine, closed) == [(True,)]
         assert rows(engine, "SELECT max(attempts) FROM archiver.deliveries") == [(1,)]
         receiver.then()
@@ -371,7 +371,7 @@ def later(engine: Engine) -> dict[str, int]:
 
 
 @on_one_version
-def test_each_session_is_told_in_order_where_asked(engine: Engine, database_url: str) -> None:
+def test_an_ordered_subscription_delivers_each_session_in_order(engine: Engine, database_url: str) -> None:
     sessions = ids(5, "s")
     change(engine, *(("chat.updated", sessions[number % 5], "c") for number in range(60)))
     with receiving() as receiver, sending(database_url):
@@ -393,7 +393,7 @@ def test_each_session_is_told_in_order_where_asked(engine: Engine, database_url:
 
 
 @on_one_version
-def test_two_workers_tell_each_change_once(engine: Engine, database_url: str) -> None:
+def test_two_workers_deliver_each_change_once(engine: Engine, database_url: str) -> None:
     change(engine, *(("chat.created", "s", each) for each in ids(300)))
     with receiving() as first, receiving() as second:
         for receiver in (first, second):
@@ -427,7 +427,7 @@ def test_another_takes_over_once_the_lease_has_ended(engine: Engine, database_ur
 # Erased (I8)
 
 
-def test_i8_of_what_was_erased_only_ids_are_told(engine: Engine, database_url: str) -> None:
+def test_i8_only_ids_of_erased_content_are_delivered(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s2"))
     erasure.order(engine, [Target("s1", "c1"), Target("s2")], "request", ACT)
     sweep(engine)
@@ -441,8 +441,8 @@ def test_i8_of_what_was_erased_only_ids_are_told(engine: Engine, database_url: s
     with receiving() as receiver, sending(database_url):
         subscribe(engine, receiver.url)
         until_delivered(engine, 4)
-    told = {each.data["cursor"]: each.data for each in receiver.got}
-    assert {cursor: sorted(data) for cursor, data in told.items()} == {
+    published = {each.data["cursor"]: each.data for each in receiver.got}
+    assert {cursor: sorted(data) for cursor, data in published.items()} == {
         1: ["chat_id", "cursor", "erased_at", "session_id"],
         2: ["chat", "chat_id", "cursor", "messages", "session_id"],
         3: ["chat_id", "cursor", "erased_at", "session_id"],
@@ -467,8 +467,8 @@ def test_i8_an_erasure_takes_what_receivers_echoed(engine: Engine, database_url:
         until_delivered(engine, 5)
         erasure.order(engine, [Target("s1", "c1"), Target("s2")], "request", ACT)
         sweep(engine)
-        kept = [cursor for cursor, *_, answer in attempts(engine) if answer is not None]
-        assert kept == [2, 5]
+        remaining = [cursor for cursor, *_, answer in attempts(engine) if answer is not None]
+        assert remaining == [2, 5]
         # And of what was under way while it was erased.
         change(engine, ("chat.updated", "s2", "c3"))
         until_delivered(engine, 6)
@@ -489,13 +489,13 @@ def test_what_ended_is_forgotten_after_its_time_and_what_waits_is_not(engine: En
         "UPDATE archiver.deliveries SET state = 'pending', ended_at = NULL WHERE cursor = 3",
     )
     with transaction(engine) as connection:
-        assert forgetting.forget(connection, forgetting.select_ended(connection, 14)) == 2
-        assert forgetting.select_removed(connection) == []
+        assert pruning.delete_deliveries(connection, pruning.select_ended(connection, 14)) == 2
+        assert pruning.select_removed(connection) == []
     assert [row[0] for row in attempts(engine)] == [3, 4]
     with transaction(engine) as connection:
         subscriptions.remove(connection, subscription_id)
-        assert forgetting.forget(connection, forgetting.select_removed(connection)) == 2
-    assert attempts(engine) == told_of(engine) == []
+        assert pruning.delete_deliveries(connection, pruning.select_removed(connection)) == 2
+    assert attempts(engine) == deliveries_made(engine) == []
 
 
 def test_the_feed_is_kept_for_those_at_work_only(engine: Engine) -> None:
@@ -523,13 +523,13 @@ def test_how_follow_ups_stand(engine: Engine, database_url: str) -> None:
     second = subscribe(engine, "http://127.0.0.1:9")
     execute(engine, "UPDATE archiver.changes SET changed_at = now() - interval '1 hour'")
     with transaction(engine) as connection:
-        standing = review.select_standing(connection)
-        assert (standing.subscriptions, standing.pending, standing.dead, standing.behind) == (2, 1, 0, 3)
-        assert standing.oldest_seconds >= 3600
+        state_query = review.select_stats(connection)
+        assert (state_query.subscriptions, state_query.pending, state_query.dead, state_query.behind) == (2, 1, 0, 3)
+        assert state_query.oldest_seconds >= 3600
         subscriptions.pause(connection, second, "by hand")
-        standing = review.select_standing(connection)
-        assert (standing.paused, standing.behind) == (1, 0)
-        assert standing.oldest_seconds < 3600
+        state_query = review.select_stats(connection)
+        assert (state_query.paused, state_query.behind) == (1, 0)
+        assert state_query.oldest_seconds < 3600
         counted = review.select_subscriptions(connection, first)
     assert [(row["pending"], row["dead"], row["behind"]) for row in counted] == [(1, 0, 0)]
     assert not {"secret", "previous_secret"} & counted[0].keys()
@@ -537,10 +537,10 @@ def test_how_follow_ups_stand(engine: Engine, database_url: str) -> None:
 
 def test_a_webhook_id_can_be_read_again() -> None:
     now = datetime.now(UTC)
-    told = deliveries.message_id(7, 12_345, now)
-    assert deliveries.parse_message_id(told) == deliveries.parse_message_id("msg_7_12345") == (7, 12_345)
-    assert told != deliveries.message_id(7, 12_345, now + timedelta(microseconds=1))
-    assert "." not in told
+    published = deliveries.message_id(7, 12_345, now)
+    assert deliveries.parse_message_id(published) == deliveries.parse_message_id("msg_7_12345") == (7, 12_345)
+    assert published != deliveries.message_id(7, 12_345, now + timedelta(microseconds=1))
+    assert "." not in published
     for wrong in ("", "msg", "msg_7", "msg_x_1", "evt_7_1", "msg_7_-1", "msg_7_1_2_3", f"msg_7_{'9' * 30}"):
         assert deliveries.parse_message_id(wrong) is None
 

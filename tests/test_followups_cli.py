@@ -16,7 +16,7 @@ from standardwebhooks import Webhook
 from starlette.responses import Response
 
 from archiver import erasure, seals
-from archiver.erasure import Act, Target
+from archiver.erasure import AuditEntry, Target
 from archiver.outbox import TYPES
 from tests import servers
 from tests.feeds import publish
@@ -25,7 +25,7 @@ from tests.payloads import created, deleted
 from tests.receivers import archiver
 from tests.rows import execute, rows
 from tests.servers import as_writer
-from tests.test_cli import failed, said
+from tests.test_cli import failed, output_of
 from tests.test_erasure import read, record, sweep
 from tests.test_erasure import said as lines
 from tests.waiting import until
@@ -40,7 +40,7 @@ def followups(url: str, *arguments: str, **environment: str) -> subprocess.Compl
     return archiver("followups", *arguments, database_url=as_writer(url), **PRIVATE, **environment)
 
 
-def told(url: str, *arguments: str) -> Any:
+def listed(url: str, *arguments: str) -> Any:
     process = followups(url, *arguments, "--json")
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -56,7 +56,7 @@ def test_from_add_to_remove(database_url: str, engine: Engine) -> None:
         )
         assert added.returncode == 0, added.stderr
         (secret,) = re.findall(r"whsec_\S+", added.stdout)
-        (row,) = told(database_url, "list")
+        (row,) = listed(database_url, "list")
         assert row["events"] == ["chat.created", "session.lost"]
         assert (row["assistant_id"], row["variable"], row["value"], row["contains"]) == (
             "a1",
@@ -65,25 +65,25 @@ def test_from_add_to_remove(database_url: str, engine: Engine) -> None:
             "refund",
         )
         assert (row["is_ordered"], row["concurrency"], row["cursor"]) == (True, 2, 0)
-        assert told(database_url, "show", "1") == row
+        assert listed(database_url, "show", "1") == row
         receiver.then(Response("thank you", 202))
         tested = followups(database_url, "test", "1")
-        assert "answered 202" in said(tested)
+        assert "answered 202" in output_of(tested)
         assert "thank you" in tested.stdout
         assert Webhook(secret).verify(receiver.got[0].body, receiver.got[0].headers)["type"] == "followups.test"
-        check(receiver.got[0].told)
+        check(receiver.got[0].payload)
         receiver.always(418)
         tested = followups(database_url, "test", "1", "--json")
         assert tested.returncode == 1
         assert json.loads(tested.stdout)["status"] == 418
         receiver.then()
-        again = told(database_url, "rotate", "1")
+        again = listed(database_url, "rotate", "1")
         assert again["secret"] != secret
         assert followups(database_url, "test", "1").returncode == 0
         assert Webhook(secret).verify(receiver.got[-1].body, receiver.got[-1].headers)
         assert Webhook(again["secret"]).verify(receiver.got[-1].body, receiver.got[-1].headers)
         assert followups(database_url, "pause", "1", "--reason", "moving house").returncode == 0
-        assert "paused: moving house" in said(followups(database_url, "list"))
+        assert "paused: moving house" in output_of(followups(database_url, "list"))
         assert followups(database_url, "resume", "1").returncode == 0
         printed = "".join(
             followups(database_url, *words).stdout
@@ -91,7 +91,7 @@ def test_from_add_to_remove(database_url: str, engine: Engine) -> None:
         )
         assert "whsec" not in printed
         assert followups(database_url, "remove", "1", "--yes").returncode == 0
-        assert told(database_url, "list") == []
+        assert listed(database_url, "list") == []
     acts = rows(engine, "SELECT kind, detail::text FROM archiver.acts ORDER BY id")
     done = ("add", "rotate", "pause", "resume", "remove")
     assert [kind for kind, _ in acts] == [f"followups.{name}" for name in done]
@@ -106,23 +106,23 @@ def test_deliveries_are_listed_and_retried(database_url: str, engine: Engine) ->
             receiver.always(Response("no [bold]room[/bold]", 500))
             until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") == [(2,)], "both failed")
         execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
-        found = told(database_url, "deliveries", "--dead")
-        assert [(row["status"], row["fault"], row["answer"]) for row in found] == [
+        result = listed(database_url, "deliveries", "--dead")
+        assert [(row["status"], row["fault"], row["answer"]) for row in result] == [
             (500, "not_2xx", "no [bold]room[/bold]")
         ] * 2
-        shown = said(followups(database_url, "deliveries", "--subscription", "1"))
+        shown = output_of(followups(database_url, "deliveries", "--subscription", "1"))
         assert "no [bold]room[/bold]" in shown
-        assert told(database_url, "deliveries", "--pending") == []
-        assert "1 is tried again" in said(followups(database_url, "retry", found[0]["id"]))
+        assert listed(database_url, "deliveries", "--pending") == []
+        assert "1 is tried again" in output_of(followups(database_url, "retry", result[0]["id"]))
         missing = followups(database_url, "retry", "msg_1_77")
         assert (missing.returncode, "msg_1_77: there is no such delivery" in missing.stderr) == (1, True)
-        assert "1 is tried again" in said(followups(database_url, "retry", "--dead", "1"))
-        assert len(told(database_url, "deliveries", "--pending")) == 2
+        assert "1 is tried again" in output_of(followups(database_url, "retry", "--dead", "1"))
+        assert len(listed(database_url, "deliveries", "--pending")) == 2
         receiver.then()
         with sending(database_url):
             let_time_pass(engine)
             until(lambda: states(engine) == {"delivered": 2}, "both are delivered")
-    late = followups(database_url, "retry", found[0]["id"])
+    late = followups(database_url, "retry", result[0]["id"])
     assert (late.returncode, "was delivered already" in late.stderr) == (1, True)
     assert "0 are tried again" in late.stdout
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_meant_is_refused(words: list[str], reason: str, database
     assert "hunter2" not in process.stderr
 
 
-def test_a_test_tells_which_setting_refuses(database_url: str, engine: Engine) -> None:
+def test_followups_test_names_the_setting_that_refuses(database_url: str, engine: Engine) -> None:
     subscribe(engine, "http://127.0.0.1:9/")
     process = archiver("followups", "test", "1", database_url=as_writer(database_url))
     assert (process.returncode, "refused_address" in process.stdout) == (1, True)
@@ -196,30 +196,30 @@ def test_a_subscription_that_is_not_there(words: str, database_url: str) -> None
     assert "no subscription 9" in failed(followups(database_url, *words.split(), "9"))
 
 
-def test_status_and_doctor_tell_how_follow_ups_stand(database_url: str, engine: Engine) -> None:
+def test_status_and_doctor_report_follow_ups(database_url: str, engine: Engine) -> None:
     change(engine, ("chat.created", "s", "c1"))
-    assert "follow-ups" not in said(archiver("doctor", database_url=database_url))
+    assert "follow-ups" not in output_of(archiver("doctor", database_url=database_url))
     first = subscribe(engine, "http://127.0.0.1:9")
     status = archiver("status", "--json", database_url=database_url)
     assert json.loads(status.stdout)["followups"]["behind"] == 1
-    assert "1 subscriptions, 1 changes behind" in said(archiver("status", database_url=database_url))
+    assert "1 subscriptions, 1 changes behind" in output_of(archiver("status", database_url=database_url))
     execute(engine, "UPDATE archiver.changes SET changed_at = now() - interval '2 hours'")
-    assert "has not been told" in said(archiver("doctor", database_url=database_url))
+    assert "is not delivered" in output_of(archiver("doctor", database_url=database_url))
     with sending(database_url):
         until(lambda: states(engine) == {"pending": 1}, "it failed")
     execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
-    told = said(archiver("doctor", database_url=as_writer(database_url)))
-    assert "1 were given up" in told
-    assert f"1 subscriptions fail: {first} (no_connection)" in told
+    listed = output_of(archiver("doctor", database_url=as_writer(database_url)))
+    assert "1 were given up" in listed
+    assert f"1 subscriptions fail: {first} (no_connection)" in listed
     status = archiver("status", database_url=as_writer(database_url))
-    assert "1 failing" in said(status)
-    assert f"failing: {first} (no_connection)" in said(status)
-    standing = json.loads(archiver("status", "--json", database_url=database_url).stdout)["followups"]
-    (failing,) = standing["failing_subscriptions"]
+    assert "1 failing" in output_of(status)
+    assert f"failing: {first} (no_connection)" in output_of(status)
+    state_query = json.loads(archiver("status", "--json", database_url=database_url).stdout)["followups"]
+    (failing,) = state_query["failing_subscriptions"]
     assert (failing["id"], failing["last_fault"]) == (first, "no_connection")
     followups(database_url, "pause", str(first))
-    assert "1 subscriptions are paused" in said(archiver("doctor", database_url=database_url))
-    assert "1 dead; 1 subscriptions, 1 paused" in said(archiver("status", database_url=database_url))
+    assert "1 subscriptions are paused" in output_of(archiver("doctor", database_url=database_url))
+    assert "1 dead; 1 subscriptions, 1 paused" in output_of(archiver("status", database_url=database_url))
 
 
 def test_a_secret_of_ones_own(database_url: str, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_what_is_sent_is_as_the_schemas_say(database_url: str, engine: Engine) -
     publish(engine)
     change(engine, ("session.lost", "s1", None), ("chat.created", "s8", "c8"), ("chat.created", "s7", "c7"))
     change(engine, ("session.settled", "s8", None), ("session.settled", "s7", None))
-    erasure.order(engine, [Target("s8")], "request", Act("erase", "anna", "asked"))
+    erasure.order(engine, [Target("s8")], "request", AuditEntry("erase", "anna", "asked"))
     sweep(engine)
     with receiving() as receiver:
         subscribe(engine, receiver.url)
@@ -262,12 +262,12 @@ def test_what_is_sent_is_as_the_schemas_say(database_url: str, engine: Engine) -
             ((count,),) = rows(engine, "SELECT count(*) FROM archiver.changes")
             until(lambda: states(engine) == {"delivered": count}, "all are told")
     for got in receiver.got:
-        check(got.told)
-    assert {got.told["type"] for got in receiver.got} == set(TYPES)
+        check(got.payload)
+    assert {got.payload["type"] for got in receiver.got} == set(TYPES)
     assert any("truncated" in got.data for got in receiver.got)
     assert any("erased_at" in got.data for got in receiver.got)
     with pytest.raises(AssertionError):
-        check(receiver.got[0].told | {"data": {}})
+        check(receiver.got[0].payload | {"data": {}})
 
 
 # The page

@@ -8,9 +8,9 @@ from tests.feeds import publish
 from tests.followups import change, let_time_pass, receiving, sending, states, subscribe
 from tests.payloads import created
 from tests.rows import execute, rows
-from tests.test_cli import said
+from tests.test_cli import output_of
 from tests.test_erasure import record
-from tests.test_followups_cli import followups, told
+from tests.test_followups_cli import followups, listed
 from tests.test_limits import on_one_version
 from tests.waiting import until
 
@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def test_a_receiver_that_starts_a_little_later_is_told_within_seconds(engine: Engine, database_url: str) -> None:
+def test_a_receiver_that_starts_late_gets_deliveries_within_seconds(engine: Engine, database_url: str) -> None:
     change(engine, *(("chat.created", "s", f"c{number}") for number in range(50)))
     port = free_port()
     with sending(database_url):
@@ -32,12 +32,12 @@ def test_a_receiver_that_starts_a_little_later_is_told_within_seconds(engine: En
         until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
         soon = "closed_until <= now() + 5 * power(2, failures - 5) * interval '1 second'"
         assert rows(engine, f"SELECT {soon} FROM archiver.subscriptions") == [(True,)]
-        (row,) = told(database_url, "list")
+        (row,) = listed(database_url, "list")
         assert (row["state"], row["last_status"], row["last_fault"]) == ("failing", None, "no_connection")
         with receiving(port):
             execute(engine, "UPDATE archiver.deliveries SET due_at = now() WHERE state = 'pending'")
             until(lambda: states(engine) == {"delivered": 50}, "it is told by itself")
-        assert told(database_url, "show", str(subscription_id))["state"] == "at work"
+        assert listed(database_url, "show", str(subscription_id))["state"] == "at work"
 
 
 def test_what_was_under_way_when_it_was_cut_off_counts_no_probe(engine: Engine, database_url: str) -> None:
@@ -63,17 +63,17 @@ def test_a_test_that_is_taken_ends_the_wait(engine: Engine, database_url: str) -
         subscribe(engine, receiver.url)
         waits = "failures = 9, failing_since = now(), closed_until = now() + interval '15 minutes'"
         execute(engine, f"UPDATE archiver.subscriptions SET {waits}")
-        assert "left alone until" in said(followups(database_url, "show", "1"))
+        assert "left alone until" in output_of(followups(database_url, "show", "1"))
         receiver.then(500)
         assert followups(database_url, "test", "1").returncode == 1
-        assert told(database_url, "show", "1")["failures"] == 9
+        assert listed(database_url, "show", "1")["failures"] == 9
         assert followups(database_url, "test", "1").returncode == 0
-        assert told(database_url, "show", "1")["closed_until"] is None
+        assert listed(database_url, "show", "1")["closed_until"] is None
         with sending(database_url):
             until(lambda: states(engine) == {"delivered": 1}, "it is told at once")
         followups(database_url, "pause", "1", "--reason", "moving house")
-        assert "archiver followups resume 1" in said(followups(database_url, "test", "1"))
-        assert "paused: moving house" in said(followups(database_url, "show", "1"))
+        assert "archiver followups resume 1" in output_of(followups(database_url, "test", "1"))
+        assert "paused: moving house" in output_of(followups(database_url, "show", "1"))
 
 
 def test_a_week_counts_from_the_first_failure_and_not_without_attempts(engine: Engine, database_url: str) -> None:
@@ -100,13 +100,13 @@ def test_a_damaged_secret_is_a_failed_attempt(engine: Engine, database_url: str)
         with sending(database_url):
             until(lambda: rows(engine, "SELECT fault FROM archiver.attempts") == [("bad_secret",)], "it is counted")
             assert receiver.got == []
-            told(database_url, "rotate", str(subscription_id))
+            listed(database_url, "rotate", str(subscription_id))
             let_time_pass(engine)
             until(lambda: states(engine) == {"delivered": 1}, "the new secret signs")
     assert len(receiver.got[0].headers["webhook-signature"].split(" ")) == 1
 
 
-def test_in_order_what_a_turn_told_before_it_found_its_session_comes_first(engine: Engine, database_url: str) -> None:
+def test_in_order_changes_of_a_turn_before_its_assignment_come_first(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", None))
     publish(engine)
     with receiving() as receiver, sending(database_url):

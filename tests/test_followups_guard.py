@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from starlette.responses import Response
 
 from archiver.followups import guard, schedule, signing
-from archiver.followups.guard import RefusedError, UnresolvedError, check, endpoint, reach
-from archiver.followups.pace import Pace
+from archiver.followups.guard import AddressRefusedError, HostNotFoundError, check, endpoint, reach
+from archiver.followups.pace import RateLimiter
 from archiver.followups.sending import Attempt, Transport
 from archiver.followups.subscriptions import Filter, Subscription
 from tests.followups import SECRET, Receiver, receiving
@@ -102,14 +102,14 @@ PUBLIC = [
 @pytest.mark.parametrize("address", FORBIDDEN)
 def test_nothing_is_sent_to(address: str) -> None:
     assert reach(ip_address(address)) == "forbidden"
-    with pytest.raises(RefusedError):
+    with pytest.raises(AddressRefusedError):
         check([address], is_encrypted=True, allow_private=True)
 
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_only_where_it_is_allowed_something_is_sent_to(address: str) -> None:
     assert reach(ip_address(address)) == "private"
-    with pytest.raises(RefusedError, match="ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE"):
+    with pytest.raises(AddressRefusedError, match="ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE"):
         check([address], is_encrypted=True, allow_private=False)
     assert check([address], is_encrypted=False, allow_private=True) == [str(ip_address(address))]
 
@@ -118,14 +118,14 @@ def test_only_where_it_is_allowed_something_is_sent_to(address: str) -> None:
 def test_something_is_sent_only_encrypted_to(address: str) -> None:
     assert reach(ip_address(address)) == "public"
     assert check([address], is_encrypted=True, allow_private=False)
-    with pytest.raises(RefusedError, match="https"):
+    with pytest.raises(AddressRefusedError, match="https"):
         check([address], is_encrypted=False, allow_private=True)
 
 
 def test_of_several_addresses_every_one_is_checked() -> None:
-    with pytest.raises(RefusedError):
+    with pytest.raises(AddressRefusedError):
         check(["8.8.8.8", "10.0.0.1"], is_encrypted=True, allow_private=False)
-    with pytest.raises(RefusedError):
+    with pytest.raises(AddressRefusedError):
         check(["fe80::1%eth0"], is_encrypted=True, allow_private=True)
 
 
@@ -165,16 +165,16 @@ def test_an_address_in_another_dress_is_the_same(address: IPv4Address) -> None:
     ],
 )
 def test_such_a_url_is_refused(url: str) -> None:
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(AddressRefusedError) as refused:
         endpoint(url)
     assert "password@" not in str(refused.value)
 
 
 def test_a_url_is_taken_apart_once() -> None:
-    told = endpoint("https://[2606:4700::1]:8443/a%20b?c=d")
-    assert (told.host, told.port, told.target) == ("2606:4700::1", 8443, b"/a%20b?c=d")
-    assert (told.authority, told.place) == ("[2606:4700::1]:8443", "https://[2606:4700::1]:8443")
-    assert endpoint("http://crm.example.com/hook").place == "http://crm.example.com"
+    result = endpoint("https://[2606:4700::1]:8443/a%20b?c=d")
+    assert (result.host, result.port, result.target) == ("2606:4700::1", 8443, b"/a%20b?c=d")
+    assert (result.authority, result.origin) == ("[2606:4700::1]:8443", "https://[2606:4700::1]:8443")
+    assert endpoint("http://crm.example.com/hook").origin == "http://crm.example.com"
 
 
 # Connections
@@ -251,10 +251,10 @@ def test_loopback_is_refused_however_it_is_written(host: str) -> None:
     assert receiver.got == []
 
 
-def test_a_host_that_nobody_knows() -> None:
+def test_an_unknown_host() -> None:
     def resolve(host: str, port: int) -> Sequence[str]:
         del port
-        raise UnresolvedError(host)
+        raise HostNotFoundError(host)
 
     assert send("https://nowhere.invalid/", resolve).fault == "unknown_host"
     assert send("https://nowhere.invalid/", lambda *_: []).fault == "unknown_host"
@@ -360,17 +360,17 @@ def test_secrets_are_never_the_same() -> None:
 
 
 def test_the_backoff_takes_about_a_day_and_grows() -> None:
-    longest = [schedule.backoff(number, None, lambda _, most: most) for number in range(1, schedule.ATTEMPTS)]
+    longest = [schedule.backoff(number, None, lambda _, limit: limit) for number in range(1, schedule.ATTEMPTS)]
     assert longest == sorted(longest)
     assert 22 * 3600 < sum(longest) / 2 < 26 * 3600
     assert schedule.backoff(1, 500.0) == 500.0
-    assert schedule.backoff(99, None, lambda _, most: most) == longest[-1]
+    assert schedule.backoff(99, None, lambda _, limit: limit) == longest[-1]
 
 
 @given(st.integers(0, 10_000))
 def test_i12_a_receiver_is_left_alone_for_a_quarter_of_an_hour_at_most(failures: int) -> None:
     wait = schedule.probe_after(failures)
-    assert (wait == 0.0) == (failures < schedule.FAILURES)
+    assert (wait == 0.0) == (failures < schedule.OPEN_AFTER_FAILURES)
     assert wait <= 900
 
 
@@ -398,9 +398,9 @@ def test_retry_after_is_read_and_bounded(header: str, seconds: float | None) -> 
 
 def test_the_pace_is_even_and_kept_by_all_together() -> None:
     async def run() -> float:
-        pace, loop = Pace(200), asyncio.get_running_loop()
+        pace, loop = RateLimiter(200), asyncio.get_running_loop()
         began = loop.time()
-        await asyncio.gather(*(pace.turn() for _ in range(41)))
+        await asyncio.gather(*(pace.acquire() for _ in range(41)))
         return loop.time() - began
 
     assert asyncio.run(run()) >= 40 / 200 - 0.051
@@ -408,8 +408,8 @@ def test_the_pace_is_even_and_kept_by_all_together() -> None:
 
 def test_who_would_wait_for_too_long_is_sent_back() -> None:
     async def run() -> list[bool]:
-        pace = Pace(10)
-        return await asyncio.gather(*(pace.turn() for _ in range(30)))
+        pace = RateLimiter(10)
+        return await asyncio.gather(*(pace.acquire() for _ in range(30)))
 
     turns = asyncio.run(run())
     assert 10 <= sum(turns) <= 12

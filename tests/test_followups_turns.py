@@ -18,10 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from archiver import database, erasure
 from archiver.database import transaction
-from archiver.erasure import Act, Criteria, Target
+from archiver.erasure import AuditEntry, Criteria, Target
 from archiver.followups import contents, deliveries, fanout, review, signing, subscriptions
 from archiver.followups.deliveries import Due, Result
-from archiver.followups.pace import Pace
+from archiver.followups.pace import RateLimiter
 from archiver.followups.sender import AHEAD, FRESH_SECONDS, Sender
 from archiver.followups.sending import Attempt
 from tests.followups import SECRET, Receiver, change, receiving, sending, states, subscribe
@@ -44,7 +44,7 @@ def changes(engine: Engine, count: int) -> None:
 async def draining(database_url: str, subscription_id: int) -> AsyncIterator[asyncio.Task[None]]:
     """The sender of one subscription, until it has nothing to send any more."""
     engine = database.connect_async(database.database_url(database_url), pool_size=1)
-    alone = Sender(subscription_id, engine, Pace(0), "alone", allow_private=True)
+    alone = Sender(subscription_id, engine, RateLimiter(0), "alone", allow_private=True)
     draining = asyncio.create_task(alone.drain(asyncio.Event()))
     try:
         yield draining
@@ -78,7 +78,7 @@ def test_of_a_subscription_that_is_removed_nothing_more_is_read(engine: Engine, 
     assert 1 <= len(receiver.got) <= AHEAD
 
 
-def test_who_is_paused_or_removed_is_leased_to_nobody(engine: Engine) -> None:
+def test_a_paused_or_removed_subscription_cannot_be_leased(engine: Engine) -> None:
     changes(engine, 1)
     subscription_id = subscribe(engine, "http://127.0.0.1:9")
     with transaction(engine) as connection:
@@ -116,7 +116,7 @@ def test_i8_what_was_read_is_read_again_before_it_is_sent_late(engine: Engine, d
         receiver.hangs = True
         subscribe(engine, receiver.url, concurrency=1)
         until(lambda: receiver.cursors == [1], "the first is under way, and the second was read with it")
-        erasure.order(engine, [Target("s2")], "request", Act("erase", "anna@desk", "she asked for it"))
+        erasure.order(engine, [Target("s2")], "request", AuditEntry("erase", "anna@desk", "she asked for it"))
         sweep(engine)
         old = monotonic() + FRESH_SECONDS
         until(lambda: monotonic() > old, "what was read is old")
@@ -137,7 +137,7 @@ def test_both_secrets_sign_after_a_rotation(engine: Engine, database_url: str) -
             until(lambda: states(engine) == {"delivered": 1}, "it is told")
     (got,) = receiver.got
     for secret in (SECRET, new):
-        assert Webhook(secret).verify(got.body, got.headers) == got.told
+        assert Webhook(secret).verify(got.body, got.headers) == got.payload
 
 
 def test_in_order_turns_without_a_session_wait_for_their_own_kind_alone(engine: Engine) -> None:
@@ -163,7 +163,7 @@ class Slow(Response):
         await super().__call__(scope, receive, send)
 
 
-def test_what_is_answered_meanwhile_does_not_undo_a_retry_after(engine: Engine, database_url: str) -> None:
+def test_an_answer_in_flight_does_not_undo_a_retry_after(engine: Engine, database_url: str) -> None:
     changes(engine, 2)
     with receiving() as receiver, sending(database_url):
         receiver.then(Response(status_code=429, headers={"retry-after": "3600"}), Slow(status_code=204))
@@ -193,7 +193,7 @@ def test_a_receiver_that_fails_for_a_moment_is_asked_again_after_some_seconds(
 
 
 @pytest.mark.parametrize("fields", [{"status": "x" * 300_000}, {"session": {"id": "s1", "name": "x" * 300_000}}])
-def test_i12_a_body_is_bounded_whatever_is_long(fields: dict[str, Any], engine: Engine) -> None:
+def test_i12_a_body_is_bounded_for_any_long_field(fields: dict[str, Any], engine: Engine) -> None:
     now = datetime.now(UTC)
     record(engine, created("c1", "s1", **fields))
     due = [
@@ -202,7 +202,7 @@ def test_i12_a_body_is_bounded_whatever_is_long(fields: dict[str, Any], engine: 
     ]
     with transaction(engine) as connection:
         bodies = contents.select_bodies(connection, due)
-    assert all(len(body) <= contents.MOST_BYTES for body in bodies.values())
+    assert all(len(body) <= contents.MAX_BYTES for body in bodies.values())
     assert json.loads(bodies[1])["data"]["truncated"] is True
     assert json.loads(bodies[1])["data"]["chat_id"] == "c1"
 
@@ -223,7 +223,7 @@ def test_a_retry_while_the_last_attempt_is_under_way_is_kept(engine: Engine) -> 
         assert review.retry(connection, subscription_id, 1)
     for _ in range(2):  # the same twice is the same
         with transaction(engine) as connection:
-            deliveries.record(connection, subscription_id, [last])
+            deliveries.record_results(connection, subscription_id, [last])
         assert rows(engine, "SELECT state, attempts, due_at <= now(), ended_at FROM archiver.deliveries") == [
             ("pending", 14, True, None)
         ]
@@ -242,7 +242,7 @@ def names(engine: Engine, *contents: str) -> None:
 def hesitant(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that say "huge" are not read to their end in any time that is allowed."""
     monkeypatch.setattr(fanout, "SEARCH_SECONDS", 0.2)
-    monkeypatch.setattr(fanout, "LONGEST_SEARCH_SECONDS", 0.4)
+    monkeypatch.setattr(fanout, "MAX_SEARCH_SECONDS", 0.4)
     names(engine, "yes", "no", "huge", "no", "yes")
     execute(engine, "ALTER TABLE archiver.messages RENAME TO read_slowly")
     is_slow = "content = 'huge' AND current_query() LIKE '%by_contains%'"
@@ -255,17 +255,17 @@ def hesitant(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hesitant")
-def test_i11_a_change_that_cannot_be_searched_in_time_is_told_and_wedges_nothing(
+def test_i11_a_change_that_cannot_be_searched_in_time_is_delivered_and_blocks_nothing(
     engine: Engine, database_url: str
 ) -> None:
     with receiving() as receiver:
         subscription_id = subscribe(engine, receiver.url, contains="YES")
         with transaction(engine) as connection:
-            subscription = subscriptions.of_row(subscriptions.select_one(connection, subscription_id))
+            subscription = subscriptions.subscription_from_row(subscriptions.select_one(connection, subscription_id))
             assert fanout.search(connection, subscription, 1, 3) is None
             page = fanout.search(connection, subscription, 0, 2)
             assert page is not None
-            assert (page.looked_at, page.through, page.told) == (2, 2, 1)
+            assert (page.examined, page.through, page.matched) == (2, 2, 1)
             assert connection.scalar(text("SHOW statement_timeout")) == "30s"
         with sending(database_url):
             until(lambda: rows(engine, "SELECT cursor FROM archiver.subscriptions") == [(5,)], "all was looked at")
@@ -282,10 +282,10 @@ def test_what_is_sought_is_found_for_each_change_of_a_turn_and_of_its_session(en
     )
     subscription_id = subscribe(engine, "http://127.0.0.1:9", contains="äPFEL")
     with transaction(engine) as connection:
-        subscription = subscriptions.of_row(subscriptions.select_one(connection, subscription_id))
+        subscription = subscriptions.subscription_from_row(subscriptions.select_one(connection, subscription_id))
         page = fanout.search(connection, subscription, 0, fanout.PAGE)
     assert page is not None
-    assert (page.looked_at, page.told) == (6, 4)
+    assert (page.examined, page.matched) == (6, 4)
     assert rows(engine, "SELECT cursor FROM archiver.deliveries ORDER BY 1") == [(1,), (2,), (3,), (6,)]
 
 
@@ -300,9 +300,9 @@ def test_the_databases_style_of_dates_changes_nothing(engine: Engine, database_u
         assert '"level": "error"' not in serve.stderr()
 
 
-def test_nobody_subscribes_from_beyond_the_end_of_the_feed(engine: Engine) -> None:
+def test_a_subscription_cannot_begin_beyond_the_end_of_the_feed(engine: Engine) -> None:
     changes(engine, 3)
-    with pytest.raises(subscriptions.BeyondError):
+    with pytest.raises(subscriptions.CursorBeyondFeedError):
         subscribe(engine, "http://127.0.0.1:9", after=4)
     subscribe(engine, "http://127.0.0.1:9", after=3)
 
@@ -321,7 +321,7 @@ def test_i8_the_vacuum_of_the_page_reaches_what_receivers_answered_and_what_hold
     with transaction(engine) as connection:
         held = erasure.insert_hold(connection, Criteria(variable="email", value="marker-hold-7f3a"), "anna", "case 7")
         erasure.release_hold(connection, held, "anna", "closed")
-    erasure.order(engine, [Target("s1")], "request", Act("erase", "anna@desk", "she asked for it"))
+    erasure.order(engine, [Target("s1")], "request", AuditEntry("erase", "anna@desk", "she asked for it"))
     sweep(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text(vacuum))

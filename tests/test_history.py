@@ -21,8 +21,8 @@ TIMING = Timing()
 
 def answer(*messages: tuple[str, str], session_id: str = "session-1", **fields: Any) -> bytes:
     """What CallHQ answers to a history call."""
-    told = [{"role": role, "content": content} for role, content in messages]
-    session = {"id": session_id, "status": "active", "messages": told, "updatedAt": "2026-01-05T09:00:00Z"} | fields
+    result = [{"role": role, "content": content} for role, content in messages]
+    session = {"id": session_id, "status": "active", "messages": result, "updatedAt": "2026-01-05T09:00:00Z"} | fields
     return json.dumps({"message": "Session messages retrieved successfully", "session": session}).encode()
 
 
@@ -54,7 +54,7 @@ class Archive:
         return self.record(minute, event, "webhook")
 
     def reading(self, minute: float, body: bytes, status: int = 200, session_id: str = "session-1") -> bool:
-        return self.record(minute, history.observe(session_id, status, body), "history")
+        return self.record(minute, history.parse_history(session_id, status, body), "history")
 
     def rows(self, statement: str) -> list[Any]:
         with transaction(self.engine) as connection:
@@ -226,8 +226,8 @@ def test_a_turn_that_only_history_knows_keeps_the_time_of_its_first_reading(arch
     archive.webhook(1, turn(1))
     for minute in (10, 20, 30):
         archive.reading(minute, answer(*said(1), *said(2)))
-    found = archive.rows("SELECT first_received_at FROM analytics.chats WHERE chat_id IS NULL")
-    assert found == [(START + timedelta(minutes=10),)]
+    rows = archive.rows("SELECT first_received_at FROM analytics.chats WHERE chat_id IS NULL")
+    assert rows == [(START + timedelta(minutes=10),)]
 
 
 def test_a_greeting_is_no_repair(archive: Archive) -> None:
@@ -283,7 +283,7 @@ def test_a_history_that_cannot_be_had_leaves_a_session_unverified(
     assert archive.rows("SELECT body FROM archiver.events WHERE source = 'history'") == [(body,)]
 
 
-def test_a_last_reading_that_told_nothing_is_tried_again_until_upstream_forgets(archive: Archive) -> None:
+def test_a_last_reading_without_messages_is_retried_until_upstream_expires_the_session(archive: Archive) -> None:
     due = "SELECT reconcile_at FROM archiver.sessions WHERE session_id <> ''"
     archive.webhook(0, turn(1))
     archive.reading(23 * 60 + 1, b"<html>")
@@ -292,7 +292,7 @@ def test_a_last_reading_that_told_nothing_is_tried_again_until_upstream_forgets(
     assert archive.rows(due) == [(None,)]
 
 
-def test_a_turn_whose_content_nobody_ever_told_is_lost(archive: Archive) -> None:
+def test_a_turn_whose_content_never_arrived_is_lost(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.webhook(2, deleted("chat-2"))
     archive.reading(10, answer(*said(1)))

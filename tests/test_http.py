@@ -129,8 +129,8 @@ SCHEMES = {
 
 def signed(scheme: str, secret: str, body: bytes, url: str, at: float | None = None) -> dict[str, str]:
     """The headers with which a platform that knows `secret` would send `body`."""
-    told: dict[str, Any] = SCHEMES[scheme] | {"ARCHIVER_WEBHOOK_SECRETS": secret}
-    verifier = signatures.verifier(Settings(**told))
+    result: dict[str, Any] = SCHEMES[scheme] | {"ARCHIVER_WEBHOOK_SECRETS": secret}
+    verifier = signatures.verifier(Settings(**result))
     return verifier.sign(body, at or time.time(), "message-1", "POST", url)
 
 
@@ -186,7 +186,7 @@ def test_i12_a_body_of_just_the_limit_is_accepted(receiver: Receiver, url: str) 
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_i12_one_byte_more_is_too_large_whether_its_length_is_told_or_not(
+def test_i12_one_byte_more_is_too_large_with_or_without_content_length(
     chunked: bool, receiver: Receiver, url: str
 ) -> None:
     body = padded("too large", LIMIT + 1)
@@ -199,7 +199,7 @@ def test_i12_one_byte_more_is_too_large_whether_its_length_is_told_or_not(
     assert deliveries_of(url, "too large") == []
 
 
-def test_i12_a_told_length_beyond_the_limit_is_refused_without_waiting_for_the_body(receiver: Receiver) -> None:
+def test_i12_a_content_length_beyond_the_limit_is_refused_without_waiting_for_the_body(receiver: Receiver) -> None:
     connection = begin(receiver.port, b"", 10**15)
     assert answer(connection)[0] == 413
     connection.close()
@@ -227,9 +227,9 @@ def test_i3_a_body_that_an_upgrade_offer_swallows_is_incomplete_and_nothing_of_i
     body = created(f"upgrading to {protocol}, {chunked}")
     offer = [("x-webhook-secret", SECRET.encode()), ("upgrade", protocol.encode()), ("connection", b"Upgrade")]
     wire = Wire(receiver.port)
-    code, told = wire.post(body, offer, chunked=chunked)
+    code, item = wire.post(body, offer, chunked=chunked)
     wire.close()
-    assert (code, told["status"]) == (400, "incomplete")
+    assert (code, item["status"]) == (400, "incomplete")
     assert counts(url) == before
     assert receiver.post(body).json()["status"] == "stored"
 
@@ -269,11 +269,11 @@ def test_i4_what_cannot_be_read_is_quarantined_with_its_bytes_and_a_reason(
 ) -> None:
     answers = [receiver.post(body) for _ in range(2)]
     assert [reply.status_code for reply in answers] == [422, 422]
-    told = answers[0].json()
-    assert (told["status"], told["reason"], told["detail"]) == ("quarantined", reason, events.REASONS[reason])
-    assert answers[1].json() == told
+    data = answers[0].json()
+    assert (data["status"], data["reason"], data["detail"]) == ("quarantined", reason, events.REASONS[reason])
+    assert answers[1].json() == data
     query = "SELECT body, reason, delivery_count, key_id FROM archiver.quarantine WHERE id = %s"
-    assert rows(url, query, told["id"]) == [(body, reason, 2, signatures.key_id(SECRET))]
+    assert rows(url, query, data["id"]) == [(body, reason, 2, signatures.key_id(SECRET))]
 
 
 def test_i4_an_event_that_postgres_refuses_does_not_fail_its_batch(database_url: str) -> None:
@@ -287,15 +287,15 @@ def test_i4_an_event_that_postgres_refuses_does_not_fail_its_batch(database_url:
             until(lambda: has_read_all(receiver.port, len(bodies)), "all wait")
             release()
         for body, sender in zip(bodies, senders, strict=True):
-            code, told = answer(sender)
+            code, item = answer(sender)
             sender.close()
             if b"poison" in body:
-                assert (code, told["reason"]) == (422, "not_storable")
+                assert (code, item["reason"]) == (422, "not_storable")
                 query = "SELECT body FROM archiver.quarantine WHERE id = %s"
             else:
-                assert (code, told["status"]) == (200, "stored")
+                assert (code, item["status"]) == (200, "stored")
                 query = "SELECT body FROM archiver.events WHERE id = %s"
-            assert rows(database_url, query, told["id"]) == [(body,)]
+            assert rows(database_url, query, item["id"]) == [(body,)]
         assert counts(database_url) == (17, 3)
         assert "poison" not in receiver.stderr()
 
@@ -320,10 +320,10 @@ def test_other_paths_and_methods_are_refused_in_json(method: str, path: str, cod
     connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
     connection.request(method, path, headers={"x-webhook-secret": SECRET})
     reply = connection.getresponse()
-    told = json.loads(reply.read())
+    data = json.loads(reply.read())
     connection.close()
     assert (reply.status, reply.headers["content-type"]) == (code, "application/json")
-    assert told["status"] == "refused"
+    assert data["status"] == "refused"
     assert ("allow" in reply.headers) == (code == 405)
 
 
@@ -384,21 +384,21 @@ def test_readyz_has_reasons_alone_and_the_log_has_the_places(
     with serving(database_url, ARCHIVER_HOME=str(home)) as receiver:
         place = parse_url(database_url)
         secret = [str(place.database), *map(str, place.query.values()), str(place.username), str(home)]
-        told = []
+        result = []
         with psycopg.connect(database_url) as connection:
             connection.execute("DELETE FROM archiver.schema_version")
-        told.append(receiver.get("/readyz").text)
+        result.append(receiver.get("/readyz").text)
         with database_gone(cluster, database_url):
-            told.append(receiver.get("/readyz").text)
+            result.append(receiver.get("/readyz").text)
         (home / "spool").rename(tmp_path / "away")
         (home / "spool").write_bytes(b"")
-        told.append(receiver.get("/readyz").text)
-        for each in told:
+        result.append(receiver.get("/readyz").text)
+        for each in result:
             assert json.loads(each)["database"] != "ready"
             assert not [part for part in secret if part in each], each
-        assert "archiver migrate" in told[0]
-        assert "unavailable" in told[1]
-        assert "ARCHIVER_HOME" in json.loads(told[2])["spool"]
+        assert "archiver migrate" in result[0]
+        assert "unavailable" in result[1]
+        assert "ARCHIVER_HOME" in json.loads(result[2])["spool"]
         log = receiver.stderr()
         assert all(part in log for part in (str(place.database), str(home / "spool")))
 
@@ -449,7 +449,7 @@ def test_i12_bytes_fill_the_queue_too_but_one_event_always_may(database_url: str
 # Metrics and logs
 
 
-def test_metrics_tell_what_happened(database_url: str) -> None:
+def test_metrics_count_each_outcome(database_url: str) -> None:
     before = time.time()
     with serving(database_url) as receiver:
         assert receiver.metric("archiver_last_event_timestamp_seconds") == 0
@@ -458,8 +458,8 @@ def test_metrics_tell_what_happened(database_url: str) -> None:
         receiver.post(b"{}")
         receiver.post(b"{}", {})
         receiver.post(event("other", 1, {"id": "1"}))
-        told = receiver.get("/metrics")
-        assert told.headers["content-type"].startswith("text/plain; version=0.0.4")
+        result = receiver.get("/metrics")
+        assert result.headers["content-type"].startswith("text/plain; version=0.0.4")
         counted = {
             ("stored", ""): 1,
             ("duplicate", ""): 1,
@@ -475,7 +475,7 @@ def test_metrics_tell_what_happened(database_url: str) -> None:
         assert receiver.metric("archiver_batch_events_sum") == 4
         assert receiver.metric("archiver_commit_seconds_count") == 4
         assert 0 < receiver.metric("archiver_commit_seconds_sum") < 60
-        assert "archiver_queue_events 0.0" in told.text
+        assert "archiver_queue_events 0.0" in result.text
         assert before <= receiver.metric("archiver_last_event_timestamp_seconds") <= time.time()
 
 
@@ -520,10 +520,10 @@ def test_i3_a_client_that_leaves_within_its_body_stores_nothing(receiver: Receiv
 def test_i3_clients_that_leave_before_the_answer_disturb_nothing(receiver: Receiver, url: str) -> None:
     bodies = [created(f"impatient-{n}") for n in range(5)]
     with ledger_locked(url) as release:
-        impatient = [begin(receiver.port, body) for body in bodies]
+        short_timeouts = [begin(receiver.port, body) for body in bodies]
         patient = begin(receiver.port, created("patient"))
         until(lambda: has_read_all(receiver.port, 6), "all wait")
-        for connection in impatient:
+        for connection in short_timeouts:
             connection.close()
         release()
     assert answer(patient)[1]["status"] == "stored"
@@ -620,10 +620,10 @@ class Wire:
         self._connection.sendall(b"\r\n".join(head) + b"\r\n\r\n" + body)
         response = http.client.HTTPResponse(self._connection)
         response.begin()
-        told = json.loads(response.read())
+        data = json.loads(response.read())
         if response.will_close or response.status == 413:
             self.close()
-        return response.status, told
+        return response.status, data
 
     def close(self) -> None:
         if self._connection is not None:
@@ -631,7 +631,7 @@ class Wire:
             self._connection = None
 
 
-def test_i4_whatever_is_sent_is_answered_and_what_is_authentic_is_kept_byte_for_byte(
+def test_i4_every_request_is_answered_and_every_authentic_body_is_kept_byte_for_byte(
     cluster: Cluster, database_url: str
 ) -> None:
     with (
@@ -651,22 +651,22 @@ def test_i4_whatever_is_sent_is_answered_and_what_is_authentic_is_kept_byte_for_
             if authentic:
                 lines = [line for line in lines if line[0] != "x-webhook-secret"]
                 lines.append(("X-Webhook-Secret", SECRET.encode()))
-            status, told = wire.post(body, lines, chunked=chunked)
-            seen.add((status, told["status"]))
+            status, item = wire.post(body, lines, chunked=chunked)
+            seen.add((status, item["status"]))
             if len(body) > FUZZ_LIMIT:
                 assert status == 413
             elif not authentic:
                 proven = [value.strip(b" ") for name, value in lines if name == "x-webhook-secret"]
                 assert status == 401 or proven == [SECRET.encode()]
             elif status == 422:
-                assert told["reason"] in events.REASONS
-                assert kept("quarantine", told["id"]) == body
-            elif told["status"] == "duplicate":
+                assert item["reason"] in events.REASONS
+                assert kept("quarantine", item["id"]) == body
+            elif item["status"] == "duplicate":
                 assert status == 200
-                assert kept("events", told["id"]) is not None
+                assert kept("events", item["id"]) is not None
             else:
-                assert (status, told["status"]) in {(200, "stored"), (200, "ignored")}
-                assert kept("events", told["id"]) == body
+                assert (status, item["status"]) in {(200, "stored"), (200, "ignored")}
+                assert kept("events", item["id"]) == body
 
         try:
             check()

@@ -29,7 +29,7 @@ from archiver.ingest import (
     write,
 )
 from tests.conftest import Cluster
-from tests.feeds import told
+from tests.feeds import published
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
 from tests.waiting import until
@@ -80,11 +80,15 @@ async def ingesting(
     queue_events: int = 1000,
     queue_bytes: int = 10_000_000,
     batch_events: int = 500,
-    patience: float = 0,
+    gather_seconds: float = 0,
 ) -> AsyncIterator[Ingest]:
     writing = database.connect_async(engine.url)
     ingest = Ingest(
-        writing, queue_events=queue_events, queue_bytes=queue_bytes, batch_events=batch_events, patience=patience
+        writing,
+        queue_events=queue_events,
+        queue_bytes=queue_bytes,
+        batch_events=batch_events,
+        gather_seconds=gather_seconds,
     )
     try:
         async with asyncio.timeout(30), ingest.running():
@@ -142,7 +146,7 @@ async def test_what_arrives_during_a_commit_shares_the_next_transaction(engine: 
     assert shared == [(1,), (20,), (20,), (9,)]
 
 
-async def test_each_caller_gets_its_own_answer_whatever_the_order_of_the_keys(engine: Engine) -> None:
+async def test_each_caller_gets_its_own_outcome_in_any_order_of_keys(engine: Engine) -> None:
     names = [f"chat-{n}" for n in range(60)]
     random.Random(4).shuffle(names)
     async with ingesting(engine) as ingest:
@@ -179,9 +183,7 @@ def test_every_status_in_one_batch_is_given_to_its_own_delivery(engine: Engine) 
     assert answers[0].id == answers[7].id != answers[5].id
 
 
-async def test_i3_duplicates_within_a_batch_are_one_row_and_one_is_told_that_it_was_new(
-    engine: Engine, url: str
-) -> None:
+async def test_i3_duplicates_within_a_batch_are_one_row_and_one_outcome_is_stored(engine: Engine, url: str) -> None:
     async with ingesting(engine) as ingest:
         with stalled(url):
             tasks = [submit(ingest, created(at=at)) for at in range(10)]
@@ -233,11 +235,11 @@ def test_i4_poison_is_found_and_the_rest_of_its_batch_commits(
     assert {(answer.reason, answer.detail) for answer in answers if answer.reason} <= {
         ("not_storable", f"Postgres refused the event with SQLSTATE {state}.")
     }
-    kept = dict(rows(poisoned, "SELECT id, body FROM archiver.quarantine"))
+    remaining = dict(rows(poisoned, "SELECT id, body FROM archiver.quarantine"))
     stored = dict(rows(poisoned, "SELECT id, body FROM archiver.events"))
-    assert (len(kept), len(stored)) == (len(places), 13 - len(places))
+    assert (len(remaining), len(stored)) == (len(places), 13 - len(places))
     for number, answer in enumerate(answers):
-        assert bytes((kept if number in places else stored)[answer.id]) == bodies[number]
+        assert bytes((remaining if number in places else stored)[answer.id]) == bodies[number]
     assert rows(poisoned, "SELECT count(*) FROM archiver.chats") == [(13 - len(places),)]
     assert rows(poisoned, f"SELECT count(*) FROM archiver.messages WHERE content IN ('{POISON}', 'venom')") == [(0,)]
 
@@ -311,19 +313,19 @@ def test_i4_a_retry_archives_what_was_repaired_with_its_first_time_and_empties_t
     assert retry_quarantined(poisoned, refused.id) is None
 
 
-def test_i11_a_batch_that_was_halved_tells_what_was_stored_once_and_a_retry_the_rest(poisoned: Engine) -> None:
+def test_i11_a_split_batch_publishes_each_stored_event_once_and_a_retry_the_rest(poisoned: Engine) -> None:
     bodies = [created(f"c{n}", "s", input=POISON if n == 3 else "harmless") for n in range(6)]
     refused = take(poisoned, *bodies, *bodies)[3]
-    assert [chat_id for _, _, chat_id in told(poisoned)] == ["c0", "c1", "c2", "c4", "c5"]
+    assert [chat_id for _, _, chat_id in published(poisoned)] == ["c0", "c1", "c2", "c4", "c5"]
     execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
     retry_quarantined(poisoned, refused.id)
-    assert told(poisoned)[5:] == [("chat.created", "s", "c3")]
+    assert published(poisoned)[5:] == [("chat.created", "s", "c3")]
 
 
 def test_i4_a_history_that_was_quarantined_is_retried_as_the_history_that_it_is(poisoned: Engine) -> None:
     def answered(session_id: str) -> Delivery:
         body = b'{"session": {"messages": [{"role": "user", "content": "poison"}]}}'
-        return Delivery(history.observe(session_id, 200, body), NOW, None, source=history.SOURCE)
+        return Delivery(history.parse_history(session_id, 200, body), NOW, None, source=history.SOURCE)
 
     with Receiver(poisoned) as receiver:
         refused = outcomes(receiver.write([answered("s1"), answered("s2"), answered("s1")]))
@@ -346,7 +348,7 @@ def test_i4_a_history_that_was_quarantined_is_retried_as_the_history_that_it_is(
     ]
 
 
-def test_i3_a_retry_of_what_came_again_meanwhile_is_a_duplicate(poisoned: Engine) -> None:
+def test_i3_a_retry_of_a_delivery_that_was_redelivered_is_a_duplicate(poisoned: Engine) -> None:
     (refused,) = take(poisoned, created(input=POISON))
     execute(poisoned, "ALTER TABLE archiver.messages DROP CONSTRAINT no_poison")
     (stored,) = take(poisoned, created(input=POISON))
@@ -434,7 +436,7 @@ async def test_the_queues_gauges_return_to_nothing(engine: Engine) -> None:
 # Callers who leave, and the end
 
 
-async def test_a_caller_who_leaves_disturbs_nobody_and_its_event_is_stored(engine: Engine, url: str) -> None:
+async def test_a_cancelled_caller_affects_no_other_and_its_event_is_stored(engine: Engine, url: str) -> None:
     async with ingesting(engine) as ingest:
         with stalled(url):
             writing = [submit(ingest, created(f"writing-{n}")) for n in range(3)]
@@ -500,8 +502,8 @@ async def test_a_database_that_is_dropped_and_comes_back_is_used_again(cluster: 
     async with ingesting(engine) as ingest:
         assert (await ingest.submit(delivery(created("before")))).status == "stored"
         cluster.drop(address)
-        gone = [submit(ingest, created(f"gone-{n}")) for n in range(3)]
-        answers = await asyncio.gather(*gone, return_exceptions=True)
+        deleted = [submit(ingest, created(f"gone-{n}")) for n in range(3)]
+        answers = await asyncio.gather(*deleted, return_exceptions=True)
         assert [type(answer) for answer in answers] == [UnavailableError] * 3
         with pytest.raises(UnavailableError):
             await ingest.submit(delivery(b"{"))
@@ -529,7 +531,7 @@ async def test_i1_a_backend_killed_within_a_batch_stores_nothing_of_it_and_the_n
     assert rows(engine, "SELECT count(*), sum(delivery_count) FROM archiver.events") == [(5, 5)]
 
 
-async def test_nobody_learns_that_an_idle_connection_was_killed(engine: Engine, url: str) -> None:
+async def test_no_caller_fails_when_an_idle_connection_was_killed(engine: Engine, url: str) -> None:
     async with ingesting(engine) as ingest:
         await ingest.submit(delivery(created("before")))
         with psycopg.connect(url, autocommit=True) as other:
@@ -542,7 +544,7 @@ async def test_nobody_learns_that_an_idle_connection_was_killed(engine: Engine, 
 
 
 @contextmanager
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A silent database counts as gone sooner: a minute is too long for a test."""
     with monkeypatch.context() as patch:
         patch.setattr("archiver.ingest.writing.BATCH_SECONDS", 0.5)
@@ -555,7 +557,7 @@ async def test_a_database_that_is_silent_too_long_is_unavailable_and_the_event_c
     sooner_than_postgres_gives_up = database.LOCK_SECONDS / 2
     async with ingesting(engine) as ingest:
         await ingest.submit(delivery(created("before")))
-        with stalled(url), impatient(monkeypatch):
+        with stalled(url), short_timeouts(monkeypatch):
             async with asyncio.timeout(sooner_than_postgres_gives_up):
                 with pytest.raises(UnavailableError):
                     await ingest.submit(delivery(created("during")))
@@ -578,7 +580,7 @@ async def test_a_backend_that_answers_nothing_any_more_is_left_for_a_new_one(
             ).fetchall()
         os.kill(pid, signal.SIGSTOP)
         try:
-            with impatient(monkeypatch):
+            with short_timeouts(monkeypatch):
                 assert (await ingest.submit(delivery(created("during")))).status == "stored"
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -615,7 +617,7 @@ def test_i4_trouble_that_no_event_caused_quarantines_nothing(engine: Engine, sta
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
 
 
-def test_i1_a_commit_is_durable_whatever_the_roles_default(engine: Engine) -> None:
+def test_i1_a_commit_is_durable_regardless_of_the_roles_default(engine: Engine) -> None:
     execute(
         engine,
         f"ALTER DATABASE {engine.url.database} SET synchronous_commit = off",
@@ -630,7 +632,7 @@ def test_i1_a_commit_is_durable_whatever_the_roles_default(engine: Engine) -> No
 
 
 async def test_a_patient_queue_commits_full_batches_and_does_not_wait_any_longer(engine: Engine) -> None:
-    async with ingesting(engine, batch_events=3, patience=3600) as ingest:
+    async with ingesting(engine, batch_events=3, gather_seconds=3600) as ingest:
         await submit(ingest, created("first"))
         early = [submit(ingest, created(f"early-{n}")) for n in range(2)]
         # Meanwhile another receiver commits, and so would this one if it waited for no third.
@@ -691,12 +693,12 @@ def test_i3_receivers_that_quarantine_the_same_bytes_in_opposite_order_never_dea
     ]
 
 
-def test_i3_of_one_fact_told_to_many_receivers_at_once_one_says_stored(engine: Engine) -> None:
+def test_i3_one_of_many_concurrent_receivers_of_a_fact_answers_stored(engine: Engine) -> None:
     for answers in race(engine, [([created(f"chat-{number}")],) * 4 for number in range(30)]):
         assert sorted(answer.status for (answer,) in answers) == ["duplicate"] * 3 + ["stored"]
 
 
-def test_i5_a_deletion_without_a_session_meets_its_creation_whoever_commits_first(engine: Engine) -> None:
+def test_i5_an_unassigned_deletion_finds_its_creation_in_either_commit_order(engine: Engine) -> None:
     rounds = []
     for number in range(60):
         created_with, deleted_without = created(f"a-{number}"), deleted(f"a-{number}", session_id=None)
@@ -714,7 +716,7 @@ def test_i5_a_deletion_without_a_session_meets_its_creation_whoever_commits_firs
     assert rows(engine, "SELECT count(*) FROM archiver.messages") == [(240,)]
 
 
-def test_i5_revisions_told_to_different_receivers_at_once_end_as_the_newest(engine: Engine) -> None:
+def test_i5_concurrent_revisions_at_several_receivers_end_as_the_newest(engine: Engine) -> None:
     rounds = [
         tuple(
             [created(f"chat-{number}", output=f"answer {n}", updatedAt=f"2024-01-15T09:30:0{n}Z")] for n in (2, 3, 1)

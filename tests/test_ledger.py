@@ -82,9 +82,9 @@ def test_bodies_of_sessions_that_were_read_are_not_looked_up_twice(engine: Engin
             return execute(connection, asked)[0]
 
     assert [row.chat_id for row in answered()] == ["chat-1"]
-    told = history.observe("session-1", 200, b'{"session": {"messages": []}}')
+    result = history.parse_history("session-1", 200, b'{"session": {"messages": []}}')
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(told, NOW, history.SOURCE, None)])
+        ledger.record(connection, [ledger.Observation(result, NOW, history.SOURCE, None)])
     assert answered() == []
 
 
@@ -121,7 +121,7 @@ def test_i5_a_deletion_before_its_creation_leaves_a_tombstone_with_content(engin
     assert len(archive(engine)["messages"]) == 2
 
 
-def test_i5_a_deletion_that_tells_no_session_finds_its_chat_before_and_after(engine: Engine) -> None:
+def test_i5_a_deletion_without_a_session_finds_its_chat_in_either_order(engine: Engine) -> None:
     record(engine, created("early"), deleted("early", session_id=None))
     record(engine, deleted("late", session_id=None))
     record(engine, created("late"))
@@ -153,12 +153,12 @@ def deliveries(seed: int) -> list[bytes]:
     for number in range(rng.randint(1, 4)):
         chat_id, session_id = f"chat-{number}", f"session-{rng.randint(1, 2)}"
         for revision in range(rng.randint(1, 3)):
-            told = (
+            values = (
                 {"updatedAt": f"2024-01-15T09:3{number}:0{revision}Z"} if rng.random() < 0.6 else {"updatedAt": None}
             )
             output = [] if rng.random() < 0.3 else [{"role": "assistant", "content": f"answer {revision}"}]
             at = 1_705_311_000_000 + number * 60_000 + revision * 1000
-            fields = told | {"output": output, "createdAt": f"2024-01-15T09:3{number}:00Z", "cost": revision}
+            fields = values | {"output": output, "createdAt": f"2024-01-15T09:3{number}:00Z", "cost": revision}
             bodies.append(created(chat_id, session_id, at, **fields))
             if rng.random() < 0.4:  # the same fact again, in a later envelope
                 bodies.append(created(chat_id, session_id, at + rng.randint(1, 90_000), **fields))
@@ -204,8 +204,8 @@ def test_i5_a_late_deletion_without_its_session_sees_the_chat_that_was_recorded_
             until(lambda: rows(engine, waits), "it waits for the lock")
             record(engine, created("c", "s"))
         recording.result(30)
-    found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
-    assert found == [("s", "c", True)]
+    rows_found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
+    assert rows_found == [("s", "c", True)]
 
 
 def test_i5_a_late_chat_sees_its_deletion_that_was_recorded_in_between_without_a_session(engine: Engine) -> None:
@@ -219,8 +219,8 @@ def test_i5_a_late_chat_sees_its_deletion_that_was_recorded_in_between_without_a
             until(lambda: rows(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"), "it is held up")
             record(engine, deleted("c", None))
         recording.result(30)
-    found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
-    assert found == [("s", "c", True)]
+    rows_found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
+    assert rows_found == [("s", "c", True)]
 
 
 def test_i5_facts_that_are_recorded_at_once_with_early_and_late_locks_end_in_the_same_archive(engine: Engine) -> None:

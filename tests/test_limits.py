@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from archiver import events, history, ingest, ledger
 from archiver.database import transaction
 from archiver.ingest import Delivery, Ingest
-from archiver.projection import MAX_HOMES, TooManyHomesError
+from archiver.projection import MAX_SESSIONS_PER_CHAT, AmbiguousSessionError
 from tests import servers
 from tests.payloads import SECRET, WEBHOOK, created
 from tests.receivers import serving
@@ -24,16 +24,16 @@ on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indi
 
 @on_one_version
 def test_i12_a_chat_known_in_very_many_sessions_is_refused_without_its_session(engine: Engine) -> None:
-    for number in range(MAX_HOMES + 1):
+    for number in range(MAX_SESSIONS_PER_CHAT + 1):
         with transaction(engine) as connection:
             ledger.record(connection, [observe(created("c", f"s{number}"), number)])
-    with pytest.raises(TooManyHomesError), transaction(engine) as connection:
+    with pytest.raises(AmbiguousSessionError), transaction(engine) as connection:
         ledger.record(connection, [observe(created("c", None), 100)])
 
 
 @on_one_version
 def test_i4_it_is_quarantined_alone(database_url: str, engine: Engine) -> None:
-    for number in range(MAX_HOMES + 1):
+    for number in range(MAX_SESSIONS_PER_CHAT + 1):
         with transaction(engine) as connection:
             ledger.record(connection, [observe(created("c", f"s{number}"), number)])
     with serving(database_url) as receiver:
@@ -47,16 +47,16 @@ def test_i12_a_batch_is_bounded_by_its_messages_too() -> None:
     event = events.parse(body)
     assert isinstance(event, events.Event)
     queue = Ingest(None, queue_events=100, queue_bytes=10**9, batch_events=100)  # type: ignore[arg-type]  # not asked
-    most = ingest.BATCH_MESSAGES // events.MAX_MESSAGES
+    limit = ingest.BATCH_MESSAGES // events.MAX_MESSAGES
     delivery = Delivery(event, observe(body).received_at, None)
-    queue._queue.extend([ingest._Waiting(delivery, None)] * (most + 1))  # type: ignore[arg-type]  # nobody waits
-    assert len(queue._take()) == most
+    queue._queue.extend([ingest._Waiting(delivery, None)] * (limit + 1))  # type: ignore[arg-type]  # nobody waits
+    assert len(queue._take()) == limit
     assert len(queue._take()) == 1
 
 
 def test_i12_and_by_their_bytes() -> None:
     body = b'{"session": {"messages": []}, "filler": "%s"}' % (b"x" * (ingest.BATCH_BYTES // 3))
-    delivery = Delivery(history.observe("s", 200, body), observe(created()).received_at, None)
+    delivery = Delivery(history.parse_history("s", 200, body), observe(created()).received_at, None)
     queue = Ingest(None, queue_events=100, queue_bytes=10**9, batch_events=100)  # type: ignore[arg-type]  # not asked
     queue._queue.extend([ingest._Waiting(delivery, None)] * 5)  # type: ignore[arg-type]  # nobody waits
     assert [len(queue._take()) for _ in range(3)] == [2, 2, 1]
@@ -77,7 +77,7 @@ def test_i4_a_chunked_body_behind_an_upgrade_is_not_taken_for_an_empty_one(datab
 
 
 @on_one_version
-def test_readyz_tells_that_events_cannot_be_committed(database_url: str) -> None:
+def test_readyz_reports_that_events_cannot_be_committed(database_url: str) -> None:
     with serving(database_url, ARCHIVER_SPOOL="off") as receiver:
         with psycopg.connect(database_url, autocommit=True) as connection:
             connection.execute("ALTER TABLE archiver.messages RENAME TO elsewhere")

@@ -144,9 +144,9 @@ def test_the_holder_behind_a_queue_is_named_and_not_the_queue(cluster: Cluster, 
         waiting = "SELECT FROM pg_locks WHERE NOT granted AND relation = 'archiver.events'::regclass"
         until(lambda: len(rows(engine, waiting)) == 3, "all wait")
         with transaction(engine) as connection:
-            (found,) = locks.select_holders(connection, 0)
-        assert (found.pid, found.user, found.application) == (holder.info.backend_pid, "postgres", "first")
-        assert (found.relations, found.waiting) == (["archiver.events"], 3)
+            (item,) = locks.select_holders(connection, 0)
+        assert (item.pid, item.user, item.application) == (holder.info.backend_pid, "postgres", "first")
+        assert (item.relations, item.waiting) == (["archiver.events"], 3)
         holder.rollback()
         for each in others:
             each.join()
@@ -168,10 +168,10 @@ def reader(database_url: str) -> str:
     return as_login(database_url, roles.READER)
 
 
-def test_a_migration_names_the_reader_that_keeps_it_waiting_and_keeps_nobody_waiting_itself(
+def test_a_migration_names_the_reader_that_blocks_it_and_blocks_no_other(
     engine: Engine, database_url: str, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr(schema, "LOCK_WAIT_SECONDS", 3.0)
     monkeypatch.setattr(schema, "PAUSE_SECONDS", 0.5)
     schema.downgrade(engine, "0002")
     execute(

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 from archiver import events, history, ledger
 from archiver.database import transaction
 from archiver.events import Event
-from archiver.projection import Timing, rederive_locked
+from archiver.projection import Timing, lock_and_rederive
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty
 
@@ -69,9 +69,9 @@ def webhook(number: int, session_id: str = "session-1", **fields: Any) -> Event:
 
 
 def reading(*messages: tuple[str, str], session_id: str = "session-1", **fields: Any) -> Event:
-    told = [{"role": role, "content": content} for role, content in messages]
-    body = json.dumps({"session": {"id": session_id, "messages": told, "updatedAt": "2026"} | fields}).encode()
-    return history.observe(session_id, 200, body)
+    result = [{"role": role, "content": content} for role, content in messages]
+    body = json.dumps({"session": {"id": session_id, "messages": result, "updatedAt": "2026"} | fields}).encode()
+    return history.parse_history(session_id, 200, body)
 
 
 def conversation(turns: int) -> list[tuple[str, str]]:
@@ -81,8 +81,8 @@ def conversation(turns: int) -> list[tuple[str, str]]:
 def fill(engine: Engine, turns: int) -> None:
     """A session of so many turns, read once after the last."""
     with transaction(engine) as connection:
-        told = [ledger.Observation(webhook(n), at(n), events.WEBHOOK, None) for n in range(turns)]
-        ledger.record(connection, told, TIMING)
+        process = [ledger.Observation(webhook(n), at(n), events.WEBHOOK, None) for n in range(turns)]
+        ledger.record(connection, process, TIMING)
         record(connection, turns - 0.5, reading(*conversation(turns)), history.SOURCE)
     with transaction(engine) as connection:
         connection.execute(text("ANALYZE archiver.messages, archiver.events, archiver.sessions, archiver.chats"))
@@ -104,7 +104,7 @@ def test_i12_a_turn_after_the_reading_costs_the_same_however_long_the_session_is
     assert cost(engine, 300, webhook(300), events.WEBHOOK) == few
     assert cost(engine, 301, webhook(301), events.WEBHOOK) == few
     with transaction(engine) as connection:
-        assert dump(connection) == made_anew(connection)
+        assert dump(connection) == rebuilt(connection)
 
 
 def test_i12_a_revision_of_the_last_turn_costs_the_same_however_long_the_session_is(engine: Engine) -> None:
@@ -115,7 +115,7 @@ def test_i12_a_revision_of_the_last_turn_costs_the_same_however_long_the_session
             record(connection, turns, webhook(turns, output=[]), events.WEBHOOK)
         costs.append(cost(engine, turns + 1, webhook(turns), events.WEBHOOK))
         with transaction(engine) as connection:
-            assert dump(connection) == made_anew(connection)
+            assert dump(connection) == rebuilt(connection)
         empty(engine, *DERIVED, "events", "pieces")
     assert costs[0] == costs[1]
 
@@ -180,13 +180,13 @@ class Conversation:
                 self._known.add(number)
                 output = [{"role": "assistant", "content": lines[1][1]}] if kind == "turn" else []
                 moment = at(minute - skew).isoformat()
-                told: dict[str, Any] = {
+                values: dict[str, Any] = {
                     "input": lines[0][1],
                     "output": output,
                     "createdAt": moment,
                     "updatedAt": moment,
                 }
-                return webhook(number, **told), events.WEBHOOK
+                return webhook(number, **values), events.WEBHOOK
             case ("delete", int(number)):
                 event = events.parse(deleted(f"chat-{number}", "session-1"))
                 assert isinstance(event, Event)
@@ -194,17 +194,17 @@ class Conversation:
             case ("read", int(first), int(last)):
                 return reading(*self.lines[first : len(self.lines) - last]), history.SOURCE
             case _:
-                return history.observe("session-1", 404, b""), history.SOURCE
+                return history.parse_history("session-1", 404, b""), history.SOURCE
 
 
-def made_anew(connection: Connection) -> list[Any]:
+def rebuilt(connection: Connection) -> list[Any]:
     """All that is derived, made again from the ledger alone; the archive stays as it is."""
     with connection.begin_nested() as nested:
         connection.execute(text("UPDATE archiver.messages SET place = 1, in_history = NULL"))
-        rederive_locked(connection, ["session-1"], TIMING)
-        found = dump(connection)
+        lock_and_rederive(connection, ["session-1"], TIMING)
+        result = dump(connection)
         nested.rollback()
-    return found
+    return result
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -223,4 +223,4 @@ def test_i5_i10_after_each_fact_the_archive_is_what_the_ledger_makes_of_the_whol
             record(connection, minute, event, source)
         with transaction(engine) as connection:
             if connection.scalar(text("SELECT read_at FROM archiver.sessions WHERE session_id <> ''")):
-                assert dump(connection) == made_anew(connection), (minute, step)
+                assert dump(connection) == rebuilt(connection), (minute, step)

@@ -162,7 +162,7 @@ SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
 }
 
 
-def told(**fields: Any) -> Event:
+def read_event(**fields: Any) -> Event:
     read = events.parse(event("chat.created", 1_767_603_600_000, chat(**fields)))
     assert isinstance(read, Event)
     return read
@@ -174,7 +174,7 @@ def kinds(messages: tuple[Message, ...] | None) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("output", "messages"), SHAPES.values(), ids=SHAPES)
 def test_the_text_is_found_in_every_shape(output: Any, messages: list[tuple[str, str, str]]) -> None:
-    content = told(input=None, output=output).chat
+    content = read_event(input=None, output=output).chat
     assert content is not None
     assert kinds(content.output) == messages
 
@@ -185,9 +185,9 @@ def test_the_text_is_found_in_every_shape(output: Any, messages: list[tuple[str,
 )
 def test_a_history_is_read_like_a_webhook(name: str, messages: list[tuple[str, str, str]]) -> None:
     body = json.dumps({"session": {"id": "s", "messages": SHAPES[name][0]}}).encode()
-    observed = history.observe("s", 200, body)
+    observed = history.parse_history("s", 200, body)
     assert observed.type == history.READ
-    assert kinds(history.told(observed.type, "s", body).messages) == messages
+    assert kinds(history.parse_snapshot(observed.type, "s", body).messages) == messages
 
 
 _words = st.text("abc <>&\"'\\/{}[]é\u00a0\n", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
@@ -210,7 +210,7 @@ def texts(value: Any) -> list[str]:
 @given(st.lists(_containers, max_size=4))
 @example([{"text": {"text": "a"}}, {"content": [{"parts": [{"value": 0}]}]}])
 def test_no_text_in_a_field_that_is_known_disappears(parts: list[Any]) -> None:
-    content = told(input=None, output=[{"role": "assistant", "content": parts}]).chat
+    content = read_event(input=None, output=[{"role": "assistant", "content": parts}]).chat
     assert content is not None
     (message,) = content.output
     assert message.content == "".join(text for part in parts for text in texts(part))
@@ -222,7 +222,7 @@ def test_what_is_nested_too_deeply_is_a_message_without_text(deep: int) -> None:
     nested: Any = "Hello"
     for _ in range(deep):
         nested = [nested]
-    content = told(input=None, output={"role": "assistant", "content": nested}).chat
+    content = read_event(input=None, output={"role": "assistant", "content": nested}).chat
     assert content is not None
     (message,) = content.output
     assert message.kind in {"text", "other"}
@@ -266,16 +266,16 @@ def archive(engine: Engine) -> Archive:
 
 
 @on_one_version
-def test_messages_without_text_are_shown_as_such_whether_told_by_webhook_or_history(archive: Archive) -> None:
-    said: list[dict[str, Any]] = [
+def test_messages_without_text_are_marked_in_webhooks_and_histories(archive: Archive) -> None:
+    texts: list[dict[str, Any]] = [
         {"role": "user", "content": "What does tea cost?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": None, "refusal": "I must not say."},
         {"role": "assistant", "content": {"spoken": "Hello"}},
     ]
-    body = json.dumps({"session": {"id": "session-1", "messages": [*said, *said]}}).encode()
-    content = chat(input=said[0]["content"], output=said[1:])
+    body = json.dumps({"session": {"id": "session-1", "messages": [*texts, *texts]}}).encode()
+    content = chat(input=texts[0]["content"], output=texts[1:])
     shown = [
         ("user", "What does tea cost?", "text"),
         ("assistant", "", "tool_call"),
@@ -295,17 +295,17 @@ def test_messages_without_text_are_shown_as_such_whether_told_by_webhook_or_hist
 
 
 def test_a_redacted_history_keeps_what_its_messages_are() -> None:
-    said = [
+    texts = [
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "assistant", "refusal": "No."},
         {"role": "assistant", "content": [{"spoken": "Hello"}]},
         {"role": "assistant", "content": None},
     ]
-    body = json.dumps({"session": {"id": "s", "messages": said}}).encode()
-    before = history.told(history.READ, "s", body)
-    redacted = history.redact("s", before, datetime(2026, 1, 5, tzinfo=UTC))
-    assert kinds(history.told(redacted.type, "s", redacted.body).messages) == kinds(before.messages)
+    body = json.dumps({"session": {"id": "s", "messages": texts}}).encode()
+    before = history.parse_snapshot(history.READ, "s", body)
+    redacted = history.redacted_event("s", before, datetime(2026, 1, 5, tzinfo=UTC))
+    assert kinds(history.parse_snapshot(redacted.type, "s", redacted.body).messages) == kinds(before.messages)
 
 
 def counted(shape: str) -> float:

@@ -7,8 +7,8 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import Reading, Turn, compose
-from archiver.alignment.parts import date, whole
+from archiver.alignment import HistoryMessages, TurnMessages, compose
+from archiver.alignment.contained import date_lines, maximal_readings
 from archiver.events import Message
 
 START = datetime(2026, 1, 5, tzinfo=UTC)
@@ -20,9 +20,9 @@ _histories = st.lists(_messages, min_size=1, max_size=8)
 
 
 @st.composite
-def readings(draw: st.DrawFn) -> list[Reading]:
+def readings(draw: st.DrawFn) -> list[HistoryMessages]:
     """Readings of a history that grows, is cut at either end, or is another one."""
-    found: list[Reading] = []
+    result: list[HistoryMessages] = []
     shown: list[Message] = []
     for number in range(draw(st.integers(1, 7))):
         shown = draw(
@@ -34,37 +34,37 @@ def readings(draw: st.DrawFn) -> list[Reading]:
         )
         at = START + timedelta(minutes=10 * number)
         first = at - timedelta(minutes=draw(st.sampled_from([0, 0, 5, 25])))
-        found.append(Reading(tuple(shown), at, first))
-    return found
+        result.append(HistoryMessages(tuple(shown), at, first))
+    return result
 
 
-def as_beginnings(given_readings: Sequence[Reading]) -> list[Reading]:
+def as_beginnings(given_readings: Sequence[HistoryMessages]) -> list[HistoryMessages]:
     """The same readings, each without its messages that is the beginning of the next."""
-    found = [given_readings[-1]]
+    result = [given_readings[-1]]
     for reading, following in zip(given_readings[-2::-1], given_readings[:0:-1], strict=True):
         length = len(reading.messages)
         is_beginning = length > 0 and following.messages[:length] == reading.messages
-        found.append(msgspec.structs.replace(reading, messages=(), shown=length) if is_beginning else reading)
-    return found[::-1]
+        result.append(msgspec.structs.replace(reading, messages=(), shown=length) if is_beginning else reading)
+    return result[::-1]
 
 
 @settings(max_examples=500, deadline=None)
 @given(readings(), st.lists(_histories, max_size=3))
-def test_a_reading_given_as_the_beginning_of_the_next_tells_the_same(
-    known: list[Reading], said: list[list[Message]]
+def test_a_reading_stored_as_a_prefix_of_the_next_gives_the_same_result(
+    known: list[HistoryMessages], said: list[list[Message]]
 ) -> None:
     turns = [
-        Turn(f"c{number}", tuple(each), 1, START + timedelta(minutes=7 * number), START, arrived_at=START)
+        TurnMessages(f"c{number}", tuple(each), 1, START + timedelta(minutes=7 * number), START, arrived_at=START)
         for number, each in enumerate(said)
     ]
     assert compose(turns, as_beginnings(known)) == compose(turns, known)
-    assert whole(as_beginnings(known)) == whole(known)
+    assert maximal_readings(as_beginnings(known)) == maximal_readings(known)
 
 
 @settings(max_examples=500, deadline=None)
 @given(readings())
-def test_a_line_is_dated_by_the_earliest_part_that_shows_it(known: list[Reading]) -> None:
-    last = whole(known)[-1]
+def test_a_line_is_dated_by_the_earliest_part_that_shows_it(known: list[HistoryMessages]) -> None:
+    last = maximal_readings(known)[-1]
     reading, first_read_at = last.reading, last.first_read_at
     assert reading == known[-1]
     parts = [each for each in known[:-1] if each.first_read_at is not None]
@@ -79,4 +79,4 @@ def test_a_line_is_dated_by_the_earliest_part_that_shows_it(known: list[Reading]
     for index, at in enumerate(first_read_at):
         times = {each.first_read_at for each in prefixes if index < len(each.messages)}
         assert not times or (at is not None and at <= min(time for time in times if time is not None))
-    assert date([], []) == []
+    assert date_lines([], []) == []

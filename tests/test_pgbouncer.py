@@ -43,9 +43,9 @@ def test_the_receiver_stores_each_delivery_once_and_says_once_what_it_found(pool
     assert "Traceback" not in log
     assert "Duplicate" not in log
     assert "spool" not in reasons(log)
-    found = [line for line in log.splitlines() if "connection pooler found" in line]
-    assert 1 <= len(found) <= 3  # one for each process
-    assert all("ARCHIVER_PREPARED_STATEMENTS" in line for line in found)
+    result = [line for line in log.splitlines() if "connection pooler detected" in line]
+    assert 1 <= len(result) <= 3  # one for each process
+    assert all("ARCHIVER_PREPARED_STATEMENTS" in line for line in result)
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(401,)]
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
 

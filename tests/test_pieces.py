@@ -19,7 +19,7 @@ from archiver import compaction, erasure, events, export, history, ledger, piece
 from archiver.database import snapshot, transaction
 from archiver.events import Event
 from archiver.export.selection import Selection
-from archiver.pieces import WHOLE_BYTES, Known, Restored
+from archiver.pieces import MIN_SPLIT_BYTES, PieceIndex, ResponseAssembler
 from archiver.projection import Timing
 from archiver.rebuild import rebuild
 from tests.payloads import created
@@ -36,8 +36,8 @@ Said = tuple[str, str]
 
 def answer(messages: Sequence[Said], minute: int = 0, **options: Any) -> bytes:
     """A response; its time of update, of another length each time, stands before the messages and after them."""
-    told = [{"role": role, "content": content} for role, content in messages]
-    session = {"updated": f"minute {minute}", "messages": told, "updatedAt": f"{minute}", "id": "s1"}
+    result = [{"role": role, "content": content} for role, content in messages]
+    session = {"updated": f"minute {minute}", "messages": result, "updatedAt": f"{minute}", "id": "s1"}
     return json.dumps({"message": "ok", "session": session}, **options).encode()
 
 
@@ -59,14 +59,14 @@ def record(engine: Engine, minute: float, event: Event, source: str = history.SO
 
 def read(engine: Engine, minute: int, messages: Sequence[Said], **options: Any) -> bytes:
     body = answer(messages, minute, **options)
-    record(engine, minute, history.observe("s1", 200, body))
+    record(engine, minute, history.parse_history("s1", 200, body))
     return body
 
 
 def webhook(number: int, words: Sequence[Said]) -> Event:
     moment = (START + timedelta(minutes=number)).isoformat()
-    told: dict[str, Any] = {"input": words[0][1], "output": [{"role": "assistant", "content": words[1][1]}]}
-    event = events.parse(created(f"c{number}", "s1", createdAt=moment, updatedAt=moment, **told))
+    values: dict[str, Any] = {"input": words[0][1], "output": [{"role": "assistant", "content": words[1][1]}]}
+    event = events.parse(created(f"c{number}", "s1", createdAt=moment, updatedAt=moment, **values))
     assert isinstance(event, Event)
     return event
 
@@ -113,15 +113,15 @@ _styles = st.sampled_from([{}, {"indent": 2}, {"separators": (",", ":")}, {"ensu
 @settings(max_examples=300, deadline=None)
 @given(st.lists(_lines, min_size=1, max_size=6), _styles)
 @example([[("user", "half \ud83d of an emoji")], [("user", "half \ud83d of an emoji"), ("assistant", "\ude00")]], {})
-def test_whatever_responses_show_their_bytes_are_made_again(shown: list[list[Said]], style: dict[str, Any]) -> None:
-    known = Known("s1", [])
+def test_the_bytes_of_any_response_are_reassembled(shown: list[list[Said]], style: dict[str, Any]) -> None:
+    known = PieceIndex("s1", [])
     made = []
     for minute, lines in enumerate(shown):
         body = answer(lines, minute, **style) if style.get("ensure_ascii", True) else answer(lines, minute)
-        found = pieces.split("s1", body)
-        assert found is not None
-        made.append((body, found.frame, pieces.numbers(known.runs(found.messages))))
-    restored = Restored({each["number"]: each["content"] for each in known.new})
+        result = pieces.split("s1", body)
+        assert result is not None
+        made.append((body, result.frame, pieces.numbers(known.runs(result.messages))))
+    restored = ResponseAssembler({each["number"]: each["content"] for each in known.new})
     for body, frame, runs in made:
         assert b"".join(restored.parts(frame, runs)) == body
 
@@ -129,23 +129,23 @@ def test_whatever_responses_show_their_bytes_are_made_again(shown: list[list[Sai
 @pytest.mark.parametrize("words", ["ok", "question {}"])
 def test_a_growing_history_takes_one_run_and_each_message_once(words: str) -> None:
     lines = [("user" if n % 2 else "assistant", words.format(n)) for n in range(200)]
-    known = Known("s1", [])
+    known = PieceIndex("s1", [])
     for length in range(1, 201):
-        found = pieces.split("s1", answer(lines[:length], length))
-        assert found is not None
-        assert known.runs(found.messages) == [(1, length)]
+        result = pieces.split("s1", answer(lines[:length], length))
+        assert result is not None
+        assert known.runs(result.messages) == [(1, length)]
     assert len(known.new) == 200
 
 
 def test_a_history_cut_at_the_start_and_changed_within_takes_few_runs() -> None:
     lines = conversation(100, size=40)
-    known = Known("s1", [])
+    known = PieceIndex("s1", [])
     for number in range(20):
         changed = [*lines[5 : 20 + number * 8]]
         changed[-9] = ("assistant", f"draft {number}")
-        found = pieces.split("s1", answer(changed))
-        assert found is not None
-        assert len(known.runs(found.messages)) <= 3 + number
+        result = pieces.split("s1", answer(changed))
+        assert result is not None
+        assert len(known.runs(result.messages)) <= 3 + number
     assert len(known.new) <= 200 + 20 * 10
 
 
@@ -170,28 +170,28 @@ def test_a_small_response_that_a_later_one_holds_as_a_whole_keeps_its_digest_alo
     engine: Engine,
 ) -> None:
     lines = conversation(3, size=100)
-    told = [read(engine, minute, lines[: 2 * minute]) for minute in (1, 2, 3)]
+    result = [read(engine, minute, lines[: 2 * minute]) for minute in (1, 2, 3)]
     assert kept(engine) == [False, False, True]
-    assert bodies(engine) == told
+    assert bodies(engine) == result
     query = "SELECT salt, body_digest FROM archiver.events ORDER BY id"
-    for (salt, digest), body in zip(rows(engine, query), told, strict=True):
+    for (salt, digest), body in zip(rows(engine, query), result, strict=True):
         assert hashlib.sha256(salt + body).digest() == digest
 
 
 def test_a_small_response_that_shows_what_the_later_one_does_not_keeps_its_bytes(engine: Engine) -> None:
     lines = conversation(3, size=100)
-    told = [read(engine, 1, lines[:4]), read(engine, 2, [*lines[:2], *lines[4:]]), read(engine, 3, lines)]
+    result = [read(engine, 1, lines[:4]), read(engine, 2, [*lines[:2], *lines[4:]]), read(engine, 3, lines)]
     assert kept(engine) == [False, True, True]
-    assert bodies(engine) == told
+    assert bodies(engine) == result
 
 
 def test_i12_the_room_of_all_responses_grows_with_the_transcript(engine: Engine) -> None:
     lines = conversation(60)
-    told = []
+    result = []
     for turn in range(60):
         record(engine, turn, webhook(turn, lines[2 * turn : 2 * turn + 2]), events.WEBHOOK)
-        told.append(read(engine, turn, lines[: 2 * turn + 2]))
-    assert bodies(engine) == told
+        result.append(read(engine, turn, lines[: 2 * turn + 2]))
+    assert bodies(engine) == result
     transcript = sum(len(content) for _, content in lines)
     query = "SELECT sum(octet_length(body)) FROM archiver.events"
     contents = "SELECT sum(octet_length(content)) FROM archiver.pieces"
@@ -203,8 +203,8 @@ def test_i12_the_room_of_all_responses_grows_with_the_transcript(engine: Engine)
 
 def test_i12_windows_of_a_history_take_the_room_of_what_is_new_in_them(engine: Engine) -> None:
     lines = conversation(80)
-    told = [read(engine, turn, lines[max(0, 2 * turn - 40) : 2 * turn]) for turn in range(1, 81)]
-    assert bodies(engine) == told
+    result = [read(engine, turn, lines[max(0, 2 * turn - 40) : 2 * turn]) for turn in range(1, 81)]
+    assert bodies(engine) == result
     transcript = sum(len(content) for _, content in lines)
     ((stored,),) = rows(engine, "SELECT sum(octet_length(content)) FROM archiver.pieces")
     assert stored < 2 * transcript
@@ -265,7 +265,7 @@ def test_i9_a_false_compaction_is_found(grown: Engine, tampering: str) -> None:
         "UPDATE archiver.events SET body = NULL WHERE chat_id = 'c0'",
     ],
 )
-def test_i9_the_guard_lets_no_bytes_go_but_those_that_pieces_make_again(grown: Engine, tampering: str) -> None:
+def test_i9_the_guard_allows_only_bytes_that_pieces_reassemble_to_be_dropped(grown: Engine, tampering: str) -> None:
     with pytest.raises(DBAPIError, match=r"append-only|is made of these pieces"):
         execute(grown, tampering)
 
@@ -279,15 +279,15 @@ def test_i10_a_rebuild_makes_the_same_of_responses_in_pieces(grown: Engine) -> N
 
 
 def test_an_export_holds_the_exact_bytes_and_is_checked_offline(grown: Engine, tmp_path: Path) -> None:
-    wanted = export.Wanted(Selection(is_all=True), ["jsonl"], "tester")
-    export.make(grown, tmp_path / "out", wanted)
+    expected = export.ExportRequest(Selection(is_all=True), ["jsonl"], "tester")
+    export.make(grown, tmp_path / "out", expected)
     lines = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_bytes().splitlines()]
     assert [line["body"].encode() for line in lines if line["type"] == "history.read"] == bodies(grown)
     assert [finding for finding in export.check(tmp_path / "out") if finding.fault != "unsigned"] == []
 
 
 def erase(engine: Engine, *targets: erasure.Target) -> None:
-    erasure.order(engine, targets, "request", erasure.Act("erase", "tester", None))
+    erasure.order(engine, targets, "request", erasure.AuditEntry("erase", "tester", None))
     for _ in erasure.sweep(engine, TIMING):
         pass
 
@@ -323,13 +323,13 @@ def as_before(engine: Engine) -> None:
 
 
 def test_the_duty_compacts_what_earlier_versions_kept_as_bytes(grown: Engine) -> None:
-    before, told = archived(grown), bodies(grown)
+    before, item = archived(grown), bodies(grown)
     as_before(grown)
     assert all(kept(grown))
     done = sum(step.responses for step in compaction.compact(grown, ""))
-    assert done == len(told) - 1
+    assert done == len(item) - 1
     assert kept(grown) == [*[False] * done, True]
-    assert bodies(grown) == told
+    assert bodies(grown) == item
     assert faults(grown) == []
     for _ in rebuild(grown, TIMING):
         pass
@@ -339,7 +339,7 @@ def test_the_duty_compacts_what_earlier_versions_kept_as_bytes(grown: Engine) ->
 
 def test_i12_the_duty_works_in_steps_and_goes_on_after_each(grown: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     as_before(grown)
-    monkeypatch.setattr(compaction, "RESPONSES_A_STEP", 2)
+    monkeypatch.setattr(compaction, "RESPONSES_PER_STEP", 2)
     first = next(compaction.compact(grown, ""))
     assert (first.responses, first.last) == (2, "")
     steps = list(compaction.compact(grown, ""))
@@ -351,7 +351,7 @@ def test_a_session_that_is_locked_keeps_no_other_from_being_compacted(grown: Eng
     as_before(grown)
     for minute in range(3):
         body = answer([*conversation(30), ("user", str(minute))], minute).replace(b'"id": "s1"', b'"id": "s2"')
-        record(grown, 100 + minute, history.observe("s2", 200, body))
+        record(grown, 100 + minute, history.parse_history("s2", 200, body))
     as_before(grown)
     with holding(grown, "SELECT 1 FROM archiver.sessions WHERE session_id = 's1' FOR UPDATE"):
         steps = list(compaction.compact(grown, ""))
@@ -360,9 +360,9 @@ def test_a_session_that_is_locked_keeps_no_other_from_being_compacted(grown: Eng
     assert rows(grown, f"{whole} HAVING count(*) > 1") == [("s1",)]
 
 
-def test_a_compaction_that_meets_the_same_response_again_is_done_again(grown: Engine) -> None:
+def test_a_compaction_is_repeated_when_the_same_response_arrives(grown: Engine) -> None:
     """The two lock the session and the response in opposite order; Postgres ends one of them (40P01)."""
-    told = bodies(grown)
+    result = bodies(grown)
     as_before(grown)
     slow_rows(grown, "archiver.sessions", "session_id", "s1", "PERFORM pg_sleep(2)")
     with (
@@ -378,8 +378,8 @@ def test_a_compaction_that_meets_the_same_response_again_is_done_again(grown: En
         until(lambda: rows(grown, sleeping), "it has the session")
         repeated.execute(text("UPDATE archiver.sessions SET read_by = read_by WHERE session_id = 's1'"))
         repeated.commit()
-        assert compacting.result(60) == len(told) - 1
-    assert bodies(grown) == told
+        assert compacting.result(60) == len(result) - 1
+    assert bodies(grown) == result
 
 
 def test_a_reading_after_the_upgrade_makes_room_for_itself(grown: Engine) -> None:
@@ -389,13 +389,13 @@ def test_a_reading_after_the_upgrade_makes_room_for_itself(grown: Engine) -> Non
 
 
 def test_a_downgrade_puts_the_bytes_back(grown: Engine) -> None:
-    told = bodies(grown)
+    result = bodies(grown)
     schema.downgrade(grown, "0009")
     query = "SELECT body FROM archiver.events WHERE type = 'history.read' ORDER BY id"
-    assert [bytes(each) for (each,) in rows(grown, query)] == told
+    assert [bytes(each) for (each,) in rows(grown, query)] == result
     schema.upgrade(grown)
-    assert sum(step.responses for step in compaction.compact(grown, "")) == len(told) - 1
-    assert bodies(grown) == told
+    assert sum(step.responses for step in compaction.compact(grown, "")) == len(result) - 1
+    assert bodies(grown) == result
 
 
 def test_what_a_session_may_keep_as_bytes_is_bounded(engine: Engine) -> None:
@@ -404,6 +404,6 @@ def test_what_a_session_may_keep_as_bytes_is_bounded(engine: Engine) -> None:
         shown = random.Random(minute).sample(lines, 30)  # the same each time
         read(engine, minute, shown)
         ((whole,),) = rows(engine, "SELECT sum(octet_length(body)) FROM archiver.events")
-        assert whole <= WHOLE_BYTES
+        assert whole <= MIN_SPLIT_BYTES
     with transaction(engine) as connection:
         assert connection.scalar(text("SELECT count(*) FROM archiver.events WHERE runs IS NOT NULL"))

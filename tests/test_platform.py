@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from archiver.demo import client as clients
 from archiver.demo.conversations import Conversation, conversations
-from archiver.demo.faults import Faults, HistoryFault, of_history, with_history_faults
+from archiver.demo.faults import Faults, HistoryFault, history_fault, with_history_faults
 from archiver.demo.platform import Platform, create
 from archiver.demo.serving import serving, simulate, with_secret
 from archiver.demo.upstream import MAX_CHATS, FullError, Upstream
@@ -68,7 +68,7 @@ class Receiver:
         self.events.append(json.loads(body)["message"])
         return JSONResponse({"status": "stored"})
 
-    def told(self) -> list[tuple[str, str]]:
+    def received(self) -> list[tuple[str, str]]:
         return [(event["type"], event["chat"]["id"]) for event in self.events]
 
 
@@ -109,26 +109,26 @@ async def world(
 
 
 async def hold(world: World, script: Sequence[Conversation]) -> None:
-    await clients.hold_all(clients.Client(world.http), script, lambda: None)
+    await clients.run_all(clients.Client(world.http), script, lambda: None)
 
 
 async def test_the_documented_calls_answer_with_the_documented_fields():
     async with world() as w:
         opened = await w.http.post("/sessions", json={"name": "Support", "assistantId": "assistant-1"})
         session = opened.json()["session"]
-        said = {
+        input_messages = {
             "sessionId": session["id"],
             "input": "Hello",
             "assistantOverrides": {"variableValues": {"companyName": "Example Plumbing"}},
         }
-        talked = await w.http.post("/chats", json=said)
+        talked = await w.http.post("/chats", json=input_messages)
         read = await w.http.get(f"/chats/session/{session['id']}")
     assert (opened.status_code, talked.status_code, read.status_code) == (201, 201, 200)
     assert session.keys() == {"id", "name", "assistantId", "status", "messages", "createdAt", "updatedAt"}
     assert (session["name"], session["status"], session["messages"]) == ("Support", "active", [])
     chat = talked.json()["chat"]
     assert chat.keys() == CHAT_KEYS | {"assistantOverrides"}
-    assert chat["assistantOverrides"] == said["assistantOverrides"]
+    assert chat["assistantOverrides"] == input_messages["assistantOverrides"]
     assert chat["output"][0].keys() == {"role", "content"}
     assert chat["createdAt"].endswith("Z")
     assert chat["status"] == "active"
@@ -156,7 +156,7 @@ async def test_no_answer_reports_a_time_of_the_future_however_fast_the_calls():
 
 
 @pytest.mark.parametrize("more", [{}, {"assistantId": "assistant-1"}, {"sessionId": None, "assistantOverrides": {}}])
-async def test_a_chat_without_a_session_is_answered_told_and_deleted(more):
+async def test_a_chat_without_a_session_is_answered_delivered_and_deleted(more):
     async with world() as w:
         talked = await w.http.post("/chats", json={"input": "What does tea cost?", **more})
         again = await w.http.post("/chats", json={"input": "What does tea cost?", **more})
@@ -164,14 +164,14 @@ async def test_a_chat_without_a_session_is_answered_told_and_deleted(more):
         removed = await w.http.request("DELETE", f"/chats/{chat['id']}")
         missing = await w.http.request("DELETE", f"/chats/{chat['id']}")
         await w.deliveries()
-        told = w.receiver.told()
+        received = w.receiver.received()
         bodies = [event["chat"] for event in w.receiver.events]
     assert (talked.status_code, removed.status_code, missing.status_code) == (201, 200, 404)
     assert "sessionId" not in chat
     assert chat.get("assistantId") == more.get("assistantId")
     assert chat["output"][0]["content"]
     assert chat["id"] != again.json()["chat"]["id"]
-    assert sorted(told) == sorted(
+    assert sorted(received) == sorted(
         [("chat.created", chat["id"]), ("chat.created", again.json()["chat"]["id"]), ("chat.deleted", chat["id"])]
     )
     assert all("sessionId" not in body for body in bodies)
@@ -195,13 +195,13 @@ async def test_history_is_flat_and_in_order_and_replies_use_context_and_variable
 
 
 async def test_input_may_be_a_list_of_messages():
-    said = [{"role": "user", "content": "One"}, {"role": "user", "content": "Two"}]
+    input_messages = [{"role": "user", "content": "One"}, {"role": "user", "content": "Two"}]
     async with world() as w:
         session_id = await w.session()
-        answer = await w.http.post("/chats", json={"sessionId": session_id, "input": said})
+        answer = await w.http.post("/chats", json={"sessionId": session_id, "input": input_messages})
         history = await w.api.history(session_id)
-    assert answer.json()["chat"]["input"] == said
-    assert history["messages"][:2] == said
+    assert answer.json()["chat"]["input"] == input_messages
+    assert history["messages"][:2] == input_messages
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", None])
@@ -250,12 +250,12 @@ BAD_INPUT: list[tuple[str, str, bytes | None, int, str]] = [
 async def test_bad_input_gets_a_clear_answer_and_causes_no_webhook():
     async with world() as w:
         session_id = await w.session()
-        for method, path, body, status, said in BAD_INPUT:
+        for method, path, body, status, input_messages in BAD_INPUT:
             content = body and body.replace(b"SESSION", session_id.encode())
             answer = await w.http.request(method, path, content=content)
             case = f"{method} {path} {(body or b'')[:80]!r}"
             assert answer.status_code == status, case
-            assert said.lower() in answer.json()["message"].lower(), case
+            assert input_messages.lower() in answer.json()["message"].lower(), case
         assert await w.deliveries() == []
 
 
@@ -278,7 +278,7 @@ async def test_webhooks_are_signed_by_the_scheme_of_the_settings(scheme):
         await w.api.delete_chat(chat["id"])
         deliveries = await w.deliveries()
     assert w.receiver.refused == 0
-    assert sorted(w.receiver.told()) == [("chat.created", chat["id"]), ("chat.deleted", chat["id"])]
+    assert sorted(w.receiver.received()) == [("chat.created", chat["id"]), ("chat.deleted", chat["id"])]
     event = next(event for event in w.receiver.events if event["type"] == "chat.created")
     assert event["chat"] == chat
     assert abs(event["timestamp"] / 1000 - time.time()) < 60
@@ -298,11 +298,11 @@ async def test_a_deleted_chat_leaves_the_history_and_is_gone():
     async with world() as w:
         session_id = await w.session()
         chat = await w.api.send_message(session_id, "Forget me", None)
-        kept = await w.api.send_message(session_id, "ok", None)
+        remaining = await w.api.send_message(session_id, "ok", None)
         await w.api.delete_chat(chat["id"])
         history = await w.api.history(session_id)
         again = await w.http.delete(f"/chats/{chat['id']}")
-    assert history["messages"] == [{"role": "user", "content": "ok"}, *kept["output"]]
+    assert history["messages"] == [{"role": "user", "content": "ok"}, *remaining["output"]]
     assert again.status_code == 404
 
 
@@ -322,7 +322,7 @@ async def _what_happened(seed: int, count: int, chunk: int) -> set[tuple[str, st
     }
 
 
-async def test_the_same_seed_gives_the_same_conversations_ids_and_faults_whatever_the_concurrency():
+async def test_a_seed_determines_conversations_ids_and_faults_at_any_concurrency():
     first = await _what_happened(7, 12, chunk=1)
     assert await _what_happened(7, 12, chunk=12) == first
     assert await _what_happened(8, 12, chunk=12) != first
@@ -359,7 +359,7 @@ async def test_fault_duplicates_the_same_chat_arrives_again_in_the_same_or_a_new
             await w.api.send_message(await w.session(), f"Hello {number}", None)
         await w.deliveries()
     by_chat: dict[str, list[int]] = {}
-    for index, (_, chat_id) in enumerate(w.receiver.told()):
+    for index, (_, chat_id) in enumerate(w.receiver.received()):
         by_chat.setdefault(chat_id, []).append(index)
     assert {len(indexes) for indexes in by_chat.values()} == {2, 3}
     for indexes in by_chat.values():
@@ -374,7 +374,7 @@ async def test_fault_reorder_a_later_turn_overtakes():
         session_id = await w.session()
         sent = [(await w.api.send_message(session_id, f"{n}", None))["id"] for n in range(30)]
         await w.deliveries()
-    arrived = [chat_id for _, chat_id in w.receiver.told()]
+    arrived = [chat_id for _, chat_id in w.receiver.received()]
     assert sorted(arrived) == sorted(sent)
     assert arrived != sent
 
@@ -397,7 +397,7 @@ async def test_fault_deletion_before_creation():
         chat = await w.api.send_message(await w.session(), "Hello", None)
         await w.api.delete_chat(chat["id"])
         await w.deliveries()
-    assert [kind for kind, _ in w.receiver.told()] == ["chat.deleted", "chat.created"]
+    assert [kind for kind, _ in w.receiver.received()] == ["chat.deleted", "chat.created"]
 
 
 async def test_fault_output_missing_at_creation_then_a_newer_revision_with_it():
@@ -407,7 +407,7 @@ async def test_fault_output_missing_at_creation_then_a_newer_revision_with_it():
     for chat in chats:
         early, late = sorted(
             (event["chat"] for event in w.receiver.events if event["chat"]["id"] == chat["id"]),
-            key=lambda told: str(told["updatedAt"]),
+            key=lambda received: str(received["updatedAt"]),
         )
         assert not early.get("output")
         assert late == chat
@@ -418,7 +418,7 @@ async def test_fault_output_missing_at_creation_then_a_newer_revision_with_it():
     }
 
 
-async def test_fault_bare_deletion_tells_the_id_alone():
+async def test_fault_bare_deletion_sends_the_id_alone():
     async with world(Faults(bare_deletion=1)) as w:
         chat = await w.api.send_message(await w.session(), "Hello", None)
         await w.api.delete_chat(chat["id"])
@@ -438,14 +438,16 @@ async def talked(w: World, turns: int = 3) -> tuple[str, list[dict[str, str]]]:
 
 
 async def report(w: World) -> dict[str, Any]:
-    told: dict[str, Any] = (await w.http.get(str(w.http.base_url).removesuffix("/api/") + "/simulator/report")).json()
-    return told
+    received: dict[str, Any] = (
+        await w.http.get(str(w.http.base_url).removesuffix("/api/") + "/simulator/report")
+    ).json()
+    return received
 
 
 async def test_no_two_replies_of_a_session_are_alike_however_alike_the_questions():
     async with world() as w:
-        _, said = await talked(w, turns=60)
-    replies = [message["content"] for message in said if message["role"] == "assistant"]
+        _, input_messages = await talked(w, turns=60)
+    replies = [message["content"] for message in input_messages if message["role"] == "assistant"]
     assert len(replies) > 60
     assert len(set(replies)) == len(replies)
 
@@ -468,32 +470,32 @@ async def test_some_assistants_speak_first_and_what_they_say_belongs_to_no_chat(
 
 
 async def test_history_faults_of_status_and_of_absence():
-    wanted: dict[str, tuple[int, Any]] = {
+    expected: dict[str, tuple[int, Any]] = {
         "missing": (404, None),
         "gone": (410, None),
         "error": (500, None),
         "empty": (200, []),
     }
-    for fault, (status, messages) in wanted.items():
+    for fault, (status, messages) in expected.items():
         shares: dict[str, Any] = {f"history_{fault}": 1}
         async with world(Faults(**shares)) as w:
             session_id, _ = await talked(w)
             answer = await read(w, session_id)
-            told = await report(w)
+            received = await report(w)
         assert answer.status_code == status, fault
         assert answer.json().get("session", {}).get("messages") == messages, fault
-        assert told["history_faults"] == {fault: 1}
+        assert received["history_faults"] == {fault: 1}
 
 
 async def test_fault_partial_leaves_out_the_first_or_the_last_messages():
     heads, tails = 0, 0
     async with world(Faults(history_partial=1)) as w:
         for _ in range(20):
-            session_id, said = await talked(w)
-            told = (await read(w, session_id)).json()["session"]["messages"]
-            assert 0 < len(told) < len(said)
-            heads += told == said[: len(told)]
-            tails += told == said[-len(told) :]
+            session_id, input_messages = await talked(w)
+            received = (await read(w, session_id)).json()["session"]["messages"]
+            assert 0 < len(received) < len(input_messages)
+            heads += received == input_messages[: len(received)]
+            tails += received == input_messages[-len(received) :]
         lonely = await w.session()
         assert (await read(w, lonely)).json()["session"]["messages"] == []
     assert (heads > 3, tails > 3, heads + tails) == (True, True, 20)
@@ -508,7 +510,7 @@ def _is_a_history(body: bytes) -> bool:
 
 
 @pytest.mark.parametrize(("fault", "forms", "is_json"), [("garbage", 4, False), ("shape", 8, True)])
-async def test_a_history_may_be_what_nobody_can_read(fault, forms, is_json):
+async def test_a_history_may_be_unreadable(fault, forms, is_json):
     shares: dict[str, Any] = {f"history_{fault}": 1}
     seen = set()
     async with world(Faults(**shares)) as w:
@@ -526,12 +528,12 @@ async def test_a_history_may_be_what_nobody_can_read(fault, forms, is_json):
     assert len(seen) >= forms
 
 
-async def test_fault_busy_is_a_storm_that_all_history_calls_meet_and_that_passes():
+async def test_fault_busy_affects_all_history_calls_and_ends():
     faults = Faults(history_busy=0.5, seed=5)
     async with world(faults) as w:
         ids = [await w.session() for _ in range(20)]
-        first = next(each for each in ids if of_history(faults, each, 1) == "busy")
-        other = next(each for each in ids if of_history(faults, each, 1) is None)
+        first = next(each for each in ids if history_fault(faults, each, 1) == "busy")
+        other = next(each for each in ids if history_fault(faults, each, 1) is None)
         answers = [await read(w, first), await read(w, other)]
         assert [answer.status_code for answer in answers] == [429, 429]
         assert {answer.headers["retry-after"] for answer in answers} == {"1"}
@@ -539,18 +541,18 @@ async def test_fault_busy_is_a_storm_that_all_history_calls_meet_and_that_passes
         async with asyncio.timeout(30):
             while (await read(w, other)).status_code == 429:  # noqa: ASYNC110  # the deadline is above
                 await asyncio.sleep(0.05)
-        told = await report(w)
-    assert told["history_faults"]["busy"] == 1
-    assert told["history_faults"]["storm"] == told["history"]["calls"] - 2
+        received = await report(w)
+    assert received["history_faults"]["busy"] == 1
+    assert received["history_faults"]["storm"] == received["history"]["calls"] - 2
 
 
 async def test_fault_slow_answers_late_and_in_full():
     async with world(Faults(history_slow=1)) as w:
-        session_id, said = await talked(w, turns=1)
+        session_id, input_messages = await talked(w, turns=1)
         started = time.monotonic()
         answer = await read(w, session_id)
         assert time.monotonic() - started > 0.3
-    assert answer.json()["session"]["messages"] == said
+    assert answer.json()["session"]["messages"] == input_messages
 
 
 async def test_fault_hanging_answers_nothing_and_does_not_outlive_its_caller():
@@ -559,9 +561,9 @@ async def test_fault_hanging_answers_nothing_and_does_not_outlive_its_caller():
         with pytest.raises(httpx2.ReadTimeout):
             await w.http.get(f"/chats/session/{session_id}", timeout=0.3)
         async with asyncio.timeout(30):
-            while not (told := await report(w))["history_statuses"]:  # noqa: ASYNC110  # the deadline is above
+            while not (received := await report(w))["history_statuses"]:  # noqa: ASYNC110  # the deadline is above
                 await asyncio.sleep(0.01)
-    assert (told["history_faults"], told["history_statuses"]) == ({"hanging": 1}, {"none": 1})
+    assert (received["history_faults"], received["history_statuses"]) == ({"hanging": 1}, {"none": 1})
 
 
 async def _history_faults(seed: int, chunk: int) -> list[list[tuple[int, bytes]]]:
@@ -576,13 +578,13 @@ async def _history_faults(seed: int, chunk: int) -> list[list[tuple[int, bytes]]
             updated_at = (w.platform.upstream.session(session_id).described())["updatedAt"].encode()
             return [(answer.status_code, answer.content.replace(updated_at, b"")) for answer in answers]
 
-        found = []
+        result = []
         for start in range(0, 12, chunk):
-            found += await asyncio.gather(*[five(session_id) for session_id in ids[start : start + chunk]])
-    return found
+            result += await asyncio.gather(*[five(session_id) for session_id in ids[start : start + chunk]])
+    return result
 
 
-async def test_the_same_seed_gives_the_same_history_faults_whatever_the_concurrency():
+async def test_a_seed_determines_history_faults_at_any_concurrency():
     first = await _history_faults(3, chunk=1)
     statuses = [[status for status, _ in answers] for answers in first]
     again = await _history_faults(3, chunk=12)
@@ -597,10 +599,10 @@ async def test_the_same_seed_gives_the_same_history_faults_whatever_the_concurre
 
 def test_a_history_fault_depends_on_seed_session_and_call_alone():
     faults = with_history_faults(Faults(seed=1), 0.5)
-    base = [of_history(faults, "s1", call) for call in range(1, 31)]
-    assert [of_history(faults, "s1", call) for call in reversed(range(1, 31))] == base[::-1]
-    assert [of_history(faults, "s2", call) for call in range(1, 31)] != base
-    assert [of_history(replace(faults, seed=2), "s1", call) for call in range(1, 31)] != base
+    base = [history_fault(faults, "s1", call) for call in range(1, 31)]
+    assert [history_fault(faults, "s1", call) for call in reversed(range(1, 31))] == base[::-1]
+    assert [history_fault(faults, "s2", call) for call in range(1, 31)] != base
+    assert [history_fault(replace(faults, seed=2), "s1", call) for call in range(1, 31)] != base
     assert len(set(base)) > 2
 
 
@@ -608,37 +610,37 @@ def test_a_share_of_history_faults_is_mixed_of_those_that_a_retry_outlives():
     assert with_history_faults(Faults(loss=0.5), 0) == Faults(loss=0.5)
     for share in (0.2, 1.0):
         faults = with_history_faults(Faults(seed=1), share)
-        drawn = [of_history(faults, f"s{number}", call) for number in range(200) for call in range(1, 6)]
-        found = {fault: drawn.count(fault) for fault in get_args(HistoryFault)}
-        assert {fault for fault, count in found.items() if count} == {"busy", "error", "slow", "hanging", "garbage"}
-        assert abs(sum(found.values()) - 1000 * share) < 60
-        assert all(abs(found[fault] - 200 * share) < 60 for fault in ("busy", "error", "slow", "hanging", "garbage"))
+        drawn = [history_fault(faults, f"s{number}", call) for number in range(200) for call in range(1, 6)]
+        values = {fault: drawn.count(fault) for fault in get_args(HistoryFault)}
+        assert {fault for fault, count in values.items() if count} == {"busy", "error", "slow", "hanging", "garbage"}
+        assert abs(sum(values.values()) - 1000 * share) < 60
+        assert all(abs(values[fault] - 200 * share) < 60 for fault in ("busy", "error", "slow", "hanging", "garbage"))
 
 
 @pytest.mark.parametrize(("expired", "status"), [("gone", 410), ("missing", 404), ("empty", 200), ("full", 200)])
 async def test_a_session_expires_in_each_way(expired, status):
     async with world(Faults(lifetime=1e-6, expired=expired)) as w:
-        session_id, said = await talked(w)
+        session_id, input_messages = await talked(w)
         answer = await read(w, session_id)
         assert (await report(w))["history_statuses"] == {str(status): 1}
     assert answer.status_code == status
     if status == 200:
         session = answer.json()["session"]
-        assert (session["status"], session["messages"]) == ("expired", said if expired == "full" else [])
+        assert (session["status"], session["messages"]) == ("expired", input_messages if expired == "full" else [])
 
 
 async def test_a_session_within_its_lifetime_has_a_history():
     async with world(Faults(lifetime=3600)) as w:
-        session_id, said = await talked(w)
+        session_id, input_messages = await talked(w)
         session = (await read(w, session_id)).json()["session"]
-    assert (session["status"], session["messages"]) == ("active", said)
+    assert (session["status"], session["messages"]) == ("active", input_messages)
 
 
 async def test_a_deleted_chat_may_stay_in_the_history_and_is_gone_all_the_same():
     async with world(Faults(keep_deleted=True)) as w:
         session_id = await w.session()
         chat = await w.api.send_message(session_id, "Forget me", None)
-        kept = await w.api.send_message(session_id, "ok", None)
+        remaining = await w.api.send_message(session_id, "ok", None)
         await w.api.delete_chat(chat["id"])
         history = await w.api.history(session_id)
         again = await w.http.delete(f"/chats/{chat['id']}")
@@ -647,10 +649,10 @@ async def test_a_deleted_chat_may_stay_in_the_history_and_is_gone_all_the_same()
         {"role": "user", "content": "Forget me"},
         *chat["output"],
         {"role": "user", "content": "ok"},
-        *kept["output"],
+        *remaining["output"],
     ]
     assert again.status_code == 404
-    assert sorted(kind for kind, _ in w.receiver.told()) == ["chat.created", "chat.created", "chat.deleted"]
+    assert sorted(kind for kind, _ in w.receiver.received()) == ["chat.created", "chat.created", "chat.deleted"]
 
 
 async def test_each_history_answer_takes_as_long_as_is_wanted():
@@ -667,10 +669,10 @@ async def test_the_report_counts_history_calls():
         session_id = await w.session()
         for each in (session_id, session_id, "nowhere"):
             await read(w, each)
-        told = await report(w)
-    assert told["history"] == {"calls": 3}
-    assert told["history_statuses"] == {"200": 2, "404": 1}
-    assert told["history_faults"] == {}
+        received = await report(w)
+    assert received["history"] == {"calls": 3}
+    assert received["history_statuses"] == {"200": 2, "404": 1}
+    assert received["history_faults"] == {}
 
 
 def test_history_faults_that_add_up_to_more_than_all_calls_are_refused():
@@ -703,10 +705,10 @@ def test_the_command_hands_its_options_to_the_platform(options, status, faults):
             chat = http.post("/chats", json={"sessionId": session_id, "input": "ok"}).json()["chat"]
             http.delete(f"/chats/{chat['id']}")
             answer = http.get(f"/chats/session/{session_id}")
-            told = http.get(f"http://127.0.0.1:{port}/simulator/report").json()
+            received = http.get(f"http://127.0.0.1:{port}/simulator/report").json()
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
-    assert (answer.status_code, told["history_faults"]) == (status, faults)
+    assert (answer.status_code, received["history_faults"]) == (status, faults)
     if status == 200:
         assert len(answer.json()["session"]["messages"]) >= 2
 
@@ -755,8 +757,8 @@ async def test_a_refusal_is_final_after_bounded_attempts(status, attempts):
 
 async def test_no_receiver_at_all_is_recorded_as_unanswered():
     async with serving(Starlette(), "127.0.0.1", 0) as url:
-        gone = url
-    async with Sender(gone, proving(), Record()) as sender:
+        deleted = url
+    async with Sender(deleted, proving(), Record()) as sender:
         delivery = await sender.send(b"{}", None)
     assert (delivery.outcome, delivery.status) == ("unanswered", None)
 
@@ -809,7 +811,7 @@ sys.exit(simulate(Settings(), host="127.0.0.1", port=0, webhook_url=None, faults
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_simulate_runs_alone_without_a_receiver_until_it_is_told_to_end(number):
+def test_simulate_runs_without_a_receiver_until_sigterm(number):
     command = [sys.executable, "-c", SIMULATE]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -361,14 +361,14 @@ def test_signatures_of_an_independent_implementation_are_accepted(family: str, s
 
 def low_order_keys() -> list[bytes]:
     """Each encoding of each point of low order, those that are not canonical included."""
-    found = {
+    values = {
         (y | sign << 255).to_bytes(32, "little")
         for point in edwards.low_order()
         for y in (point[1], point[1] + edwards.P)
         if y < 2**255
         for sign in (0, 1)
     }
-    return sorted(found)
+    return sorted(values)
 
 
 @pytest.mark.parametrize("raw", low_order_keys(), ids=bytes.hex)

@@ -78,7 +78,7 @@ def _is_a_ledger(given_facts: Sequence[Fact]) -> bool:
 ledgers = st.lists(facts(), min_size=1, max_size=6).filter(_is_a_ledger)
 
 
-def tellings(given_facts: Sequence[Fact]) -> list[Chat]:
+def chats_of(given_facts: Sequence[Fact]) -> list[Chat]:
     return [fact.event.chat for fact in given_facts if fact.event.chat is not None]
 
 
@@ -105,7 +105,7 @@ def test_i3_repeated_facts_change_nothing(known: list[Fact], order: random.Rando
 @_many
 @given(ledgers)
 def test_i3_an_empty_output_never_replaces_a_filled_one(known: list[Fact]) -> None:
-    outputs = [chat.output for chat in tellings(known)]
+    outputs = [chat.output for chat in chats_of(known)]
     messages = fold(known).messages
     if any(map(is_filled, outputs)):
         assert any(is_filled(output) and messages[-len(output) :] == output for output in outputs)
@@ -113,7 +113,7 @@ def test_i3_an_empty_output_never_replaces_a_filled_one(known: list[Fact]) -> No
 
 @_many
 @given(ledgers, facts())
-def test_i3_a_newer_fact_replaces_what_it_tells_and_only_that(known: list[Fact], newer: Fact) -> None:
+def test_i3_a_newer_fact_replaces_only_the_fields_that_it_holds(known: list[Fact], newer: Fact) -> None:
     chat = newer.event.chat
     assert chat is not None
     later = START + timedelta(minutes=5)  # all others are of the four minutes before
@@ -121,8 +121,8 @@ def test_i3_a_newer_fact_replaces_what_it_tells_and_only_that(known: list[Fact],
     newer = msgspec.structs.replace(newer, event=msgspec.structs.replace(newer.event, chat=chat))
     before, after = fold(known), fold([*known, newer])
     for name in ("assistant_id", "external_id", "status", "cost", "variables"):
-        told = getattr(chat, name)
-        assert getattr(after, name) == (getattr(before, name) if told is None else told)
+        result = getattr(chat, name)
+        assert getattr(after, name) == (getattr(before, name) if result is None else result)
     assert after.updated_at == later
     if is_filled(chat.output):
         assert after.messages[-len(chat.output) :] == chat.output
@@ -142,10 +142,10 @@ def test_i5_a_deletion_is_never_undone(known: list[Fact], another: Fact) -> None
 
 @_many
 @given(ledgers, facts())
-def test_i5_creation_is_the_earliest_told_and_update_the_latest(known: list[Fact], another: Fact) -> None:
+def test_i5_creation_is_the_earliest_and_update_the_latest_reported_time(known: list[Fact], another: Fact) -> None:
     turn = fold([*known, another])
-    created = [chat.created_at for chat in tellings([*known, another]) if chat.created_at]
-    updated = [chat.updated_at for chat in tellings([*known, another]) if chat.updated_at]
+    created = [chat.created_at for chat in chats_of([*known, another]) if chat.created_at]
+    updated = [chat.updated_at for chat in chats_of([*known, another]) if chat.updated_at]
     occurred = [fact.occurred_at for fact in [*known, another] if fact.occurred_at]
     assert turn.created_at == min(created, default=None)
     assert turn.updated_at == max(updated, default=None)
@@ -155,11 +155,11 @@ def test_i5_creation_is_the_earliest_told_and_update_the_latest(known: list[Fact
 
 @_many
 @given(ledgers)
-def test_a_turn_holds_nothing_that_no_fact_told(known: list[Fact]) -> None:
-    turn, chats = fold(known), tellings(known)
+def test_a_turn_holds_only_content_of_its_facts(known: list[Fact]) -> None:
+    turn, chats = fold(known), chats_of(known)
     assert turn.cost in {chat.cost for chat in chats}
     assert turn.assistant_id in {chat.assistant_id for chat in chats}
-    assert turn.messages in {said.input + answered.output for said in chats for answered in chats}
+    assert turn.messages in {texts.input + answered.output for texts in chats for answered in chats}
 
 
 def fact(minutes: int, event_type: str = events.CREATED, **told: Any) -> Fact:
@@ -170,13 +170,13 @@ def fact(minutes: int, event_type: str = events.CREATED, **told: Any) -> Fact:
     return Fact(event, "webhook", START, START + timedelta(minutes=minutes))
 
 
-def test_the_time_of_update_outweighs_the_time_of_telling() -> None:
+def test_the_time_of_update_outweighs_the_time_of_the_envelope() -> None:
     told_late = fact(9, status="old", updated_at=START)
     told_early = fact(1, status="new", updated_at=START + timedelta(minutes=1))
     assert fold([told_late, told_early]).status == "new"
 
 
-def test_an_update_that_tells_no_time_is_ordered_by_its_envelope() -> None:
+def test_an_update_without_a_time_is_ordered_by_its_envelope() -> None:
     assert fold([fact(2, status="new"), fact(1, status="old")]).status == "new"
 
 

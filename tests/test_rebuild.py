@@ -29,7 +29,7 @@ def read(engine: Engine, session_id: str, minute: float, *texts: str) -> None:
     body = b'{"session": {"messages": [%s]}}' % b", ".join(
         b'{"role": "user", "content": "%s"}' % each.encode() for each in texts
     )
-    event = history.observe(session_id, 200, body)
+    event = history.parse_history(session_id, 200, body)
     observation = ledger.Observation(event, NOW + timedelta(minutes=minute), history.SOURCE, None)
     with transaction(engine) as connection:
         ledger.record(connection, [observation], TIMING)
@@ -56,7 +56,7 @@ def filled(engine: Engine) -> Engine:
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "PAGE_EVENTS", 7)
-    monkeypatch.setattr(replay, "UNPLACED_A_PAGE", 1)
+    monkeypatch.setattr(replay, "UNASSIGNED_PER_PAGE", 1)
 
 
 def test_i10_an_archive_that_was_emptied_is_made_again_row_for_row_a_page_at_a_time(filled: Engine) -> None:

@@ -19,7 +19,7 @@ from archiver.callhq import UnauthorizedError
 from archiver.database import database_url as parse_url
 from archiver.database import run_in_transaction
 from archiver.projection import leases
-from archiver.reconcile import Reading, Submit
+from archiver.reconcile import ReconcileResult, Submit
 from archiver.settings import Settings
 from archiver.worker import reconciling
 from tests import servers
@@ -52,7 +52,7 @@ async def test_leases_are_kept_for_as_long_as_the_reading_takes(
 ) -> None:
     # So short that the sessions outlast it; the constant alone is changed.
     monkeypatch.setattr(leases, "LEASE", timedelta(seconds=3))
-    told: list[Reading] = []
+    result: list[ReconcileResult] = []
     lapsed = text("SELECT count(*) FROM archiver.sessions WHERE leased_until < clock_timestamp()")
     with simulated(history_latency=0.15) as callhq:
         sessions = [callhq.session(f"s{n}", "ok") for n in range(40)]
@@ -63,37 +63,37 @@ async def test_leases_are_kept_for_as_long_as_the_reading_takes(
             submit,
         ):
             await register(submit, ids)
-            reading = asyncio.create_task(reconciler.read_all(ids, told.append))
+            reading = asyncio.create_task(reconciler.read_all(ids, result.append))
             seen = set()
             while not reading.done():
                 seen.add(await run_in_transaction(engine, lambda c: c.scalar(lapsed)))
             assert await reading == {"read": 40}
     assert seen == {0}
-    assert Counter(reading.session_id for reading in told) == Counter(ids)
-    said = {session.id: len(session.messages()) for session in sessions}
-    assert all(reading.recovered == said[reading.session_id] for reading in told)
+    assert Counter(reading.session_id for reading in result) == Counter(ids)
+    texts = {session.id: len(session.messages()) for session in sessions}
+    assert all(reading.recovered == texts[reading.session_id] for reading in result)
 
 
-async def test_sessions_that_somebody_else_reads_are_left_to_them(database_url: str, callhq: CallHQ) -> None:
+async def test_sessions_leased_by_another_reader_are_skipped(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(10)]
-    told: list[Reading] = []
+    result: list[ReconcileResult] = []
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
         await register(submit, ids)
         now = datetime.now(UTC)
         await run_in_transaction(engine, lambda c: leases.claim(c, ids[:3], now, now + leases.LEASE))
-        assert await reconciler.read_all(ids, told.append) == {"read": 7, "busy": 3}
-    assert {reading.session_id for reading in told if reading.outcome == "busy"} == set(ids[:3])
+        assert await reconciler.read_all(ids, result.append) == {"read": 7, "busy": 3}
+    assert {reading.session_id for reading in result if reading.outcome == "busy"} == set(ids[:3])
 
 
 async def test_one_session_that_is_refused_keeps_no_other_from_being_read(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(30)]
     callhq.refused = ids[0]
-    told: list[Reading] = []
+    result: list[ReconcileResult] = []
     with hosting(Refusing(callhq)) as callhq.url:
         async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
             await register(submit, ids)
-            assert await reconciler.read_all(ids, told.append) == {"read": 29, "failed": 1}
-            (refused,) = [reading for reading in told if reading.outcome == "failed"]
+            assert await reconciler.read_all(ids, result.append) == {"read": 29, "failed": 1}
+            (refused,) = [reading for reading in result if reading.outcome == "failed"]
             assert refused.session_id == ids[0]
             assert "CALLHQ_API_KEY" in refused.error
             # It backs off, as others do that fail.
@@ -109,24 +109,24 @@ async def test_a_worker_that_finds_nothing_doubts_the_url(database_url: str, cal
         configuration = settings(callhq).model_copy(update={"callhq_api_url": url})
         async with reconciling(configuration, parse_url(database_url), concurrency=1) as (_, reconciler, submit):
             await register(submit, session_ids)
-            with structlog.testing.capture_logs() as told:
+            with structlog.testing.capture_logs() as item:
                 await reconciler.read_all(session_ids)
-        return [line["event"] for line in told if "CALLHQ_API_URL" in line["event"]]
+        return [line["event"] for line in item if "CALLHQ_API_URL" in line["event"]]
 
     nobody = [f"nobody-{n}" for n in range(6)]
     assert len(await lines(*nobody, session.id, url=callhq.url)) == 1
     assert await lines(session.id, *nobody, url=f"{callhq.url}/api") == []
 
 
-async def test_what_was_read_is_told_however_it_ends(database_url: str, callhq: CallHQ) -> None:
+async def test_results_are_reported_however_the_run_ends(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(60)]
-    told: list[Reading] = []
+    result: list[ReconcileResult] = []
     async with reconciling(settings(callhq), parse_url(database_url), concurrency=1) as (engine, reconciler, submit):
         await register(submit, ids)
         some = asyncio.Event()
 
-        def note(reading: Reading) -> None:
-            told.append(reading)
+        def note(reading: ReconcileResult) -> None:
+            result.append(reading)
             some.set()
 
         reading = asyncio.create_task(reconciler.read_all(ids, note))
@@ -136,7 +136,7 @@ async def test_what_was_read_is_told_however_it_ends(database_url: str, callhq: 
             await reading
         query = text("SELECT session_id, repaired_messages FROM archiver.sessions WHERE read_at IS NOT NULL")
         read = await run_in_transaction(engine, lambda c: {row.session_id: row[1] for row in c.execute(query)})
-    assert {each.session_id: each.recovered for each in told} == read
+    assert {each.session_id: each.recovered for each in result} == read
     assert 0 < len(read) < 60
 
 
@@ -148,8 +148,8 @@ async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url
         for minutes in (10, 20):
             now = datetime.now(UTC) + timedelta(minutes=minutes)
             until_then = now + timedelta(minutes=10)
-            hand_out = partial(leases.hand_out_due, now=now, until=until_then, most=100)
-            assert {each for each, _ in await run_in_transaction(engine, hand_out)} == set(ids)
+            claim_listed = partial(leases.claim_due, now=now, until=until_then, limit=100)
+            assert {each for each, _ in await run_in_transaction(engine, claim_listed)} == set(ids)
             times.append(until_then)
         assert await reconciler.read_all(ids, due_at=times[0]) == {}
         assert await reconciler.read_all(ids, due_at=times[1]) == {"read": 10}
@@ -189,7 +189,7 @@ async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
         assert await lease_of(engine, session.id) == others
         renew = partial(leases.renew, leased={session.id: own}, until=woken + leases.LEASE)
         assert await run_in_transaction(engine, renew) == set()
-        await submit(history.observe(session.id, 404, b""), began)
+        await submit(history.parse_history(session.id, 404, b""), began)
         assert await lease_of(engine, session.id) == others
 
 
@@ -237,12 +237,12 @@ def is_blocked(database_url: str) -> bool:
         return looking.execute(query).fetchone() != (0,)
 
 
-async def test_a_session_met_by_its_reading_has_no_news_after_it_where_clocks_differ(
+async def test_a_session_discovered_by_its_reading_has_no_later_events_when_clocks_differ(
     database_url: str, callhq: CallHQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, begun = callhq.session("s", "ok"), datetime.now(UTC)
     monkeypatch.setattr("archiver.database.now", lambda: datetime.now(UTC) + timedelta(seconds=10))
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, _):
-        assert await reconciler.meet_all([session.id]) == {"read": 1}
+        assert await reconciler.discover_all([session.id]) == {"read": 1}
         read = partial(leases.select_read, session_ids=[session.id], since=begun)
         assert await run_in_transaction(engine, read) == {session.id}

@@ -50,7 +50,7 @@ def test_sessions_are_known_once_it_is_answered(receiver: Receiver, url: str) ->
     assert known(url, "two") == [(None, None, None, "open")]
 
 
-def test_i3_what_is_told_again_is_known_once(receiver: Receiver, url: str) -> None:
+def test_i3_a_session_registered_again_is_stored_once(receiver: Receiver, url: str) -> None:
     assert register(receiver, {"ids": ["again", "again", 7]}).json()["new"] == 2
     assert register(receiver, {"ids": ["again"]}).json() == {"status": "stored", "sessions": 1, "new": 0}
     assert len(known(url, "again")) == len(known(url, "7")) == 1

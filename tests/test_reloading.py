@@ -80,12 +80,12 @@ def test_secrets_are_rotated_without_a_restart_and_without_losing_a_delivery(
             change(NEW)
             until(lambda: answers(OLD, 401), "the old one is refused")
             change("")
-            until(lambda: "new settings cannot be used" in receiver.stderr(), "an empty file is refused")
+            until(lambda: "new settings rejected" in receiver.stderr(), "an empty file is refused")
             until(lambda: receiver.metric("archiver_settings_current") == 0, "the metric says so")
             assert answers(NEW, 200)
-        found = archiver("doctor", database_url=database_url, **options)
-        assert found.returncode == 1
-        assert "ARCHIVER_WEBHOOK_SECRETS" in found.stdout
+        result = archiver("doctor", database_url=database_url, **options)
+        assert result.returncode == 1
+        assert "ARCHIVER_WEBHOOK_SECRETS" in result.stdout
         file.unlink()
         until(lambda: "cannot read" in receiver.stderr(), "a missing file is refused")
         change(f"{NEW}\n")
@@ -115,7 +115,7 @@ def test_a_token_is_changed_and_a_scheme_of_none_is_not_taken(database_url: str,
         assert receiver.post(created("c1", "s1"), {}).status_code == 401
 
 
-def nobody_listens() -> str:
+def closed_port_url() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return f"postgresql://nobody@127.0.0.1:{port}/nothing"
@@ -124,10 +124,10 @@ def nobody_listens() -> str:
 def wrong(fault: str, right: str, folder: Path) -> str:
     """The URL of a database to which no connection comes about."""
     return {
-        "host": nobody_listens(),
+        "host": closed_port_url(),
         "user": right.replace("test_writer@", "no_such_user:wrong@"),
         "database": right.replace("/test_", "/no_such_database_"),
-        "certificate": f"{nobody_listens()}?sslmode=verify-full&sslrootcert={folder}/nowhere.pem",
+        "certificate": f"{closed_port_url()}?sslmode=verify-full&sslrootcert={folder}/nowhere.pem",
     }[fault]
 
 
@@ -142,7 +142,7 @@ def test_i1_a_start_with_a_wrong_database_spools_until_the_file_is_right(
         assert receiver.post(created("c1", "s1")).json()["status"] == "spooled"
         assert receiver.get("/readyz").status_code == 200
         assert receiver.get("/readyz").json()["database"] != "ready"
-        assert "events are spooled" in receiver.stderr()
+        assert "database unavailable; spooling" in receiver.stderr()
         file.write_text(right)
         until(lambda: rows(engine, "SELECT 1 FROM archiver.events"), "what was spooled is archived", 60)
         until(lambda: rows(engine, "SELECT 1 FROM archiver.seals"), "the worker found it too", 60)
@@ -152,7 +152,7 @@ def test_i1_a_start_with_a_wrong_database_spools_until_the_file_is_right(
 
 def test_a_start_with_a_wrong_database_and_without_a_spool_is_refused(tmp_path: Path) -> None:
     options = {"ARCHIVER_WEBHOOK_SECRETS": OLD, "ARCHIVER_HOME": str(tmp_path / "home"), "ARCHIVER_SPOOL": "off"}
-    ended = archiver("serve", "--port", "0", database_url=nobody_listens(), **options)
+    ended = archiver("serve", "--port", "0", database_url=closed_port_url(), **options)
     assert ended.returncode == 1
     assert "cannot be reached" in ended.stderr
 
@@ -174,8 +174,8 @@ def test_the_worker_takes_a_new_key_and_keeps_the_old_one_where_the_file_is_wron
             number = next(numbers)
             receiver.post(created(f"c{number}", f"s{number}"))
             query = "SELECT key_id FROM archiver.seals ORDER BY id DESC LIMIT 1"
-            found: str = until(lambda: rows(engine, query), "it is sealed")[0][0]
-            return found
+            rows_found: str = until(lambda: rows(engine, query), "it is sealed")[0][0]
+            return rows_found
 
         ids = [seals.key_id(key.public_key()) for key in keys]
         assert signer() == ids[0]
@@ -234,7 +234,7 @@ def test_a_file_that_changes_while_serve_starts_is_read(tmp_path: Path) -> None:
 
 
 @contextmanager
-def working(log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def running_worker(log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """`archiver worker`, killed in the end."""
     with log.open("wb") as stderr:
         process = subprocess.Popen(
@@ -255,7 +255,7 @@ def test_a_file_that_changes_while_a_worker_starts_is_read(database_url: str, en
     with socket.create_server(("127.0.0.1", 0)) as silent:
         file.write_text(f"postgresql://postgres@127.0.0.1:{silent.getsockname()[1]}/silent")
         options = {"DATABASE_URL_FILE": str(file), "ARCHIVER_HOME": str(tmp_path)}
-        with working(tmp_path / "log", **options) as worker:
+        with running_worker(tmp_path / "log", **options) as worker:
             connection, _ = silent.accept()
             file.write_text(as_writer(database_url))
             connection.close()
@@ -275,12 +275,12 @@ def test_a_worker_with_a_wrong_database_waits_until_the_file_is_right(
     with serving(database_url) as receiver:
         assert receiver.post(created("c1", "s1")).json()["status"] == "stored"
     options = {"DATABASE_URL_FILE": str(file), "ARCHIVER_HOME": str(tmp_path)}
-    with working(tmp_path / "log", **options) as worker:
+    with running_worker(tmp_path / "log", **options) as worker:
         log = tmp_path / "log"
         until(lambda: worker.poll() is not None or "duty not working" in log.read_text(), "it reports the fault")
         assert worker.poll() is None, log.read_text()
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert any("the worker waits for it" in line["event"] and line["reason"] for line in lines), lines
+        assert any("worker waits for it" in line["event"] and line["reason"] for line in lines), lines
         assert not any("Traceback" in line.get("exception", "") for line in lines if "waits" in line["event"])
         file.write_text(right)
         until(lambda: rows(engine, "SELECT 1 FROM archiver.seals"), "it seals", 120)

@@ -75,8 +75,8 @@ def test_i8_deleted_turns_are_erased_after_their_grace_unless_held(engine: Engin
     sweep(engine)
     asked = [f"question of {each}" for each in ("c0", "c1", "c2", "c3", "h", "x")]
     assert holds_text(engine, *asked) == [f"question of {each}" for each in ("c2", "c3", "h")]
-    told = "SELECT chat_id, erased_at IS NOT NULL FROM analytics.chats WHERE deleted_at IS NOT NULL ORDER BY 1"
-    assert rows(engine, told) == [
+    result = "SELECT chat_id, erased_at IS NOT NULL FROM analytics.chats WHERE deleted_at IS NOT NULL ORDER BY 1"
+    assert rows(engine, result) == [
         ("c0", True), ("c1", True), ("c2", False), ("h", False), ("x", True),
     ]  # fmt: skip
     assert {rule for (rule,) in rows(engine, "SELECT rule FROM archiver.erasures")} == {"chat.deleted"}
@@ -133,7 +133,7 @@ def test_content_expires_by_assistant_and_holds_stop_it(engine: Engine, monkeypa
         {"a0": 1, "a1": 2},
         {"a1": 10, "a2": 60, "a3": 0},
     )
-    assert run(engine, rules).is_nothing
+    assert run(engine, rules).is_empty
     assert record(engine, created("short-0", "short", assistantId="a1"))[0].reason == "erased"
     assert is_rebuilt_the_same(engine)
 
@@ -157,7 +157,7 @@ def test_what_is_left_goes_once_it_is_sealed_and_does_not_come_back(engine: Engi
     rules = Rules(10, {}, 30)
     run(engine, rules)
     assert rows(engine, "SELECT count(*) FROM archiver.sessions WHERE session_id <> ''") == [(3,)]
-    assert run(engine, rules).is_nothing  # nothing of it is sealed
+    assert run(engine, rules).is_empty  # nothing of it is sealed
     erase(engine, Target("s3"))
     seal(engine)
     hold(engine, session_id="s2")
@@ -172,7 +172,7 @@ def test_what_is_left_goes_once_it_is_sealed_and_does_not_come_back(engine: Engi
     for session_id in ("s1", None):
         assert record(engine, created("c1", session_id))[0].reason == "erased"
     assert rows(engine, "SELECT count(*) FROM archiver.events WHERE session_id IN ('', 's1')") == [(0,)]
-    assert run(engine, rules).is_nothing
+    assert run(engine, rules).is_empty
 
 
 def test_who_writes_the_archive_may_let_it_expire(engine: Engine, database_url: str) -> None:
@@ -208,7 +208,7 @@ def test_a_ledger_row_that_no_rule_removed_stays(engine: Engine) -> None:
         ({"ARCHIVER_ON_DELETE": "forget"}, "ARCHIVER_ON_DELETE"),
     ],
 )
-def test_wrong_rules_are_told(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], says: str) -> None:
+def test_wrong_rules_are_reported(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], says: str) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(settings.SettingsError, match=says):
@@ -231,8 +231,8 @@ def test_the_command_shows_asks_and_expires(database_url: str, engine: Engine) -
     unset = retention("--yes").stderr
     assert "ARCHIVER_RETENTION_DAYS" in unset
     assert "not the one of `serve`" in unset
-    told = retention("--dry-run", "--json", ARCHIVER_RETENTION_DAYS="30")
-    assert json.loads(told.stdout)["content"] == {"assistant-1": 1}
+    data = retention("--dry-run", "--json", ARCHIVER_RETENTION_DAYS="30")
+    assert json.loads(data.stdout)["content"] == {"assistant-1": 1}
     assert retention(ARCHIVER_RETENTION_DAYS="30").returncode == 1
     assert holds_text(engine, "question of c1") == ["question of c1"]
     done = retention("--yes", ARCHIVER_RETENTION_DAYS="30")
@@ -251,8 +251,8 @@ def test_i8_a_worker_erases_what_is_deleted_and_what_was_left_half_way(database_
     with serving(database_url, "--worker", ARCHIVER_ON_DELETE="erase") as receiver:
         assert receiver.post(created("c2", "s2")).status_code == 200
         assert receiver.post(deleted("c2", "s2")).status_code == 200
-        gone = "question of c1", "question of c2"
-        until(lambda: not holds_text(engine, *gone), "the worker has erased it", 90)
+        removed = "question of c1", "question of c2"
+        until(lambda: not holds_text(engine, *removed), "the worker has erased it", 90)
         assert receiver.stop() == 0
     parts = {
         row[0]: row[1]
@@ -268,6 +268,6 @@ def test_settings_that_matter_are_recorded_when_they_change(database_url: str, e
     for days in ("0", "0", "7"):
         with serving(database_url, "--no-worker", ARCHIVER_RETENTION_DAYS=days) as receiver:
             assert receiver.stop() == 0
-    told = rows(engine, "SELECT detail FROM archiver.acts ORDER BY id")
-    assert [detail["retention_days"] for (detail,) in told] == [0, 7]
-    assert "a-secret-for-tests" not in json.dumps([detail for (detail,) in told])
+    rows_found = rows(engine, "SELECT detail FROM archiver.acts ORDER BY id")
+    assert [detail["retention_days"] for (detail,) in rows_found] == [0, 7]
+    assert "a-secret-for-tests" not in json.dumps([detail for (detail,) in rows_found])

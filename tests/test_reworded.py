@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import Line, transcript
+from archiver.alignment import TranscriptLine, transcript
 from tests.test_alignment import reading, texts, turn
 from tests.test_wording import ALIKE, CHANGES, DIFFERENT
 
@@ -18,7 +18,7 @@ def reworded(text: str, change: Callable[[str], str]) -> str:
     return text[:2] + change(text[2:])
 
 
-def chats(lines: list[Line]) -> list[str | None]:
+def chats(lines: list[TranscriptLine]) -> list[str | None]:
     return [line.chat_id for line in lines]
 
 
@@ -30,10 +30,10 @@ TOLD = ['u Größe & "Farbe"\nnaïve', "a I can't - 5 \u20ac ...", "u ok", "a ok
 def test_i6_a_change_of_writing_leaves_each_turn_its_lines(change: Callable[[str], str], changed: list[int]) -> None:
     shown = [reworded(text, change) if place in changed else text for place, text in enumerate(TOLD)]
     turns = [turn("A", *TOLD[:2], at=1), turn("B", *TOLD[2:], at=20)]
-    for told, seen in ((turns, shown), ([turn("A", *shown[:2], at=1), turn("B", *shown[2:], at=20)], TOLD)):
-        lines = transcript(told, [reading(*seen)])
+    for item, seen in ((turns, shown), ([turn("A", *shown[:2], at=1), turn("B", *shown[2:], at=20)], TOLD)):
+        lines = transcript(item, [reading(*seen)])
         assert chats(lines) == ["A", "A", "B", "B"]
-        assert texts(lines) == [key for each in told for key in texts(each.messages)]
+        assert texts(lines) == [key for each in item for key in texts(each.messages)]
         assert [line.is_reworded for line in lines] == [a[2:] != b[2:] for a, b in zip(TOLD, shown, strict=True)]
 
 
@@ -61,28 +61,28 @@ def test_i6_a_text_that_was_cut_masked_or_reformatted_stays_in_its_turn(
 ) -> None:
     around = [[turn("B", "u before", "a B", at=1)], [turn("D", "u after", "a D", at=9)]]
     before, after = (["u before", "a B"], ["u after", "a D"]) if has_neighbours else ([], [])
-    for told, shown in ((one, other), (other, one)):
+    for item, shown in ((one, other), (other, one)):
         turns = [
-            turn("C", f"u {told}", "a fine", at=5),
+            turn("C", f"u {item}", "a fine", at=5),
             *(each for some in around for each in some if has_neighbours),
         ]
         lines = transcript(turns, [reading(*before, f"u {shown}", "a fine", *after)])
         assert chats(lines) == [*"BB"[: len(before)], "C", "C", *"DD"[: len(after)]]
-        assert ("user", told) in texts(lines)
+        assert ("user", item) in texts(lines)
         assert ("user", shown) not in texts(lines)
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_i6_turns_that_a_person_would_call_different_never_merge(one: str, other: str) -> None:
-    for told, shown in ((one, other), (other, one)):
-        lines = transcript([turn("A", f"u {told}", "a fine", at=5)], [reading(f"u {shown}", "a fine")])
-        assert {(line.chat_id, line.content) for line in lines if line.role == "user"} == {("A", told), (None, shown)}
+    for item, shown in ((one, other), (other, one)):
+        lines = transcript([turn("A", f"u {item}", "a fine", at=5)], [reading(f"u {shown}", "a fine")])
+        assert {(line.chat_id, line.content) for line in lines if line.role == "user"} == {("A", item), (None, shown)}
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_i6_different_turns_never_merge_between_two_that_match(one: str, other: str) -> None:
-    for told, shown in ((one, other), (other, one)):
-        assert "C" not in _shown_between(told, shown)
+    for item, shown in ((one, other), (other, one)):
+        assert "C" not in _shown_between(item, shown)
 
 
 def _shown_between(told: str, shown: str, first: str = "u hi", answer: str = "a fine") -> list[str | None]:
@@ -95,13 +95,13 @@ def _shown_between(told: str, shown: str, first: str = "u hi", answer: str = "a 
 
 def test_i6_a_text_cut_at_a_low_limit_stays_in_its_turn_where_nothing_contradicts_it() -> None:
     whole = "I would like a refund"
-    for told, shown in ((whole, whole[:16]), (whole[:16], whole)):
-        assert _shown_between(told, shown) == [*"BBCCDD"]
+    for item, shown in ((whole, whole[:16]), (whole[:16], whole)):
+        assert _shown_between(item, shown) == [*"BBCCDD"]
         # The answer is another one, or the limit cannot be so low.
-        assert _shown_between(told, shown, answer="a other") == [*"BB", None, None, *"DD"]
-        assert _shown_between(told, shown, first="u a longer text than that") == [*"BB", None, None, *"DD"]
+        assert _shown_between(item, shown, answer="a other") == [*"BB", None, None, *"DD"]
+        assert _shown_between(item, shown, first="u a longer text than that") == [*"BB", None, None, *"DD"]
         # A neighbour is missing.
-        lines = transcript([turn("C", f"u {told}", "a fine")], [reading(f"u {shown}", "a fine")])
+        lines = transcript([turn("C", f"u {item}", "a fine")], [reading(f"u {shown}", "a fine")])
         assert [line.chat_id for line in lines if line.in_history] == [None, None]
 
 

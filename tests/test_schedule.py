@@ -6,11 +6,11 @@ import pytest
 
 from archiver import events, history
 from archiver.events import Message
-from archiver.history import NOTHING_TOLD, Told
+from archiver.history import EMPTY_SNAPSHOT, SessionSnapshot
 from archiver.projection.coverage import Reading, Timing, next_reading
-from archiver.projection.sessions import Story, derive
+from archiver.projection.sessions import SessionFacts, derive
 from archiver.projection.turns import Fact, Turn, fold
-from archiver.reconcile import LONGEST_RETRY, SHORTEST_RETRY, retry_pause
+from archiver.reconcile import MAX_RETRY, MIN_RETRY, retry_pause
 from tests.payloads import created, deleted
 
 OPENED = datetime(2026, 1, 5, tzinfo=UTC)
@@ -22,7 +22,7 @@ def at(minutes: float) -> datetime:
 
 
 def reading(first: float, last: float | None = None, kind: str = history.READ, count: int = 1) -> Reading:
-    return Reading(kind, at(first), at(first if last is None else last), count, NOTHING_TOLD)
+    return Reading(kind, at(first), at(first if last is None else last), count, EMPTY_SNAPSHOT)
 
 
 def due(last_event: float, *readings: Reading, timing: Timing = TIMING) -> float | None:
@@ -66,14 +66,14 @@ def test_it_backs_off_for_as_long_again_as_nothing_changes() -> None:
     assert due(0, reading(5, last)) is None
 
 
-def test_news_and_changes_let_it_begin_anew() -> None:
+def test_new_events_and_changes_restart_the_schedule() -> None:
     assert due(200, reading(5, 165)) == 205
     # What was told once before is told again: unchanged since the other answer.
     assert due(0, reading(60, 60), reading(5, 100)) == 140
     assert due(0, reading(5, 95), reading(100)) == 110
 
 
-def test_answers_that_tell_nothing_are_alike_whatever_their_bytes() -> None:
+def test_responses_without_messages_are_equal_regardless_of_their_bytes() -> None:
     garbage = [reading(5, 5, history.UNREADABLE), reading(15, 15, history.UNREADABLE)]
     assert due(0, *garbage) == 25
     assert due(0, *garbage, reading(85, 85, history.UNREADABLE)) == 165
@@ -82,7 +82,7 @@ def test_answers_that_tell_nothing_are_alike_whatever_their_bytes() -> None:
 @pytest.mark.parametrize(
     ("kind", "then"), [(history.READ, None), (history.GONE, LAST + 7), (history.UNREADABLE, LAST + 7)]
 )
-def test_the_last_reading_is_the_end_unless_it_told_nothing(kind: str, then: float | None) -> None:
+def test_the_last_reading_ends_the_schedule_unless_it_had_no_messages(kind: str, then: float | None) -> None:
     assert due(0, reading(LAST + 2, kind=kind)) == then
     assert due(0, reading(END - 1, kind=kind)) is None
 
@@ -108,7 +108,7 @@ def test_sessions_that_live_shortly_are_read_before_they_are_forgotten() -> None
 def test_failures_are_retried_ever_later(failing: float, pause: float) -> None:
     now = at(10)
     given = retry_pause(TIMING, at(LAST), now - timedelta(minutes=failing), now)
-    assert given == timedelta(minutes=pause) <= LONGEST_RETRY
+    assert given == timedelta(minutes=pause) <= MAX_RETRY
 
 
 def test_failures_are_retried_several_times_before_upstream_forgets() -> None:
@@ -117,16 +117,16 @@ def test_failures_are_retried_several_times_before_upstream_forgets() -> None:
         now += retry_pause(TIMING, at(LAST), at(0), now)
         tries += 1
     assert tries >= 10
-    assert retry_pause(TIMING, at(LAST), at(0), at(END) - timedelta(seconds=10)) == SHORTEST_RETRY
-    assert retry_pause(TIMING, None, at(0), at(END + 60)) == LONGEST_RETRY
+    assert retry_pause(TIMING, at(LAST), at(0), at(END) - timedelta(seconds=10)) == MIN_RETRY
+    assert retry_pause(TIMING, None, at(0), at(END + 60)) == MAX_RETRY
 
 
 # Coverage
 
 
-def told(*said: tuple[str, str]) -> Reading:
+def reading_of(*said: tuple[str, str]) -> Reading:
     messages = tuple(Message(role, content) for role, content in said)
-    return Reading(history.READ, at(60), at(60), 1, Told(messages))
+    return Reading(history.READ, at(60), at(60), 1, SessionSnapshot(messages))
 
 
 def turn(body: bytes) -> Turn:
@@ -147,19 +147,19 @@ QUESTION, ANSWER = ("user", "question of c1"), ("assistant", "answer to c1")
         ([QUESTION, ANSWER, ("user", "another"), ("assistant", "one")], "repaired"),
     ],
 )
-def test_a_turn_of_which_nothing_was_told_is_lost_unless_history_shows_one_more(
+def test_a_turn_without_content_is_lost_unless_history_shows_one_more(
     shown: list[tuple[str, str]], state: str
 ) -> None:
     turns = {"c1": turn(created("c1", "s1")), "c2": turn(deleted("c2", "s1"))}
-    story = Story("s1", turns, [told(*shown)], [], [at(0)], [])
+    story = SessionFacts("s1", turns, [reading_of(*shown)], [], [at(0)], [])
     assert derive(story, TIMING).session["coverage"] == state
 
 
 @pytest.mark.parametrize("created_at", [datetime(1970, 1, 1, tzinfo=UTC), OPENED - timedelta(days=2)])
 def test_an_implausible_creation_does_not_end_readings(created_at: datetime) -> None:
-    registered = Told(created_at=created_at)
-    story = Story("s1", {}, [], [(at(0), registered)], [at(0)], [])
+    registered = SessionSnapshot(created_at=created_at)
+    story = SessionFacts("s1", {}, [], [(at(0), registered)], [at(0)], [])
     session = derive(story, TIMING).session
     assert (session["created_at"], session["reconcile_at"]) == (created_at, at(5))
-    early = Story("s1", {}, [], [(at(0), Told(created_at=at(-60)))], [at(0)], [])
+    early = SessionFacts("s1", {}, [], [(at(0), SessionSnapshot(created_at=at(-60)))], [at(0)], [])
     assert derive(early, TIMING).session["read_by"] == at(LAST - 60)

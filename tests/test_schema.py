@@ -315,7 +315,7 @@ def test_the_reader_may_create_change_and_see_nothing_else(engine: Engine, state
     assert refused(engine, statement)
 
 
-def test_the_reader_is_nobody_of_power(engine: Engine) -> None:
+def test_the_reader_has_no_privileged_attribute(engine: Engine) -> None:
     assert rows(
         engine,
         "SELECT rolsuper, rolcanlogin, rolcreaterole, rolcreatedb, rolbypassrls, rolreplication FROM pg_roles"
@@ -390,12 +390,12 @@ def test_a_reader_role_made_later_may_read_after_the_next_migrate(cluster: Clust
 
 def test_each_view_has_the_columns_of_the_contract(engine: Engine) -> None:
     for view, columns in VIEWS.items():
-        found = rows(
+        rows_found = rows(
             engine,
             "SELECT column_name FROM information_schema.columns"
             f" WHERE table_schema = 'analytics' AND table_name = '{view}'",
         )
-        assert set(columns.split()) <= {row[0] for row in found}, view
+        assert set(columns.split()) <= {row[0] for row in rows_found}, view
     assert {row[0] for row in rows(engine, "SELECT viewname FROM pg_views WHERE schemaname = 'analytics'")} == set(
         VIEWS
     )
@@ -499,11 +499,11 @@ def test_days_do_not_depend_on_the_readers_time_zone(small: Engine) -> None:
     assert days == [date(2024, 1, 15), date(2024, 1, 16)]
 
 
-def test_turns_of_one_instant_are_ordered_by_when_they_were_told(engine: Engine) -> None:
-    told = 1_705_311_000_000
-    record(engine, created("a", at=told + 2000), created("b", at=told + 1000), created("c", at=told))
-    said = rows(engine, "SELECT chat_id FROM analytics.messages WHERE role = 'user' ORDER BY position")
-    assert said == [("c",), ("b",), ("a",)]
+def test_turns_of_one_instant_are_ordered_by_their_envelopes(engine: Engine) -> None:
+    result = 1_705_311_000_000
+    record(engine, created("a", at=result + 2000), created("b", at=result + 1000), created("c", at=result))
+    texts = rows(engine, "SELECT chat_id FROM analytics.messages WHERE role = 'user' ORDER BY position")
+    assert texts == [("c",), ("b",), ("a",)]
 
 
 def test_positions_are_without_gaps_in_every_session(engine: Engine) -> None:
@@ -523,7 +523,7 @@ NUMBERED = ("events", "recounts", "acts", "erasures", "removals")
 
 
 @pytest.mark.parametrize(("role", "table"), [*((roles.WRITER, table) for table in NUMBERED), (roles.AUDITOR, "acts")])
-def test_nobody_chooses_the_number_of_what_is_sealed(engine: Engine, role: str, table: str) -> None:
+def test_no_writer_can_choose_the_id_of_a_sealed_row(engine: Engine, role: str, table: str) -> None:
     columns = [column for column in tables.metadata.tables[f"archiver.{table}"].columns if column.name != "id"]
     samples = {"TIMESTAMP": "now()", "BYTEA": "'\\x00'", "JSONB": "'{}'", "TEXT": "'x'", "BOOLEAN": "false"}
     samples |= {"BYTEA[]": "NULL", "INTEGER[]": "NULL"}
@@ -572,7 +572,7 @@ def test_a_search_path_does_not_talk_a_guard_round(engine: Engine, statement: st
 def test_the_planner_keeps_no_samples_of_what_an_erasure_takes(engine: Engine) -> None:
     record(engine, *(created(f"c{number}", f"s{number}") for number in range(20)))
     execute(engine, "UPDATE archiver.sessions SET status = 'MARK', name = 'MARK'", "ANALYZE")
-    kept = rows(
+    remaining = rows(
         engine,
         "SELECT tablename, attname FROM pg_stats WHERE schemaname = 'archiver'"
         " AND tablename IN ('sessions', 'chats', 'messages')",
@@ -580,5 +580,6 @@ def test_the_planner_keeps_no_samples_of_what_an_erasure_takes(engine: Engine) -
     taken = ["external_id", "status", "cost", "variables", "session_name", "session_status"]
     taken += ["name", "role", "content"]
     assert (
-        sorted({*kept} & {(table, column) for table in ("sessions", "chats", "messages") for column in taken}) == []
+        sorted({*remaining} & {(table, column) for table in ("sessions", "chats", "messages") for column in taken})
+        == []
     )

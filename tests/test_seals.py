@@ -115,7 +115,7 @@ def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
 
 def read(engine: Engine, session_id: str, seconds: float) -> None:
     answer = msgspec.json.encode({"id": session_id, "messages": [{"role": "user", "content": "hello"}]})
-    fact = history.observe(session_id, 200, answer)
+    fact = history.parse_history(session_id, 200, answer)
     with transaction(engine) as connection:
         ledger.record(connection, [ledger.Observation(fact, NOW + timedelta(seconds=seconds), history.SOURCE, None)])
 
@@ -174,7 +174,7 @@ def verify(engine: Engine, **options: Any) -> list[Finding]:
         return findings(connection, **options)
 
 
-def test_an_archive_that_nobody_touched_verifies(sealed: Engine) -> None:
+def test_an_unmodified_archive_verifies(sealed: Engine) -> None:
     checked = seals.Checked()
     assert verify(sealed, checked=checked) == []
     counted = rows(sealed, "SELECT (SELECT count(*) FROM archiver.events), (SELECT count(*) FROM archiver.seals)")
@@ -237,8 +237,8 @@ def test_i9_each_changed_column_is_found_and_named(forged: Connection, table: st
             except DBAPIError:
                 continue  # such a row cannot be
             changed += touched
-            told = findings(forged, heads=heads) if touched else []
-            assert not touched or any(found.table == table and found.id == row_id for found in told), (row_id, flip)
+            result = findings(forged, heads=heads) if touched else []
+            assert not touched or any(item.table == table and item.id == row_id for item in result), (row_id, flip)
     assert changed
 
 
@@ -253,7 +253,7 @@ def test_i9_each_removed_row_is_found_and_named(forged: Connection, table: str) 
     ids = sealed_ids(forged, table)
     for row_id in ids[:-1] if table == "seals" else ids:
         assert forge(forged, f"DELETE FROM archiver.{table} WHERE id = {row_id}") == 1
-        assert any(found.table == table and found.id == row_id for found in findings(forged)), row_id
+        assert any(item.table == table and item.id == row_id for item in findings(forged)), row_id
 
 
 @pytest.mark.parametrize("row_id", [-(2**63), 0, 1, 3])
@@ -264,7 +264,7 @@ def test_i9_a_row_put_in_is_found_and_named(forged: Connection, row_id: int) -> 
         f"INSERT INTO archiver.events (id, session_id, {', '.join(names)}) OVERRIDING SYSTEM VALUE"
         f" SELECT CAST({row_id} AS numeric), 'put in', {', '.join(names)} FROM archiver.events WHERE chat_id = 'b'",
     )
-    assert any(found.id == row_id for found in findings(forged))
+    assert any(item.id == row_id for item in findings(forged))
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_i9_rows_that_trade_places_are_found(forged: Connection, columns: str) -
         )
     )
     assert swapped.rowcount == 2
-    assert {first, second} <= {found.id for found in findings(forged)}
+    assert {first, second} <= {item.id for item in findings(forged)}
 
 
-def test_i9_seals_made_anew_without_the_key_are_found(sealed: Engine, forged: Connection) -> None:
+def test_i9_seals_recreated_without_the_key_are_found(sealed: Engine, forged: Connection) -> None:
     forge(forged, "UPDATE archiver.events SET type = 'forged' WHERE chat_id = 'b'")
     before, rewritten = chain.FIRST, 0
     for seal, entries in list(chain.select_seals(forged)):
@@ -297,23 +297,23 @@ def test_i9_seals_made_anew_without_the_key_are_found(sealed: Engine, forged: Co
                 forged, kind, before.through[kind.table], seal.through[kind.table]
             )
         }
-        anew = b"".join(
+        recreated = b"".join(
             leaves.pack(entry.letter, [(entry.id, now.get((entry.letter, entry.id), entry.hash))])
             for entry in chain.unpack(entries)
         )
-        made = chain.make(before, anew, seal.through, None)
+        made = chain.make(before, recreated, seal.through, None)
         forged.execute(text(f"DELETE FROM archiver.seals WHERE id = {seal.id}"))
-        chain.insert_seal(forged, made, anew)
+        chain.insert_seal(forged, made, recreated)
         before, rewritten = made, rewritten + 1
     # As a chain of unsigned seals it is whole: only the key, or exported seals, tell.
     assert list(seals.verify(forged)) == []
-    assert {found.fault for found in findings(forged)} == {"unsigned"}
+    assert {item.fault for item in findings(forged)} == {"unsigned"}
     assert findings(forged, signed_since=rewritten + 1) == []
     with snapshot(sealed, statement_seconds=30) as honest:
         heads = {seal.id: seal.hash for seal, _ in chain.select_seals(honest)}
-    told = list(seals.verify(forged, heads=heads))
-    assert {(found.table, found.fault) for found in told} == {("seals", "not_the_known_one")}
-    assert len(told) == rewritten
+    result = list(seals.verify(forged, heads=heads))
+    assert {(item.table, item.fault) for item in result} == {("seals", "not_the_known_one")}
+    assert len(result) == rewritten
 
 
 def test_i9_a_chain_cut_at_its_end_is_found_against_exported_seals(sealed: Engine, forged: Connection) -> None:
@@ -325,26 +325,26 @@ def test_i9_a_chain_cut_at_its_end_is_found_against_exported_seals(sealed: Engin
 
 
 def test_i9_a_seal_signed_by_another_key_is_found(sealed: Engine) -> None:
-    stranger = Ed25519PrivateKey.generate().public_key()
+    unknown_key = Ed25519PrivateKey.generate().public_key()
     with snapshot(sealed, statement_seconds=30) as connection:
-        told = list(seals.verify(connection, keys={seals.key_id(stranger): stranger}))
-        forged = list(seals.verify(connection, keys={seals.key_id(KEY.public_key()): stranger}))
-    assert told
-    assert {found.fault for found in told} == {"unknown_key"}
-    assert {found.fault for found in forged} == {"wrong_signature"}
+        result = list(seals.verify(connection, keys={seals.key_id(unknown_key): unknown_key}))
+        forged = list(seals.verify(connection, keys={seals.key_id(KEY.public_key()): unknown_key}))
+    assert result
+    assert {item.fault for item in result} == {"unknown_key"}
+    assert {item.fault for item in forged} == {"wrong_signature"}
 
 
 def test_a_verification_that_is_broken_off_leaves_its_connection_free(sealed: Engine) -> None:
     execute(sealed, "UPDATE archiver.events SET body = 'x' WHERE chat_id = 'b'", unguarded=True)
-    with snapshot(sealed, statement_seconds=30) as connection, closing(seals.verify(connection)) as found:
-        assert next(found).fault == "body_changed"
+    with snapshot(sealed, statement_seconds=30) as connection, closing(seals.verify(connection)) as item:
+        assert next(item).fault == "body_changed"
     assert rows(sealed, "SELECT 1") == [(1,)]
 
 
 def test_increments_are_verified_after_a_seal(sealed: Engine, forged: Connection) -> None:
     forge(forged, "UPDATE archiver.events SET type = 'forged' WHERE chat_id = 'a' AND type = 'chat.created'")
     assert findings(forged)
-    assert not [found for found in findings(forged, after_seal=1) if found.fault == "changed"]
+    assert not [item for item in findings(forged, after_seal=1) if item.fault == "changed"]
     assert verify(sealed, after_seal=2) == []
 
 
@@ -368,7 +368,7 @@ def test_i9_rows_before_and_after_the_seals_that_are_verified_are_looked_at_too(
     # One that was never delivered again, so that no recount tells of it.
     once = "id = (SELECT min(id) FROM archiver.events e WHERE delivery_count = 1)"
     assert forge(forged, f"UPDATE archiver.events SET last_received_at = 'epoch' WHERE {once}") == 1
-    assert [found.fault for found in findings(forged, after_seal=2)] == ["counters_changed"]
+    assert [item.fault for item in findings(forged, after_seal=2)] == ["counters_changed"]
 
 
 def test_a_salt_that_gave_bytes_to_the_body_is_found(forged: Connection) -> None:
@@ -395,7 +395,7 @@ def test_counters_that_a_recount_put_in_lowers_are_found(forged: Connection) -> 
             f" SELECT id, 1, received_at FROM archiver.events WHERE id = {event_id}"
         )
     )
-    assert {(found.table, found.fault) for found in findings(forged)} == {("recounts", "went_back")}
+    assert {(item.table, item.fault) for item in findings(forged)} == {("recounts", "went_back")}
 
 
 def test_an_erasure_without_an_act_is_found(forged: Connection) -> None:
@@ -404,7 +404,7 @@ def test_an_erasure_without_an_act_is_found(forged: Connection) -> None:
         "INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)"
         " VALUES ('s', '', now(), 'request', 999)",
     )
-    assert [(found.table, found.fault) for found in findings(forged)] == [("erasures", "without_act")]
+    assert [(item.table, item.fault) for item in findings(forged)] == [("erasures", "without_act")]
 
 
 def test_seals_are_verified_from_one_that_is_missing(forged: Connection) -> None:
@@ -445,7 +445,7 @@ def test_more_redeliveries_than_one_seal_holds_are_no_tampering(
     record(engine, *bodies, seconds=5)
     record(engine, created("new", "s"), created("new", "s"))
     for _ in range(6):
-        seals.seal(engine, KEY, most=1)
+        seals.seal(engine, KEY, limit=1)
         with snapshot(engine, statement_seconds=30) as connection:
             assert list(seals.verify(connection)) == []
     assert rows(engine, "SELECT count(*) FROM archiver.events WHERE is_recounted") == [(0,)]
@@ -457,7 +457,7 @@ def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine
         assert isinstance(event, events.Event)
         ledger.record(late, [ledger.Observation(event, NOW, "webhook", "key")])
         record(engine, created("early", "t"))  # a higher id, committed first
-        with pytest.raises(seals.BusyError):
+        with pytest.raises(seals.LedgerBusyError):
             seals.seal(engine, KEY)
         assert rows(engine, "SELECT count(*) FROM archiver.seals") == [(0,)]
         late.commit()
@@ -477,7 +477,7 @@ def test_i13_transactions_that_write_without_a_pause_do_not_end_sealing(engine: 
     with engine.connect() as first, engine.connect() as second:
         write(first, "first")
         record(engine, created("between", "w"))  # a higher id, committed first
-        with pytest.raises(seals.BusyError):
+        with pytest.raises(seals.LedgerBusyError):
             seals.seal(engine, KEY, None, settling)
         write(second, "second")
         first.commit()
@@ -515,9 +515,9 @@ def wipe(connection: Connection, which: str) -> int:
 def test_i9_a_removal_that_cites_another_act_is_found(forged: Connection, kind: str, detail: dict[str, Any]) -> None:
     event_id, act_id = int(forged.scalar(text("SELECT id FROM archiver.events WHERE chat_id = 'b'")) or 0), 900
     forge(forged, f"DELETE FROM archiver.events WHERE id = {event_id}")
-    insert_act(forged, act_id, kind, detail)
+    insert_entry(forged, act_id, kind, detail)
     forged.execute(text(f"INSERT INTO archiver.removals (event_id, act_id) VALUES ({event_id}, {act_id})"))
-    assert [(found.table, found.fault) for found in findings(forged)] == [("removals", "without_act")]
+    assert [(item.table, item.fault) for item in findings(forged)] == [("removals", "without_act")]
 
 
 @pytest.mark.parametrize(
@@ -537,7 +537,7 @@ def test_i9_an_erasure_that_cites_another_act_is_found(
     forged: Connection, kind: str, detail: dict[str, Any], rule: str, *, is_right: bool
 ) -> None:
     wipe(forged, "session_id = 's'")
-    insert_act(forged, 900, kind, detail)
+    insert_entry(forged, 900, kind, detail)
     forged.execute(
         text(
             "INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)"
@@ -545,10 +545,10 @@ def test_i9_an_erasure_that_cites_another_act_is_found(
         )
     )
     expected = [] if is_right else [("erasures", "without_act")]
-    assert [(found.table, found.fault) for found in findings(forged)] == expected
+    assert [(item.table, item.fault) for item in findings(forged)] == expected
 
 
-def insert_act(connection: Connection, act_id: int, kind: str, detail: dict[str, Any]) -> None:
+def insert_entry(connection: Connection, act_id: int, kind: str, detail: dict[str, Any]) -> None:
     connection.execute(
         text(
             "INSERT INTO archiver.acts (id, at, actor, kind, detail) OVERRIDING SYSTEM VALUE"
@@ -568,7 +568,7 @@ def test_what_an_erased_turn_took_with_it_is_no_tampering(engine: Engine) -> Non
 
 
 def erase_turn(engine: Engine, session_id: str, chat_id: str) -> None:
-    ordered = erasure.Act("erase", "tester", "because")
+    ordered = erasure.AuditEntry("erase", "tester", "because")
     erasure.order(engine, [erasure.Target(session_id, chat_id)], "request", ordered)
     for _ in erasure.sweep(engine, Timing()):
         pass
@@ -586,7 +586,7 @@ def test_i9_what_stays_where_a_turn_was_erased_may_not_go(engine: Engine) -> Non
     with engine.connect() as forged:
         for kind in ("history.redacted", "session.registered"):
             assert wipe(forged, f"type = '{kind}'") == 1
-            assert [found.fault for found in findings(forged)] == ["erased_without_record"], kind
+            assert [item.fault for item in findings(forged)] == ["erased_without_record"], kind
 
 
 @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ def test_i9_a_recount_put_in_that_takes_something_back_is_found(engine: Engine, 
     with engine.connect() as forged:
         forge(forged, f"UPDATE archiver.events SET {column} = {value}")
         forged.execute(RECOUNT)
-        assert [(found.table, found.fault) for found in findings(forged)] == [("recounts", "went_back")]
+        assert [(item.table, item.fault) for item in findings(forged)] == [("recounts", "went_back")]
 
 
 RECOUNT = text(
@@ -625,7 +625,7 @@ def test_i9_a_first_recount_of_a_time_that_is_no_earlier_one_is_found(engine: En
             "UPDATE archiver.events SET delivery_count = 2, earliest_at = occurred_at + interval '1 day'",
         )
         forged.execute(RECOUNT)
-        assert [(found.table, found.fault) for found in findings(forged)] == [("recounts", "went_back")]
+        assert [(item.table, item.fault) for item in findings(forged)] == [("recounts", "went_back")]
 
 
 def test_i9_a_gap_of_any_size_among_seals_is_one_finding(forged: Connection) -> None:
@@ -642,7 +642,7 @@ def test_i9_a_gap_of_any_size_among_seals_is_one_finding(forged: Connection) -> 
 @pytest.mark.parametrize("sealed_at", ["infinity", "-infinity", "20000-01-01", "0044-03-15 BC"])
 def test_i9_a_seal_of_a_time_that_cannot_be_is_named(forged: Connection, sealed_at: str) -> None:
     forge(forged, f"UPDATE archiver.seals SET sealed_at = '{sealed_at}' WHERE id = 2".replace(":", r"\:"))
-    assert {(found.table, found.id, found.fault) for found in findings(forged)} >= {("seals", 2, "altered")}
+    assert {(item.table, item.id, item.fault) for item in findings(forged)} >= {("seals", 2, "altered")}
 
 
 def test_exported_seals_are_compared_wherever_a_verification_begins(sealed: Engine) -> None:
@@ -651,8 +651,8 @@ def test_exported_seals_are_compared_wherever_a_verification_begins(sealed: Engi
     newest = max(heads)
     for number in heads:
         checked = seals.Checked()
-        told = verify(sealed, after_seal=newest, heads=heads | {number: bytes(32)}, checked=checked)
-        assert told == [Finding("seals", number, "not_the_known_one")]
+        result = verify(sealed, after_seal=newest, heads=heads | {number: bytes(32)}, checked=checked)
+        assert result == [Finding("seals", number, "not_the_known_one")]
         assert checked.compared == len(heads)
     assert verify(sealed, after_seal=newest, heads=heads) == []
     assert verify(sealed, after_seal=newest, heads={newest + 5: bytes(32)}) == [

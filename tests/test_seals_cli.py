@@ -59,18 +59,18 @@ def ok(*arguments: str, url: str, **settings: str) -> str:
     return ended.stdout
 
 
-def test_i9_a_forged_event_is_named_and_the_exit_code_tells(url: str) -> None:
+def test_i9_a_forged_event_is_named_and_exits_1(url: str) -> None:
     assert "seal 1: 4 leaves" in ok("seal", url=url)  # and what settings serve began with
-    assert "Nothing is new" in ok("seal", url=url)
+    assert "No new rows since the last seal" in ok("seal", url=url)
     assert "3 events in 1 seal; 0 events not sealed yet." in ok("verify", url=url)
-    told = json.loads(ok("verify", "--json", url=url))
-    assert (told["ok"], told["events"], told["seals"], told["findings"]) == (True, 3, 1, [])
+    data = json.loads(ok("verify", "--json", url=url))
+    assert (data["ok"], data["events"], data["seals"], data["findings"]) == (True, 3, 1, [])
     forge(url, r"UPDATE archiver.events SET body = '\x7b7d' WHERE chat_id = 'b'")
     ended = archiver("verify", database_url=url)
     assert ended.returncode == 1
     assert "event 2, sealed by 1: its body is not the one that was received" in ended.stderr
-    told = json.loads(archiver("verify", "--json", database_url=url).stdout)
-    assert [(found["table"], found["id"], found["fault"]) for found in told["findings"]] == [
+    data = json.loads(archiver("verify", "--json", database_url=url).stdout)
+    assert [(item["table"], item["id"], item["fault"]) for item in data["findings"]] == [
         ("events", 2, "body_changed")
     ]
 
@@ -138,7 +138,7 @@ def test_signatures_are_made_and_checked(url: str, key: Path) -> None:
 
 
 @on_one_version
-def test_seals_that_are_not_signed_after_one_that_was_are_told_and_can_be_left_behind(url: str, key: Path) -> None:
+def test_unsigned_seals_after_a_signed_one_are_reported_and_can_be_excluded(url: str, key: Path) -> None:
     public = ["--key", str(key.with_suffix(".pub"))]
     ok("seal", url=url, ARCHIVER_SEAL_KEY_FILE=str(key))
     with serving(url) as receiver:
@@ -153,8 +153,8 @@ def test_seals_that_are_not_signed_after_one_that_was_are_told_and_can_be_left_b
     )
     assert "ARCHIVER_SEAL_KEY" in warned["advice"]
     for given, unsigned in (((), [2]), (public, [2, 3])):
-        told = json.loads(archiver("verify", "--json", *given, database_url=url).stdout)
-        assert [(found["id"], found["fault"]) for found in told["findings"]] == [(n, "unsigned") for n in unsigned]
+        data = json.loads(archiver("verify", "--json", *given, database_url=url).stdout)
+        assert [(item["id"], item["fault"]) for item in data["findings"]] == [(n, "unsigned") for n in unsigned]
     ok("seal", url=url, ARCHIVER_SEAL_KEY_FILE=str(key))
     assert seals_finding(url)["verdict"] == "ok"
     elsewhere = key.with_name("seals.jsonl")
@@ -167,27 +167,27 @@ def test_seals_that_are_not_signed_after_one_that_was_are_told_and_can_be_left_b
 
 def seals_finding(url: str) -> dict[str, str]:
     ended = archiver("doctor", "--json", database_url=url, ARCHIVER_WEBHOOK_SECRETS="hunter2-hunter2-hunter2")
-    return next(found for found in json.loads(ended.stdout) if found["check"] == "seals")
+    return next(item for item in json.loads(ended.stdout) if item["check"] == "seals")
 
 
 def test_a_private_key_is_refused_where_seals_are_checked(key: Path) -> None:
     for command in (["verify"], ["export", "--check", str(key.parent)]):
         ended = archiver(*command, "--key", str(key), database_url="postgresql://127.0.0.1:1/none")
         assert ended.returncode == 2
-        said = " ".join(ended.stderr.split())
-        assert "--key: a private key" in said
-        assert "openssl pkey -in seal.key -pubout -out seal.pub" in said
+        texts = " ".join(ended.stderr.split())
+        assert "--key: a private key" in texts
+        assert "openssl pkey -in seal.key -pubout -out seal.pub" in texts
 
 
 def test_signatures_cannot_be_asked_for_without_a_key(tmp_path: Path) -> None:
     for command in (["verify"], ["export", "--check", str(tmp_path)]):
         ended = archiver(*command, "--signed-since", "1", database_url="postgresql://127.0.0.1:1/none")
         assert ended.returncode == 2
-        assert "give the public key too, --key FILE" in " ".join(ended.stderr.split())
+        assert "requires a public key: add --key FILE" in " ".join(ended.stderr.split())
 
 
 @pytest.mark.parametrize("command", ["seal", "verify", "worker", "serve"])
-def test_a_key_that_is_none_is_told_at_once(command: str, tmp_path: Path) -> None:
+def test_an_invalid_key_is_reported_at_once(command: str, tmp_path: Path) -> None:
     (tmp_path / "no.key").write_text("hello")
     ended = archiver(
         command,
@@ -222,7 +222,7 @@ def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
         (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: openssl pkey"),
     ],
 )
-def test_wrong_usage_is_told(database_url: str, arguments: list[str], advice: str) -> None:
+def test_wrong_usage_is_reported(database_url: str, arguments: list[str], advice: str) -> None:
     ended = archiver(*arguments, database_url=database_url)
     assert ended.returncode == 2
     assert advice in " ".join(ended.stderr.split())
@@ -243,8 +243,8 @@ NO_SEALS = {
         b'{"id": 1, "hash": "00"}',
         b'{"id": 1, "hash": "' + b"0g" * 32 + b'"}',
     ],
-    "there is no seal in it": [b"", b"\n \n"],
-    "line 2 tells another hash of seal 1": [
+    "the file contains no seal": [b"", b"\n \n"],
+    "line 2 has another hash for seal 1": [
         f'{{"id": 1, "hash": "{HASH}"}}\n{{"id": 1, "hash": "{HASH[2:]}01"}}'.encode()
     ],
 }
@@ -264,7 +264,7 @@ def test_what_holds_no_seals_is_wrong_usage(cluster: Cluster, tmp_path: Path) ->
 
 
 @on_one_version
-def test_how_many_exported_seals_were_compared_is_told(url: str, tmp_path: Path) -> None:
+def test_the_number_of_compared_exported_seals_is_printed(url: str, tmp_path: Path) -> None:
     ok("seal", url=url)
     elsewhere = tmp_path / "seals.jsonl"
     elsewhere.write_text(ok("seals", "export", url=url))
@@ -275,8 +275,8 @@ def test_how_many_exported_seals_were_compared_is_told(url: str, tmp_path: Path)
     assert "Compared with 1 seal exported elsewhere." in ok(
         "verify", "--since", "2", "--against", str(elsewhere), url=url
     )
-    told = json.loads(ok("verify", "--since", "2", "--against", str(elsewhere), "--json", url=url))
-    assert (told["compared"], told["ok"]) == (1, True)
+    data = json.loads(ok("verify", "--since", "2", "--against", str(elsewhere), "--json", url=url))
+    assert (data["compared"], data["ok"]) == (1, True)
     seal = json.loads(elsewhere.read_text())
     elsewhere.write_text(json.dumps(seal | {"hash": HASH}))
     ended = archiver("verify", "--since", "2", "--against", str(elsewhere), database_url=url)
@@ -315,6 +315,6 @@ def test_i8_i9_what_was_erased_leaves_the_seals_whole(url: str) -> None:
     assert json.loads(ok("verify", "--json", url=url))["ok"]
     ok("erase", "--session", "s", "--reason", "asked for", "--yes", url=url)
     ok("seal", url=url)
-    told = json.loads(ok("verify", "--json", url=url))
-    assert (told["ok"], told["events"], told["unsealed"]) == (True, 3, 0)
+    data = json.loads(ok("verify", "--json", url=url))
+    assert (data["ok"], data["events"], data["unsealed"]) == (True, 3, 0)
     assert check(proof_of(url, 2)).returncode == 0

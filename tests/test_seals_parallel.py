@@ -23,8 +23,8 @@ from tests.test_seals import KEY, erase, forge, record
 from tests.waiting import until
 
 KEYS = {seals.key_id(KEY.public_key()): KEY.public_key()}
-ALONE = seals.Effort(jobs=1, window=1)  # a seal is a window
-TOGETHER = seals.Effort(jobs=3, least=0, window=1)
+ALONE = seals.Parallelism(jobs=1, window=1)  # a seal is a window
+TOGETHER = seals.Parallelism(jobs=3, min_leaves=0, window=1)
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def sealed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def found(connection: Connection, effort: seals.Effort, **options: Any) -> tuple[list[Finding], seals.Checked]:
+def found(connection: Connection, effort: seals.Parallelism, **options: Any) -> tuple[list[Finding], seals.Checked]:
     checked = seals.Checked()
-    told = list(seals.verify(connection, keys=KEYS, effort=effort, checked=checked, **options))
-    return told, checked
+    result = list(seals.verify(connection, keys=KEYS, effort=effort, checked=checked, **options))
+    return result, checked
 
 
 TAMPERING = [
@@ -101,8 +101,8 @@ def test_ranges_find_together_what_the_whole_does(sealed: Engine, data: st.DataO
         after = data.draw(
             st.sampled_from([0, 0, *forged.scalars(text("SELECT id FROM archiver.seals WHERE id > 0 ORDER BY id"))])
         )
-        windows, _, _ = ranges.windows_of(forged, after, 1, heads)
-        held = ranges.Held(ranges.Signing(KEYS, 2), heads, 40)
+        windows, _, _ = ranges.windows_after(forged, after, 1, heads)
+        held = ranges.VerificationContext(ranges.Signing(KEYS, 2), heads, 40)
         whole = list(ranges.verify_range(forged, ranges.Range(after, windows), held, seals.Checked()))
         cuts = sorted(data.draw(st.sets(st.integers(0, len(windows)))) | {0, len(windows)})
         parts: list[Finding] = []
@@ -122,9 +122,9 @@ def test_several_processes_find_what_one_does(sealed: Engine) -> None:
             tamper(forged, statements)
             forged.commit()
         with snapshot(sealed, statement_seconds=30) as connection:
-            told, checked = found(connection, TOGETHER, **options)
-            assert (told, checked) == found(connection, ALONE, **options)
-        assert bool(told) == bool(statements)
+            item, checked = found(connection, TOGETHER, **options)
+            assert (item, checked) == found(connection, ALONE, **options)
+        assert bool(item) == bool(statements)
         assert checked.seals >= TOGETHER.jobs
 
 
@@ -145,12 +145,12 @@ def test_what_processes_without_a_connection_leave_is_done_by_the_first(sealed: 
         forged.commit()
     with snapshot(sealed, statement_seconds=30) as connection:
         alone = found(connection, ALONE)
-    with astray(sealed) as elsewhere, snapshot(elsewhere, statement_seconds=30) as connection:
+    with unreachable_engine(sealed) as elsewhere, snapshot(elsewhere, statement_seconds=30) as connection:
         assert found(connection, TOGETHER) == alone
 
 
 @contextmanager
-def astray(engine: Engine) -> Iterator[Engine]:
+def unreachable_engine(engine: Engine) -> Iterator[Engine]:
     """An engine whose URL leads nowhere, for all but itself."""
     made = database.connect(engine.url.set(host="127.0.0.1", port=1, query={}), pool_size=1)
     real = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -176,7 +176,7 @@ def test_a_process_that_is_killed_is_no_verification(sealed: Engine) -> None:
     with under_way(sealed) as verification:
         for child in multiprocessing.active_children():
             child.kill()
-        with pytest.raises(seals.LostError, match="--jobs 1"):
+        with pytest.raises(seals.HelperLostError, match="--jobs 1"):
             list(verification)
 
 

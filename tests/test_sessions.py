@@ -90,11 +90,11 @@ def set_defaults(url: str, role: str, defaults: dict[str, str]) -> None:
 def test_each_transaction_has_the_settings_that_it_needs(hostile_url: str, cluster: Cluster) -> None:
     set_defaults(hostile_url, servers.WRITER, {name: values[0] for name, values in HOSTILE.items()})
     engine = cluster.engine(servers.as_writer(hostile_url))
-    wanted = dict(sessions.SETTINGS) | {"client_encoding": "UTF8", "transaction_isolation": "read committed"}
+    expected = dict(sessions.SETTINGS) | {"client_encoding": "UTF8", "transaction_isolation": "read committed"}
     with transaction(engine) as connection:
-        for name, value in wanted.items():
-            found = connection.exec_driver_sql("SELECT current_setting($1, true)", (name,)).scalar()
-            assert found in {value, None}, name
+        for name, value in expected.items():
+            result = connection.exec_driver_sql("SELECT current_setting($1, true)", (name,)).scalar()
+            assert result in {value, None}, name
     engine.dispose()
 
 

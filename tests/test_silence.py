@@ -35,9 +35,9 @@ def read(engine: Engine, session_id: str, minute: int, *chat_ids: str) -> None:
         [("user", f"question of {each}") for each in chat_ids],
         [("assistant", f"answer to {each}") for each in chat_ids],
     )
-    told = [{"role": role, "content": content} for pair in zip(*lines, strict=True) for role, content in pair]
-    body = json.dumps({"session": {"id": session_id, "messages": told}}).encode()
-    fact = history.observe(session_id, 200, body)
+    result = [{"role": role, "content": content} for pair in zip(*lines, strict=True) for role, content in pair]
+    body = json.dumps({"session": {"id": session_id, "messages": result}}).encode()
+    fact = history.parse_history(session_id, 200, body)
     with transaction(engine) as connection:
         at = NOW + timedelta(minutes=minute)
         ledger.record(connection, [ledger.Observation(fact, at, history.SOURCE, None)])
@@ -53,9 +53,9 @@ def test_webhooks_that_have_stopped_are_reported_with_since_when(engine: Engine,
     read(engine, "s1", 5, "c1")
     assert not silence(engine).is_certain
     read(engine, "s1", 30, "c1", "c2", "c3", "c4")  # none of which was there when it was read before
-    found = silence(engine)
-    assert (found.since, found.turns, found.sessions) == (NOW, 3, 1)
-    assert found.is_certain
+    result = silence(engine)
+    assert (result.since, result.turns, result.sessions) == (NOW, 3, 1)
+    assert result.is_certain
     doctor = " ".join(archiver("doctor", database_url=database_url).stdout.split())
     assert f"No webhook of a turn has arrived since {NOW:%Y-%m-%d %H:%M:%S} UTC" in doctor
     assert "no webhook of a turn since" in " ".join(archiver("status", database_url=database_url).stdout.split())

@@ -114,7 +114,7 @@ class Life:
             "createdAt": turn.at.isoformat(),
             "updatedAt": (turn.at + timedelta(seconds=1 if output else 0)).isoformat(),
         }
-        told = (
+        result = (
             chat(turn.chat_id, self.session_id, **fields)
             if kind == "chat.created"
             else {
@@ -125,7 +125,7 @@ class Life:
         moment = round(turn.at.timestamp() * 1000)
         copies = 0 if may_be_lost and self.random.random() < self.loss else self.random.choice([1, 1, 1, 2, 3])
         for copy in range(copies):
-            body = event(kind, moment + copy, told)
+            body = event(kind, moment + copy, result)
             self.under_way.append(Delivery(turn, kind, body, is_whole=output))
 
     def _deliver(self, now: datetime) -> list[Observation]:
@@ -170,10 +170,10 @@ class Life:
         if self.random.random() < 0.2:
             return []  # the worker died with the answer
         for _, status, body in answers:
-            told = history.told(history.READ, self.session_id, body).messages if status == 200 else None
-            self.read |= {(message.role, message.content) for message in told or ()}
+            result = history.parse_snapshot(history.READ, self.session_id, body).messages if status == 200 else None
+            self.read |= {(message.role, message.content) for message in result or ()}
         return [
-            Observation(history.observe(self.session_id, status, body), began, "history", None)
+            Observation(history.parse_history(self.session_id, status, body), began, "history", None)
             for began, status, body in answers
         ]
 
@@ -183,7 +183,7 @@ class Life:
         while len(self.under_way) > late:
             yield [self._observe(self.under_way.pop(self.random.randrange(len(self.under_way))), now)]
         later = now + timedelta(minutes=10)
-        yield [Observation(history.observe(self.session_id, 200, self.answer()), later, "history", None)]
+        yield [Observation(history.parse_history(self.session_id, 200, self.answer()), later, "history", None)]
         while self.under_way:
             yield [self._observe(self.under_way.pop(), later + timedelta(minutes=1))]
 
@@ -221,9 +221,9 @@ def live(engines: list[Engine], seeds: Iterable[int]) -> list[Life]:
     now += timedelta(minutes=1)
     ends = [life.end(now) for life in lives]
     while ends:
-        told = [(end, observations) for end in ends if (observations := next(end, None)) is not None]
-        commit(engines, random, [each for _, observations in told for each in observations])
-        ends = [end for end, _ in told]
+        result = [(end, observations) for end in ends if (observations := next(end, None)) is not None]
+        commit(engines, random, [each for _, observations in result for each in observations])
+        ends = [end for end, _ in result]
     return lives
 
 
@@ -236,11 +236,11 @@ def archived(engine: Engine) -> dict[str, list[Row]]:
         "SELECT session_id, chat_id, role, content, source, in_history FROM analytics.messages"
         " ORDER BY session_id, position"
     )
-    found: dict[str, list[Row]] = {}
+    values: dict[str, list[Row]] = {}
     with transaction(engine) as connection:
         for row in connection.execute(text(query)):
-            found.setdefault(row.session_id, []).append(tuple(row)[1:])
-    return found
+            values.setdefault(row.session_id, []).append(tuple(row)[1:])
+    return values
 
 
 def check(life: Life, rows: list[Row], coverage: tuple[str, int], deleted: set[str]) -> None:
@@ -256,8 +256,8 @@ def check(life: Life, rows: list[Row], coverage: tuple[str, int], deleted: set[s
             assert is_within(turn.said(), own), "I3, I7: a turn that arrived, whole"
             assert own == turn.said() or not is_unambiguous(life), "I3: and once"
     if is_unambiguous(life):
-        kept = {(role, content) for _, role, content, _, _ in rows}
-        assert life.read <= kept, "I7: whatever a reading showed stays"
+        remaining = {(role, content) for _, role, content, _, _ in rows}
+        assert life.read <= remaining, "I7: whatever a reading showed stays"
         known = [turn for turn in life.turns if turn.arrived or is_shown(life, turn)]
         truth = [message for turn in known for message in turn.said()]
         left = Counter(truth)
@@ -268,8 +268,8 @@ def check(life: Life, rows: list[Row], coverage: tuple[str, int], deleted: set[s
         if all(turn.arrived for turn in life.turns):
             # Of two readings that were cut and have nothing in common nobody knows which comes first: what one of
             # them showed may stand at a second place, marked as no longer shown.
-            told = [(role, content) for chat_id, role, content, _, in_history in rows if chat_id or in_history]
-            assert told == truth, "I6: the truth, in order"
+            result = [(role, content) for chat_id, role, content, _, in_history in rows if chat_id or in_history]
+            assert result == truth, "I6: the truth, in order"
 
 
 def is_shown(life: Life, turn: Turn) -> bool:
@@ -283,8 +283,8 @@ def is_within(part: Said, whole: Said) -> bool:
 
 def is_unambiguous(life: Life) -> bool:
     """No turn said the same as the beginning of another; none that nobody told of vanished from the history."""
-    said = [turn.said() for turn in life.turns]
-    are_distinct = not any(one is not other and other[: len(one)] == one for one in said for other in said)
+    texts = [turn.said() for turn in life.turns]
+    are_distinct = not any(one is not other and other[: len(one)] == one for one in texts for other in texts)
     return are_distinct and all(turn.arrived for turn in life.turns if turn.is_deleted)
 
 
@@ -303,9 +303,9 @@ def test_i3_i5_i6_i7_i10_hold_at_the_end_of_every_life(start: int, cluster: Clus
             }
         deleted = tombstones(engines[0])
         for each in lives:
-            told = coverage.get(each.session_id, ("complete", 0))
+            result = coverage.get(each.session_id, ("complete", 0))
             try:
-                check(each, rows.get(each.session_id, []), told, deleted.get(each.session_id, set()))
+                check(each, rows.get(each.session_id, []), result, deleted.get(each.session_id, set()))
             except AssertionError as failure:
                 raise AssertionError(f"seed {each.seed}: {failure}") from failure
         before = derived(engines[0])
@@ -318,12 +318,12 @@ def test_i3_i5_i6_i7_i10_hold_at_the_end_of_every_life(start: int, cluster: Clus
 
 def tombstones(engine: Engine) -> dict[str, set[str]]:
     """The deleted chats by session."""
-    found: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}
     with transaction(engine) as connection:
         query = "SELECT session_id, chat_id FROM analytics.chats WHERE deleted_at IS NOT NULL"
         for session_id, chat_id in connection.execute(text(query)):
-            found.setdefault(session_id, set()).add(chat_id)
-    return found
+            values.setdefault(session_id, set()).add(chat_id)
+    return values
 
 
 def derived(engine: Engine) -> dict[str, list[Row]]:

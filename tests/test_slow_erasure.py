@@ -27,12 +27,12 @@ SWEEPING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants alone are shorter, and in the same order."""
-    monkeypatch.setattr("archiver.erasure.apart.TOGETHER_LOCK_SECONDS", 0.3)
-    monkeypatch.setattr("archiver.erasure.apart.TOGETHER_SECONDS", 1.0)
-    monkeypatch.setattr("archiver.erasure.apart.ALONE_LOCK_SECONDS", 0.5)
-    monkeypatch.setattr("archiver.erasure.apart.ALONE_SECONDS", 4.0)
+    monkeypatch.setattr("archiver.erasure.isolation.BATCH_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("archiver.erasure.isolation.BATCH_SECONDS", 1.0)
+    monkeypatch.setattr("archiver.erasure.isolation.SINGLE_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr("archiver.erasure.isolation.SINGLE_SECONDS", 4.0)
 
 
 def ordered(engine: Engine, count: int) -> list[Target]:
@@ -91,10 +91,10 @@ def sweeping(engine: Engine) -> Iterator[None]:
     assert len(swept) == 1
 
 
-def test_i12_a_slow_erasure_lets_others_record_turns_without_a_session(
+def test_i12_a_slow_erasure_does_not_block_writers_of_unassigned_turns(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.erasure.apart.ALONE_SECONDS", 10.0)
+    monkeypatch.setattr("archiver.erasure.isolation.SINGLE_SECONDS", 10.0)
     ordered(engine, 1)
     slow_rows(engine, "archiver.events", "session_id", "s0", FOR_EVER)
     with sweeping(engine), ThreadPoolExecutor() as pool:
@@ -106,16 +106,16 @@ def test_i12_a_slow_erasure_lets_others_record_turns_without_a_session(
 def test_i12_a_slow_turn_without_a_session_holds_the_lock_of_all_for_an_instant(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.erasure.apart.EXCLUSIVE_SECONDS", 1.0)
-    monkeypatch.setattr("archiver.erasure.apart.ALONE_SECONDS", 3_600.0)
-    monkeypatch.setattr("archiver.erasure.apart.TOGETHER_SECONDS", 3_600.0)
+    monkeypatch.setattr("archiver.erasure.isolation.EXCLUSIVE_SECONDS", 1.0)
+    monkeypatch.setattr("archiver.erasure.isolation.SINGLE_SECONDS", 3_600.0)
+    monkeypatch.setattr("archiver.erasure.isolation.BATCH_SECONDS", 3_600.0)
     record(engine, created("stray", None, input="secret-stray"), created("gone", None))
     erasure.order(engine, [Target("", "stray"), Target("", "gone")], "request", ACT)
     slow_rows(engine, "archiver.events", "chat_id", "stray", FOR_EVER)
     with sweeping(engine):
         assert record(engine, created("new", "new"))[0].status == "stored"
-    kept = "SELECT chat_id FROM archiver.events WHERE session_id = '' AND body IS NOT NULL"
-    assert rows(engine, kept) == [("stray",)]
+    remaining = "SELECT chat_id FROM archiver.events WHERE session_id = '' AND body IS NOT NULL"
+    assert rows(engine, remaining) == [("stray",)]
     quick_rows(engine, "archiver.events")
     assert sweep(engine) == 1
 
@@ -131,7 +131,7 @@ def test_i8_a_quarantined_delivery_that_is_locked_keeps_no_other_from_going(engi
     assert rows(engine, "SELECT id FROM archiver.quarantine") == []
 
 
-def test_i12_a_session_that_is_locked_keeps_no_other_from_being_ordered_and_nobody_from_recording(
+def test_i12_a_locked_session_blocks_no_other_order_and_no_writer(
     engine: Engine,
 ) -> None:
     record(engine, *(created(f"c{number}", f"s{number}") for number in range(100)))

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from archiver import database, events, history, quarantine
 from archiver.history import SOURCE
-from archiver.ingest import CONNECTIONS, Delivery, Ingest, Outcome, alone, draining, fallback, retry_quarantined
+from archiver.ingest import CONNECTIONS, Delivery, Ingest, Outcome, draining, fallback, isolated, retry_quarantined
 from archiver.ingest import __name__ as ingest_module
 from archiver.spool import Spool, Spooled, open_spool
 from tests import servers
@@ -33,14 +33,14 @@ SLEEP = "PERFORM pg_sleep(60)"
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants alone are shorter, and in the same order."""
     monkeypatch.setattr(fallback, "SPOOL_AFTER_SECONDS", 1.5)
     monkeypatch.setattr(f"{ingest_module}.SPOOL_AFTER_SECONDS", 1.5)
     monkeypatch.setattr(draining, "FULL_SECONDS", 1.5)
-    monkeypatch.setattr(draining, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(alone, "SECONDS", 5.0)
-    monkeypatch.setattr(alone, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(draining, "INITIAL_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(isolated, "SECONDS", 5.0)
+    monkeypatch.setattr(isolated, "PAUSE_SECONDS", 0.1)
 
 
 @asynccontextmanager
@@ -106,10 +106,12 @@ async def test_i4_an_event_that_exceeds_its_own_budget_is_quarantined_and_can_be
     async with ingesting(database_url, spool) as ingest:
         assert await submit(ingest, body) == ["spooled"]
         await until_soon(lambda: spool.depth().events == 0, "it is off the spool")
-    found = rows(engine, "SELECT id, reason, body, delivery_count FROM archiver.quarantine")
-    assert [(reason, bytes(kept), count) for _, reason, kept, count in found] == [("too_slow", body, 1)]
+    rows_found = rows(engine, "SELECT id, reason, body, delivery_count FROM archiver.quarantine")
+    assert [(reason, bytes(remaining), count) for _, reason, remaining, count in rows_found] == [
+        ("too_slow", body, 1)
+    ]
     slow_rows(engine, "archiver.messages", "content", "slow", "PERFORM pg_sleep(6)")  # more than its budget
-    retried = archiver("quarantine", "retry", str(found[0][0]), database_url=database_url)
+    retried = archiver("quarantine", "retry", str(rows_found[0][0]), database_url=database_url)
     assert (retried.returncode, rows(engine, "SELECT count(*) FROM archiver.quarantine")) == (0, [(0,)])
     assert rows(engine, "SELECT body FROM archiver.events") == [(body,)]
 
@@ -135,7 +137,7 @@ async def test_i4_a_spool_full_of_events_with_several_slow_ones_is_drained_at_a_
     assert rows(engine, settled) == [(505,)]
 
 
-async def test_i4_a_slow_deletion_that_does_not_name_its_session_holds_up_nobody(
+async def test_i4_a_slow_unassigned_deletion_delays_no_other(
     database_url: str, engine: Engine, tmp_path: Path
 ) -> None:
     slow_rows(engine, "archiver.chats", "chat_id", "slow", SLEEP)
@@ -212,8 +214,8 @@ async def test_i4_an_event_that_ends_its_connection_holds_up_no_other(
         await until_soon(lambda: count_others(engine) == 300, "all others are archived")
         await until_soon(lambda: spool.depth().events == 0, "it is off the spool")
         assert await submit(ingest, created("other-new", "new")) == ["stored"]
-    found = rows(engine, "SELECT reason, body FROM archiver.quarantine")
-    assert found == [("not_storable", body)]
+    rows_found = rows(engine, "SELECT reason, body FROM archiver.quarantine")
+    assert rows_found == [("not_storable", body)]
 
 
 async def test_the_circuit_opens_where_every_event_is_slow(database_url: str, engine: Engine, tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ async def test_i4_a_slow_history_is_quarantined_with_what_it_is_and_holds_up_no_
 
     def answer(session_id: str, content: str) -> Delivery:
         body = f'{{"session": {{"id": "{session_id}", "messages": [{{"role": "user", "content": "{content}"}}]}}}}'
-        return Delivery(history.observe(session_id, 200, body.encode()), NOW, None, SOURCE)
+        return Delivery(history.parse_history(session_id, 200, body.encode()), NOW, None, SOURCE)
 
     async with ingesting(database_url, None) as ingest:
         answers = [answer("slow", "slow"), *(answer(f"quick-{number}", "quick") for number in range(10))]

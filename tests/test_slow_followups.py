@@ -22,13 +22,13 @@ FOR_EVER = "PERFORM pg_sleep(3600)"
 
 
 @contextmanager
-def working(url: str) -> Iterator[None]:
+def running_worker(url: str) -> Iterator[None]:
     """`archiver worker`, which sends as fast as it can."""
-    told = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
+    published = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "archiver", "worker"],
-            env={**os.environ, "DATABASE_URL": as_writer(url), **told},
+            env={**os.environ, "DATABASE_URL": as_writer(url), **published},
             stdout=log,
             stderr=log,
         )
@@ -54,7 +54,7 @@ def sessions(first: int, last: int, but: int | None = None) -> set[str]:
     return {f"s{number}" for number in range(first, last + 1) if number != but}
 
 
-def until_told(receiver: Receiver, expected: set[str], what: str) -> None:
+def until_delivered_to(receiver: Receiver, expected: set[str], what: str) -> None:
     until(lambda: expected <= {got.data["session_id"] for got in list(receiver.got)}, what, SECONDS)
 
 
@@ -69,13 +69,13 @@ def test_i11_a_delivery_that_is_slow_to_make_and_to_record_holds_up_no_other(
 ) -> None:
     slow_rows(engine, "archiver.deliveries", "session_id", "s70", FOR_EVER)
     conversations(engine, 1, 150)
-    with receiving() as receiver, receiving() as other, working(database_url):
+    with receiving() as receiver, receiving() as other, running_worker(database_url):
         follow(engine, receiver, is_ordered=is_ordered)
         follow(engine, other)
-        until_told(receiver, sessions(1, 150, but=70), "all others of the subscription are delivered")
-        until_told(other, sessions(1, 150, but=70), "and of the other one")
+        until_delivered_to(receiver, sessions(1, 150, but=70), "all others of the subscription are delivered")
+        until_delivered_to(other, sessions(1, 150, but=70), "and of the other one")
         conversations(engine, 151, 160)
-        until_told(receiver, sessions(151, 160), "and what comes later")
+        until_delivered_to(receiver, sessions(151, 160), "and what comes later")
         quick_rows(engine, "archiver.deliveries")
         until(lambda: states(engine) == {"delivered": 320}, "and in the end the slow one", 120)
         until(lambda: is_at_the_end(engine), "and the cursor follows")
@@ -86,7 +86,7 @@ def test_i11_a_delivery_that_is_slow_to_make_and_to_record_holds_up_no_other(
 def test_i11_an_attempt_that_cannot_be_recorded_in_time_holds_up_no_other(engine: Engine, database_url: str) -> None:
     slow_rows(engine, "archiver.attempts", "cursor", "3", FOR_EVER)
     conversations(engine, 1, 60)
-    with receiving() as receiver, working(database_url):
+    with receiving() as receiver, running_worker(database_url):
         follow(engine, receiver, concurrency=8)
         until(lambda: states(engine) == {"delivered": 59, "pending": 1}, "all others are recorded", SECONDS)
         assert receiver.cursors.count(3) == 1  # it is not sent again and again while that is so
@@ -99,12 +99,12 @@ def test_i11_more_locked_subscriptions_than_connections_hold_up_no_other(engine:
     with receiving() as receiver, receiving() as other:
         held = [follow(engine, receiver) for _ in range(8)]
         locks = f"SELECT 1 FROM archiver.subscriptions WHERE id <= {held[-1]} FOR UPDATE"
-        with working(database_url):
+        with running_worker(database_url):
             with holding(engine, locks):
                 follow(engine, other)
-                until_told(other, sessions(1, 20), "the other subscription is served")
+                until_delivered_to(other, sessions(1, 20), "the other subscription is served")
                 conversations(engine, 21, 40)
-                until_told(other, sessions(21, 40), "and goes on")
+                until_delivered_to(other, sessions(21, 40), "and goes on")
             until(lambda: states(engine) == {"delivered": 360}, "then all are served", 120)
 
 
@@ -118,10 +118,10 @@ def test_i11_a_delivery_that_another_program_holds_waits_alone(engine: Engine, d
     with receiving() as receiver, receiving() as other:
         follow(engine, receiver, is_ordered=True)
         follow(engine, other)
-        with working(database_url):
+        with running_worker(database_url):
             with holding(engine, made):
-                until_told(receiver, sessions(1, 60, but=45), "the others are delivered")
-                until_told(other, sessions(1, 60, but=45), "to both")
+                until_delivered_to(receiver, sessions(1, 60, but=45), "the others are delivered")
+                until_delivered_to(other, sessions(1, 60, but=45), "to both")
             until(lambda: states(engine) == {"delivered": 120}, "and then the one that was locked", 120)
             until(lambda: is_at_the_end(engine), "and the cursor follows")
 
@@ -130,27 +130,30 @@ def test_i11_what_is_set_aside_is_delivered_by_the_next_worker(engine: Engine, d
     slow_rows(engine, "archiver.deliveries", "session_id", "s5", FOR_EVER)
     conversations(engine, 1, 10)
     with receiving() as receiver:
-        with working(database_url):
+        with running_worker(database_url):
             follow(engine, receiver, is_ordered=True)
-            until_told(receiver, sessions(1, 10, but=5), "all others are delivered")
+            until_delivered_to(receiver, sessions(1, 10, but=5), "all others are delivered")
             change(engine, ("session.settled", "s5", None), ("session.settled", "s11", None))
-            until_told(receiver, {"s11"}, "and what comes later")
+            until_delivered_to(receiver, {"s11"}, "and what comes later")
         quick_rows(engine, "archiver.deliveries")
         execute(engine, "UPDATE archiver.subscriptions SET leased_until = now()")
-        with working(database_url):
+        with running_worker(database_url):
             until(lambda: states(engine) == {"delivered": 12}, "and by the next worker what was slow", 120)
-    told = [got.told["type"] for got in receiver.got if got.data["session_id"] == "s5"]
-    assert told == ["chat.created", "session.settled"]  # in their order
+    published = [got.payload["type"] for got in receiver.got if got.data["session_id"] == "s5"]
+    assert published == ["chat.created", "session.settled"]  # in their order
 
 
 def test_i13_a_delivery_that_cannot_be_forgotten_keeps_no_other(engine: Engine, database_url: str) -> None:
     conversations(engine, 1, 30)
     with receiving() as receiver:
         follow(engine, receiver)
-        with working(database_url):
+        with running_worker(database_url):
             until(lambda: states(engine) == {"delivered": 30}, "all are delivered", SECONDS)
         execute(engine, "UPDATE archiver.deliveries SET ended_at = now() - interval '100 days'")
-        with holding(engine, "SELECT 1 FROM archiver.attempts WHERE cursor = 7 FOR UPDATE"), working(database_url):
+        with (
+            holding(engine, "SELECT 1 FROM archiver.attempts WHERE cursor = 7 FOR UPDATE"),
+            running_worker(database_url),
+        ):
             until(lambda: states(engine) == {"delivered": 1}, "all others are forgotten", SECONDS)
             conversations(engine, 31, 40)
-            until_told(receiver, sessions(31, 40), "and deliveries go on")
+            until_delivered_to(receiver, sessions(31, 40), "and deliveries go on")

@@ -32,8 +32,8 @@ def spooled(body: bytes, seconds: float = 0) -> Spooled:
     return Spooled(0, NOW + timedelta(seconds=seconds), "webhook", "key", body)
 
 
-def bodies(spool: Spool, after: int = 0, most: int = 1_000, most_bytes: int = 10**9) -> list[bytes]:
-    return [each.body for each in spool.select_oldest(after, most, most_bytes)]
+def bodies(spool: Spool, after: int = 0, limit: int = 1_000, most_bytes: int = 10**9) -> list[bytes]:
+    return [each.body for each in spool.select_oldest(after, limit, most_bytes)]
 
 
 @given(
@@ -54,7 +54,7 @@ def bodies(spool: Spool, after: int = 0, most: int = 1_000, most_bytes: int = 10
     )
 )
 @settings(max_examples=50, deadline=None)
-def test_i1_what_was_spooled_is_there_again_in_order_whoever_opens_it(
+def test_i1_spooled_deliveries_are_read_back_in_order_by_any_process(
     tmp_path_factory: pytest.TempPathFactory, deliveries: list[Spooled]
 ) -> None:
     folder = tmp_path_factory.mktemp("spool")
@@ -62,15 +62,15 @@ def test_i1_what_was_spooled_is_there_again_in_order_whoever_opens_it(
     spool.append(deliveries)
     spool.close()
     again = open_spool(folder, ROOM)
-    found = again.select_oldest(0, 100, 10**9)
+    result = again.select_oldest(0, 100, 10**9)
     again.close()
-    assert [each.id for each in found] == list(range(1, len(found) + 1))
+    assert [each.id for each in result] == list(range(1, len(result) + 1))
     assert [
-        Spooled(0, *(getattr(each, name) for name in Spooled.__struct_fields__[1:-1])) for each in found
+        Spooled(0, *(getattr(each, name) for name in Spooled.__struct_fields__[1:-1])) for each in result
     ] == deliveries
 
 
-def test_depth_tells_what_waits_and_what_has_gone_no_longer(tmp_path: Path) -> None:
+def test_depth_counts_waiting_deliveries_only(tmp_path: Path) -> None:
     spool = open_spool(tmp_path, ROOM)
     assert spool.depth().events == 0
     spool.append([spooled(b"one", 1), spooled(b"three", 2)])
@@ -90,7 +90,7 @@ def test_depth_tells_what_waits_and_what_has_gone_no_longer(tmp_path: Path) -> N
 def test_a_page_is_bounded_in_events_and_bytes_and_holds_at_least_one(tmp_path: Path) -> None:
     spool = open_spool(tmp_path, ROOM)
     spool.append([spooled(b"x" * 100) for _ in range(10)])
-    assert len(bodies(spool, most=3)) == 3
+    assert len(bodies(spool, limit=3)) == 3
     assert len(bodies(spool, most_bytes=250)) == 2
     assert len(bodies(spool, most_bytes=1)) == 1
     assert len(bodies(spool, after=8)) == 2
@@ -162,14 +162,14 @@ def test_i1_kill_9_loses_nothing_that_was_taken_and_frees_the_file(tmp_path: Pat
     command = [sys.executable, "-c", _SPOOL_AND_TELL, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        told = [process.stdout.readline().strip() for _ in range(50)]
+        results = [process.stdout.readline().strip() for _ in range(50)]
         process.kill()
-        told += [line.strip() for line in process.stdout if line.endswith("\n")]
+        results += [line.strip() for line in process.stdout if line.endswith("\n")]
     spool = open_spool(tmp_path, ROOM)
     assert spool.path.name == "spool-0.db"
-    found = [body.decode() for body in bodies(spool, most=20_000)]
-    assert found[: len(told)] == told
-    assert len(found) - len(told) <= 1
+    result = [body.decode() for body in bodies(spool, limit=20_000)]
+    assert result[: len(results)] == results
+    assert len(result) - len(results) <= 1
     spool.close()
 
 
@@ -202,9 +202,9 @@ def test_i1_of_a_damaged_file_everything_that_can_be_read_is_kept(tmp_path: Path
     with pytest.raises(SpoolError, match=r"damaged.*sets the file aside"):
         select_depth(tmp_path)
     again = open_spool(tmp_path, ROOM)
-    found = bodies(again)
-    assert set(found) < before
-    assert 180 < len(found) == again.depth().events
+    result = bodies(again)
+    assert set(result) < before
+    assert 180 < len(result) == again.depth().events
     (aside,) = set_aside_files(tmp_path)
     assert aside.stat().st_size > 20 * 4_096
     again.append([spooled(b"new")])
@@ -219,10 +219,10 @@ def test_i1_a_file_that_lost_its_end_does_not_keep_a_process_from_spooling(tmp_p
     spool.close()
     os.truncate(spool.path, keeps)
     again = open_spool(tmp_path, ROOM)
-    found = bodies(again)
-    assert len(found) > 80 if keeps > 4_096 else not found
+    result = bodies(again)
+    assert len(result) > 80 if keeps > 4_096 else not result
     again.append([spooled(b"new")])
-    assert bodies(again) == [*found, b"new"]
+    assert bodies(again) == [*result, b"new"]
     again.close()
 
 
@@ -257,7 +257,7 @@ def test_i1_a_file_of_the_version_before_checksums_is_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("removed", ["spool-0.db", "spool-0.db-wal", "spool-0.lock", ""])
-def test_i1_what_is_removed_while_in_use_is_made_anew_with_all_that_it_held(tmp_path: Path, removed: str) -> None:
+def test_i1_a_file_removed_while_in_use_is_recreated_with_its_content(tmp_path: Path, removed: str) -> None:
     folder = tmp_path / "spool"
     spool = open_spool(folder, ROOM)
     spool.append([spooled(b"before")])
@@ -272,8 +272,8 @@ def test_i1_what_is_removed_while_in_use_is_made_anew_with_all_that_it_held(tmp_
     assert spool.depth().events == 2
     other.close()
     spool.close()
-    found = [body for left in open_left_behind(folder) for body in bodies(left)]
-    assert set(found) == {b"before", b"after"}
+    result = [body for left in open_left_behind(folder) for body in bodies(left)]
+    assert set(result) == {b"before", b"after"}
 
 
 def test_one_damaged_file_keeps_no_other_from_being_adopted(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_i1_what_was_drained_from_a_file_takes_nothing_out_of_the_next(tmp_path:
         assert (bodies(spool), spool.events) == ([], 0)
 
 
-def test_a_file_that_takes_nothing_because_it_is_damaged_is_set_aside_by_whoever_writes(tmp_path: Path) -> None:
+def test_a_damaged_file_is_set_aside_by_the_next_write(tmp_path: Path) -> None:
     with closing(open_spool(tmp_path / "spool", ROOM)) as spool:
         spool.append([spooled(b"gone")])
         spool.delete(spool.select_oldest(0, 10, ROOM))

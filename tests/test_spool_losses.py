@@ -23,20 +23,20 @@ def body(number: int, size: int = 40) -> bytes:
 
 def fill(folder: Path, sizes: list[int]) -> list[bytes]:
     """Spool so many deliveries, and let go of the file; answers their bodies."""
-    wanted = [body(number, size) for number, size in enumerate(sizes)]
+    expected = [body(number, size) for number, size in enumerate(sizes)]
     spool = open_spool(folder, ROOM)
-    spool.append([Spooled(0, NOW + timedelta(seconds=n), "webhook", "k", each) for n, each in enumerate(wanted)])
+    spool.append([Spooled(0, NOW + timedelta(seconds=n), "webhook", "k", each) for n, each in enumerate(expected)])
     spool.close()
-    return wanted
+    return expected
 
 
 def left(spool: Spool) -> set[bytes]:
     """What can be drained."""
-    found: set[bytes] = set()
+    result: set[bytes] = set()
     while page := spool.select_oldest(0, 50, 10**9):
-        found |= {each.body for each in page}
+        result |= {each.body for each in page}
         spool.delete(page)
-    return found
+    return result
 
 
 def reopened(folder: Path) -> set[bytes]:
@@ -55,15 +55,15 @@ def is_untouched(raw: bytes, each: bytes, start: int, end: int) -> bool:
 
 @pytest.mark.parametrize("zeroed", [100, 4_096, 8_192])
 def test_i1_all_rows_behind_a_damaged_head_are_found(tmp_path: Path, zeroed: int) -> None:
-    wanted = fill(tmp_path, [40 + 10 * n for n in range(40)] + [9_000, 40_000, 5_000])
+    expected = fill(tmp_path, [40 + 10 * n for n in range(40)] + [9_000, 40_000, 5_000])
     path = tmp_path / "spool-0.db"
     raw = path.read_bytes()
     path.write_bytes(bytes(zeroed) + raw[zeroed:])
-    untouched = {each for each in wanted if zeroed <= 100 or is_untouched(raw, each[:48], 0, zeroed)}
+    untouched = {each for each in expected if zeroed <= 100 or is_untouched(raw, each[:48], 0, zeroed)}
     assert len(untouched) > 20
-    found = reopened(tmp_path)
-    assert untouched <= found
-    assert select_lost(tmp_path).events == len(wanted) - len(found)
+    result = reopened(tmp_path)
+    assert untouched <= result
+    assert select_lost(tmp_path).events == len(expected) - len(result)
 
 
 @given(st.floats(0, 1), st.integers(1, 6_000), st.booleans())
@@ -78,45 +78,45 @@ def test_i1_damage_anywhere_costs_no_row_that_it_does_not_touch(
     tmp_path_factory: pytest.TempPathFactory, place: float, length: int, is_zeroed: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("spool")
-    wanted = fill(folder, [40 + n for n in range(120)])
+    expected = fill(folder, [40 + n for n in range(120)])
     path = folder / "spool-0.db"
     raw = path.read_bytes()
     start = int(place * (len(raw) - 1))
     end = min(start + length, len(raw))
     damage = bytes(end - start) if is_zeroed else bytes(each ^ 0x55 for each in raw[start:end])
     path.write_bytes(raw[:start] + damage + raw[end:])
-    untouched = {each for each in wanted if is_untouched(raw, each, start, end)}
-    found = reopened(folder)
-    assert untouched <= found <= set(wanted)
-    assert select_lost(folder).events == len(set(wanted) - found)
+    untouched = {each for each in expected if is_untouched(raw, each, start, end)}
+    result = reopened(folder)
+    assert untouched <= result <= set(expected)
+    assert select_lost(folder).events == len(set(expected) - result)
 
 
 def left_by_a_kill(folder: Path) -> tuple[Path, list[bytes]]:
     """A spool as after kill -9, its write-ahead log not written into its file, and the bodies that it holds."""
     spool = open_spool(folder / "live", ROOM)
-    wanted = [body(number, 300) for number in range(60)]
-    for number, each in enumerate(wanted):
+    expected = [body(number, 300) for number in range(60)]
+    for number, each in enumerate(expected):
         spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
     copied = folder / "copied"
     copied.mkdir()
     for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
         (copied / name).write_bytes((folder / "live" / name).read_bytes())
     spool.close()
-    return copied, wanted
+    return copied, expected
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.7])
 def test_i1_a_write_ahead_log_that_is_damaged_or_cut_costs_what_it_does_not_hold_and_no_more(
     tmp_path: Path, cut: float
 ) -> None:
-    copied, wanted = left_by_a_kill(tmp_path)
+    copied, expected = left_by_a_kill(tmp_path)
     wal = copied / "spool-0.db-wal"
     raw = bytearray(wal.read_bytes())
     at = int(cut * len(raw))
     raw[at : at + 200] = bytes(200)  # all behind it SQLite passes over
     wal.write_bytes(bytes(raw))
-    found = reopened(copied)
-    lost = set(wanted) - found
+    result = reopened(copied)
+    lost = set(expected) - result
     assert len(lost) <= 1
     assert select_lost(copied).events == len(lost)
 
@@ -126,14 +126,14 @@ def test_i1_what_the_write_ahead_log_holds_is_found_although_its_file_is_damaged
     tmp_path: Path, damaged: str
 ) -> None:
     """SQLite removes the log of an empty file, and all of a log behind a damaged frame, when it closes them."""
-    copied, wanted = left_by_a_kill(tmp_path)
+    copied, expected = left_by_a_kill(tmp_path)
     path, wal = copied / "spool-0.db", copied / "spool-0.db-wal"
     raw = path.read_bytes()
     path.write_bytes(b"" if damaged == "emptied" else b"x" * (100 if damaged == "head" else len(raw)) + raw[100:])
     if damaged == "log too":
         raw = wal.read_bytes()
         wal.write_bytes(raw[:32] + b"x" * 24 + raw[56:])
-    assert reopened(copied) == set(wanted)
+    assert reopened(copied) == set(expected)
     assert select_lost(copied).events == 0
 
 
@@ -155,7 +155,7 @@ def test_i1_a_write_ahead_log_that_is_removed_is_reported_with_the_number(tmp_pa
 
 
 def test_no_loss_is_reported_where_none_is(tmp_path: Path) -> None:
-    wanted = fill(tmp_path, [40] * 20)
+    expected = fill(tmp_path, [40] * 20)
     spool = open_spool(tmp_path, ROOM)
     spool.delete(spool.select_oldest(0, 5, 10**9))
     spool.close()
@@ -165,7 +165,7 @@ def test_no_loss_is_reported_where_none_is(tmp_path: Path) -> None:
     spool.close()
     assert reopened(tmp_path) == set()
     assert select_lost(tmp_path).events == 0
-    assert len(wanted) == 20
+    assert len(expected) == 20
 
 
 @pytest.mark.parametrize("name", ["spool-0.db", "spool-0.db-wal", "spool-0.lock"])

@@ -76,8 +76,8 @@ def as_postgres(cells: list[str | None]) -> bytes:
 @example([None, "\t"])
 def test_a_line_is_its_cells_made_harmless(cells: list[str | None]) -> None:
     line = neutralise_line(as_postgres(cells), set())
-    (found,) = csv.reader(io.StringIO(line.decode(), newline=""))
-    assert found == ["" if each is None else neutralise_cell(each) for each in cells]
+    (item,) = csv.reader(io.StringIO(line.decode(), newline=""))
+    assert item == ["" if each is None else neutralise_cell(each) for each in cells]
     unchanged = [each is None or neutralise_cell(each) == each for each in cells]
     if all(unchanged):
         assert line == as_postgres(cells)

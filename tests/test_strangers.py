@@ -29,7 +29,9 @@ def receiver(cluster: Cluster) -> Iterator[Receiver]:
 @on_one_version
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("framing", ["content-length: 900000", "transfer-encoding: chunked"])
-def test_i2_a_stranger_is_refused_before_the_body_is_read(scheme: str, framing: str, database_url: str) -> None:
+def test_i2_an_unauthenticated_request_is_refused_before_the_body_is_read(
+    scheme: str, framing: str, database_url: str
+) -> None:
     good, wrong = "b2xkIHNlY3JldCBvZiBhIHRlc3Q=", "d3Jvbmcgc2VjcmV0IG9mIGEgdGVzdA=="
     with serving(database_url, **SCHEMES[scheme], ARCHIVER_WEBHOOK_SECRETS=good) as receiver:
         called = receiver.url + WEBHOOK
@@ -44,7 +46,7 @@ def test_i2_a_stranger_is_refused_before_the_body_is_read(scheme: str, framing: 
 
 
 @on_one_version
-def test_whoever_still_sends_sees_the_answer(receiver: Receiver) -> None:
+def test_a_client_that_still_sends_receives_the_response(receiver: Receiver) -> None:
     body = b"x" * 20_000_000  # more than the sockets hold: most is sent after the answer
     connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
     connection.request("POST", WEBHOOK, body, {"x-webhook-secret": "wrong"})
@@ -65,7 +67,7 @@ UNWANTED = 'archiver_connections_refused_total{reason="body_unwanted"}'
 
 
 @on_one_version
-def test_i12_a_body_nobody_wants_is_not_read_to_its_end(receiver: Receiver) -> None:
+def test_i12_a_refused_body_is_not_read_to_its_end(receiver: Receiver) -> None:
     with connect(receiver.port, head("content-length: 1000000000", path="/nowhere")) as connection:
         assert read(connection).status == 404
         before = receiver.metric(UNWANTED)
@@ -74,25 +76,25 @@ def test_i12_a_body_nobody_wants_is_not_read_to_its_end(receiver: Receiver) -> N
     assert receiver.metric(UNWANTED) == before + 1
 
 
-def test_refusals_tell_from_how_many_addresses_and_most_from_which() -> None:
+def test_refusals_log_the_number_of_addresses_and_the_most_frequent_one() -> None:
     class Minutes(Refusals):
         SECONDS, ADDRESSES = 0.2, 5
 
     refusals = Minutes()
     with capture_logs() as lines:
 
-        def tell(address: str) -> None:
-            refusals.tell(status="unauthenticated", reason="bad_signature", detail="", address=address)
+        def record(address: str) -> None:
+            refusals.record(status="unauthenticated", reason="bad_signature", detail="", address=address)
 
-        tell("10.0.0.1")
+        record("10.0.0.1")
         for number in range(20):
-            tell(f"10.0.0.{number}")
+            record(f"10.0.0.{number}")
         for _ in range(3):
-            tell("10.0.0.2")
+            record("10.0.0.2")
         for lines_wanted, address in ((2, "10.0.0.2"), (3, "10.0.0.9")):
             deadline = time.monotonic() + 10
             while len(lines) < lines_wanted and time.monotonic() < deadline:
-                tell(address)
+                record(address)
     assert [(line["addresses"], line["most_from"]) for line in lines] == [
         (1, "10.0.0.1"),
         (5, "10.0.0.2"),
@@ -101,7 +103,7 @@ def test_refusals_tell_from_how_many_addresses_and_most_from_which() -> None:
 
 
 @on_one_version
-def test_a_refusal_in_the_log_tells_the_address(database_url: str) -> None:
+def test_a_refusal_in_the_log_has_the_address(database_url: str) -> None:
     with serving(database_url) as receiver:
         with connect(
             receiver.port, head("content-length: 2", secret="wrong") + b"{}", source="127.0.0.9"

@@ -63,7 +63,7 @@ def test_it_prints_changes_and_goes_on_after_a_cursor_as_a_reader(engine: Engine
 
 
 @on_one_version
-def test_it_tells_of_cursors_that_cannot_be_gone_on_from(engine: Engine, reader_url: str, database_url: str) -> None:
+def test_unusable_cursors_are_reported(engine: Engine, reader_url: str, database_url: str) -> None:
     for number in range(5):
         record(engine, created(f"c{number}"))
     publish(engine)
@@ -146,17 +146,17 @@ def test_it_waits_for_a_database_that_is_away_and_misses_nothing(
         publish(engine)
         assert tail.next()["chat_id"] == "a"
         proxy.set("cut")
-        until(lambda: "away" in tail.stderr(), "it says that the database is away")
+        until(lambda: "unavailable" in tail.stderr(), "it says that the database is away")
         record(engine, created("b"))
         publish(engine)
         proxy.set("pass")
         assert tail.next()["chat_id"] == "b"
-        until(lambda: "back" in tail.stderr(), "it says that the database is back")
+        until(lambda: "available again" in tail.stderr(), "it says that the database is back")
         assert len(tail.stderr().splitlines()) == 2
 
 
 @on_one_version
-def test_what_serve_takes_in_reaches_the_pipe_and_status_tells_when_nobody_publishes(
+def test_received_events_reach_the_pipe_and_status_reports_a_missing_publisher(
     engine: Engine, database_url: str, reader_url: str, tmp_path: Path
 ) -> None:
     with serving(database_url) as receiver:
@@ -164,8 +164,8 @@ def test_what_serve_takes_in_reaches_the_pipe_and_status_tells_when_nobody_publi
     overdue = "UPDATE archiver.outbox SET changed_at = changed_at - interval '2 minutes'"
     execute(engine, overdue)
     assert "Nobody publishes changes: start `archiver worker`" in archiver("status", database_url=database_url).stdout
-    told = json.loads(archiver("status", "--json", database_url=database_url).stdout)["feed"]
-    assert (told["newest"], told["waiting"]["transactions"]) == (0, 1)
+    data = json.loads(archiver("status", "--json", database_url=database_url).stdout)["feed"]
+    assert (data["newest"], data["waiting"]["transactions"]) == (0, 1)
     findings = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
     assert [each["verdict"] for each in findings if each["check"] == "changes"] == ["warning"]
     only = ("--from", "0", "--event", "chat.created")  # and no seal

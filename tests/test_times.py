@@ -12,7 +12,7 @@ from archiver import events, history
 from archiver.events import CLOCK_TOLERANCE, EARLIEST, Event, timestamp
 from archiver.projection import Fact, Turn, fold
 from archiver.projection.coverage import Reading
-from archiver.projection.sessions import Rows, Story, derive
+from archiver.projection.sessions import Rows, SessionFacts, derive
 from archiver.rebuild import rebuild
 from tests import servers
 from tests.payloads import chat, event
@@ -75,8 +75,8 @@ def at(minutes: float) -> str:
 
 def revision(text: str, *, timestamp: Any = None, session_id: str = "session-1", **times: Any) -> bytes:
     """`chat.created` with this answer; `timestamp` is the envelope's."""
-    told: dict[str, Any] = {"createdAt": at(0), "updatedAt": at(0)} | times
-    content = chat("chat-1", session_id, input="What does it cost?", output=text, **told)
+    values: dict[str, Any] = {"createdAt": at(0), "updatedAt": at(0)} | times
+    content = chat("chat-1", session_id, input="What does it cost?", output=text, **values)
     return event("chat.created", timestamp, content)
 
 
@@ -87,24 +87,24 @@ def contents(archive: Archive) -> list[str]:
 @pytest.mark.parametrize("zero", ZEROS, ids=repr)
 def test_a_zero_date_is_no_time(zero: Any) -> None:
     assert timestamp(zero) is None
-    told = events.parse(revision("yes", timestamp=zero, createdAt=zero, updatedAt=zero))
-    assert isinstance(told, Event)
-    assert told.chat is not None
-    assert (told.occurred_at, told.chat.created_at, told.chat.updated_at) == (None, None, None)
-    read = history.told(history.READ, "session-1", answer(("user", "q"), createdAt=zero))
+    result = events.parse(revision("yes", timestamp=zero, createdAt=zero, updatedAt=zero))
+    assert isinstance(result, Event)
+    assert result.chat is not None
+    assert (result.occurred_at, result.chat.created_at, result.chat.updated_at) == (None, None, None)
+    read = history.parse_snapshot(history.READ, "session-1", answer(("user", "q"), createdAt=zero))
     assert (read.messages, read.created_at) == ((events.Message("user", "q"),), None)
     registered = history.register({"id": "session-1", "createdAt": zero})
-    assert history.told(registered.type, "session-1", registered.body).created_at is None
+    assert history.parse_snapshot(registered.type, "session-1", registered.body).created_at is None
 
 
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
 @settings(deadline=None)
 @given(st.integers(int(EARLIEST.timestamp()), int(datetime(2100, 1, 1, tzinfo=UTC).timestamp())))
 def test_the_unit_of_an_epoch_is_recognised(unit: int, seconds: int) -> None:
-    for told in (seconds * unit, str(seconds * unit), float(seconds * unit)):
-        found = timestamp(told)
-        assert found is not None
-        assert abs(found.timestamp() - seconds) < 1e-3
+    for item in (seconds * unit, str(seconds * unit), float(seconds * unit)):
+        result = timestamp(item)
+        assert result is not None
+        assert abs(result.timestamp() - seconds) < 1e-3
 
 
 @on_one_version
@@ -144,12 +144,12 @@ def test_zero_dates_that_an_earlier_version_stored_count_as_not_given(archive: A
 @pytest.mark.parametrize("place", ["timestamp", "updatedAt", "createdAt", "all"])
 def test_i6_a_time_of_the_future_does_not_beat_history(archive: Archive, place: str) -> None:
     names = ["timestamp", "updatedAt", "createdAt"] if place == "all" else [place]
-    told = [("user", "What does it cost?"), ("assistant", "FINAL ANSWER")]
+    result = [("user", "What does it cost?"), ("assistant", "FINAL ANSWER")]
     for number, future in enumerate(FUTURE):
         times = {"timestamp": at(1), "updatedAt": at(1)} | dict.fromkeys(names, future)
         archive.webhook(1, revision("PARTIAL", session_id=f"s{number}", **times))
-        archive.reading(10, answer(*told, session_id=f"s{number}", createdAt=future), session_id=f"s{number}")
-    assert [(role, content) for _, role, content, _ in archive.transcript()] == told * len(FUTURE)
+        archive.reading(10, answer(*result, session_id=f"s{number}", createdAt=future), session_id=f"s{number}")
+    assert [(role, content) for _, role, content, _ in archive.transcript()] == result * len(FUTURE)
     assert archive.rows("SELECT DISTINCT state FROM analytics.coverage") == [("repaired",)]
     archived = archive.dump()
     list(rebuild(archive.engine, TIMING))
@@ -196,7 +196,7 @@ def test_an_answer_that_history_does_not_show_leaves_a_session_unverified(archiv
 
 
 @on_one_version
-def test_a_revision_after_the_last_reading_that_told_messages_is_not_agreed(archive: Archive) -> None:
+def test_a_revision_after_the_last_reading_with_messages_is_not_agreed(archive: Archive) -> None:
     archive.webhook(1, revision("draft", timestamp=at(1), updatedAt=at(1)))
     archive.reading(10, answer(("user", "What does it cost?"), ("assistant", "draft")))
     archive.webhook(15, revision("final", timestamp=at(15), updatedAt=at(15)))
@@ -216,17 +216,17 @@ def _derived(revisions: list[tuple[Any, ...]], said: list[tuple[str, str]]) -> R
     facts: dict[str, list[Fact]] = {}
     for number, text, output, created_at, updated_at, told_at, minute in revisions:
         content = chat(f"c{number}", input=text, output=output, createdAt=created_at, updatedAt=updated_at)
-        told = events.parse(event("chat.created", told_at, content))
-        assert isinstance(told, Event)
-        fact = Fact(told, "webhook", START + timedelta(minutes=minute), told.occurred_at)
+        result = events.parse(event("chat.created", told_at, content))
+        assert isinstance(result, Event)
+        fact = Fact(result, "webhook", START + timedelta(minutes=minute), result.occurred_at)
         facts.setdefault(f"c{number}", []).append(fact)
     turns: dict[str, Turn] = {chat_id: fold(own) for chat_id, own in facts.items()}
     read_at = START + timedelta(minutes=10)
     reading = Reading(
-        history.READ, read_at, read_at, 1, history.told(history.READ, "s", answer(*said, session_id="s"))
+        history.READ, read_at, read_at, 1, history.parse_snapshot(history.READ, "s", answer(*said, session_id="s"))
     )
     heard_at = [fact.received_at for own in facts.values() for fact in own]
-    return derive(Story("s", turns, [reading], [], heard_at, []), TIMING)
+    return derive(SessionFacts("s", turns, [reading], [], heard_at, []), TIMING)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -239,11 +239,11 @@ def _derived(revisions: list[tuple[Any, ...]], said: list[tuple[str, str]]) -> R
 def test_i6_a_complete_session_has_the_texts_of_its_history(
     revisions: list[tuple[Any, ...]], turns: list[tuple[str, str]], is_cut: bool
 ) -> None:
-    said = [message for text, output in turns for message in (("user", text), ("assistant", output))]
-    said = said[: len(said) - is_cut]
-    rows = _derived(revisions, said)
+    texts = [message for text, output in turns for message in (("user", text), ("assistant", output))]
+    texts = texts[: len(texts) - is_cut]
+    rows = _derived(revisions, texts)
     if rows.session["coverage"] in {"complete", "repaired"}:
-        assert [(row["role"], row["content"]) for row in rows.messages] == said
+        assert [(row["role"], row["content"]) for row in rows.messages] == texts
 
 
 @settings(max_examples=100, deadline=None)
@@ -253,5 +253,5 @@ def test_no_archived_time_is_later_than_its_arrival(revisions: list[tuple[Any, .
     latest = START + timedelta(minutes=10) + CLOCK_TOLERANCE
     times = [row[name] for row in [rows.session, *rows.chats] for name in row if name.endswith("_at")]
     assert all(EARLIEST <= time <= latest + TIMING.lifetime for time in times if time is not None)
-    told = [row[name] for row in rows.chats for name in ("created_at", "updated_at", "occurred_at")]
-    assert all(time <= latest for time in told if time is not None)
+    result = [row[name] for row in rows.chats for name in ("created_at", "updated_at", "occurred_at")]
+    assert all(time <= latest for time in result if time is not None)

@@ -35,7 +35,7 @@ def fill(engine: Engine) -> None:
         assert isinstance(event, events.Event)
         record(engine, ledger.Observation(event, NOW + timedelta(minutes=number), events.WEBHOOK, "key"))
     body = b'{"session": {"messages": [{"role": "user", "content": "only history"}]}}'
-    record(engine, ledger.Observation(history.observe("s2", 200, body), NOW, history.SOURCE, None))
+    record(engine, ledger.Observation(history.parse_history("s2", 200, body), NOW, history.SOURCE, None))
     with engine.begin() as connection:
         for statement in (
             "INSERT INTO archiver.quarantine (received_at, last_received_at, delivery_count, reason, detail, body,"
@@ -57,12 +57,12 @@ def record(engine: Engine, observation: ledger.Observation) -> None:
 def contents(engine: Engine) -> Mapping[str, Rows]:
     """The rows of each table that there is."""
     with transaction(engine) as connection:
-        found = {}
+        values = {}
         for table in TABLES:
             if connection.scalar(text("SELECT to_regclass(:name)"), {"name": f"archiver.{table}"}) is not None:
                 query = text(f"SELECT to_jsonb(t)::text FROM archiver.{table} t ORDER BY 1")
-                found[table] = [json.loads(row) for row in connection.scalars(query)]
-        return found
+                values[table] = [json.loads(row) for row in connection.scalars(query)]
+        return values
 
 
 def copy(source: Mapping[str, Rows], engine: Engine) -> None:
@@ -83,8 +83,8 @@ def copy(source: Mapping[str, Rows], engine: Engine) -> None:
 
 
 def archived(engine: Engine) -> list[Rows]:
-    found = contents(engine)
-    return [found[table] for table in ("sessions", "chats", "messages")]
+    result = contents(engine)
+    return [result[table] for table in ("sessions", "chats", "messages")]
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
@@ -106,10 +106,14 @@ def test_a_database_with_data_is_upgraded_from_each_revision(
 
     after = contents(older)
     for table, rows in before.items():
-        kept = sorted(({name: row.get(name) for name in rows[0]} for row in after[table]), key=str) if rows else []
+        remaining = (
+            sorted(({name: row.get(name) for name in rows[0]} for row in after[table]), key=str) if rows else []
+        )
         # Migration 0002 makes sessions due that were never read.
         ignored = {"reconcile_at", "read_by"} if table == "sessions" else set()
-        assert [without(row, ignored) for row in kept] == [without(row, ignored) for row in sorted(rows, key=str)]
+        assert [without(row, ignored) for row in remaining] == [
+            without(row, ignored) for row in sorted(rows, key=str)
+        ]
 
     for _ in rebuild(older, TIMING):
         pass

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from archiver.alignment.wording import are_alike, key_of
+from archiver.alignment.wording import are_similar, text_key
 from archiver.events.normal import normal_text
 
 CHANGES: dict[str, Callable[[str], str]] = {
@@ -46,7 +46,7 @@ changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @changes
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_change_of_writing_changes_no_key(change: Callable[[str], str], text: str) -> None:
-    assert key_of("user", change(text)) == key_of("user", text)
+    assert text_key("user", change(text)) == text_key("user", text)
 
 
 _texts = st.text(st.sampled_from("ab é&<'\"-\n12€"), max_size=30)
@@ -63,8 +63,8 @@ def test_any_changes_of_writing_change_no_key(text: str, names: list[str]) -> No
 
 @pytest.mark.parametrize("role", ["user", "User", "HUMAN", "human", " customer "])
 def test_names_of_roles_are_no_difference(role: str) -> None:
-    assert key_of(role, "x") == ("user", "x")
-    assert key_of({"user": "ai"}.get(role, "Model"), "x") == ("assistant", "x")
+    assert text_key(role, "x") == ("user", "x")
+    assert text_key({"user": "ai"}.get(role, "Model"), "x") == ("assistant", "x")
 
 
 DIFFERENT = [
@@ -108,8 +108,8 @@ DIFFERENT = [
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_different_texts_are_neither_equal_nor_alike(one: str, other: str) -> None:
     assert normal_text(one) != normal_text(other)
-    assert not are_alike(normal_text(one), normal_text(other))
-    assert not are_alike(normal_text(other), normal_text(one))
+    assert not are_similar(normal_text(one), normal_text(other))
+    assert not are_similar(normal_text(other), normal_text(one))
 
 
 LONG = "This is a rather long message of a user, which some system stored in a column that is too short for it. " * 3
@@ -144,13 +144,13 @@ ALIKE = [
 
 @pytest.mark.parametrize(("one", "other"), ALIKE)
 def test_texts_that_were_cut_masked_or_reformatted_are_alike(one: str, other: str) -> None:
-    assert are_alike(normal_text(one), normal_text(other))
-    assert are_alike(normal_text(other), normal_text(one))
+    assert are_similar(normal_text(one), normal_text(other))
+    assert are_similar(normal_text(other), normal_text(one))
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_different_numbers_are_never_alike(one: int, other: int) -> None:
-    assert are_alike(f"please cancel my order number {one}", f"please cancel my order number {other}") == (
+    assert are_similar(f"please cancel my order number {one}", f"please cancel my order number {other}") == (
         one == other
     )
 
@@ -169,5 +169,5 @@ def test_different_numbers_are_never_alike(one: int, other: int) -> None:
 )
 def test_i12_no_text_of_a_user_takes_long_to_compare(masked: str, whole: str) -> None:
     started = process_time()
-    assert not are_alike(masked, whole)
+    assert not are_similar(masked, whole)
     assert process_time() - started < 2

@@ -62,8 +62,8 @@ class CallHQ:
     def session(self, name: str, *inputs: str) -> Session:
         """A session in which this was said, and answered."""
         session = self.upstream.create_session(name, "assistant-1")
-        for said in inputs:
-            self.upstream.create_chat(session.id, said, None)
+        for texts in inputs:
+            self.upstream.create_chat(session.id, texts, None)
         return session
 
 

@@ -1,4 +1,4 @@
-"""Turns whose lines the evidence does not decide.
+"""Find turns whose lines cannot be decided from the evidence.
 
 A turn is ambiguous where other lines fit it as well as those that it has:
 
@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 from archiver.alignment.candidates import SKEW, Candidates, Match
 from archiver.alignment.placement import Placement
-from archiver.alignment.shapes import Turn
+from archiver.alignment.shapes import TurnMessages
 from archiver.alignment.wording import Key
 
 _PASSES = 16  # turns that move one after the other, each to the place of the next
 
 
 class _Move(NamedTuple):
-    """A turn, lines that fit it as well, and the turns that have them now."""
+    """A turn, other lines that fit it equally well, and the turns that hold those lines."""
 
     turn: int
     start: int
@@ -39,25 +39,25 @@ class _Move(NamedTuple):
 
 
 def ambiguous_turns(
-    turns: Sequence[Turn], candidates: Candidates, placement: Placement, *, is_dated: bool
+    turns: Sequence[TurnMessages], candidates: Candidates, placement: Placement, *, is_dated: bool
 ) -> frozenset[int]:
-    """The placed turns, by their place in order of `began_at`, that could have other lines.
+    """Return the placed turns (by index in order of `began_at`) that could have other lines.
 
     `is_dated`: it is certain when each line was read for the first time; else that decides nothing.
     """
     error = _time_error(turns, placement)
     owners = _owners(placement)
-    is_torn = _is_torn(turns, candidates, placement, owners)
-    told = Counter(chain.from_iterable({*told.keys} for told in candidates.told))
-    found = {
+    has_mixed_deletions = _has_mixed_deletions(turns, candidates, placement, owners)
+    text_counts = Counter(chain.from_iterable({*text_counts.keys} for text_counts in candidates.turn_texts))
+    values = {
         turn
         for turn, match in placement.matches.items()
-        if (is_torn or _may_be_gone(turns[turn], turn, placement, candidates))
+        if (has_mixed_deletions or _may_be_deleted(turns[turn], turn, placement, candidates))
         and (
-            _recurs(turn, candidates, told)
+            _repeats(turn, candidates, text_counts)
             or match.jumps
             or _is_partly_shown(match, candidates)
-            or _begins_late(match, candidates, owners)
+            or _follows_unclaimed_question(match, candidates, owners)
         )
     }
     moves = []
@@ -74,44 +74,46 @@ def ambiguous_turns(
                     )
                     for holder in holders
                 ):
-                    found |= swap
-    return frozenset(_spread(found, moves, turns, placement, len(candidates.spine.lines)))
+                    values |= swap
+    return frozenset(_spread(values, moves, turns, placement, len(candidates.merged.lines)))
 
 
-def _may_be_gone(turn: Turn, number: int, placement: Placement, candidates: Candidates) -> bool:
-    """Whether a turn was deleted, and the lines that it has, still shown, may be those of another."""
+def _may_be_deleted(turn: TurnMessages, number: int, placement: Placement, candidates: Candidates) -> bool:
+    """Return whether a deleted turn may have left, and its lines may be those of another turn."""
     match = placement.matches[number]
-    return turn.is_deleted and any(line.in_history for line in candidates.spine.lines[match.start : match.end])
+    return turn.is_deleted and any(line.in_history for line in candidates.merged.lines[match.start : match.end])
 
 
-def _is_torn(turns: Sequence[Turn], candidates: Candidates, placement: Placement, owners: Mapping[int, int]) -> bool:
-    """Whether turns were deleted and lines vanished that are not theirs: equal ones may have been taken for them."""
+def _has_mixed_deletions(
+    turns: Sequence[TurnMessages], candidates: Candidates, placement: Placement, owners: Mapping[int, int]
+) -> bool:
+    """Return whether deleted turns and vanished lines do not match, so that equal lines may be confused."""
     if not any(turn.is_deleted and turn.messages for turn in turns):
         return False
-    vanished = (index for index, line in enumerate(candidates.spine.lines) if line.in_history is False)
+    vanished = (index for index, line in enumerate(candidates.merged.lines) if line.in_history is False)
     return any(index not in owners or not turns[owners[index]].is_deleted for index in vanished)
 
 
 def _is_partly_shown(match: Match, candidates: Candidates) -> bool:
-    return len({line.in_history for line in candidates.spine.lines[match.start : match.end]}) > 1
+    return len({line.in_history for line in candidates.merged.lines[match.start : match.end]}) > 1
 
 
-def _begins_late(match: Match, candidates: Candidates, owners: Mapping[int, int]) -> bool:
-    """Whether the user says something right before it that no turn has."""
+def _follows_unclaimed_question(match: Match, candidates: Candidates, owners: Mapping[int, int]) -> bool:
+    """Return whether a user line without a turn directly precedes the match."""
     before = match.start - 1
-    return before >= 0 and candidates.spine.is_user(before) and before not in owners
+    return before >= 0 and candidates.merged.is_user(before) and before not in owners
 
 
-def _recurs(turn: int, candidates: Candidates, told: Mapping[Key, int]) -> bool:
-    """Whether what a turn says first occurs more than once."""
-    key = candidates.told[turn].keys[0]
-    return len(candidates.spine.places.get(key, ())) > 1 or told[key] > 1
+def _repeats(turn: int, candidates: Candidates, counts: Mapping[Key, int]) -> bool:
+    """Return whether the first text of a turn occurs more than once."""
+    key = candidates.turn_texts[turn].keys[0]
+    return len(candidates.merged.places.get(key, ())) > 1 or counts[key] > 1
 
 
 def _spread(
-    found: set[int], moves: Sequence[_Move], turns: Sequence[Turn], placement: Placement, lines: int
+    found: set[int], moves: Sequence[_Move], turns: Sequence[TurnMessages], placement: Placement, lines: int
 ) -> set[int]:
-    """Add the turns that could go where nothing stands, or only turns that could go elsewhere themselves."""
+    """Add turns that could move to free lines, or only to lines of turns that could move themselves."""
     deleted = {turn for turn, each in enumerate(turns) if each.is_deleted}
     for _ in range(_PASSES if moves else 0):
         certain = Placement(placement.matches, placement.in_order - found - deleted)
@@ -127,8 +129,8 @@ def _spread(
     return found
 
 
-def _time_error(turns: Sequence[Turn], placement: Placement) -> timedelta:
-    """Two times that differ by no more than this may be in the wrong order.
+def _time_error(turns: Sequence[TurnMessages], placement: Placement) -> timedelta:
+    """Return the largest observed error of times: two times closer than this may be in the wrong order.
 
     Each may be wrong by `SKEW`; more where the times of the turns contradict the order of their lines by more.
     """

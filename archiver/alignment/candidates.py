@@ -1,7 +1,9 @@
-"""Where a turn may stand in the spine.
+"""Find the lines of the merged history that a turn may match.
 
-A turn matches from a line on when its messages and the lines run in parallel; texts are compared by `wording.key_of`.
-A line that is not a user's may be skipped (tool and system messages, an output that the webhook did not tell), and so
+A turn matches from a line on when its messages and the lines run in parallel; texts are compared by
+`wording.text_key`.
+A line that is not a user's may be skipped (tool and system messages, an output that the webhook did not report), and
+so
 may a blank message, which upstream may leave out. Between two inputs only asides may be skipped: an answer ends a
 turn. The match is *full* when every message with content was found, *partial* when every such input was.
 """
@@ -15,9 +17,9 @@ from itertools import accumulate, pairwise
 
 import msgspec
 
-from archiver.alignment.shapes import USER, Line, Turn
+from archiver.alignment.shapes import USER, TranscriptLine, TurnMessages
 from archiver.alignment.subsequence import align, common_subsequence
-from archiver.alignment.wording import Key, are_alike, is_cut, key_of
+from archiver.alignment.wording import Key, are_similar, is_cut, text_key
 
 NEARBY = 32  # places of an often repeated text that are tried for one turn
 SKEW = timedelta(seconds=40)  # by which the time of a turn is believed to be wrong at most
@@ -26,7 +28,8 @@ ASIDES = frozenset({"system", "developer", "tool", "function"})  # roles of line
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
-    """A turn at the lines `start` to `end`, exclusive; `pairs` of (message of the turn, line), ascending in both.
+    """A match of a turn with the lines `start` to `end` (exclusive); `pairs` of (message index, line), both
+    ascending.
 
     `asides`: skipped lines that webhooks often do not report; `jumps`: other skipped lines; `is_exact`: no pair
     differs in writing.
@@ -41,14 +44,14 @@ class Match(msgspec.Struct, frozen=True, gc=False):
     is_exact: bool = True
 
 
-class Spine:
-    """The lines, by text too, and which of them turns have claimed."""
+class MergedHistory:
+    """The lines of the merged history, indexed by text, with a flag for lines that turns have claimed."""
 
-    def __init__(self, lines: Sequence[Line]) -> None:
+    def __init__(self, lines: Sequence[TranscriptLine]) -> None:
         self.lines = lines
         self.taken = bytearray(len(lines))
         # One more at the end stands for both ends: a walk that runs off either stops there as at a user's line.
-        self.keys: list[Key | None] = [*(key_of(line.role, line.content) for line in lines), None]
+        self.keys: list[Key | None] = [*(text_key(line.role, line.content) for line in lines), None]
         self._is_user = [*(key is None or key[0] == USER for key in self.keys)]
         self._is_aside = [*(key is not None and (key[0] in ASIDES or not key[1]) for key in self.keys)]
         self.places: defaultdict[Key | None, list[int]] = defaultdict(list)
@@ -62,21 +65,23 @@ class Spine:
         self.taken[match.start : match.end] = b"\1" * (match.end - match.start)
 
     def is_user(self, line: int) -> bool:
-        """Whether the user says this line, or nothing stands there."""
+        """Return whether the line is a user message or the end of the history."""
         return self._is_user[line]
 
     def is_aside(self, line: int) -> bool:
-        """Whether webhooks often do not report this line."""
+        """Return whether webhooks often omit this line (system, tool and blank messages)."""
         return self._is_aside[line]
 
-    def walk(self, told: "Told", messages: Iterable[int], line: int, step: int) -> list[tuple[int, int]] | None:
-        """Pairs of `messages`, by index, and lines from `line` on, up or down; None where a message is missing."""
+    def walk(
+        self, turn_text: "TurnText", messages: Iterable[int], line: int, step: int
+    ) -> list[tuple[int, int]] | None:
+        """Pair `messages` with lines from `line` on, in direction `step`; None if a message is missing."""
         pairs = []
         for message in messages:
             # The step that leads down to an input, or up from one to the input before, passes no answer.
-            is_among_inputs = message < told.inputs - (step < 0)
-            while self.keys[line] != told.keys[message]:
-                if message not in told.required:
+            is_among_inputs = message < turn_text.inputs - (step < 0)
+            while self.keys[line] != turn_text.keys[message]:
+                if message not in turn_text.required:
                     break
                 if self._is_user[line] or (is_among_inputs and not self._is_aside[line]):
                     return None
@@ -87,27 +92,27 @@ class Spine:
         return pairs
 
     def answers_from(self, line: int) -> list[Key | None]:
-        """The lines from `line` up to the next user's."""
+        """Return the lines from `line` up to the next user message."""
         return self.keys[line : self._is_user.index(True, line)]
 
-    def match(self, turn: "Told", pairs: list[tuple[int, int]], *, is_full: bool) -> Match:
+    def match(self, turn: "TurnText", pairs: list[tuple[int, int]], *, is_full: bool) -> Match:
         start, end = pairs[0][1], pairs[-1][1] + 1
         asides = jumps = 0
         if end - start > len(pairs):
-            found = {line for _, line in pairs}
-            skipped = [line for line in range(start, end) if line not in found]
+            values = {line for _, line in pairs}
+            skipped = [line for line in range(start, end) if line not in values]
             asides = sum(self._is_aside[line] for line in skipped)
             jumps = len(skipped) - asides
         is_exact = all(turn.messages[message].content == self.lines[line].content for message, line in pairs)
         return Match(start, end, tuple(pairs), is_full, asides, jumps, is_exact)
 
 
-class Told:
-    """What a turn tells, shared by all turns that tell the same; remembers where it was found."""
+class TurnText:
+    """The text of a turn, shared by all turns with the same text; caches its matches."""
 
-    def __init__(self, turn: Turn, spine: Spine) -> None:
+    def __init__(self, turn: TurnMessages, merged: MergedHistory) -> None:
         self.messages = turn.messages
-        self.keys = [key_of(message.role, message.content) for message in turn.messages]
+        self.keys = [text_key(message.role, message.content) for message in turn.messages]
         filled = [index for index, (_, content) in enumerate(self.keys) if content]
         # A history may omit the instructions and the results of tools that the application sends to its assistant.
         filled = [index for index in filled if index >= turn.inputs or self.keys[index][0] not in ASIDES] or filled
@@ -116,16 +121,16 @@ class Told:
         self.inputs = turn.inputs
         self.has_output = any(index >= turn.inputs for index in filled)
         # The rarest text leaves the fewest places to try.
-        self.anchor = self._rarest(self.required, spine)
+        self.anchor = self._rarest(self.required, merged)
         inputs = [index for index in self.required if index < turn.inputs]
-        self.input_anchor = self._rarest(inputs, spine) if inputs and self.has_output else None
-        self._spine = spine
+        self.input_anchor = self._rarest(inputs, merged) if inputs and self.has_output else None
+        self._merged = merged
         self._full: dict[int, Match | None] = {}
         self._partial: dict[int, Match | None] = {}
 
-    def _rarest(self, messages: Iterable[int], spine: Spine) -> int | None:
-        """The message whose text the spine holds least often; None if it lacks one."""
-        count, rarest = min((len(spine.places.get(self.keys[index], ())), index) for index in messages)
+    def _rarest(self, messages: Iterable[int], merged: MergedHistory) -> int | None:
+        """Return the message that occurs least often in the merged history; None if one is missing."""
+        count, rarest = min((len(merged.places.get(self.keys[index], ())), index) for index in messages)
         return rarest if count else None
 
     def full_at(self, line: int) -> Match | None:
@@ -142,7 +147,7 @@ class Told:
 
     def _find_full(self, line: int) -> Match | None:
         pairs = self._around(self.anchor, line, len(self.keys))
-        return self._spine.match(self, pairs, is_full=True) if pairs else None
+        return self._merged.match(self, pairs, is_full=True) if pairs else None
 
     def _find_partial(self, line: int) -> Match | None:
         pairs = self._around(self.input_anchor, line, self.inputs)
@@ -150,24 +155,26 @@ class Told:
             return None
         begin = pairs[-1][1] + 1
         pairs += self.outputs_from(begin)
-        return self._spine.match(self, pairs, is_full=False)
+        return self._merged.match(self, pairs, is_full=False)
 
     def outputs_from(self, begin: int) -> list[tuple[int, int]]:
-        """Pairs of outputs and the lines from `begin` up to the next user's, those that are alike included.
+        """Pair outputs with lines from `begin` up to the next user message, including similar ones.
 
         Between two equal ones, or those and an end, one output is alike to the one line that stands there, unless it
         is the beginning of that line: then it may have been reported before the rest existed.
         """
-        said, shown = self.keys[self.inputs :], self._spine.answers_from(begin)
-        equal = common_subsequence(said, shown)
+        turn_keys, history_keys = self.keys[self.inputs :], self._merged.answers_from(begin)
+        equal = common_subsequence(turn_keys, history_keys)
         pairs = []
-        for (said_before, shown_before), (at_said, at_shown) in pairwise([(-1, -1), *equal, (len(said), len(shown))]):
-            outputs = [each for each in range(said_before + 1, at_said) if self._is_answer(said[each])]
-            lines = [each for each in range(shown_before + 1, at_shown) if self._is_answer(shown[each])]
-            if len(outputs) == len(lines) == 1 and _is_alike(said[outputs[0]], shown[lines[0]]):
+        for (turn_before, history_before), (turn_at, history_at) in pairwise(
+            [(-1, -1), *equal, (len(turn_keys), len(history_keys))]
+        ):
+            outputs = [each for each in range(turn_before + 1, turn_at) if self._is_answer(turn_keys[each])]
+            lines = [each for each in range(history_before + 1, history_at) if self._is_answer(history_keys[each])]
+            if len(outputs) == len(lines) == 1 and _is_similar(turn_keys[outputs[0]], history_keys[lines[0]]):
                 pairs.append((self.inputs + outputs[0], begin + lines[0]))
-            if at_said < len(said):
-                pairs.append((self.inputs + at_said, begin + at_shown))
+            if turn_at < len(turn_keys):
+                pairs.append((self.inputs + turn_at, begin + history_at))
         return pairs
 
     @staticmethod
@@ -177,90 +184,93 @@ class Told:
     def _around(self, anchor: int | None, line: int, end: int) -> list[tuple[int, int]] | None:
         if anchor is None:
             return None
-        after = self._spine.walk(self, range(anchor + 1, end), line + 1, 1)
-        before = None if after is None else self._spine.walk(self, range(anchor - 1, -1, -1), line - 1, -1)
+        after = self._merged.walk(self, range(anchor + 1, end), line + 1, 1)
+        before = None if after is None else self._merged.walk(self, range(anchor - 1, -1, -1), line - 1, -1)
         return None if after is None or before is None else [*reversed(before), (anchor, line), *after]
 
 
-def _is_alike(output: Key, line: Key | None) -> bool:
+def _is_similar(output: Key, line: Key | None) -> bool:
     return (
-        line is not None and output[0] == line[0] and not is_cut(output[1], line[1]) and are_alike(output[1], line[1])
+        line is not None
+        and output[0] == line[0]
+        and not is_cut(output[1], line[1])
+        and are_similar(output[1], line[1])
     )
 
 
 class Candidates:
-    """The matches worth trying, by turn; turns are named by their place in order of `began_at`."""
+    """The matches to try for each turn; turns are numbered in order of `began_at`."""
 
-    def __init__(self, lines: Sequence[Line], turns: Sequence[Turn]) -> None:
-        self.spine = Spine(lines)
+    def __init__(self, lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages]) -> None:
+        self.merged = MergedHistory(lines)
         self._turns = turns
-        told: dict[tuple[object, int], Told] = {}
-        self.told = []
+        known_texts: dict[tuple[object, int], TurnText] = {}
+        self.turn_texts = []
         for turn in turns:
-            tells = (turn.messages, turn.inputs)
-            if tells not in told:
-                told[tells] = Told(turn, self.spine)
-            self.told.append(told[tells])
+            identity = (turn.messages, turn.inputs)
+            if identity not in known_texts:
+                known_texts[identity] = TurnText(turn, self.merged)
+            self.turn_texts.append(known_texts[identity])
 
     def full(self, turn: int) -> list[Match]:
-        """Full matches; those of a turn that tells no output only where a reading could show it."""
-        told = self.told[turn]
-        return [match for line in self._nearby(turn, told.anchor) if (match := self.full_at(turn, line))]
+        """Return full matches; for a turn without output only where a reading could show it."""
+        turn_text = self.turn_texts[turn]
+        return [match for line in self._nearby(turn, turn_text.anchor) if (match := self.full_at(turn, line))]
 
     def partial(self, turn: int) -> list[Match]:
         """Partial matches where a reading could show the turn."""
-        told = self.told[turn]
-        lines = (line for line in self._nearby(turn, told.input_anchor) if self.could_show(turn, line))
-        return [match for line in lines if (match := told.partial_at(line))]
+        turn_text = self.turn_texts[turn]
+        lines = (line for line in self._nearby(turn, turn_text.input_anchor) if self.could_show(turn, line))
+        return [match for line in lines if (match := turn_text.partial_at(line))]
 
     def full_at(self, turn: int, line: int) -> Match | None:
-        """The full match with the anchor at `line`, unless inputs are its only evidence and the line is too old."""
-        told = self.told[turn]
-        return told.full_at(line) if told.has_output or self.could_show(turn, line) else None
+        """Return the full match at `line`, unless only inputs match and the line is too old."""
+        turn_text = self.turn_texts[turn]
+        return turn_text.full_at(line) if turn_text.has_output or self.could_show(turn, line) else None
 
     def free_places(self, turn: int) -> Iterator[int]:
-        """Every unclaimed line that has the text of the anchor."""
-        told = self.told[turn]
-        places = () if told.anchor is None else self.spine.places[told.keys[told.anchor]]
-        return (place for place in places if not self.spine.taken[place])
+        """Yield every unclaimed line with the text of the anchor."""
+        turn_text = self.turn_texts[turn]
+        places = () if turn_text.anchor is None else self.merged.places[turn_text.keys[turn_text.anchor]]
+        return (place for place in places if not self.merged.taken[place])
 
     def could_show(self, turn: int, line: int) -> bool:
-        """Whether a reading that showed this line was taken after the turn began."""
-        last_read_at = self.spine.lines[line].last_read_at
+        """Return whether a reading that showed this line was taken after the turn began."""
+        last_read_at = self.merged.lines[line].last_read_at
         return last_read_at is not None and last_read_at >= self._turns[turn].began_at - SKEW
 
     def untimely(self, turn: int, line: int) -> timedelta:
-        """By how much the turn began too early or too late to begin at this line; zero where it did not.
+        """Return by how much the turn began too early or too late for this line; zero if in time.
 
         A line that a reading showed was said before it. One that follows what an earlier reading showed at last was
         said after that reading.
         """
         began_at = self._turns[turn].began_at
-        first_read_at = self.spine.lines[line].first_read_at
+        first_read_at = self.merged.lines[line].first_read_at
         if first_read_at is None or began_at > first_read_at:
             return timedelta.max if first_read_at is None else began_at - first_read_at
-        after = self._said_after[line]
+        after = self._times_of_later_lines[line]
         return after - began_at if after is not None and began_at < after else timedelta()
 
     @cached_property
-    def _said_after(self) -> list[datetime | None]:
-        """Of each line the latest reading that showed neither it nor any line after it."""
-        lines = self.spine.lines
+    def _times_of_later_lines(self) -> list[datetime | None]:
+        """Return for each line the latest reading that showed neither it nor a later line."""
+        lines = self.merged.lines
         readings = sorted({line.first_read_at for line in lines if line.first_read_at} - {None})
-        found: list[datetime | None] = []
+        result: list[datetime | None] = []
         earliest: datetime | None = None
         for line in reversed(lines):
             if line.first_read_at is not None and (earliest is None or line.first_read_at < earliest):
                 earliest = line.first_read_at
             before = bisect_left(readings, earliest) if earliest else 0
-            found.append(readings[before - 1] if before else None)
-        return found[::-1]
+            result.append(readings[before - 1] if before else None)
+        return result[::-1]
 
     def _nearby(self, turn: int, anchor: int | None) -> list[int]:
-        """Where the anchor's text stands; of many places those next to where the whole conversation has it."""
+        """Return the lines with the anchor's text; of many only those nearest to the expected line."""
         if anchor is None:
             return []
-        places = self.spine.places[self.told[turn].keys[anchor]]
+        places = self.merged.places[self.turn_texts[turn].keys[anchor]]
         if len(places) <= NEARBY:
             return places
         middle = bisect_left(places, self._expected[self._offsets[turn] + anchor])
@@ -269,14 +279,14 @@ class Candidates:
 
     @cached_property
     def _offsets(self) -> list[int]:
-        return [*accumulate((len(told.keys) for told in self.told), initial=0)]
+        return [*accumulate((len(turn_text.keys) for turn_text in self.turn_texts), initial=0)]
 
     @cached_property
     def _expected(self) -> list[int]:
-        """The line of each message of all turns in a row, if these are aligned as one text, or of the one before."""
-        said = [key for told in self.told for key in told.keys]
-        keys = self.spine.keys[:-1]
-        lines = [0] * len(said)
-        for line, message in align(keys, said):
+        """Return the expected line of each message, from an alignment of all turns as one text."""
+        turn_keys = [key for turn_text in self.turn_texts for key in turn_text.keys]
+        keys = self.merged.keys[:-1]
+        lines = [0] * len(turn_keys)
+        for line, message in align(keys, turn_keys):
             lines[message] = line
         return [*accumulate(lines, max)]

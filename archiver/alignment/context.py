@@ -1,6 +1,7 @@
-"""What a turn repeats of the conversation before it: some clients send all of it, or the end of it, with each turn.
+"""Remove from a turn the earlier conversation that some clients send again with it.
 
-`own_messages` removes it by form alone: in an input, what stands up to the last answer before the user's words, and
+`messages_of_turn` removes it by form alone: in an input, what stands up to the last answer before the user's words,
+and
 after them the answer itself or a blank in its place; in an output, what stands up to the last of the user's words.
 `without_repeats` removes what only the history can show to be a repeat. The ledger keeps the bytes.
 """
@@ -11,8 +12,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from archiver.alignment.candidates import ASIDES, PROMPTS, SKEW
-from archiver.alignment.shapes import USER, Line, Turn
-from archiver.alignment.wording import Key, key_of, normal_role
+from archiver.alignment.shapes import USER, TranscriptLine, TurnMessages
+from archiver.alignment.wording import Key, normal_role, text_key
 from archiver.events import Message
 
 _BLANK = frozenset({"text", "empty", "null"})  # shapes of a message that says nothing where its text is blank
@@ -21,47 +22,57 @@ _PLACES = 64  # of an often repeated text that are looked at
 Messages = tuple[Message, ...]
 
 
-def own_messages(said: Messages, answered: Messages) -> tuple[Messages, Messages]:
-    """Input and output of a turn without the conversation before it.
+def messages_of_turn(input_messages: Messages, output_messages: Messages) -> tuple[Messages, Messages]:
+    """Return input and output of a turn without the earlier conversation.
 
     Where there is no input, the user's last words in the output are it.
     """
-    if len(said) > 1:
-        said = said[_context_end(said) :]
-    end = _last_of(answered, is_user=True) if len(answered) > 1 else 0
-    if 0 < end < len(answered) or (end and said and _ends_with(answered, _without_answer(said, ()))):
-        if not said:
+    if len(input_messages) > 1:
+        input_messages = input_messages[_context_end(input_messages) :]
+    end = _last_of(output_messages, is_user=True) if len(output_messages) > 1 else 0
+    if 0 < end < len(output_messages) or (
+        end and input_messages and _ends_with(output_messages, _without_answer(input_messages, ()))
+    ):
+        if not input_messages:
             begin = end
-            while begin and normal_role(answered[begin - 1].role) == USER:
+            while begin and normal_role(output_messages[begin - 1].role) == USER:
                 begin -= 1
-            said = answered[begin:end]
-        answered = answered[end:]
-    return _without_answer(said, answered) if len(said) > 1 else said, answered
+            input_messages = output_messages[begin:end]
+        output_messages = output_messages[end:]
+    return _without_answer(input_messages, output_messages) if len(
+        input_messages
+    ) > 1 else input_messages, output_messages
 
 
-def _without_answer(said: Messages, answered: Messages) -> Messages:
-    """The input without what follows the user's words: blanks that await the answer, or the answer itself."""
-    end = _last_of(said, is_user=True)
-    after = said[end:]
+def _without_answer(input_messages: Messages, output_messages: Messages) -> Messages:
+    """Return the input without trailing blanks or answers after the last user message."""
+    end = _last_of(input_messages, is_user=True)
+    after = input_messages[end:]
     if not end or not after or any(normal_role(message.role) in ASIDES for message in after):
-        return said
+        return input_messages
     filled = [message for message in after if message.content.strip() or message.shape not in _BLANK]
-    return said[:end] if not filled or _keys(filled) == _keys(answered[: len(filled)]) else said
+    return (
+        input_messages[:end]
+        if not filled or _keys(filled) == _keys(output_messages[: len(filled)])
+        else input_messages
+    )
 
 
-def _ends_with(answered: Messages, said: Messages) -> bool:
-    """Whether an output repeats the conversation up to this input, and nothing was answered yet."""
-    return len(answered) > len(said) and _keys(answered[-len(said) :]) == _keys(said)
+def _ends_with(output_messages: Messages, input_messages: Messages) -> bool:
+    """Return whether the output only repeats the conversation up to this input."""
+    return len(output_messages) > len(input_messages) and _keys(output_messages[-len(input_messages) :]) == _keys(
+        input_messages
+    )
 
 
 def _keys(messages: Sequence[Message]) -> list[Key]:
-    return [key_of(message.role, message.content) for message in messages]
+    return [text_key(message.role, message.content) for message in messages]
 
 
-def _context_end(said: Messages) -> int:
-    """Where the new words begin: after the last answer that words of the user follow."""
-    last = _last_of(said, is_user=True)
-    return _last_of(said[:last], is_user=False)
+def _context_end(input_messages: Messages) -> int:
+    """Return the index at which the new input begins: after the last answer followed by a user message."""
+    last = _last_of(input_messages, is_user=True)
+    return _last_of(input_messages[:last], is_user=False)
 
 
 def _last_of(messages: Messages, *, is_user: bool) -> int:
@@ -73,8 +84,8 @@ def _last_of(messages: Messages, *, is_user: bool) -> int:
     return 0
 
 
-def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
-    """The turns, given in order, without what they repeat as the `lines` of the history show.
+def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLine]) -> list[TurnMessages]:
+    """Return the turns, in the given order, without content that the history shows as a repeat.
 
     Leading inputs go if the history shows the others of them without these, next to what the turn was answered, and
     these before: single texts that recur elsewhere are no repeats. Leading outputs go if a reading taken after the
@@ -84,23 +95,25 @@ def without_repeats(turns: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
     """
     if not lines:
         return [*turns]
-    keys = [key_of(line.role, line.content) for line in lines]
+    keys = [text_key(line.role, line.content) for line in lines]
     places: dict[Key, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
     prompts: set[Key] = set()
-    found = []
+    result = []
     for turn in turns:
         trimmed = _without_prompts(turn, prompts, places) if turn.inputs > 1 else turn
         if len(trimmed.messages) > 2 and not trimmed.is_deleted:  # noqa: PLR2004  # a question and its answer repeat nothing
             trimmed = _without_leading(trimmed, lines, keys, places)
             trimmed = _without_answers(trimmed, lines, keys, places)
-        found.append(trimmed)
-    return found
+        result.append(trimmed)
+    return result
 
 
-def restore_unproven(turns: Sequence[Turn], trimmed: Sequence[Turn], lines: Sequence[Line]) -> list[Turn]:
-    """The `trimmed` turns; one is whole again if the transcript shows its repeats neither before it nor unclaimed.
+def restore_unproven(
+    turns: Sequence[TurnMessages], trimmed: Sequence[TurnMessages], lines: Sequence[TranscriptLine]
+) -> list[TurnMessages]:
+    """Return the trimmed turns; a turn is restored if the transcript does not confirm its repeats.
 
     `turns` are the same ones, whole; `lines` is the transcript with the trimmed ones.
     """
@@ -111,7 +124,7 @@ def restore_unproven(turns: Sequence[Turn], trimmed: Sequence[Turn], lines: Sequ
     }
     if not removed:
         return [*trimmed]
-    keys = [key_of(line.role, line.content) for line in lines]
+    keys = [text_key(line.role, line.content) for line in lines]
     shown = Counter(key for key, line in zip(keys, lines, strict=True) if line.chat_id is None)
     proven, seen = set(), set()
     for key, line in zip(keys, lines, strict=True):
@@ -123,85 +136,89 @@ def restore_unproven(turns: Sequence[Turn], trimmed: Sequence[Turn], lines: Sequ
     return [turn if turn.chat_id in unproven else rest for turn, rest in zip(turns, trimmed, strict=True)]
 
 
-def _without_prompts(turn: Turn, prompts: set[Key], places: dict[Key, list[int]]) -> Turn:
-    kept = []
+def _without_prompts(turn: TurnMessages, prompts: set[Key], places: dict[Key, list[int]]) -> TurnMessages:
+    remaining = []
     for message in turn.messages[: turn.inputs]:
-        key = key_of(message.role, message.content)
+        key = text_key(message.role, message.content)
         if key[0] in PROMPTS:
             if key in prompts and len(places.get(key, ())) <= 1:
                 continue
             prompts.add(key)
-        kept.append(message)
-    if len(kept) == turn.inputs or not kept:
+        remaining.append(message)
+    if len(remaining) == turn.inputs or not remaining:
         return turn
-    return msgspec.structs.replace(turn, messages=(*kept, *turn.messages[turn.inputs :]), inputs=len(kept))
+    return msgspec.structs.replace(turn, messages=(*remaining, *turn.messages[turn.inputs :]), inputs=len(remaining))
 
 
-def _could_show(turn: Turn, line: Line) -> bool:
+def _could_show(turn: TurnMessages, line: TranscriptLine) -> bool:
     """Whether a reading that showed this line was taken after the turn began."""
     return line.last_read_at is not None and line.last_read_at >= turn.began_at - SKEW
 
 
-def _could_show_all(turn: Turn, line: Line) -> bool:
+def _could_show_all(turn: TurnMessages, line: TranscriptLine) -> bool:
     """Whether a reading that showed this line was taken after the turn had said all: an earlier one shows a part."""
-    return line.last_read_at is not None and line.last_read_at >= turn.told_at
+    return line.last_read_at is not None and line.last_read_at >= turn.revised_at
 
 
-def _without_leading(turn: Turn, lines: Sequence[Line], keys: Sequence[Key], places: dict[Key, list[int]]) -> Turn:
-    said, answered = turn.messages[: turn.inputs], turn.messages[turn.inputs :]
-    asked, replied = _keys(said), _keys(answered)
+def _without_leading(
+    turn: TurnMessages, lines: Sequence[TranscriptLine], keys: Sequence[Key], places: dict[Key, list[int]]
+) -> TurnMessages:
+    said, output_messages = turn.messages[: turn.inputs], turn.messages[turn.inputs :]
+    question_keys, answer_keys = _keys(said), _keys(output_messages)
 
     def is_answered(run: range) -> bool:
         after = _next_line(keys, range(run.stop, len(keys)))
-        return _could_show(turn, lines[run.start]) and (not replied or after in replied)
+        return _could_show(turn, lines[run.start]) and (not answer_keys or after in answer_keys)
 
-    inputs = said[_surplus(asked, keys, places, is_answered) :]
+    inputs = said[_surplus(question_keys, keys, places, is_answered) :]
     if len(inputs) == len(said):
         return turn
-    return msgspec.structs.replace(turn, messages=inputs + answered, inputs=len(inputs))
+    return msgspec.structs.replace(turn, messages=inputs + output_messages, inputs=len(inputs))
 
 
-def _without_answers(turn: Turn, lines: Sequence[Line], keys: Sequence[Key], places: dict[Key, list[int]]) -> Turn:
+def _without_answers(
+    turn: TurnMessages, lines: Sequence[TranscriptLine], keys: Sequence[Key], places: dict[Key, list[int]]
+) -> TurnMessages:
     """The turn without the answers to earlier ones that its output begins with."""
-    asked, replied = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
-    if not asked or len(replied) < 2 or not all(content for _, content in replied):  # noqa: PLR2004  # one is its own
+    question_keys, answer_keys = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
+    if not question_keys or len(answer_keys) < 2 or not all(content for _, content in answer_keys):  # noqa: PLR2004  # one is its own
         return turn
     surplus = []
-    for place in places.get(asked[-1], ())[:_PLACES]:
-        length, run = _run(asked, keys, place)
-        if length < len(asked) or not _could_show_all(turn, lines[place]):
+    for place in places.get(question_keys[-1], ())[:_PLACES]:
+        length, run = _run(question_keys, keys, place)
+        if length < len(question_keys) or not _could_show_all(turn, lines[place]):
             continue
         shown = _answers(keys, range(run.stop, len(keys)))
-        if shown == replied:
+        if shown == answer_keys:
             return turn
-        earlier = len(replied) - len(shown)
-        is_end = 0 < earlier < len(replied) and shown == replied[earlier:]
-        if is_end and _answers_before(keys, run.start, earlier) == replied[:earlier]:
+        earlier = len(answer_keys) - len(shown)
+        is_end = 0 < earlier < len(answer_keys) and shown == answer_keys[earlier:]
+        if is_end and _answers_before(keys, run.start, earlier) == answer_keys[:earlier]:
             surplus.append(earlier)
-    kept = turn.inputs + min(surplus, default=0)
-    return msgspec.structs.replace(turn, messages=turn.messages[: turn.inputs] + turn.messages[kept:])
+    remaining = turn.inputs + min(surplus, default=0)
+    return msgspec.structs.replace(turn, messages=turn.messages[: turn.inputs] + turn.messages[remaining:])
 
 
 def _answers(keys: Sequence[Key], places: range) -> list[Key]:
-    """What is answered from a line on, up to the next words of the user."""
-    found = []
+    """Return the answers from a line up to the next user message."""
+    result = []
     for place in places:
         if keys[place][0] == USER:
             break
         if not _is_skipped(keys[place]):
-            found.append(keys[place])
-    return found
+            result.append(keys[place])
+    return result
 
 
-def _answers_before(keys: Sequence[Key], line: int, most: int) -> list[Key]:
+def _answers_before(keys: Sequence[Key], line: int, limit: int) -> list[Key]:
     """The last answers before a line."""
-    found: list[Key] = []
+    result: list[Key] = []
     for place in range(line - 1, -1, -1):
-        if len(found) >= most:
+        if len(result) >= limit:
             break
         if keys[place][0] != USER and not _is_skipped(keys[place]):
-            found.append(keys[place])
-    return found[::-1]
+            result.append(keys[place])
+    return result[::-1]
 
 
 def _next_line(keys: Sequence[Key], places: range) -> Key | None:
@@ -215,7 +232,7 @@ def _is_skipped(key: Key) -> bool:
 def _surplus(
     messages: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
 ) -> int:
-    """How many of the first of these messages are repeats. `is_own`: whether these lines may be the same turn's."""
+    """Return how many leading messages are repeats. `is_own`: whether lines may belong to this turn."""
     if len(messages) < 2 or not all(content for _, content in messages):  # noqa: PLR2004  # one alone repeats nothing
         return 0
     runs = [_run(messages, keys, place) for place in places.get(messages[-1], ())[:_PLACES]]
@@ -229,7 +246,7 @@ def _surplus(
 
 
 def _run(messages: Sequence[Key], keys: Sequence[Key], place: int) -> tuple[int, range]:
-    """How many of the last of these messages stand in a row that ends at this line, and its lines."""
+    """Return how many trailing messages match consecutive lines that end at this line, and those lines."""
     length, start = 1, place
     line = place - 1
     while length < len(messages) and line >= 0:

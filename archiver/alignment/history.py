@@ -1,4 +1,4 @@
-"""The spine: every line that any reading showed, in order, and which of them the latest shows."""
+"""The merged history: every line that any reading showed, in order, and whether the latest reading shows it."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -7,27 +7,29 @@ from itertools import pairwise
 
 import msgspec
 
-from archiver.alignment.shapes import USER, Line, Reading
+from archiver.alignment.shapes import USER, HistoryMessages, TranscriptLine
 from archiver.alignment.subsequence import Pair, align, common_subsequence
-from archiver.alignment.wording import Key, key_of
+from archiver.alignment.wording import Key, text_key
 from archiver.events import Message
 
 Run = tuple[Key, ...]  # all that one turn says
 Item = tuple[Key, object]  # a line and its context
 
 
-def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[Run] = ()) -> list[Line]:
-    """The spine `lines`, of which no turn has claimed any, and a later reading.
+def merge_history(
+    lines: Sequence[TranscriptLine], reading: HistoryMessages, deleted: Collection[Run] = ()
+) -> list[TranscriptLine]:
+    """Merge a later reading into the merged history `lines`, none of which is claimed by a turn.
 
-    Lines are the same if role and content are equal but for differences of writing (`wording.key_of`) and, for all
+    Lines are the same if role and content are equal but for differences of writing (`wording.text_key`) and, for all
     but the user's, what the user said before; those of a turn that is `deleted` only where all of it is there: else
     what is like a part of it is another turn's.
     What the reading does not show stays at its place with `in_history=False` (I7); what is new is inserted at its
     own, after the old lines of the same gap. So the lines with `in_history=True` are exactly the reading, in order.
     """
-    old = [key_of(line.role, line.content) for line in lines]
-    new = [key_of(message.role, message.content) for message in reading.messages]
-    merged: list[Line] = []
+    old = [text_key(line.role, line.content) for line in lines]
+    new = [text_key(message.role, message.content) for message in reading.messages]
+    merged: list[TranscriptLine] = []
     for (old_before, new_before), (at_old, at_new) in pairwise(
         [(-1, -1), *_align(lines, old, new, deleted), (len(old), len(new))]
     ):
@@ -40,24 +42,26 @@ def merge_history(lines: Sequence[Line], reading: Reading, deleted: Collection[R
     return merged
 
 
-def _shown_again(line: Line, message: Message, read_at: datetime) -> Line:
+def _shown_again(line: TranscriptLine, message: Message, read_at: datetime) -> TranscriptLine:
     return msgspec.structs.replace(
         line, role=message.role, content=message.content, kind=message.kind, in_history=True, last_read_at=read_at
     )
 
 
-def _line(message: Message, reading: Reading) -> Line:
+def _line(message: Message, reading: HistoryMessages) -> TranscriptLine:
     first_read_at = reading.first_read_at or reading.read_at
-    return Line(
+    return TranscriptLine(
         *(message.role, message.content, "history", None, True, first_read_at, reading.read_at), kind=message.kind
     )
 
 
-def _not_shown(line: Line) -> Line:
+def _not_shown(line: TranscriptLine) -> TranscriptLine:
     return msgspec.structs.replace(line, in_history=False) if line.in_history else line
 
 
-def _align(lines: Sequence[Line], old: Sequence[Key], new: Sequence[Key], deleted: Collection[Run]) -> list[Pair]:
+def _align(
+    lines: Sequence[TranscriptLine], old: Sequence[Key], new: Sequence[Key], deleted: Collection[Run]
+) -> list[Pair]:
     # The same answer again changes nothing, however else it could be aligned.
     shown = [index for index, line in enumerate(lines) if line.in_history]
     if [old[index] for index in shown] == new:
@@ -69,7 +73,7 @@ def _align(lines: Sequence[Line], old: Sequence[Key], new: Sequence[Key], delete
 
 
 def _runs(keys: Sequence[Key], deleted: Collection[Run]) -> dict[Run, list[int]]:
-    """Where all that a deleted turn says stands, by turn; the rarest text leaves the fewest places to look at."""
+    """Find all occurrences of each deleted turn, starting from its rarest text."""
     places: defaultdict[Key, list[int]] = defaultdict(list)
     for place, key in enumerate(keys if deleted else ()):
         places[key].append(place)
@@ -84,16 +88,16 @@ def _runs(keys: Sequence[Key], deleted: Collection[Run]) -> dict[Run, list[int]]
 def _in_context(
     keys: Sequence[Key], runs: Mapping[Run, Sequence[int]], others: Mapping[Run, Sequence[int]]
 ) -> list[Item]:
-    """Lines with what the user said before them: an equal answer to something else is another message.
+    """Tag each line with the preceding user message: an equal answer to another question is another message.
 
-    Those of `runs` are parts of a whole, be it cut at the end where the other telling, with `others`, has it whole.
+    Those of `runs` are parts of a whole, be it cut at the end where the other sequence, with `others`, has it whole.
     """
-    asked = None
+    question = None
     items: list[Item] = []
     for role, content in keys:
         if role == USER:
-            asked = content
-        items.append(((role, content), None if role == USER else asked))
+            question = content
+        items.append(((role, content), None if role == USER else question))
     for run, starts in runs.items():
         for start in starts:
             items[start : start + len(run)] = [(key, (run, offset)) for offset, key in enumerate(run)]
@@ -104,7 +108,7 @@ def _in_context(
 
 
 def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
-    """The same alignment, with what is not shown starting at a user's line where equal texts leave the choice.
+    """Return the same alignment, shifted where equal texts allow so that a vanished part begins at a user line.
 
     Of `ok A | ok B` the reading `ok B` shows the second turn, not the first line and the last.
     """
@@ -123,7 +127,7 @@ def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
 
 
 def _with_loose_ends(old: Sequence[Key], new: Sequence[Key], pairs: list[Pair]) -> Iterator[Pair]:
-    """Add what stands before any user's line where a reading was cut: nobody knows what it answers."""
+    """Also align messages before the first user line of a cut reading, whose question is unknown."""
     for (old_before, new_before), (at_old, at_new) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
         in_old, in_new = range(old_before + 1, at_old), range(new_before + 1, at_new)
         if in_old and in_new:
@@ -140,6 +144,6 @@ def _loose(keys: Sequence[Key], gap: range) -> range:
 
 
 def _from_end(old: Sequence[Key], new: Sequence[Key], in_old: range, in_new: range) -> list[Pair]:
-    """Align two stretches, as late as may be: what was cut off ends where the rest begins."""
+    """Align two stretches from their end, because what was cut off ends where the rest begins."""
     pairs = common_subsequence([old[index] for index in reversed(in_old)], [new[index] for index in reversed(in_new)])
     return [(in_old[-1 - from_old], in_new[-1 - from_new]) for from_old, from_new in reversed(pairs)]

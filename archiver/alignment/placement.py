@@ -1,4 +1,4 @@
-"""Which turn has which lines, and between which lines the order of times lets a turn stand."""
+"""Which turn has which lines, and the range of lines that the order of times allows."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
@@ -8,7 +8,7 @@ from itertools import accumulate
 import msgspec
 
 from archiver.alignment.candidates import SKEW, Match
-from archiver.alignment.shapes import Turn
+from archiver.alignment.shapes import TurnMessages
 
 
 class Placement(msgspec.Struct):
@@ -21,8 +21,8 @@ class Placement(msgspec.Struct):
     in_order: set[int]
     ambiguous: frozenset[int] = frozenset()
 
-    def bounds(self, turns: Sequence[Turn], lines: int, tolerance: timedelta) -> list[tuple[int, int]]:
-        """Between which of the `lines` each turn is in order with those that are placed in order.
+    def bounds(self, turns: Sequence[TurnMessages], lines: int, tolerance: timedelta) -> list[tuple[int, int]]:
+        """Return for each turn the range of `lines` that is in order with the turns placed in order.
 
         Turns whose times differ by `tolerance` or less may stand in either order; with none, the order of the turns
         given is certain.
@@ -41,8 +41,8 @@ class Placement(msgspec.Struct):
             bounds.append((ends[before], starts[after]))
         return bounds
 
-    def is_in_order(self, turns: Sequence[Turn], turn: int, match: Match, others: Collection[int]) -> bool:
-        """Whether the times of the turns in order, but for `others`, let the turn have this match."""
+    def is_in_order(self, turns: Sequence[TurnMessages], turn: int, match: Match, others: Collection[int]) -> bool:
+        """Return whether times allow this match beside all turns in order except `others`."""
         for each in self.in_order - {turn, *others}:
             apart = turns[each].began_at - turns[turn].began_at
             is_after = self.matches[each].start >= match.end

@@ -1,4 +1,4 @@
-"""What goes into an alignment and what comes out of it."""
+"""Input and output types of an alignment."""
 
 from datetime import datetime
 from typing import Literal
@@ -10,8 +10,8 @@ from archiver.events import Kind, Message
 USER = "user"
 
 
-class Reading(msgspec.Struct, frozen=True, gc=False):
-    """One history answer: flat, without ids or times; perhaps cut at either end, shrunk or empty.
+class HistoryMessages(msgspec.Struct, frozen=True, gc=False):
+    """One history response as messages without ids or times; may be cut at either end, shortened or empty.
 
     `first_read_at`: when the same was answered for the first time, if that was before `read_at`. `shown`: it shows so
     many of the first messages of the next reading, and its own are not given.
@@ -23,10 +23,11 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
     shown: int | None = None
 
 
-class Turn(msgspec.Struct, frozen=True, gc=False):
-    """One chat as its newest revision tells it: the first `inputs` messages are input, the others output.
+class TurnMessages(msgspec.Struct, frozen=True, gc=False):
+    """The newest revision of one chat: the first `inputs` messages are input, the others output.
 
-    `began_at` orders turns, ties by `told_at` and `chat_id`; it may be wrong. `told_at` is the upstream time of the
+    `began_at` orders turns, ties by `revised_at` and `chat_id`; it may be wrong. `revised_at` is the upstream time
+    of the
     newest revision. `arrived_at`: when its first delivery arrived; None where that is not known.
     """
 
@@ -34,16 +35,16 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     messages: tuple[Message, ...]
     inputs: int
     began_at: datetime
-    told_at: datetime
+    revised_at: datetime
     is_deleted: bool = False
     arrived_at: datetime | None = None
 
 
-class Line(msgspec.Struct, frozen=True, gc=False):
+class TranscriptLine(msgspec.Struct, frozen=True, gc=False):
     """One message of a transcript.
 
-    `source` says whose word it is; what both tell is the webhook's. `in_history`: the latest reading shows it, does
-    not, or (None) could not, because what was told is newer or nothing was read. `first_read_at` and `last_read_at`
+    `source`: webhook or history; webhook if both have it. `in_history`: the latest reading shows it, does
+    not, or (None) could not, because the turn is newer or no history was read. `first_read_at` and `last_read_at`
     are the earliest and the latest reading that showed it. `is_ambiguous`: other lines fit its turn as well.
     `is_reworded`: webhook and history write it differently; `history_content` is the text of history then, as the
     latest reading that showed it has it, unless only the roles differ.

@@ -18,7 +18,7 @@ CELLS = 1 << 28  # bits of a table held at once: 32 MiB
 
 
 def align(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[Pair]:
-    """A longest common subsequence between the items that both have once, which are the same wherever they stand.
+    """Return a longest common subsequence that keeps the items which occur once in both sequences.
 
     Where one of two tellings is cut, many a repeated "ok" would otherwise outweigh what is unmistakable.
     """

@@ -1,7 +1,8 @@
-"""When two messages say the same although they are not written the same.
+"""Decide whether two differently written messages have the same content.
 
-`key_of` removes differences that carry no meaning: names and letter case of roles, and what `events.normal` removes.
-Two messages with one key are the same wherever they stand. `are_alike` finds texts that a system cut, masked or
+`text_key` removes differences that carry no meaning: names and letter case of roles, and what `events.normal`
+removes.
+Two messages with one key are the same wherever they stand. `are_similar` finds texts that a system cut, masked or
 reformatted.
 """
 
@@ -17,17 +18,17 @@ ASSISTANT = "assistant"
 
 
 def normal_role(role: str) -> str:
-    """The role, `user` and `assistant` by one name each."""
+    """Return the role, with one name each for `user` and `assistant`."""
     return known_role(role) or role.strip().lower()
 
 
-def key_of(role: str, content: str) -> Key:
-    """What two messages have in common if they are the same message."""
+def text_key(role: str, content: str) -> Key:
+    """Return the key that equal messages share: role and normalised text."""
     return normal_role(role), normal_text(content)
 
 
-def are_alike(one: str, other: str) -> bool:
-    """Whether two normalised texts are probably one text that a system has cut, masked or reformatted.
+def are_similar(one: str, other: str) -> bool:
+    """Return whether two normalised texts are probably one text that was cut, masked or reformatted.
 
     Only for messages that nothing else could be: alone it is weak evidence. Different numbers, words or short texts
     are never alike.
@@ -61,7 +62,7 @@ def is_cut(short: str, whole: str) -> bool:
 
 
 def is_short_cut(short: str, whole: str) -> bool:
-    """Whether the one may be the other, cut within a word at a limit so low that it alone is no evidence."""
+    """Return whether one text may be the other cut within a word at a limit too low to be evidence alone."""
     size = len(short)
     return _SHORT_CUT <= size < len(whole) and whole.startswith(short) and whole[size - 1 : size + 1].isalpha()
 
@@ -82,7 +83,7 @@ def _is_masked(masked: str, whole: str) -> bool:
     """Whether the one is the other with masks in the place of digits or words."""
     if max(len(masked), len(whole)) > _MASKABLE:
         return False
-    masks = [found[0] for found in _MASK.finditer(masked)]
+    masks = [item[0] for item in _MASK.finditer(masked)]
     if not 0 < len(masks) <= _MASKS:
         return False
     literals = _MASK.split(masked)
@@ -105,11 +106,11 @@ def _fits(whole: str, literals: Sequence[str], masks: Sequence[_Ends]) -> bool:
     """
     places = [len(literals[0])] if whole.startswith(literals[0]) else []
     for literal, ends in zip(literals[1:], masks, strict=True):
-        found: list[int] = []
+        result: list[int] = []
         for place in places:
             reach = ends(place)
-            found += range(max(reach.start, found[-1] + 1 if found else 0), reach.stop)
-        places = [place + len(literal) for place in found if whole.startswith(literal, place)]
+            result += range(max(reach.start, result[-1] + 1 if result else 0), reach.stop)
+        places = [place + len(literal) for place in result if whole.startswith(literal, place)]
     return bool(places) and places[-1] == len(whole)
 
 
@@ -119,8 +120,8 @@ _NAME = 80  # characters that a mask with a name may stand for
 
 def _ends_of_numbers(whole: str) -> _Ends:
     ends: dict[int, int] = {}
-    for found in _NUMBER.finditer(whole):
-        ends |= dict.fromkeys((index for index in range(*found.span()) if whole[index].isdecimal()), found.end())
+    for item in _NUMBER.finditer(whole):
+        ends |= dict.fromkeys((index for index in range(*item.span()) if whole[index].isdecimal()), item.end())
     return lambda place: range(place + 1, ends.get(place, place) + 1)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP service: its routes, its answers, and the only code that knows status codes."""
+"""The HTTP service: routes and responses. The only code that knows status codes."""
 
 import asyncio
 import gc
@@ -21,17 +21,17 @@ from starlette.types import Receive, Scope, Send
 
 from archiver import database, reloading, settings, signatures, telemetry
 from archiver.app.bodies import Bodies
-from archiver.app.crowd import Crowd
+from archiver.app.connection_limiter import ConnectionLimiter
 from archiver.app.readiness import Readiness
 from archiver.app.sessions import Registration
 from archiver.app.webhooks import Receiver
 from archiver.identity import Guard, watch_identity
 from archiver.ingest import CONNECTIONS, Ingest
+from archiver.lock_waits import report_waits
 from archiver.settings import Settings
 from archiver.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
-from archiver.waits import report_waits
 from archiver.worker import timing_of
-from archiver.worker.recording import record_settings
+from archiver.worker.audit_settings import record_settings
 
 log = structlog.get_logger(__name__)
 
@@ -40,12 +40,12 @@ SPOOL_RETRY_SECONDS = 10.0
 
 
 async def healthz(_: Request) -> Response:
-    """Alive: says nothing of the database."""
+    """Return 200 while the process runs; never touches the database."""
     return JSONResponse({"status": "alive"})
 
 
 async def metrics(_: Request) -> Response:
-    """Prometheus text."""
+    """Return all metrics as Prometheus text."""
     return Response(telemetry.metrics(), media_type=telemetry.CONTENT_TYPE)
 
 
@@ -67,7 +67,7 @@ def create(
     used: Mapping[str, str] | None = None,
     forward: Callable[[], None] | None = None,
 ) -> Service:
-    """The composition root: settings to a service. Opens nothing until the server starts it.
+    """Build the service from the settings. Opens nothing until the server starts it.
 
     `used`: a look at the files of the settings, taken before these were read. `forward` passes SIGHUP on to others.
     Raises `SettingsError` when a setting is missing or wrong.
@@ -75,14 +75,14 @@ def create(
     used = reloading.look() if used is None else used
     configuration = configuration or settings.read()
     if configuration.database_url is None:
-        raise settings.SettingsError("DATABASE_URL: not set; `archiver serve` sets it for the embedded database.")
+        raise settings.SettingsError("DATABASE_URL is not set. `archiver serve` sets it for the embedded database.")
     url = database.database_url(configuration.database_url.get_secret_value())
     verifier = signatures.verifier(configuration)
 
     prepared = configuration.prepared_statements
     writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
     # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
-    asking = database.connect_async(url, pool_size=2, prepared_statements=prepared)
+    probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
     ingest = Ingest(
         writing,
         queue_events=configuration.queue_events,
@@ -91,45 +91,45 @@ def create(
         timing=timing_of(configuration),
     )
 
-    crowd = Crowd(configuration.max_connections, configuration.client_timeout)
+    limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)
 
     guard = Guard(configuration.home.resolve(), url)
 
     async def reload(new: Settings) -> None:
-        """Use new secrets, token and database; what else is set counts from the next start."""
+        """Apply new secrets, token and database URL; other settings take effect at the next start."""
         if new.webhook_scheme == "none" != configuration.webhook_scheme:
             raise settings.SettingsError(
-                "ARCHIVER_WEBHOOK_SCHEME is none: start serve with --insecure to accept that."
+                "ARCHIVER_WEBHOOK_SCHEME is none. To accept unsigned deliveries, start serve with --insecure."
             )
         verifier = signatures.verifier(new)
         at = url if new.database_url is None else database.database_url(new.database_url.get_secret_value())
         receiver.use(new, verifier)
         registration.use(new.api_token.get_secret_value())
-        for engine in (writing, asking):
+        for engine in (writing, probe_engine):
             database.redirect(engine, at)
             await engine.dispose()  # of idle connections; those in use end their transaction
-        await asyncio.to_thread(_record, new, at)
+        await asyncio.to_thread(_record_settings, new, at)
 
     files = reloading.Reloading(reload, used, forward)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
-        end_with_parent()
-        _collect_less_garbage()
+        exit_with_parent()
+        _reduce_garbage_collection()
         spool = _open_spool(configuration)
         async with ingest.running(spool):
-            work = [report_waits(asking), files.run(), watch_identity(asking, guard)]
+            work = [report_waits(probe_engine), files.run(), watch_identity(probe_engine, guard)]
             tasks = set(map(asyncio.create_task, [*work, _watch_spool(configuration, ingest)]))
-            with crowd.watched():
-                yield {"crowd": crowd}  # Uvicorn hands it to each connection
+            with limiter.enforcing():
+                yield {"limiter": limiter}  # Uvicorn hands it to each connection
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
         if ingest.fallback is not None:
             ingest.fallback.spool.close()
         await writing.dispose()
-        await asking.dispose()
+        await probe_engine.dispose()
         log.info("stopped", pid=os.getpid())
 
     bodies = Bodies(configuration.max_body, configuration.queue_bytes)
@@ -139,7 +139,7 @@ def create(
         routes=[
             Route(WEBHOOK_PATH, receiver, methods=["POST"]),
             Route("/healthz", healthz),
-            Route("/readyz", Readiness(asking, ingest).readyz),
+            Route("/readyz", Readiness(probe_engine, ingest).readyz),
             Route("/metrics", metrics),
             Route("/sessions", registration.register, methods=["POST"]),
         ],
@@ -147,12 +147,12 @@ def create(
         exception_handlers={HTTPException: _http_error},
     )
     app.receiver = receiver
-    app.router.redirect_slashes = False  # a redirect loses the body of whoever does not follow it
+    app.router.redirect_slashes = False  # a redirect loses the body of a client that does not follow it
     return app
 
 
 async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:
-    """Try again where there is no spool, until cancelled; and keep the number of lost events."""
+    """Retry opening a missing spool, and update the metric of lost events, until cancelled."""
     folder = configuration.home.resolve() / SPOOL_FOLDER
     while configuration.spool != "off":
         telemetry.spool_lost.set((await asyncio.to_thread(select_lost, folder)).events)
@@ -160,22 +160,22 @@ async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:
         if ingest.fallback is None:
             spool = await asyncio.to_thread(_open_spool, configuration)
             if spool is not None:
-                log.info("there is a spool again", file=spool.path.name)
+                log.info("spool available again", file=spool.path.name)
                 ingest.add_spool(spool)
 
 
 def _open_spool(configuration: Settings) -> Spool | None:
-    """Without one the receiver is as good as its database; that is better than no receiver."""
+    """Open the spool; return None if impossible, because receiving without a spool is better than not receiving."""
     if configuration.spool == "off":
         return None
     try:
         return open_spool(configuration.home.resolve() / SPOOL_FOLDER, configuration.spool_bytes)
     except SpoolError as error:
-        log.error("no spool: what the database does not take is refused", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+        log.error("spool unavailable; events are refused while the database is unavailable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
         return None
 
 
-def _record(configuration: Settings, url: URL) -> None:
+def _record_settings(configuration: Settings, url: URL) -> None:
     engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
     try:
         record_settings(engine, configuration, "serve")
@@ -183,8 +183,8 @@ def _record(configuration: Settings, url: URL) -> None:
         engine.dispose()
 
 
-def end_with_parent() -> None:
-    """A process that another one started does not outlive it, however that ended."""
+def exit_with_parent() -> None:
+    """Exit this process when its parent process ends."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -196,8 +196,8 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
-def _collect_less_garbage() -> None:
-    """What a request makes holds no cycles: the collector finds nothing, and looking cost a tenth of each event."""
+def _reduce_garbage_collection() -> None:
+    """Reduce garbage collection: requests create no cycles, and collecting cost a tenth of each event."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)

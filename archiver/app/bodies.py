@@ -1,37 +1,39 @@
-"""The bodies of requests, and no more of them than is allowed: of one, and of all that are being read."""
+"""Read request bodies within a limit for one body and for all bodies together."""
 
 import asyncio
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope
 
-SMALL = 65_536  # bytes
+SMALL_BODY = 65_536  # bytes
 
 
 class BodyTooLargeError(Exception):
-    """The body is larger than ARCHIVER_MAX_BODY allows."""
+    """The body exceeds ARCHIVER_MAX_BODY."""
 
 
 class BodyIncompleteError(Exception):
-    """The body is not as long as Content-Length tells; send it again, without an Upgrade header."""
+    """The body is shorter than Content-Length. Send it again, without an Upgrade header."""
 
 
 class BodiesFullError(Exception):
-    """Too much is being received at once; send this again in a moment."""
+    """Too many bodies are being received. Retry in a moment."""
 
 
 class Bodies:
-    """At most `largest` bytes of one body, and `most` bytes of all that are being read; one always may be."""
+    """Limits one body to `max_bytes` bytes and all bodies being read to `max_total` bytes; one is always allowed."""
 
-    def __init__(self, largest: int, most: int) -> None:
-        self.largest, self._most = largest, most
+    def __init__(self, max_bytes: int, max_total: int) -> None:
+        self.max_bytes, self._max_total = max_bytes, max_total
         self._bytes = 0
 
-    async def check_unread(self, scope: Scope, receive: Receive) -> None:
-        """Instead of reading it: raises `BodyTooLargeError` where that is told, or what has come already is."""
-        told = _told_length(scope)
-        if told is not None:
-            if told > self.largest:
+    async def check_length(self, scope: Scope, receive: Receive) -> None:
+        """Raise `BodyTooLargeError` if Content-Length or the first part exceeds the limit, without reading the
+        body.
+        """
+        length = _content_length(scope)
+        if length is not None:
+            if length > self.max_bytes:
                 raise BodyTooLargeError
             return
         try:
@@ -39,27 +41,28 @@ class Bodies:
                 message = await receive()
         except TimeoutError:
             return
-        if len(message.get("body", b"")) > self.largest:
+        if len(message.get("body", b"")) > self.max_bytes:
             raise BodyTooLargeError
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body.
+        """Return the whole body.
 
-        Raises `BodyTooLargeError` as soon as it is known to be, be that told or not, `BodiesFullError` where too much
+        Raises `BodyTooLargeError` as soon as the limit is exceeded, with or without Content-Length,
+        `BodiesFullError` where too much
         is being read, Starlette's `ClientDisconnect` where the connection ends before the body does, and
         `BodyIncompleteError` where the server lost it: Uvicorn's parser takes what follows an `Upgrade` that it does
         not know for another protocol.
         """
-        told = _told_length(scope)
-        if told is not None and told > self.largest:
+        declared = _content_length(scope)
+        if declared is not None and declared > self.max_bytes:
             raise BodyTooLargeError
         message = await _next(receive)
         body: bytes = message.get("body", b"")
         if message.get("more_body", False):
             body = await self._read_on(body, receive)
-        if len(body) > self.largest:
+        if len(body) > self.max_bytes:
             raise BodyTooLargeError
-        if told != len(body) and (told is not None or (not body and _offers_upgrade(scope))):
+        if declared != len(body) and (declared is not None or (not body and _offers_upgrade(scope))):
             raise BodyIncompleteError
         return body
 
@@ -68,9 +71,9 @@ class Bodies:
         self._bytes += size
         try:
             while more:
-                if size > self.largest:
+                if size > self.max_bytes:
                     raise BodyTooLargeError
-                if self._bytes > self._most and self._bytes > size:
+                if self._bytes > self._max_total and self._bytes > size:
                     raise BodiesFullError
                 message = await _next(receive)
                 part: bytes = message.get("body", b"")
@@ -90,7 +93,7 @@ async def _next(receive: Receive) -> Message:
     return message
 
 
-def _told_length(scope: Scope) -> int | None:
+def _content_length(scope: Scope) -> int | None:
     for name, value in scope["headers"]:
         if name == b"content-length":
             return int(value)
@@ -98,9 +101,9 @@ def _told_length(scope: Scope) -> int | None:
 
 
 def is_small(scope: Scope) -> bool:
-    """Whether the body is known to be so small that it may arrive unread."""
-    told = _told_length(scope)
-    return told is not None and told <= SMALL
+    """Return whether the body is known to be small enough to arrive unread."""
+    length = _content_length(scope)
+    return length is not None and length <= SMALL_BODY
 
 
 def _offers_upgrade(scope: Scope) -> bool:

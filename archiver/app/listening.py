@@ -1,4 +1,4 @@
-"""Where connections come in: an event loop whose listening sockets end without losing anybody.
+"""An event loop whose listening sockets close without dropping accepted connections.
 
 Uvicorn makes its server from its configuration alone, in each process of `--workers N` too: what can be chosen there
 is the event loop.
@@ -11,8 +11,8 @@ from typing import Any
 import uvloop
 
 
-class Loop(uvloop.Loop):
-    """uvloop; `is_draining` from when a server of it was closed."""
+class DrainingLoop(uvloop.Loop):
+    """uvloop with `is_draining`, which is set when one of its servers is closed."""
 
     is_draining = False
 
@@ -22,13 +22,15 @@ class Loop(uvloop.Loop):
         server = await super().create_server(protocol_factory, sock=sock, **options)
         queue = sock.dup()
         queue.setblocking(False)
-        return _Listening(self, server, queue, protocol_factory)
+        return _DrainingServer(self, server, queue, protocol_factory)
 
 
-class _Listening:
-    """A server that, when closed, takes in who was connected by the kernel already."""
+class _DrainingServer:
+    """A server that, when closed, still serves connections that the kernel has accepted."""
 
-    def __init__(self, loop: Loop, server: asyncio.AbstractServer, queue: socket.socket, factory: Any) -> None:
+    def __init__(
+        self, loop: DrainingLoop, server: asyncio.AbstractServer, queue: socket.socket, factory: Any
+    ) -> None:
         self._loop, self._server, self._queue, self._factory = loop, server, queue, factory
         self._accepting: list[asyncio.Task[Any]] = []
 
@@ -39,7 +41,7 @@ class _Listening:
             while True:
                 try:
                     connection, _ = self._queue.accept()
-                except OSError:  # nobody is left, or no file descriptor
+                except OSError:  # no client is left, or no file descriptor
                     return
                 accepting = self._loop.connect_accepted_socket(self._factory, connection)
                 self._accepting.append(self._loop.create_task(accepting))

@@ -1,4 +1,4 @@
-"""`GET /readyz`: whether an event could be made durable now."""
+"""`GET /readyz`: whether an event can be stored durably."""
 
 import asyncio
 import time
@@ -8,9 +8,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from archiver.app.answers import RETRY_AFTER
+from archiver.app.headers import RETRY_AFTER
 from archiver.ingest import Fault, Ingest, database_fault
-from archiver.spool import LEAST_ROOM, SpoolError
+from archiver.spool import MIN_ROOM_BYTES, SpoolError
 
 FAILURE_SECONDS = 15
 LOG_SECONDS = 60
@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 class Readiness:
-    """Ready: an event could be made durable now, by the database or by the spool.
+    """Ready if an event can be stored in the database or in the spool.
 
     Anyone may ask, so the answer has reasons alone; hosts, users and paths go to the log.
     """
@@ -29,7 +29,7 @@ class Readiness:
         self._logged: dict[str, tuple[str, float]] = {}  # by part: the detail last logged, and when
 
     async def readyz(self, _: Request) -> Response:
-        """Which of the two would take an event, and if one does not, why."""
+        """Report which of the two can store an event, and why the other cannot."""
         faults = {
             "database": await database_fault(self._engine) or self._commit_fault(),
             "spool": await asyncio.to_thread(self._spool_fault),
@@ -41,7 +41,7 @@ class Readiness:
         return JSONResponse({"status": "not ready"} | reasons, 503, RETRY_AFTER)
 
     def _log(self, faults: dict[str, Fault | None]) -> None:
-        """A fault when it appears or changes, and once a minute while it lasts."""
+        """Log a fault when it appears or changes, and once a minute while it lasts."""
         now = time.monotonic()
         for part, fault in faults.items():
             if fault is None or fault.detail == fault.reason:
@@ -53,9 +53,7 @@ class Readiness:
                 self._logged[part] = (fault.detail, now)
 
     def _commit_fault(self) -> Fault | None:
-        """What the last batch met: without a spool not for long, since whoever is thought unready is sent no event
-        that could prove the contrary.
-        """
+        """Return the fault of the last batch; without a spool only for a short time, so that traffic can return."""
         failed_at, fallback = self._ingest.failed_at, self._ingest.fallback
         has_failed = failed_at is not None and time.monotonic() - failed_at < FAILURE_SECONDS
         is_away = fallback is not None and fallback.is_open
@@ -66,6 +64,6 @@ class Readiness:
         if self._ingest.fallback is None:
             return Fault("none", "none")
         try:
-            return Fault("full", "full") if self._ingest.fallback.spool.room() < LEAST_ROOM else None
+            return Fault("full", "full") if self._ingest.fallback.spool.room() < MIN_ROOM_BYTES else None
         except SpoolError as error:
             return Fault(error.reason, str(error))

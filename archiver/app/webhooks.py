@@ -12,19 +12,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from archiver import events, signatures, telemetry
-from archiver.app.answers import RETRY_AFTER
 from archiver.app.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError, is_small
-from archiver.app.connections import prove
+from archiver.app.connections import mark_authenticated
+from archiver.app.headers import RETRY_AFTER
 from archiver.ingest import Delivery, Ingest, Outcome, QueueFullError, UnavailableError
 from archiver.settings import Settings
 
-# Whoever is refused and sends again at once takes the time in which others could be served: 1,000 such senders left
+# Clients that are refused and retry at once take the time in which others could be served: 1,000 such senders left
 # the receiver a thirtieth of its throughput.
 REFUSAL_SECONDS = 0.25
 
 
 class Receiver:
-    """`POST /webhooks/callhq`: headers, then bytes, then signature, then meaning, then the queue.
+    """`POST /webhooks/callhq`: checks headers, reads bytes, verifies the signature, parses and enqueues.
 
     Plain ASGI: what request and response objects, router and middleware cost is a good part of what an event costs.
     """
@@ -37,14 +37,16 @@ class Receiver:
         self.use(configuration, verifier)
 
     def use(self, configuration: Settings, verifier: signatures.Verifier) -> None:
-        """Verify deliveries so from now on; one whose headers were checked before is verified as they were."""
+        """Verify deliveries with these settings from now on; requests whose headers were checked keep the old
+        ones.
+        """
         self._verifier = verifier
         self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, as docs/http.md has it."""
+        """Answer one request as docs/http.md describes."""
         try:
-            body, key_id = await self._prove(scope, receive)
+            body, key_id = await self._authenticate(scope, receive)
         except ClientDisconnect:
             telemetry.received.labels("disconnected", "").inc()
             return
@@ -52,20 +54,20 @@ class Receiver:
             await _refusal(400, "incomplete", "incomplete", str(error.__doc__))(scope, receive, send)
             return
         except BodyTooLargeError:
-            detail = f"The body is larger than {self._bodies.largest} bytes (ARCHIVER_MAX_BODY)."
-            await _unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
+            detail = f"The body is larger than {self._bodies.max_bytes} bytes (ARCHIVER_MAX_BODY)."
+            await _refuse_unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
             return
         except BodiesFullError as error:
-            await _unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
             return
         except QueueFullError as error:
-            await asyncio.sleep(REFUSAL_SECONDS)  # here nothing of a body is held meanwhile
-            await _unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            await asyncio.sleep(REFUSAL_SECONDS)  # at this point no body is held in memory
+            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
             return
         except signatures.SignatureError as error:
             address = scope["client"][0] if scope["client"] else ""
             refusal = _refusal(401, "unauthenticated", error.reason, str(error), address)
-            await _unread(scope, refusal)(scope, receive, send)
+            await _refuse_unread(scope, refusal)(scope, receive, send)
             return
         delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
         try:
@@ -77,19 +79,19 @@ class Receiver:
         else:
             await _answer(outcome, send)
 
-    async def _prove(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
-        """The body, and the key id of the secret that it proves; a stranger's body is not read."""
+    async def _authenticate(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
+        """Return body and key id; the body of an unauthenticated request is not read."""
         headers, verifier, signs_url = scope["headers"], self._verifier, self._signs_url
         try:
             verifier.check_headers(headers, time.time())
         except signatures.SignatureError:
-            await self._bodies.check_unread(scope, receive)
+            await self._bodies.check_length(scope, receive)
             raise
         self._ingest.check_room()
         body = await self._bodies.read(scope, receive)
         url = _url(scope) if signs_url else ""
         key_id = verifier.verify(body, headers, scope["method"], url, time.time())
-        prove(scope)
+        mark_authenticated(scope)
         return body, key_id
 
 
@@ -101,7 +103,7 @@ def _counter(status: str, reason: str | None) -> Counter:
 async def _answer(outcome: Outcome, send: Send) -> None:
     _counter(outcome.status, outcome.reason).inc()
     if outcome.status == "quarantined":
-        telemetry.refusals.tell(status=outcome.status, reason=outcome.reason or "", detail=outcome.detail or "")
+        telemetry.refusals.record(status=outcome.status, reason=outcome.reason or "", detail=outcome.detail or "")
     body = msgspec.json.encode(outcome)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     code = 422 if outcome.status == "quarantined" else 200
@@ -110,7 +112,7 @@ async def _answer(outcome: Outcome, send: Send) -> None:
 
 
 def _url(scope: Scope) -> str:
-    """The URL as the platform called it, for signatures that cover it."""
+    """Return the URL as the platform called it, for signatures that cover it."""
     host = next((value for name, value in scope["headers"] if name == b"host"), b"")
     query = scope["query_string"]
     target: bytes = host + scope["raw_path"] + (b"?" + query if query else b"")
@@ -119,13 +121,13 @@ def _url(scope: Scope) -> str:
 
 def _refusal(code: int, status: str, reason: str, detail: str, address: str = "") -> Response:
     telemetry.received.labels(status, reason).inc()
-    telemetry.refusals.tell(status=status, reason=reason, detail=detail, address=address)
+    telemetry.refusals.record(status=status, reason=reason, detail=detail, address=address)
     content = {"status": status, "reason": reason or status, "detail": detail}
     return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
 
 
-def _unread(scope: Scope, refusal: Response) -> Response:
-    """Before its body is read: one that may be long is not waited for."""
+def _refuse_unread(scope: Scope, refusal: Response) -> Response:
+    """Refuse before reading the body; a long body is not waited for."""
     if not is_small(scope):
         refusal.headers["connection"] = "close"
     return refusal

@@ -1,32 +1,32 @@
-"""CallHQ's documented API as a patient client: one connection pool, bounded retries, one pause that all share.
+"""Client of CallHQ's documented API: one connection pool, bounded retries, one shared pause.
 
-It tells what was answered, not what the answer means. Neither key nor content enters a log line or an error.
+It returns responses without interpreting them. Neither key nor content enters a log line or an error.
 """
 
-from archiver.callhq.access import shown
-from archiver.callhq.answers import (
+from archiver.callhq.access import printable
+from archiver.callhq.client import Client, Pause
+from archiver.callhq.probe import PauseRequestedError, probe
+from archiver.callhq.registry import Registry
+from archiver.callhq.responses import (
     Answer,
     CallError,
-    RefusedError,
+    RequestRefusedError,
     TooLargeError,
     UnauthorizedError,
     UnreachableError,
 )
-from archiver.callhq.client import Client, Pause
-from archiver.callhq.probe import WaitError, probe
-from archiver.callhq.registry import Registry
 
 __all__ = [
     "Answer",
     "CallError",
     "Client",
     "Pause",
-    "RefusedError",
+    "PauseRequestedError",
     "Registry",
+    "RequestRefusedError",
     "TooLargeError",
     "UnauthorizedError",
     "UnreachableError",
-    "WaitError",
+    "printable",
     "probe",
-    "shown",
 ]

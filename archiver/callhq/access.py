@@ -1,4 +1,4 @@
-"""Where an API is, and what one shows to be let in."""
+"""Base URL and credentials of an API."""
 
 from urllib.parse import quote
 
@@ -9,12 +9,12 @@ from archiver.settings import SettingsError
 
 
 def segment(session_id: str) -> str:
-    """The id as one segment of a path. Dots too, for `..` alone would leave the folder."""
+    """Return the id as one path segment, with dots encoded because `..` would leave the path."""
     return quote(session_id, safe="").replace(".", "%2E")
 
 
 def base(name: str, url: str) -> str:
-    """Raises `SettingsError`, without the URL: it may hold a password."""
+    """Return the base URL. Raises `SettingsError` without quoting it, because it may contain a password."""
     try:
         parsed = httpx2.URL(url.strip())
     except httpx2.InvalidURL:
@@ -24,14 +24,14 @@ def base(name: str, url: str) -> str:
     return str(parsed).rstrip("/")
 
 
-def shown(url: str) -> str:
-    """The URL for people, without what it may hold of a password."""
+def printable(url: str) -> str:
+    """Return the URL without its password."""
     parsed = httpx2.URL(url)
     return str(parsed.copy_with(userinfo=b"")) if parsed.userinfo else url
 
 
 def secret(name: str, secret: SecretStr) -> str:
-    """Raises `SettingsError` for what no header can hold; the HTTP library's own error would quote it."""
+    """Return the secret. Raises `SettingsError`, without quoting it, if a header cannot hold it."""
     value = secret.get_secret_value().strip()
     if not value or not value.isascii() or not value.isprintable():
         raise SettingsError(f"{name}: must be printable ASCII characters, and at least one.")

@@ -1,4 +1,4 @@
-"""What the database's schema is in detail, compared with what this version expects."""
+"""The detailed schema of the database, compared with the one that this version expects."""
 
 from archiver.catalogue.comparing import FILE, read_expected, repair, select_differences
 from archiver.catalogue.difference import Difference

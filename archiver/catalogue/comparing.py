@@ -1,4 +1,4 @@
-"""How a database's catalogue differs from the one that this version expects, each with what to do about it."""
+"""Differences between a database's catalogue and the expected one, each with its remedy."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from archiver.catalogue.reading import Catalogue, decode, qualify, read
 
 FILE = "catalogue.json"
 _REPAIR = "Run `archiver migrate --repair` as the owner of the schema archiver."
-_LONGEST_SQL = 200  # characters of a statement that is worth printing
+_MAX_SQL = 200  # characters of a statement that is worth printing
 
 
 def select_differences(connection: Connection) -> list[Difference]:
@@ -23,8 +23,8 @@ def select_differences(connection: Connection) -> list[Difference]:
     Leaves the transaction's search path as it was.
     """
     before = connection.scalar(text("SELECT current_setting('search_path')"))
-    expected, found = read_expected(), read(connection)
-    differences = [*_differences(connection, expected, found), *examine_grants(connection)]
+    expected, item = read_expected(), read(connection)
+    differences = [*_differences(connection, expected, item), *examine_grants(connection)]
     connection.execute(text("SELECT set_config('search_path', :before, true)"), {"before": before})
     return sorted(differences, key=lambda each: (each.verdict, each.object))
 
@@ -40,27 +40,27 @@ def _differences(connection: Connection, expected: Catalogue, found: Catalogue) 
             if not _is_part_of(name, expected, found):
                 yield _missing(name, properties)
             continue
-        for key, wanted, actual in _differing(properties, found[name]):
+        for key, target_value, actual in _differing(properties, found[name]):
             if key == "definition" and name.startswith("view "):
-                yield from _view(connection, name, wanted, actual)
+                yield from _view(connection, name, target_value, actual)
             elif key != "definition" or not name.startswith("function "):  # compared by its parts instead
-                yield _property(name, properties, key, wanted, actual)
+                yield _property(name, properties, key, target_value, actual)
     for name in found:
         if name not in expected and not _is_part_of(name, found, expected):
             yield _extra(name, found[name])
 
 
-def _differing(wanted: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(wanted.keys() | actual.keys()):
-        if wanted.get(key) != actual.get(key):
-            yield key, wanted.get(key), actual.get(key)
+def _differing(target_value: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(target_value.keys() | actual.keys()):
+        if target_value.get(key) != actual.get(key):
+            yield key, target_value.get(key), actual.get(key)
 
 
 _PARTS = ("column", "constraint", "trigger", "rule", "policy", "extended statistics")
 
 
 def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
-    """Whether an object belongs to a table or view that one catalogue has and the other lacks: that one is named."""
+    """Return whether an object belongs to a table or view that one catalogue lacks and that is reported itself."""
     kind, _, qualified = name.rpartition(" ")
     if kind == "sequence options of":
         parents = [f"sequence {qualified}"]
@@ -81,7 +81,7 @@ def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
 
 def _advice(statements: tuple[str, ...]) -> str:
     sql = "; ".join(statements)
-    return _REPAIR if len(sql) > _LONGEST_SQL or "\n" in sql else f"{_REPAIR[:-1]}, which runs: {sql};"
+    return _REPAIR if len(sql) > _MAX_SQL or "\n" in sql else f"{_REPAIR[:-1]}, which runs: {sql};"
 
 
 def _difference(
@@ -105,7 +105,7 @@ def _missing(name: str, properties: Mapping[str, Any]) -> Difference:
 
 
 def _creating(name: str, properties: Mapping[str, Any]) -> Iterator[str]:
-    """The SQL that makes an object again; none where rows were lost with it."""
+    """Return the SQL that recreates an object; empty if rows were lost with it."""
     kind, _, qualified = name.partition(" ")
     relation, _, part = qualified.rpartition(".")
     if kind == "view":
@@ -136,13 +136,13 @@ def _extra(name: str, properties: Mapping[str, Any]) -> Difference:
     return _difference(name, foreign, verdict="warning", advice="Move it to another schema, or drop it.")
 
 
-def _property(name: str, properties: Mapping[str, Any], key: str, wanted: Any, actual: Any) -> Difference:
+def _property(name: str, properties: Mapping[str, Any], key: str, target_value: Any, actual: Any) -> Difference:
     detail = f"has another {key} than this version expects"
-    if len(f"{wanted}{actual}") < _LONGEST_SQL:
-        detail = f"has {key} {_shown(actual)} instead of {_shown(wanted)}"
-    statements = tuple(_altering(name, properties, key, wanted))
+    if len(f"{target_value}{actual}") < _MAX_SQL:
+        detail = f"has {key} {_shown(actual)} instead of {_shown(target_value)}"
+    statements = tuple(_altering(name, properties, key, target_value))
     verdict: Literal["failure", "warning"] = "failure"
-    if key == "statistics target" and wanted != 0:
+    if key == "statistics target" and target_value != 0:
         verdict = "warning"
     advice = None if statements else "Undo that change as the owner of the schema archiver, or restore a backup."
     return _difference(name, detail, *statements, verdict=verdict, advice=advice)
@@ -154,15 +154,15 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _altering(name: str, properties: Mapping[str, Any], key: str, wanted: Any) -> Iterator[str]:
-    """The SQL that gives a property its expected value; none where that is not a matter of a statement."""
+def _altering(name: str, properties: Mapping[str, Any], key: str, target_value: Any) -> Iterator[str]:
+    """Return the SQL that restores a property; empty if no statement can."""
     kind, _, qualified = name.partition(" ")
     relation, _, part = qualified.rpartition(".")
     if kind == "function":
         if key == "public may execute":
             yield (
                 f"GRANT EXECUTE ON ROUTINE {qualified} TO PUBLIC"
-                if wanted
+                if target_value
                 else f"REVOKE EXECUTE ON ROUTINE {qualified} FROM PUBLIC"
             )
         elif key not in {"result", "arguments", "kind"}:
@@ -175,9 +175,9 @@ def _altering(name: str, properties: Mapping[str, Any], key: str, wanted: Any) -
         yield f"ALTER TABLE {relation} DROP CONSTRAINT {part}"
         yield f"ALTER TABLE {relation} ADD CONSTRAINT {part} {properties['definition']}"
     elif kind == "column":
-        yield from _column(f"ALTER TABLE {relation} ALTER COLUMN {part}", key, wanted)
+        yield from _column(f"ALTER TABLE {relation} ALTER COLUMN {part}", key, target_value)
     elif kind in {"table", "view"}:
-        yield from _relation(f"ALTER TABLE {qualified}", kind, key, wanted)
+        yield from _relation(f"ALTER TABLE {qualified}", kind, key, target_value)
     elif kind == "foreign":
         yield f"ALTER TABLE {qualified.rpartition(' ')[2]} ENABLE TRIGGER ALL"
 
@@ -190,38 +190,38 @@ def _trigger(relation: str, part: str, properties: Mapping[str, Any]) -> Iterato
 _STORAGE = {"p": "PLAIN", "e": "EXTERNAL", "m": "MAIN", "x": "EXTENDED"}
 
 
-def _column(alter: str, key: str, wanted: Any) -> Iterator[str]:
+def _column(alter: str, key: str, target_value: Any) -> Iterator[str]:
     if key == "statistics target":
-        yield f"{alter} SET STATISTICS {wanted}"
+        yield f"{alter} SET STATISTICS {target_value}"
     elif key == "not null":
-        yield f"{alter} {'SET' if wanted else 'DROP'} NOT NULL"
+        yield f"{alter} {'SET' if target_value else 'DROP'} NOT NULL"
     elif key == "default":
-        yield f"{alter} SET DEFAULT {wanted}" if wanted is not None else f"{alter} DROP DEFAULT"
+        yield f"{alter} SET DEFAULT {target_value}" if target_value is not None else f"{alter} DROP DEFAULT"
     elif key == "storage":
-        yield f"{alter} SET STORAGE {_STORAGE[wanted]}"
-    elif key == "identity" and wanted == "a":
+        yield f"{alter} SET STORAGE {_STORAGE[target_value]}"
+    elif key == "identity" and target_value == "a":
         yield f"{alter} SET GENERATED ALWAYS"
 
 
-def _relation(alter: str, kind: str, key: str, wanted: Any) -> Iterator[str]:
+def _relation(alter: str, kind: str, key: str, target_value: Any) -> Iterator[str]:
     if key == "persistence" and kind == "table":
         yield f"{alter} SET LOGGED"
-    elif key == "row security" and not wanted:
+    elif key == "row security" and not target_value:
         yield f"{alter} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY"
-    elif key == "options" and kind == "view" and not wanted:
+    elif key == "options" and kind == "view" and not target_value:
         yield f"{alter.replace('TABLE', 'VIEW')} RESET (security_barrier, check_option)"
 
 
 _NO_TEMPORARY = {"42501", "25006"}  # SQLSTATE: insufficient privilege; read-only transaction
 
 
-def _view(connection: Connection, name: str, wanted: str, actual: str) -> Iterator[Difference]:
-    """Each version of Postgres writes the same view in its own way: let this one write the expected one as well."""
+def _view(connection: Connection, name: str, target_value: str, actual: str) -> Iterator[Difference]:
+    """Let this Postgres version rewrite the expected view, because versions write views differently."""
     qualified = name.partition(" ")[2]
-    statement = f"CREATE OR REPLACE VIEW {qualified} AS {wanted}"
+    statement = f"CREATE OR REPLACE VIEW {qualified} AS {target_value}"
     nested = connection.begin_nested()
     try:
-        connection.exec_driver_sql(f"CREATE TEMPORARY VIEW archiver_expected_view AS {wanted}")
+        connection.exec_driver_sql(f"CREATE TEMPORARY VIEW archiver_expected_view AS {target_value}")
         written = connection.scalar(text("SELECT pg_get_viewdef(to_regclass('pg_temp.archiver_expected_view'))"))
     except DBAPIError as error:
         nested.rollback()
@@ -238,19 +238,19 @@ def _view(connection: Connection, name: str, wanted: str, actual: str) -> Iterat
 
 
 def repair(connection: Connection) -> list[Difference]:
-    """Undo each difference for which a few statements suffice, and answer those that were undone.
+    """Repair the differences that SQL statements can undo, and return them.
 
     Tables, columns and foreign objects that may hold data are left alone, and so is what Postgres refuses to change.
     The transaction's search path changes.
     """
-    found = [difference for difference in select_differences(connection) if difference.repairs]
+    result = [difference for difference in select_differences(connection) if difference.repairs]
     qualify(connection)
-    for difference in sorted(found, key=_place):
+    for difference in sorted(result, key=_place):
         if not difference.object.startswith("role "):
             _try(connection, difference.repairs)
     roles.bring_up_to_date(connection)
     remaining = select_differences(connection)
-    return [difference for difference in found if difference not in remaining]
+    return [difference for difference in result if difference not in remaining]
 
 
 # A trigger needs its function, a view may need a column.

@@ -1,4 +1,4 @@
-"""Who may do what in our schemas, compared with what this version grants: privileges, powers of roles, owners."""
+"""Privileges, role attributes and owners, compared with what this version grants."""
 
 from collections.abc import Iterator
 
@@ -56,22 +56,26 @@ _OTHERS = text(
 
 
 def _others(connection: Connection) -> Iterator[Difference]:
-    allowed = {(name, privilege) for needs in roles.NEEDED.values() for _, name, privilege in roles.wanted(needs)} | {
-        (name, privilege) for needs in roles.NEEDED.values() for name in needs.sequences for privilege in ("USAGE",)
-    }
+    allowed = {
+        (name, privilege)
+        for needs in roles.NEEDED.values()
+        for _, name, privilege in roles.expected_privileges(needs)
+    } | {(name, privilege) for needs in roles.NEEDED.values() for name in needs.sequences for privilege in ("USAGE",)}
     values = {"schemas": list(SCHEMAS), "roles": list(roles.NEEDED)}
     for kind, what, privilege, grantee in connection.execute(_OTHERS, values):
         schema_name = what.partition(".")[0]
-        is_ours = any((name, privilege) in allowed for name in (what, schema_name if kind != "TABLE" else what))
+        is_expected_owner = any(
+            (name, privilege) in allowed for name in (what, schema_name if kind != "TABLE" else what)
+        )
         is_update_of_columns = (what, privilege) == ("archiver.events", "UPDATE")
-        if grantee != "PUBLIC" and (is_ours or is_update_of_columns):
+        if grantee != "PUBLIC" and (is_expected_owner or is_update_of_columns):
             continue  # granted to a user directly, where our roles do not exist
         quoted = grantee if grantee == "PUBLIC" else f'"{grantee}"'
         statement = f"REVOKE {privilege} ON {kind} {what} FROM {quoted}"
         yield Difference(
             f"privileges of {grantee}",
             "failure" if grantee == "PUBLIC" else "warning",
-            f"{grantee} has {privilege} on {kind.lower()} {what}, which this version grants to nobody else.",
+            f"{grantee} has {privilege} on {kind.lower()} {what}, which this version does not grant.",
             f"Unless it is intended, as the owner: {statement};",
             (statement,) if grantee == "PUBLIC" else (),
         )
@@ -129,11 +133,11 @@ _OWNERS = text(
 
 def _owners(connection: Connection) -> Iterator[Difference]:
     values = {"schemas": list(SCHEMAS), "roles": list(roles.NEEDED)}
-    for kind, what, owner, expected, is_ours in connection.execute(_OWNERS, values):
-        if is_ours:
+    for kind, what, owner, expected, is_expected_owner in connection.execute(_OWNERS, values):
+        if is_expected_owner:
             detail = f"{owner} owns the {kind.lower()} {what}, and so may change and drop it."
             advice = f'As an administrator: ALTER {kind} {what} OWNER TO "the owner of the database";'
         else:
             detail = f"{owner} owns the {kind.lower()} {what}, while {expected} owns the schema archiver."
             advice = f'As an administrator: ALTER {kind} {what} OWNER TO "{expected}";'
-        yield Difference(f"owner of {what}", "failure" if is_ours else "warning", detail, advice)
+        yield Difference(f"owner of {what}", "failure" if is_expected_owner else "warning", detail, advice)

@@ -12,14 +12,14 @@ Catalogue = Mapping[str, Mapping[str, Any]]
 """Properties by object; an object is named by its kind and its qualified name, such as `table archiver.events`."""
 
 _NAMED = "format('%I.%I', n.nspname, c.relname)"
-_OURS = "n.nspname = ANY (CAST(:schemas AS text[]))"
+_OF_OUR_SCHEMAS = "n.nspname = ANY (CAST(:schemas AS text[]))"
 _KIND = "CASE c.relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'view' WHEN 'S' THEN 'sequence' ELSE 'table' END"
 
 # Each gives the kind of the object, its name, and its properties. Names and expressions are read with pg_catalog
-# alone in the search path, so that everything else is qualified, whatever the role's default.
+# alone in the search path, so that everything else is qualified, regardless of the role's default.
 _QUERIES = (
     f"""
-    SELECT 'schema', format('%I', n.nspname), '{{}}'::json FROM pg_namespace n WHERE {_OURS}
+    SELECT 'schema', format('%I', n.nspname), '{{}}'::json FROM pg_namespace n WHERE {_OF_OUR_SCHEMAS}
     """,
     # Composite types and TOAST tables are left out; an index is below.
     f"""
@@ -34,14 +34,14 @@ _QUERIES = (
                             WHERE i.inhrelid = c.oid),
                'definition', CASE WHEN c.relkind IN ('v', 'm') THEN pg_get_viewdef(c.oid) END)
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS} AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+     WHERE {_OF_OUR_SCHEMAS} AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
     """,
     f"""
     SELECT 'sequence options of', {_NAMED}, json_build_object(
                'type', format_type(s.seqtypid, NULL), 'increment', s.seqincrement, 'minimum', s.seqmin,
                'maximum', s.seqmax, 'cycles', s.seqcycle)
       FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS}
+     WHERE {_OF_OUR_SCHEMAS}
     """,
     f"""
     SELECT 'column', {_NAMED} || format('.%I', a.attname), json_build_object(
@@ -53,14 +53,14 @@ _QUERIES = (
                'storage', CASE WHEN c.relkind IN ('r', 'p') THEN a.attstorage END)
       FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
       LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-     WHERE {_OURS} AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped
+     WHERE {_OF_OUR_SCHEMAS} AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped
     """,
     # From Postgres 18 on, NOT NULL has rows here as well: it is a property of the column above.
     f"""
     SELECT 'constraint', {_NAMED} || format('.%I', k.conname), json_build_object(
                'definition', pg_get_constraintdef(k.oid), 'validated', k.convalidated)
       FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS} AND k.contype NOT IN ('n', 't')
+     WHERE {_OF_OUR_SCHEMAS} AND k.contype NOT IN ('n', 't')
     """,
     f"""
     SELECT 'index', {_NAMED}, json_build_object(
@@ -69,7 +69,7 @@ _QUERIES = (
                'of constraint', EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = c.oid))
       FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_class r ON r.oid = i.indrelid
       JOIN pg_namespace n ON n.oid = r.relnamespace
-     WHERE {_OURS} AND r.relkind IN ('r', 'p', 'm')
+     WHERE {_OF_OUR_SCHEMAS} AND r.relkind IN ('r', 'p', 'm')
     """,
     """
     SELECT 'function', format('%I.%I(%s)', n.nspname, p.proname, oidvectortypes(p.proargtypes)), json_build_object(
@@ -90,28 +90,28 @@ _QUERIES = (
                'enabled', CASE t.tgenabled WHEN 'O' THEN 'origin' WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'replica'
                                            ELSE 'always' END)
       FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS} AND NOT t.tgisinternal
+     WHERE {_OF_OUR_SCHEMAS} AND NOT t.tgisinternal
     """,
     # Those that enforce a foreign key: a superuser may disable them.
     f"""
     SELECT 'foreign key triggers of', {_NAMED}, json_build_object('enabled', bool_and(t.tgenabled = 'O'))
       FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS} AND t.tgisinternal GROUP BY n.nspname, c.relname
+     WHERE {_OF_OUR_SCHEMAS} AND t.tgisinternal GROUP BY n.nspname, c.relname
     """,
     f"""
     SELECT 'rule', {_NAMED} || format('.%I', r.rulename), json_build_object('definition', pg_get_ruledef(r.oid))
       FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS} AND r.rulename <> '_RETURN'
+     WHERE {_OF_OUR_SCHEMAS} AND r.rulename <> '_RETURN'
     """,
     f"""
     SELECT 'policy', {_NAMED} || format('.%I', p.polname), json_build_object('command', p.polcmd)
       FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS}
+     WHERE {_OF_OUR_SCHEMAS}
     """,
     f"""
     SELECT 'extended statistics', {_NAMED} || format('.%I', s.stxname), '{{}}'::json
       FROM pg_statistic_ext s JOIN pg_class c ON c.oid = s.stxrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE {_OURS}
+     WHERE {_OF_OUR_SCHEMAS}
     """,
     """
     SELECT 'type', format('%I.%I', n.nspname, t.typname), json_build_object(
@@ -130,22 +130,22 @@ _QUERIES = (
 
 
 def qualify(connection: Connection) -> None:
-    """Let Postgres write every name of ours with its schema, for the rest of the transaction."""
+    """Let Postgres write our names with their schema for the rest of the transaction."""
     connection.execute(text("SELECT set_config('search_path', 'pg_catalog', true)"))
 
 
 def read(connection: Connection) -> Catalogue:
     """What the database has in our schemas. Changes the transaction's search path."""
     qualify(connection)
-    found: dict[str, Mapping[str, Any]] = {}
+    values: dict[str, Mapping[str, Any]] = {}
     for query in _QUERIES:
         for kind, name, properties in connection.execute(text(query), {"schemas": list(SCHEMAS)}):
-            found[f"{kind} {name}"] = {key: value for key, value in properties.items() if value is not None}
-    return found
+            values[f"{kind} {name}"] = {key: value for key, value in properties.items() if value is not None}
+    return values
 
 
 def encode(catalogue: Catalogue) -> bytes:
-    """For the file beside the migrations: one line an object, sorted."""
+    """Return the catalogue as sorted lines, one object each, for the file beside the migrations."""
     lines = (
         msgspec.json.encode(name) + b": " + msgspec.json.encode(properties, order="sorted")
         for name, properties in sorted(catalogue.items())

@@ -1,4 +1,4 @@
-"""The command line: parses, prints, starts. What a command does lives below."""
+"""The command line: parses arguments and prints results; loaded lazily."""
 
 import codecs
 import errno
@@ -28,12 +28,12 @@ from archiver.cli.serve import migrate, serve
 from archiver.cli.worker import rebuild, worker
 from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
 from archiver.embedded import EmbeddedError
+from archiver.lock_waits import INSUFFICIENT_PRIVILEGE, LockTimeoutError
 from archiver.roles import AUDITOR, WRITER
 from archiver.schema import SchemaError
 from archiver.settings import SettingsError
 from archiver.spool import SpoolError
 from archiver.version import describe
-from archiver.waits import INSUFFICIENT_PRIVILEGE, LockedError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,19 +61,19 @@ cli.add_command(acts, "audit")  # acts is the older name
 def main() -> None:
     """The `archiver` command."""
     try:
-        _write_everything()  # which writes what waits
-        _write_whole()
+        _escape_unencodable()  # which writes what waits
+        _require_complete_writes()
         _require_text(sys.argv[1:])
         try:
             _run()
         finally:
-            sys.stdout.flush()  # here, where it can be told that it fails
+            sys.stdout.flush()  # here, where a failure can be reported
     except OSError as error:
         if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
             raise
         # Python would flush it once more at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # whoever read it has seen enough
+        if error.errno == errno.EPIPE:  # the reader closed the pipe
             sys.exit(1)
         _fail(f"Cannot write: {error.strerror}.")
 
@@ -81,8 +81,8 @@ def main() -> None:
 _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN}
 
 
-def _write_everything() -> None:
-    """Let stdout and stderr take every character, whatever their encoding: what it lacks is written as JSON does."""
+def _escape_unencodable() -> None:
+    """Let stdout and stderr escape characters that their encoding lacks, as JSON does."""
     codecs.register_error("archiver", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -97,10 +97,10 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
     return "".join(escaped), error.end
 
 
-def _write_whole() -> None:
-    """Let stdout take all that is printed.
+def _require_complete_writes() -> None:
+    """Let stdout complete every write.
 
-    Whoever called may have closed it. And under PYTHONUNBUFFERED, which images for containers like to set, what a
+    The caller may have closed it. And under PYTHONUNBUFFERED, which images for containers like to set, what a
     pipe does not take at once is lost.
     """
     given = sys.stdout
@@ -113,7 +113,7 @@ def _write_whole() -> None:
 
 
 def _require_text(arguments: Sequence[str]) -> None:
-    """Bytes that are no text could neither be recorded nor printed."""
+    """Reject arguments that are not valid text, which could not be recorded or printed."""
     for argument in arguments:
         if any("\ud800" <= each <= "\udfff" for each in argument):
             click.echo(f"archiver: {argument[:80]!a} is not UTF-8", err=True)
@@ -123,7 +123,7 @@ def _require_text(arguments: Sequence[str]) -> None:
 def _run() -> None:
     try:
         cli()
-    except (SettingsError, SchemaError, EmbeddedError, SpoolError, LockedError) as error:
+    except (SettingsError, SchemaError, EmbeddedError, SpoolError, LockTimeoutError) as error:
         _fail(str(error))
     except DBAPIError as error:
         _end_if_interrupted(error)
@@ -140,13 +140,13 @@ _AUDITING_PARTS = (("hold", "list"), ("quarantine", "list"), ("quarantine", "sho
 
 
 def _role(arguments: Sequence[str]) -> str:
-    """What a command that was refused needs: an auditor reads, and who changes the archive writes it."""
+    """Return the role that a refused command needs: auditor to read, writer to change."""
     is_part = any(arguments[0] == command and part in arguments for command, part in _AUDITING_PARTS)
     return AUDITOR if arguments[0] in _AUDITING or is_part else WRITER
 
 
 def _end_if_interrupted(error: BaseException) -> None:
-    """What fails because Ctrl-C cut it off is no fault of the database."""
+    """Exit if the error was caused by Ctrl-C rather than by the database."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, KeyboardInterrupt):
@@ -156,19 +156,19 @@ def _end_if_interrupted(error: BaseException) -> None:
 
 
 def _explain(error: DBAPIError) -> str:
-    said, state = str(error.orig).strip(), sqlstate(error)
+    text, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:
         role = _role(sys.argv[1:])
         return (
-            f"The database refused: {said.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
+            f"The database refused: {text.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
             f" run GRANT {role} TO the_user; or see `archiver doctor`."
         )
     if is_untrusted(error):
-        return f"The database cannot be trusted: {said}\n{CERTIFICATE_ADVICE}"
-    # Without a SQLSTATE it is the driver that speaks, unless it only passes on why the server let nobody in.
-    is_from_server = state is not None or "FATAL: " in said
+        return f"The database cannot be trusted: {text}\n{CERTIFICATE_ADVICE}"
+    # Without a SQLSTATE the message is the driver's, or the server's reason for refusing the connection.
+    is_from_server = state is not None or "FATAL: " in text
     what = "refused" if is_from_server else "cannot be reached"
-    return f"The database {what}: {said}\nCheck DATABASE_URL, then run `archiver doctor`."
+    return f"The database {what}: {text}\nCheck DATABASE_URL, then run `archiver doctor`."
 
 
 def _fail(message: str) -> None:

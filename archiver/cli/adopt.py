@@ -1,10 +1,10 @@
-"""`archiver adopt`: let a restored or promoted database take over from the one that was served before."""
+"""`archiver adopt`: accept a restored or promoted database in place of the previous one."""
 
 import json
 
 import click
 
-from archiver import acts, database, identity, settings
+from archiver import audit_log, database, identity, settings
 from archiver.cli import connection
 
 
@@ -27,14 +27,14 @@ def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
             click.echo(json.dumps({"adopted": False, "epoch": None, "reason": None}))
             return
         if not reason:
-            click.echo("Nothing to adopt: this is the database that was served before, or one that is new.")
+            click.echo("Nothing to adopt: this database was served before, or it is new.")
             return
         click.echo(f"{where}: {reason}.", err=True)
         connection.confirm("Let it take over, seal its ledger and send its follow-ups?", yes=yes)
         with database.transaction(engine) as opened:
             number = guard.adopt(opened)
             detail = {"epoch": number, "reason": reason}
-            acts.insert_act(opened, acts.ADOPT, actor or acts.actor(), None, detail)
+            audit_log.insert_entry(opened, audit_log.ADOPT, actor or audit_log.actor(), None, detail)
         if as_json:
             click.echo(json.dumps({"adopted": True, **detail}))
         else:

@@ -1,4 +1,4 @@
-"""The database of a command: the one that DATABASE_URL names, or the embedded one, started for as long as needed."""
+"""The database of a command: DATABASE_URL, or the embedded database, started while needed."""
 
 import asyncio
 import shlex
@@ -15,8 +15,8 @@ import structlog
 import uvloop
 from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded, events, identity, schema, waits
-from archiver.settings import Settings, SettingsError, strangers
+from archiver import database, embedded, events, identity, lock_waits, schema
+from archiver.settings import Settings, SettingsError, unknown_variables
 
 log = structlog.get_logger(__name__)
 
@@ -25,7 +25,7 @@ WATCH_SECONDS = 2  # between two looks at the embedded Postgres
 
 @contextmanager
 def database_url(configuration: Settings, *, create: bool = False) -> Iterator[str]:
-    """The URL to use; an embedded Postgres runs meanwhile where none is set.
+    """Yield the database URL; start the embedded Postgres for the block if none is set.
 
     Raises `SettingsError` where there is no embedded database yet, unless it may be created.
     """
@@ -38,7 +38,7 @@ def database_url(configuration: Settings, *, create: bool = False) -> Iterator[s
 
 @contextmanager
 def running(configuration: Settings, *, create: bool = False) -> Iterator[embedded.Postgres]:
-    """The embedded Postgres. A command that only looks must not leave an empty one wherever it was called."""
+    """Run the embedded Postgres. A read-only command must not create an empty database."""
     if not create and not _has_embedded(configuration.home):
         home = configuration.home.resolve()
         demo = home / "demo"
@@ -61,13 +61,13 @@ def _has_embedded(home: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        return True  # somebody else's, perhaps: starting it says why it cannot be had
+        return True  # perhaps another user's: starting it reports why it cannot be used
     return True
 
 
 @contextmanager
-def lasting_database_url(configuration: Settings, *, create: bool = True) -> Iterator[str]:
-    """The same for a program that goes on for long: an embedded Postgres that ends meanwhile is started again."""
+def supervised_database_url(configuration: Settings, *, create: bool = True) -> Iterator[str]:
+    """Like `database_url`, for long-running programs: restarts an embedded Postgres that ends."""
     if configuration.database_url is not None:
         yield configuration.database_url.get_secret_value()
         return
@@ -85,27 +85,27 @@ def lasting_database_url(configuration: Settings, *, create: bool = True) -> Ite
 def _keep(postgres: embedded.Postgres, ending: threading.Event) -> None:
     while not ending.wait(WATCH_SECONDS):
         try:
-            if postgres.revive():
-                log.error("the embedded Postgres had ended and was started again", log=str(postgres.data.parent))
+            if postgres.restart_if_ended():
+                log.error("embedded Postgres ended unexpectedly; restarted", log=str(postgres.data.parent))
         except embedded.EmbeddedError as error:
-            log.error("the embedded Postgres has ended", error=str(error))  # noqa: TRY400  # there is nothing to trace
+            log.error("embedded Postgres ended", error=str(error))  # noqa: TRY400  # there is nothing to trace
 
 
 @contextmanager
 def engine(configuration: Settings, *, create: bool = True) -> Iterator[Engine]:
-    """An engine of one connection for a short command."""
+    """Yield an engine with one connection for a short command."""
     with database_url(configuration, create=create) as url, engine_at(configuration, url) as made:
         yield made
 
 
 @contextmanager
 def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
-    """The same where the URL is known."""
+    """Like `engine`, for a known URL."""
     made = database.connect(
         database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
     )
     try:
-        with waits.watching(made):
+        with lock_waits.watching(made):
             yield made
     finally:
         made.dispose()
@@ -113,7 +113,7 @@ def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
 
 @contextmanager
 def ready(configuration: Settings) -> Iterator[Engine]:
-    """The engine of a command that asks an archive. Raises `SchemaError` unless its schema is at head."""
+    """Yield the engine of a command that reads the archive. Raises `SchemaError` unless the schema is at head."""
     with engine(configuration, create=False) as made:
         with database.transaction(made) as connection:
             schema.check(connection)
@@ -122,7 +122,7 @@ def ready(configuration: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def opened(configuration: Settings, *, statement_seconds: float = database.STATEMENT_SECONDS) -> Iterator[Connection]:
-    """The same for a command that asks in one transaction."""
+    """Yield one transaction of such an engine."""
     with (
         engine(configuration, create=False) as made,
         database.transaction(made, statement_seconds=statement_seconds) as connection,
@@ -132,86 +132,88 @@ def opened(configuration: Settings, *, statement_seconds: float = database.STATE
 
 
 def identity_fault(configuration: Settings, engine: Engine, opened: Connection) -> str:
-    """Why this is not the database served before, in words; empty where it is, or this user may not ask."""
+    """Return why this is not the database that was served before; empty if it is, or if this user may not check."""
     if not identity.may_select(opened):
         return ""
     return identity.Guard(configuration.home.resolve(), engine.url).examine(opened)
 
 
 def where(configuration: Settings, opened: Connection) -> str:
-    """Which database a command talks to, for people; no password."""
+    """Describe the database of a command, without password."""
     if configuration.database_url is None:
         return f"embedded in {configuration.home.resolve()}"
     return schema.where(opened)
 
 
 def named(configuration: Settings) -> str:
-    """The same for the log, as the settings say it: nobody has to reach it."""
+    """Describe the configured database for logs, without connecting."""
     if configuration.database_url is None:
         return f"embedded in {configuration.home.resolve()}"
-    return database.place(database.database_url(configuration.database_url.get_secret_value()))
+    return database.describe(database.database_url(configuration.database_url.get_secret_value()))
 
 
-def warn_of_strangers() -> None:
-    """A setting whose name is misspelt does nothing, which is not to be found out by what is missing."""
-    for name, meant in strangers():
-        log.warning("there is no such setting: it does nothing", variable=name, **{"meant": meant} if meant else {})
+def warn_of_unknown_variables() -> None:
+    """Warn of environment variables that look like misspelt settings."""
+    for name, suggestion in unknown_variables():
+        log.warning("unknown setting ignored", variable=name, **{"meant": suggestion} if suggestion else {})
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    """Asynchronous work on the event loop that the receiver has as well: it costs half of what asyncio's own does."""
+    """Run asynchronous work on uvloop, as the receiver does: half the cost of asyncio's loop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a program to read.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 actor_option = click.option(
-    "--actor", metavar="NAME", help="Who does it, for the audit trail.  [default: your user and machine]"
+    "--actor",
+    metavar="NAME",
+    help="Name of the person or program, for the audit log.  [default: your user and machine]",
 )
-yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is destroyed; exit 1 where the answer is no. Without a terminal stdin answers."""
+    """Ask before something is destroyed; exit 1 if refused. Without a terminal the answer is read from stdin."""
     if not yes and not click.confirm(question, err=True):
-        click.echo("archiver: nothing was done", err=True)
+        click.echo("archiver: cancelled; nothing was changed", err=True)
         sys.exit(1)
 
 
-def moment(told: str | None, option: str) -> datetime | None:
-    """A time as people write it, in UTC unless it says otherwise."""
-    if told is None:
+def moment(text: str | None, option: str) -> datetime | None:
+    """Parse a time, in UTC unless it names a zone."""
+    if text is None:
         return None
     try:
-        found = datetime.fromisoformat(told.upper())
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+        result = datetime.fromisoformat(text.upper())
+        return (result if result.tzinfo else result.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise click.BadParameter("write 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
+        raise click.BadParameter("expected 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
 
 
 def period(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
-    """The times of `--since` and `--until`; wrong usage where nothing is between them."""
+    """Parse `--since` and `--until`; wrong usage if the period is empty."""
     first, end = moment(since, "--since"), moment(until, "--until")
     if first is not None and end is not None and first >= end:
-        raise click.UsageError("Nothing is at or after --since and before --until: give the earlier time to --since.")
+        raise click.UsageError("--since is not before --until")
     return first, end
 
 
 def check_ids(ids: Iterable[str], what: str) -> None:
-    """Wrong usage where one of these can be no id; `what` says of what."""
+    """Reject invalid ids as wrong usage; `what` names the kind of id."""
     for each in ids:
         try:
-            found = events.identifier(each)
+            result = events.identifier(each)
         except events.UnreadableError as error:
             raise click.UsageError(f"{each[:80]!r} is no {what} id. {events.REASONS[str(error)]}") from None
-        if found is None:
+        if result is None:
             raise click.UsageError(f"{each[:80]!r} is no {what} id. It is empty.")
 
 
-def name_and_value(told: str, option: str) -> tuple[str, str]:
+def name_and_value(text: str, option: str) -> tuple[str, str]:
     """The two sides of NAME=VALUE."""
-    name, is_given, value = told.partition("=")
-    if not is_given or not name.strip():
-        raise click.BadParameter("write NAME=VALUE", param_hint=option)
+    name, is_on_command_line, value = text.partition("=")
+    if not is_on_command_line or not name.strip():
+        raise click.BadParameter("expected NAME=VALUE", param_hint=option)
     return name.strip(), value

@@ -17,13 +17,17 @@ SHARE = Number(0, 1)
 
 
 @click.command()
-@click.option("--exit", "exit_when_done", is_flag=True, help="End once the archive is compared; else serve on.")
-@click.option("--conversations", default=300, show_default=True, type=Whole(1, 10_000), help="How many.")
+@click.option("--exit", "exit_when_done", is_flag=True, help="Exit after the comparison instead of serving on.")
+@click.option(
+    "--conversations", default=300, show_default=True, type=Whole(1, 10_000), help="Number of conversations."
+)
 @click.option("--loss", default=0.2, show_default=True, type=SHARE, help="Share of webhooks that never arrive.")
-@click.option("--duplicates", default=0.1, show_default=True, type=SHARE, help="Share sent more than once.")
-@click.option("--seed", default=1, show_default=True, help="Same seed, same conversations and faults.")
+@click.option(
+    "--duplicates", default=0.1, show_default=True, type=SHARE, help="Share of webhooks sent more than once."
+)
+@click.option("--seed", default=1, show_default=True, help="The same seed gives the same conversations and faults.")
 def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: float, seed: int) -> None:
-    """Watch it work: a database, the receiver and a simulated CallHQ, on this machine alone.
+    """Run a demo on this machine: a database, the receiver and a simulated CallHQ.
 
     Some hundreds of conversations cross real sockets with losses, duplicates, reordering, deletions before creations
     and forgeries; the archive is compared with what was delivered. Then the histories are read, and it is compared
@@ -44,19 +48,25 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", required=True, type=Whole(1, 65535), help="Port of the API, which is under /api.")
-@click.option("--webhook", "webhook_url", metavar="URL", help="Where to send webhooks; none are sent without.")
+@click.option("--webhook", "webhook_url", metavar="URL", help="Receiver of the webhooks; without it none are sent.")
 @click.option("--secret", default="", help="Secret to sign them with.  [default: ARCHIVER_WEBHOOK_SECRETS]")
 @click.option("--api-key", help="The only x-api-key accepted.  [default: any]")
 @click.option("--loss", default=0.0, show_default=True, type=SHARE, help="Share of webhooks that are never sent.")
 @click.option("--duplicates", default=0.0, show_default=True, type=SHARE, help="Share of webhooks sent repeatedly.")
-@click.option("--reorder", default=0.0, show_default=True, type=SHARE, help="Share held until a later one arrived.")
-@click.option("--delay", default=0.0, show_default=True, type=SHARE, help="Share held for a while.")
+@click.option(
+    "--reorder",
+    default=0.0,
+    show_default=True,
+    type=SHARE,
+    help="Share of webhooks held until a later one has arrived.",
+)
+@click.option("--delay", default=0.0, show_default=True, type=SHARE, help="Share of webhooks delayed.")
 @click.option(
     "--history-faults",
     default=0.0,
     show_default=True,
     type=SHARE,
-    help="Share of history calls that go wrong once: 500, 429, no JSON, slow, or never answered.",
+    help="Share of history calls that fail once: 500, 429, invalid JSON, slow, or no response.",
 )
 @click.option(
     "--history-latency",
@@ -64,7 +74,7 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
     show_default=True,
     type=Number(0, 60),
     metavar="SECONDS",
-    help="How long each history answer takes.",
+    help="Latency of each history response.",
 )
 @click.option(
     "--lifetime",
@@ -77,9 +87,9 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
     default="gone",
     show_default=True,
     type=click.Choice(get_args(Expired)),
-    help="What an expired history is answered: 410, 404, no messages, or all of them still.",
+    help="Response for an expired history: 410, 404, no messages, or the full history.",
 )
-@click.option("--keep-deleted", is_flag=True, help="Deleted chats stay in the history.")
+@click.option("--keep-deleted", is_flag=True, help="Keep deleted chats in the history.")
 @click.option("--seed", default=1, show_default=True, help="Same seed and same calls, same ids and faults.")
 def simulate(
     *,

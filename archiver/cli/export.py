@@ -1,4 +1,4 @@
-"""`archiver export`: conversations and their proofs in a folder, and the check of such a folder."""
+"""`archiver export`: export conversations with their proofs, or check an export."""
 
 import signal
 import sys
@@ -12,40 +12,42 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, export, settings
-from archiver.cli import connection, evidence
+from archiver import audit_log, export, settings
+from archiver.cli import connection, verify_options
 from archiver.cli.output import Whole, console, counted, progress
 from archiver.erasure import Criteria
-from archiver.export import Checked, Finding, Made, Manifest, Selection, Wanted
+from archiver.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
 from archiver.worker import signing_key
 
-TOLD = 20  # findings that are printed before the rest is counted
+MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
 
 
 @click.command("export")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make; must not be there yet."
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to create; must not exist, or be empty."
 )
-@click.option("--session", "session_ids", multiple=True, metavar="ID", help="This session; may be repeated.")
+@click.option("--session", "session_ids", multiple=True, metavar="ID", help="One session; may be repeated.")
 @click.option(
-    "--since", metavar="TIME", help="Sessions with a turn from then on: 2024-01-15 or 2024-01-15T09:30:00Z."
+    "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
 )
-@click.option("--until", metavar="TIME", help="Sessions with a turn before then.")
-@click.option("--hold", "hold_ids", multiple=True, type=Whole(1, 2**63 - 1), help="What this hold covers, or did.")
+@click.option("--until", metavar="TIME", help="Sessions with a turn before this time.")
+@click.option(
+    "--hold", "hold_ids", multiple=True, type=Whole(1, 2**63 - 1), help="Everything that this hold covers or covered."
+)
 @click.option("--all", "is_all", is_flag=True, help="Everything.")
 @click.option(
     "--format",
     "formats",
     multiple=True,
     type=click.Choice(export.FORMATS),
-    help="Of the transcripts; may be repeated.  [default: jsonl]",
+    help="Format of the transcripts; may be repeated.  [default: jsonl]",
 )
 @click.option(
     "--raw-csv",
     is_flag=True,
-    help="Leave CSV cells exactly as they are, even those that a spreadsheet would run as a formula.",
+    help="Do not neutralise CSV cells that a spreadsheet would run as a formula.",
 )
-@click.option("--reason", help="Why, for the record.")
+@click.option("--reason", help="Reason for the audit log.")
 @connection.actor_option
 @click.option(
     "--check",
@@ -55,20 +57,20 @@ TOLD = 20  # findings that are printed before the rest is counted
     help="Check the export in this folder instead; needs no database. --key, --signed-since, --against, --manifest"
     " and --unsigned go with it.",
 )
-@evidence.key_option()
-@evidence.signed_since_option
-@evidence.against_option
+@verify_options.key_option()
+@verify_options.signed_since_option
+@verify_options.against_option
 @click.option(
     "--manifest",
     "digest",
     metavar="SHA256",
-    help="The manifest's SHA-256, as archiver audit has it: for one that is not signed.",
+    help="SHA-256 of the manifest as in archiver audit, for an unsigned export.",
 )
 @click.option(
     "--unsigned",
     "accepts_unsigned",
     is_flag=True,
-    help="With --check: accept an export that is not signed, without --manifest.",
+    help="With --check: accept an unsigned export without --manifest.",
 )
 @connection.json_option
 def command(
@@ -91,7 +93,7 @@ def command(
     accepts_unsigned: bool,
     as_json: bool,
 ) -> None:
-    """Export conversations, with what proves where they come from, or check such an export.
+    """Export conversations with proofs of their origin, or check such an export.
 
     The folder holds transcripts, the ledger's events, their seals and a manifest. Each export is recorded. --check
     exits 1 and names what is not as it was exported, or not as it was sealed; and where the export is not signed,
@@ -100,57 +102,57 @@ def command(
     chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
     if folder is not None:
         if output is not None:
-            raise click.UsageError("--output makes an export and --check checks one: say only one of them.")
+            raise click.UsageError("Use either --output (export) or --check (check an export), not both.")
         if any(chosen) or formats or raw_csv:
-            raise click.UsageError("--check takes the whole export: no selection, no format.")
-        known = None if against is None else evidence.known_of(against)
-        keys = export.Keys(evidence.public_keys(key_files), signed_since)
+            raise click.UsageError("--check checks a whole export and takes no selection or format.")
+        known = None if against is None else verify_options.read_known_seals(against)
+        keys = export.Keys(verify_options.public_keys(key_files), signed_since)
         digest = None if digest is None else digest.lower()
         _check(folder, keys, known, digest, accepts_unsigned=accepts_unsigned, as_json=as_json)
         return
     if output is None:
-        raise click.UsageError("Say where to: --output DIR; or what to check: --check DIR.")
-    if any(map(evidence.is_given, ("key_files", "signed_since", "against", "digest", "accepts_unsigned"))):
-        raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned go with --check.")
+        raise click.UsageError("Specify --output DIR to export, or --check DIR to check an export.")
+    if any(
+        map(verify_options.is_on_command_line, ("key_files", "signed_since", "against", "digest", "accepts_unsigned"))
+    ):
+        raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned require --check.")
     if raw_csv and "csv" not in formats:
-        raise click.UsageError("--raw-csv goes with --format csv.")
+        raise click.UsageError("--raw-csv requires --format csv.")
     if sum(chosen) > 1:
-        raise click.UsageError(
-            "--session, --since and --until, --hold, and --all do not go together: say one of them."
-        )
+        raise click.UsageError("Use only one of --session, --since/--until, --hold and --all.")
     if not any(chosen):
-        raise click.UsageError("Say what to export: --session, --since and --until, --hold, or --all.")
+        raise click.UsageError("Specify what to export: --session, --since and --until, --hold, or --all.")
     connection.check_ids(session_ids, "session")
     first, end = connection.period(since, until)
     times = Criteria(since=first, until=end)
     selection = Selection(sorted({*session_ids}), [] if times.is_empty else [times], is_all)
-    wanted = Wanted(
+    request = ExportRequest(
         selection,
         tuple(dict.fromkeys(formats)) or ("jsonl",),
-        actor or acts.actor(),
+        actor or audit_log.actor(),
         reason,
         sorted({*hold_ids}),
         raw_csv=raw_csv,
     )
-    _export(output, wanted, as_json=as_json)
+    _export(output, request, as_json=as_json)
 
 
-def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
+def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
     configuration = settings.read()
     key = signing_key(configuration)
-    wanted = msgspec.structs.replace(wanted, settings=_told_settings(configuration))
+    request = msgspec.structs.replace(request, settings=_recorded_settings(configuration))
     _stop_once()
     try:
         with (
             connection.ready(configuration) as engine,
-            progress(SpinnerColumn(), TextColumn("Exporting {task.fields[told]}"), TimeElapsedColumn()) as bar,
+            progress(SpinnerColumn(), TextColumn("Exporting {task.fields[progress]}"), TimeElapsedColumn()) as bar,
         ):
-            task = bar.add_task("", total=None, told="")
+            task = bar.add_task("", total=None, progress="")
 
-            def tell(name: str, rows: int) -> None:
-                bar.update(task, told=f"{name}: {rows:,}")
+            def show_progress(name: str, rows: int) -> None:
+                bar.update(task, progress=f"{name}: {rows:,}")
 
-            made = export.make(engine, output, wanted, key, tell)
+            completed = export.make(engine, output, request, key, show_progress)
     except (export.FolderError, export.UnknownError) as error:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)
@@ -159,7 +161,7 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
             click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)
         raise
     try:
-        _report(output, made, as_json=as_json)
+        _report(output, completed, as_json=as_json)
         sys.stdout.flush()
     except OSError:
         click.echo(
@@ -169,22 +171,22 @@ def _export(output: Path, wanted: Wanted, *, as_json: bool) -> None:
 
 
 def _stop_once() -> None:
-    """Whatever asks for the end ends it like Ctrl-C, and once: what was half-made is being removed from then on."""
-    asked = [each for each in _ENDING if signal.getsignal(each) != signal.SIG_IGN]
+    """Let every termination signal act like one Ctrl-C, while a partial export is removed."""
+    signals = [each for each in _ENDING if signal.getsignal(each) != signal.SIG_IGN]
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        for each in asked:
+        for each in signals:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for each in asked:
+    for each in signals:
         signal.signal(each, stop)
 
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def _told_settings(configuration: settings.Settings) -> dict[str, Any]:
+def _recorded_settings(configuration: settings.Settings) -> dict[str, Any]:
     """Those that say what an archive holds and for how long; no secret."""
     return {
         "on_delete": configuration.on_delete,
@@ -198,23 +200,23 @@ def _told_settings(configuration: settings.Settings) -> dict[str, Any]:
     }
 
 
-def _report(output: Path, made: Made, *, as_json: bool) -> None:
+def _report(output: Path, completed: CompletedExport, *, as_json: bool) -> None:
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(made.manifest), indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(completed.manifest), indent=2))
         return
     table = Table("file", "rows", "bytes", "SHA-256")
-    for name, file in made.manifest.files.items():
+    for name, file in completed.manifest.files.items():
         table.add_row(name, f"{file.rows:,}", f"{file.bytes:,}", file.sha256)
     console().print(table)
-    counts = made.manifest.counts
-    click.echo(f"Exported {_told(counts.events, counts.erased, counts.unsealed)} to {output}.")
+    counts = completed.manifest.counts
+    click.echo(f"Exported {_event_counts(counts.events, counts.erased, counts.unsealed)} to {output}.")
     if counts.quarantined:
         quarantined = counted(counts.quarantined, "delivery", "deliveries")
         click.echo(f"The quarantine holds {quarantined}, of whomever: nothing of that is exported.")
-    click.echo(f"SHA-256 of the manifest: {made.digest}")
+    click.echo(f"SHA-256 of the manifest: {completed.digest}")
 
 
-def _told(events: int, erased: int, unsealed: int) -> str:
+def _event_counts(events: int, erased: int, unsealed: int) -> str:
     return f"{counted(events, 'event')} ({erased:,} erased, {unsealed:,} not sealed yet)"
 
 
@@ -229,28 +231,32 @@ def _check(
 ) -> None:
     checked, findings = Checked(), []
     heads, through = known or (None, None)
-    with progress(TextColumn("Checking {task.fields[told]}"), TimeElapsedColumn()) as bar:
-        task = bar.add_task("", total=None, told="")
+    with progress(TextColumn("Checking {task.fields[progress]}"), TimeElapsedColumn()) as bar:
+        task = bar.add_task("", total=None, progress="")
 
-        def tell(so_far: Checked) -> None:
-            bar.update(task, told=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
+        def show_progress(so_far: Checked) -> None:
+            bar.update(task, progress=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
 
         for finding in export.check(
-            folder, keys=keys, heads=heads, through=through, digest=digest, checked=checked, on_progress=tell
+            folder, keys=keys, heads=heads, through=through, digest=digest, checked=checked, on_progress=show_progress
         ):
             if accepts_unsigned and finding.fault == "unsigned":
                 continue
             findings.append(finding)
-            if not as_json and len(findings) <= TOLD:
+            if not as_json and len(findings) <= MAX_SHOWN_FINDINGS:
                 bar.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
     vouching = _vouching(checked, keys, is_digest_given=digest is not None)
     is_accepted = accepts_unsigned or not _is_unsigned(checked, is_digest_given=digest is not None)
     if as_json:
         _print_checked(checked, findings, keys, is_ok=not findings and is_accepted)
-    elif checked.told is not None:
-        _report_check(checked, checked.told, keys, is_compared=heads is not None)
+    elif checked.manifest is not None:
+        _report_check(checked, checked.manifest, keys, is_compared=heads is not None)
     if findings:
-        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
+        more = (
+            f"; the first {MAX_SHOWN_FINDINGS} are above"
+            if len(findings) > MAX_SHOWN_FINDINGS and not as_json
+            else ""
+        )
         click.echo(f"archiver: {len(findings):,} not as exported or sealed{more}; see docs/export.md", err=True)
     if vouching and not as_json:
         click.echo(f"{'archiver: ' if not is_accepted else ''}{vouching}", err=not is_accepted)
@@ -260,17 +266,17 @@ def _check(
 
 def _is_unsigned(checked: Checked, *, is_digest_given: bool) -> bool:
     """Whether it has no signature, and its digest was not given either."""
-    return checked.told is not None and checked.told.signed_by is None and not is_digest_given
+    return checked.manifest is not None and checked.manifest.signed_by is None and not is_digest_given
 
 
 def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> str:
-    """What the check cannot vouch for, with the option that helps; "" where a key or a digest vouches for it."""
-    if checked.told is None or checked.is_signed or is_digest_given:
+    """Return what the check cannot vouch for, with the option that helps; empty if a key or digest covers it."""
+    if checked.manifest is None or checked.is_signed or is_digest_given:
         return ""
-    if checked.told.signed_by is not None and keys.by_id:
+    if checked.manifest.signed_by is not None and keys.by_id:
         return ""  # a wrong signature is a finding
     doubt = "transcripts, counts and unsealed rows may have been changed by anyone who could write to this folder"
-    if checked.told.signed_by is not None:
+    if checked.manifest.signed_by is not None:
         return f"The signature was not checked: {doubt}. Give the public key: --key FILE."
     return (
         f"The export is not signed: {doubt}. Give the SHA-256 that the audit log has, --manifest SHA256,"
@@ -294,7 +300,7 @@ def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys,
         "unsealed_acts": checked.unsealed.get("acts"),
         "compared": checked.compared,
         "manifest_sha256": checked.digest,
-        "manifest_signed_by": None if checked.told is None else checked.told.signed_by,
+        "manifest_signed_by": None if checked.manifest is None else checked.manifest.signed_by,
         "signatures_checked": bool(keys.by_id),
         "manifest_signature_checked": checked.is_signed,
         "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
@@ -302,7 +308,7 @@ def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys,
     click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
 
 
-def _report_check(checked: Checked, told: Manifest, keys: export.Keys, *, is_compared: bool) -> None:
+def _report_check(checked: Checked, manifest: Manifest, keys: export.Keys, *, is_compared: bool) -> None:
     loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
     seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
     click.echo(f"{seen}; not sealed yet: {loose}.")
@@ -310,13 +316,13 @@ def _report_check(checked: Checked, told: Manifest, keys: export.Keys, *, is_com
         click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
     click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
     click.echo(
-        f'Recorded in the audit log by the entry of kind export.done whose detail has "act": {told.act}:'
+        f'Recorded in the audit log by the entry of kind export.done whose detail has "act": {manifest.act}:'
         " archiver audit --kind export.done"
     )
 
 
 def _signed(checked: Checked, keys: export.Keys) -> str:
-    signer = checked.told.signed_by if checked.told is not None else None
+    signer = checked.manifest.signed_by if checked.manifest is not None else None
     if signer is None:
         return ", not signed"
     if checked.is_signed:

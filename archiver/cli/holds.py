@@ -1,4 +1,4 @@
-"""`archiver hold` and `archiver audit`: what must not go, and what was done."""
+"""`archiver hold` and `archiver audit`: legal holds and the audit log."""
 
 import sys
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from rich.text import Text
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts as trail
+from archiver import audit_log as trail
 from archiver import database, erasure, export, settings
 from archiver.cli import connection
 from archiver.cli.output import Whole, console, counted
 from archiver.erasure import Criteria, HoldError
 from archiver.export import Selection
-from archiver.waits import INSUFFICIENT_PRIVILEGE
+from archiver.lock_waits import INSUFFICIENT_PRIVILEGE
 
 PAGE = 500
 COUNT_SECONDS = 120  # of counting what a hold covers
@@ -27,18 +27,18 @@ COUNT_SECONDS = 120  # of counting what a hold covers
 
 @click.group()
 def hold() -> None:
-    """Legal holds: what one covers is neither erased nor expired."""
+    """Legal holds: covered sessions are neither erased nor expired."""
 
 
 @hold.command()
-@click.option("--session", "session_id", metavar="ID", help="This session.")
+@click.option("--session", "session_id", metavar="ID", help="This session only.")
 @click.option("--assistant", "assistant_id", metavar="ID", help="Sessions of this assistant.")
-@click.option("--variable", metavar="NAME=VALUE", help="Sessions in which this variable has this value.")
+@click.option("--variable", metavar="NAME=VALUE", help="Sessions with this variable value.")
 @click.option(
-    "--since", metavar="TIME", help="Sessions with a turn from then on: 2024-01-15 or 2024-01-15T09:30:00Z."
+    "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
 )
 @click.option("--until", metavar="TIME", help="Sessions with a turn before then.")
-@click.option("--reason", required=True, help="Why, for the record.")
+@click.option("--reason", required=True, help="Reason for the audit log.")
 @connection.actor_option
 @connection.json_option
 def add(
@@ -52,25 +52,25 @@ def add(
     actor: str | None,
     as_json: bool,
 ) -> None:
-    """Place a hold on the sessions to which all of this applies."""
+    """Place a hold on the sessions that match all criteria."""
     connection.check_ids([session_id] if session_id is not None else [], "session")
     connection.check_ids([assistant_id] if assistant_id is not None else [], "assistant")
     _check_reason(reason)
     name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
     criteria = Criteria(session_id, assistant_id, name, value, *connection.period(since, until))
     if criteria.is_empty:
-        raise click.UsageError("Say what to hold: --session, --assistant, --variable, --since or --until.")
+        raise click.UsageError("Specify what to hold: --session, --assistant, --variable, --since or --until.")
     with connection.ready(settings.read()) as engine:
         with _changing(engine) as opened:
             hold_id = erasure.insert_hold(opened, criteria, actor or trail.actor(), reason)
         covered = _covered(engine, criteria)
     if as_json:
-        told = {"hold": hold_id, "sessions": None, "turns_without_session": None}
+        output = {"hold": hold_id, "sessions": None, "turns_without_session": None}
         if covered is not None:
-            told |= {"sessions": covered[0], "turns_without_session": covered[1]}
-        click.echo(msgspec.json.encode(told).decode())
+            output |= {"sessions": covered[0], "turns_without_session": covered[1]}
+        click.echo(msgspec.json.encode(output).decode())
     else:
-        click.echo(f"Hold {hold_id} is in force.{_told(covered)}")
+        click.echo(f"Hold {hold_id} is in force.{_covered_text(covered)}")
     if covered is not None and not any(covered):
         click.echo(
             f"archiver: hold {hold_id} covers nothing yet, only what comes; if that is not what you mean:"
@@ -80,9 +80,9 @@ def add(
 
 
 def _covered(engine: Engine, criteria: Criteria) -> tuple[int, int] | None:
-    """How many sessions, and turns without one; None where counting takes too long or is not allowed.
+    """Return the number of covered sessions and unassigned turns; None if counting takes too long or is forbidden.
 
-    Apart from the placing, during which nobody records anything.
+    Outside the transaction that places the hold, which blocks all writers.
     """
     try:
         with database.transaction(engine, statement_seconds=COUNT_SECONDS) as opened:
@@ -91,7 +91,7 @@ def _covered(engine: Engine, criteria: Criteria) -> tuple[int, int] | None:
         return None
 
 
-def _told(covered: tuple[int, int] | None) -> str:
+def _covered_text(covered: tuple[int, int] | None) -> str:
     if covered is None:
         return ""
     sessions, turns = covered
@@ -101,10 +101,10 @@ def _told(covered: tuple[int, int] | None) -> str:
 
 @hold.command()
 @click.argument("hold_id", metavar="ID", type=click.IntRange(1, 2**63 - 1))
-@click.option("--reason", required=True, help="Why, for the record.")
+@click.option("--reason", required=True, help="Reason for the audit log.")
 @connection.actor_option
 def release(*, hold_id: int, reason: str, actor: str | None) -> None:
-    """End a hold. What it alone kept may be erased and expire from now on."""
+    """Release a hold. Content that only this hold protected may be erased and expire from now on."""
     _check_reason(reason)
     try:
         with connection.ready(settings.read()) as engine, _changing(engine) as opened:
@@ -117,7 +117,7 @@ def release(*, hold_id: int, reason: str, actor: str | None) -> None:
 
 def _check_reason(reason: str) -> None:
     if not reason.strip():
-        raise click.UsageError("Say why, for the record: --reason TEXT.")
+        raise click.UsageError("--reason TEXT is required for the audit log.")
 
 
 @contextmanager
@@ -138,20 +138,20 @@ def _changing(engine: Engine) -> Iterator[Connection]:
 
 
 @hold.command("list")
-@click.option("--all", "every", is_flag=True, help="Released ones too.")
+@click.option("--all", "every", is_flag=True, help="Include released holds.")
 @connection.json_option
 def list_(*, every: bool, as_json: bool) -> None:
-    """List the holds in force."""
+    """List legal holds."""
     with connection.opened(settings.read()) as opened:
-        found = [dict(row) for row in erasure.select_holds(opened, released=every)]
+        result = [dict(row) for row in erasure.select_holds(opened, released=every)]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
         return
-    if not found:
+    if not result:
         click.echo("There is no hold." if every else "No hold is in force.")
         return
     table = Table("id", "placed", "author", "holds", "reason", "released")
-    for row in found:
+    for row in result:
         released = f"{row['released_at']:%Y-%m-%d %H:%M} by {row['released_by']}" if row["released_at"] else ""
         placed = f"{row['placed_at']:%Y-%m-%d %H:%M}"
         cells = (row["author"], _covers(row), row["reason"], released)
@@ -160,34 +160,36 @@ def list_(*, every: bool, as_json: bool) -> None:
 
 
 def _covers(row: dict[str, Any]) -> str:
-    told = {name: row[f"{name}_id"] for name in ("session", "assistant")}
+    parts = {name: row[f"{name}_id"] for name in ("session", "assistant")}
     if row["variable"] is not None:
         lost = "(gone with the release)" if row["has_row"] else "(any: its row is missing)"
-        told[row["variable"]] = lost if row["value"] is None else row["value"]
-    told |= {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("since", "until") if row[name]}
-    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+        parts[row["variable"]] = lost if row["value"] is None else row["value"]
+    parts |= {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("since", "until") if row[name]}
+    return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
 
 
 @click.command("acts")
-@click.option("--kind", help="Only those of this kind, such as erase.")
-@click.option("--since", metavar="TIME", help="Only those recorded from then on: 2024-01-15 or 2024-01-15T09:30:00Z.")
-@click.option("--limit", type=Whole(1), help="Only the newest N of these.")
+@click.option("--kind", help="Only entries of this kind, such as erase.")
+@click.option(
+    "--since", metavar="TIME", help="Only entries at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
+)
+@click.option("--limit", type=Whole(1), help="Only the newest N entries.")
 @connection.json_option
 def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
-    """List the audit trail: what was done to the archive, by whom and why, oldest first.
+    """List the audit log, oldest first: what was done to the archive, by whom and why.
 
     With --json, one JSON object a line.
     """
     first = connection.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
         _check_kind(opened, kind)
-        found = _every_act(opened, kind, first, limit)
+        result = _all_entries(opened, kind, first, limit)
         if as_json:
-            for row in found:
+            for row in result:
                 click.echo(msgspec.json.encode(row).decode())
             return
         table = Table("id", "at", "actor", "kind", "reason", "detail")
-        for row in found:
+        for row in result:
             detail = msgspec.json.encode(row["detail"]).decode()
             cells = (row["actor"], row["kind"], row["reason"] or "", detail)
             table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *map(Text, cells))
@@ -198,7 +200,7 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
 
 
 def _check_kind(opened: Connection, kind: str | None) -> None:
-    """A kind that is in the trail can be asked for, whoever wrote it; else one that this version writes."""
+    """Accept a kind that the log holds or that this version writes."""
     if kind is None or kind in trail.KINDS:
         return
     known = {*trail.KINDS, *trail.select_kinds(opened)}
@@ -206,10 +208,10 @@ def _check_kind(opened: Connection, kind: str | None) -> None:
         raise click.BadParameter(f"there is no such kind; known are {', '.join(sorted(known))}", param_hint="--kind")
 
 
-def _every_act(
+def _all_entries(
     opened: Connection, kind: str | None, since: datetime | None, limit: int | None
 ) -> Iterator[dict[str, Any]]:
-    after = 0 if limit is None else trail.select_newest_id(opened, limit, kind=kind, since=since) - 1
-    while page := trail.select_acts(opened, after=after, limit=PAGE, kind=kind, since=since):
+    after = 0 if limit is None else trail.select_oldest_of_newest(opened, limit, kind=kind, since=since) - 1
+    while page := trail.select_entries(opened, after=after, limit=PAGE, kind=kind, since=since):
         yield from map(dict, page)
         after = page[-1]["id"]

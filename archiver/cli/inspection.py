@@ -1,4 +1,4 @@
-"""`archiver status` and `archiver doctor`: what is, and what is wrong."""
+"""`archiver status` and `archiver doctor`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, feed, heartbeats, overview, schema, settings, spool, waits
+from archiver import database, feed, heartbeats, lock_waits, overview, schema, settings, spool
 from archiver.cli import connection
 from archiver.cli.output import console
 from archiver.doctor import Finding, examine_database, examine_platform, examine_settings, examine_spool
 from archiver.embedded import EmbeddedError
-from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
+from archiver.followups.review import FollowupStats, may_select_stats, name_failing, select_failing, select_stats
 from archiver.heartbeats import Worker
 
 
 @click.command()
 @connection.json_option
 def status(as_json: bool) -> None:
-    """Show on one screen what the archive holds and what waits for a person."""
+    """Show on one screen what the archive holds and what needs attention."""
     configuration = settings.read()
     spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
     lost = spool.select_lost(configuration.home / spool.SPOOL_FOLDER)
@@ -34,22 +34,22 @@ def status(as_json: bool) -> None:
                 where = connection.where(configuration, opened)
                 figures = overview.select_overview(opened)
                 silence = overview.select_silence(opened)
-                extent, waiting = feed.select_extent(opened), feed.select_waiting(opened)
+                extent, waiting = feed.select_extent(opened), feed.select_backlog(opened)
                 workers = heartbeats.select_workers(opened) if heartbeats.may_select(opened) else None
-                may_see = may_select_standing(opened)
-                standing, failing = (select_standing(opened), select_failing(opened)) if may_see else (None, [])
-            holders = waits.find_holders(engine)
+                may_see = may_select_stats(opened)
+                stats, failing = (select_stats(opened), select_failing(opened)) if may_see else (None, [])
+            holders = lock_waits.find_holders(engine)
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
             click.echo(f"archiver: {spooled.events:,} events ({size}) wait on the spool.", err=True)
         raise
     if as_json:
-        told = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
-        told |= {"spool_lost": lost, "webhooks": silence}
-        told |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(standing, failing)}
-        told |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
-        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
+        output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
+        output |= {"spool_lost": lost, "webhooks": silence}
+        output |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(stats, failing)}
+        output |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
+        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -64,10 +64,10 @@ def status(as_json: bool) -> None:
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
     unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
     table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
-    if standing is None:
+    if stats is None:
         table.add_row("follow-ups", "", "not for this database user to see")
     else:
-        table.add_row("follow-ups", f"{standing.pending:,}", _standing(standing))
+        table.add_row("follow-ups", f"{stats.pending:,}", _followup_stats(stats))
     if failing:
         table.add_row("", "", Text(f"failing: {name_failing(failing)}"))
     _add_workers(table, workers)
@@ -76,13 +76,13 @@ def status(as_json: bool) -> None:
     _print_advice(holders, waiting, is_quarantined=figures.quarantine > 0)
 
 
-def _print_advice(holders: Sequence[object], waiting: feed.Waiting, *, is_quarantined: bool) -> None:
+def _print_advice(holders: Sequence[object], waiting: feed.Backlog, *, is_quarantined: bool) -> None:
     for each in holders:
         click.echo(f"A lock is waited for: {each}.")
     if is_quarantined:
-        click.echo("See what is wrong with the quarantined ones: archiver quarantine list")
+        click.echo("Inspect quarantined deliveries: archiver quarantine list")
     if waiting.is_overdue(datetime.now(UTC)):
-        click.echo(f"Nobody publishes changes: {feed.ADVICE}")
+        click.echo(f"No worker publishes changes: {feed.ADVICE}")
 
 
 def _worker(worker: Worker) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
     faulty = [(each, name, report) for each in running for name, report in each.faulty.items()]
     table.add_row("workers", f"{len(running):,}", "every duty works" if running and not faulty else "")
     for each, name, report in faulty:
-        told = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
-        table.add_row("", "", Text(told))
+        text = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
+        table.add_row("", "", Text(text))
 
 
 def _silence(silence: overview.Silence) -> str:
@@ -108,25 +108,25 @@ def _silence(silence: overview.Silence) -> str:
 
 
 def _spooled(spooled: spool.Depth, lost: spool.Lost) -> str:
-    said = [f"since {_moment(spooled.oldest_at)}"] if spooled.events else []
+    parts = [f"since {_moment(spooled.oldest_at)}"] if spooled.events else []
     if lost.events:
-        said.append(f"{lost.events:,} lost since {_moment(lost.since)}: see archiver doctor")
-    return "; ".join(said)
+        parts.append(f"{lost.events:,} lost since {_moment(lost.since)}: see archiver doctor")
+    return "; ".join(parts)
 
 
-def _standing(standing: Standing) -> str:
-    told = f"pending, {standing.dead:,} dead; {standing.subscriptions:,} subscriptions"
-    told += f", {standing.paused:,} paused" if standing.paused else ""
-    told += f", {standing.failing:,} failing" if standing.failing else ""
-    return told + (f", {standing.behind:,} changes behind" if standing.behind else "")
+def _followup_stats(stats: FollowupStats) -> str:
+    text = f"pending, {stats.dead:,} dead; {stats.subscriptions:,} subscriptions"
+    text += f", {stats.paused:,} paused" if stats.paused else ""
+    text += f", {stats.failing:,} failing" if stats.failing else ""
+    return text + (f", {stats.behind:,} changes behind" if stats.behind else "")
 
 
-def _followups(standing: Standing | None, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if standing is None:
+def _followups(stats: FollowupStats | None, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if stats is None:
         return None
     names = ("id", "failures", "failing_since", "closed_until", "last_status", "last_fault")
-    told = [{name: row[name] for name in names} for row in failing]
-    return msgspec.structs.asdict(standing) | {"failing_subscriptions": told}
+    output = [{name: row[name] for name in names} for row in failing]
+    return msgspec.structs.asdict(stats) | {"failing_subscriptions": output}
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -142,11 +142,11 @@ def _moment(moment: datetime | None) -> str:
 @click.command()
 @connection.json_option
 def doctor(as_json: bool) -> None:
-    """Check settings, spool, database, role, schema, clock, and say what to do. Exit 1 if something must be done."""
+    """Check settings, spool, database, roles, schema and clock, and print remedies. Exit 1 if action is required."""
     try:
         configuration = settings.read()
     except settings.SettingsError as error:
-        findings = [Finding("settings", "failure", "A setting is wrong.", str(error))]
+        findings = [Finding("settings", "failure", "A setting is invalid.", str(error))]
     else:
         findings = [
             *examine_settings(configuration),
@@ -180,7 +180,7 @@ def _examine_database(configuration: settings.Settings) -> list[Finding]:
             psql = Finding("psql", "ok", postgres.psql_command())
             return [*examine_database(configuration, engine, place), psql]
     except (settings.SettingsError, EmbeddedError) as error:
-        return [Finding("database", "failure", "There is no database to ask.", str(error))]
+        return [Finding("database", "failure", "No database is configured or running.", str(error))]
 
 
 def _print(findings: list[Finding]) -> None:

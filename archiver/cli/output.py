@@ -1,4 +1,4 @@
-"""What is printed, and what numbers are called where one is wrong."""
+"""Console output and number formats."""
 
 import os
 import sys
@@ -7,23 +7,23 @@ import click
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
-WIDE = 10_000  # characters
+UNBOUNDED_WIDTH = 10_000  # characters
 
 
 def console() -> Console:
-    """On stdout. What is no terminal has no width: nothing is cut or wrapped for whoever searches it."""
+    """Return a console on stdout. Output that is not a terminal is neither cut nor wrapped."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console() if has_width else Console(width=WIDE)
+    return Console() if has_width else Console(width=UNBOUNDED_WIDTH)
 
 
 def progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
-    """A bar on stderr; nothing where that is no terminal, or where there is to be `quiet`."""
+    """Return a progress bar on stderr; it is disabled without a terminal or with `quiet`."""
     on_stderr = Console(stderr=True)
     return Progress(*columns, console=on_stderr, disable=quiet or not on_stderr.is_terminal)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 seal`, `2 seals`; `plural` where that is not the noun with an s."""
+    """Return number and noun, such as `1 seal`, `2 seals`; `plural` for irregular nouns."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 

@@ -1,4 +1,4 @@
-"""`archiver quarantine`: see what could not be archived, and drive it again."""
+"""`archiver quarantine`: inspect and retry deliveries that could not be archived."""
 
 import sys
 from base64 import b64encode
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection, Engine, RowMapping
 
-from archiver import acts, database, settings
+from archiver import audit_log, database, settings
 from archiver import quarantine as store
 from archiver.cli import connection
 from archiver.cli.output import Whole, console
@@ -33,12 +33,12 @@ def quarantine() -> None:
 @quarantine.command("list")
 @click.option("--reason", help="Only those with this reason.")
 @click.option(
-    "--unsearchable", is_flag=True, help="Only those whose bytes cannot be decoded, so that no erasure searches them."
+    "--unsearchable", is_flag=True, help="Only rows whose body cannot be decoded, so that erasures cannot search it."
 )
-@click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="At most so many.")
+@click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="Maximum number of rows.")
 @connection.json_option
 def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> None:
-    """List them, oldest first, without their content."""
+    """List quarantined deliveries, oldest first, without content."""
     with connection.opened(settings.read()) as opened:
         only = list(islice(select_unsearchable(opened), None if reason else limit)) if unsearchable else None
         rows = [dict(row) for row in store.select_quarantine(opened, limit=limit, reason=reason, only=only)]
@@ -48,7 +48,7 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
         click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2))
         return
     if not rows:
-        click.echo("Every quarantined body can be searched." if unsearchable else _nothing(reason))
+        click.echo("All quarantined bodies are searchable." if unsearchable else _empty_message(reason))
         return
     table = Table("id", "source", "received", "times", "bytes", "reason", "detail")
     for row in rows:
@@ -66,7 +66,7 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
 
 
 def _check_reason(opened: Connection, reason: str | None) -> None:
-    """A reason that is in the quarantine can be asked for, whoever wrote it; else one that this version gives."""
+    """Accept a reason that the quarantine holds or that this version gives."""
     if reason is None or reason in store.REASONS:
         return
     known = {*store.REASONS, *store.select_reasons(opened)}
@@ -76,7 +76,7 @@ def _check_reason(opened: Connection, reason: str | None) -> None:
         )
 
 
-def _nothing(reason: str | None) -> str:
+def _empty_message(reason: str | None) -> str:
     return "Nothing is quarantined." if reason is None else f"Nothing is quarantined with reason {reason}."
 
 
@@ -85,9 +85,9 @@ def _nothing(reason: str | None) -> str:
 @click.option("--raw", is_flag=True, help="Write only the exact bytes, for a file or a pipe.")
 @connection.json_option
 def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
-    """Show one with its body."""
+    """Show one quarantined delivery with its body."""
     if raw and as_json:
-        raise click.UsageError("Say --raw or --json, not both.")
+        raise click.UsageError("Use either --raw or --json.")
     with connection.opened(settings.read()) as opened:
         row = store.select_quarantined(opened, quarantine_id)
     if row is None:
@@ -96,12 +96,12 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     elif raw:
         sys.stdout.buffer.write(row["body"])
     elif as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(_described(row) | _told(row["body"])), indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(_described(row) | _body_json(row["body"])), indent=2))
     else:
         for name, value in _described(row).items():
             if value is not None:
                 click.echo(f"{name + ':':18}{value}")
-        # Control characters of a stranger's making do not reach the terminal.
+        # Control characters in untrusted bytes do not reach the terminal.
         shown = bytes(row["body"]).decode("utf-8", "backslashreplace")
         printable = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
         click.echo("\n" + "".join(printable))
@@ -125,7 +125,7 @@ def _described(row: RowMapping) -> dict[str, Any]:
     return {name: row[name] for name in _DESCRIBED} | {"bytes": len(row["body"])}
 
 
-def _told(body: bytes) -> dict[str, str | None]:
+def _body_json(body: bytes) -> dict[str, str | None]:
     """The bytes as text, null where they are none, and always exactly."""
     try:
         text: str | None = bytes(body).decode()
@@ -136,20 +136,20 @@ def _told(body: bytes) -> dict[str, str | None]:
 
 @quarantine.command()
 @click.argument("quarantine_ids", metavar="[ID]...", type=ID, nargs=-1)
-@click.option("--all", "every", is_flag=True, help="Every one, oldest first.")
-@click.option("--reason", help="Every one with this reason.")
+@click.option("--all", "every", is_flag=True, help="All rows, oldest first.")
+@click.option("--reason", help="All rows with this reason.")
 @connection.actor_option
 @connection.json_option
 def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, actor: str | None, as_json: bool) -> None:
-    """Drive quarantined deliveries through the archiver again.
+    """Retry quarantined deliveries through the write path.
 
     What can be archived now leaves the quarantine; the rest stays. Exit 1 if any stays.
     """
     by_rule = every or reason is not None
     if quarantine_ids and by_rule:
-        raise click.UsageError("Name ids, or say --all or --reason: not both.")
+        raise click.UsageError("Specify ids, or --all or --reason, but not both.")
     if not quarantine_ids and not by_rule:
-        raise click.UsageError("Name ids, or say --all or --reason.")
+        raise click.UsageError("Specify ids, --all or --reason.")
     configuration = settings.read()
     outcomes: dict[int, Outcome | None] = {}
     with connection.ready(configuration) as engine:
@@ -158,16 +158,18 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, acto
         for quarantine_id in quarantine_ids or _every_id(engine, reason):
             outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, timing_of(configuration))
             if not as_json:
-                click.echo(f"{quarantine_id}: {_became(outcome)}")
+                click.echo(f"{quarantine_id}: {_outcome_text(outcome)}")
         if outcomes:
             became = Counter("absent" if each is None else each.status for each in outcomes.values())
             with database.transaction(engine) as opened:
-                acts.insert_act(opened, "quarantine.retry", actor or acts.actor(), None, {"became": became})
+                audit_log.insert_entry(
+                    opened, "quarantine.retry", actor or audit_log.actor(), None, {"became": became}
+                )
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(outcomes), indent=2))
     elif not outcomes:
-        click.echo(_nothing(reason))
-    _complain(outcomes)
+        click.echo(_empty_message(reason))
+    _report_failures(outcomes)
 
 
 def _every_id(engine: Engine, reason: str | None) -> Iterator[int]:
@@ -181,7 +183,7 @@ def _every_id(engine: Engine, reason: str | None) -> Iterator[int]:
         after = rows[-1]["id"]
 
 
-def _became(outcome: Outcome | None) -> str:
+def _outcome_text(outcome: Outcome | None) -> str:
     if outcome is None:
         return "not in the quarantine"
     if outcome.status == "quarantined":
@@ -191,8 +193,8 @@ def _became(outcome: Outcome | None) -> str:
     return f"{outcome.status} as event {outcome.id}"
 
 
-def _complain(outcomes: dict[int, Outcome | None]) -> None:
-    """Say how many stay, and how many there are none of; exit 1 if any."""
+def _report_failures(outcomes: dict[int, Outcome | None]) -> None:
+    """Report how many stay quarantined and how many are unknown; exit 1 if any."""
     unknown = sum(outcome is None for outcome in outcomes.values())
     left = sum(outcome is not None and outcome.status == "quarantined" for outcome in outcomes.values())
     if left:

@@ -1,4 +1,4 @@
-"""`archiver retention`: what the settings let expire, now."""
+"""`archiver retention`: expire content now, as the settings say."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -9,10 +9,10 @@ from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
 from sqlalchemy import Engine
 
-from archiver import acts, database, erasure, settings
+from archiver import audit_log, database, erasure, settings
 from archiver.cli import connection
 from archiver.cli.output import console, counted, progress
-from archiver.erasure.clocks import ClockError, time_to_destroy_by
+from archiver.erasure.clocks import ClockError, destruction_time
 from archiver.erasure.retention import Due, Rules, examine, expire
 from archiver.projection import Timing
 from archiver.worker import timing_of
@@ -24,36 +24,36 @@ from archiver.worker import timing_of
 @connection.actor_option
 @connection.json_option
 def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> None:
-    """Let expire what is older than ARCHIVER_RETENTION_DAYS and its like say. A worker does so daily by itself."""
+    """Expire content older than the retention settings allow. A worker does so daily."""
     configuration = settings.read()
     rules = Rules.of(configuration)
-    if rules.is_content_for_ever and not rules.metadata:
+    if rules.keeps_content_forever and not rules.metadata:
         raise settings.SettingsError(
             "Nothing ever expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads the environment that it is called"
-            " in, not the one of `serve` or `worker`: `archiver audit --kind settings.changed` tells what those have."
+            " in, not the one of `serve` or `worker`: `archiver audit --kind settings.changed` shows theirs."
         )
     swept = 0
     with connection.ready(configuration) as engine:
         try:
             with database.transaction(engine) as opened:
-                now = time_to_destroy_by(opened, configuration.home)
+                now = destruction_time(opened, configuration.home)
         except ClockError as error:
             raise settings.SettingsError(str(error)) from None
         due = examine(engine, rules, now)
         if not dry_run:
-            if not due.is_nothing:
-                connection.confirm(f"Let expire for good ({_told(due)})?", yes=yes)
+            if not due.is_empty:
+                connection.confirm(f"Let expire for good ({_due_text(due)})?", yes=yes)
             # And what a run that was killed had ordered: that goes, whether anything more is old enough or not.
-            who = actor or acts.actor()
+            who = actor or audit_log.actor()
             swept = _expire(engine, rules, now, timing=timing_of(configuration), due=due, who=who, quiet=as_json)
     if as_json:
-        told = {"dry_run": dry_run, "events": swept} | msgspec.structs.asdict(due)
-        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2))
+        output = {"dry_run": dry_run, "events": swept} | msgspec.structs.asdict(due)
+        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
         return
     if due.content:
         console().print(_table(due.content))
-    click.echo(f"{'Would expire' if dry_run else 'Expired'}: {_told(due)}.")
-    if due.is_nothing and swept:
+    click.echo(f"{'Would expire' if dry_run else 'Expired'}: {_due_text(due)}.")
+    if due.is_empty and swept:
         click.echo(f"The content of {counted(swept, 'event')} that were ordered to expire before is gone.")
 
 
@@ -70,7 +70,7 @@ def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due:
     return swept
 
 
-def _told(due: Due) -> str:
+def _due_text(due: Due) -> str:
     return (
         f"content of {counted(due.content.total(), 'session')}, what was left of {due.metadata.total():,} erased"
         f" before, {due.quarantined:,} quarantined; {due.held:,} held"

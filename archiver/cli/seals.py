@@ -1,4 +1,4 @@
-"""`archiver seal`, `verify`, `prove` and `seals`: that nobody edited the ledger, and how to show it."""
+"""`archiver seal`, `verify`, `prove` and `seals`: prove that the ledger was not edited."""
 
 import json
 import sys
@@ -15,21 +15,21 @@ from rich.table import Table
 from sqlalchemy import Connection
 
 from archiver import database, identity, seals, settings, telemetry
-from archiver.cli import connection, evidence
+from archiver.cli import connection, verify_options
 from archiver.cli.output import Whole, console, counted, progress
 from archiver.seals import Checked, Finding, Seal
 from archiver.worker import signing_key
 
 READ_SECONDS = 24 * 3600  # of one statement of a verification
-TOLD = 20  # findings that are printed before the rest is counted
+MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
 
 
 @click.command()
 @connection.json_option
 def seal(as_json: bool) -> None:
-    """Seal what is settled, now. A worker does it otherwise, every ARCHIVER_SEAL_EVERY seconds."""
+    """Seal all settled rows now. A worker does so every ARCHIVER_SEAL_EVERY seconds."""
     configuration = settings.read()
-    telemetry.configure_logs("warning", configuration.log_format)  # what is told here is told below
+    telemetry.configure_logs("warning", configuration.log_format)  # its messages are printed below
     key = signing_key(configuration)
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
@@ -37,15 +37,15 @@ def seal(as_json: bool) -> None:
                 raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
         try:
             made = seals.seal(engine, key)
-        except (seals.BusyError, seals.BoundsError) as error:
+        except (seals.LedgerBusyError, seals.BoundsError) as error:
             raise settings.SettingsError(str(error)) from None
     if as_json:
-        click.echo(_json([_told(each) for each in made]))
+        click.echo(_json([_seal_json(each) for each in made]))
         return
     for each in made:
         click.echo(f"seal {each.id}: {counted(each.size, 'leaf', 'leaves')}, {each.hash.hex()}")
     if not made:
-        click.echo("Nothing is new since the last seal.")
+        click.echo("No new rows since the last seal.")
 
 
 @click.command()
@@ -54,16 +54,16 @@ def seal(as_json: bool) -> None:
     "after_seal",
     type=Whole(1),
     metavar="SEAL",
-    help="Begin after this seal: rows that were sealed up to there are not held against their seals.",
+    help="Start after this seal; rows sealed up to it are not checked against their seals.",
 )
-@evidence.key_option(default="[default: that of ARCHIVER_SEAL_KEY]")
-@evidence.signed_since_option
-@evidence.against_option
+@verify_options.key_option(default="[default: that of ARCHIVER_SEAL_KEY]")
+@verify_options.signed_since_option
+@verify_options.against_option
 @click.option(
     "--jobs",
     type=Whole(1, 64),
     metavar="N",
-    help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {seals.MOST_JOBS}]",
+    help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {seals.MAX_JOBS}]",
 )
 @connection.json_option
 def verify(
@@ -78,26 +78,28 @@ def verify(
     """Check seals and ledger: each row against its seal, each body against its digest, each seal against its chain.
 
     Names each event and seal that is not as it was sealed, and exits 1 if there is any. What is not sealed yet can be
-    changed unseen: how many events that are is told.
+    changed unseen: their number is printed.
     """
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
-    heads = None if against is None else evidence.known_of(against)[0]
+    heads = None if against is None else verify_options.read_known_seals(against)[0]
     checked = Checked()
     findings: list[Finding] = []
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
             reason = connection.identity_fault(configuration, engine, opened)
             wrong_database = _of_identity(opened, reason)
-            evidence.require_seals(seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since)
+            verify_options.check_seal_exists(
+                seals.select_newest(opened), after_seal=after_seal, signed_since=signed_since
+            )
         with (
             database.snapshot(engine, statement_seconds=READ_SECONDS) as opened,
-            progress(TextColumn("Verifying {task.fields[told]}"), TimeElapsedColumn()) as bar,
+            progress(TextColumn("Verifying {task.fields[progress]}"), TimeElapsedColumn()) as bar,
         ):
-            task = bar.add_task("", total=None, told="")
+            task = bar.add_task("", total=None, progress="")
 
-            def tell(so_far: Checked) -> None:
-                bar.update(task, told=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
+            def show_progress(so_far: Checked) -> None:
+                bar.update(task, progress=f"{counted(so_far.events, 'event')}, {counted(so_far.seals, 'seal')}")
 
             verification = seals.verify(
                 opened,
@@ -106,13 +108,13 @@ def verify(
                 signed_since=signed_since,
                 heads=heads,
                 checked=checked,
-                on_progress=tell,
-                effort=seals.Effort(jobs or seals.usual_jobs()),
+                on_progress=show_progress,
+                effort=seals.Parallelism(jobs or seals.usual_jobs()),
             )
-            with closing(verification) as found, _complete():
-                for finding in found:
+            with closing(verification) as item, _complete():
+                for finding in item:
                     findings.append(finding)
-                    if not as_json and len(findings) <= TOLD:
+                    if not as_json and len(findings) <= MAX_SHOWN_FINDINGS:
                         bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     if reason:
         click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
@@ -121,7 +123,11 @@ def verify(
     else:
         _report(checked, has_key=bool(keys), is_compared=heads is not None)
     if findings:
-        more = f"; the first {TOLD} are above" if len(findings) > TOLD and not as_json else ""
+        more = (
+            f"; the first {MAX_SHOWN_FINDINGS} are above"
+            if len(findings) > MAX_SHOWN_FINDINGS and not as_json
+            else ""
+        )
         click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
     if findings or reason:
         sys.exit(1)
@@ -137,7 +143,7 @@ def _of_identity(opened: Connection, reason: str) -> list[Finding]:
 def _complete() -> Iterator[None]:
     try:
         yield
-    except seals.LostError as error:
+    except seals.HelperLostError as error:
         raise settings.SettingsError(str(error)) from None
 
 
@@ -145,7 +151,7 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
     own = signing_key(configuration)
     if not key_files and own is not None:
         return {seals.key_id(own.public_key()): own.public_key()}
-    return evidence.public_keys(key_files)
+    return verify_options.public_keys(key_files)
 
 
 def _report_as_json(checked: Checked, findings: list[Finding], *, has_key: bool, reason: str) -> None:
@@ -188,7 +194,7 @@ def _signed(head: Seal, *, has_key: bool) -> str:
 @click.command()
 @click.argument("event", type=Whole(1, 2**63 - 1))
 def prove(event: int) -> None:
-    """Print, as JSON, the proof that EVENT (its id in archiver.events) is in its seal.
+    """Print the proof, as JSON, that EVENT (an id of archiver.events) is in its seal.
 
     docs/seals.md has a script that checks such a proof without this program.
     """
@@ -210,30 +216,30 @@ def group() -> None:
 @click.option("--limit", default=20, show_default=True, type=Whole(1, 10_000), help="The newest so many.")
 @connection.json_option
 def list_(limit: int, as_json: bool) -> None:
-    """List the newest seals."""
+    "Number of newest seals."
     with connection.opened(settings.read()) as opened:
         first = seals.select_newest(opened).id - limit
-        found = [each for each, _ in seals.select_seals(opened, max(first, 0))]
+        result = [each for each, _ in seals.select_seals(opened, max(first, 0))]
     if as_json:
-        click.echo(_json([_told(each) for each in found]))
+        click.echo(_json([_seal_json(each) for each in result]))
         return
     table = Table("seal", "sealed", "leaves", "events through", "key", "hash")
-    for each in found:
+    for each in result:
         sealed_at = f"{each.sealed_at:%Y-%m-%d %H:%M:%S}"
         events = f"{each.through['events']:,}"
         table.add_row(str(each.id), sealed_at, f"{each.size:,}", events, each.key_id or "-", each.hash.hex())
-    if found:
+    if result:
         console().print(table)
     else:
-        click.echo("There is no seal yet: archiver seal")
+        click.echo("There are no seals yet: archiver seal")
 
 
 @group.command()
 @click.option(
-    "--since", "after", default=0, type=Whole(0, 2**63 - 1), metavar="SEAL", help="Only those after this one."
+    "--since", "after", default=0, type=Whole(0, 2**63 - 1), metavar="SEAL", help="Only seals after this one."
 )
 def export(after: int) -> None:
-    """Print the seals as JSON lines, for a place that whoever owns the database cannot write.
+    """Print the seals as JSON lines, to be kept where the owner of the database cannot write.
 
     `archiver verify --against FILE` compares with them later.
     """
@@ -246,10 +252,10 @@ def export(after: int) -> None:
 
 
 def _lines(found: Iterator[tuple[Seal, Any]]) -> Iterator[str]:
-    return (json.dumps(_told(each)) for each, _ in found)
+    return (json.dumps(_seal_json(each)) for each, _ in found)
 
 
-def _told(each: Seal) -> dict[str, Any]:
+def _seal_json(each: Seal) -> dict[str, Any]:
     return {
         "id": each.id,
         "sealed_at": each.sealed_at.isoformat(),

@@ -20,45 +20,48 @@ from uvicorn.supervisors import Multiprocess
 
 from archiver import catalogue, database, reloading, schema, settings, signatures, telemetry
 from archiver.app import WEBHOOK_PATH, create
-from archiver.app.crowd import SPARE
+from archiver.app.connection_limiter import MAX_REFUSED
 from archiver.cli import connection
-from archiver.cli.companion import working
-from archiver.cli.counters import shared_metrics
+from archiver.cli.metrics_folder import shared_metrics
 from archiver.cli.output import Whole
+from archiver.cli.worker_process import running_worker
 from archiver.settings import Settings, SettingsError
-from archiver.spool import LEAST_ROOM, SPOOL_FOLDER, SpoolError, select_room
+from archiver.spool import MIN_ROOM_BYTES, SPOOL_FOLDER, SpoolError, select_room
 from archiver.worker import signing_key
-from archiver.worker.recording import record_settings
+from archiver.worker.audit_settings import record_settings
 
 log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 30
 BACKLOG = 2048
-OTHER_FILES = 256  # that a process has open beside its connections: libraries, logs, the database's
+RESERVED_FILES = 256  # that a process has open beside its connections: libraries, logs, the database's
 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--port", default=8000, show_default=True, type=Whole(0, 65535), help="0 takes a free one.")
-@click.option("--workers", default=1, show_default=True, type=Whole(1, 64), help="Receiving processes.")
+@click.option("--port", default=8000, show_default=True, type=Whole(0, 65535), help="Port; 0 selects a free one.")
+@click.option("--workers", default=1, show_default=True, type=Whole(1, 64), help="Number of receiving processes.")
 @click.option(
     "--migrate/--no-migrate",
     default=None,
     help="Bring the schema to head first.  [default: only with the embedded database]",
 )
-@click.option("--insecure", is_flag=True, help="Accept unsigned deliveries where no secret is set. Never in public.")
+@click.option(
+    "--insecure", is_flag=True, help="Accept unsigned deliveries if no secret is set. Never use it in public."
+)
 @click.option(
     "--worker/--no-worker",
     "has_worker",
     default=True,
     show_default=True,
-    help="Do background work too; without, `archiver worker` does it elsewhere.",
+    help="Also run the background duties; without it, run `archiver worker` elsewhere.",
 )
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, has_worker: bool) -> None:
-    """Receive webhooks at POST /webhooks/callhq until told to stop.
+    """Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C.
 
     A worker beside it reads histories (with CALLHQ_API_KEY), publishes changes, seals the ledger and erases what is
-    to go, unless told --no-worker. SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted, exits 0.
+    to erase, unless --no-worker is given. SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted,
+    exits 0.
     """
     # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,27 +70,27 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     used = reloading.look()
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
-    connection.warn_of_strangers()
+    connection.warn_of_unknown_variables()
     configuration = _require_authentication(configuration, insecure=insecure)
     signing_key(configuration)
-    place = connection.named(configuration)
-    _allow_files(configuration.max_connections + SPARE + OTHER_FILES)
+    database_name = connection.named(configuration)
+    _allow_files(configuration.max_connections + MAX_REFUSED + RESERVED_FILES)
     with (
-        connection.lasting_database_url(configuration) as url,
+        connection.supervised_database_url(configuration) as url,
         shared_metrics(configuration.home, workers + has_worker),
     ):
         should_migrate = configuration.database_url is None if migrate is None else migrate
-        _prepare(configuration, url, place, should_migrate=should_migrate)
-        environment = _decided(configuration, url)
+        _prepare(configuration, url, database_name, should_migrate=should_migrate)
+        environment = _inherited_environment(configuration, url)
         os.environ.update(environment)
         for name in environment:
             os.environ.pop(f"{name}_FILE", None)
         configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
         with (
-            _listening(host, port, place) as listener,
-            working(environment, url) if has_worker else nullcontext() as companion,
+            _listening(host, port, database_name) as listener,
+            running_worker(environment, url) if has_worker else nullcontext() as worker_process,
         ):
-            forward = None if companion is None else companion.hang_up
+            forward = None if worker_process is None else worker_process.hang_up
             if workers == 1:
                 _receive(configuration, used, listener, forward)
             else:
@@ -101,7 +104,7 @@ With make: make run ARGS=--insecure"""
 
 def _require_authentication(configuration: Settings, *, insecure: bool) -> Settings:
     if insecure and (not configuration.secrets or configuration.webhook_scheme == "none"):
-        log.warning("unsigned deliveries are accepted: anyone who reaches this port can write to the archive")
+        log.warning("signatures not verified; anyone who reaches this port can write to the archive")
         return configuration.model_copy(update={"webhook_scheme": "none"})
     if configuration.webhook_scheme == "none" and not insecure:
         raise SettingsError(
@@ -117,20 +120,20 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
 
 
 def _allow_files(needed: int) -> None:
-    """Each connection is an open file; its processes inherit what is allowed."""
+    """Raise the limit of open files, of which each connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < needed:
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < needed:
         log.warning(
-            "fewer connections are possible than ARCHIVER_MAX_CONNECTIONS: raise the limit of files (ulimit -Hn)",
+            "file limit too low for ARCHIVER_MAX_CONNECTIONS; raise it (ulimit -Hn)",
             limit=hard,
             needed=needed,
         )
 
 
-def _prepare(configuration: Settings, url: str, place: str, *, should_migrate: bool) -> None:
+def _prepare(configuration: Settings, url: str, database_name: str, *, should_migrate: bool) -> None:
     engine = database.connect(
         database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
     )
@@ -141,12 +144,12 @@ def _prepare(configuration: Settings, url: str, place: str, *, should_migrate: b
             schema.check(opened)
         record_settings(engine, configuration, "serve")
     except SQLAlchemyError as error:
-        if not database.is_not_connected(error) or not _can_spool(configuration):
+        if not database.is_connection_failure(error) or not _can_spool(configuration):
             raise
-        # Nobody sends again what a receiver that is not there does not take.
+        # Deliveries to a stopped receiver are not sent again.
         log.error(  # noqa: TRY400  # there is nothing to trace
-            "the database cannot be reached: events are spooled until it can; archiver doctor says what to do",
-            database=place,
+            "database unavailable; spooling (run archiver doctor)",
+            database=database_name,
             reason=database.explain(error),
         )
     finally:
@@ -157,13 +160,13 @@ def _can_spool(configuration: Settings) -> bool:
     if configuration.spool == "off":
         return False
     try:
-        return select_room(configuration.home.resolve() / SPOOL_FOLDER) >= LEAST_ROOM
+        return select_room(configuration.home.resolve() / SPOOL_FOLDER) >= MIN_ROOM_BYTES
     except SpoolError:
         return False
 
 
 @contextmanager
-def _listening(host: str, port: int, place: str) -> Iterator[socket.socket]:
+def _listening(host: str, port: int, database_name: str) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -174,7 +177,7 @@ def _listening(host: str, port: int, place: str) -> Iterator[socket.socket]:
     with listener:
         address, bound_port = listener.getsockname()[:2]
         shown = f"[{address}]" if family == socket.AF_INET6 else address
-        log.info("receiving", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}", database=place)
+        log.info("receiving", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}", database=database_name)
         yield listener
 
 
@@ -185,7 +188,7 @@ _SERVER = {
     "server_header": False,
     "ws": "none",
     "http": "archiver.app.connections:Connection",
-    "loop": "archiver.app.listening:Loop",
+    "loop": "archiver.app.listening:DrainingLoop",
     "timeout_graceful_shutdown": DRAIN_SECONDS,
     "backlog": BACKLOG,
 }
@@ -207,20 +210,20 @@ def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.
 
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int, forward: Forward) -> None:
-    """They read the settings again, so what was decided here stands in the environment."""
+    """Run several receiving processes; decisions of this process are passed in the environment."""
     server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_server(configuration))
     _Processes(server, listener, forward).run()
 
 
 class _Processes(Multiprocess):
-    """Uvicorn's; it closes its own listening socket, which would go on to take in connections that nobody answers."""
+    """Uvicorn's process supervisor, which also closes its own listening socket."""
 
     def __init__(self, server: uvicorn.Config, listener: socket.socket, forward: Forward) -> None:
         super().__init__(server, sockets=[listener])
         self._forward = forward
 
     def handle_signals(self) -> None:
-        """SIGHUP, kept back here and in each process that starts, goes to all of them; each reads its files again."""
+        """Forward SIGHUP to all processes, so that each reloads its files."""
         while signal.sigtimedwait({signal.SIGHUP}, 0) is not None:
             if self._forward is not None:
                 self._forward()
@@ -235,17 +238,17 @@ class _Processes(Multiprocess):
         super().terminate_all()
 
 
-def _decided(configuration: Settings, url: str) -> dict[str, str]:
-    """What processes that read the settings again could not know: the embedded database, and --insecure."""
+def _inherited_environment(configuration: Settings, url: str) -> dict[str, str]:
+    """Return the environment for child processes: the embedded database and --insecure."""
     decided = {} if configuration.database_url else {"DATABASE_URL": url}
     return decided | ({"ARCHIVER_WEBHOOK_SCHEME": "none"} if configuration.webhook_scheme == "none" else {})
 
 
 @click.command()
 @click.option(
-    "--check", is_flag=True, help="Only report: the revision, and each difference from what this version expects."
+    "--check", is_flag=True, help="Only report the revision and each difference from the schema of this version."
 )
-@click.option("--repair", is_flag=True, help="Undo the differences that a statement can undo, then report.")
+@click.option("--repair", is_flag=True, help="Repair differences that SQL statements can undo, then report.")
 @connection.json_option
 def migrate(check: bool, repair: bool, as_json: bool) -> None:
     """Bring the database's schema to the one that this version needs.
@@ -254,7 +257,7 @@ def migrate(check: bool, repair: bool, as_json: bool) -> None:
     differs from what this version expects.
     """
     if check and repair:
-        raise click.UsageError("--check and --repair exclude each other.")
+        raise click.UsageError("Use either --check or --repair.")
     configuration = settings.read()
     telemetry.configure_logs("warning", configuration.log_format)
     with connection.engine(configuration, create=not check) as engine:
@@ -277,11 +280,11 @@ def _report(engine: Engine, *, as_json: bool) -> None:
         at = schema.current(opened)
         differences = catalogue.select_differences(opened) if at == schema.head() else []
         if as_json:
-            told = [
+            output = [
                 {"object": each.object, "verdict": each.verdict, "detail": each.detail, "advice": each.advice}
                 for each in differences
             ]
-            click.echo(json.dumps({"schema": at, "head": schema.head(), "differences": told}))
+            click.echo(json.dumps({"schema": at, "head": schema.head(), "differences": output}))
         schema.check(opened)
     for each in differences:
         click.echo(f"archiver: {each.verdict}: {each.detail}\n  -> {each.advice}", err=True)

@@ -1,4 +1,4 @@
-"""`archiver worker` and `archiver rebuild`: background work alone, and the archive anew."""
+"""`archiver worker` and `archiver rebuild`: background duties, and rebuilding the archive."""
 
 import asyncio
 import signal
@@ -19,7 +19,7 @@ from archiver.rebuild import rebuild as replay
 from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.worker import Worker, signing_key, timing_of
-from archiver.worker.recording import record_settings
+from archiver.worker.audit_settings import record_settings
 
 log = structlog.get_logger(__name__)
 
@@ -27,19 +27,19 @@ log = structlog.get_logger(__name__)
 @click.command()
 @click.option("--metrics-port", type=Whole(1, 65535), help="Serve Prometheus metrics on this port of loopback.")
 def worker(metrics_port: int | None) -> None:
-    """Read histories, publish changes, seal the ledger and erase what is to go, until told to stop.
+    """Run the background duties (histories, changes, seals, erasure) until SIGTERM.
 
     Any number of workers, on any number of machines.
 
-    `archiver serve` runs one by itself, unless told --no-worker. SIGTERM or Ctrl-C: ends what is under way, exits 0.
+    `archiver serve` runs one itself, unless --no-worker is given. SIGTERM or Ctrl-C: ends what is under way, exits 0.
     """
     reloading.block()
     used = reloading.look()
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     signing_key(configuration)
-    connection.warn_of_strangers()
-    with connection.lasting_database_url(configuration, create=False) as url:
+    connection.warn_of_unknown_variables()
+    with connection.supervised_database_url(configuration, create=False) as url:
         _check(configuration, url)
         if metrics_port is not None:
             _serve_metrics(metrics_port)
@@ -47,15 +47,15 @@ def worker(metrics_port: int | None) -> None:
 
 
 def _check(configuration: Settings, url: str) -> None:
-    """Check the schema. A database that cannot be reached is reported; each duty goes on trying."""
+    """Check the schema. An unreachable database is logged, and each duty retries."""
     try:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)
     except SQLAlchemyError as error:
-        if not database.is_not_connected(error):
+        if not database.is_connection_failure(error):
             raise
         log.error(  # noqa: TRY400  # there is nothing to trace
-            "the database cannot be reached: the worker waits for it, or for another DATABASE_URL in its file",
+            "database unavailable; worker waits for it or for a new DATABASE_URL file",
             database=connection.named(configuration),
             reason=database.explain(error),
             advice="archiver doctor says what to do",
@@ -77,7 +77,7 @@ def work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
 
 
 async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
-    """Work with one set of settings after the other: new ones begin once what was under way has ended."""
+    """Work with one set of settings after another: new settings start after the previous work has ended."""
     stopped, given = asyncio.Event(), configuration
     ending = asyncio.Event()
 
@@ -98,7 +98,7 @@ async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> N
     while not stopped.is_set():
         ending.clear()
         at = _url(given, url)
-        await asyncio.to_thread(_record, given, at)
+        await asyncio.to_thread(_record_settings, given, at)
         await Worker(given, database.database_url(at), files).run(ending)
     log.info("stopped")
 
@@ -107,7 +107,7 @@ def _url(configuration: Settings, embedded: str) -> str:
     return configuration.database_url.get_secret_value() if configuration.database_url else embedded
 
 
-def _record(configuration: Settings, url: str) -> None:
+def _record_settings(configuration: Settings, url: str) -> None:
     with connection.engine_at(configuration, url) as engine:
         record_settings(engine, configuration, "worker")
 
@@ -115,7 +115,7 @@ def _record(configuration: Settings, url: str) -> None:
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rebuild(*, yes: bool) -> None:
-    """Derive sessions, chats and messages anew from the ledger, while the receiver goes on.
+    """Rebuild sessions, chats and messages from the ledger while the receiver runs.
 
     Session by session: dashboards never see an empty archive. Stopped half-way, nothing is lost; run it again.
     """
@@ -124,8 +124,8 @@ def rebuild(*, yes: bool) -> None:
         with database.transaction(engine, statement_seconds=600) as opened:
             schema.check(opened)
             events = count_events(opened)
-        if not yes and not click.confirm(f"Derive the archive anew from {counted(events, 'ledger row')}?", err=True):
-            click.echo("archiver: nothing was done", err=True)
+        if not yes and not click.confirm(f"Rebuild the archive from {counted(events, 'ledger row')}?", err=True):
+            click.echo("archiver: cancelled; nothing was changed", err=True)
             sys.exit(1)
         columns = (
             TextColumn("Rebuilding"),
@@ -139,4 +139,4 @@ def rebuild(*, yes: bool) -> None:
             for read in replay(engine, timing_of(configuration)):
                 done += read
                 bar.update(task, completed=done, total=max(events, done))
-    click.echo(f"The archive was derived anew from {counted(done, 'ledger row')}.")
+    click.echo(f"The archive was rebuilt from {counted(done, 'ledger row')}.")

@@ -1,4 +1,4 @@
-"""The way to Postgres: engine, transactions, and what an error means for the caller.
+"""Access to Postgres: engines, transactions, and classification of errors.
 
 `session` says what is set in each transaction, and why.
 """
@@ -22,60 +22,60 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver import telemetry
 from archiver.database import clock, locks, session
+from archiver.database.bulk_insert import DIALECT, PARAMSTYLE, BulkInsert
 from archiver.database.clock import now
-from archiver.database.direct import Direct, Statement, execute
 from archiver.database.errors import (
     CERTIFICATE_ADVICE,
     NO_ROOM_FOR_LOCKS,
     explain,
     is_cancelled,
     is_conflict,
+    is_connection_failure,
     is_data_error,
     is_lock_timeout,
-    is_not_connected,
     is_unreachable,
     is_untrusted,
     sqlstate,
 )
-from archiver.database.inserting import DIALECT, PARAMSTYLE, RowsInsert
 from archiver.database.locks import Lock
+from archiver.database.raw_statement import RawStatement, Statement, execute
 from archiver.database.session import EncodingError, is_behind_pooler
-from archiver.database.urls import database_url, place
+from archiver.database.urls import database_url, describe
 
 __all__ = [
     "CERTIFICATE_ADVICE",
     "LOCK_SECONDS",
     "NO_ROOM_FOR_LOCKS",
     "STATEMENT_SECONDS",
-    "Direct",
+    "BulkInsert",
     "EncodingError",
     "Lock",
-    "RowsInsert",
+    "RawStatement",
     "Statement",
     "clock",
     "connect",
     "connect_async",
     "conninfo",
     "database_url",
+    "describe",
     "execute",
     "explain",
     "is_behind_pooler",
     "is_cancelled",
     "is_conflict",
+    "is_connection_failure",
     "is_data_error",
     "is_lock_timeout",
-    "is_not_connected",
     "is_unreachable",
     "is_untrusted",
     "limit",
     "limit_locks",
     "locks",
     "now",
-    "place",
     "redirect",
     "run",
-    "run_apart",
     "run_in_transaction",
+    "run_split",
     "session",
     "snapshot",
     "sqlstate",
@@ -86,34 +86,34 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 CONNECT_SECONDS = 5
-CONNECT_SECONDS_EACH = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
+CONNECT_SECONDS_PER_HOST = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
 STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
 
 # Once a transaction, by one statement.
-_OPEN = Direct(
+_OPEN = RawStatement(
     f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"  # noqa: S608  # constants
     " extract(epoch FROM clock_timestamp())::float8 AS at"
 )
 
 
 def conninfo(url: URL, application_name: str) -> str:
-    """The same place in libpq's words, for those who connect without SQLAlchemy."""
+    """Return the URL as a libpq connection string, for connections without SQLAlchemy."""
     _, arguments = DIALECT.create_connect_args(url)
     arguments.pop("context", None)  # the driver's own
     return make_conninfo(**{"application_name": application_name, **arguments, **session.STARTUP})
 
 
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> Engine:
-    """An engine with at most `pool_size` connections; none is opened yet.
+    """Return an engine with at most `pool_size` connections; opens none.
 
     `prepared_statements`: None: unless a pooler such as PgBouncer is in between. Connecting raises `EncodingError`
     where the database is not UTF-8.
     """
     engine = create_engine(
         url,
-        pool_pre_ping=True,  # a connection lost while idle must not fail whoever comes next
+        pool_pre_ping=True,  # a connection lost while idle must not fail the next caller
         **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
     )
     event.listen(engine, "connect", partial(session.check_connection, prepared_statements=prepared_statements))
@@ -121,7 +121,7 @@ def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = 
 
 
 def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> AsyncEngine:
-    """The same for an event loop."""
+    """Like `connect`, for an event loop."""
     engine = create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
     check = partial(session.check_connection, prepared_statements=prepared_statements)
     event.listen(engine.sync_engine, "connect", check)
@@ -129,15 +129,15 @@ def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | N
 
 
 def redirect(engine: AsyncEngine, url: URL) -> None:
-    """Let every connection that is opened from now on go to this URL. Connections in use are not cut off."""
+    """Let new connections go to this URL. Connections in use are kept."""
     dialect = engine.sync_engine.dialect
     _, arguments = dialect.create_connect_args(url)
     given = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
 
     def connect_there(_: Any, __: Any, ___: Any, parameters: dict[str, Any]) -> None:
-        kept = {name: parameters[name] for name in ("prepare_threshold", "context") if name in parameters}
+        preserved = {name: parameters[name] for name in ("prepare_threshold", "context") if name in parameters}
         parameters.clear()
-        parameters.update(arguments | given | kept)
+        parameters.update(arguments | given | preserved)
 
     if engine.sync_engine in _redirected:
         event.remove(engine.sync_engine, "do_connect", _redirected[engine.sync_engine])
@@ -151,7 +151,7 @@ _redirected: WeakKeyDictionary[Engine, Callable[..., None]] = WeakKeyDictionary(
 def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool | None) -> dict[str, Any]:
     has_several_hosts = not isinstance(hosts := url.query.get("host", ""), str) or "," in hosts
     arguments: dict[str, Any] = {
-        "connect_timeout": CONNECT_SECONDS_EACH if has_several_hosts else CONNECT_SECONDS,
+        "connect_timeout": CONNECT_SECONDS_PER_HOST if has_several_hosts else CONNECT_SECONDS,
         "application_name": "callhq-archiver",
         "cursor_factory": cursor,
         # A host that fell silent, or a firewall that forgot the connection, shows itself within a minute or so.
@@ -167,7 +167,7 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
     arguments |= session.STARTUP  # which the URL does not change
     return {
         "paramstyle": PARAMSTYLE,
-        # Whatever the role's default: after the ledger's lock a statement must see what was committed before it.
+        # Regardless of the role's default: after the ledger's lock a statement must see what was committed before it.
         "isolation_level": "READ COMMITTED",
         "pool_size": pool_size,
         "max_overflow": 0,
@@ -183,7 +183,7 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
 def transaction(
     engine: Engine, *, statement_seconds: float = STATEMENT_SECONDS, lock_seconds: float = LOCK_SECONDS
 ) -> Iterator[Connection]:
-    """One durable transaction with bounded waits; commits at the end of the block, rolls back on an error."""
+    """Run the block in one durable transaction with time limits; commit at its end, roll back on an error."""
     with engine.begin() as connection:
         _open(connection, statement_seconds, lock_seconds)
         yield connection
@@ -197,7 +197,7 @@ def run(
     lock_seconds: float = LOCK_SECONDS,
     retries: int = CONFLICT_RETRIES,
 ) -> T:
-    """As `run_in_transaction`, without an event loop: done again where another transaction was in the way."""
+    """Like `run_in_transaction`, without an event loop; conflicts are retried."""
     for attempt in range(retries + 1):
         try:
             with transaction(engine, statement_seconds=statement_seconds, lock_seconds=lock_seconds) as connection:
@@ -211,9 +211,9 @@ def run(
 
 @contextmanager
 def snapshot(engine: Engine, *, statement_seconds: float, exported: str | None = None) -> Iterator[Connection]:
-    """One transaction that only reads, and sees the database as it was at its start, however long it reads.
+    """Run the block in one read-only transaction that sees the database as of its start.
 
-    `exported`: what `pg_export_snapshot` told another one, which is still open: this one sees the same as that.
+    `exported`: the id from `pg_export_snapshot` of another open transaction, whose snapshot this one shares.
     """
     frozen = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     with frozen.begin() as connection:
@@ -231,7 +231,7 @@ async def run_in_transaction(
     statement_seconds: float = STATEMENT_SECONDS,
     lock_seconds: float = LOCK_SECONDS,
 ) -> T:
-    """What `work` answers, after the commit of the one durable transaction that it runs in.
+    """Return the result of `work` after the commit of its durable transaction.
 
     `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: where
     another transaction was in the way it is done again. After so many `seconds` it is a `TimeoutError`, and nobody
@@ -249,23 +249,23 @@ async def run_in_transaction(
         return running.result()
     finally:
         if not running.done():
-            # The driver tries for seconds to tell a silent server that nobody waits any more; nobody waits for that.
+            # The driver tries for seconds to cancel on a silent server; no caller waits for that.
             running.cancel()
             _abandoned.add(running)
             running.add_done_callback(_forget)
 
 
-APART_LOCK_SECONDS, APART_STATEMENT_SECONDS = 0.5, 10.0
+SPLIT_LOCK_SECONDS, SPLIT_STATEMENT_SECONDS = 0.5, 10.0
 
 
-async def run_apart(
+async def run_split(
     engine: AsyncEngine,
     items: Sequence[Item],
     work: Callable[[Connection, Sequence[Item]], T],
     *,
-    statement_seconds: float = APART_STATEMENT_SECONDS,
+    statement_seconds: float = SPLIT_STATEMENT_SECONDS,
 ) -> tuple[list[T], list[Item]]:
-    """Return what `work` answers for all items, in one transaction if none of them makes it wait.
+    """Run `work` for all items in one transaction, or in halves if one item makes it wait.
 
     Where a lock or a statement takes too long, each half has a transaction of its own, and so on. The items that
     still wait alone are returned, too: nothing was done for them.
@@ -277,7 +277,7 @@ async def run_apart(
             engine,
             lambda connection: work(connection, items),
             statement_seconds=statement_seconds,
-            lock_seconds=APART_LOCK_SECONDS,
+            lock_seconds=SPLIT_LOCK_SECONDS,
         )
     except DBAPIError as error:
         if not is_lock_timeout(error) and not is_cancelled(error):
@@ -287,8 +287,8 @@ async def run_apart(
     else:
         return [answer], []
     middle = len(items) // 2
-    first, waiting = await run_apart(engine, items[:middle], work, statement_seconds=statement_seconds)
-    second, also_waiting = await run_apart(engine, items[middle:], work, statement_seconds=statement_seconds)
+    first, waiting = await run_split(engine, items[:middle], work, statement_seconds=statement_seconds)
+    second, also_waiting = await run_split(engine, items[middle:], work, statement_seconds=statement_seconds)
     return first + second, waiting + also_waiting
 
 
@@ -339,17 +339,17 @@ def _open(connection: Connection, statement_seconds: float, lock_seconds: float)
     clock.look(_OPEN.execute(connection, *limits)[0].at, began)
 
 
-_LIMIT = Direct("SELECT set_config('statement_timeout', $1, true)")
+_LIMIT = RawStatement("SELECT set_config('statement_timeout', $1, true)")
 
 
 def limit(connection: Connection, statement_seconds: float = STATEMENT_SECONDS) -> None:
-    """Let no statement from here to the end of the transaction, or of what is nested in it, take longer."""
+    """Set the statement timeout for the rest of the transaction or of the nested one."""
     _LIMIT.execute(connection, str(round(statement_seconds * 1000)))
 
 
-_LIMIT_LOCKS = Direct("SELECT set_config('lock_timeout', $1, true)")
+_LIMIT_LOCKS = RawStatement("SELECT set_config('lock_timeout', $1, true)")
 
 
 def limit_locks(connection: Connection, lock_seconds: float = LOCK_SECONDS) -> None:
-    """Let no statement from here to the end of the transaction, or of a nested one, wait longer for a lock."""
+    """Set the lock timeout for the rest of the transaction or of the nested one."""
     _LIMIT_LOCKS.execute(connection, str(round(lock_seconds * 1000)))

@@ -1,4 +1,4 @@
-"""Rows as Postgres copies them out, one by one and at little cost."""
+"""Read rows with COPY, one by one and cheaply."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ _TRAILER = b"\xff\xff"
 
 
 def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
-    """What a COPY in Postgres' binary format gives: each row as the number of its fields, then the fields.
+    """Yield the rows of a binary COPY: the number of fields, then the fields.
 
     The connection can be used for nothing else, not even a rollback, until this was read to its end or closed: hence
     `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
     """
     driver: Any = connection.connection.driver_connection
-    with _told(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
+    with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         row = copy.read()[_HEADER:]
         # What has arrived is taken from libpq itself, at a third of the cost; what has not is waited for.
         arrived = driver.pgconn.get_copy_data
@@ -43,15 +43,15 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
 
 
 def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
-    """What a COPY in another format gives, a row at a time. To be closed likewise."""
+    """Yield the lines of a text COPY. Close it after use."""
     driver: Any = connection.connection.driver_connection
-    with _told(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
+    with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         while row := copy.read():
             yield row
 
 
 @contextmanager
-def _told(connection: Connection) -> Iterator[None]:
+def _driver_errors(connection: Connection) -> Iterator[None]:
     """The driver's errors as those of any other statement."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""What an error of the database means for whoever asked."""
+"""Classify database errors."""
 
 import psycopg
 from sqlalchemy import Connection
@@ -6,13 +6,13 @@ from sqlalchemy.exc import DBAPIError, StatementError
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """The five characters that tell what Postgres refused; None where the error is not Postgres's."""
+    """Return the SQLSTATE of the error; None if it is not from Postgres."""
     original = error.orig if isinstance(error, DBAPIError) else error
     return original.sqlstate if isinstance(original, psycopg.Error) else None
 
 
 def as_of_engine(connection: Connection, statement: str, error: psycopg.Error) -> StatementError:
-    """The driver's error as that of a statement of SQLAlchemy's engine; a connection that is lost is given up."""
+    """Convert a driver error to the engine's error class; a lost connection is invalidated."""
     is_lost = connection.connection.driver_connection.closed  # type: ignore[union-attr]  # there is one until then
     if is_lost:
         connection.invalidate(error)
@@ -22,7 +22,7 @@ def as_of_engine(connection: Connection, statement: str, error: psycopg.Error) -
 
 
 def explain(error: BaseException) -> str:
-    """Why Postgres could not be reached, in the driver's words, or what SQLSTATE it refused with; no content."""
+    """Return why Postgres was unreachable, or the SQLSTATE of its error; never content."""
     state = sqlstate(error)
     original = error.orig if isinstance(error, DBAPIError) else error
     if state is None and isinstance(original, psycopg.OperationalError):
@@ -49,13 +49,13 @@ CERTIFICATE_ADVICE = (
 
 
 def is_untrusted(error: BaseException) -> bool:
-    """Whether it is a certificate for which no connection came about."""
+    """Return whether the server's certificate was rejected."""
     original = error.orig if isinstance(error, DBAPIError) else error
     return isinstance(original, psycopg.OperationalError) and "certificate" in str(original)
 
 
-def is_not_connected(error: BaseException) -> bool:
-    """Whether no connection came about, for whatever reason: host, password, certificate, a server that is down."""
+def is_connection_failure(error: BaseException) -> bool:
+    """Return whether no connection could be made: host, password, certificate, or a stopped server."""
     original = error.orig if isinstance(error, DBAPIError) else error
     return isinstance(original, psycopg.OperationalError) and original.sqlstate is None
 
@@ -74,14 +74,14 @@ _NOT_YET = (
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether Postgres cannot be reached at present; not where it, or its certificate, says that we are wrong."""
+    """Return whether Postgres is unreachable at present, rather than rejecting our configuration."""
     original = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
         return False
-    said = str(original)
-    if is_untrusted(error) or "does not support SSL" in said:
+    message = str(original)
+    if is_untrusted(error) or "does not support SSL" in message:
         return False
-    return "FATAL: " not in said or any(words in said for words in _NOT_YET)
+    return "FATAL: " not in message or any(words in message for words in _NOT_YET)
 
 
 # Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html that the data itself caused:
@@ -93,7 +93,7 @@ _LOCK_NOT_AVAILABLE, _QUERY_CANCELED = "55P03", "57014"
 
 
 def is_data_error(error: BaseException) -> bool:
-    """Whether the rows themselves cannot be stored, now or later."""
+    """Return whether the rows themselves can never be stored."""
     state = sqlstate(error)
     if state is not None:
         return state[:2] in _DATA_CLASSES
@@ -102,15 +102,15 @@ def is_data_error(error: BaseException) -> bool:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether another transaction was in the way, so that the same again may succeed at once."""
+    """Return whether a concurrent transaction caused the error, so that a retry may succeed."""
     return sqlstate(error) in _CONFLICTS
 
 
 def is_lock_timeout(error: BaseException) -> bool:
-    """Whether a lock was waited for as long as the transaction may (`lock_timeout`)."""
+    """Return whether a lock was not granted within `lock_timeout`."""
     return sqlstate(error) == _LOCK_NOT_AVAILABLE
 
 
 def is_cancelled(error: BaseException) -> bool:
-    """Whether a statement took as long as it may (`statement_timeout`)."""
+    """Return whether a statement exceeded `statement_timeout`."""
     return sqlstate(error) == _QUERY_CANCELED

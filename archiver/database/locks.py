@@ -1,4 +1,4 @@
-"""The locks of the archiver, each an empty table of the schema `archiver_jobs`, and the sessions that hold them up.
+"""Locks of the archiver, each an empty table in `archiver_jobs`, and the sessions that block them.
 
 A table lock needs a privilege on the table, and one on its schema to find it by name: `archiver_writer` and the owner
 have both, no other login has either. An advisory lock would need none. A lock ends with its transaction, so that
@@ -12,7 +12,7 @@ from enum import StrEnum
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.database.direct import Direct, Statement, execute
+from archiver.database.raw_statement import RawStatement, Statement, execute
 
 
 class Lock(StrEnum):
@@ -23,24 +23,24 @@ class Lock(StrEnum):
     PUBLISHING = "lock_publishing"
 
 
-_SHARED = {each: Direct(f"LOCK TABLE archiver_jobs.{each} IN ROW EXCLUSIVE MODE") for each in Lock}
-_EXCLUSIVE = {each: Direct(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE MODE") for each in Lock}
+_SHARED = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN ROW EXCLUSIVE MODE") for each in Lock}
+_EXCLUSIVE = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE MODE") for each in Lock}
 
 # For transactions that look up by key: a plan that Postgres made while the tables were empty, and kept, must not scan
 # them when they no longer are.
-_BY_KEY = Direct(
+_BY_KEY = RawStatement(
     "SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
     " set_config('enable_mergejoin', 'off', true)"
 )
 
 
 def taking(lock: Lock, *, exclusive: bool) -> tuple[Statement, ...]:
-    """The statements that take a lock to the end of the transaction, for `execute`; lookups by key follow them."""
+    """Return the statements that take a lock until the end of the transaction."""
     return (_EXCLUSIVE if exclusive else _SHARED)[lock].bind(), _BY_KEY.bind()
 
 
 def by_key() -> Statement:
-    """The statement that lets the transaction look up by key, without any lock."""
+    """Return the statement that makes the transaction look up rows by key."""
     return _BY_KEY.bind()
 
 
@@ -51,11 +51,11 @@ def take(connection: Connection, lock: Lock, *, exclusive: bool) -> None:
 
 SCHEMAS = ("archiver", "analytics", "archiver_jobs")
 # Waits of this length are ordinary.
-LEAST_SECONDS = 2.0
+MIN_WAIT_SECONDS = 2.0
 
 
-class Holder(msgspec.Struct, frozen=True):
-    """A session that keeps others waiting for the archiver's tables.
+class LockHolder(msgspec.Struct, frozen=True):
+    """A session that blocks others on the archiver's tables.
 
     `pid` 0: a prepared transaction. `since`: when its transaction began; None where Postgres does not show that to
     this user. `relations`: the tables that are waited for. `waiting`: how many sessions wait, the first since
@@ -72,7 +72,7 @@ class Holder(msgspec.Struct, frozen=True):
 
     @property
     def advice(self) -> str:
-        """What ends the wait."""
+        """Return how to end the wait."""
         if not self.pid:
             return "End it: COMMIT PREPARED or ROLLBACK PREPARED."
         return f"End that session's transaction; as an administrator: SELECT pg_terminate_backend({self.pid});"
@@ -139,8 +139,8 @@ _USAGE = text(
 )
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """How much of its room for locks Postgres has used (1: all it promises), and which session holds most of them."""
+class LockUsage(msgspec.Struct, frozen=True):
+    """Used share of the lock table of Postgres (1: full), and the session that holds most locks."""
 
     usage: float
     pid: int | None
@@ -149,11 +149,11 @@ class Usage(msgspec.Struct, frozen=True):
     application: str | None
 
 
-def select_usage(connection: Connection) -> Usage:
+def select_usage(connection: Connection) -> LockUsage:
     """Of the whole server."""
-    return Usage(*connection.execute(_USAGE).one())
+    return LockUsage(*connection.execute(_USAGE).one())
 
 
-def select_holders(connection: Connection, seconds: float = LEAST_SECONDS) -> list[Holder]:
-    """The sessions that others have waited for, that long; first those that have been waited for longest."""
-    return [Holder(*row) for row in connection.execute(_HOLDERS, {"seconds": seconds})]
+def select_holders(connection: Connection, seconds: float = MIN_WAIT_SECONDS) -> list[LockHolder]:
+    """Return sessions that others have waited for at least `seconds`, longest wait first."""
+    return [LockHolder(*row) for row in connection.execute(_HOLDERS, {"seconds": seconds})]

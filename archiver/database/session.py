@@ -1,4 +1,4 @@
-"""What a connection and its transactions are like, whatever a role, a database, the environment or a pooler sets.
+"""Session settings of our connections, regardless of defaults of role, database or pooler.
 
 Nothing is kept in the session, so that PgBouncer in transaction mode serves: what a transaction needs is set inside
 it. The encoding alone is a startup parameter: the driver encodes the very first statement.
@@ -75,7 +75,7 @@ class EncodingError(SettingsError):
 
 
 def require_utf8(info: psycopg.ConnectionInfo) -> None:
-    """Raises `EncodingError` unless the database can store every character."""
+    """Raise `EncodingError` unless the database uses UTF-8."""
     encoding = info.parameter_status("server_encoding")
     if encoding != ENCODING:
         raise EncodingError(
@@ -88,7 +88,7 @@ _PID = "SELECT pg_catalog.pg_backend_pid()"
 
 
 def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
-    """Whether the process that answers is not the one that the connection was made to: a pooler is in between.
+    """Return whether a pooler is between us and the backend process.
 
     PgBouncer and its like hand out cancellation keys of their own, with a number that is no process's.
     """
@@ -142,7 +142,7 @@ def _report_pooler() -> None:
         return
     _reported = True
     log.info(
-        "connection pooler found; statements are not prepared",
+        "connection pooler detected; prepared statements disabled",
         setting="ARCHIVER_PREPARED_STATEMENTS",
         advice="set it to false, or to true where the pooler keeps prepared statements (PgBouncer 1.22 or newer)",
     )

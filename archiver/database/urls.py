@@ -1,4 +1,4 @@
-"""What a database URL means, and what of it may be told to people."""
+"""Parse database URLs, and describe them without secrets."""
 
 import re
 from urllib.parse import unquote
@@ -10,7 +10,7 @@ from archiver.settings import SettingsError
 
 
 def database_url(value: str) -> URL:
-    """A SQLAlchemy URL from `postgres://`, `postgresql://` or `postgresql+psycopg://`.
+    """Return a SQLAlchemy URL from `postgres://`, `postgresql://` or `postgresql+psycopg://`.
 
     Raises `SettingsError` for anything else; the text never repeats the value, which may hold a password.
     """
@@ -38,10 +38,10 @@ def _make_url(value: str) -> URL:
     several = _SEVERAL_HOSTS.fullmatch(value)
     if several is None:
         return make_url(value)
-    told = [_HOST.fullmatch(each) for each in several["hosts"].split(",")]
-    hosts = [unquote(each["name"].strip("[]")) for each in told if each]
-    ports = [each["port"] or "" for each in told if each]
-    if len(hosts) < len(told) or not all(hosts):
+    hosts_given = [_HOST.fullmatch(each) for each in several["hosts"].split(",")]
+    hosts = [unquote(each["name"].strip("[]")) for each in hosts_given if each]
+    ports = [each["port"] or "" for each in hosts_given if each]
+    if len(hosts) < len(hosts_given) or not all(hosts):
         raise ValueError
     url = make_url(several["before"] + several["rest"])
     return url.update_query_dict({"host": ",".join(hosts)} | ({"port": ",".join(ports)} if any(ports) else {}))
@@ -50,12 +50,12 @@ def _make_url(value: str) -> URL:
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]+)(?::(?P<port>[0-9]*))?")
 
 
-def place(url: URL) -> str:
-    """Which database a URL names, and as whom, for people; nothing of it that may be secret."""
-    told = {name: value if isinstance(value, str) else ",".join(value) for name, value in url.query.items()}
-    host = url.host or told.get("host") or "the default host"
+def describe(url: URL) -> str:
+    """Describe the database of a URL (name, host, user) without secrets."""
+    parameters = {name: value if isinstance(value, str) else ",".join(value) for name, value in url.query.items()}
+    host = url.host or parameters.get("host") or "the default host"
     port = f":{url.port}" if url.port else ""
-    user = url.username or told.get("user")
-    return f"{url.database or told.get('dbname') or user or 'the default'} at {host}{port}" + (
+    user = url.username or parameters.get("user")
+    return f"{url.database or parameters.get('dbname') or user or 'the default'} at {host}{port}" + (
         f" as {user}" if user else ""
     )

@@ -55,21 +55,21 @@ def connect(api_url: str, api_key: str) -> httpx2.AsyncClient:
     )
 
 
-async def hold_all(client: Client, conversations: Iterable[Conversation], ended: Callable[[], object]) -> None:
+async def run_all(client: Client, conversations: Iterable[Conversation], ended: Callable[[], object]) -> None:
     """Hold these conversations, some at a time; `ended` is called after each."""
     waiting = iter(conversations)
 
-    async def one_after_another() -> None:
+    async def work_loop() -> None:
         for conversation in waiting:
-            await _hold(client, conversation)
+            await _run_one(client, conversation)
             ended()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(_PARALLEL):
-            group.create_task(one_after_another())
+            group.create_task(work_loop())
 
 
-async def _hold(client: Client, conversation: Conversation) -> None:
+async def _run_one(client: Client, conversation: Conversation) -> None:
     session = await client.create_session(conversation.name, conversation.assistant_id)
     for number, line in enumerate(conversation.lines):
         # As applications do: the facts go along with the first message, and the platform remembers them.

@@ -1,4 +1,4 @@
-"""The archive against what was delivered to it, message for message. Pure.
+"""Compare the archive with what was delivered, message by message. Pure.
 
 `expected` says in its own plain way what the deliveries add up to, and shares no code with what it judges.
 """
@@ -14,7 +14,7 @@ from archiver.demo.faults import CREATED, DELETED
 _SHOWN = 60  # characters of a content
 
 
-class Said(NamedTuple):
+class TranscriptMessage(NamedTuple):
     """One message of a transcript."""
 
     chat_id: str
@@ -49,13 +49,13 @@ class ConversationRow(NamedTuple):
 class Archive:
     """What the views hold, or should hold: transcripts by session, each in order."""
 
-    messages: dict[str, list[Said]] = field(default_factory=dict)
+    messages: dict[str, list[TranscriptMessage]] = field(default_factory=dict)
     chats: list[ChatRow] = field(default_factory=list)
     conversations: list[ConversationRow] = field(default_factory=list)
 
 
 def expected(deliveries: Iterable[tuple[str, Mapping[str, Any]]]) -> Archive:
-    """What accepted deliveries, each an event type and its chat object, in any order, ought to add up to."""
+    """Return what the accepted deliveries, in any order, add up to."""
     created: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     deleted: dict[str, Mapping[str, Any]] = {}
     for kind, chat in deliveries:
@@ -65,7 +65,7 @@ def expected(deliveries: Iterable[tuple[str, Mapping[str, Any]]]) -> Archive:
             deleted.setdefault(chat["id"], chat)
             if "sessionId" in chat:
                 deleted[chat["id"]] = chat
-    turns = {chat_id: _newest(tellings) for chat_id, tellings in created.items()}
+    turns = {chat_id: _newest(revisions) for chat_id, revisions in created.items()}
     for chat_id, chat in deleted.items():
         turns.setdefault(chat_id, {"sessionId": "", "createdAt": "", "input": [], **chat})
     archive = Archive()
@@ -75,19 +75,19 @@ def expected(deliveries: Iterable[tuple[str, Mapping[str, Any]]]) -> Archive:
     return archive
 
 
-def _newest(tellings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _newest(revisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The newest revision, with the newest output that is not empty. ISO times of one form sort as text."""
-    ordered = sorted(tellings, key=lambda chat: str(chat["updatedAt"]))
+    ordered = sorted(revisions, key=lambda chat: str(chat["updatedAt"]))
     outputs = [chat["output"] for chat in ordered if chat.get("output")]
     return {**ordered[-1], "output": outputs[-1] if outputs else []}
 
 
 def _add(archive: Archive, chat: Mapping[str, Any], is_deleted: bool) -> None:
     given = chat["input"]
-    said = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    inputs = [{"role": "user", "content": given}] if isinstance(given, str) else given
     messages = [
-        Said(chat["id"], message["role"], message["content"], is_deleted)
-        for message in [*said, *chat.get("output", [])]
+        TranscriptMessage(chat["id"], message["role"], message["content"], is_deleted)
+        for message in [*inputs, *chat.get("output", [])]
     ]
     if messages:
         archive.messages.setdefault(chat["sessionId"], []).extend(messages)
@@ -112,19 +112,19 @@ def _conversations(archive: Archive) -> Iterator[ConversationRow]:
         )
 
 
-def differences(wanted: Archive, found: Archive) -> list[str]:
+def differences(expected: Archive, found: Archive) -> list[str]:
     """Each difference as a sentence; none where the archive is what was delivered."""
     lines = []
-    for session_id in sorted(wanted.messages.keys() | found.messages.keys()):
-        told = _transcripts(wanted.messages.get(session_id, []), found.messages.get(session_id, []))
-        lines += [f"session {session_id}: {line}" for line in told]
-    lines += _rows("chat", wanted.chats, found.chats)
-    lines += _rows("conversation", wanted.conversations, found.conversations)
+    for session_id in sorted(expected.messages.keys() | found.messages.keys()):
+        lines_of_session = _transcripts(expected.messages.get(session_id, []), found.messages.get(session_id, []))
+        lines += [f"session {session_id}: {line}" for line in lines_of_session]
+    lines += _rows("chat", expected.chats, found.chats)
+    lines += _rows("conversation", expected.conversations, found.conversations)
     return lines
 
 
-def _transcripts(wanted: Sequence[Said], found: Sequence[Said]) -> Iterator[str]:
-    missing, extra = Counter(wanted) - Counter(found), Counter(found) - Counter(wanted)
+def _transcripts(expected: Sequence[TranscriptMessage], found: Sequence[TranscriptMessage]) -> Iterator[str]:
+    missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
     for message in [*missing.elements()]:
         other = next((each for each in extra if each.chat_id == message.chat_id and each.role == message.role), None)
         if other is None:
@@ -137,16 +137,16 @@ def _transcripts(wanted: Sequence[Said], found: Sequence[Said]) -> Iterator[str]
             yield f"{_shown(message)} is {'' if other.is_deleted else 'not '}marked as deleted"
     for message in extra.elements():
         yield f"{_shown(message)} was never delivered"
-    if Counter(wanted) == Counter(found):
-        for position, (right, wrong) in enumerate(zip(wanted, found, strict=True), start=1):
+    if Counter(expected) == Counter(found):
+        for position, (right, wrong) in enumerate(zip(expected, found, strict=True), start=1):
             if right != wrong:
                 yield f"order: {_shown(wrong)} stands at {position}, where {_shown(right)} belongs"
                 return
 
 
-def _rows(name: str, wanted: Sequence[NamedTuple], found: Sequence[NamedTuple]) -> Iterator[str]:
+def _rows(name: str, expected: Sequence[NamedTuple], found: Sequence[NamedTuple]) -> Iterator[str]:
     """Rows by their ids, which are the fields of text."""
-    right, wrong = _by_id(wanted), _by_id(found)
+    right, wrong = _by_id(expected), _by_id(found)
     for key in sorted(right.keys() | wrong.keys()):
         label = f"{name} {' '.join(key)}"
         if len(wrong.get(key, [])) > 1:
@@ -160,10 +160,10 @@ def _rows(name: str, wanted: Sequence[NamedTuple], found: Sequence[NamedTuple]) 
 
 
 def _by_id(rows: Sequence[NamedTuple]) -> dict[tuple[str, ...], list[NamedTuple]]:
-    found: defaultdict[tuple[str, ...], list[NamedTuple]] = defaultdict(list)
+    result: defaultdict[tuple[str, ...], list[NamedTuple]] = defaultdict(list)
     for row in rows:
-        found[tuple(value for value in row if isinstance(value, str))].append(row)
-    return dict(found)
+        result[tuple(value for value in row if isinstance(value, str))].append(row)
+    return dict(result)
 
 
 def _fields(label: str, right: NamedTuple, wrong: NamedTuple) -> Iterator[str]:
@@ -172,7 +172,7 @@ def _fields(label: str, right: NamedTuple, wrong: NamedTuple) -> Iterator[str]:
             yield f"{label}: {name} is {other}, not {value}"
 
 
-def _shown(message: Said) -> str:
+def _shown(message: TranscriptMessage) -> str:
     return f"chat {message.chat_id}, {message.role} {_cut(message.content)}"
 
 

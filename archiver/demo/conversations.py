@@ -1,4 +1,4 @@
-"""What the simulated customers say and the simulated assistant answers. Seeded and pure; no language model.
+"""Simulated customers and assistant. Seeded and pure; no language model.
 
 The texts are chosen for what breaks archives: repeated short answers, other scripts, right-to-left text, emoji,
 quotes, new lines. Every name is invented.
@@ -55,7 +55,7 @@ _THANKS = frozenset({"ok", "thanks", "yes", "no", "👍"})
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class CustomerMessage:
     """One thing that the customer says; `is_deleted`: and takes back at once."""
 
     text: str
@@ -69,7 +69,7 @@ class Conversation:
     name: str
     assistant_id: str
     variables: Mapping[str, Any]
-    lines: tuple[Line, ...]
+    lines: tuple[CustomerMessage, ...]
 
 
 def conversations(seed: int, count: int) -> Iterator[Conversation]:
@@ -82,7 +82,7 @@ def _conversation(random: Random, seed: int, number: int) -> Conversation:
     service = random.choice(_SERVICES)
     company = random.choice(_COMPANIES)
     texts = [random.choice(_OPENINGS), *random.choices(_FOLLOWING, k=random.randrange(MAX_TURNS))]
-    lines = tuple(Line(text.replace("{service}", service), random.random() < _DELETED) for text in texts)
+    lines = tuple(CustomerMessage(text.replace("{service}", service), random.random() < _DELETED) for text in texts)
     return Conversation(
         name=f"{company}: {service} #{number + 1}",
         assistant_id=identifier(seed, "assistant", company),
@@ -92,26 +92,28 @@ def _conversation(random: Random, seed: int, number: int) -> Conversation:
 
 
 def reply(
-    said: str, earlier: Sequence[Mapping[str, str]], variables: Mapping[str, Any], random: Random
+    question: str, earlier: Sequence[Mapping[str, str]], variables: Mapping[str, Any], random: Random
 ) -> list[dict[str, str]]:
     """The assistant's messages, one or two, out of what was said before and the variables of the session."""
-    contents = [_answer(said, [message["content"] for message in earlier if message["role"] == "user"], variables)]
+    contents = [
+        _answer(question, [message["content"] for message in earlier if message["role"] == "user"], variables)
+    ]
     if random.random() < _TWO_OUTPUTS:
         contents.append("Is there anything else I can do?")
     return [{"role": "assistant", "content": content} for content in contents]
 
 
-def _answer(said: str, earlier: Sequence[str], variables: Mapping[str, Any]) -> str:
+def _answer(question: str, earlier: Sequence[str], variables: Mapping[str, Any]) -> str:
     company = variables.get("companyName", "our office")
     service = variables.get("serviceType", "request")
     if not earlier:
         priority = " You have priority." if variables.get("customerTier") == "gold" else ""
         return f"Welcome to {company}! I am looking at your {service}.{priority} What happened?"
-    if said.strip().lower() in _THANKS:
+    if question.strip().lower() in _THANKS:
         return "You are welcome."
-    if "repeat" in said or "?" in said:
+    if "repeat" in question or "?" in question:
         return f"You began with “{_short(earlier[0])}”; for the {service} at {company} I note that this is urgent."
-    return f"Noted: “{_short(said)}” (your message {len(earlier) + 1} about the {service})."
+    return f"Noted: “{_short(question)}” (your message {len(earlier) + 1} about the {service})."
 
 
 def _short(text: str) -> str:

@@ -1,8 +1,8 @@
-"""Which webhooks a chat causes, what goes wrong with each, and with each history call. Seeded and pure.
+"""Faults of webhooks and history calls. Seeded and pure.
 
 The draw for a webhook depends on the seed, the chat's id and the kind of event, that for a history call on the seed,
 the session's id and the number of the call, never on what happened before: the same conversations meet the same
-faults whatever the concurrency.
+faults at any concurrency.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ HistoryFault = Literal[
 ]
 Expired = Literal["gone", "missing", "empty", "full"]
 
-_MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage")  # nothing in them tells of content
+_MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage")  # none of them contains content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Faults:
     delay: float = 0.0  # held for a while
     deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if one comes
     output_missing_at_creation: float = 0.0  # sent without output first, then again with it and a newer updatedAt
-    bare_deletion: float = 0.0  # the deletion tells the chat's id alone, not even its session
+    bare_deletion: float = 0.0  # the deletion contains the chat id alone, not even its session
 
     history_missing: float = 0.0  # 404, although the session is there
     history_gone: float = 0.0  # 410, although the session is there
@@ -64,7 +64,7 @@ class Faults:
     history_slow: float = 0.0  # answered after a while
     history_hanging: float = 0.0  # not answered for longer than anybody waits
     history_garbage: float = 0.0  # a body that is not JSON
-    history_shape: float = 0.0  # JSON of a shape that nobody expects
+    history_shape: float = 0.0  # JSON of an unexpected shape
 
     greeting: float = 0.0  # of assistants: each of their sessions begins with a greeting that belongs to no chat
 
@@ -92,18 +92,18 @@ def with_history_faults(faults: Faults, share: float) -> Faults:
     return replace(faults, **shares)
 
 
-def of_history(faults: Faults, session_id: str, call: int) -> HistoryFault | None:
+def history_fault(faults: Faults, session_id: str, call: int) -> HistoryFault | None:
     """What befalls this call, the first being 1, for a session's history."""
     left = seeded(faults.seed, "history", session_id, call).random()
     for name in get_args(HistoryFault):
         left -= getattr(faults, f"history_{name}")
         if left < 0:
-            found: HistoryFault = name
-            return found
+            result: HistoryFault = name
+            return result
     return None
 
 
-def greets(faults: Faults, assistant_id: str) -> bool:
+def has_greeting(faults: Faults, assistant_id: str) -> bool:
     """Whether this assistant opens its sessions."""
     return seeded(faults.seed, "greeting", assistant_id).random() < faults.greeting
 
@@ -136,21 +136,28 @@ def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
     if random.getrandbits(1):
         del early["output"]
     return [
-        _webhook(faults, CREATED, chat, told, common, key=key) for key, told in (("early", early), ("late", chat))
+        _webhook(faults, CREATED, chat, chat_json, common, key=key)
+        for key, chat_json in (("early", early), ("late", chat))
     ]
 
 
 def deleted(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
-    """The webhook of a deletion: it repeats no content, and sometimes tells nothing but the id."""
+    """The webhook of a deletion: it has no content, and sometimes only the id."""
     random = seeded(faults.seed, "deleted", chat["id"])
     is_bare = random.random() < faults.bare_deletion
     names = ("id",) if is_bare else ("id", "sessionId", "assistantId")
-    told = {name: chat[name] for name in names if name in chat}
-    return [_webhook(faults, DELETED, chat, told, {"bare_deletion"} if is_bare else set())]
+    chat_json = {name: chat[name] for name in names if name in chat}
+    return [_webhook(faults, DELETED, chat, chat_json, {"bare_deletion"} if is_bare else set())]
 
 
 def _webhook(
-    faults: Faults, kind: str, chat: Mapping[str, Any], told: Mapping[str, Any], found: set[Fault], *, key: str = ""
+    faults: Faults,
+    kind: str,
+    chat: Mapping[str, Any],
+    chat_json: Mapping[str, Any],
+    found: set[Fault],
+    *,
+    key: str = "",
 ) -> Webhook:
     random = seeded(faults.seed, kind, key, chat["id"])
     drawn: dict[Fault, bool] = {
@@ -163,7 +170,7 @@ def _webhook(
         type=kind,
         session_id=chat.get("sessionId", ""),
         chat_id=chat["id"],
-        chat=told,
+        chat=chat_json,
         faults=frozenset(found | {name for name, happens in drawn.items() if happens}),
         copies=random.choice((1, 1, 2)) if drawn["duplicates"] else 0,
         copies_differ=bool(random.getrandbits(1)),

@@ -1,4 +1,4 @@
-"""The platform's answers to history calls, and what the faults of `faults` mean for them on the wire."""
+"""History responses of the platform, with the faults of `faults`."""
 
 import asyncio
 import contextlib
@@ -13,16 +13,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from archiver.demo.faults import Faults, HistoryFault, of_history
+from archiver.demo.faults import Faults, HistoryFault, history_fault
 from archiver.demo.seeds import seeded
 from archiver.demo.upstream import Session, UnknownError, Upstream
 
 _STORM = 1  # seconds for which all history calls are answered 429
 _SLOW = 2.0  # longest, in seconds
-_HANGING = 120.0  # seconds after which nobody waits any more
+_HANGING = 120.0  # seconds after which every client has timed out
 _PAUSES = frozenset[HistoryFault]({"slow", "hanging"})
 
-Told = dict[str, Any]
+SessionJson = dict[str, Any]
 
 
 class Histories:
@@ -66,7 +66,7 @@ class Histories:
             return _refusal(404, str(error))
         self._calls[session_id] += 1
         call = self._calls[session_id]
-        fault = of_history(self._faults, session_id, call)
+        fault = history_fault(self._faults, session_id, call)
         random = seeded(self._faults.seed, "history detail", session_id, call)
         if fault is None:
             return self._undisturbed(session)
@@ -85,23 +85,23 @@ class Histories:
             return _found(session.described(with_creation=False))
         if self._faults.expired in {"gone", "missing"}:
             return _refusal(410 if self._faults.expired == "gone" else 404, f"Session {session.id} has expired")
-        told = {**session.described(with_creation=False), "status": "expired"}
-        return _found(told if self._faults.expired == "full" else {**told, "messages": []})
+        session_json = {**session.described(with_creation=False), "status": "expired"}
+        return _found(session_json if self._faults.expired == "full" else {**session_json, "messages": []})
 
     def _busy(self) -> Response:
         return _refusal(429, "Too many requests", {"retry-after": str(_STORM)})
 
 
 async def _stay(request: Request, seconds: float) -> None:
-    """Silent for so long, or until the caller has gone: nobody waits for us after that."""
+    """Stay silent for `seconds`, or until the client disconnects."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
 
-def _found(told: Told) -> Response:
-    return JSONResponse({"message": "Session messages retrieved successfully", "session": told})
+def _found(session_json: SessionJson) -> Response:
+    return JSONResponse({"message": "Session messages retrieved successfully", "session": session_json})
 
 
 def _refusal(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -126,12 +126,12 @@ def _empty(session: Session, _: Random) -> Response:
 
 def _partial(session: Session, random: Random) -> Response:
     """Without some messages at one end; a single message is left out."""
-    told = session.described(with_creation=False)
-    messages = told["messages"]
+    session_json = session.described(with_creation=False)
+    messages = session_json["messages"]
     if messages:
         left_out = random.randint(1, max(1, len(messages) - 1))
         messages = messages[left_out:] if random.getrandbits(1) else messages[: len(messages) - left_out]
-    return _found({**told, "messages": messages})
+    return _found({**session_json, "messages": messages})
 
 
 def _garbage(session: Session, random: Random) -> Response:
@@ -148,21 +148,21 @@ def _garbage(session: Session, random: Random) -> Response:
 
 
 def _shape(session: Session, random: Random) -> Response:
-    told = session.described(with_creation=False)
-    without_messages = {name: value for name, value in told.items() if name != "messages"}
+    session_json = session.described(with_creation=False)
+    without_messages = {name: value for name, value in session_json.items() if name != "messages"}
     return JSONResponse(
         random.choice(
             (
                 None,
-                [told],
+                [session_json],
                 {"message": "ok"},
                 {"session": None},
                 {"session": "ok"},
                 {"session": without_messages},
-                {"session": {**told, "messages": None}},
-                {"session": {**told, "messages": {"0": {"role": "user", "content": "ok"}}}},
-                {"session": {**told, "messages": [{"role": "user"}]}},
-                {"session": {**told, "messages": ["ok", None, 1]}},
+                {"session": {**session_json, "messages": None}},
+                {"session": {**session_json, "messages": {"0": {"role": "user", "content": "ok"}}}},
+                {"session": {**session_json, "messages": [{"role": "user"}]}},
+                {"session": {**session_json, "messages": ["ok", None, 1]}},
             )
         )
     )

@@ -62,20 +62,20 @@ class Platform:
         self._api_key = api_key
 
     async def create_session(self, request: Request) -> Response:
-        wanted = await _body(request, NewSession)
-        session = self.upstream.create_session(wanted.name, wanted.assistant_id)
+        body = await _body(request, NewSession)
+        session = self.upstream.create_session(body.name, body.assistant_id)
         return _answer(201, "Session created successfully", session=session.described())
 
     async def create_chat(self, request: Request) -> Response:
-        wanted = await _body(request, NewChat)
-        overrides = wanted.assistant_overrides
+        body = await _body(request, NewChat)
+        overrides = body.assistant_overrides
         if overrides and not isinstance(overrides.get("variableValues", {}), dict | None):
             raise HTTPException(400, "Expected `object` - at `$.assistantOverrides.variableValues`")
-        said = msgspec.to_builtins(wanted.input)
-        if wanted.session_id is None:
-            chat = self.upstream.create_single_chat(wanted.assistant_id, said, overrides)
+        input_messages = msgspec.to_builtins(body.input)
+        if body.session_id is None:
+            chat = self.upstream.create_single_chat(body.assistant_id, input_messages, overrides)
         else:
-            chat = self.upstream.create_chat(wanted.session_id, said, overrides)
+            chat = self.upstream.create_chat(body.session_id, input_messages, overrides)
         await _until(datetime.fromisoformat(chat["updatedAt"]))
         await self.sender.submit(planned.created(self._faults, chat))
         return _answer(201, "Chat created successfully", chat=chat)
@@ -133,7 +133,7 @@ async def _until(moment: datetime) -> None:
 
 
 async def _body(request: Request, shape: type[Body]) -> Body:
-    """The JSON body, whatever content type it came with."""
+    """Return the JSON body, with any content type."""
     try:
         return msgspec.json.decode(await _bytes(request), type=shape)
     except msgspec.ValidationError as error:  # a field that is missing or wrong: the text says which

@@ -17,7 +17,7 @@ _READY = 60.0  # seconds, migrations included
 _POLL = 0.05
 _GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 _LINES = 20  # of its output, where it fails
-# It ends with us even where we are killed: nobody else holds the other end of its input, so that ends then.
+# It ends with this process even if that is killed, because its standard input is closed then.
 _PROGRAM = """
 import os, signal, sys, threading
 
@@ -50,7 +50,7 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
             stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C is for us: it must finish what was sent to it before it is told to end
+            start_new_session=True,  # Ctrl-C is for us: it must finish what was sent to it before it is stopped
         )
     try:
         await _until_ready(process, url, log)
@@ -70,12 +70,12 @@ async def backfilled(database_url: str, api: str, session_ids: Sequence[str]) ->
         start_new_session=True,
     )
     try:
-        told, complaints = await process.communicate("\n".join(session_ids).encode())
+        output, complaints = await process.communicate("\n".join(session_ids).encode())
     finally:
         await _end(process)
     if process.returncode != 0:
         raise ReceiverError(f"archiver backfill ended with exit code {process.returncode}.\n{complaints.decode()}")
-    figures: dict[str, Any] = json.loads(told)
+    figures: dict[str, Any] = json.loads(output)
     return figures
 
 
@@ -87,8 +87,8 @@ def _free_port() -> int:
 
 def _environment(**values: str) -> Mapping[str, str]:
     """Ours, without the settings that are meant for a real deployment."""
-    ours = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | values
+    environment = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG")
+    return {name: value for name, value in os.environ.items() if not name.startswith(environment)} | values
 
 
 async def _until_ready(process: asyncio.subprocess.Process, url: str, log: Path) -> None:

@@ -1,4 +1,4 @@
-"""The archive against the platform itself, once histories were read: nothing that was lost is missing. Pure."""
+"""Compare the archive with the platform after histories were read. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from archiver.demo.upstream import Session
 _SHOWN = 60  # characters of a content
 
 
-class Line(NamedTuple):
+class ArchivedMessage(NamedTuple):
     """One message of the archive."""
 
     chat_id: str | None
@@ -18,8 +18,8 @@ class Line(NamedTuple):
     in_history: bool | None
 
 
-def differences(sessions: Iterable[Session], archived: Mapping[str, Sequence[Line]]) -> list[str]:
-    """Each as a sentence; none where every session is what the platform tells, message for message and in order."""
+def differences(sessions: Iterable[Session], archived: Mapping[str, Sequence[ArchivedMessage]]) -> list[str]:
+    """Yield each difference as a sentence; none if every session equals the platform's, message by message."""
     lines: list[str] = []
     known = set()
     for session in sessions:
@@ -28,22 +28,22 @@ def differences(sessions: Iterable[Session], archived: Mapping[str, Sequence[Lin
     return lines + [f"session {each}: the platform has none" for each in sorted(archived.keys() - known - {""})]
 
 
-def _of_session(session: Session, lines: Sequence[Line]) -> Iterator[str]:
-    told = [(message["role"], message["content"]) for message in session.messages()]
+def _of_session(session: Session, lines: Sequence[ArchivedMessage]) -> Iterator[str]:
+    expected = [(message["role"], message["content"]) for message in session.messages()]
     shown = [(line.role, line.content) for line in lines if line.in_history]
-    if shown != told:
-        place = next((n for n, (one, other) in enumerate(zip(told, shown, strict=False)) if one != other), None)
+    if shown != expected:
+        place = next((n for n, (one, other) in enumerate(zip(expected, shown, strict=False)) if one != other), None)
         if place is None:
-            yield f"{len(shown)} messages, where the platform has {len(told)}"
+            yield f"{len(shown)} messages, where the platform has {len(expected)}"
         else:
-            yield f"message {place + 1} is {_cut(shown[place][1])}, not {_cut(told[place][1])}"
+            yield f"message {place + 1} is {_cut(shown[place][1])}, not {_cut(expected[place][1])}"
     for line in lines:
-        # What the platform no longer tells it has deleted, and we know by its webhook which turn that was.
+        # A message that the platform no longer shows was deleted; the webhook says which turn it was.
         if not line.in_history and (line.chat_id is None or line.chat_id in session.chats):
             yield f"{_cut(line.content)} is not in the platform's history"
 
 
-def figures(archived: Mapping[str, Sequence[Line]], backfill: Mapping[str, Any]) -> list[tuple[str, str]]:
+def figures(archived: Mapping[str, Sequence[ArchivedMessage]], backfill: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table, as (what, how many)."""
     coverage: Mapping[str, int] = backfill["coverage"]
     rate = backfill["sessions"] / backfill["seconds"] if backfill["seconds"] else 0.0

@@ -15,13 +15,13 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from archiver import embedded, signatures
-from archiver.demo import client, reading, reconciliation, verdict
+from archiver.demo import archive_reader, client, reconciliation, verdict
 from archiver.demo.conversations import conversations
 from archiver.demo.faults import Faults
+from archiver.demo.invalid_deliveries import InvalidDelivery, Proof, invalid_deliveries
 from archiver.demo.platform import Platform, create
 from archiver.demo.receiver import ReceiverError, backfilled, receiving
 from archiver.demo.serving import serving, stopping
-from archiver.demo.strays import Proof, Stray, strays
 from archiver.demo.upstream import Session
 from archiver.demo.view import View
 from archiver.demo.webhooks import Delivery, Record, Sender
@@ -34,8 +34,8 @@ WEBHOOK_PATH = "/webhooks/callhq"
 LOOPBACK = "127.0.0.1"
 
 
-class BusyError(Exception):
-    """Another demo runs in this folder: end it, or set ARCHIVER_HOME to another folder."""
+class DemoRunningError(Exception):
+    """Another demo runs in this folder. Stop it, or set ARCHIVER_HOME to another folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,8 @@ async def _until_stopped(plan: _Plan, view: View) -> int:
         except (EmbeddedError, ReceiverError, OSError, psycopg.Error) as error:
             view.say(str(error))
             return 1
-        except BusyError:
-            view.say(str(BusyError.__doc__))
+        except DemoRunningError:
+            view.say(str(DemoRunningError.__doc__))
             return 1
     return 1 if outcome.code is None else outcome.code
 
@@ -102,10 +102,10 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
     record, secret = Record(), secrets.token_urlsafe(24)
     signer = _signer(secret)
     async with contextlib.AsyncExitStack() as stack:
-        _refuse_second(plan.home)
+        _check_not_running(plan.home)
         view.say("Starting Postgres …")
         postgres = await stack.enter_async_context(_postgres(plan.home))
-        stack.enter_context(_alone(plan.home))
+        stack.enter_context(_lock_home(plan.home))
         await asyncio.to_thread(_empty_database, postgres)
         url = postgres.database_url(DATABASE)
         view.say("Starting archiver serve …")
@@ -115,7 +115,7 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
         api = await stack.enter_async_context(serving(create(platform), LOOPBACK, 0)) + "/api"
         view.say(f"The simulated CallHQ at {api} sends its webhooks to {webhook_url}")
         traffic = await _traffic(plan, view, api, sender)
-        holdings = await asyncio.to_thread(reading.read, url)
+        holdings = await asyncio.to_thread(archive_reader.read, url)
         problems = verdict.problems(traffic, holdings)
         delivered = bool(traffic.accepted)
         view.results(verdict.figures(traffic, holdings), "what was delivered", problems, has_delivered=delivered)
@@ -123,7 +123,7 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
         outcome.code = 1 if problems else 0
         if not plan.exit_when_done:
             psql = postgres.psql_command(DATABASE)
-            view.invitation(receiver=webhook_url, secret=secret, api=api, psql=psql, database_url=url)
+            view.print_next_steps(receiver=webhook_url, secret=secret, api=api, psql=psql, database_url=url)
             await asyncio.Event().wait()
 
 
@@ -131,20 +131,20 @@ async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]
     """Read every history back, and compare the archive with the platform itself."""
     view.say("Reading the histories, to recover what webhooks lost …")
     backfill = await backfilled(url, api, [session.id for session in sessions])
-    archived = await asyncio.to_thread(reading.read_lines, url)
+    archived = await asyncio.to_thread(archive_reader.read_lines, url)
     problems = reconciliation.differences(sessions, archived)
     view.results(reconciliation.figures(archived, backfill), "the platform", problems)
     return problems
 
 
 def _signer(secret: str) -> signatures.Verifier:
-    """Default settings, whatever the environment says: the receiver is started without it, too."""
+    """Return default settings regardless of the environment, as the receiver is started without it."""
     return signatures.verifier(Settings.model_construct(webhook_secrets=SecretStr(secret)))
 
 
 @contextlib.asynccontextmanager
 async def _postgres(home: Path) -> AsyncIterator[Postgres]:
-    """Stopped as well when we are told to end while it starts: a thread cannot be interrupted, so it is awaited."""
+    """Start Postgres; a stop during the start waits for the thread, which cannot be interrupted."""
     starting = asyncio.ensure_future(asyncio.to_thread(embedded.start, home))
     try:
         postgres = await asyncio.shield(starting)
@@ -159,21 +159,21 @@ async def _postgres(home: Path) -> AsyncIterator[Postgres]:
 
 
 @contextlib.contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """Raises `BusyError` where another demo uses this folder, whose database it would lose."""
+def _lock_home(home: Path) -> Iterator[None]:
+    """Raises `DemoRunningError` where another demo uses this folder, whose database it would lose."""
     with (home / "demo.lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError from None
+            raise DemoRunningError from None
         yield
 
 
-def _refuse_second(home: Path) -> None:
+def _check_not_running(home: Path) -> None:
     """The same before anything is started. Where there is no lock yet, or none for us, starting says why."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         if (home / "demo.lock").exists():
-            with _alone(home):
+            with _lock_home(home):
                 pass
 
 
@@ -185,25 +185,27 @@ def _empty_database(postgres: Postgres) -> None:
 
 
 async def _traffic(plan: _Plan, view: View, api: str, sender: Sender) -> verdict.Run:
-    """All conversations, with strays among them, until every webhook has been answered or given up."""
+    """Run all conversations and invalid deliveries until every webhook is answered or given up."""
     started = time.monotonic()
     with view.progress(plan.conversations, sender.record) as bar:
         async with client.connect(api, "demo") as http, asyncio.TaskGroup() as group:
-            sending = group.create_task(_send_strays(plan.faults.seed, sender))
+            sending = group.create_task(_send_invalid(plan.faults.seed, sender))
             script = conversations(plan.faults.seed, plan.conversations)
-            await client.hold_all(client.Client(http), script, bar.advance)
+            await client.run_all(client.Client(http), script, bar.advance)
         await sender.drain()
         bar.end()
     answered = sending.result()
-    aside = {id(delivery) for _, delivery in answered}
-    webhooks = [delivery for delivery in sender.record.deliveries if id(delivery) not in aside]
+    excluded = {id(delivery) for _, delivery in answered}
+    webhooks = [delivery for delivery in sender.record.deliveries if id(delivery) not in excluded]
     return verdict.Run(webhooks, answered, time.monotonic() - started)
 
 
-async def _send_strays(seed: int, sender: Sender) -> list[tuple[Stray, Delivery]]:
+async def _send_invalid(seed: int, sender: Sender) -> list[tuple[InvalidDelivery, Delivery]]:
     signers: dict[Proof, signatures.Verifier | None] = {
         "right": sender.verifier,
         "wrong": _signer(secrets.token_urlsafe(24)),
         "none": None,
     }
-    return [(stray, await sender.send(stray.body, signers[stray.proof])) for stray in strays(seed)]
+    return [
+        (invalid, await sender.send(invalid.body, signers[invalid.proof])) for invalid in invalid_deliveries(seed)
+    ]

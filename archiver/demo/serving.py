@@ -24,7 +24,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and leaves signals to whoever runs it."""
+    """Reports when it listens, and leaves signals to its caller."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -64,12 +64,12 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
 def stopping(stop: Callable[[], object]) -> Iterator[None]:
     """Calls `stop` on the first Ctrl-C or SIGTERM, and on no later one."""
     loop = asyncio.get_running_loop()
-    was_told = False
+    is_stopping = False
 
     def once() -> None:
-        nonlocal was_told
-        if not was_told:
-            was_told = True
+        nonlocal is_stopping
+        if not is_stopping:
+            is_stopping = True
             stop()
 
     for number in STOPPING:

@@ -1,11 +1,11 @@
-"""The platform's own memory: sessions and chats. No HTTP; ids and answers follow from the seed."""
+"""Sessions and chats of the simulated platform, determined by the seed."""
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from archiver.demo import conversations
-from archiver.demo.faults import Faults, greets
+from archiver.demo.faults import Faults, has_greeting
 from archiver.demo.seeds import identifier, seeded
 
 MAX_SESSIONS = 100_000
@@ -41,12 +41,14 @@ class Session:
 
     def messages(self) -> list[Message]:
         """All that was said and not deleted, in order; the deleted too where the platform keeps them."""
-        told = [message for chat in self.chats.values() for message in [*said(chat["input"]), *chat["output"]]]
-        return [*self.greeting, *told]
+        messages = [
+            message for chat in self.chats.values() for message in [*input_messages(chat["input"]), *chat["output"]]
+        ]
+        return [*self.greeting, *messages]
 
     def described(self, *, with_creation: bool = True) -> dict[str, Any]:
-        """The session as the API tells it."""
-        told = {
+        """Return the session as the API returns it."""
+        session_json = {
             "id": self.id,
             "name": self.name,
             "assistantId": self.assistant_id,
@@ -56,8 +58,8 @@ class Session:
             "updatedAt": iso(self.updated_at),
         }
         if not with_creation:
-            del told["createdAt"]
-        return told
+            del session_json["createdAt"]
+        return session_json
 
 
 class Upstream:
@@ -78,7 +80,7 @@ class Upstream:
             raise FullError(f"This simulator holds at most {MAX_SESSIONS} sessions")
         self._names[name, assistant_id] += 1
         session_id = identifier(self._seed, "session", name, assistant_id, self._names[name, assistant_id])
-        greeting = [_GREETING] if greets(self._faults, assistant_id) else []
+        greeting = [_GREETING] if has_greeting(self._faults, assistant_id) else []
         session = Session(session_id, name, assistant_id, greeting, datetime.now(UTC))
         self._sessions[session_id] = session
         return session
@@ -108,7 +110,7 @@ class Upstream:
     def create_single_chat(
         self, assistant_id: str | None, given: str | list[Message], overrides: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """A chat without a session: one question and its answer, of which no history tells. Raises `FullError`."""
+        """A chat without a session: one question and its answer, in no history. Raises `FullError`."""
         if len(self._single) >= MAX_SESSIONS:
             raise FullError(f"This simulator holds at most {MAX_SESSIONS} chats without a session")
         self._singles += 1
@@ -129,7 +131,7 @@ class Upstream:
         session.turns += 1
         session.variables |= (overrides or {}).get("variableValues") or {}
         random = seeded(self._seed, "reply", session_id, session.turns)
-        text = "\n".join(message["content"] for message in said(given))
+        text = "\n".join(message["content"] for message in input_messages(given))
         replies = conversations.reply(text, session.messages(), session.variables, random)
         now = datetime.now(UTC)
         created_at = max(now - _THINKING, session.last_chat_at + _TICK)
@@ -153,7 +155,7 @@ class Upstream:
         return chat
 
     def delete_chat(self, chat_id: str) -> dict[str, Any]:
-        """Forget one turn and tell which it was; it leaves the history too, unless that keeps what is deleted.
+        """Delete one turn and return it; the history drops it too, unless it keeps deleted turns.
 
         Raises `UnknownError`.
         """
@@ -173,7 +175,7 @@ def _numbered(replies: list[Message], turn: int) -> list[Message]:
     ]
 
 
-def said(given: str | list[Message]) -> list[Message]:
+def input_messages(given: str | list[Message]) -> list[Message]:
     """The user's messages of one turn, given as text or as a list."""
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 

@@ -1,12 +1,12 @@
-"""What a run of the demo showed: figures for the table, and everything that is not as it should be. Pure."""
+"""Result of a demo run: figures and problems. Pure."""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from archiver.demo.archive_reader import Holdings
 from archiver.demo.comparison import Archive, differences, expected
-from archiver.demo.reading import Holdings
-from archiver.demo.strays import QUARANTINED, UNAUTHENTICATED, Stray
+from archiver.demo.invalid_deliveries import QUARANTINED, UNAUTHENTICATED, InvalidDelivery
 from archiver.demo.webhooks import Delivery
 
 
@@ -15,7 +15,7 @@ class Run:
     """What was sent in one run, with every answer, and how long that took in seconds."""
 
     webhooks: Sequence[Delivery]
-    strays: Sequence[tuple[Stray, Delivery]]
+    invalid_deliveries: Sequence[tuple[InvalidDelivery, Delivery]]
     seconds: float
 
     @property
@@ -27,7 +27,7 @@ class Run:
 def problems(run: Run, holdings: Holdings) -> list[str]:
     """Each as a sentence; none where the archive is what was delivered, and only what should be was refused."""
     return [
-        *differences(_wanted(run), holdings.archive),
+        *differences(_expected(run), holdings.archive),
         *_ledger(run, holdings),
         *_refusals(run),
         *_quarantine(run, holdings),
@@ -38,7 +38,7 @@ def figures(run: Run, holdings: Holdings) -> list[tuple[str, str]]:
     """The table, as (what, how many)."""
     sent = [delivery for delivery in run.webhooks if delivery.outcome != "lost"]
     answers = [delivery.answer for delivery in run.accepted]
-    statuses = [delivery.status for _, delivery in run.strays]
+    statuses = [delivery.status for _, delivery in run.invalid_deliveries]
     transcripts = holdings.archive.messages.values()
     rows = [
         ("webhooks sent", len(sent)),
@@ -59,7 +59,7 @@ def figures(run: Run, holdings: Holdings) -> list[tuple[str, str]]:
     ]
 
 
-def _wanted(run: Run) -> Archive:
+def _expected(run: Run) -> Archive:
     return expected((delivery.type, delivery.chat) for delivery in run.accepted)
 
 
@@ -79,13 +79,13 @@ def _refusals(run: Run) -> Iterable[str]:
     for delivery in run.webhooks:
         if delivery.outcome in {"refused", "unanswered"}:
             yield f"webhook {delivery.type} of chat {delivery.chat.get('id')}: {delivery.outcome} ({delivery.status})"
-    for stray, delivery in run.strays:
-        if delivery.status != stray.status:
-            yield f"stray of {len(stray.body)} bytes: answered {delivery.status}, not {stray.status}"
+    for invalid, delivery in run.invalid_deliveries:
+        if delivery.status != invalid.status:
+            yield f"invalid delivery of {len(invalid.body)} bytes: answered {delivery.status}, not {invalid.status}"
 
 
 def _quarantine(run: Run, holdings: Holdings) -> Iterable[str]:
-    bodies = {stray.body for stray, _ in run.strays if stray.status == QUARANTINED}
+    bodies = {invalid.body for invalid, _ in run.invalid_deliveries if invalid.status == QUARANTINED}
     if missing := len(bodies - holdings.quarantined):
         yield f"quarantine: {missing} of {len(bodies)} broken deliveries cannot be found again byte for byte"
     if extra := len(holdings.quarantined - bodies):

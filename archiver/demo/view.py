@@ -25,12 +25,12 @@ class View:
         self._console = console
 
     def say(self, text: str) -> None:
-        """One line as it is, never wrapped or coloured: it may be meant for pasting."""
+        """Print one line without wrapping or colour, because it may be copied."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, conversations: int, record: Record) -> Iterator["Bar"]:
-        """Gives what is to be told of each conversation that has ended."""
+        """Yield a callback for each finished conversation."""
         if not self._console.is_terminal:
             yield Bar(self, None, conversations, record)
             return
@@ -65,7 +65,7 @@ class View:
         if len(problems) > _SHOWN:
             self.say(f"  and {len(problems) - _SHOWN} more")
 
-    def invitation(self, *, receiver: str, secret: str, api: str, psql: str, database_url: str) -> None:
+    def print_next_steps(self, *, receiver: str, secret: str, api: str, psql: str, database_url: str) -> None:
         """What to try while everything runs."""
         chat = {
             "id": "chat-by-hand",
@@ -82,7 +82,7 @@ class View:
         beside = Path(sys.executable).with_name("archiver")
         program = shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m archiver"
         self.say(f"Ask the archiver:\n\n  DATABASE_URL={shlex.quote(database_url)} {program} status\n")
-        self.say(f"The simulated CallHQ is at {api} (any x-api-key); what it is told arrives in the archive too.")
+        self.say(f"The simulated CallHQ is at {api} (any x-api-key); chats sent to it arrive in the archive too.")
         self.say("Ctrl-C ends everything.")
 
 
@@ -95,28 +95,28 @@ class Bar:
         self._total = total
         self._record = record
         self._ended = 0
-        self._told = time.monotonic()
+        self._drawn_at = time.monotonic()
         self._task = progress.add_task(self._describe(), total=total) if progress else None
 
     def advance(self) -> None:
         """One more conversation has ended."""
         self._ended += 1
-        if time.monotonic() - self._told >= _EVERY or self._progress is not None:
-            self._tell()
+        if time.monotonic() - self._drawn_at >= _EVERY or self._progress is not None:
+            self._render()
 
     def end(self) -> None:
-        """Every webhook has been answered or given up: what is told now is what the table counts."""
-        self._tell()
+        """Finish: every webhook is answered or given up, so the bar equals the table."""
+        self._render()
 
-    def _tell(self) -> None:
-        self._told = time.monotonic()
+    def _render(self) -> None:
+        self._drawn_at = time.monotonic()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._ended, description=self._describe())
         else:
             self._view.say(f"  {self._ended} of {self._total} conversations; {self._describe()}")
 
     def _describe(self) -> str:
-        """Of the platform's webhooks: the strays, which it did not cause, are sent besides."""
+        """Describe the platform's webhooks, without the invalid deliveries."""
         report = self._record.report()
         answers = report.get("answers", {})
         sent = self._record.total("sent") - report.get("types", {}).get("other", 0)

@@ -1,4 +1,4 @@
-"""The platform's side of a webhook: signed, sent over HTTP with few retries, and written down.
+"""The platform's webhook sender: signs, sends with few retries, and records.
 
 What the faults of `faults` mean on the wire happens here: lost, sent again, held back.
 """
@@ -22,10 +22,10 @@ from archiver.signatures import Verifier
 ATTEMPTS = 3
 _PARALLEL = 16  # requests, and connections
 _UNFINISHED = 10_000  # webhooks; a call that would cause more waits
-_KEPT = 200_000  # deliveries of which the bytes are remembered
+_MAX_KEPT = 200_000  # deliveries of which the bytes are remembered
 _IDLE = 2.0  # seconds that a connection is kept unused: less than servers keep it, so that none is used as it ends
 _TIMEOUT = 10.0  # seconds for one answer
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts
+_INITIAL_PAUSE, _MAX_PAUSE = 0.1, 2.0  # seconds between attempts
 _HOLD = 1.0  # longest, in seconds
 _DELAY = 1.0  # longest, in seconds
 
@@ -53,7 +53,7 @@ class Record:
     """What was sent. Counts are kept for all deliveries, the deliveries themselves for the latest 200 000."""
 
     def __init__(self) -> None:
-        self.deliveries: deque[Delivery] = deque(maxlen=_KEPT)
+        self.deliveries: deque[Delivery] = deque(maxlen=_MAX_KEPT)
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, delivery: Delivery) -> None:
@@ -167,7 +167,7 @@ class Sender:
                 await asyncio.wait_for(event.wait(), seconds)
 
     def _release(self, webhook: Webhook) -> None:
-        """Let go what waited for this webhook to have arrived."""
+        """Release deliveries that waited for this one."""
         keys = [("session", webhook.session_id)]
         if webhook.type == DELETED:
             keys.append(("deletion", webhook.chat_id))
@@ -197,7 +197,7 @@ class Sender:
         headers = {"content-type": "application/json"}
         if signer is not None:
             headers |= signer.sign(body, time.time(), message_id, "POST", url)
-        pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
+        pause = min(_INITIAL_PAUSE * 2**attempt, _MAX_PAUSE)
         try:
             response = await self._client.post(url, content=body, headers=headers)
         except httpx2.TransportError:
@@ -206,7 +206,7 @@ class Sender:
         answer = _Answer(outcome, response.status_code, _word(response), attempt)
         if response.status_code != httpx2.codes.TOO_MANY_REQUESTS and not response.is_server_error:
             return answer, None
-        return answer, min(_seconds(response.headers.get("retry-after"), pause), _LONGEST_PAUSE)
+        return answer, min(_seconds(response.headers.get("retry-after"), pause), _MAX_PAUSE)
 
     def _note(self, webhook: Webhook, body: bytes, answer: "_Answer", is_copy: bool) -> Delivery:
         delivery = Delivery(
@@ -233,7 +233,7 @@ class _Answer:
 
 
 def _envelope(webhook: Webhook, copy: int = 0) -> bytes:
-    """The body; each copy tells a later time, as if it had been put together anew."""
+    """The body; each copy has a later time, as if it had been built again."""
     milliseconds = int(time.time() * 1000) + copy
     message: dict[str, Any] = {"type": webhook.type, "timestamp": milliseconds, "chat": webhook.chat}
     if assistant_id := webhook.chat.get("assistantId"):

@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ Verdict = Literal["ok", "warning", "failure"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was checked. `advice` is empty where there is nothing to do."""
+    """One check. `advice` is empty if no action is required."""
 
     check: str
     verdict: Verdict

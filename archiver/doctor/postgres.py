@@ -1,4 +1,4 @@
-"""What the database says: whether it keeps what it commits, what this user may, whether periodic work is done."""
+"""Database checks: durability, rights of this user, and background duties."""
 
 import re
 import time
@@ -9,29 +9,29 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import catalogue, database, feed, heartbeats, identity, overview, roles, schema, waits
+from archiver import catalogue, database, feed, heartbeats, identity, lock_waits, overview, roles, schema
 from archiver.doctor.finding import Finding, Verdict
-from archiver.followups.review import Standing, may_select_standing, name_failing, select_failing, select_standing
+from archiver.followups.review import FollowupStats, may_select_stats, name_failing, select_failing, select_stats
 from archiver.settings import Settings
 
 OLDEST_POSTGRES = 14
 OUT_OF_MEMORY = "53200"  # SQLSTATE
 _CLOCK_WARNING_SECONDS = 5
 _LOCK_SECONDS = 3.0  # in which the holder of a lock is found
-_MOST_HOLDERS = 3  # named
-_MOST_USED = 0.75  # of the room for locks
-_ASK_AGAIN = "Run `archiver doctor` again."
+_MAX_HOLDERS = 3  # named
+_MAX_USAGE = 0.75  # of the room for locks
+_RUN_AGAIN = "Run `archiver doctor` again."
 
 
 def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
-    """What the database says. Stops at the first thing without which the rest cannot be asked.
+    """Run the database checks. Stops at the first failure that prevents the rest.
 
     `embedded` describes the embedded one, if it is that.
     """
     is_reached = False
     try:
         with (
-            waits.watching(engine),
+            lock_waits.watching(engine),
             database.transaction(engine, statement_seconds=10, lock_seconds=_LOCK_SECONDS) as connection,
         ):
             is_reached = True
@@ -40,7 +40,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 _version,
                 _durability,
                 _room_for_locks,
-                _entry,
+                _schema_access,
                 _schema,
                 _privileges,
                 _roles,
@@ -52,7 +52,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 finding = check(connection)
                 if finding is not None:
                     yield finding
-                    if finding.verdict == "failure" and check in {_entry, _schema}:
+                    if finding.verdict == "failure" and check in {_schema_access, _schema}:
                         break
                 if check is _schema:
                     yield from _catalogue(connection)
@@ -64,20 +64,20 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
             yield from _identity(configuration, connection, engine)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
-    except waits.LockedError as error:
+    except lock_waits.LockTimeoutError as error:
         detail, _, advice = str(error).partition("\n")
-        yield Finding("locks", "failure", detail, advice or _ASK_AGAIN)
+        yield Finding("locks", "failure", detail, advice or _RUN_AGAIN)
     except database.EncodingError as error:
         yield Finding("encoding", "failure", "The database is not UTF-8.", str(error))
     except SQLAlchemyError as error:
-        said = str(getattr(error, "orig", None) or error).strip()
-        detail = said.splitlines()[0]
+        message = str(getattr(error, "orig", None) or error).strip()
+        detail = message.splitlines()[0]
         if is_reached:
             is_full = database.sqlstate(error) == OUT_OF_MEMORY
             advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database refused a question: see its log."
             yield Finding("questions", "failure", detail, advice)
         else:
-            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(said)
+            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message)
             yield Finding("database", "failure", detail, advice)
 
 
@@ -92,17 +92,17 @@ _ADVICE = (
     ("role .* does not exist", "Correct the user in DATABASE_URL, or as an administrator: CREATE ROLE … LOGIN;"),
     ("pg_hba.conf", "Let the user of DATABASE_URL in from this machine: pg_hba.conf on the server."),
     ("does not support SSL", "Switch ssl on in Postgres, or take sslmode out of DATABASE_URL."),
-    ("resolve host|translate host name", "Correct the host in DATABASE_URL: nobody here knows that name."),
-    ("refused|No such file", "Correct host and port in DATABASE_URL, or start Postgres: nobody listens there."),
+    ("resolve host|translate host name", "Correct the host in DATABASE_URL: the name cannot be resolved."),
+    ("refused|No such file", "Correct host and port in DATABASE_URL, or start Postgres: no server listens there."),
     ("out of shared memory", database.NO_ROOM_FOR_LOCKS),
-    ("timeout|timed out", "Check the host in DATABASE_URL and the firewalls in between: nobody answers."),
+    ("timeout|timed out", "Check the host in DATABASE_URL and firewalls: the server does not respond."),
 )
 
 
-def _advice_on(said: str) -> str:
-    """What to do where the database cannot be reached for this reason."""
+def _advice_on(message: str) -> str:
+    """Return the remedy for a connection error."""
     general = "Check DATABASE_URL, and that Postgres runs and is reachable."
-    return next((advice for pattern, advice in _ADVICE if re.search(pattern, said)), general)
+    return next((advice for pattern, advice in _ADVICE if re.search(pattern, message)), general)
 
 
 def _version(connection: Connection) -> Finding:
@@ -113,18 +113,18 @@ def _version(connection: Connection) -> Finding:
 
 
 def _held(engine: Engine) -> Finding | None:
-    """The sessions that keep others waiting for our tables; None where there are none."""
-    holders = waits.find_holders(engine)
+    """Report sessions that block the archiver's tables; None if there are none."""
+    holders = lock_waits.find_holders(engine)
     if not holders:
         return None
-    detail = f"Locks are waited for: {'; '.join(map(str, holders[:_MOST_HOLDERS]))}."
+    detail = f"Locks are waited for: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
     return Finding("locks", "failure", detail, holders[0].advice)
 
 
 def _room_for_locks(connection: Connection) -> Finding:
     """Whether a session has used up the room for locks."""
     used = database.locks.select_usage(connection)
-    if used.usage > _MOST_USED:
+    if used.usage > _MAX_USAGE:
         detail = (
             f"{used.usage:.0%} of the room for locks is used; process {used.pid} (user {used.user or 'unknown'},"
             f" application {used.application or 'unnamed'}) holds {used.locks:,} of them."
@@ -149,18 +149,18 @@ def _session(connection: Connection, configuration: Settings) -> Iterator[Findin
 
 
 def _durability(connection: Connection) -> Finding:
-    for name, wanted, advice in (
+    for name, expected, advice in (
         ("fsync", "on", "A crash loses acknowledged events: set fsync = on in postgresql.conf."),
         ("full_page_writes", "on", "A crash can corrupt the archive: set full_page_writes = on in postgresql.conf."),
         ("transaction_read_only", "off", "The database is read-only: let DATABASE_URL name the primary."),
     ):
-        if connection.scalar(text("SELECT current_setting(:name)"), {"name": name}) != wanted:
-            return Finding("durability", "failure", f"{name} is not {wanted}.", advice)
+        if connection.scalar(text("SELECT current_setting(:name)"), {"name": name}) != expected:
+            return Finding("durability", "failure", f"{name} is not {expected}.", advice)
     return Finding("durability", "ok", "A commit survives a crash.")
 
 
-def _entry(connection: Connection) -> Finding | None:
-    """What keeps this user from even asking how the schema is; None where nothing does."""
+def _schema_access(connection: Connection) -> Finding | None:
+    """Report why this user cannot even read the schema; None if it can."""
     create = schema.grant_missing(connection)
     if connection.scalar(text("SELECT to_regnamespace('archiver') IS NULL")):
         if create is None:
@@ -203,7 +203,7 @@ _OLDEST_UNSEALED = text(
     " WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals) ORDER BY id LIMIT 1"
 )
 LATE_SEALS = 10  # times the usual
-LEAST_LATE_SECONDS = 600.0
+MIN_LATE_SECONDS = 600.0
 
 
 # Of the newest seal, whether it is signed; and of the newest that is, which it is.
@@ -214,12 +214,12 @@ _SIGNED = text(
 
 
 def _sealing(connection: Connection, every: int) -> Finding:
-    """Whether what came is sealed in time, for until then it can be changed unseen; and signed, if it once was."""
+    """Check that events are sealed in time, and signed if they once were."""
     age = connection.scalar(_OLDEST_UNSEALED)
-    if age is None or age < max(LATE_SEALS * every, LEAST_LATE_SECONDS):
+    if age is None or age < max(LATE_SEALS * every, MIN_LATE_SECONDS):
         is_signed, latest_signed = connection.execute(_SIGNED).one()
         if is_signed or latest_signed is None:
-            return Finding("seals", "ok", "No event waits long for its seal.")
+            return Finding("seals", "ok", "Every event is sealed in time.")
         return Finding(
             "seals",
             "warning",
@@ -261,30 +261,30 @@ def _user(connection: Connection) -> str:
 
 
 def _roles(connection: Connection) -> Finding:
-    found = roles.existing(connection)
-    if absent := [name for name in roles.NEEDED if name not in found]:
+    result = roles.existing(connection)
+    if absent := [name for name in roles.NEEDED if name not in result]:
         return Finding(
             "roles",
             "warning",
-            f"The roles {', '.join(absent)} do not exist, so nobody can be given just what they need.",
+            f"The roles {', '.join(absent)} do not exist, so users cannot be given minimal rights.",
             "As an administrator run deploy/roles.sql; then run `archiver migrate` again.",
         )
     return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
 
 
 def _outbox(connection: Connection) -> Finding | None:
-    """Whether somebody publishes what changes; None where this user cannot see it."""
+    """Check that changes are published; None if this user cannot see it."""
     if not connection.scalar(text("SELECT has_table_privilege('archiver.outbox', 'SELECT')")):
         return None
-    waiting = feed.select_waiting(connection)
+    waiting = feed.select_backlog(connection)
     if not waiting.is_overdue(datetime.now(UTC)):
-        return Finding("changes", "ok", "Changes are published as they are committed.")
+        return Finding("changes", "ok", "Changes are published when they are committed.")
     detail = f"Changes of {waiting.transactions:,} transactions wait since {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
     return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
 
 
 def _workers(connection: Connection) -> Iterator[Finding]:
-    """Whether a worker runs, and each duty of one that fails or hangs."""
+    """Check that a worker runs, and report each failing or hanging duty."""
     if not heartbeats.may_select(connection):
         return  # what is missing is found above
     workers = heartbeats.select_workers(connection)
@@ -294,7 +294,9 @@ def _workers(connection: Connection) -> Iterator[Finding]:
             place, reason = f"on {each.host} (process {each.pid})", report.reason.rstrip(".")
             detail = f"{report.state} {place} since {report.since:%Y-%m-%d %H:%M:%S} UTC: {reason}."
             detail += f" It was started again {report.restarts:,} times." if report.restarts else ""
-            yield Finding(f"duty {name}", "failure", detail, "Correct what the reason names; see the worker's log.")
+            yield Finding(
+                f"duty {name}", "failure", detail, "Fix the cause that the reason names; see the worker's log."
+            )
     ended = [each for each in workers if not each.is_fresh]
     if not running:
         detail = f"No worker has reported in the last {heartbeats.FRESH_SECONDS:.0f} seconds."
@@ -309,7 +311,7 @@ def _workers(connection: Connection) -> Iterator[Finding]:
 
 
 def _identity(configuration: Settings, connection: Connection, engine: Engine) -> Iterator[Finding]:
-    """Whether this is the database that was served before."""
+    """Check that this database was served before."""
     if not identity.may_select(connection):
         return
     guard = identity.Guard(configuration.home.resolve(), engine.url)
@@ -319,54 +321,54 @@ def _identity(configuration: Settings, connection: Connection, engine: Engine) -
     elif guard.unreadable:
         yield Finding("identity", "warning", f"Not all can be checked of which database this is: {guard.unreadable}.")
     else:
-        yield Finding("identity", "ok", "This is the database that was served before, or one that is new.")
+        yield Finding("identity", "ok", "This database was served before, or it is new.")
 
 
 _LATE_SECONDS = 3_600
 
 
 def _followups(connection: Connection) -> Finding | None:
-    """Whether somebody who is to be told is not; None where nobody is to be."""
-    if not may_select_standing(connection):
-        return None  # what is missing is told above
-    standing = select_standing(connection)
-    if not standing.subscriptions:
+    """Check that subscriptions get their deliveries; None without subscriptions."""
+    if not may_select_stats(connection):
+        return None  # missing rights are reported above
+    stats = select_stats(connection)
+    if not stats.subscriptions:
         return None
-    told = f"{standing.subscriptions:,} subscriptions, {standing.pending:,} deliveries pending"
-    wrong = list(_wrong_with(standing, select_failing(connection)))
+    summary = f"{stats.subscriptions:,} subscriptions, {stats.pending:,} deliveries pending"
+    wrong = list(_followup_problems(stats, select_failing(connection)))
     if not wrong:
-        return Finding("follow-ups", "ok", f"{told}.")
-    detail = "; ".join([told, *(each for each, _ in wrong)])
+        return Finding("follow-ups", "ok", f"{summary}.")
+    detail = "; ".join([summary, *(each for each, _ in wrong)])
     return Finding("follow-ups", "warning", f"{detail}.", " ".join(advice for _, advice in wrong))
 
 
-def _wrong_with(standing: Standing, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _followup_problems(stats: FollowupStats, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """What is wrong with follow-ups, each with what to do."""
-    if standing.paused:
-        advice = (
-            "archiver followups list tells why they are paused; once that is mended: archiver followups resume ID."
-        )
-        yield f"{standing.paused:,} subscriptions are paused", advice
+    if stats.paused:
+        advice = "archiver followups list shows why they are paused; after fixing it: archiver followups resume ID."
+        yield f"{stats.paused:,} subscriptions are paused", advice
     if failing:
         advice = (
-            "archiver followups show ID tells since when one fails; to ask its receiver: archiver followups test ID."
+            "archiver followups show ID shows since when one fails; to test its receiver: archiver followups test ID."
         )
         yield f"{len(failing):,} subscriptions fail: {name_failing(failing)}", advice
-    if standing.dead:
+    if stats.dead:
         advice = (
             "archiver followups deliveries --dead shows what was given up; archiver followups retry tries it again."
         )
-        yield f"{standing.dead:,} were given up", advice
-    if standing.oldest_seconds > _LATE_SECONDS:
+        yield f"{stats.dead:,} were given up", advice
+    if stats.oldest_seconds > _LATE_SECONDS:
         advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
-        yield f"a change of {standing.oldest_seconds / 3_600:,.1f} hours ago has not been told", advice
+        yield f"a change of {stats.oldest_seconds / 3_600:,.1f} hours ago is not delivered", advice
 
 
 def _webhooks(connection: Connection) -> Finding:
-    """Whether webhooks still arrive, as far as histories can show that they do not."""
+    """Check that webhooks still arrive, as far as histories can show."""
     silence = overview.select_silence(connection)
     if not silence.is_certain:
-        return Finding("webhooks", "ok", "Histories show no turn for which webhooks have stopped.")
+        return Finding(
+            "webhooks", "ok", "Webhooks arrive: histories show no undelivered turns since the latest webhook."
+        )
     detail = (
         f"No webhook of a turn has arrived since {silence.since:%Y-%m-%d %H:%M:%S} UTC, although histories have shown"
         f" {silence.turns:,} turns of {silence.sessions:,} sessions since."
@@ -395,11 +397,11 @@ _AHEAD = text(
 
 
 def _times_ahead(connection: Connection, lifetime: float) -> Finding:
-    """Whether a clock that was ahead has left times that the database's clock has not reached."""
-    found = connection.execute(_AHEAD, {"lifetime": lifetime}).all()
-    if not found:
-        return Finding("times", "ok", "No time in the database is further ahead than it can be.")
-    listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in found)
+    """Check for due times that a clock running ahead has left."""
+    rows = connection.execute(_AHEAD, {"lifetime": lifetime}).all()
+    if not rows:
+        return Finding("times", "ok", "No due time in the database is implausibly far ahead.")
+    listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in rows)
     advice = (
         "A clock was ahead, of a machine or of the database: synchronise them (NTP). A worker ends such leases, and"
         " makes such readings and attempts due, within minutes."
@@ -409,10 +411,15 @@ def _times_ahead(connection: Connection, lifetime: float) -> Finding:
 
 def _clock(connection: Connection, tolerance: int) -> Finding:
     before = time.time()
-    theirs = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())::float8")) or 0)
-    skew = abs(theirs - (before + time.time()) / 2)
+    server = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())::float8")) or 0)
+    skew = abs(server - (before + time.time()) / 2)
     detail = f"This machine's clock and the database's differ by {skew:.1f} s."
     if skew > _CLOCK_WARNING_SECONDS:
         verdict: Verdict = "failure" if skew > tolerance else "warning"
-        return Finding("clock", verdict, detail, "Synchronise both (NTP): signed times are checked against this one.")
+        return Finding(
+            "clock",
+            verdict,
+            detail,
+            "Synchronise both clocks (NTP): signature timestamps are checked against this machine's clock.",
+        )
     return Finding("clock", "ok", detail)

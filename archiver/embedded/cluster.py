@@ -1,4 +1,4 @@
-"""Makes a data folder, and brings up the server that serves it: everything here happens under the start lock."""
+"""Create a data folder and start its server; requires the start lock."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ import psycopg
 from psycopg import sql
 
 from archiver.embedded import account as accounts
-from archiver.embedded import binaries, log, place, postmaster
+from archiver.embedded import binaries, log, paths, postmaster
 from archiver.embedded.account import Account
 from archiver.embedded.postmaster import POLL_SECONDS, EmbeddedError
 
 START_SECONDS = 120.0  # crash recovery may have a gigabyte to replay
-CLIENTS_SECONDS = 3.0  # for clients to go, where somebody shut the server down in the way that waits for them
+CLIENTS_SECONDS = 3.0  # for clients to disconnect during a smart shutdown
 LOG_BYTES = 8 * 1024 * 1024
 SUPERUSER = "postgres"
 DATABASE = "archiver"
@@ -70,7 +70,7 @@ def database_url(socket_dir: Path, name: str) -> str:
 def open_cluster(home: Path, start_lock: int) -> Cluster:
     """The cluster of a home folder, made if there is none."""
     account = accounts.choose(home)
-    data = place.locate(home, account)
+    data = paths.locate(home, account)
     if data.exists() and account is not None:
         account = accounts.owner_of(data) or account
     programs = binaries.find(account)
@@ -80,10 +80,10 @@ def open_cluster(home: Path, start_lock: int) -> Cluster:
         _check_owner(cluster)
     if not data.exists() or not any(data.iterdir()):
         _initialise(cluster, start_lock)
-    place.link(home, data)
+    paths.link(home, data)
     _check_version(data)
     if account is not None and data.stat().st_uid == 0:
-        _hand_over(data, account)
+        _change_owner(data, account)
     return cluster
 
 
@@ -95,7 +95,7 @@ def _remove_unfinished(data: Path) -> None:
 def _initialise(cluster: Cluster, start_lock: int) -> None:
     """Runs initdb beside the final name, then renames: a data folder is complete or absent.
 
-    initdb inherits the start lock, so that if we are killed nobody clears its folder away while it still writes.
+    initdb inherits the start lock, so that its folder is not removed while it still writes if this process is killed.
     """
     with ExitStack() as undo:
         fresh = Path(tempfile.mkdtemp(prefix=f"{cluster.data.name}.new-", dir=cluster.data.parent))
@@ -142,16 +142,16 @@ def _check_version(data: Path) -> None:
         major = (data / "PG_VERSION").read_text().strip()
     except FileNotFoundError:
         raise EmbeddedError(f"{data} is not a Postgres data folder: set ARCHIVER_HOME to another folder.") from None
-    ours = binaries.installed_version().partition(".")[0]
-    if major != ours:
+    own = binaries.installed_version().partition(".")[0]
+    if major != own:
         raise EmbeddedError(
-            f"{data} was made by Postgres {major}, this is Postgres {ours}: move the data with pg_dump, or set "
+            f"{data} was made by Postgres {major}, this is Postgres {own}: move the data with pg_dump, or set "
             "ARCHIVER_HOME to another folder."
         )
 
 
-def _hand_over(data: Path, account: Account) -> None:
-    """Data that root copied here becomes the account's; the folder itself last, so that a kill repeats it."""
+def _change_owner(data: Path, account: Account) -> None:
+    """Change the owner of data that root copied; the folder last, so that an interrupted run repeats it."""
     for folder, _, files in os.walk(data, topdown=False):
         for path in (*(Path(folder, name) for name in files), Path(folder)):
             os.chown(path, account.uid, account.gid, follow_symlinks=False)
@@ -159,47 +159,47 @@ def _hand_over(data: Path, account: Account) -> None:
 
 def ensure_watchdog(cluster: Cluster) -> None:
     """Starts a watchdog unless one is alive; it inherits its lock, already held."""
-    files = [place.open_file(cluster.home / f"postgres.{name}") for name in ("lock", "users", "watch")]
-    told = place.open_file(cluster.log)
+    files = [paths.open_file(cluster.home / f"postgres.{name}") for name in ("lock", "users", "watch")]
+    log_file = paths.open_file(cluster.log)
     try:
         if postmaster.try_lock(files[2]):
             # -I: no folder of the caller's choosing is searched for modules.
             numbers = [str(file) for file in files]
             script: list[str | Path] = [sys.executable, "-I", postmaster.__file__, cluster.data, *numbers]
-            accounts.spawn(script, None, told, keep=files)
+            accounts.spawn(script, None, log_file, keep=files)
     finally:
-        for file in (*files, told):
+        for file in (*files, log_file):
             os.close(file)
 
 
 def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.PidFile:
     """The server of the cluster: the one that runs, else a new one. It accepts connections and has our database."""
     deadline = time.monotonic() + START_SECONDS
-    patience = None
+    client_deadline = None
     while True:
-        found = postmaster.read_pid_file(cluster.data)
+        result = postmaster.read_pid_file(cluster.data)
         if postmaster.serving(cluster.data) is None:
             _launch(cluster, options, deadline)
-        elif found is not None and found.status == "stopping" and _waits_for_clients(cluster):
-            patience = patience or time.monotonic() + CLIENTS_SECONDS
-            if time.monotonic() > patience:
-                raise EmbeddedError(_STOPPING.format(data=cluster.data, pid=found.pid))
-        elif found is not None and found.status == "ready" and _answers(cluster, found):
-            return found
+        elif result is not None and result.status == "stopping" and _is_smart_shutdown(cluster):
+            client_deadline = client_deadline or time.monotonic() + CLIENTS_SECONDS
+            if time.monotonic() > client_deadline:
+                raise EmbeddedError(_STOPPING.format(data=cluster.data, pid=result.pid))
+        elif result is not None and result.status == "ready" and _answers(cluster, result):
+            return result
         if time.monotonic() > deadline:
             raise _failed(cluster, f"Postgres did not get ready within {START_SECONDS:.0f} s")
-        time.sleep(POLL_SECONDS)  # it tells its state by a file alone
+        time.sleep(POLL_SECONDS)  # its state is visible in a file only
 
 
 _STOPPING = (
-    "The Postgres of {data} (pid {pid}) was told to shut down; it takes no new connection, and waits until those that"
+    "The Postgres of {data} (pid {pid}) is shutting down; it takes no new connection, and waits until those that"
     " it has are closed. End the programs that use it, such as `archiver serve`, or let it cut them off:"
     " kill -INT {pid}. Then try again."
 )
 
 
-def _waits_for_clients(cluster: Cluster) -> bool:
-    """Whether the shutdown under way may last for as long as any client stays; only the log tells."""
+def _is_smart_shutdown(cluster: Cluster) -> bool:
+    """Return whether a smart shutdown is under way, which waits for all clients."""
     _, _, requested = log.since_start(cluster.log).rpartition("LOG:  received ")
     return requested.startswith("smart shutdown request")
 
@@ -207,7 +207,7 @@ def _waits_for_clients(cluster: Cluster) -> bool:
 def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
     """Connects, and makes our database if it is missing; False if the server is going away just now."""
     folder = found.socket_dir or cluster.data
-    place.check_socket_folder(folder, cluster.data)
+    paths.check_socket_folder(folder, cluster.data)
     try:
         with psycopg.connect(database_url(folder, "postgres"), autocommit=True, connect_timeout=10) as connection:
             known = "SELECT 1 FROM pg_database WHERE datname = %s"
@@ -227,11 +227,11 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
     and so it is tried again until they are gone.
     """
     _clear_stale(cluster)
-    socket_dir = place.make_socket_folder(cluster.home, cluster.data, cluster.account)
+    socket_dir = paths.make_socket_folder(cluster.home, cluster.data, cluster.account)
     settings = _DEFAULTS | dict(options) | _FIXED | {"unix_socket_directories": str(socket_dir)}
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     server: list[str | Path] = [cluster.programs / "postgres", "-D", cluster.data, *arguments]
-    file = place.open_file(cluster.log)
+    file = paths.open_file(cluster.log)
     try:
         if os.fstat(file).st_size > LOG_BYTES:
             os.ftruncate(file, 0)
@@ -240,39 +240,39 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
             pid = accounts.spawn(server, cluster.account, file)
             if _becomes_ready(cluster, pid, deadline):
                 return
-            said = os.pread(file, LOG_BYTES, began).decode(errors="replace")
-            if "pre-existing shared memory block" not in said or time.monotonic() > deadline:
+            output = os.pread(file, LOG_BYTES, began).decode(errors="replace")
+            if "pre-existing shared memory block" not in output or time.monotonic() > deadline:
                 postmaster.remove_sockets(socket_dir, cluster.data)
-                raise _failed(cluster, "Postgres did not start", said)
+                raise _failed(cluster, "Postgres did not start", output)
             time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has gone
     finally:
         os.close(file)
 
 
 def _becomes_ready(cluster: Cluster, pid: int, deadline: float) -> bool:
-    while postmaster.alive(pid) and time.monotonic() < deadline:
-        found = postmaster.read_pid_file(cluster.data)
-        if found is not None and found.pid == pid and found.status == "ready":
+    while postmaster.is_running(pid) and time.monotonic() < deadline:
+        result = postmaster.read_pid_file(cluster.data)
+        if result is not None and result.pid == pid and result.status == "ready":
             return True
-        time.sleep(POLL_SECONDS)  # it tells its state by a file alone
+        time.sleep(POLL_SECONDS)  # its state is visible in a file only
     return False
 
 
 def _clear_stale(cluster: Cluster) -> None:
-    """Removes what a dead server left: Postgres itself refuses to start when the pid now is somebody else's.
+    """Remove files of a dead server that would prevent a start.
 
     So it does when a power cut emptied the file. A pid file whose process is gone stays: Postgres checks the shared
     memory that it names.
     """
-    found = postmaster.read_pid_file(cluster.data)
-    folder = postmaster.socket_folder(found, cluster.data)
+    result = postmaster.read_pid_file(cluster.data)
+    folder = postmaster.socket_folder(result, cluster.data)
     if _listens(folder / postmaster.SOCKET_NAME):
         raise EmbeddedError(
             f"Another Postgres, perhaps in another container, serves {cluster.data}: stop it, or set ARCHIVER_HOME "
             "to another folder."
         )
     postmaster.remove_sockets(folder, cluster.data)
-    if found is None or postmaster.exists(found.pid):
+    if result is None or postmaster.exists(result.pid):
         (cluster.data / "postmaster.pid").unlink(missing_ok=True)
 
 
@@ -285,8 +285,8 @@ def _listens(path: Path) -> bool:
     return True
 
 
-def _failed(cluster: Cluster, what: str, said: str | None = None) -> EmbeddedError:
-    text = log.since_start(cluster.log) if said is None else said
+def _failed(cluster: Cluster, what: str, output: str | None = None) -> EmbeddedError:
+    text = log.since_start(cluster.log) if output is None else output
     return EmbeddedError(
         f"{what}. Set ARCHIVER_HOME to another folder, or DATABASE_URL to a Postgres of your own. "
         f"The end of {cluster.log}:\n{log.tail(text)}"

@@ -1,4 +1,4 @@
-"""What of the server's log helps a person."""
+"""Relevant parts of the server's log."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which process serves a data folder, how it is stopped, and the watchdog that stops it once nobody uses it.
+"""Find and stop the process of a data folder, and run the watchdog that stops it when unused.
 
 Standard library only, and complete in this file: the watchdog runs it by its path, without the package.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 SOCKET_NAME = ".s.PGSQL.5432"
 SHORT_PREFIX = "callhq-archiver-"
 STOP_SECONDS = 60.0
-POLL_SECONDS = 0.02  # between two looks at another process, which tells nobody when it is ready or gone
+POLL_SECONDS = 0.02  # between two checks of another process, which sends no notification
 _PROC = Path("/proc")
 
 
@@ -52,8 +52,8 @@ def serving(data: Path) -> int | None:
     `postgres` whose folder is this one. Its command line is readable where `/proc/PID/cwd` is not: as root without
     CAP_SYS_PTRACE, which is how containers run.
     """
-    found = read_pid_file(data)
-    return found.pid if found is not None and _serves(found.pid, data) else None
+    result = read_pid_file(data)
+    return result.pid if result is not None and _serves(result.pid, data) else None
 
 
 def _serves(pid: int, data: Path) -> bool:
@@ -92,11 +92,11 @@ def exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # another user's
     return True
 
 
-def alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process runs; a zombie, which is what a container without init leaves, does not."""
     if not exists(pid):
         return False
@@ -110,19 +110,19 @@ def alive(pid: int) -> bool:
 def stop_server(data: Path) -> None:
     """Stops the postmaster of this data folder, rolling open transactions back (what `-m fast` means), and waits.
 
-    Without one it does nothing. `pg_ctl stop` would signal whatever pid the lock file names; here only a process
+    Without one it does nothing. `pg_ctl stop` would signal any pid that the lock file names; here only a process
     that is known to serve this folder gets the signal. Raises `EmbeddedError` after a minute.
     """
-    found = read_pid_file(data)
-    if found is None or not _serves(found.pid, data):
+    result = read_pid_file(data)
+    if result is None or not _serves(result.pid, data):
         return
-    os.kill(found.pid, signal.SIGINT)
+    os.kill(result.pid, signal.SIGINT)
     deadline = time.monotonic() + STOP_SECONDS
-    while alive(found.pid):
+    while is_running(result.pid):
         if time.monotonic() > deadline:
-            raise EmbeddedError(f"Postgres (pid {found.pid}) is still stopping; its log says why.")
+            raise EmbeddedError(f"Postgres (pid {result.pid}) is still stopping; its log says why.")
         time.sleep(POLL_SECONDS)  # it need not be our child, so there is nothing to wait on
-    remove_sockets(socket_folder(found, data), data)
+    remove_sockets(socket_folder(result, data), data)
 
 
 def socket_folder(found: PidFile | None, data: Path) -> Path:
@@ -139,22 +139,22 @@ def remove_sockets(folder: Path, data: Path) -> None:
     (folder / SOCKET_NAME).unlink(missing_ok=True)
     (folder / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
     if folder != data:
-        with suppress(OSError):  # not empty: somebody put a file in; no harm in leaving it
+        with suppress(OSError):  # not empty: another file was added; leaving it is harmless
             folder.rmdir()
 
 
 def is_private(folder: Path, data: Path) -> bool:
-    """Whether a folder belongs to the owner of the data and is closed to everybody else; a link is neither."""
+    """Return whether a folder is no link, belongs to the owner of the data, and is closed to others."""
     try:
-        found = folder.lstat()
+        result = folder.lstat()
     except OSError:
         return False
-    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
-    return private and found.st_uid == data.stat().st_uid
+    private = stat.S_ISDIR(result.st_mode) and not result.st_mode & 0o077
+    return private and result.st_uid == data.stat().st_uid
 
 
 def try_lock(file: int) -> bool:
-    """Takes an exclusive lock if nobody else holds any; a shared one of this file descriptor turns into it."""
+    """Take an exclusive lock if no other process holds one; a shared lock of this descriptor is converted."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -163,10 +163,10 @@ def try_lock(file: int) -> bool:
 
 
 def is_last(users: int) -> bool:
-    """Whether nobody else uses the server; call it under the start lock. Our share becomes exclusive, or is lost.
+    """Return whether no other process uses the server; requires the start lock.
 
     Turning a shared lock into an exclusive one lets go of it for an instant, in which the watchdog may get it. It
-    then queues for the start lock, and the second try tells the watchdog from other users.
+    then queues for the start lock, and the second try distinguishes the watchdog from other users.
     """
     if try_lock(users):
         return True
@@ -185,7 +185,7 @@ def watch(data: Path, start_lock: int, users: int, alive_lock: int) -> None:
         fcntl.flock(start_lock, fcntl.LOCK_EX)
         if try_lock(users):
             stop_server(data)
-            os.close(alive_lock)  # before the exit gives start_lock back: whoever gets that must see us gone
+            os.close(alive_lock)  # before the exit releases start_lock: its next holder must see this process gone
             return
         fcntl.flock(start_lock, fcntl.LOCK_UN)
 

@@ -1,13 +1,13 @@
-"""Erasure: what holds forbid, what was ordered, and how its content goes (I8)."""
+"""Erasure: holds, orders, and deletion of content (I8)."""
 
 from archiver.erasure.holds import HoldError, covering, insert_hold, release_hold, select_holds
-from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, check, order
+from archiver.erasure.ordering import AuditEntry, HeldError, Ordered, Rule, check, order
 from archiver.erasure.sweeping import Step, sweep
 from archiver.erasure.targets import Counts, Target
 from archiver.legal_holds import Criteria
 
 __all__ = [
-    "Act",
+    "AuditEntry",
     "Counts",
     "Criteria",
     "HeldError",

@@ -1,4 +1,4 @@
-"""Everything that a body says, however its writer encoded it: the one place that decodes bytes to be searched. Pure.
+"""Decode every text in a body, in any encoding, for searches. Pure.
 
 Layers are decoded within each other, up to `MAX_LAYERS`: UTF-8, UTF-16 and UTF-32 with and without a byte order
 mark; gzip, zlib and deflate; JSON with any escapes, and JSON in its strings; JSON that is broken or cut off; forms
@@ -32,7 +32,7 @@ _WORDS = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Decoded(msgspec.Struct, frozen=True, dict=True):
-    """The texts of all layers; `is_whole`: every byte could be decoded, and no limit was reached."""
+    """The texts of all layers. `is_whole`: every byte was decoded within the limits."""
 
     texts: tuple[str, ...]
     is_whole: bool
@@ -45,19 +45,19 @@ class Decoded(msgspec.Struct, frozen=True, dict=True):
 
 def decode(body: bytes) -> Decoded:
     """Return the texts that these bytes hold. Never raises; time and memory are bounded by the limits above."""
-    walk = _Walk(max(MAX_CHARACTERS, MAX_GROWTH * len(body)))
+    walk = _Decoder(max(MAX_CHARACTERS, MAX_GROWTH * len(body)))
     walk.add_bytes(body, 0)
     walk.run()
     return Decoded(tuple(walk.texts), walk.is_whole)
 
 
-class _Walk:
+class _Decoder:
     """One body on its way: texts that are found, and those whose own layers are not yet looked for."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.texts: dict[str, None] = {}
         self.is_whole = True
-        self._left = most
+        self._left = limit
         self._waiting: deque[tuple[str, int]] = deque()
 
     def run(self) -> None:
@@ -77,7 +77,7 @@ class _Walk:
             self.is_whole = False
             return
         self.texts[text] = None
-        if len(text) >= _LEAST and _HINT.search(text):
+        if len(text) >= _MIN_LENGTH and _HINT.search(text):
             self._waiting.append((text, layer))
 
     def add_bytes(self, body: bytes, layer: int) -> None:
@@ -90,14 +90,14 @@ class _Walk:
             else:
                 self.is_whole = False
             return
-        found, is_whole = _read(body)
+        item, is_whole = _read(body)
         self.is_whole &= is_whole
-        for text in found:
+        for text in item:
             self.add(text, layer)
 
 
 # A text without any of these has no further layer, and neither has a short one.
-_LEAST = 2
+_MIN_LENGTH = 2
 _HINT = re.compile(r'[\\"\[{%&+=\t\r\n\f\v]|  |[^\x00-\x7f]|[A-Za-z0-9/_-]{16}')
 
 
@@ -147,7 +147,7 @@ _QUOTED = re.compile(r'"((?:[^"\\]++|\\.)*+)(?:"|\\?\Z)', re.DOTALL)
 
 
 def _of_broken_json(text: str) -> Iterator[str]:
-    """Each quoted piece, be it cut off, and the whole with its escapes resolved."""
+    """Return quoted parts, even unterminated ones, and the whole text with escapes resolved."""
     if '"' in text:
         for piece in _QUOTED.findall(text):
             yield _unescape(piece)
@@ -226,37 +226,37 @@ def _is_packed(body: bytes) -> bool:
     return body.startswith(_GZIP) or _ZLIB.match(body) is not None
 
 
-def _decompress(body: bytes, most: int, layers: int = 4) -> tuple[bytes, bool] | None:
+def _decompress(body: bytes, limit: int, layers: int = 4) -> tuple[bytes, bool] | None:
     """What was compressed, at most so many bytes of it, and whether that is all; None where nothing was."""
     if _is_packed(body):
-        unpacked, rest, is_whole = _inflate(body, _ANY_FORMAT, most)
+        unpacked, rest, is_whole = _inflate(body, _ANY_FORMAT, limit)
         pieces = [unpacked]
         while rest.startswith(_GZIP) and is_whole:  # members one after the other (RFC 1952, section 2.2)
-            unpacked, rest, is_whole = _inflate(rest, _ANY_FORMAT, most - sum(map(len, pieces)))
+            unpacked, rest, is_whole = _inflate(rest, _ANY_FORMAT, limit - sum(map(len, pieces)))
             pieces.append(unpacked)
         whole = b"".join(pieces)
         return (whole, is_whole and not rest.strip(b"\0")) if whole or is_whole else None
     if _strictly(body, "utf-8") is None:
-        unpacked, rest, is_whole = _inflate(body, _RAW, most)
+        unpacked, rest, is_whole = _inflate(body, _RAW, limit)
         # Nothing marks deflate, so what it was made of has to make sense, here or a few layers below.
         if (
             is_whole
             and not rest
-            and (_makes_sense(unpacked) or (layers and _decompress(unpacked, most, layers - 1) is not None))
+            and (_makes_sense(unpacked) or (layers and _decompress(unpacked, limit, layers - 1) is not None))
         ):
             return unpacked, True
     return None
 
 
-def _inflate(body: bytes, window: int, most: int) -> tuple[bytes, bytes, bool]:
+def _inflate(body: bytes, window: int, limit: int) -> tuple[bytes, bytes, bool]:
     """The content, what follows it, and whether it came to its end."""
     inflater = zlib.decompressobj(window)
     pieces = []
     try:
-        while body and most > 0 and not inflater.eof:
-            piece = inflater.decompress(body, min(most, _AT_ONCE))
+        while body and limit > 0 and not inflater.eof:
+            piece = inflater.decompress(body, min(limit, _AT_ONCE))
             pieces.append(piece)
-            most -= len(piece)
+            limit -= len(piece)
             body = inflater.unconsumed_tail
     except zlib.error:
         return b"".join(pieces), b"", False
@@ -285,17 +285,17 @@ def _read(body: bytes) -> tuple[list[str], bool]:
     plain = _strictly(body, "utf-8")
     if plain is not None and "\0" not in plain:
         return [plain], True
-    found = [text for encoding in _UNMARKED if (text := _strictly(body, encoding)) is not None]
+    result = [text for encoding in _UNMARKED if (text := _strictly(body, encoding)) is not None]
     # ASCII that is read as UTF-16 looks like Chinese: without a mark a NUL has to show that it is UTF-16 or UTF-32.
-    if plain is not None or (b"\0" in body and any(map(_is_printable, found))):
-        return found, True
-    return [*found, *_leniently(body)], False
+    if plain is not None or (b"\0" in body and any(map(_is_printable, result))):
+        return result, True
+    return [*result, *_leniently(body)], False
 
 
 def _makes_sense(body: bytes) -> bool:
-    """Whether these bytes are text without a doubt."""
-    found, is_whole = _read(body)
-    return is_whole and bool(body) and any(map(_is_printable, found))
+    """Return whether these bytes are certainly text."""
+    item, is_whole = _read(body)
+    return is_whole and bool(body) and any(map(_is_printable, item))
 
 
 def _strictly(body: bytes, encoding: str) -> str | None:
@@ -307,20 +307,22 @@ def _strictly(body: bytes, encoding: str) -> str | None:
 
 def _leniently(body: bytes) -> list[str]:
     """What is damaged, or in an encoding of one byte a character."""
-    found = [body.decode("utf-8", "replace"), body.decode("latin-1")]
+    result = [body.decode("utf-8", "replace"), body.decode("latin-1")]
     if b"\0" in body:
         for encoding in _UNMARKED[1:]:
             width = 4 if "32" in encoding else 2
-            found += [body[start:].decode(encoding, "replace") for start in range(width)]
-    return found
+            result += [body[start:].decode(encoding, "replace") for start in range(width)]
+    return result
 
 
-_ODD = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]")
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"
+)
 
 
 def _is_printable(text: str) -> bool:
     """Whether nothing in it shows that it is no text: no control, private or unassigned character."""
-    if _ODD.search(text):
+    if _UNPRINTABLE.search(text):
         return False
     return text.isascii() or all(each.isprintable() or each.isspace() or each in _ALLOWED for each in set(text))
 

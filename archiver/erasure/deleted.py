@@ -1,4 +1,4 @@
-"""`ARCHIVER_ON_DELETE=erase`: what upstream deleted is erased here too, after a grace, unless it is held."""
+"""`ARCHIVER_ON_DELETE=erase`: erase turns deleted upstream after a grace period, unless held."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -6,9 +6,9 @@ from datetime import datetime
 from sqlalchemy import Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts
+from archiver import audit_log
 from archiver.database import transaction
-from archiver.erasure.ordering import Act, Ordered, order
+from archiver.erasure.ordering import AuditEntry, Ordered, order
 from archiver.erasure.targets import Target
 
 PAGE = 200
@@ -28,7 +28,7 @@ _SELECT_DELETED = text(
 
 
 def order_deleted(engine: Engine, before: datetime) -> Iterator[Ordered]:
-    """Order the turns that were deleted up to then to be erased, a page at a time; what is held is passed over.
+    """Order the erasure of turns deleted before `before`, page by page; held turns are skipped.
 
     The content goes with the next sweep. What is locked, or takes too long, is left: its error is raised at the end.
     """
@@ -39,8 +39,8 @@ def order_deleted(engine: Engine, before: datetime) -> Iterator[Ordered]:
             page = connection.execute(_SELECT_DELETED, {"before": before, "most": PAGE, **after}).all()
         if not page:
             break
-        act = Act("erase", acts.ARCHIVER, "chat.deleted", {"chats": len(page)})
-        yield order(engine, [_target(row) for row in page], "chat.deleted", act, skip_held=True, slow=slow)
+        entry = AuditEntry("erase", audit_log.ARCHIVER, "chat.deleted", {"chats": len(page)})
+        yield order(engine, [_target(row) for row in page], "chat.deleted", entry, skip_held=True, slow=slow)
         last = page[-1]
         after = {"after_time": last.deleted_at, "after_session": last.session_id, "after_chat": last.chat_id}
     if slow:

@@ -9,19 +9,19 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, insert, select, text, update
 
-from archiver import acts, ledger, tables
+from archiver import audit_log, ledger, tables
 from archiver.erasure.targets import Target, as_json
 from archiver.legal_holds import LOGGED, Criteria, select_in_force, select_placed, value_digest
 
 
 class HoldError(Exception):
-    """There is no such hold in force; the text says what to do."""
+    """The hold does not exist or is not in force; the message says what to do."""
 
 
 def insert_hold(connection: Connection, criteria: Criteria, author: str, reason: str) -> int:
-    """Place a hold; answers its id. What is ordered to be erased afterwards meets it: nobody orders meanwhile."""
+    """Place a hold and return its id. Erasures ordered later respect it."""
     if criteria.is_empty:
-        raise HoldError("A hold needs something to hold: name a session, an assistant, a variable or a time.")
+        raise HoldError("A hold needs at least one of: session, assistant, variable, time.")
     ledger.lock_placement(connection, exclusive=True)
     holds = tables.holds
     salt = None if criteria.value is None else os.urandom(16)
@@ -30,10 +30,10 @@ def insert_hold(connection: Connection, criteria: Criteria, author: str, reason:
     hold_id = int(connection.execute(insert(holds).returning(holds.c.id), row).scalar_one())
     # The value may identify a person, and the audit log is kept for good: it has a digest, whose salt goes with the
     # value when the hold is released.
-    told = {name: _plain(value) for name, value in row.items() if name in LOGGED and value is not None}
+    row_values = {name: _plain(value) for name, value in row.items() if name in LOGGED and value is not None}
     if salt is not None and criteria.value is not None:
-        told["value_digest"] = value_digest(salt, criteria.value)
-    acts.insert_act(connection, "hold.add", author, reason, {"hold": hold_id, **told})
+        row_values["value_digest"] = value_digest(salt, criteria.value)
+    audit_log.insert_entry(connection, "hold.add", author, reason, {"hold": hold_id, **row_values})
     return hold_id
 
 
@@ -50,7 +50,7 @@ def release_hold(connection: Connection, hold_id: int, who: str, reason: str) ->
     # Its row may be gone, or say that it is released: the audit log has the last word.
     if not is_ended and hold_id not in {hold.id for hold in select_in_force(connection)}:
         raise HoldError(f"No hold {hold_id} is in force; see archiver hold list --all")
-    acts.insert_act(connection, "hold.release", who, reason, {"hold": hold_id})
+    audit_log.insert_entry(connection, "hold.release", who, reason, {"hold": hold_id})
 
 
 _SHOWN = tuple(column for column in tables.holds.c if column.name != "salt")
@@ -59,29 +59,29 @@ _SHOWN = tuple(column for column in tables.holds.c if column.name != "salt")
 def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[str, Any]]:
     """The holds in force, or all of them, oldest first; without `has_row` only the audit log has it in force."""
     rows = connection.execute(select(*_SHOWN).order_by(tables.holds.c.id)).mappings().all()
-    found = [{**row, "has_row": True} for row in rows if released or row["released_at"] is None]
+    result = [{**row, "has_row": True} for row in rows if released or row["released_at"] is None]
     placed, _ = select_placed(connection)
-    known = {row["id"] for row in found if row["released_at"] is None}
+    known = {row["id"] for row in result if row["released_at"] is None}
     for hold in select_in_force(connection):
         if hold.id not in known:
             log = placed[hold.id]
-            found.append(
+            result.append(
                 {"id": hold.id, "placed_at": log.placed_at, "author": log.author, "reason": log.reason or ""}
                 | {name: getattr(hold, name) for name in Criteria.__struct_fields__}
                 | {"released_at": None, "released_by": None, "has_row": False}
             )
-    return sorted(found, key=lambda row: int(row["id"]))
+    return sorted(result, key=lambda row: int(row["id"]))
 
 
 # A turn without a session is held by what it says itself, and by what holds any session that is known to have it.
 _COVERING = text(
     """
-    WITH told AS MATERIALIZED (
+    WITH requested AS MATERIALIZED (
         SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
     ), places AS MATERIALIZED (
-        SELECT session_id, chat_id, session_id AS place FROM told
+        SELECT session_id, chat_id, session_id AS place FROM requested
         UNION
-        SELECT t.session_id, t.chat_id, c.session_id FROM told t JOIN archiver.chats c ON c.chat_id = t.chat_id
+        SELECT t.session_id, t.chat_id, c.session_id FROM requested t JOIN archiver.chats c ON c.chat_id = t.chat_id
          WHERE t.session_id = ''
     ), turns AS MATERIALIZED (
         SELECT p.place, c.chat_id, c.assistant_id, c.variables,
@@ -116,11 +116,11 @@ _COVERING = text(
 
 
 def covering(connection: Connection, targets: Sequence[Target]) -> Mapping[Target, list[int]]:
-    """Those of these targets that are held, each with the ids of the holds."""
+    """Return the held targets, each with the ids of its holds."""
     held: dict[Target, list[int]] = defaultdict(list)
     if targets and (holds := select_in_force(connection)):
-        asked = {"targets": as_json(targets), "holds": msgspec.json.encode(holds).decode()}
-        for row in connection.execute(_COVERING, asked):
+        targets_json = {"targets": as_json(targets), "holds": msgspec.json.encode(holds).decode()}
+        for row in connection.execute(_COVERING, targets_json):
             held[Target(row.session_id, row.chat_id)].append(row.id)
     return {target: sorted(ids) for target, ids in sorted(held.items())}
 

@@ -1,4 +1,4 @@
-"""Whether what a body says is about something: it holds one of its ids or values, whole. Pure."""
+"""Decide whether a body mentions an id or value as a whole word. Pure."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ _EDGE = re.compile(r"[A-Za-z0-9_-]")
 
 
 def of_any(marks: Iterable[str]) -> Callable[[Decoded], bool]:
-    """Return a check whether a body holds any of these: `chat-1` is not in `chat-12`.
+    """Return a check for any of these words: `chat-1` does not match `chat-12`.
 
     A mark is compared as it is and in its normalised form, since a writer may have composed, escaped or wrapped it.
     """

@@ -1,6 +1,6 @@
-"""Ordering an erasure: from its commit on nothing of what it names is taken any more (I8), unless a hold forbids it.
+"""Order erasures: after the commit, deliveries of the targets are refused (I8), unless a hold covers them.
 
-The content goes right after, by `sweeping`, and is found again by that if whoever ordered it was killed in between.
+The content goes right after, by `sweeping`, and is found again by that if the ordering process was killed in between.
 """
 
 from collections import deque
@@ -13,27 +13,27 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, database, ledger, quarantine
+from archiver import audit_log, database, ledger, quarantine
 from archiver.database import is_cancelled, is_conflict, is_lock_timeout, transaction
 from archiver.erasure.holds import covering
-from archiver.erasure.quarantined import Found, delete_found
-from archiver.erasure.targets import Target, parts, with_strays
-from archiver.projection import UNPLACED
+from archiver.erasure.quarantined import QuarantineMatches, delete_matches
+from archiver.erasure.targets import Target, parts, with_unassigned
+from archiver.projection import UNASSIGNED
 from archiver.projection.rows import mark_erased
 
 Rule = Literal["request", "chat.deleted", "retention"]
 
-AT_ONCE = 500  # of one transaction, in which nothing else is recorded
+BATCH_SIZE = 500  # of one transaction, in which nothing else is recorded
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
 # While it has the placement lock, for which all who record wait: of a statement, and of a wait for a row.
 STATEMENT_SECONDS, ROW_SECONDS = 2.0, 0.5
 SPLIT = 8  # parts of targets of which one is locked or slow
-NOTHING = Found()
+NO_MATCHES = QuarantineMatches()
 
 
-class Act(msgspec.Struct, frozen=True):
-    """Who erases, why, and what is to be noted of it; no content."""
+class AuditEntry(msgspec.Struct, frozen=True):
+    """Actor, reason and details of an erasure for the audit log; no content."""
 
     kind: str
     actor: str
@@ -41,7 +41,7 @@ class Act(msgspec.Struct, frozen=True):
     detail: Mapping[str, Any] = {}
 
 
-class _SlowError(Exception):
+class _SlowTargetError(Exception):
     """One of the targets is locked, or takes too long; the cause is the database's error."""
 
     def __init__(self, cause: DBAPIError) -> None:
@@ -50,7 +50,7 @@ class _SlowError(Exception):
 
 
 class HeldError(Exception):
-    """Legal holds cover some of it, so nothing is erased.
+    """Legal holds cover some targets, so nothing was erased.
 
     But for the `ordered` first ones, sessions and turns, where a hold was placed while these were ordered already.
     """
@@ -62,7 +62,7 @@ class HeldError(Exception):
 
 
 class Ordered(msgspec.Struct, frozen=True):
-    """What was ordered, under which act (None: there was nothing), and what was passed over for its holds.
+    """The ordered targets, their audit entry (None: nothing ordered), and the targets skipped for holds.
 
     `quarantined`: how many rows of the quarantine went at once.
     """
@@ -77,89 +77,92 @@ def order(
     engine: Engine,
     targets: Sequence[Target],
     rule: Rule,
-    act: Act,
+    entry: AuditEntry,
     *,
     skip_held: bool = False,
     erased_at: Mapping[Target, datetime] | None = None,
     act_id: int | None = None,
-    found: Found = NOTHING,
+    matches: QuarantineMatches = NO_MATCHES,
     slow: list[DBAPIError] | None = None,
 ) -> Ordered:
-    """Order these to be erased, or raise `HeldError`, which is recorded too, if any is held.
+    """Order the erasure of these targets. Raises `HeldError`, which is recorded, if any is held.
 
-    A hold that is placed meanwhile stops what is left of many: the error and its record tell how many were ordered.
+    A hold placed during a large order stops the rest: the error and its audit entry state how many were ordered.
 
     `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
-    if it was recorded before. `found`: what the quarantine was found to hold about these, which goes with the order:
+    if it was recorded before. `matches`: what the quarantine was found to hold about these, which goes with the
+    order:
     no sweep finds what was ordered of which the ledger holds nothing.
 
     A target that is locked, or takes too long, is left, and keeps no other: its error is added to `slow`, or raised
     in the end.
     """
-    wanted = sorted(set(targets))
+    unique_targets = sorted(set(targets))
     known: Mapping[Target, Sequence[int]] = {}
     if not skip_held:
-        check(engine, wanted, rule, act)
+        check(engine, unique_targets, rule, entry)
     elif act_id is None:
-        known = _select_held(engine, wanted)  # for the act, which comes with the first part and stays as it is
+        known = _select_held(
+            engine, unique_targets
+        )  # for the act, which comes with the first part and stays as it is
     done = Ordered(act_id, [], {})
-    left, left_out = deque(parts(wanted, AT_ONCE)), list[DBAPIError]()
+    left, skipped = deque(parts(unique_targets, BATCH_SIZE)), list[DBAPIError]()
     while left:
         part = left.popleft()
-        going = NOTHING if left else found
-        options = {"skip_held": skip_held, "erased_at": erased_at or {}, "found": going, "known": known}
+        going = NO_MATCHES if left else matches
+        options = {"skip_held": skip_held, "erased_at": erased_at or {}, "matches": going, "known": known}
         try:
-            more = _order_patiently(engine, part, rule, act, done.act_id, **options)
+            more = _order_with_retries(engine, part, rule, entry, done.act_id, **options)
         except HeldError as error:
             error.ordered = len(done.targets)
-            _record_refusal(engine, act, rule, error)
+            _record_refusal(engine, entry, rule, error)
             raise
-        except _SlowError as error:
+        except _SlowTargetError as error:
             if len(part) == 1:
-                left_out.append(error.cause)
+                skipped.append(error.cause)
             else:
                 left.extendleft(reversed(list(parts(part, max(1, len(part) // SPLIT)))))
             continue
         done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
     if slow is not None:
-        slow += left_out
-    elif left_out:
-        raise left_out[0]
+        slow += skipped
+    elif skipped:
+        raise skipped[0]
     return done
 
 
-def check(engine: Engine, targets: Sequence[Target], rule: Rule, act: Act) -> None:
-    """Raise `HeldError`, which is recorded, if any of these is held."""
+def check(engine: Engine, targets: Sequence[Target], rule: Rule, entry: AuditEntry) -> None:
+    """Raise `HeldError`, which is recorded, if any target is held."""
     if held := _select_held(engine, targets):
         error = HeldError(held)
-        _record_refusal(engine, act, rule, error)
+        _record_refusal(engine, entry, rule, error)
         raise error
 
 
 def _select_held(engine: Engine, targets: Sequence[Target]) -> Mapping[Target, Sequence[int]]:
     held: dict[Target, Sequence[int]] = {}
-    for part in parts(targets, AT_ONCE):
+    for part in parts(targets, BATCH_SIZE):
         with transaction(engine) as connection:
-            held |= covering(connection, with_strays(connection, part))
+            held |= covering(connection, with_unassigned(connection, part))
     return held
 
 
-def _detail(act: Act, rule: Rule, held: Mapping[Target, Sequence[int]]) -> dict[str, Any]:
+def _detail(entry: AuditEntry, rule: Rule, held: Mapping[Target, Sequence[int]]) -> dict[str, Any]:
     """With how many sessions and turns are held, by which holds."""
     holds = sorted({hold for holds in held.values() for hold in holds})
-    return {"rule": rule, **act.detail, **({"holds": holds, "held": len(held)} if held else {})}
+    return {"rule": rule, **entry.detail, **({"holds": holds, "held": len(held)} if held else {})}
 
 
-def _order_patiently(
-    engine: Engine, targets: Sequence[Target], rule: Rule, act: Act, act_id: int | None, **options: Any
+def _order_with_retries(
+    engine: Engine, targets: Sequence[Target], rule: Rule, entry: AuditEntry, act_id: int | None, **options: Any
 ) -> Ordered:
-    """Who waits for the lock keeps all who record waiting: so for an instant only, and again."""
+    """Try for the lock repeatedly for an instant, because waiting would block all writers."""
     for attempt in range(ATTEMPTS):
         has_lock = False
 
         def work(connection: Connection) -> None:
             nonlocal has_lock
-            # Whoever recorded something has committed it, and whoever records next sees what is ordered here.
+            # Earlier writers have committed, and later writers see this order.
             ledger.lock_placement(connection, exclusive=True)
             has_lock = True
             database.limit(connection, STATEMENT_SECONDS)
@@ -167,10 +170,10 @@ def _order_patiently(
 
         try:
             with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
-                return _order(connection, targets, rule, act, act_id, lock=work, **options)
+                return _order(connection, targets, rule, entry, act_id, lock=work, **options)
         except DBAPIError as error:
             if has_lock and (is_lock_timeout(error) or is_cancelled(error)):
-                raise _SlowError(error) from error
+                raise _SlowTargetError(error) from error
             is_busy = is_lock_timeout(error) or is_conflict(error)
             if not is_busy or attempt == ATTEMPTS - 1:
                 raise
@@ -182,59 +185,62 @@ def _order(
     connection: Connection,
     targets: Sequence[Target],
     rule: Rule,
-    act: Act,
+    entry: AuditEntry,
     act_id: int | None,
     *,
     skip_held: bool,
     erased_at: Mapping[Target, datetime],
-    found: Found,
+    matches: QuarantineMatches,
     known: Mapping[Target, Sequence[int]],
     lock: Callable[[Connection], None],
 ) -> Ordered:
-    if ids := sorted({*found.naming, *found.telling}):
-        quarantine.lock_rows(connection, ids)  # before the other lock, as whoever retries one does
+    if ids := sorted({*matches.by_id, *matches.by_variable}):
+        quarantine.lock_rows(connection, ids)  # before the other lock, in the same order as a retry
     lock(connection)
-    whole = with_strays(connection, targets)
+    whole = with_unassigned(connection, targets)
     held = covering(connection, whole)
     if held and not skip_held:
         raise HeldError(held)
-    free = [target for target in whole if target not in held]
-    if free and act_id is None:
-        act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, _detail(act, rule, {**known, **held}))
-    if free and act_id is not None:
-        _insert_erasures(connection, free, rule, act_id, erased_at)
-    return Ordered(act_id, free, held, delete_found(connection, found))
+    deletable = [target for target in whole if target not in held]
+    if deletable and act_id is None:
+        act_id = audit_log.insert_entry(
+            connection, entry.kind, entry.actor, entry.reason, _detail(entry, rule, {**known, **held})
+        )
+    if deletable and act_id is not None:
+        _insert_erasures(connection, deletable, rule, act_id, erased_at)
+    return Ordered(act_id, deletable, held, delete_matches(connection, matches))
 
 
-TOLD = 100  # targets in one act
+MAX_RECORDED_HELD = 100  # targets in one act
 
 
-def _record_refusal(engine: Engine, act: Act, rule: Rule, error: HeldError) -> None:
+def _record_refusal(engine: Engine, entry: AuditEntry, rule: Rule, error: HeldError) -> None:
     """In a transaction of its own: the erasure's is undone."""
     detail = {
-        **_detail(act, rule, error.held),
+        **_detail(entry, rule, error.held),
         **({"ordered": error.ordered} if error.ordered else {}),
-        "targets": [msgspec.structs.asdict(target) for target in list(error.held)[:TOLD]],
+        "targets": [msgspec.structs.asdict(target) for target in list(error.held)[:MAX_RECORDED_HELD]],
     }
     with transaction(engine) as connection:
-        acts.insert_act(connection, f"{act.kind}.refused", act.actor, act.reason, detail)
+        audit_log.insert_entry(connection, f"{entry.kind}.refused", entry.actor, entry.reason, detail)
 
 
-# Of one session each later than the one before, whatever the clocks say: what stands for its readings tells up to
+# Of one session each later than the one before, regardless of clocks: the event that replaces its readings states up
+# to
 # which of them it was made.
 _INSERT = text(
     """
-    WITH told AS MATERIALIZED (
+    WITH requested AS MATERIALIZED (
         SELECT session_id, chat_id, erased_at
           FROM json_to_recordset(:targets) AS t (session_id text, chat_id text, erased_at timestamptz)
     ), latest AS MATERIALIZED (
         SELECT e.session_id, max(e.erased_at) AS at FROM archiver.erasures e
-         WHERE e.session_id <> '' AND e.session_id IN (SELECT session_id FROM told) GROUP BY e.session_id
+         WHERE e.session_id <> '' AND e.session_id IN (SELECT session_id FROM requested) GROUP BY e.session_id
     )
     INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)
     SELECT t.session_id, t.chat_id, greatest(t.erased_at, l.at + interval '1 microsecond'),
            CAST(:rule AS text), CAST(:act_id AS bigint)
-      FROM told t LEFT JOIN latest l ON l.session_id = t.session_id
+      FROM requested t LEFT JOIN latest l ON l.session_id = t.session_id
      ORDER BY t.session_id, t.chat_id
     ON CONFLICT DO NOTHING
     """
@@ -251,4 +257,4 @@ def _insert_erasures(
     ]
     connection.execute(_INSERT, {"targets": msgspec.json.encode(rows).decode(), "rule": rule, "act_id": act_id})
     # Its history is not fetched again from now on, whether its content goes at once or is kept by a hold.
-    mark_erased(connection, sorted({each.session_id for each in targets} - {UNPLACED}))
+    mark_erased(connection, sorted({each.session_id for each in targets} - {UNASSIGNED}))

@@ -1,4 +1,4 @@
-"""What goes by itself: turns that upstream deleted, content that is old enough, and whatever an erasure has left."""
+"""Periodic erasure: turns deleted upstream, expired content, and remains of earlier erasures."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,8 +10,8 @@ import structlog
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, database, heartbeats, telemetry
-from archiver.erasure.clocks import ClockError, time_to_destroy_by
+from archiver import audit_log, database, heartbeats, telemetry
+from archiver.erasure.clocks import ClockError, destruction_time
 from archiver.erasure.deleted import order_deleted
 from archiver.erasure.retention import Rules, examine, expire
 from archiver.erasure.sweeping import PAGE, sweep
@@ -20,13 +20,13 @@ from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-SWEEP_ALL_SECONDS = 3_600.0
+FULL_SWEEP_SECONDS = 3_600.0
 
 T = TypeVar("T")
 
 
-class Upkeep:
-    """The erasing tasks of one worker. Each step is a short transaction, in a thread beside the event loop."""
+class RetentionTasks:
+    """The erasing tasks of one worker, in short transactions in a thread."""
 
     def __init__(self, configuration: Settings, url: URL, timing: Timing) -> None:
         self._timing = timing
@@ -40,7 +40,7 @@ class Upkeep:
         self._swept_all_at = monotonic()
 
     async def erase(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Order what was deleted to be erased, then take away what was ordered; `beat` is called after each step.
+        """Order the erasure of deleted turns, then erase what was ordered; `beat` is called after each step.
 
         Raises `ClockError`, after it has taken away what was ordered before.
         """
@@ -49,7 +49,7 @@ class Upkeep:
             async for ordered in _steps(order_deleted(self._engine, now - self._grace) if now else iter(())):
                 beat()
                 if ordered.targets:
-                    log.info("deleted turns are erased", turns=len(ordered.targets))
+                    log.info("deleted turns ordered to be erased", turns=len(ordered.targets))
         except DBAPIError:  # what was ordered goes, although other turns are locked or slow
             await self._sweep(beat)
             raise
@@ -61,37 +61,39 @@ class Upkeep:
         # What was found out while something was recorded may be seen later than what has a greater number; and what
         # was held when it was swept is found again by looking at all.
         moment = monotonic()
-        if moment - self._swept_all_at >= SWEEP_ALL_SECONDS:
+        if moment - self._swept_all_at >= FULL_SWEEP_SECONDS:
             self._swept, self._swept_all_at = 0, moment
         async for step in _steps(sweep(self._engine, self._timing, max(0, self._swept - PAGE))):
             beat()
             self._swept = max(self._swept, step.through)
-            for each in step.resent:
-                log.warning("another turn repeats what was erased", session_id=each.session_id, chat_id=each.chat_id)
+            for each in step.repeating:
+                log.warning(
+                    "erased content repeated by another turn", session_id=each.session_id, chat_id=each.chat_id
+                )
 
     async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Take what is old enough, as the settings say; its content goes right after. `beat` as for `erase`.
+        """Expire old content as the settings say, and erase it. `beat` as for `erase`.
 
         Raises `ClockError`, after it has taken away what was ordered before.
         """
         now, refused = await asyncio.to_thread(self._now)
         if now is not None:
             due = await asyncio.to_thread(examine, self._engine, self._rules, now)
-            steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=acts.ARCHIVER)
+            steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=audit_log.ARCHIVER)
             try:
                 async for _ in _steps(steps):
                     beat()
             except DBAPIError:
                 await self.erase(beat)
                 raise
-            if not due.is_nothing:
+            if not due.is_empty:
                 log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
         await self.erase(beat)
         if refused is not None:
             raise refused
 
     def claim(self, name: str, seconds: float) -> bool:
-        """Begin a duty that one worker at a time does: False where another began it within so many seconds."""
+        """Start a shared duty; return False if another worker started it within `seconds`."""
         with database.transaction(self._engine) as connection:
             return heartbeats.claim(connection, name, seconds)
 
@@ -99,7 +101,7 @@ class Upkeep:
         """The time to destroy by, or why there is none while a clock is in doubt."""
         try:
             with database.transaction(self._engine) as connection:
-                return time_to_destroy_by(connection, self._home), None
+                return destruction_time(connection, self._home), None
         except ClockError as error:
             telemetry.destruction_refused.labels(error.reason).inc()
             return None, error

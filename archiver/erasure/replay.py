@@ -1,4 +1,4 @@
-"""The list of what was erased, applied to a backup that was restored: what it brought back goes again."""
+"""Apply a list of erasures to a restored backup."""
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,15 +11,15 @@ from archiver import events
 from archiver.database import transaction
 from archiver.erasure import ordering
 from archiver.erasure.holds import covering
-from archiver.erasure.ordering import Act, HeldError, Ordered, Rule, order
-from archiver.erasure.quarantined import select_found
+from archiver.erasure.ordering import AuditEntry, HeldError, Ordered, Rule, order
+from archiver.erasure.quarantined import select_matches
 from archiver.erasure.targets import Target, as_json
 
-FIRST = datetime(2000, 1, 1, tzinfo=UTC)
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 AHEAD = timedelta(days=1)  # clocks differ
 
 
-class Line(msgspec.Struct, frozen=True):
+class ListedErasure(msgspec.Struct, frozen=True):
     """One line of `archiver erase --list`."""
 
     session_id: str
@@ -33,29 +33,29 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class ReplayError(Exception):
-    """The list cannot be read; the text says where and why."""
+    """The list cannot be read; the message names line and reason."""
 
 
-def parse(lines: Iterable[bytes]) -> list[Line]:
+def parse(lines: Iterable[bytes]) -> list[ListedErasure]:
     """The lines of a list. Raises `ReplayError`."""
     return [_parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parse(number: int, line: bytes) -> Line:
+def _parse(number: int, line: bytes) -> ListedErasure:
     try:
-        told = msgspec.json.decode(line, type=Line)
-        for told_id in (told.session_id, told.chat_id):
-            events.identifier(told_id)
-        is_dated = told.erased_at.tzinfo is not None
-        erased_at = told.erased_at.astimezone(UTC)
+        parsed = msgspec.json.decode(line, type=ListedErasure)
+        for id_in_list in (parsed.session_id, parsed.chat_id):
+            events.identifier(id_in_list)
+        is_dated = parsed.erased_at.tzinfo is not None
+        erased_at = parsed.erased_at.astimezone(UTC)
     except (msgspec.DecodeError, UnicodeDecodeError, events.UnreadableError, OverflowError):
         raise ReplayError(f"Line {number} is none of archiver erase --list.") from None
-    if told.rule not in get_args(Rule) or not is_dated or not (told.session_id or told.chat_id):
+    if parsed.rule not in get_args(Rule) or not is_dated or not (parsed.session_id or parsed.chat_id):
         raise ReplayError(f"Line {number} is none of archiver erase --list.")
     # Each erasure of a session is later than the one before, so a time out of reach would leave no room for more.
-    if not FIRST <= erased_at <= datetime.now(UTC) + AHEAD:
-        raise ReplayError(f"Line {number} tells of an erasure at {erased_at:%Y-%m-%d}, which cannot be.")
-    return msgspec.structs.replace(told, erased_at=erased_at)
+    if not EARLIEST <= erased_at <= datetime.now(UTC) + AHEAD:
+        raise ReplayError(f"line {number}: the erasure time {erased_at:%Y-%m-%d} is impossible")
+    return msgspec.structs.replace(parsed, erased_at=erased_at)
 
 
 _SELECT_KNOWN = text(
@@ -66,42 +66,44 @@ _SELECT_KNOWN = text(
 )
 
 
-def select_new(connection: Connection, lines: Sequence[Line]) -> list[Line]:
-    """Those that this database does not know as erased."""
-    told = {"targets": as_json(line.target for line in lines)}
-    known = {Target(*row) for row in connection.execute(_SELECT_KNOWN, told)}
+def select_new(connection: Connection, lines: Sequence[ListedErasure]) -> list[ListedErasure]:
+    """Return the erasures that this database does not have."""
+    values = {"targets": as_json(line.target for line in lines)}
+    known = {Target(*row) for row in connection.execute(_SELECT_KNOWN, values)}
     return [line for line in lines if line.target not in known]
 
 
-def check(engine: Engine, lines: Sequence[Line], act: Act) -> None:
+def check(engine: Engine, lines: Sequence[ListedErasure], entry: AuditEntry) -> None:
     """Raise `HeldError`, which is recorded, if any of what is new of these is held."""
-    for rule, told in _new_by_rule(engine, lines).items():
-        ordering.check(engine, sorted(told), rule, act)
+    for rule, times in _new_by_rule(engine, lines).items():
+        ordering.check(engine, sorted(times), rule, entry)
 
 
-def replay(engine: Engine, lines: Sequence[Line], act: Act, *, skip_held: bool) -> list[Ordered]:
+def replay(engine: Engine, lines: Sequence[ListedErasure], entry: AuditEntry, *, skip_held: bool) -> list[Ordered]:
     """Order again what this database does not know as erased, under the rule and the time of the list.
 
     Raises `HeldError`.
     """
     if not skip_held:
-        check(engine, lines, act)
+        check(engine, lines, entry)
     done: list[Ordered] = []
-    for rule, told in _new_by_rule(engine, lines).items():
+    for rule, times in _new_by_rule(engine, lines).items():
         with transaction(engine, statement_seconds=600) as connection:
-            free = sorted(told.keys() - covering(connection, sorted(told)).keys())
-            found = select_found(connection, free)
+            deletable = sorted(times.keys() - covering(connection, sorted(times)).keys())
+            matches = select_matches(connection, deletable)
         try:
-            done.append(order(engine, list(told), rule, act, skip_held=skip_held, erased_at=told, found=found))
+            done.append(
+                order(engine, list(times), rule, entry, skip_held=skip_held, erased_at=times, matches=matches)
+            )
         except HeldError as error:
             error.ordered += sum(len(each.targets) for each in done)
             raise
     return done
 
 
-def _new_by_rule(engine: Engine, lines: Sequence[Line]) -> dict[Rule, dict[Target, datetime]]:
+def _new_by_rule(engine: Engine, lines: Sequence[ListedErasure]) -> dict[Rule, dict[Target, datetime]]:
     with transaction(engine) as connection:
         new = select_new(connection, lines)
     rules: tuple[Rule, ...] = get_args(Rule)
     by_rule = {rule: {line.target: line.erased_at for line in new if line.rule == rule} for rule in rules}
-    return {rule: told for rule, told in by_rule.items() if told}
+    return {rule: times for rule, times in by_rule.items() if times}

@@ -1,4 +1,4 @@
-"""Retention: what is old enough goes by rule, content first and the rest later, in bounded steps.
+"""Retention: expire content, then metadata, in bounded steps.
 
 A session's content is erased as any other; what is left of it goes once seals prove that it was there.
 """
@@ -13,23 +13,23 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, quarantine
+from archiver import audit_log, quarantine
 from archiver.database import transaction
-from archiver.erasure.apart import apart, lock_placement
 from archiver.erasure.holds import covering, is_any_in_force
-from archiver.erasure.ordering import Act, order
-from archiver.erasure.targets import Target, parts, with_strays
-from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
-from archiver.projection.rows import lock_sessions, select_homes
+from archiver.erasure.isolation import lock_placement, run_split
+from archiver.erasure.ordering import AuditEntry, order
+from archiver.erasure.targets import Target, parts, with_unassigned
+from archiver.projection import UNASSIGNED, Timing, rebuild_unassigned, rederive
+from archiver.projection.rows import lock_sessions, select_sessions_of_chats
 from archiver.settings import Settings
 
 PAGE = 500
-REMOVED_AT_ONCE = 20  # sessions
-NOBODY = "(none)"  # stands for the assistant of sessions that tell none
+REMOVALS_PER_BATCH = 20  # sessions
+NO_ASSISTANT = "(none)"  # stands for the assistant of sessions without one
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """After how many days what goes; 0: never."""
+    """Retention periods in days; 0: never."""
 
     content: int
     by_assistant: Mapping[str, int]
@@ -44,12 +44,12 @@ class Rules(msgspec.Struct, frozen=True):
         )
 
     @property
-    def is_content_for_ever(self) -> bool:
+    def keeps_content_forever(self) -> bool:
         return not self.content and not any(self.by_assistant.values())
 
 
 class Due(msgspec.Struct):
-    """What is old enough: sessions by assistant, and rows of the quarantine; `held` of the sessions are not taken."""
+    """Expired sessions by assistant, and quarantine rows; `held` sessions are excluded."""
 
     content: Counter[str]
     metadata: Counter[str]
@@ -57,7 +57,7 @@ class Due(msgspec.Struct):
     quarantined: int = 0
 
     @property
-    def is_nothing(self) -> bool:
+    def is_empty(self) -> bool:
         return not (self.content.total() or self.metadata.total() or self.quarantined)
 
 
@@ -115,16 +115,18 @@ _SELECT_REMOVABLE = text(
 
 def _expired(engine: Engine, rules: Rules, now: datetime) -> Iterator[dict[Target, str]]:
     """What is old enough, a page at a time, with the assistant of each."""
-    if rules.is_content_for_ever:
+    if rules.keeps_content_forever:
         return
     by_assistant = msgspec.json.encode(rules.by_assistant).decode()
-    last = Target(UNPLACED)
+    last = Target(UNASSIGNED)
     while True:
         parameters: dict[str, Any] = {"after_session": last.session_id, "after_chat": last.chat_id, "most": PAGE}
         parameters |= {"now": now, "content": rules.content, "by_assistant": by_assistant}
         with transaction(engine, statement_seconds=300) as connection:
             page = connection.execute(_SELECT_EXPIRED, parameters).all()
-        yield {Target(row.session_id, row.chat_id): row.assistant_id or NOBODY for row in page if row.is_expired}
+        yield {
+            Target(row.session_id, row.chat_id): row.assistant_id or NO_ASSISTANT for row in page if row.is_expired
+        }
         if len(page) < PAGE:
             return
         last = Target(page[-1].session_id, page[-1].chat_id)
@@ -143,25 +145,25 @@ def _removable(engine: Engine, rules: Rules, now: datetime) -> Iterator[list[Tar
 
 
 def _quarantine_before(connection: Connection, rules: Rules, now: datetime) -> datetime | None:
-    """Bytes that nobody could read stay as long as any content, and while anything is held: it may be theirs."""
+    """Keep unparsed bytes as long as any content, and while any hold is in force, which may cover them."""
     if not rules.content or 0 in rules.by_assistant.values() or is_any_in_force(connection):
         return None
     return now - timedelta(days=max(rules.content, *rules.by_assistant.values(), 0))
 
 
 def examine(engine: Engine, rules: Rules, now: datetime) -> Due:
-    """What a run would take now. Writes nothing."""
+    """Return what a run would expire now. Writes nothing."""
     due = Due(Counter(), Counter())
-    for found in _expired(engine, rules, now):
+    for item in _expired(engine, rules, now):
         with transaction(engine) as connection:
-            held = covering(connection, list(found))
+            held = covering(connection, list(item))
         due.held += len(held)
-        due.content += Counter(assistant for target, assistant in found.items() if target not in held)
+        due.content += Counter(assistant for target, assistant in item.items() if target not in held)
     for targets in _removable(engine, rules, now):
         with transaction(engine) as connection:
             held = covering(connection, targets)
         due.held += len(held)
-        due.metadata[NOBODY] += sum(target not in held for target in targets)
+        due.metadata[NO_ASSISTANT] += sum(target not in held for target in targets)
     due.metadata = +due.metadata
     with transaction(engine) as connection:
         before = _quarantine_before(connection, rules, now)
@@ -178,11 +180,11 @@ class Step(msgspec.Struct, frozen=True):
 
 
 def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str) -> Iterator[Step]:
-    """Take what is old enough: order its content to be erased, which goes with the next sweep, and remove the rest.
+    """Order the erasure of expired content, which the next sweep erases, and delete expired metadata.
 
-    `due` is what `examine` told, for the record.
+    `due` is the result of `examine`, for the audit log.
     """
-    if due.is_nothing:
+    if due.is_empty:
         return
     detail = {
         "rules": msgspec.structs.asdict(rules),
@@ -191,18 +193,18 @@ def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: 
         "quarantined": due.quarantined,
         "held": due.held,
     }
-    act = Act("retention", who, None, detail)
+    entry = AuditEntry("retention", who, None, detail)
     with transaction(engine) as connection:
-        act_id = acts.insert_act(connection, act.kind, act.actor, act.reason, detail)
+        act_id = audit_log.insert_entry(connection, entry.kind, entry.actor, entry.reason, detail)
     slow: list[DBAPIError] = []
-    for found in _expired(engine, rules, now):
-        if found:
-            done = order(engine, list(found), "retention", act, skip_held=True, act_id=act_id, slow=slow)
+    for item in _expired(engine, rules, now):
+        if item:
+            done = order(engine, list(item), "retention", entry, skip_held=True, act_id=act_id, slow=slow)
             yield Step(sessions=len(done.targets))
     remove = partial(_remove, act_id=act_id, timing=timing)
     for targets in _removable(engine, rules, now):
-        for part in parts(targets, REMOVED_AT_ONCE):
-            for removed in apart(engine, part, remove, slow):
+        for part in parts(targets, REMOVALS_PER_BATCH):
+            for removed in run_split(engine, part, remove, slow):
                 yield Step(removed=removed)
     yield from _empty_quarantine(engine, rules, now, slow)
     if slow:
@@ -220,8 +222,8 @@ def _empty_quarantine(engine: Engine, rules: Rules, now: datetime, slow: list[DB
             ids = quarantine.select_older(connection, before, PAGE, after) if before else []
         if not ids:
             return
-        for gone in apart(engine, ids, work, slow):
-            yield Step(quarantined=gone)
+        for deleted in run_split(engine, ids, work, slow):
+            yield Step(quarantined=deleted)
         after = ids[-1]
 
 
@@ -244,18 +246,22 @@ _DELETE_EVENTS = text(
 
 
 def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timing: Timing) -> int:
-    strays = sorted(each.chat_id for each in with_strays(connection, targets) if each.session_id == UNPLACED)
-    lock_placement(connection, exclusive=bool(strays))
+    unassigned = sorted(
+        each.chat_id for each in with_unassigned(connection, targets) if each.session_id == UNASSIGNED
+    )
+    lock_placement(connection, exclusive=bool(unassigned))
     held = covering(connection, targets)
-    free = [target for target in targets if target not in held]
-    homes = {session_id for session_id, _ in select_homes(connection, strays)} if strays else set()
-    sessions = sorted({*homes, *(target.session_id for target in free)} - {UNPLACED})
+    deletable = [target for target in targets if target not in held]
+    session_ids = (
+        {session_id for session_id, _ in select_sessions_of_chats(connection, unassigned)} if unassigned else set()
+    )
+    sessions = sorted({*session_ids, *(target.session_id for target in deletable)} - {UNASSIGNED})
     lock_sessions(connection, sessions)
-    told = msgspec.json.encode(free).decode()
-    ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": told}))
+    ids_json = msgspec.json.encode(deletable).decode()
+    ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": ids_json}))
     as_json = msgspec.json.encode(ids).decode()
     connection.execute(_INSERT_REMOVALS, {"ids": as_json, "act_id": act_id})
     connection.execute(_DELETE_EVENTS, {"ids": as_json})
     rederive(connection, sessions, timing)
-    rederive_unplaced(connection, strays)
+    rebuild_unassigned(connection, unassigned)
     return len(ids)

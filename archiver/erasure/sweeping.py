@@ -1,6 +1,6 @@
-"""Taking away the content of what was ordered to be erased: from ledger, archive, quarantine and delivery log.
+"""Erase ordered content from ledger, archive, quarantine and delivery log.
 
-Whatever was ordered and still has content is found again, so that a process that was killed loses nothing. What
+Ordered targets that still have content are found again, so that a process that was killed loses nothing. What
 a hold in force covers stays until its release.
 """
 
@@ -13,38 +13,38 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import acts, history, ledger, pieces, quarantine
+from archiver import audit_log, history, ledger, pieces, quarantine
 from archiver.database import transaction
 from archiver.erasure import mentions
-from archiver.erasure.apart import apart, lock_placement
 from archiver.erasure.decoding import decode
 from archiver.erasure.holds import covering
-from archiver.erasure.ordering import Act, order
-from archiver.erasure.quarantined import Found, delete_found, select_found
-from archiver.erasure.resent import select_resent
+from archiver.erasure.isolation import lock_placement, run_split
+from archiver.erasure.ordering import AuditEntry, order
+from archiver.erasure.quarantined import QuarantineMatches, delete_matches, select_matches
+from archiver.erasure.repeated_content import select_repeating_turns
 from archiver.erasure.targets import Target, marks, parts
-from archiver.followups.deliveries import redact
-from archiver.projection import UNPLACED, Timing, rederive, rederive_unplaced
-from archiver.projection.facts import select_stories
-from archiver.projection.rows import lock_sessions, select_homes
-from archiver.projection.sessions import Story, without
+from archiver.followups.deliveries import delete_answers
+from archiver.projection import UNASSIGNED, Timing, rebuild_unassigned, rederive
+from archiver.projection.facts import select_session_facts
+from archiver.projection.rows import lock_sessions, select_sessions_of_chats
+from archiver.projection.sessions import SessionFacts, without_turns
 
 PAGE = 500  # erasures looked at together
-AT_ONCE_SEARCHED = 100_000  # ids that the quarantine is searched for in one pass; a page more at most
-MOST_PAGES = 100  # of erasures, between two steps
-AT_ONCE = 20  # sessions, or turns without one, of one transaction
+MAX_IDS_PER_SEARCH = 100_000  # ids that the quarantine is searched for in one pass; a page more at most
+MAX_PAGES = 100  # of erasures, between two steps
+BATCH_SIZE = 20  # sessions, or turns without one, of one transaction
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What a step has done: up to which erasure all is done, what it took away, and what it left for which holds.
+    """Result of a step: last completed erasure, deleted rows, and content that holds keep.
 
-    `resent`: other turns whose deliveries repeat what an erased turn said.
+    `repeating`: other turns whose deliveries repeat what an erased turn said.
     """
 
     through: int
     events: int = 0
     quarantined: int = 0
-    resent: Sequence[Target] = ()
+    repeating: Sequence[Target] = ()
     held: Mapping[Target, Sequence[int]] = {}
 
 
@@ -71,8 +71,8 @@ _SELECT_PAGE = text(
 )
 
 
-class Searched(msgspec.Struct, frozen=True):
-    """Rows of the quarantine that were searched for these before, in the same run."""
+class SearchedRows(msgspec.Struct, frozen=True):
+    """Quarantine rows already searched for these targets in this run."""
 
     targets: Collection[Target] = ()
     ids: Collection[int] = ()
@@ -85,13 +85,13 @@ class _Page(msgspec.Struct, frozen=True):
     pending: Sequence[Target]
 
 
-NOTHING_SEARCHED = Searched()
+NONE_SEARCHED = SearchedRows()
 
 
-def sweep(engine: Engine, timing: Timing, after: int = 0, searched: Searched = NOTHING_SEARCHED) -> Iterator[Step]:
-    """Take away what erasures after this id have left; yields after each step, and at the end of each page.
+def sweep(engine: Engine, timing: Timing, after: int = 0, searched: SearchedRows = NONE_SEARCHED) -> Iterator[Step]:
+    """Erase remains of erasures after this id; yields after each step and page.
 
-    The quarantine is searched once for as many pages as have `AT_ONCE_SEARCHED` ids together. What is locked, or
+    The quarantine is searched once for as many pages as have `MAX_IDS_PER_SEARCH` ids together. What is locked, or
     takes too long, is left, and keeps nothing else: its error is raised at the end.
     """
     slow: list[DBAPIError] = []
@@ -113,7 +113,7 @@ def sweep(engine: Engine, timing: Timing, after: int = 0, searched: Searched = N
 def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_Page]:
     pages: list[_Page] = []
     count = 0
-    while count < AT_ONCE_SEARCHED and len(pages) < MOST_PAGES:
+    while count < MAX_IDS_PER_SEARCH and len(pages) < MAX_PAGES:
         with transaction(engine, statement_seconds=300) as connection:
             page = connection.execute(_SELECT_PAGE, {"after": after, "most": PAGE}).all()
             pending = sorted(Target(row.session_id, row.chat_id) for row in page if row.is_pending)
@@ -122,8 +122,8 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
             break
         for row in page:
             if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
-                act = Act("erase", acts.ARCHIVER, None)
-                target = Target(UNPLACED, row.chat_id)
+                act = AuditEntry("erase", audit_log.ARCHIVER, None)
+                target = Target(UNASSIGNED, row.chat_id)
                 order(engine, [target], row.rule, act, skip_held=True, act_id=row.act_id, slow=slow)
         after = page[-1].id
         pages.append(_Page(after, pending))
@@ -131,77 +131,79 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
 
 
 def _sweep_quarantine(
-    engine: Engine, pages: Sequence[_Page], searched: Searched, slow: list[DBAPIError]
+    engine: Engine, pages: Sequence[_Page], searched: SearchedRows, slow: list[DBAPIError]
 ) -> Iterator[Step]:
     pending = sorted({target for page in pages for target in page.pending})
     if not pending:
         return
     before = searched.ids if set(pending) <= set(searched.targets) else ()
     for ids in _parts(_select_quarantined(engine, pending, before)):
-        for removed in apart(engine, ids, _empty_quarantine, slow):
+        for removed in run_split(engine, ids, _empty_quarantine, slow):
             yield Step(0, quarantined=removed)
 
 
 def _sweep_content(
     engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]
 ) -> Iterator[Step]:
-    take_away = partial(_take_away, timing=timing)
-    strays = [target for target in pending if not target.session_id]
-    for part in parts(strays, AT_ONCE):
-        yield from apart(engine, part, take_away, slow)
-    for part in parts(pending[len(strays) :], AT_ONCE):
-        yield from apart(engine, part, take_away, slow)
+    take_away = partial(purge_batch, timing=timing)
+    unassigned = [target for target in pending if not target.session_id]
+    for part in parts(unassigned, BATCH_SIZE):
+        yield from run_split(engine, part, take_away, slow)
+    for part in parts(pending[len(unassigned) :], BATCH_SIZE):
+        yield from run_split(engine, part, take_away, slow)
 
 
 def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (ids[start : start + AT_ONCE] for start in range(0, len(ids), AT_ONCE))
+    return (ids[start : start + BATCH_SIZE] for start in range(0, len(ids), BATCH_SIZE))
 
 
 def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Collection[int]) -> Sequence[int]:
     """What the quarantine holds about these. It is searched before anything is locked, for that takes long."""
     with transaction(engine, statement_seconds=600) as connection:
         held = covering(connection, targets)
-        free = [target for target in targets if target not in held]
-        return select_found(connection, free, searched=searched).naming
+        deletable = [target for target in targets if target not in held]
+        return select_matches(connection, deletable, searched=searched).by_id
 
 
 def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
     quarantine.lock_rows(connection, ids)  # before the other lock, as a retry does
     lock_placement(connection, exclusive=False)
-    return delete_found(connection, Found(naming=ids))
+    return delete_matches(connection, QuarantineMatches(by_id=ids))
 
 
-def _take_away(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
+def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
     lock_placement(connection, exclusive=any(not each.session_id for each in targets))
     # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
-    # placed since. Nobody places one beside this transaction.
+    # placed since. No hold can be placed during this transaction.
     held = covering(connection, targets)
-    free = [target for target in targets if target not in held]
-    resent = select_resent(connection, free)  # while it can still be known
-    redact(connection, [(each.session_id, each.chat_id) for each in free])
-    return Step(0, _erase(connection, free, timing), resent=resent, held=held)
+    deletable = [target for target in targets if target not in held]
+    repeating = select_repeating_turns(connection, deletable)  # while it can still be known
+    delete_answers(connection, [(each.session_id, each.chat_id) for each in deletable])
+    return Step(0, _erase(connection, deletable, timing), repeating=repeating, held=held)
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
-    strays = sorted({each.chat_id for each in targets if each.session_id == UNPLACED})
-    ordered = _select_ordered(connection, sorted({each.session_id for each in targets} - {UNPLACED}))
+    unassigned = sorted({each.chat_id for each in targets if each.session_id == UNASSIGNED})
+    ordered = _select_ordered(connection, sorted({each.session_id for each in targets} - {UNASSIGNED}))
     whole = sorted(each for each in ordered if "" in ordered[each])
     partly = sorted(ordered.keys() - set(whole))
-    homes = {session_id for session_id, _ in select_homes(connection, strays)} if strays else set()
-    touched = sorted({*ordered, *homes})
+    session_ids = (
+        {session_id for session_id, _ in select_sessions_of_chats(connection, unassigned)} if unassigned else set()
+    )
+    touched = sorted({*ordered, *session_ids})
     lock_sessions(connection, touched)
-    stories = select_stories(connection, partly)
+    facts_by_session = select_session_facts(connection, partly)
     # Before what it is made from goes.
     redacted = [
         observation
-        for session_id, story in sorted(stories.items())
-        if (observation := _redact(story, ordered[session_id])) is not None
+        for session_id, session_facts in sorted(facts_by_session.items())
+        if (observation := _redact(session_facts, ordered[session_id])) is not None
     ]
-    erased = _erase_content(connection, [Target(each) for each in whole], ordered, strays)
-    ledger.record(connection, redacted, timing, tells=False)
+    erased = _erase_content(connection, [Target(each) for each in whole], ordered, unassigned)
+    ledger.record(connection, redacted, timing, publish=False)
     made = {observation.event.session_id for observation in redacted}
     rederive(connection, [each for each in touched if each not in made], timing)
-    rederive_unplaced(connection, strays)
+    rebuild_unassigned(connection, unassigned)
     return erased
 
 
@@ -216,19 +218,19 @@ _SELECT_ORDERED = text(
 def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
     """All that was ever ordered of these sessions: by session and chat id when."""
     ordered: dict[str, dict[str, datetime]] = defaultdict(dict)
-    told = msgspec.json.encode(session_ids).decode()
-    for row in connection.execute(_SELECT_ORDERED, {"session_ids": told}) if session_ids else ():
+    session_ids_json = msgspec.json.encode(session_ids).decode()
+    for row in connection.execute(_SELECT_ORDERED, {"session_ids": session_ids_json}) if session_ids else ():
         ordered[row.session_id][row.chat_id] = row.erased_at
     return ordered
 
 
-def _redact(story: Story, ordered: dict[str, datetime]) -> ledger.Observation | None:
-    """One reading in place of all, without the erased turns."""
-    told = without(story, ordered.keys())
-    if told is None:
+def _redact(session_facts: SessionFacts, ordered: dict[str, datetime]) -> ledger.Observation | None:
+    """Replace all readings by one without the erased turns."""
+    remaining = without_turns(session_facts, ordered.keys())
+    if remaining is None:
         return None
-    event = history.redact(story.session_id, told, max(ordered.values()))
-    return ledger.Observation(event, story.readings[-1].last_at, history.SOURCE, None)
+    event = history.redacted_event(session_facts.session_id, remaining, max(ordered.values()))
+    return ledger.Observation(event, session_facts.readings[-1].last_at, history.SOURCE, None)
 
 
 # The guard on the ledger allows exactly this.
@@ -242,7 +244,7 @@ _ERASE = text(
     UPDATE archiver.events f SET {_SET} FROM e WHERE {_NAMED} RETURNING f.id
     """  # noqa: S608  # constants
 )
-# Of a type that we do not know, and whose turn is not told where we would look for it.
+# Events of unknown type, whose turn is not named where this version looks for it.
 _SELECT_UNKNOWN = text(
     """
     SELECT id, body FROM archiver.events
@@ -261,7 +263,7 @@ def _erase_content(
     connection: Connection,
     whole: Sequence[Target],
     ordered: dict[str, dict[str, datetime]],
-    strays: Sequence[str],
+    unassigned: Sequence[str],
 ) -> int:
     sessions = {target.session_id for target in whole}
     rows = [
@@ -270,7 +272,7 @@ def _erase_content(
         for chat_id, erased_at in sorted(chats.items())
         if session_id not in sessions or not chat_id
     ]
-    rows += [{"session_id": UNPLACED, "chat_id": chat_id, "erased_at": None} for chat_id in strays]
+    rows += [{"session_id": UNASSIGNED, "chat_id": chat_id, "erased_at": None} for chat_id in unassigned]
     erased = len(connection.execute(_ERASE, {"targets": msgspec.json.encode(rows).decode()}).all())
     pieces.delete_unused(connection, sorted(ordered))
     for session_id, chats in ordered.items():
@@ -279,10 +281,10 @@ def _erase_content(
     return erased
 
 
-def _erase_unknown(connection: Connection, session_id: str, told: Sequence[str]) -> int:
-    is_about = mentions.of_any(told)
-    found = connection.execute(_SELECT_UNKNOWN, {"session_id": session_id})
-    ids = [row.id for row in found if is_about(decode(bytes(row.body)))]
+def _erase_unknown(connection: Connection, session_id: str, chat_ids: Sequence[str]) -> int:
+    is_about = mentions.of_any(chat_ids)
+    rows = connection.execute(_SELECT_UNKNOWN, {"session_id": session_id})
+    ids = [row.id for row in rows if is_about(decode(bytes(row.body)))]
     if ids:
         connection.execute(_ERASE_EVENTS, {"session_id": session_id, "ids": msgspec.json.encode(ids).decode()})
     return len(ids)

@@ -1,4 +1,4 @@
-"""What is to be erased: whole sessions and single turns, found by what people know of them."""
+"""Targets of an erasure: sessions and turns, found by id or variable."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, RowMapping, text
 
-from archiver.projection import UNPLACED
+from archiver.projection import UNASSIGNED
 
 
 class Target(msgspec.Struct, frozen=True, order=True, gc=False):
-    """A turn, or a whole session (`chat_id` empty). `session_id` is empty for facts that do not tell theirs."""
+    """A turn, or a whole session (`chat_id` empty). `session_id` is empty for unassigned turns."""
 
     session_id: str
     chat_id: str = ""
 
 
-def parts(targets: Sequence[Target], most: int) -> Iterator[Sequence[Target]]:
+def parts(targets: Sequence[Target], limit: int) -> Iterator[Sequence[Target]]:
     """In their order, so many at a time."""
-    for start in range(0, len(targets), most):
-        yield targets[start : start + most]
+    for start in range(0, len(targets), limit):
+        yield targets[start : start + limit]
 
 
 def as_json(targets: Iterable[Target]) -> str:
@@ -27,27 +27,27 @@ def as_json(targets: Iterable[Target]) -> str:
     return msgspec.json.encode(list(targets)).decode()
 
 
-# The archive knows nothing of a turn that only events of unknown types tell of. The ledger has no index by chats
+# The archive knows nothing of a turn that only events of unknown types mention. The ledger has no index by chats
 # alone, which each event would pay for: so all of it is read, or of its index by session and chat.
-_SELECT_HOMES = text(
+_SELECT_SESSIONS_OF_CHATS = text(
     """
-    WITH told AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
+    WITH requested AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
     SELECT c.session_id, c.chat_id FROM archiver.chats c
-     WHERE c.session_id <> '' AND c.chat_id IN (SELECT chat_id FROM told)
+     WHERE c.session_id <> '' AND c.chat_id IN (SELECT chat_id FROM requested)
     UNION
     SELECT e.session_id, e.chat_id FROM archiver.events e
-     WHERE e.session_id <> '' AND e.chat_id IN (SELECT chat_id FROM told)
+     WHERE e.session_id <> '' AND e.chat_id IN (SELECT chat_id FROM requested)
     """
 )
 
 
 def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
-    """These chats wherever they are: in each session that holds them, and where no delivery tells one.
+    """Return these chats in every session that holds them, and as unassigned turns.
 
     Reads the ledger from end to end, so call it once.
     """
-    homes = connection.execute(_SELECT_HOMES, {"chat_ids": msgspec.json.encode(chat_ids).decode()})
-    return {Target(row.session_id, row.chat_id) for row in homes} | {Target(UNPLACED, each) for each in chat_ids}
+    rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": msgspec.json.encode(chat_ids).decode()})
+    return {Target(row.session_id, row.chat_id) for row in rows} | {Target(UNASSIGNED, each) for each in chat_ids}
 
 
 _SELECT_BY_VARIABLE = text(
@@ -59,43 +59,44 @@ _SELECT_BY_VARIABLE = text(
 
 
 def of_variable(connection: Connection, variable: str, value: str) -> set[Target]:
-    """The sessions of which any turn has this variable at this value, and such turns that stand without a session."""
-    found = connection.execute(_SELECT_BY_VARIABLE, {"variable": variable, "value": value})
-    return {Target(row.session_id, row.chat_id) for row in found}
+    """Return sessions with a turn that has this variable value, and matching unassigned turns."""
+    rows = connection.execute(_SELECT_BY_VARIABLE, {"variable": variable, "value": value})
+    return {Target(row.session_id, row.chat_id) for row in rows}
 
 
-# Facts that did not tell their session stand apart in the ledger, though their turns are these sessions'.
-_SELECT_STRAYS = text(
+# Unassigned facts are stored apart in the ledger, although their turns belong to these sessions.
+_SELECT_UNASSIGNED = text(
     """
-    WITH told AS MATERIALIZED (
+    WITH requested AS MATERIALIZED (
         SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
     ), chats AS MATERIALIZED (
-        SELECT DISTINCT e.chat_id FROM told JOIN archiver.events e ON e.session_id = told.session_id
-         WHERE told.session_id <> '' AND e.chat_id IS NOT NULL AND told.chat_id IN ('', e.chat_id)
+        SELECT DISTINCT e.chat_id FROM requested JOIN archiver.events e ON e.session_id = requested.session_id
+         WHERE requested.session_id <> '' AND e.chat_id IS NOT NULL AND requested.chat_id IN ('', e.chat_id)
     )
     SELECT DISTINCT c.chat_id FROM chats c JOIN archiver.events e ON e.session_id = '' AND e.chat_id = c.chat_id
     """
 )
 
 
-def with_strays(connection: Connection, targets: Sequence[Target]) -> list[Target]:
-    """These and, of their turns, the facts that did not tell their session, in order."""
-    strays = connection.scalars(_SELECT_STRAYS, {"targets": as_json(targets)})
-    return sorted({*targets, *(Target(UNPLACED, chat_id) for chat_id in strays)})
+def with_unassigned(connection: Connection, targets: Sequence[Target]) -> list[Target]:
+    """Return the targets and the unassigned facts of their turns, in order."""
+    unassigned = connection.scalars(_SELECT_UNASSIGNED, {"targets": as_json(targets)})
+    return sorted({*targets, *(Target(UNASSIGNED, chat_id) for chat_id in unassigned)})
 
 
 _COUNT = text(
     """
-    WITH told AS MATERIALIZED (
+    WITH requested AS MATERIALIZED (
         SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
     )
-    SELECT (SELECT count(DISTINCT t.session_id) FROM told t JOIN archiver.sessions s ON s.session_id = t.session_id
+    SELECT (SELECT count(DISTINCT t.session_id) FROM requested t JOIN archiver.sessions s ON s.session_id =
+    t.session_id
              WHERE t.session_id <> '' AND t.chat_id = '') AS sessions,
-           (SELECT count(DISTINCT (c.session_id, c.chat_id)) FROM told t JOIN archiver.chats c
+           (SELECT count(DISTINCT (c.session_id, c.chat_id)) FROM requested t JOIN archiver.chats c
                 ON c.session_id = t.session_id AND t.chat_id IN ('', c.chat_id)) AS turns,
-           (SELECT count(DISTINCT (m.session_id, m.chat_id, m.ordinal)) FROM told t JOIN archiver.messages m
+           (SELECT count(DISTINCT (m.session_id, m.chat_id, m.ordinal)) FROM requested t JOIN archiver.messages m
                 ON m.session_id = t.session_id AND t.chat_id IN ('', m.chat_id)) AS messages,
-           (SELECT count(DISTINCT e.id) FROM told t JOIN archiver.events e
+           (SELECT count(DISTINCT e.id) FROM requested t JOIN archiver.events e
                 ON e.session_id = t.session_id AND t.chat_id IN ('', e.chat_id)
              WHERE e.salt IS NOT NULL) AS events
     """
@@ -103,7 +104,7 @@ _COUNT = text(
 
 
 class Counts(msgspec.Struct):
-    """How much there is to erase; `unsearchable`: rows of the quarantine that could not be searched for it."""
+    """Number of items to erase; `unsearchable`: quarantine rows that could not be searched."""
 
     sessions: int = 0
     turns: int = 0
@@ -112,10 +113,10 @@ class Counts(msgspec.Struct):
     quarantined: int = 0
     unsearchable: int = 0
 
-    def without(self, others: "Counts") -> "Counts":
+    def without(self, subtracted: "Counts") -> "Counts":
         """What is left once these are taken out."""
-        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(others), strict=True)
-        return Counts(*(max(mine - theirs, 0) for mine, theirs in pairs))
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(subtracted), strict=True)
+        return Counts(*(max(mine - other_counts, 0) for mine, other_counts in pairs))
 
 
 def count(connection: Connection, targets: Sequence[Target]) -> Counts:
@@ -138,29 +139,29 @@ _SELECT_UNKNOWN = text(
 
 
 def select_unknown(connection: Connection, targets: Sequence[Target]) -> list[Target]:
-    """Those of which nothing is known, nor that they were erased; a turn only if it is unknown in all of these."""
-    found = {Target(*row) for row in connection.execute(_SELECT_UNKNOWN, {"targets": as_json(targets)})}
-    known = {each.chat_id for each in targets if each not in found and each.chat_id}
-    return sorted(each for each in found if each.chat_id not in known)
+    """Return targets that are neither archived nor erased."""
+    rows = {Target(*row) for row in connection.execute(_SELECT_UNKNOWN, {"targets": as_json(targets)})}
+    known = {each.chat_id for each in targets if each not in rows and each.chat_id}
+    return sorted(each for each in rows if each.chat_id not in known)
 
 
 _HAS_VARIABLE = text("SELECT EXISTS (SELECT FROM archiver.chats c WHERE jsonb_exists(c.variables, :variable))")
 
 
 def has_variable(connection: Connection, variable: str) -> bool:
-    """Whether any turn has this variable, at whatever value. Reads all of them where none has."""
+    """Return whether any turn has this variable. Reads all turns if none has."""
     return bool(connection.scalar(_HAS_VARIABLE, {"variable": variable}))
 
 
-# Ids of our own begin with U+001F: turns and greetings that only history tells of.
+# Ids of our own begin with U+001F: turns and greetings known only from history.
 _SELECT_UNCLAIMED = text(
     """
-    WITH told AS MATERIALIZED (
+    WITH requested AS MATERIALIZED (
         SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
     )
-    SELECT DISTINCT t.session_id FROM told t
+    SELECT DISTINCT t.session_id FROM requested t
      WHERE t.session_id <> '' AND t.chat_id <> ''
-       AND NOT EXISTS (SELECT FROM told w WHERE w.session_id = t.session_id AND w.chat_id = '')
+       AND NOT EXISTS (SELECT FROM requested w WHERE w.session_id = t.session_id AND w.chat_id = '')
        AND NOT EXISTS (SELECT FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id = t.chat_id)
        AND EXISTS (SELECT FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id LIKE E'\\x1f%')
      ORDER BY 1
@@ -169,9 +170,9 @@ _SELECT_UNCLAIMED = text(
 
 
 def select_unclaimed(connection: Connection, targets: Sequence[Target]) -> list[str]:
-    """The sessions in which a turn's words may stand unclaimed.
+    """Return sessions with history messages that may belong to a target but match no known turn.
 
-    No webhook ever told what the turn said, and a history tells words of which nobody knows whose they are.
+    No webhook delivered the text of the turn, and a history has messages that match no known turn.
     """
     return list(connection.scalars(_SELECT_UNCLAIMED, {"targets": as_json(targets)}))
 
@@ -185,7 +186,7 @@ _SELECT_CHATS = text(
 
 
 def marks(connection: Connection, targets: Iterable[Target]) -> set[str]:
-    """The ids by which bytes that nobody could read may tell that they are about these."""
+    """Return the ids that identify the targets in undecoded bytes."""
     whole = sorted({each.session_id for each in targets if not each.chat_id})
     chats = connection.scalars(_SELECT_CHATS, {"session_ids": msgspec.json.encode(whole).decode()})
     return {*whole, *chats, *(each.chat_id for each in targets if each.chat_id)} - {""}
@@ -200,7 +201,7 @@ _SELECT_ERASURES = text(
 )
 
 
-def select_erasures(connection: Connection, after: int, most: int) -> Sequence[RowMapping]:
+def select_erasures(connection: Connection, after: int, limit: int) -> Sequence[RowMapping]:
     """What was erased, when, under which rule, why and by whom, oldest first; no content."""
-    parameters: dict[str, Any] = {"after": after, "most": most}
+    parameters: dict[str, Any] = {"after": after, "most": limit}
     return connection.execute(_SELECT_ERASURES, parameters).mappings().all()

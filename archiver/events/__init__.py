@@ -1,7 +1,7 @@
-"""Bytes to `Event` or `Malformed`: the only place that knows what a webhook looks like. Pure.
+"""Parse webhook bodies to `Event` or `Malformed`: the only place that knows their format. Pure.
 
 Upstream documents no webhook body, so every field but the event type and the chat's id is optional, several
-envelopes are understood, and whatever is not understood stays in the bytes.
+envelopes are understood, and unknown fields stay in the bytes.
 """
 
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 from archiver.events.documents import decode, digest
 from archiver.events.messages import known_role, messages_of, role_of
 from archiver.events.shapes import (
+    EMPTY_CHAT,
     MAX_DEPTH,
     MAX_ID,
     MAX_MESSAGES,
-    NOTHING_TOLD,
     REASONS,
     SHAPES,
     Chat,
@@ -24,8 +24,8 @@ from archiver.events.shapes import (
 )
 from archiver.events.times import CLOCK_TOLERANCE, EARLIEST, credible, plausible, timestamp
 from archiver.events.values import (
+    INTERNAL_PREFIX,
     MAX_VARIABLE_DEPTH,
-    OURS,
     cost_of,
     identifier,
     label,
@@ -40,12 +40,12 @@ __all__ = [
     "CREATED",
     "DELETED",
     "EARLIEST",
+    "EMPTY_CHAT",
+    "INTERNAL_PREFIX",
     "MAX_DEPTH",
     "MAX_ID",
     "MAX_MESSAGES",
     "MAX_VARIABLE_DEPTH",
-    "NOTHING_TOLD",
-    "OURS",
     "REASONS",
     "SHAPES",
     "WEBHOOK",
@@ -79,7 +79,7 @@ WEBHOOK = "webhook"  # the source of what upstream sent by itself
 def parse(body: bytes) -> Event | Malformed:
     """Read one webhook body.
 
-    Never raises, whatever the bytes are. The envelopes: `{"message": {"type", "timestamp", "chat"}}`,
+    Never raises, for any bytes. The envelopes: `{"message": {"type", "timestamp", "chat"}}`,
     `{"type"|"event", "chat"|"data"}` and `{"type", "timestamp", "data": {"chat"}}`.
     """
     try:
@@ -144,40 +144,40 @@ def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
     data = _object(envelope.get("data"))
     inner = [envelope.get("data")] if data is None else [data.get("chat"), data]
     for candidate in (envelope.get("chat"), *inner):
-        found = _object(candidate)
-        if found is not None:
-            return found
+        result = _object(candidate)
+        if result is not None:
+            return result
         if candidate is not None and (bare := identifier(candidate)):
             return {"id": bare}
     return {}
 
 
 # What `_chat` reads beside the chat object, and so what makes two facts differ though their chat objects do not.
-_BESIDE_THE_CHAT = frozenset({"assistant", "assistantId", "assistantOverrides", "session"})
+_ENVELOPE_CHAT_FIELDS = frozenset({"assistant", "assistantId", "assistantOverrides", "session"})
 _TIMES = ("timestamp", "createdAt")
 
 
 def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
     """A digest of the fact, so that a retry in a new envelope is the same."""
-    if _BESIDE_THE_CHAT.isdisjoint(envelope):
+    if _ENVELOPE_CHAT_FIELDS.isdisjoint(envelope):
         return digest([event_type, chat_id, chat])
-    beside = {name: envelope[name] for name in _BESIDE_THE_CHAT if envelope.get(name) is not None}
+    beside = {name: envelope[name] for name in _ENVELOPE_CHAT_FIELDS if envelope.get(name) is not None}
     return digest([event_type, chat_id, chat, beside] if beside else [event_type, chat_id, chat])
 
 
 def _other_key(event_type: str, envelope: dict[str, Any]) -> bytes:
-    """Of an unknown type nobody knows what matters: all but the time at which it was told."""
+    """Return the key of an unknown event type: all fields except the times of the envelope."""
     return digest([event_type, {name: value for name, value in envelope.items() if name not in _TIMES}])
 
 
 def _session_id(chat: dict[str, Any], envelope: dict[str, Any]) -> str | None:
     for place in (chat, _object(envelope.get("data")) or {}, envelope):
         session = place.get("session")
-        found = (
+        result = (
             identifier(place.get("sessionId")) or identifier(session) or identifier(_first_dict(session).get("id"))
         )
-        if found:
-            return found
+        if result:
+            return result
     return None
 
 
@@ -185,8 +185,11 @@ def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
     assistant = _first_dict(chat.get("assistant"), envelope.get("assistant"))
     session = _first_dict(chat.get("session"), envelope.get("session"))
     overrides = _first_dict(chat.get("assistantOverrides"), envelope.get("assistantOverrides"))
-    said, answered = messages_of(chat.get("input"), "user"), messages_of(chat.get("output"), "assistant")
-    if len(said) + len(answered) > MAX_MESSAGES:
+    input_messages, output_messages = (
+        messages_of(chat.get("input"), "user"),
+        messages_of(chat.get("output"), "assistant"),
+    )
+    if len(input_messages) + len(output_messages) > MAX_MESSAGES:
         raise UnreadableError("too_many_messages")
     return Chat(
         assistant_id=identifier(chat.get("assistantId"))
@@ -196,8 +199,8 @@ def _chat(chat: dict[str, Any], envelope: dict[str, Any]) -> Chat:
         status=label(chat.get("status")),
         cost=cost_of(chat.get("cost")),
         variables=variables_of(overrides.get("variableValues")),
-        input=said,
-        output=answered,
+        input=input_messages,
+        output=output_messages,
         created_at=timestamp(chat.get("createdAt")),
         updated_at=timestamp(chat.get("updatedAt")),
         session_name=label(session.get("name")),

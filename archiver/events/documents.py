@@ -1,4 +1,4 @@
-"""Bytes to JSON, as liberally as may be, and JSON to a digest that tells one fact from another."""
+"""Decode JSON tolerantly, and compute the digest that identifies a fact."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _MAX_DIGITS = 400  # of an integer; longer ones stay text
 
 
 class Exact(float):
-    """A number that is no integer: the double nearest to it, and in `text` the digits that were sent."""
+    """A JSON number with a fraction or exponent: nearest double, and the digits as sent."""
 
     __slots__ = ("text",)
     text: str

@@ -1,4 +1,4 @@
-"""The messages of a turn, in whatever shape a platform writes them, by one rule for all shapes. Pure.
+"""Extract the messages of a turn from any known format. Pure.
 
 A value is a text, a number, a list of values, or an object that carries values in fields such as `content`, `parts`
 or `text`. A message is a text, or an object whose role is its own or that of its place. One that holds no text is a
@@ -45,23 +45,23 @@ _METADATA_ENDS = ("At", "_at", "Id", "_id")
 _STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # of a list with several shapes
 
 
-class _Said(NamedTuple):
+class _Text(NamedTuple):
     text: str
     shape: Shape
 
 
-_NULL, _UNKNOWN = _Said("", "null"), _Said("", "object")
+_NULL, _UNKNOWN = _Text("", "null"), _Text("", "object")
 
 
 def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
     """The messages in a value: a text, a number, a message, an answer that wraps messages, or a list of these."""
     if isinstance(value, str):
-        return (_spoken(default_role, value),) if value else ()
+        return (_message_of(default_role, value),) if value else ()
     return tuple(_messages(value, default_role, MAX_NESTING))
 
 
 def known_role(role: str) -> str | None:
-    """The role by its one name, such as `assistant` for `AI`; None for one that is not known."""
+    """Return the canonical role, such as `assistant` for `AI`; None if unknown."""
     return _ROLES.get(role) or _ROLES.get(role.strip().lower())
 
 
@@ -81,7 +81,7 @@ def role_of(item: Any) -> str | None:
     return None
 
 
-def _spoken(role: str, text: str) -> Message:
+def _message_of(role: str, text: str) -> Message:
     return Message(role, storable(text), "text" if text.strip() else "empty")
 
 
@@ -92,22 +92,22 @@ def _messages(value: Any, default_role: str, depth: int) -> Iterator[Message]:
     elif isinstance(value, dict) and depth:
         yield from _message(value, default_role, depth - 1)
     elif value is not None and not isinstance(value, bool) and value != "":
-        said = _said(value, depth)
-        yield Message(default_role, said.text, said.shape)
+        text_of_item = _text_of(value, depth)
+        yield Message(default_role, text_of_item.text, text_of_item.shape)
 
 
 def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Message]:
     role = role_of(item)
     content = item.get("content")
     if isinstance(content, str) and content and "refusal" not in item:  # as nearly always
-        yield _spoken(role or default_role, content)
+        yield _message_of(role or default_role, content)
     elif role is None and (inner := _wrapped(item)) is not None:
         yield from _messages(inner, default_role, depth)
     elif item:
-        said = _of_object(item, depth)
-        if said.shape == "object":
-            said = _as_json(item)
-        yield Message(role or default_role, said.text, said.shape)
+        text_of_item = _of_object(item, depth)
+        if text_of_item.shape == "object":
+            text_of_item = _as_json(item)
+        yield Message(role or default_role, text_of_item.text, text_of_item.shape)
 
 
 def _wrapped(item: dict[str, Any]) -> Any:
@@ -120,8 +120,8 @@ def _wrapped(item: dict[str, Any]) -> Any:
     return next((value for value in inner if role_of(value) is not None), None)
 
 
-def _as_json(item: dict[str, Any]) -> _Said:
-    """What no rule knows, as JSON: better than not at all."""
+def _as_json(item: dict[str, Any]) -> _Text:
+    """Return an unknown object as JSON text, so that no content is lost."""
     content = item.get("content")
     if content is None:
         content = {
@@ -129,49 +129,49 @@ def _as_json(item: dict[str, Any]) -> _Said:
             for name, value in item.items()
             if name not in _METADATA and not name.endswith(_METADATA_ENDS) and value is not None
         }
-    return _Said(storable(json.dumps(content, ensure_ascii=False)), "object") if content else _NULL
+    return _Text(storable(json.dumps(content, ensure_ascii=False)), "object") if content else _NULL
 
 
-def _said(value: Any, depth: int) -> _Said:
+def _text_of(value: Any, depth: int) -> _Text:
     if value is None:
         return _NULL
     if isinstance(value, str):
-        return _Said(storable(value), "text" if value.strip() else "empty")
+        return _Text(storable(value), "text" if value.strip() else "empty")
     if isinstance(value, list):
-        return _joined([_said(part, depth - 1) for part in value]) if depth else _UNKNOWN
+        return _joined([_text_of(part, depth - 1) for part in value]) if depth else _UNKNOWN
     if isinstance(value, dict):
         return _of_object(value, depth - 1) if depth else _UNKNOWN
-    return _Said(value.text if isinstance(value, Exact) else json.dumps(value), "text")
+    return _Text(value.text if isinstance(value, Exact) else json.dumps(value), "text")
 
 
-def _joined(parts: Sequence[_Said]) -> _Said:
+def _joined(parts: Sequence[_Text]) -> _Text:
     text = "".join(part.text for part in parts)
     shapes: list[Shape] = [part.shape for part in parts if part.shape != "object"]
     shapes = shapes or ["object" if parts else "empty"]
-    return _Said(text, next((shape for shape in _STRONGEST if shape in shapes), shapes[0]))
+    return _Text(text, next((shape for shape in _STRONGEST if shape in shapes), shapes[0]))
 
 
-def _of_object(item: dict[str, Any], depth: int) -> _Said:
-    found = [_said(item[name], depth) for name in _TEXTS if name in item]
-    found += [_said(item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
-    said = next((each for each in found if each.shape in {"text", "refusal"}), None)
+def _of_object(item: dict[str, Any], depth: int) -> _Text:
+    result = [_text_of(item[name], depth) for name in _TEXTS if name in item]
+    result += [_text_of(item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
+    words = next((each for each in result if each.shape in {"text", "refusal"}), None)
     given = item.get("refusal")
-    refusal = _NULL if isinstance(given, bool) else _said(given, depth)
+    refusal = _NULL if isinstance(given, bool) else _text_of(given, depth)
     if refusal.shape == "text":
-        text = refusal.text if said is None or said.text == refusal.text else f"{said.text}\n{refusal.text}"
-        return _Said(text, "refusal")
-    if said is not None:
-        return _Said(said.text, "refusal") if given is True else said
-    return _without_text(item, found)
+        text = refusal.text if words is None or words.text == refusal.text else f"{words.text}\n{refusal.text}"
+        return _Text(text, "refusal")
+    if words is not None:
+        return _Text(words.text, "refusal") if given is True else words
+    return _without_text(item, result)
 
 
-def _without_text(item: dict[str, Any], found: Sequence[_Said]) -> _Said:
+def _without_text(item: dict[str, Any], found: Sequence[_Text]) -> _Text:
     kind = str(item.get("type") or "").lower()
     if any(item.get(name) for name in _CALLS) or kind.endswith(_CALL_TYPES):
-        return _Said("", "tool_call")
+        return _Text("", "tool_call")
     media = [shape for word, shape in _MEDIA.items() if word in kind]
     media += [_MEDIA_FIELDS[field.lower()] for field in item if field.lower() in _MEDIA_FIELDS]
     if media:
-        return _Said("", media[0])
+        return _Text("", media[0])
     nothing = _NULL if found or "refusal" in item else _UNKNOWN
     return next((each for each in found if each.shape != "null"), nothing)

@@ -1,4 +1,4 @@
-"""The normalised form of a text: equal for texts that differ only in how a system wrote the same words. Pure."""
+"""Normalise texts, so that different encodings of the same words are equal. Pure."""
 
 import re
 import unicodedata
@@ -25,9 +25,9 @@ _TYPOGRAPHIC = {
 }
 _FOLDED = _INVISIBLE | {ord(each): plain for plain, every in _TYPOGRAPHIC.items() for each in every}
 # Putting a run of combining marks in order takes the square of its length. No language needs more than 30 of them on
-# one character (Unicode Standard Annex 15, section 13), and nobody can read more.
-_MOST_MARKS = 30
-_SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MOST_MARKS + 1},}}")  # combining marks are neither word nor space
+# one character (Unicode Standard Annex 15, section 13), and more are unreadable.
+_MAX_MARKS = 30
+_SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_MARKS + 1},}}")  # combining marks are neither word nor space
 # Between two symbols the zero-width joiner makes one emoji of several; beside a letter or a space it shows nothing.
 _JOINER = re.compile("(?<![^\\w\\s])\u200d|\u200d(?![^\\w\\s])")
 
@@ -53,12 +53,12 @@ def normal_text(text: str) -> str:
 
 
 def _with_few_marks(symbols: re.Match[str]) -> str:
-    kept, marks = [], 0
+    normalised, marks = [], 0
     for symbol in symbols[0]:
         marks = marks + 1 if unicodedata.combining(symbol) else 0
-        if marks <= _MOST_MARKS:
-            kept.append(symbol)
-    return "".join(kept)
+        if marks <= _MAX_MARKS:
+            normalised.append(symbol)
+    return "".join(normalised)
 
 
 def _unescaped(text: str) -> str:

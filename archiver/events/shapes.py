@@ -1,4 +1,4 @@
-"""What a delivery is once it was read, and why one could not be."""
+"""Types of parsed and malformed deliveries."""
 
 from datetime import datetime
 from decimal import Decimal
@@ -19,7 +19,7 @@ SHAPES: dict[Kind, Shape] = {"text": "text", "refusal": "refusal", "tool_call": 
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
-    """One message of a turn, as text; `shape`: what it was written as.
+    """One message as text. `shape`: the format in which it was sent.
 
     Only `text` and `refusal` carry words; `object` is shown as JSON, the others are blank.
     """
@@ -30,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def kind(self) -> Kind:
-        """What the archive calls it."""
+        """Return the content kind in the archive."""
         return _KINDS.get(self.shape, "other")
 
     @property
@@ -40,7 +40,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Chat(msgspec.Struct, frozen=True, gc=False):
-    """One turn as one delivery tells it; None or empty where it does not."""
+    """One turn as one delivery reports it; None or empty where it does not."""
 
     assistant_id: str | None
     external_id: str | None
@@ -55,11 +55,11 @@ class Chat(msgspec.Struct, frozen=True, gc=False):
     session_status: str | None = None
 
 
-NOTHING_TOLD = Chat(None, None, None, None, None, (), (), None, None)
+EMPTY_CHAT = Chat(None, None, None, None, None, (), (), None, None)
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """One delivery that could be read. `occurred_at` is the envelope's time, `body` the exact bytes."""
+    """A parsed delivery. `occurred_at`: envelope time; `body`: the exact bytes."""
 
     type: str
     body: bytes
@@ -71,7 +71,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 
 
 class Malformed(msgspec.Struct, frozen=True, gc=False):
-    """One delivery that could not be read: `reason` is a stable code, `detail` a sentence without content."""
+    """A delivery that could not be parsed: `reason` is a stable code, `detail` a sentence without content."""
 
     body: bytes
     reason: str
@@ -90,4 +90,4 @@ REASONS = {
 
 
 class UnreadableError(Exception):
-    """What was told cannot be read; the text is a code of `REASONS`."""
+    """The content cannot be parsed; the message is a code of `REASONS`."""

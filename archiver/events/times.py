@@ -1,4 +1,4 @@
-"""Reported times: which texts and numbers are one, and which of them can be true.
+"""Parse reported times, and reject impossible ones.
 
 A reported time counts only between `EARLIEST` and its arrival plus `CLOCK_TOLERANCE`. What lies before is the zero
 of some calendar (the year 1, 1899-12-30, 1900, the Unix epoch, 2000, 2001) and stands for "no value". What lies after
@@ -22,10 +22,10 @@ def timestamp(value: Any) -> datetime | None:
     None for what is neither, and for a time before `EARLIEST`.
     """
     try:
-        found = _parsed(value)
+        result = _parsed(value)
     except (ValueError, OverflowError):
         return None
-    return plausible(found)
+    return plausible(result)
 
 
 def plausible(moment: datetime | None) -> datetime | None:
@@ -34,7 +34,7 @@ def plausible(moment: datetime | None) -> datetime | None:
 
 
 def credible(moment: datetime | None, received_at: datetime) -> datetime | None:
-    """The reported time; None for one that is later than its own arrival by more than `CLOCK_TOLERANCE`."""
+    """Return the reported time; None if it is later than its arrival by more than `CLOCK_TOLERANCE`."""
     return moment if moment is not None and moment <= received_at + CLOCK_TOLERANCE else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from archiver.events.documents import Exact
 from archiver.events.shapes import MAX_ID, UnreadableError
 
-OURS = "\x1f"  # begins the keys that we make ourselves, for turns that only history knows; so no id may
+INTERNAL_PREFIX = "\x1f"  # begins the keys that we make ourselves, for turns that only history knows; so no id may
 MAX_VARIABLE_DEPTH = 64
 _MAX_COST_TEXT = 10_000  # characters; Postgres holds 16,383 digits after the point
 _COST = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,9})?", re.ASCII | re.IGNORECASE)
@@ -28,9 +28,14 @@ def identifier(value: Any) -> str | None:
 def storable_id(value: str) -> str:
     """The id; raises `UnreadableError` for one that Postgres cannot hold."""
     # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
-    if len(value) <= MAX_ID and value.isascii() and "\x00" not in value and value[0] != OURS:
+    if len(value) <= MAX_ID and value.isascii() and "\x00" not in value and value[0] != INTERNAL_PREFIX:
         return value
-    if len(value) > MAX_ID or value[0] == OURS or _UNSTORABLE.search(value) or len(value.encode()) > MAX_ID:
+    if (
+        len(value) > MAX_ID
+        or value[0] == INTERNAL_PREFIX
+        or _UNSTORABLE.search(value)
+        or len(value.encode()) > MAX_ID
+    ):
         raise UnreadableError("unusable_id")
     return value
 
@@ -43,7 +48,7 @@ def label(value: Any) -> str | None:
 
 
 def storable(text: str) -> str:
-    """A copy that a Postgres text column can hold: U+0000 and lone surrogates become U+FFFD."""
+    """Return a copy for a Postgres text column: U+0000 and lone surrogates become U+FFFD."""
     if text.isascii() and "\x00" not in text:
         return text
     return _UNSTORABLE.sub("\ufffd", text)
@@ -52,8 +57,8 @@ def storable(text: str) -> str:
 def cost_of(value: Any, levels: int = 3) -> Decimal | None:
     """The cost with the digits that were sent; of an object that of its total; None for what is no number."""
     if isinstance(value, dict):
-        found = (cost_of(value[name], levels - 1) for name in _COST_FIELDS if name in value) if levels else iter(())
-        return next((cost for cost in found if cost is not None), None)
+        result = (cost_of(value[name], levels - 1) for name in _COST_FIELDS if name in value) if levels else iter(())
+        return next((cost for cost in result if cost is not None), None)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = (value.text if isinstance(value, Exact) else str(value)).strip()

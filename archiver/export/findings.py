@@ -1,11 +1,11 @@
-"""What a check of an export has found."""
+"""Findings of an export check."""
 
 import msgspec
 
-MOST = 10_000  # findings that are told of one export
+MAX_FINDINGS = 10_000  # findings reported per export
 
-EXPLAINED = {
-    "more": "there is more like that, which is not told",
+DESCRIPTIONS = {
+    "more": "further findings of this kind are not listed",
     "missing": "it is missing",
     "extra": "it does not belong to the export",
     "not_a_file": "it is no ordinary file",
@@ -23,10 +23,10 @@ EXPLAINED = {
     "unknown_key": "it is signed by a key that was not given",
     "out_of_order": "it does not follow the one before it",
     "body_changed": "its body is not the one that was received",
-    "erased_without_record": "its body is gone, and no erasure tells why",
+    "erased_without_record": "its body is missing without an erasure",
     "changed": "it is not as it was sealed",
     "not_sealed": "it is none of those that its seal holds",
-    "missing_row": "its row is missing, though the seal's line tells of it",
+    "missing_row": "its row is missing, although the seal lists it",
     "without_act": "the act that ordered it is missing",
     "altered": "what it states is not what its hash says",
     "altered_leaves": "its leaves do not lead to the root that it states",
@@ -41,7 +41,7 @@ EXPLAINED = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something that is not as it was exported, or not as it was sealed: in which file, at which line, and what."""
+    """A difference from what was exported or sealed: file, line and fault."""
 
     file: str
     fault: str
@@ -51,18 +51,18 @@ class Finding(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         line = "" if self.line is None else f", line {self.line}"
         what = "" if self.what is None else f", {self.what}"
-        return f"{self.file}{line}{what}: {EXPLAINED[self.fault]}"
+        return f"{self.file}{line}{what}: {DESCRIPTIONS[self.fault]}"
 
 
-class Found(list[Finding]):
-    """Findings that wait to be told: no more than anybody wants, or a file of nonsense would fill the memory."""
+class FindingQueue(list[Finding]):
+    """Findings to be reported, limited in number so that a corrupt file cannot fill the memory."""
 
     def append(self, found: Finding) -> None:
-        if len(self) <= MOST:
+        if len(self) <= MAX_FINDINGS:
             super().append(found)
 
-    def taken(self) -> list[Finding]:
+    def drain(self) -> list[Finding]:
         """All that wait, which do so no longer."""
-        taken = list(self)
+        drain = list(self)
         self.clear()
-        return taken
+        return drain

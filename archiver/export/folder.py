@@ -1,4 +1,4 @@
-"""The folder that an export is written to: there wholly, or not at all."""
+"""The output folder: created completely or not at all."""
 
 import errno
 import os
@@ -16,12 +16,12 @@ BUFFER = 256 * 1024  # bytes that are hashed and written together
 
 
 class FolderError(Exception):
-    """The export cannot be written; the text says what to do."""
+    """The export cannot be written; the message says what to do."""
 
 
 @contextmanager
 def made(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` at the end of the block; on any error nothing of it is left.
+    """Yield a folder that becomes `output` at the end of the block; on an error it is removed.
 
     What exports beside it left that were killed is removed too. Raises `FolderError`.
     """
@@ -58,7 +58,7 @@ def _explain(error: OSError, target: Path) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return f"There is no room for the export in {target.parent} ({error.strerror}): nothing of it was left there."
     if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
-        return f"{target} was made meanwhile: name another."
+        return f"{target} was created by another process: choose another --output."
     return f"Cannot write {target}: {error.strerror or error}. Its parent must be writable: name another folder."
 
 
@@ -71,7 +71,7 @@ def _sync(folder: Path) -> None:
 
 
 class Sink:
-    """A file that is written once, lines at a time; hashed as it is written, and on disk when it is closed."""
+    """A file that is written once by lines, hashed while it is written, and synced when closed."""
 
     def __init__(self, path: Path) -> None:
         self._opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -113,6 +113,6 @@ class Sink:
         while rest:
             rest = rest[os.write(self._opened, rest) :]
 
-    def told(self) -> File:
-        """What the manifest says of it."""
+    def description(self) -> File:
+        """Return its entry for the manifest."""
         return File(self.bytes, self.rows, self._hash.hexdigest())

@@ -1,4 +1,4 @@
-"""What an export says of itself: the manifest, and the names of the files that there may be."""
+"""The manifest of an export, and the names of its files."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

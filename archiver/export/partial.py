@@ -1,4 +1,4 @@
-"""Folders that exports are made in: held while somebody makes one; where nobody does, removed by the next export."""
+"""Working folders of exports: locked while in use; the next export removes abandoned ones."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from archiver.export import manifest
 
-_OURS = re.compile(r"\..+\.partial-[a-z0-9_]{8}", re.DOTALL)
+_IS_PARTIAL_FOLDER = re.compile(r"\..+\.partial-[a-z0-9_]{8}", re.DOTALL)
 _FILES = frozenset(
     {*manifest.names(manifest.FORMATS), manifest.MANIFEST, manifest.DIGEST, manifest.SIGNATURE},
 )
@@ -20,7 +20,8 @@ _FILES = frozenset(
 
 @contextmanager
 def held(target: Path) -> Iterator[Path]:
-    """A new folder beside the target that only its owner can read, and that no other export removes meanwhile."""
+    """A new folder beside the target that only its owner can read, and that no other export removes while it is in
+    use."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         opened = _lock(folder, fcntl.LOCK_EX)
@@ -31,14 +32,14 @@ def held(target: Path) -> Iterator[Path]:
         finally:
             if opened is not None:
                 os.close(opened)
-        # Another export took it for one that nobody holds, before it was.
+        # Another export took it for an abandoned one before it was locked.
 
 
 def remove_left(parent: Path) -> None:
     """What exports that were killed have left in this folder: ours alone, and nothing that is not an export's."""
     with suppress(OSError):
         for each in sorted(parent.iterdir()):
-            if _OURS.fullmatch(each.name):
+            if _IS_PARTIAL_FOLDER.fullmatch(each.name):
                 _remove_left(each)
 
 
@@ -60,7 +61,8 @@ def _is_exported(path: Path) -> bool:
 
 
 def _lock(folder: Path, how: int) -> int | None:
-    """A descriptor that holds it as long as it is open; None where somebody else does, or the disk knows no locks."""
+    """A descriptor that holds it as long as it is open; None if another process does, or the file system has no
+    locks."""
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

@@ -1,4 +1,4 @@
-"""The seals of what is exported, each with the hashes that lead from the exported rows to its root."""
+"""Seals of an export, with the hashes that lead from exported rows to their roots."""
 
 import struct
 import tempfile
@@ -20,7 +20,7 @@ _PAGE = 1_000
 _ENTRY = struct.Struct(">cq32s")
 
 
-class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A line of seals.jsonl.
 
     `places`: which of the seal's leaves are exported rows, as runs of (first index, length); `entries`: those leaves
@@ -39,7 +39,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ids:
-    """The ids of what was written, ascending; on disk, for there may be any number."""
+    """Ascending ids of exported rows; kept on disk, because there may be any number."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed below
@@ -113,7 +113,7 @@ def _bounds(connection: Connection) -> Iterator[tuple[int, Mapping[Any, Any]]]:
         after = rows[-1]["id"]
 
 
-def line_of(seal: Seal, entries: bytes, held: Mapping[bytes, set[int]]) -> Line:
+def line_of(seal: Seal, entries: bytes, held: Mapping[bytes, set[int]]) -> SealRecord:
     """What is said of a seal of which these ids, by their letters, are exported."""
     whole = entries[: len(entries) - len(entries) % chain.ENTRY_SIZE]
     places = [
@@ -123,7 +123,7 @@ def line_of(seal: Seal, entries: bytes, held: Mapping[bytes, set[int]]) -> Line:
     listed = whole if len(places) == seal.size else b"".join([whole[n * size : (n + 1) * size] for n in places])
     # The cover is empty where all are exported: then nothing is hashed either.
     cover = [] if len(places) == seal.size else merkle.cover(chain.hashes(whole), places)
-    return Line(
+    return SealRecord(
         id=seal.id,
         statement=seal.statement.decode(),
         hash=seal.hash.hex(),

@@ -1,4 +1,4 @@
-"""What each file of an export holds, as COPY statements: Postgres writes the lines, one a row."""
+"""COPY statements for the files of an export."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Reading the files of an export that nobody has vouched for yet: in bounded memory, and whatever they hold."""
+"""Read files of an unverified export in bounded memory."""
 
 import os
 import stat
@@ -9,13 +9,13 @@ from typing import BinaryIO, Generic, TypeVar
 
 import msgspec
 
-from archiver.export.findings import Finding, Found
+from archiver.export.findings import Finding, FindingQueue
 from archiver.export.manifest import File
 from archiver.export.records import is_plain
 
 T = TypeVar("T")
 
-LONGEST = 512 * 1024 * 1024  # bytes of a line: the largest body that is accepted, with every byte escaped
+MAX_LINE_BYTES = 512 * 1024 * 1024  # bytes of a line: the largest body that is accepted, with every byte escaped
 BLOCK = 1024 * 1024
 
 
@@ -44,7 +44,7 @@ class Lines(Generic[T]):
     What is found is put into `findings`, for the caller to take.
     """
 
-    def __init__(self, folder: Path, name: str, file: File, kind: type[T], findings: Found) -> None:
+    def __init__(self, folder: Path, name: str, file: File, kind: type[T], findings: FindingQueue) -> None:
         self._path, self.name, self._file = folder / name, name, file
         self._decode = msgspec.json.Decoder(kind).decode
         self._is_strict = issubclass(kind, msgspec.Struct) and kind.__struct_config__.forbid_unknown_fields
@@ -63,11 +63,11 @@ class Lines(Generic[T]):
 
     def _read(self, file: BinaryIO) -> Iterator[tuple[int, T]]:
         hashed, size = sha256(), 0
-        while line := file.readline(LONGEST):
+        while line := file.readline(MAX_LINE_BYTES):
             hashed.update(line)
             size += len(line)
             self.rows += 1
-            if len(line) == LONGEST and not line.endswith(b"\n"):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 self._found("too_long")
                 while (line := file.readline(BLOCK)) and not line.endswith(b"\n"):
                     hashed.update(line)
@@ -91,13 +91,13 @@ class Lines(Generic[T]):
         self._findings.append(Finding(self.name, fault, self.rows))
 
 
-def compare(name: str, told: File, found: File) -> Iterator[Finding]:
+def compare(name: str, expected: File, found: File) -> Iterator[Finding]:
     """What the manifest says of a file against the file."""
-    if told.sha256 != found.sha256:
+    if expected.sha256 != found.sha256:
         yield Finding(name, "digest")
-    if told.bytes != found.bytes:
+    if expected.bytes != found.bytes:
         yield Finding(name, "size")
-    if told.rows != found.rows:
+    if expected.rows != found.rows:
         yield Finding(name, "rows")
 
 

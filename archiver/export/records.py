@@ -1,4 +1,4 @@
-"""The lines of an export's evidence, and the leaves that they stand for."""
+"""Lines of an export's evidence, and the leaves that they stand for."""
 
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
@@ -43,7 +43,7 @@ class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
         return None if self.body is None else self.body.encode()
 
 
-class ActLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class AuditLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """An act of the audit trail; `detail` as Postgres writes it, for that is what is sealed."""
 
     id: int
@@ -91,8 +91,8 @@ def _is_usual(line: bytes, event: EventLine) -> bool:
     body = line.find(b',"body":')
     if event.body is None or body < 0 or line.find(b"\\", 0, body) >= 0:
         return False
-    told = (event.chat_id, event.occurred_at, event.earliest_at, event.key_id, event.salt)
-    quotes = 2 * (_KEYS_AND_TEXTS + len(told) - told.count(None))
+    optional = (event.chat_id, event.occurred_at, event.earliest_at, event.key_id, event.salt)
+    quotes = 2 * (_KEYS_AND_TEXTS + len(optional) - optional.count(None))
     return line.count(b'"', 0, body) == quotes and len(line) == body + 10 + len(_encode(event.body))
 
 
@@ -122,7 +122,7 @@ def event_leaf(event: EventLine, body: bytes | None) -> tuple[bytes, bool]:
     return _hashed(b"E", fields), is_intact
 
 
-def act_leaf(act: ActLine) -> bytes:
+def audit_leaf(act: AuditLine) -> bytes:
     """The leaf's hash. Raises `ValueError` and `OverflowError`."""
     detail = bytes(act.detail)
     fields = (_number(act.id), _moment(act.at), act.actor.encode(), act.kind.encode(), _text(act.reason), detail)

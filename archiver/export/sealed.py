@@ -1,4 +1,4 @@
-"""The rows of an export against the seals that hold them."""
+"""Check the rows of an export against the seals that hold them."""
 
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
@@ -11,15 +11,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from archiver.events import WEBHOOK
 from archiver.export import manifest
-from archiver.export.findings import Finding, Found
+from archiver.export.findings import Finding, FindingQueue
 from archiver.export.manifest import File, Head
 from archiver.export.proofs import EXPORTED
 from archiver.export.reading import Lines
-from archiver.export.records import ActLine, ErasureLine, EventLine, act_leaf, erasure_leaf, event_leaf
+from archiver.export.records import AuditLine, ErasureLine, EventLine, audit_leaf, erasure_leaf, event_leaf
 from archiver.seals import chain, merkle
 from archiver.seals.chain import Entry, Seal
 
-MOST_LEAVES = 1_000_000  # of one seal: many times what any seal of ours holds
+MAX_LEAVES = 1_000_000  # of one seal: many times what any seal of ours holds
 _SINGULAR = {"events": "event", "acts": "act", "erasures": "erasure"}
 _NOUNS = {b"E": "event", b"A": "act", b"X": "erasure"}
 
@@ -31,14 +31,14 @@ class Keys(msgspec.Struct, frozen=True):
     since: int = 1
 
 
-class Known(msgspec.Struct, frozen=True):
-    """Seals as they were exported elsewhere: their hashes, and up to which id the newest seals each table."""
+class KnownSeals(msgspec.Struct, frozen=True):
+    """Seals exported earlier: hashes, and the last sealed id of each table."""
 
     heads: Mapping[int, bytes] = {}
     through: Mapping[str, int] = {}
 
 
-class SealLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class UnparsedSealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`proofs.Line`, its lists unread: of what is no seal they can be any number."""
 
     id: int
@@ -62,17 +62,17 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 class Rows:
     """The exported rows of the three sealed tables, each in order of its ids, read as far as asked for."""
 
-    def __init__(self, folder: Path, files: Mapping[str, File], findings: Found) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, File], findings: FindingQueue) -> None:
         self._findings = findings
         self.erased = 0
         self._acts: set[int] = set()
         self._ordered: set[int] = set()
         self.events = Lines(folder, manifest.EVENTS, files[manifest.EVENTS], EventLine, findings)
-        erasures = Lines(folder, manifest.ERASURES, files[manifest.ERASURES], ErasureLine, Found())
+        erasures = Lines(folder, manifest.ERASURES, files[manifest.ERASURES], ErasureLine, FindingQueue())
         self._covered: set[int] = set()  # hashes of sessions and of turns, for there may be many
         for _, each in erasures:
             self._covered |= {hash((each.session_id, each.chat_id)), hash(each.session_id)}
-        acts = Lines(folder, manifest.ACTS, files[manifest.ACTS], ActLine, findings)
+        acts = Lines(folder, manifest.ACTS, files[manifest.ACTS], AuditLine, findings)
         erasures = Lines(folder, manifest.ERASURES, files[manifest.ERASURES], ErasureLine, findings)
         self._streams = {
             "events": self._read(self.events, self._event),
@@ -106,14 +106,14 @@ class Rows:
         return hashed
 
     def _is_covered(self, event: EventLine) -> bool:
-        """Whether an erasure tells of it; a history is of all turns of its session."""
+        """Return whether an erasure covers it; a history covers all turns of its session."""
         if any(hash((event.session_id, chat_id)) in self._covered for chat_id in ("", event.chat_id or "")):
             return True
         return event.source != WEBHOOK and hash(event.session_id) in self._covered
 
-    def _act(self, _: int, act: ActLine) -> bytes:
+    def _act(self, _: int, act: AuditLine) -> bytes:
         self._acts.add(act.id)
-        return act_leaf(act)
+        return audit_leaf(act)
 
     def _erasure(self, _: int, erasure: ErasureLine) -> bytes:
         self._ordered.add(erasure.act_id)
@@ -125,7 +125,7 @@ class Rows:
             yield row
             self._next[table] = next(self._streams[table], None)
 
-    def orders_missing(self) -> set[int]:
+    def missing_acts(self) -> set[int]:
         """The acts that erasures name and that are not there; once all was read."""
         return self._ordered - self._acts
 
@@ -133,7 +133,7 @@ class Rows:
 class SealCheck:
     """The seals of an export, one after the other."""
 
-    def __init__(self, rows: Rows, keys: Keys, known: Known, findings: Found) -> None:
+    def __init__(self, rows: Rows, keys: Keys, known: KnownSeals, findings: FindingQueue) -> None:
         self._rows, self._keys, self._known, self._findings = rows, keys, known, findings
         self._before: Seal | None = None
         self.seals = 0
@@ -145,7 +145,7 @@ class SealCheck:
         """The last one."""
         return None if self._before is None else Head(self._before.id, self._before.hash.hex())
 
-    def check(self, number: int, line: SealLine) -> None:
+    def check(self, number: int, line: UnparsedSealRecord) -> None:
         """One line of seals.jsonl, and the rows that its seal holds."""
         self.seals += 1
         try:
@@ -156,8 +156,8 @@ class SealCheck:
         for fault in (*self._statement_faults(seal), *self._signature_faults(seal)):
             self._findings.append(Finding(manifest.SEALS, fault, number, f"seal {seal.id}"))
         self._compare(seal, entries)
-        found = merkle.root_of_cover([each.hash for each in entries], places, seal.size, cover)
-        if found != seal.root or len(places) != len(entries):
+        result = merkle.root_of_cover([each.hash for each in entries], places, seal.size, cover)
+        if result != seal.root or len(places) != len(entries):
             self._findings.append(Finding(manifest.SEALS, "altered_leaves", number, f"seal {seal.id}"))
         self._before = seal
 
@@ -211,34 +211,34 @@ class SealCheck:
                     self._findings.append(Finding(f"{table}.jsonl", "seal_left_out", row.line, what))
         if self._known.heads and not self.compared:
             self._findings.append(Finding(manifest.SEALS, "none_known"))
-        for act_id in sorted(self._rows.orders_missing()):
+        for act_id in sorted(self._rows.missing_acts()):
             self._findings.append(Finding(manifest.ACTS, "without_act", None, f"act {act_id}"))
 
 
 _read_places = msgspec.json.Decoder(list[tuple[int, int]]).decode
 _read_cover = msgspec.json.Decoder(list[str]).decode
-_MOST_COVER = 64  # hashes between two leaves that are told, at the most
+_MAX_COVER = 64  # maximum number of hashes between two listed leaves
 
 
-def _parsed(line: SealLine) -> tuple[Seal, list[int], list[Entry], list[bytes]]:
+def _parsed(line: UnparsedSealRecord) -> tuple[Seal, list[int], list[Entry], list[bytes]]:
     """Raises `ValueError` for what no export writes."""
     signature = None if line.signature is None else bytes.fromhex(line.signature)
-    seal = chain.of_statement(line.statement, bytes.fromhex(line.hash), line.key_id, signature)
+    seal = chain.seal_from_statement(line.statement, bytes.fromhex(line.hash), line.key_id, signature)
     packed = b64decode(line.entries, validate=True)
     if seal.id != line.id or len(packed) % chain.ENTRY_SIZE:
         raise ValueError("not one seal")
-    most = len(packed) // chain.ENTRY_SIZE
-    if _count(line.places, b"[") > most + 1 or _count(line.cover, b'"') > 2 * _MOST_COVER * (most + 1):
+    limit = len(packed) // chain.ENTRY_SIZE
+    if _count(line.places, b"[") > limit + 1 or _count(line.cover, b'"') > 2 * _MAX_COVER * (limit + 1):
         raise ValueError("more than its entries need")
     places: list[int] = []
     end = 0
     for start, length in _read_places(line.places):
-        if start < end or length < 1 or start + length > seal.size or len(places) + length > MOST_LEAVES:
+        if start < end or length < 1 or start + length > seal.size or len(places) + length > MAX_LEAVES:
             raise ValueError("no places of leaves")
         end = start + length
         places += range(start, end)
     return seal, places, chain.unpack(packed), [bytes.fromhex(each) for each in _read_cover(line.cover)]
 
 
-def _count(told: msgspec.Raw, mark: bytes) -> int:
-    return bytes(told).count(mark)
+def _count(items: msgspec.Raw, mark: bytes) -> int:
+    return bytes(items).count(mark)

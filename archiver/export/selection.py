@@ -1,4 +1,4 @@
-"""What is to be exported, as queries: sessions, and the turns that stand without one."""
+"""Queries for the selected sessions and unassigned turns."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _BEGAN = "coalesce(t.created_at, t.occurred_at, t.first_received_at)"
 
 
 class UnknownError(Exception):
-    """What was asked for does not exist; the text names it."""
+    """The selection names something that does not exist."""
 
 
 class Selection(msgspec.Struct, frozen=True):
@@ -25,9 +25,9 @@ class Selection(msgspec.Struct, frozen=True):
     is_all: bool = False
 
     def prepare(self, connection: Connection) -> None:
-        """Hand over the values of variables, for this transaction: they may say who somebody is.
+        """Pass variable values as session settings of the transaction, because they may be personal.
 
-        In a statement they would be seen by whoever sees statements, and be logged where those are slow.
+        In a statement they would be visible in pg_stat_activity and in the log of slow statements.
         """
         for place, each in enumerate(self.criteria):
             if each.variable is not None:
@@ -37,8 +37,11 @@ class Selection(msgspec.Struct, frozen=True):
         """A query of their ids."""
         if self.is_all:
             return sql.SQL("SELECT session_id FROM archiver.sessions WHERE session_id <> ''")
-        named = {*self.session_ids, *(each.session_id for each in self.criteria if _is_of_one(each))} - {None, ""}
-        parts: list[sql.Composable] = [_listed(sorted(filter(None, named)))]
+        session_ids = {*self.session_ids, *(each.session_id for each in self.criteria if _is_of_one(each))} - {
+            None,
+            "",
+        }
+        parts: list[sql.Composable] = [_listed(sorted(filter(None, session_ids)))]
         parts += [_sessions_of(each, n) for n, each in enumerate(self.criteria) if not _is_of_one(each)]
         return _union(parts)
 
@@ -48,7 +51,7 @@ class Selection(msgspec.Struct, frozen=True):
             return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
         of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")
         return _union(
-            [of_sessions.format(self.sessions()), *(_unplaced_of(each, n) for n, each in enumerate(self.criteria))]
+            [of_sessions.format(self.sessions()), *(_unassigned_of(each, n) for n, each in enumerate(self.criteria))]
         )
 
     def where(self, alias: str = "e") -> sql.Composable:
@@ -96,7 +99,7 @@ def _sessions_of(criteria: Criteria, place: int) -> sql.Composable:
     return sql.SQL("SELECT s.session_id FROM archiver.sessions s WHERE {}").format(sql.SQL(" AND ").join(rules))
 
 
-def _unplaced_of(criteria: Criteria, place: int) -> sql.Composable:
+def _unassigned_of(criteria: Criteria, place: int) -> sql.Composable:
     """What stands without a session is judged by what it says itself."""
     rules: list[sql.Composable] = [sql.SQL("t.session_id = ''" if criteria.session_id is None else "false")]
     if criteria.assistant_id is not None:
@@ -158,29 +161,29 @@ def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteri
     """What these holds cover or, once released, did. Raises `UnknownError`."""
     holds = tables.holds
     query = select(holds).where(holds.c.id.in_(hold_ids)).order_by(holds.c.id)
-    found = {row["id"]: row for row in connection.execute(query).mappings()}
-    if missing := sorted(set(hold_ids) - found.keys()):
+    rows = {row["id"]: row for row in connection.execute(query).mappings()}
+    if missing := sorted(set(hold_ids) - rows.keys()):
         raise UnknownError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
-    for row in found.values():
+    for row in rows.values():
         if row["variable"] is not None and row["value"] is None:
             raise UnknownError(
                 f"The value of hold {row['id']} went with its release: name the sessions instead, with --session"
             )
-    return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in found.values()]
+    return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in rows.values()]
 
 
 _UNKNOWN = text(
     """
-    SELECT told.session_id FROM json_array_elements_text(:session_ids) AS told (session_id)
-     WHERE NOT EXISTS (SELECT FROM archiver.sessions s WHERE s.session_id = told.session_id)
-       AND NOT EXISTS (SELECT FROM archiver.events e WHERE e.session_id = told.session_id)
-       AND NOT EXISTS (SELECT FROM archiver.erasures x WHERE x.session_id = told.session_id)
+    SELECT requested.session_id FROM json_array_elements_text(:session_ids) AS requested (session_id)
+     WHERE NOT EXISTS (SELECT FROM archiver.sessions s WHERE s.session_id = requested.session_id)
+       AND NOT EXISTS (SELECT FROM archiver.events e WHERE e.session_id = requested.session_id)
+       AND NOT EXISTS (SELECT FROM archiver.erasures x WHERE x.session_id = requested.session_id)
     """
 )
 
 
 def check_known(connection: Connection, session_ids: Sequence[str]) -> None:
     """Raises `UnknownError` where nothing is known of one of these."""
-    told = msgspec.json.encode(session_ids).decode()
-    if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": told})):
+    ids_json = msgspec.json.encode(session_ids).decode()
+    if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": ids_json})):
         raise UnknownError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")

@@ -51,8 +51,8 @@ def neutralise_line(line: bytes, numbers: Collection[int]) -> bytes:
     if not _SUSPECT.search(line):
         return line
     pieces: list[str] = []
-    for column, found in enumerate(_CELL.finditer(line.decode())):
-        written, end = found[1], found[2]
+    for column, item in enumerate(_CELL.finditer(line.decode())):
+        written, end = item[1], item[2]
         if column not in numbers:
             is_quoted = written.startswith('"')
             cell = written[1:-1].replace('""', '"') if is_quoted else written

@@ -1,6 +1,6 @@
-"""The publisher of one worker: page after page while there are any, and a look now and then when there is none.
+"""The publisher of one worker: publishes page after page, and polls when idle.
 
-Every worker has one; a lock in the database lets one at a time publish, and whoever dies is followed by another.
+Every worker has one; a lock in the database lets one at a time publish, and another takes over from one that dies.
 """
 
 import asyncio
@@ -27,22 +27,22 @@ from archiver.feed.publishing import (
     select_oldest_sessions,
     select_queue_usage,
 )
-from archiver.feed.reading import select_waiting
+from archiver.feed.reading import select_backlog
 from archiver.feed.retention import PAGE, delete_old
 from archiver.identity import ForeignDatabaseError, Guard
 
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.3
-FAULT_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # without notifications, once Postgres had no room for them
 MOSTLY_EMPTY = 0.5  # of the queue of notifications
 GAUGE_SECONDS = 5.0
 
 
 # Of a statement: for a page, for a part of one that took longer, and at most for the changes of one session.
-PAGE_SECONDS, PART_SECONDS, LONGEST_SECONDS = 5.0, 1.0, 30.0
-SELDOM = 10  # times as long as such changes have taken, they are left
+PAGE_SECONDS, PART_SECONDS, MAX_SESSION_SECONDS = 5.0, 1.0, 30.0
+SLOW_RETRY_FACTOR = 10  # times as long as such changes have taken, they are left
 
 
 class Slow(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Publisher:
         self._gauged_at = -GAUGE_SECONDS
 
     async def run(self) -> None:
-        """For ever."""
+        """Publish until cancelled."""
         while True:
             try:
                 published = await self._publish()
@@ -72,12 +72,12 @@ class Publisher:
             except (SQLAlchemyError, ForeignDatabaseError) as error:
                 fault = str(error) if isinstance(error, ForeignDatabaseError) else explain(error)
                 self._duty.failing(fault)
-                self._tell(fault)
-                await asyncio.sleep(FAULT_SECONDS)
+                self._log_fault(fault)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             self._duty.working()
             if self._fault:
-                log.info("changes are published again")
+                log.info("change publication resumed")
                 self._fault = ""
             if published < PAGE_CHANGES:
                 # Not in step with other workers.
@@ -100,7 +100,7 @@ class Publisher:
         return await self._transact(publish)
 
     async def _isolate(self) -> int:
-        """Publish the oldest page in parts, to find the session whose changes take too long."""
+        """Publish the oldest page in parts, to find the session whose changes are slow."""
         sessions = await run_in_transaction(self._engine, select_oldest_sessions)
         return await self._publish_part([each for each in sessions if each not in self._slow])
 
@@ -116,7 +116,7 @@ class Publisher:
                 if len(part) > 1:
                     published += await self._publish_part(part)
                 else:
-                    log.warning("changes of one session take too long: those of others are published first")
+                    log.warning("changes of one session too slow; publishing other sessions first")
                     self._slow[part[0]] = Slow(monotonic(), PAGE_SECONDS)
         return published
 
@@ -133,7 +133,7 @@ class Publisher:
             if not is_cancelled(error):
                 raise
             # The others wait for it: seldom, so that they lose little.
-            self._slow[due] = Slow(began + SELDOM * seconds, min(2 * seconds, LONGEST_SECONDS))
+            self._slow[due] = Slow(began + SLOW_RETRY_FACTOR * seconds, min(2 * seconds, MAX_SESSION_SECONDS))
             return 0
         if not published:
             del self._slow[due]
@@ -146,11 +146,11 @@ class Publisher:
         except SQLAlchemyError as error:
             if not notifies or sqlstate(error) != QUEUE_FULL:
                 raise
-            await self._be_silent()
+            await self._silence_notify()
             published = await self._run(partial(work, notifies=False), seconds)
         else:
             if notifies and published and self._is_silent:
-                log.info("NOTIFY works again")
+                log.info("NOTIFY resumed")
                 self._is_silent = False
         return published
 
@@ -162,14 +162,14 @@ class Publisher:
 
         return await run_in_transaction(self._engine, guarded, statement_seconds=seconds)
 
-    async def _be_silent(self) -> None:
-        """Nobody is to wait for the feed because somebody who listens is asleep."""
+    async def _silence_notify(self) -> None:
+        """Publish without NOTIFY for a while, because an idle listener has filled the queue."""
         telemetry.notify_failures.inc()
         if await run_in_transaction(self._engine, select_queue_usage) > MOSTLY_EMPTY:
             self._notifies_from = monotonic() + SILENCE_SECONDS
         if not self._is_silent:
             log.error(
-                "Postgres has no room for notifications: changes are published without NOTIFY",
+                "notification queue full; publishing without NOTIFY",
                 advice="SELECT pg_notification_queue_usage(); and end the transaction of who listens and sleeps",
             )
         self._is_silent = True
@@ -177,21 +177,21 @@ class Publisher:
     async def _gauge(self) -> None:
         if monotonic() - self._gauged_at < GAUGE_SECONDS:
             return
-        waiting = await run_in_transaction(self._engine, select_waiting)
+        waiting = await run_in_transaction(self._engine, select_backlog)
         age = (datetime.now(UTC) - waiting.since).total_seconds() if waiting.since else 0
         telemetry.outbox_transactions.set(waiting.transactions)
         telemetry.outbox_age.set(max(age, 0))  # clocks differ
         self._gauged_at = monotonic()
 
-    def _tell(self, fault: str) -> None:
+    def _log_fault(self, fault: str) -> None:
         if not self._fault:
-            log.error("changes are not published", reason=fault)
+            log.error("change publication failed", reason=fault)
         self._fault = fault
 
     async def delete_old(self, days: int, consumed: Callable[[Connection], int | None]) -> None:
         """Delete the changes that are so many days old, a page at a time.
 
-        `consumed` answers up to which cursor whoever must see each change has; None: nobody must.
+        `consumed` returns the cursor up to which all consumers have read; None: there is no consumer.
         """
         before, deleted = now() - timedelta(days=days), 0
         while True:
@@ -202,4 +202,4 @@ class Publisher:
             if page < PAGE:
                 break
         if deleted:
-            log.info("old changes were deleted", changes=deleted, days=days)
+            log.info("old changes deleted", changes=deleted, days=days)

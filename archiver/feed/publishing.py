@@ -1,4 +1,4 @@
-"""Publishing: from the outbox, in whatever order transactions were committed, into the feed, in one order for all.
+"""Move committed changes from the outbox to the feed in one order for all readers.
 
 Cursors are given here and not by those who write: a sequence would give them before the commit, and a transaction
 that stays open for long would commit a smaller one after readers had gone past it. One publisher at a time gives
@@ -35,7 +35,7 @@ _NOTIFY = """
           FROM (SELECT CAST(json_build_object('cursor', cursor, 'type', type, 'session_id', session_id,
                                               'chat_id', chat_id, 'seal_id', seal_id) AS text) AS whole,
                        CAST(json_build_object('cursor', cursor, 'type', type) AS text) AS bare
-                  FROM published ORDER BY cursor) AS told
+                  FROM published ORDER BY cursor) AS listed
     )
     SELECT count(*) FROM notified
 """
@@ -54,19 +54,19 @@ _PUBLISH = text(
     ), published AS (
         INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
         SELECT {_NEWEST}
-                   + row_number() OVER (ORDER BY page.id, told.place),
-               told.change ->> 'type', coalesce(told.change ->> 'session_id', ''), told.change ->> 'chat_id',
-               CAST(told.change ->> 'seal_id' AS bigint), page.changed_at
-          FROM page CROSS JOIN LATERAL json_array_elements(page.changes) WITH ORDINALITY AS told (change, place)
+                   + row_number() OVER (ORDER BY page.id, listed.place),
+               listed.change ->> 'type', coalesce(listed.change ->> 'session_id', ''), listed.change ->> 'chat_id',
+               CAST(listed.change ->> 'seal_id' AS bigint), page.changed_at
+          FROM page CROSS JOIN LATERAL json_array_elements(page.changes) WITH ORDINALITY AS listed (change, place)
     {_NOTIFY}
     """  # noqa: S608  # a constant
 ).bindparams(rows=PAGE_ROWS, changes=PAGE_CHANGES, channel=CHANNEL)
 
 
 def publish(connection: Connection, *, notifies: bool = True) -> int:
-    """Publish the oldest page of what is committed, in this transaction; answers how many changes.
+    """Publish the oldest committed page in this transaction; return the number of changes.
 
-    Waits for another publisher that is at it. `notifies`: tell those who listen, too; then the commit may fail with
+    Waits for a concurrent publisher. `notifies`: also send NOTIFY; then the commit may fail with
     SQLSTATE `QUEUE_FULL`, where a listener has slept in a transaction for so long that Postgres has no more room.
     """
     locks.take(connection, Lock.PUBLISHING, exclusive=True)
@@ -85,48 +85,48 @@ _KEEP = text(
       FROM json_to_recordset(:kept) AS k (id bigint, changed_at timestamptz, changes json)
     """
 )
-_PUBLISH_TOLD = text(
+_PUBLISH_LISTED = text(
     f"""
     WITH published AS (
         INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
         SELECT {_NEWEST} + row_number() OVER (ORDER BY place),
                type, coalesce(session_id, ''), chat_id, seal_id, changed_at
-          FROM json_to_recordset(:told)
+          FROM json_to_recordset(:listed)
                AS t (place int, type text, session_id text, chat_id text, seal_id bigint, changed_at timestamptz)
     {_NOTIFY}
     """  # noqa: S608  # a constant
 ).bindparams(channel=CHANNEL)
-LOOKED_PAGES = 20  # in one transaction, past what is left
+MAX_SCANNED_PAGES = 20  # in one transaction, past what is left
 
 
 def publish_some(connection: Connection, chooses: Callable[[str], bool], *, notifies: bool) -> int:
-    """Publish the oldest changes of the sessions that are chosen, as `publish` does, and leave the others."""
+    """Publish the oldest changes of the chosen sessions and keep the others in the outbox."""
     locks.take(connection, Lock.PUBLISHING, exclusive=True)
     after, ids = 0, list[int]()
-    told: list[dict[str, Any]] = []
-    kept: list[dict[str, Any]] = []
-    for _ in range(LOOKED_PAGES):
+    listed: list[dict[str, Any]] = []
+    postponed: list[dict[str, Any]] = []
+    for _ in range(MAX_SCANNED_PAGES):
         page = connection.execute(_SELECT_ROWS, {"after": after}).all()
         for row in page:
-            mine = [each for each in row.changes if chooses(each.get("session_id", ""))]
-            if mine:
+            chosen = [each for each in row.changes if chooses(each.get("session_id", ""))]
+            if chosen:
                 ids.append(row.id)
-                told += [
-                    {**each, "changed_at": row.changed_at, "place": len(told) + n} for n, each in enumerate(mine)
+                listed += [
+                    {**each, "changed_at": row.changed_at, "place": len(listed) + n} for n, each in enumerate(chosen)
                 ]
-            if mine and len(mine) < len(row.changes):
+            if chosen and len(chosen) < len(row.changes):
                 rest = [each for each in row.changes if not chooses(each.get("session_id", ""))]
-                kept.append({"id": row.id, "changed_at": row.changed_at, "changes": rest})
-        if len(page) < PAGE_ROWS or len(told) >= PAGE_CHANGES:
+                postponed.append({"id": row.id, "changed_at": row.changed_at, "changes": rest})
+        if len(page) < PAGE_ROWS or len(listed) >= PAGE_CHANGES:
             break
         after = page[-1].id
-    if not told:
+    if not listed:
         return 0
-    told = [{**each, "place": place} for place, each in enumerate(told)]
-    published = int(connection.scalar(_PUBLISH_TOLD, {"told": _json(told), "notifies": notifies}) or 0)
+    listed = [{**each, "place": place} for place, each in enumerate(listed)]
+    published = int(connection.scalar(_PUBLISH_LISTED, {"listed": _json(listed), "notifies": notifies}) or 0)
     connection.execute(_DELETE_ROWS, {"ids": _json(ids)})
-    if kept:
-        connection.execute(_KEEP, {"kept": _json(kept)})
+    if postponed:
+        connection.execute(_KEEP, {"kept": _json(postponed)})
     return published
 
 

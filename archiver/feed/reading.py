@@ -27,9 +27,9 @@ _SELECT = text(
 )
 
 
-def select_changes(connection: Connection, after: int, most: int) -> list[Entry]:
+def select_changes(connection: Connection, after: int, limit: int) -> list[Entry]:
     """The changes after this cursor, in order, at most so many."""
-    return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "most": most})]
+    return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "most": limit})]
 
 
 class FeedEpoch(msgspec.Struct, frozen=True, gc=False):
@@ -63,14 +63,14 @@ def select_extent(connection: Connection) -> Extent:
     return Extent(*connection.execute(_EXTENT).one())
 
 
-class Waiting(msgspec.Struct, frozen=True, gc=False):
-    """What nobody has published yet: how many transactions, counted up to a limit; since when the oldest waits."""
+class Backlog(msgspec.Struct, frozen=True, gc=False):
+    """Unpublished transactions: number (up to a limit) and age of the oldest."""
 
     transactions: int
     since: datetime | None
 
     def is_overdue(self, now: datetime) -> bool:
-        """Whether it has waited for so long that no worker can be running."""
+        """Return whether the wait is so long that no worker can be running."""
         return self.since is not None and now - self.since > _OVERDUE
 
 
@@ -78,16 +78,16 @@ _OVERDUE = timedelta(seconds=60)
 ADVICE = "start `archiver worker`, or `archiver serve` without --no-worker; if one runs, see its log."
 
 
-_MOST_COUNTED = 100_000
+_MAX_COUNTED = 100_000
 
 _WAITING = text(
     """
     SELECT (SELECT count(*) FROM (SELECT FROM archiver.outbox LIMIT :most) AS counted) AS transactions,
            (SELECT changed_at FROM archiver.outbox ORDER BY id LIMIT 1) AS since
     """
-).bindparams(most=_MOST_COUNTED)
+).bindparams(most=_MAX_COUNTED)
 
 
-def select_waiting(connection: Connection) -> Waiting:
+def select_backlog(connection: Connection) -> Backlog:
     """What waits for a worker."""
-    return Waiting(*connection.execute(_WAITING).one())
+    return Backlog(*connection.execute(_WAITING).one())

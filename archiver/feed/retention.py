@@ -1,4 +1,4 @@
-"""How far back the feed goes."""
+"""Delete old changes."""
 
 from datetime import datetime
 
@@ -27,7 +27,7 @@ _ALL = 2**63 - 1
 def delete_old(connection: Connection, before: datetime, consumed: int | None = None) -> int:
     """Delete a page of the oldest changes, those made before this time; answers how many.
 
-    `consumed`: up to this cursor whoever must see each change has; None: nobody must.
+    `consumed`: the cursor up to which all consumers have read; None: there is no consumer.
     """
     through = _ALL if consumed is None else consumed
     return connection.execute(_DELETE, {"before": before, "through": through}).rowcount

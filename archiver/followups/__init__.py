@@ -1,4 +1,4 @@
-"""Follow-ups: what changed in the archive is told to others (I11).
+"""Follow-ups: deliver changes of the archive to receivers (I11).
 
 Each subscription is a consumer of the change feed with a cursor of its own. The feed is the queue: it is written with
 the archive, without gaps; `deliveries` holds only what is at hand of it.

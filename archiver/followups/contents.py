@@ -1,4 +1,4 @@
-"""What a delivery says: what the archive holds of its change at the time of sending. Nothing of it is kept (I8)."""
+"""Bodies of deliveries, read from the archive when they are sent; no content is stored (I8)."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -8,10 +8,10 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from archiver import seals
+from archiver.followups.current_sessions import current_sessions
 from archiver.followups.deliveries import Due
-from archiver.followups.homes import homes
 
-MOST_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
+MAX_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
 
 Data = dict[str, Any]
 
@@ -20,19 +20,19 @@ def select_bodies(connection: Connection, due: Sequence[Due]) -> dict[int, bytes
     """The bodies of these deliveries, by cursor."""
     turns = [each for each in due if each.chat_id is not None]
     sessions = [each for each in due if each.chat_id is None and each.seal_id is None]
-    told = {
+    by_cursor = {
         **_select_turns(connection, turns),
         **_select_conversations(connection, sessions),
         **{each.cursor: _select_seal(connection, each) for each in due if each.seal_id is not None},
     }
-    return {each.cursor: encode(each.type, each.changed_at, told[each.cursor]) for each in due}
+    return {each.cursor: encode(each.type, each.changed_at, by_cursor[each.cursor]) for each in due}
 
 
 def encode(kind: str, at: datetime, data: Data) -> bytes:
-    """The body, JSON, no longer than is allowed: `truncated` tells that something was left out."""
+    """Encode the body as JSON within the size limit; `truncated` marks omitted content."""
     body = _json(kind, at, data)
     for left_out in ("messages", "variables", "chat", "conversation"):
-        if len(body) <= MOST_BYTES:
+        if len(body) <= MAX_BYTES:
             break
         shorter = dict(data, truncated=True)
         if left_out == "messages":
@@ -57,7 +57,7 @@ _TURNS = f"""
     WITH sought AS MATERIALIZED (
         SELECT cursor, session_id, chat_id
           FROM json_to_recordset(:turns) AS t (cursor bigint, session_id text, chat_id text)
-    ), {homes("sought", "turns")}
+    ), {current_sessions("sought", "turns")}
 """  # noqa: S608  # a constant
 _SELECT_CHATS = text(
     f"""
@@ -102,9 +102,9 @@ def _select_turns(connection: Connection, due: Sequence[Due]) -> dict[int, Data]
         return {}
     turns = [{"cursor": each.cursor, "session_id": each.session_id, "chat_id": each.chat_id} for each in due]
     values = {"turns": msgspec.json.encode(turns).decode()}
-    sized = values | {"most": MOST_BYTES}
+    sized = values | {"most": MAX_BYTES}
     erased = {row.cursor: row.erased_at for row in connection.execute(_SELECT_ERASED, values)}
-    told: dict[int, Data] = {}
+    by_cursor: dict[int, Data] = {}
     for row in connection.execute(_SELECT_CHATS, values).mappings():
         data = {"cursor": row["cursor"], "session_id": row["session_id"] or None, "chat_id": row["chat_id"]}
         if row["cursor"] in erased:
@@ -112,15 +112,15 @@ def _select_turns(connection: Connection, due: Sequence[Due]) -> dict[int, Data]
         else:
             data["chat"] = {name: row[name] for name in _CHAT} if row["is_there"] else None
             data["messages"] = []
-        told[row["cursor"]] = data
+        by_cursor[row["cursor"]] = data
     for cursor, is_large in connection.execute(_SELECT_SIZES, sized):
-        if is_large and "messages" in told[cursor]:
-            del told[cursor]["messages"]
-            told[cursor]["truncated"] = True
+        if is_large and "messages" in by_cursor[cursor]:
+            del by_cursor[cursor]["messages"]
+            by_cursor[cursor]["truncated"] = True
     for cursor, role, content, source in connection.execute(_SELECT_MESSAGES, sized):
-        if "messages" in told[cursor]:
-            told[cursor]["messages"].append({"role": role, "content": content, "source": source})
-    return told
+        if "messages" in by_cursor[cursor]:
+            by_cursor[cursor]["messages"].append({"role": role, "content": content, "source": source})
+    return by_cursor
 
 
 _CHAT = (
@@ -149,22 +149,22 @@ def _select_conversations(connection: Connection, due: Sequence[Due]) -> dict[in
     if not due:
         return {}
     session_ids = sorted({each.session_id for each in due})
-    told_ids = {"session_ids": msgspec.json.encode(session_ids).decode()}
-    erased = {row.session_id: row.erased_at for row in connection.execute(_SELECT_ERASED_SESSIONS, told_ids)}
-    found: dict[str, Mapping[str, Any] | None] = {}
+    ids_json = {"session_ids": msgspec.json.encode(session_ids).decode()}
+    erased = {row.session_id: row.erased_at for row in connection.execute(_SELECT_ERASED_SESSIONS, ids_json)}
+    values: dict[str, Mapping[str, Any] | None] = {}
     for session_id in session_ids:
         if session_id not in erased:
             row = connection.execute(_SELECT_CONVERSATION, {"session_id": session_id}).mappings().first()
-            found[session_id] = None if row is None else {name: row[name] for name in _CONVERSATION}
-    told: dict[int, Data] = {}
+            values[session_id] = None if row is None else {name: row[name] for name in _CONVERSATION}
+    by_cursor: dict[int, Data] = {}
     for each in due:
         data: Data = {"cursor": each.cursor, "session_id": each.session_id}
         if each.session_id in erased:
             data["erased_at"] = erased[each.session_id]
         else:
-            data["conversation"] = found[each.session_id]
-        told[each.cursor] = data
-    return told
+            data["conversation"] = values[each.session_id]
+        by_cursor[each.cursor] = data
+    return by_cursor
 
 
 _CONVERSATION = (
@@ -187,10 +187,10 @@ _CONVERSATION = (
 
 def _select_seal(connection: Connection, due: Due) -> Data:
     seal = None if due.seal_id is None else seals.select_seal(connection, due.seal_id)
-    return {"cursor": due.cursor, "seal": None if seal is None else _told(seal)}
+    return {"cursor": due.cursor, "seal": None if seal is None else _seal_data(seal)}
 
 
-def _told(seal: seals.Seal) -> Data:
+def _seal_data(seal: seals.Seal) -> Data:
     return {
         "id": seal.id,
         "sealed_at": seal.sealed_at,

@@ -1,4 +1,4 @@
-"""The tables of deliveries and attempts: what is due, and what came of it."""
+"""The tables of deliveries and attempts."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -34,19 +34,19 @@ class Due(msgspec.Struct, frozen=True, gc=False):
 
 
 def message_id(subscription_id: int, cursor: int, changed_at: datetime) -> str:
-    """A `webhook-id`. The time is in it, so that a database that was restored does not give one out twice."""
+    """Return a `webhook-id`. It contains the time, so that a restored database does not reuse one."""
     return f"msg_{subscription_id}_{cursor}_{round(changed_at.timestamp() * 1_000_000):x}"
 
 
-def parse_message_id(told: str) -> tuple[int, int] | None:
-    """Subscription and cursor of a `webhook-id`, or of its beginning without the time; None where it is none."""
-    prefix, *rest = told.split("_")
+def parse_message_id(text: str) -> tuple[int, int] | None:
+    """Return subscription and cursor of a `webhook-id` or its prefix; None if it is invalid."""
+    prefix, *rest = text.split("_")
     is_one = prefix == "msg" and len(rest) in {2, 3} and all(each.isascii() and each.isdecimal() for each in rest[:2])
     return (int(rest[0]), int(rest[1])) if is_one and max(len(each) for each in rest) < 19 else None  # noqa: PLR2004
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What came of a delivery."""
+    """Result of a delivery attempt."""
 
     due: Due
     attempt: Attempt
@@ -91,10 +91,10 @@ _SELECTS = {
 
 
 def select_due(
-    connection: Connection, subscription_id: int, busy: Sequence[int], most: int, *, is_ordered: bool, is_probe: bool
+    connection: Connection, subscription_id: int, busy: Sequence[int], limit: int, *, is_ordered: bool, is_probe: bool
 ) -> list[Due]:
-    """Deliveries to be tried now, but those of these cursors, which are under way."""
-    values = {"id": subscription_id, "busy": list(busy), "most": most}
+    """Return deliveries that are due, except those in flight (`busy`)."""
+    values = {"id": subscription_id, "busy": list(busy), "most": limit}
     return [Due(*row) for row in connection.execute(_SELECTS[is_ordered, is_probe], values)]
 
 
@@ -104,36 +104,36 @@ _COUNT_PENDING = text(
 )
 
 
-def count_pending(connection: Connection, subscription_id: int, most: int) -> int:
+def count_pending(connection: Connection, subscription_id: int, limit: int) -> int:
     """How many wait, counted no further than this."""
-    return int(connection.scalar(_COUNT_PENDING, {"id": subscription_id, "most": most}) or 0)
+    return int(connection.scalar(_COUNT_PENDING, {"id": subscription_id, "most": limit}) or 0)
 
 
-_TOLD = """
-    WITH told AS MATERIALIZED (
+_RESULTS = """
+    WITH results AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:results) AS t (cursor bigint, session_id text, chat_id text, number int,
             state text, wait float8, at timestamptz, seconds float8, status int, fault text, answer text)
     )
 """
-# Its last attempt was under way when somebody had it tried again: it goes on at the time that was set for it then.
+# Its last attempt was in flight when a retry was ordered: the due time of the retry stays.
 _MORE = "t.state = 'dead' AND d.state = 'pending' AND t.number < d.last_attempt"
 _RECORD = text(
     f"""
-    {_TOLD}
+    {_RESULTS}
     UPDATE archiver.deliveries d
        SET attempts = greatest(d.attempts, t.number),
            state = CASE WHEN 'delivered' IN (d.state, t.state) THEN 'delivered'
                         WHEN d.state = 'dead' THEN 'dead' WHEN {_MORE} THEN 'pending' ELSE t.state END,
            due_at = CASE WHEN t.state = 'pending' THEN now() + t.wait * interval '1 second' ELSE d.due_at END,
            ended_at = CASE WHEN t.state = 'pending' OR {_MORE} THEN d.ended_at ELSE coalesce(d.ended_at, now()) END
-      FROM told t WHERE d.subscription_id = :id AND d.cursor = t.cursor
+      FROM results t WHERE d.subscription_id = :id AND d.cursor = t.cursor
     """  # noqa: S608  # a constant
 )
-# What an answer says may be what it was told: nothing is kept of it where that was erased meanwhile.
+# A response may quote its delivery: it is not stored if that content was erased in between.
 _RECORD_ATTEMPTS = text(
     f"""
-    {_TOLD}, erased AS MATERIALIZED (
-        SELECT DISTINCT t.cursor FROM told t
+    {_RESULTS}, erased AS MATERIALIZED (
+        SELECT DISTINCT t.cursor FROM results t
           JOIN archiver.deliveries d ON d.subscription_id = :id AND d.cursor = t.cursor  -- may have found its session
           JOIN archiver.erasures e ON e.session_id IN (t.session_id, d.session_id)
          WHERE e.chat_id = t.chat_id OR (e.session_id <> '' AND (e.chat_id = '' OR t.chat_id IS NULL))
@@ -141,13 +141,14 @@ _RECORD_ATTEMPTS = text(
     INSERT INTO archiver.attempts (subscription_id, cursor, number, at, seconds, status, fault, answer)
     SELECT :id, t.cursor, t.number, t.at, t.seconds, t.status, t.fault,
            CASE WHEN t.cursor NOT IN (SELECT cursor FROM erased) THEN decode(t.answer, 'hex') END
-      FROM told t JOIN archiver.deliveries d ON d.subscription_id = :id AND d.cursor = t.cursor ON CONFLICT DO NOTHING
+      FROM results t JOIN archiver.deliveries d ON d.subscription_id = :id AND d.cursor = t.cursor ON CONFLICT DO
+      NOTHING
     """  # noqa: S608  # a constant
 )
 
 
-def record(connection: Connection, subscription_id: int, results: Sequence[Result]) -> None:
-    """What came of these; the same twice is the same. The caller holds the placement lock, beside others."""
+def record_results(connection: Connection, subscription_id: int, results: Sequence[Result]) -> None:
+    """Record results idempotently. Requires the shared lock on unassigned turns."""
     rows = [
         {
             "cursor": each.due.cursor,
@@ -171,10 +172,10 @@ def record(connection: Connection, subscription_id: int, results: Sequence[Resul
 
 _REDACT = text(
     """
-    WITH told AS MATERIALIZED (
+    WITH results AS MATERIALIZED (
         SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
     ), found AS MATERIALIZED (
-        SELECT d.subscription_id, d.cursor FROM told t JOIN archiver.deliveries d ON d.session_id = t.session_id
+        SELECT d.subscription_id, d.cursor FROM results t JOIN archiver.deliveries d ON d.session_id = t.session_id
          WHERE d.chat_id = t.chat_id OR (t.session_id <> '' AND (t.chat_id = '' OR d.chat_id IS NULL))
     )
     UPDATE archiver.attempts a SET answer = NULL FROM found f
@@ -183,7 +184,7 @@ _REDACT = text(
 )
 
 
-def redact(connection: Connection, targets: Sequence[tuple[str, str]]) -> int:
-    """Forget what receivers answered about these sessions and turns, each a session id and a chat id or ""."""
-    told = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in targets]
-    return connection.execute(_REDACT, {"targets": msgspec.json.encode(told).decode()}).rowcount
+def delete_answers(connection: Connection, targets: Sequence[tuple[str, str]]) -> int:
+    """Delete stored responses of receivers about these sessions and turns."""
+    targets_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in targets]
+    return connection.execute(_REDACT, {"targets": msgspec.json.encode(targets_json).decode()}).rowcount

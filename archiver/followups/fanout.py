@@ -1,4 +1,4 @@
-"""From the feed to deliveries: which changes are told to a subscription, set-based, one page a statement."""
+"""Create deliveries from the feed with set-based SQL, one page per statement."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database, telemetry
-from archiver.followups.homes import homes
+from archiver.followups.current_sessions import current_sessions
 from archiver.followups.schedule import ATTEMPTS
 from archiver.followups.subscriptions import Subscription
 
@@ -17,17 +17,17 @@ log = structlog.get_logger(__name__)
 
 PAGE = 1_000  # changes looked at in one statement, at most
 SEARCH_SECONDS = 2.0  # that a search for text may take; then fewer changes are looked at in one statement
-LONGEST_SEARCH_SECONDS = 8.0  # of a single change
+MAX_SEARCH_SECONDS = 8.0  # of a single change
 _CANCELLED = "57014"
-MOST_PENDING = 10_000  # of one subscription; the rest waits in the feed
+MAX_PENDING = 10_000  # of one subscription; the rest waits in the feed
 
 
 class Page(msgspec.Struct, frozen=True):
-    """What a statement did: how many changes it looked at, up to which cursor, and how many are to be told."""
+    """Result of a statement: number of changes examined, last cursor, and deliveries created."""
 
-    looked_at: int
+    examined: int
     through: int
-    told: int
+    matched: int
     missed: int  # of which the feed holds nothing any more
 
 
@@ -39,9 +39,9 @@ _PAGE = f"""
     WITH page AS MATERIALIZED (
         SELECT cursor, type, session_id, chat_id, seal_id, changed_at FROM archiver.changes
          WHERE cursor > :cursor AND cursor <= :until {{only}} ORDER BY cursor LIMIT :most
-    ), told AS MATERIALIZED (
+    ), matched AS MATERIALIZED (
         SELECT * FROM page WHERE type = ANY (CAST(:events AS text[])) {{but}}
-    ), {homes("told", "sought")}, wanted AS MATERIALIZED (
+    ), {current_sessions("matched", "sought")}, wanted AS MATERIALIZED (
         SELECT DISTINCT session_id, chat_id FROM sought
     )
 """  # noqa: S608  # a constant
@@ -58,26 +58,26 @@ _CONDITIONS: Mapping[str, tuple[str, str]] = {
     "variable": ("archiver.chats", "x.variables ->> CAST(:variable AS text) = CAST(:value AS text)"),
     "contains": ("archiver.messages", "position(lower(:contains) IN lower(x.content)) > 0"),
 }
-_TELL = """
+_INSERT_DELIVERIES = """
     , made AS (
         INSERT INTO archiver.deliveries (subscription_id, cursor, type, session_id, chat_id, seal_id, changed_at,
                                          created_at, last_attempt, due_at)
         SELECT :id, cursor, type, s.session_id, t.chat_id, seal_id, changed_at, now(), :attempts, now()
-          FROM told t JOIN sought s USING (cursor){where}
+          FROM matched t JOIN sought s USING (cursor){where}
          ORDER BY cursor ON CONFLICT DO NOTHING RETURNING 1
     )
-    SELECT count(*) AS looked_at, min(cursor) AS since, max(cursor) AS through, (SELECT count(*) FROM made) AS told
+    SELECT count(*) AS examined, min(cursor) AS since, max(cursor) AS through, (SELECT count(*) FROM made) AS matched
       FROM page
 """
 
 
 def _matching(name: str) -> str:
     table, condition = _CONDITIONS[name]
-    found = [_FOUND.format(table=table, condition=condition, **kind) for kind in (_TURNS, _SESSIONS)]
-    if name == "assistant_id":  # a session may tell its assistant though none of its turns does
-        found.append(_FOUND.format(table="archiver.sessions", condition=condition, **_SESSIONS))
+    result = [_FOUND.format(table=table, condition=condition, **kind) for kind in (_TURNS, _SESSIONS)]
+    if name == "assistant_id":  # a session may name its assistant although none of its turns does
+        result.append(_FOUND.format(table="archiver.sessions", condition=condition, **_SESSIONS))
     return f""", by_{name} AS MATERIALIZED (
-        SELECT s.cursor FROM sought s JOIN ({" UNION ".join(found)}) AS f
+        SELECT s.cursor FROM sought s JOIN ({" UNION ".join(result)}) AS f
             ON f.session_id = s.session_id AND f.chat_id IS NOT DISTINCT FROM s.chat_id
     )"""  # noqa: S608  # texts of ours
 
@@ -90,7 +90,7 @@ def _statement(names: tuple[str, ...], *, is_only: bool) -> TextClause:
     conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # names of ours
     where = f" WHERE {conditions}" if names else ""
     page = _PAGE.format(only=_ONLY if is_only else "", but="" if is_only else _BUT)
-    return text(page + "".join(map(_matching, names)) + _TELL.format(where=where))
+    return text(page + "".join(map(_matching, names)) + _INSERT_DELIVERIES.format(where=where))
 
 
 # Of a turn that has found its session: what waits of it from before comes first there, too.
@@ -123,61 +123,66 @@ def search(
     connection: Connection,
     subscription: Subscription,
     after: int,
-    most: int,
+    limit: int,
     *,
-    aside: Sequence[str] = (),
+    deferred: Sequence[str] = (),
     advances: bool = True,
     statement_seconds: float = database.STATEMENT_SECONDS,
 ) -> Page | None:
-    """As `fan_out`, where text is sought: None if that took too long, of so many changes.
+    """Like `fan_out` with a text filter; None if it timed out.
 
     `statement_seconds`: the limit of the caller's other statements, which is set again.
 
-    What cannot be searched in time alone is told without having been searched: nothing is to be lost.
+    A single change that cannot be searched in time is delivered without the filter, so that none is lost.
     """
     try:
         with connection.begin_nested():
-            database.limit(connection, SEARCH_SECONDS if most > 1 else LONGEST_SEARCH_SECONDS)
-            page = fan_out(connection, subscription, after, most, aside=aside, advances=advances)
+            database.limit(connection, SEARCH_SECONDS if limit > 1 else MAX_SEARCH_SECONDS)
+            page = fan_out(connection, subscription, after, limit, deferred=deferred, advances=advances)
             database.limit(connection, statement_seconds)
             return page
     except DBAPIError as error:
         if database.sqlstate(error) != _CANCELLED:
             raise
     telemetry.followup_waits.inc()
-    if most > 1:
+    if limit > 1:
         return None
-    log.error("a change cannot be searched in time and is told unsearched", subscription=subscription.id, after=after)
+    log.error(
+        "text search timed out; change delivered without the text filter", subscription=subscription.id, after=after
+    )
     unsearched = msgspec.structs.replace(subscription.filter, contains=None)
     unfiltered = msgspec.structs.replace(subscription, filter=unsearched)
-    return fan_out(connection, unfiltered, after, 1, aside=aside, advances=advances)
+    return fan_out(connection, unfiltered, after, 1, deferred=deferred, advances=advances)
 
 
 def fan_out(
     connection: Connection,
     subscription: Subscription,
     after: int,
-    most: int = PAGE,
+    limit: int = PAGE,
     *,
-    aside: Sequence[str] = (),
+    deferred: Sequence[str] = (),
     advances: bool = True,
 ) -> Page:
-    """Make deliveries of at most so many changes after this cursor, and move on. The caller holds its lease.
+    """Create deliveries for at most `limit` changes after this cursor, and advance it. Requires the lease.
 
-    `aside`: the subjects whose changes are passed over. `advances`: whether the cursor of the subscription moves on.
-    Whoever else believed to hold it meanwhile would make the same deliveries again, of which none is added.
+    `deferred`: the subjects whose changes are passed over. `advances`: whether the cursor of the subscription moves
+    on.
+    A former lease holder would create the same deliveries again, which adds none.
     """
-    page = _make(connection, subscription, after, most=min(most, PAGE), until=_END, subjects=aside, is_only=False)
-    if page.looked_at and advances:
+    page = _make(
+        connection, subscription, after, limit=min(limit, PAGE), until=_END, subjects=deferred, is_only=False
+    )
+    if page.examined and advances:
         advance(connection, subscription.id, page.through)
     return page
 
 
 def fan_out_subject(
-    connection: Connection, subscription: Subscription, subject: str, *, after: int, until: int, most: int = PAGE
+    connection: Connection, subscription: Subscription, subject: str, *, after: int, until: int, limit: int = PAGE
 ) -> Page:
     """Make deliveries of at most so many changes of this subject in that part of the feed, which was passed over."""
-    return _make(connection, subscription, after, most=most, until=until, subjects=[subject], is_only=True)
+    return _make(connection, subscription, after, limit=limit, until=until, subjects=[subject], is_only=True)
 
 
 def advance(connection: Connection, subscription_id: int, through: int) -> None:
@@ -190,27 +195,29 @@ def _make(
     subscription: Subscription,
     after: int,
     *,
-    most: int,
+    limit: int,
     until: int,
     subjects: Sequence[str],
     is_only: bool,
 ) -> Page:
-    told = {name: value for name, value in msgspec.structs.asdict(subscription.filter).items() if value is not None}
-    names = tuple(name for name in _CONDITIONS if name in told)
+    filters = {
+        name: value for name, value in msgspec.structs.asdict(subscription.filter).items() if value is not None
+    }
+    names = tuple(name for name in _CONDITIONS if name in filters)
     values = {
-        **told,
+        **filters,
         "id": subscription.id,
         "cursor": after,
         "until": until,
         "subjects": list(subjects),
-        "most": most,
+        "most": limit,
         "events": list(subscription.events),
         "attempts": ATTEMPTS,
     }
     row = connection.execute(_statement(names, is_only=is_only), values).one()
-    if not row.looked_at:
+    if not row.examined:
         return Page(0, after, 0, 0)
     if subscription.is_ordered:
         moved = {"id": subscription.id, "cursor": after, "through": row.through, "subjects": list(subjects)}
         connection.execute(_MOVE_ONLY if is_only else _MOVE_ALL_BUT, moved)
-    return Page(row.looked_at, row.through, row.told, max(0, row.since - after - 1))
+    return Page(row.examined, row.through, row.matched, max(0, row.since - after - 1))

@@ -1,4 +1,4 @@
-"""Where follow-ups may go (SSRF): each address is checked after its name is resolved, at every connection.
+"""Check receiver addresses against SSRF after name resolution, at every connection.
 
 The connection is made to the very address that was checked, so that a name that resolves to something else a moment
 later gains nothing.
@@ -17,23 +17,23 @@ import httpcore2
 import httpx2
 import msgspec
 
-from archiver.followups.wires import Wire
+from archiver.followups.verified_stream import VerifiedStream
 
 Address = IPv4Address | IPv6Address
 Reach = Literal["public", "private", "forbidden"]
 Resolve = Callable[[str, int], Sequence[str]]
 
 CONNECT_SECONDS = 5.0
-LOOK_UPS = 2  # at a time for one subscription: a name server that hangs keeps no other waiting
-LONGEST_URL = 2_000  # characters
+MAX_LOOKUPS = 2  # at a time for one subscription: a name server that hangs keeps no other waiting
+MAX_URL = 2_000  # characters
 
 
-class RefusedError(Exception):
-    """A URL or an address that follow-ups do not go to; the text says why and what helps."""
+class AddressRefusedError(Exception):
+    """A URL or address that follow-ups must not use; the message says why and what helps."""
 
 
-class UnresolvedError(Exception):
-    """Nobody knows a host's name at present."""
+class HostNotFoundError(Exception):
+    """The host name cannot be resolved at present."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -56,30 +56,32 @@ class Endpoint(msgspec.Struct, frozen=True):
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
     @property
-    def place(self) -> str:
-        """Without path and query, which may hold a token: for logs and the audit trail."""
+    def origin(self) -> str:
+        """Return scheme, host and port, for logs and the audit log: path and query may hold a token."""
         return f"{self.scheme}://{self.authority}"
 
 
 def endpoint(url: str) -> Endpoint:
-    """What the URL says. Raises `RefusedError`, without quoting it: it may hold a password."""
-    if len(url) > LONGEST_URL:
-        raise RefusedError(f"The URL is longer than {LONGEST_URL} characters.")
+    """What the URL says. Raises `AddressRefusedError`, without quoting it: it may hold a password."""
+    if len(url) > MAX_URL:
+        raise AddressRefusedError(f"The URL is longer than {MAX_URL} characters.")
     if any(each.isspace() or not each.isprintable() for each in url):
-        raise RefusedError("The URL must hold no space and no control character: write %20 for a space.")
+        raise AddressRefusedError("The URL contains a space or a control character: write %20 for a space.")
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
-        raise RefusedError("That is no URL: write https://HOST/PATH.") from None
+        raise AddressRefusedError("This is not a URL: write https://HOST/PATH.") from None
     if parsed.scheme not in {"http", "https"} or not parsed.raw_host:
-        raise RefusedError("The URL must be like https://HOST/PATH.")
+        raise AddressRefusedError("The URL must be like https://HOST/PATH.")
     if parsed.userinfo:
-        raise RefusedError("The URL must hold no user and no password: deliveries prove themselves by signature.")
+        raise AddressRefusedError(
+            "The URL contains a user or a password. Remove it: signatures authenticate deliveries."
+        )
     if parsed.fragment:
-        raise RefusedError("The URL must have no part after #: nobody would be sent it.")
+        raise AddressRefusedError("The URL contains a fragment (#...), which is never sent. Remove it.")
     port = parsed.port if parsed.port is not None else _PORTS[parsed.scheme]
     if port not in range(1, 65_536):
-        raise RefusedError("The URL's port must be from 1 to 65535.")
+        raise AddressRefusedError("The URL's port must be from 1 to 65535.")
     return Endpoint(parsed.scheme, parsed.raw_host.decode("ascii"), port, parsed.raw_path)
 
 
@@ -89,7 +91,7 @@ _PORTS = {"http": 80, "https": 443}
 # Beyond what `ipaddress` knows to be not global, or knows in newer versions only.
 _FORBIDDEN = [ip_network(each) for each in ("0.0.0.0/8", "169.254.0.0/16", "240.0.0.0/4", "fe80::/10", "::/128")]
 _FORBIDDEN += [ip_network(each) for each in ("192.88.99.0/24", "fec0::/10", "3fff::/20", "64:ff9b:1::/48")]
-# Metadata services of clouds: credentials for whoever asks from inside, some of them at public addresses.
+# Metadata services of clouds: credentials for any request from inside, some of them at public addresses.
 _FORBIDDEN += [ip_network(each) for each in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.0/24")]
 _FORBIDDEN += [ip_network(each) for each in ("fd00:ec2::/32", "fd20:ce::254/128")]
 # 6to4 and Teredo: given up, and who forwards them is anybody's guess.
@@ -101,12 +103,12 @@ _NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
 
 
 def reach(address: Address) -> Reach:
-    """Whether an address is anybody's, our own network's, or one that nothing of ours may be sent to."""
+    """Return whether an address is public, private or forbidden."""
     inner = _inner(address)
     if inner is None:
         return _reach(address)
-    found = {reach(inner), _reach(address) if _is_isatap(address) else "public"}
-    return "forbidden" if "forbidden" in found else "private" if "private" in found else "public"
+    values = {reach(inner), _reach(address) if _is_isatap(address) else "public"}
+    return "forbidden" if "forbidden" in values else "private" if "private" in values else "public"
 
 
 def _reach(address: Address) -> Reach:
@@ -136,32 +138,32 @@ def _is_isatap(address: Address) -> bool:
 
 
 def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) -> list[str]:
-    """These addresses, if something may be sent to every one of them. Raises `RefusedError`."""
-    found = []
-    for told in addresses:
-        address = ip_address(told.partition("%")[0])
+    """These addresses, if something may be sent to every one of them. Raises `AddressRefusedError`."""
+    result = []
+    for text in addresses:
+        address = ip_address(text.partition("%")[0])
         how = reach(address)
         if how == "forbidden":
-            raise RefusedError(f"{address} is an address that nothing is sent to.")
+            raise AddressRefusedError(f"{address} is an address that nothing is sent to.")
         if how == "private" and not allow_private:
             advice = "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true would let follow-ups go there"
-            raise RefusedError(f"{address} is a private address; {advice}.")
+            raise AddressRefusedError(f"{address} is a private address; {advice}.")
         if how == "public" and not is_encrypted:
-            raise RefusedError(f"{address} is a public address: use https there, so that nobody reads along.")
-        found.append(str(address))
-    return found
+            raise AddressRefusedError(f"{address} is a public address: use https, so that deliveries are encrypted.")
+        result.append(str(address))
+    return result
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host, as the system knows them. Blocks. Raises `UnresolvedError`."""
+    """The addresses of a host, as the system knows them. Blocks. Raises `HostNotFoundError`."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise UnresolvedError(f"Nobody knows the host {host}.") from None
-    return list(dict.fromkeys(str(info[4][0]) for info in found))
+        raise HostNotFoundError(f"host not found: {host}") from None
+    return list(dict.fromkeys(str(info[4][0]) for info in result))
 
 
-class Guarded(httpcore2.AsyncNetworkBackend):
+class GuardedNetwork(httpcore2.AsyncNetworkBackend):
     """The network as one subscription may use it."""
 
     def __init__(self, *, is_encrypted: bool, allow_private: bool, resolve: Resolve = resolve) -> None:
@@ -169,7 +171,7 @@ class Guarded(httpcore2.AsyncNetworkBackend):
         self._resolve = resolve
         self._network = httpcore2.AnyIOBackend()
         # Of its own: the loop's would be shared with everybody who waits for a name.
-        self._threads = ThreadPoolExecutor(LOOK_UPS, thread_name_prefix="names")
+        self._threads = ThreadPoolExecutor(MAX_LOOKUPS, thread_name_prefix="names")
 
     async def connect_tcp(
         self,
@@ -179,21 +181,24 @@ class Guarded(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """To the first address that answers. Raises `RefusedError`, `UnresolvedError` and the library's errors."""
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host, port)
-        addresses = check(found, is_encrypted=self._is_encrypted, allow_private=self._allow_private)
+        """To the first address that answers. Raises `AddressRefusedError`, `HostNotFoundError` and the library's
+        errors."""
+        result = await asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host, port)
+        addresses = check(result, is_encrypted=self._is_encrypted, allow_private=self._allow_private)
         ends = monotonic() + (timeout or CONNECT_SECONDS)
-        failure: Exception = UnresolvedError(f"Nobody knows an address of {host}.")
+        failure: Exception = HostNotFoundError(f"host has no address: {host}")
         for number, address in enumerate(addresses):
             share = max(0.1, (ends - monotonic()) / (len(addresses) - number))
             try:
-                return Wire(await self._network.connect_tcp(address, port, share, local_address, socket_options))
+                return VerifiedStream(
+                    await self._network.connect_tcp(address, port, share, local_address, socket_options)
+                )
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
 
     def close(self) -> None:
-        """Wait for nobody who looks up a name."""
+        """Close without waiting for name lookups."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

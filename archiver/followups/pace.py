@@ -1,31 +1,31 @@
-"""How fast one process sends, over all its subscriptions: what happens after ingest must leave ingest its share."""
+"""Limit the delivery rate of one process, so that ingest keeps its share."""
 
 import asyncio
 from collections.abc import Callable
 from time import monotonic
 
-LONGEST_SECONDS = 1.0  # that somebody waits: what is to be sent must not grow old meanwhile
+MAX_WAIT_SECONDS = 1.0  # maximum wait, so that the body to send does not grow old
 _BURST_SECONDS = 0.05  # that may be made up for: a loop that was late a little does not lose its turns
 
 
-class Pace:
-    """At most so many turns a second, evenly, first come, first served; 0: no limit."""
+class RateLimiter:
+    """Limits permits per second, first come, first served; 0: no limit."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = monotonic) -> None:
         self._interval = 1 / rate if rate else 0.0
         self._clock = clock
         self._next = 0.0
 
-    async def turn(self) -> bool:
-        """Return when it is one's turn; or, without one, after a while, where there are too many before."""
+    async def acquire(self) -> bool:
+        """Wait for a permit; return False after `MAX_WAIT_SECONDS` if too many wait."""
         if not self._interval:
             return True
         now = self._clock()
-        mine = max(self._next, now - _BURST_SECONDS)
-        if mine - now > max(LONGEST_SECONDS, self._interval):
-            await asyncio.sleep(LONGEST_SECONDS)
+        start = max(self._next, now - _BURST_SECONDS)
+        if start - now > max(MAX_WAIT_SECONDS, self._interval):
+            await asyncio.sleep(MAX_WAIT_SECONDS)
             return False
-        self._next = mine + self._interval
-        if mine > now:
-            await asyncio.sleep(mine - now)
+        self._next = start + self._interval
+        if start > now:
+            await asyncio.sleep(start - now)
         return True

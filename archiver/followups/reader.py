@@ -1,4 +1,4 @@
-"""From the feed to the deliveries of one subscription, page by page; what takes too long holds up nothing else.
+"""Create the deliveries of one subscription from the feed; slow sessions delay no others.
 
 Such a change is passed over with all others of its subject, so that their order is kept. The cursor of the
 subscription stays before the first of them until their deliveries are made.
@@ -12,23 +12,23 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from archiver.followups import subscriptions
-from archiver.followups.aside import STATEMENT_SECONDS, Aside, Piece, Reason, slow
+from archiver.followups.deferred import STATEMENT_SECONDS, DeferredQueue, DeferredWork, Reason, slow
 from archiver.followups.fanout import PAGE, Page, advance, fan_out, fan_out_subject, search, select_subject
 from archiver.followups.subscriptions import Subscription
 
-LOOK_SECONDS = 0.5  # at the feed in one transaction, about
+POLL_SECONDS = 0.5  # at the feed in one transaction, about
 SPLIT, SEARCH_SPLIT = 32, 8  # times fewer changes are looked at together where one of them takes too long
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """A subject that was passed over: up to which cursor its deliveries are made, and why not further."""
+    """A skipped session: the cursor up to which its deliveries exist, and why it is slow."""
 
     through: int
     reason: Reason
 
 
 class Position(msgspec.Struct, frozen=True):
-    """`base`: the cursor of the subscription; `ahead`: up to where all is made but what belongs to slow subjects."""
+    """`base`: cursor of the subscription; `ahead`: cursor up to which all but slow sessions are done."""
 
     base: int = 0
     ahead: int = 0
@@ -42,12 +42,12 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Reader:
-    """Reads the feed for one subscription. A turn calls `begin`, then in its transaction `start` and `look`, and
+    """Reads the feed for one subscription. A turn calls `begin`, then in its transaction `start` and `read_page`, and
     `commit` after it.
     """
 
-    def __init__(self, aside: Aside) -> None:
-        self._aside = aside
+    def __init__(self, deferred: DeferredQueue) -> None:
+        self._deferred = deferred
         self._page = PAGE
         self._narrow_until = 0  # the cursor up to which fewer changes are looked at together
         self._back: dict[str, int] = {}  # subjects whose deliveries were made alone, up to this cursor
@@ -65,65 +65,67 @@ class Reader:
             del self._back[subject]
         for subject, why in position.slow.items():
             if subject not in self._back:
-                self._aside.add(Remaking(self, subscription, subject, why.through), why.reason)
+                self._deferred.add(MakeRest(self, subscription, subject, why.through), why.reason)
 
-    def look(
+    def read_page(
         self, connection: Connection, leased: Subscription, position: Position, room: int
     ) -> tuple[Page | None, Position]:
         """Look at the next page of the feed, which is as large as can be looked at soon; None if this one was not."""
-        most = min(self._page, room)
+        limit = min(self._page, room)
         try:
             with connection.begin_nested():
-                page = self._make(connection, leased, position, most)
+                page = self._make(connection, leased, position, limit)
         except DBAPIError as error:
             if (reason := slow(error)) is None:
                 raise
-            return None, self._narrow(connection, position, most, reason)
+            return None, self._narrow(connection, position, limit, reason)
         if page is None:
-            self._narrow_search(connection, position, most)
+            self._narrow_search(connection, position, limit)
             return None, position
         if page.through >= self._narrow_until and leased.filter.contains is None:
             self._page = PAGE
         return page, msgspec.structs.replace(position, ahead=page.through)
 
-    def _make(self, connection: Connection, leased: Subscription, position: Position, most: int) -> Page | None:
-        aside, advances = tuple(position.slow), not position.slow
+    def _make(self, connection: Connection, leased: Subscription, position: Position, limit: int) -> Page | None:
+        deferred, advances = tuple(position.slow), not position.slow
         if leased.filter.contains is None:
-            return fan_out(connection, leased, position.ahead, most, aside=aside, advances=advances)
+            return fan_out(connection, leased, position.ahead, limit, deferred=deferred, advances=advances)
         began = monotonic()
         page = search(
             connection,
             leased,
             position.ahead,
-            most,
-            aside=aside,
+            limit,
+            deferred=deferred,
             advances=advances,
             statement_seconds=STATEMENT_SECONDS,
         )
-        if page is not None and monotonic() - began > LOOK_SECONDS:
+        if page is not None and monotonic() - began > POLL_SECONDS:
             self._page = max(1, self._page // 2)
-        elif page is not None and monotonic() - began < LOOK_SECONDS / 4:
+        elif page is not None and monotonic() - began < POLL_SECONDS / 4:
             self._page = min(PAGE, self._page * 2)
         return page
 
-    def _narrow(self, connection: Connection, position: Position, most: int, reason: Reason) -> Position:
+    def _narrow(self, connection: Connection, position: Position, limit: int, reason: Reason) -> Position:
         """Look at fewer changes from now on; where it was a single one, pass over its subject."""
-        most = self._narrow_search(connection, position, most, SPLIT)
-        if most > 1:
-            self._narrow_until = position.ahead + most
+        limit = self._narrow_search(connection, position, limit, SPLIT)
+        if limit > 1:
+            self._narrow_until = position.ahead + limit
             return position
-        found = select_subject(connection, position.ahead)
-        if found is None:
+        result = select_subject(connection, position.ahead)
+        if result is None:
             return position
-        cursor, subject = found
+        cursor, subject = result
         slow_ones = {**position.slow, subject: Slow(position.ahead, reason)}
         return msgspec.structs.replace(position, ahead=cursor, slow=slow_ones)
 
-    def _narrow_search(self, connection: Connection, position: Position, most: int, split: int = SEARCH_SPLIT) -> int:
+    def _narrow_search(
+        self, connection: Connection, position: Position, limit: int, split: int = SEARCH_SPLIT
+    ) -> int:
         held = subscriptions.select_newest_cursor(connection) - position.ahead  # the feed has no gaps
-        most = min(most, held)
-        self._page = max(1, most // split)
-        return most
+        limit = min(limit, held)
+        self._page = max(1, limit // split)
+        return limit
 
     def start(self, connection: Connection, leased: Subscription) -> Position:
         """Return where to go on. Subjects whose deliveries were made alone come back, if not slow again."""
@@ -149,7 +151,7 @@ class Reader:
         """Make the deliveries of this subject in that part of the feed; return why that takes too long."""
         try:
             with connection.begin_nested():
-                while (page := fan_out_subject(connection, leased, subject, after=through, until=ahead)).looked_at:
+                while (page := fan_out_subject(connection, leased, subject, after=through, until=ahead)).examined:
                     through = page.through
         except DBAPIError as error:
             if (reason := slow(error)) is None:
@@ -157,12 +159,12 @@ class Reader:
             return reason
         return None
 
-    def returned(self, subject: str, through: int) -> None:
+    def rejoin(self, subject: str, through: int) -> None:
         """Note that the deliveries of this subject are made up to this cursor."""
         self._back[subject] = through
 
 
-class Remaking(Piece):
+class MakeRest(DeferredWork):
     """The deliveries of one slow subject, after a cursor and up to where the reader is."""
 
     def __init__(self, reader: Reader, subscription: Subscription, subject: str, through: int) -> None:
@@ -182,9 +184,9 @@ class Remaking(Piece):
             self._subject,
             after=self._through,
             until=self._until,
-            most=self._size,
+            limit=self._size,
         )
-        return page.through if page.looked_at else 0
+        return page.through if page.examined else 0
 
     def succeeded(self, answer: int) -> bool:
         """Go on after what was made."""
@@ -192,9 +194,9 @@ class Remaking(Piece):
         if answer:
             self._through = answer
             return False
-        self._reader.returned(self._subject, self._until)
+        self._reader.rejoin(self._subject, self._until)
         return True
 
-    def divided(self) -> Sequence[Piece]:
+    def divided(self) -> Sequence[DeferredWork]:
         """Never: it stays one subject."""
         return ()

@@ -1,4 +1,4 @@
-"""What people see of subscriptions and deliveries, and what they can do about those that were given up."""
+"""Views of subscriptions and deliveries for people, and retries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -66,12 +66,12 @@ def latest_fault(row: Mapping[str, Any]) -> str:
 
 def name_failing(failing: Sequence[Mapping[str, Any]]) -> str:
     """Some by their ids, each with its latest fault."""
-    named = [f"{row['id']} ({latest_fault(row)})" if latest_fault(row) else str(row["id"]) for row in failing]
-    more = f" and {len(named) - _NAMED:,} more" if len(named) > _NAMED else ""
-    return ", ".join(named[:_NAMED]) + more
+    names = [f"{row['id']} ({latest_fault(row)})" if latest_fault(row) else str(row["id"]) for row in failing]
+    more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
 
 
-_NAMED = 5
+_MAX_NAMED = 5
 _LIST = """
     SELECT d.subscription_id, d.cursor, d.type, d.session_id, d.chat_id, d.seal_id, d.changed_at, d.state, d.attempts,
            d.due_at, d.ended_at, a.at AS attempted_at, a.seconds, a.status, a.fault, a.answer
@@ -87,10 +87,10 @@ _LIST = """
 
 
 def select_deliveries(
-    connection: Connection, *, subscription_id: int | None, state: State | None, most: int
+    connection: Connection, *, subscription_id: int | None, state: State | None, limit: int
 ) -> Sequence[RowMapping]:
     """The newest ones, each with its latest attempt."""
-    values: dict[str, Any] = {"most": most}
+    values: dict[str, Any] = {"most": limit}
     of_subscription = ""
     if subscription_id is not None:
         of_subscription, values["id"] = "WHERE s.id = :id", subscription_id
@@ -130,14 +130,14 @@ def retry(connection: Connection, subscription_id: int, cursor: int) -> Retried:
     return "unknown" if connection.execute(_SELECT_ONE, values).first() is None else "delivered"
 
 
-def retry_dead(connection: Connection, subscription_id: int, most: int) -> int:
+def retry_dead(connection: Connection, subscription_id: int, limit: int) -> int:
     """The same for those that were given up, the oldest so many; answers how many there were."""
-    values = {"id": subscription_id, "most": most, "attempts": ATTEMPTS}
+    values = {"id": subscription_id, "most": limit, "attempts": ATTEMPTS}
     return len(connection.execute(_RETRY_DEAD, values).all())
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """How follow-ups stand: counts, and the age in seconds of the oldest change not yet told."""
+class FollowupStats(msgspec.Struct, frozen=True):
+    """Statistics of follow-ups: counts, and the age in seconds of the oldest undelivered change."""
 
     subscriptions: int
     paused: int
@@ -148,7 +148,7 @@ class Standing(msgspec.Struct, frozen=True):
     oldest_seconds: float
 
 
-_STANDING = text(
+_STATS = text(
     """
     SELECT (SELECT count(*) FROM archiver.subscriptions) AS subscriptions,
            (SELECT count(*) FROM archiver.subscriptions WHERE paused_at IS NOT NULL) AS paused,
@@ -176,12 +176,12 @@ _MAY_SEE = text(
 )
 
 
-def may_select_standing(connection: Connection) -> bool:
-    """Whether this user may ask for it: auditors may not read what holds secrets."""
+def may_select_stats(connection: Connection) -> bool:
+    """Return whether this user may read it: auditors may not read tables with secrets."""
     return bool(connection.scalar(_MAY_SEE))
 
 
-def select_standing(connection: Connection) -> Standing:
+def select_stats(connection: Connection) -> FollowupStats:
     """Exact; reads what is pending and what is dead."""
-    row = connection.execute(_STANDING).mappings().one()
-    return Standing(**{**row, "oldest_seconds": float(row["oldest_seconds"])})
+    row = connection.execute(_STATS).mappings().one()
+    return FollowupStats(**{**row, "oldest_seconds": float(row["oldest_seconds"])})

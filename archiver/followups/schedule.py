@@ -1,4 +1,4 @@
-"""When a delivery is tried again, and for how long a receiver that fails is left alone. Pure."""
+"""Retry schedule and circuit breaker of deliveries. Pure."""
 
 import random
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 ATTEMPTS = 14  # after which a delivery is given up
-LONGEST_RETRY_AFTER = 86_400.0  # seconds
-FAILURES = 5  # in a row, after which only one delivery at a time asks whether the receiver is back
-GIVE_UP_AFTER = timedelta(days=7)  # without a single success: the subscription is paused
+MAX_RETRY_AFTER = 86_400.0  # seconds
+OPEN_AFTER_FAILURES = 5  # in a row, after which only one delivery at a time asks whether the receiver is back
+PAUSE_AFTER = timedelta(days=7)  # without a single success: the subscription is paused
 
 # At most so many seconds after the attempt of that number; on average half of it, a day in all.
 _BACKOFF = (10, 30, 90, 270, 810, 2_430, 7_290, 21_870, *[28_800] * 5)
-_FIRST_PROBE, _LONGEST_PROBE = 5.0, 900.0
+_INITIAL_PROBE_PAUSE, _MAX_PROBE_PAUSE = 5.0, 900.0
 
 Choose = Callable[[float, float], float]
 
@@ -22,26 +22,26 @@ def backoff(number: int, retry_after: float | None = None, choose: Choose = rand
 
     Full jitter, so that what failed together is not tried again together; no sooner than the receiver asked for.
     """
-    most = _BACKOFF[min(number, len(_BACKOFF)) - 1]
-    return max(choose(1.0, most), retry_after or 0.0)
+    limit = _BACKOFF[min(number, len(_BACKOFF)) - 1]
+    return max(choose(1.0, limit), retry_after or 0.0)
 
 
 def probe_after(failures: int, choose: Choose = random.uniform) -> float:
-    """Seconds for which a receiver is left alone after so many failures in a row; 0 while it is not yet cut off."""
-    if failures < FAILURES:
+    """Return the seconds for which the circuit stays open after `failures` in a row; 0 while it is closed."""
+    if failures < OPEN_AFTER_FAILURES:
         return 0.0
-    most = min(_FIRST_PROBE * 2 ** min(failures - FAILURES, 20), _LONGEST_PROBE)
-    return choose(most / 2, most)
+    limit = min(_INITIAL_PROBE_PAUSE * 2 ** min(failures - OPEN_AFTER_FAILURES, 20), _MAX_PROBE_PAUSE)
+    return choose(limit / 2, limit)
 
 
 def retry_after(header: str, now: datetime) -> float | None:
     """Seconds, from seconds or an HTTP date (RFC 9110, 10.2.3), at most a day; None where it says nothing."""
     text = header.strip()
     if text.isascii() and text.isdecimal():
-        return min(float(text[:10]), LONGEST_RETRY_AFTER)
+        return min(float(text[:10]), MAX_RETRY_AFTER)
     try:
         moment = parsedate_to_datetime(text)
     except (ValueError, OverflowError, TypeError):
         return None
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return min(max((aware - now).total_seconds(), 0.0), LONGEST_RETRY_AFTER)
+    return min(max((aware - now).total_seconds(), 0.0), MAX_RETRY_AFTER)

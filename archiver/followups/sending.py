@@ -1,4 +1,4 @@
-"""One attempt: a POST to a receiver, and what came of it. No redirect is followed, no proxy asked, no cookie kept."""
+"""One delivery attempt: a POST without redirects, proxies or cookies."""
 
 import asyncio
 import ssl
@@ -13,17 +13,24 @@ import structlog
 
 from archiver import telemetry
 from archiver.followups import guard, signing
-from archiver.followups.guard import Endpoint, Guarded, RefusedError, Resolve, UnresolvedError, resolve
+from archiver.followups.guard import (
+    AddressRefusedError,
+    Endpoint,
+    GuardedNetwork,
+    HostNotFoundError,
+    Resolve,
+    resolve,
+)
 from archiver.followups.schedule import retry_after
 from archiver.followups.signing import SecretError
 from archiver.followups.subscriptions import Subscription
-from archiver.followups.wires import Wire
+from archiver.followups.verified_stream import VerifiedStream
 
 log = structlog.get_logger(__name__)
 
 SECONDS = 15.0  # for an attempt, to the last byte of its answer
-MOST_READ = 65_536  # bytes of an answer
-MOST_PARTS = 256  # of an answer: each chunk of an answer in chunks is one
+MAX_ANSWER_BYTES = 65_536  # bytes of an answer
+MAX_PARTS = 256  # of an answer: each chunk of an answer in chunks is one
 KEPT = 256  # bytes of an answer
 IDLE_SECONDS = 4.0  # that a connection is kept unused: less than servers keep it
 GONE = 410
@@ -43,7 +50,7 @@ Fault = Literal[
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """What came of it: `status` if there was an answer, `fault` unless it was 2xx; the first bytes of the answer.
+    """Result of an attempt: `status` if there was a response, `fault` unless it was 2xx, first bytes of the body.
 
     `retry_after`: seconds that the receiver asks for.
     """
@@ -75,7 +82,9 @@ class Transport:
         resolve: Resolve = resolve,
     ) -> None:
         self._endpoint, self._seconds = endpoint, seconds
-        self._network = Guarded(is_encrypted=endpoint.is_encrypted, allow_private=allow_private, resolve=resolve)
+        self._network = GuardedNetwork(
+            is_encrypted=endpoint.is_encrypted, allow_private=allow_private, resolve=resolve
+        )
         self._url = httpcore2.URL(
             scheme=endpoint.scheme, host=endpoint.host, port=endpoint.port, target=endpoint.target
         )
@@ -118,29 +127,33 @@ class Transport:
                 return ended(**await self._exchange(headers, body))
         except TimeoutError:
             return ended(fault="timeout")
-        except Exception as error:  # noqa: BLE001  # whatever it is, it must not be tried for ever without counting
+        except Exception as error:  # noqa: BLE001  # any error must count as an attempt, or it would be retried forever
             return ended(fault=_fault(error))
 
     async def _exchange(self, headers: dict[str, str], body: bytes) -> dict[str, object]:
         async with self._pool.stream("POST", self._url, headers=list(headers.items()), content=body) as response:
-            wire = response.extensions.get("network_stream")
-            if isinstance(wire, Wire):
-                wire.begin_body()
+            stream = response.extensions.get("network_stream")
+            if isinstance(stream, VerifiedStream):
+                stream.begin_body()
             answer, parts = bytearray(), 0
             async for part in response.aiter_stream():
                 answer += part
                 parts += 1
-                if len(answer) >= MOST_READ or parts >= MOST_PARTS:  # what is left of it unread ends the connection
+                if (
+                    len(answer) >= MAX_ANSWER_BYTES or parts >= MAX_PARTS
+                ):  # what is left of it unread ends the connection
                     break
             else:
-                if isinstance(wire, Wire):
-                    wire.settle(bytes(answer))
-            told = {name.lower(): value for name, value in response.headers}
+                if isinstance(stream, VerifiedStream):
+                    stream.settle(bytes(answer))
+            header_values = {name.lower(): value for name, value in response.headers}
             return {
                 "status": response.status,
                 "fault": _judge(response.status),
                 "answer": bytes(answer[:KEPT]),
-                "retry_after": retry_after(told.get(b"retry-after", b"").decode("latin-1"), datetime.now(UTC)),
+                "retry_after": retry_after(
+                    header_values.get(b"retry-after", b"").decode("latin-1"), datetime.now(UTC)
+                ),
             }
 
 
@@ -151,8 +164,8 @@ def _judge(status: int) -> Fault | None:
 
 
 _FAULTS: tuple[tuple[type[Exception], Fault], ...] = (
-    (RefusedError, "refused_address"),
-    (UnresolvedError, "unknown_host"),
+    (AddressRefusedError, "refused_address"),
+    (HostNotFoundError, "unknown_host"),
     (httpcore2.TimeoutException, "timeout"),
 )
 
@@ -171,5 +184,5 @@ def _fault(error: Exception) -> Fault:
     telemetry.followup_defects.inc()
     if isinstance(error, SecretError):
         return "bad_secret"
-    log.error("an attempt at a follow-up failed here", exc_info=(type(error), error, error.__traceback__))
+    log.error("delivery attempt failed locally", exc_info=(type(error), error, error.__traceback__))
     return "failed_here"

@@ -9,7 +9,7 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Sequence
 
 PREFIX = "whsec_"
-SHORTEST, LONGEST = 24, 64  # bytes, as the specification has it
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # bytes, as the specification has it
 _MADE = 32
 
 
@@ -23,17 +23,17 @@ def make_secret() -> str:
 
 
 def key(secret: str) -> bytes:
-    """The bytes that a secret stands for. Raises `SecretError`, which does not tell it."""
+    """Return the key bytes of a secret. Raises `SecretError`, which does not quote it."""
     if not secret.startswith(PREFIX):
         raise SecretError(str(SecretError.__doc__))
     text = secret.removeprefix(PREFIX).rstrip("=")
     try:
-        found = a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
+        result = a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
     except ValueError:
-        found = b""
-    if not SHORTEST <= len(found) <= LONGEST:
+        result = b""
+    if not MIN_SECRET_BYTES <= len(result) <= MAX_SECRET_BYTES:
         raise SecretError(str(SecretError.__doc__))
-    return found
+    return result
 
 
 def sign(keys: Sequence[bytes], message_id: str, seconds: int, body: bytes) -> dict[str, str]:

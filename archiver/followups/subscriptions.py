@@ -1,4 +1,4 @@
-"""The table of subscriptions: who is told of what, up to where, and how it went lately."""
+"""The table of subscriptions: receivers, filters, cursors and circuit breakers."""
 
 import contextlib
 import secrets
@@ -13,27 +13,27 @@ from archiver import tables
 from archiver.followups import signing
 
 SEAL = "seal.created"
-MOST = 100  # subscriptions
-CONCURRENCY, MOST_CONCURRENCY = 4, 32
+MAX_SUBSCRIPTIONS = 100  # subscriptions
+CONCURRENCY, MAX_CONCURRENCY = 4, 32
 OVERLAP = timedelta(hours=24)  # in which both secrets sign after a rotation
 LEASE_SECONDS = 20.0
 GONE, FAILING, BY_HAND = "gone", "failing", "paused"  # why a subscription is paused
 
 
-class NoSuchError(Exception):
+class SubscriptionNotFoundError(Exception):
     """There is no subscription of that id."""
 
 
-class TooManyError(Exception):
+class SubscriptionLimitError(Exception):
     """There are too many subscriptions already."""
 
 
-class BeyondError(Exception):
+class CursorBeyondFeedError(Exception):
     """The cursor is beyond the end of the feed."""
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """What a conversation must have, so that its changes are told; None: anything."""
+    """Conditions on a conversation; None: any."""
 
     assistant_id: str | None = None
     variable: str | None = None
@@ -60,32 +60,36 @@ class Subscription(msgspec.Struct, frozen=True):
     previous_until: datetime | None
     cursor: int
     failures: int
-    closed_seconds: float  # that its receiver is still left alone
+    open_seconds: float  # that its receiver is still left alone
     failing_seconds: float  # since the first of the failures in a row
 
     def keys(self, now: datetime) -> list[bytes]:
         """What signs, the newest first. Raises `signing.SecretError` where the newest is damaged."""
-        found = [signing.key(self.secret)]
+        result = [signing.key(self.secret)]
         if self.previous_secret is not None and self.previous_until is not None and now < self.previous_until:
             with contextlib.suppress(signing.SecretError):  # a damaged one was rotated away
-                found.append(signing.key(self.previous_secret))
-        return found
+                result.append(signing.key(self.previous_secret))
+        return result
 
 
 _S = tables.subscriptions
 
 
 def insert_subscription(connection: Connection, values: Mapping[str, Any], after: int | None) -> int:
-    """A new one that is told what comes after this cursor, or after all that is in the feed. Answers its id.
+    """Insert a subscription that starts after this cursor or at the end of the feed; return its id.
 
-    Raises `TooManyError` and `BeyondError`.
+    Raises `SubscriptionLimitError` and `CursorBeyondFeedError`.
     """
     connection.execute(text("LOCK TABLE archiver.subscriptions IN SHARE ROW EXCLUSIVE MODE"))
-    if int(connection.scalar(select(func.count()).select_from(_S)) or 0) >= MOST:
-        raise TooManyError(f"There are {MOST} subscriptions already, the most that there may be.")
+    if int(connection.scalar(select(func.count()).select_from(_S)) or 0) >= MAX_SUBSCRIPTIONS:
+        raise SubscriptionLimitError(
+            f"There are {MAX_SUBSCRIPTIONS} subscriptions already, the most that there may be."
+        )
     newest = select_newest_cursor(connection)
     if after is not None and after > newest:
-        raise BeyondError(f"The feed ends at {newest}, before {after}: what comes up to there would not be told.")
+        raise CursorBeyondFeedError(
+            f"The feed ends at {newest}, before {after}: changes up to the cursor would be skipped."
+        )
     cursor = newest if after is None else after
     row = {**values, "cursor": cursor, "created_at": datetime.now(UTC)}
     return int(connection.execute(insert(_S).returning(_S.c.id), row).scalar_one())
@@ -102,21 +106,21 @@ def select_ids(connection: Connection) -> set[int]:
 
 
 def select_one(connection: Connection, subscription_id: int) -> RowMapping:
-    """With its secrets. Raises `NoSuchError`."""
+    """With its secrets. Raises `SubscriptionNotFoundError`."""
     row = connection.execute(select(_S).where(_S.c.id == subscription_id)).mappings().first()
     if row is None:
-        raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+        raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
     return row
 
 
-def of_row(row: RowMapping) -> Subscription:
+def subscription_from_row(row: RowMapping) -> Subscription:
     """As its sender needs it."""
-    told = Filter(row["assistant_id"], row["variable"], row["value"], row["contains"])
+    row_filter = Filter(row["assistant_id"], row["variable"], row["value"], row["contains"])
     return Subscription(
         id=row["id"],
         url=row["url"],
         events=tuple(row["events"]),
-        filter=told,
+        filter=row_filter,
         is_ordered=row["is_ordered"],
         concurrency=row["concurrency"],
         secret=row["secret"],
@@ -124,7 +128,7 @@ def of_row(row: RowMapping) -> Subscription:
         previous_until=row["previous_until"],
         cursor=row["cursor"],
         failures=row["failures"],
-        closed_seconds=float(row.get("closed_seconds") or 0.0),
+        open_seconds=float(row.get("open_seconds") or 0.0),
         failing_seconds=float(row.get("failing_seconds") or 0.0),
     )
 
@@ -132,11 +136,11 @@ def of_row(row: RowMapping) -> Subscription:
 def _change(connection: Connection, subscription_id: int, **values: Any) -> None:
     changed = connection.execute(update(_S).where(_S.c.id == subscription_id).values(**values).returning(_S.c.id))
     if changed.first() is None:
-        raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+        raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
 
 
 def pause(connection: Connection, subscription_id: int, reason: str) -> None:
-    """Nothing is sent and nothing of the feed looked at from now on. Raises `NoSuchError`."""
+    """Pause a subscription. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, paused_at=datetime.now(UTC), pause_reason=reason)
 
 
@@ -144,15 +148,15 @@ _HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "closed_until"
 
 
 def resume(connection: Connection, subscription_id: int) -> int:
-    """It goes on where it was; answers how many changes the feed does not hold any more. Raises `NoSuchError`."""
+    """Resume a subscription; return how many changes the feed no longer holds. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, paused_at=None, pause_reason=None, **_HEALTHY)
     oldest = connection.scalar(text("SELECT min(cursor) FROM archiver.changes"))
     cursor = int(select_one(connection, subscription_id)["cursor"])
     return 0 if oldest is None else max(0, int(oldest) - cursor - 1)
 
 
-def close_circuit(connection: Connection, subscription_id: int) -> None:
-    """Its receiver is back: it is left alone no longer. Raises `NoSuchError`."""
+def reset_circuit(connection: Connection, subscription_id: int) -> None:
+    """Close the circuit breaker, because the receiver answers again. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, **_HEALTHY)
 
 
@@ -165,13 +169,13 @@ def rotate(connection: Connection, subscription_id: int, secret: str) -> datetim
 
 
 def remove(connection: Connection, subscription_id: int) -> None:
-    """Its deliveries belong to nobody then, and are forgotten. Raises `NoSuchError`."""
+    """Remove a subscription; its deliveries are pruned later. Raises `SubscriptionNotFoundError`."""
     if connection.execute(delete(_S).where(_S.c.id == subscription_id).returning(_S.c.id)).first() is None:
-        raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+        raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
 
 
 def new_owner() -> str:
-    """A name for whoever leases, like no other's."""
+    """Return a unique name for a lease holder."""
     return secrets.token_hex(8)
 
 
@@ -183,7 +187,7 @@ _LEASE = text(
      WHERE id = :id AND paused_at IS NULL
        AND (leased_by = :owner OR leased_until IS NULL OR leased_until < now()
             OR leased_until > now() + 2 * :seconds * interval '1 second')
-    RETURNING *, extract(epoch FROM closed_until - now()) AS closed_seconds,
+    RETURNING *, extract(epoch FROM closed_until - now()) AS open_seconds,
               extract(epoch FROM now() - failing_since) AS failing_seconds
     """
 )
@@ -193,14 +197,14 @@ _RELEASE = text(
 
 
 def lease(connection: Connection, subscription_id: int, owner: str) -> Subscription | None:
-    """The subscription, ours for the next seconds; None if it is another's, paused or removed."""
+    """Lease the subscription; None if it is leased by another worker, paused or removed."""
     values = {"id": subscription_id, "owner": owner, "seconds": LEASE_SECONDS}
     row = connection.execute(_LEASE, values).mappings().first()
-    return None if row is None else of_row(row)
+    return None if row is None else subscription_from_row(row)
 
 
 def release(connection: Connection, subscription_id: int, owner: str) -> None:
-    """Let others have it."""
+    """Release the lease."""
     connection.execute(_RELEASE, {"id": subscription_id, "owner": owner})
 
 
@@ -221,12 +225,12 @@ _IDLE_SECONDS = 90_000.0
 
 
 def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
-    """So many failures in a row; its receiver is left alone for so many seconds, or for as long as before."""
+    """Store consecutive failures, and open the circuit for `wait` seconds or keep it as it is."""
     values = {"id": subscription_id, "failures": failures, "wait": wait, "idle": _IDLE_SECONDS}
     connection.execute(_SET_CIRCUIT, values)
 
 
-# What there is to do: changes not looked at, or deliveries that are due, and nobody else at it.
+# Subscriptions with unprocessed changes or due deliveries that are not leased.
 _SELECT_BUSY = text(
     """
     SELECT s.id FROM archiver.subscriptions s
@@ -246,13 +250,13 @@ def select_busy(connection: Connection, owner: str) -> Sequence[int]:
     return connection.scalars(_SELECT_BUSY, {"owner": owner, "seconds": LEASE_SECONDS}).all()
 
 
-_SELECT_LEAST = text("SELECT min(cursor) FROM archiver.subscriptions WHERE paused_at IS NULL")
+_SELECT_MIN_CURSOR = text("SELECT min(cursor) FROM archiver.subscriptions WHERE paused_at IS NULL")
 
 
 def select_consumed(connection: Connection) -> int | None:
     """Up to which cursor every subscription at work has looked at the feed; None where there is none.
 
-    A paused one keeps nothing: else one that nobody resumes would keep the feed for ever.
+    A paused subscription keeps no changes: otherwise a forgotten one would keep the feed forever.
     """
-    least = connection.scalar(_SELECT_LEAST)
+    least = connection.scalar(_SELECT_MIN_CURSOR)
     return None if least is None else int(least)

@@ -1,6 +1,6 @@
-"""Group commit: what waits is written in one transaction, and each waiting request learns its own outcome.
+"""Batch waiting deliveries into one transaction each, and return to each caller its own outcome.
 
-While one batch commits, the next fills; a lone event waits for nobody. The event loop keeps receiving wherever a
+While one batch commits, the next fills; a single event does not wait. The event loop keeps receiving wherever a
 statement waits for Postgres. A batch that takes long is overtaken by others, none of which holds an event of its
 sessions; what it did not commit in time goes to the spool or, without one, is written in ever smaller parts beside
 the batches.
@@ -18,9 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.events import Event
-from archiver.ingest.alone import Alone
 from archiver.ingest.circuit import Circuit
 from archiver.ingest.fallback import SPOOL_AFTER_SECONDS, Fallback
+from archiver.ingest.isolated import IsolatedWriter
 from archiver.ingest.probe import Fault, database_fault
 from archiver.ingest.redrive import retry_quarantined
 from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, subject, write
@@ -43,21 +43,21 @@ __all__ = [
 
 log = structlog.get_logger(__name__)
 
-LONGEST_GATHERING_SECONDS = 0.01
-GAUGED = 16  # of so many arrivals one brings the gauges up to date: enough to see a queue grow
+MAX_GATHER_SECONDS = 0.01
+GAUGE_EVERY = 16  # of so many arrivals one brings the gauges up to date: enough to see a queue grow
 BATCH_MESSAGES = 10_000  # in the events of one transaction; one event may hold as many as it may
 BATCH_BYTES = 16 * 1_048_576  # likewise
 LANES = 2  # batches at a time; the second one only once the first takes long
-OVERTAKE_SECONDS = 0.25  # after which a batch may be overtaken
-LOOK_AHEAD = 1_000  # deliveries that are passed over for those behind them
-UNHURRIED_SECONDS = 10.0  # of a batch that no sender waits for
-PART_SECONDS, UNHURRIED_PART_SECONDS = 1.0, 5.0  # of a part of a batch that took too long
+OVERLAP_SECONDS = 0.25  # after which a batch may be overtaken
+MAX_OVERTAKEN = 1_000  # deliveries that are passed over for those behind them
+SECOND_TRY_SECONDS = 10.0  # of a batch that no sender waits for
+PART_SECONDS, SECOND_TRY_PART_SECONDS = 1.0, 5.0  # of a part of a batch that took too long
 CLOSING_SECONDS = 10.0  # for parts that are still being written when no more is taken
 CONNECTIONS = LANES + 5  # to Postgres: beside batches one for parts or the spool, two for slow events, two for trials
 
 
 class QueueFullError(Exception):
-    """Too many events wait for the database; send this one again in a moment."""
+    """Too many events wait for the database. Retry in a moment."""
 
 
 class _Waiting(msgspec.Struct, frozen=True):
@@ -71,9 +71,10 @@ def _messages(delivery: Delivery) -> int:
 
 
 class Ingest:
-    """The queue of one process; takes deliveries while `running`.
+    """The queue of one process; accepts deliveries during `running`.
 
-    `patience`: seconds for which a batch may wait until it is full, where nobody waits for the answer; 0: a batch
+    `gather_seconds`: seconds for which a batch may wait until it is full, if no caller waits for the outcome; 0: a
+    batch
     waits for no longer than what it may save.
     `fallback`: takes what the database does not; None without a spool.
     `failed_at`: when a batch last failed for the database's sake, on `time.monotonic`'s clock; None after a success.
@@ -90,12 +91,12 @@ class Ingest:
         queue_bytes: int,
         batch_events: int,
         timing: Timing = DEFAULT_TIMING,
-        patience: float = 0.0,
+        gather_seconds: float = 0.0,
     ) -> None:
         self._engine = engine
-        self._timing, self._patience = timing, patience
+        self._timing, self._gather_seconds = timing, gather_seconds
         self._circuit = Circuit(engine)
-        self._alone = Alone(engine, timing, self._circuit)
+        self._isolated = IsolatedWriter(engine, timing, self._circuit)
         self._max_events, self._max_bytes, self._batch_events = queue_events, queue_bytes, batch_events
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0  # of what waits and of what is being written
@@ -110,7 +111,7 @@ class Ingest:
 
     @asynccontextmanager
     async def running(self, spool: Spool | None = None) -> AsyncIterator[None]:
-        """Write batches meanwhile; at the end write what still waits, and take nothing more."""
+        """Write batches during the block; at its end write waiting deliveries and accept no more."""
         if spool is not None:
             self.add_spool(spool)
         writer = asyncio.create_task(self._write_batches())
@@ -125,12 +126,12 @@ class Ingest:
                 await asyncio.wait({self._drain})
 
     def add_spool(self, spool: Spool) -> None:
-        """From now on what the database does not take goes there. Within `running`."""
-        self.fallback = Fallback(self._engine, spool, self._timing, self._circuit, self._alone)
+        """Use this spool from now on for deliveries that the database does not accept. Call within `running`."""
+        self.fallback = Fallback(self._engine, spool, self._timing, self._circuit, self._isolated)
         self._drain = asyncio.create_task(self.fallback.drain())
 
     async def submit(self, delivery: Delivery) -> Outcome:
-        """Commit one delivery, together with whatever else waits.
+        """Commit one delivery, together with other waiting ones.
 
         Raises `QueueFullError` at once, or `UnavailableError` when the database did not take it. Cancelling the
         caller does not take the delivery out of its batch.
@@ -141,7 +142,7 @@ class Ingest:
         self._queue.append(waiting)
         self._events += 1
         self._bytes += size
-        if self._events % GAUGED == 1:
+        if self._events % GAUGE_EVERY == 1:
             self._gauge()
         if len(self._queue) >= self._expected:
             self._arrived.set()
@@ -164,7 +165,7 @@ class Ingest:
             if batch:
                 seconds = await self._begin(batch)
             elif self._queue:  # all that wait are of sessions whose batches are under way
-                await asyncio.wait(self._lanes, timeout=OVERTAKE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(self._lanes, timeout=OVERLAP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         while self._lanes:
             await asyncio.wait(self._lanes)
         if self._parts:
@@ -178,10 +179,10 @@ class Ingest:
         """Write a batch, and wait for it until the next may begin; answers for how long."""
         started = perf_counter()
         task = asyncio.create_task(self._settle(batch))
-        await asyncio.wait({task}, timeout=OVERTAKE_SECONDS)
+        await asyncio.wait({task}, timeout=OVERLAP_SECONDS)
         if not task.done():
             self._lanes[task] = {subject(waiting.delivery) for waiting in batch}
-            self._expected = self._batch_events if self._patience else 1
+            self._expected = self._batch_events if self._gather_seconds else 1
             task.add_done_callback(lambda done: self._lanes.pop(done, None))
             while len(self._lanes) >= LANES:
                 await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +192,7 @@ class Ingest:
         """Write a batch and answer all who wait for it, but for those whose part is tried again."""
         try:
             results = await self._write([waiting.delivery for waiting in batch])
-        except Exception:  # the supervisor: whatever happens, everyone is answered and the next batch comes
+        except Exception:  # supervisor: on any error every caller gets an outcome, and the next batch starts
             log.exception("batch failed", events=len(batch))
             results = [UnavailableError()] * len(batch)
         has_failed = any(isinstance(result, UnavailableError) for result in results)
@@ -199,14 +200,14 @@ class Ingest:
         if asyncio.current_task() not in self._lanes:  # else the next batch is gathered already
             # Senders that wait for an answer before they send again are about to: so many may come at once.
             at_once = len(batch) + len(self._queue)
-            self._expected = self._batch_events if self._patience else min(at_once, self._batch_events)
+            self._expected = self._batch_events if self._gather_seconds else min(at_once, self._batch_events)
         slow: list[_Waiting] = []
         for waiting, result in zip(batch, results, strict=True):
             if isinstance(result, UnavailableError) and not self._circuit.is_open:
                 slow.append(waiting)
             else:
                 self._answer(waiting, result)
-        together = [waiting for waiting in slow if not self._alone.knows(subject(waiting.delivery))]
+        together = [waiting for waiting in slow if not self._isolated.knows(subject(waiting.delivery))]
         for part in (together, *([waiting] for waiting in slow if waiting not in together)):
             if part:
                 self._begin_part(part)
@@ -226,11 +227,11 @@ class Ingest:
     async def _write(self, deliveries: Sequence[Delivery]) -> list[Result]:
         if self.fallback:
             return await self.fallback.write(deliveries)
-        quick = [place for place, each in enumerate(deliveries) if not self._alone.knows(subject(each))]
+        quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(subject(each))]
         results: list[Result] = [UnavailableError()] * len(deliveries)
         if not quick:
             return results
-        seconds = UNHURRIED_SECONDS if self._patience else SPOOL_AFTER_SECONDS
+        seconds = SECOND_TRY_SECONDS if self._gather_seconds else SPOOL_AFTER_SECONDS
         written = await write(self._engine, [deliveries[place] for place in quick], self._timing, seconds)
         for place, result in zip(quick, written, strict=True):
             results[place] = result
@@ -273,9 +274,9 @@ class Ingest:
 
     async def _write_half(self, deliveries: Sequence[Delivery], *, is_alone: bool) -> Sequence[Result]:
         if is_alone:
-            return [await self._alone.write(deliveries[0])]
+            return [await self._isolated.write(deliveries[0])]
         async with self._part_gate:
-            seconds = UNHURRIED_PART_SECONDS if self._patience else PART_SECONDS
+            seconds = SECOND_TRY_PART_SECONDS if self._gather_seconds else PART_SECONDS
             results = await write(self._engine, deliveries, self._timing, seconds)
             await self._judge(results)
         return results
@@ -289,7 +290,7 @@ class Ingest:
         passed_over: list[_Waiting] = []
         under_way: set[str] = set().union(*self._lanes.values())
         messages = size = 0
-        while self._queue and len(batch) < self._batch_events and len(passed_over) < LOOK_AHEAD:
+        while self._queue and len(batch) < self._batch_events and len(passed_over) < MAX_OVERTAKEN:
             delivery = self._queue[0].delivery
             if under_way and subject(delivery) in under_way:
                 passed_over.append(self._queue.popleft())
@@ -315,7 +316,7 @@ class Ingest:
         if self._closing or len(self._queue) >= self._expected:
             return
         try:
-            async with asyncio.timeout(self._patience or min(last_seconds / 2, LONGEST_GATHERING_SECONDS)):
+            async with asyncio.timeout(self._gather_seconds or min(last_seconds / 2, MAX_GATHER_SECONDS)):
                 await self._arrived.wait()
         except TimeoutError:
             if self._queue:

@@ -1,4 +1,4 @@
-"""The circuit breaker between ingest and Postgres. Open: Postgres takes no event, so none is sent to it."""
+"""The circuit breaker between ingest and Postgres. Open: no events are sent."""
 
 from collections.abc import Iterable
 from time import monotonic
@@ -15,7 +15,7 @@ LOG_SECONDS = 60.0
 
 
 class Circuit:
-    """A statement about the database alone: a trial event decides, whatever failed before and however slowly.
+    """State of the database alone: a trial event decides.
 
     A full disk opens it too, since a trial that is rolled back does not show that; it then stays open until an event
     is stored.
@@ -40,16 +40,16 @@ class Circuit:
         fault = await trial_fault(self._engine)
         if fault is not None and monotonic() - self._logged_at >= LOG_SECONDS:
             self._logged_at = monotonic()
-            log.error("events stay spooled", database=fault.detail)
+            log.error("circuit still open; spooling", database=fault.detail)
         return fault is None
 
     def close(self) -> None:
         """Postgres took an event."""
         if self.is_open:
-            log.info("the database takes events again")
+            log.info("circuit closed")
         self.is_open = False
 
     def _open(self, reason: str) -> None:
         if not self.is_open:
-            log.error("the database takes no events", reason=reason)
+            log.error("circuit open; database accepts no events", reason=reason)
         self.is_open = True

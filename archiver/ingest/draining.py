@@ -1,4 +1,4 @@
-"""From one file of the spool to Postgres: the oldest first, but none that fails or takes long before any other.
+"""Move deliveries from one spool file to Postgres, oldest first; a failing or slow one delays no other.
 
 The file is gone through in passes. What fails while Postgres takes other events is left for the next pass, whose
 transactions are smaller, until it stands alone; then it is written alone, with time of its own, beside the passes.
@@ -11,29 +11,27 @@ from time import monotonic
 import msgspec
 import structlog
 
-from archiver.ingest.alone import Alone
 from archiver.ingest.circuit import Circuit
+from archiver.ingest.isolated import IsolatedWriter
 from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, restore, subject
 from archiver.spool import Spool, Spooled, SpoolError
 
 log = structlog.get_logger(__name__)
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 2.0
+INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.2, 2.0
 DRAIN_EVENTS = 200  # of one transaction
 DRAIN_BYTES = 8 * 1_048_576  # likewise
 SPLIT = 8  # so many times fewer events in a transaction of the next pass
 # Of a transaction of a first pass, and of the smaller ones of the next passes.
 FULL_SECONDS, SMALL_SECONDS = 3.0, 1.0
-MOST_ALONE, MOST_ALONE_BYTES = 50, 32 * 1_048_576  # at a time, in memory; the rest stays on disk
+MAX_ISOLATED, MAX_ISOLATED_BYTES = 50, 32 * 1_048_576  # at a time, in memory; the rest stays on disk
 
 Waiting = tuple[Spooled, Delivery]
 Write = Callable[[Sequence[Delivery], float], Awaitable[Sequence[Result]]]
 
 
-class Pass(msgspec.Struct):
-    """What one pass came to: how many events are to be tried in smaller transactions, how many wait for their turn
-    alone, and whether it was broken off because the database takes no events.
-    """
+class DrainPass(msgspec.Struct):
+    """Result of a pass: events to retry in smaller transactions, and events that wait."""
 
     failed: int = 0
     parked: int = 0
@@ -46,10 +44,10 @@ class Drain:
     """
 
     def __init__(
-        self, spool: Spool, write: Write, circuit: Circuit, alone: Alone, on_change: Callable[[], None]
+        self, spool: Spool, write: Write, circuit: Circuit, isolated: IsolatedWriter, on_change: Callable[[], None]
     ) -> None:
         self._spool, self._write_together = spool, write
-        self._circuit, self._alone, self._on_change = circuit, alone, on_change
+        self._circuit, self._isolated, self._on_change = circuit, isolated, on_change
         self._singles: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._single_bytes = 0
         self.arrived = asyncio.Event()
@@ -66,36 +64,36 @@ class Drain:
                 await asyncio.wait(singles)
 
     async def _empty(self) -> None:
-        size, pause = DRAIN_EVENTS, FIRST_PAUSE_SECONDS
+        size, pause = DRAIN_EVENTS, INITIAL_PAUSE_SECONDS
         while True:
             self.arrived.clear()
-            passed = await self._pass(size)
+            passed = await self._drain_page(size)
             if passed.is_broken_off:
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
             elif passed.failed:
-                size, pause = max(1, size // SPLIT), FIRST_PAUSE_SECONDS
+                size, pause = max(1, size // SPLIT), INITIAL_PAUSE_SECONDS
             elif self._singles or passed.parked:
-                size, pause = DRAIN_EVENTS, FIRST_PAUSE_SECONDS
-                await self._news()
+                size, pause = DRAIN_EVENTS, INITIAL_PAUSE_SECONDS
+                await self._wait_for_work()
             elif not self.arrived.is_set():
                 return
 
-    async def _news(self) -> None:
+    async def _wait_for_work(self) -> None:
         """Until something was spooled, or a delivery that was written alone is done."""
         arriving = asyncio.create_task(self.arrived.wait())
         await asyncio.wait(
             {arriving, *self._singles.values()},
-            timeout=LONGEST_PAUSE_SECONDS,
+            timeout=MAX_PAUSE_SECONDS,
             return_when=asyncio.FIRST_COMPLETED,
         )
         arriving.cancel()
 
-    async def _pass(self, size: int) -> Pass:
-        passed, after = Pass(), 0
+    async def _drain_page(self, size: int) -> DrainPass:
+        passed, after = DrainPass(), 0
         while page := await asyncio.to_thread(self._spool.select_oldest, after, size, DRAIN_BYTES):
             after = page[-1].id
-            waiting = [each for spooled in page if (each := self._sorted_out(spooled, passed)) is not None]
+            waiting = [each for spooled in page if (each := self._batchable(spooled, passed)) is not None]
             if not waiting:
                 continue
             began = monotonic()
@@ -126,7 +124,7 @@ class Drain:
             await self._circuit.judge(faults)
         return len(faults)
 
-    def _sorted_out(self, spooled: Spooled, passed: Pass) -> Waiting | None:
+    def _batchable(self, spooled: Spooled, passed: DrainPass) -> Waiting | None:
         """The delivery, unless it is one to be written alone."""
         if (spooled.file, spooled.id) in self._singles:
             return None
@@ -136,13 +134,13 @@ class Drain:
             spooled.key_id,
             spooled.source,
         )
-        if not self._alone.knows(subject(delivery)):
+        if not self._isolated.knows(subject(delivery)):
             return spooled, delivery
         self._write_alone(spooled, delivery, passed)
         return None
 
-    def _write_alone(self, spooled: Spooled, delivery: Delivery, passed: Pass) -> None:
-        is_full = len(self._singles) >= MOST_ALONE or self._single_bytes > MOST_ALONE_BYTES
+    def _write_alone(self, spooled: Spooled, delivery: Delivery, passed: DrainPass) -> None:
+        is_full = len(self._singles) >= MAX_ISOLATED or self._single_bytes > MAX_ISOLATED_BYTES
         if is_full and self._singles:
             passed.parked += 1
             return
@@ -152,8 +150,8 @@ class Drain:
         task.add_done_callback(lambda done: self._done(spooled, done))
 
     async def _until_stored(self, spooled: Spooled, delivery: Delivery) -> None:
-        while isinstance(await self._alone.write(delivery), UnavailableError):  # noqa: ASYNC110  # no event ends it
-            await asyncio.sleep(LONGEST_PAUSE_SECONDS)
+        while isinstance(await self._isolated.write(delivery), UnavailableError):  # noqa: ASYNC110  # no event ends it
+            await asyncio.sleep(MAX_PAUSE_SECONDS)
         await asyncio.to_thread(self._spool.delete, [spooled])
         self._on_change()
 
@@ -163,6 +161,4 @@ class Drain:
         error = None if task.cancelled() else task.exception()
         if error is not None:  # it is still on disk, and found by the next pass
             trace = None if isinstance(error, SpoolError) else (type(error), error, error.__traceback__)
-            log.error(
-                "a spooled event could not be written", reason=str(error) if trace is None else "", exc_info=trace
-            )
+            log.error("spooled event not written", reason=str(error) if trace is None else "", exc_info=trace)

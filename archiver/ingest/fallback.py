@@ -1,4 +1,4 @@
-"""What Postgres does not take in time goes to the spool, and from there to Postgres once it takes events again."""
+"""Spool deliveries that Postgres does not accept in time, and drain the spool afterwards."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.ingest.alone import Alone
 from archiver.ingest.circuit import Circuit
-from archiver.ingest.draining import LONGEST_PAUSE_SECONDS, Drain
+from archiver.ingest.draining import MAX_PAUSE_SECONDS, Drain
+from archiver.ingest.isolated import IsolatedWriter
 from archiver.ingest.writing import Delivery, Outcome, Result, UnavailableError, subject, write
 from archiver.projection import Timing
 from archiver.spool import Spool, Spooled, SpoolError, open_left_behind
@@ -23,14 +23,16 @@ ADOPT_AT_ONCE = 8  # files
 
 
 class Fallback:
-    """Makes deliveries durable: in Postgres, or else on the spool. `drain` brings them from there to Postgres.
+    """Stores deliveries durably in Postgres or in the spool; `drain` moves spooled ones to Postgres.
 
-    Nobody waits for Postgres while the circuit is open, nor for the deliveries of a session that took too long.
+    No caller waits for Postgres while the circuit is open, nor for the deliveries of a session that took too long.
     """
 
-    def __init__(self, engine: AsyncEngine, spool: Spool, timing: Timing, circuit: Circuit, alone: Alone) -> None:
+    def __init__(
+        self, engine: AsyncEngine, spool: Spool, timing: Timing, circuit: Circuit, isolated: IsolatedWriter
+    ) -> None:
         self._engine, self.spool, self._timing = engine, spool, timing
-        self._circuit, self._alone = circuit, alone
+        self._circuit, self._isolated = circuit, isolated
         self._gate = asyncio.Semaphore(1)
         self._drain = self._draining(spool)
         self._spool_fault = ""  # why it did not take what it was last given
@@ -48,9 +50,9 @@ class Fallback:
         results: list[Result] = [UnavailableError()] * len(deliveries)
         faults: list[UnavailableError] = []
         if not self._circuit.is_open:
-            quick = [place for place, each in enumerate(deliveries) if not self._alone.knows(subject(each))]
-            wanted = [deliveries[place] for place in quick]
-            written = await write(self._engine, wanted, self._timing, SPOOL_AFTER_SECONDS) if quick else []
+            quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(subject(each))]
+            due_deliveries = [deliveries[place] for place in quick]
+            written = await write(self._engine, due_deliveries, self._timing, SPOOL_AFTER_SECONDS) if quick else []
             for place, result in zip(quick, written, strict=True):
                 results[place] = result
             faults = [result for result in written if isinstance(result, UnavailableError)]
@@ -66,16 +68,16 @@ class Fallback:
         return results
 
     async def drain(self) -> None:
-        """For ever: what waits on the spool goes to Postgres, the oldest first; new events go beside it."""
-        adopting = asyncio.create_task(self._adopt_for_ever())
+        """Drain the spool until cancelled, oldest first, beside new events."""
+        adopting = asyncio.create_task(self._adopt_periodically())
         try:
             while True:
                 try:
                     await self._drain_once()
-                except Exception:  # the supervisor: whatever happens, what is on disk is tried again
-                    log.exception("draining failed")
+                except Exception:  # supervisor: on any error the spool is drained again
+                    log.exception("drain failed")
                     self._drain.arrived.set()
-                    await asyncio.sleep(LONGEST_PAUSE_SECONDS)
+                    await asyncio.sleep(MAX_PAUSE_SECONDS)
         finally:
             adopting.cancel()
             await asyncio.wait({adopting})
@@ -86,18 +88,18 @@ class Fallback:
         try:
             await self._drain.empty()
         except SpoolError as error:
-            self._tell_spool_fault(error)
+            self._log_spool_fault(error)
             self._drain.arrived.set()
         if self._circuit.is_open and await self._circuit.allows_trial():
             self._circuit.close()  # the spool holds nothing that could have shown it
         elif self._circuit.is_open or self._drain.arrived.is_set():
-            await asyncio.sleep(LONGEST_PAUSE_SECONDS)
+            await asyncio.sleep(MAX_PAUSE_SECONDS)
 
     async def _append(self, deliveries: Sequence[Spooled]) -> bool:
         try:
             await asyncio.to_thread(self.spool.append, deliveries)
         except SpoolError as error:
-            self._tell_spool_fault(error)
+            self._log_spool_fault(error)
             return False
         self._spool_fault = ""
         self._drain.arrived.set()
@@ -105,21 +107,21 @@ class Fallback:
         return True
 
     def _draining(self, spool: Spool) -> Drain:
-        return Drain(spool, self._write_spooled, self._circuit, self._alone, self._gauge)
+        return Drain(spool, self._write_spooled, self._circuit, self._isolated, self._gauge)
 
     async def _write_spooled(self, deliveries: Sequence[Delivery], seconds: float) -> list[Result]:
         async with self._gate:  # one transaction for all files, beside those of new events
             return await write(self._engine, deliveries, self._timing, seconds)
 
-    async def _adopt_for_ever(self) -> None:
-        """Drain what processes that have ended left behind, each file beside the others."""
+    async def _adopt_periodically(self) -> None:
+        """Drain files of ended processes, each separately."""
         adopted: set[asyncio.Task[None]] = set()
         try:
             while True:
                 await asyncio.sleep(ADOPT_SECONDS)
                 left_behind = open_left_behind(self.spool.path.parent)
                 while len(adopted) < ADOPT_AT_ONCE and (spool := await asyncio.to_thread(next, left_behind, None)):
-                    log.info("draining what another process spooled", file=spool.path.name, events=spool.events)
+                    log.info("draining spool file of an ended process", file=spool.path.name, events=spool.events)
                     adopted.add(task := asyncio.create_task(self._adopt(spool)))
                     task.add_done_callback(adopted.discard)
         finally:
@@ -132,22 +134,22 @@ class Fallback:
         try:
             await self._draining(spool).empty()
         except SpoolError as error:
-            self._tell_spool_fault(error)
+            self._log_spool_fault(error)
         except Exception:  # the supervisor: it is opened again later
-            log.exception("draining failed", file=spool.path.name)
+            log.exception("drain failed", file=spool.path.name)
         finally:
             spool.close()
 
-    def _tell_spool_fault(self, error: SpoolError) -> None:
+    def _log_spool_fault(self, error: SpoolError) -> None:
         if self._spool_fault != str(error):
-            log.error("the spool takes no events", reason=str(error))
+            log.error("spool unavailable", reason=str(error))
         self._spool_fault = str(error)
 
     def _gauge(self) -> None:
         try:
             depth = self.spool.depth()
         except SpoolError as error:
-            self._tell_spool_fault(error)
+            self._log_spool_fault(error)
             return
         telemetry.spool_events.set(depth.events)
         telemetry.spool_bytes.set(depth.bytes)
@@ -156,14 +158,14 @@ class Fallback:
 
 
 def _spooled(delivery: Delivery) -> Spooled:
-    ours = delivery.ours
+    internal = delivery.internal
     return Spooled(
         0,
         delivery.received_at,
         delivery.source,
         delivery.key_id,
         delivery.content.body,
-        ours.type if ours else None,
-        ours.session_id if ours else None,
-        ours.dedupe_key if ours else None,
+        internal.type if internal else None,
+        internal.session_id if internal else None,
+        internal.dedupe_key if internal else None,
     )

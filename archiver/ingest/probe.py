@@ -1,4 +1,4 @@
-"""Whether Postgres would take an event now: asked, or tried with one that is rolled back."""
+"""Check whether Postgres accepts an event, by a query or a trial event that is rolled back."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""What is quarantined, through the write path again."""
+"""Retry quarantined deliveries through the write path."""
 
 from datetime import UTC
 
@@ -8,7 +8,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import quarantine
 from archiver.database import is_data_error, sqlstate, transaction
 from archiver.events import Malformed
-from archiver.ingest.writing import QUERY_CANCELED, Delivery, Outcome, TooSlowError, explain_fault, restore, store
+from archiver.ingest.writing import (
+    QUERY_CANCELED,
+    Delivery,
+    EventTooSlowError,
+    Outcome,
+    explain_fault,
+    restore,
+    store,
+)
 from archiver.projection import DEFAULT_TIMING, Timing
 
 RETRY_SECONDS = 600.0  # of one statement: more than an event has by itself
@@ -25,7 +33,7 @@ def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAU
         with transaction(engine, statement_seconds=RETRY_SECONDS) as connection:
             outcome = _retry(connection, quarantine_id, timing)
     except Exception as error:
-        fault: Exception = TooSlowError(RETRY_SECONDS, 1) if sqlstate(error) == QUERY_CANCELED else error
+        fault: Exception = EventTooSlowError(RETRY_SECONDS, 1) if sqlstate(error) == QUERY_CANCELED else error
         if isinstance(fault, SQLAlchemyError) and not is_data_error(fault):
             raise
         outcome = Outcome("quarantined", quarantine_id, *explain_fault(fault))

@@ -1,4 +1,4 @@
-"""Deliveries to Postgres: one transaction for all of them if they let us, and for each what became of it."""
+"""Write deliveries to Postgres, together if possible, and return an outcome for each."""
 
 import hashlib
 from collections.abc import Sequence
@@ -50,14 +50,14 @@ class UnavailableError(Exception):
         self.is_disk_full = sqlstate == DISK_FULL
 
 
-class TooSlowError(Exception):
+class EventTooSlowError(Exception):
     """Postgres did not store one event, although it had a time budget of its own."""
 
     def __init__(self, seconds: float, attempts: int) -> None:
         super().__init__(f"Postgres did not store the event alone within {seconds:g} s, at {attempts} attempts.")
 
 
-class NotStoredError(Exception):
+class EventNotStoredError(Exception):
     """Postgres failed at one event again and again, while it stored others."""
 
     def __init__(self, attempts: int) -> None:
@@ -65,7 +65,7 @@ class NotStoredError(Exception):
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):
-    """An authenticated delivery, read or not: when it came, which secret proved it, and how often it has come."""
+    """An authenticated delivery, parsed or not, with arrival time, key id and number of deliveries."""
 
     content: Event | Malformed
     received_at: datetime
@@ -74,10 +74,10 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     count: int = 1
 
     @property
-    def ours(self) -> Event | None:
-        """A fact of ours; None for a webhook, which is what its bytes say."""
-        is_ours = self.source != events.WEBHOOK and isinstance(self.content, Event)
-        return self.content if is_ours and isinstance(self.content, Event) else None
+    def internal(self) -> Event | None:
+        """Return the internal fact; None for a webhook."""
+        is_internal = self.source != events.WEBHOOK and isinstance(self.content, Event)
+        return self.content if is_internal and isinstance(self.content, Event) else None
 
 
 def restore(
@@ -90,8 +90,7 @@ def restore(
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What became of a delivery. `id` is its row in the ledger, or in the quarantine with a `reason`; a spooled one
-    has none yet: 0.
+    """Outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
 
     As JSON it is the answer to the sender.
     """
@@ -106,7 +105,7 @@ Result = Outcome | UnavailableError
 
 
 def subject(delivery: Delivery) -> str:
-    """What deliveries have in common that must wait for each other: the session, or a turn without one."""
+    """Return the key of deliveries that must wait for each other: the session or unassigned turn."""
     event = delivery.content
     if not isinstance(event, Event):
         return f"\0{hashlib.sha256(event.body).hexdigest()}"
@@ -158,14 +157,14 @@ async def write(
     return [results[place] for place in range(len(deliveries))]
 
 
-async def write_alone(engine: AsyncEngine, delivery: Delivery, timing: Timing, seconds: float) -> Result:
+async def write_isolated(engine: AsyncEngine, delivery: Delivery, timing: Timing, seconds: float) -> Result:
     """Commit one delivery that may take so many `seconds`; nothing but its own session waits for it."""
     (result,) = await _write(engine, [delivery], timing, Limits(seconds, is_alone=True))
     return result
 
 
-async def keep_in_quarantine(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
-    """Quarantine a delivery that can be read and not stored."""
+async def quarantine_delivery(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
+    """Quarantine a delivery that can be parsed but not stored."""
     return await _quarantine_alone(engine, delivery, fault, Limits(LOCK_SECONDS))
 
 
@@ -259,7 +258,7 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
     if isinstance(content, Malformed):
         reason, detail = content.reason, content.detail
     received_at = clock.at_most_now(delivery.received_at)
-    return Reject(content.body, reason, detail, received_at, delivery.key_id, delivery.source, delivery.ours)
+    return Reject(content.body, reason, detail, received_at, delivery.key_id, delivery.source, delivery.internal)
 
 
 async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, limits: Limits) -> Result:
@@ -267,7 +266,7 @@ async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exce
     try:
         row_id = await run_in_transaction(
             engine,
-            lambda connection: _keep_unless_erased(connection, delivery, reason, detail),
+            lambda connection: _quarantine_unless_erased(connection, delivery, reason, detail),
             limits.seconds,
             statement_seconds=limits.statement_seconds,
             lock_seconds=limits.lock_seconds,
@@ -283,8 +282,8 @@ async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exce
     return Outcome("quarantined", row_id, reason, detail)
 
 
-def _keep_unless_erased(connection: Connection, delivery: Delivery, reason: str, detail: str) -> int | None:
-    """The row in the quarantine; none where it was erased meanwhile what this speaks of, which could be read."""
+def _quarantine_unless_erased(connection: Connection, delivery: Delivery, reason: str, detail: str) -> int | None:
+    "delivery quarantined"
     content = delivery.content
     if isinstance(content, Event) and ledger.is_refused(connection, _observation(delivery, content)):
         return None
@@ -294,9 +293,9 @@ def _keep_unless_erased(connection: Connection, delivery: Delivery, reason: str,
 
 def explain_fault(fault: Exception) -> tuple[str, str]:
     """A reason and a sentence that hold nothing of the event: a database error's own text may quote it."""
-    if isinstance(fault, TooSlowError):
+    if isinstance(fault, EventTooSlowError):
         return quarantine.TOO_SLOW, str(fault)
-    if isinstance(fault, NotStoredError):
+    if isinstance(fault, EventNotStoredError):
         return quarantine.NOT_STORABLE, str(fault)
     state = sqlstate(fault)
     if state is not None or isinstance(fault, DBAPIError):
@@ -315,5 +314,5 @@ def _unavailable(error: SQLAlchemyError) -> UnavailableError:
 
 
 def _silent(seconds: float) -> UnavailableError:
-    log.error("transaction too slow", seconds=seconds)
+    log.error("transaction timed out", seconds=seconds)
     return UnavailableError(is_silent=True)

@@ -1,7 +1,7 @@
-"""The archive from the ledger: `project` brings it up to date with new facts, `rederive` makes whole sessions anew.
+"""Derive the archive from the ledger: `project` adds new facts, `rederive` rebuilds whole sessions.
 
 A turn is a pure function of all facts about it (`turns`), and a session of which history is known is one of all its
-facts (`sessions`): whatever their order, the archive ends the same (I5), and the ledger alone rebuilds it (I10).
+facts (`sessions`): in any order the archive ends the same (I5), and the ledger alone rebuilds it (I10).
 """
 
 from collections import defaultdict
@@ -17,32 +17,32 @@ from archiver.projection import differences, rows
 from archiver.projection import facts as ledger_facts
 from archiver.projection.appending import append
 from archiver.projection.coverage import DEFAULT_TIMING, Timing
-from archiver.projection.differences import Shown
+from archiver.projection.differences import TurnState
 from archiver.projection.erased import select_erased_sessions
-from archiver.projection.facts import UNPLACED, Key
+from archiver.projection.facts import UNASSIGNED, Key
 from archiver.projection.sessions import derive
 from archiver.projection.turns import Fact, Turn, fold
 
 __all__ = [
     "DEFAULT_TIMING",
-    "UNPLACED",
+    "UNASSIGNED",
     "Fact",
     "Key",
     "Timing",
     "Turn",
     "fold",
+    "lock_and_rederive",
     "project",
+    "rebuild_unassigned",
     "rederive",
-    "rederive_locked",
-    "rederive_unplaced",
 ]
 
 
-MAX_HOMES = 50  # sessions of one chat
+MAX_SESSIONS_PER_CHAT = 50  # sessions of one chat
 
 
-class TooManyHomesError(Exception):
-    """A chat that does not tell its session is known in so many sessions that it says nothing."""
+class AmbiguousSessionError(Exception):
+    """An unassigned chat is known in too many sessions to be assigned."""
 
 
 def project(
@@ -50,68 +50,68 @@ def project(
 ) -> list[Change]:
     """Bring the archive up to date with facts that the same transaction has just put into the ledger.
 
-    Answers what changed thereby, as the feed is to tell it.
+    Returns the changes for the feed.
 
-    Sessions `erased`, even in part, are made anew as those of which history is known: the caller names those that the
+    Sessions `erased`, even in part, are rebuilt like sessions with a history: the caller names those that the
     facts name themselves, and those to which a fact is assigned here are looked up.
     The caller holds the lock that `ledger` takes for facts without a session.
     """
-    told = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
+    chat_facts = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
     others = [fact for fact in facts if fact.source != events.WEBHOOK]
-    if not told and not others:
+    if not chat_facts and not others:
         return []
-    placed = _place(connection, told)
-    heard: dict[str, list[datetime]] = defaultdict(list)
-    for (session_id, _), own in placed.items():
-        heard[session_id] += [fact.received_at for fact in own]
+    by_turn = _assign(connection, chat_facts)
+    arrivals: dict[str, list[datetime]] = defaultdict(list)
+    for (session_id, _), own in by_turn.items():
+        arrivals[session_id] += [fact.received_at for fact in own]
     for fact in others:
-        heard[fact.event.session_id].append(fact.received_at)
-    heard.pop(UNPLACED, None)
-    # Locks the sessions: from here on nobody else projects their turns, and what is known of these is looked up.
-    asked = ledger_facts.other_facts(_own_keys(placed)) if placed else None
-    read, known = rows.upsert_sessions(connection, heard, timing, asked)
-    assigned = sorted(heard.keys() - {fact.event.session_id for fact in facts})
+        arrivals[fact.event.session_id].append(fact.received_at)
+    arrivals.pop(UNASSIGNED, None)
+    # Locks the sessions: from here on no other transaction projects their turns, and stored facts are read.
+    other_facts_query = ledger_facts.other_facts(_own_keys(by_turn)) if by_turn else None
+    read, stored = rows.upsert_sessions(connection, arrivals, timing, other_facts_query)
+    assigned = sorted(arrivals.keys() - {fact.event.session_id for fact in facts})
     erased = {*erased, *select_erased_sessions(connection, assigned)}
-    read |= {fact.event.session_id for fact in others} | (heard.keys() & erased)
-    unread = {key: own for key, own in placed.items() if key[0] not in read}
-    changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(known, unread), timing)
+    read |= {fact.event.session_id for fact in others} | (arrivals.keys() & erased)
+    unread = {key: own for key, own in by_turn.items() if key[0] not in read}
+    changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(stored, unread), timing)
     just_read = {fact.event.session_id for fact in others if fact.event.type in history.READINGS}
     whole = {fact.event.session_id for fact in others} | set(erased)
-    appended = append(connection, {key: own for key, own in placed.items() if key[0] in read - whole}, timing)
+    appended = append(connection, {key: own for key, own in by_turn.items() if key[0] in read - whole}, timing)
     read -= appended.sessions
     return changes + appended.changes + rederive(connection, sorted(read), timing, just_read, moved)
 
 
 def _project_turns(
     connection: Connection,
-    placed: Mapping[Key, Sequence[Fact]],
+    by_turn: Mapping[Key, Sequence[Fact]],
     earlier: Mapping[Key, Sequence[Fact]],
     timing: Timing,
-) -> tuple[list[Change], dict[str, Shown]]:
-    """Turns of sessions that no reading told of stand alone, and are written without a look at their neighbours.
+) -> tuple[list[Change], dict[str, TurnState]]:
+    """Write turns of sessions without a reading, each independently of the others.
 
     Answers what changed, and the turns that stood without a session until now.
     """
-    if not placed:
+    if not by_turn:
         return [], {}
-    known = {key: [*_told_now(own), *earlier.get(key, ())] for key, own in sorted(placed.items())}
+    known = {key: [*_new_facts(own), *earlier.get(key, ())] for key, own in sorted(by_turn.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
     revised = [key for key in turns if key in earlier]
     # As it stands, and not as earlier facts add up to: a redelivery may just have moved one of them in time.
-    before, moved = rows.select_shown(connection, revised) if revised else {}, dict[str, Shown]()
+    before, moved = rows.select_turn_states(connection, revised) if revised else {}, dict[str, TurnState]()
     rows.upsert_turns(connection, turns)
     if revised:
-        # A fact that did not tell its session may have come first.
-        heard: dict[str, list[datetime]] = defaultdict(list)
+        # An unassigned fact may have come first.
+        arrivals: dict[str, list[datetime]] = defaultdict(list)
         for session_id, chat_id in revised:
-            heard[session_id] += [fact.received_at for fact in known[session_id, chat_id]]
-        heard.pop(UNPLACED, None)
-        rows.upsert_sessions(connection, heard, timing)
+            arrivals[session_id] += [fact.received_at for fact in known[session_id, chat_id]]
+        arrivals.pop(UNASSIGNED, None)
+        rows.upsert_sessions(connection, arrivals, timing)
         rows.delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
-        at_home = [(session_id, chat_id) for session_id, chat_id in revised if session_id != UNPLACED]
-        moved = rows.delete_unplaced(connection, [chat_id for _, chat_id in at_home])
-        before = {key: moved[key[1]] for key in at_home if key[1] in moved} | before
-    return differences.of_turns(turns, before), moved
+        with_session = [(session_id, chat_id) for session_id, chat_id in revised if session_id != UNASSIGNED]
+        moved = rows.delete_unassigned(connection, [chat_id for _, chat_id in with_session])
+        before = {key: moved[key[1]] for key in with_session if key[1] in moved} | before
+    return differences.turn_changes(turns, before), moved
 
 
 def rederive(
@@ -119,73 +119,81 @@ def rederive(
     session_ids: Sequence[str],
     timing: Timing,
     just_read: Collection[str] = (),
-    moved: Mapping[str, Shown] = MappingProxyType({}),
+    moved: Mapping[str, TurnState] = MappingProxyType({}),
 ) -> list[Change]:
-    """Make these sessions anew from all that the ledger tells of them, and write what differs.
+    """Rebuild these sessions from all their facts, and write the differences.
 
     `moved`: turns by chat id that stood without a session until this transaction.
 
-    The caller has their rows locked. A session of which the ledger tells nothing is removed. Answers what changed,
-    which is to be told only where something new was recorded.
+    The caller has their rows locked. A session without facts is deleted. Returns the changes,
+    which are published only if something new was recorded.
     """
     if not session_ids:
         return []
-    stories = ledger_facts.select_stories(connection, session_ids)
+    facts_by_session = ledger_facts.select_session_facts(connection, session_ids)
     archived = rows.select_archived(connection, session_ids)
-    derived = [derive(story, timing) for story in stories.values()]
+    derived = [derive(session_facts, timing) for session_facts in facts_by_session.values()]
     telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
-    rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in stories])
-    strays = rows.delete_unplaced(connection, [chat_id for story in stories.values() for chat_id in story.strays])
-    before = differences.Before(archived.sessions, archived.chats, archived.messages.values(), {**moved, **strays})
-    return differences.of_sessions(before, derived, just_read)
+    rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in facts_by_session])
+    unassigned = rows.delete_unassigned(
+        connection, [chat_id for session_facts in facts_by_session.values() for chat_id in session_facts.unassigned]
+    )
+    before = differences.PreviousRows(
+        archived.sessions, archived.chats, archived.messages.values(), {**moved, **unassigned}
+    )
+    return differences.session_changes(before, derived, just_read)
 
 
-def rederive_locked(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
-    """The same for sessions whose rows nobody has locked yet."""
+def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
+    """Like `rederive`; locks the sessions first."""
     rows.lock_sessions(connection, session_ids)
     rederive(connection, session_ids, timing)
 
 
-def rederive_unplaced(connection: Connection, chat_ids: Sequence[str]) -> None:
-    """Make turns anew whose session no delivery told. The caller holds the ledger's lock alone."""
+def rebuild_unassigned(connection: Connection, chat_ids: Sequence[str]) -> None:
+    """Rebuild unassigned turns. Requires the exclusive lock."""
     if not chat_ids:
         return
-    facts = ledger_facts.select_unplaced_of(connection, chat_ids)
-    placed = {chat_id for _, chat_id in rows.select_homes(connection, chat_ids)}
-    rows.delete_unplaced(connection, chat_ids)
-    homeless = {(UNPLACED, each): fold(told) for each, told in sorted(facts.items()) if told and each not in placed}
-    rows.upsert_turns(connection, homeless)
+    facts = ledger_facts.select_unassigned_of(connection, chat_ids)
+    by_turn = {chat_id for _, chat_id in rows.select_sessions_of_chats(connection, chat_ids)}
+    rows.delete_unassigned(connection, chat_ids)
+    unassigned = {
+        (UNASSIGNED, each): fold(folded) for each, folded in sorted(facts.items()) if folded and each not in by_turn
+    }
+    rows.upsert_turns(connection, unassigned)
 
 
-def _own_keys(placed: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
+def _own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
     """The turns to look up, in their session and among those without one, each with the facts that are at hand."""
-    own: dict[Key, list[bytes]] = {key: [] for key in placed}
-    own |= {(UNPLACED, chat_id): [] for _, chat_id in placed}
-    for (_, chat_id), facts in placed.items():
-        for fact in _told_now(facts):
+    own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
+    own |= {(UNASSIGNED, chat_id): [] for _, chat_id in by_turn}
+    for (_, chat_id), facts in by_turn.items():
+        for fact in _new_facts(facts):
             own[fact.event.session_id, chat_id].append(fact.event.dedupe_key)
     return own
 
 
-def _told_now(facts: Iterable[Fact]) -> list[Fact]:
+def _new_facts(facts: Iterable[Fact]) -> list[Fact]:
     return [fact for fact in facts if not fact.is_repeat]
 
 
-def _place(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:
-    """The facts by turn; one that does not tell its session goes to every session known to hold its chat."""
-    homeless = {str(fact.event.chat_id) for fact in facts if fact.event.session_id == UNPLACED}
-    homes: dict[str | None, set[str]] = defaultdict(set)
+def _assign(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:
+    """Return the facts by turn; an unassigned fact goes to every session known to hold its chat."""
+    unassigned = {str(fact.event.chat_id) for fact in facts if fact.event.session_id == UNASSIGNED}
+    sessions_of_chat: dict[str | None, set[str]] = defaultdict(set)
     for fact in facts:
-        if fact.event.session_id != UNPLACED and fact.event.chat_id in homeless:
-            homes[fact.event.chat_id].add(fact.event.session_id)
-    for session_id, chat_id in rows.select_homes(connection, homeless) if homeless else ():
-        homes[chat_id].add(session_id)
-    if any(len(found) > MAX_HOMES for found in homes.values()):
-        raise TooManyHomesError
-    placed: dict[Key, list[Fact]] = defaultdict(list)
+        if fact.event.session_id != UNASSIGNED and fact.event.chat_id in unassigned:
+            sessions_of_chat[fact.event.chat_id].add(fact.event.session_id)
+    for session_id, chat_id in rows.select_sessions_of_chats(connection, unassigned) if unassigned else ():
+        sessions_of_chat[chat_id].add(session_id)
+    if any(len(item) > MAX_SESSIONS_PER_CHAT for item in sessions_of_chat.values()):
+        raise AmbiguousSessionError
+    by_turn: dict[Key, list[Fact]] = defaultdict(list)
     for fact in facts:
         chat_id = str(fact.event.chat_id)
-        told = fact.event.session_id
-        for session_id in {told} if told != UNPLACED else homes[chat_id] or {UNPLACED}:
-            placed[session_id, chat_id].append(fact)
-    return placed
+        session_id_of_fact = fact.event.session_id
+        for session_id in (
+            {session_id_of_fact} if session_id_of_fact != UNASSIGNED else sessions_of_chat[chat_id] or {UNASSIGNED}
+        ):
+            by_turn[session_id, chat_id].append(fact)
+    return by_turn

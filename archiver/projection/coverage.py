@@ -1,4 +1,4 @@
-"""How complete a session is known to be, and when its history is to be read next. Pure: from ledger facts alone."""
+"""Compute how complete a session is, and when to read its history next. Pure."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -8,11 +8,11 @@ from typing import Literal
 import msgspec
 
 from archiver import history
-from archiver.alignment import Line
+from archiver.alignment import TranscriptLine
 from archiver.alignment.candidates import PROMPTS
 from archiver.alignment.shapes import USER
 from archiver.alignment.wording import normal_role
-from archiver.history import Told
+from archiver.history import SessionSnapshot
 from archiver.projection.turns import Turn
 
 State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost"]
@@ -35,7 +35,7 @@ class Timing(msgspec.Struct, frozen=True, dict=True):
         return min(self.quiet, self.margin / 2)
 
     def read_by(self, opened_at: datetime) -> datetime:
-        """When the last reading of a session is due."""
+        """Return the deadline of the last reading of a session."""
         return opened_at + self.lifetime - self.margin
 
     def due_after(self, last_event_at: datetime, read_by: datetime) -> datetime:
@@ -47,14 +47,15 @@ DEFAULT_TIMING = Timing()
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):
-    """One distinct answer to our history calls: `kind` of `history.READINGS`, when first and last, how often."""
+    """One distinct history response: kind, first and last time, and count."""
 
     kind: str
     first_at: datetime
     last_at: datetime
     count: int
-    told: Told
-    # It showed so many of the first messages of the next reading that told any, and nothing else: `told` is without
+    snapshot: SessionSnapshot
+    # It showed so many of the first messages of the next reading with messages, and nothing else: `snapshot` is
+    # without
     # them, so that all readings of a growing history together cost as much as the last one.
     shown: int | None = None
 
@@ -73,7 +74,7 @@ OPEN: State = "open"
 
 # Why a session is in its state; docs/data-model.md explains each.
 NEVER_READ = "awaiting_history"
-NEWS = "events_after_reading"
+EVENTS_AFTER_READING = "events_after_reading"
 AGREED = "agreed"
 REPAIRED = "history_supplied_messages"
 AMBIGUOUS = "several_places_fit"
@@ -90,49 +91,51 @@ _UNREAD = {
 }
 NOT_SHOWN = tuple(reason for kind, reason in _UNREAD.items() if kind != history.READ)
 
-_TRIED_AGAIN = {history.GONE, history.UNREADABLE}
+_RETRIED_KINDS = {history.GONE, history.UNREADABLE}
 
 
-def cover(
+def coverage_of(
     turns: Mapping[str, Turn],
     found: int,
     readings: Sequence[Reading],
-    lines: Sequence[Line],
+    lines: Sequence[TranscriptLine],
     last_event_at: datetime,
     *,
     is_erased: bool = False,
 ) -> Coverage:
-    """The coverage of a session: its turns, how many more only history knows, its readings in order of time, and the
-    transcript they make.
-    """
+    """Return the coverage of a session from its turns, readings and transcript."""
     repaired = _repaired(lines)
     if is_erased:
         read_at = readings[-1].last_at if readings else None
-        told_at = max((each.last_at for each in readings if each.kind == history.READ), default=None)
-        return Coverage("unverified", ERASED, told_at, read_at, repaired)
+        revision_times = max((each.last_at for each in readings if each.kind == history.READ), default=None)
+        return Coverage("unverified", ERASED, revision_times, read_at, repaired)
     if not readings:
         return Coverage("open", NEVER_READ, None, None, 0)
     newest = readings[-1]
-    told = [reading.last_at for reading in readings if reading.kind == history.READ]
+    result = [reading.last_at for reading in readings if reading.kind == history.READ]
     state, reason = _state(turns, newest, lines, last_event_at, repaired)
-    # A turn whose content no webhook told may be one of those that only history knows.
-    if reason != NEWS and sum(not turn.is_told for turn in turns.values()) > found:
+    # A turn without delivered content may be one of those known only from history.
+    if reason != EVENTS_AFTER_READING and sum(not turn.has_content for turn in turns.values()) > found:
         state, reason = "lost", UNSEEN
-    return Coverage(state, reason, max(told, default=None), newest.last_at, repaired)
+    return Coverage(state, reason, max(result, default=None), newest.last_at, repaired)
 
 
 def _state(
-    turns: Mapping[str, Turn], newest: Reading, lines: Sequence[Line], last_event_at: datetime, repaired: int
+    turns: Mapping[str, Turn],
+    newest: Reading,
+    lines: Sequence[TranscriptLine],
+    last_event_at: datetime,
+    repaired: int,
 ) -> tuple[State, str]:
     if last_event_at > newest.last_at:
-        return "open", NEWS
-    has_told = any(line.first_read_at is not None for line in lines)
-    told_nothing = newest.kind == history.READ and not newest.told.messages
+        return "open", EVENTS_AFTER_READING
+    snapshots = any(line.first_read_at is not None for line in lines)
+    has_no_messages = newest.kind == history.READ and not newest.snapshot.messages
     unconfirmed = _unconfirmed(turns, lines)
     if unconfirmed:
-        is_partial = newest.kind == history.READ and not told_nothing
+        is_partial = newest.kind == history.READ and not has_no_messages
         return "unverified", unconfirmed if is_partial else _UNREAD[newest.kind]
-    if not has_told and newest.kind != history.READ:
+    if not snapshots and newest.kind != history.READ:
         return "unverified", _UNREAD[newest.kind]
     if any(line.is_ambiguous for line in lines):
         return "ambiguous", AMBIGUOUS
@@ -141,11 +144,11 @@ def _state(
     return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
 
 
-def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None:
-    """The reason why history does not confirm all that webhooks told; None if it does.
+def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> str | None:
+    """Return why history does not confirm all delivered content; None if it does.
 
     Each text counts: a turn may be in the history with other words. Deleted turns need no confirmation, nor what an
-    application tells its assistant.
+    application sends to its assistant.
     """
     texts = [
         line
@@ -162,7 +165,7 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[Line]) -> str | None
     return DIFFERS if unconfirmed else None
 
 
-def _repaired(lines: Sequence[Line]) -> int:
+def _repaired(lines: Sequence[TranscriptLine]) -> int:
     """Messages that history supplied; but what stands before any turn no webhook could have carried."""
     first = next(
         (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
@@ -176,7 +179,7 @@ def next_reading(
     """When the history is to be read next; None: never again.
 
     After a quiet time; then ever later, as long again as nothing has changed; a last time before upstream forgets the
-    session, and if that told nothing, or the session was not quiet, again until it has.
+    session, and if it had no messages, or the session was not quiet, again until it has.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:
@@ -189,11 +192,11 @@ def next_reading(
     quiet_at, again = timing.due_after(last_event_at, read_by), newest.last_at + timing.wait
     if newest.last_at < quiet_at:
         return quiet_at
-    return again if newest.kind in _TRIED_AGAIN and again < read_by + timing.margin else None
+    return again if newest.kind in _RETRIED_KINDS and again < read_by + timing.margin else None
 
 
 def _unchanged(readings: Sequence[Reading]) -> timedelta:
-    """For how long all readings have told the same; of answers that tell no messages each is like the other."""
+    """Return for how long all readings had the same content; responses without messages count as equal."""
     newest = readings[-1]
     others = (each for each in reversed(readings[:-1]) if each.kind != newest.kind or newest.kind == history.READ)
     other = next(others, None)

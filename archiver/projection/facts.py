@@ -1,4 +1,4 @@
-"""What the ledger tells of turns and sessions, read back."""
+"""Read the facts of turns and sessions from the ledger."""
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -11,18 +11,18 @@ import msgspec
 from sqlalchemy import Connection, Row, text
 
 from archiver import events, history, pieces, telemetry
-from archiver.database import Direct, Statement
+from archiver.database import RawStatement, Statement
 from archiver.events import Message
 from archiver.projection.coverage import Reading
 from archiver.projection.erased import select_erased_sessions
-from archiver.projection.sessions import Story
+from archiver.projection.sessions import SessionFacts
 from archiver.projection.turns import Fact, fold
 
-UNPLACED = ""  # the session of a turn whose session no delivery has told
+UNASSIGNED = ""  # the session id of unassigned turns
 
 Key = tuple[str, str]  # session_id, chat_id
 
-# Facts about the same turns that are not this batch's own, be their session told or not. The keys stand in a
+# Facts about the same turns that are not this batch's own, with or without a session. The keys stand in a
 # materialized CTE because a distributed ledger joins to nothing else.
 _OTHER_FACTS = """
     WITH keys AS MATERIALIZED (
@@ -34,8 +34,8 @@ _OTHER_FACTS = """
       LEFT JOIN archiver.sessions s ON s.session_id = e.session_id
      WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own) AND e.type IN ('chat.created', 'chat.deleted')
     """
-_SELECT_OTHER_FACTS = Direct(_OTHER_FACTS)
-_SELECT_OTHER_FACTS_UNREAD = Direct(f"{_OTHER_FACTS} AND s.read_at IS NULL")
+_SELECT_OTHER_FACTS = RawStatement(_OTHER_FACTS)
+_SELECT_OTHER_FACTS_UNREAD = RawStatement(f"{_OTHER_FACTS} AND s.read_at IS NULL")
 
 
 def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) -> Statement:
@@ -57,17 +57,19 @@ def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fac
 
     A turn of which there are only facts that cannot be read again has none, but is there.
     """
-    homes: dict[str, list[Key]] = defaultdict(list)
+    sessions_of_chat: dict[str, list[Key]] = defaultdict(list)
     for key in keys:
-        homes[key[1]].append(key)
-    found: dict[Key, list[Fact]] = defaultdict(list)
+        sessions_of_chat[key[1]].append(key)
+    result: dict[Key, list[Fact]] = defaultdict(list)
     for row in rows:
-        told = row.session_id, row.chat_id
-        places = [key for key in homes.get(row.chat_id, ()) if row.session_id == UNPLACED or key == told]
+        key_of_row = row.session_id, row.chat_id
+        places = [
+            key for key in sessions_of_chat.get(row.chat_id, ()) if row.session_id == UNASSIGNED or key == key_of_row
+        ]
         fact = _fact(row) if places else None
         for key in places:
-            found[key] += [fact] if fact is not None else []
-    return found
+            result[key] += [fact] if fact is not None else []
+    return result
 
 
 def _fact(row: Row[Any]) -> Fact | None:
@@ -77,7 +79,7 @@ def _fact(row: Row[Any]) -> Fact | None:
         return Fact(ids, row.source, row.received_at, occurred_at)
     event = events.parse(row.body)
     if isinstance(event, events.Malformed):
-        # Stored by a version that could read it: its turn keeps what the other facts tell.
+        # Stored by a version that could read it: its turn keeps the content of the other facts.
         telemetry.unreadable_facts.labels(event.reason).inc()
         return None
     # Earlier versions kept times in the ledger that stand for "no value".
@@ -95,7 +97,7 @@ _SELECT_FACTS = text(
     """
 )
 
-_SELECT_UNPLACED = text(
+_SELECT_UNASSIGNED = text(
     """
     SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
@@ -106,29 +108,29 @@ _SELECT_UNPLACED = text(
 )
 
 
-def select_stories(connection: Connection, session_ids: Sequence[str]) -> dict[str, Story]:
-    """All that the ledger tells of these sessions, by session; none for those of which it tells nothing."""
-    found = connection.execute(_SELECT_FACTS, {"session_ids": list(session_ids)}).all()
+def select_session_facts(connection: Connection, session_ids: Sequence[str]) -> dict[str, SessionFacts]:
+    """Return all facts of these sessions, by session."""
+    rows = connection.execute(_SELECT_FACTS, {"session_ids": list(session_ids)}).all()
     of_session: dict[str, list[Row[Any]]] = defaultdict(list)
-    for row in found:
+    for row in rows:
         of_session[row.session_id].append(row)
-    chat_ids = sorted({row.chat_id for row in found if row.source == events.WEBHOOK})
-    unplaced: dict[str, list[Row[Any]]] = defaultdict(list)
+    chat_ids = sorted({row.chat_id for row in rows if row.source == events.WEBHOOK})
+    unassigned: dict[str, list[Row[Any]]] = defaultdict(list)
     if chat_ids:
-        for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": chat_ids}):
-            unplaced[row.chat_id].append(row)
+        for row in connection.execute(_SELECT_UNASSIGNED, {"chat_ids": chat_ids}):
+            unassigned[row.chat_id].append(row)
     erased = select_erased_sessions(connection, list(of_session))
-    contents = pieces.select_contents(connection, sorted({row.session_id for row in found if row.runs is not None}))
-    stories = {
-        session_id: _story(session_id, own, unplaced, contents.get(session_id, {}))
+    contents = pieces.select_contents(connection, sorted({row.session_id for row in rows if row.runs is not None}))
+    facts_by_session = {
+        session_id: _session_facts(session_id, own, unassigned, contents.get(session_id, {}))
         for session_id, own in of_session.items()
     }
     for session_id in erased:
-        stories[session_id].is_erased = True
-    return stories
+        facts_by_session[session_id].is_erased = True
+    return facts_by_session
 
 
-_SELECT_UNPLACED_PAGE = text(
+_SELECT_UNASSIGNED_PAGE = text(
     """
     WITH page AS MATERIALIZED (
         SELECT DISTINCT chat_id FROM archiver.events
@@ -144,46 +146,51 @@ _SELECT_UNPLACED_PAGE = text(
 )
 
 
-def select_unplaced_of(connection: Connection, chat_ids: Sequence[str]) -> dict[str, list[Fact]]:
-    """The facts about these chats that do not tell their session, by chat."""
-    found: dict[str, list[Fact]] = defaultdict(list)
-    for row in connection.execute(_SELECT_UNPLACED, {"chat_ids": list(chat_ids)}):
+def select_unassigned_of(connection: Connection, chat_ids: Sequence[str]) -> dict[str, list[Fact]]:
+    """Return the unassigned facts of these chats, by chat."""
+    result: dict[str, list[Fact]] = defaultdict(list)
+    for row in connection.execute(_SELECT_UNASSIGNED, {"chat_ids": list(chat_ids)}):
         fact = _fact(row)
-        found[row.chat_id] += [fact] if fact is not None else []
-    return found
+        result[row.chat_id] += [fact] if fact is not None else []
+    return result
 
 
-def select_unplaced(connection: Connection, after: str, most: int) -> dict[str, list[Fact]]:
-    """The facts that do not tell their session, of so many chats after this id, by chat and in order of ids."""
-    found: dict[str, list[Fact]] = {}
-    for row in connection.execute(_SELECT_UNPLACED_PAGE, {"after": after, "most": most}):
+def select_unassigned(connection: Connection, after: str, limit: int) -> dict[str, list[Fact]]:
+    """Return the unassigned facts of at most `limit` chats after this id, by chat in order of ids."""
+    values: dict[str, list[Fact]] = {}
+    for row in connection.execute(_SELECT_UNASSIGNED_PAGE, {"after": after, "most": limit}):
         fact = _fact(row)
-        found.setdefault(row.chat_id, []).extend([fact] if fact is not None else [])
-    return found
+        values.setdefault(row.chat_id, []).extend([fact] if fact is not None else [])
+    return values
 
 
-def _story(
+def _session_facts(
     session_id: str,
     found: Sequence[Row[Any]],
-    unplaced: Mapping[str, Sequence[Row[Any]]],
+    unassigned: Mapping[str, Sequence[Row[Any]]],
     contents: Mapping[int, bytes],
-) -> Story:
+) -> SessionFacts:
     shared = _Shared(contents)
     chats: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in found:
         if row.source == events.WEBHOOK:
             chats[row.chat_id].append(row)
     for chat_id, own in chats.items():
-        own.extend(unplaced.get(chat_id, ()))
-    told = sorted((row for row in found if row.source != events.WEBHOOK), key=lambda row: row.last_received_at)
+        own.extend(unassigned.get(chat_id, ()))
+    non_webhook = sorted((row for row in found if row.source != events.WEBHOOK), key=lambda row: row.last_received_at)
     turns = {chat_id: _facts(own) for chat_id, own in chats.items()}
-    return Story(
+    return SessionFacts(
         session_id,
         turns={chat_id: fold(facts) for chat_id, facts in turns.items() if facts},
-        readings=_readings([row for row in told if row.type in history.READINGS], shared),
-        registrations=[(row.received_at, _told(row, shared)) for row in told if row.type == history.REGISTERED],
-        strays=[chat_id for chat_id in chats if chat_id in unplaced],
-        heard_at=[*_arrivals(chats.values()), *(row.received_at for row in told if row.type == history.REGISTERED)],
+        readings=_readings([row for row in non_webhook if row.type in history.READINGS], shared),
+        registrations=[
+            (row.received_at, _snapshot(row, shared)) for row in non_webhook if row.type == history.REGISTERED
+        ],
+        unassigned=[chat_id for chat_id in chats if chat_id in unassigned],
+        arrived_at=[
+            *_arrivals(chats.values()),
+            *(row.received_at for row in non_webhook if row.type == history.REGISTERED),
+        ],
     )
 
 
@@ -200,9 +207,9 @@ class _Shared:
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._numbers = sorted(contents)
-        said = [history.message(contents[number]) for number in self._numbers]
-        self._messages = [*chain.from_iterable(said)]
-        self._starts = [*accumulate(map(len, said), initial=0)]
+        contents_read = [history.message(contents[number]) for number in self._numbers]
+        self._messages = [*chain.from_iterable(contents_read)]
+        self._starts = [*accumulate(map(len, contents_read), initial=0)]
 
     def shown(self, runs: Iterable[pieces.Run]) -> Iterator[Message]:
         """The messages of a response; none of pieces that are missing, which `archiver verify` reports."""
@@ -220,26 +227,26 @@ class _Shared:
 
 def _readings(rows: Sequence[Row[Any]], shared: _Shared) -> list[Reading]:
     """The readings, given in order of time."""
-    found: list[Reading] = []
-    following: Row[Any] | None = None  # the next one that tells messages
+    result: list[Reading] = []
+    following: Row[Any] | None = None  # the next one with messages
     for row in reversed(rows):
         shown = None
         if row.runs is not None and following is not None and pieces.is_prefix(row.runs, following.runs or ()):
             shown = shared.count(pieces.pairs(row.runs))
-        told = _told(row, shared, with_messages=shown is None)
+        snapshot = _snapshot(row, shared, with_messages=shown is None)
         times = (row.received_at, row.last_received_at, row.delivery_count)
-        found.append(Reading(row.type, *times, told, shown))
-        following = row if told.messages is not None else following
-    return found[::-1]
+        result.append(Reading(row.type, *times, snapshot, shown))
+        following = row if snapshot.messages is not None else following
+    return result[::-1]
 
 
-def _told(row: Row[Any], shared: _Shared, *, with_messages: bool = True) -> history.Told:
+def _snapshot(row: Row[Any], shared: _Shared, *, with_messages: bool = True) -> history.SessionSnapshot:
     if row.runs is not None and len(row.frame or ()) == pieces.FRAME:
         messages = shared.shown(pieces.pairs(row.runs)) if with_messages else ()
-        told = pieces.told(row.session_id, row.frame, messages)
+        snapshot = pieces.parse_snapshot(row.session_id, row.frame, messages)
     elif row.body is None:
-        return history.NOTHING_TOLD
+        return history.EMPTY_SNAPSHOT
     else:
-        told = history.told(row.type, row.session_id, row.body)
-    created_at = events.credible(told.created_at, row.received_at)
-    return told if created_at == told.created_at else msgspec.structs.replace(told, created_at=created_at)
+        snapshot = history.parse_snapshot(row.type, row.session_id, row.body)
+    created_at = events.credible(snapshot.created_at, row.received_at)
+    return snapshot if created_at == snapshot.created_at else msgspec.structs.replace(snapshot, created_at=created_at)

@@ -1,4 +1,4 @@
-"""Who reads which session, and when: the columns of `sessions` that steer readings.
+"""Leases and due times of history readings, in columns of `sessions`.
 
 A lease is taken by compare-and-set, so that no two workers ever read one session at a time; it ends by itself unless
 it is renewed, so that a worker that was killed loses nothing.
@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 from archiver import history, tables
 from archiver.database.clock import TOLERANCE
 from archiver.projection.coverage import ERASED, NOT_SHOWN, Timing
-from archiver.projection.facts import UNPLACED
+from archiver.projection.facts import UNASSIGNED
 
 _sessions = tables.sessions.c
 _AMONG = _sessions.session_id == func.any(bindparam("session_ids", type_=ARRAY(TEXT)))
@@ -29,7 +29,7 @@ _IS_UNREADABLE = exists().where(
 )
 # It may have been asked for at the wrong place, or at the wrong time.
 _WAS_NOT_SHOWN = or_(_sessions.reason.in_(NOT_SHOWN), _sessions.reconciled_at.is_(None))
-LEASE = timedelta(seconds=60)  # renewed by whoever lives
+LEASE = timedelta(seconds=60)  # renewed by its holder
 # One that is further ahead than a lease lasts was written by a clock that was ahead: it counts for nothing.
 _FREE = or_(
     _sessions.leased_until.is_(None),
@@ -38,17 +38,17 @@ _FREE = or_(
 )
 
 
-class Standing(msgspec.Struct, frozen=True, gc=False):
-    """Where a session stands: its coverage, how many messages history supplied, and when it was last heard of."""
+class SessionStatus(msgspec.Struct, frozen=True, gc=False):
+    """Status of a session: coverage, messages recovered from history, and time of the last event."""
 
     session_id: str
     coverage: str
     reason: str
     repaired_messages: int
-    heard_at: datetime
+    last_event_at: datetime
 
 
-_STANDING = (
+_STATUS_COLUMNS = (
     _sessions.session_id,
     _sessions.coverage,
     _sessions.reason,
@@ -62,15 +62,17 @@ _DUE = (
     .order_by(_sessions.read_by, _sessions.session_id)
     .limit(bindparam("most"))
 )
-_HAND_OUT = (
+_CLAIM_LISTED = (
     update(tables.sessions)
     .where(_AMONG, _sessions.reconcile_at <= bindparam("now"))
     .values(reconcile_at=bindparam("until"))
     .returning(_sessions.session_id)
 )
-_CLAIM = update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STANDING)
+_CLAIM = (
+    update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STATUS_COLUMNS)
+)
 _CLAIM_DUE = _CLAIM.where(_sessions.reconcile_at == bindparam("due_at"))
-# Only its own: whoever overslept may find that another has leased the session meanwhile.
+# Only its own: after a pause of this process another may have leased the session.
 _OWN = _sessions.leased_until == bindparam("lease")
 _RELEASE = update(tables.sessions).where(_AMONG, _OWN).values(leased_until=None)
 _RENEW = (
@@ -94,21 +96,21 @@ _POSTPONE = (
 Due = tuple[str, datetime | None]  # a session, and by when it is to be read
 
 
-def select_due(connection: Connection, now: datetime, most: int) -> list[Due]:
+def select_due(connection: Connection, now: datetime, limit: int) -> list[Due]:
     """Sessions whose reading is due; those first that upstream forgets first."""
-    return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": most})]
+    return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": limit})]
 
 
-def hand_out(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:
-    """Take these sessions, if they are still due; they are due again from `until` on, if they were not read."""
-    handed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
-    mine = set(connection.scalars(_HAND_OUT, handed)) if due else set()
-    return [(session_id, read_by) for session_id, read_by in due if session_id in mine]
+def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:
+    """Claim these sessions if still due; they are due again at `until` unless read."""
+    claimed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
+    claimed_ids = set(connection.scalars(_CLAIM_LISTED, claimed)) if due else set()
+    return [(session_id, read_by) for session_id, read_by in due if session_id in claimed_ids]
 
 
-def hand_out_due(connection: Connection, now: datetime, until: datetime, most: int) -> list[Due]:
-    """Take sessions whose reading is due, in one transaction."""
-    return hand_out(connection, select_due(connection, now, most), now, until)
+def claim_due(connection: Connection, now: datetime, until: datetime, limit: int) -> list[Due]:
+    """Select and claim due sessions in one transaction."""
+    return claim_listed(connection, select_due(connection, now, limit), now, until)
 
 
 def _at(now: datetime) -> dict[str, Any]:
@@ -122,8 +124,8 @@ def claim(
     now: datetime,
     until: datetime,
     due_at: datetime | None = None,
-) -> dict[str, Standing]:
-    """Lease these sessions until then; answers those that were free, and where they stand.
+) -> dict[str, SessionStatus]:
+    """Lease these sessions; return the free ones with their status.
 
     `due_at`: only those whose next reading is due exactly then, as they were handed out.
     """
@@ -132,21 +134,21 @@ def claim(
         rows = connection.execute(_CLAIM, claimed)
     else:
         rows = connection.execute(_CLAIM_DUE, claimed | {"due_at": due_at})
-    return {row.session_id: Standing(*row) for row in rows}
+    return {row.session_id: SessionStatus(*row) for row in rows}
 
 
 def release(connection: Connection, leased: Mapping[str, datetime]) -> None:
-    """Give leases back; each session with the time until which it was leased."""
+    """Release leases, each identified by session and lease time."""
     for lease, session_ids in _by_lease(leased).items():
         connection.execute(_RELEASE, {"session_ids": session_ids, "lease": lease})
 
 
 def renew(connection: Connection, leased: Mapping[str, datetime], until: datetime) -> set[str]:
-    """Keep leases; answers the sessions of those that had not ended and gone to somebody else."""
-    kept: set[str] = set()
+    """Renew leases; return the sessions whose lease was not taken by another worker."""
+    renewed: set[str] = set()
     for lease, session_ids in _by_lease(leased).items():
-        kept |= set(connection.scalars(_RENEW, {"session_ids": session_ids, "lease": lease, "until": until}))
-    return kept
+        renewed |= set(connection.scalars(_RENEW, {"session_ids": session_ids, "lease": lease, "until": until}))
+    return renewed
 
 
 def _by_lease(leased: Mapping[str, datetime]) -> dict[datetime, list[str]]:
@@ -159,21 +161,21 @@ def _by_lease(leased: Mapping[str, datetime]) -> dict[datetime, list[str]]:
 def postpone(
     connection: Connection, session_id: str, lease: datetime, *, until: datetime, failing_since: datetime | None
 ) -> None:
-    """Give the lease back after a reading that failed; the next is due then. `failing_since`: the first that did."""
+    """Release the lease after a failed reading and schedule the next."""
     postponed = {"of_session": session_id, "lease": lease, "until": until, "since": failing_since}
     connection.execute(_POSTPONE, postponed)
 
 
-def hasten(connection: Connection, session_ids: Sequence[str], handed: datetime, now: datetime) -> None:
-    """Make those of these sessions due at once that were handed out until `handed` and not read since."""
-    hastened = update(tables.sessions).where(_AMONG, _sessions.reconcile_at == handed).values(reconcile_at=now)
-    connection.execute(hastened, {"session_ids": sorted(session_ids)})
+def make_due(connection: Connection, session_ids: Sequence[str], claimed_until: datetime, now: datetime) -> None:
+    """Make sessions due now that were claimed until `claimed_until` and not read since."""
+    updated = update(tables.sessions).where(_AMONG, _sessions.reconcile_at == claimed_until).values(reconcile_at=now)
+    connection.execute(updated, {"session_ids": sorted(session_ids)})
 
 
-def select_standings(connection: Connection, session_ids: Sequence[str]) -> dict[str, Standing]:
-    """Where these sessions stand; those that nobody knows are missing."""
-    rows = connection.execute(select(*_STANDING).where(_AMONG), {"session_ids": list(session_ids)})
-    return {row.session_id: Standing(*row) for row in rows}
+def select_statuses(connection: Connection, session_ids: Sequence[str]) -> dict[str, SessionStatus]:
+    """Return the status of these sessions; unknown ones are missing."""
+    rows = connection.execute(select(*_STATUS_COLUMNS).where(_AMONG), {"session_ids": list(session_ids)})
+    return {row.session_id: SessionStatus(*row) for row in rows}
 
 
 class Schedule(msgspec.Struct, frozen=True, gc=False):
@@ -190,8 +192,8 @@ def select_schedule(connection: Connection, session_id: str) -> Schedule | None:
     return None if row is None else Schedule(*row)
 
 
-class Wanted(msgspec.Struct, frozen=True, gc=False):
-    """Sessions to read: those with an event `since`; `every` one; or else those that another reading could complete.
+class SessionFilter(msgspec.Struct, frozen=True, gc=False):
+    """Which sessions to read: with an event `since`, `every` one, or those that a reading could complete.
 
     Of them those that were not read from `before` on, or of which something was heard after that, or whose answer
     was of an unexpected shape.
@@ -206,7 +208,7 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     def conditions(self) -> list[ColumnElement[bool]]:
         """What is true of such a session."""
         is_stale = or_(_sessions.read_at.is_(None), _sessions.read_at < self.before, _HAS_NEWS, _IS_UNREADABLE)
-        conditions = [_sessions.session_id != UNPLACED, is_stale]
+        conditions = [_sessions.session_id != UNASSIGNED, is_stale]
         if self.since is not None:
             conditions.append(_sessions.last_event_at >= self.since)
         elif not self.every:
@@ -215,20 +217,20 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
         return conditions
 
 
-def select_unread(connection: Connection, wanted: Wanted, *, after: str, most: int) -> list[str]:
+def select_unread(connection: Connection, session_filter: SessionFilter, *, after: str, limit: int) -> list[str]:
     """A page of the ids of the sessions that are wanted, in their order."""
     statement = (
         select(_sessions.session_id)
-        .where(_sessions.session_id > after, *wanted.conditions)
+        .where(_sessions.session_id > after, *session_filter.conditions)
         .order_by(_sessions.session_id)
-        .limit(most)
+        .limit(limit)
     )
     return list(connection.scalars(statement))
 
 
-def count_unread(connection: Connection, wanted: Wanted) -> int:
+def count_unread(connection: Connection, session_filter: SessionFilter) -> int:
     """How many sessions are wanted."""
-    statement = select(func.count()).select_from(tables.sessions).where(*wanted.conditions)
+    statement = select(func.count()).select_from(tables.sessions).where(*session_filter.conditions)
     return connection.scalar(statement) or 0
 
 

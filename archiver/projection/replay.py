@@ -1,4 +1,4 @@
-"""Parts of the archive anew, a page at a time, from the ledger alone (I10)."""
+"""Rebuild parts of the archive from the ledger, a page at a time (I10)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from sqlalchemy import Connection, Row, text
 
 from archiver.projection import rederive, rows
 from archiver.projection.coverage import Timing
-from archiver.projection.facts import UNPLACED, select_unplaced
+from archiver.projection.facts import UNASSIGNED, select_unassigned
 from archiver.projection.turns import fold
 
 # Of one transaction; a session with more has one of its own.
 PAGE_EVENTS = 2_000
 PAGE_BYTES = 16 * 1_048_576
-SESSIONS_A_PAGE = 500
-UNPLACED_A_PAGE = 1_000
+SESSIONS_PER_PAGE = 500
+UNASSIGNED_PER_PAGE = 1_000
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -48,15 +48,15 @@ _PAGE = text(
 
 
 def replay_sessions(connection: Connection, after: str, timing: Timing) -> Page:
-    """Make the next sessions after this id anew, as many as fit into a page together, but at least one."""
-    found = connection.execute(_PAGE, {"after": after, "most": SESSIONS_A_PAGE}).all()
-    taken = _take(found)
-    # Locks them, so that what is recorded meanwhile projects itself afterwards.
-    heard = {row.session_id: [row.first, row.last] for row in taken if row.events}
-    rows.upsert_sessions(connection, heard, timing)
+    """Rebuild the next sessions after this id: a page of them, but at least one."""
+    rows_found = connection.execute(_PAGE, {"after": after, "most": SESSIONS_PER_PAGE}).all()
+    taken = _take(rows_found)
+    # Locks them, so that concurrent events are projected afterwards.
+    arrivals = {row.session_id: [row.first, row.last] for row in taken if row.events}
+    rows.upsert_sessions(connection, arrivals, timing)
     rows.lock_sessions(connection, [row.session_id for row in taken if not row.events])
     rederive(connection, [row.session_id for row in taken], timing)
-    is_last = len(taken) == len(found) < SESSIONS_A_PAGE
+    is_last = len(taken) == len(rows_found) < SESSIONS_PER_PAGE
     return Page(sum(row.events for row in taken), None if is_last else taken[-1].session_id)
 
 
@@ -70,14 +70,18 @@ def _take(found: Sequence[Row[Any]]) -> Sequence[Row[Any]]:
     return found
 
 
-def replay_unplaced(connection: Connection, after: str) -> Page:
-    """Make the next turns whose session is not known anew. The caller holds the ledger's lock alone."""
-    facts = select_unplaced(connection, after, UNPLACED_A_PAGE)
-    last = None if len(facts) < UNPLACED_A_PAGE else next(reversed(facts))
-    rows.delete_unplaced_between(connection, after, last)
-    homes: dict[str, list[str]] = defaultdict(list)
-    for session_id, chat_id in rows.select_homes(connection, facts):
-        homes[chat_id].append(session_id)
-    homeless = {(UNPLACED, chat_id): fold(told) for chat_id, told in facts.items() if not homes[chat_id] and told}
-    rows.upsert_turns(connection, homeless)
+def replay_unassigned(connection: Connection, after: str) -> Page:
+    """Rebuild the next unassigned turns. Requires the exclusive lock."""
+    facts = select_unassigned(connection, after, UNASSIGNED_PER_PAGE)
+    last = None if len(facts) < UNASSIGNED_PER_PAGE else next(reversed(facts))
+    rows.delete_unassigned_between(connection, after, last)
+    sessions_of_chat: dict[str, list[str]] = defaultdict(list)
+    for session_id, chat_id in rows.select_sessions_of_chats(connection, facts):
+        sessions_of_chat[chat_id].append(session_id)
+    unassigned = {
+        (UNASSIGNED, chat_id): fold(own_facts)
+        for chat_id, own_facts in facts.items()
+        if not sessions_of_chat[chat_id] and own_facts
+    }
+    rows.upsert_turns(connection, unassigned)
     return Page(sum(map(len, facts.values())), last)

@@ -1,4 +1,4 @@
-"""The rows of sessions, chats and messages: what is derived from the ledger is written here alone."""
+"""Write the rows of sessions, chats and messages; the only writer of these tables."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,11 +24,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 
 from archiver import tables
-from archiver.database import RowsInsert, Statement, execute
+from archiver.database import BulkInsert, Statement, execute
 from archiver.projection import coverage
 from archiver.projection.coverage import Timing
-from archiver.projection.differences import Said, Shown, said_in, shown, shown_elsewhere
-from archiver.projection.facts import UNPLACED, Key
+from archiver.projection.differences import MessageText, TurnState, message_text, reassigned_turn_state, turn_state
+from archiver.projection.facts import UNASSIGNED, Key
 from archiver.projection.sessions import Rows, chat_row
 from archiver.projection.turns import Turn
 
@@ -38,17 +38,17 @@ _CHAT_IDS = bindparam("chat_ids", type_=ARRAY(TEXT))
 _SESSION_IDS = bindparam("session_ids", type_=ARRAY(TEXT))
 
 
-def select_homes(connection: Connection, chat_ids: Iterable[str]) -> list[Key]:
-    """The sessions that are known to hold these chats."""
+def select_sessions_of_chats(connection: Connection, chat_ids: Iterable[str]) -> list[Key]:
+    """Return the sessions known to hold these chats."""
     chats = tables.chats.c
     statement = select(chats.session_id, chats.chat_id).where(
-        chats.chat_id == func.any(_CHAT_IDS), chats.session_id != UNPLACED
+        chats.chat_id == func.any(_CHAT_IDS), chats.session_id != UNASSIGNED
     )
     return [(row.session_id, row.chat_id) for row in connection.execute(statement, {"chat_ids": sorted(chat_ids)})]
 
 
 @cache
-def _session_upsert(after_read_by: timedelta) -> RowsInsert:
+def _session_upsert(after_read_by: timedelta) -> BulkInsert:
     """`after_read_by`: so much later than `read_by` is the last moment to read a session that is not quiet."""
     sessions = tables.sessions
     statement = insert(sessions)
@@ -66,19 +66,19 @@ def _session_upsert(after_read_by: timedelta) -> RowsInsert:
         ),
     }
     upsert = statement.on_conflict_do_update(index_elements=[sessions.c.session_id], set_=changes)
-    return RowsInsert(upsert.returning(sessions.c.session_id, sessions.c.read_at), ["session_id", *changes])
+    return BulkInsert(upsert.returning(sessions.c.session_id, sessions.c.read_at), ["session_id", *changes])
 
 
 def upsert_sessions(
-    connection: Connection, heard: Mapping[str, Sequence[datetime]], timing: Timing, then: Statement | None = None
+    connection: Connection, arrivals: Mapping[str, Sequence[datetime]], timing: Timing, then: Statement | None = None
 ) -> tuple[set[str], list[Any]]:
-    """Lock these sessions, in order of their ids, and note when they were heard of; answers those once read.
+    """Lock these sessions in order of id and record arrivals; return those that were read.
 
     And the rows of what is asked `then`, under that lock and in the same round trip.
     """
     new = []
-    for session_id in sorted(heard):
-        first, last = min(heard[session_id]), max(heard[session_id])
+    for session_id in sorted(arrivals):
+        first, last = min(arrivals[session_id]), max(arrivals[session_id])
         read_by = timing.read_by(first)
         new.append(
             {
@@ -91,16 +91,16 @@ def upsert_sessions(
         )
     upserts = [*_session_upsert(timing.margin - timing.wait).bind(new)]
     answers = execute(connection, *upserts, *([then] if then else []))
-    told = answers.pop() if then else []
-    return {row.session_id for answered in answers for row in answered if row.read_at is not None}, told
+    row_statement = answers.pop() if then else []
+    return {row.session_id for answered in answers for row in answered if row.read_at is not None}, row_statement
 
 
-def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> RowsInsert:
+def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> BulkInsert:
     """Every column but the key becomes what the row says: it is the whole truth about what it stands for."""
     statement = insert(table)
     columns = [column.name for column in table.c if column.name not in unset]
     changes = {name: statement.excluded[name] for name in columns if name not in keys}
-    return RowsInsert(statement.on_conflict_do_update(index_elements=list(keys), set_=changes), columns)
+    return BulkInsert(statement.on_conflict_do_update(index_elements=list(keys), set_=changes), columns)
 
 
 _CHAT_KEY = ("session_id", "chat_id")
@@ -130,7 +130,7 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
     execute(connection, *chats, *_UPSERT_UNREAD_MESSAGE.bind(messages))
 
 
-def upsert_placed_turns(connection: Connection, turns: Mapping[Key, Turn], lines: Sequence[Row]) -> None:
+def upsert_transcript_turns(connection: Connection, turns: Mapping[Key, Turn], lines: Sequence[Row]) -> None:
     """Write turns, with these messages, of sessions that were read."""
     chats = _UPSERT_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
     execute(connection, *chats, *_UPSERT_MESSAGE.bind(lines))
@@ -150,16 +150,16 @@ _SELECT_TURNS = text(
 ).columns(*tables.chats.c, column("role", TEXT), column("content", TEXT), column("history_content", TEXT))
 
 
-def select_shown(connection: Connection, keys: Sequence[Key]) -> dict[Key, Shown]:
-    """What the archive shows of these turns; none for those that it does not hold."""
-    asked = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
+def select_turn_states(connection: Connection, keys: Sequence[Key]) -> dict[Key, TurnState]:
+    """Return the published state of these turns, without missing ones."""
+    rows_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
-    said: dict[Key, list[Said]] = defaultdict(list)
-    for row in connection.execute(_SELECT_TURNS, {"keys": msgspec.json.encode(asked).decode()}).mappings():
+    texts: dict[Key, list[MessageText]] = defaultdict(list)
+    for row in connection.execute(_SELECT_TURNS, {"keys": msgspec.json.encode(rows_json).decode()}).mappings():
         key = row["session_id"], row["chat_id"]
         chats[key] = dict(row)
-        said[key] += [said_in(chats[key])] if row["role"] is not None else []
-    return {key: shown(row, said[key]) for key, row in chats.items()}
+        texts[key] += [message_text(chats[key])] if row["role"] is not None else []
+    return {key: turn_state(row, texts[key]) for key, row in chats.items()}
 
 
 _DELETE_SURPLUS = delete(tables.messages).where(
@@ -171,35 +171,35 @@ _DELETE_SURPLUS = delete(tables.messages).where(
 )
 
 
-def delete_surplus_messages(connection: Connection, kept: Mapping[Key, int]) -> None:
+def delete_surplus_messages(connection: Connection, counts: Mapping[Key, int]) -> None:
     """A newer revision may have fewer messages than the one that it replaces."""
-    if kept:
+    if counts:
         connection.execute(
             _DELETE_SURPLUS,
-            [{"of_session": key[0], "of_chat": key[1], "kept": count} for key, count in sorted(kept.items())],
+            [{"of_session": key[0], "of_chat": key[1], "kept": count} for key, count in sorted(counts.items())],
         )
 
 
-def delete_unplaced(connection: Connection, chat_ids: Sequence[str]) -> dict[str, Shown]:
-    """A turn whose session became known no longer stands among those without one. Answers those that did."""
+def delete_unassigned(connection: Connection, chat_ids: Sequence[str]) -> dict[str, TurnState]:
+    """Delete unassigned turns that were assigned; return them."""
     if not chat_ids:
         return {}
-    unplaced = {"chat_ids": list(chat_ids)}
-    connection.execute(_DELETE_UNPLACED_MESSAGES, unplaced)
-    deleted = connection.execute(_DELETE_UNPLACED_CHATS, unplaced)
-    return {row.chat_id: shown_elsewhere(is_deleted=row.deleted_at is not None) for row in deleted}
+    unassigned = {"chat_ids": list(chat_ids)}
+    connection.execute(_DELETE_UNASSIGNED_MESSAGES, unassigned)
+    deleted = connection.execute(_DELETE_UNASSIGNED_CHATS, unassigned)
+    return {row.chat_id: reassigned_turn_state(is_deleted=row.deleted_at is not None) for row in deleted}
 
 
-_DELETE_UNPLACED_MESSAGES, _delete_unplaced_chats = (
-    delete(table).where(table.c.session_id == UNPLACED, table.c.chat_id == func.any(_CHAT_IDS))
+_DELETE_UNASSIGNED_MESSAGES, _delete_unassigned_chats = (
+    delete(table).where(table.c.session_id == UNASSIGNED, table.c.chat_id == func.any(_CHAT_IDS))
     for table in (tables.messages, tables.chats)
 )
-_DELETE_UNPLACED_CHATS = _delete_unplaced_chats.returning(tables.chats.c.chat_id, tables.chats.c.deleted_at)
+_DELETE_UNASSIGNED_CHATS = _delete_unassigned_chats.returning(tables.chats.c.chat_id, tables.chats.c.deleted_at)
 
 
-_DELETE_UNPLACED_BETWEEN = [
+_DELETE_UNASSIGNED_BETWEEN = [
     delete(table).where(
-        table.c.session_id == UNPLACED,
+        table.c.session_id == UNASSIGNED,
         table.c.chat_id > bindparam("after"),
         or_(bindparam("last", type_=TEXT).is_(None), table.c.chat_id <= bindparam("last", type_=TEXT)),
     )
@@ -207,9 +207,9 @@ _DELETE_UNPLACED_BETWEEN = [
 ]
 
 
-def delete_unplaced_between(connection: Connection, after: str, last: str | None) -> None:
+def delete_unassigned_between(connection: Connection, after: str, last: str | None) -> None:
     """Remove what stands without a session under the chat ids after `after`, up to `last` or to the end."""
-    for statement in _DELETE_UNPLACED_BETWEEN:
+    for statement in _DELETE_UNASSIGNED_BETWEEN:
         connection.execute(statement, {"after": after, "last": last})
 
 
@@ -225,14 +225,14 @@ def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
     """Set these sessions to what `derive` makes of an erased one, but for its content: unverified, and never due."""
     if session_ids:
         marked = update(tables.sessions).where(
-            tables.sessions.c.session_id == func.any(_SESSION_IDS), tables.sessions.c.session_id != UNPLACED
+            tables.sessions.c.session_id == func.any(_SESSION_IDS), tables.sessions.c.session_id != UNASSIGNED
         )
         values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None, "append_after": None}
         connection.execute(marked.values(values), {"session_ids": list(session_ids)})
 
 
 def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Remove sessions of which nothing is known, with all that is theirs."""
+    """Delete sessions without facts, with all their rows."""
     for table in (tables.messages, tables.chats, tables.sessions) if session_ids else ():
         connection.execute(
             delete(table).where(table.c.session_id == func.any(_SESSION_IDS)), {"session_ids": list(session_ids)}
@@ -268,16 +268,16 @@ def write_difference(
 
     Of the sessions `read` a reading has just been recorded.
 
-    Answers by how many messages of the kind that only history told there are more than before.
+    Returns the increase in messages known only from history.
     """
     sessions: dict[str, Row] = {}
     for rows in derived:
         session_id = rows.session["session_id"]
         old = archived.sessions.get(session_id)
-        kept: Row = dict(_AT_REST) if old is None else {name: old[name] for name in _AT_REST}
+        preserved: Row = dict(_AT_REST) if old is None else {name: old[name] for name in _AT_REST}
         if session_id in read:
-            kept["failing_since"] = None
-        sessions[session_id] = rows.session | kept
+            preserved["failing_since"] = None
+        sessions[session_id] = rows.session | preserved
     chats = {(row["session_id"], row["chat_id"]): row for rows in derived for row in rows.chats}
     messages = {(m["session_id"], m["chat_id"], m["ordinal"]): m for rows in derived for m in rows.messages}
     changed = [row for key, row in sorted(sessions.items()) if _differs(row, archived.sessions.get(key))]
@@ -316,9 +316,9 @@ def _delete_all_but(
     keys: Iterable[tuple[Any, ...]],
     sessions: Mapping[str, Row],
 ) -> None:
-    gone = [
+    surplus = [
         dict(zip((f"of_{name}" for name in names), key, strict=True)) for key in sorted(keys) if key[0] in sessions
     ]
-    if gone:
+    if surplus:
         of_key = and_(*(table.c[name] == bindparam(f"of_{name}") for name in names))
-        connection.execute(delete(table).where(of_key), gone)
+        connection.execute(delete(table).where(of_key), surplus)

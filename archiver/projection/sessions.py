@@ -1,4 +1,4 @@
-"""A session of which history is known, as a whole: turns and readings to the rows of the archive (I6, I7). Pure."""
+"""Derive the rows of a session whose history is known, from turns and readings (I6, I7). Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -7,30 +7,30 @@ from typing import Any
 import msgspec
 
 from archiver import alignment, history
-from archiver.alignment import Line, Transcript
+from archiver.alignment import Transcript, TranscriptLine
 from archiver.alignment.shapes import USER
-from archiver.alignment.wording import are_alike, is_short_cut, normal_role
-from archiver.events import OURS, SHAPES, Message
+from archiver.alignment.wording import are_similar, is_short_cut, normal_role
+from archiver.events import INTERNAL_PREFIX, SHAPES, Message
 from archiver.events.normal import normal_text
-from archiver.history import Told
+from archiver.history import SessionSnapshot
 from archiver.projection import coverage
 from archiver.projection.coverage import Reading, Timing
 from archiver.projection.turns import Turn
 
 Row = dict[str, Any]
 
-HEAD = OURS  # stands for a chat where something was said before any turn
+BEFORE_FIRST_TURN = INTERNAL_PREFIX  # stands for a chat where something was said before any turn
 
 
-class Story(msgspec.Struct):
-    """What the ledger tells of one session: turns by chat id, readings and registrations in order of time."""
+class SessionFacts(msgspec.Struct):
+    """All facts of one session: turns by chat id, readings and registrations in order of time."""
 
     session_id: str
     turns: Mapping[str, Turn]
     readings: Sequence[Reading]
-    registrations: Sequence[tuple[datetime, Told]]
-    heard_at: Sequence[datetime]  # arrivals of all that is not a reading
-    strays: Sequence[str]  # its chats of which some facts did not tell the session
+    registrations: Sequence[tuple[datetime, SessionSnapshot]]
+    arrived_at: Sequence[datetime]  # arrivals of all that is not a reading
+    unassigned: Sequence[str]  # its chats that also have unassigned facts
     is_erased: bool = False  # all of it, or some of its turns
 
 
@@ -42,64 +42,64 @@ class Rows(msgspec.Struct):
     messages: list[Row]
 
 
-def derive(story: Story, timing: Timing) -> Rows:
-    """The rows of a session, whatever the order in which its facts came."""
-    transcript = _transcript(story)
+def derive(session_facts: SessionFacts, timing: Timing) -> Rows:
+    """Return the rows of a session, independent of the order of its facts."""
+    transcript = _transcript(session_facts)
     lines = transcript.lines
     keys = _chat_keys(lines)
-    found_chats = _found_chats(story, lines, keys)
-    chats = [chat_row(story.session_id, chat_id, turn) for chat_id, turn in story.turns.items()]
+    history_chats = _history_chats(session_facts, lines, keys)
+    chats = [chat_row(session_facts.session_id, chat_id, turn) for chat_id, turn in session_facts.turns.items()]
     return Rows(
-        session=_session_row(story, transcript, len(found_chats), timing),
-        chats=chats + found_chats,
-        messages=_message_rows(story, lines, keys),
+        session=_session_row(session_facts, transcript, len(history_chats), timing),
+        chats=chats + history_chats,
+        messages=_message_rows(session_facts, lines, keys),
     )
 
 
-def _transcript(story: Story) -> Transcript:
+def _transcript(session_facts: SessionFacts) -> Transcript:
     return alignment.compose(
-        [aligned(chat_id, turn) for chat_id, turn in story.turns.items()],
+        [aligned(chat_id, turn) for chat_id, turn in session_facts.turns.items()],
         [
-            alignment.Reading(reading.told.messages, reading.last_at, reading.first_at, reading.shown)
-            for reading in story.readings
-            if reading.told.messages is not None
+            alignment.HistoryMessages(reading.snapshot.messages, reading.last_at, reading.first_at, reading.shown)
+            for reading in session_facts.readings
+            if reading.snapshot.messages is not None
         ],
     )
 
 
-def without(story: Story, chat_ids: Collection[str]) -> Told | None:
-    """What all readings told of a session, in order, but for these turns; None where no reading told its messages.
+def without_turns(session_facts: SessionFacts, chat_ids: Collection[str]) -> SessionSnapshot | None:
+    """Return all messages of the readings without these turns; None if no reading had messages.
 
-    A line that no turn claimed goes too where it says what such a turn said, in whatever form it was written, cut or
+    A line that no turn claimed goes too where it says what such a turn said, in any form: cut or
     masked.
     """
-    if not any(reading.told.messages is not None for reading in story.readings):
+    if not any(reading.snapshot.messages is not None for reading in session_facts.readings):
         return None
-    said = {
+    known_texts = {
         normal_text(message.content)
         for chat_id in chat_ids
-        if chat_id in story.turns
-        for message in story.turns[chat_id].messages
+        if chat_id in session_facts.turns
+        for message in session_facts.turns[chat_id].messages
     }
-    kept = [
+    remaining = [
         Message(line.role, _in_history(line), SHAPES[line.kind])
-        for line in _transcript(story).lines
+        for line in _transcript(session_facts).lines
         if line.first_read_at is not None
         and line.chat_id not in chat_ids
-        and (line.chat_id is not None or not _repeats(line.content, said - {""}))
+        and (line.chat_id is not None or not _repeats(line.content, known_texts - {""}))
     ]
-    told = [reading.told for reading in story.readings]
-    return Told(
-        tuple(kept),
-        name=_last(each.name for each in told),
-        status=_last(each.status for each in told),
-        assistant_id=_last(each.assistant_id for each in told),
-        created_at=min((each.created_at for each in told if each.created_at), default=None),
+    snapshots = [reading.snapshot for reading in session_facts.readings]
+    return SessionSnapshot(
+        tuple(remaining),
+        name=_last(each.name for each in snapshots),
+        status=_last(each.status for each in snapshots),
+        assistant_id=_last(each.assistant_id for each in snapshots),
+        created_at=min((each.created_at for each in snapshots if each.created_at), default=None),
     )
 
 
-def _in_history(line: Line) -> str:
-    """The text of a line as history has it, where the line is found again by it, whatever stands beside it."""
+def _in_history(line: TranscriptLine) -> str:
+    """Return the history's text of a line, if the line can be found again by it alone."""
     text = line.history_content
     return text if text is not None and normal_text(text) == normal_text(line.content) else line.content
 
@@ -107,55 +107,56 @@ def _in_history(line: Line) -> str:
 _CUT = 32  # characters: so much of a beginning is of the same text, even where it ends within a number
 
 
-def _repeats(content: str, said: Collection[str]) -> bool:
+def _repeats(content: str, texts: Collection[str]) -> bool:
     text = normal_text(content)
     beginning = text.removesuffix("...").rstrip()
     is_long = len(beginning) >= _CUT
-    return text in said or any(
-        are_alike(text, each) or is_short_cut(text, each) or (is_long and each.startswith(beginning)) for each in said
+    return text in texts or any(
+        are_similar(text, each) or is_short_cut(text, each) or (is_long and each.startswith(beginning))
+        for each in texts
     )
 
 
-def aligned(chat_id: str, turn: Turn) -> alignment.Turn:
+def aligned(chat_id: str, turn: Turn) -> alignment.TurnMessages:
     """A turn as the alignment takes it."""
     is_deleted = turn.deleted_at is not None
-    return alignment.Turn(
-        chat_id, turn.messages, turn.inputs, turn.began_at, turn.told_at, is_deleted, turn.first_received_at
+    return alignment.TurnMessages(
+        chat_id, turn.messages, turn.inputs, turn.began_at, turn.revised_at, is_deleted, turn.first_received_at
     )
 
 
-def _chat_keys(lines: Sequence[Line]) -> list[str]:
-    """The chat id of each line; where only history knows the turn one of our own making: a user's words begin it."""
+def _chat_keys(lines: Sequence[TranscriptLine]) -> list[str]:
+    """Return the chat id of each line; an internal id for turns known only from history."""
     keys: list[str] = []
-    found, before = 0, None
+    item, before = 0, None
     for line in lines:
         if line.chat_id is not None:
             keys.append(line.chat_id)
         elif _begins_turn(line, before):
-            found += 1
-            keys.append(f"{OURS}{found}")
+            item += 1
+            keys.append(f"{INTERNAL_PREFIX}{item}")
         else:
-            keys.append(keys[-1] if keys else HEAD)
+            keys.append(keys[-1] if keys else BEFORE_FIRST_TURN)
         before = line
     return keys
 
 
-def _begins_turn(line: Line, before: Line | None) -> bool:
+def _begins_turn(line: TranscriptLine, before: TranscriptLine | None) -> bool:
     if before is None:
         return normal_role(line.role) == USER
     return before.chat_id is not None or (normal_role(line.role) == USER and normal_role(before.role) != USER)
 
 
-def _found_chats(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> list[Row]:
-    first: dict[str, Line] = {}
+def _history_chats(session_facts: SessionFacts, lines: Sequence[TranscriptLine], keys: Sequence[str]) -> list[Row]:
+    first: dict[str, TranscriptLine] = {}
     for line, key in zip(lines, keys, strict=True):
-        if key.startswith(OURS) and key != HEAD:
+        if key.startswith(INTERNAL_PREFIX) and key != BEFORE_FIRST_TURN:
             first.setdefault(key, line)
     nothing = dict.fromkeys(CHAT_COLUMNS)
     return [
         nothing
         | {
-            "session_id": story.session_id,
+            "session_id": session_facts.session_id,
             "chat_id": key,
             "first_received_at": line.first_read_at,
             "source": history.SOURCE,
@@ -164,18 +165,18 @@ def _found_chats(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> li
     ]
 
 
-def _message_rows(story: Story, lines: Sequence[Line], keys: Sequence[str]) -> list[Row]:
+def _message_rows(session_facts: SessionFacts, lines: Sequence[TranscriptLine], keys: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     ordinals: dict[str, int] = {}
     for place, (line, key) in enumerate(zip(lines, keys, strict=True), 1):
         ordinal = ordinals.get(key, 0)
         ordinals[key] = ordinal + 1
-        row = message_row(story.session_id, key, ordinal, line)
-        rows.append(row | {"place": place} if story.readings else row)
+        row = message_row(session_facts.session_id, key, ordinal, line)
+        rows.append(row | {"place": place} if session_facts.readings else row)
     return rows
 
 
-def message_row(session_id: str, chat_id: str, ordinal: int, line: Line) -> Row:
+def message_row(session_id: str, chat_id: str, ordinal: int, line: TranscriptLine) -> Row:
     """A line as a row of `messages`, without its place."""
     return {
         "session_id": session_id,
@@ -216,19 +217,21 @@ def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
     return row
 
 
-def _session_row(story: Story, transcript: Transcript, found: int, timing: Timing) -> Row:
-    readings, lines = story.readings, transcript.lines
-    first_event_at = min([*story.heard_at, *(reading.first_at for reading in readings)])
-    # A session that nobody mentioned before it was read was last heard of then.
-    last_event_at = max(story.heard_at, default=first_event_at)
-    told = _told_in_order(story)
-    created_at = min((each.created_at for each in told if each.created_at), default=None)
-    # Whoever tells of a session that upstream had forgotten before we heard of it is mistaken.
+def _session_row(session_facts: SessionFacts, transcript: Transcript, history_chats: int, timing: Timing) -> Row:
+    readings, lines = session_facts.readings, transcript.lines
+    first_event_at = min([*session_facts.arrived_at, *(reading.first_at for reading in readings)])
+    # A session without events before its reading has its last event then.
+    last_event_at = max(session_facts.arrived_at, default=first_event_at)
+    snapshots = _snapshots_in_order(session_facts)
+    created_at = min((each.created_at for each in snapshots if each.created_at), default=None)
+    # A report of a session that had expired upstream before its first event is wrong.
     is_plausible = created_at is not None and created_at > first_event_at - timing.lifetime
     opened_at = min(first_event_at, created_at) if is_plausible and created_at else first_event_at
-    covered = coverage.cover(story.turns, found, readings, lines, last_event_at, is_erased=story.is_erased)
+    covered = coverage.coverage_of(
+        session_facts.turns, history_chats, readings, lines, last_event_at, is_erased=session_facts.is_erased
+    )
     return {
-        "session_id": story.session_id,
+        "session_id": session_facts.session_id,
         "first_event_at": first_event_at,
         "last_event_at": last_event_at,
         "coverage": covered.state,
@@ -236,16 +239,16 @@ def _session_row(story: Story, transcript: Transcript, found: int, timing: Timin
         "reconciled_at": covered.reconciled_at,
         "read_at": covered.read_at,
         "repaired_messages": covered.repaired_messages,
-        "name": _last(each.name for each in told),
-        "status": _last(each.status for each in told),
-        "assistant_id": _last(each.assistant_id for each in told),
+        "name": _last(each.name for each in snapshots),
+        "status": _last(each.status for each in snapshots),
+        "assistant_id": _last(each.assistant_id for each in snapshots),
         "created_at": created_at,
         "places": len(lines) if readings else None,
-        "append_after": _append_after(story, transcript),
+        "append_after": _append_after(session_facts, transcript),
         "read_by": timing.read_by(opened_at),
-        # What history shows cannot be told apart from what was erased, so it is not asked again.
+        # History content cannot be distinguished from erased content, so it is not fetched again.
         "reconcile_at": None
-        if story.is_erased
+        if session_facts.is_erased
         else coverage.next_reading(timing, opened_at, last_event_at, readings),
     }
 
@@ -253,16 +256,19 @@ def _session_row(story: Story, transcript: Transcript, found: int, timing: Timin
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-def _append_after(story: Story, transcript: Transcript) -> datetime | None:
+def _append_after(session_facts: SessionFacts, transcript: Transcript) -> datetime | None:
     """A turn that arrives after the latest reading is appended as it is if it begins after this; None: none is."""
-    if story.is_erased or not story.readings or not transcript.can_append:
+    if session_facts.is_erased or not session_facts.readings or not transcript.can_append:
         return None
-    return max((turn.began_at for turn in story.turns.values()), default=_NEVER)
+    return max((turn.began_at for turn in session_facts.turns.values()), default=_NEVER)
 
 
-def _told_in_order(story: Story) -> list[Told]:
-    dated = [*story.registrations, *((reading.last_at, reading.told) for reading in story.readings)]
-    return [told for _, told in sorted(dated, key=lambda pair: pair[0])]
+def _snapshots_in_order(session_facts: SessionFacts) -> list[SessionSnapshot]:
+    dated = [
+        *session_facts.registrations,
+        *((reading.last_at, reading.snapshot) for reading in session_facts.readings),
+    ]
+    return [snapshot for _, snapshot in sorted(dated, key=lambda pair: pair[0])]
 
 
 def _last(values: Any) -> Any:

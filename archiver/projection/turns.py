@@ -1,4 +1,4 @@
-"""A turn from the ledger: a pure function of all facts about it, whatever their order (I5)."""
+"""Derive a turn from all its facts, independent of their order (I5). Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from archiver import events
-from archiver.alignment.context import own_messages
+from archiver.alignment.context import messages_of_turn
 from archiver.events import Event, Message
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 class Fact(msgspec.Struct, frozen=True, gc=False):
     """One ledger row about a chat, read again.
 
-    `is_repeat`: only its times may have changed, and what it tells is to be read from the ledger, not from this
+    `is_repeat`: only its times may have changed; its content is read from the ledger, not from this
     delivery, whose envelope may differ from the one that was kept.
     """
 
@@ -30,8 +30,8 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
     is_repeat: bool = False
 
     @property
-    def told_at(self) -> datetime:
-        """The time by which revisions are ordered: upstream's own where there is a credible one.
+    def revised_at(self) -> datetime:
+        """Return the time that orders revisions: the upstream time if credible, otherwise the arrival.
 
         One that claims to be of the future is as new as its arrival.
         """
@@ -43,14 +43,14 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def order(self) -> tuple[datetime, datetime, datetime, bytes]:
-        """Sorts the revisions of a turn, oldest first; arrival decides only where upstream tells nothing."""
+        """Return the sort key of revisions, oldest first; arrival decides only without upstream times."""
         occurred_at = self.credible(self.occurred_at) or _NEVER
-        return self.told_at, occurred_at, self.received_at, self.event.dedupe_key
+        return self.revised_at, occurred_at, self.received_at, self.event.dedupe_key
 
     @property
     def known_at(self) -> datetime:
         """By when it was true, on the clock by which histories are read: no later than its arrival."""
-        return min(self.told_at, self.received_at)
+        return min(self.revised_at, self.received_at)
 
     def credible(self, moment: datetime | None) -> datetime | None:
         """The reported time, unless it is later than the arrival of this fact."""
@@ -75,57 +75,57 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     source: str
     messages: tuple[Message, ...]
     inputs: int  # of the messages, the first so many are input
-    told_at: datetime  # when the newest fact with content was true, no later than its arrival
+    revised_at: datetime  # when the newest fact with content was true, no later than its arrival
 
     @property
     def began_at(self) -> datetime:
-        """Where it stands in time: its creation, or else its first telling, or else its arrival."""
+        """Return the creation time, or else the earliest envelope time, or else the arrival."""
         return self.created_at or self.occurred_at or self.first_received_at
 
     @property
-    def is_told(self) -> bool:
-        """Whether any of its content is known."""
+    def has_content(self) -> bool:
+        """Return whether any of its content is known."""
         return any(message.content.strip() for message in self.messages)
 
 
 def fold(facts: Sequence[Fact]) -> Turn:
-    """The turn that these facts, at least one, add up to, in whatever order they are given.
+    """Return the turn that these facts describe, in any order; at least one is required.
 
-    The newest told value of each field wins; an empty output never replaces a filled one; one deletion is enough.
+    The newest value of each field wins; an empty output never replaces a filled one; one deletion is enough.
     """
     if len(facts) == 1:
         return _turn_of(facts[0])
     ordered = sorted(facts, key=lambda fact: fact.order)
-    told = [(fact, fact.event.chat) for fact in ordered if fact.event.chat is not None]
-    tellings = [chat for _, chat in told]
-    outputs = [chat.output for chat in tellings]
-    said = _newest(chat.input or None for chat in tellings) or ()
-    answered = _newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)
-    said, answered = own_messages(said, answered)
+    with_chat = [(fact, fact.event.chat) for fact in ordered if fact.event.chat is not None]
+    revisions = [chat for _, chat in with_chat]
+    outputs = [chat.output for chat in revisions]
+    input_messages = _newest(chat.input or None for chat in revisions) or ()
+    output_messages = _newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)
+    input_messages, output_messages = messages_of_turn(input_messages, output_messages)
     return Turn(
-        assistant_id=_newest(chat.assistant_id for chat in tellings),
-        external_id=_newest(chat.external_id for chat in tellings),
-        status=_newest(chat.status for chat in tellings),
-        cost=_newest(chat.cost for chat in tellings),
-        variables=_newest(chat.variables for chat in tellings),
-        created_at=_earliest(fact.credible(chat.created_at) for fact, chat in told),
-        session_name=_newest(chat.session_name for chat in tellings),
-        session_status=_newest(chat.session_status for chat in tellings),
-        updated_at=_latest(fact.credible(chat.updated_at) for fact, chat in told),
+        assistant_id=_newest(chat.assistant_id for chat in revisions),
+        external_id=_newest(chat.external_id for chat in revisions),
+        status=_newest(chat.status for chat in revisions),
+        cost=_newest(chat.cost for chat in revisions),
+        variables=_newest(chat.variables for chat in revisions),
+        created_at=_earliest(fact.credible(chat.created_at) for fact, chat in with_chat),
+        session_name=_newest(chat.session_name for chat in revisions),
+        session_status=_newest(chat.session_status for chat in revisions),
+        updated_at=_latest(fact.credible(chat.updated_at) for fact, chat in with_chat),
         occurred_at=_earliest(fact.credible(fact.occurred_at) for fact in ordered),
         first_received_at=min(fact.received_at for fact in ordered),
         deleted_at=_earliest(_deleted_at(fact) for fact in ordered if fact.event.type == events.DELETED),
         source=ordered[0].source,
-        messages=said + answered,
-        inputs=len(said),
-        told_at=max((fact.known_at for fact in ordered if _tells_content(fact)), default=ordered[0].known_at),
+        messages=input_messages + output_messages,
+        inputs=len(input_messages),
+        revised_at=max((fact.known_at for fact in ordered if _has_content(fact)), default=ordered[0].known_at),
     )
 
 
 def _turn_of(fact: Fact) -> Turn:
     """`fold` of a single fact, which is what nearly every turn is made of, at a fraction of the cost."""
-    chat = fact.event.chat or events.NOTHING_TOLD
-    said, answered = own_messages(chat.input, chat.output)
+    chat = fact.event.chat or events.EMPTY_CHAT
+    input_messages, output_messages = messages_of_turn(chat.input, chat.output)
     return Turn(
         assistant_id=chat.assistant_id,
         external_id=chat.external_id,
@@ -140,17 +140,17 @@ def _turn_of(fact: Fact) -> Turn:
         first_received_at=fact.received_at,
         deleted_at=_deleted_at(fact) if fact.event.type == events.DELETED else None,
         source=fact.source,
-        messages=said + answered,
-        inputs=len(said),
-        told_at=fact.known_at,
+        messages=input_messages + output_messages,
+        inputs=len(input_messages),
+        revised_at=fact.known_at,
     )
 
 
 def _deleted_at(fact: Fact) -> datetime:
-    return fact.credible(fact.occurred_at) or fact.told_at
+    return fact.credible(fact.occurred_at) or fact.revised_at
 
 
-def _tells_content(fact: Fact) -> bool:
+def _has_content(fact: Fact) -> bool:
     chat = fact.event.chat
     return chat is not None and bool(chat.input or chat.output)
 

@@ -1,4 +1,4 @@
-"""Reading histories: each session by one reader at a time, each answer as a fact through the one write path.
+"""Read histories: one reader per session, each response stored as a fact through the one write path.
 
 No transaction is open while CallHQ is asked: lease, ask, record, give back.
 """
@@ -14,33 +14,31 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import history, ledger, telemetry
 from archiver.callhq import Client
-from archiver.database import run_apart, run_in_transaction
+from archiver.database import run_in_transaction, run_split
 from archiver.events import Event
 from archiver.projection import Timing, leases
-from archiver.reconcile.asking import NOT_FOUND, Answer, Asking
-from archiver.reconcile.leased import Leased
+from archiver.reconcile.fetching import NOT_FOUND, Answer, HistoryFetcher
+from archiver.reconcile.leased import LeasedSessions
 from archiver.reconcile.pause import SharedPause
-from archiver.reconcile.report import Outcome, Reading, Report
+from archiver.reconcile.report import Outcome, ReconcileResult, ResultReporter
 
-__all__ = ["NotRecordedError", "Outcome", "Reading", "Reconciler", "Submit", "retry_pause"]
+__all__ = ["Outcome", "ReconcileResult", "Reconciler", "ResponseNotStoredError", "Submit", "retry_pause"]
 
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
 _NOT_STORED = "its answer could not be stored: see archiver quarantine list"
 _NOT_KNOWN = "CallHQ does not know this session (404), nor does the archive: is the id right? It was not registered."
-LONGEST_RETRY = timedelta(hours=1)
-SHORTEST_RETRY = timedelta(seconds=30)
+MAX_RETRY = timedelta(hours=1)
+MIN_RETRY = timedelta(seconds=30)
 
 Submit = Callable[[Event, datetime], Awaitable[str]]
 
 
-class NotRecordedError(Exception):
-    """The database did not take the answer."""
+class ResponseNotStoredError(Exception):
+    """The database did not store the response."""
 
 
 class Reconciler:
-    """Reads sessions with one client; `submit` takes a fact and when its reading began, and answers once it is
-    committed: `quarantined` if it could not be stored.
-    """
+    """Reads sessions with one client; `submit` stores a fact and returns after its commit."""
 
     def __init__(
         self,
@@ -51,129 +49,125 @@ class Reconciler:
         pause: SharedPause,
         timing: Timing,
         concurrency: int,
-        gives_up: bool = True,
+        mark_unavailable: bool = True,
     ) -> None:
         self._engine, self._submit, self._timing = engine, submit, timing
-        self._asking = Asking(client)
-        self._gives_up = gives_up  # where there is no answer long after a session expired
+        self._fetcher = HistoryFetcher(client)
+        self._mark_unavailable = mark_unavailable  # where there is no answer long after a session expired
         self._pause = pause
         self._concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
         self._not_read = telemetry.Recurring("histories not read")
 
     @property
-    def finds_nothing(self) -> bool:
-        """Whether every answer was 404, as it is where the URL is not the API's."""
-        return self._asking.finds_nothing
+    def is_all_not_found(self) -> bool:
+        """Return whether every response was 404, as with a wrong URL."""
+        return self._fetcher.is_all_not_found
 
     async def read_all(
         self,
         session_ids: Sequence[str],
-        told: Callable[[Reading], object] = lambda _: None,
+        on_result: Callable[[ReconcileResult], object] = lambda _: None,
         due_at: datetime | None = None,
     ) -> Counter[Outcome]:
-        """Read these sessions, some at a time, and tell of each what became of it.
+        """Read these sessions concurrently and report each result.
 
-        A session that somebody else reads at present is left to them (`busy`). With `due_at` only those are read
+        A session leased by another reader is skipped (`busy`). With `due_at` only those are read
         whose reading is due as of then. Raises `UnauthorizedError` if the key is refused for all; what was read by
-        then has been told.
+        then has been reported.
         """
-        leased = Leased(self._engine, session_ids, due_at)
-        report = Report(self._engine, leased, told)
+        leased = LeasedSessions(self._engine, session_ids, due_at)
+        report = ResultReporter(self._engine, leased, on_result)
 
         async def record(session_id: str, answer: Answer) -> None:
             await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
 
-        async def one_after_another() -> None:
+        async def work_loop() -> None:
             while True:
-                # CallHQ's pause comes first: what is not leased meanwhile is free for others.
+                # CallHQ's pause comes first: sessions not yet leased stay free for others.
                 async with self._turns:
                     await self._pause.wait()
                     session_id = await leased.next_session()
                     if session_id is None:
                         return
-                    answer = await self._asking.answer(session_id)
-                await _to_the_end(record(session_id, answer))
+                    answer = await self._fetcher.answer(session_id)
+                await _shielded(record(session_id, answer))
 
-        async with leased.kept():
+        async with leased.renewing_leases():
             try:
-                await _together(
-                    one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids)))
-                )
+                await _run_all(work_loop() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
             finally:
-                await report.tell()
-        report.tell_busy()
-        self._asking.check_key()
+                await report.flush()
+        report.report_busy()
+        self._fetcher.check_key()
         return report.outcomes
 
-    async def meet_all(
-        self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
+    async def discover_all(
+        self, session_ids: Sequence[str], on_result: Callable[[ReconcileResult], object] = lambda _: None
     ) -> Counter[Outcome]:
-        """The same for sessions that the archive has never heard of. Each is registered with its first answer; one
-        that CallHQ does not know either is not (`unknown`).
-        """
-        report = Report(self._engine, Leased(self._engine, [], None), told)
+        """Like `read_all`, for sessions unknown to the archive: each is registered with its first response."""
+        report = ResultReporter(self._engine, LeasedSessions(self._engine, [], None), on_result)
         waiting = iter(session_ids)
 
         async def register(session_id: str, answer: Answer) -> None:
             await report.add(session_id, *await self._register(session_id, answer))
 
-        async def one_after_another() -> None:
+        async def work_loop() -> None:
             for session_id in waiting:
                 async with self._turns:
                     await self._pause.wait()
-                    answer = await self._asking.answer(session_id)
-                await _to_the_end(register(session_id, answer))
+                    answer = await self._fetcher.answer(session_id)
+                await _shielded(register(session_id, answer))
 
         try:
-            await _together(one_after_another() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
+            await _run_all(work_loop() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
         finally:
-            await report.tell()
-        self._asking.check_key()
+            await report.flush()
+        self._fetcher.check_key()
         return report.outcomes
 
     async def preview_all(
-        self, session_ids: Sequence[str], told: Callable[[Reading], object] = lambda _: None
+        self, session_ids: Sequence[str], on_result: Callable[[ReconcileResult], object] = lambda _: None
     ) -> Counter[Outcome]:
-        """Read these sessions and tell what would become of each, without a trace in the database.
+        """Read these sessions and report what would change; the database is not modified.
 
         Raises `UnauthorizedError` if the key is refused for all.
         """
         outcomes: Counter[Outcome] = Counter()
         waiting = iter(session_ids)
 
-        async def one_after_another() -> None:
+        async def work_loop() -> None:
             for session_id in waiting:
                 async with self._turns:
                     await self._pause.wait()
-                    reading = await self._preview(session_id)
-                outcomes[reading.outcome] += 1
-                told(reading)
+                    result = await self._preview(session_id)
+                outcomes[result.outcome] += 1
+                on_result(result)
 
-        await _together(one_after_another() for _ in range(min(self._concurrency, len(session_ids))))
-        self._asking.check_key()
+        await _run_all(work_loop() for _ in range(min(self._concurrency, len(session_ids))))
+        self._fetcher.check_key()
         return outcomes
 
-    async def _preview(self, session_id: str) -> Reading:
-        answer = await self._asking.answer(session_id)
+    async def _preview(self, session_id: str) -> ReconcileResult:
+        answer = await self._fetcher.answer(session_id)
         event = answer.event
         if event is None:
-            return Reading(session_id, "failed", error=answer.fault)
+            return ReconcileResult(session_id, "failed", error=answer.fault)
         observation = ledger.Observation(event, answer.began, history.SOURCE, None)
 
-        def record_and_undo(connection: Connection) -> None:
-            before = leases.select_standings(connection, [session_id]).get(session_id)
+        def record_and_roll_back(connection: Connection) -> None:
+            before = leases.select_statuses(connection, [session_id]).get(session_id)
             if before is None and answer.status == NOT_FOUND:
-                raise _UndoneError(Reading(session_id, "unknown", error=_NOT_KNOWN))
+                raise _PreviewRollbackError(ReconcileResult(session_id, "unknown", error=_NOT_KNOWN))
             ledger.record(connection, [observation], self._timing)
-            after = leases.select_standings(connection, [session_id]).get(session_id)
-            raise _UndoneError(Reading(session_id, _OUTCOMES[event.type], before, after))
+            after = leases.select_statuses(connection, [session_id]).get(session_id)
+            raise _PreviewRollbackError(ReconcileResult(session_id, _OUTCOMES[event.type], before, after))
 
         try:
-            await run_in_transaction(self._engine, record_and_undo)
-        except _UndoneError as undone:
-            reading: Reading = undone.reading
-        return reading
+            await run_in_transaction(self._engine, record_and_roll_back)
+        except _PreviewRollbackError as undone:
+            result: ReconcileResult = undone.result
+        return result
 
     async def _record(self, session_id: str, lease: datetime, answer: Answer) -> tuple[Outcome, str]:
         """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
@@ -185,11 +179,11 @@ class Reconciler:
                 return "failed", answer.fault
         try:
             status = await self._submit(event, answer.began)
-        except NotRecordedError as error:
+        except ResponseNotStoredError as error:
             await self._postpone(session_id, lease, answer.began + self._timing.quiet)
             return "failed", str(error.__doc__)
         if status == "quarantined":
-            await self._postpone(session_id, lease, answer.began + LONGEST_RETRY)
+            await self._postpone(session_id, lease, answer.began + MAX_RETRY)
             return "unreadable", _NOT_STORED
         outcome = _OUTCOMES[event.type]
         telemetry.readings.labels(outcome).inc()
@@ -203,7 +197,7 @@ class Reconciler:
         facts = [history.register({"id": session_id}), *([answer.event] if answer.event is not None else [])]
         try:
             became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
-        except NotRecordedError as error:
+        except ResponseNotStoredError as error:
             return "failed", str(error.__doc__)
         if answer.event is None:
             telemetry.readings.labels("failed").inc()
@@ -223,10 +217,10 @@ class Reconciler:
             return None
         since, margin = schedule.failing_since or now, self._timing.margin
         has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * margin
-        if self._gives_up and has_expired and now >= since + margin:
-            return history.give_up(session_id)
-        wanted = min(timedelta(seconds=answer.retry_after), LONGEST_RETRY)
-        pause = max(retry_pause(self._timing, schedule.read_by, since, now), wanted)
+        if self._mark_unavailable and has_expired and now >= since + margin:
+            return history.unavailable_event(session_id)
+        requested_pause = min(timedelta(seconds=answer.retry_after), MAX_RETRY)
+        pause = max(retry_pause(self._timing, schedule.read_by, since, now), requested_pause)
         await self._postpone(session_id, lease, now + pause, failing_since=since)
         return None
 
@@ -239,7 +233,7 @@ class Reconciler:
             for each in session_ids:
                 leases.postpone(connection, each, lease, until=until, failing_since=failing_since)
 
-        await run_apart(self._engine, [session_id], postpone)
+        await run_split(self._engine, [session_id], postpone)
 
 
 def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:
@@ -247,18 +241,18 @@ def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: 
 
     As long again as it has been failing: the pauses double. But several times before upstream forgets the session.
     """
-    pause = min(max(now - since, timing.quiet), LONGEST_RETRY)
+    pause = min(max(now - since, timing.quiet), MAX_RETRY)
     if read_by is not None and now < read_by + timing.margin:
-        pause = max(min(pause, (read_by + timing.margin - now) / 4), SHORTEST_RETRY)
+        pause = max(min(pause, (read_by + timing.margin - now) / 4), MIN_RETRY)
     return pause
 
 
-class _UndoneError(Exception):
+class _PreviewRollbackError(Exception):
     """Takes what would be out of a transaction that is rolled back by it."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, result: ReconcileResult) -> None:
         super().__init__()
-        self.reading = reading
+        self.result = result
 
 
 _OUTCOMES: dict[str, Outcome] = {
@@ -269,8 +263,8 @@ _OUTCOMES: dict[str, Outcome] = {
 }
 
 
-async def _to_the_end(work: Awaitable[None]) -> None:
-    """Even where whoever waits for it is cancelled: what is being committed is told, too."""
+async def _shielded(work: Awaitable[None]) -> None:
+    """Complete the work even if the caller is cancelled, so that committed results are reported."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
@@ -279,14 +273,14 @@ async def _to_the_end(work: Awaitable[None]) -> None:
             await asyncio.wait([task])
 
 
-async def _together(work: Iterable[Awaitable[None]]) -> None:
+async def _run_all(work: Iterable[Awaitable[None]]) -> None:
     """All of them; the first error ends the others and is raised as it is."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            if not task.cancelling():  # told once they end what they are committing
+            if not task.cancelling():  # cancelled once, after they finish their commits
                 task.cancel()
         for task in tasks:
             with suppress(asyncio.CancelledError, Exception):

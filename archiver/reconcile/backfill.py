@@ -1,4 +1,4 @@
-"""Backfill: many sessions, now, a page at a time; one that was interrupted goes on where it was."""
+"""Backfill: read many sessions now, page by page; resumes after an interruption."""
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,7 @@ from archiver import events, tables
 from archiver.database import run_in_transaction
 from archiver.projection import Timing, leases
 
-RESUMABLE = timedelta(days=1)  # what was left off before that begins anew
+RESUMABLE = timedelta(days=1)  # an older unfinished backfill starts again
 PAGE = 5_000  # sessions, by their ids alone
 
 
@@ -45,7 +45,7 @@ async def begin(engine: AsyncEngine, selection: Selection) -> datetime:
 
 
 async def end(engine: AsyncEngine, selection: Selection) -> None:
-    """The next backfill of this selection begins anew."""
+    """Mark the backfill as finished, so that the next one of this selection starts again."""
     ended = delete(tables.backfills).where(tables.backfills.c.selection == selection.key)
     await run_in_transaction(engine, lambda connection: connection.execute(ended))
 
@@ -53,8 +53,8 @@ async def end(engine: AsyncEngine, selection: Selection) -> None:
 async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing) -> int:
     """How many sessions are still to be read."""
     if not selection.session_ids:
-        wanted = leases.Wanted(begun, selection.since, selection.every, timing)
-        return await run_in_transaction(engine, partial(leases.count_unread, wanted=wanted))
+        session_filter = leases.SessionFilter(begun, selection.since, selection.every, timing)
+        return await run_in_transaction(engine, partial(leases.count_unread, session_filter=session_filter))
     return sum([len(page) async for page in _listed(engine, selection.session_ids, begun)])
 
 
@@ -66,9 +66,9 @@ async def pages(
         async for page in _listed(engine, selection.session_ids, begun):
             yield page
         return
-    wanted, after = leases.Wanted(begun, selection.since, selection.every, timing), ""
+    session_filter, after = leases.SessionFilter(begun, selection.since, selection.every, timing), ""
     while True:
-        select_page = partial(leases.select_unread, wanted=wanted, after=after, most=PAGE)
+        select_page = partial(leases.select_unread, session_filter=session_filter, after=after, limit=PAGE)
         page = await run_in_transaction(engine, select_page)
         if not page:
             return
@@ -85,7 +85,7 @@ async def _listed(engine: AsyncEngine, session_ids: Sequence[str], begun: dateti
             yield left
 
 
-async def strangers(engine: AsyncEngine, session_ids: Sequence[str]) -> list[str]:
-    """Those of these sessions that the archive has never heard of."""
-    known = await run_in_transaction(engine, lambda c: leases.select_standings(c, session_ids))
+async def unknown_sessions(engine: AsyncEngine, session_ids: Sequence[str]) -> list[str]:
+    """Return the sessions that the archive does not know."""
+    known = await run_in_transaction(engine, lambda c: leases.select_statuses(c, session_ids))
     return [session_id for session_id in session_ids if session_id not in known]

@@ -1,4 +1,4 @@
-"""The pause that CallHQ asks of one worker and all obey, kept in Postgres.
+"""The pause that CallHQ requested, shared by all workers through Postgres.
 
 A pause that CallHQ asks for is for the session that was asked about, unless several sessions in a row are asked to
 wait: then it concerns the account, or the platform.
@@ -18,27 +18,27 @@ from archiver.database import now, run_in_transaction
 
 log = structlog.get_logger(__name__)
 
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _NAME = "callhq"
 # The pause is for all once so many sessions are to wait, of the latest ones that were asked about within so long.
-SEVERAL, LATEST, RECENT_SECONDS = 3, 5, 60.0
+MIN_SESSIONS, LATEST, RECENT_SECONDS = 3, 5, 60.0
 
 
 class SharedPause:
-    """A look costs a query, so a process looks ten times a second at most: so much later it may learn of a pause."""
+    """Checks the pause at most ten times a second, because each check costs a query."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._until = datetime.min.replace(tzinfo=UTC)
-        self._looked = -_LOOK_SECONDS
+        self._checked = -_POLL_SECONDS
         self._looking = asyncio.Lock()
         self._latest: dict[
             str, tuple[float, bool]
         ] = {}  # by session, oldest first: when, and whether it was answered
 
     async def wait(self) -> None:
-        """Until nobody asks for a pause any more."""
-        # Another process may prolong it meanwhile, which no event of ours would tell.
+        """Return when no pause is in force."""
+        # Another process may extend it, which no local event would signal.
         while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(seconds, 1.0))
 
@@ -51,7 +51,7 @@ class SharedPause:
         if session_id is not None:
             self._note(session_id, is_answered=False)
             if not self._is_about_all():
-                log.info("one session is asked for later", session_id=session_id, seconds=seconds, reason=reason)
+                log.info("CallHQ throttled one session", session_id=session_id, seconds=seconds, reason=reason)
                 return False
         log.warning("pause", seconds=seconds, reason=reason)
         statement = insert(tables.pauses).values(name=_NAME, until=now() + timedelta(seconds=seconds), reason=reason)
@@ -61,10 +61,10 @@ class SharedPause:
             where=tables.pauses.c.until < statement.excluded.until,
         )
         await run_in_transaction(self._engine, lambda connection: connection.execute(later))
-        self._looked = -_LOOK_SECONDS
+        self._checked = -_POLL_SECONDS
         return True
 
-    def answered(self, session_id: str) -> None:
+    def session_answered(self, session_id: str) -> None:
         """Note that CallHQ answered about this session."""
         self._note(session_id, is_answered=True)
 
@@ -76,13 +76,13 @@ class SharedPause:
 
     def _is_about_all(self) -> bool:
         since = monotonic() - RECENT_SECONDS
-        return sum(at >= since and not is_answered for at, is_answered in self._latest.values()) >= SEVERAL
+        return sum(at >= since and not is_answered for at, is_answered in self._latest.values()) >= MIN_SESSIONS
 
     async def _end(self) -> datetime:
         async with self._looking:
-            if monotonic() - self._looked >= _LOOK_SECONDS:
+            if monotonic() - self._checked >= _POLL_SECONDS:
                 statement = select(tables.pauses.c.until).where(tables.pauses.c.name == _NAME)
                 until = await run_in_transaction(self._engine, lambda connection: connection.scalar(statement))
                 self._until = until or self._until
-                self._looked = monotonic()
+                self._checked = monotonic()
         return self._until

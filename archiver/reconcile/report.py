@@ -1,4 +1,4 @@
-"""What became of the sessions that were read."""
+"""Results of read sessions."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver.database import run_in_transaction
 from archiver.projection import leases
-from archiver.projection.leases import Standing
-from archiver.reconcile.leased import Leased, release_apart
+from archiver.projection.leases import SessionStatus
+from archiver.reconcile.leased import LeasedSessions, release_each
 
 log = structlog.get_logger(__name__)
 
-TOLD_TOGETHER = 20
+RESULTS_PER_FLUSH = 20
 
 Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy", "unknown"]
 
 
-class Reading(msgspec.Struct, frozen=True, gc=False):
-    """What became of one session: the outcome, where it stood before and stands now, and why a failed one failed."""
+class ReconcileResult(msgspec.Struct, frozen=True, gc=False):
+    """Result of one session: outcome, status before and after, and error."""
 
     session_id: str
     outcome: Outcome
-    before: Standing | None = None
-    after: Standing | None = None
+    before: SessionStatus | None = None
+    after: SessionStatus | None = None
     error: str = ""
 
     @property
@@ -38,44 +38,46 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
         return after - (self.before.repaired_messages if self.before else 0)
 
 
-class Report:
-    """Tells what became of sessions, some together, as each look at where they stand costs a transaction."""
+class ResultReporter:
+    """Reports results in groups, because each status query costs a transaction."""
 
-    def __init__(self, engine: AsyncEngine, leased: Leased, told: Callable[[Reading], object]) -> None:
-        self._engine, self._leased, self._told = engine, leased, told
+    def __init__(
+        self, engine: AsyncEngine, leased: LeasedSessions, on_result: Callable[[ReconcileResult], object]
+    ) -> None:
+        self._engine, self._leased, self._on_result = engine, leased, on_result
         self._finished: dict[str, tuple[Outcome, str]] = {}
         self.outcomes: Counter[Outcome] = Counter()
 
     async def add(self, session_id: str, outcome: Outcome, error: str) -> None:
         """One more."""
         self._finished[session_id] = (outcome, error)
-        if len(self._finished) >= TOLD_TOGETHER:
-            await self.tell()
+        if len(self._finished) >= RESULTS_PER_FLUSH:
+            await self.flush()
 
-    async def tell(self) -> None:
-        """Of all that were not told yet; their leases end."""
+    async def flush(self) -> None:
+        """Report all pending results and release their leases."""
         finished, self._finished = self._finished, {}
         if not finished:
             return
         ids = list(finished)
-        leased = self._leased.let_go(ids)
+        leased = self._leased.take_leases(ids)
 
-        def select(connection: Connection) -> dict[str, Standing]:
-            return leases.select_standings(connection, ids)
+        def select(connection: Connection) -> dict[str, SessionStatus]:
+            return leases.select_statuses(connection, ids)
 
-        after: dict[str, Standing] = {}
+        after: dict[str, SessionStatus] = {}
         try:
-            await release_apart(self._engine, leased)
+            await release_each(self._engine, leased)
             after = await run_in_transaction(self._engine, select)
         except SQLAlchemyError as error:
-            log.warning("leases not given back: they end by themselves", error=type(error).__name__)
+            log.warning("lease release failed; leases expire", error=type(error).__name__)
         for session_id, (outcome, error_text) in finished.items():
             self.outcomes[outcome] += 1
             before = self._leased.before.pop(session_id, None)
-            self._told(Reading(session_id, outcome, before, after.get(session_id), error_text))
+            self._on_result(ReconcileResult(session_id, outcome, before, after.get(session_id), error_text))
 
-    def tell_busy(self) -> None:
-        """Of those that were left to somebody else."""
+    def report_busy(self) -> None:
+        """Report the sessions that another reader holds."""
         for session_id in self._leased.busy:
             self.outcomes["busy"] += 1
-            self._told(Reading(session_id, "busy"))
+            self._on_result(ReconcileResult(session_id, "busy"))

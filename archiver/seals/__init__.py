@@ -1,4 +1,4 @@
-"""Seals: what the ledger held, proven. A Merkle tree over what is settled, each seal chained to the one before."""
+"""Seals: a Merkle tree over settled rows, each seal chained to the previous one."""
 
 from archiver.seals.bounds import BoundsError
 from archiver.seals.chain import (
@@ -13,22 +13,22 @@ from archiver.seals.chain import (
 )
 from archiver.seals.comparing import Checked
 from archiver.seals.findings import Finding
-from archiver.seals.parallel import MOST_JOBS, LostError, usual_jobs
+from archiver.seals.parallel import MAX_JOBS, HelperLostError, usual_jobs
 from archiver.seals.proofs import NotSealedError, Proof, prove
-from archiver.seals.sealing import BusyError, seal
+from archiver.seals.sealing import LedgerBusyError, seal
 from archiver.seals.settling import Settling
-from archiver.seals.verifying import Effort, verify
+from archiver.seals.verifying import Parallelism, verify
 
 __all__ = [
-    "MOST_JOBS",
+    "MAX_JOBS",
     "BoundsError",
-    "BusyError",
     "Checked",
-    "Effort",
     "Finding",
+    "HelperLostError",
     "KeyFileError",
-    "LostError",
+    "LedgerBusyError",
     "NotSealedError",
+    "Parallelism",
     "Proof",
     "Seal",
     "Settling",

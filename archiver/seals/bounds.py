@@ -1,4 +1,4 @@
-"""How far a seal may reach: no further than the rows that it lists, and no further than there ever were rows."""
+"""Limits of a seal: it may not claim ids beyond its listed rows or beyond any row."""
 
 from collections.abc import Iterator
 

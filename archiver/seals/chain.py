@@ -1,4 +1,4 @@
-"""The chain: each seal states what it holds and which seal came before, so that none can be changed alone."""
+"""The chain: each seal states its content and its predecessor, so that none can be changed alone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """One seal; `through` tells up to which id each table is sealed, by the table's name.
+    """One seal; `through`: the last sealed id of each table, by name.
 
     `listed`: SHA-256 over its packed entries.
     """
@@ -131,13 +131,13 @@ _KEPT = ("id", "sealed_at", "root", "previous", "hash", "key_id", "signature")
 def select_newest(connection: Connection) -> Seal:
     """The newest seal; `FIRST` where there is none."""
     row = connection.execute(_NEWEST).mappings().first()
-    return FIRST if row is None else of_row(dict(row))
+    return FIRST if row is None else seal_from_row(dict(row))
 
 
 def select_seal(connection: Connection, number: int) -> Seal | None:
     """The seal of this number."""
     row = connection.execute(_without_entries().where(tables.seals.c.id == number)).mappings().first()
-    return None if row is None else of_row(dict(row))
+    return None if row is None else seal_from_row(dict(row))
 
 
 # A time that Python has none for is no time of a seal: another one stands for it, which its hash is not over.
@@ -186,7 +186,7 @@ def select_seals(connection: Connection, after: int = 0, through: int | None = N
         for row in rows:
             entries = bytes(row["entries"])
             size, listed = len(entries) // ENTRY_SIZE, sha256(entries).digest()
-            yield of_row({**row, "size": size, "listed": listed}), entries
+            yield seal_from_row({**row, "size": size, "listed": listed}), entries
         if len(rows) < _PAGE:
             return
         after = rows[-1]["id"]
@@ -196,7 +196,7 @@ _PAGE = 20
 _NO_TIME = datetime.max.replace(tzinfo=UTC)
 
 
-def of_row(row: Mapping[str, Any]) -> Seal:
+def seal_from_row(row: Mapping[str, Any]) -> Seal:
     """A seal from its row, with the `size` and the digest (`listed`) of its entries."""
     return Seal(
         id=row["id"],
@@ -220,12 +220,12 @@ _STATEMENT = re.compile(
 )
 
 
-def of_statement(statement: str, hashed: bytes, key: str | None, signature: bytes | None) -> Seal:
+def seal_from_statement(statement: str, hashed: bytes, key: str | None, signature: bytes | None) -> Seal:
     """A seal from its text. Raises `ValueError` where it is none."""
-    found = _STATEMENT.fullmatch(statement)
-    if found is None:
+    match = _STATEMENT.fullmatch(statement)
+    if match is None:
         raise ValueError("not the statement of a seal")
-    number, sealed_at, *throughs, size, listed, root, previous, named = found.groups()
+    number, sealed_at, *throughs, size, listed, root, previous, key_name = match.groups()
     seal = Seal(
         id=int(number),
         sealed_at=datetime.fromisoformat(sealed_at),
@@ -238,7 +238,7 @@ def of_statement(statement: str, hashed: bytes, key: str | None, signature: byte
         key_id=key,
         signature=signature,
     )
-    if seal.statement != statement.encode() or named != (key or "-"):
+    if seal.statement != statement.encode() or key_name != (key or "-"):
         raise ValueError("not the statement of this seal")
     return seal
 
@@ -271,5 +271,5 @@ def public_key(pem: str) -> Ed25519PublicKey:
 
 
 def key_id(key: Ed25519PublicKey) -> str:
-    """Tells keys apart: the first 16 hexadecimal digits of SHA-256 over the raw public key."""
+    """Return the key id: the first 16 hexadecimal digits of SHA-256 over the raw public key."""
     return sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]

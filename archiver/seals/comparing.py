@@ -1,4 +1,4 @@
-"""The rows of the ledger, as they are now, against what seals list of them."""
+"""Compare ledger rows with what their seals list."""
 
 from collections.abc import Container, Iterator, Sequence
 
@@ -37,13 +37,13 @@ def compare(
 
     Rows that only a forged seal reaches are not its own: it is named, and they are not.
     """
-    found: list[list[bytes]] = [[] for _ in window]
+    result: list[list[bytes]] = [[] for _ in window]
     unusual: list[int] = []
     for kind in KINDS:
-        # Nothing of ours has an id below 1, but what somebody else put there may.
+        # Rows of the archiver have ids from 1; inserted ones may have lower ids.
         after = start.through[kind.table] if start.id else None
         runs = read_runs(connection, kind, after, [seal.through[kind.table] for seal, _ in window])
-        for (seal, _), rows, run in zip(window, found, runs, strict=True):
+        for (seal, _), rows, run in zip(window, result, runs, strict=True):
             rows.extend(run.entries)
             unusual += run.unusual
             for event_id in run.bodies:
@@ -54,7 +54,7 @@ def compare(
                     checked.unsealed += len(run.entries)
                 else:
                     checked.events += len(run.entries)
-    for (seal, entries), packed in zip(window, map(b"".join, found), strict=True):
+    for (seal, entries), packed in zip(window, map(b"".join, result), strict=True):
         if packed != entries:
             differences = _differences(connection, seal, chain.unpack(entries), chain.unpack(packed))
             yield from (each for each in differences if seal.id not in forged or each.fault != "inserted")
@@ -66,7 +66,7 @@ def _differences(
 ) -> Iterator[Finding]:
     """What one seal lists and the rows of its range are not the same: which."""
     listed = {(entry.letter, entry.id): entry.hash for entry in entries}
-    gone = _removed(connection, [entry.id for entry in entries if entry.letter == EVENTS.letter])
+    removed = _removed(connection, [entry.id for entry in entries if entry.letter == EVENTS.letter])
     for row in rows:
         known = listed.pop((row.letter, row.id), None)
         if known != row.hash:
@@ -75,7 +75,7 @@ def _differences(
     for letter, row_id in listed:
         if letter not in BY_LETTER:
             yield Finding("seals", seal.id, "altered_leaves")
-        elif letter != EVENTS.letter or row_id not in gone:
+        elif letter != EVENTS.letter or row_id not in removed:
             yield Finding(BY_LETTER[letter].table, row_id, "missing", seal.id)
 
 

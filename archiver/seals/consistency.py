@@ -1,4 +1,4 @@
-"""Rows beside each other: counters only grow, content goes by an erasure, and each of those by an act."""
+"""Consistency between rows: counters only grow, and erased content has an erasure with an audit entry."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from archiver.seals.restoring import check_in_pieces
 
 # Where nothing was delivered since, the counters stand as they were sealed; else they have grown. Of `r`, the newest
 # recount, all is null where there is none.
-_AS_THEY_SHOULD_BE = """
+_EXPECTED_COUNTERS = """
     CASE WHEN e.is_recounted THEN
         e.delivery_count > coalesce(r.delivery_count, 1)
         AND e.last_received_at >= coalesce(r.last_received_at, e.received_at)
@@ -29,20 +29,20 @@ _RECOUNTED = text(
           SELECT DISTINCT ON (event_id) event_id, delivery_count, last_received_at, earliest_at
             FROM archiver.recounts ORDER BY event_id, id DESC
       ) r JOIN archiver.events e ON e.id = r.event_id
-     WHERE e.id <= :through AND NOT {_AS_THEY_SHOULD_BE}
+     WHERE e.id <= :through AND NOT {_EXPECTED_COUNTERS}
      ORDER BY e.id
     """  # noqa: S608  # words of ours
 )
 
 
 def check_recounted(connection: Connection, head: Seal) -> Iterator[Finding]:
-    """The counters of events that were recounted: whatever they are now, a row alone does not tell what they were."""
+    """Check the counters of recounted events against their recounts; a row alone does not show earlier values."""
     for event_id in connection.scalars(_RECOUNTED, {"through": head.through["events"]}):
         yield Finding("events", event_id, "counters_changed")
 
 
-# An earlier time, once a delivery told one, only becomes still earlier.
-_WENT_BACK = text(
+# An earlier time, once a delivery reported one, can only become earlier.
+_DECREASED = text(
     """
     SELECT c.id FROM (
         SELECT id, event_id, earliest_at,
@@ -58,18 +58,18 @@ _WENT_BACK = text(
 
 
 def check_recounts(connection: Connection, _: Seal) -> Iterator[Finding]:
-    for recount_id in connection.scalars(_WENT_BACK):
+    for recount_id in connection.scalars(_DECREASED):
         yield Finding("recounts", recount_id, "went_back")
 
 
-# Those that a row alone does not tell to be as they should be (`leaves.Run.unusual`), by their ids or up to one.
+# Events whose row alone does not show whether it is correct (`leaves.Run.unusual`), by their ids or up to one.
 _WHICH = {"these": "e.id = ANY (:ids)", "up_to": "e.id <= :last"}
 
 _COUNTERS = {
     name: text(
         f"""
         SELECT e.id FROM archiver.events e LEFT JOIN archiver.recounts r ON r.event_id = e.id
-         WHERE {rule} AND e.id <= :through AND r.event_id IS NULL AND NOT {_AS_THEY_SHOULD_BE}
+         WHERE {rule} AND e.id <= :through AND r.event_id IS NULL AND NOT {_EXPECTED_COUNTERS}
          ORDER BY e.id
         """  # noqa: S608  # words of ours
     )
@@ -78,7 +78,7 @@ _COUNTERS = {
 
 # Salt and key have their lengths, or bytes of a body could pass for theirs. Content goes as `erasure.sweeping` takes
 # it: of a session all; of a turn its facts, each reading of its session but one that was made without it, and what
-# tells of the turn in its bytes alone.
+# names the turn in its bytes alone.
 _CONTENT = {
     name: text(
         f"""
@@ -112,20 +112,20 @@ def check_unusual(connection: Connection, event_ids: Sequence[int], through: int
         yield from check_in_pieces(connection, ids)
 
 
-def check_earlier(connection: Connection, last: int, through: int) -> Iterator[Finding]:
+def check_before(connection: Connection, last: int, through: int) -> Iterator[Finding]:
     """The same of all events up to `last`: those of before the seal after which a verification begins."""
     yield from _check(connection, "up_to", {"last": last}, through)
 
 
-def _check(connection: Connection, which: str, those: dict[str, Any], through: int) -> Iterator[Finding]:
-    for event_id in connection.scalars(_COUNTERS[which], {**those, "through": through}):
+def _check(connection: Connection, which: str, values: dict[str, Any], through: int) -> Iterator[Finding]:
+    for event_id in connection.scalars(_COUNTERS[which], {**values, "through": through}):
         yield Finding("events", event_id, "counters_changed")
-    for event_id, is_there in connection.execute(_CONTENT[which], those):
+    for event_id, is_there in connection.execute(_CONTENT[which], values):
         yield Finding("events", event_id, "changed" if is_there else "erased_without_record")
 
 
 # An act of another kind, or under another rule, ordered nothing of this. Only `retention` removes, where its rules
-# tell after how long.
+# set a period.
 _WITHOUT_ACT = text(
     """
     SELECT 'erasures' AS name, x.id, 'without_act' AS fault FROM archiver.erasures x
@@ -146,6 +146,6 @@ _WITHOUT_ACT = text(
 )
 
 
-def check_acts(connection: Connection, _: Seal) -> Iterator[Finding]:
+def check_audit_entries(connection: Connection, _: Seal) -> Iterator[Finding]:
     for name, row_id, fault in connection.execute(_WITHOUT_ACT):
         yield Finding(name, row_id, fault)

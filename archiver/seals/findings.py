@@ -1,4 +1,4 @@
-"""What a verification finds, and how it is told."""
+"""Findings of a verification."""
 
 import msgspec
 
@@ -18,10 +18,10 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         if self.through is not None:
-            return f"{_NOUNS[self.table]}s {self.id} to {self.through}: {_EXPLAINED[self.fault]}"
+            return f"{_NOUNS[self.table]}s {self.id} to {self.through}: {_DESCRIPTIONS[self.fault]}"
         sealed = "" if self.seal is None else f", sealed by {self.seal}"
         sealed += "" if self.hold is None else f", legal hold {self.hold}"
-        return f"{_NOUNS[self.table]} {self.id}{sealed}: {_EXPLAINED[self.fault]}"
+        return f"{_NOUNS[self.table]} {self.id}{sealed}: {_DESCRIPTIONS[self.fault]}"
 
 
 _NOUNS = {
@@ -34,14 +34,14 @@ _NOUNS = {
     "holds": "hold",
     "epochs": "epoch",
 }
-_EXPLAINED = {
+_DESCRIPTIONS = {
     "changed": "its row was changed after it was sealed",
     "missing": "its row is missing",
     "inserted": "its row was put among those that were sealed already",
     "body_changed": "its body is not the one that was received",
     "not_restorable": "the pieces that stand for its body do not make the bytes that were received",
     "counters_changed": "its counters were changed by other than a delivery",
-    "erased_without_record": "its body is gone, and no erasure tells why",
+    "erased_without_record": "its body is missing without an erasure",
     "altered": "what it states is not what its hash says",
     "altered_leaves": "its list of leaves is not the one that it states the root of",
     "out_of_chain": "it does not follow the seal before it",

@@ -1,4 +1,4 @@
-"""The audit log replayed: holds against their rows, and what was erased and removed against the holds of that time.
+"""Replay the audit log: check holds, erasures and removals against it.
 
 Only a hold that names a session alone can be checked after the fact: whether a session had an assistant, a variable
 or a turn at some time is content, and went with it.
@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, select, text
 
 from archiver import legal_holds, tables
-from archiver.legal_holds import Placed
+from archiver.legal_holds import LoggedHold
 from archiver.seals.chain import Seal
 from archiver.seals.findings import Finding
 
@@ -57,20 +57,20 @@ def check_holds(connection: Connection, _: Seal) -> Iterator[Finding]:
     for hold in placed.values():
         if not _names_a_session_alone(hold):
             continue
-        told: dict[str, Any] = {"session_id": hold.criteria.session_id, "act_id": hold.act_id}
-        told |= {"placed_at": hold.placed_at, "released_at": hold.released_at}
+        fields: dict[str, Any] = {"session_id": hold.criteria.session_id, "act_id": hold.act_id}
+        fields |= {"placed_at": hold.placed_at, "released_at": hold.released_at}
         for table, query in (("erasures", _ERASED), ("removals", _REMOVED)):
-            for row_id in connection.scalars(query, told):
+            for row_id in connection.scalars(query, fields):
                 yield Finding(table, row_id, "held", hold=hold.id)
 
 
-def _names_a_session_alone(hold: Placed) -> bool:
+def _names_a_session_alone(hold: LoggedHold) -> bool:
     criteria = hold.criteria
     others = (criteria.assistant_id, criteria.variable, criteria.since, criteria.until)
     return criteria.session_id is not None and all(each is None for each in others)
 
 
-def _compare_rows(connection: Connection, placed: Mapping[int, Placed]) -> Iterator[Finding]:
+def _compare_rows(connection: Connection, placed: Mapping[int, LoggedHold]) -> Iterator[Finding]:
     rows = {row["id"]: dict(row) for row in connection.execute(select(tables.holds)).mappings()}
     for hold_id in sorted(rows.keys() | placed.keys()):
         fault = _fault(placed.get(hold_id), rows.get(hold_id))
@@ -78,7 +78,7 @@ def _compare_rows(connection: Connection, placed: Mapping[int, Placed]) -> Itera
             yield Finding("holds", hold_id, fault)
 
 
-def _fault(hold: Placed | None, row: Mapping[str, Any] | None) -> str | None:
+def _fault(hold: LoggedHold | None, row: Mapping[str, Any] | None) -> str | None:
     if hold is None:
         return "without_act"
     if row is None:

@@ -1,4 +1,4 @@
-"""What is sealed: the rows of the append-only tables, each as bytes that anybody can put together again.
+"""Sealed rows of the append-only tables, as reproducible bytes.
 
 A leaf is a letter for its table and then the row's fields, in the order given here, each as its length in 4 bytes
 (big endian; -1 for null) and its bytes: whole numbers in 8 (counts in 4) bytes, times in microseconds since
@@ -42,7 +42,7 @@ _LENGTH = struct.Struct(">i").pack
 
 
 def leaf(letter: bytes, fields: Iterable[bytes | None]) -> bytes:
-    """A leaf's bytes from those of its fields, for whoever has no database."""
+    """Return the bytes of a leaf from its fields, for verifiers without a database."""
     return letter + b"".join([_NULL if each is None else _LENGTH(len(each)) + each for each in fields])
 
 
@@ -59,7 +59,7 @@ class Run(msgspec.Struct):
     """What lies between two ids of a table: the packed leaves of its rows, and of events what is conspicuous.
 
     `bodies`: ids of events whose body is not what its digest says. `unusual`: of those whose rows are not as they are
-    after one delivery, so that it takes more to tell whether they are as they should be.
+    after one delivery, so that further checks are needed.
     """
 
     entries: list[bytes] = msgspec.field(default_factory=list)
@@ -81,7 +81,7 @@ class Kind(msgspec.Struct, frozen=True):
 
     @property
     def through(self) -> str:
-        """The column of `seals` that tells up to which id it is sealed."""
+        """Return the column of `seals` with the last sealed id of this table."""
         return f"{self.table}_through"
 
 
@@ -154,7 +154,7 @@ def _read_events(
 ) -> None:
     # What is done here is done a million times: hence no function of its own for anything.
     place, bound, run = 0, bounds[0], runs[0]
-    leaf_of_event, empty = sha256(b"\0E").copy, sha256().copy  # copies cost less than to begin anew
+    leaf_of_event, empty = sha256(b"\0E").copy, sha256().copy  # a copy is cheaper than a new hash
     append = run.entries.append
     with closing(_copy(connection, kind, (_BEFORE, *kind.fields, _AFTER), after, max(bounds))) as rows:
         for row in rows:
@@ -181,8 +181,8 @@ def _read_events(
 def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None:
     """The bytes of one leaf; None where there is no such row."""
     rows = _copy(connection, kind, (*kind.fields, *kind.later), row_id - 1, row_id)
-    found = [kind.letter + _fields_of(kind, row) for row in rows]
-    return found[0] if found else None
+    result = [kind.letter + _fields_of(kind, row) for row in rows]
+    return result[0] if result else None
 
 
 def _fields_of(kind: Kind, row: Any) -> Any:

@@ -31,7 +31,7 @@ def root(hashes: Sequence[bytes]) -> bytes:
 
 
 def _above(level: list[bytes]) -> list[bytes]:
-    each, begin, paired = iter(level), sha256(b"\1").copy, []  # a copy costs less than to begin anew
+    each, begin, paired = iter(level), sha256(b"\1").copy, []  # a copy is cheaper than a new hash
     for left, right in zip(each, each, strict=False):
         node = begin()
         node.update(left + right)
@@ -41,13 +41,13 @@ def _above(level: list[bytes]) -> list[bytes]:
 
 def path(hashes: Sequence[bytes], index: int) -> list[bytes]:
     """The audit path of the leaf at `index` (section 2.1.1): the hashes that lead from it to the root, in order."""
-    level, found = list(hashes), []
+    level, item = list(hashes), []
     while len(level) > 1:
         sibling = index ^ 1
         if sibling < len(level):
-            found.append(level[sibling])
+            item.append(level[sibling])
         level, index = _above(level), index // 2
-    return found
+    return item
 
 
 def root_of_path(leaf: bytes, index: int, size: int, audit_path: Sequence[bytes]) -> bytes | None:
@@ -87,8 +87,8 @@ def root_of_cover(
 ) -> bytes | None:
     """The root of `size` leaves, those at `selected` with these hashes; None for a cover of another length."""
     rest = iter(covering)
-    found = _root_of_cover(leaves, selected, rest, 0, size)
-    return found if next(rest, None) is None else None
+    result = _root_of_cover(leaves, selected, rest, 0, size)
+    return result if next(rest, None) is None else None
 
 
 def _root_of_cover(

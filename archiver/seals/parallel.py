@@ -1,4 +1,4 @@
-"""A verification by several processes: this one takes ranges from the beginning, the others from the end.
+"""Verify with several processes: this one from the first range on, the others from the last.
 
 All see the snapshot of the first. Where they meet changes nothing of what is found, nor its order.
 """
@@ -22,20 +22,20 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import database
 from archiver.seals.comparing import Checked
 from archiver.seals.findings import Finding
-from archiver.seals.ranges import Held, Range, Signing, verify_range
+from archiver.seals.ranges import Range, Signing, VerificationContext, verify_range
 
-MOST_JOBS = 8  # unless more are asked for
+MAX_JOBS = 8  # unless more are asked for
 PARTS = 16  # ranges for each process, so that all end at about the same time
-MOST_WINDOWS = 10  # of one range, so that progress is seen
+MAX_WINDOWS_PER_RANGE = 10  # of one range, so that progress is seen
 STATEMENT_SECONDS = 24 * 3600
 
 
-class LostError(Exception):
-    """A process of the verification was ended from outside: nothing is known of its part. Try again, or --jobs 1."""
+class HelperLostError(Exception):
+    """A process of the verification was killed. Retry, or use --jobs 1."""
 
 
-class _Orders(msgspec.Struct, frozen=True):
-    """What a process is told at its start, and not by its command line: there is a password in it."""
+class _WorkerInput(msgspec.Struct, frozen=True):
+    """Input of a process, sent through a pipe instead of the command line because it contains a password."""
 
     url: URL
     snapshot: str
@@ -57,7 +57,7 @@ class _Part(msgspec.Struct, frozen=True):
 def usual_jobs() -> int:
     """One for each processor that this one may use."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(processors, MOST_JOBS)
+    return min(processors, MAX_JOBS)
 
 
 def is_possible(connection: Connection) -> bool:
@@ -67,40 +67,40 @@ def is_possible(connection: Connection) -> bool:
 
 def verify(
     connection: Connection,
-    these: Range,
-    held: Held,
+    seal_range: Range,
+    context: VerificationContext,
     jobs: int,
     on_progress: Callable[[Checked], None],
 ) -> Generator[Finding, None, Checked]:
-    """As `ranges.verify_range`, by so many processes, this one included. Raises `LostError`."""
-    work = _Work(_cut(these, jobs))
-    with _helped(_orders(connection, held), work, min(jobs, len(work.ranges)) - 1):
+    """As `ranges.verify_range`, by so many processes, this one included. Raises `HelperLostError`."""
+    work = _Work(_cut(seal_range, jobs))
+    with _helpers(_worker_input(connection, context), work, min(jobs, len(work.ranges)) - 1):
         first = 0  # of those that this process has not looked at
         while (number := _next(work.left.popleft)) is not None:
-            yield from work.look_at(number, connection, held)
+            yield from work.verify_locally(number, connection, context)
             first = number + 1
             on_progress(work.checked())
     for number in range(first, len(work.ranges)):
         if number in work.parts:
             yield from work.parts[number].findings
         else:  # the database would not have the process whose part it was
-            yield from work.look_at(number, connection, held)
+            yield from work.verify_locally(number, connection, context)
             on_progress(work.checked())
     return work.checked()
 
 
 class _Work:
-    """The ranges; numbers of those that nobody has taken yet; what was found in those that are done."""
+    """The ranges, the numbers of unassigned ones, and the results of finished ones."""
 
     def __init__(self, ranges: list[Range]) -> None:
         self.ranges = ranges
         self.left = deque(range(len(ranges)))
         self.parts: dict[int, _Part] = {}
 
-    def look_at(self, number: int, connection: Connection, held: Held) -> Iterator[Finding]:
+    def verify_locally(self, number: int, connection: Connection, context: VerificationContext) -> Iterator[Finding]:
         """Here, and each finding at once."""
         own = Checked()
-        yield from verify_range(connection, self.ranges[number], held, own)
+        yield from verify_range(connection, self.ranges[number], context, own)
         self.parts[number] = _Part([], own.seals, own.events)
 
     def hand_out(self, number: int | None, pipe: Pipe) -> None:
@@ -118,10 +118,10 @@ class _Work:
         return Checked(seals=sum(part.seals for part in done), events=sum(part.events for part in done))
 
 
-def _cut(these: Range, jobs: int) -> list[Range]:
-    each = max(1, min(MOST_WINDOWS, len(these.windows) // (jobs * PARTS)))
-    parts = [these.windows[start : start + each] for start in range(0, len(these.windows), each)]
-    before = [these.after, *(part[-1] for part in parts)]
+def _cut(seal_range: Range, jobs: int) -> list[Range]:
+    each = max(1, min(MAX_WINDOWS_PER_RANGE, len(seal_range.windows) // (jobs * PARTS)))
+    parts = [seal_range.windows[start : start + each] for start in range(0, len(seal_range.windows), each)]
+    before = [seal_range.after, *(part[-1] for part in parts)]
     return [Range(after, part) for after, part in zip(before, parts, strict=False)]
 
 
@@ -132,21 +132,21 @@ def _next(take: Callable[[], int]) -> int | None:
         return None
 
 
-def _orders(connection: Connection, held: Held) -> _Orders:
-    return _Orders(
+def _worker_input(connection: Connection, context: VerificationContext) -> _WorkerInput:
+    return _WorkerInput(
         url=connection.engine.url,
         snapshot=str(connection.scalar(text("SELECT pg_export_snapshot()"))),
-        keys={name: key.public_bytes_raw() for name, key in held.signing.keys.items()},
-        signed_since=held.signing.since,
-        heads=held.heads,
-        through=held.through,
-        unbounded=held.unbounded,
+        keys={name: key.public_bytes_raw() for name, key in context.signing.keys.items()},
+        signed_since=context.signing.since,
+        heads=context.heads,
+        through=context.through,
+        unbounded=context.unbounded,
     )
 
 
 @contextmanager
-def _helped(orders: _Orders, work: _Work, count: int) -> Iterator[None]:
-    """So many processes do their part meanwhile, and until there is none left."""
+def _helpers(orders: _WorkerInput, work: _Work, count: int) -> Iterator[None]:
+    """Run `count` helper processes during the block, until no range is left."""
     lost = []
 
     def feed(first: int, pipe: Pipe) -> None:
@@ -168,7 +168,7 @@ def _helped(orders: _Orders, work: _Work, count: int) -> Iterator[None]:
         for thread in threads:
             thread.join()
         if lost:
-            raise LostError(str(LostError.__doc__))
+            raise HelperLostError(str(HelperLostError.__doc__))
     finally:
         work.left.clear()
         for process in helpers:
@@ -177,12 +177,12 @@ def _helped(orders: _Orders, work: _Work, count: int) -> Iterator[None]:
             process.join()
 
 
-def _start(orders: _Orders) -> tuple[BaseProcess, Pipe]:
-    # One that begins anew imports for a second, which is half of what it could save. What it has of the first, its
+def _start(orders: _WorkerInput) -> tuple[BaseProcess, Pipe]:
+    # A fresh process imports for a second, which is half of what it could save. What it has of the first, its
     # connection and its threads, it does not use. Elsewhere than on Linux forking is less sure.
     context = get_context("fork") if sys.platform == "linux" else get_context("spawn")
-    ours, its = context.Pipe()
-    process = context.Process(target=_help, args=(orders, its), name="verify", daemon=True)
+    parent_end, its = context.Pipe()
+    process = context.Process(target=_helper_main, args=(orders, its), name="verify", daemon=True)
     # Ctrl-C reaches the whole group, a process that only begins as well: this one decides when it ends.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -190,27 +190,27 @@ def _start(orders: _Orders) -> tuple[BaseProcess, Pipe]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         its.close()
-    return process, ours
+    return process, parent_end
 
 
-def _help(orders: _Orders, pipe: Pipe) -> None:
+def _helper_main(orders: _WorkerInput, pipe: Pipe) -> None:
     """A process: looks at one range after the other until it is ended."""
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
     keys = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in orders.keys.items()}
-    held = Held(Signing(keys, orders.signed_since), orders.heads, orders.through, orders.unbounded)
+    context = VerificationContext(Signing(keys, orders.signed_since), orders.heads, orders.through, orders.unbounded)
     engine = database.connect(orders.url, pool_size=1, prepared_statements=False)
     try:
         with database.snapshot(engine, statement_seconds=STATEMENT_SECONDS, exported=orders.snapshot) as connection:
             while True:
                 checked = Checked()
-                findings = list(verify_range(connection, pipe.recv(), held, checked))
+                findings = list(verify_range(connection, pipe.recv(), context, checked))
                 pipe.send(_Part(findings, checked.seals, checked.events))
     except SQLAlchemyError:
         pipe.send(None)
-        threading.Event().wait()  # for its end: what it was sent meanwhile must not be lost on the way
+        threading.Event().wait()  # until it is killed, so that its last result is not lost
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Inclusion proofs: that one event is in a seal, checkable with SHA-256 and nothing of ours."""
+"""Inclusion proofs that an event is in a seal, checkable with SHA-256 alone."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A range of the chain: each of its seals against the one before, and the rows against what the seals list."""
+"""Verify a range of the chain: each seal against its predecessor, and rows against their seals."""
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -21,7 +21,7 @@ class Signing(msgspec.Struct, frozen=True):
     since: int
 
 
-class Held(msgspec.Struct, frozen=True):
+class VerificationContext(msgspec.Struct, frozen=True):
     """What seals are held against; `heads`: hashes of those that were exported, `through`: the last event sealed.
 
     `unbounded`: seals that reach further than there ever were rows.
@@ -40,7 +40,7 @@ class Range(msgspec.Struct, frozen=True):
     windows: Sequence[int]
 
 
-def windows_of(
+def windows_after(
     connection: Connection, after: int, leaves: int, known: Container[int]
 ) -> tuple[list[int], int, set[int]]:
     """The seals after this one in windows of about so many leaves each: the last seal of each.
@@ -69,22 +69,22 @@ _SIZES = text("SELECT id, octet_length(entries) FROM archiver.seals WHERE id > :
 
 def verify_range(
     connection: Connection,
-    these: Range,
-    held: Held,
+    seal_range: Range,
+    context: VerificationContext,
     checked: Checked,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[Finding]:
     """What of these seals, and of what they sealed, is not as it was."""
-    before = seal_before(connection, these.after)
-    for last in these.windows:
+    before = seal_before(connection, seal_range.after)
+    for last in seal_range.windows:
         start, window, forged = before, list(chain.select_seals(connection, before.id, last)), set[int]()
         for seal, entries in window:
-            found = list(_check_seal(seal, entries, before, held))
-            forged |= {finding.id for finding in found if finding.fault == "out_of_bounds"}
-            yield from found
+            result = list(_check_seal(seal, entries, before, context))
+            forged |= {finding.id for finding in result if finding.fault == "out_of_bounds"}
+            yield from result
             before = seal
             checked.seals += 1
-        yield from compare(connection, window, start, held.through, checked, forged=forged)
+        yield from compare(connection, window, start, context.through, checked, forged=forged)
         on_progress()
 
 
@@ -95,7 +95,7 @@ def seal_before(connection: Connection, number: int) -> Seal:
     return next((seal for seal, _ in chain.select_seals(connection, number - 1, number)), chain.FIRST)
 
 
-def _check_seal(seal: Seal, entries: bytes, before: Seal, held: Held) -> Iterator[Finding]:
+def _check_seal(seal: Seal, entries: bytes, before: Seal, context: VerificationContext) -> Iterator[Finding]:
     first, last = before.id + 1, seal.id - 1
     if first <= last:  # one finding of however many: a number may be anything
         yield Finding("seals", first, "missing", through=last if last > first else None)
@@ -106,10 +106,10 @@ def _check_seal(seal: Seal, entries: bytes, before: Seal, held: Held) -> Iterato
     if seal.previous != before.hash:
         yield Finding("seals", seal.id, "out_of_chain")
     is_as_made = seal.hash == sha256(seal.statement).digest()
-    if is_as_made and (seal.id in held.unbounded or not is_bounded(seal, entries, before)):
+    if is_as_made and (seal.id in context.unbounded or not is_bounded(seal, entries, before)):
         yield Finding("seals", seal.id, "out_of_bounds")
-    yield from check_signature(seal, before, held.signing)
-    yield from compare_known(seal, held.heads)
+    yield from check_signature(seal, before, context.signing)
+    yield from compare_known(seal, context.heads)
 
 
 def check_signature(seal: Seal, before: Seal, signing: Signing) -> Iterator[Finding]:

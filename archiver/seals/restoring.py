@@ -1,4 +1,4 @@
-"""History responses in pieces: the bytes that frame and pieces make, against the digest that is sealed."""
+"""Verify responses in pieces against the sealed digest of their bytes."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -29,7 +29,7 @@ def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterato
     rows = connection.execute(_SELECT, {"ids": list(event_ids)}).all()
     for session_id, of_session in groupby(rows, key=attrgetter("session_id")):
         contents = pieces.select_contents(connection, [session_id]).get(session_id, {})
-        restored = pieces.Restored(contents)
+        restored = pieces.ResponseAssembler(contents)
         for row in of_session:
             if row.has_body or row.salt is None:
                 yield Finding("events", row.id, "changed")
@@ -37,7 +37,7 @@ def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterato
                 yield Finding("events", row.id, "not_restorable")
 
 
-def _is_intact(row: Any, restored: pieces.Restored) -> bool:
+def _is_intact(row: Any, restored: pieces.ResponseAssembler) -> bool:
     made = sha256(row.salt)
     try:
         for part in restored.parts(row.frame, row.runs):

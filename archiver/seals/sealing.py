@@ -17,39 +17,39 @@ from archiver.seals.settling import Settled, Settling
 
 log = structlog.get_logger(__name__)
 
-LOOKS, LOOK_SECONDS = 20, 0.25  # for the end of those who write, where nobody looks later
+SETTLE_ATTEMPTS, SETTLE_PAUSE_SECONDS = 20, 0.25  # waits for writers, if the caller does not retry later
 
 _SETTLED = ("events", "acts", "erasures", "removals")
 
 
-class BusyError(Exception):
-    """The ledger could not be looked at for an instant: it is written without a pause, or vacuumed. Try again."""
+class LedgerBusyError(Exception):
+    """The ledger could not be locked for an instant because of constant writes or a vacuum. Retry."""
 
 
 def seal(
     engine: Engine,
     key: Ed25519PrivateKey | None = None,
-    most: int | None = None,
+    limit: int | None = None,
     settling: Settling | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> list[Seal]:
     """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
 
-    `settling` is for whoever calls again: a transaction that writes for long is not waited for here. `beat` is called
-    after each seal. Raises `BusyError`, and `BoundsError` where the newest seal was forged.
+    `settling` carries state from call to call: long writing transactions are not waited for here. `beat` is called
+    after each seal. Raises `LedgerBusyError`, and `BoundsError` where the newest seal was forged.
     """
     settled = settling.settle(engine) if settling is not None else _settle(engine)
     if settled is None:
-        raise BusyError(str(BusyError.__doc__))
+        raise LedgerBusyError(str(LedgerBusyError.__doc__))
     made: list[Seal] = []
-    while most is None or len(made) < most:
+    while limit is None or len(made) < limit:
         new = _seal_once(engine, settled, key)
         if new is None:
             return made
         log.info("sealed", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
         made.append(new)
         beat()
-        # What is delivered again meanwhile is for the next time: there may be no end of that.
+        # Concurrent redeliveries are left for the next seal, because they may never end.
         if new.size < bounds.LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
             return made
     return made
@@ -69,10 +69,10 @@ def _seal_once(engine: Engine, settled: dict[str, int], key: Ed25519PrivateKey |
 
 def _settle(engine: Engine) -> Settled | None:
     settling = Settling()
-    for _ in range(LOOKS):
+    for _ in range(SETTLE_ATTEMPTS):
         if (settled := settling.settle(engine)) is not None or not settling.is_waiting:
             return settled
-        time.sleep(LOOK_SECONDS)
+        time.sleep(SETTLE_PAUSE_SECONDS)
     return None
 
 
@@ -130,7 +130,7 @@ _RECOUNT = text(
 
 def _recount(connection: Connection, after: int, through: int) -> int:
     """Note what the counters of redelivered events stand at; answers the id of the last such note."""
-    # What is delivered meanwhile waits for the end of this transaction, or is marked once more.
+    # A concurrent redelivery waits for this transaction, or is marked again.
     cleared = [
         *connection.execute(_CLEAR_NEW, {"after": after, "through": through}).mappings(),
         *connection.execute(_CLEAR, {"after": after, "most": bounds.LEAVES}).mappings(),

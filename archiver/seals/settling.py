@@ -1,8 +1,8 @@
-"""What is settled: up to which id each sealed table holds all that it ever will.
+"""Determine up to which id each sealed table is settled (no lower id can appear).
 
 A table lock shows it in an instant, where no transaction is writing. Where one is, for long or in turn with others,
 their end shows it: all that had been written when they were under way is settled once none of them is any more,
-whatever others write by then.
+regardless of concurrent writes.
 """
 
 import random
@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from archiver.database import is_lock_timeout, transaction
 
-# Whoever writes waits behind a lock that waits: so it is hardly waited for, again and again.
+# Writers queue behind a waiting lock: so the wait is short, and repeated.
 LOCK_SECONDS = 0.005
 ATTEMPTS = 60
 PAUSE_SECONDS = 0.05
@@ -75,8 +75,8 @@ class Settling:
 
 def _select_writers(connection: Connection) -> frozenset[str] | None:
     """The transactions that have written, or may; in order after `_SELECT_WRITTEN`: in a snapshot of its own."""
-    found = connection.scalar(_SELECT_WRITERS)
-    return None if found is None else frozenset(found)
+    result = connection.scalar(_SELECT_WRITERS)
+    return None if result is None else frozenset(result)
 
 
 def _settle(engine: Engine) -> Settled | None:

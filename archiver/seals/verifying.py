@@ -1,4 +1,4 @@
-"""Verification: everything computed again from the rows, in one pass and bounded memory, and each fault named."""
+"""Verify all seals and rows in one pass and bounded memory, and name each fault."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from hashlib import sha256
@@ -11,31 +11,31 @@ from archiver.seals import parallel
 from archiver.seals.bounds import select_unbounded
 from archiver.seals.chain import Seal
 from archiver.seals.comparing import Checked, compare_unsealed
-from archiver.seals.consistency import check_acts, check_earlier, check_recounted, check_recounts
+from archiver.seals.consistency import check_audit_entries, check_before, check_recounted, check_recounts
 from archiver.seals.findings import Finding
 from archiver.seals.holds import check_holds
 from archiver.seals.ranges import (
-    Held,
     Range,
     Signing,
+    VerificationContext,
     check_signature,
     compare_known,
     seal_before,
     verify_range,
-    windows_of,
+    windows_after,
 )
 
 PAGE = 20_000  # numbers that are asked for at once
 
 
-class Effort(msgspec.Struct, frozen=True):
-    """How many processes work on a verification, this one included; one, where there are not `least` leaves.
+class Parallelism(msgspec.Struct, frozen=True):
+    """How many processes work on a verification, this one included; one, where there are not `min_leaves` leaves.
 
     `window`: leaves that each of them looks at together.
     """
 
     jobs: int = 1
-    least: int = 100_000
+    min_leaves: int = 100_000
     window: int = 20_000
 
 
@@ -48,17 +48,17 @@ def verify(
     heads: Mapping[int, bytes] | None = None,
     checked: Checked | None = None,
     on_progress: Callable[[Checked], None] = lambda _: None,
-    effort: Effort | None = None,
+    effort: Parallelism | None = None,
 ) -> Generator[Finding]:
     """Everything that is not as it was sealed, in the order of seals. To be read to the end, or closed.
 
     `after_seal`: begin after this seal; 0: from the first. `keys`, by their ids: each seal from `signed_since` on
     must be signed by one of them. `heads`: hashes of seals, by number, as they were exported; all are compared,
     wherever it begins. The connection shows one snapshot (REPEATABLE READ): an archive in use can be verified.
-    Raises `parallel.LostError` where another process did not do its part.
+    Raises `parallel.HelperLostError` where another process did not do its part.
     """
     checked = Checked() if checked is None else checked
-    effort = effort or Effort()
+    effort = effort or Parallelism()
     known = dict(heads or {})
     checked.compared = len(known)
     signing = Signing(keys or {}, signed_since)
@@ -73,23 +73,23 @@ def verify(
     yield from _compare_earlier(connection, before, known)
     for number in connection.scalars(text("SELECT id FROM archiver.seals WHERE id < 1 ORDER BY id")):
         yield Finding("seals", number, "inserted")
-    windows, leaves, there = windows_of(connection, before.id, effort.window, known)
+    windows, leaves, there = windows_after(connection, before.id, effort.window, known)
     head = checked.head = seal_before(connection, windows[-1]) if windows else before
     unbounded = frozenset(select_unbounded(connection))
     sealed = _newest_but(connection, unbounded, head)
-    held = Held(signing, known, sealed.through["events"], unbounded)
-    these = Range(before.id, windows)
-    if effort.jobs > 1 and leaves >= effort.least and parallel.is_possible(connection):
-        done = yield from parallel.verify(connection, these, held, effort.jobs, on_progress)
+    context = VerificationContext(signing, known, sealed.through["events"], unbounded)
+    seal_range = Range(before.id, windows)
+    if effort.jobs > 1 and leaves >= effort.min_leaves and parallel.is_possible(connection):
+        done = yield from parallel.verify(connection, seal_range, context, effort.jobs, on_progress)
         checked.seals, checked.events = done.seals, done.events
     else:
-        yield from verify_range(connection, these, held, checked, lambda: on_progress(checked))
+        yield from verify_range(connection, seal_range, context, checked, lambda: on_progress(checked))
     for number in sorted(known.keys() - there - {before.id}):
         yield Finding("seals", number, "missing")
     yield from compare_unsealed(connection, head, checked)
     if before.id:
-        yield from check_earlier(connection, before.through["events"], sealed.through["events"])
-    for check in (check_recounted, check_recounts, check_acts, check_holds):
+        yield from check_before(connection, before.through["events"], sealed.through["events"])
+    for check in (check_recounted, check_recounts, check_audit_entries, check_holds):
         yield from check(connection, sealed)
     on_progress(checked)
 

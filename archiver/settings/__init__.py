@@ -1,4 +1,4 @@
-"""Every setting, its default and its meaning: one typed table, read from the environment.
+"""All settings with default and meaning in one typed table, read from the environment.
 
 Each name may also be given as NAME_FILE, the path of a file that holds the value, so that a secret need not stand in
 the environment.
@@ -12,9 +12,9 @@ from pydantic import SecretStr, ValidationError
 from archiver.settings.errors import SettingsError
 from archiver.settings.fields import Settings, WebhookScheme
 from archiver.settings.sources import environment_name
-from archiver.settings.strangers import strangers
+from archiver.settings.unknown_variables import unknown_variables
 
-__all__ = ["SCHEMES", "Settings", "SettingsError", "file_names", "read", "strangers", "table"]
+__all__ = ["SCHEMES", "Settings", "SettingsError", "file_names", "read", "table", "unknown_variables"]
 
 SCHEMES: tuple[str, ...] = get_args(WebhookScheme)
 
@@ -76,9 +76,11 @@ def table() -> list[tuple[str, str, str]]:
 
 def _limits(metadata: list[Any]) -> str:
     """In words; what is above 0 is a whole number here."""
-    told = {name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)}
-    least = told.get("ge", 1 if "gt" in told else None)
-    most = told.get("le")
+    limits_given = {
+        name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)
+    }
+    least = limits_given.get("ge", 1 if "gt" in limits_given else None)
+    maximum = limits_given.get("le")
     if least is None:
         return ""
-    return f" At least {least}." if most is None else f" From {least} to {most}."
+    return f" At least {least}." if maximum is None else f" From {least} to {maximum}."

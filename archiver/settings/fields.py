@@ -273,7 +273,7 @@ class Settings(BaseSettings):
     @classmethod
     def _may_begin_a_header(cls, value: str) -> str:
         if value and (not value.isascii() or not value.isprintable() or value.startswith(" ")):
-            raise ValueError("must be what a header's value can begin with: printable ASCII, no space first")
+            raise ValueError("must start with a printable ASCII character other than a space")
         return value
 
     @field_validator("callhq_api_key", "api_token")
@@ -288,7 +288,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_one_word(cls, value: SecretStr) -> SecretStr:
         if " " in value.get_secret_value().strip():
-            raise ValueError("must not hold a space: a bearer token is one word")
+            raise ValueError("must not contain a space: a bearer token is one word")
         return value
 
     @model_validator(mode="after")
@@ -336,7 +336,7 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _is_not_blank(cls, value: SecretStr | None) -> SecretStr | None:
-        # Whoever sets it means a database of theirs: what they meant to write went missing on the way.
+        # A set but empty variable was meant to name a database; its value got lost.
         if value is not None and not value.get_secret_value().strip():
             raise ValueError("set, but empty: unset it to use the embedded Postgres")
         return value
@@ -352,7 +352,7 @@ class Settings(BaseSettings):
         days = self.retention_metadata_days
         content = [self.retention_days, *self.retention_of_assistants.values()]
         if days and (not self.retention_days or max(content) > days):
-            raise ValueError("ARCHIVER_RETENTION_METADATA_DAYS: must be 0, or no less than the days of any content")
+            raise ValueError("ARCHIVER_RETENTION_METADATA_DAYS: must be 0, or at least the longest content retention")
         return self
 
     @property
@@ -400,12 +400,12 @@ def _has_host(url: str) -> bool:
 
 
 def _days_by_assistant(value: str) -> dict[str, int]:
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     for part in filter(None, (each.strip() for each in value.split(","))):
         assistant_id, _, days = part.rpartition("=")
         if not assistant_id.strip() or not days.strip().isdecimal() or int(days) > MAX_DAYS:
             raise ValueError("write ASSISTANT=DAYS, separated by commas, such as as_1=30,as_2=365")
-        if assistant_id.strip() in found:
-            raise ValueError("gives an assistant twice: keep one of them")
-        found[assistant_id.strip()] = int(days)
-    return found
+        if assistant_id.strip() in values:
+            raise ValueError("names an assistant twice: keep one entry")
+        values[assistant_id.strip()] = int(days)
+    return values

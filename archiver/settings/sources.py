@@ -1,4 +1,4 @@
-"""Whence settings are read: the environment, and the files that it names."""
+"""Sources of settings: environment variables and the files that they name."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether a delivery comes from the platform: `verifier(settings)` is built once, then asked about each request.
+"""Verify that a delivery comes from the platform: `verifier(settings)` is built once per process.
 
 Everything is decided over the exact bytes received, before anything is parsed, and compared in constant time.
 Pure: the clock, the headers and the body are arguments.
@@ -44,7 +44,7 @@ _MAKE_BASE64 = 'python3 -c "import base64, secrets; print(base64.b64encode(secre
 def verifier(settings: Settings) -> Verifier:
     """What proves a delivery under these settings.
 
-    Raises `SettingsError`, which names the variable and never tells a secret.
+    Raises `SettingsError`, which names the variable and never reveals a secret.
     """
     scheme = settings.webhook_scheme
     if scheme == "none":
@@ -53,7 +53,7 @@ def verifier(settings: Settings) -> Verifier:
     base64 = is_standard or (scheme == "hmac" and settings.hmac_secret_is_base64)
     if not settings.secrets:
         raise SettingsError(
-            f"{_SECRETS} is empty, and scheme {scheme} needs a secret. Give the one that the platform was told; "
+            f"{_SECRETS} is empty, and scheme {scheme} needs a secret. Use the secret configured on the platform; "
             f"to make a good one: {_MAKE_BASE64 if base64 else _MAKE_TEXT}"
         )
     if is_standard:
@@ -98,7 +98,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def key_id(secret: str | bytes) -> str:
-    """8 hex characters that say which secret, as written in the setting, and do not tell it."""
+    """Return 8 hex characters that identify a secret without revealing it."""
     key = _bytes(secret) if isinstance(secret, str) else secret
     return hmac.digest(key, b"callhq-archiver key id", "sha256").hex()[:8]
 

@@ -1,4 +1,4 @@
-"""The ways in which a delivery proves itself: the secret in a header, an HMAC over a template, Standard Webhooks."""
+"""Verification schemes: shared secret, HMAC over a template, Standard Webhooks."""
 
 import hmac
 import re
@@ -28,10 +28,10 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 Keys = tuple[tuple[bytes, str], ...]  # (key, key id) of each secret, in the order of the setting
 PublicKeys = tuple[tuple[Ed25519PublicKey, str], ...]
-_LONGEST_TIMESTAMP = 15  # digits; milliseconds have 13
+_MAX_TIMESTAMP = 15  # digits; milliseconds have 13
 _FIRST_MILLISECONDS = 10**11  # as seconds this is the year 5138, as milliseconds 1973
-_LONGEST_SIGNATURES = 4096  # bytes, over 80 signatures; each is compared with each secret
-_MOST_ASYMMETRIC = 16  # signatures of one delivery that are verified under public keys, which takes longer
+_MAX_SIGNATURES = 4096  # bytes, over 80 signatures; each is compared with each secret
+_MAX_ASYMMETRIC = 16  # signatures of one delivery that are verified under public keys, which takes longer
 _ED25519_LENGTH = 86  # characters of 64 bytes in base64, without padding
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
@@ -51,15 +51,15 @@ class Verifier(ABC):
 
     @abstractmethod
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
-        """The key id of the secret that the delivery proves, or `none` where nothing is to be proved.
+        """Return the key id of the verified secret, or `none` if verification is disabled.
 
         `url` is the one the platform called; `now` is in seconds since the epoch. Raises `SignatureError`, and
-        nothing else whatever the bytes are.
+        nothing else for any bytes.
         """
 
     @abstractmethod
     def check_headers(self, headers: Headers, now: float) -> None:
-        """Raises the `SignatureError` that `verify` would raise whatever the body is, as far as the headers tell."""
+        """Raise the `SignatureError` that `verify` would raise for any body, as far as the headers show."""
 
     @abstractmethod
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
@@ -98,13 +98,13 @@ class SharedSecret(Verifier):
             if scheme.lower() != b"bearer":
                 raise SignatureError("malformed_header", self.header)
             given = token.strip(b" ")
-        found = None
+        result = None
         for secret, name in self.keys:
             if hmac.compare_digest(secret, given):
-                found = found or name
-        if found is None:
+                result = result or name
+        if result is None:
             raise SignatureError("bad_signature", self.header)
-        return found
+        return result
 
     def check_headers(self, headers: Headers, now: float) -> None:
         self.verify(b"", headers, "", "", now)  # the body proves nothing here
@@ -143,13 +143,13 @@ class Mac:
 
     def find(self, payload: bytes, candidates: list[bytes]) -> str | None:
         """The key id of the first key that makes any of `candidates`, else None; every pair is compared."""
-        found = None
+        result = None
         for key, name in self.keys:
             expected = self.canonical(self.sign(key, payload))
             for candidate in candidates:
                 if hmac.compare_digest(expected, candidate):
-                    found = found or name
-        return found
+                    result = result or name
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +173,10 @@ class Hmac(Verifier):
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         timestamp, message_id, candidates = self._read(headers, now)
         payload = self._payload(body, timestamp, message_id, method, url)
-        found = self.mac.find(payload, candidates)
-        if found is None:
+        result = self.mac.find(payload, candidates)
+        if result is None:
             raise SignatureError("bad_signature", self.header)
-        return found
+        return result
 
     def check_headers(self, headers: Headers, now: float) -> None:
         self._read(headers, now)
@@ -202,10 +202,10 @@ class Hmac(Verifier):
         given = _only(headers, self.timestamp_header)
         if not self.timestamp_prefix:
             return given
-        found = _entries(given, self.timestamp_prefix, self.timestamp_header)
-        if len(found) != 1:  # of two, the platform and we might take different ones
+        result = _entries(given, self.timestamp_prefix, self.timestamp_header)
+        if len(result) != 1:  # of two, the platform and we might take different ones
             raise SignatureError("malformed_header", self.timestamp_header)
-        return found[0]
+        return result[0]
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         timestamp = str(int(now))
@@ -246,10 +246,10 @@ class Standard(Verifier):
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         timestamp, message_id, signatures, header = self._read(headers, now)
         payload = b"%b.%b.%b" % (message_id, timestamp, body)
-        found = self.mac.find(payload, signatures.symmetric) or self._signer(payload, signatures.asymmetric)
-        if found is None:
+        result = self.mac.find(payload, signatures.symmetric) or self._signer(payload, signatures.asymmetric)
+        if result is None:
             raise SignatureError("bad_signature", header)
-        return found
+        return result
 
     def check_headers(self, headers: Headers, now: float) -> None:
         self._read(headers, now)
@@ -298,18 +298,18 @@ class Standard(Verifier):
         if not any(values):
             raise SignatureError("missing_header", header)
         words = b" ".join(values)
-        if len(words) > _LONGEST_SIGNATURES:
+        if len(words) > _MAX_SIGNATURES:
             raise SignatureError("malformed_header", header)
         symmetric = self._texts(words, b"v1,", self.mac.length) if self.mac.keys else []
         texts = self._texts(words, b"v1a,", _ED25519_LENGTH) if self.public_keys else []
         asymmetric = [signature for text in texts if (signature := _decoded(text)) is not None]
         if not symmetric and not asymmetric:
             raise SignatureError("malformed_header", header)
-        return _Signatures(symmetric, asymmetric[:_MOST_ASYMMETRIC])
+        return _Signatures(symmetric, asymmetric[:_MAX_ASYMMETRIC])
 
     def _texts(self, words: bytes, version: bytes, length: int) -> list[bytes]:
-        found = [self.mac.canonical(word[len(version) :]) for word in words.split(b" ") if word.startswith(version)]
-        return [text for text in found if len(text) == length]
+        result = [self.mac.canonical(word[len(version) :]) for word in words.split(b" ") if word.startswith(version)]
+        return [text for text in result if len(text) == length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,24 +334,24 @@ def _entry(prefix: bytes) -> re.Pattern[bytes]:
 
 def _entries(value: bytes, prefix: bytes, header: bytes) -> list[bytes]:
     """What follows the prefix in each entry of a header; entries are separated by commas or spaces."""
-    if len(value) > _LONGEST_SIGNATURES:
+    if len(value) > _MAX_SIGNATURES:
         raise SignatureError("malformed_header", header)
     return _entry(prefix).findall(value)
 
 
 def _only(headers: Headers, header: bytes) -> bytes:
     """The value of a header that must be there once: of two, a proxy and we might take different ones."""
-    found = [value for name, value in headers if name == header]
-    if len(found) > 1:
+    result = [value for name, value in headers if name == header]
+    if len(result) > 1:
         raise SignatureError("malformed_header", header)
-    if not found or not found[0]:
+    if not result or not result[0]:
         raise SignatureError("missing_header", header)
-    return found[0]
+    return result[0]
 
 
 def _check_time(timestamp: bytes, now: float, tolerance: int, header: bytes, *, takes_milliseconds: bool) -> None:
     """Decimal digits: seconds since the epoch, or milliseconds where the scheme may use these."""
-    if len(timestamp) > _LONGEST_TIMESTAMP or not timestamp.isdigit():
+    if len(timestamp) > _MAX_TIMESTAMP or not timestamp.isdigit():
         raise SignatureError("malformed_timestamp", header)
     seconds: float = int(timestamp)
     if takes_milliseconds and seconds > _FIRST_MILLISECONDS:

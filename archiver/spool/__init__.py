@@ -1,4 +1,4 @@
-"""The spool: deliveries on local disk while Postgres cannot take them, each fsynced before it is answered (I1).
+"""The spool: deliveries on local disk while Postgres does not accept them, each fsynced before the response (I1).
 
 Every process has a file of its own, `spool-N.db` (SQLite), which it holds by the lock of `spool-N.lock`. What a
 process leaves behind is adopted by another one, or by its successor. A disk may fill, lose a file or damage one: what
@@ -16,14 +16,14 @@ from tempfile import TemporaryFile
 import structlog
 
 from archiver.spool.counting import LOST, Lost, select_lost
-from archiver.spool.errors import SpoolError, SpoolFullError, explained, unusable
+from archiver.spool.errors import SpoolError, SpoolFullError, explained, unusable_message
 from archiver.spool.files import BUSY_SECONDS, PAGE_BYTES, Spooled
-from archiver.spool.held import LEAST_ROOM, SELECT_DEPTH, Depth, Spool, hold, open_spool
+from archiver.spool.locked_file import MIN_ROOM_BYTES, SELECT_DEPTH, Depth, Spool, hold, open_spool
 from archiver.spool.salvage import set_aside_files
 
 __all__ = [
-    "LEAST_ROOM",
     "LOST",
+    "MIN_ROOM_BYTES",
     "SPOOL_FOLDER",
     "Depth",
     "Lost",
@@ -46,16 +46,14 @@ SPOOL_FOLDER = "spool"  # in ARCHIVER_HOME
 
 
 def open_left_behind(folder: Path) -> Iterator[Spool]:
-    """The files that hold something and that nobody holds, for the caller to close; one that cannot be read is left
-    where it is.
-    """
+    """Yield non-empty files of ended processes, for the caller to close; unreadable ones are skipped."""
     for path in sorted(folder.glob("spool-*.db")):
         number = path.stem.removeprefix("spool-")
         try:
             size = path.lstat().st_size if number.isdecimal() and _is_file(path) else 0
             held = hold(folder, int(number), 2 * size) if size else None
         except (OSError, SpoolError) as error:
-            log.error("a spool that was left behind cannot be read", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+            log.error("spool file of an ended process unreadable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
             continue
         if held is not None and held.events:
             yield held
@@ -64,7 +62,7 @@ def open_left_behind(folder: Path) -> Iterator[Spool]:
 
 
 def select_depth(folder: Path) -> Depth:
-    """What waits in all files of a folder, whoever holds them. Raises `SpoolError`."""
+    """Return the content of all files of a folder. Raises `SpoolError`."""
     events, size, oldest = 0, 0, None
     for path in sorted(folder.glob("spool-*.db")):
         if not _is_file(path):
@@ -72,16 +70,16 @@ def select_depth(folder: Path) -> Depth:
         with explained(path):
             database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
             try:
-                found = database.execute(SELECT_DEPTH).fetchone()
+                rows = database.execute(SELECT_DEPTH).fetchone()
             finally:
                 database.close()
-        events, size = events + found[0], size + found[1]
-        oldest = min(oldest or found[2], found[2]) if found[2] else oldest
+        events, size = events + rows[0], size + rows[1]
+        oldest = min(oldest or rows[2], rows[2]) if rows[2] else oldest
     return Depth(events, size, datetime.fromisoformat(oldest) if oldest else None)
 
 
 def select_unfit(folder: Path) -> list[Path]:
-    """What stands where a file of the spool should, and is none: a folder, a link."""
+    """Return paths in place of spool files that are not files: folders, links."""
     return [path for path in sorted(folder.glob("spool-*.*")) if not _is_file(path)]
 
 
@@ -107,6 +105,6 @@ def select_room(folder: Path) -> int:
                 trial.flush()
                 os.fsync(trial.fileno())
         elif not os.access(place, os.W_OK | os.X_OK):
-            raise SpoolError(unusable(folder, f"{place} may not be written"))
+            raise SpoolError(unusable_message(folder, f"{place} may not be written"))
         disk = os.statvfs(place)
     return disk.f_bavail * disk.f_frsize

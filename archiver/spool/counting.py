@@ -1,4 +1,4 @@
-"""How many deliveries wait in a file, kept beside it, so that what its disk or a person takes away is noticed.
+"""The number of deliveries in a file, stored beside it, to detect losses.
 
 It is never more than what waits: written after what is added, before what is deleted.
 """

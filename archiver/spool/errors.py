@@ -18,7 +18,7 @@ _DAMAGED = {
 
 
 class SpoolError(Exception):
-    """The spool cannot be used; the text says why and what helps.
+    """The spool cannot be used; the message says why and what helps.
 
     `reason` is for anyone who asks `/readyz`: it names no path.
     """
@@ -49,11 +49,11 @@ def explained(path: Path) -> Iterator[None]:
             raise SpoolFullError(str(SpoolFullError.__doc__)) from None
         if code in _DAMAGED or (code == 0 and isinstance(error, sqlite3.OperationalError)):
             raise damaged(path, str(error)) from None
-        raise SpoolError(unusable(path, str(error))) from None
+        raise SpoolError(unusable_message(path, str(error))) from None
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise SpoolFullError(str(SpoolFullError.__doc__)) from None
-        raise SpoolError(unusable(Path(error.filename or path), error.strerror or str(error))) from None
+        raise SpoolError(unusable_message(Path(error.filename or path), error.strerror or str(error))) from None
 
 
 def damaged(path: Path, reason: str) -> SpoolDamagedError:
@@ -64,7 +64,7 @@ def damaged(path: Path, reason: str) -> SpoolDamagedError:
     )
 
 
-def unusable(place: Path, reason: str) -> str:
+def unusable_message(place: Path, reason: str) -> str:
     return (
         f"The spool {place} cannot be used ({reason}): check ARCHIVER_HOME and its disk, or set ARCHIVER_SPOOL=off."
     )

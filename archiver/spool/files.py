@@ -1,6 +1,6 @@
-"""One file of a spool: an SQLite database of deliveries, each with a checksum, since a disk may lie.
+"""A spool file: an SQLite database of deliveries, each with a checksum.
 
-Whatever reads a row checks it: a delivery was verified when it came, so nothing else may pass for it later.
+Every reader of a row checks it: a delivery was verified when it came, so nothing else may pass for it later.
 """
 
 import os
@@ -23,7 +23,7 @@ PAGE_DELIVERIES = 200
 
 
 class Spooled(msgspec.Struct, frozen=True, gc=False):
-    """One delivery as it came. A fact of ours keeps what its bytes do not tell: its kind, its session, its key.
+    """One delivery as received. An internal fact also has type, session and dedupe key.
 
     `id` grows with arrival, within the file that `file` numbers; 0 before it is spooled.
     """
@@ -56,7 +56,7 @@ _SCHEMA = """
 _OBJECTS = {("table", "spooled"), ("table", "sqlite_sequence")}
 _MAGIC = b"SQLite format 3\0"
 _WAL_FORMAT = 2  # the newest format that SQLite writes
-_MOST_UNREADABLE = 1_000  # ids that are tried one by one behind a damaged page; a scan finds what lies further on
+_MAX_UNREADABLE = 1_000  # ids that are tried one by one behind a damaged page; a scan finds what lies further on
 _INSERT = f"INSERT INTO spooled ({_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # a constant
 _SELECT_FROM = f"SELECT id, checksum, {_COLUMNS} FROM spooled WHERE id >= ? ORDER BY id"  # noqa: S608  # a constant
 
@@ -108,14 +108,14 @@ def _check_pages(database: sqlite3.Connection, path: Path) -> None:
 
 
 def _make_table(database: sqlite3.Connection, path: Path) -> None:
-    found = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-    if not found:
+    rows = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    if not rows:
         database.execute(_SCHEMA)
         return
-    sql = next((sql for _, name, sql in found if name == "spooled"), None) or ""
+    sql = next((sql for _, name, sql in rows if name == "spooled"), None) or ""
     plain = _without_spaces(_SCHEMA)
     before_checksums = plain.replace(",checksumINTEGER", "")
-    if {each[:2] for each in found} != _OBJECTS or _without_spaces(sql) not in {plain, before_checksums}:
+    if {each[:2] for each in rows} != _OBJECTS or _without_spaces(sql) not in {plain, before_checksums}:
         raise damaged(path, "schema")
     if _without_spaces(sql) == before_checksums:
         _add_checksums(database, path)
@@ -201,12 +201,12 @@ def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[Sp
 
 
 def readable(database: sqlite3.Connection, path: Path) -> Iterator[Spooled]:
-    """Whatever can still be read of a damaged file."""
+    """Yield what can still be read of a damaged file."""
     with explained(path):
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'spooled'").fetchone():
             return
     start, unreadable = 1, 0
-    while unreadable < _MOST_UNREADABLE:
+    while unreadable < _MAX_UNREADABLE:
         with suppress(SpoolDamagedError):
             for delivery in select(database, path, start):
                 yield delivery

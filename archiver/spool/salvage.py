@@ -1,4 +1,4 @@
-"""A file that is given up: a damaged one, of which is kept what can be read; one on a full disk that is done with."""
+"""Replace a damaged or full file, and keep what is readable."""
 
 import os
 import sqlite3
@@ -12,7 +12,7 @@ from archiver.spool.scanning import scan
 
 
 def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Path]:
-    """Put a new file in its place, with whatever can be read of it, and keep it under another name.
+    """Replace the file by a new one with its readable content, and keep it under another name.
 
     `wal`: the write-ahead log as it was before SQLite saw it: SQLite removes it, with the frames that it passed over.
     `deleted`: hashes of rows that may still lie in bytes that SQLite no longer uses.
@@ -23,14 +23,14 @@ def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Pa
     with explained(path):
         fresh.unlink(missing_ok=True)
         saved = _copy(path, fresh, wal, deleted)
-        aside = next(name for name in _names(path) if not name.exists())
-        os.link(path, aside)
+        saved_as = next(name for name in _names(path) if not name.exists())
+        os.link(path, saved_as)
         for end in ("-wal", "-shm"):
             if (beside := Path(f"{path}{end}")).exists():
-                beside.rename(f"{aside}{end}")
+                beside.rename(f"{saved_as}{end}")
         fresh.replace(path)
         sync(path.parent)
-    return saved, aside
+    return saved, saved_as
 
 
 def set_aside_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Deliveries found by their checksums in the bytes of a damaged file, wherever they lie. Pure.
+"""Find deliveries by their checksums in the bytes of a damaged file. Pure.
 
 SQLite reads a row only by way of the pages above it, and a frame of the write-ahead log only behind intact ones. A
 row itself holds all that is needed: a header of column types, the columns, the number of the page with the rest.
@@ -13,10 +13,10 @@ from typing import Any
 from archiver.spool.files import PAGE_BYTES, Row, checksum
 
 _FRAME_HEADER, _WAL_HEADER = 24, 32
-_MOST_LOCAL = PAGE_BYTES - 35
-_LEAST_LOCAL = (PAGE_BYTES - 12) * 32 // 255 - 23
-_MOST_VERSIONS = 8  # of a page in the write-ahead log that are tried
-_MOST_PAYLOAD = 2**30
+_MAX_LOCAL = PAGE_BYTES - 35
+_MIN_LOCAL = (PAGE_BYTES - 12) * 32 // 255 - 23
+_MAX_VERSIONS = 8  # of a page in the write-ahead log that are tried
+_MAX_PAYLOAD = 2**30
 _COLUMNS = 9
 # The length of a header, the null that stands for the row's number, and a text as long as a time is.
 _HEADER = re.compile(rb"[\x0a-\x40]\x00[\x3f\x4d]", re.DOTALL)
@@ -29,12 +29,12 @@ _INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}  # bytes by type
 def scan(database: bytes, wal: bytes = b"") -> Iterator[Row]:
     """Each row whose checksum is right, once: its columns in the order of `files`, without number and checksum."""
     pages = _Pages(database, wal)
-    found: set[Row] = set()
+    result: set[Row] = set()
     for page in pages.all:
         for match in _HEADER.finditer(page):
             row = _row(page, match.start(), pages)
-            if row is not None and row not in found:
-                found.add(row)
+            if row is not None and row not in result:
+                result.add(row)
                 yield row
 
 
@@ -55,7 +55,7 @@ class _Pages:
 
     def overflow(self, number: int, size: int) -> Iterator[bytes]:
         """What a chain of pages from this one on may hold: with the newest version of each, and with older ones."""
-        for version in range(_MOST_VERSIONS):
+        for version in range(_MAX_VERSIONS):
             parts, at, left, is_last = [], number, size, True
             while left > 0:
                 versions = self._numbered.get(at)
@@ -79,7 +79,7 @@ def _row(page: bytes, start: int, pages: _Pages) -> Row | None:
     payload = page[start] + sum(sizes)
     local = _local(payload)
     here = page[start : start + local]
-    if payload > _MOST_PAYLOAD or len(here) < local:
+    if payload > _MAX_PAYLOAD or len(here) < local:
         return None
     if payload == local:
         return _verified(types, sizes, here)
@@ -93,10 +93,10 @@ def _row(page: bytes, start: int, pages: _Pages) -> Row | None:
 
 def _local(payload: int) -> int:
     """How many bytes of it lie in the row's own page."""
-    if payload <= _MOST_LOCAL:
+    if payload <= _MAX_LOCAL:
         return payload
-    local = _LEAST_LOCAL + (payload - _LEAST_LOCAL) % (PAGE_BYTES - 4)
-    return local if local <= _MOST_LOCAL else _LEAST_LOCAL
+    local = _MIN_LOCAL + (payload - _MIN_LOCAL) % (PAGE_BYTES - 4)
+    return local if local <= _MAX_LOCAL else _MIN_LOCAL
 
 
 def _types(page: bytes, start: int) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Background work: duties that start, fail and recover each by itself, on any number of machines.
+"""Background duties that start, fail and recover independently, on any number of machines.
 
 Reading histories goes by procrastinate jobs on our Postgres: a timer hands out the sessions that are due, in bulk and
 in the order in which upstream forgets them, and each job reads some of them. A job that is lost with its worker costs
@@ -14,10 +14,10 @@ from functools import partial
 import structlog
 from sqlalchemy.engine import URL
 
-from archiver import database, heartbeats, waits
+from archiver import database, heartbeats, lock_waits
 from archiver.database import run_in_transaction
 from archiver.duties import Duty
-from archiver.erasure.periodic import Upkeep
+from archiver.erasure.periodic import RetentionTasks
 from archiver.feed import Publisher
 from archiver.followups import Followups, select_consumed
 from archiver.identity import ForeignDatabaseError, Guard
@@ -25,7 +25,7 @@ from archiver.reloading import Reloading
 from archiver.settings import Settings
 from archiver.worker.compacting import Compacting
 from archiver.worker.histories import Histories
-from archiver.worker.reading import reconciling, timing_of
+from archiver.worker.history_services import reconciling, timing_of
 from archiver.worker.sealing import Sealing, signing_key
 from archiver.worker.supervision import Runner, Supervisor
 
@@ -38,16 +38,16 @@ IDENTITY_SECONDS = 1.0
 ERASE_SECONDS = 20.0
 RETENTION_AT = timedelta(hours=3, minutes=17)  # of each day, UTC
 RETENTION_WITHIN = timedelta(minutes=10)
-RETENTION_LOOK_SECONDS = 20.0
+RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
 BEAT_SECONDS = 1.0  # between two reports of a duty that waits for its next turn
 _UNREADABLE = "unreadable"  # the part of the report of `identity` that is about what could not be compared
-CLAIMED = 0.9  # of a period: claims are not to beat against it
+CLAIM_SHARE = 0.9  # of a period: claims are not to beat against it
 
 
 class Worker:
-    """All background work of one process, with these settings. `reloading` reads new ones where a file changed."""
+    """All duties of one process with these settings. `reloading` reloads changed files."""
 
     def __init__(self, configuration: Settings, url: URL, reloading: Reloading | None = None) -> None:
         self._configuration, self._url = configuration, url
@@ -69,7 +69,7 @@ class Worker:
         self._supervisor = Supervisor(runners, url, prepared_statements=self._prepared)
 
     async def run(self, ending: asyncio.Event) -> None:
-        """Work until `ending` is set; what is under way is ended first."""
+        """Run until `ending` is set; work in progress is completed first."""
         await self._supervisor.run(ending)
 
     def _runner(
@@ -103,36 +103,36 @@ class Worker:
         await Followups(self._configuration, self._url, duty, self._guard).run(ending)
 
     async def _erase(self, duty: Duty, ending: asyncio.Event) -> None:
-        upkeep = Upkeep(self._configuration, self._url, timing_of(self._configuration))
+        tasks = RetentionTasks(self._configuration, self._url, timing_of(self._configuration))
 
         async def erase() -> None:
-            if await asyncio.to_thread(upkeep.claim, "erase", CLAIMED * ERASE_SECONDS):
-                await upkeep.erase(duty.beat)
+            if await asyncio.to_thread(tasks.claim, "erase", CLAIM_SHARE * ERASE_SECONDS):
+                await tasks.erase(duty.beat)
 
         try:
             await _every(ERASE_SECONDS, erase, duty, ending)
         finally:
-            upkeep.close()
+            tasks.close()
 
     async def _retention(self, duty: Duty, ending: asyncio.Event) -> None:
-        upkeep = Upkeep(self._configuration, self._url, timing_of(self._configuration))
-        is_owed = False
+        tasks = RetentionTasks(self._configuration, self._url, timing_of(self._configuration))
+        is_claimed = False
 
         async def expire() -> None:
-            nonlocal is_owed
+            nonlocal is_claimed
             now = database.now()
             since_then = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)) - RETENTION_AT
             if timedelta() <= since_then < RETENTION_WITHIN:
                 seconds = 2 * RETENTION_WITHIN.total_seconds()
-                is_owed |= await asyncio.to_thread(upkeep.claim, "retention", seconds)
-            if is_owed:
-                await upkeep.expire(duty.beat)
-                is_owed = False
+                is_claimed |= await asyncio.to_thread(tasks.claim, "retention", seconds)
+            if is_claimed:
+                await tasks.expire(duty.beat)
+                is_claimed = False
 
         try:
-            await _every(RETENTION_LOOK_SECONDS, expire, duty, ending)
+            await _every(RETENTION_CHECK_SECONDS, expire, duty, ending)
         finally:
-            upkeep.close()
+            tasks.close()
 
     async def _feed_retention(self, duty: Duty, ending: asyncio.Event) -> None:
         days = self._configuration.changes_days
@@ -141,14 +141,14 @@ class Worker:
             await ending.wait()
             return
         engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
-        claim = partial(heartbeats.claim, name="feed_retention", seconds=CLAIMED * FEED_RETENTION_SECONDS)
+        claim = partial(heartbeats.claim, name="feed_retention", seconds=CLAIM_SHARE * FEED_RETENTION_SECONDS)
 
-        async def shorten() -> None:
+        async def delete_old_changes() -> None:
             if await run_in_transaction(engine, claim):
                 await Publisher(engine, duty).delete_old(days, select_consumed)
 
         try:
-            await _every(FEED_RETENTION_SECONDS, shorten, duty, ending)
+            await _every(FEED_RETENTION_SECONDS, delete_old_changes, duty, ending)
         finally:
             await engine.dispose()
 
@@ -162,7 +162,7 @@ class Worker:
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
         engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
         try:
-            await until(ending, waits.report_waits(engine, duty))
+            await until(ending, lock_waits.report_waits(engine, duty))
         finally:
             await engine.dispose()
 
@@ -187,7 +187,7 @@ class Worker:
 
 
 async def until(ending: asyncio.Event, work: Awaitable[None]) -> None:
-    """Do this until `ending` is set, then cancel it. Raises what it raises."""
+    """Run `work` until `ending` is set, then cancel it. Raises its errors."""
     working = asyncio.ensure_future(work)
     waiting = asyncio.ensure_future(ending.wait())
     try:

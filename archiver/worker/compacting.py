@@ -11,7 +11,7 @@ from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-SECONDS_A_JOB = 10.0  # so that it delays neither the end of a worker nor other upkeep
+SECONDS_PER_JOB = 10.0  # so that it delays neither the end of a worker nor other upkeep
 
 
 class Compacting:
@@ -31,7 +31,7 @@ class Compacting:
             beat()
             self._responses += step.responses
             self._after = step.last
-            if monotonic() - started > SECONDS_A_JOB:
+            if monotonic() - started > SECONDS_PER_JOB:
                 break
         if self._after is None and self._responses:
             log.info("history responses compacted", responses=self._responses)

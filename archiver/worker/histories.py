@@ -1,4 +1,4 @@
-"""The duty that reads histories: hands out what is due, and works the jobs off."""
+"""The history duty: claims due sessions and runs the jobs that read them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -18,26 +18,26 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, heartbeats, telemetry
 from archiver.callhq import UnauthorizedError
-from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_apart, run_in_transaction
-from archiver.duties import Duty, where
+from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_in_transaction, run_split
+from archiver.duties import Duty, fault_location
 from archiver.overview import select_silence
 from archiver.projection import leases
 from archiver.reconcile import Reconciler
 from archiver.settings import Settings
-from archiver.worker.reading import reconciling, timing_of
-from archiver.worker.recalling import recall
+from archiver.worker.clock_recovery import make_impossible_times_due
+from archiver.worker.history_services import reconciling, timing_of
 
 log = structlog.get_logger(__name__)
 
 JOBS_SCHEMA = "archiver_jobs"
 READINGS = "readings"  # the queue
-SESSIONS_A_JOB = 20
+SESSIONS_PER_JOB = 20
 MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
-AT_ONCE = 4  # jobs
+MAX_CONCURRENT_JOBS = 4  # jobs
 # Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
-HANDED_OUT_FOR = timedelta(minutes=10)
-HAND_OUT_SECONDS, FORGET_SECONDS = 5.0, 60.0
-POLL_SECONDS = AWAY_SECONDS = 1.0
+CLAIM_TIME = timedelta(minutes=10)
+CLAIM_SECONDS, CLEANUP_SECONDS = 5.0, 60.0
+POLL_SECONDS = UNAVAILABLE_SECONDS = 1.0
 SILENT_SECONDS = 1_800.0  # without an end of any job while some are under way: CallHQ may ask for long pauses
 _LAST = -(2**31)  # the least priority there is
 _JOBS = "readings"  # the part of the duty's report that is about jobs
@@ -45,7 +45,7 @@ _JOBS = "readings"  # the part of the duty's report that is about jobs
 _COUNT_WAITING = text(
     "SELECT count(*) FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name = 'readings'"
 )
-# Earlier versions ran every duty as periodic jobs of these queues; nobody works them off any more.
+# Earlier versions ran every duty as periodic jobs of these queues; no worker runs them any more.
 _DELETE_EARLIER = text(
     "DELETE FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name IN ('timers', 'upkeep')"
 )
@@ -92,7 +92,12 @@ class Histories:
         async with reconciling(self._configuration, self._url) as (engine, reconciler, _), self._jobs.open_async():
             log.info("working", api=self._configuration.callhq_api_url)
             self._reconciler = reconciler
-            parts = [self._hand_out(engine), self._forget(engine), self._work_off(), ending.wait()]
+            parts = [
+                self._claim_periodically(engine),
+                self._drop_dead_jobs_periodically(engine),
+                self._run_jobs(),
+                ending.wait(),
+            ]
             tasks = [asyncio.ensure_future(each) for each in parts]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -104,27 +109,27 @@ class Histories:
                 if isinstance(result, Exception):
                     raise result
 
-    async def _hand_out(self, engine: AsyncEngine) -> None:
+    async def _claim_periodically(self, engine: AsyncEngine) -> None:
         while True:
-            await self._hand_out_due(engine)
+            await self._enqueue_due(engine)
             if not self._under_way or monotonic() - self._ended_at < SILENT_SECONDS:
                 self._duty.working()
-            await asyncio.sleep(HAND_OUT_SECONDS)
+            await asyncio.sleep(CLAIM_SECONDS)
 
-    async def _forget(self, engine: AsyncEngine) -> None:
-        claim = partial(heartbeats.claim, name="forget_jobs", seconds=FORGET_SECONDS / 2)
+    async def _drop_dead_jobs_periodically(self, engine: AsyncEngine) -> None:
+        claim = partial(heartbeats.claim, name="forget_jobs", seconds=CLEANUP_SECONDS / 2)
         while True:
             if await run_in_transaction(engine, claim):
-                await self._forget_jobs(engine)
-            await asyncio.sleep(FORGET_SECONDS)
+                await self._drop_dead_jobs(engine)
+            await asyncio.sleep(CLEANUP_SECONDS)
 
-    async def _work_off(self) -> None:
-        """Work jobs off, whatever the database does."""
+    async def _run_jobs(self) -> None:
+        """Run jobs regardless of database faults."""
         while True:
             try:
                 await self._jobs.run_worker_async(
                     queues=[READINGS],
-                    concurrency=AT_ONCE,
+                    concurrency=MAX_CONCURRENT_JOBS,
                     listen_notify=False,  # it would hold a connection of its own, and PgBouncer knows no LISTEN
                     fetch_job_polling_interval=POLL_SECONDS,
                     delete_jobs="always",
@@ -136,24 +141,24 @@ class Histories:
                 if not isinstance(cause, psycopg.OperationalError):
                     raise
                 self._duty.failing(f"database: {database.explain(cause)}")
-                log.warning("jobs wait for the database", queue=READINGS, reason=database.explain(cause))
-            await asyncio.sleep(AWAY_SECONDS)
+                log.warning("database unavailable; history jobs wait", queue=READINGS, reason=database.explain(cause))
+            await asyncio.sleep(UNAVAILABLE_SECONDS)
 
-    async def _hand_out_due(self, engine: AsyncEngine) -> None:
-        """Make jobs of the sessions whose history is to be read."""
+    async def _enqueue_due(self, engine: AsyncEngine) -> None:
+        """Create jobs for due sessions."""
 
         def select(connection: Connection) -> tuple[datetime, list[leases.Due]]:
             now = database.now()
-            most = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_A_JOB
-            return now, leases.select_due(connection, now, most) if most > 0 else []
+            limit = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_PER_JOB
+            return now, leases.select_due(connection, now, limit) if limit > 0 else []
 
-        now, found = await run_in_transaction(engine, select)
-        until = now + HANDED_OUT_FOR
+        now, item = await run_in_transaction(engine, select)
+        until = now + CLAIM_TIME
         # A session that another transaction holds is due again next time; none waits for it.
-        parts, _ = await run_apart(engine, found, partial(leases.hand_out, now=now, until=until))
+        parts, _ = await run_split(engine, item, partial(leases.claim_listed, now=now, until=until))
         due = [each for part in parts for each in part]
-        for start in range(0, len(due), SESSIONS_A_JOB):
-            part = due[start : start + SESSIONS_A_JOB]
+        for start in range(0, len(due), SESSIONS_PER_JOB):
+            part = due[start : start + SESSIONS_PER_JOB]
             read_by = part[0][1]
             priority = _LAST if read_by is None else -int(read_by.timestamp() // 60)
             reading = self._read_histories.configure(priority=priority)
@@ -169,9 +174,9 @@ class Histories:
         except UnauthorizedError as error:
             # They are handed out again, when the key may be another.
             self._duty.failing(str(error), _JOBS)
-            log.error("histories cannot be read", error=str(error))  # noqa: TRY400  # there is nothing to trace
+            log.error("history duty cannot read histories", error=str(error))  # noqa: TRY400  # there is nothing to trace
         except Exception as error:
-            self._duty.failing(f"{type(error).__name__} at {where(error)}", _JOBS)
+            self._duty.failing(f"{type(error).__name__} at {fault_location(error)}", _JOBS)
             raise
         else:
             self._duty.working(_JOBS)
@@ -184,18 +189,20 @@ class Histories:
             self._ended_at = monotonic()
         self._under_way += 1
 
-    async def _forget_jobs(self, engine: AsyncEngine) -> None:
-        """Jobs whose worker died are dropped; what they had not read is due as soon as its lease has ended."""
-        recalled = await run_in_transaction(engine, partial(recall, timing=timing_of(self._configuration)))
-        telemetry.times_ahead.set(recalled)
+    async def _drop_dead_jobs(self, engine: AsyncEngine) -> None:
+        """Drop jobs of dead workers; their sessions become due when the lease ends."""
+        corrected = await run_in_transaction(
+            engine, partial(make_impossible_times_due, timing=timing_of(self._configuration))
+        )
+        telemetry.times_ahead.set(corrected)
         silence = await run_in_transaction(engine, select_silence)
         telemetry.missed_turns.set(silence.turns)
-        if recalled:
-            log.warning("times further ahead than they can be are due now: a clock was ahead", rows=recalled)
+        if corrected:
+            log.warning("impossible due times corrected; a clock was ahead", rows=corrected)
         for job in await self._jobs.job_manager.get_stalled_jobs():
             session_ids, due_at = job.task_kwargs.get("session_ids"), job.task_kwargs.get("due_at")
             if isinstance(session_ids, list) and isinstance(due_at, str):
-                ids, handed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
-                await run_apart(engine, ids, partial(leases.hasten, handed=handed, now=database.now()))
+                ids, claimed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
+                await run_split(engine, ids, partial(leases.make_due, claimed_until=claimed, now=database.now()))
             await self._jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
         await run_in_transaction(engine, lambda connection: connection.execute(_DELETE_EARLIER))

@@ -1,4 +1,4 @@
-"""Sealing as background work: now and then, with the key that the settings name."""
+"""Periodic sealing with the configured key."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +14,7 @@ from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
-SEALS_A_JOB = 20  # a backlog must not hold up the end of a worker
+SEALS_PER_JOB = 20  # a backlog must not hold up the end of a worker
 
 
 class Sealing:
@@ -42,13 +42,13 @@ class Sealing:
         if timedelta() <= now - newest.sealed_at < self._every or monotonic() < self._not_before:
             return
         try:
-            made = seals.seal(self._engine, self._key, SEALS_A_JOB, self._settling, beat)
-        except seals.BusyError as error:
+            made = seals.seal(self._engine, self._key, SEALS_PER_JOB, self._settling, beat)
+        except seals.LedgerBusyError as error:
             if not self._settling.is_waiting:
                 self._not_before = monotonic() + self._every.total_seconds()
-            log.warning("not sealed this time", reason=str(error))
+            log.warning("sealing failed", reason=str(error))
             return
-        if len(made) < SEALS_A_JOB:
+        if len(made) < SEALS_PER_JOB:
             telemetry.sealing.set(now.timestamp())
 
 

@@ -1,4 +1,4 @@
-"""The supervisor of a worker's duties: starts each by itself, restarts it with backoff, and reports on all of them.
+"""The supervisor of a worker: starts duties, restarts them with backoff, and reports their state.
 
 The reports come from a thread with a connection of its own, so that neither a duty that blocks the event loop nor one
 that uses up its connections keeps them back.
@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import database, heartbeats, telemetry
-from archiver.duties import Duty, Report, where
+from archiver.duties import Duty, Report, fault_location
 from archiver.erasure.clocks import ClockError
 from archiver.identity import ForeignDatabaseError
 from archiver.seals import BoundsError
@@ -31,15 +31,15 @@ from archiver.settings import SettingsError
 
 log = structlog.get_logger(__name__)
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
-AWAY_PAUSE_SECONDS = 2.0  # the longest while the database is away: it comes back for all of them at once
-STEADY_SECONDS = 60.0  # a duty that ran for so long begins with the first pause again
+INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
+UNAVAILABLE_PAUSE_SECONDS = 2.0  # the longest while the database is away: it comes back for all of them at once
+STABLE_SECONDS = 60.0  # a duty that ran for so long begins with the first pause again
 GRACE_SECONDS = 20.0  # for what is under way at the end
 LOOP_SECONDS = 1.0
 BLOCKED_SECONDS = 60.0  # without a turn of the event loop
 LOG_SECONDS = 60.0
 CLEAN_SECONDS = 3_600.0
-_AWAY = (DBAPIError, PoolTimeoutError, TimeoutError, psycopg.OperationalError)
+_UNAVAILABLE = (DBAPIError, PoolTimeoutError, TimeoutError, psycopg.OperationalError)
 
 
 class Runner(msgspec.Struct, frozen=True):
@@ -54,7 +54,7 @@ class Runner(msgspec.Struct, frozen=True):
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an operator may read of a fault: of foreign errors type and place, for they may quote content."""
+    """Return a description of a fault for operators; of foreign errors only type and location."""
     cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError | psycopg.Error) else error
     if isinstance(error, SettingsError | ForeignDatabaseError | ClockError | BoundsError):
         return str(error)
@@ -62,7 +62,7 @@ def reason_of(error: BaseException) -> str:
         return f"database: {database.explain(cause)}"
     if isinstance(error, ImportError):
         return f"{type(error).__name__}: {error}"
-    return f"{type(error).__name__} at {where(error)}"
+    return f"{type(error).__name__} at {fault_location(error)}"
 
 
 class Supervisor:
@@ -99,7 +99,7 @@ class Supervisor:
             task.cancel()
 
     async def _supervise(self, runner: Runner, ending: asyncio.Event) -> None:
-        duty, pause = runner.duty, FIRST_PAUSE_SECONDS
+        duty, pause = runner.duty, INITIAL_PAUSE_SECONDS
         while not ending.is_set():
             duty.beat()
             began = monotonic()
@@ -108,13 +108,13 @@ class Supervisor:
                 return
             if error is not None:
                 duty.failing(reason_of(error))
-                log.error("duty ended by a fault", duty=duty.name, exc_info=error)
-            if monotonic() - began > STEADY_SECONDS:
-                pause = FIRST_PAUSE_SECONDS
-            longest = AWAY_PAUSE_SECONDS if isinstance(error, _AWAY) else LONGEST_PAUSE_SECONDS
+                log.error("duty failed", duty=duty.name, exc_info=error)
+            if monotonic() - began > STABLE_SECONDS:
+                pause = INITIAL_PAUSE_SECONDS
+            longest = UNAVAILABLE_PAUSE_SECONDS if isinstance(error, _UNAVAILABLE) else MAX_PAUSE_SECONDS
             with suppress(TimeoutError):
-                await asyncio.wait_for(_beating(ending, duty), min(pause, longest) * random.uniform(0.8, 1.2))  # noqa: S311  # jitter
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                await asyncio.wait_for(_keep_alive(ending, duty), min(pause, longest) * random.uniform(0.8, 1.2))  # noqa: S311  # jitter
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
             duty.restarts += 1
             telemetry.worker_restarts.labels(duty.name).inc()
 
@@ -140,7 +140,7 @@ class _EndedError(Exception):
     """The duty ended by itself."""
 
 
-async def _beating(ending: asyncio.Event, duty: Duty) -> None:
+async def _keep_alive(ending: asyncio.Event, duty: Duty) -> None:
     """Wait for the end; waiting to be started again is not hanging."""
     while not ending.is_set():
         duty.beat()
@@ -185,13 +185,13 @@ class _Watch:
             try:
                 self._look()
             except Exception:  # the supervisor of the watch itself
-                log.exception("the watch over the duties failed")
+                log.exception("duty supervision failed")
 
     def _look(self) -> None:
         stuck = self._stuck()
         reports = {each.duty.name: each.duty.report(stuck) for each in self._runners}
         for runner in self._runners:
-            self._act(runner, reports[runner.duty.name], stuck)
+            self._handle(runner, reports[runner.duty.name], stuck)
         if monotonic() - self._recorded_at >= heartbeats.BEAT_SECONDS:
             self._recorded_at = monotonic()
             self._record(reports)
@@ -205,7 +205,7 @@ class _Watch:
         code = frame.f_code
         return f"the event loop has been blocked for {silent:.0f} s in {code.co_filename}:{frame.f_lineno}"
 
-    def _act(self, runner: Runner, report: Report, stuck: str) -> None:
+    def _handle(self, runner: Runner, report: Report, stuck: str) -> None:
         name = runner.duty.name
         if report.state != "off":
             telemetry.worker_up.labels(name).set(report.state == "running")
@@ -214,19 +214,19 @@ class _Watch:
         elif runner.may_cancel and not stuck and name not in self._cut_off and self._loop is not None:
             self._cut_off.add(name)
             self._loop.call_soon_threadsafe(self._cancel, name)
-        self._log(name, report)
+        self._log_state(name, report)
 
-    def _log(self, name: str, report: Report) -> None:
+    def _log_state(self, name: str, report: Report) -> None:
         """One line at the start of a fault and one a minute while it lasts, and one at its end."""
         state, logged_at = self._logged.get(name, ("", float("-inf")))
-        told = {"duty": name, "state": report.state, "restarts": report.restarts}
+        fields = {"duty": name, "state": report.state, "restarts": report.restarts}
         if report.is_faulty:
             if state != report.state or monotonic() - logged_at >= LOG_SECONDS:
-                log.error("duty not working", reason=report.reason, since=report.since.isoformat(), **told)
+                log.error("duty not working", reason=report.reason, since=report.since.isoformat(), **fields)
                 self._logged[name] = (report.state, monotonic())
         elif name in self._logged and report.state == "running":
             del self._logged[name]
-            log.info("duty works again", **told)
+            log.info("duty recovered", **fields)
 
     def _record(self, reports: dict[str, Report]) -> None:
         try:
@@ -239,7 +239,7 @@ class _Watch:
             fault = database.explain(error)
             telemetry.heartbeat_failures.labels(database.sqlstate(error) or "none").inc()
             if fault != self._fault:
-                log.warning("the state of the duties could not be recorded", reason=fault)
+                log.warning("duty state not recorded", reason=fault)
             self._fault = fault
         else:
             self._fault = ""

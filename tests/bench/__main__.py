@@ -147,8 +147,8 @@ def measure(base: str, seconds: int, prefix: str) -> Load:
     ).stdout
     if "Non-2xx" in output or "Socket errors" in output:
         raise BenchError(f"not every request was answered 2xx:\n{output}")
-    found = {name: re.search(pattern, output) for name, pattern in _PATTERNS.items()}
-    rate, count, p50, p99 = (match.group(1) if (match := found[name]) else "0" for name in _PATTERNS)
+    matched = {name: re.search(pattern, output) for name, pattern in _PATTERNS.items()}
+    rate, count, p50, p99 = (match.group(1) if (match := matched[name]) else "0" for name in _PATTERNS)
     return Load(float(rate), milliseconds(p50), milliseconds(p99), int(count))
 
 
@@ -286,13 +286,13 @@ def audit_each(base: str, url: str) -> None:
 
     answered = asyncio.run(send())
     with psycopg.connect(url) as connection:
-        found = connection.execute(
+        rows = connection.execute(
             "SELECT e.chat_id, e.id FROM archiver.events e JOIN archiver.chats USING (session_id, chat_id)"
             " WHERE e.chat_id LIKE 'e-%' AND e.delivery_count = 1"
         ).fetchall()
-    if sorted(found) != sorted(answered.items()) or len(answered) != AUDITED:
-        raise BenchError(f"{len(answered)} events were acknowledged one by one, {len(found)} found")
-    print(f"audit: {len(found):,} more, each found under the id that its answer gave")
+    if sorted(rows) != sorted(answered.items()) or len(answered) != AUDITED:
+        raise BenchError(f"{len(answered)} events were acknowledged one by one, {len(rows)} found")
+    print(f"audit: {len(rows):,} more, each found under the id that its answer gave")
 
 
 main()

@@ -14,10 +14,10 @@ CONVERSATIONS, SKEWED = 11_621, 68_380
 
 def main() -> None:
     started = time.monotonic()
-    found = [_report("true times", tally(range(CONVERSATIONS)))]
-    found.append(_report("times wrong by up to 40 s", tally(range(SKEWED), is_skewed=True)))
+    result = [_report("true times", tally(range(CONVERSATIONS)))]
+    result.append(_report("times wrong by up to 40 s", tally(range(SKEWED), is_skewed=True)))
     print(f"in {time.monotonic() - started:.0f} s", flush=True)
-    if any(each.wrong or each.needless for each in found):
+    if any(each.wrong or each.needless for each in result):
         sys.exit(1)
 
 

@@ -86,12 +86,12 @@ def report(url: str, postmaster: int, sessions: int, concurrency: int, home: Pat
 
 def verify(url: str, sessions: int) -> None:
     with psycopg.connect(url) as connection:
-        found = connection.execute(
+        rows = connection.execute(
             "SELECT count(*), count(*) FILTER (WHERE state = 'repaired'), sum(repaired_messages)"
             " FROM analytics.coverage"
         ).fetchone()
-    assert found, "no answer"
-    assert found[:2] == (sessions, sessions), found
+    assert rows, "no answer"
+    assert rows[:2] == (sessions, sessions), rows
 
 
 def used(pid: int) -> float:

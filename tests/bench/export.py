@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from archiver import database, embedded, export, seals, telemetry
 from archiver.database import copying
-from archiver.export import Selection, Wanted, queries
+from archiver.export import ExportRequest, Selection, queries
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
 
@@ -60,7 +60,7 @@ def exporting(url: str, output: Path) -> None:
     """One export in a process of its own, which tells its seconds and its memory at its highest."""
     engine = database.connect(database.database_url(url), pool_size=1)
     started = time.perf_counter()
-    export.make(engine, output, Wanted(ALL, ["jsonl"], "bench"))
+    export.make(engine, output, ExportRequest(ALL, ["jsonl"], "bench"))
     seconds = time.perf_counter() - started
     engine.dispose()
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -81,9 +81,9 @@ def measure(postgres: embedded.Postgres, home: Path, events: int, rounds: int) -
         measured["plain"].append(timed(lambda: plain(engine, everything())))
         measured["plain events"].append(timed(lambda: plain(engine, [queries.ledger(ALL)])))
         command = [sys.executable, "-m", "tests.bench.export", "--url", url, "--output", str(output)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        measured["export"].append(float(told[0]))
-        memory = max(memory, float(told[1]))
+        process = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        measured["export"].append(float(process[0]))
+        memory = max(memory, float(process[1]))
         measured["check"].append(timed(lambda: checked(output, events)))
         size = sum(each.stat().st_size for each in output.iterdir())
         shutil.rmtree(output)
@@ -121,9 +121,9 @@ def plain(engine: Engine, wanted: list[sql.Composable]) -> None:
 
 
 def checked(output: Path, events: int) -> None:
-    told = export.Checked()
-    assert not list(export.check(output, checked=told))
-    assert told.events == events
+    result = export.Checked()
+    assert not list(export.check(output, checked=result))
+    assert result.events == events
 
 
 main()

@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 
 from archiver import database, embedded
 from tests.bench.database import migrated, server
-from tests.faults.test_followups import recording, survive, working
+from tests.faults.test_followups import recording, running_worker, survive
 from tests.followups import Receiver, receiving, subscribe
 from tests.payloads import SECRET, WEBHOOK, created
 from tests.receivers import executing
@@ -85,8 +85,8 @@ def beside_ingest(postgres: embedded.Postgres, home: Path, seconds: int, rounds:
                     f"  round {number + 1}, {name}: {measured[-1]:,.0f} events/s; {sent:,} follow-ups sent",
                     flush=True,
                 )
-    bare, told = (statistics.median(each) for each in rates.values())
-    print(f"(a) ingest alone {bare:,.0f} events/s, with three matching subscriptions {told:,.0f}: {told / bare:.2f}")
+    bare, item = (statistics.median(each) for each in rates.values())
+    print(f"(a) ingest alone {bare:,.0f} events/s, with three matching subscriptions {item:,.0f}: {item / bare:.2f}")
 
 
 def load(url: str, seconds: int, prefix: str) -> float:
@@ -95,9 +95,9 @@ def load(url: str, seconds: int, prefix: str) -> float:
     output = subprocess.run([*command, url + WEBHOOK], env=environment, check=True, capture_output=True, text=True)
     if "Non-2xx" in output.stdout or "Socket errors" in output.stdout:
         sys.exit(f"bench: not every request was answered 2xx:\n{output.stdout}")
-    found = re.search(r"Requests/sec:\s+([\d.]+)", output.stdout)
-    assert found
-    return float(found.group(1))
+    match = re.search(r"Requests/sec:\s+([\d.]+)", output.stdout)
+    assert match
+    return float(match.group(1))
 
 
 def beside_others(postgres: embedded.Postgres, count: int) -> None:
@@ -108,7 +108,7 @@ def beside_others(postgres: embedded.Postgres, count: int) -> None:
         failing.always(500)
         for number, others in enumerate(([], [hanging, failing], [])):
             url = migrated(postgres, f"delays_{number}")
-            with connected(url) as engine, working(url, ARCHIVER_FOLLOWUPS_RATE="200"):
+            with connected(url) as engine, running_worker(url, ARCHIVER_FOLLOWUPS_RATE="200"):
                 for each in (healthy, *others):
                     subscribe(engine, each.url, "chat.created")
                 medians.append(delay(engine, healthy, count, number))
@@ -153,9 +153,9 @@ def beside_faults(postgres: embedded.Postgres, home: Path, events: int, seed: in
     url = migrated(postgres, "faults")
     started = time.perf_counter()
     with connected(url) as engine:
-        told = survive(postgres, engine, url, home, events=events, rng=random.Random(seed))
+        result = survive(postgres, engine, url, home, events=events, rng=random.Random(seed))
     seconds = time.perf_counter() - started
-    print(f"(c) {events:,} events, seed {seed}, in {seconds:.0f} s: {told}; none is missing, and there is no other")
+    print(f"(c) {events:,} events, seed {seed}, in {seconds:.0f} s: {result}; none is missing, and there is no other")
 
 
 if __name__ == "__main__":

@@ -143,14 +143,14 @@ class Bench:
 
     def _turn(self, number: int) -> None:
         half = self._size // 2
-        said, answer = (self._words.randbytes(half // 2).hex() for _ in range(2))
-        self._transcript += len(said) + len(answer)
-        for role, content in (("user", said), ("assistant", answer)):
+        texts, answer = (self._words.randbytes(half // 2).hex() for _ in range(2))
+        self._transcript += len(texts) + len(answer)
+        for role, content in (("user", texts), ("assistant", answer)):
             self._lines.append(json.dumps({"role": role, "content": content}))
         now = datetime.now(UTC).isoformat()
         output = [{"role": "assistant", "content": answer}]
-        told: dict[str, Any] = {"input": said, "output": output, "createdAt": now, "updatedAt": now}
-        self._sender.send(created(f"turn-{number}", SESSION, **told))
+        values: dict[str, Any] = {"input": texts, "output": output, "createdAt": now, "updatedAt": now}
+        self._sender.send(created(f"turn-{number}", SESSION, **values))
 
     def _read(self) -> None:
         now = datetime.now(UTC)
@@ -158,7 +158,7 @@ class Bench:
             f'{{"message":"ok","session":{{"id":"{SESSION}","updatedAt":"{now.isoformat()}","messages":'
             f"[{','.join(self._lines)}]}}}}"
         ).encode()
-        event = history.observe(SESSION, 200, body)
+        event = history.parse_history(SESSION, 200, body)
         delivery = Delivery(event, now, None, source=history.SOURCE)
         (result,) = self._loop.run_until_complete(write(self._engine, [delivery]))
         assert isinstance(result, Outcome), result
@@ -207,9 +207,9 @@ class Sender:
     def send(self, body: bytes) -> None:
         self._connection.request("POST", WEBHOOK, body, {"x-webhook-secret": SECRET})
         answer = self._connection.getresponse()
-        told = answer.read()
-        assert answer.status == 200, told
-        assert b'"stored"' in told, told
+        result = answer.read()
+        assert answer.status == 200, result
+        assert b'"stored"' in result, result
 
 
 def _ends(costs: Sequence[float]) -> tuple[float, float]:

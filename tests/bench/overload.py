@@ -57,10 +57,10 @@ def load(receiver: Receiver, name: str, seconds: int, connections: int) -> float
     ending.set()
     watching.join()
     rate = (stored(receiver) - before) / seconds
-    found = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    hit = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
     p50, p99 = (match.group(1) if (match := re.search(rf"{share}%\s+(\S+)", output)) else "?" for share in (50, 99))
     print(
-        f"{name:8} {connections:5} senders: {rate:7,.0f} stored/s, {int(found.group(1)) if found else 0:9,} refused"
+        f"{name:8} {connections:5} senders: {rate:7,.0f} stored/s, {int(hit.group(1)) if hit else 0:9,} refused"
         f" (503); answers p50 {p50}, p99 {p99}; receiver's memory at its peak {peak[0]:.0f} MiB",
         flush=True,
     )

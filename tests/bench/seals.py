@@ -97,7 +97,7 @@ def plain(engine: Engine, columns: str) -> int:
 def verify(engine: Engine) -> int:
     checked = seals.Checked()
     with database.snapshot(engine, statement_seconds=3600) as connection:
-        effort = seals.Effort(seals.usual_jobs())  # as the command has it
+        effort = seals.Parallelism(seals.usual_jobs())  # as the command has it
         assert not list(seals.verify(connection, checked=checked, effort=effort))
     return checked.events
 
@@ -132,7 +132,7 @@ def seal(engine: Engine) -> None:
     while True:
         try:
             seals.seal(engine)
-        except seals.BusyError:
+        except seals.LedgerBusyError:
             continue
         return
 

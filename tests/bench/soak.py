@@ -59,14 +59,14 @@ class Senders:
             started, was_away = time.monotonic(), self.away.is_set()
             try:
                 connection = connection or http.client.HTTPConnection("127.0.0.1", self._port(), timeout=60)
-                code, told = deliver(connection, body_of(number))
+                code, item = deliver(connection, body_of(number))
             except BROKEN:
                 if connection:
                     connection.close()
                 connection = None
-                code, told = 0, {"status": "broken"}
+                code, item = 0, {"status": "broken"}
             seconds = time.monotonic() - started
-            self.answers.append((number, code, told["status"], seconds, was_away and self.away.is_set()))
+            self.answers.append((number, code, item["status"], seconds, was_away and self.away.is_set()))
 
 
 class World:
@@ -98,7 +98,7 @@ class World:
         os.kill(pid, how)
         until(lambda: not Path(f"/proc/{pid}").exists(), "Postgres ends", 60)
         self.wait()
-        until(lambda: self.postgres.revive() or self.postgres.pid != pid, "Postgres starts again", 60)
+        until(lambda: self.postgres.restart_if_ended() or self.postgres.pid != pid, "Postgres starts again", 60)
 
     def freeze_postgres(self) -> None:
         children = Path(f"/proc/{self.postgres.pid}/task/{self.postgres.pid}/children").read_text().split()
@@ -201,7 +201,7 @@ def report(senders: Senders, seconds: float, happened: int) -> None:
     if away:
         print(f"while only the database was away: {sum(code == 200 for code in away) / len(away):.2%} answered 2xx")
     for status in ("stored", "spooled"):
-        taken = [seconds for _, _, told, seconds, _ in answers if told == status]
+        taken = [seconds for _, _, item, seconds, _ in answers if item == status]
         print(
             f"{status}: {len(taken):,}; p50 {percentile(taken, 0.5):.1f} ms, p90 {percentile(taken, 0.9):.1f} ms,"
             f" p99 {percentile(taken, 0.99):.1f} ms"

@@ -26,12 +26,12 @@ class Server:
         self._folder, self._programs, self._user = folder, programs, user
 
     def run(self, program: str, *arguments: str | Path) -> None:
-        with (self._folder / "said").open("ab") as said:  # no pipe: the server would hold it open
+        with (self._folder / "said").open("ab") as texts:  # no pipe: the server would hold it open
             ended = subprocess.run(
                 [self._programs / program, *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=texts,
+                stderr=texts,
                 check=False,
                 cwd=self._folder,
                 user=self._user,
@@ -41,8 +41,8 @@ class Server:
         assert ended.returncode == 0, "".join(path.read_text() for path in self._folder.iterdir() if path.is_file())
 
     def start(self, **settings: str) -> None:
-        told = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": ""} | settings
-        options = " ".join(f"-c {name}='{value}'" for name, value in told.items())
+        values = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": ""} | settings
+        options = " ".join(f"-c {name}='{value}'" for name, value in values.items())
         self.run("pg_ctl", "-D", self.data, "-l", self._folder / "log", "-o", options, "-w", "start")
 
     def kill(self) -> None:

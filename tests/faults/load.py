@@ -58,11 +58,11 @@ class Load:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         while (number := self._next()) is not None:
             try:
-                code, told = deliver(connection, body_of(number))
+                code, item = deliver(connection, body_of(number))
             except BROKEN:
                 self.broken.append(number)
                 break
-            self.answers.append((number, code, told["status"]))
+            self.answers.append((number, code, item["status"]))
         connection.close()
 
 
@@ -73,7 +73,7 @@ def assert_archived(url: str, acknowledged: set[int]) -> None:
     assert {f"chat-{number}" for number in acknowledged} <= ledger.keys()
     chats = Counter(row[0] for row in rows(url, "SELECT chat_id FROM archiver.chats"))
     assert chats == ledger
-    told = "SELECT chat_id, array_agg(role || ': ' || content ORDER BY position) FROM analytics.messages GROUP BY 1"
-    assert dict(rows(url, told)) == {
+    result = "SELECT chat_id, array_agg(role || ': ' || content ORDER BY position) FROM analytics.messages GROUP BY 1"
+    assert dict(rows(url, result)) == {
         chat_id: [f"user: question of {chat_id}", f"assistant: answer to {chat_id}"] for chat_id in ledger
     }

@@ -11,7 +11,7 @@ from tests.faults.load import body_of
 from tests.receivers import Receiver
 from tests.waiting import until
 
-AWAY_SECONDS = 60  # in which whatever was spooled is archived, once Postgres is back
+UNAVAILABLE_SECONDS = 60  # in which whatever was spooled is archived, once Postgres is back
 
 
 def post(receiver: Receiver, numbers: range) -> list[str]:
@@ -24,7 +24,7 @@ def waiting(receiver: Receiver) -> float:
 
 
 def until_drained(receiver: Receiver) -> None:
-    until(lambda: waiting(receiver) == 0, "what was spooled is archived", AWAY_SECONDS)
+    until(lambda: waiting(receiver) == 0, "what was spooled is archived", UNAVAILABLE_SECONDS)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def stopped(postgres: embedded.Postgres, how: signal.Signals) -> Iterator[None]:
     try:
         yield
     finally:
-        until(lambda: postgres.revive() or postgres.pid != pid, "Postgres starts again")
+        until(lambda: postgres.restart_if_ended() or postgres.pid != pid, "Postgres starts again")
 
 
 @contextmanager

@@ -23,9 +23,9 @@ def main() -> None:
 
     async def receive(request: Request) -> Response:
         body = await request.body()
-        told = webhook.verify(body, dict(request.headers))  # else it is no line, and 500
+        result = webhook.verify(body, dict(request.headers))  # else it is no line, and 500
         fails = random.random() < share
-        line = {"id": request.headers["webhook-id"], "cursor": told["data"]["cursor"], "taken": not fails}
+        line = {"id": request.headers["webhook-id"], "cursor": result["data"]["cursor"], "taken": not fails}
         os.write(file, json.dumps(line).encode() + b"\n")
         return Response(status_code=500 if fails else 204)
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from archiver import embedded
 from tests.faults.load import Load, assert_archived, body_of, rows
 from tests.faults.outages import post, stopped, until_drained, waiting
-from tests.faults.test_worker import SOON, make_due, read, working
+from tests.faults.test_worker import SOON, make_due, read, running_worker
 from tests.receivers import serving
 from tests.upstreams import hosting, simulated
 from tests.waiting import until
@@ -47,7 +47,7 @@ signal.signal(signal.SIGUSR2, put_right)
 """
 
 
-class Asked:
+class RequestLog:
     """Stands before the platform, and knows for which sessions it was asked."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -65,16 +65,16 @@ def test_i3_a_clock_that_is_set_back_by_hours_loses_and_doubles_nothing(
 ) -> None:
     """Under load, with deliveries on the spool from before and after; a worker whose clock is right reads on."""
     (tmp_path / "sitecustomize.py").write_text(MOVED)
-    told = tmp_path / "told"
-    moved = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(told), "ARCHIVER_HOME": str(tmp_path / "home")}
+    result = tmp_path / "told"
+    moved = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(result), "ARCHIVER_HOME": str(tmp_path / "home")}
     with serving(url, **moved, **SOON) as receiver:
         load = Load([receiver.port], 8, range(10**6))
         until(lambda: len(load.answers) > 200, "it is under load")
         with stopped(postgres, signal.SIGQUIT):
             until(lambda: waiting(receiver) > 100, "events are spooled")
             receiver.signal(signal.SIGUSR2)
-            until(lambda: told.exists() and told.read_text(), "its clock is set back")
-            behind = datetime.now(UTC) - datetime.fromtimestamp(float(told.read_text()), UTC)
+            until(lambda: result.exists() and result.read_text(), "its clock is set back")
+            behind = datetime.now(UTC) - datetime.fromtimestamp(float(result.read_text()), UTC)
             assert abs(behind - BACK) < timedelta(minutes=1)
             before = waiting(receiver)
             until(lambda: waiting(receiver) > before + 100, "and go on to be")
@@ -95,7 +95,7 @@ def test_i3_a_clock_that_is_set_back_by_hours_loses_and_doubles_nothing(
     assert rows(url, "SELECT count(*) FROM archiver.sessions WHERE reconcile_at IS NULL AND session_id <> ''") == [
         (0,)
     ]
-    with simulated() as callhq, hosting(asked := Asked(callhq.app)) as callhq.url, working(url, callhq):
+    with simulated() as callhq, hosting(asked := RequestLog(callhq.app)) as callhq.url, running_worker(url, callhq):
         sessions = {f"session-{number}" for number in range(20)}
         until(lambda: asked.sessions == sessions, "every session is asked for", 60)
 
@@ -108,19 +108,19 @@ def seals(url: str) -> int:
 def test_i13_a_worker_whose_clock_was_ahead_and_came_back_goes_on_with_every_duty(url: str, tmp_path: Path) -> None:
     """It seals and reads while its clock is an hour ahead, and once that is right; no job is made up for."""
     (tmp_path / "sitecustomize.py").write_text(AHEAD)
-    told = tmp_path / "told"
-    moved: dict[str, Any] = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(told), "HOURS_AHEAD": "1"}
+    result = tmp_path / "told"
+    moved: dict[str, Any] = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(result), "HOURS_AHEAD": "1"}
     with (
         simulated() as callhq,
-        hosting(asked := Asked(callhq.app)) as callhq.url,
+        hosting(asked := RequestLog(callhq.app)) as callhq.url,
         serving(url, ARCHIVER_HOME=str(tmp_path / "home"), **SOON) as receiver,
-        working(url, callhq, ARCHIVER_SEAL_EVERY="1", **moved) as worker,
+        running_worker(url, callhq, ARCHIVER_SEAL_EVERY="1", **moved) as worker,
     ):
         post(receiver, range(3))
         until(lambda: seals(url) and asked.sessions, "it works by a clock that is ahead", 90)
         before = seals(url)
         worker.send_signal(signal.SIGUSR2)
-        until(told.exists, "its clock is right")
+        until(result.exists, "its clock is right")
         receiver.post(body_of(2_000_003))
         until(lambda: seals(url) > before, "it seals", 60)
         until(lambda: len(asked.sessions) > 1, "it reads what is due", 60)
@@ -151,7 +151,7 @@ def test_i6_a_reading_is_dated_by_postgres_though_the_clock_of_the_worker_is_wro
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(AHEAD)
     wrong = {"PYTHONPATH": str(tmp_path), "MOVED_TO": str(tmp_path / "told"), "HOURS_AHEAD": hours}
-    with simulated() as callhq, working(url, callhq, log=None, **wrong, ARCHIVER_HOME=str(tmp_path)):
+    with simulated() as callhq, running_worker(url, callhq, log=None, **wrong, ARCHIVER_HOME=str(tmp_path)):
         make_due(url, callhq, 2)
         until(lambda: read(url) == 2, "they are read")
     query = "SELECT count(*), bool_and(abs(extract(epoch FROM received_at - now())) < 300) FROM archiver.events"

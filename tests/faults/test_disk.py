@@ -29,8 +29,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path, leave: int) -> None:
     """Take all but so many bytes of it, as logs do."""
     with (disk / "ballast").open("ab", buffering=0) as file:
-        found = os.statvfs(disk)
-        left = found.f_bavail * found.f_frsize
+        result = os.statvfs(disk)
+        left = result.f_bavail * result.f_frsize
         file.write(bytes(max(left - leave, 0)))
 
 
@@ -112,7 +112,7 @@ def move_away(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("remove", [remove_folder, remove_files, move_away])
-def test_i1_a_spool_that_is_removed_under_a_receiver_is_made_anew(
+def test_i1_a_spool_that_is_removed_under_a_receiver_is_recreated(
     postgres: embedded.Postgres, url: str, tmp_path: Path, remove: Callable[[Path], None]
 ) -> None:
     """What it held, and what comes after, is there for a successor although the receiver is killed."""
@@ -130,7 +130,7 @@ def test_i1_a_spool_that_is_removed_under_a_receiver_is_made_anew(
     assert_archived(url, set(range(20)))
 
 
-def test_i1_a_spool_that_cannot_be_made_anew_takes_nothing_and_says_so(
+def test_i1_a_spool_that_cannot_be_recreated_accepts_nothing_and_reports_it(
     postgres: embedded.Postgres, url: str, tmp_path: Path
 ) -> None:
     spool = tmp_path / "spool"
@@ -159,7 +159,7 @@ def test_i3_two_receivers_with_one_spool_after_its_lock_was_removed_store_each_e
         with serving(url, **home) as other:
             assert set(post(other, range(20, 40))) == {"spooled"}
             assert set(post(one, range(40, 60))) == {"spooled"}
-            until(postgres.revive, "Postgres starts again")
+            until(postgres.restart_if_ended, "Postgres starts again")
             until_drained(other)
             until_drained(one)
     assert_archived(url, set(range(60)))
@@ -186,10 +186,10 @@ def test_i1_what_can_be_read_of_a_damaged_spool_is_archived(
         assert set(post(receiver, range(200))) == {"spooled"}
         assert receiver.stop() == 0
         damage(spool / "spool-0.db")
-        told = archiver("status", database_url=url, **home)
-        assert (told.returncode, "is damaged" in told.stderr, "Traceback" in told.stderr) == (1, True, False)
+        process = archiver("status", database_url=url, **home)
+        assert (process.returncode, "is damaged" in process.stderr, "Traceback" in process.stderr) == (1, True, False)
         with serving(url, **home) as second:
-            assert "saved what can be read" in second.stderr()
+            assert "readable deliveries saved" in second.stderr()
             assert set(post(second, range(200, 210))) == {"spooled"}
             assert second.stop() == 0
     with serving(url, **home) as third:
@@ -203,15 +203,15 @@ def test_i1_what_can_be_read_of_a_damaged_spool_is_archived(
 
 def findings(home: Path, url: str, **settings: str) -> dict[str, tuple[str, str]]:
     """What `doctor` says of the spool, by what it checked: the verdict, and all of the text."""
-    told = archiver(
+    data = archiver(
         "doctor", "--json", database_url=url, ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS="x" * 20, **settings
     )
-    found = {
-        each["check"]: (each["verdict"], f"{each['detail']} {each['advice']}") for each in json.loads(told.stdout)
+    values = {
+        each["check"]: (each["verdict"], f"{each['detail']} {each['advice']}") for each in json.loads(data.stdout)
     }
-    is_bad = any(verdict == "failure" for verdict, _ in found.values())
-    assert (told.returncode, "Traceback" in told.stderr) == (int(is_bad), False)
-    return {check: each for check, each in found.items() if check.startswith("spool")}
+    is_bad = any(verdict == "failure" for verdict, _ in values.values())
+    assert (data.returncode, "Traceback" in data.stderr) == (int(is_bad), False)
+    return {check: each for check, each in values.items() if check.startswith("spool")}
 
 
 def test_doctor_says_what_is_wrong_with_the_spool(postgres: embedded.Postgres, url: str, disk: Path) -> None:
@@ -225,10 +225,10 @@ def test_doctor_says_what_is_wrong_with_the_spool(postgres: embedded.Postgres, u
     with serving(url, ARCHIVER_HOME=str(disk)) as receiver, stopped(postgres, signal.SIGQUIT):
         assert set(post(receiver, range(30))) == {"spooled"}
         assert receiver.stop() == 0
-    found = findings(disk, url, **few)
-    assert found["spool"][0] == "ok"
-    assert (found["spooled"][0], "30 events" in found["spooled"][1]) == ("warning", True)
-    assert "archiver serve" in found["spooled"][1]
+    result = findings(disk, url, **few)
+    assert result["spool"][0] == "ok"
+    assert (result["spooled"][0], "30 events" in result["spooled"][1]) == ("warning", True)
+    assert "archiver serve" in result["spooled"][1]
     fill(disk, leave=0)
     verdict, text = findings(disk, url, **few)["spool"]
     assert (verdict, "full" in text, "ARCHIVER_HOME" in text) == ("failure", True, True)

@@ -43,8 +43,8 @@ def test_i1_everything_acknowledged_survives_the_death_of_the_primary(pair: tupl
         f"postgresql://postgres@127.0.0.1:{primary.port},127.0.0.1:{standby.port}/archive"
         "?target_session_attrs=read-write"
     )
-    told = archiver("migrate", database_url=url)
-    assert told.returncode == 0, told.stderr
+    process = archiver("migrate", database_url=url)
+    assert process.returncode == 0, process.stderr
     let_writer_in(primary.url("archive"))
     with serving(url) as receiver:
         load = Load([receiver.port], 8, range(10**6))

@@ -25,8 +25,9 @@ HONEST = 20
 
 
 @contextmanager
-def memory_bounded(receiver: Receiver, most: int) -> Iterator[Callable[[], None]]:
-    """That the process holds no more than `most` bytes more, whenever the function given is called and at the end."""
+def memory_bounded(receiver: Receiver, limit: int) -> Iterator[Callable[[], None]]:
+    """That the process holds no more than `limit` bytes more, whenever the function given is called and at the
+    end."""
     for number in range(HONEST):
         assert receiver.post(created(f"warm-{number}")).status_code == 200
     before = resident(receiver.process.pid)
@@ -34,7 +35,7 @@ def memory_bounded(receiver: Receiver, most: int) -> Iterator[Callable[[], None]
     def look() -> None:
         grown = resident(receiver.process.pid) - before
         print(f"grown by {grown / MEGABYTE:.1f} MiB")
-        assert grown < most
+        assert grown < limit
 
     yield look
     look()
@@ -131,8 +132,8 @@ def test_i12_more_connections_than_allowed_cost_no_more(database_url: str) -> No
         memory_bounded(receiver, 40 * MEGABYTE),
         ExitStack() as stack,
     ):
-        crowd = [stack.enter_context(connect(receiver.port)) for _ in range(600)]
-        assert all(read_all(connection) == b"" for connection in crowd[:540])  # given up for those after them
+        clients = [stack.enter_context(connect(receiver.port)) for _ in range(600)]
+        assert all(read_all(connection) == b"" for connection in clients[:540])  # given up for those after them
         until(lambda: receiver.metric("archiver_connections") < 60, "one address has half of them")
         assert_honest_are_served(receiver)
 
@@ -151,7 +152,7 @@ def test_i12_more_connections_than_allowed_cost_no_more(database_url: str) -> No
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
-def test_lies_about_the_length_end_the_connection_and_disturb_nobody(sent: bytes, database_url: str) -> None:
+def test_a_wrong_content_length_closes_the_connection_and_affects_no_other(sent: bytes, database_url: str) -> None:
     with serving(database_url) as receiver:
         with connect(receiver.port, sent) as connection:
             answers = read_all(connection)
@@ -209,7 +210,7 @@ def test_receivers_restarted_in_turn_fail_no_request(database_url: str) -> None:
     """Half of the senders keep their connection, half open one for each request."""
     numbers, stop, codes = itertools.count(), threading.Event(), []
 
-    def hammer(port: int, keeps: bool) -> None:
+    def send_requests(port: int, keeps: bool) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=15)
         while not stop.is_set():
             number = next(numbers)
@@ -223,7 +224,7 @@ def test_receivers_restarted_in_turn_fail_no_request(database_url: str) -> None:
         receivers = [stack.enter_context(serving(database_url, "--workers", str(n))) for n in (1, 2)]
         balancer = Balancer([receiver.port for receiver in receivers])
         with ThreadPoolExecutor(8) as threads:
-            hammers = [threads.submit(hammer, balancer.port, n % 2 == 0) for n in range(8)]
+            hammers = [threads.submit(send_requests, balancer.port, n % 2 == 0) for n in range(8)]
             try:
                 for n, receiver in enumerate(receivers, start=1):
                     seen = len(codes)

@@ -45,8 +45,8 @@ class Recorder:
         self.start()
 
     def start(self) -> None:
-        told = [str(self.port), str(self._file), str(self._share), SECRET]
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.faults.recorder", *told])
+        result = [str(self.port), str(self._file), str(self._share), SECRET]
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.faults.recorder", *result])
 
     def kill(self) -> None:
         self.process.kill()
@@ -69,11 +69,11 @@ def recording(folder: Path, share: float = FAILS) -> Iterator[Recorder]:
 
 
 @contextmanager
-def working(url: str, **settings: str) -> Iterator[AnyProcess]:
+def running_worker(url: str, **settings: str) -> Iterator[AnyProcess]:
     """`archiver worker`, which sends as fast as it can."""
-    told = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
+    values = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
     with tempfile.NamedTemporaryFile() as log:
-        environment = {**os.environ, "DATABASE_URL": as_writer(url), **told, **settings}
+        environment = {**os.environ, "DATABASE_URL": as_writer(url), **values, **settings}
         process = processes.start(["worker"], environment, stdout=log.name, stderr=log.name)
         try:
             yield process
@@ -110,7 +110,7 @@ def survive(
     ending = threading.Event()
     with recording(folder) as recorder, ExitStack() as workers:
         subscribe(engine, recorder.url, "chat.created", "chat.deleted", concurrency=8)
-        running = [workers.enter_context(working(url)) for _ in range(2)]
+        running = [workers.enter_context(running_worker(url)) for _ in range(2)]
         writing = threading.Thread(target=write, args=(engine, events, rng, ending))
         writing.start()
         try:
@@ -118,7 +118,7 @@ def survive(
                 seen = len(recorder.lines)
                 until(lambda seen=seen: _goes_on(engine, recorder, seen), "it goes on", SECONDS)  # type: ignore[misc]  # bound
                 running[0].kill()
-                running = [*running[1:], workers.enter_context(working(url))]
+                running = [*running[1:], workers.enter_context(running_worker(url))]
                 recorder.kill()
                 if fault is not None:
                     with stopped(postgres, fault):
@@ -158,22 +158,22 @@ def compare(engine: Engine, recorder: Recorder) -> str:
         " WHERE type IN ('chat.created', 'chat.deleted')",
     )
     lines = recorder.lines
-    wanted = {message_id(1, cursor, changed_at): cursor for cursor, changed_at, *_ in changes}
-    assert {line["id"] for line in lines if line["taken"]} == wanted.keys()
+    expected = {message_id(1, cursor, changed_at): cursor for cursor, changed_at, *_ in changes}
+    assert {line["id"] for line in lines if line["taken"]} == expected.keys()
     ids_of = defaultdict(set)
     for line in lines:
         ids_of[line["cursor"]].add(line["id"])
     assert all(len(ids) == 1 for ids in ids_of.values())
-    assert {line["id"] for line in lines} == wanted.keys()
+    assert {line["id"] for line in lines} == expected.keys()
     # And the feed is the archive.
     made = {(session_id, chat_id) for _, _, session_id, chat_id, kind in changes if kind == "chat.created"}
-    gone = rows(engine, "SELECT session_id, chat_id FROM analytics.chats WHERE deleted_at IS NOT NULL")
-    assert made | set(gone) == set(rows(engine, "SELECT session_id, chat_id FROM analytics.chats"))
+    deleted = rows(engine, "SELECT session_id, chat_id FROM analytics.chats WHERE deleted_at IS NOT NULL")
+    assert made | set(deleted) == set(rows(engine, "SELECT session_id, chat_id FROM analytics.chats"))
     taken = sum(bool(line["taken"]) for line in lines)
-    return f"{len(wanted):,} changes told, {len(lines):,} requests, {taken - len(wanted):,} of them taken again"
+    return f"{len(expected):,} changes told, {len(lines):,} requests, {taken - len(expected):,} of them taken again"
 
 
-def test_i11_what_is_told_is_what_changed_whoever_is_killed(
+def test_i11_deliveries_equal_the_changes_whichever_process_is_killed(
     postgres: embedded.Postgres, own: Cluster, url: str, tmp_path: Path
 ) -> None:
     engine = own.engine(url)

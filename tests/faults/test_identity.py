@@ -69,8 +69,8 @@ def assert_is_stopped(receiver: Receiver, url: str, home: Path, why: str) -> Non
     before = newest_seal(url), rows(url, "SELECT max(cursor) FROM archiver.changes")
     assert post(receiver, 1_000) in {"stored", "duplicate"}
     assert receiver.get("/readyz").status_code == 200
-    found = json.loads(archiver("doctor", "--json", database_url=url, ARCHIVER_HOME=str(home)).stdout)
-    (finding,) = [each for each in found if each["check"] == "identity"]
+    result = json.loads(archiver("doctor", "--json", database_url=url, ARCHIVER_HOME=str(home)).stdout)
+    (finding,) = [each for each in result if each["check"] == "identity"]
     assert (finding["verdict"], why in finding["detail"]) == ("failure", True), finding
     for command in ("seal", "verify", "tail"):
         arguments = ["followups", "tail", "--from", "0", "--no-follow"] if command == "tail" else [command]
@@ -156,7 +156,7 @@ def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
             until(lambda: is_all_sealed(url), "it is sealed")
             until(lambda: is_published(url), "it is published")
             base_backup(primary, backup)
-            kept = feed_end(url)
+            remaining = feed_end(url)
             assert post(receiver, 2) == "stored"
             until(lambda: is_published(url), "it is published")
             until(lambda: remembered(home).get("seal_id") == newest_seal(url), "this machine remembers it")
@@ -173,7 +173,7 @@ def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
                 assert post(receiver, number) == "stored"
             assert_is_stopped(receiver, url, home, "it lacks event")
             # A cursor that the database has is gone on from; one that was lost is not.
-            assert tail(url, f"{kept[0]}:{kept[1]}").returncode == 0
+            assert tail(url, f"{remaining[0]}:{remaining[1]}").returncode == 0
             assert tail(url, f"{lost[0]}:{lost[1]}").returncode == 1
             # A machine that remembers nothing stops as well.
             other = tmp_path / "other"
@@ -194,13 +194,13 @@ def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
         assert (new[0].startswith("2-"), new[1] > lost[1]) == (True, True)
         for at in (f"{lost[0]}:{lost[1]}", f"{lost[1]}"):
             ended = tail(url, at)
-            advice = f"--from {new[0]}:{kept[1]}"
+            advice = f"--from {new[0]}:{remaining[1]}"
             assert (ended.returncode, ended.stdout, advice in ended.stderr) == (1, "", True), ended.stderr
-        for at in (f"{new[0]}:{kept[1]}", f"{kept[0]}:{kept[1]}", f"{kept[1]}"):
+        for at in (f"{new[0]}:{remaining[1]}", f"{remaining[0]}:{remaining[1]}", f"{remaining[1]}"):
             ended = tail(url, at)
-            found = [json.loads(line) for line in ended.stdout.splitlines()]
+            result = [json.loads(line) for line in ended.stdout.splitlines()]
             assert ended.returncode == 0
-            assert {each["epoch"] for each in found} == {new[0]}
+            assert {each["epoch"] for each in result} == {new[0]}
             assert "epoch" in ended.stderr
             assert "are gone" not in ended.stderr
         assert (tail(url, f"{new[0]}:{new[1]}").returncode, tail(url, f"{new[1]}").stderr) == (0, "")

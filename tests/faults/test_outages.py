@@ -61,10 +61,10 @@ def test_i1_under_load_everything_acknowledged_survives_an_immediate_stop(
         load = Load([receiver.port], 8, range(10**6))
         until(lambda: len(load.answers) > 300, "it is under load")
         with stopped(postgres, signal.SIGQUIT):
-            told = len(load.answers)
-            until(lambda: len(load.answers) > told + 300, "it takes events all the same")
-        told = len(load.answers)
-        until(lambda: len(load.answers) > told + 300, "and goes on to")
+            result = len(load.answers)
+            until(lambda: len(load.answers) > result + 300, "it takes events all the same")
+        result = len(load.answers)
+        until(lambda: len(load.answers) > result + 300, "and goes on to")
         load.end()
         until_drained(receiver)
     assert not load.broken
@@ -212,8 +212,8 @@ def test_i4_what_cannot_be_archived_is_quarantined_when_it_leaves_the_spool(
         with stopped(postgres, signal.SIGQUIT):
             assert receiver.post(b"{").json() == {"status": "spooled"}
             assert set(post(receiver, range(3))) == {"spooled"}
-            told = register(receiver, {"ids": ["session-1", "never-mentioned"]})
-            assert (told.status_code, told.json()["status"]) == (200, "spooled")
+            result = register(receiver, {"ids": ["session-1", "never-mentioned"]})
+            assert (result.status_code, result.json()["status"]) == (200, "spooled")
         until_drained(receiver)
     assert rows(url, "SELECT body, reason FROM archiver.quarantine") == [(b"{", "not_json")]
     assert rows(url, "SELECT session_id FROM archiver.events WHERE type = 'session.registered' ORDER BY 1") == [
@@ -230,9 +230,9 @@ def test_it_starts_without_its_database_and_waits_for_the_right_schema(
     with ExitStack() as away:
         away.enter_context(stopped(postgres, signal.SIGQUIT))
         early = away.enter_context(serving(url, ARCHIVER_HOME=str(tmp_path)))
-        assert "events are spooled until it can" in early.stderr()
+        assert "database unavailable; spooling" in early.stderr()
         assert set(post(early, range(5))) == {"spooled"}
-        until(postgres.revive, "Postgres starts again")
+        until(postgres.restart_if_ended, "Postgres starts again")
         until(lambda: "archiver migrate" in early.get("/readyz").json()["database"], "it misses its schema")
         assert set(post(early, range(5, 10))) == {"spooled"}
         assert archiver("migrate", database_url=url).returncode == 0
@@ -241,12 +241,12 @@ def test_it_starts_without_its_database_and_waits_for_the_right_schema(
         assert_archived(url, set(range(10)))
 
 
-def test_status_tells_what_is_spooled(postgres: embedded.Postgres, url: str, tmp_path: Path) -> None:
+def test_status_reports_spooled_events(postgres: embedded.Postgres, url: str, tmp_path: Path) -> None:
     home = {"ARCHIVER_HOME": str(tmp_path)}
     with serving(url, **home) as receiver:
         with stopped(postgres, signal.SIGQUIT):
             assert set(post(receiver, range(7))) == {"spooled"}
             receiver.kill()
-        told = json.loads(archiver("status", "--json", database_url=url, **home).stdout)
-        assert (told["spool"]["events"], told["spool"]["bytes"] > 0) == (7, True)
+        data = json.loads(archiver("status", "--json", database_url=url, **home).stdout)
+        assert (data["spool"]["events"], data["spool"]["bytes"] > 0) == (7, True)
         assert "7" in archiver("status", database_url=url, **home).stdout

@@ -46,12 +46,12 @@ def test_a_worker_with_a_wrong_password_works_once_it_is_right(
         stack.callback(worker.wait)
         stack.callback(worker.kill)
 
-        def said() -> str:
+        def log_text() -> str:
             return (tmp_path / "log").read_text()
 
-        until(lambda: worker.poll() is not None or "duty not working" in said(), "it reports the fault")
-        assert worker.poll() is None, said()
-        assert "password authentication failed" in said()
+        until(lambda: worker.poll() is not None or "duty not working" in log_text(), "it reports the fault")
+        assert worker.poll() is None, log_text()
+        assert "password authentication failed" in log_text()
         if mended == "url":
             url.write_text(place.replace("worker@", "worker:right@"))
         elif mended == "passfile":

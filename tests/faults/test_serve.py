@@ -36,8 +36,8 @@ def ledger_locked(url: str) -> Iterator[Callable[[], None]]:
 
 def children(receiver: Receiver) -> set[int]:
     """The receiving processes of `serve --workers`; multiprocessing has one more child, which only watches."""
-    found = Path(f"/proc/{receiver.process.pid}/task/{receiver.process.pid}/children").read_text().split()
-    return {int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    result = Path(f"/proc/{receiver.process.pid}/task/{receiver.process.pid}/children").read_text().split()
+    return {int(pid) for pid in result if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 def sockets(pid: int) -> int:
@@ -105,10 +105,10 @@ def test_workers_share_the_port_the_ledger_and_the_metrics(database_url: str) ->
             return all(sockets(pid) >= idle[pid] + 5 for pid in workers)
 
         until(both_have_some, "both took connections")
-        told = Counter(
+        result = Counter(
             deliver(connection, body_of(n % 10))[1]["status"] for n, connection in enumerate(connections * 2)
         )
-        assert told == {"stored": 10, "duplicate": len(connections) * 2 - 10}
+        assert result == {"stored": 10, "duplicate": len(connections) * 2 - 10}
         for _ in range(5):
             receiver._client.close()
             fresh = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
@@ -157,7 +157,7 @@ def test_workers_whose_parent_was_killed_end_by_themselves(database_url: str, tm
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_signal_under_load_answers_whatever_was_accepted(
+def test_a_signal_under_load_answers_every_accepted_request(
     number: signal.Signals, workers: str, database_url: str
 ) -> None:
     """Accepted is what reached the ledger: nobody whose event is there may have been left without an answer."""
@@ -186,7 +186,7 @@ def test_a_signal_waits_for_the_database_and_answers_who_waits(number: signal.Si
                 receiver.wait(1)
             release()
         answers = [answer(connection) for connection in connections]
-        assert [(code, told["status"]) for code, told in answers] == [(200, "stored")] * 20
+        assert [(code, item["status"]) for code, item in answers] == [(200, "stored")] * 20
         assert receiver.wait() == 0
         for connection in connections:
             connection.close()
@@ -195,9 +195,9 @@ def test_a_signal_waits_for_the_database_and_answers_who_waits(number: signal.Si
 
 def send_once(port: int, number: int) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    code, told = deliver(connection, body_of(number))
+    code, item = deliver(connection, body_of(number))
     connection.close()
-    return code, told["status"]
+    return code, item["status"]
 
 
 def is_refused(port: int) -> bool:

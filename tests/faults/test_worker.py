@@ -72,7 +72,7 @@ def test_while_callhq_is_away_one_line_a_minute_says_so(database_url: str) -> No
     with simulated() as callhq, closed_port() as port, tempfile.NamedTemporaryFile() as log:
         make_due(database_url, callhq, 12)
         settings = {"CALLHQ_API_URL": f"http://127.0.0.1:{port}/api", "CALLHQ_API_KEY": "key"}
-        with working(database_url, callhq, log=log, **settings):
+        with running_worker(database_url, callhq, log=log, **settings):
             failing = "SELECT count(*) FROM archiver.sessions WHERE failing_since IS NOT NULL"
             until(lambda: execute(database_url, failing) == [(12,)], "each has failed")
         lines = Path(log.name).read_text().splitlines()
@@ -89,14 +89,14 @@ def closed_port() -> Iterator[int]:
 
 
 @contextmanager
-def watched(callhq: CallHQ) -> Iterator[Watch]:
+def enforcing(callhq: CallHQ) -> Iterator[Watch]:
     watch = Watch(callhq.app)
     with hosting(watch) as callhq.url:
         yield watch
 
 
 @contextmanager
-def working(url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str) -> Iterator[AnyProcess]:
+def running_worker(url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str) -> Iterator[AnyProcess]:
     """`archiver worker`; what is left of it in the end is killed."""
     with tempfile.NamedTemporaryFile() as unread:
         environment = {**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings}
@@ -137,8 +137,8 @@ def read(url: str) -> int:
     return int(count)
 
 
-def test_i6_due_sessions_are_read_and_the_worker_ends_when_told(database_url: str) -> None:
-    with simulated() as callhq, working(database_url, callhq) as worker:
+def test_i6_due_sessions_are_read_and_the_worker_ends_on_sigterm(database_url: str) -> None:
+    with simulated() as callhq, running_worker(database_url, callhq) as worker:
         make_due(database_url, callhq, 3)
         until(lambda: read(database_url) == 3, "all are read", 180)
         worker.send_signal(signal.SIGTERM)
@@ -150,9 +150,9 @@ def test_i6_due_sessions_are_read_and_the_worker_ends_when_told(database_url: st
 
 
 def test_two_workers_never_read_one_session_at_the_same_time(database_url: str) -> None:
-    with simulated(history_latency=0.02) as callhq, watched(callhq) as watch:
+    with simulated(history_latency=0.02) as callhq, enforcing(callhq) as watch:
         make_due(database_url, callhq, 200)
-        with working(database_url, callhq), working(database_url, callhq):
+        with running_worker(database_url, callhq), running_worker(database_url, callhq):
             # What each of them is told to read, over and over: all that was read is due again.
             for _ in range(3):
                 until(lambda: read(database_url) == 200, "all are read", 180)
@@ -165,7 +165,7 @@ def test_two_workers_never_read_one_session_at_the_same_time(database_url: str) 
 def test_a_worker_that_is_killed_loses_nothing(database_url: str) -> None:
     with simulated(history_latency=0.2) as callhq:
         make_due(database_url, callhq, 100)
-        with working(database_url, callhq) as worker:
+        with running_worker(database_url, callhq) as worker:
             until(lambda: read(database_url) > 0, "some are read", 180)
             worker.kill()
             worker.wait()
@@ -176,14 +176,14 @@ def test_a_worker_that_is_killed_loses_nothing(database_url: str) -> None:
             "UPDATE archiver.sessions SET leased_until = now() WHERE leased_until IS NOT NULL;"
             " UPDATE archiver.sessions SET reconcile_at = now() WHERE reconciled_at IS NULL AND session_id <> ''",
         )
-        with working(database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="32"):
+        with running_worker(database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="32"):
             until(lambda: read(database_url) == 100, "all are read", 180)
 
 
 def test_a_429_pauses_all_workers(database_url: str) -> None:
-    with simulated(history_latency=0.05) as callhq, watched(callhq) as watch:
+    with simulated(history_latency=0.05) as callhq, enforcing(callhq) as watch:
         make_due(database_url, callhq, 400)
-        with working(database_url, callhq), working(database_url, callhq):
+        with running_worker(database_url, callhq), running_worker(database_url, callhq):
             until(lambda: read(database_url) > 50, "both are at work", 180)
             watch.is_refusing = True  # until one of the two workers has met several in a row
             until(lambda: execute(database_url, "SELECT count(*) FROM archiver.pauses") == [(1,)], "they pause", 180)
@@ -197,11 +197,11 @@ def test_a_429_pauses_all_workers(database_url: str) -> None:
 
 
 def test_a_session_that_is_always_answered_503_delays_no_other(database_url: str) -> None:
-    with simulated() as callhq, watched(callhq) as watch:
+    with simulated() as callhq, enforcing(callhq) as watch:
         make_due(database_url, callhq, 40)
         ((session_id,),) = execute(database_url, "SELECT min(session_id) FROM archiver.events")
         watch.busy = f"/api/chats/session/{session_id}"
-        with working(database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="2"):
+        with running_worker(database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="2"):
             until(lambda: read(database_url) == 39, "all others are read", 180)
             query = "SELECT round(extract(epoch FROM reconcile_at - failing_since)) FROM archiver.sessions"
             failing = f"{query} WHERE failing_since IS NOT NULL"
@@ -215,7 +215,7 @@ def test_i13_a_session_that_another_program_holds_keeps_no_other_from_being_read
         first = "(SELECT min(session_id) FROM archiver.events)"
         with psycopg.connect(database_url) as beside:
             beside.execute(f"SELECT FROM archiver.sessions WHERE session_id = {first} FOR UPDATE")
-            with working(database_url, callhq):
+            with running_worker(database_url, callhq):
                 until(lambda: read(database_url) == 59, "all others are read", 180)
                 beside.rollback()
                 until(lambda: read(database_url) == 60, "and then this one", 180)
@@ -236,13 +236,13 @@ def test_serve_has_a_worker_that_is_started_again_and_ends_with_it(database_url:
 
 def children(pid: int) -> set[int]:
     """Its worker processes: not the helper that multiprocessing keeps."""
-    found = set()
+    result = set()
     for line in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in line.read_text().split():
             with suppress(FileNotFoundError):  # ended in between
                 if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.add(int(child))
-    return found
+                    result.add(int(child))
+    return result
 
 
 def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> None:
@@ -258,7 +258,7 @@ def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> No
     now = datetime.now(UTC) + timedelta(seconds=5)
     while True:
         with transaction(engine) as connection:
-            part = leases.hand_out_due(connection, now, now + timedelta(minutes=10), 5_000)
+            part = leases.claim_due(connection, now, now + timedelta(minutes=10), 5_000)
         if not part:
             break
         handed += [session_id for session_id, _ in part]
@@ -269,7 +269,7 @@ def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> No
 
 
 def test_a_worker_whose_connections_are_lost_at_its_start_goes_on(database_url: str) -> None:
-    with simulated() as callhq, working(database_url, callhq) as worker:
+    with simulated() as callhq, running_worker(database_url, callhq) as worker:
         # As soon as it holds one, and again.
         for _ in range(4):
             until(lambda: execute(database_url, TERMINATE), "it is connected", 180)

@@ -22,11 +22,11 @@ from rich.progress import (
 from rich.text import Text
 
 from archiver import database, schema, settings, telemetry
-from archiver.callhq import UnauthorizedError, shown
+from archiver.callhq import UnauthorizedError, printable
 from archiver.cli import connection
 from archiver.cli.backfill.summary import Summary
 from archiver.cli.output import Number, Whole, progress
-from archiver.reconcile import NotRecordedError, Reading, backfill
+from archiver.reconcile import ReconcileResult, ResponseNotStoredError, backfill
 from archiver.reconcile.backfill import Selection
 from archiver.settings import Settings
 from archiver.worker import reconciling, timing_of
@@ -40,22 +40,24 @@ _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it 
     "--file",
     "file",
     type=click.File(encoding="utf-8-sig"),
-    help="Only the ids in this file, one a line, or the first column of a CSV; - is stdin.",
+    help="Only the ids in this file: one per line, or the first column of a CSV; - reads stdin.",
 )
 @click.option(
-    "--since", metavar="TIME", help="Only sessions with an event from then on: 2024-01-15 or 2024-01-15T09:30:00Z."
+    "--since",
+    metavar="TIME",
+    help="Only sessions with an event at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z.",
 )
-@click.option("--all", "every", is_flag=True, help="Every session, those already reconciled too.")
+@click.option("--all", "every", is_flag=True, help="Every session, including those already reconciled.")
 @click.option("--dry-run", is_flag=True, help="Show what would be repaired; write nothing.")
 @click.option(
     "--rate",
     type=Number(0, min_open=True),
-    help="At most so many calls a second.  [default: ARCHIVER_HISTORY_RATE]",
+    help="Maximum calls per second.  [default: ARCHIVER_HISTORY_RATE]",
 )
 @click.option(
     "--concurrency",
     type=Whole(1, 256),
-    help="So many calls at a time.  [default: ARCHIVER_HISTORY_CONCURRENCY]",
+    help="Maximum concurrent calls.  [default: ARCHIVER_HISTORY_CONCURRENCY]",
 )
 @connection.json_option
 def command(
@@ -75,17 +77,17 @@ def command(
     yet. Sessions that the archive has never heard of are registered, unless CallHQ does not know them either. After
     Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read, or none was found.
     """
-    listed = (*session_ids, *(_ids(file) if file else ()))
+    listed = (*session_ids, *(_read_ids(file) if file else ()))
     connection.check_ids(listed, "session")
     if sum([bool(session_ids or file), since is not None, every]) > 1:
-        raise click.UsageError("Choose one of --session/--file, --since and --all.")
+        raise click.UsageError("Use only one of --session/--file, --since and --all.")
     if file is not None and not listed:
-        raise click.UsageError("The file holds no ids.")
+        raise click.UsageError("The file contains no ids.")
     selection = Selection(listed, connection.moment(since, "--since"), every)
     configuration = settings.read()
     telemetry.configure_logs("error", configuration.log_format)
     if not configuration.callhq_api_key.get_secret_value():
-        raise settings.SettingsError("CALLHQ_API_KEY: not set; without one no history can be read.")
+        raise settings.SettingsError("CALLHQ_API_KEY is not set. It is required to fetch histories.")
     summary = Summary(dry_run=dry_run, lifetime=timedelta(seconds=configuration.session_lifetime))
     with connection.database_url(configuration) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
@@ -94,27 +96,27 @@ def command(
             connection.run(
                 _run(configuration, url, selection, summary, rate=rate, concurrency=concurrency, quiet=as_json)
             )
-        except (UnauthorizedError, NotRecordedError) as error:
+        except (UnauthorizedError, ResponseNotStoredError) as error:
             summary.show(as_json=as_json)
             raise settings.SettingsError(str(error) or str(error.__doc__)) from None
     summary.show(as_json=as_json)
     if summary.was_interrupted:
         click.echo(f"archiver: {_INTERRUPTED}", err=True)
-    if summary.is_in_doubt:
+    if summary.is_url_suspect:
         click.echo(f"archiver: {_found_nothing(configuration, summary)}", err=True)
-    if summary.was_interrupted or summary.failures or summary.is_in_doubt:
+    if summary.was_interrupted or summary.failures or summary.is_url_suspect:
         sys.exit(1)
 
 
 def _found_nothing(configuration: Settings, summary: Summary) -> str:
-    heard = f", although {summary.heard_of:,} of them were heard of lately" if summary.heard_of else ""
+    recent = f", although {summary.recently_active:,} of them were heard of lately" if summary.recently_active else ""
     return (
-        f"CallHQ answered 404 for every session{heard}. Is CALLHQ_API_URL right?"
-        f" It is {shown(configuration.callhq_api_url)}; run `archiver doctor`."
+        f"CallHQ answered 404 for every session{recent}. Is CALLHQ_API_URL right?"
+        f" It is {printable(configuration.callhq_api_url)}; run `archiver doctor`."
     )
 
 
-def _ids(file: TextIO) -> Iterator[str]:
+def _read_ids(file: TextIO) -> Iterator[str]:
     try:
         lines = file.read().splitlines()
         # As spreadsheets write it where a comma is the decimal sign.
@@ -138,11 +140,11 @@ async def _run(
     concurrency: int | None,
     quiet: bool,
 ) -> None:
-    """Until all are read, or until Ctrl-C or SIGTERM."""
+    """Run until all sessions are read, or until Ctrl-C or SIGTERM."""
 
     async def read() -> None:
         async with reconciling(
-            configuration, database.database_url(url), concurrency=concurrency, rate=rate, gives_up=False
+            configuration, database.database_url(url), concurrency=concurrency, rate=rate, mark_unavailable=False
         ) as (
             engine,
             reconciler,
@@ -151,16 +153,16 @@ async def _run(
             timing = timing_of(configuration)
             begun = datetime.now(UTC) if summary.dry_run else await backfill.begin(engine, selection)
             total = await backfill.count(engine, selection, begun, timing)
-            with _progress(total, summary, quiet=quiet) as told:
+            with _progress(total, summary, quiet=quiet) as on_result:
                 async for page in backfill.pages(engine, selection, begun, timing):
                     if summary.dry_run:
-                        await reconciler.preview_all(page, told)
+                        await reconciler.preview_all(page, on_result)
                     else:
-                        strangers = await backfill.strangers(engine, page)
-                        await reconciler.meet_all(strangers, told)
-                        unmet = set(strangers)
-                        await reconciler.read_all([each for each in page if each not in unmet], told)
-            summary.finds_nothing = reconciler.finds_nothing
+                        unknown_sessions = await backfill.unknown_sessions(engine, page)
+                        await reconciler.discover_all(unknown_sessions, on_result)
+                        unknown_ids = set(unknown_sessions)
+                        await reconciler.read_all([each for each in page if each not in unknown_ids], on_result)
+            summary.is_all_not_found = reconciler.is_all_not_found
             if not summary.dry_run and not summary.failures:  # else the same command goes on with those
                 await backfill.end(engine, selection)
 
@@ -180,7 +182,7 @@ async def _run(
 
 
 class _Rate(ProgressColumn):
-    """Since the start: sessions are told of some together, so that between two of them there is no time."""
+    """Shows the average rate since the start, because results arrive in groups."""
 
     def render(self, task: Task) -> Text:
         seconds = task.finished_time or task.elapsed
@@ -193,8 +195,8 @@ def _progress(total: int, summary: Summary, *, quiet: bool) -> Iterator[Any]:
     with progress(*columns, quiet=quiet) as bar:
         task = bar.add_task("Reading", total=total)
 
-        def told(reading: Reading) -> None:
+        def on_result(reading: ReconcileResult) -> None:
             summary.add(reading)
             bar.update(task, advance=1, description=f"Reading, {summary.recovered:,} messages recovered")
 
-        yield told
+        yield on_result

@@ -1,4 +1,4 @@
-"""What a backfill came to, for people and programs."""
+"""The result of a backfill, for people and programs."""
 
 import time
 from collections import Counter
@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from archiver.cli.output import console
-from archiver.reconcile import Reading
+from archiver.reconcile import ReconcileResult
 
-SHOWN = 20  # failures
+MAX_SHOWN = 20  # failures
 
 
 class Summary:
@@ -22,8 +22,8 @@ class Summary:
     def __init__(self, *, dry_run: bool, lifetime: timedelta) -> None:
         self.dry_run = dry_run
         self.was_interrupted = False
-        self.finds_nothing = False  # every answer was 404
-        self.heard_of = 0  # sessions that CallHQ does not show, although it cannot have forgotten them
+        self.is_all_not_found = False  # every answer was 404
+        self.recently_active = 0  # sessions that CallHQ does not show, although it cannot have forgotten them
         self._lifetime = lifetime
         self.outcomes: Counter[str] = Counter()
         self.coverage: Counter[str] = Counter()
@@ -32,26 +32,26 @@ class Summary:
         self.failures: list[tuple[str, str]] = []
         self._started = time.monotonic()
 
-    def add(self, reading: Reading) -> None:
+    def add(self, result: ReconcileResult) -> None:
         """One more session."""
-        self.outcomes[reading.outcome] += 1
-        if reading.outcome in _FAILURES:
-            self.failures.append((reading.session_id, reading.error or _FAILURES[reading.outcome]))
-        if reading.after is not None and reading.outcome != "failed":  # else it stands as before
-            self.coverage[reading.after.coverage] += 1
-        if reading.outcome == "gone" and reading.before is not None:
-            self.heard_of += reading.before.heard_at > datetime.now(UTC) - self._lifetime
-        if reading.recovered > 0:
-            self.recovered += reading.recovered
-            self.repaired.append((reading.session_id, reading.recovered))
+        self.outcomes[result.outcome] += 1
+        if result.outcome in _FAILURES:
+            self.failures.append((result.session_id, result.error or _FAILURES[result.outcome]))
+        if result.after is not None and result.outcome != "failed":  # else it stands as before
+            self.coverage[result.after.coverage] += 1
+        if result.outcome == "gone" and result.before is not None:
+            self.recently_active += result.before.last_event_at > datetime.now(UTC) - self._lifetime
+        if result.recovered > 0:
+            self.recovered += result.recovered
+            self.repaired.append((result.session_id, result.recovered))
 
     @property
-    def is_in_doubt(self) -> bool:
-        """Whether nothing was found where something must be."""
-        return self.finds_nothing and (self.heard_of > 0 or self.outcomes["unknown"] > 0)
+    def is_url_suspect(self) -> bool:
+        """Return whether nothing was found where something must exist."""
+        return self.is_all_not_found and (self.recently_active > 0 or self.outcomes["unknown"] > 0)
 
     def show(self, *, as_json: bool) -> None:
-        """On stdout."""
+        """Print the summary on stdout."""
         seconds = time.monotonic() - self._started
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(self._figures(seconds)), indent=2))
@@ -69,16 +69,16 @@ class Summary:
             table.add_row(f"{'would be' if self.dry_run else 'now'} {state}", f"{number:,}")
         table.add_row("sessions/s", f"{self.outcomes.total() / seconds:,.1f}" if seconds else "")
         if not self.outcomes and not self.was_interrupted:
-            click.echo("Nothing to read: no session matches, or all that do have been read.")
+            click.echo("Nothing to read: no session matches, or all matching sessions are already read.")
             return
         printed = console()
         printed.print(table)
-        for session_id, number in self.repaired[:SHOWN] if self.dry_run else ():
+        for session_id, number in self.repaired[:MAX_SHOWN] if self.dry_run else ():
             printed.print(Text(f"  {session_id}: {number} messages"))
-        for session_id, error in self.failures[:SHOWN]:
+        for session_id, error in self.failures[:MAX_SHOWN]:
             click.echo(f"archiver: {session_id}: {error}", err=True)
-        if len(self.failures) > SHOWN:
-            click.echo(f"archiver: and {len(self.failures) - SHOWN:,} more", err=True)
+        if len(self.failures) > MAX_SHOWN:
+            click.echo(f"archiver: and {len(self.failures) - MAX_SHOWN:,} more", err=True)
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""`archiver followups`: what changes in the archive, told to others."""
+"""`archiver followups`: deliver changes of the archive to receivers."""
 
 import click
 
@@ -8,7 +8,7 @@ from archiver.cli.followups.tail import tail
 
 @click.group()
 def followups() -> None:
-    """Act on what changes in the archive: follow the feed, or have it sent to receivers."""
+    """Follow the change feed, or manage receivers of changes."""
 
 
 for _command in (

@@ -5,25 +5,27 @@ from collections.abc import Sequence
 
 import click
 
-from archiver import acts, settings
+from archiver import audit_log, settings
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole
-from archiver.followups import forgetting, review, subscriptions
+from archiver.followups import pruning, review, subscriptions
 from archiver.followups.deliveries import parse_message_id
 
-RETRIED = 10_000  # at once
+MAX_RETRIED = 10_000  # at once
 
 
 @click.command()
 @ID
-@click.option("--reason", default=subscriptions.BY_HAND, help="Why, for whoever looks.")
+@click.option("--reason", default=subscriptions.BY_HAND, help="Reason, shown in the list.")
 @connection.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
-    """Send nothing until `resume`; what happens meanwhile is told then, as far back as the feed goes."""
+    """Pause a subscription until `resume`; changes are delivered then, as far back as the feed goes."""
     with in_transaction(settings.read()) as opened:
         subscriptions.pause(opened, subscription_id, reason)
-        acts.insert_act(opened, "followups.pause", actor or acts.actor(), reason, {"subscription": subscription_id})
+        audit_log.insert_entry(
+            opened, "followups.pause", actor or audit_log.actor(), reason, {"subscription": subscription_id}
+        )
     click.echo(f"Subscription {subscription_id} is paused.")
 
 
@@ -31,14 +33,14 @@ def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
 @ID
 @connection.actor_option
 def resume(*, subscription_id: int, actor: str | None) -> None:
-    """Go on where it was paused. Exit 1 if changes are gone that were not told."""
+    """Resume a paused subscription. Exit 1 if changes were deleted before delivery."""
     with in_transaction(settings.read()) as opened:
-        gone = subscriptions.resume(opened, subscription_id)
-        detail = {"subscription": subscription_id, "gone": gone}
-        acts.insert_act(opened, "followups.resume", actor or acts.actor(), None, detail)
+        lost_changes = subscriptions.resume(opened, subscription_id)
+        detail = {"subscription": subscription_id, "gone": lost_changes}
+        audit_log.insert_entry(opened, "followups.resume", actor or audit_log.actor(), None, detail)
     click.echo(f"Subscription {subscription_id} is at work.")
-    if gone:
-        click.echo(f"archiver: {gone:,} changes are not told: the feed does not hold them any more", err=True)
+    if lost_changes:
+        click.echo(f"archiver: {lost_changes:,} changes are not delivered: the feed no longer holds them", err=True)
         sys.exit(1)
 
 
@@ -47,46 +49,52 @@ def resume(*, subscription_id: int, actor: str | None) -> None:
 @connection.actor_option
 @connection.yes_option
 def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
-    """Remove a subscription, its secret and what is known of its deliveries."""
+    """Remove a subscription with its secret and its delivery log."""
     connection.confirm(f"Remove subscription {subscription_id} with all its deliveries?", yes=yes)
     configuration = settings.read()
     with in_transaction(configuration) as opened:
         subscriptions.remove(opened, subscription_id)
-        acts.insert_act(opened, "followups.remove", actor or acts.actor(), None, {"subscription": subscription_id})
-    forgotten = forgetting.AT_ONCE
-    while forgotten == forgetting.AT_ONCE:  # some at a time; what a stop here leaves, a worker forgets
+        audit_log.insert_entry(
+            opened, "followups.remove", actor or audit_log.actor(), None, {"subscription": subscription_id}
+        )
+    forgotten = pruning.BATCH_SIZE
+    while forgotten == pruning.BATCH_SIZE:  # some at a time; what a stop here leaves, a worker forgets
         with in_transaction(configuration) as opened:
-            forgotten = forgetting.forget_of(opened, subscription_id)
+            forgotten = pruning.delete_of_subscription(opened, subscription_id)
     click.echo(f"Subscription {subscription_id} is removed.")
 
 
 @click.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--dead", type=Whole(1, 2**63 - 1), metavar="SUBSCRIPTION", help="All of it that were given up.")
+@click.option(
+    "--dead", type=Whole(1, 2**63 - 1), metavar="SUBSCRIPTION", help="All dead deliveries of this subscription."
+)
 @connection.actor_option
 def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
-    """Try deliveries again now, by their ids (msg_…) as `deliveries` and receivers have them."""
+    """Retry deliveries now, by id (msg_...) as listed by `deliveries`."""
     if bool(ids) == (dead is not None):
-        raise click.UsageError("Say which: ids, or --dead SUBSCRIPTION.")
-    asked = [(each, parse_message_id(each)) for each in ids]
-    if wrong := [each for each, parsed in asked if parsed is None]:
+        raise click.UsageError("Specify delivery ids, or --dead SUBSCRIPTION.")
+    requested = [(each, parse_message_id(each)) for each in ids]
+    if wrong := [each for each, parsed in requested if parsed is None]:
         raise click.UsageError(f"{wrong[0][:80]!r} is no id of a delivery: archiver followups deliveries")
     became: list[tuple[str, review.Retried]] = []
     with in_transaction(settings.read()) as opened:
         if dead is not None:
             subscriptions.select_one(opened, dead)
-            retried = review.retry_dead(opened, dead, RETRIED)
+            retried = review.retry_dead(opened, dead, MAX_RETRIED)
         else:
-            became = [(each, review.retry(opened, *parsed)) for each, parsed in asked if parsed is not None]
+            became = [(each, review.retry(opened, *parsed)) for each, parsed in requested if parsed is not None]
             retried = sum(how == "retried" for _, how in became)
         detail = {"subscription": dead} if dead is not None else {"deliveries": list(ids)}
-        acts.insert_act(opened, "followups.retry", actor or acts.actor(), None, detail | {"retried": retried})
+        audit_log.insert_entry(
+            opened, "followups.retry", actor or audit_log.actor(), None, detail | {"retried": retried}
+        )
     click.echo(f"{retried:,} {'is' if retried == 1 else 'are'} tried again.")
-    if retried == RETRIED:
-        click.echo("There may be more: the same command again goes on.", err=True)
+    if retried == MAX_RETRIED:
+        click.echo("More deliveries may be left; run the command again.", err=True)
     for each, how in became:
         if how != "retried":
-            told = "was delivered already" if how == "delivered" else "there is no such delivery"
-            click.echo(f"archiver: {each}: {told}", err=True)
+            message = "was delivered already" if how == "delivered" else "there is no such delivery"
+            click.echo(f"archiver: {each}: {message}", err=True)
     if retried < len(became):
         sys.exit(1)

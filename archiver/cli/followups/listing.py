@@ -1,4 +1,4 @@
-"""`archiver followups list`, `show` and `deliveries`: who is told, and how it goes. No secret is ever shown."""
+"""`archiver followups list`, `show` and `deliveries`: subscriptions and their state. Never prints a secret."""
 
 from collections.abc import Mapping
 from datetime import UTC
@@ -15,7 +15,7 @@ from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole, console
 from archiver.followups import review, subscriptions
 from archiver.followups.deliveries import DEAD, PENDING, message_id
-from archiver.followups.subscriptions import NoSuchError
+from archiver.followups.subscriptions import SubscriptionNotFoundError
 
 
 @click.command("list")
@@ -23,26 +23,26 @@ from archiver.followups.subscriptions import NoSuchError
 def list_(*, as_json: bool) -> None:
     """List the subscriptions."""
     with in_transaction(settings.read()) as opened:
-        found = review.select_subscriptions(opened)
+        result = review.select_subscriptions(opened)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
         return
-    if not found:
-        click.echo("There is no subscription: archiver followups add URL --event chat.created")
+    if not result:
+        click.echo("No subscriptions. Add one: archiver followups add URL --event chat.created")
         return
     table = Table("id", "url", "events", "only", "state", "pending", "dead", "behind")
-    for row in found:
+    for row in result:
         counts = (f"{row[name]:,}" for name in ("pending", "dead", "behind"))
-        cells = (row["url"], " ".join(row["events"]), _only(row), _state(row))
+        cells = (row["url"], " ".join(row["events"]), _describe_filter(row), _state(row))
         table.add_row(str(row["id"]), *map(Text, cells), *counts)
     console().print(table)
 
 
-def _only(row: Mapping[str, Any]) -> str:
-    told = [f"assistant {row['assistant_id']}"] if row["assistant_id"] is not None else []
-    told += [f"{row['variable']}={row['value']}"] if row["variable"] is not None else []
-    told += [f"contains {row['contains']!r}"] if row["contains"] is not None else []
-    return ", ".join([*told, *(["ordered"] if row["is_ordered"] else [])])
+def _describe_filter(row: Mapping[str, Any]) -> str:
+    parts = [f"assistant {row['assistant_id']}"] if row["assistant_id"] is not None else []
+    parts += [f"{row['variable']}={row['value']}"] if row["variable"] is not None else []
+    parts += [f"contains {row['contains']!r}"] if row["contains"] is not None else []
+    return ", ".join([*parts, *(["ordered"] if row["is_ordered"] else [])])
 
 
 def _state(row: Mapping[str, Any]) -> str:
@@ -50,10 +50,10 @@ def _state(row: Mapping[str, Any]) -> str:
         return f"paused: {row['pause_reason']}"
     if row["state"] != "failing":
         return str(row["state"])
-    told = f"failing, {row['failures']:,} in a row"
+    text = f"failing, {row['failures']:,} in a row"
     latest = review.latest_fault(row)
-    told += f": {latest}" if latest else ""
-    return told + (
+    text += f": {latest}" if latest else ""
+    return text + (
         f"; left alone until {row['closed_until'].astimezone(UTC):%H:%M:%S} UTC" if row["closed_until"] else ""
     )
 
@@ -62,63 +62,65 @@ def _state(row: Mapping[str, Any]) -> str:
 @ID
 @connection.json_option
 def show(*, subscription_id: int, as_json: bool) -> None:
-    """Show one subscription, and what is on its way to it."""
+    """Show one subscription and its pending deliveries."""
     with in_transaction(settings.read()) as opened:
-        found = review.select_subscriptions(opened, subscription_id)
-        if not found:
-            raise NoSuchError(f"There is no subscription {subscription_id}: archiver followups list")
+        result = review.select_subscriptions(opened, subscription_id)
+        if not result:
+            raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found[0]), indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(result[0]), indent=2))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in found[0].items():
+    for name, value in result[0].items():
         shown = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
-        shown = _state(found[0]) if name == "state" else shown
+        shown = _state(result[0]) if name == "state" else shown
         table.add_row(name, Text(shown))
     console().print(table)
 
 
 @click.command()
-@click.option("--subscription", "subscription_id", type=Whole(1, 2**63 - 1), help="Only to this one.")
-@click.option("--dead", is_flag=True, help="Only those that were given up.")
-@click.option("--pending", is_flag=True, help="Only those that wait, or are tried again.")
-@click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="The newest so many.")
+@click.option(
+    "--subscription", "subscription_id", type=Whole(1, 2**63 - 1), help="Only deliveries of this subscription."
+)
+@click.option("--dead", is_flag=True, help="Only dead deliveries.")
+@click.option("--pending", is_flag=True, help="Only pending deliveries, including those waiting for a retry.")
+@click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="Number of newest deliveries.")
 @connection.json_option
 def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit: int, as_json: bool) -> None:
     """List deliveries, newest first, each with its latest attempt."""
     if dead and pending:
-        raise click.UsageError("Say --dead or --pending, not both.")
+        raise click.UsageError("Use either --dead or --pending.")
     state = review.only(dead=dead, pending=pending)
     with in_transaction(settings.read()) as opened:
         if subscription_id is not None:
             subscriptions.select_one(opened, subscription_id)
-        rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, most=limit)
-        found = [_told(dict(row)) for row in rows]
+        rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, limit=limit)
+        result = [_delivery_json(dict(row)) for row in rows]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
         return
-    if not found:
-        click.echo("There is no such delivery.")
+    if not result:
+        click.echo("No matching delivery.")
         return
     table = Table("id", "type", "session", "chat", "state", "attempts", "latest", "answer")
-    for row in found:
+    for row in result:
         latest = " ".join(str(row[name]) for name in ("status", "fault") if row[name] is not None)
         cells = (row["id"], row["type"], row["session_id"], row["chat_id"] or "", row["state"])
         table.add_row(
             *map(Text, cells), str(row["attempts"]), latest, Text(repr(row["answer"]) if row["answer"] else "")
         )
     console().print(table)
-    if any(row["state"] == DEAD for row in found):
-        click.echo("To try one again: archiver followups retry ID")
+    if any(row["state"] == DEAD for row in result):
+        click.echo("To retry one: archiver followups retry ID")
 
 
-def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+def _delivery_json(row: Mapping[str, Any]) -> dict[str, Any]:
     answer = row["answer"]
-    told = {
+    result = {
         **row,
         "id": message_id(row["subscription_id"], row["cursor"], row["changed_at"]),
         "answer": None if answer is None else bytes(answer).decode(errors="replace"),
     }
-    if told["state"] != PENDING:
-        del told["due_at"]
-    return told
+    if result["state"] != PENDING:
+        del result["due_at"]
+    return result

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from archiver.cli import connection
 from archiver.cli.output import Whole
-from archiver.followups.subscriptions import BeyondError, NoSuchError, TooManyError
+from archiver.followups.subscriptions import CursorBeyondFeedError, SubscriptionLimitError, SubscriptionNotFoundError
 from archiver.settings import Settings
 
 ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
@@ -17,10 +17,10 @@ ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
 
 @contextmanager
 def in_transaction(configuration: Settings) -> Iterator[Connection]:
-    """Exit 1 where there is no such subscription, no room for another, or no such cursor."""
+    """Yield a transaction. Exit 1 for an unknown subscription, the subscription limit, or an invalid cursor."""
     try:
         with connection.opened(configuration) as opened:
             yield opened
-    except (NoSuchError, TooManyError, BeyondError) as error:
+    except (SubscriptionNotFoundError, SubscriptionLimitError, CursorBeyondFeedError) as error:
         click.echo(f"archiver: {error}", err=True)
         sys.exit(1)

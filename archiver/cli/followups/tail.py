@@ -20,7 +20,7 @@ from archiver.outbox import TYPES
 from archiver.schema import SchemaError
 
 IDLE_SECONDS = 0.5
-AWAY_SECONDS = 1.0
+UNAVAILABLE_SECONDS = 1.0
 PAGE = 1_000  # changes
 
 _ENDED = ("57P01", "57P02", "57P03")  # the server is being stopped or started, or was killed
@@ -28,11 +28,11 @@ _NO_VIEW = ("42P01", "3F000")  # neither table nor schema
 
 
 class CursorError(Exception):
-    """The cursor is of a change that this database does not have; the text says what to do."""
+    """The cursor belongs to a change that this database does not have; the message says what to do."""
 
 
 class Position(msgspec.Struct, frozen=True):
-    """A cursor, and the epoch in which it was given; None where that is not known."""
+    """A cursor and its epoch; None if the epoch is unknown."""
 
     cursor: int
     epoch: str | None = None
@@ -44,7 +44,7 @@ class Position(msgspec.Struct, frozen=True):
 _CURSOR: click.ParamType[int] = Whole(0, 2**63 - 1)
 
 
-class _Place(click.ParamType[Position]):
+class _CursorParameter(click.ParamType[Position]):
     name = "cursor"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Position:
@@ -58,27 +58,29 @@ class _Place(click.ParamType[Position]):
 
 
 @click.command()
-@click.option("--event", "types", multiple=True, type=click.Choice(TYPES), help="Only these types.")
+@click.option(
+    "--event", "types", multiple=True, type=click.Choice(TYPES), help="Only changes of this type; may be repeated."
+)
 @click.option(
     "--from",
     "after",
-    type=_Place(),
+    type=_CursorParameter(),
     metavar="[EPOCH:]CURSOR",
-    help="Begin after this one, given in this epoch; 0: at the oldest.  [default: at the end]",
+    help="Start after this cursor of this epoch; 0: at the oldest change.  [default: at the end]",
 )
-@click.option("--follow/--no-follow", default=True, show_default=True, help="Wait for more at the end.")
+@click.option("--follow/--no-follow", default=True, show_default=True, help="Wait for further changes.")
 def tail(*, types: Collection[str], after: Position | None, follow: bool) -> None:
     """Print changes of the archive as JSON lines, each with the epoch and the cursor to go on from.
 
     Exits 1 where the database has gone back before that cursor, and says where to go on. Reads analytics.changes and
-    analytics.epochs, for which the role archiver_reader is enough. Ends with Ctrl-C, or when nobody reads any more; a
+    analytics.epochs, for which the role archiver_reader is enough. Ends with Ctrl-C, or when stdout is closed; a
     restart of the database is waited for.
     """
     if after is None and not follow:
-        raise click.UsageError("Say --from: there is nothing after the end, and --no-follow waits for nothing.")
+        raise click.UsageError("--no-follow without --from prints nothing; add --from")
     configuration = settings.read()
     with (
-        connection.lasting_database_url(configuration, create=False) as url,
+        connection.supervised_database_url(configuration, create=False) as url,
         connection.engine_at(configuration, url) as engine,
     ):
         _warn_of_identity(configuration, engine)
@@ -92,7 +94,7 @@ def tail(*, types: Collection[str], after: Position | None, follow: bool) -> Non
 
 
 def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
-    """Say where this machine knows that the database went back; a reader of `analytics` alone cannot ask."""
+    """Warn if this machine knows that the database lost rows; a reader of `analytics` alone cannot check."""
     try:
         with transaction(engine) as opened:
             reason = connection.identity_fault(configuration, engine, opened)
@@ -103,7 +105,7 @@ def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
 
 
 def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -> None:
-    """Raise `CursorError` where this database has not the change that was given this cursor."""
+    """Raise `CursorError` if this database does not have the change of this cursor."""
     names = [each.epoch for each in epochs]
     if at.epoch is not None and at.epoch not in names:
         raise CursorError(
@@ -135,13 +137,13 @@ class _Tail:
         self._output.register(sys.stdout.fileno(), 0)
 
     def run(self, after: Position | None) -> None:
-        """Until the end, or until nobody reads any more. Raises `CursorError`."""
+        """Print changes until the end, or until stdout is closed. Raises `CursorError`."""
         last = self._begin(after)
         while True:
             page = self._page(last)
             self._print(page, last)
             last = Position(page[-1].cursor, page[-1].epoch) if page else last
-            if len(page) < PAGE and (not self._follow or self._has_nobody(IDLE_SECONDS)):
+            if len(page) < PAGE and (not self._follow or self._is_abandoned(IDLE_SECONDS)):
                 return
 
     def _begin(self, after: Position | None) -> Position:
@@ -150,7 +152,7 @@ class _Tail:
                 extent = self._check(opened, after or Position(0))
         except DBAPIError as error:
             if sqlstate(error) in _NO_VIEW:
-                raise SchemaError("There is no change feed in this database: run `archiver migrate`.") from None
+                raise SchemaError("This database has no change feed: run `archiver migrate`.") from None
             raise
         return Position(extent.newest) if after is None else after
 
@@ -160,25 +162,25 @@ class _Tail:
         return extent
 
     def _page(self, last: Position) -> list[feed.Entry]:
-        """The next changes. While the database is away it is waited for, unless the end is."""
-        is_away = False
+        """Return the next changes; while the database is unavailable, wait, unless the end is requested."""
+        is_unavailable = False
         while True:
             try:
                 with transaction(self._engine) as opened:
                     page = feed.select_changes(opened, last.cursor, PAGE)
-                    if is_away or not page or page[0].epoch != last.epoch:
+                    if is_unavailable or not page or page[0].epoch != last.epoch:
                         self._check(opened, last)
             except SQLAlchemyError as error:
-                if not self._follow or not _is_away(error):
+                if not self._follow or not _is_unavailable(error):
                     raise
-                if not is_away:
-                    click.echo("archiver: the database is away; waiting for it", err=True)
-                is_away = True
-                if self._has_nobody(AWAY_SECONDS):
+                if not is_unavailable:
+                    click.echo("archiver: database unavailable; waiting", err=True)
+                is_unavailable = True
+                if self._is_abandoned(UNAVAILABLE_SECONDS):
                     return []
                 continue
-            if is_away:
-                click.echo("archiver: the database is back", err=True)
+            if is_unavailable:
+                click.echo("archiver: database available again", err=True)
             return page
 
     def _print(self, page: list[feed.Entry], last: Position) -> None:
@@ -205,12 +207,12 @@ class _Tail:
                 err=True,
             )
 
-    def _has_nobody(self, seconds: float) -> bool:
-        """Waits so long, or until nobody reads what is printed any more."""
+    def _is_abandoned(self, seconds: float) -> bool:
+        """Wait `seconds`; return True if stdout was closed."""
         return bool(self._output.poll(seconds * 1000))
 
 
-def _is_away(error: SQLAlchemyError) -> bool:
+def _is_unavailable(error: SQLAlchemyError) -> bool:
     if isinstance(error, PoolTimeoutError) or sqlstate(error) in _ENDED or is_unreachable(error):
         return True
     return isinstance(error, DBAPIError) and error.connection_invalidated

@@ -1,3 +1,0 @@
-"""What answers have in common."""
-
-RETRY_AFTER = {"retry-after": "5"}  # RFC 9110, 15.6.4: a 503 may say when to come again, in seconds

@@ -1,0 +1,122 @@
+"""Limits the connections of one process and enforces their deadlines with one timer."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from archiver import telemetry
+
+SWEEP_SECONDS = 0.25
+MAX_REFUSED = 256  # connections beyond the limit that get an error response; further ones are only closed
+ADDRESS_SHARE = 2  # of the limit one such part is for the connections of one address that have not proven a secret
+
+
+class LimitedConnection(Protocol):
+    """A connection that `ConnectionLimiter` can close."""
+
+    @property
+    def address(self) -> str:
+        """Return the client's address."""
+
+    @property
+    def is_occupied(self) -> bool:
+        """Return whether a complete request is being answered."""
+
+    def check(self, now: float, timeout: float) -> None:
+        """Close the connection if it is overdue at `now` (clock of the event loop)."""
+
+    def evict(self) -> None:
+        """Close at once to make room for another connection."""
+
+
+class ConnectionLimiter:
+    """Allows at most `limit` connections, each with `timeout` seconds for the headers of a request.
+
+    Where there are as many, one that waits for a request gives way to a new one: first the oldest of those that have
+    not proven a secret, then the one of the others that is unused longest. A part of the limit is the most that one
+    address has of those that have not proven a secret: from then on it replaces its own.
+    """
+
+    def __init__(self, limit: int, timeout: float) -> None:
+        self._limit, self._timeout = limit, timeout
+        self._max_per_address = max(1, limit // ADDRESS_SHARE)
+        self._connections: set[LimitedConnection] = set()
+        self._unauthenticated: dict[LimitedConnection, None] = {}  # oldest first
+        self._unauthenticated_by_address: dict[str, dict[LimitedConnection, None]] = {}  # of these, likewise
+        self._authenticated: dict[LimitedConnection, None] = {}  # the one unused longest first
+
+    def admit(self, connection: LimitedConnection) -> bool:
+        """Register a connection; return whether it may stay open."""
+        self._connections.add(connection)
+        telemetry.connections.set(len(self._connections))
+        same_address = self._unauthenticated_by_address.get(connection.address, {})
+        if len(same_address) >= self._max_per_address:
+            has_room = self._replace(same_address)
+        elif self._admitted >= self._limit:
+            has_room = self._replace(self._unauthenticated) or self._replace(self._authenticated)
+        else:
+            has_room = True
+        if has_room:
+            self._unauthenticated[connection] = None
+            self._unauthenticated_by_address.setdefault(connection.address, {})[connection] = None
+        return has_room
+
+    def mark_authenticated(self, connection: LimitedConnection) -> None:
+        """Mark a connection as authenticated."""
+        if self._authenticated.pop(connection, False) is None or self._discard_unauthenticated(connection):
+            self._authenticated[connection] = None
+
+    def remove(self, connection: LimitedConnection) -> None:
+        self._connections.discard(connection)
+        self._authenticated.pop(connection, None)
+        self._discard_unauthenticated(connection)
+        telemetry.connections.set(len(self._connections))
+
+    @property
+    def is_saturated(self) -> bool:
+        return len(self._connections) - self._admitted > MAX_REFUSED
+
+    @property
+    def _admitted(self) -> int:
+        return len(self._authenticated) + len(self._unauthenticated)
+
+    def _replace(self, connections: Iterable[LimitedConnection]) -> bool:
+        """Close one idle connection of these; return whether one was closed."""
+        evicted = next((connection for connection in connections if not connection.is_occupied), None)
+        if evicted is None:
+            return False
+        self._authenticated.pop(evicted, None)
+        self._discard_unauthenticated(evicted)
+        telemetry.connections_refused.labels("given_up").inc()
+        evicted.evict()
+        return True
+
+    def _discard_unauthenticated(self, connection: LimitedConnection) -> bool:
+        if connection not in self._unauthenticated:
+            return False
+        del self._unauthenticated[connection]
+        same_address = self._unauthenticated_by_address[connection.address]
+        del same_address[connection]
+        if not same_address:
+            del self._unauthenticated_by_address[connection.address]
+        return True
+
+    @contextmanager
+    def enforcing(self) -> Iterator[None]:
+        """Close overdue connections during the block, with one timer for all of them."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def sweep() -> None:
+            nonlocal timer
+            timer = loop.call_later(SWEEP_SECONDS, sweep)  # first, so that a failure does not end the watch
+            now = loop.time()
+            for connection in tuple(self._connections):
+                connection.check(now, self._timeout)
+
+        timer = loop.call_later(SWEEP_SECONDS, sweep)
+        try:
+            yield
+        finally:
+            timer.cancel()

@@ -1,0 +1,127 @@
+"""Results of calls to CallHQ: a response or an error."""
+
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+import msgspec
+
+DEFAULT_PAUSE, MIN_PAUSE, MAX_PAUSE = 5.0, 1.0, 3600.0  # seconds
+
+_UNAUTHORIZED = frozenset({401, 403})
+_BUSY = frozenset({429, 503})
+_ENCODINGS = frozenset({"", "identity", "gzip"})  # what we ask for: others would come undecoded, or in layers
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
+
+
+class CallError(Exception):
+    """A call to CallHQ failed; the message says how."""
+
+
+class UnreachableError(CallError):
+    """CallHQ did not respond after all retries. Retry later, not before `retry_after` seconds."""
+
+    def __init__(self, what: str, retry_after: float = 0.0) -> None:
+        super().__init__(what)
+        self.retry_after = retry_after  # seconds
+
+
+class UnauthorizedError(CallError):
+    """CallHQ rejects the API key. Set CALLHQ_API_KEY to a valid key of the account."""
+
+    def __init__(self) -> None:
+        super().__init__(str(self.__doc__))
+
+
+class TooLargeError(CallError):
+    """A response exceeds the size limit."""
+
+
+class RequestRefusedError(CallError):
+    """CallHQ returned `status` for a request that it did not fulfil, or no result."""
+
+    def __init__(self, what: str, status: int) -> None:
+        super().__init__(what)
+        self.status = status
+
+
+class AttemptFailedError(Exception):
+    """One attempt failed. `was_sent`: the request may have arrived."""
+
+    def __init__(self, what: str, *, was_sent: bool) -> None:
+        super().__init__(what)
+        self.was_sent = was_sent
+
+
+class ThrottledError(Exception):
+    """CallHQ asks the client to wait (429 or 503)."""
+
+    def __init__(self, status: int, seconds: float) -> None:
+        super().__init__(f"{status}, wait {seconds:.0f} s")
+        self.status, self.seconds = status, seconds
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A response: HTTP status and the decompressed body, byte for byte.
+
+    `began`: when the attempt did that was answered; what was said from then on may be missing in the answer.
+    """
+
+    status: int
+    body: bytes
+    began: datetime
+
+
+def check(response: httpx2.Response) -> None:
+    """Raise the error that the response stands for, if any."""
+    status = response.status_code
+    if status in _UNAUTHORIZED:
+        raise UnauthorizedError
+    if status in _BUSY:
+        raise ThrottledError(status, _retry_after(response.headers.get("retry-after", "")))
+    if status >= 500:  # noqa: PLR2004  # HTTP's server errors begin there
+        raise AttemptFailedError(f"it answered {status}", was_sent=True)
+    if response.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
+        raise AttemptFailedError("it used a Content-Encoding that was not requested", was_sent=True)
+
+
+def failure(error: httpx2.RequestError) -> AttemptFailedError:
+    """Describe a transport error. Only connection errors are quoted: later ones may contain request or response
+    data.
+    """
+    if isinstance(error, httpx2.ConnectError):
+        return AttemptFailedError(f"cannot connect: {error}", was_sent=False)
+    if isinstance(error, httpx2.ConnectTimeout):
+        return AttemptFailedError("no connection in time", was_sent=False)
+    if isinstance(error, httpx2.ProtocolError | httpx2.DecodingError):
+        return AttemptFailedError("its answer is broken, or ended early", was_sent=True)
+    return AttemptFailedError(f"the connection failed ({type(error).__name__})", was_sent=True)
+
+
+def _retry_after(header: str) -> float:
+    """Return Retry-After in seconds, from seconds or an HTTP date (RFC 9110, 10.2.3), within limits."""
+    text = header.strip()
+    seconds = DEFAULT_PAUSE
+    if _SECONDS.fullmatch(text):
+        seconds = float(text)
+    elif text:
+        try:
+            moment = parsedate_to_datetime(text)
+        except (ValueError, OverflowError):
+            pass
+        else:
+            aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            seconds = (aware - datetime.now(UTC)).total_seconds()
+    return min(max(seconds, MIN_PAUSE), MAX_PAUSE)
+
+
+def member(body: bytes, name: str) -> dict[str, Any] | None:
+    """The object that a JSON object holds under this name."""
+    try:
+        document = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return None
+    held = document.get(name) if isinstance(document, dict) else None
+    return held if isinstance(held, dict) else None

@@ -1,0 +1,127 @@
+"""Messages of an erasure on stderr."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from archiver import spool
+from archiver.cli.output import counted
+from archiver.erasure import Counts, Target
+
+MAX_SHOWN = 20
+
+
+def warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None:
+    """Warn of targets that are unknown and probably misspelt."""
+    for name in variables:
+        click.echo(f"archiver: no turn has a variable {name}", err=True)
+    for each in unknown[:MAX_SHOWN]:
+        target = f"chat {each.chat_id}" if each.chat_id else f"session {each.session_id}"
+        click.echo(f"archiver: nothing is known of {target}: what is delivered of it later is refused", err=True)
+    if len(unknown) > MAX_SHOWN:
+        click.echo(f"archiver: and of {len(unknown) - MAX_SHOWN:,} more", err=True)
+
+
+def warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
+    """Warn of sessions that may hold text of an erased turn in unclaimed history messages."""
+    for session_id in unclaimed[:MAX_SHOWN]:
+        click.echo(
+            f"archiver: no webhook delivered the text of a selected turn; session {session_id} has history messages"
+            " that no turn claims: they may be its words, and stay; erase the whole session to be sure",
+            err=True,
+        )
+    if len(unclaimed) > MAX_SHOWN:
+        click.echo(f"archiver: and {len(unclaimed) - MAX_SHOWN:,} more sessions", err=True)
+
+
+def warn_of_held_quarantine(count: int) -> None:
+    """Report how many quarantine rows a hold keeps."""
+    if count:
+        stay = counted(count, "row of the quarantine stays", "rows of the quarantine stay")
+        click.echo(
+            f"archiver: {stay}, for what a legal hold covers may be in it: erase again once that is released",
+            err=True,
+        )
+
+
+def warn_of_unsearchable(count: int) -> None:
+    """Report how many quarantine rows could not be searched because they cannot be decoded."""
+    if count:
+        bodies = counted(count, "quarantined body", "quarantined bodies")
+        click.echo(
+            f"archiver: {bodies} could not be searched, because their bytes cannot be decoded: list them with"
+            " archiver quarantine list --unsearchable, look at each with archiver quarantine show ID",
+            err=True,
+        )
+
+
+def warn_of_repeated_content(repeating: Sequence[Target]) -> None:
+    """List turns whose deliveries repeat erased content, with the command that erases them."""
+    if not repeating:
+        return
+    repeat = counted(len(repeating), "other turn repeats", "other turns repeat")
+    click.echo(
+        f"archiver: {repeat} what an erased turn said: their deliveries stay in the ledger as they were received."
+        " To erase them as well:",
+        err=True,
+    )
+    for each in repeating[:MAX_SHOWN]:
+        options = (
+            f"--chat {shlex.quote(each.chat_id)}" if each.chat_id else f"--session {shlex.quote(each.session_id)}"
+        )
+        click.echo(f"  archiver erase {options}", err=True)
+    if len(repeating) > MAX_SHOWN:
+        click.echo(f"archiver: and {len(repeating) - MAX_SHOWN:,} more; --json lists all", err=True)
+
+
+def warn_of_spool(folder: Path) -> None:
+    """Report spooled deliveries, which an erasure does not reach."""
+    try:
+        waiting = spool.select_depth(folder).events
+    except spool.SpoolError as error:
+        click.echo(f"archiver: what waits on the spool is not known: {error}", err=True)
+    else:
+        if waiting:
+            wait = counted(waiting, "delivery waits", "deliveries wait")
+            click.echo(
+                f"archiver: {wait} on the spool in {folder}: what was erased stays there until serve has drained it,"
+                " and is refused then",
+                err=True,
+            )
+    for each in spool.set_aside_files(folder):
+        click.echo(
+            f"archiver: {each} is damaged and may hold what was erased: look at it, then remove it by hand", err=True
+        )
+
+
+def describe_counts(counts: Counts) -> str:
+    """Return the counts as one line."""
+    each = [counted(getattr(counts, f"{noun}s"), noun) for noun in ("session", "turn", "message", "event")]
+    return ", ".join([*each, f"{counts.quarantined:,} quarantined"])
+
+
+def print_refusal(ordered: int, *, dry_run: bool) -> None:
+    """Explain that holds stopped the erasure. `ordered`: targets ordered before the hold."""
+    advice = "release the hold, or say --skip-held to erase the rest"
+    if ordered:
+        click.echo(
+            f"archiver: {counted(ordered, 'session or turn', 'sessions and turns')} had been ordered to be erased"
+            " when the hold was placed: they go, unless it covers them too, with the next archiver erase or by a"
+            f" worker within the hour. Of the rest nothing was erased; {advice}",
+            err=True,
+        )
+    else:
+        click.echo(f"archiver: nothing {'would be' if dry_run else 'was'} erased; {advice}", err=True)
+
+
+def print_held(held: Mapping[Target, Sequence[int]]) -> None:
+    """List the held targets with their holds."""
+    for target, holds in list(held.items())[:MAX_SHOWN]:
+        turn = f" chat {target.chat_id}" if target.chat_id else ""
+        numbers = ", ".join(str(each) for each in holds)
+        session = f"session {target.session_id}" if target.session_id else "without a session,"
+        click.echo(f"archiver: {session}{turn} is under legal hold {numbers}; see archiver hold list", err=True)
+    if len(held) > MAX_SHOWN:
+        click.echo(f"archiver: and {len(held) - MAX_SHOWN:,} more", err=True)

@@ -1,0 +1,56 @@
+"""The folder under ARCHIVER_HOME in which the processes of one `serve` share their metrics."""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from archiver import telemetry
+from archiver.settings import SettingsError
+
+FOLDER = "metrics"  # in ARCHIVER_HOME
+_LOCK = ".lock"
+
+
+@contextmanager
+def shared_metrics(home: Path, processes: int) -> Iterator[None]:
+    """Let several processes share metrics, so that /metrics of each reports the sum.
+
+    Removes the folders of those that were killed: a folder is in use as long as its lock is held. Raises
+    `SettingsError` where ARCHIVER_HOME cannot be written.
+    """
+    if processes == 1:
+        yield
+        return
+    parent = home.resolve() / FOLDER
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = parent / secrets.token_hex(8)
+        folder.mkdir(mode=0o700)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SettingsError(f"ARCHIVER_HOME: {parent} cannot be written ({error.strerror or error}).") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for other in parent.iterdir():
+            if other != folder:
+                _remove_unused(other)
+        os.environ[telemetry.MULTIPROCESS_FOLDER] = str(folder)
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder unless it is locked; skip one without a lock file."""
+    with suppress(OSError):
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)

@@ -1,0 +1,106 @@
+"""Options for checks against external evidence: public keys and exported seals."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Annotated, Any, TypeVar
+
+import click
+import msgspec
+from click.core import ParameterSource
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from archiver import seals
+from archiver.cli.output import Whole
+from archiver.seals import KeyFileError, Seal
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def key_option(default: str = "") -> Callable[[Command], Command]:
+    """`--key`; `default` is for the help."""
+    return click.option(
+        "--key",
+        "key_files",
+        multiple=True,
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help=f"Public key (PEM) that signs seals; several after a rotation. {default}",
+    )
+
+
+signed_since_option = click.option(
+    "--signed-since",
+    default=1,
+    show_default=True,
+    type=Whole(1),
+    metavar="SEAL",
+    help="With --key: the first seal that must be signed.",
+)
+against_option = click.option(
+    "--against",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Seals as `archiver seals export` wrote them elsewhere; - for stdin.",
+)
+
+
+def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
+    """Read the keys by id. Wrong usage if signatures are to be checked and no key is given."""
+    if not key_files and is_on_command_line("signed_since"):
+        raise click.UsageError("--signed-since requires a public key: add --key FILE")
+    try:
+        keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
+    except KeyFileError as error:
+        raise click.UsageError(f"--key: {error}.") from None
+    return {seals.key_id(key): key for key in keys}
+
+
+def is_on_command_line(parameter: str) -> bool:
+    """Return whether the option is on the command line, even with its default value."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+
+
+def check_seal_exists(newest: Seal, **seal_options: int | None) -> None:
+    """Reject an option that names a seal which does not exist yet."""
+    for parameter, number in seal_options.items():
+        if number is not None and number > newest.id and is_on_command_line(parameter):
+            raise click.UsageError(f"There is no seal {number}: the newest is {newest.id}.")
+
+
+class _ExportedSeal(msgspec.Struct):
+    """The relevant fields of a line of `archiver seals export`."""
+
+    id: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    statement: str = ""
+    key_id: str | None = None
+
+
+def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]:
+    """Read the hashes of exported seals by number, and the last sealed id of each table."""
+    heads: dict[int, bytes] = {}
+    newest: _ExportedSeal | None = None
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            exported = msgspec.json.decode(line, type=_ExportedSeal)
+        except (ValueError, RecursionError):
+            raise click.UsageError(
+                f"--against: line {number} is no seal as `archiver seals export` prints."
+            ) from None
+        hashed = bytes.fromhex(exported.hash)
+        if heads.setdefault(exported.id, hashed) != hashed:
+            raise click.UsageError(
+                f"--against: line {number} has another hash for seal {exported.id} than an earlier line."
+            )
+        if newest is None or exported.id >= newest.id:
+            newest = exported
+    if newest is None:
+        raise click.UsageError("--against: the file contains no seal; create it with `archiver seals export`")
+    if not newest.statement:
+        return heads, {}
+    try:
+        sealed = seals.chain.seal_from_statement(newest.statement, heads[newest.id], newest.key_id, None)
+    except (ValueError, OverflowError):
+        raise click.UsageError(f"--against: the statement of seal {newest.id} is none of a seal.") from None
+    return heads, sealed.through

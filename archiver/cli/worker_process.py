@@ -1,0 +1,162 @@
+"""The worker beside a receiver, in a process of its own, so that reading histories does not delay webhooks.
+
+It is started again when it ends by itself, and ends with its parent, however that ended. Its duties fail and recover
+inside it (`worker.supervision`); what ends the whole process is reported from here.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver import database, heartbeats, reloading, settings, telemetry
+from archiver.app import exit_with_parent
+from archiver.cli.worker import work
+from archiver.duties import Report, fault_location
+from archiver.settings import SettingsError
+
+log = structlog.get_logger(__name__)
+
+STOP_SECONDS = 30
+INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
+STABLE_SECONDS = 60.0  # a worker that ran for so long is started again after the first pause
+PROCESS = "worker"  # stands for the whole process among the duties
+
+
+@contextmanager
+def running_worker(environment: Mapping[str, str], url: str) -> Iterator["WorkerProcess"]:
+    """Run a worker process during the block, with this environment over the process's own.
+
+    `url`: of the database, where the settings name none; and where faults of the whole process are reported.
+    """
+    worker_process = WorkerProcess(environment, url)
+    try:
+        yield worker_process
+    finally:
+        worker_process.stop()
+
+
+class WorkerProcess:
+    """The worker process, restarted if it ends unexpectedly."""
+
+    def __init__(self, environment: Mapping[str, str], url: str) -> None:
+        self._environment, self._url = environment, url
+        self._id = f"{socket.gethostname()}:{os.getpid()}:serve"
+        self._stopping = threading.Event()
+        self._restarts = 0
+        self._process, self._said = _start(environment, url)
+        self._watcher = threading.Thread(target=self._watch, name="companion", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Stop the worker, first with SIGTERM."""
+        self._stopping.set()
+        self._process.terminate()
+        # The watcher may just have started another one: once it has ended there is none but this.
+        self._watcher.join(STOP_SECONDS)
+        self._process.terminate()
+        self._process.join(STOP_SECONDS)
+        self._process.kill()
+
+    def hang_up(self) -> None:
+        """Send SIGHUP, so that the worker reloads its files; it is delivered once the worker is ready."""
+        pid = self._process.pid
+        if pid is not None and self._process.exitcode is None:
+            os.kill(pid, signal.SIGHUP)
+
+    def _watch(self) -> None:
+        pause, is_recorded = INITIAL_PAUSE_SECONDS, False
+        while True:
+            telemetry.worker_up.labels(PROCESS).set(1)
+            self._process.join(STABLE_SECONDS)
+            if self._process.is_alive():
+                pause = INITIAL_PAUSE_SECONDS
+                is_recorded = is_recorded and not self._record(None)
+                continue
+            # 0: it was stopped by a signal, as this process is about to be.
+            if self._stopping.wait(pause):
+                return
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            self._restarts += 1
+            telemetry.worker_up.labels(PROCESS).set(0)
+            telemetry.worker_restarts.labels(PROCESS).inc()
+            code = self._process.exitcode
+            reason = f"the process ended with {_exit_text(code)}: {_reason_from(self._said)}"
+            log.error("worker process ended unexpectedly; restarting", code=code, reason=reason)
+            is_recorded = self._record(reason) or is_recorded
+            self._process, self._said = _start(self._environment, self._url)
+
+    def _record(self, reason: str | None) -> bool:
+        """Report the fault for `status` and `doctor`, or withdraw it; return whether the database stored it."""
+        try:
+            engine = database.connect(database.database_url(self._url), pool_size=1)
+            with database.transaction(engine, statement_seconds=5, lock_seconds=2) as connection:
+                if reason is None:
+                    heartbeats.delete_worker(connection, self._id)
+                else:
+                    report = Report("failed", datetime.now(UTC), reason, self._restarts)
+                    heartbeats.upsert_worker(connection, heartbeats.Process(self._id), {PROCESS: report})
+            engine.dispose()
+        except (SettingsError, SQLAlchemyError):
+            return False
+        return True
+
+
+def _exit_text(code: int | None) -> str:
+    if code is not None and code < 0:
+        return signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    return f"code {code}"
+
+
+def _reason_from(reason_pipe: Connection) -> str:
+    """Return what the process said about its end."""
+    try:
+        return str(reason_pipe.recv()) if reason_pipe.poll() else _NO_REASON
+    except (EOFError, OSError):
+        return _NO_REASON
+    finally:
+        reason_pipe.close()
+
+
+_NO_REASON = "it gave no reason; see the log before this line, and the machine's log for a lack of memory"
+
+
+def _start(environment: Mapping[str, str], url: str) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(dict(environment), url, sending), name="worker")
+    process.start()
+    sending.close()
+    return process, receiving
+
+
+def _run(environment: Mapping[str, str], url: str, reason_pipe: Connection) -> None:
+    # Ctrl-C reaches the whole group: the parent decides when this ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name, value in environment.items():
+        os.environ[name] = value
+        os.environ.pop(f"{name}_FILE", None)
+    exit_with_parent()
+    telemetry.configure_logs("info", "auto")  # until the settings are read
+    try:
+        used = reloading.look()
+        configuration = settings.read()
+        telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        work(configuration, url, used)
+    except Exception as error:  # the outermost frame of the process
+        reason = (
+            str(error) if isinstance(error, SettingsError) else f"{type(error).__name__} at {fault_location(error)}"
+        )
+        log.exception("worker process failed", reason=reason)
+        reason_pipe.send(reason)
+        sys.exit(1)

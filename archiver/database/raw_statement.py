@@ -1,0 +1,102 @@
+"""Execute frequent statements past SQLAlchemy's engine, which costs several times the driver's time."""
+
+import logging
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import msgspec
+import psycopg
+from sqlalchemy import AdaptedConnection, Connection
+
+from archiver.database.errors import as_of_engine
+
+# Where the first of several fails the driver warns of the others that they were not run: no news to the caller.
+logging.getLogger("psycopg").addFilter(
+    lambda record: not any(isinstance(each, psycopg.errors.PipelineAborted) for each in record.args or ())
+)
+
+
+class Rows:
+    """Converts result rows to named tuples; the names come from the first result."""
+
+    def __init__(self) -> None:
+        self._make: Callable[[Iterable[Any]], Any] | None = None
+
+    def of(self, cursor: Any, answered: Sequence[Any]) -> list[Any]:
+        """All that it answered."""
+        if not answered:
+            return []
+        if self._make is None:
+            make_kind: Any = namedtuple
+            self._make = make_kind("Row", [column.name for column in cursor.description], rename=True)._make
+        return list(map(self._make, answered))
+
+
+class Statement(msgspec.Struct, frozen=True, gc=False):
+    """A statement with its parameters, for `execute`."""
+
+    text: str
+    parameters: Sequence[Any]
+    rows: Rows
+
+
+class RawStatement:
+    """A statement in Postgres' own syntax, with parameters $1, $2 ..."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._rows = Rows()
+
+    def bind(self, *parameters: Any) -> Statement:
+        """With these parameters."""
+        return Statement(self._text, parameters, self._rows)
+
+    def execute(self, connection: Connection, *parameters: Any) -> list[Any]:
+        """Return the result rows as named tuples. Raises the errors of the engine."""
+        (answered,) = execute(connection, self.bind(*parameters))
+        return answered
+
+
+def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
+    """Run statements in the connection's transaction, in one round trip."""
+    if not statements:
+        return []
+    if not connection.in_transaction():
+        connection.begin()
+    adapted: Any = connection.connection.dbapi_connection
+    driver: Any = connection.connection.driver_connection
+    cursors = [driver.cursor() for _ in statements]
+    try:
+        if isinstance(adapted, AdaptedConnection):
+            answers = adapted.run_async(partial(_run_async, cursors=cursors, statements=statements))
+        else:
+            answers = _run(driver, cursors, statements)
+    except psycopg.Error as error:
+        undone = (each for each, cursor in zip(statements, cursors, strict=True) if cursor.pgresult is None)
+        raise as_of_engine(connection, next(undone, statements[-1]).text, error) from error
+    except Exception:
+        raise
+    except BaseException as error:  # cancelled: the state of the server is unknown
+        connection.invalidate(error)
+        raise
+    each_answered = zip(statements, cursors, answers, strict=True)
+    return [statement.rows.of(cursor, answered) for statement, cursor, answered in each_answered]
+
+
+async def _run_async(
+    driver: psycopg.AsyncConnection[Any], cursors: Sequence[Any], statements: Sequence[Statement]
+) -> list[Any]:
+    async with driver.pipeline() if len(statements) > 1 else nullcontext():
+        for cursor, statement in zip(cursors, statements, strict=True):
+            await cursor.execute(statement.text, statement.parameters)
+    return [() if cursor.rownumber is None else await cursor.fetchall() for cursor in cursors]
+
+
+def _run(driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Sequence[Statement]) -> list[Any]:
+    with driver.pipeline() if len(statements) > 1 else nullcontext():
+        for cursor, statement in zip(cursors, statements, strict=True):
+            cursor.execute(statement.text, statement.parameters)
+    return [() if cursor.rownumber is None else cursor.fetchall() for cursor in cursors]

@@ -1,0 +1,174 @@
+"""Paths: home folder, lock files, data folder and socket folder.
+
+In home: `postgres` (the data folder, or a symbolic link to it), `postgres.log`, and three empty files that carry
+locks: `postgres.lock` (held while starting or stopping), `postgres.users` (shared by every process that uses the
+server) and `postgres.watch` (held by the watchdog). Where the path is too long for a socket, `postgres.socket` is a
+link to the short folder that has it.
+"""
+
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from archiver.embedded.account import Account, can_reach
+from archiver.embedded.postmaster import POLL_SECONDS, SHORT_PREFIX, SOCKET_NAME, EmbeddedError, is_private, try_lock
+
+LOCK_SECONDS = 240.0
+_ROOT_FOLDER = Path("/var/lib/callhq-archiver")
+_SOCKET_PATH_BYTES = 90  # the systems' own limits begin at 104
+
+
+def open_home(home: Path) -> Path:
+    """The home folder, resolved; made if it is missing.
+
+    Private to us, but as root it lets others pass (not look): the server's account must reach the data inside.
+    """
+    home = home.resolve()
+    if not home.is_dir():
+        home.mkdir(parents=True)
+        home.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    return home
+
+
+def open_file(path: Path) -> int:
+    """A private file for locks or logs, made if missing; follows no link, and is not inherited by other programs.
+
+    Root gives a new one to the owner of its folder, who may want to run without root the next time.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return os.open(path, flags)
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.fchown(file, owner.st_uid, owner.st_gid)
+    return file
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[int]:
+    """Holds the lock of a file, given as file descriptor; `EmbeddedError` if others keep it for minutes."""
+    file = open_file(path)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not try_lock(file):
+            if time.monotonic() > deadline:
+                raise EmbeddedError(f"Another process has been starting or stopping Postgres for too long: {path}.")
+            time.sleep(POLL_SECONDS)  # flock has no time limit of its own
+        yield file
+    finally:
+        os.close(file)
+
+
+def join_users(home: Path) -> int:
+    """Registers this process as a user of the server, for as long as the file descriptor stays open."""
+    file = open_file(home / "postgres.users")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def locate(home: Path, account: Account | None) -> Path:
+    """The data folder of a home, made already or not.
+
+    It is `home/postgres`, unless root's account cannot pass through the folders above: those are not ours to open, so
+    the data then lies under /var/lib/callhq-archiver, in a folder named after the home, and `home/postgres` becomes a
+    link to it. The name depends on the home alone, so that every start finds the same data.
+    """
+    inside = home / "postgres"
+    if inside.is_symlink():
+        target = inside.resolve()
+        if not target.is_dir():
+            raise EmbeddedError(
+                f"{inside} points at {target}, which is gone: restore it, or remove the link to start empty."
+            )
+        return target
+    if account is None or can_reach(account, home):
+        return inside
+    if inside.exists():
+        raise EmbeddedError(
+            f"The user {account.name}, who owns {inside}, cannot pass through the folders above it: open them "
+            "(chmod o+x), or set ARCHIVER_HOME to another folder."
+        )
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+    return root_owned(root_folder() / digest) / "postgres"
+
+
+def link(home: Path, data: Path) -> None:
+    """Leaves a link in home to data that lies elsewhere."""
+    inside = home / "postgres"
+    if data != inside and not inside.is_symlink():
+        inside.symlink_to(data)
+
+
+def root_folder() -> Path:
+    """Root's own folder for what other users must reach."""
+    return root_owned(_ROOT_FOLDER)
+
+
+def root_owned(folder: Path) -> Path:
+    """Makes a folder, or raises `EmbeddedError` if what is there could be anybody's."""
+    folder.mkdir(mode=0o711, exist_ok=True)
+    result = folder.lstat()
+    if not stat.S_ISDIR(result.st_mode) or result.st_uid != 0 or result.st_mode & 0o022:
+        raise EmbeddedError(f"{folder} is not a folder that only root can write: remove it, or set ARCHIVER_HOME.")
+    folder.chmod(0o711)
+    return folder
+
+
+def make_socket_folder(home: Path, data: Path, account: Account | None) -> Path:
+    """The data folder itself, which is private; or a short folder, if its path would not do for a socket.
+
+    Too long is too long for the kernel; a comma separates hosts for libpq. A server that is started again gets the
+    folder that it had: every process that uses it knows it by that name.
+    """
+    if len(os.fsencode(data / SOCKET_NAME)) < _SOCKET_PATH_BYTES and "," not in str(data):
+        return data
+    known = home / "postgres.socket"
+    folder = _reuse_linked(known, data) or Path(tempfile.mkdtemp(prefix=SHORT_PREFIX, dir=_short_temporary(account)))
+    if account is not None:
+        os.chown(folder, account.uid, account.gid, follow_symlinks=False)
+    if not known.is_symlink():
+        known.symlink_to(folder)
+    return folder
+
+
+def _reuse_linked(known: Path, data: Path) -> Path | None:
+    """Return the linked short folder; remove the link if the folder now belongs to another user."""
+    if not known.is_symlink():
+        return None
+    folder = known.readlink()
+    if folder.is_absolute() and folder.name.startswith(SHORT_PREFIX):
+        with suppress(OSError):
+            folder.mkdir(mode=0o700)
+            return folder
+        if is_private(folder, data):
+            return folder
+    known.unlink()
+    return None
+
+
+def _short_temporary(account: Account | None) -> Path:
+    """The system's temporary folder; /tmp if that is too long or closed to the account."""
+    folder = Path(tempfile.gettempdir())
+    path_bytes = len(os.fsencode(folder / f"{SHORT_PREFIX}12345678" / SOCKET_NAME))
+    fits = path_bytes < _SOCKET_PATH_BYTES and "," not in str(folder)
+    return folder if fits and (account is None or can_reach(account, folder)) else Path("/tmp")  # noqa: S108 - mkdtemp makes a private folder in it
+
+
+def check_socket_folder(folder: Path, data: Path) -> None:
+    """Raises `EmbeddedError` unless the folder is private to the owner of the data.
+
+    /tmp is open to everybody: if a cleaner removed our folder, another user may have created one of the same name.
+    """
+    if not is_private(folder, data):
+        raise EmbeddedError(
+            f"{folder} should hold the socket of Postgres, but it is not a private folder of its owner: others may "
+            "be listening in. Stop every process that uses this database, then start again; or set DATABASE_URL."
+        )

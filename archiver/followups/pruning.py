@@ -1,0 +1,80 @@
+"""Delete old deliveries, deliveries of removed subscriptions, and their attempts, in batches."""
+
+from collections.abc import Sequence
+
+import msgspec
+from sqlalchemy import Connection, TextClause, text
+
+Key = tuple[int, int]  # subscription_id, cursor
+BATCH_SIZE = 1_000
+
+_SELECT = """
+    SELECT subscription_id, cursor FROM archiver.deliveries
+     WHERE {which} AND (subscription_id, cursor) NOT IN (SELECT t.* FROM json_to_recordset(:but) AS t
+                                                         (subscription_id bigint, cursor bigint))
+     LIMIT :most FOR UPDATE SKIP LOCKED
+"""
+_SELECT_ENDED = text(_SELECT.format(which="ended_at < now() - :days * interval '1 day'"))
+# Which there are, from one to the next by the index.
+_SELECT_REMOVED = text(
+    _SELECT.format(
+        which="""subscription_id = (
+                WITH RECURSIVE known AS (
+                    SELECT min(subscription_id) AS id FROM archiver.deliveries
+                     UNION ALL
+                    SELECT (SELECT min(d.subscription_id) FROM archiver.deliveries d
+                             WHERE d.subscription_id > known.id)
+                      FROM known WHERE known.id IS NOT NULL
+                )
+                SELECT min(id) FROM known
+                 WHERE NOT EXISTS (SELECT FROM archiver.subscriptions s WHERE s.id = known.id)
+            )"""
+    )
+)
+_SELECT_OF = text(_SELECT.format(which="subscription_id = :id"))
+_DELETE = text(
+    """
+    WITH old AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(:keys) AS t (subscription_id bigint, cursor bigint)
+    ), gone AS MATERIALIZED (
+        DELETE FROM archiver.deliveries d USING old
+         WHERE d.subscription_id = old.subscription_id AND d.cursor = old.cursor
+           AND (d.ended_at IS NOT NULL
+                OR NOT EXISTS (SELECT FROM archiver.subscriptions s WHERE s.id = d.subscription_id))
+        RETURNING d.subscription_id, d.cursor
+    ), attempts AS (
+        DELETE FROM archiver.attempts a USING gone g
+         WHERE a.subscription_id = g.subscription_id AND a.cursor = g.cursor
+    )
+    SELECT count(*) FROM gone
+    """
+)
+
+
+def select_ended(connection: Connection, days: int, but: Sequence[Key] = ()) -> list[Key]:
+    """Some of those that ended so long ago, without these."""
+    return _select(connection, _SELECT_ENDED, but, days=days)
+
+
+def select_removed(connection: Connection, but: Sequence[Key] = ()) -> list[Key]:
+    """Some whose subscription was removed, without these."""
+    return _select(connection, _SELECT_REMOVED, but)
+
+
+def _select(connection: Connection, query: TextClause, but: Sequence[Key], **values: int) -> list[Key]:
+    rows = connection.execute(query, {**values, "but": _json(but), "most": BATCH_SIZE})
+    return [(row.subscription_id, row.cursor) for row in rows]
+
+
+def delete_deliveries(connection: Connection, keys: Sequence[Key]) -> int:
+    """Drop these, unless they wait to be sent again by now; returns how many."""
+    return int(connection.scalar(_DELETE, {"keys": _json(keys)}) or 0)
+
+
+def delete_of_subscription(connection: Connection, subscription_id: int) -> int:
+    """Drop some of a subscription that was removed; returns how many."""
+    return delete_deliveries(connection, _select(connection, _SELECT_OF, (), id=subscription_id))
+
+
+def _json(keys: Sequence[Key]) -> str:
+    return msgspec.json.encode([{"subscription_id": key[0], "cursor": key[1]} for key in keys]).decode()

@@ -1,0 +1,28 @@
+"""Correct due times that are implausibly far ahead because a clock was."""
+
+from datetime import timedelta
+
+from sqlalchemy import Connection, text
+
+from archiver import database
+from archiver.projection import Timing
+
+MAX_AHEAD = timedelta(hours=25)  # of a retry; a reading is due within the life of its session
+
+_MAKE_DUE = (
+    "UPDATE archiver.sessions SET reconcile_at = :now WHERE reconcile_at > :beyond_reading",
+    "UPDATE archiver.deliveries SET due_at = :now WHERE state = 'pending' AND due_at > :beyond",
+    "UPDATE archiver.subscriptions SET closed_until = :now WHERE closed_until > :beyond",
+    "UPDATE archiver.pauses SET until = :now WHERE until > :beyond",
+    "UPDATE archiver_jobs.procrastinate_jobs SET scheduled_at = NULL WHERE status = 'todo' AND scheduled_at > :now",
+)
+
+
+def make_impossible_times_due(connection: Connection, timing: Timing) -> int:
+    """Make them due; answers how many rows."""
+    now = database.now()
+    values = {"now": now, "beyond": now + MAX_AHEAD, "beyond_reading": now + timing.lifetime + MAX_AHEAD}
+    return sum(
+        connection.execute(text(each), {name: value for name, value in values.items() if f":{name}" in each}).rowcount
+        for each in _MAKE_DUE
+    )
