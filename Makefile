@@ -29,7 +29,7 @@ test: $(VENV)/.installed  ## Run the tests, six at a time (TEST_ARGS goes to pyt
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -n 6 --dist worksteal $(TEST_ARGS)
 
-check: lint  ## Everything but the tests: style, types, floors, documentation, branch coverage of the last test run
+check: lint  ## Everything but the tests: style, types, rooms, documentation, branch coverage of the last test run
 	@$(BIN)/python -m pytest -q tests/test_docs.py
 	@if ls .coverage* >/dev/null 2>&1; then $(BIN)/coverage combine --quiet 2>/dev/null; $(BIN)/coverage report || { echo 'That is the coverage of the last test run: after TEST_ARGS it is that of a part. Run make test, then make check.' >&2; exit 1; }; else echo 'No coverage to report: run make test first.'; fi
 

@@ -2,8 +2,8 @@
 
 from alembic import context
 
-from archiver import tables
-from archiver.schema import VERSION_TABLE
+from archiver.database import tables
+from archiver.database.schema import VERSION_TABLE
 
 connection = context.config.attributes.get("connection")
 if connection is None:

@@ -12,7 +12,8 @@ import pytest
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import database, schema
+from archiver import database
+from archiver.database import schema
 from tests import servers
 from tests.waiting import until
 

@@ -11,7 +11,7 @@ from typing import overload
 
 import msgspec
 
-from archiver.alignment import HistoryMessages, TurnMessages, transcript
+from archiver.archive.transcript import HistoryMessages, TurnMessages, transcript
 from archiver.events import Message
 
 START = datetime(2024, 1, 15, tzinfo=UTC)

@@ -10,12 +10,13 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Engine
 
-from archiver import export, history, seals
+from archiver.compliance import export, seals
+from archiver.compliance.erasure import Target
+from archiver.compliance.export import CompletedExport, ExportRequest, Finding, Selection
 from archiver.database import transaction
-from archiver.erasure import Target
-from archiver.export import CompletedExport, ExportRequest, Finding, Selection
-from archiver.ingest import Delivery
-from archiver.ingest.writing import store
+from archiver.events import responses
+from archiver.inbound import Delivery
+from archiver.inbound.writing import store
 from tests.payloads import created, deleted, event
 from tests.rows import execute
 from tests.test_erasure import NOW, TIMING, erase, read, record, said
@@ -52,7 +53,7 @@ def fill(engine: Engine) -> None:
 
 def unread(engine: Engine, session_id: str, answer: bytes) -> None:
     """A history answer that nobody can read."""
-    delivery = Delivery(history.parse_history(session_id, 200, answer), NOW, None, source=history.SOURCE)
+    delivery = Delivery(responses.parse_history(session_id, 200, answer), NOW, None, source=responses.SOURCE)
     with transaction(engine) as connection:
         store(connection, [delivery], TIMING)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from archiver import feed
 from archiver.database import transaction
+from archiver.outbound import feed
 from tests.rows import rows
 
 

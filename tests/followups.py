@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from archiver import database, outbox
+from archiver import database
+from archiver.archive import outbox
 from archiver.database import transaction
-from archiver.followups import Followups, subscriptions
+from archiver.outbound.followups import Followups, subscriptions
 from archiver.settings import Settings
 from tests.upstreams import hosting
 

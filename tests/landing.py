@@ -4,7 +4,8 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from archiver import catalogue, database, schema
+from archiver import database
+from archiver.database import catalogue, schema
 from tests import servers
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"

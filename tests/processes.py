@@ -20,8 +20,8 @@ _IMPORTED = [
     "archiver.cli",
     "uvicorn.lifespan.on",
     "uvicorn.protocols.http.httptools_impl",
-    "archiver.app.connections",
-    "archiver.app.listening",
+    "archiver.http.connections",
+    "archiver.http.listening",
 ]
 
 # Reads a line of JSON for each process to start, answers with its pid, and writes its exit code to a file so named.

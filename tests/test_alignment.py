@@ -18,10 +18,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import HistoryMessages, TranscriptLine, TurnMessages, merge_history, merge_turns, transcript
-from archiver.alignment.candidates import NEARBY, Match
-from archiver.alignment.matching import heaviest_chain
-from archiver.alignment.subsequence import align, common_subsequence
+from archiver.archive.transcript import (
+    HistoryMessages,
+    TranscriptLine,
+    TurnMessages,
+    merge_history,
+    merge_turns,
+    transcript,
+)
+from archiver.archive.transcript.candidates import NEARBY, Match
+from archiver.archive.transcript.matching import heaviest_chain
+from archiver.archive.transcript.subsequence import align, common_subsequence
 from archiver.events import Message
 
 START = datetime(2024, 1, 15, tzinfo=UTC)

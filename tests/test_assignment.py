@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import TranscriptLine, transcript
+from archiver.archive.transcript import TranscriptLine, transcript
 from tests.conversations import DISTINCT, REALISTIC, tally
 from tests.test_alignment import reading, turn
 

@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import audit_log, erasure, legal_holds, seals
+from archiver.compliance import erasure, legal_holds, seals
+from archiver.compliance.erasure import Criteria, Target
+from archiver.compliance.erasure.retention import Rules, examine, expire
+from archiver.compliance.seals import chain
 from archiver.database import snapshot, transaction
-from archiver.erasure import Criteria, Target
-from archiver.erasure.retention import Rules, examine, expire
-from archiver.seals import chain
+from archiver.ledger import audit_log
 from tests import servers
 from tests.payloads import created
 from tests.receivers import archiver

@@ -15,8 +15,8 @@ import pytest
 from starlette.responses import HTMLResponse
 from starlette.types import Receive, Scope, Send
 
-from archiver.demo.upstream import Session
-from archiver.reconcile.backfill import Selection
+from archiver.history.backfill import Selection
+from archiver.simulator.upstream import Session
 from tests import servers
 from tests.payloads import created
 from tests.receivers import archiver, serving

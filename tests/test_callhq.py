@@ -23,8 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from archiver import signatures
-from archiver.callhq import (
+from archiver.history.callhq import (
     Answer,
     CallError,
     Client,
@@ -34,13 +33,14 @@ from archiver.callhq import (
     UnauthorizedError,
     UnreachableError,
 )
-from archiver.callhq.client import ATTEMPTS, MAX_PAUSES, MAX_SESSION_PAUSES
-from archiver.demo import client as customers
-from archiver.demo.faults import Faults
-from archiver.demo.platform import Platform, create
-from archiver.demo.serving import serving
-from archiver.demo.webhooks import Record, Sender
+from archiver.history.callhq.client import ATTEMPTS, MAX_PAUSES, MAX_SESSION_PAUSES
+from archiver.inbound import signatures
 from archiver.settings import Settings, SettingsError
+from archiver.simulator import client as customers
+from archiver.simulator.faults import Faults
+from archiver.simulator.platform import Platform, create
+from archiver.simulator.serving import serving
+from archiver.simulator.webhooks import Record, Sender
 
 KEY = "the-key-5b1f0c"
 TOKEN = "the-token-77aa"

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import catalogue
-from archiver.catalogue import Difference
-from archiver.database import transaction
+from archiver.database import catalogue, transaction
+from archiver.database.catalogue import Difference
 from tests import servers
 from tests.conftest import Cluster
 from tests.rows import execute

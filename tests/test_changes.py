@@ -11,9 +11,11 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
-from archiver import erasure, history, ledger, seals
+from archiver import ledger
+from archiver.archive.rebuild import rebuild
+from archiver.compliance import erasure, seals
 from archiver.database import transaction
-from archiver.rebuild import rebuild
+from archiver.events import responses
 from tests.feeds import cursor, publish, published
 from tests.payloads import created, deleted
 from tests.rows import empty, rows
@@ -250,9 +252,9 @@ class ChangeScenario:
             if rng.random() < 0.3:
                 session_id = rng.choice(self.SESSIONS)
                 read.add(session_id)
-                event = history.parse_history(session_id, *self._history(session_id))
+                event = responses.parse_history(session_id, *self._history(session_id))
                 moment = observe(created()).received_at + timedelta(seconds=seconds)
-                observations.append(ledger.Observation(event, moment, history.SOURCE, None))
+                observations.append(ledger.Observation(event, moment, responses.SOURCE, None))
             else:
                 observations.append(observe(self._delivery(), seconds))
         return read, observations

@@ -20,8 +20,8 @@ from psycopg.conninfo import conninfo_to_dict
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from archiver import schema
 from archiver.database import database_url as parse_url
+from archiver.database import schema
 from archiver.version import describe
 from tests import servers
 from tests.conftest import Cluster

@@ -6,9 +6,10 @@ import pytest
 from sqlalchemy import Engine, text
 
 from archiver import database
+from archiver.archive import DEFAULT_TIMING
 from archiver.database import clock, transaction
-from archiver.followups import subscriptions
-from archiver.projection import DEFAULT_TIMING, leases
+from archiver.history import leases
+from archiver.outbound.followups import subscriptions
 from archiver.worker.clock_recovery import make_impossible_times_due
 from tests.payloads import created
 from tests.receivers import archiver

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import TurnMessages, transcript
-from archiver.alignment.context import messages_of_turn
-from archiver.rebuild import rebuild
+from archiver.archive.rebuild import rebuild
+from archiver.archive.transcript import TurnMessages, transcript
+from archiver.archive.transcript.context import messages_of_turn
 from tests.payloads import created
 from tests.test_alignment import minute, reading, said, texts
 from tests.test_history import TIMING, Archive, answer, archive

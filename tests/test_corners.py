@@ -13,10 +13,10 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Engine, text
 
-from archiver import database, events, ledger, roles
-from archiver.database import transaction
+from archiver import database, events, ledger
+from archiver.database import roles, transaction
 from archiver.events import Event, Malformed, parse
-from archiver.ingest import Delivery, Outcome, UnavailableError, retry_quarantined, write
+from archiver.inbound import Delivery, Outcome, UnavailableError, retry_quarantined, write
 from tests.payloads import created
 from tests.rows import DERIVED, empty, rows
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine
 
 from archiver import events
+from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
 from archiver.events import Event
-from archiver.followups.contents import select_bodies
-from archiver.followups.deliveries import Due
-from archiver.rebuild import rebuild
+from archiver.outbound.followups.deliveries import Due
+from archiver.outbound.followups.payloads import select_bodies
 from tests import servers
 from tests.exports import make
 from tests.test_history import START, TIMING, Archive, answer

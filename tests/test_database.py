@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database
-from archiver.database import RawStatement, copying, execute, run_in_transaction, sqlstate, transaction
+from archiver.database import RawStatement, copy_out, execute, run_in_transaction, sqlstate, transaction
 
 Work = Callable[[Connection], Any]
 Runner = Callable[[Work], Any]
@@ -129,7 +129,7 @@ def test_a_cancelled_transaction_leaves_no_connection_in_an_unknown_state(databa
 # Rows copied out
 
 
-@pytest.mark.parametrize("read", [copying.rows, copying.lines])
+@pytest.mark.parametrize("read", [copy_out.rows, copy_out.lines])
 @pytest.mark.parametrize(
     ("fault", "state"), [("1 / (100000 - i)", "22012"), ("i, pg_cancel_backend(pg_backend_pid())", "57014")]
 )
@@ -151,7 +151,7 @@ def test_a_copy_that_fails_half_way_says_why_and_leaves_the_connection_to_others
     engine.dispose()
 
 
-@pytest.mark.parametrize("read", [copying.rows, copying.lines])
+@pytest.mark.parametrize("read", [copy_out.rows, copy_out.lines])
 def test_a_connection_lost_within_a_copy_is_reported_as_lost(
     read: Callable[..., Generator[Any]], database_url: str
 ) -> None:

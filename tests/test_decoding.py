@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from archiver.erasure import decoding, mentions
-from archiver.erasure.decoding import decode
+from archiver.compliance.erasure import decoding, mentions
+from archiver.compliance.erasure.decoding import decode
 
 MARK = "s-1+ж/é&z"  # each of its characters is escaped by some writer
 DOCUMENT = {"sessionId": MARK, "n": 12345678901234567890, "said": ["näh", None, True]}

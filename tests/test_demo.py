@@ -21,18 +21,18 @@ import pytest
 from rich.console import Console
 
 from archiver import embedded
-from archiver.demo import reconciliation
-from archiver.demo import run as demo
-from archiver.demo.archive_reader import Holdings
-from archiver.demo.comparison import Archive, ChatRow, TranscriptMessage, differences, expected
-from archiver.demo.faults import Faults
-from archiver.demo.invalid_deliveries import InvalidDelivery, invalid_deliveries
-from archiver.demo.reconciliation import ArchivedMessage
-from archiver.demo.upstream import Session, Upstream
-from archiver.demo.verdict import Run, figures, problems
-from archiver.demo.view import View
-from archiver.demo.webhooks import Delivery, Outcome
 from archiver.embedded.postmaster import is_running
+from archiver.simulator import reconciliation
+from archiver.simulator import run as demo
+from archiver.simulator.archive_reader import Holdings
+from archiver.simulator.comparison import Archive, ChatRow, TranscriptMessage, differences, expected
+from archiver.simulator.faults import Faults
+from archiver.simulator.invalid_deliveries import InvalidDelivery, invalid_deliveries
+from archiver.simulator.reconciliation import ArchivedMessage
+from archiver.simulator.upstream import Session, Upstream
+from archiver.simulator.verdict import Run, figures, problems
+from archiver.simulator.view import View
+from archiver.simulator.webhooks import Delivery, Outcome
 from tests.waiting import until as wait_for
 
 
@@ -223,7 +223,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from archiver.demo.run import run
+from archiver.simulator.run import run
 sys.exit(run(exit_when_done=sys.argv[2] == "exit", seed=3, conversations=int(sys.argv[3]), loss=float(sys.argv[4]),
              duplicates=0.2, home=Path(sys.argv[1]), console=Console(width=120)))
 """

@@ -15,11 +15,12 @@ import msgspec
 import pytest
 from sqlalchemy import Engine
 
-from archiver import database, erasure, settings
+from archiver import database, settings
+from archiver.compliance import erasure
+from archiver.compliance.erasure import Target, clocks
+from archiver.compliance.erasure.clocks import ClockError, ClockReading, destruction_time, read_clocks
 from archiver.database import transaction
-from archiver.erasure import Target, clocks
-from archiver.erasure.clocks import ClockError, ClockReading, destruction_time, read_clocks
-from archiver.erasure.periodic import RetentionTasks
+from archiver.worker.retention_tasks import RetentionTasks
 from tests import servers
 from tests.payloads import created, deleted
 from tests.receivers import archiver

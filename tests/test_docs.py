@@ -16,11 +16,13 @@ import click
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import events, quarantine, settings, signatures, tables
-from archiver.app import create
+from archiver import events, settings
 from archiver.cli import cli
-from archiver.database import transaction
+from archiver.database import tables, transaction
 from archiver.events import Event
+from archiver.http import create
+from archiver.inbound import signatures
+from archiver.ledger import quarantine
 from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from archiver.app.connection_limiter import ConnectionLimiter
-from archiver.app.connections import Connection
-from archiver.app.listening import DrainingLoop
+from archiver.http.connection_limiter import ConnectionLimiter
+from archiver.http.connections import Connection
+from archiver.http.listening import DrainingLoop
 from tests.payloads import SECRET, created
 from tests.receivers import serving
 from tests.sockets import Answer, connect, delivery, read

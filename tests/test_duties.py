@@ -13,9 +13,11 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from archiver import database, duties, heartbeats, settings
+from archiver import database, settings
 from archiver.database import transaction
-from archiver.duties import Duty, Report
+from archiver.operations import heartbeats
+from archiver.telemetry import duty_health
+from archiver.telemetry.duty_health import Duty, Report
 from archiver.worker import Worker, supervision
 from tests.payloads import created
 from tests.receivers import Receiver, archiver, serving
@@ -160,7 +162,7 @@ def reports(engine: Engine) -> dict[str, Report]:
 def test_i13_a_duty_that_hangs_is_reported_and_started_again(
     database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duties, "HANG_SECONDS", 6.0)
+    monkeypatch.setattr(duty_health, "HANG_SECONDS", 6.0)
     monkeypatch.setattr(supervision, "LOG_SECONDS", 1.0)
     monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 0.5)
     with running_worker(database_url, monkeypatch):

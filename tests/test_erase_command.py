@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import quarantine, telemetry
+from archiver import telemetry
 from archiver.cli.erasure.running import ErasureRequest, Run
 from archiver.database import transaction
+from archiver.ledger import quarantine
 from tests import servers
 from tests.conftest import Cluster
 from tests.payloads import chat, created, deleted, event

@@ -16,15 +16,19 @@ from sqlalchemy import Engine, text
 from sqlalchemy import event as engine_event
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, erasure, events, history, quarantine
+from archiver import database, events
+from archiver.archive import Timing
+from archiver.archive.rebuild import rebuild
+from archiver.compliance import erasure
+from archiver.compliance.erasure import AuditEntry, Criteria, HeldError, Target, ordering
+from archiver.compliance.erasure.quarantine_matches import delete_mentioning, select_matches
+from archiver.compliance.erasure.targets import of_chats
 from archiver.database import transaction
-from archiver.erasure import AuditEntry, Criteria, HeldError, Target, ordering
-from archiver.erasure.quarantined import delete_mentioning, select_matches
-from archiver.erasure.targets import of_chats
-from archiver.ingest import Delivery, Outcome, retry_quarantined, write
-from archiver.ingest.writing import store
-from archiver.projection import Timing, leases
-from archiver.rebuild import rebuild
+from archiver.events import responses
+from archiver.history import leases
+from archiver.inbound import Delivery, Outcome, retry_quarantined, write
+from archiver.inbound.writing import store
+from archiver.ledger import quarantine
 from tests.payloads import chat, created, deleted, event
 from tests.rows import empty, execute, rows
 from tests.waiting import until
@@ -46,8 +50,8 @@ def read(engine: Engine, session_id: str, minute: float, *messages: tuple[str, s
     body = json.dumps(
         {"session": {"id": session_id, "name": f"name of {session_id}", "messages": published}}
     ).encode()
-    observed = history.parse_history(session_id, 200, body)
-    delivery = Delivery(observed, NOW + timedelta(minutes=minute), None, source=history.SOURCE)
+    observed = responses.parse_history(session_id, 200, body)
+    delivery = Delivery(observed, NOW + timedelta(minutes=minute), None, source=responses.SOURCE)
     with transaction(engine) as connection:
         return store(connection, [delivery], TIMING)[0]
 
@@ -163,7 +167,9 @@ def test_i8_a_redelivery_and_a_late_history_do_not_bring_it_back(engine: Engine)
     again += record(engine, deleted("c1", None), event("session.closed", 1, chat("c1", "s1")), minute=6)
     again.append(read(engine, "s1", 7, *said("c1")))
     with transaction(engine) as connection:
-        registration = Delivery(history.register({"id": "s1", "name": "x"}), NOW, None, source=history.APPLICATION)
+        registration = Delivery(
+            responses.register({"id": "s1", "name": "x"}), NOW, None, source=responses.APPLICATION
+        )
         again += store(connection, [registration], TIMING)
     assert again == [Outcome("ignored", reason="erased")] * len(again)
     assert (archive(engine), rows(engine, "SELECT t::text FROM archiver.events t")) == before
@@ -288,7 +294,7 @@ def test_i8_facts_without_a_session_alone_go_from_the_sessions_that_have_their_t
 def test_i8_it_is_ordered_only_once_those_who_write_have_committed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.erasure.ordering.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("archiver.compliance.erasure.ordering.LOCK_SECONDS", 0.1)
     observed = events.parse(created("c1", "s1"))
     assert isinstance(observed, events.Event)
     with ThreadPoolExecutor(1) as pool:
@@ -343,8 +349,8 @@ def test_i8_only_matching_quarantine_rows_are_deleted(engine: Engine) -> None:
         b"nothing of anybody",
     )
     with transaction(engine) as connection:
-        answer = history.parse_history("s-1", 200, b"secret answer")
-        reject = quarantine.Reject(b"secret answer", "not_storable", "", NOW, None, history.SOURCE, answer)
+        answer = responses.parse_history("s-1", 200, b"secret answer")
+        reject = quarantine.Reject(b"secret answer", "not_storable", "", NOW, None, responses.SOURCE, answer)
         quarantine.upsert_quarantine(connection, [reject])
     erase(engine, Target("s-1"))
     assert [bytes(body) for (body,) in rows(engine, "SELECT body FROM archiver.quarantine ORDER BY id")] == [
@@ -362,8 +368,8 @@ def test_i8_quarantined_history_answers_of_its_session_go_with_a_turn(engine: En
     with transaction(engine) as connection:
         for session_id in ("s1", "s3"):
             body = b"all words of " + session_id.encode()
-            answer = history.parse_history(session_id, 200, body)
-            reject = quarantine.Reject(body, "not_storable", "", NOW, None, history.SOURCE, answer)
+            answer = responses.parse_history(session_id, 200, body)
+            reject = quarantine.Reject(body, "not_storable", "", NOW, None, responses.SOURCE, answer)
             quarantine.upsert_quarantine(connection, [reject])
     erase(engine, Target("s1", "c1"))
     assert quarantined(engine) == [b"all words of s3"]
@@ -396,7 +402,7 @@ def test_i8_the_quarantine_keeps_what_may_be_about_anything_held(engine: Engine)
 def test_i8_what_the_quarantine_was_found_to_hold_goes_with_the_order(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.erasure.ordering.BATCH_SIZE", 2)
+    monkeypatch.setattr("archiver.compliance.erasure.ordering.BATCH_SIZE", 2)
     published = [b'{"sessionId": "s7" broken', b'{"customer": "Mary" broken']
     record(engine, b'{"sessionId": "s6", "and": "s9" broken', *published)
     targets = [Target("s7"), Target("s8"), Target("s9")]
@@ -476,9 +482,9 @@ def test_i8_what_was_ordered_and_not_erased_is_found_and_erased(engine: Engine) 
 
 
 def test_i8_many_erasures_are_swept_page_by_page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("archiver.erasure.sweeping.PAGE", 3)
-    monkeypatch.setattr("archiver.erasure.sweeping.BATCH_SIZE", 2)
-    monkeypatch.setattr("archiver.erasure.ordering.BATCH_SIZE", 2)
+    monkeypatch.setattr("archiver.compliance.erasure.sweeping.PAGE", 3)
+    monkeypatch.setattr("archiver.compliance.erasure.sweeping.BATCH_SIZE", 2)
+    monkeypatch.setattr("archiver.compliance.erasure.ordering.BATCH_SIZE", 2)
     record(engine, *(created(f"c{number}", f"s{number % 5}") for number in range(20)))
     targets = [Target(f"s{number % 5}", f"c{number}") for number in range(0, 20, 2)]
     for number in range(5):
@@ -759,8 +765,8 @@ SCHEDULED_THOUGH_ERASED = """
 
 
 def register(engine: Engine, session_id: str, minute: float) -> Outcome:
-    published = history.register({"id": session_id, "name": "x"})
-    delivery = Delivery(published, NOW + timedelta(minutes=minute), None, source=history.APPLICATION)
+    published = responses.register({"id": session_id, "name": "x"})
+    delivery = Delivery(published, NOW + timedelta(minutes=minute), None, source=responses.APPLICATION)
     with transaction(engine) as connection:
         return store(connection, [delivery], TIMING)[0]
 

@@ -11,11 +11,11 @@ from urllib.parse import urlencode
 import pytest
 from sqlalchemy import Engine
 
-from archiver import erasure
+from archiver.compliance import erasure
+from archiver.compliance.erasure import Target
+from archiver.compliance.erasure.quarantine_matches import select_matches, select_unsearchable
+from archiver.compliance.erasure.targets import of_variable
 from archiver.database import transaction
-from archiver.erasure import Target
-from archiver.erasure.quarantined import select_matches, select_unsearchable
-from archiver.erasure.targets import of_variable
 from tests import servers
 from tests.payloads import created
 from tests.receivers import archiver

@@ -11,7 +11,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from archiver.events import MAX_ID, MAX_MESSAGES, MAX_VARIABLE_DEPTH, REASONS, Chat, Event, Malformed, Message, parse
+from archiver.events import (
+    MAX_ID,
+    MAX_MESSAGES,
+    MAX_VARIABLE_DEPTH,
+    REASONS,
+    Chat,
+    Event,
+    Malformed,
+    Message,
+    parse,
+)
 from tests import payloads
 
 AT = 1_705_311_000_000

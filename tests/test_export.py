@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
-from archiver import erasure, export, seals
+from archiver.compliance import erasure, export, seals
+from archiver.compliance.erasure import Criteria, Target
+from archiver.compliance.export import Finding, FolderError, Selection, UnknownError, reading
+from archiver.compliance.export.records import EventLine, is_plain
 from archiver.database import snapshot, transaction
-from archiver.erasure import Criteria, Target
-from archiver.export import Finding, FolderError, Selection, UnknownError, reading
-from archiver.export.records import EventLine, is_plain
 from tests.exports import KEY, NASTY, check, copied, fill, lines, make, reforge, rewrite
 from tests.payloads import created
 from tests.rows import execute, rows

@@ -18,8 +18,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from sqlalchemy import Engine
 
-from archiver.export import spreadsheet
-from archiver.export.partial import remove_left
+from archiver.compliance.export import spreadsheet
+from archiver.compliance.export.partial_folder import remove_left
 from tests.disks import small_disk
 from tests.exports import KEY, copied, fill, lines, reforge
 from tests.payloads import created

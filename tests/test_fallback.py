@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import Engine
 
 from archiver import database, events
-from archiver.ingest import Delivery, Ingest, Outcome, UnavailableError, draining, fallback
-from archiver.spool import Spool, Spooled, open_spool
+from archiver.inbound import Delivery, Ingest, Outcome, UnavailableError, draining, fallback
+from archiver.inbound.spool import Spool, Spooled, open_spool
 from tests import servers
 from tests.payloads import created
 from tests.proxies import proxied

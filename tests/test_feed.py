@@ -15,11 +15,12 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import database, embedded, feed, ledger, schema
-from archiver.database import transaction
-from archiver.feed import publisher
-from archiver.feed.publishing import PAGE_CHANGES
-from archiver.outbox import Change, insert_changes
+from archiver import database, embedded, ledger
+from archiver.archive.outbox import Change, insert_changes
+from archiver.database import schema, transaction
+from archiver.outbound import feed
+from archiver.outbound.feed import publisher
+from archiver.outbound.feed.publishing import PAGE_CHANGES
 from tests.conftest import Cluster
 from tests.feeds import publish
 from tests.payloads import created

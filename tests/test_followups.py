@@ -11,12 +11,12 @@ from sqlalchemy import Engine
 from standardwebhooks import Webhook
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from archiver import erasure
+from archiver.compliance import erasure
+from archiver.compliance.erasure import AuditEntry, Target
 from archiver.database import transaction
-from archiver.erasure import AuditEntry, Target
-from archiver.followups import contents, deliveries, pruning, review, schedule, subscriptions
-from archiver.followups.deliveries import Due
-from archiver.followups.fanout import MAX_PENDING
+from archiver.outbound.followups import deliveries, payloads, pruning, review, schedule, subscriptions
+from archiver.outbound.followups.deliveries import Due
+from archiver.outbound.followups.fanout import MAX_PENDING
 from tests.feeds import publish
 from tests.followups import SECRET, change, let_time_pass, receiving, sending, states, subscribe
 from tests.payloads import created, deleted
@@ -111,17 +111,17 @@ def test_a_turn_that_was_assigned_since_is_delivered_with_its_session(engine: En
 
 def test_i12_a_body_is_bounded(engine: Engine) -> None:
     now = datetime.now(UTC)
-    record(engine, created("c1", "s1", input="x" * contents.MAX_BYTES), created("c2", "s1"))
+    record(engine, created("c1", "s1", input="x" * payloads.MAX_BYTES), created("c2", "s1"))
     with transaction(engine) as connection:
         due = [Due(1, number, "chat.created", "s1", f"c{number}", None, now, 0, 14) for number in (1, 2)]
-        bodies = contents.select_bodies(connection, due)
+        bodies = payloads.select_bodies(connection, due)
     large, small = (json.loads(bodies[number])["data"] for number in (1, 2))
     assert large["truncated"] is True
     assert "messages" not in large
     assert large["chat"]["status"] == "completed"
     assert len(small["messages"]) == 2
-    wide = {"chat": {"variables": {"a": "x" * contents.MAX_BYTES}}, "messages": [{"content": "x"}]}
-    body = contents.encode("chat.created", now, wide)
+    wide = {"chat": {"variables": {"a": "x" * payloads.MAX_BYTES}}, "messages": [{"content": "x"}]}
+    body = payloads.encode("chat.created", now, wide)
     assert json.loads(body)["data"] == {"chat": {"variables": None}, "truncated": True}
 
 

@@ -15,9 +15,9 @@ from sqlalchemy import Engine
 from standardwebhooks import Webhook
 from starlette.responses import Response
 
-from archiver import erasure, seals
-from archiver.erasure import AuditEntry, Target
-from archiver.outbox import TYPES
+from archiver.archive.outbox import TYPES
+from archiver.compliance import erasure, seals
+from archiver.compliance.erasure import AuditEntry, Target
 from tests import servers
 from tests.feeds import publish
 from tests.followups import SECRET, change, let_time_pass, receiving, sending, states, subscribe

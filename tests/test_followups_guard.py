@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import Response
 
-from archiver.followups import guard, schedule, signing
-from archiver.followups.guard import AddressRefusedError, HostNotFoundError, check, endpoint, reach
-from archiver.followups.pace import RateLimiter
-from archiver.followups.sending import Attempt, Transport
-from archiver.followups.subscriptions import Filter, Subscription
+from archiver.outbound.followups import guard, schedule, signing
+from archiver.outbound.followups.guard import AddressRefusedError, HostNotFoundError, check, endpoint, reach
+from archiver.outbound.followups.rate_limit import RateLimiter
+from archiver.outbound.followups.sending import Attempt, Transport
+from archiver.outbound.followups.subscriptions import Filter, Subscription
 from tests.followups import SECRET, Receiver, receiving
 
 FORBIDDEN = [

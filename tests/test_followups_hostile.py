@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from sqlalchemy import Engine
 
-from archiver.followups.guard import endpoint
-from archiver.followups.sending import Attempt, Transport
+from archiver.outbound.followups.guard import endpoint
+from archiver.outbound.followups.sending import Attempt, Transport
 from tests import servers
 from tests.followups import change, receiving, sending, subscribe
 from tests.rows import rows

@@ -16,14 +16,24 @@ from standardwebhooks import Webhook
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from archiver import database, erasure
+from archiver import database
+from archiver.compliance import erasure
+from archiver.compliance.erasure import AuditEntry, Criteria, Target
 from archiver.database import transaction
-from archiver.erasure import AuditEntry, Criteria, Target
-from archiver.followups import contents, deliveries, fanout, review, signing, subscriptions
-from archiver.followups.deliveries import Due, Result
-from archiver.followups.pace import RateLimiter
-from archiver.followups.sender import AHEAD, FRESH_SECONDS, Sender
-from archiver.followups.sending import Attempt
+from archiver.outbound.followups import (
+    deliveries,
+    fanout,
+    review,
+    signing,
+    subscriptions,
+)
+from archiver.outbound.followups import (
+    payloads as contents,
+)
+from archiver.outbound.followups.deliveries import Due, Result
+from archiver.outbound.followups.rate_limit import RateLimiter
+from archiver.outbound.followups.sender import AHEAD, FRESH_SECONDS, Sender
+from archiver.outbound.followups.sending import Attempt
 from tests.followups import SECRET, Receiver, change, receiving, sending, states, subscribe
 from tests.payloads import created
 from tests.receivers import serving

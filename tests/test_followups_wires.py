@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from archiver.followups.guard import endpoint
-from archiver.followups.sending import Attempt, Transport
+from archiver.outbound.followups.guard import endpoint
+from archiver.outbound.followups.sending import Attempt, Transport
 from tests.test_followups_guard import certificate, to
 
 TIMES = 4

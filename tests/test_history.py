@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import events, history, ledger
+from archiver import events, ledger
+from archiver.archive import Timing
+from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.events import Event
-from archiver.projection import Timing
-from archiver.rebuild import rebuild
+from archiver.events import Event, responses
 from tests.payloads import created, deleted
 
 START = datetime(2026, 1, 5, 9, 0, tzinfo=UTC)
@@ -54,7 +54,7 @@ class Archive:
         return self.record(minute, event, "webhook")
 
     def reading(self, minute: float, body: bytes, status: int = 200, session_id: str = "session-1") -> bool:
-        return self.record(minute, history.parse_history(session_id, status, body), "history")
+        return self.record(minute, responses.parse_history(session_id, status, body), "history")
 
     def rows(self, statement: str) -> list[Any]:
         with transaction(self.engine) as connection:
@@ -307,7 +307,7 @@ def test_a_turn_that_a_full_history_does_not_show_leaves_a_session_unverified(ar
 
 
 def test_a_registered_session_is_reconciled_without_any_webhook(archive: Archive) -> None:
-    archive.record(0, history.register({"id": "session-1", "name": "Kitchen", "assistantId": "a-1"}), "application")
+    archive.record(0, responses.register({"id": "session-1", "name": "Kitchen", "assistantId": "a-1"}), "application")
     assert archive.coverage() == ("open", "awaiting_history", 0)
     assert archive.rows("SELECT name, assistant_id, chats FROM analytics.conversations") == [("Kitchen", "a-1", 0)]
     archive.reading(10, answer(*said(1)))
@@ -377,7 +377,7 @@ def test_i10_a_rebuild_gives_the_same_rows(archive: Archive) -> None:
     archive.webhook(8, created("told later", "never read"))
     archive.reading(10, answer(*said(1), *said(2), *said(3)))
     archive.webhook(11, deleted("chat-3", None))
-    archive.record(12, history.register({"id": "registered", "createdAt": "2026-01-05T08:00:00Z"}), "application")
+    archive.record(12, responses.register({"id": "registered", "createdAt": "2026-01-05T08:00:00Z"}), "application")
     before = archive.dump()
     assert sum(rebuild(archive.engine, TIMING)) > 0
     assert archive.dump() == before

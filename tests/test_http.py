@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from archiver import events, signatures
+from archiver import events
 from archiver.database import database_url as parse_url
+from archiver.inbound import signatures
 from archiver.settings import Settings
 from tests import servers
 from tests.conftest import Cluster

@@ -17,8 +17,9 @@ import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 
-from archiver import database, events, history
-from archiver.ingest import (
+from archiver import database, events
+from archiver.events import responses
+from archiver.inbound import (
     Delivery,
     Ingest,
     Outcome,
@@ -325,7 +326,7 @@ def test_i11_a_split_batch_publishes_each_stored_event_once_and_a_retry_the_rest
 def test_i4_a_history_that_was_quarantined_is_retried_as_the_history_that_it_is(poisoned: Engine) -> None:
     def answered(session_id: str) -> Delivery:
         body = b'{"session": {"messages": [{"role": "user", "content": "poison"}]}}'
-        return Delivery(history.parse_history(session_id, 200, body), NOW, None, source=history.SOURCE)
+        return Delivery(responses.parse_history(session_id, 200, body), NOW, None, source=responses.SOURCE)
 
     with Receiver(poisoned) as receiver:
         refused = outcomes(receiver.write([answered("s1"), answered("s2"), answered("s1")]))
@@ -547,7 +548,7 @@ async def test_no_caller_fails_when_an_idle_connection_was_killed(engine: Engine
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A silent database counts as gone sooner: a minute is too long for a test."""
     with monkeypatch.context() as patch:
-        patch.setattr("archiver.ingest.writing.BATCH_SECONDS", 0.5)
+        patch.setattr("archiver.inbound.writing.BATCH_SECONDS", 0.5)
         yield
 
 

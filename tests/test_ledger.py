@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import events, history, ledger
+from archiver import events, ledger
+from archiver.archive.facts import other_facts
 from archiver.database import execute, is_conflict, is_lock_timeout, transaction
-from archiver.projection.facts import other_facts
+from archiver.events import responses
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty, rows
 from tests.slowness import slow_rows
@@ -82,9 +83,9 @@ def test_bodies_of_sessions_that_were_read_are_not_looked_up_twice(engine: Engin
             return execute(connection, asked)[0]
 
     assert [row.chat_id for row in answered()] == ["chat-1"]
-    result = history.parse_history("session-1", 200, b'{"session": {"messages": []}}')
+    result = responses.parse_history("session-1", 200, b'{"session": {"messages": []}}')
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(result, NOW, history.SOURCE, None)])
+        ledger.record(connection, [ledger.Observation(result, NOW, responses.SOURCE, None)])
     assert answered() == []
 
 

@@ -9,10 +9,11 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from archiver import events, history, ingest, ledger
+from archiver import events, inbound, ledger
+from archiver.archive import MAX_SESSIONS_PER_CHAT, AmbiguousSessionError
 from archiver.database import transaction
-from archiver.ingest import Delivery, Ingest
-from archiver.projection import MAX_SESSIONS_PER_CHAT, AmbiguousSessionError
+from archiver.events import responses
+from archiver.inbound import Delivery, Ingest
 from tests import servers
 from tests.payloads import SECRET, WEBHOOK, created
 from tests.receivers import serving
@@ -47,18 +48,18 @@ def test_i12_a_batch_is_bounded_by_its_messages_too() -> None:
     event = events.parse(body)
     assert isinstance(event, events.Event)
     queue = Ingest(None, queue_events=100, queue_bytes=10**9, batch_events=100)  # type: ignore[arg-type]  # not asked
-    limit = ingest.BATCH_MESSAGES // events.MAX_MESSAGES
+    limit = inbound.BATCH_MESSAGES // events.MAX_MESSAGES
     delivery = Delivery(event, observe(body).received_at, None)
-    queue._queue.extend([ingest._Waiting(delivery, None)] * (limit + 1))  # type: ignore[arg-type]  # nobody waits
+    queue._queue.extend([inbound._Waiting(delivery, None)] * (limit + 1))  # type: ignore[arg-type]  # nobody waits
     assert len(queue._take()) == limit
     assert len(queue._take()) == 1
 
 
 def test_i12_and_by_their_bytes() -> None:
-    body = b'{"session": {"messages": []}, "filler": "%s"}' % (b"x" * (ingest.BATCH_BYTES // 3))
-    delivery = Delivery(history.parse_history("s", 200, body), observe(created()).received_at, None)
+    body = b'{"session": {"messages": []}, "filler": "%s"}' % (b"x" * (inbound.BATCH_BYTES // 3))
+    delivery = Delivery(responses.parse_history("s", 200, body), observe(created()).received_at, None)
     queue = Ingest(None, queue_events=100, queue_bytes=10**9, batch_events=100)  # type: ignore[arg-type]  # not asked
-    queue._queue.extend([ingest._Waiting(delivery, None)] * 5)  # type: ignore[arg-type]  # nobody waits
+    queue._queue.extend([inbound._Waiting(delivery, None)] * 5)  # type: ignore[arg-type]  # nobody waits
     assert [len(queue._take()) for _ in range(3)] == [2, 2, 1]
 
 

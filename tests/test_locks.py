@@ -11,8 +11,9 @@ import pytest
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import database, embedded, roles, schema, seals
-from archiver.database import Lock, locks, transaction
+from archiver import database, embedded
+from archiver.compliance import seals
+from archiver.database import Lock, locks, roles, schema, transaction
 from tests.conftest import Cluster
 from tests.feeds import publish
 from tests.payloads import created

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
-from archiver import events, history, ledger
+from archiver import events, ledger
+from archiver.archive import Timing, lock_and_rederive
 from archiver.database import transaction
-from archiver.events import Event
-from archiver.projection import Timing, lock_and_rederive
+from archiver.events import Event, responses
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty
 
@@ -71,7 +71,7 @@ def webhook(number: int, session_id: str = "session-1", **fields: Any) -> Event:
 def reading(*messages: tuple[str, str], session_id: str = "session-1", **fields: Any) -> Event:
     result = [{"role": role, "content": content} for role, content in messages]
     body = json.dumps({"session": {"id": session_id, "messages": result, "updatedAt": "2026"} | fields}).encode()
-    return history.parse_history(session_id, 200, body)
+    return responses.parse_history(session_id, 200, body)
 
 
 def conversation(turns: int) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def fill(engine: Engine, turns: int) -> None:
     with transaction(engine) as connection:
         process = [ledger.Observation(webhook(n), at(n), events.WEBHOOK, None) for n in range(turns)]
         ledger.record(connection, process, TIMING)
-        record(connection, turns - 0.5, reading(*conversation(turns)), history.SOURCE)
+        record(connection, turns - 0.5, reading(*conversation(turns)), responses.SOURCE)
     with transaction(engine) as connection:
         connection.execute(text("ANALYZE archiver.messages, archiver.events, archiver.sessions, archiver.chats"))
 
@@ -132,9 +132,9 @@ def test_i12_a_reading_that_shows_one_more_turn_writes_that_turn_alone(engine: E
         with transaction(engine) as connection:
             # The first response is kept as bytes until there is a second one.
             record(connection, turns, webhook(turns), events.WEBHOOK)
-            record(connection, turns + 0.5, reading(*conversation(turns + 1)), history.SOURCE)
+            record(connection, turns + 0.5, reading(*conversation(turns + 1)), responses.SOURCE)
             record(connection, turns + 1, webhook(turns + 1), events.WEBHOOK)
-        costs.append(cost(engine, turns + 1.5, reading(*conversation(turns + 2)), history.SOURCE).written)
+        costs.append(cost(engine, turns + 1.5, reading(*conversation(turns + 2)), responses.SOURCE).written)
         empty(engine, *DERIVED, "events", "pieces")
     assert costs[0] == costs[1]
 
@@ -192,9 +192,9 @@ class Conversation:
                 assert isinstance(event, Event)
                 return event, events.WEBHOOK
             case ("read", int(first), int(last)):
-                return reading(*self.lines[first : len(self.lines) - last]), history.SOURCE
+                return reading(*self.lines[first : len(self.lines) - last]), responses.SOURCE
             case _:
-                return history.parse_history("session-1", 404, b""), history.SOURCE
+                return responses.parse_history("session-1", 404, b""), responses.SOURCE
 
 
 def rebuilt(connection: Connection) -> list[Any]:

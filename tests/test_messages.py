@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 
-from archiver import events, history
-from archiver.events import Event, Message
-from archiver.rebuild import rebuild
+from archiver import events
+from archiver.archive.rebuild import rebuild
+from archiver.events import Event, Message, responses
 from archiver.telemetry import metrics
 from tests import servers
 from tests.payloads import chat, event
@@ -185,9 +185,9 @@ def test_the_text_is_found_in_every_shape(output: Any, messages: list[tuple[str,
 )
 def test_a_history_is_read_like_a_webhook(name: str, messages: list[tuple[str, str, str]]) -> None:
     body = json.dumps({"session": {"id": "s", "messages": SHAPES[name][0]}}).encode()
-    observed = history.parse_history("s", 200, body)
-    assert observed.type == history.READ
-    assert kinds(history.parse_snapshot(observed.type, "s", body).messages) == messages
+    observed = responses.parse_history("s", 200, body)
+    assert observed.type == responses.READ
+    assert kinds(responses.parse_snapshot(observed.type, "s", body).messages) == messages
 
 
 _words = st.text("abc <>&\"'\\/{}[]é\u00a0\n", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
@@ -303,9 +303,9 @@ def test_a_redacted_history_keeps_what_its_messages_are() -> None:
         {"role": "assistant", "content": None},
     ]
     body = json.dumps({"session": {"id": "s", "messages": texts}}).encode()
-    before = history.parse_snapshot(history.READ, "s", body)
-    redacted = history.redacted_event("s", before, datetime(2026, 1, 5, tzinfo=UTC))
-    assert kinds(history.parse_snapshot(redacted.type, "s", redacted.body).messages) == kinds(before.messages)
+    before = responses.parse_snapshot(responses.READ, "s", body)
+    redacted = responses.redacted_event("s", before, datetime(2026, 1, 5, tzinfo=UTC))
+    assert kinds(responses.parse_snapshot(redacted.type, "s", redacted.body).messages) == kinds(before.messages)
 
 
 def counted(shape: str) -> float:

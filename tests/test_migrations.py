@@ -12,8 +12,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, text
 
-from archiver import roles, schema
-from archiver.database import transaction
+from archiver.database import roles, schema, transaction
 from tests import servers
 from tests.conftest import Cluster
 from tests.rows import execute, rows

@@ -7,8 +7,8 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import HistoryMessages, TurnMessages, compose
-from archiver.alignment.contained import date_lines, maximal_readings
+from archiver.archive.transcript import HistoryMessages, TurnMessages, compose
+from archiver.archive.transcript.contained import date_lines, maximal_readings
 from archiver.events import Message
 
 START = datetime(2026, 1, 5, tzinfo=UTC)

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import compaction, erasure, events, export, history, ledger, pieces, schema, seals
-from archiver.database import snapshot, transaction
-from archiver.events import Event
-from archiver.export.selection import Selection
-from archiver.pieces import MIN_SPLIT_BYTES, PieceIndex, ResponseAssembler
-from archiver.projection import Timing
-from archiver.rebuild import rebuild
+from archiver import events, ledger
+from archiver.archive import Timing, pieces
+from archiver.archive.pieces import MIN_SPLIT_BYTES, PieceIndex, ResponseAssembler
+from archiver.archive.rebuild import rebuild
+from archiver.compliance import erasure, export, seals
+from archiver.compliance.export.selection import Selection
+from archiver.database import schema, snapshot, transaction
+from archiver.events import Event, responses
+from archiver.ledger import compaction
 from tests.payloads import created
 from tests.rows import DERIVED, execute, rows
 from tests.slowness import holding, slow_rows
@@ -51,7 +53,7 @@ def conversation(turns: int, size: int = 1_500) -> list[Said]:
     return [said(number, role) for number in range(turns) for role in ("user", "assistant")]
 
 
-def record(engine: Engine, minute: float, event: Event, source: str = history.SOURCE) -> None:
+def record(engine: Engine, minute: float, event: Event, source: str = responses.SOURCE) -> None:
     with transaction(engine) as connection:
         observation = ledger.Observation(event, START + timedelta(minutes=minute), source, None)
         ledger.record(connection, [observation], TIMING)
@@ -59,7 +61,7 @@ def record(engine: Engine, minute: float, event: Event, source: str = history.SO
 
 def read(engine: Engine, minute: int, messages: Sequence[Said], **options: Any) -> bytes:
     body = answer(messages, minute, **options)
-    record(engine, minute, history.parse_history("s1", 200, body))
+    record(engine, minute, responses.parse_history("s1", 200, body))
     return body
 
 
@@ -351,7 +353,7 @@ def test_a_session_that_is_locked_keeps_no_other_from_being_compacted(grown: Eng
     as_before(grown)
     for minute in range(3):
         body = answer([*conversation(30), ("user", str(minute))], minute).replace(b'"id": "s1"', b'"id": "s2"')
-        record(grown, 100 + minute, history.parse_history("s2", 200, body))
+        record(grown, 100 + minute, responses.parse_history("s2", 200, body))
     as_before(grown)
     with holding(grown, "SELECT 1 FROM archiver.sessions WHERE session_id = 's1' FOR UPDATE"):
         steps = list(compaction.compact(grown, ""))

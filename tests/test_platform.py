@@ -21,15 +21,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from archiver.demo import client as clients
-from archiver.demo.conversations import Conversation, conversations
-from archiver.demo.faults import Faults, HistoryFault, history_fault, with_history_faults
-from archiver.demo.platform import Platform, create
-from archiver.demo.serving import serving, simulate, with_secret
-from archiver.demo.upstream import MAX_CHATS, FullError, Upstream
-from archiver.demo.webhooks import ATTEMPTS, Delivery, Record, Sender
+from archiver.inbound.signatures import SignatureError, Verifier, verifier
 from archiver.settings import Settings, SettingsError
-from archiver.signatures import SignatureError, Verifier, verifier
+from archiver.simulator import client as clients
+from archiver.simulator.conversations import Conversation, conversations
+from archiver.simulator.faults import Faults, HistoryFault, history_fault, with_history_faults
+from archiver.simulator.platform import Platform, create
+from archiver.simulator.serving import serving, simulate, with_secret
+from archiver.simulator.upstream import MAX_CHATS, FullError, Upstream
+from archiver.simulator.webhooks import ATTEMPTS, Delivery, Record, Sender
 
 SECRET = "whsec_c2ltdWxhdGlvbi1vbmx5LW5vdC1hLXNlY3JldA=="
 SCHEMES = ["secret", "bearer", "hmac", "standard"]
@@ -802,8 +802,8 @@ def test_a_webhook_url_that_is_none_is_refused(url):
 
 SIMULATE = """
 import sys
-from archiver.demo.faults import Faults, HistoryFault, of_history, with_history_faults
-from archiver.demo.serving import simulate
+from archiver.simulator.faults import Faults, HistoryFault, of_history, with_history_faults
+from archiver.simulator.serving import simulate
 from archiver.settings import Settings, SettingsError
 sys.exit(simulate(Settings(), host="127.0.0.1", port=0, webhook_url=None, faults=Faults(), api_key=None,
                   announce=lambda url: print(url, flush=True)))

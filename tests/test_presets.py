@@ -26,8 +26,8 @@ from stripe import SignatureVerificationError, WebhookSignature
 from svix.webhooks import Webhook as SvixWebhook
 from svix.webhooks import WebhookVerificationError
 
+from archiver.inbound.signatures import PRESETS, Verifier, key_id
 from archiver.settings import SettingsError
-from archiver.signatures import PRESETS, Verifier, key_id
 from tests import edwards
 from tests.test_signatures import BASE64S, BODY, NOW, TEXTS, asgi, ask, refusal, signed, verifier_of
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from archiver import events
+from archiver.archive import Fact, fold
 from archiver.events import Chat, Event, Message
-from archiver.projection import Fact, fold
 
 START = datetime(2024, 1, 15, tzinfo=UTC)
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import events, history, ledger
+from archiver import events, ledger
+from archiver.archive import Timing, replay
+from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.projection import Timing, replay
-from archiver.rebuild import rebuild
+from archiver.events import responses
 from tests.payloads import created, deleted
 
 NOW = datetime(2026, 1, 5, tzinfo=UTC)
@@ -29,8 +30,8 @@ def read(engine: Engine, session_id: str, minute: float, *texts: str) -> None:
     body = b'{"session": {"messages": [%s]}}' % b", ".join(
         b'{"role": "user", "content": "%s"}' % each.encode() for each in texts
     )
-    event = history.parse_history(session_id, 200, body)
-    observation = ledger.Observation(event, NOW + timedelta(minutes=minute), history.SOURCE, None)
+    event = responses.parse_history(session_id, 200, body)
+    observation = ledger.Observation(event, NOW + timedelta(minutes=minute), responses.SOURCE, None)
     with transaction(engine) as connection:
         ledger.record(connection, [observation], TIMING)
 

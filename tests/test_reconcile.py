@@ -14,12 +14,11 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import history
-from archiver.callhq import UnauthorizedError
 from archiver.database import database_url as parse_url
 from archiver.database import run_in_transaction
-from archiver.projection import leases
-from archiver.reconcile import ReconcileResult, Submit
+from archiver.events import responses
+from archiver.history import ReconcileResult, Submit, leases
+from archiver.history.callhq import UnauthorizedError
 from archiver.settings import Settings
 from archiver.worker import reconciling
 from tests import servers
@@ -44,7 +43,7 @@ def settings(callhq: CallHQ, key: str = API_KEY) -> Settings:
 
 async def register(submit: Submit, session_ids: Sequence[str]) -> None:
     now = datetime.now(UTC)
-    await asyncio.gather(*(submit(history.register({"id": each}), now) for each in session_ids))
+    await asyncio.gather(*(submit(responses.register({"id": each}), now) for each in session_ids))
 
 
 async def test_leases_are_kept_for_as_long_as_the_reading_takes(
@@ -189,7 +188,7 @@ async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
         assert await lease_of(engine, session.id) == others
         renew = partial(leases.renew, leased={session.id: own}, until=woken + leases.LEASE)
         assert await run_in_transaction(engine, renew) == set()
-        await submit(history.parse_history(session.id, 404, b""), began)
+        await submit(responses.parse_history(session.id, 404, b""), began)
         assert await lease_of(engine, session.id) == others
 
 
@@ -200,7 +199,7 @@ async def test_only_a_failure_that_goes_on_after_a_session_expired_is_taken_for_
     nowhere = settings(callhq).model_copy(update={"callhq_api_url": "http://127.0.0.1:9/api"})
     with stamina.set_testing(True, attempts=1):
         async with reconciling(nowhere, parse_url(database_url)) as (engine, reconciler, submit):
-            await submit(history.register({"id": ids[0]}), datetime.now(UTC) - timedelta(days=30))
+            await submit(responses.register({"id": ids[0]}), datetime.now(UTC) - timedelta(days=30))
             assert await reconciler.read_all(ids) == {"failed": 1}
             assert await reconciler.read_all(ids) == {"failed": 1}
             fails_long = text("UPDATE archiver.sessions SET failing_since = failing_since - interval '2 hours'")

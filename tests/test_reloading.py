@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from sqlalchemy import Engine
 
-from archiver import seals
+from archiver.compliance import seals
 from tests.payloads import created
 from tests.receivers import Receiver, archiver, serving, starting
 from tests.rows import rows

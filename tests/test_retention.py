@@ -9,10 +9,10 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import settings
+from archiver.compliance.erasure import Target, release_hold
+from archiver.compliance.erasure.deleted import order_deleted
+from archiver.compliance.erasure.retention import Due, Rules, examine, expire
 from archiver.database import transaction
-from archiver.erasure import Target, release_hold
-from archiver.erasure.deleted import order_deleted
-from archiver.erasure.retention import Due, Rules, examine, expire
 from archiver.settings import Settings
 from tests import servers
 from tests.payloads import created, deleted
@@ -95,7 +95,7 @@ def test_i8_deleted_turns_are_erased_after_their_grace_unless_held(engine: Engin
 def test_a_page_of_held_turns_keeps_none_behind_it_from_being_erased(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.erasure.deleted.PAGE", 2)
+    monkeypatch.setattr("archiver.compliance.erasure.deleted.PAGE", 2)
     for number in range(5):
         record(engine, created(f"c{number}", f"s{number}"), deleted(f"c{number}", f"s{number}"))
         if number < 3:
@@ -108,7 +108,7 @@ def test_a_page_of_held_turns_keeps_none_behind_it_from_being_erased(
 
 
 def test_content_expires_by_assistant_and_holds_stop_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("archiver.erasure.retention.PAGE", 2)
+    monkeypatch.setattr("archiver.compliance.erasure.retention.PAGE", 2)
     for session_id, assistants in {
         "any": ["a0"], "short": ["a1"], "long": ["a2"], "ever": ["a3"], "both": ["a1", "a2"], "held": ["a1"],
     }.items():  # fmt: skip

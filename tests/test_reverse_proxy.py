@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from archiver import signatures
+from archiver.inbound import signatures
 from archiver.settings import Settings
 from tests.payloads import WEBHOOK, created
 from tests.receivers import serving

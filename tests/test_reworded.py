@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.alignment import TranscriptLine, transcript
+from archiver.archive.transcript import TranscriptLine, transcript
 from tests.test_alignment import reading, texts, turn
 from tests.test_wording import ALIKE, CHANGES, DIFFERENT
 

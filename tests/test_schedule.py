@@ -4,13 +4,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from archiver import events, history
-from archiver.events import Message
-from archiver.history import EMPTY_SNAPSHOT, SessionSnapshot
-from archiver.projection.coverage import Reading, Timing, next_reading
-from archiver.projection.sessions import SessionFacts, derive
-from archiver.projection.turns import Fact, Turn, fold
-from archiver.reconcile import MAX_RETRY, MIN_RETRY, retry_pause
+from archiver import events
+from archiver.archive.coverage import Reading, Timing, next_reading
+from archiver.archive.sessions import SessionFacts, derive
+from archiver.archive.turns import Fact, Turn, fold
+from archiver.events import Message, responses
+from archiver.events.responses import EMPTY_SNAPSHOT, SessionSnapshot
+from archiver.history import MAX_RETRY, MIN_RETRY, retry_pause
 from tests.payloads import created, deleted
 
 OPENED = datetime(2026, 1, 5, tzinfo=UTC)
@@ -21,7 +21,7 @@ def at(minutes: float) -> datetime:
     return OPENED + timedelta(minutes=minutes)
 
 
-def reading(first: float, last: float | None = None, kind: str = history.READ, count: int = 1) -> Reading:
+def reading(first: float, last: float | None = None, kind: str = responses.READ, count: int = 1) -> Reading:
     return Reading(kind, at(first), at(first if last is None else last), count, EMPTY_SNAPSHOT)
 
 
@@ -74,13 +74,13 @@ def test_new_events_and_changes_restart_the_schedule() -> None:
 
 
 def test_responses_without_messages_are_equal_regardless_of_their_bytes() -> None:
-    garbage = [reading(5, 5, history.UNREADABLE), reading(15, 15, history.UNREADABLE)]
+    garbage = [reading(5, 5, responses.UNREADABLE), reading(15, 15, responses.UNREADABLE)]
     assert due(0, *garbage) == 25
-    assert due(0, *garbage, reading(85, 85, history.UNREADABLE)) == 165
+    assert due(0, *garbage, reading(85, 85, responses.UNREADABLE)) == 165
 
 
 @pytest.mark.parametrize(
-    ("kind", "then"), [(history.READ, None), (history.GONE, LAST + 7), (history.UNREADABLE, LAST + 7)]
+    ("kind", "then"), [(responses.READ, None), (responses.GONE, LAST + 7), (responses.UNREADABLE, LAST + 7)]
 )
 def test_the_last_reading_ends_the_schedule_unless_it_had_no_messages(kind: str, then: float | None) -> None:
     assert due(0, reading(LAST + 2, kind=kind)) == then
@@ -93,7 +93,7 @@ def test_a_last_reading_in_the_midst_of_a_talk_is_not_the_last() -> None:
 
 
 def test_what_was_never_answered_is_never_asked_for_again() -> None:
-    assert due(0, reading(10, kind=history.UNAVAILABLE)) is None
+    assert due(0, reading(10, kind=responses.UNAVAILABLE)) is None
 
 
 def test_sessions_that_live_shortly_are_read_before_they_are_forgotten() -> None:
@@ -126,7 +126,7 @@ def test_failures_are_retried_several_times_before_upstream_forgets() -> None:
 
 def reading_of(*said: tuple[str, str]) -> Reading:
     messages = tuple(Message(role, content) for role, content in said)
-    return Reading(history.READ, at(60), at(60), 1, SessionSnapshot(messages))
+    return Reading(responses.READ, at(60), at(60), 1, SessionSnapshot(messages))
 
 
 def turn(body: bytes) -> Turn:

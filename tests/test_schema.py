@@ -15,8 +15,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from archiver import database, events, ledger, quarantine, roles, schema, tables
-from archiver.database import transaction
+from archiver import database, events, ledger
+from archiver.database import roles, schema, tables, transaction
+from archiver.ledger import quarantine
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
 from tests.rows import execute, rows

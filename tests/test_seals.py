@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import erasure, events, history, ledger, seals, tables
-from archiver.database import snapshot, transaction
-from archiver.projection import Timing
-from archiver.seals import bounds, chain, leaves, merkle
-from archiver.seals.findings import Finding
+from archiver import events, ledger
+from archiver.archive import Timing
+from archiver.compliance import erasure, seals
+from archiver.compliance.seals import bounds, chain, leaves, merkle
+from archiver.compliance.seals.findings import Finding
+from archiver.database import snapshot, tables, transaction
+from archiver.events import responses
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
 from tests.test_limits import on_one_version
@@ -115,9 +117,11 @@ def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
 
 def read(engine: Engine, session_id: str, seconds: float) -> None:
     answer = msgspec.json.encode({"id": session_id, "messages": [{"role": "user", "content": "hello"}]})
-    fact = history.parse_history(session_id, 200, answer)
+    fact = responses.parse_history(session_id, 200, answer)
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(fact, NOW + timedelta(seconds=seconds), history.SOURCE, None)])
+        ledger.record(
+            connection, [ledger.Observation(fact, NOW + timedelta(seconds=seconds), responses.SOURCE, None)]
+        )
 
 
 def act(engine: Engine, kind: str, **detail: Any) -> None:
@@ -577,9 +581,9 @@ def erase_turn(engine: Engine, session_id: str, chat_id: str) -> None:
 def test_i9_what_stays_where_a_turn_was_erased_may_not_go(engine: Engine) -> None:
     record(engine, created("c1", "s1"), created("c2", "s1"))
     read(engine, "s1", 1)
-    registered = history.register({"id": "s1", "name": "of somebody"})
+    registered = responses.register({"id": "s1", "name": "of somebody"})
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(registered, NOW, history.APPLICATION, None)])
+        ledger.record(connection, [ledger.Observation(registered, NOW, responses.APPLICATION, None)])
     erase_turn(engine, "s1", "c1")
     seals.seal(engine, KEY)
     assert verify(engine) == []

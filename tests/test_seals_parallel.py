@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, event, text
 
-from archiver import database, seals
+from archiver import database
+from archiver.compliance import seals
+from archiver.compliance.seals import bounds, chain, ranges
+from archiver.compliance.seals.findings import Finding
 from archiver.database import snapshot
-from archiver.seals import bounds, chain, ranges
-from archiver.seals.findings import Finding
 from tests.payloads import created
 from tests.rows import execute
 from tests.test_limits import on_one_version

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from archiver.inbound.signatures import REASONS, Reason, SignatureError, Verifier, key_id, verifier
 from archiver.settings import Settings, SettingsError
-from archiver.signatures import REASONS, Reason, SignatureError, Verifier, key_id, verifier
 
 NOW = 1_614_265_330.0
 URL = "https://archive.example/webhooks/callhq"

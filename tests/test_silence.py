@@ -7,8 +7,10 @@ from pathlib import Path
 
 from sqlalchemy import Engine
 
-from archiver import events, history, ledger, overview
+from archiver import events, ledger
 from archiver.database import transaction
+from archiver.events import responses
+from archiver.operations import overview
 from tests.payloads import created, deleted
 from tests.receivers import archiver, serving
 
@@ -24,10 +26,10 @@ def webhook(engine: Engine, body: bytes, minute: int) -> None:
 
 
 def register(engine: Engine, session_id: str, minute: int) -> None:
-    fact = history.register({"id": session_id})
+    fact = responses.register({"id": session_id})
     at = NOW + timedelta(minutes=minute)
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(fact, at, history.APPLICATION, None)])
+        ledger.record(connection, [ledger.Observation(fact, at, responses.APPLICATION, None)])
 
 
 def read(engine: Engine, session_id: str, minute: int, *chat_ids: str) -> None:
@@ -37,10 +39,10 @@ def read(engine: Engine, session_id: str, minute: int, *chat_ids: str) -> None:
     )
     result = [{"role": role, "content": content} for pair in zip(*lines, strict=True) for role, content in pair]
     body = json.dumps({"session": {"id": session_id, "messages": result}}).encode()
-    fact = history.parse_history(session_id, 200, body)
+    fact = responses.parse_history(session_id, 200, body)
     with transaction(engine) as connection:
         at = NOW + timedelta(minutes=minute)
-        ledger.record(connection, [ledger.Observation(fact, at, history.SOURCE, None)])
+        ledger.record(connection, [ledger.Observation(fact, at, responses.SOURCE, None)])
 
 
 def silence(engine: Engine) -> overview.Silence:

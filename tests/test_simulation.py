@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from archiver import events, history, ledger
+from archiver import events, ledger
+from archiver.archive import Timing
+from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.events import Event
+from archiver.events import Event, responses
 from archiver.ledger import Observation
-from archiver.projection import Timing
-from archiver.rebuild import rebuild
 from tests.conftest import Cluster
 from tests.payloads import chat, event
 
@@ -170,10 +170,12 @@ class Life:
         if self.random.random() < 0.2:
             return []  # the worker died with the answer
         for _, status, body in answers:
-            result = history.parse_snapshot(history.READ, self.session_id, body).messages if status == 200 else None
+            result = (
+                responses.parse_snapshot(responses.READ, self.session_id, body).messages if status == 200 else None
+            )
             self.read |= {(message.role, message.content) for message in result or ()}
         return [
-            Observation(history.parse_history(self.session_id, status, body), began, "history", None)
+            Observation(responses.parse_history(self.session_id, status, body), began, "history", None)
             for began, status, body in answers
         ]
 
@@ -183,7 +185,7 @@ class Life:
         while len(self.under_way) > late:
             yield [self._observe(self.under_way.pop(self.random.randrange(len(self.under_way))), now)]
         later = now + timedelta(minutes=10)
-        yield [Observation(history.parse_history(self.session_id, 200, self.answer()), later, "history", None)]
+        yield [Observation(responses.parse_history(self.session_id, 200, self.answer()), later, "history", None)]
         while self.under_way:
             yield [self._observe(self.under_way.pop(), later + timedelta(minutes=1))]
 

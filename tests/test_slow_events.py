@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from archiver import database, events, history, quarantine
-from archiver.history import SOURCE
-from archiver.ingest import CONNECTIONS, Delivery, Ingest, Outcome, draining, fallback, isolated, retry_quarantined
-from archiver.ingest import __name__ as ingest_module
-from archiver.spool import Spool, Spooled, open_spool
+from archiver import database, events
+from archiver.events import responses
+from archiver.events.responses import SOURCE
+from archiver.inbound import (
+    CONNECTIONS,
+    Delivery,
+    Ingest,
+    Outcome,
+    draining,
+    fallback,
+    isolated,
+    retry_quarantined,
+)
+from archiver.inbound import __name__ as ingest_module
+from archiver.inbound.spool import Spool, Spooled, open_spool
+from archiver.ledger import quarantine
 from tests import servers
 from tests.payloads import created, deleted
 from tests.receivers import archiver
@@ -238,7 +249,7 @@ async def test_i4_a_slow_history_is_quarantined_with_what_it_is_and_holds_up_no_
 
     def answer(session_id: str, content: str) -> Delivery:
         body = f'{{"session": {{"id": "{session_id}", "messages": [{{"role": "user", "content": "{content}"}}]}}}}'
-        return Delivery(history.parse_history(session_id, 200, body.encode()), NOW, None, SOURCE)
+        return Delivery(responses.parse_history(session_id, 200, body.encode()), NOW, None, SOURCE)
 
     async with ingesting(database_url, None) as ingest:
         answers = [answer("slow", "slow"), *(answer(f"quick-{number}", "quick") for number in range(10))]

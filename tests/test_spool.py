@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.spool import (
+from archiver.inbound.spool import (
     Spool,
     Spooled,
     SpoolError,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from archiver.spool import Spool, Spooled, open_spool, select_lost
+from archiver.inbound.spool import Spool, Spooled, open_spool, select_lost
 from tests.payloads import created
 from tests.receivers import archiver, serving
 from tests.waiting import until

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from archiver.export import spreadsheet
-from archiver.export.spreadsheet import neutralise_cell, neutralise_line, restore_cell
+from archiver.compliance.export import spreadsheet
+from archiver.compliance.export.spreadsheet import neutralise_cell, neutralise_line, restore_cell
 
 TRIGGERS = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
 PIECES = st.sampled_from([*TRIGGERS, *"'\" ,;a1\x1b\x9b\x07\x7f\u241b\u200b\ufeff\xa0é😀", "1B", "\u241b1B"])

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from archiver import outbox
+from archiver.archive import outbox
 from tests.conftest import Cluster
 from tests.feeds import publish
 from tests.payloads import created, deleted

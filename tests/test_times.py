@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
-from archiver import events, history
-from archiver.events import CLOCK_TOLERANCE, EARLIEST, Event, timestamp
-from archiver.projection import Fact, Turn, fold
-from archiver.projection.coverage import Reading
-from archiver.projection.sessions import Rows, SessionFacts, derive
-from archiver.rebuild import rebuild
+from archiver import events
+from archiver.archive import Fact, Turn, fold
+from archiver.archive.coverage import Reading
+from archiver.archive.rebuild import rebuild
+from archiver.archive.sessions import Rows, SessionFacts, derive
+from archiver.events import CLOCK_TOLERANCE, EARLIEST, Event, responses, timestamp
 from tests import servers
 from tests.payloads import chat, event
 from tests.test_history import START, TIMING, Archive, answer
@@ -91,10 +91,10 @@ def test_a_zero_date_is_no_time(zero: Any) -> None:
     assert isinstance(result, Event)
     assert result.chat is not None
     assert (result.occurred_at, result.chat.created_at, result.chat.updated_at) == (None, None, None)
-    read = history.parse_snapshot(history.READ, "session-1", answer(("user", "q"), createdAt=zero))
+    read = responses.parse_snapshot(responses.READ, "session-1", answer(("user", "q"), createdAt=zero))
     assert (read.messages, read.created_at) == ((events.Message("user", "q"),), None)
-    registered = history.register({"id": "session-1", "createdAt": zero})
-    assert history.parse_snapshot(registered.type, "session-1", registered.body).created_at is None
+    registered = responses.register({"id": "session-1", "createdAt": zero})
+    assert responses.parse_snapshot(registered.type, "session-1", registered.body).created_at is None
 
 
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
@@ -114,7 +114,7 @@ def test_the_unit_of_an_epoch_is_recognised(unit: int, seconds: int) -> None:
 def test_a_zero_date_dates_nothing_and_orders_nothing(archive: Archive, zero: Any) -> None:
     archive.webhook(1, revision("draft", timestamp=at(1), createdAt=zero, updatedAt=at(1)))
     archive.webhook(2, revision("final", timestamp=at(2), createdAt=zero, updatedAt=zero))
-    archive.record(3, history.register({"id": "session-1", "createdAt": zero}), "application")
+    archive.record(3, responses.register({"id": "session-1", "createdAt": zero}), "application")
     assert contents(archive) == ["What does it cost?", "final"]
     assert archive.rows("SELECT started_at, last_message_at FROM analytics.conversations") == [
         (START + timedelta(minutes=1), START + timedelta(minutes=1))
@@ -223,7 +223,11 @@ def _derived(revisions: list[tuple[Any, ...]], said: list[tuple[str, str]]) -> R
     turns: dict[str, Turn] = {chat_id: fold(own) for chat_id, own in facts.items()}
     read_at = START + timedelta(minutes=10)
     reading = Reading(
-        history.READ, read_at, read_at, 1, history.parse_snapshot(history.READ, "s", answer(*said, session_id="s"))
+        responses.READ,
+        read_at,
+        read_at,
+        1,
+        responses.parse_snapshot(responses.READ, "s", answer(*said, session_id="s")),
     )
     heard_at = [fact.received_at for own in facts.values() for fact in own]
     return derive(SessionFacts("s", turns, [reading], [], heard_at, []), TIMING)

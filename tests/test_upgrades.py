@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import events, history, ledger, schema
-from archiver.database import transaction
-from archiver.projection import Timing
-from archiver.rebuild import rebuild
+from archiver import events, ledger
+from archiver.archive import Timing
+from archiver.archive.rebuild import rebuild
+from archiver.database import schema, transaction
+from archiver.events import responses
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
 from tests.receivers import archiver
@@ -35,7 +36,7 @@ def fill(engine: Engine) -> None:
         assert isinstance(event, events.Event)
         record(engine, ledger.Observation(event, NOW + timedelta(minutes=number), events.WEBHOOK, "key"))
     body = b'{"session": {"messages": [{"role": "user", "content": "only history"}]}}'
-    record(engine, ledger.Observation(history.parse_history("s2", 200, body), NOW, history.SOURCE, None))
+    record(engine, ledger.Observation(responses.parse_history("s2", 200, body), NOW, responses.SOURCE, None))
     with engine.begin() as connection:
         for statement in (
             "INSERT INTO archiver.quarantine (received_at, last_received_at, delivery_count, reason, detail, body,"

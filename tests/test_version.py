@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from archiver import __version__, schema, version
+from archiver import __version__, version
+from archiver.database import schema
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from archiver.alignment.wording import are_similar, text_key
+from archiver.archive.transcript.wording import are_similar, text_key
 from archiver.events.normal import normal_text
 
 CHANGES: dict[str, Callable[[str], str]] = {

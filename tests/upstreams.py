@@ -12,13 +12,13 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from archiver.demo.faults import Faults
-from archiver.demo.platform import Platform, create
-from archiver.demo.serving import serving
-from archiver.demo.upstream import Session, Upstream
-from archiver.demo.webhooks import Record, Sender
+from archiver.inbound.signatures import verifier
 from archiver.settings import Settings
-from archiver.signatures import verifier
+from archiver.simulator.faults import Faults
+from archiver.simulator.platform import Platform, create
+from archiver.simulator.serving import serving
+from archiver.simulator.upstream import Session, Upstream
+from archiver.simulator.webhooks import Record, Sender
 
 API_KEY = "a-key-for-tests"
 START_SECONDS = 30

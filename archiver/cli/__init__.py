@@ -19,20 +19,20 @@ from archiver.cli.erasure import command as erase
 from archiver.cli.export import command as export
 from archiver.cli.followups import followups
 from archiver.cli.holds import acts, hold
-from archiver.cli.inspection import doctor, status
 from archiver.cli.quarantine import quarantine
 from archiver.cli.retention import command as retention
 from archiver.cli.seals import group as seals
 from archiver.cli.seals import prove, seal, verify
 from archiver.cli.serve import migrate, serve
+from archiver.cli.status import doctor, status
 from archiver.cli.worker import rebuild, worker
 from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
+from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE, LockTimeoutError
+from archiver.database.roles import AUDITOR, WRITER
+from archiver.database.schema import SchemaError
 from archiver.embedded import EmbeddedError
-from archiver.lock_waits import INSUFFICIENT_PRIVILEGE, LockTimeoutError
-from archiver.roles import AUDITOR, WRITER
-from archiver.schema import SchemaError
+from archiver.inbound.spool import SpoolError
 from archiver.settings import SettingsError
-from archiver.spool import SpoolError
 from archiver.version import describe
 
 

@@ -4,8 +4,10 @@ import json
 
 import click
 
-from archiver import audit_log, database, identity, settings
+from archiver import database, settings
 from archiver.cli import connection
+from archiver.database import identity
+from archiver.ledger import audit_log
 
 
 @click.command()

@@ -15,7 +15,8 @@ import structlog
 import uvloop
 from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded, events, identity, lock_waits, schema
+from archiver import database, embedded, events
+from archiver.database import identity, lock_waits, schema
 from archiver.settings import Settings, SettingsError, unknown_variables
 
 log = structlog.get_logger(__name__)

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from archiver import settings
 from archiver.cli.output import Number, Whole
-from archiver.demo.faults import Expired, Faults, with_history_faults
-from archiver.demo.run import run
-from archiver.demo.serving import simulate as serve_simulation
-from archiver.demo.serving import with_secret
+from archiver.simulator.faults import Expired, Faults, with_history_faults
+from archiver.simulator.run import run
+from archiver.simulator.serving import simulate as serve_simulation
+from archiver.simulator.serving import with_secret
 
 SHARE = Number(0, 1)
 

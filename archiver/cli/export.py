@@ -12,11 +12,13 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
-from archiver import audit_log, export, settings
+from archiver import settings
 from archiver.cli import connection, verify_options
 from archiver.cli.output import Whole, console, counted, progress
-from archiver.erasure import Criteria
-from archiver.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
+from archiver.compliance import export
+from archiver.compliance.erasure import Criteria
+from archiver.compliance.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
+from archiver.ledger import audit_log
 from archiver.worker import signing_key
 
 MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted

@@ -13,13 +13,14 @@ from rich.text import Text
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from archiver import audit_log as trail
-from archiver import database, erasure, export, settings
+from archiver import database, settings
 from archiver.cli import connection
 from archiver.cli.output import Whole, console, counted
-from archiver.erasure import Criteria, HoldError
-from archiver.export import Selection
-from archiver.lock_waits import INSUFFICIENT_PRIVILEGE
+from archiver.compliance import erasure, export
+from archiver.compliance.erasure import Criteria, HoldError
+from archiver.compliance.export import Selection
+from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
+from archiver.ledger import audit_log as trail
 
 PAGE = 500
 COUNT_SECONDS = 120  # of counting what a hold covers

@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection, Engine, RowMapping
 
-from archiver import audit_log, database, settings
-from archiver import quarantine as store
+from archiver import database, settings
 from archiver.cli import connection
 from archiver.cli.output import Whole, console
-from archiver.erasure.quarantined import select_unsearchable
-from archiver.ingest import Outcome, retry_quarantined
+from archiver.compliance.erasure.quarantine_matches import select_unsearchable
+from archiver.inbound import Outcome, retry_quarantined
+from archiver.ledger import audit_log
+from archiver.ledger import quarantine as store
 from archiver.worker import timing_of
 
 PAGE = 500

@@ -9,12 +9,14 @@ from rich.progress import SpinnerColumn, TextColumn
 from rich.table import Table
 from sqlalchemy import Engine
 
-from archiver import audit_log, database, erasure, settings
+from archiver import database, settings
+from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.output import console, counted, progress
-from archiver.erasure.clocks import ClockError, destruction_time
-from archiver.erasure.retention import Due, Rules, examine, expire
-from archiver.projection import Timing
+from archiver.compliance import erasure
+from archiver.compliance.erasure.clocks import ClockError, destruction_time
+from archiver.compliance.erasure.retention import Due, Rules, examine, expire
+from archiver.ledger import audit_log
 from archiver.worker import timing_of
 
 

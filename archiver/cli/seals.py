@@ -14,10 +14,12 @@ from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import Connection
 
-from archiver import database, identity, seals, settings, telemetry
+from archiver import database, settings, telemetry
 from archiver.cli import connection, verify_options
 from archiver.cli.output import Whole, console, counted, progress
-from archiver.seals import Checked, Finding, Seal
+from archiver.compliance import seals
+from archiver.compliance.seals import Checked, Finding, Seal
+from archiver.database import identity
 from archiver.worker import signing_key
 
 READ_SECONDS = 24 * 3600  # of one statement of a verification

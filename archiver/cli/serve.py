@@ -18,17 +18,20 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
-from archiver import catalogue, database, reloading, schema, settings, signatures, telemetry
-from archiver.app import WEBHOOK_PATH, create
-from archiver.app.connection_limiter import MAX_REFUSED
+from archiver import database, settings, telemetry
 from archiver.cli import connection
 from archiver.cli.metrics_folder import shared_metrics
 from archiver.cli.output import Whole
 from archiver.cli.worker_process import running_worker
+from archiver.database import catalogue, schema
+from archiver.http import WEBHOOK_PATH, create
+from archiver.http.connection_limiter import MAX_REFUSED
+from archiver.inbound import signatures
+from archiver.inbound.spool import MIN_ROOM_BYTES, SPOOL_FOLDER, SpoolError, select_room
+from archiver.operations import reloading
+from archiver.operations.audit_settings import record_settings
 from archiver.settings import Settings, SettingsError
-from archiver.spool import MIN_ROOM_BYTES, SPOOL_FOLDER, SpoolError, select_room
 from archiver.worker import signing_key
-from archiver.worker.audit_settings import record_settings
 
 log = structlog.get_logger(__name__)
 
@@ -187,8 +190,8 @@ _SERVER = {
     "access_log": False,
     "server_header": False,
     "ws": "none",
-    "http": "archiver.app.connections:Connection",
-    "loop": "archiver.app.listening:DrainingLoop",
+    "http": "archiver.http.connections:Connection",
+    "loop": "archiver.http.listening:DrainingLoop",
     "timeout_graceful_shutdown": DRAIN_SECONDS,
     "backlog": BACKLOG,
 }
@@ -211,7 +214,7 @@ def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int, forward: Forward) -> None:
     """Run several receiving processes; decisions of this process are passed in the environment."""
-    server = uvicorn.Config("archiver.app:create", factory=True, workers=workers, **_server(configuration))
+    server = uvicorn.Config("archiver.http:create", factory=True, workers=workers, **_server(configuration))
     _Processes(server, listener, forward).run()
 
 

@@ -9,9 +9,9 @@ import msgspec
 from click.core import ParameterSource
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from archiver import seals
 from archiver.cli.output import Whole
-from archiver.seals import KeyFileError, Seal
+from archiver.compliance import seals
+from archiver.compliance.seals import KeyFileError, Seal
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

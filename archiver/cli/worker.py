@@ -11,15 +11,17 @@ from prometheus_client import start_http_server
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, reloading, schema, settings, telemetry
+from archiver import database, settings, telemetry
+from archiver.archive.rebuild import count_events
+from archiver.archive.rebuild import rebuild as replay
 from archiver.cli import connection
 from archiver.cli.output import Whole, counted, progress
-from archiver.rebuild import count_events
-from archiver.rebuild import rebuild as replay
-from archiver.reloading import Reloading
+from archiver.database import schema
+from archiver.operations import reloading
+from archiver.operations.audit_settings import record_settings
+from archiver.operations.reloading import Reloading
 from archiver.settings import Settings
 from archiver.worker import Worker, signing_key, timing_of
-from archiver.worker.audit_settings import record_settings
 
 log = structlog.get_logger(__name__)
 

@@ -19,11 +19,12 @@ from multiprocessing.process import BaseProcess
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from archiver import database, heartbeats, reloading, settings, telemetry
-from archiver.app import exit_with_parent
+from archiver import database, settings, telemetry
 from archiver.cli.worker import work
-from archiver.duties import Report, fault_location
+from archiver.http import exit_with_parent
+from archiver.operations import heartbeats, reloading
 from archiver.settings import SettingsError
+from archiver.telemetry.duty_health import Report, fault_location
 
 log = structlog.get_logger(__name__)
 

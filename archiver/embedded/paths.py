@@ -17,7 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archiver.embedded.account import Account, can_reach
-from archiver.embedded.postmaster import POLL_SECONDS, SHORT_PREFIX, SOCKET_NAME, EmbeddedError, is_private, try_lock
+from archiver.embedded.postmaster import (
+    POLL_SECONDS,
+    SHORT_PREFIX,
+    SOCKET_NAME,
+    EmbeddedError,
+    is_private,
+    try_lock,
+)
 
 LOCK_SECONDS = 240.0
 _ROOT_FOLDER = Path("/var/lib/callhq-archiver")

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import SecretStr, ValidationError
 
-from archiver.settings.errors import SettingsError
+from archiver.errors import SettingsError
 from archiver.settings.fields import Settings, WebhookScheme
 from archiver.settings.sources import environment_name
 from archiver.settings.unknown_variables import unknown_variables

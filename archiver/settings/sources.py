@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import AliasChoices
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-from archiver.settings.errors import SettingsError
+from archiver.errors import SettingsError
 
 
 def environment_name(settings: type[BaseSettings], field_name: str) -> str:

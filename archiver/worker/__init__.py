@@ -14,18 +14,19 @@ from functools import partial
 import structlog
 from sqlalchemy.engine import URL
 
-from archiver import database, heartbeats, lock_waits
-from archiver.database import run_in_transaction
-from archiver.duties import Duty
-from archiver.erasure.periodic import RetentionTasks
-from archiver.feed import Publisher
-from archiver.followups import Followups, select_consumed
-from archiver.identity import ForeignDatabaseError, Guard
-from archiver.reloading import Reloading
+from archiver import database
+from archiver.database import lock_waits, run_in_transaction
+from archiver.database.identity import ForeignDatabaseError, Guard
+from archiver.history.opening import reconciling, timing_of
+from archiver.operations import heartbeats
+from archiver.operations.reloading import Reloading
+from archiver.outbound.feed import Publisher
+from archiver.outbound.followups import Followups, select_consumed
 from archiver.settings import Settings
+from archiver.telemetry.duty_health import Duty
 from archiver.worker.compacting import Compacting
 from archiver.worker.histories import Histories
-from archiver.worker.history_services import reconciling, timing_of
+from archiver.worker.retention_tasks import RetentionTasks
 from archiver.worker.sealing import Sealing, signing_key
 from archiver.worker.supervision import Runner, Supervisor
 

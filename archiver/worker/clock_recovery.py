@@ -5,7 +5,7 @@ from datetime import timedelta
 from sqlalchemy import Connection, text
 
 from archiver import database
-from archiver.projection import Timing
+from archiver.archive import Timing
 
 MAX_AHEAD = timedelta(hours=25)  # of a retry; a reading is due within the life of its session
 

@@ -6,7 +6,8 @@ from time import monotonic
 import structlog
 from sqlalchemy.engine import URL
 
-from archiver import compaction, database
+from archiver import database
+from archiver.ledger import compaction
 from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)

@@ -16,16 +16,16 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, heartbeats, telemetry
-from archiver.callhq import UnauthorizedError
+from archiver import database, telemetry
 from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_in_transaction, run_split
-from archiver.duties import Duty, fault_location
-from archiver.overview import select_silence
-from archiver.projection import leases
-from archiver.reconcile import Reconciler
+from archiver.history import Reconciler, leases
+from archiver.history.callhq import UnauthorizedError
+from archiver.history.opening import reconciling, timing_of
+from archiver.operations import heartbeats
+from archiver.operations.overview import select_silence
 from archiver.settings import Settings
+from archiver.telemetry.duty_health import Duty, fault_location
 from archiver.worker.clock_recovery import make_impossible_times_due
-from archiver.worker.history_services import reconciling, timing_of
 
 log = structlog.get_logger(__name__)
 

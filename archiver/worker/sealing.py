@@ -8,8 +8,9 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy.engine import URL
 
-from archiver import database, seals, telemetry
-from archiver.identity import Guard
+from archiver import database, telemetry
+from archiver.compliance import seals
+from archiver.database.identity import Guard
 from archiver.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)

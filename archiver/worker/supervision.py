@@ -22,12 +22,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from archiver import database, heartbeats, telemetry
-from archiver.duties import Duty, Report, fault_location
-from archiver.erasure.clocks import ClockError
-from archiver.identity import ForeignDatabaseError
-from archiver.seals import BoundsError
+from archiver import database, telemetry
+from archiver.compliance.erasure.clocks import ClockError
+from archiver.compliance.seals import BoundsError
+from archiver.database.identity import ForeignDatabaseError
+from archiver.operations import heartbeats
 from archiver.settings import SettingsError
+from archiver.telemetry.duty_health import Duty, Report, fault_location
 
 log = structlog.get_logger(__name__)
 

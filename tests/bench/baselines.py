@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from archiver import database, tables
+from archiver import database
+from archiver.database import tables
 from tests.payloads import WEBHOOK
 
 

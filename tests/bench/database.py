@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psycopg
 
-from archiver import database, embedded, schema
+from archiver import database, embedded
+from archiver.database import schema
 from tests import servers
 
 

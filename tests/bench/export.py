@@ -19,9 +19,10 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import database, embedded, export, seals, telemetry
-from archiver.database import copying
-from archiver.export import ExportRequest, Selection, queries
+from archiver import database, embedded, telemetry
+from archiver.compliance import export, seals
+from archiver.compliance.export import ExportRequest, Selection, queries
+from archiver.database import copy_out
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
 
@@ -116,7 +117,7 @@ def plain(engine: Engine, wanted: list[sql.Composable]) -> None:
     hashed = sha256()
     with database.snapshot(engine, statement_seconds=3600) as connection:
         for query in wanted:
-            for row in copying.rows(connection, sql.SQL("COPY ({}) TO STDOUT (FORMAT BINARY)").format(query)):
+            for row in copy_out.rows(connection, sql.SQL("COPY ({}) TO STDOUT (FORMAT BINARY)").format(query)):
                 hashed.update(row)
 
 

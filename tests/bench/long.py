@@ -27,8 +27,9 @@ import msgspec
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, history
-from archiver.ingest.writing import Delivery, Outcome, write
+from archiver import database
+from archiver.events import responses
+from archiver.inbound.writing import Delivery, Outcome, write
 from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK, created
 from tests.receivers import executing
@@ -158,8 +159,8 @@ class Bench:
             f'{{"message":"ok","session":{{"id":"{SESSION}","updatedAt":"{now.isoformat()}","messages":'
             f"[{','.join(self._lines)}]}}}}"
         ).encode()
-        event = history.parse_history(SESSION, 200, body)
-        delivery = Delivery(event, now, None, source=history.SOURCE)
+        event = responses.parse_history(SESSION, 200, body)
+        delivery = Delivery(event, now, None, source=responses.SOURCE)
         (result,) = self._loop.run_until_complete(write(self._engine, [delivery]))
         assert isinstance(result, Outcome), result
         assert result.status == "stored", result

@@ -21,8 +21,9 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import Engine
 
-from archiver import database, embedded, seals, telemetry
-from archiver.database import copying
+from archiver import database, embedded, telemetry
+from archiver.compliance import seals
+from archiver.database import copy_out
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
 from tests.payloads import SECRET, WEBHOOK
@@ -88,7 +89,7 @@ def plain(engine: Engine, columns: str) -> int:
     count = 0
     query = sql.SQL(f"COPY (SELECT {columns} FROM archiver.events ORDER BY id) TO STDOUT (FORMAT BINARY)")
     with database.snapshot(engine, statement_seconds=3600) as connection:
-        for row in copying.rows(connection, query):
+        for row in copy_out.rows(connection, query):
             sha256(row).digest()
             count += 1
     return count

@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import embedded
-from archiver.followups.deliveries import message_id
+from archiver.outbound.followups.deliveries import message_id
 from tests import processes
 from tests.conftest import Cluster
 from tests.faults.outages import stopped

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver.database import transaction
-from archiver.projection import leases
+from archiver.history import leases
 from tests import processes, servers
 from tests.processes import AnyProcess
 from tests.receivers import serving

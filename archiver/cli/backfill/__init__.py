@@ -21,13 +21,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from archiver import database, schema, settings, telemetry
-from archiver.callhq import UnauthorizedError, printable
+from archiver import database, settings, telemetry
 from archiver.cli import connection
 from archiver.cli.backfill.summary import Summary
 from archiver.cli.output import Number, Whole, progress
-from archiver.reconcile import ReconcileResult, ResponseNotStoredError, backfill
-from archiver.reconcile.backfill import Selection
+from archiver.database import schema
+from archiver.history import ReconcileResult, ResponseNotStoredError, backfill
+from archiver.history.backfill import Selection
+from archiver.history.callhq import UnauthorizedError, printable
 from archiver.settings import Settings
 from archiver.worker import reconciling, timing_of
 

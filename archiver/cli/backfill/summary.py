@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from archiver.cli.output import console
-from archiver.reconcile import ReconcileResult
+from archiver.history import ReconcileResult
 
 MAX_SHOWN = 20  # failures
 

@@ -7,11 +7,13 @@ import click
 import msgspec
 from sqlalchemy import Engine
 
-from archiver import audit_log, database, settings, spool
+from archiver import database, settings
 from archiver.cli import connection
 from archiver.cli.erasure import messages
 from archiver.cli.erasure.running import ErasureRequest, Run
-from archiver.erasure import AuditEntry, HeldError, replay, targets
+from archiver.compliance.erasure import AuditEntry, HeldError, replay, targets
+from archiver.inbound import spool
+from archiver.ledger import audit_log
 from archiver.worker import timing_of
 
 PAGE = 500

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from archiver import spool
 from archiver.cli.output import counted
-from archiver.erasure import Counts, Target
+from archiver.compliance.erasure import Counts, Target
+from archiver.inbound import spool
 
 MAX_SHOWN = 20
 

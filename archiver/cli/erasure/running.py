@@ -8,15 +8,21 @@ import msgspec
 from rich.progress import SpinnerColumn, TextColumn
 from sqlalchemy import Connection, Engine
 
-from archiver import database, erasure, ledger
+from archiver import database, ledger
+from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.erasure import messages
 from archiver.cli.output import progress
-from archiver.erasure import AuditEntry, Counts, HeldError, Ordered, Target, replay, targets
-from archiver.erasure.quarantined import QuarantineMatches, delete_matches, select_deletable, select_matches
-from archiver.erasure.repeated_content import select_repeating_turns
-from archiver.erasure.sweeping import NONE_SEARCHED, SearchedRows
-from archiver.projection import Timing
+from archiver.compliance import erasure
+from archiver.compliance.erasure import AuditEntry, Counts, HeldError, Ordered, Target, replay, targets
+from archiver.compliance.erasure.quarantine_matches import (
+    QuarantineMatches,
+    delete_matches,
+    select_deletable,
+    select_matches,
+)
+from archiver.compliance.erasure.repeated_content import select_repeating_turns
+from archiver.compliance.erasure.sweeping import NONE_SEARCHED, SearchedRows
 
 
 class ErasureRequest(msgspec.Struct, frozen=True):

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import click
 
-from archiver import audit_log, settings
+from archiver import settings
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole
-from archiver.followups import pruning, review, subscriptions
-from archiver.followups.deliveries import parse_message_id
+from archiver.ledger import audit_log
+from archiver.outbound.followups import pruning, review, subscriptions
+from archiver.outbound.followups.deliveries import parse_message_id
 
 MAX_RETRIED = 10_000  # at once
 

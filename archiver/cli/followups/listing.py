@@ -13,9 +13,9 @@ from archiver import settings
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole, console
-from archiver.followups import review, subscriptions
-from archiver.followups.deliveries import DEAD, PENDING, message_id
-from archiver.followups.subscriptions import SubscriptionNotFoundError
+from archiver.outbound.followups import review, subscriptions
+from archiver.outbound.followups.deliveries import DEAD, PENDING, message_id
+from archiver.outbound.followups.subscriptions import SubscriptionNotFoundError
 
 
 @click.command("list")

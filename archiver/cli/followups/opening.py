@@ -9,7 +9,11 @@ from sqlalchemy import Connection
 
 from archiver.cli import connection
 from archiver.cli.output import Whole
-from archiver.followups.subscriptions import CursorBeyondFeedError, SubscriptionLimitError, SubscriptionNotFoundError
+from archiver.outbound.followups.subscriptions import (
+    CursorBeyondFeedError,
+    SubscriptionLimitError,
+    SubscriptionNotFoundError,
+)
 from archiver.settings import Settings
 
 ID = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))

@@ -11,14 +11,16 @@ from pathlib import Path
 import click
 import msgspec
 
-from archiver import audit_log, outbox, settings
+from archiver import settings
+from archiver.archive import outbox
 from archiver.cli import connection
 from archiver.cli.followups.opening import ID, in_transaction
 from archiver.cli.output import Whole
-from archiver.followups import guard, sending, signing, subscriptions
-from archiver.followups.contents import encode
-from archiver.followups.sending import Attempt
-from archiver.followups.subscriptions import Filter, Subscription
+from archiver.ledger import audit_log
+from archiver.outbound.followups import guard, sending, signing, subscriptions
+from archiver.outbound.followups.payloads import encode
+from archiver.outbound.followups.sending import Attempt
+from archiver.outbound.followups.subscriptions import Filter, Subscription
 
 secret_file_option = click.option(
     "--secret-file",

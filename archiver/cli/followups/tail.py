@@ -12,12 +12,13 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from archiver import feed, identity, settings
+from archiver import settings
+from archiver.archive.outbox import TYPES
 from archiver.cli import connection
 from archiver.cli.output import Whole
-from archiver.database import is_unreachable, sqlstate, transaction
-from archiver.outbox import TYPES
-from archiver.schema import SchemaError
+from archiver.database import identity, is_unreachable, sqlstate, transaction
+from archiver.database.schema import SchemaError
+from archiver.outbound import feed
 
 IDLE_SECONDS = 0.5
 UNAVAILABLE_SECONDS = 1.0

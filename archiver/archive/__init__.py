@@ -1,0 +1,200 @@
+"""Derive the archive from the ledger: `project` adds new facts, `rederive` rebuilds whole sessions.
+
+A turn is a pure function of all facts about it (`turns`), and a session of which history is known is one of all its
+facts (`sessions`): in any order the archive ends the same (I5), and the ledger alone rebuilds it (I10).
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
+
+from sqlalchemy import Connection
+
+from archiver import events, telemetry
+from archiver.archive import differences, rows
+from archiver.archive import facts as ledger_facts
+from archiver.archive.appending import append
+from archiver.archive.coverage import DEFAULT_TIMING, Timing
+from archiver.archive.differences import TurnState
+from archiver.archive.erasures import select_erased_sessions
+from archiver.archive.facts import UNASSIGNED, Key
+from archiver.archive.outbox import Change
+from archiver.archive.sessions import derive
+from archiver.archive.turns import Fact, Turn, fold
+from archiver.events import responses
+
+__all__ = [
+    "DEFAULT_TIMING",
+    "UNASSIGNED",
+    "Fact",
+    "Key",
+    "Timing",
+    "Turn",
+    "fold",
+    "lock_and_rederive",
+    "project",
+    "rebuild_unassigned",
+    "rederive",
+]
+
+
+MAX_SESSIONS_PER_CHAT = 50  # sessions of one chat
+
+
+class AmbiguousSessionError(Exception):
+    """An unassigned chat is known in too many sessions to be assigned."""
+
+
+def project(
+    connection: Connection, facts: Sequence[Fact], timing: Timing, erased: Collection[str] = ()
+) -> list[Change]:
+    """Bring the archive up to date with facts that the same transaction has just put into the ledger.
+
+    Returns the changes for the feed.
+
+    Sessions `erased`, even in part, are rebuilt like sessions with a history: the caller names those that the
+    facts name themselves, and those to which a fact is assigned here are looked up.
+    The caller holds the lock that `ledger` takes for facts without a session.
+    """
+    chat_facts = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
+    others = [fact for fact in facts if fact.source != events.WEBHOOK]
+    if not chat_facts and not others:
+        return []
+    by_turn = _assign(connection, chat_facts)
+    arrivals: dict[str, list[datetime]] = defaultdict(list)
+    for (session_id, _), own in by_turn.items():
+        arrivals[session_id] += [fact.received_at for fact in own]
+    for fact in others:
+        arrivals[fact.event.session_id].append(fact.received_at)
+    arrivals.pop(UNASSIGNED, None)
+    # Locks the sessions: from here on no other transaction projects their turns, and stored facts are read.
+    other_facts_query = ledger_facts.other_facts(_own_keys(by_turn)) if by_turn else None
+    read, stored = rows.upsert_sessions(connection, arrivals, timing, other_facts_query)
+    assigned = sorted(arrivals.keys() - {fact.event.session_id for fact in facts})
+    erased = {*erased, *select_erased_sessions(connection, assigned)}
+    read |= {fact.event.session_id for fact in others} | (arrivals.keys() & erased)
+    unread = {key: own for key, own in by_turn.items() if key[0] not in read}
+    changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(stored, unread), timing)
+    just_read = {fact.event.session_id for fact in others if fact.event.type in responses.READINGS}
+    whole = {fact.event.session_id for fact in others} | set(erased)
+    appended = append(connection, {key: own for key, own in by_turn.items() if key[0] in read - whole}, timing)
+    read -= appended.sessions
+    return changes + appended.changes + rederive(connection, sorted(read), timing, just_read, moved)
+
+
+def _project_turns(
+    connection: Connection,
+    by_turn: Mapping[Key, Sequence[Fact]],
+    earlier: Mapping[Key, Sequence[Fact]],
+    timing: Timing,
+) -> tuple[list[Change], dict[str, TurnState]]:
+    """Write turns of sessions without a reading, each independently of the others.
+
+    Answers what changed, and the turns that stood without a session until now.
+    """
+    if not by_turn:
+        return [], {}
+    known = {key: [*_new_facts(own), *earlier.get(key, ())] for key, own in sorted(by_turn.items())}
+    turns = {key: fold(facts) for key, facts in known.items() if facts}
+    revised = [key for key in turns if key in earlier]
+    # As it stands, and not as earlier facts add up to: a redelivery may just have moved one of them in time.
+    before, moved = rows.select_turn_states(connection, revised) if revised else {}, dict[str, TurnState]()
+    rows.upsert_turns(connection, turns)
+    if revised:
+        # An unassigned fact may have come first.
+        arrivals: dict[str, list[datetime]] = defaultdict(list)
+        for session_id, chat_id in revised:
+            arrivals[session_id] += [fact.received_at for fact in known[session_id, chat_id]]
+        arrivals.pop(UNASSIGNED, None)
+        rows.upsert_sessions(connection, arrivals, timing)
+        rows.delete_surplus_messages(connection, {key: len(turns[key].messages) for key in revised})
+        with_session = [(session_id, chat_id) for session_id, chat_id in revised if session_id != UNASSIGNED]
+        moved = rows.delete_unassigned(connection, [chat_id for _, chat_id in with_session])
+        before = {key: moved[key[1]] for key in with_session if key[1] in moved} | before
+    return differences.turn_changes(turns, before), moved
+
+
+def rederive(
+    connection: Connection,
+    session_ids: Sequence[str],
+    timing: Timing,
+    just_read: Collection[str] = (),
+    moved: Mapping[str, TurnState] = MappingProxyType({}),
+) -> list[Change]:
+    """Rebuild these sessions from all their facts, and write the differences.
+
+    `moved`: turns by chat id that stood without a session until this transaction.
+
+    The caller has their rows locked. A session without facts is deleted. Returns the changes,
+    which are published only if something new was recorded.
+    """
+    if not session_ids:
+        return []
+    facts_by_session = ledger_facts.select_session_facts(connection, session_ids)
+    archived = rows.select_archived(connection, session_ids)
+    derived = [derive(session_facts, timing) for session_facts in facts_by_session.values()]
+    telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
+    rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in facts_by_session])
+    unassigned = rows.delete_unassigned(
+        connection, [chat_id for session_facts in facts_by_session.values() for chat_id in session_facts.unassigned]
+    )
+    before = differences.PreviousRows(
+        archived.sessions, archived.chats, archived.messages.values(), {**moved, **unassigned}
+    )
+    return differences.session_changes(before, derived, just_read)
+
+
+def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
+    """Like `rederive`; locks the sessions first."""
+    rows.lock_sessions(connection, session_ids)
+    rederive(connection, session_ids, timing)
+
+
+def rebuild_unassigned(connection: Connection, chat_ids: Sequence[str]) -> None:
+    """Rebuild unassigned turns. Requires the exclusive lock."""
+    if not chat_ids:
+        return
+    facts = ledger_facts.select_unassigned_of(connection, chat_ids)
+    by_turn = {chat_id for _, chat_id in rows.select_sessions_of_chats(connection, chat_ids)}
+    rows.delete_unassigned(connection, chat_ids)
+    unassigned = {
+        (UNASSIGNED, each): fold(folded) for each, folded in sorted(facts.items()) if folded and each not in by_turn
+    }
+    rows.upsert_turns(connection, unassigned)
+
+
+def _own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
+    """The turns to look up, in their session and among those without one, each with the facts that are at hand."""
+    own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
+    own |= {(UNASSIGNED, chat_id): [] for _, chat_id in by_turn}
+    for (_, chat_id), facts in by_turn.items():
+        for fact in _new_facts(facts):
+            own[fact.event.session_id, chat_id].append(fact.event.dedupe_key)
+    return own
+
+
+def _new_facts(facts: Iterable[Fact]) -> list[Fact]:
+    return [fact for fact in facts if not fact.is_repeat]
+
+
+def _assign(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:
+    """Return the facts by turn; an unassigned fact goes to every session known to hold its chat."""
+    unassigned = {str(fact.event.chat_id) for fact in facts if fact.event.session_id == UNASSIGNED}
+    sessions_of_chat: dict[str | None, set[str]] = defaultdict(set)
+    for fact in facts:
+        if fact.event.session_id != UNASSIGNED and fact.event.chat_id in unassigned:
+            sessions_of_chat[fact.event.chat_id].add(fact.event.session_id)
+    for session_id, chat_id in rows.select_sessions_of_chats(connection, unassigned) if unassigned else ():
+        sessions_of_chat[chat_id].add(session_id)
+    if any(len(item) > MAX_SESSIONS_PER_CHAT for item in sessions_of_chat.values()):
+        raise AmbiguousSessionError
+    by_turn: dict[Key, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        chat_id = str(fact.event.chat_id)
+        session_id_of_fact = fact.event.session_id
+        for session_id in (
+            {session_id_of_fact} if session_id_of_fact != UNASSIGNED else sessions_of_chat[chat_id] or {UNASSIGNED}
+        ):
+            by_turn[session_id, chat_id].append(fact)
+    return by_turn

@@ -1,0 +1,188 @@
+"""Append turns that are newer than the latest reading, at a cost independent of the session's length.
+
+The rows are those that `sessions.derive` would make of the whole session: `alignment.compose` says when a turn
+changes nothing before it, and `sessions.append_after` keeps that answer. `rederive` does the rest.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection
+
+from archiver import events
+from archiver.archive import coverage, differences, facts, rows, transcript
+from archiver.archive.coverage import Timing
+from archiver.archive.differences import TurnState
+from archiver.archive.facts import UNASSIGNED, Key
+from archiver.archive.outbox import Change
+from archiver.archive.sessions import aligned, message_row
+from archiver.archive.turns import Fact, Turn, fold
+from archiver.database import RawStatement, execute
+from archiver.events.normal import normal_text
+
+# Times of the session as the upsert of this batch left them.
+_SELECT_STATUSES = RawStatement(
+    """
+    SELECT s.session_id, s.read_at, s.reconciled_at, s.last_event_at, s.read_by, s.places, s.append_after
+      FROM archiver.sessions s
+     WHERE s.session_id IN (SELECT json_array_elements_text($1)) AND s.append_after IS NOT NULL
+    """
+)
+_SELECT_UNCLAIMED = RawStatement(
+    """
+    SELECT m.session_id, m.role, m.content FROM archiver.messages m
+     WHERE m.session_id IN (SELECT json_array_elements_text($1)) AND m.source = 'history'
+    """
+)
+_SELECT_LAST = RawStatement(
+    """
+    SELECT count(*) AS count, min(m.place) AS first, max(m.place) AS last,
+           (SELECT coalesce(c.created_at, c.occurred_at, c.first_received_at) FROM archiver.chats c
+             WHERE c.session_id = $1 AND c.chat_id = $2) AS began_at
+      FROM archiver.messages m WHERE m.session_id = $1 AND m.chat_id = $2
+    """
+)
+_UPDATE_SESSION = RawStatement(
+    """
+    UPDATE archiver.sessions
+       SET coverage = $2, reason = $3, reconcile_at = $4, places = $5, append_after = $6
+     WHERE session_id = $1
+    """
+)
+
+Own = Mapping[str, Sequence[Fact]]  # facts of this batch about one session, by chat id
+
+
+class Appended(msgspec.Struct):
+    """The sessions to which all turns of a batch were appended, and what changed thereby."""
+
+    sessions: set[str] = msgspec.field(default_factory=set)
+    changes: list[Change] = msgspec.field(default_factory=list)
+
+
+def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing: Timing) -> Appended:
+    """Append the turns of these facts, just recorded, to the sessions to which they can be appended.
+
+    The caller has locked the sessions. The cost is that of the turns, and of the lines that only history has.
+    """
+    by_session: dict[str, dict[str, Sequence[Fact]]] = defaultdict(dict)
+    for (session_id, chat_id), chat_facts in by_turn.items():
+        by_session[session_id][chat_id] = chat_facts
+    possible = sorted(each for each, own in by_session.items() if _are_new_creations(each, own))
+    appended = Appended()
+    if not possible:
+        return appended
+    sessions_json = msgspec.json.encode(possible).decode()
+    keys = {
+        (each, chat_id): [fact.event.dedupe_key for fact in own]
+        for session_id in possible
+        for chat_id, own in by_session[session_id].items()
+        for each in (session_id, UNASSIGNED)
+    }
+    statuses, unclaimed, others = execute(
+        connection,
+        _SELECT_STATUSES.bind(sessions_json),
+        _SELECT_UNCLAIMED.bind(sessions_json),
+        facts.other_facts(keys, of_read=True),
+    )
+    texts: dict[str, set[str]] = defaultdict(set)
+    for row in unclaimed:
+        texts[row.session_id].add(normal_text(row.content))
+    unassigned = {row.chat_id for row in others if row.session_id == UNASSIGNED}
+    earlier = facts.by_turn(others, by_turn)
+    for status in statuses:
+        own = by_session[status.session_id]
+        if unassigned.isdisjoint(own):
+            tail = _TranscriptTail(connection, status, own, earlier)
+            if tail.can_append(texts[status.session_id]):
+                appended.changes += tail.write(timing)
+                appended.sessions.add(status.session_id)
+    return appended
+
+
+def _are_new_creations(session_id: str, own: Own) -> bool:
+    """Return whether these are new creations that name this session."""
+    return all(
+        fact.event.type == events.CREATED and fact.event.session_id == session_id and not fact.is_repeat
+        for each in own.values()
+        for fact in each
+    )
+
+
+class _TranscriptTail:
+    """The end of one session's transcript, and the turns that go there: the last one, if revised, and new ones."""
+
+    def __init__(self, connection: Connection, status: Any, own: Own, earlier: Mapping[Key, Sequence[Fact]]) -> None:
+        self._connection = connection
+        self._status = status
+        self._session_id: str = status.session_id
+        known = {chat_id: earlier.get((self._session_id, chat_id)) for chat_id in own}
+        self._revised = [chat_id for chat_id, item in known.items() if item is not None]
+        self._is_readable = all(known[chat_id] for chat_id in self._revised)
+        folded = {chat_id: fold([*own[chat_id], *(known[chat_id] or ())]) for chat_id in own}
+        self._turns: list[tuple[str, Turn]] = sorted(
+            folded.items(), key=lambda each: (each[1].began_at, each[1].revised_at, each[0])
+        )
+        self._places: int = status.places
+
+    def can_append(self, texts: Collection[str]) -> bool:
+        """Whether they follow all other turns, arrived after the latest reading, and say nothing of `texts`."""
+        if len(self._revised) > 1 or not self._is_readable:
+            return False
+        if not all(
+            self._is_newer(turn) and not transcript.may_claim(turn.messages, texts) for _, turn in self._turns
+        ):
+            return False
+        return self._follow_others()
+
+    def _is_newer(self, turn: Turn) -> bool:
+        is_later = turn.first_received_at > self._status.read_at
+        return is_later and turn.deleted_at is None and turn.inputs <= 1
+
+    def _follow_others(self) -> bool:
+        last: datetime = self._status.append_after
+        new = self._turns
+        if self._revised:
+            (chat_id, revised), *new = self._turns
+            if chat_id != self._revised[0] or revised.began_at < last or not self._is_last(chat_id):
+                return False
+            last = revised.began_at
+        return all(turn.began_at > last for _, turn in new)
+
+    def _is_last(self, chat_id: str) -> bool:
+        """Whether the transcript ends with this turn; then the new lines of it take the places of the old ones."""
+        ((count, first, last, began_at),) = _SELECT_LAST.execute(self._connection, self._session_id, chat_id)
+        is_last = count > 0 and last == self._places and first == last - count + 1
+        if not is_last or began_at != self._status.append_after:
+            return False
+        self._places -= count
+        return True
+
+    def write(self, timing: Timing) -> list[Change]:
+        """Write the turns and their lines, and what is known of the session now."""
+        keyed = {(self._session_id, chat_id): turn for chat_id, turn in self._turns}
+        revised = [(self._session_id, chat_id) for chat_id in self._revised]
+        before: Mapping[Key, TurnState] = rows.select_turn_states(self._connection, revised) if revised else {}
+        lines = [
+            message_row(self._session_id, chat_id, ordinal, line)
+            for chat_id, turn in self._turns
+            for ordinal, line in enumerate(
+                transcript.unmatched_turn(aligned(chat_id, turn), self._status.reconciled_at)
+            )
+        ]
+        for place, row in enumerate(lines, self._places + 1):
+            row["place"] = place
+        rows.upsert_transcript_turns(self._connection, keyed, lines)
+        rows.delete_surplus_messages(self._connection, {key: len(keyed[key].messages) for key in revised})
+        self._update_session(self._places + len(lines), timing)
+        return differences.turn_changes(keyed, before)
+
+    def _update_session(self, places: int, timing: Timing) -> None:
+        status = self._status
+        due_at = timing.due_after(status.last_event_at, status.read_by)
+        append_after = max(turn.began_at for _, turn in self._turns)
+        values = (coverage.OPEN, coverage.EVENTS_AFTER_READING, due_at.isoformat(), places, append_after.isoformat())
+        _UPDATE_SESSION.execute(self._connection, self._session_id, *values)

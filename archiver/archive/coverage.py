@@ -1,0 +1,205 @@
+"""Compute how complete a session is, and when to read its history next. Pure."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Literal
+
+import msgspec
+
+from archiver.archive.transcript import TranscriptLine
+from archiver.archive.transcript.candidates import PROMPTS
+from archiver.archive.transcript.shapes import USER
+from archiver.archive.transcript.wording import normal_role
+from archiver.archive.turns import Turn
+from archiver.events import responses
+from archiver.events.responses import SessionSnapshot
+
+State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost"]
+
+
+class Timing(msgspec.Struct, frozen=True, dict=True):
+    """`quiet`: wait so long after a session's last event; `lifetime`: after so long upstream forgets the session."""
+
+    quiet: timedelta = timedelta(seconds=300)
+    lifetime: timedelta = timedelta(seconds=86_400)
+
+    @cached_property
+    def margin(self) -> timedelta:
+        """So long before the end of its life a session is read for the last time."""
+        return min(max(self.lifetime / 24, 2 * self.quiet), self.lifetime / 2)
+
+    @cached_property
+    def wait(self) -> timedelta:
+        """The quiet time, or less where sessions live so shortly."""
+        return min(self.quiet, self.margin / 2)
+
+    def read_by(self, opened_at: datetime) -> datetime:
+        """Return the deadline of the last reading of a session."""
+        return opened_at + self.lifetime - self.margin
+
+    def due_after(self, last_event_at: datetime, read_by: datetime) -> datetime:
+        """When a session is to be read after an event: after a quiet time, or just before upstream forgets it."""
+        return min(last_event_at + self.wait, max(read_by + self.margin - self.wait, last_event_at))
+
+
+DEFAULT_TIMING = Timing()
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False):
+    """One distinct history response: kind, first and last time, and count."""
+
+    kind: str
+    first_at: datetime
+    last_at: datetime
+    count: int
+    snapshot: SessionSnapshot
+    # It showed so many of the first messages of the next reading with messages, and nothing else: `snapshot` is
+    # without
+    # them, so that all readings of a growing history together cost as much as the last one.
+    shown: int | None = None
+
+
+class Coverage(msgspec.Struct, frozen=True, gc=False):
+    """A session's row in `analytics.coverage`."""
+
+    state: State
+    reason: str
+    reconciled_at: datetime | None
+    read_at: datetime | None
+    repaired_messages: int
+
+
+OPEN: State = "open"
+
+# Why a session is in its state; docs/data-model.md explains each.
+NEVER_READ = "awaiting_history"
+EVENTS_AFTER_READING = "events_after_reading"
+AGREED = "agreed"
+REPAIRED = "history_supplied_messages"
+AMBIGUOUS = "several_places_fit"
+REWORDED = "worded_differently"
+PARTIAL = "turns_not_in_history"
+DIFFERS = "texts_not_in_history"
+UNSEEN = "content_never_seen"
+ERASED = "erased"
+_UNREAD = {
+    responses.GONE: "history_gone",
+    responses.UNREADABLE: "history_unreadable",
+    responses.UNAVAILABLE: "history_unavailable",
+    responses.READ: "history_empty",
+}
+NOT_SHOWN = tuple(reason for kind, reason in _UNREAD.items() if kind != responses.READ)
+
+_RETRIED_KINDS = {responses.GONE, responses.UNREADABLE}
+
+
+def coverage_of(
+    turns: Mapping[str, Turn],
+    found: int,
+    readings: Sequence[Reading],
+    lines: Sequence[TranscriptLine],
+    last_event_at: datetime,
+    *,
+    is_erased: bool = False,
+) -> Coverage:
+    """Return the coverage of a session from its turns, readings and transcript."""
+    repaired = _repaired(lines)
+    if is_erased:
+        read_at = readings[-1].last_at if readings else None
+        revision_times = max((each.last_at for each in readings if each.kind == responses.READ), default=None)
+        return Coverage("unverified", ERASED, revision_times, read_at, repaired)
+    if not readings:
+        return Coverage("open", NEVER_READ, None, None, 0)
+    newest = readings[-1]
+    result = [reading.last_at for reading in readings if reading.kind == responses.READ]
+    state, reason = _state(turns, newest, lines, last_event_at, repaired)
+    # A turn without delivered content may be one of those known only from history.
+    if reason != EVENTS_AFTER_READING and sum(not turn.has_content for turn in turns.values()) > found:
+        state, reason = "lost", UNSEEN
+    return Coverage(state, reason, max(result, default=None), newest.last_at, repaired)
+
+
+def _state(
+    turns: Mapping[str, Turn],
+    newest: Reading,
+    lines: Sequence[TranscriptLine],
+    last_event_at: datetime,
+    repaired: int,
+) -> tuple[State, str]:
+    if last_event_at > newest.last_at:
+        return "open", EVENTS_AFTER_READING
+    snapshots = any(line.first_read_at is not None for line in lines)
+    has_no_messages = newest.kind == responses.READ and not newest.snapshot.messages
+    unconfirmed = _unconfirmed(turns, lines)
+    if unconfirmed:
+        is_partial = newest.kind == responses.READ and not has_no_messages
+        return "unverified", unconfirmed if is_partial else _UNREAD[newest.kind]
+    if not snapshots and newest.kind != responses.READ:
+        return "unverified", _UNREAD[newest.kind]
+    if any(line.is_ambiguous for line in lines):
+        return "ambiguous", AMBIGUOUS
+    if any(line.is_reworded for line in lines):
+        return "repaired" if repaired else "complete", REWORDED
+    return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
+
+
+def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> str | None:
+    """Return why history does not confirm all delivered content; None if it does.
+
+    Each text counts: a turn may be in the history with other words. Deleted turns need no confirmation, nor what an
+    application sends to its assistant.
+    """
+    texts = [
+        line
+        for line in lines
+        if line.chat_id is not None
+        and line.content.strip()
+        and normal_role(line.role) not in PROMPTS
+        and turns[line.chat_id].deleted_at is None
+    ]
+    confirmed = {line.chat_id for line in texts if line.first_read_at is not None}
+    unconfirmed = {line.chat_id for line in texts if line.first_read_at is None}
+    if unconfirmed - confirmed:
+        return PARTIAL
+    return DIFFERS if unconfirmed else None
+
+
+def _repaired(lines: Sequence[TranscriptLine]) -> int:
+    """Messages that history supplied; but what stands before any turn no webhook could have carried."""
+    first = next(
+        (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
+    )
+    return sum(line.source == "history" for line in lines[first:])
+
+
+def next_reading(
+    timing: Timing, opened_at: datetime, last_event_at: datetime, readings: Sequence[Reading]
+) -> datetime | None:
+    """When the history is to be read next; None: never again.
+
+    After a quiet time; then ever later, as long again as nothing has changed; a last time before upstream forgets the
+    session, and if it had no messages, or the session was not quiet, again until it has.
+    """
+    read_by = timing.read_by(opened_at)
+    if not readings or last_event_at > readings[-1].last_at:
+        return timing.due_after(last_event_at, read_by)
+    newest = readings[-1]
+    if newest.kind == responses.UNAVAILABLE:
+        return None
+    if newest.last_at < read_by:
+        return min(newest.last_at + max(2 * timing.quiet, _unchanged(readings)), read_by)
+    quiet_at, again = timing.due_after(last_event_at, read_by), newest.last_at + timing.wait
+    if newest.last_at < quiet_at:
+        return quiet_at
+    return again if newest.kind in _RETRIED_KINDS and again < read_by + timing.margin else None
+
+
+def _unchanged(readings: Sequence[Reading]) -> timedelta:
+    """Return for how long all readings had the same content; responses without messages count as equal."""
+    newest = readings[-1]
+    others = (each for each in reversed(readings[:-1]) if each.kind != newest.kind or newest.kind == responses.READ)
+    other = next(others, None)
+    alike = [each for each in readings if each.kind == newest.kind] if newest.kind != responses.READ else [newest]
+    since = min(each.first_at for each in alike)
+    return newest.last_at - (since if other is None else max(since, other.last_at))

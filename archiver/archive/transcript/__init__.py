@@ -1,0 +1,108 @@
+"""Build one transcript from the known turns and history readings. A pure function of both.
+
+Readings that a later one holds as a whole are left out; `merge_history` keeps a spine of all lines that the others
+showed; `merge_turns` lets the turns claim theirs; turns newer than the latest reading are appended (`newer`).
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+import msgspec
+
+from archiver.archive.transcript import appendable, wording
+from archiver.archive.transcript.appendable import may_claim
+from archiver.archive.transcript.contained import date_lines, maximal_readings
+from archiver.archive.transcript.context import restore_unproven, without_repeats
+from archiver.archive.transcript.history import merge_history
+from archiver.archive.transcript.shapes import HistoryMessages, TranscriptLine, TurnMessages
+from archiver.archive.transcript.turns import in_order, merge_turns, unmatched_turn
+
+__all__ = [
+    "HistoryMessages",
+    "Transcript",
+    "TranscriptLine",
+    "TurnMessages",
+    "compose",
+    "may_claim",
+    "merge_history",
+    "merge_turns",
+    "transcript",
+    "unmatched_turn",
+]
+
+
+_TRIALS = 3  # of leaving repeats out; each restores the turns that turned out to repeat nothing
+
+
+class Transcript(msgspec.Struct, frozen=True):
+    """The lines of a session, in order.
+
+    `can_append`: a further turn that arrives after the latest reading, begins after all others, and says nothing that
+    only history has (`may_claim`) is appended to these lines as it is (`unmatched_turn`), and changes none of them.
+    """
+
+    lines: list[TranscriptLine]
+    can_append: bool
+
+
+def transcript(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) -> list[TranscriptLine]:
+    """Return the transcript lines of a session in order."""
+    return compose(turns, readings).lines
+
+
+def compose(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) -> Transcript:
+    """Return the transcript of a session, and whether a newer turn can be appended without aligning again.
+
+    `turns`, of different chats, come in any order. `readings` are taken in order of `read_at`; those of one instant
+    in the order given.
+    """
+    known = list(turns)
+    deleted_runs = {_message_keys(turn) for turn in known if turn.is_deleted and len(turn.messages) > turn.inputs} - {
+        ()
+    }
+    # Of runs that overlap the last one counts, so their order must not be chance.
+    deleted = sorted(deleted_runs, key=lambda run: (len(run), run))
+    history_lines: list[TranscriptLine] = []
+    read_at = None
+    result = maximal_readings(sorted(readings, key=lambda reading: reading.read_at))
+    # Where turns vanished, equal ones that stayed may have been taken for them.
+    is_dated = len(result) < 2 or not any(turn.is_deleted and turn.messages for turn in known)  # noqa: PLR2004  # one alone
+    for each in result:
+        history_lines = date_lines(merge_history(history_lines, each.reading, deleted), each.first_read_at)
+        read_at = each.reading.read_at
+        is_dated = is_dated and not each.is_doubtful
+    return _with_turns(history_lines, known, read_at, is_dated=is_dated)
+
+
+def _with_turns(
+    history_lines: list[TranscriptLine], turns: list[TurnMessages], read_at: datetime | None, *, is_dated: bool
+) -> Transcript:
+    ordered = in_order(turns)
+    count = appendable.count_aligned(ordered, read_at)
+    lines = _merge(history_lines, ordered[:count], read_at, is_dated=is_dated)
+    is_open, texts = appendable.has_open_end(lines), appendable.unclaimed_texts(lines)
+    if count < len(ordered):
+        if is_open or any(may_claim(turn.messages, texts) for turn in ordered[count:]):
+            lines = _merge(history_lines, ordered, read_at, is_dated=is_dated)
+            return Transcript(lines, can_append=False)
+        lines = [*lines, *(line for turn in ordered[count:] for line in unmatched_turn(turn, read_at))]
+    return Transcript(lines, can_append=not is_open)
+
+
+def _merge(
+    history_lines: list[TranscriptLine], turns: list[TurnMessages], read_at: datetime | None, *, is_dated: bool
+) -> list[TranscriptLine]:
+    """Let turns claim their history lines, without content that they repeat from earlier turns."""
+    trimmed = without_repeats(turns, history_lines)
+    for _ in range(_TRIALS):
+        lines = merge_turns(history_lines, trimmed, read_at, is_dated=is_dated)
+        restored = restore_unproven(turns, trimmed, lines)
+        if restored == trimmed:
+            return lines
+        trimmed = restored
+    return merge_turns(history_lines, turns, read_at, is_dated=is_dated)
+
+
+def _message_keys(turn: TurnMessages) -> tuple[tuple[str, str], ...]:
+    keys = (wording.text_key(message.role, message.content) for message in turn.messages)
+    return tuple((role, content) for role, content in keys if content)

@@ -1,0 +1,46 @@
+"""Select turns that arrived after the latest reading began: they are appended without alignment.
+
+A turn belongs to them if it begins after all others that have arrived before. The reading cannot show them, unless
+upstream's clock or a delivery was late: then the lines that show them are still unclaimed, and everything is aligned
+together.
+"""
+
+from collections.abc import Container, Iterable, Sequence
+from datetime import datetime
+
+from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
+from archiver.archive.transcript.wording import normal_role
+from archiver.events import Message
+from archiver.events.normal import normal_text
+
+
+def count_aligned(ordered: Sequence[TurnMessages], read_at: datetime | None) -> int:
+    """Return the number of turns to align, of turns in order of their beginning; later ones are newer than the
+    reading.
+    """
+    count = len(ordered)
+    while count and _is_newer(ordered[count - 1], read_at):
+        count -= 1
+    return count
+
+
+def _is_newer(turn: TurnMessages, read_at: datetime | None) -> bool:
+    return read_at is None or (turn.arrived_at is not None and turn.arrived_at > read_at)
+
+
+def has_open_end(lines: Iterable[TranscriptLine]) -> bool:
+    """Return whether a turn unknown from webhooks ends the transcript, so that a late delivery may match it."""
+    is_open = False
+    for line in lines:
+        is_open = line.chat_id is None and (is_open or normal_role(line.role) == USER)
+    return is_open
+
+
+def unclaimed_texts(lines: Iterable[TranscriptLine]) -> set[str]:
+    """Return the normalised texts of lines known only from history."""
+    return {normal_text(line.content) for line in lines if line.source == "history"}
+
+
+def may_claim(messages: Iterable[Message], texts: Container[str]) -> bool:
+    """Return whether any of these messages may be one of the unclaimed `texts`, regardless of role names."""
+    return any(message.content.strip() and normal_text(message.content) in texts for message in messages)

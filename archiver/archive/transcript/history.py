@@ -1,0 +1,149 @@
+"""The merged history: every line that any reading showed, in order, and whether the latest reading shows it."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise
+
+import msgspec
+
+from archiver.archive.transcript.shapes import USER, HistoryMessages, TranscriptLine
+from archiver.archive.transcript.subsequence import Pair, align, common_subsequence
+from archiver.archive.transcript.wording import Key, text_key
+from archiver.events import Message
+
+Run = tuple[Key, ...]  # all that one turn says
+Item = tuple[Key, object]  # a line and its context
+
+
+def merge_history(
+    lines: Sequence[TranscriptLine], reading: HistoryMessages, deleted: Collection[Run] = ()
+) -> list[TranscriptLine]:
+    """Merge a later reading into the merged history `lines`, none of which is claimed by a turn.
+
+    Lines are the same if role and content are equal but for differences of writing (`wording.text_key`) and, for all
+    but the user's, what the user said before; those of a turn that is `deleted` only where all of it is there: else
+    what is like a part of it is another turn's.
+    What the reading does not show stays at its place with `in_history=False` (I7); what is new is inserted at its
+    own, after the old lines of the same gap. So the lines with `in_history=True` are exactly the reading, in order.
+    """
+    old = [text_key(line.role, line.content) for line in lines]
+    new = [text_key(message.role, message.content) for message in reading.messages]
+    merged: list[TranscriptLine] = []
+    for (old_before, new_before), (at_old, at_new) in pairwise(
+        [(-1, -1), *_align(lines, old, new, deleted), (len(old), len(new))]
+    ):
+        merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
+        merged += [_line(message, reading) for message in reading.messages[new_before + 1 : at_new]]
+        merged += [
+            _shown_again(line, message, reading.read_at)
+            for line, message in zip(lines[at_old : at_old + 1], reading.messages[at_new : at_new + 1], strict=True)
+        ]
+    return merged
+
+
+def _shown_again(line: TranscriptLine, message: Message, read_at: datetime) -> TranscriptLine:
+    return msgspec.structs.replace(
+        line, role=message.role, content=message.content, kind=message.kind, in_history=True, last_read_at=read_at
+    )
+
+
+def _line(message: Message, reading: HistoryMessages) -> TranscriptLine:
+    first_read_at = reading.first_read_at or reading.read_at
+    return TranscriptLine(
+        *(message.role, message.content, "history", None, True, first_read_at, reading.read_at), kind=message.kind
+    )
+
+
+def _not_shown(line: TranscriptLine) -> TranscriptLine:
+    return msgspec.structs.replace(line, in_history=False) if line.in_history else line
+
+
+def _align(
+    lines: Sequence[TranscriptLine], old: Sequence[Key], new: Sequence[Key], deleted: Collection[Run]
+) -> list[Pair]:
+    # The same answer again changes nothing, however else it could be aligned.
+    shown = [index for index, line in enumerate(lines) if line.in_history]
+    if [old[index] for index in shown] == new:
+        return [*zip(shown, range(len(new)), strict=True)]
+    in_old, in_new = _runs(old, deleted), _runs(new, deleted)
+    answers = _in_context(old, in_old, in_new)
+    pairs = _keep_turns_whole(answers, align(answers, _in_context(new, in_new, in_old)))
+    return [*_with_loose_ends(old, new, pairs)]
+
+
+def _runs(keys: Sequence[Key], deleted: Collection[Run]) -> dict[Run, list[int]]:
+    """Find all occurrences of each deleted turn, starting from its rarest text."""
+    places: defaultdict[Key, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys if deleted else ()):
+        places[key].append(place)
+    runs = {}
+    for run in deleted:
+        _, offset = min((len(places.get(key, ())), offset) for offset, key in enumerate(run))
+        starts = [place - offset for place in places.get(run[offset], ()) if place >= offset]
+        runs[run] = [start for start in starts if tuple(keys[start : start + len(run)]) == run]
+    return runs
+
+
+def _in_context(
+    keys: Sequence[Key], runs: Mapping[Run, Sequence[int]], others: Mapping[Run, Sequence[int]]
+) -> list[Item]:
+    """Tag each line with the preceding user message: an equal answer to another question is another message.
+
+    Those of `runs` are parts of a whole, be it cut at the end where the other sequence, with `others`, has it whole.
+    """
+    question = None
+    items: list[Item] = []
+    for role, content in keys:
+        if role == USER:
+            question = content
+        items.append(((role, content), None if role == USER else question))
+    for run, starts in runs.items():
+        for start in starts:
+            items[start : start + len(run)] = [(key, (run, offset)) for offset, key in enumerate(run)]
+        for length in range(1, len(run) if others[run] else 0):
+            if tuple(keys[-length:]) == run[:length]:
+                items[-length:] = [(key, (run, offset)) for offset, key in enumerate(run[:length])]
+    return items
+
+
+def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
+    """Return the same alignment, shifted where equal texts allow so that a vanished part begins at a user line.
+
+    Of `ok A | ok B` the reading `ok B` shows the second turn, not the first line and the last.
+    """
+    partners = dict(pairs)
+    for (before, _), (after, _) in pairwise([*pairs, (len(old), 0)]):
+        gap = range(before + 1, after)
+        for shift in range(len(gap)):
+            if old[gap.start - shift][0][0] == USER:
+                for moved in range(1, shift + 1):
+                    partners[gap.stop - moved] = partners.pop(gap.start - moved)
+                break
+            upper, lower = gap.start - shift - 1, gap.stop - shift - 1
+            if upper not in partners or old[upper] != old[lower]:
+                break
+    return sorted(partners.items())
+
+
+def _with_loose_ends(old: Sequence[Key], new: Sequence[Key], pairs: list[Pair]) -> Iterator[Pair]:
+    """Also align messages before the first user line of a cut reading, whose question is unknown."""
+    for (old_before, new_before), (at_old, at_new) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
+        in_old, in_new = range(old_before + 1, at_old), range(new_before + 1, at_new)
+        if in_old and in_new:
+            loose = _from_end(old, new, in_old, _loose(new, in_new)) or _from_end(
+                old, new, _loose(old, in_old), in_new
+            )
+            yield from loose
+        if at_old < len(old):
+            yield at_old, at_new
+
+
+def _loose(keys: Sequence[Key], gap: range) -> range:
+    return range(gap.start, next((index for index in gap if keys[index][0] == USER), gap.stop))
+
+
+def _from_end(old: Sequence[Key], new: Sequence[Key], in_old: range, in_new: range) -> list[Pair]:
+    """Align two stretches from their end, because what was cut off ends where the rest begins."""
+    pairs = common_subsequence([old[index] for index in reversed(in_old)], [new[index] for index in reversed(in_new)])
+    return [(in_old[-1 - from_old], in_new[-1 - from_new]) for from_old, from_new in reversed(pairs)]

@@ -1,7 +1,0 @@
-"""The detailed schema of the database, compared with the one that this version expects."""
-
-from archiver.catalogue.comparing import FILE, read_expected, repair, select_differences
-from archiver.catalogue.difference import Difference
-from archiver.catalogue.reading import Catalogue, encode, read
-
-__all__ = ["FILE", "Catalogue", "Difference", "encode", "read", "read_expected", "repair", "select_differences"]

@@ -1,0 +1,221 @@
+"""`archiver status` and `archiver doctor`."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver import database, settings
+from archiver.cli import connection
+from archiver.cli.output import console
+from archiver.database import lock_waits, schema
+from archiver.embedded import EmbeddedError
+from archiver.inbound import spool
+from archiver.operations import heartbeats, overview
+from archiver.operations.doctor import (
+    Finding,
+    examine_database,
+    examine_platform,
+    examine_settings,
+    examine_spool,
+)
+from archiver.operations.heartbeats import Worker
+from archiver.outbound import feed
+from archiver.outbound.followups.review import (
+    FollowupStats,
+    may_select_stats,
+    name_failing,
+    select_failing,
+    select_stats,
+)
+
+
+@click.command()
+@connection.json_option
+def status(as_json: bool) -> None:
+    """Show on one screen what the archive holds and what needs attention."""
+    configuration = settings.read()
+    spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
+    lost = spool.select_lost(configuration.home / spool.SPOOL_FOLDER)
+    try:
+        with connection.engine(configuration, create=False) as engine:
+            with database.transaction(engine, statement_seconds=300) as opened:
+                schema.check(opened)
+                where = connection.where(configuration, opened)
+                figures = overview.select_overview(opened)
+                silence = overview.select_silence(opened)
+                extent, waiting = feed.select_extent(opened), feed.select_backlog(opened)
+                workers = heartbeats.select_workers(opened) if heartbeats.may_select(opened) else None
+                may_see = may_select_stats(opened)
+                stats, failing = (select_stats(opened), select_failing(opened)) if may_see else (None, [])
+            holders = lock_waits.find_holders(engine)
+    except SQLAlchemyError:
+        if spooled.events:
+            size = f"{spooled.bytes / 1_000_000:,.1f} MB"
+            click.echo(f"archiver: {spooled.events:,} events ({size}) wait on the spool.", err=True)
+        raise
+    if as_json:
+        output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
+        output |= {"spool_lost": lost, "webhooks": silence}
+        output |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(stats, failing)}
+        output |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
+        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
+        return
+    click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("sessions", f"{figures.sessions:,}", _counts(figures.coverage))
+    table.add_row("chats", f"{figures.chats:,}", f"{figures.deleted_chats:,} deleted")
+    table.add_row("messages", f"{figures.messages:,}")
+    table.add_row("events", f"{figures.events:,}", f"{figures.deliveries:,} deliveries")
+    table.add_row("last event", _moment(figures.last_event_at), _silence(silence))
+    table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
+    table.add_row("spool", f"{spooled.events:,}", _spooled(spooled, lost))
+    sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
+    table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
+    unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
+    table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
+    if stats is None:
+        table.add_row("follow-ups", "", "not for this database user to see")
+    else:
+        table.add_row("follow-ups", f"{stats.pending:,}", _followup_stats(stats))
+    if failing:
+        table.add_row("", "", Text(f"failing: {name_failing(failing)}"))
+    _add_workers(table, workers)
+    table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
+    console().print(table)
+    _print_advice(holders, waiting, is_quarantined=figures.quarantine > 0)
+
+
+def _print_advice(holders: Sequence[object], waiting: feed.Backlog, *, is_quarantined: bool) -> None:
+    for each in holders:
+        click.echo(f"A lock is waited for: {each}.")
+    if is_quarantined:
+        click.echo("Inspect quarantined deliveries: archiver quarantine list")
+    if waiting.is_overdue(datetime.now(UTC)):
+        click.echo(f"No worker publishes changes: {feed.ADVICE}")
+
+
+def _worker(worker: Worker) -> dict[str, Any]:
+    return msgspec.structs.asdict(worker) | {"is_running": worker.is_fresh}
+
+
+def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
+    if workers is None:
+        table.add_row("workers", "", "not visible to this database user")
+        return
+    running = [each for each in workers if each.is_fresh]
+    faulty = [(each, name, report) for each in running for name, report in each.faulty.items()]
+    table.add_row("workers", f"{len(running):,}", "every duty works" if running and not faulty else "")
+    for each, name, report in faulty:
+        text = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
+        table.add_row("", "", Text(text))
+
+
+def _silence(silence: overview.Silence) -> str:
+    if not silence.is_certain:
+        return ""
+    return f"no webhook of a turn since {_moment(silence.since)}, but {silence.turns:,} turns: see archiver doctor"
+
+
+def _spooled(spooled: spool.Depth, lost: spool.Lost) -> str:
+    parts = [f"since {_moment(spooled.oldest_at)}"] if spooled.events else []
+    if lost.events:
+        parts.append(f"{lost.events:,} lost since {_moment(lost.since)}: see archiver doctor")
+    return "; ".join(parts)
+
+
+def _followup_stats(stats: FollowupStats) -> str:
+    text = f"pending, {stats.dead:,} dead; {stats.subscriptions:,} subscriptions"
+    text += f", {stats.paused:,} paused" if stats.paused else ""
+    text += f", {stats.failing:,} failing" if stats.failing else ""
+    return text + (f", {stats.behind:,} changes behind" if stats.behind else "")
+
+
+def _followups(stats: FollowupStats | None, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if stats is None:
+        return None
+    names = ("id", "failures", "failing_since", "closed_until", "last_status", "last_fault")
+    output = [{name: row[name] for name in names} for row in failing]
+    return msgspec.structs.asdict(stats) | {"failing_subscriptions": output}
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _moment(moment: datetime | None) -> str:
+    if moment is None:
+        return "never"
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+@click.command()
+@connection.json_option
+def doctor(as_json: bool) -> None:
+    """Check settings, spool, database, roles, schema and clock, and print remedies. Exit 1 if action is required."""
+    try:
+        configuration = settings.read()
+    except settings.SettingsError as error:
+        findings = [Finding("settings", "failure", "A setting is invalid.", str(error))]
+    else:
+        findings = [
+            *examine_settings(configuration),
+            *examine_spool(configuration),
+            examine_platform(configuration),
+            *_examine_database(configuration),
+        ]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
+    else:
+        _print(findings)
+    failures = [finding.check for finding in findings if finding.verdict == "failure"]
+    if failures:
+        click.echo(f"archiver: something must be done about: {', '.join(failures)}", err=True)
+    if not as_json:
+        _print_psql(findings)
+    if failures:
+        sys.exit(1)
+
+
+def _examine_database(configuration: settings.Settings) -> list[Finding]:
+    try:
+        if configuration.database_url is not None:
+            with connection.engine(configuration) as engine:
+                return list(examine_database(configuration, engine))
+        with (
+            connection.running(configuration) as postgres,
+            connection.engine_at(configuration, postgres.url) as engine,
+        ):
+            place = f"the one embedded in {configuration.home.resolve()}"
+            psql = Finding("psql", "ok", postgres.psql_command())
+            return [*examine_database(configuration, engine, place), psql]
+    except (settings.SettingsError, EmbeddedError) as error:
+        return [Finding("database", "failure", "No database is configured or running.", str(error))]
+
+
+def _print(findings: list[Finding]) -> None:
+    styles = {"ok": "green", "warning": "yellow", "failure": "red"}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")
+    for finding in findings:
+        if finding.check == "psql":
+            continue
+        # Text, not markup: what a setting or the database says may hold brackets.
+        table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, Text(finding.detail))
+        if finding.advice:
+            table.add_row("", "", Text(f"-> {finding.advice}", "bold"))
+    console().print(table)
+
+
+def _print_psql(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        if finding.check == "psql":  # in one line, for pasting
+            click.echo(f"\nTo look inside while `archiver serve` runs:\n{finding.detail}")

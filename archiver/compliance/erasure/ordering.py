@@ -1,0 +1,261 @@
+"""Order erasures: after the commit, deliveries of the targets are refused (I8), unless a hold covers them.
+
+The content goes right after, by `sweeping`, and is found again by that if the ordering process was killed in between.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from time import sleep
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver import database, ledger
+from archiver.archive import UNASSIGNED
+from archiver.archive.rows import mark_erased
+from archiver.compliance.erasure.holds import covering
+from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches
+from archiver.compliance.erasure.targets import Target, parts, with_unassigned
+from archiver.database import is_cancelled, is_conflict, is_lock_timeout, transaction
+from archiver.ledger import audit_log, quarantine
+
+Rule = Literal["request", "chat.deleted", "retention"]
+
+BATCH_SIZE = 500  # of one transaction, in which nothing else is recorded
+LOCK_SECONDS = 2.0
+ATTEMPTS = 60
+# While it has the placement lock, for which all who record wait: of a statement, and of a wait for a row.
+STATEMENT_SECONDS, ROW_SECONDS = 2.0, 0.5
+SPLIT = 8  # parts of targets of which one is locked or slow
+NO_MATCHES = QuarantineMatches()
+
+
+class AuditEntry(msgspec.Struct, frozen=True):
+    """Actor, reason and details of an erasure for the audit log; no content."""
+
+    kind: str
+    actor: str
+    reason: str | None
+    detail: Mapping[str, Any] = {}
+
+
+class _SlowTargetError(Exception):
+    """One of the targets is locked, or takes too long; the cause is the database's error."""
+
+    def __init__(self, cause: DBAPIError) -> None:
+        super().__init__()
+        self.cause = cause
+
+
+class HeldError(Exception):
+    """Legal holds cover some targets, so nothing was erased.
+
+    But for the `ordered` first ones, sessions and turns, where a hold was placed while these were ordered already.
+    """
+
+    def __init__(self, held: Mapping[Target, Sequence[int]]) -> None:
+        super().__init__()
+        self.held = held
+        self.ordered = 0
+
+
+class Ordered(msgspec.Struct, frozen=True):
+    """The ordered targets, their audit entry (None: nothing ordered), and the targets skipped for holds.
+
+    `quarantined`: how many rows of the quarantine went at once.
+    """
+
+    act_id: int | None
+    targets: Sequence[Target]
+    held: Mapping[Target, Sequence[int]]
+    quarantined: int = 0
+
+
+def order(
+    engine: Engine,
+    targets: Sequence[Target],
+    rule: Rule,
+    entry: AuditEntry,
+    *,
+    skip_held: bool = False,
+    erased_at: Mapping[Target, datetime] | None = None,
+    act_id: int | None = None,
+    matches: QuarantineMatches = NO_MATCHES,
+    slow: list[DBAPIError] | None = None,
+) -> Ordered:
+    """Order the erasure of these targets. Raises `HeldError`, which is recorded, if any is held.
+
+    A hold placed during a large order stops the rest: the error and its audit entry state how many were ordered.
+
+    `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
+    if it was recorded before. `matches`: what the quarantine was found to hold about these, which goes with the
+    order:
+    no sweep finds what was ordered of which the ledger holds nothing.
+
+    A target that is locked, or takes too long, is left, and keeps no other: its error is added to `slow`, or raised
+    in the end.
+    """
+    unique_targets = sorted(set(targets))
+    known: Mapping[Target, Sequence[int]] = {}
+    if not skip_held:
+        check(engine, unique_targets, rule, entry)
+    elif act_id is None:
+        known = _select_held(
+            engine, unique_targets
+        )  # for the act, which comes with the first part and stays as it is
+    done = Ordered(act_id, [], {})
+    left, skipped = deque(parts(unique_targets, BATCH_SIZE)), list[DBAPIError]()
+    while left:
+        part = left.popleft()
+        going = NO_MATCHES if left else matches
+        options = {"skip_held": skip_held, "erased_at": erased_at or {}, "matches": going, "known": known}
+        try:
+            more = _order_with_retries(engine, part, rule, entry, done.act_id, **options)
+        except HeldError as error:
+            error.ordered = len(done.targets)
+            _record_refusal(engine, entry, rule, error)
+            raise
+        except _SlowTargetError as error:
+            if len(part) == 1:
+                skipped.append(error.cause)
+            else:
+                left.extendleft(reversed(list(parts(part, max(1, len(part) // SPLIT)))))
+            continue
+        done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
+    if slow is not None:
+        slow += skipped
+    elif skipped:
+        raise skipped[0]
+    return done
+
+
+def check(engine: Engine, targets: Sequence[Target], rule: Rule, entry: AuditEntry) -> None:
+    """Raise `HeldError`, which is recorded, if any target is held."""
+    if held := _select_held(engine, targets):
+        error = HeldError(held)
+        _record_refusal(engine, entry, rule, error)
+        raise error
+
+
+def _select_held(engine: Engine, targets: Sequence[Target]) -> Mapping[Target, Sequence[int]]:
+    held: dict[Target, Sequence[int]] = {}
+    for part in parts(targets, BATCH_SIZE):
+        with transaction(engine) as connection:
+            held |= covering(connection, with_unassigned(connection, part))
+    return held
+
+
+def _detail(entry: AuditEntry, rule: Rule, held: Mapping[Target, Sequence[int]]) -> dict[str, Any]:
+    """With how many sessions and turns are held, by which holds."""
+    holds = sorted({hold for holds in held.values() for hold in holds})
+    return {"rule": rule, **entry.detail, **({"holds": holds, "held": len(held)} if held else {})}
+
+
+def _order_with_retries(
+    engine: Engine, targets: Sequence[Target], rule: Rule, entry: AuditEntry, act_id: int | None, **options: Any
+) -> Ordered:
+    """Try for the lock repeatedly for an instant, because waiting would block all writers."""
+    for attempt in range(ATTEMPTS):
+        has_lock = False
+
+        def work(connection: Connection) -> None:
+            nonlocal has_lock
+            # Earlier writers have committed, and later writers see this order.
+            ledger.lock_placement(connection, exclusive=True)
+            has_lock = True
+            database.limit(connection, STATEMENT_SECONDS)
+            database.limit_locks(connection, ROW_SECONDS)
+
+        try:
+            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
+                return _order(connection, targets, rule, entry, act_id, lock=work, **options)
+        except DBAPIError as error:
+            if has_lock and (is_lock_timeout(error) or is_cancelled(error)):
+                raise _SlowTargetError(error) from error
+            is_busy = is_lock_timeout(error) or is_conflict(error)
+            if not is_busy or attempt == ATTEMPTS - 1:
+                raise
+            sleep(LOCK_SECONDS)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _order(
+    connection: Connection,
+    targets: Sequence[Target],
+    rule: Rule,
+    entry: AuditEntry,
+    act_id: int | None,
+    *,
+    skip_held: bool,
+    erased_at: Mapping[Target, datetime],
+    matches: QuarantineMatches,
+    known: Mapping[Target, Sequence[int]],
+    lock: Callable[[Connection], None],
+) -> Ordered:
+    if ids := sorted({*matches.by_id, *matches.by_variable}):
+        quarantine.lock_rows(connection, ids)  # before the other lock, in the same order as a retry
+    lock(connection)
+    whole = with_unassigned(connection, targets)
+    held = covering(connection, whole)
+    if held and not skip_held:
+        raise HeldError(held)
+    deletable = [target for target in whole if target not in held]
+    if deletable and act_id is None:
+        act_id = audit_log.insert_entry(
+            connection, entry.kind, entry.actor, entry.reason, _detail(entry, rule, {**known, **held})
+        )
+    if deletable and act_id is not None:
+        _insert_erasures(connection, deletable, rule, act_id, erased_at)
+    return Ordered(act_id, deletable, held, delete_matches(connection, matches))
+
+
+MAX_RECORDED_HELD = 100  # targets in one act
+
+
+def _record_refusal(engine: Engine, entry: AuditEntry, rule: Rule, error: HeldError) -> None:
+    """In a transaction of its own: the erasure's is undone."""
+    detail = {
+        **_detail(entry, rule, error.held),
+        **({"ordered": error.ordered} if error.ordered else {}),
+        "targets": [msgspec.structs.asdict(target) for target in list(error.held)[:MAX_RECORDED_HELD]],
+    }
+    with transaction(engine) as connection:
+        audit_log.insert_entry(connection, f"{entry.kind}.refused", entry.actor, entry.reason, detail)
+
+
+# Of one session each later than the one before, regardless of clocks: the event that replaces its readings states up
+# to
+# which of them it was made.
+_INSERT = text(
+    """
+    WITH requested AS MATERIALIZED (
+        SELECT session_id, chat_id, erased_at
+          FROM json_to_recordset(:targets) AS t (session_id text, chat_id text, erased_at timestamptz)
+    ), latest AS MATERIALIZED (
+        SELECT e.session_id, max(e.erased_at) AS at FROM archiver.erasures e
+         WHERE e.session_id <> '' AND e.session_id IN (SELECT session_id FROM requested) GROUP BY e.session_id
+    )
+    INSERT INTO archiver.erasures (session_id, chat_id, erased_at, rule, act_id)
+    SELECT t.session_id, t.chat_id, greatest(t.erased_at, l.at + interval '1 microsecond'),
+           CAST(:rule AS text), CAST(:act_id AS bigint)
+      FROM requested t LEFT JOIN latest l ON l.session_id = t.session_id
+     ORDER BY t.session_id, t.chat_id
+    ON CONFLICT DO NOTHING
+    """
+)
+
+
+def _insert_erasures(
+    connection: Connection, targets: Sequence[Target], rule: Rule, act_id: int, erased_at: Mapping[Target, datetime]
+) -> None:
+    now = datetime.now(UTC)
+    rows = [
+        {"session_id": each.session_id, "chat_id": each.chat_id, "erased_at": erased_at.get(each, now)}
+        for each in targets
+    ]
+    connection.execute(_INSERT, {"targets": msgspec.json.encode(rows).decode(), "rule": rule, "act_id": act_id})
+    # Its history is not fetched again from now on, whether its content goes at once or is kept by a hold.
+    mark_erased(connection, sorted({each.session_id for each in targets} - {UNASSIGNED}))

@@ -1,0 +1,292 @@
+"""Erase ordered content from ledger, archive, quarantine and delivery log.
+
+Ordered targets that still have content are found again, so that a process that was killed loses nothing. What
+a hold in force covers stays until its release.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+
+import msgspec
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver import ledger
+from archiver.archive import UNASSIGNED, Timing, pieces, rebuild_unassigned, rederive
+from archiver.archive.facts import select_session_facts
+from archiver.archive.rows import lock_sessions, select_sessions_of_chats
+from archiver.archive.sessions import SessionFacts, without_turns
+from archiver.compliance.erasure import mentions
+from archiver.compliance.erasure.decoding import decode
+from archiver.compliance.erasure.holds import covering
+from archiver.compliance.erasure.isolation import lock_placement, run_split
+from archiver.compliance.erasure.ordering import AuditEntry, order
+from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches, select_matches
+from archiver.compliance.erasure.repeated_content import select_repeating_turns
+from archiver.compliance.erasure.targets import Target, marks, parts
+from archiver.database import transaction
+from archiver.events import responses
+from archiver.ledger import audit_log, quarantine
+from archiver.outbound.followups.deliveries import delete_answers
+
+PAGE = 500  # erasures looked at together
+MAX_IDS_PER_SEARCH = 100_000  # ids that the quarantine is searched for in one pass; a page more at most
+MAX_PAGES = 100  # of erasures, between two steps
+BATCH_SIZE = 20  # sessions, or turns without one, of one transaction
+
+
+class Step(msgspec.Struct, frozen=True):
+    """Result of a step: last completed erasure, deleted rows, and content that holds keep.
+
+    `repeating`: other turns whose deliveries repeat what an erased turn said.
+    """
+
+    through: int
+    events: int = 0
+    quarantined: int = 0
+    repeating: Sequence[Target] = ()
+    held: Mapping[Target, Sequence[int]] = {}
+
+
+# Content that an erasure names: of a session all of it; of a turn its facts, and each reading of its session but one
+# that was made without it.
+_NAMED = """
+    f.session_id = e.session_id AND f.salt IS NOT NULL
+    AND (e.chat_id = '' OR f.chat_id = e.chat_id
+         OR (e.session_id <> '' AND f.source = 'history'
+             AND NOT (f.type = 'history.redacted' AND f.occurred_at >= e.erased_at)))
+"""
+_SELECT_PAGE = text(
+    f"""
+    WITH page AS MATERIALIZED (
+        SELECT * FROM archiver.erasures WHERE id > :after ORDER BY id LIMIT :most
+    )
+    SELECT e.id, e.session_id, e.chat_id, e.rule, e.act_id,
+           EXISTS (SELECT FROM archiver.events f WHERE {_NAMED}) AS is_pending,
+           e.session_id <> '' AND e.chat_id <> ''
+           AND EXISTS (SELECT FROM archiver.events f
+                        WHERE f.session_id = '' AND f.chat_id = e.chat_id AND f.body IS NOT NULL) AS has_strays
+      FROM page e ORDER BY e.id
+    """  # noqa: S608  # a constant
+)
+
+
+class SearchedRows(msgspec.Struct, frozen=True):
+    """Quarantine rows already searched for these targets in this run."""
+
+    targets: Collection[Target] = ()
+    ids: Collection[int] = ()
+
+
+class _Page(msgspec.Struct, frozen=True):
+    """Up to which erasure, and what of them still has content."""
+
+    through: int
+    pending: Sequence[Target]
+
+
+NONE_SEARCHED = SearchedRows()
+
+
+def sweep(engine: Engine, timing: Timing, after: int = 0, searched: SearchedRows = NONE_SEARCHED) -> Iterator[Step]:
+    """Erase remains of erasures after this id; yields after each step and page.
+
+    The quarantine is searched once for as many pages as have `MAX_IDS_PER_SEARCH` ids together. What is locked, or
+    takes too long, is left, and keeps nothing else: its error is raised at the end.
+    """
+    slow: list[DBAPIError] = []
+    through = after
+    while pages := _select_pages(engine, after, slow):
+        # Before the content, by which these are found again where this ends half-way.
+        for step in _sweep_quarantine(engine, pages, searched, slow):
+            yield msgspec.structs.replace(step, through=through)
+        for page in pages:
+            for step in _sweep_content(engine, page.pending, timing, slow):
+                yield msgspec.structs.replace(step, through=through)
+            after = page.through
+            through = through if slow else after
+            yield Step(through)
+    if slow:
+        raise slow[0]
+
+
+def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_Page]:
+    pages: list[_Page] = []
+    count = 0
+    while count < MAX_IDS_PER_SEARCH and len(pages) < MAX_PAGES:
+        with transaction(engine, statement_seconds=300) as connection:
+            page = connection.execute(_SELECT_PAGE, {"after": after, "most": PAGE}).all()
+            pending = sorted(Target(row.session_id, row.chat_id) for row in page if row.is_pending)
+            count += len(marks(connection, pending)) if pending else 0
+        if not page:
+            break
+        for row in page:
+            if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
+                act = AuditEntry("erase", audit_log.ARCHIVER, None)
+                target = Target(UNASSIGNED, row.chat_id)
+                order(engine, [target], row.rule, act, skip_held=True, act_id=row.act_id, slow=slow)
+        after = page[-1].id
+        pages.append(_Page(after, pending))
+    return pages
+
+
+def _sweep_quarantine(
+    engine: Engine, pages: Sequence[_Page], searched: SearchedRows, slow: list[DBAPIError]
+) -> Iterator[Step]:
+    pending = sorted({target for page in pages for target in page.pending})
+    if not pending:
+        return
+    before = searched.ids if set(pending) <= set(searched.targets) else ()
+    for ids in _parts(_select_quarantined(engine, pending, before)):
+        for removed in run_split(engine, ids, _empty_quarantine, slow):
+            yield Step(0, quarantined=removed)
+
+
+def _sweep_content(
+    engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]
+) -> Iterator[Step]:
+    take_away = partial(purge_batch, timing=timing)
+    unassigned = [target for target in pending if not target.session_id]
+    for part in parts(unassigned, BATCH_SIZE):
+        yield from run_split(engine, part, take_away, slow)
+    for part in parts(pending[len(unassigned) :], BATCH_SIZE):
+        yield from run_split(engine, part, take_away, slow)
+
+
+def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (ids[start : start + BATCH_SIZE] for start in range(0, len(ids), BATCH_SIZE))
+
+
+def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Collection[int]) -> Sequence[int]:
+    """What the quarantine holds about these. It is searched before anything is locked, for that takes long."""
+    with transaction(engine, statement_seconds=600) as connection:
+        held = covering(connection, targets)
+        deletable = [target for target in targets if target not in held]
+        return select_matches(connection, deletable, searched=searched).by_id
+
+
+def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
+    quarantine.lock_rows(connection, ids)  # before the other lock, as a retry does
+    lock_placement(connection, exclusive=False)
+    return delete_matches(connection, QuarantineMatches(by_id=ids))
+
+
+def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
+    lock_placement(connection, exclusive=any(not each.session_id for each in targets))
+    # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
+    # placed since. No hold can be placed during this transaction.
+    held = covering(connection, targets)
+    deletable = [target for target in targets if target not in held]
+    repeating = select_repeating_turns(connection, deletable)  # while it can still be known
+    delete_answers(connection, [(each.session_id, each.chat_id) for each in deletable])
+    return Step(0, _erase(connection, deletable, timing), repeating=repeating, held=held)
+
+
+def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
+    unassigned = sorted({each.chat_id for each in targets if each.session_id == UNASSIGNED})
+    ordered = _select_ordered(connection, sorted({each.session_id for each in targets} - {UNASSIGNED}))
+    whole = sorted(each for each in ordered if "" in ordered[each])
+    partly = sorted(ordered.keys() - set(whole))
+    session_ids = (
+        {session_id for session_id, _ in select_sessions_of_chats(connection, unassigned)} if unassigned else set()
+    )
+    touched = sorted({*ordered, *session_ids})
+    lock_sessions(connection, touched)
+    facts_by_session = select_session_facts(connection, partly)
+    # Before what it is made from goes.
+    redacted = [
+        observation
+        for session_id, session_facts in sorted(facts_by_session.items())
+        if (observation := _redact(session_facts, ordered[session_id])) is not None
+    ]
+    erased = _erase_content(connection, [Target(each) for each in whole], ordered, unassigned)
+    ledger.record(connection, redacted, timing, publish=False)
+    made = {observation.event.session_id for observation in redacted}
+    rederive(connection, [each for each in touched if each not in made], timing)
+    rebuild_unassigned(connection, unassigned)
+    return erased
+
+
+_SELECT_ORDERED = text(
+    """
+    SELECT session_id, chat_id, erased_at FROM archiver.erasures
+     WHERE session_id IN (SELECT json_array_elements_text(:session_ids))
+    """
+)
+
+
+def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
+    """All that was ever ordered of these sessions: by session and chat id when."""
+    ordered: dict[str, dict[str, datetime]] = defaultdict(dict)
+    session_ids_json = msgspec.json.encode(session_ids).decode()
+    for row in connection.execute(_SELECT_ORDERED, {"session_ids": session_ids_json}) if session_ids else ():
+        ordered[row.session_id][row.chat_id] = row.erased_at
+    return ordered
+
+
+def _redact(session_facts: SessionFacts, ordered: dict[str, datetime]) -> ledger.Observation | None:
+    """Replace all readings by one without the erased turns."""
+    remaining = without_turns(session_facts, ordered.keys())
+    if remaining is None:
+        return None
+    event = responses.redacted_event(session_facts.session_id, remaining, max(ordered.values()))
+    return ledger.Observation(event, session_facts.readings[-1].last_at, responses.SOURCE, None)
+
+
+# The guard on the ledger allows exactly this.
+_SET = "body = NULL, frame = NULL, runs = NULL, salt = NULL, dedupe_key = sha256(f.salt || f.dedupe_key)"
+_ERASE = text(
+    f"""
+    WITH e AS MATERIALIZED (
+        SELECT session_id, chat_id, erased_at
+          FROM json_to_recordset(:targets) AS t (session_id text, chat_id text, erased_at timestamptz)
+    )
+    UPDATE archiver.events f SET {_SET} FROM e WHERE {_NAMED} RETURNING f.id
+    """  # noqa: S608  # constants
+)
+# Events of unknown type, whose turn is not named where this version looks for it.
+_SELECT_UNKNOWN = text(
+    """
+    SELECT id, body FROM archiver.events
+     WHERE session_id = :session_id AND chat_id IS NULL AND source = 'webhook' AND body IS NOT NULL
+    """
+)
+_ERASE_EVENTS = text(
+    f"""
+    UPDATE archiver.events f SET {_SET} WHERE f.session_id = :session_id AND f.body IS NOT NULL
+       AND f.id IN (SELECT CAST(json_array_elements_text(:ids) AS bigint))
+    """  # noqa: S608  # a constant
+)
+
+
+def _erase_content(
+    connection: Connection,
+    whole: Sequence[Target],
+    ordered: dict[str, dict[str, datetime]],
+    unassigned: Sequence[str],
+) -> int:
+    sessions = {target.session_id for target in whole}
+    rows = [
+        {"session_id": session_id, "chat_id": chat_id, "erased_at": erased_at}
+        for session_id, chats in sorted(ordered.items())
+        for chat_id, erased_at in sorted(chats.items())
+        if session_id not in sessions or not chat_id
+    ]
+    rows += [{"session_id": UNASSIGNED, "chat_id": chat_id, "erased_at": None} for chat_id in unassigned]
+    erased = len(connection.execute(_ERASE, {"targets": msgspec.json.encode(rows).decode()}).all())
+    pieces.delete_unused(connection, sorted(ordered))
+    for session_id, chats in ordered.items():
+        if session_id not in sessions:
+            erased += _erase_unknown(connection, session_id, [*chats])
+    return erased
+
+
+def _erase_unknown(connection: Connection, session_id: str, chat_ids: Sequence[str]) -> int:
+    is_about = mentions.of_any(chat_ids)
+    rows = connection.execute(_SELECT_UNKNOWN, {"session_id": session_id})
+    ids = [row.id for row in rows if is_about(decode(bytes(row.body)))]
+    if ids:
+        connection.execute(_ERASE_EVENTS, {"session_id": session_id, "ids": msgspec.json.encode(ids).decode()})
+    return len(ids)

@@ -1,0 +1,207 @@
+"""Targets of an erasure: sessions and turns, found by id or variable."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, text
+
+from archiver.archive import UNASSIGNED
+
+
+class Target(msgspec.Struct, frozen=True, order=True, gc=False):
+    """A turn, or a whole session (`chat_id` empty). `session_id` is empty for unassigned turns."""
+
+    session_id: str
+    chat_id: str = ""
+
+
+def parts(targets: Sequence[Target], limit: int) -> Iterator[Sequence[Target]]:
+    """In their order, so many at a time."""
+    for start in range(0, len(targets), limit):
+        yield targets[start : start + limit]
+
+
+def as_json(targets: Iterable[Target]) -> str:
+    """For `json_to_recordset`: the driver writes an array item by item."""
+    return msgspec.json.encode(list(targets)).decode()
+
+
+# The archive knows nothing of a turn that only events of unknown types mention. The ledger has no index by chats
+# alone, which each event would pay for: so all of it is read, or of its index by session and chat.
+_SELECT_SESSIONS_OF_CHATS = text(
+    """
+    WITH requested AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
+    SELECT c.session_id, c.chat_id FROM archiver.chats c
+     WHERE c.session_id <> '' AND c.chat_id IN (SELECT chat_id FROM requested)
+    UNION
+    SELECT e.session_id, e.chat_id FROM archiver.events e
+     WHERE e.session_id <> '' AND e.chat_id IN (SELECT chat_id FROM requested)
+    """
+)
+
+
+def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
+    """Return these chats in every session that holds them, and as unassigned turns.
+
+    Reads the ledger from end to end, so call it once.
+    """
+    rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": msgspec.json.encode(chat_ids).decode()})
+    return {Target(row.session_id, row.chat_id) for row in rows} | {Target(UNASSIGNED, each) for each in chat_ids}
+
+
+_SELECT_BY_VARIABLE = text(
+    """
+    SELECT DISTINCT c.session_id, CASE WHEN c.session_id = '' THEN c.chat_id ELSE '' END AS chat_id
+      FROM archiver.chats c WHERE c.variables ->> CAST(:variable AS text) = CAST(:value AS text)
+    """
+)
+
+
+def of_variable(connection: Connection, variable: str, value: str) -> set[Target]:
+    """Return sessions with a turn that has this variable value, and matching unassigned turns."""
+    rows = connection.execute(_SELECT_BY_VARIABLE, {"variable": variable, "value": value})
+    return {Target(row.session_id, row.chat_id) for row in rows}
+
+
+# Unassigned facts are stored apart in the ledger, although their turns belong to these sessions.
+_SELECT_UNASSIGNED = text(
+    """
+    WITH requested AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+    ), chats AS MATERIALIZED (
+        SELECT DISTINCT e.chat_id FROM requested JOIN archiver.events e ON e.session_id = requested.session_id
+         WHERE requested.session_id <> '' AND e.chat_id IS NOT NULL AND requested.chat_id IN ('', e.chat_id)
+    )
+    SELECT DISTINCT c.chat_id FROM chats c JOIN archiver.events e ON e.session_id = '' AND e.chat_id = c.chat_id
+    """
+)
+
+
+def with_unassigned(connection: Connection, targets: Sequence[Target]) -> list[Target]:
+    """Return the targets and the unassigned facts of their turns, in order."""
+    unassigned = connection.scalars(_SELECT_UNASSIGNED, {"targets": as_json(targets)})
+    return sorted({*targets, *(Target(UNASSIGNED, chat_id) for chat_id in unassigned)})
+
+
+_COUNT = text(
+    """
+    WITH requested AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+    )
+    SELECT (SELECT count(DISTINCT t.session_id) FROM requested t JOIN archiver.sessions s ON s.session_id =
+    t.session_id
+             WHERE t.session_id <> '' AND t.chat_id = '') AS sessions,
+           (SELECT count(DISTINCT (c.session_id, c.chat_id)) FROM requested t JOIN archiver.chats c
+                ON c.session_id = t.session_id AND t.chat_id IN ('', c.chat_id)) AS turns,
+           (SELECT count(DISTINCT (m.session_id, m.chat_id, m.ordinal)) FROM requested t JOIN archiver.messages m
+                ON m.session_id = t.session_id AND t.chat_id IN ('', m.chat_id)) AS messages,
+           (SELECT count(DISTINCT e.id) FROM requested t JOIN archiver.events e
+                ON e.session_id = t.session_id AND t.chat_id IN ('', e.chat_id)
+             WHERE e.salt IS NOT NULL) AS events
+    """
+)
+
+
+class Counts(msgspec.Struct):
+    """Number of items to erase; `unsearchable`: quarantine rows that could not be searched."""
+
+    sessions: int = 0
+    turns: int = 0
+    messages: int = 0
+    events: int = 0
+    quarantined: int = 0
+    unsearchable: int = 0
+
+    def without(self, subtracted: "Counts") -> "Counts":
+        """What is left once these are taken out."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(subtracted), strict=True)
+        return Counts(*(max(mine - other_counts, 0) for mine, other_counts in pairs))
+
+
+def count(connection: Connection, targets: Sequence[Target]) -> Counts:
+    """What archive and ledger hold of these; `quarantined` and `unsearchable` are for the caller to say."""
+    row = connection.execute(_COUNT, {"targets": as_json(targets)}).one()
+    return Counts(*row)
+
+
+_SELECT_UNKNOWN = text(
+    """
+    SELECT t.session_id, t.chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+     WHERE NOT EXISTS (SELECT FROM archiver.events e
+                        WHERE e.session_id = t.session_id AND t.chat_id IN ('', e.chat_id))
+       AND NOT EXISTS (SELECT FROM archiver.chats c
+                        WHERE c.session_id = t.session_id AND t.chat_id IN ('', c.chat_id))
+       AND NOT EXISTS (SELECT FROM archiver.erasures x
+                        WHERE x.session_id = t.session_id AND x.chat_id = t.chat_id)
+    """
+)
+
+
+def select_unknown(connection: Connection, targets: Sequence[Target]) -> list[Target]:
+    """Return targets that are neither archived nor erased."""
+    rows = {Target(*row) for row in connection.execute(_SELECT_UNKNOWN, {"targets": as_json(targets)})}
+    known = {each.chat_id for each in targets if each not in rows and each.chat_id}
+    return sorted(each for each in rows if each.chat_id not in known)
+
+
+_HAS_VARIABLE = text("SELECT EXISTS (SELECT FROM archiver.chats c WHERE jsonb_exists(c.variables, :variable))")
+
+
+def has_variable(connection: Connection, variable: str) -> bool:
+    """Return whether any turn has this variable. Reads all turns if none has."""
+    return bool(connection.scalar(_HAS_VARIABLE, {"variable": variable}))
+
+
+# Ids of our own begin with U+001F: turns and greetings known only from history.
+_SELECT_UNCLAIMED = text(
+    """
+    WITH requested AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:targets) AS t (session_id text, chat_id text)
+    )
+    SELECT DISTINCT t.session_id FROM requested t
+     WHERE t.session_id <> '' AND t.chat_id <> ''
+       AND NOT EXISTS (SELECT FROM requested w WHERE w.session_id = t.session_id AND w.chat_id = '')
+       AND NOT EXISTS (SELECT FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id = t.chat_id)
+       AND EXISTS (SELECT FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id LIKE E'\\x1f%')
+     ORDER BY 1
+    """
+)
+
+
+def select_unclaimed(connection: Connection, targets: Sequence[Target]) -> list[str]:
+    """Return sessions with history messages that may belong to a target but match no known turn.
+
+    No webhook delivered the text of the turn, and a history has messages that match no known turn.
+    """
+    return list(connection.scalars(_SELECT_UNCLAIMED, {"targets": as_json(targets)}))
+
+
+_SELECT_CHATS = text(
+    """
+    SELECT DISTINCT e.chat_id FROM archiver.events e
+     WHERE e.session_id IN (SELECT json_array_elements_text(:session_ids)) AND e.chat_id IS NOT NULL
+    """
+)
+
+
+def marks(connection: Connection, targets: Iterable[Target]) -> set[str]:
+    """Return the ids that identify the targets in undecoded bytes."""
+    whole = sorted({each.session_id for each in targets if not each.chat_id})
+    chats = connection.scalars(_SELECT_CHATS, {"session_ids": msgspec.json.encode(whole).decode()})
+    return {*whole, *chats, *(each.chat_id for each in targets if each.chat_id)} - {""}
+
+
+_SELECT_ERASURES = text(
+    """
+    SELECT e.id, e.session_id, e.chat_id, e.erased_at, e.rule, a.reason, a.actor
+      FROM archiver.erasures e LEFT JOIN archiver.acts a ON a.id = e.act_id
+     WHERE e.id > :after ORDER BY e.id LIMIT :most
+    """
+)
+
+
+def select_erasures(connection: Connection, after: int, limit: int) -> Sequence[RowMapping]:
+    """What was erased, when, under which rule, why and by whom, oldest first; no content."""
+    parameters: dict[str, Any] = {"after": after, "most": limit}
+    return connection.execute(_SELECT_ERASURES, parameters).mappings().all()

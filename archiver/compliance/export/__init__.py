@@ -1,0 +1,25 @@
+"""Exports: transcripts, with proofs of their origin that verify offline."""
+
+from archiver.compliance.export.checking import Checked, check
+from archiver.compliance.export.findings import Finding
+from archiver.compliance.export.folder import FolderError
+from archiver.compliance.export.manifest import FORMATS, Manifest
+from archiver.compliance.export.sealed import Keys
+from archiver.compliance.export.selection import Selection, UnknownError, count
+from archiver.compliance.export.writing import CompletedExport, ExportRequest, make
+
+__all__ = [
+    "FORMATS",
+    "Checked",
+    "CompletedExport",
+    "ExportRequest",
+    "Finding",
+    "FolderError",
+    "Keys",
+    "Manifest",
+    "Selection",
+    "UnknownError",
+    "check",
+    "count",
+    "make",
+]

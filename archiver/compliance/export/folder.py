@@ -1,0 +1,118 @@
+"""The output folder: created completely or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+
+from archiver.compliance.export.manifest import File
+from archiver.compliance.export.partial_folder import held, remove_left
+
+BUFFER = 256 * 1024  # bytes that are hashed and written together
+
+
+class FolderError(Exception):
+    """The export cannot be written; the message says what to do."""
+
+
+@contextmanager
+def made(output: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `output` at the end of the block; on an error it is removed.
+
+    What exports beside it left that were killed is removed too. Raises `FolderError`.
+    """
+    target = output.resolve()
+    check(target)
+    remove_left(target.parent)
+    try:
+        with held(target) as partial:
+            try:
+                yield partial
+                _sync(partial)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        _sync(target.parent)
+    except OSError as error:
+        raise FolderError(_explain(error, target)) from error
+
+
+def check(output: Path) -> None:
+    """Raises `FolderError` unless an export can become this: it is not there, or an empty folder."""
+    target = output.resolve()
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise FolderError(f"{target} is there already, and is no empty folder: name another.")
+        if not target.parent.is_dir():
+            raise FolderError(f"There is no folder {target.parent}: make it first.")
+    except OSError as error:
+        raise FolderError(_explain(error, target)) from error
+
+
+def _explain(error: OSError, target: Path) -> str:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return f"There is no room for the export in {target.parent} ({error.strerror}): nothing of it was left there."
+    if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+        return f"{target} was created by another process: choose another --output."
+    return f"Cannot write {target}: {error.strerror or error}. Its parent must be writable: name another folder."
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+class Sink:
+    """A file that is written once by lines, hashed while it is written, and synced when closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._hash = sha256()
+        self._waiting: list[bytes | memoryview] = []
+        self._size = 0
+        self.bytes = 0
+        self.rows = 0
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.flush()
+                os.fsync(self._opened)
+        finally:
+            os.close(self._opened)
+
+    def write(self, *pieces: bytes | memoryview) -> None:
+        """One row."""
+        self._waiting += pieces
+        self._size += sum(map(len, pieces))
+        self.rows += 1
+        if self._size >= BUFFER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hash and write what waits."""
+        block = b"".join(self._waiting)
+        self._waiting.clear()
+        self._size = 0
+        self._hash.update(block)
+        self.bytes += len(block)
+        rest = memoryview(block)
+        while rest:
+            rest = rest[os.write(self._opened, rest) :]
+
+    def description(self) -> File:
+        """Return its entry for the manifest."""
+        return File(self.bytes, self.rows, self._hash.hexdigest())

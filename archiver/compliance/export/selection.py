@@ -1,0 +1,189 @@
+"""Queries for the selected sessions and unassigned turns."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from psycopg import sql
+from sqlalchemy import Connection, select, text
+
+from archiver.compliance.erasure import Criteria
+from archiver.database import tables
+
+_BEGAN = "coalesce(t.created_at, t.occurred_at, t.first_received_at)"
+
+
+class UnknownError(Exception):
+    """The selection names something that does not exist."""
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """These sessions, those to which any of the criteria applies, or everything there is."""
+
+    session_ids: Sequence[str] = ()
+    criteria: Sequence[Criteria] = ()
+    is_all: bool = False
+
+    def prepare(self, connection: Connection) -> None:
+        """Pass variable values as session settings of the transaction, because they may be personal.
+
+        In a statement they would be visible in pg_stat_activity and in the log of slow statements.
+        """
+        for place, each in enumerate(self.criteria):
+            if each.variable is not None:
+                connection.execute(_SET, {"name": _setting(place), "value": each.value or ""})
+
+    def sessions(self) -> sql.Composable:
+        """A query of their ids."""
+        if self.is_all:
+            return sql.SQL("SELECT session_id FROM archiver.sessions WHERE session_id <> ''")
+        session_ids = {*self.session_ids, *(each.session_id for each in self.criteria if _is_of_one(each))} - {
+            None,
+            "",
+        }
+        parts: list[sql.Composable] = [_listed(sorted(filter(None, session_ids)))]
+        parts += [_sessions_of(each, n) for n, each in enumerate(self.criteria) if not _is_of_one(each)]
+        return _union(parts)
+
+    def turns(self) -> sql.Composable:
+        """A query of the chat ids by which what stands without a session belongs to them: as holds have it."""
+        if self.is_all:
+            return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
+        of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")
+        return _union(
+            [of_sessions.format(self.sessions()), *(_unassigned_of(each, n) for n, each in enumerate(self.criteria))]
+        )
+
+    def where(self, alias: str = "e") -> sql.Composable:
+        """Whether a row of a table with `session_id` and `chat_id` is of these."""
+        if self.is_all:
+            return sql.SQL("true")
+        return sql.SQL("({e}.session_id IN ({}) OR ({e}.session_id = '' AND {e}.chat_id IN ({})))").format(
+            self.sessions(), self.turns(), e=sql.Identifier(alias)
+        )
+
+
+def _is_of_one(criteria: Criteria) -> bool:
+    """Whether it names a session and nothing else: that need not be in the archive, only in the ledger."""
+    return criteria == Criteria(session_id=criteria.session_id)
+
+
+def _union(parts: Iterable[sql.Composable]) -> sql.Composable:
+    return sql.SQL(" UNION ").join(parts)
+
+
+def _listed(session_ids: Sequence[str]) -> sql.Composable:
+    return sql.SQL("SELECT unnest({}::text[])").format(sql.Literal(list(session_ids)))
+
+
+def _sessions_of(criteria: Criteria, place: int) -> sql.Composable:
+    rules: list[sql.Composable] = [sql.SQL("s.session_id <> ''")]
+    if criteria.session_id is not None:
+        rules.append(_is("s.session_id", criteria.session_id))
+    if criteria.assistant_id is not None:
+        rules.append(
+            sql.SQL("({} OR {})").format(
+                _is("s.assistant_id", criteria.assistant_id), _any_turn(_assistant(criteria))
+            )
+        )
+    if criteria.variable is not None:
+        rules.append(_any_turn(_variable(criteria, place)))
+    if criteria.since is not None or criteria.until is not None:
+        rules.append(
+            sql.SQL("({} OR (NOT {} AND {}))").format(
+                _any_turn(_within(_BEGAN, criteria)),
+                _any_turn(sql.SQL("true")),
+                _within("coalesce(s.created_at, s.first_event_at)", criteria),
+            )
+        )
+    return sql.SQL("SELECT s.session_id FROM archiver.sessions s WHERE {}").format(sql.SQL(" AND ").join(rules))
+
+
+def _unassigned_of(criteria: Criteria, place: int) -> sql.Composable:
+    """What stands without a session is judged by what it says itself."""
+    rules: list[sql.Composable] = [sql.SQL("t.session_id = ''" if criteria.session_id is None else "false")]
+    if criteria.assistant_id is not None:
+        rules.append(_assistant(criteria))
+    if criteria.variable is not None:
+        rules.append(_variable(criteria, place))
+    rules.append(_within(_BEGAN, criteria))
+    return sql.SQL("SELECT t.chat_id FROM archiver.chats t WHERE {}").format(sql.SQL(" AND ").join(rules))
+
+
+def _any_turn(rule: sql.Composable) -> sql.Composable:
+    return sql.SQL("EXISTS (SELECT FROM archiver.chats t WHERE t.session_id = s.session_id AND {})").format(rule)
+
+
+def _assistant(criteria: Criteria) -> sql.Composable:
+    return _is("t.assistant_id", criteria.assistant_id)
+
+
+_SET = text("SELECT set_config(:name, :value, true)")
+
+
+def _setting(place: int) -> str:
+    return f"archiver.exported_value_{place}"
+
+
+def _variable(criteria: Criteria, place: int) -> sql.Composable:
+    value = sql.SQL("t.variables ->> {} = current_setting({})")
+    return value.format(sql.Literal(criteria.variable), sql.Literal(_setting(place)))
+
+
+def _is(column: str, value: str | None) -> sql.Composable:
+    return sql.SQL("{} = {}").format(sql.SQL(column), sql.Literal(value))
+
+
+def _within(moment: str, criteria: Criteria) -> sql.Composable:
+    rules: list[sql.Composable] = [sql.SQL("true")]
+    for limit, comparison in ((criteria.since, ">="), (criteria.until, "<")):
+        if limit is not None:
+            rules.append(sql.SQL(f"{moment} {comparison} {{}}").format(sql.Literal(limit)))
+    return sql.SQL(" AND ").join(rules)
+
+
+def count(connection: Connection, selection: Selection) -> tuple[int, int]:
+    """How many sessions the archive holds of these, and how many turns without one."""
+    selection.prepare(connection)
+    driver: Any = connection.connection.driver_connection
+    query = sql.SQL(
+        "SELECT (SELECT count(*) FROM archiver.sessions WHERE session_id <> '' AND session_id IN ({})),"
+        " (SELECT count(*) FROM archiver.chats WHERE session_id = '' AND chat_id IN ({}))"
+    ).format(selection.sessions(), selection.turns())
+    sessions, turns = connection.exec_driver_sql(query.as_string(driver)).one()
+    return sessions, turns
+
+
+_HOLD_FIELDS = Criteria.__struct_fields__
+
+
+def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteria]:
+    """What these holds cover or, once released, did. Raises `UnknownError`."""
+    holds = tables.holds
+    query = select(holds).where(holds.c.id.in_(hold_ids)).order_by(holds.c.id)
+    rows = {row["id"]: row for row in connection.execute(query).mappings()}
+    if missing := sorted(set(hold_ids) - rows.keys()):
+        raise UnknownError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
+    for row in rows.values():
+        if row["variable"] is not None and row["value"] is None:
+            raise UnknownError(
+                f"The value of hold {row['id']} went with its release: name the sessions instead, with --session"
+            )
+    return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in rows.values()]
+
+
+_UNKNOWN = text(
+    """
+    SELECT requested.session_id FROM json_array_elements_text(:session_ids) AS requested (session_id)
+     WHERE NOT EXISTS (SELECT FROM archiver.sessions s WHERE s.session_id = requested.session_id)
+       AND NOT EXISTS (SELECT FROM archiver.events e WHERE e.session_id = requested.session_id)
+       AND NOT EXISTS (SELECT FROM archiver.erasures x WHERE x.session_id = requested.session_id)
+    """
+)
+
+
+def check_known(connection: Connection, session_ids: Sequence[str]) -> None:
+    """Raises `UnknownError` where nothing is known of one of these."""
+    ids_json = msgspec.json.encode(session_ids).decode()
+    if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": ids_json})):
+        raise UnknownError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")

@@ -1,0 +1,74 @@
+"""Limits of a seal: it may not claim ids beyond its listed rows or beyond any row."""
+
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, text
+
+from archiver.compliance.seals import chain
+from archiver.compliance.seals.chain import Seal
+from archiver.compliance.seals.leaves import EVENTS, KINDS
+
+# Events that retention removed are known by their removals; of the other tables nothing is ever removed.
+_SELECT_UNBOUNDED = text(
+    f"""
+    WITH newest AS MATERIALIZED (
+        SELECT greatest((SELECT max(id) FROM archiver.events),
+                        (SELECT max(event_id) FROM archiver.removals)) AS events,
+               {", ".join(f"(SELECT max(id) FROM archiver.{kind.table}) AS {kind.table}" for kind in KINDS[1:])}
+    )
+    SELECT s.id FROM archiver.seals s CROSS JOIN newest n
+     WHERE s.id > :after
+       AND ({" OR ".join(f"s.{kind.through} > coalesce(n.{kind.table}, 0)" for kind in KINDS)})
+     ORDER BY s.id
+    """  # noqa: S608  # names of tables
+)
+_SELECT_RANGE = text(
+    f"SELECT {', '.join(f'(SELECT max(id) FROM archiver.{kind.table}) AS {kind.table}' for kind in KINDS)}"  # noqa: S608  # names of tables
+)
+LEAVES = 10_000  # of each table in one seal
+
+
+class BoundsError(Exception):
+    """The newest seal cannot be continued, because it claims rows that there are not; the text says what to do."""
+
+
+def select_unbounded(connection: Connection, after: int = 0) -> list[int]:
+    """The seals after this one that reach further than there ever were rows."""
+    return list(connection.scalars(_SELECT_UNBOUNDED, {"after": after}))
+
+
+def is_bounded(seal: Seal, entries: bytes, before: Seal) -> bool:
+    """Whether it lists something, and reaches no further than the last row that it lists of each table.
+
+    A table with more rows than fit is sealed up to the row before the next one, whose id may be greater.
+    """
+    letters, place = entries[:: chain.ENTRY_SIZE], 0
+    for kind in KINDS:
+        count = letters.count(kind.letter)
+        place += count
+        last = before.through[kind.table]
+        if count:
+            last = int.from_bytes(entries[(place - 1) * chain.ENTRY_SIZE + 1 :][:8], "big", signed=True)
+        if seal.through[kind.table] > last and count < LEAVES:
+            return False
+    return bool(entries)
+
+
+def require_bounded(connection: Connection, newest: Seal) -> None:
+    """Raise `BoundsError` where this, the newest seal, cannot be continued."""
+    if newest.id and (newest.size == 0 or select_unbounded(connection, newest.id - 1)):
+        there = dict(connection.execute(_SELECT_RANGE).mappings().one())
+        claimed = ", ".join(_claims(newest, there))
+        raise BoundsError(
+            f"Seal {newest.id} claims rows that there are not ({claimed}): archiver seal did not make it, and nothing"
+            " new is sealed after it. Find out who did and run archiver verify; docs/seals.md says how to remove it."
+        )
+
+
+def _claims(newest: Seal, there: dict[str, int | None]) -> Iterator[str]:
+    for kind in KINDS:
+        claimed, last = newest.through[kind.table], there[kind.table] or 0
+        if claimed > last:
+            yield f"{kind.table} up to {claimed}, of which the newest is {last}"
+    if newest.size == 0:
+        yield f"it lists none, and reaches {EVENTS.table} up to {newest.through[EVENTS.table]}"

@@ -1,0 +1,140 @@
+"""Sealing: what is settled is hashed into a tree, and the tree chained to those before it."""
+
+import time
+from collections.abc import Callable
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver.archive.outbox import Change, insert_changes
+from archiver.compliance.seals import bounds, chain
+from archiver.compliance.seals.chain import Seal
+from archiver.compliance.seals.leaves import KINDS, pack, select_leaves
+from archiver.compliance.seals.settling import Settled, Settling
+from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, locks, transaction
+
+log = structlog.get_logger(__name__)
+
+SETTLE_ATTEMPTS, SETTLE_PAUSE_SECONDS = 20, 0.25  # waits for writers, if the caller does not retry later
+
+_SETTLED = ("events", "acts", "erasures", "removals")
+
+
+class LedgerBusyError(Exception):
+    """The ledger could not be locked for an instant because of constant writes or a vacuum. Retry."""
+
+
+def seal(
+    engine: Engine,
+    key: Ed25519PrivateKey | None = None,
+    limit: int | None = None,
+    settling: Settling | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> list[Seal]:
+    """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
+
+    `settling` carries state from call to call: long writing transactions are not waited for here. `beat` is called
+    after each seal. Raises `LedgerBusyError`, and `BoundsError` where the newest seal was forged.
+    """
+    settled = settling.settle(engine) if settling is not None else _settle(engine)
+    if settled is None:
+        raise LedgerBusyError(str(LedgerBusyError.__doc__))
+    made: list[Seal] = []
+    while limit is None or len(made) < limit:
+        new = _seal_once(engine, settled, key)
+        if new is None:
+            return made
+        log.info("sealed", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
+        made.append(new)
+        beat()
+        # Concurrent redeliveries are left for the next seal, because they may never end.
+        if new.size < bounds.LEAVES and all(new.through[name] >= settled[f"{name}_through"] for name in _SETTLED):
+            return made
+    return made
+
+
+def _seal_once(engine: Engine, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:
+    for attempt in range(CONFLICT_RETRIES + 1):
+        try:
+            with transaction(engine, statement_seconds=60) as connection:
+                locks.take(connection, Lock.SEALING, exclusive=True)
+                return _seal_next(connection, settled, key)
+        except DBAPIError as error:
+            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _settle(engine: Engine) -> Settled | None:
+    settling = Settling()
+    for _ in range(SETTLE_ATTEMPTS):
+        if (settled := settling.settle(engine)) is not None or not settling.is_waiting:
+            return settled
+        time.sleep(SETTLE_PAUSE_SECONDS)
+    return None
+
+
+def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:
+    before = chain.select_newest(connection)
+    bounds.require_bounded(connection, before)
+    sealed = before.through
+    through = {kind.table: settled.get(kind.through, 0) for kind in KINDS}
+    through["events"] = _at_most(connection, "events", sealed["events"], through["events"])
+    through["recounts"] = _recount(connection, sealed["events"], through["events"])
+    for name in ("recounts", *_SETTLED[1:]):
+        through[name] = _at_most(connection, name, sealed[name], through[name])
+    # Another sealer may know of more by now.
+    through = {name: max(number, sealed[name]) for name, number in through.items()}
+    entries = b"".join(
+        pack(kind.letter, select_leaves(connection, kind, sealed[kind.table], through[kind.table])) for kind in KINDS
+    )
+    if not entries:
+        return None
+    new = chain.make(before, entries, through, key)
+    chain.insert_seal(connection, new, entries)
+    insert_changes(connection, [Change("seal.created", seal_id=new.id)])
+    return new
+
+
+def _at_most(connection: Connection, table: str, after: int, through: int) -> int:
+    """The id up to which there are as many new rows as one seal holds."""
+    query = f"SELECT id FROM archiver.{table} WHERE id > :after AND id <= :through ORDER BY id OFFSET :most LIMIT 1"  # noqa: S608  # a name of ours
+    beyond = connection.scalar(text(query), {"after": after, "through": through, "most": bounds.LEAVES})
+    return through if beyond is None else int(beyond) - 1
+
+
+# Those that were delivered several times before they were ever sealed, and those that were again since.
+_CLEAR_NEW = text(
+    """
+    UPDATE archiver.events SET is_recounted = false
+     WHERE id > :after AND id <= :through AND delivery_count > 1
+    RETURNING id, delivery_count, last_received_at, earliest_at
+    """
+)
+_CLEAR = text(
+    """
+    UPDATE archiver.events SET is_recounted = false
+     WHERE is_recounted
+       AND id <= coalesce((SELECT max(id) FROM (SELECT id FROM archiver.events WHERE is_recounted AND id <= :after
+                           ORDER BY id LIMIT :most) AS page), 0)
+    RETURNING id, delivery_count, last_received_at, earliest_at
+    """
+)
+_RECOUNT = text(
+    "INSERT INTO archiver.recounts (event_id, delivery_count, last_received_at, earliest_at)"
+    " VALUES (:id, :delivery_count, :last_received_at, :earliest_at)"
+)
+
+
+def _recount(connection: Connection, after: int, through: int) -> int:
+    """Note what the counters of redelivered events stand at; answers the id of the last such note."""
+    # A concurrent redelivery waits for this transaction, or is marked again.
+    cleared = [
+        *connection.execute(_CLEAR_NEW, {"after": after, "through": through}).mappings(),
+        *connection.execute(_CLEAR, {"after": after, "most": bounds.LEAVES}).mappings(),
+    ]
+    if cleared:
+        connection.execute(_RECOUNT, [dict(row) for row in sorted(cleared, key=lambda row: int(row["id"]))])
+    return int(connection.scalar(text("SELECT coalesce(max(id), 0) FROM archiver.recounts")) or 0)

@@ -1,0 +1,271 @@
+"""Differences between a database's catalogue and the expected one, each with its remedy."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver.database import roles, schema
+from archiver.database.catalogue.difference import Difference
+from archiver.database.catalogue.granted import examine_grants
+from archiver.database.catalogue.reading import Catalogue, decode, qualify, read
+
+FILE = "catalogue.json"
+_REPAIR = "Run `archiver migrate --repair` as the owner of the schema archiver."
+_MAX_SQL = 200  # characters of a statement that is worth printing
+
+
+def select_differences(connection: Connection) -> list[Difference]:
+    """Each difference between the database and what this version expects; the database must be at head.
+
+    Leaves the transaction's search path as it was.
+    """
+    before = connection.scalar(text("SELECT current_setting('search_path')"))
+    expected, item = read_expected(), read(connection)
+    differences = [*_differences(connection, expected, item), *examine_grants(connection)]
+    connection.execute(text("SELECT set_config('search_path', :before, true)"), {"before": before})
+    return sorted(differences, key=lambda each: (each.verdict, each.object))
+
+
+def read_expected() -> Catalogue:
+    """The catalogue of a database that the migrations of this version created, as Postgres 18 writes it."""
+    return decode((schema.scripts() / FILE).read_bytes())
+
+
+def _differences(connection: Connection, expected: Catalogue, found: Catalogue) -> Iterator[Difference]:
+    for name, properties in expected.items():
+        if name not in found:
+            if not _is_part_of(name, expected, found):
+                yield _missing(name, properties)
+            continue
+        for key, target_value, actual in _differing(properties, found[name]):
+            if key == "definition" and name.startswith("view "):
+                yield from _view(connection, name, target_value, actual)
+            elif key != "definition" or not name.startswith("function "):  # compared by its parts instead
+                yield _property(name, properties, key, target_value, actual)
+    for name in found:
+        if name not in expected and not _is_part_of(name, found, expected):
+            yield _extra(name, found[name])
+
+
+def _differing(target_value: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(target_value.keys() | actual.keys()):
+        if target_value.get(key) != actual.get(key):
+            yield key, target_value.get(key), actual.get(key)
+
+
+_PARTS = ("column", "constraint", "trigger", "rule", "policy", "extended statistics")
+
+
+def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
+    """Return whether an object belongs to a table or view that one catalogue lacks and that is reported itself."""
+    kind, _, qualified = name.rpartition(" ")
+    if kind == "sequence options of":
+        parents = [f"sequence {qualified}"]
+    elif kind in _PARTS:
+        relation = ".".join(qualified.split(".")[:2])
+        parents = [f"table {relation}", f"view {relation}"]
+    elif kind == "foreign key triggers of":
+        return True  # as the constraint
+    elif kind == "index":
+        relation = str(of[name]["table"])
+        parents = [f"table {relation}", f"view {relation}"]
+        if of[name].get("of constraint"):
+            return True
+    else:
+        return False
+    return any(parent in of and parent not in absent_in for parent in parents)
+
+
+def _advice(statements: tuple[str, ...]) -> str:
+    sql = "; ".join(statements)
+    return _REPAIR if len(sql) > _MAX_SQL or "\n" in sql else f"{_REPAIR[:-1]}, which runs: {sql};"
+
+
+def _difference(
+    name: str,
+    detail: str,
+    *statements: str,
+    verdict: Literal["failure", "warning"] = "failure",
+    advice: str | None = None,
+) -> Difference:
+    return Difference(name, verdict, f"{name} {detail}.", advice or _advice(statements), statements)
+
+
+_RESTORE = "Restore the database from a backup: what was in it cannot be made again by a command."
+
+
+def _missing(name: str, properties: Mapping[str, Any]) -> Difference:
+    statements = tuple(_creating(name, properties))
+    if statements:
+        return _difference(name, "is missing", *statements)
+    return _difference(name, "is missing", advice=_RESTORE)
+
+
+def _creating(name: str, properties: Mapping[str, Any]) -> Iterator[str]:
+    """Return the SQL that recreates an object; empty if rows were lost with it."""
+    kind, _, qualified = name.partition(" ")
+    relation, _, part = qualified.rpartition(".")
+    if kind == "view":
+        yield f"CREATE VIEW {qualified} AS {properties['definition']}"
+    elif kind in {"function", "index", "trigger"}:
+        yield str(properties["definition"])
+        if kind == "function" and not properties["public may execute"]:
+            yield f"REVOKE EXECUTE ON ROUTINE {qualified} FROM PUBLIC"
+    elif kind == "constraint":
+        yield f"ALTER TABLE {relation} ADD CONSTRAINT {part} {properties['definition']}"
+
+
+def _extra(name: str, properties: Mapping[str, Any]) -> Difference:
+    kind, _, qualified = name.partition(" ")
+    relation, _, part = qualified.rpartition(".")
+    foreign = "is not part of this version"
+    if kind in {"trigger", "rule", "policy"}:
+        return _difference(name, foreign, f"DROP {kind.upper()} {part} ON {relation}")
+    if kind == "constraint":
+        return _difference(name, foreign, f"ALTER TABLE {relation} DROP CONSTRAINT {part}")
+    if kind == "column":
+        return _difference(name, foreign, advice=f"Unless it is needed: ALTER TABLE {relation} DROP COLUMN {part};")
+    if kind == "extended":
+        schema_name = relation.partition(".")[0]
+        return _difference(name, foreign, advice=f"As its owner: DROP STATISTICS {schema_name}.{part};")
+    if kind == "index" and properties["unique"]:
+        return _difference(name, f"{foreign} and refuses rows", f"DROP INDEX {qualified}")
+    return _difference(name, foreign, verdict="warning", advice="Move it to another schema, or drop it.")
+
+
+def _property(name: str, properties: Mapping[str, Any], key: str, target_value: Any, actual: Any) -> Difference:
+    detail = f"has another {key} than this version expects"
+    if len(f"{target_value}{actual}") < _MAX_SQL:
+        detail = f"has {key} {_shown(actual)} instead of {_shown(target_value)}"
+    statements = tuple(_altering(name, properties, key, target_value))
+    verdict: Literal["failure", "warning"] = "failure"
+    if key == "statistics target" and target_value != 0:
+        verdict = "warning"
+    advice = None if statements else "Undo that change as the owner of the schema archiver, or restore a backup."
+    return _difference(name, detail, *statements, verdict=verdict, advice=advice)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return "none"
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _altering(name: str, properties: Mapping[str, Any], key: str, target_value: Any) -> Iterator[str]:
+    """Return the SQL that restores a property; empty if no statement can."""
+    kind, _, qualified = name.partition(" ")
+    relation, _, part = qualified.rpartition(".")
+    if kind == "function":
+        if key == "public may execute":
+            yield (
+                f"GRANT EXECUTE ON ROUTINE {qualified} TO PUBLIC"
+                if target_value
+                else f"REVOKE EXECUTE ON ROUTINE {qualified} FROM PUBLIC"
+            )
+        elif key not in {"result", "arguments", "kind"}:
+            yield str(properties["definition"])
+    elif kind == "trigger":
+        yield from _trigger(relation, part, properties)
+    elif kind == "index":
+        yield from (f"DROP INDEX {qualified}", str(properties["definition"]))
+    elif kind == "constraint":
+        yield f"ALTER TABLE {relation} DROP CONSTRAINT {part}"
+        yield f"ALTER TABLE {relation} ADD CONSTRAINT {part} {properties['definition']}"
+    elif kind == "column":
+        yield from _column(f"ALTER TABLE {relation} ALTER COLUMN {part}", key, target_value)
+    elif kind in {"table", "view"}:
+        yield from _relation(f"ALTER TABLE {qualified}", kind, key, target_value)
+    elif kind == "foreign":
+        yield f"ALTER TABLE {qualified.rpartition(' ')[2]} ENABLE TRIGGER ALL"
+
+
+def _trigger(relation: str, part: str, properties: Mapping[str, Any]) -> Iterator[str]:
+    yield f"DROP TRIGGER {part} ON {relation}"
+    yield str(properties["definition"])
+
+
+_STORAGE = {"p": "PLAIN", "e": "EXTERNAL", "m": "MAIN", "x": "EXTENDED"}
+
+
+def _column(alter: str, key: str, target_value: Any) -> Iterator[str]:
+    if key == "statistics target":
+        yield f"{alter} SET STATISTICS {target_value}"
+    elif key == "not null":
+        yield f"{alter} {'SET' if target_value else 'DROP'} NOT NULL"
+    elif key == "default":
+        yield f"{alter} SET DEFAULT {target_value}" if target_value is not None else f"{alter} DROP DEFAULT"
+    elif key == "storage":
+        yield f"{alter} SET STORAGE {_STORAGE[target_value]}"
+    elif key == "identity" and target_value == "a":
+        yield f"{alter} SET GENERATED ALWAYS"
+
+
+def _relation(alter: str, kind: str, key: str, target_value: Any) -> Iterator[str]:
+    if key == "persistence" and kind == "table":
+        yield f"{alter} SET LOGGED"
+    elif key == "row security" and not target_value:
+        yield f"{alter} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY"
+    elif key == "options" and kind == "view" and not target_value:
+        yield f"{alter.replace('TABLE', 'VIEW')} RESET (security_barrier, check_option)"
+
+
+_NO_TEMPORARY = {"42501", "25006"}  # SQLSTATE: insufficient privilege; read-only transaction
+
+
+def _view(connection: Connection, name: str, target_value: str, actual: str) -> Iterator[Difference]:
+    """Let this Postgres version rewrite the expected view, because versions write views differently."""
+    qualified = name.partition(" ")[2]
+    statement = f"CREATE OR REPLACE VIEW {qualified} AS {target_value}"
+    nested = connection.begin_nested()
+    try:
+        connection.exec_driver_sql(f"CREATE TEMPORARY VIEW archiver_expected_view AS {target_value}")
+        written = connection.scalar(text("SELECT pg_get_viewdef(to_regclass('pg_temp.archiver_expected_view'))"))
+    except DBAPIError as error:
+        nested.rollback()
+        if getattr(error.orig, "sqlstate", None) in _NO_TEMPORARY:
+            detail = "could not be compared, because this user may create no temporary view"
+            advice = "As an administrator: GRANT TEMPORARY ON DATABASE … TO the_user; or ask as the owner."
+            yield _difference(name, detail, verdict="warning", advice=advice)
+        else:
+            yield _difference(name, "uses something that has changed", statement)
+        return
+    nested.rollback()
+    if written != actual:
+        yield _difference(name, "has another definition than this version expects", statement)
+
+
+def repair(connection: Connection) -> list[Difference]:
+    """Repair the differences that SQL statements can undo, and return them.
+
+    Tables, columns and foreign objects that may hold data are left alone, and so is what Postgres refuses to change.
+    The transaction's search path changes.
+    """
+    result = [difference for difference in select_differences(connection) if difference.repairs]
+    qualify(connection)
+    for difference in sorted(result, key=_place):
+        if not difference.object.startswith("role "):
+            _try(connection, difference.repairs)
+    roles.bring_up_to_date(connection)
+    remaining = select_differences(connection)
+    return [difference for difference in result if difference not in remaining]
+
+
+# A trigger needs its function, a view may need a column.
+_ORDER = ("function", "column", "view", "table", "constraint", "index", "trigger")
+
+
+def _place(difference: Difference) -> int:
+    kind = difference.object.partition(" ")[0]
+    return _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
+
+
+def _try(connection: Connection, statements: tuple[str, ...]) -> None:
+    try:
+        with connection.begin_nested():
+            for statement in statements:
+                connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+    except DBAPIError:
+        return  # it remains, and is reported

@@ -1,0 +1,153 @@
+"""Lock waits: report which session blocks the archiver, in logs, metrics and errors.
+
+Postgres says who blocks a wait only while it lasts, so that a separate connection checks during the wait.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import database, telemetry
+from archiver.database import explain, run_in_transaction, transaction
+from archiver.database.locks import Lock, LockHolder, select_holders
+from archiver.telemetry.duty_health import Duty
+
+log = structlog.get_logger(__name__)
+
+CHECK_SECONDS = 5.0  # between two looks of a process that goes on for long
+CHECK_LIMIT_SECONDS = 3.0  # for a look
+SOON_SECONDS = 0.5  # between two looks of a command
+REPORT_SECONDS = 60.0
+MAX_REPORTED = 3
+PROBE_SECONDS = 2.0  # for a lock
+INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
+
+
+class LockTimeoutError(Exception):
+    """A lock was not granted in time; the message names its holder."""
+
+
+class WaitReport:
+    """One log line a minute for each session that holds a lock that others wait for; the first line at once."""
+
+    def __init__(self) -> None:
+        self._reported_at = -REPORT_SECONDS
+
+    def add(self, holders: Sequence[LockHolder]) -> None:
+        """What a look found."""
+        telemetry.lock_waiters.set(sum(each.waiting for each in holders))
+        if not holders or monotonic() - self._reported_at < REPORT_SECONDS:
+            return
+        self._reported_at = monotonic()
+        for each in holders[:MAX_REPORTED]:
+            log.warning(
+                "lock wait",
+                pid=each.pid,
+                user=each.user,
+                application=each.application,
+                since=each.since.isoformat() if each.since else None,
+                waiting=each.waiting,
+                waiting_since=each.waiting_since.isoformat(),
+                tables=list(each.relations),
+                advice=each.advice,
+            )
+
+
+async def report_waits(engine: AsyncEngine, duty: Duty | None = None) -> None:
+    """Look every few seconds, until cancelled, for sessions that hold up the archiver. Uses one connection."""
+    report, duty = WaitReport(), duty or Duty("locks")
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        try:
+            report.add(await run_in_transaction(engine, select_holders, CHECK_LIMIT_SECONDS))
+        except (SQLAlchemyError, TimeoutError) as error:
+            duty.failing(f"database: {explain(error)}")
+        else:
+            duty.working()
+
+
+class LockWatch:
+    """The sessions that held a lock at the last look that found any."""
+
+    def __init__(self) -> None:
+        self.holders: Sequence[LockHolder] = ()
+        self.report = WaitReport()
+
+    def explain(self) -> str:
+        """A sentence that names the first of them, and what to do."""
+        if not self.holders:
+            return "Another session holds a lock that is needed: `archiver doctor` names it."
+        first = self.holders[0]
+        return f"Another session holds a lock that is needed: {first}.\n{first.advice}"
+
+
+# Each as a writer of the archive takes it; nothing is changed.
+_WRITTEN = ("events", "sessions", "chats", "messages", "outbox")
+_PROBES = (
+    *(f"LOCK TABLE archiver_jobs.{lock} IN ROW EXCLUSIVE MODE" for lock in Lock),
+    *(f"DELETE FROM archiver.{name} WHERE false" for name in _WRITTEN),  # noqa: S608  # names of ours
+)
+
+
+_NOTHING_TO_PROBE = {INSUFFICIENT_PRIVILEGE, "42P01", "3F000"}  # a user who only reads; no such table, no such schema
+
+
+def find_holders(engine: Engine) -> Sequence[LockHolder]:
+    """Return sessions that block others, or that would block a writer now. Takes some seconds.
+
+    An archiver that spools does not wait all the time.
+    """
+    result: Sequence[LockHolder] = ()
+    try:
+        with watching(engine) as watch, transaction(engine, lock_seconds=PROBE_SECONDS) as connection:
+            result = select_holders(connection)
+            for probe in () if result else _PROBES:
+                connection.exec_driver_sql(probe)
+    except LockTimeoutError:
+        result = watch.holders
+    except DBAPIError as error:
+        if database.sqlstate(error) not in _NOTHING_TO_PROBE:
+            raise
+    return result
+
+
+@contextmanager
+def watching(engine: Engine) -> Iterator[LockWatch]:
+    """Check for lock holders from a thread, if the block takes long.
+
+    A lock that the block waits for in vain is a `LockTimeoutError`.
+    """
+    watch, ending = LockWatch(), threading.Event()
+    watcher = threading.Thread(target=_look, args=(engine, watch, ending), name="locks", daemon=True)
+    watcher.start()
+    try:
+        yield watch
+    except DBAPIError as error:
+        if not database.is_lock_timeout(error):
+            raise
+        raise LockTimeoutError(watch.explain()) from error
+    finally:
+        ending.set()
+        watcher.join()
+
+
+def _look(engine: Engine, watch: LockWatch, ending: threading.Event) -> None:
+    own = database.connect(engine.url, pool_size=1, prepared_statements=False)
+    try:
+        while not ending.wait(SOON_SECONDS):
+            try:
+                with transaction(own, statement_seconds=CHECK_LIMIT_SECONDS) as connection:
+                    result = select_holders(connection, SOON_SECONDS)
+            except SQLAlchemyError as error:
+                telemetry.commit_failures.labels(database.sqlstate(error) or "none").inc()
+                continue
+            watch.holders = result or watch.holders
+    finally:
+        own.dispose()

@@ -1,0 +1,241 @@
+"""Migrate the schema, check its revision, and grant the roles their privileges."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from archiver.database import is_lock_timeout, lock_waits, roles, sqlstate, tables, transaction
+from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
+
+VERSION_TABLE = "schema_version"
+SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
+
+_LOCK_SECONDS = 2.0
+PAUSE_SECONDS = 2.0  # between two attempts to have a lock: what waited behind it goes on
+LOCK_WAIT_SECONDS = 45.0  # for locks in all
+RACES = 1  # with another migration that makes the schema
+STATEMENT_SECONDS = 600
+_REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
+_REPAIRED_FROM = "0005"
+
+
+class SchemaError(Exception):
+    """The schema is not the one that this version needs; the message says what to do.
+
+    `reason`: the same without the name of the database, for anyone who asks `/readyz`.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
+
+
+@cache
+def head() -> str:
+    """The revision that this version of the program works with."""
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    if revision is None:
+        raise SchemaError("This installation has no migrations: reinstall callhq-archiver.")
+    return revision
+
+
+def current(connection: Connection) -> str | None:
+    """The revision that the database is at; None where nothing was ever migrated."""
+    options = {"version_table": VERSION_TABLE, "version_table_schema": tables.SCHEMA}
+    return MigrationContext.configure(connection, opts=options).get_current_revision()
+
+
+def check(connection: Connection) -> None:
+    """Raises `SchemaError` unless the database is at head."""
+    is_at = current(connection)
+    if is_at == head():
+        return
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if is_at is None:
+        raise SchemaError(
+            f"The database {where(connection)} has no archiver schema yet: run `archiver migrate`.",
+            "there is no archiver schema yet: run `archiver migrate`",
+        )
+    if is_at in known:
+        raise SchemaError(f"The schema is at {is_at}, older than {head()}: run `archiver migrate`.")
+    raise SchemaError(f"The schema is at {is_at}, newer than this program knows: upgrade callhq-archiver.")
+
+
+def where(connection: Connection) -> str:
+    """Describe the connected database and user, without password."""
+    driver: Any = connection.connection.driver_connection
+    info = driver.info
+    port = "" if info.host.startswith("/") else f":{info.port}"
+    return f"{info.dbname} at {info.host}{port} as {info.user}"
+
+
+def grant_missing(connection: Connection) -> str | None:
+    """The SQL that lets this user make the schemas that are missing; None where it may, or where none is."""
+    query = (
+        "SELECT format('GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user)"
+        " WHERE NOT has_database_privilege(current_database(), 'CREATE')"
+        " AND EXISTS (SELECT FROM unnest(CAST(:schemas AS text[])) AS s WHERE to_regnamespace(s) IS NULL)"
+    )
+    answer: str | None = connection.scalar(text(query), {"schemas": list(SCHEMAS)})
+    return answer
+
+
+def upgrade(engine: Engine, revision: str = "head") -> None:
+    """Bring the schema up to `revision`, and let each role do what it is for. Safe to run twice at once.
+
+    Raises `SchemaError` where the database is newer than this program, where the user lacks a right, or where others
+    hold the tables for too long.
+    """
+    try:
+        _patiently(engine, lambda connection: _upgrade(connection, revision))
+    except DBAPIError as error:
+        if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
+            raise
+        with transaction(engine) as connection:
+            raise SchemaError(_explain_refusal(connection, str(error.orig).splitlines()[0])) from None
+
+
+def _explain_refusal(connection: Connection, refusal: str) -> str:
+    if (grant := grant_missing(connection)) is not None:
+        return (
+            f"The database {where(connection)} does not let this user create schemas. As its owner or an"
+            f" administrator run\n  {grant}\nthen `archiver migrate` again."
+        )
+    query = "SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = :name"
+    owner = connection.scalar(text(query), {"name": tables.SCHEMA})
+    return (
+        f"The database {where(connection)} refused: {refusal}.\nRun `archiver migrate` as the user"
+        f" {owner}, who owns the schema {tables.SCHEMA}."
+    )
+
+
+def _upgrade(connection: Connection, revision: str) -> None:
+    # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
+    if _is_done(connection, revision):
+        return
+    if current(connection) is not None and revision == "head":
+        _refuse_newer(connection)
+    # Alembic keeps its version table there, so the schema must be first.
+    if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
+        with _another_migration():
+            connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
+    _lock(connection)
+    if _is_done(connection, revision):  # by another migration in between
+        return
+    _repair(connection)
+    command.upgrade(_config(connection), revision)
+    roles.bring_up_to_date(connection)
+
+
+def _is_done(connection: Connection, revision: str) -> bool:
+    return revision == "head" and current(connection) == head() and roles.are_granted(connection)
+
+
+def _repair(connection: Connection) -> None:
+    """Prepare a database below the repair migration for the migrations before it; that one does the rest."""
+    script = ScriptDirectory.from_config(_config())
+    is_at = current(connection)
+    if is_at is not None and is_at < _REPAIRED_FROM:
+        script.get_revision(_REPAIR).module.repair(connection, script, is_at)
+
+
+def downgrade(engine: Engine, revision: str) -> None:
+    """Take the schema down to `revision`; `base` removes it, data and all."""
+
+    def work(connection: Connection) -> None:
+        _lock(connection)
+        command.downgrade(_config(connection), revision)
+
+    _patiently(engine, work)
+
+
+def _refuse_newer(connection: Connection) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if current(connection) not in known:
+        check(connection)
+
+
+# One migration of a database at a time. Only the owner may lock the row of the version, so that no other user can
+# keep
+# a migration waiting thereby; before there is one, the names that a migration makes are unique.
+_LOCK_TABLE = text(f"LOCK TABLE {tables.SCHEMA}.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE")
+_LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # constants
+_MADE_BY_ANOTHER = {"23505", "42P06", "42P07"}  # SQLSTATEs: unique violation, duplicate schema, duplicate table
+
+
+def _lock(connection: Connection) -> None:
+    """Wait for another migration, and keep others waiting up to the end of this transaction."""
+    name = f"{tables.SCHEMA}.{VERSION_TABLE}"
+    if not connection.scalar(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": name}):
+        return
+    with _another_migration():
+        if connection.execute(_LOCK_ROW).first() is None:
+            connection.execute(_LOCK_TABLE)
+
+
+class _UnderWayError(Exception):
+    """Another migration of this database is under way."""
+
+
+@contextmanager
+def _another_migration() -> Iterator[None]:
+    """What the block waits for is another migration."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not is_lock_timeout(error):
+            raise
+        raise _UnderWayError from error
+
+
+def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
+    """Run in one transaction; retry if a lock was not free.
+
+    A table lock that waits keeps all others waiting behind it: so it waits for an instant, again and again. Another
+    migration takes its time. Raises `SchemaError` that names the session that holds a lock.
+    """
+    began, races = monotonic(), 0
+    with lock_waits.watching(engine) as watch:
+        while True:
+            try:
+                with transaction(
+                    engine, statement_seconds=STATEMENT_SECONDS, lock_seconds=_LOCK_SECONDS
+                ) as connection:
+                    work(connection)
+                    return
+            except _UnderWayError:
+                if monotonic() - began > STATEMENT_SECONDS:
+                    raise SchemaError(f"Another migration takes too long. {watch.explain()}") from None
+            except DBAPIError as error:
+                if sqlstate(error) in _MADE_BY_ANOTHER and races < RACES:
+                    races += 1
+                elif not is_lock_timeout(error):
+                    raise
+                elif monotonic() - began > LOCK_WAIT_SECONDS:
+                    raise SchemaError(f"The schema cannot be changed. {watch.explain()}") from None
+            watch.report.add(watch.holders)
+            sleep(PAUSE_SECONDS)
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def scripts() -> Path:
+    """The migrations: packed into the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent.parent
+    packed = package / "_migrations"
+    return packed if packed.is_dir() else package.parent / "migrations"

@@ -1,0 +1,50 @@
+"""The tables, as SQLAlchemy Core and as Alembic's target. No statement and no logic."""
+
+from archiver.database.tables.archive import (
+    SCHEMA,
+    acts,
+    backfills,
+    chats,
+    erasures,
+    events,
+    holds,
+    messages,
+    metadata,
+    pauses,
+    pieces,
+    quarantine,
+    recounts,
+    removals,
+    seals,
+    sessions,
+)
+from archiver.database.tables.feed import attempts, changes, deliveries, outbox, subscriptions
+from archiver.database.tables.operations import duties, epoch_faults, epochs, workers
+
+__all__ = [
+    "SCHEMA",
+    "acts",
+    "attempts",
+    "backfills",
+    "changes",
+    "chats",
+    "deliveries",
+    "duties",
+    "epoch_faults",
+    "epochs",
+    "erasures",
+    "events",
+    "holds",
+    "messages",
+    "metadata",
+    "outbox",
+    "pauses",
+    "pieces",
+    "quarantine",
+    "recounts",
+    "removals",
+    "seals",
+    "sessions",
+    "subscriptions",
+    "workers",
+]

@@ -1,0 +1,288 @@
+"""Read histories: one reader per session, each response stored as a fact through the one write path.
+
+No transaction is open while CallHQ is asked: lease, ask, record, give back.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import ledger, telemetry
+from archiver.archive import Timing
+from archiver.database import run_in_transaction, run_split
+from archiver.events import Event, responses
+from archiver.history import leases
+from archiver.history.callhq import Client
+from archiver.history.fetching import NOT_FOUND, Answer, HistoryFetcher
+from archiver.history.leased_sessions import LeasedSessions
+from archiver.history.report import Outcome, ReconcileResult, ResultReporter
+from archiver.history.shared_pause import SharedPause
+
+__all__ = ["Outcome", "ReconcileResult", "Reconciler", "ResponseNotStoredError", "Submit", "retry_pause"]
+
+RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
+_NOT_STORED = "its answer could not be stored: see archiver quarantine list"
+_NOT_KNOWN = "CallHQ does not know this session (404), nor does the archive: is the id right? It was not registered."
+MAX_RETRY = timedelta(hours=1)
+MIN_RETRY = timedelta(seconds=30)
+
+Submit = Callable[[Event, datetime], Awaitable[str]]
+
+
+class ResponseNotStoredError(Exception):
+    """The database did not store the response."""
+
+
+class Reconciler:
+    """Reads sessions with one client; `submit` stores a fact and returns after its commit."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        client: Client,
+        submit: Submit,
+        *,
+        pause: SharedPause,
+        timing: Timing,
+        concurrency: int,
+        mark_unavailable: bool = True,
+    ) -> None:
+        self._engine, self._submit, self._timing = engine, submit, timing
+        self._fetcher = HistoryFetcher(client)
+        self._mark_unavailable = mark_unavailable  # where there is no answer long after a session expired
+        self._pause = pause
+        self._concurrency = concurrency
+        self._turns = asyncio.Semaphore(concurrency)
+        self._not_read = telemetry.Recurring("histories not read")
+
+    @property
+    def is_all_not_found(self) -> bool:
+        """Return whether every response was 404, as with a wrong URL."""
+        return self._fetcher.is_all_not_found
+
+    async def read_all(
+        self,
+        session_ids: Sequence[str],
+        on_result: Callable[[ReconcileResult], object] = lambda _: None,
+        due_at: datetime | None = None,
+    ) -> Counter[Outcome]:
+        """Read these sessions concurrently and report each result.
+
+        A session leased by another reader is skipped (`busy`). With `due_at` only those are read
+        whose reading is due as of then. Raises `UnauthorizedError` if the key is refused for all; what was read by
+        then has been reported.
+        """
+        leased = LeasedSessions(self._engine, session_ids, due_at)
+        report = ResultReporter(self._engine, leased, on_result)
+
+        async def record(session_id: str, answer: Answer) -> None:
+            await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
+
+        async def work_loop() -> None:
+            while True:
+                # CallHQ's pause comes first: sessions not yet leased stay free for others.
+                async with self._turns:
+                    await self._pause.wait()
+                    session_id = await leased.next_session()
+                    if session_id is None:
+                        return
+                    answer = await self._fetcher.answer(session_id)
+                await _shielded(record(session_id, answer))
+
+        async with leased.renewing_leases():
+            try:
+                await _run_all(work_loop() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
+            finally:
+                await report.flush()
+        report.report_busy()
+        self._fetcher.check_key()
+        return report.outcomes
+
+    async def discover_all(
+        self, session_ids: Sequence[str], on_result: Callable[[ReconcileResult], object] = lambda _: None
+    ) -> Counter[Outcome]:
+        """Like `read_all`, for sessions unknown to the archive: each is registered with its first response."""
+        report = ResultReporter(self._engine, LeasedSessions(self._engine, [], None), on_result)
+        waiting = iter(session_ids)
+
+        async def register(session_id: str, answer: Answer) -> None:
+            await report.add(session_id, *await self._register(session_id, answer))
+
+        async def work_loop() -> None:
+            for session_id in waiting:
+                async with self._turns:
+                    await self._pause.wait()
+                    answer = await self._fetcher.answer(session_id)
+                await _shielded(register(session_id, answer))
+
+        try:
+            await _run_all(work_loop() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
+        finally:
+            await report.flush()
+        self._fetcher.check_key()
+        return report.outcomes
+
+    async def preview_all(
+        self, session_ids: Sequence[str], on_result: Callable[[ReconcileResult], object] = lambda _: None
+    ) -> Counter[Outcome]:
+        """Read these sessions and report what would change; the database is not modified.
+
+        Raises `UnauthorizedError` if the key is refused for all.
+        """
+        outcomes: Counter[Outcome] = Counter()
+        waiting = iter(session_ids)
+
+        async def work_loop() -> None:
+            for session_id in waiting:
+                async with self._turns:
+                    await self._pause.wait()
+                    result = await self._preview(session_id)
+                outcomes[result.outcome] += 1
+                on_result(result)
+
+        await _run_all(work_loop() for _ in range(min(self._concurrency, len(session_ids))))
+        self._fetcher.check_key()
+        return outcomes
+
+    async def _preview(self, session_id: str) -> ReconcileResult:
+        answer = await self._fetcher.answer(session_id)
+        event = answer.event
+        if event is None:
+            return ReconcileResult(session_id, "failed", error=answer.fault)
+        observation = ledger.Observation(event, answer.began, responses.SOURCE, None)
+
+        def record_and_roll_back(connection: Connection) -> None:
+            before = leases.select_statuses(connection, [session_id]).get(session_id)
+            if before is None and answer.status == NOT_FOUND:
+                raise _PreviewRollbackError(ReconcileResult(session_id, "unknown", error=_NOT_KNOWN))
+            ledger.record(connection, [observation], self._timing)
+            after = leases.select_statuses(connection, [session_id]).get(session_id)
+            raise _PreviewRollbackError(ReconcileResult(session_id, _OUTCOMES[event.type], before, after))
+
+        try:
+            await run_in_transaction(self._engine, record_and_roll_back)
+        except _PreviewRollbackError as undone:
+            result: ReconcileResult = undone.result
+        return result
+
+    async def _record(self, session_id: str, lease: datetime, answer: Answer) -> tuple[Outcome, str]:
+        """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
+        event = answer.event
+        if event is None:
+            self._not_read.warn(session_id=session_id, error=answer.fault)
+            event = await self._failed(session_id, lease, answer)
+            if event is None:
+                return "failed", answer.fault
+        try:
+            status = await self._submit(event, answer.began)
+        except ResponseNotStoredError as error:
+            await self._postpone(session_id, lease, answer.began + self._timing.quiet)
+            return "failed", str(error.__doc__)
+        if status == "quarantined":
+            await self._postpone(session_id, lease, answer.began + MAX_RETRY)
+            return "unreadable", _NOT_STORED
+        outcome = _OUTCOMES[event.type]
+        telemetry.readings.labels(outcome).inc()
+        return outcome, answer.fault
+
+    async def _register(self, session_id: str, answer: Answer) -> tuple[Outcome, str]:
+        """Commit that there is such a session, and what was answered of it: the outcome, and what went wrong."""
+        if answer.status == NOT_FOUND:
+            return "unknown", _NOT_KNOWN
+        # Both at one time: by another clock the session might have been heard of after its reading, as if by news.
+        facts = [responses.register({"id": session_id}), *([answer.event] if answer.event is not None else [])]
+        try:
+            became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
+        except ResponseNotStoredError as error:
+            return "failed", str(error.__doc__)
+        if answer.event is None:
+            telemetry.readings.labels("failed").inc()
+            return "failed", answer.fault
+        if "quarantined" in became:
+            return "unreadable", _NOT_STORED
+        outcome = _OUTCOMES[answer.event.type]
+        telemetry.readings.labels(outcome).inc()
+        return outcome, answer.fault
+
+    async def _failed(self, session_id: str, lease: datetime, answer: Answer) -> Event | None:
+        """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
+        now = answer.began
+        telemetry.readings.labels("failed").inc()
+        schedule = await run_in_transaction(self._engine, lambda c: leases.select_schedule(c, session_id))
+        if schedule is None:
+            return None
+        since, margin = schedule.failing_since or now, self._timing.margin
+        has_expired = schedule.read_by is not None and now > schedule.read_by + 2 * margin
+        if self._mark_unavailable and has_expired and now >= since + margin:
+            return responses.unavailable_event(session_id)
+        requested_pause = min(timedelta(seconds=answer.retry_after), MAX_RETRY)
+        pause = max(retry_pause(self._timing, schedule.read_by, since, now), requested_pause)
+        await self._postpone(session_id, lease, now + pause, failing_since=since)
+        return None
+
+    async def _postpone(
+        self, session_id: str, lease: datetime, until: datetime, *, failing_since: datetime | None = None
+    ) -> None:
+        """Where another transaction holds the session its lease ends by itself, and it is handed out again later."""
+
+        def postpone(connection: Connection, session_ids: Sequence[str]) -> None:
+            for each in session_ids:
+                leases.postpone(connection, each, lease, until=until, failing_since=failing_since)
+
+        await run_split(self._engine, [session_id], postpone)
+
+
+def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:
+    """How long to wait after a reading that failed, as all have `since` then.
+
+    As long again as it has been failing: the pauses double. But several times before upstream forgets the session.
+    """
+    pause = min(max(now - since, timing.quiet), MAX_RETRY)
+    if read_by is not None and now < read_by + timing.margin:
+        pause = max(min(pause, (read_by + timing.margin - now) / 4), MIN_RETRY)
+    return pause
+
+
+class _PreviewRollbackError(Exception):
+    """Takes what would be out of a transaction that is rolled back by it."""
+
+    def __init__(self, result: ReconcileResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+_OUTCOMES: dict[str, Outcome] = {
+    responses.READ: "read",
+    responses.GONE: "gone",
+    responses.UNREADABLE: "unreadable",
+    responses.UNAVAILABLE: "unavailable",
+}
+
+
+async def _shielded(work: Awaitable[None]) -> None:
+    """Complete the work even if the caller is cancelled, so that committed results are reported."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait([task])
+
+
+async def _run_all(work: Iterable[Awaitable[None]]) -> None:
+    """All of them; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            if not task.cancelling():  # cancelled once, after they finish their commits
+                task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError, Exception):
+                await task

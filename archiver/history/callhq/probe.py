@@ -1,0 +1,65 @@
+"""One call that checks URL and API key."""
+
+import re
+from typing import Any
+
+import msgspec
+from pydantic import SecretStr
+
+from archiver.events import responses
+from archiver.history.callhq.client import Client
+from archiver.history.callhq.responses import Answer, UnreachableError
+
+UNKNOWN_SESSION = "00000000-0000-0000-0000-000000000000"  # no session has this id
+SECONDS = 10.0
+
+
+class PauseRequestedError(Exception):
+    """CallHQ asks the client to wait."""
+
+
+async def probe(api_url: str, api_key: SecretStr) -> None:
+    """Return if the API answers and accepts the key; raise `CallError` otherwise.
+
+    Raises every `CallError`, `PauseRequestedError`, and `SettingsError` for what cannot be asked.
+    """
+    api = Client(api_url, api_key, pause=_NoPause(), concurrency=1, max_bytes=1_048_576, timeout=SECONDS, attempts=1)
+    async with api as client:
+        answer = await client.history(UNKNOWN_SESSION)
+    if not is_api_answer(answer):
+        raise UnreachableError(
+            f"What answers is not the API, it seems: {answer.status} to GET /chats/session/{{id}}."
+        )
+
+
+class _NoPause:
+    async def wait(self) -> None:
+        """Return at once: a single call needs no pause."""
+
+    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+        raise PauseRequestedError(f"It answered {reason}: wait {seconds:.0f} s.")
+
+    def session_answered(self, session_id: str) -> None:
+        """Do nothing: no further call follows."""
+
+
+def is_api_answer(answer: Answer) -> bool:
+    """Return whether the response is from the API rather than from another server.
+
+    How the API says that there is no such session is not documented. It is taken to speak of a session; what speaks
+    of a path instead (`Not Found`, `Cannot GET /chats/session/…`), or is no JSON, is not the API.
+    """
+    if responses.parse_history(UNKNOWN_SESSION, answer.status, answer.body).type == responses.READ:
+        return True
+    message = _message_of(answer.body)
+    is_about_it = re.search(r"(?<![/\w])session", message, re.IGNORECASE) is not None or UNKNOWN_SESSION in message
+    return answer.status in range(400, 500) and is_about_it and "/session" not in message
+
+
+def _message_of(body: bytes) -> str:
+    try:
+        document: Any = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return ""
+    messages = [document.get(name) for name in ("message", "error", "detail")] if isinstance(document, dict) else []
+    return " ".join(str(each) for each in messages if each is not None)

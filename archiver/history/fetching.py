@@ -1,0 +1,120 @@
+"""Fetch histories: a response as a fact, or the reason for its absence; detects a wrong key or URL."""
+
+from datetime import datetime
+from time import perf_counter
+
+import msgspec
+import stamina
+import structlog
+
+from archiver import database, telemetry
+from archiver.events import Event, responses
+from archiver.history.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
+
+log = structlog.get_logger(__name__)
+
+MAX_REFUSALS = 5  # of sessions, and none accepted: it is the key
+MAX_NOT_FOUND = 5  # sessions, and none found: it is the URL, or so it seems
+ATTEMPTS = 3  # at an answer that can be read
+NOT_FOUND = 404
+_INITIAL_BACKOFF, _MAX_BACKOFF, _JITTER = 0.5, 5.0, 0.5  # seconds
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """Result of a history call: the fact, or the reason why there is none.
+
+    `began`: when the call that was answered did, or the first that was not. `retry_after`: seconds for which CallHQ
+    does not want to be asked about this session.
+    """
+
+    began: datetime
+    event: Event | None
+    fault: str = ""
+    status: int = 0
+    retry_after: float = 0.0
+
+    @property
+    def is_unreadable_success(self) -> bool:
+        """Return whether a success status came with an unreadable body."""
+        is_success = self.status in range(200, 300)
+        return is_success and self.event is not None and self.event.type == responses.UNREADABLE
+
+
+class HistoryFetcher:
+    """Fetches histories with one client and key."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._accepted, self._refused = 0, 0  # calls, with this key
+        self._missing = 0  # of those accepted: answered 404
+
+    @property
+    def is_all_not_found(self) -> bool:
+        """Whether every answer was 404, as it is where the URL is not the API's."""
+        return 0 < self._missing == self._accepted and not self._refused
+
+    def check_key(self) -> None:
+        """Raises `UnauthorizedError` if the key was refused for all sessions."""
+        if self._refused and not self._accepted:
+            raise UnauthorizedError
+
+    async def answer(self, session_id: str) -> Answer:
+        """Return the history of a session. An unreadable body is retried like a server error.
+
+        Raises `UnauthorizedError` where the key is refused again and again and never accepted.
+        """
+        attempts = stamina.retry_context(
+            on=RetryableResponseError,
+            attempts=ATTEMPTS,
+            timeout=None,
+            wait_initial=_INITIAL_BACKOFF,
+            wait_max=_MAX_BACKOFF,
+            wait_jitter=_JITTER,
+        )
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    return await self._fetch_once(session_id)
+        except RetryableResponseError as retryable:
+            return retryable.answer
+        raise AssertionError("stamina ends with an answer or with an error")
+
+    async def _fetch_once(self, session_id: str) -> Answer:
+        answer = await self._fetch(session_id)
+        if answer.is_unreadable_success:
+            raise RetryableResponseError(answer)
+        return answer
+
+    async def _fetch(self, session_id: str) -> Answer:
+        began, started = database.now(), perf_counter()
+        try:
+            answer = await self._client.history(session_id)
+        except UnreachableError as error:
+            return Answer(began, None, str(error), retry_after=error.retry_after)
+        except TooLargeError as error:
+            log.warning("history response too large", session_id=session_id, error=str(error))
+            return Answer(began, responses.parse_history(session_id, 413, b""), status=413)
+        except UnauthorizedError:
+            self._refused += 1
+            if not self._accepted and self._refused >= MAX_REFUSALS:
+                raise
+            what = "this session" if self._accepted else "the key, or this session"
+            return Answer(began, None, f"CallHQ refuses {what}: is it one of the account of CALLHQ_API_KEY?")
+        self._accept(answer.status)
+        telemetry.reading_seconds.observe(perf_counter() - started)
+        event = responses.parse_history(session_id, answer.status, answer.body)
+        return Answer(answer.began, event, status=answer.status)
+
+    def _accept(self, status: int) -> None:
+        self._accepted += 1
+        self._missing += status == NOT_FOUND
+        if self._missing == self._accepted == MAX_NOT_FOUND:
+            log.warning("every history call returned 404; check CALLHQ_API_URL (run archiver doctor)")
+
+
+class RetryableResponseError(Exception):
+    """A response that a retry may replace."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer

@@ -1,0 +1,251 @@
+"""Leases and due times of history readings, in columns of `sessions`.
+
+A lease is taken by compare-and-set, so that no two workers ever read one session at a time; it ends by itself unless
+it is renewed, so that a worker that was killed loses nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, not_, or_, select, text, update
+from sqlalchemy.dialects.postgresql import ARRAY, TEXT
+
+from archiver.archive.coverage import ERASED, NOT_SHOWN, Timing
+from archiver.archive.facts import UNASSIGNED
+from archiver.database import tables
+from archiver.database.clock import TOLERANCE
+from archiver.events import responses
+
+_sessions = tables.sessions.c
+_AMONG = _sessions.session_id == func.any(bindparam("session_ids", type_=ARRAY(TEXT)))
+_HAS_NEWS = _sessions.last_event_at > _sessions.read_at
+# The fact that the last reading made, or made again.
+_IS_UNREADABLE = exists().where(
+    tables.events.c.session_id == _sessions.session_id,
+    tables.events.c.type == responses.UNREADABLE,
+    tables.events.c.last_received_at == _sessions.read_at,
+)
+# It may have been asked for at the wrong place, or at the wrong time.
+_WAS_NOT_SHOWN = or_(_sessions.reason.in_(NOT_SHOWN), _sessions.reconciled_at.is_(None))
+LEASE = timedelta(seconds=60)  # renewed by its holder
+# One that is further ahead than a lease lasts was written by a clock that was ahead: it counts for nothing.
+_FREE = or_(
+    _sessions.leased_until.is_(None),
+    _sessions.leased_until < bindparam("now"),
+    _sessions.leased_until > bindparam("beyond"),
+)
+
+
+class SessionStatus(msgspec.Struct, frozen=True, gc=False):
+    """Status of a session: coverage, messages recovered from history, and time of the last event."""
+
+    session_id: str
+    coverage: str
+    reason: str
+    repaired_messages: int
+    last_event_at: datetime
+
+
+_STATUS_COLUMNS = (
+    _sessions.session_id,
+    _sessions.coverage,
+    _sessions.reason,
+    _sessions.repaired_messages,
+    _sessions.last_event_at,
+)
+
+_DUE = (
+    select(_sessions.session_id, _sessions.read_by)
+    .where(_sessions.reconcile_at <= bindparam("now"), _FREE)
+    .order_by(_sessions.read_by, _sessions.session_id)
+    .limit(bindparam("most"))
+)
+_CLAIM_LISTED = (
+    update(tables.sessions)
+    .where(_AMONG, _sessions.reconcile_at <= bindparam("now"))
+    .values(reconcile_at=bindparam("until"))
+    .returning(_sessions.session_id)
+)
+_CLAIM = (
+    update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STATUS_COLUMNS)
+)
+_CLAIM_DUE = _CLAIM.where(_sessions.reconcile_at == bindparam("due_at"))
+# Only its own: after a pause of this process another may have leased the session.
+_OWN = _sessions.leased_until == bindparam("lease")
+_RELEASE = update(tables.sessions).where(_AMONG, _OWN).values(leased_until=None)
+_RENEW = (
+    update(tables.sessions)
+    .where(_AMONG, _OWN)
+    .values(leased_until=bindparam("until"))
+    .returning(_sessions.session_id)
+)
+_POSTPONE = (
+    update(tables.sessions)
+    .where(_sessions.session_id == bindparam("of_session"), _OWN)
+    .values(
+        leased_until=None,
+        # It may have been erased while it was read: then it is never due.
+        reconcile_at=case((_sessions.reason == ERASED, None), else_=bindparam("until")),
+        failing_since=bindparam("since"),
+    )
+)
+
+
+Due = tuple[str, datetime | None]  # a session, and by when it is to be read
+
+
+def select_due(connection: Connection, now: datetime, limit: int) -> list[Due]:
+    """Sessions whose reading is due; those first that upstream forgets first."""
+    return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": limit})]
+
+
+def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:
+    """Claim these sessions if still due; they are due again at `until` unless read."""
+    claimed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
+    claimed_ids = set(connection.scalars(_CLAIM_LISTED, claimed)) if due else set()
+    return [(session_id, read_by) for session_id, read_by in due if session_id in claimed_ids]
+
+
+def claim_due(connection: Connection, now: datetime, until: datetime, limit: int) -> list[Due]:
+    """Select and claim due sessions in one transaction."""
+    return claim_listed(connection, select_due(connection, now, limit), now, until)
+
+
+def _at(now: datetime) -> dict[str, Any]:
+    """The values by which a lease is judged."""
+    return {"now": now, "beyond": now + LEASE + TOLERANCE}
+
+
+def claim(
+    connection: Connection,
+    session_ids: Sequence[str],
+    now: datetime,
+    until: datetime,
+    due_at: datetime | None = None,
+) -> dict[str, SessionStatus]:
+    """Lease these sessions; return the free ones with their status.
+
+    `due_at`: only those whose next reading is due exactly then, as they were handed out.
+    """
+    claimed = {"session_ids": sorted(session_ids), "until": until} | _at(now)
+    if due_at is None:
+        rows = connection.execute(_CLAIM, claimed)
+    else:
+        rows = connection.execute(_CLAIM_DUE, claimed | {"due_at": due_at})
+    return {row.session_id: SessionStatus(*row) for row in rows}
+
+
+def release(connection: Connection, leased: Mapping[str, datetime]) -> None:
+    """Release leases, each identified by session and lease time."""
+    for lease, session_ids in _by_lease(leased).items():
+        connection.execute(_RELEASE, {"session_ids": session_ids, "lease": lease})
+
+
+def renew(connection: Connection, leased: Mapping[str, datetime], until: datetime) -> set[str]:
+    """Renew leases; return the sessions whose lease was not taken by another worker."""
+    renewed: set[str] = set()
+    for lease, session_ids in _by_lease(leased).items():
+        renewed |= set(connection.scalars(_RENEW, {"session_ids": session_ids, "lease": lease, "until": until}))
+    return renewed
+
+
+def _by_lease(leased: Mapping[str, datetime]) -> dict[datetime, list[str]]:
+    sessions: dict[datetime, list[str]] = defaultdict(list)
+    for session_id in sorted(leased):
+        sessions[leased[session_id]].append(session_id)
+    return sessions
+
+
+def postpone(
+    connection: Connection, session_id: str, lease: datetime, *, until: datetime, failing_since: datetime | None
+) -> None:
+    """Release the lease after a failed reading and schedule the next."""
+    postponed = {"of_session": session_id, "lease": lease, "until": until, "since": failing_since}
+    connection.execute(_POSTPONE, postponed)
+
+
+def make_due(connection: Connection, session_ids: Sequence[str], claimed_until: datetime, now: datetime) -> None:
+    """Make sessions due now that were claimed until `claimed_until` and not read since."""
+    updated = update(tables.sessions).where(_AMONG, _sessions.reconcile_at == claimed_until).values(reconcile_at=now)
+    connection.execute(updated, {"session_ids": sorted(session_ids)})
+
+
+def select_statuses(connection: Connection, session_ids: Sequence[str]) -> dict[str, SessionStatus]:
+    """Return the status of these sessions; unknown ones are missing."""
+    rows = connection.execute(select(*_STATUS_COLUMNS).where(_AMONG), {"session_ids": list(session_ids)})
+    return {row.session_id: SessionStatus(*row) for row in rows}
+
+
+class Schedule(msgspec.Struct, frozen=True, gc=False):
+    """The times by which a session that could not be read is judged; `failing_since`: not for the first time."""
+
+    read_by: datetime | None
+    failing_since: datetime | None
+
+
+def select_schedule(connection: Connection, session_id: str) -> Schedule | None:
+    """The times of one session."""
+    statement = select(_sessions.read_by, _sessions.failing_since).where(_sessions.session_id == session_id)
+    row = connection.execute(statement).one_or_none()
+    return None if row is None else Schedule(*row)
+
+
+class SessionFilter(msgspec.Struct, frozen=True, gc=False):
+    """Which sessions to read: with an event `since`, `every` one, or those that a reading could complete.
+
+    Of them those that were not read from `before` on, or of which something was heard after that, or whose answer
+    was of an unexpected shape.
+    """
+
+    before: datetime
+    since: datetime | None
+    every: bool
+    timing: Timing
+
+    @property
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """What is true of such a session."""
+        is_stale = or_(_sessions.read_at.is_(None), _sessions.read_at < self.before, _HAS_NEWS, _IS_UNREADABLE)
+        conditions = [_sessions.session_id != UNASSIGNED, is_stale]
+        if self.since is not None:
+            conditions.append(_sessions.last_event_at >= self.since)
+        elif not self.every:
+            is_remembered = _sessions.read_by > self.before - self.timing.margin
+            conditions.append(or_(_sessions.coverage == "open", and_(is_remembered, _WAS_NOT_SHOWN)))
+        return conditions
+
+
+def select_unread(connection: Connection, session_filter: SessionFilter, *, after: str, limit: int) -> list[str]:
+    """A page of the ids of the sessions that are wanted, in their order."""
+    statement = (
+        select(_sessions.session_id)
+        .where(_sessions.session_id > after, *session_filter.conditions)
+        .order_by(_sessions.session_id)
+        .limit(limit)
+    )
+    return list(connection.scalars(statement))
+
+
+def count_unread(connection: Connection, session_filter: SessionFilter) -> int:
+    """How many sessions are wanted."""
+    statement = select(func.count()).select_from(tables.sessions).where(*session_filter.conditions)
+    return connection.scalar(statement) or 0
+
+
+def select_read(connection: Connection, session_ids: Sequence[str], since: datetime) -> set[str]:
+    """Those of these sessions that were read from then on, so that nothing is left to be asked for."""
+    statement = select(_sessions.session_id).where(
+        _AMONG, _sessions.read_at >= since, not_(_HAS_NEWS), not_(_IS_UNREADABLE)
+    )
+    return set(connection.scalars(statement, {"session_ids": list(session_ids)}))
+
+
+_COUNT_DUE = text("SELECT count(*) FROM archiver.sessions WHERE reconcile_at <= :now")
+
+
+def count_due(connection: Connection, now: datetime) -> int:
+    """Sessions whose reading is due."""
+    return int(connection.scalar(_COUNT_DUE, {"now": now}) or 0)

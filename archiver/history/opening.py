@@ -1,0 +1,93 @@
+"""Services for reading histories: connections to Postgres and CallHQ, and the write path."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import database
+from archiver.archive import Timing
+from archiver.events import Event
+from archiver.events.responses import APPLICATION, REGISTERED, SOURCE
+from archiver.history import Reconciler, ResponseNotStoredError, Submit
+from archiver.history.callhq import Client
+from archiver.history.shared_pause import SharedPause
+from archiver.inbound import CONNECTIONS, Delivery, Ingest, QueueFullError, UnavailableError
+from archiver.settings import Settings
+
+_BATCH = 50  # histories in one transaction
+_GATHER_SECONDS = 0.05
+_SUBMIT_SECONDS = 20.0  # for which a reader waits until its answer is committed; one that takes longer still may be
+_QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
+
+
+def timing_of(configuration: Settings) -> Timing:
+    """When histories are read, as the settings say."""
+    return Timing(
+        quiet=timedelta(seconds=configuration.reconcile_after),
+        lifetime=timedelta(seconds=configuration.session_lifetime),
+    )
+
+
+@asynccontextmanager
+async def reconciling(
+    configuration: Settings,
+    url: URL,
+    *,
+    concurrency: int | None = None,
+    rate: float | None = None,
+    mark_unavailable: bool = True,
+) -> AsyncIterator[tuple[AsyncEngine, Reconciler, Submit]]:
+    """All that reading histories needs: connections to Postgres and to CallHQ, and the write path."""
+    prepared = configuration.prepared_statements
+    probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
+    writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
+    at_once = concurrency or configuration.history_concurrency
+    timing = timing_of(configuration)
+    queue = Ingest(
+        writing,
+        queue_events=10_000,
+        queue_bytes=_QUEUE_BYTES,
+        batch_events=_BATCH,
+        timing=timing,
+        gather_seconds=_GATHER_SECONDS,
+    )
+    pause = SharedPause(probe_engine)
+    client = Client(
+        configuration.callhq_api_url,
+        configuration.callhq_api_key,
+        concurrency=at_once,
+        rate=rate or configuration.history_rate or None,
+        pause=pause,
+    )
+
+    async def submit(event: Event, began: datetime) -> str:
+        source = APPLICATION if event.type == REGISTERED else SOURCE
+        delivery = Delivery(event, began, None, source=source)
+        while True:
+            try:
+                async with asyncio.timeout(_SUBMIT_SECONDS):
+                    return (await queue.submit(delivery)).status
+            except QueueFullError:
+                await asyncio.sleep(_GATHER_SECONDS)  # large answers: there is room once others are committed
+            except (UnavailableError, TimeoutError) as error:
+                raise ResponseNotStoredError from error
+
+    try:
+        async with queue.running(), client:
+            reconciler = Reconciler(
+                probe_engine,
+                client,
+                submit,
+                pause=pause,
+                timing=timing,
+                concurrency=at_once,
+                mark_unavailable=mark_unavailable,
+            )
+            yield probe_engine, reconciler, submit
+    finally:
+        await writing.dispose()
+        await probe_engine.dispose()

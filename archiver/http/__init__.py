@@ -1,0 +1,212 @@
+"""The HTTP service: routes and responses. The only code that knows status codes."""
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from sqlalchemy.engine import URL
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from archiver import database, settings, telemetry
+from archiver.database.identity import Guard, watch_identity
+from archiver.database.lock_waits import report_waits
+from archiver.history.opening import timing_of
+from archiver.http.bodies import Bodies
+from archiver.http.connection_limiter import ConnectionLimiter
+from archiver.http.readiness import Readiness
+from archiver.http.registration import Registration
+from archiver.http.webhooks import Receiver
+from archiver.inbound import CONNECTIONS, Ingest, signatures
+from archiver.inbound.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
+from archiver.operations import reloading
+from archiver.operations.audit_settings import record_settings
+from archiver.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+WEBHOOK_PATH = "/webhooks/callhq"
+SPOOL_RETRY_SECONDS = 10.0
+
+
+async def healthz(_: Request) -> Response:
+    """Return 200 while the process runs; never touches the database."""
+    return JSONResponse({"status": "alive"})
+
+
+async def metrics(_: Request) -> Response:
+    """Return all metrics as Prometheus text."""
+    return Response(telemetry.metrics(), media_type=telemetry.CONTENT_TYPE)
+
+
+class Service(Starlette):
+    """All routes; webhooks go straight to the receiver."""
+
+    receiver: Receiver
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"] == WEBHOOK_PATH and scope["method"] == "POST":
+            await self.receiver(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create(
+    configuration: Settings | None = None,
+    used: Mapping[str, str] | None = None,
+    forward: Callable[[], None] | None = None,
+) -> Service:
+    """Build the service from the settings. Opens nothing until the server starts it.
+
+    `used`: a look at the files of the settings, taken before these were read. `forward` passes SIGHUP on to others.
+    Raises `SettingsError` when a setting is missing or wrong.
+    """
+    used = reloading.look() if used is None else used
+    configuration = configuration or settings.read()
+    if configuration.database_url is None:
+        raise settings.SettingsError("DATABASE_URL is not set. `archiver serve` sets it for the embedded database.")
+    url = database.database_url(configuration.database_url.get_secret_value())
+    verifier = signatures.verifier(configuration)
+
+    prepared = configuration.prepared_statements
+    writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
+    # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
+    probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
+    ingest = Ingest(
+        writing,
+        queue_events=configuration.queue_events,
+        queue_bytes=configuration.queue_bytes,
+        batch_events=configuration.batch_events,
+        timing=timing_of(configuration),
+    )
+
+    limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)
+
+    guard = Guard(configuration.home.resolve(), url)
+
+    async def reload(new: Settings) -> None:
+        """Apply new secrets, token and database URL; other settings take effect at the next start."""
+        if new.webhook_scheme == "none" != configuration.webhook_scheme:
+            raise settings.SettingsError(
+                "ARCHIVER_WEBHOOK_SCHEME is none. To accept unsigned deliveries, start serve with --insecure."
+            )
+        verifier = signatures.verifier(new)
+        at = url if new.database_url is None else database.database_url(new.database_url.get_secret_value())
+        receiver.use(new, verifier)
+        registration.use(new.api_token.get_secret_value())
+        for engine in (writing, probe_engine):
+            database.redirect(engine, at)
+            await engine.dispose()  # of idle connections; those in use end their transaction
+        await asyncio.to_thread(_record_settings, new, at)
+
+    files = reloading.Reloading(reload, used, forward)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        exit_with_parent()
+        _reduce_garbage_collection()
+        spool = _open_spool(configuration)
+        async with ingest.running(spool):
+            work = [report_waits(probe_engine), files.run(), watch_identity(probe_engine, guard)]
+            tasks = set(map(asyncio.create_task, [*work, _watch_spool(configuration, ingest)]))
+            with limiter.enforcing():
+                yield {"limiter": limiter}  # Uvicorn hands it to each connection
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        if ingest.fallback is not None:
+            ingest.fallback.spool.close()
+        await writing.dispose()
+        await probe_engine.dispose()
+        log.info("stopped", pid=os.getpid())
+
+    bodies = Bodies(configuration.max_body, configuration.queue_bytes)
+    receiver = Receiver(configuration, verifier, bodies, ingest)
+    registration = Registration(configuration.api_token.get_secret_value(), bodies, ingest)
+    app = Service(
+        routes=[
+            Route(WEBHOOK_PATH, receiver, methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/readyz", Readiness(probe_engine, ingest).readyz),
+            Route("/metrics", metrics),
+            Route("/sessions", registration.register, methods=["POST"]),
+        ],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.receiver = receiver
+    app.router.redirect_slashes = False  # a redirect loses the body of a client that does not follow it
+    return app
+
+
+async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:
+    """Retry opening a missing spool, and update the metric of lost events, until cancelled."""
+    folder = configuration.home.resolve() / SPOOL_FOLDER
+    while configuration.spool != "off":
+        telemetry.spool_lost.set((await asyncio.to_thread(select_lost, folder)).events)
+        await asyncio.sleep(SPOOL_RETRY_SECONDS)
+        if ingest.fallback is None:
+            spool = await asyncio.to_thread(_open_spool, configuration)
+            if spool is not None:
+                log.info("spool available again", file=spool.path.name)
+                ingest.add_spool(spool)
+
+
+def _open_spool(configuration: Settings) -> Spool | None:
+    """Open the spool; return None if impossible, because receiving without a spool is better than not receiving."""
+    if configuration.spool == "off":
+        return None
+    try:
+        return open_spool(configuration.home.resolve() / SPOOL_FOLDER, configuration.spool_bytes)
+    except SpoolError as error:
+        log.error("spool unavailable; events are refused while the database is unavailable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+        return None
+
+
+def _record_settings(configuration: Settings, url: URL) -> None:
+    engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
+    try:
+        record_settings(engine, configuration, "serve")
+    finally:
+        engine.dispose()
+
+
+def exit_with_parent() -> None:
+    """Exit this process when its parent process ends."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def _reduce_garbage_collection() -> None:
+    """Reduce garbage collection: requests create no cycles, and collecting cost a tenth of each event."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    code = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else ""
+    headers = error.headers if isinstance(error, HTTPException) else None
+    content = {"status": "refused", "reason": detail.lower().replace(" ", "_"), "detail": f"{detail}."}
+    return JSONResponse(content, code, headers)

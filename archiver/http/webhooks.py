@@ -1,0 +1,137 @@
+"""`POST /webhooks/callhq`: the webhook."""
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from functools import cache
+
+import msgspec
+from prometheus_client import Counter
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from archiver import events, telemetry
+from archiver.http.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError, is_small
+from archiver.http.connections import mark_authenticated
+from archiver.http.headers import RETRY_AFTER
+from archiver.inbound import Delivery, Ingest, Outcome, QueueFullError, UnavailableError, signatures
+from archiver.settings import Settings
+
+# Clients that are refused and retry at once take the time in which others could be served: 1,000 such senders left
+# the receiver a thirtieth of its throughput.
+REFUSAL_SECONDS = 0.25
+
+
+class Receiver:
+    """`POST /webhooks/callhq`: checks headers, reads bytes, verifies the signature, parses and enqueues.
+
+    Plain ASGI: what request and response objects, router and middleware cost is a good part of what an event costs.
+    """
+
+    def __init__(
+        self, configuration: Settings, verifier: signatures.Verifier, bodies: Bodies, ingest: Ingest
+    ) -> None:
+        self._bodies = bodies
+        self._ingest = ingest
+        self.use(configuration, verifier)
+
+    def use(self, configuration: Settings, verifier: signatures.Verifier) -> None:
+        """Verify deliveries with these settings from now on; requests whose headers were checked keep the old
+        ones.
+        """
+        self._verifier = verifier
+        self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request as docs/http.md describes."""
+        try:
+            body, key_id = await self._authenticate(scope, receive)
+        except ClientDisconnect:
+            telemetry.received.labels("disconnected", "").inc()
+            return
+        except BodyIncompleteError as error:
+            await _refusal(400, "incomplete", "incomplete", str(error.__doc__))(scope, receive, send)
+            return
+        except BodyTooLargeError:
+            detail = f"The body is larger than {self._bodies.max_bytes} bytes (ARCHIVER_MAX_BODY)."
+            await _refuse_unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
+            return
+        except BodiesFullError as error:
+            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            return
+        except QueueFullError as error:
+            await asyncio.sleep(REFUSAL_SECONDS)  # at this point no body is held in memory
+            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            return
+        except signatures.SignatureError as error:
+            address = scope["client"][0] if scope["client"] else ""
+            refusal = _refusal(401, "unauthenticated", error.reason, str(error), address)
+            await _refuse_unread(scope, refusal)(scope, receive, send)
+            return
+        delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
+        try:
+            outcome = await self._ingest.submit(delivery)
+        except QueueFullError as error:
+            await _refusal(503, "overloaded", "", str(error.__doc__))(scope, receive, send)
+        except UnavailableError as error:
+            await _refusal(503, "unavailable", "", str(error.__doc__))(scope, receive, send)
+        else:
+            await _answer(outcome, send)
+
+    async def _authenticate(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
+        """Return body and key id; the body of an unauthenticated request is not read."""
+        headers, verifier, signs_url = scope["headers"], self._verifier, self._signs_url
+        try:
+            verifier.check_headers(headers, time.time())
+        except signatures.SignatureError:
+            await self._bodies.check_length(scope, receive)
+            raise
+        self._ingest.check_room()
+        body = await self._bodies.read(scope, receive)
+        url = _url(scope) if signs_url else ""
+        key_id = verifier.verify(body, headers, scope["method"], url, time.time())
+        mark_authenticated(scope)
+        return body, key_id
+
+
+@cache
+def _counter(status: str, reason: str | None) -> Counter:
+    return telemetry.received.labels(status, reason or "")
+
+
+async def _answer(outcome: Outcome, send: Send) -> None:
+    _counter(outcome.status, outcome.reason).inc()
+    if outcome.status == "quarantined":
+        telemetry.refusals.record(status=outcome.status, reason=outcome.reason or "", detail=outcome.detail or "")
+    body = msgspec.json.encode(outcome)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    code = 422 if outcome.status == "quarantined" else 200
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _url(scope: Scope) -> str:
+    """Return the URL as the platform called it, for signatures that cover it."""
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    query = scope["query_string"]
+    target: bytes = host + scope["raw_path"] + (b"?" + query if query else b"")
+    return f"{scope['scheme']}://{target.decode('latin-1')}"
+
+
+def _refusal(code: int, status: str, reason: str, detail: str, address: str = "") -> Response:
+    telemetry.received.labels(status, reason).inc()
+    telemetry.refusals.record(status=status, reason=reason, detail=detail, address=address)
+    content = {"status": status, "reason": reason or status, "detail": detail}
+    return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
+
+
+def _refuse_unread(scope: Scope, refusal: Response) -> Response:
+    """Refuse before reading the body; a long body is not waited for."""
+    if not is_small(scope):
+        refusal.headers["connection"] = "close"
+    return refusal
+
+
+# RFC 9110, 15.5.2: a 401 names a scheme to authenticate by.
+_REFUSAL_HEADERS = {401: {"www-authenticate": "Webhook"}, 503: RETRY_AFTER}

@@ -1,0 +1,164 @@
+"""Move deliveries from one spool file to Postgres, oldest first; a failing or slow one delays no other.
+
+The file is gone through in passes. What fails while Postgres takes other events is left for the next pass, whose
+transactions are smaller, until it stands alone; then it is written alone, with time of its own, beside the passes.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic
+
+import msgspec
+import structlog
+
+from archiver.inbound.circuit import Circuit
+from archiver.inbound.isolated import IsolatedWriter
+from archiver.inbound.spool import Spool, Spooled, SpoolError
+from archiver.inbound.writing import Delivery, Outcome, Result, UnavailableError, restore, subject
+
+log = structlog.get_logger(__name__)
+
+INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.2, 2.0
+DRAIN_EVENTS = 200  # of one transaction
+DRAIN_BYTES = 8 * 1_048_576  # likewise
+SPLIT = 8  # so many times fewer events in a transaction of the next pass
+# Of a transaction of a first pass, and of the smaller ones of the next passes.
+FULL_SECONDS, SMALL_SECONDS = 3.0, 1.0
+MAX_ISOLATED, MAX_ISOLATED_BYTES = 50, 32 * 1_048_576  # at a time, in memory; the rest stays on disk
+
+Waiting = tuple[Spooled, Delivery]
+Write = Callable[[Sequence[Delivery], float], Awaitable[Sequence[Result]]]
+
+
+class DrainPass(msgspec.Struct):
+    """Result of a pass: events to retry in smaller transactions, and events that wait."""
+
+    failed: int = 0
+    parked: int = 0
+    is_broken_off: bool = False
+
+
+class Drain:
+    """Empties one file. `write`: what became of each of some deliveries, written together in so many seconds at most.
+    `on_change` is called after each change of the file, `arrived` to be set whenever something was spooled.
+    """
+
+    def __init__(
+        self, spool: Spool, write: Write, circuit: Circuit, isolated: IsolatedWriter, on_change: Callable[[], None]
+    ) -> None:
+        self._spool, self._write_together = spool, write
+        self._circuit, self._isolated, self._on_change = circuit, isolated, on_change
+        self._singles: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._single_bytes = 0
+        self.arrived = asyncio.Event()
+
+    async def empty(self) -> None:
+        """Return once nothing is left. Raises `SpoolError`."""
+        try:
+            await self._empty()
+        finally:
+            singles = list(self._singles.values())
+            for task in singles:
+                task.cancel()  # what it holds stays on disk
+            if singles:
+                await asyncio.wait(singles)
+
+    async def _empty(self) -> None:
+        size, pause = DRAIN_EVENTS, INITIAL_PAUSE_SECONDS
+        while True:
+            self.arrived.clear()
+            passed = await self._drain_page(size)
+            if passed.is_broken_off:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            elif passed.failed:
+                size, pause = max(1, size // SPLIT), INITIAL_PAUSE_SECONDS
+            elif self._singles or passed.parked:
+                size, pause = DRAIN_EVENTS, INITIAL_PAUSE_SECONDS
+                await self._wait_for_work()
+            elif not self.arrived.is_set():
+                return
+
+    async def _wait_for_work(self) -> None:
+        """Until something was spooled, or a delivery that was written alone is done."""
+        arriving = asyncio.create_task(self.arrived.wait())
+        await asyncio.wait(
+            {arriving, *self._singles.values()},
+            timeout=MAX_PAUSE_SECONDS,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        arriving.cancel()
+
+    async def _drain_page(self, size: int) -> DrainPass:
+        passed, after = DrainPass(), 0
+        while page := await asyncio.to_thread(self._spool.select_oldest, after, size, DRAIN_BYTES):
+            after = page[-1].id
+            waiting = [each for spooled in page if (each := self._batchable(spooled, passed)) is not None]
+            if not waiting:
+                continue
+            began = monotonic()
+            failed = await self._write(waiting, FULL_SECONDS if size == DRAIN_EVENTS else SMALL_SECONDS)
+            if failed and self._circuit.is_open:
+                passed.is_broken_off = True
+                return passed
+            if failed and len(waiting) == 1:
+                self._write_alone(*waiting[0], passed)
+            else:
+                passed.failed += failed
+            if not failed:
+                await asyncio.sleep(monotonic() - began)  # half of the time is left to new events
+        return passed
+
+    async def _write(self, waiting: Sequence[Waiting], seconds: float) -> int:
+        """How many of these deliveries Postgres did not take; the circuit says whether that is its fault."""
+        if self._circuit.is_open and not await self._circuit.allows_trial():
+            return len(waiting)
+        results = await self._write_together([delivery for _, delivery in waiting], seconds)
+        taken = [each for (each, _), result in zip(waiting, results, strict=True) if isinstance(result, Outcome)]
+        if taken:
+            self._circuit.close()
+            await asyncio.to_thread(self._spool.delete, taken)
+            self._on_change()
+        faults = [result for result in results if isinstance(result, UnavailableError)]
+        if faults:
+            await self._circuit.judge(faults)
+        return len(faults)
+
+    def _batchable(self, spooled: Spooled, passed: DrainPass) -> Waiting | None:
+        """The delivery, unless it is one to be written alone."""
+        if (spooled.file, spooled.id) in self._singles:
+            return None
+        delivery = Delivery(
+            restore(spooled.source, spooled.body, spooled.type, spooled.session_id, spooled.dedupe_key),
+            spooled.received_at,
+            spooled.key_id,
+            spooled.source,
+        )
+        if not self._isolated.knows(subject(delivery)):
+            return spooled, delivery
+        self._write_alone(spooled, delivery, passed)
+        return None
+
+    def _write_alone(self, spooled: Spooled, delivery: Delivery, passed: DrainPass) -> None:
+        is_full = len(self._singles) >= MAX_ISOLATED or self._single_bytes > MAX_ISOLATED_BYTES
+        if is_full and self._singles:
+            passed.parked += 1
+            return
+        self._single_bytes += len(spooled.body)
+        task = asyncio.create_task(self._until_stored(spooled, delivery))
+        self._singles[spooled.file, spooled.id] = task
+        task.add_done_callback(lambda done: self._done(spooled, done))
+
+    async def _until_stored(self, spooled: Spooled, delivery: Delivery) -> None:
+        while isinstance(await self._isolated.write(delivery), UnavailableError):  # noqa: ASYNC110  # no event ends it
+            await asyncio.sleep(MAX_PAUSE_SECONDS)
+        await asyncio.to_thread(self._spool.delete, [spooled])
+        self._on_change()
+
+    def _done(self, spooled: Spooled, task: asyncio.Task[None]) -> None:
+        del self._singles[spooled.file, spooled.id]
+        self._single_bytes -= len(spooled.body)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # it is still on disk, and found by the next pass
+            trace = None if isinstance(error, SpoolError) else (type(error), error, error.__traceback__)
+            log.error("spooled event not written", reason=str(error) if trace is None else "", exc_info=trace)

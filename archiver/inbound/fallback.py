@@ -1,0 +1,171 @@
+"""Spool deliveries that Postgres does not accept in time, and drain the spool afterwards."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import telemetry
+from archiver.archive import Timing
+from archiver.inbound.circuit import Circuit
+from archiver.inbound.draining import MAX_PAUSE_SECONDS, Drain
+from archiver.inbound.isolated import IsolatedWriter
+from archiver.inbound.spool import Spool, Spooled, SpoolError, open_left_behind
+from archiver.inbound.writing import Delivery, Outcome, Result, UnavailableError, subject, write
+
+log = structlog.get_logger(__name__)
+
+SPOOL_AFTER_SECONDS = 3.0  # without an answer from Postgres; senders wait no longer than some ten
+ADOPT_SECONDS = 30.0  # between two looks for what other processes left behind
+ADOPT_AT_ONCE = 8  # files
+
+
+class Fallback:
+    """Stores deliveries durably in Postgres or in the spool; `drain` moves spooled ones to Postgres.
+
+    No caller waits for Postgres while the circuit is open, nor for the deliveries of a session that took too long.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, spool: Spool, timing: Timing, circuit: Circuit, isolated: IsolatedWriter
+    ) -> None:
+        self._engine, self.spool, self._timing = engine, spool, timing
+        self._circuit, self._isolated = circuit, isolated
+        self._gate = asyncio.Semaphore(1)
+        self._drain = self._draining(spool)
+        self._spool_fault = ""  # why it did not take what it was last given
+        if spool.events:
+            self._drain.arrived.set()
+        self._gauge()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether Postgres takes no events."""
+        return self._circuit.is_open
+
+    async def write(self, deliveries: Sequence[Delivery]) -> list[Result]:
+        """For each delivery what became of it: `spooled` where it is not in Postgres, but on disk."""
+        results: list[Result] = [UnavailableError()] * len(deliveries)
+        faults: list[UnavailableError] = []
+        if not self._circuit.is_open:
+            quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(subject(each))]
+            due_deliveries = [deliveries[place] for place in quick]
+            written = await write(self._engine, due_deliveries, self._timing, SPOOL_AFTER_SECONDS) if quick else []
+            for place, result in zip(quick, written, strict=True):
+                results[place] = result
+            faults = [result for result in written if isinstance(result, UnavailableError)]
+        left = [place for place, result in enumerate(results) if isinstance(result, UnavailableError)]
+        if left:
+            appending = asyncio.create_task(self._append([_spooled(deliveries[place]) for place in left]))
+            if faults:
+                await self._circuit.judge(faults)
+            if self._circuit.is_open:
+                self._drain.arrived.set()  # it looks when the circuit is to be closed
+            for place in left if await appending else ():
+                results[place] = Outcome("spooled")
+        return results
+
+    async def drain(self) -> None:
+        """Drain the spool until cancelled, oldest first, beside new events."""
+        adopting = asyncio.create_task(self._adopt_periodically())
+        try:
+            while True:
+                try:
+                    await self._drain_once()
+                except Exception:  # supervisor: on any error the spool is drained again
+                    log.exception("drain failed")
+                    self._drain.arrived.set()
+                    await asyncio.sleep(MAX_PAUSE_SECONDS)
+        finally:
+            adopting.cancel()
+            await asyncio.wait({adopting})
+
+    async def _drain_once(self) -> None:
+        if not self._circuit.is_open:
+            await self._drain.arrived.wait()
+        try:
+            await self._drain.empty()
+        except SpoolError as error:
+            self._log_spool_fault(error)
+            self._drain.arrived.set()
+        if self._circuit.is_open and await self._circuit.allows_trial():
+            self._circuit.close()  # the spool holds nothing that could have shown it
+        elif self._circuit.is_open or self._drain.arrived.is_set():
+            await asyncio.sleep(MAX_PAUSE_SECONDS)
+
+    async def _append(self, deliveries: Sequence[Spooled]) -> bool:
+        try:
+            await asyncio.to_thread(self.spool.append, deliveries)
+        except SpoolError as error:
+            self._log_spool_fault(error)
+            return False
+        self._spool_fault = ""
+        self._drain.arrived.set()
+        self._gauge()
+        return True
+
+    def _draining(self, spool: Spool) -> Drain:
+        return Drain(spool, self._write_spooled, self._circuit, self._isolated, self._gauge)
+
+    async def _write_spooled(self, deliveries: Sequence[Delivery], seconds: float) -> list[Result]:
+        async with self._gate:  # one transaction for all files, beside those of new events
+            return await write(self._engine, deliveries, self._timing, seconds)
+
+    async def _adopt_periodically(self) -> None:
+        """Drain files of ended processes, each separately."""
+        adopted: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                await asyncio.sleep(ADOPT_SECONDS)
+                left_behind = open_left_behind(self.spool.path.parent)
+                while len(adopted) < ADOPT_AT_ONCE and (spool := await asyncio.to_thread(next, left_behind, None)):
+                    log.info("draining spool file of an ended process", file=spool.path.name, events=spool.events)
+                    adopted.add(task := asyncio.create_task(self._adopt(spool)))
+                    task.add_done_callback(adopted.discard)
+        finally:
+            for task in adopted:
+                task.cancel()
+            if adopted:
+                await asyncio.wait(adopted)
+
+    async def _adopt(self, spool: Spool) -> None:
+        try:
+            await self._draining(spool).empty()
+        except SpoolError as error:
+            self._log_spool_fault(error)
+        except Exception:  # the supervisor: it is opened again later
+            log.exception("drain failed", file=spool.path.name)
+        finally:
+            spool.close()
+
+    def _log_spool_fault(self, error: SpoolError) -> None:
+        if self._spool_fault != str(error):
+            log.error("spool unavailable", reason=str(error))
+        self._spool_fault = str(error)
+
+    def _gauge(self) -> None:
+        try:
+            depth = self.spool.depth()
+        except SpoolError as error:
+            self._log_spool_fault(error)
+            return
+        telemetry.spool_events.set(depth.events)
+        telemetry.spool_bytes.set(depth.bytes)
+        age = (datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0
+        telemetry.spool_age.set(max(age, 0))  # the clock may have been set back
+
+
+def _spooled(delivery: Delivery) -> Spooled:
+    internal = delivery.internal
+    return Spooled(
+        0,
+        delivery.received_at,
+        delivery.source,
+        delivery.key_id,
+        delivery.content.body,
+        internal.type if internal else None,
+        internal.session_id if internal else None,
+        internal.dedupe_key if internal else None,
+    )

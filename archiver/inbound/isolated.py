@@ -1,0 +1,121 @@
+"""Write deliveries that slow down batches in separate transactions with their own time limit."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import monotonic
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import telemetry
+from archiver.archive import Timing
+from archiver.inbound.circuit import Circuit
+from archiver.inbound.writing import (
+    Delivery,
+    EventNotStoredError,
+    EventTooSlowError,
+    Outcome,
+    Result,
+    UnavailableError,
+    quarantine_delivery,
+    subject,
+    write_isolated,
+)
+
+log = structlog.get_logger(__name__)
+
+SECONDS = 30.0  # of one attempt
+ATTEMPTS = 2  # that fail while Postgres stores other events; then the delivery is quarantined
+LOCKED_ATTEMPTS = 3  # in a row that another transaction keeps waiting
+LANES = 2  # deliveries at a time
+PAUSE_SECONDS = 1.0
+SLOW_SECONDS = 1.0
+REMEMBER_SECONDS = 300.0  # for which the next deliveries of the same session are written alone, too
+MAX_REMEMBERED = 10_000
+
+
+class IsolatedWriter:
+    """Writes deliveries one by one: in order within a session, in parallel across sessions."""
+
+    def __init__(self, engine: AsyncEngine, timing: Timing, circuit: Circuit) -> None:
+        self._engine, self._timing, self._circuit = engine, timing, circuit
+        self._lanes = asyncio.Semaphore(LANES)
+        self._slow: dict[str, float] = {}  # subjects, each with the time until which it is remembered
+        self._turns: dict[str, list[asyncio.Future[None]]] = {}
+
+    def knows(self, of: str) -> bool:
+        """Whether deliveries of this subject took too long lately, or one of them is being written."""
+        return of in self._turns or self._slow.get(of, 0.0) > monotonic()
+
+    async def write(self, delivery: Delivery) -> Result:
+        """Return the outcome: `quarantined` if Postgres stores other events but not this one, even for its duration.
+
+        `UnavailableError` where the database takes no events, or another transaction holds the session.
+        """
+        of = subject(delivery)
+        async with self._turn(of):
+            result = await self._write(delivery)
+        if isinstance(result, Outcome):
+            telemetry.slow_events.labels(result.status).inc()
+        return result
+
+    def _remember(self, of: str) -> None:
+        """Have the next deliveries of this subject written alone."""
+        now = monotonic()
+        if len(self._slow) >= MAX_REMEMBERED:
+            self._slow = {each: until for each, until in self._slow.items() if until > now}
+        if len(self._slow) < MAX_REMEMBERED:
+            self._slow[of] = now + REMEMBER_SECONDS
+
+    async def _write(self, delivery: Delivery) -> Result:
+        failed: list[UnavailableError] = []
+        locked = 0
+        while True:
+            async with self._lanes:
+                result = await self._attempt(delivery)
+            if isinstance(result, Outcome) or self._circuit.is_open:
+                return result
+            if result.is_locked:
+                locked += 1
+            else:
+                failed.append(result)
+                locked = 0
+            if locked >= LOCKED_ATTEMPTS:
+                return result
+            if len(failed) >= ATTEMPTS:
+                is_slow = any(fault.is_slow for fault in failed)
+                fault = EventTooSlowError(SECONDS, ATTEMPTS) if is_slow else EventNotStoredError(ATTEMPTS)
+                return await quarantine_delivery(self._engine, delivery, fault)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _attempt(self, delivery: Delivery) -> Result:
+        if self._circuit.is_open:
+            return UnavailableError()
+        started = monotonic()
+        result = await write_isolated(self._engine, delivery, self._timing, SECONDS)
+        seconds, is_stored = monotonic() - started, isinstance(result, Outcome)
+        if seconds >= SLOW_SECONDS or not is_stored:
+            self._remember(subject(delivery))
+            log.warning("slow event written separately", seconds=round(seconds, 3), is_stored=is_stored)
+        if isinstance(result, UnavailableError):
+            await self._circuit.judge([result])
+        return result
+
+    @asynccontextmanager
+    async def _turn(self, of: str) -> AsyncIterator[None]:
+        """First come, first served among the deliveries of one subject."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._turns.setdefault(of, [])
+        waiting.append(done)
+        try:
+            if waiting[0] is not done:
+                await done
+            yield
+        finally:
+            was_first = waiting[0] is done
+            waiting.remove(done)
+            if not waiting:
+                del self._turns[of]
+            elif was_first and not waiting[0].done():
+                waiting[0].set_result(None)

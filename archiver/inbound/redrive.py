@@ -1,0 +1,57 @@
+"""Retry quarantined deliveries through the write path."""
+
+from datetime import UTC
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver.archive import DEFAULT_TIMING, Timing
+from archiver.database import is_data_error, sqlstate, transaction
+from archiver.events import Malformed
+from archiver.inbound.writing import (
+    QUERY_CANCELED,
+    Delivery,
+    EventTooSlowError,
+    Outcome,
+    explain_fault,
+    restore,
+    store,
+)
+from archiver.ledger import quarantine
+
+RETRY_SECONDS = 600.0  # of one statement: more than an event has by itself
+
+
+def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAULT_TIMING) -> Outcome | None:
+    """Drive one quarantined delivery through the write path again; None where there is no such row.
+
+    On success the ledger holds its bytes, with the time of its first delivery and the count of all, and the
+    quarantine lets go of it; else the row stays, with today's reason. Raises what the database raises when it is
+    not available.
+    """
+    try:
+        with transaction(engine, statement_seconds=RETRY_SECONDS) as connection:
+            outcome = _retry(connection, quarantine_id, timing)
+    except Exception as error:
+        fault: Exception = EventTooSlowError(RETRY_SECONDS, 1) if sqlstate(error) == QUERY_CANCELED else error
+        if isinstance(fault, SQLAlchemyError) and not is_data_error(fault):
+            raise
+        outcome = Outcome("quarantined", quarantine_id, *explain_fault(fault))
+    if outcome is not None and outcome.status == "quarantined":
+        with transaction(engine) as connection:
+            quarantine.update_reason(connection, quarantine_id, outcome.reason or "", outcome.detail or "")
+    return outcome
+
+
+def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcome | None:
+    row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
+    if row is None:
+        return None
+    event = restore(row["source"], bytes(row["body"]), row["type"], row["session_id"], row["dedupe_key"])
+    if isinstance(event, Malformed):
+        return Outcome("quarantined", quarantine_id, event.reason, event.detail)
+    received_at = row["received_at"].astimezone(UTC)
+    delivery = Delivery(event, received_at, row["key_id"], row["source"], row["delivery_count"])
+    (outcome,) = store(connection, [delivery], timing, locks_late=True)
+    quarantine.delete_quarantined(connection, quarantine_id)
+    return outcome

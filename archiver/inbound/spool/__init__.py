@@ -1,0 +1,110 @@
+"""The spool: deliveries on local disk while Postgres does not accept them, each fsynced before the response (I1).
+
+Every process has a file of its own, `spool-N.db` (SQLite), which it holds by the lock of `spool-N.lock`. What a
+process leaves behind is adopted by another one, or by its successor. A disk may fill, lose a file or damage one: what
+was acknowledged is then saved as far as it can still be read.
+"""
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import structlog
+
+from archiver.inbound.spool.counting import LOST, Lost, select_lost
+from archiver.inbound.spool.errors import SpoolError, SpoolFullError, explained, unusable_message
+from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES, Spooled
+from archiver.inbound.spool.locked_file import MIN_ROOM_BYTES, SELECT_DEPTH, Depth, Spool, hold, open_spool
+from archiver.inbound.spool.salvage import set_aside_files
+
+__all__ = [
+    "LOST",
+    "MIN_ROOM_BYTES",
+    "SPOOL_FOLDER",
+    "Depth",
+    "Lost",
+    "Spool",
+    "SpoolError",
+    "SpoolFullError",
+    "Spooled",
+    "open_left_behind",
+    "open_spool",
+    "select_depth",
+    "select_lost",
+    "select_room",
+    "select_unfit",
+    "set_aside_files",
+]
+
+log = structlog.get_logger(__name__)
+
+SPOOL_FOLDER = "spool"  # in ARCHIVER_HOME
+
+
+def open_left_behind(folder: Path) -> Iterator[Spool]:
+    """Yield non-empty files of ended processes, for the caller to close; unreadable ones are skipped."""
+    for path in sorted(folder.glob("spool-*.db")):
+        number = path.stem.removeprefix("spool-")
+        try:
+            size = path.lstat().st_size if number.isdecimal() and _is_file(path) else 0
+            held = hold(folder, int(number), 2 * size) if size else None
+        except (OSError, SpoolError) as error:
+            log.error("spool file of an ended process unreadable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+            continue
+        if held is not None and held.events:
+            yield held
+        elif held is not None:
+            held.close()
+
+
+def select_depth(folder: Path) -> Depth:
+    """Return the content of all files of a folder. Raises `SpoolError`."""
+    events, size, oldest = 0, 0, None
+    for path in sorted(folder.glob("spool-*.db")):
+        if not _is_file(path):
+            continue
+        with explained(path):
+            database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+            try:
+                rows = database.execute(SELECT_DEPTH).fetchone()
+            finally:
+                database.close()
+        events, size = events + rows[0], size + rows[1]
+        oldest = min(oldest or rows[2], rows[2]) if rows[2] else oldest
+    return Depth(events, size, datetime.fromisoformat(oldest) if oldest else None)
+
+
+def select_unfit(folder: Path) -> list[Path]:
+    """Return paths in place of spool files that are not files: folders, links."""
+    return [path for path in sorted(folder.glob("spool-*.*")) if not _is_file(path)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return True  # it has gone
+
+
+def select_room(folder: Path) -> int:
+    """Bytes that the disk of a folder may still take, be it that the folder is not there yet.
+
+    Raises `SpoolError` where nothing can be written.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with explained(folder):
+        if place == folder:
+            with TemporaryFile(dir=folder) as trial:
+                trial.write(bytes(PAGE_BYTES))
+                trial.flush()
+                os.fsync(trial.fileno())
+        elif not os.access(place, os.W_OK | os.X_OK):
+            raise SpoolError(unusable_message(folder, f"{place} may not be written"))
+        disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize

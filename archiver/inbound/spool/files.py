@@ -1,0 +1,233 @@
+"""A spool file: an SQLite database of deliveries, each with a checksum.
+
+Every reader of a row checks it: a delivery was verified when it came, so nothing else may pass for it later.
+"""
+
+import os
+import sqlite3
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from archiver.inbound.spool.errors import SpoolDamagedError, damaged, explained
+
+BUSY_SECONDS = 5
+PAGE_BYTES = 4_096
+PAGE_DELIVERIES = 200
+
+
+class Spooled(msgspec.Struct, frozen=True, gc=False):
+    """One delivery as received. An internal fact also has type, session and dedupe key.
+
+    `id` grows with arrival, within the file that `file` numbers; 0 before it is spooled.
+    """
+
+    id: int
+    received_at: datetime
+    source: str
+    key_id: str | None
+    body: bytes
+    type: str | None = None
+    session_id: str | None = None
+    dedupe_key: bytes | None = None
+    file: int = 0
+
+
+_COLUMNS = "received_at, source, key_id, type, session_id, dedupe_key, body"
+_SCHEMA = """
+    CREATE TABLE spooled (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        received_at TEXT NOT NULL,
+        source TEXT NOT NULL,
+        key_id TEXT,
+        body BLOB NOT NULL,
+        type TEXT,
+        session_id TEXT,
+        dedupe_key BLOB,
+        checksum INTEGER
+    )
+"""
+_OBJECTS = {("table", "spooled"), ("table", "sqlite_sequence")}
+_MAGIC = b"SQLite format 3\0"
+_WAL_FORMAT = 2  # the newest format that SQLite writes
+_MAX_UNREADABLE = 1_000  # ids that are tried one by one behind a damaged page; a scan finds what lies further on
+_INSERT = f"INSERT INTO spooled ({_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # a constant
+_SELECT_FROM = f"SELECT id, checksum, {_COLUMNS} FROM spooled WHERE id >= ? ORDER BY id"  # noqa: S608  # a constant
+
+Row = tuple[Any, ...]
+
+
+def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
+    """The file, made if there is none. Raises `SpoolError`, of a damaged one `SpoolDamagedError`."""
+    with explained(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        _check_head(path)
+        database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            _check_pages(database, path)
+            for pragma in (
+                "auto_vacuum = INCREMENTAL",  # before the first table, or never
+                "journal_mode = WAL",
+                "synchronous = FULL",  # each commit is fsynced, not only each checkpoint
+                "secure_delete = ON",  # what has gone to the ledger must not be found here (I8)
+                f"max_page_count = {max(max_bytes // PAGE_BYTES, 16)}",
+            ):
+                database.execute(f"PRAGMA {pragma}").fetchall()
+            _make_table(database, path)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+
+def _check_head(path: Path) -> None:
+    """Raise `SpoolDamagedError` where SQLite would write nothing, or remove a write-ahead log with deliveries."""
+    with path.open("rb") as file:
+        head = file.read(100)
+    if head and (not head.startswith(_MAGIC) or max(head[18:20], default=0) > _WAL_FORMAT):
+        raise damaged(path, "file header")
+    if not head and read_wal(path):
+        raise damaged(path, "empty beside a write-ahead log")
+
+
+def _check_pages(database: sqlite3.Connection, path: Path) -> None:
+    """Raise `SpoolDamagedError` unless every page and every row is where it belongs.
+
+    A damaged page may lead past rows, to others, or to a wrong number, without an error; a damaged list of free pages
+    lets the next delivery overwrite one that waits.
+    """
+    (result,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if result != "ok":
+        raise damaged(path, result)
+
+
+def _make_table(database: sqlite3.Connection, path: Path) -> None:
+    rows = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    if not rows:
+        database.execute(_SCHEMA)
+        return
+    sql = next((sql for _, name, sql in rows if name == "spooled"), None) or ""
+    plain = _without_spaces(_SCHEMA)
+    before_checksums = plain.replace(",checksumINTEGER", "")
+    if {each[:2] for each in rows} != _OBJECTS or _without_spaces(sql) not in {plain, before_checksums}:
+        raise damaged(path, "schema")
+    if _without_spaces(sql) == before_checksums:
+        _add_checksums(database, path)
+
+
+def _without_spaces(sql: str) -> str:
+    return "".join(sql.split())
+
+
+def _add_checksums(database: sqlite3.Connection, path: Path) -> None:
+    """Give each row of an older version its checksum: from then on, a row without one is damaged."""
+    database.create_function("checksum_of", -1, lambda *row: checksum(row), deterministic=True)
+    with transaction(database, path):
+        database.execute("ALTER TABLE spooled ADD COLUMN checksum INTEGER")
+        database.execute(f"UPDATE spooled SET checksum = checksum_of({_COLUMNS})")  # noqa: S608  # a constant
+
+
+def read_wal(path: Path) -> bytes:
+    """Return the write-ahead log beside a file; empty where there is none."""
+    with explained(path):
+        wal = Path(f"{path}-wal")
+        return wal.read_bytes() if wal.is_file() else b""
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """All or none, durable at the end of the block. Raises `SpoolError`."""
+    with explained(path):
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:  # some errors have ended it already
+                database.execute("ROLLBACK")
+            raise
+
+
+def insert(database: sqlite3.Connection, deliveries: Sequence[Spooled]) -> None:
+    """Within a transaction."""
+    rows = [row_of(each) for each in deliveries]
+    database.executemany(_INSERT, [(*row, checksum(row)) for row in rows])
+
+
+def row_of(delivery: Spooled) -> Row:
+    """Return its columns, without number and checksum."""
+    return (
+        delivery.received_at.isoformat(),
+        delivery.source,
+        delivery.key_id,
+        delivery.type,
+        delivery.session_id,
+        delivery.dedupe_key,
+        delivery.body,
+    )
+
+
+def insert_all(database: sqlite3.Connection, deliveries: Iterator[Spooled]) -> int:
+    """Within a transaction, and not all in memory; answers how many."""
+    copied = 0
+    while page := list(islice(deliveries, PAGE_DELIVERIES)):
+        insert(database, page)
+        copied += len(page)
+    return copied
+
+
+def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[Spooled]:
+    """The deliveries from this id on, in order. Raises `SpoolError`, at a damaged one `SpoolDamagedError`."""
+    with explained(path):
+        last = start - 1
+        for number, stored, *row in database.execute(_SELECT_FROM, (start,)):
+            if number <= last:
+                raise damaged(path, f"delivery {number} behind delivery {last}")
+            if stored != checksum(tuple(row)):
+                raise damaged(path, f"checksum of delivery {number}")
+            last = number
+            received_at, source, key_id, kind, session_id, dedupe_key, body = row
+            try:
+                moment = datetime.fromisoformat(received_at)
+            except (TypeError, ValueError):
+                raise damaged(path, f"time of delivery {number}") from None
+            yield Spooled(number, moment, source, key_id, body, kind, session_id, dedupe_key)
+
+
+def readable(database: sqlite3.Connection, path: Path) -> Iterator[Spooled]:
+    """Yield what can still be read of a damaged file."""
+    with explained(path):
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'spooled'").fetchone():
+            return
+    start, unreadable = 1, 0
+    while unreadable < _MAX_UNREADABLE:
+        with suppress(SpoolDamagedError):
+            for delivery in select(database, path, start):
+                yield delivery
+                start, unreadable = delivery.id + 1, 0
+            break
+        start += 1  # one that cannot be read, or lies where nothing can: try behind it
+        unreadable += 1
+
+
+def insert_rows(database: sqlite3.Connection, rows: Iterator[Row]) -> int:
+    """Likewise rows that were found by their checksums; answers how many."""
+    return database.executemany(_INSERT, ((*row, checksum(row)) for row in rows)).rowcount
+
+
+def select_rows(database: sqlite3.Connection, path: Path) -> set[Row]:
+    """All rows, without their numbers. Raises `SpoolError`."""
+    with explained(path):
+        return set(database.execute(f"SELECT {_COLUMNS} FROM spooled"))  # noqa: S608  # a constant
+
+
+def checksum(row: Row) -> int:
+    """Of a row without its number."""
+    *rest, body = row
+    return crc32(body if isinstance(body, bytes) else b"", crc32(repr(rest).encode()))

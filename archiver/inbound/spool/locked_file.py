@@ -1,0 +1,361 @@
+"""A spool file locked by this process: append, drain, and recover from disk faults."""
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from archiver.inbound.spool import files
+from archiver.inbound.spool.counting import Count, add_lost
+from archiver.inbound.spool.errors import (
+    SpoolDamagedError,
+    SpoolError,
+    SpoolFullError,
+    damaged,
+    explained,
+    unusable_message,
+)
+from archiver.inbound.spool.files import PAGE_BYTES, Spooled, open_file, transaction
+from archiver.inbound.spool.salvage import insert_found, overwrite, set_aside, sync
+from archiver.inbound.spool.scanning import scan
+
+log = structlog.get_logger(__name__)
+
+MAX_FILES = 1_000
+MAX_FAULTS = 10  # names that cannot be used, after which it is the folder that cannot
+DELETED = 10_000  # rows that are remembered
+MIN_ROOM_BYTES = 1_048_576  # bytes: with less a spool counts as full
+
+
+class Depth(msgspec.Struct, frozen=True, gc=False):
+    """What waits in a spool: deliveries, the bytes of their bodies, when the oldest of them came."""
+
+    events: int
+    bytes: int
+    oldest_at: datetime | None
+
+
+SELECT_DEPTH = "SELECT count(*), coalesce(sum(length(body)), 0), min(received_at) FROM spooled"
+
+
+class Spool:
+    """One file locked by this process; thread-safe."""
+
+    def __init__(self, folder: Path, number: int, lock: int, max_bytes: int) -> None:
+        self.path = folder / f"spool-{number}.db"
+        self._lock_file, self._max_bytes = lock, max_bytes
+        self._lock = threading.Lock()
+        # Hashes of the latest rows that were deleted: SQLite may leave copies of them where it moved rows.
+        self._deleted: deque[int] = deque(maxlen=DELETED)
+        self._file = 0  # counts replacement files: ids restart in each
+        self._count = Count(self.path)
+        self._reopen()
+
+    def _reopen(self) -> None:
+        wal = files.read_wal(self.path)
+        try:
+            self._open()
+        except SpoolDamagedError as error:
+            self._salvage(error, wal)
+
+    def _open(self) -> None:
+        self._is_closed = True  # until it is open
+        self._file += 1
+        self._database = open_file(self.path, self._max_bytes)
+        # What has gone, but could not be deleted, because that needs room too: all up to an id, and some behind it.
+        self._gone_through, self._gone, self._passed_over = 0, set[int](), 0
+        try:
+            with explained(self.path):
+                events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+            self._events, self._bytes = int(events), int(size)
+            self._recover_missing()
+        except SpoolError:
+            self._database.close()
+            raise
+        self._identity = self._file_identities()
+        self._is_closed = False
+
+    def _recover_missing(self) -> None:
+        """Compare the file with its count, recover missing rows from its bytes, and report losses."""
+        missing = self._count.read() - self._events
+        if missing > 0:
+            with transaction(self._database, self.path):
+                known = files.select_rows(self._database, self.path)
+                rows = scan(self.path.read_bytes(), files.read_wal(self.path))
+                result = insert_found(self._database, rows, known, set(self._deleted))
+            if result:
+                log.error("spool file damaged; missing deliveries recovered", events=result, file=self.path.name)
+                events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+                self._events, self._bytes = int(events), int(size)
+            missing -= result
+        if missing > 0:
+            lost = add_lost(self.path.parent, missing)
+            log.error(
+                "acknowledged events missing from the spool",
+                events=missing,
+                in_all=lost.events,
+                file=self.path.name,
+                advice="archiver backfill reads the histories of their sessions; see archiver doctor",
+            )
+        self._count.write(self._events, is_durable=missing > 0)
+
+    def append(self, deliveries: Sequence[Spooled]) -> None:
+        """Make these deliveries durable, all or none. Raises `SpoolError`, of a full one `SpoolFullError`."""
+        with self._lock:
+            self._ensure_in_place()
+            try:
+                self._append(deliveries)
+            except SpoolDamagedError as error:
+                self._reopen_after(error)
+                self._append(deliveries)
+
+    def _append(self, deliveries: Sequence[Spooled]) -> None:
+        with transaction(self._database, self.path):
+            files.insert(self._database, deliveries)
+        if not self._is_there():  # or it was written into a removed file
+            raise SpoolError(unusable_message(self.path, "removed while in use"))
+        self._events += len(deliveries)
+        self._bytes += sum(len(each.body) for each in deliveries)
+        self._count.write(self._events)
+
+    def select_oldest(self, after: int, limit: int, most_bytes: int) -> list[Spooled]:
+        """The oldest deliveries after this id: so many, or so many bytes of them, but at least one."""
+        with self._lock:
+            if self._is_closed:
+                self._reopen()
+            try:
+                return self._select_oldest(after, limit, most_bytes)
+            except SpoolDamagedError as error:
+                self._reopen_after(error)
+                return self._select_oldest(after, limit, most_bytes)
+
+    def _select_oldest(self, after: int, limit: int, most_bytes: int) -> list[Spooled]:
+        result: list[Spooled] = []
+        size = 0
+        with closing(files.select(self._database, self.path, max(after, self._gone_through) + 1)) as waiting:
+            for delivery in waiting:
+                if delivery.id in self._gone:
+                    continue
+                size += len(delivery.body)
+                if result and size > most_bytes:
+                    break
+                result.append(msgspec.structs.replace(delivery, file=self._file))
+                if len(result) == limit:
+                    break
+        if not result and after == 0 and self._events > 0:  # a damaged page may lead past rows without a word
+            raise damaged(self.path, f"{self._events:,} deliveries cannot be reached")
+        return result
+
+    def delete(self, deliveries: Sequence[Spooled]) -> None:
+        """Let go of deliveries that are safe elsewhere; when none is left, of the room that they took too.
+
+        Those that were read before we went on in another file stay: there their ids are those of others.
+
+        On a full disk nothing can be deleted: they are passed over from now on, and overwritten when none is left.
+        Raises `SpoolError`.
+        """
+        with self._lock:
+            if self._is_closed:
+                self._reopen()
+            deliveries = [each for each in deliveries if each.file == self._file]
+            self._count.write(self._events - len(deliveries), is_durable=True)
+            try:
+                if self._gone_through or self._gone:
+                    raise SpoolFullError  # it was so before, and would be slow to find out again
+                with transaction(self._database, self.path):
+                    self._database.executemany(
+                        "DELETE FROM spooled WHERE id = ?", [(each.id,) for each in deliveries]
+                    )
+                self._deleted.extend(hash(files.row_of(each)) for each in deliveries)
+            except SpoolError:
+                self._passed_over += len(deliveries)
+                self._mark_deleted(deliveries)
+            self._events -= len(deliveries)
+            self._bytes -= sum(len(each.body) for each in deliveries)
+            if self._is_empty():
+                self._free()
+            elif deliveries:
+                self._checkpoint()  # else what has gone is still read in the write-ahead log (I8)
+
+    def _mark_deleted(self, deliveries: Sequence[Spooled]) -> None:
+        self._gone.update(each.id for each in deliveries)
+        with explained(self.path):
+            numbers = self._database.execute("SELECT id FROM spooled WHERE id > ? ORDER BY id", (self._gone_through,))
+            for (number,) in numbers:
+                if number not in self._gone:
+                    break
+                self._gone.remove(number)
+                self._gone_through = number
+
+    def _is_empty(self) -> bool:
+        with explained(self.path):
+            query = "SELECT NOT EXISTS (SELECT 1 FROM spooled WHERE id > ?)"
+            is_empty = bool(self._database.execute(query, (self._gone_through,)).fetchone()[0])
+        return is_empty and self._events <= 0
+
+    def _free(self) -> None:
+        if self._gone_through:
+            if not self._is_there():
+                return
+            self._database.close()
+            self._is_closed = True
+            overwrite(self.path)
+            self._open()
+            return
+        self._events = self._bytes = 0
+        with suppress(sqlite3.Error):  # it is only room
+            # As a script: executed as a statement, it would free one page.
+            self._database.executescript("PRAGMA incremental_vacuum;")
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """If another process reads the file longer than `BUSY_SECONDS`, it is done after the next deletion."""
+        with suppress(sqlite3.Error):
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @property
+    def events(self) -> int:
+        """How many wait."""
+        return self._events
+
+    def depth(self) -> Depth:
+        """What waits. Raises `SpoolError`."""
+        with self._lock, explained(self.path):
+            query = "SELECT received_at FROM spooled WHERE id > ? ORDER BY id LIMIT 1"
+            oldest = self._database.execute(query, (self._gone_through,)).fetchone()
+        return Depth(self._events, self._bytes, datetime.fromisoformat(oldest[0]) if oldest else None)
+
+    def room(self) -> int:
+        """Bytes that it may still take, for it may fill neither its limit nor the disk. Raises `SpoolError`."""
+        with self._lock, explained(self.path):
+            self._ensure_in_place()
+            used, limit = (
+                self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "max_page_count")
+            )
+            free = self._database.execute("PRAGMA freelist_count").fetchone()[0]
+            disk = os.statvfs(self.path.parent)
+        return int(min((limit - used + free) * PAGE_BYTES, disk.f_bavail * disk.f_frsize))
+
+    def close(self) -> None:
+        """Close and unlock the file."""
+        with self._lock:
+            self._database.close()
+        os.close(self._lock_file)
+
+    def _file_identities(self) -> list[tuple[int, int] | None]:
+        """Return the identities of the files at our paths, because writes to a removed file would be lost."""
+        return [_identity(path) for path in (self.path, Path(f"{self.path}-wal"), self.path.with_suffix(".lock"))]
+
+    def _is_there(self) -> bool:
+        return self._file_identities() == self._identity
+
+    def _ensure_in_place(self) -> None:
+        """Before anything is written."""
+        if self._is_closed:
+            self._reopen()
+        elif not self._is_there():
+            self._replace()
+
+    def _replace(self) -> None:
+        """Continue in another file, because this file or its lock was removed."""
+        log.error("spool file removed while in use; continuing in a new file", spool=str(self.path))
+        is_in_place = self._file_identities()[:2] == self._identity[:2]
+        if not is_in_place:  # its content goes to the other file
+            self._count.write(0)
+        fresh = open_spool(self.path.parent, self._max_bytes)
+        try:
+            if not is_in_place:  # otherwise its present holder, possibly this process, has them
+                fresh._copy(files.readable(self._database, self.path))
+        except BaseException:
+            fresh.close()
+            raise
+        self._database.close()
+        os.close(self._lock_file)
+        self._file += 1
+        self.path, self._lock_file = fresh.path, fresh._lock_file
+        self._database, self._identity = fresh._database, fresh._identity
+        self._count = fresh._count
+        self._gone_through, self._gone = fresh._gone_through, fresh._gone
+        self._passed_over = fresh._passed_over
+        self._events, self._bytes = fresh._events, fresh._bytes
+
+    def _copy(self, deliveries: Iterator[Spooled]) -> None:
+        with transaction(self._database, self.path):
+            files.insert_all(self._database, deliveries)
+        events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+        self._events, self._bytes = int(events), int(size)
+        self._count.write(self._events)
+
+    def _reopen_after(self, error: SpoolError) -> None:
+        wal = files.read_wal(self.path)
+        self._database.close()
+        self._is_closed = True
+        # What was passed over is still in the file, and is found with the rest.
+        self._count.write(self._events + self._passed_over)
+        self._salvage(error, wal)
+
+    def _salvage(self, error: SpoolError, wal: bytes) -> None:
+        """Continue in a new file of the same name with the readable content of the damaged one."""
+        saved, saved_as = set_aside(self.path, wal, set(self._deleted))
+        log.error(
+            "spool file damaged; readable deliveries saved", reason=str(error), events=saved, aside=str(saved_as)
+        )
+        self._open()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        result = path.lstat()
+    except OSError:
+        return None
+    return result.st_dev, result.st_ino
+
+
+def open_spool(folder: Path, max_bytes: int) -> Spool:
+    """Open the first unlocked file of this folder, or create one. Raises `SpoolError`."""
+    with explained(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync(folder.parent)  # SQLite sees to what is in the folder
+    faults: list[SpoolError] = []
+    for number in range(MAX_FILES):
+        try:
+            held = hold(folder, number, max_bytes)
+        except SpoolFullError:
+            raise
+        except SpoolError as error:  # of this name, unless the next ones meet it as well
+            faults.append(error)
+            if len(faults) == MAX_FAULTS:
+                raise faults[0] from None
+            continue
+        if held is not None:
+            if faults:
+                log.error("spool file unusable; using another", reason=str(faults[0]))
+            return held
+    raise SpoolError(f"{folder} has {MAX_FILES} spools in use.")
+
+
+def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
+    """Open the file of this number; None if another process holds it."""
+    for name in (f"spool-{number}.db", f"spool-{number}.db-wal", f"spool-{number}.db-shm"):
+        if (folder / name).is_symlink() or (folder / name).is_dir():
+            raise SpoolError(unusable_message(folder / name, "not a file"))
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with explained(folder):
+        lock = os.open(folder / f"spool-{number}.lock", flags, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Spool(folder, number, lock, max_bytes)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except BaseException:
+        os.close(lock)
+        raise

@@ -1,0 +1,102 @@
+"""Replace a damaged or full file, and keep what is readable."""
+
+import os
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator
+from itertools import count, takewhile
+from pathlib import Path
+
+from archiver.inbound.spool import files
+from archiver.inbound.spool.errors import SpoolDamagedError, explained
+from archiver.inbound.spool.scanning import scan
+
+
+def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Path]:
+    """Replace the file by a new one with its readable content, and keep it under another name.
+
+    `wal`: the write-ahead log as it was before SQLite saw it: SQLite removes it, with the frames that it passed over.
+    `deleted`: hashes of rows that may still lie in bytes that SQLite no longer uses.
+
+    Answers how many deliveries those are, and the name. Raises `SpoolError`, and leaves it then where it is.
+    """
+    fresh = path.with_suffix(".new")
+    with explained(path):
+        fresh.unlink(missing_ok=True)
+        saved = _copy(path, fresh, wal, deleted)
+        saved_as = next(name for name in _names(path) if not name.exists())
+        os.link(path, saved_as)
+        for end in ("-wal", "-shm"):
+            if (beside := Path(f"{path}{end}")).exists():
+                beside.rename(f"{saved_as}{end}")
+        fresh.replace(path)
+        sync(path.parent)
+    return saved, saved_as
+
+
+def set_aside_files(folder: Path) -> list[Path]:
+    """The damaged files that wait for a person."""
+    return sorted(folder.glob("damaged-*.db"))
+
+
+def _names(path: Path) -> Iterator[Path]:
+    return (path.with_name(f"damaged-{path.stem}-{number}.db") for number in count(1))
+
+
+def _copy(path: Path, fresh: Path, wal: bytes, deleted: Collection[int]) -> int:
+    raw = path.read_bytes()  # before SQLite sees it again
+    damaged = sqlite3.connect(path, isolation_level=None)
+    saved = 0
+    try:
+        damaged.execute("PRAGMA writable_schema = ON")  # for one that has lost its end: it need not be whole
+        whole = files.open_file(fresh, 2**40)
+        try:
+            with files.transaction(whole, fresh):
+                saved = files.insert_all(whole, _readable(damaged, path))
+                known = files.select_rows(whole, fresh)
+                saved += insert_found(whole, scan(raw, wal), known, deleted)
+            whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # nothing beside it, so that it can be renamed
+        finally:
+            whole.close()
+    finally:
+        damaged.close()
+    return saved
+
+
+def insert_found(
+    database: sqlite3.Connection, found: Iterable[files.Row], known: Collection[files.Row], deleted: Collection[int]
+) -> int:
+    """Insert the rows that a scan found, except those that are known and those that were deleted.
+
+    Answers how many. Within a transaction.
+    """
+    new = [row for row in found if row not in known and hash(row) not in deleted]
+    return files.insert_rows(database, iter(new)) if new else 0
+
+
+def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Spooled]:
+    try:
+        yield from files.readable(damaged, path)
+    except SpoolDamagedError:
+        return  # not even how many there were
+
+
+def overwrite(path: Path) -> None:
+    """Leave an empty file, for which a full disk has room, and on the disk nothing of what it held (I8)."""
+    with explained(path):
+        for each in takewhile(Path.exists, (path, Path(f"{path}-wal"))):
+            with each.open("r+b", buffering=0) as file:
+                size = each.stat().st_size
+                for start in range(0, size, files.PAGE_BYTES):
+                    file.write(bytes(min(files.PAGE_BYTES, size - start)))
+                os.fsync(file.fileno())
+                file.truncate(0)
+                os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Make what was renamed or made in it durable."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,319 @@
+"""Write deliveries to Postgres, together if possible, and return an outcome for each."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from time import perf_counter
+from typing import Literal
+
+import msgspec
+import structlog
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import events, ledger, telemetry
+from archiver.archive import DEFAULT_TIMING, Timing
+from archiver.database import (
+    LOCK_SECONDS,
+    STATEMENT_SECONDS,
+    clock,
+    explain,
+    is_data_error,
+    run_in_transaction,
+    sqlstate,
+)
+from archiver.events import Event, Malformed
+from archiver.ledger import quarantine
+from archiver.ledger.quarantine import Reject
+
+log = structlog.get_logger(__name__)
+
+BATCH_SECONDS = 60.0  # after which a transaction is given up
+# Facts that do not name their session take the placement lock alone: every other writer waits for them.
+EXCLUSIVE_SECONDS = 2.0
+# Of a limit: Postgres cancels a statement before its client abandons the connection, and one that waits for a lock
+# sooner, so that it is known which of the two it was.
+SERVER_FIRST, LOCKS_FIRST = 0.9, 0.5
+
+QUERY_CANCELED, LOCK_NOT_AVAILABLE, DISK_FULL = "57014", "55P03", "53100"
+
+Status = Literal["stored", "duplicate", "ignored", "quarantined", "spooled"]
+
+
+class UnavailableError(Exception):
+    """The database did not take the event; send it again."""
+
+    def __init__(self, *, sqlstate: str | None = None, is_silent: bool = False) -> None:
+        super().__init__()
+        self.is_slow = is_silent or sqlstate == QUERY_CANCELED  # it had all the time that it may take
+        self.is_locked = sqlstate == LOCK_NOT_AVAILABLE
+        self.is_disk_full = sqlstate == DISK_FULL
+
+
+class EventTooSlowError(Exception):
+    """Postgres did not store one event, although it had a time budget of its own."""
+
+    def __init__(self, seconds: float, attempts: int) -> None:
+        super().__init__(f"Postgres did not store the event alone within {seconds:g} s, at {attempts} attempts.")
+
+
+class EventNotStoredError(Exception):
+    """Postgres failed at one event again and again, while it stored others."""
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__(f"Postgres failed on the event alone at {attempts} attempts, while it stored another.")
+
+
+class Delivery(msgspec.Struct, frozen=True, gc=False):
+    """An authenticated delivery, parsed or not, with arrival time, key id and number of deliveries."""
+
+    content: Event | Malformed
+    received_at: datetime
+    key_id: str | None
+    source: str = events.WEBHOOK
+    count: int = 1
+
+    @property
+    def internal(self) -> Event | None:
+        """Return the internal fact; None for a webhook."""
+        is_internal = self.source != events.WEBHOOK and isinstance(self.content, Event)
+        return self.content if is_internal and isinstance(self.content, Event) else None
+
+
+def restore(
+    source: str, body: bytes, kind: str | None, session_id: str | None, dedupe_key: bytes | None
+) -> Event | Malformed:
+    """What was kept of a delivery: a webhook is what its bytes say today, a fact of ours what it was."""
+    if source == events.WEBHOOK or kind is None or session_id is None or dedupe_key is None:
+        return events.parse(body)
+    return Event(kind, body, dedupe_key, session_id, chat_id=None, chat=None, occurred_at=None)
+
+
+class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """Outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
+
+    As JSON it is the answer to the sender.
+    """
+
+    status: Status
+    id: int = 0
+    reason: str | None = None
+    detail: str | None = None
+
+
+Result = Outcome | UnavailableError
+
+
+def subject(delivery: Delivery) -> str:
+    """Return the key of deliveries that must wait for each other: the session or unassigned turn."""
+    event = delivery.content
+    if not isinstance(event, Event):
+        return f"\0{hashlib.sha256(event.body).hexdigest()}"
+    if event.session_id:
+        return event.session_id
+    return f"\0{event.chat_id or event.dedupe_key.hex()}"
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """`seconds` of a whole transaction. `is_alone`: the one delivery may take long, so it holds no lock that all
+    others wait for.
+    """
+
+    seconds: float = BATCH_SECONDS
+    is_alone: bool = False
+
+    @property
+    def statement_seconds(self) -> float:
+        return min(SERVER_FIRST * self.seconds, STATEMENT_SECONDS)
+
+    @property
+    def lock_seconds(self) -> float:
+        return min(LOCKS_FIRST * self.seconds, LOCK_SECONDS)
+
+
+async def write(
+    engine: AsyncEngine,
+    deliveries: Sequence[Delivery],
+    timing: Timing = DEFAULT_TIMING,
+    seconds: float | None = None,
+) -> list[Result]:
+    """Commit these deliveries, in one transaction if they let us, and say of each what became of it.
+
+    A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4). After so many
+    `seconds` a transaction is given up. Turns whose delivery does not name the session have a transaction of their
+    own, for which all others wait: one of little time.
+    """
+    limits = Limits(seconds or BATCH_SECONDS)
+    apart = [place for place, delivery in enumerate(deliveries) if _is_exclusive(delivery)]
+    if not apart:
+        return await _write(engine, deliveries, timing, limits)
+    results: dict[int, Result] = {}
+    together = sorted(set(range(len(deliveries))) - set(apart))
+    exclusive = Limits(min(limits.seconds, EXCLUSIVE_SECONDS))
+    for places, limit in ((together, limits), (apart, exclusive)):
+        if places:
+            written = await _write(engine, [deliveries[place] for place in places], timing, limit)
+            results |= zip(places, written, strict=True)
+    return [results[place] for place in range(len(deliveries))]
+
+
+async def write_isolated(engine: AsyncEngine, delivery: Delivery, timing: Timing, seconds: float) -> Result:
+    """Commit one delivery that may take so many `seconds`; nothing but its own session waits for it."""
+    (result,) = await _write(engine, [delivery], timing, Limits(seconds, is_alone=True))
+    return result
+
+
+async def quarantine_delivery(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
+    """Quarantine a delivery that can be parsed but not stored."""
+    return await _quarantine_alone(engine, delivery, fault, Limits(LOCK_SECONDS))
+
+
+def _is_exclusive(delivery: Delivery) -> bool:
+    event = delivery.content
+    return isinstance(event, Event) and not event.session_id and event.type in events.CHAT_EVENTS
+
+
+async def _write(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing, limits: Limits) -> list[Result]:
+    try:
+        return list(await _commit(engine, deliveries, timing, limits))
+    except SQLAlchemyError as error:
+        if not is_data_error(error):
+            return [_unavailable(error)] * len(deliveries)
+        fault: Exception = error
+    except TimeoutError:
+        return [_silent(limits.seconds)] * len(deliveries)
+    except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
+        fault = error
+    if len(deliveries) == 1:
+        return [await _quarantine_alone(engine, deliveries[0], fault, limits)]
+    middle = len(deliveries) // 2
+    first = await _write(engine, deliveries[:middle], timing, limits)
+    return first + await _write(engine, deliveries[middle:], timing, limits)
+
+
+async def _commit(
+    engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing, limits: Limits
+) -> list[Outcome]:
+    started = perf_counter()
+    outcomes = await run_in_transaction(
+        engine,
+        lambda connection: store(connection, deliveries, timing, locks_late=limits.is_alone),
+        limits.seconds,
+        statement_seconds=limits.statement_seconds,
+        lock_seconds=limits.lock_seconds,
+    )
+    telemetry.commit_seconds.observe(perf_counter() - started)
+    telemetry.batch_events.observe(len(deliveries))
+    telemetry.duplicates.inc(sum(outcome.status == "duplicate" for outcome in outcomes))
+    telemetry.refused_erased.inc(sum(outcome.reason == "erased" for outcome in outcomes))
+    _count_without_text(deliveries, outcomes)
+    webhooks = [delivery.received_at for delivery in deliveries if delivery.source == events.WEBHOOK]
+    if webhooks:
+        telemetry.last_event.set(max(webhooks).timestamp())
+    return outcomes
+
+
+def _count_without_text(deliveries: Sequence[Delivery], outcomes: Sequence[Outcome]) -> None:
+    for delivery, outcome in zip(deliveries, outcomes, strict=True):
+        chat = delivery.content.chat if isinstance(delivery.content, Event) else None
+        for message in chat.input + chat.output if chat is not None and outcome.status == "stored" else ():
+            if not message.has_text:
+                telemetry.messages_without_text.labels(message.shape).inc()
+
+
+def store(
+    connection: Connection, deliveries: Sequence[Delivery], timing: Timing, *, locks_late: bool = False
+) -> list[Outcome]:
+    """What became of each, in this transaction. `locks_late`: as `ledger.record` has it."""
+    rejects = [_reject(delivery) for delivery in deliveries if isinstance(delivery.content, Malformed)]
+    observations = [
+        _observation(delivery, delivery.content) for delivery in deliveries if isinstance(delivery.content, Event)
+    ]
+    recorded = iter(ledger.record(connection, observations, timing, locks_late=locks_late))
+    quarantined = iter(quarantine.upsert_quarantine(connection, rejects))
+    return [
+        _outcome(delivery, delivery.content, next(recorded))
+        if isinstance(delivery.content, Event)
+        else Outcome("quarantined", next(quarantined), delivery.content.reason, delivery.content.detail)
+        for delivery in deliveries
+    ]
+
+
+def _observation(delivery: Delivery, event: Event) -> ledger.Observation:
+    received_at = clock.at_most_now(delivery.received_at)
+    return ledger.Observation(event, received_at, delivery.source, delivery.key_id, delivery.count)
+
+
+def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
+    if recorded.is_erased:
+        return Outcome("ignored", reason="erased")
+    if not recorded.is_new:
+        return Outcome("duplicate", recorded.id)
+    is_known = event.type in events.CHAT_EVENTS or delivery.source != events.WEBHOOK
+    return Outcome("stored" if is_known else "ignored", recorded.id)
+
+
+def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
+    content = delivery.content
+    if isinstance(content, Malformed):
+        reason, detail = content.reason, content.detail
+    received_at = clock.at_most_now(delivery.received_at)
+    return Reject(content.body, reason, detail, received_at, delivery.key_id, delivery.source, delivery.internal)
+
+
+async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, limits: Limits) -> Result:
+    reason, detail = explain_fault(fault)
+    try:
+        row_id = await run_in_transaction(
+            engine,
+            lambda connection: _quarantine_unless_erased(connection, delivery, reason, detail),
+            limits.seconds,
+            statement_seconds=limits.statement_seconds,
+            lock_seconds=limits.lock_seconds,
+        )
+    except SQLAlchemyError as error:
+        return _unavailable(error)
+    except TimeoutError:
+        return _silent(limits.seconds)
+    if row_id is None:
+        telemetry.refused_erased.inc()
+        return Outcome("ignored", reason="erased")
+    log.error("quarantined", reason=reason, detail=detail)
+    return Outcome("quarantined", row_id, reason, detail)
+
+
+def _quarantine_unless_erased(connection: Connection, delivery: Delivery, reason: str, detail: str) -> int | None:
+    "delivery quarantined"
+    content = delivery.content
+    if isinstance(content, Event) and ledger.is_refused(connection, _observation(delivery, content)):
+        return None
+    (row_id,) = quarantine.upsert_quarantine(connection, [_reject(delivery, reason, detail)])
+    return row_id
+
+
+def explain_fault(fault: Exception) -> tuple[str, str]:
+    """A reason and a sentence that hold nothing of the event: a database error's own text may quote it."""
+    if isinstance(fault, EventTooSlowError):
+        return quarantine.TOO_SLOW, str(fault)
+    if isinstance(fault, EventNotStoredError):
+        return quarantine.NOT_STORABLE, str(fault)
+    state = sqlstate(fault)
+    if state is not None or isinstance(fault, DBAPIError):
+        return quarantine.NOT_STORABLE, f"Postgres refused the event with SQLSTATE {state or 'unknown'}."
+    return (
+        quarantine.NOT_PROCESSABLE,
+        f"The archiver failed on the event with {type(fault).__name__}: please report it.",
+    )
+
+
+def _unavailable(error: SQLAlchemyError) -> UnavailableError:
+    fault = UnavailableError(sqlstate=sqlstate(error))
+    what = "transaction too slow" if fault.is_slow or fault.is_locked else "database unavailable"
+    log.error(what, sqlstate=sqlstate(error), error=type(error).__name__, detail=explain(error))
+    return fault
+
+
+def _silent(seconds: float) -> UnavailableError:
+    log.error("transaction timed out", seconds=seconds)
+    return UnavailableError(is_silent=True)

@@ -1,0 +1,369 @@
+"""record(): the one write path. Appends observations to the ledger once and projects new ones."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Self
+
+import msgspec
+from sqlalchemy import Connection, case, func, literal_column
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
+
+from archiver import archive, events
+from archiver.archive import outbox
+from archiver.archive.erasures import Erased, FactRef, extend_erasure, note_refused, select_erased
+from archiver.database import (
+    BulkInsert,
+    Lock,
+    RawStatement,
+    Statement,
+    execute,
+    is_lock_timeout,
+    limit_locks,
+    locks,
+    tables,
+)
+from archiver.events import Event
+from archiver.events import responses as history
+from archiver.ledger import compaction
+from archiver.ledger.compaction import StoredPieces
+
+Key = tuple[str, bytes]  # session_id, dedupe_key
+
+
+class Observation(msgspec.Struct, frozen=True, gc=False):
+    """A fact with arrival time, source, key id and number of deliveries."""
+
+    event: Event
+    received_at: datetime
+    source: str
+    key_id: str | None
+    deliveries: int = 1
+
+    @property
+    def key(self) -> Key:
+        return self.event.session_id, self.event.dedupe_key
+
+
+class Recorded(msgspec.Struct, frozen=True, gc=False):
+    """The ledger row of an observation, and whether this observation created it.
+
+    `is_erased`: what it speaks of was erased, so that it has no row, and nothing of it was kept.
+    """
+
+    id: int
+    is_new: bool
+    is_erased: bool = False
+
+
+_ERASED = Recorded(0, is_new=False, is_erased=True)
+
+
+def record(
+    connection: Connection,
+    observations: Sequence[Observation],
+    timing: archive.Timing = archive.DEFAULT_TIMING,
+    *,
+    publish: bool = True,
+    locks_late: bool = False,
+) -> list[Recorded]:
+    """Append new observations, count redeliveries, and project new facts, in this transaction.
+
+    Changes of the archive are published with it, unless `publish` is false.
+
+    `locks_late`: for observations that may take long. The placement lock, behind which every other writer may wait,
+    is taken at the end, for an instant; a serialization failure where others changed something on which this
+    depends, so that the transaction is to be run again.
+
+    Answers in the order of `observations`. Safe against other writers of the same facts: ledger rows are taken in
+    order of their keys, then sessions in order of theirs, so that no two writers wait for each other.
+    """
+    if not observations:
+        return []
+    is_exclusive = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
+    if locks_late:
+        execute(connection, locks.by_key())
+        before = _select_related(connection, observations)
+    lock = (locks.by_key(),) if locks_late else _lock(exclusive=is_exclusive)
+    erased = _select_erased(connection, observations, lock)
+    sessions = _sessions_of(erased)
+    refused = [_is_refused(observation, erased, sessions) for observation in observations]
+    answers = _record(connection, observations, timing, erased, refused, publish=publish)
+    if locks_late:
+        _lock_late(connection, exclusive=is_exclusive)
+        now = select_erased(connection, _refs(observations), ())
+        is_same = _sessions_of(now) == sessions and _select_related(connection, observations) == before
+        if not is_same or refused != [_is_refused(each, now, sessions) for each in observations]:
+            execute(connection, _CONFLICT.bind())
+    return answers
+
+
+def _record(
+    connection: Connection,
+    observations: Sequence[Observation],
+    timing: archive.Timing,
+    erased: Mapping[FactRef, Erased],
+    refused: Sequence[bool],
+    *,
+    publish: bool,
+) -> list[Recorded]:
+    if not erased:
+        return _append(connection, observations, timing, (), publish=publish)
+    sessions = _sessions_of(erased)
+    accepted = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
+    answers = iter(_append(connection, accepted, timing, sessions, publish=publish))
+    touched = {ref.session_id for ref, erased_part in erased.items() if erased_part.is_found}
+    for observation, is_refused in zip(observations, refused, strict=True):
+        if is_refused and _reads(observation):
+            touched.add(observation.event.session_id)
+    archive.lock_and_rederive(connection, sorted(touched), timing)
+    note_refused(connection, [ref for ref, erased_part in erased.items() if erased_part.is_whole])
+    return [_ERASED if is_refused else next(answers) for is_refused in refused]
+
+
+def _sessions_of(erased: Iterable[FactRef]) -> set[str]:
+    return {ref.session_id for ref in erased} - {archive.UNASSIGNED}
+
+
+def _refs(observations: Sequence[Observation]) -> list[FactRef]:
+    return [FactRef(each.event.session_id, each.event.chat_id) for each in observations]
+
+
+def is_refused(connection: Connection, observation: Observation) -> bool:
+    """Return whether `record` would refuse the observation because its subject is erased."""
+    refs = [FactRef(observation.event.session_id, observation.event.chat_id)]
+    erased = select_erased(connection, refs, _lock(exclusive=False))
+    return _is_refused(observation, erased, _sessions_of(erased))
+
+
+def _select_erased(
+    connection: Connection, observations: Sequence[Observation], lock: Sequence[Statement]
+) -> dict[FactRef, Erased]:
+    """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
+    sees was committed before the lock was had, or is not there as long as it is held.
+    """
+    erased = select_erased(connection, _refs(observations), lock)
+    result = [ref for ref, erased_part in erased.items() if erased_part.is_found and ref.chat_id]
+    for session_id, chat_id in result:
+        extend_erasure(connection, session_id, chat_id or "")
+    return erased
+
+
+def _is_refused(observation: Observation, erased: Mapping[FactRef, Erased], sessions: Collection[str]) -> bool:
+    """Whether it speaks of what was erased. A reading of a session may, as soon as one of its turns was."""
+    event = observation.event
+    if _reads(observation):
+        return event.session_id in sessions
+    result = erased.get(FactRef(event.session_id, event.chat_id))
+    return result is not None and result.is_whole
+
+
+def _reads(observation: Observation) -> bool:
+    return observation.event.type in history.READINGS - {history.REDACTED} and observation.source == history.SOURCE
+
+
+def _append(
+    connection: Connection,
+    observations: Sequence[Observation],
+    timing: archive.Timing,
+    erased: Collection[str],
+    *,
+    publish: bool,
+) -> list[Recorded]:
+    groups: dict[Key, DeliveryGroup] = {}
+    for observation in observations:
+        key = observation.key
+        known = groups.get(key)
+        groups[key] = DeliveryGroup.of(observation) if known is None else known.merge(observation)
+    responses = {
+        key: (group.first.event.body, group.first.received_at)
+        for key, group in groups.items()
+        if compaction.is_response(group.first.event, group.first.source)
+    }
+    in_pieces = compaction.store_in_pieces(connection, responses, timing) if responses else {}
+    rows = _upsert_events(connection, groups, in_pieces)
+    changed = [fact for key, row in rows.items() if (fact := _fact_to_project(groups[key], row)) is not None]
+    changes = archive.project(connection, changed, timing, erased)
+    for key in sorted(responses):
+        if rows[key].delivery_count == groups[key].count:
+            compaction.replace_contained(connection, key, responses[key][0])
+    if publish:
+        outbox.insert_changes(connection, changes)
+    answers, seen = [], set()
+    for observation in observations:
+        key = observation.key
+        row = rows[key]
+        answers.append(Recorded(row.id, row.delivery_count == groups[key].count and key not in seen))
+        seen.add(key)
+    return answers
+
+
+class DeliveryGroup(msgspec.Struct, frozen=True, gc=False):
+    """All deliveries of one fact in a batch: the first one, and their totals."""
+
+    first: Observation
+    count: int
+    last_received_at: datetime
+    occurred_at: datetime | None
+
+    @classmethod
+    def of(cls, observation: Observation) -> Self:
+        return cls(observation, observation.deliveries, observation.received_at, observation.event.occurred_at)
+
+    def merge(self, other: Observation) -> "DeliveryGroup":
+        moments = [moment for moment in (self.occurred_at, other.event.occurred_at) if moment is not None]
+        return DeliveryGroup(
+            first=self.first if self.first.received_at <= other.received_at else other,
+            count=self.count + other.deliveries,
+            last_received_at=max(self.last_received_at, other.received_at),
+            occurred_at=min(moments, default=None),
+        )
+
+
+# An unassigned fact and a fact with the session of the same chat must see each other, whichever commits
+# first. So the former are recorded alone, the latter beside each other.
+
+
+def lock_placement(connection: Connection, *, exclusive: bool) -> None:
+    """Lock unassigned turns: exclusively to assign them, otherwise shared."""
+    locks.take(connection, Lock.PLACEMENT, exclusive=exclusive)
+
+
+def _lock(*, exclusive: bool) -> tuple[Statement, ...]:
+    return locks.taking(Lock.PLACEMENT, exclusive=exclusive)
+
+
+LATE_SECONDS, LATE_PAUSE_SECONDS, LATE_ATTEMPTS = 0.25, 0.25, 8
+_PAUSE = RawStatement("SELECT pg_sleep($1)")
+_CONFLICT = RawStatement(
+    "DO $$ BEGIN RAISE EXCEPTION 'facts about the same turns were recorded, or erased, in between'"
+    " USING ERRCODE = 'serialization_failure'; END $$"
+)
+
+
+def _lock_late(connection: Connection, *, exclusive: bool) -> None:
+    """Take the placement lock at the end of a transaction. Other writers wait behind a lock that waits, so it waits
+    for an instant only, several times. Raises the lock timeout of the last attempt.
+    """
+    for attempt in range(LATE_ATTEMPTS):
+        try:
+            with connection.begin_nested():
+                limit_locks(connection, LATE_SECONDS)
+                lock_placement(connection, exclusive=exclusive)
+                return
+        except DBAPIError as error:
+            if not is_lock_timeout(error) or attempt == LATE_ATTEMPTS - 1:
+                raise
+        execute(connection, _PAUSE.bind(LATE_PAUSE_SECONDS))
+
+
+# What a fact depends on beside the rows that its transaction locks: facts about the same turn that do not name its
+# session; and for such a fact the sessions that hold its turn.
+_SELECT_RELATED = RawStatement(
+    """
+    SELECT encode(e.dedupe_key, 'hex') AS key, CAST(least(e.occurred_at, e.earliest_at) AS text) AS detail
+      FROM archiver.events e
+     WHERE e.session_id = '' AND e.chat_id IN (SELECT json_array_elements_text($1))
+       AND e.type IN ('chat.created', 'chat.deleted')
+    UNION ALL
+    SELECT c.session_id, c.chat_id FROM archiver.chats c
+     WHERE c.session_id <> '' AND c.chat_id IN (SELECT json_array_elements_text($2))
+    """
+)
+
+
+def _select_related(connection: Connection, observations: Sequence[Observation]) -> set[tuple[str, str | None]]:
+    """The related facts and sessions that are not those of `observations` themselves."""
+    chat_events = [
+        each.event for each in observations if each.event.chat_id and each.event.type in events.CHAT_EVENTS
+    ]
+    chats = sorted({str(each.chat_id) for each in chat_events})
+    unassigned = sorted({str(each.chat_id) for each in chat_events if not each.session_id})
+    own_keys = {each.dedupe_key.hex() for each in chat_events if not each.session_id}
+    own_turns = {(each.session_id, each.chat_id) for each in chat_events}
+    lists = [msgspec.json.encode(each).decode() for each in (chats, unassigned)]
+    rows = {(row.key, row.detail) for row in _SELECT_RELATED.execute(connection, *lists)}
+    return {each for each in rows if each[0] not in own_keys and each not in own_turns}
+
+
+def _event_upsert(*more_unset: str) -> BulkInsert:
+    facts = tables.events
+    statement = insert(facts)
+    new = statement.excluded
+    upsert = statement.on_conflict_do_update(
+        index_elements=[facts.c.session_id, facts.c.dedupe_key],
+        set_={
+            "delivery_count": facts.c.delivery_count + new.delivery_count,
+            "last_received_at": func.greatest(facts.c.last_received_at, new.last_received_at),
+            # A retry may carry another envelope time: which of them came first must not matter. The first one is
+            # sealed, so an earlier one is stored apart.
+            "earliest_at": func.nullif(
+                func.least(facts.c.earliest_at, facts.c.occurred_at, new.occurred_at), facts.c.occurred_at
+            ),
+            "is_recounted": literal_column("true"),
+        },
+    ).returning(
+        facts.c.session_id,
+        facts.c.dedupe_key,
+        facts.c.id,
+        facts.c.delivery_count,
+        # Of a first delivery they are what was just sent, and reading times costs.
+        case((facts.c.delivery_count > literal_column("1"), facts.c.received_at)).label("received_at"),
+        case(
+            (facts.c.delivery_count > literal_column("1"), func.least(facts.c.occurred_at, facts.c.earliest_at))
+        ).label("occurred_at"),
+        facts.c.earliest_at.is_not(None).label("is_dated_back"),
+    )
+    unset = {"id", "earliest_at", "is_recounted", *more_unset}
+    return BulkInsert(upsert, [column.name for column in facts.c if column.name not in unset])
+
+
+_UPSERT_EVENT = _event_upsert("frame", "runs")
+_UPSERT_IN_PIECES = _event_upsert()
+
+
+def _upsert_events(
+    connection: Connection, groups: dict[Key, DeliveryGroup], in_pieces: Mapping[Key, StoredPieces]
+) -> dict[Key, Any]:
+    usual = [_event_row(groups[key]) for key in sorted(groups) if key not in in_pieces]
+    rows = _UPSERT_EVENT.execute(connection, usual)
+    for key, item in sorted(in_pieces.items()):
+        row = _event_row(groups[key]) | {"body": None, "frame": item.frame, "runs": item.runs}
+        rows += _UPSERT_IN_PIECES.execute(connection, [row])
+    return {(row.session_id, row.dedupe_key): row for row in rows}
+
+
+def _event_row(group: DeliveryGroup) -> dict[str, Any]:
+    first, event, salt = group.first, group.first.event, os.urandom(16)
+    return {
+        "session_id": event.session_id,
+        "dedupe_key": event.dedupe_key,
+        "type": event.type,
+        "source": first.source,
+        "chat_id": event.chat_id,
+        "received_at": first.received_at,
+        "last_received_at": group.last_received_at,
+        "delivery_count": group.count,
+        "occurred_at": group.occurred_at,
+        "key_id": first.key_id,
+        "body": event.body,
+        "salt": salt,
+        "body_digest": hashlib.sha256(salt + event.body).digest(),
+    }
+
+
+def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
+    """The fact to project: a new one, or a known one that these deliveries may have moved in time.
+
+    A reading with the same content as before is projected too: nothing has changed until then.
+    """
+    first = group.first
+    if row.delivery_count == 1:
+        return archive.Fact(first.event, first.source, first.received_at, group.occurred_at)
+    is_repeat = row.delivery_count > group.count
+    is_from_upstream = first.source == events.WEBHOOK
+    if is_repeat and is_from_upstream and not (row.is_dated_back and group.occurred_at == row.occurred_at):
+        return None
+    return archive.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)

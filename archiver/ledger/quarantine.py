@@ -1,0 +1,190 @@
+"""The quarantine: authenticated deliveries that could not be archived, with bytes and reason.
+
+An internal fact, such as a history response, also stores its type, session and dedupe key.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, bindparam, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+
+from archiver import events
+from archiver.database import BulkInsert, tables
+from archiver.events import WEBHOOK, Event
+
+# Codes of `Reject.reason`; the last three are faults of ours or of the database, for what could be read.
+NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW = "not_storable", "not_processable", "too_slow"
+REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW)
+
+
+class Reject(msgspec.Struct, frozen=True, gc=False):
+    """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content.
+
+    `internal`: the fact, if its bytes alone do not identify it.
+    """
+
+    body: bytes
+    reason: str
+    detail: str
+    received_at: datetime
+    key_id: str | None
+    source: str = WEBHOOK
+    internal: Event | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """Return the key that identifies the delivery."""
+        internal = self.internal
+        identity = self.body if internal is None else internal.session_id.encode() + b"\0" + internal.dedupe_key
+        return hashlib.sha256(identity).digest()
+
+
+def _quarantine_upsert() -> BulkInsert:
+    quarantine = tables.quarantine
+    statement = insert(quarantine)
+    new = statement.excluded
+    upsert = statement.on_conflict_do_update(
+        index_elements=[quarantine.c.body_digest],
+        set_={
+            "delivery_count": quarantine.c.delivery_count + new.delivery_count,
+            "last_received_at": func.greatest(quarantine.c.last_received_at, new.last_received_at),
+            "reason": new.reason,
+            "detail": new.detail,
+        },
+    ).returning(quarantine.c.body_digest, quarantine.c.id)
+    return BulkInsert(upsert, [column.name for column in quarantine.c if column.name != "id"])
+
+
+_UPSERT = _quarantine_upsert()
+
+
+def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list[int]:
+    """Keep each of these deliveries once and count it. Answers the quarantine's ids, in their order."""
+    if not rejects:
+        return []
+    digests = [reject.digest for reject in rejects]
+    rows: dict[bytes, dict[str, Any]] = {}
+    for digest, reject in zip(digests, rejects, strict=True):
+        internal = reject.internal
+        row = rows.setdefault(
+            digest,
+            {
+                "body_digest": digest,
+                "body": reject.body,
+                "received_at": reject.received_at,
+                "key_id": reject.key_id,
+                "delivery_count": 0,
+                "source": reject.source,
+                "type": internal.type if internal else None,
+                "session_id": internal.session_id if internal else None,
+                "dedupe_key": internal.dedupe_key if internal else None,
+            },
+        )
+        row["delivery_count"] += 1
+        row |= {"reason": reject.reason, "detail": reject.detail, "last_received_at": reject.received_at}
+    answered = _UPSERT.execute(connection, [rows[digest] for digest in sorted(rows)])
+    ids = {bytes(row.body_digest): row.id for row in answered}
+    return [ids[digest] for digest in digests]
+
+
+def select_quarantine(
+    connection: Connection,
+    *,
+    after: int = 0,
+    limit: int = 100,
+    reason: str | None = None,
+    only: Sequence[int] | None = None,
+) -> Sequence[RowMapping]:
+    """Return rows without bodies (`bytes`: their size), oldest first, starting after id `after`.
+
+    `only`: those of these ids.
+    """
+    quarantine = tables.quarantine
+    columns = [column for column in quarantine.c if column.name not in {"body", "body_digest", "dedupe_key"}]
+    query = select(*columns, func.length(quarantine.c.body).label("bytes")).where(quarantine.c.id > after)
+    if reason is not None:
+        query = query.where(quarantine.c.reason == reason)
+    if only is not None:
+        query = query.where(quarantine.c.id.in_(only))
+    return connection.execute(query.order_by(quarantine.c.id).limit(limit)).mappings().all()
+
+
+def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool = False) -> RowMapping | None:
+    """One row with its body; `lock` holds it until the transaction ends."""
+    query = select(tables.quarantine).where(tables.quarantine.c.id == quarantine_id)
+    return connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+
+
+def select_reasons(connection: Connection) -> list[str]:
+    """The reasons that rows have."""
+    return list(connection.scalars(select(tables.quarantine.c.reason).distinct()))
+
+
+def delete_quarantined(connection: Connection, quarantine_id: int) -> None:
+    """Delete a row whose bytes are now in the ledger."""
+    connection.execute(delete(tables.quarantine).where(tables.quarantine.c.id == quarantine_id))
+
+
+_SELECT_BODIES = (
+    select(tables.quarantine.c.id, tables.quarantine.c.session_id, tables.quarantine.c.body)
+    .where(tables.quarantine.c.id > bindparam("after"))
+    .order_by(tables.quarantine.c.id)
+    .limit(bindparam("most"))
+)
+BODIES_PER_PAGE = 50  # read at a time
+
+
+def select_every_body(connection: Connection) -> Iterator[RowMapping]:
+    """Each row's `id`, `session_id` and `body`, in order of their ids, a few at a time."""
+    after = 0
+    while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES_PER_PAGE}).mappings().all():
+        yield from page
+        after = page[-1]["id"]
+
+
+def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iterator[RowMapping]:
+    """Of these rows each one's `id`, `session_id` and `body`, in order of their ids."""
+    for start in range(0, len(quarantine_ids), BODIES_PER_PAGE):
+        some = tables.quarantine.c.id.in_(quarantine_ids[start : start + BODIES_PER_PAGE])
+        yield from (
+            connection.execute(_SELECT_BODIES.where(some), {"after": 0, "most": BODIES_PER_PAGE}).mappings().all()
+        )
+
+
+def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
+    """Lock the existing rows until the end of the transaction."""
+    quarantine = tables.quarantine.c
+    query = select(quarantine.id).where(quarantine.id.in_(quarantine_ids)).order_by(quarantine.id)
+    connection.execute(query.with_for_update())
+
+
+def select_older(connection: Connection, before: datetime, limit: int, after: int = 0) -> list[int]:
+    """Rows after this id that came, for the first time, before then; oldest first."""
+    quarantine = tables.quarantine.c
+    query = (
+        select(quarantine.id)
+        .where(quarantine.received_at < before, quarantine.id > after)
+        .order_by(quarantine.id)
+        .limit(limit)
+    )
+    return list(connection.scalars(query))
+
+
+def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
+    """Remove these for good; answers how many there were."""
+    if not quarantine_ids:
+        return 0
+    quarantine = tables.quarantine
+    deleted = delete(quarantine).where(quarantine.c.id.in_(quarantine_ids)).returning(quarantine.c.id)
+    return len(connection.execute(deleted).all())
+
+
+def update_reason(connection: Connection, quarantine_id: int, reason: str, detail: str) -> None:
+    """Say why it is still quarantined."""
+    connection.execute(
+        update(tables.quarantine).where(tables.quarantine.c.id == quarantine_id).values(reason=reason, detail=detail)
+    )

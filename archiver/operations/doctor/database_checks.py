@@ -1,0 +1,434 @@
+"""Database checks: durability, rights of this user, and background duties."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from archiver import database
+from archiver.database import catalogue, identity, lock_waits, roles, schema
+from archiver.operations import heartbeats, overview
+from archiver.operations.doctor.finding import Finding, Verdict
+from archiver.outbound import feed
+from archiver.outbound.followups.review import (
+    FollowupStats,
+    may_select_stats,
+    name_failing,
+    select_failing,
+    select_stats,
+)
+from archiver.settings import Settings
+
+OLDEST_POSTGRES = 14
+OUT_OF_MEMORY = "53200"  # SQLSTATE
+_CLOCK_WARNING_SECONDS = 5
+_LOCK_SECONDS = 3.0  # in which the holder of a lock is found
+_MAX_HOLDERS = 3  # named
+_MAX_USAGE = 0.75  # of the room for locks
+_RUN_AGAIN = "Run `archiver doctor` again."
+
+
+def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
+    """Run the database checks. Stops at the first failure that prevents the rest.
+
+    `embedded` describes the embedded one, if it is that.
+    """
+    is_reached = False
+    try:
+        with (
+            lock_waits.watching(engine),
+            database.transaction(engine, statement_seconds=10, lock_seconds=_LOCK_SECONDS) as connection,
+        ):
+            is_reached = True
+            yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
+            checks = (
+                _version,
+                _durability,
+                _room_for_locks,
+                _schema_access,
+                _schema,
+                _privileges,
+                _roles,
+                _outbox,
+                _followups,
+            )
+            yield from _session(connection, configuration)
+            for check in checks:
+                finding = check(connection)
+                if finding is not None:
+                    yield finding
+                    if finding.verdict == "failure" and check in {_schema_access, _schema}:
+                        break
+                if check is _schema:
+                    yield from _catalogue(connection)
+                if check is _privileges and finding is not None and finding.verdict == "ok":
+                    yield _sealing(connection, configuration.seal_every)
+                    yield _times_ahead(connection, configuration.session_lifetime)
+                    yield _webhooks(connection)
+            yield from _workers(connection)
+            yield from _identity(configuration, connection, engine)
+            yield _clock(connection, configuration.timestamp_tolerance)
+        yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
+    except lock_waits.LockTimeoutError as error:
+        detail, _, advice = str(error).partition("\n")
+        yield Finding("locks", "failure", detail, advice or _RUN_AGAIN)
+    except database.EncodingError as error:
+        yield Finding("encoding", "failure", "The database is not UTF-8.", str(error))
+    except SQLAlchemyError as error:
+        message = str(getattr(error, "orig", None) or error).strip()
+        detail = message.splitlines()[0]
+        if is_reached:
+            is_full = database.sqlstate(error) == OUT_OF_MEMORY
+            advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database refused a question: see its log."
+            yield Finding("questions", "failure", detail, advice)
+        else:
+            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message)
+            yield Finding("database", "failure", detail, advice)
+
+
+# What libpq and Postgres say; in other languages the general advice is given.
+_ADVICE = (
+    ("password authentication failed", "Correct the user or the password in DATABASE_URL, percent-encoded."),
+    ("no password supplied", "DATABASE_URL lacks the password: postgresql://USER:PASSWORD@HOST:5432/DATABASE."),
+    (
+        "database .* does not exist",
+        "Correct the database in DATABASE_URL, or as an administrator: CREATE DATABASE …;",
+    ),
+    ("role .* does not exist", "Correct the user in DATABASE_URL, or as an administrator: CREATE ROLE … LOGIN;"),
+    ("pg_hba.conf", "Let the user of DATABASE_URL in from this machine: pg_hba.conf on the server."),
+    ("does not support SSL", "Switch ssl on in Postgres, or take sslmode out of DATABASE_URL."),
+    ("resolve host|translate host name", "Correct the host in DATABASE_URL: the name cannot be resolved."),
+    ("refused|No such file", "Correct host and port in DATABASE_URL, or start Postgres: no server listens there."),
+    ("out of shared memory", database.NO_ROOM_FOR_LOCKS),
+    ("timeout|timed out", "Check the host in DATABASE_URL and firewalls: the server does not respond."),
+)
+
+
+def _advice_on(message: str) -> str:
+    """Return the remedy for a connection error."""
+    general = "Check DATABASE_URL, and that Postgres runs and is reachable."
+    return next((advice for pattern, advice in _ADVICE if re.search(pattern, message)), general)
+
+
+def _version(connection: Connection) -> Finding:
+    version = int(connection.scalar(text("SELECT current_setting('server_version_num')::int")) or 0) // 10_000
+    if version < OLDEST_POSTGRES:
+        return Finding("version", "failure", f"PostgreSQL {version}.", f"Use PostgreSQL {OLDEST_POSTGRES} or newer.")
+    return Finding("version", "ok", f"PostgreSQL {version}.")
+
+
+def _held(engine: Engine) -> Finding | None:
+    """Report sessions that block the archiver's tables; None if there are none."""
+    holders = lock_waits.find_holders(engine)
+    if not holders:
+        return None
+    detail = f"Locks are waited for: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
+    return Finding("locks", "failure", detail, holders[0].advice)
+
+
+def _room_for_locks(connection: Connection) -> Finding:
+    """Whether a session has used up the room for locks."""
+    used = database.locks.select_usage(connection)
+    if used.usage > _MAX_USAGE:
+        detail = (
+            f"{used.usage:.0%} of the room for locks is used; process {used.pid} (user {used.user or 'unknown'},"
+            f" application {used.application or 'unnamed'}) holds {used.locks:,} of them."
+        )
+        return Finding("room for locks", "warning", detail, database.NO_ROOM_FOR_LOCKS)
+    return Finding("room for locks", "ok", f"{used.usage:.0%} of it is used.")
+
+
+def _session(connection: Connection, configuration: Settings) -> Iterator[Finding]:
+    """What is between us and Postgres, and a default that no transaction of ours can undo."""
+    if database.is_behind_pooler(connection):
+        detail = "A connection pooler such as PgBouncer is in between, so statements are not prepared."
+        advice = ""
+        if configuration.prepared_statements:
+            detail = "A connection pooler is in between, and ARCHIVER_PREPARED_STATEMENTS is true."
+            advice = "Unset it, unless the pooler keeps prepared statements, as PgBouncer does from 1.22."
+        yield Finding("pooler", "warning" if advice else "ok", detail, advice)
+    if connection.scalar(text("SELECT current_setting('session_replication_role')")) != "origin":
+        detail = "session_replication_role is not origin: the triggers that guard the ledger do not run."
+        advice = "As an administrator: ALTER ROLE … RESET session_replication_role; and the same for ALTER DATABASE."
+        yield Finding("guards", "failure", detail, advice)
+
+
+def _durability(connection: Connection) -> Finding:
+    for name, expected, advice in (
+        ("fsync", "on", "A crash loses acknowledged events: set fsync = on in postgresql.conf."),
+        ("full_page_writes", "on", "A crash can corrupt the archive: set full_page_writes = on in postgresql.conf."),
+        ("transaction_read_only", "off", "The database is read-only: let DATABASE_URL name the primary."),
+    ):
+        if connection.scalar(text("SELECT current_setting(:name)"), {"name": name}) != expected:
+            return Finding("durability", "failure", f"{name} is not {expected}.", advice)
+    return Finding("durability", "ok", "A commit survives a crash.")
+
+
+def _schema_access(connection: Connection) -> Finding | None:
+    """Report why this user cannot even read the schema; None if it can."""
+    create = schema.grant_missing(connection)
+    if connection.scalar(text("SELECT to_regnamespace('archiver') IS NULL")):
+        if create is None:
+            return None
+        detail = "There is no archiver schema yet, and this user may not create it."
+        return Finding("schema", "failure", detail, f"As an administrator: {create} Then run `archiver migrate`.")
+    if not connection.scalar(_IS_SHUT_OUT):
+        return None
+    return _lacking(connection, "This user may not read the schema archiver.")
+
+
+_IS_SHUT_OUT = text(
+    "SELECT NOT has_schema_privilege(n.oid, 'USAGE') OR NOT coalesce(has_table_privilege(c.oid, 'SELECT'), true)"
+    " FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = 'schema_version'"
+    " WHERE n.nspname = 'archiver'"
+)
+
+
+def _schema(connection: Connection) -> Finding:
+    try:
+        schema.check(connection)
+    except schema.SchemaError as error:
+        create = schema.grant_missing(connection)
+        first = f"As an administrator: {create} Then run" if create and schema.current(connection) else "Run"
+        return Finding("schema", "failure", str(error), f"{first} `archiver migrate` with this same version.")
+    return Finding("schema", "ok", f"At {schema.head()}.")
+
+
+def _catalogue(connection: Connection) -> Iterator[Finding]:
+    """Each difference between the schema and what this version expects."""
+    differences = catalogue.select_differences(connection)
+    if not differences:
+        yield Finding("catalogue", "ok", "Tables, views, functions, triggers and grants are as this version expects.")
+    for each in differences:
+        yield Finding("catalogue", each.verdict, each.detail, each.advice)
+
+
+_OLDEST_UNSEALED = text(
+    "SELECT extract(epoch FROM clock_timestamp() - received_at)::float8 FROM archiver.events"
+    " WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals) ORDER BY id LIMIT 1"
+)
+LATE_SEALS = 10  # times the usual
+MIN_LATE_SECONDS = 600.0
+
+
+# Of the newest seal, whether it is signed; and of the newest that is, which it is.
+_SIGNED = text(
+    "SELECT (SELECT signature IS NOT NULL FROM archiver.seals ORDER BY id DESC LIMIT 1),"
+    " (SELECT id FROM archiver.seals WHERE signature IS NOT NULL ORDER BY id DESC LIMIT 1)"
+)
+
+
+def _sealing(connection: Connection, every: int) -> Finding:
+    """Check that events are sealed in time, and signed if they once were."""
+    age = connection.scalar(_OLDEST_UNSEALED)
+    if age is None or age < max(LATE_SEALS * every, MIN_LATE_SECONDS):
+        is_signed, latest_signed = connection.execute(_SIGNED).one()
+        if is_signed or latest_signed is None:
+            return Finding("seals", "ok", "Every event is sealed in time.")
+        return Finding(
+            "seals",
+            "warning",
+            f"Seals after {latest_signed} are not signed, though those up to it are.",
+            "Give ARCHIVER_SEAL_KEY to every `serve` and `worker`; where the key was given up see docs/seals.md.",
+        )
+    return Finding(
+        "seals",
+        "warning",
+        f"An event that came {age / 60:,.0f} minutes ago is not sealed.",
+        "Let a worker run (`archiver serve` without --no-worker, or `archiver worker`) and see its log; or run"
+        " `archiver seal` now. It waits while archiver.events is vacuumed.",
+    )
+
+
+def _privileges(connection: Connection) -> Finding:
+    user = _user(connection)
+    if roles.missing(connection, roles.WRITER, user):
+        if not roles.missing(connection, roles.AUDITOR, user):
+            detail = "This database user may verify, prove and export, but not write the archive."
+            return Finding("privileges", "warning", detail, "Let `serve` and `worker` use another.")
+        return _lacking(connection, "This database user may not write the archive.")
+    return Finding("privileges", "ok", "This database user may write the archive.")
+
+
+def _lacking(connection: Connection, detail: str) -> Finding:
+    user = _user(connection)
+    if roles.WRITER in roles.existing(connection):
+        advice = f'As an administrator: GRANT {roles.WRITER} TO "{user}";'
+        if roles.AUDITOR in roles.existing(connection):
+            advice += f" For commands that only read, such as status, verify and export: {roles.AUDITOR}."
+        return Finding("privileges", "failure", detail, advice)
+    missing = roles.missing(connection, roles.WRITER, user)
+    return Finding("privileges", "failure", detail, f"As its owner: {'; '.join(missing)};")
+
+
+def _user(connection: Connection) -> str:
+    return str(connection.scalar(text("SELECT current_user")))
+
+
+def _roles(connection: Connection) -> Finding:
+    result = roles.existing(connection)
+    if absent := [name for name in roles.NEEDED if name not in result]:
+        return Finding(
+            "roles",
+            "warning",
+            f"The roles {', '.join(absent)} do not exist, so users cannot be given minimal rights.",
+            "As an administrator run deploy/roles.sql; then run `archiver migrate` again.",
+        )
+    return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
+
+
+def _outbox(connection: Connection) -> Finding | None:
+    """Check that changes are published; None if this user cannot see it."""
+    if not connection.scalar(text("SELECT has_table_privilege('archiver.outbox', 'SELECT')")):
+        return None
+    waiting = feed.select_backlog(connection)
+    if not waiting.is_overdue(datetime.now(UTC)):
+        return Finding("changes", "ok", "Changes are published when they are committed.")
+    detail = f"Changes of {waiting.transactions:,} transactions wait since {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
+    return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
+
+
+def _workers(connection: Connection) -> Iterator[Finding]:
+    """Check that a worker runs, and report each failing or hanging duty."""
+    if not heartbeats.may_select(connection):
+        return  # what is missing is found above
+    workers = heartbeats.select_workers(connection)
+    running = [each for each in workers if each.is_fresh]
+    for each in running:
+        for name, report in each.faulty.items():
+            place, reason = f"on {each.host} (process {each.pid})", report.reason.rstrip(".")
+            detail = f"{report.state} {place} since {report.since:%Y-%m-%d %H:%M:%S} UTC: {reason}."
+            detail += f" It was started again {report.restarts:,} times." if report.restarts else ""
+            yield Finding(
+                f"duty {name}", "failure", detail, "Fix the cause that the reason names; see the worker's log."
+            )
+    ended = [each for each in workers if not each.is_fresh]
+    if not running:
+        detail = f"No worker has reported in the last {heartbeats.FRESH_SECONDS:.0f} seconds."
+        if ended:
+            last = max(ended, key=lambda each: each.beat_at)
+            detail += f" The last was process {last.pid} on {last.host}, at {last.beat_at:%Y-%m-%d %H:%M:%S} UTC."
+        yield Finding(
+            "worker", "warning", detail, "Start `archiver worker`, or `archiver serve` without --no-worker."
+        )
+    elif not any(each.faulty for each in running):
+        yield Finding("worker", "ok", f"{len(running):,} running, every duty of each works.")
+
+
+def _identity(configuration: Settings, connection: Connection, engine: Engine) -> Iterator[Finding]:
+    """Check that this database was served before."""
+    if not identity.may_select(connection):
+        return
+    guard = identity.Guard(configuration.home.resolve(), engine.url)
+    if reason := guard.examine(connection):
+        detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are received."
+        yield Finding("identity", "failure", detail, identity.ADVICE)
+    elif guard.unreadable:
+        yield Finding("identity", "warning", f"Not all can be checked of which database this is: {guard.unreadable}.")
+    else:
+        yield Finding("identity", "ok", "This database was served before, or it is new.")
+
+
+_LATE_SECONDS = 3_600
+
+
+def _followups(connection: Connection) -> Finding | None:
+    """Check that subscriptions get their deliveries; None without subscriptions."""
+    if not may_select_stats(connection):
+        return None  # missing rights are reported above
+    stats = select_stats(connection)
+    if not stats.subscriptions:
+        return None
+    summary = f"{stats.subscriptions:,} subscriptions, {stats.pending:,} deliveries pending"
+    wrong = list(_followup_problems(stats, select_failing(connection)))
+    if not wrong:
+        return Finding("follow-ups", "ok", f"{summary}.")
+    detail = "; ".join([summary, *(each for each, _ in wrong)])
+    return Finding("follow-ups", "warning", f"{detail}.", " ".join(advice for _, advice in wrong))
+
+
+def _followup_problems(stats: FollowupStats, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What is wrong with follow-ups, each with what to do."""
+    if stats.paused:
+        advice = "archiver followups list shows why they are paused; after fixing it: archiver followups resume ID."
+        yield f"{stats.paused:,} subscriptions are paused", advice
+    if failing:
+        advice = (
+            "archiver followups show ID shows since when one fails; to test its receiver: archiver followups test ID."
+        )
+        yield f"{len(failing):,} subscriptions fail: {name_failing(failing)}", advice
+    if stats.dead:
+        advice = (
+            "archiver followups deliveries --dead shows what was given up; archiver followups retry tries it again."
+        )
+        yield f"{stats.dead:,} were given up", advice
+    if stats.oldest_seconds > _LATE_SECONDS:
+        advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
+        yield f"a change of {stats.oldest_seconds / 3_600:,.1f} hours ago is not delivered", advice
+
+
+def _webhooks(connection: Connection) -> Finding:
+    """Check that webhooks still arrive, as far as histories can show."""
+    silence = overview.select_silence(connection)
+    if not silence.is_certain:
+        return Finding(
+            "webhooks", "ok", "Webhooks arrive: histories show no undelivered turns since the latest webhook."
+        )
+    detail = (
+        f"No webhook of a turn has arrived since {silence.since:%Y-%m-%d %H:%M:%S} UTC, although histories have shown"
+        f" {silence.turns:,} turns of {silence.sessions:,} sessions since."
+    )
+    return Finding("webhooks", "failure", detail, overview.ADVICE)
+
+
+# Each with how far ahead it may be: a lease lasts a minute at most, a retry waits for a day, a reading for the life
+# of its session.
+_AHEAD = text(
+    """
+    SELECT what, moment FROM (
+        SELECT 'the newest event', (SELECT received_at FROM archiver.events ORDER BY id DESC LIMIT 1), interval '0'
+        UNION ALL SELECT 'the newest seal', (SELECT sealed_at FROM archiver.seals ORDER BY id DESC LIMIT 1), '0'
+        UNION ALL SELECT 'the lease of a session', max(leased_until), interval '1 minute' FROM archiver.sessions
+        UNION ALL SELECT 'the lease of a subscription', max(leased_until), interval '1 minute'
+                    FROM archiver.subscriptions
+        UNION ALL SELECT 'the next reading of a session', max(reconcile_at),
+                         interval '1 day' + make_interval(secs => :lifetime) FROM archiver.sessions
+        UNION ALL SELECT 'the next attempt at a follow-up', max(due_at), interval '1 day'
+                    FROM archiver.deliveries WHERE state = 'pending'
+    ) AS times (what, moment, ahead)
+     WHERE moment > clock_timestamp() + ahead + interval '1 minute'
+    """
+)
+
+
+def _times_ahead(connection: Connection, lifetime: float) -> Finding:
+    """Check for due times that a clock running ahead has left."""
+    rows = connection.execute(_AHEAD, {"lifetime": lifetime}).all()
+    if not rows:
+        return Finding("times", "ok", "No due time in the database is implausibly far ahead.")
+    listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in rows)
+    advice = (
+        "A clock was ahead, of a machine or of the database: synchronise them (NTP). A worker ends such leases, and"
+        " makes such readings and attempts due, within minutes."
+    )
+    return Finding("times", "warning", f"These times are further ahead than they can be: {listed}.", advice)
+
+
+def _clock(connection: Connection, tolerance: int) -> Finding:
+    before = time.time()
+    server = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())::float8")) or 0)
+    skew = abs(server - (before + time.time()) / 2)
+    detail = f"This machine's clock and the database's differ by {skew:.1f} s."
+    if skew > _CLOCK_WARNING_SECONDS:
+        verdict: Verdict = "failure" if skew > tolerance else "warning"
+        return Finding(
+            "clock",
+            verdict,
+            detail,
+            "Synchronise both clocks (NTP): signature timestamps are checked against this machine's clock.",
+        )
+    return Finding("clock", "ok", detail)

@@ -1,0 +1,138 @@
+"""Checks that need no database: settings, CallHQ, disk."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+from archiver.history.callhq import CallError, PauseRequestedError, UnauthorizedError, printable, probe
+from archiver.inbound import signatures
+from archiver.inbound.spool import (
+    LOST,
+    MIN_ROOM_BYTES,
+    SPOOL_FOLDER,
+    SpoolError,
+    select_depth,
+    select_lost,
+    select_room,
+    select_unfit,
+    set_aside_files,
+)
+from archiver.operations.doctor.finding import Finding
+from archiver.settings import Settings, SettingsError, unknown_variables
+
+MIN_SECRET_LENGTH = 16  # characters
+
+
+def examine_settings(configuration: Settings) -> Iterator[Finding]:
+    """Check for unknown variables and weak secrets."""
+    for name, suggestion in unknown_variables():
+        advice = (
+            f"Is {suggestion} meant?"
+            if suggestion
+            else "Unset it, or see docs/settings.md for the name that is meant."
+        )
+        yield Finding("settings", "warning", f"{name} is no setting, and does nothing.", advice)
+    scheme = configuration.webhook_scheme
+    try:
+        signatures.verifier(configuration)
+    except SettingsError as error:
+        yield Finding("webhook secret", "failure", "Deliveries cannot be verified.", str(error))
+        return
+    if scheme == "none":
+        yield Finding(
+            "webhook secret",
+            "warning",
+            "Anyone who reaches the port can write to the archive.",
+            "Set ARCHIVER_WEBHOOK_SCHEME and ARCHIVER_WEBHOOK_SECRETS.",
+        )
+        return
+    key_ids = ", ".join(map(signatures.key_id, configuration.secrets))
+    detail = f"Scheme {scheme}; key_id of each secret, in their order: {key_ids}."
+    if any(len(secret) < MIN_SECRET_LENGTH for secret in configuration.secrets):
+        yield Finding(
+            "webhook secret",
+            "warning",
+            f"{detail} One is shorter than {MIN_SECRET_LENGTH} characters, and could be guessed.",
+            'Make a longer one: python3 -c "import secrets; print(secrets.token_urlsafe(32))"',
+        )
+    else:
+        yield Finding("webhook secret", "ok", detail)
+
+
+def examine_platform(configuration: Settings) -> Finding:
+    """Check with one call whether histories can be fetched."""
+    if not configuration.callhq_api_key.get_secret_value():
+        detail = "Histories are not read, and what webhooks lose stays lost: there is no key."
+        return Finding("CallHQ", "warning", detail, "Set CALLHQ_API_KEY, or CALLHQ_API_KEY_FILE.")
+    place = printable(configuration.callhq_api_url)
+    try:
+        asyncio.run(probe(configuration.callhq_api_url, configuration.callhq_api_key))
+    except SettingsError as error:
+        return Finding("CallHQ", "failure", "CallHQ cannot be reached.", str(error))
+    except UnauthorizedError:
+        advice = "Set CALLHQ_API_KEY to a valid key of the account whose chats are archived."
+        return Finding("CallHQ", "failure", f"{place} refuses the key.", advice)
+    except PauseRequestedError as error:
+        return Finding("CallHQ", "warning", f"{place} is busy. {error}", "Ask again later.")
+    except CallError as error:
+        advice = "Check CALLHQ_API_URL, which must be like https://api.callhq.ai/api, and that it can be reached."
+        return Finding("CallHQ", "failure", f"{place}: {error}", advice)
+    return Finding("CallHQ", "ok", f"{place} takes the key.")
+
+
+def examine_spool(configuration: Settings) -> Iterator[Finding]:
+    """Check whether the spool is usable, and what is left in it."""
+    folder = configuration.home.resolve() / SPOOL_FOLDER
+    try:
+        if configuration.spool == "off":
+            detail = "ARCHIVER_SPOOL is off: while Postgres is away events are refused, and may not be sent again."
+            yield Finding("spool", "warning", detail, "Unset it, unless another queue stands before this receiver.")
+        else:
+            yield _spool_room(folder, configuration.spool_bytes)
+        left = select_depth(folder)
+    except SpoolError as error:
+        yield Finding("spool", "failure", "While Postgres is unavailable, no event can be accepted.", str(error))
+        return
+    if left.events:
+        yield Finding(
+            "spooled",
+            "warning",
+            f"{left.events:,} events ({left.bytes / 1_000_000:,.1f} MB) wait in {folder} for Postgres.",
+            "`archiver serve` with this ARCHIVER_HOME archives them once Postgres takes events:"
+            " if it runs, see its log and /readyz, else start it.",
+        )
+    if (lost := select_lost(folder)).since is not None:
+        yield Finding(
+            "spool losses",
+            "failure",
+            f"{lost.events:,} acknowledged events are lost since {lost.since:%Y-%m-%d %H:%M:%S} UTC: a disk"
+            f" or a person took them from {folder}.",
+            "Run `archiver backfill`, which reads the histories of their sessions; check the disk of ARCHIVER_HOME;"
+            f" then remove {folder / LOST}.",
+        )
+    if unfit := select_unfit(folder):
+        yield Finding(
+            "spool files",
+            "warning",
+            f"Not files, so that others are used in their place: {', '.join(map(str, unfit))}.",
+            "Remove them.",
+        )
+    if damaged_files := set_aside_files(folder):
+        yield Finding(
+            "spool files",
+            "warning",
+            f"Damaged, and archived as far as they could be read: {', '.join(map(str, damaged_files))}.",
+            "Check the disk; then remove them, for they may hold content.",
+        )
+
+
+def _spool_room(folder: Path, required: int) -> Finding:
+    room = select_room(folder)
+    text = f"{folder} can be written, with room for {room / 1_000_000:,.1f} MB"
+    if room < MIN_ROOM_BYTES:
+        advice = "Make room on the disk of ARCHIVER_HOME, or let ARCHIVER_HOME name a larger one."
+        return Finding("spool", "failure", f"The disk of {folder} is full.", advice)
+    if room < required:
+        advice = "Make room on that disk, or set ARCHIVER_SPOOL_BYTES to what it should take at most."
+        return Finding("spool", "warning", f"{text}, less than ARCHIVER_SPOOL_BYTES ({required:,}).", advice)
+    return Finding("spool", "ok", f"{text}.")

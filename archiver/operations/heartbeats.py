@@ -1,0 +1,128 @@
+"""The tables `workers` and `duties`: latest reports, and starts of shared duties."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+from sqlalchemy import Connection, text
+
+from archiver import __version__
+from archiver.telemetry import duty_health as duties
+from archiver.telemetry.duty_health import Report
+
+BEAT_SECONDS = 5.0
+FRESH_SECONDS = 30.0  # a worker that reported within this time is running
+_KEPT_DAYS = 1  # for which a worker that ended without a word is still shown
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """One worker process as it last reported. `age`: seconds since then, on Postgres' clock."""
+
+    id: str
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    beat_at: datetime
+    age: float
+    duties: dict[str, Report]
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is running, as far as its reports say."""
+        return -FRESH_SECONDS < self.age < FRESH_SECONDS
+
+    @property
+    def faulty(self) -> dict[str, Report]:
+        """Its duties that need an operator."""
+        return {name: report for name, report in self.duties.items() if report.is_faulty}
+
+
+_UPSERT = text(
+    """
+    INSERT INTO archiver.workers (id, host, pid, version, started_at, beat_at, duties)
+    VALUES (:id, :host, :pid, :version, :started_at, clock_timestamp(), CAST(:duties AS json))
+    ON CONFLICT (id) DO UPDATE SET beat_at = excluded.beat_at, duties = excluded.duties
+    """
+)
+
+
+class Process(msgspec.Struct, frozen=True):
+    """Who reports: this process."""
+
+    id: str
+    host: str = msgspec.field(default_factory=socket.gethostname)
+    pid: int = msgspec.field(default_factory=os.getpid)
+    version: str = __version__
+    started_at: datetime = msgspec.field(default_factory=lambda: datetime.now(UTC))
+
+
+def upsert_worker(connection: Connection, process: Process, reports: Mapping[str, Report]) -> None:
+    """Record what a worker reports, at Postgres' time."""
+    values = msgspec.structs.asdict(process) | {"duties": duties.as_text(reports)}
+    connection.execute(_UPSERT, values)
+
+
+def delete_worker(connection: Connection, worker_id: str) -> None:
+    """Forget a worker that ended as it should."""
+    connection.execute(text("DELETE FROM archiver.workers WHERE id = :id"), {"id": worker_id})
+
+
+_DELETE_OLD = text(
+    "DELETE FROM archiver.workers WHERE beat_at < clock_timestamp() - make_interval(days => :days)"
+).bindparams(days=_KEPT_DAYS)
+
+
+def delete_old(connection: Connection) -> None:
+    """Forget workers that have not reported for a day."""
+    connection.execute(_DELETE_OLD)
+
+
+_SELECT = text(
+    """
+    SELECT id, host, pid, version, started_at, beat_at,
+           extract(epoch FROM clock_timestamp() - beat_at)::float8 AS age, CAST(duties AS text) AS duties
+      FROM archiver.workers ORDER BY host, pid, id LIMIT 1000
+    """
+)
+
+
+# By object id: a name cannot be looked up in a schema that one may not enter.
+_MAY_SELECT = text(
+    """
+    SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'archiver' AND c.relname = 'workers'
+    """
+)
+
+
+def may_select(connection: Connection) -> bool:
+    """Whether this user may read what workers report; False where the schema is older, too."""
+    return bool(connection.scalar(_MAY_SELECT))
+
+
+def select_workers(connection: Connection) -> Sequence[Worker]:
+    """Return what every worker last reported."""
+    return [
+        Worker(**{**row, "duties": duties.parse(row["duties"])}) for row in connection.execute(_SELECT).mappings()
+    ]
+
+
+# A time in the future was written while Postgres' clock was ahead: it counts as long ago.
+_CLAIM = text(
+    """
+    INSERT INTO archiver.duties (name, begun_at) VALUES (:name, clock_timestamp())
+    ON CONFLICT (name) DO UPDATE SET begun_at = excluded.begun_at
+     WHERE duties.begun_at <= excluded.begun_at - make_interval(secs => :seconds)
+        OR duties.begun_at > excluded.begun_at
+    RETURNING 1
+    """
+)
+
+
+def claim(connection: Connection, name: str, seconds: float) -> bool:
+    """Begin a duty that one worker at a time does: False where another began it within so many seconds."""
+    return connection.scalar(_CLAIM, {"name": name, "seconds": seconds}) is not None

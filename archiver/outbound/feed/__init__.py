@@ -1,0 +1,32 @@
+"""The change feed: committed changes, published in a fixed order for readers with a cursor."""
+
+from archiver.outbound.feed.publisher import Publisher
+from archiver.outbound.feed.publishing import CHANNEL, publish
+from archiver.outbound.feed.reading import (
+    ADVICE,
+    Backlog,
+    Entry,
+    Extent,
+    FeedEpoch,
+    select_backlog,
+    select_changes,
+    select_epochs,
+    select_extent,
+)
+from archiver.outbound.feed.retention import delete_old
+
+__all__ = [
+    "ADVICE",
+    "CHANNEL",
+    "Backlog",
+    "Entry",
+    "Extent",
+    "FeedEpoch",
+    "Publisher",
+    "delete_old",
+    "publish",
+    "select_backlog",
+    "select_changes",
+    "select_epochs",
+    "select_extent",
+]

@@ -1,0 +1,207 @@
+"""Check receiver addresses against SSRF after name resolution, at every connection.
+
+The connection is made to the very address that was checked, so that a name that resolves to something else a moment
+later gains nothing.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from time import monotonic
+from typing import Any, Literal
+
+import httpcore2
+import httpx2
+import msgspec
+
+from archiver.outbound.followups.verified_stream import VerifiedStream
+
+Address = IPv4Address | IPv6Address
+Reach = Literal["public", "private", "forbidden"]
+Resolve = Callable[[str, int], Sequence[str]]
+
+CONNECT_SECONDS = 5.0
+MAX_LOOKUPS = 2  # at a time for one subscription: a name server that hangs keeps no other waiting
+MAX_URL = 2_000  # characters
+
+
+class AddressRefusedError(Exception):
+    """A URL or address that follow-ups must not use; the message says why and what helps."""
+
+
+class HostNotFoundError(Exception):
+    """The host name cannot be resolved at present."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A receiver: what a URL says, taken apart once. `target` is path and query."""
+
+    scheme: str
+    host: str
+    port: int
+    target: bytes
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether it speaks TLS."""
+        return self.scheme == "https"
+
+    @property
+    def authority(self) -> str:
+        """Host and port, as the header `Host` has them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def origin(self) -> str:
+        """Return scheme, host and port, for logs and the audit log: path and query may hold a token."""
+        return f"{self.scheme}://{self.authority}"
+
+
+def endpoint(url: str) -> Endpoint:
+    """What the URL says. Raises `AddressRefusedError`, without quoting it: it may hold a password."""
+    if len(url) > MAX_URL:
+        raise AddressRefusedError(f"The URL is longer than {MAX_URL} characters.")
+    if any(each.isspace() or not each.isprintable() for each in url):
+        raise AddressRefusedError("The URL contains a space or a control character: write %20 for a space.")
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        raise AddressRefusedError("This is not a URL: write https://HOST/PATH.") from None
+    if parsed.scheme not in {"http", "https"} or not parsed.raw_host:
+        raise AddressRefusedError("The URL must be like https://HOST/PATH.")
+    if parsed.userinfo:
+        raise AddressRefusedError(
+            "The URL contains a user or a password. Remove it: signatures authenticate deliveries."
+        )
+    if parsed.fragment:
+        raise AddressRefusedError("The URL contains a fragment (#...), which is never sent. Remove it.")
+    port = parsed.port if parsed.port is not None else _PORTS[parsed.scheme]
+    if port not in range(1, 65_536):
+        raise AddressRefusedError("The URL's port must be from 1 to 65535.")
+    return Endpoint(parsed.scheme, parsed.raw_host.decode("ascii"), port, parsed.raw_path)
+
+
+_PORTS = {"http": 80, "https": 443}
+
+
+# Beyond what `ipaddress` knows to be not global, or knows in newer versions only.
+_FORBIDDEN = [ip_network(each) for each in ("0.0.0.0/8", "169.254.0.0/16", "240.0.0.0/4", "fe80::/10", "::/128")]
+_FORBIDDEN += [ip_network(each) for each in ("192.88.99.0/24", "fec0::/10", "3fff::/20", "64:ff9b:1::/48")]
+# Metadata services of clouds: credentials for any request from inside, some of them at public addresses.
+_FORBIDDEN += [ip_network(each) for each in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.0/24")]
+_FORBIDDEN += [ip_network(each) for each in ("fd00:ec2::/32", "fd20:ce::254/128")]
+# 6to4 and Teredo: given up, and who forwards them is anybody's guess.
+_FORBIDDEN += [ip_network(each) for each in ("2002::/16", "2001::/32")]
+_PRIVATE = [ip_network(each) for each in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
+_PRIVATE += [ip_network(each) for each in ("100.64.0.0/10", "::1/128", "fc00::/7")]
+_UNICAST = ip_network("2000::/3")  # all that has been given out of IPv6
+_NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
+
+
+def reach(address: Address) -> Reach:
+    """Return whether an address is public, private or forbidden."""
+    inner = _inner(address)
+    if inner is None:
+        return _reach(address)
+    values = {reach(inner), _reach(address) if _is_isatap(address) else "public"}
+    return "forbidden" if "forbidden" in values else "private" if "private" in values else "public"
+
+
+def _reach(address: Address) -> Reach:
+    if any(address in network for network in _FORBIDDEN) or address.is_multicast:
+        return "forbidden"
+    if any(address in network for network in _PRIVATE):
+        return "private"
+    is_unicast = isinstance(address, IPv4Address) or address in _UNICAST
+    return "public" if address.is_global and is_unicast else "forbidden"
+
+
+def _inner(address: Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 address leads to."""
+    if isinstance(address, IPv4Address):
+        return None
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    is_loopback = address.is_loopback or address.is_unspecified
+    if address in _NAT64 or (address in _COMPATIBLE and not is_loopback) or _is_isatap(address):
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return None
+
+
+def _is_isatap(address: Address) -> bool:
+    """Whether it is …:0:5efe:V4 or …:200:5efe:V4 (RFC 5214, 6.1), under a prefix that says something of its own."""
+    return address.version == 6 and int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE  # noqa: PLR2004
+
+
+def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) -> list[str]:
+    """These addresses, if something may be sent to every one of them. Raises `AddressRefusedError`."""
+    result = []
+    for text in addresses:
+        address = ip_address(text.partition("%")[0])
+        how = reach(address)
+        if how == "forbidden":
+            raise AddressRefusedError(f"{address} is an address that nothing is sent to.")
+        if how == "private" and not allow_private:
+            advice = "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true would let follow-ups go there"
+            raise AddressRefusedError(f"{address} is a private address; {advice}.")
+        if how == "public" and not is_encrypted:
+            raise AddressRefusedError(f"{address} is a public address: use https, so that deliveries are encrypted.")
+        result.append(str(address))
+    return result
+
+
+def resolve(host: str, port: int) -> Sequence[str]:
+    """The addresses of a host, as the system knows them. Blocks. Raises `HostNotFoundError`."""
+    try:
+        result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise HostNotFoundError(f"host not found: {host}") from None
+    return list(dict.fromkeys(str(info[4][0]) for info in result))
+
+
+class GuardedNetwork(httpcore2.AsyncNetworkBackend):
+    """The network as one subscription may use it."""
+
+    def __init__(self, *, is_encrypted: bool, allow_private: bool, resolve: Resolve = resolve) -> None:
+        self._is_encrypted, self._allow_private = is_encrypted, allow_private
+        self._resolve = resolve
+        self._network = httpcore2.AnyIOBackend()
+        # Of its own: the loop's would be shared with everybody who waits for a name.
+        self._threads = ThreadPoolExecutor(MAX_LOOKUPS, thread_name_prefix="names")
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # the name is the library's
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """To the first address that answers. Raises `AddressRefusedError`, `HostNotFoundError` and the library's
+        errors."""
+        result = await asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host, port)
+        addresses = check(result, is_encrypted=self._is_encrypted, allow_private=self._allow_private)
+        ends = monotonic() + (timeout or CONNECT_SECONDS)
+        failure: Exception = HostNotFoundError(f"host has no address: {host}")
+        for number, address in enumerate(addresses):
+            share = max(0.1, (ends - monotonic()) / (len(addresses) - number))
+            try:
+                return VerifiedStream(
+                    await self._network.connect_tcp(address, port, share, local_address, socket_options)
+                )
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+    def close(self) -> None:
+        """Close without waiting for name lookups."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def ssl_context() -> ssl.SSLContext:
+    """Certificates are verified against the system's authorities, and names against the URL's host."""
+    return httpx2.create_ssl_context()

@@ -1,0 +1,187 @@
+"""Views of subscriptions and deliveries for people, and retries."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, text
+
+from archiver.outbound.followups.deliveries import State
+from archiver.outbound.followups.schedule import ATTEMPTS
+
+# Never the secrets. What waits and fails was tried last of all; where nothing waits, the newest that were given up.
+_SHOW = text(
+    """
+    SELECT s.id, s.url, s.events, s.assistant_id, s.variable, s.value, s.contains, s.is_ordered, s.concurrency,
+           s.cursor, s.created_at,
+           CASE WHEN s.paused_at IS NOT NULL THEN 'paused' WHEN s.failures > 0 THEN 'failing' ELSE 'at work' END
+               AS state,
+           s.paused_at, s.pause_reason, s.failures, s.failing_since,
+           CASE WHEN s.closed_until > now() THEN s.closed_until END AS closed_until,
+           a.status AS last_status, a.fault AS last_fault,
+           (SELECT count(*) FROM archiver.deliveries d
+             WHERE d.subscription_id = s.id AND d.state = 'pending') AS pending,
+           (SELECT count(*) FROM archiver.deliveries d WHERE d.subscription_id = s.id AND d.state = 'dead') AS dead,
+           greatest(0, (SELECT coalesce(max(cursor), 0) FROM archiver.changes) - s.cursor) AS behind
+      FROM archiver.subscriptions s
+      LEFT JOIN LATERAL (
+               SELECT a.status, a.fault
+                 FROM (SELECT cursor, attempts FROM archiver.deliveries
+                        WHERE subscription_id = s.id AND state = 'pending' AND attempts > 0
+                        UNION ALL
+                       (SELECT cursor, attempts FROM archiver.deliveries
+                         WHERE subscription_id = s.id AND state = 'dead' ORDER BY cursor DESC LIMIT 100)) AS d
+                 JOIN archiver.attempts a
+                      ON a.subscription_id = s.id AND a.cursor = d.cursor AND a.number = d.attempts
+                WHERE s.failures > 0 ORDER BY a.at DESC LIMIT 1
+           ) AS a ON true
+     WHERE s.id = coalesce(CAST(:id AS bigint), s.id) ORDER BY s.id
+    """
+)
+
+
+def select_subscriptions(connection: Connection, subscription_id: int | None = None) -> list[dict[str, Any]]:
+    """All, or one: without their secrets, with their state and what they are behind.
+
+    `state` is "paused", "failing" or "at work"; `last_status` and `last_fault` are of the latest of the failures in a
+    row, and `closed_until` is when its receiver is asked again: each null where there is none.
+    """
+    return [dict(row) for row in connection.execute(_SHOW, {"id": subscription_id}).mappings()]
+
+
+def only(*, dead: bool, pending: bool) -> State | None:
+    """The state that is asked for; None: any."""
+    return "dead" if dead else "pending" if pending else None
+
+
+def select_failing(connection: Connection) -> list[dict[str, Any]]:
+    """Those at work whose latest attempt failed, as `select_subscriptions` has them."""
+    return [row for row in select_subscriptions(connection) if row["state"] == "failing"]
+
+
+def latest_fault(row: Mapping[str, Any]) -> str:
+    """Of one of `select_subscriptions`: such as "no_connection" or "503 not_2xx"; empty where nothing failed."""
+    return " ".join(str(row[name]) for name in ("last_status", "last_fault") if row[name] is not None)
+
+
+def name_failing(failing: Sequence[Mapping[str, Any]]) -> str:
+    """Some by their ids, each with its latest fault."""
+    names = [f"{row['id']} ({latest_fault(row)})" if latest_fault(row) else str(row["id"]) for row in failing]
+    more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+_MAX_NAMED = 5
+_LIST = """
+    SELECT d.subscription_id, d.cursor, d.type, d.session_id, d.chat_id, d.seal_id, d.changed_at, d.state, d.attempts,
+           d.due_at, d.ended_at, a.at AS attempted_at, a.seconds, a.status, a.fault, a.answer
+      FROM archiver.subscriptions s
+     CROSS JOIN LATERAL (
+               SELECT * FROM archiver.deliveries d WHERE d.subscription_id = s.id {of_state}
+                ORDER BY d.cursor DESC LIMIT :most
+           ) AS d
+      LEFT JOIN archiver.attempts a
+             ON a.subscription_id = d.subscription_id AND a.cursor = d.cursor AND a.number = d.attempts
+     {of_subscription} ORDER BY d.cursor DESC, d.subscription_id LIMIT :most
+"""
+
+
+def select_deliveries(
+    connection: Connection, *, subscription_id: int | None, state: State | None, limit: int
+) -> Sequence[RowMapping]:
+    """The newest ones, each with its latest attempt."""
+    values: dict[str, Any] = {"most": limit}
+    of_subscription = ""
+    if subscription_id is not None:
+        of_subscription, values["id"] = "WHERE s.id = :id", subscription_id
+    of_state = "" if state is None else f"AND d.state = '{state}'"
+    query = text(_LIST.format(of_state=of_state, of_subscription=of_subscription))
+    return connection.execute(query, values).mappings().all()
+
+
+_RETRY = """
+    UPDATE archiver.deliveries
+       SET state = 'pending', due_at = now(), ended_at = NULL, last_attempt = attempts + :attempts
+     WHERE {which} RETURNING cursor
+"""
+_RETRY_ONE = text(_RETRY.format(which="subscription_id = :id AND cursor = :cursor AND state IN ('dead', 'pending')"))
+_SELECT_ONE = text(
+    """
+    SELECT FROM archiver.deliveries d JOIN archiver.subscriptions s ON s.id = d.subscription_id
+     WHERE d.subscription_id = :id AND d.cursor = :cursor
+    """
+)
+_RETRY_DEAD = text(
+    _RETRY.format(
+        which="subscription_id = :id AND state = 'dead' AND cursor IN (SELECT cursor FROM archiver.deliveries"
+        " WHERE subscription_id = :id AND state = 'dead' ORDER BY cursor LIMIT :most)"
+    )
+)
+
+
+Retried = Literal["retried", "delivered", "unknown"]
+
+
+def retry(connection: Connection, subscription_id: int, cursor: int) -> Retried:
+    """Let one be tried now, with as many attempts as a new one, unless it is delivered, or there is none."""
+    values = {"id": subscription_id, "cursor": cursor}
+    if connection.execute(_RETRY_ONE, values | {"attempts": ATTEMPTS}).first() is not None:
+        return "retried"
+    return "unknown" if connection.execute(_SELECT_ONE, values).first() is None else "delivered"
+
+
+def retry_dead(connection: Connection, subscription_id: int, limit: int) -> int:
+    """The same for those that were given up, the oldest so many; answers how many there were."""
+    values = {"id": subscription_id, "most": limit, "attempts": ATTEMPTS}
+    return len(connection.execute(_RETRY_DEAD, values).all())
+
+
+class FollowupStats(msgspec.Struct, frozen=True):
+    """Statistics of follow-ups: counts, and the age in seconds of the oldest undelivered change."""
+
+    subscriptions: int
+    paused: int
+    failing: int
+    pending: int
+    dead: int
+    behind: int
+    oldest_seconds: float
+
+
+_STATS = text(
+    """
+    SELECT (SELECT count(*) FROM archiver.subscriptions) AS subscriptions,
+           (SELECT count(*) FROM archiver.subscriptions WHERE paused_at IS NOT NULL) AS paused,
+           (SELECT count(*) FROM archiver.subscriptions
+             WHERE paused_at IS NULL AND failures > 0) AS failing,
+           (SELECT count(*) FROM archiver.deliveries WHERE state = 'pending') AS pending,
+           (SELECT count(*) FROM archiver.deliveries WHERE state = 'dead') AS dead,
+           (SELECT coalesce(max(c.newest - s.cursor), 0)
+              FROM archiver.subscriptions s, (SELECT max(cursor) AS newest FROM archiver.changes) AS c
+             WHERE s.paused_at IS NULL) AS behind,
+           coalesce(extract(epoch FROM now() - least(
+               (SELECT min(d.changed_at) FROM archiver.deliveries d JOIN archiver.subscriptions s
+                    ON s.id = d.subscription_id WHERE d.state = 'pending' AND s.paused_at IS NULL),
+               (SELECT min(n.changed_at) FROM archiver.subscriptions s,
+                       LATERAL (SELECT changed_at FROM archiver.changes WHERE cursor > s.cursor
+                                 ORDER BY cursor LIMIT 1) AS n WHERE s.paused_at IS NULL))), 0) AS oldest_seconds
+    """
+)
+
+
+_MAY_SEE = text(
+    "SELECT bool_and(has_table_privilege(name, 'SELECT'))"
+    " FROM unnest(ARRAY['archiver.subscriptions', 'archiver.deliveries', 'archiver.attempts', 'archiver.changes'])"
+    " AS name"
+)
+
+
+def may_select_stats(connection: Connection) -> bool:
+    """Return whether this user may read it: auditors may not read tables with secrets."""
+    return bool(connection.scalar(_MAY_SEE))
+
+
+def select_stats(connection: Connection) -> FollowupStats:
+    """Exact; reads what is pending and what is dead."""
+    row = connection.execute(_STATS).mappings().one()
+    return FollowupStats(**{**row, "oldest_seconds": float(row["oldest_seconds"])})

@@ -1,0 +1,188 @@
+"""One delivery attempt: a POST without redirects, proxies or cookies."""
+
+import asyncio
+import ssl
+from datetime import UTC, datetime
+from time import monotonic, time
+from types import TracebackType
+from typing import Literal, Self
+
+import httpcore2
+import msgspec
+import structlog
+
+from archiver import telemetry
+from archiver.outbound.followups import guard, signing
+from archiver.outbound.followups.guard import (
+    AddressRefusedError,
+    Endpoint,
+    GuardedNetwork,
+    HostNotFoundError,
+    Resolve,
+    resolve,
+)
+from archiver.outbound.followups.schedule import retry_after
+from archiver.outbound.followups.signing import SecretError
+from archiver.outbound.followups.subscriptions import Subscription
+from archiver.outbound.followups.verified_stream import VerifiedStream
+
+log = structlog.get_logger(__name__)
+
+SECONDS = 15.0  # for an attempt, to the last byte of its answer
+MAX_ANSWER_BYTES = 65_536  # bytes of an answer
+MAX_PARTS = 256  # of an answer: each chunk of an answer in chunks is one
+KEPT = 256  # bytes of an answer
+IDLE_SECONDS = 4.0  # that a connection is kept unused: less than servers keep it
+GONE = 410
+
+Fault = Literal[
+    "refused_address",  # it resolves to where nothing may be sent
+    "unknown_host",
+    "no_connection",
+    "bad_certificate",  # or no TLS at all
+    "timeout",
+    "broken_answer",  # ended early, or is no HTTP
+    "failed_here",
+    "bad_secret",  # it is damaged in the database
+    "redirect",
+    "not_2xx",
+]
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """Result of an attempt: `status` if there was a response, `fault` unless it was 2xx, first bytes of the body.
+
+    `retry_after`: seconds that the receiver asks for.
+    """
+
+    at: datetime
+    seconds: float
+    status: int | None = None
+    fault: Fault | None = None
+    answer: bytes = b""
+    retry_after: float | None = None
+
+    @staticmethod
+    def refused() -> "Attempt":
+        """One that was not made."""
+        return Attempt(datetime.now(UTC), 0.0, fault="refused_address")
+
+
+class Transport:
+    """The connections to one receiver; use as `async with`."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        concurrency: int,
+        allow_private: bool,
+        seconds: float = SECONDS,
+        trusted: ssl.SSLContext | None = None,
+        resolve: Resolve = resolve,
+    ) -> None:
+        self._endpoint, self._seconds = endpoint, seconds
+        self._network = GuardedNetwork(
+            is_encrypted=endpoint.is_encrypted, allow_private=allow_private, resolve=resolve
+        )
+        self._url = httpcore2.URL(
+            scheme=endpoint.scheme, host=endpoint.host, port=endpoint.port, target=endpoint.target
+        )
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=trusted or guard.ssl_context(),
+            max_connections=concurrency,
+            keepalive_expiry=IDLE_SECONDS,
+            network_backend=self._network,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End every connection."""
+        self._network.close()
+        await self._pool.aclose()
+
+    async def send(self, subscription: Subscription, message_id: str, body: bytes) -> Attempt:
+        """One POST, signed now."""
+        began, started = datetime.now(UTC), monotonic()
+
+        def ended(**what: object) -> Attempt:
+            return msgspec.structs.replace(Attempt(began, monotonic() - started), **what)
+
+        try:
+            headers = {
+                "host": self._endpoint.authority,
+                "content-type": "application/json",
+                "user-agent": "callhq-archiver",
+                "accept-encoding": "identity",
+                **signing.sign(subscription.keys(began), message_id, int(time()), body),
+            }
+            async with asyncio.timeout(self._seconds):
+                return ended(**await self._exchange(headers, body))
+        except TimeoutError:
+            return ended(fault="timeout")
+        except Exception as error:  # noqa: BLE001  # any error must count as an attempt, or it would be retried forever
+            return ended(fault=_fault(error))
+
+    async def _exchange(self, headers: dict[str, str], body: bytes) -> dict[str, object]:
+        async with self._pool.stream("POST", self._url, headers=list(headers.items()), content=body) as response:
+            stream = response.extensions.get("network_stream")
+            if isinstance(stream, VerifiedStream):
+                stream.begin_body()
+            answer, parts = bytearray(), 0
+            async for part in response.aiter_stream():
+                answer += part
+                parts += 1
+                if (
+                    len(answer) >= MAX_ANSWER_BYTES or parts >= MAX_PARTS
+                ):  # what is left of it unread ends the connection
+                    break
+            else:
+                if isinstance(stream, VerifiedStream):
+                    stream.settle(bytes(answer))
+            header_values = {name.lower(): value for name, value in response.headers}
+            return {
+                "status": response.status,
+                "fault": _judge(response.status),
+                "answer": bytes(answer[:KEPT]),
+                "retry_after": retry_after(
+                    header_values.get(b"retry-after", b"").decode("latin-1"), datetime.now(UTC)
+                ),
+            }
+
+
+def _judge(status: int) -> Fault | None:
+    if status in range(200, 300):
+        return None
+    return "redirect" if status in range(300, 400) else "not_2xx"
+
+
+_FAULTS: tuple[tuple[type[Exception], Fault], ...] = (
+    (AddressRefusedError, "refused_address"),
+    (HostNotFoundError, "unknown_host"),
+    (httpcore2.TimeoutException, "timeout"),
+)
+
+
+def _fault(error: Exception) -> Fault:
+    """What an error of an attempt is called."""
+    for kind, fault in _FAULTS:
+        if isinstance(error, kind):
+            return fault
+    if isinstance(error, httpcore2.ConnectError):
+        # The library keeps what it was made of as its argument.
+        is_about_tls = any(isinstance(each, ssl.SSLError) for each in error.args)
+        return "bad_certificate" if is_about_tls else "no_connection"
+    if isinstance(error, httpcore2.ProtocolError | httpcore2.NetworkError):
+        return "broken_answer"
+    telemetry.followup_defects.inc()
+    if isinstance(error, SecretError):
+        return "bad_secret"
+    log.error("delivery attempt failed locally", exc_info=(type(error), error, error.__traceback__))
+    return "failed_here"

@@ -1,0 +1,179 @@
+"""Faults of webhooks and history calls. Seeded and pure.
+
+The draw for a webhook depends on the seed, the chat's id and the kind of event, that for a history call on the seed,
+the session's id and the number of the call, never on what happened before: the same conversations meet the same
+faults at any concurrency.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from archiver.simulator.seeds import seeded
+
+CREATED = "chat.created"
+DELETED = "chat.deleted"
+
+Fault = Literal[
+    "loss",
+    "duplicates",
+    "reorder",
+    "delay",
+    "deletion_before_creation",
+    "output_missing_at_creation",
+    "bare_deletion",
+]
+HistoryFault = Literal[
+    "missing",
+    "gone",
+    "empty",
+    "partial",
+    "busy",
+    "error",
+    "slow",
+    "hanging",
+    "garbage",
+    "shape",
+]
+Expired = Literal["gone", "missing", "empty", "full"]
+
+_MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage")  # none of them contains content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """The probability of each fault, 0 to 1: for each webhook it can befall, each history call, or each assistant.
+
+    A history call meets one fault at most, so theirs add up to 1 at most. Raises `ValueError` for other values.
+    """
+
+    loss: float = 0.0  # never sent
+    duplicates: float = 0.0  # sent once or twice more, in a new envelope or in the same, at once or later
+    reorder: float = 0.0  # held until a later webhook of its session has arrived
+    delay: float = 0.0  # held for a while
+    deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if one comes
+    output_missing_at_creation: float = 0.0  # sent without output first, then again with it and a newer updatedAt
+    bare_deletion: float = 0.0  # the deletion contains the chat id alone, not even its session
+
+    history_missing: float = 0.0  # 404, although the session is there
+    history_gone: float = 0.0  # 410, although the session is there
+    history_empty: float = 0.0  # no messages
+    history_partial: float = 0.0  # the first or the last messages are left out
+    history_busy: float = 0.0  # 429 with Retry-After, to this history call and to all others for a moment
+    history_error: float = 0.0  # 500
+    history_slow: float = 0.0  # answered after a while
+    history_hanging: float = 0.0  # not answered for longer than anybody waits
+    history_garbage: float = 0.0  # a body that is not JSON
+    history_shape: float = 0.0  # JSON of an unexpected shape
+
+    greeting: float = 0.0  # of assistants: each of their sessions begins with a greeting that belongs to no chat
+
+    lifetime: float | None = None  # seconds from a session's creation until its history has expired
+    expired: Expired = "gone"  # what a history call is answered then
+    keep_deleted: bool = False  # a deleted chat stays in the history
+    history_latency: float = 0.0  # seconds that each history answer takes
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.name not in _NO_PROBABILITY and not 0 <= getattr(self, each.name) <= 1:
+                raise ValueError(f"{each.name} is a probability, from 0 to 1")
+        if sum(getattr(self, f"history_{name}") for name in get_args(HistoryFault)) > _ALL:
+            raise ValueError("history_…: these probabilities add up to more than 1")
+
+
+_NO_PROBABILITY = frozenset({"seed", "lifetime", "expired", "keep_deleted", "history_latency"})
+_ALL = 1 + 1e-9  # shares that make 1 on paper
+
+
+def with_history_faults(faults: Faults, share: float) -> Faults:
+    """This share of all history calls meets a fault as well, each after which a retry finds everything."""
+    shares: dict[str, Any] = {f"history_{name}": share / len(_MIXED) for name in _MIXED}
+    return replace(faults, **shares)
+
+
+def history_fault(faults: Faults, session_id: str, call: int) -> HistoryFault | None:
+    """What befalls this call, the first being 1, for a session's history."""
+    left = seeded(faults.seed, "history", session_id, call).random()
+    for name in get_args(HistoryFault):
+        left -= getattr(faults, f"history_{name}")
+        if left < 0:
+            result: HistoryFault = name
+            return result
+    return None
+
+
+def has_greeting(faults: Faults, assistant_id: str) -> bool:
+    """Whether this assistant opens its sessions."""
+    return seeded(faults.seed, "greeting", assistant_id).random() < faults.greeting
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """One event as the platform means to send it. `copies` counts the sendings beyond the first."""
+
+    type: str
+    session_id: str
+    chat_id: str
+    chat: Mapping[str, Any]
+    faults: frozenset[Fault]
+    copies: int
+    copies_differ: bool
+    copies_at_once: bool
+    delay: float  # as a share of the longest delay
+
+
+def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
+    """The webhooks of a new chat; one, or two where its output came later."""
+    common: set[Fault] = set()
+    random = seeded(faults.seed, "created", chat["id"])
+    if random.random() < faults.deletion_before_creation:
+        common.add("deletion_before_creation")
+    if random.random() >= faults.output_missing_at_creation:
+        return [_webhook(faults, CREATED, chat, chat, common)]
+    common.add("output_missing_at_creation")
+    early = {**chat, "output": [], "status": "in_progress", "updatedAt": chat["createdAt"]}
+    if random.getrandbits(1):
+        del early["output"]
+    return [
+        _webhook(faults, CREATED, chat, chat_json, common, key=key)
+        for key, chat_json in (("early", early), ("late", chat))
+    ]
+
+
+def deleted(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
+    """The webhook of a deletion: it has no content, and sometimes only the id."""
+    random = seeded(faults.seed, "deleted", chat["id"])
+    is_bare = random.random() < faults.bare_deletion
+    names = ("id",) if is_bare else ("id", "sessionId", "assistantId")
+    chat_json = {name: chat[name] for name in names if name in chat}
+    return [_webhook(faults, DELETED, chat, chat_json, {"bare_deletion"} if is_bare else set())]
+
+
+def _webhook(
+    faults: Faults,
+    kind: str,
+    chat: Mapping[str, Any],
+    chat_json: Mapping[str, Any],
+    found: set[Fault],
+    *,
+    key: str = "",
+) -> Webhook:
+    random = seeded(faults.seed, kind, key, chat["id"])
+    drawn: dict[Fault, bool] = {
+        "loss": random.random() < faults.loss,
+        "duplicates": random.random() < faults.duplicates,
+        "reorder": random.random() < faults.reorder,
+        "delay": random.random() < faults.delay,
+    }
+    return Webhook(
+        type=kind,
+        session_id=chat.get("sessionId", ""),
+        chat_id=chat["id"],
+        chat=chat_json,
+        faults=frozenset(found | {name for name, happens in drawn.items() if happens}),
+        copies=random.choice((1, 1, 2)) if drawn["duplicates"] else 0,
+        copies_differ=bool(random.getrandbits(1)),
+        copies_at_once=bool(random.getrandbits(1)),
+        delay=random.uniform(0.2, 1.0),
+    )

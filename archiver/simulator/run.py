@@ -1,0 +1,212 @@
+"""The demo: a database, a real receiver, the simulated platform and its customers, and then the comparison."""
+
+import asyncio
+import contextlib
+import fcntl
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from pydantic import SecretStr
+from rich.console import Console
+
+from archiver import embedded
+from archiver.embedded import EmbeddedError, Postgres
+from archiver.inbound import signatures
+from archiver.settings import Settings
+from archiver.simulator import archive_reader, client, reconciliation, verdict
+from archiver.simulator.conversations import conversations
+from archiver.simulator.faults import Faults
+from archiver.simulator.invalid_deliveries import InvalidDelivery, Proof, invalid_deliveries
+from archiver.simulator.platform import Platform, create
+from archiver.simulator.receiver import ReceiverError, backfilled, receiving
+from archiver.simulator.serving import serving, stopping
+from archiver.simulator.upstream import Session
+from archiver.simulator.view import View
+from archiver.simulator.webhooks import Delivery, Record, Sender
+
+DATABASE = "archiver_demo"
+MAX_CONVERSATIONS = 10_000
+WEBHOOK_PATH = "/webhooks/callhq"
+LOOPBACK = "127.0.0.1"
+
+
+class DemoRunningError(Exception):
+    """Another demo runs in this folder. Stop it, or set ARCHIVER_HOME to another folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    conversations: int
+    faults: Faults
+    home: Path
+    exit_when_done: bool
+
+
+def run(
+    *,
+    exit_when_done: bool,
+    seed: int,
+    conversations: int,
+    loss: float,
+    duplicates: float,
+    home: Path,
+    console: Console,
+) -> int:
+    """Run the demo until Ctrl-C or SIGTERM, or to its end. `home` keeps the database between runs, emptied by each.
+
+    Gives 0 if the archive was what had been delivered to it, 1 if it was not, or if it was stopped before it could
+    be compared. Raises `ValueError` for a probability that is none, or more conversations than can be remembered.
+    """
+    if not 0 < conversations <= MAX_CONVERSATIONS:
+        raise ValueError(f"conversations: from 1 to {MAX_CONVERSATIONS}")
+    faults = Faults(
+        seed=seed,
+        loss=loss,
+        duplicates=duplicates,
+        reorder=0.1,
+        delay=0.05,
+        deletion_before_creation=0.2,
+        output_missing_at_creation=0.1,
+        bare_deletion=0.3,
+    )
+    return asyncio.run(_until_stopped(_Plan(conversations, faults, home, exit_when_done), View(console)))
+
+
+async def _until_stopped(plan: _Plan, view: View) -> int:
+    outcome = _Outcome()
+    demo = asyncio.create_task(_demo(plan, view, outcome))
+    with stopping(demo.cancel):
+        try:
+            await demo
+        except asyncio.CancelledError:
+            view.say("Stopped." if outcome.code is not None else "Stopped before the archive could be compared.")
+        except (EmbeddedError, ReceiverError, OSError, psycopg.Error) as error:
+            view.say(str(error))
+            return 1
+        except DemoRunningError:
+            view.say(str(DemoRunningError.__doc__))
+            return 1
+    return 1 if outcome.code is None else outcome.code
+
+
+@dataclass
+class _Outcome:
+    code: int | None = None  # None until the archive has been compared
+
+
+async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
+    record, secret = Record(), secrets.token_urlsafe(24)
+    signer = _signer(secret)
+    async with contextlib.AsyncExitStack() as stack:
+        _check_not_running(plan.home)
+        view.say("Starting Postgres …")
+        postgres = await stack.enter_async_context(_postgres(plan.home))
+        stack.enter_context(_lock_home(plan.home))
+        await asyncio.to_thread(_empty_database, postgres)
+        url = postgres.database_url(DATABASE)
+        view.say("Starting archiver serve …")
+        webhook_url = await stack.enter_async_context(receiving(url, secret, plan.home / "serve.log")) + WEBHOOK_PATH
+        sender = Sender(webhook_url, signer, record)
+        platform = Platform(sender, plan.faults, api_key=None)
+        api = await stack.enter_async_context(serving(create(platform), LOOPBACK, 0)) + "/api"
+        view.say(f"The simulated CallHQ at {api} sends its webhooks to {webhook_url}")
+        traffic = await _traffic(plan, view, api, sender)
+        holdings = await asyncio.to_thread(archive_reader.read, url)
+        problems = verdict.problems(traffic, holdings)
+        delivered = bool(traffic.accepted)
+        view.results(verdict.figures(traffic, holdings), "what was delivered", problems, has_delivered=delivered)
+        problems += await _reconcile(view, url, api, platform.upstream.sessions())
+        outcome.code = 1 if problems else 0
+        if not plan.exit_when_done:
+            psql = postgres.psql_command(DATABASE)
+            view.print_next_steps(receiver=webhook_url, secret=secret, api=api, psql=psql, database_url=url)
+            await asyncio.Event().wait()
+
+
+async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]) -> list[str]:
+    """Read every history back, and compare the archive with the platform itself."""
+    view.say("Reading the histories, to recover what webhooks lost …")
+    backfill = await backfilled(url, api, [session.id for session in sessions])
+    archived = await asyncio.to_thread(archive_reader.read_lines, url)
+    problems = reconciliation.differences(sessions, archived)
+    view.results(reconciliation.figures(archived, backfill), "the platform", problems)
+    return problems
+
+
+def _signer(secret: str) -> signatures.Verifier:
+    """Return default settings regardless of the environment, as the receiver is started without it."""
+    return signatures.verifier(Settings.model_construct(webhook_secrets=SecretStr(secret)))
+
+
+@contextlib.asynccontextmanager
+async def _postgres(home: Path) -> AsyncIterator[Postgres]:
+    """Start Postgres; a stop during the start waits for the thread, which cannot be interrupted."""
+    starting = asyncio.ensure_future(asyncio.to_thread(embedded.start, home))
+    try:
+        postgres = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(EmbeddedError):
+            await asyncio.to_thread((await starting).stop)
+        raise
+    try:
+        yield postgres
+    finally:
+        await asyncio.to_thread(postgres.stop)
+
+
+@contextlib.contextmanager
+def _lock_home(home: Path) -> Iterator[None]:
+    """Raises `DemoRunningError` where another demo uses this folder, whose database it would lose."""
+    with (home / "demo.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DemoRunningError from None
+        yield
+
+
+def _check_not_running(home: Path) -> None:
+    """The same before anything is started. Where there is no lock yet, or none for us, starting says why."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        if (home / "demo.lock").exists():
+            with _lock_home(home):
+                pass
+
+
+def _empty_database(postgres: Postgres) -> None:
+    name = sql.Identifier(DATABASE)
+    with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
+
+
+async def _traffic(plan: _Plan, view: View, api: str, sender: Sender) -> verdict.Run:
+    """Run all conversations and invalid deliveries until every webhook is answered or given up."""
+    started = time.monotonic()
+    with view.progress(plan.conversations, sender.record) as bar:
+        async with client.connect(api, "demo") as http, asyncio.TaskGroup() as group:
+            sending = group.create_task(_send_invalid(plan.faults.seed, sender))
+            script = conversations(plan.faults.seed, plan.conversations)
+            await client.run_all(client.Client(http), script, bar.advance)
+        await sender.drain()
+        bar.end()
+    answered = sending.result()
+    excluded = {id(delivery) for _, delivery in answered}
+    webhooks = [delivery for delivery in sender.record.deliveries if id(delivery) not in excluded]
+    return verdict.Run(webhooks, answered, time.monotonic() - started)
+
+
+async def _send_invalid(seed: int, sender: Sender) -> list[tuple[InvalidDelivery, Delivery]]:
+    signers: dict[Proof, signatures.Verifier | None] = {
+        "right": sender.verifier,
+        "wrong": _signer(secrets.token_urlsafe(24)),
+        "none": None,
+    }
+    return [
+        (invalid, await sender.send(invalid.body, signers[invalid.proof])) for invalid in invalid_deliveries(seed)
+    ]
