@@ -162,7 +162,7 @@ def let_time_pass(engine: Engine) -> None:
     """What waits to be tried again is due, and no receiver is left alone any more."""
     with transaction(engine) as connection:
         connection.execute(text("UPDATE archiver.deliveries SET due_at = now() WHERE state = 'pending'"))
-        connection.execute(text("UPDATE archiver.subscriptions SET closed_until = NULL, leased_until = NULL"))
+        connection.execute(text("UPDATE archiver.subscriptions SET open_until = NULL, leased_until = NULL"))
 
 
 def states(engine: Engine) -> dict[str, int]:

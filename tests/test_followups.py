@@ -273,7 +273,7 @@ def test_retry_after_is_honoured_for_all_that_waits(status: int, engine: Engine,
     with receiving() as receiver, sending(database_url):
         receiver.then(Response(status_code=status, headers={"retry-after": "3600"}))
         subscribe(engine, receiver.url, concurrency=1)
-        closed = "SELECT closed_until - now() > interval '59 minutes' FROM archiver.subscriptions"
+        closed = "SELECT open_until - now() > interval '59 minutes' FROM archiver.subscriptions"
         until(lambda: rows(engine, closed) == [(True,)], "it is left alone")
         due = "SELECT count(*) FROM archiver.deliveries WHERE due_at > now() + interval '59 minutes'"
         assert rows(engine, due) == [(1,)]
@@ -317,13 +317,13 @@ def test_a_receiver_that_fails_is_asked_with_one_at_a_time_and_nothing_is_used_u
     with receiving() as receiver, sending(database_url):
         receiver.always(500)
         subscribe(engine, receiver.url)
-        closed = "SELECT closed_until > now() FROM archiver.subscriptions"
+        closed = "SELECT open_until > now() FROM archiver.subscriptions"
         until(lambda: rows(engine, closed) == [(True,)], "it is left alone")
         until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
         limit = len(receiver.got)
         assert limit <= schedule.OPEN_AFTER_FAILURES + 4 * 4  # what had been read already
         for probe in range(1, 4):
-            execute(engine, "UPDATE archiver.subscriptions SET closed_until = now()")
+            execute(engine, "UPDATE archiver.subscriptions SET open_until = now()")
             until(lambda probe=probe: len(attempts(engine)) == limit + probe, "one more")  # type: ignore[misc]  # bound
             assert rows(engine, closed) == [(True,)]
         assert rows(engine, "SELECT max(attempts) FROM archiver.deliveries") == [(1,)]

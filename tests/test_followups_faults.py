@@ -30,7 +30,7 @@ def test_a_receiver_that_starts_late_gets_deliveries_within_seconds(engine: Engi
         subscription_id = subscribe(engine, f"http://127.0.0.1:{port}/")
         until(lambda: rows(engine, "SELECT failures FROM archiver.subscriptions") >= [(5,)], "it is cut off")
         until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
-        soon = "closed_until <= now() + 5 * power(2, failures - 5) * interval '1 second'"
+        soon = "open_until <= now() + 5 * power(2, failures - 5) * interval '1 second'"
         assert rows(engine, f"SELECT {soon} FROM archiver.subscriptions") == [(True,)]
         (row,) = listed(database_url, "list")
         assert (row["state"], row["last_status"], row["last_fault"]) == ("failing", None, "no_connection")
@@ -47,11 +47,11 @@ def test_what_was_under_way_when_it_was_cut_off_counts_no_probe(engine: Engine, 
         receiver.always(500)
         subscribe(engine, receiver.url, concurrency=20)
         until(lambda: len(receiver.got) == 20, "all hang")
-        execute(engine, "UPDATE archiver.subscriptions SET failures = 5, closed_until = now()")
+        execute(engine, "UPDATE archiver.subscriptions SET failures = 5, open_until = now()")
         receiver.hangs = False
         until(lambda: rows(engine, "SELECT count(*) FROM archiver.attempts") >= [(20,)], "all failed")
         until(
-            lambda: rows(engine, "SELECT closed_until > now() FROM archiver.subscriptions") == [(True,)], "left alone"
+            lambda: rows(engine, "SELECT open_until > now() FROM archiver.subscriptions") == [(True,)], "left alone"
         )
         ((failures,),) = rows(engine, "SELECT failures FROM archiver.subscriptions")
     assert failures <= 5 + 2  # those that ended in two turns at most
@@ -61,14 +61,15 @@ def test_a_test_that_is_taken_ends_the_wait(engine: Engine, database_url: str) -
     change(engine, ("chat.created", "s", "c"))
     with receiving() as receiver:
         subscribe(engine, receiver.url)
-        waits = "failures = 9, failing_since = now(), closed_until = now() + interval '15 minutes'"
+        waits = "failures = 9, failing_since = now(), open_until = now() + interval '15 minutes'"
         execute(engine, f"UPDATE archiver.subscriptions SET {waits}")
-        assert "left alone until" in output_of(followups(database_url, "show", "1"))
+        assert "circuit open until" in output_of(followups(database_url, "show", "1"))
         receiver.then(500)
         assert followups(database_url, "test", "1").returncode == 1
         assert listed(database_url, "show", "1")["failures"] == 9
         assert followups(database_url, "test", "1").returncode == 0
-        assert listed(database_url, "show", "1")["closed_until"] is None
+        shown = listed(database_url, "show", "1")
+        assert (shown["open_until"], shown["closed_until"]) == (None, None)
         with sending(database_url):
             until(lambda: states(engine) == {"delivered": 1}, "it is told at once")
         followups(database_url, "pause", "1", "--reason", "moving house")
@@ -81,8 +82,8 @@ def test_a_week_counts_from_the_first_failure_and_not_without_attempts(engine: E
     with receiving() as receiver:
         receiver.always(500)
         for failing in (
-            "failures = 1, failing_since = now() - interval '8 days', closed_until = now() - interval '8 days'",
-            "failures = 0, failing_since = NULL, closed_until = NULL",
+            "failures = 1, failing_since = now() - interval '8 days', open_until = now() - interval '8 days'",
+            "failures = 0, failing_since = NULL, open_until = NULL",
         ):
             subscription_id = subscribe(engine, receiver.url)
             execute(engine, f"UPDATE archiver.subscriptions SET {failing} WHERE id = {subscription_id}")

@@ -179,7 +179,7 @@ def test_an_answer_in_flight_does_not_undo_a_retry_after(engine: Engine, databas
         receiver.then(Response(status_code=429, headers={"retry-after": "3600"}), Slow(status_code=204))
         subscribe(engine, receiver.url, concurrency=2)
         until(lambda: states(engine) == {"delivered": 1, "pending": 1}, "both have ended")
-        closed = "SELECT closed_until > now() + interval '59 minutes' FROM archiver.subscriptions"
+        closed = "SELECT open_until > now() + interval '59 minutes' FROM archiver.subscriptions"
         assert rows(engine, closed) == [(True,)]
 
 
@@ -191,11 +191,11 @@ def test_a_receiver_that_fails_for_a_moment_is_asked_again_after_some_seconds(
         receiver.always(500)
         subscribe(engine, receiver.url)
         until(
-            lambda: rows(engine, "SELECT closed_until > now() FROM archiver.subscriptions") == [(True,)],
+            lambda: rows(engine, "SELECT open_until > now() FROM archiver.subscriptions") == [(True,)],
             "it is cut off",
         )
         until(lambda: rows(engine, "SELECT leased_by FROM archiver.subscriptions") == [(None,)], "all have ended")
-        assert rows(engine, "SELECT closed_until < now() + interval '6 seconds' FROM archiver.subscriptions") == [
+        assert rows(engine, "SELECT open_until < now() + interval '6 seconds' FROM archiver.subscriptions") == [
             (True,)
         ]
         receiver.then()

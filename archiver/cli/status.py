@@ -140,7 +140,7 @@ def _followup_stats(stats: FollowupStats) -> str:
 def _followups(stats: FollowupStats | None, failing: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if stats is None:
         return None
-    names = ("id", "failures", "failing_since", "closed_until", "last_status", "last_fault")
+    names = ("id", "failures", "failing_since", "open_until", "closed_until", "last_status", "last_fault")
     output = [{name: row[name] for name in names} for row in failing]
     return msgspec.structs.asdict(stats) | {"failing_subscriptions": output}
 

@@ -12,7 +12,7 @@ MAX_AHEAD = timedelta(hours=25)  # of a retry; a reading is due within the life 
 _MAKE_DUE = (
     "UPDATE archiver.sessions SET reconcile_at = :now WHERE reconcile_at > :beyond_reading",
     "UPDATE archiver.deliveries SET due_at = :now WHERE state = 'pending' AND due_at > :beyond",
-    "UPDATE archiver.subscriptions SET closed_until = :now WHERE closed_until > :beyond",
+    "UPDATE archiver.subscriptions SET open_until = :now WHERE open_until > :beyond",
     "UPDATE archiver.pauses SET until = :now WHERE until > :beyond",
     "UPDATE archiver_jobs.procrastinate_jobs SET scheduled_at = NULL WHERE status = 'todo' AND scheduled_at > :now",
 )

@@ -54,7 +54,7 @@ def _state(row: Mapping[str, Any]) -> str:
     latest = review.latest_fault(row)
     text += f": {latest}" if latest else ""
     return text + (
-        f"; left alone until {row['closed_until'].astimezone(UTC):%H:%M:%S} UTC" if row["closed_until"] else ""
+        f"; circuit open until {row['open_until'].astimezone(UTC):%H:%M:%S} UTC" if row["open_until"] else ""
     )
 
 

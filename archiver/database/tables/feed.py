@@ -92,7 +92,7 @@ subscriptions = Table(
         Time,
         comment="Start of the current series of failures; null if the latest attempt succeeded.",
     ),
-    Column("closed_until", Time, comment="End of the time for which the circuit breaker blocks deliveries."),
+    Column("open_until", Time, comment="End of the time for which the circuit breaker blocks deliveries."),
     Column("leased_by", Text, comment="Worker that holds the lease."),
     Column("leased_until", Time, comment="End of the lease."),
     PrimaryKeyConstraint("id", name="subscriptions_pkey"),

@@ -17,7 +17,7 @@ _SHOW = text(
            CASE WHEN s.paused_at IS NOT NULL THEN 'paused' WHEN s.failures > 0 THEN 'failing' ELSE 'at work' END
                AS state,
            s.paused_at, s.pause_reason, s.failures, s.failing_since,
-           CASE WHEN s.closed_until > now() THEN s.closed_until END AS closed_until,
+           CASE WHEN s.open_until > now() THEN s.open_until END AS open_until,
            a.status AS last_status, a.fault AS last_fault,
            (SELECT count(*) FROM archiver.deliveries d
              WHERE d.subscription_id = s.id AND d.state = 'pending') AS pending,
@@ -41,12 +41,14 @@ _SHOW = text(
 
 
 def select_subscriptions(connection: Connection, subscription_id: int | None = None) -> list[dict[str, Any]]:
-    """All, or one: without their secrets, with their state and what they are behind.
+    """Return all subscriptions, or one, without their secrets.
 
-    `state` is "paused", "failing" or "at work"; `last_status` and `last_fault` are of the latest of the failures in a
-    row, and `closed_until` is when its receiver is asked again: each null where there is none.
+    `state` is "paused", "failing" or "at work"; `last_status` and `last_fault` describe the latest consecutive
+    failure; `open_until` is the end of the time for which the circuit breaker blocks deliveries; `behind` counts the
+    changes of the feed after its cursor. Each is null if it does not apply.
     """
-    return [dict(row) for row in connection.execute(_SHOW, {"id": subscription_id}).mappings()]
+    found = connection.execute(_SHOW, {"id": subscription_id}).mappings()
+    return [{**row, "closed_until": row["open_until"]} for row in found]  # its name in earlier versions
 
 
 def only(*, dead: bool, pending: bool) -> State | None:

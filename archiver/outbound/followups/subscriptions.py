@@ -144,7 +144,7 @@ def pause(connection: Connection, subscription_id: int, reason: str) -> None:
     _change(connection, subscription_id, paused_at=datetime.now(UTC), pause_reason=reason)
 
 
-_HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "closed_until": None}
+_HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "open_until": None}
 
 
 def resume(connection: Connection, subscription_id: int) -> int:
@@ -187,7 +187,7 @@ _LEASE = text(
      WHERE id = :id AND paused_at IS NULL
        AND (leased_by = :owner OR leased_until IS NULL OR leased_until < now()
             OR leased_until > now() + 2 * :seconds * interval '1 second')
-    RETURNING *, extract(epoch FROM closed_until - now()) AS open_seconds,
+    RETURNING *, extract(epoch FROM open_until - now()) AS open_seconds,
               extract(epoch FROM now() - failing_since) AS failing_seconds
     """
 )
@@ -213,10 +213,10 @@ _SET_CIRCUIT = text(
     UPDATE archiver.subscriptions
        SET failures = :failures,
            failing_since = CASE WHEN :failures = 0 THEN NULL
-                                WHEN closed_until < now() - :idle * interval '1 second' THEN now()
+                                WHEN open_until < now() - :idle * interval '1 second' THEN now()
                                 ELSE coalesce(failing_since, now()) END,
-           closed_until = CASE WHEN :failures > 0 OR :wait > 0 OR closed_until > now()
-                               THEN greatest(closed_until, now() + :wait * interval '1 second') END
+           open_until = CASE WHEN :failures > 0 OR :wait > 0 OR open_until > now()
+                               THEN greatest(open_until, now() + :wait * interval '1 second') END
      WHERE id = :id
     """
 )
@@ -234,7 +234,7 @@ def set_circuit(connection: Connection, subscription_id: int, failures: int, wai
 _SELECT_BUSY = text(
     """
     SELECT s.id FROM archiver.subscriptions s
-     WHERE s.paused_at IS NULL AND coalesce(s.closed_until, '-infinity') <= now()
+     WHERE s.paused_at IS NULL AND coalesce(s.open_until, '-infinity') <= now()
        AND (s.leased_by = :owner OR s.leased_until IS NULL OR s.leased_until < now()
             OR s.leased_until > now() + 2 * :seconds * interval '1 second')
        AND (s.cursor < (SELECT max(cursor) FROM archiver.changes)
