@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 _IMPORTED = [
-    "archiver.cli",
+    "archiver.cli.failures",
     "uvicorn.lifespan.on",
     "uvicorn.protocols.http.httptools_impl",
     "archiver.http.connections",
@@ -30,8 +30,10 @@ import atexit, gc, importlib, json, os, signal, sys, traceback
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from archiver.cli import main
+from archiver.cli import COMMANDS, main
 
+for command, _ in COMMANDS.values():
+    importlib.import_module("archiver.cli." + command.split(":")[0])
 gc.freeze()
 
 

@@ -139,7 +139,10 @@ def test_the_http_page_names_every_key_that_the_parser_reads() -> None:
 
 def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, click.Command]]:
     result = []
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         result.append((f"{prefix} {name}", command))
         if isinstance(command, click.Group):
             result += commands(command, f"{prefix} {name}")

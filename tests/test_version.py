@@ -1,13 +1,16 @@
-"""`archiver --version`: version, commit and schema revision, at once."""
+"""`archiver --version` and `--help`, at once: they import little and cost little."""
 
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from archiver import __version__, version
+from archiver.cli import COMMANDS, cli
 from archiver.database import schema
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,6 +41,58 @@ def test_it_loads_nothing_but_the_standard_library() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "[]"
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """Return the CPU time of one run of Python, the least of five."""
+    times = []
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        times.append(usage.ru_utime + usage.ru_stime)
+    return min(times)
+
+
+@pytest.mark.parametrize("option", ["--version", "--help", "-h"])
+def test_version_and_help_cost_at_most_eight_times_the_cpu_of_an_empty_program(option: str) -> None:
+    assert cpu_seconds("-m", "archiver", option) <= 8 * cpu_seconds("-c", "pass")
+
+
+@pytest.mark.parametrize("option", ["--version", "--help", "-h"])
+def test_version_and_help_import_no_command(option: str) -> None:
+    program = (
+        "import atexit, sys; from archiver.cli import main;"
+        " atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr));"
+        f" sys.argv = ['archiver', {option!r}]; main()"
+    )
+    modules = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stderr.split()
+    assert {name for name in modules if name.startswith("archiver")} <= {
+        "archiver",
+        "archiver.cli",
+        "archiver.errors",
+        "archiver.version",
+    }
+    assert not {"sqlalchemy", "psycopg", "alembic", "rich", "msgspec", "pydantic", "structlog"} & set(modules)
+
+
+def test_the_help_has_the_first_sentence_of_each_command() -> None:
+    context = click.Context(cli)
+    assert list(COMMANDS) == sorted(COMMANDS)
+    for name, (_, summary) in COMMANDS.items():
+        command = cli.get_command(context, name)
+        assert command is not None
+        assert summary == command.get_short_help_str(limit=1000)
+
+
+def test_audit_has_an_older_name() -> None:
+    context = click.Context(cli)
+    assert cli.get_command(context, "acts") is cli.get_command(context, "audit")
 
 
 @pytest.mark.parametrize(

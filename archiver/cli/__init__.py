@@ -1,43 +1,99 @@
-"""The command line: parses arguments and prints results; loaded lazily."""
+"""The command line: parses arguments and prints results; a command is imported when it runs."""
 
 import codecs
 import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from io import RawIOBase, TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
 import click
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from archiver.cli.adopt import adopt
-from archiver.cli.backfill import command as backfill
-from archiver.cli.demo import demo, simulate
-from archiver.cli.erasure import command as erase
-from archiver.cli.export import command as export
-from archiver.cli.followups import followups
-from archiver.cli.holds import acts, hold
-from archiver.cli.quarantine import quarantine
-from archiver.cli.retention import command as retention
-from archiver.cli.seals import group as seals
-from archiver.cli.seals import prove, seal, verify
-from archiver.cli.serve import migrate, serve
-from archiver.cli.status import doctor, status
-from archiver.cli.worker import rebuild, worker
-from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
-from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE, LockTimeoutError
-from archiver.database.roles import AUDITOR, WRITER
-from archiver.database.schema import SchemaError
-from archiver.embedded import EmbeddedError
-from archiver.inbound.spool import SpoolError
-from archiver.settings import SettingsError
-from archiver.version import describe
+COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sentence of its help
+    "acts": ("holds:acts", "List the audit log, oldest first: what was done to the archive, by whom and why."),
+    "adopt": ("adopt:adopt", "Accept this database in place of the one that was served before."),
+    "audit": ("holds:acts", "List the audit log, oldest first: what was done to the archive, by whom and why."),
+    "backfill": ("backfill:command", "Read histories now, and repair what webhooks lost."),
+    "demo": ("demo:demo", "Run a demo on this machine: a database, the receiver and a simulated CallHQ."),
+    "doctor": ("status:doctor", "Check settings, spool, database, roles, schema and clock, and print remedies."),
+    "erase": (
+        "erasure:command",
+        "Erase sessions and turns permanently from ledger, archive and quarantine, and refuse later deliveries.",
+    ),
+    "export": ("export:command", "Export conversations with proofs of their origin, or check such an export."),
+    "followups": ("followups:followups", "Follow the change feed, or manage receivers of changes."),
+    "hold": ("holds:hold", "Legal holds: covered sessions are neither erased nor expired."),
+    "migrate": ("serve:migrate", "Bring the database's schema to the one that this version needs."),
+    "prove": ("seals:prove", "Print the proof, as JSON, that EVENT (an id of archiver.events) is in its seal."),
+    "quarantine": ("quarantine:quarantine", "Deliveries that were authentic but could not be archived."),
+    "rebuild": ("worker:rebuild", "Rebuild sessions, chats and messages from the ledger while the receiver runs."),
+    "retention": ("retention:command", "Expire content older than the retention settings allow."),
+    "seal": ("seals:seal", "Seal all settled rows now."),
+    "seals": ("seals:group", "The chain of seals."),
+    "serve": ("serve:serve", "Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C."),
+    "simulate": ("demo:simulate", "Run the simulated CallHQ platform alone."),
+    "status": ("status:status", "Show on one screen what the archive holds and what needs attention."),
+    "verify": (
+        "seals:verify",
+        "Check seals and ledger: each row against its seal, each body against its digest, each seal against its"
+        " chain.",
+    ),
+    "worker": ("worker:worker", "Run the background duties (histories, changes, seals, erasure) until SIGTERM."),
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(message=describe())
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command runs, and prints its help from `COMMANDS` alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command; return None if there is none of that name."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(f"archiver.cli.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of commands."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; what fails is printed and exits 1."""
+        from archiver.cli.failures import reported  # noqa: PLC0415  # with SQLAlchemy, which help does not need
+
+        with reported():
+            return super().invoke(ctx)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del param
+    if value:
+        from archiver.version import describe  # noqa: PLC0415  # reads files
+
+        click.echo(describe())
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def cli() -> None:
     """Keep every CallHQ conversation, once, in Postgres.
 
@@ -48,16 +104,6 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (
-    *(serve, worker, migrate, backfill, rebuild, quarantine),
-    *(seal, verify, prove, seals, erase, hold, retention, export, acts),
-    *(followups, adopt, status, doctor, demo, simulate),
-)
-for _command in _COMMANDS:
-    cli.add_command(_command)
-cli.add_command(acts, "audit")  # acts is the older name
-
-
 def main() -> None:
     """The `archiver` command."""
     try:
@@ -65,7 +111,7 @@ def main() -> None:
         _require_complete_writes()
         _require_text(sys.argv[1:])
         try:
-            _run()
+            cli()
         finally:
             sys.stdout.flush()  # here, where a failure can be reported
     except OSError as error:
@@ -75,7 +121,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # the reader closed the pipe
             sys.exit(1)
-        _fail(f"Cannot write: {error.strerror}.")
+        fail(f"Cannot write: {error.strerror}.")
 
 
 _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN}
@@ -120,58 +166,8 @@ def _require_text(arguments: Sequence[str]) -> None:
             sys.exit(2)
 
 
-def _run() -> None:
-    try:
-        cli()
-    except (SettingsError, SchemaError, EmbeddedError, SpoolError, LockTimeoutError) as error:
-        _fail(str(error))
-    except DBAPIError as error:
-        _end_if_interrupted(error)
-        _fail(_explain(error))
-    except (PoolTimeoutError, SQLAlchemyError) as error:
-        _end_if_interrupted(error)
-        _fail(
-            f"The database did not answer ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
-        )
-
-
-_AUDITING = ("verify", "prove", "seals", "export", "acts", "audit", "status")
-_AUDITING_PARTS = (("hold", "list"), ("quarantine", "list"), ("quarantine", "show"), ("erase", "--list"))
-
-
-def _role(arguments: Sequence[str]) -> str:
-    """Return the role that a refused command needs: auditor to read, writer to change."""
-    is_part = any(arguments[0] == command and part in arguments for command, part in _AUDITING_PARTS)
-    return AUDITOR if arguments[0] in _AUDITING or is_part else WRITER
-
-
-def _end_if_interrupted(error: BaseException) -> None:
-    """Exit if the error was caused by Ctrl-C rather than by the database."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KeyboardInterrupt):
-            click.echo("Aborted!", err=True)
-            sys.exit(1)
-        cause = cause.__cause__ or cause.__context__
-
-
-def _explain(error: DBAPIError) -> str:
-    text, state = str(error.orig).strip(), sqlstate(error)
-    if state == INSUFFICIENT_PRIVILEGE:
-        role = _role(sys.argv[1:])
-        return (
-            f"The database refused: {text.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
-            f" run GRANT {role} TO the_user; or see `archiver doctor`."
-        )
-    if is_untrusted(error):
-        return f"The database cannot be trusted: {text}\n{CERTIFICATE_ADVICE}"
-    # Without a SQLSTATE the message is the driver's, or the server's reason for refusing the connection.
-    is_from_server = state is not None or "FATAL: " in text
-    what = "refused" if is_from_server else "cannot be reached"
-    return f"The database {what}: {text}\nCheck DATABASE_URL, then run `archiver doctor`."
-
-
-def _fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
+    """Print what went wrong, and exit 1."""
     for line in message.splitlines():
         click.echo(f"archiver: {line}", err=True)
     sys.exit(1)

@@ -1,0 +1,69 @@
+"""Errors of a command: printed as sentences, with what helps."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from archiver.cli import fail
+from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
+from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE, LockTimeoutError
+from archiver.database.roles import AUDITOR, WRITER
+from archiver.database.schema import SchemaError
+from archiver.embedded import EmbeddedError
+from archiver.inbound.spool import SpoolError
+from archiver.settings import SettingsError
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Print an error of the archiver or the database, and exit 1."""
+    try:
+        yield
+    except (SettingsError, SchemaError, EmbeddedError, SpoolError, LockTimeoutError) as error:
+        fail(str(error))
+    except SQLAlchemyError as error:
+        _end_if_interrupted(error)
+        fail(_explain(error))
+
+
+_AUDITING = ("verify", "prove", "seals", "export", "acts", "audit", "status")
+_AUDITING_PARTS = (("hold", "list"), ("quarantine", "list"), ("quarantine", "show"), ("erase", "--list"))
+
+
+def _role(arguments: Sequence[str]) -> str:
+    """Return the role that a refused command needs: auditor to read, writer to change."""
+    is_part = any(arguments[0] == command and part in arguments for command, part in _AUDITING_PARTS)
+    return AUDITOR if arguments[0] in _AUDITING or is_part else WRITER
+
+
+def _end_if_interrupted(error: BaseException) -> None:
+    """Exit if the error was caused by Ctrl-C rather than by the database."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            click.echo("Aborted!", err=True)
+            sys.exit(1)
+        cause = cause.__cause__ or cause.__context__
+
+
+def _explain(error: SQLAlchemyError) -> str:
+    if not isinstance(error, DBAPIError):
+        return (
+            f"The database did not answer ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
+        )
+    text, state = str(error.orig).strip(), sqlstate(error)
+    if state == INSUFFICIENT_PRIVILEGE:
+        role = _role(sys.argv[1:])
+        return (
+            f"The database refused: {text.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
+            f" run GRANT {role} TO the_user; or see `archiver doctor`."
+        )
+    if is_untrusted(error):
+        return f"The database cannot be trusted: {text}\n{CERTIFICATE_ADVICE}"
+    # Without a SQLSTATE the message is the driver's, or the server's reason for refusing the connection.
+    is_from_server = state is not None or "FATAL: " in text
+    what = "refused" if is_from_server else "cannot be reached"
+    return f"The database {what}: {text}\nCheck DATABASE_URL, then run `archiver doctor`."
