@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 
 from archiver.compliance import erasure, export, seals
 from archiver.compliance.erasure import Criteria, Target
-from archiver.compliance.export import Finding, FolderError, Selection, UnknownError, reading
+from archiver.compliance.export import Finding, FolderError, Selection, UnknownSelectionError, reading
 from archiver.compliance.export.records import EventLine, is_plain
 from archiver.database import snapshot, transaction
 from tests.exports import KEY, NASTY, check, copied, fill, lines, make, reforge, rewrite
@@ -143,9 +143,9 @@ def test_each_session_alone_checks(archive: Engine, tmp_path: Path, session_id: 
 
 @on_one_version
 def test_unknown_selections_are_reported(archive: Engine, tmp_path: Path) -> None:
-    with pytest.raises(UnknownError, match="session no, nor"):
+    with pytest.raises(UnknownSelectionError, match="session no, nor"):
         make(archive, tmp_path / "one", Selection(["s1", "no", "nor"]))
-    with pytest.raises(UnknownError, match="no hold 7"):
+    with pytest.raises(UnknownSelectionError, match="no hold 7"):
         make(archive, tmp_path / "one", Selection(), hold_ids=[7])
     assert list(tmp_path.iterdir()) == []
 
@@ -166,7 +166,7 @@ def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path)
     assert (rows_found[1][4]["act"], rows_found[1][4]["manifest_sha256"]) == (rows_found[0][0], made.digest)
     assert rows_found[1][4]["events"] == made.manifest.counts.events
     assert "Premium" not in str(rows_found) + (tmp_path / "held" / "manifest.json").read_text()
-    with pytest.raises(UnknownError):
+    with pytest.raises(UnknownSelectionError):
         make(archive, tmp_path / "none", Selection(["none"]))
     kinds = [row[0] for row in rows(archive, "SELECT kind FROM archiver.acts WHERE kind ~ '^export' ORDER BY id")]
     assert kinds == ["export", "export.done", "export"]
@@ -698,7 +698,7 @@ def test_any_text_is_one_row_of_csv(tmp_path_factory: pytest.TempPathFactory, sa
 
 @on_one_version
 def test_everything_of_an_empty_archive_is_nothing(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(UnknownError):
+    with pytest.raises(UnknownSelectionError):
         make(engine, tmp_path / "empty")
     assert list(tmp_path.iterdir()) == []
 

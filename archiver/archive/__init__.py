@@ -22,6 +22,7 @@ from archiver.archive.facts import UNASSIGNED, Key
 from archiver.archive.outbox import Change
 from archiver.archive.sessions import derive
 from archiver.archive.turns import Fact, Turn, fold
+from archiver.errors import ArchiverError
 from archiver.events import responses
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
 MAX_SESSIONS_PER_CHAT = 50  # sessions of one chat
 
 
-class AmbiguousSessionError(Exception):
+class AmbiguousSessionError(ArchiverError):
     """An unassigned chat is known in too many sessions to be assigned."""
+
+    message = "An unassigned chat is known in too many sessions to be assigned."
 
 
 def project(

@@ -155,9 +155,6 @@ def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
                 bar.update(task, progress=f"{name}: {rows:,}")
 
             completed = export.make(engine, output, request, key, show_progress)
-    except (export.FolderError, export.UnknownError) as error:
-        click.echo(f"archiver: {error}", err=True)
-        sys.exit(1)
     except DBAPIError:
         if (output / "manifest.json").exists():  # else it would not have begun
             click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)

@@ -9,12 +9,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from archiver.cli import fail
 from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
-from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE, LockTimeoutError
+from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.database.roles import AUDITOR, WRITER
-from archiver.database.schema import SchemaError
-from archiver.embedded import EmbeddedError
-from archiver.inbound.spool import SpoolError
-from archiver.settings import SettingsError
+from archiver.errors import ArchiverError
 
 
 @contextmanager
@@ -22,7 +19,7 @@ def reported() -> Iterator[None]:
     """Print an error of the archiver or the database, and exit 1."""
     try:
         yield
-    except (SettingsError, SchemaError, EmbeddedError, SpoolError, LockTimeoutError) as error:
+    except ArchiverError as error:
         fail(str(error))
     except SQLAlchemyError as error:
         _end_if_interrupted(error)

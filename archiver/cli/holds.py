@@ -1,6 +1,5 @@
 """`archiver hold` and `archiver audit`: legal holds and the audit log."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,7 +16,7 @@ from archiver import database, settings
 from archiver.cli import connection
 from archiver.cli.output import Whole, console, counted
 from archiver.compliance import erasure, export
-from archiver.compliance.erasure import Criteria, HoldError
+from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Selection
 from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.ledger import audit_log as trail
@@ -107,12 +106,8 @@ def _covered_text(covered: tuple[int, int] | None) -> str:
 def release(*, hold_id: int, reason: str, actor: str | None) -> None:
     """Release a hold. Content that only this hold protected may be erased and expire from now on."""
     _check_reason(reason)
-    try:
-        with connection.ready(settings.read()) as engine, _changing(engine) as opened:
-            erasure.release_hold(opened, hold_id, actor or trail.actor(), reason)
-    except HoldError as error:
-        click.echo(f"archiver: {error}", err=True)
-        sys.exit(1)
+    with connection.ready(settings.read()) as engine, _changing(engine) as opened:
+        erasure.release_hold(opened, hold_id, actor or trail.actor(), reason)
     click.echo(f"Hold {hold_id} is released.")
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,10 +37,7 @@ def seal(as_json: bool) -> None:
         with database.transaction(engine) as opened:
             if reason := connection.identity_fault(configuration, engine, opened):
                 raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
-        try:
-            made = seals.seal(engine, key)
-        except (seals.LedgerBusyError, seals.BoundsError) as error:
-            raise settings.SettingsError(str(error)) from None
+        made = seals.seal(engine, key)
     if as_json:
         click.echo(_json([_seal_json(each) for each in made]))
         return
@@ -113,7 +110,7 @@ def verify(
                 on_progress=show_progress,
                 effort=seals.Parallelism(jobs or seals.usual_jobs()),
             )
-            with closing(verification) as item, _complete():
+            with closing(verification) as item:
                 for finding in item:
                     findings.append(finding)
                     if not as_json and len(findings) <= MAX_SHOWN_FINDINGS:
@@ -139,14 +136,6 @@ def _of_identity(opened: Connection, reason: str) -> list[Finding]:
     """The finding that the database is not the one served before, where there is a reason."""
     epoch = identity.select_epoch(opened) if reason else None
     return [Finding("epochs", epoch.id, "not_the_one_served")] if epoch else []
-
-
-@contextmanager
-def _complete() -> Iterator[None]:
-    try:
-        yield
-    except seals.HelperLostError as error:
-        raise settings.SettingsError(str(error)) from None
 
 
 def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
@@ -201,11 +190,7 @@ def prove(event: int) -> None:
     docs/seals.md has a script that checks such a proof without this program.
     """
     with connection.opened(settings.read()) as opened:
-        try:
-            proof = seals.prove(opened, event)
-        except seals.NotSealedError as error:
-            click.echo(f"archiver: {error}", err=True)
-            sys.exit(1)
+        proof = seals.prove(opened, event)
     click.echo(_json(proof.as_json()))
 
 

@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.database import explain, limit, limit_locks, run_in_transaction
+from archiver.errors import ArchiverError
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ _MAX_EPOCHS = 20  # databases and epochs that one ARCHIVER_HOME remembers
 ADVICE = "If this database takes over, run `archiver adopt`; otherwise let DATABASE_URL name the one served before."
 
 
-class ForeignDatabaseError(Exception):
+class ForeignDatabaseError(ArchiverError):
     """The database is not the one served before; the message says why."""
 
 
@@ -211,8 +212,8 @@ _INSERT_FAULT = text(
 )
 
 
-class UnreadableError(Exception):
-    """A table could not be read within the time that a check may take; the text says why."""
+class IncompleteCheckError(ArchiverError):
+    """A table could not be read within the time that a check may take, or a file not at all; the text says why."""
 
 
 PROBE_LOCK_SECONDS, PROBE_SECONDS = 0.1, 1.0
@@ -221,7 +222,7 @@ PROBE_LOCK_SECONDS, PROBE_SECONDS = 0.1, 1.0
 def _probe(connection: Connection, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
     """Return the first row. What fails leaves the transaction as it was, its limits and locks included.
 
-    Raises `UnreadableError`, and what SQLAlchemy raises where the connection is lost.
+    Raises `IncompleteCheckError`, and what SQLAlchemy raises where the connection is lost.
     """
     nested = connection.begin_nested()
     try:
@@ -231,7 +232,7 @@ def _probe(connection: Connection, statement: TextClause, parameters: Mapping[st
     except DBAPIError as error:
         if error.connection_invalidated:
             raise
-        raise UnreadableError(explain(error)) from None
+        raise IncompleteCheckError(explain(error)) from None
     finally:
         if nested.is_active:
             nested.rollback()
@@ -294,18 +295,18 @@ class MachineRecord:
         self._path = home / FILE
 
     def read(self) -> dict[str, Watermarks]:
-        """By epoch. Raises `UnreadableError` where there is a file that cannot be read."""
+        """By epoch. Raises `IncompleteCheckError` where there is a file that cannot be read."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Watermarks])
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise UnreadableError(f"{self._path} (ARCHIVER_HOME) cannot be read: {error.strerror}") from None
+            raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) cannot be read: {error.strerror}") from None
         except ValueError:
-            raise UnreadableError(f"{self._path} (ARCHIVER_HOME) is damaged: remove it") from None
+            raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) is damaged: remove it") from None
 
     def remember(self, key: str, marks: Watermarks) -> Watermarks:
-        """Add what was seen; answer all that was. Raises `UnreadableError` where the file cannot be used."""
+        """Add what was seen; answer all that was. Raises `IncompleteCheckError` where the file cannot be used."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.with_suffix(".lock").open("a") as lock:
@@ -321,7 +322,7 @@ class MachineRecord:
                 written.replace(self._path)
                 return merged
         except OSError as error:
-            raise UnreadableError(f"{self._path} (ARCHIVER_HOME) cannot be written: {error.strerror}") from None
+            raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) cannot be written: {error.strerror}") from None
 
 
 class Guard:
@@ -346,7 +347,7 @@ class Guard:
             return None
         try:
             answer = work()
-        except UnreadableError as error:
+        except IncompleteCheckError as error:
             if name not in self._unreadable:
                 log.warning("database identity check incomplete", part=name, reason=str(error))
             telemetry.identity_unreadable.labels(name).inc()

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import database, telemetry
 from archiver.database import explain, run_in_transaction, transaction
 from archiver.database.locks import Lock, LockHolder, select_holders
+from archiver.errors import ArchiverError
 from archiver.telemetry.duty_health import Duty
 
 log = structlog.get_logger(__name__)
@@ -30,7 +31,7 @@ PROBE_SECONDS = 2.0  # for a lock
 INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
-class LockTimeoutError(Exception):
+class LockTimeoutError(ArchiverError):
     """A lock was not granted in time; the message names its holder."""
 
 

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver.database import is_lock_timeout, lock_waits, roles, sqlstate, tables, transaction
 from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
+from archiver.errors import ArchiverError
 
 VERSION_TABLE = "schema_version"
 SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
@@ -29,7 +30,7 @@ _REPAIR = "0006"  # repairs databases that earlier texts of the migrations befor
 _REPAIRED_FROM = "0005"
 
 
-class SchemaError(Exception):
+class SchemaError(ArchiverError):
     """The schema is not the one that this version needs; the message says what to do.
 
     `reason`: the same without the name of the database, for anyone who asks `/readyz`.

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from archiver.errors import ArchiverError
+
 SOCKET_NAME = ".s.PGSQL.5432"
 SHORT_PREFIX = "callhq-archiver-"
 STOP_SECONDS = 60.0
@@ -21,7 +23,7 @@ POLL_SECONDS = 0.02  # between two checks of another process, which sends no not
 _PROC = Path("/proc")
 
 
-class EmbeddedError(Exception):
+class EmbeddedError(ArchiverError):
     """The embedded Postgres cannot be used; the text names the setting that helps."""
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from archiver.errors import ArchiverError
+
 MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
 MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack
 MAX_MESSAGES = 2_000  # of one turn
@@ -89,5 +91,5 @@ REASONS = {
 }
 
 
-class UnreadableError(Exception):
+class UnreadableError(ArchiverError):
     """The content cannot be parsed; the message is a code of `REASONS`."""

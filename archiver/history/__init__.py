@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import ledger, telemetry
 from archiver.archive import Timing
 from archiver.database import run_in_transaction, run_split
+from archiver.errors import ArchiverError
 from archiver.events import Event, responses
 from archiver.history import leases
 from archiver.history.callhq import Client
@@ -34,8 +35,10 @@ MIN_RETRY = timedelta(seconds=30)
 Submit = Callable[[Event, datetime], Awaitable[str]]
 
 
-class ResponseNotStoredError(Exception):
-    """The database did not store the response."""
+class ResponseNotStoredError(ArchiverError):
+    """The database did not store a response."""
+
+    message = "The database did not store the response."
 
 
 class Reconciler:
@@ -182,7 +185,7 @@ class Reconciler:
             status = await self._submit(event, answer.began)
         except ResponseNotStoredError as error:
             await self._postpone(session_id, lease, answer.began + self._timing.quiet)
-            return "failed", str(error.__doc__)
+            return "failed", str(error)
         if status == "quarantined":
             await self._postpone(session_id, lease, answer.began + MAX_RETRY)
             return "unreadable", _NOT_STORED
@@ -199,7 +202,7 @@ class Reconciler:
         try:
             became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
         except ResponseNotStoredError as error:
-            return "failed", str(error.__doc__)
+            return "failed", str(error)
         if answer.event is None:
             telemetry.readings.labels("failed").inc()
             return "failed", answer.fault

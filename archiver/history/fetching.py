@@ -8,6 +8,7 @@ import stamina
 import structlog
 
 from archiver import database, telemetry
+from archiver.errors import ArchiverError
 from archiver.events import Event, responses
 from archiver.history.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
 
@@ -112,7 +113,7 @@ class HistoryFetcher:
             log.warning("every history call returned 404; check CALLHQ_API_URL (run archiver doctor)")
 
 
-class RetryableResponseError(Exception):
+class RetryableResponseError(ArchiverError):
     """A response that a retry may replace."""
 
     def __init__(self, answer: Answer) -> None:

@@ -5,19 +5,27 @@ import asyncio
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope
 
+from archiver.errors import ArchiverError
+
 SMALL_BODY = 65_536  # bytes
 
 
-class BodyTooLargeError(Exception):
+class BodyTooLargeError(ArchiverError):
     """The body exceeds ARCHIVER_MAX_BODY."""
 
-
-class BodyIncompleteError(Exception):
-    """The body is shorter than Content-Length. Send it again, without an Upgrade header."""
+    message = "The body exceeds ARCHIVER_MAX_BODY."
 
 
-class BodiesFullError(Exception):
-    """Too many bodies are being received. Retry in a moment."""
+class BodyIncompleteError(ArchiverError):
+    """The body is shorter than Content-Length."""
+
+    message = "The body is shorter than Content-Length. Send it again, without an Upgrade header."
+
+
+class BodiesFullError(ArchiverError):
+    """Too many bodies are being received."""
+
+    message = "Too many bodies are being received. Retry in a moment."
 
 
 class Bodies:

@@ -47,7 +47,7 @@ class Registration:
             if not isinstance(fault, QueueFullError | UnavailableError):
                 raise fault
             # What is committed already is known by then, and registering it again changes nothing.
-            return JSONResponse(_error_response("unavailable", str(fault.__doc__)), 503, RETRY_AFTER)
+            return JSONResponse(_error_response("unavailable", str(fault)), 503, RETRY_AFTER)
         if any(isinstance(result, Outcome) and result.status == "quarantined" for result in results):
             detail = "Some of them could not be stored: see archiver quarantine list."
             return JSONResponse(_error_response("quarantined", detail), 422)
@@ -61,8 +61,8 @@ class Registration:
             detail = f"Send at most {self._bodies.max_bytes} bytes (ARCHIVER_MAX_BODY)."
             return JSONResponse(_error_response("too_large", detail), 413)
         if isinstance(error, BodiesFullError):
-            return JSONResponse(_error_response("overloaded", str(error.__doc__)), 503, RETRY_AFTER)
-        return JSONResponse(_error_response("invalid", str(error) or str(error.__doc__)), 422)
+            return JSONResponse(_error_response("overloaded", str(error)), 503, RETRY_AFTER)
+        return JSONResponse(_error_response("invalid", str(error)), 422)
 
 
 def _error_response(status: str, detail: str) -> dict[str, str]:

@@ -51,18 +51,18 @@ class Receiver:
             telemetry.received.labels("disconnected", "").inc()
             return
         except BodyIncompleteError as error:
-            await _refusal(400, "incomplete", "incomplete", str(error.__doc__))(scope, receive, send)
+            await _refusal(400, "incomplete", "incomplete", str(error))(scope, receive, send)
             return
         except BodyTooLargeError:
             detail = f"The body is larger than {self._bodies.max_bytes} bytes (ARCHIVER_MAX_BODY)."
             await _refuse_unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
             return
         except BodiesFullError as error:
-            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error)))(scope, receive, send)
             return
         except QueueFullError as error:
             await asyncio.sleep(REFUSAL_SECONDS)  # at this point no body is held in memory
-            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error.__doc__)))(scope, receive, send)
+            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error)))(scope, receive, send)
             return
         except signatures.SignatureError as error:
             address = scope["client"][0] if scope["client"] else ""
@@ -73,9 +73,9 @@ class Receiver:
         try:
             outcome = await self._ingest.submit(delivery)
         except QueueFullError as error:
-            await _refusal(503, "overloaded", "", str(error.__doc__))(scope, receive, send)
+            await _refusal(503, "overloaded", "", str(error))(scope, receive, send)
         except UnavailableError as error:
-            await _refusal(503, "unavailable", "", str(error.__doc__))(scope, receive, send)
+            await _refusal(503, "unavailable", "", str(error))(scope, receive, send)
         else:
             await _answer(outcome, send)
 

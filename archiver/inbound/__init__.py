@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.archive import DEFAULT_TIMING, Timing
+from archiver.errors import ArchiverError
 from archiver.events import Event
 from archiver.inbound.circuit import Circuit
 from archiver.inbound.fallback import SPOOL_AFTER_SECONDS, Fallback
@@ -56,8 +57,10 @@ CLOSING_SECONDS = 10.0  # for parts that are still being written when no more is
 CONNECTIONS = LANES + 5  # to Postgres: beside batches one for parts or the spool, two for slow events, two for trials
 
 
-class QueueFullError(Exception):
-    """Too many events wait for the database. Retry in a moment."""
+class QueueFullError(ArchiverError):
+    """Too many events wait for the database."""
+
+    message = "Too many events wait for the database. Retry in a moment."
 
 
 class _Waiting(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ from archiver.database import (
     run_in_transaction,
     sqlstate,
 )
+from archiver.errors import ArchiverError
 from archiver.events import Event, Malformed
 from archiver.ledger import quarantine
 from archiver.ledger.quarantine import Reject
@@ -41,8 +42,10 @@ QUERY_CANCELED, LOCK_NOT_AVAILABLE, DISK_FULL = "57014", "55P03", "53100"
 Status = Literal["stored", "duplicate", "ignored", "quarantined", "spooled"]
 
 
-class UnavailableError(Exception):
-    """The database did not take the event; send it again."""
+class UnavailableError(ArchiverError):
+    """The database did not take an event."""
+
+    message = "The database did not take the event; send it again."
 
     def __init__(self, *, sqlstate: str | None = None, is_silent: bool = False) -> None:
         super().__init__()
@@ -51,14 +54,14 @@ class UnavailableError(Exception):
         self.is_disk_full = sqlstate == DISK_FULL
 
 
-class EventTooSlowError(Exception):
+class EventTooSlowError(ArchiverError):
     """Postgres did not store one event, although it had a time budget of its own."""
 
     def __init__(self, seconds: float, attempts: int) -> None:
         super().__init__(f"Postgres did not store the event alone within {seconds:g} s, at {attempts} attempts.")
 
 
-class EventNotStoredError(Exception):
+class EventNotStoredError(ArchiverError):
     """Postgres failed at one event again and again, while it stored others."""
 
     def __init__(self, attempts: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx2
 
+from archiver.errors import ArchiverError
+
 _READY = 60.0  # seconds, migrations included
 _POLL = 0.05
 _GRACE = 15.0  # seconds between SIGTERM and SIGKILL
@@ -32,7 +34,7 @@ main()
 """
 
 
-class ReceiverError(Exception):
+class ReceiverError(ArchiverError):
     """`archiver serve` did not get ready; the text ends with what it wrote."""
 
 

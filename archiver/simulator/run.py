@@ -16,6 +16,7 @@ from rich.console import Console
 
 from archiver import embedded
 from archiver.embedded import EmbeddedError, Postgres
+from archiver.errors import ArchiverError
 from archiver.inbound import signatures
 from archiver.settings import Settings
 from archiver.simulator import archive_reader, client, reconciliation, verdict
@@ -23,7 +24,7 @@ from archiver.simulator.conversations import conversations
 from archiver.simulator.faults import Faults
 from archiver.simulator.invalid_deliveries import InvalidDelivery, Proof, invalid_deliveries
 from archiver.simulator.platform import Platform, create
-from archiver.simulator.receiver import ReceiverError, backfilled, receiving
+from archiver.simulator.receiver import backfilled, receiving
 from archiver.simulator.serving import serving, stopping
 from archiver.simulator.upstream import Session
 from archiver.simulator.view import View
@@ -35,8 +36,10 @@ WEBHOOK_PATH = "/webhooks/callhq"
 LOOPBACK = "127.0.0.1"
 
 
-class DemoRunningError(Exception):
-    """Another demo runs in this folder. Stop it, or set ARCHIVER_HOME to another folder."""
+class DemoRunningError(ArchiverError):
+    """Another demo runs in this folder."""
+
+    message = "Another demo runs in this folder. Stop it, or set ARCHIVER_HOME to another folder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,8 @@ async def _until_stopped(plan: _Plan, view: View) -> int:
             await demo
         except asyncio.CancelledError:
             view.say("Stopped." if outcome.code is not None else "Stopped before the archive could be compared.")
-        except (EmbeddedError, ReceiverError, OSError, psycopg.Error) as error:
+        except (ArchiverError, OSError, psycopg.Error) as error:
             view.say(str(error))
-            return 1
-        except DemoRunningError:
-            view.say(str(DemoRunningError.__doc__))
             return 1
     return 1 if outcome.code is None else outcome.code
 

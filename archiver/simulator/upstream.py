@@ -4,6 +4,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from archiver.errors import ArchiverError
 from archiver.simulator import conversations
 from archiver.simulator.faults import Faults, has_greeting
 from archiver.simulator.seeds import identifier, seeded
@@ -18,11 +19,11 @@ Message = dict[str, str]
 _GREETING: Message = {"role": "assistant", "content": "Hello, this is the front desk. How can I help you?"}
 
 
-class UnknownError(Exception):
+class UnknownError(ArchiverError):
     """There is no such session or chat."""
 
 
-class FullError(Exception):
+class FullError(ArchiverError):
     """The simulator holds as many sessions, or one session as many chats, as it can."""
 
 

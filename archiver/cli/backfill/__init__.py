@@ -97,9 +97,9 @@ def command(
             connection.run(
                 _run(configuration, url, selection, summary, rate=rate, concurrency=concurrency, quiet=as_json)
             )
-        except (UnauthorizedError, ResponseNotStoredError) as error:
+        except (UnauthorizedError, ResponseNotStoredError):
             summary.show(as_json=as_json)
-            raise settings.SettingsError(str(error) or str(error.__doc__)) from None
+            raise
     summary.show(as_json=as_json)
     if summary.was_interrupted:
         click.echo(f"archiver: {_INTERRUPTED}", err=True)

@@ -7,7 +7,7 @@ import click
 
 from archiver import settings
 from archiver.cli import connection
-from archiver.cli.followups.opening import ID, in_transaction
+from archiver.cli.options import subscription_argument
 from archiver.cli.output import Whole
 from archiver.ledger import audit_log
 from archiver.outbound.followups import pruning, review, subscriptions
@@ -17,12 +17,12 @@ MAX_RETRIED = 10_000  # at once
 
 
 @click.command()
-@ID
+@subscription_argument
 @click.option("--reason", default=subscriptions.BY_HAND, help="Reason, shown in the list.")
 @connection.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
     """Pause a subscription until `resume`; changes are delivered then, as far back as the feed goes."""
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         subscriptions.pause(opened, subscription_id, reason)
         audit_log.insert_entry(
             opened, "followups.pause", actor or audit_log.actor(), reason, {"subscription": subscription_id}
@@ -31,11 +31,11 @@ def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
 
 
 @click.command()
-@ID
+@subscription_argument
 @connection.actor_option
 def resume(*, subscription_id: int, actor: str | None) -> None:
     """Resume a paused subscription. Exit 1 if changes were deleted before delivery."""
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         lost_changes = subscriptions.resume(opened, subscription_id)
         detail = {"subscription": subscription_id, "gone": lost_changes}
         audit_log.insert_entry(opened, "followups.resume", actor or audit_log.actor(), None, detail)
@@ -46,21 +46,21 @@ def resume(*, subscription_id: int, actor: str | None) -> None:
 
 
 @click.command()
-@ID
+@subscription_argument
 @connection.actor_option
 @connection.yes_option
 def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
     """Remove a subscription with its secret and its delivery log."""
     connection.confirm(f"Remove subscription {subscription_id} with all its deliveries?", yes=yes)
     configuration = settings.read()
-    with in_transaction(configuration) as opened:
+    with connection.opened(configuration) as opened:
         subscriptions.remove(opened, subscription_id)
         audit_log.insert_entry(
             opened, "followups.remove", actor or audit_log.actor(), None, {"subscription": subscription_id}
         )
     forgotten = pruning.BATCH_SIZE
     while forgotten == pruning.BATCH_SIZE:  # some at a time; what a stop here leaves, a worker forgets
-        with in_transaction(configuration) as opened:
+        with connection.opened(configuration) as opened:
             forgotten = pruning.delete_of_subscription(opened, subscription_id)
     click.echo(f"Subscription {subscription_id} is removed.")
 
@@ -79,7 +79,7 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     if wrong := [each for each, parsed in requested if parsed is None]:
         raise click.UsageError(f"{wrong[0][:80]!r} is no id of a delivery: archiver followups deliveries")
     became: list[tuple[str, review.Retried]] = []
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         if dead is not None:
             subscriptions.select_one(opened, dead)
             retried = review.retry_dead(opened, dead, MAX_RETRIED)

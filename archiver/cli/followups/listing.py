@@ -11,7 +11,7 @@ from rich.text import Text
 
 from archiver import settings
 from archiver.cli import connection
-from archiver.cli.followups.opening import ID, in_transaction
+from archiver.cli.options import subscription_argument
 from archiver.cli.output import Whole, console
 from archiver.outbound.followups import review, subscriptions
 from archiver.outbound.followups.deliveries import DEAD, PENDING, message_id
@@ -22,7 +22,7 @@ from archiver.outbound.followups.subscriptions import SubscriptionNotFoundError
 @connection.json_option
 def list_(*, as_json: bool) -> None:
     """List the subscriptions."""
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         result = review.select_subscriptions(opened)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
@@ -59,11 +59,11 @@ def _state(row: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@ID
+@subscription_argument
 @connection.json_option
 def show(*, subscription_id: int, as_json: bool) -> None:
     """Show one subscription and its pending deliveries."""
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         result = review.select_subscriptions(opened, subscription_id)
         if not result:
             raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
@@ -91,7 +91,7 @@ def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit:
     if dead and pending:
         raise click.UsageError("Use either --dead or --pending.")
     state = review.only(dead=dead, pending=pending)
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         if subscription_id is not None:
             subscriptions.select_one(opened, subscription_id)
         rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, limit=limit)

@@ -14,7 +14,7 @@ import msgspec
 from archiver import settings
 from archiver.archive import outbox
 from archiver.cli import connection
-from archiver.cli.followups.opening import ID, in_transaction
+from archiver.cli.options import subscription_argument
 from archiver.cli.output import Whole
 from archiver.ledger import audit_log
 from archiver.outbound.followups import guard, sending, signing, subscriptions
@@ -90,7 +90,7 @@ def add(
         "concurrency": concurrency,
         "secret": secret,
     }
-    with in_transaction(configuration) as opened:
+    with connection.opened(configuration) as opened:
         subscription_id = subscriptions.insert_subscription(opened, values, after)
         detail = {"subscription": subscription_id, "receiver": endpoint.origin, "events": values["events"]}
         audit_log.insert_entry(opened, "followups.add", actor or audit_log.actor(), None, detail | {"from": after})
@@ -119,11 +119,7 @@ def _check_url(url: str, *, allow_private: bool) -> guard.Endpoint:
         endpoint = guard.endpoint(url)
     except guard.AddressRefusedError as error:
         raise click.BadParameter(str(error), param_hint="URL") from None
-    try:
-        _check_addresses(endpoint, allow_private=allow_private)
-    except (guard.AddressRefusedError, guard.HostNotFoundError) as error:
-        click.echo(f"archiver: {error}", err=True)
-        sys.exit(1)
+    _check_addresses(endpoint, allow_private=allow_private)
     return endpoint
 
 
@@ -151,14 +147,14 @@ def _show_secret(secret: str | None) -> None:
 
 
 @click.command()
-@ID
+@subscription_argument
 @secret_file_option
 @connection.actor_option
 @connection.json_option
 def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None, as_json: bool) -> None:
     """Sign with a new secret, and for 24 hours also with the previous one."""
     secret = _read_secret(secret_file) if secret_file else signing.make_secret()
-    with in_transaction(settings.read()) as opened:
+    with connection.opened(settings.read()) as opened:
         until = subscriptions.rotate(opened, subscription_id, secret)
         audit_log.insert_entry(
             opened, "followups.rotate", actor or audit_log.actor(), None, {"subscription": subscription_id}
@@ -172,7 +168,7 @@ def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None,
 
 
 @click.command()
-@ID
+@subscription_argument
 @connection.json_option
 def test(*, subscription_id: int, as_json: bool) -> None:
     """Send a `followups.test` message now and print the response. Exit 1 if it is not accepted.
@@ -180,12 +176,12 @@ def test(*, subscription_id: int, as_json: bool) -> None:
     If it is, the receiver is left alone no longer.
     """
     configuration = settings.read()
-    with in_transaction(configuration) as opened:
+    with connection.opened(configuration) as opened:
         row = subscriptions.select_one(opened, subscription_id)
         subscription = subscriptions.subscription_from_row(row)
     attempt = asyncio.run(_send(subscription, allow_private=configuration.followups_allow_private))
     if attempt.fault is None:
-        with in_transaction(configuration) as opened:
+        with connection.opened(configuration) as opened:
             subscriptions.reset_circuit(opened, subscription_id)
     if as_json:
         output = {name: getattr(attempt, name) for name in ("status", "fault", "seconds")}

@@ -3,6 +3,7 @@
 import select
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from archiver.cli import connection
 from archiver.cli.output import Whole
 from archiver.database import identity, is_unreachable, sqlstate, transaction
 from archiver.database.schema import SchemaError
+from archiver.errors import ArchiverError
 from archiver.outbound import feed
 
 IDLE_SECONDS = 0.5
@@ -28,7 +30,7 @@ _ENDED = ("57P01", "57P02", "57P03")  # the server is being stopped or started, 
 _NO_VIEW = ("42P01", "3F000")  # neither table nor schema
 
 
-class CursorError(Exception):
+class CursorError(ArchiverError):
     """The cursor belongs to a change that this database does not have; the message says what to do."""
 
 
@@ -85,13 +87,8 @@ def tail(*, types: Collection[str], after: Position | None, follow: bool) -> Non
         connection.engine_at(configuration, url) as engine,
     ):
         _warn_of_identity(configuration, engine)
-        try:
+        with suppress(KeyboardInterrupt):
             _Tail(engine, types, follow=follow).run(after)
-        except CursorError as error:
-            click.echo(f"archiver: {error}", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            return
 
 
 def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from archiver.compliance.seals import select_newest
+from archiver.errors import ArchiverError
 
 TOLERANCE = timedelta(minutes=1)
 MAX_PAUSE = timedelta(days=31)  # between two runs with a restart of the machine in between
@@ -19,7 +20,7 @@ FILE = "retention-clock.json"  # in ARCHIVER_HOME
 Reason = Literal["clocks_differ", "time_jumped", "seal_in_future"]
 
 
-class ClockError(Exception):
+class ClockError(ArchiverError):
     """Expiry is stopped because of a clock; the message says why and what to do. `reason` is a stable code."""
 
     def __init__(self, reason: Reason, sentence: str) -> None:

@@ -13,10 +13,11 @@ from archiver import ledger
 from archiver.compliance.erasure.targets import Target, as_json
 from archiver.compliance.legal_holds import LOGGED, Criteria, select_in_force, select_placed, value_digest
 from archiver.database import tables
+from archiver.errors import ArchiverError
 from archiver.ledger import audit_log
 
 
-class HoldError(Exception):
+class HoldError(ArchiverError):
     """The hold does not exist or is not in force; the message says what to do."""
 
 

@@ -20,6 +20,7 @@ from archiver.compliance.erasure.holds import covering
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches
 from archiver.compliance.erasure.targets import Target, parts, with_unassigned
 from archiver.database import is_cancelled, is_conflict, is_lock_timeout, transaction
+from archiver.errors import ArchiverError
 from archiver.ledger import audit_log, quarantine
 
 Rule = Literal["request", "chat.deleted", "retention"]
@@ -50,11 +51,13 @@ class _SlowTargetError(Exception):
         self.cause = cause
 
 
-class HeldError(Exception):
+class HeldError(ArchiverError):
     """Legal holds cover some targets, so nothing was erased.
 
     But for the `ordered` first ones, sessions and turns, where a hold was placed while these were ordered already.
     """
+
+    message = "Legal holds cover some of the targets."
 
     def __init__(self, held: Mapping[Target, Sequence[int]]) -> None:
         super().__init__()

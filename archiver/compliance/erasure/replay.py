@@ -14,6 +14,7 @@ from archiver.compliance.erasure.ordering import AuditEntry, HeldError, Ordered,
 from archiver.compliance.erasure.quarantine_matches import select_matches
 from archiver.compliance.erasure.targets import Target, as_json
 from archiver.database import transaction
+from archiver.errors import ArchiverError
 
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 AHEAD = timedelta(days=1)  # clocks differ
@@ -32,7 +33,7 @@ class ListedErasure(msgspec.Struct, frozen=True):
         return Target(self.session_id, self.chat_id)
 
 
-class ReplayError(Exception):
+class ReplayError(ArchiverError):
     """The list cannot be read; the message names line and reason."""
 
 

@@ -5,7 +5,7 @@ from archiver.compliance.export.findings import Finding
 from archiver.compliance.export.folder import FolderError
 from archiver.compliance.export.manifest import FORMATS, Manifest
 from archiver.compliance.export.sealed import Keys
-from archiver.compliance.export.selection import Selection, UnknownError, count
+from archiver.compliance.export.selection import Selection, UnknownSelectionError, count
 from archiver.compliance.export.writing import CompletedExport, ExportRequest, make
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "Keys",
     "Manifest",
     "Selection",
-    "UnknownError",
+    "UnknownSelectionError",
     "check",
     "count",
     "make",

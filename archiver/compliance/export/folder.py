@@ -11,11 +11,12 @@ from types import TracebackType
 
 from archiver.compliance.export.manifest import File
 from archiver.compliance.export.partial_folder import held, remove_left
+from archiver.errors import ArchiverError
 
 BUFFER = 256 * 1024  # bytes that are hashed and written together
 
 
-class FolderError(Exception):
+class FolderError(ArchiverError):
     """The export cannot be written; the message says what to do."""
 
 

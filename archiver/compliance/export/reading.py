@@ -12,6 +12,7 @@ import msgspec
 from archiver.compliance.export.findings import Finding, FindingQueue
 from archiver.compliance.export.manifest import File
 from archiver.compliance.export.records import is_plain
+from archiver.errors import ArchiverError
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ MAX_LINE_BYTES = 512 * 1024 * 1024  # bytes of a line: the largest body that is 
 BLOCK = 1024 * 1024
 
 
-class NoFileError(Exception):
+class NoFileError(ArchiverError):
     """It cannot be read; the text is the fault."""
 
 

@@ -9,11 +9,12 @@ from sqlalchemy import Connection, select, text
 
 from archiver.compliance.erasure import Criteria
 from archiver.database import tables
+from archiver.errors import ArchiverError
 
 _BEGAN = "coalesce(t.created_at, t.occurred_at, t.first_received_at)"
 
 
-class UnknownError(Exception):
+class UnknownSelectionError(ArchiverError):
     """The selection names something that does not exist."""
 
 
@@ -158,15 +159,15 @@ _HOLD_FIELDS = Criteria.__struct_fields__
 
 
 def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteria]:
-    """What these holds cover or, once released, did. Raises `UnknownError`."""
+    """What these holds cover or, once released, did. Raises `UnknownSelectionError`."""
     holds = tables.holds
     query = select(holds).where(holds.c.id.in_(hold_ids)).order_by(holds.c.id)
     rows = {row["id"]: row for row in connection.execute(query).mappings()}
     if missing := sorted(set(hold_ids) - rows.keys()):
-        raise UnknownError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
+        raise UnknownSelectionError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
     for row in rows.values():
         if row["variable"] is not None and row["value"] is None:
-            raise UnknownError(
+            raise UnknownSelectionError(
                 f"The value of hold {row['id']} went with its release: name the sessions instead, with --session"
             )
     return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in rows.values()]
@@ -183,7 +184,7 @@ _UNKNOWN = text(
 
 
 def check_known(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Raises `UnknownError` where nothing is known of one of these."""
+    """Raises `UnknownSelectionError` where nothing is known of one of these."""
     ids_json = msgspec.json.encode(session_ids).decode()
     if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": ids_json})):
-        raise UnknownError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")
+        raise UnknownSelectionError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")

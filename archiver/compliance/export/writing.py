@@ -20,7 +20,7 @@ from archiver.compliance.export import folder, manifest, proofs, queries
 from archiver.compliance.export.folder import Sink
 from archiver.compliance.export.manifest import Counts, Covered, File, Head, Manifest
 from archiver.compliance.export.proofs import Ids
-from archiver.compliance.export.selection import Selection, UnknownError, check_known, select_held
+from archiver.compliance.export.selection import Selection, UnknownSelectionError, check_known, select_held
 from archiver.compliance.export.spreadsheet import neutralise_line
 from archiver.compliance.seals import key_id
 from archiver.database import copy_out
@@ -77,8 +77,8 @@ def make(
 ) -> CompletedExport:
     """Write the export to the folder `output`; signed where there is a key.
 
-    It is recorded before anything is read, and once more when it is done. Raises `FolderError`, and `UnknownError`
-    where there is nothing to export.
+    It is recorded before anything is read, and once more when it is done. Raises `FolderError`, and
+    `UnknownSelectionError` where there is nothing to export.
     """
     folder.check(output)
     detail = {**request.description(), "formats": list(request.formats)}
@@ -122,7 +122,7 @@ def _require_some(exported_manifest: Manifest) -> None:
     """Refuse an empty export, which could be taken for the answer to another question."""
     counts, erasures = exported_manifest.counts, exported_manifest.files[manifest.ERASURES]
     if not (counts.conversations or counts.chats or counts.events or erasures.rows):
-        raise UnknownError("nothing archived matches the selection; nothing was exported")
+        raise UnknownSelectionError("nothing archived matches the selection; nothing was exported")
 
 
 def _write_small(path: Path, content: bytes) -> None:

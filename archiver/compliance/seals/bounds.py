@@ -7,6 +7,7 @@ from sqlalchemy import Connection, text
 from archiver.compliance.seals import chain
 from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.leaves import EVENTS, KINDS
+from archiver.errors import ArchiverError
 
 # Events that retention removed are known by their removals; of the other tables nothing is ever removed.
 _SELECT_UNBOUNDED = text(
@@ -28,7 +29,7 @@ _SELECT_RANGE = text(
 LEAVES = 10_000  # of each table in one seal
 
 
-class BoundsError(Exception):
+class BoundsError(ArchiverError):
     """The newest seal cannot be continued, because it claims rows that there are not; the text says what to do."""
 
 

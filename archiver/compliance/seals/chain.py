@@ -21,12 +21,13 @@ from archiver import database
 from archiver.compliance.seals import merkle
 from archiver.compliance.seals.leaves import ENTRY, KINDS
 from archiver.database import tables
+from archiver.errors import ArchiverError
 
 NOTHING = bytes(32)  # the hash before the first seal's
 ENTRY_SIZE = ENTRY.size
 
 
-class KeyFileError(Exception):
+class KeyFileError(ArchiverError):
     """A key that is none; the text says how to make one."""
 
 

@@ -23,6 +23,7 @@ from archiver import database
 from archiver.compliance.seals.comparing import Checked
 from archiver.compliance.seals.findings import Finding
 from archiver.compliance.seals.ranges import Range, Signing, VerificationContext, verify_range
+from archiver.errors import ArchiverError
 
 MAX_JOBS = 8  # unless more are asked for
 PARTS = 16  # ranges for each process, so that all end at about the same time
@@ -30,8 +31,10 @@ MAX_WINDOWS_PER_RANGE = 10  # of one range, so that progress is seen
 STATEMENT_SECONDS = 24 * 3600
 
 
-class HelperLostError(Exception):
-    """A process of the verification was killed. Retry, or use --jobs 1."""
+class HelperLostError(ArchiverError):
+    """A process of the verification was killed."""
+
+    message = "A process of the verification was killed. Retry, or use --jobs 1."
 
 
 class _WorkerInput(msgspec.Struct, frozen=True):
@@ -168,7 +171,7 @@ def _helpers(orders: _WorkerInput, work: _Work, count: int) -> Iterator[None]:
         for thread in threads:
             thread.join()
         if lost:
-            raise HelperLostError(str(HelperLostError.__doc__))
+            raise HelperLostError
     finally:
         work.left.clear()
         for process in helpers:

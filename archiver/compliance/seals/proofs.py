@@ -8,9 +8,10 @@ from sqlalchemy import Connection, select
 from archiver.compliance.seals import chain, merkle
 from archiver.compliance.seals.leaves import EVENTS, select_leaf
 from archiver.database import tables
+from archiver.errors import ArchiverError
 
 
-class NotSealedError(Exception):
+class NotSealedError(ArchiverError):
     """The event is not sealed yet, or there is none; the text says which."""
 
 

@@ -14,6 +14,7 @@ from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.leaves import KINDS, pack, select_leaves
 from archiver.compliance.seals.settling import Settled, Settling
 from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, locks, transaction
+from archiver.errors import ArchiverError
 
 log = structlog.get_logger(__name__)
 
@@ -22,8 +23,10 @@ SETTLE_ATTEMPTS, SETTLE_PAUSE_SECONDS = 20, 0.25  # waits for writers, if the ca
 _SETTLED = ("events", "acts", "erasures", "removals")
 
 
-class LedgerBusyError(Exception):
-    """The ledger could not be locked for an instant because of constant writes or a vacuum. Retry."""
+class LedgerBusyError(ArchiverError):
+    """Constant writes, or a vacuum, held the lock of the ledger."""
+
+    message = "The ledger could not be locked for an instant because of constant writes or a vacuum. Retry."
 
 
 def seal(
@@ -40,7 +43,7 @@ def seal(
     """
     settled = settling.settle(engine) if settling is not None else _settle(engine)
     if settled is None:
-        raise LedgerBusyError(str(LedgerBusyError.__doc__))
+        raise LedgerBusyError
     made: list[Seal] = []
     while limit is None or len(made) < limit:
         new = _seal_once(engine, settled, key)

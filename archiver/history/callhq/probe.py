@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from pydantic import SecretStr
 
+from archiver.errors import ArchiverError
 from archiver.events import responses
 from archiver.history.callhq.client import Client
 from archiver.history.callhq.responses import Answer, UnreachableError
@@ -14,7 +15,7 @@ UNKNOWN_SESSION = "00000000-0000-0000-0000-000000000000"  # no session has this 
 SECONDS = 10.0
 
 
-class PauseRequestedError(Exception):
+class PauseRequestedError(ArchiverError):
     """CallHQ asks the client to wait."""
 
 

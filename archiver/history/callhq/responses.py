@@ -8,6 +8,8 @@ from typing import Any
 import httpx2
 import msgspec
 
+from archiver.errors import ArchiverError
+
 DEFAULT_PAUSE, MIN_PAUSE, MAX_PAUSE = 5.0, 1.0, 3600.0  # seconds
 
 _UNAUTHORIZED = frozenset({401, 403})
@@ -16,7 +18,7 @@ _ENCODINGS = frozenset({"", "identity", "gzip"})  # what we ask for: others woul
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
 
 
-class CallError(Exception):
+class CallError(ArchiverError):
     """A call to CallHQ failed; the message says how."""
 
 
@@ -29,10 +31,9 @@ class UnreachableError(CallError):
 
 
 class UnauthorizedError(CallError):
-    """CallHQ rejects the API key. Set CALLHQ_API_KEY to a valid key of the account."""
+    """CallHQ rejects the API key."""
 
-    def __init__(self) -> None:
-        super().__init__(str(self.__doc__))
+    message = "CallHQ rejects the API key. Set CALLHQ_API_KEY to a valid key of the account."
 
 
 class TooLargeError(CallError):
@@ -47,7 +48,7 @@ class RequestRefusedError(CallError):
         self.status = status
 
 
-class AttemptFailedError(Exception):
+class AttemptFailedError(ArchiverError):
     """One attempt failed. `was_sent`: the request may have arrived."""
 
     def __init__(self, what: str, *, was_sent: bool) -> None:
@@ -55,7 +56,7 @@ class AttemptFailedError(Exception):
         self.was_sent = was_sent
 
 
-class ThrottledError(Exception):
+class ThrottledError(ArchiverError):
     """CallHQ asks the client to wait (429 or 503)."""
 
     def __init__(self, status: int, seconds: float) -> None:

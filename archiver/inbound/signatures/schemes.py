@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from archiver.errors import ArchiverError
 from archiver.settings import SettingsError
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -36,11 +37,13 @@ _ED25519_LENGTH = 86  # characters of 64 bytes in base64, without padding
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
-class SignatureError(Exception):
-    """The delivery does not prove that it comes from the platform."""
+class SignatureError(ArchiverError):
+    """A delivery does not prove that it comes from the platform."""
+
+    message = "The delivery does not prove that it comes from the platform."
 
     def __init__(self, reason: Reason, header: bytes) -> None:
-        super().__init__(f"{self.__doc__} ({reason}: {header.decode()})")
+        super().__init__(f"{self.message} ({reason}: {header.decode()})")
         self.reason = reason
 
 

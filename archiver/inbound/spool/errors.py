@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from archiver.errors import ArchiverError
+
 # What SQLite answers to bytes that it did not write. A damaged schema or file format is a plain SQLITE_ERROR; a text
 # that is not UTF-8 fails in Python, without a code (0). Other codes are faults of the disk, its permissions or room.
 _DAMAGED = {
@@ -17,7 +19,7 @@ _DAMAGED = {
 }
 
 
-class SpoolError(Exception):
+class SpoolError(ArchiverError):
     """The spool cannot be used; the message says why and what helps.
 
     `reason` is for anyone who asks `/readyz`: it names no path.
@@ -27,8 +29,9 @@ class SpoolError(Exception):
 
 
 class SpoolFullError(SpoolError):
-    """The spool is full: give it more room (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."""
+    """The spool or its disk is full."""
 
+    message = "The spool is full: give it more room (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."
     reason = "full"
 
 
@@ -46,13 +49,13 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
         if code == sqlite3.SQLITE_FULL:
-            raise SpoolFullError(str(SpoolFullError.__doc__)) from None
+            raise SpoolFullError from None
         if code in _DAMAGED or (code == 0 and isinstance(error, sqlite3.OperationalError)):
             raise damaged(path, str(error)) from None
         raise SpoolError(unusable_message(path, str(error))) from None
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise SpoolFullError(str(SpoolFullError.__doc__)) from None
+            raise SpoolFullError from None
         raise SpoolError(unusable_message(Path(error.filename or path), error.strerror or str(error))) from None
 
 

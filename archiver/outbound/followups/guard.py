@@ -17,6 +17,7 @@ import httpcore2
 import httpx2
 import msgspec
 
+from archiver.errors import ArchiverError
 from archiver.outbound.followups.verified_stream import VerifiedStream
 
 Address = IPv4Address | IPv6Address
@@ -28,11 +29,11 @@ MAX_LOOKUPS = 2  # at a time for one subscription: a name server that hangs keep
 MAX_URL = 2_000  # characters
 
 
-class AddressRefusedError(Exception):
+class AddressRefusedError(ArchiverError):
     """A URL or address that follow-ups must not use; the message says why and what helps."""
 
 
-class HostNotFoundError(Exception):
+class HostNotFoundError(ArchiverError):
     """The host name cannot be resolved at present."""
 
 

@@ -8,13 +8,17 @@ import secrets
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Sequence
 
+from archiver.errors import ArchiverError
+
 PREFIX = "whsec_"
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # bytes, as the specification has it
 _MADE = 32
 
 
-class SecretError(Exception):
-    """A secret must be whsec_ and the base64 text of 24 to 64 random bytes."""
+class SecretError(ArchiverError):
+    """A secret is not one of Standard Webhooks."""
+
+    message = "A secret must be whsec_ and the base64 text of 24 to 64 random bytes."
 
 
 def make_secret() -> str:
@@ -25,14 +29,14 @@ def make_secret() -> str:
 def key(secret: str) -> bytes:
     """Return the key bytes of a secret. Raises `SecretError`, which does not quote it."""
     if not secret.startswith(PREFIX):
-        raise SecretError(str(SecretError.__doc__))
+        raise SecretError
     text = secret.removeprefix(PREFIX).rstrip("=")
     try:
         result = a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
     except ValueError:
         result = b""
     if not MIN_SECRET_BYTES <= len(result) <= MAX_SECRET_BYTES:
-        raise SecretError(str(SecretError.__doc__))
+        raise SecretError
     return result
 
 

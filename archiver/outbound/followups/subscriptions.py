@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, text, update
 
 from archiver.database import tables
+from archiver.errors import ArchiverError
 from archiver.outbound.followups import signing
 
 SEAL = "seal.created"
@@ -20,15 +21,15 @@ LEASE_SECONDS = 20.0
 GONE, FAILING, BY_HAND = "gone", "failing", "paused"  # why a subscription is paused
 
 
-class SubscriptionNotFoundError(Exception):
+class SubscriptionNotFoundError(ArchiverError):
     """There is no subscription of that id."""
 
 
-class SubscriptionLimitError(Exception):
+class SubscriptionLimitError(ArchiverError):
     """There are too many subscriptions already."""
 
 
-class CursorBeyondFeedError(Exception):
+class CursorBeyondFeedError(ArchiverError):
     """The cursor is beyond the end of the feed."""
 
 
