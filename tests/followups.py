@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from archiver import database
 from archiver.archive import outbox
+from archiver.compliance import seals
 from archiver.database import transaction
 from archiver.outbound.followups import Followups, subscriptions
 from archiver.settings import Settings
@@ -124,7 +125,7 @@ def subscribe(engine: Engine, url: str, *events: str, after: int | None = 0, **v
 def sending(url: str, **settings: Any) -> Iterator[None]:
     """What a worker does about follow-ups, without limit of rate unless told."""
     values = {"ARCHIVER_FOLLOWUPS_RATE": 0, "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": True} | settings
-    followups = Followups(Settings(**values), database.database_url(url))
+    followups = Followups(Settings(**values), database.database_url(url), seals.select_seal)
     loop, ending = asyncio.new_event_loop(), asyncio.Event()
     failures: list[BaseException] = []
 

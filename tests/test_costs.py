@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 
 from archiver import events
 from archiver.archive.rebuild import rebuild
+from archiver.compliance.seals import select_seal
 from archiver.database import transaction
 from archiver.events import Event
 from archiver.outbound.followups.deliveries import Due
@@ -117,7 +118,7 @@ def test_costs_reach_the_archive_the_export_and_follow_ups_with_all_their_digits
         Due(1, number, "chat.created", "session-1", f"c{number}", None, START, 0, 0) for number in range(len(COSTS))
     ]
     with transaction(engine) as connection:
-        bodies = select_bodies(connection, due)
+        bodies = select_bodies(connection, due, select_seal)
     for number, cost in enumerate(COSTS.values()):
         data = json.loads(bodies[number], parse_float=Decimal, parse_int=Decimal)
         assert data["data"]["chat"]["cost"] == Decimal(cost)

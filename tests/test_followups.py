@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from standardwebhooks import Webhook
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from archiver.compliance import erasure
+from archiver.compliance import erasure, seals
 from archiver.compliance.erasure import AuditEntry, Target
 from archiver.database import transaction
 from archiver.outbound.followups import deliveries, payloads, pruning, review, schedule, subscriptions
@@ -114,7 +114,7 @@ def test_i12_a_body_is_bounded(engine: Engine) -> None:
     record(engine, created("c1", "s1", input="x" * payloads.MAX_BYTES), created("c2", "s1"))
     with transaction(engine) as connection:
         due = [Due(1, number, "chat.created", "s1", f"c{number}", None, now, 0, 14) for number in (1, 2)]
-        bodies = payloads.select_bodies(connection, due)
+        bodies = payloads.select_bodies(connection, due, seals.select_seal)
     large, small = (json.loads(bodies[number])["data"] for number in (1, 2))
     assert large["truncated"] is True
     assert "messages" not in large

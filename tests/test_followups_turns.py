@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from archiver import database
-from archiver.compliance import erasure
+from archiver.compliance import erasure, seals
 from archiver.compliance.erasure import AuditEntry, Criteria, Target
 from archiver.database import transaction
 from archiver.outbound.followups import (
@@ -54,7 +54,9 @@ def changes(engine: Engine, count: int) -> None:
 async def draining(database_url: str, subscription_id: int) -> AsyncIterator[asyncio.Task[None]]:
     """The sender of one subscription, until it has nothing to send any more."""
     engine = database.connect_async(database.database_url(database_url), pool_size=1)
-    alone = Sender(subscription_id, engine, RateLimiter(0), "alone", allow_private=True)
+    alone = Sender(
+        subscription_id, engine, RateLimiter(0), "alone", allow_private=True, select_seal=seals.select_seal
+    )
     draining = asyncio.create_task(alone.drain(asyncio.Event()))
     try:
         yield draining
@@ -211,7 +213,7 @@ def test_i12_a_body_is_bounded_for_any_long_field(fields: dict[str, Any], engine
         Due(1, 2, "session.settled", "s1", None, None, now, 0, 14),
     ]
     with transaction(engine) as connection:
-        bodies = contents.select_bodies(connection, due)
+        bodies = contents.select_bodies(connection, due, seals.select_seal)
     assert all(len(body) <= contents.MAX_BYTES for body in bodies.values())
     assert json.loads(bodies[1])["data"]["truncated"] is True
     assert json.loads(bodies[1])["data"]["chat_id"] == "c1"

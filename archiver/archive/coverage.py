@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 
@@ -14,6 +14,7 @@ from archiver.archive.transcript.wording import normal_role
 from archiver.archive.turns import Turn
 from archiver.events import responses
 from archiver.events.responses import SessionSnapshot
+from archiver.settings import Settings
 
 State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost"]
 
@@ -23,6 +24,14 @@ class Timing(msgspec.Struct, frozen=True, dict=True):
 
     quiet: timedelta = timedelta(seconds=300)
     lifetime: timedelta = timedelta(seconds=86_400)
+
+    @classmethod
+    def of(cls, configuration: Settings) -> Self:
+        """Return the times that the settings give."""
+        return cls(
+            quiet=timedelta(seconds=configuration.reconcile_after),
+            lifetime=timedelta(seconds=configuration.session_lifetime),
+        )
 
     @cached_property
     def margin(self) -> timedelta:

@@ -14,13 +14,13 @@ from rich.text import Text
 from sqlalchemy import Connection, Engine, RowMapping
 
 from archiver import database, settings
+from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.output import Whole, console
 from archiver.compliance.erasure.quarantine_matches import select_unsearchable
 from archiver.inbound import Outcome, retry_quarantined
 from archiver.ledger import audit_log
 from archiver.ledger import quarantine as store
-from archiver.worker import timing_of
 
 PAGE = 500
 ID = Whole(1, 2**63 - 1)
@@ -157,7 +157,7 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, acto
         with database.transaction(engine) as opened:
             _check_reason(opened, reason)
         for quarantine_id in quarantine_ids or _every_id(engine, reason):
-            outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, timing_of(configuration))
+            outcomes[quarantine_id] = outcome = retry_quarantined(engine, quarantine_id, Timing.of(configuration))
             if not as_json:
                 click.echo(f"{quarantine_id}: {_outcome_text(outcome)}")
         if outcomes:

@@ -17,7 +17,6 @@ from archiver.compliance import erasure
 from archiver.compliance.erasure.clocks import ClockError, destruction_time
 from archiver.compliance.erasure.retention import Due, Rules, examine, expire
 from archiver.ledger import audit_log
-from archiver.worker import timing_of
 
 
 @click.command("retention")
@@ -47,7 +46,7 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
                 connection.confirm(f"Let expire for good ({_due_text(due)})?", yes=yes)
             # And what a run that was killed had ordered: that goes, whether anything more is old enough or not.
             who = actor or audit_log.actor()
-            swept = _expire(engine, rules, now, timing=timing_of(configuration), due=due, who=who, quiet=as_json)
+            swept = _expire(engine, rules, now, timing=Timing.of(configuration), due=due, who=who, quiet=as_json)
     if as_json:
         output = {"dry_run": dry_run, "events": swept} | msgspec.structs.asdict(due)
         click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, settings, telemetry
+from archiver.archive import Timing
 from archiver.archive.rebuild import count_events
 from archiver.archive.rebuild import rebuild as replay
 from archiver.cli import connection
@@ -21,7 +22,7 @@ from archiver.operations import reloading
 from archiver.operations.audit_settings import record_settings
 from archiver.operations.reloading import Reloading
 from archiver.settings import Settings
-from archiver.worker import Worker, signing_key, timing_of
+from archiver.worker import Worker, signing_key
 
 log = structlog.get_logger(__name__)
 
@@ -138,7 +139,7 @@ def rebuild(*, yes: bool) -> None:
         done = 0
         with progress(*columns) as bar:
             task = bar.add_task("", total=events)
-            for read in replay(engine, timing_of(configuration)):
+            for read in replay(engine, Timing.of(configuration)):
                 done += read
                 bar.update(task, completed=done, total=max(events, done))
     click.echo(f"The archive was rebuilt from {counted(done, 'ledger row')}.")

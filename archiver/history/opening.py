@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,14 +24,6 @@ _SUBMIT_SECONDS = 20.0  # for which a reader waits until its answer is committed
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
 
-def timing_of(configuration: Settings) -> Timing:
-    """When histories are read, as the settings say."""
-    return Timing(
-        quiet=timedelta(seconds=configuration.reconcile_after),
-        lifetime=timedelta(seconds=configuration.session_lifetime),
-    )
-
-
 @asynccontextmanager
 async def reconciling(
     configuration: Settings,
@@ -46,7 +38,7 @@ async def reconciling(
     probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
     writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
     at_once = concurrency or configuration.history_concurrency
-    timing = timing_of(configuration)
+    timing = Timing.of(configuration)
     queue = Ingest(
         writing,
         queue_events=10_000,

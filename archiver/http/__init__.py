@@ -20,9 +20,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from archiver import database, settings, telemetry
+from archiver.archive import Timing
 from archiver.database.identity import Guard, watch_identity
 from archiver.database.lock_waits import report_waits
-from archiver.history.opening import timing_of
 from archiver.http.bodies import Bodies
 from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.readiness import Readiness
@@ -89,7 +89,7 @@ def create(
         queue_events=configuration.queue_events,
         queue_bytes=configuration.queue_bytes,
         batch_events=configuration.batch_events,
-        timing=timing_of(configuration),
+        timing=Timing.of(configuration),
     )
 
     limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)

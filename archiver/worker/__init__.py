@@ -15,9 +15,11 @@ import structlog
 from sqlalchemy.engine import URL
 
 from archiver import database
+from archiver.archive import Timing
+from archiver.compliance import seals
 from archiver.database import lock_waits, run_in_transaction
 from archiver.database.identity import ForeignDatabaseError, Guard
-from archiver.history.opening import reconciling, timing_of
+from archiver.history.opening import reconciling
 from archiver.operations import heartbeats
 from archiver.operations.reloading import Reloading
 from archiver.outbound.feed import Publisher
@@ -30,7 +32,7 @@ from archiver.worker.retention_tasks import RetentionTasks
 from archiver.worker.sealing import Sealing, signing_key
 from archiver.worker.supervision import Runner, Supervisor
 
-__all__ = ["Worker", "reconciling", "signing_key", "timing_of"]
+__all__ = ["Worker", "reconciling", "signing_key"]
 
 log = structlog.get_logger(__name__)
 
@@ -101,10 +103,10 @@ class Worker:
             await engine.dispose()
 
     async def _followups(self, duty: Duty, ending: asyncio.Event) -> None:
-        await Followups(self._configuration, self._url, duty, self._guard).run(ending)
+        await Followups(self._configuration, self._url, seals.select_seal, duty, self._guard).run(ending)
 
     async def _erase(self, duty: Duty, ending: asyncio.Event) -> None:
-        tasks = RetentionTasks(self._configuration, self._url, timing_of(self._configuration))
+        tasks = RetentionTasks(self._configuration, self._url, Timing.of(self._configuration))
 
         async def erase() -> None:
             if await asyncio.to_thread(tasks.claim, "erase", CLAIM_SHARE * ERASE_SECONDS):
@@ -116,7 +118,7 @@ class Worker:
             tasks.close()
 
     async def _retention(self, duty: Duty, ending: asyncio.Event) -> None:
-        tasks = RetentionTasks(self._configuration, self._url, timing_of(self._configuration))
+        tasks = RetentionTasks(self._configuration, self._url, Timing.of(self._configuration))
         is_claimed = False
 
         async def expire() -> None:

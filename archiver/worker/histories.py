@@ -17,10 +17,11 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
+from archiver.archive import Timing
 from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_in_transaction, run_split
 from archiver.history import Reconciler, leases
 from archiver.history.callhq import UnauthorizedError
-from archiver.history.opening import reconciling, timing_of
+from archiver.history.opening import reconciling
 from archiver.operations import heartbeats
 from archiver.operations.overview import select_silence
 from archiver.settings import Settings
@@ -192,7 +193,7 @@ class Histories:
     async def _drop_dead_jobs(self, engine: AsyncEngine) -> None:
         """Drop jobs of dead workers; their sessions become due when the lease ends."""
         corrected = await run_in_transaction(
-            engine, partial(make_impossible_times_due, timing=timing_of(self._configuration))
+            engine, partial(make_impossible_times_due, timing=Timing.of(self._configuration))
         )
         telemetry.times_ahead.set(corrected)
         silence = await run_in_transaction(engine, select_silence)

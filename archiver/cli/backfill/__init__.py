@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from archiver import database, settings, telemetry
+from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.backfill.summary import Summary
 from archiver.cli.output import Number, Whole, progress
@@ -30,7 +31,7 @@ from archiver.history import ReconcileResult, ResponseNotStoredError, backfill
 from archiver.history.backfill import Selection
 from archiver.history.callhq import UnauthorizedError, printable
 from archiver.settings import Settings
-from archiver.worker import reconciling, timing_of
+from archiver.worker import reconciling
 
 _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it was."
 
@@ -151,7 +152,7 @@ async def _run(
             reconciler,
             _,
         ):
-            timing = timing_of(configuration)
+            timing = Timing.of(configuration)
             begun = datetime.now(UTC) if summary.dry_run else await backfill.begin(engine, selection)
             total = await backfill.count(engine, selection, begun, timing)
             with _progress(total, summary, quiet=quiet) as on_result:

@@ -8,13 +8,13 @@ import msgspec
 from sqlalchemy import Engine
 
 from archiver import database, settings
+from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.erasure import messages
 from archiver.cli.erasure.running import ErasureRequest, Run
 from archiver.compliance.erasure import AuditEntry, HeldError, replay, targets
 from archiver.inbound import spool
 from archiver.ledger import audit_log
-from archiver.worker import timing_of
 
 PAGE = 500
 
@@ -64,7 +64,7 @@ def command(
         if should_list:
             _list(engine)
             return
-        run = Run(engine, timing_of(configuration), yes=yes, dry_run=dry_run, skip_held=skip_held, as_json=as_json)
+        run = Run(engine, Timing.of(configuration), yes=yes, dry_run=dry_run, skip_held=skip_held, as_json=as_json)
         try:
             if file is not None:
                 run.replay(replay.parse(file), AuditEntry("erase.replay", actor or audit_log.actor(), reason))

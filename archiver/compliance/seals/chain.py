@@ -136,10 +136,21 @@ def select_newest(connection: Connection) -> Seal:
     return FIRST if row is None else seal_from_row(dict(row))
 
 
-def select_seal(connection: Connection, number: int) -> Seal | None:
-    """The seal of this number."""
+def select_seal(connection: Connection, number: int) -> dict[str, Any] | None:
+    """Return the seal of this number as follow-ups publish it."""
     row = connection.execute(_without_entries().where(tables.seals.c.id == number)).mappings().first()
-    return None if row is None else seal_from_row(dict(row))
+    if row is None:
+        return None
+    found = seal_from_row(dict(row))
+    return {
+        "id": found.id,
+        "sealed_at": found.sealed_at,
+        "leaves": found.size,
+        "hash": found.hash.hex(),
+        "statement": found.statement.decode(),
+        "key_id": found.key_id,
+        "signature": None if found.signature is None else found.signature.hex(),
+    }
 
 
 # A time that Python has none for is no time of a seal: another one stands for it, which its hash is not over.

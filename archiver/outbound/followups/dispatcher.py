@@ -18,6 +18,7 @@ from archiver.database import run_in_transaction, run_split
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.outbound.followups import pruning, review, subscriptions
 from archiver.outbound.followups.deferred import STATEMENT_SECONDS, Lanes
+from archiver.outbound.followups.payloads import SelectSeal
 from archiver.outbound.followups.rate_limit import RateLimiter
 from archiver.outbound.followups.sender import DATABASE_SECONDS, Sender
 from archiver.settings import Settings
@@ -42,9 +43,14 @@ class Followups:
     """Serves subscriptions; on several machines each subscription is served by one at a time."""
 
     def __init__(
-        self, configuration: Settings, url: URL, duty: Duty | None = None, guard: Guard | None = None
+        self,
+        configuration: Settings,
+        url: URL,
+        select_seal: SelectSeal,
+        duty: Duty | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self._guard = guard
+        self._guard, self._select_seal = guard, select_seal
         self._duty = duty or Duty("followups")
         self._days = configuration.followups_days
         self._allow_private = configuration.followups_allow_private
@@ -122,6 +128,7 @@ class Followups:
                 self._pace,
                 self._owner,
                 allow_private=self._allow_private,
+                select_seal=self._select_seal,
                 guard=self._guard,
                 lanes=self._lanes,
             )

@@ -1,29 +1,33 @@
 """Bodies of deliveries, read from the archive when they are sent; no content is stored (I8)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.compliance import seals
 from archiver.outbound.followups.current_sessions import current_sessions
 from archiver.outbound.followups.deliveries import Due
 
 MAX_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
 
 Data = dict[str, Any]
+SelectSeal = Callable[[Connection, int], Data | None]  # a seal by its id; seals belong to a room above this one
 
 
-def select_bodies(connection: Connection, due: Sequence[Due]) -> dict[int, bytes]:
+def select_bodies(connection: Connection, due: Sequence[Due], select_seal: SelectSeal) -> dict[int, bytes]:
     """The bodies of these deliveries, by cursor."""
     turns = [each for each in due if each.chat_id is not None]
     sessions = [each for each in due if each.chat_id is None and each.seal_id is None]
     by_cursor = {
         **_select_turns(connection, turns),
         **_select_conversations(connection, sessions),
-        **{each.cursor: _select_seal(connection, each) for each in due if each.seal_id is not None},
+        **{
+            each.cursor: {"cursor": each.cursor, "seal": select_seal(connection, each.seal_id)}
+            for each in due
+            if each.seal_id is not None
+        },
     }
     return {each.cursor: encode(each.type, each.changed_at, by_cursor[each.cursor]) for each in due}
 
@@ -183,20 +187,3 @@ _CONVERSATION = (
     "repaired_messages",
     "reconciled_at",
 )
-
-
-def _select_seal(connection: Connection, due: Due) -> Data:
-    seal = None if due.seal_id is None else seals.select_seal(connection, due.seal_id)
-    return {"cursor": due.cursor, "seal": None if seal is None else _seal_data(seal)}
-
-
-def _seal_data(seal: seals.Seal) -> Data:
-    return {
-        "id": seal.id,
-        "sealed_at": seal.sealed_at,
-        "leaves": seal.size,
-        "hash": seal.hash.hex(),
-        "statement": seal.statement.decode(),
-        "key_id": seal.key_id,
-        "signature": None if seal.signature is None else seal.signature.hex(),
-    }

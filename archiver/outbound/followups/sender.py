@@ -34,7 +34,7 @@ from archiver.outbound.followups.deferred import (
 from archiver.outbound.followups.deliveries import Due, Result
 from archiver.outbound.followups.fanout import MAX_PENDING
 from archiver.outbound.followups.guard import AddressRefusedError, endpoint
-from archiver.outbound.followups.payloads import select_bodies
+from archiver.outbound.followups.payloads import SelectSeal, select_bodies
 from archiver.outbound.followups.rate_limit import RateLimiter
 from archiver.outbound.followups.reader import POLL_SECONDS, Position, Reader
 from archiver.outbound.followups.schedule import OPEN_AFTER_FAILURES, PAUSE_AFTER, probe_after
@@ -112,6 +112,7 @@ class Sender:
         owner: str,
         *,
         allow_private: bool,
+        select_seal: SelectSeal,
         guard: Guard | None = None,
         lanes: Lanes | None = None,
     ) -> None:
@@ -121,7 +122,7 @@ class Sender:
         self._reader = Reader(self._deferred)
         self._is_slow = False  # its row: a turn waits for others of this kind
         self._id, self._engine, self._pace, self._owner = subscription_id, engine, pace, owner
-        self._allow_private = allow_private
+        self._allow_private, self._select_seal = allow_private, select_seal
         self._transport: Transport | None = None
         self._slots = asyncio.Semaphore(1)
         self._must_wait = False  # by its receiver, or because the subscription is not ours any more
@@ -326,7 +327,7 @@ class Sender:
                 break
             if page.matched:
                 result = self._select(connection, leased, busy, free_slots)
-        bodies = select_bodies(connection, result)
+        bodies = select_bodies(connection, result, self._select_seal)
         return SendCycle(leased, tuple((each, bodies[each.cursor]) for each in result), is_behind, missed, position)
 
     def _select(self, connection: Connection, leased: Subscription, busy: Sequence[int], limit: int) -> list[Due]:
