@@ -1,18 +1,19 @@
-"""Several statements in one round trip, on connections of both kinds."""
+"""Transactions and statements, on connections of both kinds."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from psycopg import sql
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database
-from archiver.database import RawStatement, copy_out, execute, run_in_transaction, sqlstate, transaction
+from archiver.database import RawStatement, copy_out, execute, run_async, sqlstate, transaction
 
 Work = Callable[[Connection], Any]
 Runner = Callable[[Work], Any]
@@ -31,16 +32,11 @@ def run(request: pytest.FixtureRequest, database_url: str) -> Iterator[Runner]:
     with transaction(engine := database.connect(url)) as connection:
         connection.exec_driver_sql("CREATE TABLE public.taken (number int PRIMARY KEY)")
     if request.param == "plain":
-
-        def plainly(work: Work) -> Any:
-            with transaction(engine) as connection:
-                return work(connection)
-
-        yield plainly
+        yield lambda work: database.run(engine, work)
     else:
         running = asyncio.Runner()
         loop = database.connect_async(url)
-        yield lambda work: running.run(run_in_transaction(loop, work))
+        yield lambda work: running.run(run_async(loop, work))
         running.run(loop.dispose())
         running.close()
     engine.dispose()
@@ -106,7 +102,7 @@ def test_no_caller_fails_when_all_idle_connections_were_lost(database_url: str) 
         with transaction(plain := database.connect(database.database_url(database_url))) as connection:
             assert connection.exec_driver_sql(end).scalar() == 3
         plain.dispose()
-        ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.bind()))
+        ((row,),) = await run_async(engine, lambda c: execute(c, ONE.bind()))
         await engine.dispose()
         return int(row.one)
 
@@ -118,12 +114,68 @@ def test_a_cancelled_transaction_leaves_no_connection_in_an_unknown_state(databa
         engine = database.connect_async(database.database_url(database_url), pool_size=1)
         sleep = RawStatement("SELECT pg_sleep(60)")
         with pytest.raises(TimeoutError):
-            await run_in_transaction(engine, lambda c: execute(c, ONE.bind(), sleep.bind()), seconds=0.2)
-        ((row,),) = await run_in_transaction(engine, lambda c: execute(c, ONE.bind()))
+            await run_async(engine, lambda c: execute(c, ONE.bind(), sleep.bind()), seconds=0.2)
+        ((row,),) = await run_async(engine, lambda c: execute(c, ONE.bind()))
         await engine.dispose()
         return int(row.one)
 
     assert asyncio.run(cut_off()) == 1
+
+
+# Conflicts with other transactions
+
+
+def failing(*states: str) -> tuple[Work, list[None]]:
+    """Work whose first attempts fail with these SQLSTATEs after a write, and the attempts it has had."""
+    attempts: list[None] = []
+
+    def work(connection: Connection) -> Any:
+        number = len(attempts)
+        attempts.append(None)
+        execute(connection, PUT.bind(1))
+        if number < len(states):
+            fail = f"DO $$ BEGIN RAISE EXCEPTION 'in the way' USING ERRCODE = '{states[number]}'; END $$"
+            execute(connection, RawStatement(fail).bind())
+
+    return work, attempts
+
+
+def failed(state: str) -> float:
+    return REGISTRY.get_sample_value("archiver_commit_failures_total", {"sqlstate": state}) or 0
+
+
+@pytest.mark.parametrize("state", ["40001", "40P01"])
+def test_work_is_retried_after_three_conflicts_and_each_is_counted(run: Runner, state: str) -> None:
+    before = failed(state)
+    work, attempts = failing(*[state] * 3)
+    run(work)
+    assert (len(attempts), held(run), failed(state) - before) == (4, 1, 3)
+
+
+@pytest.mark.parametrize(("states", "tried"), [(["40001"] * 4, 4), (["40001", "22012"], 2), (["55P03"], 1)])
+def test_a_fourth_conflict_and_any_other_error_are_raised(run: Runner, states: Sequence[str], tried: int) -> None:
+    work, attempts = failing(*states)
+    with pytest.raises(DBAPIError) as raised:
+        run(work)
+    assert (sqlstate(raised.value), len(attempts), held(run)) == (states[-1], tried, 0)
+
+
+@pytest.mark.parametrize(
+    ("states", "tried"),
+    [(["55P03", "40001"], 3), (["55P03"] * 3, 3), (["40001", "55P03", "40P01"], 3), (["55P03", "57014"], 2)],
+)
+def test_a_lock_that_is_not_free_is_tried_again(database_url: str, states: Sequence[str], tried: int) -> None:
+    with transaction(engine := database.connect(database.database_url(database_url))) as connection:
+        connection.exec_driver_sql("CREATE TABLE public.taken (number int PRIMARY KEY)")
+    work, attempts = failing(*states)
+    if len(states) < tried:
+        database.run_until_locked(engine, work, lock_seconds=1, attempts=3, pause_seconds=0.001)
+    else:
+        with pytest.raises(DBAPIError) as raised:
+            database.run_until_locked(engine, work, lock_seconds=1, attempts=3, pause_seconds=0.001)
+        assert sqlstate(raised.value) == states[-1]
+    assert len(attempts) == tried
+    engine.dispose()
 
 
 # Rows copied out

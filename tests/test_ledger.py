@@ -13,7 +13,8 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver import events, ledger
 from archiver.archive.facts import other_facts
-from archiver.database import execute, is_conflict, is_lock_timeout, transaction
+from archiver.database import Lock, execute, is_lock_timeout, transaction
+from archiver.database.errors import is_conflict
 from archiver.events import responses
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty, rows
@@ -199,7 +200,7 @@ def test_i3_i5_any_order_any_batching_and_any_redelivery_end_in_the_same_archive
 def test_i5_a_late_deletion_without_its_session_sees_the_chat_that_was_recorded_in_between(engine: Engine) -> None:
     with ThreadPoolExecutor(1) as threads:
         with transaction(engine) as beside:
-            ledger.lock_placement(beside, exclusive=False)
+            Lock.RECORDING.take(beside, exclusive=False)
             recording = threads.submit(record_again, engine, deleted("c", None), locks_late=True)
             waits = "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_sleep($1)%' AND wait_event = 'PgSleep'"
             until(lambda: rows(engine, waits), "it waits for the lock")

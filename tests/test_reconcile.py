@@ -15,7 +15,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver.database import database_url as parse_url
-from archiver.database import run_in_transaction
+from archiver.database import run_async
 from archiver.events import responses
 from archiver.history import ReconcileResult, Submit, leases
 from archiver.history.callhq import UnauthorizedError
@@ -65,7 +65,7 @@ async def test_leases_are_kept_for_as_long_as_the_reading_takes(
             reading = asyncio.create_task(reconciler.read_all(ids, result.append))
             seen = set()
             while not reading.done():
-                seen.add(await run_in_transaction(engine, lambda c: c.scalar(lapsed)))
+                seen.add(await run_async(engine, lambda c: c.scalar(lapsed)))
             assert await reading == {"read": 40}
     assert seen == {0}
     assert Counter(reading.session_id for reading in result) == Counter(ids)
@@ -79,7 +79,7 @@ async def test_sessions_leased_by_another_reader_are_skipped(database_url: str, 
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, submit):
         await register(submit, ids)
         now = datetime.now(UTC)
-        await run_in_transaction(engine, lambda c: leases.claim(c, ids[:3], now, now + leases.LEASE))
+        await run_async(engine, lambda c: leases.claim(c, ids[:3], now, now + leases.LEASE))
         assert await reconciler.read_all(ids, result.append) == {"read": 7, "busy": 3}
     assert {reading.session_id for reading in result if reading.outcome == "busy"} == set(ids[:3])
 
@@ -98,7 +98,7 @@ async def test_one_session_that_is_refused_keeps_no_other_from_being_read(databa
             # It backs off, as others do that fail.
             query = text("SELECT failing_since IS NOT NULL FROM archiver.sessions WHERE session_id = :session_id")
             failing = partial(Connection.scalar, statement=query, parameters={"session_id": ids[0]})
-            assert await run_in_transaction(engine, failing)
+            assert await run_async(engine, failing)
 
 
 async def test_a_worker_that_finds_nothing_doubts_the_url(database_url: str, callhq: CallHQ) -> None:
@@ -134,7 +134,7 @@ async def test_results_are_reported_however_the_run_ends(database_url: str, call
         with pytest.raises(asyncio.CancelledError):
             await reading
         query = text("SELECT session_id, repaired_messages FROM archiver.sessions WHERE read_at IS NOT NULL")
-        read = await run_in_transaction(engine, lambda c: {row.session_id: row[1] for row in c.execute(query)})
+        read = await run_async(engine, lambda c: {row.session_id: row[1] for row in c.execute(query)})
     assert {each.session_id: each.recovered for each in result} == read
     assert 0 < len(read) < 60
 
@@ -148,7 +148,7 @@ async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url
             now = datetime.now(UTC) + timedelta(minutes=minutes)
             until_then = now + timedelta(minutes=10)
             claim_listed = partial(leases.claim_due, now=now, until=until_then, limit=100)
-            assert {each for each, _ in await run_in_transaction(engine, claim_listed)} == set(ids)
+            assert {each for each, _ in await run_async(engine, claim_listed)} == set(ids)
             times.append(until_then)
         assert await reconciler.read_all(ids, due_at=times[0]) == {}
         assert await reconciler.read_all(ids, due_at=times[1]) == {"read": 10}
@@ -162,12 +162,12 @@ async def test_a_refused_key_gives_every_lease_back(database_url: str, callhq: C
         with pytest.raises(UnauthorizedError):
             await reconciler.read_all(ids)
         now = datetime.now(UTC)
-        assert set(await run_in_transaction(engine, lambda c: leases.claim(c, ids, now, now))) == set(ids)
+        assert set(await run_async(engine, lambda c: leases.claim(c, ids, now, now))) == set(ids)
 
 
 async def lease_of(engine: AsyncEngine, session_id: str) -> datetime | None:
     statement = text("SELECT leased_until FROM archiver.sessions WHERE session_id = :session_id")
-    return await run_in_transaction(engine, lambda c: c.scalar(statement, {"session_id": session_id}))
+    return await run_async(engine, lambda c: c.scalar(statement, {"session_id": session_id}))
 
 
 async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
@@ -178,16 +178,16 @@ async def test_a_reader_that_overslept_leaves_the_lease_of_the_next_one_alone(
         await register(submit, [session.id])
         began = datetime.now(UTC)
         own, others = began + leases.LEASE, began + 2 * leases.LEASE
-        await run_in_transaction(engine, lambda c: leases.claim(c, [session.id], began, own))
+        await run_async(engine, lambda c: leases.claim(c, [session.id], began, own))
         woken = own + timedelta(seconds=1)
-        assert await run_in_transaction(engine, lambda c: leases.claim(c, [session.id], woken, others))
-        await run_in_transaction(engine, lambda c: leases.release(c, {session.id: own}))
+        assert await run_async(engine, lambda c: leases.claim(c, [session.id], woken, others))
+        await run_async(engine, lambda c: leases.release(c, {session.id: own}))
         assert await lease_of(engine, session.id) == others
         postpone = partial(leases.postpone, session_id=session.id, lease=own, until=woken, failing_since=woken)
-        await run_in_transaction(engine, postpone)
+        await run_async(engine, postpone)
         assert await lease_of(engine, session.id) == others
         renew = partial(leases.renew, leased={session.id: own}, until=woken + leases.LEASE)
-        assert await run_in_transaction(engine, renew) == set()
+        assert await run_async(engine, renew) == set()
         await submit(responses.parse_history(session.id, 404, b""), began)
         assert await lease_of(engine, session.id) == others
 
@@ -203,10 +203,10 @@ async def test_only_a_failure_that_goes_on_after_a_session_expired_is_taken_for_
             assert await reconciler.read_all(ids) == {"failed": 1}
             assert await reconciler.read_all(ids) == {"failed": 1}
             fails_long = text("UPDATE archiver.sessions SET failing_since = failing_since - interval '2 hours'")
-            await run_in_transaction(engine, lambda c: c.execute(fails_long))
+            await run_async(engine, lambda c: c.execute(fails_long))
             assert await reconciler.read_all(ids) == {"unavailable": 1}
             failing = text("SELECT failing_since FROM archiver.sessions WHERE session_id <> ''")
-            assert await run_in_transaction(engine, lambda c: c.scalar(failing)) is None
+            assert await run_async(engine, lambda c: c.scalar(failing)) is None
 
 
 async def test_leasing_goes_on_where_another_transaction_was_in_the_way(database_url: str, callhq: CallHQ) -> None:
@@ -220,7 +220,7 @@ async def test_leasing_goes_on_where_another_transaction_was_in_the_way(database
             await other.execute(lock, [ids[1]])
             now = datetime.now(UTC)
             claim = partial(leases.claim, session_ids=ids, now=now, until=now + leases.LEASE)
-            claiming = asyncio.create_task(run_in_transaction(engine, claim))
+            claiming = asyncio.create_task(run_async(engine, claim))
             await asyncio.to_thread(until, lambda: is_blocked(database_url), "it waits for the other")
             await other.execute(lock, [ids[0]])
             await other.commit()
@@ -244,4 +244,4 @@ async def test_a_session_discovered_by_its_reading_has_no_later_events_when_cloc
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, reconciler, _):
         assert await reconciler.discover_all([session.id]) == {"read": 1}
         read = partial(leases.select_read, session_ids=[session.id], since=begun)
-        assert await run_in_transaction(engine, read) == {session.id}
+        assert await run_async(engine, read) == {session.id}

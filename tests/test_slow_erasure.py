@@ -30,10 +30,10 @@ SWEEPING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants alone are shorter, and in the same order."""
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.BATCH_LOCK_SECONDS", 0.3)
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.BATCH_SECONDS", 1.0)
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.SINGLE_LOCK_SECONDS", 0.5)
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.SINGLE_SECONDS", 4.0)
+    monkeypatch.setattr("archiver.database.transactions.SPLIT_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("archiver.database.transactions.SPLIT_SECONDS", 1.0)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 4.0)
 
 
 def ordered(engine: Engine, count: int) -> list[Target]:
@@ -95,7 +95,7 @@ def sweeping(engine: Engine) -> Iterator[None]:
 def test_i12_a_slow_erasure_does_not_block_writers_of_unassigned_turns(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.SINGLE_SECONDS", 10.0)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 10.0)
     ordered(engine, 1)
     slow_rows(engine, "archiver.events", "session_id", "s0", FOR_EVER)
     with sweeping(engine), ThreadPoolExecutor() as pool:
@@ -107,9 +107,9 @@ def test_i12_a_slow_erasure_does_not_block_writers_of_unassigned_turns(
 def test_i12_a_slow_turn_without_a_session_holds_the_lock_of_all_for_an_instant(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.EXCLUSIVE_SECONDS", 1.0)
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.SINGLE_SECONDS", 3_600.0)
-    monkeypatch.setattr("archiver.compliance.erasure.isolation.BATCH_SECONDS", 3_600.0)
+    monkeypatch.setattr("archiver.compliance.erasure.holds.EXCLUSIVE_SECONDS", 1.0)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 3_600.0)
+    monkeypatch.setattr("archiver.database.transactions.SPLIT_SECONDS", 3_600.0)
     record(engine, created("stray", None, input="secret-stray"), created("gone", None))
     erasure.order(engine, [Target("", "stray"), Target("", "gone")], "request", ACT)
     slow_rows(engine, "archiver.events", "chat_id", "stray", FOR_EVER)

@@ -7,11 +7,10 @@ projects itself.
 from collections.abc import Callable, Iterator
 
 from sqlalchemy import Connection, Engine, func, select
-from sqlalchemy.exc import DBAPIError
 
 from archiver.archive import Timing
 from archiver.archive.replay import Page, replay_sessions, replay_unassigned
-from archiver.database import Lock, is_conflict, locks, tables, transaction
+from archiver.database import Lock, run, tables
 
 CONFLICT_RETRIES = 10
 
@@ -39,12 +38,8 @@ def _pages(engine: Engine, replay: Callable[[Connection, str], Page], *, exclusi
 
 
 def _page(engine: Engine, replay: Callable[[Connection, str], Page], after: str, *, exclusive: bool) -> Page:
-    for attempt in range(CONFLICT_RETRIES + 1):
-        try:
-            with transaction(engine, statement_seconds=600, lock_seconds=120) as connection:
-                locks.take(connection, Lock.PLACEMENT, exclusive=exclusive)
-                return replay(connection, after)
-        except DBAPIError as error:
-            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
-                raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    def work(connection: Connection) -> Page:
+        Lock.RECORDING.take(connection, exclusive=exclusive)
+        return replay(connection, after)
+
+    return run(engine, work, statement_seconds=600, lock_seconds=120, retries=CONFLICT_RETRIES)

@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import explain, limit, limit_locks, run_in_transaction
+from archiver.database import explain, limit, limit_locks, run_async
 from archiver.errors import ArchiverError
 
 T = TypeVar("T")
@@ -475,7 +475,7 @@ async def watch_identity(engine: AsyncEngine, guard: Guard) -> None:
     fault, logged_at = "", float("-inf")
     while True:
         try:
-            reason = await run_in_transaction(engine, guard.watch, WATCH_LIMIT_SECONDS)
+            reason = await run_async(engine, guard.watch, WATCH_LIMIT_SECONDS)
         except (SQLAlchemyError, TimeoutError):  # a database that is away is reported by others
             reason = fault
         if reason and (not fault or monotonic() - logged_at >= LOG_SECONDS):

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
-from archiver.database import explain, run_in_transaction, transaction
+from archiver.database import explain, run_async, transaction
 from archiver.database.locks import Lock, LockHolder, select_holders
 from archiver.errors import ArchiverError
 from archiver.telemetry.duty_health import Duty
@@ -67,7 +67,7 @@ async def report_waits(engine: AsyncEngine, duty: Duty | None = None) -> None:
     while True:
         await asyncio.sleep(CHECK_SECONDS)
         try:
-            report.add(await run_in_transaction(engine, select_holders, CHECK_LIMIT_SECONDS))
+            report.add(await run_async(engine, select_holders, CHECK_LIMIT_SECONDS))
         except (SQLAlchemyError, TimeoutError) as error:
             duty.failing(f"database: {explain(error)}")
         else:

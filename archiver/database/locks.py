@@ -14,18 +14,6 @@ from sqlalchemy import Connection, text
 
 from archiver.database.raw_statement import RawStatement, Statement, execute
 
-
-class Lock(StrEnum):
-    """The tables."""
-
-    PLACEMENT = "lock_placement"  # shared by all that record, exclusive for turns without a session
-    SEALING = "lock_sealing"
-    PUBLISHING = "lock_publishing"
-
-
-_SHARED = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN ROW EXCLUSIVE MODE") for each in Lock}
-_EXCLUSIVE = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE MODE") for each in Lock}
-
 # For transactions that look up by key: a plan that Postgres made while the tables were empty, and kept, must not scan
 # them when they no longer are.
 _BY_KEY = RawStatement(
@@ -34,19 +22,34 @@ _BY_KEY = RawStatement(
 )
 
 
-def taking(lock: Lock, *, exclusive: bool) -> tuple[Statement, ...]:
-    """Return the statements that take a lock until the end of the transaction."""
-    return (_EXCLUSIVE if exclusive else _SHARED)[lock].bind(), _BY_KEY.bind()
-
-
 def by_key() -> Statement:
     """Return the statement that makes the transaction look up rows by key."""
     return _BY_KEY.bind()
 
 
-def take(connection: Connection, lock: Lock, *, exclusive: bool) -> None:
-    """Take a lock to the end of the transaction, in one round trip."""
-    execute(connection, *taking(lock, exclusive=exclusive))
+class Lock(StrEnum):
+    """The locks, each named after what it protects; the value is its table, on which operators grant privileges.
+
+    RECORDING: shared by all that record, erase or send content. Exclusive, so that nothing is recorded beside it: to
+    record or rebuild unassigned turns, which may belong to any session; to order an erasure; and to place a hold.
+    SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time.
+    """
+
+    RECORDING = "lock_placement"
+    SEALING = "lock_sealing"
+    PUBLISHING = "lock_publishing"
+
+    def statements(self, *, exclusive: bool) -> tuple[Statement, ...]:
+        """Return the statements that take the lock until the end of the transaction."""
+        return (_EXCLUSIVE if exclusive else _SHARED)[self].bind(), by_key()
+
+    def take(self, connection: Connection, *, exclusive: bool) -> None:
+        """Take the lock until the end of the transaction, in one round trip."""
+        execute(connection, *self.statements(exclusive=exclusive))
+
+
+_SHARED = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN ROW EXCLUSIVE MODE") for each in Lock}
+_EXCLUSIVE = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE MODE") for each in Lock}
 
 
 SCHEMAS = ("archiver", "analytics", "archiver_jobs")

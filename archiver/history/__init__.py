@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import ledger, telemetry
 from archiver.archive import Timing
-from archiver.database import run_in_transaction, run_split
+from archiver.database import run_async, run_split_async
 from archiver.errors import ArchiverError
 from archiver.events import Event, responses
 from archiver.history import leases
@@ -168,7 +168,7 @@ class Reconciler:
             raise _PreviewRollbackError(ReconcileResult(session_id, _OUTCOMES[event.type], before, after))
 
         try:
-            await run_in_transaction(self._engine, record_and_roll_back)
+            await run_async(self._engine, record_and_roll_back)
         except _PreviewRollbackError as undone:
             result: ReconcileResult = undone.result
         return result
@@ -216,7 +216,7 @@ class Reconciler:
         """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
         now = answer.began
         telemetry.readings.labels("failed").inc()
-        schedule = await run_in_transaction(self._engine, lambda c: leases.select_schedule(c, session_id))
+        schedule = await run_async(self._engine, lambda c: leases.select_schedule(c, session_id))
         if schedule is None:
             return None
         since, margin = schedule.failing_since or now, self._timing.margin
@@ -237,7 +237,7 @@ class Reconciler:
             for each in session_ids:
                 leases.postpone(connection, each, lease, until=until, failing_since=failing_since)
 
-        await run_split(self._engine, [session_id], postpone)
+        await run_split_async(self._engine, [session_id], postpone)
 
 
 def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:

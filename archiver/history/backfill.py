@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events
 from archiver.archive import Timing
-from archiver.database import run_in_transaction, tables
+from archiver.database import run_async, tables
 from archiver.history import leases
 
 RESUMABLE = timedelta(days=1)  # an older unfinished backfill starts again
@@ -41,21 +41,21 @@ async def begin(engine: AsyncEngine, selection: Selection) -> datetime:
         index_elements=[tables.backfills.c.selection],
         set_={"started_at": case((started < now - RESUMABLE, statement.excluded.started_at), else_=started)},
     ).returning(started)
-    started_at: datetime = await run_in_transaction(engine, lambda connection: connection.execute(begun).scalar_one())
+    started_at: datetime = await run_async(engine, lambda connection: connection.execute(begun).scalar_one())
     return started_at
 
 
 async def end(engine: AsyncEngine, selection: Selection) -> None:
     """Mark the backfill as finished, so that the next one of this selection starts again."""
     ended = delete(tables.backfills).where(tables.backfills.c.selection == selection.key)
-    await run_in_transaction(engine, lambda connection: connection.execute(ended))
+    await run_async(engine, lambda connection: connection.execute(ended))
 
 
 async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing) -> int:
     """How many sessions are still to be read."""
     if not selection.session_ids:
         session_filter = leases.SessionFilter(begun, selection.since, selection.every, timing)
-        return await run_in_transaction(engine, partial(leases.count_unread, session_filter=session_filter))
+        return await run_async(engine, partial(leases.count_unread, session_filter=session_filter))
     return sum([len(page) async for page in _listed(engine, selection.session_ids, begun)])
 
 
@@ -70,7 +70,7 @@ async def pages(
     session_filter, after = leases.SessionFilter(begun, selection.since, selection.every, timing), ""
     while True:
         select_page = partial(leases.select_unread, session_filter=session_filter, after=after, limit=PAGE)
-        page = await run_in_transaction(engine, select_page)
+        page = await run_async(engine, select_page)
         if not page:
             return
         yield page
@@ -81,12 +81,12 @@ async def _listed(engine: AsyncEngine, session_ids: Sequence[str], begun: dateti
     ids = list(dict.fromkeys(session_ids))
     for start in range(0, len(ids), PAGE):
         page = ids[start : start + PAGE]
-        read = await run_in_transaction(engine, partial(leases.select_read, session_ids=page, since=begun))
+        read = await run_async(engine, partial(leases.select_read, session_ids=page, since=begun))
         if left := [session_id for session_id in page if session_id not in read]:
             yield left
 
 
 async def unknown_sessions(engine: AsyncEngine, session_ids: Sequence[str]) -> list[str]:
     """Return the sessions that the archive does not know."""
-    known = await run_in_transaction(engine, lambda c: leases.select_statuses(c, session_ids))
+    known = await run_async(engine, lambda c: leases.select_statuses(c, session_ids))
     return [session_id for session_id in session_ids if session_id not in known]

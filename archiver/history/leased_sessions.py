@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver.database import explain, now, run_split
+from archiver.database import explain, now, run_split_async
 from archiver.history import leases
 from archiver.history.leases import SessionStatus
 
@@ -79,7 +79,7 @@ class LeasedSessions:
             lease = moment + leases.LEASE
             return lease, leases.claim(connection, part, moment, lease, self._due_at)
 
-        parts, _ = await run_split(self._engine, session_ids, claim)
+        parts, _ = await run_split_async(self._engine, session_ids, claim)
         claimed_statuses = {session_id: status for _, claimed in parts for session_id, status in claimed.items()}
         held = {session_id: lease for lease, claimed in parts for session_id in claimed}
         if self._due_at is None:  # else the others may not be due any more
@@ -114,7 +114,7 @@ class LeasedSessions:
             lease = now() + leases.LEASE
             return dict.fromkeys(leases.renew(connection, dict(items), lease), lease)
 
-        parts, waiting = await run_split(self._engine, list(held.items()), renew)
+        parts, waiting = await run_split_async(self._engine, list(held.items()), renew)
         renewing_leases = {session_id: lease for part in parts for session_id, lease in part.items()}
         for session_id in (held.keys() & self._held.keys()) - {session_id for session_id, _ in waiting}:
             if session_id in renewing_leases:
@@ -125,4 +125,6 @@ class LeasedSessions:
 
 async def release_each(engine: AsyncEngine, leased: Mapping[str, datetime]) -> None:
     """Give leases back; one that another transaction holds ends by itself."""
-    await run_split(engine, list(leased.items()), lambda connection, items: leases.release(connection, dict(items)))
+    await run_split_async(
+        engine, list(leased.items()), lambda connection, items: leases.release(connection, dict(items))
+    )

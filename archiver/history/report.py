@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver.database import run_in_transaction
+from archiver.database import run_async
 from archiver.history import leases
 from archiver.history.leased_sessions import LeasedSessions, release_each
 from archiver.history.leases import SessionStatus
@@ -68,7 +68,7 @@ class ResultReporter:
         after: dict[str, SessionStatus] = {}
         try:
             await release_each(self._engine, leased)
-            after = await run_in_transaction(self._engine, select)
+            after = await run_async(self._engine, select)
         except SQLAlchemyError as error:
             log.warning("lease release failed; leases expire", error=type(error).__name__)
         for session_id, (outcome, error_text) in finished.items():

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import now, run_in_transaction, tables
+from archiver.database import now, run_async, tables
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +60,7 @@ class SharedPause:
             set_={"until": statement.excluded.until, "reason": statement.excluded.reason},
             where=tables.pauses.c.until < statement.excluded.until,
         )
-        await run_in_transaction(self._engine, lambda connection: connection.execute(later))
+        await run_async(self._engine, lambda connection: connection.execute(later))
         self._checked = -_POLL_SECONDS
         return True
 
@@ -82,7 +82,7 @@ class SharedPause:
         async with self._looking:
             if monotonic() - self._checked >= _POLL_SECONDS:
                 statement = select(tables.pauses.c.until).where(tables.pauses.c.name == _NAME)
-                until = await run_in_transaction(self._engine, lambda connection: connection.scalar(statement))
+                until = await run_async(self._engine, lambda connection: connection.scalar(statement))
                 self._until = until or self._until
                 self._checked = monotonic()
         return self._until

@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events, ledger
-from archiver.database import explain, is_untrusted, run_in_transaction, schema, sqlstate
+from archiver.database import explain, is_untrusted, run_async, schema, sqlstate
 from archiver.inbound.writing import SERVER_FIRST
 
 PROBE_SECONDS = 3
@@ -46,7 +46,7 @@ async def _fault(engine: AsyncEngine, look: Callable[[Connection], bool]) -> Fau
     try:
         # Postgres ends what takes too long itself: nothing is left of it that others could wait for.
         seconds = SERVER_FIRST * PROBE_SECONDS
-        is_read_only = await run_in_transaction(engine, look, PROBE_SECONDS, statement_seconds=seconds)
+        is_read_only = await run_async(engine, look, PROBE_SECONDS, statement_seconds=seconds)
     except TimeoutError:
         reason = f"silent for {PROBE_SECONDS} seconds"
         return Fault(reason, reason)

@@ -20,7 +20,7 @@ from archiver.database import (
     clock,
     explain,
     is_data_error,
-    run_in_transaction,
+    run_async,
     sqlstate,
 )
 from archiver.errors import ArchiverError
@@ -31,7 +31,7 @@ from archiver.ledger.quarantine import Reject
 log = structlog.get_logger(__name__)
 
 BATCH_SECONDS = 60.0  # after which a transaction is given up
-# Facts that do not name their session take the placement lock alone: every other writer waits for them.
+# Facts that do not name their session take the recording lock alone: every other writer waits for them.
 EXCLUSIVE_SECONDS = 2.0
 # Of a limit: Postgres cancels a statement before its client abandons the connection, and one that waits for a lock
 # sooner, so that it is known which of the two it was.
@@ -199,7 +199,7 @@ async def _commit(
     engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing, limits: Limits
 ) -> list[Outcome]:
     started = perf_counter()
-    outcomes = await run_in_transaction(
+    outcomes = await run_async(
         engine,
         lambda connection: store(connection, deliveries, timing, locks_late=limits.is_alone),
         limits.seconds,
@@ -268,7 +268,7 @@ def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
 async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, limits: Limits) -> Result:
     reason, detail = explain_fault(fault)
     try:
-        row_id = await run_in_transaction(
+        row_id = await run_async(
             engine,
             lambda connection: _quarantine_unless_erased(connection, delivery, reason, detail),
             limits.seconds,

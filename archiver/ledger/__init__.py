@@ -73,7 +73,7 @@ def record(
 
     Changes of the archive are published with it, unless `publish` is false.
 
-    `locks_late`: for observations that may take long. The placement lock, behind which every other writer may wait,
+    `locks_late`: for observations that may take long. The recording lock, behind which every other writer may wait,
     is taken at the end, for an instant; a serialization failure where others changed something on which this
     depends, so that the transaction is to be run again.
 
@@ -86,7 +86,7 @@ def record(
     if locks_late:
         execute(connection, locks.by_key())
         before = _select_related(connection, observations)
-    lock = (locks.by_key(),) if locks_late else _lock(exclusive=is_exclusive)
+    lock = (locks.by_key(),) if locks_late else Lock.RECORDING.statements(exclusive=is_exclusive)
     erased = _select_erased(connection, observations, lock)
     sessions = _sessions_of(erased)
     refused = [_is_refused(observation, erased, sessions) for observation in observations]
@@ -134,7 +134,7 @@ def _refs(observations: Sequence[Observation]) -> list[FactRef]:
 def is_refused(connection: Connection, observation: Observation) -> bool:
     """Return whether `record` would refuse the observation because its subject is erased."""
     refs = [FactRef(observation.event.session_id, observation.event.chat_id)]
-    erased = select_erased(connection, refs, _lock(exclusive=False))
+    erased = select_erased(connection, refs, Lock.RECORDING.statements(exclusive=False))
     return _is_refused(observation, erased, _sessions_of(erased))
 
 
@@ -226,15 +226,6 @@ class DeliveryGroup(msgspec.Struct, frozen=True, gc=False):
 # first. So the former are recorded alone, the latter beside each other.
 
 
-def lock_placement(connection: Connection, *, exclusive: bool) -> None:
-    """Lock unassigned turns: exclusively to assign them, otherwise shared."""
-    locks.take(connection, Lock.PLACEMENT, exclusive=exclusive)
-
-
-def _lock(*, exclusive: bool) -> tuple[Statement, ...]:
-    return locks.taking(Lock.PLACEMENT, exclusive=exclusive)
-
-
 LATE_SECONDS, LATE_PAUSE_SECONDS, LATE_ATTEMPTS = 0.25, 0.25, 8
 _PAUSE = RawStatement("SELECT pg_sleep($1)")
 _CONFLICT = RawStatement(
@@ -244,14 +235,14 @@ _CONFLICT = RawStatement(
 
 
 def _lock_late(connection: Connection, *, exclusive: bool) -> None:
-    """Take the placement lock at the end of a transaction. Other writers wait behind a lock that waits, so it waits
+    """Take the recording lock at the end of a transaction. Other writers wait behind a lock that waits, so it waits
     for an instant only, several times. Raises the lock timeout of the last attempt.
     """
     for attempt in range(LATE_ATTEMPTS):
         try:
             with connection.begin_nested():
                 limit_locks(connection, LATE_SECONDS)
-                lock_placement(connection, exclusive=exclusive)
+                Lock.RECORDING.take(connection, exclusive=exclusive)
                 return
         except DBAPIError as error:
             if not is_lock_timeout(error) or attempt == LATE_ATTEMPTS - 1:

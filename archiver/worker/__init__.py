@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL
 from archiver import database
 from archiver.archive import Timing
 from archiver.compliance import seals
-from archiver.database import lock_waits, run_in_transaction
+from archiver.database import lock_waits, run_async
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.history.opening import reconciling
 from archiver.operations import heartbeats
@@ -147,7 +147,7 @@ class Worker:
         claim = partial(heartbeats.claim, name="feed_retention", seconds=CLAIM_SHARE * FEED_RETENTION_SECONDS)
 
         async def delete_old_changes() -> None:
-            if await run_in_transaction(engine, claim):
+            if await run_async(engine, claim):
                 await Publisher(engine, duty).delete_old(days, select_consumed)
 
         try:
@@ -173,7 +173,7 @@ class Worker:
         engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
 
         async def watch() -> None:
-            if reason := await run_in_transaction(engine, self._guard.watch):
+            if reason := await run_async(engine, self._guard.watch):
                 raise ForeignDatabaseError(reason)
             if self._guard.unreadable:
                 duty.failing(f"not all can be checked: {self._guard.unreadable}", _UNREADABLE)

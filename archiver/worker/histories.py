@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
 from archiver.archive import Timing
-from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_in_transaction, run_split
+from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_async, run_split_async
 from archiver.history import Reconciler, leases
 from archiver.history.callhq import UnauthorizedError
 from archiver.history.opening import reconciling
@@ -120,7 +120,7 @@ class Histories:
     async def _drop_dead_jobs_periodically(self, engine: AsyncEngine) -> None:
         claim = partial(heartbeats.claim, name="forget_jobs", seconds=CLEANUP_SECONDS / 2)
         while True:
-            if await run_in_transaction(engine, claim):
+            if await run_async(engine, claim):
                 await self._drop_dead_jobs(engine)
             await asyncio.sleep(CLEANUP_SECONDS)
 
@@ -153,10 +153,10 @@ class Histories:
             limit = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_PER_JOB
             return now, leases.select_due(connection, now, limit) if limit > 0 else []
 
-        now, item = await run_in_transaction(engine, select)
+        now, item = await run_async(engine, select)
         until = now + CLAIM_TIME
         # A session that another transaction holds is due again next time; none waits for it.
-        parts, _ = await run_split(engine, item, partial(leases.claim_listed, now=now, until=until))
+        parts, _ = await run_split_async(engine, item, partial(leases.claim_listed, now=now, until=until))
         due = [each for part in parts for each in part]
         for start in range(0, len(due), SESSIONS_PER_JOB):
             part = due[start : start + SESSIONS_PER_JOB]
@@ -192,11 +192,9 @@ class Histories:
 
     async def _drop_dead_jobs(self, engine: AsyncEngine) -> None:
         """Drop jobs of dead workers; their sessions become due when the lease ends."""
-        corrected = await run_in_transaction(
-            engine, partial(make_impossible_times_due, timing=Timing.of(self._configuration))
-        )
+        corrected = await run_async(engine, partial(make_impossible_times_due, timing=Timing.of(self._configuration)))
         telemetry.times_ahead.set(corrected)
-        silence = await run_in_transaction(engine, select_silence)
+        silence = await run_async(engine, select_silence)
         telemetry.missed_turns.set(silence.turns)
         if corrected:
             log.warning("impossible due times corrected; a clock was ahead", rows=corrected)
@@ -204,6 +202,8 @@ class Histories:
             session_ids, due_at = job.task_kwargs.get("session_ids"), job.task_kwargs.get("due_at")
             if isinstance(session_ids, list) and isinstance(due_at, str):
                 ids, claimed = [str(each) for each in session_ids], datetime.fromisoformat(due_at)
-                await run_split(engine, ids, partial(leases.make_due, claimed_until=claimed, now=database.now()))
+                await run_split_async(
+                    engine, ids, partial(leases.make_due, claimed_until=claimed, now=database.now())
+                )
             await self._jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
-        await run_in_transaction(engine, lambda connection: connection.execute(_DELETE_EARLIER))
+        await run_async(engine, lambda connection: connection.execute(_DELETE_EARLIER))

@@ -8,7 +8,7 @@ import msgspec
 from rich.progress import SpinnerColumn, TextColumn
 from sqlalchemy import Connection, Engine
 
-from archiver import database, ledger
+from archiver import database
 from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.erasure import messages
@@ -23,6 +23,7 @@ from archiver.compliance.erasure.quarantine_matches import (
 )
 from archiver.compliance.erasure.repeated_content import select_repeating_turns
 from archiver.compliance.erasure.sweeping import NONE_SEARCHED, SearchedRows
+from archiver.database import Lock
 
 
 class ErasureRequest(msgspec.Struct, frozen=True):
@@ -80,7 +81,7 @@ class Run:
             deletable = [each for each in matches if each not in ordered.held]
             rows = before.with_later(select_matches(opened, deletable, request.variables, before.searched))
         with database.transaction(self._engine, statement_seconds=600) as opened:
-            ledger.lock_placement(opened, exclusive=False)
+            Lock.RECORDING.take(opened, exclusive=False)
             counts.quarantined = ordered.quarantined + delete_matches(opened, rows)
             counts.unsearchable = len(rows.unsearchable)
         self._finish(counts, [ordered], SearchedRows({*deletable, *ordered.targets}, rows.searched))

@@ -9,10 +9,9 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, insert, select, text, update
 
-from archiver import ledger
 from archiver.compliance.erasure.targets import Target, as_json
 from archiver.compliance.legal_holds import LOGGED, Criteria, select_in_force, select_placed, value_digest
-from archiver.database import tables
+from archiver.database import Lock, limit, limit_locks, tables
 from archiver.errors import ArchiverError
 from archiver.ledger import audit_log
 
@@ -25,7 +24,7 @@ def insert_hold(connection: Connection, criteria: Criteria, author: str, reason:
     """Place a hold and return its id. Erasures ordered later respect it."""
     if criteria.is_empty:
         raise HoldError("A hold needs at least one of: session, assistant, variable, time.")
-    ledger.lock_placement(connection, exclusive=True)
+    Lock.RECORDING.take(connection, exclusive=True)
     holds = tables.holds
     salt = None if criteria.value is None else os.urandom(16)
     row = {"placed_at": datetime.now(UTC), "author": author, "reason": reason, "salt": salt}
@@ -126,6 +125,24 @@ def covering(connection: Connection, targets: Sequence[Target]) -> Mapping[Targe
         for row in connection.execute(_COVERING, targets_json):
             held[Target(row.session_id, row.chat_id)].append(row.id)
     return {target: sorted(ids) for target, ids in sorted(held.items())}
+
+
+EXCLUSIVE_SECONDS = 2.0  # of a statement, and of a wait for a lock, while all that record wait
+
+
+def exclude_held(
+    connection: Connection, targets: Sequence[Target], *, exclusive: bool
+) -> tuple[list[Target], Mapping[Target, Sequence[int]]]:
+    """Return the targets that no hold covers, and the others with their holds.
+
+    Takes `Lock.RECORDING`, so that no hold is placed until the end of the transaction; `exclusive`: for a short time.
+    """
+    if exclusive:
+        limit(connection, EXCLUSIVE_SECONDS)
+        limit_locks(connection, EXCLUSIVE_SECONDS)
+    Lock.RECORDING.take(connection, exclusive=exclusive)
+    held = covering(connection, targets)
+    return [target for target in targets if target not in held], held
 
 
 def is_any_in_force(connection: Connection) -> bool:

@@ -4,22 +4,23 @@ The content goes right after, by `sweeping`, and is found again by that if the o
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from time import sleep
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver import database, ledger
+from archiver import database
 from archiver.archive import UNASSIGNED
 from archiver.archive.rows import mark_erased
 from archiver.compliance.erasure.holds import covering
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches
 from archiver.compliance.erasure.targets import Target, parts, with_unassigned
-from archiver.database import is_cancelled, is_conflict, is_lock_timeout, transaction
+from archiver.database import Lock, is_cancelled, is_lock_timeout, run_until_locked, transaction
 from archiver.errors import ArchiverError
 from archiver.ledger import audit_log, quarantine
 
@@ -28,7 +29,7 @@ Rule = Literal["request", "chat.deleted", "retention"]
 BATCH_SIZE = 500  # of one transaction, in which nothing else is recorded
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
-# While it has the placement lock, for which all who record wait: of a statement, and of a wait for a row.
+# While it has the lock, for which all that record wait: of a statement, and of a wait for a row.
 STATEMENT_SECONDS, ROW_SECONDS = 2.0, 0.5
 SPLIT = 8  # parts of targets of which one is locked or slow
 NO_MATCHES = QuarantineMatches()
@@ -113,10 +114,21 @@ def order(
     left, skipped = deque(parts(unique_targets, BATCH_SIZE)), list[DBAPIError]()
     while left:
         part = left.popleft()
-        going = NO_MATCHES if left else matches
-        options = {"skip_held": skip_held, "erased_at": erased_at or {}, "matches": going, "known": known}
+        work = partial(
+            _order,
+            targets=part,
+            rule=rule,
+            entry=entry,
+            act_id=done.act_id,
+            skip_held=skip_held,
+            erased_at=erased_at or {},
+            matches=matches if not left else NO_MATCHES,
+            known=known,
+        )
         try:
-            more = _order_with_retries(engine, part, rule, entry, done.act_id, **options)
+            more = run_until_locked(
+                engine, work, lock_seconds=LOCK_SECONDS, attempts=ATTEMPTS, pause_seconds=LOCK_SECONDS
+            )
         except HeldError as error:
             error.ordered = len(done.targets)
             _record_refusal(engine, entry, rule, error)
@@ -157,62 +169,50 @@ def _detail(entry: AuditEntry, rule: Rule, held: Mapping[Target, Sequence[int]])
     return {"rule": rule, **entry.detail, **({"holds": holds, "held": len(held)} if held else {})}
 
 
-def _order_with_retries(
-    engine: Engine, targets: Sequence[Target], rule: Rule, entry: AuditEntry, act_id: int | None, **options: Any
-) -> Ordered:
-    """Try for the lock repeatedly for an instant, because waiting would block all writers."""
-    for attempt in range(ATTEMPTS):
-        has_lock = False
-
-        def work(connection: Connection) -> None:
-            nonlocal has_lock
-            # Earlier writers have committed, and later writers see this order.
-            ledger.lock_placement(connection, exclusive=True)
-            has_lock = True
-            database.limit(connection, STATEMENT_SECONDS)
-            database.limit_locks(connection, ROW_SECONDS)
-
-        try:
-            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
-                return _order(connection, targets, rule, entry, act_id, lock=work, **options)
-        except DBAPIError as error:
-            if has_lock and (is_lock_timeout(error) or is_cancelled(error)):
-                raise _SlowTargetError(error) from error
-            is_busy = is_lock_timeout(error) or is_conflict(error)
-            if not is_busy or attempt == ATTEMPTS - 1:
-                raise
-            sleep(LOCK_SECONDS)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
 def _order(
     connection: Connection,
+    *,
     targets: Sequence[Target],
     rule: Rule,
     entry: AuditEntry,
     act_id: int | None,
-    *,
     skip_held: bool,
     erased_at: Mapping[Target, datetime],
     matches: QuarantineMatches,
     known: Mapping[Target, Sequence[int]],
-    lock: Callable[[Connection], None],
 ) -> Ordered:
     if ids := sorted({*matches.by_id, *matches.by_variable}):
         quarantine.lock_rows(connection, ids)  # before the other lock, in the same order as a retry
-    lock(connection)
-    whole = with_unassigned(connection, targets)
-    held = covering(connection, whole)
-    if held and not skip_held:
-        raise HeldError(held)
-    deletable = [target for target in whole if target not in held]
-    if deletable and act_id is None:
-        act_id = audit_log.insert_entry(
-            connection, entry.kind, entry.actor, entry.reason, _detail(entry, rule, {**known, **held})
-        )
-    if deletable and act_id is not None:
-        _insert_erasures(connection, deletable, rule, act_id, erased_at)
-    return Ordered(act_id, deletable, held, delete_matches(connection, matches))
+    with _exclusively(connection):
+        whole = with_unassigned(connection, targets)
+        held = covering(connection, whole)
+        if held and not skip_held:
+            raise HeldError(held)
+        deletable = [target for target in whole if target not in held]
+        if deletable and act_id is None:
+            act_id = audit_log.insert_entry(
+                connection, entry.kind, entry.actor, entry.reason, _detail(entry, rule, {**known, **held})
+            )
+        if deletable and act_id is not None:
+            _insert_erasures(connection, deletable, rule, act_id, erased_at)
+        return Ordered(act_id, deletable, held, delete_matches(connection, matches))
+
+
+@contextmanager
+def _exclusively(connection: Connection) -> Iterator[None]:
+    """Run the block with the lock, after which earlier writers have committed and later writers see this order.
+
+    Raises `_SlowTargetError` where the block waits for a row, or takes too long.
+    """
+    Lock.RECORDING.take(connection, exclusive=True)
+    try:
+        database.limit(connection, STATEMENT_SECONDS)
+        database.limit_locks(connection, ROW_SECONDS)
+        yield
+    except DBAPIError as error:
+        if not is_lock_timeout(error) and not is_cancelled(error):
+            raise
+        raise _SlowTargetError(error) from error
 
 
 MAX_RECORDED_HELD = 100  # targets in one act

@@ -89,7 +89,7 @@ def select_deletable(connection: Connection, matches: QuarantineMatches) -> list
 
     As long as anything is held: none that only matches a variable and none that cannot be searched, for it may be
     about
-    what is held. Exact under the lock of `ledger.lock_placement`, which excludes placing a hold.
+    what is held. Exact under `Lock.RECORDING`, which excludes placing a hold.
     """
     holds = select_in_force(connection)
     if not holds:

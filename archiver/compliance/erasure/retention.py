@@ -15,11 +15,10 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver.archive import UNASSIGNED, Timing, rebuild_unassigned, rederive
 from archiver.archive.rows import lock_sessions, select_sessions_of_chats
-from archiver.compliance.erasure.holds import covering, is_any_in_force
-from archiver.compliance.erasure.isolation import lock_placement, run_split
+from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.targets import Target, parts, with_unassigned
-from archiver.database import transaction
+from archiver.database import run_split, transaction
 from archiver.ledger import audit_log, quarantine
 from archiver.settings import Settings
 
@@ -249,9 +248,7 @@ def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timi
     unassigned = sorted(
         each.chat_id for each in with_unassigned(connection, targets) if each.session_id == UNASSIGNED
     )
-    lock_placement(connection, exclusive=bool(unassigned))
-    held = covering(connection, targets)
-    deletable = [target for target in targets if target not in held]
+    deletable, _ = exclude_held(connection, targets, exclusive=bool(unassigned))
     session_ids = (
         {session_id for session_id, _ in select_sessions_of_chats(connection, unassigned)} if unassigned else set()
     )

@@ -20,13 +20,12 @@ from archiver.archive.rows import lock_sessions, select_sessions_of_chats
 from archiver.archive.sessions import SessionFacts, without_turns
 from archiver.compliance.erasure import mentions
 from archiver.compliance.erasure.decoding import decode
-from archiver.compliance.erasure.holds import covering
-from archiver.compliance.erasure.isolation import lock_placement, run_split
+from archiver.compliance.erasure.holds import covering, exclude_held
 from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches, select_matches
 from archiver.compliance.erasure.repeated_content import select_repeating_turns
 from archiver.compliance.erasure.targets import Target, marks, parts
-from archiver.database import transaction
+from archiver.database import Lock, run_split, transaction
 from archiver.events import responses
 from archiver.ledger import audit_log, quarantine
 from archiver.outbound.followups.deliveries import delete_answers
@@ -169,16 +168,14 @@ def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Col
 
 def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
     quarantine.lock_rows(connection, ids)  # before the other lock, as a retry does
-    lock_placement(connection, exclusive=False)
+    Lock.RECORDING.take(connection, exclusive=False)
     return delete_matches(connection, QuarantineMatches(by_id=ids))
 
 
 def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
-    lock_placement(connection, exclusive=any(not each.session_id for each in targets))
     # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
-    # placed since. No hold can be placed during this transaction.
-    held = covering(connection, targets)
-    deletable = [target for target in targets if target not in held]
+    # placed since.
+    deletable, held = exclude_held(connection, targets, exclusive=any(not each.session_id for each in targets))
     repeating = select_repeating_turns(connection, deletable)  # while it can still be known
     delete_answers(connection, [(each.session_id, each.chat_id) for each in deletable])
     return Step(0, _erase(connection, deletable, timing), repeating=repeating, held=held)

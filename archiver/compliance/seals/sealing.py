@@ -6,14 +6,13 @@ from collections.abc import Callable
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError
 
 from archiver.archive.outbox import Change, insert_changes
 from archiver.compliance.seals import bounds, chain
 from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.leaves import KINDS, pack, select_leaves
 from archiver.compliance.seals.settling import Settled, Settling
-from archiver.database import CONFLICT_RETRIES, Lock, is_conflict, locks, transaction
+from archiver.database import Lock, run
 from archiver.errors import ArchiverError
 
 log = structlog.get_logger(__name__)
@@ -59,15 +58,11 @@ def seal(
 
 
 def _seal_once(engine: Engine, settled: dict[str, int], key: Ed25519PrivateKey | None) -> Seal | None:
-    for attempt in range(CONFLICT_RETRIES + 1):
-        try:
-            with transaction(engine, statement_seconds=60) as connection:
-                locks.take(connection, Lock.SEALING, exclusive=True)
-                return _seal_next(connection, settled, key)
-        except DBAPIError as error:
-            if not is_conflict(error) or attempt == CONFLICT_RETRIES:
-                raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    def work(connection: Connection) -> Seal | None:
+        Lock.SEALING.take(connection, exclusive=True)
+        return _seal_next(connection, settled, key)
+
+    return run(engine, work, statement_seconds=60)
 
 
 def _settle(engine: Engine) -> Settled | None:

@@ -5,18 +5,15 @@ their end shows it: all that had been written when they were under way is settle
 regardless of concurrent writes.
 """
 
-import random
-import time
-
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
-from archiver.database import is_lock_timeout, transaction
+from archiver.database import is_lock_timeout, run_until_locked, transaction
 
 # Writers queue behind a waiting lock: so the wait is short, and repeated.
 LOCK_SECONDS = 0.005
 ATTEMPTS = 60
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.03
 
 Settled = dict[str, int]
 
@@ -80,12 +77,14 @@ def _select_writers(connection: Connection) -> frozenset[str] | None:
 
 
 def _settle(engine: Engine) -> Settled | None:
-    for _ in range(ATTEMPTS):
-        try:
-            with transaction(engine, lock_seconds=LOCK_SECONDS) as connection:
-                return dict(connection.execute(text("SELECT * FROM archiver.settle()")).mappings().one())
-        except OperationalError as error:
-            if not is_lock_timeout(error):
-                raise
-        time.sleep(random.uniform(0.2, 1) * PAUSE_SECONDS)  # noqa: S311  # so that two sealers do not keep step
-    return None
+    def work(connection: Connection) -> Settled:
+        return dict(connection.execute(text("SELECT * FROM archiver.settle()")).mappings().one())
+
+    try:
+        return run_until_locked(
+            engine, work, lock_seconds=LOCK_SECONDS, attempts=ATTEMPTS, pause_seconds=PAUSE_SECONDS
+        )
+    except DBAPIError as error:
+        if not is_lock_timeout(error):
+            raise
+        return None

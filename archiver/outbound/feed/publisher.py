@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import explain, is_cancelled, now, run_in_transaction, sqlstate
+from archiver.database import explain, is_cancelled, now, run_async, sqlstate
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.outbound.feed.publishing import (
     PAGE_CHANGES,
@@ -101,7 +101,7 @@ class Publisher:
 
     async def _isolate(self) -> int:
         """Publish the oldest page in parts, to find the session whose changes are slow."""
-        sessions = await run_in_transaction(self._engine, select_oldest_sessions)
+        sessions = await run_async(self._engine, select_oldest_sessions)
         return await self._publish_part([each for each in sessions if each not in self._slow])
 
     async def _publish_part(self, sessions: Sequence[str]) -> int:
@@ -160,12 +160,12 @@ class Publisher:
                 self._guard.require(connection)
             return work(connection)
 
-        return await run_in_transaction(self._engine, guarded, statement_seconds=seconds)
+        return await run_async(self._engine, guarded, statement_seconds=seconds)
 
     async def _silence_notify(self) -> None:
         """Publish without NOTIFY for a while, because an idle listener has filled the queue."""
         telemetry.notify_failures.inc()
-        if await run_in_transaction(self._engine, select_queue_usage) > MOSTLY_EMPTY:
+        if await run_async(self._engine, select_queue_usage) > MOSTLY_EMPTY:
             self._notifies_from = monotonic() + SILENCE_SECONDS
         if not self._is_silent:
             log.error(
@@ -177,7 +177,7 @@ class Publisher:
     async def _gauge(self) -> None:
         if monotonic() - self._gauged_at < GAUGE_SECONDS:
             return
-        waiting = await run_in_transaction(self._engine, select_backlog)
+        waiting = await run_async(self._engine, select_backlog)
         age = (datetime.now(UTC) - waiting.since).total_seconds() if waiting.since else 0
         telemetry.outbox_transactions.set(waiting.transactions)
         telemetry.outbox_age.set(max(age, 0))  # clocks differ
@@ -195,7 +195,7 @@ class Publisher:
         """
         before, deleted = now() - timedelta(days=days), 0
         while True:
-            page = await run_in_transaction(
+            page = await run_async(
                 self._engine, lambda connection: delete_old(connection, before, consumed(connection))
             )
             deleted += page

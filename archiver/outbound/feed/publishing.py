@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.database import Lock, locks
+from archiver.database import Lock
 
 CHANNEL = "archiver_events"
 QUEUE_FULL = "54000"
@@ -69,7 +69,7 @@ def publish(connection: Connection, *, notifies: bool = True) -> int:
     Waits for a concurrent publisher. `notifies`: also send NOTIFY; then the commit may fail with
     SQLSTATE `QUEUE_FULL`, where a listener has slept in a transaction for so long that Postgres has no more room.
     """
-    locks.take(connection, Lock.PUBLISHING, exclusive=True)
+    Lock.PUBLISHING.take(connection, exclusive=True)
     return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)
 
 
@@ -101,7 +101,7 @@ MAX_SCANNED_PAGES = 20  # in one transaction, past what is left
 
 def publish_some(connection: Connection, chooses: Callable[[str], bool], *, notifies: bool) -> int:
     """Publish the oldest changes of the chosen sessions and keep the others in the outbox."""
-    locks.take(connection, Lock.PUBLISHING, exclusive=True)
+    Lock.PUBLISHING.take(connection, exclusive=True)
     after, ids = 0, list[int]()
     listed: list[dict[str, Any]] = []
     postponed: list[dict[str, Any]] = []

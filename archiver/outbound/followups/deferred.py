@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
-from archiver.database import run_in_transaction
+from archiver.database import run_async
 
 log = structlog.get_logger(__name__)
 
@@ -125,7 +125,7 @@ class DeferredQueue:
         lane = self._lanes.short if is_short else self._lanes.alone
         limits = (LOCK_SECONDS, STATEMENT_SECONDS) if is_short else (SINGLE_LOCK_SECONDS, SINGLE_STATEMENT_SECONDS)
         async with lane:
-            return await run_in_transaction(
+            return await run_async(
                 self._engine, work.run, SINGLE_SECONDS, lock_seconds=limits[0], statement_seconds=limits[1]
             )
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import database, telemetry
-from archiver.database import run_in_transaction, run_split
+from archiver.database import run_async, run_split_async
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.outbound.followups import pruning, review, subscriptions
 from archiver.outbound.followups.deferred import STATEMENT_SECONDS, Lanes
@@ -170,7 +170,7 @@ class Followups:
         for select in (partial(pruning.select_ended, days=self._days), pruning.select_removed):
             for _ in range(PRUNE_MAX_PAGES):
                 keys = await self._do(partial(select, but=self._stuck))
-                _, stuck = await run_split(
+                _, stuck = await run_split_async(
                     self._engine, keys, pruning.delete_deliveries, statement_seconds=STATEMENT_SECONDS
                 )
                 if stuck:
@@ -180,7 +180,7 @@ class Followups:
                     break
 
     async def _do(self, work: Callable[[Connection], T]) -> T:
-        return await run_in_transaction(self._engine, work, DATABASE_SECONDS)
+        return await run_async(self._engine, work, DATABASE_SECONDS)
 
     async def _end(self) -> None:
         if self._sending:

@@ -17,8 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database, ledger, telemetry
-from archiver.database import run_in_transaction
+from archiver import database, telemetry
+from archiver.database import Lock, run_async
 from archiver.database.identity import Guard
 from archiver.outbound.followups import deliveries, subscriptions
 from archiver.outbound.followups.deferred import (
@@ -86,7 +86,7 @@ class RecordResults(DeferredWork):
 
     def run(self, connection: Connection) -> int:
         """Record them."""
-        ledger.lock_placement(connection, exclusive=False)
+        Lock.RECORDING.take(connection, exclusive=False)
         deliveries.record_results(connection, self._id, self._results)
         return len(self._results)
 
@@ -222,7 +222,7 @@ class Sender:
     async def _run(self, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool) -> SendCycle:
         self._reader.begin()
         async with self._lanes.short if self._is_slow else contextlib.nullcontext():
-            return await run_in_transaction(
+            return await run_async(
                 self._engine,
                 lambda connection: self._settle(connection, results, under_way, is_ending=is_ending),
                 DATABASE_SECONDS,
@@ -263,7 +263,7 @@ class Sender:
             return None
         try:
             with connection.begin_nested():
-                ledger.lock_placement(connection, exclusive=False)  # beside no erasure: it or we see the other
+                Lock.RECORDING.take(connection, exclusive=False)  # beside no erasure: it or we see the other
                 deliveries.record_results(connection, self._id, results)
         except DBAPIError as error:
             if (reason := slow(error)) is None:

@@ -1,0 +1,100 @@
+"""Engines: connections to Postgres with our options."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+import psycopg
+from psycopg.conninfo import make_conninfo
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from archiver.database import session
+from archiver.database.bulk_insert import DIALECT, PARAMSTYLE
+
+CONNECT_SECONDS = 5
+CONNECT_SECONDS_PER_HOST = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
+
+
+def conninfo(url: URL, application_name: str) -> str:
+    """Return the URL as a libpq connection string, for connections without SQLAlchemy."""
+    _, arguments = DIALECT.create_connect_args(url)
+    arguments.pop("context", None)  # the driver's own
+    return make_conninfo(**{"application_name": application_name, **arguments, **session.STARTUP})
+
+
+def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> Engine:
+    """Return an engine with at most `pool_size` connections; opens none.
+
+    `prepared_statements`: None: unless a pooler such as PgBouncer is in between. Connecting raises `EncodingError`
+    where the database is not UTF-8.
+    """
+    engine = create_engine(
+        url,
+        pool_pre_ping=True,  # a connection lost while idle must not fail the next caller
+        **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
+    )
+    event.listen(engine, "connect", partial(session.check_connection, prepared_statements=prepared_statements))
+    return engine
+
+
+def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> AsyncEngine:
+    """Like `connect`, for an event loop."""
+    engine = create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
+    check = partial(session.check_connection, prepared_statements=prepared_statements)
+    event.listen(engine.sync_engine, "connect", check)
+    return engine
+
+
+def redirect(engine: AsyncEngine, url: URL) -> None:
+    """Let new connections go to this URL. Connections in use are kept."""
+    dialect = engine.sync_engine.dialect
+    _, arguments = dialect.create_connect_args(url)
+    given = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
+
+    def connect_there(_: Any, __: Any, ___: Any, parameters: dict[str, Any]) -> None:
+        preserved = {name: parameters[name] for name in ("prepare_threshold", "context") if name in parameters}
+        parameters.clear()
+        parameters.update(arguments | given | preserved)
+
+    if engine.sync_engine in _redirected:
+        event.remove(engine.sync_engine, "do_connect", _redirected[engine.sync_engine])
+    event.listen(engine.sync_engine, "do_connect", connect_there)
+    _redirected[engine.sync_engine] = connect_there
+
+
+_redirected: WeakKeyDictionary[Engine, Callable[..., None]] = WeakKeyDictionary()
+
+
+def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool | None) -> dict[str, Any]:
+    has_several_hosts = not isinstance(hosts := url.query.get("host", ""), str) or "," in hosts
+    arguments: dict[str, Any] = {
+        "connect_timeout": CONNECT_SECONDS_PER_HOST if has_several_hosts else CONNECT_SECONDS,
+        "application_name": "callhq-archiver",
+        "cursor_factory": cursor,
+        # A host that fell silent, or a firewall that forgot the connection, shows itself within a minute or so.
+        "keepalives_idle": 15,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,  # milliseconds
+    }
+    if prepared_statements is False:
+        arguments["prepare_threshold"] = None
+    # What the URL says goes before what we would say.
+    arguments |= {name: value for name, value in url.query.items() if name in arguments}
+    arguments |= session.STARTUP  # which the URL does not change
+    return {
+        "paramstyle": PARAMSTYLE,
+        # Regardless of the role's default: after the ledger's lock a statement must see what was committed before it.
+        "isolation_level": "READ COMMITTED",
+        "pool_size": pool_size,
+        "max_overflow": 0,
+        "pool_timeout": CONNECT_SECONDS,
+        "connect_args": arguments,
+        "hide_parameters": True,  # an error's text must never hold a message
+        "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+        "json_deserializer": msgspec.json.decode,
+    }
