@@ -117,8 +117,8 @@ def test_a_lock_that_is_waited_for_is_reported_with_its_holder(database_url: str
             named = f"process {holder.info.backend_pid} (user postgres, application a-tool)"
             answer = receiver.post(created("c1", "s1"))
             assert answer.json()["status"] == "spooled"
-            until(lambda: '"waiting for a lock' in receiver.stderr(), "the log says so", 60)
-            line = next(each for each in receiver.stderr().splitlines() if '"waiting for a lock' in each)
+            until(lambda: '"lock wait"' in receiver.stderr(), "the log says so", 60)
+            line = next(each for each in receiver.stderr().splitlines() if '"lock wait"' in each)
             for part in (f'"pid": {holder.info.backend_pid}', '"user": "postgres"', '"application": "a-tool"'):
                 assert part in line
             assert receiver.metric("archiver_lock_waiting_sessions") >= 1
