@@ -11,7 +11,7 @@ from pathlib import Path
 
 import archiver
 from archiver.errors import ArchiverError
-from archiver.http.protocol_errors import Refused
+from archiver.http.answers import Refused
 from archiver.inbound import QueueFullError
 from archiver.inbound.signatures import SignatureError
 

@@ -1,6 +1,7 @@
 """`POST /sessions`: the application tells which sessions it opened."""
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests import servers
 from tests.conftest import Cluster
-from tests.receivers import Receiver, serving
+from tests.receivers import Receiver, answer, serving
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 
@@ -103,3 +104,16 @@ def test_what_is_no_list_of_sessions_gets_a_clear_answer_and_changes_nothing(
 
 def test_a_body_too_large_is_refused(receiver: Receiver) -> None:
     assert register(receiver, b" " * 200_000).status_code == 413
+
+
+def test_a_body_that_an_upgrade_offer_swallows_is_incomplete(receiver: Receiver, url: str) -> None:
+    body = b'{"ids": ["swallowed"]}'
+    head = (
+        f"POST /sessions HTTP/1.1\r\nhost: archiver\r\nauthorization: Bearer {TOKEN}\r\n"
+        f"upgrade: h2c\r\nconnection: Upgrade\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", receiver.port), 30) as connection:
+        connection.sendall(head.encode() + body)
+        code, content = answer(connection)
+    assert (code, content["status"]) == (400, "incomplete")
+    assert known(url, "swallowed") == []

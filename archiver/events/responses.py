@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from archiver import events
+from archiver.errors import ArchiverError
 from archiver.events import Event, Message, UnreadableError
 
 READ = "history.read"  # the messages of the session
@@ -97,21 +98,25 @@ def register(session: Mapping[str, Any]) -> Event:
     return _event(REGISTERED, session_id, json.dumps(session).encode(), [dict(session)])
 
 
+class InvalidRegistrationError(ArchiverError):
+    """A body does not register sessions; the text says what is wrong."""
+
+
 def registrations(body: bytes) -> list[Event]:
     """The sessions in `{"ids": [...]}` or `{"sessions": [{"id", ...}]}`.
 
-    Raises `ValueError`; the text says what is wrong.
+    Raises `InvalidRegistrationError`.
     """
     try:
         document = events.decode(body)
     except UnreadableError:
-        raise ValueError("The body is not JSON.") from None
+        raise InvalidRegistrationError("The body is not JSON.") from None
     ids = document.get("ids", []) if isinstance(document, dict) else None
     objects = document.get("sessions", []) if isinstance(document, dict) else None
     if not isinstance(ids, list) or not isinstance(objects, list) or not ids + objects:
-        raise ValueError('Send {"ids": ["..."]} or {"sessions": [{"id": "..."}]}, with at least one.')
+        raise InvalidRegistrationError('Send {"ids": ["..."]} or {"sessions": [{"id": "..."}]}, with at least one.')
     if len(ids) + len(objects) > MAX_REGISTRATIONS:
-        raise ValueError(f"Send at most {MAX_REGISTRATIONS} sessions at a time.")
+        raise InvalidRegistrationError(f"Send at most {MAX_REGISTRATIONS} sessions at a time.")
     rows = [{"id": session_id} for session_id in ids] + objects
     return [_registration(number, session) for number, session in enumerate(rows, 1)]
 
@@ -121,7 +126,7 @@ def _registration(number: int, session: Any) -> Event:
         return register(session if isinstance(session, dict) else {})
     except UnreadableError as error:
         reason = events.REASONS.get(str(error), "It has no id.")
-        raise ValueError(f"Session {number}: {reason}") from None
+        raise InvalidRegistrationError(f"Session {number}: {reason}") from None
 
 
 def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:

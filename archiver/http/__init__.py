@@ -23,6 +23,7 @@ from archiver import database, settings, telemetry
 from archiver.archive import Timing
 from archiver.database.identity import Guard, watch_identity
 from archiver.database.lock_waits import report_waits
+from archiver.http import answers
 from archiver.http.bodies import Bodies
 from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.readiness import Readiness
@@ -145,7 +146,8 @@ def create(
             Route("/sessions", registration.register, methods=["POST"]),
         ],
         lifespan=lifespan,
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: answers.respond_to_routing}
+        | dict.fromkeys(answers.ERRORS, answers.respond),
     )
     app.receiver = receiver
     app.router.redirect_slashes = False  # a redirect loses the body of a client that does not follow it
@@ -202,11 +204,3 @@ def _reduce_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    code = error.status_code if isinstance(error, HTTPException) else 500
-    detail = error.detail if isinstance(error, HTTPException) else ""
-    headers = error.headers if isinstance(error, HTTPException) else None
-    content = {"status": "refused", "reason": detail.lower().replace(" ", "_"), "detail": f"{detail}."}
-    return JSONResponse(content, code, headers)

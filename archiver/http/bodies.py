@@ -13,7 +13,8 @@ SMALL_BODY = 65_536  # bytes
 class BodyTooLargeError(ArchiverError):
     """The body exceeds ARCHIVER_MAX_BODY."""
 
-    message = "The body exceeds ARCHIVER_MAX_BODY."
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The body is larger than {most} bytes (ARCHIVER_MAX_BODY).")
 
 
 class BodyIncompleteError(ArchiverError):
@@ -42,7 +43,7 @@ class Bodies:
         length = _content_length(scope)
         if length is not None:
             if length > self.max_bytes:
-                raise BodyTooLargeError
+                raise BodyTooLargeError(self.max_bytes)
             return
         try:
             async with asyncio.timeout(0):
@@ -50,26 +51,25 @@ class Bodies:
         except TimeoutError:
             return
         if len(message.get("body", b"")) > self.max_bytes:
-            raise BodyTooLargeError
+            raise BodyTooLargeError(self.max_bytes)
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the whole body.
 
         Raises `BodyTooLargeError` as soon as the limit is exceeded, with or without Content-Length,
-        `BodiesFullError` where too much
-        is being read, Starlette's `ClientDisconnect` where the connection ends before the body does, and
-        `BodyIncompleteError` where the server lost it: Uvicorn's parser takes what follows an `Upgrade` that it does
-        not know for another protocol.
+        `BodiesFullError` where too much is being read, Starlette's `ClientDisconnect` where the connection ends
+        before the body does, and `BodyIncompleteError` where the server lost it: Uvicorn's parser takes what follows
+        an `Upgrade` that it does not know for another protocol.
         """
         declared = _content_length(scope)
         if declared is not None and declared > self.max_bytes:
-            raise BodyTooLargeError
+            raise BodyTooLargeError(self.max_bytes)
         message = await _next(receive)
         body: bytes = message.get("body", b"")
         if message.get("more_body", False):
             body = await self._read_on(body, receive)
         if len(body) > self.max_bytes:
-            raise BodyTooLargeError
+            raise BodyTooLargeError(self.max_bytes)
         if declared != len(body) and (declared is not None or (not body and _offers_upgrade(scope))):
             raise BodyIncompleteError
         return body
@@ -80,7 +80,7 @@ class Bodies:
         try:
             while more:
                 if size > self.max_bytes:
-                    raise BodyTooLargeError
+                    raise BodyTooLargeError(self.max_bytes)
                 if self._bytes > self._max_total and self._bytes > size:
                     raise BodiesFullError
                 message = await _next(receive)

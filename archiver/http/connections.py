@@ -16,9 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from archiver import telemetry
+from archiver.http.answers import CONNECTION_ANSWERS, Refused
 from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.listening import DrainingLoop
-from archiver.http.protocol_errors import ANSWERS, Refused
 
 MAX_HEAD = 65_536  # bytes of a request line and its headers
 MAX_WAITING = 16  # requests behind the one that is being answered
@@ -252,7 +252,7 @@ class Connection(HttpToolsProtocol):
             self._linger()
 
     def _answer(self, reason: str) -> bytes:
-        status, rest = ANSWERS[reason]
+        status, rest = CONNECTION_ANSWERS[reason]
         dates = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
         return b"".join([status, *dates, rest])
 

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from archiver.http.headers import RETRY_AFTER
+from archiver.http.answers import RETRY_AFTER
 from archiver.inbound import Fault, Ingest, database_fault
 from archiver.inbound.spool import MIN_ROOM_BYTES, SpoolError
 

@@ -4,17 +4,18 @@ import asyncio
 import time
 from datetime import UTC, datetime
 from functools import cache
+from http import HTTPStatus
 
 import msgspec
 from prometheus_client import Counter
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from archiver import events, telemetry
-from archiver.http.bodies import Bodies, BodiesFullError, BodyIncompleteError, BodyTooLargeError, is_small
+from archiver.http.answers import ERRORS, answer_to
+from archiver.http.bodies import Bodies, is_small
 from archiver.http.connections import mark_authenticated
-from archiver.http.headers import RETRY_AFTER
 from archiver.inbound import Delivery, Ingest, Outcome, QueueFullError, UnavailableError, signatures
 from archiver.settings import Settings
 
@@ -50,32 +51,19 @@ class Receiver:
         except ClientDisconnect:
             telemetry.received.labels("disconnected", "").inc()
             return
-        except BodyIncompleteError as error:
-            await _refusal(400, "incomplete", "incomplete", str(error))(scope, receive, send)
-            return
-        except BodyTooLargeError:
-            detail = f"The body is larger than {self._bodies.max_bytes} bytes (ARCHIVER_MAX_BODY)."
-            await _refuse_unread(scope, _refusal(413, "too_large", "too_large", detail))(scope, receive, send)
-            return
-        except BodiesFullError as error:
-            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error)))(scope, receive, send)
-            return
-        except QueueFullError as error:
-            await asyncio.sleep(REFUSAL_SECONDS)  # at this point no body is held in memory
-            await _refuse_unread(scope, _refusal(503, "overloaded", "", str(error)))(scope, receive, send)
-            return
-        except signatures.SignatureError as error:
-            address = scope["client"][0] if scope["client"] else ""
-            refusal = _refusal(401, "unauthenticated", error.reason, str(error), address)
-            await _refuse_unread(scope, refusal)(scope, receive, send)
+        except ERRORS as error:
+            if isinstance(error, QueueFullError):
+                await asyncio.sleep(REFUSAL_SECONDS)  # at this point no body is held in memory
+            refusal = _refusal(error, scope)
+            if not is_small(scope):  # a long body is not waited for
+                refusal.headers["connection"] = "close"
+            await refusal(scope, receive, send)
             return
         delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
         try:
             outcome = await self._ingest.submit(delivery)
-        except QueueFullError as error:
-            await _refusal(503, "overloaded", "", str(error))(scope, receive, send)
-        except UnavailableError as error:
-            await _refusal(503, "unavailable", "", str(error))(scope, receive, send)
+        except (QueueFullError, UnavailableError) as error:
+            await _refusal(error, scope)(scope, receive, send)
         else:
             await _answer(outcome, send)
 
@@ -119,19 +107,10 @@ def _url(scope: Scope) -> str:
     return f"{scope['scheme']}://{target.decode('latin-1')}"
 
 
-def _refusal(code: int, status: str, reason: str, detail: str, address: str = "") -> Response:
-    telemetry.received.labels(status, reason).inc()
-    telemetry.refusals.record(status=status, reason=reason, detail=detail, address=address)
-    content = {"status": status, "reason": reason or status, "detail": detail}
-    return JSONResponse(content, code, _REFUSAL_HEADERS.get(code))
-
-
-def _refuse_unread(scope: Scope, refusal: Response) -> Response:
-    """Refuse before reading the body; a long body is not waited for."""
-    if not is_small(scope):
-        refusal.headers["connection"] = "close"
-    return refusal
-
-
-# RFC 9110, 15.5.2: a 401 names a scheme to authenticate by.
-_REFUSAL_HEADERS = {401: {"www-authenticate": "Webhook"}, 503: RETRY_AFTER}
+def _refusal(error: Exception, scope: Scope) -> Response:
+    """Return the response to an error, counted and recorded."""
+    answer = answer_to(error)
+    address = scope["client"][0] if answer.code == HTTPStatus.UNAUTHORIZED and scope["client"] else ""
+    telemetry.received.labels(answer.status, answer.reason).inc()
+    telemetry.refusals.record(status=answer.status, reason=answer.reason, detail=answer.detail, address=address)
+    return answer.response()
