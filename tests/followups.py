@@ -19,7 +19,8 @@ from archiver import database
 from archiver.archive import outbox
 from archiver.compliance import seals
 from archiver.database import transaction
-from archiver.outbound.followups import Followups, subscriptions
+from archiver.database.connections import Connections
+from archiver.outbound.followups import CONNECTIONS, Followups, subscriptions
 from archiver.settings import Settings
 from tests.upstreams import hosting
 
@@ -125,13 +126,17 @@ def subscribe(engine: Engine, url: str, *events: str, after: int | None = 0, **v
 def sending(url: str, **settings: Any) -> Iterator[None]:
     """What a worker does about follow-ups, without limit of rate unless told."""
     values = {"ARCHIVER_FOLLOWUPS_RATE": 0, "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": True} | settings
-    followups = Followups(Settings(**values), database.database_url(url), seals.select_seal)
+    connections = Connections(database.database_url(url))
     loop, ending = asyncio.new_event_loop(), asyncio.Event()
     failures: list[BaseException] = []
 
+    async def follow_up() -> None:
+        async with connections.asynchronous(CONNECTIONS) as engine:
+            await Followups(Settings(**values), engine, seals.select_seal).run(ending)
+
     def run() -> None:
         try:
-            loop.run_until_complete(followups.run(ending))
+            loop.run_until_complete(follow_up())
         except BaseException as error:  # noqa: BLE001  # told to the test below
             failures.append(error)
 

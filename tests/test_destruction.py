@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from sqlalchemy import Engine
 
-from archiver import database, settings
+from archiver import settings
 from archiver.compliance import erasure
 from archiver.compliance.erasure import Target, clocks
 from archiver.compliance.erasure.clocks import ClockError, ClockReading, destruction_time, read_clocks
@@ -25,7 +25,7 @@ from tests import servers
 from tests.payloads import created, deleted
 from tests.receivers import archiver
 from tests.rows import execute, rows
-from tests.test_erasure import ACT, TIMING, hold, holds_text, is_rebuilt_the_same, record, texts
+from tests.test_erasure import ACT, hold, holds_text, is_rebuilt_the_same, record, texts
 from tests.waiting import until
 
 on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
@@ -144,26 +144,23 @@ def test_i8_a_seal_in_the_future_lets_nothing_expire(engine: Engine, tmp_path: P
 
 
 def test_i8_the_duties_destroy_nothing_after_a_jump_and_go_on_with_what_was_ordered(
-    engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = MONTH | {"ARCHIVER_HOME": str(tmp_path), "ARCHIVER_ON_DELETE": "erase", "ARCHIVER_ERASE_AFTER": "0"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     record(engine, created("c1", "s1"), created("c2", "s2"), deleted("c2", "s2"), created("c3", "s3"))
     erasure.order(engine, [Target("s3")], "request", ACT)
-    duties = RetentionTasks(settings.read(), database.database_url(database_url), TIMING)
-    try:
-        remember(tmp_path, JUMPS["400 days in a minute"])
-        for duty in (duties.expire, duties.erase):
-            with pytest.raises(ClockError, match="time has jumped"):
-                asyncio.run(duty())
-        assert rows(engine, "SELECT count(*) FROM archiver.erasures WHERE rule <> 'request'") == [(0,)]
-        assert texts(engine, "s3") == []
-        (tmp_path / clocks.FILE).unlink()
-        asyncio.run(duties.expire())
-        assert texts(engine, "s1") == texts(engine, "s2") == []
-    finally:
-        duties.close()
+    duties = RetentionTasks(settings.read(), engine)
+    remember(tmp_path, JUMPS["400 days in a minute"])
+    for duty in (duties.expire, duties.erase):
+        with pytest.raises(ClockError, match="time has jumped"):
+            asyncio.run(duty())
+    assert rows(engine, "SELECT count(*) FROM archiver.erasures WHERE rule <> 'request'") == [(0,)]
+    assert texts(engine, "s3") == []
+    (tmp_path / clocks.FILE).unlink()
+    asyncio.run(duties.expire())
+    assert texts(engine, "s1") == texts(engine, "s2") == []
 
 
 SESSIONS = 30

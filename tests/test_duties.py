@@ -196,7 +196,7 @@ def test_a_duty_reports_its_first_fault_until_that_part_works_again() -> None:
 
 @pytest.mark.parametrize("fault", [MemoryError(), ImportError("no such library"), RecursionError(), KeyError("x")])
 def test_i13_any_fault_of_a_duty_leaves_the_others_alone_and_is_named(
-    fault: Exception, database_url: str, monkeypatch: pytest.MonkeyPatch
+    fault: Exception, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervision, "INITIAL_PAUSE_SECONDS", 0.01)
     ending, failed_often = asyncio.Event(), asyncio.Event()
@@ -214,9 +214,8 @@ def test_i13_any_fault_of_a_duty_leaves_the_others_alone_and_is_named(
         await ending.wait()
 
     async def run() -> None:
-        url = database.database_url(database_url)
         runners = [supervision.Runner(faulty, fail), supervision.Runner(sound, work)]
-        supervisor = supervision.Supervisor(runners, url, prepared_statements=True)
+        supervisor = supervision.Supervisor(runners, engine)
         running = asyncio.create_task(supervisor.run(ending))
         async with asyncio.timeout(30):
             await failed_often.wait()

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine
 
 from archiver import database, embedded, events
 from archiver.database import identity, lock_waits, schema
+from archiver.database.connections import Connections
 from archiver.settings import Settings, SettingsError, unknown_variables
 
 log = structlog.get_logger(__name__)
@@ -102,14 +103,9 @@ def engine(configuration: Settings, *, create: bool = True) -> Iterator[Engine]:
 @contextmanager
 def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
     """Like `engine`, for a known URL."""
-    made = database.connect(
-        database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
-    )
-    try:
-        with lock_waits.watching(made):
-            yield made
-    finally:
-        made.dispose()
+    connections = Connections(database.database_url(url), configuration.prepared_statements)
+    with connections.synchronous() as made, lock_waits.watching(made):
+        yield made
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from archiver.cli.metrics_folder import shared_metrics
 from archiver.cli.output import Whole
 from archiver.cli.worker_process import running_worker
 from archiver.database import catalogue, schema
+from archiver.database.connections import Connections
 from archiver.http import WEBHOOK_PATH, create
 from archiver.http.connection_limiter import MAX_REFUSED
 from archiver.inbound import signatures
@@ -137,15 +138,13 @@ def _allow_files(needed: int) -> None:
 
 
 def _prepare(configuration: Settings, url: str, database_name: str, *, should_migrate: bool) -> None:
-    engine = database.connect(
-        database.database_url(url), pool_size=1, prepared_statements=configuration.prepared_statements
-    )
     try:
-        if should_migrate:
-            schema.upgrade(engine)
-        with database.transaction(engine) as opened:
-            schema.check(opened)
-        record_settings(engine, configuration, "serve")
+        with Connections(database.database_url(url), configuration.prepared_statements).synchronous() as engine:
+            if should_migrate:
+                schema.upgrade(engine)
+            with database.transaction(engine) as opened:
+                schema.check(opened)
+            record_settings(engine, configuration, "serve")
     except SQLAlchemyError as error:
         if not database.is_connection_failure(error) or not _can_spool(configuration):
             raise
@@ -155,8 +154,6 @@ def _prepare(configuration: Settings, url: str, database_name: str, *, should_mi
             database=database_name,
             reason=database.explain(error),
         )
-    finally:
-        engine.dispose()
 
 
 def _can_spool(configuration: Settings) -> bool:

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from archiver import database, settings, telemetry
 from archiver.archive import Timing
+from archiver.database.connections import Connections
 from archiver.database.identity import Guard, watch_identity
 from archiver.database.lock_waits import report_waits
 from archiver.http import answers
@@ -179,11 +180,8 @@ def _open_spool(configuration: Settings) -> Spool | None:
 
 
 def _record_settings(configuration: Settings, url: URL) -> None:
-    engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
-    try:
+    with Connections(url, configuration.prepared_statements).synchronous() as engine:
         record_settings(engine, configuration, "serve")
-    finally:
-        engine.dispose()
 
 
 def exit_with_parent() -> None:

@@ -15,14 +15,15 @@ import structlog
 from sqlalchemy.engine import URL
 
 from archiver import database
-from archiver.archive import Timing
 from archiver.compliance import seals
 from archiver.database import lock_waits, run_async
+from archiver.database.connections import Connections
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.history.opening import reconciling
 from archiver.operations import heartbeats
 from archiver.operations.reloading import Reloading
 from archiver.outbound.feed import Publisher
+from archiver.outbound.followups import CONNECTIONS as FOLLOWUP_CONNECTIONS
 from archiver.outbound.followups import Followups, select_consumed
 from archiver.settings import Settings
 from archiver.telemetry.duty_health import Duty
@@ -54,9 +55,9 @@ class Worker:
 
     def __init__(self, configuration: Settings, url: URL, reloading: Reloading | None = None) -> None:
         self._configuration, self._url = configuration, url
+        self._connections = Connections(url, configuration.prepared_statements)
         self._guard = Guard(configuration.home.resolve(), url)
-        self._prepared = configuration.prepared_statements
-        runners = [
+        self._runners = [
             self._runner("reconcile", self._reconcile),
             self._runner("seal", self._seal, may_cancel=False),
             self._runner("publish", self._publish),
@@ -69,11 +70,11 @@ class Worker:
             self._runner("identity", self._identity),
             *([self._runner("settings", partial(self._settings, reloading))] if reloading else []),
         ]
-        self._supervisor = Supervisor(runners, url, prepared_statements=self._prepared)
 
     async def run(self, ending: asyncio.Event) -> None:
         """Run until `ending` is set; work in progress is completed first."""
-        await self._supervisor.run(ending)
+        with self._connections.synchronous() as engine:
+            await Supervisor(self._runners, engine).run(ending)
 
     def _runner(
         self, name: str, run: Callable[[Duty, asyncio.Event], Awaitable[None]], *, may_cancel: bool = True
@@ -89,53 +90,45 @@ class Worker:
         await Histories(self._configuration, self._url, duty).run(ending)
 
     async def _seal(self, duty: Duty, ending: asyncio.Event) -> None:
-        sealing = Sealing(self._configuration, self._url, self._guard)
-        try:
+        with self._connections.synchronous() as engine:
+            sealing = Sealing(self._configuration, engine, self._guard)
             await _every(SEAL_SECONDS, partial(asyncio.to_thread, sealing.seal, duty.beat), duty, ending)
-        finally:
-            sealing.close()
 
     async def _publish(self, duty: Duty, ending: asyncio.Event) -> None:
-        engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
-        try:
+        async with self._connections.asynchronous() as engine:
             await until(ending, Publisher(engine, duty, self._guard).run())
-        finally:
-            await engine.dispose()
 
     async def _followups(self, duty: Duty, ending: asyncio.Event) -> None:
-        await Followups(self._configuration, self._url, seals.select_seal, duty, self._guard).run(ending)
+        async with self._connections.asynchronous(FOLLOWUP_CONNECTIONS) as engine:
+            await Followups(self._configuration, engine, seals.select_seal, duty, self._guard).run(ending)
 
     async def _erase(self, duty: Duty, ending: asyncio.Event) -> None:
-        tasks = RetentionTasks(self._configuration, self._url, Timing.of(self._configuration))
+        with self._connections.synchronous() as engine:
+            tasks = RetentionTasks(self._configuration, engine)
 
-        async def erase() -> None:
-            if await asyncio.to_thread(tasks.claim, "erase", CLAIM_SHARE * ERASE_SECONDS):
-                await tasks.erase(duty.beat)
+            async def erase() -> None:
+                if await asyncio.to_thread(tasks.claim, "erase", CLAIM_SHARE * ERASE_SECONDS):
+                    await tasks.erase(duty.beat)
 
-        try:
             await _every(ERASE_SECONDS, erase, duty, ending)
-        finally:
-            tasks.close()
 
     async def _retention(self, duty: Duty, ending: asyncio.Event) -> None:
-        tasks = RetentionTasks(self._configuration, self._url, Timing.of(self._configuration))
         is_claimed = False
+        with self._connections.synchronous() as engine:
+            tasks = RetentionTasks(self._configuration, engine)
 
-        async def expire() -> None:
-            nonlocal is_claimed
-            now = database.now()
-            since_then = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)) - RETENTION_AT
-            if timedelta() <= since_then < RETENTION_WITHIN:
-                seconds = 2 * RETENTION_WITHIN.total_seconds()
-                is_claimed |= await asyncio.to_thread(tasks.claim, "retention", seconds)
-            if is_claimed:
-                await tasks.expire(duty.beat)
-                is_claimed = False
+            async def expire() -> None:
+                nonlocal is_claimed
+                now = database.now()
+                since_then = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)) - RETENTION_AT
+                if timedelta() <= since_then < RETENTION_WITHIN:
+                    seconds = 2 * RETENTION_WITHIN.total_seconds()
+                    is_claimed |= await asyncio.to_thread(tasks.claim, "retention", seconds)
+                if is_claimed:
+                    await tasks.expire(duty.beat)
+                    is_claimed = False
 
-        try:
             await _every(RETENTION_CHECK_SECONDS, expire, duty, ending)
-        finally:
-            tasks.close()
 
     async def _feed_retention(self, duty: Duty, ending: asyncio.Event) -> None:
         days = self._configuration.changes_days
@@ -143,47 +136,36 @@ class Worker:
             duty.switch_off("ARCHIVER_CHANGES_DAYS is 0: the feed keeps every change")
             await ending.wait()
             return
-        engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
         claim = partial(heartbeats.claim, name="feed_retention", seconds=CLAIM_SHARE * FEED_RETENTION_SECONDS)
+        async with self._connections.asynchronous() as engine:
 
-        async def delete_old_changes() -> None:
-            if await run_async(engine, claim):
-                await Publisher(engine, duty).delete_old(days, select_consumed)
+            async def delete_old_changes() -> None:
+                if await run_async(engine, claim):
+                    await Publisher(engine, duty).delete_old(days, select_consumed)
 
-        try:
             await _every(FEED_RETENTION_SECONDS, delete_old_changes, duty, ending)
-        finally:
-            await engine.dispose()
 
     async def _compact(self, duty: Duty, ending: asyncio.Event) -> None:
-        compacting = Compacting(self._configuration, self._url)
-        try:
-            await _every(COMPACT_SECONDS, partial(asyncio.to_thread, compacting.compact, duty.beat), duty, ending)
-        finally:
-            compacting.close()
+        with self._connections.synchronous() as engine:
+            compact = Compacting(engine).compact
+            await _every(COMPACT_SECONDS, partial(asyncio.to_thread, compact, duty.beat), duty, ending)
 
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
-        engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
-        try:
+        async with self._connections.asynchronous() as engine:
             await until(ending, lock_waits.report_waits(engine, duty))
-        finally:
-            await engine.dispose()
 
     async def _identity(self, duty: Duty, ending: asyncio.Event) -> None:
-        engine = database.connect_async(self._url, pool_size=1, prepared_statements=self._prepared)
+        async with self._connections.asynchronous() as engine:
 
-        async def watch() -> None:
-            if reason := await run_async(engine, self._guard.watch):
-                raise ForeignDatabaseError(reason)
-            if self._guard.unreadable:
-                duty.failing(f"not all can be checked: {self._guard.unreadable}", _UNREADABLE)
-            else:
-                duty.working(_UNREADABLE)
+            async def watch() -> None:
+                if reason := await run_async(engine, self._guard.watch):
+                    raise ForeignDatabaseError(reason)
+                if self._guard.unreadable:
+                    duty.failing(f"not all can be checked: {self._guard.unreadable}", _UNREADABLE)
+                else:
+                    duty.working(_UNREADABLE)
 
-        try:
             await _every(IDENTITY_SECONDS, watch, duty, ending)
-        finally:
-            await engine.dispose()
 
     async def _settings(self, reloading: Reloading, duty: Duty, ending: asyncio.Event) -> None:
         await until(ending, reloading.run(duty))

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from time import monotonic
 
 import structlog
-from sqlalchemy.engine import URL
+from sqlalchemy import Engine
 
-from archiver import database
 from archiver.ledger import compaction
-from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -18,8 +16,8 @@ SECONDS_PER_JOB = 10.0  # so that it delays neither the end of a worker nor othe
 class Compacting:
     """Goes through all sessions once; new responses are stored in pieces as they are recorded."""
 
-    def __init__(self, configuration: Settings, url: URL) -> None:
-        self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._after: str | None = ""  # the session up to which nothing is left; None: there is nothing left
         self._responses = 0
 
@@ -36,7 +34,3 @@ class Compacting:
                 break
         if self._after is None and self._responses:
             log.info("history responses compacted", responses=self._responses)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._engine.dispose()

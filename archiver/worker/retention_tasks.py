@@ -7,7 +7,7 @@ from time import monotonic
 from typing import TypeVar
 
 import structlog
-from sqlalchemy.engine import URL
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database, telemetry
@@ -30,14 +30,12 @@ T = TypeVar("T")
 class RetentionTasks:
     """The erasing tasks of one worker, in short transactions in a thread."""
 
-    def __init__(self, configuration: Settings, url: URL, timing: Timing) -> None:
-        self._timing = timing
+    def __init__(self, configuration: Settings, engine: Engine) -> None:
+        self._engine, self._timing = engine, Timing.of(configuration)
         self._grace = timedelta(seconds=configuration.erase_after)
         self._erases_deleted = configuration.on_delete == "erase"
         self._rules = Rules.of(configuration)
         self._home = configuration.home
-        prepared = configuration.prepared_statements
-        self._engine = database.connect(url, pool_size=1, prepared_statements=prepared)
         self._swept = 0  # up to this erasure nothing is left
         self._swept_all_at = monotonic()
 
@@ -107,10 +105,6 @@ class RetentionTasks:
         except ClockError as error:
             telemetry.destruction_refused.labels(error.reason).inc()
             return None, error
-
-    def close(self) -> None:
-        """Let go of the connection."""
-        self._engine.dispose()
 
 
 async def _steps(steps: Iterator[T]) -> AsyncIterator[T]:

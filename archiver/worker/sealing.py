@@ -6,7 +6,7 @@ from time import monotonic
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy.engine import URL
+from sqlalchemy import Engine
 
 from archiver import database, telemetry
 from archiver.compliance import seals
@@ -21,17 +21,12 @@ SEALS_PER_JOB = 20  # a backlog must not hold up the end of a worker
 class Sealing:
     """Done in a thread, because it reads in streams."""
 
-    def __init__(self, configuration: Settings, url: URL, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, configuration: Settings, engine: Engine, guard: Guard) -> None:
+        self._engine, self._guard = engine, guard
         self._key = signing_key(configuration)
         self._every = timedelta(seconds=configuration.seal_every)
         self._not_before = float("-inf")  # on `time.monotonic`
         self._settling = seals.Settling()
-        self._engine = database.connect(url, pool_size=1, prepared_statements=configuration.prepared_statements)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._engine.dispose()
 
     def seal(self, beat: Callable[[], None] = lambda: None) -> None:
         """Seal what is settled, if the newest seal is old enough; `beat` is called after each seal."""

@@ -18,7 +18,7 @@ from time import monotonic
 import msgspec
 import psycopg
 import structlog
-from sqlalchemy.engine import URL
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -67,12 +67,12 @@ def reason_of(error: BaseException) -> str:
 
 
 class Supervisor:
-    """Runs duties until `ending` is set; a fault of one leaves the others alone."""
+    """Runs duties until `ending` is set; a fault of one leaves the others alone. Their state goes to `engine`."""
 
-    def __init__(self, runners: Sequence[Runner], url: URL, *, prepared_statements: bool | None) -> None:
+    def __init__(self, runners: Sequence[Runner], engine: Engine) -> None:
         self._runners = runners
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._watch = _Watch(runners, url, self._cancel, prepared_statements=prepared_statements)
+        self._watch = _Watch(runners, engine, self._cancel)
 
     async def run(self, ending: asyncio.Event) -> None:
         """Run all duties. Returns once each has ended, or its grace is over."""
@@ -152,11 +152,8 @@ async def _keep_alive(ending: asyncio.Event, duty: Duty) -> None:
 class _Watch:
     """A thread that looks at the duties once a second: log lines, gauges, the row in `archiver.workers`."""
 
-    def __init__(
-        self, runners: Sequence[Runner], url: URL, cancel: Callable[[str], None], *, prepared_statements: bool | None
-    ) -> None:
-        self._runners, self._cancel = runners, cancel
-        self._engine = database.connect(url, pool_size=1, prepared_statements=prepared_statements)
+    def __init__(self, runners: Sequence[Runner], engine: Engine, cancel: Callable[[str], None]) -> None:
+        self._runners, self._engine, self._cancel = runners, engine, cancel
         self._process = heartbeats.Process(f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}")
         self.loop_beat_at = monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -179,7 +176,6 @@ class _Watch:
         self._thread.join(GRACE_SECONDS)
         with suppress(SQLAlchemyError), database.transaction(self._engine, statement_seconds=2) as connection:
             heartbeats.delete_worker(connection, self._process.id)
-        self._engine.dispose()
 
     def _run(self) -> None:
         while not self._ending.wait(LOOP_SECONDS):

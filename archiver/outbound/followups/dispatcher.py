@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
 from archiver.database import run_async, run_split_async
@@ -45,19 +45,16 @@ class Followups:
     def __init__(
         self,
         configuration: Settings,
-        url: URL,
+        engine: AsyncEngine,
         select_seal: SelectSeal,
         duty: Duty | None = None,
         guard: Guard | None = None,
     ) -> None:
-        self._guard, self._select_seal = guard, select_seal
+        self._engine, self._guard, self._select_seal = engine, guard, select_seal
         self._duty = duty or Duty("followups")
         self._days = configuration.followups_days
         self._allow_private = configuration.followups_allow_private
         self._pace = RateLimiter(configuration.followups_rate)
-        self._engine = database.connect_async(
-            url, pool_size=CONNECTIONS, prepared_statements=configuration.prepared_statements
-        )
         self._lanes = Lanes()
         self._owner = subscriptions.new_owner()
         self._senders: dict[int, Sender] = {}
@@ -190,4 +187,3 @@ class Followups:
             await asyncio.gather(*self._sending.values(), return_exceptions=True)
         for sender in self._senders.values():
             await sender.aclose()
-        await self._engine.dispose()
