@@ -1,9 +1,12 @@
 """Transactions and statements, on connections of both kinds."""
 
+import ast
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from psycopg import sql
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+import archiver
 from archiver import database
 from archiver.database import RawStatement, copy_out, execute, run_async, sqlstate, transaction
 
@@ -221,3 +225,19 @@ def test_a_connection_lost_within_a_copy_is_reported_as_lost(
     with transaction(engine) as connection:
         assert execute(connection, ONE.bind())[0][0].one == 1
     engine.dispose()
+
+
+def test_engines_are_opened_in_one_place_of_each_process() -> None:
+    package = Path(archiver.__file__).parent
+    opening = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and re.fullmatch(r"(database\.)?connect(_async)?", ast.unparse(node.func)):
+                opening.add(str(file.relative_to(package)))
+    assert opening == {
+        "database/connections.py",
+        "http/__init__.py",  # its engines can be directed to another database
+        "history/opening.py",
+        "database/lock_waits.py",  # of a thread that watches another engine
+        "compliance/seals/parallel.py",  # of a process that helps with a verification
+    }

@@ -20,9 +20,7 @@ from uvicorn.supervisors import Multiprocess
 
 from archiver import database, settings, telemetry
 from archiver.cli import connection
-from archiver.cli.metrics_folder import shared_metrics
 from archiver.cli.output import Whole
-from archiver.cli.worker_process import running_worker
 from archiver.database import catalogue, schema
 from archiver.database.connections import Connections
 from archiver.http import WEBHOOK_PATH, create
@@ -32,7 +30,9 @@ from archiver.inbound.spool import MIN_ROOM_BYTES, SPOOL_FOLDER, SpoolError, sel
 from archiver.operations import reloading
 from archiver.operations.audit_settings import record_settings
 from archiver.settings import Settings, SettingsError
+from archiver.telemetry.metrics_folder import shared_metrics
 from archiver.worker import signing_key
+from archiver.worker.worker_process import running_worker
 
 log = structlog.get_logger(__name__)
 

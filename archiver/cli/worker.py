@@ -1,9 +1,6 @@
 """`archiver worker` and `archiver rebuild`: background duties, and rebuilding the archive."""
 
-import asyncio
-import signal
 import sys
-from collections.abc import Mapping
 
 import click
 import structlog
@@ -19,10 +16,9 @@ from archiver.cli import connection
 from archiver.cli.output import Whole, counted, progress
 from archiver.database import schema
 from archiver.operations import reloading
-from archiver.operations.audit_settings import record_settings
-from archiver.operations.reloading import Reloading
 from archiver.settings import Settings
-from archiver.worker import Worker, signing_key
+from archiver.worker import signing_key
+from archiver.worker.worker_process import work
 
 log = structlog.get_logger(__name__)
 
@@ -72,47 +68,6 @@ def _serve_metrics(port: int) -> None:
         raise settings.SettingsError(
             f"Cannot listen on 127.0.0.1:{port}: {error.strerror or error}. Choose another --metrics-port."
         ) from None
-
-
-def work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
-    """Background work until SIGTERM or Ctrl-C. `used`: the files, looked at before the settings were read."""
-    connection.run(_work(configuration, url, used))
-
-
-async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
-    """Work with one set of settings after another: new settings start after the previous work has ended."""
-    stopped, given = asyncio.Event(), configuration
-    ending = asyncio.Event()
-
-    def stop() -> None:
-        stopped.set()
-        ending.set()
-
-    async def reload(new: Settings) -> None:
-        nonlocal given
-        signing_key(new)
-        database.database_url(_url(new, url))
-        given = new
-        ending.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
-    files = Reloading(reload, used)
-    while not stopped.is_set():
-        ending.clear()
-        at = _url(given, url)
-        await asyncio.to_thread(_record_settings, given, at)
-        await Worker(given, database.database_url(at), files).run(ending)
-    log.info("stopped")
-
-
-def _url(configuration: Settings, embedded: str) -> str:
-    return configuration.database_url.get_secret_value() if configuration.database_url else embedded
-
-
-def _record_settings(configuration: Settings, url: str) -> None:
-    with connection.engine_at(configuration, url) as engine:
-        record_settings(engine, configuration, "worker")
 
 
 @click.command()

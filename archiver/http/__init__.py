@@ -2,10 +2,7 @@
 
 import asyncio
 import gc
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,6 +31,7 @@ from archiver.inbound import CONNECTIONS, Ingest, signatures
 from archiver.inbound.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
 from archiver.operations import reloading
 from archiver.operations.audit_settings import record_settings
+from archiver.operations.processes import exit_with_parent
 from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -182,19 +180,6 @@ def _open_spool(configuration: Settings) -> Spool | None:
 def _record_settings(configuration: Settings, url: URL) -> None:
     with Connections(url, configuration.prepared_statements).synchronous() as engine:
         record_settings(engine, configuration, "serve")
-
-
-def exit_with_parent() -> None:
-    """Exit this process when its parent process ends."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _reduce_garbage_collection() -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archiver import telemetry
-from archiver.settings import SettingsError
+from archiver.errors import SettingsError
 
 FOLDER = "metrics"  # in ARCHIVER_HOME
 _LOCK = ".lock"

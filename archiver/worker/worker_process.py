@@ -1,9 +1,10 @@
-"""The worker beside a receiver, in a process of its own, so that reading histories does not delay webhooks.
+"""A worker's process: its own, or one beside a receiver, so that reading histories does not delay webhooks.
 
-It is started again when it ends by itself, and ends with its parent, however that ended. Its duties fail and recover
-inside it (`worker.supervision`); what ends the whole process is reported from here.
+One beside a receiver is started again when it ends by itself, and ends with its parent, however that ended. Its
+duties fail and recover inside it (`worker.supervision`); what ends the whole process is reported from here.
 """
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -17,14 +18,18 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import structlog
+import uvloop
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, settings, telemetry
-from archiver.cli.worker import work
-from archiver.http import exit_with_parent
+from archiver.database.connections import Connections
 from archiver.operations import heartbeats, reloading
-from archiver.settings import SettingsError
+from archiver.operations.audit_settings import record_settings
+from archiver.operations.processes import exit_with_parent
+from archiver.operations.reloading import Reloading
+from archiver.settings import Settings, SettingsError
 from archiver.telemetry.duty_health import Report, fault_location
+from archiver.worker import Worker, signing_key
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +37,48 @@ STOP_SECONDS = 30
 INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
 STABLE_SECONDS = 60.0  # a worker that ran for so long is started again after the first pause
 PROCESS = "worker"  # stands for the whole process among the duties
+
+
+def work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
+    """Background work until SIGTERM or Ctrl-C. `used`: the files, looked at before the settings were read."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_work(configuration, url, used))
+
+
+async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
+    """Work with one set of settings after another: new settings start after the previous work has ended."""
+    stopped, given = asyncio.Event(), configuration
+    ending = asyncio.Event()
+
+    def stop() -> None:
+        stopped.set()
+        ending.set()
+
+    async def reload(new: Settings) -> None:
+        nonlocal given
+        signing_key(new)
+        database.database_url(_url(new, url))
+        given = new
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    files = Reloading(reload, used)
+    while not stopped.is_set():
+        ending.clear()
+        at = _url(given, url)
+        await asyncio.to_thread(_record_settings, given, at)
+        await Worker(given, database.database_url(at), files).run(ending)
+    log.info("stopped")
+
+
+def _url(configuration: Settings, embedded: str) -> str:
+    return configuration.database_url.get_secret_value() if configuration.database_url else embedded
+
+
+def _record_settings(configuration: Settings, url: str) -> None:
+    with Connections(database.database_url(url), configuration.prepared_statements).synchronous() as engine:
+        record_settings(engine, configuration, "worker")
 
 
 @contextmanager
@@ -100,14 +147,15 @@ class WorkerProcess:
     def _record(self, reason: str | None) -> bool:
         """Report the fault for `status` and `doctor`, or withdraw it; return whether the database stored it."""
         try:
-            engine = database.connect(database.database_url(self._url), pool_size=1)
-            with database.transaction(engine, statement_seconds=5, lock_seconds=2) as connection:
+            with (
+                Connections(database.database_url(self._url)).synchronous() as engine,
+                database.transaction(engine, statement_seconds=5, lock_seconds=2) as connection,
+            ):
                 if reason is None:
                     heartbeats.delete_worker(connection, self._id)
                 else:
                     report = Report("failed", datetime.now(UTC), reason, self._restarts)
                     heartbeats.upsert_worker(connection, heartbeats.Process(self._id), {PROCESS: report})
-            engine.dispose()
         except (SettingsError, SQLAlchemyError):
             return False
         return True
