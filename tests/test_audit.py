@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver.compliance import erasure, legal_holds, seals
 from archiver.compliance.erasure import Criteria, Target
-from archiver.compliance.erasure.retention import Rules, examine, expire
+from archiver.compliance.erasure.retention import Rules, expire, preview
 from archiver.compliance.seals import chain
 from archiver.database import snapshot, transaction
 from archiver.ledger import audit_log
@@ -119,7 +119,7 @@ def test_i9_retention_refuses_what_a_lost_hold_covers(engine: Engine) -> None:
     hold(engine, session_id="s1")
     execute(engine, "DELETE FROM archiver.holds", unguarded=True)
     rules, later = Rules(content=1, by_assistant={}, metadata=0), datetime.now(UTC) + timedelta(days=900)
-    due = examine(engine, rules, later)
+    due = preview(engine, rules, later)
     assert (due.held, due.content.total()) == (1, 0)
     for _ in expire(engine, rules, later, timing=TIMING, due=due, who="archiver"):
         pass

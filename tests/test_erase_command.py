@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from archiver import telemetry
-from archiver.cli.erasure.running import ErasureRequest, Run
+from archiver.compliance.erasure import requests
 from archiver.database import transaction
 from archiver.ledger import quarantine
 from tests import servers
@@ -248,7 +248,7 @@ def test_i8_unclaimed_words_that_may_belong_to_an_erased_turn_are_reported(datab
     read(engine, "s1", 5, *said("c1", "c2"))
     for options in (["--dry-run"], []):
         process = erase(database_url, "--chat", "c2", *options).stderr
-        assert "session s1 holds words of history that no turn claims" in process
+        assert "session s1 has history messages that no turn claims" in process
     assert holds_text(engine, "question of c1", "question of c2") == ["question of c1", "question of c2"]
     for known in (("--chat", "c1"), ("--chat", "c2", "--session", "s1")):
         assert "no turn claims" not in erase(database_url, *known).stderr
@@ -692,8 +692,8 @@ def test_i8_an_erasure_decodes_each_quarantined_body_once(database_url: str, eng
         return float(telemetry.quarantine_searched._value.get())
 
     before = searched()
-    run = Run(engine, TIMING, yes=True, dry_run=False, skip_held=False, as_json=True)
-    run.erase(ErasureRequest(sessions, [], []), "counsel", "she asked")
+    preview = requests.preview(engine, requests.Selection(sessions), "counsel", "she asked")
+    requests.purge(engine, requests.order(engine, preview), TIMING, lambda _: None)
     assert searched() - before == 100
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(60,)]
     assert rows(engine, "SELECT count(*) FROM archiver.events WHERE body IS NOT NULL") == [(0,)]

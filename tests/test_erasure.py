@@ -20,7 +20,7 @@ from archiver import database, events
 from archiver.archive import Timing
 from archiver.archive.rebuild import rebuild
 from archiver.compliance import erasure
-from archiver.compliance.erasure import AuditEntry, Criteria, HeldError, Target, ordering
+from archiver.compliance.erasure import AuditEntry, Criteria, HeldError, Target, ordering, replay, requests
 from archiver.compliance.erasure.quarantine_matches import delete_mentioning, select_matches
 from archiver.compliance.erasure.targets import of_chats
 from archiver.database import transaction
@@ -412,6 +412,84 @@ def test_i8_what_the_quarantine_was_found_to_hold_goes_with_the_order(
     ordered = erasure.order(engine, targets, "request", ACT, matches=result)
     assert ordered.quarantined == 1
     assert quarantined(engine) == [published[1], b'{"sessionId": "s6", "and": "s9" broken']
+
+
+# On request
+
+
+def test_i8_a_request_reports_what_it_erased_without_a_command(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s1"), created("c3", "s2"))
+    record(engine, b'{"sessionId": "s1" broken')
+    selection = requests.Selection(["s1", "s9"], ["c3"])
+    preview = requests.preview(engine, selection, "anna@desk", "she asked for it")
+    assert (preview.counts.sessions, preview.counts.turns, preview.counts.quarantined) == (1, 3, 1)
+    assert preview.unknown == [Target("s9")]
+    assert holds_text(engine, "question of c1", "answer to c3", "broken") == [
+        "question of c1",
+        "answer to c3",
+        "broken",
+    ]
+    steps: list[int] = []
+    ordered = requests.order(engine, preview)
+    report = requests.purge(engine, ordered, TIMING, lambda step: steps.append(step.events))
+    assert (report.counts, report.held, report.repeating) == (preview.counts, {}, [])
+    assert sum(steps) == 3
+    assert holds_text(engine, "question of c1", "answer to c3", "broken") == []
+    assert rows(engine, f"SELECT kind, actor, reason FROM archiver.acts WHERE id = {report.act_id}") == [
+        ("erase", "anna@desk", "she asked for it")
+    ]
+
+
+@pytest.mark.parametrize("skip_held", [False, True])
+def test_i8_a_hold_placed_after_the_preview_is_respected(engine: Engine, skip_held: bool) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"))
+    selection = requests.Selection(["s1", "s2"])
+    preview = requests.preview(engine, selection, "anna@desk", "she asked for it", skip_held=skip_held)
+    requests.refuse_held(engine, preview)  # nothing is held yet
+    hold(engine, session_id="s2")
+    if skip_held:
+        report = requests.purge(engine, requests.order(engine, preview), TIMING, lambda _: None)
+        assert [*report.held] == [Target("s2")]
+        assert (report.counts.sessions, report.counts.events) == (1, 1)
+        assert holds_text(engine, "question of c1", "question of c2") == ["question of c2"]
+    else:
+        with pytest.raises(HeldError):
+            requests.order(engine, preview)
+        assert rows(engine, "SELECT kind FROM archiver.acts ORDER BY id") == [("hold.add",), ("erase.refused",)]
+        assert holds_text(engine, "question of c1", "question of c2") == ["question of c1", "question of c2"]
+
+
+def test_i8_what_arrives_after_the_preview_goes_with_the_request(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), b'{"sessionId": "s1" broken before')
+    preview = requests.preview(engine, requests.Selection(["s1"]), "anna@desk", "she asked for it")
+    record(engine, created("c2", "s1"), b'{"sessionId": "s1" broken since')
+    ordered = requests.order(engine, preview)
+    assert ordered.counts.quarantined == 2
+    requests.purge(engine, ordered, TIMING, lambda _: None)
+    assert holds_text(engine, "question of c1", "question of c2", "broken before", "broken since") == []
+
+
+def test_i8_a_list_of_several_rules_is_ordered_whole_or_not_at_all(engine: Engine) -> None:
+    record(engine, created("c1", "s1"), created("c2", "s2"), b'{"sessionId": "s2" broken')
+    lines = [
+        replay.ListedErasure("s1", "", NOW, "retention"),
+        replay.ListedErasure("s2", "", NOW, "request"),
+    ]
+    preview = requests.preview_replay(engine, lines, "anna@desk", "a backup")
+    hold(engine, session_id="s1")
+    with pytest.raises(HeldError) as refused:
+        requests.order(engine, preview)
+    assert refused.value.ordered == 0
+    assert rows(engine, "SELECT count(*) FROM archiver.erasures") == [(0,)]
+    with transaction(engine) as connection:
+        erasure.release_hold(connection, 1, "judge@court", "closed")
+    report = requests.purge(engine, requests.order(engine, preview), TIMING, lambda _: None)
+    assert (report.counts.sessions, report.counts.quarantined) == (2, 1)
+    assert rows(engine, "SELECT session_id, rule, erased_at FROM archiver.erasures ORDER BY 1") == [
+        ("s1", "retention", NOW),
+        ("s2", "request", NOW),
+    ]
+    assert requests.preview_replay(engine, lines, "anna@desk", "again").by_rule == {}
 
 
 REFUSING = """

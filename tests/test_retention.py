@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import settings
 from archiver.compliance.erasure import Target, release_hold
 from archiver.compliance.erasure.deleted import order_deleted
-from archiver.compliance.erasure.retention import Due, Rules, examine, expire
+from archiver.compliance.erasure.retention import Due, Rules, expire, preview
 from archiver.database import transaction
 from archiver.settings import Settings
 from tests import servers
@@ -53,7 +53,7 @@ def seal(engine: Engine) -> None:
 
 
 def run(engine: Engine, rules: Rules, now: datetime = LATER) -> Due:
-    due = examine(engine, rules, now)
+    due = preview(engine, rules, now)
     for _ in expire(engine, rules, now, timing=TIMING, due=due, who="archiver"):
         pass
     sweep(engine)
@@ -119,7 +119,7 @@ def test_content_expires_by_assistant_and_holds_stop_it(engine: Engine, monkeypa
     hold(engine, session_id="held")
     rules = Rules(30, {"a1": 10, "a2": 60, "a3": 0}, 0)
     before = archive(engine), rows(engine, "SELECT count(*) FROM archiver.acts")
-    due = examine(engine, rules, LATER)
+    due = preview(engine, rules, LATER)
     assert (dict(due.content), due.held, due.quarantined) == ({"a0": 1, "a1": 2}, 1, 0)
     assert (archive(engine), rows(engine, "SELECT count(*) FROM archiver.acts")) == before
     assert run(engine, rules) == due

@@ -14,8 +14,8 @@ from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.output import console, counted, progress
 from archiver.compliance import erasure
-from archiver.compliance.erasure.clocks import ClockError, destruction_time
-from archiver.compliance.erasure.retention import Due, Rules, examine, expire
+from archiver.compliance.erasure.clocks import destruction_time
+from archiver.compliance.erasure.retention import Due, Rules, expire, preview
 from archiver.ledger import audit_log
 
 
@@ -35,12 +35,9 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         )
     swept = 0
     with connection.ready(configuration) as engine:
-        try:
-            with database.transaction(engine) as opened:
-                now = destruction_time(opened, configuration.home)
-        except ClockError as error:
-            raise settings.SettingsError(str(error)) from None
-        due = examine(engine, rules, now)
+        with database.transaction(engine) as opened:
+            now = destruction_time(opened, configuration.home)
+        due = preview(engine, rules, now)
         if not dry_run:
             if not due.is_empty:
                 connection.confirm(f"Let expire for good ({_due_text(due)})?", yes=yes)

@@ -14,7 +14,7 @@ from archiver import database, telemetry
 from archiver.archive import Timing
 from archiver.compliance.erasure.clocks import ClockError, destruction_time
 from archiver.compliance.erasure.deleted import order_deleted
-from archiver.compliance.erasure.retention import Rules, examine, expire
+from archiver.compliance.erasure.retention import Rules, expire, preview
 from archiver.compliance.erasure.sweeping import PAGE, sweep
 from archiver.ledger import audit_log
 from archiver.operations import heartbeats
@@ -78,7 +78,7 @@ class RetentionTasks:
         """
         now, refused = await asyncio.to_thread(self._now)
         if now is not None:
-            due = await asyncio.to_thread(examine, self._engine, self._rules, now)
+            due = await asyncio.to_thread(preview, self._engine, self._rules, now)
             steps = expire(self._engine, self._rules, now, timing=self._timing, due=due, who=audit_log.ARCHIVER)
             try:
                 async for _ in _steps(steps):

@@ -5,14 +5,16 @@ from typing import BinaryIO
 
 import click
 import msgspec
+from rich.progress import SpinnerColumn, TextColumn
 from sqlalchemy import Engine
 
 from archiver import database, settings
 from archiver.archive import Timing
 from archiver.cli import connection
 from archiver.cli.erasure import messages
-from archiver.cli.erasure.running import ErasureRequest, Run
-from archiver.compliance.erasure import AuditEntry, HeldError, replay, targets
+from archiver.cli.output import progress
+from archiver.compliance.erasure import HeldError, replay, requests, targets
+from archiver.compliance.erasure.requests import Preview, Report, Selection
 from archiver.inbound import spool
 from archiver.ledger import audit_log
 
@@ -57,36 +59,59 @@ def command(
     recorded.
     """
     variables = [connection.name_and_value(each, "--where") for each in wheres]
-    request = ErasureRequest(session_ids, chat_ids, variables)
-    _check(request, reason, should_list=should_list, is_replayed=file is not None)
+    selection = Selection(session_ids, chat_ids, variables)
+    _check(selection, reason, should_list=should_list, is_replayed=file is not None)
     configuration = settings.read()
     with connection.ready(configuration) as engine:
         if should_list:
             _list(engine)
             return
-        run = Run(engine, Timing.of(configuration), yes=yes, dry_run=dry_run, skip_held=skip_held, as_json=as_json)
+        who = actor or audit_log.actor()
         try:
-            if file is not None:
-                run.replay(replay.parse(file), AuditEntry("erase.replay", actor or audit_log.actor(), reason))
+            if file is None:
+                preview = requests.preview(engine, selection, who, reason, skip_held=skip_held)
             else:
-                run.erase(request, actor or audit_log.actor(), str(reason))
-            messages.warn_of_spool(configuration.home / spool.SPOOL_FOLDER)
+                preview = requests.preview_replay(engine, replay.parse(file), who, reason, skip_held=skip_held)
+            requests.refuse_held(engine, preview, dry_run=dry_run)  # before it is asked for
+            messages.warn_of(preview)
+            if dry_run:
+                report = Report(None, preview.counts, preview.held, preview.repeating)
+            else:
+                if preview.by_rule:
+                    _ask(preview, yes=yes)
+                report = _erase(engine, preview, Timing.of(configuration), quiet=as_json)
         except replay.ReplayError as error:
             raise click.UsageError(str(error)) from None
         except HeldError as error:
             messages.print_held(error.held)
             messages.print_refusal(error.ordered, dry_run=dry_run)
             sys.exit(1)
+        messages.print_report(report, dry_run=dry_run, as_json=as_json)
+        messages.warn_of_spool(configuration.home / spool.SPOOL_FOLDER)
 
 
-def _check(request: ErasureRequest, reason: str | None, *, should_list: bool, is_replayed: bool) -> None:
-    connection.check_ids(request.session_ids, "session")
-    connection.check_ids(request.chat_ids, "chat")
-    is_named = any(msgspec.structs.astuple(request))
+def _check(selection: Selection, reason: str | None, *, should_list: bool, is_replayed: bool) -> None:
+    connection.check_ids(selection.session_ids, "session")
+    connection.check_ids(selection.chat_ids, "chat")
+    is_named = any(msgspec.structs.astuple(selection))
     if should_list + is_replayed + is_named != 1:
         raise click.UsageError("Specify what to erase: --session, --chat or --where (or use --list or --replay).")
     if is_named and not (reason or "").strip():
         raise click.UsageError("--reason TEXT is required for the audit log.")
+
+
+def _ask(preview: Preview, *, yes: bool) -> None:
+    if not preview.counts.events and not preview.counts.turns and not preview.held:
+        click.echo("archiver: no matching content is archived, or it is already erased", err=True)
+    selected = f"{len(preview.selected):,} named: {messages.describe_counts(preview.counts)}"
+    connection.confirm(f"Erase for good ({selected})?", yes=yes)
+
+
+def _erase(engine: Engine, preview: Preview, timing: Timing, *, quiet: bool) -> Report:
+    ordered = requests.order(engine, preview)
+    with progress(SpinnerColumn(), TextColumn("Erasing: {task.completed:,} events"), quiet=quiet) as bar:
+        task = bar.add_task("", total=None)
+        return requests.purge(engine, ordered, timing, lambda step: bar.update(task, advance=step.events))
 
 
 def _list(engine: Engine) -> None:

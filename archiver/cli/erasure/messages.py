@@ -1,19 +1,31 @@
-"""Messages of an erasure on stderr."""
+"""Messages and the report of an erasure."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
 
 from archiver.cli.output import counted
 from archiver.compliance.erasure import Counts, Target
+from archiver.compliance.erasure.requests import Preview, Report
 from archiver.inbound import spool
 
 MAX_SHOWN = 20
 
 
-def warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None:
+def warn_of(preview: Preview) -> None:
+    """Warn of what the erasure would leave, and of targets that are probably misspelt."""
+    _warn_of_unknown(preview.unknown, preview.unknown_variables)
+    _warn_of_unclaimed_words(preview.unclaimed)
+    _warn_of_held_quarantine(preview.quarantine_rows_held)
+    _warn_of_unsearchable(preview.counts.unsearchable)
+    _warn_of_repeated_content(preview.repeating)
+
+
+def _warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None:
     """Warn of targets that are unknown and probably misspelt."""
     for name in variables:
         click.echo(f"archiver: no turn has a variable {name}", err=True)
@@ -24,7 +36,7 @@ def warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None
         click.echo(f"archiver: and of {len(unknown) - MAX_SHOWN:,} more", err=True)
 
 
-def warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
+def _warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
     """Warn of sessions that may hold text of an erased turn in unclaimed history messages."""
     for session_id in unclaimed[:MAX_SHOWN]:
         click.echo(
@@ -36,7 +48,7 @@ def warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
         click.echo(f"archiver: and {len(unclaimed) - MAX_SHOWN:,} more sessions", err=True)
 
 
-def warn_of_held_quarantine(count: int) -> None:
+def _warn_of_held_quarantine(count: int) -> None:
     """Report how many quarantine rows a hold keeps."""
     if count:
         stay = counted(count, "row of the quarantine stays", "rows of the quarantine stay")
@@ -46,7 +58,7 @@ def warn_of_held_quarantine(count: int) -> None:
         )
 
 
-def warn_of_unsearchable(count: int) -> None:
+def _warn_of_unsearchable(count: int) -> None:
     """Report how many quarantine rows could not be searched because they cannot be decoded."""
     if count:
         bodies = counted(count, "quarantined body", "quarantined bodies")
@@ -57,7 +69,7 @@ def warn_of_unsearchable(count: int) -> None:
         )
 
 
-def warn_of_repeated_content(repeating: Sequence[Target]) -> None:
+def _warn_of_repeated_content(repeating: Sequence[Target]) -> None:
     """List turns whose deliveries repeat erased content, with the command that erases them."""
     if not repeating:
         return
@@ -100,6 +112,21 @@ def describe_counts(counts: Counts) -> str:
     """Return the counts as one line."""
     each = [counted(getattr(counts, f"{noun}s"), noun) for noun in ("session", "turn", "message", "event")]
     return ", ".join([*each, f"{counts.quarantined:,} quarantined"])
+
+
+def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
+    """Print what was erased on stdout, and list the held targets."""
+    if as_json:
+        output: dict[str, Any] = {"dry_run": dry_run, "act": report.act_id, **msgspec.structs.asdict(report.counts)}
+        output["held"] = [msgspec.structs.asdict(target) | {"holds": holds} for target, holds in report.held.items()]
+        if report.repeating:
+            turns = [msgspec.structs.asdict(each) for each in report.repeating]
+            output["resent"] = {"count": len(turns), "turns": turns}
+        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
+    else:
+        click.echo(f"{'It would erase' if dry_run else 'Erased'} {describe_counts(report.counts)}.")
+    if report.held:
+        print_held(report.held)
 
 
 def print_refusal(ordered: int, *, dry_run: bool) -> None:

@@ -150,7 +150,7 @@ def _quarantine_before(connection: Connection, rules: Rules, now: datetime) -> d
     return now - timedelta(days=max(rules.content, *rules.by_assistant.values(), 0))
 
 
-def examine(engine: Engine, rules: Rules, now: datetime) -> Due:
+def preview(engine: Engine, rules: Rules, now: datetime) -> Due:
     """Return what a run would expire now. Writes nothing."""
     due = Due(Counter(), Counter())
     for item in _expired(engine, rules, now):
@@ -181,7 +181,7 @@ class Step(msgspec.Struct, frozen=True):
 def expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str) -> Iterator[Step]:
     """Order the erasure of expired content, which the next sweep erases, and delete expired metadata.
 
-    `due` is the result of `examine`, for the audit log.
+    `due` is the result of `preview`, for the audit log.
     """
     if due.is_empty:
         return
