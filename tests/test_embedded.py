@@ -1,5 +1,6 @@
 """The embedded Postgres: started, shared, stopped, in all the places and as all the users it may meet."""
 
+import ast
 import os
 import pwd
 import shutil
@@ -598,3 +599,10 @@ def test_ctrl_c_reaches_the_program_but_not_its_server(home: Path) -> None:
         assert process.stdout.readline() == "drained\n"
         assert process.wait(30) == 0
     assert not postmaster.is_running(pid)
+
+
+def test_the_watchdog_needs_nothing_of_the_package() -> None:
+    imported = list(ast.walk(ast.parse(Path(postmaster.__file__).read_text())))
+    names = {alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in imported if isinstance(node, ast.ImportFrom)}
+    assert names <= sys.stdlib_module_names

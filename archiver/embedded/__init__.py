@@ -13,7 +13,7 @@ from pathlib import Path
 
 from archiver.embedded import cluster as clusters
 from archiver.embedded import paths, postmaster
-from archiver.embedded.postmaster import EmbeddedError
+from archiver.embedded.errors import EmbeddedError
 
 __all__ = ["EmbeddedError", "Postgres", "running", "start"]
 
@@ -67,6 +67,8 @@ class Postgres:
             with paths.exclusive(self._cluster.home / "postgres.lock"):
                 if postmaster.is_last(users):
                     postmaster.stop_server(self.data)
+        except TimeoutError as error:
+            raise EmbeddedError(str(error)) from None
         finally:
             os.close(users)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archiver.embedded.postmaster import EmbeddedError
+from archiver.embedded.errors import EmbeddedError
 
 _RUN_SECONDS = 300
 

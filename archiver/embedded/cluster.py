@@ -18,7 +18,8 @@ from psycopg import sql
 from archiver.embedded import account as accounts
 from archiver.embedded import binaries, log, paths, postmaster
 from archiver.embedded.account import Account
-from archiver.embedded.postmaster import POLL_SECONDS, EmbeddedError
+from archiver.embedded.errors import EmbeddedError
+from archiver.embedded.postmaster import POLL_SECONDS
 
 START_SECONDS = 120.0  # crash recovery may have a gigabyte to replay
 CLIENTS_SECONDS = 3.0  # for clients to disconnect during a smart shutdown

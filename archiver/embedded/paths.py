@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archiver.embedded.account import Account, can_reach
+from archiver.embedded.errors import EmbeddedError
 from archiver.embedded.postmaster import (
     POLL_SECONDS,
     SHORT_PREFIX,
     SOCKET_NAME,
-    EmbeddedError,
     is_private,
     try_lock,
 )

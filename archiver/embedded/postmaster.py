@@ -14,17 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from archiver.errors import ArchiverError
-
 SOCKET_NAME = ".s.PGSQL.5432"
 SHORT_PREFIX = "callhq-archiver-"
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.02  # between two checks of another process, which sends no notification
 _PROC = Path("/proc")
-
-
-class EmbeddedError(ArchiverError):
-    """The embedded Postgres cannot be used; the text names the setting that helps."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def stop_server(data: Path) -> None:
     """Stops the postmaster of this data folder, rolling open transactions back (what `-m fast` means), and waits.
 
     Without one it does nothing. `pg_ctl stop` would signal any pid that the lock file names; here only a process
-    that is known to serve this folder gets the signal. Raises `EmbeddedError` after a minute.
+    that is known to serve this folder gets the signal. Raises `TimeoutError` after a minute.
     """
     result = read_pid_file(data)
     if result is None or not _serves(result.pid, data):
@@ -122,7 +116,7 @@ def stop_server(data: Path) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while is_running(result.pid):
         if time.monotonic() > deadline:
-            raise EmbeddedError(f"Postgres (pid {result.pid}) is still stopping; its log says why.")
+            raise TimeoutError(f"Postgres (pid {result.pid}) is still stopping; its log says why.")
         time.sleep(POLL_SECONDS)  # it need not be our child, so there is nothing to wait on
     remove_sockets(socket_folder(result, data), data)
 

@@ -1,0 +1,7 @@
+"""The error of the embedded Postgres."""
+
+from archiver.errors import ArchiverError
+
+
+class EmbeddedError(ArchiverError):
+    """The embedded Postgres cannot be used; the text names the setting that helps."""
