@@ -803,7 +803,7 @@ async def test_through_all_that_goes_wrong_the_platforms_histories_are_read():
     async with (
         serving(create(platform), "127.0.0.1", 0) as truth.url,
         customers.connect(f"{truth.url}/api", KEY) as http,
-        connect(truth, timeout=2) as client,
+        connect(truth, timeout=10) as client,
     ):
         ids = [(await client.create_session(f"N{n}", "a"))["id"] for n in range(12)]
         for session_id in ids:

@@ -252,7 +252,7 @@ def test_a_smart_shutdown_is_reported_without_earlier_errors(home: Path) -> None
             os.kill(postgres.pid, signal.SIGTERM)
             log = home / "postgres.log"
             until(lambda: "received smart shutdown request" in log.read_text(), "it shuts down")
-            with pytest.raises(embedded.EmbeddedError, match=f"pid {postgres.pid}.*was told to shut down") as item:
+            with pytest.raises(embedded.EmbeddedError, match=f"pid {postgres.pid}.*is shutting down") as item:
                 embedded.start(home)
             assert "plenty" not in str(item.value)
         with embedded.running(home) as again:  # once they have gone

@@ -802,9 +802,9 @@ def test_a_webhook_url_that_is_none_is_refused(url):
 
 SIMULATE = """
 import sys
-from archiver.simulator.faults import Faults, HistoryFault, of_history, with_history_faults
+from archiver.simulator.faults import Faults
 from archiver.simulator.serving import simulate
-from archiver.settings import Settings, SettingsError
+from archiver.settings import Settings
 sys.exit(simulate(Settings(), host="127.0.0.1", port=0, webhook_url=None, faults=Faults(), api_key=None,
                   announce=lambda url: print(url, flush=True)))
 """
