@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import Engine, text
 
 from archiver import events, ledger
-from archiver.archive import Timing, replay
+from archiver.archive import Timing, unassigned
+from archiver.archive import rebuild as rebuilding
 from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
 from archiver.events import responses
@@ -56,8 +57,8 @@ def filled(engine: Engine) -> Engine:
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "PAGE_EVENTS", 7)
-    monkeypatch.setattr(replay, "UNASSIGNED_PER_PAGE", 1)
+    monkeypatch.setattr(rebuilding, "PAGE_EVENTS", 7)
+    monkeypatch.setattr(unassigned, "PAGE", 1)
 
 
 def test_i10_an_archive_that_was_emptied_is_made_again_row_for_row_a_page_at_a_time(filled: Engine) -> None:
@@ -104,7 +105,7 @@ def test_i10_what_is_recorded_between_its_steps_is_in_the_archive_as_well(filled
 
 
 def test_i12_a_page_is_bounded_by_its_bytes_too(filled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "PAGE_EVENTS", 1_000)
+    monkeypatch.setattr(rebuilding, "PAGE_EVENTS", 1_000)
     few = len(list(rebuild(filled, TIMING)))
-    monkeypatch.setattr(replay, "PAGE_BYTES", 2_000)
+    monkeypatch.setattr(rebuilding, "PAGE_BYTES", 2_000)
     assert len(list(rebuild(filled, TIMING))) > few + 3

@@ -35,7 +35,6 @@ __all__ = [
     "fold",
     "lock_and_rederive",
     "project",
-    "rebuild_unassigned",
     "rederive",
 ]
 
@@ -154,19 +153,6 @@ def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing
     rederive(connection, session_ids, timing)
 
 
-def rebuild_unassigned(connection: Connection, chat_ids: Sequence[str]) -> None:
-    """Rebuild unassigned turns. Requires the exclusive lock."""
-    if not chat_ids:
-        return
-    facts = ledger_facts.select_unassigned_of(connection, chat_ids)
-    by_turn = {chat_id for _, chat_id in rows.select_sessions_of_chats(connection, chat_ids)}
-    rows.delete_unassigned(connection, chat_ids)
-    unassigned = {
-        (UNASSIGNED, each): fold(folded) for each, folded in sorted(facts.items()) if folded and each not in by_turn
-    }
-    rows.upsert_turns(connection, unassigned)
-
-
 def _own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
     """The turns to look up, in their session and among those without one, each with the facts that are at hand."""
     own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
@@ -188,7 +174,7 @@ def _assign(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fac
     for fact in facts:
         if fact.event.session_id != UNASSIGNED and fact.event.chat_id in unassigned:
             sessions_of_chat[fact.event.chat_id].add(fact.event.session_id)
-    for session_id, chat_id in rows.select_sessions_of_chats(connection, unassigned) if unassigned else ():
+    for session_id, chat_id in rows.select_sessions_of_chats(connection, unassigned):
         sessions_of_chat[chat_id].add(session_id)
     if any(len(item) > MAX_SESSIONS_PER_CHAT for item in sessions_of_chat.values()):
         raise AmbiguousSessionError

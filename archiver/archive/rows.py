@@ -43,8 +43,10 @@ _CHAT_IDS = bindparam("chat_ids", type_=ARRAY(TEXT))
 _SESSION_IDS = bindparam("session_ids", type_=ARRAY(TEXT))
 
 
-def select_sessions_of_chats(connection: Connection, chat_ids: Iterable[str]) -> list[Key]:
+def select_sessions_of_chats(connection: Connection, chat_ids: Collection[str]) -> list[Key]:
     """Return the sessions known to hold these chats."""
+    if not chat_ids:
+        return []
     chats = tables.chats.c
     statement = select(chats.session_id, chats.chat_id).where(
         chats.chat_id == func.any(_CHAT_IDS), chats.session_id != UNASSIGNED
@@ -229,9 +231,7 @@ def lock_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
 def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
     """Set these sessions to what `derive` makes of an erased one, but for its content: unverified, and never due."""
     if session_ids:
-        marked = update(tables.sessions).where(
-            tables.sessions.c.session_id == func.any(_SESSION_IDS), tables.sessions.c.session_id != UNASSIGNED
-        )
+        marked = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
         values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None, "append_after": None}
         connection.execute(marked.values(values), {"session_ids": list(session_ids)})
 

@@ -13,8 +13,8 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, not_, or_, select, text, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
+from archiver.archive import UNASSIGNED
 from archiver.archive.coverage import ERASED, NOT_SHOWN, Timing
-from archiver.archive.facts import UNASSIGNED
 from archiver.database import tables
 from archiver.database.clock import TOLERANCE
 from archiver.events import responses

@@ -15,11 +15,10 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database
-from archiver.archive import UNASSIGNED
 from archiver.archive.rows import mark_erased
 from archiver.compliance.erasure.holds import covering
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches
-from archiver.compliance.erasure.targets import Target, parts, with_unassigned
+from archiver.compliance.erasure.targets import Target, parts, split, with_unassigned
 from archiver.database import Lock, is_cancelled, is_lock_timeout, run_until_locked, transaction
 from archiver.errors import ArchiverError
 from archiver.ledger import audit_log, quarantine
@@ -261,4 +260,4 @@ def _insert_erasures(
     ]
     connection.execute(_INSERT, {"targets": msgspec.json.encode(rows).decode(), "rule": rule, "act_id": act_id})
     # Its history is not fetched again from now on, whether its content goes at once or is kept by a hold.
-    mark_erased(connection, sorted({each.session_id for each in targets} - {UNASSIGNED}))
+    mark_erased(connection, split(targets)[0])

@@ -13,11 +13,10 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import UNASSIGNED, Timing, rebuild_unassigned, rederive
-from archiver.archive.rows import lock_sessions, select_sessions_of_chats
+from archiver.archive import Timing, rederive, unassigned
 from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
-from archiver.compliance.erasure.targets import Target, parts, with_unassigned
+from archiver.compliance.erasure.targets import Target, parts, split, with_unassigned
 from archiver.database import run_split, transaction
 from archiver.ledger import audit_log, quarantine
 from archiver.settings import Settings
@@ -117,7 +116,7 @@ def _expired(engine: Engine, rules: Rules, now: datetime) -> Iterator[dict[Targe
     if rules.keeps_content_forever:
         return
     by_assistant = msgspec.json.encode(rules.by_assistant).decode()
-    last = Target(UNASSIGNED)
+    last = Target("")
     while True:
         parameters: dict[str, Any] = {"after_session": last.session_id, "after_chat": last.chat_id, "most": PAGE}
         parameters |= {"now": now, "content": rules.content, "by_assistant": by_assistant}
@@ -245,20 +244,14 @@ _DELETE_EVENTS = text(
 
 
 def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timing: Timing) -> int:
-    unassigned = sorted(
-        each.chat_id for each in with_unassigned(connection, targets) if each.session_id == UNASSIGNED
-    )
-    deletable, _ = exclude_held(connection, targets, exclusive=bool(unassigned))
-    session_ids = (
-        {session_id for session_id, _ in select_sessions_of_chats(connection, unassigned)} if unassigned else set()
-    )
-    sessions = sorted({*session_ids, *(target.session_id for target in deletable)} - {UNASSIGNED})
-    lock_sessions(connection, sessions)
+    _, chat_ids = split(with_unassigned(connection, targets))
+    deletable, _ = exclude_held(connection, targets, exclusive=bool(chat_ids))
+    sessions = unassigned.lock_sessions(connection, split(deletable)[0], chat_ids)
     ids_json = msgspec.json.encode(deletable).decode()
     ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": ids_json}))
     as_json = msgspec.json.encode(ids).decode()
     connection.execute(_INSERT_REMOVALS, {"ids": as_json, "act_id": act_id})
     connection.execute(_DELETE_EVENTS, {"ids": as_json})
     rederive(connection, sessions, timing)
-    rebuild_unassigned(connection, unassigned)
+    unassigned.rederive(connection, chat_ids)
     return len(ids)

@@ -14,9 +14,8 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import ledger
-from archiver.archive import UNASSIGNED, Timing, pieces, rebuild_unassigned, rederive
+from archiver.archive import Timing, pieces, rederive, unassigned
 from archiver.archive.facts import select_session_facts
-from archiver.archive.rows import lock_sessions, select_sessions_of_chats
 from archiver.archive.sessions import SessionFacts, without_turns
 from archiver.compliance.erasure import mentions
 from archiver.compliance.erasure.decoding import decode
@@ -24,7 +23,7 @@ from archiver.compliance.erasure.holds import covering, exclude_held
 from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches, select_matches
 from archiver.compliance.erasure.repeated_content import select_repeating_turns
-from archiver.compliance.erasure.targets import Target, marks, parts
+from archiver.compliance.erasure.targets import Target, marks, parts, split
 from archiver.database import Lock, run_split, transaction
 from archiver.events import responses
 from archiver.ledger import audit_log, quarantine
@@ -124,8 +123,15 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
         for row in page:
             if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
                 act = AuditEntry("erase", audit_log.ARCHIVER, None)
-                target = Target(UNASSIGNED, row.chat_id)
-                order(engine, [target], row.rule, act, skip_held=True, act_id=row.act_id, slow=slow)
+                order(
+                    engine,
+                    [Target.unassigned(row.chat_id)],
+                    row.rule,
+                    act,
+                    skip_held=True,
+                    act_id=row.act_id,
+                    slow=slow,
+                )
         after = page[-1].id
         pages.append(_Page(after, pending))
     return pages
@@ -147,11 +153,9 @@ def _sweep_content(
     engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]
 ) -> Iterator[Step]:
     take_away = partial(purge_batch, timing=timing)
-    unassigned = [target for target in pending if not target.session_id]
-    for part in parts(unassigned, BATCH_SIZE):
-        yield from run_split(engine, part, take_away, slow)
-    for part in parts(pending[len(unassigned) :], BATCH_SIZE):
-        yield from run_split(engine, part, take_away, slow)
+    for is_unassigned in (True, False):  # the former need the lock exclusively
+        for part in parts([target for target in pending if target.is_unassigned is is_unassigned], BATCH_SIZE):
+            yield from run_split(engine, part, take_away, slow)
 
 
 def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -175,22 +179,18 @@ def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
 def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
     # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
     # placed since.
-    deletable, held = exclude_held(connection, targets, exclusive=any(not each.session_id for each in targets))
+    deletable, held = exclude_held(connection, targets, exclusive=any(each.is_unassigned for each in targets))
     repeating = select_repeating_turns(connection, deletable)  # while it can still be known
     delete_answers(connection, [(each.session_id, each.chat_id) for each in deletable])
     return Step(0, _erase(connection, deletable, timing), repeating=repeating, held=held)
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
-    unassigned = sorted({each.chat_id for each in targets if each.session_id == UNASSIGNED})
-    ordered = _select_ordered(connection, sorted({each.session_id for each in targets} - {UNASSIGNED}))
+    session_ids, chat_ids = split(targets)
+    ordered = _select_ordered(connection, session_ids)
     whole = sorted(each for each in ordered if "" in ordered[each])
     partly = sorted(ordered.keys() - set(whole))
-    session_ids = (
-        {session_id for session_id, _ in select_sessions_of_chats(connection, unassigned)} if unassigned else set()
-    )
-    touched = sorted({*ordered, *session_ids})
-    lock_sessions(connection, touched)
+    touched = unassigned.lock_sessions(connection, ordered, chat_ids)
     facts_by_session = select_session_facts(connection, partly)
     # Before what it is made from goes.
     redacted = [
@@ -198,11 +198,11 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
         for session_id, session_facts in sorted(facts_by_session.items())
         if (observation := _redact(session_facts, ordered[session_id])) is not None
     ]
-    erased = _erase_content(connection, [Target(each) for each in whole], ordered, unassigned)
+    erased = _erase_content(connection, [Target(each) for each in whole], ordered, chat_ids)
     ledger.record(connection, redacted, timing, publish=False)
     made = {observation.event.session_id for observation in redacted}
     rederive(connection, [each for each in touched if each not in made], timing)
-    rebuild_unassigned(connection, unassigned)
+    unassigned.rederive(connection, chat_ids)
     return erased
 
 
@@ -262,7 +262,7 @@ def _erase_content(
     connection: Connection,
     whole: Sequence[Target],
     ordered: dict[str, dict[str, datetime]],
-    unassigned: Sequence[str],
+    unassigned_chats: Sequence[str],
 ) -> int:
     sessions = {target.session_id for target in whole}
     rows = [
@@ -271,7 +271,7 @@ def _erase_content(
         for chat_id, erased_at in sorted(chats.items())
         if session_id not in sessions or not chat_id
     ]
-    rows += [{"session_id": UNASSIGNED, "chat_id": chat_id, "erased_at": None} for chat_id in unassigned]
+    rows += [msgspec.structs.asdict(Target.unassigned(each)) | {"erased_at": None} for each in unassigned_chats]
     erased = len(connection.execute(_ERASE, {"targets": msgspec.json.encode(rows).decode()}).all())
     pieces.delete_unused(connection, sorted(ordered))
     for session_id, chats in ordered.items():

@@ -1,7 +1,7 @@
 """Targets of an erasure: sessions and turns, found by id or variable."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from sqlalchemy import Connection, RowMapping, text
@@ -14,6 +14,27 @@ class Target(msgspec.Struct, frozen=True, order=True, gc=False):
 
     session_id: str
     chat_id: str = ""
+
+    @classmethod
+    def unassigned(cls, chat_id: str) -> Self:
+        """Return the unassigned turn of this chat."""
+        return cls(UNASSIGNED, chat_id)
+
+    @property
+    def is_unassigned(self) -> bool:
+        """Return whether it is an unassigned turn."""
+        return self.session_id == UNASSIGNED
+
+
+def split(targets: Iterable[Target]) -> tuple[list[str], list[str]]:
+    """Return the sessions of the targets, and the chats of those that are unassigned turns."""
+    sessions, chats = set[str](), set[str]()
+    for each in targets:
+        if each.is_unassigned:
+            chats.add(each.chat_id)
+        else:
+            sessions.add(each.session_id)
+    return sorted(sessions), sorted(chats)
 
 
 def parts(targets: Sequence[Target], limit: int) -> Iterator[Sequence[Target]]:
@@ -47,7 +68,7 @@ def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
     Reads the ledger from end to end, so call it once.
     """
     rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": msgspec.json.encode(chat_ids).decode()})
-    return {Target(row.session_id, row.chat_id) for row in rows} | {Target(UNASSIGNED, each) for each in chat_ids}
+    return {Target(row.session_id, row.chat_id) for row in rows} | {*map(Target.unassigned, chat_ids)}
 
 
 _SELECT_BY_VARIABLE = text(
@@ -81,7 +102,7 @@ _SELECT_UNASSIGNED = text(
 def with_unassigned(connection: Connection, targets: Sequence[Target]) -> list[Target]:
     """Return the targets and the unassigned facts of their turns, in order."""
     unassigned = connection.scalars(_SELECT_UNASSIGNED, {"targets": as_json(targets)})
-    return sorted({*targets, *(Target(UNASSIGNED, chat_id) for chat_id in unassigned)})
+    return sorted({*targets, *map(Target.unassigned, unassigned)})
 
 
 _COUNT = text(

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database, telemetry
-from archiver.outbound.followups.current_sessions import current_sessions
+from archiver.archive.unassigned import current_sessions
 from archiver.outbound.followups.schedule import ATTEMPTS
 from archiver.outbound.followups.subscriptions import Subscription
 

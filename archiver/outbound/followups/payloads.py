@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.outbound.followups.current_sessions import current_sessions
+from archiver.archive.unassigned import current_sessions
 from archiver.outbound.followups.deliveries import Due
 
 MAX_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
