@@ -163,7 +163,8 @@ def test_received_events_reach_the_pipe_and_status_reports_a_missing_publisher(
         receiver.post(created("early"))
     overdue = "UPDATE archiver.outbox SET changed_at = changed_at - interval '2 minutes'"
     execute(engine, overdue)
-    assert "No worker publishes changes: start `archiver worker`" in archiver("status", database_url=database_url).stdout
+    status = archiver("status", database_url=database_url).stdout
+    assert "No worker publishes changes: start `archiver worker`" in status
     data = json.loads(archiver("status", "--json", database_url=database_url).stdout)["feed"]
     assert (data["newest"], data["waiting"]["transactions"]) == (0, 1)
     findings = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
