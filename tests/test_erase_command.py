@@ -320,7 +320,7 @@ def test_a_list_that_is_none_is_refused(database_url: str, tmp_path: Path, line:
     (tmp_path / "list").write_text(f"\n{line}\n")
     process = archiver("erase", "--replay", str(tmp_path / "list"), "--yes", database_url=database_url)
     assert process.returncode == 2
-    assert "line 2" in process.stderr
+    assert "Line 2" in process.stderr
 
 
 @on_one_version
