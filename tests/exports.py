@@ -14,8 +14,7 @@ from archiver.compliance import export, seals
 from archiver.compliance.erasure import Target
 from archiver.compliance.export import CompletedExport, ExportRequest, Finding, Selection
 from archiver.database import transaction
-from archiver.events import responses
-from archiver.inbound import Delivery
+from archiver.events import Delivery, responses
 from archiver.inbound.writing import store
 from tests.payloads import created, deleted, event
 from tests.rows import execute

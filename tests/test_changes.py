@@ -15,7 +15,7 @@ from archiver import ledger
 from archiver.archive.rebuild import rebuild
 from archiver.compliance import erasure, seals
 from archiver.database import transaction
-from archiver.events import responses
+from archiver.events import Delivery, Event, responses
 from tests.feeds import cursor, publish, published
 from tests.payloads import created, deleted
 from tests.rows import empty, rows
@@ -232,7 +232,7 @@ def difference(before: Snapshot, after: Snapshot, read: set[str]) -> Counter[Any
     return result
 
 
-Step = tuple[set[str], list[ledger.Observation]]
+Step = tuple[set[str], list[Delivery[Event]]]
 
 
 class ChangeScenario:
@@ -254,7 +254,7 @@ class ChangeScenario:
                 read.add(session_id)
                 event = responses.parse_history(session_id, *self._history(session_id))
                 moment = observe(created()).received_at + timedelta(seconds=seconds)
-                observations.append(ledger.Observation(event, moment, responses.SOURCE, None))
+                observations.append(Delivery(event, moment, None, responses.SOURCE))
             else:
                 observations.append(observe(self._delivery(), seconds))
         return read, observations

@@ -15,8 +15,8 @@ from sqlalchemy import Engine, text
 
 from archiver import database, events, ledger
 from archiver.database import roles, transaction
-from archiver.events import Event, Malformed, parse
-from archiver.inbound import Delivery, Outcome, UnavailableError, retry_quarantined, write
+from archiver.events import Delivery, Event, Malformed, parse
+from archiver.inbound import Outcome, UnavailableError, retry_quarantined, write
 from tests.payloads import created
 from tests.rows import DERIVED, empty, rows
 
@@ -150,7 +150,7 @@ def test_a_user_with_the_privileges_that_doctor_asks_for_can_write(engine: Engin
         assert isinstance(event, Event)
         with engine.begin() as connection:
             connection.execute(text("SET LOCAL ROLE writer"))
-            ledger.record(connection, [ledger.Observation(event, NOW, "webhook", "k")])
+            ledger.record(connection, [Delivery(event, NOW, "k")])
 
 
 def test_a_trigger_that_raises_plainly_does_not_fail_the_batch(engine: Engine) -> None:
@@ -220,7 +220,7 @@ def test_i5_when_a_session_was_first_heard_of_does_not_depend_on_batches(engine:
                 ledger.record(
                     connection,
                     [
-                        ledger.Observation(fact, NOW + timedelta(minutes=number), "webhook", "k")
+                        Delivery(fact, NOW + timedelta(minutes=number), "k")
                         for number, fact in zip(batch, facts, strict=True)
                         if isinstance(fact, Event)
                     ],
@@ -270,7 +270,7 @@ def test_i10_any_number_of_unassigned_facts_that_came_first_date_a_session(engin
         for body in bodies:
             event = parse(body)
             assert isinstance(event, Event)
-            observations.append(ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "k"))
+            observations.append(Delivery(event, NOW + timedelta(seconds=seconds), "k"))
         with transaction(engine) as connection:
             ledger.record(connection, observations)
 

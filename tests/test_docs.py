@@ -162,8 +162,7 @@ def test_the_command_page_lists_every_command_and_option() -> None:
 def test_the_command_page_names_the_fields_of_a_quarantined_delivery(engine: Engine) -> None:
     data = (ROOT / "docs" / "commands.md").read_text().split("`list --json` is", 1)[1].split("`show --json`", 1)[0]
     with transaction(engine) as connection:
-        reject = quarantine.Reject(b"{", "not_json", "", datetime.now(UTC), None)
-        quarantine.upsert_quarantine(connection, [reject])
+        quarantine.upsert_quarantine(connection, [events.Delivery(events.parse(b"{"), datetime.now(UTC), None)])
         (row,) = quarantine.select_quarantine(connection)
     for name in row:
         assert f"`{name}`" in data, name

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from archiver import telemetry
+from archiver import events, telemetry
 from archiver.compliance.erasure import requests
 from archiver.database import transaction
 from archiver.ledger import quarantine
@@ -636,7 +636,7 @@ def test_i8_what_was_quarantined_before_does_not_come_back_by_a_retry(database_u
     with transaction(engine) as connection:
         body = created("c1", "s1")
         quarantine.upsert_quarantine(
-            connection, [quarantine.Reject(body, "not_processable", "", datetime.now(UTC), "key")]
+            connection, [events.Delivery(events.parse(body), datetime.now(UTC), "key")], "not_processable"
         )
     process = archiver("quarantine", "retry", "--all", database_url=database_url)
     assert (process.returncode, process.stdout) == (0, "1: gone: what it speaks of was erased\n")

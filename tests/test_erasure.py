@@ -24,9 +24,9 @@ from archiver.compliance.erasure import AuditEntry, Criteria, HeldError, Target,
 from archiver.compliance.erasure.quarantine_matches import delete_mentioning, select_matches
 from archiver.compliance.erasure.targets import of_chats
 from archiver.database import transaction
-from archiver.events import responses
+from archiver.events import Delivery, responses
 from archiver.history import leases
-from archiver.inbound import Delivery, Outcome, retry_quarantined, write
+from archiver.inbound import Outcome, retry_quarantined, write
 from archiver.inbound.writing import store
 from archiver.ledger import quarantine
 from tests.payloads import chat, created, deleted, event
@@ -350,8 +350,7 @@ def test_i8_only_matching_quarantine_rows_are_deleted(engine: Engine) -> None:
     )
     with transaction(engine) as connection:
         answer = responses.parse_history("s-1", 200, b"secret answer")
-        reject = quarantine.Reject(b"secret answer", "not_storable", "", NOW, None, responses.SOURCE, answer)
-        quarantine.upsert_quarantine(connection, [reject])
+        quarantine.upsert_quarantine(connection, [Delivery(answer, NOW, None, responses.SOURCE)], "not_storable")
     erase(engine, Target("s-1"))
     assert [bytes(body) for (body,) in rows(engine, "SELECT body FROM archiver.quarantine ORDER BY id")] == [
         b'{"id": "chat-12", "sessionId": "s-11" broken',
@@ -369,8 +368,7 @@ def test_i8_quarantined_history_answers_of_its_session_go_with_a_turn(engine: En
         for session_id in ("s1", "s3"):
             body = b"all words of " + session_id.encode()
             answer = responses.parse_history(session_id, 200, body)
-            reject = quarantine.Reject(body, "not_storable", "", NOW, None, responses.SOURCE, answer)
-            quarantine.upsert_quarantine(connection, [reject])
+            quarantine.upsert_quarantine(connection, [Delivery(answer, NOW, None, responses.SOURCE)], "not_storable")
     erase(engine, Target("s1", "c1"))
     assert quarantined(engine) == [b"all words of s3"]
 
@@ -876,7 +874,7 @@ def test_i8_a_quarantined_delivery_that_is_retried_does_not_schedule_an_erased_s
     with transaction(engine) as connection:
         body = deleted("c1", None)
         (row_id,) = quarantine.upsert_quarantine(
-            connection, [quarantine.Reject(body, "not_storable", "", NOW + timedelta(hours=1), None)]
+            connection, [Delivery(events.parse(body), NOW + timedelta(hours=1), None)], "not_storable"
         )
     outcome = retry_quarantined(engine, row_id)
     assert outcome is not None

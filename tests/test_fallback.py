@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import Engine
 
 from archiver import database, events
-from archiver.inbound import Delivery, Ingest, Outcome, UnavailableError, draining, fallback
-from archiver.inbound.spool import Spool, Spooled, open_spool
+from archiver.events import Delivery
+from archiver.inbound import Ingest, Outcome, UnavailableError, draining, fallback
+from archiver.inbound.spool import Spool, open_spool
 from tests import servers
 from tests.payloads import created
 from tests.proxies import proxied
@@ -86,7 +87,7 @@ async def test_what_was_spooled_is_archived_in_the_order_in_which_it_came(
     database_url: str, engine: Engine, tmp_path: Path
 ) -> None:
     spool = open_spool(tmp_path, ROOM)
-    spool.append([Spooled(0, NOW, "webhook", "key", created(f"c{number}", "s")) for number in range(450)])
+    spool.append([Delivery(events.parse(created(f"c{number}", "s")), NOW, "key") for number in range(450)])
     async with ingesting(database_url, spool):
         await until_soon(lambda: spool.depth().events == 0, "what was spooled is archived")
     batches = rows(engine, "SELECT min(id), count(*) FROM archiver.events GROUP BY xmin::text ORDER BY 1")
@@ -107,8 +108,8 @@ async def test_i4_one_event_that_takes_too_long_holds_up_no_other(
     spool = open_spool(tmp_path, ROOM)
     spool.append(
         [
-            Spooled(
-                0, NOW, "webhook", "key", created(f"c{number}", f"s{number}", input="slow" if number == 3 else "x")
+            Delivery(
+                events.parse(created(f"c{number}", f"s{number}", input="slow" if number == 3 else "x")), NOW, "key"
             )
             for number in range(8)
         ]
@@ -127,7 +128,7 @@ async def test_i1_what_other_processes_left_behind_is_archived(
     monkeypatch.setattr(fallback, "ADOPT_SECONDS", 0.05)
     own, ended, living = (open_spool(tmp_path, ROOM) for _ in range(3))
     for number, spool in enumerate((own, ended, living)):
-        spool.append([Spooled(0, NOW, "webhook", "key", created(f"c{number}", "s"))])
+        spool.append([Delivery(events.parse(created(f"c{number}", "s")), NOW, "key")])
     ended.close()
     async with ingesting(database_url, own):
         query = "SELECT chat_id FROM archiver.events ORDER BY 1"

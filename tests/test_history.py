@@ -12,7 +12,7 @@ from archiver import events, ledger
 from archiver.archive import Timing
 from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.events import Event, responses
+from archiver.events import Delivery, Event, responses
 from tests.payloads import created, deleted
 
 START = datetime(2026, 1, 5, 9, 0, tzinfo=UTC)
@@ -45,7 +45,7 @@ class Archive:
     def record(self, minute: float, event: Event, source: str) -> bool:
         moment = START + timedelta(minutes=minute)
         with transaction(self.engine) as connection:
-            (recorded,) = ledger.record(connection, [ledger.Observation(event, moment, source, None)], TIMING)
+            (recorded,) = ledger.record(connection, [Delivery(event, moment, None, source)], TIMING)
         return recorded.is_new
 
     def webhook(self, minute: float, body: bytes) -> bool:

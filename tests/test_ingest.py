@@ -18,17 +18,8 @@ from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 
 from archiver import database, events
-from archiver.events import responses
-from archiver.inbound import (
-    Delivery,
-    Ingest,
-    Outcome,
-    QueueFullError,
-    Result,
-    UnavailableError,
-    retry_quarantined,
-    write,
-)
+from archiver.events import Content, Delivery, responses
+from archiver.inbound import Ingest, Outcome, QueueFullError, Result, UnavailableError, retry_quarantined, write
 from tests.conftest import Cluster
 from tests.feeds import published
 from tests.payloads import created, deleted
@@ -39,7 +30,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POISON = "poison"
 
 
-def delivery(body: bytes, seconds: float = 0) -> Delivery:
+def delivery(body: bytes, seconds: float = 0) -> Delivery[Content]:
     return Delivery(events.parse(body), NOW + timedelta(seconds=seconds), "key-1")
 
 
@@ -63,7 +54,7 @@ class Receiver:
         self._loop.run(self._engine.dispose())
         self._loop.close()
 
-    def write(self, deliveries: Sequence[Delivery]) -> list[Result]:
+    def write(self, deliveries: Sequence[Delivery[Content]]) -> list[Result]:
         return self._loop.run(write(self._engine, deliveries))
 
     def take(self, *bodies: bytes, seconds: float = 0) -> list[Outcome]:
@@ -324,7 +315,7 @@ def test_i11_a_split_batch_publishes_each_stored_event_once_and_a_retry_the_rest
 
 
 def test_i4_a_history_that_was_quarantined_is_retried_as_the_history_that_it_is(poisoned: Engine) -> None:
-    def answered(session_id: str) -> Delivery:
+    def answered(session_id: str) -> Delivery[Content]:
         body = b'{"session": {"messages": [{"role": "user", "content": "poison"}]}}'
         return Delivery(responses.parse_history(session_id, 200, body), NOW, None, source=responses.SOURCE)
 

@@ -15,7 +15,7 @@ from archiver import events, ledger
 from archiver.archive.facts import other_facts
 from archiver.database import Lock, execute, is_lock_timeout, transaction
 from archiver.database.errors import is_conflict
-from archiver.events import responses
+from archiver.events import Delivery, Event, responses
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty, rows
 from tests.slowness import slow_rows
@@ -24,10 +24,10 @@ from tests.waiting import until
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def observe(body: bytes, seconds: float = 0) -> ledger.Observation:
+def observe(body: bytes, seconds: float = 0) -> Delivery[Event]:
     event = events.parse(body)
     assert isinstance(event, events.Event)
-    return ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "key")
+    return Delivery(event, NOW + timedelta(seconds=seconds), "key")
 
 
 def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> list[ledger.Recorded]:
@@ -86,7 +86,7 @@ def test_bodies_of_sessions_that_were_read_are_not_looked_up_twice(engine: Engin
     assert [row.chat_id for row in answered()] == ["chat-1"]
     result = responses.parse_history("session-1", 200, b'{"session": {"messages": []}}')
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(result, NOW, responses.SOURCE, None)])
+        ledger.record(connection, [Delivery(result, NOW, None, responses.SOURCE)])
     assert answered() == []
 
 

@@ -12,8 +12,8 @@ from sqlalchemy import Engine
 from archiver import events, inbound, ledger
 from archiver.archive import MAX_SESSIONS_PER_CHAT, AmbiguousSessionError
 from archiver.database import transaction
-from archiver.events import responses
-from archiver.inbound import Delivery, Ingest
+from archiver.events import Delivery, responses
+from archiver.inbound import Ingest
 from tests import servers
 from tests.payloads import SECRET, WEBHOOK, created
 from tests.receivers import serving

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 from archiver import events, ledger
 from archiver.archive import Timing, lock_and_rederive
 from archiver.database import transaction
-from archiver.events import Event, responses
+from archiver.events import Delivery, Event, responses
 from tests.payloads import created, deleted
 from tests.rows import DERIVED, empty
 
@@ -44,7 +44,7 @@ def at(minute: float) -> datetime:
 
 
 def record(connection: Connection, minute: float, event: Event, source: str) -> None:
-    ledger.record(connection, [ledger.Observation(event, at(minute), source, None)], TIMING)
+    ledger.record(connection, [Delivery(event, at(minute), None, source)], TIMING)
 
 
 def cost(engine: Engine, minute: float, event: Event, source: str) -> Cost:
@@ -81,7 +81,7 @@ def conversation(turns: int) -> list[tuple[str, str]]:
 def fill(engine: Engine, turns: int) -> None:
     """A session of so many turns, read once after the last."""
     with transaction(engine) as connection:
-        process = [ledger.Observation(webhook(n), at(n), events.WEBHOOK, None) for n in range(turns)]
+        process = [Delivery(webhook(n), at(n), None) for n in range(turns)]
         ledger.record(connection, process, TIMING)
         record(connection, turns - 0.5, reading(*conversation(turns)), responses.SOURCE)
     with transaction(engine) as connection:

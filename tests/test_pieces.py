@@ -22,7 +22,7 @@ from archiver.archive.rebuild import rebuild
 from archiver.compliance import erasure, export, seals
 from archiver.compliance.export.selection import Selection
 from archiver.database import schema, snapshot, transaction
-from archiver.events import Event, responses
+from archiver.events import Delivery, Event, responses
 from archiver.ledger import compaction
 from tests.payloads import created
 from tests.rows import DERIVED, execute, rows
@@ -55,7 +55,7 @@ def conversation(turns: int, size: int = 1_500) -> list[Said]:
 
 def record(engine: Engine, minute: float, event: Event, source: str = responses.SOURCE) -> None:
     with transaction(engine) as connection:
-        observation = ledger.Observation(event, START + timedelta(minutes=minute), source, None)
+        observation = Delivery(event, START + timedelta(minutes=minute), None, source)
         ledger.record(connection, [observation], TIMING)
 
 

@@ -11,7 +11,7 @@ from archiver.archive import Timing, unassigned
 from archiver.archive import rebuild as rebuilding
 from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.events import responses
+from archiver.events import Delivery, responses
 from tests.payloads import created, deleted
 
 NOW = datetime(2026, 1, 5, tzinfo=UTC)
@@ -22,7 +22,7 @@ def record(engine: Engine, *bodies: bytes, minute: float = 0) -> None:
     for body in bodies:
         event = events.parse(body)
         assert isinstance(event, events.Event)
-        observation = ledger.Observation(event, NOW + timedelta(minutes=minute), events.WEBHOOK, None)
+        observation = Delivery(event, NOW + timedelta(minutes=minute), None)
         with transaction(engine) as connection:
             ledger.record(connection, [observation], TIMING)
 
@@ -32,7 +32,7 @@ def read(engine: Engine, session_id: str, minute: float, *texts: str) -> None:
         b'{"role": "user", "content": "%s"}' % each.encode() for each in texts
     )
     event = responses.parse_history(session_id, 200, body)
-    observation = ledger.Observation(event, NOW + timedelta(minutes=minute), responses.SOURCE, None)
+    observation = Delivery(event, NOW + timedelta(minutes=minute), None, responses.SOURCE)
     with transaction(engine) as connection:
         ledger.record(connection, [observation], TIMING)
 

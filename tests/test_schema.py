@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from archiver import database, events, ledger
 from archiver.database import roles, schema, tables, transaction
+from archiver.events import Delivery
 from archiver.ledger import quarantine
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
@@ -73,7 +74,7 @@ def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
     for body in bodies:
         event = events.parse(body)
         assert isinstance(event, events.Event)
-        observations.append(ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "key"))
+        observations.append(Delivery(event, NOW + timedelta(seconds=seconds), "key"))
     with transaction(engine) as connection:
         ledger.record(connection, observations)
 
@@ -93,7 +94,7 @@ def test_an_empty_database_comes_to_head_and_a_second_time_changes_nothing(empty
 def test_a_downgrade_with_data_leaves_nothing_and_a_second_upgrade_works(engine: Engine) -> None:
     record(engine, created(), deleted())
     with transaction(engine) as connection:
-        quarantine.upsert_quarantine(connection, [quarantine.Reject(b"{", "not_json", "", NOW, None)])
+        quarantine.upsert_quarantine(connection, [Delivery(events.parse(b"{"), NOW, None)])
     schema.upgrade(engine)
     assert rows(engine, "SELECT count(*) FROM archiver.events") == [(2,)]
     schema.downgrade(engine, "base")

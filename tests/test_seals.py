@@ -20,7 +20,7 @@ from archiver.compliance import erasure, seals
 from archiver.compliance.seals import bounds, chain, leaves, merkle
 from archiver.compliance.seals.findings import Finding
 from archiver.database import snapshot, tables, transaction
-from archiver.events import responses
+from archiver.events import Delivery, responses
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
 from tests.test_limits import on_one_version
@@ -110,7 +110,7 @@ def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
     for body in bodies:
         event = events.parse(body)
         assert isinstance(event, events.Event)
-        observations.append(ledger.Observation(event, NOW + timedelta(seconds=seconds), "webhook", "key"))
+        observations.append(Delivery(event, NOW + timedelta(seconds=seconds), "key"))
     with transaction(engine) as connection:
         ledger.record(connection, observations)
 
@@ -119,9 +119,7 @@ def read(engine: Engine, session_id: str, seconds: float) -> None:
     answer = msgspec.json.encode({"id": session_id, "messages": [{"role": "user", "content": "hello"}]})
     fact = responses.parse_history(session_id, 200, answer)
     with transaction(engine) as connection:
-        ledger.record(
-            connection, [ledger.Observation(fact, NOW + timedelta(seconds=seconds), responses.SOURCE, None)]
-        )
+        ledger.record(connection, [Delivery(fact, NOW + timedelta(seconds=seconds), None, responses.SOURCE)])
 
 
 def act(engine: Engine, kind: str, **detail: Any) -> None:
@@ -459,7 +457,7 @@ def test_what_is_not_committed_yet_is_waited_for_and_not_left_out(engine: Engine
     with engine.connect() as late:
         event = events.parse(created("late", "s"))
         assert isinstance(event, events.Event)
-        ledger.record(late, [ledger.Observation(event, NOW, "webhook", "key")])
+        ledger.record(late, [Delivery(event, NOW, "key")])
         record(engine, created("early", "t"))  # a higher id, committed first
         with pytest.raises(seals.LedgerBusyError):
             seals.seal(engine, KEY)
@@ -474,7 +472,7 @@ def test_i13_transactions_that_write_without_a_pause_do_not_end_sealing(engine: 
     def write(connection: Connection, name: str) -> None:
         event = events.parse(created(name, name))
         assert isinstance(event, events.Event)
-        ledger.record(connection, [ledger.Observation(event, NOW, "webhook", "key")])
+        ledger.record(connection, [Delivery(event, NOW, "key")])
 
     settling = seals.Settling()
     record(engine, created("before", "b"))
@@ -583,7 +581,7 @@ def test_i9_what_stays_where_a_turn_was_erased_may_not_go(engine: Engine) -> Non
     read(engine, "s1", 1)
     registered = responses.register({"id": "s1", "name": "of somebody"})
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(registered, NOW, responses.APPLICATION, None)])
+        ledger.record(connection, [Delivery(registered, NOW, None, responses.APPLICATION)])
     erase_turn(engine, "s1", "c1")
     seals.seal(engine, KEY)
     assert verify(engine) == []

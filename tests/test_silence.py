@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 
 from archiver import events, ledger
 from archiver.database import transaction
-from archiver.events import responses
+from archiver.events import Delivery, responses
 from archiver.operations import overview
 from tests.payloads import created, deleted
 from tests.receivers import archiver, serving
@@ -20,7 +20,7 @@ NOW = datetime.now(UTC) - timedelta(hours=3)
 def webhook(engine: Engine, body: bytes, minute: int) -> None:
     event = events.parse(body)
     assert isinstance(event, events.Event)
-    observation = ledger.Observation(event, NOW + timedelta(minutes=minute), "webhook", "key")
+    observation = Delivery(event, NOW + timedelta(minutes=minute), "key")
     with transaction(engine) as connection:
         ledger.record(connection, [observation])
 
@@ -29,7 +29,7 @@ def register(engine: Engine, session_id: str, minute: int) -> None:
     fact = responses.register({"id": session_id})
     at = NOW + timedelta(minutes=minute)
     with transaction(engine) as connection:
-        ledger.record(connection, [ledger.Observation(fact, at, responses.APPLICATION, None)])
+        ledger.record(connection, [Delivery(fact, at, None, responses.APPLICATION)])
 
 
 def read(engine: Engine, session_id: str, minute: int, *chat_ids: str) -> None:
@@ -42,7 +42,7 @@ def read(engine: Engine, session_id: str, minute: int, *chat_ids: str) -> None:
     fact = responses.parse_history(session_id, 200, body)
     with transaction(engine) as connection:
         at = NOW + timedelta(minutes=minute)
-        ledger.record(connection, [ledger.Observation(fact, at, responses.SOURCE, None)])
+        ledger.record(connection, [Delivery(fact, at, None, responses.SOURCE)])
 
 
 def silence(engine: Engine) -> overview.Silence:

@@ -20,8 +20,7 @@ from archiver import events, ledger
 from archiver.archive import Timing
 from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.events import Event, responses
-from archiver.ledger import Observation
+from archiver.events import Delivery, Event, responses
 from tests.conftest import Cluster
 from tests.payloads import chat, event
 
@@ -52,7 +51,7 @@ class Turn:
 
 
 @dataclass
-class Delivery:
+class Sent:
     """A webhook on its way."""
 
     turn: Turn
@@ -68,7 +67,7 @@ class Life:
     seed: int
     random: Random = field(init=False)
     turns: list[Turn] = field(default_factory=list)
-    under_way: list[Delivery] = field(default_factory=list)
+    under_way: list[Sent] = field(default_factory=list)
     asked: list[tuple[datetime, int, bytes]] = field(default_factory=list)  # answers that no worker has recorded yet
 
     def __post_init__(self) -> None:
@@ -79,14 +78,14 @@ class Life:
         self.is_distinct = self.random.random() < 0.6
         self.read: set[tuple[str, str]] = set()  # whatever a recorded answer showed
 
-    def step(self, now: datetime) -> list[Observation]:
+    def step(self, now: datetime) -> list[Delivery[Event]]:
         """What reaches the archive now: nothing, webhooks or an answer."""
         act = self.random.choices(
             [self._talk, self._deliver, self._delete, self._ask, self._record], weights=[4, 6, 1, 1, 2]
         )[0]
         return act(now)
 
-    def _talk(self, now: datetime) -> list[Observation]:
+    def _talk(self, now: datetime) -> list[Delivery[Event]]:
         number = len(self.turns)
         unique = self.is_distinct or self.random.random() < 0.3
         output = [f"answer {number}" if unique else self.random.choice(COMMON)]
@@ -99,7 +98,7 @@ class Life:
         self._send(turn, "chat.created", output=True)
         return []
 
-    def _delete(self, now: datetime) -> list[Observation]:
+    def _delete(self, now: datetime) -> list[Delivery[Event]]:
         del now
         if living := [turn for turn in self.turns if not turn.is_deleted]:
             turn = self.random.choice(living)
@@ -126,21 +125,21 @@ class Life:
         copies = 0 if may_be_lost and self.random.random() < self.loss else self.random.choice([1, 1, 1, 2, 3])
         for copy in range(copies):
             body = event(kind, moment + copy, result)
-            self.under_way.append(Delivery(turn, kind, body, is_whole=output))
+            self.under_way.append(Sent(turn, kind, body, is_whole=output))
 
-    def _deliver(self, now: datetime) -> list[Observation]:
+    def _deliver(self, now: datetime) -> list[Delivery[Event]]:
         if not self.under_way:
             return []
         # Mostly in order, at times not; some wait until the very end.
         index = 0 if self.random.random() < 0.7 else self.random.randrange(len(self.under_way))
         return [self._observe(self.under_way.pop(index), now)]
 
-    def _observe(self, delivery: Delivery, now: datetime) -> Observation:
+    def _observe(self, delivery: Sent, now: datetime) -> Delivery[Event]:
         parsed = events.parse(delivery.body)
         assert isinstance(parsed, Event)
         delivery.turn.arrived |= delivery.is_whole
         delivery.turn.deletion_arrived |= delivery.kind == "chat.deleted"
-        return Observation(parsed, now, "webhook", None)
+        return Delivery(parsed, now, None)
 
     def shown(self) -> Said:
         """What the platform's history shows."""
@@ -151,7 +150,7 @@ class Life:
         messages = [{"role": role, "content": content} for role, content in self.shown()]
         return json.dumps({"session": {"id": self.session_id, "messages": messages}}).encode()
 
-    def _ask(self, now: datetime) -> list[Observation]:
+    def _ask(self, now: datetime) -> list[Delivery[Event]]:
         fault = self.random.choices(["none", "cut", "gone", "empty", "garbage"], weights=[6, 1, 1, 1, 1])[0]
         whole = json.loads(self.answer())
         if fault == "cut":
@@ -164,7 +163,7 @@ class Life:
         self.asked = [(now, status, body)]  # one reader at a time: the lease sees to that
         return []
 
-    def _record(self, now: datetime) -> list[Observation]:
+    def _record(self, now: datetime) -> list[Delivery[Event]]:
         del now
         answers, self.asked = self.asked, []
         if self.random.random() < 0.2:
@@ -175,17 +174,17 @@ class Life:
             )
             self.read |= {(message.role, message.content) for message in result or ()}
         return [
-            Observation(responses.parse_history(self.session_id, status, body), began, "history", None)
+            Delivery(responses.parse_history(self.session_id, status, body), began, None, "history")
             for began, status, body in answers
         ]
 
-    def end(self, now: datetime) -> Iterator[list[Observation]]:
+    def end(self, now: datetime) -> Iterator[list[Delivery[Event]]]:
         """All that is still under way arrives, but for some of it before a last reading that sees everything."""
         late = self.random.choice([0, 0, 1, 2])
         while len(self.under_way) > late:
             yield [self._observe(self.under_way.pop(self.random.randrange(len(self.under_way))), now)]
         later = now + timedelta(minutes=10)
-        yield [Observation(responses.parse_history(self.session_id, 200, self.answer()), later, "history", None)]
+        yield [Delivery(responses.parse_history(self.session_id, 200, self.answer()), later, None, "history")]
         while self.under_way:
             yield [self._observe(self.under_way.pop(), later + timedelta(minutes=1))]
 
@@ -194,13 +193,13 @@ class CrashError(Exception):
     """A receiver or worker dies before its commit."""
 
 
-def record(connection: Connection, observations: list[Observation], *, dies: bool) -> None:
+def record(connection: Connection, observations: list[Delivery[Event]], *, dies: bool) -> None:
     ledger.record(connection, observations, TIMING)
     if dies:
         raise CrashError
 
 
-def commit(engines: list[Engine], random: Random, observations: list[Observation]) -> None:
+def commit(engines: list[Engine], random: Random, observations: list[Delivery[Event]]) -> None:
     """By one of two processes, that may die in between; what was sent to it is sent again."""
     if not observations:
         return

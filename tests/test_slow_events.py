@@ -11,20 +11,11 @@ import pytest
 from sqlalchemy import Engine
 
 from archiver import database, events
-from archiver.events import responses
+from archiver.events import Content, Delivery, responses
 from archiver.events.responses import SOURCE
-from archiver.inbound import (
-    CONNECTIONS,
-    Delivery,
-    Ingest,
-    Outcome,
-    draining,
-    fallback,
-    isolated,
-    retry_quarantined,
-)
+from archiver.inbound import CONNECTIONS, Ingest, Outcome, draining, fallback, isolated, retry_quarantined
 from archiver.inbound import __name__ as ingest_module
-from archiver.inbound.spool import Spool, Spooled, open_spool
+from archiver.inbound.spool import Spool, open_spool
 from archiver.ledger import quarantine
 from tests import servers
 from tests.payloads import created, deleted
@@ -73,8 +64,8 @@ async def submit(ingest: Ingest, *bodies: bytes) -> list[str]:
     return [outcome.status for outcome in outcomes]
 
 
-def spooled(body: bytes) -> Spooled:
-    return Spooled(0, NOW, "webhook", "key", body)
+def spooled(body: bytes) -> Delivery[Content]:
+    return Delivery(events.parse(body), NOW, "key")
 
 
 def others(count: int, name: str = "other") -> list[bytes]:
@@ -247,7 +238,7 @@ async def test_i4_a_slow_history_is_quarantined_with_what_it_is_and_holds_up_no_
 ) -> None:
     slow_rows(engine, "archiver.messages", "content", "slow", SLEEP)
 
-    def answer(session_id: str, content: str) -> Delivery:
+    def answer(session_id: str, content: str) -> Delivery[Content]:
         body = f'{{"session": {{"id": "{session_id}", "messages": [{{"role": "user", "content": "{content}"}}]}}}}'
         return Delivery(responses.parse_history(session_id, 200, body.encode()), NOW, None, SOURCE)
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from archiver import events
+from archiver.events import Content, Delivery, Event
 from archiver.inbound.spool import (
     Spool,
-    Spooled,
     SpoolError,
     SpoolFullError,
     open_left_behind,
@@ -28,34 +29,36 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ROOM = 1_048_576
 
 
-def spooled(body: bytes, seconds: float = 0) -> Spooled:
-    return Spooled(0, NOW + timedelta(seconds=seconds), "webhook", "key", body)
+def spooled(body: bytes, seconds: float = 0) -> Delivery[Content]:
+    return Delivery(events.parse(body), NOW + timedelta(seconds=seconds), "key")
 
 
 def bodies(spool: Spool, after: int = 0, limit: int = 1_000, most_bytes: int = 10**9) -> list[bytes]:
-    return [each.body for each in spool.select_oldest(after, limit, most_bytes)]
+    return [each.row[-1] for each in spool.select_oldest(after, limit, most_bytes)]
 
 
-@given(
-    st.lists(
-        st.builds(
-            Spooled,
-            st.just(0),
-            st.datetimes(timezones=st.just(UTC)),
-            st.sampled_from(["webhook", "application"]),
-            st.none() | st.text(st.characters(codec="utf-8")),
-            st.binary(),
-            st.none() | st.just("session.registered"),
-            st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")),
-            st.none() | st.binary(),
-        ),
-        min_size=1,
-        max_size=5,
-    )
+TEXTS = st.text(st.characters(codec="utf-8"))
+WEBHOOKS = st.builds(Delivery, st.binary().map(events.parse), st.datetimes(timezones=st.just(UTC)), st.none() | TEXTS)
+REGISTRATIONS = st.builds(
+    Delivery,
+    st.builds(
+        Event,
+        st.just("session.registered"),
+        st.binary(),
+        st.binary(),
+        st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+        *[st.none()] * 3,
+    ),
+    st.datetimes(timezones=st.just(UTC)),
+    st.none() | TEXTS,
+    st.just("application"),
 )
+
+
+@given(st.lists(WEBHOOKS | REGISTRATIONS, min_size=1, max_size=5))
 @settings(max_examples=50, deadline=None)
 def test_i1_spooled_deliveries_are_read_back_in_order_by_any_process(
-    tmp_path_factory: pytest.TempPathFactory, deliveries: list[Spooled]
+    tmp_path_factory: pytest.TempPathFactory, deliveries: list[Delivery[Content]]
 ) -> None:
     folder = tmp_path_factory.mktemp("spool")
     spool = open_spool(folder, ROOM)
@@ -65,9 +68,7 @@ def test_i1_spooled_deliveries_are_read_back_in_order_by_any_process(
     result = again.select_oldest(0, 100, 10**9)
     again.close()
     assert [each.id for each in result] == list(range(1, len(result) + 1))
-    assert [
-        Spooled(0, *(getattr(each, name) for name in Spooled.__struct_fields__[1:-1])) for each in result
-    ] == deliveries
+    assert [each.restore() for each in result] == deliveries
 
 
 def test_depth_counts_waiting_deliveries_only(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from archiver.inbound.spool import Spool, Spooled, open_spool, select_lost
+from archiver import events
+from archiver.events import Delivery
+from archiver.inbound.spool import Spool, open_spool, select_lost
 from tests.payloads import created
 from tests.receivers import archiver, serving
 from tests.waiting import until
@@ -25,7 +27,7 @@ def fill(folder: Path, sizes: list[int]) -> list[bytes]:
     """Spool so many deliveries, and let go of the file; answers their bodies."""
     expected = [body(number, size) for number, size in enumerate(sizes)]
     spool = open_spool(folder, ROOM)
-    spool.append([Spooled(0, NOW + timedelta(seconds=n), "webhook", "k", each) for n, each in enumerate(expected)])
+    spool.append([Delivery(events.parse(each), NOW + timedelta(seconds=n), "k") for n, each in enumerate(expected)])
     spool.close()
     return expected
 
@@ -34,7 +36,7 @@ def left(spool: Spool) -> set[bytes]:
     """What can be drained."""
     result: set[bytes] = set()
     while page := spool.select_oldest(0, 50, 10**9):
-        result |= {each.body for each in page}
+        result |= {each.row[-1] for each in page}
         spool.delete(page)
     return result
 
@@ -96,7 +98,7 @@ def left_by_a_kill(folder: Path) -> tuple[Path, list[bytes]]:
     spool = open_spool(folder / "live", ROOM)
     expected = [body(number, 300) for number in range(60)]
     for number, each in enumerate(expected):
-        spool.append([Spooled(0, NOW + timedelta(seconds=number), "webhook", "k", each)])
+        spool.append([Delivery(events.parse(each), NOW + timedelta(seconds=number), "k")])
     copied = folder / "copied"
     copied.mkdir()
     for name in ("spool-0.db", "spool-0.db-wal", "spool-0.count"):
@@ -139,7 +141,7 @@ def test_i1_what_the_write_ahead_log_holds_is_found_although_its_file_is_damaged
 
 def test_i1_a_write_ahead_log_that_is_removed_is_reported_with_the_number(tmp_path: Path) -> None:
     spool = open_spool(tmp_path / "live", ROOM)
-    spool.append([Spooled(0, NOW, "webhook", "k", body(number)) for number in range(7)])
+    spool.append([Delivery(events.parse(body(number)), NOW, "k") for number in range(7)])
     home = tmp_path / "home"
     copied = home / "spool"
     copied.mkdir(parents=True)
@@ -179,7 +181,7 @@ def test_a_name_that_is_no_file_is_passed_over_and_reported(tmp_path: Path, name
     else:
         (folder / name).symlink_to(tmp_path / "elsewhere")
     spool = open_spool(folder, ROOM)
-    spool.append([Spooled(0, NOW, "webhook", "k", body(1))])
+    spool.append([Delivery(events.parse(body(1)), NOW, "k")])
     assert left(spool) == {body(1)}
     assert spool.path.name == "spool-1.db"
     spool.close()

@@ -13,7 +13,7 @@ from archiver import events, ledger
 from archiver.archive import Timing
 from archiver.archive.rebuild import rebuild
 from archiver.database import schema, transaction
-from archiver.events import responses
+from archiver.events import Delivery, Event, responses
 from tests.conftest import Cluster
 from tests.payloads import created, deleted
 from tests.receivers import archiver
@@ -34,9 +34,9 @@ def fill(engine: Engine) -> None:
     for number, body in enumerate([*observed, deleted("c4", "s2"), created("c1", "s1")]):
         event = events.parse(body)
         assert isinstance(event, events.Event)
-        record(engine, ledger.Observation(event, NOW + timedelta(minutes=number), events.WEBHOOK, "key"))
+        record(engine, Delivery(event, NOW + timedelta(minutes=number), "key"))
     body = b'{"session": {"messages": [{"role": "user", "content": "only history"}]}}'
-    record(engine, ledger.Observation(responses.parse_history("s2", 200, body), NOW, responses.SOURCE, None))
+    record(engine, Delivery(responses.parse_history("s2", 200, body), NOW, None, responses.SOURCE))
     with engine.begin() as connection:
         for statement in (
             "INSERT INTO archiver.quarantine (received_at, last_received_at, delivery_count, reason, detail, body,"
@@ -50,7 +50,7 @@ def fill(engine: Engine) -> None:
             connection.execute(text(statement))
 
 
-def record(engine: Engine, observation: ledger.Observation) -> None:
+def record(engine: Engine, observation: Delivery[Event]) -> None:
     with transaction(engine) as connection:
         ledger.record(connection, [observation], TIMING)
 

@@ -6,6 +6,7 @@ envelopes are understood, and unknown fields stay in the bytes.
 
 from typing import Any
 
+from archiver.events.delivery import WEBHOOK, Content, Delivery, has_event
 from archiver.events.documents import decode, digest
 from archiver.events.messages import known_role, messages_of, role_of
 from archiver.events.shapes import (
@@ -50,6 +51,8 @@ __all__ = [
     "SHAPES",
     "WEBHOOK",
     "Chat",
+    "Content",
+    "Delivery",
     "Event",
     "Kind",
     "Malformed",
@@ -58,12 +61,14 @@ __all__ = [
     "credible",
     "decode",
     "digest",
+    "has_event",
     "identifier",
     "known_role",
     "label",
     "messages_of",
     "parse",
     "plausible",
+    "restore",
     "role_of",
     "storable",
     "timestamp",
@@ -72,8 +77,6 @@ __all__ = [
 CREATED = "chat.created"
 DELETED = "chat.deleted"
 CHAT_EVENTS = frozenset({CREATED, DELETED})
-
-WEBHOOK = "webhook"  # the source of what upstream sent by itself
 
 
 def parse(body: bytes) -> Event | Malformed:
@@ -87,6 +90,18 @@ def parse(body: bytes) -> Event | Malformed:
     except UnreadableError as error:
         reason = str(error)
     return Malformed(body=body, reason=reason, detail=REASONS[reason])
+
+
+def restore(
+    body: bytes, source: str, kind: str | None, session_id: str | None, dedupe_key: bytes | None
+) -> Event | Malformed:
+    """Return the content of a stored delivery from its bytes, its source and `Delivery.internal`.
+
+    A webhook is parsed again; an internal fact is as it was.
+    """
+    if source == WEBHOOK or kind is None or session_id is None or dedupe_key is None:
+        return parse(body)
+    return Event(kind, body, dedupe_key, session_id, chat_id=None, chat=None, occurred_at=None)
 
 
 def _event(body: bytes, given: Any) -> Event:

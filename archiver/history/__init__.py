@@ -16,7 +16,7 @@ from archiver import ledger, telemetry
 from archiver.archive import Timing
 from archiver.database import run_async, run_split_async
 from archiver.errors import ArchiverError
-from archiver.events import Event, responses
+from archiver.events import Delivery, Event, responses
 from archiver.history import leases
 from archiver.history.callhq import Client
 from archiver.history.fetching import NOT_FOUND, Answer, HistoryFetcher
@@ -157,13 +157,13 @@ class Reconciler:
         event = answer.event
         if event is None:
             return ReconcileResult(session_id, "failed", error=answer.fault)
-        observation = ledger.Observation(event, answer.began, responses.SOURCE, None)
+        delivery = Delivery(event, answer.began, None, responses.SOURCE)
 
         def record_and_roll_back(connection: Connection) -> None:
             before = leases.select_statuses(connection, [session_id]).get(session_id)
             if before is None and answer.status == NOT_FOUND:
                 raise _PreviewRollbackError(ReconcileResult(session_id, "unknown", error=_NOT_KNOWN))
-            ledger.record(connection, [observation], self._timing)
+            ledger.record(connection, [delivery], self._timing)
             after = leases.select_statuses(connection, [session_id]).get(session_id)
             raise _PreviewRollbackError(ReconcileResult(session_id, _OUTCOMES[event.type], before, after))
 

@@ -10,12 +10,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database
 from archiver.archive import Timing
-from archiver.events import Event
+from archiver.events import Delivery, Event
 from archiver.events.responses import APPLICATION, REGISTERED, SOURCE
 from archiver.history import Reconciler, ResponseNotStoredError, Submit
 from archiver.history.callhq import Client
 from archiver.history.shared_pause import SharedPause
-from archiver.inbound import CONNECTIONS, Delivery, Ingest, QueueFullError, UnavailableError
+from archiver.inbound import CONNECTIONS, Ingest, QueueFullError, UnavailableError
 from archiver.settings import Settings
 
 _BATCH = 50  # histories in one transaction

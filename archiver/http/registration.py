@@ -8,11 +8,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from archiver.events import responses
+from archiver.events import Delivery, responses
 from archiver.http.answers import Answer, TokenError
 from archiver.http.bodies import Bodies
 from archiver.http.connections import mark_authenticated
-from archiver.inbound import Delivery, Ingest, Outcome
+from archiver.inbound import Ingest, Outcome
 
 
 class Registration:

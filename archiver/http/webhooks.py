@@ -16,7 +16,7 @@ from archiver import events, telemetry
 from archiver.http.answers import ERRORS, answer_to
 from archiver.http.bodies import Bodies, is_small
 from archiver.http.connections import mark_authenticated
-from archiver.inbound import Delivery, Ingest, Outcome, QueueFullError, UnavailableError, signatures
+from archiver.inbound import Ingest, Outcome, QueueFullError, UnavailableError, signatures
 from archiver.settings import Settings
 
 # Clients that are refused and retry at once take the time in which others could be served: 1,000 such senders left
@@ -59,7 +59,7 @@ class Receiver:
                 refusal.headers["connection"] = "close"
             await refusal(scope, receive, send)
             return
-        delivery = Delivery(events.parse(body), datetime.now(UTC), key_id)
+        delivery = events.Delivery(events.parse(body), datetime.now(UTC), key_id)
         try:
             outcome = await self._ingest.submit(delivery)
         except (QueueFullError, UnavailableError) as error:

@@ -19,18 +19,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import telemetry
 from archiver.archive import DEFAULT_TIMING, Timing
 from archiver.errors import ArchiverError
-from archiver.events import Event
+from archiver.events import Content, Delivery, Event
 from archiver.inbound.circuit import Circuit
 from archiver.inbound.fallback import SPOOL_AFTER_SECONDS, Fallback
 from archiver.inbound.isolated import IsolatedWriter
 from archiver.inbound.probe import Fault, database_fault
 from archiver.inbound.redrive import retry_quarantined
 from archiver.inbound.spool import Spool
-from archiver.inbound.writing import Delivery, Outcome, Result, UnavailableError, subject, write
+from archiver.inbound.writing import Outcome, Result, UnavailableError, write
 
 __all__ = [
     "CONNECTIONS",
-    "Delivery",
     "Fault",
     "Ingest",
     "Outcome",
@@ -64,11 +63,11 @@ class QueueFullError(ArchiverError):
 
 
 class _Waiting(msgspec.Struct, frozen=True):
-    delivery: Delivery
+    delivery: Delivery[Content]
     answer: asyncio.Future[Result]
 
 
-def _messages(delivery: Delivery) -> int:
+def _messages(delivery: Delivery[Content]) -> int:
     chat = delivery.content.chat if isinstance(delivery.content, Event) else None
     return len(chat.input) + len(chat.output) if chat is not None else 0
 
@@ -133,7 +132,7 @@ class Ingest:
         self.fallback = Fallback(self._engine, spool, self._timing, self._circuit, self._isolated)
         self._drain = asyncio.create_task(self.fallback.drain())
 
-    async def submit(self, delivery: Delivery) -> Outcome:
+    async def submit(self, delivery: Delivery[Content]) -> Outcome:
         """Commit one delivery, together with other waiting ones.
 
         Raises `QueueFullError` at once, or `UnavailableError` when the database did not take it. Cancelling the
@@ -184,7 +183,7 @@ class Ingest:
         task = asyncio.create_task(self._settle(batch))
         await asyncio.wait({task}, timeout=OVERLAP_SECONDS)
         if not task.done():
-            self._lanes[task] = {subject(waiting.delivery) for waiting in batch}
+            self._lanes[task] = {waiting.delivery.subject for waiting in batch}
             self._expected = self._batch_events if self._gather_seconds else 1
             task.add_done_callback(lambda done: self._lanes.pop(done, None))
             while len(self._lanes) >= LANES:
@@ -210,7 +209,7 @@ class Ingest:
                 slow.append(waiting)
             else:
                 self._answer(waiting, result)
-        together = [waiting for waiting in slow if not self._isolated.knows(subject(waiting.delivery))]
+        together = [waiting for waiting in slow if not self._isolated.knows(waiting.delivery.subject)]
         for part in (together, *([waiting] for waiting in slow if waiting not in together)):
             if part:
                 self._begin_part(part)
@@ -227,10 +226,10 @@ class Ingest:
         if not waiting.answer.done():
             waiting.answer.set_result(result)
 
-    async def _write(self, deliveries: Sequence[Delivery]) -> list[Result]:
+    async def _write(self, deliveries: Sequence[Delivery[Content]]) -> list[Result]:
         if self.fallback:
             return await self.fallback.write(deliveries)
-        quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(subject(each))]
+        quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(each.subject)]
         results: list[Result] = [UnavailableError()] * len(deliveries)
         if not quick:
             return results
@@ -275,7 +274,7 @@ class Ingest:
                 self._answer(waiting, UnavailableError())
             self._gauge()
 
-    async def _write_half(self, deliveries: Sequence[Delivery], *, is_alone: bool) -> Sequence[Result]:
+    async def _write_half(self, deliveries: Sequence[Delivery[Content]], *, is_alone: bool) -> Sequence[Result]:
         if is_alone:
             return [await self._isolated.write(deliveries[0])]
         async with self._part_gate:
@@ -295,7 +294,7 @@ class Ingest:
         messages = size = 0
         while self._queue and len(batch) < self._batch_events and len(passed_over) < MAX_OVERTAKEN:
             delivery = self._queue[0].delivery
-            if under_way and subject(delivery) in under_way:
+            if under_way and delivery.subject in under_way:
                 passed_over.append(self._queue.popleft())
                 continue
             messages += _messages(delivery)

@@ -11,10 +11,11 @@ from time import monotonic
 import msgspec
 import structlog
 
+from archiver.events import Content, Delivery
 from archiver.inbound.circuit import Circuit
 from archiver.inbound.isolated import IsolatedWriter
 from archiver.inbound.spool import Spool, Spooled, SpoolError
-from archiver.inbound.writing import Delivery, Outcome, Result, UnavailableError, restore, subject
+from archiver.inbound.writing import Outcome, Result, UnavailableError
 
 log = structlog.get_logger(__name__)
 
@@ -26,8 +27,8 @@ SPLIT = 8  # so many times fewer events in a transaction of the next pass
 FULL_SECONDS, SMALL_SECONDS = 3.0, 1.0
 MAX_ISOLATED, MAX_ISOLATED_BYTES = 50, 32 * 1_048_576  # at a time, in memory; the rest stays on disk
 
-Waiting = tuple[Spooled, Delivery]
-Write = Callable[[Sequence[Delivery], float], Awaitable[Sequence[Result]]]
+Waiting = tuple[Spooled, Delivery[Content]]
+Write = Callable[[Sequence[Delivery[Content]], float], Awaitable[Sequence[Result]]]
 
 
 class DrainPass(msgspec.Struct):
@@ -128,28 +129,23 @@ class Drain:
         """The delivery, unless it is one to be written alone."""
         if (spooled.file, spooled.id) in self._singles:
             return None
-        delivery = Delivery(
-            restore(spooled.source, spooled.body, spooled.type, spooled.session_id, spooled.dedupe_key),
-            spooled.received_at,
-            spooled.key_id,
-            spooled.source,
-        )
-        if not self._isolated.knows(subject(delivery)):
+        delivery = spooled.restore()
+        if not self._isolated.knows(delivery.subject):
             return spooled, delivery
         self._write_alone(spooled, delivery, passed)
         return None
 
-    def _write_alone(self, spooled: Spooled, delivery: Delivery, passed: DrainPass) -> None:
+    def _write_alone(self, spooled: Spooled, delivery: Delivery[Content], passed: DrainPass) -> None:
         is_full = len(self._singles) >= MAX_ISOLATED or self._single_bytes > MAX_ISOLATED_BYTES
         if is_full and self._singles:
             passed.parked += 1
             return
-        self._single_bytes += len(spooled.body)
+        self._single_bytes += spooled.size
         task = asyncio.create_task(self._until_stored(spooled, delivery))
         self._singles[spooled.file, spooled.id] = task
         task.add_done_callback(lambda done: self._done(spooled, done))
 
-    async def _until_stored(self, spooled: Spooled, delivery: Delivery) -> None:
+    async def _until_stored(self, spooled: Spooled, delivery: Delivery[Content]) -> None:
         while isinstance(await self._isolated.write(delivery), UnavailableError):  # noqa: ASYNC110  # no event ends it
             await asyncio.sleep(MAX_PAUSE_SECONDS)
         await asyncio.to_thread(self._spool.delete, [spooled])
@@ -157,7 +153,7 @@ class Drain:
 
     def _done(self, spooled: Spooled, task: asyncio.Task[None]) -> None:
         del self._singles[spooled.file, spooled.id]
-        self._single_bytes -= len(spooled.body)
+        self._single_bytes -= spooled.size
         error = None if task.cancelled() else task.exception()
         if error is not None:  # it is still on disk, and found by the next pass
             trace = None if isinstance(error, SpoolError) else (type(error), error, error.__traceback__)

@@ -9,11 +9,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.archive import Timing
+from archiver.events import Content, Delivery
 from archiver.inbound.circuit import Circuit
 from archiver.inbound.draining import MAX_PAUSE_SECONDS, Drain
 from archiver.inbound.isolated import IsolatedWriter
-from archiver.inbound.spool import Spool, Spooled, SpoolError, open_left_behind
-from archiver.inbound.writing import Delivery, Outcome, Result, UnavailableError, subject, write
+from archiver.inbound.spool import Spool, SpoolError, open_left_behind
+from archiver.inbound.writing import Outcome, Result, UnavailableError, write
 
 log = structlog.get_logger(__name__)
 
@@ -45,12 +46,12 @@ class Fallback:
         """Whether Postgres takes no events."""
         return self._circuit.is_open
 
-    async def write(self, deliveries: Sequence[Delivery]) -> list[Result]:
+    async def write(self, deliveries: Sequence[Delivery[Content]]) -> list[Result]:
         """For each delivery what became of it: `spooled` where it is not in Postgres, but on disk."""
         results: list[Result] = [UnavailableError()] * len(deliveries)
         faults: list[UnavailableError] = []
         if not self._circuit.is_open:
-            quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(subject(each))]
+            quick = [place for place, each in enumerate(deliveries) if not self._isolated.knows(each.subject)]
             due_deliveries = [deliveries[place] for place in quick]
             written = await write(self._engine, due_deliveries, self._timing, SPOOL_AFTER_SECONDS) if quick else []
             for place, result in zip(quick, written, strict=True):
@@ -58,7 +59,7 @@ class Fallback:
             faults = [result for result in written if isinstance(result, UnavailableError)]
         left = [place for place, result in enumerate(results) if isinstance(result, UnavailableError)]
         if left:
-            appending = asyncio.create_task(self._append([_spooled(deliveries[place]) for place in left]))
+            appending = asyncio.create_task(self._append([deliveries[place] for place in left]))
             if faults:
                 await self._circuit.judge(faults)
             if self._circuit.is_open:
@@ -95,7 +96,7 @@ class Fallback:
         elif self._circuit.is_open or self._drain.arrived.is_set():
             await asyncio.sleep(MAX_PAUSE_SECONDS)
 
-    async def _append(self, deliveries: Sequence[Spooled]) -> bool:
+    async def _append(self, deliveries: Sequence[Delivery[Content]]) -> bool:
         try:
             await asyncio.to_thread(self.spool.append, deliveries)
         except SpoolError as error:
@@ -109,7 +110,7 @@ class Fallback:
     def _draining(self, spool: Spool) -> Drain:
         return Drain(spool, self._write_spooled, self._circuit, self._isolated, self._gauge)
 
-    async def _write_spooled(self, deliveries: Sequence[Delivery], seconds: float) -> list[Result]:
+    async def _write_spooled(self, deliveries: Sequence[Delivery[Content]], seconds: float) -> list[Result]:
         async with self._gate:  # one transaction for all files, beside those of new events
             return await write(self._engine, deliveries, self._timing, seconds)
 
@@ -155,17 +156,3 @@ class Fallback:
         telemetry.spool_bytes.set(depth.bytes)
         age = (datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0
         telemetry.spool_age.set(max(age, 0))  # the clock may have been set back
-
-
-def _spooled(delivery: Delivery) -> Spooled:
-    internal = delivery.internal
-    return Spooled(
-        0,
-        delivery.received_at,
-        delivery.source,
-        delivery.key_id,
-        delivery.content.body,
-        internal.type if internal else None,
-        internal.session_id if internal else None,
-        internal.dedupe_key if internal else None,
-    )

@@ -10,16 +10,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
 from archiver.archive import Timing
+from archiver.events import Content, Delivery
 from archiver.inbound.circuit import Circuit
 from archiver.inbound.writing import (
-    Delivery,
     EventNotStoredError,
     EventTooSlowError,
     Outcome,
     Result,
     UnavailableError,
     quarantine_delivery,
-    subject,
     write_isolated,
 )
 
@@ -48,12 +47,12 @@ class IsolatedWriter:
         """Whether deliveries of this subject took too long lately, or one of them is being written."""
         return of in self._turns or self._slow.get(of, 0.0) > monotonic()
 
-    async def write(self, delivery: Delivery) -> Result:
+    async def write(self, delivery: Delivery[Content]) -> Result:
         """Return the outcome: `quarantined` if Postgres stores other events but not this one, even for its duration.
 
         `UnavailableError` where the database takes no events, or another transaction holds the session.
         """
-        of = subject(delivery)
+        of = delivery.subject
         async with self._turn(of):
             result = await self._write(delivery)
         if isinstance(result, Outcome):
@@ -68,7 +67,7 @@ class IsolatedWriter:
         if len(self._slow) < MAX_REMEMBERED:
             self._slow[of] = now + REMEMBER_SECONDS
 
-    async def _write(self, delivery: Delivery) -> Result:
+    async def _write(self, delivery: Delivery[Content]) -> Result:
         failed: list[UnavailableError] = []
         locked = 0
         while True:
@@ -89,14 +88,14 @@ class IsolatedWriter:
                 return await quarantine_delivery(self._engine, delivery, fault)
             await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _attempt(self, delivery: Delivery) -> Result:
+    async def _attempt(self, delivery: Delivery[Content]) -> Result:
         if self._circuit.is_open:
             return UnavailableError()
         started = monotonic()
         result = await write_isolated(self._engine, delivery, self._timing, SECONDS)
         seconds, is_stored = monotonic() - started, isinstance(result, Outcome)
         if seconds >= SLOW_SECONDS or not is_stored:
-            self._remember(subject(delivery))
+            self._remember(delivery.subject)
             log.warning("slow event written separately", seconds=round(seconds, 3), is_stored=is_stored)
         if isinstance(result, UnavailableError):
             await self._circuit.judge([result])

@@ -82,5 +82,5 @@ def _try(connection: Connection) -> bool:
     event = events.parse(msgspec.json.encode({"message": {"type": events.CREATED, "chat": chat}}))
     if not isinstance(event, events.Event):
         raise TypeError("The trial event cannot be read.")
-    ledger.record(connection, [ledger.Observation(event, datetime.now(UTC), events.WEBHOOK, None)])
+    ledger.record(connection, [events.Delivery(event, datetime.now(UTC), None)])
     raise _RolledBackError

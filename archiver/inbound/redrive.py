@@ -7,14 +7,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver.archive import DEFAULT_TIMING, Timing
 from archiver.database import is_data_error, sqlstate, transaction
-from archiver.events import Malformed
+from archiver.events import Delivery, Malformed, restore
 from archiver.inbound.writing import (
     QUERY_CANCELED,
-    Delivery,
     EventTooSlowError,
     Outcome,
     explain_fault,
-    restore,
     store,
 )
 from archiver.ledger import quarantine
@@ -47,11 +45,11 @@ def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcom
     row = quarantine.select_quarantined(connection, quarantine_id, lock=True)
     if row is None:
         return None
-    event = restore(row["source"], bytes(row["body"]), row["type"], row["session_id"], row["dedupe_key"])
-    if isinstance(event, Malformed):
-        return Outcome("quarantined", quarantine_id, event.reason, event.detail)
+    content = restore(bytes(row["body"]), row["source"], row["type"], row["session_id"], row["dedupe_key"])
+    if isinstance(content, Malformed):
+        return Outcome("quarantined", quarantine_id, content.reason, content.detail)
     received_at = row["received_at"].astimezone(UTC)
-    delivery = Delivery(event, received_at, row["key_id"], row["source"], row["delivery_count"])
+    delivery = Delivery(content, received_at, row["key_id"], row["source"], row["delivery_count"])
     (outcome,) = store(connection, [delivery], timing, locks_late=True)
     quarantine.delete_quarantined(connection, quarantine_id)
     return outcome

@@ -1,8 +1,6 @@
 """Write deliveries to Postgres, together if possible, and return an outcome for each."""
 
-import hashlib
 from collections.abc import Sequence
-from datetime import datetime
 from time import perf_counter
 from typing import Literal
 
@@ -24,9 +22,8 @@ from archiver.database import (
     sqlstate,
 )
 from archiver.errors import ArchiverError
-from archiver.events import Event, Malformed
+from archiver.events import Content, Delivery, Event, Malformed, has_event
 from archiver.ledger import quarantine
-from archiver.ledger.quarantine import Reject
 
 log = structlog.get_logger(__name__)
 
@@ -68,31 +65,6 @@ class EventNotStoredError(ArchiverError):
         super().__init__(f"Postgres failed on the event alone at {attempts} attempts, while it stored another.")
 
 
-class Delivery(msgspec.Struct, frozen=True, gc=False):
-    """An authenticated delivery, parsed or not, with arrival time, key id and number of deliveries."""
-
-    content: Event | Malformed
-    received_at: datetime
-    key_id: str | None
-    source: str = events.WEBHOOK
-    count: int = 1
-
-    @property
-    def internal(self) -> Event | None:
-        """Return the internal fact; None for a webhook."""
-        is_internal = self.source != events.WEBHOOK and isinstance(self.content, Event)
-        return self.content if is_internal and isinstance(self.content, Event) else None
-
-
-def restore(
-    source: str, body: bytes, kind: str | None, session_id: str | None, dedupe_key: bytes | None
-) -> Event | Malformed:
-    """What was kept of a delivery: a webhook is what its bytes say today, a fact of ours what it was."""
-    if source == events.WEBHOOK or kind is None or session_id is None or dedupe_key is None:
-        return events.parse(body)
-    return Event(kind, body, dedupe_key, session_id, chat_id=None, chat=None, occurred_at=None)
-
-
 class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
 
@@ -106,16 +78,6 @@ class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 Result = Outcome | UnavailableError
-
-
-def subject(delivery: Delivery) -> str:
-    """Return the key of deliveries that must wait for each other: the session or unassigned turn."""
-    event = delivery.content
-    if not isinstance(event, Event):
-        return f"\0{hashlib.sha256(event.body).hexdigest()}"
-    if event.session_id:
-        return event.session_id
-    return f"\0{event.chat_id or event.dedupe_key.hex()}"
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -137,7 +99,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 async def write(
     engine: AsyncEngine,
-    deliveries: Sequence[Delivery],
+    deliveries: Sequence[Delivery[Content]],
     timing: Timing = DEFAULT_TIMING,
     seconds: float | None = None,
 ) -> list[Result]:
@@ -161,23 +123,25 @@ async def write(
     return [results[place] for place in range(len(deliveries))]
 
 
-async def write_isolated(engine: AsyncEngine, delivery: Delivery, timing: Timing, seconds: float) -> Result:
+async def write_isolated(engine: AsyncEngine, delivery: Delivery[Content], timing: Timing, seconds: float) -> Result:
     """Commit one delivery that may take so many `seconds`; nothing but its own session waits for it."""
     (result,) = await _write(engine, [delivery], timing, Limits(seconds, is_alone=True))
     return result
 
 
-async def quarantine_delivery(engine: AsyncEngine, delivery: Delivery, fault: Exception) -> Result:
+async def quarantine_delivery(engine: AsyncEngine, delivery: Delivery[Content], fault: Exception) -> Result:
     """Quarantine a delivery that can be parsed but not stored."""
     return await _quarantine_alone(engine, delivery, fault, Limits(LOCK_SECONDS))
 
 
-def _is_exclusive(delivery: Delivery) -> bool:
+def _is_exclusive(delivery: Delivery[Content]) -> bool:
     event = delivery.content
     return isinstance(event, Event) and not event.session_id and event.type in events.CHAT_EVENTS
 
 
-async def _write(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing, limits: Limits) -> list[Result]:
+async def _write(
+    engine: AsyncEngine, deliveries: Sequence[Delivery[Content]], timing: Timing, limits: Limits
+) -> list[Result]:
     try:
         return list(await _commit(engine, deliveries, timing, limits))
     except SQLAlchemyError as error:
@@ -196,7 +160,7 @@ async def _write(engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Ti
 
 
 async def _commit(
-    engine: AsyncEngine, deliveries: Sequence[Delivery], timing: Timing, limits: Limits
+    engine: AsyncEngine, deliveries: Sequence[Delivery[Content]], timing: Timing, limits: Limits
 ) -> list[Outcome]:
     started = perf_counter()
     outcomes = await run_async(
@@ -217,7 +181,7 @@ async def _commit(
     return outcomes
 
 
-def _count_without_text(deliveries: Sequence[Delivery], outcomes: Sequence[Outcome]) -> None:
+def _count_without_text(deliveries: Sequence[Delivery[Content]], outcomes: Sequence[Outcome]) -> None:
     for delivery, outcome in zip(deliveries, outcomes, strict=True):
         chat = delivery.content.chat if isinstance(delivery.content, Event) else None
         for message in chat.input + chat.output if chat is not None and outcome.status == "stored" else ():
@@ -226,29 +190,31 @@ def _count_without_text(deliveries: Sequence[Delivery], outcomes: Sequence[Outco
 
 
 def store(
-    connection: Connection, deliveries: Sequence[Delivery], timing: Timing, *, locks_late: bool = False
+    connection: Connection, deliveries: Sequence[Delivery[Content]], timing: Timing, *, locks_late: bool = False
 ) -> list[Outcome]:
     """What became of each, in this transaction. `locks_late`: as `ledger.record` has it."""
-    rejects = [_reject(delivery) for delivery in deliveries if isinstance(delivery.content, Malformed)]
-    observations = [
-        _observation(delivery, delivery.content) for delivery in deliveries if isinstance(delivery.content, Event)
-    ]
-    recorded = iter(ledger.record(connection, observations, timing, locks_late=locks_late))
-    quarantined = iter(quarantine.upsert_quarantine(connection, rejects))
+    deliveries = [_without_future(delivery) for delivery in deliveries]
+    parsed = [delivery for delivery in deliveries if has_event(delivery)]
+    malformed = [delivery for delivery in deliveries if isinstance(delivery.content, Malformed)]
+    recorded = iter(ledger.record(connection, parsed, timing, locks_late=locks_late))
+    quarantined = iter(quarantine.upsert_quarantine(connection, malformed))
     return [
-        _outcome(delivery, delivery.content, next(recorded))
-        if isinstance(delivery.content, Event)
-        else Outcome("quarantined", next(quarantined), delivery.content.reason, delivery.content.detail)
+        Outcome("quarantined", next(quarantined), delivery.content.reason, delivery.content.detail)
+        if isinstance(delivery.content, Malformed)
+        else _outcome(delivery, delivery.content, next(recorded))
         for delivery in deliveries
     ]
 
 
-def _observation(delivery: Delivery, event: Event) -> ledger.Observation:
+def _without_future(delivery: Delivery[Content]) -> Delivery[Content]:
+    """Return the delivery with an arrival time that is possible by the database's clock."""
     received_at = clock.at_most_now(delivery.received_at)
-    return ledger.Observation(event, received_at, delivery.source, delivery.key_id, delivery.count)
+    if received_at is delivery.received_at:
+        return delivery
+    return msgspec.structs.replace(delivery, received_at=received_at)
 
 
-def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Outcome:
+def _outcome(delivery: Delivery[Content], event: Event, recorded: ledger.Recorded) -> Outcome:
     if recorded.is_erased:
         return Outcome("ignored", reason="erased")
     if not recorded.is_new:
@@ -257,15 +223,9 @@ def _outcome(delivery: Delivery, event: Event, recorded: ledger.Recorded) -> Out
     return Outcome("stored" if is_known else "ignored", recorded.id)
 
 
-def _reject(delivery: Delivery, reason: str = "", detail: str = "") -> Reject:
-    content = delivery.content
-    if isinstance(content, Malformed):
-        reason, detail = content.reason, content.detail
-    received_at = clock.at_most_now(delivery.received_at)
-    return Reject(content.body, reason, detail, received_at, delivery.key_id, delivery.source, delivery.internal)
-
-
-async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exception, limits: Limits) -> Result:
+async def _quarantine_alone(
+    engine: AsyncEngine, delivery: Delivery[Content], fault: Exception, limits: Limits
+) -> Result:
     reason, detail = explain_fault(fault)
     try:
         row_id = await run_async(
@@ -286,12 +246,13 @@ async def _quarantine_alone(engine: AsyncEngine, delivery: Delivery, fault: Exce
     return Outcome("quarantined", row_id, reason, detail)
 
 
-def _quarantine_unless_erased(connection: Connection, delivery: Delivery, reason: str, detail: str) -> int | None:
+def _quarantine_unless_erased(
+    connection: Connection, delivery: Delivery[Content], reason: str, detail: str
+) -> int | None:
     "delivery quarantined"
-    content = delivery.content
-    if isinstance(content, Event) and ledger.is_refused(connection, _observation(delivery, content)):
+    if has_event(delivery) and ledger.is_refused(connection, delivery):
         return None
-    (row_id,) = quarantine.upsert_quarantine(connection, [_reject(delivery, reason, detail)])
+    (row_id,) = quarantine.upsert_quarantine(connection, [_without_future(delivery)], reason, detail)
     return row_id
 
 

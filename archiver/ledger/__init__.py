@@ -1,4 +1,4 @@
-"""record(): the one write path. Appends observations to the ledger once and projects new ones."""
+"""record(): the one write path. Appends deliveries to the ledger once and projects new ones."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ from archiver.database import (
     locks,
     tables,
 )
-from archiver.events import Event
+from archiver.events import Delivery, Event
 from archiver.events import responses as history
 from archiver.ledger import compaction
 from archiver.ledger.compaction import StoredPieces
@@ -33,22 +33,8 @@ from archiver.ledger.compaction import StoredPieces
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
-class Observation(msgspec.Struct, frozen=True, gc=False):
-    """A fact with arrival time, source, key id and number of deliveries."""
-
-    event: Event
-    received_at: datetime
-    source: str
-    key_id: str | None
-    deliveries: int = 1
-
-    @property
-    def key(self) -> Key:
-        return self.event.session_id, self.event.dedupe_key
-
-
 class Recorded(msgspec.Struct, frozen=True, gc=False):
-    """The ledger row of an observation, and whether this observation created it.
+    """The ledger row of a delivery, and whether this delivery created it.
 
     `is_erased`: what it speaks of was erased, so that it has no row, and nothing of it was kept.
     """
@@ -63,46 +49,46 @@ _ERASED = Recorded(0, is_new=False, is_erased=True)
 
 def record(
     connection: Connection,
-    observations: Sequence[Observation],
+    deliveries: Sequence[Delivery[Event]],
     timing: archive.Timing = archive.DEFAULT_TIMING,
     *,
     publish: bool = True,
     locks_late: bool = False,
 ) -> list[Recorded]:
-    """Append new observations, count redeliveries, and project new facts, in this transaction.
+    """Append new deliveries, count redeliveries, and project new facts, in this transaction.
 
     Changes of the archive are published with it, unless `publish` is false.
 
-    `locks_late`: for observations that may take long. The recording lock, behind which every other writer may wait,
+    `locks_late`: for deliveries that may take long. The recording lock, behind which every other writer may wait,
     is taken at the end, for an instant; a serialization failure where others changed something on which this
     depends, so that the transaction is to be run again.
 
-    Answers in the order of `observations`. Safe against other writers of the same facts: ledger rows are taken in
+    Answers in the order of `deliveries`. Safe against other writers of the same facts: ledger rows are taken in
     order of their keys, then sessions in order of theirs, so that no two writers wait for each other.
     """
-    if not observations:
+    if not deliveries:
         return []
-    is_exclusive = any(not o.event.session_id and o.event.type in events.CHAT_EVENTS for o in observations)
+    is_exclusive = any(not each.content.session_id and each.content.type in events.CHAT_EVENTS for each in deliveries)
     if locks_late:
         execute(connection, locks.by_key())
-        before = _select_related(connection, observations)
+        before = _select_related(connection, deliveries)
     lock = (locks.by_key(),) if locks_late else Lock.RECORDING.statements(exclusive=is_exclusive)
-    erased = _select_erased(connection, observations, lock)
+    erased = _select_erased(connection, deliveries, lock)
     sessions = _sessions_of(erased)
-    refused = [_is_refused(observation, erased, sessions) for observation in observations]
-    answers = _record(connection, observations, timing, erased, refused, publish=publish)
+    refused = [_is_refused(delivery, erased, sessions) for delivery in deliveries]
+    answers = _record(connection, deliveries, timing, erased, refused, publish=publish)
     if locks_late:
         _lock_late(connection, exclusive=is_exclusive)
-        now = select_erased(connection, _refs(observations), ())
-        is_same = _sessions_of(now) == sessions and _select_related(connection, observations) == before
-        if not is_same or refused != [_is_refused(each, now, sessions) for each in observations]:
+        now = select_erased(connection, _refs(deliveries), ())
+        is_same = _sessions_of(now) == sessions and _select_related(connection, deliveries) == before
+        if not is_same or refused != [_is_refused(each, now, sessions) for each in deliveries]:
             execute(connection, _CONFLICT.bind())
     return answers
 
 
 def _record(
     connection: Connection,
-    observations: Sequence[Observation],
+    deliveries: Sequence[Delivery[Event]],
     timing: archive.Timing,
     erased: Mapping[FactRef, Erased],
     refused: Sequence[bool],
@@ -110,14 +96,14 @@ def _record(
     publish: bool,
 ) -> list[Recorded]:
     if not erased:
-        return _append(connection, observations, timing, (), publish=publish)
+        return _append(connection, deliveries, timing, (), publish=publish)
     sessions = _sessions_of(erased)
-    accepted = [observation for observation, is_refused in zip(observations, refused, strict=True) if not is_refused]
+    accepted = [delivery for delivery, is_refused in zip(deliveries, refused, strict=True) if not is_refused]
     answers = iter(_append(connection, accepted, timing, sessions, publish=publish))
     touched = {ref.session_id for ref, erased_part in erased.items() if erased_part.is_found}
-    for observation, is_refused in zip(observations, refused, strict=True):
-        if is_refused and _reads(observation):
-            touched.add(observation.event.session_id)
+    for delivery, is_refused in zip(deliveries, refused, strict=True):
+        if is_refused and _reads(delivery):
+            touched.add(delivery.content.session_id)
     archive.lock_and_rederive(connection, sorted(touched), timing)
     note_refused(connection, [ref for ref, erased_part in erased.items() if erased_part.is_whole])
     return [_ERASED if is_refused else next(answers) for is_refused in refused]
@@ -127,60 +113,60 @@ def _sessions_of(erased: Iterable[FactRef]) -> set[str]:
     return {ref.session_id for ref in erased} - {archive.UNASSIGNED}
 
 
-def _refs(observations: Sequence[Observation]) -> list[FactRef]:
-    return [FactRef(each.event.session_id, each.event.chat_id) for each in observations]
+def _refs(deliveries: Sequence[Delivery[Event]]) -> list[FactRef]:
+    return [FactRef(each.content.session_id, each.content.chat_id) for each in deliveries]
 
 
-def is_refused(connection: Connection, observation: Observation) -> bool:
-    """Return whether `record` would refuse the observation because its subject is erased."""
-    refs = [FactRef(observation.event.session_id, observation.event.chat_id)]
+def is_refused(connection: Connection, delivery: Delivery[Event]) -> bool:
+    """Return whether `record` would refuse the delivery because its subject is erased."""
+    refs = [FactRef(delivery.content.session_id, delivery.content.chat_id)]
     erased = select_erased(connection, refs, Lock.RECORDING.statements(exclusive=False))
-    return _is_refused(observation, erased, _sessions_of(erased))
+    return _is_refused(delivery, erased, _sessions_of(erased))
 
 
 def _select_erased(
-    connection: Connection, observations: Sequence[Observation], lock: Sequence[Statement]
+    connection: Connection, deliveries: Sequence[Delivery[Event]], lock: Sequence[Statement]
 ) -> dict[FactRef, Erased]:
     """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
     sees was committed before the lock was had, or is not there as long as it is held.
     """
-    erased = select_erased(connection, _refs(observations), lock)
+    erased = select_erased(connection, _refs(deliveries), lock)
     result = [ref for ref, erased_part in erased.items() if erased_part.is_found and ref.chat_id]
     for session_id, chat_id in result:
         extend_erasure(connection, session_id, chat_id or "")
     return erased
 
 
-def _is_refused(observation: Observation, erased: Mapping[FactRef, Erased], sessions: Collection[str]) -> bool:
+def _is_refused(delivery: Delivery[Event], erased: Mapping[FactRef, Erased], sessions: Collection[str]) -> bool:
     """Whether it speaks of what was erased. A reading of a session may, as soon as one of its turns was."""
-    event = observation.event
-    if _reads(observation):
+    event = delivery.content
+    if _reads(delivery):
         return event.session_id in sessions
     result = erased.get(FactRef(event.session_id, event.chat_id))
     return result is not None and result.is_whole
 
 
-def _reads(observation: Observation) -> bool:
-    return observation.event.type in history.READINGS - {history.REDACTED} and observation.source == history.SOURCE
+def _reads(delivery: Delivery[Event]) -> bool:
+    return delivery.content.type in history.READINGS - {history.REDACTED} and delivery.source == history.SOURCE
 
 
 def _append(
     connection: Connection,
-    observations: Sequence[Observation],
+    deliveries: Sequence[Delivery[Event]],
     timing: archive.Timing,
     erased: Collection[str],
     *,
     publish: bool,
 ) -> list[Recorded]:
     groups: dict[Key, DeliveryGroup] = {}
-    for observation in observations:
-        key = observation.key
+    for delivery in deliveries:
+        key = _key(delivery)
         known = groups.get(key)
-        groups[key] = DeliveryGroup.of(observation) if known is None else known.merge(observation)
+        groups[key] = DeliveryGroup.of(delivery) if known is None else known.merge(delivery)
     responses = {
-        key: (group.first.event.body, group.first.received_at)
+        key: (group.first.content.body, group.first.received_at)
         for key, group in groups.items()
-        if compaction.is_response(group.first.event, group.first.source)
+        if compaction.is_response(group.first.content, group.first.source)
     }
     in_pieces = compaction.store_in_pieces(connection, responses, timing) if responses else {}
     rows = _upsert_events(connection, groups, in_pieces)
@@ -192,31 +178,35 @@ def _append(
     if publish:
         outbox.insert_changes(connection, changes)
     answers, seen = [], set()
-    for observation in observations:
-        key = observation.key
+    for delivery in deliveries:
+        key = _key(delivery)
         row = rows[key]
         answers.append(Recorded(row.id, row.delivery_count == groups[key].count and key not in seen))
         seen.add(key)
     return answers
 
 
+def _key(delivery: Delivery[Event]) -> Key:
+    return delivery.content.session_id, delivery.content.dedupe_key
+
+
 class DeliveryGroup(msgspec.Struct, frozen=True, gc=False):
     """All deliveries of one fact in a batch: the first one, and their totals."""
 
-    first: Observation
+    first: Delivery[Event]
     count: int
     last_received_at: datetime
     occurred_at: datetime | None
 
     @classmethod
-    def of(cls, observation: Observation) -> Self:
-        return cls(observation, observation.deliveries, observation.received_at, observation.event.occurred_at)
+    def of(cls, delivery: Delivery[Event]) -> Self:
+        return cls(delivery, delivery.count, delivery.received_at, delivery.content.occurred_at)
 
-    def merge(self, other: Observation) -> "DeliveryGroup":
-        moments = [moment for moment in (self.occurred_at, other.event.occurred_at) if moment is not None]
+    def merge(self, other: Delivery[Event]) -> "DeliveryGroup":
+        moments = [moment for moment in (self.occurred_at, other.content.occurred_at) if moment is not None]
         return DeliveryGroup(
             first=self.first if self.first.received_at <= other.received_at else other,
-            count=self.count + other.deliveries,
+            count=self.count + other.count,
             last_received_at=max(self.last_received_at, other.received_at),
             occurred_at=min(moments, default=None),
         )
@@ -265,10 +255,10 @@ _SELECT_RELATED = RawStatement(
 )
 
 
-def _select_related(connection: Connection, observations: Sequence[Observation]) -> set[tuple[str, str | None]]:
-    """The related facts and sessions that are not those of `observations` themselves."""
+def _select_related(connection: Connection, deliveries: Sequence[Delivery[Event]]) -> set[tuple[str, str | None]]:
+    """The related facts and sessions that are not those of `deliveries` themselves."""
     chat_events = [
-        each.event for each in observations if each.event.chat_id and each.event.type in events.CHAT_EVENTS
+        each.content for each in deliveries if each.content.chat_id and each.content.type in events.CHAT_EVENTS
     ]
     chats = sorted({str(each.chat_id) for each in chat_events})
     unassigned = sorted({str(each.chat_id) for each in chat_events if not each.session_id})
@@ -327,7 +317,7 @@ def _upsert_events(
 
 
 def _event_row(group: DeliveryGroup) -> dict[str, Any]:
-    first, event, salt = group.first, group.first.event, os.urandom(16)
+    first, event, salt = group.first, group.first.content, os.urandom(16)
     return {
         "session_id": event.session_id,
         "dedupe_key": event.dedupe_key,
@@ -352,9 +342,9 @@ def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
     """
     first = group.first
     if row.delivery_count == 1:
-        return archive.Fact(first.event, first.source, first.received_at, group.occurred_at)
+        return archive.Fact(first.content, first.source, first.received_at, group.occurred_at)
     is_repeat = row.delivery_count > group.count
     is_from_upstream = first.source == events.WEBHOOK
     if is_repeat and is_from_upstream and not (row.is_dated_back and group.occurred_at == row.occurred_at):
         return None
-    return archive.Fact(first.event, first.source, row.received_at, row.occurred_at, is_repeat)
+    return archive.Fact(first.content, first.source, row.received_at, row.occurred_at, is_repeat)

@@ -8,39 +8,16 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-import msgspec
 from sqlalchemy import Connection, RowMapping, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events
 from archiver.database import BulkInsert, tables
-from archiver.events import WEBHOOK, Event
+from archiver.events import Content, Delivery, Malformed
 
-# Codes of `Reject.reason`; the last three are faults of ours or of the database, for what could be read.
+# The last three are faults of ours or of the database, for deliveries that could be parsed.
 NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW = "not_storable", "not_processable", "too_slow"
 REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW)
-
-
-class Reject(msgspec.Struct, frozen=True, gc=False):
-    """One delivery for the quarantine: `reason` is a stable code, `detail` a sentence without content.
-
-    `internal`: the fact, if its bytes alone do not identify it.
-    """
-
-    body: bytes
-    reason: str
-    detail: str
-    received_at: datetime
-    key_id: str | None
-    source: str = WEBHOOK
-    internal: Event | None = None
-
-    @property
-    def digest(self) -> bytes:
-        """Return the key that identifies the delivery."""
-        internal = self.internal
-        identity = self.body if internal is None else internal.session_id.encode() + b"\0" + internal.dedupe_key
-        return hashlib.sha256(identity).digest()
 
 
 def _quarantine_upsert() -> BulkInsert:
@@ -62,33 +39,52 @@ def _quarantine_upsert() -> BulkInsert:
 _UPSERT = _quarantine_upsert()
 
 
-def upsert_quarantine(connection: Connection, rejects: Sequence[Reject]) -> list[int]:
-    """Keep each of these deliveries once and count it. Answers the quarantine's ids, in their order."""
-    if not rejects:
+def upsert_quarantine(
+    connection: Connection, deliveries: Sequence[Delivery[Content]], reason: str = "", detail: str = ""
+) -> list[int]:
+    """Store each of these deliveries once and count it. Return the quarantine's ids, in their order.
+
+    `reason`, one of `REASONS`, and `detail`, a sentence without content, are of those that could be parsed.
+    """
+    if not deliveries:
         return []
-    digests = [reject.digest for reject in rejects]
+    digests = [_digest(delivery) for delivery in deliveries]
     rows: dict[bytes, dict[str, Any]] = {}
-    for digest, reject in zip(digests, rejects, strict=True):
-        internal = reject.internal
-        row = rows.setdefault(
-            digest,
-            {
-                "body_digest": digest,
-                "body": reject.body,
-                "received_at": reject.received_at,
-                "key_id": reject.key_id,
-                "delivery_count": 0,
-                "source": reject.source,
-                "type": internal.type if internal else None,
-                "session_id": internal.session_id if internal else None,
-                "dedupe_key": internal.dedupe_key if internal else None,
-            },
-        )
-        row["delivery_count"] += 1
-        row |= {"reason": reject.reason, "detail": reject.detail, "last_received_at": reject.received_at}
+    for digest, delivery in zip(digests, deliveries, strict=True):
+        row = rows.setdefault(digest, _row(digest, delivery))
+        content = delivery.content
+        if isinstance(content, Malformed):
+            row |= {"reason": content.reason, "detail": content.detail}
+        else:
+            row |= {"reason": reason, "detail": detail}
+        row["delivery_count"] += delivery.count
+        row["last_received_at"] = delivery.received_at
     answered = _UPSERT.execute(connection, [rows[digest] for digest in sorted(rows)])
     ids = {bytes(row.body_digest): row.id for row in answered}
     return [ids[digest] for digest in digests]
+
+
+def _digest(delivery: Delivery[Content]) -> bytes:
+    """Return the key that identifies the delivery."""
+    _, session_id, dedupe_key = delivery.internal
+    if session_id is None or dedupe_key is None:
+        return hashlib.sha256(delivery.content.body).digest()
+    return hashlib.sha256(session_id.encode() + b"\0" + dedupe_key).digest()
+
+
+def _row(digest: bytes, delivery: Delivery[Content]) -> dict[str, Any]:
+    kind, session_id, dedupe_key = delivery.internal
+    return {
+        "body_digest": digest,
+        "body": delivery.content.body,
+        "received_at": delivery.received_at,
+        "key_id": delivery.key_id,
+        "delivery_count": 0,
+        "source": delivery.source,
+        "type": kind,
+        "session_id": session_id,
+        "dedupe_key": dedupe_key,
+    }
 
 
 def select_quarantine(

@@ -25,6 +25,7 @@ import psycopg
 from sqlalchemy import event
 
 from archiver import database, embedded, events, ledger
+from archiver.events import Delivery
 from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK, created
 
@@ -216,7 +217,7 @@ def take_down(engine: Any, bodies: Sequence[bytes]) -> None:
     for raw in bodies:
         parsed = events.parse(raw)
         assert isinstance(parsed, events.Event)
-        observations.append(ledger.Observation(parsed, datetime.now(UTC), "webhook", "key"))
+        observations.append(Delivery(parsed, datetime.now(UTC), "key"))
     with database.transaction(engine) as connection:
         ledger.record(connection, observations)
         connection.rollback()

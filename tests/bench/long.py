@@ -28,8 +28,8 @@ import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database
-from archiver.events import responses
-from archiver.inbound.writing import Delivery, Outcome, write
+from archiver.events import Delivery, responses
+from archiver.inbound.writing import Outcome, write
 from tests.bench.database import migrated, server
 from tests.payloads import SECRET, WEBHOOK, created
 from tests.receivers import executing

@@ -25,7 +25,7 @@ from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, de
 from archiver.compliance.erasure.repeated_content import select_repeating_turns
 from archiver.compliance.erasure.targets import Target, marks, parts, split
 from archiver.database import Lock, run_split, transaction
-from archiver.events import responses
+from archiver.events import Delivery, Event, responses
 from archiver.ledger import audit_log, quarantine
 from archiver.outbound.followups.deliveries import delete_answers
 
@@ -194,13 +194,13 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     facts_by_session = select_session_facts(connection, partly)
     # Before what it is made from goes.
     redacted = [
-        observation
+        delivery
         for session_id, session_facts in sorted(facts_by_session.items())
-        if (observation := _redact(session_facts, ordered[session_id])) is not None
+        if (delivery := _redact(session_facts, ordered[session_id])) is not None
     ]
     erased = _erase_content(connection, [Target(each) for each in whole], ordered, chat_ids)
     ledger.record(connection, redacted, timing, publish=False)
-    made = {observation.event.session_id for observation in redacted}
+    made = {delivery.content.session_id for delivery in redacted}
     rederive(connection, [each for each in touched if each not in made], timing)
     unassigned.rederive(connection, chat_ids)
     return erased
@@ -223,13 +223,13 @@ def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[
     return ordered
 
 
-def _redact(session_facts: SessionFacts, ordered: dict[str, datetime]) -> ledger.Observation | None:
+def _redact(session_facts: SessionFacts, ordered: dict[str, datetime]) -> Delivery[Event] | None:
     """Replace all readings by one without the erased turns."""
     remaining = without_turns(session_facts, ordered.keys())
     if remaining is None:
         return None
     event = responses.redacted_event(session_facts.session_id, remaining, max(ordered.values()))
-    return ledger.Observation(event, session_facts.readings[-1].last_at, responses.SOURCE, None)
+    return Delivery(event, session_facts.readings[-1].last_at, None, responses.SOURCE)
 
 
 # The guard on the ledger allows exactly this.

@@ -17,8 +17,8 @@ import structlog
 
 from archiver.inbound.spool.counting import LOST, Lost, select_lost
 from archiver.inbound.spool.errors import SpoolError, SpoolFullError, explained, unusable_message
-from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES, Spooled
-from archiver.inbound.spool.locked_file import MIN_ROOM_BYTES, SELECT_DEPTH, Depth, Spool, hold, open_spool
+from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES
+from archiver.inbound.spool.locked_file import MIN_ROOM_BYTES, SELECT_DEPTH, Depth, Spool, Spooled, hold, open_spool
 from archiver.inbound.spool.salvage import set_aside_files
 
 __all__ = [

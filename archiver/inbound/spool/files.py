@@ -5,38 +5,19 @@ Every reader of a row checks it: a delivery was verified when it came, so nothin
 
 import os
 import sqlite3
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import msgspec
-
+from archiver import events
+from archiver.events import Content, Delivery
 from archiver.inbound.spool.errors import SpoolDamagedError, damaged, explained
 
 BUSY_SECONDS = 5
 PAGE_BYTES = 4_096
-PAGE_DELIVERIES = 200
-
-
-class Spooled(msgspec.Struct, frozen=True, gc=False):
-    """One delivery as received. An internal fact also has type, session and dedupe key.
-
-    `id` grows with arrival, within the file that `file` numbers; 0 before it is spooled.
-    """
-
-    id: int
-    received_at: datetime
-    source: str
-    key_id: str | None
-    body: bytes
-    type: str | None = None
-    session_id: str | None = None
-    dedupe_key: bytes | None = None
-    file: int = 0
 
 
 _COLUMNS = "received_at, source, key_id, type, session_id, dedupe_key, body"
@@ -154,71 +135,60 @@ def transaction(database: sqlite3.Connection, path: Path) -> Iterator[None]:
             raise
 
 
-def insert(database: sqlite3.Connection, deliveries: Sequence[Spooled]) -> None:
-    """Within a transaction."""
-    rows = [row_of(each) for each in deliveries]
-    database.executemany(_INSERT, [(*row, checksum(row)) for row in rows])
-
-
-def row_of(delivery: Spooled) -> Row:
+def row_of(delivery: Delivery[Content]) -> Row:
     """Return its columns, without number and checksum."""
-    return (
-        delivery.received_at.isoformat(),
-        delivery.source,
-        delivery.key_id,
-        delivery.type,
-        delivery.session_id,
-        delivery.dedupe_key,
-        delivery.body,
-    )
+    kind, session_id, dedupe_key = delivery.internal
+    received_at = delivery.received_at.isoformat()
+    return received_at, delivery.source, delivery.key_id, kind, session_id, dedupe_key, delivery.content.body
 
 
-def insert_all(database: sqlite3.Connection, deliveries: Iterator[Spooled]) -> int:
+def delivery_of(row: Row) -> Delivery[Content]:
+    """Return the delivery of these columns."""
+    received_at, source, key_id, kind, session_id, dedupe_key, body = row
+    content = events.restore(body, source, kind, session_id, dedupe_key)
+    return Delivery(content, datetime.fromisoformat(received_at), key_id, source)
+
+
+def insert_rows(database: sqlite3.Connection, rows: Iterable[Row]) -> int:
     """Within a transaction, and not all in memory; answers how many."""
-    copied = 0
-    while page := list(islice(deliveries, PAGE_DELIVERIES)):
-        insert(database, page)
-        copied += len(page)
-    return copied
+    return max(database.executemany(_INSERT, ((*row, checksum(row)) for row in rows)).rowcount, 0)
 
 
-def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[Spooled]:
-    """The deliveries from this id on, in order. Raises `SpoolError`, at a damaged one `SpoolDamagedError`."""
+def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[tuple[int, Row]]:
+    """Yield number and row of the deliveries from this number on, in order.
+
+    Raises `SpoolError`, at a damaged one `SpoolDamagedError`.
+    """
     with explained(path):
         last = start - 1
-        for number, stored, *row in database.execute(_SELECT_FROM, (start,)):
+        for number, stored, *columns in database.execute(_SELECT_FROM, (start,)):
+            row = tuple(columns)
             if number <= last:
                 raise damaged(path, f"delivery {number} behind delivery {last}")
-            if stored != checksum(tuple(row)):
+            if stored != checksum(row):
                 raise damaged(path, f"checksum of delivery {number}")
             last = number
-            received_at, source, key_id, kind, session_id, dedupe_key, body = row
             try:
-                moment = datetime.fromisoformat(received_at)
+                datetime.fromisoformat(row[0])
             except (TypeError, ValueError):
                 raise damaged(path, f"time of delivery {number}") from None
-            yield Spooled(number, moment, source, key_id, body, kind, session_id, dedupe_key)
+            yield number, row
 
 
-def readable(database: sqlite3.Connection, path: Path) -> Iterator[Spooled]:
-    """Yield what can still be read of a damaged file."""
+def readable(database: sqlite3.Connection, path: Path) -> Iterator[Row]:
+    """Yield the rows of a damaged file that can still be read."""
     with explained(path):
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'spooled'").fetchone():
             return
     start, unreadable = 1, 0
     while unreadable < _MAX_UNREADABLE:
         with suppress(SpoolDamagedError):
-            for delivery in select(database, path, start):
-                yield delivery
-                start, unreadable = delivery.id + 1, 0
+            for number, row in select(database, path, start):
+                yield row
+                start, unreadable = number + 1, 0
             break
         start += 1  # one that cannot be read, or lies where nothing can: try behind it
         unreadable += 1
-
-
-def insert_rows(database: sqlite3.Connection, rows: Iterator[Row]) -> int:
-    """Likewise rows that were found by their checksums; answers how many."""
-    return database.executemany(_INSERT, ((*row, checksum(row)) for row in rows)).rowcount
 
 
 def select_rows(database: sqlite3.Connection, path: Path) -> set[Row]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from archiver.events import Content, Delivery
 from archiver.inbound.spool import files
 from archiver.inbound.spool.counting import Count, add_lost
 from archiver.inbound.spool.errors import (
@@ -23,7 +24,7 @@ from archiver.inbound.spool.errors import (
     explained,
     unusable_message,
 )
-from archiver.inbound.spool.files import PAGE_BYTES, Spooled, open_file, transaction
+from archiver.inbound.spool.files import PAGE_BYTES, Row, delivery_of, open_file, row_of, transaction
 from archiver.inbound.spool.salvage import insert_found, overwrite, set_aside, sync
 from archiver.inbound.spool.scanning import scan
 
@@ -41,6 +42,23 @@ class Depth(msgspec.Struct, frozen=True, gc=False):
     events: int
     bytes: int
     oldest_at: datetime | None
+
+
+class Spooled(msgspec.Struct, frozen=True, gc=False):
+    """The row of a delivery in a spool. `id` grows with arrival, within the file that `file` numbers."""
+
+    id: int
+    file: int
+    row: Row
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the body."""
+        return len(self.row[-1])
+
+    def restore(self) -> Delivery[Content]:
+        """Return the delivery."""
+        return delivery_of(self.row)
 
 
 SELECT_DEPTH = "SELECT count(*), coalesce(sum(length(body)), 0), min(received_at) FROM spooled"
@@ -107,23 +125,24 @@ class Spool:
             )
         self._count.write(self._events, is_durable=missing > 0)
 
-    def append(self, deliveries: Sequence[Spooled]) -> None:
+    def append(self, deliveries: Sequence[Delivery[Content]]) -> None:
         """Make these deliveries durable, all or none. Raises `SpoolError`, of a full one `SpoolFullError`."""
+        rows = [row_of(delivery) for delivery in deliveries]
         with self._lock:
             self._ensure_in_place()
             try:
-                self._append(deliveries)
+                self._append(rows)
             except SpoolDamagedError as error:
                 self._reopen_after(error)
-                self._append(deliveries)
+                self._append(rows)
 
-    def _append(self, deliveries: Sequence[Spooled]) -> None:
+    def _append(self, rows: Sequence[Row]) -> None:
         with transaction(self._database, self.path):
-            files.insert(self._database, deliveries)
+            files.insert_rows(self._database, rows)
         if not self._is_there():  # or it was written into a removed file
             raise SpoolError(unusable_message(self.path, "removed while in use"))
-        self._events += len(deliveries)
-        self._bytes += sum(len(each.body) for each in deliveries)
+        self._events += len(rows)
+        self._bytes += sum(len(row[-1]) for row in rows)
         self._count.write(self._events)
 
     def select_oldest(self, after: int, limit: int, most_bytes: int) -> list[Spooled]:
@@ -141,13 +160,13 @@ class Spool:
         result: list[Spooled] = []
         size = 0
         with closing(files.select(self._database, self.path, max(after, self._gone_through) + 1)) as waiting:
-            for delivery in waiting:
-                if delivery.id in self._gone:
+            for number, row in waiting:
+                if number in self._gone:
                     continue
-                size += len(delivery.body)
+                size += len(row[-1])
                 if result and size > most_bytes:
                     break
-                result.append(msgspec.structs.replace(delivery, file=self._file))
+                result.append(Spooled(number, self._file, row))
                 if len(result) == limit:
                     break
         if not result and after == 0 and self._events > 0:  # a damaged page may lead past rows without a word
@@ -174,12 +193,12 @@ class Spool:
                     self._database.executemany(
                         "DELETE FROM spooled WHERE id = ?", [(each.id,) for each in deliveries]
                     )
-                self._deleted.extend(hash(files.row_of(each)) for each in deliveries)
+                self._deleted.extend(hash(each.row) for each in deliveries)
             except SpoolError:
                 self._passed_over += len(deliveries)
                 self._mark_deleted(deliveries)
             self._events -= len(deliveries)
-            self._bytes -= sum(len(each.body) for each in deliveries)
+            self._bytes -= sum(each.size for each in deliveries)
             if self._is_empty():
                 self._free()
             elif deliveries:
@@ -287,9 +306,9 @@ class Spool:
         self._passed_over = fresh._passed_over
         self._events, self._bytes = fresh._events, fresh._bytes
 
-    def _copy(self, deliveries: Iterator[Spooled]) -> None:
+    def _copy(self, rows: Iterator[Row]) -> None:
         with transaction(self._database, self.path):
-            files.insert_all(self._database, deliveries)
+            files.insert_rows(self._database, rows)
         events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
         self._events, self._bytes = int(events), int(size)
         self._count.write(self._events)

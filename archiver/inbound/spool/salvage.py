@@ -51,7 +51,7 @@ def _copy(path: Path, fresh: Path, wal: bytes, deleted: Collection[int]) -> int:
         whole = files.open_file(fresh, 2**40)
         try:
             with files.transaction(whole, fresh):
-                saved = files.insert_all(whole, _readable(damaged, path))
+                saved = files.insert_rows(whole, _readable(damaged, path))
                 known = files.select_rows(whole, fresh)
                 saved += insert_found(whole, scan(raw, wal), known, deleted)
             whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # nothing beside it, so that it can be renamed
@@ -70,10 +70,10 @@ def insert_found(
     Answers how many. Within a transaction.
     """
     new = [row for row in found if row not in known and hash(row) not in deleted]
-    return files.insert_rows(database, iter(new)) if new else 0
+    return files.insert_rows(database, new)
 
 
-def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Spooled]:
+def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Row]:
     try:
         yield from files.readable(damaged, path)
     except SpoolDamagedError:
