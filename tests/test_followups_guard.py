@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import Response
 
-from archiver.outbound.followups import guard, schedule, signing
+from archiver import retry_after
+from archiver.inbound.signatures import standard_webhooks
+from archiver.outbound.followups import guard, schedule
 from archiver.outbound.followups.guard import AddressRefusedError, HostNotFoundError, check, endpoint, reach
 from archiver.outbound.followups.rate_limit import RateLimiter
 from archiver.outbound.followups.sending import Attempt, Transport
@@ -348,15 +350,15 @@ def test_the_certificate_must_be_of_the_urls_host(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("secret", ["", "whsec_", "secret", "whsec_%%%%", "whsec_" + "QUJD", "whsec_" + "QUJD" * 30])
 def test_a_bad_secret_is_none(secret: str) -> None:
-    with pytest.raises(signing.SecretError) as refused:
-        signing.key(secret)
+    with pytest.raises(standard_webhooks.SecretError) as refused:
+        standard_webhooks.key(secret)
     assert "QUJD" not in str(refused.value)
 
 
 def test_secrets_are_never_the_same() -> None:
-    made = {signing.make_secret() for _ in range(100)}
+    made = {standard_webhooks.make_secret() for _ in range(100)}
     assert len(made) == 100
-    assert {len(signing.key(each)) for each in made} == {32}
+    assert {len(standard_webhooks.key(each)) for each in made} == {32}
 
 
 def test_the_backoff_takes_about_a_day_and_grows() -> None:
@@ -382,6 +384,7 @@ NOW = datetime(2026, 1, 5, 12, tzinfo=UTC)
     [
         ("", None),
         ("120", 120.0),
+        ("1.5", 1.5),
         (" 0 ", 0.0),
         ("-5", None),
         ("99999999999999999999", 86_400.0),
@@ -393,7 +396,8 @@ NOW = datetime(2026, 1, 5, 12, tzinfo=UTC)
     ],
 )
 def test_retry_after_is_read_and_bounded(header: str, seconds: float | None) -> None:
-    assert schedule.retry_after(header, NOW) == seconds
+    parsed = retry_after.parse(header, NOW)
+    assert (parsed if parsed is None else min(parsed, schedule.MAX_RETRY_AFTER)) == seconds
 
 
 def test_the_pace_is_even_and_kept_by_all_together() -> None:

@@ -20,11 +20,11 @@ from archiver import database
 from archiver.compliance import erasure, seals
 from archiver.compliance.erasure import AuditEntry, Criteria, Target
 from archiver.database import transaction
+from archiver.inbound.signatures import standard_webhooks
 from archiver.outbound.followups import (
     deliveries,
     fanout,
     review,
-    signing,
     subscriptions,
 )
 from archiver.outbound.followups import (
@@ -140,7 +140,7 @@ def test_i8_what_was_read_is_read_again_before_it_is_sent_late(engine: Engine, d
 
 def test_both_secrets_sign_after_a_rotation(engine: Engine, database_url: str) -> None:
     changes(engine, 1)
-    new = signing.make_secret()
+    new = standard_webhooks.make_secret()
     with receiving() as receiver:
         subscription_id = subscribe(engine, receiver.url)
         with transaction(engine) as connection:

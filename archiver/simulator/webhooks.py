@@ -11,11 +11,13 @@ import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import httpx2
 
+from archiver import retry_after
 from archiver.inbound.signatures import Verifier
 from archiver.simulator.faults import DELETED, Fault, Webhook
 
@@ -206,7 +208,8 @@ class Sender:
         answer = _Answer(outcome, response.status_code, _word(response), attempt)
         if response.status_code != httpx2.codes.TOO_MANY_REQUESTS and not response.is_server_error:
             return answer, None
-        return answer, min(_seconds(response.headers.get("retry-after"), pause), _MAX_PAUSE)
+        seconds = retry_after.parse(response.headers.get("retry-after", ""), datetime.now(UTC))
+        return answer, min(pause if seconds is None else seconds, _MAX_PAUSE)
 
     def _note(self, webhook: Webhook, body: bytes, answer: "_Answer", is_copy: bool) -> Delivery:
         delivery = Delivery(
@@ -249,7 +252,3 @@ def _word(response: httpx2.Response) -> str:
     except ValueError:
         return ""
     return str(answer.get("status", ""))[:40] if isinstance(answer, dict) else ""
-
-
-def _seconds(header: str | None, otherwise: float) -> float:
-    return float(header) if header and header.isascii() and header.isdigit() else otherwise

@@ -16,8 +16,9 @@ from archiver.archive import outbox
 from archiver.cli import connection
 from archiver.cli.options import subscription_argument
 from archiver.cli.output import Whole
+from archiver.inbound.signatures import standard_webhooks
 from archiver.ledger import audit_log
-from archiver.outbound.followups import guard, sending, signing, subscriptions
+from archiver.outbound.followups import guard, sending, subscriptions
 from archiver.outbound.followups.payloads import encode
 from archiver.outbound.followups.sending import Attempt
 from archiver.outbound.followups.subscriptions import Filter, Subscription
@@ -81,7 +82,7 @@ def add(
     only = Filter(assistant_id, name, value, contains)
     _check_events(events, only)
     endpoint = _check_url(url, allow_private=configuration.followups_allow_private)
-    secret = _read_secret(secret_file) if secret_file else signing.make_secret()
+    secret = _read_secret(secret_file) if secret_file else standard_webhooks.make_secret()
     values = {
         **msgspec.structs.asdict(only),
         "url": url,
@@ -132,11 +133,11 @@ def _read_secret(path: Path) -> str:
     try:
         with click.open_file(str(path), encoding="ascii") as file:
             secret = str(file.read(1_000)).strip()
-        signing.key(secret)
+        standard_webhooks.key(secret)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not plain text"
         raise click.BadParameter(f"cannot read {path}: {reason}", param_hint="--secret-file") from None
-    except signing.SecretError as error:
+    except standard_webhooks.SecretError as error:
         raise click.BadParameter(str(error), param_hint="--secret-file") from None
     return secret
 
@@ -153,7 +154,7 @@ def _show_secret(secret: str | None) -> None:
 @connection.json_option
 def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None, as_json: bool) -> None:
     """Sign with a new secret, and for 24 hours also with the previous one."""
-    secret = _read_secret(secret_file) if secret_file else signing.make_secret()
+    secret = _read_secret(secret_file) if secret_file else standard_webhooks.make_secret()
     with connection.opened(settings.read()) as opened:
         until = subscriptions.rotate(opened, subscription_id, secret)
         audit_log.insert_entry(

@@ -1,13 +1,12 @@
 """Results of calls to CallHQ: a response or an error."""
 
-import re
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
 import msgspec
 
+from archiver import retry_after
 from archiver.errors import ArchiverError
 
 DEFAULT_PAUSE, MIN_PAUSE, MAX_PAUSE = 5.0, 1.0, 3600.0  # seconds
@@ -15,7 +14,6 @@ DEFAULT_PAUSE, MIN_PAUSE, MAX_PAUSE = 5.0, 1.0, 3600.0  # seconds
 _UNAUTHORIZED = frozenset({401, 403})
 _BUSY = frozenset({429, 503})
 _ENCODINGS = frozenset({"", "identity", "gzip"})  # what we ask for: others would come undecoded, or in layers
-_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
 
 
 class CallError(ArchiverError):
@@ -81,7 +79,8 @@ def check(response: httpx2.Response) -> None:
     if status in _UNAUTHORIZED:
         raise UnauthorizedError
     if status in _BUSY:
-        raise ThrottledError(status, _retry_after(response.headers.get("retry-after", "")))
+        seconds = retry_after.parse(response.headers.get("retry-after", ""), datetime.now(UTC))
+        raise ThrottledError(status, min(max(DEFAULT_PAUSE if seconds is None else seconds, MIN_PAUSE), MAX_PAUSE))
     if status >= 500:  # noqa: PLR2004  # HTTP's server errors begin there
         raise AttemptFailedError(f"it answered {status}", was_sent=True)
     if response.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
@@ -99,23 +98,6 @@ def failure(error: httpx2.RequestError) -> AttemptFailedError:
     if isinstance(error, httpx2.ProtocolError | httpx2.DecodingError):
         return AttemptFailedError("its answer is broken, or ended early", was_sent=True)
     return AttemptFailedError(f"the connection failed ({type(error).__name__})", was_sent=True)
-
-
-def _retry_after(header: str) -> float:
-    """Return Retry-After in seconds, from seconds or an HTTP date (RFC 9110, 10.2.3), within limits."""
-    text = header.strip()
-    seconds = DEFAULT_PAUSE
-    if _SECONDS.fullmatch(text):
-        seconds = float(text)
-    elif text:
-        try:
-            moment = parsedate_to_datetime(text)
-        except (ValueError, OverflowError):
-            pass
-        else:
-            aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            seconds = (aware - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, MIN_PAUSE), MAX_PAUSE)
 
 
 def member(body: bytes, name: str) -> dict[str, Any] | None:

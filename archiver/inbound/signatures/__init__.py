@@ -6,12 +6,12 @@ Pure: the clock, the headers and the body are arguments.
 
 import hmac
 import re
-from binascii import a2b_base64
 from collections.abc import Mapping
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from archiver.inbound.signatures import standard_webhooks
 from archiver.inbound.signatures.schemes import (
     REASONS,
     Hmac,
@@ -182,15 +182,14 @@ def _parse_template(template: str) -> tuple[bytes | str, ...]:
 
 
 def _decode_standard(secret: str, number: int) -> bytes:
-    """The key of a secret in base64, standard alphabet, padded or not, `whsec_` before it or not."""
+    """Return the key of a secret of Standard Webhooks."""
     if secret.startswith(_SIGNING_KEY):
         raise SettingsError(
             f"{_SECRETS}: secret {number} is the platform's signing key ({_SIGNING_KEY}), which only the platform "
             f"may hold. Give the public key that belongs to it ({_PUBLIC_KEY})."
         )
-    text = secret.removeprefix("whsec_").rstrip("=")
     try:
-        key = a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
+        key = standard_webhooks.decode(secret)
     except ValueError:
         raise SettingsError(
             f"{_SECRETS}: secret {number} is not base64 (letters, digits, + and /, after an optional whsec_). "
@@ -203,4 +202,4 @@ def _decode_standard(secret: str, number: int) -> bytes:
 
 def _decode_any(secret: str, number: int) -> bytes:
     """As `_decode_standard`, in the URL-safe alphabet too."""
-    return _decode_standard(secret.removeprefix("whsec_").replace("-", "+").replace("_", "/"), number)
+    return _decode_standard(secret.removeprefix(standard_webhooks.PREFIX).replace("-", "+").replace("_", "/"), number)

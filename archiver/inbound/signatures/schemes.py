@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from archiver.errors import ArchiverError
+from archiver.inbound.signatures import standard_webhooks
 from archiver.settings import SettingsError
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -248,7 +249,7 @@ class Standard(Verifier):
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         timestamp, message_id, signatures, header = self._read(headers, now)
-        payload = b"%b.%b.%b" % (message_id, timestamp, body)
+        payload = standard_webhooks.payload(message_id, timestamp, body)
         result = self.mac.find(payload, signatures.symmetric) or self._signer(payload, signatures.asymmetric)
         if result is None:
             raise SignatureError("bad_signature", header)
@@ -286,14 +287,7 @@ class Standard(Verifier):
             raise SettingsError(
                 "ARCHIVER_WEBHOOK_SECRETS: a public key (whpk_) only verifies. To sign, give a secret (whsec_)."
             )
-        timestamp = str(int(now))
-        payload = b"%b.%b.%b" % (message_id.encode(), timestamp.encode(), body)
-        signature = self.mac.sign(self.mac.keys[0][0], payload).decode()
-        return {
-            f"{self.family}-id": message_id,
-            f"{self.family}-timestamp": timestamp,
-            f"{self.family}-signature": f"v1,{signature}",
-        }
+        return standard_webhooks.sign([self.mac.keys[0][0]], message_id, int(now), body, self.family)
 
     def _signatures(self, headers: Headers, header: bytes) -> "_Signatures":
         """Those that a secret or key of ours could make, from all headers of that name; other words are skipped."""

@@ -2,11 +2,10 @@
 
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 
 ATTEMPTS = 14  # after which a delivery is given up
-MAX_RETRY_AFTER = 86_400.0  # seconds
+MAX_RETRY_AFTER = 86_400.0  # seconds that a receiver may ask for
 OPEN_AFTER_FAILURES = 5  # in a row, after which only one delivery at a time asks whether the receiver is back
 PAUSE_AFTER = timedelta(days=7)  # without a single success: the subscription is paused
 
@@ -32,16 +31,3 @@ def probe_after(failures: int, choose: Choose = random.uniform) -> float:
         return 0.0
     limit = min(_INITIAL_PROBE_PAUSE * 2 ** min(failures - OPEN_AFTER_FAILURES, 20), _MAX_PROBE_PAUSE)
     return choose(limit / 2, limit)
-
-
-def retry_after(header: str, now: datetime) -> float | None:
-    """Seconds, from seconds or an HTTP date (RFC 9110, 10.2.3), at most a day; None where it says nothing."""
-    text = header.strip()
-    if text.isascii() and text.isdecimal():
-        return min(float(text[:10]), MAX_RETRY_AFTER)
-    try:
-        moment = parsedate_to_datetime(text)
-    except (ValueError, OverflowError, TypeError):
-        return None
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return min(max((aware - now).total_seconds(), 0.0), MAX_RETRY_AFTER)

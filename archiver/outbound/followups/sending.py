@@ -11,8 +11,10 @@ import httpcore2
 import msgspec
 import structlog
 
-from archiver import telemetry
-from archiver.outbound.followups import guard, signing
+from archiver import retry_after, telemetry
+from archiver.inbound.signatures import standard_webhooks
+from archiver.inbound.signatures.standard_webhooks import SecretError
+from archiver.outbound.followups import guard
 from archiver.outbound.followups.guard import (
     AddressRefusedError,
     Endpoint,
@@ -21,8 +23,7 @@ from archiver.outbound.followups.guard import (
     Resolve,
     resolve,
 )
-from archiver.outbound.followups.schedule import retry_after
-from archiver.outbound.followups.signing import SecretError
+from archiver.outbound.followups.schedule import MAX_RETRY_AFTER
 from archiver.outbound.followups.subscriptions import Subscription
 from archiver.outbound.followups.verified_stream import VerifiedStream
 
@@ -121,7 +122,7 @@ class Transport:
                 "content-type": "application/json",
                 "user-agent": "callhq-archiver",
                 "accept-encoding": "identity",
-                **signing.sign(subscription.keys(began), message_id, int(time()), body),
+                **standard_webhooks.sign(subscription.keys(began), message_id, int(time()), body),
             }
             async with asyncio.timeout(self._seconds):
                 return ended(**await self._exchange(headers, body))
@@ -147,13 +148,12 @@ class Transport:
                 if isinstance(stream, VerifiedStream):
                     stream.settle(bytes(answer))
             header_values = {name.lower(): value for name, value in response.headers}
+            seconds = retry_after.parse(header_values.get(b"retry-after", b"").decode("latin-1"), datetime.now(UTC))
             return {
                 "status": response.status,
                 "fault": _judge(response.status),
                 "answer": bytes(answer[:KEPT]),
-                "retry_after": retry_after(
-                    header_values.get(b"retry-after", b"").decode("latin-1"), datetime.now(UTC)
-                ),
+                "retry_after": None if seconds is None else min(seconds, MAX_RETRY_AFTER),
             }
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, tex
 
 from archiver.database import tables
 from archiver.errors import ArchiverError
-from archiver.outbound.followups import signing
+from archiver.inbound.signatures import standard_webhooks
 
 SEAL = "seal.created"
 MAX_SUBSCRIPTIONS = 100  # subscriptions
@@ -65,11 +65,11 @@ class Subscription(msgspec.Struct, frozen=True):
     failing_seconds: float  # since the first of the failures in a row
 
     def keys(self, now: datetime) -> list[bytes]:
-        """What signs, the newest first. Raises `signing.SecretError` where the newest is damaged."""
-        result = [signing.key(self.secret)]
+        """What signs, the newest first. Raises `standard_webhooks.SecretError` where the newest is damaged."""
+        result = [standard_webhooks.key(self.secret)]
         if self.previous_secret is not None and self.previous_until is not None and now < self.previous_until:
-            with contextlib.suppress(signing.SecretError):  # a damaged one was rotated away
-                result.append(signing.key(self.previous_secret))
+            with contextlib.suppress(standard_webhooks.SecretError):  # a damaged one was rotated away
+                result.append(standard_webhooks.key(self.previous_secret))
         return result
 
 
