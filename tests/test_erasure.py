@@ -412,6 +412,15 @@ def test_i8_what_the_quarantine_was_found_to_hold_goes_with_the_order(
     assert quarantined(engine) == [published[1], b'{"sessionId": "s6", "and": "s9" broken']
 
 
+def test_i8_more_quarantined_rows_are_deleted_at_once_than_a_statement_has_parameters(engine: Engine) -> None:
+    record(engine, b"broken", b"broken too")
+    ids = range(1, 70_000)
+    with transaction(engine) as connection:
+        quarantine.lock_rows(connection, ids)
+        assert quarantine.delete_rows(connection, ids) == 2
+        assert quarantine.delete_rows(connection, ids) == 0
+
+
 # On request
 
 

@@ -20,7 +20,7 @@ from archiver.archive.facts import UNASSIGNED, Key
 from archiver.archive.outbox import Change
 from archiver.archive.sessions import aligned, message_row
 from archiver.archive.turns import Fact, Turn, fold
-from archiver.database import RawStatement, execute
+from archiver.database import RawStatement, as_json, execute
 from archiver.events.normal import normal_text
 
 # Times of the session as the upsert of this batch left them.
@@ -75,7 +75,7 @@ def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing
     appended = Appended()
     if not possible:
         return appended
-    sessions_json = msgspec.json.encode(possible).decode()
+    sessions_json = as_json(possible)
     keys = {
         (each, chat_id): [fact.event.dedupe_key for fact in own]
         for session_id in possible

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.database import RawStatement, Statement, execute
+from archiver.database import RawStatement, Statement, as_json, execute
 
 
 class FactRef(NamedTuple):
@@ -58,7 +58,7 @@ def select_erased(
 ) -> dict[FactRef, Erased]:
     """Of these, those of which something was erased. Exact where the statements `first` take the ledger's lock."""
     rows_json = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(refs), key=_order)]
-    *_, item = execute(connection, *first, _SELECT_ERASED.bind(msgspec.json.encode(rows_json).decode()))
+    *_, item = execute(connection, *first, _SELECT_ERASED.bind(as_json(rows_json)))
     return {FactRef(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in item}
 
 
@@ -121,7 +121,7 @@ def note_refused(connection: Connection, refused: Iterable[FactRef]) -> None:
     if refs:
         rows_json = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in refs]
         for statement in (_NOTE_UNASSIGNED, _NOTE_UNKNOWN):
-            connection.execute(statement, {"refs": msgspec.json.encode(rows_json).decode()})
+            connection.execute(statement, {"refs": as_json(rows_json)})
 
 
 _SELECT_SESSIONS = text(
@@ -136,4 +136,4 @@ def select_erased_sessions(connection: Connection, session_ids: Sequence[str]) -
     """Those of these sessions that were erased, or some of their turns."""
     if not session_ids:
         return []
-    return list(connection.scalars(_SELECT_SESSIONS, {"session_ids": msgspec.json.encode(session_ids).decode()}))
+    return list(connection.scalars(_SELECT_SESSIONS, {"session_ids": as_json(session_ids)}))

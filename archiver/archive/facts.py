@@ -16,7 +16,7 @@ from archiver.archive.coverage import Reading
 from archiver.archive.erasures import select_erased_sessions
 from archiver.archive.sessions import SessionFacts
 from archiver.archive.turns import Fact, fold
-from archiver.database import RawStatement, Statement
+from archiver.database import RawStatement, Statement, as_json
 from archiver.events import Message, responses
 
 UNASSIGNED = ""  # the session id of unassigned turns
@@ -50,7 +50,7 @@ def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) ->
         for key, digests in own.items()
     ]
     statement = _SELECT_OTHER_FACTS if of_read else _SELECT_OTHER_FACTS_UNREAD
-    return statement.bind(msgspec.json.encode(keys).decode())
+    return statement.bind(as_json(keys))
 
 
 def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:

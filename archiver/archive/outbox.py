@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import msgspec
 from sqlalchemy import Connection
 
-from archiver.database import RawStatement
+from archiver.database import RawStatement, as_json
 
 ChangeType = Literal[
     "chat.created",
@@ -37,5 +37,5 @@ _INSERT = RawStatement("INSERT INTO archiver.outbox (changed_at, changes) VALUES
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
     """Have these published if, and only if, this transaction commits."""
     if changes:
-        changes_json = msgspec.json.encode(changes).decode()
+        changes_json = as_json(changes)
         _INSERT.execute(connection, datetime.now(UTC).isoformat(), changes_json)

@@ -35,7 +35,7 @@ from archiver.archive.differences import (
 from archiver.archive.facts import UNASSIGNED, Key
 from archiver.archive.sessions import Rows, chat_row
 from archiver.archive.turns import Turn
-from archiver.database import BulkInsert, Statement, execute, tables
+from archiver.database import BulkInsert, Statement, as_json, execute, tables
 
 Row = dict[str, Any]
 
@@ -162,7 +162,7 @@ def select_turn_states(connection: Connection, keys: Sequence[Key]) -> dict[Key,
     rows_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
     texts: dict[Key, list[MessageText]] = defaultdict(list)
-    for row in connection.execute(_SELECT_TURNS, {"keys": msgspec.json.encode(rows_json).decode()}).mappings():
+    for row in connection.execute(_SELECT_TURNS, {"keys": as_json(rows_json)}).mappings():
         key = row["session_id"], row["chat_id"]
         chats[key] = dict(row)
         texts[key] += [message_text(chats[key])] if row["role"] is not None else []

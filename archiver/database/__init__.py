@@ -20,7 +20,7 @@ from archiver.database.errors import (
     sqlstate,
 )
 from archiver.database.locks import Lock
-from archiver.database.raw_statement import RawStatement, Statement, execute
+from archiver.database.raw_statement import RawStatement, Statement, as_json, execute
 from archiver.database.session import EncodingError, is_behind_pooler
 from archiver.database.transactions import (
     LOCK_SECONDS,
@@ -47,6 +47,7 @@ __all__ = [
     "Lock",
     "RawStatement",
     "Statement",
+    "as_json",
     "clock",
     "connect",
     "connect_async",

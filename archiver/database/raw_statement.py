@@ -2,7 +2,7 @@
 
 import logging
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -58,6 +58,14 @@ class RawStatement:
         """Return the result rows as named tuples. Raises the errors of the engine."""
         (answered,) = execute(connection, self.bind(*parameters))
         return answered
+
+
+def as_json(values: Collection[Any]) -> str:
+    """Return keys or rows as one parameter, for `json_array_elements_text` or `json_to_recordset`.
+
+    The driver would write an array item by item, in Python.
+    """
+    return msgspec.json.encode(values).decode()
 
 
 def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:

@@ -19,6 +19,7 @@ from archiver.database import (
     Lock,
     RawStatement,
     Statement,
+    as_json,
     execute,
     is_lock_timeout,
     limit_locks,
@@ -264,7 +265,7 @@ def _select_related(connection: Connection, deliveries: Sequence[Delivery[Event]
     unassigned = sorted({str(each.chat_id) for each in chat_events if not each.session_id})
     own_keys = {each.dedupe_key.hex() for each in chat_events if not each.session_id}
     own_turns = {(each.session_id, each.chat_id) for each in chat_events}
-    lists = [msgspec.json.encode(each).decode() for each in (chats, unassigned)]
+    lists = [as_json(each) for each in (chats, unassigned)]
     rows = {(row.key, row.detail) for row in _SELECT_RELATED.execute(connection, *lists)}
     return {each for each in rows if each[0] not in own_keys and each not in own_turns}
 

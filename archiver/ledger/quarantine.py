@@ -8,7 +8,19 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, delete, func, select, update
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    RowMapping,
+    bindparam,
+    cast,
+    delete,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver import events
@@ -105,8 +117,13 @@ def select_quarantine(
     if reason is not None:
         query = query.where(quarantine.c.reason == reason)
     if only is not None:
-        query = query.where(quarantine.c.id.in_(only))
+        query = query.where(_is_one_of(only))
     return connection.execute(query.order_by(quarantine.c.id).limit(limit)).mappings().all()
+
+
+def _is_one_of(quarantine_ids: Sequence[int]) -> ColumnElement[bool]:
+    ids = func.json_array_elements_text(bindparam("ids", list(quarantine_ids), JSON, unique=True))
+    return tables.quarantine.c.id.in_(select(cast(ids, BigInteger)))
 
 
 def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool = False) -> RowMapping | None:
@@ -145,7 +162,7 @@ def select_every_body(connection: Connection) -> Iterator[RowMapping]:
 def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iterator[RowMapping]:
     """Of these rows each one's `id`, `session_id` and `body`, in order of their ids."""
     for start in range(0, len(quarantine_ids), BODIES_PER_PAGE):
-        some = tables.quarantine.c.id.in_(quarantine_ids[start : start + BODIES_PER_PAGE])
+        some = _is_one_of(quarantine_ids[start : start + BODIES_PER_PAGE])
         yield from (
             connection.execute(_SELECT_BODIES.where(some), {"after": 0, "most": BODIES_PER_PAGE}).mappings().all()
         )
@@ -154,7 +171,7 @@ def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iter
 def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
     """Lock the existing rows until the end of the transaction."""
     quarantine = tables.quarantine.c
-    query = select(quarantine.id).where(quarantine.id.in_(quarantine_ids)).order_by(quarantine.id)
+    query = select(quarantine.id).where(_is_one_of(quarantine_ids)).order_by(quarantine.id)
     connection.execute(query.with_for_update())
 
 
@@ -175,7 +192,7 @@ def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
     if not quarantine_ids:
         return 0
     quarantine = tables.quarantine
-    deleted = delete(quarantine).where(quarantine.c.id.in_(quarantine_ids)).returning(quarantine.c.id)
+    deleted = delete(quarantine).where(_is_one_of(quarantine_ids)).returning(quarantine.c.id)
     return len(connection.execute(deleted).all())
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, insert, select, text, update
 
-from archiver.compliance.erasure.targets import Target, as_json
+from archiver.compliance.erasure.targets import Target
 from archiver.compliance.legal_holds import LOGGED, Criteria, select_in_force, select_placed, value_digest
-from archiver.database import Lock, limit, limit_locks, tables
+from archiver.database import Lock, as_json, limit, limit_locks, tables
 from archiver.errors import ArchiverError
 from archiver.ledger import audit_log
 
@@ -121,7 +121,7 @@ def covering(connection: Connection, targets: Sequence[Target]) -> Mapping[Targe
     """Return the held targets, each with the ids of its holds."""
     held: dict[Target, list[int]] = defaultdict(list)
     if targets and (holds := select_in_force(connection)):
-        targets_json = {"targets": as_json(targets), "holds": msgspec.json.encode(holds).decode()}
+        targets_json = {"targets": as_json(targets), "holds": as_json(holds)}
         for row in connection.execute(_COVERING, targets_json):
             held[Target(row.session_id, row.chat_id)].append(row.id)
     return {target: sorted(ids) for target, ids in sorted(held.items())}

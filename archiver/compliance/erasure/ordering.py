@@ -19,7 +19,7 @@ from archiver.archive.rows import mark_erased
 from archiver.compliance.erasure.holds import covering
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches
 from archiver.compliance.erasure.targets import Target, parts, split, with_unassigned
-from archiver.database import Lock, is_cancelled, is_lock_timeout, run_until_locked, transaction
+from archiver.database import Lock, as_json, is_cancelled, is_lock_timeout, run_until_locked, transaction
 from archiver.errors import ArchiverError
 from archiver.ledger import audit_log, quarantine
 
@@ -258,6 +258,6 @@ def _insert_erasures(
         {"session_id": each.session_id, "chat_id": each.chat_id, "erased_at": erased_at.get(each, now)}
         for each in targets
     ]
-    connection.execute(_INSERT, {"targets": msgspec.json.encode(rows).decode(), "rule": rule, "act_id": act_id})
+    connection.execute(_INSERT, {"targets": as_json(rows), "rule": rule, "act_id": act_id})
     # Its history is not fetched again from now on, whether its content goes at once or is kept by a hold.
     mark_erased(connection, split(targets)[0])

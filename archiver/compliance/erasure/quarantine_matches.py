@@ -14,6 +14,7 @@ from archiver.compliance.erasure.decoding import Decoded, decode
 from archiver.compliance.erasure.holds import covering
 from archiver.compliance.erasure.targets import Target, marks
 from archiver.compliance.legal_holds import select_in_force
+from archiver.database import as_json
 from archiver.ledger import quarantine
 
 Variables = Collection[tuple[str, str]]  # names with values
@@ -126,7 +127,7 @@ _SELECT_NAMED_SESSIONS = text(
 
 def _names_known_session(connection: Connection, body: Decoded, session_id: str | None) -> list[Target]:
     ids = mentions.ids(body) | ({session_id} if session_id else set())
-    naming_sessions = connection.execute(_SELECT_NAMED_SESSIONS, {"ids": msgspec.json.encode(sorted(ids)).decode()})
+    naming_sessions = connection.execute(_SELECT_NAMED_SESSIONS, {"ids": as_json(sorted(ids))})
     return [Target(row.session_id, row.chat_id) for row in naming_sessions]
 
 

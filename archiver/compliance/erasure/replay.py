@@ -8,7 +8,8 @@ from sqlalchemy import Connection, text
 
 from archiver import events
 from archiver.compliance.erasure.ordering import Rule
-from archiver.compliance.erasure.targets import Target, as_json
+from archiver.compliance.erasure.targets import Target
+from archiver.database import as_json
 from archiver.errors import ArchiverError
 
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
@@ -64,6 +65,6 @@ _SELECT_KNOWN = text(
 
 def select_new(connection: Connection, lines: Sequence[ListedErasure]) -> list[ListedErasure]:
     """Return the erasures that this database does not have."""
-    values = {"targets": as_json(line.target for line in lines)}
+    values = {"targets": as_json([line.target for line in lines])}
     known = {Target(*row) for row in connection.execute(_SELECT_KNOWN, values)}
     return [line for line in lines if line.target not in known]

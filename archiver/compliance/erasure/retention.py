@@ -17,7 +17,7 @@ from archiver.archive import Timing, rederive, unassigned
 from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.targets import Target, parts, split, with_unassigned
-from archiver.database import run_split, transaction
+from archiver.database import as_json, run_split, transaction
 from archiver.ledger import audit_log, quarantine
 from archiver.settings import Settings
 
@@ -115,7 +115,7 @@ def _expired(engine: Engine, rules: Rules, now: datetime) -> Iterator[dict[Targe
     """What is old enough, a page at a time, with the assistant of each."""
     if rules.keeps_content_forever:
         return
-    by_assistant = msgspec.json.encode(rules.by_assistant).decode()
+    by_assistant = as_json(rules.by_assistant)
     last = Target("")
     while True:
         parameters: dict[str, Any] = {"after_session": last.session_id, "after_chat": last.chat_id, "most": PAGE}
@@ -247,11 +247,10 @@ def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timi
     _, chat_ids = split(with_unassigned(connection, targets))
     deletable, _ = exclude_held(connection, targets, exclusive=bool(chat_ids))
     sessions = unassigned.lock_sessions(connection, split(deletable)[0], chat_ids)
-    ids_json = msgspec.json.encode(deletable).decode()
-    ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": ids_json}))
-    as_json = msgspec.json.encode(ids).decode()
-    connection.execute(_INSERT_REMOVALS, {"ids": as_json, "act_id": act_id})
-    connection.execute(_DELETE_EVENTS, {"ids": as_json})
+    ids = sorted(connection.scalars(_SELECT_EVENTS, {"targets": as_json(deletable)}))
+    ids_json = as_json(ids)
+    connection.execute(_INSERT_REMOVALS, {"ids": ids_json, "act_id": act_id})
+    connection.execute(_DELETE_EVENTS, {"ids": ids_json})
     rederive(connection, sessions, timing)
     unassigned.rederive(connection, chat_ids)
     return len(ids)

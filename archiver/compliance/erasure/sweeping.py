@@ -24,7 +24,7 @@ from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches, select_matches
 from archiver.compliance.erasure.repeated_content import select_repeating_turns
 from archiver.compliance.erasure.targets import Target, marks, parts, split
-from archiver.database import Lock, run_split, transaction
+from archiver.database import Lock, as_json, run_split, transaction
 from archiver.events import Delivery, Event, responses
 from archiver.ledger import audit_log, quarantine
 from archiver.outbound.followups.deliveries import delete_answers
@@ -217,7 +217,7 @@ _SELECT_ORDERED = text(
 def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
     """All that was ever ordered of these sessions: by session and chat id when."""
     ordered: dict[str, dict[str, datetime]] = defaultdict(dict)
-    session_ids_json = msgspec.json.encode(session_ids).decode()
+    session_ids_json = as_json(session_ids)
     for row in connection.execute(_SELECT_ORDERED, {"session_ids": session_ids_json}) if session_ids else ():
         ordered[row.session_id][row.chat_id] = row.erased_at
     return ordered
@@ -272,7 +272,7 @@ def _erase_content(
         if session_id not in sessions or not chat_id
     ]
     rows += [msgspec.structs.asdict(Target.unassigned(each)) | {"erased_at": None} for each in unassigned_chats]
-    erased = len(connection.execute(_ERASE, {"targets": msgspec.json.encode(rows).decode()}).all())
+    erased = len(connection.execute(_ERASE, {"targets": as_json(rows)}).all())
     pieces.delete_unused(connection, sorted(ordered))
     for session_id, chats in ordered.items():
         if session_id not in sessions:
@@ -285,5 +285,5 @@ def _erase_unknown(connection: Connection, session_id: str, chat_ids: Sequence[s
     rows = connection.execute(_SELECT_UNKNOWN, {"session_id": session_id})
     ids = [row.id for row in rows if is_about(decode(bytes(row.body)))]
     if ids:
-        connection.execute(_ERASE_EVENTS, {"session_id": session_id, "ids": msgspec.json.encode(ids).decode()})
+        connection.execute(_ERASE_EVENTS, {"session_id": session_id, "ids": as_json(ids)})
     return len(ids)

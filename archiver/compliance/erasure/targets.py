@@ -7,6 +7,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, text
 
 from archiver.archive import UNASSIGNED
+from archiver.database import as_json
 
 
 class Target(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -43,11 +44,6 @@ def parts(targets: Sequence[Target], limit: int) -> Iterator[Sequence[Target]]:
         yield targets[start : start + limit]
 
 
-def as_json(targets: Iterable[Target]) -> str:
-    """For `json_to_recordset`: the driver writes an array item by item."""
-    return msgspec.json.encode(list(targets)).decode()
-
-
 # The archive knows nothing of a turn that only events of unknown types mention. The ledger has no index by chats
 # alone, which each event would pay for: so all of it is read, or of its index by session and chat.
 _SELECT_SESSIONS_OF_CHATS = text(
@@ -67,7 +63,7 @@ def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
 
     Reads the ledger from end to end, so call it once.
     """
-    rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": msgspec.json.encode(chat_ids).decode()})
+    rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": as_json(chat_ids)})
     return {Target(row.session_id, row.chat_id) for row in rows} | {*map(Target.unassigned, chat_ids)}
 
 
@@ -209,7 +205,7 @@ _SELECT_CHATS = text(
 def marks(connection: Connection, targets: Iterable[Target]) -> set[str]:
     """Return the ids that identify the targets in undecoded bytes."""
     whole = sorted({each.session_id for each in targets if not each.chat_id})
-    chats = connection.scalars(_SELECT_CHATS, {"session_ids": msgspec.json.encode(whole).decode()})
+    chats = connection.scalars(_SELECT_CHATS, {"session_ids": as_json(whole)})
     return {*whole, *chats, *(each.chat_id for each in targets if each.chat_id)} - {""}
 
 

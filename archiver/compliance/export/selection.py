@@ -5,10 +5,11 @@ from typing import Any
 
 import msgspec
 from psycopg import sql
-from sqlalchemy import Connection, select, text
+from sqlalchemy import BigInteger, Connection, bindparam, func, select, text
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from archiver.compliance.erasure import Criteria
-from archiver.database import tables
+from archiver.database import as_json, tables
 from archiver.errors import ArchiverError
 
 _BEGAN = "coalesce(t.created_at, t.occurred_at, t.first_received_at)"
@@ -161,8 +162,9 @@ _HOLD_FIELDS = Criteria.__struct_fields__
 def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteria]:
     """What these holds cover or, once released, did. Raises `UnknownSelectionError`."""
     holds = tables.holds
-    query = select(holds).where(holds.c.id.in_(hold_ids)).order_by(holds.c.id)
-    rows = {row["id"]: row for row in connection.execute(query).mappings()}
+    query = select(holds).where(holds.c.id == func.any(bindparam("ids", type_=ARRAY(BigInteger))))
+    found = connection.execute(query.order_by(holds.c.id), {"ids": list(hold_ids)})
+    rows = {row["id"]: row for row in found.mappings()}
     if missing := sorted(set(hold_ids) - rows.keys()):
         raise UnknownSelectionError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
     for row in rows.values():
@@ -185,6 +187,6 @@ _UNKNOWN = text(
 
 def check_known(connection: Connection, session_ids: Sequence[str]) -> None:
     """Raises `UnknownSelectionError` where nothing is known of one of these."""
-    ids_json = msgspec.json.encode(session_ids).decode()
+    ids_json = as_json(session_ids)
     if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": ids_json})):
         raise UnknownSelectionError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")

@@ -9,10 +9,9 @@ order, and in each epoch without gaps.
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.database import Lock
+from archiver.database import Lock, as_json
 
 CHANNEL = "archiver_events"
 QUEUE_FULL = "54000"
@@ -123,15 +122,11 @@ def publish_some(connection: Connection, chooses: Callable[[str], bool], *, noti
     if not listed:
         return 0
     listed = [{**each, "place": place} for place, each in enumerate(listed)]
-    published = int(connection.scalar(_PUBLISH_LISTED, {"listed": _json(listed), "notifies": notifies}) or 0)
-    connection.execute(_DELETE_ROWS, {"ids": _json(ids)})
+    published = int(connection.scalar(_PUBLISH_LISTED, {"listed": as_json(listed), "notifies": notifies}) or 0)
+    connection.execute(_DELETE_ROWS, {"ids": as_json(ids)})
     if postponed:
-        connection.execute(_KEEP, {"kept": _json(postponed)})
+        connection.execute(_KEEP, {"kept": as_json(postponed)})
     return published
-
-
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
 
 
 def select_oldest_sessions(connection: Connection) -> list[str]:

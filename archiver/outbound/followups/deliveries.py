@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 from sqlalchemy import Connection, text
 
+from archiver.database import as_json
 from archiver.outbound.followups.schedule import ATTEMPTS, backoff
 from archiver.outbound.followups.sending import Attempt
 
@@ -165,7 +166,7 @@ def record_results(connection: Connection, subscription_id: int, results: Sequen
         }
         for each in results
     ]
-    values = {"id": subscription_id, "results": msgspec.json.encode(rows).decode()}
+    values = {"id": subscription_id, "results": as_json(rows)}
     connection.execute(_RECORD, values)
     connection.execute(_RECORD_ATTEMPTS, values)
 
@@ -187,4 +188,4 @@ _REDACT = text(
 def delete_answers(connection: Connection, targets: Sequence[tuple[str, str]]) -> int:
     """Delete stored responses of receivers about these sessions and turns."""
     targets_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in targets]
-    return connection.execute(_REDACT, {"targets": msgspec.json.encode(targets_json).decode()}).rowcount
+    return connection.execute(_REDACT, {"targets": as_json(targets_json)}).rowcount

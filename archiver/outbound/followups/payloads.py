@@ -8,6 +8,7 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from archiver.archive.unassigned import current_sessions
+from archiver.database import as_json
 from archiver.outbound.followups.deliveries import Due
 
 MAX_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
@@ -105,7 +106,7 @@ def _select_turns(connection: Connection, due: Sequence[Due]) -> dict[int, Data]
     if not due:
         return {}
     turns = [{"cursor": each.cursor, "session_id": each.session_id, "chat_id": each.chat_id} for each in due]
-    values = {"turns": msgspec.json.encode(turns).decode()}
+    values = {"turns": as_json(turns)}
     sized = values | {"most": MAX_BYTES}
     erased = {row.cursor: row.erased_at for row in connection.execute(_SELECT_ERASED, values)}
     by_cursor: dict[int, Data] = {}
@@ -153,7 +154,7 @@ def _select_conversations(connection: Connection, due: Sequence[Due]) -> dict[in
     if not due:
         return {}
     session_ids = sorted({each.session_id for each in due})
-    ids_json = {"session_ids": msgspec.json.encode(session_ids).decode()}
+    ids_json = {"session_ids": as_json(session_ids)}
     erased = {row.session_id: row.erased_at for row in connection.execute(_SELECT_ERASED_SESSIONS, ids_json)}
     values: dict[str, Mapping[str, Any] | None] = {}
     for session_id in session_ids:

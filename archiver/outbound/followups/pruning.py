@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-import msgspec
 from sqlalchemy import Connection, TextClause, text
+
+from archiver.database import as_json
 
 Key = tuple[int, int]  # subscription_id, cursor
 BATCH_SIZE = 1_000
@@ -77,4 +78,4 @@ def delete_of_subscription(connection: Connection, subscription_id: int) -> int:
 
 
 def _json(keys: Sequence[Key]) -> str:
-    return msgspec.json.encode([{"subscription_id": key[0], "cursor": key[1]} for key in keys]).decode()
+    return as_json([{"subscription_id": key[0], "cursor": key[1]} for key in keys])
