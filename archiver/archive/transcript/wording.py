@@ -35,7 +35,9 @@ def are_similar(one: str, other: str) -> bool:
     """
     if one == other or is_cut(one, other) or is_cut(other, one):
         return True
-    if _is_masked(one, other) or _is_masked(other, one) or _unformatted(one) == _unformatted(other):
+    if _is_masked(one, other) or _is_masked(other, one) or _has_masked_digits(one, other):
+        return True
+    if _has_masked_digits(other, one) or _unformatted(one) == _unformatted(other):
         return True
     return _has_letters(one) and (_plain(one) == _plain(other) or _lacks_symbols(one, other))
 
@@ -96,6 +98,20 @@ def _is_masked(masked: str, whole: str) -> bool:
 
 
 _Ends = Callable[[int], range]  # where what a mask stands for may end, if it begins at this index
+
+
+_DIGIT_MASK = re.compile(r"[xX_]|[^\w\s?!.,:;'\"()\-]")  # no mark of punctuation, which users type themselves
+_MASKED_DIGITS = 2  # at least: `press #` is not `press 1`
+
+
+def _has_masked_digits(masked: str, whole: str) -> bool:
+    """Return whether the one is the other with one mark in the place of each digit."""
+    if len(masked) != len(whole):
+        return False
+    digits = [index for index, character in enumerate(whole) if character.isdecimal()]
+    if len(digits) < _MASKED_DIGITS or not _DIGIT_MASK.match(mark := masked[digits[0]]):
+        return False
+    return masked == "".join(mark if character.isdecimal() else character for character in whole)
 
 
 def _fits(whole: str, literals: Sequence[str], masks: Sequence[_Ends]) -> bool:
