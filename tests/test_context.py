@@ -26,6 +26,25 @@ def turn(chat_id: str, inputs: list[str], outputs: list[str], at: float) -> Turn
     return TurnMessages(chat_id, item + answered, len(item), minute(at), minute(at))
 
 
+@pytest.mark.parametrize("known", ["ABC", "CB", "B"])
+def test_an_input_of_texts_without_roles_that_repeats_the_conversation_adds_only_what_is_new(known: str) -> None:
+    said_so_far = ["u q0", "u a0", "u q1", "u a1", "u q2"]
+    turns = [turn(chat, said_so_far[: 2 * n + 1], [f"a a{n}"], n) for n, chat in enumerate("ABC") if chat in known]
+    whole = ["u q0", "a a0", "u q1", "a a1", "u q2", "a a2"]
+    lines = transcript(turns, [reading(*whole)])
+    assert texts(lines) == texts(said(*whole))
+    assert [line.chat_id for line in lines] == [chat if chat in known else None for chat in "AABBCC"]
+
+
+def test_a_text_that_history_shows_as_the_users_own_is_no_repeat_of_an_answer() -> None:
+    whole = ["u q0", "a a0", "u a0", "u what?", "a a1"]
+    lines = transcript(
+        [turn("A", ["u q0"], ["a a0"], 1), turn("B", ["u a0", "u what?"], ["a a1"], 2)], [reading(*whole)]
+    )
+    assert texts(lines) == texts(said(*whole))
+    assert [line.chat_id for line in lines] == [*"AABBB"]
+
+
 def conversation(length: int) -> list[str]:
     return [f"{role} {number}" for number in range(length) for role in "ua"]
 

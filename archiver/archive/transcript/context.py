@@ -7,13 +7,13 @@ after them the answer itself or a blank in its place; in an output, what stands 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from archiver.archive.transcript.candidates import ASIDES, PROMPTS, SKEW
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
-from archiver.archive.transcript.wording import Key, normal_role, text_key
+from archiver.archive.transcript.wording import ASSISTANT, Key, normal_role, text_key
 from archiver.events import Message
 
 _BLANK = frozenset({"text", "empty", "null"})  # shapes of a message that says nothing where its text is blank
@@ -128,12 +128,19 @@ def restore_unproven(
     shown = Counter(key for key, line in zip(keys, lines, strict=True) if line.chat_id is None)
     proven, seen = set(), set()
     for key, line in zip(keys, lines, strict=True):
-        if line.chat_id in removed and line.chat_id not in seen and removed[line.chat_id] <= shown:
+        if line.chat_id in removed and line.chat_id not in seen and _contains(shown, removed[line.chat_id]):
             proven.add(line.chat_id)
         seen.add(line.chat_id)
         shown[key] += line.chat_id is not None
     unproven = removed.keys() - proven
     return [turn if turn.chat_id in unproven else rest for turn, rest in zip(turns, trimmed, strict=True)]
+
+
+def _contains(shown: Counter[Key], removed: Counter[Key]) -> bool:
+    """Return whether all that was removed is shown; of the user, an answer with the same text counts, too."""
+    missing = removed - shown
+    left = shown - removed
+    return all(role == USER and number <= left[ASSISTANT, text] for (role, text), number in missing.items())
 
 
 def _without_prompts(turn: TurnMessages, prompts: set[Key], places: dict[Key, list[int]]) -> TurnMessages:
@@ -240,9 +247,16 @@ def _surplus(
     for length, lines in sorted(own, key=lambda run: (-run[0], run[1].stop)):
         missing = messages[: len(messages) - length]
         # Elsewhere in the history, and all of them before; none, where it shows all.
-        if all(any(other < lines.stop - 1 for other in places.get(key, ())) for key in missing):
+        if all(any(other < lines.stop - 1 for other in _places_of_either(key, places)) for key in missing):
             return len(missing)
     return 0
+
+
+def _places_of_either(key: Key, places: dict[Key, list[int]]) -> Iterator[int]:
+    """Yield the lines with this text: of its role and, for the user, of the assistant: a text may have no role."""
+    yield from places.get(key, ())
+    if key[0] == USER:
+        yield from places.get((ASSISTANT, key[1]), ())
 
 
 def _run(messages: Sequence[Key], keys: Sequence[Key], place: int) -> tuple[int, range]:
