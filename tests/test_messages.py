@@ -65,6 +65,23 @@ SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
         [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}}]}],
         [("user", "", "other")],
     ),
+    "transcript of audio": (
+        [
+            {
+                "role": "user",
+                "content": [{"type": "input_audio", "input_audio": {"data": "UklG", "transcript": "Hello"}}],
+            }
+        ],
+        [("user", "Hello", "text")],
+    ),
+    "caption": (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}, "caption": "My cat"}]}],
+        [("user", "My cat", "text")],
+    ),
+    "blank content beside text": (
+        [{"role": "bot", "content": " ", "message": "Hello"}],
+        [("assistant", "Hello", "text")],
+    ),
     "nested content": (
         [{"role": "assistant", "content": [[{"type": "text", "text": "Hel"}], {"content": [{"text": "lo"}]}]}],
         [("assistant", "Hello", "text")],

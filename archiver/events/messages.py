@@ -26,9 +26,9 @@ _AUTHORS = ("author", "sender", "speaker", "from", "type")
 # Fields that carry what was said. The first with text counts: the others say the same in another form.
 _TEXTS = (
     *("content", "parts", "text", "message", "output_text", "input_text", "transcript", "value", "body"),
-    *("utterance", "response", "answer", "summary", "output", "result"),
+    *("utterance", "response", "answer", "summary", "output", "result", "caption"),
 )
-_CARRIERS = ("data", "audio")  # which carry objects with texts; a text there is encoded bytes
+_CARRIERS = ("data", "audio", "input_audio")  # which carry objects with texts; a text there is encoded bytes
 _LISTS = ("messages", "choices", "candidates", "output", "items")  # of an answer that wraps its messages
 _CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use", "toolUse")
 _CALL_TYPES = ("_call", "tool_use", "tool-call", "tool_calls")  # ends of `type`
@@ -99,7 +99,7 @@ def _messages(value: Any, default_role: str, depth: int) -> Iterator[Message]:
 def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Message]:
     role = role_of(item)
     content = item.get("content")
-    if isinstance(content, str) and content and "refusal" not in item:  # as nearly always
+    if isinstance(content, str) and content.strip() and "refusal" not in item:  # as nearly always
         yield _message_of(role or default_role, content)
     elif role is None and (inner := _wrapped(item)) is not None:
         yield from _messages(inner, default_role, depth)
