@@ -308,6 +308,17 @@ def test_a_request_whose_end_a_proxy_may_see_elsewhere_is_refused(
     assert rows(url, "SELECT count(*) FROM archiver.events WHERE starts_with(chat_id, 'doubtful')") == [(0,)]
 
 
+@pytest.mark.parametrize(("version", "hosts"), [("1.1", 0), ("1.1", 2), ("1.0", 2), ("2.0", 1)])
+def test_a_request_with_an_invalid_host_or_version_is_refused(receiver: Receiver, version: str, hosts: int) -> None:
+    """RFC 9112, 3.2: a signature over `{url}` must not depend on which of two hosts is read."""
+    body = created(f"host {version} {hosts}")
+    request = delivery(body).replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+    with connect(receiver.port, request.replace(b"host: archiver\r\n", b"host: archiver\r\n" * hosts)) as connection:
+        answer = read(connection)
+        assert (answer.status, answer.reason, answer.headers["connection"]) == (400, "malformed", "close")
+        assert is_ended(connection)
+
+
 def test_i12_as_many_files_as_needed_are_allowed(database_url: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))

@@ -128,7 +128,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._size > MAX_HEAD - CHUNK and self._head_size() > MAX_HEAD:
             raise Refused("headers_too_large")
-        if self._has_ambiguous_framing():
+        if self._has_invalid_host() or self._has_ambiguous_framing():
             raise Refused("malformed")
         if len(self.pipeline) >= MAX_WAITING:
             raise Refused("too_many_waiting")
@@ -153,6 +153,11 @@ class Connection(HttpToolsProtocol):
         self._part = Part.NOTHING
         if self.cycle.response_complete:
             self._since = self.loop.time()
+
+    def _has_invalid_host(self) -> bool:
+        """Return whether a request has several `Host` headers, or none in HTTP/1.1 (RFC 9112, 3.2)."""
+        version, hosts = self.parser.get_http_version(), sum(name == b"host" for name, _ in self.headers)
+        return version not in {"1.0", "1.1"} or hosts > 1 or (hosts == 0 and version == "1.1")
 
     def _has_ambiguous_framing(self) -> bool:
         """Return whether a proxy may see the end of this request elsewhere (RFC 9112, 6.1 and 6.3)."""
