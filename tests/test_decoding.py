@@ -76,6 +76,12 @@ WRITTEN: dict[str, bytes] = {
     "base64url": base64.urlsafe_b64encode(PLAIN.encode()).rstrip(b"="),
     "base64 of gzip": json.dumps({"data": base64.b64encode(gzip.compress(PLAIN.encode())).decode()}).encode(),
     "base64 in lines": base64.encodebytes(PLAIN.encode() * 3),
+    "base64 in lines of a form": (
+        b"--b\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+        + base64.encodebytes(b"x" * 40 + PLAIN.encode()).replace(b"\n", b"\r\n")
+        + b"--b--\r\n"
+    ),
+    "escape of JavaScript": quote(PLAIN.replace("ж", "@"), encoding="latin-1").replace("%40", "%u0436").encode(),
     "data url": b"data:application/json;base64," + base64.b64encode(PLAIN.encode()),
     "a control character": PLAIN.encode() + b"\x01",
     "surrogates of their own": b'{"a": "\xed\xa0\x80", "id": ' + json.dumps(MARK).encode() + b"}",

@@ -182,6 +182,7 @@ def _character(found: re.Match[str]) -> str:
 
 _IS_FORM = re.compile(r"\s*[^\s=&{}\[\]\"<>]{1,200}=")
 _PERCENT = re.compile(r"%[0-9a-fA-F]{2}")
+_PERCENT_U = re.compile(r"%u([0-9a-fA-F]{4})")  # as JavaScript's `escape` writes what is not Latin-1
 
 
 def _of_form(text: str) -> Iterator[str]:
@@ -191,6 +192,8 @@ def _of_form(text: str) -> Iterator[str]:
         for encoding in ("utf-8", "latin-1"):
             yield unquote(text, encoding)
             yield unquote_plus(text, encoding)
+    if "%u" in text:
+        yield _joined(_PERCENT_U.sub(lambda found: chr(int(found[1], 16)), text))
     if _IS_FORM.match(text) or ("=" in text and "&" in text):
         with suppress(ValueError):
             for name, value in parse_qsl(text.strip(), keep_blank_values=True):
@@ -200,12 +203,15 @@ def _of_form(text: str) -> Iterator[str]:
 
 _BASE64 = re.compile(r"\s*([A-Za-z0-9+/_\r\n-]{16,}={0,2})\s*")
 _BASE64_INSIDE = re.compile(r"[A-Za-z0-9+/_-]{24,}={0,2}")
+# Lines of 64 or 76 characters, as PEM and MIME write them (RFC 7468, section 2; RFC 2045, section 6.8).
+_BASE64_LINES = re.compile(r"(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-Za-z0-9+/]{1,76}={0,2}")
 
 
 def _of_base64(text: str) -> Iterator[bytes]:
     """What a text is in base64, or a run of its characters."""
     whole = _BASE64.fullmatch(text)
-    for packed in [whole[1]] if whole else _BASE64_INSIDE.findall(text):
+    inside = () if whole else (*_BASE64_INSIDE.findall(text), *_BASE64_LINES.findall(text))
+    for packed in [whole[1]] if whole else inside:
         plain = re.sub(r"[\r\n=]", "", packed).translate(_FROM_URL)
         with suppress(binascii.Error, ValueError):
             body = b64decode(plain + "=" * (-len(plain) % 4), validate=True)
