@@ -162,12 +162,17 @@ def _require_text(arguments: Sequence[str]) -> None:
     """Reject arguments that are not valid text, which could not be recorded or printed."""
     for argument in arguments:
         if any("\ud800" <= each <= "\udfff" for each in argument):
-            click.echo(f"archiver: {argument[:80]!a} is not UTF-8", err=True)
+            complain(f"{argument[:80]!a} is not UTF-8")
             sys.exit(2)
+
+
+def complain(message: str) -> None:
+    """Print a message on stderr, each line with the name of the program."""
+    for line in message.splitlines():
+        click.echo(f"archiver: {line}", err=True)
 
 
 def fail(message: str) -> NoReturn:
     """Print what went wrong, and exit 1."""
-    for line in message.splitlines():
-        click.echo(f"archiver: {line}", err=True)
+    complain(message)
     sys.exit(1)

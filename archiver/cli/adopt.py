@@ -5,15 +5,15 @@ import json
 import click
 
 from archiver import database, settings
-from archiver.cli import connection
+from archiver.cli import connection, options
 from archiver.database import identity
 from archiver.ledger import audit_log
 
 
 @click.command()
-@connection.actor_option
-@connection.yes_option
-@connection.json_option
+@options.actor_option
+@options.yes_option
+@options.json_option
 def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
     """Accept this database in place of the one that was served before.
 
@@ -32,7 +32,7 @@ def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
             click.echo("Nothing to adopt: this database was served before, or it is new.")
             return
         click.echo(f"{where}: {reason}.", err=True)
-        connection.confirm("Let it take over, seal its ledger and send its follow-ups?", yes=yes)
+        options.confirm("Let it take over, seal its ledger and send its follow-ups?", yes=yes)
         with database.transaction(engine) as opened:
             number = guard.adopt(opened)
             detail = {"epoch": number, "reason": reason}

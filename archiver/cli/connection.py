@@ -2,20 +2,17 @@
 
 import asyncio
 import shlex
-import sys
 import threading
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import click
 import structlog
 import uvloop
 from sqlalchemy import Connection, Engine
 
-from archiver import database, embedded, events
+from archiver import database, embedded
 from archiver.database import identity, lock_waits, schema
 from archiver.database.connections import Connections
 from archiver.settings import Settings, SettingsError, unknown_variables
@@ -159,58 +156,3 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     """Run asynchronous work on uvloop, as the receiver does: half the cost of asyncio's loop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-
-actor_option = click.option(
-    "--actor",
-    metavar="NAME",
-    help="Name of the person or program, for the audit log.  [default: your user and machine]",
-)
-yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-
-
-def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is destroyed; exit 1 if refused. Without a terminal the answer is read from stdin."""
-    if not yes and not click.confirm(question, err=True):
-        click.echo("archiver: cancelled; nothing was changed", err=True)
-        sys.exit(1)
-
-
-def moment(text: str | None, option: str) -> datetime | None:
-    """Parse a time, in UTC unless it names a zone."""
-    if text is None:
-        return None
-    try:
-        result = datetime.fromisoformat(text.upper())
-        return (result if result.tzinfo else result.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise click.BadParameter("expected 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
-
-
-def period(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
-    """Parse `--since` and `--until`; wrong usage if the period is empty."""
-    first, end = moment(since, "--since"), moment(until, "--until")
-    if first is not None and end is not None and first >= end:
-        raise click.UsageError("--since is not before --until")
-    return first, end
-
-
-def check_ids(ids: Iterable[str], what: str) -> None:
-    """Reject invalid ids as wrong usage; `what` names the kind of id."""
-    for each in ids:
-        try:
-            result = events.identifier(each)
-        except events.UnreadableError as error:
-            raise click.UsageError(f"{each[:80]!r} is no {what} id. {events.REASONS[str(error)]}") from None
-        if result is None:
-            raise click.UsageError(f"{each[:80]!r} is no {what} id. It is empty.")
-
-
-def name_and_value(text: str, option: str) -> tuple[str, str]:
-    """The two sides of NAME=VALUE."""
-    name, is_on_command_line, value = text.partition("=")
-    if not is_on_command_line or not name.strip():
-        raise click.BadParameter("expected NAME=VALUE", param_hint=option)
-    return name.strip(), value

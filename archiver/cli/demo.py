@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 
 from archiver import settings
+from archiver.cli import complain
 from archiver.cli.output import Number, Whole
 from archiver.simulator.faults import Expired, Faults, with_history_faults
 from archiver.simulator.run import run
@@ -125,6 +126,6 @@ def simulate(
             announce=lambda url: click.echo(f"The simulated CallHQ API is at {url}/api. Ctrl-C ends it."),
         )
     except OSError as error:
-        click.echo(f"archiver: cannot listen on {host}:{port}: {error.strerror}; choose another --port", err=True)
+        complain(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
         code = 1
     sys.exit(code)

@@ -13,8 +13,8 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from archiver import settings
-from archiver.cli import connection, verify_options
-from archiver.cli.output import Whole, console, counted, progress
+from archiver.cli import complain, connection, options, verify_options
+from archiver.cli.output import Whole, console, counted, print_json, progress
 from archiver.compliance import export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
@@ -29,10 +29,8 @@ MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
     "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to create; must not exist, or be empty."
 )
 @click.option("--session", "session_ids", multiple=True, metavar="ID", help="One session; may be repeated.")
-@click.option(
-    "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
-)
-@click.option("--until", metavar="TIME", help="Sessions with a turn before this time.")
+@options.since_option
+@options.until_option
 @click.option(
     "--hold", "hold_ids", multiple=True, type=Whole(1, 2**63 - 1), help="Everything that this hold covers or covered."
 )
@@ -50,7 +48,7 @@ MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
     help="Do not neutralise CSV cells that a spreadsheet would run as a formula.",
 )
 @click.option("--reason", help="Reason for the audit log.")
-@connection.actor_option
+@options.actor_option
 @click.option(
     "--check",
     "folder",
@@ -74,7 +72,7 @@ MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
     is_flag=True,
     help="With --check: accept an unsigned export without --manifest.",
 )
-@connection.json_option
+@options.json_option
 def command(
     *,
     output: Path | None,
@@ -124,8 +122,8 @@ def command(
         raise click.UsageError("Use only one of --session, --since/--until, --hold and --all.")
     if not any(chosen):
         raise click.UsageError("Specify what to export: --session, --since and --until, --hold, or --all.")
-    connection.check_ids(session_ids, "session")
-    first, end = connection.period(since, until)
+    options.check_ids(session_ids, "session")
+    first, end = options.period(since, until)
     times = Criteria(since=first, until=end)
     selection = Selection(sorted({*session_ids}), [] if times.is_empty else [times], is_all)
     request = ExportRequest(
@@ -157,15 +155,13 @@ def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
             completed = export.make(engine, output, request, key, show_progress)
     except DBAPIError:
         if (output / "manifest.json").exists():  # else it would not have begun
-            click.echo(f"archiver: {output} is whole, but that it was done could not be recorded", err=True)
+            complain(f"{output} is whole, but that it was done could not be recorded")
         raise
     try:
         _report(output, completed, as_json=as_json)
         sys.stdout.flush()
     except OSError:
-        click.echo(
-            f"archiver: the export is whole, in {output}; only this report of it could not be written", err=True
-        )
+        complain(f"the export is whole, in {output}; only this report of it could not be written")
         raise
 
 
@@ -201,7 +197,7 @@ def _recorded_settings(configuration: settings.Settings) -> dict[str, Any]:
 
 def _report(output: Path, completed: CompletedExport, *, as_json: bool) -> None:
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(completed.manifest), indent=2))
+        print_json(completed.manifest)
         return
     table = Table("file", "rows", "bytes", "SHA-256")
     for name, file in completed.manifest.files.items():
@@ -256,7 +252,7 @@ def _check(
             if len(findings) > MAX_SHOWN_FINDINGS and not as_json
             else ""
         )
-        click.echo(f"archiver: {len(findings):,} not as exported or sealed{more}; see docs/export.md", err=True)
+        complain(f"{len(findings):,} not as exported or sealed{more}; see docs/export.md")
     if vouching and not as_json:
         click.echo(f"{'archiver: ' if not is_accepted else ''}{vouching}", err=not is_accepted)
     if findings or not is_accepted:
@@ -304,7 +300,7 @@ def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys,
         "manifest_signature_checked": checked.is_signed,
         "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
     }
-    click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    print_json(result)
 
 
 def _report_check(checked: Checked, manifest: Manifest, keys: export.Keys, *, is_compared: bool) -> None:

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database, settings
-from archiver.cli import connection
-from archiver.cli.output import Whole, console, counted
+from archiver.cli import complain, connection, options
+from archiver.cli.output import Whole, console, counted, print_json
 from archiver.compliance import erasure, export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Selection
@@ -34,13 +34,11 @@ def hold() -> None:
 @click.option("--session", "session_id", metavar="ID", help="This session only.")
 @click.option("--assistant", "assistant_id", metavar="ID", help="Sessions of this assistant.")
 @click.option("--variable", metavar="NAME=VALUE", help="Sessions with this variable value.")
-@click.option(
-    "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
-)
-@click.option("--until", metavar="TIME", help="Sessions with a turn before then.")
-@click.option("--reason", required=True, help="Reason for the audit log.")
-@connection.actor_option
-@connection.json_option
+@options.since_option
+@options.until_option
+@options.reason_option
+@options.actor_option
+@options.json_option
 def add(
     *,
     session_id: str | None,
@@ -53,11 +51,11 @@ def add(
     as_json: bool,
 ) -> None:
     """Place a hold on the sessions that match all criteria."""
-    connection.check_ids([session_id] if session_id is not None else [], "session")
-    connection.check_ids([assistant_id] if assistant_id is not None else [], "assistant")
+    options.check_ids([session_id] if session_id is not None else [], "session")
+    options.check_ids([assistant_id] if assistant_id is not None else [], "assistant")
     _check_reason(reason)
-    name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
-    criteria = Criteria(session_id, assistant_id, name, value, *connection.period(since, until))
+    name, value = options.name_and_value(variable, "--variable") if variable is not None else (None, None)
+    criteria = Criteria(session_id, assistant_id, name, value, *options.period(since, until))
     if criteria.is_empty:
         raise click.UsageError("Specify what to hold: --session, --assistant, --variable, --since or --until.")
     with connection.ready(settings.read()) as engine:
@@ -72,10 +70,9 @@ def add(
     else:
         click.echo(f"Hold {hold_id} is in force.{_covered_text(covered)}")
     if covered is not None and not any(covered):
-        click.echo(
-            f"archiver: hold {hold_id} covers nothing yet, only what comes; if that is not what you mean:"
-            f" archiver hold release {hold_id}",
-            err=True,
+        complain(
+            f"hold {hold_id} covers nothing yet, only what comes; if that is not what you mean:"
+            f" archiver hold release {hold_id}"
         )
 
 
@@ -101,8 +98,8 @@ def _covered_text(covered: tuple[int, int] | None) -> str:
 
 @hold.command()
 @click.argument("hold_id", metavar="ID", type=click.IntRange(1, 2**63 - 1))
-@click.option("--reason", required=True, help="Reason for the audit log.")
-@connection.actor_option
+@options.reason_option
+@options.actor_option
 def release(*, hold_id: int, reason: str, actor: str | None) -> None:
     """Release a hold. Content that only this hold protected may be erased and expire from now on."""
     _check_reason(reason)
@@ -135,13 +132,13 @@ def _changing(engine: Engine) -> Iterator[Connection]:
 
 @hold.command("list")
 @click.option("--all", "every", is_flag=True, help="Include released holds.")
-@connection.json_option
+@options.json_option
 def list_(*, every: bool, as_json: bool) -> None:
     """List legal holds."""
     with connection.opened(settings.read()) as opened:
         result = [dict(row) for row in erasure.select_holds(opened, released=every)]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+        print_json(result)
         return
     if not result:
         click.echo("There is no hold." if every else "No hold is in force.")
@@ -170,13 +167,13 @@ def _covers(row: dict[str, Any]) -> str:
     "--since", metavar="TIME", help="Only entries at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
 )
 @click.option("--limit", type=Whole(1), help="Only the newest N entries.")
-@connection.json_option
+@options.json_option
 def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
     """List the audit log, oldest first: what was done to the archive, by whom and why.
 
     With --json, one JSON object a line.
     """
-    first = connection.moment(since, "--since")
+    first = options.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
         _check_kind(opened, kind)
         result = _all_entries(opened, kind, first, limit)

@@ -1,7 +1,69 @@
-"""Options and arguments that several commands share."""
+"""Options and arguments that several commands share, and what their values mean."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
 
 import click
 
+from archiver import events
+from archiver.cli import fail
 from archiver.cli.output import Whole
 
+since_option = click.option(
+    "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
+)
+until_option = click.option("--until", metavar="TIME", help="Sessions with a turn before this time.")
+reason_option = click.option("--reason", required=True, help="Reason for the audit log.")
 subscription_argument = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+actor_option = click.option(
+    "--actor",
+    metavar="NAME",
+    help="Name of the person or program, for the audit log.  [default: your user and machine]",
+)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed; exit 1 if refused. Without a terminal the answer is read from stdin."""
+    if not yes and not click.confirm(question, err=True):
+        fail("cancelled; nothing was changed")
+
+
+def moment(text: str | None, option: str) -> datetime | None:
+    """Parse a time, in UTC unless it names a zone."""
+    if text is None:
+        return None
+    try:
+        result = datetime.fromisoformat(text.upper())
+        return (result if result.tzinfo else result.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise click.BadParameter("expected 2024-01-15 or 2024-01-15T09:30:00Z", param_hint=option) from None
+
+
+def period(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+    """Parse `--since` and `--until`; wrong usage if the period is empty."""
+    first, end = moment(since, "--since"), moment(until, "--until")
+    if first is not None and end is not None and first >= end:
+        raise click.UsageError("--since is not before --until")
+    return first, end
+
+
+def check_ids(ids: Iterable[str], what: str) -> None:
+    """Reject invalid ids as wrong usage; `what` names the kind of id."""
+    for each in ids:
+        try:
+            result = events.identifier(each)
+        except events.UnreadableError as error:
+            raise click.UsageError(f"{each[:80]!r} is no {what} id. {events.REASONS[str(error)]}") from None
+        if result is None:
+            raise click.UsageError(f"{each[:80]!r} is no {what} id. It is empty.")
+
+
+def name_and_value(text: str, option: str) -> tuple[str, str]:
+    """The two sides of NAME=VALUE."""
+    name, is_on_command_line, value = text.partition("=")
+    if not is_on_command_line or not name.strip():
+        raise click.BadParameter("expected NAME=VALUE", param_hint=option)
+    return name.strip(), value

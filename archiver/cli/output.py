@@ -4,6 +4,7 @@ import os
 import sys
 
 import click
+import msgspec
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
@@ -25,6 +26,11 @@ def progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return number and noun, such as `1 seal`, `2 seals`; `plural` for irregular nouns."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def print_json(value: object) -> None:
+    """Print a value as indented JSON, for programs."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
 class Whole(click.IntRange):

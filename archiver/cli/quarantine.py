@@ -8,15 +8,14 @@ from itertools import islice
 from typing import Any
 
 import click
-import msgspec
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection, Engine, RowMapping
 
 from archiver import database, settings
 from archiver.archive import Timing
-from archiver.cli import connection
-from archiver.cli.output import Whole, console
+from archiver.cli import complain, connection, fail, options
+from archiver.cli.output import Whole, console, print_json
 from archiver.compliance.erasure.quarantine_matches import select_unsearchable
 from archiver.inbound import Outcome, retry_quarantined
 from archiver.ledger import audit_log
@@ -37,7 +36,7 @@ def quarantine() -> None:
     "--unsearchable", is_flag=True, help="Only rows whose body cannot be decoded, so that erasures cannot search it."
 )
 @click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="Maximum number of rows.")
-@connection.json_option
+@options.json_option
 def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> None:
     """List quarantined deliveries, oldest first, without content."""
     with connection.opened(settings.read()) as opened:
@@ -46,7 +45,7 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
         if not rows:
             _check_reason(opened, reason)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2))
+        print_json(rows)
         return
     if not rows:
         click.echo("All quarantined bodies are searchable." if unsearchable else _empty_message(reason))
@@ -84,7 +83,7 @@ def _empty_message(reason: str | None) -> str:
 @quarantine.command()
 @click.argument("quarantine_id", metavar="ID", type=ID)
 @click.option("--raw", is_flag=True, help="Write only the exact bytes, for a file or a pipe.")
-@connection.json_option
+@options.json_option
 def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     """Show one quarantined delivery with its body."""
     if raw and as_json:
@@ -92,12 +91,11 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     with connection.opened(settings.read()) as opened:
         row = store.select_quarantined(opened, quarantine_id)
     if row is None:
-        click.echo(f"archiver: {quarantine_id} is not in the quarantine; see archiver quarantine list", err=True)
-        sys.exit(1)
+        fail(f"{quarantine_id} is not in the quarantine; see archiver quarantine list")
     elif raw:
         sys.stdout.buffer.write(row["body"])
     elif as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(_described(row) | _body_json(row["body"])), indent=2))
+        print_json(_described(row) | _body_json(row["body"]))
     else:
         for name, value in _described(row).items():
             if value is not None:
@@ -139,8 +137,8 @@ def _body_json(body: bytes) -> dict[str, str | None]:
 @click.argument("quarantine_ids", metavar="[ID]...", type=ID, nargs=-1)
 @click.option("--all", "every", is_flag=True, help="All rows, oldest first.")
 @click.option("--reason", help="All rows with this reason.")
-@connection.actor_option
-@connection.json_option
+@options.actor_option
+@options.json_option
 def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, actor: str | None, as_json: bool) -> None:
     """Retry quarantined deliveries through the write path.
 
@@ -167,7 +165,7 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, acto
                     opened, "quarantine.retry", actor or audit_log.actor(), None, {"became": became}
                 )
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(outcomes), indent=2))
+        print_json(outcomes)
     elif not outcomes:
         click.echo(_empty_message(reason))
     _report_failures(outcomes)
@@ -199,8 +197,8 @@ def _report_failures(outcomes: dict[int, Outcome | None]) -> None:
     unknown = sum(outcome is None for outcome in outcomes.values())
     left = sum(outcome is not None and outcome.status == "quarantined" for outcome in outcomes.values())
     if left:
-        click.echo(f"archiver: {left:,} could not be archived; see archiver quarantine show ID", err=True)
+        complain(f"{left:,} could not be archived; see archiver quarantine show ID")
     if unknown:
-        click.echo(f"archiver: {unknown:,} not in the quarantine; see archiver quarantine list", err=True)
+        complain(f"{unknown:,} not in the quarantine; see archiver quarantine list")
     if left or unknown:
         sys.exit(1)

@@ -11,8 +11,8 @@ from sqlalchemy import Engine
 
 from archiver import database, settings
 from archiver.archive import Timing
-from archiver.cli import connection
-from archiver.cli.output import console, counted, progress
+from archiver.cli import connection, options
+from archiver.cli.output import console, counted, print_json, progress
 from archiver.compliance import erasure
 from archiver.compliance.erasure.clocks import destruction_time
 from archiver.compliance.erasure.retention import Due, Rules, expire, preview
@@ -21,9 +21,9 @@ from archiver.ledger import audit_log
 
 @click.command("retention")
 @click.option("--dry-run", is_flag=True, help="Show what would expire; write nothing.")
-@connection.yes_option
-@connection.actor_option
-@connection.json_option
+@options.yes_option
+@options.actor_option
+@options.json_option
 def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> None:
     """Expire content older than the retention settings allow. A worker does so daily."""
     configuration = settings.read()
@@ -40,13 +40,13 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         due = preview(engine, rules, now)
         if not dry_run:
             if not due.is_empty:
-                connection.confirm(f"Let expire for good ({_due_text(due)})?", yes=yes)
+                options.confirm(f"Let expire for good ({_due_text(due)})?", yes=yes)
             # And what a run that was killed had ordered: that goes, whether anything more is old enough or not.
             who = actor or audit_log.actor()
             swept = _expire(engine, rules, now, timing=Timing.of(configuration), due=due, who=who, quiet=as_json)
     if as_json:
         output = {"dry_run": dry_run, "events": swept} | msgspec.structs.asdict(due)
-        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
+        print_json(output)
         return
     if due.content:
         console().print(_table(due.content))

@@ -15,8 +15,8 @@ from rich.table import Table
 from sqlalchemy import Connection
 
 from archiver import database, settings, telemetry
-from archiver.cli import connection, verify_options
-from archiver.cli.output import Whole, console, counted, progress
+from archiver.cli import complain, connection, options, verify_options
+from archiver.cli.output import Whole, console, counted, print_json, progress
 from archiver.compliance import seals
 from archiver.compliance.seals import Checked, Finding, Seal
 from archiver.database import identity
@@ -27,7 +27,7 @@ MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
 
 
 @click.command()
-@connection.json_option
+@options.json_option
 def seal(as_json: bool) -> None:
     """Seal all settled rows now. A worker does so every ARCHIVER_SEAL_EVERY seconds."""
     configuration = settings.read()
@@ -39,7 +39,7 @@ def seal(as_json: bool) -> None:
                 raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
         made = seals.seal(engine, key)
     if as_json:
-        click.echo(_json([_seal_json(each) for each in made]))
+        print_json([_seal_json(each) for each in made])
         return
     for each in made:
         click.echo(f"seal {each.id}: {counted(each.size, 'leaf', 'leaves')}, {each.hash.hex()}")
@@ -64,7 +64,7 @@ def seal(as_json: bool) -> None:
     metavar="N",
     help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {seals.MAX_JOBS}]",
 )
-@connection.json_option
+@options.json_option
 def verify(
     *,
     after_seal: int | None,
@@ -116,7 +116,7 @@ def verify(
                     if not as_json and len(findings) <= MAX_SHOWN_FINDINGS:
                         bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
     if reason:
-        click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
+        complain(f"{reason}\n{identity.ADVICE}")
     if as_json:
         _report_as_json(checked, wrong_database + findings, has_key=bool(keys), reason=reason)
     else:
@@ -127,7 +127,7 @@ def verify(
             if len(findings) > MAX_SHOWN_FINDINGS and not as_json
             else ""
         )
-        click.echo(f"archiver: {len(findings):,} not as they were sealed{more}; see docs/seals.md", err=True)
+        complain(f"{len(findings):,} not as they were sealed{more}; see docs/seals.md")
     if findings or reason:
         sys.exit(1)
 
@@ -147,20 +147,18 @@ def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]
 
 def _report_as_json(checked: Checked, findings: list[Finding], *, has_key: bool, reason: str) -> None:
     head = checked.head
-    click.echo(
-        _json(
-            {
-                "ok": not findings and not reason,
-                "seals": checked.seals,
-                "events": checked.events,
-                "unsealed": checked.unsealed,
-                "compared": checked.compared,
-                "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
-                "signatures_checked": has_key,
-                "identity": reason or None,
-                "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
-            }
-        )
+    print_json(
+        {
+            "ok": not findings and not reason,
+            "seals": checked.seals,
+            "events": checked.events,
+            "unsealed": checked.unsealed,
+            "compared": checked.compared,
+            "head": {"id": head.id, "hash": head.hash.hex(), "key_id": head.key_id},
+            "signatures_checked": has_key,
+            "identity": reason or None,
+            "findings": [msgspec.structs.asdict(each) | {"detail": str(each)} for each in findings],
+        }
     )
 
 
@@ -191,7 +189,7 @@ def prove(event: int) -> None:
     """
     with connection.opened(settings.read()) as opened:
         proof = seals.prove(opened, event)
-    click.echo(_json(proof.as_json()))
+    print_json(proof.as_json())
 
 
 @click.group("seals")
@@ -201,14 +199,14 @@ def group() -> None:
 
 @group.command("list")
 @click.option("--limit", default=20, show_default=True, type=Whole(1, 10_000), help="The newest so many.")
-@connection.json_option
+@options.json_option
 def list_(limit: int, as_json: bool) -> None:
     "Number of newest seals."
     with connection.opened(settings.read()) as opened:
         first = seals.select_newest(opened).id - limit
         result = [each for each, _ in seals.select_seals(opened, max(first, 0))]
     if as_json:
-        click.echo(_json([_seal_json(each) for each in result]))
+        print_json([_seal_json(each) for each in result])
         return
     table = Table("seal", "sealed", "leaves", "events through", "key", "hash")
     for each in result:
@@ -253,7 +251,3 @@ def _seal_json(each: Seal) -> dict[str, Any]:
         "key_id": each.key_id,
         "signature": None if each.signature is None else each.signature.hex(),
     }
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
 from archiver import database, settings, telemetry
-from archiver.cli import connection
+from archiver.cli import connection, fail, options
 from archiver.cli.output import Whole
 from archiver.database import catalogue, schema
 from archiver.database.connections import Connections
@@ -249,7 +249,7 @@ def _inherited_environment(configuration: Settings, url: str) -> dict[str, str]:
     "--check", is_flag=True, help="Only report the revision and each difference from the schema of this version."
 )
 @click.option("--repair", is_flag=True, help="Repair differences that SQL statements can undo, then report.")
-@connection.json_option
+@options.json_option
 def migrate(check: bool, repair: bool, as_json: bool) -> None:
     """Bring the database's schema to the one that this version needs.
 
@@ -289,7 +289,6 @@ def _report(engine: Engine, *, as_json: bool) -> None:
     for each in differences:
         click.echo(f"archiver: {each.verdict}: {each.detail}\n  -> {each.advice}", err=True)
     if failures := sum(each.verdict == "failure" for each in differences):
-        click.echo(f"archiver: the schema is at {schema.head()}, with {failures:,} differences", err=True)
-        sys.exit(1)
+        fail(f"the schema is at {schema.head()}, with {failures:,} differences")
     if not as_json:
         click.echo(f"The schema is at {schema.head()}, as this version needs it.")

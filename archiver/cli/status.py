@@ -12,8 +12,8 @@ from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, settings
-from archiver.cli import connection
-from archiver.cli.output import console
+from archiver.cli import complain, connection, options
+from archiver.cli.output import console, print_json
 from archiver.database import lock_waits, schema
 from archiver.embedded import EmbeddedError
 from archiver.inbound import spool
@@ -37,7 +37,7 @@ from archiver.outbound.followups.review import (
 
 
 @click.command()
-@connection.json_option
+@options.json_option
 def status(as_json: bool) -> None:
     """Show on one screen what the archive holds and what needs attention."""
     configuration = settings.read()
@@ -58,14 +58,14 @@ def status(as_json: bool) -> None:
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
-            click.echo(f"archiver: {spooled.events:,} events ({size}) wait on the spool.", err=True)
+            complain(f"{spooled.events:,} events ({size}) wait on the spool.")
         raise
     if as_json:
         output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
         output |= {"spool_lost": lost, "webhooks": silence}
         output |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(stats, failing)}
         output |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
-        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
+        print_json(output)
         return
     click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -156,7 +156,7 @@ def _moment(moment: datetime | None) -> str:
 
 
 @click.command()
-@connection.json_option
+@options.json_option
 def doctor(as_json: bool) -> None:
     """Check settings, spool, database, roles, schema and clock, and print remedies. Exit 1 if action is required."""
     try:
@@ -171,12 +171,12 @@ def doctor(as_json: bool) -> None:
             *_examine_database(configuration),
         ]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
+        print_json(findings)
     else:
         _print(findings)
     failures = [finding.check for finding in findings if finding.verdict == "failure"]
     if failures:
-        click.echo(f"archiver: something must be done about: {', '.join(failures)}", err=True)
+        complain(f"something must be done about: {', '.join(failures)}")
     if not as_json:
         _print_psql(findings)
     if failures:

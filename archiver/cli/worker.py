@@ -1,7 +1,5 @@
 """`archiver worker` and `archiver rebuild`: background duties, and rebuilding the archive."""
 
-import sys
-
 import click
 import structlog
 from prometheus_client import start_http_server
@@ -12,7 +10,7 @@ from archiver import database, settings, telemetry
 from archiver.archive import Timing
 from archiver.archive.rebuild import count_events
 from archiver.archive.rebuild import rebuild as replay
-from archiver.cli import connection
+from archiver.cli import connection, options
 from archiver.cli.output import Whole, counted, progress
 from archiver.database import schema
 from archiver.operations import reloading
@@ -71,7 +69,7 @@ def _serve_metrics(port: int) -> None:
 
 
 @click.command()
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.yes_option
 def rebuild(*, yes: bool) -> None:
     """Rebuild sessions, chats and messages from the ledger while the receiver runs.
 
@@ -82,9 +80,7 @@ def rebuild(*, yes: bool) -> None:
         with database.transaction(engine, statement_seconds=600) as opened:
             schema.check(opened)
             events = count_events(opened)
-        if not yes and not click.confirm(f"Rebuild the archive from {counted(events, 'ledger row')}?", err=True):
-            click.echo("archiver: cancelled; nothing was changed", err=True)
-            sys.exit(1)
+        options.confirm(f"Rebuild the archive from {counted(events, 'ledger row')}?", yes=yes)
         columns = (
             TextColumn("Rebuilding"),
             BarColumn(),

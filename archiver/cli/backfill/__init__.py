@@ -23,7 +23,7 @@ from rich.text import Text
 
 from archiver import database, settings, telemetry
 from archiver.archive import Timing
-from archiver.cli import connection
+from archiver.cli import complain, connection, options
 from archiver.cli.backfill.summary import Summary
 from archiver.cli.output import Number, Whole, progress
 from archiver.database import schema
@@ -61,7 +61,7 @@ _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it 
     type=Whole(1, 256),
     help="Maximum concurrent calls.  [default: ARCHIVER_HISTORY_CONCURRENCY]",
 )
-@connection.json_option
+@options.json_option
 def command(
     *,
     session_ids: tuple[str, ...],
@@ -80,12 +80,12 @@ def command(
     Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read, or none was found.
     """
     listed = (*session_ids, *(_read_ids(file) if file else ()))
-    connection.check_ids(listed, "session")
+    options.check_ids(listed, "session")
     if sum([bool(session_ids or file), since is not None, every]) > 1:
         raise click.UsageError("Use only one of --session/--file, --since and --all.")
     if file is not None and not listed:
         raise click.UsageError("The file contains no ids.")
-    selection = Selection(listed, connection.moment(since, "--since"), every)
+    selection = Selection(listed, options.moment(since, "--since"), every)
     configuration = settings.read()
     telemetry.configure_logs("error", configuration.log_format)
     if not configuration.callhq_api_key.get_secret_value():
@@ -103,9 +103,9 @@ def command(
             raise
     summary.show(as_json=as_json)
     if summary.was_interrupted:
-        click.echo(f"archiver: {_INTERRUPTED}", err=True)
+        complain(f"{_INTERRUPTED}")
     if summary.is_url_suspect:
-        click.echo(f"archiver: {_found_nothing(configuration, summary)}", err=True)
+        complain(f"{_found_nothing(configuration, summary)}")
     if summary.was_interrupted or summary.failures or summary.is_url_suspect:
         sys.exit(1)
 

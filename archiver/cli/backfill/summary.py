@@ -6,11 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
-import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from archiver.cli.output import console
+from archiver.cli import complain
+from archiver.cli.output import console, print_json
 from archiver.history import ReconcileResult
 
 MAX_SHOWN = 20  # failures
@@ -54,7 +54,7 @@ class Summary:
         """Print the summary on stdout."""
         seconds = time.monotonic() - self._started
         if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(self._figures(seconds)), indent=2))
+            print_json(self._figures(seconds))
             return
         table = Table(show_header=False)
         table.add_column()
@@ -76,9 +76,9 @@ class Summary:
         for session_id, number in self.repaired[:MAX_SHOWN] if self.dry_run else ():
             printed.print(Text(f"  {session_id}: {number} messages"))
         for session_id, error in self.failures[:MAX_SHOWN]:
-            click.echo(f"archiver: {session_id}: {error}", err=True)
+            complain(f"{session_id}: {error}")
         if len(self.failures) > MAX_SHOWN:
-            click.echo(f"archiver: and {len(self.failures) - MAX_SHOWN:,} more", err=True)
+            complain(f"and {len(self.failures) - MAX_SHOWN:,} more")
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         return {

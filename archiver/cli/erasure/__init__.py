@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 
 from archiver import database, settings
 from archiver.archive import Timing
-from archiver.cli import connection
+from archiver.cli import connection, options
 from archiver.cli.erasure import messages
 from archiver.cli.output import progress
 from archiver.compliance.erasure import HeldError, replay, requests, targets
@@ -33,12 +33,12 @@ PAGE = 500
 )
 @click.option("--reason", help="Reason for the audit log; must not contain the erased content.")
 @click.option("--dry-run", is_flag=True, help="Show what would be erased; write nothing.")
-@connection.yes_option
+@options.yes_option
 @click.option("--skip-held", is_flag=True, help="Skip what a legal hold covers, and erase the rest.")
-@connection.actor_option
+@options.actor_option
 @click.option("--list", "should_list", is_flag=True, help="Print all erasures as JSON lines, without content.")
 @click.option("--replay", "file", type=click.File("rb"), help="Apply a list printed by --list again; - reads stdin.")
-@connection.json_option
+@options.json_option
 def command(
     *,
     session_ids: tuple[str, ...],
@@ -58,7 +58,7 @@ def command(
     Stopped half-way, the same command goes on; so does any worker. Exit 1 where a legal hold forbids it, which is
     recorded.
     """
-    variables = [connection.name_and_value(each, "--where") for each in wheres]
+    variables = [options.name_and_value(each, "--where") for each in wheres]
     selection = Selection(session_ids, chat_ids, variables)
     _check(selection, reason, should_list=should_list, is_replayed=file is not None)
     configuration = settings.read()
@@ -91,8 +91,8 @@ def command(
 
 
 def _check(selection: Selection, reason: str | None, *, should_list: bool, is_replayed: bool) -> None:
-    connection.check_ids(selection.session_ids, "session")
-    connection.check_ids(selection.chat_ids, "chat")
+    options.check_ids(selection.session_ids, "session")
+    options.check_ids(selection.chat_ids, "chat")
     is_named = any(msgspec.structs.astuple(selection))
     if should_list + is_replayed + is_named != 1:
         raise click.UsageError("Specify what to erase: --session, --chat or --where (or use --list or --replay).")
@@ -104,7 +104,7 @@ def _ask(preview: Preview, *, yes: bool) -> None:
     if not preview.counts.events and not preview.counts.turns and not preview.held:
         click.echo("archiver: no matching content is archived, or it is already erased", err=True)
     selected = f"{len(preview.selected):,} named: {messages.describe_counts(preview.counts)}"
-    connection.confirm(f"Erase for good ({selected})?", yes=yes)
+    options.confirm(f"Erase for good ({selected})?", yes=yes)
 
 
 def _erase(engine: Engine, preview: Preview, timing: Timing, *, quiet: bool) -> Report:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from archiver.cli.output import counted
+from archiver.cli.output import counted, print_json
 from archiver.compliance.erasure import Counts, Target
 from archiver.compliance.erasure.requests import Preview, Report
 from archiver.inbound import spool
@@ -122,7 +122,7 @@ def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
         if report.repeating:
             turns = [msgspec.structs.asdict(each) for each in report.repeating]
             output["resent"] = {"count": len(turns), "turns": turns}
-        click.echo(msgspec.json.format(msgspec.json.encode(output), indent=2))
+        print_json(output)
     else:
         click.echo(f"{'It would erase' if dry_run else 'Erased'} {describe_counts(report.counts)}.")
     if report.held:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import click
 
 from archiver import settings
-from archiver.cli import connection
-from archiver.cli.options import subscription_argument
+from archiver.cli import complain, connection, fail, options
 from archiver.cli.output import Whole
 from archiver.ledger import audit_log
 from archiver.outbound.followups import pruning, review, subscriptions
@@ -17,9 +16,9 @@ MAX_RETRIED = 10_000  # at once
 
 
 @click.command()
-@subscription_argument
+@options.subscription_argument
 @click.option("--reason", default=subscriptions.BY_HAND, help="Reason, shown in the list.")
-@connection.actor_option
+@options.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
     """Pause a subscription until `resume`; changes are delivered then, as far back as the feed goes."""
     with connection.opened(settings.read()) as opened:
@@ -31,8 +30,8 @@ def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
 
 
 @click.command()
-@subscription_argument
-@connection.actor_option
+@options.subscription_argument
+@options.actor_option
 def resume(*, subscription_id: int, actor: str | None) -> None:
     """Resume a paused subscription. Exit 1 if changes were deleted before delivery."""
     with connection.opened(settings.read()) as opened:
@@ -41,17 +40,16 @@ def resume(*, subscription_id: int, actor: str | None) -> None:
         audit_log.insert_entry(opened, "followups.resume", actor or audit_log.actor(), None, detail)
     click.echo(f"Subscription {subscription_id} is at work.")
     if lost_changes:
-        click.echo(f"archiver: {lost_changes:,} changes are not delivered: the feed no longer holds them", err=True)
-        sys.exit(1)
+        fail(f"{lost_changes:,} changes are not delivered: the feed no longer holds them")
 
 
 @click.command()
-@subscription_argument
-@connection.actor_option
-@connection.yes_option
+@options.subscription_argument
+@options.actor_option
+@options.yes_option
 def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
     """Remove a subscription with its secret and its delivery log."""
-    connection.confirm(f"Remove subscription {subscription_id} with all its deliveries?", yes=yes)
+    options.confirm(f"Remove subscription {subscription_id} with all its deliveries?", yes=yes)
     configuration = settings.read()
     with connection.opened(configuration) as opened:
         subscriptions.remove(opened, subscription_id)
@@ -70,7 +68,7 @@ def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
 @click.option(
     "--dead", type=Whole(1, 2**63 - 1), metavar="SUBSCRIPTION", help="All dead deliveries of this subscription."
 )
-@connection.actor_option
+@options.actor_option
 def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     """Retry deliveries now, by id (msg_...) as listed by `deliveries`."""
     if bool(ids) == (dead is not None):
@@ -96,6 +94,6 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     for each, how in became:
         if how != "retried":
             message = "was delivered already" if how == "delivered" else "there is no such delivery"
-            click.echo(f"archiver: {each}: {message}", err=True)
+            complain(f"{each}: {message}")
     if retried < len(became):
         sys.exit(1)

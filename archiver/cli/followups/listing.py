@@ -5,27 +5,25 @@ from datetime import UTC
 from typing import Any
 
 import click
-import msgspec
 from rich.table import Table
 from rich.text import Text
 
 from archiver import settings
-from archiver.cli import connection
-from archiver.cli.options import subscription_argument
-from archiver.cli.output import Whole, console
+from archiver.cli import connection, options
+from archiver.cli.output import Whole, console, print_json
 from archiver.outbound.followups import review, subscriptions
 from archiver.outbound.followups.deliveries import DEAD, PENDING, message_id
 from archiver.outbound.followups.subscriptions import SubscriptionNotFoundError
 
 
 @click.command("list")
-@connection.json_option
+@options.json_option
 def list_(*, as_json: bool) -> None:
     """List the subscriptions."""
     with connection.opened(settings.read()) as opened:
         result = review.select_subscriptions(opened)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+        print_json(result)
         return
     if not result:
         click.echo("No subscriptions. Add one: archiver followups add URL --event chat.created")
@@ -59,8 +57,8 @@ def _state(row: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@subscription_argument
-@connection.json_option
+@options.subscription_argument
+@options.json_option
 def show(*, subscription_id: int, as_json: bool) -> None:
     """Show one subscription and its pending deliveries."""
     with connection.opened(settings.read()) as opened:
@@ -68,7 +66,7 @@ def show(*, subscription_id: int, as_json: bool) -> None:
         if not result:
             raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(result[0]), indent=2))
+        print_json(result[0])
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in result[0].items():
@@ -85,7 +83,7 @@ def show(*, subscription_id: int, as_json: bool) -> None:
 @click.option("--dead", is_flag=True, help="Only dead deliveries.")
 @click.option("--pending", is_flag=True, help="Only pending deliveries, including those waiting for a retry.")
 @click.option("--limit", default=50, show_default=True, type=Whole(1, 10_000), help="Number of newest deliveries.")
-@connection.json_option
+@options.json_option
 def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit: int, as_json: bool) -> None:
     """List deliveries, newest first, each with its latest attempt."""
     if dead and pending:
@@ -97,7 +95,7 @@ def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit:
         rows = review.select_deliveries(opened, subscription_id=subscription_id, state=state, limit=limit)
         result = [_delivery_json(dict(row)) for row in rows]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+        print_json(result)
         return
     if not result:
         click.echo("No matching delivery.")

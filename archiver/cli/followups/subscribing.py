@@ -13,8 +13,7 @@ import msgspec
 
 from archiver import settings
 from archiver.archive import outbox
-from archiver.cli import connection
-from archiver.cli.options import subscription_argument
+from archiver.cli import complain, connection, options
 from archiver.cli.output import Whole
 from archiver.inbound.signatures import standard_webhooks
 from archiver.ledger import audit_log
@@ -57,8 +56,8 @@ secret_file_option = click.option(
     help="Also deliver the changes that the feed holds after this cursor.",
 )
 @secret_file_option
-@connection.actor_option
-@connection.json_option
+@options.actor_option
+@options.json_option
 def add(
     *,
     url: str,
@@ -78,7 +77,7 @@ def add(
     for option, given in (("--assistant", assistant_id), ("--contains", contains)):
         if given == "":
             raise click.BadParameter("empty; omit the option to match every conversation", param_hint=option)
-    name, value = connection.name_and_value(variable, "--variable") if variable is not None else (None, None)
+    name, value = options.name_and_value(variable, "--variable") if variable is not None else (None, None)
     only = Filter(assistant_id, name, value, contains)
     _check_events(events, only)
     endpoint = _check_url(url, allow_private=configuration.followups_allow_private)
@@ -148,10 +147,10 @@ def _show_secret(secret: str | None) -> None:
 
 
 @click.command()
-@subscription_argument
+@options.subscription_argument
 @secret_file_option
-@connection.actor_option
-@connection.json_option
+@options.actor_option
+@options.json_option
 def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None, as_json: bool) -> None:
     """Sign with a new secret, and for 24 hours also with the previous one."""
     secret = _read_secret(secret_file) if secret_file else standard_webhooks.make_secret()
@@ -169,8 +168,8 @@ def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None,
 
 
 @click.command()
-@subscription_argument
-@connection.json_option
+@options.subscription_argument
+@options.json_option
 def test(*, subscription_id: int, as_json: bool) -> None:
     """Send a `followups.test` message now and print the response. Exit 1 if it is not accepted.
 
@@ -206,7 +205,7 @@ def _explain_refusal(url: str, *, allow_private: bool) -> None:
         try:
             _check_addresses(guard.endpoint(url), allow_private=allow_private)
         except guard.AddressRefusedError as error:
-            click.echo(f"archiver: {error}", err=True)
+            complain(f"{error}")
 
 
 async def _send(subscription: Subscription, *, allow_private: bool) -> Attempt:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import settings
 from archiver.archive.outbox import TYPES
-from archiver.cli import connection
+from archiver.cli import complain, connection
 from archiver.cli.output import Whole
 from archiver.database import identity, is_unreachable, sqlstate, transaction
 from archiver.database.schema import SchemaError
@@ -99,7 +99,7 @@ def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
     except SQLAlchemyError:
         return  # the first page says why
     if reason:
-        click.echo(f"archiver: {reason}\narchiver: {identity.ADVICE}", err=True)
+        complain(f"{reason}\n{identity.ADVICE}")
 
 
 def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -> None:
@@ -172,13 +172,13 @@ class _Tail:
                 if not self._follow or not _is_unavailable(error):
                     raise
                 if not is_unavailable:
-                    click.echo("archiver: database unavailable; waiting", err=True)
+                    complain("database unavailable; waiting")
                 is_unavailable = True
                 if self._is_abandoned(UNAVAILABLE_SECONDS):
                     return []
                 continue
             if is_unavailable:
-                click.echo("archiver: database available again", err=True)
+                complain("database available again")
             return page
 
     def _print(self, page: list[feed.Entry], last: Position) -> None:
@@ -193,16 +193,14 @@ class _Tail:
         begun = [each for each in self._epochs[1:] if last <= each.given < first.cursor]
         end = min([first.cursor - 1, *(each.cursor for each in begun)])
         if last < end:
-            click.echo(
-                f"archiver: the changes {last + 1} to {end} are gone: they were older than"
-                f" ARCHIVER_CHANGES_DAYS; going on with {first.cursor}",
-                err=True,
+            complain(
+                f"the changes {last + 1} to {end} are gone: they were older than"
+                f" ARCHIVER_CHANGES_DAYS; going on with {first.cursor}"
             )
         for each in begun:
-            click.echo(
-                f"archiver: epoch {each.epoch} began after change {each.cursor}: later changes of the epoch before"
-                " it, if there were any, are lost",
-                err=True,
+            complain(
+                f"epoch {each.epoch} began after change {each.cursor}: later changes of the epoch before"
+                " it, if there were any, are lost"
             )
 
     def _is_abandoned(self, seconds: float) -> bool:
