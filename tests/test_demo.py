@@ -22,13 +22,12 @@ from rich.console import Console
 
 from archiver import embedded
 from archiver.embedded.postmaster import is_running
-from archiver.simulator import reconciliation
+from archiver.simulator import comparison
 from archiver.simulator import run as demo
 from archiver.simulator.archive_reader import Holdings
-from archiver.simulator.comparison import Archive, ChatRow, TranscriptMessage, differences, expected
+from archiver.simulator.comparison import Archive, ArchivedMessage, ChatRow, TranscriptMessage, differences, expected
 from archiver.simulator.faults import Faults
 from archiver.simulator.invalid_deliveries import InvalidDelivery, invalid_deliveries
-from archiver.simulator.reconciliation import ArchivedMessage
 from archiver.simulator.upstream import Session, Upstream
 from archiver.simulator.verdict import Run, figures, problems
 from archiver.simulator.view import View
@@ -429,7 +428,7 @@ def lines_of(session: Session) -> list[ArchivedMessage]:
 def test_an_archive_that_is_the_platform_differs_in_nothing():
     session = spoken("ok", "ok", "thanks")
     deleted = ArchivedMessage("deleted upstream", "user", "gone", "webhook", False)
-    assert reconciliation.differences([session], {session.id: [*lines_of(session), deleted]}) == []
+    assert comparison.history_differences([session], {session.id: [*lines_of(session), deleted]}) == []
 
 
 @pytest.mark.parametrize(
@@ -446,10 +445,10 @@ def test_an_archive_that_is_the_platform_differs_in_nothing():
 )
 def test_every_difference_from_the_platform_is_reported(spoil):
     session = spoken("ok", "ok", "thanks")
-    result = reconciliation.differences([session], {session.id: spoil(lines_of(session))})
+    result = comparison.history_differences([session], {session.id: spoil(lines_of(session))})
     assert result
     assert all(session.id in line for line in result)
 
 
 def test_a_session_unknown_to_the_platform_is_reported():
-    assert reconciliation.differences([], {"invented": [ArchivedMessage("c", "user", "x", "webhook", True)]})
+    assert comparison.history_differences([], {"invented": [ArchivedMessage("c", "user", "x", "webhook", True)]})

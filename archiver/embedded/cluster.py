@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from archiver.embedded import account as accounts
-from archiver.embedded import binaries, log, paths, postmaster
+from archiver.embedded import binaries, paths, postmaster
 from archiver.embedded.account import Account
 from archiver.embedded.errors import EmbeddedError
 from archiver.embedded.postmaster import POLL_SECONDS
@@ -114,7 +114,7 @@ def _initialise(cluster: Cluster, start_lock: int) -> None:
         )
         if done.returncode != 0:
             raise EmbeddedError(
-                f"initdb failed; set ARCHIVER_HOME to another folder, or DATABASE_URL:\n{log.tail(done.stdout)}"
+                f"initdb failed; set ARCHIVER_HOME to another folder, or DATABASE_URL:\n{_tail(done.stdout)}"
             )
         fresh.rename(cluster.data)
         undo.pop_all()
@@ -201,7 +201,7 @@ _STOPPING = (
 
 def _is_smart_shutdown(cluster: Cluster) -> bool:
     """Return whether a smart shutdown is under way, which waits for all clients."""
-    _, _, requested = log.since_start(cluster.log).rpartition("LOG:  received ")
+    _, _, requested = _log_since_start(cluster.log).rpartition("LOG:  received ")
     return requested.startswith("smart shutdown request")
 
 
@@ -287,8 +287,20 @@ def _listens(path: Path) -> bool:
 
 
 def _failed(cluster: Cluster, what: str, output: str | None = None) -> EmbeddedError:
-    text = log.since_start(cluster.log) if output is None else output
+    text = _log_since_start(cluster.log) if output is None else output
     return EmbeddedError(
         f"{what}. Set ARCHIVER_HOME to another folder, or DATABASE_URL to a Postgres of your own. "
-        f"The end of {cluster.log}:\n{log.tail(text)}"
+        f"The end of {cluster.log}:\n{_tail(text)}"
     )
+
+
+def _log_since_start(path: Path) -> str:
+    """What the latest server said: what is older would mislead. Empty where there is no log."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    before, start, since = text.rpartition("LOG:  starting PostgreSQL")
+    return before.rpartition("\n")[2] + start + since
+
+
+def _tail(text: str) -> str:
+    """Its last lines."""
+    return "\n".join(text.strip().splitlines()[-15:])

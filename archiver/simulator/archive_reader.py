@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import psycopg
 
-from archiver.simulator.comparison import Archive, ChatRow, ConversationRow, TranscriptMessage
-from archiver.simulator.reconciliation import ArchivedMessage
+from archiver.simulator.comparison import Archive, ArchivedMessage, ChatRow, ConversationRow, TranscriptMessage
 
 
 @dataclass(frozen=True, slots=True)

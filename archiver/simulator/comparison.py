@@ -1,4 +1,4 @@
-"""Compare the archive with what was delivered, message by message. Pure.
+"""Compare the archive with what was delivered, and with histories, message by message. Pure.
 
 `expected` says in its own plain way what the deliveries add up to, and shares no code with what it judges.
 """
@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from archiver.simulator.faults import CREATED, DELETED
+from archiver.simulator.upstream import Session
 
 _SHOWN = 60  # characters of a content
 
@@ -170,6 +171,41 @@ def _fields(label: str, right: NamedTuple, wrong: NamedTuple) -> Iterator[str]:
     for name, value, other in zip(right._fields, right, wrong, strict=True):
         if value != other:
             yield f"{label}: {name} is {other}, not {value}"
+
+
+class ArchivedMessage(NamedTuple):
+    """One message of the archive."""
+
+    chat_id: str | None
+    role: str
+    content: str
+    source: str
+    in_history: bool | None
+
+
+def history_differences(sessions: Iterable[Session], archived: Mapping[str, Sequence[ArchivedMessage]]) -> list[str]:
+    """Yield each difference as a sentence; none if every session equals the platform's, message by message."""
+    lines: list[str] = []
+    known = set()
+    for session in sessions:
+        known.add(session.id)
+        lines += [f"session {session.id}: {line}" for line in _of_session(session, archived.get(session.id, ()))]
+    return lines + [f"session {each}: the platform has none" for each in sorted(archived.keys() - known - {""})]
+
+
+def _of_session(session: Session, lines: Sequence[ArchivedMessage]) -> Iterator[str]:
+    expected = [(message["role"], message["content"]) for message in session.messages()]
+    shown = [(line.role, line.content) for line in lines if line.in_history]
+    if shown != expected:
+        place = next((n for n, (one, other) in enumerate(zip(expected, shown, strict=False)) if one != other), None)
+        if place is None:
+            yield f"{len(shown)} messages, where the platform has {len(expected)}"
+        else:
+            yield f"message {place + 1} is {_cut(shown[place][1])}, not {_cut(expected[place][1])}"
+    for line in lines:
+        # A message that the platform no longer shows was deleted; the webhook says which turn it was.
+        if not line.in_history and (line.chat_id is None or line.chat_id in session.chats):
+            yield f"{_cut(line.content)} is not in the platform's history"
 
 
 def _shown(message: TranscriptMessage) -> str:

@@ -19,7 +19,7 @@ from archiver.embedded import EmbeddedError, Postgres
 from archiver.errors import ArchiverError
 from archiver.inbound import signatures
 from archiver.settings import Settings
-from archiver.simulator import archive_reader, client, reconciliation, verdict
+from archiver.simulator import archive_reader, client, comparison, verdict
 from archiver.simulator.conversations import conversations
 from archiver.simulator.faults import Faults
 from archiver.simulator.invalid_deliveries import InvalidDelivery, Proof, invalid_deliveries
@@ -133,8 +133,8 @@ async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]
     view.say("Reading the histories, to recover what webhooks lost …")
     backfill = await backfilled(url, api, [session.id for session in sessions])
     archived = await asyncio.to_thread(archive_reader.read_lines, url)
-    problems = reconciliation.differences(sessions, archived)
-    view.results(reconciliation.figures(archived, backfill), "the platform", problems)
+    problems = comparison.history_differences(sessions, archived)
+    view.results(verdict.history_figures(archived, backfill), "the platform", problems)
     return problems
 
 

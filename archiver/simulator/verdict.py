@@ -1,11 +1,12 @@
 """Result of a demo run: figures and problems. Pure."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from archiver.simulator.archive_reader import Holdings
-from archiver.simulator.comparison import Archive, differences, expected
+from archiver.simulator.comparison import Archive, ArchivedMessage, differences, expected
 from archiver.simulator.invalid_deliveries import QUARANTINED, UNAUTHENTICATED, InvalidDelivery
 from archiver.simulator.webhooks import Delivery
 
@@ -56,6 +57,21 @@ def figures(run: Run, holdings: Holdings) -> list[tuple[str, str]]:
     return [
         *((name, f"{count:,}") for name, count in rows),
         ("events per second, customers included", f"{rate:,.0f}"),
+    ]
+
+
+def history_figures(
+    archived: Mapping[str, Sequence[ArchivedMessage]], backfill: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """The table, as (what, how many)."""
+    coverage: Mapping[str, int] = backfill["coverage"]
+    rate = backfill["sessions"] / backfill["seconds"] if backfill["seconds"] else 0.0
+    return [
+        ("histories read", f"{backfill['sessions']:,}"),
+        ("messages that webhooks had lost, recovered", f"{backfill['recovered_messages']:,}"),
+        ("messages archived", f"{sum(map(len, archived.values())):,}"),
+        *((f"sessions now {state}", f"{count:,}") for state, count in sorted(coverage.items())),
+        ("histories per second", f"{rate:,.0f}"),
     ]
 
 

@@ -1,7 +1,7 @@
 """The change feed: committed changes, published in a fixed order for readers with a cursor."""
 
 from archiver.outbound.feed.publisher import Publisher
-from archiver.outbound.feed.publishing import CHANNEL, publish
+from archiver.outbound.feed.publishing import CHANNEL, delete_old, publish
 from archiver.outbound.feed.reading import (
     ADVICE,
     Backlog,
@@ -13,7 +13,6 @@ from archiver.outbound.feed.reading import (
     select_epochs,
     select_extent,
 )
-from archiver.outbound.feed.retention import delete_old
 
 __all__ = [
     "ADVICE",

@@ -21,14 +21,15 @@ from archiver.database import explain, is_cancelled, now, run_async, sqlstate
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.outbound.feed.publishing import (
     PAGE_CHANGES,
+    PAGE_DELETED,
     QUEUE_FULL,
+    delete_old,
     publish,
     publish_some,
     select_oldest_sessions,
     select_queue_usage,
 )
 from archiver.outbound.feed.reading import select_backlog
-from archiver.outbound.feed.retention import PAGE, delete_old
 from archiver.telemetry.duty_health import Duty
 
 log = structlog.get_logger(__name__)
@@ -199,7 +200,7 @@ class Publisher:
                 self._engine, lambda connection: delete_old(connection, before, consumed(connection))
             )
             deleted += page
-            if page < PAGE:
+            if page < PAGE_DELETED:
                 break
         if deleted:
             log.info("old changes deleted", changes=deleted, days=days)

@@ -7,6 +7,7 @@ order, and in each epoch without gaps.
 """
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -141,3 +142,32 @@ def select_queue_usage(connection: Connection) -> float:
     Asking has Postgres let go of what everybody has read; else it does so only with a notification that it takes.
     """
     return float(connection.scalar(text("SELECT pg_notification_queue_usage()")) or 0)
+
+
+PAGE_DELETED = 5_000  # old changes of one transaction
+
+# The oldest ones up to the first that stays, so that what the feed holds has no gap; the newest one always stays: the
+# next cursor is counted from it.
+_DELETE_OLD = text(
+    """
+    WITH page AS MATERIALIZED (
+        SELECT cursor, changed_at FROM archiver.changes
+         WHERE cursor < (SELECT max(cursor) FROM archiver.changes) AND cursor <= :through
+         ORDER BY cursor LIMIT :most
+    )
+    DELETE FROM archiver.changes
+     WHERE cursor <= (SELECT max(cursor) FROM page)
+       AND cursor < coalesce((SELECT min(cursor) FROM page WHERE changed_at >= :before), 9223372036854775807)
+    """
+).bindparams(most=PAGE_DELETED)
+
+_ALL = 2**63 - 1
+
+
+def delete_old(connection: Connection, before: datetime, consumed: int | None = None) -> int:
+    """Delete a page of the oldest changes, those made before this time; answers how many.
+
+    `consumed`: the cursor up to which all consumers have read; None: there is no consumer.
+    """
+    through = _ALL if consumed is None else consumed
+    return connection.execute(_DELETE_OLD, {"before": before, "through": through}).rowcount
