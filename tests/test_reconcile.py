@@ -19,8 +19,8 @@ from archiver.database import run_async
 from archiver.events import responses
 from archiver.history import ReconcileResult, Submit, leases
 from archiver.history.callhq import UnauthorizedError
+from archiver.history.opening import reconciling
 from archiver.settings import Settings
-from archiver.worker import reconciling
 from tests import servers
 from tests.upstreams import API_KEY, CallHQ, Refusing, hosting, simulated
 from tests.waiting import until

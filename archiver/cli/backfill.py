@@ -32,8 +32,8 @@ from archiver.database import schema
 from archiver.history import ReconcileResult, ResponseNotStoredError, backfill
 from archiver.history.backfill import Selection
 from archiver.history.callhq import UnauthorizedError, printable
+from archiver.history.opening import reconciling
 from archiver.settings import Settings
-from archiver.worker import reconciling
 
 _INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it was."
 MAX_SHOWN = 20  # failures

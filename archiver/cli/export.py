@@ -18,8 +18,8 @@ from archiver.cli.output import Whole, console, counted, print_json, progress
 from archiver.compliance import export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
+from archiver.compliance.seals import signing_key
 from archiver.ledger import audit_log
-from archiver.worker import signing_key
 
 MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
 

@@ -20,7 +20,6 @@ from archiver.cli.output import Whole, console, counted, print_json, progress
 from archiver.compliance import seals
 from archiver.compliance.seals import Checked, Finding, Seal
 from archiver.database import identity
-from archiver.worker import signing_key
 
 READ_SECONDS = 24 * 3600  # of one statement of a verification
 MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
@@ -32,7 +31,7 @@ def seal(as_json: bool) -> None:
     """Seal all settled rows now. A worker does so every ARCHIVER_SEAL_EVERY seconds."""
     configuration = settings.read()
     telemetry.configure_logs("warning", configuration.log_format)  # its messages are printed below
-    key = signing_key(configuration)
+    key = seals.signing_key(configuration)
     with connection.ready(configuration) as engine:
         with database.transaction(engine) as opened:
             if reason := connection.identity_fault(configuration, engine, opened):
@@ -139,7 +138,7 @@ def _of_identity(opened: Connection, reason: str) -> list[Finding]:
 
 
 def _checking_keys(configuration: settings.Settings, key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
-    own = signing_key(configuration)
+    own = seals.signing_key(configuration)
     if not key_files and own is not None:
         return {seals.key_id(own.public_key()): own.public_key()}
     return verify_options.public_keys(key_files)

@@ -21,6 +21,7 @@ from uvicorn.supervisors import Multiprocess
 from archiver import database, settings, telemetry
 from archiver.cli import connection, fail, options
 from archiver.cli.output import Whole
+from archiver.compliance.seals import signing_key
 from archiver.database import catalogue, schema
 from archiver.database.connections import Connections
 from archiver.http import WEBHOOK_PATH, create
@@ -31,7 +32,6 @@ from archiver.operations import reloading
 from archiver.operations.audit_settings import record_settings
 from archiver.settings import Settings, SettingsError
 from archiver.telemetry.metrics_folder import shared_metrics
-from archiver.worker import signing_key
 from archiver.worker.worker_process import running_worker
 
 log = structlog.get_logger(__name__)

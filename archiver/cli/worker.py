@@ -12,10 +12,10 @@ from archiver.archive.rebuild import count_events
 from archiver.archive.rebuild import rebuild as replay
 from archiver.cli import connection, options
 from archiver.cli.output import Whole, counted, progress
+from archiver.compliance.seals import signing_key
 from archiver.database import schema
 from archiver.operations import reloading
 from archiver.settings import Settings
-from archiver.worker import signing_key
 from archiver.worker.worker_process import work
 
 log = structlog.get_logger(__name__)

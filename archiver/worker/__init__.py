@@ -19,7 +19,6 @@ from archiver.compliance import seals
 from archiver.database import lock_waits, run_async
 from archiver.database.connections import Connections
 from archiver.database.identity import ForeignDatabaseError, Guard
-from archiver.history.opening import reconciling
 from archiver.operations import heartbeats
 from archiver.operations.reloading import Reloading
 from archiver.outbound.feed import Publisher
@@ -30,10 +29,8 @@ from archiver.telemetry.duty_health import Duty
 from archiver.worker.compacting import Compacting
 from archiver.worker.histories import Histories
 from archiver.worker.retention_tasks import RetentionTasks
-from archiver.worker.sealing import Sealing, signing_key
+from archiver.worker.sealing import Sealing
 from archiver.worker.supervision import Runner, Supervisor
-
-__all__ = ["Worker", "reconciling", "signing_key"]
 
 log = structlog.get_logger(__name__)
 

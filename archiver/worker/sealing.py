@@ -5,13 +5,12 @@ from datetime import timedelta
 from time import monotonic
 
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Engine
 
 from archiver import database, telemetry
 from archiver.compliance import seals
 from archiver.database.identity import Guard
-from archiver.settings import Settings, SettingsError
+from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -23,7 +22,7 @@ class Sealing:
 
     def __init__(self, configuration: Settings, engine: Engine, guard: Guard) -> None:
         self._engine, self._guard = engine, guard
-        self._key = signing_key(configuration)
+        self._key = seals.signing_key(configuration)
         self._every = timedelta(seconds=configuration.seal_every)
         self._not_before = float("-inf")  # on `time.monotonic`
         self._settling = seals.Settling()
@@ -46,12 +45,3 @@ class Sealing:
             return
         if len(made) < SEALS_PER_JOB:
             telemetry.sealing.set(now.timestamp())
-
-
-def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
-    """The key that signs seals, if there is one. Raises `SettingsError`."""
-    pem = configuration.seal_key.get_secret_value()
-    try:
-        return seals.private_key(pem) if pem else None
-    except seals.KeyFileError as error:
-        raise SettingsError(f"ARCHIVER_SEAL_KEY: {error}.") from None

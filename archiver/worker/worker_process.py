@@ -22,6 +22,7 @@ import uvloop
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, settings, telemetry
+from archiver.compliance.seals import signing_key
 from archiver.database.connections import Connections
 from archiver.operations import heartbeats, reloading
 from archiver.operations.audit_settings import record_settings
@@ -29,7 +30,7 @@ from archiver.operations.processes import exit_with_parent
 from archiver.operations.reloading import Reloading
 from archiver.settings import Settings, SettingsError
 from archiver.telemetry.duty_health import Report, fault_location
-from archiver.worker import Worker, signing_key
+from archiver.worker import Worker
 
 log = structlog.get_logger(__name__)
 

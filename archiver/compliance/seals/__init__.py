@@ -10,6 +10,7 @@ from archiver.compliance.seals.chain import (
     select_newest,
     select_seal,
     select_seals,
+    signing_key,
 )
 from archiver.compliance.seals.comparing import Checked
 from archiver.compliance.seals.findings import Finding
@@ -40,6 +41,7 @@ __all__ = [
     "select_newest",
     "select_seal",
     "select_seals",
+    "signing_key",
     "usual_jobs",
     "verify",
 ]

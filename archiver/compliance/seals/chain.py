@@ -22,6 +22,7 @@ from archiver.compliance.seals import merkle
 from archiver.compliance.seals.leaves import ENTRY, KINDS
 from archiver.database import tables
 from archiver.errors import ArchiverError
+from archiver.settings import Settings, SettingsError
 
 NOTHING = bytes(32)  # the hash before the first seal's
 ENTRY_SIZE = ENTRY.size
@@ -254,6 +255,15 @@ def seal_from_statement(statement: str, hashed: bytes, key: str | None, signatur
     if seal.statement != statement.encode() or key_name != (key or "-"):
         raise ValueError("not the statement of this seal")
     return seal
+
+
+def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
+    """The key that signs seals, if there is one. Raises `SettingsError`."""
+    pem = configuration.seal_key.get_secret_value()
+    try:
+        return private_key(pem) if pem else None
+    except KeyFileError as error:
+        raise SettingsError(f"ARCHIVER_SEAL_KEY: {error}.") from None
 
 
 def private_key(pem: str) -> Ed25519PrivateKey:
