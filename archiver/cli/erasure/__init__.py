@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 
 from archiver import database, settings
 from archiver.archive import Timing
-from archiver.cli import connection, options
+from archiver.cli import complain, connection, options
 from archiver.cli.erasure import messages
 from archiver.cli.output import progress
 from archiver.compliance.erasure import HeldError, replay, requests, targets
@@ -102,7 +102,7 @@ def _check(selection: Selection, reason: str | None, *, should_list: bool, is_re
 
 def _ask(preview: Preview, *, yes: bool) -> None:
     if not preview.counts.events and not preview.counts.turns and not preview.held:
-        click.echo("archiver: no matching content is archived, or it is already erased", err=True)
+        complain("no matching content is archived, or it is already erased")
     selected = f"{len(preview.selected):,} named: {messages.describe_counts(preview.counts)}"
     options.confirm(f"Erase for good ({selected})?", yes=yes)
 

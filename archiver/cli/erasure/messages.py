@@ -8,6 +8,7 @@ from typing import Any
 import click
 import msgspec
 
+from archiver.cli import complain
 from archiver.cli.output import counted, print_json
 from archiver.compliance.erasure import Counts, Target
 from archiver.compliance.erasure.requests import Preview, Report
@@ -28,44 +29,39 @@ def warn_of(preview: Preview) -> None:
 def _warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None:
     """Warn of targets that are unknown and probably misspelt."""
     for name in variables:
-        click.echo(f"archiver: no turn has a variable {name}", err=True)
+        complain(f"no turn has a variable {name}")
     for each in unknown[:MAX_SHOWN]:
         target = f"chat {each.chat_id}" if each.chat_id else f"session {each.session_id}"
-        click.echo(f"archiver: nothing is known of {target}: what is delivered of it later is refused", err=True)
+        complain(f"nothing is known of {target}: what is delivered of it later is refused")
     if len(unknown) > MAX_SHOWN:
-        click.echo(f"archiver: and of {len(unknown) - MAX_SHOWN:,} more", err=True)
+        complain(f"and of {len(unknown) - MAX_SHOWN:,} more")
 
 
 def _warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
     """Warn of sessions that may hold text of an erased turn in unclaimed history messages."""
     for session_id in unclaimed[:MAX_SHOWN]:
-        click.echo(
-            f"archiver: no webhook delivered the text of a selected turn; session {session_id} has history messages"
-            " that no turn claims: they may be its words, and stay; erase the whole session to be sure",
-            err=True,
+        complain(
+            f"no webhook delivered the text of a selected turn; session {session_id} has history messages"
+            " that no turn claims: they may be its words, and stay; erase the whole session to be sure"
         )
     if len(unclaimed) > MAX_SHOWN:
-        click.echo(f"archiver: and {len(unclaimed) - MAX_SHOWN:,} more sessions", err=True)
+        complain(f"and {len(unclaimed) - MAX_SHOWN:,} more sessions")
 
 
 def _warn_of_held_quarantine(count: int) -> None:
     """Report how many quarantine rows a hold keeps."""
     if count:
         stay = counted(count, "row of the quarantine stays", "rows of the quarantine stay")
-        click.echo(
-            f"archiver: {stay}, for what a legal hold covers may be in it: erase again once that is released",
-            err=True,
-        )
+        complain(f"{stay}, for what a legal hold covers may be in it: erase again once that is released")
 
 
 def _warn_of_unsearchable(count: int) -> None:
     """Report how many quarantine rows could not be searched because they cannot be decoded."""
     if count:
         bodies = counted(count, "quarantined body", "quarantined bodies")
-        click.echo(
-            f"archiver: {bodies} could not be searched, because their bytes cannot be decoded: list them with"
-            " archiver quarantine list --unsearchable, look at each with archiver quarantine show ID",
-            err=True,
+        complain(
+            f"{bodies} could not be searched, because their bytes cannot be decoded: list them with"
+            " archiver quarantine list --unsearchable, look at each with archiver quarantine show ID"
         )
 
 
@@ -74,10 +70,9 @@ def _warn_of_repeated_content(repeating: Sequence[Target]) -> None:
     if not repeating:
         return
     repeat = counted(len(repeating), "other turn repeats", "other turns repeat")
-    click.echo(
-        f"archiver: {repeat} what an erased turn said: their deliveries stay in the ledger as they were received."
-        " To erase them as well:",
-        err=True,
+    complain(
+        f"{repeat} what an erased turn said: their deliveries stay in the ledger as they were received."
+        " To erase them as well:"
     )
     for each in repeating[:MAX_SHOWN]:
         options = (
@@ -85,7 +80,7 @@ def _warn_of_repeated_content(repeating: Sequence[Target]) -> None:
         )
         click.echo(f"  archiver erase {options}", err=True)
     if len(repeating) > MAX_SHOWN:
-        click.echo(f"archiver: and {len(repeating) - MAX_SHOWN:,} more; --json lists all", err=True)
+        complain(f"and {len(repeating) - MAX_SHOWN:,} more; --json lists all")
 
 
 def warn_of_spool(folder: Path) -> None:
@@ -93,19 +88,16 @@ def warn_of_spool(folder: Path) -> None:
     try:
         waiting = spool.select_depth(folder).events
     except spool.SpoolError as error:
-        click.echo(f"archiver: what waits on the spool is not known: {error}", err=True)
+        complain(f"what waits on the spool is not known: {error}")
     else:
         if waiting:
             wait = counted(waiting, "delivery waits", "deliveries wait")
-            click.echo(
-                f"archiver: {wait} on the spool in {folder}: what was erased stays there until serve has drained it,"
-                " and is refused then",
-                err=True,
+            complain(
+                f"{wait} on the spool in {folder}: what was erased stays there until serve has drained it,"
+                " and is refused then"
             )
     for each in spool.set_aside_files(folder):
-        click.echo(
-            f"archiver: {each} is damaged and may hold what was erased: look at it, then remove it by hand", err=True
-        )
+        complain(f"{each} is damaged and may hold what was erased: look at it, then remove it by hand")
 
 
 def describe_counts(counts: Counts) -> str:
@@ -133,14 +125,13 @@ def print_refusal(ordered: int, *, dry_run: bool) -> None:
     """Explain that holds stopped the erasure. `ordered`: targets ordered before the hold."""
     advice = "release the hold, or say --skip-held to erase the rest"
     if ordered:
-        click.echo(
-            f"archiver: {counted(ordered, 'session or turn', 'sessions and turns')} had been ordered to be erased"
+        complain(
+            f"{counted(ordered, 'session or turn', 'sessions and turns')} had been ordered to be erased"
             " when the hold was placed: they go, unless it covers them too, with the next archiver erase or by a"
-            f" worker within the hour. Of the rest nothing was erased; {advice}",
-            err=True,
+            f" worker within the hour. Of the rest nothing was erased; {advice}"
         )
     else:
-        click.echo(f"archiver: nothing {'would be' if dry_run else 'was'} erased; {advice}", err=True)
+        complain(f"nothing {'would be' if dry_run else 'was'} erased; {advice}")
 
 
 def print_held(held: Mapping[Target, Sequence[int]]) -> None:
@@ -149,6 +140,6 @@ def print_held(held: Mapping[Target, Sequence[int]]) -> None:
         turn = f" chat {target.chat_id}" if target.chat_id else ""
         numbers = ", ".join(str(each) for each in holds)
         session = f"session {target.session_id}" if target.session_id else "without a session,"
-        click.echo(f"archiver: {session}{turn} is under legal hold {numbers}; see archiver hold list", err=True)
+        complain(f"{session}{turn} is under legal hold {numbers}; see archiver hold list")
     if len(held) > MAX_SHOWN:
-        click.echo(f"archiver: and {len(held) - MAX_SHOWN:,} more", err=True)
+        complain(f"and {len(held) - MAX_SHOWN:,} more")
