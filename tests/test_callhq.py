@@ -33,7 +33,7 @@ from archiver.history.callhq import (
     UnauthorizedError,
     UnreachableError,
 )
-from archiver.history.callhq.client import ATTEMPTS, MAX_PAUSES, MAX_SESSION_PAUSES
+from archiver.history.callhq.client import ATTEMPTS, MAX_PAUSES, MAX_SESSION_PAUSES, READABLE_ATTEMPTS
 from archiver.inbound import signatures
 from archiver.settings import Settings, SettingsError
 from archiver.simulator import client as customers
@@ -249,6 +249,16 @@ async def test_server_errors_are_tried_again_until_there_is_an_answer():
     async with server(script) as s, connect(s) as client:
         assert status_and_body(await client.history("s1")) == (404, b"x")
     assert len(s.calls) == 3
+
+
+async def test_an_answer_that_cannot_be_read_is_tried_again_and_the_last_one_is_the_answer():
+    garbage = Response(b"<html>")
+    async with server([garbage, Response(b"x", 404)]) as s, connect(s) as client:
+        answer = await client.history("s1", lambda answer: answer.status == 404)
+        assert (answer.status, len(s.calls)) == (404, 2)
+    async with server([garbage] * 9) as s, connect(s) as client:
+        answer = await client.history("s1", lambda _: False)
+        assert (answer.body, len(s.calls)) == (b"<html>", READABLE_ATTEMPTS)
 
 
 async def test_attempts_are_bounded_and_the_error_says_what_happened():
@@ -501,6 +511,44 @@ class Times(Pauses):
 
     async def wait(self) -> None:
         self.times.append(asyncio.get_running_loop().time())
+
+
+@dataclass
+class Gate(Pauses):
+    """A pause that lasts until it is opened; says when so many wait for it."""
+
+    waiting: int = 2
+    is_full: asyncio.Event = field(default_factory=asyncio.Event)
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def wait(self) -> None:
+        await super().wait()
+        if self.log.count("wait") == self.waiting:
+            self.is_full.set()
+        await self.opened.wait()
+
+
+async def test_turns_wait_for_the_pause_and_no_more_are_held_than_calls_may_run():
+    gate, chosen, both, leaving = Gate(), list[int](), asyncio.Event(), asyncio.Event()
+    async with server() as s, connect(s, concurrency=2, pause=gate) as client:
+
+        async def take(number: int) -> None:
+            async with client.turn():
+                chosen.append(number)
+                if len(chosen) == 2:
+                    both.set()
+                await leaving.wait()
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            for number in range(5):
+                tasks.create_task(take(number))
+            await gate.is_full.wait()
+            assert chosen == []
+            gate.opened.set()
+            await both.wait()
+            assert (len(chosen), gate.log.count("wait")) == (2, 2)
+            leaving.set()
+    assert sorted(chosen) == [*range(5)]
 
 
 async def test_the_rate_spaces_calls_evenly_however_many_wait():

@@ -29,7 +29,7 @@ from archiver.archive import Timing
 from archiver.cli import complain, connection, options
 from archiver.cli.output import Number, Whole, console, print_json, progress
 from archiver.database import schema
-from archiver.history import ReconcileResult, ResponseNotStoredError, backfill
+from archiver.history import ReconcileResult, backfill
 from archiver.history.backfill import Selection
 from archiver.history.callhq import UnauthorizedError, printable
 from archiver.history.opening import reconciling
@@ -198,7 +198,7 @@ def command(
             connection.run(
                 _run(configuration, url, selection, summary, rate=rate, concurrency=concurrency, quiet=as_json)
             )
-        except (UnauthorizedError, ResponseNotStoredError):
+        except UnauthorizedError:
             summary.show(as_json=as_json)
             raise
     summary.show(as_json=as_json)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from typing import Literal
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -15,30 +16,25 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import ledger, telemetry
 from archiver.archive import Timing
 from archiver.database import run_async, run_split_async
-from archiver.errors import ArchiverError
 from archiver.events import Delivery, Event, responses
 from archiver.history import leases
 from archiver.history.callhq import Client
 from archiver.history.fetching import NOT_FOUND, Answer, HistoryFetcher
 from archiver.history.leased_sessions import LeasedSessions
 from archiver.history.report import Outcome, ReconcileResult, ResultReporter
-from archiver.history.shared_pause import SharedPause
+from archiver.inbound import Status
 
-__all__ = ["Outcome", "ReconcileResult", "Reconciler", "ResponseNotStoredError", "Submit", "retry_pause"]
+__all__ = ["Outcome", "ReconcileResult", "Reconciler", "Submit", "retry_pause"]
 
 RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
+_NOT_COMMITTED = "The database did not store the response."
 _NOT_STORED = "its answer could not be stored: see archiver quarantine list"
 _NOT_KNOWN = "CallHQ does not know this session (404), nor does the archive: is the id right? It was not registered."
 MAX_RETRY = timedelta(hours=1)
 MIN_RETRY = timedelta(seconds=30)
 
-Submit = Callable[[Event, datetime], Awaitable[str]]
-
-
-class ResponseNotStoredError(ArchiverError):
-    """The database did not store a response."""
-
-    message = "The database did not store the response."
+Submitted = Status | Literal["unavailable"]  # not committed: the database is unavailable
+Submit = Callable[[Event, datetime], Awaitable[Submitted]]
 
 
 class Reconciler:
@@ -50,17 +46,12 @@ class Reconciler:
         client: Client,
         submit: Submit,
         *,
-        pause: SharedPause,
         timing: Timing,
-        concurrency: int,
         mark_unavailable: bool = True,
     ) -> None:
-        self._engine, self._submit, self._timing = engine, submit, timing
+        self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
         self._fetcher = HistoryFetcher(client)
         self._mark_unavailable = mark_unavailable  # where there is no answer long after a session expired
-        self._pause = pause
-        self._concurrency = concurrency
-        self._turns = asyncio.Semaphore(concurrency)
         self._not_read = telemetry.Recurring("histories not read")
 
     @property
@@ -86,20 +77,9 @@ class Reconciler:
         async def record(session_id: str, answer: Answer) -> None:
             await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
 
-        async def work_loop() -> None:
-            while True:
-                # CallHQ's pause comes first: sessions not yet leased stay free for others.
-                async with self._turns:
-                    await self._pause.wait()
-                    session_id = await leased.next_session()
-                    if session_id is None:
-                        return
-                    answer = await self._fetcher.answer(session_id)
-                await _shielded(record(session_id, answer))
-
         async with leased.renewing_leases():
             try:
-                await _run_all(work_loop() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
+                await self._read_each(leased.next_session, record, min(self._under_way, len(session_ids)))
             finally:
                 await report.flush()
         report.report_busy()
@@ -111,20 +91,12 @@ class Reconciler:
     ) -> Counter[Outcome]:
         """Like `read_all`, for sessions unknown to the archive: each is registered with its first response."""
         report = ResultReporter(self._engine, LeasedSessions(self._engine, [], None), on_result)
-        waiting = iter(session_ids)
 
         async def register(session_id: str, answer: Answer) -> None:
             await report.add(session_id, *await self._register(session_id, answer))
 
-        async def work_loop() -> None:
-            for session_id in waiting:
-                async with self._turns:
-                    await self._pause.wait()
-                    answer = await self._fetcher.answer(session_id)
-                await _shielded(register(session_id, answer))
-
         try:
-            await _run_all(work_loop() for _ in range(min(self._concurrency * RECORDING, len(session_ids))))
+            await self._read_each(_each(session_ids), register, min(self._under_way, len(session_ids)))
         finally:
             await report.flush()
         self._fetcher.check_key()
@@ -138,22 +110,40 @@ class Reconciler:
         Raises `UnauthorizedError` if the key is refused for all.
         """
         outcomes: Counter[Outcome] = Counter()
-        waiting = iter(session_ids)
 
-        async def work_loop() -> None:
-            for session_id in waiting:
-                async with self._turns:
-                    await self._pause.wait()
-                    result = await self._preview(session_id)
-                outcomes[result.outcome] += 1
-                on_result(result)
+        async def preview(session_id: str, answer: Answer) -> None:
+            result = await self._preview(session_id, answer)
+            outcomes[result.outcome] += 1
+            on_result(result)
 
-        await _run_all(work_loop() for _ in range(min(self._concurrency, len(session_ids))))
+        await self._read_each(_each(session_ids), preview, min(self._client.concurrency, len(session_ids)))
         self._fetcher.check_key()
         return outcomes
 
-    async def _preview(self, session_id: str) -> ReconcileResult:
-        answer = await self._fetcher.answer(session_id)
+    @property
+    def _under_way(self) -> int:
+        return self._client.concurrency * RECORDING
+
+    async def _read_each(
+        self,
+        next_session: Callable[[], Awaitable[str | None]],
+        handle: Callable[[str, Answer], Awaitable[None]],
+        under_way: int,
+    ) -> None:
+        """Fetch the history of each session and handle the answer, with so many sessions under way."""
+
+        async def work_loop() -> None:
+            while True:
+                async with self._client.turn():  # first: sessions not yet leased stay free for others
+                    session_id = await next_session()
+                    if session_id is None:
+                        return
+                    answer = await self._fetcher.answer(session_id)
+                await _shielded(handle(session_id, answer))
+
+        await _run_all(work_loop() for _ in range(under_way))
+
+    async def _preview(self, session_id: str, answer: Answer) -> ReconcileResult:
         event = answer.event
         if event is None:
             return ReconcileResult(session_id, "failed", error=answer.fault)
@@ -181,11 +171,10 @@ class Reconciler:
             event = await self._failed(session_id, lease, answer)
             if event is None:
                 return "failed", answer.fault
-        try:
-            status = await self._submit(event, answer.began)
-        except ResponseNotStoredError as error:
+        status = await self._submit(event, answer.began)
+        if status == "unavailable":
             await self._postpone(session_id, lease, answer.began + self._timing.quiet)
-            return "failed", str(error)
+            return "failed", _NOT_COMMITTED
         if status == "quarantined":
             await self._postpone(session_id, lease, answer.began + MAX_RETRY)
             return "unreadable", _NOT_STORED
@@ -199,10 +188,9 @@ class Reconciler:
             return "unknown", _NOT_KNOWN
         # Both at one time: by another clock the session might have been heard of after its reading, as if by news.
         facts = [responses.register({"id": session_id}), *([answer.event] if answer.event is not None else [])]
-        try:
-            became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
-        except ResponseNotStoredError as error:
-            return "failed", str(error)
+        became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
+        if "unavailable" in became:
+            return "failed", _NOT_COMMITTED
         if answer.event is None:
             telemetry.readings.labels("failed").inc()
             return "failed", answer.fault
@@ -265,6 +253,15 @@ _OUTCOMES: dict[str, Outcome] = {
     responses.UNREADABLE: "unreadable",
     responses.UNAVAILABLE: "unavailable",
 }
+
+
+def _each(session_ids: Sequence[str]) -> Callable[[], Awaitable[str | None]]:
+    waiting = iter(session_ids)
+
+    async def next_session() -> str | None:
+        return next(waiting, None)
+
+    return next_session
 
 
 async def _shielded(work: Awaitable[None]) -> None:

@@ -4,21 +4,18 @@ from datetime import datetime
 from time import perf_counter
 
 import msgspec
-import stamina
 import structlog
 
 from archiver import database, telemetry
-from archiver.errors import ArchiverError
 from archiver.events import Event, responses
+from archiver.history import callhq
 from archiver.history.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
 
 log = structlog.get_logger(__name__)
 
 MAX_REFUSALS = 5  # of sessions, and none accepted: it is the key
 MAX_NOT_FOUND = 5  # sessions, and none found: it is the URL, or so it seems
-ATTEMPTS = 3  # at an answer that can be read
 NOT_FOUND = 404
-_INITIAL_BACKOFF, _MAX_BACKOFF, _JITTER = 0.5, 5.0, 0.5  # seconds
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -33,12 +30,6 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     fault: str = ""
     status: int = 0
     retry_after: float = 0.0
-
-    @property
-    def is_unreadable_success(self) -> bool:
-        """Return whether a success status came with an unreadable body."""
-        is_success = self.status in range(200, 300)
-        return is_success and self.event is not None and self.event.type == responses.UNREADABLE
 
 
 class HistoryFetcher:
@@ -60,36 +51,20 @@ class HistoryFetcher:
             raise UnauthorizedError
 
     async def answer(self, session_id: str) -> Answer:
-        """Return the history of a session. An unreadable body is retried like a server error.
+        """Return the history of a session. An unreadable body of a success is retried like a server error.
 
         Raises `UnauthorizedError` where the key is refused again and again and never accepted.
         """
-        attempts = stamina.retry_context(
-            on=RetryableResponseError,
-            attempts=ATTEMPTS,
-            timeout=None,
-            wait_initial=_INITIAL_BACKOFF,
-            wait_max=_MAX_BACKOFF,
-            wait_jitter=_JITTER,
-        )
-        try:
-            async for attempt in attempts:
-                with attempt:
-                    return await self._fetch_once(session_id)
-        except RetryableResponseError as retryable:
-            return retryable.answer
-        raise AssertionError("stamina ends with an answer or with an error")
-
-    async def _fetch_once(self, session_id: str) -> Answer:
-        answer = await self._fetch(session_id)
-        if answer.is_unreadable_success:
-            raise RetryableResponseError(answer)
-        return answer
-
-    async def _fetch(self, session_id: str) -> Answer:
         began, started = database.now(), perf_counter()
+        event: Event | None = None
+
+        def is_readable(answer: callhq.Answer) -> bool:
+            nonlocal event
+            event = responses.parse_history(session_id, answer.status, answer.body)
+            return event.type != responses.UNREADABLE or answer.status not in range(200, 300)
+
         try:
-            answer = await self._client.history(session_id)
+            answer = await self._client.history(session_id, is_readable)
         except UnreachableError as error:
             return Answer(began, None, str(error), retry_after=error.retry_after)
         except TooLargeError as error:
@@ -103,7 +78,6 @@ class HistoryFetcher:
             return Answer(began, None, f"CallHQ refuses {what}: is it one of the account of CALLHQ_API_KEY?")
         self._accept(answer.status)
         telemetry.reading_seconds.observe(perf_counter() - started)
-        event = responses.parse_history(session_id, answer.status, answer.body)
         return Answer(answer.began, event, status=answer.status)
 
     def _accept(self, status: int) -> None:
@@ -111,11 +85,3 @@ class HistoryFetcher:
         self._missing += status == NOT_FOUND
         if self._missing == self._accepted == MAX_NOT_FOUND:
             log.warning("every history call returned 404; check CALLHQ_API_URL (run archiver doctor)")
-
-
-class RetryableResponseError(ArchiverError):
-    """A response that a retry may replace."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self.answer = answer

@@ -12,7 +12,7 @@ from archiver import database
 from archiver.archive import Timing
 from archiver.events import Delivery, Event
 from archiver.events.responses import APPLICATION, REGISTERED, SOURCE
-from archiver.history import Reconciler, ResponseNotStoredError, Submit
+from archiver.history import Reconciler, Submit, Submitted
 from archiver.history.callhq import Client
 from archiver.history.shared_pause import SharedPause
 from archiver.inbound import CONNECTIONS, Ingest, QueueFullError, UnavailableError
@@ -37,7 +37,6 @@ async def reconciling(
     prepared = configuration.prepared_statements
     probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
     writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
-    at_once = concurrency or configuration.history_concurrency
     timing = Timing.of(configuration)
     queue = Ingest(
         writing,
@@ -47,16 +46,15 @@ async def reconciling(
         timing=timing,
         gather_seconds=_GATHER_SECONDS,
     )
-    pause = SharedPause(probe_engine)
     client = Client(
         configuration.callhq_api_url,
         configuration.callhq_api_key,
-        concurrency=at_once,
+        concurrency=concurrency or configuration.history_concurrency,
         rate=rate or configuration.history_rate or None,
-        pause=pause,
+        pause=SharedPause(probe_engine),
     )
 
-    async def submit(event: Event, began: datetime) -> str:
+    async def submit(event: Event, began: datetime) -> Submitted:
         source = APPLICATION if event.type == REGISTERED else SOURCE
         delivery = Delivery(event, began, None, source=source)
         while True:
@@ -65,8 +63,8 @@ async def reconciling(
                     return (await queue.submit(delivery)).status
             except QueueFullError:
                 await asyncio.sleep(_GATHER_SECONDS)  # large answers: there is room once others are committed
-            except (UnavailableError, TimeoutError) as error:
-                raise ResponseNotStoredError from error
+            except (UnavailableError, TimeoutError):
+                return "unavailable"
 
     try:
         async with queue.running(), client:
@@ -74,9 +72,7 @@ async def reconciling(
                 probe_engine,
                 client,
                 submit,
-                pause=pause,
                 timing=timing,
-                concurrency=at_once,
                 mark_unavailable=mark_unavailable,
             )
             yield probe_engine, reconciler, submit

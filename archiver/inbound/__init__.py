@@ -26,7 +26,7 @@ from archiver.inbound.isolated import IsolatedWriter
 from archiver.inbound.probe import Fault, database_fault
 from archiver.inbound.redrive import retry_quarantined
 from archiver.inbound.spool import Spool
-from archiver.inbound.writing import Outcome, Result, UnavailableError, write
+from archiver.inbound.writing import Outcome, Result, Status, UnavailableError, write
 
 __all__ = [
     "CONNECTIONS",
@@ -35,6 +35,7 @@ __all__ = [
     "Outcome",
     "QueueFullError",
     "Result",
+    "Status",
     "UnavailableError",
     "database_fault",
     "retry_quarantined",

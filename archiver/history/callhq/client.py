@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -28,6 +30,7 @@ from archiver.history.callhq.responses import (
 
 ATTEMPT_SECONDS = 30.0  # for one attempt, to the last byte of its answer
 ATTEMPTS = 4
+READABLE_ATTEMPTS = 3  # of these, at an answer that can be read
 MAX_PAUSES = 10  # that one call waits for
 # Of a pause that concerns one session alone: shorter ones are waited for, some times; longer ones end the call.
 SESSION_PAUSE_SECONDS, MAX_SESSION_PAUSES = 5.0, 2
@@ -76,7 +79,9 @@ class Client:
         self._attempts = attempts
         self._interval = 1 / rate if rate else 0.0
         self._next = 0.0  # on the loop's clock
-        self._turn = asyncio.Lock()
+        self._rate_lock = asyncio.Lock()
+        self.concurrency = concurrency
+        self._turns = asyncio.Semaphore(concurrency)
         self._pool = connection_pool(concurrency)
         self._registrar = Registrar(concurrency, registry) if registry else None
 
@@ -90,14 +95,26 @@ class Client:
         if self._registrar:
             await self._registrar.aclose()
 
-    async def history(self, session_id: str) -> Answer:
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until a call may begin, then hold one of `concurrency` turns during the block.
+
+        For callers that choose what to call for at the last moment; the calls themselves wait as well.
+        """
+        async with self._turns:
+            await self._pause.wait()
+            yield
+
+    async def history(self, session_id: str, is_readable: Callable[[Answer], bool] = lambda _: True) -> Answer:
         """Call `GET /chats/session/{id}`. Every status except 401, 403, 429 and 5xx is returned as a response.
+
+        A response that is not readable is retried like a server error, and returned by the last attempt at it.
 
         Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an id that is none.
         """
         if not session_id:
             raise ValueError("invalid session id: empty")
-        return await self._call("GET", f"/chats/session/{segment(session_id)}", None, session_id)
+        return await self._call("GET", f"/chats/session/{segment(session_id)}", None, session_id, is_readable)
 
     async def create_session(self, name: str, assistant_id: str) -> dict[str, Any]:
         """`POST /sessions`: the new session. Raises every `CallError`."""
@@ -134,7 +151,14 @@ class Client:
             )
         return held
 
-    async def _call(self, method: str, path: str, body: bytes | None, session_id: str | None = None) -> Answer:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        session_id: str | None = None,
+        is_readable: Callable[[Answer], bool] = lambda _: True,
+    ) -> Answer:
         """Call with retries and pauses. A request other than GET that may have arrived is not repeated."""
         pauses = Counter[bool]()  # by whether they were for every call
 
@@ -151,21 +175,30 @@ class Client:
                 wait_jitter=_JITTER,
             ):
                 with attempt:
-                    while True:
-                        try:
-                            answer = await self._send_once(method, path, body)
-                        except ThrottledError as busy:
-                            is_shared = await self._pause.set(busy.seconds, str(busy.status), session_id)
-                            pauses[is_shared] += 1
-                            await self._wait_or_raise(method, busy, pauses, is_shared=is_shared)
-                        else:
-                            if session_id is not None:
-                                self._pause.session_answered(session_id)
-                            return answer
+                    answer = await self._send(method, path, body, session_id, pauses)
+                    if not is_readable(answer) and attempt.num < min(READABLE_ATTEMPTS, self._attempts):
+                        raise AttemptFailedError("its answer cannot be read", was_sent=True)  # noqa: TRY301  # for stamina
+                    return answer
         except AttemptFailedError as error:
             # The error beneath holds the request, and the request the key.
             raise UnreachableError(f"CallHQ gave no answer: {error} (attempts: {attempt.num}).") from None
         raise AssertionError("stamina ends with an answer or with an error")
+
+    async def _send(
+        self, method: str, path: str, body: bytes | None, session_id: str | None, pauses: Counter[bool]
+    ) -> Answer:
+        """One attempt, sent again after each pause that CallHQ requests."""
+        while True:
+            try:
+                answer = await self._send_once(method, path, body)
+            except ThrottledError as busy:
+                is_shared = await self._pause.set(busy.seconds, str(busy.status), session_id)
+                pauses[is_shared] += 1
+                await self._wait_or_raise(method, busy, pauses, is_shared=is_shared)
+            else:
+                if session_id is not None:
+                    self._pause.session_answered(session_id)
+                return answer
 
     async def _wait_or_raise(
         self, method: str, busy: ThrottledError, pauses: Counter[bool], *, is_shared: bool
@@ -206,7 +239,7 @@ class Client:
             await self._pause.wait()
             return
         loop = asyncio.get_running_loop()
-        async with self._turn:
+        async with self._rate_lock:
             await asyncio.sleep(max(0.0, self._next - loop.time()))
             await self._pause.wait()
             self._next = loop.time() + self._interval
