@@ -60,7 +60,7 @@ def upsert_quarantine(
     """
     if not deliveries:
         return []
-    digests = [_digest(delivery) for delivery in deliveries]
+    digests = [digest_of(delivery) for delivery in deliveries]
     rows: dict[bytes, dict[str, Any]] = {}
     for digest, delivery in zip(digests, deliveries, strict=True):
         row = rows.setdefault(digest, _row(digest, delivery))
@@ -76,7 +76,7 @@ def upsert_quarantine(
     return [ids[digest] for digest in digests]
 
 
-def _digest(delivery: Delivery[Content]) -> bytes:
+def digest_of(delivery: Delivery[Content]) -> bytes:
     """Return the key that identifies the delivery."""
     _, session_id, dedupe_key = delivery.internal
     if session_id is None or dedupe_key is None:
