@@ -21,7 +21,7 @@ from archiver.archive import Timing
 from archiver.archive.rebuild import rebuild
 from archiver.compliance import erasure
 from archiver.compliance.erasure import AuditEntry, Criteria, HeldError, Target, ordering, replay, requests
-from archiver.compliance.erasure.quarantine_matches import delete_mentioning, select_matches
+from archiver.compliance.erasure.quarantine_matches import delete_matches, select_matches
 from archiver.compliance.erasure.targets import of_chats
 from archiver.database import transaction
 from archiver.events import Delivery, responses
@@ -394,7 +394,7 @@ def test_i8_the_quarantine_keeps_what_may_be_about_anything_held(engine: Engine)
         for hold_id in holds:
             erasure.release_hold(connection, hold_id, "judge@court", "closed")
     with transaction(engine) as connection:
-        assert delete_mentioning(connection, [Target("s1")]) == len(bodies)
+        assert delete_matches(connection, select_matches(connection, [Target("s1")])) == len(bodies)
 
 
 def test_i8_what_the_quarantine_was_found_to_hold_goes_with_the_order(
@@ -983,7 +983,7 @@ class ErasureScenario:
             self.erased.add(chat_number)
             self.unknowable |= {chat_number} - self.delivered
         with transaction(self.engine) as connection:
-            delete_mentioning(connection, result)
+            delete_matches(connection, select_matches(connection, result))
         if what != "order":
             sweep(self.engine)
 

@@ -147,7 +147,8 @@ async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url
         for minutes in (10, 20):
             now = datetime.now(UTC) + timedelta(minutes=minutes)
             until_then = now + timedelta(minutes=10)
-            claim_listed = partial(leases.claim_due, now=now, until=until_then, limit=100)
+            due = await run_async(engine, partial(leases.select_due, now=now, limit=100))
+            claim_listed = partial(leases.claim_listed, due=due, now=now, until=until_then)
             assert {each for each, _ in await run_async(engine, claim_listed)} == set(ids)
             times.append(until_then)
         assert await reconciler.read_all(ids, due_at=times[0]) == {}

@@ -29,7 +29,6 @@ __all__ = [
     "DEFAULT_TIMING",
     "UNASSIGNED",
     "Fact",
-    "Key",
     "Timing",
     "Turn",
     "fold",

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, not_, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, not_, or_, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
 from archiver.archive import UNASSIGNED
@@ -107,11 +107,6 @@ def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, unti
     claimed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
     claimed_ids = set(connection.scalars(_CLAIM_LISTED, claimed)) if due else set()
     return [(session_id, read_by) for session_id, read_by in due if session_id in claimed_ids]
-
-
-def claim_due(connection: Connection, now: datetime, until: datetime, limit: int) -> list[Due]:
-    """Select and claim due sessions in one transaction."""
-    return claim_listed(connection, select_due(connection, now, limit), now, until)
 
 
 def _at(now: datetime) -> dict[str, Any]:
@@ -241,11 +236,3 @@ def select_read(connection: Connection, session_ids: Sequence[str], since: datet
         _AMONG, _sessions.read_at >= since, not_(_HAS_NEWS), not_(_IS_UNREADABLE)
     )
     return set(connection.scalars(statement, {"session_ids": list(session_ids)}))
-
-
-_COUNT_DUE = text("SELECT count(*) FROM archiver.sessions WHERE reconcile_at <= :now")
-
-
-def count_due(connection: Connection, now: datetime) -> int:
-    """Sessions whose reading is due."""
-    return int(connection.scalar(_COUNT_DUE, {"now": now}) or 0)

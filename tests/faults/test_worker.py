@@ -258,7 +258,8 @@ def test_a_great_backlog_is_handed_out_oldest_expiry_first(engine: Engine) -> No
     now = datetime.now(UTC) + timedelta(seconds=5)
     while True:
         with transaction(engine) as connection:
-            part = leases.claim_due(connection, now, now + timedelta(minutes=10), 5_000)
+            due = leases.select_due(connection, now, 5_000)
+            part = leases.claim_listed(connection, due, now, now + timedelta(minutes=10))
         if not part:
             break
         handed += [session_id for session_id, _ in part]

@@ -1,8 +1,8 @@
 """Erasure: holds, orders, and deletion of content (I8)."""
 
 from archiver.compliance.erasure.holds import HoldError, covering, insert_hold, release_hold, select_holds
-from archiver.compliance.erasure.ordering import AuditEntry, HeldError, Ordered, Rule, check, order
-from archiver.compliance.erasure.sweeping import Step, sweep
+from archiver.compliance.erasure.ordering import AuditEntry, HeldError, Ordered, order
+from archiver.compliance.erasure.sweeping import sweep
 from archiver.compliance.erasure.targets import Counts, Target
 from archiver.compliance.legal_holds import Criteria
 
@@ -13,10 +13,7 @@ __all__ = [
     "HeldError",
     "HoldError",
     "Ordered",
-    "Rule",
-    "Step",
     "Target",
-    "check",
     "covering",
     "insert_hold",
     "order",

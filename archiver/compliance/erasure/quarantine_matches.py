@@ -134,8 +134,3 @@ def _names_known_session(connection: Connection, body: Decoded, session_id: str 
 def delete_matches(connection: Connection, matches: QuarantineMatches) -> int:
     """Delete the rows that no hold covers; return their number."""
     return quarantine.delete_rows(connection, select_deletable(connection, matches))
-
-
-def delete_mentioning(connection: Connection, targets: Sequence[Target]) -> int:
-    """Delete rows that mention these targets and that no hold covers; return their number."""
-    return delete_matches(connection, select_matches(connection, targets))
