@@ -216,8 +216,8 @@ def _count_ordered(engine: Engine, preview: Preview, parts: Sequence[Ordered]) -
         rows = before.with_later(select_matches(connection, deletable, preview.variables, before.searched))
     with transaction(engine, statement_seconds=STATEMENT_SECONDS) as connection:
         Lock.RECORDING.take(connection, exclusive=False)
-        counts.quarantined = sum(part.quarantined for part in parts) + delete_matches(connection, rows)
-    counts.unsearchable = len(rows.unsearchable)
+        quarantined = sum(part.quarantined for part in parts) + delete_matches(connection, rows)
+    counts = msgspec.structs.replace(counts, quarantined=quarantined, unsearchable=len(rows.unsearchable))
     return OrderedRequest(parts, counts, SearchedRows({*deletable, *ordered}, rows.searched))
 
 
@@ -227,14 +227,15 @@ def purge(engine: Engine, request: OrderedRequest, timing: Timing, on_step: Call
     Raises a database error where something is locked or takes too long; the rest is erased, and a worker goes on.
     """
     ordered = {target for part in request.parts for target in part.targets}
-    counts = request.counts
+    quarantined = request.counts.quarantined
     held: dict[Target, Sequence[int]] = {}  # since it was ordered
     repeating: set[Target] = set()
     for step in sweep(engine, timing, searched=request.searched):
-        counts.quarantined += step.quarantined
+        quarantined += step.quarantined
         repeating |= {*step.repeating}
         held |= {target: holds for target, holds in step.held.items() if target in ordered}
         on_step(step)
+    counts = msgspec.structs.replace(request.counts, quarantined=quarantined)
     if held:
         with transaction(engine, statement_seconds=STATEMENT_SECONDS) as connection:
             counts = counts.without(targets.count(connection, sorted(held)))
