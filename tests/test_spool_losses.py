@@ -1,5 +1,6 @@
 """What a disk or a person does to the spool: intact deliveries are found again, and a loss is reported by number."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -171,13 +172,15 @@ def test_no_loss_is_reported_where_none_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["spool-0.db", "spool-0.db-wal", "spool-0.lock"])
-@pytest.mark.parametrize("kind", ["folder", "link"])
+@pytest.mark.parametrize("kind", ["folder", "link", "named pipe"])
 def test_a_name_that_is_no_file_is_passed_over_and_reported(tmp_path: Path, name: str, kind: str) -> None:
     home = tmp_path / "home"
     folder = home / "spool"
     folder.mkdir(parents=True)
     if kind == "folder":
         (folder / name).mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(folder / name)
     else:
         (folder / name).symlink_to(tmp_path / "elsewhere")
     spool = open_spool(folder, ROOM)
@@ -188,6 +191,14 @@ def test_a_name_that_is_no_file_is_passed_over_and_reported(tmp_path: Path, name
     assert not (tmp_path / "elsewhere").exists()
     shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
     assert name in shown.stdout
+
+
+def test_a_named_pipe_in_the_place_of_a_count_blocks_nothing(tmp_path: Path) -> None:
+    for name in ("spool-0.count", "lost.json"):
+        os.mkfifo(tmp_path / name)
+    expected = fill(tmp_path, [40] * 3)
+    assert reopened(tmp_path) == set(expected)
+    assert select_lost(tmp_path).events == 0
 
 
 def test_a_receiver_without_a_spool_tries_again_and_says_so(database_url: str, tmp_path: Path) -> None:

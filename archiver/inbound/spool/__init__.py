@@ -7,7 +7,6 @@ was acknowledged is then saved as far as it can still be read.
 
 import os
 import sqlite3
-import stat
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ import structlog
 
 from archiver.inbound.spool.counting import LOST, Lost, select_lost
 from archiver.inbound.spool.errors import SpoolError, SpoolFullError, explained, unusable_message
-from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES
+from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES, is_regular
 from archiver.inbound.spool.locked_file import MIN_ROOM_BYTES, SELECT_DEPTH, Depth, Spool, Spooled, hold, open_spool
 from archiver.inbound.spool.salvage import set_aside_files
 
@@ -50,7 +49,7 @@ def open_left_behind(folder: Path) -> Iterator[Spool]:
     for path in sorted(folder.glob("spool-*.db")):
         number = path.stem.removeprefix("spool-")
         try:
-            size = path.lstat().st_size if number.isdecimal() and _is_file(path) else 0
+            size = path.lstat().st_size if number.isdecimal() and is_regular(path) else 0
             held = hold(folder, int(number), 2 * size) if size else None
         except (OSError, SpoolError) as error:
             log.error("spool file of an ended process unreadable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
@@ -65,7 +64,7 @@ def select_depth(folder: Path) -> Depth:
     """Return the content of all files of a folder. Raises `SpoolError`."""
     events, size, oldest = 0, 0, None
     for path in sorted(folder.glob("spool-*.db")):
-        if not _is_file(path):
+        if not is_regular(path):
             continue
         with explained(path):
             database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
@@ -79,15 +78,8 @@ def select_depth(folder: Path) -> Depth:
 
 
 def select_unfit(folder: Path) -> list[Path]:
-    """Return paths in place of spool files that are not files: folders, links."""
-    return [path for path in sorted(folder.glob("spool-*.*")) if not _is_file(path)]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return True  # it has gone
+    """Return paths in place of spool files that are not files: folders, links, named pipes."""
+    return [path for path in sorted(folder.glob("spool-*.*")) if not is_regular(path)]
 
 
 def select_room(folder: Path) -> int:

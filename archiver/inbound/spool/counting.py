@@ -29,13 +29,13 @@ class Count:
     def read(self) -> int:
         """The count; 0 where there is none."""
         with suppress(OSError, ValueError):
-            return max(int(self._path.read_bytes()), 0)
+            return max(int(_read(self._path)), 0)
         return 0
 
     def write(self, events: int, *, is_durable: bool = False) -> None:
         """Keep it: for a process that is killed, or with `is_durable` for a machine that is."""
         with suppress(OSError):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             opened = os.open(self._path, flags, 0o600)
             try:
                 os.pwrite(opened, f"{events:020}\n".encode(), 0)
@@ -58,6 +58,11 @@ def add_lost(folder: Path, events: int) -> Lost:
 def select_lost(folder: Path) -> Lost:
     """What was noted."""
     try:
-        return msgspec.json.decode((folder / LOST).read_bytes(), type=Lost)
+        return msgspec.json.decode(_read(folder / LOST), type=Lost)
     except (OSError, msgspec.DecodeError):
         return Lost()
+
+
+def _read(path: Path) -> bytes:
+    """Return the content of a file; empty where this is none: opening a named pipe would block."""
+    return path.read_bytes() if path.is_file() else b""

@@ -5,6 +5,7 @@ Every reader of a row checks it: a delivery was verified when it came, so nothin
 
 import os
 import sqlite3
+import stat
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -65,6 +66,14 @@ def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
             database.close()
             raise
         return database
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether this is a regular file, or not there: no folder, link, named pipe or device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return True
 
 
 def _check_head(path: Path) -> None:

@@ -363,8 +363,9 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
 
 def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
     """Open the file of this number; None if another process holds it."""
-    for name in (f"spool-{number}.db", f"spool-{number}.db-wal", f"spool-{number}.db-shm"):
-        if (folder / name).is_symlink() or (folder / name).is_dir():
+    for end in ("db", "db-wal", "db-shm", "lock"):
+        name = f"spool-{number}.{end}"
+        if not files.is_regular(folder / name):  # opening a named pipe would block
             raise SpoolError(unusable_message(folder / name, "not a file"))
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     with explained(folder):
