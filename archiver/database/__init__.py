@@ -4,7 +4,6 @@
 """
 
 from archiver.database import clock, locks, session
-from archiver.database.bulk_insert import BulkInsert
 from archiver.database.clock import now
 from archiver.database.engine import connect, connect_async, conninfo, redirect
 from archiver.database.errors import (
@@ -20,8 +19,8 @@ from archiver.database.errors import (
     sqlstate,
 )
 from archiver.database.locks import Lock
-from archiver.database.raw_statement import RawStatement, Statement, as_json, execute
 from archiver.database.session import EncodingError, is_behind_pooler
+from archiver.database.statements import BulkInsert, RawStatement, Statement, as_json, execute
 from archiver.database.transactions import (
     LOCK_SECONDS,
     STATEMENT_SECONDS,

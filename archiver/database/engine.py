@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver.database import session
-from archiver.database.bulk_insert import DIALECT, PARAMSTYLE
+from archiver.database.statements import DIALECT, PARAMSTYLE
 
 CONNECT_SECONDS = 5
 CONNECT_SECONDS_PER_HOST = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least

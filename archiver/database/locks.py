@@ -12,7 +12,7 @@ from enum import StrEnum
 import msgspec
 from sqlalchemy import Connection, text
 
-from archiver.database.raw_statement import RawStatement, Statement, execute
+from archiver.database.statements import RawStatement, Statement, execute
 
 # For transactions that look up by key: a plan that Postgres made while the tables were empty, and kept, must not scan
 # them when they no longer are.

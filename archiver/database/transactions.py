@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import telemetry
 from archiver.database import clock, session
 from archiver.database.errors import is_cancelled, is_conflict, is_lock_timeout, sqlstate
-from archiver.database.raw_statement import RawStatement
+from archiver.database.statements import RawStatement
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -144,9 +144,9 @@ async def run_async(
 ) -> T:
     """Return the result of `work` after the commit of its durable transaction.
 
-    `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: where
-    another transaction was in the way it is done again. After so many `seconds` it is a `TimeoutError`, and nobody
-    knows whether it was committed. Postgres cancels a statement after `statement_seconds`, and one that waits for a
+    `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: after a
+    conflict with another transaction it is retried. Raises `TimeoutError` after so many `seconds`; whether it was
+    committed is unknown then. Postgres cancels a statement after `statement_seconds`, and one that waits for a
     lock after `lock_seconds`.
     """
     limits = statement_seconds, lock_seconds

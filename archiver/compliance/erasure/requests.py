@@ -222,7 +222,7 @@ def _count_ordered(engine: Engine, preview: Preview, parts: Sequence[Ordered]) -
 
 
 def purge(engine: Engine, request: OrderedRequest, timing: Timing, on_step: Callable[[Step], None]) -> Report:
-    """Erase what was ordered, and whatever an erasure that was stopped has left. `on_step` is called after each step.
+    """Erase what was ordered, and what stopped erasures have left. `on_step` is called after each step.
 
     Raises a database error where something is locked or takes too long; the rest is erased, and a worker goes on.
     """

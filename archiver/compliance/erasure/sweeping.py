@@ -65,7 +65,7 @@ _SELECT_PAGE = text(
            EXISTS (SELECT FROM archiver.events f WHERE {_NAMED}) AS is_pending,
            e.session_id <> '' AND e.chat_id <> ''
            AND EXISTS (SELECT FROM archiver.events f
-                        WHERE f.session_id = '' AND f.chat_id = e.chat_id AND f.body IS NOT NULL) AS has_strays
+                        WHERE f.session_id = '' AND f.chat_id = e.chat_id AND f.body IS NOT NULL) AS has_unassigned
       FROM page e ORDER BY e.id
     """  # noqa: S608  # a constant
 )
@@ -121,7 +121,7 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
         if not page:
             break
         for row in page:
-            if row.has_strays:  # found out since: ordered as the rest was, and swept on a later page
+            if row.has_unassigned:  # found out since: ordered as the rest was, and swept on a later page
                 act = AuditEntry("erase", audit_log.ARCHIVER, None)
                 order(
                     engine,
