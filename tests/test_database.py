@@ -237,7 +237,6 @@ def test_engines_are_opened_in_one_place_of_each_process() -> None:
     assert opening == {
         "database/connections.py",
         "http/__init__.py",  # its engines can be directed to another database
-        "history/opening.py",
         "database/lock_waits.py",  # of a thread that watches another engine
         "compliance/seals/parallel.py",  # of a process that helps with a verification
     }

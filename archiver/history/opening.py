@@ -8,8 +8,8 @@ from datetime import datetime
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import database
 from archiver.archive import Timing
+from archiver.database.connections import Connections
 from archiver.events import Delivery, Event
 from archiver.events.responses import APPLICATION, REGISTERED, SOURCE
 from archiver.history import Reconciler, Submit, Submitted
@@ -34,48 +34,37 @@ async def reconciling(
     mark_unavailable: bool = True,
 ) -> AsyncIterator[tuple[AsyncEngine, Reconciler, Submit]]:
     """All that reading histories needs: connections to Postgres and to CallHQ, and the write path."""
-    prepared = configuration.prepared_statements
-    probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
-    writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
-    timing = Timing.of(configuration)
-    queue = Ingest(
-        writing,
-        queue_events=10_000,
-        queue_bytes=_QUEUE_BYTES,
-        batch_events=_BATCH,
-        timing=timing,
-        gather_seconds=_GATHER_SECONDS,
-    )
-    client = Client(
-        configuration.callhq_api_url,
-        configuration.callhq_api_key,
-        concurrency=concurrency or configuration.history_concurrency,
-        rate=rate or configuration.history_rate or None,
-        pause=SharedPause(probe_engine),
-    )
+    connections = Connections(url, configuration.prepared_statements)
+    async with connections.asynchronous(2) as engine, connections.asynchronous(CONNECTIONS) as writing:
+        timing = Timing.of(configuration)
+        queue = Ingest(
+            writing,
+            queue_events=10_000,
+            queue_bytes=_QUEUE_BYTES,
+            batch_events=_BATCH,
+            timing=timing,
+            gather_seconds=_GATHER_SECONDS,
+        )
+        client = Client(
+            configuration.callhq_api_url,
+            configuration.callhq_api_key,
+            concurrency=concurrency or configuration.history_concurrency,
+            rate=rate or configuration.history_rate or None,
+            pause=SharedPause(engine),
+        )
 
-    async def submit(event: Event, began: datetime) -> Submitted:
-        source = APPLICATION if event.type == REGISTERED else SOURCE
-        delivery = Delivery(event, began, None, source=source)
-        while True:
-            try:
-                async with asyncio.timeout(_SUBMIT_SECONDS):
-                    return (await queue.submit(delivery)).status
-            except QueueFullError:
-                await asyncio.sleep(_GATHER_SECONDS)  # large answers: there is room once others are committed
-            except (UnavailableError, TimeoutError):
-                return "unavailable"
+        async def submit(event: Event, began: datetime) -> Submitted:
+            source = APPLICATION if event.type == REGISTERED else SOURCE
+            delivery = Delivery(event, began, None, source=source)
+            while True:
+                try:
+                    async with asyncio.timeout(_SUBMIT_SECONDS):
+                        return (await queue.submit(delivery)).status
+                except QueueFullError:
+                    await asyncio.sleep(_GATHER_SECONDS)  # large answers: there is room once others are committed
+                except (UnavailableError, TimeoutError):
+                    return "unavailable"
 
-    try:
         async with queue.running(), client:
-            reconciler = Reconciler(
-                probe_engine,
-                client,
-                submit,
-                timing=timing,
-                mark_unavailable=mark_unavailable,
-            )
-            yield probe_engine, reconciler, submit
-    finally:
-        await writing.dispose()
-        await probe_engine.dispose()
+            reconciler = Reconciler(engine, client, submit, timing=timing, mark_unavailable=mark_unavailable)
+            yield engine, reconciler, submit
