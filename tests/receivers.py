@@ -101,7 +101,7 @@ class Receiver:
         """Whether it says which port it took; one that ended instead will never."""
         assert self.process.poll() is None, f"serve ended with {self.process.returncode}: {self.stderr()}"
         for line in self.stderr().splitlines():
-            if '"receiving"' in line:
+            if '"receiver started"' in line:
                 self.url = json.loads(line)["url"].removesuffix(WEBHOOK)
         return bool(self.url)
 

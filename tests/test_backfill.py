@@ -105,7 +105,7 @@ def test_an_unknown_id_is_a_failure_and_creates_no_conversation(
     listed = [] if option else [(session.id,)]
     assert rows(database_url, "SELECT session_id FROM analytics.conversations") == listed
     texts = backfill(database_url, callhq, "--session", "nope", *option).stderr
-    assert "archiver: nope: CallHQ does not know this session (404)" in texts
+    assert "archiver: nope: This session is unknown to CallHQ (404)" in texts
 
 
 def deliver_one_of(database_url: str, session_id: str) -> None:
@@ -121,7 +121,7 @@ def test_a_wrong_url_is_reported_and_the_next_run_recovers(database_url: str, ca
     for option in ("--dry-run", "--all", "--all"):
         ended = archiver("backfill", option, database_url=database_url, **without_api)
         assert ended.returncode == 1
-        assert "CallHQ answered 404 for every session, although 1 of them were heard of lately" in ended.stderr
+        assert "CallHQ answered 404 for every session, although 1 of them were active recently" in ended.stderr
         assert "CALLHQ_API_URL" in ended.stderr
         assert "hunter2" not in ended.stderr
     assert rows(database_url, "SELECT reason FROM analytics.coverage") == [("history_gone",)]
@@ -168,7 +168,7 @@ def test_an_answer_of_an_unexpected_shape_is_never_done_with(
         for _ in range(2):
             ended = backfill(database_url, callhq, *selection)
             assert ended.returncode == 1
-            assert f"{session.id}: an answer of an unexpected shape" in ended.stderr
+            assert f"{session.id}: a response of unexpected form" in ended.stderr
         proxy.is_down = False
         ended = backfill(database_url, callhq, *selection, "--json")
         assert (ended.returncode, json_of(ended)["outcomes"]) == (0, {"read": 1})
@@ -210,8 +210,8 @@ def test_a_refused_key_ends_it_with_one_clear_error(database_url: str, callhq: C
         (["--since", "yesterday"], "2024-01-15"),
         (["--file", "/nowhere"], "No such file"),
         (["--rate", "0"], "--rate"),
-        (["--session", ""], "no session id"),
-        (["--session", "x" * 2000], "no session id"),
+        (["--session", ""], "invalid session id"),
+        (["--session", "x" * 2000], "invalid session id"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(database_url: str, options: list[str], complaint: str) -> None:

@@ -26,7 +26,7 @@ from archiver.ledger import quarantine
 from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 
 
 def table_rows(page: str, heading: str) -> list[list[str]]:
@@ -202,7 +202,7 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
     command = [sys.executable, "-m", "archiver", "simulate", "--port", str(port)]
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as simulator:
         try:
-            until(lambda: "is at" in (tmp_path / "log").read_text(), "the simulator listens")
+            until(lambda: "runs at" in (tmp_path / "log").read_text(), "the simulator listens")
             script = f"set -e\n{lines.replace(':8100', f':{port}')}"
             process = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
         finally:
@@ -218,7 +218,19 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_table_cell_has_fewer_than_30_words(page: Path) -> None:
+    for line in page.read_text().splitlines():
+        cells = re.sub(r"`[^`]*`", "code", line).strip("|").split(" | ") if line.startswith("|") else ()
+        assert all(len(cell.split()) < 30 for cell in cells), line
+
+
+def test_the_index_of_the_documentation_lists_every_page() -> None:
+    linked = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert {page.name for page in (ROOT / "docs").iterdir()} - {"README.md"} == linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target

@@ -268,12 +268,12 @@ def test_a_swapped_socket_folder_is_refused(long_home: Path) -> None:
         postgres.socket_dir.rename(aside)
         try:
             postgres.socket_dir.symlink_to(aside)
-            with pytest.raises(embedded.EmbeddedError, match="listening in"):
+            with pytest.raises(embedded.EmbeddedError, match="intercepting connections"):
                 embedded.start(long_home)
             postgres.socket_dir.unlink()
             postgres.socket_dir.mkdir(mode=0o777)
             postgres.socket_dir.chmod(0o777)
-            with pytest.raises(embedded.EmbeddedError, match="listening in"):
+            with pytest.raises(embedded.EmbeddedError, match="intercepting connections"):
                 embedded.start(long_home)
             postgres.socket_dir.rmdir()
         finally:
@@ -286,7 +286,7 @@ def test_a_socket_folder_of_another_user_is_refused(long_home: Path, visitor: Vi
         aside = postgres.socket_dir.with_suffix(".aside")
         postgres.socket_dir.rename(aside)
         visitor.folder(postgres.socket_dir)
-        with pytest.raises(embedded.EmbeddedError, match="listening in"):
+        with pytest.raises(embedded.EmbeddedError, match="intercepting connections"):
             embedded.start(long_home)
         postgres.socket_dir.rmdir()
         aside.rename(postgres.socket_dir)
@@ -412,7 +412,7 @@ def test_an_empty_data_folder_is_filled(home: Path) -> None:
 def test_a_link_whose_data_is_gone_is_not_replaced_by_an_empty_database(home: Path) -> None:
     home.mkdir()
     (home / "postgres").symlink_to(home / "elsewhere")
-    with pytest.raises(embedded.EmbeddedError, match="which is gone: restore it"):
+    with pytest.raises(embedded.EmbeddedError, match="which does not exist: restore it"):
         embedded.start(home)
 
 

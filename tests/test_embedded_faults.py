@@ -258,7 +258,7 @@ def test_a_smart_shutdown_is_reported_without_earlier_errors(home: Path) -> None
         with embedded.running(home) as again:  # once they have gone
             assert query(again, "SELECT 1") == (1,)
             query(again, "ALTER DATABASE postgres WITH ALLOW_CONNECTIONS false")
-            with pytest.raises(embedded.EmbeddedError, match="refuses us") as refused:
+            with pytest.raises(embedded.EmbeddedError, match="refuses the connection") as refused:
                 embedded.start(home)
             assert "plenty" not in str(refused.value)
             assert "smart shutdown" not in str(refused.value)

@@ -439,7 +439,7 @@ def test_i9_an_archive_that_was_forged_is_found_in_its_export(archive: Engine, t
     execute(archive, "UPDATE archiver.events SET type = 'forged' WHERE id = 2", unguarded=True)
     make(archive, tmp_path / "whole")
     assert [str(item) for item in check(tmp_path / "whole")] == [
-        "events.jsonl, line 2, event 2, sealed by 1: it is not as it was sealed"
+        "events.jsonl, line 2, event 2, sealed by 1: it differs from its sealed state"
     ]
 
 
@@ -487,7 +487,7 @@ def test_i9_what_outlives_the_signature_is_found(archive: Engine, tmp_path: Path
     folder = stripped(whole, forged)
     reforge(folder, lambda result: result.update(signed_by=None))
     assert [str(item) for item in check(folder, is_keyed=True, digest=None, **known)] == [
-        "manifest.json: it is not signed, though it should be"
+        "manifest.json: it is not signed, although it must be"
     ]
     recorded = sha256((whole / "manifest.json").read_bytes()).hexdigest()
     assert [item.fault for item in check(folder, is_keyed=True, digest=recorded, **known)] == ["not_recorded"]

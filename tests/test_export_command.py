@@ -70,10 +70,10 @@ def test_an_auditor_exports_and_anybody_checks_without_a_database(url: str, outp
     with as_auditor(url) as auditors:
         process = ok("--output", output, "--all", "--format", "csv", "--format", "openai", url=auditors)
     assert "events.jsonl" in process
-    assert "not sealed yet) to" in process
+    assert "not yet sealed) to" in process
     unsigned = archiver("export", "--check", str(output), "--key", str(tmp_path / "seal.pub"))
     assert unsigned.returncode == 1
-    assert "manifest.json: it is not signed, though it should be" in unsigned.stderr
+    assert "manifest.json: it is not signed, although it must be" in unsigned.stderr
     recorded = sha256((output / "manifest.json").read_bytes()).hexdigest()
     checked = ok("--check", output, "--key", tmp_path / "seal.pub", "--manifest", recorded)
     (digest,) = [line.split(": ")[1].split(",")[0] for line in checked.splitlines() if "SHA-256" in line]
@@ -136,7 +136,7 @@ def test_an_unsigned_export_fails_its_check_without_unsigned_or_manifest(
         "SELECT detail ->> 'act', detail ->> 'manifest_sha256' FROM archiver.acts WHERE kind = 'export.done'",
     )
     lines_of_it = ok("--check", output, "--manifest", recorded).splitlines()
-    assert f'export.done whose detail has "act": {act}:' in lines_of_it[-1]
+    assert f'export.done with detail "act": {act}:' in lines_of_it[-1]
     assert archiver("export", "--check", str(folder), "--manifest", recorded).returncode == 1
 
 
@@ -182,7 +182,7 @@ def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path
     reforge(folder)
     ended = archiver("export", "--check", str(folder))
     assert ended.returncode == 1
-    assert "events.jsonl, line 3, event 3, sealed by 1: it is not as it was sealed" in ended.stderr
+    assert "events.jsonl, line 3, event 3, sealed by 1: it differs from its sealed state" in ended.stderr
     assert "[bold]?[31m: it does not belong to the export" in ended.stderr
     assert "\x1b" not in ended.stderr
     data = json.loads(archiver("export", "--check", str(folder), "--json").stdout)
@@ -197,8 +197,8 @@ def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path
     seals.write_text("".join(json.dumps(head | {"hash": "00" * 32}) + "\n" for head in heads))
     ended = archiver("export", "--check", str(output), "--against", str(seals))
     assert ended.returncode == 1
-    assert "it is not the seal that was exported under this number" in ended.stderr
-    assert f"Compared with {len(heads)} seals exported elsewhere." in ended.stdout
+    assert "it differs from the seal exported earlier under this number" in ended.stderr
+    assert f"Compared with {len(heads)} seals exported earlier." in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path
         (["--output", "x", "--all", "--hold", "1"], "Use only one of"),
         (["--output", "x", "--since", "2024-03-02", "--until", "2024-03-02"], "--since is not before --until"),
         (["--output", "x", "--check", "."], "not both"),
-        (["--output", "x", "--session", ""], "is no session id"),
+        (["--output", "x", "--session", ""], "invalid session id"),
         (["--output", "x", "--since", "yesterday"], "expected 2024-01-15"),
         (["--output", "x", "--all", "--key", __file__], "require --check"),
         (["--output", "x", "--all", "--signed-since", "2"], "require --check"),
@@ -221,7 +221,7 @@ def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path
         (["--check", ".", "--raw-csv"], "checks a whole export"),
         (["--check", ".", "--all"], "checks a whole export"),
         (["--check", ".", "--key", __file__], "not an Ed25519 public key"),
-        (["--check", ".", "--against", __file__], "line 1 is no seal"),
+        (["--check", ".", "--against", __file__], "line 1 is not output"),
     ],
 )
 def test_wrong_usage_is_reported(arguments: list[str], advice: str) -> None:
@@ -233,8 +233,8 @@ def test_wrong_usage_is_reported(arguments: list[str], advice: str) -> None:
 @on_one_version
 def test_an_impossible_export_is_reported_and_leaves_nothing(url: str, output: Path) -> None:
     for arguments, advice in (
-        (("--session", "s1", "--session", "none"), "Nothing is known of session none"),
-        (("--hold", "9"), "There is no hold 9; see archiver hold list --all"),
+        (("--session", "s1", "--session", "none"), "unknown session none"),
+        (("--hold", "9"), "hold 9 does not exist; see archiver hold list --all"),
         (("--until", "2001-01-01"), "nothing archived matches the selection; nothing was exported"),
     ):
         ended = archiver("export", "--output", str(output), *arguments, database_url=url)
@@ -243,7 +243,7 @@ def test_an_impossible_export_is_reported_and_leaves_nothing(url: str, output: P
     (output / "mine").mkdir(parents=True)
     ended = archiver("export", "--output", str(output), "--all", database_url=url)
     assert ended.returncode == 1
-    assert "is no empty folder: name another" in ended.stderr
+    assert "is not an empty folder; choose another" in ended.stderr
     assert [each.name for each in output.parent.rglob("*")] == ["case 7", "mine"]
     ended = archiver("export", "--check", str(output))
     assert ended.returncode == 1
@@ -333,7 +333,7 @@ def test_a_report_that_cannot_be_written_leaves_the_export_and_says_so(url: str,
             check=False,
         )
     assert ended.returncode == 1
-    assert f"the export is whole, in {output}" in ended.stderr
+    assert f"the export in {output} is complete" in ended.stderr
     ok("--check", output, "--unsigned")
 
 
@@ -367,7 +367,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(url: str, engine: Engine, di
     record(engine, *(created(f"more{number}", "s1", input="word " * 10_000) for number in range(30)), minute=30)
     ended = archiver("export", "--output", str(disk / "here"), "--all", database_url=url)
     assert ended.returncode == 1
-    assert "There is no room for the export" in ended.stderr
+    assert "No space for the export" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list(disk.iterdir()) == []
     ok("--output", disk / "here", "--session", "s2", url=url)

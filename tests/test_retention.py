@@ -230,7 +230,7 @@ def test_the_command_shows_asks_and_expires(database_url: str, engine: Engine) -
     execute(engine, "UPDATE archiver.sessions SET last_event_at = now() - interval '50 days' WHERE session_id = 's1'")
     unset = retention("--yes").stderr
     assert "ARCHIVER_RETENTION_DAYS" in unset
-    assert "not the one of `serve`" in unset
+    assert "not that of `serve`" in unset
     data = retention("--dry-run", "--json", ARCHIVER_RETENTION_DAYS="30")
     assert json.loads(data.stdout)["content"] == {"assistant-1": 1}
     assert retention(ARCHIVER_RETENTION_DAYS="30").returncode == 1

@@ -62,13 +62,13 @@ def ok(*arguments: str, url: str, **settings: str) -> str:
 def test_i9_a_forged_event_is_named_and_exits_1(url: str) -> None:
     assert "seal 1: 4 leaves" in ok("seal", url=url)  # and what settings serve began with
     assert "No new rows since the last seal" in ok("seal", url=url)
-    assert "3 events in 1 seal; 0 events not sealed yet." in ok("verify", url=url)
+    assert "3 events in 1 seal; 0 events not yet sealed." in ok("verify", url=url)
     data = json.loads(ok("verify", "--json", url=url))
     assert (data["ok"], data["events"], data["seals"], data["findings"]) == (True, 3, 1, [])
     forge(url, r"UPDATE archiver.events SET body = '\x7b7d' WHERE chat_id = 'b'")
     ended = archiver("verify", database_url=url)
     assert ended.returncode == 1
-    assert "event 2, sealed by 1: its body is not the one that was received" in ended.stderr
+    assert "event 2, sealed by 1: its body differs from the received one" in ended.stderr
     data = json.loads(archiver("verify", "--json", database_url=url).stdout)
     assert [(item["table"], item["id"], item["fault"]) for item in data["findings"]] == [
         ("events", 2, "body_changed")
@@ -116,7 +116,7 @@ def test_the_script_of_the_documentation_refuses_a_forged_proof(url: str, part: 
 
 
 def test_an_event_that_is_not_sealed_has_no_proof(url: str) -> None:
-    for event, advice in ((1, "not sealed yet: run `archiver seal`"), (99, "There is no event 99")):
+    for event, advice in ((1, "is not sealed yet: run `archiver seal`"), (99, "event 99 does not exist")):
         ended = archiver("prove", str(event), database_url=url)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert advice in ended.stderr
@@ -149,7 +149,7 @@ def test_unsigned_seals_after_a_signed_one_are_reported_and_can_be_excluded(url:
         assert receiver.post(created("f", "s")).json()["status"] == "stored"
     assert (warned["verdict"], warned["detail"]) == (
         "warning",
-        "Seals after 1 are not signed, though those up to it are.",
+        "Seals after 1 are unsigned, although earlier ones are signed.",
     )
     assert "ARCHIVER_SEAL_KEY" in warned["advice"]
     for given, unsigned in (((), [2]), (public, [2, 3])):
@@ -160,9 +160,9 @@ def test_unsigned_seals_after_a_signed_one_are_reported_and_can_be_excluded(url:
     elsewhere = key.with_name("seals.jsonl")
     elsewhere.write_text(ok("seals", "export", url=url))
     told_of = ok("verify", "--since", "2", *public, "--signed-since", "4", "--against", str(elsewhere), url=url)
-    assert "Compared with 4 seals exported elsewhere." in told_of
+    assert "Compared with 4 seals exported earlier." in told_of
     ended = archiver("verify", *public, "--signed-since", "5", database_url=url)
-    assert (ended.returncode, "There is no seal 5: the newest is 4." in ended.stderr) == (2, True)
+    assert (ended.returncode, "seal 5 does not exist; the newest is 4" in ended.stderr) == (2, True)
 
 
 def seals_finding(url: str) -> dict[str, str]:
@@ -175,7 +175,7 @@ def test_a_private_key_is_refused_where_seals_are_checked(key: Path) -> None:
         ended = archiver(*command, "--key", str(key), database_url="postgresql://127.0.0.1:1/none")
         assert ended.returncode == 2
         texts = " ".join(ended.stderr.split())
-        assert "--key: a private key" in texts
+        assert "--key: this is a private key" in texts
         assert "openssl pkey -in seal.key -pubout -out seal.pub" in texts
 
 
@@ -216,8 +216,8 @@ def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["verify", "--since", "7"], "There is no seal 7: the newest is 0"),
-        (["verify", "--against", __file__], "--against: line 1 is no seal"),
+        (["verify", "--since", "7"], "seal 7 does not exist; the newest is 0"),
+        (["verify", "--against", __file__], "--against: line 1 is not output"),
         (["seals", "export", "--since", "1" + "0" * 20], "is not in the range 0<=x<=9223372036854775807"),
         (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: openssl pkey"),
     ],
@@ -230,7 +230,7 @@ def test_wrong_usage_is_reported(database_url: str, arguments: list[str], advice
 
 HASH = "00" * 32
 NO_SEALS = {
-    "line 1 is no seal": [
+    "line 1 is not output": [
         b"\xff\xfe",
         b'{"id": 1, "hash": "\xff"}',
         b"[" * 100_000,
@@ -272,7 +272,7 @@ def test_the_number_of_compared_exported_seals_is_printed(url: str, tmp_path: Pa
         connection.execute("INSERT INTO archiver.acts (at, actor, kind, detail) VALUES (now(), 'x', 'y', '{}')")
     ok("seal", url=url)
     assert "Compared" not in ok("verify", "--since", "2", url=url)
-    assert "Compared with 1 seal exported elsewhere." in ok(
+    assert "Compared with 1 seal exported earlier." in ok(
         "verify", "--since", "2", "--against", str(elsewhere), url=url
     )
     data = json.loads(ok("verify", "--since", "2", "--against", str(elsewhere), "--json", url=url))
@@ -281,7 +281,7 @@ def test_the_number_of_compared_exported_seals_is_printed(url: str, tmp_path: Pa
     elsewhere.write_text(json.dumps(seal | {"hash": HASH}))
     ended = archiver("verify", "--since", "2", "--against", str(elsewhere), database_url=url)
     assert ended.returncode == 1
-    assert "seal 1: it is not the seal that was exported under this number" in ended.stderr
+    assert "seal 1: it differs from the seal exported earlier under this number" in ended.stderr
 
 
 def test_the_worker_beside_serve_seals_without_a_key_for_histories(database_url: str) -> None:
@@ -292,7 +292,7 @@ def test_the_worker_beside_serve_seals_without_a_key_for_histories(database_url:
             return bool(json.loads(ok("verify", "--json", url=database_url))["events"])
 
         until(is_sealed, "the event is sealed")
-        assert '"sealed"' in receiver.stderr()
+        assert '"seal created"' in receiver.stderr()
         assert receiver.stop() == 0
 
 
@@ -302,7 +302,7 @@ def test_the_worker_finds_a_database_whose_path_has_spaces(tmp_path: Path, clust
     home = tmp_path / "my archive"
     with serving(None, "--worker", ARCHIVER_SEAL_EVERY="1", ARCHIVER_HOME=str(home)) as receiver:
         receiver.post(created())
-        until(lambda: '"sealed"' in receiver.stderr(), "the event is sealed")
+        until(lambda: '"seal created"' in receiver.stderr(), "the event is sealed")
         # What the receiver counts, and what the worker does.
         assert receiver.metric("archiver_batch_events_sum") == 1
         assert receiver.metric('archiver_batch_events_bucket{le="+Inf"}') == 1

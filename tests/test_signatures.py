@@ -586,11 +586,11 @@ def test_url_safe_keys_are_for_hmac_only() -> None:
 @pytest.mark.parametrize(
     ("template", "fault"),
     [
-        ("{timestamp}.{Body}", "'{Body}' is not a placeholder"),
-        ("{}{body}", "'{}' is not a placeholder"),
-        ("{body}{nonce}", "'{nonce}' is not a placeholder"),
-        ("{timestamp.{body}", "'{timestamp.' is not a placeholder"),
-        ("{body}}", "'}' is not a placeholder"),
+        ("{timestamp}.{Body}", "unknown placeholder '{Body}'"),
+        ("{}{body}", "unknown placeholder '{}'"),
+        ("{body}{nonce}", "unknown placeholder '{nonce}'"),
+        ("{timestamp.{body}", "unknown placeholder '{timestamp.'"),
+        ("{body}}", "unknown placeholder '}'"),
     ],
 )
 def test_an_unknown_placeholder_is_refused_with_a_list_of_the_known_ones(template: str, fault: str) -> None:
@@ -602,7 +602,7 @@ def test_an_unknown_placeholder_is_refused_with_a_list_of_the_known_ones(templat
 
 @pytest.mark.parametrize("template", ["", "{timestamp}", "body"])
 def test_a_template_without_the_body_is_refused(template: str) -> None:
-    with pytest.raises(SettingsError, match=r"^ARCHIVER_HMAC_TEMPLATE must hold \{body\}"):
+    with pytest.raises(SettingsError, match=r"^ARCHIVER_HMAC_TEMPLATE must contain \{body\}"):
         verifier_of("hmac", TEXTS, template=template)
 
 

@@ -154,7 +154,7 @@ def test_i1_a_write_ahead_log_that_is_removed_is_reported_with_the_number(tmp_pa
     reopened(copied)
     assert select_lost(copied).events == 7, "it is reported once"
     shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
-    assert "7 acknowledged events are lost" in " ".join(shown.stdout.split())
+    assert "7 acknowledged events are missing" in " ".join(shown.stdout.split())
 
 
 def test_no_loss_is_reported_where_none_is(tmp_path: Path) -> None:

@@ -97,17 +97,17 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 def cli() -> None:
     """Keep every CallHQ conversation, once, in Postgres.
 
-    Settings come from the environment, each also as NAME_FILE naming a file that holds the value. Without
-    DATABASE_URL an embedded Postgres under ARCHIVER_HOME is used.
+    Settings come from environment variables. NAME_FILE may name a file that contains the value of NAME. Without
+    DATABASE_URL, an embedded Postgres under ARCHIVER_HOME is used.
 
-    Exit codes: 0 done, 1 something was found or failed, 2 wrong usage.
+    Exit codes: 0 success, 1 a finding or a failure, 2 wrong usage.
     """
 
 
 def main() -> None:
-    """The `archiver` command."""
+    """Run the `archiver` command and exit with its code."""
     try:
-        _escape_unencodable()  # which writes what waits
+        _escape_unencodable()  # also flushes pending output
         _require_complete_writes()
         _require_text(sys.argv[1:])
         try:
@@ -117,7 +117,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
             raise
-        # Python would flush it once more at its end, and complain.
+        # Python flushes stdout again at exit, and would report the error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # the reader closed the pipe
             sys.exit(1)
@@ -146,8 +146,8 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 def _require_complete_writes() -> None:
     """Let stdout complete every write.
 
-    The caller may have closed it. And under PYTHONUNBUFFERED, which images for containers like to set, what a
-    pipe does not take at once is lost.
+    stdout may be closed. Under PYTHONUNBUFFERED, which container images often set, a pipe that accepts only a part
+    of a write loses the rest.
     """
     given = sys.stdout
     if given is None:
@@ -162,7 +162,7 @@ def _require_text(arguments: Sequence[str]) -> None:
     """Reject arguments that are not valid text, which could not be recorded or printed."""
     for argument in arguments:
         if any("\ud800" <= each <= "\udfff" for each in argument):
-            complain(f"{argument[:80]!a} is not UTF-8")
+            complain(f"argument {argument[:80]!a} is not UTF-8")
             sys.exit(2)
 
 
@@ -173,6 +173,6 @@ def complain(message: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print what went wrong, and exit 1."""
+    """Print an error message and exit 1."""
     complain(message)
     sys.exit(1)

@@ -17,8 +17,8 @@ from archiver.ledger import audit_log
 def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
     """Accept this database in place of the one that was served before.
 
-    Workers seal, publish and send follow-ups again: do it where this database takes over, never for a copy. A new
-    epoch begins; the audit trail records it.
+    Workers then seal, publish and send follow-ups again. Run it only where this database replaces the previous one,
+    never on a copy. A new epoch begins; the audit log records it.
     """
     configuration = settings.read()
     with connection.ready(configuration) as engine:
@@ -29,10 +29,10 @@ def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
             click.echo(json.dumps({"adopted": False, "epoch": None, "reason": None}))
             return
         if not reason:
-            click.echo("Nothing to adopt: this database was served before, or it is new.")
+            click.echo("Nothing to adopt: this database was served before or is new.")
             return
         click.echo(f"{where}: {reason}.", err=True)
-        options.confirm("Let it take over, seal its ledger and send its follow-ups?", yes=yes)
+        options.confirm("Replace the previous database, seal this ledger and send its follow-ups?", yes=yes)
         with database.transaction(engine) as opened:
             number = guard.adopt(opened)
             detail = {"epoch": number, "reason": reason}
@@ -40,4 +40,4 @@ def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"adopted": True, **detail}))
         else:
-            click.echo(f"Adopted: epoch {number} begins.")
+            click.echo(f"Adopted. Epoch {number} begins.")

@@ -1,4 +1,4 @@
-"""`archiver backfill`: reconcile now."""
+"""`archiver backfill`: fetch histories now and repair what webhooks lost."""
 
 import asyncio
 import csv
@@ -35,18 +35,18 @@ from archiver.history.callhq import UnauthorizedError, printable
 from archiver.history.opening import reconciling
 from archiver.settings import Settings
 
-_INTERRUPTED = "Interrupted; nothing is lost. The same command goes on where it was."
+_INTERRUPTED = "Interrupted; nothing is lost. Run the same command again to continue."
 MAX_SHOWN = 20  # failures
 
 
 class Summary:
-    """What a backfill came to."""
+    """Count the outcomes of a backfill."""
 
     def __init__(self, *, dry_run: bool, lifetime: timedelta) -> None:
         self.dry_run = dry_run
         self.was_interrupted = False
         self.is_all_not_found = False  # every answer was 404
-        self.recently_active = 0  # sessions that CallHQ does not show, although it cannot have forgotten them
+        self.recently_active = 0  # sessions that CallHQ does not show although they have not expired
         self._lifetime = lifetime
         self.outcomes: Counter[str] = Counter()
         self.coverage: Counter[str] = Counter()
@@ -56,11 +56,11 @@ class Summary:
         self._started = time.monotonic()
 
     def add(self, result: ReconcileResult) -> None:
-        """One more session."""
+        """Add the result of one session."""
         self.outcomes[result.outcome] += 1
         if result.outcome in _FAILURES:
             self.failures.append((result.session_id, result.error or _FAILURES[result.outcome]))
-        if result.after is not None and result.outcome != "failed":  # else it stands as before
+        if result.after is not None and result.outcome != "failed":  # otherwise the coverage is unchanged
             self.coverage[result.after.coverage] += 1
         if result.outcome == "gone" and result.before is not None:
             self.recently_active += result.before.last_event_at > datetime.now(UTC) - self._lifetime
@@ -70,7 +70,7 @@ class Summary:
 
     @property
     def is_url_suspect(self) -> bool:
-        """Return whether nothing was found where something must exist."""
+        """Return whether CallHQ found none of the sessions although some must exist."""
         return self.is_all_not_found and (self.recently_active > 0 or self.outcomes["unknown"] > 0)
 
     def show(self, *, as_json: bool) -> None:
@@ -119,20 +119,20 @@ class Summary:
 
 _FAILURES = {
     "failed": "could not be read",
-    "unreadable": "an answer of an unexpected shape",
-    "unavailable": "no answer, and the session has expired",
-    "busy": "left to a worker that reads it now",
+    "unreadable": "a response of unexpected form",
+    "unavailable": "no response before the session expired",
+    "busy": "being read by a worker",
     "unknown": "unknown",
 }
 
 _MEANINGS = {
     "read": "sessions read",
-    "gone": "no longer there (404, 410)",
-    "unreadable": "answered in an unexpected shape",
-    "unavailable": "given up: expired before any answer",
-    "unknown": "unknown here and there (404)",
+    "gone": "not found or expired (404, 410)",
+    "unreadable": "response of unexpected form",
+    "unavailable": "expired before any response",
+    "unknown": "unknown to the archive and to CallHQ (404)",
     "failed": "could not be read",
-    "busy": "left to a worker that reads them now",
+    "busy": "being read by a worker",
 }
 
 
@@ -173,11 +173,11 @@ def command(
     concurrency: int | None,
     as_json: bool,
 ) -> None:
-    """Read histories now, and repair what webhooks lost.
+    """Fetch histories now and repair what webhooks lost.
 
-    Without options: the sessions whose coverage is open, and those that CallHQ did not show and has not forgotten
-    yet. Sessions that the archive has never heard of are registered, unless CallHQ does not know them either. After
-    Ctrl-C the same command goes on where it was. Exit 1 if any session could not be read, or none was found.
+    Without options: the sessions whose coverage is open, and those that CallHQ did not show although they have not
+    expired. Session ids that are new to the archive are registered, unless CallHQ does not know them either. After
+    Ctrl-C, the same command continues. Exit 1 if any session could not be read, or if CallHQ found none.
     """
     listed = (*session_ids, *(_read_ids(file) if file else ()))
     options.check_ids(listed, "session")
@@ -211,9 +211,9 @@ def command(
 
 
 def _found_nothing(configuration: Settings, summary: Summary) -> str:
-    recent = f", although {summary.recently_active:,} of them were heard of lately" if summary.recently_active else ""
+    recent = f", although {summary.recently_active:,} of them were active recently" if summary.recently_active else ""
     return (
-        f"CallHQ answered 404 for every session{recent}. Is CALLHQ_API_URL right?"
+        f"CallHQ answered 404 for every session{recent}. Check CALLHQ_API_URL."
         f" It is {printable(configuration.callhq_api_url)}; run `archiver doctor`."
     )
 
@@ -221,7 +221,7 @@ def _found_nothing(configuration: Settings, summary: Summary) -> str:
 def _read_ids(file: TextIO) -> Iterator[str]:
     try:
         lines = file.read().splitlines()
-        # As spreadsheets write it where a comma is the decimal sign.
+        # Spreadsheets use semicolons where a comma is the decimal separator.
         delimiter = ";" if lines and ";" in lines[0] and "," not in lines[0] else ","
         for number, row in enumerate(csv.reader(lines, delimiter=delimiter)):
             session_id = row[0].strip() if row else ""
@@ -229,7 +229,7 @@ def _read_ids(file: TextIO) -> Iterator[str]:
             if session_id and not is_heading:
                 yield session_id
     except (UnicodeDecodeError, csv.Error) as error:
-        raise click.UsageError(f"--file: it is no UTF-8 text of one id a line, nor a CSV ({error}).") from None
+        raise click.UsageError(f"--file: expected UTF-8 text with one id per line, or a CSV ({error})") from None
 
 
 async def _run(
@@ -265,7 +265,7 @@ async def _run(
                         unknown_ids = set(unknown_sessions)
                         await reconciler.read_all([each for each in page if each not in unknown_ids], on_result)
             summary.is_all_not_found = reconciler.is_all_not_found
-            if not summary.dry_run and not summary.failures:  # else the same command goes on with those
+            if not summary.dry_run and not summary.failures:  # otherwise the same command continues with those
                 await backfill.end(engine, selection)
 
     reading = asyncio.create_task(read())
@@ -299,6 +299,6 @@ def _progress(total: int, summary: Summary, *, quiet: bool) -> Iterator[Any]:
 
         def on_result(reading: ReconcileResult) -> None:
             summary.add(reading)
-            bar.update(task, advance=1, description=f"Reading, {summary.recovered:,} messages recovered")
+            bar.update(task, advance=1, description=f"Fetching, {summary.recovered:,} messages recovered")
 
         yield on_result

@@ -19,14 +19,14 @@ from archiver.settings import Settings, SettingsError, unknown_variables
 
 log = structlog.get_logger(__name__)
 
-WATCH_SECONDS = 2  # between two looks at the embedded Postgres
+WATCH_SECONDS = 2  # between two checks of the embedded Postgres
 
 
 @contextmanager
 def database_url(configuration: Settings, *, create: bool = False) -> Iterator[str]:
     """Yield the database URL; start the embedded Postgres for the block if none is set.
 
-    Raises `SettingsError` where there is no embedded database yet, unless it may be created.
+    Raises `SettingsError` if no embedded database exists, unless `create` allows to create it.
     """
     if configuration.database_url is not None:
         yield configuration.database_url.get_secret_value()
@@ -47,8 +47,8 @@ def running(configuration: Settings, *, create: bool = False) -> Iterator[embedd
             else ""
         )
         raise SettingsError(
-            f"There is no embedded database in {home} (ARCHIVER_HOME); set DATABASE_URL,"
-            f" or run this where `archiver serve` runs.{hint}"
+            f"No embedded database in {home} (ARCHIVER_HOME). Set DATABASE_URL,"
+            f" or run this command where `archiver serve` runs.{hint}"
         )
     with embedded.running(configuration.home) as postgres:
         yield postgres
@@ -66,7 +66,7 @@ def _has_embedded(home: Path) -> bool:
 
 @contextmanager
 def supervised_database_url(configuration: Settings, *, create: bool = True) -> Iterator[str]:
-    """Like `database_url`, for long-running programs: restarts an embedded Postgres that ends."""
+    """Yield the database URL for a long-running program; an embedded Postgres that ends is restarted."""
     if configuration.database_url is not None:
         yield configuration.database_url.get_secret_value()
         return
@@ -87,7 +87,7 @@ def _keep(postgres: embedded.Postgres, ending: threading.Event) -> None:
             if postgres.restart_if_ended():
                 log.error("embedded Postgres ended unexpectedly; restarted", log=str(postgres.data.parent))
         except embedded.EmbeddedError as error:
-            log.error("embedded Postgres ended", error=str(error))  # noqa: TRY400  # there is nothing to trace
+            log.error("embedded Postgres ended", error=str(error))  # noqa: TRY400  # a traceback would add nothing
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def engine(configuration: Settings, *, create: bool = True) -> Iterator[Engine]:
 
 @contextmanager
 def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
-    """Like `engine`, for a known URL."""
+    """Yield an engine with one connection for a known URL."""
     connections = Connections(database.database_url(url), configuration.prepared_statements)
     with connections.synchronous() as made, lock_waits.watching(made):
         yield made
@@ -116,7 +116,7 @@ def ready(configuration: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def opened(configuration: Settings, *, statement_seconds: float = database.STATEMENT_SECONDS) -> Iterator[Connection]:
-    """Yield one transaction of such an engine."""
+    """Yield one transaction of a command that reads the archive."""
     with (
         engine(configuration, create=False) as made,
         database.transaction(made, statement_seconds=statement_seconds) as connection,

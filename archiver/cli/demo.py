@@ -18,7 +18,9 @@ SHARE = Number(0, 1)
 
 
 @click.command()
-@click.option("--exit", "exit_when_done", is_flag=True, help="Exit after the comparison instead of serving on.")
+@click.option(
+    "--exit", "exit_when_done", is_flag=True, help="Exit after the comparison instead of continuing to serve."
+)
 @click.option(
     "--conversations", default=300, show_default=True, type=Whole(1, 10_000), help="Number of conversations."
 )
@@ -30,9 +32,9 @@ SHARE = Number(0, 1)
 def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: float, seed: int) -> None:
     """Run a demo on this machine: a database, the receiver and a simulated CallHQ.
 
-    Some hundreds of conversations cross real sockets with losses, duplicates, reordering, deletions before creations
-    and forgeries; the archive is compared with what was delivered. Then the histories are read, and it is compared
-    with the platform. Exit code 1 if either differs.
+    Several hundred conversations cross real sockets with losses, duplicates, reordering, deletions before creations
+    and forgeries. The archive is compared with the deliveries. Then the histories are fetched, and the archive is
+    compared with the platform. Exit 1 if either comparison fails.
     """
     code = run(
         exit_when_done=exit_when_done,
@@ -108,8 +110,8 @@ def simulate(
 ) -> None:
     """Run the simulated CallHQ platform alone.
 
-    Its API is under /api, as CallHQ documents it; its webhooks are signed as the settings say. What it sent and how
-    that was answered, and what history calls met, is at GET /simulator/report.
+    Its API is under /api, as CallHQ documents it. Its webhooks are signed according to the settings. GET
+    /simulator/report lists the webhooks with their responses, and the history calls with their faults.
     """
     configuration = settings.read()
     if secret:
@@ -123,9 +125,9 @@ def simulate(
             webhook_url=webhook_url,
             faults=with_history_faults(faults, history_faults),
             api_key=api_key,
-            announce=lambda url: click.echo(f"The simulated CallHQ API is at {url}/api. Ctrl-C ends it."),
+            announce=lambda url: click.echo(f"The simulated CallHQ API runs at {url}/api. Press Ctrl-C to stop it."),
         )
     except OSError as error:
-        complain(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
+        complain(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port.")
         code = 1
     sys.exit(code)

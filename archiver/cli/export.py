@@ -21,7 +21,7 @@ from archiver.compliance.export import Checked, CompletedExport, ExportRequest, 
 from archiver.compliance.seals import signing_key
 from archiver.ledger import audit_log
 
-MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
+MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
 
 
 @click.command("export")
@@ -32,7 +32,11 @@ MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
 @options.since_option
 @options.until_option
 @click.option(
-    "--hold", "hold_ids", multiple=True, type=Whole(1, 2**63 - 1), help="Everything that this hold covers or covered."
+    "--hold",
+    "hold_ids",
+    multiple=True,
+    type=Whole(1, 2**63 - 1),
+    help="All sessions that this hold covers or covered.",
 )
 @click.option("--all", "is_all", is_flag=True, help="Everything.")
 @click.option(
@@ -95,9 +99,9 @@ def command(
 ) -> None:
     """Export conversations with proofs of their origin, or check such an export.
 
-    The folder holds transcripts, the ledger's events, their seals and a manifest. Each export is recorded. --check
-    exits 1 and names what is not as it was exported, or not as it was sealed; and where the export is not signed,
-    unless --manifest gives its SHA-256 or --unsigned accepts it.
+    The folder holds transcripts, the ledger's events, their seals and a manifest. The audit log records each export.
+    --check names each difference from the exported or sealed state, and exits 1 if there is any. It also exits 1 if
+    the export is not signed, unless --manifest gives its SHA-256 or --unsigned accepts it.
     """
     chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
     if folder is not None:
@@ -154,14 +158,14 @@ def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
 
             completed = export.make(engine, output, request, key, show_progress)
     except DBAPIError:
-        if (output / "manifest.json").exists():  # else it would not have begun
-            complain(f"{output} is whole, but that it was done could not be recorded")
+        if (output / "manifest.json").exists():  # otherwise the export has not begun
+            complain(f"the export in {output} is complete, but its completion could not be recorded in the audit log")
         raise
     try:
         _report(output, completed, as_json=as_json)
         sys.stdout.flush()
     except OSError:
-        complain(f"the export is whole, in {output}; only this report of it could not be written")
+        complain(f"the export in {output} is complete; only this report could not be written")
         raise
 
 
@@ -182,7 +186,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _recorded_settings(configuration: settings.Settings) -> dict[str, Any]:
-    """Those that say what an archive holds and for how long; no secret."""
+    """Return the settings that affect the content of an archive and how long it is kept; no secret."""
     return {
         "on_delete": configuration.on_delete,
         "erase_after": configuration.erase_after,
@@ -207,12 +211,12 @@ def _report(output: Path, completed: CompletedExport, *, as_json: bool) -> None:
     click.echo(f"Exported {_event_counts(counts.events, counts.erased, counts.unsealed)} to {output}.")
     if counts.quarantined:
         quarantined = counted(counts.quarantined, "delivery", "deliveries")
-        click.echo(f"The quarantine holds {quarantined}, of whomever: nothing of that is exported.")
+        click.echo(f"The quarantine holds {quarantined}. Quarantined deliveries are not exported.")
     click.echo(f"SHA-256 of the manifest: {completed.digest}")
 
 
 def _event_counts(events: int, erased: int, unsealed: int) -> str:
-    return f"{counted(events, 'event')} ({erased:,} erased, {unsealed:,} not sealed yet)"
+    return f"{counted(events, 'event')} ({erased:,} erased, {unsealed:,} not yet sealed)"
 
 
 def _check(
@@ -252,7 +256,7 @@ def _check(
             if len(findings) > MAX_SHOWN_FINDINGS and not as_json
             else ""
         )
-        complain(f"{len(findings):,} not as exported or sealed{more}; see docs/export.md")
+        complain(f"{counted(len(findings), 'finding')}{more}; see docs/export.md")
     if vouching and not as_json:
         click.echo(f"{'archiver: ' if not is_accepted else ''}{vouching}", err=not is_accepted)
     if findings or not is_accepted:
@@ -260,7 +264,7 @@ def _check(
 
 
 def _is_unsigned(checked: Checked, *, is_digest_given: bool) -> bool:
-    """Whether it has no signature, and its digest was not given either."""
+    """Return whether neither a signature nor a given digest vouches for the export."""
     return checked.manifest is not None and checked.manifest.signed_by is None and not is_digest_given
 
 
@@ -280,7 +284,7 @@ def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> 
 
 
 def _escaped(finding: Finding) -> str:
-    """A file may be called anything."""
+    """Escape the names of files for the console, because an export may contain any name."""
     printable = "".join(each if each.isprintable() else "?" for each in str(finding))
     return printable.replace("[", r"\[")
 
@@ -306,12 +310,12 @@ def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys,
 def _report_check(checked: Checked, manifest: Manifest, keys: export.Keys, *, is_compared: bool) -> None:
     loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
     seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
-    click.echo(f"{seen}; not sealed yet: {loose}.")
+    click.echo(f"{seen}; not yet sealed: {loose}.")
     if is_compared:
-        click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
+        click.echo(f"Compared with {counted(checked.compared, 'seal')} exported earlier.")
     click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")
     click.echo(
-        f'Recorded in the audit log by the entry of kind export.done whose detail has "act": {manifest.act}:'
+        f'The audit log records this export in the entry of kind export.done with detail "act": {manifest.act}:'
         " archiver audit --kind export.done"
     )
 
@@ -322,4 +326,4 @@ def _signed(checked: Checked, keys: export.Keys) -> str:
         return ", not signed"
     if checked.is_signed:
         return f", signed by {signer}"
-    return f", signed by {signer}" + (" (wrongly)" if keys.by_id else " (not checked: give --key)")
+    return f", signed by {signer}" + (" (invalid signature)" if keys.by_id else " (not checked: give --key)")

@@ -49,7 +49,7 @@ def _end_if_interrupted(error: BaseException) -> None:
 def _explain(error: SQLAlchemyError) -> str:
     if not isinstance(error, DBAPIError):
         return (
-            f"The database did not answer ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
+            f"The database did not respond ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
         )
     text, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:

@@ -22,12 +22,12 @@ from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.ledger import audit_log as trail
 
 PAGE = 500
-COUNT_SECONDS = 120  # of counting what a hold covers
+COUNT_SECONDS = 120  # to count what a hold covers
 
 
 @click.group()
 def hold() -> None:
-    """Legal holds: covered sessions are neither erased nor expired."""
+    """Manage legal holds: covered sessions are neither erased nor expired."""
 
 
 @hold.command()
@@ -71,15 +71,14 @@ def add(
         click.echo(f"Hold {hold_id} is in force.{_covered_text(covered)}")
     if covered is not None and not any(covered):
         complain(
-            f"hold {hold_id} covers nothing yet, only what comes; if that is not what you mean:"
-            f" archiver hold release {hold_id}"
+            f"hold {hold_id} covers nothing yet, only future sessions; to undo it: archiver hold release {hold_id}"
         )
 
 
 def _covered(engine: Engine, criteria: Criteria) -> tuple[int, int] | None:
     """Return the number of covered sessions and unassigned turns; None if counting takes too long or is forbidden.
 
-    Outside the transaction that places the hold, which blocks all writers.
+    Not in the transaction that places the hold, because that one blocks all writers.
     """
     try:
         with database.transaction(engine, statement_seconds=COUNT_SECONDS) as opened:
@@ -122,7 +121,7 @@ def _changing(engine: Engine) -> Iterator[Connection]:
         if database.sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
         raise settings.SettingsError(
-            "This database user may not place or release holds: the writer of the archive must not.\n"
+            "This database user has no right to place or release holds (archiver_writer never has it).\n"
             "As the owner: GRANT archiver_auditor TO the_user;"
             " GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
             " GRANT USAGE ON SCHEMA archiver_jobs TO the_user;"
@@ -141,7 +140,7 @@ def list_(*, every: bool, as_json: bool) -> None:
         print_json(result)
         return
     if not result:
-        click.echo("There is no hold." if every else "No hold is in force.")
+        click.echo("There are no holds." if every else "No hold is in force.")
         return
     table = Table("id", "placed", "author", "holds", "reason", "released")
     for row in result:
@@ -155,7 +154,7 @@ def list_(*, every: bool, as_json: bool) -> None:
 def _covers(row: dict[str, Any]) -> str:
     parts = {name: row[f"{name}_id"] for name in ("session", "assistant")}
     if row["variable"] is not None:
-        lost = "(gone with the release)" if row["has_row"] else "(any: its row is missing)"
+        lost = "(deleted with the release)" if row["has_row"] else "(any: its row is missing)"
         parts[row["variable"]] = lost if row["value"] is None else row["value"]
     parts |= {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("since", "until") if row[name]}
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
@@ -171,7 +170,7 @@ def _covers(row: dict[str, Any]) -> str:
 def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
     """List the audit log, oldest first: what was done to the archive, by whom and why.
 
-    With --json, one JSON object a line.
+    With --json, prints one JSON object per line.
     """
     first = options.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
@@ -189,7 +188,7 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
     if table.rows:
         console().print(table)
     else:
-        click.echo("The audit trail has no such entry." if kind or since else "The audit trail is empty.")
+        click.echo("The audit log has no such entry." if kind or since else "The audit log is empty.")
 
 
 def _check_kind(opened: Connection, kind: str | None) -> None:
@@ -198,7 +197,7 @@ def _check_kind(opened: Connection, kind: str | None) -> None:
         return
     known = {*trail.KINDS, *trail.select_kinds(opened)}
     if kind not in known:
-        raise click.BadParameter(f"there is no such kind; known are {', '.join(sorted(known))}", param_hint="--kind")
+        raise click.BadParameter(f"unknown kind; known kinds: {', '.join(sorted(known))}", param_hint="--kind")
 
 
 def _all_entries(

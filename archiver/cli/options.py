@@ -56,14 +56,14 @@ def check_ids(ids: Iterable[str], what: str) -> None:
         try:
             result = events.identifier(each)
         except events.UnreadableError as error:
-            raise click.UsageError(f"{each[:80]!r} is no {what} id. {events.REASONS[str(error)]}") from None
+            raise click.UsageError(f"invalid {what} id {each[:80]!r}: {events.REASONS[str(error)]}") from None
         if result is None:
-            raise click.UsageError(f"{each[:80]!r} is no {what} id. It is empty.")
+            raise click.UsageError(f"invalid {what} id: empty")
 
 
 def name_and_value(text: str, option: str) -> tuple[str, str]:
-    """The two sides of NAME=VALUE."""
-    name, is_on_command_line, value = text.partition("=")
-    if not is_on_command_line or not name.strip():
+    """Parse NAME=VALUE."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip():
         raise click.BadParameter("expected NAME=VALUE", param_hint=option)
     return name.strip(), value

@@ -34,22 +34,22 @@ def print_json(value: object) -> None:
 
 
 class Whole(click.IntRange):
-    """A whole number within bounds."""
+    """Accept a whole number within bounds."""
 
     name = "whole number"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        """In the help."""
+        """Return the placeholder in --help."""
         del param, ctx
         return "N"
 
 
 class Number(click.FloatRange):
-    """A number within bounds."""
+    """Accept a number within bounds."""
 
     name = "number"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        """In the help."""
+        """Return the placeholder in --help."""
         del param, ctx
         return "X"

@@ -27,7 +27,7 @@ ID = Whole(1, 2**63 - 1)
 
 @click.group()
 def quarantine() -> None:
-    """Deliveries that were authentic but could not be archived."""
+    """Inspect and retry authentic deliveries that could not be archived."""
 
 
 @quarantine.command("list")
@@ -66,14 +66,12 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
 
 
 def _check_reason(opened: Connection, reason: str | None) -> None:
-    """Accept a reason that the quarantine holds or that this version gives."""
+    """Accept a reason that the quarantine holds or that this version uses."""
     if reason is None or reason in store.REASONS:
         return
     known = {*store.REASONS, *store.select_reasons(opened)}
     if reason not in known:
-        raise click.BadParameter(
-            f"there is no such reason; known are {', '.join(sorted(known))}", param_hint="--reason"
-        )
+        raise click.BadParameter(f"unknown reason; known reasons: {', '.join(sorted(known))}", param_hint="--reason")
 
 
 def _empty_message(reason: str | None) -> str:
@@ -100,7 +98,7 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
         for name, value in _described(row).items():
             if value is not None:
                 click.echo(f"{name + ':':18}{value}")
-        # Control characters in untrusted bytes do not reach the terminal.
+        # Control characters in untrusted bytes must not reach the terminal.
         shown = bytes(row["body"]).decode("utf-8", "backslashreplace")
         printable = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
         click.echo("\n" + "".join(printable))
@@ -125,7 +123,7 @@ def _described(row: RowMapping) -> dict[str, Any]:
 
 
 def _body_json(body: bytes) -> dict[str, str | None]:
-    """The bytes as text, null where they are none, and always exactly."""
+    """Return the body as text (null if it is not UTF-8) and as base64."""
     try:
         text: str | None = bytes(body).decode()
     except UnicodeDecodeError:
@@ -142,7 +140,7 @@ def _body_json(body: bytes) -> dict[str, str | None]:
 def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, actor: str | None, as_json: bool) -> None:
     """Retry quarantined deliveries through the write path.
 
-    What can be archived now leaves the quarantine; the rest stays. Exit 1 if any stays.
+    Deliveries that can be archived now leave the quarantine; the others stay. Exit 1 if any stays.
     """
     by_rule = every or reason is not None
     if quarantine_ids and by_rule:
@@ -188,7 +186,7 @@ def _outcome_text(outcome: Outcome | None) -> str:
     if outcome.status == "quarantined":
         return f"still quarantined: {outcome.detail}"
     if outcome.reason == "erased":
-        return "gone: what it speaks of was erased"
+        return "removed: its content was erased"
     return f"{outcome.status} as event {outcome.id}"
 
 
@@ -197,7 +195,7 @@ def _report_failures(outcomes: dict[int, Outcome | None]) -> None:
     unknown = sum(outcome is None for outcome in outcomes.values())
     left = sum(outcome is not None and outcome.status == "quarantined" for outcome in outcomes.values())
     if left:
-        complain(f"{left:,} could not be archived; see archiver quarantine show ID")
+        complain(f"{left:,} still quarantined; see archiver quarantine show ID")
     if unknown:
         complain(f"{unknown:,} not in the quarantine; see archiver quarantine list")
     if left or unknown:

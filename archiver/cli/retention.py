@@ -1,4 +1,4 @@
-"""`archiver retention`: expire content now, as the settings say."""
+"""`archiver retention`: expire content now, according to the settings."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -30,8 +30,8 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
     rules = Rules.of(configuration)
     if rules.keeps_content_forever and not rules.metadata:
         raise settings.SettingsError(
-            "Nothing ever expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads the environment that it is called"
-            " in, not the one of `serve` or `worker`: `archiver audit --kind settings.changed` shows theirs."
+            "Content never expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads its own environment, not that of"
+            " `serve` or `worker`; `archiver audit --kind settings.changed` shows theirs."
         )
     swept = 0
     with connection.ready(configuration) as engine:
@@ -40,8 +40,8 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         due = preview(engine, rules, now)
         if not dry_run:
             if not due.is_empty:
-                options.confirm(f"Let expire for good ({_due_text(due)})?", yes=yes)
-            # And what a run that was killed had ordered: that goes, whether anything more is old enough or not.
+                options.confirm(f"Erase permanently ({_due_text(due)})?", yes=yes)
+            # Also completes the order of a killed run, even if nothing else has expired.
             who = actor or audit_log.actor()
             swept = _expire(engine, rules, now, timing=Timing.of(configuration), due=due, who=who, quiet=as_json)
     if as_json:
@@ -52,7 +52,7 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         console().print(_table(due.content))
     click.echo(f"{'Would expire' if dry_run else 'Expired'}: {_due_text(due)}.")
     if due.is_empty and swept:
-        click.echo(f"The content of {counted(swept, 'event')} that were ordered to expire before is gone.")
+        click.echo(f"Content of {counted(swept, 'event')} ordered to expire earlier is erased.")
 
 
 def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str, quiet: bool) -> int:
@@ -70,8 +70,8 @@ def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due:
 
 def _due_text(due: Due) -> str:
     return (
-        f"content of {counted(due.content.total(), 'session')}, what was left of {due.metadata.total():,} erased"
-        f" before, {due.quarantined:,} quarantined; {due.held:,} held"
+        f"content of {counted(due.content.total(), 'session')}, metadata of {due.metadata.total():,} erased"
+        f" earlier, {due.quarantined:,} quarantined; {due.held:,} held"
     )
 
 

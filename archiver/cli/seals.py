@@ -21,8 +21,8 @@ from archiver.compliance import seals
 from archiver.compliance.seals import Checked, Finding, Seal
 from archiver.database import identity
 
-READ_SECONDS = 24 * 3600  # of one statement of a verification
-MAX_SHOWN_FINDINGS = 20  # findings that are printed before the rest is counted
+READ_SECONDS = 24 * 3600  # for one statement of a verification
+MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
 
 
 @click.command()
@@ -61,7 +61,8 @@ def seal(as_json: bool) -> None:
     "--jobs",
     type=Whole(1, 64),
     metavar="N",
-    help=f"Processes that work on it, each with a connection.  [default: one a processor, at most {seals.MAX_JOBS}]",
+    help="Number of processes, each with its own connection."
+    f"  [default: one per processor, at most {seals.MAX_JOBS}]",
 )
 @options.json_option
 def verify(
@@ -75,8 +76,8 @@ def verify(
 ) -> None:
     """Check seals and ledger: each row against its seal, each body against its digest, each seal against its chain.
 
-    Names each event and seal that is not as it was sealed, and exits 1 if there is any. What is not sealed yet can be
-    changed unseen: their number is printed.
+    Names each event and seal that differs from its sealed state, and exits 1 if there is any. Changes of unsealed
+    rows cannot be detected; the number of these rows is printed.
     """
     configuration = settings.read()
     keys = _checking_keys(configuration, key_files)
@@ -126,13 +127,13 @@ def verify(
             if len(findings) > MAX_SHOWN_FINDINGS and not as_json
             else ""
         )
-        complain(f"{len(findings):,} not as they were sealed{more}; see docs/seals.md")
+        complain(f"{counted(len(findings), 'finding')}{more}; see docs/seals.md")
     if findings or reason:
         sys.exit(1)
 
 
 def _of_identity(opened: Connection, reason: str) -> list[Finding]:
-    """The finding that the database is not the one served before, where there is a reason."""
+    """Return a finding if the database is not the one that was served before."""
     epoch = identity.select_epoch(opened) if reason else None
     return [Finding("epochs", epoch.id, "not_the_one_served")] if epoch else []
 
@@ -165,12 +166,12 @@ def _report(checked: Checked, *, has_key: bool, is_compared: bool) -> None:
     head = checked.head
     click.echo(
         f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')};"
-        f" {counted(checked.unsealed, 'event')} not sealed yet."
+        f" {counted(checked.unsealed, 'event')} not yet sealed."
     )
     if head.id:
         click.echo(f"Newest seal: {head.id}, {head.hash.hex()}{_signed(head, has_key=has_key)}")
     if is_compared:
-        click.echo(f"Compared with {counted(checked.compared, 'seal')} exported elsewhere.")
+        click.echo(f"Compared with {counted(checked.compared, 'seal')} exported earlier.")
 
 
 def _signed(head: Seal, *, has_key: bool) -> str:
@@ -184,7 +185,7 @@ def _signed(head: Seal, *, has_key: bool) -> str:
 def prove(event: int) -> None:
     """Print the proof, as JSON, that EVENT (an id of archiver.events) is in its seal.
 
-    docs/seals.md has a script that checks such a proof without this program.
+    docs/seals.md contains a script that checks such a proof without this program.
     """
     with connection.opened(settings.read()) as opened:
         proof = seals.prove(opened, event)
@@ -193,14 +194,14 @@ def prove(event: int) -> None:
 
 @click.group("seals")
 def group() -> None:
-    """The chain of seals."""
+    """List or export the chain of seals."""
 
 
 @group.command("list")
-@click.option("--limit", default=20, show_default=True, type=Whole(1, 10_000), help="The newest so many.")
+@click.option("--limit", default=20, show_default=True, type=Whole(1, 10_000), help="Number of newest seals.")
 @options.json_option
 def list_(limit: int, as_json: bool) -> None:
-    "Number of newest seals."
+    """List the newest seals."""
     with connection.opened(settings.read()) as opened:
         first = seals.select_newest(opened).id - limit
         result = [each for each, _ in seals.select_seals(opened, max(first, 0))]
@@ -215,7 +216,7 @@ def list_(limit: int, as_json: bool) -> None:
     if result:
         console().print(table)
     else:
-        click.echo("There are no seals yet: archiver seal")
+        click.echo("There are no seals yet. Create one: archiver seal")
 
 
 @group.command()
@@ -223,9 +224,9 @@ def list_(limit: int, as_json: bool) -> None:
     "--since", "after", default=0, type=Whole(0, 2**63 - 1), metavar="SEAL", help="Only seals after this one."
 )
 def export(after: int) -> None:
-    """Print the seals as JSON lines, to be kept where the owner of the database cannot write.
+    """Print the seals as JSON lines. Keep them where the owner of the database cannot write.
 
-    `archiver verify --against FILE` compares with them later.
+    `archiver verify --against FILE` later compares the ledger with them.
     """
     with (
         connection.ready(settings.read()) as engine,

@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 30
 BACKLOG = 2048
-RESERVED_FILES = 256  # that a process has open beside its connections: libraries, logs, the database's
+RESERVED_FILES = 256  # open files of a process besides its connections: libraries, logs, database connections
 
 
 @click.command()
@@ -63,11 +63,11 @@ RESERVED_FILES = 256  # that a process has open beside its connections: librarie
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, has_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C.
 
-    A worker beside it reads histories (with CALLHQ_API_KEY), publishes changes, seals the ledger and erases what is
-    to erase, unless --no-worker is given. SIGTERM or Ctrl-C: takes no more, writes and answers what was accepted,
-    exits 0.
+    A worker process fetches histories (with CALLHQ_API_KEY), publishes changes, seals the ledger and completes
+    erasures, unless --no-worker is given. On SIGTERM or Ctrl-C the receiver accepts no further deliveries, writes and
+    answers the accepted ones, and exits 0.
     """
-    # From the start, so that no signal is lost; Uvicorn answers them while it serves, then raises them once more.
+    # From the start, so that no signal is lost. Uvicorn handles them while it serves, then raises them again.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     reloading.block()
@@ -113,7 +113,7 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
     if configuration.webhook_scheme == "none" and not insecure:
         raise SettingsError(
             "ARCHIVER_WEBHOOK_SCHEME is none: anyone could write to the archive. Choose another scheme,"
-            " or say --insecure if that is what you want."
+            " or pass --insecure."
         )
     try:
         signatures.verifier(configuration)
@@ -149,7 +149,7 @@ def _prepare(configuration: Settings, url: str, database_name: str, *, should_mi
         if not database.is_connection_failure(error) or not _can_spool(configuration):
             raise
         # Deliveries to a stopped receiver are not sent again.
-        log.error(  # noqa: TRY400  # there is nothing to trace
+        log.error(  # noqa: TRY400  # a traceback would add nothing
             "database unavailable; spooling (run archiver doctor)",
             database=database_name,
             reason=database.explain(error),
@@ -177,11 +177,11 @@ def _listening(host: str, port: int, database_name: str) -> Iterator[socket.sock
     with listener:
         address, bound_port = listener.getsockname()[:2]
         shown = f"[{address}]" if family == socket.AF_INET6 else address
-        log.info("receiving", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}", database=database_name)
+        log.info("receiver started", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}", database=database_name)
         yield listener
 
 
-# Uvicorn's WebSocket is for applications that have one: here an upgrade would only be a way around the routes.
+# No WebSocket: this application has none, and an upgrade would bypass the routes.
 _SERVER = {
     "log_config": None,
     "access_log": False,
@@ -195,7 +195,7 @@ _SERVER = {
 
 
 def _server(configuration: Settings) -> dict[str, Any]:
-    # Only signatures that cover the URL ask what a proxy in front was called by.
+    # Only signatures that cover the URL need the scheme and host by which a proxy was called.
     return _SERVER | {"proxy_headers": "{url}" in configuration.hmac_template}
 
 
@@ -210,7 +210,7 @@ def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.
 
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int, forward: Forward) -> None:
-    """Run several receiving processes; decisions of this process are passed in the environment."""
+    """Run several receiving processes. The environment passes the decisions of this process to them."""
     server = uvicorn.Config("archiver.http:create", factory=True, workers=workers, **_server(configuration))
     _Processes(server, listener, forward).run()
 
@@ -251,10 +251,10 @@ def _inherited_environment(configuration: Settings, url: str) -> dict[str, str]:
 @click.option("--repair", is_flag=True, help="Repair differences that SQL statements can undo, then report.")
 @options.json_option
 def migrate(check: bool, repair: bool, as_json: bool) -> None:
-    """Bring the database's schema to the one that this version needs.
+    """Migrate the database to the schema of this version.
 
-    Safe to run while receivers run, and twice at once: the second waits for the first. Exit 1 if the schema then
-    differs from what this version expects.
+    Safe to run while receivers run. A second concurrent run waits for the first. Exit 1 if the schema then differs
+    from the schema that this version expects.
     """
     if check and repair:
         raise click.UsageError("Use either --check or --repair.")

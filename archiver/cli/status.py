@@ -58,7 +58,7 @@ def status(as_json: bool) -> None:
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
-            complain(f"{spooled.events:,} events ({size}) wait on the spool.")
+            complain(f"{spooled.events:,} events ({size}) wait in the spool.")
         raise
     if as_json:
         output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
@@ -77,11 +77,11 @@ def status(as_json: bool) -> None:
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
     table.add_row("spool", f"{spooled.events:,}", _spooled(spooled, lost))
     sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
-    table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not sealed yet")
-    unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not published yet"
+    table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not yet sealed")
+    unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not yet published"
     table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
     if stats is None:
-        table.add_row("follow-ups", "", "not for this database user to see")
+        table.add_row("follow-ups", "", "not visible to this database user")
     else:
         table.add_row("follow-ups", f"{stats.pending:,}", _followup_stats(stats))
     if failing:
@@ -94,7 +94,7 @@ def status(as_json: bool) -> None:
 
 def _print_advice(holders: Sequence[object], waiting: feed.Backlog, *, is_quarantined: bool) -> None:
     for each in holders:
-        click.echo(f"A lock is waited for: {each}.")
+        click.echo(f"Lock wait: {each}.")
     if is_quarantined:
         click.echo("Inspect quarantined deliveries: archiver quarantine list")
     if waiting.is_overdue(datetime.now(UTC)):
@@ -111,7 +111,7 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
         return
     running = [each for each in workers if each.is_fresh]
     faulty = [(each, name, report) for each in running for name, report in each.faulty.items()]
-    table.add_row("workers", f"{len(running):,}", "every duty works" if running and not faulty else "")
+    table.add_row("workers", f"{len(running):,}", "all duties work" if running and not faulty else "")
     for each, name, report in faulty:
         text = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
         table.add_row("", "", Text(text))
@@ -176,7 +176,7 @@ def doctor(as_json: bool) -> None:
         _print(findings)
     failures = [finding.check for finding in findings if finding.verdict == "failure"]
     if failures:
-        complain(f"something must be done about: {', '.join(failures)}")
+        complain(f"action required: {', '.join(failures)}")
     if not as_json:
         _print_psql(findings)
     if failures:
@@ -208,7 +208,7 @@ def _print(findings: list[Finding]) -> None:
     for finding in findings:
         if finding.check == "psql":
             continue
-        # Text, not markup: what a setting or the database says may hold brackets.
+        # Text, not markup: settings and database messages may contain brackets.
         table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, Text(finding.detail))
         if finding.advice:
             table.add_row("", "", Text(f"-> {finding.advice}", "bold"))
@@ -218,4 +218,4 @@ def _print(findings: list[Finding]) -> None:
 def _print_psql(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.check == "psql":  # in one line, for pasting
-            click.echo(f"\nTo look inside while `archiver serve` runs:\n{finding.detail}")
+            click.echo(f"\nTo query the embedded database while `archiver serve` runs:\n{finding.detail}")

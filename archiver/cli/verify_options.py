@@ -17,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def key_option(default: str = "") -> Callable[[Command], Command]:
-    """`--key`; `default` is for the help."""
+    """Return the option `--key`; `default` is shown in --help."""
     return click.option(
         "--key",
         "key_files",
@@ -39,7 +39,7 @@ against_option = click.option(
     "--against",
     type=click.File("rb"),
     metavar="FILE",
-    help="Seals as `archiver seals export` wrote them elsewhere; - for stdin.",
+    help="Output of an earlier `archiver seals export`; - reads stdin.",
 )
 
 
@@ -63,7 +63,7 @@ def check_seal_exists(newest: Seal, **seal_options: int | None) -> None:
     """Reject an option that names a seal which does not exist yet."""
     for parameter, number in seal_options.items():
         if number is not None and number > newest.id and is_on_command_line(parameter):
-            raise click.UsageError(f"There is no seal {number}: the newest is {newest.id}.")
+            raise click.UsageError(f"seal {number} does not exist; the newest is {newest.id}")
 
 
 class _ExportedSeal(msgspec.Struct):
@@ -85,13 +85,11 @@ def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]
         try:
             exported = msgspec.json.decode(line, type=_ExportedSeal)
         except (ValueError, RecursionError):
-            raise click.UsageError(
-                f"--against: line {number} is no seal as `archiver seals export` prints."
-            ) from None
+            raise click.UsageError(f"--against: line {number} is not output of `archiver seals export`") from None
         hashed = bytes.fromhex(exported.hash)
         if heads.setdefault(exported.id, hashed) != hashed:
             raise click.UsageError(
-                f"--against: line {number} has another hash for seal {exported.id} than an earlier line."
+                f"--against: line {number} has another hash for seal {exported.id} than an earlier line"
             )
         if newest is None or exported.id >= newest.id:
             newest = exported
@@ -102,5 +100,5 @@ def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]
     try:
         sealed = seals.chain.seal_from_statement(newest.statement, heads[newest.id], newest.key_id, None)
     except (ValueError, OverflowError):
-        raise click.UsageError(f"--against: the statement of seal {newest.id} is none of a seal.") from None
+        raise click.UsageError(f"--against: the statement of seal {newest.id} is malformed") from None
     return heads, sealed.through

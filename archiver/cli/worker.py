@@ -26,9 +26,8 @@ log = structlog.get_logger(__name__)
 def worker(metrics_port: int | None) -> None:
     """Run the background duties (histories, changes, seals, erasure) until SIGTERM.
 
-    Any number of workers, on any number of machines.
-
-    `archiver serve` runs one itself, unless --no-worker is given. SIGTERM or Ctrl-C: ends what is under way, exits 0.
+    Any number of workers may run, on any number of machines. `archiver serve` runs one itself, unless --no-worker is
+    given. On SIGTERM or Ctrl-C the worker completes the current work and exits 0.
     """
     reloading.block()
     used = reloading.look()
@@ -51,7 +50,7 @@ def _check(configuration: Settings, url: str) -> None:
     except SQLAlchemyError as error:
         if not database.is_connection_failure(error):
             raise
-        log.error(  # noqa: TRY400  # there is nothing to trace
+        log.error(  # noqa: TRY400  # a traceback would add nothing
             "database unavailable; worker waits for it or for a new DATABASE_URL file",
             database=connection.named(configuration),
             reason=database.explain(error),
@@ -73,7 +72,7 @@ def _serve_metrics(port: int) -> None:
 def rebuild(*, yes: bool) -> None:
     """Rebuild sessions, chats and messages from the ledger while the receiver runs.
 
-    Session by session: dashboards never see an empty archive. Stopped half-way, nothing is lost; run it again.
+    It proceeds session by session, so dashboards never see an empty archive. If it is interrupted, run it again.
     """
     configuration = settings.read()
     with connection.engine(configuration, create=False) as engine:

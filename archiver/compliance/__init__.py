@@ -1,1 +1,1 @@
-"""Erasure, legal holds, retention, seals and exports: use cases for a command, a route and a duty."""
+"""Provide erasure, legal holds, retention, seals and exports as use cases for commands, routes and duties."""

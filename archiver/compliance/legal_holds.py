@@ -1,4 +1,4 @@
-"""Legal holds as recorded in the audit log, which is authoritative over the table.
+"""Read legal holds from the audit log, which is authoritative over the table.
 
 The audit log never holds the value of a variable, which may identify a person: only a digest, salted with bytes that
 the row in `archiver.holds` keeps until the release. Without that row a hold by variable covers every value.
@@ -18,9 +18,9 @@ ADD, RELEASE = "hold.add", "hold.release"
 
 
 class Criteria(msgspec.Struct, frozen=True):
-    """What a hold covers: sessions to which all of this applies; None: any.
+    """Define what a hold covers: sessions that match all criteria; None matches any.
 
-    `since` and `until`: sessions with a turn that began at or after the one and before the other.
+    `since` and `until`: sessions with a turn that began at or after `since` and before `until`.
     """
 
     session_id: str | None = None
@@ -35,11 +35,11 @@ class Criteria(msgspec.Struct, frozen=True):
         return all(each is None for each in msgspec.structs.astuple(self))
 
 
-LOGGED = ("session_id", "assistant_id", "variable", "since", "until")  # of the criteria, in an entry of the log
+LOGGED = ("session_id", "assistant_id", "variable", "since", "until")  # criteria in an audit entry
 
 
 class LoggedHold(msgspec.Struct, frozen=True):
-    """A hold as the audit log records it."""
+    """Hold a legal hold as recorded in the audit log."""
 
     id: int
     criteria: Criteria
@@ -53,7 +53,7 @@ class LoggedHold(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """A hold in force. `is_any_value`: its value is lost, so it covers every value."""
+    """Describe a hold in force. `is_any_value`: its value is lost, so it covers every value."""
 
     id: int
     session_id: str | None
@@ -72,7 +72,7 @@ def value_digest(salt: bytes, value: str) -> str:
 
 
 def replay(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, LoggedHold], list[int]]:
-    """Return the holds that these entries, in order of their ids, placed, and the entries that release no hold."""
+    """Return the holds placed by these entries (in order of their ids), and the ids of releases without a hold."""
     placed: dict[int, LoggedHold] = {}
     unknown: list[int] = []
     for entry in entries:
@@ -112,7 +112,7 @@ def _time(value: Any) -> datetime | None:
 
 
 def is_same(placed: LoggedHold, row: Mapping[str, Any]) -> bool:
-    """Return whether a row of `archiver.holds`, not released, is what the audit log says that was placed."""
+    """Return whether an unreleased row of `archiver.holds` matches the entry that placed it."""
     if any(row[name] != getattr(placed.criteria, name) for name in LOGGED):
         return False
     if placed.value_digest is None or row["released_at"] is not None:
@@ -125,7 +125,7 @@ def is_same(placed: LoggedHold, row: Mapping[str, Any]) -> bool:
 
 
 def in_force(placed: Mapping[int, LoggedHold], rows: Sequence[Mapping[str, Any]]) -> list[Hold]:
-    """Return the holds in force: those of either record that the other does not confirm to be released."""
+    """Return the holds in force: those in either record, unless both records show the release."""
     logged = {row["id"]: row for row in rows if row["released_at"] is None}
     names = Criteria.__struct_fields__
     result = [Hold(row["id"], **{name: row[name] for name in names}) for row in logged.values()]
@@ -138,7 +138,7 @@ def in_force(placed: Mapping[int, LoggedHold], rows: Sequence[Mapping[str, Any]]
     return result
 
 
-# A partial index answers exactly this condition.
+# A partial index has exactly this condition.
 _SELECT_ENTRIES = text(
     "SELECT id, at, actor, kind, reason, detail FROM archiver.acts"
     " WHERE kind IN ('hold.add', 'hold.release') ORDER BY id"

@@ -303,7 +303,7 @@ class MachineRecord:
         except OSError as error:
             raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) cannot be read: {error.strerror}") from None
         except ValueError:
-            raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) is damaged: remove it") from None
+            raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) is damaged: delete it") from None
 
     def remember(self, key: str, marks: Watermarks) -> Watermarks:
         """Add what was seen; answer all that was. Raises `IncompleteCheckError` where the file cannot be used."""

@@ -64,12 +64,14 @@ def check(connection: Connection) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     if is_at is None:
         raise SchemaError(
-            f"The database {where(connection)} has no archiver schema yet: run `archiver migrate`.",
-            "there is no archiver schema yet: run `archiver migrate`",
+            f"The database {where(connection)} has no archiver schema: run `archiver migrate`.",
+            "the database has no archiver schema: run `archiver migrate`",
         )
     if is_at in known:
-        raise SchemaError(f"The schema is at {is_at}, older than {head()}: run `archiver migrate`.")
-    raise SchemaError(f"The schema is at {is_at}, newer than this program knows: upgrade callhq-archiver.")
+        raise SchemaError(
+            f"The schema is at {is_at}, older than this version needs ({head()}): run `archiver migrate`."
+        )
+    raise SchemaError(f"The schema is at {is_at}, newer than this version supports: upgrade callhq-archiver.")
 
 
 def where(connection: Connection) -> str:
@@ -167,8 +169,7 @@ def _refuse_newer(connection: Connection) -> None:
 
 
 # One migration of a database at a time. Only the owner may lock the row of the version, so that no other user can
-# keep
-# a migration waiting thereby; before there is one, the names that a migration makes are unique.
+# keep a migration waiting thereby; before there is one, the names that a migration makes are unique.
 _LOCK_TABLE = text(f"LOCK TABLE {tables.SCHEMA}.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE")
 _LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # constants
 _MADE_BY_ANOTHER = {"23505", "42P06", "42P07"}  # SQLSTATEs: unique violation, duplicate schema, duplicate table

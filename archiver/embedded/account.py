@@ -1,7 +1,7 @@
-"""The operating system account that runs the server.
+"""Choose the operating system account that runs the server.
 
-Postgres refuses to run as root, so root hands its data to an unprivileged account: the owner of the data or the home
-already, else `postgres`, else `nobody`.
+Postgres refuses to run as root, so root gives the data to an unprivileged account: the owner of the data or of the
+home, else `postgres`, else `nobody`.
 """
 
 import os
@@ -19,14 +19,14 @@ _RUN_SECONDS = 300
 
 @dataclass(frozen=True)
 class Account:
-    """An unprivileged user that root runs Postgres as."""
+    """Identify the unprivileged user that runs Postgres for root."""
 
     uid: int
     gid: int
 
     @property
     def name(self) -> str:
-        """The login name, or the number where the system knows none."""
+        """Return the login name, or the number if the system has no name for it."""
         try:
             return pwd.getpwuid(self.uid).pw_name
         except KeyError:
@@ -54,7 +54,7 @@ def choose(home: Path) -> Account | None:
 
 
 def owner_of(folder: Path) -> Account | None:
-    """Who owns a folder; None if it is missing or belongs to root."""
+    """Return the owner of a folder; None if it is missing or belongs to root."""
     try:
         stat = folder.stat()
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def owner_of(folder: Path) -> Account | None:
 def run(
     arguments: Sequence[str | Path], account: Account | None, keep: Sequence[int] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end, output and errors together; `keep` are file descriptors that it inherits."""
+    """Run a program to its end, with stdout and stderr combined. `keep`: file descriptors that it inherits."""
     return subprocess.run(
         arguments,
         stdin=subprocess.DEVNULL,
@@ -88,8 +88,8 @@ def run(
 def spawn(arguments: Sequence[str | Path], account: Account | None, log: int, keep: Sequence[int] = ()) -> int:
     """Start a program that outlives this process, and return its pid; its output goes to `log`.
 
-    It has its own session, so that Ctrl-C in our terminal does not reach it, and is no child of ours, so that it
-    leaves no zombie with us. A shell puts it in the background; the arguments never become shell text.
+    It has its own session, so that Ctrl-C does not reach it, and is not a child of this process, so that it leaves no
+    zombie. A shell starts it in the background; the arguments never become shell text.
     """
     launched = subprocess.run(
         ["/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *arguments],
@@ -105,7 +105,7 @@ def spawn(arguments: Sequence[str | Path], account: Account | None, log: int, ke
 
 
 def can_reach(account: Account, folder: Path) -> bool:
-    """Whether the account may pass through a folder and everything above it."""
+    """Return whether the account may traverse a folder and its parents."""
     return run(["/bin/sh", "-c", 'test -x "$1"', "sh", folder], account).returncode == 0
 
 

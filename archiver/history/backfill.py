@@ -1,4 +1,4 @@
-"""Backfill: read many sessions now, page by page; resumes after an interruption."""
+"""Read many sessions now, page by page; a backfill resumes after an interruption."""
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,12 +15,14 @@ from archiver.database import run_async, tables
 from archiver.history import leases
 
 RESUMABLE = timedelta(days=1)  # an older unfinished backfill starts again
-PAGE = 5_000  # sessions, by their ids alone
+PAGE = 5_000  # session ids
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Which sessions: these ids; those with events `since`; `every` one; or else those that a reading could
-    complete: their coverage is open, or CallHQ still remembers what it did not show.
+    """Select sessions: these ids; those with events `since`; `every` one; or else those that a reading could
+    complete.
+
+    The last are sessions with open coverage, and unexpired ones that CallHQ did not show.
     """
 
     session_ids: tuple[str, ...] = ()
@@ -29,12 +31,12 @@ class Selection(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """The same for the same selection."""
+        """Return a key that identifies the selection."""
         return events.digest([sorted(set(self.session_ids)), str(self.since), self.every]).hex()
 
 
 async def begin(engine: AsyncEngine, selection: Selection) -> datetime:
-    """When the backfill of this selection began: now, or with the earlier one that was not ended."""
+    """Return the start time of the backfill of this selection: now, or that of an unfinished one."""
     now, started = datetime.now(UTC), tables.backfills.c.started_at
     statement = insert(tables.backfills).values(selection=selection.key, started_at=now)
     begun = statement.on_conflict_do_update(
@@ -52,7 +54,7 @@ async def end(engine: AsyncEngine, selection: Selection) -> None:
 
 
 async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing) -> int:
-    """How many sessions are still to be read."""
+    """Return the number of unread sessions."""
     if not selection.session_ids:
         session_filter = leases.SessionFilter(begun, selection.since, selection.every, timing)
         return await run_async(engine, partial(leases.count_unread, session_filter=session_filter))
@@ -62,7 +64,7 @@ async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timi
 async def pages(
     engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing
 ) -> AsyncIterator[list[str]]:
-    """The sessions still to be read, a page at a time."""
+    """Yield the unread sessions, page by page."""
     if selection.session_ids:
         async for page in _listed(engine, selection.session_ids, begun):
             yield page

@@ -13,16 +13,16 @@ from archiver.history.callhq import Client, TooLargeError, UnauthorizedError, Un
 
 log = structlog.get_logger(__name__)
 
-MAX_REFUSALS = 5  # of sessions, and none accepted: it is the key
-MAX_NOT_FOUND = 5  # sessions, and none found: it is the URL, or so it seems
+MAX_REFUSALS = 5  # rejected sessions without an accepted one, after which the key counts as invalid
+MAX_NOT_FOUND = 5  # responses 404 without a found session, after which the URL is suspect
 NOT_FOUND = 404
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """Result of a history call: the fact, or the reason why there is none.
+    """Hold the result of a history call: the fact, or the reason why there is none.
 
-    `began`: when the call that was answered did, or the first that was not. `retry_after`: seconds for which CallHQ
-    does not want to be asked about this session.
+    `began`: when the successful call began, or the first failed one. `retry_after`: seconds that CallHQ requested to
+    wait for this session.
     """
 
     began: datetime
@@ -33,27 +33,27 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
 
 class HistoryFetcher:
-    """Fetches histories with one client and key."""
+    """Fetch histories with one client and key."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._accepted, self._refused = 0, 0  # calls, with this key
-        self._missing = 0  # of those accepted: answered 404
+        self._missing = 0  # accepted calls with response 404
 
     @property
     def is_all_not_found(self) -> bool:
-        """Whether every answer was 404, as it is where the URL is not the API's."""
+        """Return whether every response was 404, as with a wrong URL."""
         return 0 < self._missing == self._accepted and not self._refused
 
     def check_key(self) -> None:
-        """Raises `UnauthorizedError` if the key was refused for all sessions."""
+        """Raise `UnauthorizedError` if the key was rejected for all sessions."""
         if self._refused and not self._accepted:
             raise UnauthorizedError
 
     async def answer(self, session_id: str) -> Answer:
         """Return the history of a session. An unreadable body of a success is retried like a server error.
 
-        Raises `UnauthorizedError` where the key is refused again and again and never accepted.
+        Raises `UnauthorizedError` if the key is rejected repeatedly and never accepted.
         """
         began, started = database.now(), perf_counter()
         event: Event | None = None
@@ -75,7 +75,11 @@ class HistoryFetcher:
             if not self._accepted and self._refused >= MAX_REFUSALS:
                 raise
             what = "this session" if self._accepted else "the key, or this session"
-            return Answer(began, None, f"CallHQ refuses {what}: is it one of the account of CALLHQ_API_KEY?")
+            return Answer(
+                began,
+                None,
+                f"CallHQ rejects {what}. Check that the session belongs to the account of CALLHQ_API_KEY.",
+            )
         self._accept(answer.status)
         telemetry.reading_seconds.observe(perf_counter() - started)
         return Answer(answer.began, event, status=answer.status)

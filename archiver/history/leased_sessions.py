@@ -1,4 +1,4 @@
-"""Leases of one reader: acquired on demand, renewed, and released at the end."""
+"""Manage the leases of one reader: acquired on demand, renewed, and released at the end."""
 
 import asyncio
 from collections import deque
@@ -21,7 +21,7 @@ LEASES_PER_BATCH = 50
 
 
 class LeasedSessions:
-    """Hands out leased sessions to one reader; `due_at`: only those still due as of then.
+    """Give leased sessions to one reader. `due_at`: only those still due as of then.
 
     `before`: status of leased sessions; `busy`: sessions leased by another reader.
     """
@@ -51,7 +51,7 @@ class LeasedSessions:
                     log.warning("lease release failed; leases expire", error=explain(error))
 
     async def next_session(self) -> str | None:
-        """The next one to read; None: there is no more."""
+        """Return the next session to read; None if there is none."""
         async with self._leasing:
             while True:
                 if self._waiting:
@@ -65,7 +65,7 @@ class LeasedSessions:
                     return None
 
     def lease_of(self, session_id: str) -> datetime:
-        """Until when we have it, or had it."""
+        """Return the end of the lease of a session."""
         return self._held.get(session_id, datetime.min.replace(tzinfo=UTC))
 
     def take_leases(self, session_ids: Sequence[str]) -> dict[str, datetime]:
@@ -75,14 +75,14 @@ class LeasedSessions:
     async def _lease(self, session_ids: Sequence[str]) -> None:
 
         def claim(connection: Connection, part: Sequence[str]) -> tuple[datetime, dict[str, SessionStatus]]:
-            moment = now()  # by the database's clock, which this transaction has seen
+            moment = now()  # on the database clock, as of this transaction
             lease = moment + leases.LEASE
             return lease, leases.claim(connection, part, moment, lease, self._due_at)
 
         parts, _ = await run_split_async(self._engine, session_ids, claim)
         claimed_statuses = {session_id: status for _, claimed in parts for session_id, status in claimed.items()}
         held = {session_id: lease for lease, claimed in parts for session_id in claimed}
-        if self._due_at is None:  # else the others may not be due any more
+        if self._due_at is None:  # otherwise the others may no longer be due
             self.busy += [session_id for session_id in session_ids if session_id not in claimed_statuses]
         self.before |= claimed_statuses
         self._held |= held
@@ -104,7 +104,8 @@ class LeasedSessions:
                 log.warning("lease renewal failed", error=explain(error))
 
     async def _renew(self) -> None:
-        async with self._renewing:  # of two at a time the second would take what the first renewed for another's
+        # one renewal at a time: the second would mistake the leases renewed by the first for another reader's
+        async with self._renewing:
             await self._renew_all()
 
     async def _renew_all(self) -> None:
@@ -124,7 +125,7 @@ class LeasedSessions:
 
 
 async def release_each(engine: AsyncEngine, leased: Mapping[str, datetime]) -> None:
-    """Give leases back; one that another transaction holds ends by itself."""
+    """Release leases; the lease of a locked session expires by itself."""
     await run_split_async(
         engine, list(leased.items()), lambda connection, items: leases.release(connection, dict(items))
     )

@@ -1,7 +1,7 @@
-"""Leases and due times of history readings, in columns of `sessions`.
+"""Lease sessions and set the due times of their readings, in columns of `sessions`.
 
-A lease is taken by compare-and-set, so that no two workers ever read one session at a time; it ends by itself unless
-it is renewed, so that a worker that was killed loses nothing.
+A lease is taken by compare-and-set, so that two workers never read one session at the same time. It expires unless it
+is renewed, so that a killed worker loses nothing.
 """
 
 from collections import defaultdict
@@ -22,16 +22,16 @@ from archiver.events import responses
 _sessions = tables.sessions.c
 _AMONG = _sessions.session_id == func.any(bindparam("session_ids", type_=ARRAY(TEXT)))
 _HAS_NEWS = _sessions.last_event_at > _sessions.read_at
-# The fact that the last reading made, or made again.
+# The fact of the last reading, new or repeated.
 _IS_UNREADABLE = exists().where(
     tables.events.c.session_id == _sessions.session_id,
     tables.events.c.type == responses.UNREADABLE,
     tables.events.c.last_received_at == _sessions.read_at,
 )
-# It may have been asked for at the wrong place, or at the wrong time.
+# The URL or the time of the reading may have been wrong.
 _WAS_NOT_SHOWN = or_(_sessions.reason.in_(NOT_SHOWN), _sessions.reconciled_at.is_(None))
 LEASE = timedelta(seconds=60)  # renewed by its holder
-# One that is further ahead than a lease lasts was written by a clock that was ahead: it counts for nothing.
+# A lease that ends later than possible was written while a clock was ahead, and is ignored.
 _FREE = or_(
     _sessions.leased_until.is_(None),
     _sessions.leased_until < bindparam("now"),
@@ -40,7 +40,7 @@ _FREE = or_(
 
 
 class SessionStatus(msgspec.Struct, frozen=True, gc=False):
-    """Status of a session: coverage, messages recovered from history, and time of the last event."""
+    """Hold the coverage of a session, the number of messages recovered from history, and its last event."""
 
     session_id: str
     coverage: str
@@ -73,7 +73,7 @@ _CLAIM = (
     update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STATUS_COLUMNS)
 )
 _CLAIM_DUE = _CLAIM.where(_sessions.reconcile_at == bindparam("due_at"))
-# Only its own: after a pause of this process another may have leased the session.
+# Only the own lease: after a pause of this process, another may have leased the session.
 _OWN = _sessions.leased_until == bindparam("lease")
 _RELEASE = update(tables.sessions).where(_AMONG, _OWN).values(leased_until=None)
 _RENEW = (
@@ -87,18 +87,18 @@ _POSTPONE = (
     .where(_sessions.session_id == bindparam("of_session"), _OWN)
     .values(
         leased_until=None,
-        # It may have been erased while it was read: then it is never due.
+        # A session erased during the reading is never due.
         reconcile_at=case((_sessions.reason == ERASED, None), else_=bindparam("until")),
         failing_since=bindparam("since"),
     )
 )
 
 
-Due = tuple[str, datetime | None]  # a session, and by when it is to be read
+Due = tuple[str, datetime | None]  # a session, and the time by which it must be read
 
 
 def select_due(connection: Connection, now: datetime, limit: int) -> list[Due]:
-    """Sessions whose reading is due; those first that upstream forgets first."""
+    """Return the sessions with a due reading, those that expire first at CallHQ first."""
     return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": limit})]
 
 
@@ -110,7 +110,7 @@ def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, unti
 
 
 def _at(now: datetime) -> dict[str, Any]:
-    """The values by which a lease is judged."""
+    """Return the parameters that decide whether a lease is free."""
     return {"now": now, "beyond": now + LEASE + TOLERANCE}
 
 
@@ -123,7 +123,7 @@ def claim(
 ) -> dict[str, SessionStatus]:
     """Lease these sessions; return the free ones with their status.
 
-    `due_at`: only those whose next reading is due exactly then, as they were handed out.
+    `due_at`: only those whose next reading is due exactly then, as claimed.
     """
     claimed = {"session_ids": sorted(session_ids), "until": until} | _at(now)
     if due_at is None:
@@ -175,24 +175,24 @@ def select_statuses(connection: Connection, session_ids: Sequence[str]) -> dict[
 
 
 class Schedule(msgspec.Struct, frozen=True, gc=False):
-    """The times by which a session that could not be read is judged; `failing_since`: not for the first time."""
+    """Hold the times that decide the retry of an unreadable session. `failing_since`: set after repeated failures."""
 
     read_by: datetime | None
     failing_since: datetime | None
 
 
 def select_schedule(connection: Connection, session_id: str) -> Schedule | None:
-    """The times of one session."""
+    """Return the schedule of one session."""
     statement = select(_sessions.read_by, _sessions.failing_since).where(_sessions.session_id == session_id)
     row = connection.execute(statement).one_or_none()
     return None if row is None else Schedule(*row)
 
 
 class SessionFilter(msgspec.Struct, frozen=True, gc=False):
-    """Which sessions to read: with an event `since`, `every` one, or those that a reading could complete.
+    """Select sessions to read: with an event `since`, `every` one, or those that a reading could complete.
 
-    Of them those that were not read from `before` on, or of which something was heard after that, or whose answer
-    was of an unexpected shape.
+    Of these, the sessions that were not read since `before`, or had an event after that reading, or got a response of
+    unexpected form.
     """
 
     before: datetime
@@ -202,7 +202,7 @@ class SessionFilter(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def conditions(self) -> list[ColumnElement[bool]]:
-        """What is true of such a session."""
+        """Return the conditions for these sessions."""
         is_stale = or_(_sessions.read_at.is_(None), _sessions.read_at < self.before, _HAS_NEWS, _IS_UNREADABLE)
         conditions = [_sessions.session_id != UNASSIGNED, is_stale]
         if self.since is not None:
@@ -214,7 +214,7 @@ class SessionFilter(msgspec.Struct, frozen=True, gc=False):
 
 
 def select_unread(connection: Connection, session_filter: SessionFilter, *, after: str, limit: int) -> list[str]:
-    """A page of the ids of the sessions that are wanted, in their order."""
+    """Return a page of matching session ids, in order."""
     statement = (
         select(_sessions.session_id)
         .where(_sessions.session_id > after, *session_filter.conditions)
@@ -225,13 +225,13 @@ def select_unread(connection: Connection, session_filter: SessionFilter, *, afte
 
 
 def count_unread(connection: Connection, session_filter: SessionFilter) -> int:
-    """How many sessions are wanted."""
+    """Return the number of matching sessions."""
     statement = select(func.count()).select_from(tables.sessions).where(*session_filter.conditions)
     return connection.scalar(statement) or 0
 
 
 def select_read(connection: Connection, session_ids: Sequence[str], since: datetime) -> set[str]:
-    """Those of these sessions that were read from then on, so that nothing is left to be asked for."""
+    """Return those of these sessions that were read since then and need no further reading."""
     statement = select(_sessions.session_id).where(
         _AMONG, _sessions.read_at >= since, not_(_HAS_NEWS), not_(_IS_UNREADABLE)
     )

@@ -1,4 +1,4 @@
-"""Services for reading histories: connections to Postgres and CallHQ, and the write path."""
+"""Open the services for reading histories: connections to Postgres and CallHQ, and the write path."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,9 +18,9 @@ from archiver.history.shared_pause import SharedPause
 from archiver.inbound import CONNECTIONS, Ingest, QueueFullError, UnavailableError
 from archiver.settings import Settings
 
-_BATCH = 50  # histories in one transaction
+_BATCH = 50  # histories per transaction
 _GATHER_SECONDS = 0.05
-_SUBMIT_SECONDS = 20.0  # for which a reader waits until its answer is committed; one that takes longer still may be
+_SUBMIT_SECONDS = 20.0  # for which a reader waits for the commit of its response; a slower commit may still succeed
 _QUEUE_BYTES = 256 * 1_048_576  # of histories waiting for a commit
 
 
@@ -33,7 +33,7 @@ async def reconciling(
     rate: float | None = None,
     mark_unavailable: bool = True,
 ) -> AsyncIterator[tuple[AsyncEngine, Reconciler, Submit]]:
-    """All that reading histories needs: connections to Postgres and to CallHQ, and the write path."""
+    """Yield a reader of histories, with connections to Postgres and to CallHQ and the write path."""
     connections = Connections(url, configuration.prepared_statements)
     async with connections.asynchronous(2) as engine, connections.asynchronous(CONNECTIONS) as writing:
         timing = Timing.of(configuration)
@@ -61,7 +61,7 @@ async def reconciling(
                     async with asyncio.timeout(_SUBMIT_SECONDS):
                         return (await queue.submit(delivery)).status
                 except QueueFullError:
-                    await asyncio.sleep(_GATHER_SECONDS)  # large answers: there is room once others are committed
+                    await asyncio.sleep(_GATHER_SECONDS)  # the queue is full; there is room after others are committed
                 except (UnavailableError, TimeoutError):
                     return "unavailable"
 

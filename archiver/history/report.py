@@ -1,4 +1,4 @@
-"""Results of read sessions."""
+"""Report the results of read sessions."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy",
 
 
 class ReconcileResult(msgspec.Struct, frozen=True, gc=False):
-    """Result of one session: outcome, status before and after, and error."""
+    """Hold the result of one session: outcome, status before and after, and error."""
 
     session_id: str
     outcome: Outcome
@@ -33,13 +33,13 @@ class ReconcileResult(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def recovered(self) -> int:
-        """Messages that this reading supplied."""
+        """Return the number of messages that this reading supplied."""
         after = self.after.repaired_messages if self.after else 0
         return after - (self.before.repaired_messages if self.before else 0)
 
 
 class ResultReporter:
-    """Reports results in groups, because each status query costs a transaction."""
+    """Report results in groups, because each status query costs a transaction."""
 
     def __init__(
         self, engine: AsyncEngine, leased: LeasedSessions, on_result: Callable[[ReconcileResult], object]
@@ -49,7 +49,7 @@ class ResultReporter:
         self.outcomes: Counter[Outcome] = Counter()
 
     async def add(self, session_id: str, outcome: Outcome, error: str) -> None:
-        """One more."""
+        """Add the result of one session."""
         self._finished[session_id] = (outcome, error)
         if len(self._finished) >= RESULTS_PER_FLUSH:
             await self.flush()

@@ -1,7 +1,7 @@
-"""The pause that CallHQ requested, shared by all workers through Postgres.
+"""Share the pause that CallHQ requested among all workers, through Postgres.
 
-A pause that CallHQ asks for is for the session that was asked about, unless several sessions in a row are asked to
-wait: then it concerns the account, or the platform.
+A requested pause applies to the session of the call. If several recent sessions must wait, it applies to the account
+or the platform, and therefore to all calls.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ log = structlog.get_logger(__name__)
 
 _POLL_SECONDS = 0.1
 _NAME = "callhq"
-# The pause is for all once so many sessions are to wait, of the latest ones that were asked about within so long.
+# The pause applies to all calls if this many of the latest sessions within this time must wait.
 MIN_SESSIONS, LATEST, RECENT_SECONDS = 3, 5, 60.0
 
 
 class SharedPause:
-    """Checks the pause at most ten times a second, because each check costs a query."""
+    """Check the pause at most ten times per second, because each check costs a query."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -34,7 +34,7 @@ class SharedPause:
         self._looking = asyncio.Lock()
         self._latest: dict[
             str, tuple[float, bool]
-        ] = {}  # by session, oldest first: when, and whether it was answered
+        ] = {}  # by session, oldest first: time, and whether CallHQ answered
 
     async def wait(self) -> None:
         """Return when no pause is in force."""
@@ -43,9 +43,9 @@ class SharedPause:
             await asyncio.sleep(min(seconds, 1.0))
 
     async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
-        """Let every worker pause so long, where this is not about one session alone; answers whether it is not.
+        """Pause every worker for `seconds`, unless the pause concerns a single session; return whether it was set.
 
-        A longer pause under way stays.
+        A longer existing pause stays in force.
         """
         telemetry.pauses.labels(reason).inc()
         if session_id is not None:
@@ -53,7 +53,7 @@ class SharedPause:
             if not self._is_about_all():
                 log.info("CallHQ throttled one session", session_id=session_id, seconds=seconds, reason=reason)
                 return False
-        log.warning("pause", seconds=seconds, reason=reason)
+        log.warning("CallHQ requested a pause", seconds=seconds, reason=reason)
         statement = insert(tables.pauses).values(name=_NAME, until=now() + timedelta(seconds=seconds), reason=reason)
         later = statement.on_conflict_do_update(
             index_elements=[tables.pauses.c.name],
@@ -65,7 +65,7 @@ class SharedPause:
         return True
 
     def session_answered(self, session_id: str) -> None:
-        """Note that CallHQ answered about this session."""
+        """Record that CallHQ answered for this session."""
         self._note(session_id, is_answered=True)
 
     def _note(self, session_id: str, *, is_answered: bool) -> None:

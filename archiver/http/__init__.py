@@ -1,4 +1,4 @@
-"""The HTTP service: routes and responses. The only code that knows status codes."""
+"""Serve HTTP: routes and responses. Only this room knows status codes."""
 
 import asyncio
 import gc
@@ -51,7 +51,7 @@ async def metrics(_: Request) -> Response:
 
 
 class Service(Starlette):
-    """All routes; webhooks go straight to the receiver."""
+    """Route requests; webhooks go directly to the receiver."""
 
     receiver: Receiver
 
@@ -70,8 +70,8 @@ def create(
 ) -> Service:
     """Build the service from the settings. Opens nothing until the server starts it.
 
-    `used`: a look at the files of the settings, taken before these were read. `forward` passes SIGHUP on to others.
-    Raises `SettingsError` when a setting is missing or wrong.
+    `used`: digests of the settings files, taken before the settings were read. `forward` passes SIGHUP on to other
+    processes. Raises `SettingsError` if a setting is missing or invalid.
     """
     used = reloading.look() if used is None else used
     configuration = configuration or settings.read()
@@ -82,7 +82,7 @@ def create(
 
     prepared = configuration.prepared_statements
     writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
-    # Readiness has a connection of its own, so that a busy writer does not make the service look dead.
+    # Readiness has a separate connection, so that a busy writer does not make the service look dead.
     probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
     ingest = Ingest(
         writing,
@@ -108,7 +108,7 @@ def create(
         registration.use(new.api_token.get_secret_value())
         for engine in (writing, probe_engine):
             database.redirect(engine, at)
-            await engine.dispose()  # of idle connections; those in use end their transaction
+            await engine.dispose()  # closes idle connections; those in use first complete their transaction
         await asyncio.to_thread(_record_settings, new, at)
 
     files = reloading.Reloading(reload, used, forward)
@@ -123,7 +123,7 @@ def create(
             work = [report_waits(probe_engine), files.run(), watch_identity(probe_engine, guard)]
             tasks = set(map(asyncio.create_task, [*work, _watch_spool(configuration, ingest)]))
             with limiter.enforcing():
-                yield {"limiter": limiter}  # Uvicorn hands it to each connection
+                yield {"limiter": limiter}  # Uvicorn passes it to each connection
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -131,7 +131,7 @@ def create(
             ingest.fallback.spool.close()
         await writing.dispose()
         await probe_engine.dispose()
-        log.info("stopped", pid=os.getpid())
+        log.info("receiver stopped", pid=os.getpid())
 
     bodies = Bodies(configuration.max_body, configuration.queue_bytes)
     receiver = Receiver(configuration, verifier, bodies, ingest)
@@ -173,7 +173,7 @@ def _open_spool(configuration: Settings) -> Spool | None:
     try:
         return open_spool(configuration.home.resolve() / SPOOL_FOLDER, configuration.spool_bytes)
     except SpoolError as error:
-        log.error("spool unavailable; events are refused while the database is unavailable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+        log.error("spool unavailable; events are refused while the database is unavailable", reason=str(error))  # noqa: TRY400  # a traceback would add nothing
         return None
 
 

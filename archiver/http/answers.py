@@ -17,7 +17,7 @@ from archiver.http.bodies import BodiesFullError, BodyIncompleteError, BodyTooLa
 from archiver.inbound import QueueFullError, UnavailableError
 from archiver.inbound.signatures import SignatureError
 
-RETRY_AFTER = {"retry-after": "5"}  # RFC 9110, 15.6.4: a 503 may say when to come again, in seconds
+RETRY_AFTER = {"retry-after": "5"}  # seconds (RFC 9110, 15.6.4)
 
 
 class TokenError(ArchiverError):
@@ -79,7 +79,7 @@ async def respond_to_routing(_: Request, error: Exception) -> Response:
     return JSONResponse(content, error.status_code, error.headers)
 
 
-class Refused(Exception):  # noqa: N818  # no error of ours: the parser carries it out of its callback
+class Refused(Exception):  # noqa: N818  # not an error to report: the parser carries it out of its callback
     """The client exceeded a limit of its connection, a key of `CONNECTION_ANSWERS`."""
 
     def __init__(self, reason: str) -> None:
@@ -99,12 +99,12 @@ def _render(code: int, reason: str, detail: str) -> tuple[bytes, bytes]:
 CONNECTION_ANSWERS: Mapping[str, tuple[bytes, bytes]] = {
     reason: _render(code, reason, detail)
     for reason, code, detail in (
-        ("malformed", 400, "This is not an HTTP/1.1 request."),
+        ("malformed", 400, "The input is not an HTTP/1.1 request."),
         ("slow_headers", 408, "The headers did not arrive in time (ARCHIVER_CLIENT_TIMEOUT)."),
         ("slow_body", 408, "The body did not arrive in time (ARCHIVER_CLIENT_TIMEOUT)."),
         ("headers_too_large", 431, "Request line and headers are larger than 65536 bytes."),
-        ("too_many_waiting", 503, "Too many requests wait on this connection for the answer to another."),
+        ("too_many_waiting", 503, "Too many requests wait on this connection."),
         ("too_many", 503, "Too many connections are open (ARCHIVER_MAX_CONNECTIONS)."),
     )
 }
-"""By reason: the status line, and what follows the server's own headers."""
+"""The status line, and the content after the server's own headers, by reason."""

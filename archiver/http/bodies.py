@@ -30,7 +30,7 @@ class BodiesFullError(ArchiverError):
 
 
 class Bodies:
-    """Limits one body to `max_bytes` bytes and all bodies being read to `max_total` bytes; one is always allowed."""
+    """Limit one body to `max_bytes` bytes and all bodies being read to `max_total` bytes; one is always allowed."""
 
     def __init__(self, max_bytes: int, max_total: int) -> None:
         self.max_bytes, self._max_total = max_bytes, max_total
@@ -56,10 +56,10 @@ class Bodies:
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the whole body.
 
-        Raises `BodyTooLargeError` as soon as the limit is exceeded, with or without Content-Length,
-        `BodiesFullError` where too much is being read, Starlette's `ClientDisconnect` where the connection ends
-        before the body does, and `BodyIncompleteError` where the server lost it: Uvicorn's parser takes what follows
-        an `Upgrade` that it does not know for another protocol.
+        Raises `BodyTooLargeError` as soon as the limit is exceeded, with or without Content-Length;
+        `BodiesFullError` if too many bytes are being read; Starlette's `ClientDisconnect` if the connection ends
+        before the body; and `BodyIncompleteError` if the server lost a part: after an unknown `Upgrade`, Uvicorn's
+        parser treats the body as another protocol.
         """
         declared = _content_length(scope)
         if declared is not None and declared > self.max_bytes:

@@ -1,4 +1,4 @@
-"""Limits the connections of one process and enforces their deadlines with one timer."""
+"""Limit the connections of one process and enforce their deadlines with one timer."""
 
 import asyncio
 from collections.abc import Iterable, Iterator
@@ -9,11 +9,11 @@ from archiver import telemetry
 
 SWEEP_SECONDS = 0.25
 MAX_REFUSED = 256  # connections beyond the limit that get an error response; further ones are only closed
-ADDRESS_SHARE = 2  # of the limit one such part is for the connections of one address that have not proven a secret
+ADDRESS_SHARE = 2  # divisor of the limit: the share of unauthenticated connections of one address
 
 
 class LimitedConnection(Protocol):
-    """A connection that `ConnectionLimiter` can close."""
+    """Define a connection that `ConnectionLimiter` can close."""
 
     @property
     def address(self) -> str:
@@ -31,11 +31,11 @@ class LimitedConnection(Protocol):
 
 
 class ConnectionLimiter:
-    """Allows at most `limit` connections, each with `timeout` seconds for the headers of a request.
+    """Allow at most `limit` connections, each with `timeout` seconds for the headers of a request.
 
-    Where there are as many, one that waits for a request gives way to a new one: first the oldest of those that have
-    not proven a secret, then the one of the others that is unused longest. A part of the limit is the most that one
-    address has of those that have not proven a secret: from then on it replaces its own.
+    At the limit, a new connection replaces an idle one: first the oldest unauthenticated one, then the authenticated
+    one that is idle longest. The unauthenticated connections of one address are limited to a share of the limit;
+    beyond that, a new one replaces an older one of the same address.
     """
 
     def __init__(self, limit: int, timeout: float) -> None:
@@ -43,8 +43,8 @@ class ConnectionLimiter:
         self._max_per_address = max(1, limit // ADDRESS_SHARE)
         self._connections: set[LimitedConnection] = set()
         self._unauthenticated: dict[LimitedConnection, None] = {}  # oldest first
-        self._unauthenticated_by_address: dict[str, dict[LimitedConnection, None]] = {}  # of these, likewise
-        self._authenticated: dict[LimitedConnection, None] = {}  # the one unused longest first
+        self._unauthenticated_by_address: dict[str, dict[LimitedConnection, None]] = {}  # of these, oldest first
+        self._authenticated: dict[LimitedConnection, None] = {}  # idle longest first
 
     def admit(self, connection: LimitedConnection) -> bool:
         """Register a connection; return whether it may stay open."""
@@ -110,7 +110,8 @@ class ConnectionLimiter:
 
         def sweep() -> None:
             nonlocal timer
-            timer = loop.call_later(SWEEP_SECONDS, sweep)  # first, so that a failure does not end the watch
+            # scheduled first, so that a failure does not stop the timer
+            timer = loop.call_later(SWEEP_SECONDS, sweep)
             now = loop.time()
             for connection in tuple(self._connections):
                 connection.check(now, self._timeout)

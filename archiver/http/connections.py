@@ -1,6 +1,6 @@
-"""Uvicorn's HTTP protocol with limits on what one client may send, how long it may take, and what it leaves unread.
+"""Extend Uvicorn's HTTP protocol with limits on the input, the time and the unread responses of a client.
 
-A client that exceeds a limit gets an error response where possible, and is disconnected.
+A client that exceeds a limit gets an error response if possible, and is disconnected.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.listening import DrainingLoop
 
 MAX_HEAD = 65_536  # bytes of a request line and its headers
-MAX_WAITING = 16  # requests behind the one that is being answered
-MAX_DISCARDED = 65_536  # bytes of a body that arrive after its answer
-CHUNK = 16_384  # bytes parsed at a time: a bound cannot be overstepped by more
-LINGER_SECONDS = 2.0  # for which input is still read and discarded, so that the client receives its response
-GRACE_SECONDS = 1.0  # at the end of `serve`, for a request that was just under way
-FRAMING = 8  # times a body's size that its chunks may take; the rest are trailers, which are ignored
-MIN_BODY_RATE = 16_384  # bytes a second with which a body earns more time
+MAX_WAITING = 16  # pipelined requests behind the current one
+MAX_DISCARDED = 65_536  # bytes of a body that arrive after its response
+CHUNK = 16_384  # bytes parsed at a time; a limit can be exceeded by at most this much
+LINGER_SECONDS = 2.0  # time during which further input is discarded, so that the client receives its response
+GRACE_SECONDS = 1.0  # at shutdown, for a request that is just arriving
+FRAMING = 8  # maximum ratio of chunked framing to the size of the body; trailers are ignored
+MIN_BODY_RATE = 16_384  # bytes per second at which a body extends its deadline
 
 
 def mark_authenticated(scope: Scope) -> None:
@@ -46,7 +46,7 @@ class Part(Enum):
 
 
 class Connection(HttpToolsProtocol):
-    """One client connection; `app_state["limiter"]` limits all of them."""
+    """Handle one client connection; `app_state["limiter"]` limits all connections."""
 
     def __init__(
         self,
@@ -55,18 +55,19 @@ class Connection(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        # Weak, since each request's scope holds it: nothing is to be left for the collector.
+        # A weak reference, because the scope of each request holds it; otherwise a cycle would remain for the
+        # collector.
         super().__init__(config, server_state, {**app_state, "connection": weakref.ref(self)}, _loop)
         self._limiter: ConnectionLimiter = app_state["limiter"]
         self._part = Part.NOTHING
         self._size = 0  # bytes of that part
-        self._framed = 0  # bytes of a body with all that is around it
-        self._since = self.loop.time()  # when that part began, or the wait for it
-        self._unsent_since: float | None = None  # since when the client leaves something unread
-        self._is_used = False  # there was a request
+        self._framed = 0  # bytes of a body with its framing
+        self._since = self.loop.time()  # start of the part, or of the wait for it
+        self._unsent_since: float | None = None  # since when the client has not read its response
+        self._is_used = False  # at least one request was received
         self._discards_input = False  # further input is discarded
         self._is_lingering = False
-        self._is_last = False  # the next answer ends the connection
+        self._is_last = False  # the next response closes the connection
         self._response_transport: _ResponseTransport | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in Uvicorn
@@ -83,7 +84,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._limiter.remove(self)
         super().connection_lost(exc)
-        # They hold each other: let go, so that no garbage waits for the collector.
+        # These objects refer to each other: break the cycle, so that nothing is left for the collector.
         self.pipeline.clear()
         self._response_transport = None
         if self._is_used:
@@ -100,7 +101,7 @@ class Connection(HttpToolsProtocol):
                 for start in range(0, len(data), CHUNK):
                     self._feed(whole[start : start + CHUNK])
         except httptools.HttpParserUpgrade:
-            # The parser takes what follows for another protocol, which there is none of.
+            # The parser treats further input as another protocol, and no other protocol is supported.
             self._discards_input, self._part = True, Part.BODY
             self.cycle.keep_alive = False
         except httptools.HttpParserError as error:
@@ -112,7 +113,7 @@ class Connection(HttpToolsProtocol):
         self.parser.feed_data(piece)
         if self._part is Part.HEAD:
             self._size += len(piece)
-            if self._size > MAX_HEAD + CHUNK:  # the first piece may have begun with the end of another request
+            if self._size > MAX_HEAD + CHUNK:  # the first piece may begin with the end of another request
                 self._refuse("headers_too_large")
         elif self._part is Part.BODY:
             self._framed += len(piece)
@@ -139,7 +140,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
         self._is_used = True
         self._part, self._size, self._framed, self._since = Part.BODY, 0, 0, self.loop.time()
-        self.headers = []  # trailers are no headers: a proxy in front may not have looked at them
+        self.headers = []  # trailers must not become headers, because a proxy in front may not have checked them
 
     def on_body(self, body: bytes) -> None:
         self._size += len(body)
@@ -171,11 +172,11 @@ class Connection(HttpToolsProtocol):
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
-    # Its place among the others
+    # Methods for the limiter
 
     @property
     def address(self) -> str:
-        """The client's; empty where it has none."""
+        """Return the client's address; empty if it has none."""
         return self.client[0] if self.client else ""
 
     @property
@@ -191,10 +192,10 @@ class Connection(HttpToolsProtocol):
         """Close at once to make room for another connection."""
         self.transport.abort()
 
-    # Its end
+    # Closing
 
     def on_response_complete(self) -> None:
-        """Start the next pipelined request, or wait for one without a timer of its own."""
+        """Start the next pipelined request, or wait for one without a separate timer."""
         self.server_state.total_requests += 1
         if self._response_transport is not None:
             self._response_transport.complete()
@@ -241,7 +242,7 @@ class Connection(HttpToolsProtocol):
         self._discards_input = True
         is_within_body = self._part is Part.BODY
         if is_within_body and self.pipeline:
-            self.pipeline.popleft()  # it will not be whole; those before it are answered
+            self.pipeline.popleft()  # an incomplete request is dropped; earlier ones are answered
         elif is_within_body and self._is_answering:
             if not self.cycle.response_started:
                 self.transport.write(self._answer(reason))
@@ -265,7 +266,7 @@ class Connection(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self._is_used and not self.cycle.response_complete
 
-    # Its bounds in time
+    # Deadlines
 
     def check(self, now: float, timeout: float) -> None:
         """Close the connection if it is overdue at `now`; called several times a second."""
@@ -276,7 +277,7 @@ class Connection(HttpToolsProtocol):
             if now - self._since > LINGER_SECONDS:
                 self.transport.close()
         elif self.flow.read_paused:
-            self._since = now  # it waits for us
+            self._since = now  # the client waits for the response
         elif not self._discards_input and self._is_overdue(now - self._since, timeout):
             self._time_out()
 
@@ -294,7 +295,7 @@ class Connection(HttpToolsProtocol):
             return seconds > timeout
         if self._is_last:
             timeout = GRACE_SECONDS
-        elif self._is_used:  # senders that keep a connection may use it the moment we close it: seldom, if we wait
+        elif self._is_used:  # waits, because a sender may reuse an idle connection at the moment it is closed
             timeout *= 3
         return not self._is_answering and seconds > timeout
 
@@ -310,7 +311,7 @@ class Connection(HttpToolsProtocol):
 
 
 class _Flow(FlowControl):
-    """Pauses reading while a pipelined request waits for an earlier response."""
+    """Pause reading while a pipelined request waits for an earlier response."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection.transport)
@@ -322,9 +323,9 @@ class _Flow(FlowControl):
 
 
 class _ResponseTransport(asyncio.Transport):
-    """Transport for responses: allows lingering close, and sends the head with the first part of the body.
+    """Send responses: with a lingering close, and with the headers in the same write as the first part of the body.
 
-    So does ASGI want it; and apart they are two system calls, two packets and two things to read for the client.
+    ASGI recommends this; separately they would be two system calls and two packets.
     """
 
     def __init__(self, connection: Connection) -> None:

@@ -1,7 +1,7 @@
-"""An event loop whose listening sockets close without dropping accepted connections.
+"""Provide an event loop whose listening sockets close without dropping accepted connections.
 
-Uvicorn makes its server from its configuration alone, in each process of `--workers N` too: what can be chosen there
-is the event loop.
+Uvicorn creates its server only from its configuration, also in each process of `--workers N`; that configuration can
+choose the event loop.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import uvloop
 
 
 class DrainingLoop(uvloop.Loop):
-    """uvloop with `is_draining`, which is set when one of its servers is closed."""
+    """Extend uvloop with `is_draining`, which is set when one of its servers is closed."""
 
     is_draining = False
 
@@ -26,7 +26,7 @@ class DrainingLoop(uvloop.Loop):
 
 
 class _DrainingServer:
-    """A server that, when closed, still serves connections that the kernel has accepted."""
+    """Wrap a server that, when closed, still serves connections that the kernel has accepted."""
 
     def __init__(
         self, loop: DrainingLoop, server: asyncio.AbstractServer, queue: socket.socket, factory: Any
@@ -41,7 +41,7 @@ class _DrainingServer:
             while True:
                 try:
                     connection, _ = self._queue.accept()
-                except OSError:  # no client is left, or no file descriptor
+                except OSError:  # no waiting client, or no free file descriptor
                     return
                 accepting = self._loop.connect_accepted_socket(self._factory, connection)
                 self._accepting.append(self._loop.create_task(accepting))

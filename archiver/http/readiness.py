@@ -1,4 +1,4 @@
-"""`GET /readyz`: whether an event can be stored durably."""
+"""Serve `GET /readyz`: whether an event can be stored durably."""
 
 import asyncio
 import time
@@ -19,17 +19,17 @@ log = structlog.get_logger(__name__)
 
 
 class Readiness:
-    """Ready if an event can be stored in the database or in the spool.
+    """Report readiness: an event can be stored in the database or in the spool.
 
-    Anyone may ask, so the answer has reasons alone; hosts, users and paths go to the log.
+    The response is public, so it contains only reasons; hosts, users and paths are only logged.
     """
 
     def __init__(self, engine: AsyncEngine, ingest: Ingest) -> None:
         self._engine, self._ingest = engine, ingest
-        self._logged: dict[str, tuple[str, float]] = {}  # by part: the detail last logged, and when
+        self._logged: dict[str, tuple[str, float]] = {}  # by part: the last logged detail, and its time
 
     async def readyz(self, _: Request) -> Response:
-        """Report which of the two can store an event, and why the other cannot."""
+        """Return which of the two can store an event, and why the other cannot."""
         faults = {
             "database": await database_fault(self._engine) or self._commit_fault(),
             "spool": await asyncio.to_thread(self._spool_fault),

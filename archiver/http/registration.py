@@ -1,4 +1,4 @@
-"""`POST /sessions`: the application registers the sessions that it opened."""
+"""Serve `POST /sessions`: the application registers the sessions that it opened."""
 
 import asyncio
 import hmac
@@ -16,7 +16,7 @@ from archiver.inbound import Ingest, Outcome
 
 
 class Registration:
-    """`POST /sessions`: registers sessions that the application opened, so that each is reconciled."""
+    """Register sessions that the application opened, so that each is reconciled."""
 
     def __init__(self, token: str, bodies: Bodies, ingest: Ingest) -> None:
         self._bodies, self._ingest = bodies, ingest
@@ -43,7 +43,7 @@ class Registration:
                 raise result  # after an answer to each: registering again what is committed changes nothing
         statuses = [result.status for result in results if isinstance(result, Outcome)]
         if "quarantined" in statuses:
-            detail = "Some of them could not be stored: see archiver quarantine list."
+            detail = "Some sessions could not be stored; see archiver quarantine list."
             return Answer(422, "quarantined", detail=detail).response()
         status = "spooled" if "spooled" in statuses else "stored"
         return JSONResponse({"status": status, "sessions": len(sessions), "new": statuses.count("stored")})

@@ -1,4 +1,4 @@
-"""`POST /webhooks/callhq`: the webhook."""
+"""Serve `POST /webhooks/callhq`."""
 
 import asyncio
 import time
@@ -19,15 +19,16 @@ from archiver.http.connections import mark_authenticated
 from archiver.inbound import Ingest, Outcome, QueueFullError, UnavailableError, signatures
 from archiver.settings import Settings
 
-# Clients that are refused and retry at once take the time in which others could be served: 1,000 such senders left
-# the receiver a thirtieth of its throughput.
+# Refused clients that retry at once take time from others: 1,000 such senders reduced the throughput of the receiver
+# to a thirtieth.
 REFUSAL_SECONDS = 0.25
 
 
 class Receiver:
-    """`POST /webhooks/callhq`: checks headers, reads bytes, verifies the signature, parses and enqueues.
+    """Receive webhooks: check headers, read bytes, verify the signature, parse and enqueue.
 
-    Plain ASGI: what request and response objects, router and middleware cost is a good part of what an event costs.
+    Plain ASGI, because request and response objects, router and middleware would be a large part of the cost of an
+    event.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Receiver:
         self.use(configuration, verifier)
 
     def use(self, configuration: Settings, verifier: signatures.Verifier) -> None:
-        """Verify deliveries with these settings from now on; requests whose headers were checked keep the old
-        ones.
+        """Verify deliveries with these settings from now on.
+
+        Requests whose headers are already checked keep the previous settings.
         """
         self._verifier = verifier
         self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
@@ -53,7 +55,7 @@ class Receiver:
             return
         except ERRORS as error:
             if isinstance(error, QueueFullError):
-                await asyncio.sleep(REFUSAL_SECONDS)  # at this point no body is held in memory
+                await asyncio.sleep(REFUSAL_SECONDS)  # no body is in memory here
             refusal = _refusal(error, scope)
             if not is_small(scope):  # a long body is not waited for
                 refusal.headers["connection"] = "close"

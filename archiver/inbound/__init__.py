@@ -1,9 +1,8 @@
-"""Batch waiting deliveries into one transaction each, and return to each caller its own outcome.
+"""Write waiting deliveries in batches, one transaction each, and return its outcome to each caller.
 
-While one batch commits, the next fills; a single event does not wait. The event loop keeps receiving wherever a
-statement waits for Postgres. A batch that takes long is overtaken by others, none of which holds an event of its
-sessions; what it did not commit in time goes to the spool or, without one, is written in ever smaller parts beside
-the batches.
+While one batch commits, the next one fills; a single event does not wait. The event loop continues to receive while a
+statement waits for Postgres. Other batches, without events of its sessions, overtake a slow batch. Deliveries that it
+does not commit in time go to the spool or, without a spool, are written in ever smaller parts beside the batches.
 """
 
 import asyncio
@@ -45,16 +44,17 @@ __all__ = [
 log = structlog.get_logger(__name__)
 
 MAX_GATHER_SECONDS = 0.01
-GAUGE_EVERY = 16  # of so many arrivals one brings the gauges up to date: enough to see a queue grow
-BATCH_MESSAGES = 10_000  # in the events of one transaction; one event may hold as many as it may
+GAUGE_EVERY = 16  # arrivals between two updates of the gauges
+BATCH_MESSAGES = 10_000  # per transaction; a single event may have more
 BATCH_BYTES = 16 * 1_048_576  # likewise
-LANES = 2  # batches at a time; the second one only once the first takes long
-OVERLAP_SECONDS = 0.25  # after which a batch may be overtaken
-MAX_OVERTAKEN = 1_000  # deliveries that are passed over for those behind them
-SECOND_TRY_SECONDS = 10.0  # of a batch that no sender waits for
-PART_SECONDS, SECOND_TRY_PART_SECONDS = 1.0, 5.0  # of a part of a batch that took too long
-CLOSING_SECONDS = 10.0  # for parts that are still being written when no more is taken
-CONNECTIONS = LANES + 5  # to Postgres: beside batches one for parts or the spool, two for slow events, two for trials
+LANES = 2  # concurrent batches; the second starts only if the first is slow
+OVERLAP_SECONDS = 0.25  # after which other batches may overtake a batch
+MAX_OVERTAKEN = 1_000  # deliveries of busy sessions that are skipped at the head of the queue
+SECOND_TRY_SECONDS = 10.0  # limit of the second attempt at a batch that no sender waits for
+PART_SECONDS, SECOND_TRY_PART_SECONDS = 1.0, 5.0  # limits of a part of a batch that timed out
+CLOSING_SECONDS = 10.0  # for the parts in progress at shutdown
+# to Postgres: besides batches, one for parts or the spool, two for slow events, two for trials
+CONNECTIONS = LANES + 5
 
 
 class QueueFullError(ArchiverError):
@@ -74,13 +74,13 @@ def _messages(delivery: Delivery[Content]) -> int:
 
 
 class Ingest:
-    """The queue of one process; accepts deliveries during `running`.
+    """Queue and write the deliveries of one process; accepts them during `running`.
 
     `gather_seconds`: seconds for which a batch may wait until it is full, if no caller waits for the outcome; 0: a
     batch
     waits for no longer than what it may save.
-    `fallback`: takes what the database does not; None without a spool.
-    `failed_at`: when a batch last failed for the database's sake, on `time.monotonic`'s clock; None after a success.
+    `fallback`: takes deliveries that the database does not accept; None without a spool.
+    `failed_at`: time of the last failure of the database, on `time.monotonic`'s clock; None after a success.
     """
 
     failed_at: float | None = None
@@ -102,13 +102,13 @@ class Ingest:
         self._isolated = IsolatedWriter(engine, timing, self._circuit)
         self._max_events, self._max_bytes, self._batch_events = queue_events, queue_bytes, batch_events
         self._queue: deque[_Waiting] = deque()
-        self._bytes = 0  # of what waits and of what is being written
+        self._bytes = 0  # of deliveries that wait or are being written
         self._events = 0
         self._arrived = asyncio.Event()
-        self._expected = 1  # events for which the next batch waits a moment
+        self._expected = 1  # number of events for which the next batch waits a moment
         self._closing = False
         self._drain: asyncio.Task[None] | None = None
-        self._lanes: dict[asyncio.Task[None], set[str]] = {}  # batches under way that take long, with their subjects
+        self._lanes: dict[asyncio.Task[None], set[str]] = {}  # slow batches in progress, with their subjects
         self._parts: set[asyncio.Task[None]] = set()
         self._part_gate = asyncio.Semaphore(1)
 
@@ -136,8 +136,8 @@ class Ingest:
     async def submit(self, delivery: Delivery[Content]) -> Outcome:
         """Commit one delivery, together with other waiting ones.
 
-        Raises `QueueFullError` at once, or `UnavailableError` when the database did not take it. Cancelling the
-        caller does not take the delivery out of its batch.
+        Raises `QueueFullError` at once, or `UnavailableError` if the database did not accept it. Cancelling the
+        caller does not remove the delivery from its batch.
         """
         size = len(delivery.content.body)
         self.check_room(size)
@@ -155,7 +155,7 @@ class Ingest:
         return result
 
     def check_room(self, size: int = 0) -> None:
-        """Raises `QueueFullError` where a delivery of so many bytes would not be taken now."""
+        """Raise `QueueFullError` if a delivery of `size` bytes would not be accepted now."""
         full = self._events >= self._max_events or self._bytes + size > self._max_bytes
         if self._closing or (full and self._events > 0):
             raise QueueFullError
@@ -167,7 +167,7 @@ class Ingest:
             batch = self._take()
             if batch:
                 seconds = await self._begin(batch)
-            elif self._queue:  # all that wait are of sessions whose batches are under way
+            elif self._queue:  # all waiting deliveries belong to sessions with a batch in progress
                 await asyncio.wait(self._lanes, timeout=OVERLAP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         while self._lanes:
             await asyncio.wait(self._lanes)
@@ -179,7 +179,7 @@ class Ingest:
                 await asyncio.wait(late)
 
     async def _begin(self, batch: Sequence[_Waiting]) -> float:
-        """Write a batch, and wait for it until the next may begin; answers for how long."""
+        """Write a batch, and wait until the next one may begin; return the seconds waited."""
         started = perf_counter()
         task = asyncio.create_task(self._settle(batch))
         await asyncio.wait({task}, timeout=OVERLAP_SECONDS)
@@ -192,7 +192,7 @@ class Ingest:
         return perf_counter() - started
 
     async def _settle(self, batch: Sequence[_Waiting]) -> None:
-        """Write a batch and answer all who wait for it, but for those whose part is tried again."""
+        """Write a batch and answer its callers, except those whose part is retried."""
         try:
             results = await self._write([waiting.delivery for waiting in batch])
         except Exception:  # supervisor: on any error every caller gets an outcome, and the next batch starts
@@ -200,8 +200,8 @@ class Ingest:
             results = [UnavailableError()] * len(batch)
         has_failed = any(isinstance(result, UnavailableError) for result in results)
         self._note_state(has_failed=has_failed and self._circuit.is_open)
-        if asyncio.current_task() not in self._lanes:  # else the next batch is gathered already
-            # Senders that wait for an answer before they send again are about to: so many may come at once.
+        if asyncio.current_task() not in self._lanes:  # otherwise the next batch is already being gathered
+            # Senders that wait for a response before the next delivery are about to send again.
             at_once = len(batch) + len(self._queue)
             self._expected = self._batch_events if self._gather_seconds else min(at_once, self._batch_events)
         slow: list[_Waiting] = []
@@ -254,7 +254,9 @@ class Ingest:
         task.add_done_callback(self._parts.discard)
 
     async def _write_part(self, part: Sequence[_Waiting]) -> None:
-        """Write what failed together while Postgres took other events, in halves or alone, and answer who waits."""
+        """Write deliveries that failed together while Postgres stored others, in halves or alone; answer their
+        callers.
+        """
         left = list(part)
         try:
             for half in (part[: len(part) // 2], part[len(part) // 2 :]) if len(part) > 1 else (part,):
@@ -268,7 +270,7 @@ class Ingest:
                         self._answer(waiting, result)
                 if slow:
                     self._begin_part(slow)
-        except Exception:  # the supervisor, as above
+        except Exception:  # supervisor, as above
             log.exception("part of a batch failed", events=len(left))
         finally:
             for waiting in left:
@@ -285,9 +287,9 @@ class Ingest:
         return results
 
     def _take(self) -> list[_Waiting]:
-        """What fits into one transaction of bounded length: so many events, messages and bytes.
+        """Remove and return the deliveries of the next transaction, within the limits of events, messages and bytes.
 
-        Deliveries of a session in a batch that is under way wait for its end.
+        Deliveries of a session with a batch in progress wait for its end.
         """
         batch: list[_Waiting] = []
         passed_over: list[_Waiting] = []
@@ -311,9 +313,9 @@ class Ingest:
         telemetry.queue_bytes.set(self._bytes)
 
     async def _gather(self, last_seconds: float) -> None:
-        """Wait for the first event, or for as many as are expected, but for those no longer than half a commit.
+        """Wait for the first event, then for the expected number of events, at most half the time of a commit.
 
-        Under load this fills batches, and so saves commits; when a commit is quick there is little to save.
+        Under load this fills batches and saves commits; if a commit is quick, there is little to save.
         """
         self._arrived.clear()
         if self._closing or len(self._queue) >= self._expected:

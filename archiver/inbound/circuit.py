@@ -1,4 +1,4 @@
-"""The circuit breaker between ingest and Postgres. Open: no events are sent."""
+"""Break the circuit between ingest and Postgres: while it is open, no events are sent."""
 
 from collections.abc import Iterable
 from time import monotonic
@@ -15,10 +15,10 @@ LOG_SECONDS = 60.0
 
 
 class Circuit:
-    """State of the database alone: a trial event decides.
+    """Hold the state of the database, which a trial event determines.
 
-    A full disk opens it too, since a trial that is rolled back does not show that; it then stays open until an event
-    is stored.
+    A full disk opens the circuit too, because a trial that is rolled back does not detect it. The circuit then stays
+    open until an event is stored.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -27,7 +27,7 @@ class Circuit:
         self.is_open = False
 
     async def judge(self, faults: Iterable[UnavailableError]) -> None:
-        """Open or close it after transactions that failed."""
+        """Open or close the circuit after failed transactions."""
         if any(fault.is_disk_full for fault in faults):
             self._open("the disk of Postgres is full")
         elif (fault := await trial_fault(self._engine)) is not None:
@@ -36,7 +36,7 @@ class Circuit:
             self.close()
 
     async def allows_trial(self) -> bool:
-        """Whether Postgres answers, so that an event may be sent to it; an open circuit stays open until then."""
+        """Return whether Postgres responds, so that a trial may be sent; the circuit stays open until it succeeds."""
         fault = await trial_fault(self._engine)
         if fault is not None and monotonic() - self._logged_at >= LOG_SECONDS:
             self._logged_at = monotonic()
@@ -44,7 +44,7 @@ class Circuit:
         return fault is None
 
     def close(self) -> None:
-        """Postgres took an event."""
+        """Close the circuit, because Postgres stored an event."""
         if self.is_open:
             log.info("circuit closed")
         self.is_open = False

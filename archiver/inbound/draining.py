@@ -1,7 +1,8 @@
 """Move deliveries from one spool file to Postgres, oldest first; a failing or slow one delays no other.
 
-The file is gone through in passes. What fails while Postgres takes other events is left for the next pass, whose
-transactions are smaller, until it stands alone; then it is written alone, with time of its own, beside the passes.
+A drain reads the file in passes. Deliveries that fail while Postgres stores others are left for the next pass, which
+has smaller transactions. A delivery that fails alone is written separately, with its own time limit, beside the
+passes.
 """
 
 import asyncio
@@ -20,19 +21,19 @@ from archiver.inbound.writing import Outcome, Result, UnavailableError
 log = structlog.get_logger(__name__)
 
 INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.2, 2.0
-DRAIN_EVENTS = 200  # of one transaction
+DRAIN_EVENTS = 200  # per transaction
 DRAIN_BYTES = 8 * 1_048_576  # likewise
-SPLIT = 8  # so many times fewer events in a transaction of the next pass
-# Of a transaction of a first pass, and of the smaller ones of the next passes.
+SPLIT = 8  # divisor of the events per transaction for the next pass
+# Limits of a transaction of the first pass, and of the smaller ones of later passes.
 FULL_SECONDS, SMALL_SECONDS = 3.0, 1.0
-MAX_ISOLATED, MAX_ISOLATED_BYTES = 50, 32 * 1_048_576  # at a time, in memory; the rest stays on disk
+MAX_ISOLATED, MAX_ISOLATED_BYTES = 50, 32 * 1_048_576  # in memory at a time; the rest stays on disk
 
 Waiting = tuple[Spooled, Delivery[Content]]
 Write = Callable[[Sequence[Delivery[Content]], float], Awaitable[Sequence[Result]]]
 
 
 class DrainPass(msgspec.Struct):
-    """Result of a pass: events to retry in smaller transactions, and events that wait."""
+    """Hold the result of a pass: events to retry in smaller transactions, and events that wait."""
 
     failed: int = 0
     parked: int = 0
@@ -40,8 +41,10 @@ class DrainPass(msgspec.Struct):
 
 
 class Drain:
-    """Empties one file. `write`: what became of each of some deliveries, written together in so many seconds at most.
-    `on_change` is called after each change of the file, `arrived` to be set whenever something was spooled.
+    """Empty one file.
+
+    `write` writes deliveries together within a number of seconds and returns their outcomes. `on_change` is called
+    after each change of the file. Set `arrived` whenever a delivery was spooled.
     """
 
     def __init__(
@@ -54,13 +57,13 @@ class Drain:
         self.arrived = asyncio.Event()
 
     async def empty(self) -> None:
-        """Return once nothing is left. Raises `SpoolError`."""
+        """Return when the file is empty. Raises `SpoolError`."""
         try:
             await self._empty()
         finally:
             singles = list(self._singles.values())
             for task in singles:
-                task.cancel()  # what it holds stays on disk
+                task.cancel()  # its delivery stays on disk
             if singles:
                 await asyncio.wait(singles)
 
@@ -81,7 +84,7 @@ class Drain:
                 return
 
     async def _wait_for_work(self) -> None:
-        """Until something was spooled, or a delivery that was written alone is done."""
+        """Wait until a delivery was spooled, or a separately written one is done."""
         arriving = asyncio.create_task(self.arrived.wait())
         await asyncio.wait(
             {arriving, *self._singles.values()},
@@ -107,11 +110,11 @@ class Drain:
             else:
                 passed.failed += failed
             if not failed:
-                await asyncio.sleep(monotonic() - began)  # half of the time is left to new events
+                await asyncio.sleep(monotonic() - began)  # leaves half of the time to new events
         return passed
 
     async def _write(self, waiting: Sequence[Waiting], seconds: float) -> int:
-        """How many of these deliveries Postgres did not take; the circuit says whether that is its fault."""
+        """Return how many deliveries Postgres did not store; the circuit determines whether Postgres is at fault."""
         if self._circuit.is_open and not await self._circuit.allows_trial():
             return len(waiting)
         results = await self._write_together([delivery for _, delivery in waiting], seconds)
@@ -126,7 +129,7 @@ class Drain:
         return len(faults)
 
     def _batchable(self, spooled: Spooled, passed: DrainPass) -> Waiting | None:
-        """The delivery, unless it is one to be written alone."""
+        """Return the delivery, unless it must be written separately."""
         if (spooled.file, spooled.id) in self._singles:
             return None
         delivery = spooled.restore()
@@ -155,6 +158,6 @@ class Drain:
         del self._singles[spooled.file, spooled.id]
         self._single_bytes -= spooled.size
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # it is still on disk, and found by the next pass
+        if error is not None:  # the delivery is still on disk, and the next pass finds it
             trace = None if isinstance(error, SpoolError) else (type(error), error, error.__traceback__)
             log.error("spooled event not written", reason=str(error) if trace is None else "", exc_info=trace)

@@ -18,15 +18,15 @@ from archiver.inbound.writing import Outcome, Result, UnavailableError, write
 
 log = structlog.get_logger(__name__)
 
-SPOOL_AFTER_SECONDS = 3.0  # without an answer from Postgres; senders wait no longer than some ten
-ADOPT_SECONDS = 30.0  # between two looks for what other processes left behind
+SPOOL_AFTER_SECONDS = 3.0  # without a response from Postgres; senders wait about ten seconds at most
+ADOPT_SECONDS = 30.0  # between two checks for files of ended processes
 ADOPT_AT_ONCE = 8  # files
 
 
 class Fallback:
-    """Stores deliveries durably in Postgres or in the spool; `drain` moves spooled ones to Postgres.
+    """Store deliveries durably in Postgres or in the spool; `drain` moves spooled ones to Postgres.
 
-    No caller waits for Postgres while the circuit is open, nor for the deliveries of a session that took too long.
+    While the circuit is open, no caller waits for Postgres; nor does the caller of a delivery of a slow session.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class Fallback:
         self._circuit, self._isolated = circuit, isolated
         self._gate = asyncio.Semaphore(1)
         self._drain = self._draining(spool)
-        self._spool_fault = ""  # why it did not take what it was last given
+        self._spool_fault = ""  # why the last append failed
         if spool.events:
             self._drain.arrived.set()
         self._gauge()
 
     @property
     def is_open(self) -> bool:
-        """Whether Postgres takes no events."""
+        """Return whether the circuit is open."""
         return self._circuit.is_open
 
     async def write(self, deliveries: Sequence[Delivery[Content]]) -> list[Result]:
-        """For each delivery what became of it: `spooled` where it is not in Postgres, but on disk."""
+        """Write the deliveries and return their outcomes; `spooled` means on disk instead of in Postgres."""
         results: list[Result] = [UnavailableError()] * len(deliveries)
         faults: list[UnavailableError] = []
         if not self._circuit.is_open:
@@ -63,7 +63,7 @@ class Fallback:
             if faults:
                 await self._circuit.judge(faults)
             if self._circuit.is_open:
-                self._drain.arrived.set()  # it looks when the circuit is to be closed
+                self._drain.arrived.set()  # the drain tests whether the circuit can be closed
             for place in left if await appending else ():
                 results[place] = Outcome("spooled")
         return results
@@ -92,7 +92,7 @@ class Fallback:
             self._log_spool_fault(error)
             self._drain.arrived.set()
         if self._circuit.is_open and await self._circuit.allows_trial():
-            self._circuit.close()  # the spool holds nothing that could have shown it
+            self._circuit.close()  # the spool is empty, so no drained delivery can close it
         elif self._circuit.is_open or self._drain.arrived.is_set():
             await asyncio.sleep(MAX_PAUSE_SECONDS)
 
@@ -111,7 +111,7 @@ class Fallback:
         return Drain(spool, self._write_spooled, self._circuit, self._isolated, self._gauge)
 
     async def _write_spooled(self, deliveries: Sequence[Delivery[Content]], seconds: float) -> list[Result]:
-        async with self._gate:  # one transaction for all files, beside those of new events
+        async with self._gate:  # one transaction for all files at a time, beside those of new events
             return await write(self._engine, deliveries, self._timing, seconds)
 
     async def _adopt_periodically(self) -> None:
@@ -136,7 +136,7 @@ class Fallback:
             await self._draining(spool).empty()
         except SpoolError as error:
             self._log_spool_fault(error)
-        except Exception:  # the supervisor: it is opened again later
+        except Exception:  # supervisor: the file is opened again later
             log.exception("drain failed", file=spool.path.name)
         finally:
             spool.close()
@@ -155,4 +155,4 @@ class Fallback:
         telemetry.spool_events.set(depth.events)
         telemetry.spool_bytes.set(depth.bytes)
         age = (datetime.now(UTC) - depth.oldest_at).total_seconds() if depth.oldest_at else 0
-        telemetry.spool_age.set(max(age, 0))  # the clock may have been set back
+        telemetry.spool_age.set(max(age, 0))  # never negative, even if the clock was set back

@@ -24,33 +24,33 @@ from archiver.inbound.writing import (
 
 log = structlog.get_logger(__name__)
 
-SECONDS = 30.0  # of one attempt
-ATTEMPTS = 2  # that fail while Postgres stores other events; then the delivery is quarantined
-LOCKED_ATTEMPTS = 3  # in a row that another transaction keeps waiting
-LANES = 2  # deliveries at a time
+SECONDS = 30.0  # per attempt
+ATTEMPTS = 2  # failed attempts while Postgres stores other events; then the delivery is quarantined
+LOCKED_ATTEMPTS = 3  # consecutive attempts blocked by another transaction
+LANES = 2  # concurrent deliveries
 PAUSE_SECONDS = 1.0
 SLOW_SECONDS = 1.0
-REMEMBER_SECONDS = 300.0  # for which the next deliveries of the same session are written alone, too
+REMEMBER_SECONDS = 300.0  # time for which further deliveries of the session are written separately
 MAX_REMEMBERED = 10_000
 
 
 class IsolatedWriter:
-    """Writes deliveries one by one: in order within a session, in parallel across sessions."""
+    """Write deliveries one by one: in order within a session, in parallel across sessions."""
 
     def __init__(self, engine: AsyncEngine, timing: Timing, circuit: Circuit) -> None:
         self._engine, self._timing, self._circuit = engine, timing, circuit
         self._lanes = asyncio.Semaphore(LANES)
-        self._slow: dict[str, float] = {}  # subjects, each with the time until which it is remembered
+        self._slow: dict[str, float] = {}  # subjects with the time until which they are remembered
         self._turns: dict[str, list[asyncio.Future[None]]] = {}
 
     def knows(self, of: str) -> bool:
-        """Whether deliveries of this subject took too long lately, or one of them is being written."""
+        """Return whether deliveries of this subject were slow recently, or one of them is being written."""
         return of in self._turns or self._slow.get(of, 0.0) > monotonic()
 
     async def write(self, delivery: Delivery[Content]) -> Result:
         """Return the outcome: `quarantined` if Postgres stores other events but not this one, even for its duration.
 
-        `UnavailableError` where the database takes no events, or another transaction holds the session.
+        `UnavailableError` if the database accepts no events, or another transaction blocks the session.
         """
         of = delivery.subject
         async with self._turn(of):
@@ -60,7 +60,7 @@ class IsolatedWriter:
         return result
 
     def _remember(self, of: str) -> None:
-        """Have the next deliveries of this subject written alone."""
+        """Write the next deliveries of this subject separately."""
         now = monotonic()
         if len(self._slow) >= MAX_REMEMBERED:
             self._slow = {each: until for each, until in self._slow.items() if until > now}
@@ -103,7 +103,7 @@ class IsolatedWriter:
 
     @asynccontextmanager
     async def _turn(self, of: str) -> AsyncIterator[None]:
-        """First come, first served among the deliveries of one subject."""
+        """Serialise the deliveries of one subject, first come, first served."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._turns.setdefault(of, [])
         waiting.append(done)

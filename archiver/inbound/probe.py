@@ -17,9 +17,9 @@ PROBE_SECONDS = 3
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Why Postgres takes no event.
+    """Describe why Postgres accepts no events.
 
-    `reason` is for anyone who asks: it names no host, user or database. `detail`, for the log, does.
+    `reason` is public: it names no host, user or database. `detail` is for the log and names them.
     """
 
     reason: str
@@ -27,15 +27,15 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 async def database_fault(engine: AsyncEngine) -> Fault | None:
-    """Return why not; None if it answers, lets us write, and has the schema of this version.
+    """Return the fault; None if Postgres responds, is writable and has the schema of this version.
 
-    A full disk answers questions as before: that shows only when something is written.
+    It does not detect a full disk, which only a write shows.
     """
     return await _fault(engine, _look)
 
 
 async def trial_fault(engine: AsyncEngine) -> Fault | None:
-    """Why not; None if it answers and stores an event of its own in time, which is then rolled back."""
+    """Return the fault; None if Postgres stores a trial event in time, which is then rolled back."""
     try:
         return await _fault(engine, _try)
     except _RolledBackError:
@@ -44,7 +44,7 @@ async def trial_fault(engine: AsyncEngine) -> Fault | None:
 
 async def _fault(engine: AsyncEngine, look: Callable[[Connection], bool]) -> Fault | None:
     try:
-        # Postgres ends what takes too long itself: nothing is left of it that others could wait for.
+        # Postgres itself cancels a slow query, so that it blocks nobody afterwards.
         seconds = SERVER_FIRST * PROBE_SECONDS
         is_read_only = await run_async(engine, look, PROBE_SECONDS, statement_seconds=seconds)
     except TimeoutError:

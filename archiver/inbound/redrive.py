@@ -17,15 +17,15 @@ from archiver.inbound.writing import (
 )
 from archiver.ledger import quarantine
 
-RETRY_SECONDS = 600.0  # of one statement: more than an event has by itself
+RETRY_SECONDS = 600.0  # per statement: more than the limit of a separately written event
 
 
 def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAULT_TIMING) -> Outcome | None:
-    """Drive one quarantined delivery through the write path again; None where there is no such row.
+    """Retry one quarantined delivery through the write path; None if there is no such row.
 
-    On success the ledger holds its bytes, with the time of its first delivery and the count of all, and the
-    quarantine lets go of it; else the row stays, with today's reason. Raises what the database raises when it is
-    not available.
+    On success the ledger holds its bytes with the time of the first delivery and the number of deliveries, and the
+    row is deleted from the quarantine. Otherwise the row stays with the new reason. Raises the errors of an
+    unavailable database.
     """
     try:
         with transaction(engine, statement_seconds=RETRY_SECONDS) as connection:

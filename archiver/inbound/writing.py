@@ -27,11 +27,11 @@ from archiver.ledger import quarantine
 
 log = structlog.get_logger(__name__)
 
-BATCH_SECONDS = 60.0  # after which a transaction is given up
-# Facts that do not name their session take the recording lock alone: every other writer waits for them.
+BATCH_SECONDS = 60.0  # after which a transaction is abandoned
+# Facts without a session id take the recording lock exclusively, so every other writer waits for them.
 EXCLUSIVE_SECONDS = 2.0
-# Of a limit: Postgres cancels a statement before its client abandons the connection, and one that waits for a lock
-# sooner, so that it is known which of the two it was.
+# Fractions of a limit: Postgres cancels a statement before the client abandons the connection, and a lock wait even
+# earlier, so that the cause is known.
 SERVER_FIRST, LOCKS_FIRST = 0.9, 0.5
 
 QUERY_CANCELED, LOCK_NOT_AVAILABLE, DISK_FULL = "57014", "55P03", "53100"
@@ -40,35 +40,39 @@ Status = Literal["stored", "duplicate", "ignored", "quarantined", "spooled"]
 
 
 class UnavailableError(ArchiverError):
-    """The database did not take an event."""
+    """The database did not accept an event."""
 
-    message = "The database did not take the event; send it again."
+    message = "The database did not accept the event; send it again."
 
     def __init__(self, *, sqlstate: str | None = None, is_silent: bool = False) -> None:
         super().__init__()
-        self.is_slow = is_silent or sqlstate == QUERY_CANCELED  # it had all the time that it may take
+        self.is_slow = is_silent or sqlstate == QUERY_CANCELED  # it used its whole time limit
         self.is_locked = sqlstate == LOCK_NOT_AVAILABLE
         self.is_disk_full = sqlstate == DISK_FULL
 
 
 class EventTooSlowError(ArchiverError):
-    """Postgres did not store one event, although it had a time budget of its own."""
+    """Postgres did not store an event within its separate time limit."""
 
     def __init__(self, seconds: float, attempts: int) -> None:
-        super().__init__(f"Postgres did not store the event alone within {seconds:g} s, at {attempts} attempts.")
+        super().__init__(
+            f"Postgres did not store the event within {seconds:g} s in any of {attempts} separate attempts."
+        )
 
 
 class EventNotStoredError(ArchiverError):
-    """Postgres failed at one event again and again, while it stored others."""
+    """Postgres failed repeatedly on one event while it stored others."""
 
     def __init__(self, attempts: int) -> None:
-        super().__init__(f"Postgres failed on the event alone at {attempts} attempts, while it stored another.")
+        super().__init__(
+            f"Postgres failed on the event in {attempts} separate attempts, while it stored another event."
+        )
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """Outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
+    """Hold the outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
 
-    As JSON it is the answer to the sender.
+    Its JSON is the response to the sender.
     """
 
     status: Status
@@ -81,8 +85,10 @@ Result = Outcome | UnavailableError
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """`seconds` of a whole transaction. `is_alone`: the one delivery may take long, so it holds no lock that all
-    others wait for.
+    """Hold the limits of a transaction.
+
+    `seconds`: of the whole transaction. `is_alone`: its only delivery may be slow, so it must not hold a lock that
+    blocks all others.
     """
 
     seconds: float = BATCH_SECONDS
@@ -103,11 +109,11 @@ async def write(
     timing: Timing = DEFAULT_TIMING,
     seconds: float | None = None,
 ) -> list[Result]:
-    """Commit these deliveries, in one transaction if they let us, and say of each what became of it.
+    """Commit these deliveries, in one transaction if possible, and return the outcome of each.
 
-    A delivery that cannot be stored is found by halving, and quarantined, while the others commit (I4). After so many
-    `seconds` a transaction is given up. Turns whose delivery does not name the session have a transaction of their
-    own, for which all others wait: one of little time.
+    A delivery that cannot be stored is isolated by halving and quarantined, while the others commit (I4). A
+    transaction is abandoned after `seconds`. Deliveries without a session id use a separate, short transaction, which
+    blocks all others.
     """
     limits = Limits(seconds or BATCH_SECONDS)
     apart = [place for place, delivery in enumerate(deliveries) if _is_exclusive(delivery)]
@@ -124,13 +130,13 @@ async def write(
 
 
 async def write_isolated(engine: AsyncEngine, delivery: Delivery[Content], timing: Timing, seconds: float) -> Result:
-    """Commit one delivery that may take so many `seconds`; nothing but its own session waits for it."""
+    """Commit one delivery within `seconds`; only its own session waits for it."""
     (result,) = await _write(engine, [delivery], timing, Limits(seconds, is_alone=True))
     return result
 
 
 async def quarantine_delivery(engine: AsyncEngine, delivery: Delivery[Content], fault: Exception) -> Result:
-    """Quarantine a delivery that can be parsed but not stored."""
+    """Quarantine a delivery that was parsed but cannot be stored."""
     return await _quarantine_alone(engine, delivery, fault, Limits(LOCK_SECONDS))
 
 
@@ -150,7 +156,7 @@ async def _write(
         fault: Exception = error
     except TimeoutError:
         return [_silent(limits.seconds)] * len(deliveries)
-    except Exception as error:  # noqa: BLE001  # one event that breaks our own code must not break its batch either
+    except Exception as error:  # noqa: BLE001  # an event that triggers a defect must not fail its batch
         fault = error
     if len(deliveries) == 1:
         return [await _quarantine_alone(engine, deliveries[0], fault, limits)]
@@ -192,7 +198,7 @@ def _count_without_text(deliveries: Sequence[Delivery[Content]], outcomes: Seque
 def store(
     connection: Connection, deliveries: Sequence[Delivery[Content]], timing: Timing, *, locks_late: bool = False
 ) -> list[Outcome]:
-    """What became of each, in this transaction. `locks_late`: as `ledger.record` has it."""
+    """Store deliveries in this transaction and return their outcomes. `locks_late`: see `ledger.record`."""
     deliveries = [_without_future(delivery) for delivery in deliveries]
     parsed = [delivery for delivery in deliveries if has_event(delivery)]
     malformed = [delivery for delivery in deliveries if isinstance(delivery.content, Malformed)]
@@ -242,14 +248,14 @@ async def _quarantine_alone(
     if row_id is None:
         telemetry.refused_erased.inc()
         return Outcome("ignored", reason="erased")
-    log.error("quarantined", reason=reason, detail=detail)
+    log.error("delivery quarantined", reason=reason, detail=detail)
     return Outcome("quarantined", row_id, reason, detail)
 
 
 def _quarantine_unless_erased(
     connection: Connection, delivery: Delivery[Content], reason: str, detail: str
 ) -> int | None:
-    "delivery quarantined"
+    """Quarantine the delivery and return its id; None if its content was erased."""
     if has_event(delivery) and ledger.is_refused(connection, delivery):
         return None
     (row_id,) = quarantine.upsert_quarantine(connection, [_without_future(delivery)], reason, detail)
@@ -257,7 +263,7 @@ def _quarantine_unless_erased(
 
 
 def explain_fault(fault: Exception) -> tuple[str, str]:
-    """A reason and a sentence that hold nothing of the event: a database error's own text may quote it."""
+    """Return a reason and a sentence without content of the event, which the text of a database error may quote."""
     if isinstance(fault, EventTooSlowError):
         return quarantine.TOO_SLOW, str(fault)
     if isinstance(fault, EventNotStoredError):

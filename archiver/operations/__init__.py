@@ -1,1 +1,1 @@
-"""What an operator looks at: checks, figures, heartbeats, settings as they are used."""
+"""Provide an operator's view: checks, figures, heartbeats and effective settings."""

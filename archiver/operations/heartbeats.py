@@ -1,4 +1,4 @@
-"""The tables `workers` and `duties`: latest reports, and starts of shared duties."""
+"""Read and write the tables `workers` and `duties`: latest reports, and starts of shared duties."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from archiver.telemetry.duty_health import Report
 
 BEAT_SECONDS = 5.0
 FRESH_SECONDS = 30.0  # a worker that reported within this time is running
-_KEPT_DAYS = 1  # for which a worker that ended without a word is still shown
+_KEPT_DAYS = 1  # days that a worker which ended without a report is still shown
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -31,12 +31,12 @@ class Worker(msgspec.Struct, frozen=True):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is running, as far as its reports say."""
+        """Return whether the worker is running, according to its reports."""
         return -FRESH_SECONDS < self.age < FRESH_SECONDS
 
     @property
     def faulty(self) -> dict[str, Report]:
-        """Its duties that need an operator."""
+        """Return the duties that need an operator."""
         return {name: report for name, report in self.duties.items() if report.is_faulty}
 
 
@@ -50,7 +50,7 @@ _UPSERT = text(
 
 
 class Process(msgspec.Struct, frozen=True):
-    """Who reports: this process."""
+    """Identify the process that reports."""
 
     id: str
     host: str = msgspec.field(default_factory=socket.gethostname)
@@ -60,13 +60,13 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def upsert_worker(connection: Connection, process: Process, reports: Mapping[str, Report]) -> None:
-    """Record what a worker reports, at Postgres' time."""
+    """Record the reports of a worker, at the time of the Postgres clock."""
     values = msgspec.structs.asdict(process) | {"duties": duties.as_text(reports)}
     connection.execute(_UPSERT, values)
 
 
 def delete_worker(connection: Connection, worker_id: str) -> None:
-    """Forget a worker that ended as it should."""
+    """Delete a worker that ended normally."""
     connection.execute(text("DELETE FROM archiver.workers WHERE id = :id"), {"id": worker_id})
 
 
@@ -76,7 +76,7 @@ _DELETE_OLD = text(
 
 
 def delete_old(connection: Connection) -> None:
-    """Forget workers that have not reported for a day."""
+    """Delete workers that have not reported for a day."""
     connection.execute(_DELETE_OLD)
 
 
@@ -89,7 +89,7 @@ _SELECT = text(
 )
 
 
-# By object id: a name cannot be looked up in a schema that one may not enter.
+# By object id: a name cannot be resolved in a schema without the USAGE privilege.
 _MAY_SELECT = text(
     """
     SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
@@ -100,12 +100,12 @@ _MAY_SELECT = text(
 
 
 def may_select(connection: Connection) -> bool:
-    """Whether this user may read what workers report; False where the schema is older, too."""
+    """Return whether this user may read the reports of workers; False also with an older schema."""
     return bool(connection.scalar(_MAY_SELECT))
 
 
 def select_workers(connection: Connection) -> Sequence[Worker]:
-    """Return what every worker last reported."""
+    """Return the latest report of every worker."""
     return [
         Worker(**{**row, "duties": duties.parse(row["duties"])}) for row in connection.execute(_SELECT).mappings()
     ]
@@ -124,5 +124,5 @@ _CLAIM = text(
 
 
 def claim(connection: Connection, name: str, seconds: float) -> bool:
-    """Begin a duty that one worker at a time does: False where another began it within so many seconds."""
+    """Claim a duty that one worker at a time runs. False if another worker began it within `seconds`."""
     return connection.scalar(_CLAIM, {"name": name, "seconds": seconds}) is not None

@@ -26,7 +26,7 @@ class Overview(msgspec.Struct, frozen=True):
 
 
 def select_overview(connection: Connection) -> Overview:
-    """Exact counts; reads every table once."""
+    """Return exact counts. Reads every table once."""
     ledger = connection.execute(
         text(
             "SELECT count(*) AS events, coalesce(sum(delivery_count), 0)::bigint AS deliveries,"
@@ -80,20 +80,20 @@ class Silence(msgspec.Struct, frozen=True):
 
     @property
     def is_certain(self) -> bool:
-        """Return whether there are so many that webhooks have stopped, rather than single ones being lost."""
+        """Return whether the number is so large that webhooks have stopped, rather than single ones being lost."""
         return self.turns >= SILENT_TURNS
 
 
 SILENT_TURNS = 3
 ADVICE = (
-    "See whether the platform still sends its webhooks here (on the assistant's page under Server Messaging), and"
-    " whether this receiver refuses them: archiver_received_total by status."
+    "Check that the platform sends its webhooks here (the assistant's page, Server Messaging), and"
+    " that this receiver does not refuse them: archiver_received_total by status."
 )
-_MAX_EXAMINED = 1_000  # readings and registrations, the newest
+_MAX_EXAMINED = 1_000  # newest readings and registrations
 
-# A turn is counted only if it is certain that it began after that webhook: its session is younger, or was read in
-# between and did not have it. A turn whose webhook was lost before, and that a later reading supplied, does not
-# count; nor does any where only deletions were ever sent.
+# Counts a turn only if it certainly began after that webhook: its session is younger, or was read in between without
+# it. A turn whose webhook was lost earlier and that a later reading supplied is not counted, nor is any turn where
+# only deletions were ever sent.
 _SILENCE = text(
     """
     WITH latest AS MATERIALIZED (
@@ -120,6 +120,6 @@ _SILENCE = text(
 
 
 def select_silence(connection: Connection) -> Silence:
-    """Since when no webhook of a turn has arrived, and what histories have shown since."""
+    """Return when the latest webhook of a turn arrived, and the undelivered turns that histories have shown since."""
     row = connection.execute(_SILENCE).one_or_none()
     return Silence(None, 0, 0) if row is None else Silence(row.since, row.turns, row.sessions)

@@ -1,8 +1,8 @@
 """Reload settings files when they change and on SIGHUP.
 
-A file counts as changed once two looks in a row find the same new content, so that one that is being written is not
-read half-way. Changes count from a look taken before the settings are read, so that none in between is missed.
-What cannot be used is reported, and the settings before stay in use.
+A file counts as changed when two consecutive checks find the same new content, so that a partly written file is not
+read. The first check precedes the reading of the settings, so that no change in between is missed. Invalid settings
+are reported, and the previous settings stay in use.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 CHECK_SECONDS = 2.0
 REPORT_SECONDS = 60.0
 _LARGEST = 1_048_576
-# Not settings of ours, but read by the HTTP client when it is built.
+# Not settings of the archiver, but read by the HTTP client when it is built.
 _CERTIFICATES = ("SSL_CERT_FILE",)
 
 
@@ -35,7 +35,7 @@ def block() -> None:
 
 
 def look() -> Mapping[str, str]:
-    """Return what each file that holds a setting has in it, as a digest; why it cannot be read where it cannot."""
+    """Return a digest of each file that holds a setting, or the reason why the file cannot be read."""
     names = [name for name in settings.file_names() if os.environ.get(name)]
     return {name: _digest(Path(os.environ[name])) for name in (*names, *filter(os.environ.get, _CERTIFICATES))}
 
@@ -49,10 +49,10 @@ def _digest(path: Path) -> str:
 
 
 class Reloading:
-    """Reads the settings again for as long as it runs.
+    """Reload the settings whenever a file changes.
 
-    `apply` uses the new ones; it raises `SettingsError`, before it changes anything, where they cannot be used.
-    `used` is a `look` taken before the present settings were read. `forward` passes SIGHUP on to other processes.
+    `apply` puts new settings to use, or raises `SettingsError` before it changes anything. `used` is the result of
+    `look` before the present settings were read. `forward` passes SIGHUP on to other processes.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Reloading:
         self._fault, self._reported_at = "", 0.0
 
     async def run(self, duty: Duty | None = None) -> None:
-        """Look until cancelled. SIGHUP asks for a look at once, where the event loop is in the main thread.
+        """Check the files until cancelled. SIGHUP triggers a check if the event loop runs in the main thread.
 
-        May be run again: what changed in between is read.
+        May be run again: changes in between are read.
         """
         self._duty = duty or self._duty
         telemetry.settings_current.set(not self._fault)
@@ -97,7 +97,7 @@ class Reloading:
     async def _look(self, *, is_asked: bool) -> None:
         result = await asyncio.to_thread(look)
         is_settled, self._before = result == self._before, result
-        # `serve` decides some settings for the processes that it starts, which then stand in no file.
+        # `serve` sets some settings for its child processes; these are in no file.
         is_changed = any(self._used.get(name) != digest for name, digest in result.items())
         if is_asked or (is_settled and is_changed):
             await self._reload(result)
@@ -122,7 +122,7 @@ class Reloading:
         self._fault = fault
 
     def _report(self) -> None:
-        self._duty.failing(f"the settings before stay in use: {self._fault}")
+        self._duty.failing(f"the previous settings stay in use: {self._fault}")
         if not self._reported_at or monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = monotonic()
             log.error("new settings rejected; previous settings stay in use", reason=self._fault)

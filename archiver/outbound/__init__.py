@@ -1,1 +1,1 @@
-"""What leaves the archive: the change feed, and the follow-ups that are made of it."""
+"""Send data out of the archive: the change feed, and the follow-ups that are created from it."""

@@ -1,7 +1,7 @@
-"""All settings with default and meaning in one typed table, read from the environment.
+"""Read all settings from the environment; one typed table holds their defaults and meanings.
 
-Each name may also be given as NAME_FILE, the path of a file that holds the value, so that a secret need not stand in
-the environment.
+NAME_FILE may give the path of a file that contains the value of NAME, so that a secret need not be in the
+environment.
 """
 
 import os
@@ -20,9 +20,10 @@ SCHEMES: tuple[str, ...] = get_args(WebhookScheme)
 
 
 def read() -> Settings:
-    """The settings of this process.
+    """Return the settings of this process.
 
-    Raises `SettingsError`, one line a fault, each naming the variable; never the value, which may be a secret.
+    Raises `SettingsError` with one line per fault, which names the variable but not the value, because it may be a
+    secret.
     """
     try:
         return Settings()
@@ -32,7 +33,7 @@ def read() -> Settings:
 
 
 def _explain(fault: Any) -> str:
-    if not fault["loc"]:  # of several together; its text names them
+    if not fault["loc"]:  # a fault of several settings, named in its text
         return f"{fault['msg'].removeprefix('Value error, ')}."
     name = str(fault["loc"][0])
     given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
@@ -65,7 +66,7 @@ def file_names() -> list[str]:
 
 
 def table() -> list[tuple[str, str, str]]:
-    """Each setting as (environment variable, default as text, meaning); the documentation is held against it."""
+    """Return each setting as (environment variable, default as text, meaning); a test compares the documentation."""
     rows = []
     for field_name, field in Settings.model_fields.items():
         default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
@@ -75,7 +76,7 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def _limits(metadata: list[Any]) -> str:
-    """In words; what is above 0 is a whole number here."""
+    """Describe the limits; "above 0" is shown as "at least 1", because such settings are whole numbers."""
     limits_given = {
         name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)
     }

@@ -1,4 +1,4 @@
-"""The settings: one typed table, each with its default, its meaning and its limits."""
+"""Define the settings in one typed table, each with its default, its meaning and its limits."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from archiver.settings.sources import FileSource
 
-MAX_DAYS = 36_600  # of retention
+MAX_DAYS = 36_600  # maximum retention
 
 WebhookScheme = Literal[
     "secret", "bearer", "hmac", "standard", "github", "stripe", "slack", "shopify", "svix", "none"
@@ -18,12 +18,12 @@ WebhookScheme = Literal[
 
 
 def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
-    """A field read from the environment variable `name`."""
+    """Define a field that is read from the environment variable `name`."""
     return Field(default=default, validation_alias=AliasChoices(name), description=help_text, **limits)
 
 
 class Settings(BaseSettings):
-    """What the environment says; `read()` is the way to make one."""
+    """Hold the settings; create them with `read()`."""
 
     model_config = SettingsConfigDict(case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True)
 
@@ -264,7 +264,7 @@ class Settings(BaseSettings):
     @field_validator("secret_header", "hmac_header", "hmac_timestamp_header", "hmac_id_header")
     @classmethod
     def _is_header_name(cls, value: str) -> str:
-        """A token of RFC 9110, 5.6.2: a request can have no other header."""
+        """Accept a token of RFC 9110, 5.6.2, the only form of a header name."""
         if value and not _TOKEN.fullmatch(value):
             raise ValueError("must be the name of a header: letters, digits and hyphens, such as x-signature")
         return value
@@ -336,7 +336,7 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _is_not_blank(cls, value: SecretStr | None) -> SecretStr | None:
-        # A set but empty variable was meant to name a database; its value got lost.
+        # An empty variable was probably meant to name a database.
         if value is not None and not value.get_secret_value().strip():
             raise ValueError("set, but empty: unset it to use the embedded Postgres")
         return value
@@ -357,17 +357,17 @@ class Settings(BaseSettings):
 
     @property
     def retention_of_assistants(self) -> dict[str, int]:
-        """Days of content by assistant id, where they are not those of all."""
+        """Return the days of content by assistant id, for assistants with a different period."""
         return _days_by_assistant(self.retention_by_assistant)
 
     @property
     def expires(self) -> bool:
-        """Whether any content is erased by the clock alone."""
+        """Return whether any content expires."""
         return bool(self.retention_days or any(self.retention_of_assistants.values()))
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """The webhook secrets, blanks dropped."""
+        """Return the webhook secrets without empty ones."""
         parts = self.webhook_secrets.get_secret_value().split(",")
         return tuple(part.strip() for part in parts if part.strip())
 
@@ -380,7 +380,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment and the files it names; nothing else."""
+        """Use only the environment and the files that it names."""
         del dotenv_settings, file_secret_settings
         return init_settings, FileSource(settings_cls), env_settings
 
@@ -389,7 +389,7 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 
 
 def _has_host(url: str) -> bool:
-    """Whether a URL has a host, a port that can be, and nothing that a URL must not hold."""
+    """Return whether a URL has a host, a valid port and no invalid character."""
     try:
         parts = urlsplit(url)
         has_port = parts.port is None or parts.port > 0

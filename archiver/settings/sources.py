@@ -11,13 +11,13 @@ from archiver.errors import SettingsError
 
 
 def environment_name(settings: type[BaseSettings], field_name: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     alias = settings.model_fields[field_name].validation_alias
     return str(alias.choices[0]) if isinstance(alias, AliasChoices) else field_name
 
 
 class FileSource(PydanticBaseSettingsSource):
-    """NAME_FILE: the value is the content of that file, without the white space around it."""
+    """Read a value from the file that NAME_FILE names, without surrounding white space."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         name = environment_name(self.settings_cls, field_name)

@@ -1,4 +1,4 @@
-"""Environment variables that look like settings but are not."""
+"""Find environment variables that look like settings but are not."""
 
 import os
 import re
@@ -7,15 +7,15 @@ from difflib import get_close_matches
 from archiver.settings.fields import Settings
 from archiver.settings.sources import environment_name
 
-# What Kubernetes sets for a service called archiver or callhq.
+# Variables that Kubernetes sets for a service named archiver or callhq.
 _OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?)$")
 _OF_A_DATABASE = re.compile(r"(DATABASE|DB|PG|POSTGRES|POSTGRESQL)_(URL|URI|DSN)(_FILE)?")
 
 
 def unknown_variables() -> list[tuple[str, str]]:
-    """Return unknown variables that look like settings, each with the setting that may be meant, or "".
+    """Return unknown variables that look like settings, each with the nearest setting, or "".
 
-    Those that look like `DATABASE_URL` count while that is not set.
+    Names similar to `DATABASE_URL` count only if that is not set.
     """
     names = [environment_name(Settings, field_name) for field_name in Settings.model_fields]
     known = {*names, *(f"{name}_FILE" for name in names)}

@@ -1,4 +1,4 @@
-"""The folder under ARCHIVER_HOME in which the processes of one `serve` share their metrics."""
+"""Share the metrics of the processes of one `serve`, in a folder under ARCHIVER_HOME."""
 
 import fcntl
 import os
@@ -19,8 +19,8 @@ _LOCK = ".lock"
 def shared_metrics(home: Path, processes: int) -> Iterator[None]:
     """Let several processes share metrics, so that /metrics of each reports the sum.
 
-    Removes the folders of those that were killed: a folder is in use as long as its lock is held. Raises
-    `SettingsError` where ARCHIVER_HOME cannot be written.
+    Removes the folders of processes that were killed: a folder is in use as long as its lock is held. Raises
+    `SettingsError` if ARCHIVER_HOME is not writable.
     """
     if processes == 1:
         yield
@@ -32,7 +32,7 @@ def shared_metrics(home: Path, processes: int) -> Iterator[None]:
         folder.mkdir(mode=0o700)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise SettingsError(f"ARCHIVER_HOME: {parent} cannot be written ({error.strerror or error}).") from None
+        raise SettingsError(f"ARCHIVER_HOME: cannot write to {parent} ({error.strerror or error})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for other in parent.iterdir():

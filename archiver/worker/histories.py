@@ -91,7 +91,7 @@ class Histories:
     async def run(self, ending: asyncio.Event) -> None:
         """Work until `ending` is set. Raises `SettingsError` where the settings allow no HTTP client."""
         async with reconciling(self._configuration, self._url) as (engine, reconciler, _), self._jobs.open_async():
-            log.info("working", api=self._configuration.callhq_api_url)
+            log.info("history duty started", api=self._configuration.callhq_api_url)
             self._reconciler = reconciler
             parts = [
                 self._claim_periodically(engine),

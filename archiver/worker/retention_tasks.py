@@ -87,7 +87,7 @@ class RetentionTasks:
                 await self.erase(beat)
                 raise
             if not due.is_empty:
-                log.info("retention", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
+                log.info("retention run", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
         await self.erase(beat)
         if refused is not None:
             raise refused

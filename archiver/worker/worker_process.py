@@ -1,7 +1,7 @@
-"""A worker's process: its own, or one beside a receiver, so that reading histories does not delay webhooks.
+"""Run a worker: as its own process, or beside a receiver, so that fetching histories does not delay webhooks.
 
-One beside a receiver is started again when it ends by itself, and ends with its parent, however that ended. Its
-duties fail and recover inside it (`worker.supervision`); what ends the whole process is reported from here.
+A worker beside a receiver is restarted if it ends unexpectedly, and ends with its parent in every case.
+`worker.supervision` restarts failed duties inside it; this module reports failures of the whole process.
 """
 
 import asyncio
@@ -36,18 +36,18 @@ log = structlog.get_logger(__name__)
 
 STOP_SECONDS = 30
 INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
-STABLE_SECONDS = 60.0  # a worker that ran for so long is started again after the first pause
-PROCESS = "worker"  # stands for the whole process among the duties
+STABLE_SECONDS = 60.0  # a worker that ran at least this long is restarted after the shortest pause
+PROCESS = "worker"  # reported as a duty: the process as a whole
 
 
 def work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
-    """Background work until SIGTERM or Ctrl-C. `used`: the files, looked at before the settings were read."""
+    """Run the duties until SIGTERM or Ctrl-C. `used`: digests of the settings files, taken before they were read."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_work(configuration, url, used))
 
 
 async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
-    """Work with one set of settings after another: new settings start after the previous work has ended."""
+    """Run the duties; new settings take effect after the duties with the previous settings have ended."""
     stopped, given = asyncio.Event(), configuration
     ending = asyncio.Event()
 
@@ -70,7 +70,7 @@ async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> N
         at = _url(given, url)
         await asyncio.to_thread(_record_settings, given, at)
         await Worker(given, database.database_url(at), files).run(ending)
-    log.info("stopped")
+    log.info("worker stopped")
 
 
 def _url(configuration: Settings, embedded: str) -> str:
@@ -84,9 +84,9 @@ def _record_settings(configuration: Settings, url: str) -> None:
 
 @contextmanager
 def running_worker(environment: Mapping[str, str], url: str) -> Iterator["WorkerProcess"]:
-    """Run a worker process during the block, with this environment over the process's own.
+    """Run a worker process during the block, with this environment in addition to the process's own.
 
-    `url`: of the database, where the settings name none; and where faults of the whole process are reported.
+    `url`: the database where faults of the whole process are reported; also used if the settings name no database.
     """
     worker_process = WorkerProcess(environment, url)
     try:
@@ -111,14 +111,14 @@ class WorkerProcess:
         """Stop the worker, first with SIGTERM."""
         self._stopping.set()
         self._process.terminate()
-        # The watcher may just have started another one: once it has ended there is none but this.
+        # The watcher may just have started another process; after it has ended, this is the only one.
         self._watcher.join(STOP_SECONDS)
         self._process.terminate()
         self._process.join(STOP_SECONDS)
         self._process.kill()
 
     def hang_up(self) -> None:
-        """Send SIGHUP, so that the worker reloads its files; it is delivered once the worker is ready."""
+        """Send SIGHUP, so that the worker reloads its settings files. A starting worker receives it when ready."""
         pid = self._process.pid
         if pid is not None and self._process.exitcode is None:
             os.kill(pid, signal.SIGHUP)
@@ -132,7 +132,7 @@ class WorkerProcess:
                 pause = INITIAL_PAUSE_SECONDS
                 is_recorded = is_recorded and not self._record(None)
                 continue
-            # 0: it was stopped by a signal, as this process is about to be.
+            # Code 0: a signal stopped the worker and is about to stop this process.
             if self._stopping.wait(pause):
                 return
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
@@ -169,7 +169,7 @@ def _exit_text(code: int | None) -> str:
 
 
 def _reason_from(reason_pipe: Connection) -> str:
-    """Return what the process said about its end."""
+    """Return the reason that the process sent before it ended."""
     try:
         return str(reason_pipe.recv()) if reason_pipe.poll() else _NO_REASON
     except (EOFError, OSError):
@@ -178,7 +178,7 @@ def _reason_from(reason_pipe: Connection) -> str:
         reason_pipe.close()
 
 
-_NO_REASON = "it gave no reason; see the log before this line, and the machine's log for a lack of memory"
+_NO_REASON = "no reason reported; see the log above, and the system log for an out-of-memory kill"
 
 
 def _start(environment: Mapping[str, str], url: str) -> tuple[BaseProcess, Connection]:
@@ -191,7 +191,7 @@ def _start(environment: Mapping[str, str], url: str) -> tuple[BaseProcess, Conne
 
 
 def _run(environment: Mapping[str, str], url: str, reason_pipe: Connection) -> None:
-    # Ctrl-C reaches the whole group: the parent decides when this ends.
+    # Ctrl-C signals the whole process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, value in environment.items():
         os.environ[name] = value

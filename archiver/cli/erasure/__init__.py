@@ -34,7 +34,7 @@ PAGE = 500
 @click.option("--reason", help="Reason for the audit log; must not contain the erased content.")
 @click.option("--dry-run", is_flag=True, help="Show what would be erased; write nothing.")
 @options.yes_option
-@click.option("--skip-held", is_flag=True, help="Skip what a legal hold covers, and erase the rest.")
+@click.option("--skip-held", is_flag=True, help="Skip content under a legal hold, and erase the rest.")
 @options.actor_option
 @click.option("--list", "should_list", is_flag=True, help="Print all erasures as JSON lines, without content.")
 @click.option("--replay", "file", type=click.File("rb"), help="Apply a list printed by --list again; - reads stdin.")
@@ -55,8 +55,8 @@ def command(
 ) -> None:
     """Erase sessions and turns permanently from ledger, archive and quarantine, and refuse later deliveries.
 
-    Stopped half-way, the same command goes on; so does any worker. Exit 1 where a legal hold forbids it, which is
-    recorded.
+    If the command is interrupted, run it again to continue; a worker continues too. Exit 1 if a legal hold forbids
+    the erasure; the audit log records the refusal.
     """
     variables = [options.name_and_value(each, "--where") for each in wheres]
     selection = Selection(session_ids, chat_ids, variables)
@@ -72,7 +72,7 @@ def command(
                 preview = requests.preview(engine, selection, who, reason, skip_held=skip_held)
             else:
                 preview = requests.preview_replay(engine, replay.parse(file), who, reason, skip_held=skip_held)
-            requests.refuse_held(engine, preview, dry_run=dry_run)  # before it is asked for
+            requests.refuse_held(engine, preview, dry_run=dry_run)  # before the confirmation
             messages.warn_of(preview)
             if dry_run:
                 report = Report(None, preview.counts, preview.held, preview.repeating)
@@ -103,8 +103,8 @@ def _check(selection: Selection, reason: str | None, *, should_list: bool, is_re
 def _ask(preview: Preview, *, yes: bool) -> None:
     if not preview.counts.events and not preview.counts.turns and not preview.held:
         complain("no matching content is archived, or it is already erased")
-    selected = f"{len(preview.selected):,} named: {messages.describe_counts(preview.counts)}"
-    options.confirm(f"Erase for good ({selected})?", yes=yes)
+    selected = f"{len(preview.selected):,} selected: {messages.describe_counts(preview.counts)}"
+    options.confirm(f"Erase permanently ({selected})?", yes=yes)
 
 
 def _erase(engine: Engine, preview: Preview, timing: Timing, *, quiet: bool) -> Report:

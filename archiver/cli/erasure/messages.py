@@ -20,7 +20,7 @@ MAX_SHOWN = 20
 def warn_of(preview: Preview) -> None:
     """Warn of what the erasure would leave, and of targets that are probably misspelt."""
     _warn_of_unknown(preview.unknown, preview.unknown_variables)
-    _warn_of_unclaimed_words(preview.unclaimed)
+    _warn_of_unclaimed_text(preview.unclaimed)
     _warn_of_held_quarantine(preview.quarantine_rows_held)
     _warn_of_unsearchable(preview.counts.unsearchable)
     _warn_of_repeated_content(preview.repeating)
@@ -32,17 +32,17 @@ def _warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> Non
         complain(f"no turn has a variable {name}")
     for each in unknown[:MAX_SHOWN]:
         target = f"chat {each.chat_id}" if each.chat_id else f"session {each.session_id}"
-        complain(f"nothing is known of {target}: what is delivered of it later is refused")
+        complain(f"{target} is unknown; later deliveries for it will be refused")
     if len(unknown) > MAX_SHOWN:
-        complain(f"and of {len(unknown) - MAX_SHOWN:,} more")
+        complain(f"and {len(unknown) - MAX_SHOWN:,} more are unknown")
 
 
-def _warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
+def _warn_of_unclaimed_text(unclaimed: Sequence[str]) -> None:
     """Warn of sessions that may hold text of an erased turn in unclaimed history messages."""
     for session_id in unclaimed[:MAX_SHOWN]:
         complain(
-            f"no webhook delivered the text of a selected turn; session {session_id} has history messages"
-            " that no turn claims: they may be its words, and stay; erase the whole session to be sure"
+            f"no webhook delivered the text of a selected turn, and session {session_id} has history messages that"
+            " belong to no known turn; they may be its text and are kept. To erase them too, erase the whole session"
         )
     if len(unclaimed) > MAX_SHOWN:
         complain(f"and {len(unclaimed) - MAX_SHOWN:,} more sessions")
@@ -51,8 +51,8 @@ def _warn_of_unclaimed_words(unclaimed: Sequence[str]) -> None:
 def _warn_of_held_quarantine(count: int) -> None:
     """Report how many quarantine rows a hold keeps."""
     if count:
-        stay = counted(count, "row of the quarantine stays", "rows of the quarantine stay")
-        complain(f"{stay}, for what a legal hold covers may be in it: erase again once that is released")
+        stay = counted(count, "quarantined delivery is kept", "quarantined deliveries are kept")
+        complain(f"{stay}: a legal hold may cover content in them; erase again after the hold is released")
 
 
 def _warn_of_unsearchable(count: int) -> None:
@@ -60,8 +60,8 @@ def _warn_of_unsearchable(count: int) -> None:
     if count:
         bodies = counted(count, "quarantined body", "quarantined bodies")
         complain(
-            f"{bodies} could not be searched, because their bytes cannot be decoded: list them with"
-            " archiver quarantine list --unsearchable, look at each with archiver quarantine show ID"
+            f"{bodies} cannot be decoded and were not searched; list them with archiver quarantine list"
+            " --unsearchable and inspect each with archiver quarantine show ID"
         )
 
 
@@ -71,8 +71,7 @@ def _warn_of_repeated_content(repeating: Sequence[Target]) -> None:
         return
     repeat = counted(len(repeating), "other turn repeats", "other turns repeat")
     complain(
-        f"{repeat} what an erased turn said: their deliveries stay in the ledger as they were received."
-        " To erase them as well:"
+        f"{repeat} content of an erased turn, and their deliveries stay in the ledger as received. To erase them too:"
     )
     for each in repeating[:MAX_SHOWN]:
         options = (
@@ -88,20 +87,19 @@ def warn_of_spool(folder: Path) -> None:
     try:
         waiting = spool.select_depth(folder).events
     except spool.SpoolError as error:
-        complain(f"what waits on the spool is not known: {error}")
+        complain(f"cannot read the spool: {error}")
     else:
         if waiting:
             wait = counted(waiting, "delivery waits", "deliveries wait")
             complain(
-                f"{wait} on the spool in {folder}: what was erased stays there until serve has drained it,"
-                " and is refused then"
+                f"{wait} in the spool {folder}: erased content stays there until serve drains it, and is then refused"
             )
     for each in spool.set_aside_files(folder):
-        complain(f"{each} is damaged and may hold what was erased: look at it, then remove it by hand")
+        complain(f"{each} is damaged and may contain erased content; inspect it, then delete it")
 
 
 def describe_counts(counts: Counts) -> str:
-    """Return the counts as one line."""
+    """Describe the counts in one line."""
     each = [counted(getattr(counts, f"{noun}s"), noun) for noun in ("session", "turn", "message", "event")]
     return ", ".join([*each, f"{counts.quarantined:,} quarantined"])
 
@@ -116,19 +114,19 @@ def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
             output["resent"] = {"count": len(turns), "turns": turns}
         print_json(output)
     else:
-        click.echo(f"{'It would erase' if dry_run else 'Erased'} {describe_counts(report.counts)}.")
+        click.echo(f"{'Would erase' if dry_run else 'Erased'} {describe_counts(report.counts)}.")
     if report.held:
         print_held(report.held)
 
 
 def print_refusal(ordered: int, *, dry_run: bool) -> None:
     """Explain that holds stopped the erasure. `ordered`: targets ordered before the hold."""
-    advice = "release the hold, or say --skip-held to erase the rest"
+    advice = "release the hold, or pass --skip-held to erase the rest"
     if ordered:
         complain(
-            f"{counted(ordered, 'session or turn', 'sessions and turns')} had been ordered to be erased"
-            " when the hold was placed: they go, unless it covers them too, with the next archiver erase or by a"
-            f" worker within the hour. Of the rest nothing was erased; {advice}"
+            f"the erasure of {counted(ordered, 'session or turn', 'sessions and turns')} was ordered before the hold"
+            " was placed. Unless the hold covers them, they are erased by the next archiver erase or by a worker"
+            f" within the hour. Nothing else was erased; {advice}"
         )
     else:
         complain(f"nothing {'would be' if dry_run else 'was'} erased; {advice}")

@@ -8,7 +8,7 @@ from archiver.cli.followups.tail import tail
 
 @click.group()
 def followups() -> None:
-    """Follow the change feed, or manage receivers of changes."""
+    """Manage receivers of changes, or print the change feed."""
 
 
 for _command in (

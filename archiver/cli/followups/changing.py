@@ -12,7 +12,7 @@ from archiver.ledger import audit_log
 from archiver.outbound.followups import pruning, review, subscriptions
 from archiver.outbound.followups.deliveries import parse_message_id
 
-MAX_RETRIED = 10_000  # at once
+MAX_RETRIED = 10_000  # by one command
 
 
 @click.command()
@@ -20,7 +20,7 @@ MAX_RETRIED = 10_000  # at once
 @click.option("--reason", default=subscriptions.BY_HAND, help="Reason, shown in the list.")
 @options.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
-    """Pause a subscription until `resume`; changes are delivered then, as far back as the feed goes."""
+    """Pause a subscription. `resume` delivers the changes since then that the feed still holds."""
     with connection.opened(settings.read()) as opened:
         subscriptions.pause(opened, subscription_id, reason)
         audit_log.insert_entry(
@@ -38,7 +38,7 @@ def resume(*, subscription_id: int, actor: str | None) -> None:
         lost_changes = subscriptions.resume(opened, subscription_id)
         detail = {"subscription": subscription_id, "gone": lost_changes}
         audit_log.insert_entry(opened, "followups.resume", actor or audit_log.actor(), None, detail)
-    click.echo(f"Subscription {subscription_id} is at work.")
+    click.echo(f"Subscription {subscription_id} is active.")
     if lost_changes:
         fail(f"{lost_changes:,} changes are not delivered: the feed no longer holds them")
 
@@ -57,7 +57,7 @@ def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
             opened, "followups.remove", actor or audit_log.actor(), None, {"subscription": subscription_id}
         )
     forgotten = pruning.BATCH_SIZE
-    while forgotten == pruning.BATCH_SIZE:  # some at a time; what a stop here leaves, a worker forgets
+    while forgotten == pruning.BATCH_SIZE:  # in batches; a worker deletes the rest if this command is interrupted
         with connection.opened(configuration) as opened:
             forgotten = pruning.delete_of_subscription(opened, subscription_id)
     click.echo(f"Subscription {subscription_id} is removed.")
@@ -75,7 +75,9 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
         raise click.UsageError("Specify delivery ids, or --dead SUBSCRIPTION.")
     requested = [(each, parse_message_id(each)) for each in ids]
     if wrong := [each for each, parsed in requested if parsed is None]:
-        raise click.UsageError(f"{wrong[0][:80]!r} is no id of a delivery: archiver followups deliveries")
+        raise click.UsageError(
+            f"{wrong[0][:80]!r} is not a delivery id; list them with archiver followups deliveries"
+        )
     became: list[tuple[str, review.Retried]] = []
     with connection.opened(settings.read()) as opened:
         if dead is not None:
@@ -88,12 +90,12 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
         audit_log.insert_entry(
             opened, "followups.retry", actor or audit_log.actor(), None, detail | {"retried": retried}
         )
-    click.echo(f"{retried:,} {'is' if retried == 1 else 'are'} tried again.")
+    click.echo(f"{retried:,} scheduled for retry.")
     if retried == MAX_RETRIED:
         click.echo("More deliveries may be left; run the command again.", err=True)
     for each, how in became:
         if how != "retried":
-            message = "was delivered already" if how == "delivered" else "there is no such delivery"
+            message = "already delivered" if how == "delivered" else "no such delivery"
             complain(f"{each}: {message}")
     if retried < len(became):
         sys.exit(1)

@@ -64,7 +64,7 @@ def show(*, subscription_id: int, as_json: bool) -> None:
     with connection.opened(settings.read()) as opened:
         result = review.select_subscriptions(opened, subscription_id)
         if not result:
-            raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
+            raise SubscriptionNotFoundError(subscription_id)
     if as_json:
         print_json(result[0])
         return

@@ -100,17 +100,17 @@ def add(
         return
     click.echo(f"Subscription {subscription_id} receives {', '.join(values['events'])}.")
     _show_secret(output.get("secret"))
-    click.echo(f"Try it: archiver followups test {subscription_id}", err=True)
+    click.echo(f"Test it: archiver followups test {subscription_id}", err=True)
 
 
 def _check_events(events: Sequence[str], only: Filter) -> None:
     for each in events:
         if each not in outbox.TYPES:
             known = ", ".join(outbox.TYPES)
-            raise click.BadParameter(f"there is no {each!r}; there are {known}", param_hint="--event")
+            raise click.BadParameter(f"unknown event type {each!r}; use one of {known}", param_hint="--event")
     if subscriptions.SEAL in events and not only.is_empty:
         raise click.UsageError(
-            "seal.created belongs to no conversation: add it in a subscription of its own, without a filter"
+            "seal.created belongs to no conversation: add a separate subscription without a filter"
         )
 
 
@@ -143,7 +143,7 @@ def _read_secret(path: Path) -> str:
 
 def _show_secret(secret: str | None) -> None:
     if secret is not None:
-        click.echo(f"Its secret, which is not shown again: {secret}")
+        click.echo(f"Secret (not shown again): {secret}")
 
 
 @click.command()
@@ -163,7 +163,7 @@ def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None,
     if as_json:
         click.echo(msgspec.json.encode({"id": subscription_id, "both_until": until} | output).decode())
         return
-    click.echo(f"Both secrets of subscription {subscription_id} sign until {until:%Y-%m-%d %H:%M} UTC.")
+    click.echo(f"Both secrets of subscription {subscription_id} sign deliveries until {until:%Y-%m-%d %H:%M} UTC.")
     _show_secret(output.get("secret"))
 
 
@@ -173,7 +173,7 @@ def rotate(*, subscription_id: int, secret_file: Path | None, actor: str | None,
 def test(*, subscription_id: int, as_json: bool) -> None:
     """Send a `followups.test` message now and print the response. Exit 1 if it is not accepted.
 
-    If it is, the receiver is left alone no longer.
+    If it is accepted, the circuit of this receiver is closed, and deliveries continue.
     """
     configuration = settings.read()
     with connection.opened(configuration) as opened:
@@ -188,19 +188,19 @@ def test(*, subscription_id: int, as_json: bool) -> None:
         click.echo(msgspec.json.encode(output | {"answer": attempt.answer.decode(errors="replace")}).decode())
     else:
         answer = repr(attempt.answer.decode(errors="replace")) if attempt.answer else "nothing"
-        status = f"answered {attempt.status}" if attempt.status else "did not answer"
+        status = f"returned {attempt.status}" if attempt.status else "did not respond"
         fault = f" ({attempt.fault})" if attempt.fault else ""
-        click.echo(f"The receiver {status}{fault} after {attempt.seconds:.2f} s; it said {answer}.")
+        click.echo(f"The receiver {status}{fault} after {attempt.seconds:.2f} s; response: {answer}")
     if attempt.fault == "refused_address":
         _explain_refusal(subscription.url, allow_private=configuration.followups_allow_private)
     if attempt.fault is not None:
         sys.exit(1)
     if row["paused_at"] is not None:
-        click.echo(f"It is paused: archiver followups resume {subscription_id}", err=True)
+        click.echo(f"The subscription is paused: archiver followups resume {subscription_id}", err=True)
 
 
 def _explain_refusal(url: str, *, allow_private: bool) -> None:
-    """Say what refused it; nothing where by now nothing does."""
+    """Print why the address is refused; print nothing if it is accepted now."""
     with contextlib.suppress(guard.HostNotFoundError):
         try:
             _check_addresses(guard.endpoint(url), allow_private=allow_private)

@@ -56,7 +56,7 @@ class _CursorParameter(click.ParamType[Position]):
             return value
         epoch, separator, cursor = str(value).rpartition(":")
         if separator and not epoch.strip():
-            self.fail(f"{value!r} names no epoch before the colon", param, context)
+            self.fail(f"{value!r} has no epoch before the colon", param, context)
         return Position(_CURSOR.convert(cursor, param, context), epoch.strip() or None)
 
 
@@ -69,15 +69,15 @@ class _CursorParameter(click.ParamType[Position]):
     "after",
     type=_CursorParameter(),
     metavar="[EPOCH:]CURSOR",
-    help="Start after this cursor of this epoch; 0: at the oldest change.  [default: at the end]",
+    help="Start after this cursor of this epoch; 0 starts at the oldest change.  [default: the end]",
 )
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Wait for further changes.")
 def tail(*, types: Collection[str], after: Position | None, follow: bool) -> None:
-    """Print changes of the archive as JSON lines, each with the epoch and the cursor to go on from.
+    """Print changes of the archive as JSON lines, each with the epoch and cursor to continue from.
 
-    Exits 1 where the database has gone back before that cursor, and says where to go on. Reads analytics.changes and
-    analytics.epochs, for which the role archiver_reader is enough. Ends with Ctrl-C, or when stdout is closed; a
-    restart of the database is waited for.
+    Exits 1 if the database was restored to a state before that cursor, and prints where to continue. The role
+    archiver_reader is sufficient: the command reads analytics.changes and analytics.epochs. Ends with Ctrl-C or when
+    stdout is closed; waits while the database restarts.
     """
     if after is None and not follow:
         raise click.UsageError("--no-follow without --from prints nothing; add --from")
@@ -97,7 +97,7 @@ def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
         with transaction(engine) as opened:
             reason = connection.identity_fault(configuration, engine, opened)
     except SQLAlchemyError:
-        return  # the first page says why
+        return  # the first page reports the error
     if reason:
         complain(f"{reason}\n{identity.ADVICE}")
 
@@ -107,23 +107,23 @@ def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -
     names = [each.epoch for each in epochs]
     if at.epoch is not None and at.epoch not in names:
         raise CursorError(
-            f"Cursor {at.cursor} is of epoch {at.epoch}, which this database does not have: it is another database,"
-            " or was restored from a backup. Read the archive itself, then begin with --from 0."
+            f"Cursor {at.cursor} belongs to epoch {at.epoch}, which this database does not have: it is another"
+            " database or a restored backup. Read the archive again, then start with --from 0."
         )
     for before, after in pairwise(epochs):
         is_of_before = before.epoch == at.epoch if at.epoch else at.cursor <= after.given
         if is_of_before and at.cursor > after.cursor:
             raise CursorError(
-                f"Cursor {at.cursor} was given in epoch {before.epoch}, of which this database has the changes up to"
-                f" {after.cursor} alone: it went back, and epoch {after.epoch} began. Undo what you did for later"
-                f" changes, then go on with --from {after.epoch}:{after.cursor}."
+                f"Cursor {at.cursor} belongs to epoch {before.epoch}, of which this database has changes only up to"
+                f" {after.cursor}: it lost later changes, and epoch {after.epoch} began. Undo what you did for the"
+                f" later changes, then continue with --from {after.epoch}:{after.cursor}."
             )
         if is_of_before:
             break
     if at.cursor > max(extent.newest, *(each.given for each in epochs), 0):
         raise CursorError(
-            f"The feed ends at {extent.newest}, before {at.cursor}: that cursor is of another database, or this one"
-            " was restored from a backup. Read the archive itself, then begin with --from 0."
+            f"The feed ends at {extent.newest}, before {at.cursor}: the cursor belongs to another database, or this"
+            " one is a restored backup. Read the archive again, then start with --from 0."
         )
 
 
@@ -194,13 +194,12 @@ class _Tail:
         end = min([first.cursor - 1, *(each.cursor for each in begun)])
         if last < end:
             complain(
-                f"the changes {last + 1} to {end} are gone: they were older than"
-                f" ARCHIVER_CHANGES_DAYS; going on with {first.cursor}"
+                f"changes {last + 1} to {end} were deleted (older than ARCHIVER_CHANGES_DAYS);"
+                f" continuing with {first.cursor}"
             )
         for each in begun:
             complain(
-                f"epoch {each.epoch} began after change {each.cursor}: later changes of the epoch before"
-                " it, if there were any, are lost"
+                f"epoch {each.epoch} began after change {each.cursor}; later changes of the previous epoch are lost"
             )
 
     def _is_abandoned(self, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""The time for expiry: nothing expires while a clock is in doubt."""
+"""Determine the time for expiry. Nothing expires while a clock is in doubt."""
 
 import os
 import tempfile
@@ -14,14 +14,14 @@ from archiver.compliance.seals import select_newest
 from archiver.errors import ArchiverError
 
 TOLERANCE = timedelta(minutes=1)
-MAX_PAUSE = timedelta(days=31)  # between two runs with a restart of the machine in between
+MAX_PAUSE = timedelta(days=31)  # largest plausible time between two runs if the machine restarted in between
 FILE = "retention-clock.json"  # in ARCHIVER_HOME
 
 Reason = Literal["clocks_differ", "time_jumped", "seal_in_future"]
 
 
 class ClockError(ArchiverError):
-    """Expiry is stopped because of a clock; the message says why and what to do. `reason` is a stable code."""
+    """Expiry is stopped because of a clock; the message gives the cause and the remedy. `reason` is a stable code."""
 
     def __init__(self, reason: Reason, sentence: str) -> None:
         super().__init__(sentence)
@@ -29,7 +29,7 @@ class ClockError(ArchiverError):
 
 
 class ClockReading(msgspec.Struct, frozen=True):
-    """The clocks of this machine: wall time, and seconds since boot, which cannot be set."""
+    """Hold the clocks of this machine: wall time, and seconds since boot, which nobody can set."""
 
     at: datetime
     boot_id: str
@@ -37,7 +37,7 @@ class ClockReading(msgspec.Struct, frozen=True):
 
 
 def read_clocks() -> ClockReading:
-    """Return what the clocks of this machine show. Seconds include the time in which it was suspended."""
+    """Read the clocks of this machine. The seconds since boot include time in suspend."""
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return ClockReading(datetime.now(UTC), _boot_id(), time.clock_gettime(clock))
 
@@ -52,8 +52,8 @@ def _boot_id() -> str:
 def destruction_time(connection: Connection, home: Path) -> datetime:
     """Return the earlier of this machine's and Postgres' time. Raises `ClockError`.
 
-    It is raised where both differ by more than a minute, where time has jumped since this was last asked with the
-    same ARCHIVER_HOME, and where the newest seal lies in the future.
+    The error means: the two differ by more than a minute, time has jumped since the last call with the same
+    ARCHIVER_HOME, or the newest seal is dated in the future.
     """
     reading = read_clocks()
     server: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
@@ -64,8 +64,8 @@ def destruction_time(connection: Connection, home: Path) -> datetime:
     if newest.id and newest.sealed_at > now + TOLERANCE:
         raise ClockError(
             "seal_in_future",
-            f"Nothing is destroyed for its age: the newest seal, {newest.id}, is dated {newest.sealed_at:{_FORMAT}},"
-            f" in the future: it is {now:{_FORMAT}} here. Set the clocks of this machine and of Postgres right, or"
+            f"Retention is stopped: the newest seal, {newest.id}, is dated {newest.sealed_at:{_FORMAT}}, which is in"
+            f" the future (now: {now:{_FORMAT}}). Correct the clocks of this machine and of Postgres, or"
             " wait until that time has passed.",
         )
     _write(reading, home / FILE)
@@ -81,8 +81,8 @@ def _compare_with_postgres(before: ClockReading, after: ClockReading, server: da
         which = "ahead of" if ahead > behind else "behind"
         raise ClockError(
             "clocks_differ",
-            f"Nothing is destroyed for its age: this machine's clock ({after.at:{_FORMAT}}) is"
-            f" {max(ahead, behind)} {which} Postgres' clock ({server.astimezone(UTC):{_FORMAT}}). Synchronise both"
+            f"Retention is stopped: this machine's clock ({after.at:{_FORMAT}}) is"
+            f" {max(ahead, behind)} {which} the Postgres clock ({server.astimezone(UTC):{_FORMAT}}). Synchronise both"
             " (NTP), then run it again.",
         )
 
@@ -95,14 +95,14 @@ def _compare_with_last(reading: ClockReading, file: Path) -> None:
     if reading.boot_id and reading.boot_id == last.boot_id:
         surplus = passed - timedelta(seconds=reading.seconds - last.seconds)
         has_jumped = abs(surplus) > TOLERANCE
-    else:  # how long the machine was off is not known
+    else:  # the machine was restarted, so the elapsed time is unknown
         surplus, has_jumped = passed, passed < -TOLERANCE or passed > MAX_PAUSE
     if has_jumped:
         raise ClockError(
             "time_jumped",
-            f"Nothing is destroyed for its age: time has jumped by {surplus} since it was last done, at"
-            f" {last.at:{_FORMAT}}; it is {reading.at:{_FORMAT}} here. Set the clock right (NTP); if it is right,"
-            f" remove {file} and run it again.",
+            f"Retention is stopped: time jumped by {surplus} since the last run at"
+            f" {last.at:{_FORMAT}} (now: {reading.at:{_FORMAT}}). Correct the clock (NTP); if it is correct,"
+            f" delete {file} and run it again.",
         )
 
 
@@ -114,7 +114,7 @@ def _read(file: Path) -> ClockReading | None:
 
 
 def _write(reading: ClockReading, file: Path) -> None:
-    """Store the reading atomically. Without a writable folder only jumps go unnoticed."""
+    """Store the reading atomically. If the folder is not writable, only jumps of the time are not detected."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}")

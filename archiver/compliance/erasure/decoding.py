@@ -23,9 +23,9 @@ import msgspec
 
 from archiver.events.normal import normal_text
 
-MAX_LAYERS = 40  # within each other
-MAX_CHARACTERS = 32 * 1_048_576  # of all layers of one body together, or
-MAX_GROWTH = 16  # times its length if that is more
+MAX_LAYERS = 40  # nested
+MAX_CHARACTERS = 32 * 1_048_576  # in all layers of one body together, or
+MAX_GROWTH = 16  # times the length of the body, if that is more
 MAX_TEXTS = 500_000
 
 _WORDS = re.compile(r"[A-Za-z0-9_-]+")
@@ -39,12 +39,12 @@ class Decoded(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Every run of ASCII letters, digits, `_` and `-`."""
+        """Return every run of ASCII letters, digits, `_` and `-`."""
         return frozenset(word for text in self.texts for word in _WORDS.findall(text))
 
 
 def decode(body: bytes) -> Decoded:
-    """Return the texts that these bytes hold. Never raises; time and memory are bounded by the limits above."""
+    """Return the texts in a body. Never raises; the limits above bound time and memory."""
     walk = _Decoder(max(MAX_CHARACTERS, MAX_GROWTH * len(body)))
     walk.add_bytes(body, 0)
     walk.run()
@@ -52,7 +52,7 @@ def decode(body: bytes) -> Decoded:
 
 
 class _Decoder:
-    """One body on its way: texts that are found, and those whose own layers are not yet looked for."""
+    """Decode one body: keeps the texts found so far, and those whose own layers are still to be decoded."""
 
     def __init__(self, limit: int) -> None:
         self.texts: dict[str, None] = {}
@@ -96,7 +96,7 @@ class _Decoder:
             self.add(text, layer)
 
 
-# A text without any of these has no further layer, and neither has a short one.
+# A text without any of these, or a short one, has no further layer.
 _MIN_LENGTH = 2
 _HINT = re.compile(r'[\\"\[{%&+=\t\r\n\f\v]|  |[^\x00-\x7f]|[A-Za-z0-9/_-]{16}')
 
@@ -113,7 +113,7 @@ def _layers_of(text: str) -> Iterator[str | bytes]:
 
 
 def _json_of(text: str) -> Any:
-    """The document, its objects as lists of pairs so that none of equal names is lost; None where it is none."""
+    """Parse JSON, with objects as lists of pairs so that repeated names are kept; None if it is not JSON."""
     start = text.lstrip("\ufeff \t\r\n")
     if start[:1] not in ('"', "[", "{"):
         return None
@@ -127,7 +127,7 @@ _NUMBERS: Any = {"parse_int": str, "parse_float": str, "parse_constant": str}
 
 
 class _Pairs(list[Any]):
-    """An object as json.loads read it: pairs of name and value."""
+    """Mark an object of a JSON document, as pairs of name and value."""
 
 
 def _strings_of(document: Any) -> Iterator[str]:
@@ -142,7 +142,8 @@ def _strings_of(document: Any) -> Iterator[str]:
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-# The last piece may have no end; without it, and without `++`, each of its escaped quotes would begin another search.
+# The last piece may be unterminated. Without that alternative and `++`, each escaped quote in it would start a
+# search.
 _QUOTED = re.compile(r'"((?:[^"\\]++|\\.)*+)(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -166,7 +167,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _joined(text: str) -> str:
-    """Surrogates that stand in pairs are one character each."""
+    """Join each pair of surrogates into one character."""
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
@@ -186,7 +187,7 @@ _PERCENT_U = re.compile(r"%u([0-9a-fA-F]{4})")  # as JavaScript's `escape` write
 
 
 def _of_form(text: str) -> Iterator[str]:
-    if _BASE64.fullmatch(text):  # `=` ends it, and `+` is no space
+    if _BASE64.fullmatch(text):  # here `=` is padding, and `+` is not a space
         return
     if _PERCENT.search(text):
         for encoding in ("utf-8", "latin-1"):
@@ -208,14 +209,14 @@ _BASE64_LINES = re.compile(r"(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-Za-z0-9+/]{1,76}={
 
 
 def _of_base64(text: str) -> Iterator[bytes]:
-    """What a text is in base64, or a run of its characters."""
+    """Yield the base64 decoding of a text, or of each run of base64 characters in it."""
     whole = _BASE64.fullmatch(text)
     inside = () if whole else (*_BASE64_INSIDE.findall(text), *_BASE64_LINES.findall(text))
     for packed in [whole[1]] if whole else inside:
         plain = re.sub(r"[\r\n=]", "", packed).translate(_FROM_URL)
         with suppress(binascii.Error, ValueError):
             body = b64decode(plain + "=" * (-len(plain) % 4), validate=True)
-            # A word may look like base64 by chance: only what has a meaning counts.
+            # A word may look like base64 by chance: only a decoding that is text counts.
             if _is_packed(body) or _makes_sense(body):
                 yield body
 
@@ -233,18 +234,18 @@ def _is_packed(body: bytes) -> bool:
 
 
 def _decompress(body: bytes, limit: int, layers: int = 4) -> tuple[bytes, bool] | None:
-    """What was compressed, at most so many bytes of it, and whether that is all; None where nothing was."""
+    """Return at most `limit` decompressed bytes and whether they are complete; None if the body is not compressed."""
     if _is_packed(body):
         unpacked, rest, is_whole = _inflate(body, _ANY_FORMAT, limit)
         pieces = [unpacked]
-        while rest.startswith(_GZIP) and is_whole:  # members one after the other (RFC 1952, section 2.2)
+        while rest.startswith(_GZIP) and is_whole:  # concatenated members (RFC 1952, section 2.2)
             unpacked, rest, is_whole = _inflate(rest, _ANY_FORMAT, limit - sum(map(len, pieces)))
             pieces.append(unpacked)
         whole = b"".join(pieces)
         return (whole, is_whole and not rest.strip(b"\0")) if whole or is_whole else None
     if _strictly(body, "utf-8") is None:
         unpacked, rest, is_whole = _inflate(body, _RAW, limit)
-        # Nothing marks deflate, so what it was made of has to make sense, here or a few layers below.
+        # Raw deflate has no signature, so its content must be text, here or a few layers below.
         if (
             is_whole
             and not rest
@@ -255,7 +256,7 @@ def _decompress(body: bytes, limit: int, layers: int = 4) -> tuple[bytes, bool] 
 
 
 def _inflate(body: bytes, window: int, limit: int) -> tuple[bytes, bytes, bool]:
-    """The content, what follows it, and whether it came to its end."""
+    """Return the content, the bytes after it, and whether the stream is complete."""
     inflater = zlib.decompressobj(window)
     pieces = []
     try:
@@ -269,7 +270,7 @@ def _inflate(body: bytes, window: int, limit: int) -> tuple[bytes, bytes, bool]:
     return b"".join(pieces), inflater.unused_data, inflater.eof
 
 
-_AT_ONCE = 65_536  # bytes: what was decompressed before a damaged place counts, too
+_AT_ONCE = 65_536  # bytes; data before a damaged place is kept
 
 
 _MARKS = (
@@ -283,7 +284,7 @@ _UNMARKED = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 
 def _read(body: bytes) -> tuple[list[str], bool]:
-    """The bytes as text, in every encoding that they may have, and whether one of them makes sense of all."""
+    """Return the bytes as text in every possible encoding, and whether one encoding decodes all of them."""
     for encoding, mark in _MARKS:
         if body.startswith(mark):
             with suppress(UnicodeDecodeError):
@@ -292,7 +293,7 @@ def _read(body: bytes) -> tuple[list[str], bool]:
     if plain is not None and "\0" not in plain:
         return [plain], True
     result = [text for encoding in _UNMARKED if (text := _strictly(body, encoding)) is not None]
-    # ASCII that is read as UTF-16 looks like Chinese: without a mark a NUL has to show that it is UTF-16 or UTF-32.
+    # ASCII decoded as UTF-16 looks like Chinese: without a byte order mark, UTF-16 and UTF-32 require a NUL byte.
     if plain is not None or (b"\0" in body and any(map(_is_printable, result))):
         return result, True
     return [*result, *_leniently(body)], False
@@ -312,7 +313,7 @@ def _strictly(body: bytes, encoding: str) -> str | None:
 
 
 def _leniently(body: bytes) -> list[str]:
-    """What is damaged, or in an encoding of one byte a character."""
+    """Return the texts of damaged bytes and of single-byte encodings."""
     result = [body.decode("utf-8", "replace"), body.decode("latin-1")]
     if b"\0" in body:
         for encoding in _UNMARKED[1:]:
@@ -327,7 +328,7 @@ _UNPRINTABLE = re.compile(
 
 
 def _is_printable(text: str) -> bool:
-    """Whether nothing in it shows that it is no text: no control, private or unassigned character."""
+    """Return whether the text has no control, private or unassigned character."""
     if _UNPRINTABLE.search(text):
         return False
     return text.isascii() or all(each.isprintable() or each.isspace() or each in _ALLOWED for each in set(text))

@@ -1,4 +1,4 @@
-"""Legal holds: what one in force covers is neither erased nor expired."""
+"""Place and release legal holds. Content under a hold is neither erased nor expired."""
 
 import os
 from collections import defaultdict
@@ -17,7 +17,7 @@ from archiver.ledger import audit_log
 
 
 class HoldError(ArchiverError):
-    """The hold does not exist or is not in force; the message says what to do."""
+    """The hold does not exist or is not in force; the message names the remedy."""
 
 
 def insert_hold(connection: Connection, criteria: Criteria, author: str, reason: str) -> int:
@@ -30,8 +30,8 @@ def insert_hold(connection: Connection, criteria: Criteria, author: str, reason:
     row = {"placed_at": datetime.now(UTC), "author": author, "reason": reason, "salt": salt}
     row |= msgspec.structs.asdict(criteria)
     hold_id = int(connection.execute(insert(holds).returning(holds.c.id), row).scalar_one())
-    # The value may identify a person, and the audit log is kept for good: it has a digest, whose salt goes with the
-    # value when the hold is released.
+    # The value may identify a person, and the audit log is permanent. It has only a salted digest; the salt is
+    # deleted with the value when the hold is released.
     row_values = {name: _plain(value) for name, value in row.items() if name in LOGGED and value is not None}
     if salt is not None and criteria.value is not None:
         row_values["value_digest"] = value_digest(salt, criteria.value)
@@ -44,14 +44,14 @@ def _plain(value: Any) -> Any:
 
 
 def release_hold(connection: Connection, hold_id: int, who: str, reason: str) -> None:
-    """End a hold. Raises `HoldError` where there is none of this id in force."""
+    """Release a hold. Raises `HoldError` if no hold with this id is in force."""
     holds = tables.holds
     ended = update(holds).where(holds.c.id == hold_id, holds.c.released_at.is_(None))
     values = {"released_at": datetime.now(UTC), "released_by": who}
     is_ended = connection.execute(ended.values(values).returning(holds.c.id)).one_or_none() is not None
-    # Its row may be gone, or say that it is released: the audit log has the last word.
+    # The row may be missing or marked as released: the audit log is authoritative.
     if not is_ended and hold_id not in {hold.id for hold in select_in_force(connection)}:
-        raise HoldError(f"No hold {hold_id} is in force; see archiver hold list --all")
+        raise HoldError(f"hold {hold_id} is not in force; see archiver hold list --all")
     audit_log.insert_entry(connection, "hold.release", who, reason, {"hold": hold_id})
 
 
@@ -59,7 +59,7 @@ _SHOWN = tuple(column for column in tables.holds.c if column.name != "salt")
 
 
 def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[str, Any]]:
-    """The holds in force, or all of them, oldest first; without `has_row` only the audit log has it in force."""
+    """Return the holds in force, or all, oldest first. `has_row` is false if only the audit log records the hold."""
     rows = connection.execute(select(*_SHOWN).order_by(tables.holds.c.id)).mappings().all()
     result = [{**row, "has_row": True} for row in rows if released or row["released_at"] is None]
     placed, _ = select_placed(connection)
@@ -75,7 +75,7 @@ def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[
     return sorted(result, key=lambda row: int(row["id"]))
 
 
-# A turn without a session is held by what it says itself, and by what holds any session that is known to have it.
+# An unassigned turn is held by holds on its own fields, and by holds on any session that has it.
 _COVERING = text(
     """
     WITH requested AS MATERIALIZED (
@@ -146,5 +146,5 @@ def exclude_held(
 
 
 def is_any_in_force(connection: Connection) -> bool:
-    """Whether anything at all is held."""
+    """Return whether any hold is in force."""
     return bool(select_in_force(connection))

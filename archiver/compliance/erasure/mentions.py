@@ -14,7 +14,7 @@ _EDGE = re.compile(r"[A-Za-z0-9_-]")
 def of_any(marks: Iterable[str]) -> Callable[[Decoded], bool]:
     """Return a check for any of these words: `chat-1` does not match `chat-12`.
 
-    A mark is compared as it is and in its normalised form, since a writer may have composed, escaped or wrapped it.
+    A word is compared as it is and in its normalised form, because a writer may have composed, escaped or wrapped it.
     """
     forms = {form for mark in marks for form in (mark, normal_text(mark))} - {""}
     words = {form for form in forms if _WORD.fullmatch(form)}
@@ -37,7 +37,7 @@ def of_variable(name: str, value: str) -> Callable[[Decoded], bool]:
 
 
 def ids(body: Decoded) -> set[str]:
-    """Return all that may be an id: each word, and each text as a whole."""
+    """Return all possible ids: each word, and each text as a whole."""
     return {each for each in (*body.words, *body.texts) if _is_id(each)}
 
 

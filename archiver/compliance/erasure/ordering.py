@@ -1,6 +1,6 @@
 """Order erasures: after the commit, deliveries of the targets are refused (I8), unless a hold covers them.
 
-The content goes right after, by `sweeping`, and is found again by that if the ordering process was killed in between.
+`sweeping` deletes the content afterwards; it finds the order again if the ordering process was killed.
 """
 
 from collections import deque
@@ -25,12 +25,12 @@ from archiver.ledger import audit_log, quarantine
 
 Rule = Literal["request", "chat.deleted", "retention"]
 
-BATCH_SIZE = 500  # of one transaction, in which nothing else is recorded
+BATCH_SIZE = 500  # targets of one transaction, which blocks all writers
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
 # While it has the lock, for which all that record wait: of a statement, and of a wait for a row.
 STATEMENT_SECONDS, ROW_SECONDS = 2.0, 0.5
-SPLIT = 8  # parts of targets of which one is locked or slow
+SPLIT = 8  # parts into which a batch is divided if a target is locked or slow
 NO_MATCHES = QuarantineMatches()
 
 
@@ -44,7 +44,7 @@ class AuditEntry(msgspec.Struct, frozen=True):
 
 
 class _SlowTargetError(Exception):
-    """One of the targets is locked, or takes too long; the cause is the database's error."""
+    """A target is locked or too slow; the cause is the error of the database."""
 
     def __init__(self, cause: DBAPIError) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _SlowTargetError(Exception):
 class HeldError(ArchiverError):
     """Legal holds cover some targets, so nothing was erased.
 
-    But for the `ordered` first ones, sessions and turns, where a hold was placed while these were ordered already.
+    Exception: if a hold was placed during the order, the first `ordered` sessions and turns are already ordered.
     """
 
     message = "Legal holds cover some of the targets."
@@ -68,7 +68,7 @@ class HeldError(ArchiverError):
 class Ordered(msgspec.Struct, frozen=True):
     """The ordered targets, their audit entry (None: nothing ordered), and the targets skipped for holds.
 
-    `quarantined`: how many rows of the quarantine went at once.
+    `quarantined`: number of quarantine rows deleted with the order.
     """
 
     act_id: int | None
@@ -93,13 +93,12 @@ def order(
 
     A hold placed during a large order stops the rest: the error and its audit entry state how many were ordered.
 
-    `skip_held`: the others are erased nevertheless. `erased_at`: when it was ordered, if not now. `act_id`: the act,
-    if it was recorded before. `matches`: what the quarantine was found to hold about these, which goes with the
-    order:
-    no sweep finds what was ordered of which the ledger holds nothing.
+    `skip_held`: erase the targets that are not held. `erased_at`: the time of the order, if not now. `act_id`: the
+    audit entry, if it is already recorded. `matches`: quarantine rows about the targets, deleted with the order,
+    because no sweep finds an order of which the ledger holds nothing.
 
-    A target that is locked, or takes too long, is left, and keeps no other: its error is added to `slow`, or raised
-    in the end.
+    A target that is locked or too slow is skipped and delays no other; its error is added to `slow`, or raised at the
+    end.
     """
     unique_targets = sorted(set(targets))
     known: Mapping[Target, Sequence[int]] = {}
@@ -108,7 +107,7 @@ def order(
     elif act_id is None:
         known = _select_held(
             engine, unique_targets
-        )  # for the act, which comes with the first part and stays as it is
+        )  # for the audit entry, which is recorded with the first part and never changes
     done = Ordered(act_id, [], {})
     left, skipped = deque(parts(unique_targets, BATCH_SIZE)), list[DBAPIError]()
     while left:
@@ -163,7 +162,7 @@ def _select_held(engine: Engine, targets: Sequence[Target]) -> Mapping[Target, S
 
 
 def _detail(entry: AuditEntry, rule: Rule, held: Mapping[Target, Sequence[int]]) -> dict[str, Any]:
-    """With how many sessions and turns are held, by which holds."""
+    """Return the details of the entry, with the number of held targets and their holds."""
     holds = sorted({hold for holds in held.values() for hold in holds})
     return {"rule": rule, **entry.detail, **({"holds": holds, "held": len(held)} if held else {})}
 
@@ -181,7 +180,7 @@ def _order(
     known: Mapping[Target, Sequence[int]],
 ) -> Ordered:
     if ids := sorted({*matches.by_id, *matches.by_variable}):
-        quarantine.lock_rows(connection, ids)  # before the other lock, in the same order as a retry
+        quarantine.lock_rows(connection, ids)  # before the recording lock, as `quarantine retry` does
     with _exclusively(connection):
         whole = with_unassigned(connection, targets)
         held = covering(connection, whole)
@@ -214,11 +213,11 @@ def _exclusively(connection: Connection) -> Iterator[None]:
         raise _SlowTargetError(error) from error
 
 
-MAX_RECORDED_HELD = 100  # targets in one act
+MAX_RECORDED_HELD = 100  # targets in one audit entry
 
 
 def _record_refusal(engine: Engine, entry: AuditEntry, rule: Rule, error: HeldError) -> None:
-    """In a transaction of its own: the erasure's is undone."""
+    """Record the refusal in a separate transaction, because that of the erasure is rolled back."""
     detail = {
         **_detail(entry, rule, error.held),
         **({"ordered": error.ordered} if error.ordered else {}),
@@ -228,9 +227,8 @@ def _record_refusal(engine: Engine, entry: AuditEntry, rule: Rule, error: HeldEr
         audit_log.insert_entry(connection, f"{entry.kind}.refused", entry.actor, entry.reason, detail)
 
 
-# Of one session each later than the one before, regardless of clocks: the event that replaces its readings states up
-# to
-# which of them it was made.
+# Within a session each erasure is later than the previous one, regardless of clocks: the event that replaces the
+# readings states the last erasure that it covers.
 _INSERT = text(
     """
     WITH requested AS MATERIALIZED (
@@ -259,5 +257,5 @@ def _insert_erasures(
         for each in targets
     ]
     connection.execute(_INSERT, {"targets": as_json(rows), "rule": rule, "act_id": act_id})
-    # Its history is not fetched again from now on, whether its content goes at once or is kept by a hold.
+    # The history is no longer fetched, whether a hold keeps the content or not.
     mark_erased(connection, split(targets)[0])

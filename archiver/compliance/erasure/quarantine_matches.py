@@ -1,6 +1,7 @@
-"""Quarantine rows about the targets of an erasure, except those that a hold covers.
+"""Find the quarantine rows about the targets of an erasure, except those that a hold covers.
 
-Its bytes could not be parsed as a delivery: they may be about anything that they mention when decoded.
+A quarantined body could not be parsed as a delivery. It counts as being about every id that its decoded text
+mentions.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -21,9 +22,9 @@ Variables = Collection[tuple[str, str]]  # names with values
 
 
 class QuarantineMatches(msgspec.Struct, frozen=True):
-    """Ids of matching rows: by id of a target, and by variable value only.
+    """Hold the ids of matching rows: by id of a target, and by variable value only.
 
-    `unsearchable`: of the others those of which not every byte could be decoded. `searched`: all that were decoded.
+    `unsearchable`: other rows that could not be decoded completely. `searched`: all decoded rows.
     """
 
     by_id: Sequence[int] = ()
@@ -32,7 +33,7 @@ class QuarantineMatches(msgspec.Struct, frozen=True):
     searched: Collection[int] = ()
 
     def with_later(self, matches: "QuarantineMatches") -> "QuarantineMatches":
-        """Return the rows of both, where the other search left out what this one had searched."""
+        """Return the rows of both searches; the later one skipped the rows that this one had searched."""
         return QuarantineMatches(
             [*self.by_id, *matches.by_id],
             [*self.by_variable, *matches.by_variable],
@@ -41,7 +42,7 @@ class QuarantineMatches(msgspec.Struct, frozen=True):
         )
 
 
-MAX_SEARCHED = 1_000_000  # rows that one search remembers, so that the next of the same run decodes none twice
+MAX_SEARCHED = 1_000_000  # rows remembered by a search, so that the next search of the run does not decode them again
 
 
 def select_matches(
@@ -52,12 +53,12 @@ def select_matches(
 ) -> QuarantineMatches:
     """Return rows about these targets or with such a variable value, held or not.
 
-    Reads the whole quarantine, and decodes each body but those that were `searched` for the same before.
+    Reads the whole quarantine and decodes each body, except those already `searched` for the same targets.
     """
     if not targets and not variables:
         return QuarantineMatches()
     is_about = mentions.of_any(marks(connection, targets) if targets else ())
-    # A history response covers its whole session, whose id is stored beside its bytes.
+    # A history response covers its whole session, whose id is stored with the body.
     sessions = {each.session_id for each in targets} - {""}
     has_variable_value = [mentions.of_variable(name, value) for name, value in variables]
     by_id, by_variable, unsearchable = list[int](), list[int](), list[int]()
@@ -95,7 +96,7 @@ def select_deletable(connection: Connection, matches: QuarantineMatches) -> list
     holds = select_in_force(connection)
     if not holds:
         return sorted({*matches.by_id, *matches.by_variable})
-    if any(hold.is_any_value for hold in holds):  # whose value is not known
+    if any(hold.is_any_value for hold in holds):  # the held value is unknown
         return []
     sessions = [Target(hold.session_id) for hold in holds if hold.session_id is not None]
     values = {hold.value for hold in holds if hold.value}
@@ -112,7 +113,7 @@ def select_deletable(connection: Connection, matches: QuarantineMatches) -> list
     return deletable
 
 
-# What the archive knows by any of these ids.
+# Sessions and turns of the archive with any of these ids.
 _SELECT_NAMED_SESSIONS = text(
     """
     WITH requested AS MATERIALIZED (SELECT json_array_elements_text(:ids) AS id)

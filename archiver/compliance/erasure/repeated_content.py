@@ -1,6 +1,6 @@
 """Find other turns whose deliveries repeat content of an erased turn.
 
-Their bodies stay as they were received. They are reported, so that they can be erased as well.
+Their bodies stay as received. They are reported so that an operator can erase them too.
 """
 
 from collections import defaultdict
@@ -15,8 +15,8 @@ from archiver.compliance.erasure.targets import Target
 from archiver.events import Event, Message
 from archiver.events.normal import normal_text
 
-# Characters: a text of so many is looked for anywhere in a delivery. Shorter ones, such as "yes", recur by chance,
-# and count only as a whole message of the conversation that a turn resends.
+# Characters: a text of at least this length is searched for anywhere in a delivery. Shorter ones, such as "yes",
+# recur by chance and count only as a whole message of the conversation that a turn resends.
 _LONG = 16
 
 _SELECT = text(
@@ -35,7 +35,8 @@ _SELECT = text(
 def select_repeating_turns(connection: Connection, targets: Iterable[Target]) -> list[Target]:
     """Return turns outside the targets whose deliveries repeat content of a target, within each session.
 
-    `chat_id` is empty for events of unknown types that name no chat. Whole sessions among the targets have none.
+    `chat_id` is empty for events of unknown types without a chat id. Targets that are whole sessions have no such
+    turn.
     """
     erased: dict[str, set[str]] = defaultdict(set)
     for each in targets:
@@ -80,7 +81,7 @@ def _repeats(body: bytes, own_texts: Collection[str]) -> bool:
 
 
 def _before(event: object) -> Iterator[Message]:
-    """The messages of a delivery that its own question and answer follow."""
+    """Yield the messages of a delivery that precede its own question and answer."""
     if isinstance(event, Event) and event.chat is not None:
         yield from event.chat.input[:-1]
         yield from event.chat.output[:-1]

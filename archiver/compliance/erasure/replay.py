@@ -13,7 +13,7 @@ from archiver.database import as_json
 from archiver.errors import ArchiverError
 
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
-AHEAD = timedelta(days=1)  # clocks differ
+AHEAD = timedelta(days=1)  # tolerance for clock differences
 
 
 class ListedErasure(msgspec.Struct, frozen=True):
@@ -34,7 +34,7 @@ class ReplayError(ArchiverError):
 
 
 def parse(lines: Iterable[bytes]) -> list[ListedErasure]:
-    """The lines of a list. Raises `ReplayError`."""
+    """Parse the lines of a list. Raises `ReplayError`."""
     return [_parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -46,12 +46,12 @@ def _parse(number: int, line: bytes) -> ListedErasure:
         is_dated = parsed.erased_at.tzinfo is not None
         erased_at = parsed.erased_at.astimezone(UTC)
     except (msgspec.DecodeError, UnicodeDecodeError, events.UnreadableError, OverflowError):
-        raise ReplayError(f'Line {number} is not output of "archiver erase --list".') from None
+        raise ReplayError(f'line {number} is not output of "archiver erase --list"') from None
     if not is_dated or not (parsed.session_id or parsed.chat_id):
-        raise ReplayError(f'Line {number} is not output of "archiver erase --list".')
-    # Each erasure of a session is later than the one before, so a time out of reach would leave no room for more.
+        raise ReplayError(f'line {number} is not output of "archiver erase --list"')
+    # Each erasure of a session is later than the previous one, so a time far ahead would block later erasures.
     if not EARLIEST <= erased_at <= datetime.now(UTC) + AHEAD:
-        raise ReplayError(f"Line {number}: the erasure time {erased_at:%Y-%m-%d} is impossible")
+        raise ReplayError(f"line {number}: the erasure time {erased_at:%Y-%m-%d} is impossible")
     return msgspec.structs.replace(parsed, erased_at=erased_at)
 
 

@@ -101,7 +101,7 @@ def preview(
             unknown=targets.select_unknown(connection, named),
             unknown_variables=[name for name in names if not targets.has_variable(connection, name)],
         )
-    # Of a variable its name, never its value.
+    # The name of a variable, never its value.
     detail = {
         "sessions": len({each.session_id for each in result.selected if not each.chat_id}),
         "chats": len({each.chat_id for each in result.selected if each.chat_id}),

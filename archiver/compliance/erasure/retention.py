@@ -1,6 +1,6 @@
-"""Retention: expire content, then metadata, in bounded steps.
+"""Expire content, then metadata, in bounded steps.
 
-A session's content is erased as any other; what is left of it goes once seals prove that it was there.
+Content is erased like by `archiver erase`. The remaining metadata is deleted once seals prove that it existed.
 """
 
 from collections import Counter
@@ -59,8 +59,7 @@ class Due(msgspec.Struct):
         return not (self.content.total() or self.metadata.total() or self.quarantined)
 
 
-# Of several assistants the one whose sessions are kept longest counts; 0 is for ever. A turn without a session stands
-# for itself.
+# With several assistants the longest period counts; 0 means forever. An unassigned turn is treated as a session.
 _SELECT_EXPIRED = text(
     """
     WITH page AS MATERIALIZED (
@@ -95,7 +94,7 @@ _SELECT_EXPIRED = text(
     """
 )
 
-# Only what was erased whole, and is sealed to the last event: so that there is proof that it was there.
+# Only completely erased and completely sealed targets, so that seals prove that they existed.
 _SELECT_REMOVABLE = text(
     """
     WITH sealed AS MATERIALIZED (SELECT coalesce(max(events_through), 0) AS through FROM archiver.seals)
@@ -112,7 +111,7 @@ _SELECT_REMOVABLE = text(
 
 
 def _expired(engine: Engine, rules: Rules, now: datetime) -> Iterator[dict[Target, str]]:
-    """What is old enough, a page at a time, with the assistant of each."""
+    """Yield the expired targets with their assistants, page by page."""
     if rules.keeps_content_forever:
         return
     by_assistant = as_json(rules.by_assistant)
@@ -170,7 +169,7 @@ def preview(engine: Engine, rules: Rules, now: datetime) -> Due:
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What a step of a run has ordered or removed."""
+    """Count the rows that one step ordered or removed."""
 
     sessions: int = 0
     removed: int = 0
@@ -231,7 +230,7 @@ _SELECT_EVENTS = text(
       JOIN archiver.events f ON f.session_id = t.session_id AND (t.chat_id = '' OR f.chat_id = t.chat_id)
     """
 )
-# The trigger on the ledger asks for these first.
+# The trigger on the ledger requires these rows first.
 _INSERT_REMOVALS = text(
     """
     INSERT INTO archiver.removals (event_id, act_id)

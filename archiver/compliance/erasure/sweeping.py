@@ -1,7 +1,7 @@
 """Erase ordered content from ledger, archive, quarantine and delivery log.
 
-Ordered targets that still have content are found again, so that a process that was killed loses nothing. What
-a hold in force covers stays until its release.
+Ordered targets that still have content are found again, so a killed process loses nothing. Content under a hold stays
+until the release of the hold.
 """
 
 from collections import defaultdict
@@ -29,16 +29,16 @@ from archiver.events import Delivery, Event, responses
 from archiver.ledger import audit_log, quarantine
 from archiver.outbound.followups.deliveries import delete_answers
 
-PAGE = 500  # erasures looked at together
-MAX_IDS_PER_SEARCH = 100_000  # ids that the quarantine is searched for in one pass; a page more at most
-MAX_PAGES = 100  # of erasures, between two steps
-BATCH_SIZE = 20  # sessions, or turns without one, of one transaction
+PAGE = 500  # erasures read in one query
+MAX_IDS_PER_SEARCH = 100_000  # ids per pass over the quarantine; at most one page more
+MAX_PAGES = 100  # pages of erasures between two steps
+BATCH_SIZE = 20  # sessions or unassigned turns per transaction
 
 
 class Step(msgspec.Struct, frozen=True):
     """Result of a step: last completed erasure, deleted rows, and content that holds keep.
 
-    `repeating`: other turns whose deliveries repeat what an erased turn said.
+    `repeating`: other turns whose deliveries repeat content of an erased turn.
     """
 
     through: int
@@ -48,8 +48,8 @@ class Step(msgspec.Struct, frozen=True):
     held: Mapping[Target, Sequence[int]] = {}
 
 
-# Content that an erasure names: of a session all of it; of a turn its facts, and each reading of its session but one
-# that was made without it.
+# Content that an erasure covers: all of a session; or the facts of a turn and every reading of its session, except a
+# reading that was made without the turn.
 _NAMED = """
     f.session_id = e.session_id AND f.salt IS NOT NULL
     AND (e.chat_id = '' OR f.chat_id = e.chat_id
@@ -79,7 +79,7 @@ class SearchedRows(msgspec.Struct, frozen=True):
 
 
 class _Page(msgspec.Struct, frozen=True):
-    """Up to which erasure, and what of them still has content."""
+    """Hold the last erasure of a page, and the targets that still have content."""
 
     through: int
     pending: Sequence[Target]
@@ -89,15 +89,16 @@ NONE_SEARCHED = SearchedRows()
 
 
 def sweep(engine: Engine, timing: Timing, after: int = 0, searched: SearchedRows = NONE_SEARCHED) -> Iterator[Step]:
-    """Erase remains of erasures after this id; yields after each step and page.
+    """Delete the remaining content of erasures after this id; yield after each step and page.
 
-    The quarantine is searched once for as many pages as have `MAX_IDS_PER_SEARCH` ids together. What is locked, or
-    takes too long, is left, and keeps nothing else: its error is raised at the end.
+    One pass over the quarantine serves as many pages as have `MAX_IDS_PER_SEARCH` ids together. A target that is
+    locked
+    or too slow is skipped and delays no other; its error is raised at the end.
     """
     slow: list[DBAPIError] = []
     through = after
     while pages := _select_pages(engine, after, slow):
-        # Before the content, by which these are found again where this ends half-way.
+        # Before the content, so that an interrupted sweep finds these rows again.
         for step in _sweep_quarantine(engine, pages, searched, slow):
             yield msgspec.structs.replace(step, through=through)
         for page in pages:
@@ -121,7 +122,7 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
         if not page:
             break
         for row in page:
-            if row.has_unassigned:  # found out since: ordered as the rest was, and swept on a later page
+            if row.has_unassigned:  # became known since: ordered like the others, and swept on a later page
                 act = AuditEntry("erase", audit_log.ARCHIVER, None)
                 order(
                     engine,
@@ -163,7 +164,7 @@ def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Collection[int]) -> Sequence[int]:
-    """What the quarantine holds about these. It is searched before anything is locked, for that takes long."""
+    """Return the quarantine rows about these targets. Searches before any lock, because the search takes long."""
     with transaction(engine, statement_seconds=600) as connection:
         held = covering(connection, targets)
         deletable = [target for target in targets if target not in held]
@@ -171,7 +172,7 @@ def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Col
 
 
 def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
-    quarantine.lock_rows(connection, ids)  # before the other lock, as a retry does
+    quarantine.lock_rows(connection, ids)  # before the recording lock, as `quarantine retry` does
     Lock.RECORDING.take(connection, exclusive=False)
     return delete_matches(connection, QuarantineMatches(by_id=ids))
 
@@ -180,7 +181,8 @@ def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timin
     # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
     # placed since.
     deletable, held = exclude_held(connection, targets, exclusive=any(each.is_unassigned for each in targets))
-    repeating = select_repeating_turns(connection, deletable)  # while it can still be known
+    # before the deletion, after which it cannot be determined
+    repeating = select_repeating_turns(connection, deletable)
     delete_answers(connection, [(each.session_id, each.chat_id) for each in deletable])
     return Step(0, _erase(connection, deletable, timing), repeating=repeating, held=held)
 
@@ -192,7 +194,7 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     partly = sorted(ordered.keys() - set(whole))
     touched = unassigned.lock_sessions(connection, ordered, chat_ids)
     facts_by_session = select_session_facts(connection, partly)
-    # Before what it is made from goes.
+    # Before the deletion of the rows from which it is derived.
     redacted = [
         delivery
         for session_id, session_facts in sorted(facts_by_session.items())
@@ -215,7 +217,7 @@ _SELECT_ORDERED = text(
 
 
 def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
-    """All that was ever ordered of these sessions: by session and chat id when."""
+    """Return the times of all erasures of these sessions, by session and chat id."""
     ordered: dict[str, dict[str, datetime]] = defaultdict(dict)
     session_ids_json = as_json(session_ids)
     for row in connection.execute(_SELECT_ORDERED, {"session_ids": session_ids_json}) if session_ids else ():
@@ -243,7 +245,7 @@ _ERASE = text(
     UPDATE archiver.events f SET {_SET} FROM e WHERE {_NAMED} RETURNING f.id
     """  # noqa: S608  # constants
 )
-# Events of unknown type, whose turn is not named where this version looks for it.
+# Events of unknown type, whose chat id this version cannot locate.
 _SELECT_UNKNOWN = text(
     """
     SELECT id, body FROM archiver.events

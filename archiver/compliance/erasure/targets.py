@@ -1,4 +1,4 @@
-"""Targets of an erasure: sessions and turns, found by id or variable."""
+"""Find the targets of an erasure, sessions and turns, by id or variable."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -39,13 +39,13 @@ def split(targets: Iterable[Target]) -> tuple[list[str], list[str]]:
 
 
 def parts(targets: Sequence[Target], limit: int) -> Iterator[Sequence[Target]]:
-    """In their order, so many at a time."""
+    """Yield the targets in order, at most `limit` at a time."""
     for start in range(0, len(targets), limit):
         yield targets[start : start + limit]
 
 
-# The archive knows nothing of a turn that only events of unknown types mention. The ledger has no index by chats
-# alone, which each event would pay for: so all of it is read, or of its index by session and chat.
+# The archive has no turn that only events of unknown types mention. An index of the ledger by chat id alone would
+# cost each event, so this reads the whole ledger, or its whole index by session and chat.
 _SELECT_SESSIONS_OF_CHATS = text(
     """
     WITH requested AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
@@ -61,7 +61,7 @@ _SELECT_SESSIONS_OF_CHATS = text(
 def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
     """Return these chats in every session that holds them, and as unassigned turns.
 
-    Reads the ledger from end to end, so call it once.
+    Reads the whole ledger, so call it once.
     """
     rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": as_json(chat_ids)})
     return {Target(row.session_id, row.chat_id) for row in rows} | {*map(Target.unassigned, chat_ids)}
@@ -131,13 +131,13 @@ class Counts(msgspec.Struct):
     unsearchable: int = 0
 
     def without(self, subtracted: "Counts") -> "Counts":
-        """What is left once these are taken out."""
+        """Return the difference of the counts."""
         pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(subtracted), strict=True)
         return Counts(*(max(mine - other_counts, 0) for mine, other_counts in pairs))
 
 
 def count(connection: Connection, targets: Sequence[Target]) -> Counts:
-    """What archive and ledger hold of these; `quarantined` and `unsearchable` are for the caller to say."""
+    """Count the rows of archive and ledger; the caller sets `quarantined` and `unsearchable`."""
     row = connection.execute(_COUNT, {"targets": as_json(targets)}).one()
     return Counts(*row)
 
@@ -170,7 +170,7 @@ def has_variable(connection: Connection, variable: str) -> bool:
     return bool(connection.scalar(_HAS_VARIABLE, {"variable": variable}))
 
 
-# Ids of our own begin with U+001F: turns and greetings known only from history.
+# Internal ids begin with U+001F: turns and greetings known only from a history.
 _SELECT_UNCLAIMED = text(
     """
     WITH requested AS MATERIALIZED (
@@ -219,6 +219,6 @@ _SELECT_ERASURES = text(
 
 
 def select_erasures(connection: Connection, after: int, limit: int) -> Sequence[RowMapping]:
-    """What was erased, when, under which rule, why and by whom, oldest first; no content."""
+    """Return the erasures with time, rule, reason and actor, oldest first; no content."""
     parameters: dict[str, Any] = {"after": after, "most": limit}
     return connection.execute(_SELECT_ERASURES, parameters).mappings().all()

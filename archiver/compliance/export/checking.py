@@ -20,9 +20,9 @@ _SMALL = 4096
 
 
 class Checked(msgspec.Struct):
-    """How far a check has come. `digest`: SHA-256 of the manifest. `is_signed`: by one of the keys given.
+    """Hold the progress of a check. `digest`: SHA-256 of the manifest. `is_signed`: by one of the given keys.
 
-    `unsealed`: rows that no seal of the export holds, by table.
+    `unsealed`: number of rows by table that no seal of the export covers.
     """
 
     digest: str | None = None
@@ -30,7 +30,7 @@ class Checked(msgspec.Struct):
     manifest: Manifest | None = None
     events: int = 0
     seals: int = 0
-    compared: int = 0  # of the seals, with `heads`
+    compared: int = 0  # seals compared with `heads`
     unsealed: dict[str, int] = {}
 
 
@@ -44,13 +44,13 @@ def check(
     checked: Checked | None = None,
     on_progress: Callable[[Checked], None] = lambda _: None,
 ) -> Iterator[Finding]:
-    """Yield every difference from what was exported or sealed.
+    """Yield every difference from the exported or sealed state.
 
-    `keys`: who must have signed the seals, since when. `heads`: hashes of seals by number, as they were exported
-    elsewhere; `through`: up to which id the newest of those seals each table. `digest`: SHA-256 of the manifest, as
-    it comes from another source: vouches for the export as a signature does.
+    `keys`: the keys that must have signed the seals, and since which seal. `heads`: hashes of seals by number from an
+    earlier export; `through`: the last id of each table that the newest of those seals covers. `digest`: SHA-256 of
+    the manifest from another source, which vouches for the export like a signature.
 
-    Reads in a stream; memory is bounded by the longest line, and by one seal.
+    Reads files as streams; memory is bounded by the longest line and by one seal.
     """
     known = KnownSeals(dict(heads or {}), through or {})
     checking = _Checking(folder, keys or Keys({}), known, digest, Checked() if checked is None else checked)
@@ -95,7 +95,7 @@ class _Checking:
 
     def _check_signature(self, manifest_record: Manifest, content: bytes) -> Iterator[Finding]:
         if manifest_record.signed_by is None:
-            # Anybody with access to the folder can delete the signature.
+            # Anyone with write access to the folder can delete the signature.
             if self._keys.by_id and self._digest is None:
                 yield Finding(manifest.MANIFEST, "unsigned")
             return
@@ -121,7 +121,7 @@ class _Checking:
         try:
             result = sorted(each.name for each in self._folder.iterdir())
         except OSError:
-            return  # the manifest was readable, and each file is checked by itself
+            return  # the manifest was readable, and each file is checked separately
         for name in result:
             if name not in known:
                 yield Finding(name.encode("utf-8", "replace").decode(), "extra")
@@ -154,10 +154,10 @@ class _Checking:
     def _check_evidence(
         self, manifest_record: Manifest, counts: Counts, on_progress: Callable[[Checked], None]
     ) -> Iterator[Finding]:
-        """The ledger's rows against their seals, in one pass over both."""
+        """Check the rows of the ledger against their seals, in one pass over both."""
         checked, findings = self._checked, FindingQueue()
         rows = Rows(self._folder, manifest_record.files, findings)
-        # A verified manifest was made before those seals; an unverified one may omit them.
+        # A verified manifest precedes those seals; an unverified one may omit them.
         is_vouched = checked.is_signed or self._digest == checked.digest
         known = KnownSeals(self._known.heads) if is_vouched else self._known
         seals = SealCheck(rows, self._keys, known, findings)

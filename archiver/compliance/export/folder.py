@@ -1,4 +1,4 @@
-"""The output folder: created completely or not at all."""
+"""Create the output folder completely or not at all."""
 
 import errno
 import os
@@ -13,18 +13,18 @@ from archiver.compliance.export.manifest import File
 from archiver.compliance.export.partial_folder import held, remove_left
 from archiver.errors import ArchiverError
 
-BUFFER = 256 * 1024  # bytes that are hashed and written together
+BUFFER = 256 * 1024  # bytes hashed and written together
 
 
 class FolderError(ArchiverError):
-    """The export cannot be written; the message says what to do."""
+    """The export cannot be written; the message names the remedy."""
 
 
 @contextmanager
 def made(output: Path) -> Iterator[Path]:
     """Yield a folder that becomes `output` at the end of the block; on an error it is removed.
 
-    What exports beside it left that were killed is removed too. Raises `FolderError`.
+    Also removes the partial folders of killed exports. Raises `FolderError`.
     """
     target = output.resolve()
     check(target)
@@ -44,23 +44,23 @@ def made(output: Path) -> Iterator[Path]:
 
 
 def check(output: Path) -> None:
-    """Raises `FolderError` unless an export can become this: it is not there, or an empty folder."""
+    """Raise `FolderError` unless this path is free for an export: it does not exist, or is an empty folder."""
     target = output.resolve()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise FolderError(f"{target} is there already, and is no empty folder: name another.")
+            raise FolderError(f"{target} exists and is not an empty folder; choose another --output")
         if not target.parent.is_dir():
-            raise FolderError(f"There is no folder {target.parent}: make it first.")
+            raise FolderError(f"folder {target.parent} does not exist; create it first")
     except OSError as error:
         raise FolderError(_explain(error, target)) from error
 
 
 def _explain(error: OSError, target: Path) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return f"There is no room for the export in {target.parent} ({error.strerror}): nothing of it was left there."
+        return f"No space for the export in {target.parent} ({error.strerror}). Nothing was left there."
     if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
         return f"{target} was created by another process: choose another --output."
-    return f"Cannot write {target}: {error.strerror or error}. Its parent must be writable: name another folder."
+    return f"Cannot write {target}: {error.strerror or error}. Its parent must be writable: choose another folder."
 
 
 def _sync(folder: Path) -> None:
@@ -72,7 +72,7 @@ def _sync(folder: Path) -> None:
 
 
 class Sink:
-    """A file that is written once by lines, hashed while it is written, and synced when closed."""
+    """Write a file line by line; it is hashed while it is written, and synced when closed."""
 
     def __init__(self, path: Path) -> None:
         self._opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -96,7 +96,7 @@ class Sink:
             os.close(self._opened)
 
     def write(self, *pieces: bytes | memoryview) -> None:
-        """One row."""
+        """Write one row."""
         self._waiting += pieces
         self._size += sum(map(len, pieces))
         self.rows += 1
@@ -104,7 +104,7 @@ class Sink:
             self.flush()
 
     def flush(self) -> None:
-        """Hash and write what waits."""
+        """Hash and write the buffered bytes."""
         block = b"".join(self._waiting)
         self._waiting.clear()
         self._size = 0

@@ -1,4 +1,4 @@
-"""The manifest of an export, and the names of its files."""
+"""Define the manifest of an export and the names of its files."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -8,7 +8,7 @@ import msgspec
 
 VERSION = "callhq-archiver export v1"
 MANIFEST = "manifest.json"
-DIGEST = "manifest.sha256"  # as sha256sum has it
+DIGEST = "manifest.sha256"  # in the format of sha256sum
 SIGNATURE = "manifest.sig"  # Ed25519 over the manifest's bytes
 
 CONVERSATIONS = "conversations.jsonl"
@@ -28,12 +28,12 @@ KeyId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]  # it is printe
 
 
 def names(formats: Sequence[str]) -> list[str]:
-    """The files of an export in these formats."""
+    """Return the names of the files of an export in these formats."""
     return [*ALWAYS, *(name for each in formats for name in BY_FORMAT[each])]
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file; `rows` are lines, in CSV records without the header."""
+    """Describe one file. `rows`: lines; in CSV, records without the header."""
 
     bytes: Whole
     rows: Whole
@@ -41,7 +41,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):
-    """How much there is. `erased`: events without content; `quarantined`: in the archive, and not exported."""
+    """Hold counts. `erased`: events without content; `quarantined`: deliveries that are not exported."""
 
     conversations: Whole = 0
     chats: Whole = 0
@@ -53,17 +53,17 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The newest seal."""
+    """Identify the newest seal."""
 
     id: Whole
     hash: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`asked`: what was to be exported. `act`: the id of the act that recorded it. `coverage`: sessions by state.
+    """Describe an export. `asked`: the request. `act`: id of its audit entry. `coverage`: sessions by state.
 
-    `csv`: whether the cells of CSV files were made harmless to spreadsheets; null where there are none, or where the
-    export is of a version that did not do so.
+    `csv`: whether the cells of CSV files were neutralised for spreadsheets; null without CSV files, and in exports of
+    earlier versions.
     """
 
     version: str
@@ -85,11 +85,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """As it stands in its file."""
+    """Return the content of the manifest file."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
 class Covered(msgspec.Struct):
-    """What counts of a line of `conversations.jsonl` for the manifest."""
+    """Hold the fields of a line of `conversations.jsonl` that the manifest counts."""
 
     coverage: str

@@ -1,4 +1,4 @@
-"""Working folders of exports: locked while in use; the next export removes abandoned ones."""
+"""Manage the working folders of exports: locked while in use; the next export removes abandoned ones."""
 
 import fcntl
 import os
@@ -20,8 +20,7 @@ _FILES = frozenset(
 
 @contextmanager
 def held(target: Path) -> Iterator[Path]:
-    """A new folder beside the target that only its owner can read, and that no other export removes while it is in
-    use."""
+    """Yield a new folder beside the target; only its owner can read it, and no other export removes it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         opened = _lock(folder, fcntl.LOCK_EX)
@@ -32,11 +31,11 @@ def held(target: Path) -> Iterator[Path]:
         finally:
             if opened is not None:
                 os.close(opened)
-        # Another export took it for an abandoned one before it was locked.
+        # Another export removed it as abandoned before it was locked.
 
 
 def remove_left(parent: Path) -> None:
-    """What exports that were killed have left in this folder: ours alone, and nothing that is not an export's."""
+    """Remove the partial folders that killed exports left here, and only files of exports in them."""
     with suppress(OSError):
         for each in sorted(parent.iterdir()):
             if _IS_PARTIAL_FOLDER.fullmatch(each.name):
@@ -61,8 +60,10 @@ def _is_exported(path: Path) -> bool:
 
 
 def _lock(folder: Path, how: int) -> int | None:
-    """A descriptor that holds it as long as it is open; None if another process does, or the file system has no
-    locks."""
+    """Lock a folder and return its descriptor, which holds the lock while it is open.
+
+    None if another process holds the lock, or the file system has no locks.
+    """
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

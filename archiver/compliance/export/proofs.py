@@ -1,4 +1,4 @@
-"""Seals of an export, with the hashes that lead from exported rows to their roots."""
+"""Export seals with the hashes that lead from exported rows to their roots."""
 
 import struct
 import tempfile
@@ -21,11 +21,11 @@ _ENTRY = struct.Struct(">cq32s")
 
 
 class SealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of seals.jsonl.
+    """Hold a line of seals.jsonl.
 
-    `places`: which of the seal's leaves are exported rows, as runs of (first index, length); `entries`: those leaves
-    as the seal lists them, 41 bytes each (letter, id in 8 bytes, hash), in base64; `cover`: hashes of all others, as
-    few as lead to the root.
+    `places`: the leaves of the seal that are exported rows, as runs of (first index, length). `entries`: those leaves
+    as listed by the seal, 41 bytes each (letter, id in 8 bytes, hash), in base64. `cover`: the fewest hashes of other
+    leaves and nodes that are needed to compute the root.
     """
 
     id: int
@@ -39,7 +39,7 @@ class SealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ids:
-    """Ascending ids of exported rows; kept on disk, because there may be any number."""
+    """Keep ascending ids of exported rows on disk, because their number is not limited."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed below
@@ -58,7 +58,7 @@ class Ids:
         del self._waiting[:]
 
     def rewind(self) -> None:
-        """All are there: `through` reads them from the first."""
+        """Start reading from the first id, after all ids are added."""
         self._flush()
         self._file.seek(0)
         self._iterator = self._read()
@@ -71,13 +71,13 @@ class Ids:
             yield from page
 
     def through(self, row_id: int) -> Iterator[int]:
-        """Those up to this one that were not read yet."""
+        """Yield the unread ids up to and including this one."""
         while self._next is not None and self._next <= row_id:
             yield self._next
             self._next = next(self._iterator, None)
 
     def count_rest(self) -> int:
-        """How many were not read yet."""
+        """Return the number of unread ids."""
         return sum(1 for _ in self.through(2**63 - 1))
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Ids:
 
 
 def write_seals(connection: Connection, sink: Sink, exported: Mapping[str, Ids], *, is_all: bool) -> Seal:
-    """Each seal that holds an exported row, and the newest; of everything all. Answers the newest."""
+    """Write each seal that covers an exported row, and the newest; all seals if `is_all`. Return the newest."""
     for ids in exported.values():
         ids.rewind()
     newest = chain.select_newest(connection)
@@ -114,14 +114,14 @@ def _bounds(connection: Connection) -> Iterator[tuple[int, Mapping[Any, Any]]]:
 
 
 def line_of(seal: Seal, entries: bytes, held: Mapping[bytes, set[int]]) -> SealRecord:
-    """What is said of a seal of which these ids, by their letters, are exported."""
+    """Return the record of a seal whose exported rows have these ids, by letter of their table."""
     whole = entries[: len(entries) - len(entries) % chain.ENTRY_SIZE]
     places = [
         place for place, (letter, row_id, _) in enumerate(_ENTRY.iter_unpack(whole)) if row_id in held.get(letter, ())
     ]
     size = chain.ENTRY_SIZE
     listed = whole if len(places) == seal.size else b"".join([whole[n * size : (n + 1) * size] for n in places])
-    # The cover is empty where all are exported: then nothing is hashed either.
+    # If all leaves are exported, the cover is empty and nothing needs to be hashed.
     cover = [] if len(places) == seal.size else merkle.cover(chain.hashes(whole), places)
     return SealRecord(
         id=seal.id,

@@ -1,4 +1,4 @@
-"""COPY statements for the files of an export."""
+"""Build the COPY statements for the files of an export."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from psycopg import sql
 
 from archiver.compliance.export.selection import Selection
 
-# A session at a time: its rows come from indexes, in order, and nothing large is sorted.
+# Session by session: the rows come from indexes in order, so nothing large is sorted.
 _OF_SESSIONS = """
     SELECT {what} FROM ({sessions}) s CROSS JOIN LATERAL ({rows} WHERE v.session_id = s.session_id OFFSET 0) v
      ORDER BY s.session_id{order}
@@ -33,24 +33,24 @@ _BINARY = "COPY ({}) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
 
 
 def as_json(selection: Selection, name: str) -> Iterator[sql.Composable]:
-    """Rows of one text column, a JSON object each: first those without a session."""
+    """Return queries for rows of one text column with a JSON object each; unassigned turns first."""
     return (sql.SQL(_BINARY).format(query) for query in rows_of(selection, name, _JSON))
 
 
 def as_csv(selection: Selection, name: str) -> Iterator[sql.Composable]:
-    """The same as CSV (RFC 4180), with one header."""
+    """Return queries for the same rows as CSV (RFC 4180), with one header."""
     for number, query in enumerate(rows_of(selection, name, sql.SQL("v.*"))):
         header = sql.SQL("" if number else ", HEADER")
         yield sql.SQL("COPY ({}) TO STDOUT (FORMAT CSV, ENCODING 'UTF8'{})").format(query, header)
 
 
 def columns(name: str) -> sql.Composable:
-    """No row, with the columns of this file as CSV has them."""
+    """Return a query without rows but with the columns of this file in CSV."""
     return sql.SQL(_ROWS[name] + " LIMIT 0")
 
 
 def rows_of(selection: Selection, name: str, what: sql.Composable) -> Iterator[sql.Composable]:
-    """The queries that together give what this file holds."""
+    """Return the queries that together give the content of this file."""
     order = sql.SQL(_ORDER[name])
     rows = sql.SQL(_ROWS[name])
     if name != "conversations":
@@ -62,7 +62,7 @@ def _named(selection: Selection) -> sql.Composable:
     return sql.SQL("SELECT * FROM ({}) AS named (session_id)").format(selection.sessions())
 
 
-# What was said in a conversation and not deleted, in true order.
+# The messages of a conversation that are not deleted, in true order.
 _CHAT = """
     SELECT row_to_json(v)::text
       FROM ({}) s CROSS JOIN LATERAL (
@@ -74,11 +74,11 @@ _CHAT = """
 
 
 def as_openai(selection: Selection) -> sql.Composable:
-    """A row a conversation: `{"messages": [{"role", "content"}]}`."""
+    """Return a query with one row per conversation: `{"messages": [{"role", "content"}]}`."""
     return sql.SQL(_BINARY).format(sql.SQL(_CHAT).format(_named(selection)))
 
 
-# Its id, its line but for what is bytes, and those: Postgres would take as long for their digits as for all the rest.
+# The id, the line without its byte fields, and these fields: encoding them in Postgres would double the time.
 _EVENT = """
     SELECT v.id, row_to_json((SELECT r FROM (SELECT
                v.id, v.type, v.source, v.session_id, v.chat_id, v.received_at, v.last_received_at, v.delivery_count,
@@ -89,15 +89,15 @@ _EVENT = """
 
 
 def events(selection: Selection) -> sql.Composable:
-    """Ledger rows by id: the id, a JSON object of all but the bytes, body_digest, dedupe_key, salt and body."""
+    """Query ledger rows by id: id, a JSON object without byte fields, body_digest, dedupe_key, salt and body."""
     return sql.SQL(_BINARY).format(sql.SQL(_EVENT).format(ledger(selection)))
 
 
 def ledger(selection: Selection) -> sql.Composable:
-    """The ledger's rows by their ids."""
+    """Return a query for the rows of the ledger in order of their ids."""
     if selection.is_all:
         return sql.SQL("SELECT * FROM archiver.events ORDER BY id")
-    # Apart, so that each can use its index.
+    # Two queries, so that each can use its index.
     return sql.SQL(
         "SELECT * FROM archiver.events WHERE session_id IN ({}) UNION ALL"
         " SELECT * FROM archiver.events WHERE session_id = '' AND chat_id IN ({}) ORDER BY id"
@@ -105,7 +105,7 @@ def ledger(selection: Selection) -> sql.Composable:
 
 
 def erasures(selection: Selection) -> sql.Composable:
-    """Two columns, the id and a JSON object: what was erased of these."""
+    """Query the erasures of the selection: the id and a JSON object."""
     query = sql.SQL(
         "SELECT v.id, row_to_json(v)::text FROM (SELECT e.id, e.session_id, e.chat_id, e.erased_at, e.rule, e.act_id,"
         " e.recorded_at, e.database_user"
@@ -115,7 +115,7 @@ def erasures(selection: Selection) -> sql.Composable:
 
 
 def acts(selection: Selection) -> sql.Composable:
-    """Two columns, the id and a JSON object: the acts that ordered these erasures; of everything all acts."""
+    """Query the audit entries that ordered these erasures, or all entries for a full export: id and JSON object."""
     ordered = sql.SQL("a.id IN (SELECT e.act_id FROM archiver.erasures e WHERE {})").format(selection.where())
     query = sql.SQL(
         "SELECT v.id, row_to_json(v)::text FROM (SELECT a.id, a.at, a.actor, a.kind, a.reason, a.detail,"

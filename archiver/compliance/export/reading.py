@@ -16,18 +16,18 @@ from archiver.errors import ArchiverError
 
 T = TypeVar("T")
 
-MAX_LINE_BYTES = 512 * 1024 * 1024  # bytes of a line: the largest body that is accepted, with every byte escaped
+MAX_LINE_BYTES = 512 * 1024 * 1024  # bytes of a line: the largest accepted body with every byte escaped
 BLOCK = 1024 * 1024
 
 
 class NoFileError(ArchiverError):
-    """It cannot be read; the text is the fault."""
+    """The file cannot be read; the text is the fault."""
 
 
 def opened(path: Path) -> BinaryIO:
-    """An ordinary file, and no link to one. Raises `NoFileError`."""
+    """Open a regular file that is not a link. Raises `NoFileError`."""
     try:
-        # Neither is a pipe waited for.
+        # Non-blocking, so that a pipe does not block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NoFileError("missing") from None
@@ -40,9 +40,9 @@ def opened(path: Path) -> BinaryIO:
 
 
 class Lines(Generic[T]):
-    """The lines of a file as records, which is compared on the way with what the manifest says of it.
+    """Iterate over the lines of a file as records, and compare the file with the manifest.
 
-    What is found is put into `findings`, for the caller to take.
+    Differences are added to `findings`.
     """
 
     def __init__(self, folder: Path, name: str, file: File, kind: type[T], findings: FindingQueue) -> None:
@@ -53,7 +53,7 @@ class Lines(Generic[T]):
         self.rows = 0
 
     def __iter__(self) -> Iterator[tuple[int, T]]:
-        """Each record with the number of its line; lines that hold none are found and left out."""
+        """Yield each record with its line number; a line without a record is a finding and is skipped."""
         try:
             with opened(self._path) as file:
                 yield from self._read(file)
@@ -93,7 +93,7 @@ class Lines(Generic[T]):
 
 
 def compare(name: str, expected: File, found: File) -> Iterator[Finding]:
-    """What the manifest says of a file against the file."""
+    """Yield the differences between a file and its entry in the manifest."""
     if expected.sha256 != found.sha256:
         yield Finding(name, "digest")
     if expected.bytes != found.bytes:
@@ -103,7 +103,7 @@ def compare(name: str, expected: File, found: File) -> Iterator[Finding]:
 
 
 def measured(path: Path) -> File:
-    """A file of which nothing but this is looked at. Raises `NoFileError`."""
+    """Return the manifest entry of a file whose content is not checked further. Raises `NoFileError`."""
     hashed, size, rows, is_quoted = sha256(), 0, 0, False
     is_csv = path.suffix == ".csv"
     with opened(path) as file:

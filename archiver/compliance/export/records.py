@@ -1,4 +1,4 @@
-"""Lines of an export's evidence, and the leaves that they stand for."""
+"""Parse the evidence lines of an export, and compute their leaves."""
 
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
@@ -11,11 +11,11 @@ from archiver.compliance.seals import leaves, merkle
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_KEY, _SALT = 32, 16  # bytes, or those of a body could pass for theirs
+_KEY, _SALT = 32, 16  # lengths in bytes; with other lengths, bytes of a body could be taken for a key or salt
 
 
 class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A ledger row; `body` is the text that the bytes are, `body_base64` the bytes where they are none."""
+    """Hold a ledger row. `body`: the bytes as text; `body_base64`: the bytes if they are not UTF-8."""
 
     id: int
     type: str
@@ -35,7 +35,7 @@ class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
     body_base64: str | None = None
 
     def content(self) -> bytes | None:
-        """The exact bytes; None once erased. Raises `ValueError`."""
+        """Return the exact bytes; None after an erasure. Raises `ValueError`."""
         if self.body_base64 is not None:
             if self.body is not None:
                 raise ValueError("two bodies")
@@ -44,7 +44,7 @@ class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
 
 
 class AuditLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """An act of the audit trail; `detail` as Postgres writes it, for that is what is sealed."""
+    """Hold an entry of the audit log. `detail`: the text as Postgres writes it, because this text is sealed."""
 
     id: int
     at: datetime
@@ -56,7 +56,7 @@ class AuditLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
 
 
 class ErasureLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """An erasure: a session, or one of its turns."""
+    """Hold an erasure of a session or of one of its turns."""
 
     id: int
     session_id: str
@@ -73,9 +73,9 @@ _encode = msgspec.json.encode
 
 
 def is_plain(line: bytes, record: Any) -> bool:
-    """Whether a line is nothing but its keys and their values, as exports write it.
+    """Return whether a line contains only its keys and values, as exports write it.
 
-    With a key twice in it, readers would take one or the other.
+    A line with a repeated key is ambiguous: readers may use either value.
     """
     if isinstance(record, EventLine) and _is_usual(line, record):
         return True
@@ -84,9 +84,9 @@ def is_plain(line: bytes, record: Any) -> bool:
 
 
 def _is_usual(line: bytes, event: EventLine) -> bool:
-    """The same, cheaply, for what an export writes: a quotation mark for each end of a name or a text, and the body.
+    """Do the same check cheaply for a usual event line, by counting quotation marks before the body.
 
-    Within a text a quotation mark follows a backslash: so the first `,"body":` is that key.
+    Within a text each quotation mark follows a backslash, so the first `,"body":` is the key.
     """
     body = line.find(b',"body":')
     if event.body is None or body < 0 or line.find(b"\\", 0, body) >= 0:
@@ -96,11 +96,11 @@ def _is_usual(line: bytes, event: EventLine) -> bool:
     return line.count(b'"', 0, body) == quotes and len(line) == body + 10 + len(_encode(event.body))
 
 
-_KEYS_AND_TEXTS = 14 + 7  # before the body; what may be null besides
+_KEYS_AND_TEXTS = 14 + 7  # marks before the body; marks of values that may be null
 
 
 def event_leaf(event: EventLine, body: bytes | None) -> tuple[bytes, bool]:
-    """The leaf's hash, and whether the body is what its digest says. Raises `ValueError` and `OverflowError`."""
+    """Return the leaf hash and whether the body matches its digest. Raises `ValueError` and `OverflowError`."""
     key, digest = bytes.fromhex(event.dedupe_key), bytes.fromhex(event.body_digest)
     salt = None if event.salt is None else bytes.fromhex(event.salt)
     is_intact = len(key) == _KEY and (salt is None) == (body is None)
@@ -123,7 +123,7 @@ def event_leaf(event: EventLine, body: bytes | None) -> tuple[bytes, bool]:
 
 
 def audit_leaf(act: AuditLine) -> bytes:
-    """The leaf's hash. Raises `ValueError` and `OverflowError`."""
+    """Return the leaf hash. Raises `ValueError` and `OverflowError`."""
     detail = bytes(act.detail)
     fields = (_number(act.id), _moment(act.at), act.actor.encode(), act.kind.encode(), _text(act.reason), detail)
     later = () if act.database_user is None else (act.database_user.encode(),)
@@ -131,7 +131,7 @@ def audit_leaf(act: AuditLine) -> bytes:
 
 
 def erasure_leaf(erasure: ErasureLine) -> bytes:
-    """The leaf's hash. Raises `ValueError` and `OverflowError`."""
+    """Return the leaf hash. Raises `ValueError` and `OverflowError`."""
     fields = (
         _number(erasure.id),
         erasure.session_id.encode(),
@@ -160,5 +160,5 @@ def _moment(value: Any) -> bytes | None:
     if value is None:
         return None
     if value.tzinfo is None:
-        raise ValueError("a time without its zone")
+        raise ValueError("time without a zone")
     return _number((value - _EPOCH) // _MICROSECOND)

@@ -26,27 +26,27 @@ from archiver.compliance.seals import chain, merkle
 from archiver.compliance.seals.chain import Entry, Seal
 from archiver.events import WEBHOOK
 
-MAX_LEAVES = 1_000_000  # of one seal: many times what any seal of ours holds
+MAX_LEAVES = 1_000_000  # per seal: far more than any seal of the archiver has
 _SINGULAR = {"events": "event", "acts": "act", "erasures": "erasure"}
 _NOUNS = {b"E": "event", b"A": "act", b"X": "erasure"}
 
 
 class Keys(msgspec.Struct, frozen=True):
-    """Public keys by their ids, and since which seal all are signed."""
+    """Hold public keys by id, and the first seal that must be signed."""
 
     by_id: Mapping[str, Ed25519PublicKey]
     since: int = 1
 
 
 class KnownSeals(msgspec.Struct, frozen=True):
-    """Seals exported earlier: hashes, and the last sealed id of each table."""
+    """Hold seals exported earlier: hashes, and the last sealed id of each table."""
 
     heads: Mapping[int, bytes] = {}
     through: Mapping[str, int] = {}
 
 
 class UnparsedSealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`proofs.Line`, its lists unread: of what is no seal they can be any number."""
+    """Hold a line of seals.jsonl with unparsed lists, because invalid input may have lists of any length."""
 
     id: int
     statement: str
@@ -59,7 +59,7 @@ class UnparsedSealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
-    """A row by its place in its file; its id; its leaf's hash."""
+    """Hold the line number, id and leaf hash of a row."""
 
     line: int
     id: int
@@ -67,7 +67,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 
 class Rows:
-    """The exported rows of the three sealed tables, each in order of its ids, read as far as asked for."""
+    """Read the exported rows of the three sealed tables, in order of their ids, as far as requested."""
 
     def __init__(self, folder: Path, files: Mapping[str, File], findings: FindingQueue) -> None:
         self._findings = findings
@@ -76,7 +76,7 @@ class Rows:
         self._ordered: set[int] = set()
         self.events = Lines(folder, manifest.EVENTS, files[manifest.EVENTS], EventLine, findings)
         erasures = Lines(folder, manifest.ERASURES, files[manifest.ERASURES], ErasureLine, FindingQueue())
-        self._covered: set[int] = set()  # hashes of sessions and of turns, for there may be many
+        self._covered: set[int] = set()  # hashes instead of ids of sessions and turns, to save memory
         for _, each in erasures:
             self._covered |= {hash((each.session_id, each.chat_id)), hash(each.session_id)}
         acts = Lines(folder, manifest.ACTS, files[manifest.ACTS], AuditLine, findings)
@@ -113,7 +113,7 @@ class Rows:
         return hashed
 
     def _is_covered(self, event: EventLine) -> bool:
-        """Return whether an erasure covers it; a history covers all turns of its session."""
+        """Return whether an erasure covers the event; a history response contains all turns of its session."""
         if any(hash((event.session_id, chat_id)) in self._covered for chat_id in ("", event.chat_id or "")):
             return True
         return event.source != WEBHOOK and hash(event.session_id) in self._covered
@@ -127,33 +127,33 @@ class Rows:
         return erasure_leaf(erasure)
 
     def through(self, table: str, row_id: int) -> Iterator[Row]:
-        """Those up to this id that were not read yet."""
+        """Yield the unread rows up to and including this id."""
         while (row := self._next[table]) is not None and row.id <= row_id:
             yield row
             self._next[table] = next(self._streams[table], None)
 
     def missing_acts(self) -> set[int]:
-        """The acts that erasures name and that are not there; once all was read."""
+        """Return the audit entries that erasures refer to and that are missing. Call it after reading all rows."""
         return self._ordered - self._acts
 
 
 class SealCheck:
-    """The seals of an export, one after the other."""
+    """Check the seals of an export one after the other."""
 
     def __init__(self, rows: Rows, keys: Keys, known: KnownSeals, findings: FindingQueue) -> None:
         self._rows, self._keys, self._known, self._findings = rows, keys, known, findings
         self._before: Seal | None = None
         self.seals = 0
-        self.compared = 0  # with seals as they were exported elsewhere
+        self.compared = 0  # with seals exported earlier
         self.unsealed = dict.fromkeys(EXPORTED, 0)
 
     @property
     def head(self) -> Head | None:
-        """The last one."""
+        """Return the last seal."""
         return None if self._before is None else Head(self._before.id, self._before.hash.hex())
 
     def check(self, number: int, line: UnparsedSealRecord) -> None:
-        """One line of seals.jsonl, and the rows that its seal holds."""
+        """Check one line of seals.jsonl and the rows that its seal covers."""
         self.seals += 1
         try:
             seal, places, entries, cover = _parsed(line)
@@ -195,7 +195,7 @@ class SealCheck:
                 yield "wrong_signature"
 
     def _compare(self, seal: Seal, entries: list[Entry]) -> None:
-        """What the seal lists and the rows of its range."""
+        """Compare the list of the seal with the rows of its range."""
         listed = {(entry.letter, entry.id): entry.hash for entry in entries}
         for table, letter in EXPORTED.items():
             for row in self._rows.through(table, seal.through[table]):
@@ -209,7 +209,7 @@ class SealCheck:
             self._findings.append(Finding(manifest.SEALS, "missing_row", None, what))
 
     def finish(self) -> None:
-        """What no seal of the export holds."""
+        """Report the rows that no seal of the export covers."""
         for table in EXPORTED:
             for row in self._rows.through(table, 2**63 - 1):
                 self.unsealed[table] += 1
@@ -228,20 +228,20 @@ _MAX_COVER = 64  # maximum number of hashes between two listed leaves
 
 
 def _parsed(line: UnparsedSealRecord) -> tuple[Seal, list[int], list[Entry], list[bytes]]:
-    """Raises `ValueError` for what no export writes."""
+    """Parse a line of seals.jsonl. Raises `ValueError` for a line that no export writes."""
     signature = None if line.signature is None else bytes.fromhex(line.signature)
     seal = chain.seal_from_statement(line.statement, bytes.fromhex(line.hash), line.key_id, signature)
     packed = b64decode(line.entries, validate=True)
     if seal.id != line.id or len(packed) % chain.ENTRY_SIZE:
-        raise ValueError("not one seal")
+        raise ValueError("not exactly one seal")
     limit = len(packed) // chain.ENTRY_SIZE
     if _count(line.places, b"[") > limit + 1 or _count(line.cover, b'"') > 2 * _MAX_COVER * (limit + 1):
-        raise ValueError("more than its entries need")
+        raise ValueError("more hashes than its entries need")
     places: list[int] = []
     end = 0
     for start, length in _read_places(line.places):
         if start < end or length < 1 or start + length > seal.size or len(places) + length > MAX_LEAVES:
-            raise ValueError("no places of leaves")
+            raise ValueError("invalid places of leaves")
         end = start + length
         places += range(start, end)
     return seal, places, chain.unpack(packed), [bytes.fromhex(each) for each in _read_cover(line.cover)]

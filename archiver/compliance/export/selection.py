@@ -20,7 +20,7 @@ class UnknownSelectionError(ArchiverError):
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """These sessions, those to which any of the criteria applies, or everything there is."""
+    """Select sessions by id, sessions that match any of the criteria, or everything."""
 
     session_ids: Sequence[str] = ()
     criteria: Sequence[Criteria] = ()
@@ -29,14 +29,14 @@ class Selection(msgspec.Struct, frozen=True):
     def prepare(self, connection: Connection) -> None:
         """Pass variable values as session settings of the transaction, because they may be personal.
 
-        In a statement they would be visible in pg_stat_activity and in the log of slow statements.
+        As a part of a statement they would be visible in pg_stat_activity and in the log of slow statements.
         """
         for place, each in enumerate(self.criteria):
             if each.variable is not None:
                 connection.execute(_SET, {"name": _setting(place), "value": each.value or ""})
 
     def sessions(self) -> sql.Composable:
-        """A query of their ids."""
+        """Return a query for the ids of the sessions."""
         if self.is_all:
             return sql.SQL("SELECT session_id FROM archiver.sessions WHERE session_id <> ''")
         session_ids = {*self.session_ids, *(each.session_id for each in self.criteria if _is_of_one(each))} - {
@@ -48,7 +48,7 @@ class Selection(msgspec.Struct, frozen=True):
         return _union(parts)
 
     def turns(self) -> sql.Composable:
-        """A query of the chat ids by which what stands without a session belongs to them: as holds have it."""
+        """Return a query for the chat ids of the unassigned turns that belong to the selection, as for holds."""
         if self.is_all:
             return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
         of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")
@@ -57,7 +57,7 @@ class Selection(msgspec.Struct, frozen=True):
         )
 
     def where(self, alias: str = "e") -> sql.Composable:
-        """Whether a row of a table with `session_id` and `chat_id` is of these."""
+        """Return a condition: a row of a table with `session_id` and `chat_id` is selected."""
         if self.is_all:
             return sql.SQL("true")
         return sql.SQL("({e}.session_id IN ({}) OR ({e}.session_id = '' AND {e}.chat_id IN ({})))").format(
@@ -66,7 +66,7 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 def _is_of_one(criteria: Criteria) -> bool:
-    """Whether it names a session and nothing else: that need not be in the archive, only in the ledger."""
+    """Return whether the criteria name only a session, which may be in the ledger without being in the archive."""
     return criteria == Criteria(session_id=criteria.session_id)
 
 
@@ -102,7 +102,7 @@ def _sessions_of(criteria: Criteria, place: int) -> sql.Composable:
 
 
 def _unassigned_of(criteria: Criteria, place: int) -> sql.Composable:
-    """What stands without a session is judged by what it says itself."""
+    """Return a query for the unassigned turns whose own fields match the criteria."""
     rules: list[sql.Composable] = [sql.SQL("t.session_id = ''" if criteria.session_id is None else "false")]
     if criteria.assistant_id is not None:
         rules.append(_assistant(criteria))
@@ -145,7 +145,7 @@ def _within(moment: str, criteria: Criteria) -> sql.Composable:
 
 
 def count(connection: Connection, selection: Selection) -> tuple[int, int]:
-    """How many sessions the archive holds of these, and how many turns without one."""
+    """Return the number of selected sessions in the archive, and of selected unassigned turns."""
     selection.prepare(connection)
     driver: Any = connection.connection.driver_connection
     query = sql.SQL(
@@ -160,17 +160,19 @@ _HOLD_FIELDS = Criteria.__struct_fields__
 
 
 def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteria]:
-    """What these holds cover or, once released, did. Raises `UnknownSelectionError`."""
+    """Return the criteria of these holds, released ones included. Raises `UnknownSelectionError`."""
     holds = tables.holds
     query = select(holds).where(holds.c.id == func.any(bindparam("ids", type_=ARRAY(BigInteger))))
     found = connection.execute(query.order_by(holds.c.id), {"ids": list(hold_ids)})
     rows = {row["id"]: row for row in found.mappings()}
     if missing := sorted(set(hold_ids) - rows.keys()):
-        raise UnknownSelectionError(f"There is no hold {', '.join(map(str, missing))}; see archiver hold list --all")
+        ids = ", ".join(map(str, missing))
+        raise UnknownSelectionError(f"hold {ids} does not exist; see archiver hold list --all")
     for row in rows.values():
         if row["variable"] is not None and row["value"] is None:
             raise UnknownSelectionError(
-                f"The value of hold {row['id']} went with its release: name the sessions instead, with --session"
+                f"the value of hold {row['id']} was deleted when the hold was released;"
+                " select its sessions with --session"
             )
     return [Criteria(**{name: row[name] for name in _HOLD_FIELDS}) for row in rows.values()]
 
@@ -186,7 +188,7 @@ _UNKNOWN = text(
 
 
 def check_known(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Raises `UnknownSelectionError` where nothing is known of one of these."""
+    """Raise `UnknownSelectionError` if a session is unknown to archive, ledger and erasures."""
     ids_json = as_json(session_ids)
     if unknown := sorted(connection.scalars(_UNKNOWN, {"session_ids": ids_json})):
-        raise UnknownSelectionError(f"Nothing is known of session {', '.join(unknown)}: nothing was exported")
+        raise UnknownSelectionError(f"unknown session {', '.join(unknown)}; nothing was exported")

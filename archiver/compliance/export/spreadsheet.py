@@ -17,10 +17,10 @@ from collections.abc import Collection
 _ESCAPE = "\u241b"  # SYMBOL FOR ESCAPE
 _CONTROL = re.compile("[\x1b\x80-\x9f\u241b]")
 _ESCAPED = re.compile("\u241b(\u241b|[0-9A-F]{2})")
-# Apostrophes first: a cell that has them already gets one more, so that restoring takes exactly one away.
+# A cell that begins with apostrophes gets one more, so that restoring removes exactly one.
 _RISKY = re.compile("'*[\\s\u200b-\u200f\u2060\ufeff]*[\t\r\n=+\\-@\uff0b\uff0d\uff1d\uff20]")
-# Whether a line can hold a cell that changes: a superset, at the speed of the regular expression engine. A sign after
-# a letter or digit, as in a time, is none.
+# Matches every line with a cell that must change, and few others. A sign after a letter or digit, as in a time, does
+# not count.
 _SUSPECT = re.compile(
     rb"(?:^|[^0-9A-Za-z])(?:[=+\-@\t\r]|\n(?!\Z))|\xef\xbc[\x8b\x8d\x9d\xa0]"  # signs, in full width too; white space
     rb"|\x1b|\xc2[\x80-\x9f]|\xe2\x90\x9b"  # control characters, and what stands for them

@@ -27,8 +27,8 @@ from archiver.database import copy_out
 from archiver.ledger import audit_log
 
 ACT, DONE = "export", "export.done"
-READ_SECONDS = 24 * 3600  # of one statement
-PROGRESS_EVERY = 5_000  # rows, between two words on progress
+READ_SECONDS = 24 * 3600  # for one statement
+PROGRESS_EVERY = 5_000  # rows between two progress reports
 
 Progress = Callable[[str, int], None]  # a file's name, and the rows written so far
 
@@ -75,10 +75,10 @@ def make(
     key: Ed25519PrivateKey | None = None,
     on_progress: Progress = lambda *_: None,
 ) -> CompletedExport:
-    """Write the export to the folder `output`; signed where there is a key.
+    """Write the export to the folder `output`, signed if there is a key.
 
-    It is recorded before anything is read, and once more when it is done. Raises `FolderError`, and
-    `UnknownSelectionError` where there is nothing to export.
+    The audit log records it before anything is read, and again at the end. Raises `FolderError`, and
+    `UnknownSelectionError` if there is nothing to export.
     """
     folder.check(output)
     detail = {**request.description(), "formats": list(request.formats)}
@@ -119,7 +119,7 @@ def _resolved(connection: Connection, request: ExportRequest) -> ExportRequest:
 
 
 def _require_some(exported_manifest: Manifest) -> None:
-    """Refuse an empty export, which could be taken for the answer to another question."""
+    """Refuse an empty export, which could be mistaken for the result of another selection."""
     counts, erasures = exported_manifest.counts, exported_manifest.files[manifest.ERASURES]
     if not (counts.conversations or counts.chats or counts.events or erasures.rows):
         raise UnknownSelectionError("nothing archived matches the selection; nothing was exported")
@@ -131,7 +131,7 @@ def _write_small(path: Path, content: bytes) -> None:
 
 
 class _Export:
-    """The files of one export, from one snapshot."""
+    """Write the files of one export from one snapshot."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class _Export:
         self._counts = Counts()
 
     def write(self, act: int) -> Manifest:
-        """All of them but the manifest, which is answered."""
+        """Write all files except the manifest, which is returned."""
         self._write_transcripts()
         head = self._write_evidence()
         complete_through = self._connection.scalar(text("SELECT analytics.complete_through()"))
@@ -220,7 +220,7 @@ class _Export:
         sink.rows -= 1  # the header
 
     def _numeric_columns(self, kind: str) -> set[int]:
-        """Their indexes: what stands in them is no text that a spreadsheet could run."""
+        """Return the indexes of numeric columns, whose values a spreadsheet cannot run as formulas."""
         driver: Any = self._connection.connection.driver_connection
         query = queries.columns(kind).as_string(driver)
         described = self._connection.exec_driver_sql(query).cursor.description
@@ -255,7 +255,7 @@ class _Export:
                 sink.write(row[18:], b"\n")
 
     def _write_events(self, sink: Sink, ids: Ids) -> int:
-        """Each with its body: text where it is UTF-8, else base64. Answers how many have none."""
+        """Write each event with its body: text if it is UTF-8, otherwise base64. Return the number without a body."""
         erased = 0
         encode = msgspec.json.encode
         with closing(copy_out.rows(self._connection, queries.events(self._selection))) as rows:
@@ -284,7 +284,7 @@ class _Export:
         return dict(sorted(result.items()))
 
     def _recorded_settings(self) -> dict[str, Any]:
-        """What `serve` and `worker` last started with, as the audit trail has it."""
+        """Return the settings of the latest starts of `serve` and `worker`, from the audit log."""
         return {row.part: row.detail | {"since": row.at} for row in self._connection.execute(_LATEST_SETTINGS)}
 
 
@@ -293,7 +293,7 @@ _USUAL = struct.Struct(">i32si32si16si").unpack_from
 
 
 def _bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
-    """What of an event is bytes: that part of its line, and the body. The fields begin at `place`."""
+    """Return the byte fields of an event as a part of its line, and the body. The fields begin at `place`."""
     try:
         one, digest, two, key, three, salt, size = _USUAL(row, place)
     except struct.error:

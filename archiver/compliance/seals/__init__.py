@@ -1,4 +1,4 @@
-"""Seals: a Merkle tree over settled rows, each seal chained to the previous one."""
+"""Seal settled rows with a Merkle tree; each seal is chained to the previous one."""
 
 from archiver.compliance.seals.bounds import BoundsError
 from archiver.compliance.seals.chain import (

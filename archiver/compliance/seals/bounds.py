@@ -1,4 +1,4 @@
-"""Limits of a seal: it may not claim ids beyond its listed rows or beyond any row."""
+"""Check the limits of a seal: it may not claim ids beyond its listed rows or beyond the existing rows."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.leaves import EVENTS, KINDS
 from archiver.errors import ArchiverError
 
-# Events that retention removed are known by their removals; of the other tables nothing is ever removed.
+# Removed events are known from `removals`; rows of the other tables are never removed.
 _SELECT_UNBOUNDED = text(
     f"""
     WITH newest AS MATERIALIZED (
@@ -26,22 +26,22 @@ _SELECT_UNBOUNDED = text(
 _SELECT_RANGE = text(
     f"SELECT {', '.join(f'(SELECT max(id) FROM archiver.{kind.table}) AS {kind.table}' for kind in KINDS)}"  # noqa: S608  # names of tables
 )
-LEAVES = 10_000  # of each table in one seal
+LEAVES = 10_000  # per table and seal
 
 
 class BoundsError(ArchiverError):
-    """The newest seal cannot be continued, because it claims rows that there are not; the text says what to do."""
+    """The newest seal claims rows that do not exist, so no seal can follow it; the text names the remedy."""
 
 
 def select_unbounded(connection: Connection, after: int = 0) -> list[int]:
-    """The seals after this one that reach further than there ever were rows."""
+    """Return the seals after this one that claim ids beyond all rows that ever existed."""
     return list(connection.scalars(_SELECT_UNBOUNDED, {"after": after}))
 
 
 def is_bounded(seal: Seal, entries: bytes, before: Seal) -> bool:
-    """Whether it lists something, and reaches no further than the last row that it lists of each table.
+    """Return whether the seal lists rows and claims no id beyond the last listed row of each table.
 
-    A table with more rows than fit is sealed up to the row before the next one, whose id may be greater.
+    If a table has more rows than fit, the seal may claim ids up to the row before the next one.
     """
     letters, place = entries[:: chain.ENTRY_SIZE], 0
     for kind in KINDS:
@@ -56,13 +56,14 @@ def is_bounded(seal: Seal, entries: bytes, before: Seal) -> bool:
 
 
 def require_bounded(connection: Connection, newest: Seal) -> None:
-    """Raise `BoundsError` where this, the newest seal, cannot be continued."""
+    """Raise `BoundsError` if no seal can follow this one, the newest."""
     if newest.id and (newest.size == 0 or select_unbounded(connection, newest.id - 1)):
         there = dict(connection.execute(_SELECT_RANGE).mappings().one())
         claimed = ", ".join(_claims(newest, there))
         raise BoundsError(
-            f"Seal {newest.id} claims rows that there are not ({claimed}): archiver seal did not make it, and nothing"
-            " new is sealed after it. Find out who did and run archiver verify; docs/seals.md says how to remove it."
+            f"Seal {newest.id} claims rows that do not exist ({claimed}). It was not made by archiver seal, and"
+            " no new seal can follow it. Find its author and run archiver verify; docs/seals.md explains how to"
+            " remove it."
         )
 
 
@@ -72,4 +73,4 @@ def _claims(newest: Seal, there: dict[str, int | None]) -> Iterator[str]:
         if claimed > last:
             yield f"{kind.table} up to {claimed}, of which the newest is {last}"
     if newest.size == 0:
-        yield f"it lists none, and reaches {EVENTS.table} up to {newest.through[EVENTS.table]}"
+        yield f"it lists no rows and claims {EVENTS.table} up to {newest.through[EVENTS.table]}"

@@ -1,4 +1,4 @@
-"""The chain: each seal states its content and its predecessor, so that none can be changed alone."""
+"""Build the chain of seals: each states its content and its predecessor, so that none can be changed alone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -24,16 +24,16 @@ from archiver.database import tables
 from archiver.errors import ArchiverError
 from archiver.settings import Settings, SettingsError
 
-NOTHING = bytes(32)  # the hash before the first seal's
+NOTHING = bytes(32)  # the hash that stands before the first seal
 ENTRY_SIZE = ENTRY.size
 
 
 class KeyFileError(ArchiverError):
-    """A key that is none; the text says how to make one."""
+    """The key is invalid; the text shows how to create one."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """A leaf as its seal lists it: the letter of its table, its id, its hash."""
+    """Hold a leaf as listed by its seal: the letter of its table, its id, its hash."""
 
     letter: bytes
     id: int
@@ -41,7 +41,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """One seal; `through`: the last sealed id of each table, by name.
+    """Hold one seal. `through`: the last sealed id of each table, by name.
 
     `listed`: SHA-256 over its packed entries.
     """
@@ -59,7 +59,7 @@ class Seal(msgspec.Struct, frozen=True):
 
     @property
     def statement(self) -> bytes:
-        """What is hashed and signed: lines of text, so that anybody can put it together."""
+        """Return the text that is hashed and signed; its lines can be reproduced without this program."""
         lines = [
             "callhq-archiver seal v1",
             f"id {self.id}",
@@ -80,7 +80,7 @@ FIRST = Seal(
 
 
 def make(before: Seal, entries: bytes, through: dict[str, int], key: Ed25519PrivateKey | None) -> Seal:
-    """The seal that follows `before` and holds these packed entries; signed where there is a key."""
+    """Create the seal that follows `before` and covers these packed entries; signed if there is a key."""
     draft = Seal(
         id=before.id + 1,
         sealed_at=database.now(),
@@ -100,7 +100,7 @@ def make(before: Seal, entries: bytes, through: dict[str, int], key: Ed25519Priv
 
 
 def is_signed_by(seal: Seal, key: Ed25519PublicKey) -> bool:
-    """Whether this key signed it."""
+    """Return whether this key signed the seal."""
     if seal.signature is None:
         return False
     try:
@@ -111,18 +111,18 @@ def is_signed_by(seal: Seal, key: Ed25519PublicKey) -> bool:
 
 
 def unpack(packed: bytes) -> list[Entry]:
-    """Without what is left over, where these are no entries."""
+    """Return the packed entries; incomplete bytes at the end are ignored."""
     whole = len(packed) - len(packed) % ENTRY_SIZE
     return [Entry(*fields) for fields in ENTRY.iter_unpack(packed[:whole])]
 
 
 def hashes(packed: bytes) -> list[bytes]:
-    """The leaf hashes alone."""
+    """Return only the leaf hashes."""
     return [packed[end - 32 : end] for end in range(ENTRY_SIZE, len(packed) + 1, ENTRY_SIZE)]
 
 
 def insert_seal(connection: Connection, seal: Seal, entries: bytes) -> None:
-    """Append it to the chain."""
+    """Append the seal to the chain."""
     values = {name: getattr(seal, name) for name in _KEPT} | {"entries": entries}
     values |= {kind.through: seal.through[kind.table] for kind in KINDS}
     connection.execute(insert(tables.seals), values)
@@ -132,7 +132,7 @@ _KEPT = ("id", "sealed_at", "root", "previous", "hash", "key_id", "signature")
 
 
 def select_newest(connection: Connection) -> Seal:
-    """The newest seal; `FIRST` where there is none."""
+    """Return the newest seal; `FIRST` if there is none."""
     row = connection.execute(_NEWEST).mappings().first()
     return FIRST if row is None else seal_from_row(dict(row))
 
@@ -154,7 +154,7 @@ def select_seal(connection: Connection, number: int) -> dict[str, Any] | None:
     }
 
 
-# A time that Python has none for is no time of a seal: another one stands for it, which its hash is not over.
+# A time outside Python's range cannot be that of a genuine seal: another time replaces it, so the hash will differ.
 _SEALED_AT = case(
     (
         tables.seals.c.sealed_at.between(text("'0002-01-01 UTC'"), text("'9999-12-30 UTC'")),
@@ -173,7 +173,7 @@ def _columns(*, with_entries: bool) -> list[ColumnElement[Any]]:
 
 
 def _without_entries() -> Select[Any]:
-    """Entries are many, and are looked at where they lie."""
+    """Select seals without their many entries, which are only counted and digested in the database."""
     entries = tables.seals.c.entries
     return select(
         *_columns(with_entries=False),
@@ -186,7 +186,7 @@ _NEWEST = _without_entries().order_by(tables.seals.c.id.desc()).limit(1)
 
 
 def select_seals(connection: Connection, after: int = 0, through: int | None = None) -> Iterator[tuple[Seal, bytes]]:
-    """The seals after this id with their packed entries, in order, a few at a time."""
+    """Yield the seals after this id with their packed entries, in order, in small batches."""
     while True:
         query = (
             select(*_columns(with_entries=True))
@@ -211,7 +211,7 @@ _NO_TIME = datetime.max.replace(tzinfo=UTC)
 
 
 def seal_from_row(row: Mapping[str, Any]) -> Seal:
-    """A seal from its row, with the `size` and the digest (`listed`) of its entries."""
+    """Return a seal from its row, which includes the `size` and the digest (`listed`) of its entries."""
     return Seal(
         id=row["id"],
         sealed_at=row["sealed_at"] or _NO_TIME,
@@ -235,7 +235,7 @@ _STATEMENT = re.compile(
 
 
 def seal_from_statement(statement: str, hashed: bytes, key: str | None, signature: bytes | None) -> Seal:
-    """A seal from its text. Raises `ValueError` where it is none."""
+    """Parse a seal from its statement. Raises `ValueError` if the statement is malformed."""
     match = _STATEMENT.fullmatch(statement)
     if match is None:
         raise ValueError("not the statement of a seal")
@@ -267,7 +267,7 @@ def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
 
 
 def private_key(pem: str) -> Ed25519PrivateKey:
-    """The signing key in these PEM lines. Raises `KeyFileError`."""
+    """Parse a signing key in PEM. Raises `KeyFileError`."""
     try:
         key = load_pem_private_key(pem.encode(), password=None)
     except (ValueError, TypeError):
@@ -278,11 +278,10 @@ def private_key(pem: str) -> Ed25519PrivateKey:
 
 
 def public_key(pem: str) -> Ed25519PublicKey:
-    """The public key in these PEM lines. Raises `KeyFileError`: for a private one too, which checking never needs."""
+    """Parse a public key in PEM. Raises `KeyFileError`, also for a private key, which a check never needs."""
     if "PRIVATE KEY" in pem:
         raise KeyFileError(
-            "a private key, which only signs: to check, make its public half with"
-            " openssl pkey -in seal.key -pubout -out seal.pub"
+            "this is a private key; create its public key with openssl pkey -in seal.key -pubout -out seal.pub"
         )
     try:
         key = load_pem_public_key(pem.encode())

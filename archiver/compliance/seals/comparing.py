@@ -11,16 +11,16 @@ from archiver.compliance.seals.consistency import check_unusual
 from archiver.compliance.seals.findings import Finding
 from archiver.compliance.seals.leaves import BY_LETTER, EVENTS, KINDS, read_runs
 
-Sealed = tuple[Seal, bytes]  # with its packed entries
+Sealed = tuple[Seal, bytes]  # a seal and its packed entries
 
 
 class Checked(msgspec.Struct):
-    """How far a verification has come."""
+    """Hold the progress of a verification."""
 
     seals: int = 0
     events: int = 0
-    unsealed: int = 0  # events that are not sealed yet
-    compared: int = 0  # seals that were exported, and were compared with those here
+    unsealed: int = 0  # events
+    compared: int = 0  # seals compared with earlier exported ones
     head: Seal = chain.FIRST
 
 
@@ -33,9 +33,9 @@ def compare(
     *,
     forged: Container[int] = (),
 ) -> Iterator[Finding]:
-    """What these seals list, which follow `start`, against the rows; events are sealed up to the id `through`.
+    """Compare the lists of these seals, which follow `start`, with the rows; events are sealed up to `through`.
 
-    Rows that only a forged seal reaches are not its own: it is named, and they are not.
+    If only a forged seal covers a row, the seal is reported and the row is not.
     """
     result: list[list[bytes]] = [[] for _ in window]
     unusual: list[int] = []
@@ -64,7 +64,7 @@ def compare(
 def _differences(
     connection: Connection, seal: Seal, entries: Sequence[Entry], rows: Sequence[Entry]
 ) -> Iterator[Finding]:
-    """What one seal lists and the rows of its range are not the same: which."""
+    """Yield each difference between the list of one seal and the rows of its range."""
     listed = {(entry.letter, entry.id): entry.hash for entry in entries}
     removed = _removed(connection, [entry.id for entry in entries if entry.letter == EVENTS.letter])
     for row in rows:
@@ -80,17 +80,17 @@ def _differences(
 
 
 def _removed(connection: Connection, event_ids: Sequence[int]) -> set[int]:
-    """Those of these events that retention removed."""
+    """Return the events among these that retention removed."""
     query = text("SELECT event_id FROM archiver.removals WHERE event_id = ANY (:event_ids)")
     return set(connection.scalars(query, {"event_ids": list(event_ids)}))
 
 
-PAGE = 20_000  # events that are not sealed yet, looked at together
+PAGE = 20_000  # unsealed events per query
 _BEYOND = text("SELECT id FROM archiver.events WHERE id > :after ORDER BY id OFFSET :most LIMIT 1")
 
 
 def compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> Iterator[Finding]:
-    """Events after the newest seal: by themselves alone."""
+    """Check the events after the newest seal, each on its own."""
     through, lowest, highest = head.through["events"], -(2**63), 2**63 - 1
     after, bound = (through if head.id else None), lowest
     while bound < highest:

@@ -1,4 +1,4 @@
-"""Consistency between rows: counters only grow, and erased content has an erasure with an audit entry."""
+"""Check consistency between rows: counters only grow, and erased content has an erasure with an audit entry."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.findings import Finding
 from archiver.compliance.seals.restoring import check_in_pieces
 
-# Where nothing was delivered since, the counters stand as they were sealed; else they have grown. Of `r`, the newest
-# recount, all is null where there is none.
+# Without deliveries since the seal, the counters equal the sealed ones; otherwise they have grown. `r` is the newest
+# recount; its columns are null if there is none.
 _EXPECTED_COUNTERS = """
     CASE WHEN e.is_recounted THEN
         e.delivery_count > coalesce(r.delivery_count, 1)
@@ -76,9 +76,9 @@ _COUNTERS = {
     for name, rule in _WHICH.items()
 }
 
-# Salt and key have their lengths, or bytes of a body could pass for theirs. Content goes as `erasure.sweeping` takes
-# it: of a session all; of a turn its facts, each reading of its session but one that was made without it, and what
-# names the turn in its bytes alone.
+# Salt and key must have their lengths; otherwise bytes of a body could be taken for them. Content is missing only as
+# `erasure.sweeping` deletes it: all of a session; or the facts of a turn, every reading of its session except one
+# made without the turn, and events that mention the turn only in their body.
 _CONTENT = {
     name: text(
         f"""
@@ -101,11 +101,11 @@ _CONTENT = {
     )
     for name, rule in _WHICH.items()
 }
-PAGE = 10_000  # ids that are asked for at once
+PAGE = 10_000  # ids per query
 
 
 def check_unusual(connection: Connection, event_ids: Sequence[int], through: int) -> Iterator[Finding]:
-    """Counters, up to this id, and content of these events, whose rows are not as they are after one delivery."""
+    """Check the counters (up to this id) and the content of these events, which differ from a single delivery."""
     for start in range(0, len(event_ids), PAGE):
         ids = list(event_ids[start : start + PAGE])
         yield from _check(connection, "these", {"ids": ids}, through)
@@ -113,7 +113,7 @@ def check_unusual(connection: Connection, event_ids: Sequence[int], through: int
 
 
 def check_before(connection: Connection, last: int, through: int) -> Iterator[Finding]:
-    """The same of all events up to `last`: those of before the seal after which a verification begins."""
+    """Check all events up to `last`, which precede the seal after which the verification begins."""
     yield from _check(connection, "up_to", {"last": last}, through)
 
 
@@ -124,8 +124,7 @@ def _check(connection: Connection, which: str, values: dict[str, Any], through: 
         yield Finding("events", event_id, "changed" if is_there else "erased_without_record")
 
 
-# An act of another kind, or under another rule, ordered nothing of this. Only `retention` removes, where its rules
-# set a period.
+# An audit entry of another kind or rule cannot order an erasure. Only `retention` removes, if its rules set a period.
 _WITHOUT_ACT = text(
     """
     SELECT 'erasures' AS name, x.id, 'without_act' AS fault FROM archiver.erasures x

@@ -4,9 +4,9 @@ import msgspec
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something that is not as it was sealed: a row of `table` (a seal is one of `seals`), and what is wrong.
+    """Describe a difference from the sealed state: a row of `table` (a seal is a row of `seals`) and its fault.
 
-    `through`: the same is wrong with all from `id` up to this one. `hold`: the legal hold that it broke.
+    `through`: the fault applies to all rows from `id` to this one. `hold`: the legal hold that was violated.
     """
 
     table: str
@@ -37,26 +37,26 @@ _NOUNS = {
 _DESCRIPTIONS = {
     "changed": "its row was changed after it was sealed",
     "missing": "its row is missing",
-    "inserted": "its row was put among those that were sealed already",
-    "body_changed": "its body is not the one that was received",
-    "not_restorable": "the pieces that stand for its body do not make the bytes that were received",
-    "counters_changed": "its counters were changed by other than a delivery",
+    "inserted": "its row was inserted among rows that were already sealed",
+    "body_changed": "its body differs from the received one",
+    "not_restorable": "the stored pieces of its body do not reproduce the received bytes",
+    "counters_changed": "its counters were changed without a delivery",
     "erased_without_record": "its body is missing without an erasure",
-    "altered": "what it states is not what its hash says",
-    "altered_leaves": "its list of leaves is not the one that it states the root of",
-    "out_of_chain": "it does not follow the seal before it",
+    "altered": "its statement does not match its hash",
+    "altered_leaves": "its list of leaves does not lead to its stated root",
+    "out_of_chain": "it does not follow the previous seal",
     "wrong_signature": "its signature is not by the key that it names",
     "unknown_key": "it is signed by a key that was not given",
-    "unsigned": "it is not signed, though it should be",
-    "went_back": "it counts less than the one before it",
-    "without_act": "the audit trail has no act that ordered it",
-    "not_removed": "its event is still there",
-    "out_of_bounds": "it reaches further than the rows that it lists: archiver seal did not make it",
+    "unsigned": "it is not signed, although it must be",
+    "went_back": "its counters are lower than the previous ones",
+    "without_act": "the audit log has no entry that ordered it",
+    "not_removed": "its event still exists",
+    "out_of_bounds": "it claims ids beyond its listed rows, so archiver seal did not make it",
     "held": "the hold was in force and covers its session",
-    "differs_from_log": "its row is not what the audit log says that was placed",
-    "released_without_act": "its row says that it was released, and the audit log has no release",
-    "not_released": "the audit log has its release, and its row says that it is in force",
+    "differs_from_log": "its row differs from the audit log",
+    "released_without_act": "its row is marked as released, but the audit log has no release",
+    "not_released": "the audit log has its release, but its row is not marked as released",
     "not_placed": "the audit log releases a hold that it never placed",
-    "not_the_one_served": "the database is not the one served before, or it went back: archiver doctor says why",
-    "not_the_known_one": "it is not the seal that was exported under this number",
+    "not_the_one_served": "the database is not the one that was served before, or it lost rows; see archiver doctor",
+    "not_the_known_one": "it differs from the seal exported earlier under this number",
 }

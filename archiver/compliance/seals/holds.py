@@ -1,7 +1,7 @@
-"""Replay the audit log: check holds, erasures and removals against it.
+"""Replay the audit log and check holds, erasures and removals against it.
 
-Only a hold that names a session alone can be checked after the fact: whether a session had an assistant, a variable
-or a turn at some time is content, and went with it.
+Only a hold on a session id alone can be checked afterwards: whether a session had an assistant, a variable or a turn
+at some time is content, and was erased with it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.findings import Finding
 from archiver.database import tables
 
-# Rows of older versions have no time of Postgres: those count whose act came after the hold, if that was never
-# released. An erasure of a turn can be noted for a held session when a delivery says whose turn it was: that is no
-# fault as long as the content is there.
+# Rows of older versions have no Postgres time: they count if their audit entry follows the hold and the hold was
+# never released. When a delivery assigns an erased turn to a held session, an erasure is recorded for that session;
+# this is not a fault as long as the content exists.
 _ERASED = text(
     """
     SELECT x.id FROM archiver.erasures x
@@ -50,7 +50,7 @@ _REMOVED = text(
 
 
 def check_holds(connection: Connection, _: Seal) -> Iterator[Finding]:
-    """What the audit log shows: entries, rows of holds, erasures and removals that do not fit it."""
+    """Yield entries, rows of holds, erasures and removals that contradict the audit log."""
     placed, unknown = legal_holds.select_placed(connection)
     for act_id in unknown:
         yield Finding("acts", act_id, "not_placed")

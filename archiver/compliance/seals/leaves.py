@@ -1,4 +1,4 @@
-"""Sealed rows of the append-only tables, as reproducible bytes.
+"""Serialise sealed rows of the append-only tables as reproducible bytes.
 
 A leaf is a letter for its table and then the row's fields, in the order given here, each as its length in 4 bytes
 (big endian; -1 for null) and its bytes: whole numbers in 8 (counts in 4) bytes, times in microseconds since
@@ -21,8 +21,8 @@ from archiver.database import copy_out
 
 _COUNT = 2  # bytes before each row: number of its fields
 
-# Before an event's fields stands the length of what is after them, its salt and body in one; -1 where they are gone.
-# Of a row that is not as it is after one delivery it is -2 less that length, so that it is looked at again.
+# An event's fields are preceded by the length of the salt and body after them; -1 if these are erased. If the row
+# differs from that of a single delivery, the value is -2 minus this length, so that the row is checked again.
 _BEFORE = """
     CASE WHEN octet_length(salt) = 16 AND octet_length(dedupe_key) = 32 AND body IS NOT NULL AND delivery_count = 1
               AND last_received_at = received_at AND earliest_at IS NULL AND NOT is_recounted
@@ -31,7 +31,7 @@ _BEFORE = """
          ELSE -2 - coalesce(octet_length(salt) + octet_length(body), -1) END
 """
 _AFTER = "salt || body"
-_EVENT = struct.Struct(">6xi4xq").unpack_from  # that length, and the id
+_EVENT = struct.Struct(">6xi4xq").unpack_from  # the length and the id
 _LEAF = _COUNT + 4 + 4  # where an event's leaf begins
 _ID_BYTES = slice(_LEAF + 4, _LEAF + 12)
 _DIGEST = slice(_LEAF + 12 + 12 + 4, _LEAF + 12 + 12 + 4 + 32)
@@ -51,15 +51,15 @@ ENTRY = struct.Struct(">cq32s")  # a leaf as its seal lists it: the letter of it
 
 
 def pack(letter: bytes, leaves: Iterable[Leaf]) -> bytes:
-    """Leaves of one table as `seals.entries` holds them."""
+    """Pack the leaves of one table as in `seals.entries`."""
     return b"".join([ENTRY.pack(letter, row_id, hashed) for row_id, hashed in leaves])
 
 
 class Run(msgspec.Struct):
-    """What lies between two ids of a table: the packed leaves of its rows, and of events what is conspicuous.
+    """Hold the packed leaves between two ids of a table, and the events that need attention.
 
-    `bodies`: ids of events whose body is not what its digest says. `unusual`: of those whose rows are not as they are
-    after one delivery, so that further checks are needed.
+    `bodies`: ids of events whose body does not match its digest. `unusual`: ids of events whose rows differ from a
+    single delivery and need further checks.
     """
 
     entries: list[bytes] = msgspec.field(default_factory=list)
@@ -68,10 +68,10 @@ class Run(msgspec.Struct):
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """A sealed table: `letter` marks its leaves, `fields` are what a leaf holds.
+    """Describe a sealed table: `letter` marks its leaves, `fields` are the fields of a leaf.
 
-    `later`: fields that a migration added, of which the last is a text. Rows of before have null in all of them, and
-    their leaves end without them.
+    `later`: fields that a migration added; the last is a text. Older rows have null in all of them, and their leaves
+    end without them.
     """
 
     letter: bytes
@@ -98,7 +98,7 @@ EVENTS = Kind(
         "session_id",
         "chat_id",
         "key_id",
-        # Commits to the key; an erasure leaves this in the place of the key itself.
+        # A commitment to the key; an erasure replaces the key by it.
         "CASE WHEN salt IS NULL THEN dedupe_key ELSE sha256(salt || dedupe_key) END",
     ),
 )
@@ -118,19 +118,18 @@ BY_LETTER = {kind.letter: kind for kind in KINDS}
 
 
 def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
-    """The leaves of rows with ids above `after` (None: all) and up to `through`, in order of their ids.
+    """Yield the leaves of rows with ids above `after` (None: all) and up to `through`, in order of their ids.
 
-    No body is looked at. To be read to the end, or closed, before the connection is used for anything else, even a
-    rollback.
+    Does not read bodies. Read it to the end or close it before any other use of the connection, even a rollback.
     """
     rows = _copy(connection, kind, (*kind.fields, *kind.later), after, through)
     return ((_ID(row)[0], leaf_hash(kind.letter + _fields_of(kind, row))) for row in rows)
 
 
 def read_runs(connection: Connection, kind: Kind, after: int | None, bounds: Sequence[int]) -> list[Run]:
-    """The rows with ids above `after` (None: all), those up to each of `bounds` in turn.
+    """Return runs of the rows with ids above `after` (None: all), one run up to each of `bounds`.
 
-    A bound below one before it has an empty run. Of events each body is held against its digest.
+    A bound below a previous one has an empty run. The body of each event is compared with its digest.
     """
     runs = [Run() for _ in bounds]
     if after is None or after < max(bounds):

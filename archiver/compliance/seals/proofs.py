@@ -43,7 +43,7 @@ def prove(connection: Connection, event_id: int) -> Proof:
     """The proof that the ledger held this event when it was sealed. Raises `NotSealedError`."""
     leaf = select_leaf(connection, EVENTS, event_id)
     if leaf is None:
-        raise NotSealedError(f"There is no event {event_id}.")
+        raise NotSealedError(f"event {event_id} does not exist")
     number = connection.scalar(
         select(tables.seals.c.id)
         .where(tables.seals.c.events_through >= event_id)
@@ -51,7 +51,7 @@ def prove(connection: Connection, event_id: int) -> Proof:
         .limit(1)
     )
     if number is None:
-        raise NotSealedError(f"Event {event_id} is not sealed yet: run `archiver seal`.")
+        raise NotSealedError(f"event {event_id} is not sealed yet: run `archiver seal`")
     seal, entries = next(chain.select_seals(connection, number - 1, number))
     places = [
         n for n, entry in enumerate(chain.unpack(entries)) if entry.letter == EVENTS.letter and entry.id == event_id

@@ -48,7 +48,7 @@ def seal(
         new = _seal_once(engine, settled, key)
         if new is None:
             return made
-        log.info("sealed", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
+        log.info("seal created", seal=new.id, leaves=new.size, hash=new.hash.hex(), key_id=new.key_id)
         made.append(new)
         beat()
         # Concurrent redeliveries are left for the next seal, because they may never end.
@@ -83,7 +83,7 @@ def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519Priv
     through["recounts"] = _recount(connection, sealed["events"], through["events"])
     for name in ("recounts", *_SETTLED[1:]):
         through[name] = _at_most(connection, name, sealed[name], through[name])
-    # Another sealer may know of more by now.
+    # Another sealer may have advanced further.
     through = {name: max(number, sealed[name]) for name, number in through.items()}
     entries = b"".join(
         pack(kind.letter, select_leaves(connection, kind, sealed[kind.table], through[kind.table])) for kind in KINDS
@@ -97,13 +97,13 @@ def _seal_next(connection: Connection, settled: dict[str, int], key: Ed25519Priv
 
 
 def _at_most(connection: Connection, table: str, after: int, through: int) -> int:
-    """The id up to which there are as many new rows as one seal holds."""
+    """Return the id up to which the new rows fit into one seal."""
     query = f"SELECT id FROM archiver.{table} WHERE id > :after AND id <= :through ORDER BY id OFFSET :most LIMIT 1"  # noqa: S608  # a name of ours
     beyond = connection.scalar(text(query), {"after": after, "through": through, "most": bounds.LEAVES})
     return through if beyond is None else int(beyond) - 1
 
 
-# Those that were delivered several times before they were ever sealed, and those that were again since.
+# Events delivered several times before their seal, and events redelivered since.
 _CLEAR_NEW = text(
     """
     UPDATE archiver.events SET is_recounted = false
@@ -127,8 +127,8 @@ _RECOUNT = text(
 
 
 def _recount(connection: Connection, after: int, through: int) -> int:
-    """Note what the counters of redelivered events stand at; answers the id of the last such note."""
-    # A concurrent redelivery waits for this transaction, or is marked again.
+    """Record the counters of redelivered events; return the id of the last record."""
+    # A concurrent redelivery waits for this transaction, or marks the event again.
     cleared = [
         *connection.execute(_CLEAR_NEW, {"after": after, "through": through}).mappings(),
         *connection.execute(_CLEAR, {"after": after, "most": bounds.LEAVES}).mappings(),

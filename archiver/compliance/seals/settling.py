@@ -1,8 +1,8 @@
 """Determine up to which id each sealed table is settled (no lower id can appear).
 
-A table lock shows it in an instant, where no transaction is writing. Where one is, for long or in turn with others,
-their end shows it: all that had been written when they were under way is settled once none of them is any more,
-regardless of concurrent writes.
+If no transaction is writing, a table lock shows it in an instant. If long or alternating transactions are writing,
+their end shows it: all rows that existed while they ran are settled when the last of them has ended, regardless of
+later writes.
 """
 
 from sqlalchemy import Connection, Engine, text
@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver.database import is_lock_timeout, run_until_locked, transaction
 
-# Writers queue behind a waiting lock: so the wait is short, and repeated.
+# Writers queue behind a waiting lock, so the wait is short and repeated.
 LOCK_SECONDS = 0.005
 ATTEMPTS = 60
 PAUSE_SECONDS = 0.03
@@ -25,8 +25,8 @@ _SELECT_WRITTEN = text(
            (SELECT coalesce(max(id), 0) FROM archiver.removals) AS removals_through
     """
 )
-# A transaction has the table's lock before it is given an id, and until its end. Prepared ones are among them. In a
-# distributed database others may write whose locks do not show here: NULL.
+# A transaction takes the table lock before it gets an id, and holds it until its end; so do prepared transactions. In
+# a distributed database, writers may have locks that are not visible here: NULL.
 _SELECT_WRITERS = text(
     """
     SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_partition') IS NULL THEN ARRAY(

@@ -20,7 +20,7 @@ def base(name: str, url: str) -> str:
     except httpx2.InvalidURL:
         parsed = httpx2.URL()
     if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.query or parsed.fragment:
-        raise SettingsError(f"{name}: must be like https://api.callhq.ai/api.")
+        raise SettingsError(f"{name}: expected a URL like https://api.callhq.ai/api")
     return str(parsed).rstrip("/")
 
 
@@ -31,8 +31,8 @@ def printable(url: str) -> str:
 
 
 def secret(name: str, secret: SecretStr) -> str:
-    """Return the secret. Raises `SettingsError`, without quoting it, if a header cannot hold it."""
+    """Return the secret. Raises `SettingsError`, without quoting it, if it is not valid in an HTTP header."""
     value = secret.get_secret_value().strip()
     if not value or not value.isascii() or not value.isprintable():
-        raise SettingsError(f"{name}: must be printable ASCII characters, and at least one.")
+        raise SettingsError(f"{name}: expected one or more printable ASCII characters")
     return value

@@ -1,4 +1,4 @@
-"""The calls, each with its retries and pauses."""
+"""Call the API of CallHQ, with retries and pauses."""
 
 import asyncio
 from collections import Counter
@@ -28,13 +28,13 @@ from archiver.history.callhq.responses import (
     member,
 )
 
-ATTEMPT_SECONDS = 30.0  # for one attempt, to the last byte of its answer
+ATTEMPT_SECONDS = 30.0  # for one attempt, up to the last byte of the response
 ATTEMPTS = 4
 READABLE_ATTEMPTS = 3  # of these, at an answer that can be read
-MAX_PAUSES = 10  # that one call waits for
-# Of a pause that concerns one session alone: shorter ones are waited for, some times; longer ones end the call.
+MAX_PAUSES = 10  # per call
+# For a pause of a single session: the call waits for a shorter one, a limited number of times; a longer one ends it.
 SESSION_PAUSE_SECONDS, MAX_SESSION_PAUSES = 5.0, 2
-MAX_BYTES = 64 * 1_048_576  # of one answer, decompressed
+MAX_BYTES = 64 * 1_048_576  # of one response, decompressed
 _INITIAL_BACKOFF, _MAX_BACKOFF, _JITTER = 0.5, 10.0, 1.0  # seconds
 
 
@@ -52,10 +52,11 @@ class Pause(Protocol):
 
 
 class Client:
-    """The documented API calls. Use as `async with`.
+    """Call the documented API. Use it in `async with`.
 
-    `concurrency` calls run at a time. `rate` is the most that begin in a second, evenly spaced; without one there is
-    no such limit. Raises `SettingsError` for a key or a URL that cannot be used.
+    `concurrency` limits the concurrent calls. `rate` limits the calls that start per second, evenly spaced; None
+    means
+    no limit. Raises `SettingsError` if the key or the URL is invalid.
     """
 
     def __init__(
@@ -110,14 +111,14 @@ class Client:
 
         A response that is not readable is retried like a server error, and returned by the last attempt at it.
 
-        Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an id that is none.
+        Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an invalid id.
         """
         if not session_id:
             raise ValueError("invalid session id: empty")
         return await self._call("GET", f"/chats/session/{segment(session_id)}", None, session_id, is_readable)
 
     async def create_session(self, name: str, assistant_id: str) -> dict[str, Any]:
-        """`POST /sessions`: the new session. Raises every `CallError`."""
+        """Create a session with `POST /sessions` and return it. Raises any `CallError`."""
         body = {"name": name, "assistantId": assistant_id}
         session = await self._post("/sessions", "session", body)
         if self._registrar:
@@ -127,9 +128,9 @@ class Client:
     async def send_message(
         self, session_id: str, text: str, variables: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """`POST /chats`: the chat, with the assistant's output. Raises every `CallError`.
+        """Send a message with `POST /chats` and return the chat with the assistant's output. Raises any `CallError`.
 
-        After an `UnreachableError` the message may have arrived: it is never sent twice.
+        The message is never sent twice, so it may have arrived if `UnreachableError` is raised.
         """
         body: dict[str, Any] = {"sessionId": session_id, "input": text}
         if variables is not None:
@@ -140,14 +141,14 @@ class Client:
         return chat
 
     async def _post(self, path: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What the answer holds under `name`."""
+        """Return the object under `name` in the response."""
         answer = await self._call("POST", path, msgspec.json.encode(body))
         if not 200 <= answer.status < 300:  # noqa: PLR2004  # HTTP's successes
-            raise RequestRefusedError(f"CallHQ answered POST {path} with {answer.status}.", answer.status)
+            raise RequestRefusedError(f"CallHQ returned {answer.status} to POST {path}.", answer.status)
         held = member(answer.body, name)
         if held is None or not isinstance(held.get("id"), str):
             raise RequestRefusedError(
-                f"CallHQ answered POST {path} with {answer.status}, but with no {name}.", answer.status
+                f"CallHQ returned {answer.status} to POST {path} without a {name}.", answer.status
             )
         return held
 
@@ -160,7 +161,7 @@ class Client:
         is_readable: Callable[[Answer], bool] = lambda _: True,
     ) -> Answer:
         """Call with retries and pauses. A request other than GET that may have arrived is not repeated."""
-        pauses = Counter[bool]()  # by whether they were for every call
+        pauses = Counter[bool]()  # counted by whether the pause applies to every call
 
         def is_retryable(error: Exception) -> bool:
             return isinstance(error, AttemptFailedError) and (method == "GET" or not error.was_sent)
@@ -180,9 +181,9 @@ class Client:
                         raise AttemptFailedError("its answer cannot be read", was_sent=True)  # noqa: TRY301  # for stamina
                     return answer
         except AttemptFailedError as error:
-            # The error beneath holds the request, and the request the key.
-            raise UnreachableError(f"CallHQ gave no answer: {error} (attempts: {attempt.num}).") from None
-        raise AssertionError("stamina ends with an answer or with an error")
+            # No chained error: it contains the request, and the request contains the key.
+            raise UnreachableError(f"CallHQ did not respond: {error} (attempts: {attempt.num}).") from None
+        raise AssertionError("stamina ended without a response or an error")
 
     async def _send(
         self, method: str, path: str, body: bytes | None, session_id: str | None, pauses: Counter[bool]
@@ -204,7 +205,7 @@ class Client:
         self, method: str, busy: ThrottledError, pauses: Counter[bool], *, is_shared: bool
     ) -> None:
         """Raise if the call ends here; otherwise wait for a pause of this session."""
-        what = f"CallHQ is busy: it answered {busy.status}"
+        what = f"CallHQ is busy: it returned {busy.status}"
         if pauses[True] > MAX_PAUSES:
             raise UnreachableError(f"{what} after each of {MAX_PAUSES} pauses.")
         if method != "GET" and busy.status != httpx2.codes.TOO_MANY_REQUESTS:
@@ -216,11 +217,11 @@ class Client:
         await asyncio.sleep(busy.seconds)
 
     async def _send_once(self, method: str, path: str, body: bytes | None) -> Answer:
-        """One attempt: an answer, or an error that says what came instead."""
+        """Send one attempt and return its response. Raises an error that describes any other outcome."""
         headers = self._headers if body is None else {**self._headers, "content-type": "application/json"}
-        async with self._pool.acquire() as http:  # waiting for one does not count against the deadline
+        async with self._pool.acquire() as http:  # waiting for a client does not count against the deadline
             await self._wait_for_permit()
-            began = database.now()  # one clock for all machines, by which newer turns are known
+            began = database.now()  # the database clock, so that all machines order turns alike
             try:
                 async with (
                     asyncio.timeout(self._timeout),
@@ -229,7 +230,9 @@ class Client:
                     check(response)
                     return Answer(response.status_code, await self._read(response), began)
             except TimeoutError:
-                raise AttemptFailedError(f"no whole answer within {self._timeout:g} s", was_sent=True) from None
+                raise AttemptFailedError(
+                    f"the response was incomplete after {self._timeout:g} s", was_sent=True
+                ) from None
             except httpx2.RequestError as error:
                 raise failure(error) from None
 
@@ -249,5 +252,5 @@ class Client:
         async for chunk in response.aiter_bytes():
             body += chunk
             if len(body) > self._max_bytes:
-                raise TooLargeError(f"CallHQ's answer is larger than {self._max_bytes} bytes, the most that is read.")
+                raise TooLargeError(f"CallHQ's response exceeds {self._max_bytes} bytes, the limit.")
         return bytes(body)

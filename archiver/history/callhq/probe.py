@@ -22,14 +22,15 @@ class PauseRequestedError(ArchiverError):
 async def probe(api_url: str, api_key: SecretStr) -> None:
     """Return if the API answers and accepts the key; raise `CallError` otherwise.
 
-    Raises every `CallError`, `PauseRequestedError`, and `SettingsError` for what cannot be asked.
+    Raises any `CallError`; `PauseRequestedError`; `SettingsError` for an invalid URL or key.
     """
     api = Client(api_url, api_key, pause=_NoPause(), concurrency=1, max_bytes=1_048_576, timeout=SECONDS, attempts=1)
     async with api as client:
         answer = await client.history(UNKNOWN_SESSION)
     if not is_api_answer(answer):
         raise UnreachableError(
-            f"What answers is not the API, it seems: {answer.status} to GET /chats/session/{{id}}."
+            "The server at this URL does not look like the CallHQ API:"
+            f" {answer.status} to GET /chats/session/{{id}}. Check CALLHQ_API_URL."
         )
 
 
@@ -38,7 +39,7 @@ class _NoPause:
         """Return at once: a single call needs no pause."""
 
     async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
-        raise PauseRequestedError(f"It answered {reason}: wait {seconds:.0f} s.")
+        raise PauseRequestedError(f"It returned {reason}. Wait {seconds:.0f} s.")
 
     def session_answered(self, session_id: str) -> None:
         """Do nothing: no further call follows."""
@@ -47,8 +48,9 @@ class _NoPause:
 def is_api_answer(answer: Answer) -> bool:
     """Return whether the response is from the API rather than from another server.
 
-    How the API says that there is no such session is not documented. It is taken to speak of a session; what speaks
-    of a path instead (`Not Found`, `Cannot GET /chats/session/…`), or is no JSON, is not the API.
+    The API's response for an unknown session is not documented. A response whose message is about a path (`Not
+    Found`,
+    `Cannot GET /chats/session/…`), or which is not JSON, is not from the API.
     """
     if responses.parse_history(UNKNOWN_SESSION, answer.status, answer.body).type == responses.READ:
         return True

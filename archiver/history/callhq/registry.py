@@ -15,7 +15,7 @@ from archiver.history.callhq.connections import connection_pool
 log = structlog.get_logger(__name__)
 
 REGISTRY_SECONDS = 5.0
-MAX_REMEMBERED = 100_000  # sessions registered, or still to be registered
+MAX_REMEMBERED = 100_000  # sessions, registered or pending
 _FIELDS = ("id", "assistantId", "name", "createdAt")
 
 
@@ -33,9 +33,7 @@ class Registrar:
         self._pool = connection_pool(concurrency)
         self._url = base("Registry.url", registry.url) + "/sessions"
         self._headers = {"authorization": f"Bearer {secret('Registry.token', registry.token)}"}
-        self._sessions: dict[
-            str, dict[str, Any] | None
-        ] = {}  # by id: what is still to be registered; None once registered
+        self._sessions: dict[str, dict[str, Any] | None] = {}  # the pending registration by id; None once registered
 
     async def register(self, session: Mapping[str, Any]) -> None:
         """Register a session; never raises. `session` has at least `id`."""

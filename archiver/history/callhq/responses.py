@@ -13,11 +13,11 @@ DEFAULT_PAUSE, MIN_PAUSE, MAX_PAUSE = 5.0, 1.0, 3600.0  # seconds
 
 _UNAUTHORIZED = frozenset({401, 403})
 _BUSY = frozenset({429, 503})
-_ENCODINGS = frozenset({"", "identity", "gzip"})  # what we ask for: others would come undecoded, or in layers
+_ENCODINGS = frozenset({"", "identity", "gzip"})  # the requested encodings; others would arrive undecoded or nested
 
 
 class CallError(ArchiverError):
-    """A call to CallHQ failed; the message says how."""
+    """A call to CallHQ failed; the message gives the reason."""
 
 
 class UnreachableError(CallError):
@@ -65,7 +65,7 @@ class ThrottledError(ArchiverError):
 class Answer(msgspec.Struct, frozen=True):
     """A response: HTTP status and the decompressed body, byte for byte.
 
-    `began`: when the attempt did that was answered; what was said from then on may be missing in the answer.
+    `began`: when the successful attempt began. Messages since then may be missing in the response.
     """
 
     status: int
@@ -74,15 +74,15 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def check(response: httpx2.Response) -> None:
-    """Raise the error that the response stands for, if any."""
+    """Raise the matching error if the response is a failure."""
     status = response.status_code
     if status in _UNAUTHORIZED:
         raise UnauthorizedError
     if status in _BUSY:
         seconds = retry_after.parse(response.headers.get("retry-after", ""), datetime.now(UTC))
         raise ThrottledError(status, min(max(DEFAULT_PAUSE if seconds is None else seconds, MIN_PAUSE), MAX_PAUSE))
-    if status >= 500:  # noqa: PLR2004  # HTTP's server errors begin there
-        raise AttemptFailedError(f"it answered {status}", was_sent=True)
+    if status >= 500:  # noqa: PLR2004  # server errors (RFC 9110, 15.6)
+        raise AttemptFailedError(f"it returned {status}", was_sent=True)
     if response.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
         raise AttemptFailedError("it used a Content-Encoding that was not requested", was_sent=True)
 
@@ -96,12 +96,12 @@ def failure(error: httpx2.RequestError) -> AttemptFailedError:
     if isinstance(error, httpx2.ConnectTimeout):
         return AttemptFailedError("no connection in time", was_sent=False)
     if isinstance(error, httpx2.ProtocolError | httpx2.DecodingError):
-        return AttemptFailedError("its answer is broken, or ended early", was_sent=True)
+        return AttemptFailedError("its response is malformed or ended early", was_sent=True)
     return AttemptFailedError(f"the connection failed ({type(error).__name__})", was_sent=True)
 
 
 def member(body: bytes, name: str) -> dict[str, Any] | None:
-    """The object that a JSON object holds under this name."""
+    """Return the object under this name in a JSON object; None if there is none."""
     try:
         document = msgspec.json.decode(body)
     except (ValueError, RecursionError):

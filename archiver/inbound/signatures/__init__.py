@@ -1,7 +1,7 @@
 """Verify that a delivery comes from the platform: `verifier(settings)` is built once per process.
 
-Everything is decided over the exact bytes received, before anything is parsed, and compared in constant time.
-Pure: the clock, the headers and the body are arguments.
+Signatures are checked over the exact bytes received, before anything is parsed, and compared in constant time. Pure:
+the clock, the headers and the body are arguments.
 """
 
 import hmac
@@ -34,7 +34,7 @@ _SECRETS = "ARCHIVER_WEBHOOK_SECRETS"
 _PUBLIC_KEY, _SIGNING_KEY = "whpk_", "whsk_"
 _PUBLIC_KEY_BYTES = 32
 _FIELD = 2**255 - 19
-# The y of all points whose order divides 8: for such a key a signature of zeros is valid for one message in eight.
+# The y of all points whose order divides 8: with such a key, a signature of zeros is valid for one message in eight.
 _EIGHTH = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
 _LOW_ORDER = frozenset({0, 1, _FIELD - 1, _EIGHTH, _FIELD - _EIGHTH})
 _MAKE_TEXT = 'python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
@@ -42,7 +42,7 @@ _MAKE_BASE64 = 'python3 -c "import base64, secrets; print(base64.b64encode(secre
 
 
 def verifier(settings: Settings) -> Verifier:
-    """What proves a delivery under these settings.
+    """Return the verifier for these settings.
 
     Raises `SettingsError`, which names the variable and never reveals a secret.
     """
@@ -53,8 +53,8 @@ def verifier(settings: Settings) -> Verifier:
     base64 = is_standard or (scheme == "hmac" and settings.hmac_secret_is_base64)
     if not settings.secrets:
         raise SettingsError(
-            f"{_SECRETS} is empty, and scheme {scheme} needs a secret. Use the secret configured on the platform; "
-            f"to make a good one: {_MAKE_BASE64 if base64 else _MAKE_TEXT}"
+            f"{_SECRETS} is empty, and scheme {scheme} needs a secret. Use the secret that is configured on the "
+            f"platform; to generate one: {_MAKE_BASE64 if base64 else _MAKE_TEXT}"
         )
     if is_standard:
         return _standard(settings)
@@ -69,7 +69,7 @@ def verifier(settings: Settings) -> Verifier:
     return _hmac(settings.model_copy(update=PRESETS.get(scheme, {})), keys)
 
 
-# What each preset stands for, as settings of scheme `hmac`. The platforms' own documents are the source:
+# The settings of scheme `hmac` for each preset. Sources are the documents of the platforms:
 # GitHub "Validating webhook deliveries", Stripe "Verify webhook signatures manually", Slack "Verifying requests from
 # Slack", Shopify "Deliver webhooks through HTTPS".
 _OF_BODY = {"hmac_algorithm": "sha256", "hmac_template": "{body}", "hmac_timestamp_prefix": ""}
@@ -104,7 +104,7 @@ def key_id(secret: str | bytes) -> str:
 
 
 def _bytes(secret: str) -> bytes:
-    """As they stood in the environment, UTF-8 or not."""
+    """Return the bytes as in the environment, UTF-8 or not."""
     return secret.encode(errors="surrogateescape")
 
 
@@ -116,8 +116,8 @@ def _hmac(settings: Settings, keys: Keys) -> Verifier:
     ):
         if placeholder in template and not header:
             raise SettingsError(
-                f"{variable} is empty, but ARCHIVER_HMAC_TEMPLATE signs {{{placeholder}}}: "
-                "name the header that carries it, or take it out of the template."
+                f"{variable} is empty, but ARCHIVER_HMAC_TEMPLATE contains {{{placeholder}}}: "
+                "name the header that carries it, or remove it from the template."
             )
     return Hmac(
         mac=Mac(keys, settings.hmac_algorithm, settings.hmac_encoding),
@@ -134,7 +134,7 @@ def _hmac(settings: Settings, keys: Keys) -> Verifier:
 
 def _standard(settings: Settings) -> Standard:
     numbered = [*enumerate(settings.secrets, start=1)]
-    # The reference libraries read the standard alphabet only, and one of them skips what it does not know.
+    # The reference libraries accept only the standard alphabet, and one of them skips other characters.
     keys = tuple(
         (_decode_standard(secret, number), key_id(secret))
         for number, secret in numbered
@@ -148,13 +148,13 @@ def _standard(settings: Settings) -> Standard:
 
 
 def _public_key(secret: str, number: int) -> Ed25519PublicKey:
-    """The Ed25519 key in `whpk_` and base64 (Standard Webhooks, "Signature scheme")."""
+    """Parse an Ed25519 key in `whpk_` and base64 (Standard Webhooks, "Signature scheme")."""
     raw = _decode_standard(secret.removeprefix(_PUBLIC_KEY), number)
     y = int.from_bytes(raw, "little") & ((1 << 255) - 1)  # the last bit is the sign of x (RFC 8032, section 5.1.2)
     if len(raw) == _PUBLIC_KEY_BYTES and y % _FIELD in _LOW_ORDER:
         raise SettingsError(
-            f"{_SECRETS}: secret {number} is a point of low order, under which anybody can sign: it is no key of a"
-            " platform. Copy the public key again."
+            f"{_SECRETS}: secret {number} is a low-order point, under which anybody can sign. Copy the platform's"
+            " public key again."
         )
     try:
         return Ed25519PublicKey.from_public_bytes(raw)
@@ -173,11 +173,13 @@ def _parse_template(template: str) -> tuple[bytes | str, ...]:
         if name in _PLACEHOLDERS:
             parts.append(name)
         elif "{" in piece or "}" in piece:
-            raise SettingsError(f"ARCHIVER_HMAC_TEMPLATE: {piece!r} is not a placeholder; there are {known}.")
+            raise SettingsError(f"ARCHIVER_HMAC_TEMPLATE: unknown placeholder {piece!r}; use one of {known}.")
         elif piece:
             parts.append(piece.encode())
     if "body" not in parts:
-        raise SettingsError("ARCHIVER_HMAC_TEMPLATE must hold {body}: a signature over less proves nothing.")
+        raise SettingsError(
+            "ARCHIVER_HMAC_TEMPLATE must contain {body}: otherwise the signature does not cover the body."
+        )
     return tuple(parts)
 
 
@@ -193,13 +195,13 @@ def _decode_standard(secret: str, number: int) -> bytes:
     except ValueError:
         raise SettingsError(
             f"{_SECRETS}: secret {number} is not base64 (letters, digits, + and /, after an optional whsec_). "
-            f"To make a good one: {_MAKE_BASE64}"
+            f"To generate one: {_MAKE_BASE64}"
         ) from None
     if not key:
-        raise SettingsError(f"{_SECRETS}: secret {number} is empty. To make a good one: {_MAKE_BASE64}")
+        raise SettingsError(f"{_SECRETS}: secret {number} is empty. To generate one: {_MAKE_BASE64}")
     return key
 
 
 def _decode_any(secret: str, number: int) -> bytes:
-    """As `_decode_standard`, in the URL-safe alphabet too."""
+    """Decode a secret in base64, in the standard or the URL-safe alphabet."""
     return _decode_standard(secret.removeprefix(standard_webhooks.PREFIX).replace("-", "+").replace("_", "/"), number)

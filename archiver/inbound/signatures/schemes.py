@@ -1,4 +1,4 @@
-"""Verification schemes: shared secret, HMAC over a template, Standard Webhooks."""
+"""Verify and sign deliveries by scheme: shared secret, HMAC over a template, Standard Webhooks."""
 
 import hmac
 import re
@@ -17,29 +17,29 @@ from archiver.inbound.signatures import standard_webhooks
 from archiver.settings import SettingsError
 
 Headers = Sequence[tuple[bytes, bytes]]
-"""As ASGI gives them: names in lower case, values any bytes."""
+"""The headers of ASGI: names in lower case, values of any bytes."""
 
 Reason = Literal[
     "missing_header",  # absent or empty
-    "malformed_header",  # given twice, or cannot be a signature of this scheme
+    "malformed_header",  # repeated, or not a signature of this scheme
     "malformed_timestamp",  # not a plain decimal number
-    "stale_timestamp",  # too far from our clock, either way
-    "bad_signature",  # well formed, and no secret makes it
+    "stale_timestamp",  # outside the tolerance, before or after this machine's clock
+    "bad_signature",  # well formed, but no secret produces it
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 Keys = tuple[tuple[bytes, str], ...]  # (key, key id) of each secret, in the order of the setting
 PublicKeys = tuple[tuple[Ed25519PublicKey, str], ...]
 _MAX_TIMESTAMP = 15  # digits; milliseconds have 13
-_FIRST_MILLISECONDS = 10**11  # as seconds this is the year 5138, as milliseconds 1973
+_FIRST_MILLISECONDS = 10**11  # in seconds the year 5138, in milliseconds 1973
 _MAX_SIGNATURES = 4096  # bytes, over 80 signatures; each is compared with each secret
-_MAX_ASYMMETRIC = 16  # signatures of one delivery that are verified under public keys, which takes longer
+_MAX_ASYMMETRIC = 16  # signatures per delivery verified under public keys, which is slower
 _ED25519_LENGTH = 86  # characters of 64 bytes in base64, without padding
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 class SignatureError(ArchiverError):
-    """A delivery does not prove that it comes from the platform."""
+    """The delivery is not authenticated."""
 
     message = "The delivery does not prove that it comes from the platform."
 
@@ -49,7 +49,7 @@ class SignatureError(ArchiverError):
 
 
 class Verifier(ABC):
-    """One way to prove deliveries, with its keys."""
+    """Define a verification scheme with its keys."""
 
     __slots__ = ()
 
@@ -63,19 +63,19 @@ class Verifier(ABC):
 
     @abstractmethod
     def check_headers(self, headers: Headers, now: float) -> None:
-        """Raise the `SignatureError` that `verify` would raise for any body, as far as the headers show."""
+        """Raise the `SignatureError` that `verify` would raise for any body with these headers."""
 
     @abstractmethod
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
-        """Headers that `verify` accepts, made with the first secret: what the platform would send.
+        """Return the headers that the platform would send, signed with the first secret; `verify` accepts them.
 
-        `message_id` is neither empty nor holds a full stop (Standard Webhooks, "Signature scheme").
+        `message_id` must not be empty or contain a full stop (Standard Webhooks, "Signature scheme").
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Unproven(Verifier):
-    """Scheme `none`."""
+    """Accept every delivery (scheme `none`)."""
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         return "none"
@@ -89,7 +89,7 @@ class Unproven(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class SharedSecret(Verifier):
-    """Schemes `secret` and `bearer`: the secret itself is in a header."""
+    """Verify a secret in a header (schemes `secret` and `bearer`)."""
 
     keys: Keys = field(repr=False)
     header: bytes
@@ -111,7 +111,7 @@ class SharedSecret(Verifier):
         return result
 
     def check_headers(self, headers: Headers, now: float) -> None:
-        self.verify(b"", headers, "", "", now)  # the body proves nothing here
+        self.verify(b"", headers, "", "", now)  # the body is not signed
 
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         secret = self.keys[0][0].decode(errors="surrogateescape")
@@ -120,10 +120,10 @@ class SharedSecret(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class Mac:
-    """HMAC (RFC 2104) under several keys, written as text.
+    """Compute HMAC (RFC 2104) with several keys, as text.
 
-    Signatures are compared as canonical text (hex in lower case; base64 in the standard alphabet without padding),
-    so that two different texts never stand for one signature by way of a lenient decoder.
+    Signatures are compared as canonical text (hex in lower case; base64 in the standard alphabet without padding), so
+    that a lenient decoder cannot accept two texts for one signature.
     """
 
     keys: Keys = field(repr=False)
@@ -141,12 +141,12 @@ class Mac:
 
     @property
     def length(self) -> int:
-        """Characters of a canonical signature."""
+        """Return the number of characters of a canonical signature."""
         size = {"sha1": 20, "sha256": 32, "sha512": 64}[self.algorithm]
         return size * 2 if self.encoding == "hex" else (size * 4 + 2) // 3
 
     def find(self, payload: bytes, candidates: list[bytes]) -> str | None:
-        """The key id of the first key that makes any of `candidates`, else None; every pair is compared."""
+        """Return the id of the first key that produces one of `candidates`, else None; every pair is compared."""
         result = None
         for key, name in self.keys:
             expected = self.canonical(self.sign(key, payload))
@@ -158,14 +158,14 @@ class Mac:
 
 @dataclass(frozen=True, slots=True)
 class Hmac(Verifier):
-    """Scheme `hmac` and the presets that are like it: signatures over a template, several in a header while a secret
-    is rotated. A header that the template does not sign is empty here.
+    """Verify signatures over a template (scheme `hmac` and presets); a header may have several during a rotation.
 
-    With a `timestamp_prefix` the time is one of the entries of its header, which may be that of the signatures.
+    The name of a header that the template does not sign is empty. With a `timestamp_prefix`, the time is an entry of
+    its header, which may be the header of the signatures.
     """
 
     mac: Mac
-    template: tuple[bytes | str, ...]  # bytes stand for themselves, text names a placeholder
+    template: tuple[bytes | str, ...]  # bytes are literal, text names a placeholder
     header: bytes
     prefix: bytes
     timestamp_header: bytes
@@ -186,7 +186,7 @@ class Hmac(Verifier):
         self._read(headers, now)
 
     def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, list[bytes]]:
-        """Timestamp, message id and canonical signatures."""
+        """Return timestamp, message id and canonical signatures."""
         timestamp = message_id = b""
         if self.timestamp_header:
             timestamp = self._timestamp(headers)
@@ -207,7 +207,7 @@ class Hmac(Verifier):
         if not self.timestamp_prefix:
             return given
         result = _entries(given, self.timestamp_prefix, self.timestamp_header)
-        if len(result) != 1:  # of two, the platform and we might take different ones
+        if len(result) != 1:  # with two, the platform and the archiver might use different ones
             raise SignatureError("malformed_header", self.timestamp_header)
         return result[0]
 
@@ -225,7 +225,7 @@ class Hmac(Verifier):
         return {name.decode(): value for name, value in headers.items()}
 
     def _payload(self, body: bytes, timestamp: bytes, message_id: bytes, method: str, url: str) -> bytes:
-        """One pass over the template: what is put in is never looked at again."""
+        """Return the signed bytes, in one pass over the template, so that inserted values are never expanded."""
         values = {
             "body": body,
             "timestamp": timestamp,
@@ -238,14 +238,15 @@ class Hmac(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class Standard(Verifier):
-    """Schemes `standard` and `svix`: Standard Webhooks, with symmetric signatures (`v1`) under secrets and asymmetric
-    ones (`v1a`) under public keys, and with either family of header names.
+    """Verify Standard Webhooks (schemes `standard` and `svix`), with either family of header names.
+
+    Symmetric signatures (`v1`) use secrets, asymmetric ones (`v1a`) use public keys.
     """
 
     mac: Mac
     public_keys: PublicKeys
     tolerance: int
-    family: str  # of the headers that `sign` makes: `webhook` or `svix`
+    family: str  # of the headers that `sign` returns: `webhook` or `svix`
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         timestamp, message_id, signatures, header = self._read(headers, now)
@@ -259,7 +260,7 @@ class Standard(Verifier):
         self._read(headers, now)
 
     def _signer(self, payload: bytes, signatures: list[bytes]) -> str | None:
-        """The key id of the public key under which one of the signatures is valid; nothing here is secret."""
+        """Return the id of the public key that verifies one of the signatures; constant time is not needed."""
         for signature in signatures:
             for key, name in self.public_keys:
                 try:
@@ -270,14 +271,14 @@ class Standard(Verifier):
         return None
 
     def _read(self, headers: Headers, now: float) -> tuple[bytes, bytes, "_Signatures", bytes]:
-        """Timestamp, message id, signatures and the name of their header."""
+        """Return timestamp, message id, signatures and the name of their header."""
         names = {name for name, _ in headers}
         svix = b"svix-signature" in names and b"webhook-signature" not in names
         family = b"svix-" if svix else b"webhook-"
         timestamp = _only(headers, family + b"timestamp")
         _check_time(timestamp, now, self.tolerance, family + b"timestamp", takes_milliseconds=False)
         message_id = _only(headers, family + b"id")
-        if b"." in message_id:  # else the same signed text could be cut into another id, time and body
+        if b"." in message_id:  # otherwise the signed text could be split into another id, time and body
             raise SignatureError("malformed_header", family + b"id")
         header = family + b"signature"
         return timestamp, message_id, self._signatures(headers, header), header
@@ -285,12 +286,12 @@ class Standard(Verifier):
     def sign(self, body: bytes, now: float, message_id: str, method: str, url: str) -> dict[str, str]:
         if not self.mac.keys:
             raise SettingsError(
-                "ARCHIVER_WEBHOOK_SECRETS: a public key (whpk_) only verifies. To sign, give a secret (whsec_)."
+                "ARCHIVER_WEBHOOK_SECRETS: a public key (whpk_) only verifies. Signing needs a secret (whsec_)."
             )
         return standard_webhooks.sign([self.mac.keys[0][0]], message_id, int(now), body, self.family)
 
     def _signatures(self, headers: Headers, header: bytes) -> "_Signatures":
-        """Those that a secret or key of ours could make, from all headers of that name; other words are skipped."""
+        """Return the signatures of supported versions from all headers of this name; other words are skipped."""
         values = [value for name, value in headers if name == header]
         if not any(values):
             raise SignatureError("missing_header", header)
@@ -316,7 +317,7 @@ class _Signatures:
 
 
 def _decoded(text: bytes) -> bytes | None:
-    """The bytes of a canonical text; None where it is not the one text of these bytes."""
+    """Decode a canonical text; None if it is not the only text of its bytes."""
     try:
         signature = a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
     except ValueError:
@@ -330,14 +331,14 @@ def _entry(prefix: bytes) -> re.Pattern[bytes]:
 
 
 def _entries(value: bytes, prefix: bytes, header: bytes) -> list[bytes]:
-    """What follows the prefix in each entry of a header; entries are separated by commas or spaces."""
+    """Return the text after the prefix of each entry of a header; commas or spaces separate entries."""
     if len(value) > _MAX_SIGNATURES:
         raise SignatureError("malformed_header", header)
     return _entry(prefix).findall(value)
 
 
 def _only(headers: Headers, header: bytes) -> bytes:
-    """The value of a header that must be there once: of two, a proxy and we might take different ones."""
+    """Return the value of a header that must occur once: of two, a proxy might use the other one."""
     result = [value for name, value in headers if name == header]
     if len(result) > 1:
         raise SignatureError("malformed_header", header)
@@ -347,7 +348,7 @@ def _only(headers: Headers, header: bytes) -> bytes:
 
 
 def _check_time(timestamp: bytes, now: float, tolerance: int, header: bytes, *, takes_milliseconds: bool) -> None:
-    """Decimal digits: seconds since the epoch, or milliseconds where the scheme may use these."""
+    """Check a timestamp in decimal digits: seconds since the epoch, or milliseconds if the scheme allows them."""
     if len(timestamp) > _MAX_TIMESTAMP or not timestamp.isdigit():
         raise SignatureError("malformed_timestamp", header)
     seconds: float = int(timestamp)

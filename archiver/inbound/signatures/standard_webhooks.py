@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from archiver.errors import ArchiverError
 
 PREFIX = "whsec_"
-MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # bytes, as the specification has it
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # limits of the specification
 _MADE = 32
 
 
 class SecretError(ArchiverError):
-    """A secret is not one of Standard Webhooks."""
+    """The secret is not valid for Standard Webhooks."""
 
     message = "A secret must be whsec_ and the base64 text of 24 to 64 random bytes."
 

@@ -1,8 +1,8 @@
-"""The spool: deliveries on local disk while Postgres does not accept them, each fsynced before the response (I1).
+"""Spool deliveries on local disk while Postgres does not accept them, each fsynced before the response (I1).
 
-Every process has a file of its own, `spool-N.db` (SQLite), which it holds by the lock of `spool-N.lock`. What a
-process leaves behind is adopted by another one, or by its successor. A disk may fill, lose a file or damage one: what
-was acknowledged is then saved as far as it can still be read.
+Every process has its own file `spool-N.db` (SQLite) and holds the lock of `spool-N.lock`. Another process adopts the
+files of an ended one. A disk may fill up, or lose or damage a file: all acknowledged deliveries that are still
+readable are then saved.
 """
 
 import os
@@ -83,9 +83,9 @@ def select_unfit(folder: Path) -> list[Path]:
 
 
 def select_room(folder: Path) -> int:
-    """Bytes that the disk of a folder may still take, be it that the folder is not there yet.
+    """Return the free bytes on the disk of a folder, which need not exist yet.
 
-    Raises `SpoolError` where nothing can be written.
+    Raises `SpoolError` if the disk is not writable.
     """
     place = folder
     while not place.exists() and place != place.parent:
@@ -97,6 +97,6 @@ def select_room(folder: Path) -> int:
                 trial.flush()
                 os.fsync(trial.fileno())
         elif not os.access(place, os.W_OK | os.X_OK):
-            raise SpoolError(unusable_message(folder, f"{place} may not be written"))
+            raise SpoolError(unusable_message(folder, f"{place} is not writable"))
         disk = os.statvfs(place)
     return disk.f_bavail * disk.f_frsize

@@ -1,6 +1,6 @@
-"""The number of deliveries in a file, stored beside it, to detect losses.
+"""Store the number of deliveries in a file beside it, to detect losses.
 
-It is never more than what waits: written after what is added, before what is deleted.
+The count never exceeds the number of waiting deliveries: it is written after an insertion and before a deletion.
 """
 
 import os
@@ -14,26 +14,26 @@ LOST = "lost.json"  # in the folder of the spool
 
 
 class Lost(msgspec.Struct, frozen=True):
-    """Deliveries that were acknowledged and are in no file any more: how many, since when."""
+    """Hold the number of acknowledged deliveries that are missing from all files, and since when."""
 
     events: int = 0
     since: datetime | None = None
 
 
 class Count:
-    """The count beside one file. What it cannot write it leaves: the deliveries themselves come first."""
+    """Keep the count beside one file. A failure to write it is ignored, because the deliveries have priority."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.with_suffix(".count")
 
     def read(self) -> int:
-        """The count; 0 where there is none."""
+        """Return the count; 0 if there is none."""
         with suppress(OSError, ValueError):
             return max(int(_read(self._path)), 0)
         return 0
 
     def write(self, events: int, *, is_durable: bool = False) -> None:
-        """Keep it: for a process that is killed, or with `is_durable` for a machine that is."""
+        """Store the count, so that it survives a killed process; with `is_durable`, also a crash of the machine."""
         with suppress(OSError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             opened = os.open(self._path, flags, 0o600)
@@ -46,7 +46,7 @@ class Count:
 
 
 def add_lost(folder: Path, events: int) -> Lost:
-    """Note that so many more are lost, until a person removes the note."""
+    """Add to the recorded losses, which stay until an operator deletes the file."""
     known = select_lost(folder)
     lost = Lost(known.events + events, known.since or datetime.now(UTC))
     fresh = folder / f"{LOST}.new"
@@ -56,7 +56,7 @@ def add_lost(folder: Path, events: int) -> Lost:
 
 
 def select_lost(folder: Path) -> Lost:
-    """What was noted."""
+    """Return the recorded losses."""
     try:
         return msgspec.json.decode(_read(folder / LOST), type=Lost)
     except (OSError, msgspec.DecodeError):

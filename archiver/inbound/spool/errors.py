@@ -1,4 +1,4 @@
-"""What can be wrong with a spool, in words that say what helps."""
+"""Define the errors of a spool, each with its remedy."""
 
 import errno
 import sqlite3
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from archiver.errors import ArchiverError
 
-# What SQLite answers to bytes that it did not write. A damaged schema or file format is a plain SQLITE_ERROR; a text
-# that is not UTF-8 fails in Python, without a code (0). Other codes are faults of the disk, its permissions or room.
+# Error codes of SQLite for damaged files. A damaged schema or file format is a plain SQLITE_ERROR; a text that is not
+# UTF-8 fails in Python without a code (0). Other codes are faults of the disk, its permissions or its space.
 _DAMAGED = {
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
@@ -20,9 +20,9 @@ _DAMAGED = {
 
 
 class SpoolError(ArchiverError):
-    """The spool cannot be used; the message says why and what helps.
+    """The spool cannot be used; the message gives the cause and the remedy.
 
-    `reason` is for anyone who asks `/readyz`: it names no path.
+    `reason` is public, for `/readyz`: it names no path.
     """
 
     reason = "cannot be used: see the log, and check ARCHIVER_HOME and its disk"
@@ -36,18 +36,18 @@ class SpoolFullError(SpoolError):
 
 
 class SpoolDamagedError(SpoolError):
-    """The spool's file is not as it was written."""
+    """The file of the spool is damaged."""
 
     reason = "damaged: see the log"
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """What fails within is a `SpoolError`."""
+    """Convert errors of the block to `SpoolError`."""
     try:
         yield
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code
         if code == sqlite3.SQLITE_FULL:
             raise SpoolFullError from None
         if code in _DAMAGED or (code == 0 and isinstance(error, sqlite3.OperationalError)):
@@ -60,10 +60,10 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, reason: str) -> SpoolDamagedError:
-    """For a file that a receiver has not saved what can be saved from yet."""
+    """Return the error for a damaged file that no receiver has salvaged yet."""
     return SpoolDamagedError(
         f"The spool {path} is damaged ({reason}): check the disk of ARCHIVER_HOME; a receiver sets the file aside"
-        " within half a minute and archives what can still be read."
+        " within half a minute and archives its readable deliveries."
     )
 
 

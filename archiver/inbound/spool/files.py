@@ -1,6 +1,6 @@
-"""A spool file: an SQLite database of deliveries, each with a checksum.
+"""Read and write a spool file: an SQLite database of deliveries, each with a checksum.
 
-Every reader of a row checks it: a delivery was verified when it came, so nothing else may pass for it later.
+Every reader checks the checksum: a delivery was verified on arrival, so a damaged row must not be accepted as one.
 """
 
 import os
@@ -38,7 +38,7 @@ _SCHEMA = """
 _OBJECTS = {("table", "spooled"), ("table", "sqlite_sequence")}
 _MAGIC = b"SQLite format 3\0"
 _WAL_FORMAT = 2  # the newest format that SQLite writes
-_MAX_UNREADABLE = 1_000  # ids that are tried one by one behind a damaged page; a scan finds what lies further on
+_MAX_UNREADABLE = 1_000  # ids tried one by one after a damaged page; a scan finds later rows
 _INSERT = f"INSERT INTO spooled ({_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # a constant
 _SELECT_FROM = f"SELECT id, checksum, {_COLUMNS} FROM spooled WHERE id >= ? ORDER BY id"  # noqa: S608  # a constant
 
@@ -46,7 +46,7 @@ Row = tuple[Any, ...]
 
 
 def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
-    """The file, made if there is none. Raises `SpoolError`, of a damaged one `SpoolDamagedError`."""
+    """Open the file, or create it. Raises `SpoolError`; for a damaged file `SpoolDamagedError`."""
     with explained(path):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         _check_head(path)
@@ -57,7 +57,7 @@ def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
                 "auto_vacuum = INCREMENTAL",  # before the first table, or never
                 "journal_mode = WAL",
                 "synchronous = FULL",  # each commit is fsynced, not only each checkpoint
-                "secure_delete = ON",  # what has gone to the ledger must not be found here (I8)
+                "secure_delete = ON",  # deleted deliveries must not remain in the file (I8)
                 f"max_page_count = {max(max_bytes // PAGE_BYTES, 16)}",
             ):
                 database.execute(f"PRAGMA {pragma}").fetchall()
@@ -77,7 +77,7 @@ def is_regular(path: Path) -> bool:
 
 
 def _check_head(path: Path) -> None:
-    """Raise `SpoolDamagedError` where SQLite would write nothing, or remove a write-ahead log with deliveries."""
+    """Raise `SpoolDamagedError` if SQLite would not write, or would remove a write-ahead log with deliveries."""
     with path.open("rb") as file:
         head = file.read(100)
     if head and (not head.startswith(_MAGIC) or max(head[18:20], default=0) > _WAL_FORMAT):
@@ -87,10 +87,10 @@ def _check_head(path: Path) -> None:
 
 
 def _check_pages(database: sqlite3.Connection, path: Path) -> None:
-    """Raise `SpoolDamagedError` unless every page and every row is where it belongs.
+    """Raise `SpoolDamagedError` unless every page and row is intact.
 
-    A damaged page may lead past rows, to others, or to a wrong number, without an error; a damaged list of free pages
-    lets the next delivery overwrite one that waits.
+    A damaged page may silently skip rows, return other rows or wrong numbers; with a damaged list of free pages, the
+    next delivery may overwrite a waiting one.
     """
     (result,) = database.execute("PRAGMA quick_check(1)").fetchone()
     if result != "ok":
@@ -116,7 +116,7 @@ def _without_spaces(sql: str) -> str:
 
 
 def _add_checksums(database: sqlite3.Connection, path: Path) -> None:
-    """Give each row of an older version its checksum: from then on, a row without one is damaged."""
+    """Add a checksum to each row of an older version; afterwards a row without one counts as damaged."""
     database.create_function("checksum_of", -1, lambda *row: checksum(row), deterministic=True)
     with transaction(database, path):
         database.execute("ALTER TABLE spooled ADD COLUMN checksum INTEGER")
@@ -124,7 +124,7 @@ def _add_checksums(database: sqlite3.Connection, path: Path) -> None:
 
 
 def read_wal(path: Path) -> bytes:
-    """Return the write-ahead log beside a file; empty where there is none."""
+    """Return the write-ahead log of a file; empty if there is none."""
     with explained(path):
         wal = Path(f"{path}-wal")
         return wal.read_bytes() if wal.is_file() else b""
@@ -132,20 +132,20 @@ def read_wal(path: Path) -> bytes:
 
 @contextmanager
 def transaction(database: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """All or none, durable at the end of the block. Raises `SpoolError`."""
+    """Run the block in a transaction that is durable at its end. Raises `SpoolError`."""
     with explained(path):
         database.execute("BEGIN IMMEDIATE")
         try:
             yield
             database.execute("COMMIT")
         except BaseException:
-            if database.in_transaction:  # some errors have ended it already
+            if database.in_transaction:  # some errors end the transaction themselves
                 database.execute("ROLLBACK")
             raise
 
 
 def row_of(delivery: Delivery[Content]) -> Row:
-    """Return its columns, without number and checksum."""
+    """Return the columns of a delivery, without number and checksum."""
     kind, session_id, dedupe_key = delivery.internal
     received_at = delivery.received_at.isoformat()
     return received_at, delivery.source, delivery.key_id, kind, session_id, dedupe_key, delivery.content.body
@@ -159,7 +159,7 @@ def delivery_of(row: Row) -> Delivery[Content]:
 
 
 def insert_rows(database: sqlite3.Connection, rows: Iterable[Row]) -> int:
-    """Within a transaction, and not all in memory; answers how many."""
+    """Insert a stream of deliveries and return their number. Requires a transaction."""
     return max(database.executemany(_INSERT, ((*row, checksum(row)) for row in rows)).rowcount, 0)
 
 
@@ -196,17 +196,17 @@ def readable(database: sqlite3.Connection, path: Path) -> Iterator[Row]:
                 yield row
                 start, unreadable = number + 1, 0
             break
-        start += 1  # one that cannot be read, or lies where nothing can: try behind it
+        start += 1  # skip an unreadable id, or one on an unreadable page
         unreadable += 1
 
 
 def select_rows(database: sqlite3.Connection, path: Path) -> set[Row]:
-    """All rows, without their numbers. Raises `SpoolError`."""
+    """Return all rows without their numbers. Raises `SpoolError`."""
     with explained(path):
         return set(database.execute(f"SELECT {_COLUMNS} FROM spooled"))  # noqa: S608  # a constant
 
 
 def checksum(row: Row) -> int:
-    """Of a row without its number."""
+    """Return the checksum of a row without its number."""
     *rest, body = row
     return crc32(body if isinstance(body, bytes) else b"", crc32(repr(rest).encode()))

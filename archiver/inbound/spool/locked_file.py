@@ -1,4 +1,4 @@
-"""A spool file locked by this process: append, drain, and recover from disk faults."""
+"""Append to and drain a spool file that this process has locked, and recover from disk faults."""
 
 import fcntl
 import os
@@ -31,13 +31,13 @@ from archiver.inbound.spool.scanning import scan
 log = structlog.get_logger(__name__)
 
 MAX_FILES = 1_000
-MAX_FAULTS = 10  # names that cannot be used, after which it is the folder that cannot
-DELETED = 10_000  # rows that are remembered
-MIN_ROOM_BYTES = 1_048_576  # bytes: with less a spool counts as full
+MAX_FAULTS = 10  # unusable file names, after which the folder counts as unusable
+DELETED = 10_000  # deleted rows that are remembered
+MIN_ROOM_BYTES = 1_048_576  # with less room a spool counts as full
 
 
 class Depth(msgspec.Struct, frozen=True, gc=False):
-    """What waits in a spool: deliveries, the bytes of their bodies, when the oldest of them came."""
+    """Hold the number of waiting deliveries, the bytes of their bodies and the time of the oldest."""
 
     events: int
     bytes: int
@@ -65,13 +65,13 @@ SELECT_DEPTH = "SELECT count(*), coalesce(sum(length(body)), 0), min(received_at
 
 
 class Spool:
-    """One file locked by this process; thread-safe."""
+    """Hold one file locked by this process; thread-safe."""
 
     def __init__(self, folder: Path, number: int, lock: int, max_bytes: int) -> None:
         self.path = folder / f"spool-{number}.db"
         self._lock_file, self._max_bytes = lock, max_bytes
         self._lock = threading.Lock()
-        # Hashes of the latest rows that were deleted: SQLite may leave copies of them where it moved rows.
+        # Hashes of recently deleted rows, because SQLite may leave copies of rows that it moved.
         self._deleted: deque[int] = deque(maxlen=DELETED)
         self._file = 0  # counts replacement files: ids restart in each
         self._count = Count(self.path)
@@ -88,7 +88,8 @@ class Spool:
         self._is_closed = True  # until it is open
         self._file += 1
         self._database = open_file(self.path, self._max_bytes)
-        # What has gone, but could not be deleted, because that needs room too: all up to an id, and some behind it.
+        # Rows that are processed but not deleted, because a full disk prevents deletions: all up to an id, and some
+        # later ones.
         self._gone_through, self._gone, self._passed_over = 0, set[int](), 0
         try:
             with explained(self.path):
@@ -121,12 +122,12 @@ class Spool:
                 events=missing,
                 in_all=lost.events,
                 file=self.path.name,
-                advice="archiver backfill reads the histories of their sessions; see archiver doctor",
+                advice="archiver backfill fetches the histories of their sessions; see archiver doctor",
             )
         self._count.write(self._events, is_durable=missing > 0)
 
     def append(self, deliveries: Sequence[Delivery[Content]]) -> None:
-        """Make these deliveries durable, all or none. Raises `SpoolError`, of a full one `SpoolFullError`."""
+        """Make these deliveries durable, all or none. Raises `SpoolError`; `SpoolFullError` if the spool is full."""
         rows = [row_of(delivery) for delivery in deliveries]
         with self._lock:
             self._ensure_in_place()
@@ -139,14 +140,14 @@ class Spool:
     def _append(self, rows: Sequence[Row]) -> None:
         with transaction(self._database, self.path):
             files.insert_rows(self._database, rows)
-        if not self._is_there():  # or it was written into a removed file
+        if not self._is_there():  # otherwise the write went to a removed file
             raise SpoolError(unusable_message(self.path, "removed while in use"))
         self._events += len(rows)
         self._bytes += sum(len(row[-1]) for row in rows)
         self._count.write(self._events)
 
     def select_oldest(self, after: int, limit: int, most_bytes: int) -> list[Spooled]:
-        """The oldest deliveries after this id: so many, or so many bytes of them, but at least one."""
+        """Return the oldest deliveries after this id, within a number and a size, but at least one."""
         with self._lock:
             if self._is_closed:
                 self._reopen()
@@ -169,17 +170,18 @@ class Spool:
                 result.append(Spooled(number, self._file, row))
                 if len(result) == limit:
                     break
-        if not result and after == 0 and self._events > 0:  # a damaged page may lead past rows without a word
+        if not result and after == 0 and self._events > 0:  # a damaged page may silently skip rows
             raise damaged(self.path, f"{self._events:,} deliveries cannot be reached")
         return result
 
     def delete(self, deliveries: Sequence[Spooled]) -> None:
-        """Let go of deliveries that are safe elsewhere; when none is left, of the room that they took too.
+        """Delete deliveries that are stored in Postgres; if none is left, also free their space.
 
-        Those that were read before we went on in another file stay: there their ids are those of others.
+        Deliveries read before the spool continued in another file are not deleted, because their ids now belong to
+        others.
 
-        On a full disk nothing can be deleted: they are passed over from now on, and overwritten when none is left.
-        Raises `SpoolError`.
+        On a full disk nothing can be deleted: the deliveries are skipped from now on, and overwritten when none is
+        left. Raises `SpoolError`.
         """
         with self._lock:
             if self._is_closed:
@@ -188,7 +190,7 @@ class Spool:
             self._count.write(self._events - len(deliveries), is_durable=True)
             try:
                 if self._gone_through or self._gone:
-                    raise SpoolFullError  # it was so before, and would be slow to find out again
+                    raise SpoolFullError  # known to be full; a new attempt would be slow
                 with transaction(self._database, self.path):
                     self._database.executemany(
                         "DELETE FROM spooled WHERE id = ?", [(each.id,) for each in deliveries]
@@ -202,7 +204,7 @@ class Spool:
             if self._is_empty():
                 self._free()
             elif deliveries:
-                self._checkpoint()  # else what has gone is still read in the write-ahead log (I8)
+                self._checkpoint()  # otherwise deleted deliveries remain in the write-ahead log (I8)
 
     def _mark_deleted(self, deliveries: Sequence[Spooled]) -> None:
         self._gone.update(each.id for each in deliveries)
@@ -230,30 +232,32 @@ class Spool:
             self._open()
             return
         self._events = self._bytes = 0
-        with suppress(sqlite3.Error):  # it is only room
-            # As a script: executed as a statement, it would free one page.
+        with suppress(sqlite3.Error):  # only space is at stake
+            # As a script, because a single statement frees only one page.
             self._database.executescript("PRAGMA incremental_vacuum;")
         self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """If another process reads the file longer than `BUSY_SECONDS`, it is done after the next deletion."""
+        """Truncate the write-ahead log; if another process reads it longer than `BUSY_SECONDS`, after the next
+        deletion.
+        """
         with suppress(sqlite3.Error):
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @property
     def events(self) -> int:
-        """How many wait."""
+        """Return the number of waiting deliveries."""
         return self._events
 
     def depth(self) -> Depth:
-        """What waits. Raises `SpoolError`."""
+        """Return the depth of the file. Raises `SpoolError`."""
         with self._lock, explained(self.path):
             query = "SELECT received_at FROM spooled WHERE id > ? ORDER BY id LIMIT 1"
             oldest = self._database.execute(query, (self._gone_through,)).fetchone()
         return Depth(self._events, self._bytes, datetime.fromisoformat(oldest[0]) if oldest else None)
 
     def room(self) -> int:
-        """Bytes that it may still take, for it may fill neither its limit nor the disk. Raises `SpoolError`."""
+        """Return the bytes left within the limit of the spool and on the disk. Raises `SpoolError`."""
         with self._lock, explained(self.path):
             self._ensure_in_place()
             used, limit = (
@@ -270,14 +274,14 @@ class Spool:
         os.close(self._lock_file)
 
     def _file_identities(self) -> list[tuple[int, int] | None]:
-        """Return the identities of the files at our paths, because writes to a removed file would be lost."""
+        """Return the identities of the files at these paths, because writes to a removed file would be lost."""
         return [_identity(path) for path in (self.path, Path(f"{self.path}-wal"), self.path.with_suffix(".lock"))]
 
     def _is_there(self) -> bool:
         return self._file_identities() == self._identity
 
     def _ensure_in_place(self) -> None:
-        """Before anything is written."""
+        """Replace the file if it was removed. Call this before a write."""
         if self._is_closed:
             self._reopen()
         elif not self._is_there():
@@ -287,11 +291,11 @@ class Spool:
         """Continue in another file, because this file or its lock was removed."""
         log.error("spool file removed while in use; continuing in a new file", spool=str(self.path))
         is_in_place = self._file_identities()[:2] == self._identity[:2]
-        if not is_in_place:  # its content goes to the other file
+        if not is_in_place:  # copies its content to the new file
             self._count.write(0)
         fresh = open_spool(self.path.parent, self._max_bytes)
         try:
-            if not is_in_place:  # otherwise its present holder, possibly this process, has them
+            if not is_in_place:  # otherwise the present holder of the file, possibly this process, has them
                 fresh._copy(files.readable(self._database, self.path))
         except BaseException:
             fresh.close()
@@ -317,7 +321,7 @@ class Spool:
         wal = files.read_wal(self.path)
         self._database.close()
         self._is_closed = True
-        # What was passed over is still in the file, and is found with the rest.
+        # Skipped deliveries are still in the file, and are read again.
         self._count.write(self._events + self._passed_over)
         self._salvage(error, wal)
 
@@ -342,14 +346,14 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
     """Open the first unlocked file of this folder, or create one. Raises `SpoolError`."""
     with explained(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync(folder.parent)  # SQLite sees to what is in the folder
+        sync(folder.parent)  # SQLite syncs the files in the folder
     faults: list[SpoolError] = []
     for number in range(MAX_FILES):
         try:
             held = hold(folder, number, max_bytes)
         except SpoolFullError:
             raise
-        except SpoolError as error:  # of this name, unless the next ones meet it as well
+        except SpoolError as error:  # a fault of this file, unless the next ones have it too
             faults.append(error)
             if len(faults) == MAX_FAULTS:
                 raise faults[0] from None
@@ -358,7 +362,7 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
             if faults:
                 log.error("spool file unusable; using another", reason=str(faults[0]))
             return held
-    raise SpoolError(f"{folder} has {MAX_FILES} spools in use.")
+    raise SpoolError(f"{folder} already has {MAX_FILES} spool files in use.")
 
 
 def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:

@@ -1,4 +1,4 @@
-"""Replace a damaged or full file, and keep what is readable."""
+"""Replace a damaged or full file, and keep its readable content."""
 
 import os
 import sqlite3
@@ -14,10 +14,11 @@ from archiver.inbound.spool.scanning import scan
 def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Path]:
     """Replace the file by a new one with its readable content, and keep it under another name.
 
-    `wal`: the write-ahead log as it was before SQLite saw it: SQLite removes it, with the frames that it passed over.
-    `deleted`: hashes of rows that may still lie in bytes that SQLite no longer uses.
+    `wal`: the write-ahead log before SQLite opened the file, because SQLite removes it together with frames that it
+    skips. `deleted`: hashes of deleted rows, which may remain in bytes that SQLite no longer uses.
 
-    Answers how many deliveries those are, and the name. Raises `SpoolError`, and leaves it then where it is.
+    Returns the number of saved deliveries and the new name of the damaged file. Raises `SpoolError`, and then leaves
+    the file in place.
     """
     fresh = path.with_suffix(".new")
     with explained(path):
@@ -34,7 +35,7 @@ def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Pa
 
 
 def set_aside_files(folder: Path) -> list[Path]:
-    """The damaged files that wait for a person."""
+    """Return the damaged files that an operator must inspect."""
     return sorted(folder.glob("damaged-*.db"))
 
 
@@ -47,14 +48,14 @@ def _copy(path: Path, fresh: Path, wal: bytes, deleted: Collection[int]) -> int:
     damaged = sqlite3.connect(path, isolation_level=None)
     saved = 0
     try:
-        damaged.execute("PRAGMA writable_schema = ON")  # for one that has lost its end: it need not be whole
+        damaged.execute("PRAGMA writable_schema = ON")  # opens a truncated file
         whole = files.open_file(fresh, 2**40)
         try:
             with files.transaction(whole, fresh):
                 saved = files.insert_rows(whole, _readable(damaged, path))
                 known = files.select_rows(whole, fresh)
                 saved += insert_found(whole, scan(raw, wal), known, deleted)
-            whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # nothing beside it, so that it can be renamed
+            whole.execute("PRAGMA journal_mode = DELETE").fetchall()  # no files beside it, so that it can be renamed
         finally:
             whole.close()
     finally:
@@ -65,9 +66,9 @@ def _copy(path: Path, fresh: Path, wal: bytes, deleted: Collection[int]) -> int:
 def insert_found(
     database: sqlite3.Connection, found: Iterable[files.Row], known: Collection[files.Row], deleted: Collection[int]
 ) -> int:
-    """Insert the rows that a scan found, except those that are known and those that were deleted.
+    """Insert the rows that a scan found, except known and deleted ones. Return their number.
 
-    Answers how many. Within a transaction.
+    Requires a transaction.
     """
     new = [row for row in found if row not in known and hash(row) not in deleted]
     return files.insert_rows(database, new)
@@ -77,11 +78,13 @@ def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Row]:
     try:
         yield from files.readable(damaged, path)
     except SpoolDamagedError:
-        return  # not even how many there were
+        return  # the number of rows is unknown too
 
 
 def overwrite(path: Path) -> None:
-    """Leave an empty file, for which a full disk has room, and on the disk nothing of what it held (I8)."""
+    """Overwrite a file, so that its content is no longer on disk (I8), and leave an empty one, which fits a full
+    disk.
+    """
     with explained(path):
         for each in takewhile(Path.exists, (path, Path(f"{path}-wal"))):
             with each.open("r+b", buffering=0) as file:
@@ -94,7 +97,7 @@ def overwrite(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make what was renamed or made in it durable."""
+    """Make created and renamed files in the folder durable."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

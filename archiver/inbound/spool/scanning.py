@@ -1,7 +1,7 @@
 """Find deliveries by their checksums in the bytes of a damaged file. Pure.
 
-SQLite reads a row only by way of the pages above it, and a frame of the write-ahead log only behind intact ones. A
-row itself holds all that is needed: a header of column types, the columns, the number of the page with the rest.
+SQLite reaches a row only through intact parent pages, and a frame of the write-ahead log only after intact ones. But
+a row contains all that is needed: a header of column types, the columns, and the number of the page with the rest.
 Source: https://www.sqlite.org/fileformat2.html, sections 1.6, 2.1 and 4.
 """
 
@@ -15,19 +15,21 @@ from archiver.inbound.spool.files import PAGE_BYTES, Row, checksum
 _FRAME_HEADER, _WAL_HEADER = 24, 32
 _MAX_LOCAL = PAGE_BYTES - 35
 _MIN_LOCAL = (PAGE_BYTES - 12) * 32 // 255 - 23
-_MAX_VERSIONS = 8  # of a page in the write-ahead log that are tried
+_MAX_VERSIONS = 8  # versions of a page in the write-ahead log that are tried
 _MAX_PAYLOAD = 2**30
 _COLUMNS = 9
-# The length of a header, the null that stands for the row's number, and a text as long as a time is.
+# The length of a header, the null for the number of the row, and a text with the length of a time.
 _HEADER = re.compile(rb"[\x0a-\x40]\x00[\x3f\x4d]", re.DOTALL)
-_BLOB = 12  # the least type of a blob or text
-_CONTINUES = 0x80  # the bit of a byte after which a number goes on
+_BLOB = 12  # the lowest type number of a blob or text
+_CONTINUES = 0x80  # the bit that marks a continued number
 _CONSTANTS = {8: 0, 9: 1}  # values by type
 _INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}  # bytes by type
 
 
 def scan(database: bytes, wal: bytes = b"") -> Iterator[Row]:
-    """Each row whose checksum is right, once: its columns in the order of `files`, without number and checksum."""
+    """Yield each distinct row with a correct checksum: its columns in the order of `files`, without number and
+    checksum.
+    """
     pages = _Pages(database, wal)
     result: set[Row] = set()
     for page in pages.all:
@@ -39,7 +41,7 @@ def scan(database: bytes, wal: bytes = b"") -> Iterator[Row]:
 
 
 class _Pages:
-    """The pages of a file, and those of its write-ahead log, the newest first."""
+    """Hold the pages of a file and of its write-ahead log, newest first."""
 
     def __init__(self, database: bytes, wal: bytes) -> None:
         self.all = [database[start : start + PAGE_BYTES] for start in range(0, len(database), PAGE_BYTES)]
@@ -54,7 +56,9 @@ class _Pages:
         self.all += frames
 
     def overflow(self, number: int, size: int) -> Iterator[bytes]:
-        """What a chain of pages from this one on may hold: with the newest version of each, and with older ones."""
+        """Yield the possible contents of a chain of overflow pages: with the newest version of each page, and with
+        older ones.
+        """
         for version in range(_MAX_VERSIONS):
             parts, at, left, is_last = [], number, size, True
             while left > 0:
@@ -92,7 +96,7 @@ def _row(page: bytes, start: int, pages: _Pages) -> Row | None:
 
 
 def _local(payload: int) -> int:
-    """How many bytes of it lie in the row's own page."""
+    """Return the number of payload bytes in the row's own page."""
     if payload <= _MAX_LOCAL:
         return payload
     local = _MIN_LOCAL + (payload - _MIN_LOCAL) % (PAGE_BYTES - 4)
@@ -100,7 +104,7 @@ def _local(payload: int) -> int:
 
 
 def _types(page: bytes, start: int) -> list[int] | None:
-    """The types of the columns, from the header that begins there."""
+    """Return the types of the columns from the header at `start`."""
     end, at, types = start + page[start], start + 1, []
     while at < end:
         value = 0
@@ -141,5 +145,5 @@ def _value(kind: int, raw: bytes) -> Any:
     if kind in _CONSTANTS:
         return _CONSTANTS[kind]
     if kind < _BLOB:
-        return None  # no column of ours
+        return None  # not a column type of the spool
     return raw if kind % 2 == 0 else raw.decode()

@@ -1,4 +1,4 @@
-"""What could be wrong with an installation, checked one by one, each with what to do about it."""
+"""Check an installation: each check returns a finding and its remedy."""
 
 from archiver.operations.doctor.database_checks import examine_database
 from archiver.operations.doctor.environment import examine_platform, examine_settings, examine_spool

@@ -26,16 +26,16 @@ from archiver.settings import Settings
 OLDEST_POSTGRES = 14
 OUT_OF_MEMORY = "53200"  # SQLSTATE
 _CLOCK_WARNING_SECONDS = 5
-_LOCK_SECONDS = 3.0  # in which the holder of a lock is found
-_MAX_HOLDERS = 3  # named
-_MAX_USAGE = 0.75  # of the room for locks
+_LOCK_SECONDS = 3.0  # time to find the holder of a lock
+_MAX_HOLDERS = 3  # that a finding names
+_MAX_USAGE = 0.75  # of the lock table
 _RUN_AGAIN = "Run `archiver doctor` again."
 
 
 def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
     """Run the database checks. Stops at the first failure that prevents the rest.
 
-    `embedded` describes the embedded one, if it is that.
+    `embedded` describes the embedded database, if this is one.
     """
     is_reached = False
     try:
@@ -83,14 +83,14 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         detail = message.splitlines()[0]
         if is_reached:
             is_full = database.sqlstate(error) == OUT_OF_MEMORY
-            advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database refused a question: see its log."
+            advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database rejected a query: see its log."
             yield Finding("questions", "failure", detail, advice)
         else:
             advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message)
             yield Finding("database", "failure", detail, advice)
 
 
-# What libpq and Postgres say; in other languages the general advice is given.
+# Messages of libpq and Postgres in English; for other languages the general advice is given.
 _ADVICE = (
     ("password authentication failed", "Correct the user or the password in DATABASE_URL, percent-encoded."),
     ("no password supplied", "DATABASE_URL lacks the password: postgresql://USER:PASSWORD@HOST:5432/DATABASE."),
@@ -99,8 +99,8 @@ _ADVICE = (
         "Correct the database in DATABASE_URL, or as an administrator: CREATE DATABASE …;",
     ),
     ("role .* does not exist", "Correct the user in DATABASE_URL, or as an administrator: CREATE ROLE … LOGIN;"),
-    ("pg_hba.conf", "Let the user of DATABASE_URL in from this machine: pg_hba.conf on the server."),
-    ("does not support SSL", "Switch ssl on in Postgres, or take sslmode out of DATABASE_URL."),
+    ("pg_hba.conf", "Allow the user of DATABASE_URL to connect from this machine: pg_hba.conf on the server."),
+    ("does not support SSL", "Set ssl = on in Postgres, or remove sslmode from DATABASE_URL."),
     ("resolve host|translate host name", "Correct the host in DATABASE_URL: the name cannot be resolved."),
     ("refused|No such file", "Correct host and port in DATABASE_URL, or start Postgres: no server listens there."),
     ("out of shared memory", database.NO_ROOM_FOR_LOCKS),
@@ -126,30 +126,30 @@ def _held(engine: Engine) -> Finding | None:
     holders = lock_waits.find_holders(engine)
     if not holders:
         return None
-    detail = f"Locks are waited for: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
+    detail = f"Sessions wait for locks: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
     return Finding("locks", "failure", detail, holders[0].advice)
 
 
 def _room_for_locks(connection: Connection) -> Finding:
-    """Whether a session has used up the room for locks."""
+    """Check that no session has filled most of the lock table."""
     used = database.locks.select_usage(connection)
     if used.usage > _MAX_USAGE:
         detail = (
-            f"{used.usage:.0%} of the room for locks is used; process {used.pid} (user {used.user or 'unknown'},"
+            f"{used.usage:.0%} of the lock table is in use; process {used.pid} (user {used.user or 'unknown'},"
             f" application {used.application or 'unnamed'}) holds {used.locks:,} of them."
         )
         return Finding("room for locks", "warning", detail, database.NO_ROOM_FOR_LOCKS)
-    return Finding("room for locks", "ok", f"{used.usage:.0%} of it is used.")
+    return Finding("room for locks", "ok", f"{used.usage:.0%} of the lock table is in use.")
 
 
 def _session(connection: Connection, configuration: Settings) -> Iterator[Finding]:
-    """What is between us and Postgres, and a default that no transaction of ours can undo."""
+    """Check for a connection pooler, and for a session default that transactions cannot change."""
     if database.is_behind_pooler(connection):
-        detail = "A connection pooler such as PgBouncer is in between, so statements are not prepared."
+        detail = "A connection pooler such as PgBouncer is in use, so statements are not prepared."
         advice = ""
         if configuration.prepared_statements:
-            detail = "A connection pooler is in between, and ARCHIVER_PREPARED_STATEMENTS is true."
-            advice = "Unset it, unless the pooler keeps prepared statements, as PgBouncer does from 1.22."
+            detail = "A connection pooler is in use, and ARCHIVER_PREPARED_STATEMENTS is true."
+            advice = "Unset it, unless the pooler supports prepared statements, as PgBouncer does since 1.22."
         yield Finding("pooler", "warning" if advice else "ok", detail, advice)
     if connection.scalar(text("SELECT current_setting('session_replication_role')")) != "origin":
         detail = "session_replication_role is not origin: the triggers that guard the ledger do not run."
@@ -161,7 +161,7 @@ def _durability(connection: Connection) -> Finding:
     for name, expected, advice in (
         ("fsync", "on", "A crash loses acknowledged events: set fsync = on in postgresql.conf."),
         ("full_page_writes", "on", "A crash can corrupt the archive: set full_page_writes = on in postgresql.conf."),
-        ("transaction_read_only", "off", "The database is read-only: let DATABASE_URL name the primary."),
+        ("transaction_read_only", "off", "The database is read-only: set DATABASE_URL to the primary."),
     ):
         if connection.scalar(text("SELECT current_setting(:name)"), {"name": name}) != expected:
             return Finding("durability", "failure", f"{name} is not {expected}.", advice)
@@ -174,7 +174,7 @@ def _schema_access(connection: Connection) -> Finding | None:
     if connection.scalar(text("SELECT to_regnamespace('archiver') IS NULL")):
         if create is None:
             return None
-        detail = "There is no archiver schema yet, and this user may not create it."
+        detail = "There is no archiver schema, and this user may not create it."
         return Finding("schema", "failure", detail, f"As an administrator: {create} Then run `archiver migrate`.")
     if not connection.scalar(_IS_SHUT_OUT):
         return None
@@ -194,12 +194,12 @@ def _schema(connection: Connection) -> Finding:
     except schema.SchemaError as error:
         create = schema.grant_missing(connection)
         first = f"As an administrator: {create} Then run" if create and schema.current(connection) else "Run"
-        return Finding("schema", "failure", str(error), f"{first} `archiver migrate` with this same version.")
+        return Finding("schema", "failure", str(error), f"{first} `archiver migrate` of this version.")
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
 def _catalogue(connection: Connection) -> Iterator[Finding]:
-    """Each difference between the schema and what this version expects."""
+    """Report each difference between the schema and the one that this version expects."""
     differences = catalogue.select_differences(connection)
     if not differences:
         yield Finding("catalogue", "ok", "Tables, views, functions, triggers and grants are as this version expects.")
@@ -211,11 +211,11 @@ _OLDEST_UNSEALED = text(
     "SELECT extract(epoch FROM clock_timestamp() - received_at)::float8 FROM archiver.events"
     " WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals) ORDER BY id LIMIT 1"
 )
-LATE_SEALS = 10  # times the usual
+LATE_SEALS = 10  # times the usual interval interval
 MIN_LATE_SECONDS = 600.0
 
 
-# Of the newest seal, whether it is signed; and of the newest that is, which it is.
+# Whether the newest seal is signed, and the id of the newest signed seal.
 _SIGNED = text(
     "SELECT (SELECT signature IS NOT NULL FROM archiver.seals ORDER BY id DESC LIMIT 1),"
     " (SELECT id FROM archiver.seals WHERE signature IS NOT NULL ORDER BY id DESC LIMIT 1)"
@@ -232,15 +232,16 @@ def _sealing(connection: Connection, every: int) -> Finding:
         return Finding(
             "seals",
             "warning",
-            f"Seals after {latest_signed} are not signed, though those up to it are.",
-            "Give ARCHIVER_SEAL_KEY to every `serve` and `worker`; where the key was given up see docs/seals.md.",
+            f"Seals after {latest_signed} are unsigned, although earlier ones are signed.",
+            "Set ARCHIVER_SEAL_KEY for every `serve` and `worker`; if signing was stopped on purpose, see"
+            " docs/seals.md.",
         )
     return Finding(
         "seals",
         "warning",
-        f"An event that came {age / 60:,.0f} minutes ago is not sealed.",
-        "Let a worker run (`archiver serve` without --no-worker, or `archiver worker`) and see its log; or run"
-        " `archiver seal` now. It waits while archiver.events is vacuumed.",
+        f"An event that arrived {age / 60:,.0f} minutes ago is not sealed.",
+        "Start a worker (`archiver serve` without --no-worker, or `archiver worker`) and see its log, or run"
+        " `archiver seal`. Sealing waits while archiver.events is vacuumed.",
     )
 
 
@@ -249,7 +250,7 @@ def _privileges(connection: Connection) -> Finding:
     if roles.missing(connection, roles.WRITER, user):
         if not roles.missing(connection, roles.AUDITOR, user):
             detail = "This database user may verify, prove and export, but not write the archive."
-            return Finding("privileges", "warning", detail, "Let `serve` and `worker` use another.")
+            return Finding("privileges", "warning", detail, "Use another user for `serve` and `worker`.")
         return _lacking(connection, "This database user may not write the archive.")
     return Finding("privileges", "ok", "This database user may write the archive.")
 
@@ -295,14 +296,14 @@ def _outbox(connection: Connection) -> Finding | None:
 def _workers(connection: Connection) -> Iterator[Finding]:
     """Check that a worker runs, and report each failing or hanging duty."""
     if not heartbeats.may_select(connection):
-        return  # what is missing is found above
+        return  # the missing privilege is reported above
     workers = heartbeats.select_workers(connection)
     running = [each for each in workers if each.is_fresh]
     for each in running:
         for name, report in each.faulty.items():
             place, reason = f"on {each.host} (process {each.pid})", report.reason.rstrip(".")
             detail = f"{report.state} {place} since {report.since:%Y-%m-%d %H:%M:%S} UTC: {reason}."
-            detail += f" It was started again {report.restarts:,} times." if report.restarts else ""
+            detail += f" It was restarted {report.restarts:,} times." if report.restarts else ""
             yield Finding(
                 f"duty {name}", "failure", detail, "Fix the cause that the reason names; see the worker's log."
             )
@@ -316,7 +317,7 @@ def _workers(connection: Connection) -> Iterator[Finding]:
             "worker", "warning", detail, "Start `archiver worker`, or `archiver serve` without --no-worker."
         )
     elif not any(each.faulty for each in running):
-        yield Finding("worker", "ok", f"{len(running):,} running, every duty of each works.")
+        yield Finding("worker", "ok", f"{len(running):,} running; all duties work.")
 
 
 def _identity(configuration: Settings, connection: Connection, engine: Engine) -> Iterator[Finding]:
@@ -328,9 +329,11 @@ def _identity(configuration: Settings, connection: Connection, engine: Engine) -
         detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are received."
         yield Finding("identity", "failure", detail, identity.ADVICE)
     elif guard.unreadable:
-        yield Finding("identity", "warning", f"Not all can be checked of which database this is: {guard.unreadable}.")
+        yield Finding(
+            "identity", "warning", f"The identity of this database could be checked only in part: {guard.unreadable}."
+        )
     else:
-        yield Finding("identity", "ok", "This database was served before, or it is new.")
+        yield Finding("identity", "ok", "This database was served before or is new.")
 
 
 _LATE_SECONDS = 3_600
@@ -352,23 +355,26 @@ def _followups(connection: Connection) -> Finding | None:
 
 
 def _followup_problems(stats: FollowupStats, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What is wrong with follow-ups, each with what to do."""
+    """Yield each problem of the follow-ups with its remedy."""
     if stats.paused:
         advice = "archiver followups list shows why they are paused; after fixing it: archiver followups resume ID."
         yield f"{stats.paused:,} subscriptions are paused", advice
     if failing:
         advice = (
-            "archiver followups show ID shows since when one fails; to test its receiver: archiver followups test ID."
+            "archiver followups show ID shows since when it fails; to test its receiver: archiver followups test ID."
         )
         yield f"{len(failing):,} subscriptions fail: {name_failing(failing)}", advice
     if stats.dead:
         advice = (
-            "archiver followups deliveries --dead shows what was given up; archiver followups retry tries it again."
+            "To list dead deliveries: archiver followups deliveries --dead; to retry them: archiver followups retry."
         )
-        yield f"{stats.dead:,} were given up", advice
+        yield f"dead deliveries: {stats.dead:,}", advice
     if stats.oldest_seconds > _LATE_SECONDS:
-        advice = "See archiver followups list for receivers that fail; else start archiver serve or archiver worker."
-        yield f"a change of {stats.oldest_seconds / 3_600:,.1f} hours ago is not delivered", advice
+        advice = (
+            "Look for failing receivers: archiver followups list."
+            " If there are none, start archiver serve or archiver worker."
+        )
+        yield f"a change from {stats.oldest_seconds / 3_600:,.1f} hours ago is not delivered", advice
 
 
 def _webhooks(connection: Connection) -> Finding:
@@ -385,8 +391,8 @@ def _webhooks(connection: Connection) -> Finding:
     return Finding("webhooks", "failure", detail, overview.ADVICE)
 
 
-# Each with how far ahead it may be: a lease lasts a minute at most, a retry waits for a day, a reading for the life
-# of its session.
+# Each time with its largest plausible distance: a lease lasts at most a minute, a retry waits at most a day, a
+# reading at most the lifetime of its session.
 _AHEAD = text(
     """
     SELECT what, moment FROM (
@@ -412,10 +418,10 @@ def _times_ahead(connection: Connection, lifetime: float) -> Finding:
         return Finding("times", "ok", "No due time in the database is implausibly far ahead.")
     listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in rows)
     advice = (
-        "A clock was ahead, of a machine or of the database: synchronise them (NTP). A worker ends such leases, and"
-        " makes such readings and attempts due, within minutes."
+        "The clock of a machine or of the database was ahead: synchronise them (NTP). Within minutes a worker"
+        " ends such leases and makes such readings and attempts due."
     )
-    return Finding("times", "warning", f"These times are further ahead than they can be: {listed}.", advice)
+    return Finding("times", "warning", f"These due times are implausibly far ahead: {listed}.", advice)
 
 
 def _clock(connection: Connection, tolerance: int) -> Finding:

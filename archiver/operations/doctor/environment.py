@@ -27,11 +27,11 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
     """Check for unknown variables and weak secrets."""
     for name, suggestion in unknown_variables():
         advice = (
-            f"Is {suggestion} meant?"
+            f"Did you mean {suggestion}?"
             if suggestion
-            else "Unset it, or see docs/settings.md for the name that is meant."
+            else "Unset it, or look up the correct name in docs/settings.md."
         )
-        yield Finding("settings", "warning", f"{name} is no setting, and does nothing.", advice)
+        yield Finding("settings", "warning", f"{name} is not a setting and has no effect.", advice)
     scheme = configuration.webhook_scheme
     try:
         signatures.verifier(configuration)
@@ -52,8 +52,8 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
         yield Finding(
             "webhook secret",
             "warning",
-            f"{detail} One is shorter than {MIN_SECRET_LENGTH} characters, and could be guessed.",
-            'Make a longer one: python3 -c "import secrets; print(secrets.token_urlsafe(32))"',
+            f"{detail} One is shorter than {MIN_SECRET_LENGTH} characters and can be guessed.",
+            'Generate a longer one: python3 -c "import secrets; print(secrets.token_urlsafe(32))"',
         )
     else:
         yield Finding("webhook secret", "ok", detail)
@@ -62,7 +62,7 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
 def examine_platform(configuration: Settings) -> Finding:
     """Check with one call whether histories can be fetched."""
     if not configuration.callhq_api_key.get_secret_value():
-        detail = "Histories are not read, and what webhooks lose stays lost: there is no key."
+        detail = "Histories are not fetched, and turns that webhooks lose stay lost: no API key is set."
         return Finding("CallHQ", "warning", detail, "Set CALLHQ_API_KEY, or CALLHQ_API_KEY_FILE.")
     place = printable(configuration.callhq_api_url)
     try:
@@ -71,22 +71,22 @@ def examine_platform(configuration: Settings) -> Finding:
         return Finding("CallHQ", "failure", "CallHQ cannot be reached.", str(error))
     except UnauthorizedError:
         advice = "Set CALLHQ_API_KEY to a valid key of the account whose chats are archived."
-        return Finding("CallHQ", "failure", f"{place} refuses the key.", advice)
+        return Finding("CallHQ", "failure", f"{place} rejects the API key.", advice)
     except PauseRequestedError as error:
-        return Finding("CallHQ", "warning", f"{place} is busy. {error}", "Ask again later.")
+        return Finding("CallHQ", "warning", f"{place} is busy. {error}", "Try again later.")
     except CallError as error:
         advice = "Check CALLHQ_API_URL, which must be like https://api.callhq.ai/api, and that it can be reached."
         return Finding("CallHQ", "failure", f"{place}: {error}", advice)
-    return Finding("CallHQ", "ok", f"{place} takes the key.")
+    return Finding("CallHQ", "ok", f"{place} accepts the API key.")
 
 
 def examine_spool(configuration: Settings) -> Iterator[Finding]:
-    """Check whether the spool is usable, and what is left in it."""
+    """Check whether the spool is usable, and report its events, losses and damaged files."""
     folder = configuration.home.resolve() / SPOOL_FOLDER
     try:
         if configuration.spool == "off":
-            detail = "ARCHIVER_SPOOL is off: while Postgres is away events are refused, and may not be sent again."
-            yield Finding("spool", "warning", detail, "Unset it, unless another queue stands before this receiver.")
+            detail = "ARCHIVER_SPOOL is off: events are refused while Postgres is unavailable, and may be lost."
+            yield Finding("spool", "warning", detail, "Unset it, unless another queue is in front of this receiver.")
         else:
             yield _spool_room(folder, configuration.spool_bytes)
         left = select_depth(folder)
@@ -98,41 +98,42 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
             "spooled",
             "warning",
             f"{left.events:,} events ({left.bytes / 1_000_000:,.1f} MB) wait in {folder} for Postgres.",
-            "`archiver serve` with this ARCHIVER_HOME archives them once Postgres takes events:"
-            " if it runs, see its log and /readyz, else start it.",
+            "`archiver serve` with this ARCHIVER_HOME drains them when Postgres is available."
+            " If it runs, see its log and /readyz; otherwise start it.",
         )
     if (lost := select_lost(folder)).since is not None:
         yield Finding(
             "spool losses",
             "failure",
-            f"{lost.events:,} acknowledged events are lost since {lost.since:%Y-%m-%d %H:%M:%S} UTC: a disk"
-            f" or a person took them from {folder}.",
-            "Run `archiver backfill`, which reads the histories of their sessions; check the disk of ARCHIVER_HOME;"
+            f"{lost.events:,} acknowledged events are missing from {folder} since"
+            f" {lost.since:%Y-%m-%d %H:%M:%S} UTC: deleted, or lost by the disk.",
+            "Run `archiver backfill`, which fetches the histories of their sessions; check the disk of ARCHIVER_HOME;"
             f" then remove {folder / LOST}.",
         )
     if unfit := select_unfit(folder):
         yield Finding(
             "spool files",
             "warning",
-            f"Not files, so that others are used in their place: {', '.join(map(str, unfit))}.",
+            f"These paths are not files, so spool files with other numbers are used: {', '.join(map(str, unfit))}.",
             "Remove them.",
         )
     if damaged_files := set_aside_files(folder):
         yield Finding(
             "spool files",
             "warning",
-            f"Damaged, and archived as far as they could be read: {', '.join(map(str, damaged_files))}.",
-            "Check the disk; then remove them, for they may hold content.",
+            "These spool files are damaged; their readable deliveries are archived:"
+            f" {', '.join(map(str, damaged_files))}.",
+            "Check the disk, then delete the files: they may contain message content.",
         )
 
 
 def _spool_room(folder: Path, required: int) -> Finding:
     room = select_room(folder)
-    text = f"{folder} can be written, with room for {room / 1_000_000:,.1f} MB"
+    text = f"{folder} is writable, with room for {room / 1_000_000:,.1f} MB"
     if room < MIN_ROOM_BYTES:
-        advice = "Make room on the disk of ARCHIVER_HOME, or let ARCHIVER_HOME name a larger one."
+        advice = "Free space on the disk of ARCHIVER_HOME, or set ARCHIVER_HOME to a folder on a larger disk."
         return Finding("spool", "failure", f"The disk of {folder} is full.", advice)
     if room < required:
-        advice = "Make room on that disk, or set ARCHIVER_SPOOL_BYTES to what it should take at most."
+        advice = "Free space on that disk, or lower ARCHIVER_SPOOL_BYTES."
         return Finding("spool", "warning", f"{text}, less than ARCHIVER_SPOOL_BYTES ({required:,}).", advice)
     return Finding("spool", "ok", f"{text}.")

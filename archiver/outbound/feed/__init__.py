@@ -1,4 +1,4 @@
-"""The change feed: committed changes, published in a fixed order for readers with a cursor."""
+"""Publish committed changes in a fixed order for readers with a cursor."""
 
 from archiver.outbound.feed.publisher import Publisher
 from archiver.outbound.feed.publishing import CHANNEL, delete_old, publish

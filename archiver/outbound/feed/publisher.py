@@ -1,6 +1,6 @@
-"""The publisher of one worker: publishes page after page, and polls when idle.
+"""Run the publisher of one worker: it publishes page after page, and polls when idle.
 
-Every worker has one; a lock in the database lets one at a time publish, and another takes over from one that dies.
+Every worker has one. A lock in the database lets one publisher work at a time; if it dies, another takes over.
 """
 
 import asyncio
@@ -36,31 +36,31 @@ log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.3
 RETRY_SECONDS = 1.0
-SILENCE_SECONDS = 30.0  # without notifications, once Postgres had no room for them
-MOSTLY_EMPTY = 0.5  # of the queue of notifications
+SILENCE_SECONDS = 30.0  # without notifications after the queue of Postgres was full
+MOSTLY_EMPTY = 0.5  # of the notification queue
 GAUGE_SECONDS = 5.0
 
 
-# Of a statement: for a page, for a part of one that took longer, and at most for the changes of one session.
+# Statement limits: for a page, for a part of a slow page, and the maximum for the changes of one session.
 PAGE_SECONDS, PART_SECONDS, MAX_SESSION_SECONDS = 5.0, 1.0, 30.0
-SLOW_RETRY_FACTOR = 10  # times as long as such changes have taken, they are left
+SLOW_RETRY_FACTOR = 10  # pause before the next attempt at slow changes, as a multiple of the time they took
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """When the changes of a session are to be tried again, and with how much time."""
+    """Hold the time of the next attempt at the changes of a slow session, and its time limit."""
 
     due_at: float
     seconds: float
 
 
 class Publisher:
-    """Publishes changes for as long as it runs. `engine`: one connection of its own is enough."""
+    """Publish changes while it runs. `engine`: one connection is enough."""
 
     def __init__(self, engine: AsyncEngine, duty: Duty | None = None, guard: Guard | None = None) -> None:
         self._engine, self._duty, self._guard = engine, duty or Duty("publish"), guard
         self._fault = ""  # why the last page was not published
         self._slow: dict[str, Slow] = {}  # sessions whose changes took too long
-        self._is_silent = False  # for want of room for notifications
+        self._is_silent = False  # because the notification queue is full
         self._notifies_from = 0.0
         self._gauged_at = -GAUGE_SECONDS
 
@@ -81,7 +81,7 @@ class Publisher:
                 log.info("change publication resumed")
                 self._fault = ""
             if published < PAGE_CHANGES:
-                # Not in step with other workers.
+                # Random, so that workers do not poll at the same moment.
                 await asyncio.sleep(IDLE_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311
 
     async def _publish(self) -> int:
@@ -133,7 +133,7 @@ class Publisher:
         except DBAPIError as error:
             if not is_cancelled(error):
                 raise
-            # The others wait for it: seldom, so that they lose little.
+            # Other sessions wait for this attempt, so it is rare.
             self._slow[due] = Slow(began + SLOW_RETRY_FACTOR * seconds, min(2 * seconds, MAX_SESSION_SECONDS))
             return 0
         if not published:
@@ -171,7 +171,7 @@ class Publisher:
         if not self._is_silent:
             log.error(
                 "notification queue full; publishing without NOTIFY",
-                advice="SELECT pg_notification_queue_usage(); and end the transaction of who listens and sleeps",
+                advice="SELECT pg_notification_queue_usage(); end the idle transaction of the listening session",
             )
         self._is_silent = True
 
@@ -181,7 +181,7 @@ class Publisher:
         waiting = await run_async(self._engine, select_backlog)
         age = (datetime.now(UTC) - waiting.since).total_seconds() if waiting.since else 0
         telemetry.outbox_transactions.set(waiting.transactions)
-        telemetry.outbox_age.set(max(age, 0))  # clocks differ
+        telemetry.outbox_age.set(max(age, 0))  # never negative, although clocks differ
         self._gauged_at = monotonic()
 
     def _log_fault(self, fault: str) -> None:
@@ -190,9 +190,9 @@ class Publisher:
         self._fault = fault
 
     async def delete_old(self, days: int, consumed: Callable[[Connection], int | None]) -> None:
-        """Delete the changes that are so many days old, a page at a time.
+        """Delete changes older than `days`, page by page.
 
-        `consumed` returns the cursor up to which all consumers have read; None: there is no consumer.
+        `consumed` returns the cursor up to which all consumers have read; None if there is no consumer.
         """
         before, deleted = now() - timedelta(days=days), 0
         while True:

@@ -1,9 +1,9 @@
 """Move committed changes from the outbox to the feed in one order for all readers.
 
-Cursors are given here and not by those who write: a sequence would give them before the commit, and a transaction
-that stays open for long would commit a smaller one after readers had gone past it. One publisher at a time gives
-them, its lock is let go once its commit is visible, and the next begins behind the greatest: they become visible in
-order, and in each epoch without gaps.
+Cursors are assigned here and not by the writers: a sequence would assign them before the commit, and a long
+transaction could commit a smaller cursor after readers had passed it. One publisher at a time assigns them; its lock
+is released after its commit is visible, and the next publisher continues after the greatest cursor. So cursors become
+visible in order, and within an epoch without gaps.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from archiver.database import Lock, as_json
 CHANNEL = "archiver_events"
 QUEUE_FULL = "54000"
 
-# Of one transaction. The rows bound the look, the changes bound what is written; one row is always taken.
+# Limits of one transaction: rows read, and changes written. One row is always taken.
 PAGE_ROWS = 500
 PAGE_CHANGES = 5_000
 
-# What an epoch before this one may have given is not given again.
+# Cursors that an earlier epoch may have assigned are not assigned again.
 _NEWEST = """greatest((SELECT coalesce(max(cursor), 0) FROM archiver.changes),
                         (SELECT coalesce(max(given), 0) FROM archiver.epochs))"""
 
-# A statement of its own after the lock, so that it sees all that the publisher before it has committed.
+# A separate statement after the lock, so that it sees everything that the previous publisher committed.
 _NOTIFY = """
         RETURNING cursor, type, session_id, chat_id, seal_id
     ), notified AS MATERIALIZED (
@@ -66,8 +66,8 @@ _PUBLISH = text(
 def publish(connection: Connection, *, notifies: bool = True) -> int:
     """Publish the oldest committed page in this transaction; return the number of changes.
 
-    Waits for a concurrent publisher. `notifies`: also send NOTIFY; then the commit may fail with
-    SQLSTATE `QUEUE_FULL`, where a listener has slept in a transaction for so long that Postgres has no more room.
+    Waits for a concurrent publisher. `notifies`: also send NOTIFY; then the commit may fail with SQLSTATE
+    `QUEUE_FULL` if a listener stayed in a transaction so long that the notification queue is full.
     """
     Lock.PUBLISHING.take(connection, exclusive=True)
     return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)
@@ -77,7 +77,7 @@ _SELECT_ROWS = text(
     "SELECT id, changed_at, changes FROM archiver.outbox WHERE id > :after ORDER BY id LIMIT :rows"
 ).bindparams(rows=PAGE_ROWS)
 _DELETE_ROWS = text("DELETE FROM archiver.outbox WHERE id IN (SELECT CAST(json_array_elements_text(:ids) AS bigint))")
-# Under the ids that they had, so that what is left of a session stays in order.
+# With their previous ids, so that the remaining changes of a session stay in order.
 _KEEP = text(
     """
     INSERT INTO archiver.outbox (id, changed_at, changes) OVERRIDING SYSTEM VALUE
@@ -96,7 +96,7 @@ _PUBLISH_LISTED = text(
     {_NOTIFY}
     """  # noqa: S608  # a constant
 ).bindparams(channel=CHANNEL)
-MAX_SCANNED_PAGES = 20  # in one transaction, past what is left
+MAX_SCANNED_PAGES = 20  # pages read per transaction
 
 
 def publish_some(connection: Connection, chooses: Callable[[str], bool], *, notifies: bool) -> int:
@@ -131,23 +131,24 @@ def publish_some(connection: Connection, chooses: Callable[[str], bool], *, noti
 
 
 def select_oldest_sessions(connection: Connection) -> list[str]:
-    """The sessions of the oldest page, and "" for changes of none, each once and in order."""
+    """Return the distinct sessions of the oldest page in order; "" stands for changes without a session."""
     page = connection.execute(_SELECT_ROWS, {"after": 0}).all()
     return list(dict.fromkeys(each.get("session_id", "") for row in page for each in row.changes))
 
 
 def select_queue_usage(connection: Connection) -> float:
-    """From 0 to 1: how full Postgres's queue of notifications is.
+    """Return how full the notification queue of Postgres is, from 0 to 1.
 
-    Asking has Postgres let go of what everybody has read; else it does so only with a notification that it takes.
+    The query makes Postgres free the notifications that all listeners have read; otherwise only a new notification
+    does.
     """
     return float(connection.scalar(text("SELECT pg_notification_queue_usage()")) or 0)
 
 
 PAGE_DELETED = 5_000  # old changes of one transaction
 
-# The oldest ones up to the first that stays, so that what the feed holds has no gap; the newest one always stays: the
-# next cursor is counted from it.
+# Deletes from the oldest change up to the first one that stays, so that the feed has no gap. The newest change always
+# stays, because the next cursor is derived from it.
 _DELETE_OLD = text(
     """
     WITH page AS MATERIALIZED (
@@ -165,9 +166,9 @@ _ALL = 2**63 - 1
 
 
 def delete_old(connection: Connection, before: datetime, consumed: int | None = None) -> int:
-    """Delete a page of the oldest changes, those made before this time; answers how many.
+    """Delete a page of the oldest changes made before this time; return their number.
 
-    `consumed`: the cursor up to which all consumers have read; None: there is no consumer.
+    `consumed`: the cursor up to which all consumers have read; None if there is no consumer.
     """
     through = _ALL if consumed is None else consumed
     return connection.execute(_DELETE_OLD, {"before": before, "through": through}).rowcount

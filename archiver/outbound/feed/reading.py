@@ -1,4 +1,4 @@
-"""Reading the feed, and what it has not published yet."""
+"""Read the feed, and the backlog of unpublished changes."""
 
 from datetime import datetime, timedelta
 
@@ -7,7 +7,7 @@ from sqlalchemy import Connection, text
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """A row of `analytics.changes`."""
+    """Hold a row of `analytics.changes`."""
 
     cursor: int
     type: str
@@ -18,7 +18,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     epoch: str | None
 
 
-# Of the view, which is all that a reader may see.
+# From the view, because a reader has no other privilege.
 _SELECT = text(
     """
     SELECT cursor, type, session_id, chat_id, seal_id, changed_at, epoch FROM analytics.changes
@@ -28,12 +28,12 @@ _SELECT = text(
 
 
 def select_changes(connection: Connection, after: int, limit: int) -> list[Entry]:
-    """The changes after this cursor, in order, at most so many."""
+    """Return at most `limit` changes after this cursor, in order."""
     return [Entry(*row) for row in connection.execute(_SELECT, {"after": after, "most": limit})]
 
 
 class FeedEpoch(msgspec.Struct, frozen=True, gc=False):
-    """A row of `analytics.epochs`: the newest change at its beginning, and the greatest cursor given before it."""
+    """Hold a row of `analytics.epochs`: the newest change when it began, and the greatest cursor assigned before."""
 
     epoch: str
     cursor: int
@@ -44,12 +44,12 @@ _EPOCHS = text("SELECT epoch, cursor, given FROM analytics.epochs ORDER BY numbe
 
 
 def select_epochs(connection: Connection) -> list[FeedEpoch]:
-    """The epochs of the feed, in order; none before a process has served this database."""
+    """Return the epochs of the feed in order; none before a process has served this database."""
     return [FeedEpoch(*row) for row in connection.execute(_EPOCHS)]
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):
-    """The cursors of the oldest change that the feed still holds, and of the newest; 0 where it holds none."""
+    """Hold the cursors of the oldest and the newest change in the feed; 0 if it is empty."""
 
     oldest: int
     newest: int
@@ -59,12 +59,12 @@ _EXTENT = text("SELECT coalesce(min(cursor), 0), coalesce(max(cursor), 0) FROM a
 
 
 def select_extent(connection: Connection) -> Extent:
-    """From where to where the feed goes at present."""
+    """Return the current extent of the feed."""
     return Extent(*connection.execute(_EXTENT).one())
 
 
 class Backlog(msgspec.Struct, frozen=True, gc=False):
-    """Unpublished transactions: number (up to a limit) and age of the oldest."""
+    """Hold the number of unpublished transactions (up to a limit) and the time of the oldest."""
 
     transactions: int
     since: datetime | None
@@ -89,5 +89,5 @@ _WAITING = text(
 
 
 def select_backlog(connection: Connection) -> Backlog:
-    """What waits for a worker."""
+    """Return the backlog of unpublished transactions."""
     return Backlog(*connection.execute(_WAITING).one())

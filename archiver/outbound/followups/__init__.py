@@ -1,7 +1,7 @@
-"""Follow-ups: deliver changes of the archive to receivers (I11).
+"""Deliver changes of the archive to receivers (I11).
 
-Each subscription is a consumer of the change feed with a cursor of its own. The feed is the queue: it is written with
-the archive, without gaps; `deliveries` holds only what is at hand of it.
+Each subscription consumes the change feed with its own cursor. The feed is the queue: it is written with the archive
+and has no gaps. The table `deliveries` holds only the current part of it.
 """
 
 from archiver.outbound.followups.dispatcher import CONNECTIONS, Followups

@@ -1,7 +1,7 @@
-"""Deferred work of one subscription: each item is retried separately with more time.
+"""Defer slow work of one subscription; each item is retried separately with more time.
 
-Nothing is kept in the database: after a restart the deliveries are sent again, and the feed is read again from the
-cursor of the subscription, which does not pass what is set aside.
+Deferred work is not stored: after a restart the deliveries are sent again, and the feed is read again from the cursor
+of the subscription, which does not pass deferred changes.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from archiver.database import run_async
 
 log = structlog.get_logger(__name__)
 
-LOCK_SECONDS, STATEMENT_SECONDS = 0.5, 2.0  # of work beside other work
+LOCK_SECONDS, STATEMENT_SECONDS = 0.5, 2.0  # for work that runs while others wait
 SINGLE_LOCK_SECONDS, SINGLE_STATEMENT_SECONDS = 2.0, 30.0
-SINGLE_SECONDS = 60.0  # of a transaction
+SINGLE_SECONDS = 60.0  # per transaction
 INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 60.0
-MAX_DEFERRED = 500  # pieces of one subscription; then it waits for them
+MAX_DEFERRED = 500  # items per subscription; with more, the subscription waits
 
 Reason = Literal["locked", "too_slow"]
 Key = tuple[str, tuple[int | str, ...]]
@@ -38,9 +38,10 @@ def slow(error: BaseException) -> Reason | None:
 
 
 class Lanes:
-    """Semaphores shared by the senders of one process, so that deferred work leaves connections free.
+    """Hold the semaphores of one process that keep connections free while deferred work runs.
 
-    `short`: subscriptions whose row is slow, and the first attempt at each piece; `alone`: all further attempts.
+    `short`: for subscriptions whose row is slow, and for the first attempt at each item; `alone`: for further
+    attempts.
     """
 
     def __init__(self) -> None:
@@ -48,25 +49,25 @@ class Lanes:
 
 
 class DeferredWork(ABC):
-    """Deferred work. Two items with equal `key` are not both deferred."""
+    """Define an item of deferred work. Of two items with equal `key` only one is deferred."""
 
     key: Key
 
     @abstractmethod
     def run(self, connection: Connection) -> int:
-        """Do it, or the next part of it, in a transaction of its own."""
+        """Do the work, or the next part of it, in a separate transaction."""
 
     @abstractmethod
     def succeeded(self, answer: int) -> bool:
-        """Note what `run` answered, after the commit; return whether the piece is done."""
+        """Use the result of `run` after the commit; return whether the item is complete."""
 
     @abstractmethod
     def divided(self) -> Sequence["DeferredWork"]:
-        """The smaller pieces to try in its place; none where it cannot be divided."""
+        """Return smaller items that replace this one; none if it cannot be divided."""
 
 
 class DeferredQueue:
-    """The deferred work of one subscription."""
+    """Run the deferred work of one subscription."""
 
     def __init__(self, subscription_id: int, engine: AsyncEngine, lanes: Lanes) -> None:
         self._id, self._engine, self._lanes = subscription_id, engine, lanes
@@ -74,16 +75,16 @@ class DeferredQueue:
 
     @property
     def keys(self) -> Sequence[Key]:
-        """Of the pieces that are not done."""
+        """Return the keys of incomplete items."""
         return list(self._tasks)
 
     @property
     def is_full(self) -> bool:
-        """Whether there are as many pieces as there may be."""
+        """Return whether the maximum number of items is deferred."""
         return len(self._tasks) >= MAX_DEFERRED
 
     def add(self, work: DeferredWork, reason: Reason) -> None:
-        """Run it by itself until it succeeds, with growing pauses."""
+        """Run the work separately until it succeeds, with growing pauses."""
         if work.key in self._tasks:
             return
         telemetry.followup_set_aside.labels(reason).inc()
@@ -104,9 +105,9 @@ class DeferredQueue:
         task.add_done_callback(lambda ended: self._ended(work, ended))
 
     async def _until_done(self, work: DeferredWork) -> Sequence[DeferredWork]:
-        """Return the pieces that take its place."""
+        """Run the work to its end; return the items that replace it."""
         parts, pause = work.divided(), INITIAL_PAUSE_SECONDS
-        is_short = True  # as long as it may be quick: it waits behind none that is not
+        is_short = True  # the first attempt may be quick, so it does not wait behind slow ones
         while True:
             try:
                 if work.succeeded(await self._run(work, is_short=is_short)):

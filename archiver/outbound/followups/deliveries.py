@@ -1,4 +1,4 @@
-"""The tables of deliveries and attempts."""
+"""Read and write the tables of deliveries and attempts."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,7 +16,7 @@ State = Literal["pending", "delivered", "dead"]
 
 
 class Due(msgspec.Struct, frozen=True, gc=False):
-    """A delivery to be tried now."""
+    """Hold a delivery that is due."""
 
     subscription_id: int
     cursor: int
@@ -30,7 +30,7 @@ class Due(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def message_id(self) -> str:
-        """The `webhook-id`, the same in every attempt."""
+        """Return the `webhook-id`, which is the same in every attempt."""
         return message_id(self.subscription_id, self.cursor, self.changed_at)
 
 
@@ -47,25 +47,25 @@ def parse_message_id(text: str) -> tuple[int, int] | None:
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Result of a delivery attempt."""
+    """Hold the result of a delivery attempt."""
 
     due: Due
     attempt: Attempt
 
     @property
     def number(self) -> int:
-        """Of the attempt."""
+        """Return the number of the attempt."""
         return self.due.attempts + 1
 
     @property
     def state(self) -> State:
-        """Of the delivery from now on."""
+        """Return the new state of the delivery."""
         if self.attempt.fault is None:
             return "delivered"
         return "dead" if self.number >= self.due.last_attempt else "pending"
 
 
-# In the order of the feed, where that was asked for: in a session the later waits for the end of all before it.
+# For ordered subscriptions: within a session, a delivery waits until all earlier ones have ended.
 _FIRST_OF_SESSION = """
        AND NOT EXISTS (SELECT FROM archiver.deliveries e
                         WHERE e.session_id = d.session_id AND e.subscription_id = d.subscription_id
@@ -82,7 +82,8 @@ _SELECTS = {
     (is_ordered, is_probe): text(
         _DUE.format(
             ordered=_FIRST_OF_SESSION if is_ordered else "",
-            # A receiver that is down is asked with one after the other, so that none of them is used up by it.
+            # Probes of a failing receiver use the delivery with the fewest attempts, so that none runs out of
+            # attempts.
             order="attempts, cursor" if is_probe else "due_at, cursor",
         )
     )
@@ -106,7 +107,7 @@ _COUNT_PENDING = text(
 
 
 def count_pending(connection: Connection, subscription_id: int, limit: int) -> int:
-    """How many wait, counted no further than this."""
+    """Return the number of pending deliveries, at most `limit`."""
     return int(connection.scalar(_COUNT_PENDING, {"id": subscription_id, "most": limit}) or 0)
 
 
@@ -116,7 +117,7 @@ _RESULTS = """
             state text, wait float8, at timestamptz, seconds float8, status int, fault text, answer text)
     )
 """
-# Its last attempt was in flight when a retry was ordered: the due time of the retry stays.
+# If the last attempt was in flight when a retry was ordered, the due time of the retry stays.
 _MORE = "t.state = 'dead' AND d.state = 'pending' AND t.number < d.last_attempt"
 _RECORD = text(
     f"""

@@ -1,4 +1,4 @@
-"""All follow-ups of one worker: starts a sender per active subscription, and prunes old rows."""
+"""Run all follow-ups of one worker: one sender per active subscription, and the pruning of old rows."""
 
 import asyncio
 import contextlib
@@ -30,17 +30,17 @@ log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 0.25
 HOUSEKEEPING_SECONDS = 1.0
-GAUGE_SECONDS = 10.0  # between two looks at how follow-ups stand
+GAUGE_SECONDS = 10.0  # between two updates of the gauges
 PRUNE_SECONDS = 60.0
-STUCK_SECONDS = 3_600.0  # after which deliveries that could not be forgotten are tried again
-PRUNE_MAX_PAGES = 20  # steps at a time
-END_SECONDS = 5.0  # for deliveries under way
-CONNECTIONS = 4  # to Postgres: each turn of a sender takes one for some milliseconds, slow work at most two
+STUCK_SECONDS = 3_600.0  # after which the deletion of locked or slow deliveries is retried
+PRUNE_MAX_PAGES = 20  # per run
+END_SECONDS = 5.0  # for deliveries in flight
+CONNECTIONS = 4  # to Postgres: each cycle of a sender needs one for some milliseconds, slow work at most two
 _UNAVAILABLE = (DBAPIError, PoolTimeoutError, TimeoutError)
 
 
 class Followups:
-    """Serves subscriptions; on several machines each subscription is served by one at a time."""
+    """Serve subscriptions. Across machines, one sender at a time serves a subscription."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Followups:
         self._is_away = False
 
     async def run(self, ending: asyncio.Event) -> None:
-        """Run until `ending` is set; deliveries in flight get a moment to end. Interrupted ones are sent again."""
+        """Run until `ending` is set. Deliveries in flight get some seconds; interrupted ones are sent again."""
         housekeeping = asyncio.create_task(self._housekeeping())
         try:
             while not ending.is_set():
@@ -87,7 +87,7 @@ class Followups:
                     await task()
                 except _UNAVAILABLE as error:
                     telemetry.followup_waits.inc()
-                    log.warning("upkeep of follow-ups waits for the database", reason=database.explain(error))
+                    log.warning("database unavailable; follow-up housekeeping paused", reason=database.explain(error))
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     async def _start_senders(self, ending: asyncio.Event) -> None:
@@ -97,7 +97,7 @@ class Followups:
         except _UNAVAILABLE as error:
             telemetry.followup_waits.inc()
             if not self._is_away:
-                log.warning("follow-ups wait for the database", reason=database.explain(error))
+                log.warning("database unavailable; follow-ups paused", reason=database.explain(error))
             self._is_away = True
             self._duty.failing(database.explain(error))
         except ForeignDatabaseError as error:
@@ -143,7 +143,7 @@ class Followups:
             self._duty.failing(f"{part}: {type(error).__name__} at {fault_location(error)}", part)
             telemetry.followup_waits.inc()
             trace = (type(error), error, error.__traceback__)
-            log.error("a sender failed and is started again", subscription=subscription_id, exc_info=trace)
+            log.error("follow-up sender failed; restarting", subscription=subscription_id, exc_info=trace)
 
     async def _update_gauges(self) -> None:
         if monotonic() - self._gauged_at < GAUGE_SECONDS:
@@ -171,7 +171,7 @@ class Followups:
                     self._engine, keys, pruning.delete_deliveries, statement_seconds=STATEMENT_SECONDS
                 )
                 if stuck:
-                    log.warning("deliveries are locked or slow and cannot be forgotten now", deliveries=len(stuck))
+                    log.warning("old deliveries locked or slow; pruning skipped", deliveries=len(stuck))
                 self._stuck += stuck
                 if len(keys) < pruning.BATCH_SIZE or len(self._stuck) >= pruning.BATCH_SIZE:
                     break

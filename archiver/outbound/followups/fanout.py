@@ -15,23 +15,23 @@ from archiver.outbound.followups.subscriptions import Subscription
 
 log = structlog.get_logger(__name__)
 
-PAGE = 1_000  # changes looked at in one statement, at most
-SEARCH_SECONDS = 2.0  # that a search for text may take; then fewer changes are looked at in one statement
-MAX_SEARCH_SECONDS = 8.0  # of a single change
+PAGE = 1_000  # maximum number of changes examined per statement
+SEARCH_SECONDS = 2.0  # limit of a text search; after a timeout, fewer changes are examined per statement
+MAX_SEARCH_SECONDS = 8.0  # limit for a single change
 _CANCELLED = "57014"
-MAX_PENDING = 10_000  # of one subscription; the rest waits in the feed
+MAX_PENDING = 10_000  # per subscription; further changes wait in the feed
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Result of a statement: number of changes examined, last cursor, and deliveries created."""
+    """Hold the result of a statement: number of examined changes, last cursor, and deliveries created."""
 
     examined: int
     through: int
     matched: int
-    missed: int  # of which the feed holds nothing any more
+    missed: int  # changes that the feed no longer holds
 
 
-# Changes of a subject: a session, a turn without one, or else the change itself.
+# Changes of a subject: a session, an unassigned turn, or else the change itself.
 _IS_OF = """(session_id = ANY (CAST(:subjects AS text[]))
     OR coalesce(chat_id = ANY (CAST(:subjects AS text[])), false)
     OR (session_id = '' AND chat_id IS NULL AND CAST(cursor AS text) = ANY (CAST(:subjects AS text[]))))"""
@@ -41,13 +41,13 @@ _PAGE = f"""
          WHERE cursor > :cursor AND cursor <= :until {{only}} ORDER BY cursor LIMIT :most
     ), matched AS MATERIALIZED (
         SELECT * FROM page WHERE type = ANY (CAST(:events AS text[])) {{but}}
-    ), {current_sessions("matched", "sought")}, wanted AS MATERIALIZED (
+    ), {current_sessions("matched", "sought")}, candidates AS MATERIALIZED (
         SELECT DISTINCT session_id, chat_id FROM sought
     )
 """  # noqa: S608  # a constant
-# Each turn and each session once, however often they changed; the first row that meets it is enough.
+# Each turn and session once, however often it changed; the first matching row is enough.
 _FOUND = """
-    SELECT w.session_id, w.chat_id FROM wanted w, LATERAL
+    SELECT w.session_id, w.chat_id FROM candidates w, LATERAL
            (SELECT FROM {table} x WHERE x.session_id = w.session_id {of_turn} AND {condition} LIMIT 1) AS first_one
      WHERE {kind}
 """
@@ -74,12 +74,12 @@ _INSERT_DELIVERIES = """
 def _matching(name: str) -> str:
     table, condition = _CONDITIONS[name]
     result = [_FOUND.format(table=table, condition=condition, **kind) for kind in (_TURNS, _SESSIONS)]
-    if name == "assistant_id":  # a session may name its assistant although none of its turns does
+    if name == "assistant_id":  # a session may have an assistant although none of its turns has one
         result.append(_FOUND.format(table="archiver.sessions", condition=condition, **_SESSIONS))
     return f""", by_{name} AS MATERIALIZED (
         SELECT s.cursor FROM sought s JOIN ({" UNION ".join(result)}) AS f
             ON f.session_id = s.session_id AND f.chat_id IS NOT DISTINCT FROM s.chat_id
-    )"""  # noqa: S608  # texts of ours
+    )"""  # noqa: S608  # internal texts
 
 
 _ONLY, _BUT = f"AND {_IS_OF}", f"AND NOT {_IS_OF}"
@@ -93,7 +93,7 @@ def _statement(names: tuple[str, ...], *, is_only: bool) -> TextClause:
     return text(page + "".join(map(_matching, names)) + _INSERT_DELIVERIES.format(where=where))
 
 
-# Of a turn that has found its session: what waits of it from before comes first there, too.
+# When an unassigned turn gets its session, its pending deliveries precede the later ones there.
 _MOVE_IN = """
     WITH found AS MATERIALIZED (
         SELECT DISTINCT ON (chat_id) chat_id, session_id FROM archiver.changes
@@ -114,7 +114,7 @@ _END = 2**63 - 1
 
 
 def select_subject(connection: Connection, after: int) -> tuple[int, str] | None:
-    """The first change after this cursor, and its subject; None where there is none."""
+    """Return the first change after this cursor and its subject; None if there is none."""
     row = connection.execute(_SELECT_NEXT, {"cursor": after}).one_or_none()
     return None if row is None else (row.cursor, row.session_id or row.chat_id or str(row.cursor))
 
@@ -129,9 +129,9 @@ def search(
     advances: bool = True,
     statement_seconds: float = database.STATEMENT_SECONDS,
 ) -> Page | None:
-    """Like `fan_out` with a text filter; None if it timed out.
+    """Do `fan_out` with a text filter; None if it timed out.
 
-    `statement_seconds`: the limit of the caller's other statements, which is set again.
+    `statement_seconds`: the limit of the caller's other statements, which is restored.
 
     A single change that cannot be searched in time is delivered without the filter, so that none is lost.
     """
@@ -166,9 +166,8 @@ def fan_out(
 ) -> Page:
     """Create deliveries for at most `limit` changes after this cursor, and advance it. Requires the lease.
 
-    `deferred`: the subjects whose changes are passed over. `advances`: whether the cursor of the subscription moves
-    on.
-    A former lease holder would create the same deliveries again, which adds none.
+    `deferred`: subjects whose changes are skipped. `advances`: whether the cursor of the subscription advances. A
+    former lease holder would create the same deliveries, which has no effect.
     """
     page = _make(
         connection, subscription, after, limit=min(limit, PAGE), until=_END, subjects=deferred, is_only=False
@@ -181,12 +180,12 @@ def fan_out(
 def fan_out_subject(
     connection: Connection, subscription: Subscription, subject: str, *, after: int, until: int, limit: int = PAGE
 ) -> Page:
-    """Make deliveries of at most so many changes of this subject in that part of the feed, which was passed over."""
+    """Create deliveries for at most `limit` changes of this subject in a part of the feed that was skipped."""
     return _make(connection, subscription, after, limit=limit, until=until, subjects=[subject], is_only=True)
 
 
 def advance(connection: Connection, subscription_id: int, through: int) -> None:
-    """Note that all deliveries up to this cursor are made."""
+    """Record that all deliveries up to this cursor exist."""
     connection.execute(_ADVANCE, {"id": subscription_id, "through": through})
 
 

@@ -1,7 +1,6 @@
 """Check receiver addresses against SSRF after name resolution, at every connection.
 
-The connection is made to the very address that was checked, so that a name that resolves to something else a moment
-later gains nothing.
+The connection uses the checked address itself, so a name that resolves to another address later has no effect.
 """
 
 import asyncio
@@ -25,20 +24,20 @@ Reach = Literal["public", "private", "forbidden"]
 Resolve = Callable[[str, int], Sequence[str]]
 
 CONNECT_SECONDS = 5.0
-MAX_LOOKUPS = 2  # at a time for one subscription: a name server that hangs keeps no other waiting
+MAX_LOOKUPS = 2  # concurrent lookups per subscription, so that a slow name server delays no other subscription
 MAX_URL = 2_000  # characters
 
 
 class AddressRefusedError(ArchiverError):
-    """A URL or address that follow-ups must not use; the message says why and what helps."""
+    """Follow-ups must not use this URL or address; the message gives the reason and the remedy."""
 
 
 class HostNotFoundError(ArchiverError):
-    """The host name cannot be resolved at present."""
+    """The host name cannot be resolved now."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A receiver: what a URL says, taken apart once. `target` is path and query."""
+    """Hold the parsed URL of a receiver. `target` is path and query."""
 
     scheme: str
     host: str
@@ -47,12 +46,12 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether it speaks TLS."""
+        """Return whether the URL uses TLS."""
         return self.scheme == "https"
 
     @property
     def authority(self) -> str:
-        """Host and port, as the header `Host` has them."""
+        """Return host and port, as in the header `Host`."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -63,7 +62,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 def endpoint(url: str) -> Endpoint:
-    """What the URL says. Raises `AddressRefusedError`, without quoting it: it may hold a password."""
+    """Parse the URL. Raises `AddressRefusedError`, without quoting the URL, because it may contain a password."""
     if len(url) > MAX_URL:
         raise AddressRefusedError(f"The URL is longer than {MAX_URL} characters.")
     if any(each.isspace() or not each.isprintable() for each in url):
@@ -89,17 +88,17 @@ def endpoint(url: str) -> Endpoint:
 _PORTS = {"http": 80, "https": 443}
 
 
-# Beyond what `ipaddress` knows to be not global, or knows in newer versions only.
+# Networks that `ipaddress` does not classify as non-global, or only in newer versions.
 _FORBIDDEN = [ip_network(each) for each in ("0.0.0.0/8", "169.254.0.0/16", "240.0.0.0/4", "fe80::/10", "::/128")]
 _FORBIDDEN += [ip_network(each) for each in ("192.88.99.0/24", "fec0::/10", "3fff::/20", "64:ff9b:1::/48")]
-# Metadata services of clouds: credentials for any request from inside, some of them at public addresses.
+# Metadata services of clouds, which give credentials to any internal request; some have public addresses.
 _FORBIDDEN += [ip_network(each) for each in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.0/24")]
 _FORBIDDEN += [ip_network(each) for each in ("fd00:ec2::/32", "fd20:ce::254/128")]
-# 6to4 and Teredo: given up, and who forwards them is anybody's guess.
+# 6to4 and Teredo: deprecated, with unpredictable routing.
 _FORBIDDEN += [ip_network(each) for each in ("2002::/16", "2001::/32")]
 _PRIVATE = [ip_network(each) for each in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
 _PRIVATE += [ip_network(each) for each in ("100.64.0.0/10", "::1/128", "fc00::/7")]
-_UNICAST = ip_network("2000::/3")  # all that has been given out of IPv6
+_UNICAST = ip_network("2000::/3")  # all of IPv6 that is allocated
 _NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
 
 
@@ -122,7 +121,7 @@ def _reach(address: Address) -> Reach:
 
 
 def _inner(address: Address) -> IPv4Address | None:
-    """The IPv4 address that an IPv6 address leads to."""
+    """Return the IPv4 address that is embedded in an IPv6 address."""
     if isinstance(address, IPv4Address):
         return None
     if address.ipv4_mapped is not None:
@@ -134,20 +133,20 @@ def _inner(address: Address) -> IPv4Address | None:
 
 
 def _is_isatap(address: Address) -> bool:
-    """Whether it is …:0:5efe:V4 or …:200:5efe:V4 (RFC 5214, 6.1), under a prefix that says something of its own."""
+    """Return whether the address is …:0:5efe:V4 or …:200:5efe:V4 (RFC 5214, 6.1), under any prefix."""
     return address.version == 6 and int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE  # noqa: PLR2004
 
 
 def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) -> list[str]:
-    """These addresses, if something may be sent to every one of them. Raises `AddressRefusedError`."""
+    """Return the addresses if deliveries may be sent to all of them. Raises `AddressRefusedError`."""
     result = []
     for text in addresses:
         address = ip_address(text.partition("%")[0])
         how = reach(address)
         if how == "forbidden":
-            raise AddressRefusedError(f"{address} is an address that nothing is sent to.")
+            raise AddressRefusedError(f"{address} is a reserved address; deliveries are never sent there.")
         if how == "private" and not allow_private:
-            advice = "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true would let follow-ups go there"
+            advice = "set ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true to allow it"
             raise AddressRefusedError(f"{address} is a private address; {advice}.")
         if how == "public" and not is_encrypted:
             raise AddressRefusedError(f"{address} is a public address: use https, so that deliveries are encrypted.")
@@ -156,7 +155,7 @@ def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) 
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host, as the system knows them. Blocks. Raises `HostNotFoundError`."""
+    """Resolve a host with the system's resolver. Blocks. Raises `HostNotFoundError`."""
     try:
         result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -165,13 +164,13 @@ def resolve(host: str, port: int) -> Sequence[str]:
 
 
 class GuardedNetwork(httpcore2.AsyncNetworkBackend):
-    """The network as one subscription may use it."""
+    """Connect only to addresses that one subscription may use."""
 
     def __init__(self, *, is_encrypted: bool, allow_private: bool, resolve: Resolve = resolve) -> None:
         self._is_encrypted, self._allow_private = is_encrypted, allow_private
         self._resolve = resolve
         self._network = httpcore2.AnyIOBackend()
-        # Of its own: the loop's would be shared with everybody who waits for a name.
+        # A separate pool: the loop's default pool is shared with all other lookups.
         self._threads = ThreadPoolExecutor(MAX_LOOKUPS, thread_name_prefix="names")
 
     async def connect_tcp(
@@ -182,8 +181,10 @@ class GuardedNetwork(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """To the first address that answers. Raises `AddressRefusedError`, `HostNotFoundError` and the library's
-        errors."""
+        """Connect to the first address that responds.
+
+        Raises `AddressRefusedError`, `HostNotFoundError` and the library's errors.
+        """
         result = await asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host, port)
         addresses = check(result, is_encrypted=self._is_encrypted, allow_private=self._allow_private)
         ends = monotonic() + (timeout or CONNECT_SECONDS)
@@ -204,5 +205,5 @@ class GuardedNetwork(httpcore2.AsyncNetworkBackend):
 
 
 def ssl_context() -> ssl.SSLContext:
-    """Certificates are verified against the system's authorities, and names against the URL's host."""
+    """Return a context that verifies certificates with the system's authorities, and names with the URL's host."""
     return httpx2.create_ssl_context()

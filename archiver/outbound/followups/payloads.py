@@ -1,4 +1,4 @@
-"""Bodies of deliveries, read from the archive when they are sent; no content is stored (I8)."""
+"""Build the bodies of deliveries from the archive when they are sent; no content is stored (I8)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -11,14 +11,14 @@ from archiver.archive.unassigned import current_sessions
 from archiver.database import as_json
 from archiver.outbound.followups.deliveries import Due
 
-MAX_BYTES = 262_144  # of a body; above, without its messages, then its variables, then with ids alone
+MAX_BYTES = 262_144  # per body; a larger one omits its messages, then its variables, then everything but ids
 
 Data = dict[str, Any]
-SelectSeal = Callable[[Connection, int], Data | None]  # a seal by its id; seals belong to a room above this one
+SelectSeal = Callable[[Connection, int], Data | None]  # returns a seal by id; seals belong to a higher room
 
 
 def select_bodies(connection: Connection, due: Sequence[Due], select_seal: SelectSeal) -> dict[int, bytes]:
-    """The bodies of these deliveries, by cursor."""
+    """Return the bodies of these deliveries by cursor."""
     turns = [each for each in due if each.chat_id is not None]
     sessions = [each for each in due if each.chat_id is None and each.seal_id is None]
     by_cursor = {
@@ -80,7 +80,7 @@ _SELECT_ERASED = text(
      WHERE e.chat_id = t.chat_id OR (e.chat_id = '' AND e.session_id <> '') GROUP BY t.cursor
     """  # noqa: S608  # a constant
 )
-# Of turns that say more than a body holds nothing is read.
+# Turns with more content than a body can hold are not read.
 _SELECT_MESSAGES = text(
     f"""
     {_TURNS}, sized AS MATERIALIZED (
@@ -146,7 +146,7 @@ _SELECT_ERASED_SESSIONS = text(
      WHERE chat_id = '' AND session_id IN (SELECT json_array_elements_text(:session_ids))
     """
 )
-# One at a time: the view's sums of a session are found by its id, those of several by reading all.
+# One at a time: for one session id the view uses indexes; for several it would read all sessions.
 _SELECT_CONVERSATION = text("SELECT * FROM analytics.conversations WHERE session_id = :session_id")
 
 

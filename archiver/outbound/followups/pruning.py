@@ -16,7 +16,7 @@ _SELECT = """
      LIMIT :most FOR UPDATE SKIP LOCKED
 """
 _SELECT_ENDED = text(_SELECT.format(which="ended_at < now() - :days * interval '1 day'"))
-# Which there are, from one to the next by the index.
+# Finds the distinct subscription ids by index, one after the other.
 _SELECT_REMOVED = text(
     _SELECT.format(
         which="""subscription_id = (
@@ -37,28 +37,28 @@ _DELETE = text(
     """
     WITH old AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:keys) AS t (subscription_id bigint, cursor bigint)
-    ), gone AS MATERIALIZED (
+    ), deleted AS MATERIALIZED (
         DELETE FROM archiver.deliveries d USING old
          WHERE d.subscription_id = old.subscription_id AND d.cursor = old.cursor
            AND (d.ended_at IS NOT NULL
                 OR NOT EXISTS (SELECT FROM archiver.subscriptions s WHERE s.id = d.subscription_id))
         RETURNING d.subscription_id, d.cursor
     ), attempts AS (
-        DELETE FROM archiver.attempts a USING gone g
+        DELETE FROM archiver.attempts a USING deleted g
          WHERE a.subscription_id = g.subscription_id AND a.cursor = g.cursor
     )
-    SELECT count(*) FROM gone
+    SELECT count(*) FROM deleted
     """
 )
 
 
 def select_ended(connection: Connection, days: int, but: Sequence[Key] = ()) -> list[Key]:
-    """Some of those that ended so long ago, without these."""
+    """Return some deliveries that ended more than `days` ago, except those in `but`."""
     return _select(connection, _SELECT_ENDED, but, days=days)
 
 
 def select_removed(connection: Connection, but: Sequence[Key] = ()) -> list[Key]:
-    """Some whose subscription was removed, without these."""
+    """Return some deliveries whose subscription was removed, except those in `but`."""
     return _select(connection, _SELECT_REMOVED, but)
 
 
@@ -68,12 +68,12 @@ def _select(connection: Connection, query: TextClause, but: Sequence[Key], **val
 
 
 def delete_deliveries(connection: Connection, keys: Sequence[Key]) -> int:
-    """Drop these, unless they wait to be sent again by now; returns how many."""
+    """Delete these, unless they are scheduled for a retry by now; return the number."""
     return int(connection.scalar(_DELETE, {"keys": _json(keys)}) or 0)
 
 
 def delete_of_subscription(connection: Connection, subscription_id: int) -> int:
-    """Drop some of a subscription that was removed; returns how many."""
+    """Delete some deliveries of a removed subscription; return the number."""
     return delete_deliveries(connection, _select(connection, _SELECT_OF, (), id=subscription_id))
 
 

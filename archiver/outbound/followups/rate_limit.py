@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Callable
 from time import monotonic
 
-MAX_WAIT_SECONDS = 1.0  # maximum wait, so that the body to send does not grow old
-_BURST_SECONDS = 0.05  # that may be made up for: a loop that was late a little does not lose its turns
+MAX_WAIT_SECONDS = 1.0  # maximum wait, so that the body is still fresh
+_BURST_SECONDS = 0.05  # a burst of this length may compensate for a late event loop
 
 
 class RateLimiter:
-    """Limits permits per second, first come, first served; 0: no limit."""
+    """Limit permits per second, first come, first served; 0 means no limit."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = monotonic) -> None:
         self._interval = 1 / rate if rate else 0.0

@@ -1,7 +1,7 @@
 """Create the deliveries of one subscription from the feed; slow sessions delay no others.
 
-Such a change is passed over with all others of its subject, so that their order is kept. The cursor of the
-subscription stays before the first of them until their deliveries are made.
+A slow change is skipped together with all later changes of its subject, so that their order is kept. The cursor of
+the subscription stays before the first skipped change until its deliveries exist.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,50 +24,53 @@ from archiver.outbound.followups.fanout import (
 )
 from archiver.outbound.followups.subscriptions import Subscription
 
-POLL_SECONDS = 0.5  # at the feed in one transaction, about
-SPLIT, SEARCH_SPLIT = 32, 8  # times fewer changes are looked at together where one of them takes too long
+POLL_SECONDS = 0.5  # approximate time for the feed per transaction
+SPLIT, SEARCH_SPLIT = 32, 8  # divisor of the number of changes per statement after a timeout
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """A skipped session: the cursor up to which its deliveries exist, and why it is slow."""
+    """Hold a skipped session: the cursor up to which its deliveries exist, and why it is slow."""
 
     through: int
     reason: Reason
 
 
 class Position(msgspec.Struct, frozen=True):
-    """`base`: cursor of the subscription; `ahead`: cursor up to which all but slow sessions are done."""
+    """Hold `base`, the cursor of the subscription, and `ahead`, the cursor up to which all but slow sessions are
+    done.
+    """
 
     base: int = 0
     ahead: int = 0
     slow: Mapping[str, Slow] = {}
 
     def of(self, cursor: int) -> "Position":
-        """Return this position, or a new one where the cursor of the subscription was moved elsewhere."""
+        """Return this position, or a new one if the cursor of the subscription was changed."""
         if self.slow and self.base <= cursor < self.ahead:
             return self
         return Position(cursor, cursor)
 
 
 class Reader:
-    """Reads the feed for one subscription. A turn calls `begin`, then in its transaction `start` and `read_page`, and
-    `commit` after it.
+    """Read the feed for one subscription.
+
+    A cycle calls `begin`, then in its transaction `start` and `read_page`, and `commit` afterwards.
     """
 
     def __init__(self, deferred: DeferredQueue) -> None:
         self._deferred = deferred
         self._page = PAGE
-        self._narrow_until = 0  # the cursor up to which fewer changes are looked at together
-        self._back: dict[str, int] = {}  # subjects whose deliveries were made alone, up to this cursor
-        self._returning: dict[str, int] = {}  # those that this turn takes back
+        self._narrow_until = 0  # up to this cursor, fewer changes are examined per statement
+        self._back: dict[str, int] = {}  # subjects whose deliveries were created separately, up to this cursor
+        self._returning: dict[str, int] = {}  # subjects that rejoin in this cycle
         self.position = Position()
 
     def begin(self) -> None:
-        """A turn begins, or begins again."""
+        """Start or restart a cycle."""
         self._returning = dict(self._back)
 
     def commit(self, subscription: Subscription, position: Position) -> None:
-        """Keep what a turn has found; set aside the subjects that were slow."""
+        """Keep the results of a cycle, and defer slow subjects."""
         self.position = position
         for subject in self._returning:
             del self._back[subject]
@@ -78,7 +81,7 @@ class Reader:
     def read_page(
         self, connection: Connection, leased: Subscription, position: Position, room: int
     ) -> tuple[Page | None, Position]:
-        """Look at the next page of the feed, which is as large as can be looked at soon; None if this one was not."""
+        """Examine the next page of the feed, as large as time allows; None if it took too long."""
         limit = min(self._page, room)
         try:
             with connection.begin_nested():
@@ -115,7 +118,7 @@ class Reader:
         return page
 
     def _narrow(self, connection: Connection, position: Position, limit: int, reason: Reason) -> Position:
-        """Look at fewer changes from now on; where it was a single one, pass over its subject."""
+        """Examine fewer changes per statement from now on; if it was a single change, skip its subject."""
         limit = self._narrow_search(connection, position, limit, SPLIT)
         if limit > 1:
             self._narrow_until = position.ahead + limit
@@ -136,7 +139,9 @@ class Reader:
         return limit
 
     def start(self, connection: Connection, leased: Subscription) -> Position:
-        """Return where to go on. Subjects whose deliveries were made alone come back, if not slow again."""
+        """Return the position to continue from. Subjects whose deliveries were created separately rejoin unless still
+        slow.
+        """
         position = self.position.of(leased.cursor)
         left = dict(position.slow)
         reason: Reason | None = None
@@ -156,7 +161,7 @@ class Reader:
     def _make_rest(
         self, connection: Connection, leased: Subscription, subject: str, through: int, ahead: int
     ) -> Reason | None:
-        """Make the deliveries of this subject in that part of the feed; return why that takes too long."""
+        """Create the deliveries of this subject in a part of the feed; return why it takes too long, if it does."""
         try:
             with connection.begin_nested():
                 while (page := fan_out_subject(connection, leased, subject, after=through, until=ahead)).examined:
@@ -168,12 +173,12 @@ class Reader:
         return None
 
     def rejoin(self, subject: str, through: int) -> None:
-        """Note that the deliveries of this subject are made up to this cursor."""
+        """Record that the deliveries of this subject exist up to this cursor."""
         self._back[subject] = through
 
 
 class MakeRest(DeferredWork):
-    """The deliveries of one slow subject, after a cursor and up to where the reader is."""
+    """Create the deliveries of one slow subject, from a cursor up to the position of the reader."""
 
     def __init__(self, reader: Reader, subscription: Subscription, subject: str, through: int) -> None:
         self.key = ("changes", (subject,))
@@ -181,7 +186,7 @@ class MakeRest(DeferredWork):
         self._until, self._size, self._is_new = 0, PAGE, True
 
     def run(self, connection: Connection) -> int:
-        """Make some; return up to which cursor, 0 where none is left."""
+        """Create some deliveries; return the cursor reached, or 0 if none is left."""
         if not self._is_new:  # the last attempt failed
             self._size = 1
         self._is_new = False
@@ -197,7 +202,7 @@ class MakeRest(DeferredWork):
         return page.through if page.examined else 0
 
     def succeeded(self, answer: int) -> bool:
-        """Go on after what was made."""
+        """Continue after the created deliveries."""
         self._is_new = True
         if answer:
             self._through = answer
@@ -206,5 +211,5 @@ class MakeRest(DeferredWork):
         return True
 
     def divided(self) -> Sequence[DeferredWork]:
-        """Never: it stays one subject."""
+        """Return no parts: one subject is never divided."""
         return ()

@@ -1,4 +1,4 @@
-"""Views of subscriptions and deliveries for people, and retries."""
+"""Read subscriptions and deliveries for people, and order retries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -48,26 +48,26 @@ def select_subscriptions(connection: Connection, subscription_id: int | None = N
     changes of the feed after its cursor. Each is null if it does not apply.
     """
     found = connection.execute(_SHOW, {"id": subscription_id}).mappings()
-    return [{**row, "closed_until": row["open_until"]} for row in found]  # its name in earlier versions
+    return [{**row, "closed_until": row["open_until"]} for row in found]  # the name in earlier versions
 
 
 def only(*, dead: bool, pending: bool) -> State | None:
-    """The state that is asked for; None: any."""
+    """Return the requested state; None means any."""
     return "dead" if dead else "pending" if pending else None
 
 
 def select_failing(connection: Connection) -> list[dict[str, Any]]:
-    """Those at work whose latest attempt failed, as `select_subscriptions` has them."""
+    """Return the active subscriptions whose latest attempt failed, as in `select_subscriptions`."""
     return [row for row in select_subscriptions(connection) if row["state"] == "failing"]
 
 
 def latest_fault(row: Mapping[str, Any]) -> str:
-    """Of one of `select_subscriptions`: such as "no_connection" or "503 not_2xx"; empty where nothing failed."""
+    """Describe the latest fault of a row, such as "no_connection" or "503 not_2xx"; empty without a failure."""
     return " ".join(str(row[name]) for name in ("last_status", "last_fault") if row[name] is not None)
 
 
 def name_failing(failing: Sequence[Mapping[str, Any]]) -> str:
-    """Some by their ids, each with its latest fault."""
+    """List some failing subscriptions by id, each with its latest fault."""
     names = [f"{row['id']} ({latest_fault(row)})" if latest_fault(row) else str(row["id"]) for row in failing]
     more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
@@ -91,7 +91,7 @@ _LIST = """
 def select_deliveries(
     connection: Connection, *, subscription_id: int | None, state: State | None, limit: int
 ) -> Sequence[RowMapping]:
-    """The newest ones, each with its latest attempt."""
+    """Return the newest deliveries, each with its latest attempt."""
     values: dict[str, Any] = {"most": limit}
     of_subscription = ""
     if subscription_id is not None:
@@ -125,7 +125,7 @@ Retried = Literal["retried", "delivered", "unknown"]
 
 
 def retry(connection: Connection, subscription_id: int, cursor: int) -> Retried:
-    """Let one be tried now, with as many attempts as a new one, unless it is delivered, or there is none."""
+    """Make one delivery due now with a new set of attempts, unless it is delivered or does not exist."""
     values = {"id": subscription_id, "cursor": cursor}
     if connection.execute(_RETRY_ONE, values | {"attempts": ATTEMPTS}).first() is not None:
         return "retried"
@@ -133,13 +133,13 @@ def retry(connection: Connection, subscription_id: int, cursor: int) -> Retried:
 
 
 def retry_dead(connection: Connection, subscription_id: int, limit: int) -> int:
-    """The same for those that were given up, the oldest so many; answers how many there were."""
+    """Make the oldest dead deliveries due, at most `limit`; return their number."""
     values = {"id": subscription_id, "most": limit, "attempts": ATTEMPTS}
     return len(connection.execute(_RETRY_DEAD, values).all())
 
 
 class FollowupStats(msgspec.Struct, frozen=True):
-    """Statistics of follow-ups: counts, and the age in seconds of the oldest undelivered change."""
+    """Hold statistics of follow-ups: counts, and the age in seconds of the oldest undelivered change."""
 
     subscriptions: int
     paused: int
@@ -179,11 +179,11 @@ _MAY_SEE = text(
 
 
 def may_select_stats(connection: Connection) -> bool:
-    """Return whether this user may read it: auditors may not read tables with secrets."""
+    """Return whether this user may read the statistics; auditors may not read tables with secrets."""
     return bool(connection.scalar(_MAY_SEE))
 
 
 def select_stats(connection: Connection) -> FollowupStats:
-    """Exact; reads what is pending and what is dead."""
+    """Return exact statistics. Reads all pending and dead deliveries."""
     row = connection.execute(_STATS).mappings().one()
     return FollowupStats(**{**row, "oldest_seconds": float(row["oldest_seconds"])})

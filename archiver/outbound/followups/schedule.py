@@ -4,12 +4,12 @@ import random
 from collections.abc import Callable
 from datetime import timedelta
 
-ATTEMPTS = 14  # after which a delivery is given up
+ATTEMPTS = 14  # after which a delivery is dead
 MAX_RETRY_AFTER = 86_400.0  # seconds that a receiver may ask for
-OPEN_AFTER_FAILURES = 5  # in a row, after which only one delivery at a time asks whether the receiver is back
+OPEN_AFTER_FAILURES = 5  # consecutive failures, after which one delivery at a time probes the receiver
 PAUSE_AFTER = timedelta(days=7)  # without a single success: the subscription is paused
 
-# At most so many seconds after the attempt of that number; on average half of it, a day in all.
+# Maximum seconds after the attempt of that number; half of it on average, a day in total.
 _BACKOFF = (10, 30, 90, 270, 810, 2_430, 7_290, 21_870, *[28_800] * 5)
 _INITIAL_PROBE_PAUSE, _MAX_PROBE_PAUSE = 5.0, 900.0
 
@@ -17,9 +17,9 @@ Choose = Callable[[float, float], float]
 
 
 def backoff(number: int, retry_after: float | None = None, choose: Choose = random.uniform) -> float:
-    """Seconds from the failed attempt of this number (1, 2, 3 …) to the next.
+    """Return the seconds from the failed attempt of this number (1, 2, 3 …) to the next.
 
-    Full jitter, so that what failed together is not tried again together; no sooner than the receiver asked for.
+    Full jitter, so that deliveries that failed together are not retried together; never sooner than `retry_after`.
     """
     limit = _BACKOFF[min(number, len(_BACKOFF)) - 1]
     return max(choose(1.0, limit), retry_after or 0.0)

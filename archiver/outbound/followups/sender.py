@@ -1,7 +1,7 @@
-"""The sender of one subscription: claim, commit, send, settle; a slow receiver delays no other.
+"""Send the deliveries of one subscription: claim, commit, send, settle; a slow receiver delays no other.
 
-A turn is one short transaction: what came of the last deliveries is recorded, the lease renewed, the next ones read,
-with what the archive holds of them; where few are left, the feed is looked at further. Sending happens between turns.
+A cycle is one short transaction: it records the last results, renews the lease and reads the next deliveries with
+their content; if few are left, it also reads the feed further. Sending happens between cycles.
 """
 
 import asyncio
@@ -43,20 +43,21 @@ from archiver.outbound.followups.subscriptions import Subscription
 
 log = structlog.get_logger(__name__)
 
-FRESH_SECONDS = 2.0  # for which content that was read may be sent; then it is read again, for it may have been erased
-AHEAD = 4  # times its concurrency: what is read before it can be sent
-RENEW_SECONDS = 5.0  # of a lease that lasts longer
-LINGER_SECONDS = 0.02  # in which results gather for one transaction
-PAGES = 5  # of the feed in one transaction
+FRESH_SECONDS = 2.0  # content older than this is read again before it is sent, because it may have been erased
+AHEAD = 4  # deliveries read in advance, as a multiple of the concurrency
+RENEW_SECONDS = 5.0  # interval of lease renewal; the lease lasts longer
+LINGER_SECONDS = 0.02  # time to collect results for one transaction
+PAGES = 5  # pages of the feed per transaction
 DATABASE_SECONDS = 20.0
-RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 5.0  # while the database is away, or the subscription's row is locked
+# while the database is unavailable, or the row of the subscription is locked
+RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 5.0
 RESULTS = "results"
-RESULTS_SPLIT = 8  # parts of results that cannot be recorded together
+RESULTS_SPLIT = 8  # parts into which results are divided that cannot be recorded together
 _OVERLOADED = frozenset({429, 503})
 
 
 class ReadyDelivery(msgspec.Struct, frozen=True):
-    """A delivery with its body, as the archive was at that time of our clock."""
+    """Hold a delivery with its body, read from the archive at `at` on this process's clock."""
 
     due: Due
     body: bytes
@@ -64,9 +65,9 @@ class ReadyDelivery(msgspec.Struct, frozen=True):
 
 
 class SendCycle(msgspec.Struct, frozen=True):
-    """Result of a cycle. `subscription` is None without a lease; `has_more`: the feed may hold more.
+    """Hold the result of a cycle. `subscription` is None without a lease; `has_more`: the feed may hold more.
 
-    `position`: where it is in the feed. `unrecorded`: why results could not be recorded in time.
+    `position`: the position in the feed. `unrecorded`: why results could not be recorded in time.
     """
 
     subscription: Subscription | None
@@ -78,31 +79,31 @@ class SendCycle(msgspec.Struct, frozen=True):
 
 
 class RecordResults(DeferredWork):
-    """Results that could not be recorded in time; their deliveries are not sent again until then."""
+    """Record results that could not be recorded in time; their deliveries are not sent again before that."""
 
     def __init__(self, subscription_id: int, results: Sequence[Result]) -> None:
         self.key = (RESULTS, tuple(each.due.cursor for each in results))
         self._id, self._results = subscription_id, results
 
     def run(self, connection: Connection) -> int:
-        """Record them."""
+        """Record the results."""
         Lock.RECORDING.take(connection, exclusive=False)
         deliveries.record_results(connection, self._id, self._results)
         return len(self._results)
 
     def succeeded(self, answer: int) -> bool:
-        """All are recorded."""
+        """Return True, because one run records all results."""
         return answer == len(self._results)
 
     def divided(self) -> Sequence[DeferredWork]:
-        """Parts; none of a single one."""
+        """Return the results in parts; none for a single result."""
         size = max(1, len(self._results) // RESULTS_SPLIT)
         starts = range(0, len(self._results), size) if len(self._results) > 1 else ()
         return [RecordResults(self._id, self._results[start : start + size]) for start in starts]
 
 
 class Sender:
-    """Sends deliveries of one subscription while there are any. `owner` names the lease holder."""
+    """Send the deliveries of one subscription while there are any. `owner` names the lease holder."""
 
     def __init__(
         self,
@@ -120,15 +121,15 @@ class Sender:
         self._lanes = lanes or Lanes()
         self._deferred = DeferredQueue(subscription_id, engine, self._lanes)
         self._reader = Reader(self._deferred)
-        self._is_slow = False  # its row: a turn waits for others of this kind
+        self._is_slow = False  # the row of the subscription is slow, so a cycle waits for the lane of short work
         self._id, self._engine, self._pace, self._owner = subscription_id, engine, pace, owner
         self._allow_private, self._select_seal = allow_private, select_seal
         self._transport: Transport | None = None
         self._slots = asyncio.Semaphore(1)
-        self._must_wait = False  # by its receiver, or because the subscription is not ours any more
+        self._must_wait = False  # because of its receiver, or because another sender has the lease
 
     async def aclose(self) -> None:
-        """End its connections, and give up what is set aside."""
+        """Close the connections and cancel deferred work."""
         await self._deferred.aclose()
         if self._transport is not None:
             await self._transport.aclose()
@@ -168,7 +169,7 @@ class Sender:
             under_way[asyncio.create_task(sending)] = due
 
     def _connect(self, subscription: Subscription) -> Transport | None:
-        """None where the URL is none that would be accepted."""
+        """Return the transport; None if the URL is not accepted."""
         if self._transport is None:
             try:
                 where = endpoint(subscription.url)
@@ -182,7 +183,7 @@ class Sender:
     async def _send(
         self, transport: Transport | None, subscription: Subscription, ready: ReadyDelivery
     ) -> Result | None:
-        """None where its content would be too old by now, or the receiver asked for a pause: it is read again."""
+        """Send one delivery. None if its content is too old or the receiver requested a pause; it is read again."""
         async with self._slots:
             is_old = monotonic() - ready.read_at > FRESH_SECONDS
             if is_old or not await self._pace.acquire() or self._must_wait:
@@ -198,7 +199,7 @@ class Sender:
         return result
 
     async def _run_cycle(self, results: Sequence[Result], under_way: Sequence[Due], *, is_ending: bool) -> SendCycle:
-        """What came of deliveries is known here alone: it is tried until it is recorded, or set aside."""
+        """Run a cycle; it is retried until the results, which only this process has, are recorded or deferred."""
         is_logged, pause = False, RETRY_SECONDS
         while True:
             try:
@@ -258,12 +259,12 @@ class Sender:
         return msgspec.structs.replace(cycle, unrecorded=unrecorded)
 
     def _record(self, connection: Connection, results: Sequence[Result]) -> Reason | None:
-        """Record what came of deliveries; return why that takes too long, so that nothing is recorded."""
+        """Record the results; return why it takes too long if nothing was recorded."""
         if not results:
             return None
         try:
             with connection.begin_nested():
-                Lock.RECORDING.take(connection, exclusive=False)  # beside no erasure: it or we see the other
+                Lock.RECORDING.take(connection, exclusive=False)  # excludes a concurrent erasure
                 deliveries.record_results(connection, self._id, results)
         except DBAPIError as error:
             if (reason := slow(error)) is None:
@@ -280,14 +281,14 @@ class Sender:
             failures = 0 if each.attempt.fault is None else failures + 1
             if each.attempt.status in _OVERLOADED:
                 wait = max(wait, each.attempt.retry_after or 0.0)
-        # What was under way when it was cut off says nothing new: from there on a probe counts, one at a time.
+        # Deliveries in flight when the circuit opened do not count; from then on each probe counts.
         probes = 0 if leased.open_seconds > 0 else 1
         failures = min(failures, max(leased.failures + probes, OPEN_AFTER_FAILURES))
         is_gone = any(each.attempt.status == GONE for each in results)
         if failures == leased.failures == 0 and not wait and not is_gone:
             return leased
         subscriptions.set_circuit(connection, self._id, failures, max(wait, probe_after(failures)))
-        judged = subscriptions.lease(connection, self._id, self._owner)  # as it is now
+        judged = subscriptions.lease(connection, self._id, self._owner)  # its present state
         is_lost = judged is not None and judged.failing_seconds > PAUSE_AFTER.total_seconds()
         if not is_gone and not is_lost:
             return judged
@@ -316,7 +317,7 @@ class Sender:
             room = MAX_PENDING - deliveries.count_pending(connection, self._id, MAX_PENDING)
             if len(result) >= free_slots or room == 0 or len(position.slow) >= MAX_DEFERRED:
                 break
-            if monotonic() - began > POLL_SECONDS:  # and the others may have the connection
+            if monotonic() - began > POLL_SECONDS:  # leave the connection to other senders
                 break
             page, position = self._reader.read_page(connection, leased, position, room)
             if page is None:
@@ -342,7 +343,9 @@ class Sender:
 
 
 async def _ended(under_way: dict[asyncio.Task[Result | None], Due]) -> list[Result]:
-    """The results of those that ended, which are taken out: of several that end soon after each other together."""
+    """Remove and return the results of ended deliveries; those that end shortly after each other are returned
+    together.
+    """
     done, _ = await asyncio.wait(under_way, timeout=RENEW_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if done and len(done) < len(under_way):
         await asyncio.sleep(LINGER_SECONDS)

@@ -1,4 +1,4 @@
-"""One delivery attempt: a POST without redirects, proxies or cookies."""
+"""Make one delivery attempt: a POST without redirects, proxies or cookies."""
 
 import asyncio
 import ssl
@@ -29,31 +29,31 @@ from archiver.outbound.followups.verified_stream import VerifiedStream
 
 log = structlog.get_logger(__name__)
 
-SECONDS = 15.0  # for an attempt, to the last byte of its answer
-MAX_ANSWER_BYTES = 65_536  # bytes of an answer
-MAX_PARTS = 256  # of an answer: each chunk of an answer in chunks is one
-KEPT = 256  # bytes of an answer
-IDLE_SECONDS = 4.0  # that a connection is kept unused: less than servers keep it
+SECONDS = 15.0  # for an attempt, up to the last byte of the response
+MAX_ANSWER_BYTES = 65_536  # per response
+MAX_PARTS = 256  # per response; each chunk of a chunked response is one
+KEPT = 256  # bytes kept of a response
+IDLE_SECONDS = 4.0  # an idle connection is kept this long; servers keep it longer
 GONE = 410
 
 Fault = Literal[
-    "refused_address",  # it resolves to where nothing may be sent
+    "refused_address",  # the host resolves to an address that must not be used
     "unknown_host",
     "no_connection",
     "bad_certificate",  # or no TLS at all
     "timeout",
-    "broken_answer",  # ended early, or is no HTTP
+    "broken_answer",  # ended early, or not HTTP
     "failed_here",
-    "bad_secret",  # it is damaged in the database
+    "bad_secret",  # damaged in the database
     "redirect",
     "not_2xx",
 ]
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """Result of an attempt: `status` if there was a response, `fault` unless it was 2xx, first bytes of the body.
+    """Hold the result of an attempt: `status` of the response, `fault` unless it was 2xx, first bytes of the body.
 
-    `retry_after`: seconds that the receiver asks for.
+    `retry_after`: seconds requested by the receiver.
     """
 
     at: datetime
@@ -65,12 +65,12 @@ class Attempt(msgspec.Struct, frozen=True):
 
     @staticmethod
     def refused() -> "Attempt":
-        """One that was not made."""
+        """Return the result of an attempt that was not made."""
         return Attempt(datetime.now(UTC), 0.0, fault="refused_address")
 
 
 class Transport:
-    """The connections to one receiver; use as `async with`."""
+    """Hold the connections to one receiver; use it in `async with`."""
 
     def __init__(
         self,
@@ -105,12 +105,12 @@ class Transport:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End every connection."""
+        """Close every connection."""
         self._network.close()
         await self._pool.aclose()
 
     async def send(self, subscription: Subscription, message_id: str, body: bytes) -> Attempt:
-        """One POST, signed now."""
+        """Send one POST, signed now."""
         began, started = datetime.now(UTC), monotonic()
 
         def ended(**what: object) -> Attempt:
@@ -140,9 +140,7 @@ class Transport:
             async for part in response.aiter_stream():
                 answer += part
                 parts += 1
-                if (
-                    len(answer) >= MAX_ANSWER_BYTES or parts >= MAX_PARTS
-                ):  # what is left of it unread ends the connection
+                if len(answer) >= MAX_ANSWER_BYTES or parts >= MAX_PARTS:  # an unread rest closes the connection
                     break
             else:
                 if isinstance(stream, VerifiedStream):
@@ -171,12 +169,12 @@ _FAULTS: tuple[tuple[type[Exception], Fault], ...] = (
 
 
 def _fault(error: Exception) -> Fault:
-    """What an error of an attempt is called."""
+    """Return the fault for an error of an attempt."""
     for kind, fault in _FAULTS:
         if isinstance(error, kind):
             return fault
     if isinstance(error, httpcore2.ConnectError):
-        # The library keeps what it was made of as its argument.
+        # The library keeps the original error as an argument.
         is_about_tls = any(isinstance(each, ssl.SSLError) for each in error.args)
         return "bad_certificate" if is_about_tls else "no_connection"
     if isinstance(error, httpcore2.ProtocolError | httpcore2.NetworkError):

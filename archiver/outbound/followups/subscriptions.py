@@ -1,4 +1,4 @@
-"""The table of subscriptions: receivers, filters, cursors and circuit breakers."""
+"""Read and write the table of subscriptions: receivers, filters, cursors and circuit breakers."""
 
 import contextlib
 import secrets
@@ -14,19 +14,22 @@ from archiver.errors import ArchiverError
 from archiver.inbound.signatures import standard_webhooks
 
 SEAL = "seal.created"
-MAX_SUBSCRIPTIONS = 100  # subscriptions
+MAX_SUBSCRIPTIONS = 100
 CONCURRENCY, MAX_CONCURRENCY = 4, 32
-OVERLAP = timedelta(hours=24)  # in which both secrets sign after a rotation
+OVERLAP = timedelta(hours=24)  # both secrets sign for this long after a rotation
 LEASE_SECONDS = 20.0
 GONE, FAILING, BY_HAND = "gone", "failing", "paused"  # why a subscription is paused
 
 
 class SubscriptionNotFoundError(ArchiverError):
-    """There is no subscription of that id."""
+    """No subscription has this id."""
+
+    def __init__(self, subscription_id: int) -> None:
+        super().__init__(f"subscription {subscription_id} does not exist; list them with archiver followups list")
 
 
 class SubscriptionLimitError(ArchiverError):
-    """There are too many subscriptions already."""
+    """The maximum number of subscriptions exists."""
 
 
 class CursorBeyondFeedError(ArchiverError):
@@ -34,7 +37,7 @@ class CursorBeyondFeedError(ArchiverError):
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """Conditions on a conversation; None: any."""
+    """Hold conditions on a conversation; None matches any."""
 
     assistant_id: str | None = None
     variable: str | None = None
@@ -43,12 +46,12 @@ class Filter(msgspec.Struct, frozen=True):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it lets everything through."""
+        """Return whether the filter matches everything."""
         return self == Filter()
 
 
 class Subscription(msgspec.Struct, frozen=True):
-    """A subscription as its sender needs it."""
+    """Hold a subscription for its sender."""
 
     id: int
     url: str
@@ -61,14 +64,14 @@ class Subscription(msgspec.Struct, frozen=True):
     previous_until: datetime | None
     cursor: int
     failures: int
-    open_seconds: float  # that its receiver is still left alone
-    failing_seconds: float  # since the first of the failures in a row
+    open_seconds: float  # for which the circuit is still open
+    failing_seconds: float  # since the first of the consecutive failures
 
     def keys(self, now: datetime) -> list[bytes]:
         """What signs, the newest first. Raises `standard_webhooks.SecretError` where the newest is damaged."""
         result = [standard_webhooks.key(self.secret)]
         if self.previous_secret is not None and self.previous_until is not None and now < self.previous_until:
-            with contextlib.suppress(standard_webhooks.SecretError):  # a damaged one was rotated away
+            with contextlib.suppress(standard_webhooks.SecretError):  # a damaged previous secret is ignored
                 result.append(standard_webhooks.key(self.previous_secret))
         return result
 
@@ -83,13 +86,11 @@ def insert_subscription(connection: Connection, values: Mapping[str, Any], after
     """
     connection.execute(text("LOCK TABLE archiver.subscriptions IN SHARE ROW EXCLUSIVE MODE"))
     if int(connection.scalar(select(func.count()).select_from(_S)) or 0) >= MAX_SUBSCRIPTIONS:
-        raise SubscriptionLimitError(
-            f"There are {MAX_SUBSCRIPTIONS} subscriptions already, the most that there may be."
-        )
+        raise SubscriptionLimitError(f"The limit of {MAX_SUBSCRIPTIONS} subscriptions is reached.")
     newest = select_newest_cursor(connection)
     if after is not None and after > newest:
         raise CursorBeyondFeedError(
-            f"The feed ends at {newest}, before {after}: changes up to the cursor would be skipped."
+            f"The feed ends at {newest}, before cursor {after}: changes up to the cursor would be skipped."
         )
     cursor = newest if after is None else after
     row = {**values, "cursor": cursor, "created_at": datetime.now(UTC)}
@@ -97,25 +98,25 @@ def insert_subscription(connection: Connection, values: Mapping[str, Any], after
 
 
 def select_newest_cursor(connection: Connection) -> int:
-    """Of the feed; 0 where nothing has ever changed."""
+    """Return the newest cursor of the feed; 0 if it is empty."""
     return int(connection.scalar(text("SELECT coalesce(max(cursor), 0) FROM archiver.changes")) or 0)
 
 
 def select_ids(connection: Connection) -> set[int]:
-    """Which there are."""
+    """Return the ids of all subscriptions."""
     return set(connection.scalars(select(_S.c.id)))
 
 
 def select_one(connection: Connection, subscription_id: int) -> RowMapping:
-    """With its secrets. Raises `SubscriptionNotFoundError`."""
+    """Return a subscription with its secrets. Raises `SubscriptionNotFoundError`."""
     row = connection.execute(select(_S).where(_S.c.id == subscription_id)).mappings().first()
     if row is None:
-        raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
+        raise SubscriptionNotFoundError(subscription_id)
     return row
 
 
 def subscription_from_row(row: RowMapping) -> Subscription:
-    """As its sender needs it."""
+    """Convert a row for the sender."""
     row_filter = Filter(row["assistant_id"], row["variable"], row["value"], row["contains"])
     return Subscription(
         id=row["id"],
@@ -137,7 +138,7 @@ def subscription_from_row(row: RowMapping) -> Subscription:
 def _change(connection: Connection, subscription_id: int, **values: Any) -> None:
     changed = connection.execute(update(_S).where(_S.c.id == subscription_id).values(**values).returning(_S.c.id))
     if changed.first() is None:
-        raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
+        raise SubscriptionNotFoundError(subscription_id)
 
 
 def pause(connection: Connection, subscription_id: int, reason: str) -> None:
@@ -162,7 +163,7 @@ def reset_circuit(connection: Connection, subscription_id: int) -> None:
 
 
 def rotate(connection: Connection, subscription_id: int, secret: str) -> datetime:
-    """Sign with this one from now on, and with the one before until the time that is answered."""
+    """Sign with this secret from now on, and with the previous one until the returned time."""
     until = datetime.now(UTC) + OVERLAP
     before = select_one(connection, subscription_id)["secret"]
     _change(connection, subscription_id, secret=secret, previous_secret=before, previous_until=until)
@@ -172,7 +173,7 @@ def rotate(connection: Connection, subscription_id: int, secret: str) -> datetim
 def remove(connection: Connection, subscription_id: int) -> None:
     """Remove a subscription; its deliveries are pruned later. Raises `SubscriptionNotFoundError`."""
     if connection.execute(delete(_S).where(_S.c.id == subscription_id).returning(_S.c.id)).first() is None:
-        raise SubscriptionNotFoundError(f"There is no subscription {subscription_id}: archiver followups list")
+        raise SubscriptionNotFoundError(subscription_id)
 
 
 def new_owner() -> str:
@@ -180,8 +181,8 @@ def new_owner() -> str:
     return secrets.token_hex(8)
 
 
-# Its sender has it alone, on whichever machine; the clock is the database's, since several machines have several. A
-# lease further ahead than one lasts is of a time when that clock was ahead.
+# One sender at a time has the lease, across machines, so the database clock is used. A lease that ends implausibly
+# late was taken while that clock was ahead.
 _LEASE = text(
     """
     UPDATE archiver.subscriptions SET leased_by = :owner, leased_until = now() + :seconds * interval '1 second'
@@ -221,7 +222,7 @@ _SET_CIRCUIT = text(
      WHERE id = :id
     """
 )
-# Longer than anything waits between two attempts: a time without any is not one in which everything failed.
+# Longer than any wait between two attempts: after such an idle period the count of failures starts again.
 _IDLE_SECONDS = 90_000.0
 
 
@@ -247,7 +248,7 @@ _SELECT_BUSY = text(
 
 
 def select_busy(connection: Connection, owner: str) -> Sequence[int]:
-    """The subscriptions for which there is something to do."""
+    """Return the subscriptions with unread changes or due deliveries."""
     return connection.scalars(_SELECT_BUSY, {"owner": owner, "seconds": LEASE_SECONDS}).all()
 
 
@@ -255,9 +256,9 @@ _SELECT_MIN_CURSOR = text("SELECT min(cursor) FROM archiver.subscriptions WHERE 
 
 
 def select_consumed(connection: Connection) -> int | None:
-    """Up to which cursor every subscription at work has looked at the feed; None where there is none.
+    """Return the cursor up to which all active subscriptions have read the feed; None if there are none.
 
-    A paused subscription keeps no changes: otherwise a forgotten one would keep the feed forever.
+    A paused subscription does not retain changes; otherwise a forgotten one would retain the feed forever.
     """
     least = connection.scalar(_SELECT_MIN_CURSOR)
     return None if least is None else int(least)

@@ -1,6 +1,6 @@
-"""A connection that is reused only if it received exactly one response.
+"""Reuse a connection only if it received exactly one response.
 
-Else what is left of one answer, as the body that a 204 must not have, would be taken for the beginning of the next.
+Otherwise the rest of one response, such as a forbidden body of a 204, would be read as the beginning of the next.
 """
 
 import asyncio
@@ -10,12 +10,12 @@ from typing import Any
 
 import httpcore2
 
-MAX_KEPT = 262_144  # bytes; an answer that is whole has fewer
+MAX_KEPT = 262_144  # bytes; a complete response has fewer
 
-# What one attempt may cost: a receiver that keeps answering takes the time in which others could be served.
-MAX_BYTES = 262_144  # that come on the wire
-READ_BYTES = 4_096  # that are parsed at a time
-MAX_INFORMATIONAL = 16  # responses 1xx before the one that is asked for
+# Limits of one attempt, because a receiver that keeps sending takes time from others.
+MAX_BYTES = 262_144  # received per attempt
+READ_BYTES = 4_096  # parsed at a time
+MAX_INFORMATIONAL = 16  # responses 1xx before the final response
 FREE_READS, READS_PER_SECOND = 64, 100
 
 _INFORMATIONAL = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
@@ -23,7 +23,7 @@ _MAX_MATCH = 12
 
 
 class VerifiedStream(httpcore2.AsyncNetworkStream):
-    """A connection that remembers what came since something was last sent."""
+    """Wrap a connection and remember the bytes received since the last write."""
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self._stream = stream
@@ -31,20 +31,20 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
         self._is_clean = False
         self._bytes = self._reads = self._informational = 0
         self._tail = b""
-        self._ahead = b""  # came, and is not parsed yet
+        self._ahead = b""  # received, not yet parsed
         self._is_body = False
 
     def begin_body(self) -> None:
-        """Note that the head of the answer has been read."""
+        """Record that the headers of the response have been read."""
         self._is_body = True
 
     def settle(self, body: bytes) -> None:
         """Set the body of the response; then it is known whether anything else arrived."""
         _, _, rest = self._came.partition(b"\r\n\r\n")
-        self._is_clean = rest == body and not self._has_decrypted()  # an answer in chunks is none of these
+        self._is_clean = rest == body and not self._has_decrypted()  # never true for a chunked response
 
     def _has_decrypted(self) -> bool:
-        """Whether more was received than was read: it shows neither here nor at the socket."""
+        """Return whether TLS has decrypted bytes that were not read, which the socket does not show."""
         tls = self._stream.get_extra_info("ssl_object")
         if tls is None:
             return False
@@ -53,13 +53,13 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLError:
-            return True  # it was ended
+            return True  # the connection was closed
         return True
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  # the library's name
-        """As the library says."""
+        """Implement the method of the library."""
         if self._ahead:
-            await asyncio.sleep(0)  # others come first
+            await asyncio.sleep(0)  # lets other tasks run
         else:
             self._reads += 1
             if self._reads > FREE_READS:
@@ -82,7 +82,7 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
             raise httpcore2.RemoteProtocolError("the response has no end")
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  # the library's name
-        """As the library says."""
+        """Implement the method of the library."""
         self._came.clear()
         self._is_clean = self._is_body = False
         self._bytes = self._reads = self._informational = 0
@@ -90,7 +90,7 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
-        """As the library says."""
+        """Implement the method of the library."""
         await self._stream.aclose()
 
     async def start_tls(
@@ -99,11 +99,11 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109  # the library's name
     ) -> httpcore2.AsyncNetworkStream:
-        """As the library says."""
+        """Implement the method of the library."""
         return VerifiedStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
-        """As the library says, which closes an idle connection on which there is something to read."""
+        """Implement the method of the library, which closes an idle connection with unread data."""
         if info == "is_readable" and not self._is_clean:
             return True
         return self._stream.get_extra_info(info)
