@@ -61,7 +61,8 @@ async def reconciling(
                     async with asyncio.timeout(_SUBMIT_SECONDS):
                         return (await queue.submit(delivery)).status
                 except QueueFullError:
-                    await asyncio.sleep(_GATHER_SECONDS)  # the queue is full; there is room after others are committed
+                    # the queue is full; there is room after others are committed
+                    await asyncio.sleep(_GATHER_SECONDS)
                 except (UnavailableError, TimeoutError):
                     return "unavailable"
 
