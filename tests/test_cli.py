@@ -308,6 +308,15 @@ def test_a_file_that_cannot_be_read_is_named(url: str, tmp_path: Path, content: 
     assert f"ARCHIVER_WEBHOOK_SECRETS_FILE: cannot read {path}" in text
 
 
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(url: str, tmp_path: Path, command: str) -> None:
+    """Such as the shell makes for `ARCHIVER_WEBHOOK_SECRETS_FILE=<(pass show callhq)`."""
+    os.mkfifo(tmp_path / "secrets")
+    files = {"ARCHIVER_WEBHOOK_SECRETS": "", "ARCHIVER_WEBHOOK_SECRETS_FILE": str(tmp_path / "secrets")}
+    text = failed(archiver(command, database_url=url, **files))
+    assert f"ARCHIVER_WEBHOOK_SECRETS_FILE: {tmp_path / 'secrets'} is not a regular file" in text
+
+
 # DATABASE_URL
 
 

@@ -88,6 +88,10 @@ def test_secrets_are_rotated_without_a_restart_and_without_losing_a_delivery(
         assert "ARCHIVER_WEBHOOK_SECRETS" in result.stdout
         file.unlink()
         until(lambda: "cannot read" in receiver.stderr(), "a missing file is refused")
+        os.mkfifo(file)
+        until(lambda: "not a regular file" in receiver.stderr(), "a named pipe is refused")
+        assert answers(NEW, 200)
+        file.unlink()
         change(f"{NEW}\n")
         until(lambda: receiver.metric("archiver_settings_current") == 1, "it is read again")
         assert receiver.process.poll() is None

@@ -72,6 +72,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
         signal.signal(number, lambda *_: sys.exit(0))
     reloading.block()
     used = reloading.look()
+    reloading.require_files(used)
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     connection.warn_of_unknown_variables()

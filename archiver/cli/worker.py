@@ -31,6 +31,7 @@ def worker(metrics_port: int | None) -> None:
     """
     reloading.block()
     used = reloading.look()
+    reloading.require_files(used)
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     signing_key(configuration)

@@ -27,6 +27,7 @@ REPORT_SECONDS = 60.0
 _LARGEST = 1_048_576
 # Not settings of the archiver, but read by the HTTP client when it is built.
 _CERTIFICATES = ("SSL_CERT_FILE",)
+_NO_FILE = "a pipe or device"
 
 
 def block() -> None:
@@ -40,8 +41,17 @@ def look() -> Mapping[str, str]:
     return {name: _digest(Path(os.environ[name])) for name in (*names, *filter(os.environ.get, _CERTIFICATES))}
 
 
+def require_files(found: Mapping[str, str]) -> None:
+    """Raise `SettingsError` where a setting is in a pipe or device, which blocks or is empty when read again."""
+    for name, digest in found.items():
+        if digest == _NO_FILE:
+            raise SettingsError(f"{name}: {os.environ[name]} is not a regular file, and cannot be read again.")
+
+
 def _digest(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return _NO_FILE
         with path.open("rb") as file:
             return sha256(file.read(_LARGEST)).hexdigest()
     except OSError as error:
@@ -105,6 +115,7 @@ class Reloading:
     async def _reload(self, found: Mapping[str, str]) -> None:
         self._used = found
         try:
+            require_files(found)
             await self._apply(settings.read())
         except SettingsError as error:
             self._note(str(error))
