@@ -9,7 +9,7 @@ _COMMIT_LENGTH = 40  # hexadecimal digits of a SHA-1; a repository may use SHA-2
 
 
 def describe() -> str:
-    """Version, commit where it is known, and the schema revision that this version works with."""
+    """Return version, commit (if known) and schema revision."""
     parts = [f"archiver, version {__version__}"]
     if commit := _built_from() or _checked_out(_PACKAGE.parent):
         parts.append(f"commit {commit[:12]}")
@@ -19,7 +19,7 @@ def describe() -> str:
 
 
 def _schema() -> str | None:
-    """The newest migration, by the number that its file name begins with."""
+    """Return the newest migration, by the number that its file name begins with."""
     for folder in (_PACKAGE / "_migrations" / "versions", _PACKAGE.parent / "migrations" / "versions"):
         if names := [path.name for path in folder.glob("[0-9][0-9][0-9][0-9]_*.py")]:
             return max(names)[:4]
@@ -27,12 +27,12 @@ def _schema() -> str | None:
 
 
 def _built_from() -> str | None:
-    """The commit that the build wrote into the package."""
+    """Return the commit that the build wrote into the package."""
     return _read(_PACKAGE / "_commit.txt")
 
 
 def _checked_out(folder: Path) -> str | None:
-    """The commit of a checkout: https://git-scm.com/docs/gitrepository-layout."""
+    """Return the commit of a checkout: https://git-scm.com/docs/gitrepository-layout."""
     place = folder / ".git"
     if not (folder / "pyproject.toml").is_file():
         return None  # installed beside other packages; a repository around them is another project's

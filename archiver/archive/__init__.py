@@ -147,13 +147,13 @@ def rederive(
 
 
 def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
-    """Like `rederive`; locks the sessions first."""
+    """Lock the sessions, then rebuild them as `rederive` does."""
     rows.lock_sessions(connection, session_ids)
     rederive(connection, session_ids, timing)
 
 
 def _own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
-    """The turns to look up, in their session and among those without one, each with the facts that are at hand."""
+    """Return the turns to look up, in their session and unassigned, each with its known facts."""
     own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
     own |= {(UNASSIGNED, chat_id): [] for _, chat_id in by_turn}
     for (_, chat_id), facts in by_turn.items():

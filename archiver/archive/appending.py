@@ -129,7 +129,7 @@ class _TranscriptTail:
         self._places: int = status.places
 
     def can_append(self, texts: Collection[str]) -> bool:
-        """Whether they follow all other turns, arrived after the latest reading, and say nothing of `texts`."""
+        """Return whether the turns follow all others, arrived after the latest reading, and have no text of `texts`."""
         if len(self._revised) > 1 or not self._is_readable:
             return False
         if not all(
@@ -153,7 +153,7 @@ class _TranscriptTail:
         return all(turn.began_at > last for _, turn in new)
 
     def _is_last(self, chat_id: str) -> bool:
-        """Whether the transcript ends with this turn; then the new lines of it take the places of the old ones."""
+        """Return whether the transcript ends with this turn, so that its new lines replace the old ones."""
         ((count, first, last, began_at),) = _SELECT_LAST.execute(self._connection, self._session_id, chat_id)
         is_last = count > 0 and last == self._places and first == last - count + 1
         if not is_last or began_at != self._status.append_after:

@@ -35,12 +35,12 @@ class Timing(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def margin(self) -> timedelta:
-        """So long before the end of its life a session is read for the last time."""
+        """Return how long before its expiry a session is read for the last time."""
         return min(max(self.lifetime / 24, 2 * self.quiet), self.lifetime / 2)
 
     @cached_property
     def wait(self) -> timedelta:
-        """The quiet time, or less where sessions live so shortly."""
+        """Return the quiet time; less if sessions expire sooner."""
         return min(self.quiet, self.margin / 2)
 
     def read_by(self, opened_at: datetime) -> datetime:
@@ -48,7 +48,7 @@ class Timing(msgspec.Struct, frozen=True, dict=True):
         return opened_at + self.lifetime - self.margin
 
     def due_after(self, last_event_at: datetime, read_by: datetime) -> datetime:
-        """When a session is to be read after an event: after a quiet time, or just before upstream forgets it."""
+        """Return when to read a session after an event: after a quiet time, or just before it expires upstream."""
         return min(last_event_at + self.wait, max(read_by + self.margin - self.wait, last_event_at))
 
 
@@ -175,7 +175,7 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> 
 
 
 def _repaired(lines: Sequence[TranscriptLine]) -> int:
-    """Messages that history supplied; but what stands before any turn no webhook could have carried."""
+    """Count the messages that history supplied, without those before the first turn, which have no webhook."""
     first = next(
         (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
     )
@@ -185,7 +185,7 @@ def _repaired(lines: Sequence[TranscriptLine]) -> int:
 def next_reading(
     timing: Timing, opened_at: datetime, last_event_at: datetime, readings: Sequence[Reading]
 ) -> datetime | None:
-    """When the history is to be read next; None: never again.
+    """Return the time of the next reading of the history; None: never again.
 
     After a quiet time; then ever later, as long again as nothing has changed; a last time before upstream forgets the
     session, and if it had no messages, or the session was not quiet, again until it has.

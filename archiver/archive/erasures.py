@@ -56,7 +56,7 @@ _SELECT_ERASED = RawStatement(
 def select_erased(
     connection: Connection, refs: Iterable[FactRef], first: Sequence[Statement]
 ) -> dict[FactRef, Erased]:
-    """Of these, those of which something was erased. Exact where the statements `first` take the ledger's lock."""
+    """Return those of these turns with an erasure. Exact if the statements `first` take the ledger's lock."""
     rows_json = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(refs), key=_order)]
     *_, item = execute(connection, *first, _SELECT_ERASED.bind(as_json(rows_json)))
     return {FactRef(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in item}
@@ -133,7 +133,7 @@ _SELECT_SESSIONS = text(
 
 
 def select_erased_sessions(connection: Connection, session_ids: Sequence[str]) -> list[str]:
-    """Those of these sessions that were erased, or some of their turns."""
+    """Return those of these sessions that were erased completely or in part."""
     if not session_ids:
         return []
     return list(connection.scalars(_SELECT_SESSIONS, {"session_ids": as_json(session_ids)}))

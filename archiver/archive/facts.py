@@ -40,7 +40,7 @@ _SELECT_OTHER_FACTS_UNREAD = RawStatement(f"{_OTHER_FACTS} AND s.read_at IS NULL
 
 
 def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) -> Statement:
-    """What asks for the ledger's facts about these turns, but for those with the dedupe keys given.
+    """Return a query for the facts of these turns in the ledger, except those with the given dedupe keys.
 
     Of sessions that were read it answers none, unless `of_read`: most of those are made from all that there is.
     """
@@ -54,7 +54,7 @@ def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) ->
 
 
 def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:
-    """What that answered of these turns, by the turn in its session.
+    """Return the result of that query by session and turn.
 
     A turn of which there are only facts that cannot be read again has none, but is there.
     """
@@ -213,11 +213,11 @@ class _Shared:
         self._starts = [*accumulate(map(len, contents_read), initial=0)]
 
     def shown(self, runs: Iterable[pieces.Run]) -> Iterator[Message]:
-        """The messages of a response; none of pieces that are missing, which `archiver verify` reports."""
+        """Return the messages of a response; none of pieces that are missing, which `archiver verify` reports."""
         return chain.from_iterable(self._messages[self._slice(run)] for run in runs)
 
     def count(self, runs: Iterable[pieces.Run]) -> int:
-        """How many messages these are."""
+        """Return the number of messages."""
         slices = map(self._slice, runs)
         return sum(max(0, each.stop - each.start) for each in slices)
 
@@ -227,7 +227,7 @@ class _Shared:
 
 
 def _readings(rows: Sequence[Row[Any]], shared: _Shared) -> list[Reading]:
-    """The readings, given in order of time."""
+    """Return the readings, given in order of time."""
     result: list[Reading] = []
     following: Row[Any] | None = None  # the next one with messages
     for row in reversed(rows):

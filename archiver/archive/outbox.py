@@ -35,7 +35,7 @@ _INSERT = RawStatement("INSERT INTO archiver.outbox (changed_at, changes) VALUES
 
 
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
-    """Have these published if, and only if, this transaction commits."""
+    """Publish these changes if, and only if, this transaction commits."""
     if changes:
         changes_json = as_json(changes)
         _INSERT.execute(connection, datetime.now(UTC).isoformat(), changes_json)

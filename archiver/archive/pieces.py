@@ -55,7 +55,7 @@ def split(session_id: str, body: bytes) -> Split | None:
 
 
 def _arrays(body: bytes) -> Iterable[msgspec.Raw]:
-    """Where messages may stand, as `history` reads a response."""
+    """Yield the possible places of messages in a response."""
     document = _object(msgspec.Raw(body))
     for place in (document, _object(document.get("data"))):
         for candidate in (_object(place.get("session")), place):
@@ -106,7 +106,7 @@ def parse_snapshot(session_id: str, frame: Sequence[bytes], messages: Iterable[M
 
 
 def is_part(messages: Sequence[bytes], of: Sequence[bytes]) -> bool:
-    """Whether the one is a run of the other."""
+    """Return whether one sequence is a contiguous part of the other."""
     last = len(of) - len(messages)
     between = (start for start in range(last + 1) if of[start] == messages[0])
     return any(of[start : start + len(messages)] == messages for start in islice(between, _MAX_PLACES))
@@ -146,7 +146,9 @@ class PieceIndex:
         return result
 
     def _best(self, digests: Sequence[bytes], place: int, following: int) -> tuple[int, int]:
-        """The longest run of known pieces from this message on, that which goes on with `following` first."""
+        """Return the longest run of known pieces from this message on, preferably one that continues with
+        `following`.
+        """
         if length := self._common(digests, place, following):
             return following, length
         numbers = self._places.get(digests[place], ())
@@ -176,7 +178,7 @@ _SELECT_DIGESTS = RawStatement("SELECT number, digest FROM archiver.pieces WHERE
 
 
 def select_known(connection: Connection, session_id: str) -> PieceIndex:
-    """What pieces a session has. The caller has its row locked."""
+    """Return the pieces of a session. Requires the lock on its row."""
     return PieceIndex(session_id, [bytes(row.digest) for row in _SELECT_DIGESTS.execute(connection, session_id)])
 
 
@@ -202,7 +204,7 @@ _SELECT_CONTENTS = text(
 
 
 def select_contents(connection: Connection, session_ids: Sequence[str]) -> Mapping[str, Mapping[int, bytes]]:
-    """The pieces of these sessions, by session and number."""
+    """Return the pieces of these sessions, by session and number."""
     result: defaultdict[str, dict[int, bytes]] = defaultdict(dict)
     if session_ids:
         for row in connection.execute(_SELECT_CONTENTS, {"session_ids": list(session_ids)}):
@@ -237,7 +239,7 @@ class ResponseAssembler:
         self._rows: dict[bytes, tuple[memoryview, list[int]]] = {}
 
     def parts(self, frame: Sequence[bytes], runs: Sequence[int]) -> Iterator[bytes | memoryview]:
-        """The bytes of a response, in parts. Raises `LookupError` where a piece is missing."""
+        """Yield the bytes of a response, in parts. Raises `LookupError` if a piece is missing."""
         before, between, after = frame
         row, starts = self._row(bytes(between))
         yield before
@@ -259,16 +261,16 @@ class ResponseAssembler:
 
 
 def pairs(runs: Sequence[int]) -> Iterable[Run]:
-    """The runs that a ledger row lists as numbers one after the other."""
+    """Return the runs that a ledger row lists as numbers one after the other."""
     return zip(runs[::2], runs[1::2], strict=False)
 
 
 def is_prefix(runs: Sequence[int], of: Sequence[int]) -> bool:
-    """Whether the messages of the one response are the first of the other."""
+    """Return whether the messages of the one response are the first of the other."""
     last = len(runs) - 1
     return 0 < last < len(of) and list(runs[:last]) == list(of[:last]) and runs[last] <= of[last]
 
 
 def numbers(runs: Iterable[Run]) -> list[int]:
-    """The same the other way round."""
+    """Do the same in the other direction."""
     return [number for run in runs for number in run]

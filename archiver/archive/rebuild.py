@@ -21,7 +21,7 @@ Page = tuple[int, str | None]  # ledger rows read, and the last key; None: it wa
 
 
 def count_events(connection: Connection) -> int:
-    """How many ledger rows there are to read."""
+    """Return the number of ledger rows to read."""
     return connection.scalar(select(func.count()).select_from(tables.events)) or 0
 
 

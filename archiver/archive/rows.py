@@ -103,7 +103,7 @@ def upsert_sessions(
 
 
 def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> BulkInsert:
-    """Every column but the key becomes what the row says: it is the whole truth about what it stands for."""
+    """Return an upsert that sets every column except the key."""
     statement = insert(table)
     columns = [column.name for column in table.c if column.name not in unset]
     changes = {name: statement.excluded[name] for name in columns if name not in keys}
@@ -179,7 +179,7 @@ _DELETE_SURPLUS = delete(tables.messages).where(
 
 
 def delete_surplus_messages(connection: Connection, counts: Mapping[Key, int]) -> None:
-    """A newer revision may have fewer messages than the one that it replaces."""
+    """Delete messages beyond the new number, because a newer revision may have fewer messages."""
     if counts:
         connection.execute(
             _DELETE_SURPLUS,
@@ -253,7 +253,7 @@ class Archived(msgspec.Struct):
 
 
 def select_archived(connection: Connection, session_ids: Sequence[str]) -> Archived:
-    """The rows of these sessions."""
+    """Return the rows of these sessions."""
 
     def rows_of(table: Table) -> Iterable[Row]:
         statement = select(table).where(table.c.session_id == func.any(_SESSION_IDS))

@@ -118,7 +118,7 @@ def _repeats(content: str, texts: Collection[str]) -> bool:
 
 
 def aligned(chat_id: str, turn: Turn) -> alignment.TurnMessages:
-    """A turn as the alignment takes it."""
+    """Return a turn as input of the alignment."""
     is_deleted = turn.deleted_at is not None
     return alignment.TurnMessages(
         chat_id, turn.messages, turn.inputs, turn.began_at, turn.revised_at, is_deleted, turn.first_received_at
@@ -177,7 +177,7 @@ def _message_rows(session_facts: SessionFacts, lines: Sequence[TranscriptLine], 
 
 
 def message_row(session_id: str, chat_id: str, ordinal: int, line: TranscriptLine) -> Row:
-    """A line as a row of `messages`, without its place."""
+    """Return a line as a row of `messages`, without its position."""
     return {
         "session_id": session_id,
         "chat_id": chat_id,
@@ -210,7 +210,7 @@ CHAT_COLUMNS = (
 
 
 def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
-    """A turn as a row of `chats`; `variables` are JSON text."""
+    """Return a turn as a row of `chats`; `variables` are JSON text."""
     row: Row = {name: getattr(turn, name) for name in CHAT_COLUMNS}
     row["session_id"], row["chat_id"] = session_id, chat_id
     row["variables"] = msgspec.json.encode(turn.variables).decode() if turn.variables else None
@@ -257,7 +257,7 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 def _append_after(session_facts: SessionFacts, transcript: Transcript) -> datetime | None:
-    """A turn that arrives after the latest reading is appended as it is if it begins after this; None: none is."""
+    """Return the time after which a later turn must begin to be appended unchanged; None if no turn may be."""
     if session_facts.is_erased or not session_facts.readings or not transcript.can_append:
         return None
     return max((turn.began_at for turn in session_facts.turns.values()), default=_NEVER)

@@ -49,11 +49,11 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def known_at(self) -> datetime:
-        """By when it was true, on the clock by which histories are read: no later than its arrival."""
+        """Return the time at which the fact was true, on the clock of the readings; at the latest its arrival."""
         return min(self.revised_at, self.received_at)
 
     def credible(self, moment: datetime | None) -> datetime | None:
-        """The reported time, unless it is later than the arrival of this fact."""
+        """Return the reported time, unless it is later than the arrival of this fact."""
         return events.credible(moment, self.received_at)
 
 
@@ -123,7 +123,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
 
 
 def _turn_of(fact: Fact) -> Turn:
-    """`fold` of a single fact, which is what nearly every turn is made of, at a fraction of the cost."""
+    """Fold a single fact, the case of nearly every turn, at a fraction of the cost."""
     chat = fact.event.chat or events.EMPTY_CHAT
     input_messages, output_messages = messages_of_turn(chat.input, chat.output)
     return Turn(

@@ -52,7 +52,7 @@ def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
 
 @contextmanager
 def _driver_errors(connection: Connection) -> Iterator[None]:
-    """The driver's errors as those of any other statement."""
+    """Convert the driver's errors of the block to those of any other statement."""
     try:
         yield
     except psycopg.Error as error:

@@ -42,7 +42,7 @@ def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = 
 
 
 def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> AsyncEngine:
-    """Like `connect`, for an event loop."""
+    """Return an engine for an event loop; options as for `connect`."""
     engine = create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
     check = partial(session.check_connection, prepared_statements=prepared_statements)
     event.listen(engine.sync_engine, "connect", check)

@@ -81,7 +81,7 @@ class Epoch(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """Its name in the file of this machine."""
+        """Return the name of this epoch in the file of this machine."""
         whole = self.identity
         return f"{whole.system_identifier}:{whole.database_oid}:{self.id}:{self.began_at.timestamp():.6f}"
 
@@ -90,11 +90,11 @@ class Epoch(msgspec.Struct, frozen=True):
         return f"{self.identity.system_identifier}:{self.identity.database_oid}:"
 
     def is_same_database(self, key: str) -> bool:
-        """Whether this key is of an epoch of the same database."""
+        """Return whether this key is of an epoch of the same database."""
         return key.startswith(self._prefix)
 
     def newer_of(self, keys: Iterable[str]) -> int:
-        """The number of a later epoch of the same database among these keys; 0 where there is none."""
+        """Return the number of a later epoch of the same database among these keys; 0 if there is none."""
         own = [key.removeprefix(self._prefix) for key in keys if self.is_same_database(key)]
         numbers = [int(key.partition(":")[0]) for key in own]
         return max((number for number in numbers if number > self.id), default=0)
@@ -112,7 +112,7 @@ class Watermarks(msgspec.Struct, frozen=True):
     changed_at: str = ""
 
     def merge(self, other: "Watermarks") -> "Watermarks":
-        """The newer of each."""
+        """Return the newer value of each mark."""
         event, seal, change = (
             max((self.event_id, self.event_at), (other.event_id, other.event_at)),
             max((self.seal_id, self.seal_hash), (other.seal_id, other.seal_hash)),
@@ -295,7 +295,7 @@ class MachineRecord:
         self._path = home / FILE
 
     def read(self) -> dict[str, Watermarks]:
-        """By epoch. Raises `IncompleteCheckError` where there is a file that cannot be read."""
+        """Return the marks by epoch. Raises `IncompleteCheckError` if the file cannot be read."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Watermarks])
         except FileNotFoundError:
@@ -389,7 +389,7 @@ class Guard:
         return self._try("memory", self._memory.read) or {}
 
     def examine(self, connection: Connection) -> str:
-        """The same, asked now."""
+        """Check now and return the result."""
         identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
             return ""

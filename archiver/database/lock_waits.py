@@ -42,7 +42,7 @@ class WaitReport:
         self._reported_at = -REPORT_SECONDS
 
     def add(self, holders: Sequence[LockHolder]) -> None:
-        """What a look found."""
+        """Update the log with the result of a check."""
         telemetry.lock_waiters.set(sum(each.waiting for each in holders))
         if not holders or monotonic() - self._reported_at < REPORT_SECONDS:
             return
@@ -82,7 +82,7 @@ class LockWatch:
         self.report = WaitReport()
 
     def explain(self) -> str:
-        """A sentence that names the first of them, and what to do."""
+        """Return a sentence that names the first lock holder and the remedy."""
         if not self.holders:
             return "Another session holds a lock that is needed: `archiver doctor` names it."
         first = self.holders[0]

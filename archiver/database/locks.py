@@ -153,7 +153,7 @@ class LockUsage(msgspec.Struct, frozen=True):
 
 
 def select_usage(connection: Connection) -> LockUsage:
-    """Of the whole server."""
+    """Return the usage of the whole server."""
     return LockUsage(*connection.execute(_USAGE).one())
 
 

@@ -153,7 +153,7 @@ _MISSING = text(
 
 
 def missing(connection: Connection, role: str, grantee: str | None = None) -> list[str]:
-    """The SQL that gives `grantee`, or the role itself, what that role needs and it has not."""
+    """Return the SQL that grants `grantee`, or the role itself, the missing privileges of that role."""
     needs = NEEDED[role]
     values = {
         "role": grantee or role,
@@ -227,7 +227,7 @@ _SCHEMAS = ("archiver", "analytics", "archiver_jobs")
 
 
 def surplus(connection: Connection, role: str) -> list[str]:
-    """The SQL that takes from a role what it was granted in our schemas and does not need."""
+    """Return the SQL that revokes the unneeded privileges of a role in the archiver's schemas."""
     granted = list(expected_privileges(NEEDED[role]))
     values = {
         "role": role,
@@ -240,7 +240,7 @@ def surplus(connection: Connection, role: str) -> list[str]:
 
 
 def expected_privileges(needs: Needs) -> Iterator[tuple[str, str, str]]:
-    """Each privilege that a role is granted: the kind of the object, its name, the privilege."""
+    """Yield each privilege of a role: kind of object, name, privilege."""
     for schema in {name.partition(".")[0] for name in needs.tables}:
         yield "schema", schema, "USAGE"
     for name, privileges in needs.tables.items():
@@ -257,7 +257,7 @@ def expected_privileges(needs: Needs) -> Iterator[tuple[str, str, str]]:
 
 
 def existing(connection: Connection) -> list[str]:
-    """Those of our roles that there are."""
+    """Return the existing roles of the archiver."""
     query = text("SELECT rolname FROM pg_roles WHERE rolname = ANY (:names) ORDER BY 1")
     return list(connection.scalars(query, {"names": list(NEEDED)}))
 
@@ -290,5 +290,5 @@ _REVOKE_ALL = text(
 
 
 def are_granted(connection: Connection) -> bool:
-    """Whether each role that exists has what it needs and no more."""
+    """Return whether each existing role has exactly the privileges that it needs."""
     return not any(missing(connection, role) or surplus(connection, role) for role in existing(connection))

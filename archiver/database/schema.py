@@ -43,7 +43,7 @@ class SchemaError(ArchiverError):
 
 @cache
 def head() -> str:
-    """The revision that this version of the program works with."""
+    """Return the schema revision of this version."""
     revision = ScriptDirectory.from_config(_config()).get_current_head()
     if revision is None:
         raise SchemaError("This installation has no migrations: reinstall callhq-archiver.")
@@ -51,13 +51,13 @@ def head() -> str:
 
 
 def current(connection: Connection) -> str | None:
-    """The revision that the database is at; None where nothing was ever migrated."""
+    """Return the revision of the database; None if it was never migrated."""
     options = {"version_table": VERSION_TABLE, "version_table_schema": tables.SCHEMA}
     return MigrationContext.configure(connection, opts=options).get_current_revision()
 
 
 def check(connection: Connection) -> None:
-    """Raises `SchemaError` unless the database is at head."""
+    """Raise `SchemaError` unless the database is at head."""
     is_at = current(connection)
     if is_at == head():
         return
@@ -83,7 +83,7 @@ def where(connection: Connection) -> str:
 
 
 def grant_missing(connection: Connection) -> str | None:
-    """The SQL that lets this user make the schemas that are missing; None where it may, or where none is."""
+    """Return the SQL that allows this user to create missing schemas; None if it is not needed."""
     query = (
         "SELECT format('GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user)"
         " WHERE NOT has_database_privilege(current_database(), 'CREATE')"
@@ -191,7 +191,7 @@ class _UnderWayError(Exception):
 
 @contextmanager
 def _another_migration() -> Iterator[None]:
-    """What the block waits for is another migration."""
+    """Treat a lock timeout of the block as a wait for another migration."""
     try:
         yield
     except DBAPIError as error:
@@ -237,7 +237,7 @@ def _config(connection: Connection | None = None) -> Config:
 
 
 def scripts() -> Path:
-    """The migrations: packed into the wheel, or beside the package in a checkout."""
+    """Return the folder of the migrations: in the wheel, or beside the package in a checkout."""
     package = Path(__file__).parent.parent
     packed = package / "_migrations"
     return packed if packed.is_dir() else package.parent / "migrations"

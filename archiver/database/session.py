@@ -57,7 +57,7 @@ _SINCE_17 = (
 
 
 def settings_sql(**others: str) -> str:
-    """The select list that applies the settings to a transaction.
+    """Return the select list that applies the settings to a transaction.
 
     `others`: more of them, or others for these, each with the SQL of its value.
     """
@@ -131,12 +131,12 @@ _reported = False
 
 
 def is_behind_pooler(connection: Connection) -> bool:
-    """Whether a pooler such as PgBouncer is between us and Postgres."""
+    """Return whether a connection pooler such as PgBouncer is in use."""
     return bool(connection.info.get(_POOLED))
 
 
 def _report_pooler() -> None:
-    """Once in each process that logs."""
+    """Configure this once in each process that logs."""
     global _reported  # noqa: PLW0603  # of the process, like the log
     if _reported or not structlog.is_configured():
         return

@@ -30,7 +30,7 @@ class Rows:
         self._make: Callable[[Iterable[Any]], Any] | None = None
 
     def of(self, cursor: Any, answered: Sequence[Any]) -> list[Any]:
-        """All that it answered."""
+        """Return all result rows."""
         if not answered:
             return []
         if self._make is None:
@@ -55,7 +55,7 @@ class RawStatement:
         self._rows = Rows()
 
     def bind(self, *parameters: Any) -> Statement:
-        """With these parameters."""
+        """Return the statement with these parameters."""
         return Statement(self._text, parameters, self._rows)
 
     def execute(self, connection: Connection, *parameters: Any) -> list[Any]:
@@ -146,7 +146,7 @@ class BulkInsert:
         return answered
 
     def bind(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Statement]:
-        """The statements that insert these rows, for `execute`."""
+        """Yield the statements that insert these rows, for `execute`."""
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]
             values = tuple(chain.from_iterable(map(self._values, page)))

@@ -127,7 +127,7 @@ def _event(body: bytes, given: Any) -> Event:
 
 
 def _object(value: Any) -> dict[str, Any] | None:
-    """An object, or one that was sent as JSON text; None for anything else."""
+    """Return an object, or one that was sent as JSON text; None for anything else."""
     if isinstance(value, dict):
         return value
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
@@ -173,7 +173,7 @@ _TIMES = ("timestamp", "createdAt")
 
 
 def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
-    """A digest of the fact, so that a retry in a new envelope is the same."""
+    """Return a digest of the fact, so that a retry in a new envelope is the same."""
     if _ENVELOPE_CHAT_FIELDS.isdisjoint(envelope):
         return digest([event_type, chat_id, chat])
     beside = {name: envelope[name] for name in _ENVELOPE_CHAT_FIELDS if envelope.get(name) is not None}

@@ -19,7 +19,7 @@ class Exact(float):
     text: str
 
     def __new__(cls, text: str) -> "Exact":
-        """The number in this text. Raises `ValueError` for one that no double can hold."""
+        """Return the number in this text. Raises `ValueError` if a double cannot hold it."""
         value = super().__new__(cls, text)
         if not math.isfinite(value):
             raise ValueError("beyond a double")
@@ -31,7 +31,7 @@ _DECODER = msgspec.json.Decoder(float_hook=Exact)
 
 
 def decode(body: bytes) -> Any:
-    """The JSON in these bytes, read liberally: lone surrogates, NaN, numbers of any length; fractions are `Exact`.
+    """Parse JSON leniently: lone surrogates, NaN, numbers of any length; fractions are `Exact`.
 
     Raises `UnreadableError`.
     """
@@ -81,7 +81,9 @@ def _float(text: str) -> Exact | str:
 
 
 def digest(fact: list[Any]) -> bytes:
-    """SHA-256 over the canonical JSON of a fact, in which numbers with a fraction or an exponent are doubles."""
+    """Return the SHA-256 over the canonical JSON of a fact, in which numbers with a fraction or an exponent are
+    doubles.
+    """
     try:
         canonical = msgspec.json.encode(fact, order="deterministic", enc_hook=float)
     except (UnicodeEncodeError, OverflowError):

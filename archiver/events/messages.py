@@ -54,7 +54,9 @@ _NULL, _UNKNOWN = _Text("", "null"), _Text("", "object")
 
 
 def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
-    """The messages in a value: a text, a number, a message, an answer that wraps messages, or a list of these."""
+    """Return the messages in a value: a text, a number, a message, an answer that wraps messages, or a list of
+    these.
+    """
     if isinstance(value, str):
         return (_message_of(default_role, value),) if value else ()
     return tuple(_messages(value, default_role, MAX_NESTING))
@@ -66,7 +68,9 @@ def known_role(role: str) -> str | None:
 
 
 def role_of(item: Any) -> str | None:
-    """The role of an object's author, `user` and `assistant` under any of their usual names; None without one."""
+    """Return the role of an object's author, `user` and `assistant` under any of their usual names; None without
+    one.
+    """
     if not isinstance(item, Mapping):
         return None
     role = item.get("role")
@@ -111,7 +115,7 @@ def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Me
 
 
 def _wrapped(item: dict[str, Any]) -> Any:
-    """The messages that an object without a role only wraps; None if it does not."""
+    """Return the messages that an object without a role wraps; None if it wraps none."""
     if "type" not in item:
         for name in _LISTS:
             if isinstance(item.get(name), list):

@@ -77,7 +77,7 @@ def redacted_event(session_id: str, snapshot: "SessionSnapshot", through: dateti
 
 
 def _redacted(message: Message) -> dict[str, Any]:
-    """A message in a shape that is read as the same again."""
+    """Return a message in a form that parses to the same message."""
     if message.kind == "text":
         return {"role": message.role, "content": message.content}
     if message.kind == "refusal":
@@ -103,7 +103,7 @@ class InvalidRegistrationError(ArchiverError):
 
 
 def registrations(body: bytes) -> list[Event]:
-    """The sessions in `{"ids": [...]}` or `{"sessions": [{"id", ...}]}`.
+    """Return the sessions in `{"ids": [...]}` or `{"sessions": [{"id", ...}]}`.
 
     Raises `InvalidRegistrationError`.
     """
@@ -156,7 +156,7 @@ def _decoded(body: bytes) -> Any:
 
 
 def _session(session_id: str, body: bytes) -> dict[str, Any] | None:
-    """The session object of an answer; None unless it has the shape of one, and is the one that was asked for."""
+    """Return the session object of a response; None unless it is valid and is the requested session."""
     document = _decoded(body)
     data = document.get("data") if isinstance(document, dict) else None
     for place in (document, data):

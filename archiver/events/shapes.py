@@ -37,7 +37,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def has_text(self) -> bool:
-        """Whether words were found in it."""
+        """Return whether the message has text."""
         return self.shape in {"text", "refusal"}
 
 

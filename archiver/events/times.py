@@ -17,7 +17,8 @@ _DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
 
 
 def timestamp(value: Any) -> datetime | None:
-    """A time in UTC from ISO 8601 text, or from an epoch number in seconds, milliseconds, micro- or nanoseconds.
+    """Return a time in UTC from ISO 8601 text, or from an epoch number in seconds, milliseconds, micro- or
+    nanoseconds.
 
     None for what is neither, and for a time before `EARLIEST`.
     """
@@ -29,7 +30,7 @@ def timestamp(value: Any) -> datetime | None:
 
 
 def plausible(moment: datetime | None) -> datetime | None:
-    """The time; None for one before `EARLIEST`."""
+    """Return the time; None for one before `EARLIEST`."""
     return moment if moment is not None and moment >= EARLIEST else None
 
 

@@ -17,7 +17,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 def identifier(value: Any) -> str | None:
-    """An id of any reasonable form as text; None where there is none."""
+    """Return an id of any reasonable form as text; None if there is none."""
     if isinstance(value, str):
         return storable_id(value) if value.strip() else None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -26,7 +26,7 @@ def identifier(value: Any) -> str | None:
 
 
 def storable_id(value: str) -> str:
-    """The id; raises `UnreadableError` for one that Postgres cannot hold."""
+    """Return the id; raises `UnreadableError` for one that Postgres cannot hold."""
     # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
     if len(value) <= MAX_ID and value.isascii() and "\x00" not in value and value[0] != INTERNAL_PREFIX:
         return value
@@ -41,7 +41,7 @@ def storable_id(value: str) -> str:
 
 
 def label(value: Any) -> str | None:
-    """A short text such as a name or a status; None where there is none."""
+    """Return a short text such as a name or a status; None if there is none."""
     if isinstance(value, str) and value:
         return storable(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
@@ -55,7 +55,9 @@ def storable(text: str) -> str:
 
 
 def cost_of(value: Any, levels: int = 3) -> Decimal | None:
-    """The cost with the digits that were sent; of an object that of its total; None for what is no number."""
+    """Return the cost with the digits that were sent; for an object, the cost of its total; None if it is not a
+    number.
+    """
     if isinstance(value, dict):
         result = (cost_of(value[name], levels - 1) for name in _COST_FIELDS if name in value) if levels else iter(())
         return next((cost for cost in result if cost is not None), None)

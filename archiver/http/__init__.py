@@ -56,7 +56,7 @@ class Service(Starlette):
     receiver: Receiver
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Route one ASGI request."""
         if scope["type"] == "http" and scope["path"] == WEBHOOK_PATH and scope["method"] == "POST":
             await self.receiver(scope, receive, send)
         else:

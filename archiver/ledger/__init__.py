@@ -139,7 +139,7 @@ def _select_erased(
 
 
 def _is_refused(delivery: Delivery[Event], erased: Mapping[FactRef, Erased], sessions: Collection[str]) -> bool:
-    """Whether it speaks of what was erased. A reading of a session may, as soon as one of its turns was."""
+    """Return whether the fact may contain erased content; a reading may if a turn of its session is erased."""
     event = delivery.content
     if _reads(delivery):
         return event.session_id in sessions
@@ -257,7 +257,7 @@ _SELECT_RELATED = RawStatement(
 
 
 def _select_related(connection: Connection, deliveries: Sequence[Delivery[Event]]) -> set[tuple[str, str | None]]:
-    """The related facts and sessions that are not those of `deliveries` themselves."""
+    """Return the related facts and sessions, without those of `deliveries` themselves."""
     chat_events = [
         each.content for each in deliveries if each.content.chat_id and each.content.type in events.CHAT_EVENTS
     ]
@@ -337,7 +337,7 @@ def _event_row(group: DeliveryGroup) -> dict[str, Any]:
 
 
 def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
-    """The fact to project: a new one, or a known one that these deliveries may have moved in time.
+    """Return the fact to project: a new one, or a known one that these deliveries may have moved in time.
 
     A reading with the same content as before is projected too: nothing has changed until then.
     """

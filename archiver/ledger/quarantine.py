@@ -133,7 +133,7 @@ def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool
 
 
 def select_reasons(connection: Connection) -> list[str]:
-    """The reasons that rows have."""
+    """Return the distinct reasons of the rows."""
     return list(connection.scalars(select(tables.quarantine.c.reason).distinct()))
 
 
@@ -152,7 +152,7 @@ BODIES_PER_PAGE = 50  # read at a time
 
 
 def select_every_body(connection: Connection) -> Iterator[RowMapping]:
-    """Each row's `id`, `session_id` and `body`, in order of their ids, a few at a time."""
+    """Yield each row's `id`, `session_id` and `body`, in order of their ids, a few at a time."""
     after = 0
     while page := connection.execute(_SELECT_BODIES, {"after": after, "most": BODIES_PER_PAGE}).mappings().all():
         yield from page
@@ -176,7 +176,7 @@ def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
 
 
 def select_older(connection: Connection, before: datetime, limit: int, after: int = 0) -> list[int]:
-    """Rows after this id that came, for the first time, before then; oldest first."""
+    """Return rows after this id that first arrived before a time, oldest first."""
     quarantine = tables.quarantine.c
     query = (
         select(quarantine.id)
@@ -197,7 +197,7 @@ def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
 
 
 def update_reason(connection: Connection, quarantine_id: int, reason: str, detail: str) -> None:
-    """Say why it is still quarantined."""
+    """Update the reason why a row is still quarantined."""
     connection.execute(
         update(tables.quarantine).where(tables.quarantine.c.id == quarantine_id).values(reason=reason, detail=detail)
     )

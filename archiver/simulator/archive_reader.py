@@ -20,7 +20,7 @@ class Holdings:
 
 
 def read(url: str) -> Holdings:
-    """All of it, at one moment."""
+    """Return everything, as of one moment."""
     with psycopg.connect(url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         messages = connection.execute(
@@ -56,7 +56,7 @@ def read(url: str) -> Holdings:
 
 
 def read_lines(url: str) -> dict[str, list[ArchivedMessage]]:
-    """The messages by session, in order."""
+    """Return the messages by session, in order."""
     lines: dict[str, list[ArchivedMessage]] = {}
     with psycopg.connect(url) as connection:
         for session_id, *line in connection.execute(

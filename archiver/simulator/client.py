@@ -19,18 +19,18 @@ class Client:
         self._http = http
 
     async def create_session(self, name: str, assistant_id: str) -> dict[str, Any]:
-        """The new session."""
+        """Return the new session."""
         return await self._call("POST", "/sessions", "session", {"name": name, "assistantId": assistant_id})
 
     async def send_message(self, session_id: str, text: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The chat: what was said, and the answer."""
+        """Send a message; return the chat with question and answer."""
         body: dict[str, Any] = {"sessionId": session_id, "input": text}
         if variables is not None:
             body["assistantOverrides"] = {"variableValues": variables}
         return await self._call("POST", "/chats", "chat", body)
 
     async def history(self, session_id: str) -> dict[str, Any]:
-        """The session with its messages."""
+        """Return the session with its messages."""
         return await self._call("GET", f"/chats/session/{session_id}", "session", None)
 
     async def delete_chat(self, chat_id: str) -> None:

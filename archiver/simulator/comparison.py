@@ -77,7 +77,7 @@ def expected(deliveries: Iterable[tuple[str, Mapping[str, Any]]]) -> Archive:
 
 
 def _newest(revisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The newest revision, with the newest output that is not empty. ISO times of one form sort as text."""
+    """Return the newest revision, with the newest output that is not empty. ISO times of one form sort as text."""
     ordered = sorted(revisions, key=lambda chat: str(chat["updatedAt"]))
     outputs = [chat["output"] for chat in ordered if chat.get("output")]
     return {**ordered[-1], "output": outputs[-1] if outputs else []}
@@ -114,7 +114,7 @@ def _conversations(archive: Archive) -> Iterator[ConversationRow]:
 
 
 def differences(expected: Archive, found: Archive) -> list[str]:
-    """Each difference as a sentence; none where the archive is what was delivered."""
+    """Return each difference as a sentence; none if the archive equals the deliveries."""
     lines = []
     for session_id in sorted(expected.messages.keys() | found.messages.keys()):
         lines_of_session = _transcripts(expected.messages.get(session_id, []), found.messages.get(session_id, []))
@@ -146,7 +146,7 @@ def _transcripts(expected: Sequence[TranscriptMessage], found: Sequence[Transcri
 
 
 def _rows(name: str, expected: Sequence[NamedTuple], found: Sequence[NamedTuple]) -> Iterator[str]:
-    """Rows by their ids, which are the fields of text."""
+    """Yield the differences between rows, matched by their ids, which are the text fields."""
     right, wrong = _by_id(expected), _by_id(found)
     for key in sorted(right.keys() | wrong.keys()):
         label = f"{name} {' '.join(key)}"

@@ -73,7 +73,7 @@ class Conversation:
 
 
 def conversations(seed: int, count: int) -> Iterator[Conversation]:
-    """The same `count` conversations for the same seed; a longer run begins like a shorter one."""
+    """Yield the same `count` conversations for the same seed; a longer run begins like a shorter one."""
     for number in range(count):
         yield _conversation(seeded(seed, "conversation", number), seed, number)
 
@@ -94,7 +94,7 @@ def _conversation(random: Random, seed: int, number: int) -> Conversation:
 def reply(
     question: str, earlier: Sequence[Mapping[str, str]], variables: Mapping[str, Any], random: Random
 ) -> list[dict[str, str]]:
-    """The assistant's messages, one or two, out of what was said before and the variables of the session."""
+    """Return the assistant's messages, one or two, out of what was said before and the variables of the session."""
     contents = [
         _answer(question, [message["content"] for message in earlier if message["role"] == "user"], variables)
     ]

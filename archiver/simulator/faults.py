@@ -104,7 +104,7 @@ def history_fault(faults: Faults, session_id: str, call: int) -> HistoryFault | 
 
 
 def has_greeting(faults: Faults, assistant_id: str) -> bool:
-    """Whether this assistant opens its sessions."""
+    """Return whether this assistant opens its sessions."""
     return seeded(faults.seed, "greeting", assistant_id).random() < faults.greeting
 
 
@@ -124,7 +124,7 @@ class Webhook:
 
 
 def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
-    """The webhooks of a new chat; one, or two where its output came later."""
+    """Return the webhooks of a new chat; one, or two where its output came later."""
     common: set[Fault] = set()
     random = seeded(faults.seed, "created", chat["id"])
     if random.random() < faults.deletion_before_creation:
@@ -142,7 +142,7 @@ def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
 
 
 def deleted(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
-    """The webhook of a deletion: it has no content, and sometimes only the id."""
+    """Return the webhook of a deletion: it has no content, and sometimes only the id."""
     random = seeded(faults.seed, "deleted", chat["id"])
     is_bare = random.random() < faults.bare_deletion
     names = ("id",) if is_bare else ("id", "sessionId", "assistantId")

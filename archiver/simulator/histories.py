@@ -38,7 +38,7 @@ class Histories:
         self._storm_ends = 0.0  # on the monotonic clock
 
     def report(self) -> dict[str, dict[str, int]]:
-        """How many history calls there were, how they were answered, and the faults played on them.
+        """Return the number of history calls, of their responses and of their faults.
 
         A fault `busy` begins a storm; the other calls that met it are `storm`. Who did not wait was answered `none`.
         """
@@ -49,7 +49,7 @@ class Histories:
         }
 
     async def answer(self, request: Request, session_id: str) -> Response:
-        """The session's history, or what goes wrong instead."""
+        """Return the history of the session, or a fault."""
         self._all += 1
         await asyncio.sleep(self._faults.history_latency)
         response = await self._answer(request, session_id)

@@ -92,7 +92,7 @@ class Platform:
         return JSONResponse(self.sender.record.report() | self._histories.report())
 
     def guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """The endpoint, for callers with an API key only."""
+        """Return the endpoint, restricted to callers with an API key."""
 
         async def with_key(request: Request) -> Response:
             key = request.headers.get("x-api-key", "").strip()
@@ -106,7 +106,7 @@ class Platform:
 
 
 def create(platform: Platform) -> Starlette:
-    """The app; it closes the platform's sender when it ends."""
+    """Return the app; it closes the platform's sender at shutdown."""
     routes = [
         Route("/api/sessions", platform.guarded(platform.create_session), methods=["POST"]),
         Route("/api/chats", platform.guarded(platform.create_chat), methods=["POST"]),

@@ -40,7 +40,7 @@ class ReceiverError(ArchiverError):
 
 @contextlib.asynccontextmanager
 async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[str]:
-    """Gives its URL once it is ready for webhooks. It migrates the database; its output goes to `log`."""
+    """Yield the URL of a receiver that is ready. It migrates the database; its output goes to `log`."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
@@ -88,7 +88,7 @@ def _free_port() -> int:
 
 
 def _environment(**values: str) -> Mapping[str, str]:
-    """Ours, without the settings that are meant for a real deployment."""
+    """Return the environment of this process without settings of a real deployment."""
     environment = ("ARCHIVER_", "CALLHQ_", "DATABASE_URL", "PG")
     return {name: value for name, value in os.environ.items() if not name.startswith(environment)} | values
 

@@ -161,7 +161,7 @@ async def _postgres(home: Path) -> AsyncIterator[Postgres]:
 
 @contextlib.contextmanager
 def _lock_home(home: Path) -> Iterator[None]:
-    """Raises `DemoRunningError` where another demo uses this folder, whose database it would lose."""
+    """Raise `DemoRunningError` if another demo uses this folder, whose database would be lost."""
     with (home / "demo.lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

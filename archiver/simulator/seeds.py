@@ -5,10 +5,10 @@ import uuid
 
 
 def seeded(*parts: object) -> random.Random:
-    """A source of numbers that belongs to what these parts name."""
+    """Return a source of numbers that belongs to what these parts name."""
     return random.Random("/".join(map(str, parts)))  # noqa: S311  # must repeat itself; guards nothing
 
 
 def identifier(*parts: object) -> str:
-    """The id of what these parts name: it looks like a random UUID, and is the same each time."""
+    """Return the id of what these parts name: it looks like a random UUID, and is the same each time."""
     return str(uuid.UUID(int=seeded(*parts).getrandbits(128), version=4))

@@ -41,7 +41,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
-    """Gives the URL; port 0 takes a free one. Raises `OSError` where the address cannot be had."""
+    """Yield the URL; port 0 selects a free one. Raises `OSError` if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
         # asyncio itself leaves this out where the socket does not say its protocol, and each answer waits 40 ms.
@@ -62,7 +62,7 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
 
 @contextlib.contextmanager
 def stopping(stop: Callable[[], object]) -> Iterator[None]:
-    """Calls `stop` on the first Ctrl-C or SIGTERM, and on no later one."""
+    """Call `stop` on the first Ctrl-C or SIGTERM, and on no later one."""
     loop = asyncio.get_running_loop()
     is_stopping = False
 
@@ -82,7 +82,7 @@ def stopping(stop: Callable[[], object]) -> Iterator[None]:
 
 
 def with_secret(settings: Settings, secret: str) -> Settings:
-    """The same settings with this webhook secret alone."""
+    """Return the same settings with this webhook secret alone."""
     return settings.model_copy(update={"webhook_secrets": SecretStr(secret)})
 
 

@@ -41,7 +41,7 @@ class Session:
         self.turns = 0  # deleted ones too
 
     def messages(self) -> list[Message]:
-        """All that was said and not deleted, in order; the deleted too where the platform keeps them."""
+        """Return the messages in order; deleted ones only if the platform keeps them."""
         messages = [
             message for chat in self.chats.values() for message in [*input_messages(chat["input"]), *chat["output"]]
         ]
@@ -87,11 +87,11 @@ class Upstream:
         return session
 
     def sessions(self) -> list[Session]:
-        """All there are."""
+        """Return all sessions."""
         return [*self._sessions.values()]
 
     def session(self, session_id: str) -> Session:
-        """Raises `UnknownError`."""
+        """Return the session. Raises `UnknownError`."""
         try:
             return self._sessions[session_id]
         except KeyError:
@@ -111,7 +111,7 @@ class Upstream:
     def create_single_chat(
         self, assistant_id: str | None, given: str | list[Message], overrides: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """A chat without a session: one question and its answer, in no history. Raises `FullError`."""
+        """Return a chat without a session: one question and its answer, in no history. Raises `FullError`."""
         if len(self._single) >= MAX_SESSIONS:
             raise FullError(f"This simulator holds at most {MAX_SESSIONS} chats without a session")
         self._singles += 1
@@ -170,14 +170,14 @@ class Upstream:
 
 
 def _numbered(replies: list[Message], turn: int) -> list[Message]:
-    """No two replies of a session are alike, however alike the questions: each says which it is."""
+    """Return a reply that differs from all others of the session."""
     return [
         {**reply, "content": f"{reply['content']} ({turn}.{place})"} for place, reply in enumerate(replies, start=1)
     ]
 
 
 def input_messages(given: str | list[Message]) -> list[Message]:
-    """The user's messages of one turn, given as text or as a list."""
+    """Return the user's messages of one turn, given as text or as a list."""
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 

@@ -66,7 +66,7 @@ class View:
             self.say(f"  and {len(problems) - _SHOWN} more")
 
     def print_next_steps(self, *, receiver: str, secret: str, api: str, psql: str, database_url: str) -> None:
-        """What to try while everything runs."""
+        """Print commands to try while everything runs."""
         chat = {
             "id": "chat-by-hand",
             "sessionId": "session-by-hand",
@@ -99,7 +99,7 @@ class Bar:
         self._task = progress.add_task(self._describe(), total=total) if progress else None
 
     def advance(self) -> None:
-        """One more conversation has ended."""
+        """Count an ended conversation."""
         self._ended += 1
         if time.monotonic() - self._drawn_at >= _EVERY or self._progress is not None:
             self._render()

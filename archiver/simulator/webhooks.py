@@ -71,11 +71,11 @@ class Record:
         self._counts["faults"].update(delivery.faults)
 
     def total(self, name: Literal["sent", "lost", "copies", "attempts"]) -> int:
-        """How many sendings (copies among them), webhooks lost on purpose, copies, or attempts."""
+        """Return how many sendings (copies among them), webhooks lost on purpose, copies, or attempts."""
         return self._counts["totals"][name]
 
     def report(self) -> dict[str, dict[str, int]]:
-        """All counts, by what they count."""
+        """Return all counts, by what they count."""
         return {name: dict(sorted(counts.items())) for name, counts in sorted(self._counts.items())}
 
 
@@ -236,7 +236,7 @@ class _Answer:
 
 
 def _envelope(webhook: Webhook, copy: int = 0) -> bytes:
-    """The body; each copy has a later time, as if it had been built again."""
+    """Return the body; each copy has a later time, as if it had been built again."""
     milliseconds = int(time.time() * 1000) + copy
     message: dict[str, Any] = {"type": webhook.type, "timestamp": milliseconds, "chat": webhook.chat}
     if assistant_id := webhook.chat.get("assistantId"):
@@ -246,7 +246,7 @@ def _envelope(webhook: Webhook, copy: int = 0) -> bytes:
 
 
 def _word(response: httpx2.Response) -> str:
-    """The `status` of a JSON answer, such as `stored`."""
+    """Return the `status` of a JSON answer, such as `stored`."""
     try:
         answer = response.json()
     except ValueError:

@@ -251,7 +251,7 @@ class Recurring:
 
 
 def metrics() -> bytes:
-    """All metrics as Prometheus text, summed over the processes of one `serve`."""
+    """Return all metrics as Prometheus text, summed over the processes of one `serve`."""
     if MULTIPROCESS_FOLDER not in os.environ:
         return generate_latest()
     _delete_dead_processes(Path(os.environ[MULTIPROCESS_FOLDER]))
@@ -267,7 +267,7 @@ class _MergedRegistry:
         self._registries = registries
 
     def collect(self) -> Iterable[Metric]:
-        """Each series once: of gauges of the greatest the greatest, else the sum."""
+        """Yield each series once: the maximum for gauges of a maximum, otherwise the sum."""
         families: dict[str, Metric] = {}
         for family in chain.from_iterable(registry.collect() for registry in self._registries):
             known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

@@ -33,7 +33,7 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def is_faulty(self) -> bool:
-        """Whether an operator must look at it."""
+        """Return whether an operator must look at it."""
         return self.state in {"failed", "hanging"}
 
 

@@ -22,7 +22,7 @@ class Compacting:
         self._responses = 0
 
     def compact(self, beat: Callable[[], None]) -> None:
-        """Go on where the last call ended, for some seconds; reports each step."""
+        """Continue where the last call ended, for some seconds; report each step."""
         if self._after is None:
             return
         started = monotonic()

@@ -98,7 +98,7 @@ class RetentionTasks:
             return heartbeats.claim(connection, name, seconds)
 
     def _now(self) -> tuple[datetime | None, ClockError | None]:
-        """The time to destroy by, or why there is none while a clock is in doubt."""
+        """Return the time for expiry, or the reason why it is not available while a clock is in doubt."""
         try:
             with database.transaction(self._engine) as connection:
                 return destruction_time(connection, self._home), None

@@ -95,7 +95,7 @@ class Supervisor:
             await asyncio.sleep(LOOP_SECONDS)
 
     def _cancel(self, name: str) -> None:
-        """Cut off a hanging duty; called on the event loop."""
+        """Cancel a hanging duty. Call it on the event loop."""
         if task := self._tasks.get(name):
             task.cancel()
 
@@ -194,7 +194,7 @@ class _Watch:
             self._record(reports)
 
     def _stuck(self) -> str:
-        """What has kept the event loop from its turns for long, or nothing."""
+        """Return what has blocked the event loop for long; empty if nothing has."""
         silent = monotonic() - self.loop_beat_at
         frame = sys._current_frames().get(self._main)
         if silent < BLOCKED_SECONDS or frame is None:

@@ -148,7 +148,7 @@ def _owners(placement: Placement) -> dict[int, int]:
 
 
 def _alternatives(candidates: Candidates, turn: int, match: Match, *, is_dated: bool) -> Iterator[Match]:
-    """Other lines that fit the turn as well as those of its match."""
+    """Yield other lines that fit the turn as well as those of its match."""
     known = candidates.full(turn) if match.is_full else candidates.partial(turn)
     is_timely = is_dated and candidates.untimely(turn, match.start) <= SKEW
     for other in known:

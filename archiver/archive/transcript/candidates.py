@@ -134,13 +134,13 @@ class TurnText:
         return rarest if count else None
 
     def full_at(self, line: int) -> Match | None:
-        """The full match with the anchor at `line`."""
+        """Return the full match with the anchor at `line`."""
         if line not in self._full:
             self._full[line] = self._find_full(line)
         return self._full[line]
 
     def partial_at(self, line: int) -> Match | None:
-        """The partial match with the input anchor at `line`."""
+        """Return the partial match with the input anchor at `line`."""
         if line not in self._partial:
             self._partial[line] = self._find_partial(line)
         return self._partial[line]
@@ -218,7 +218,7 @@ class Candidates:
         return [match for line in self._nearby(turn, turn_text.anchor) if (match := self.full_at(turn, line))]
 
     def partial(self, turn: int) -> list[Match]:
-        """Partial matches where a reading could show the turn."""
+        """Return partial matches where a reading could show the turn."""
         turn_text = self.turn_texts[turn]
         lines = (line for line in self._nearby(turn, turn_text.input_anchor) if self.could_show(turn, line))
         return [match for line in lines if (match := turn_text.partial_at(line))]

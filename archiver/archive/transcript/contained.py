@@ -78,7 +78,7 @@ class _Repeats:
         return next((n for n, (one, other) in enumerate(pairs) if one != other), len(self._messages) - start)
 
     def hold(self, length: int) -> bool:
-        """Whether their first so many messages stand in another place as well."""
+        """Return whether the first messages occur in another place as well."""
         last = len(self._messages) - length
         if last <= 0 or not length:
             return False

@@ -76,7 +76,7 @@ def _context_end(input_messages: Messages) -> int:
 
 
 def _last_of(messages: Messages, *, is_user: bool) -> int:
-    """The index after the last message of the user, or after the last answer or call of a tool."""
+    """Return the index after the last message of the user, or after the last answer or call of a tool."""
     for index in range(len(messages), 0, -1):
         role = normal_role(messages[index - 1].role)
         if (role == USER) if is_user else (role != USER and role not in PROMPTS):
@@ -158,12 +158,12 @@ def _without_prompts(turn: TurnMessages, prompts: set[Key], places: dict[Key, li
 
 
 def _could_show(turn: TurnMessages, line: TranscriptLine) -> bool:
-    """Whether a reading that showed this line was taken after the turn began."""
+    """Return whether a reading that showed this line was taken after the turn began."""
     return line.last_read_at is not None and line.last_read_at >= turn.began_at - SKEW
 
 
 def _could_show_all(turn: TurnMessages, line: TranscriptLine) -> bool:
-    """Whether a reading that showed this line was taken after the turn had said all: an earlier one shows a part."""
+    """Return whether a reading that showed this line was taken after the end of the turn, so that it is complete."""
     return line.last_read_at is not None and line.last_read_at >= turn.revised_at
 
 
@@ -186,7 +186,7 @@ def _without_leading(
 def _without_answers(
     turn: TurnMessages, lines: Sequence[TranscriptLine], keys: Sequence[Key], places: dict[Key, list[int]]
 ) -> TurnMessages:
-    """The turn without the answers to earlier ones that its output begins with."""
+    """Return the turn without the answers to earlier ones that its output begins with."""
     question_keys, answer_keys = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
     if not question_keys or len(answer_keys) < 2 or not all(content for _, content in answer_keys):  # noqa: PLR2004  # one is its own
         return turn
@@ -218,7 +218,7 @@ def _answers(keys: Sequence[Key], places: range) -> list[Key]:
 
 
 def _answers_before(keys: Sequence[Key], line: int, limit: int) -> list[Key]:
-    """The last answers before a line."""
+    """Return the latest answers before a line."""
     result: list[Key] = []
     for place in range(line - 1, -1, -1):
         if len(result) >= limit:

@@ -91,7 +91,7 @@ class _Search:
                 self.claim(turn, max(matches, key=partial(self.weight, turn)), in_order=False)
 
     def _input_matches(self, turn: int, low: int, high: int) -> list[Match]:
-        """The matches by inputs alone between two lines."""
+        """Return the matches by inputs alone between two lines."""
         matches = self.matches_of(turn, with_output=False)
         return [m for m in self._within(low, high, matches) if self._is_free(turn, m)]
 
@@ -130,7 +130,7 @@ class _Search:
                 displacement.make_room(turn, _MOVES, frozenset())
 
     def matches_of(self, turn: int, *, with_output: bool) -> list[Match]:
-        """The matches by which a turn may claim lines: full ones with output, or else those by its inputs."""
+        """Return the matches by which a turn may claim lines: full ones with output, or else those by its inputs."""
         turn_text = self.candidates.turn_texts[turn]
         return (
             self.candidates.full(turn) if with_output or not turn_text.has_output else self.candidates.partial(turn)
@@ -165,7 +165,7 @@ class _Search:
         return None
 
     def _is_free(self, turn: int, match: Match) -> bool:
-        """Whether an input may claim these lines for its turn.
+        """Return whether an input may claim these lines for its turn.
 
         Not for a deleted one where another answer follows, or where history shows them still: those are another's.
         """

@@ -65,7 +65,7 @@ def _gaps(
 
 
 def _starts(candidates: Candidates, first: int, last: int) -> list[int]:
-    """Where a turn could begin: at the user's first line after another's."""
+    """Return where a turn could begin: at the user's first line after another's."""
     merged = candidates.merged
     return [
         line
@@ -75,7 +75,7 @@ def _starts(candidates: Candidates, first: int, last: int) -> list[int]:
 
 
 def _inputs(candidates: Candidates, turn: int, start: int, last: int) -> tuple[list[int], list[int]] | None:
-    """The inputs of the turn and as many lines of the user from `start` on; None if it cannot begin there."""
+    """Return the inputs of the turn and as many lines of the user from `start` on; None if it cannot begin there."""
     turn_text = candidates.turn_texts[turn]
     inputs = [message for message in sorted(turn_text.required) if message < turn_text.inputs]
     lines = [*_inputs_from(candidates, start, last)]

@@ -80,7 +80,7 @@ def common_subsequence(old: Sequence[Hashable], new: Sequence[Hashable], cells: 
 
 
 def _rows(old: Sequence[Hashable], new: Sequence[Hashable]) -> Iterator[int]:
-    """The table from its last row up: one for each tail of `new`, the shortest first.
+    """Yield the table from its last row up: one for each tail of `new`, the shortest first.
 
     Bit t is clear where the item of `old` that t others follow makes the subsequence longer than they do alone.
     """
@@ -112,7 +112,7 @@ def _walk(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[Pair]:
 
 
 def _cut(old: Sequence[Hashable], new: Sequence[Hashable], half: int) -> int:
-    """Where to cut `old` so that aligning its parts with those of `new`, cut at `half`, loses nothing."""
+    """Return where to cut `old` so that aligning its parts with those of `new`, cut at `half`, loses nothing."""
     lower = _lengths(old, new[half:])[::-1]
     upper = _lengths(old[::-1], new[:half][::-1])
     lengths = [*map(add, upper, lower)]
@@ -120,7 +120,7 @@ def _cut(old: Sequence[Hashable], new: Sequence[Hashable], half: int) -> int:
 
 
 def _lengths(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[int]:
-    """How long the subsequence of `new` and the last n items of `old` is, for each n."""
+    """Return the length of the subsequence of `new` and the last n items of `old`, for each n."""
     row = 0
     for row in _rows(old, new):  # noqa: B007  # the last one counts
         pass

@@ -87,7 +87,7 @@ def _end(lines: Sequence[TranscriptLine], match: Match, limit: int, *, is_delete
 def _run(
     turn: TurnMessages, match: Match, lines: Sequence[TranscriptLine], read_at: datetime | None
 ) -> Iterator[TranscriptLine]:
-    """The lines of a turn that was found: history's, from `match.start` to `match.end`, and its own among them."""
+    """Yield the lines of a matched turn: those of history from `match.start` to `match.end`, and its own."""
     superseded = _superseded(turn, match, lines)
     values = {message for message, _ in match.pairs}
     in_history = None if read_at is None or turn.revised_at > read_at else False

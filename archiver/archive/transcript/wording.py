@@ -51,7 +51,7 @@ _CUT_ENTITY = re.compile(r"&#?\w*$")
 
 
 def is_cut(short: str, whole: str) -> bool:
-    """Whether the one is the other, cut at a limit."""
+    """Return whether one text is the other, truncated."""
     beginning = _CUT_MARK.sub("", _CUT_MARK.sub("", short))
     is_marked = beginning != short
     beginning = _CUT_ENTITY.sub("", beginning)
@@ -82,7 +82,7 @@ _LITERAL = 6  # letters and digits that must be left where more than digits was 
 
 
 def _is_masked(masked: str, whole: str) -> bool:
-    """Whether the one is the other with masks in the place of digits or words."""
+    """Return whether one text is the other with masks in place of digits or words."""
     if max(len(masked), len(whole)) > _MASKABLE:
         return False
     masks = [item[0] for item in _MASK.finditer(masked)]
@@ -115,7 +115,7 @@ def _has_masked_digits(masked: str, whole: str) -> bool:
 
 
 def _fits(whole: str, literals: Sequence[str], masks: Sequence[_Ends]) -> bool:
-    """Whether the text is these literals with what the masks stand for between them.
+    """Return whether the text is these literals with what the masks stand for between them.
 
     Looks at each place once for each mask. A regular expression would try every way to share out the text between
     the masks, which may take days for a dozen of them, and users choose the texts.
@@ -163,17 +163,17 @@ def _has_letters(text: str) -> bool:
 
 
 def _unformatted(text: str) -> str:
-    """The text without the backslashes and the emphasis of Markdown."""
+    """Return the text without the backslashes and the emphasis of Markdown."""
     return _EMPHASIS.sub(r"\2", _ESCAPE.sub("", text))
 
 
 def _plain(text: str) -> str:
-    """The text without markup, white space, letter case and most punctuation."""
+    """Return the text without markup, white space, letter case and most punctuation."""
     return _DECORATION.sub("", _TAGS.sub("", _ESCAPE.sub("", text))).casefold()
 
 
 def _lacks_symbols(one: str, other: str) -> bool:
-    """Whether a system that writes ASCII alone has dropped the symbols of one of them, or written `?` for them."""
+    """Return whether the texts differ only because a system dropped non-ASCII symbols or wrote `?` for them."""
     if one.isascii() == other.isascii():
         return False
     plain, whole = (one, other) if one.isascii() else (other, one)
@@ -182,5 +182,5 @@ def _lacks_symbols(one: str, other: str) -> bool:
 
 
 def _in_ascii(text: str, form: str, size: int) -> str:
-    """The text as a system writes it that has one `?` for each unit of what is not ASCII."""
+    """Return the text with one `?` for each code unit of a non-ASCII character."""
     return _FOREIGN.sub(lambda found: "?" * (len(found[0].encode(form, "replace")) // size), text)

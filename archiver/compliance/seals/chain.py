@@ -258,7 +258,7 @@ def seal_from_statement(statement: str, hashed: bytes, key: str | None, signatur
 
 
 def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
-    """The key that signs seals, if there is one. Raises `SettingsError`."""
+    """Return the key that signs seals, if there is one. Raises `SettingsError`."""
     pem = configuration.seal_key.get_secret_value()
     try:
         return private_key(pem) if pem else None

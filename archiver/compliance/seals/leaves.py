@@ -178,14 +178,14 @@ def _read_events(
 
 
 def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None:
-    """The bytes of one leaf; None where there is no such row."""
+    """Return the bytes of one leaf; None if the row does not exist."""
     rows = _copy(connection, kind, (*kind.fields, *kind.later), row_id - 1, row_id)
     result = [kind.letter + _fields_of(kind, row) for row in rows]
     return result[0] if result else None
 
 
 def _fields_of(kind: Kind, row: Any) -> Any:
-    """The fields of a row, without those that a migration added where they are null.
+    """Return the fields of a row; fields that a migration added are omitted if all are null.
 
     No text ends with the bytes of a null, for they are not UTF-8.
     """
@@ -196,7 +196,7 @@ def _fields_of(kind: Kind, row: Any) -> Any:
 def _copy(
     connection: Connection, kind: Kind, expressions: Sequence[str], after: int | None, through: int
 ) -> Generator[Any]:
-    """Rows in Postgres' binary format."""
+    """Yield rows of Postgres' binary format."""
     query = sql.SQL(
         "COPY (SELECT {} FROM archiver.{} WHERE {} id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
     ).format(

@@ -8,7 +8,7 @@ EMPTY_ROOT = sha256(b"").digest()
 
 
 def leaf_hash(leaf: bytes) -> bytes:
-    """The hash of a leaf's bytes."""
+    """Return the hash of a leaf's bytes."""
     return sha256(b"\0" + leaf).digest()
 
 
@@ -17,7 +17,7 @@ def _node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def root(hashes: Sequence[bytes]) -> bytes:
-    """The root over leaf hashes.
+    """Return the root over leaf hashes.
 
     Level by level from below, which is the RFC's recursion: its split at the largest power of two leaves a last,
     shorter part that goes up unpaired.
@@ -40,7 +40,9 @@ def _above(level: list[bytes]) -> list[bytes]:
 
 
 def path(hashes: Sequence[bytes], index: int) -> list[bytes]:
-    """The audit path of the leaf at `index` (section 2.1.1): the hashes that lead from it to the root, in order."""
+    """Return the audit path of the leaf at `index` (section 2.1.1): the hashes that lead from it to the root, in
+    order.
+    """
     level, item = list(hashes), []
     while len(level) > 1:
         sibling = index ^ 1
@@ -51,7 +53,9 @@ def path(hashes: Sequence[bytes], index: int) -> list[bytes]:
 
 
 def root_of_path(leaf: bytes, index: int, size: int, audit_path: Sequence[bytes]) -> bytes | None:
-    """The root that this path leads to from the leaf hash at `index` of `size`; None for a path of another length."""
+    """Return the root that this path leads to from the leaf hash at `index` of `size`; None for a path of another
+    length.
+    """
     steps, last, hashed = iter(audit_path), size - 1, leaf
     while last > 0:
         if index % 2 or index < last:
@@ -64,7 +68,8 @@ def root_of_path(leaf: bytes, index: int, size: int, audit_path: Sequence[bytes]
 
 
 def cover(hashes: Sequence[bytes], selected: Sequence[int]) -> list[bytes]:
-    """The fewest hashes that lead from the leaves at the indices `selected`, ascending, to the root: left to right.
+    """Return the fewest hashes that lead from the leaves at the indices `selected`, ascending, to the root: left to
+    right.
 
     Of a range without a selected leaf its root, of one with nothing else none, of any other those of both its halves
     (the RFC's, section 2.1). Where all are selected nothing is hashed.
@@ -85,7 +90,7 @@ def _cover(hashes: Sequence[bytes], selected: Sequence[int], start: int, end: in
 def root_of_cover(
     leaves: Sequence[bytes], selected: Sequence[int], size: int, covering: Sequence[bytes]
 ) -> bytes | None:
-    """The root of `size` leaves, those at `selected` with these hashes; None for a cover of another length."""
+    """Return the root of `size` leaves, those at `selected` with these hashes; None for a cover of another length."""
     rest = iter(covering)
     result = _root_of_cover(leaves, selected, rest, 0, size)
     return result if next(rest, None) is None else None
@@ -106,5 +111,5 @@ def _root_of_cover(
 
 
 def _split(size: int) -> int:
-    """The largest power of two below `size`."""
+    """Return the largest power of two below `size`."""
     return 1 << (size - 1).bit_length() - 1

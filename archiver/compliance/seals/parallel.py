@@ -58,13 +58,13 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 def usual_jobs() -> int:
-    """One for each processor that this one may use."""
+    """Return the number of processors that this process may use."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(processors, MAX_JOBS)
 
 
 def is_possible(connection: Connection) -> bool:
-    """Whether the server exports snapshots: a standby need not."""
+    """Return whether the server exports snapshots: a standby need not."""
     return not connection.scalar(text("SELECT pg_is_in_recovery()"))
 
 
@@ -75,7 +75,7 @@ def verify(
     jobs: int,
     on_progress: Callable[[Checked], None],
 ) -> Generator[Finding, None, Checked]:
-    """As `ranges.verify_range`, by so many processes, this one included. Raises `HelperLostError`."""
+    """Verify a range with several processes, this one included. Raises `HelperLostError`."""
     work = _Work(_cut(seal_range, jobs))
     with _helpers(_worker_input(connection, context), work, min(jobs, len(work.ranges)) - 1):
         first = 0  # of those that this process has not looked at
@@ -101,13 +101,15 @@ class _Work:
         self.parts: dict[int, _Part] = {}
 
     def verify_locally(self, number: int, connection: Connection, context: VerificationContext) -> Iterator[Finding]:
-        """Here, and each finding at once."""
+        """Verify a range in this process, and yield each finding at once."""
         own = Checked()
         yield from verify_range(connection, self.ranges[number], context, own)
         self.parts[number] = _Part([], own.seals, own.events)
 
     def hand_out(self, number: int | None, pipe: Pipe) -> None:
-        """This one to a process, then others from the end on. Raises `OSError` and `EOFError` where it has ended."""
+        """Give this range to a process, then others from the end on. Raises `OSError` and `EOFError` if it has
+        ended.
+        """
         while number is not None:
             pipe.send(self.ranges[number])
             part: _Part | None = pipe.recv()
@@ -197,7 +199,7 @@ def _start(orders: _WorkerInput) -> tuple[BaseProcess, Pipe]:
 
 
 def _helper_main(orders: _WorkerInput, pipe: Pipe) -> None:
-    """A process: looks at one range after the other until it is ended."""
+    """Run a helper process, which verifies one range after the other until it is ended."""
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
     keys = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in orders.keys.items()}
     context = VerificationContext(Signing(keys, orders.signed_since), orders.heads, orders.through, orders.unbounded)

@@ -34,13 +34,13 @@ class Proof(msgspec.Struct, frozen=True):
     signature: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the proof as plain values."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
 
 
 def prove(connection: Connection, event_id: int) -> Proof:
-    """The proof that the ledger held this event when it was sealed. Raises `NotSealedError`."""
+    """Return the proof that the ledger held this event when it was sealed. Raises `NotSealedError`."""
     leaf = select_leaf(connection, EVENTS, event_id)
     if leaf is None:
         raise NotSealedError(f"event {event_id} does not exist")

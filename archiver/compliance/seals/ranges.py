@@ -43,7 +43,7 @@ class Range(msgspec.Struct, frozen=True):
 def windows_after(
     connection: Connection, after: int, leaves: int, known: Container[int]
 ) -> tuple[list[int], int, set[int]]:
-    """The seals after this one in windows of about so many leaves each: the last seal of each.
+    """Return the seals after this one in windows of about so many leaves each: the last seal of each.
 
     And how many leaves these are, and which of the seals are among `known`.
     """
@@ -89,7 +89,7 @@ def verify_range(
 
 
 def seal_before(connection: Connection, number: int) -> Seal:
-    """The seal of this number; the beginning of the chain where there is none."""
+    """Return the seal with this number; the beginning of the chain if there is none."""
     if number == 0:
         return chain.FIRST
     return next((seal for seal, _ in chain.select_seals(connection, number - 1, number)), chain.FIRST)
@@ -113,7 +113,7 @@ def _check_seal(seal: Seal, entries: bytes, before: Seal, context: VerificationC
 
 
 def check_signature(seal: Seal, before: Seal, signing: Signing) -> Iterator[Finding]:
-    """Whether it is signed as it should be, after the one before."""
+    """Return whether the seal is signed as required, given the previous one."""
     is_due = bool(signing.keys) and seal.id >= signing.since
     if (seal.signature is None) != (seal.key_id is None):
         yield Finding("seals", seal.id, "wrong_signature")
@@ -129,6 +129,6 @@ def check_signature(seal: Seal, before: Seal, signing: Signing) -> Iterator[Find
 
 
 def compare_known(seal: Seal, heads: Mapping[int, bytes]) -> Iterator[Finding]:
-    """Against what was exported."""
+    """Compare the seal with the exported one."""
     if heads.get(seal.id, seal.hash) != seal.hash:
         yield Finding("seals", seal.id, "not_the_known_one")

@@ -21,8 +21,9 @@ _SELECT = text(
 
 
 def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterator[Finding]:
-    """Those of these events that are in pieces, and whose pieces do not make the bytes that were received; and those
-    that have a frame or runs beside their bytes, or after their erasure.
+    """Yield events whose pieces do not reproduce the received bytes.
+
+    Also yields events that have a frame or runs beside their bytes, or after their erasure.
 
     Memory is that of the pieces of one session.
     """

@@ -50,7 +50,7 @@ class Settling:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the end of transactions that write is awaited, so that the next look costs little."""
+        """Return whether the end of writing transactions is awaited, so that the next check is cheap."""
         return self._writers is not None
 
     def settle(self, engine: Engine) -> Settled | None:
@@ -71,7 +71,7 @@ class Settling:
 
 
 def _select_writers(connection: Connection) -> frozenset[str] | None:
-    """The transactions that have written, or may; in order after `_SELECT_WRITTEN`: in a snapshot of its own."""
+    """Return the transactions that have written or may write. Call it after `_SELECT_WRITTEN`, in a new snapshot."""
     result = connection.scalar(_SELECT_WRITERS)
     return None if result is None else frozenset(result)
 

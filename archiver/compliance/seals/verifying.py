@@ -55,7 +55,7 @@ def verify(
     on_progress: Callable[[Checked], None] = lambda _: None,
     effort: Parallelism | None = None,
 ) -> Generator[Finding]:
-    """Everything that is not as it was sealed, in the order of seals. To be read to the end, or closed.
+    """Yield every difference from the sealed state, in the order of seals. Read it to the end, or close it.
 
     `after_seal`: begin after this seal; 0: from the first. `keys`, by their ids: each seal from `signed_since` on
     must be signed by one of them. `heads`: hashes of seals, by number, as they were exported; all are compared,
@@ -100,7 +100,7 @@ def verify(
 
 
 def _newest_but(connection: Connection, unbounded: frozenset[int], head: Seal) -> Seal:
-    """The newest seal that does not reach further than there are rows."""
+    """Return the newest seal that claims no ids beyond the existing rows."""
     number = head.id
     while number in unbounded:
         number -= 1
@@ -108,7 +108,7 @@ def _newest_but(connection: Connection, unbounded: frozenset[int], head: Seal) -
 
 
 def _compare_earlier(connection: Connection, before: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
-    """Those that this verification does not begin with, too: by their hashes alone."""
+    """Compare also the seals before the start of this verification, only by their hashes."""
     numbers = [number for number in known if number < before.id]
     for start in range(0, len(numbers), PAGE):
         query = text("SELECT id, hash FROM archiver.seals WHERE id = ANY (:numbers) ORDER BY id")

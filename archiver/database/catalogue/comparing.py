@@ -18,7 +18,7 @@ _MAX_SQL = 200  # characters of a statement that is worth printing
 
 
 def select_differences(connection: Connection) -> list[Difference]:
-    """Each difference between the database and what this version expects; the database must be at head.
+    """Return each difference between the database and what this version expects; the database must be at head.
 
     Leaves the transaction's search path as it was.
     """
@@ -30,7 +30,7 @@ def select_differences(connection: Connection) -> list[Difference]:
 
 
 def read_expected() -> Catalogue:
-    """The catalogue of a database that the migrations of this version created, as Postgres 18 writes it."""
+    """Return the catalogue of a database that the migrations of this version created, as Postgres 18 writes it."""
     return decode((schema.scripts() / FILE).read_bytes())
 
 

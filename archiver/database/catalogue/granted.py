@@ -12,7 +12,7 @@ _MIGRATE = "Run `archiver migrate`, which runs"
 
 
 def examine_grants(connection: Connection) -> Iterator[Difference]:
-    """Each privilege, power or owner that is not as this version has it."""
+    """Yield each privilege, role attribute or owner that differs from this version."""
     yield from _granted(connection)
     yield from _others(connection)
     yield from _powers(connection)

@@ -135,7 +135,7 @@ def qualify(connection: Connection) -> None:
 
 
 def read(connection: Connection) -> Catalogue:
-    """What the database has in our schemas. Changes the transaction's search path."""
+    """Return the objects of the archiver's schemas. Changes the transaction's search path."""
     qualify(connection)
     values: dict[str, Mapping[str, Any]] = {}
     for query in _QUERIES:
@@ -154,5 +154,5 @@ def encode(catalogue: Catalogue) -> bytes:
 
 
 def decode(content: bytes) -> Catalogue:
-    """The inverse."""
+    """Convert the stored form back to the catalogue."""
     return msgspec.json.decode(content, type=dict[str, dict[str, Any]])

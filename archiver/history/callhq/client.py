@@ -188,7 +188,7 @@ class Client:
     async def _send(
         self, method: str, path: str, body: bytes | None, session_id: str | None, pauses: Counter[bool]
     ) -> Answer:
-        """One attempt, sent again after each pause that CallHQ requests."""
+        """Send one attempt; it is repeated after each pause that CallHQ requests."""
         while True:
             try:
                 answer = await self._send_once(method, path, body)

@@ -68,7 +68,7 @@ class Subscription(msgspec.Struct, frozen=True):
     failing_seconds: float  # since the first of the consecutive failures
 
     def keys(self, now: datetime) -> list[bytes]:
-        """What signs, the newest first. Raises `standard_webhooks.SecretError` where the newest is damaged."""
+        """Return the signing keys, newest first. Raises `standard_webhooks.SecretError` if the newest is damaged."""
         result = [standard_webhooks.key(self.secret)]
         if self.previous_secret is not None and self.previous_until is not None and now < self.previous_until:
             with contextlib.suppress(standard_webhooks.SecretError):  # a damaged previous secret is ignored
