@@ -24,8 +24,7 @@ from archiver.cli.output import Whole
 from archiver.compliance.seals import signing_key
 from archiver.database import catalogue, schema
 from archiver.database.connections import Connections
-from archiver.http import WEBHOOK_PATH, create
-from archiver.http.connection_limiter import MAX_REFUSED
+from archiver.http import WEBHOOK_PATH, create, open_files
 from archiver.inbound import signatures
 from archiver.inbound.spool import MIN_ROOM_BYTES, SPOOL_FOLDER, SpoolError, select_room
 from archiver.operations import reloading
@@ -38,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 30
 BACKLOG = 2048
-RESERVED_FILES = 256  # open files of a process besides its connections: libraries, logs, database connections
 
 
 @click.command()
@@ -79,7 +77,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     configuration = _require_authentication(configuration, insecure=insecure)
     signing_key(configuration)
     database_name = connection.named(configuration)
-    _allow_files(configuration.max_connections + MAX_REFUSED + RESERVED_FILES)
+    _allow_files(open_files(configuration))
     with (
         connection.supervised_database_url(configuration) as url,
         shared_metrics(configuration.home, workers + has_worker),

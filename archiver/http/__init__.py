@@ -23,7 +23,7 @@ from archiver.database.identity import Guard, watch_identity
 from archiver.database.lock_waits import report_waits
 from archiver.http import answers
 from archiver.http.bodies import Bodies
-from archiver.http.connection_limiter import ConnectionLimiter
+from archiver.http.connection_limiter import MAX_REFUSED, ConnectionLimiter
 from archiver.http.readiness import Readiness
 from archiver.http.registration import Registration
 from archiver.http.webhooks import Receiver
@@ -38,6 +38,12 @@ log = structlog.get_logger(__name__)
 
 WEBHOOK_PATH = "/webhooks/callhq"
 SPOOL_RETRY_SECONDS = 10.0
+RESERVED_FILES = 256  # open files of a process besides its connections: libraries, logs, database connections
+
+
+def open_files(configuration: Settings) -> int:
+    """Return how many files a process may have open at once."""
+    return configuration.max_connections + MAX_REFUSED + RESERVED_FILES
 
 
 async def healthz(_: Request) -> Response:
