@@ -1083,4 +1083,4 @@ def read(path: Path) -> bytes:
 def test_arguments_that_are_not_utf_8_are_wrong_usage(arguments: list[str]) -> None:
     ended = archiver(*arguments, database_url=NOWHERE)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.fullmatch(r"archiver: '.*\\u(d[8-f]..).*' is not UTF-8\n", ended.stderr)
+    assert re.fullmatch(r"archiver: argument '.*\\u(d[8-f]..).*' is not UTF-8\n", ended.stderr)
