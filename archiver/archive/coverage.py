@@ -64,8 +64,7 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
     count: int
     snapshot: SessionSnapshot
     # It showed so many of the first messages of the next reading with messages, and nothing else: `snapshot` is
-    # without
-    # them, so that all readings of a growing history together cost as much as the last one.
+    # without them, so that all readings of a growing history together cost as much as the last one.
     shown: int | None = None
 
 

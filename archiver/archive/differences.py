@@ -43,12 +43,12 @@ class TurnState(NamedTuple):
 
 
 def message_text(row: Mapping[str, Any]) -> MessageText:
-    """What a row of `messages` says."""
+    """Return the content of a row of `messages`."""
     return row["role"], row["content"], row["history_content"]
 
 
 def turn_state(row: Mapping[str, Any], texts: Sequence[MessageText]) -> TurnState:
-    """Of a row of `chats`, and of its messages in order."""
+    """Return the state of a row of `chats` and of its messages in order."""
     variables = row["variables"]
     # Postgres keeps JSON in an order of its own.
     variables = msgspec.json.decode(variables) if isinstance(variables, str) else variables

@@ -56,7 +56,7 @@ def select_sessions_of_chats(connection: Connection, chat_ids: Collection[str]) 
 
 @cache
 def _session_upsert(after_read_by: timedelta) -> BulkInsert:
-    """`after_read_by`: so much later than `read_by` is the last moment to read a session that is not quiet."""
+    """Upsert sessions. `after_read_by`: how long after `read_by` a session that is not quiet may still be read."""
     sessions = tables.sessions
     statement = insert(sessions)
     new = statement.excluded

@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 
 from archiver import telemetry
 
-TOLERANCE = timedelta(minutes=1)  # by which the clock of a machine may be ahead of the database's
+TOLERANCE = timedelta(minutes=1)  # tolerance by which a machine's clock may be ahead of the database clock
 
 
 class _DatabaseClock:
-    at: float | None = None  # Unix time at the last look; None before the first
-    seen: float = 0.0  # when that was, on `time.monotonic`
+    at: float | None = None  # database time of the last reading, as Unix time; None before the first
+    seen: float = 0.0  # time of that reading on `time.monotonic`
 
 
 _clock = _DatabaseClock()

@@ -26,7 +26,8 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
     driver: Any = connection.connection.driver_connection
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         row = copy.read()[_HEADER:]
-        # What has arrived is taken from libpq itself, at a third of the cost; what has not is waited for.
+        # Data that has arrived is taken from libpq directly, at a third of the cost; otherwise the driver waits for
+        # it.
         arrived = driver.pgconn.get_copy_data
         while row != _TRAILER:
             if row:
@@ -34,10 +35,10 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
             size, row = arrived(1)
             if size == 0:
                 row = copy.read()
-            elif size < 0:  # before the end: it has failed
+            elif size < 0:  # no end marker: the COPY has failed
                 result = driver.pgconn.get_result()
                 while driver.pgconn.get_result():
-                    pass  # or nothing else, not even a rollback, could be sent
+                    pass  # otherwise nothing else could be sent, not even a rollback
                 raise error_from_result(result)
         copy.read()  # which ends the COPY
 

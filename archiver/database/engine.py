@@ -16,7 +16,7 @@ from archiver.database import session
 from archiver.database.statements import DIALECT, PARAMSTYLE
 
 CONNECT_SECONDS = 5
-CONNECT_SECONDS_PER_HOST = 2  # of several hosts: one that fell silent must leave time for the next; libpq's least
+CONNECT_SECONDS_PER_HOST = 2  # per host, so that a silent host leaves time for the next one; libpq's minimum
 
 
 def conninfo(url: URL, application_name: str) -> str:
@@ -75,7 +75,7 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
         "connect_timeout": CONNECT_SECONDS_PER_HOST if has_several_hosts else CONNECT_SECONDS,
         "application_name": "callhq-archiver",
         "cursor_factory": cursor,
-        # A host that fell silent, or a firewall that forgot the connection, shows itself within a minute or so.
+        # Detects a silent host, or a firewall that dropped the connection, within about a minute.
         "keepalives_idle": 15,
         "keepalives_interval": 10,
         "keepalives_count": 3,
@@ -83,9 +83,9 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
     }
     if prepared_statements is False:
         arguments["prepare_threshold"] = None
-    # What the URL says goes before what we would say.
+    # Parameters of the URL take precedence.
     arguments |= {name: value for name, value in url.query.items() if name in arguments}
-    arguments |= session.STARTUP  # which the URL does not change
+    arguments |= session.STARTUP  # the URL must not change these
     return {
         "paramstyle": PARAMSTYLE,
         # Regardless of the role's default: after the ledger's lock a statement must see what was committed before it.
@@ -94,7 +94,7 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
         "max_overflow": 0,
         "pool_timeout": CONNECT_SECONDS,
         "connect_args": arguments,
-        "hide_parameters": True,  # an error's text must never hold a message
+        "hide_parameters": True,  # the text of an error must never contain message content
         "json_serializer": lambda value: msgspec.json.encode(value).decode(),
         "json_deserializer": msgspec.json.decode,
     }

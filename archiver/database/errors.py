@@ -60,7 +60,7 @@ def is_connection_failure(error: BaseException) -> bool:
     return isinstance(original, psycopg.OperationalError) and original.sqlstate is None
 
 
-# What a server says that will let us in before long; in other languages it is taken for a refusal.
+# Messages of a server that is starting or stopping, in English; in other languages they count as a refusal.
 _NOT_YET = (
     "starting up",
     "shutting down",
@@ -86,7 +86,7 @@ def is_unreachable(error: BaseException) -> bool:
 
 # Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html that the data itself caused:
 # cardinality violation, data exception, integrity violation, check option violation, program limit exceeded, and
-# what a trigger raises.
+# exceptions raised by triggers.
 _DATA_CLASSES = frozenset({"21", "22", "23", "44", "54", "P0"})
 _CONFLICTS = frozenset({"40001", "40P01"})
 _LOCK_NOT_AVAILABLE, _QUERY_CANCELED = "55P03", "57014"

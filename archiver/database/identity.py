@@ -36,9 +36,10 @@ log = structlog.get_logger(__name__)
 
 FILE = "served.json"
 WATCH_SECONDS, WATCH_LIMIT_SECONDS, LOG_SECONDS = 2.0, 3.0, 60.0
-CHECK_SECONDS = 1.0  # between two looks in one process
-SKIPPED = 1_000_000  # cursors at the beginning of another epoch: more than were published since a machine last looked
-UNREADABLE_SECONDS = 10.0  # for which what cannot be read is left alone
+CHECK_SECONDS = 1.0  # between two checks in one process
+# gap of cursors at the start of an epoch: more than can be published between two checks of a machine
+SKIPPED = 1_000_000
+UNREADABLE_SECONDS = 10.0  # pause after an unreadable check
 FOREIGN = "this database is not the one served before"
 _MAX_EPOCHS = 20  # databases and epochs that one ARCHIVER_HOME remembers
 ADVICE = "If this database takes over, run `archiver adopt`; otherwise let DATABASE_URL name the one served before."
@@ -154,7 +155,7 @@ def embedded_files_id(home: Path, url: URL) -> str | None:
         return None
 
 
-# By object id: a name cannot be looked up in a schema that one may not enter.
+# By object id: a name cannot be resolved in a schema without the USAGE privilege.
 _MAY_SELECT = text(
     """
     SELECT count(*) = 1 AND bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
@@ -332,7 +333,7 @@ class Guard:
         self._memory, self._place = MachineRecord(home), embedded_files_id(home, url)
         self._seen: tuple[str, Watermarks] | None = None
         self._is_saved = False
-        self._unreadable: dict[str, tuple[str, float]] = {}  # why, and until when it is left alone
+        self._unreadable: dict[str, tuple[str, float]] = {}  # the reason, and the time of the next check
         self._reason, self._asked_at = "", float("-inf")
 
     @property
@@ -408,7 +409,7 @@ class Guard:
         known = self._known(remembered, epoch)
         if identity.timeline and identity.timeline < known.timeline:
             return f"its timeline went back from {known.timeline} to {identity.timeline}"
-        if identity.timeline is None:  # a standby may be behind, and takes no events
+        if identity.timeline is None:  # a standby may be behind, and stores no events
             return ""
         lost = [
             f"{kind.name} {number}" for kind in KINDS if (number := self._missing_number(connection, kind, known))
@@ -453,7 +454,7 @@ class Guard:
 
     def _record(self, connection: Connection, identity: Identity, epoch: Epoch) -> None:
         if identity.timeline is None or identity.differs_from(epoch.identity):
-            return  # a standby takes no rows; and the others see for themselves that it is another database
+            return  # a standby stores no rows; the other processes detect themselves that it is another database
         if fault := self._missing_rows_reason(connection, identity, epoch):
             cursor = self._known(self._memory_of(), epoch).cursor
             row = {"epoch_id": epoch.id, "host": socket.gethostname(), "reason": fault, "cursor": cursor}
@@ -471,12 +472,12 @@ class Guard:
 
 
 async def watch_identity(engine: AsyncEngine, guard: Guard) -> None:
-    """Watch the database of a receiver until cancelled; log once a minute what is wrong. Events are stored anyway."""
+    """Watch the database of a receiver until cancelled; log a fault once a minute. Events are stored in any case."""
     fault, logged_at = "", float("-inf")
     while True:
         try:
             reason = await run_async(engine, guard.watch, WATCH_LIMIT_SECONDS)
-        except (SQLAlchemyError, TimeoutError):  # a database that is away is reported by others
+        except (SQLAlchemyError, TimeoutError):  # other duties report an unavailable database
             reason = fault
         if reason and (not fault or monotonic() - logged_at >= LOG_SECONDS):
             log.error("database is not the one served before; receiving only", reason=reason, advice=ADVICE)

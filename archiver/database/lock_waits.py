@@ -22,9 +22,9 @@ from archiver.telemetry.duty_health import Duty
 
 log = structlog.get_logger(__name__)
 
-CHECK_SECONDS = 5.0  # between two looks of a process that goes on for long
-CHECK_LIMIT_SECONDS = 3.0  # for a look
-SOON_SECONDS = 0.5  # between two looks of a command
+CHECK_SECONDS = 5.0  # between two checks in a long-running process
+CHECK_LIMIT_SECONDS = 3.0  # limit of a check
+SOON_SECONDS = 0.5  # between two checks of a command
 REPORT_SECONDS = 60.0
 MAX_REPORTED = 3
 PROBE_SECONDS = 2.0  # for a lock
@@ -89,7 +89,7 @@ class LockWatch:
         return f"Another session holds a lock that is needed: {first}.\n{first.advice}"
 
 
-# Each as a writer of the archive takes it; nothing is changed.
+# Takes each lock as a writer does; nothing is changed.
 _WRITTEN = ("events", "sessions", "chats", "messages", "outbox")
 _PROBES = (
     *(f"LOCK TABLE archiver_jobs.{lock} IN ROW EXCLUSIVE MODE" for lock in Lock),

@@ -95,8 +95,8 @@ def _shown(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
-# A session whose wait is behind another one that waits is not held up by that one, but by the holder of both.
-# Postgres shows locks, users and applications of all sessions to everybody, but not when a transaction began.
+# A session that queues behind a waiting session is blocked by the holder of the lock, not by that session.
+# Postgres shows locks, users and applications of all sessions to all users, but not when a transaction began.
 _HOLDERS = text(
     """
     WITH locks AS MATERIALIZED (

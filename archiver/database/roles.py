@@ -36,8 +36,8 @@ NEEDED: Mapping[str, Needs] = {
     READER: Needs({f"analytics.{view}": "SELECT" for view in _VIEWS}),
     WRITER: Needs(
         {
-            **{f"analytics.{view}": "SELECT" for view in _VIEWS},  # it exports, too
-            # Rows go only with a row in `removals`: a trigger sees to that.
+            **{f"analytics.{view}": "SELECT" for view in _VIEWS},  # it also exports
+            # A trigger allows the deletion of a row only with a row in `removals`.
             "archiver.events": "SELECT, DELETE",
             "archiver.schema_version": "SELECT",
             **{f"archiver.{name}": _ALL for name in ("sessions", "chats", "messages", "quarantine", "backfills")},
@@ -48,16 +48,16 @@ NEEDED: Mapping[str, Needs] = {
             "archiver.seals": "SELECT, INSERT",
             **{f"archiver.{name}": "SELECT, INSERT, DELETE" for name in ("outbox", "changes")},
             "analytics.changes": "SELECT",  # `followups tail` beside them
-            "analytics.conversations": "SELECT",  # what follow-ups deliver
+            "analytics.conversations": "SELECT",  # content of follow-ups
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
             **{f"archiver.{name}": "SELECT, INSERT" for name in ("epochs", "epoch_faults")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
             **{f"archiver_jobs.{lock}": "UPDATE" for lock in Lock},
         },
-        # A row of a number far ahead would count as sealed with all that come before it.
+        # Only Postgres assigns ids, because a row with a large id would make all lower ids count as sealed.
         appends=tuple(f"archiver.{name}" for name in ("events", "recounts", "acts", "erasures", "removals")),
-        # All that may change of a ledger row: its counters; its content goes, or gives way to pieces.
+        # The columns of a ledger row that may change: counters, and content that is erased or replaced by pieces.
         columns=(
             "delivery_count",
             "last_received_at",
@@ -99,11 +99,11 @@ NEEDED: Mapping[str, Needs] = {
             },
             "archiver.acts": "SELECT",
         },
-        appends=("archiver.acts",),  # an export is an act
+        appends=("archiver.acts",),  # an export is recorded in the audit log
     ),
 }
 
-# By object id: a name cannot be looked up in a schema that one may not enter.
+# By object id: a name cannot be resolved in a schema without the USAGE privilege.
 _MISSING = text(
     """
     WITH r AS (SELECT CAST(:role AS name) AS role)
@@ -167,7 +167,7 @@ def missing(connection: Connection, role: str, grantee: str | None = None) -> li
     return list(connection.scalars(_MISSING, values))
 
 
-# Only what was granted to the role itself: what its owner or a superuser may do needs no grant.
+# Only grants to the role itself; owners and superusers need no grants.
 _SURPLUS = text(
     """
     WITH wanted (kind, name, priv) AS (

@@ -22,9 +22,9 @@ VERSION_TABLE = "schema_version"
 SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
 
 _LOCK_SECONDS = 2.0
-PAUSE_SECONDS = 2.0  # between two attempts to have a lock: what waited behind it goes on
-LOCK_WAIT_SECONDS = 45.0  # for locks in all
-RACES = 1  # with another migration that makes the schema
+PAUSE_SECONDS = 2.0  # pause between two attempts to get a lock, in which waiting sessions proceed
+LOCK_WAIT_SECONDS = 45.0  # in total for locks
+RACES = 1  # if another migration creates the schema
 STATEMENT_SECONDS = 600
 _REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
 _REPAIRED_FROM = "0005"
@@ -168,8 +168,8 @@ def _refuse_newer(connection: Connection) -> None:
         check(connection)
 
 
-# One migration of a database at a time. Only the owner may lock the row of the version, so that no other user can
-# keep a migration waiting thereby; before there is one, the names that a migration makes are unique.
+# One migration per database at a time. Only the owner may lock the row of the version, so no other user can block a
+# migration. Before that row exists, the unique names of new objects exclude concurrent migrations.
 _LOCK_TABLE = text(f"LOCK TABLE {tables.SCHEMA}.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE")
 _LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # constants
 _MADE_BY_ANOTHER = {"23505", "42P06", "42P07"}  # SQLSTATEs: unique violation, duplicate schema, duplicate table

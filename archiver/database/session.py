@@ -18,12 +18,12 @@ log = structlog.get_logger(__name__)
 ENCODING = "UTF8"
 STARTUP: Mapping[str, str] = {"client_encoding": ENCODING}
 
-# Each is something that a role or a database can set by default, and that would change what our statements mean, what
-# they return, or whether they end.
+# Each is a setting with a default per role or database that would change the meaning, the result or the end of
+# statements.
 SETTINGS: Mapping[str, str] = {
-    # I1: a commit is a durable one.
+    # I1: a commit is durable.
     "synchronous_commit": "on",
-    # Names mean what they do in Postgres; ours are qualified.
+    # Unqualified names are those of Postgres; names of the archiver are qualified.
     "search_path": "pg_catalog, pg_temp",
     # How values are written and read as text. A time near the end of the calendar must not leave it on the way
     # through another time zone.
@@ -43,10 +43,10 @@ SETTINGS: Mapping[str, str] = {
     "transaction_timeout": "0",
     # An error ends the transaction, not the connection.
     "exit_on_error": "off",
-    # Rows that an index finds are all returned, and views may be read.
+    # Index scans return all rows, and views are readable.
     "gin_fuzzy_search_limit": "0",
     "restrict_nonsystem_relation_kind": "",
-    # Compiling a statement takes Postgres 200 ms where it estimates a high cost: that never pays for a few rows.
+    # JIT compilation takes 200 ms for a high estimated cost, which never pays off for a few rows.
     "jit": "off",
     "plan_cache_mode": "auto",
 }
@@ -115,7 +115,7 @@ def check_connection(adapted: Any, record: Any, *, prepared_statements: bool | N
 
 
 async def configure(connection: psycopg.AsyncConnection[Any], *, prepared_statements: bool | None) -> None:
-    """The same for a connection that is used without an engine."""
+    """Apply the settings to a connection that is used without an engine."""
     await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
     require_utf8(connection.info)
     cursor = await connection.execute(_PID)

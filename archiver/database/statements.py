@@ -17,7 +17,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from archiver.database.errors import as_of_engine
 
-# Where the first of several fails the driver warns of the others that they were not run: no news to the caller.
+# If the first of several statements fails, the driver warns that the others did not run, which the caller knows.
 logging.getLogger("psycopg").addFilter(
     lambda record: not any(isinstance(each, psycopg.errors.PipelineAborted) for each in record.args or ())
 )
@@ -126,7 +126,7 @@ class BulkInsert:
     (insertmanyvalues) handles each parameter of each row several times, which cost half of what an event costs here.
     """
 
-    ROWS = 1_000  # of one statement: Postgres takes at most 65,535 parameters
+    ROWS = 1_000  # per statement; Postgres allows at most 65,535 parameters
 
     def __init__(self, statement: Insert | ReturningInsert[Any], columns: Sequence[str]) -> None:
         of_one = statement.values({name: bindparam(name) for name in columns})

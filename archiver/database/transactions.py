@@ -24,7 +24,7 @@ STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
 
-# Once a transaction, by one statement.
+# Set once per transaction, by one statement.
 _OPEN = RawStatement(
     f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"  # noqa: S608  # constants
     " extract(epoch FROM clock_timestamp())::float8 AS at"
@@ -49,7 +49,7 @@ def snapshot(engine: Engine, *, statement_seconds: float, exported: str | None =
     """
     frozen = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     with frozen.begin() as connection:
-        if exported is not None:  # before anything else is said, or it is too late
+        if exported is not None:  # must precede all other statements
             connection.exec_driver_sql(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(exported).as_string())
         _open(connection, statement_seconds, LOCK_SECONDS)
         yield connection
@@ -63,7 +63,7 @@ def run(
     lock_seconds: float = LOCK_SECONDS,
     retries: int = CONFLICT_RETRIES,
 ) -> T:
-    """Like `run_async`, without an event loop. After a conflict the work is retried so many times."""
+    """Run work in a transaction, as `run_async` does, without an event loop; it is retried after conflicts."""
     while True:
         try:
             with transaction(engine, statement_seconds=statement_seconds, lock_seconds=lock_seconds) as connection:
@@ -77,9 +77,9 @@ def run(
 def run_until_locked(
     engine: Engine, work: Callable[[Connection], T], *, lock_seconds: float, attempts: int, pause_seconds: float
 ) -> T:
-    """Like `run`, for work that begins with a lock for which all others would queue.
+    """Run work that begins with a lock for which all others would queue.
 
-    A lock that is not free within `lock_seconds` is tried again after a pause, so that the others go on between two
+    A lock that is not free within `lock_seconds` is tried again after a pause, so that others proceed between two
     attempts. Raises the lock timeout of the last attempt.
     """
     while True:
@@ -93,7 +93,7 @@ def run_until_locked(
         sleep(pause_seconds * random.uniform(0.5, 1.5))  # noqa: S311  # so that two processes do not keep step
 
 
-# Of a statement, and of a wait for a lock: in a transaction of several items, and in that of a single one.
+# Limits of a statement and of a lock wait: with several items, and with a single one.
 SPLIT_SECONDS, SPLIT_LOCK_SECONDS = 10.0, 2.0
 SINGLE_SECONDS, SINGLE_LOCK_SECONDS = 120.0, 10.0
 SPLIT_RETRIES = 10
@@ -105,10 +105,9 @@ def run_split(
     work: Callable[[Connection, Sequence[Item]], T],
     slow: list[DBAPIError],
 ) -> Iterator[T]:
-    """Like `run_split_async`, without an event loop: yield each result after its commit.
+    """Run work on items as `run_split_async` does, without an event loop; yield each result after its commit.
 
-    A single item has more time. For one that is locked, or takes too long, nothing is done: its error is added to
-    `slow`.
+    A single item has more time. An item that is locked or too slow is skipped; its error is added to `slow`.
     """
     if not items:
         return
@@ -172,7 +171,7 @@ _abandoned: set[asyncio.Future[Any]] = set()
 def _forget(abandoned: asyncio.Future[Any]) -> None:
     _abandoned.discard(abandoned)
     if not abandoned.cancelled():
-        abandoned.exception()  # looked at, so that nothing complains
+        abandoned.exception()  # retrieved, so that asyncio does not log it
 
 
 ASYNC_SPLIT_LOCK_SECONDS = 0.5
@@ -255,7 +254,7 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T], limits
     except DBAPIError as error:
         if started or not error.connection_invalidated:
             raise
-    # Lost while idle, before anything was asked of it, so nothing is done twice. The pool's others were lost with it.
+    # Lost while idle, before the first statement, so nothing runs twice. The pool's other connections are lost too.
     await engine.dispose()
     async with engine.begin() as connection:
         return await connection.run_sync(opened)

@@ -34,7 +34,7 @@ _SEVERAL_HOSTS = re.compile(
 
 
 def _make_url(value: str) -> URL:
-    """SQLAlchemy's, which knows several hosts only in the query: libpq's HOST1:5432,HOST2:5432 is brought there."""
+    """Return the URL for SQLAlchemy, which accepts several hosts (as in libpq) only in the query."""
     several = _SEVERAL_HOSTS.fullmatch(value)
     if several is None:
         return make_url(value)

@@ -167,7 +167,7 @@ def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-# What `_chat` reads beside the chat object, and so what makes two facts differ though their chat objects do not.
+# Fields that `_chat` reads outside the chat object, which also distinguish two facts.
 _ENVELOPE_CHAT_FIELDS = frozenset({"assistant", "assistantId", "assistantOverrides", "session"})
 _TIMES = ("timestamp", "createdAt")
 

@@ -8,7 +8,7 @@ import msgspec
 
 from archiver.events.shapes import Event, Malformed
 
-WEBHOOK = "webhook"  # the source of deliveries that upstream sends by itself
+WEBHOOK = "webhook"  # source of deliveries that upstream sends
 
 Content = Event | Malformed
 ContentT_co = TypeVar("ContentT_co", bound=Content, covariant=True)

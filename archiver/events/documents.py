@@ -9,7 +9,7 @@ import msgspec
 
 from archiver.events.shapes import MAX_DEPTH, UnreadableError
 
-_MAX_DIGITS = 400  # of an integer; longer ones stay text
+_MAX_DIGITS = 400  # digits of an integer; longer ones stay text
 
 
 class Exact(float):
@@ -39,7 +39,7 @@ def decode(body: bytes) -> Any:
         document = _load(body)
     except RecursionError:
         raise UnreadableError("nested_too_deeply") from None
-    # Whether a body is read must not depend on how deep the caller stands; few bodies have brackets enough to ask.
+    # Parsing must not depend on the stack depth of the caller; few bodies have enough brackets to need this check.
     if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
         raise UnreadableError("nested_too_deeply")
     return document
@@ -66,7 +66,7 @@ def _depth(document: Any) -> int:
     return depth
 
 
-# What is no number to us stays text, so that two facts that differ in it alone still differ.
+# Unsupported numbers stay text, so that facts that differ only in them remain different.
 
 
 def _integer(text: str) -> int | str:

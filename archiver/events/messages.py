@@ -13,26 +13,27 @@ from archiver.events.documents import Exact
 from archiver.events.shapes import Message, Shape
 from archiver.events.values import label, storable
 
-MAX_NESTING = 32  # levels of one message that are searched for text
+MAX_NESTING = 32  # nesting levels searched for text
 
 _ROLES = {
     **dict.fromkeys(("human", "customer", "caller", "client", "visitor", "end_user", "enduser"), "user"),
     **dict.fromkeys(("ai", "bot", "model", "agent", "chatbot", "llm"), "assistant"),
     **{role: role for role in ("user", "assistant", "system", "developer", "tool", "function")},
 }
-# Fields that name the author where `role` does not; they count for the names of roles alone.
+# Fields that may name the author instead of `role`; they count only if they contain the name of a role.
 _AUTHORS = ("author", "sender", "speaker", "from", "type")
 
-# Fields that carry what was said. The first with text counts: the others say the same in another form.
+# Fields with text. The first non-empty one counts; the others repeat it in another form.
 _TEXTS = (
     *("content", "parts", "text", "message", "output_text", "input_text", "transcript", "value", "body"),
     *("utterance", "response", "answer", "summary", "output", "result", "caption"),
 )
-_CARRIERS = ("data", "audio", "input_audio")  # which carry objects with texts; a text there is encoded bytes
-_LISTS = ("messages", "choices", "candidates", "output", "items")  # of an answer that wraps its messages
+# fields with objects that contain texts; a plain text there is encoded bytes
+_CARRIERS = ("data", "audio", "input_audio")
+_LISTS = ("messages", "choices", "candidates", "output", "items")  # fields of an object that wraps messages
 _CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use", "toolUse")
 _CALL_TYPES = ("_call", "tool_use", "tool-call", "tool_calls")  # ends of `type`
-# What is no text, by a word in `type` or by the field that carries it.
+# Kinds of content other than text, by a word in `type` or by the name of the field.
 _MEDIA: dict[str, Shape] = {"image": "image", "audio": "audio", "video": "video", "file": "file", "document": "file"}
 _MEDIA_FIELDS: dict[str, Shape] = {
     **dict.fromkeys(("image", "image_url", "imageurl", "input_image"), "image"),
@@ -42,7 +43,7 @@ _MEDIA_FIELDS: dict[str, Shape] = {
 }
 _METADATA = frozenset({"role", "id", "type", "name", "index", "status", "object", "time", "timestamp", "metadata"})
 _METADATA_ENDS = ("At", "_at", "Id", "_id")
-_STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # of a list with several shapes
+_STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # for a list of different shapes
 
 
 class _Text(NamedTuple):
@@ -103,7 +104,7 @@ def _messages(value: Any, default_role: str, depth: int) -> Iterator[Message]:
 def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Message]:
     role = role_of(item)
     content = item.get("content")
-    if isinstance(content, str) and content.strip() and "refusal" not in item:  # as nearly always
+    if isinstance(content, str) and content.strip() and "refusal" not in item:  # the usual case
         yield _message_of(role or default_role, content)
     elif role is None and (inner := _wrapped(item)) is not None:
         yield from _messages(inner, default_role, depth)

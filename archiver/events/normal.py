@@ -6,7 +6,7 @@ from html import unescape
 from itertools import chain
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_LAYERS = 8  # of HTML entities: `&amp;amp;lt;`
+_LAYERS = 8  # passes of HTML unescaping: `&amp;amp;lt;`
 # Control characters that are no white space, soft hyphen, combining grapheme joiner, zero-width space and non-joiner,
 # marks of direction, Mongolian vowel separator, word joiner, byte order mark and variation selectors show nothing and
 # separate nothing.
@@ -24,8 +24,8 @@ _TYPOGRAPHIC = {
     "...": "\u2026",
 }
 _FOLDED = _INVISIBLE | {ord(each): plain for plain, every in _TYPOGRAPHIC.items() for each in every}
-# Putting a run of combining marks in order takes the square of its length. No language needs more than 30 of them on
-# one character (Unicode Standard Annex 15, section 13), and more are unreadable.
+# Sorting a run of combining marks takes quadratic time. No language needs more than 30 marks on one character
+# (Unicode Standard Annex 15, section 13).
 _MAX_MARKS = 30
 _SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_MARKS + 1},}}")  # combining marks are neither word nor space
 # Between two symbols the zero-width joiner makes one emoji of several; beside a letter or a space it shows nothing.
@@ -45,7 +45,7 @@ def normal_text(text: str) -> str:
     if not text.isascii():
         text = _JOINER.sub("", text.translate(_FOLDED))
         text = unicodedata.normalize("NFC", _SYMBOLS.sub(_with_few_marks, text))
-    elif text.isprintable() and "  " not in text:  # as most short texts
+    elif text.isprintable() and "  " not in text:  # the usual case for short texts
         return text.strip()
     else:
         text = text.translate(_CONTROLS)

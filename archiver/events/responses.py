@@ -14,17 +14,17 @@ from archiver.events import Event, Message, UnreadableError
 
 READ = "history.read"  # the messages of the session
 GONE = "history.gone"  # 404 or 410
-UNREADABLE = "history.unreadable"  # an answer of a shape that we do not know
-UNAVAILABLE = "history.unavailable"  # no answer at all until the session had expired
-REDACTED = "history.redacted"  # the content of all readings of a session without erased turns
+UNREADABLE = "history.unreadable"  # a response of unknown form
+UNAVAILABLE = "history.unavailable"  # no response before the session expired
+REDACTED = "history.redacted"  # the content of all readings of a session, without erased turns
 READINGS = frozenset({READ, GONE, UNREADABLE, UNAVAILABLE, REDACTED})
 REGISTERED = "session.registered"
 
 SOURCE = "history"
 APPLICATION = "application"
 
-MAX_MESSAGES = 200_000  # of one session
-MAX_REGISTRATIONS = 1_000  # of one request
+MAX_MESSAGES = 200_000  # per session
+MAX_REGISTRATIONS = 1_000  # per request
 
 _GONE = frozenset({404, 410})
 # The same content is the same fact, regardless of other fields of a response: times of access, ids of requests.
@@ -169,7 +169,7 @@ def _session(session_id: str, body: bytes) -> dict[str, Any] | None:
 def _messages(value: Any) -> tuple[Message, ...] | None:
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         return None
-    # One without content, such as a call of a tool, is a message too.
+    # A message without content, such as a tool call, counts too.
     if not all(events.role_of(item) is not None for item in value):
         return None
     return events.messages_of(value, "")

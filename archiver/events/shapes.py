@@ -9,8 +9,8 @@ import msgspec
 from archiver.errors import ArchiverError
 
 MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
-MAX_DEPTH = 200  # levels of nesting: far below what any of Python's parsers takes on any stack
-MAX_MESSAGES = 2_000  # of one turn
+MAX_DEPTH = 200  # levels of nesting, far below the limit of every Python parser
+MAX_MESSAGES = 2_000  # per turn
 
 
 Shape = Literal["text", "refusal", "tool_call", "null", "empty", "image", "audio", "video", "file", "object"]

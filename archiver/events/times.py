@@ -9,8 +9,8 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-EARLIEST = datetime(2015, 1, 1, tzinfo=UTC)  # before any chat that CallHQ can report, after the zero of any calendar
-CLOCK_TOLERANCE = timedelta(minutes=5)  # by which the platform's clock may be ahead of ours
+EARLIEST = datetime(2015, 1, 1, tzinfo=UTC)  # earlier than any CallHQ chat, later than the epoch of any calendar
+CLOCK_TOLERANCE = timedelta(minutes=5)  # tolerance by which the platform's clock may be ahead
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)

@@ -7,9 +7,10 @@ from typing import Any
 from archiver.events.documents import Exact
 from archiver.events.shapes import MAX_ID, UnreadableError
 
-INTERNAL_PREFIX = "\x1f"  # begins the keys that we make ourselves, for turns that only history knows; so no id may
+# prefix of internal keys, for turns known only from a history; ids of CallHQ must not begin with it
+INTERNAL_PREFIX = "\x1f"
 MAX_VARIABLE_DEPTH = 64
-_MAX_COST_TEXT = 10_000  # characters; Postgres holds 16,383 digits after the point
+_MAX_COST_TEXT = 10_000  # characters; Postgres stores 16,383 digits after the point
 _COST = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,9})?", re.ASCII | re.IGNORECASE)
 _COST_FIELDS = ("total", "amount", "value", "cost", "totalCost", "total_cost", "usd")
 _COST_MAGNITUDES = range(-30, 12)  # powers of ten

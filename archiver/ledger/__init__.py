@@ -128,8 +128,10 @@ def is_refused(connection: Connection, delivery: Delivery[Event]) -> bool:
 def _select_erased(
     connection: Connection, deliveries: Sequence[Delivery[Event]], lock: Sequence[Statement]
 ) -> dict[FactRef, Erased]:
-    """What of that which they speak of was erased. It travels with the lock, but is a statement of its own: what it
-    sees was committed before the lock was had, or is not there as long as it is held.
+    """Return the erasures of the deliveries' subjects.
+
+    It is sent together with the lock, but as a separate statement: it sees all that was committed before the lock was
+    granted, and nothing else can be committed while it is held.
     """
     erased = select_erased(connection, _refs(deliveries), lock)
     result = [ref for ref, erased_part in erased.items() if erased_part.is_found and ref.chat_id]
@@ -213,8 +215,8 @@ class DeliveryGroup(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-# An unassigned fact and a fact with the session of the same chat must see each other, whichever commits
-# first. So the former are recorded alone, the latter beside each other.
+# An unassigned fact and a fact that assigns its chat to a session must see each other in either order of
+# commits. So unassigned facts are recorded exclusively, and others concurrently.
 
 
 LATE_SECONDS, LATE_PAUSE_SECONDS, LATE_ATTEMPTS = 0.25, 0.25, 8
@@ -241,8 +243,8 @@ def _lock_late(connection: Connection, *, exclusive: bool) -> None:
         execute(connection, _PAUSE.bind(LATE_PAUSE_SECONDS))
 
 
-# What a fact depends on beside the rows that its transaction locks: facts about the same turn that do not name its
-# session; and for such a fact the sessions that hold its turn.
+# The dependencies of a fact besides the rows that its transaction locks: unassigned facts about the same turn; and
+# for an unassigned fact, the sessions that have its turn.
 _SELECT_RELATED = RawStatement(
     """
     SELECT encode(e.dedupe_key, 'hex') AS key, CAST(least(e.occurred_at, e.earliest_at) AS text) AS detail
@@ -291,7 +293,7 @@ def _event_upsert(*more_unset: str) -> BulkInsert:
         facts.c.dedupe_key,
         facts.c.id,
         facts.c.delivery_count,
-        # Of a first delivery they are what was just sent, and reading times costs.
+        # For a first delivery these are the values just sent, and reading times is slow.
         case((facts.c.delivery_count > literal_column("1"), facts.c.received_at)).label("received_at"),
         case(
             (facts.c.delivery_count > literal_column("1"), func.least(facts.c.occurred_at, facts.c.earliest_at))

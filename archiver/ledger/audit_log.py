@@ -12,7 +12,7 @@ from sqlalchemy import Connection, RowMapping, Select, insert, select, text
 from archiver.database import tables
 
 ADOPT = "adopt"
-ARCHIVER = "archiver"  # the actor of what our own tasks do
+ARCHIVER = "archiver"  # the actor of background tasks
 
 
 # All kinds that this version writes, for the message about an unknown kind.
@@ -32,7 +32,7 @@ def actor() -> str:
     """Return who runs this command: operating system user and machine."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number without a name
+    except (KeyError, OSError):  # a container may use a user id without a name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 

@@ -24,10 +24,10 @@ from archiver.events import responses as history
 
 log = structlog.get_logger(__name__)
 
-MAX_OLDER_RESPONSES = 16  # responses that give way to pieces with a new one; what is left is for the duty
+MAX_OLDER_RESPONSES = 16  # earlier responses converted to pieces together with a new one; the duty converts the rest
 SESSIONS_PER_STEP = 200
 RESPONSES_PER_STEP = 20
-BYTES_PER_STEP = 4 * 1_048_576  # who writes to the session waits for as long
+BYTES_PER_STEP = 4 * 1_048_576  # writers of the session wait this long
 
 Key = tuple[str, bytes]  # session_id, dedupe_key
 
@@ -156,7 +156,7 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
                 except DBAPIError as error:
                     if not is_lock_timeout(error) and not is_cancelled(error):
                         raise
-                    # It only takes more room than it needs; the next worker that starts tries again.
+                    # It only uses more space than necessary; the next worker tries again.
                     log.warning("history response compaction failed", reason=explain(error))
             after = row.session_id
         if len(page) < SESSIONS_PER_STEP:
@@ -166,9 +166,10 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
 
 
 def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[Step]:
-    passed: list[str] = []  # what cannot be split stays as it is
+    passed: list[str] = []  # a response that cannot be split is unchanged
     while True:
-        # A response that is delivered again locks its own row before its session's: one of both is done again.
+        # A redelivered response locks its own row before that of its session; on a deadlock one of the two is
+        # retried.
         done, unsplit, is_last = run(engine, partial(_compact_some, session_id=session_id, passed=passed))
         passed += unsplit
         if is_last:

@@ -27,7 +27,7 @@ from archiver import events
 from archiver.database import BulkInsert, tables
 from archiver.events import Content, Delivery, Malformed
 
-# The last three are faults of ours or of the database, for deliveries that could be parsed.
+# The last three are faults of the archiver or the database, for parsed deliveries.
 NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW = "not_storable", "not_processable", "too_slow"
 REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW)
 
@@ -127,7 +127,7 @@ def _is_one_of(quarantine_ids: Sequence[int]) -> ColumnElement[bool]:
 
 
 def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool = False) -> RowMapping | None:
-    """One row with its body; `lock` holds it until the transaction ends."""
+    """Return one row with its body. `lock`: lock it until the transaction ends."""
     query = select(tables.quarantine).where(tables.quarantine.c.id == quarantine_id)
     return connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
 
@@ -160,7 +160,7 @@ def select_every_body(connection: Connection) -> Iterator[RowMapping]:
 
 
 def select_bodies(connection: Connection, quarantine_ids: Sequence[int]) -> Iterator[RowMapping]:
-    """Of these rows each one's `id`, `session_id` and `body`, in order of their ids."""
+    """Yield `id`, `session_id` and `body` of these rows, in order of their ids."""
     for start in range(0, len(quarantine_ids), BODIES_PER_PAGE):
         some = _is_one_of(quarantine_ids[start : start + BODIES_PER_PAGE])
         yield from (

@@ -15,7 +15,7 @@ import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from prometheus_client.metrics_core import Metric
 
-FRAMES = 6  # of a traceback, the innermost
+FRAMES = 6  # innermost frames of a traceback
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 # The library reads the variable when it is imported; set later, it has no effect.
@@ -194,7 +194,7 @@ outbox_age = Gauge(
 
 
 class Refusals:
-    """Rate-limited log lines about deliveries that were not archived."""
+    """Write rate-limited log lines about deliveries that were not archived."""
 
     SECONDS = 60.0
     ADDRESSES = 1_000  # remembered at a time, over all kinds
@@ -215,11 +215,16 @@ class Refusals:
         self._logged_at[kind] = now
         count = self._since.pop(kind)
         structlog.get_logger(__name__).warning(
-            "not archived", status=status, reason=reason, detail=detail, count=count, **self._address_fields(kind)
+            "delivery not archived",
+            status=status,
+            reason=reason,
+            detail=detail,
+            count=count,
+            **self._address_fields(kind),
         )
 
     def _address_fields(self, kind: tuple[str, str]) -> dict[str, Any]:
-        "delivery not archived"
+        """Return the addresses of a kind as log fields, and forget them."""
         result = Counting(
             {address: self._addresses[each, address] for each, address in self._addresses if each == kind}
         )
@@ -232,7 +237,7 @@ refusals = Refusals()
 
 
 class Recurring:
-    """A warning logged at once, then at most once a minute with a count."""
+    """Log a warning at once, then at most once a minute with a count."""
 
     SECONDS = 60.0
 
@@ -284,7 +289,7 @@ _GREATEST = {family.name for gauge in (spool_age, sealing, last_event) for famil
 
 
 def _delete_dead_processes(folder: Path) -> None:
-    """A receiver that was killed waits for no commit any more."""
+    """Remove the gauges of ended processes, because a killed receiver no longer waits for commits."""
     for file in folder.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         try:
@@ -296,7 +301,7 @@ def _delete_dead_processes(folder: Path) -> None:
 
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:
-    """One line an event on stderr, ours and the libraries' alike."""
+    """Write one line per event to stderr, for the archiver and its libraries."""
     as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -320,7 +325,8 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for noisy_logger in ("alembic", "uvicorn", "procrastinate", "httpx2", "httpcore2"):  # we say what matters
+    # the archiver logs the relevant events itself
+    for noisy_logger in ("alembic", "uvicorn", "procrastinate", "httpx2", "httpcore2"):
         logging.getLogger(noisy_logger).setLevel(max(root.level, logging.WARNING))
     logging.getLogger("stamina").setLevel(logging.ERROR)  # its callers log that a call failed, once a minute
     structlog.configure(

@@ -42,9 +42,9 @@ RETENTION_WITHIN = timedelta(minutes=10)
 RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
-BEAT_SECONDS = 1.0  # between two reports of a duty that waits for its next turn
+BEAT_SECONDS = 1.0  # between two reports of an idle duty
 _UNREADABLE = "unreadable"  # the part of the report of `identity` that is about what could not be compared
-CLAIM_SHARE = 0.9  # of a period: claims are not to beat against it
+CLAIM_SHARE = 0.9  # share of a period, so that workers do not claim in lockstep
 
 
 class Worker:

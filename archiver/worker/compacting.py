@@ -10,7 +10,7 @@ from archiver.ledger import compaction
 
 log = structlog.get_logger(__name__)
 
-SECONDS_PER_JOB = 10.0  # so that it delays neither the end of a worker nor other upkeep
+SECONDS_PER_JOB = 10.0  # short, so that it delays neither the end of a worker nor other tasks
 
 
 class Compacting:
@@ -18,7 +18,7 @@ class Compacting:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._after: str | None = ""  # the session up to which nothing is left; None: there is nothing left
+        self._after: str | None = ""  # the last completed session; None when all are complete
         self._responses = 0
 
     def compact(self, beat: Callable[[], None]) -> None:

@@ -33,14 +33,14 @@ log = structlog.get_logger(__name__)
 JOBS_SCHEMA = "archiver_jobs"
 READINGS = "readings"  # the queue
 SESSIONS_PER_JOB = 20
-MAX_JOBS = 100  # that wait: what is forgotten sooner is put before them, but what is in none waits for none
+MAX_JOBS = 100  # waiting jobs: sessions that expire sooner get precedence over them
 MAX_CONCURRENT_JOBS = 4  # jobs
-# Handed out again after this time, if no job has read them by then; a job that comes later finds them not due.
+# Sessions become due again after this time if no job has read them; a later job skips them.
 CLAIM_TIME = timedelta(minutes=10)
 CLAIM_SECONDS, CLEANUP_SECONDS = 5.0, 60.0
 POLL_SECONDS = UNAVAILABLE_SECONDS = 1.0
-SILENT_SECONDS = 1_800.0  # without an end of any job while some are under way: CallHQ may ask for long pauses
-_LAST = -(2**31)  # the least priority there is
+SILENT_SECONDS = 1_800.0  # without a completed job while some run, because CallHQ may request long pauses
+_LAST = -(2**31)  # the lowest priority
 _JOBS = "readings"  # the part of the duty's report that is about jobs
 
 _COUNT_WAITING = text(
@@ -89,7 +89,7 @@ class Histories:
         self._under_way, self._ended_at = 0, monotonic()
 
     async def run(self, ending: asyncio.Event) -> None:
-        """Work until `ending` is set. Raises `SettingsError` where the settings allow no HTTP client."""
+        """Work until `ending` is set. Raises `SettingsError` if no HTTP client can be built."""
         async with reconciling(self._configuration, self._url) as (engine, reconciler, _), self._jobs.open_async():
             log.info("history duty started", api=self._configuration.callhq_api_url)
             self._reconciler = reconciler
@@ -104,7 +104,7 @@ class Histories:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in tasks:
-                    task.cancel()  # which lets jobs under way end
+                    task.cancel()  # lets running jobs end
                 results = await asyncio.gather(*tasks, return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception):
@@ -131,7 +131,7 @@ class Histories:
                 await self._jobs.run_worker_async(
                     queues=[READINGS],
                     concurrency=MAX_CONCURRENT_JOBS,
-                    listen_notify=False,  # it would hold a connection of its own, and PgBouncer knows no LISTEN
+                    listen_notify=False,  # LISTEN would need a separate connection, and PgBouncer does not support it
                     fetch_job_polling_interval=POLL_SECONDS,
                     delete_jobs="always",
                     shutdown_graceful_timeout=20,
@@ -155,7 +155,7 @@ class Histories:
 
         now, item = await run_async(engine, select)
         until = now + CLAIM_TIME
-        # A session that another transaction holds is due again next time; none waits for it.
+        # A locked session is due again next time; nothing waits for it.
         parts, _ = await run_split_async(engine, item, partial(leases.claim_listed, now=now, until=until))
         due = [each for part in parts for each in part]
         for start in range(0, len(due), SESSIONS_PER_JOB):
@@ -173,7 +173,7 @@ class Histories:
         try:
             await self._reconciler.read_all(session_ids, due_at=datetime.fromisoformat(due_at))
         except UnauthorizedError as error:
-            # They are handed out again, when the key may be another.
+            # The sessions become due again, possibly with another key.
             self._duty.failing(str(error), _JOBS)
             log.error("history duty cannot read histories", error=str(error))  # noqa: TRY400  # there is nothing to trace
         except Exception as error:

@@ -36,7 +36,7 @@ class RetentionTasks:
         self._erases_deleted = configuration.on_delete == "erase"
         self._rules = Rules.of(configuration)
         self._home = configuration.home
-        self._swept = 0  # up to this erasure nothing is left
+        self._swept = 0  # all erasures up to this one are complete
         self._swept_all_at = monotonic()
 
     async def erase(self, beat: Callable[[], None] = lambda: None) -> None:
@@ -50,7 +50,7 @@ class RetentionTasks:
                 beat()
                 if ordered.targets:
                     log.info("deleted turns ordered to be erased", turns=len(ordered.targets))
-        except DBAPIError:  # what was ordered goes, although other turns are locked or slow
+        except DBAPIError:  # ordered content is erased, although other turns are locked or slow
             await self._sweep(beat)
             raise
         await self._sweep(beat)

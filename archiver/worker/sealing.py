@@ -14,7 +14,7 @@ from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-SEALS_PER_JOB = 20  # a backlog must not hold up the end of a worker
+SEALS_PER_JOB = 20  # a backlog must not delay the end of a worker
 
 
 class Sealing:
@@ -33,7 +33,7 @@ class Sealing:
             self._guard.require(connection)
             newest = seals.select_newest(connection)
         now = database.now()
-        # A clock that is, or was, ahead must not end all sealing.
+        # A clock that is or was ahead must not stop sealing.
         if timedelta() <= now - newest.sealed_at < self._every or monotonic() < self._not_before:
             return
         try:

@@ -33,11 +33,11 @@ from archiver.telemetry.duty_health import Duty, Report, fault_location
 log = structlog.get_logger(__name__)
 
 INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
-UNAVAILABLE_PAUSE_SECONDS = 2.0  # the longest while the database is away: it comes back for all of them at once
-STABLE_SECONDS = 60.0  # a duty that ran for so long begins with the first pause again
-GRACE_SECONDS = 20.0  # for what is under way at the end
+UNAVAILABLE_PAUSE_SECONDS = 2.0  # maximum pause while the database is unavailable
+STABLE_SECONDS = 60.0  # a duty that ran at least this long is restarted after the shortest pause
+GRACE_SECONDS = 20.0  # for work in progress at shutdown
 LOOP_SECONDS = 1.0
-BLOCKED_SECONDS = 60.0  # without a turn of the event loop
+BLOCKED_SECONDS = 60.0  # without an iteration of the event loop
 LOG_SECONDS = 60.0
 CLEAN_SECONDS = 3_600.0
 _UNAVAILABLE = (DBAPIError, PoolTimeoutError, TimeoutError, psycopg.OperationalError)
@@ -181,7 +181,7 @@ class _Watch:
         while not self._ending.wait(LOOP_SECONDS):
             try:
                 self._look()
-            except Exception:  # the supervisor of the watch itself
+            except Exception:  # supervisor of the watch itself
                 log.exception("duty supervision failed")
 
     def _look(self) -> None:
@@ -214,7 +214,7 @@ class _Watch:
         self._log_state(name, report)
 
     def _log_state(self, name: str, report: Report) -> None:
-        """One line at the start of a fault and one a minute while it lasts, and one at its end."""
+        """Log one line at the start of a fault, one per minute while it lasts, and one at its end."""
         state, logged_at = self._logged.get(name, ("", float("-inf")))
         fields = {"duty": name, "state": report.state, "restarts": report.restarts}
         if report.is_faulty:

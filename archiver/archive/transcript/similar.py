@@ -51,7 +51,7 @@ def similar(turns: Sequence[TurnMessages], candidates: Candidates, placement: Pl
 def _gaps(
     turns: Sequence[TurnMessages], candidates: Candidates, placement: Placement
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Turns without lines between two that are placed in order, and the lines between those two."""
+    """Yield the turns without lines between two turns placed in order, and the lines between those two."""
     end, without_match = 0, list[int]()
     for turn in range(len(turns) + 1):
         if turn in placement.in_order or turn == len(turns):

@@ -38,7 +38,7 @@ def _common_head(old: Sequence[Hashable], new: Sequence[Hashable]) -> int:
 
 
 def _anchors(old: Sequence[Hashable], new: Sequence[Hashable], head: int) -> list[Pair]:
-    """From `head` on, the longest chain of pairs of items that stand once in either, by patience sorting."""
+    """Return the longest chain, from `head` on, of pairs of items that are unique in both, by patience sorting."""
     in_old, in_new = Counter(old[head:]), Counter(new[head:])
     places = {item: index for index, item in enumerate(old[head:], head) if in_old[item] == in_new[item] == 1}
     piles: list[int] = []
@@ -59,9 +59,10 @@ def _anchors(old: Sequence[Hashable], new: Sequence[Hashable], head: int) -> lis
 
 
 def common_subsequence(old: Sequence[Hashable], new: Sequence[Hashable], cells: int = CELLS) -> list[Pair]:
-    """Pairs of equal items, ascending in both.
+    """Return the pairs of equal items of a longest common subsequence, ascending in both.
 
-    Of several longest ones, one that matches `new` early: what is left over of it tends to stand at its end.
+    Of several longest ones, it returns one that matches `new` early, because its unmatched rest tends to be at the
+    end.
     """
     head = _common_head(old, new)
     pairs = [(index, index) for index in range(head)]

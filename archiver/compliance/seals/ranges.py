@@ -74,7 +74,7 @@ def verify_range(
     checked: Checked,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[Finding]:
-    """What of these seals, and of what they sealed, is not as it was."""
+    """Yield each difference of these seals and their rows from the sealed state."""
     before = seal_before(connection, seal_range.after)
     for last in seal_range.windows:
         start, window, forged = before, list(chain.select_seals(connection, before.id, last)), set[int]()

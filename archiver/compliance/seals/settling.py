@@ -54,7 +54,7 @@ class Settling:
         return self._writers is not None
 
     def settle(self, engine: Engine) -> Settled | None:
-        """Up to which id each table holds all that it ever will; None where that is not known yet."""
+        """Return the id up to which each table is settled; None if that is not yet known."""
         if self._writers is None:
             settled = _settle(engine)
             if settled is None:

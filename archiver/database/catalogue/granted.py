@@ -31,7 +31,7 @@ def _granted(connection: Connection) -> Iterator[Difference]:
             yield Difference(f"role {role}", "failure", detail, f"{_MIGRATE}: {statement};", (statement,))
 
 
-# Of everybody but the owners and our roles. Functions for PUBLIC are a matter of each function.
+# Privileges of users other than the owners and the archiver's roles. Each function defines its grant to PUBLIC.
 _OTHERS = text(
     """
     WITH given (kind, what, owner, acl) AS (
@@ -69,7 +69,7 @@ def _others(connection: Connection) -> Iterator[Difference]:
         )
         is_update_of_columns = (what, privilege) == ("archiver.events", "UPDATE")
         if grantee != "PUBLIC" and (is_expected_owner or is_update_of_columns):
-            continue  # granted to a user directly, where our roles do not exist
+            continue  # granted to a user directly if the archiver's roles do not exist
         quoted = grantee if grantee == "PUBLIC" else f'"{grantee}"'
         statement = f"REVOKE {privilege} ON {kind} {what} FROM {quoted}"
         yield Difference(

@@ -220,7 +220,8 @@ messages = Table(
             "Text in the history where it differs from content; null if equal or not shown by a history."
         ),
     ),
-    # No foreign key: one write path makes both rows in one transaction; checking took a fifth of Postgres's time.
+    # No foreign key: one write path inserts both rows in one transaction, and the check took a fifth of Postgres's
+    # time.
     comment="One row per message, derived from the ledger.",
 )
 
