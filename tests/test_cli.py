@@ -180,6 +180,8 @@ def test_a_port_in_use_is_named(url: str) -> None:
         ("ARCHIVER_PREPARED_STATEMENTS", "perhaps"),
         ("ARCHIVER_SECRET_HEADER", " "),
         ("ARCHIVER_SECRET_HEADER", "x y"),
+        ("ARCHIVER_SECRET_HEADER", "Content-Length"),
+        ("ARCHIVER_HMAC_HEADER", "transfer-encoding"),
         ("ARCHIVER_SECRET_HEADER", "x-hunter:"),
         ("ARCHIVER_SECRET_HEADER", "x-hünter"),
         ("ARCHIVER_HMAC_HEADER", '"x-signature"'),

@@ -267,6 +267,8 @@ class Settings(BaseSettings):
         """Accept a token of RFC 9110, 5.6.2, the only form of a header name."""
         if value and not _TOKEN.fullmatch(value):
             raise ValueError("must be the name of a header: letters, digits and hyphens, such as x-signature")
+        if value in _FRAMING:
+            raise ValueError("must not be a header by which HTTP itself works, such as content-length")
         return value
 
     @field_validator("hmac_prefix", "hmac_timestamp_prefix")
@@ -386,6 +388,10 @@ class Settings(BaseSettings):
 
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+# Headers of connection, framing and routing (RFC 9110, 7.2 to 7.8; RFC 9112, 6), which clients and proxies set.
+_FRAMING = frozenset(
+    ("connection", "content-length", "expect", "host", "te", "trailer", "transfer-encoding", "upgrade")
+)
 
 
 def _has_host(url: str) -> bool:
