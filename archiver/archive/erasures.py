@@ -17,7 +17,7 @@ class FactRef(NamedTuple):
 
 
 class Erased(msgspec.Struct, frozen=True, gc=False):
-    """What was erased of a fact's subject: all of it (`is_whole`), or some turn of its session."""
+    """Describe an erasure of the subject of a fact: of all of it (`is_whole`), or of a turn of its session."""
 
     is_whole: bool
     # Its chat was erased before its session was known.

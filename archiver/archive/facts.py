@@ -204,7 +204,7 @@ def _arrivals(chats: Iterable[Sequence[Row[Any]]]) -> list[datetime]:
 
 
 class _Shared:
-    """The messages that the responses of a session share, each read once, and a run of them as a slice."""
+    """Hold the messages that the responses of a session share; each is parsed once, and a run of them is a slice."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._numbers = sorted(contents)

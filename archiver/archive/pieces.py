@@ -32,7 +32,7 @@ Run = tuple[int, int]  # numbers of its first and its last piece
 
 
 class Split(msgspec.Struct, frozen=True):
-    """A response as its frame and its messages, as the bytes that they are."""
+    """Hold the bytes of a response as its frame and its messages."""
 
     frame: tuple[bytes, bytes, bytes]  # before the messages, between two of them, after them
     messages: list[bytes]
@@ -229,7 +229,7 @@ def delete_unused(connection: Connection, session_ids: Sequence[str]) -> None:
 
 
 class ResponseAssembler:
-    """Reassembles the responses of one session from its pieces."""
+    """Reassemble the responses of one session from its pieces."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._numbers = sorted(contents)

@@ -245,7 +245,7 @@ def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
 
 
 class Archived(msgspec.Struct):
-    """What the archive holds of some sessions, by key."""
+    """Hold the archive rows of some sessions, by key."""
 
     sessions: dict[str, Row]
     chats: dict[Key, Row]

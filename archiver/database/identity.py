@@ -290,7 +290,7 @@ KINDS = (
 
 
 class MachineRecord:
-    """What this machine saw committed, in a file shared by its processes."""
+    """Remember the committed rows that this machine has seen, in a file shared by its processes."""
 
     def __init__(self, home: Path) -> None:
         self._path = home / FILE
@@ -327,7 +327,7 @@ class MachineRecord:
 
 
 class Guard:
-    """Decides whether a database may be sealed, published and delivered from; checks at most once a second."""
+    """Decide whether a database may be sealed, published and delivered from; checked at most once per second."""
 
     def __init__(self, home: Path, url: URL) -> None:
         self._memory, self._place = MachineRecord(home), embedded_files_id(home, url)

@@ -33,7 +33,7 @@ Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
 class StoredPieces(msgspec.Struct, frozen=True):
-    """What the ledger holds of a response that is stored in pieces."""
+    """Hold the ledger columns of a response that is stored in pieces."""
 
     frame: list[bytes]
     runs: list[int]

@@ -56,7 +56,7 @@ def connect(api_url: str, api_key: str) -> httpx2.AsyncClient:
 
 
 async def run_all(client: Client, conversations: Iterable[Conversation], ended: Callable[[], object]) -> None:
-    """Hold these conversations, some at a time; `ended` is called after each."""
+    """Run these conversations, some concurrently; `ended` is called after each."""
     waiting = iter(conversations)
 
     async def work_loop() -> None:

@@ -72,7 +72,7 @@ class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
 
 
 class Histories:
-    """Reads histories for as long as it runs, with connections and an HTTP client of its own."""
+    """Read histories while it runs, with its own connections and HTTP client."""
 
     def __init__(self, configuration: Settings, url: URL, duty: Duty) -> None:
         self._configuration, self._url, self._duty = configuration, url, duty

@@ -67,7 +67,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class Supervisor:
-    """Runs duties until `ending` is set; a fault of one leaves the others alone. Their state goes to `engine`."""
+    """Run duties until `ending` is set; a fault of one does not affect the others. `engine` stores their state."""
 
     def __init__(self, runners: Sequence[Runner], engine: Engine) -> None:
         self._runners = runners
@@ -150,7 +150,7 @@ async def _keep_alive(ending: asyncio.Event, duty: Duty) -> None:
 
 
 class _Watch:
-    """A thread that looks at the duties once a second: log lines, gauges, the row in `archiver.workers`."""
+    """Report the duties once per second from a thread: log lines, gauges, the row in `archiver.workers`."""
 
     def __init__(self, runners: Sequence[Runner], engine: Engine, cancel: Callable[[str], None]) -> None:
         self._runners, self._engine, self._cancel = runners, engine, cancel

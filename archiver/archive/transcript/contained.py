@@ -65,7 +65,7 @@ def _with_messages(reading: HistoryMessages, following: Sequence[Message]) -> Hi
 
 
 class _Repeats:
-    """Finds where the first messages of a reading occur again, and for how long."""
+    """Find where the first messages of a reading occur again, and for how long."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self._messages = messages

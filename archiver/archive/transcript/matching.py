@@ -229,7 +229,7 @@ class _Search:
 
 
 class _Displacement:
-    """Moves turns to other fitting lines to free lines for a turn."""
+    """Move turns to other fitting lines to free lines for a turn."""
 
     def __init__(self, search: _Search, turns: Sequence[TurnMessages], *, with_output: bool) -> None:
         self._search = search
