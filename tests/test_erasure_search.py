@@ -120,7 +120,7 @@ def test_i8_what_cannot_be_searched_is_counted_reported_and_listed(database_url:
         assert [(each,) for each in select_unsearchable(connection)] == unsearchable
     done = archiver("erase", "--session", "s1", "--reason", "x", "--yes", "--json", database_url=database_url)
     assert done.returncode == 0, done.stderr
-    assert "2 quarantined bodies could not be searched" in done.stderr
+    assert "2 quarantined bodies cannot be decoded" in done.stderr
     assert "archiver quarantine list --unsearchable" in done.stderr
     assert {"quarantined": 1, "unsearchable": 2}.items() <= json.loads(done.stdout).items()
     listed = archiver("quarantine", "list", "--unsearchable", "--json", database_url=database_url)

@@ -145,7 +145,7 @@ def test_each_session_alone_checks(archive: Engine, tmp_path: Path, session_id: 
 def test_unknown_selections_are_reported(archive: Engine, tmp_path: Path) -> None:
     with pytest.raises(UnknownSelectionError, match="session no, nor"):
         make(archive, tmp_path / "one", Selection(["s1", "no", "nor"]))
-    with pytest.raises(UnknownSelectionError, match="no hold 7"):
+    with pytest.raises(UnknownSelectionError, match="hold 7 does not exist"):
         make(archive, tmp_path / "one", Selection(), hold_ids=[7])
     assert list(tmp_path.iterdir()) == []
 
@@ -175,9 +175,9 @@ def test_an_export_is_recorded_before_and_after(archive: Engine, tmp_path: Path)
 @on_one_version
 def test_nothing_is_written_where_something_is(archive: Engine, exported: Path, tmp_path: Path) -> None:
     before = sorted(each.name for each in exported.iterdir())
-    with pytest.raises(FolderError, match="no empty folder"):
+    with pytest.raises(FolderError, match="is not an empty folder"):
         make(archive, exported)
-    with pytest.raises(FolderError, match="make it first"):
+    with pytest.raises(FolderError, match="create it first"):
         make(archive, tmp_path / "no" / "where")
     assert sorted(each.name for each in exported.iterdir()) == before
     (tmp_path / "empty").mkdir()

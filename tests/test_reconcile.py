@@ -156,6 +156,23 @@ async def test_i12_a_session_that_was_handed_out_twice_is_read_once(database_url
         assert await reconciler.read_all(ids, due_at=times[1]) == {}
 
 
+async def test_a_preview_of_all_sessions_waits_for_no_pause(database_url: str, callhq: CallHQ) -> None:
+    ids = [callhq.session(f"s{n}", "ok").id for n in range(2)]
+    result: list[ReconcileResult] = []
+    with psycopg.connect(database_url, autocommit=True) as connection:
+
+        def pause(reading: ReconcileResult) -> None:
+            result.append(reading)
+            if len(result) == len(ids):
+                query = "INSERT INTO archiver.pauses (name, until, reason) VALUES ('callhq', now() + '1 hour', '429')"
+                connection.execute(query)
+
+        async with reconciling(settings(callhq), parse_url(database_url)) as (_, reconciler, submit):
+            await register(submit, ids)
+            async with asyncio.timeout(60):
+                assert await reconciler.preview_all(ids, pause) == {"read": 2}
+
+
 async def test_a_refused_key_gives_every_lease_back(database_url: str, callhq: CallHQ) -> None:
     ids = [callhq.session(f"s{n}", "ok").id for n in range(10)]
     async with reconciling(settings(callhq, "wrong"), parse_url(database_url)) as (engine, reconciler, submit):

@@ -81,6 +81,20 @@ def test_version_and_help_import_no_command(option: str) -> None:
     assert not {"sqlalchemy", "psycopg", "alembic", "rich", "msgspec", "pydantic", "structlog"} & set(modules)
 
 
+def test_an_unknown_command_is_answered_with_similar_ones() -> None:
+    ended = subprocess.run([sys.executable, "-m", "archiver", "serv"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, "'serve'" in ended.stderr) == (2, True)
+
+
+def test_a_completion_prints_no_version() -> None:
+    typed = {"COMP_WORDS": "archiver --version ver", "COMP_CWORD": "2", "_ARCHIVER_COMPLETE": "bash_complete"}
+    program = "import sys; sys.argv = ['archiver']; from archiver.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | typed, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.split() == ["plain,verify"]
+
+
 def test_the_help_has_the_first_sentence_of_each_command() -> None:
     context = click.Context(cli)
     assert list(COMMANDS) == sorted(COMMANDS)

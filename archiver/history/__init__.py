@@ -4,7 +4,7 @@ No transaction is open during a call: lease, fetch, record, release.
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -96,7 +96,7 @@ class Reconciler:
             await report.add(session_id, *await self._register(session_id, answer))
 
         try:
-            await self._read_each(_each(session_ids), register, min(self._under_way, len(session_ids)))
+            await self._read_list(session_ids, register, self._under_way)
         finally:
             await report.flush()
         self._fetcher.check_key()
@@ -116,7 +116,7 @@ class Reconciler:
             outcomes[result.outcome] += 1
             on_result(result)
 
-        await self._read_each(_each(session_ids), preview, min(self._client.concurrency, len(session_ids)))
+        await self._read_list(session_ids, preview, self._client.concurrency)
         self._fetcher.check_key()
         return outcomes
 
@@ -124,16 +124,31 @@ class Reconciler:
     def _under_way(self) -> int:
         return self._client.concurrency * RECORDING
 
+    async def _read_list(
+        self, session_ids: Sequence[str], handle: Callable[[str, Answer], Awaitable[None]], under_way: int
+    ) -> None:
+        """Fetch and handle the history of each of these sessions, at most `under_way` at a time."""
+        waiting = deque(session_ids)
+
+        async def next_session() -> str | None:
+            return waiting.popleft() if waiting else None
+
+        await self._read_each(next_session, handle, min(under_way, len(session_ids)), lambda: not waiting)
+
     async def _read_each(
         self,
         next_session: Callable[[], Awaitable[str | None]],
         handle: Callable[[str, Answer], Awaitable[None]],
         under_way: int,
+        is_exhausted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Fetch the history of each session and handle the answer, with so many sessions under way."""
+        """Fetch the history of each session and handle the answer, with so many sessions under way.
+
+        `is_exhausted`: whether it is known that no session is left; asking for one may wait for a pause.
+        """
 
         async def work_loop() -> None:
-            while True:
+            while not is_exhausted():
                 async with self._client.turn():  # first: sessions not yet leased stay free for others
                     session_id = await next_session()
                     if session_id is None:
@@ -257,15 +272,6 @@ _OUTCOMES: dict[str, Outcome] = {
     responses.UNREADABLE: "unreadable",
     responses.UNAVAILABLE: "unavailable",
 }
-
-
-def _each(session_ids: Sequence[str]) -> Callable[[], Awaitable[str | None]]:
-    waiting = iter(session_ids)
-
-    async def next_session() -> str | None:
-        return next(waiting, None)
-
-    return next_session
 
 
 async def _shielded(work: Awaitable[None]) -> None:

@@ -42,7 +42,10 @@ def look() -> Mapping[str, str]:
 
 
 def require_files(found: Mapping[str, str]) -> None:
-    """Raise `SettingsError` where a setting is in a pipe or device, which blocks or is empty when read again."""
+    """Raise `SettingsError` where a setting is in a pipe or device, which blocks or is empty when read again.
+
+    The null device is accepted: it is always empty.
+    """
     for name, digest in found.items():
         if digest == _NO_FILE:
             raise SettingsError(f"{name}: {os.environ[name]} is not a regular file, and cannot be read again.")
@@ -50,7 +53,7 @@ def require_files(found: Mapping[str, str]) -> None:
 
 def _digest(path: Path) -> str:
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.exists() and not path.is_file() and not path.is_dir() and not path.samefile(os.devnull):
             return _NO_FILE
         with path.open("rb") as file:
             return sha256(file.read(_LARGEST)).hexdigest()

@@ -70,6 +70,8 @@ def show(*, subscription_id: int, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in result[0].items():
+        if name == "closed_until":  # the earlier name of open_until, for programs
+            continue
         shown = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
         shown = _state(result[0]) if name == "state" else shown
         table.add_row(name, Text(shown))

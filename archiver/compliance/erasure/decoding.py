@@ -204,8 +204,9 @@ def _of_form(text: str) -> Iterator[str]:
 
 _BASE64 = re.compile(r"\s*([A-Za-z0-9+/_\r\n-]{16,}={0,2})\s*")
 _BASE64_INSIDE = re.compile(r"[A-Za-z0-9+/_-]{24,}={0,2}")
-# Lines of 64 or 76 characters, as PEM and MIME write them (RFC 7468, section 2; RFC 2045, section 6.8).
-_BASE64_LINES = re.compile(r"(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-Za-z0-9+/]{1,76}={0,2}")
+# Lines of 64 or 76 characters, as PEM and MIME write them (RFC 7468, section 2; RFC 2045, section 6.8). A match
+# starts a run of such characters: tried at each of them, it would cost as much as the rest of the search.
+_BASE64_LINES = re.compile(r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-Za-z0-9+/]{1,76}={0,2}")
 
 
 def _of_base64(text: str) -> Iterator[bytes]:
