@@ -105,7 +105,7 @@ def test_i8_time_that_jumped_since_the_last_run_lets_nothing_expire_until_a_pers
 ) -> None:
     remember(tmp_path, JUMPS[jump])
     for _ in range(2):
-        with pytest.raises(ClockError, match="time has jumped") as refused:
+        with pytest.raises(ClockError, match=r"time (jumped|went back) by") as refused:
             destroys_by(engine, tmp_path)
         assert str(tmp_path / clocks.FILE) in str(refused.value)
     (tmp_path / clocks.FILE).unlink()
@@ -154,7 +154,7 @@ def test_i8_the_duties_destroy_nothing_after_a_jump_and_go_on_with_what_was_orde
     duties = RetentionTasks(settings.read(), engine)
     remember(tmp_path, JUMPS["400 days in a minute"])
     for duty in (duties.expire, duties.erase):
-        with pytest.raises(ClockError, match="time has jumped"):
+        with pytest.raises(ClockError, match=r"time (jumped|went back) by"):
             asyncio.run(duty())
     assert rows(engine, "SELECT count(*) FROM archiver.erasures WHERE rule <> 'request'") == [(0,)]
     assert texts(engine, "s3") == []

@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from archiver import events
@@ -648,6 +648,9 @@ def test_i4_every_request_is_answered_and_every_authentic_body_is_kept_byte_for_
 
         @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(body=bodies, lines=headers, authentic=st.integers(0, 9).map(bool), chunked=st.booleans())
+        @example(created("twice"), [], True, False)
+        @example(created("twice"), [], True, True)
+        @example(b'{"type": "chat.renamed", "chat": {"id": "renamed"}}', [], True, False)
         def check(body: bytes, lines: list[tuple[str, bytes]], authentic: bool, chunked: bool) -> None:
             if authentic:
                 lines = [line for line in lines if line[0] != "x-webhook-secret"]

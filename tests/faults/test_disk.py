@@ -237,7 +237,7 @@ def test_doctor_says_what_is_wrong_with_the_spool(postgres: embedded.Postgres, u
     with serving(url, ARCHIVER_HOME=str(disk)) as receiver:
         until_drained(receiver)
     verdict, text = findings(disk, url, **few)["spool files"]
-    assert (verdict, "damaged-spool-0-1.db" in text, "remove" in text) == ("warning", True, True)
+    assert (verdict, "damaged-spool-0-1.db" in text, "delete the files" in text) == ("warning", True, True)
     assert_archived(url, set())
     shutil.rmtree(disk / "spool")
     (disk / "spool").write_bytes(b"")

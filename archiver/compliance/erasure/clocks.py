@@ -98,9 +98,11 @@ def _compare_with_last(reading: ClockReading, file: Path) -> None:
     else:  # the machine was restarted, so the elapsed time is unknown
         surplus, has_jumped = passed, passed < -TOLERANCE or passed > MAX_PAUSE
     if has_jumped:
+        jumped = "went back" if surplus < timedelta() else "jumped"
+        amount = timedelta(seconds=round(abs(surplus).total_seconds()))
         raise ClockError(
             "time_jumped",
-            f"Retention is stopped: time jumped by {surplus} since the last run at"
+            f"Retention is stopped: time {jumped} by {amount} since the last run at"
             f" {last.at:{_FORMAT}} (now: {reading.at:{_FORMAT}}). Correct the clock (NTP); if it is correct,"
             f" delete {file} and run it again.",
         )
