@@ -219,6 +219,15 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_rows_of_a_table_have_the_cells_of_its_head(page: Path) -> None:
+    width = 0
+    for line in page.read_text().splitlines():
+        cells = re.sub(r"`[^`]*`", "code", line)[1:-1].split("|") if line.startswith("|") else []
+        assert not cells or not width or len(cells) == width, line
+        width = len(cells)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_table_cell_has_fewer_than_30_words(page: Path) -> None:
     for line in page.read_text().splitlines():
         cells = re.sub(r"`[^`]*`", "code", line).strip("|").split(" | ") if line.startswith("|") else ()

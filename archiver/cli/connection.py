@@ -87,7 +87,7 @@ def _keep(postgres: embedded.Postgres, ending: threading.Event) -> None:
             if postgres.restart_if_ended():
                 log.error("embedded Postgres ended unexpectedly; restarted", log=str(postgres.data.parent))
         except embedded.EmbeddedError as error:
-            log.error("embedded Postgres ended", error=str(error))  # noqa: TRY400  # a traceback would add nothing
+            log.error("embedded Postgres ended; restart failed", error=str(error))  # noqa: TRY400  # a traceback would add nothing
 
 
 @contextmanager

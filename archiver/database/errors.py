@@ -74,7 +74,7 @@ _NOT_YET = (
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Return whether Postgres is unreachable at present, rather than rejecting our configuration."""
+    """Return whether Postgres is unreachable at present, as opposed to a rejected configuration."""
     original = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
         return False

@@ -143,7 +143,7 @@ _USAGE = text(
 
 
 class LockUsage(msgspec.Struct, frozen=True):
-    """Used share of the lock table of Postgres (1: full), and the session that holds most locks."""
+    """The share of the Postgres lock table in use (1: full), and the session that holds the most locks."""
 
     usage: float
     pid: int | None

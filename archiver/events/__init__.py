@@ -181,7 +181,7 @@ def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelo
 
 
 def _other_key(event_type: str, envelope: dict[str, Any]) -> bytes:
-    """Return the key of an unknown event type: all fields except the times of the envelope."""
+    """Return the dedupe key of an event of unknown type, over all fields except the times of the envelope."""
     return digest([event_type, {name: value for name, value in envelope.items() if name not in _TIMES}])
 
 

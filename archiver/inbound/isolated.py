@@ -96,7 +96,7 @@ class IsolatedWriter:
         seconds, is_stored = monotonic() - started, isinstance(result, Outcome)
         if seconds >= SLOW_SECONDS or not is_stored:
             self._remember(delivery.subject)
-            log.warning("slow event written separately", seconds=round(seconds, 3), is_stored=is_stored)
+            log.warning("slow event attempted separately", seconds=round(seconds, 3), is_stored=is_stored)
         if isinstance(result, UnavailableError):
             await self._circuit.judge([result])
         return result

@@ -275,7 +275,7 @@ class Settings(BaseSettings):
     @classmethod
     def _may_begin_a_header(cls, value: str) -> str:
         if value and (not value.isascii() or not value.isprintable() or value.startswith(" ")):
-            raise ValueError("must start with a printable ASCII character other than a space")
+            raise ValueError("must contain only printable ASCII characters, and not start with a space")
         return value
 
     @field_validator("callhq_api_key", "api_token")

@@ -14,7 +14,7 @@ SECONDS_PER_JOB = 10.0  # short, so that it delays neither the end of a worker n
 
 
 class Compacting:
-    """Process all sessions once; new responses are stored in pieces when they are recorded."""
+    """Split the history responses of earlier versions into pieces, once for each session."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

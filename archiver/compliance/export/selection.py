@@ -20,7 +20,7 @@ class UnknownSelectionError(ArchiverError):
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Select sessions by id, sessions that match any of the criteria, or everything."""
+    """Select sessions by id, by any of the criteria, or all sessions."""
 
     session_ids: Sequence[str] = ()
     criteria: Sequence[Criteria] = ()

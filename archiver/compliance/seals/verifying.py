@@ -34,7 +34,7 @@ PAGE = 20_000  # numbers that are asked for at once
 
 
 class Parallelism(msgspec.Struct, frozen=True):
-    """How many processes work on a verification, this one included; one, where there are not `min_leaves` leaves.
+    """Set the number of processes of a verification, including this one; below `min_leaves` leaves, one does all.
 
     `window`: leaves that each of them looks at together.
     """
