@@ -117,7 +117,7 @@ async def test_i4_one_event_that_takes_too_long_holds_up_no_other(
     async with ingesting(database_url, spool) as ingest:
         await until_soon(lambda: spool.depth().events == 1, "all others are archived")
         assert await submit(ingest, created("new")) == ["stored"]
-        execute(engine, "DROP TRIGGER ponder ON archiver.messages")
+        await asyncio.to_thread(execute, engine, "DROP TRIGGER ponder ON archiver.messages")
         await until_soon(lambda: spool.depth().events == 0, "and in the end this one too")
     assert rows(engine, "SELECT count(*), max(delivery_count) FROM archiver.events") == [(9, 1)]
 

@@ -92,7 +92,7 @@ async def test_i4_events_beside_a_slow_one_are_archived_and_the_circuit_stays_cl
         assert ingest.fallback is not None
         assert not ingest.fallback.is_open
         assert await submit(ingest, *others(5, "other-later")) == ["stored"] * 5
-        quick_rows(engine, "archiver.messages")
+        await asyncio.to_thread(quick_rows, engine, "archiver.messages")
         await until_soon(lambda: spool.depth().events == 0, "and in the end the slow one too")
     query = "SELECT status FROM (SELECT count(*) AS status FROM archiver.chats WHERE chat_id = 'slow') AS found"
     assert rows(engine, query) == [(1,)]
@@ -131,7 +131,7 @@ async def test_i4_a_spool_full_of_events_with_several_slow_ones_is_drained_at_a_
     async with ingesting(database_url, open_spool(tmp_path, ROOM)) as ingest:
         await until_soon(lambda: count_others(engine) == 500, "all others are archived")
         assert await submit(ingest, created("other-new", "new")) == ["stored"]
-        quick_rows(engine, "archiver.messages")
+        await asyncio.to_thread(quick_rows, engine, "archiver.messages")
         assert ingest.fallback is not None
         left = ingest.fallback.spool
         await until_soon(lambda: left.depth().events == 0, "and in the end the slow ones too")
@@ -152,7 +152,7 @@ async def test_i4_a_slow_unassigned_deletion_delays_no_other(
             assert set(await submit(ingest, *bodies)) <= {"stored", "spooled"}
         await until_soon(lambda: count_others(engine) == 55, "all others are archived")
         assert await first == ["spooled"]
-        quick_rows(engine, "archiver.chats")
+        await asyncio.to_thread(quick_rows, engine, "archiver.chats")
         await until_soon(lambda: spool.depth().events == 0, "and in the end this one too")
 
 
@@ -171,7 +171,7 @@ async def test_i4_an_event_written_alone_holds_no_lock_that_others_wait_for(
         await until_soon(lambda: rows(engine, query), "it is being written alone")
         assert await submit(ingest, *others(10)) == ["stored"] * 10
         assert await submit(ingest, deleted("other-deleted", None)) == ["stored"]
-        quick_rows(engine, "archiver.chats")
+        await asyncio.to_thread(quick_rows, engine, "archiver.chats")
 
 
 async def test_i4_without_a_spool_a_slow_event_fails_alone(database_url: str, engine: Engine) -> None:
@@ -227,7 +227,7 @@ async def test_the_circuit_opens_where_every_event_is_slow(database_url: str, en
         assert await submit(ingest, *others(3)) == ["spooled"] * 3
         assert ingest.fallback is not None
         assert ingest.fallback.is_open
-        quick_rows(engine, "archiver.messages")
+        await asyncio.to_thread(quick_rows, engine, "archiver.messages")
         await until_soon(lambda: spool.depth().events == 0, "it takes events again")
         assert await submit(ingest, created("other-last", "o")) == ["stored"]
     assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
@@ -246,7 +246,7 @@ async def test_i4_a_slow_history_is_quarantined_with_what_it_is_and_holds_up_no_
         answers = [answer("slow", "slow"), *(answer(f"quick-{number}", "quick") for number in range(10))]
         outcomes = await asyncio.gather(*map(ingest.submit, answers))
     assert [outcome.status for outcome in outcomes] == ["quarantined", *["stored"] * 10]
-    quick_rows(engine, "archiver.messages")
+    await asyncio.to_thread(quick_rows, engine, "archiver.messages")
     with database.transaction(engine) as connection:
         (row,) = quarantine.select_quarantine(connection)
     assert (row["reason"], row["session_id"], row["source"]) == ("too_slow", "slow", SOURCE)

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     webhook_secrets: SecretStr = _env(
         "ARCHIVER_WEBHOOK_SECRETS",
         SecretStr(""),
-        "Comma-separated secrets, all accepted, so that one can be rotated. Without any, `serve` refuses to start.",
+        "Comma-separated secrets, all accepted, so that one can be rotated. Without any, `serve` needs `--insecure`.",
     )
     secret_header: str = _env("ARCHIVER_SECRET_HEADER", "x-webhook-secret", "Header of scheme `secret`.")
     hmac_algorithm: Literal["sha256", "sha512", "sha1"] = _env(
