@@ -163,6 +163,8 @@ async def run_async(
             running.cancel()
             _abandoned.add(running)
             running.add_done_callback(_forget)
+        else:
+            _forget(running)  # it may have failed at the moment at which the caller was cancelled
 
 
 _abandoned: set[asyncio.Future[Any]] = set()

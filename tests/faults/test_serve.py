@@ -206,6 +206,8 @@ def is_refused(port: int) -> bool:
         connection.connect()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it was waiting to be accepted when the port was closed
+        return False
     finally:
         connection.close()
     return False
