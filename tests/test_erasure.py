@@ -990,6 +990,7 @@ class ErasureScenario:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_steps)
+@example([("delete", 0, True), ("read", 0, True), ("tell", 0, False), ("erase", 0, True)])
 @example([("tell", 3, True), ("erase", 3, True), ("tell", 1, True), ("tell", 1, False)])
 @example([("tell", 0, True), ("tell", 2, True), ("erase", 0, True), ("tell", 2, False)])
 @example([("tell", 0, True), ("tell", 2, False), ("erase", 0, True), ("tell", 2, True), ("delete", 2, False)])

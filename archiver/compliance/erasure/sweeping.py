@@ -178,6 +178,8 @@ def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
 
 
 def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
+    # A session's readings can be searched for the words of a turn only while its own delivery still has them.
+    targets = sorted({*targets, *_select_assigned(connection, targets)})
     # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
     # placed since.
     deletable, held = exclude_held(connection, targets, exclusive=any(each.is_unassigned for each in targets))
@@ -185,6 +187,23 @@ def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timin
     repeating = select_repeating_turns(connection, deletable)
     delete_answers(connection, [(each.session_id, each.chat_id) for each in deletable])
     return Step(0, _erase(connection, deletable, timing), repeating=repeating, held=held)
+
+
+_SELECT_ASSIGNED = text(
+    f"""
+    SELECT e.session_id, e.chat_id
+      FROM archiver.erasures e JOIN archiver.chats c ON c.session_id = e.session_id AND c.chat_id = e.chat_id
+     WHERE c.session_id <> '' AND c.chat_id IN (SELECT json_array_elements_text(:chat_ids))
+       AND EXISTS (SELECT FROM archiver.events f WHERE {_NAMED})
+    """  # noqa: S608  # a constant
+)
+
+
+def _select_assigned(connection: Connection, targets: Sequence[Target]) -> list[Target]:
+    """Return the pending targets of the unassigned turns among these in the sessions that have them."""
+    _, chat_ids = split(targets)
+    rows = connection.execute(_SELECT_ASSIGNED, {"chat_ids": as_json(chat_ids)}) if chat_ids else ()
+    return [Target(row.session_id, row.chat_id) for row in rows]
 
 
 def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) -> int:
