@@ -7,14 +7,14 @@ def main() -> None:
     """Answer `--version` without importing the rest; run every other command."""
     if sys.argv[1:2] == ["--version"] and _print_version():
         return
-    from archiver.cli import main as run  # noqa: PLC0415  # it takes more than a second
+    from archiver.cli import main as run  # noqa: PLC0415  # `--version` does not pay for click
 
     run()
 
 
 def _print_version() -> bool:
     """Print the version; return False if stdout cannot take it."""
-    from archiver.version import describe  # noqa: PLC0415  # an import costs nothing until it is needed
+    from archiver.version import describe  # noqa: PLC0415  # only `--version` needs it
 
     try:
         sys.stdout.write(f"{describe()}\n")

@@ -93,7 +93,7 @@ class LockWatch:
 _WRITTEN = ("events", "sessions", "chats", "messages", "outbox")
 _PROBES = (
     *(f"LOCK TABLE archiver_jobs.{lock} IN ROW EXCLUSIVE MODE" for lock in Lock),
-    *(f"DELETE FROM archiver.{name} WHERE false" for name in _WRITTEN),  # noqa: S608  # names of ours
+    *(f"DELETE FROM archiver.{name} WHERE false" for name in _WRITTEN),  # noqa: S608  # constant names
 )
 
 

@@ -44,7 +44,7 @@ async def trial_fault(engine: AsyncEngine) -> Fault | None:
 
 async def _fault(engine: AsyncEngine, look: Callable[[Connection], bool]) -> Fault | None:
     try:
-        # Postgres itself cancels a slow query, so that it blocks nobody afterwards.
+        # Postgres itself cancels a slow query, so that it blocks no other session afterwards.
         seconds = SERVER_FIRST * PROBE_SECONDS
         is_read_only = await run_async(engine, look, PROBE_SECONDS, statement_seconds=seconds)
     except TimeoutError:

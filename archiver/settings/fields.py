@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     timestamp_tolerance: int = _env(
         "ARCHIVER_TIMESTAMP_TOLERANCE",
         300,
-        "Seconds that a signed time may differ from ours, both ways.",
+        "Seconds that a signed time may differ from the clock of the receiver, both ways.",
         gt=0,
         le=86_400,
     )

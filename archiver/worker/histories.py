@@ -59,7 +59,7 @@ _OPEN = f"SELECT {_SETTINGS}"
 
 
 class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
-    """Sets in each transaction where the jobs are, and what every other transaction of ours sets."""
+    """Set in each transaction where the jobs are, and what every other transaction of the archiver sets."""
 
     @asynccontextmanager
     async def connection(

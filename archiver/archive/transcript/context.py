@@ -188,7 +188,7 @@ def _without_answers(
 ) -> TurnMessages:
     """Return the turn without the answers to earlier ones that its output begins with."""
     question_keys, answer_keys = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
-    if not question_keys or len(answer_keys) < 2 or not all(content for _, content in answer_keys):  # noqa: PLR2004  # one is its own
+    if not question_keys or len(answer_keys) < 2 or not all(content for _, content in answer_keys):  # noqa: PLR2004  # one answer repeats nothing
         return turn
     surplus = []
     for place in places.get(question_keys[-1], ())[:_PLACES]:

@@ -123,7 +123,7 @@ def _cut(old: Sequence[Hashable], new: Sequence[Hashable], half: int) -> int:
 def _lengths(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[int]:
     """Return the length of the subsequence of `new` and the last n items of `old`, for each n."""
     row = 0
-    for row in _rows(old, new):  # noqa: B007  # the last one counts
+    for row in _rows(old, new):  # noqa: B007  # only the last row is used, after the loop
         pass
     bits = reversed(f"{row:0{len(old)}b}")
     return [*accumulate((bit == "0" for bit in bits), initial=0)]

@@ -29,7 +29,7 @@ class ClockError(ArchiverError):
 
 
 class ClockReading(msgspec.Struct, frozen=True):
-    """Hold the clocks of this machine: wall time, and seconds since boot, which nobody can set."""
+    """Hold the clocks of this machine: wall time, and seconds since boot, which cannot be set."""
 
     at: datetime
     boot_id: str

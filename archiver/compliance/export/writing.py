@@ -317,6 +317,6 @@ def _unusual_bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | 
 
 
 _LATEST_SETTINGS = text(
-    f"SELECT DISTINCT ON (detail ->> 'part') detail ->> 'part' AS part, detail, at FROM archiver.acts"  # noqa: S608  # a name of ours
+    f"SELECT DISTINCT ON (detail ->> 'part') detail ->> 'part' AS part, detail, at FROM archiver.acts"  # noqa: S608  # a constant name
     f" WHERE kind = '{audit_log.SETTINGS_CHANGED}' ORDER BY detail ->> 'part', id DESC"
 )

@@ -87,7 +87,7 @@ _ONLY, _BUT = f"AND {_IS_OF}", f"AND NOT {_IS_OF}"
 
 @lru_cache
 def _statement(names: tuple[str, ...], *, is_only: bool) -> TextClause:
-    conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # names of ours
+    conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # constant names
     where = f" WHERE {conditions}" if names else ""
     page = _PAGE.format(only=_ONLY if is_only else "", but="" if is_only else _BUT)
     return text(page + "".join(map(_matching, names)) + _INSERT_DELIVERIES.format(where=where))
