@@ -14,14 +14,12 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver import settings
 from archiver.cli import complain, connection, options, verify_options
-from archiver.cli.output import Whole, console, counted, print_json, progress
+from archiver.cli.output import MAX_SHOWN_FINDINGS, Whole, console, count_findings, counted, print_json, progress
 from archiver.compliance import export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
 from archiver.compliance.seals import signing_key
 from archiver.ledger import audit_log
-
-MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
 
 
 @click.command("export")
@@ -251,12 +249,7 @@ def _check(
     elif checked.manifest is not None:
         _report_check(checked, checked.manifest, keys, is_compared=heads is not None)
     if findings:
-        more = (
-            f"; the first {MAX_SHOWN_FINDINGS} are above"
-            if len(findings) > MAX_SHOWN_FINDINGS and not as_json
-            else ""
-        )
-        complain(f"{counted(len(findings), 'finding')}{more}; see docs/export.md")
+        complain(count_findings(len(findings), "docs/export.md", are_shown=not as_json))
     if vouching and not as_json:
         click.echo(f"{'archiver: ' if not is_accepted else ''}{vouching}", err=not is_accepted)
     if findings or not is_accepted:

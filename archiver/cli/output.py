@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
 UNBOUNDED_WIDTH = 10_000  # characters
+MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
 
 
 def console() -> Console:
@@ -26,6 +27,15 @@ def progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return number and noun, such as `1 seal`, `2 seals`; `plural` for irregular nouns."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def count_findings(number: int, page: str, *, are_shown: bool) -> str:
+    """Return the sentence that counts the findings of a check; `page` explains them.
+
+    `are_shown`: the first `MAX_SHOWN_FINDINGS` were printed before.
+    """
+    more = f"; the first {MAX_SHOWN_FINDINGS} are above" if are_shown and number > MAX_SHOWN_FINDINGS else ""
+    return f"{counted(number, 'finding')}{more}; see {page}"
 
 
 def print_json(value: object) -> None:

@@ -16,13 +16,12 @@ from sqlalchemy import Connection
 
 from archiver import database, settings, telemetry
 from archiver.cli import complain, connection, options, verify_options
-from archiver.cli.output import Whole, console, counted, print_json, progress
+from archiver.cli.output import MAX_SHOWN_FINDINGS, Whole, console, count_findings, counted, print_json, progress
 from archiver.compliance import seals
 from archiver.compliance.seals import Checked, Finding, Seal
 from archiver.database import identity
 
 READ_SECONDS = 24 * 3600  # for one statement of a verification
-MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
 
 
 @click.command()
@@ -122,12 +121,7 @@ def verify(
     else:
         _report(checked, has_key=bool(keys), is_compared=heads is not None)
     if findings:
-        more = (
-            f"; the first {MAX_SHOWN_FINDINGS} are above"
-            if len(findings) > MAX_SHOWN_FINDINGS and not as_json
-            else ""
-        )
-        complain(f"{counted(len(findings), 'finding')}{more}; see docs/seals.md")
+        complain(count_findings(len(findings), "docs/seals.md", are_shown=not as_json))
     if findings or reason:
         sys.exit(1)
 
