@@ -23,6 +23,7 @@ from archiver.database import snapshot, tables, transaction
 from archiver.events import Delivery, responses
 from tests.payloads import created, deleted
 from tests.rows import execute, rows
+from tests.slowness import holding
 from tests.test_limits import on_one_version
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -490,6 +491,15 @@ def test_i13_transactions_that_write_without_a_pause_do_not_end_sealing(engine: 
         second.commit()
     (seal,) = seals.seal(engine, KEY, None, settling)
     assert seal.size == 2
+    assert verify(engine) == []
+
+
+def test_i13_a_vacuum_does_not_end_sealing(engine: Engine) -> None:
+    record(engine, created("before", "b"))
+    # The lock that VACUUM and CREATE INDEX CONCURRENTLY hold while they run.
+    with holding(engine, "LOCK TABLE archiver.events IN SHARE UPDATE EXCLUSIVE MODE"):
+        (seal,) = seals.seal(engine, KEY)
+    assert seal.size == 1
     assert verify(engine) == []
 
 

@@ -23,9 +23,9 @@ _SETTLED = ("events", "acts", "erasures", "removals")
 
 
 class LedgerBusyError(ArchiverError):
-    """Constant writes, or a vacuum, held the lock of the ledger."""
+    """Transactions that write have not ended."""
 
-    message = "The ledger could not be locked for an instant because of constant writes or a vacuum. Retry."
+    message = "Transactions that write to the ledger have not ended yet. Retry."
 
 
 def seal(

@@ -241,7 +241,7 @@ def _sealing(connection: Connection, every: int) -> Finding:
         "warning",
         f"An event that arrived {age / 60:,.0f} minutes ago is not sealed.",
         "Start a worker (`archiver serve` without --no-worker, or `archiver worker`) and see its log, or run"
-        " `archiver seal`. Sealing waits while archiver.events is vacuumed.",
+        " `archiver seal`. Sealing waits for the end of transactions that write.",
     )
 
 
