@@ -50,10 +50,10 @@ async def test_leases_are_kept_for_as_long_as_the_reading_takes(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So short that the sessions outlast it; the constant alone is changed.
-    monkeypatch.setattr(leases, "LEASE", timedelta(seconds=3))
+    monkeypatch.setattr(leases, "LEASE", timedelta(seconds=10))
     result: list[ReconcileResult] = []
     lapsed = text("SELECT count(*) FROM archiver.sessions WHERE leased_until < clock_timestamp()")
-    with simulated(history_latency=0.15) as callhq:
+    with simulated(history_latency=0.3) as callhq:
         sessions = [callhq.session(f"s{n}", "ok") for n in range(40)]
         ids = [session.id for session in sessions]
         async with reconciling(settings(callhq), parse_url(database_url), concurrency=1) as (
