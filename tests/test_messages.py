@@ -23,6 +23,8 @@ on_one_version = pytest.mark.parametrize("cluster", servers.versions()[:1], indi
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "price", "arguments": '{"of": "tea"}'}}
 
+TEXT_PART = {"type": "text", "text": "Hi"}
+
 # What a platform writes as `output`, and the messages in it.
 SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
     "text": ("Hello", [("assistant", "Hello", "text")]),
@@ -176,6 +178,83 @@ SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
     "unknown": ([{"role": "assistant", "spoken": "Hello"}], [("assistant", '{"spoken": "Hello"}', "other")]),
     "unknown content": ([{"content": {"spoken": "Hello"}}], [("assistant", '{"spoken": "Hello"}', "other")]),
     "nothing": ([None, "", {}, [], False], []),
+    "unknown part beside text": (
+        [{"role": "assistant", "content": [TEXT_PART, {"type": "custom", "payload": {"words": "hello"}}]}],
+        [("assistant", 'Hi\n{"payload": {"words": "hello"}}', "text")],
+    ),
+    "unknown parts between texts": (
+        [{"role": "assistant", "content": [{"spoken": "a"}, TEXT_PART, [[{"spoken": ["b"]}]], "Ho"]}],
+        [("assistant", 'HiHo\n{"spoken": "a"}\n{"spoken": ["b"]}', "text")],
+    ),
+    "unknown part beside a refusal": (
+        [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}, {"spoken": "a"}]}],
+        [("assistant", 'No.\n{"spoken": "a"}', "refusal")],
+    ),
+    "unknown part beside an image": (
+        [{"role": "user", "content": [{"type": "image", "data": "UklG"}, {"spoken": "a"}]}],
+        [("user", '{"spoken": "a"}', "other")],
+    ),
+    "unknown parts beside a tool call": (
+        [{"role": "assistant", "content": [{"spoken": "a"}, {"spoken": "b"}], "tool_calls": [CALL]}],
+        [("assistant", '[{"spoken": "a"}, {"spoken": "b"}]', "other")],
+    ),
+    "unknown part with a name": (
+        [{"role": "assistant", "content": [TEXT_PART, {"type": "profile", "id": "p", "name": "Ann", "phone": "1"}]}],
+        [("assistant", 'Hi\n{"phone": "1", "name": "Ann"}', "text")],
+    ),
+    "unknown part without text in its field": (
+        [{"role": "assistant", "content": [TEXT_PART, {"type": "card", "text": "", "title": "Tea"}]}],
+        [("assistant", 'Hi\n{"text": "", "title": "Tea"}', "text")],
+    ),
+    "unknown part with an image": (
+        [{"role": "assistant", "content": [TEXT_PART, {"type": "card", "image": "data:,x", "title": "Tea"}]}],
+        [("assistant", 'Hi\n{"title": "Tea"}', "text")],
+    ),
+    "vercel": (
+        [
+            {
+                "role": "assistant",
+                "content": "Hi",
+                "parts": [
+                    {"type": "step-start"},
+                    TEXT_PART,
+                    {"type": "tool-price", "toolCallId": "t", "state": "output-available", "output": {"usd": 3}},
+                    {"type": "tool-invocation", "toolInvocation": {"toolName": "price", "args": {"of": "tea"}}},
+                    {"type": "dynamic-tool", "toolName": "price", "input": {"of": "tea"}},
+                    {"type": "file", "mediaType": "image/png", "url": "data:,x"},
+                    {"type": "source-url", "sourceId": "1", "url": "https://tea.example", "title": "Tea"},
+                    {"type": "data-weather", "id": "w", "data": {"city": "Paris"}},
+                ],
+            }
+        ],
+        [
+            (
+                "assistant",
+                'Hi\n{"url": "https://tea.example", "title": "Tea"}\n{"data": {"city": "Paris"}}',
+                "text",
+            )
+        ],
+    ),
+    "parts without content": (
+        [
+            {
+                "role": "assistant",
+                "content": [
+                    TEXT_PART,
+                    {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "json", "rows": ["x"]}]},
+                    {"type": "server_tool_use", "id": "t", "name": "search", "input": {"query": "tea"}},
+                    {"type": "redacted_thinking", "data": "RXh"},
+                    {"toolResult": {"toolUseId": "t", "content": [{"json": {"usd": "3"}}]}},
+                    {"functionResponse": {"name": "price", "response": {"usd": "3"}}},
+                    {"cachePoint": {"type": "default"}},
+                    {"type": "custom", "id": "p", "status": "done", "payload": {"words": [" ", None, False]}},
+                    {"type": "input_audio", "input_audio": {"data": "UklG", "format": "wav"}},
+                    {"inlineData": {"mimeType": "image/png", "data": "UklG"}, "thoughtSignature": "RXh"},
+                ],
+            }
+        ],
+        [("assistant", "Hi", "text")],
+    ),
 }
 
 
@@ -198,7 +277,10 @@ def test_the_text_is_found_in_every_shape(output: Any, messages: list[tuple[str,
 
 @pytest.mark.parametrize(
     ("name", "messages"),
-    [(name, SHAPES[name][1]) for name in ("anthropic", "chatgpt", "langchain", "roles")],
+    [
+        (name, SHAPES[name][1])
+        for name in ("anthropic", "chatgpt", "langchain", "roles", "unknown parts between texts", "vercel")
+    ],
 )
 def test_a_history_is_read_like_a_webhook(name: str, messages: list[tuple[str, str, str]]) -> None:
     body = json.dumps({"session": {"id": "s", "messages": SHAPES[name][0]}}).encode()
@@ -232,6 +314,50 @@ def test_no_text_in_a_field_that_is_known_disappears(parts: list[Any]) -> None:
     (message,) = content.output
     assert message.content == "".join(text for part in parts for text in texts(part))
     assert message.kind == ("text" if parts and message.content else "other")
+
+
+_names = st.text("payload", min_size=1, max_size=6).map(lambda name: f"x{name}")
+_unknown = st.dictionaries(
+    _names,
+    st.recursive(
+        _words | st.integers() | st.booleans() | st.none(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_names | _fields, inner, max_size=3),
+        max_leaves=8,
+    ),
+    max_size=3,
+).map(lambda fields: {"type": "custom", "id": "p"} | fields)
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [text for inner in (value.values() if isinstance(value, dict) else value) for text in strings(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def nested(part: Any, levels: int) -> Any:
+    for _ in range(levels):
+        part = [part]
+    return part
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(_unknown, max_size=4), st.sampled_from([0, 1, 5, 40]), st.booleans())
+@example([{"type": "custom", "payload": {"words": "hello"}}], 0, False)
+def test_no_text_of_an_unknown_part_disappears(unknown: list[Any], levels: int, is_history: bool) -> None:
+    content = [TEXT_PART, *(nested(part, levels) for part in unknown), {"type": "image", "data": "UklG"}]
+    body = json.dumps({"session": {"id": "s", "messages": [{"role": "assistant", "content": content}]}}).encode()
+    found = (
+        responses.parse_snapshot(responses.READ, "s", body).messages
+        if is_history
+        else events.messages_of([{"role": "assistant", "content": content}], "assistant")
+    )
+    (message,) = found or ()
+    assert message.content.startswith("Hi")
+    assert "UklG" not in message.content
+    for part in unknown:
+        for text in strings({name: value for name, value in part.items() if name not in {"type", "id"}}):
+            assert json.dumps(text, ensure_ascii=False) in message.content
+    assert events.messages_of([{"role": "assistant", "content": message.content}], "")[0].content == message.content
 
 
 @pytest.mark.parametrize("deep", [*range(28, 40), 150])

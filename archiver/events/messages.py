@@ -6,6 +6,7 @@ message all the same: `Message.shape` says what it is.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use"
 _CALL_TYPES = ("_call", "tool_use", "tool-call", "tool_calls")  # ends of `type`
 # Kinds of content other than text, by a word in `type` or by the name of the field.
 _MEDIA: dict[str, Shape] = {"image": "image", "audio": "audio", "video": "video", "file": "file", "document": "file"}
+_NO_MEDIA = "profile"
 _MEDIA_FIELDS: dict[str, Shape] = {
     **dict.fromkeys(("image", "image_url", "imageurl", "input_image"), "image"),
     **dict.fromkeys(("audio", "input_audio"), "audio"),
@@ -43,12 +45,27 @@ _MEDIA_FIELDS: dict[str, Shape] = {
 }
 _METADATA = frozenset({"role", "id", "type", "name", "index", "status", "object", "time", "timestamp", "metadata"})
 _METADATA_ENDS = ("At", "_at", "Id", "_id")
+_KINDS_AND_IDS = frozenset({"type", "id", "role", "object", "index"})  # metadata inside of an unknown part too
+# Fields of a part for the platform that made it.
+_NOTES = frozenset({"cache_control", "cachecontrol", "cachepoint", "signature", "thoughtsignature"})
+_NOTES_BEGIN = ("providermetadata", "provider_metadata", "provideroptions", "provider_options")
+# Kinds of parts that are the work of the assistant, not its words: calls of tools, their results, thoughts.
+_WORK = re.compile(
+    r"(^|[-_.])(tool|function)([-_.]|$)|^tool(use|call|result|invocation)|[-_]call([-_]|s?$)|thinking|reasoning"
+)
+_WORK_FIELDS = (
+    *_CALLS,
+    *("toolResult", "tool_result", "toolInvocation", "tool_invocation", "functionResponse", "function_response"),
+)
+_REPEATED = ("content", "parts")  # of a message that has both, one may hold parts that the other lacks
+_SPOKEN = ("audio", "input_audio")
 _STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # for a list of different shapes
 
 
 class _Text(NamedTuple):
     text: str
     shape: Shape
+    unknown: tuple[str, ...] = ()  # parts in which no rule finds text, as JSON
 
 
 _NULL, _UNKNOWN = _Text("", "null"), _Text("", "object")
@@ -97,14 +114,13 @@ def _messages(value: Any, default_role: str, depth: int) -> Iterator[Message]:
     elif isinstance(value, dict) and depth:
         yield from _message(value, default_role, depth - 1)
     elif value is not None and not isinstance(value, bool) and value != "":
-        text_of_item = _text_of(value, depth)
-        yield Message(default_role, text_of_item.text, text_of_item.shape)
+        yield _shown(default_role, _text_of(value, depth))
 
 
 def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Message]:
     role = role_of(item)
     content = item.get("content")
-    if isinstance(content, str) and content.strip() and "refusal" not in item:  # the usual case
+    if isinstance(content, str) and content.strip() and "refusal" not in item and "parts" not in item:  # usual
         yield _message_of(role or default_role, content)
     elif role is None and (inner := _wrapped(item)) is not None:
         yield from _messages(inner, default_role, depth)
@@ -112,7 +128,17 @@ def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Me
         text_of_item = _of_object(item, depth)
         if text_of_item.shape == "object":
             text_of_item = _as_json(item)
-        yield Message(role or default_role, text_of_item.text, text_of_item.shape)
+        yield _shown(role or default_role, text_of_item)
+
+
+def _shown(role: str, found: _Text) -> Message:
+    """Return the message with this text, and below it each unknown part on a line of its own."""
+    if not found.unknown:
+        return Message(role, found.text, found.shape)
+    if found.shape in {"text", "refusal"}:
+        return Message(role, "\n".join((found.text, *found.unknown)), found.shape)
+    is_one = len(found.unknown) == 1
+    return Message(role, found.unknown[0] if is_one else f"[{', '.join(found.unknown)}]", "object")
 
 
 def _wrapped(item: dict[str, Any]) -> Any:
@@ -129,12 +155,16 @@ def _as_json(item: dict[str, Any]) -> _Text:
     """Return an unknown object as JSON text, so that no content is lost."""
     content = item.get("content")
     if content is None:
-        content = {
-            name: value
-            for name, value in item.items()
-            if name not in _METADATA and not name.endswith(_METADATA_ENDS) and value is not None
-        }
-    return _Text(storable(json.dumps(content, ensure_ascii=False)), "object") if content else _NULL
+        content = {name: value for name, value in item.items() if not _is_metadata(name) and value is not None}
+    return _Text(_json(content), "object") if content else _NULL
+
+
+def _is_metadata(name: str) -> bool:
+    return name in _METADATA or name.endswith(_METADATA_ENDS)
+
+
+def _json(value: Any) -> str:
+    return storable(json.dumps(value, ensure_ascii=False))
 
 
 def _text_of(value: Any, depth: int) -> _Text:
@@ -143,9 +173,9 @@ def _text_of(value: Any, depth: int) -> _Text:
     if isinstance(value, str):
         return _Text(storable(value), "text" if value.strip() else "empty")
     if isinstance(value, list):
-        return _joined([_text_of(part, depth - 1) for part in value]) if depth else _UNKNOWN
+        return _joined([_text_of(part, depth - 1) for part in value]) if depth else _too_deep(value)
     if isinstance(value, dict):
-        return _of_object(value, depth - 1) if depth else _UNKNOWN
+        return _of_part(value, depth - 1) if depth else _too_deep(value)
     return _Text(value.text if isinstance(value, Exact) else json.dumps(value), "text")
 
 
@@ -153,30 +183,99 @@ def _joined(parts: Sequence[_Text]) -> _Text:
     text = "".join(part.text for part in parts)
     shapes: list[Shape] = [part.shape for part in parts if part.shape != "object"]
     shapes = shapes or ["object" if parts else "empty"]
-    return _Text(text, next((shape for shape in _STRONGEST if shape in shapes), shapes[0]))
+    unknown = tuple(each for part in parts for each in part.unknown)
+    return _Text(text, next((shape for shape in _STRONGEST if shape in shapes), shapes[0]), unknown)
+
+
+def _too_deep(value: dict[str, Any] | list[Any]) -> _Text:
+    return _Text("", "object", (_json(value),)) if _has_content(value) else _UNKNOWN
+
+
+def _has_content(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_content(inner) for name, inner in value.items() if name not in _KINDS_AND_IDS)
+    if isinstance(value, list):
+        return any(map(_has_content, value))
+    return bool(value.strip()) if isinstance(value, str) else not isinstance(value, bool | None)
+
+
+def _of_part(item: dict[str, Any], depth: int) -> _Text:
+    """Return the text of a part; one that holds something else, in which no rule finds text, is unknown."""
+    found = _of_object(item, depth)
+    kind = _kind(item)
+    if _WORK.search(kind) or any(item.get(name) for name in _WORK_FIELDS):
+        return found._replace(unknown=())
+    if found.shape in {"text", "refusal", "tool_call"}:
+        return found
+    if _media_of_kind(kind):
+        return found._replace(unknown=())
+    content = _content_of(item)
+    if not content:
+        return found
+    shape = found.shape if found.shape in _MEDIA.values() else "object"
+    return _Text(found.text, shape, (_json(content),))
+
+
+def _content_of(part: dict[str, Any]) -> Any:
+    """Return what an unknown part holds: its fields without metadata and media; None if that is nothing."""
+    fields = {
+        name: value
+        for name, value in part.items()
+        if not _is_metadata(name)
+        and name.lower() not in _NOTES
+        and not name.lower().startswith(_NOTES_BEGIN)
+        and name.lower() not in _MEDIA_FIELDS
+    }
+    if not _has_content(fields):
+        return None
+    if "name" in part:
+        fields["name"] = part["name"]
+    return fields["content"] if fields.keys() == {"content"} else fields
 
 
 def _of_object(item: dict[str, Any], depth: int) -> _Text:
-    result = [_text_of(item[name], depth) for name in _TEXTS if name in item]
-    result += [_text_of(item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
+    texts = {name: _text_of(item[name], depth) for name in _TEXTS if name in item}
+    result = list(texts.values())
+    result += [_carried(name, item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
+    found = _of_fields(item, result, depth)
+    repeated = (texts[name].unknown for name in _REPEATED if name in texts)
+    unknown = tuple(dict.fromkeys(each for part in (*repeated, found.unknown) for each in part))
+    return found._replace(unknown=unknown) if unknown else found
+
+
+def _carried(name: str, value: Any, depth: int) -> _Text:
+    found = _text_of(value, depth)
+    return found._replace(unknown=()) if name in _SPOKEN else found
+
+
+def _of_fields(item: dict[str, Any], result: Sequence[_Text], depth: int) -> _Text:
     words = next((each for each in result if each.shape in {"text", "refusal"}), None)
     given = item.get("refusal")
     refusal = _NULL if isinstance(given, bool) else _text_of(given, depth)
     if refusal.shape == "text":
         text = refusal.text if words is None or words.text == refusal.text else f"{words.text}\n{refusal.text}"
-        return _Text(text, "refusal")
+        return _Text(text, "refusal", () if words is None else words.unknown)
     if words is not None:
-        return _Text(words.text, "refusal") if given is True else words
+        return words._replace(shape="refusal") if given is True else words
     return _without_text(item, result)
 
 
 def _without_text(item: dict[str, Any], found: Sequence[_Text]) -> _Text:
-    kind = str(item.get("type") or "").lower()
+    kind = _kind(item)
     if any(item.get(name) for name in _CALLS) or kind.endswith(_CALL_TYPES):
         return _Text("", "tool_call")
-    media = [shape for word, shape in _MEDIA.items() if word in kind]
+    media = _media_of_kind(kind)
     media += [_MEDIA_FIELDS[field.lower()] for field in item if field.lower() in _MEDIA_FIELDS]
     if media:
         return _Text("", media[0])
     nothing = _NULL if found or "refusal" in item else _UNKNOWN
     return next((each for each in found if each.shape != "null"), nothing)
+
+
+def _kind(item: dict[str, Any]) -> str:
+    return str(item.get("type") or "").lower()
+
+
+def _media_of_kind(kind: str) -> list[Shape]:
+    kind = kind.replace(_NO_MEDIA, "")
+    return [shape for word, shape in _MEDIA.items() if word in kind]
