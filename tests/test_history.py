@@ -144,6 +144,20 @@ def test_i6_history_that_words_a_turn_differently_does_not_double_it(archive: Ar
     assert archive.dump() == before
 
 
+@pytest.mark.parametrize("joint", ["\n", "\n\n", " ", ""])
+def test_i6_history_that_joins_the_messages_of_two_turns_leaves_both(archive: Archive, joint: str) -> None:
+    archive.webhook(1, turn(1))
+    archive.webhook(2, turn(2))
+    first, second = said(1), said(2)
+    archive.reading(10, answer(("user", f"{first[0][1]}{joint}{second[0][1]}"), first[1], second[1]))
+    assert contents(archive.transcript()) == [text for _, text in (*first, *second)]
+    assert [chat_id for chat_id, *_ in archive.transcript()] == ["chat-1", "chat-1", "chat-2", "chat-2"]
+    assert archive.coverage() == ("complete", "worded_differently", 0)
+    before = archive.dump()
+    list(rebuild(archive.engine, TIMING))
+    assert archive.dump() == before
+
+
 def test_history_content_is_only_where_the_latest_history_that_shows_a_message_words_it_differently(
     archive: Archive,
 ) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from archiver.archive.transcript.candidates import ASIDES, Match
 from archiver.archive.transcript.matching import place_turns
+from archiver.archive.transcript.recut import place_recut
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
 from archiver.archive.transcript.wording import normal_role
 from archiver.events import Message
@@ -34,7 +35,7 @@ def merge_turns(
     that differs in both, the newer version wins (I3).
     """
     ordered = in_order(turns)
-    placement = place_turns(lines, ordered, is_dated=is_dated)
+    lines, placement = place_recut(lines, ordered, lambda cut: place_turns(cut, ordered, is_dated=is_dated))
     missing = deque(index for index in range(len(ordered)) if index not in placement.matches)
     placings = sorted(placement.matches.items(), key=lambda placing: placing[1].start)
     starts = [match.start for _, match in placings] + [len(lines)]

@@ -1,0 +1,371 @@
+"""Cut lines of the history as the turns do, where it writes several messages as one line or one message as several.
+
+The user's words between two answers, and the answers up to the next words of the user, are one block. Where a block
+reads as a turn or as several turns one after the other do, but is divided otherwise, its lines are cut at the bounds
+of their messages, and each turn gets its own together. Between two messages any white space may stand, or none;
+within a message the texts are equal. Turns that have all their lines as they are take no part.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from archiver.archive.transcript.candidates import ASIDES, SKEW
+from archiver.archive.transcript.placement import Placement
+from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
+from archiver.archive.transcript.wording import Key, text_key
+from archiver.events import Message
+
+_TRIES = 128  # comparisons of turns with one block
+_PREFIX = 12  # characters by which the first turn of a block is looked up
+_PLACES = 16  # turns with the same beginning that are tried
+_BEFORE, _AFTER = 2, 6  # turns around the last one that may come next: reported times may be in the wrong order
+_TRIALS = 2
+
+Place = Callable[[Sequence[TranscriptLine]], Placement]
+
+
+class _Text(msgspec.Struct, frozen=True):
+    """Messages in a row: their text without spaces, where each ends in it, and where spaces are within messages."""
+
+    text: str
+    ends: list[int]
+    spaces: frozenset[int]
+    roles: frozenset[str]
+
+    def is_same(self, other: "_Text", size: int) -> bool:
+        """Return whether the first `size` characters are the same but for white space between messages."""
+        if not self.text.startswith(other.text[:size]) or len(other.text) < size:
+            return False
+        if size and self.roles != other.roles:
+            return False
+        ends, other_ends = {0, *self.ends}, {0, *other.ends}
+        different = {place for place in self.spaces ^ other.spaces if place < size}
+        return all(place in (other_ends if place in self.spaces else ends) for place in different)
+
+
+class _Block(msgspec.Struct, frozen=True):
+    """Lines `start` to `end`: those of the user, then the answers."""
+
+    start: int
+    end: int
+    user: list[int]
+    answers: list[int]
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """The inputs and outputs of a turn."""
+
+    turn: int
+    inputs: list[Message]
+    outputs: list[Message]
+    asked: _Text
+    answered: _Text
+
+
+class _Cut(msgspec.Struct, frozen=True):
+    """The lines that take the place of a block, and which of them turns must claim."""
+
+    block: _Block
+    lines: list[TranscriptLine]
+    own: list[int]
+
+
+def place_recut(
+    lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], place: Place
+) -> tuple[Sequence[TranscriptLine], Placement]:
+    """Return the lines, cut as the turns are where that fits, and the placement of the turns."""
+    placement = place(lines)
+    cuts = [*_cuts(lines, turns, placement)]
+    for _ in range(_TRIALS):
+        if not cuts:
+            break
+        result, places = _apply(lines, cuts)
+        recut = place(result)
+        claimed = {line for match in recut.matches.values() for _, line in match.pairs}
+        proven = [cut for cut, at in zip(cuts, places, strict=True) if claimed >= {at + each for each in cut.own}]
+        if len(proven) == len(cuts):
+            return result, recut
+        cuts = proven
+    return lines, placement
+
+
+def _apply(lines: Sequence[TranscriptLine], cuts: Sequence[_Cut]) -> tuple[list[TranscriptLine], list[int]]:
+    result: list[TranscriptLine] = []
+    places, end = [], 0
+    for cut in cuts:
+        result += lines[end : cut.block.start]
+        places.append(len(result))
+        result += cut.lines
+        end = cut.block.end
+    return [*result, *lines[end:]], places
+
+
+def _cuts(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], placement: Placement) -> Iterator[_Cut]:
+    """Yield the blocks to cut, in order."""
+    settled = {turn: match for turn, match in placement.matches.items() if match.is_full and not match.jumps}
+    parts = [
+        part
+        for turn, each in enumerate(turns)
+        if turn not in settled and not each.is_deleted and (part := _part(turn, each))
+    ]
+    if not parts:
+        return
+    search = _Search(parts, turns)
+    owners = {match.start: turn for turn, match in settled.items()}
+    owned = {line for match in settled.values() for line in range(match.start, match.end)}
+    keys = [text_key(line.role, line.content) for line in lines]
+    low = 0
+    for block in _blocks(keys):
+        low = max([low, *(owners[line] for line in block.user if line in owners)])
+        if owned.isdisjoint(block.user):
+            found = search.find(block, lines, keys, low)
+            cut = _cut(block, found, lines, keys)
+            if cut:
+                search.use(found)
+                yield cut
+
+
+def _blocks(keys: Sequence[Key]) -> Iterator[_Block]:
+    user: list[int] = []
+    answers: list[int] = []
+    for line, (role, content) in enumerate(keys):
+        if role in ASIDES or not content:
+            continue
+        if role != USER:
+            answers.append(line)
+            continue
+        if answers and user:
+            yield _Block(user[0], line, user, answers)
+        if answers:
+            user, answers = [], []
+        user.append(line)
+    if user:
+        yield _Block(user[0], len(keys), user, answers)
+
+
+def _text(keys: Sequence[Key]) -> _Text:
+    ends, spaces = list[int](), set[int]()
+    size = 0
+    words = list[str]()
+    for _, content in keys:
+        for number, word in enumerate(content.split(" ")):
+            if number:
+                spaces.add(size)
+            size += len(word)
+            words.append(word)
+        ends.append(size)
+
+    return _Text("".join(words), ends, frozenset(spaces), frozenset(role for role, _ in keys))
+
+
+def _part(number: int, turn: TurnMessages) -> _Part | None:
+    """Return the texts of a turn; None if it has none of the user, or others among its inputs."""
+    keyed = [(message, text_key(message.role, message.content)) for message in turn.messages]
+    filled = [(index, message, key) for index, (message, key) in enumerate(keyed) if key[1] and key[0] not in ASIDES]
+    inputs = [(message, key) for index, message, key in filled if index < turn.inputs]
+    outputs = [(message, key) for index, message, key in filled if index >= turn.inputs]
+    if not inputs or {key[0] for _, key in inputs} != {USER} or any(key[0] == USER for _, key in outputs):
+        return None
+    return _Part(
+        number,
+        [message for message, _ in inputs],
+        [message for message, _ in outputs],
+        _text([key for _, key in inputs]),
+        _text([key for _, key in outputs]),
+    )
+
+
+class _Search:
+    """Find the turns that a block consists of."""
+
+    def __init__(self, parts: Sequence[_Part], turns: Sequence[TurnMessages]) -> None:
+        self._parts = parts
+        self._turns = turns
+        self._used: set[int] = set()
+        self._tries = 0
+        self._by_prefix: defaultdict[str, list[int]] = defaultdict(list)
+        for index, part in enumerate(parts):
+            self._by_prefix[part.asked.text[:_PREFIX]].append(index)
+
+    def use(self, found: Sequence[_Part]) -> None:
+        self._used.update(part.turn for part in found)
+
+    def find(self, block: _Block, lines: Sequence[TranscriptLine], keys: Sequence[Key], low: int) -> list[_Part]:
+        """Return the turns, `low` or later rather than earlier ones; none if no turns read as the block does."""
+        asked, answered = _text([keys[line] for line in block.user]), _text([keys[line] for line in block.answers])
+        self._tries = _TRIES
+        firsts = [first for first in self._firsts(asked.text, low) if self._could_show(first, lines[block.start])]
+        for first in firsts:
+            found = self._chain([first], asked, answered, lines[block.start])
+            if found:
+                return found
+        for first in firsts:
+            if asked.is_same(self._parts[first].asked, max(len(asked.text), len(self._parts[first].asked.text))):
+                return [self._parts[first]]
+        return []
+
+    def _firsts(self, text: str, low: int) -> list[int]:
+        prefixes = (text[:size] for size in range(1, min(_PREFIX, len(text)) + 1))
+        result = []
+        for prefix in prefixes:
+            indexes = self._by_prefix.get(prefix, [])
+            at = bisect_left(indexes, low, key=lambda index: self._parts[index].turn)
+            result += indexes[max(0, at - _PLACES // 2) : at + _PLACES]
+        unused = (index for index in result if self._parts[index].turn not in self._used)
+        return sorted(unused, key=lambda index: (self._parts[index].turn < low, index))
+
+    def _could_show(self, index: int, line: TranscriptLine) -> bool:
+        began_at = self._turns[self._parts[index].turn].began_at
+        return line.last_read_at is not None and line.last_read_at >= began_at - SKEW
+
+    def _chain(self, chain: list[int], asked: _Text, answered: _Text, line: TranscriptLine) -> list[_Part] | None:
+        """Return the turns that begin with `chain` and read as the block does, tried in order of their times."""
+        self._tries -= 1
+        parts = [self._parts[index] for index in chain]
+        questions, answers = _joined([part.asked for part in parts]), _joined([part.answered for part in parts])
+        if self._tries < 0 or not asked.text.startswith(questions.text):
+            return None
+        if not _is_beginning(answers, answered, is_open=not parts[-1].outputs):
+            return None
+        if len(questions.text) == len(asked.text):
+            is_answered = len(answers.text) >= len(answered.text) or not parts[-1].outputs
+            return parts if is_answered and asked.is_same(questions, len(asked.text)) else None
+        for index in self._next(chain):
+            if self._could_show(index, line):
+                found = self._chain([*chain, index], asked, answered, line)
+                if found:
+                    return found
+        return None
+
+    def _next(self, chain: Sequence[int]) -> Iterator[int]:
+        last = chain[-1]
+        for index in [*range(last + 1, last + 1 + _AFTER), *range(last - 1, last - 1 - _BEFORE, -1)]:
+            if 0 <= index < len(self._parts) and index not in chain and self._parts[index].turn not in self._used:
+                apart = self._turns[self._parts[last].turn].began_at - self._turns[self._parts[index].turn].began_at
+                if apart <= 2 * SKEW:
+                    yield index
+
+
+def _joined(texts: Sequence[_Text]) -> _Text:
+    if len(texts) == 1:
+        return texts[0]
+    ends, spaces, size = list[int](), set[int](), 0
+    for each in texts:
+        ends += [size + end for end in each.ends]
+        spaces |= {size + space for space in each.spaces}
+        size += len(each.text)
+    roles = frozenset[str]().union(*(each.roles for each in texts))
+    return _Text("".join(each.text for each in texts), ends, frozenset(spaces), roles)
+
+
+def _is_beginning(answers: _Text, answered: _Text, *, is_open: bool) -> bool:
+    """Return whether the answers are those of the block as far as both go; `is_open`: more may follow."""
+    size = min(len(answers.text), len(answered.text))
+    if not answers.is_same(answered, size):
+        return False
+    return not is_open or size == len(answered.text) or size == 0 or size in answered.ends
+
+
+def _cut(block: _Block, parts: Sequence[_Part], lines: Sequence[TranscriptLine], keys: Sequence[Key]) -> _Cut | None:
+    """Return the lines of the block, cut as the turns are; None if they are so already."""
+    asked = _pieces(block.user, [part.inputs for part in parts], lines, keys)
+    answered = _pieces(block.answers, [part.outputs for part in parts], lines, keys)
+    if len(parts) <= 1 and not any(piece.is_cut for piece in [*asked, *answered]):
+        return None
+    result, own, done = list[TranscriptLine](), list[int](), block.start
+    reached = {*block.user, *block.answers}
+
+    def emit(piece: "_Piece") -> None:
+        nonlocal done
+        while done < piece.line:
+            if done not in reached:  # what webhooks often do not report stays before what it precedes
+                result.append(lines[done])
+            done += 1
+        done = max(done, piece.line + 1)
+        if piece.turn is not None and (piece.is_cut or len(parts) > 1):
+            own.append(len(result))
+        result.append(piece.shown)
+
+    for number in [*range(len(parts)), None]:
+        for piece in [*asked, *answered]:
+            if piece.turn == number:
+                emit(piece)
+    result += [lines[line] for line in range(done, block.end) if line not in reached]
+    return _Cut(block, result, own)
+
+
+class _Piece(msgspec.Struct, frozen=True):
+    """A line to show, the first line of the history that it is of, and the turn (by its number in the block)."""
+
+    shown: TranscriptLine
+    line: int
+    turn: int | None
+    is_cut: bool
+
+
+def _pieces(
+    places: Sequence[int],
+    messages: Sequence[Sequence[Message]],
+    lines: Sequence[TranscriptLine],
+    keys: Sequence[Key],
+) -> list[_Piece]:
+    """Return these lines, cut at the bounds of the messages of each turn."""
+    flat = [(number, message) for number, own in enumerate(messages) for message in own]
+    line_ends = _text([keys[line] for line in places]).ends
+    ends = _text([text_key(message.role, message.content) for _, message in flat]).ends
+    common = sorted({*line_ends} & {*ends}) if _is_alike(places, flat, keys) else []
+    result = []
+    line_at = message_at = 0
+    for end in common:
+        line_to, message_to = line_ends.index(end, line_at) + 1, ends.index(end, message_at) + 1
+        shared, own = places[line_at:line_to], flat[message_at:message_to]
+        is_cut = len(shared) > 1 or len(own) > 1
+        texts = _slices([lines[line].content for line in shared], [message.content for _, message in own])
+        for (number, message), text in zip(own, texts, strict=True):
+            first = lines[shared[0]]
+            shown = (
+                _cut_line(message, text, [lines[line] for line in shared])
+                if is_cut
+                else msgspec.structs.replace(first, is_reworded=first.is_reworded or len(messages) > 1)
+            )
+            result.append(_Piece(shown, shared[0], number, is_cut))
+        line_at, message_at = line_to, message_to
+    return result + [_Piece(lines[line], line, None, is_cut=False) for line in places[line_at:]]
+
+
+def _is_alike(places: Sequence[int], flat: Sequence[tuple[int, Message]], keys: Sequence[Key]) -> bool:
+    one, other = (
+        _text([keys[line] for line in places]),
+        _text([text_key(message.role, message.content) for _, message in flat]),
+    )
+    return one.is_same(other, min(len(one.text), len(other.text)))
+
+
+def _cut_line(message: Message, text: str, lines: Sequence[TranscriptLine]) -> TranscriptLine:
+    """Return a line with the content of the message, and the text of the history for it where that differs."""
+    return msgspec.structs.replace(
+        lines[0],
+        content=message.content,
+        kind=message.kind,
+        is_reworded=True,
+        history_content=text if text != message.content else None,
+    )
+
+
+def _slices(shown: Sequence[str], contents: Sequence[str]) -> list[str]:
+    """Return the part of the shown texts for each content; of several texts, joined by line ends."""
+    whole = "\n".join(shown)
+    if len(contents) == 1:
+        return [whole]
+    places = [place for place, character in enumerate(whole) if not character.isspace()]
+    sizes = [sum(not character.isspace() for character in content) for content in contents]
+    if sum(sizes) != len(places):  # written otherwise, too: entities, Unicode forms
+        return [*contents]
+    result, at = [], 0
+    for size in sizes:
+        result.append(whole[places[at] : places[at + size - 1] + 1])
+        at += size
+    return result
