@@ -36,6 +36,20 @@ CHANGES = {
     "CREATE OR REPLACE VIEW analytics.changes AS SELECT cursor, type, session_id, chat_id, seal_id, changed_at,"
     " NULL::text AS epoch FROM archiver.changes WHERE type <> 'chat.deleted'": ("view analytics.changes", True),
     "DROP VIEW analytics.changes": ("view analytics.changes", True),
+    "ALTER VIEW analytics.messages RENAME COLUMN role TO speaker": ("view analytics.messages", True),
+    "DROP VIEW analytics.changes;; CREATE VIEW analytics.changes AS SELECT cursor, 1 AS more FROM archiver.changes": (
+        "view analytics.changes",
+        True,
+    ),
+    "DROP VIEW analytics.changes;; CREATE TABLE analytics.changes AS SELECT cursor FROM archiver.changes": (
+        "view analytics.changes",
+        False,
+    ),
+    "DROP VIEW analytics.changes;; CREATE MATERIALIZED VIEW analytics.changes AS SELECT 1 AS cursor": (
+        "view analytics.changes",
+        False,
+    ),
+    "ALTER VIEW analytics.changes SET (security_barrier, check_option = local)": ("view analytics.changes", True),
     "DROP TRIGGER events_guard ON archiver.events": ("trigger archiver.events.events_guard", True),
     "ALTER TABLE archiver.events DISABLE TRIGGER events_guard": ("trigger archiver.events.events_guard", True),
     "ALTER TABLE archiver.acts ENABLE REPLICA TRIGGER acts_append_only": (
@@ -101,6 +115,7 @@ CHANGES = {
         "extended statistics archiver.messages.samples",
         False,
     ),
+    "ALTER SEQUENCE archiver.events_id_seq CACHE 100": ("sequence options of archiver.events_id_seq", True),
     "ALTER SEQUENCE archiver.events_id_seq CYCLE": ("sequence options of archiver.events_id_seq", False),
     "GRANT SELECT ON archiver.messages TO archiver_reader": ("role archiver_reader", True),
     "GRANT SELECT (content) ON archiver.messages TO archiver_reader": ("role archiver_reader", True),
@@ -200,6 +215,14 @@ def test_what_a_user_adds_beside_is_a_warning(engine: Engine) -> None:
         ("privileges of test_writer", "warning"),
         ("view analytics.mine", "warning"),
     ]
+
+
+def test_an_option_of_a_view_is_named_and_removed(engine: Engine, cluster: Cluster) -> None:
+    option = "security_barrier" if cluster.version < "15" else "security_invoker"
+    execute(engine, f"ALTER VIEW analytics.messages SET ({option} = true)")
+    with transaction(engine) as connection:
+        assert [each.object for each in catalogue.repair(connection)] == ["view analytics.messages"]
+    assert differences(engine) == []
 
 
 def test_a_user_who_may_create_no_temporary_view_is_not_shown_false_differences(

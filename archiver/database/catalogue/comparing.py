@@ -35,19 +35,32 @@ def read_expected() -> Catalogue:
 
 
 def _differences(connection: Connection, expected: Catalogue, found: Catalogue) -> Iterator[Difference]:
+    views = list(_views(connection, expected, found))
+    yield from views
+    changed = tuple(f"column {each.object.removeprefix('view ')}." for each in views if each.verdict == "failure")
     for name, properties in expected.items():
+        if name.startswith(changed):
+            continue  # reported as its view
         if name not in found:
-            if not _is_part_of(name, expected, found):
-                yield _missing(name, properties)
+            if not name.startswith("view ") and not _is_part_of(name, expected, found):
+                yield _missing(name, properties, found)
             continue
         for key, target_value, actual in _differing(properties, found[name]):
-            if key == "definition" and name.startswith("view "):
-                yield from _view(connection, name, target_value, actual)
-            elif key != "definition" or not name.startswith("function "):  # compared by its parts instead
+            if key != "definition" or not name.startswith(("function ", "view ")):  # compared by its parts; above
                 yield _property(name, properties, key, target_value, actual)
     for name in found:
-        if name not in expected and not _is_part_of(name, found, expected):
+        if name not in expected and not name.startswith(changed) and not _is_part_of(name, found, expected):
             yield _extra(name, found[name])
+
+
+def _views(connection: Connection, expected: Catalogue, found: Catalogue) -> Iterator[Difference]:
+    for name, properties in expected.items():
+        if not name.startswith("view "):
+            continue
+        if name not in found:
+            yield _missing(name, properties, found)
+        elif properties["definition"] != found[name]["definition"]:
+            yield from _view(connection, name, properties["definition"], found[name]["definition"])
 
 
 def _differing(target_value: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -57,6 +70,7 @@ def _differing(target_value: Mapping[str, Any], actual: Mapping[str, Any]) -> It
 
 
 _PARTS = ("column", "constraint", "trigger", "rule", "policy", "extended statistics")
+_RELATIONS = ("table", "view", "materialized view")
 
 
 def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
@@ -66,12 +80,12 @@ def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
         parents = [f"sequence {qualified}"]
     elif kind in _PARTS:
         relation = ".".join(qualified.split(".")[:2])
-        parents = [f"table {relation}", f"view {relation}"]
+        parents = [f"{each} {relation}" for each in _RELATIONS]
     elif kind == "foreign key triggers of":
         return True  # as the constraint
     elif kind == "index":
         relation = str(of[name]["table"])
-        parents = [f"table {relation}", f"view {relation}"]
+        parents = [f"{each} {relation}" for each in _RELATIONS]
         if of[name].get("of constraint"):
             return True
     else:
@@ -97,7 +111,11 @@ def _difference(
 _RESTORE = "Restore the database from a backup: what was in it cannot be made again by a command."
 
 
-def _missing(name: str, properties: Mapping[str, Any]) -> Difference:
+def _missing(name: str, properties: Mapping[str, Any], found: Catalogue) -> Difference:
+    kind, _, qualified = name.partition(" ")
+    for other in _RELATIONS:
+        if kind == "view" and f"{other} {qualified}" in found:
+            return _difference(name, f"is a {other}", advice=f"Rename or drop the {other}. {_REPAIR}")
     statements = tuple(_creating(name, properties))
     if statements:
         return _difference(name, "is missing", *statements)
@@ -133,14 +151,17 @@ def _extra(name: str, properties: Mapping[str, Any]) -> Difference:
         return _difference(name, foreign, advice=f"As its owner: DROP STATISTICS {schema_name}.{part};")
     if kind == "index" and properties["unique"]:
         return _difference(name, f"{foreign} and refuses rows", f"DROP INDEX {qualified}")
-    return _difference(name, foreign, verdict="warning", advice="Move it to another schema, or drop it.")
+    advice = "Move it to another schema, or drop it."
+    if kind == "index":  # always in the schema of its table
+        advice = f"It can refuse rows, such as long texts. Unless it is needed: DROP INDEX {qualified};"
+    return _difference(name, foreign, verdict="warning", advice=advice)
 
 
 def _property(name: str, properties: Mapping[str, Any], key: str, target_value: Any, actual: Any) -> Difference:
     detail = f"has another {key} than this version expects"
     if len(f"{target_value}{actual}") < _MAX_SQL:
         detail = f"has {key} {_shown(actual)} instead of {_shown(target_value)}"
-    statements = tuple(_altering(name, properties, key, target_value))
+    statements = tuple(_altering(name, properties, key, target_value, actual))
     verdict: Literal["failure", "warning"] = "failure"
     if key == "statistics target" and target_value != 0:
         verdict = "warning"
@@ -154,7 +175,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _altering(name: str, properties: Mapping[str, Any], key: str, target_value: Any) -> Iterator[str]:
+def _altering(name: str, properties: Mapping[str, Any], key: str, target_value: Any, actual: Any) -> Iterator[str]:
     """Return the SQL that restores a property; empty if no statement can."""
     kind, _, qualified = name.partition(" ")
     relation, _, part = qualified.rpartition(".")
@@ -177,14 +198,21 @@ def _altering(name: str, properties: Mapping[str, Any], key: str, target_value: 
     elif kind == "column":
         yield from _column(f"ALTER TABLE {relation} ALTER COLUMN {part}", key, target_value)
     elif kind in {"table", "view"}:
-        yield from _relation(f"ALTER TABLE {qualified}", kind, key, target_value)
-    elif kind == "foreign":
-        yield f"ALTER TABLE {qualified.rpartition(' ')[2]} ENABLE TRIGGER ALL"
+        yield from _relation(f"ALTER {kind.upper()} {qualified}", kind, key, target_value, actual)
+    elif " of " in qualified:
+        yield from _of_relation(qualified.rpartition(" ")[2], key, target_value)
 
 
 def _trigger(relation: str, part: str, properties: Mapping[str, Any]) -> Iterator[str]:
     yield f"DROP TRIGGER {part} ON {relation}"
     yield str(properties["definition"])
+
+
+def _of_relation(qualified: str, key: str, target_value: Any) -> Iterator[str]:
+    if key == "enabled":
+        yield f"ALTER TABLE {qualified} ENABLE TRIGGER ALL"
+    elif key == "cache":
+        yield f"ALTER SEQUENCE {qualified} CACHE {target_value}"
 
 
 _STORAGE = {"p": "PLAIN", "e": "EXTERNAL", "m": "MAIN", "x": "EXTENDED"}
@@ -203,13 +231,13 @@ def _column(alter: str, key: str, target_value: Any) -> Iterator[str]:
         yield f"{alter} SET GENERATED ALWAYS"
 
 
-def _relation(alter: str, kind: str, key: str, target_value: Any) -> Iterator[str]:
+def _relation(alter: str, kind: str, key: str, target_value: Any, actual: Any) -> Iterator[str]:
     if key == "persistence" and kind == "table":
         yield f"{alter} SET LOGGED"
     elif key == "row security" and not target_value:
         yield f"{alter} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY"
     elif key == "options" and kind == "view" and not target_value:
-        yield f"{alter.replace('TABLE', 'VIEW')} RESET (security_barrier, check_option)"
+        yield f"{alter} RESET ({', '.join(option.partition('=')[0] for option in actual)})"
 
 
 _NO_TEMPORARY = {"42501", "25006"}  # SQLSTATE: insufficient privilege; read-only transaction
@@ -234,7 +262,8 @@ def _view(connection: Connection, name: str, target_value: str, actual: str) -> 
         return
     nested.rollback()
     if written != actual:
-        yield _difference(name, "has another definition than this version expects", statement)
+        advice = f"{_REPAIR} If its columns changed, first drop the views that use it."
+        yield _difference(name, "has another definition than this version expects", statement, advice=advice)
 
 
 def repair(connection: Connection) -> list[Difference]:
@@ -246,8 +275,8 @@ def repair(connection: Connection) -> list[Difference]:
     result = [difference for difference in select_differences(connection) if difference.repairs]
     qualify(connection)
     for difference in sorted(result, key=_place):
-        if not difference.object.startswith("role "):
-            _try(connection, difference.repairs)
+        if not difference.object.startswith("role ") and not _try(connection, difference.repairs):
+            _try(connection, _replacing(difference.object))
     roles.bring_up_to_date(connection)
     remaining = select_differences(connection)
     return [difference for difference in result if difference not in remaining]
@@ -262,10 +291,19 @@ def _place(difference: Difference) -> int:
     return _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
 
 
-def _try(connection: Connection, statements: tuple[str, ...]) -> None:
+def _replacing(name: str) -> tuple[str, ...]:
+    """Return the SQL for a view with other columns, which CREATE OR REPLACE refuses; empty for other objects."""
+    kind, _, qualified = name.partition(" ")
+    if kind != "view":
+        return ()
+    return (f"DROP VIEW {qualified}", *_creating(name, read_expected()[name]))
+
+
+def _try(connection: Connection, statements: tuple[str, ...]) -> bool:
     try:
         with connection.begin_nested():
             for statement in statements:
                 connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
     except DBAPIError:
-        return  # it remains, and is reported
+        return False  # it remains, and is reported
+    return True

@@ -13,7 +13,9 @@ Catalogue = Mapping[str, Mapping[str, Any]]
 
 _NAMED = "format('%I.%I', n.nspname, c.relname)"
 _OF_OUR_SCHEMAS = "n.nspname = ANY (CAST(:schemas AS text[]))"
-_KIND = "CASE c.relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'view' WHEN 'S' THEN 'sequence' ELSE 'table' END"
+_KIND = (
+    "CASE c.relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence' ELSE 'table' END"
+)
 
 # Each gives the kind of the object, its name, and its properties. Names and expressions are read with pg_catalog
 # alone in the search path, so that everything else is qualified, regardless of the role's default.
@@ -39,7 +41,7 @@ _QUERIES = (
     f"""
     SELECT 'sequence options of', {_NAMED}, json_build_object(
                'type', format_type(s.seqtypid, NULL), 'increment', s.seqincrement, 'minimum', s.seqmin,
-               'maximum', s.seqmax, 'cycles', s.seqcycle)
+               'maximum', s.seqmax, 'cycles', s.seqcycle, 'cache', s.seqcache)
       FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE {_OF_OUR_SCHEMAS}
     """,
