@@ -79,6 +79,14 @@ def test_a_turn_that_is_not_answered_yet_gets_the_answer_of_history() -> None:
     assert lines_of(turns, "u q1\nq2", "a a1", "a a2") == ["A u q1", "A a a1", "B u q2", "B a a2"]
 
 
+def test_turns_without_an_answer_may_stand_before_those_that_are_joined() -> None:
+    turns = [turn("A", "u q1", at=1), turn("B", "u q2", "a a2", at=2), turn("C", "u q3", "a a3", at=3)]
+    for shown in (["u q1", "u q2\nq3", "a a2", "a a3"], ["u q1", "u q2", "u q3", "a a2\n\na3"]):
+        assert lines_of(turns, *shown) == ["A u q1", "B u q2", "B a a2", "C u q3", "C a a3"]
+    turns = [turn("A", "u q1", at=1), turn("B", "u q2", "a a2", "a more", at=2)]
+    assert lines_of(turns, "u q1", "u q2", "a a2\n\nmore") == ["A u q1", "B u q2", "B a a2", "B a more"]
+
+
 @pytest.mark.parametrize(
     "shown",
     [

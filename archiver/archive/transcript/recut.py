@@ -9,6 +9,7 @@ within a message the texts are equal. Turns that have all their lines as they ar
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 
 import msgspec
 
@@ -120,9 +121,12 @@ def _cuts(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], placem
     low = 0
     for block in _blocks(keys):
         low = max([low, *(owners[line] for line in block.user if line in owners)])
-        if owned.isdisjoint(block.user):
-            found = search.find(block, lines, keys, low)
-            cut = _cut(block, found, lines, keys)
+        # Turns without an answer may stand before the turns that are answered.
+        user = [*takewhile(lambda line: line not in owned, reversed(block.user))][::-1]
+        if user:
+            free = msgspec.structs.replace(block, start=user[0], user=user)
+            found = search.find(free, lines, keys, low)
+            cut = _cut(free, found, lines, keys)
             if cut:
                 search.use(found)
                 yield cut
