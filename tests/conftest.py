@@ -9,12 +9,14 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from coverage import Coverage
+from hypothesis import is_hypothesis_test
 from psycopg import sql
 from sqlalchemy import Engine
 
 from archiver import database
 from archiver.database import schema
-from tests import servers
+from tests import processes, servers
 from tests.waiting import until
 
 _TEMPLATE = "archiver_template"
@@ -106,6 +108,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Trace for coverage only what reaches branches that no other test does: tracing doubles the time of Python.
+
+    The repetition of a test on a second version of Postgres, the examples of a property, the tests of faults, and the
+    modules that say `UNTRACED` reach hardly any.
+    """
+    measurement = Coverage.current()
+    if measurement is None or _is_traced(item):
+        return (yield)
+    measurement.stop()
+    processes.suspended |= {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("COVERAGE_")}
+    try:
+        return (yield)
+    finally:
+        os.environ.update(processes.suspended)
+        processes.suspended.clear()
+        measurement.start()
+
+
+def _is_traced(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function):
+        return True
+    is_slow = item.path.parent.name == "faults" or getattr(item.module, "UNTRACED", False)
+    version = item.callspec.params.get("cluster") if hasattr(item, "callspec") else None
+    is_repetition = version in servers.versions()[1:] or is_hypothesis_test(item.obj)
+    return not is_slow and not is_repetition
 
 
 @pytest.fixture(scope="session", params=servers.versions())

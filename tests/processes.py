@@ -24,9 +24,11 @@ _IMPORTED = [
     "archiver.http.listening",
 ]
 
+suspended: dict[str, str] = {}  # settings of coverage, while a test is not traced
+
 # Reads a line of JSON for each process to start, answers with its pid, and writes its exit code to a file so named.
 _PARENT = """
-import atexit, gc, importlib, json, os, signal, sys, traceback
+import atexit, gc, importlib, json, os, signal, sys, threading, traceback
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -44,8 +46,9 @@ def start(request):
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.alarm(request["seconds"])
-    if request["seconds"]:  # its coverage, which costs a multiple of its time, is not reported
+    if not request["is_traced"]:
         sys.settrace(None)
+        threading.settrace(None)
     for number, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | (os.O_APPEND if number else 0), 0o600), number)
     os.closerange(3, 1024)
@@ -173,6 +176,8 @@ def start(
         "files": [os.devnull, str(stdout), str(stderr)],
         "is_apart": is_apart,
         "seconds": seconds,
+        # The coverage of a process that an alarm ends is never reported.
+        "is_traced": not suspended and not seconds,
         "folder": os.getcwd(),  # noqa: PTH109
     }
     assert parent.stdin
@@ -212,7 +217,7 @@ def _parent() -> tuple[subprocess.Popen[str], Path]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder.name,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, **suspended, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )
 
     def stop() -> None:

@@ -1041,7 +1041,7 @@ def _counted_calls() -> Iterator[list[int]]:
 @pytest.mark.parametrize("kind", _KINDS)
 def test_the_work_grows_with_the_session_not_with_its_square(kind: str, shown: str) -> None:
     counts = []
-    for messages in (500, 4000):
+    for messages in (250, 2000):
         turns, readings = _long(kind, messages, 0.2)
         whole = readings[-1]
         if "deleted" in shown:

@@ -21,6 +21,8 @@ from archiver.embedded import paths, postmaster
 from tests.embedding import USER_PROGRAM, query
 from tests.waiting import until
 
+UNTRACED = True
+
 
 # Starts, says the server's pid, waits for the end of its input, stops.
 def user_process(home: Path, **settings: Any) -> subprocess.Popen[str]:

@@ -18,6 +18,8 @@ from tests.rows import rows
 from tests.upstreams import simulated
 from tests.waiting import until
 
+UNTRACED = True
+
 # One version of Postgres is enough: it is PgBouncer that is tested here.
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 

@@ -24,6 +24,8 @@ from archiver.events import Delivery, Event, responses
 from tests.conftest import Cluster
 from tests.payloads import chat, event
 
+UNTRACED = True
+
 START = datetime(2026, 1, 5, 9, 0, tzinfo=UTC)
 TIMING = Timing()
 SEEDS = 2_000

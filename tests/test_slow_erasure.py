@@ -23,6 +23,7 @@ from tests.test_retention import run
 from tests.waiting import until
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
+UNTRACED = True
 FOR_EVER = "PERFORM pg_sleep(3600)"
 SWEEPING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
 

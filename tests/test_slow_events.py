@@ -24,6 +24,8 @@ from tests.rows import rows
 from tests.slowness import holding, quick_rows, slow_rows
 from tests.waiting import until
 
+UNTRACED = True
+
 pytestmark = [
     pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True),
     pytest.mark.anyio,

@@ -17,6 +17,7 @@ from tests.slowness import holding, quick_rows, slow_rows
 from tests.waiting import until
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
+UNTRACED = True
 SECONDS = 40.0  # in which what is not slow is delivered, on a machine that is busy
 FOR_EVER = "PERFORM pg_sleep(3600)"
 
