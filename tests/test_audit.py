@@ -111,6 +111,13 @@ def test_i8_a_hold_without_an_entry_holds_too_and_is_named(engine: Engine) -> No
     assert found(engine) == [("holds", 1, "without_act")]
 
 
+@pytest.mark.parametrize("column", ["reason", "author"])
+def test_i9_a_changed_reason_or_author_of_a_hold_is_found(engine: Engine, column: str) -> None:
+    hold_id = hold(engine, session_id="s1")
+    execute(engine, f"UPDATE archiver.holds SET {column} = 'another'", unguarded=True)
+    assert found(engine) == [("holds", hold_id, "differs_from_log")]
+
+
 RULES = Rules(content=0, by_assistant={}, metadata=1)
 
 

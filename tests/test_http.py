@@ -450,6 +450,16 @@ def test_i12_bytes_fill_the_queue_too_but_one_event_always_may(database_url: str
 # Metrics and logs
 
 
+def test_metrics_are_served_while_another_process_creates_its_file(database_url: str, tmp_path: Path) -> None:
+    with serving(database_url, "--workers", "2", ARCHIVER_HOME=str(tmp_path)) as receiver:
+        receiver.post(created("a"))
+        (folder,) = (tmp_path / "metrics").iterdir()
+        (folder / "counter_1.db").touch()
+        result = receiver.get("/metrics")
+        assert result.status_code == 200
+        assert 'archiver_received_total{reason="",status="stored"} 1.0' in result.text
+
+
 def test_metrics_count_each_outcome(database_url: str) -> None:
     before = time.time()
     with serving(database_url) as receiver:

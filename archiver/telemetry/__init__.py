@@ -261,8 +261,24 @@ def metrics() -> bytes:
         return generate_latest()
     _delete_dead_processes(Path(os.environ[MULTIPROCESS_FOLDER]))
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # the library leaves it untyped
+    registry.register(_FolderCollector())
     return generate_latest(registry if _IS_SHARED else cast("CollectorRegistry", _MergedRegistry(REGISTRY, registry)))
+
+
+class _FolderCollector:
+    """Metrics of the processes that share a folder."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield each family; a file that its process has just created is still empty, and the library fails on it."""
+        files = [str(file) for file in Path(os.environ[MULTIPROCESS_FOLDER]).glob("*.db") if _size(file)]
+        return multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # the gauges of an ended process
+        return 0
 
 
 class _MergedRegistry:

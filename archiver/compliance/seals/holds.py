@@ -88,4 +88,5 @@ def _fault(hold: LoggedHold | None, row: Mapping[str, Any] | None) -> str | None
         return "released_without_act"
     if row["released_at"] is None and hold.release_id is not None:
         return "not_released"
-    return None if legal_holds.is_same(hold, row) else "differs_from_log"
+    is_same = legal_holds.is_same(hold, row) and (row["author"], row["reason"]) == (hold.author, hold.reason or "")
+    return None if is_same else "differs_from_log"
