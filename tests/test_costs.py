@@ -124,6 +124,73 @@ def test_costs_reach_the_archive_the_export_and_follow_ups_with_all_their_digits
         assert data["data"]["chat"]["cost"] == Decimal(cost)
 
 
+# Numbers of equal value in one group, all others different; each as a JSON number or a text.
+DISTINCT = [
+    ["0.1", "0.10", "1e-1", "0.10000000000000001", "0.1000000000000000055511151231257827"],
+    ["0.1000000000000000000001"],
+    ["0.1000000000000000000002", "1000000000000000000002e-22"],
+    ["1e400", "10e399", "1E400", "1.0e+400"],
+    ['"1e400"'],
+    ["1e401"],
+    ["-1e999"],
+    ["-1e998"],
+    ["1e-400"],
+    ["2e-400"],
+    ["0.0", "0e5"],
+    ["-0.0"],
+    ["9007199254740993.0"],
+    ["9007199254740992.0", "9007199254740992e0"],
+    ["1" * 400],
+    ["1" * 399 + "2"],
+    ["1" * 401],
+    ["1" * 400 + "2"],
+    [f'"{"1" * 401}"'],
+    ["0." + "1" * 900],
+    ["0." + "1" * 899 + "2"],
+    ["1e99999999999999999999"],
+    ["1e99999999999999999998"],
+    ['"Infinity"', "Infinity"],
+    ["-Infinity"],
+    ['"-infinity"'],
+    ["NaN", '"NaN"'],
+]
+
+
+@pytest.mark.parametrize("extra", ["", ', "x": "\\ud800"', f', "x": {2**70}'], ids=["usual", "surrogate", "long"])
+def test_i3_deliveries_that_differ_in_a_number_are_different_facts(extra: str) -> None:
+    keys = []
+    for group in DISTINCT:
+        read = [events.parse(body(1, cost, extra)) for cost in group]
+        (key,) = {each.dedupe_key for each in read if isinstance(each, Event)}
+        keys.append(key)
+    assert len(set(keys)) == len(DISTINCT)
+
+
+@settings(deadline=None)
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(1, 40), st.integers(0, 30))
+def test_i3_writers_that_print_a_double_differently_report_one_fact(value: float, digits: int, shift: int) -> None:
+    printed = {repr(value), f"{value:.16e}", f"{value:.{16 + digits}e}", f"{Decimal(value):e}"}
+    read = [events.parse(body(1, cost)) for cost in printed]
+    assert len({each.dedupe_key for each in read if isinstance(each, Event)}) == 1
+    mantissa, exponent = f"{Decimal(value):.{1_100 + shift}e}".split("e")
+    other = events.parse(body(1, f"{mantissa}7e{exponent}"))  # a digit behind all digits of the double
+    assert isinstance(other, Event)
+    assert other.dedupe_key not in {each.dedupe_key for each in read if isinstance(each, Event)}
+
+
+@on_one_version
+def test_i4_a_cost_that_cannot_be_stored_leaves_the_turn_and_its_bytes(engine: Engine) -> None:
+    archive = Archive(engine)
+    sent = [
+        body(number, cost) for number, cost in enumerate(["1e400", "-1e999", "9" * 400, '"NaN"', "NaN", "1e-400"])
+    ]
+    for number, each in enumerate(sent):
+        archive.webhook(number, each)
+    assert archive.rows("SELECT cost FROM analytics.chats") == [(None,)] * len(sent)
+    assert archive.rows("SELECT messages, cost FROM analytics.conversations") == [(2 * len(sent), None)]
+    assert {bytes(row[0]) for row in archive.rows("SELECT body FROM archiver.events")} == set(sent)
+
+
 # Bodies and their dedupe keys, as the version of November 2026 computed them.
 LANDED = {
     b'{"type":"chat.created","timestamp":0.37,"chat":{"v":{"a":[-2.414002E+20,0.07243628666754276]},"id":"c0","cost":219,'

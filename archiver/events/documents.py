@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import msgspec
@@ -25,6 +26,12 @@ class Exact(float):
             raise ValueError("beyond a double")
         value.text = text
         return value
+
+
+class Beyond(str):
+    """A JSON number that a double or an integer of 400 digits cannot hold, as it was sent; used like a text."""
+
+    __slots__ = ()
 
 
 _DECODER = msgspec.json.Decoder(float_hook=Exact)
@@ -70,22 +77,74 @@ def _depth(document: Any) -> int:
 
 
 def _integer(text: str) -> int | str:
-    return int(text) if len(text) <= _MAX_DIGITS else text
+    return int(text) if len(text) <= _MAX_DIGITS else Beyond(text)
 
 
 def _float(text: str) -> Exact | str:
     try:
         return Exact(text)
     except ValueError:
-        return text
+        return Beyond(text)
 
 
 def digest(fact: list[Any]) -> bytes:
-    """Return the SHA-256 over the canonical JSON of a fact, in which numbers with a fraction or an exponent are
-    doubles.
+    """Return the SHA-256 over the canonical JSON of a fact.
+
+    A number with a fraction or an exponent is the nearest double, if its digits are those of this double, rounded to
+    as many: `0.1`, `0.10` and `0.10000000000000001` are equal. Any other number keeps its digits.
     """
     try:
-        canonical = msgspec.json.encode(fact, order="deterministic", enc_hook=float)
+        canonical = msgspec.json.encode(fact, order="deterministic", enc_hook=_canonical)
     except (UnicodeEncodeError, OverflowError):
-        canonical = json.dumps(fact, sort_keys=True, separators=(",", ":")).encode("ascii")
+        canonical = json.dumps(_plain(fact), sort_keys=True, separators=(",", ":")).encode("ascii")
     return hashlib.sha256(canonical).digest()
+
+
+_SHORT = 16  # characters of a number without an exponent whose digits a double always holds
+_MAX_DOUBLE_DIGITS = 767  # significant digits of a double, written in full
+
+
+def _canonical(number: Exact | Beyond) -> float | msgspec.Raw:
+    if isinstance(number, Exact) and _holds(number):
+        return float(number)
+    return msgspec.Raw(_digits(number).encode())
+
+
+def _holds(number: Exact) -> bool:
+    """Return whether the digits of a number are those of the nearest double."""
+    text = number.text
+    if len(text) <= _SHORT and "e" not in text and "E" not in text:
+        return True
+    try:
+        sent = Decimal(text)
+    except InvalidOperation:  # an exponent of 19 digits
+        return False
+    digits = min(len(sent.as_tuple().digits), _MAX_DOUBLE_DIGITS)
+    return sent == Decimal(f"{float(number):.{digits - 1}e}")
+
+
+def _digits(number: Exact | Beyond) -> str:
+    """Return a number as JSON, the same however it was written."""
+    text = number.text if isinstance(number, Exact) else str(number)
+    try:
+        sent = Decimal(text)
+    except InvalidOperation:
+        return text
+    sign, digits, exponent = sent.as_tuple()
+    significant = "".join(map(str, digits)).rstrip("0")
+    zeros = len(digits) - len(significant)
+    return f"{'-' * sign}{significant or '0'}e{int(exponent) + zeros}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy for the encoder of the standard library, which has no hook for subclasses of its types."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Beyond) or (isinstance(value, Exact) and not _holds(value)):
+        return {_NUMBER: _digits(value)}
+    return value
+
+
+_NUMBER = "\x1fnumber"  # no name of a field that a platform sends

@@ -30,7 +30,7 @@ def storable_id(value: str) -> str:
     """Return the id; raises `UnreadableError` for one that Postgres cannot hold."""
     # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
     if len(value) <= MAX_ID and value.isascii() and "\x00" not in value and value[0] != INTERNAL_PREFIX:
-        return value
+        return str(value)  # not `documents.Beyond`
     if (
         len(value) > MAX_ID
         or value[0] == INTERNAL_PREFIX
@@ -51,7 +51,7 @@ def label(value: Any) -> str | None:
 def storable(text: str) -> str:
     """Return a copy for a Postgres text column: U+0000 and lone surrogates become U+FFFD."""
     if text.isascii() and "\x00" not in text:
-        return text
+        return str(text)  # not `documents.Beyond`
     return _UNSTORABLE.sub("\ufffd", text)
 
 
