@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from archiver import events
 from archiver.events import Delivery
-from archiver.inbound.spool import Spool, open_spool, select_lost
+from archiver.inbound.spool import Spool, open_left_behind, open_spool, select_lost
 from tests.payloads import created
 from tests.receivers import archiver, serving
 from tests.waiting import until
@@ -191,6 +191,60 @@ def test_a_name_that_is_no_file_is_passed_over_and_reported(tmp_path: Path, name
     assert not (tmp_path / "elsewhere").exists()
     shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
     assert name in shown.stdout
+
+
+def put_in_place(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "named pipe"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "left behind"])
+def test_i1_a_file_that_is_replaced_by_something_else_is_reported_with_the_number(
+    tmp_path: Path, kind: str, is_first: bool
+) -> None:
+    home = tmp_path / "home"
+    folder = home / "spool"
+    fill(folder, [40] * 7)
+    if not is_first:
+        for end in ("db", "lock", "count"):
+            (folder / f"spool-0.{end}").rename(folder / f"spool-3.{end}")
+    put_in_place(folder / f"spool-{0 if is_first else 3}.db", kind)
+    for _ in range(2):  # it is reported once
+        assert reopened(folder) == set()
+        assert list(open_left_behind(folder)) == []
+        assert select_lost(folder).events == 7
+    shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
+    assert "7 acknowledged events are missing" in " ".join(shown.stdout.split())
+
+
+def test_a_file_that_is_replaced_while_its_process_runs_costs_nothing(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([Delivery(events.parse(body(number)), NOW, "k") for number in range(7)])
+    put_in_place(spool.path, "folder")
+    other = open_spool(tmp_path, ROOM)
+    assert select_lost(tmp_path).events == 0
+    spool.append([Delivery(events.parse(body(7)), NOW, "k")])
+    assert left(spool) | left(other) == {body(number) for number in range(8)}
+    spool.close()
+    other.close()
+    assert reopened(tmp_path) == set()
+    assert select_lost(tmp_path).events == 0
+
+
+def test_the_metric_shows_the_events_of_a_replaced_file(database_url: str, tmp_path: Path) -> None:
+    fill(tmp_path / "spool", [40] * 7)
+    put_in_place(tmp_path / "spool" / "spool-0.db", "named pipe")
+    with serving(database_url, ARCHIVER_HOME=str(tmp_path)) as receiver:
+        until(lambda: "archiver_spool_lost_events 7.0" in receiver.get("/metrics").text, "the loss is shown", 60)
+        assert receiver.get("/readyz").json()["spool"] == "ready"
+        assert receiver.stop() == 0
+        assert "acknowledged events missing from the spool" in receiver.stderr()
 
 
 def test_a_named_pipe_in_the_place_of_a_count_blocks_nothing(tmp_path: Path) -> None:

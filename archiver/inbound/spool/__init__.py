@@ -17,7 +17,16 @@ import structlog
 from archiver.inbound.spool.counting import LOST, Lost, select_lost
 from archiver.inbound.spool.errors import SpoolError, SpoolFullError, explained, unusable_message
 from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES, is_regular
-from archiver.inbound.spool.locked_file import MIN_ROOM_BYTES, SELECT_DEPTH, Depth, Spool, Spooled, hold, open_spool
+from archiver.inbound.spool.locked_file import (
+    MIN_ROOM_BYTES,
+    SELECT_DEPTH,
+    Depth,
+    Spool,
+    Spooled,
+    hold,
+    open_spool,
+    report_replaced,
+)
 from archiver.inbound.spool.salvage import set_aside_files
 
 __all__ = [
@@ -49,8 +58,7 @@ def open_left_behind(folder: Path) -> Iterator[Spool]:
     for path in sorted(folder.glob("spool-*.db")):
         number = path.stem.removeprefix("spool-")
         try:
-            size = path.lstat().st_size if number.isdecimal() and is_regular(path) else 0
-            held = hold(folder, int(number), 2 * size) if size else None
+            held = _hold(folder, int(number)) if number.isdecimal() else None
         except (OSError, SpoolError) as error:
             log.error("spool file of an ended process unreadable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
             continue
@@ -58,6 +66,15 @@ def open_left_behind(folder: Path) -> Iterator[Spool]:
             yield held
         elif held is not None:
             held.close()
+
+
+def _hold(folder: Path, number: int) -> Spool | None:
+    path = folder / f"spool-{number}.db"
+    if not is_regular(path):
+        report_replaced(folder, number)
+        return None
+    size = path.lstat().st_size
+    return hold(folder, number, 2 * size) if size else None
 
 
 def select_depth(folder: Path) -> Depth:

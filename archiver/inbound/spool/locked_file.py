@@ -114,16 +114,9 @@ class Spool:
                 log.error("spool file damaged; missing deliveries recovered", events=result, file=self.path.name)
                 events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
                 self._events, self._bytes = int(events), int(size)
-            missing -= result
+                missing -= result
         if missing > 0:
-            lost = add_lost(self.path.parent, missing)
-            log.error(
-                "acknowledged events missing from the spool",
-                events=missing,
-                in_all=lost.events,
-                file=self.path.name,
-                advice="archiver backfill fetches the histories of their sessions; see archiver doctor",
-            )
+            _report_lost(self.path, missing)
         self._count.write(self._events, is_durable=missing > 0)
 
     def append(self, deliveries: Sequence[Delivery[Content]]) -> None:
@@ -370,10 +363,10 @@ def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
     for end in ("db", "db-wal", "db-shm", "lock"):
         name = f"spool-{number}.{end}"
         if not files.is_regular(folder / name):  # opening a named pipe would block
+            if end == "db":
+                report_replaced(folder, number)
             raise SpoolError(unusable_message(folder / name, "not a file"))
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with explained(folder):
-        lock = os.open(folder / f"spool-{number}.lock", flags, 0o600)
+    lock = _opened_lock(folder, number)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return Spool(folder, number, lock, max_bytes)
@@ -383,3 +376,44 @@ def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
     except BaseException:
         os.close(lock)
         raise
+
+
+def _opened_lock(folder: Path, number: int) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with explained(folder):
+        return os.open(folder / f"spool-{number}.lock", flags, 0o600)
+
+
+def report_replaced(folder: Path, number: int) -> None:
+    """Report once the deliveries of a file in whose place is something else. Raises `SpoolError`.
+
+    A running process still has the deliveries of its file, and copies them to another one.
+    """
+    path = folder / f"spool-{number}.db"
+    count = Count(path)
+    missing = count.read()
+    if missing == 0 or not files.is_regular(path.with_suffix(".lock")):
+        return
+    lock = _opened_lock(folder, number)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        missing = count.read()
+        count.write(0, is_durable=True)
+        if missing > 0 and count.read() == 0:  # otherwise each run would add it
+            with explained(folder):
+                _report_lost(path, missing)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(lock)
+
+
+def _report_lost(path: Path, events: int) -> None:
+    lost = add_lost(path.parent, events)
+    log.error(
+        "acknowledged events missing from the spool",
+        events=events,
+        in_all=lost.events,
+        file=path.name,
+        advice="archiver backfill fetches the histories of their sessions; see archiver doctor",
+    )
