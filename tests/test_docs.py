@@ -239,10 +239,19 @@ def test_the_index_of_the_documentation_lists_every_page() -> None:
     assert {page.name for page in (ROOT / "docs").iterdir()} - {"README.md"} == linked
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the fragments under which a viewer of Markdown finds the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)]+)", page.read_text()):
+        name, _, fragment = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not fragment or fragment in anchors(linked), target
 
 
 def locked(name: str) -> dict[str, str]:
