@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long soak schema lock clean
+.PHONY: help demo run test test-quick check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long soak schema lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -29,8 +29,11 @@ test: $(VENV)/.installed  ## Run the tests, six at a time (TEST_ARGS goes to pyt
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -n 6 --dist worksteal $(TEST_ARGS)
 
+test-quick: $(VENV)/.installed  ## Run the tests that need neither Postgres nor a process, in less than a minute
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit $(TEST_ARGS)
+
 check: lint  ## Everything but the tests: style, types, rooms, documentation, branch coverage of the last test run
-	@$(BIN)/python -m pytest -q tests/test_docs.py
+	@$(BIN)/python -m pytest -q tests/database/test_docs.py
 	@if ls .coverage* >/dev/null 2>&1; then $(BIN)/coverage combine --quiet 2>/dev/null; $(BIN)/coverage report || { echo 'That is the coverage of the last test run: after TEST_ARGS it is that of a part. Run make test, then make check.' >&2; exit 1; }; else echo 'No coverage to report: run make test first.'; fi
 
 lint: $(VENV)/.installed  ## ruff, mypy --strict, import-linter

@@ -16,8 +16,8 @@ from sqlalchemy import Engine
 
 from archiver import database
 from archiver.database import schema
-from tests import processes, servers
-from tests.waiting import until
+from tests.support import processes, servers
+from tests.support.waiting import until
 
 _TEMPLATE = "archiver_template"
 ELSEWHERE = Path("/var/lib/callhq-archiver")

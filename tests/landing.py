@@ -6,7 +6,7 @@ from pathlib import Path
 
 from archiver import database
 from archiver.database import catalogue, schema
-from tests import servers
+from tests.support import servers
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 

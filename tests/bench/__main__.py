@@ -27,7 +27,7 @@ from sqlalchemy import event
 from archiver import database, embedded, events, ledger
 from archiver.events import Delivery
 from tests.bench.database import migrated, server
-from tests.payloads import SECRET, WEBHOOK, created
+from tests.support.payloads import SECRET, WEBHOOK, created
 
 HERE = Path(__file__).parent
 CONNECTIONS = 64

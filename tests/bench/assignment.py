@@ -7,7 +7,7 @@ Part of `make soak`; alone: `.venv/bin/python -m tests.bench.assignment`.
 import sys
 import time
 
-from tests.conversations import Tally, tally
+from tests.support.conversations import Tally, tally
 
 CONVERSATIONS, SKEWED = 11_621, 68_380
 

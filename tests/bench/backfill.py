@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 
 from tests.bench.database import migrated, server
-from tests.upstreams import API_KEY
+from tests.support.upstreams import API_KEY
 
 LATENCY = 0.05
 

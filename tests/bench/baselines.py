@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from archiver import database
 from archiver.database import tables
-from tests.payloads import WEBHOOK
+from tests.support.payloads import WEBHOOK
 
 
 async def _nothing(request: Request) -> Response:

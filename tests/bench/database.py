@@ -9,7 +9,7 @@ import psycopg
 
 from archiver import database, embedded
 from archiver.database import schema
-from tests import servers
+from tests.support import servers
 
 
 @contextmanager

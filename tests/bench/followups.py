@@ -24,13 +24,13 @@ from sqlalchemy import Engine
 
 from archiver import database, embedded
 from tests.bench.database import migrated, server
-from tests.faults.test_followups import recording, running_worker, survive
-from tests.followups import Receiver, receiving, subscribe
-from tests.payloads import SECRET, WEBHOOK, created
-from tests.receivers import executing
-from tests.rows import rows
-from tests.test_erasure import record
-from tests.waiting import until
+from tests.support.erasures import record
+from tests.support.followups import Receiver, receiving, subscribe
+from tests.support.payloads import SECRET, WEBHOOK, created
+from tests.support.receivers import executing
+from tests.support.recordings import recording, running_worker, survive
+from tests.support.rows import rows
+from tests.support.waiting import until
 
 HERE = Path(__file__).parent
 CONNECTIONS = 64

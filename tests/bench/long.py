@@ -31,8 +31,8 @@ from archiver import database
 from archiver.events import Delivery, responses
 from archiver.inbound.writing import Outcome, write
 from tests.bench.database import migrated, server
-from tests.payloads import SECRET, WEBHOOK, created
-from tests.receivers import executing
+from tests.support.payloads import SECRET, WEBHOOK, created
+from tests.support.receivers import executing
 
 SESSION = "long"
 ROOM = 3.0  # times the transcript

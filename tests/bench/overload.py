@@ -13,8 +13,8 @@ import threading
 from pathlib import Path
 
 from tests.bench.database import migrated, server
-from tests.payloads import SECRET, WEBHOOK
-from tests.receivers import Receiver, executing
+from tests.support.payloads import SECRET, WEBHOOK
+from tests.support.receivers import Receiver, executing
 
 HERE = Path(__file__).parent
 USUAL = 64  # connections

@@ -26,8 +26,8 @@ from archiver.compliance import seals
 from archiver.database import copy_out
 from tests.bench.database import migrated, server
 from tests.bench.ledgers import fill
-from tests.payloads import SECRET, WEBHOOK
-from tests.receivers import executing
+from tests.support.payloads import SECRET, WEBHOOK
+from tests.support.receivers import executing
 
 HERE = Path(__file__).parent
 WARM_SECONDS = 5

@@ -20,10 +20,10 @@ import psycopg
 
 from archiver import embedded
 from tests.bench.database import migrated, server
-from tests.faults.load import assert_archived, body_of, rows
-from tests.proxies import Proxy, proxied
-from tests.receivers import Receiver, deliver, executing
-from tests.waiting import until
+from tests.support.load import assert_archived, body_of, rows
+from tests.support.proxies import Proxy, proxied
+from tests.support.receivers import Receiver, deliver, executing
+from tests.support.waiting import until
 
 SENDERS = 16
 DRAIN_SECONDS = 120

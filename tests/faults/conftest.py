@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from archiver import embedded
-from tests import servers
 from tests.conftest import Cluster
+from tests.support import servers
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
-from tests.faults.clusters import Server, placed
-from tests.faults.load import assert_archived, rows
-from tests.faults.outages import post, until_drained
-from tests.receivers import archiver, serving
-from tests.servers import let_writer_in
-from tests.waiting import until
+from tests.support import servers
+from tests.support.clusters import Server, placed
+from tests.support.load import assert_archived, rows
+from tests.support.outages import post, until_drained
+from tests.support.receivers import archiver, serving
+from tests.support.servers import let_writer_in
+from tests.support.waiting import until
 
 AUTHORITY = """
 [ca]

@@ -12,12 +12,12 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from archiver import embedded
-from tests.faults.load import Load, assert_archived, body_of, rows
-from tests.faults.outages import post, stopped, until_drained, waiting
-from tests.faults.test_worker import SOON, make_due, read, running_worker
-from tests.receivers import serving
-from tests.upstreams import hosting, simulated
-from tests.waiting import until
+from tests.support.load import Load, assert_archived, body_of, rows
+from tests.support.outages import post, stopped, until_drained, waiting
+from tests.support.receivers import serving
+from tests.support.upstreams import hosting, simulated
+from tests.support.waiting import until
+from tests.support.workers import SOON, make_due, read, running_worker
 
 BACK = timedelta(hours=5)
 

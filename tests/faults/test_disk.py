@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from archiver import embedded
-from tests.disks import small_disk
-from tests.faults.load import assert_archived, body_of, rows
-from tests.faults.outages import post, stopped, until_drained, waiting
-from tests.receivers import Receiver, archiver, serving
-from tests.waiting import until
+from tests.support.disks import small_disk
+from tests.support.load import assert_archived, body_of, rows
+from tests.support.outages import post, stopped, until_drained, waiting
+from tests.support.receivers import Receiver, archiver, serving
+from tests.support.waiting import until
 
 SMALL = 3 * 1_048_576
 

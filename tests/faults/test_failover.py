@@ -9,12 +9,12 @@ import psycopg
 import pytest
 
 from archiver import embedded
-from tests.faults.clusters import Server, placed, programs_of
-from tests.faults.load import Load, assert_archived, rows
-from tests.faults.outages import until_drained
-from tests.receivers import archiver, serving
-from tests.servers import let_writer_in
-from tests.waiting import until
+from tests.support.clusters import Server, placed, programs_of
+from tests.support.load import Load, assert_archived, rows
+from tests.support.outages import until_drained
+from tests.support.receivers import archiver, serving
+from tests.support.servers import let_writer_in
+from tests.support.waiting import until
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests import servers
-from tests.faults.load import assert_archived, body_of
-from tests.payloads import created
-from tests.receivers import Receiver, deliver, serving
-from tests.sockets import connect, delivery, head, read, read_all, resident
-from tests.waiting import until
+from tests.support import servers
+from tests.support.load import assert_archived, body_of
+from tests.support.payloads import created
+from tests.support.receivers import Receiver, deliver, serving
+from tests.support.sockets import connect, delivery, head, read, read_all, resident
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 MEGABYTE = 1_048_576

@@ -15,13 +15,13 @@ import pytest
 
 from archiver import embedded
 from tests.conftest import Cluster
-from tests.faults.clusters import Server, placed, programs_of
-from tests.faults.load import rows
-from tests.followups import receiving, subscribe
-from tests.payloads import created
-from tests.receivers import Receiver, archiver, serving
-from tests.servers import let_writer_in, program
-from tests.waiting import until
+from tests.support.clusters import Server, placed, programs_of
+from tests.support.followups import receiving, subscribe
+from tests.support.load import rows
+from tests.support.payloads import created
+from tests.support.receivers import Receiver, archiver, serving
+from tests.support.servers import let_writer_in, program
+from tests.support.waiting import until
 
 SETTINGS = {"ARCHIVER_SEAL_EVERY": "1", "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true"}
 

@@ -11,14 +11,14 @@ import pytest
 from archiver import embedded
 from archiver.database import database_url as parse_url
 from tests.conftest import Cluster
-from tests.faults.load import Load, assert_archived, body_of, rows
-from tests.faults.outages import frozen, post, stopped, until_drained, waiting
-from tests.payloads import created
-from tests.proxies import proxied
-from tests.receivers import archiver, serving
-from tests.servers import let_writer_in
-from tests.test_registration import TOKEN, register
-from tests.waiting import until
+from tests.support.load import Load, assert_archived, body_of, rows
+from tests.support.outages import frozen, post, stopped, until_drained, waiting
+from tests.support.payloads import created
+from tests.support.proxies import proxied
+from tests.support.receivers import archiver, serving
+from tests.support.registration import TOKEN, register
+from tests.support.servers import let_writer_in
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("how", [signal.SIGQUIT, signal.SIGKILL, signal.SIGINT])

@@ -11,11 +11,11 @@ import psycopg
 import pytest
 
 from archiver import embedded
-from tests.faults.clusters import placed, programs_of
-from tests.faults.load import rows
-from tests.receivers import archiver
-from tests.servers import unprivileged
-from tests.waiting import until
+from tests.support.clusters import placed, programs_of
+from tests.support.load import rows
+from tests.support.receivers import archiver
+from tests.support.servers import unprivileged
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("mended", ["url", "passfile", "database"])

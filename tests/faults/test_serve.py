@@ -16,11 +16,11 @@ import psycopg
 import pytest
 
 from archiver.database import database_url as parse_url
-from tests import servers
 from tests.conftest import Cluster
-from tests.faults.load import Load, assert_archived, body_of, rows
-from tests.receivers import Receiver, answer, begin, deliver, has_read_all, serving, starting
-from tests.waiting import until
+from tests.support import servers
+from tests.support.load import Load, assert_archived, body_of, rows
+from tests.support.receivers import Receiver, answer, begin, deliver, has_read_all, serving, starting
+from tests.support.waiting import until
 
 # What ends here is the receiver: one version of Postgres is enough.
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)

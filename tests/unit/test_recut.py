@@ -1,0 +1,154 @@
+"""A history that joins several messages in one line, or splits one into several, leaves each turn as it is. Pure.
+
+`CHAT u text` is a line of the transcript; `text|shown` where the history writes it differently.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archiver.archive.transcript import TranscriptLine, TurnMessages, transcript
+from tests.support.transcripts import reading, said, texts, turn
+
+ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
+
+JOINTS = ["\n", "\n\n", " ", "", "\r\n", "\u00a0"]
+
+
+def lines_of(turns: Sequence[TurnMessages], *shown: str) -> list[str]:
+    return [_written(line) for line in transcript(turns, [reading(*shown)])]
+
+
+def _written(line: TranscriptLine) -> str:
+    shown = "" if line.history_content is None else f"|{line.history_content}"
+    mark = "" if line.in_history else "!"
+    return f"{line.chat_id or '-'}{mark} {line.role[0]} {line.content}{shown}"
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("answers", [["a a1", "a a2"], ["a a1{}a2"]])
+def test_i6_two_turns_whose_messages_history_joins_stay_two_turns(joint: str, answers: list[str]) -> None:
+    turns = [turn("A", "u q1", "a a1", at=1), turn("B", "u q2", "a a2", at=2)]
+    shown = [f"u q1{joint}q2", *(answer.format(joint) for answer in answers)]
+    assert lines_of(turns, *shown) == ["A u q1", "A a a1", "B u q2", "B a a2"]
+    around = [turn("X", "u before", "a that", at=0), *turns, turn("Y", "u after", "a this", at=3)]
+    lines = lines_of(around, "u before", "a that", *shown, "u after", "a this")
+    assert lines[2:-2] == ["A u q1", "A a a1", "B u q2", "B a a2"]
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+def test_i6_inputs_of_one_turn_that_history_joins_stay_its_own(joint: str) -> None:
+    turns = [turn("A", "u hi", "u are you there?", "a yes", at=1)]
+    assert lines_of(turns, f"u hi{joint}are you there?", "a yes") == ["A u hi", "A u are you there?", "A a yes"]
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+def test_i6_an_input_that_history_splits_stays_one(joint: str) -> None:
+    content = f"hi{joint}are you there?"
+    shown = reading("u hi", "u are you there?", "a yes")
+    first, second = transcript([turn("A", f"u {content}", "a yes", at=1)], [shown])
+    assert (first.chat_id, first.content, first.in_history, first.is_reworded) == ("A", content, True, True)
+    assert first.history_content in (None, "hi\nare you there?")
+    assert (second.chat_id, second.content, second.in_history) == ("A", "yes", True)
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("told", [1, 200])
+def test_i6_outputs_in_other_pieces_stand_once(joint: str, told: float) -> None:
+    joined, pieces = f"a First.{joint}Second part.", ["a First.", "a Second part."]
+    one, two = turn("A", "u q", joined, at=1, told=told), turn("A", "u q", *pieces, at=1, told=told)
+    assert texts(transcript([one], [reading("u q", *pieces)])) == texts(said("u q", joined))
+    assert lines_of([two], "u q", joined) == ["A u q", "A a First.", "A a Second part."]
+
+
+def test_the_lines_that_webhooks_do_not_report_keep_their_place() -> None:
+    turns = [turn("A", "u q1", "a a1", at=1), turn("B", "u q2", "a a2", at=2)]
+    lines = lines_of(turns, "s rules", "u q1\nq2", "t look", "a a1", "s note", "a a2", "t end")
+    assert lines == ["- s rules", "A u q1", "A t look", "A a a1", "B u q2", "B s note", "B a a2", "B t end"]
+
+
+def test_a_turn_that_is_not_answered_yet_gets_the_answer_of_history() -> None:
+    assert lines_of([turn("A", "u hi", "u there?", at=1)], "u hi\nthere?", "a yes") == [
+        "A u hi",
+        "A u there?",
+        "A a yes",
+    ]
+    turns = [turn("A", "u q1", "a a1", at=1), turn("B", "u q2", at=2)]
+    assert lines_of(turns, "u q1\nq2", "a a1", "a a2") == ["A u q1", "A a a1", "B u q2", "B a a2"]
+
+
+def test_turns_without_an_answer_may_stand_before_those_that_are_joined() -> None:
+    turns = [turn("A", "u q1", at=1), turn("B", "u q2", "a a2", at=2), turn("C", "u q3", "a a3", at=3)]
+    for shown in (["u q1", "u q2\nq3", "a a2", "a a3"], ["u q1", "u q2", "u q3", "a a2\n\na3"]):
+        assert lines_of(turns, *shown) == ["A u q1", "B u q2", "B a a2", "C u q3", "C a a3"]
+    turns = [turn("A", "u q1", at=1), turn("B", "u q2", "a a2", "a more", at=2)]
+    assert lines_of(turns, "u q1", "u q2", "a a2\n\nmore") == ["A u q1", "B u q2", "B a a2", "B a more"]
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        ["u hi there", "a no"],
+        ["u hi\nare you", "a yes"],
+        ["u hi\nare you there? Hello", "a yes"],
+        ["u hiare youthere?", "a yes"],
+        ["u Hi\nare you there?", "a yes"],
+    ],
+)
+def test_different_texts_never_merge(shown: list[str]) -> None:
+    lines = lines_of([turn("A", "u hi", "u are you there?", "a yes", at=1)], *shown)
+    assert len(lines) == 5
+    assert {line[0] for line in lines} == {"A", "-"}
+
+
+def test_white_space_within_a_message_counts() -> None:
+    lines = lines_of([turn("A", "u now", "u here", "a ok", at=1)], "u no where", "a ok")
+    assert len(lines) == 5
+    assert lines_of([turn("A", "u no", "u where", "a ok", at=1)], "u nowhere", "a ok")[0] == "A u no"
+
+
+_WORDS = [f"{first} {second}" for first in "abcd" for second in "efgh"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_i6_any_division_of_the_messages_leaves_each_turn_once(data: st.DataObject) -> None:
+    number = data.draw(st.integers(1, 6))
+    words = iter([f"{text} {copy}" for copy in range(4) for text in _WORDS])
+    turns: list[TurnMessages] = []
+    shown: list[str] = []
+    whole: list[tuple[str, str]] = []
+    joint = st.sampled_from(JOINTS)
+
+    def divide(messages: list[str]) -> list[str]:
+        result = [messages[0]]
+        for each in messages[1:]:
+            if data.draw(st.booleans()):
+                result[-1] += data.draw(joint) + each[2:]
+            else:
+                result.append(each)
+        return result
+
+    group: list[list[str]] = []
+    for index in range(number):
+        inputs = [f"u {next(words)}" for _ in range(data.draw(st.integers(1, 2)))]
+        outputs = [f"a {next(words)}" for _ in range(data.draw(st.integers(1, 2)))]
+        at = index * 2 + data.draw(st.floats(-0.6, 0.6))
+        turns.append(turn(f"C{index}", *inputs, *outputs, at=at))
+        whole += [(f"C{index}", text) for text in (*inputs, *outputs)]
+        group.append([*inputs, *outputs])
+        if data.draw(st.booleans()) or len(group) == 3:
+            shown += _history(group, divide)
+            group = []
+    shown += _history(group, divide) if group else []
+    lines = transcript(turns, [reading(*shown)])
+    assert [(line.chat_id, f"{line.role[0]} {line.content}") for line in lines] == whole
+    assert all(line.in_history for line in lines)
+
+
+def _history(group: Sequence[Sequence[str]], divide: Callable[[list[str]], list[str]]) -> list[str]:
+    """What all turns of a group say, first the questions, then the answers."""
+    everything = [text for each in group for text in each]
+    return [text for role in "ua" for text in divide([each for each in everything if each[0] == role])]
