@@ -26,13 +26,18 @@ def said(*texts: str) -> tuple[Message, ...]:
 
 
 def turn(
-    chat_id: str, *texts: str, at: float = 0, told: float | None = None, inputs: int | None = None
+    chat_id: str,
+    *texts: str,
+    at: float = 0,
+    told: float | None = None,
+    inputs: int | None = None,
+    is_deleted: bool = False,
 ) -> TurnMessages:
     """A turn whose input is what the user says at its beginning."""
     messages = said(*texts)
     if inputs is None:
         inputs = next((index for index, message in enumerate(messages) if message.role != "user"), len(messages))
-    return TurnMessages(chat_id, messages, inputs, minute(at), minute(at if told is None else told))
+    return TurnMessages(chat_id, messages, inputs, minute(at), minute(at if told is None else told), is_deleted)
 
 
 def reading(*texts: str, at: float = 100) -> HistoryMessages:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import combinations, groupby, pairwise, product
+from itertools import combinations, groupby, pairwise, permutations, product
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,7 +26,7 @@ from archiver.archive.transcript import (
     merge_turns,
     transcript,
 )
-from archiver.archive.transcript.candidates import NEARBY, Match
+from archiver.archive.transcript.candidates import Match
 from archiver.archive.transcript.matching import heaviest_chain
 from archiver.archive.transcript.subsequence import align, common_subsequence
 from archiver.events import Message
@@ -956,6 +956,25 @@ def test_the_heaviest_chain_is_the_best_of_all(candidates: list[list[Match]]) ->
     assert sum(weight(number, match) for number, match in chain) == _brute(result, weight)
 
 
+@pytest.mark.parametrize("places", [[(0, 2), (2, 4)], [(2, 4), (0, 2)], [(0, 4), (0, 2)], [(0, 2), (0, 4)]])
+def test_of_chains_of_equal_weight_the_one_that_ends_first_is_taken(places: list[tuple[int, int]]) -> None:
+    matches = [Match(start, end, ((0, start), (1, end - 1)), is_full=True) for start, end in places]
+    ((_, match),) = heaviest_chain([(0, matches)], lambda turn, match: 1)
+    assert (match.start, match.end) == (0, 2)
+
+
+def test_of_deleted_turns_that_begin_alike_each_keeps_its_lines() -> None:
+    turns = [
+        turn("A", "u a", "a x", at=0, is_deleted=True),
+        turn("B", "u a", "a x", "a y", at=1, is_deleted=True),
+        turn("C", "u a", "a x", at=2),
+    ]
+    whole = [message for each in turns for message in each.messages]
+    readings = [HistoryMessages(tuple(whole), minute(50)), reading("u a", "a x")]
+    for order in permutations(turns):
+        assert texts(transcript(order, readings)) == texts(whole)
+
+
 # Long sessions
 
 
@@ -986,7 +1005,7 @@ _KINDS = ["distinct", "equal", "two", "equal inputs", "mixed"]
 @pytest.mark.parametrize("loss", [0, 0.2])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_a_long_session_converges_though_its_texts_repeat(kind: str, loss: float) -> None:
-    turns, readings = _long(kind, 20 * NEARBY, loss)
+    turns, readings = _long(kind, 640, loss)
     lines = transcript(turns, readings)
     assert texts(lines) == texts(readings[-1].messages)
     assert [line.chat_id for line in lines if line.source == "webhook"] == [

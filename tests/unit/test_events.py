@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from archiver.events import (
+    MAX_DEPTH,
     MAX_ID,
     MAX_MESSAGES,
     MAX_VARIABLE_DEPTH,
@@ -598,6 +599,14 @@ def test_a_cost_beyond_decimal_does_not_raise(cost: str) -> None:
     assert isinstance(event, Event)
     assert event.chat is not None
     assert event.chat.cost is None
+
+
+@pytest.mark.parametrize(("levels", "is_read"), [(MAX_DEPTH, True), (MAX_DEPTH + 1, False)])
+def test_a_body_has_at_most_200_levels(levels: int, is_read: bool) -> None:
+    inner = levels - 2  # the body and the chat
+    body = b'{"type":"chat.created","chat":{"id":"1","x":%s,"y":[]}}' % (b"[" * inner + b"]" * inner)
+    assert MAX_DEPTH == 200
+    assert isinstance(parse(body), Event) == is_read
 
 
 def deeper(frames: int, call: Callable[[], Any]) -> Any:

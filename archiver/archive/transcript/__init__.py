@@ -60,8 +60,9 @@ def compose(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) 
     deleted_runs = {_message_keys(turn) for turn in known if turn.is_deleted and len(turn.messages) > turn.inputs} - {
         ()
     }
-    # Of runs that overlap the last one counts, so their order must not be chance.
-    deleted = sorted(deleted_runs, key=lambda run: (len(run), run))
+    # Where runs overlap, the last one counts. The shorter one comes last: the longer one may consist of it and of lines
+    # of another turn.
+    deleted = sorted(deleted_runs, key=lambda run: (-len(run), run))
     history_lines: list[TranscriptLine] = []
     read_at = None
     result = maximal_readings(sorted(readings, key=lambda reading: reading.read_at))
