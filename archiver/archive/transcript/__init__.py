@@ -60,8 +60,8 @@ def compose(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) 
     deleted_runs = {_message_keys(turn) for turn in known if turn.is_deleted and len(turn.messages) > turn.inputs} - {
         ()
     }
-    # Where runs overlap, the last one counts. The shorter one comes last: the longer one may consist of it and of lines
-    # of another turn.
+    # Where runs overlap, the last one counts. The shorter one comes last: the longer one may consist of it and of
+    # lines of another turn.
     deleted = sorted(deleted_runs, key=lambda run: (-len(run), run))
     history_lines: list[TranscriptLine] = []
     read_at = None
