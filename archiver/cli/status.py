@@ -118,6 +118,9 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
 
 
 def _silence(silence: overview.Silence) -> str:
+    if not silence.has_webhooks:
+        since = f", but {silence.turns:,} turns since {_moment(silence.read_since)}" if silence.turns else ""
+        return f"no webhook stored yet{since}: see archiver doctor"
     if not silence.is_certain:
         return ""
     return f"no webhook of a turn since {_moment(silence.since)}, but {silence.turns:,} turns: see archiver doctor"

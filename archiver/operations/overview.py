@@ -72,15 +72,20 @@ def _counts(connection: Connection, query: str) -> dict[str, int]:
 
 
 class Silence(msgspec.Struct, frozen=True):
-    """Turns in histories since the latest webhook that no webhook delivered."""
+    """Turns in histories that no webhook delivered: since the latest webhook of a turn, or all without one.
+
+    `read_since` is the time of the first reading of a history; None if webhooks are in the ledger, or no history is.
+    """
 
     since: datetime | None
     turns: int
     sessions: int
+    has_webhooks: bool = False  # of any type
+    read_since: datetime | None = None
 
     @property
     def is_certain(self) -> bool:
-        """Return whether the number is so large that webhooks have stopped, rather than single ones being lost."""
+        """Return whether the number is so large that webhooks do not arrive, rather than single ones being lost."""
         return self.turns >= SILENT_TURNS
 
 
@@ -91,35 +96,46 @@ ADVICE = (
 )
 _MAX_EXAMINED = 1_000  # newest readings and registrations
 
-# Counts a turn only if it certainly began after that webhook: its session is younger, or was read in between without
-# it. A turn whose webhook was lost earlier and that a later reading supplied is not counted, nor is any turn where
-# only deletions were ever sent.
+# After a webhook, counts a turn only if it certainly began after it: its session is younger, or was read in between
+# without it. A turn whose webhook was lost earlier and that a later reading supplied is not counted, nor is any turn
+# where only deletions were ever sent. Without any webhook, counts each turn.
 _SILENCE = text(
     """
     WITH latest AS MATERIALIZED (
         SELECT id, received_at FROM archiver.events
          WHERE source = 'webhook' AND type <> 'chat.deleted' AND starts_with(type, 'chat.') ORDER BY id DESC LIMIT 1
+    ), start AS MATERIALIZED (
+        SELECT id, received_at, true AS has_webhooks FROM latest
+        UNION ALL
+        SELECT 0, NULL, EXISTS (SELECT FROM archiver.events WHERE source = 'webhook')
+         WHERE NOT EXISTS (SELECT FROM latest)
     ), heard AS MATERIALIZED (
         SELECT DISTINCT session_id
-          FROM (SELECT e.session_id FROM archiver.events e, latest l
+          FROM (SELECT e.session_id FROM archiver.events e, start l
                  WHERE e.id > l.id AND e.source <> 'webhook' AND e.session_id <> ''
                  ORDER BY e.id DESC LIMIT :most) AS newest
     )
-    SELECT l.received_at AS since, count(c.chat_id) AS turns, count(DISTINCT c.session_id) AS sessions
-      FROM latest l LEFT JOIN (heard h
+    SELECT l.received_at AS since, l.has_webhooks,
+           count(c.chat_id) AS turns, count(DISTINCT c.session_id) AS sessions,
+           CASE WHEN NOT l.has_webhooks
+                THEN (SELECT received_at FROM archiver.events WHERE source = 'history' ORDER BY id LIMIT 1)
+           END AS read_since
+      FROM start l LEFT JOIN (heard h
            JOIN archiver.chats c ON c.session_id = h.session_id AND c.source = 'history'
            JOIN archiver.sessions s ON s.session_id = h.session_id)
-        ON c.first_received_at > l.received_at
-           AND (s.first_event_at > l.received_at
-                OR EXISTS (SELECT FROM archiver.events r
-                            WHERE r.session_id = c.session_id AND r.source = 'history'
-                              AND r.last_received_at > l.received_at AND r.last_received_at < c.first_received_at))
-     GROUP BY l.received_at
+        ON NOT l.has_webhooks
+           OR (c.first_received_at > l.received_at
+               AND (s.first_event_at > l.received_at
+                    OR EXISTS (SELECT FROM archiver.events r
+                                WHERE r.session_id = c.session_id AND r.source = 'history'
+                                  AND r.last_received_at > l.received_at
+                                  AND r.last_received_at < c.first_received_at)))
+     GROUP BY l.received_at, l.has_webhooks
     """
 ).bindparams(most=_MAX_EXAMINED)
 
 
 def select_silence(connection: Connection) -> Silence:
     """Return when the latest webhook of a turn arrived, and the undelivered turns that histories have shown since."""
-    row = connection.execute(_SILENCE).one_or_none()
-    return Silence(None, 0, 0) if row is None else Silence(row.since, row.turns, row.sessions)
+    row = connection.execute(_SILENCE).one()
+    return Silence(row.since, row.turns, row.sessions, row.has_webhooks, row.read_since)

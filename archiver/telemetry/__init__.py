@@ -116,7 +116,7 @@ spool_age = Gauge(
 )
 missed_turns = Gauge(
     "archiver_turns_without_webhook",
-    "Turns found in histories since the latest webhook. At 3 or more, webhooks have stopped: alert.",
+    "Turns in histories since the latest webhook, or all without one. At 3 or more, webhooks do not arrive: alert.",
     multiprocess_mode="livemostrecent",
 )
 spool_lost = Gauge(

@@ -50,6 +50,13 @@ def silence(engine: Engine) -> overview.Silence:
         return overview.select_silence(connection)
 
 
+def finding_on(database_url: str) -> dict[str, str]:
+    """Return the finding of `archiver doctor` on webhooks."""
+    output = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
+    (finding,) = [each for each in output if each["check"] == "webhooks"]
+    return {name: str(value) for name, value in finding.items()}
+
+
 def test_webhooks_that_have_stopped_are_reported_with_since_when(engine: Engine, database_url: str) -> None:
     webhook(engine, created("c1", "s1"), 0)
     read(engine, "s1", 5, "c1")
@@ -91,6 +98,39 @@ def test_a_platform_that_only_sends_deletions_is_not_silent(engine: Engine) -> N
 
 def test_an_empty_archive_is_not_silent(engine: Engine) -> None:
     assert silence(engine) == overview.Silence(None, 0, 0)
+
+
+def test_an_archive_that_never_had_a_webhook_is_reported_with_its_turns(engine: Engine, database_url: str) -> None:
+    register(engine, "s1", 0)
+    assert finding_on(database_url)["verdict"] == "warning"
+    read(engine, "s1", 5, "c1", "c2")
+    assert finding_on(database_url)["verdict"] == "warning"
+    read(engine, "s1", 30, "c1", "c2", "c3", "c4")
+    result = silence(engine)
+    assert (result.since, result.turns, result.sessions) == (None, 4, 1)
+    assert result.read_since == NOW + timedelta(minutes=5)
+    assert result.is_certain
+    finding = finding_on(database_url)
+    assert finding["verdict"] == "failure"
+    assert finding["detail"] == (
+        "No webhook has been stored yet, although histories have shown 4 turns of 1 sessions since"
+        f" {result.read_since:%Y-%m-%d %H:%M:%S} UTC."
+    )
+    line = " ".join(archiver("status", database_url=database_url).stdout.split())
+    assert f"no webhook stored yet, but 4 turns since {result.read_since:%Y-%m-%d %H:%M:%S} UTC" in line
+    webhook(engine, created("c5", "s1"), 40)
+    assert not silence(engine).is_certain
+    assert finding_on(database_url)["verdict"] == "ok"
+
+
+def test_refused_deliveries_are_no_arrival(engine: Engine, database_url: str) -> None:
+    with serving(database_url) as receiver:
+        assert receiver.post(created("c1", "s1"), {"x-webhook-secret": "wrong"}).status_code == 401
+    assert silence(engine) == overview.Silence(None, 0, 0)
+    finding = finding_on(database_url)
+    assert (finding["verdict"], finding["detail"]) == ("warning", "No webhook has been stored yet.")
+    assert "archiver_received_total" in finding["advice"]
+    assert "no webhook stored yet" in " ".join(archiver("status", database_url=database_url).stdout.split())
 
 
 def test_what_killed_processes_left_of_their_metrics_goes_at_the_next_start_and_nothing_else(

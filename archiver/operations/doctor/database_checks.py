@@ -380,15 +380,17 @@ def _followup_problems(stats: FollowupStats, failing: Sequence[Mapping[str, Any]
 def _webhooks(connection: Connection) -> Finding:
     """Check that webhooks still arrive, as far as histories can show."""
     silence = overview.select_silence(connection)
-    if not silence.is_certain:
-        return Finding(
-            "webhooks", "ok", "Webhooks arrive: histories show no undelivered turns since the latest webhook."
-        )
-    detail = (
-        f"No webhook of a turn has arrived since {silence.since:%Y-%m-%d %H:%M:%S} UTC, although histories have shown"
-        f" {silence.turns:,} turns of {silence.sessions:,} sessions since."
-    )
-    return Finding("webhooks", "failure", detail, overview.ADVICE)
+    shown = f"histories have shown {silence.turns:,} turns of {silence.sessions:,} sessions since"
+    if not silence.has_webhooks:
+        detail = "No webhook has been stored yet"
+        if silence.turns:
+            detail += f", although {shown} {silence.read_since:%Y-%m-%d %H:%M:%S} UTC"
+        verdict: Verdict = "failure" if silence.is_certain else "warning"
+        return Finding("webhooks", verdict, f"{detail}.", overview.ADVICE)
+    if silence.is_certain:
+        detail = f"No webhook of a turn has arrived since {silence.since:%Y-%m-%d %H:%M:%S} UTC, although {shown}."
+        return Finding("webhooks", "failure", detail, overview.ADVICE)
+    return Finding("webhooks", "ok", "Webhooks arrive: histories show no undelivered turns since the latest webhook.")
 
 
 # Each time with its largest plausible distance: a lease lasts at most a minute, a retry waits at most a day, a
