@@ -177,8 +177,22 @@ def _require_text(arguments: Sequence[str]) -> None:
 
 def complain(message: str) -> None:
     """Print a message on stderr, each line with the name of the program."""
-    for line in message.splitlines():
-        click.echo(f"archiver: {line}", err=True)
+    for line in message.rstrip("\n").split("\n"):
+        shown = escaped(line, keep="\t")
+        click.echo(f"archiver: {shown}", err=True)
+
+
+def escaped(value: object, *, keep: str = "") -> str:
+    """Return the value as text that does not act on a terminal: unprintable characters, line breaks too, as escapes.
+
+    Every stored value passes here before a command prints it as text. `keep`: characters that stay.
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def fail(message: str) -> NoReturn:

@@ -5,7 +5,7 @@ import json
 import click
 
 from archiver import database, settings
-from archiver.cli import connection, options
+from archiver.cli import connection, escaped, options
 from archiver.database import identity
 from archiver.ledger import audit_log
 
@@ -31,7 +31,7 @@ def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
         if not reason:
             click.echo("Nothing to adopt: this database was served before or is new.")
             return
-        click.echo(f"{where}: {reason}.", err=True)
+        click.echo(f"{escaped(where)}: {escaped(reason)}.", err=True)
         options.confirm("Replace the previous database, seal this ledger and send its follow-ups?", yes=yes)
         with database.transaction(engine) as opened:
             number = guard.adopt(opened)

@@ -21,13 +21,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from archiver import database, settings, telemetry
 from archiver.archive import Timing
-from archiver.cli import complain, connection, options
-from archiver.cli.output import Number, Whole, console, print_json, progress
+from archiver.cli import complain, connection, escaped, options
+from archiver.cli.output import Number, Table, Whole, console, print_json, progress
 from archiver.database import schema
 from archiver.history import ReconcileResult, backfill
 from archiver.history.backfill import Selection
@@ -97,9 +96,9 @@ class Summary:
         printed = console()
         printed.print(table)
         for session_id, number in self.repaired[:MAX_SHOWN] if self.dry_run else ():
-            printed.print(Text(f"  {session_id}: {number} messages"))
+            printed.print(Text(f"  {escaped(session_id)}: {number} messages"))
         for session_id, error in self.failures[:MAX_SHOWN]:
-            complain(f"{session_id}: {error}")
+            complain(f"{escaped(session_id)}: {escaped(error)}")
         if len(self.failures) > MAX_SHOWN:
             complain(f"and {len(self.failures) - MAX_SHOWN:,} more")
 

@@ -9,12 +9,21 @@ from typing import IO, Any
 import click
 import msgspec
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import settings
-from archiver.cli import complain, connection, options, verify_options
-from archiver.cli.output import MAX_SHOWN_FINDINGS, Whole, console, count_findings, counted, print_json, progress
+from archiver.cli import complain, connection, escaped, options, verify_options
+from archiver.cli.output import (
+    MAX_SHOWN_FINDINGS,
+    Table,
+    Whole,
+    console,
+    count_findings,
+    counted,
+    print_json,
+    progress,
+)
 from archiver.compliance import export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Checked, CompletedExport, ExportRequest, Finding, Manifest, Selection
@@ -241,7 +250,7 @@ def _check(
                 continue
             findings.append(finding)
             if not as_json and len(findings) <= MAX_SHOWN_FINDINGS:
-                bar.console.print(f"[bold]{_escaped(finding)}[/bold]", highlight=False, soft_wrap=True)
+                bar.console.print(Text(escaped(finding), "bold"), soft_wrap=True)
     vouching = _vouching(checked, keys, is_digest_given=digest is not None)
     is_accepted = accepts_unsigned or not _is_unsigned(checked, is_digest_given=digest is not None)
     if as_json:
@@ -276,12 +285,6 @@ def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> 
     )
 
 
-def _escaped(finding: Finding) -> str:
-    """Escape the names of files for the console, because an export may contain any name."""
-    printable = "".join(each if each.isprintable() else "?" for each in str(finding))
-    return printable.replace("[", r"\[")
-
-
 def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys, *, is_ok: bool) -> None:
     result = {
         "ok": is_ok,
@@ -314,9 +317,9 @@ def _report_check(checked: Checked, manifest: Manifest, keys: export.Keys, *, is
 
 
 def _signed(checked: Checked, keys: export.Keys) -> str:
-    signer = checked.manifest.signed_by if checked.manifest is not None else None
-    if signer is None:
+    if checked.manifest is None or checked.manifest.signed_by is None:
         return ", not signed"
+    signer = escaped(checked.manifest.signed_by)
     if checked.is_signed:
         return f", signed by {signer}"
     return f", signed by {signer}" + (" (invalid signature)" if keys.by_id else " (not checked: give --key)")

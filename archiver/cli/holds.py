@@ -7,14 +7,12 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database, settings
-from archiver.cli import complain, connection, options
-from archiver.cli.output import Whole, console, counted, print_json
+from archiver.cli import complain, connection, escaped, options
+from archiver.cli.output import Table, Whole, console, counted, print_json
 from archiver.compliance import erasure, export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Selection
@@ -146,8 +144,7 @@ def list_(*, every: bool, as_json: bool) -> None:
     for row in result:
         released = f"{row['released_at']:%Y-%m-%d %H:%M} by {row['released_by']}" if row["released_at"] else ""
         placed = f"{row['placed_at']:%Y-%m-%d %H:%M}"
-        cells = (row["author"], _covers(row), row["reason"], released)
-        table.add_row(str(row["id"]), placed, *map(Text, cells))
+        table.add_row(str(row["id"]), placed, row["author"], _covers(row), row["reason"], released)
     console().print(table)
 
 
@@ -184,7 +181,7 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
         for row in result:
             detail = msgspec.json.encode(row["detail"]).decode()
             cells = (row["actor"], row["kind"], row["reason"] or "", detail)
-            table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *map(Text, cells))
+            table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *cells)
     if table.rows:
         console().print(table)
     else:
@@ -197,7 +194,8 @@ def _check_kind(opened: Connection, kind: str | None) -> None:
         return
     known = {*trail.KINDS, *trail.select_kinds(opened)}
     if kind not in known:
-        raise click.BadParameter(f"unknown kind; known kinds: {', '.join(sorted(known))}", param_hint="--kind")
+        names = escaped(", ".join(sorted(known)))
+        raise click.BadParameter(f"unknown kind; known kinds: {names}", param_hint="--kind")
 
 
 def _all_entries(

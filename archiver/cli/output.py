@@ -5,8 +5,13 @@ import sys
 
 import click
 import msgspec
-from rich.console import Console
+import rich.table
+from rich.console import Console, RenderableType
 from rich.progress import Progress, ProgressColumn
+from rich.style import StyleType
+from rich.text import Text
+
+from archiver.cli import escaped
 
 UNBOUNDED_WIDTH = 10_000  # characters
 MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
@@ -22,6 +27,17 @@ def progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
     """Return a progress bar on stderr; it is disabled without a terminal or with `quiet`."""
     on_stderr = Console(stderr=True)
     return Progress(*columns, console=on_stderr, disable=quiet or not on_stderr.is_terminal)
+
+
+class Table(rich.table.Table):
+    """A table whose text cells act neither on the terminal nor as markup; see `escaped`."""
+
+    def add_row(
+        self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False
+    ) -> None:
+        """Add a row. A cell that is a `Text` is printed as it is."""
+        safe = (Text(escaped(each)) if isinstance(each, str) else each for each in cells)
+        super().add_row(*safe, style=style, end_section=end_section)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

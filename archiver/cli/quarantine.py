@@ -8,14 +8,12 @@ from itertools import islice
 from typing import Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy import Connection, Engine, RowMapping
 
 from archiver import database, settings
 from archiver.archive import Timing
-from archiver.cli import complain, connection, fail, options
-from archiver.cli.output import Whole, console, print_json
+from archiver.cli import complain, connection, escaped, fail, options
+from archiver.cli.output import Table, Whole, console, print_json
 from archiver.compliance.erasure.quarantine_matches import select_unsearchable
 from archiver.inbound import Outcome, retry_quarantined
 from archiver.ledger import audit_log
@@ -60,7 +58,7 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
             str(row["delivery_count"]),
             str(row["bytes"]),
             row["reason"],
-            Text(row["detail"]),
+            row["detail"],
         )
     console().print(table)
 
@@ -71,7 +69,8 @@ def _check_reason(opened: Connection, reason: str | None) -> None:
         return
     known = {*store.REASONS, *store.select_reasons(opened)}
     if reason not in known:
-        raise click.BadParameter(f"unknown reason; known reasons: {', '.join(sorted(known))}", param_hint="--reason")
+        names = escaped(", ".join(sorted(known)))
+        raise click.BadParameter(f"unknown reason; known reasons: {names}", param_hint="--reason")
 
 
 def _empty_message(reason: str | None) -> str:
@@ -97,11 +96,9 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     else:
         for name, value in _described(row).items():
             if value is not None:
-                click.echo(f"{name + ':':18}{value}")
-        # Control characters in untrusted bytes must not reach the terminal.
+                click.echo(f"{name + ':':18}{escaped(value)}")
         shown = bytes(row["body"]).decode("utf-8", "backslashreplace")
-        printable = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
-        click.echo("\n" + "".join(printable))
+        click.echo("\n" + escaped(shown, keep="\n\t"))
 
 
 _DESCRIBED = (
@@ -184,7 +181,7 @@ def _outcome_text(outcome: Outcome | None) -> str:
     if outcome is None:
         return "not in the quarantine"
     if outcome.status == "quarantined":
-        return f"still quarantined: {outcome.detail}"
+        return f"still quarantined: {escaped(outcome.detail)}"
     if outcome.reason == "erased":
         return "removed: its content was erased"
     return f"{outcome.status} as event {outcome.id}"

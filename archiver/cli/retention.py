@@ -6,13 +6,12 @@ from datetime import datetime
 import click
 import msgspec
 from rich.progress import SpinnerColumn, TextColumn
-from rich.table import Table
 from sqlalchemy import Engine
 
 from archiver import database, settings
 from archiver.archive import Timing
 from archiver.cli import connection, options
-from archiver.cli.output import console, counted, print_json, progress
+from archiver.cli.output import Table, console, counted, print_json, progress
 from archiver.compliance import erasure
 from archiver.compliance.erasure.clocks import destruction_time
 from archiver.compliance.erasure.retention import Due, Rules, expire, preview

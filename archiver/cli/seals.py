@@ -11,12 +11,21 @@ import click
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.progress import TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 from sqlalchemy import Connection
 
 from archiver import database, settings, telemetry
-from archiver.cli import complain, connection, options, verify_options
-from archiver.cli.output import MAX_SHOWN_FINDINGS, Whole, console, count_findings, counted, print_json, progress
+from archiver.cli import complain, connection, escaped, options, verify_options
+from archiver.cli.output import (
+    MAX_SHOWN_FINDINGS,
+    Table,
+    Whole,
+    console,
+    count_findings,
+    counted,
+    print_json,
+    progress,
+)
 from archiver.compliance import seals
 from archiver.compliance.seals import Checked, Finding, Seal
 from archiver.database import identity
@@ -113,7 +122,7 @@ def verify(
                 for finding in item:
                     findings.append(finding)
                     if not as_json and len(findings) <= MAX_SHOWN_FINDINGS:
-                        bar.console.print(f"[bold]{finding}[/bold]", highlight=False, soft_wrap=True)
+                        bar.console.print(Text(escaped(finding), "bold"), soft_wrap=True)
     if reason:
         complain(f"{reason}\n{identity.ADVICE}")
     if as_json:
@@ -171,7 +180,7 @@ def _report(checked: Checked, *, has_key: bool, is_compared: bool) -> None:
 def _signed(head: Seal, *, has_key: bool) -> str:
     if head.key_id is None:
         return ", not signed"
-    return f", signed by {head.key_id}" + ("" if has_key else " (not checked: give --key)")
+    return f", signed by {escaped(head.key_id)}" + ("" if has_key else " (not checked: give --key)")
 
 
 @click.command()

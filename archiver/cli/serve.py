@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
 from archiver import database, settings, telemetry
-from archiver.cli import connection, fail, options
+from archiver.cli import connection, escaped, fail, options
 from archiver.cli.output import Whole
 from archiver.compliance.seals import signing_key
 from archiver.database import catalogue, schema
@@ -264,7 +264,7 @@ def migrate(check: bool, repair: bool, as_json: bool) -> None:
             schema.upgrade(engine)
         if repair:
             for difference in _repaired(engine):
-                click.echo(f"Repaired: {difference.detail}", err=as_json)
+                click.echo(f"Repaired: {escaped(difference.detail)}", err=as_json)
         _report(engine, as_json=as_json)
 
 
@@ -286,7 +286,7 @@ def _report(engine: Engine, *, as_json: bool) -> None:
             click.echo(json.dumps({"schema": at, "head": schema.head(), "differences": output}))
         schema.check(opened)
     for each in differences:
-        click.echo(f"archiver: {each.verdict}: {each.detail}\n  -> {each.advice}", err=True)
+        click.echo(f"archiver: {each.verdict}: {escaped(each.detail)}\n  -> {escaped(each.advice)}", err=True)
     if failures := sum(each.verdict == "failure" for each in differences):
         fail(f"the schema is at {schema.head()}, with {failures:,} differences")
     if not as_json:

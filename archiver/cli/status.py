@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, settings
-from archiver.cli import complain, connection, options
-from archiver.cli.output import console, print_json
+from archiver.cli import complain, connection, escaped, options
+from archiver.cli.output import Table, console, print_json
 from archiver.database import lock_waits, schema
 from archiver.embedded import EmbeddedError
 from archiver.inbound import spool
@@ -67,7 +66,7 @@ def status(as_json: bool) -> None:
         output |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
         print_json(output)
         return
-    click.echo(f"{'database':12}{where}")  # apart from the table, whose columns it would widen
+    click.echo(f"{'database':12}{escaped(where)}")  # apart from the table, whose columns it would widen
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("sessions", f"{figures.sessions:,}", _counts(figures.coverage))
     table.add_row("chats", f"{figures.chats:,}", f"{figures.deleted_chats:,} deleted")
@@ -85,7 +84,7 @@ def status(as_json: bool) -> None:
     else:
         table.add_row("follow-ups", f"{stats.pending:,}", _followup_stats(stats))
     if failing:
-        table.add_row("", "", Text(f"failing: {name_failing(failing)}"))
+        table.add_row("", "", f"failing: {name_failing(failing)}")
     _add_workers(table, workers)
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
@@ -94,7 +93,7 @@ def status(as_json: bool) -> None:
 
 def _print_advice(holders: Sequence[object], waiting: feed.Backlog, *, is_quarantined: bool) -> None:
     for each in holders:
-        click.echo(f"Lock wait: {each}.")
+        click.echo(f"Lock wait: {escaped(each)}.")
     if is_quarantined:
         click.echo("Inspect quarantined deliveries: archiver quarantine list")
     if waiting.is_overdue(datetime.now(UTC)):
@@ -114,7 +113,7 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
     table.add_row("workers", f"{len(running):,}", "all duties work" if running and not faulty else "")
     for each, name, report in faulty:
         text = f"{name} {report.state} on {each.host} since {_moment(report.since)}: {report.reason}"
-        table.add_row("", "", Text(text))
+        table.add_row("", "", text)
 
 
 def _silence(silence: overview.Silence) -> str:
@@ -211,10 +210,11 @@ def _print(findings: list[Finding]) -> None:
     for finding in findings:
         if finding.check == "psql":
             continue
-        # Text, not markup: settings and database messages may contain brackets.
-        table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, Text(finding.detail))
+        detail = Text(escaped(finding.detail, keep="\n"))
+        table.add_row(Text(finding.verdict, styles[finding.verdict]), finding.check, detail)
         if finding.advice:
-            table.add_row("", "", Text(f"-> {finding.advice}", "bold"))
+            advice = escaped(finding.advice, keep="\n")
+            table.add_row("", "", Text(f"-> {advice}", "bold"))
     console().print(table)
 
 

@@ -183,7 +183,7 @@ def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path
     ended = archiver("export", "--check", str(folder))
     assert ended.returncode == 1
     assert "events.jsonl, line 3, event 3, sealed by 1: it differs from its sealed state" in ended.stderr
-    assert "[bold]?[31m: it does not belong to the export" in ended.stderr
+    assert "[bold]\\x1b[31m: it does not belong to the export" in ended.stderr
     assert "\x1b" not in ended.stderr
     data = json.loads(archiver("export", "--check", str(folder), "--json").stdout)
     assert {(item["file"], item["line"], item["fault"]) for item in data["findings"]} >= {

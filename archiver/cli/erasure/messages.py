@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from archiver.cli import complain
+from archiver.cli import complain, escaped
 from archiver.cli.output import counted, print_json
 from archiver.compliance.erasure import Counts, Target
 from archiver.compliance.erasure.requests import Preview, Report
@@ -29,10 +29,10 @@ def warn_of(preview: Preview) -> None:
 def _warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None:
     """Warn of targets that are unknown and probably misspelt."""
     for name in variables:
-        complain(f"no turn has a variable {name}")
+        complain(f"no turn has a variable {escaped(name)}")
     for each in unknown[:MAX_SHOWN]:
         target = f"chat {each.chat_id}" if each.chat_id else f"session {each.session_id}"
-        complain(f"{target} is unknown; later deliveries for it will be refused")
+        complain(f"{escaped(target)} is unknown; later deliveries for it will be refused")
     if len(unknown) > MAX_SHOWN:
         complain(f"and {len(unknown) - MAX_SHOWN:,} more are unknown")
 
@@ -41,8 +41,9 @@ def _warn_of_unclaimed_text(unclaimed: Sequence[str]) -> None:
     """Warn of sessions that may hold text of an erased turn in unclaimed history messages."""
     for session_id in unclaimed[:MAX_SHOWN]:
         complain(
-            f"no webhook delivered the text of a selected turn, and session {session_id} has history messages that"
-            " belong to no known turn; they may be its text and are kept. To erase them too, erase the whole session"
+            f"no webhook delivered the text of a selected turn, and session {escaped(session_id)} has history"
+            " messages that belong to no known turn; they may be its text and are kept. To erase them too, erase the"
+            " whole session"
         )
     if len(unclaimed) > MAX_SHOWN:
         complain(f"and {len(unclaimed) - MAX_SHOWN:,} more sessions")
@@ -77,7 +78,7 @@ def _warn_of_repeated_content(repeating: Sequence[Target]) -> None:
         options = (
             f"--chat {shlex.quote(each.chat_id)}" if each.chat_id else f"--session {shlex.quote(each.session_id)}"
         )
-        click.echo(f"  archiver erase {options}", err=True)
+        click.echo(f"  archiver erase {escaped(options)}", err=True)
     if len(repeating) > MAX_SHOWN:
         complain(f"and {len(repeating) - MAX_SHOWN:,} more; --json lists all")
 
@@ -138,6 +139,6 @@ def print_held(held: Mapping[Target, Sequence[int]]) -> None:
         turn = f" chat {target.chat_id}" if target.chat_id else ""
         numbers = ", ".join(str(each) for each in holds)
         session = f"session {target.session_id}" if target.session_id else "without a session,"
-        complain(f"{session}{turn} is under legal hold {numbers}; see archiver hold list")
+        complain(f"{escaped(session + turn)} is under legal hold {numbers}; see archiver hold list")
     if len(held) > MAX_SHOWN:
         complain(f"and {len(held) - MAX_SHOWN:,} more")

@@ -5,12 +5,10 @@ from datetime import UTC
 from typing import Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from archiver import settings
 from archiver.cli import connection, options
-from archiver.cli.output import Whole, console, print_json
+from archiver.cli.output import Table, Whole, console, print_json
 from archiver.outbound.followups import review, subscriptions
 from archiver.outbound.followups.deliveries import DEAD, PENDING, message_id
 from archiver.outbound.followups.subscriptions import SubscriptionNotFoundError
@@ -32,7 +30,7 @@ def list_(*, as_json: bool) -> None:
     for row in result:
         counts = (f"{row[name]:,}" for name in ("pending", "dead", "behind"))
         cells = (row["url"], " ".join(row["events"]), _describe_filter(row), _state(row))
-        table.add_row(str(row["id"]), *map(Text, cells), *counts)
+        table.add_row(str(row["id"]), *cells, *counts)
     console().print(table)
 
 
@@ -74,7 +72,7 @@ def show(*, subscription_id: int, as_json: bool) -> None:
             continue
         shown = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
         shown = _state(result[0]) if name == "state" else shown
-        table.add_row(name, Text(shown))
+        table.add_row(name, shown)
     console().print(table)
 
 
@@ -106,9 +104,7 @@ def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit:
     for row in result:
         latest = " ".join(str(row[name]) for name in ("status", "fault") if row[name] is not None)
         cells = (row["id"], row["type"], row["session_id"], row["chat_id"] or "", row["state"])
-        table.add_row(
-            *map(Text, cells), str(row["attempts"]), latest, Text(repr(row["answer"]) if row["answer"] else "")
-        )
+        table.add_row(*cells, str(row["attempts"]), latest, repr(row["answer"]) if row["answer"] else "")
     console().print(table)
     if any(row["state"] == DEAD for row in result):
         click.echo("To retry one: archiver followups retry ID")
