@@ -58,7 +58,7 @@ from archiver.ledger import audit_log
     is_flag=True,
     help="Do not neutralise CSV cells that a spreadsheet would run as a formula.",
 )
-@click.option("--reason", help="Reason for the audit log.")
+@click.option("--reason", type=options.Audited(), help="Reason for the audit log.")
 @options.actor_option
 @click.option(
     "--check",

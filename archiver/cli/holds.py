@@ -167,7 +167,7 @@ def _covers(row: dict[str, Any]) -> str:
 def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
     """List the audit log, oldest first: what was done to the archive, by whom and why.
 
-    With --json, prints one JSON object per line.
+    The actor is as stated; Postgres recorded the database user. With --json, prints one JSON object per line.
     """
     first = options.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
@@ -177,10 +177,12 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
             for row in result:
                 click.echo(msgspec.json.encode(row).decode())
             return
-        table = Table("id", "at", "actor", "kind", "reason", "detail")
+        table = Table()
+        for name in ("id", "at", "actor", "database user", "kind", "reason", "detail"):
+            table.add_column(name, overflow="fold", min_width=10 if name == "at" else None)  # a date on one line
         for row in result:
             detail = msgspec.json.encode(row["detail"]).decode()
-            cells = (row["actor"], row["kind"], row["reason"] or "", detail)
+            cells = (row["actor"], row["database_user"] or "", row["kind"], row["reason"] or "", detail)
             table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *cells)
     if table.rows:
         console().print(table)

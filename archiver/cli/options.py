@@ -13,13 +13,29 @@ since_option = click.option(
     "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
 )
 until_option = click.option("--until", metavar="TIME", help="Sessions with a turn before this time.")
-reason_option = click.option("--reason", required=True, help="Reason for the audit log.")
+MAX_AUDITED = 1_000  # characters of an actor or a reason
+
+
+class Audited(click.ParamType[str]):
+    """Accept a text for the audit log, up to `MAX_AUDITED` characters."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the value; wrong usage if it is too long."""
+        if len(value) > MAX_AUDITED:
+            self.fail(f"{len(value):,} characters; at most {MAX_AUDITED:,} are recorded", param, ctx)
+        return value
+
+
+reason_option = click.option("--reason", required=True, type=Audited(), help="Reason for the audit log.")
 subscription_argument = click.argument("subscription_id", metavar="ID", type=Whole(1, 2**63 - 1))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 actor_option = click.option(
     "--actor",
     metavar="NAME",
+    type=Audited(),
     help="Name of the person or program, for the audit log.  [default: your user and machine]",
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")

@@ -1,9 +1,11 @@
 """Holds are what the audit log says, each user adds only its own kinds of entry, and seals keep to their rows."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -398,3 +400,37 @@ def test_i9_the_command_refuses_to_seal_after_it(database_url: str, engine: Engi
     assert process.returncode == 1
     assert "Seal 1 claims rows that do not exist" in process.stderr
     assert "archiver verify" in process.stderr
+
+
+@on_one_version
+def test_the_audit_log_shows_the_database_user_beside_the_stated_actor(database_url: str, engine: Engine) -> None:
+    execute(
+        engine,
+        "SET LOCAL ROLE archiver_auditor",
+        "INSERT INTO archiver.acts (actor, kind, reason, detail) VALUES ('boss',"
+        " 'export', 'yearly audit of case 7 before the court', '{\"session\": \"session-123456789\"}')",
+    )
+    ((user,),) = rows(engine, "SELECT database_user FROM archiver.acts")
+    wide = archiver("audit", database_url=database_url)
+    assert re.search(rf"│ boss +│ {user} +│ export +│ yearly audit of case 7 before the court +│", wide.stdout), (
+        wide.stdout
+    )
+    narrow = archiver("audit", database_url=database_url, COLUMNS="80").stdout
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "…" not in narrow
+    assert all(word in narrow for word in ("database", "user", "boss", user, "export", "yearly", "audit", "case"))
+
+
+@on_one_version
+@pytest.mark.parametrize("option", ["--actor", "--reason"])
+def test_i12_actor_and_reason_have_a_length_limit(database_url: str, engine: Engine, option: str) -> None:
+    def place(length: int) -> CompletedProcess[str]:
+        given = {"--actor": "anna", "--reason": "case 7", option: "x" * length}
+        arguments = [text for pair in given.items() for text in pair]
+        return archiver("hold", "add", "--session", "s1", *arguments, database_url=database_url)
+
+    refused = place(1001)
+    assert refused.returncode == 2
+    assert f"Invalid value for '{option}': 1,001 characters; at most 1,000 are recorded" in refused.stderr
+    assert rows(engine, "SELECT id FROM archiver.acts") == []
+    assert place(1000).returncode == 0

@@ -31,7 +31,9 @@ PAGE = 500
     metavar="VARIABLE=VALUE",
     help="All sessions with this variable value; may be repeated.",
 )
-@click.option("--reason", help="Reason for the audit log; must not contain the erased content.")
+@click.option(
+    "--reason", type=options.Audited(), help="Reason for the audit log; must not contain the erased content."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be erased; write nothing.")
 @options.yes_option
 @click.option("--skip-held", is_flag=True, help="Skip content under a legal hold, and erase the rest.")

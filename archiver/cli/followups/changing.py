@@ -17,7 +17,7 @@ MAX_RETRIED = 10_000  # by one command
 
 @click.command()
 @options.subscription_argument
-@click.option("--reason", default=subscriptions.BY_HAND, help="Reason, shown in the list.")
+@click.option("--reason", default=subscriptions.BY_HAND, type=options.Audited(), help="Reason, shown in the list.")
 @options.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
     """Pause a subscription. `resume` delivers the changes since then that the feed still holds."""
