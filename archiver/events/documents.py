@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from typing import Any
 
 import msgspec
@@ -111,7 +111,7 @@ def _canonical(number: Exact | Beyond) -> float | msgspec.Raw:
 
 
 def _holds(number: Exact) -> bool:
-    """Return whether the digits of a number are those of the nearest double."""
+    """Return whether the digits of a number are those of the nearest double, rounded either way where it is a tie."""
     text = number.text
     if len(text) <= _SHORT and "e" not in text and "E" not in text:
         return True
@@ -120,7 +120,8 @@ def _holds(number: Exact) -> bool:
     except InvalidOperation:  # an exponent of 19 digits
         return False
     digits = min(len(sent.as_tuple().digits), _MAX_DOUBLE_DIGITS)
-    return sent == Decimal(f"{float(number):.{digits - 1}e}")
+    exact = Decimal(float(number))
+    return any(sent == Context(digits, each).plus(exact) for each in (ROUND_HALF_UP, ROUND_HALF_DOWN))
 
 
 def _digits(number: Exact | Beyond) -> str:
