@@ -24,6 +24,7 @@ from archiver.database.lock_waits import report_waits
 from archiver.http import answers
 from archiver.http.bodies import Bodies
 from archiver.http.connection_limiter import MAX_REFUSED, ConnectionLimiter
+from archiver.http.metrics import Metrics
 from archiver.http.readiness import Readiness
 from archiver.http.registration import Registration
 from archiver.http.webhooks import Receiver
@@ -49,11 +50,6 @@ def open_files(configuration: Settings) -> int:
 async def healthz(_: Request) -> Response:
     """Return 200 while the process runs; never touches the database."""
     return JSONResponse({"status": "alive"})
-
-
-async def metrics(_: Request) -> Response:
-    """Return all metrics as Prometheus text."""
-    return Response(telemetry.metrics(), media_type=telemetry.CONTENT_TYPE)
 
 
 class Service(Starlette):
@@ -147,7 +143,7 @@ def create(
             Route(WEBHOOK_PATH, receiver, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", Readiness(probe_engine, ingest).readyz),
-            Route("/metrics", metrics),
+            Route("/metrics", Metrics().respond),
             Route("/sessions", registration.register, methods=["POST"]),
         ],
         lifespan=lifespan,

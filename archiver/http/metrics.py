@@ -1,0 +1,34 @@
+"""`GET /metrics`. Needs no secret, so that its cost is limited: it must not delay webhooks."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from archiver import telemetry
+
+REST = 9  # times as long as a reading took, until the next: readings take at most a tenth of the processor
+
+
+class Metrics:
+    """All metrics as Prometheus text. Requests that wait share one reading, which begins after they arrived."""
+
+    def __init__(self) -> None:
+        self._next: asyncio.Task[bytes] | None = None
+        self._rests_until = 0.0  # in the event loop's time
+
+    async def respond(self, _: Request) -> Response:
+        """Respond to one request."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._read())
+        body = await asyncio.shield(self._next)  # others wait for it, too
+        return Response(body, media_type=telemetry.CONTENT_TYPE)
+
+    async def _read(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(self._rests_until - loop.time(), 0))
+        self._next = None  # for a request that arrives from now on
+        begun = loop.time()
+        result = telemetry.metrics()
+        self._rests_until = loop.time() + REST * (loop.time() - begun)
+        return result
