@@ -99,7 +99,7 @@ def _project_turns(
     known = {key: [*_new_facts(own), *earlier.get(key, ())] for key, own in sorted(by_turn.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
     revised = [key for key in turns if key in earlier]
-    # As it stands, and not as earlier facts add up to: a redelivery may just have moved one of them in time.
+    # The stored state, not one derived from the earlier facts: a redelivery may just have moved one of them in time.
     before, moved = rows.select_turn_states(connection, revised) if revised else {}, dict[str, TurnState]()
     rows.upsert_turns(connection, turns)
     if revised:

@@ -222,7 +222,7 @@ _DELETE = text("DELETE FROM archiver.pieces WHERE session_id = ANY (:session_ids
 
 
 def delete_unused(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Remove the pieces of those of these sessions of which no response is made of pieces any more."""
+    """Delete the pieces of each of these sessions that no longer has a response stored in pieces."""
     if session_ids:
         used = set(connection.scalars(_SELECT_USED, {"session_ids": list(session_ids)}))
         connection.execute(_DELETE, {"session_ids": [each for each in session_ids if each not in used]})

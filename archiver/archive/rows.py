@@ -81,7 +81,7 @@ def upsert_sessions(
 ) -> tuple[set[str], list[Any]]:
     """Lock these sessions in order of id and record arrivals; return those that were read.
 
-    And the rows of what is asked `then`, under that lock and in the same round trip.
+    Also return the rows of the statement `then`, which runs under the same locks in the same round trip.
     """
     new = []
     for session_id in sorted(arrivals):

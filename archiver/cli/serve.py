@@ -101,7 +101,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
 
 
 _WITHOUT_SECRETS = """
-To try it out without any: archiver serve --insecure
+To try the archiver without a secret: archiver serve --insecure
 With make: make run ARGS=--insecure"""
 
 

@@ -151,7 +151,7 @@ def select_placed(connection: Connection) -> tuple[dict[int, LoggedHold], list[i
 
 
 def select_in_force(connection: Connection) -> list[Hold]:
-    """Return the holds in force. Exact under `Lock.RECORDING`, beside which no hold is placed."""
+    """Return the holds in force. Exact under `Lock.RECORDING`, which excludes placing a hold."""
     query = select(tables.holds).where(tables.holds.c.released_at.is_(None))
     rows = [dict(row) for row in connection.execute(query).mappings()]
     return in_force(select_placed(connection)[0], rows)

@@ -55,7 +55,7 @@ def is_untrusted(error: BaseException) -> bool:
 
 
 def is_connection_failure(error: BaseException) -> bool:
-    """Return whether no connection could be made: host, password, certificate, or a stopped server."""
+    """Return whether connecting failed: unknown host, wrong password, rejected certificate or stopped server."""
     original = error.orig if isinstance(error, DBAPIError) else error
     return isinstance(original, psycopg.OperationalError) and original.sqlstate is None
 

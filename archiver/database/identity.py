@@ -42,7 +42,7 @@ SKIPPED = 1_000_000
 UNREADABLE_SECONDS = 10.0  # pause after an unreadable check
 FOREIGN = "this database is not the one served before"
 _MAX_EPOCHS = 20  # databases and epochs that one ARCHIVER_HOME remembers
-ADVICE = "If this database takes over, run `archiver adopt`; otherwise let DATABASE_URL name the one served before."
+ADVICE = "If this database replaces the earlier one, run `archiver adopt`; else set DATABASE_URL to the earlier one."
 
 
 class ForeignDatabaseError(ArchiverError):

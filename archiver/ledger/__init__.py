@@ -37,7 +37,7 @@ Key = tuple[str, bytes]  # session_id, dedupe_key
 class Recorded(msgspec.Struct, frozen=True, gc=False):
     """The ledger row of a delivery, and whether this delivery created it.
 
-    `is_erased`: what it speaks of was erased, so that it has no row, and nothing of it was kept.
+    `is_erased`: the session or turn of the delivery was erased, so no row was written.
     """
 
     id: int

@@ -61,7 +61,7 @@ def select_entries(
     kind: str | None = None,
     since: datetime | None = None,
 ) -> Sequence[RowMapping]:
-    """Return the entries after this id, oldest first: of this kind, and recorded at `since` or later."""
+    """Return up to `limit` entries after this id, oldest first. `kind` and `since` restrict them; None does not."""
     return connection.execute(_of(kind, since).where(tables.acts.c.id > after).limit(limit)).mappings().all()
 
 

@@ -82,7 +82,7 @@ class Reloading:
     async def run(self, duty: Duty | None = None) -> None:
         """Check the files until cancelled. SIGHUP triggers a check if the event loop runs in the main thread.
 
-        May be run again: changes in between are read.
+        A second call reads the changes since the first one was cancelled.
         """
         self._duty = duty or self._duty
         telemetry.settings_current.set(not self._fault)

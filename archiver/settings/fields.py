@@ -210,7 +210,7 @@ class Settings(BaseSettings):
     retention_metadata_days: int = _env(
         "ARCHIVER_RETENTION_METADATA_DAYS",
         0,
-        "Days after its last event at which what is left of an erased session goes too, once it is sealed; 0: never.",
+        "Days after its last event at which the rest of an erased session is deleted, once sealed; 0: never.",
         ge=0,
         le=MAX_DAYS,
     )

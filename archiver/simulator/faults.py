@@ -87,13 +87,13 @@ _ALL = 1 + 1e-9  # shares that make 1 on paper
 
 
 def with_history_faults(faults: Faults, share: float) -> Faults:
-    """This share of all history calls meets a fault as well, each after which a retry finds everything."""
+    """Return `faults` with an additional fault for this share of history calls; a retry succeeds."""
     shares: dict[str, Any] = {f"history_{name}": share / len(_MIXED) for name in _MIXED}
     return replace(faults, **shares)
 
 
 def history_fault(faults: Faults, session_id: str, call: int) -> HistoryFault | None:
-    """What befalls this call, the first being 1, for a session's history."""
+    """Return the fault of this call for a session's history, or None; calls count from 1."""
     left = seeded(faults.seed, "history", session_id, call).random()
     for name in get_args(HistoryFault):
         left -= getattr(faults, f"history_{name}")

@@ -139,7 +139,7 @@ async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]
 
 
 def _signer(secret: str) -> signatures.Verifier:
-    """Return default settings regardless of the environment, as the receiver is started without it."""
+    """Return a verifier with default settings, not those of the environment: the receiver is started without it."""
     return signatures.verifier(Settings.model_construct(webhook_secrets=SecretStr(secret)))
 
 
@@ -171,7 +171,7 @@ def _lock_home(home: Path) -> Iterator[None]:
 
 
 def _check_not_running(home: Path) -> None:
-    """The same before anything is started. Where there is no lock yet, or none for us, starting says why."""
+    """Raise the same error before the demo starts. If the lock cannot be opened, the start reports the cause."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         if (home / "demo.lock").exists():
             with _lock_home(home):

@@ -105,7 +105,7 @@ class Bar:
             self._render()
 
     def end(self) -> None:
-        """Finish: every webhook is answered or given up, so the bar equals the table."""
+        """Draw the bar a last time: every webhook was answered or abandoned, so it agrees with the table."""
         self._render()
 
     def _render(self) -> None:

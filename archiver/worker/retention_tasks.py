@@ -58,8 +58,8 @@ class RetentionTasks:
             raise refused
 
     async def _sweep(self, beat: Callable[[], None]) -> None:
-        # What was found out while something was recorded may be seen later than what has a greater number; and what
-        # was held when it was swept is found again by looking at all.
+        # An erasure may become visible after one with a greater id, so each sweep begins one page earlier. The full
+        # sweep finds targets that a hold kept.
         moment = monotonic()
         if moment - self._swept_all_at >= FULL_SWEEP_SECONDS:
             self._swept, self._swept_all_at = 0, moment

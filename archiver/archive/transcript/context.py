@@ -1,9 +1,8 @@
 """Remove from a turn the earlier conversation that some clients send again with it.
 
-`messages_of_turn` removes it by form alone: in an input, what stands up to the last answer before the user's words,
-and
-after them the answer itself or a blank in its place; in an output, what stands up to the last of the user's words.
-`without_repeats` removes what only the history can show to be a repeat. The ledger keeps the bytes.
+`messages_of_turn` removes it by form alone. From an input it removes the messages up to the last answer before the
+user's messages, and a repeated or blank answer after them. From an output it removes the messages up to the last one
+of the user. `without_repeats` removes repeats that only the history proves. The ledger keeps the bytes.
 """
 
 from collections import Counter

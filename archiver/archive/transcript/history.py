@@ -22,10 +22,10 @@ def merge_history(
     """Merge a later reading into the merged history `lines`, none of which is claimed by a turn.
 
     Lines are the same if role and content are equal but for differences of writing (`wording.text_key`) and, for all
-    but the user's, what the user said before; those of a turn that is `deleted` only where all of it is there: else
-    what is like a part of it is another turn's.
-    What the reading does not show stays at its place with `in_history=False` (I7); what is new is inserted at its
-    own, after the old lines of the same gap. So the lines with `in_history=True` are exactly the reading, in order.
+    but the user's, what the user said before; lines of a turn that is `deleted` only if the whole turn is
+    there: a partial match belongs to another turn.
+    Lines that the reading does not show stay at their place with `in_history=False` (I7); new ones are inserted at
+    theirs, after the old lines of the same gap. So the lines with `in_history=True` are the reading, in order.
     """
     old = [text_key(line.role, line.content) for line in lines]
     new = [text_key(message.role, message.content) for message in reading.messages]

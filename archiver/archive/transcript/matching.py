@@ -30,9 +30,9 @@ def place_turns(
     The objective, in this order: turns found in full with their outputs, in the order of their times; such turns out
     of that order; turns found by their inputs alone, often a mere "ok", in order; then such turns out of order, but
     only among turns whose times are so close that their order is not certain. `_Search.weight` decides between
-    matches of one kind: one without skipped lines wins. A turn that finds its lines taken has them if the others find
-    lines that fit them as well; one that finds none has those between its neighbours that are alike. Turns that were
-    deleted come after all others, for a history may show them no more. At last the head may show the tail of a turn.
+    matches of one kind: one without skipped lines wins. A turn whose lines are claimed gets them if the other turns
+    find lines that fit as well. A turn without matching lines gets the similar lines between its neighbours. Deleted
+    turns come last, because a history may no longer show them. Finally the head may show the tail of a turn.
 
     `is_dated`: it is certain when each line was read for the first time.
     """
@@ -167,7 +167,8 @@ class _Search:
     def _is_free(self, turn: int, match: Match) -> bool:
         """Return whether an input may claim these lines for its turn.
 
-        Not for a deleted one where another answer follows, or where history shows them still: those are another's.
+        A deleted turn may not claim lines that the history still shows, nor claim by its input alone if it has an
+        output: such lines belong to another turn.
         """
         if self._turns[turn].is_deleted:
             is_shown = any(line.in_history for line in self._lines[match.start : match.end])

@@ -101,7 +101,7 @@ def _match(candidates: Candidates, turn: int, start: int, last: int) -> Match | 
 
 
 def _cut_match(candidates: Candidates, turn: int, start: int, last: int) -> Match | None:
-    """Match a turn of one input that is cut in one source and whose answers are equal."""
+    """Match a turn with a single input that the history or the webhook truncates, if the answers are equal."""
     turn_text, merged = candidates.turn_texts[turn], candidates.merged
     inputs, lines = _inputs(candidates, turn, start, last) or ([], [])
     if len(inputs) != 1 or not turn_text.has_output:

@@ -20,7 +20,7 @@ CELLS = 1 << 28  # bits of a table held at once: 32 MiB
 def align(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[Pair]:
     """Return a longest common subsequence that keeps the items which occur once in both sequences.
 
-    Where one of two tellings is cut, many a repeated "ok" would otherwise outweigh what is unmistakable.
+    If one sequence is truncated, repeated messages such as "ok" would otherwise outweigh unique ones.
     """
     head = _common_head(old, new)
     pairs = [(index, index) for index in range(head)]

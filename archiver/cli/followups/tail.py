@@ -107,8 +107,8 @@ def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -
     names = [each.epoch for each in epochs]
     if at.epoch is not None and at.epoch not in names:
         raise CursorError(
-            f"Cursor {at.cursor} belongs to epoch {at.epoch}, which this database does not have: it is another"
-            " database or a restored backup. Read the archive again, then start with --from 0."
+            f"Cursor {at.cursor} belongs to epoch {at.epoch}, which this database does not have: DATABASE_URL"
+            " names another database or a restored backup. Read the archive again, then start with --from 0."
         )
     for before, after in pairwise(epochs):
         is_of_before = before.epoch == at.epoch if at.epoch else at.cursor <= after.given

@@ -54,7 +54,7 @@ class _SlowTargetError(Exception):
 class HeldError(ArchiverError):
     """Legal holds cover some targets, so nothing was erased.
 
-    Exception: if a hold was placed during the order, the first `ordered` sessions and turns are already ordered.
+    If a hold was placed while the order ran, the first `ordered` sessions and turns stay ordered.
     """
 
     message = "Legal holds cover some of the targets."

@@ -89,9 +89,8 @@ def select_unsearchable(connection: Connection) -> Iterator[int]:
 def select_deletable(connection: Connection, matches: QuarantineMatches) -> list[int]:
     """Return the rows that no hold covers.
 
-    As long as anything is held: none that only matches a variable and none that cannot be searched, for it may be
-    about
-    what is held. Exact under `Lock.RECORDING`, which excludes placing a hold.
+    While a hold is in force, rows that match only a variable or cannot be searched are excluded: they may concern
+    held content. Exact under `Lock.RECORDING`, which excludes placing a hold.
     """
     holds = select_in_force(connection)
     if not holds:

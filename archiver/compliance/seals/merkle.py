@@ -71,8 +71,8 @@ def cover(hashes: Sequence[bytes], selected: Sequence[int]) -> list[bytes]:
     """Return the fewest hashes that lead from the leaves at the indices `selected`, ascending, to the root: left to
     right.
 
-    Of a range without a selected leaf its root, of one with nothing else none, of any other those of both its halves
-    (the RFC's, section 2.1). Where all are selected nothing is hashed.
+    A range without selected leaves contributes its root; a range of only selected leaves contributes nothing; any
+    other range is split into its two halves (RFC 6962, section 2.1). If all leaves are selected, nothing is hashed.
     """
     return list(_cover(hashes, selected, 0, len(hashes)))
 

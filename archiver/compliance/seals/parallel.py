@@ -1,6 +1,6 @@
 """Verify with several processes: this one from the first range on, the others from the last.
 
-All see the snapshot of the first. Where they meet changes nothing of what is found, nor its order.
+All use the snapshot of the first. The findings and their order do not depend on where the processes meet.
 """
 
 import os

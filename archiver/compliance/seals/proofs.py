@@ -12,7 +12,7 @@ from archiver.errors import ArchiverError
 
 
 class NotSealedError(ArchiverError):
-    """The event is not sealed yet, or there is none; the text says which."""
+    """The event does not exist or is not sealed yet; the message says which."""
 
 
 class Proof(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ class CallError(ArchiverError):
 
 
 class UnreachableError(CallError):
-    """CallHQ did not respond after all retries. Retry later, not before `retry_after` seconds."""
+    """CallHQ did not respond after all retries. Wait at least `retry_after` seconds before the next call."""
 
     def __init__(self, what: str, retry_after: float = 0.0) -> None:
         super().__init__(what)

@@ -44,7 +44,7 @@ _EPOCHS = text("SELECT epoch, cursor, given FROM analytics.epochs ORDER BY numbe
 
 
 def select_epochs(connection: Connection) -> list[FeedEpoch]:
-    """Return the epochs of the feed in order; none before a process has served this database."""
+    """Return the epochs of the feed in order; empty until a process has served this database."""
     return [FeedEpoch(*row) for row in connection.execute(_EPOCHS)]
 
 

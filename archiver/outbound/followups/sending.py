@@ -182,5 +182,5 @@ def _fault(error: Exception) -> Fault:
     telemetry.followup_defects.inc()
     if isinstance(error, SecretError):
         return "bad_secret"
-    log.error("delivery attempt failed locally", exc_info=(type(error), error, error.__traceback__))
+    log.error("follow-up attempt failed in the archiver", exc_info=(type(error), error, error.__traceback__))
     return "failed_here"
