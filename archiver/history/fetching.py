@@ -88,4 +88,6 @@ class HistoryFetcher:
         self._accepted += 1
         self._missing += status == NOT_FOUND
         if self._missing == self._accepted == MAX_NOT_FOUND:
-            log.warning("history calls returned only 404; check CALLHQ_API_URL (run archiver doctor)", calls=self._accepted)
+            log.warning(
+                "history calls returned only 404; check CALLHQ_API_URL (run archiver doctor)", calls=self._accepted
+            )
