@@ -58,7 +58,7 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False):
-    """What the archive holds of one chat."""
+    """Hold the archived state of one chat."""
 
     assistant_id: str | None
     external_id: str | None

@@ -10,7 +10,7 @@ from archiver.simulator.comparison import Archive, ArchivedMessage, ChatRow, Con
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What one database holds."""
+    """Hold the content of one database."""
 
     archive: Archive
     facts: int  # rows of the ledger

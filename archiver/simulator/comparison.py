@@ -48,7 +48,7 @@ class ConversationRow(NamedTuple):
 
 @dataclass
 class Archive:
-    """What the views hold, or should hold: transcripts by session, each in order."""
+    """Hold the transcripts that the views show or should show, by session, each in order."""
 
     messages: dict[str, list[TranscriptMessage]] = field(default_factory=dict)
     chats: list[ChatRow] = field(default_factory=list)

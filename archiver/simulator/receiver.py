@@ -62,7 +62,7 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
 
 
 async def backfilled(database_url: str, api: str, session_ids: Sequence[str]) -> dict[str, Any]:
-    """What `archiver backfill --json` says of these sessions, once it has read them. Raises `ReceiverError`."""
+    """Run `archiver backfill --json` for these sessions and return its output. Raises `ReceiverError`."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "archiver", "backfill", "--file", "-", "--json"),
         env=_environment(DATABASE_URL=database_url, CALLHQ_API_URL=api, CALLHQ_API_KEY="demo"),

@@ -13,7 +13,7 @@ from archiver.simulator.webhooks import Delivery
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What was sent in one run, with every answer, and how long that took in seconds."""
+    """Hold the deliveries of one run, every answer, and the duration in seconds."""
 
     webhooks: Sequence[Delivery]
     invalid_deliveries: Sequence[tuple[InvalidDelivery, Delivery]]

@@ -1,4 +1,4 @@
-"""What the demo shows: steps, progress, the table, and what to try next."""
+"""Draw the demo in the terminal: steps, progress, the table, and the commands to try next."""
 
 import json
 import shlex

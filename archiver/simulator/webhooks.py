@@ -52,7 +52,7 @@ class Delivery:
 
 
 class Record:
-    """What was sent. Counts are kept for all deliveries, the deliveries themselves for the latest 200 000."""
+    """Hold the sent deliveries: counts of all, and the latest 200,000 themselves."""
 
     def __init__(self) -> None:
         self.deliveries: deque[Delivery] = deque(maxlen=_MAX_KEPT)

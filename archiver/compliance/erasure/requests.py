@@ -40,7 +40,7 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class Preview(msgspec.Struct, frozen=True):
-    """What an erasure would erase, and what a hold keeps.
+    """Hold the targets that an erasure would erase, and those that a hold keeps.
 
     `by_rule`: the selected targets by rule, each with the time of its erasure; None: now. `selected`: those of them
     that no hold covers. `rows`: what the quarantine holds about them. `repeating`: other turns whose deliveries
@@ -68,7 +68,7 @@ class Preview(msgspec.Struct, frozen=True):
 
 
 class OrderedRequest(msgspec.Struct, frozen=True):
-    """What was ordered under each rule, counted, and the quarantine rows searched for it."""
+    """Count the targets ordered under each rule, and the quarantine rows searched for them."""
 
     parts: Sequence[Ordered]
     counts: Counts
@@ -76,7 +76,7 @@ class OrderedRequest(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What was erased, and what was not. `act_id`: the audit entry; None: nothing was ordered."""
+    """Hold the result of an erasure. `act_id`: the audit entry; None if nothing was ordered."""
 
     act_id: int | None
     counts: Counts

@@ -50,7 +50,7 @@ class _WorkerInput(msgspec.Struct, frozen=True):
 
 
 class _Part(msgspec.Struct, frozen=True):
-    """What was found in a range, and how much was looked at."""
+    """Hold the findings in a range, and the number of rows examined."""
 
     findings: list[Finding]
     seals: int

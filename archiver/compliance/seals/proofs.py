@@ -16,7 +16,7 @@ class NotSealedError(ArchiverError):
 
 
 class Proof(msgspec.Struct, frozen=True):
-    """What docs/seals.md checks in twenty lines; byte strings in hexadecimal.
+    """Hold a proof that docs/seals.md checks in twenty lines; byte strings in hexadecimal.
 
     `leaf`: the bytes that stand for the event. `path`: the hashes from it to the root of `leaves` leaves, of which it
     is number `index`. `statement`: the seal's text, which holds the root; `signature` is over it.

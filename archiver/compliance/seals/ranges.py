@@ -22,7 +22,7 @@ class Signing(msgspec.Struct, frozen=True):
 
 
 class VerificationContext(msgspec.Struct, frozen=True):
-    """What seals are held against; `heads`: hashes of those that were exported, `through`: the last event sealed.
+    """Hold the evidence for seals. `heads`: hashes of exported seals; `through`: the last sealed event.
 
     `unbounded`: seals that reach further than there ever were rows.
     """
