@@ -62,5 +62,14 @@ def _explain(error: SQLAlchemyError) -> str:
         return f"The database cannot be trusted: {text}\n{CERTIFICATE_ADVICE}"
     # Without a SQLSTATE the message is the driver's, or the server's reason for refusing the connection.
     is_from_server = state is not None or "FATAL: " in text
-    what = "refused" if is_from_server else "cannot be reached"
-    return f"The database {what}: {text}\nCheck DATABASE_URL, then run `archiver doctor`."
+    if is_from_server:
+        return explain_refusal(text)
+    return f"The database cannot be reached: {text}\nCheck DATABASE_URL, then run `archiver doctor`."
+
+
+def explain_refusal(text: str) -> str:
+    """Return the server's text with what helps."""
+    advice = "Check DATABASE_URL, then run `archiver doctor`."
+    if "statement pooling mode" in text:  # PgBouncer's words
+        advice = "Set pool_mode = transaction (or session) in the configuration of PgBouncer."
+    return f"The database refused: {text}\n{advice}"

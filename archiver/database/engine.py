@@ -23,7 +23,8 @@ def conninfo(url: URL, application_name: str) -> str:
     """Return the URL as a libpq connection string, for connections without SQLAlchemy."""
     _, arguments = DIALECT.create_connect_args(url)
     arguments.pop("context", None)  # the driver's own
-    return make_conninfo(**{"application_name": application_name, **arguments, **session.STARTUP})
+    own: dict[str, Any] = {"application_name": application_name, "connect_timeout": _connect_seconds(url)}
+    return make_conninfo(**{**own, **arguments, **session.STARTUP})
 
 
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> Engine:
@@ -69,10 +70,14 @@ def redirect(engine: AsyncEngine, url: URL) -> None:
 _redirected: WeakKeyDictionary[Engine, Callable[..., None]] = WeakKeyDictionary()
 
 
-def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool | None) -> dict[str, Any]:
+def _connect_seconds(url: URL) -> int:
     has_several_hosts = not isinstance(hosts := url.query.get("host", ""), str) or "," in hosts
+    return CONNECT_SECONDS_PER_HOST if has_several_hosts else CONNECT_SECONDS
+
+
+def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: bool | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {
-        "connect_timeout": CONNECT_SECONDS_PER_HOST if has_several_hosts else CONNECT_SECONDS,
+        "connect_timeout": _connect_seconds(url),
         "application_name": "callhq-archiver",
         "cursor_factory": cursor,
         # Detects a silent host, or a firewall that dropped the connection, within about a minute.

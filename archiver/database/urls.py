@@ -6,7 +6,7 @@ from urllib.parse import unquote
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from archiver.settings import SettingsError
+from archiver.settings import SettingsError, given_as
 
 
 def database_url(value: str) -> URL:
@@ -18,13 +18,13 @@ def database_url(value: str) -> URL:
         url = _make_url(value.strip())
     except (ArgumentError, ValueError):
         raise SettingsError(
-            "DATABASE_URL: not a URL; write postgresql://USER:PASSWORD@HOST:5432/DATABASE,"
+            f"{given_as('DATABASE_URL')}: not a URL; write postgresql://USER:PASSWORD@HOST:5432/DATABASE,"
             " with special characters in the password percent-encoded."
         ) from None
     if url.drivername not in {"postgres", "postgresql", "postgresql+psycopg"}:
-        raise SettingsError("DATABASE_URL: must begin with postgres:// or postgresql://.")
+        raise SettingsError(f"{given_as('DATABASE_URL')}: must begin with postgres:// or postgresql://.")
     if value.count("@") > 1:
-        raise SettingsError("DATABASE_URL: an @ in the user or the password must be written %40.")
+        raise SettingsError(f"{given_as('DATABASE_URL')}: an @ in the user or the password must be written %40.")
     return url.set(drivername="postgresql+psycopg")
 
 

@@ -14,7 +14,7 @@ from archiver.settings.fields import Settings, WebhookScheme
 from archiver.settings.sources import environment_name
 from archiver.settings.unknown_variables import unknown_variables
 
-__all__ = ["SCHEMES", "Settings", "SettingsError", "file_names", "read", "table", "unknown_variables"]
+__all__ = ["SCHEMES", "Settings", "SettingsError", "file_names", "given_as", "read", "table", "unknown_variables"]
 
 SCHEMES: tuple[str, ...] = get_args(WebhookScheme)
 
@@ -32,11 +32,15 @@ def read() -> Settings:
         raise SettingsError("\n".join(lines)) from None
 
 
+def given_as(name: str) -> str:
+    """Return the variable that gives the setting: NAME, or NAME_FILE where a file holds the value."""
+    return f"{name}_FILE" if f"{name}_FILE" in os.environ else name
+
+
 def _explain(fault: Any) -> str:
     if not fault["loc"]:  # a fault of several settings, named in its text
         return f"{fault['msg'].removeprefix('Value error, ')}."
     name = str(fault["loc"][0])
-    given_as = f"{name}_FILE" if f"{name}_FILE" in os.environ else name
     field = next(field for each, field in Settings.model_fields.items() if environment_name(Settings, each) == name)
     kind, limits = fault["type"], _limits(field.metadata).strip(" .")
     limits = limits[:1].lower() + limits[1:]
@@ -48,7 +52,7 @@ def _explain(fault: Any) -> str:
         what = f"must be {fault['ctx']['expected']}"
     else:
         what = fault["msg"].removeprefix("Value error, ")
-    return f"{given_as}: {what}."
+    return f"{given_as(name)}: {what}."
 
 
 _KINDS = {

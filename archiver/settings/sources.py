@@ -17,7 +17,7 @@ def environment_name(settings: type[BaseSettings], field_name: str) -> str:
 
 
 class FileSource(PydanticBaseSettingsSource):
-    """Read a value from the file that NAME_FILE names, without surrounding white space."""
+    """Read a value from the file that NAME_FILE names, without byte order mark and surrounding white space."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         name = environment_name(self.settings_cls, field_name)
@@ -29,7 +29,7 @@ class FileSource(PydanticBaseSettingsSource):
         if os.environ.get(name):
             raise SettingsError(f"{name} and {name}_FILE are both set: keep one of them.")
         try:
-            return Path(path).read_text(encoding="utf-8").strip(), name, False
+            return Path(path).read_text(encoding="utf-8-sig").strip(), name, False
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}.") from error

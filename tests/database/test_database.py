@@ -264,3 +264,9 @@ def test_the_worker_reaches_a_database_whose_folder_or_password_holds_a_space() 
         "a b+c",
     )
     assert (result["user"], result["dbname"]) == ("anna", "archive")
+
+
+@pytest.mark.parametrize(("query", "seconds"), [("", 5), ("?host=/tmp/one,/tmp/other", 2), ("?connect_timeout=9", 9)])
+def test_the_worker_limits_the_time_to_connect_itself(query: str, seconds: int) -> None:
+    url = database.database_url(f"postgresql://anna@/archive{query}")
+    assert str(conninfo_to_dict(database.conninfo(url, "a worker"))["connect_timeout"]) == str(seconds)

@@ -119,6 +119,15 @@ def test_doctor_reports_it(pooled: str, database_url: str, tmp_path: Path) -> No
     assert verdicts(database_url) == []
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_statement_pooling_is_refused_with_the_setting_that_helps(program: str, database_url: str) -> None:
+    with pooling(program, database_url, "pool_mode = statement") as url:
+        for command in ("status", "migrate", "serve"):
+            ended = archiver(command, database_url=url, ARCHIVER_WEBHOOK_SECRETS="a" * 32)
+            assert ended.returncode == 1
+            assert "Set pool_mode = transaction" in ended.stderr
+
+
 def test_prepared_statements_are_kept_without_a_pooler_and_not_with_one(pooled: str, database_url: str) -> None:
     def prepared(url: str) -> int:
         engine = database.connect(database.database_url(url), pool_size=1)

@@ -196,7 +196,7 @@ def test_an_invalid_key_is_reported_at_once(command: str, tmp_path: Path) -> Non
         ARCHIVER_WEBHOOK_SECRETS="s",
     )
     assert ended.returncode == 1
-    assert "ARCHIVER_SEAL_KEY: not an Ed25519 private key in PEM: openssl genpkey" in ended.stderr
+    assert "ARCHIVER_SEAL_KEY_FILE: not an Ed25519 private key in PEM: openssl genpkey" in ended.stderr
 
 
 def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from archiver.compliance.seals import merkle
 from archiver.compliance.seals.leaves import ENTRY, KINDS
 from archiver.database import tables
 from archiver.errors import ArchiverError
-from archiver.settings import Settings, SettingsError
+from archiver.settings import Settings, SettingsError, given_as
 
 NOTHING = bytes(32)  # the hash that stands before the first seal
 ENTRY_SIZE = ENTRY.size
@@ -263,14 +263,18 @@ def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
     try:
         return private_key(pem) if pem else None
     except KeyFileError as error:
-        raise SettingsError(f"ARCHIVER_SEAL_KEY: {error}.") from None
+        raise SettingsError(f"{given_as('ARCHIVER_SEAL_KEY')}: {error}.") from None
 
 
 def private_key(pem: str) -> Ed25519PrivateKey:
     """Parse a signing key in PEM. Raises `KeyFileError`."""
     try:
         key = load_pem_private_key(pem.encode(), password=None)
-    except (ValueError, TypeError):
+    except TypeError:  # a password is required
+        raise KeyFileError(
+            "the key is encrypted; keys with a password are not supported: openssl pkey -in seal.key -out plain.key"
+        ) from None
+    except ValueError:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise KeyFileError("not an Ed25519 private key in PEM: openssl genpkey -algorithm ed25519 -out seal.key")

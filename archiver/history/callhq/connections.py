@@ -53,7 +53,15 @@ def _client(trusted: ssl.SSLContext) -> httpx2.AsyncClient:
 
 
 # Variables that the HTTP client reads itself, in upper or lower case.
-_ENVIRONMENT = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
+_ENVIRONMENT = (
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "no_proxy",
+    "ssl_cert_file",
+    "ssl_cert_dir",
+    "sslkeylogfile",
+)
 
 
 def connection_pool(number: int) -> ConnectionPool:
@@ -62,7 +70,9 @@ def connection_pool(number: int) -> ConnectionPool:
     try:
         return ConnectionPool(number)
     except (ImportError, OSError, ValueError, TypeError, httpx2.InvalidURL) as error:
-        variables = sorted(name for name in os.environ if name.lower() in _ENVIRONMENT)
+        present = sorted(name for name in os.environ if name.lower() in _ENVIRONMENT)
+        # The error may quote the value of the variable that caused it.
+        variables = [name for name in present if os.environ[name] and os.environ[name] in str(error)] or present
         advice = f"check {', '.join(variables)} in the environment" if variables else "check the installed libraries"
         detail = " ".join(str(error).split()).rstrip(".") or "no further detail"
         raise SettingsError(

@@ -227,7 +227,10 @@ def _sealing(connection: Connection, every: int) -> Finding:
     age = connection.scalar(_OLDEST_UNSEALED)
     if age is None or age < max(LATE_SEALS * every, MIN_LATE_SECONDS):
         is_signed, latest_signed = connection.execute(_SIGNED).one()
-        if is_signed or latest_signed is None:
+        if latest_signed is None:
+            hint = "No seal is signed; to sign them, set ARCHIVER_SEAL_KEY (see docs/seals.md)."
+            return Finding("seals", "ok", f"Every event is sealed in time. {hint}")
+        if is_signed:
             return Finding("seals", "ok", "Every event is sealed in time.")
         return Finding(
             "seals",
