@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from archiver.archive.rebuild import rebuild
 from archiver.database import transaction
-from archiver.events import responses
+from archiver.events import Event, responses
 from tests.support.histories import START, TIMING, Archive, answer, said, turn
 from tests.support.payloads import created, deleted
 
@@ -291,11 +291,11 @@ def test_a_session_that_upstream_reports_as_unknown_holds_nothing_back_and_is_co
     assert archive.rows("SELECT state, reason FROM analytics.coverage WHERE session_id = 'unknown'") == [
         ("unverified", "history_gone")
     ]
-    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=5), 1, 0)]
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=5), 1, 0, 0)]
     archive.webhook(20, turn(3, "unknown"))  # somebody speaks there again
-    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0)]
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0, 0)]
     archive.reading(30, b'{"message": "Session not found"}', status, session_id="unknown")
-    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=5), 1, 0)]
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=5), 1, 0, 0)]
 
 
 def test_a_session_with_lost_content_holds_nothing_back_and_is_counted(archive: Archive) -> None:
@@ -314,7 +314,30 @@ def test_a_session_that_could_not_be_read_holds_back_the_archive(archive: Archiv
     archive.webhook(5, turn(2, "known"))
     if status == 200:
         archive.reading(10, body, status, session_id="unread")
-    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0)]
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (responses.unavailable_event("unread"), "history_unavailable"),
+        (responses.parse_history("unread", 200, b"not JSON"), "history_unreadable"),
+    ],
+)
+def test_a_session_that_expired_before_it_could_be_read_holds_nothing_back_and_is_counted(
+    archive: Archive, event: Event, reason: str
+) -> None:
+    archive.webhook(1, turn(1, "unread"))
+    archive.webhook(5, turn(2, "known"))
+    expired = 24 * 60 + 10
+    archive.record(expired, event, "history")
+    archive.reading(expired, answer(*said(2), session_id="known"), session_id="known")
+    coverage = "SELECT reason, reconciled_at, next_reading_at FROM analytics.coverage WHERE session_id = 'unread'"
+    assert archive.rows(coverage) == [(reason, None, None)]
+    counts = "unknown_sessions, lost_sessions, unread_sessions"
+    assert archive.rows(f"SELECT complete_through = now(), {counts} FROM analytics.health") == [(True, 0, 0, 1)]
+    archive.webhook(expired + 5, turn(3, "unread"))  # the conversation continues: a reading is planned
+    assert archive.rows("TABLE analytics.health") == [(START + timedelta(minutes=1), 0, 0, 0)]
 
 
 def test_i10_a_rebuild_gives_the_same_rows(archive: Archive) -> None:

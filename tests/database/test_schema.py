@@ -33,7 +33,7 @@ VIEWS = {
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
     "changes": "cursor type session_id chat_id seal_id changed_at epoch",
     "epochs": "number epoch began_at cursor given",
-    "health": "complete_through unknown_sessions lost_sessions",
+    "health": "complete_through unknown_sessions lost_sessions unread_sessions",
 }
 TABLES = (
     "events",

@@ -149,7 +149,10 @@ sessions = Table(
     Index(
         "sessions_unknown_idx",
         "first_event_at",
-        postgresql_where=text("reason = 'history_gone' OR coverage = 'lost'"),
+        postgresql_where=text(
+            "reason = 'history_gone' OR coverage = 'lost'"
+            " OR reason IN ('history_unavailable', 'history_unreadable') AND reconcile_at IS NULL"
+        ),
     ),
     comment="One row per conversation, derived from the ledger.",
 )
