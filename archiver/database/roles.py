@@ -26,6 +26,7 @@ class Needs(msgspec.Struct, frozen=True):
     columns: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     sequences: tuple[str, ...] = ()  # schemas whose sequences are used
+    counters: tuple[str, ...] = ()  # schemas whose sequences are only read
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
@@ -71,6 +72,7 @@ NEEDED: Mapping[str, Needs] = {
         ),
         functions=("archiver.settle()",),
         sequences=("archiver_jobs",),
+        counters=("archiver",),  # sealing compares them with the ids in use
     ),
     AUDITOR: Needs(
         {
@@ -148,6 +150,12 @@ _MISSING = text(
      WHERE n.nspname = ANY (CAST(:sequences AS text[]))
        AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(r.role, c.oid, 'USAGE') END
      GROUP BY n.nspname, r.role
+    UNION ALL
+    SELECT format('GRANT SELECT ON ALL SEQUENCES IN SCHEMA %I TO %I', n.nspname, r.role)
+      FROM r CROSS JOIN pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = ANY (CAST(:counters AS text[]))
+       AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(r.role, c.oid, 'SELECT') END
+     GROUP BY n.nspname, r.role
     """
 )
 
@@ -163,6 +171,7 @@ def missing(connection: Connection, role: str, grantee: str | None = None) -> li
         "columns": list(needs.columns),
         "functions": list(needs.functions),
         "sequences": list(needs.sequences),
+        "counters": list(needs.counters),
     }
     return list(connection.scalars(_MISSING, values))
 
@@ -254,6 +263,8 @@ def expected_privileges(needs: Needs) -> Iterator[tuple[str, str, str]]:
         yield "function", name, "EXECUTE"
     for schema in needs.sequences:
         yield "sequence", schema, "USAGE"
+    for schema in needs.counters:
+        yield "sequence", schema, "SELECT"
 
 
 def existing(connection: Connection) -> list[str]:

@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from archiver import database, telemetry
 from archiver.compliance.erasure.clocks import ClockError
-from archiver.compliance.seals import BoundsError
+from archiver.compliance.seals import BoundsError, SequenceError
 from archiver.database.identity import ForeignDatabaseError
 from archiver.operations import heartbeats
 from archiver.settings import SettingsError
@@ -57,7 +57,7 @@ class Runner(msgspec.Struct, frozen=True):
 def reason_of(error: BaseException) -> str:
     """Return a description of a fault for operators; of foreign errors only type and location."""
     cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError | psycopg.Error) else error
-    if isinstance(error, SettingsError | ForeignDatabaseError | ClockError | BoundsError):
+    if isinstance(error, SettingsError | ForeignDatabaseError | ClockError | BoundsError | SequenceError):
         return str(error)
     if isinstance(cause, SQLAlchemyError | psycopg.Error):
         return f"database: {database.explain(cause)}"

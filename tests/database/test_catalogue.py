@@ -186,6 +186,37 @@ def test_migrate_and_doctor_report_a_dropped_guard_and_a_repair_brings_it_back(
     assert differences(engine) == []
 
 
+# A row with a given id, and the sequence that should be above it.
+COUNTED = {
+    "archiver.acts_id_seq": "INSERT INTO archiver.acts (id, actor, kind, reason, detail) OVERRIDING SYSTEM VALUE"
+    " VALUES (7, 'x', 'hold.add', 'y', '{}')",
+    "archiver.quarantine_id_seq": "INSERT INTO archiver.quarantine (id, received_at, last_received_at,"
+    " delivery_count, reason, detail, body, body_digest) OVERRIDING SYSTEM VALUE"
+    " VALUES (7, now(), now(), 1, 'not_json', '', 'x', sha256('x'))",
+}
+
+
+@pytest.mark.parametrize("sequence", COUNTED)
+@pytest.mark.parametrize(("value", "is_called", "following"), [(1, False, 1), (6, True, 7), (7, False, 7)])
+def test_a_sequence_that_was_set_back_is_named_and_set_forward(
+    engine: Engine, sequence: str, value: int, is_called: bool, following: int
+) -> None:
+    execute(engine, COUNTED[sequence], f"SELECT setval('{sequence}', {value}, {is_called})")
+    (found,) = differences(engine)
+    assert (found.object, found.verdict) == (f"sequence {sequence}", "failure")
+    assert f"would assign {following}, although" in found.detail
+    assert f"SELECT setval('{sequence}', 7);" in found.advice
+    with transaction(engine) as connection:
+        assert catalogue.repair(connection) == [found]
+        assert connection.scalar(text(f"SELECT nextval('{sequence}')")) == 8
+    assert differences(engine) == []
+
+
+def test_a_sequence_that_was_set_further_is_no_difference(engine: Engine) -> None:
+    execute(engine, COUNTED["archiver.acts_id_seq"], "SELECT setval('archiver.acts_id_seq', 8, false)")
+    assert differences(engine) == []
+
+
 @pytest.mark.parametrize("attribute", ["SUPERUSER", "BYPASSRLS", "CREATEROLE"])
 def test_a_reader_with_a_power_is_named(engine: Engine, attribute: str) -> None:
     with transaction(engine) as connection:

@@ -59,6 +59,34 @@ def ok(*arguments: str, url: str, **settings: str) -> str:
     return ended.stdout
 
 
+def test_a_sequence_that_was_set_back_is_reported_instead_of_a_seal_without_new_events(
+    url: str, tmp_path: Path
+) -> None:
+    """As after logical replication, which does not copy sequences. The writer, too, notices."""
+    ok("seal", url=url)
+    with psycopg.connect(url) as connection:
+        connection.execute("SELECT setval('archiver.events_id_seq', 1, false)")
+    writer = servers.as_writer(url)
+    with serving(writer, "--worker", ARCHIVER_SEAL_EVERY="1", ARCHIVER_HOME=str(tmp_path)) as receiver:
+        assert receiver.post(created("d", "s")).json()["status"] == "stored"
+        until(lambda: "archiver.events_id_seq would assign" in receiver.stderr(), "the worker logs the sequence")
+    remedy = "SELECT setval('archiver.events_id_seq', 3);"
+    for command in (["seal"], ["doctor"], ["migrate", "--check"]):
+        for database_url in (url, writer):
+            ended = archiver(*command, database_url=database_url, ARCHIVER_WEBHOOK_SECRETS="x" * 32)
+            assert ended.returncode == 1, (command, ended.stdout)
+            assert remedy in " ".join((ended.stdout + ended.stderr).split())
+    ok("migrate", "--repair", url=url)
+    with serving(url) as receiver:
+        assert receiver.post(created("e", "s")).json()["status"] == "stored"
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT id FROM archiver.events WHERE chat_id = 'e'").fetchone() == (4,)
+    assert "seal 2" in ok("seal", url=url)
+    ended = archiver("verify", database_url=url)
+    assert ended.returncode == 1
+    assert "event 1" in ended.stderr
+
+
 def test_i9_a_forged_event_is_named_and_exits_1(url: str) -> None:
     assert "seal 1: 4 leaves" in ok("seal", url=url)  # and what settings serve began with
     assert "No new rows since the last seal" in ok("seal", url=url)

@@ -1,6 +1,6 @@
 """Seal settled rows with a Merkle tree; each seal is chained to the previous one."""
 
-from archiver.compliance.seals.bounds import BoundsError
+from archiver.compliance.seals.bounds import BoundsError, SequenceError
 from archiver.compliance.seals.chain import (
     KeyFileError,
     Seal,
@@ -32,6 +32,7 @@ __all__ = [
     "Parallelism",
     "Proof",
     "Seal",
+    "SequenceError",
     "Settling",
     "key_id",
     "private_key",

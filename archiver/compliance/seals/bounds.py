@@ -7,6 +7,7 @@ from sqlalchemy import Connection, text
 from archiver.compliance.seals import chain
 from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.leaves import EVENTS, KINDS
+from archiver.database import sequences, tables
 from archiver.errors import ArchiverError
 
 # Removed events are known from `removals`; rows of the other tables are never removed.
@@ -31,6 +32,23 @@ LEAVES = 10_000  # per table and seal
 
 class BoundsError(ArchiverError):
     """The newest seal claims rows that do not exist, so no seal can follow it; the text names the remedy."""
+
+
+class SequenceError(ArchiverError):
+    """A sequence was set back, so that new rows get ids that are sealed; the text names the remedy."""
+
+
+def require_sequences(connection: Connection) -> None:
+    """Raise `SequenceError` if new rows of a sealed table get ids that are in use: no seal would contain them."""
+    sealed = {f"{tables.SCHEMA}.{kind.table}" for kind in KINDS}
+    behind = [each for each in sequences.select_behind(connection, [tables.SCHEMA]) if each.table in sealed]
+    if behind:
+        found = "; ".join(f"{each.name} {each}" for each in behind)
+        remedies = " ".join(f"{each.remedy};" for each in behind)
+        raise SequenceError(
+            f"Sequences were set back: {found}. No seal would contain new rows. Run archiver migrate --repair, or as"
+            f" the owner: {remedies}"
+        )
 
 
 def select_unbounded(connection: Connection, after: int = 0) -> list[int]:

@@ -38,8 +38,10 @@ def seal(
     """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
 
     `settling` carries state from call to call: long writing transactions are not waited for here. `beat` is called
-    after each seal. Raises `LedgerBusyError`, and `BoundsError` where the newest seal was forged.
+    after each seal. Raises `LedgerBusyError`, `BoundsError` where the newest seal was forged, and `SequenceError`
+    where a sequence was set back.
     """
+    run(engine, bounds.require_sequences)
     settled = settling.settle(engine) if settling is not None else _settle(engine)
     if settled is None:
         raise LedgerBusyError

@@ -7,10 +7,10 @@ import msgspec
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.database import roles, schema
+from archiver.database import roles, schema, sequences
 from archiver.database.catalogue.difference import Difference
 from archiver.database.catalogue.granted import examine_grants
-from archiver.database.catalogue.reading import Catalogue, decode, qualify, read
+from archiver.database.catalogue.reading import SCHEMAS, Catalogue, decode, qualify, read
 
 FILE = "catalogue.json"
 _REPAIR = "Run `archiver migrate --repair` as the owner of the schema archiver."
@@ -24,9 +24,20 @@ def select_differences(connection: Connection) -> list[Difference]:
     """
     before = connection.scalar(text("SELECT current_setting('search_path')"))
     expected, item = read_expected(), read(connection)
-    differences = [*_differences(connection, expected, item), *examine_grants(connection)]
+    differences = [*_differences(connection, expected, item), *examine_grants(connection), *_sequences(connection)]
     connection.execute(text("SELECT set_config('search_path', :before, true)"), {"before": before})
     return sorted(differences, key=lambda each: (each.verdict, each.object))
+
+
+def _sequences(connection: Connection) -> Iterator[Difference]:
+    for each in sequences.select_behind(connection, SCHEMAS):
+        advice = f"{_REPAIR[:-1]}, or as the owner: {each.remedy};"
+        statements = (
+            f"LOCK TABLE {each.table} IN SHARE ROW EXCLUSIVE MODE",  # otherwise new rows could get further ids
+            f"SELECT setval('{each.name}', (SELECT max({each.column}) FROM {each.table}))",  # noqa: S608  # quoted
+        )
+        detail = f"sequence {each.name} {each}: new rows get ids that are in use."
+        yield Difference(f"sequence {each.name}", "failure", detail, advice, statements)
 
 
 def read_expected() -> Catalogue:

@@ -1,0 +1,62 @@
+"""Sequences that were set back, so that new rows would get ids that are in use.
+
+Logical replication does not copy sequences, and a partial restore may leave them behind their tables.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+from sqlalchemy import Connection, text
+
+
+class Behind(msgspec.Struct, frozen=True):
+    """A sequence whose next id is not above the newest id of its table. Names are qualified and quoted."""
+
+    name: str
+    table: str
+    column: str
+    next: int
+    newest: int
+
+    @property
+    def remedy(self) -> str:
+        """Return the SQL that sets the sequence forward."""
+        return f"SELECT setval('{self.name}', {self.newest})"
+
+    def __str__(self) -> str:
+        return f"would assign {self.next}, although {self.table} has ids up to {self.newest}"
+
+
+# Those that this user may compare. Names are of our schemas.
+_SEQUENCES = text(
+    """
+    SELECT format('%I.%I', n.nspname, s.relname) AS name, format('%I.%I', n.nspname, t.relname) AS relation,
+           format('%I', a.attname) AS attribute
+      FROM pg_depend d
+      JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+      JOIN pg_class t ON t.oid = d.refobjid
+      JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = d.refobjsubid
+      JOIN pg_namespace n ON n.oid = s.relnamespace AND n.oid = t.relnamespace
+     WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+       AND n.nspname = ANY (CAST(:schemas AS text[]))
+       AND has_schema_privilege(n.oid, 'USAGE')
+       AND CASE WHEN s.relkind = 'S' THEN has_sequence_privilege(s.oid, 'SELECT') END
+       AND has_column_privilege(t.oid, a.attnum, 'SELECT')
+     ORDER BY 1
+    """
+)
+
+
+def select_behind(connection: Connection, schemas: Sequence[str]) -> list[Behind]:
+    """Return the sequences of these schemas that were set back. Those that this user may not read are left out."""
+    return list(_select_behind(connection, schemas))
+
+
+def _select_behind(connection: Connection, schemas: Sequence[str]) -> Iterator[Behind]:
+    for name, table, column in connection.execute(_SEQUENCES, {"schemas": list(schemas)}).all():
+        # A sequence is read as it is now, its table as of the start of the statement: never ahead of the sequence.
+        following = "s.last_value + CASE WHEN s.is_called THEN 1 ELSE 0 END"
+        query = f"SELECT {following}, t.newest FROM (SELECT max({column}) AS newest FROM {table}) t, {name} s"  # noqa: S608  # quoted
+        expected, newest = connection.exec_driver_sql(query).one()
+        if newest is not None and expected <= newest:
+            yield Behind(name, table, column, expected, newest)
