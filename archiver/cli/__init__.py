@@ -4,6 +4,7 @@ import codecs
 import errno
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 from importlib import import_module
 from io import RawIOBase, TextIOWrapper
@@ -191,8 +192,15 @@ def escaped(value: object, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text
+        each if _is_harmless(each) or each in keep else each.encode("unicode_escape").decode() for each in text
     )
+
+
+_JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
+
+
+def _is_harmless(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
 
 
 def fail(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """No command prints a control character of a stored value on its text output: it would act on the terminal."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,8 +54,17 @@ COMMANDS = [
 
 @given(st.text())
 def test_an_escaped_value_is_on_one_line_and_has_no_control_character(value: str) -> None:
-    assert escaped(value).isprintable()
-    assert escaped(value) == value or not value.isprintable()
+    result = escaped(value)
+    kinds = {unicodedata.category(each) for each in set(result) - set("\u200c\u200d")}
+    assert not kinds & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    assert result == value or not value.isprintable()
+
+
+@pytest.mark.parametrize(
+    "value", ["a\u00a0b", "\u5c71\u7530\u3000\u592a\u90ce", "\U0001f468\u200d\U0001f469\u200d\U0001f467"]
+)
+def test_spaces_and_joiners_of_ordinary_text_stay(value: str) -> None:
+    assert escaped(value) == value
 
 
 @pytest.fixture
