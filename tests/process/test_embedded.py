@@ -573,9 +573,10 @@ def test_an_ordinary_user_learns_who_owns_the_data(folder: Path, visitor: Visito
 
 # Answers Ctrl-C with a last query: draining needs the database.
 DRAINING_PROGRAM = """
-import psycopg, sys
+import psycopg, signal, sys
 from pathlib import Path
 from archiver import embedded
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background of a shell ignores it
 with embedded.running(Path(sys.argv[1])) as postgres, psycopg.connect(postgres.url) as connection:
     try:
         print(postgres.pid, flush=True)
