@@ -39,7 +39,7 @@ class SharedPause:
     async def wait(self) -> None:
         """Return when no pause is in force."""
         # Another process may extend it, which no local event would signal.
-        while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110
+        while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110  # other processes extend the pause
             await asyncio.sleep(min(seconds, 1.0))
 
     async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:

@@ -271,7 +271,7 @@ class _FolderCollector:
     def collect(self) -> Iterable[Metric]:
         """Yield each family; a file that its process has just created is still empty, and the library fails on it."""
         files = [str(file) for file in Path(os.environ[MULTIPROCESS_FOLDER]).glob("*.db") if _size(file)]
-        return multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-any-return,no-untyped-call]
+        return multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-any-return,no-untyped-call]  # not typed there
 
 
 def _size(file: Path) -> int:

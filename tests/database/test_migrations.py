@@ -80,13 +80,6 @@ GRANTS = (
 )
 
 
-@pytest.fixture
-def empty(cluster: Cluster, empty_database_url: str) -> Iterator[Engine]:
-    engine = cluster.engine(empty_database_url)
-    yield engine
-    engine.dispose()
-
-
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from archiver import database, events, ledger
+from archiver import database, events
 from archiver.database import roles, schema, tables, transaction
 from archiver.events import Delivery
 from archiver.ledger import quarantine
 from tests.conftest import Cluster
+from tests.support.observations import record
 from tests.support.payloads import created, deleted
 from tests.support.rows import execute, rows
 
@@ -60,23 +61,6 @@ TABLES = (
     "epoch_faults",
     "pieces",
 )
-
-
-@pytest.fixture
-def empty(cluster: Cluster, empty_database_url: str) -> Iterator[Engine]:
-    engine = cluster.engine(empty_database_url)
-    yield engine
-    engine.dispose()
-
-
-def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
-    observations = []
-    for body in bodies:
-        event = events.parse(body)
-        assert isinstance(event, events.Event)
-        observations.append(Delivery(event, NOW + timedelta(seconds=seconds), "key"))
-    with transaction(engine) as connection:
-        ledger.record(connection, observations)
 
 
 # Migrations

@@ -21,9 +21,10 @@ from archiver.compliance.seals import bounds, chain, leaves, merkle
 from archiver.compliance.seals.findings import Finding
 from archiver.database import snapshot, tables, transaction
 from archiver.events import Delivery, responses
+from tests.support.observations import record
 from tests.support.payloads import created, deleted
 from tests.support.rows import execute, rows
-from tests.support.seals import KEY, NOW, erase, forge, record
+from tests.support.seals import KEY, NOW, erase, forge
 from tests.support.slowness import holding
 from tests.support.versions import on_one_version
 

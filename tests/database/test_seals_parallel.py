@@ -17,9 +17,10 @@ from archiver.compliance import seals
 from archiver.compliance.seals import bounds, chain, ranges
 from archiver.compliance.seals.findings import Finding
 from archiver.database import snapshot
+from tests.support.observations import record
 from tests.support.payloads import created
 from tests.support.rows import execute
-from tests.support.seals import KEY, erase, forge, record
+from tests.support.seals import KEY, erase, forge
 from tests.support.versions import on_one_version
 from tests.support.waiting import until
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,26 +17,8 @@ import pytest
 
 from archiver import embedded
 from archiver.embedded import paths, postmaster
-from tests.support.embedding import USER_PROGRAM, query
+from tests.support.embedding import query, server_pid, user_process
 from tests.support.waiting import until
-
-
-# Starts, says the server's pid, waits for the end of its input, stops.
-def user_process(home: Path, **settings: Any) -> subprocess.Popen[str]:
-    """Another process that uses the server of a home."""
-    program = [settings.pop("python", sys.executable), "-c", USER_PROGRAM, str(home)]
-    return subprocess.Popen(
-        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
-    )
-
-
-def server_pid(process: subprocess.Popen[str]) -> int:
-    """What a user process says once it has the server."""
-    assert process.stdout
-    assert process.stderr
-    line = process.stdout.readline()
-    assert line, process.stderr.read()
-    return int(line)
 
 
 @pytest.fixture

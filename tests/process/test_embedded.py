@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -23,32 +22,14 @@ import archiver
 from archiver import embedded
 from archiver.embedded import binaries, paths, postmaster
 from archiver.embedded.cluster import LOG_BYTES
-from tests.support.embedding import USER_PROGRAM, query
+from tests.support.embedding import USER_PROGRAM, query, server_pid, user_process
 
 IS_ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can act as several users")
 
 
-# Starts, says the server's pid, waits for the end of its input, stops.
 def shown(postgres: embedded.Postgres, *settings: str) -> list[str]:
     return [query(postgres, f"SHOW {name}")[0] for name in settings]
-
-
-def user_process(home: Path, **settings: Any) -> subprocess.Popen[str]:
-    """Another process that uses the server of a home."""
-    program = [settings.pop("python", sys.executable), "-c", USER_PROGRAM, str(home)]
-    return subprocess.Popen(
-        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
-    )
-
-
-def server_pid(process: subprocess.Popen[str]) -> int:
-    """What a user process says once it has the server."""
-    assert process.stdout
-    assert process.stderr
-    line = process.stdout.readline()
-    assert line, process.stderr.read()
-    return int(line)
 
 
 def clear(home: Path) -> None:

@@ -1,5 +1,8 @@
 """What the tests of the embedded Postgres share: a program that uses it, and a question to it."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,3 +27,20 @@ def query(postgres: embedded.Postgres, statement: str) -> Any:
     with psycopg.connect(postgres.url, autocommit=True) as connection:
         cursor = connection.execute(statement)
         return cursor.fetchone() if cursor.description else None
+
+
+def user_process(home: Path, **settings: Any) -> subprocess.Popen[str]:
+    """Another process that uses the server of a home."""
+    program = [settings.pop("python", sys.executable), "-c", USER_PROGRAM, str(home)]
+    return subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    )
+
+
+def server_pid(process: subprocess.Popen[str]) -> int:
+    """What a user process says once it has the server."""
+    assert process.stdout
+    assert process.stderr
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    return int(line)

@@ -1,29 +1,16 @@
 """A sealed ledger, and what a forger may do to it."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, Engine, text
 
-from archiver import events, ledger
-from archiver.database import transaction
-from archiver.events import Delivery
 from tests.support.rows import execute
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-
-
-def record(engine: Engine, *bodies: bytes, seconds: float = 0) -> None:
-    observations = []
-    for body in bodies:
-        event = events.parse(body)
-        assert isinstance(event, events.Event)
-        observations.append(Delivery(event, NOW + timedelta(seconds=seconds), "key"))
-    with transaction(engine) as connection:
-        ledger.record(connection, observations)
 
 
 def erase(engine: Engine, session_id: str, chat_id: str) -> None:

@@ -67,7 +67,7 @@ def compose(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) 
     read_at = None
     result = maximal_readings(sorted(readings, key=lambda reading: reading.read_at))
     # Where turns vanished, equal ones that stayed may have been taken for them.
-    is_dated = len(result) < 2 or not any(turn.is_deleted and turn.messages for turn in known)  # noqa: PLR2004  # one reading needs no merging
+    is_dated = len(result) <= 1 or not any(turn.is_deleted and turn.messages for turn in known)
     for each in result:
         history_lines = date_lines(merge_history(history_lines, each.reading, deleted), each.first_read_at)
         read_at = each.reading.read_at

@@ -17,6 +17,7 @@ from archiver.events import Message
 
 _BLANK = frozenset({"text", "empty", "null"})  # shapes of a message that says nothing where its text is blank
 _PLACES = 64  # of an often repeated text that are looked at
+_EXCHANGE = 2  # a question and its answer, which repeat nothing
 
 Messages = tuple[Message, ...]
 
@@ -102,7 +103,7 @@ def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLin
     result = []
     for turn in turns:
         trimmed = _without_prompts(turn, prompts, places) if turn.inputs > 1 else turn
-        if len(trimmed.messages) > 2 and not trimmed.is_deleted:  # noqa: PLR2004  # a question and its answer repeat nothing
+        if len(trimmed.messages) > _EXCHANGE and not trimmed.is_deleted:
             trimmed = _without_leading(trimmed, lines, keys, places)
             trimmed = _without_answers(trimmed, lines, keys, places)
         result.append(trimmed)
@@ -187,7 +188,7 @@ def _without_answers(
 ) -> TurnMessages:
     """Return the turn without the answers to earlier ones that its output begins with."""
     question_keys, answer_keys = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
-    if not question_keys or len(answer_keys) < 2 or not all(content for _, content in answer_keys):  # noqa: PLR2004  # one answer repeats nothing
+    if not question_keys or len(answer_keys) <= 1 or not all(content for _, content in answer_keys):
         return turn
     surplus = []
     for place in places.get(question_keys[-1], ())[:_PLACES]:
@@ -239,7 +240,7 @@ def _surplus(
     messages: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
 ) -> int:
     """Return how many leading messages are repeats. `is_own`: whether lines may belong to this turn."""
-    if len(messages) < 2 or not all(content for _, content in messages):  # noqa: PLR2004  # one alone repeats nothing
+    if len(messages) <= 1 or not all(content for _, content in messages):
         return 0
     runs = [_run(messages, keys, place) for place in places.get(messages[-1], ())[:_PLACES]]
     own = [run for run in runs if run[0] == len(messages) or is_own(run[1])]

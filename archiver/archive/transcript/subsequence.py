@@ -1,4 +1,4 @@
-"""Alignments of two sequences: `align` for what two tellings of one conversation have in common, by way of
+"""Alignments of two sequences: `align` finds what two versions of one conversation have in common, with
 `common_subsequence`, the longest one, exact and in bounded memory.
 
 Its table is held as one integer a row (Crochemore et al. 2001, Hyyrö 2004), so that a machine word works on 64 cells
@@ -9,6 +9,7 @@ does.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from functools import reduce
 from itertools import accumulate, pairwise
 from operator import add
 
@@ -122,8 +123,6 @@ def _cut(old: Sequence[Hashable], new: Sequence[Hashable], half: int) -> int:
 
 def _lengths(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[int]:
     """Return the length of the subsequence of `new` and the last n items of `old`, for each n."""
-    row = 0
-    for row in _rows(old, new):  # noqa: B007  # only the last row is used, after the loop
-        pass
+    row = reduce(lambda _, each: each, _rows(old, new), 0)
     bits = reversed(f"{row:0{len(old)}b}")
     return [*accumulate((bit == "0" for bit in bits), initial=0)]

@@ -82,7 +82,7 @@ class Publisher:
                 self._fault = ""
             if published < PAGE_CHANGES:
                 # Random, so that workers do not poll at the same moment.
-                await asyncio.sleep(IDLE_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311
+                await asyncio.sleep(IDLE_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311  # it spreads processes and keeps no secret
 
     async def _publish(self) -> int:
         try:

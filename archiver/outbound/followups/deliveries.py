@@ -39,11 +39,14 @@ def message_id(subscription_id: int, cursor: int, changed_at: datetime) -> str:
     return f"msg_{subscription_id}_{cursor}_{round(changed_at.timestamp() * 1_000_000):x}"
 
 
+_DIGITS = 19  # of the largest bigint: a number with fewer always fits
+
+
 def parse_message_id(text: str) -> tuple[int, int] | None:
     """Return subscription and cursor of a `webhook-id` or its prefix; None if it is invalid."""
     prefix, *rest = text.split("_")
     is_one = prefix == "msg" and len(rest) in {2, 3} and all(each.isascii() and each.isdecimal() for each in rest[:2])
-    return (int(rest[0]), int(rest[1])) if is_one and max(len(each) for each in rest) < 19 else None  # noqa: PLR2004
+    return (int(rest[0]), int(rest[1])) if is_one and max(len(each) for each in rest) < _DIGITS else None
 
 
 class Result(msgspec.Struct, frozen=True):

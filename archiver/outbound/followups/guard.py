@@ -134,7 +134,7 @@ def _inner(address: Address) -> IPv4Address | None:
 
 def _is_isatap(address: Address) -> bool:
     """Return whether the address is …:0:5efe:V4 or …:200:5efe:V4 (RFC 5214, 6.1), under any prefix."""
-    return address.version == 6 and int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE  # noqa: PLR2004
+    return address.version == 6 and int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE  # noqa: PLR2004  # ISATAP, RFC 5214
 
 
 def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) -> list[str]:

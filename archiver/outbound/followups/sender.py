@@ -211,7 +211,7 @@ class Sender:
                 telemetry.followup_waits.inc()
                 if not is_logged:
                     reason = database.explain(error)
-                    log.error("database unavailable; subscription waits", subscription=self._id, reason=reason)  # noqa: TRY400
+                    log.error("database unavailable; subscription waits", subscription=self._id, reason=reason)  # noqa: TRY400  # there is nothing to trace
                 is_logged = True
             else:
                 self._is_slow = False
