@@ -25,8 +25,7 @@ class Needs(msgspec.Struct, frozen=True):
     appends: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
-    sequences: tuple[str, ...] = ()  # schemas whose sequences are used
-    counters: tuple[str, ...] = ()  # schemas whose sequences are only read
+    sequences: Mapping[str, str] = msgspec.field(default_factory=dict)  # by schema, the privilege on its sequences
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
@@ -71,8 +70,7 @@ NEEDED: Mapping[str, Needs] = {
             "runs",
         ),
         functions=("archiver.settle()",),
-        sequences=("archiver_jobs",),
-        counters=("archiver",),  # sealing compares them with the ids in use
+        sequences={"archiver_jobs": "USAGE", "archiver": "SELECT"},  # sealing compares the latter with the ids in use
     ),
     AUDITOR: Needs(
         {
@@ -145,17 +143,11 @@ _MISSING = text(
       JOIN pg_proc f ON f.pronamespace = n.oid AND f.proname || '()' = split_part(name, '.', 2)
      WHERE NOT has_function_privilege(r.role, f.oid, 'EXECUTE')
     UNION ALL
-    SELECT format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA %I TO %I', n.nspname, r.role)
-      FROM r CROSS JOIN pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = ANY (CAST(:sequences AS text[]))
-       AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(r.role, c.oid, 'USAGE') END
-     GROUP BY n.nspname, r.role
-    UNION ALL
-    SELECT format('GRANT SELECT ON ALL SEQUENCES IN SCHEMA %I TO %I', n.nspname, r.role)
-      FROM r CROSS JOIN pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = ANY (CAST(:counters AS text[]))
-       AND CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(r.role, c.oid, 'SELECT') END
-     GROUP BY n.nspname, r.role
+    SELECT format('GRANT %s ON ALL SEQUENCES IN SCHEMA %I TO %I', s.privilege, n.nspname, r.role)
+      FROM r CROSS JOIN unnest(CAST(:sequences AS text[]), CAST(:uses AS text[])) AS s (name, privilege)
+      JOIN pg_namespace n ON n.nspname = s.name JOIN pg_class c ON c.relnamespace = n.oid
+     WHERE CASE WHEN c.relkind = 'S' THEN NOT has_sequence_privilege(r.role, c.oid, s.privilege) END
+     GROUP BY s.privilege, n.nspname, r.role
     """
 )
 
@@ -171,7 +163,7 @@ def missing(connection: Connection, role: str, grantee: str | None = None) -> li
         "columns": list(needs.columns),
         "functions": list(needs.functions),
         "sequences": list(needs.sequences),
-        "counters": list(needs.counters),
+        "uses": list(needs.sequences.values()),
     }
     return list(connection.scalars(_MISSING, values))
 
@@ -261,10 +253,8 @@ def expected_privileges(needs: Needs) -> Iterator[tuple[str, str, str]]:
         yield "column", f"archiver.events.{name}", "UPDATE"
     for name in needs.functions:
         yield "function", name, "EXECUTE"
-    for schema in needs.sequences:
-        yield "sequence", schema, "USAGE"
-    for schema in needs.counters:
-        yield "sequence", schema, "SELECT"
+    for schema, privilege in needs.sequences.items():
+        yield "sequence", schema, privilege
 
 
 def existing(connection: Connection) -> list[str]:

@@ -39,14 +39,6 @@ HUNTER = "hunter2-hunter2-hunter2"  # a secret that no output may hold
 NOWHERE = "postgresql://archiver@127.0.0.1:1/archive"  # port 1: nobody listens
 
 
-@pytest.fixture(scope="module")
-def url(cluster: Cluster) -> Iterator[str]:
-    """A migrated database for all tests that do no harm to it."""
-    url = cluster.clone()
-    yield url
-    cluster.drop(url)
-
-
 # Usage
 
 

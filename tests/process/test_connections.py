@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.payloads import SECRET, created
 from tests.support.receivers import Receiver, has_read_all, serving
@@ -22,13 +21,6 @@ from tests.support.webhooks import ledger_locked, rows
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 TIMEOUT = 1  # seconds
-
-
-@pytest.fixture(scope="module")
-def url(cluster: Cluster) -> Iterator[str]:
-    url = cluster.clone()
-    yield url
-    cluster.drop(url)
 
 
 @pytest.fixture(scope="module")

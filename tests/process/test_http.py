@@ -34,14 +34,6 @@ LIMIT = 1_048_576
 
 
 @pytest.fixture(scope="module")
-def url(cluster: Cluster) -> Iterator[str]:
-    """One database for all tests that do no harm to it; each uses chats of its own."""
-    url = cluster.clone()
-    yield url
-    cluster.drop(url)
-
-
-@pytest.fixture(scope="module")
 def receiver(url: str) -> Iterator[Receiver]:
     with serving(url) as receiver:
         yield receiver

@@ -8,19 +8,11 @@ import httpx2
 import psycopg
 import pytest
 
-from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.receivers import Receiver, answer, serving
 from tests.support.registration import TOKEN, register
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def url(cluster: Cluster) -> Iterator[str]:
-    url = cluster.clone()
-    yield url
-    cluster.drop(url)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def _others(connection: Connection) -> Iterator[Difference]:
         (name, privilege)
         for needs in roles.NEEDED.values()
         for _, name, privilege in roles.expected_privileges(needs)
-    } | {(name, privilege) for needs in roles.NEEDED.values() for name in needs.sequences for privilege in ("USAGE",)}
+    }
     values = {"schemas": list(SCHEMAS), "roles": list(roles.NEEDED)}
     for kind, what, privilege, grantee in connection.execute(_OTHERS, values):
         schema_name = what.partition(".")[0]
