@@ -11,10 +11,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import structlog
@@ -40,15 +40,20 @@ STABLE_SECONDS = 60.0  # a worker that ran at least this long is restarted after
 PROCESS = "worker"  # reported as a duty: the process as a whole
 
 
-def work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
-    """Run the duties until SIGTERM or Ctrl-C. `used`: digests of the settings files, taken before they were read."""
+def work(
+    configuration: Settings, url: str, used: Mapping[str, str], started: Callable[[], None] = lambda: None
+) -> None:
+    """Run the duties until SIGTERM or Ctrl-C. `used`: digests of the settings files, taken before they were read.
+
+    Calls `started` once, as the duties begin to run.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_work(configuration, url, used))
+        runner.run(_work(configuration, url, used, started))
 
 
-async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> None:
+async def _work(configuration: Settings, url: str, used: Mapping[str, str], started: Callable[[], None]) -> None:
     """Run the duties; new settings take effect after the duties with the previous settings have ended."""
-    stopped, given = asyncio.Event(), configuration
+    stopped, given, is_started = asyncio.Event(), configuration, False
     ending = asyncio.Event()
 
     def stop() -> None:
@@ -69,7 +74,11 @@ async def _work(configuration: Settings, url: str, used: Mapping[str, str]) -> N
         ending.clear()
         at = _url(given, url)
         await asyncio.to_thread(_record_settings, given, at)
-        await Worker(given, database.database_url(at), files).run(ending)
+        worker = Worker(given, database.database_url(at), files)
+        if not is_started:
+            is_started = True
+            started()
+        await worker.run(ending)
     log.info("worker stopped")
 
 
@@ -103,7 +112,8 @@ class WorkerProcess:
         self._id = f"{socket.gethostname()}:{os.getpid()}:serve"
         self._stopping = threading.Event()
         self._restarts = 0
-        self._process, self._said = _start(environment, url)
+        self._process, self._reports = _start(environment, url)
+        self._reason = _NO_REASON
         self._watcher = threading.Thread(target=self._watch, name="companion", daemon=True)
         self._watcher.start()
 
@@ -126,24 +136,50 @@ class WorkerProcess:
     def _watch(self) -> None:
         pause, is_recorded = INITIAL_PAUSE_SECONDS, False
         while True:
-            telemetry.worker_up.labels(PROCESS).set(1)
-            self._process.join(STABLE_SECONDS)
-            if self._process.is_alive():
+            self._wait_for_start()
+            while self._is_alive_after(STABLE_SECONDS):
                 pause = INITIAL_PAUSE_SECONDS
                 is_recorded = is_recorded and not self._record(None)
-                continue
-            # Code 0: a signal stopped the worker and is about to stop this process.
-            if self._stopping.wait(pause):
+            # The signal that stopped the worker may be about to stop this process.
+            if self._stopping.wait(INITIAL_PAUSE_SECONDS):
+                return
+            is_recorded = self._report_end() or is_recorded
+            if self._stopping.wait(pause - INITIAL_PAUSE_SECONDS):
                 return
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
             self._restarts += 1
-            telemetry.worker_up.labels(PROCESS).set(0)
             telemetry.worker_restarts.labels(PROCESS).inc()
-            code = self._process.exitcode
-            reason = f"the process ended with {_exit_text(code)}: {_reason_from(self._said)}"
-            log.error("worker process ended unexpectedly; restarting", code=code, reason=reason)
-            is_recorded = self._record(reason) or is_recorded
-            self._process, self._said = _start(self._environment, self._url)
+            self._process, self._reports = _start(self._environment, self._url)
+
+    def _wait_for_start(self) -> None:
+        """Wait until the duties run or the process has ended."""
+        self._reason = _NO_REASON
+        wait([self._process.sentinel, self._reports])
+        self._receive()
+
+    def _is_alive_after(self, seconds: float) -> bool:
+        self._process.join(seconds)
+        return self._process.is_alive()
+
+    def _receive(self) -> None:
+        """Receive what the process reported: None as its duties begin to run, otherwise why it cannot work."""
+        with suppress(EOFError, OSError):
+            while self._reports.poll():
+                reason = self._reports.recv()
+                if reason is None:
+                    telemetry.worker_up.labels(PROCESS).set(1)
+                else:
+                    self._reason = str(reason)
+
+    def _report_end(self) -> bool:
+        """Report that the process has ended; return whether the database stored the fault."""
+        self._receive()
+        self._reports.close()
+        telemetry.worker_up.labels(PROCESS).set(0)
+        code = self._process.exitcode
+        reason = f"the process ended with {_exit_text(code)}: {self._reason}"
+        log.error("worker process ended unexpectedly; restarting", code=code, reason=reason)
+        return self._record(reason)
 
     def _record(self, reason: str | None) -> bool:
         """Report the fault for `status` and `doctor`, or withdraw it; return whether the database stored it."""
@@ -168,16 +204,6 @@ def _exit_text(code: int | None) -> str:
     return f"code {code}"
 
 
-def _reason_from(reason_pipe: Connection) -> str:
-    """Return the reason that the process sent before it ended."""
-    try:
-        return str(reason_pipe.recv()) if reason_pipe.poll() else _NO_REASON
-    except (EOFError, OSError):
-        return _NO_REASON
-    finally:
-        reason_pipe.close()
-
-
 _NO_REASON = "no reason reported; see the log above, and the system log for an out-of-memory kill"
 
 
@@ -190,7 +216,7 @@ def _start(environment: Mapping[str, str], url: str) -> tuple[BaseProcess, Conne
     return process, receiving
 
 
-def _run(environment: Mapping[str, str], url: str, reason_pipe: Connection) -> None:
+def _run(environment: Mapping[str, str], url: str, reports: Connection) -> None:
     # Ctrl-C signals the whole process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, value in environment.items():
@@ -202,11 +228,11 @@ def _run(environment: Mapping[str, str], url: str, reason_pipe: Connection) -> N
         used = reloading.look()
         configuration = settings.read()
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
-        work(configuration, url, used)
+        work(configuration, url, used, lambda: reports.send(None))
     except Exception as error:  # the outermost frame of the process
         reason = (
             str(error) if isinstance(error, SettingsError) else f"{type(error).__name__} at {fault_location(error)}"
         )
         log.exception("worker process failed", reason=reason)
-        reason_pipe.send(reason)
+        reports.send(reason)
         sys.exit(1)

@@ -112,6 +112,14 @@ def test_i13_a_worker_that_was_killed_or_cannot_start_is_reported_with_the_reaso
         assert "SIGKILL" in str(first["reason"])
         until(lambda: log_lines(receiver, "worker process failed"), "its successor says why it cannot work")
         until(lambda: up(receiver, "worker") == 0, "the metric says so")
+        tried, readings = len(log_lines(receiver, "worker process failed")), list[float | None]()
+
+        def has_tried_again() -> bool:
+            readings.append(up(receiver, "worker"))
+            return len(log_lines(receiver, "worker process failed")) >= tried + 2
+
+        until(has_tried_again, "it is started again")
+        assert {*readings} == {0.0}  # also while it waits and while it starts
 
         def finding() -> str:
             result = json.loads(archiver("doctor", "--json", database_url=database_url).stdout)
