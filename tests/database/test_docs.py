@@ -137,6 +137,16 @@ def test_the_http_page_names_every_key_that_the_parser_reads() -> None:
     assert not {name for name in looked_up if not re.search(rf"[`.]{name}[`.]", section)}
 
 
+def test_the_development_page_names_files_that_exist_and_hold_the_names_in_brackets() -> None:
+    page = (ROOT / "docs" / "development.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    named = re.findall(r"`((?:[a-z_]+/)[\w/.]*)`(?: \(((?:`\w+`(?:, )?)+)\))?", "\n".join(rows))
+    assert len(named) > 100
+    for path, names in named:
+        (file,) = [each / path for each in (ROOT, ROOT / "archiver", ROOT / "tests") if (each / path).exists()]
+        assert not [name for name in re.findall(r"\w+", names) if name not in file.read_text()], path
+
+
 def commands(group: click.Group, prefix: str = "archiver") -> list[tuple[str, click.Command]]:
     result = []
     context = click.Context(group)
