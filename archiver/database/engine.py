@@ -1,7 +1,6 @@
 """Engines: connections to Postgres with our options."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,36 +37,44 @@ def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = 
         pool_pre_ping=True,  # a connection lost while idle must not fail the next caller
         **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
     )
-    event.listen(engine, "connect", partial(session.check_connection, prepared_statements=prepared_statements))
+    event.listen(engine, "do_connect", _Opener(prepared_statements).open)
     return engine
 
 
 def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> AsyncEngine:
     """Return an engine for an event loop; options as for `connect`."""
     engine = create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
-    check = partial(session.check_connection, prepared_statements=prepared_statements)
-    event.listen(engine.sync_engine, "connect", check)
+    opener = _openers[engine.sync_engine] = _Opener(prepared_statements)
+    event.listen(engine.sync_engine, "do_connect", opener.open)
     return engine
+
+
+class _Opener:
+    """Opens the connections of an engine. `redirected`: the arguments of another URL."""
+
+    redirected: Mapping[str, Any] | None = None
+
+    def __init__(self, prepared_statements: bool | None) -> None:
+        self._prepared_statements = prepared_statements
+
+    def open(self, dialect: Any, record: Any, positional: Sequence[Any], arguments: dict[str, Any]) -> Any:
+        """Return a new connection that is set up, as the engine's listener for `do_connect`."""
+        if self.redirected is not None:
+            kept = ("prepare_threshold", "context")
+            arguments = {**self.redirected, **{name: value for name, value in arguments.items() if name in kept}}
+        return session.open_connection(
+            dialect, record, positional, arguments, prepared_statements=self._prepared_statements
+        )
+
+
+_openers: WeakKeyDictionary[Engine, _Opener] = WeakKeyDictionary()
 
 
 def redirect(engine: AsyncEngine, url: URL) -> None:
     """Let new connections go to this URL. Connections in use are kept."""
-    dialect = engine.sync_engine.dialect
-    _, arguments = dialect.create_connect_args(url)
-    given = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
-
-    def connect_there(_: Any, __: Any, ___: Any, parameters: dict[str, Any]) -> None:
-        preserved = {name: parameters[name] for name in ("prepare_threshold", "context") if name in parameters}
-        parameters.clear()
-        parameters.update(arguments | given | preserved)
-
-    if engine.sync_engine in _redirected:
-        event.remove(engine.sync_engine, "do_connect", _redirected[engine.sync_engine])
-    event.listen(engine.sync_engine, "do_connect", connect_there)
-    _redirected[engine.sync_engine] = connect_there
-
-
-_redirected: WeakKeyDictionary[Engine, Callable[..., None]] = WeakKeyDictionary()
+    _, arguments = engine.sync_engine.dialect.create_connect_args(url)
+    own = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
+    _openers[engine.sync_engine].redirected = arguments | own
 
 
 def _connect_seconds(url: URL) -> int:

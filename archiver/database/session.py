@@ -1,14 +1,17 @@
 """Session settings of our connections, regardless of defaults of role, database or pooler.
 
-Nothing is kept in the session, so that PgBouncer in transaction mode serves: what a transaction needs is set inside
-it. The encoding alone is a startup parameter: the driver encodes the very first statement.
+What a transaction needs is set inside it, so that PgBouncer in transaction mode serves. Only without a pooler are the
+limits set that apply between transactions and before their first statement. The encoding alone is always a startup
+parameter: the driver encodes the very first statement.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import psycopg
 import structlog
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import AdaptedConnection, Connection
 
 from archiver.settings import SettingsError
@@ -84,7 +87,15 @@ def require_utf8(info: psycopg.ConnectionInfo) -> None:
         )
 
 
-_PID = "SELECT pg_catalog.pg_backend_pid()"
+# Limits that end a session between two transactions, or before the first statement of a transaction has set its own.
+LIMITS = (
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "idle_session_timeout",
+    "transaction_timeout",  # since Postgres 17
+)
+_VERSION_17 = 170_000
 
 
 def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
@@ -95,33 +106,125 @@ def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
     return backend_pid != info.backend_pid
 
 
-def check_connection(adapted: Any, record: Any, *, prepared_statements: bool | None) -> None:
-    """Examine a new connection of an engine, as its listener for `connect`."""
-    driver = adapted.driver_connection if isinstance(adapted, AdaptedConnection) else adapted
+def _first_statement(info: psycopg.ConnectionInfo) -> str:
+    """Return the query for the backend's process id. It ends the limits of the session, unless a pooler shares it."""
+    ended = ", ".join(
+        f"CASE WHEN own AND pg_catalog.current_setting('{name}', true) IS NOT NULL"
+        f" THEN pg_catalog.set_config('{name}', '0', false) END"
+        for name in LIMITS
+    )
+    pid = "pg_catalog.pg_backend_pid()"
+    own = f"{pid} OPERATOR(pg_catalog.=) {info.backend_pid}"
+    return f"SELECT pid, {ended} FROM (SELECT {pid} AS pid, {own} AS own) backend"  # noqa: S608  # constants and a number
+
+
+def _without_limits(arguments: Mapping[str, Any], server_version: int) -> dict[str, Any]:
+    """Return the arguments with startup parameters for a session without limits.
+
+    They are the second attempt, because PgBouncer refuses them.
+    """
+    names = LIMITS if server_version >= _VERSION_17 else LIMITS[:-1]
+    given = arguments.get("options") or os.environ.get("PGOPTIONS", "")
+    return {**arguments, "options": " ".join((given, *(f"-c {name}=0" for name in names))).strip()}
+
+
+def _is_read_only(info: psycopg.ConnectionInfo) -> bool:
+    """Return whether transactions are read-only by default, although this server could write."""
+    return info.parameter_status("default_transaction_read_only") == "on" and (
+        info.parameter_status("in_hot_standby") != "on"
+    )
+
+
+def open_connection(
+    dialect: Any,
+    record: Any,
+    positional: Sequence[Any],
+    arguments: Mapping[str, Any],
+    *,
+    prepared_statements: bool | None,
+) -> Any:
+    """Return a new connection of an engine, set up."""
+    adapted = dialect.connect(*positional, **arguments)
+    version = _driver(adapted).info.server_version
     try:
-        require_utf8(driver.info)
-    except EncodingError:
-        adapted.close()
-        raise
-    cursor = adapted.cursor()
-    cursor.execute(_PID)
-    (backend_pid,) = cursor.fetchone()
-    cursor.close()
-    adapted.rollback()
-    record.info[_POOLED] = is_pooled(backend_pid, driver.info)
+        pid = _set_up(dialect, adapted)
+    except psycopg.Error as error:
+        try:
+            adapted = dialect.connect(*positional, **_without_limits(arguments, version))
+            pid = _set_up(dialect, adapted)
+        except psycopg.Error:
+            raise error from None
+    driver = _driver(adapted)
+    record.info[_POOLED] = is_pooled(pid, driver.info)
     if record.info[_POOLED] and prepared_statements is None:
         driver.prepare_threshold = None
         _report_pooler()
+    return adapted
 
 
-async def configure(connection: psycopg.AsyncConnection[Any], *, prepared_statements: bool | None) -> None:
-    """Apply the settings to a connection that is used without an engine."""
-    await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-    require_utf8(connection.info)
-    cursor = await connection.execute(_PID)
-    row = await cursor.fetchone()
-    await connection.rollback()
-    if prepared_statements is None and row is not None and is_pooled(row[0], connection.info):
+def _driver(adapted: Any) -> Any:
+    return adapted.driver_connection if isinstance(adapted, AdaptedConnection) else adapted
+
+
+def _set_up(dialect: Any, adapted: Any) -> int:
+    """Set up a connection and return the process id of its backend; close it on an error."""
+    info = _driver(adapted).info
+    try:
+        require_utf8(info)
+        adapted.autocommit = True  # without a transaction no limit of one applies
+        cursor = adapted.cursor()
+        cursor.execute(_first_statement(info))
+        (pid, *_) = cursor.fetchone()
+        cursor.close()
+        adapted.autocommit = False
+        if _is_read_only(info):
+            dialect.set_readonly(adapted, False)
+    except BaseException:
+        adapted.close()
+        raise
+    return int(pid)
+
+
+class PoolConnection(psycopg.AsyncConnection[Any]):
+    """A connection that is used without an engine, set up as those of engines are."""
+
+    pid = 0
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **arguments: Any) -> Self:
+        """Return a new connection."""
+        connection = await super().connect(conninfo, **arguments)
+        version = connection.info.server_version
+        try:
+            await connection.set_up()
+        except psycopg.Error as error:
+            given = {"options": conninfo_to_dict(conninfo).get("options")} | arguments
+            try:
+                connection = await super().connect(conninfo, **_without_limits(given, version))
+                await connection.set_up()
+            except psycopg.Error:
+                raise error from None
+        return connection
+
+    async def set_up(self) -> None:
+        """Set up the new connection; close it on an error."""
+        try:
+            require_utf8(self.info)
+            await self.set_autocommit(True)
+            cursor = await self.execute(_first_statement(self.info))
+            (self.pid, *_) = await cursor.fetchone() or (0,)
+            await self.set_autocommit(False)
+            await self.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+            if _is_read_only(self.info):
+                await self.set_read_only(False)
+        except BaseException:
+            await self.close()
+            raise
+
+
+async def configure(connection: PoolConnection, *, prepared_statements: bool | None) -> None:
+    """Disable prepared statements of a connection behind a pooler."""
+    if prepared_statements is None and is_pooled(connection.pid, connection.info):
         connection.prepare_threshold = None
         _report_pooler()
 

@@ -81,7 +81,13 @@ class Histories:
         kwargs = {"prepare_threshold": None} if prepared is False else {}
         configure = partial(database.session.configure, prepared_statements=prepared)
         connector = procrastinate.PsycopgConnector(
-            pool_factory=_Pool, conninfo=conninfo, kwargs=kwargs, configure=configure, min_size=1, max_size=4
+            pool_factory=_Pool,
+            connection_class=database.session.PoolConnection,
+            conninfo=conninfo,
+            kwargs=kwargs,
+            configure=configure,
+            min_size=1,
+            max_size=4,
         )
         self._jobs = procrastinate.App(connector=connector)
         self._read_histories = self._jobs.task(name="read_histories", queue=READINGS)(self.read_histories)

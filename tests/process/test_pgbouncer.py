@@ -10,6 +10,7 @@ from sqlalchemy import Engine, text
 
 from archiver import database
 from archiver.database import transaction
+from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.payloads import created, deleted
 from tests.support.pgbouncers import PROGRAMS, pooling
@@ -117,6 +118,26 @@ def test_doctor_reports_it(pooled: str, database_url: str, tmp_path: Path) -> No
     assert verdicts(pooled) == [("pooler", "ok")]
     assert verdicts(pooled, ARCHIVER_PREPARED_STATEMENTS="true") == [("pooler", "warning")]
     assert verdicts(database_url) == []
+
+
+def test_doctor_names_limits_that_only_a_session_without_pooler_can_change(
+    pooled: str, database_url: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    name = database.database_url(database_url).database
+    home = {"ARCHIVER_HOME": str(tmp_path), "ARCHIVER_WEBHOOK_SECRETS": "a" * 32}
+    for url, expected in ((pooled, ["lock_timeout = 999ms, statement_timeout = 500ms"]), (database_url, [])):
+        cluster.execute(f"ALTER DATABASE {name} SET statement_timeout = '500ms'")
+        cluster.execute(f"ALTER DATABASE {name} SET lock_timeout = '999ms'")
+        ended = archiver("doctor", "--json", database_url=url, **home)
+        found = [each["detail"] for each in json.loads(ended.stdout) if each["check"] == "limits"]
+        assert found == [f"Behind a pooler these limits end sessions: {each}." for each in expected]
+
+
+def test_a_default_of_read_only_does_not_stop_the_receiver(pooled: str, database_url: str, cluster: Cluster) -> None:
+    name = database.database_url(database_url).database
+    cluster.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    with serving(pooled) as receiver:
+        assert receiver.post(created("c", "s")).json()["status"] == "stored"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -20,6 +20,8 @@ from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.payloads import created
 from tests.support.receivers import archiver, serving
+from tests.support.upstreams import simulated
+from tests.support.waiting import until
 
 # What a user may set for a role; a value that changes what an unprepared program does.
 HOSTILE = {
@@ -96,6 +98,62 @@ def test_each_transaction_has_the_settings_that_it_needs(hostile_url: str, clust
             result = connection.exec_driver_sql("SELECT current_setting($1, true)", (name,)).scalar()
             assert result in {value, None}, name
     engine.dispose()
+
+
+LIMITS = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout")
+
+
+def limits_of(cluster: Cluster) -> dict[str, str]:
+    """Every limit that this version of Postgres knows, at its shortest."""
+    names = LIMITS if cluster.version == "15" else (*LIMITS, "transaction_timeout")
+    return dict.fromkeys(names, "1ms")
+
+
+def test_no_default_ends_a_session_between_or_before_transactions(hostile_url: str, cluster: Cluster) -> None:
+    limits = limits_of(cluster)
+    set_defaults(hostile_url, servers.WRITER, limits | {"default_transaction_read_only": "on"})
+    engine = cluster.engine(servers.as_writer(hostile_url), pool_size=1)
+    for _ in range(20):
+        with engine.connect() as connection:
+            for name in limits:
+                assert connection.exec_driver_sql("SELECT current_setting($1)", (name,)).scalar() == "0"
+            assert connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "off"
+        engine.dispose()
+    with database.snapshot(engine, statement_seconds=60) as connection:
+        assert connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+    engine.dispose()
+
+
+@pytest.mark.anyio
+async def test_no_default_ends_a_connection_without_an_engine(hostile_url: str, cluster: Cluster) -> None:
+    limits = limits_of(cluster)
+    set_defaults(hostile_url, servers.WRITER, limits | {"default_transaction_read_only": "on"})
+    conninfo = database.conninfo(database.database_url(servers.as_writer(hostile_url)), "x")
+    for _ in range(20):
+        connection = await sessions.PoolConnection.connect(conninfo)
+        for name in (*limits, "transaction_read_only"):
+            cursor = await connection.execute(sql.SQL("SHOW {}").format(sql.Identifier(name)))
+            assert await cursor.fetchone() == ("0" if name in limits else "off",)
+        await connection.close()
+
+
+def test_the_archive_is_written_in_spite_of_the_shortest_limits(
+    hostile_url: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    for role in (servers.WRITER, "postgres"):
+        set_defaults(hostile_url, role, limits_of(cluster) | {"default_transaction_read_only": "on"})
+    with simulated() as callhq, serving(hostile_url, "--worker", **callhq.settings) as receiver:
+        for number in range(20):
+            assert receiver.post(created(f"c{number}", "s")).json()["status"] == "stored"
+        until(lambda: "history duty started" in receiver.stderr(), "the worker runs")
+        assert receiver.stop() == 0
+        log = receiver.stderr()
+    assert "Traceback" not in log
+    assert '"level": "error"' not in log, log
+    home = {"ARCHIVER_HOME": str(tmp_path), "ARCHIVER_WEBHOOK_SECRETS": "x" * 32}
+    for command in (["migrate"], ["status"], ["seal"], ["verify"]):
+        ended = archiver(*command, database_url=hostile_url, **home)
+        assert ended.returncode == 0, (command, ended.stderr)
 
 
 @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in HOSTILE.items()}))

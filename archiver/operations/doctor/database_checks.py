@@ -142,6 +142,14 @@ def _room_for_locks(connection: Connection) -> Finding:
     return Finding("room for locks", "ok", f"{used.usage:.0%} of the lock table is in use.")
 
 
+# Defaults that may end a session before the first statement of a transaction has set its own limits. They can be
+# changed for the session only without a pooler.
+_SHORT_LIMITS = text(
+    "SELECT name, reset_val FROM pg_settings"
+    " WHERE name = ANY (CAST(:names AS text[])) AND CAST(reset_val AS integer) BETWEEN 1 AND 999 ORDER BY name"
+)
+
+
 def _session(connection: Connection, configuration: Settings) -> Iterator[Finding]:
     """Check for a connection pooler, and for a session default that transactions cannot change."""
     if database.is_behind_pooler(connection):
@@ -151,6 +159,10 @@ def _session(connection: Connection, configuration: Settings) -> Iterator[Findin
             detail = "A connection pooler is in use, and ARCHIVER_PREPARED_STATEMENTS is true."
             advice = "Unset it, unless the pooler supports prepared statements, as PgBouncer does since 1.22."
         yield Finding("pooler", "warning" if advice else "ok", detail, advice)
+        if limits := connection.execute(_SHORT_LIMITS, {"names": list(database.session.LIMITS)}).all():
+            listed = ", ".join(f"{row.name} = {row.reset_val}ms" for row in limits)
+            advice = f"As an administrator: ALTER ROLE … RESET {limits[0].name}; and the same for ALTER DATABASE."
+            yield Finding("limits", "warning", f"Behind a pooler these limits end sessions: {listed}.", advice)
     if connection.scalar(text("SELECT current_setting('session_replication_role')")) != "origin":
         detail = "session_replication_role is not origin: the triggers that guard the ledger do not run."
         advice = "As an administrator: ALTER ROLE … RESET session_replication_role; and the same for ALTER DATABASE."
