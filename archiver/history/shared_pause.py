@@ -42,17 +42,16 @@ class SharedPause:
         while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110  # other processes extend the pause
             await asyncio.sleep(min(seconds, 1.0))
 
-    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+    async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         """Pause every worker for `seconds`, unless the pause concerns a single session; return whether it was set.
 
         A longer existing pause stays in force.
         """
         telemetry.pauses.labels(reason).inc()
-        if session_id is not None:
-            self._note(session_id, is_answered=False)
-            if not self._is_about_all():
-                log.info("CallHQ throttled one session", session_id=session_id, seconds=seconds, reason=reason)
-                return False
+        self._note(session_id, is_answered=False)
+        if not self._is_about_all():
+            log.info("CallHQ throttled one session", session_id=session_id, seconds=seconds, reason=reason)
+            return False
         log.warning("CallHQ requested a pause", seconds=seconds, reason=reason)
         statement = insert(tables.pauses).values(name=_NAME, until=now() + timedelta(seconds=seconds), reason=reason)
         later = statement.on_conflict_do_update(

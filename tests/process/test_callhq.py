@@ -16,19 +16,16 @@ from urllib.parse import unquote
 
 import pytest
 import stamina
-import structlog
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from archiver.history.callhq import (
     Answer,
     CallError,
     Client,
-    Registry,
-    RequestRefusedError,
     TooLargeError,
     UnauthorizedError,
     UnreachableError,
@@ -43,7 +40,6 @@ from archiver.simulator.serving import serving
 from archiver.simulator.webhooks import Record, Sender
 
 KEY = "the-key-5b1f0c"
-TOKEN = "the-token-77aa"
 CARD = "my card number is 4929"
 FOUND = b'{"session": {"id": "s1", "messages": []}}'
 
@@ -64,7 +60,7 @@ class Pauses:
     async def wait(self) -> None:
         self.log.append("wait")
 
-    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+    async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         self.log.append(f"set {seconds:g} {reason}")
         return True
 
@@ -85,7 +81,7 @@ class RealPauses(Pauses):
         await super().wait()
         await asyncio.sleep(self.until - asyncio.get_running_loop().time())
 
-    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+    async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         await super().set(seconds, reason, session_id)
         self.until = asyncio.get_running_loop().time() + seconds
         return True
@@ -105,7 +101,7 @@ Scripted = Response | Callable[[Request], Awaitable[Response]]
 
 @dataclass
 class Server:
-    """Answers as scripted, then always 200 with an empty history, a session or a chat."""
+    """Answers as scripted, then always 200 with an empty history."""
 
     script: list[Scripted] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
@@ -123,18 +119,13 @@ class Server:
         if self.script:
             scripted = self.script.pop(0)
             return scripted if isinstance(scripted, Response) else await scripted(request)
-        if request.method == "GET":
-            return Response(FOUND)
-        name = "session" if request.url.path.endswith("/sessions") else "chat"
-        return JSONResponse(
-            {"message": "ok", name: {"id": f"id-of-{name}", "createdAt": "2026-01-01T00:00:00Z"}}, 201
-        )
+        return Response(FOUND)
 
 
 @asynccontextmanager
 async def server(script: Sequence[Scripted] = ()) -> AsyncIterator[Server]:
     scripted = Server([*script])
-    app = Starlette(routes=[Route("/{path:path}", scripted.answer, methods=["GET", "POST"])])
+    app = Starlette(routes=[Route("/{path:path}", scripted.answer)])
     async with serving(app, "127.0.0.1", 0) as scripted.url:
         yield scripted
 
@@ -353,7 +344,7 @@ async def test_a_refused_key_is_not_tried_again_and_the_error_names_the_setting(
         with pytest.raises(UnauthorizedError, match="CALLHQ_API_KEY") as raised:
             await client.history("s1")
         with pytest.raises(UnauthorizedError):
-            await client.create_session("N", "a")
+            await client.history("s2")
     assert len(s.calls) == 2
     assert CARD not in str(raised.value)
 
@@ -452,7 +443,7 @@ async def test_pauses_are_bounded(status):
 class OwnPauses(Pauses):
     """Each pause is for its session alone."""
 
-    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+    async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         await super().set(seconds, reason, session_id)
         return False
 
@@ -610,193 +601,20 @@ async def test_an_encoding_that_was_not_asked_for_is_no_answer(encoding):
             await client.history("s1")
 
 
-# What an application says
-
-
-async def test_the_documented_posts_are_sent_as_documented():
-    async with server() as s, connect(s) as client:
-        session = await client.create_session("Zoë", "assistant-1")
-        chat = await client.send_message(session["id"], "שלום\n", {"customerTier": "gold"})
-        await client.send_message("s2", "ok")
-    assert (session["id"], chat["id"]) == ("id-of-session", "id-of-chat")
-    assert [(call.method, call.path) for call in s.calls] == [
-        ("POST", "/api/sessions"),
-        ("POST", "/api/chats"),
-        ("POST", "/api/chats"),
-    ]
-    assert [json.loads(call.body) for call in s.calls] == [
-        {"name": "Zoë", "assistantId": "assistant-1"},
-        {
-            "sessionId": "id-of-session",
-            "input": "שלום\n",
-            "assistantOverrides": {"variableValues": {"customerTier": "gold"}},
-        },
-        {"sessionId": "s2", "input": "ok"},
-    ]
-    assert {call.headers["x-api-key"] for call in s.calls} == {KEY}
-    assert {call.headers["content-type"] for call in s.calls} == {"application/json"}
-
-
-async def test_a_post_that_may_have_been_done_is_never_repeated():
-    scripts: list[Scripted] = [Response(status_code=500), Response(status_code=502), hanging]
-    for scripted in scripts:
-        async with server([scripted]) as s, connect(s, timeout=0.3) as client:
-            with pytest.raises(UnreachableError, match=r"attempts: 1\)"):
-                await client.send_message("s1", CARD)
-        assert len(s.calls) == 1
-    for texts in BROKEN.values():
-        async with raw_server(saying(texts)) as s, connect(s) as client:
-            with pytest.raises(UnreachableError):
-                await client.create_session("N", "a")
-        assert len(s.calls) == 1
-
-
-async def test_a_post_that_was_not_taken_for_too_many_is_sent_again_after_the_pause():
-    async with server([busy(retry_after="3")]) as s, connect(s) as client:
-        await client.send_message("s1", "ok")
-    assert s.pauses.log == ["wait", "call", "set 3 429", "wait", "call"]
-    assert s.calls[0].body == s.calls[1].body
-
-
-async def test_a_post_answered_503_pauses_everybody_but_is_not_repeated():
-    async with server([busy(503, retry_after="3")]) as s, connect(s) as client:
-        with pytest.raises(UnreachableError, match="503"):
-            await client.send_message("s1", "ok")
-    assert s.pauses.log == ["wait", "call", "set 3 503"]
-
-
-async def test_a_post_that_could_not_connect_is_tried_again():
-    app = Server()
-
-    class Opening(Pauses):
-        """Lets the server listen from the second attempt on."""
-
-        async def wait(self) -> None:
-            await super().wait()
-            if self.log.count("wait") == 2:
-                listener.listen()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        app.calls.append(Call(head.decode().split()[0], "", {}, b"", 0))
-        body = b'{"chat": {"id": "c1"}}'
-        writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        await writer.drain()
-        writer.close()
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        app.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        pauses = Opening()
-        async with connect(app, pause=pauses) as client:
-            sending = asyncio.create_task(client.send_message("s1", "ok"))
-            async with asyncio.timeout(30):
-                while pauses.log.count("wait") < 2:  # noqa: ASYNC110  # the deadline is above
-                    await asyncio.sleep(0.01)
-            async with await asyncio.start_server(connected, sock=listener):
-                assert (await sending)["id"] == "c1"
-    assert (len(pauses.log), len(app.calls)) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("answer", "status"),
-    [
-        (Response(CARD, 404), 404),
-        (RedirectResponse("/elsewhere"), 307),
-        (Response(b"", 200), 200),
-        (Response(b"{not json " + CARD.encode(), 201), 201),
-        (Response(b"[" * 100_000, 201), 201),
-        (JSONResponse([CARD], 201), 201),
-        (JSONResponse({"message": CARD}, 201), 201),
-        (JSONResponse({"chat": {"id": 7, "input": CARD}}, 201), 201),
-    ],
-)
-async def test_a_post_without_the_documented_answer_is_an_error_without_content(answer, status):
-    async with server([answer]) as s, connect(s) as client:
-        with pytest.raises(RequestRefusedError, match=f"{status} to POST /chats") as raised:
-            await client.send_message("s1", CARD)
-    assert raised.value.status == status
-    assert CARD not in str(raised.value)
-    assert len(s.calls) == 1
-
-
-# Registration
-
-
-def registering(archive: Server) -> Registry:
-    return Registry(f"{archive.url}/", SecretStr(TOKEN))
-
-
-async def test_a_session_is_registered_once_with_what_is_known_of_it():
-    opened = JSONResponse({"session": {"id": "s1", "assistantId": "a", "name": "N", "createdAt": "T", "x": 1}}, 201)
-    async with server() as archive, server([opened]) as s, connect(s, registry=registering(archive)) as client:
-        await client.create_session("N", "a")
-        for session_id in ("s1", "s2", "s2", "s1"):
-            await client.send_message(session_id, CARD)
-        await client.history("s3")
-    assert [(call.method, call.path) for call in archive.calls] == [("POST", "/sessions")] * 2
-    assert [json.loads(call.body) for call in archive.calls] == [
-        {"sessions": [{"id": "s1", "assistantId": "a", "name": "N", "createdAt": "T"}]},
-        {"ids": ["s2"]},
-    ]
-    assert [call.headers["authorization"] for call in archive.calls] == [f"Bearer {TOKEN}"] * 2
-    assert not any("x-api-key" in call.headers for call in archive.calls)
-    assert not any("authorization" in call.headers for call in s.calls)
-
-
-async def test_messages_said_at_once_register_their_session_once():
-    async with server() as archive, server() as s, connect(s, registry=registering(archive)) as client:
-        await asyncio.gather(*[client.send_message("s1", "ok") for _ in range(20)])
-    assert len(archive.calls) == 1
-
-
-async def test_a_registration_that_failed_is_logged_and_tried_again_with_the_next_call():
-    refusals = [Response(CARD, 500), Response(status_code=401), RedirectResponse("/elsewhere"), busy()]
-    opened = JSONResponse({"session": {"id": "s1", "name": CARD}}, 201)
-    async with (
-        server(refusals) as archive,
-        server([opened]) as s,
-        connect(s, registry=registering(archive)) as client,
-    ):
-        with structlog.testing.capture_logs() as lines:
-            await client.create_session(CARD, "a")
-            for _ in range(6):
-                assert (await client.send_message("s1", CARD))["id"]
-    assert [json.loads(call.body) for call in archive.calls] == [{"sessions": [{"id": "s1", "name": CARD}]}] * 5
-    assert [(line["session_id"], line["reason"]) for line in lines] == [
-        ("s1", reason) for reason in ("500", "401", "307", "429")
-    ]
-    assert not any(secret in str(lines) for secret in (CARD, TOKEN, KEY))
-
-
-async def test_an_archive_that_is_away_fails_no_call():
-    async with (
-        raw_server(saying(b"")) as archive,
-        server() as s,
-        connect(s, registry=registering(archive)) as client,
-    ):
-        assert (await client.send_message("s1", "ok"))["id"]
-        assert (await client.create_session("N", "a"))["id"]
-    assert len(archive.calls) == 2
-    async with server() as s, connect(s, registry=registering(archive)) as client:
-        assert (await client.send_message("s1", "ok"))["id"]
-
-
 # Secrets
 
 
-async def test_neither_key_nor_token_nor_content_is_in_any_error_log_or_representation(caplog, capfd):
+async def test_neither_key_nor_content_is_in_any_error_log_or_representation(caplog, capfd):
     caplog.set_level(logging.DEBUG)
     status_and_body: list[str] = []
 
     async def fail(s: Server) -> None:
-        async with connect(s, timeout=0.2, registry=Registry(s.url, SecretStr(TOKEN)), max_bytes=500) as client:
-            status_and_body.extend((repr(client), str(client), repr(registering(s))))
-            for call in (client.history("s1"), client.send_message("s1", CARD), client.create_session(CARD, "a")):
-                try:
-                    await call
-                except CallError as error:
-                    status_and_body.extend((repr(error), *traceback.format_exception(error)))
+        async with connect(s, timeout=0.2, max_bytes=500) as client:
+            status_and_body.extend((repr(client), str(client)))
+            try:
+                await client.history("s1")
+            except CallError as error:
+                status_and_body.extend((repr(error), *traceback.format_exception(error)))
 
     for texts in BROKEN.values():
         async with raw_server(saying(texts)) as s:
@@ -815,8 +633,7 @@ async def test_neither_key_nor_token_nor_content_is_in_any_error_log_or_represen
     # What httpcore2 logs at DEBUG quotes broken answers; `telemetry` mutes it.
     others = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpcore2"))
     assert CARD not in own + others
-    for secret in (KEY, TOKEN):
-        assert secret not in own + caplog.text
+    assert KEY not in own + caplog.text
 
 
 @pytest.mark.parametrize("key", ["", "  ", "secret-part\nx: y", "secret-part\x7f", "secret-part-é", "secret-part\r"])
@@ -836,8 +653,6 @@ def test_an_invalid_url_is_refused_without_quoting_it(url):
     with pytest.raises(SettingsError, match="CALLHQ_API_URL") as raised:
         Client(url, SecretStr(KEY), pause=Pauses())
     assert "pass" not in str(raised.value)
-    with pytest.raises(SettingsError, match=r"Registry\.url"):
-        Client("http://h", SecretStr(KEY), pause=Pauses(), registry=Registry(url, SecretStr(TOKEN)))
 
 
 # The simulated platform
@@ -853,10 +668,11 @@ async def test_through_all_that_goes_wrong_the_platforms_histories_are_read():
         customers.connect(f"{truth.url}/api", KEY) as http,
         connect(truth, timeout=10) as client,
     ):
-        ids = [(await client.create_session(f"N{n}", "a"))["id"] for n in range(12)]
+        application = customers.Client(http)
+        ids = [(await application.create_session(f"N{n}", "a"))["id"] for n in range(12)]
         for session_id in ids:
             for text in ("Hello", "ok", "ok"):
-                await client.send_message(session_id, text)
+                await application.send_message(session_id, text, None)
         answers = await asyncio.gather(*[client.history(session_id) for session_id in ids])
         report = (await http.get(f"{truth.url}/simulator/report")).json()
     for session_id, answer in zip(ids, answers, strict=True):

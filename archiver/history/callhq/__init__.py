@@ -6,11 +6,9 @@ It returns responses without interpreting them. Neither key nor content enters a
 from archiver.history.callhq.access import printable
 from archiver.history.callhq.client import Client, Pause
 from archiver.history.callhq.probe import PauseRequestedError, probe
-from archiver.history.callhq.registry import Registry
 from archiver.history.callhq.responses import (
     Answer,
     CallError,
-    RequestRefusedError,
     TooLargeError,
     UnauthorizedError,
     UnreachableError,
@@ -22,8 +20,6 @@ __all__ = [
     "Client",
     "Pause",
     "PauseRequestedError",
-    "Registry",
-    "RequestRefusedError",
     "TooLargeError",
     "UnauthorizedError",
     "UnreachableError",

@@ -38,7 +38,7 @@ class _NoPause:
     async def wait(self) -> None:
         """Return at once: a single call needs no pause."""
 
-    async def set(self, seconds: float, reason: str, session_id: str | None) -> bool:
+    async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         raise PauseRequestedError(f"It returned {reason}. Wait {seconds:.0f} s.")
 
     def session_answered(self, session_id: str) -> None:

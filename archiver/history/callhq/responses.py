@@ -1,7 +1,6 @@
 """Results of calls to CallHQ: a response or an error."""
 
 from datetime import UTC, datetime
-from typing import Any
 
 import httpx2
 import msgspec
@@ -38,20 +37,8 @@ class TooLargeError(CallError):
     """A response exceeds the size limit."""
 
 
-class RequestRefusedError(CallError):
-    """CallHQ returned `status` for a request that it did not fulfil, or no result."""
-
-    def __init__(self, what: str, status: int) -> None:
-        super().__init__(what)
-        self.status = status
-
-
 class AttemptFailedError(ArchiverError):
-    """One attempt failed. `was_sent`: the request may have arrived."""
-
-    def __init__(self, what: str, *, was_sent: bool) -> None:
-        super().__init__(what)
-        self.was_sent = was_sent
+    """One attempt failed."""
 
 
 class ThrottledError(ArchiverError):
@@ -82,9 +69,9 @@ def check(response: httpx2.Response) -> None:
         seconds = retry_after.parse(response.headers.get("retry-after", ""), datetime.now(UTC))
         raise ThrottledError(status, min(max(DEFAULT_PAUSE if seconds is None else seconds, MIN_PAUSE), MAX_PAUSE))
     if status >= 500:  # noqa: PLR2004  # server errors (RFC 9110, 15.6)
-        raise AttemptFailedError(f"it returned {status}", was_sent=True)
+        raise AttemptFailedError(f"it returned {status}")
     if response.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
-        raise AttemptFailedError("it used a Content-Encoding that was not requested", was_sent=True)
+        raise AttemptFailedError("it used a Content-Encoding that was not requested")
 
 
 def failure(error: httpx2.RequestError) -> AttemptFailedError:
@@ -92,19 +79,9 @@ def failure(error: httpx2.RequestError) -> AttemptFailedError:
     data.
     """
     if isinstance(error, httpx2.ConnectError):
-        return AttemptFailedError(f"cannot connect: {error}", was_sent=False)
+        return AttemptFailedError(f"cannot connect: {error}")
     if isinstance(error, httpx2.ConnectTimeout):
-        return AttemptFailedError("no connection in time", was_sent=False)
+        return AttemptFailedError("no connection in time")
     if isinstance(error, httpx2.ProtocolError | httpx2.DecodingError):
-        return AttemptFailedError("its response is malformed or ended early", was_sent=True)
-    return AttemptFailedError(f"the connection failed ({type(error).__name__})", was_sent=True)
-
-
-def member(body: bytes, name: str) -> dict[str, Any] | None:
-    """Return the object under this name in a JSON object; None if there is none."""
-    try:
-        document = msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        return None
-    held = document.get(name) if isinstance(document, dict) else None
-    return held if isinstance(held, dict) else None
+        return AttemptFailedError("its response is malformed or ended early")
+    return AttemptFailedError(f"the connection failed ({type(error).__name__})")
