@@ -120,8 +120,9 @@ def _repeats(content: str, texts: Collection[str]) -> bool:
 def aligned(chat_id: str, turn: Turn) -> alignment.TurnMessages:
     """Return a turn as input of the alignment."""
     is_deleted = turn.deleted_at is not None
+    times = turn.began_at, turn.revised_at
     return alignment.TurnMessages(
-        chat_id, turn.messages, turn.inputs, turn.began_at, turn.revised_at, is_deleted, turn.first_received_at
+        chat_id, turn.messages, turn.inputs, *times, is_deleted, turn.first_received_at, turn.sent
     )
 
 

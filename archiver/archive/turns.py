@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from archiver import events
-from archiver.archive.transcript.context import messages_of_turn
+from archiver.archive.transcript.context import as_sent, messages_of_turn
 from archiver.events import Event, Message
 
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     messages: tuple[Message, ...]
     inputs: int  # of the messages, the first so many are input
     revised_at: datetime  # when the newest fact with content was true, no later than its arrival
+    sent: tuple[Message, ...]  # the input with what it repeats; none if it is a single message
 
     @property
     def began_at(self) -> datetime:
@@ -101,6 +102,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
     outputs = [chat.output for chat in revisions]
     input_messages = _newest(chat.input or None for chat in revisions) or ()
     output_messages = _newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)
+    sent = as_sent(input_messages)
     input_messages, output_messages = messages_of_turn(input_messages, output_messages)
     return Turn(
         assistant_id=_newest(chat.assistant_id for chat in revisions),
@@ -119,6 +121,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
         messages=input_messages + output_messages,
         inputs=len(input_messages),
         revised_at=max((fact.known_at for fact in ordered if _has_content(fact)), default=ordered[0].known_at),
+        sent=sent,
     )
 
 
@@ -143,6 +146,7 @@ def _turn_of(fact: Fact) -> Turn:
         messages=input_messages + output_messages,
         inputs=len(input_messages),
         revised_at=fact.known_at,
+        sent=as_sent(chat.input),
     )
 
 

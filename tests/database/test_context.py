@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from archiver.archive.rebuild import rebuild
 from archiver.archive.transcript import TurnMessages, transcript
-from archiver.archive.transcript.context import messages_of_turn
+from archiver.archive.transcript.context import as_sent, messages_of_turn
 from tests.support.histories import TIMING, Archive, answer
 from tests.support.payloads import created
 from tests.support.transcripts import minute, reading, said, texts
@@ -21,7 +21,8 @@ Texts = list[tuple[str, str]]
 
 def turn(chat_id: str, inputs: list[str], outputs: list[str], at: float) -> TurnMessages:
     item, answered = messages_of_turn(said(*inputs), said(*outputs))
-    return TurnMessages(chat_id, item + answered, len(item), minute(at), minute(at))
+    times = minute(at), minute(at)
+    return TurnMessages(chat_id, item + answered, len(item), *times, sent=as_sent(said(*inputs)))
 
 
 @pytest.mark.parametrize("known", ["ABC", "CB", "B"])
@@ -95,6 +96,71 @@ def test_questions_or_answers_alone_are_repeats_where_history_shows_it(
         lines = transcript(known, [reading(*whole)])
         assert texts(lines) == texts(said(*whole))
         assert "".join(line.chat_id or "-" for line in lines) == chats or (again, answer) == ("u 0", "a 0")
+
+
+NEWEST_FIRST = [
+    ["u 1", "a 0", "u 0"],
+    ["u 1", "a 0", "u 0", "s rules"],
+    ["a ", "u 1", "a 0", "u 0"],
+    ["u 1", "a 0"],
+    ["u 1", "u 0"],
+    ["u 1", "u a 0", "u 0"],  # texts without roles
+]
+
+
+@pytest.mark.parametrize("inputs", NEWEST_FIRST)
+@pytest.mark.parametrize("outputs", [["a 1"], ["a a 0"]])
+def test_i6_an_input_that_repeats_the_conversation_newest_first_adds_only_what_is_new(
+    inputs: list[str], outputs: list[str]
+) -> None:
+    before = "a a 0" if "u a 0" in inputs else "a 0"
+    whole = ["u 0", before, "u 1", *outputs]
+    turns = [turn("A", ["u 0"], [before], 1), turn("B", inputs, outputs, 2)]
+    for known, chats in ((turns, "AABB"), (turns[1:], "--BB")):
+        lines = [line for line in transcript(known, [reading(*whole)]) if line.role != "system"]
+        assert texts(lines) == texts(said(*whole))
+        assert "".join(line.chat_id or "-" for line in lines) == chats
+        assert not any(line.is_ambiguous for line in lines)
+
+
+def test_i6_a_turn_that_is_not_answered_yet_may_repeat_the_conversation_newest_first() -> None:
+    turns = [turn("A", ["u 0"], ["a 0"], 1), turn("B", ["u 1", "a 0", "u 0"], [], 2)]
+    for whole in (["u 0", "a 0", "u 1"], ["u 0", "a 0", "u 1", "a 1"]):
+        assert texts(transcript(turns, [reading(*whole)])) == texts(said(*whole))
+
+
+def test_i6_a_history_cut_before_a_turn_shows_that_its_input_was_sent_newest_first() -> None:
+    lines = transcript([turn("B", ["u 1", "a 0", "u 0"], ["a 1"], 2)], [reading("u 1", "a 1")])
+    assert texts(lines) == texts(said("u 1", "a 1"))
+
+
+def test_an_input_that_fits_the_history_in_both_directions_is_ambiguous() -> None:
+    turns = [turn("A", ["u 0"], ["a ok"], 1), turn("B", ["u 0", "a ok", "u 1"], ["a ok"], 2)]
+    turns.append(turn("C", ["u 1", "a ok", "u 0"], ["a ok"], 3))
+    whole = ["u 0", "a ok", "u 1", "a ok", "u 0", "a ok"]
+    for known, undecided in ((turns, {"B", "C"}), (turns[2:], {"C"})):
+        lines = transcript(known, [reading(*whole)])
+        assert texts(lines) == texts(said(*whole))
+        assert {line.chat_id for line in lines if line.is_ambiguous} == undecided
+    lines = transcript(turns[:2], [reading(*whole[:4])])
+    assert not any(line.is_ambiguous for line in lines)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 6), st.data())
+def test_i6_a_conversation_repeated_newest_first_stands_once(length: int, data: st.DataObject) -> None:
+    whole = conversation(length)
+    turns = []
+    for number in range(length):
+        before = whole[data.draw(st.integers(0, 2 * number)) : 2 * number]
+        inputs = [whole[2 * number], *before[::-1]]
+        turns.append(turn(f"C{number}", inputs, [whole[2 * number + 1]], number))
+    known = [each for each in turns if data.draw(st.integers(0, 3))]
+    lines = transcript(known, [reading(*whole)])
+    assert texts(lines) == texts(said(*whole))
+    for each in known:
+        assert [line.content for line in lines if line.chat_id == each.chat_id] == [each.chat_id[1:]] * 2
+    assert not any(line.is_ambiguous for line in lines)
 
 
 def test_questions_and_answers_that_history_shows_are_no_repeats() -> None:
@@ -187,6 +253,22 @@ def _created(number: int, inputs: Any) -> bytes:
     moment = minute(number).replace(year=2026).isoformat()
     output = [{"role": "assistant", "content": f"a{number}"}]
     return created(f"chat-{number}", input=inputs, output=output, createdAt=moment, updatedAt=moment)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1), (2,)])
+def test_i10_context_resent_newest_first_is_no_part_of_the_archive_once_history_was_read(
+    archive: Archive, order: tuple[int, ...]
+) -> None:
+    whole = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    resent = [{"role": role, "content": content} for role, content in whole[2::-1]]
+    for number in order:
+        archive.webhook(number, _created(number, "q1" if number == 1 else resent))
+    archive.reading(30, answer(*whole))
+    assert [(role, content) for _, role, content, _ in archive.transcript()] == whole
+    assert [chat_id for chat_id, *_ in archive.transcript()][-2:] == ["chat-2", "chat-2"]
+    before = archive.dump()
+    list(rebuild(archive.engine, TIMING))
+    assert archive.dump() == before
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1), (2,)])

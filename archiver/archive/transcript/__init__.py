@@ -12,7 +12,7 @@ import msgspec
 from archiver.archive.transcript import appendable, wording
 from archiver.archive.transcript.appendable import may_claim
 from archiver.archive.transcript.contained import date_lines, maximal_readings
-from archiver.archive.transcript.context import restore_unproven, without_repeats
+from archiver.archive.transcript.context import oldest_first, restore_unproven, without_repeats
 from archiver.archive.transcript.history import merge_history
 from archiver.archive.transcript.shapes import HistoryMessages, TranscriptLine, TurnMessages
 from archiver.archive.transcript.turns import in_order, merge_turns, unmatched_turn
@@ -94,6 +94,16 @@ def _merge(
     history_lines: list[TranscriptLine], turns: list[TurnMessages], read_at: datetime | None, *, is_dated: bool
 ) -> list[TranscriptLine]:
     """Let turns claim their history lines, without content that they repeat from earlier turns."""
+    turns, undecided = oldest_first(turns, history_lines)
+    lines = _without_repeats(history_lines, turns, read_at, is_dated=is_dated)
+    if not undecided:
+        return lines
+    return [msgspec.structs.replace(line, is_ambiguous=True) if line.chat_id in undecided else line for line in lines]
+
+
+def _without_repeats(
+    history_lines: list[TranscriptLine], turns: list[TurnMessages], read_at: datetime | None, *, is_dated: bool
+) -> list[TranscriptLine]:
     trimmed = without_repeats(turns, history_lines)
     for _ in range(_TRIALS):
         lines = merge_turns(history_lines, trimmed, read_at, is_dated=is_dated)

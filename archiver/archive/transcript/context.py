@@ -2,7 +2,8 @@
 
 `messages_of_turn` removes it by form alone. From an input it removes the messages up to the last answer before the
 user's messages, and a repeated or blank answer after them. From an output it removes the messages up to the last one
-of the user. `without_repeats` removes repeats that only the history proves. The ledger keeps the bytes.
+of the user. What only the history proves: `oldest_first` reverses an input that was sent newest first, and
+`without_repeats` removes repeats. The ledger keeps the bytes.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ from archiver.events import Message
 _BLANK = frozenset({"text", "empty", "null"})  # shapes of a message that says nothing where its text is blank
 _PLACES = 64  # of an often repeated text that are looked at
 _EXCHANGE = 2  # a question and its answer, which repeat nothing
+_ENDS = 32  # messages at each end of an input that are compared with the history
 
 Messages = tuple[Message, ...]
 
@@ -42,6 +44,13 @@ def messages_of_turn(input_messages: Messages, output_messages: Messages) -> tup
     return _without_answer(input_messages, output_messages) if len(
         input_messages
     ) > 1 else input_messages, output_messages
+
+
+def as_sent(input_messages: Messages) -> Messages:
+    """Return an input for `oldest_first`: both ends of a long one, nothing of one that has no direction."""
+    if len(input_messages) <= 2 * _ENDS:
+        return input_messages if len(input_messages) > 1 else ()
+    return input_messages[:_ENDS] + input_messages[-_ENDS:]
 
 
 def _without_answer(input_messages: Messages, output_messages: Messages) -> Messages:
@@ -84,6 +93,67 @@ def _last_of(messages: Messages, *, is_user: bool) -> int:
     return 0
 
 
+class _Shown:
+    """The lines of a history, by text."""
+
+    def __init__(self, lines: Sequence[TranscriptLine]) -> None:
+        self.lines = lines
+        self.keys = [text_key(line.role, line.content) for line in lines]
+        self.places: dict[Key, list[int]] = {}
+        for place, key in enumerate(self.keys):
+            self.places.setdefault(key, []).append(place)
+
+
+def oldest_first(
+    turns: Sequence[TurnMessages], lines: Sequence[TranscriptLine]
+) -> tuple[list[TurnMessages], set[str]]:
+    """Return the turns, in the given order, and the chat ids of those whose input fits the history in both orders.
+
+    An input was sent newest first if the history shows its first message before what the turn was answered, and the
+    others earlier, more of them in succession than of the input as it was sent.
+    """
+    if not lines or not any(turn.sent for turn in turns):
+        return [*turns], set()
+    shown = _Shown(lines)
+    result, undecided = [], set[str]()
+    for turn in turns:
+        other = _reversed(turn)
+        backwards = _length_shown(turn, turn.sent[::-1], shown) if other else 0
+        forwards = _length_shown(turn, turn.sent, shown) if backwards else 0
+        result.append(other if other and backwards > forwards else turn)
+        if 0 < backwards == forwards and turn.inputs < len(turn.messages):
+            undecided.add(turn.chat_id)
+    return result, undecided
+
+
+def _reversed(turn: TurnMessages) -> TurnMessages | None:
+    """Return the turn with the input that it has if it was sent newest first; None if that is the same one."""
+    if not turn.sent or turn.is_deleted:
+        return None
+    outputs = turn.messages[turn.inputs :]
+    inputs, _ = messages_of_turn(turn.sent[::-1], outputs)
+    if not inputs or _keys(inputs) == _keys(turn.messages[: turn.inputs]):
+        return None
+    return msgspec.structs.replace(turn, messages=inputs + outputs, inputs=len(inputs))
+
+
+def _length_shown(turn: TurnMessages, sent: Messages, shown: _Shown) -> int:
+    """Return how many messages of an input the history shows in succession before what the turn was answered.
+
+    None count where the others are not shown before, unless the history may have lost them at its head.
+    """
+    said = [key for key in _keys(sent[: _last_of(sent, is_user=True)]) if not _is_skipped(key)]
+    has_context = any(role != USER for role, _ in said)
+    longest = 0
+    for place in shown.places.get(said[-1], ())[:_PLACES] if said else ():
+        length, run = _run(said, shown.keys, place)
+        if _is_answered(turn, run, shown) and (
+            (has_context and run.start == 0) or _stand_before(said[:-length], run, shown)
+        ):
+            longest = max(longest, length)
+    return longest
+
+
 def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLine]) -> list[TurnMessages]:
     """Return the turns, in the given order, without content that the history shows as a repeat.
 
@@ -95,17 +165,14 @@ def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLin
     """
     if not lines:
         return [*turns]
-    keys = [text_key(line.role, line.content) for line in lines]
-    places: dict[Key, list[int]] = {}
-    for place, key in enumerate(keys):
-        places.setdefault(key, []).append(place)
+    shown = _Shown(lines)
     prompts: set[Key] = set()
     result = []
     for turn in turns:
-        trimmed = _without_prompts(turn, prompts, places) if turn.inputs > 1 else turn
+        trimmed = _without_prompts(turn, prompts, shown.places) if turn.inputs > 1 else turn
         if len(trimmed.messages) > _EXCHANGE and not trimmed.is_deleted:
-            trimmed = _without_leading(trimmed, lines, keys, places)
-            trimmed = _without_answers(trimmed, lines, keys, places)
+            trimmed = _without_leading(trimmed, shown)
+            trimmed = _without_answers(trimmed, shown)
         result.append(trimmed)
     return result
 
@@ -167,40 +234,37 @@ def _could_show_all(turn: TurnMessages, line: TranscriptLine) -> bool:
     return line.last_read_at is not None and line.last_read_at >= turn.revised_at
 
 
-def _without_leading(
-    turn: TurnMessages, lines: Sequence[TranscriptLine], keys: Sequence[Key], places: dict[Key, list[int]]
-) -> TurnMessages:
+def _is_answered(turn: TurnMessages, run: range, shown: _Shown) -> bool:
+    """Return whether a line after these is an answer of the turn, in a reading that could show it."""
+    answers = _keys(turn.messages[turn.inputs :])
+    after = _next_line(shown.keys, range(run.stop, len(shown.keys)))
+    return _could_show(turn, shown.lines[run.start]) and (not answers or after in answers)
+
+
+def _without_leading(turn: TurnMessages, shown: _Shown) -> TurnMessages:
     said, output_messages = turn.messages[: turn.inputs], turn.messages[turn.inputs :]
-    question_keys, answer_keys = _keys(said), _keys(output_messages)
-
-    def is_answered(run: range) -> bool:
-        after = _next_line(keys, range(run.stop, len(keys)))
-        return _could_show(turn, lines[run.start]) and (not answer_keys or after in answer_keys)
-
-    inputs = said[_surplus(question_keys, keys, places, is_answered) :]
+    inputs = said[_surplus(_keys(said), shown, lambda run: _is_answered(turn, run, shown)) :]
     if len(inputs) == len(said):
         return turn
     return msgspec.structs.replace(turn, messages=inputs + output_messages, inputs=len(inputs))
 
 
-def _without_answers(
-    turn: TurnMessages, lines: Sequence[TranscriptLine], keys: Sequence[Key], places: dict[Key, list[int]]
-) -> TurnMessages:
+def _without_answers(turn: TurnMessages, shown: _Shown) -> TurnMessages:
     """Return the turn without the answers to earlier ones that its output begins with."""
     question_keys, answer_keys = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
     if not question_keys or len(answer_keys) <= 1 or not all(content for _, content in answer_keys):
         return turn
     surplus = []
-    for place in places.get(question_keys[-1], ())[:_PLACES]:
-        length, run = _run(question_keys, keys, place)
-        if length < len(question_keys) or not _could_show_all(turn, lines[place]):
+    for place in shown.places.get(question_keys[-1], ())[:_PLACES]:
+        length, run = _run(question_keys, shown.keys, place)
+        if length < len(question_keys) or not _could_show_all(turn, shown.lines[place]):
             continue
-        shown = _answers(keys, range(run.stop, len(keys)))
-        if shown == answer_keys:
+        answers = _answers(shown.keys, range(run.stop, len(shown.keys)))
+        if answers == answer_keys:
             return turn
-        earlier = len(answer_keys) - len(shown)
-        is_end = 0 < earlier < len(answer_keys) and shown == answer_keys[earlier:]
-        if is_end and _answers_before(keys, run.start, earlier) == answer_keys[:earlier]:
+        earlier = len(answer_keys) - len(answers)
+        is_end = 0 < earlier < len(answer_keys) and answers == answer_keys[earlier:]
+        if is_end and _answers_before(shown.keys, run.start, earlier) == answer_keys[:earlier]:
             surplus.append(earlier)
     remaining = turn.inputs + min(surplus, default=0)
     return msgspec.structs.replace(turn, messages=turn.messages[: turn.inputs] + turn.messages[remaining:])
@@ -236,20 +300,23 @@ def _is_skipped(key: Key) -> bool:
     return key[0] in ASIDES or not key[1]
 
 
-def _surplus(
-    messages: Sequence[Key], keys: Sequence[Key], places: dict[Key, list[int]], is_own: Callable[[range], bool]
-) -> int:
+def _surplus(messages: Sequence[Key], shown: _Shown, is_own: Callable[[range], bool]) -> int:
     """Return how many leading messages are repeats. `is_own`: whether lines may belong to this turn."""
     if len(messages) <= 1 or not all(content for _, content in messages):
         return 0
-    runs = [_run(messages, keys, place) for place in places.get(messages[-1], ())[:_PLACES]]
+    runs = [_run(messages, shown.keys, place) for place in shown.places.get(messages[-1], ())[:_PLACES]]
     own = [run for run in runs if run[0] == len(messages) or is_own(run[1])]
     for length, lines in sorted(own, key=lambda run: (-run[0], run[1].stop)):
         missing = messages[: len(messages) - length]
         # Elsewhere in the history, and all of them before; none, where it shows all.
-        if all(any(other < lines.stop - 1 for other in _places_of_either(key, places)) for key in missing):
+        if _stand_before(missing, lines, shown):
             return len(missing)
     return 0
+
+
+def _stand_before(missing: Sequence[Key], run: range, shown: _Shown) -> bool:
+    """Return whether each of these messages is shown before the last line of a run."""
+    return all(any(other < run.stop - 1 for other in _places_of_either(key, shown.places)) for key in missing)
 
 
 def _places_of_either(key: Key, places: dict[Key, list[int]]) -> Iterator[int]:

@@ -28,7 +28,8 @@ class TurnMessages(msgspec.Struct, frozen=True, gc=False):
 
     `began_at` orders turns, ties by `revised_at` and `chat_id`; it may be wrong. `revised_at` is the upstream time
     of the
-    newest revision. `arrived_at`: when its first delivery arrived; None where that is not known.
+    newest revision. `arrived_at`: when its first delivery arrived; None where that is not known. `sent`: its input
+    with the earlier conversation, in the order in which it was sent (`context.as_sent`).
     """
 
     chat_id: str
@@ -38,6 +39,7 @@ class TurnMessages(msgspec.Struct, frozen=True, gc=False):
     revised_at: datetime
     is_deleted: bool = False
     arrived_at: datetime | None = None
+    sent: tuple[Message, ...] = ()
 
 
 class TranscriptLine(msgspec.Struct, frozen=True, gc=False):
