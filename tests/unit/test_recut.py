@@ -87,6 +87,26 @@ def test_turns_without_an_answer_may_stand_before_those_that_are_joined() -> Non
     assert lines_of(turns, "u q1", "u q2", "a a2\n\nmore") == ["A u q1", "B u q2", "B a a2", "B a more"]
 
 
+@pytest.mark.parametrize("more", [[], ["a a5"]])
+def test_i6_an_answer_after_a_turn_without_one_goes_to_the_turn_that_has_it(more: list[str]) -> None:
+    turns = [turn("A", "u q4", "a a4", at=1), turn("B", "u yes", at=2)]
+    rest = [f"B {text}" for text in more]
+    assert lines_of(turns, "u q4", "u yes", "a a4", *more) == ["A u q4", "A a a4", "B u yes", *rest]
+    turns = [turn("X", "u q3", "a a3", at=0), *turns, turn("C", "u q5", "a a6", at=3)]
+    shown = ["u q3", "a a3", "u q4", "u yes", "u q5", "a a4", "a a6"]
+    assert lines_of(turns, *shown) == [
+        *("X u q3", "X a a3", "A u q4", "A a a4"),
+        *("B u yes", "C u q5", "C a a6"),
+    ]
+
+
+def test_turns_without_an_answer_stay_where_each_message_has_its_line() -> None:
+    turns = [turn("A", "u q1", at=1), turn("B", "u q2", at=2)]
+    lines = transcript(turns, [reading("u q1", "u q2", "a a2")])
+    assert [line.chat_id for line in lines] == [*"ABB"]
+    assert not any(line.is_reworded for line in lines)
+
+
 @pytest.mark.parametrize(
     "shown",
     [

@@ -8,12 +8,12 @@ within a message the texts are equal. Turns that have all their lines as they ar
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 
 import msgspec
 
-from archiver.archive.transcript.candidates import ASIDES, SKEW
+from archiver.archive.transcript.candidates import ASIDES, SKEW, Match
 from archiver.archive.transcript.placement import Placement
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
 from archiver.archive.transcript.wording import Key, text_key
@@ -54,6 +54,17 @@ class _Block(msgspec.Struct, frozen=True):
     end: int
     user: list[int]
     answers: list[int]
+
+
+class _Shown(msgspec.Struct, frozen=True):
+    """The history, and the turns to find in it."""
+
+    lines: Sequence[TranscriptLine]
+    keys: Sequence[Key]
+    turns: Sequence[TurnMessages]
+
+    def text(self, places: Sequence[int]) -> _Text:
+        return _text([self.keys[place] for place in places])
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -107,29 +118,26 @@ def _apply(lines: Sequence[TranscriptLine], cuts: Sequence[_Cut]) -> tuple[list[
 def _cuts(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], placement: Placement) -> Iterator[_Cut]:
     """Yield the blocks to cut, in order."""
     settled = {turn: match for turn, match in placement.matches.items() if match.is_full and not match.jumps}
-    parts = [
-        part
-        for turn, each in enumerate(turns)
-        if turn not in settled and not each.is_deleted and (part := _part(turn, each))
-    ]
-    if not parts:
+    if len(settled) == len(turns):
         return
-    search = _Search(parts, turns)
+    shown = _Shown(lines, [text_key(line.role, line.content) for line in lines], turns)
+    used: set[int] = set()
+    search = _Search(shown, settled, used)
+    if not search.has_turns:
+        return
+    # A turn without an answer may also stand between the question and the answer of another.
+    answered = {turn: match for turn, match in settled.items() if turns[turn].inputs < len(turns[turn].messages)}
+    unsettled = {match.start for turn, match in placement.matches.items() if turn not in settled}
+    wider = _Search(shown, answered, used) if unsettled and len(answered) < len(settled) else None
     owners = {match.start: turn for turn, match in settled.items()}
-    owned = {line for match in settled.values() for line in range(match.start, match.end)}
-    keys = [text_key(line.role, line.content) for line in lines]
     low = 0
-    for block in _blocks(keys):
-        low = max([low, *(owners[line] for line in block.user if line in owners)])
-        # Turns without an answer may stand before the turns that are answered.
-        user = [*takewhile(lambda line: line not in owned, reversed(block.user))][::-1]
-        if user:
-            free = msgspec.structs.replace(block, start=user[0], user=user)
-            found = search.find(free, lines, keys, low)
-            cut = _cut(free, found, lines, keys)
-            if cut:
-                search.use(found)
-                yield cut
+    for block in _blocks(shown.keys):
+        before, low = low, max([low, *(owners[line] for line in block.user if line in owners)])
+        cut = search.cut(block, low)
+        if cut is None and wider is not None and not unsettled.isdisjoint(block.user):
+            cut = wider.cut(block, before)
+        if cut:
+            yield cut
 
 
 def _blocks(keys: Sequence[Key]) -> Iterator[_Block]:
@@ -183,27 +191,50 @@ def _part(number: int, turn: TurnMessages) -> _Part | None:
 
 
 class _Search:
-    """Find the turns that a block consists of."""
+    """Find the turns that a block consists of, among those that are not settled; each is found once."""
 
-    def __init__(self, parts: Sequence[_Part], turns: Sequence[TurnMessages]) -> None:
-        self._parts = parts
-        self._turns = turns
-        self._used: set[int] = set()
+    def __init__(self, shown: _Shown, settled: Mapping[int, Match], used: set[int]) -> None:
+        self._shown = shown
+        self._turns = shown.turns
+        self._owned = {line for match in settled.values() for line in range(match.start, match.end)}
+        self._used = used
         self._tries = 0
+        self._parts = [
+            part
+            for turn, each in enumerate(shown.turns)
+            if turn not in settled and not each.is_deleted and (part := _part(turn, each))
+        ]
         self._by_prefix: defaultdict[str, list[int]] = defaultdict(list)
-        for index, part in enumerate(parts):
+        for index, part in enumerate(self._parts):
             self._by_prefix[part.asked.text[:_PREFIX]].append(index)
 
-    def use(self, found: Sequence[_Part]) -> None:
-        self._used.update(part.turn for part in found)
+    @property
+    def has_turns(self) -> bool:
+        return bool(self._parts)
 
-    def find(self, block: _Block, lines: Sequence[TranscriptLine], keys: Sequence[Key], low: int) -> list[_Part]:
+    def cut(self, block: _Block, low: int) -> _Cut | None:
+        """Return the cut of a block; None if no turns read as it does, or if it is divided as they are.
+
+        Turns without an answer that are settled may stand before those of the block.
+        """
+        user = [*takewhile(lambda line: line not in self._owned, reversed(block.user))][::-1]
+        if not user:
+            return None
+        free = msgspec.structs.replace(block, start=user[0], user=user)
+        found = self._find(free, low)
+        cut = _cut(free, found, self._shown.lines, self._shown.keys)
+        if cut:
+            self._used.update(part.turn for part in found)
+        return cut
+
+    def _find(self, block: _Block, low: int) -> list[_Part]:
         """Return the turns, `low` or later rather than earlier ones; none if no turns read as the block does."""
-        asked, answered = _text([keys[line] for line in block.user]), _text([keys[line] for line in block.answers])
+        asked, answered = self._shown.text(block.user), self._shown.text(block.answers)
+        line = self._shown.lines[block.start]
         self._tries = _TRIES
-        firsts = [first for first in self._firsts(asked.text, low) if self._could_show(first, lines[block.start])]
+        firsts = [first for first in self._firsts(asked.text, low) if self._could_show(first, line)]
         for first in firsts:
-            found = self._chain([first], asked, answered, lines[block.start])
+            found = self._chain([first], asked, answered, line)
             if found:
                 return found
         for first in firsts:
