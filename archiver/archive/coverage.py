@@ -121,7 +121,7 @@ def coverage_of(
         return Coverage("open", NEVER_READ, None, None, 0)
     newest = readings[-1]
     result = [reading.last_at for reading in readings if reading.kind == responses.READ]
-    state, reason = _state(turns, newest, lines, last_event_at, repaired)
+    state, reason = _state(turns, readings, lines, last_event_at, repaired)
     # A turn without delivered content may be one of those known only from history.
     if reason != EVENTS_AFTER_READING and sum(not turn.has_content for turn in turns.values()) > found:
         state, reason = "lost", UNSEEN
@@ -130,11 +130,12 @@ def coverage_of(
 
 def _state(
     turns: Mapping[str, Turn],
-    newest: Reading,
+    readings: Sequence[Reading],
     lines: Sequence[TranscriptLine],
     last_event_at: datetime,
     repaired: int,
 ) -> tuple[State, str]:
+    newest = readings[-1]
     if last_event_at > newest.last_at:
         return "open", EVENTS_AFTER_READING
     snapshots = any(line.first_read_at is not None for line in lines)
@@ -143,13 +144,27 @@ def _state(
     if unconfirmed:
         is_partial = newest.kind == responses.READ and not has_no_messages
         return "unverified", unconfirmed if is_partial else _UNREAD[newest.kind]
-    if not snapshots and newest.kind != responses.READ:
+    has_failed = newest.kind != responses.READ or (has_no_messages and not newest.shown)
+    if has_failed and (not snapshots or _has_later_turn(turns, readings)):
         return "unverified", _UNREAD[newest.kind]
     if any(line.is_ambiguous for line in lines):
         return "ambiguous", AMBIGUOUS
     if any(line.is_reworded for line in lines):
         return "repaired" if repaired else "complete", REWORDED
     return ("repaired", REPAIRED) if repaired else ("complete", AGREED)
+
+
+def _has_later_turn(turns: Mapping[str, Turn], readings: Sequence[Reading]) -> bool:
+    """Return whether a turn began and arrived after the last history with messages, which cannot show it.
+
+    Its texts may be those of another turn in that history, or blank.
+    """
+    shown = [each for each in readings if each.kind == responses.READ and (each.snapshot.messages or each.shown)]
+    return bool(shown) and any(
+        min(turn.began_at, turn.first_received_at) > shown[-1].last_at
+        for turn in turns.values()
+        if turn.deleted_at is None or not turn.has_content
+    )
 
 
 def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> str | None:

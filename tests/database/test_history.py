@@ -232,6 +232,44 @@ def test_a_history_that_cannot_be_had_leaves_a_session_unverified(
     assert archive.rows("SELECT body FROM archiver.events WHERE source = 'history'") == [(body,)]
 
 
+_AT = (START + timedelta(minutes=20)).isoformat()
+_BLANK = created("chat-2", input="", output=None, createdAt=_AT, updatedAt=_AT)
+_REPEATED = created(
+    "chat-2", input="ok", output=[{"role": "assistant", "content": "ok"}], createdAt=_AT, updatedAt=_AT
+)
+
+
+@pytest.mark.parametrize("later", [_BLANK, _REPEATED])
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (responses.unavailable_event("session-1"), "history_unavailable"),
+        (responses.parse_history("session-1", 404, b""), "history_gone"),
+        (responses.parse_history("session-1", 200, b"not JSON"), "history_unreadable"),
+        (responses.parse_history("session-1", 200, answer()), "history_empty"),
+    ],
+)
+def test_a_turn_after_the_last_history_with_messages_leaves_a_session_unverified(
+    archive: Archive, later: bytes, event: Event, reason: str
+) -> None:
+    """Even a turn that is blank, or that repeats a turn of the history whose webhook was lost."""
+    archive.webhook(1, turn(1))
+    archive.reading(10, answer(*said(1), ("user", "ok"), ("assistant", "ok")))
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 2)
+    archive.webhook(21, later)
+    archive.record(24 * 60 + 10, event, "history")
+    assert archive.coverage()[:2] == ("unverified", reason)
+    archive.reading(24 * 60 + 20, answer(*said(1), *[("user", "ok"), ("assistant", "ok")] * 2))
+    assert archive.coverage()[0] != "unverified"
+
+
+def test_a_late_webhook_of_a_turn_that_history_shows_leaves_a_session_complete(archive: Archive) -> None:
+    archive.reading(10, answer(*said(1)))
+    archive.webhook(20, turn(1))
+    archive.reading(30, b"", 404)
+    assert archive.coverage() == ("complete", "agreed", 0)
+
+
 def test_a_last_reading_without_messages_is_retried_until_upstream_expires_the_session(archive: Archive) -> None:
     due = "SELECT reconcile_at FROM archiver.sessions WHERE session_id <> ''"
     archive.webhook(0, turn(1))
