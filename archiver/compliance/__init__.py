@@ -1,1 +1,1 @@
-"""Provide erasure, legal holds, retention, seals and exports as use cases for commands, routes and duties."""
+"""Erasure, legal holds, retention, seals and exports: the use cases behind commands, routes and duties."""

@@ -1,7 +1,7 @@
-"""Read legal holds from the audit log, which is authoritative over the table.
+"""Read legal holds from the audit log, which takes precedence over the table.
 
-The audit log never holds the value of a variable, which may identify a person: only a digest, salted with bytes that
-the row in `archiver.holds` keeps until the release. Without that row a hold by variable covers every value.
+The audit log never contains the value of a variable, which may identify a person: only a digest, salted with bytes
+that the row in `archiver.holds` keeps until the release. Without that row a hold by variable covers every value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ ADD, RELEASE = "hold.add", "hold.release"
 
 
 class Criteria(msgspec.Struct, frozen=True):
-    """Define what a hold covers: sessions that match all criteria; None matches any.
+    """The criteria of a hold, which covers the sessions that match all of them; None matches any.
 
     `since` and `until`: sessions with a turn that began at or after `since` and before `until`.
     """
@@ -39,7 +39,7 @@ LOGGED = ("session_id", "assistant_id", "variable", "since", "until")  # criteri
 
 
 class LoggedHold(msgspec.Struct, frozen=True):
-    """Hold a legal hold as recorded in the audit log."""
+    """A legal hold as recorded in the audit log."""
 
     id: int
     criteria: Criteria
@@ -53,7 +53,7 @@ class LoggedHold(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Describe a hold in force. `is_any_value`: its value is lost, so it covers every value."""
+    """A hold in force. `is_any_value`: its value is lost, so it covers every value."""
 
     id: int
     session_id: str | None
@@ -72,7 +72,7 @@ def value_digest(salt: bytes, value: str) -> str:
 
 
 def replay(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, LoggedHold], list[int]]:
-    """Return the holds placed by these entries (in order of their ids), and the ids of releases without a hold."""
+    """Return the holds by id, and the ids of the releases without a hold; `entries` are in order of id."""
     placed: dict[int, LoggedHold] = {}
     unknown: list[int] = []
     for entry in entries:
@@ -112,7 +112,7 @@ def _time(value: Any) -> datetime | None:
 
 
 def is_same(placed: LoggedHold, row: Mapping[str, Any]) -> bool:
-    """Return whether an unreleased row of `archiver.holds` matches the entry that placed it."""
+    """Return whether a row of `archiver.holds` matches the entry that placed the hold."""
     if any(row[name] != getattr(placed.criteria, name) for name in LOGGED):
         return False
     if placed.value_digest is None or row["released_at"] is not None:
@@ -125,7 +125,7 @@ def is_same(placed: LoggedHold, row: Mapping[str, Any]) -> bool:
 
 
 def in_force(placed: Mapping[int, LoggedHold], rows: Sequence[Mapping[str, Any]]) -> list[Hold]:
-    """Return the holds in force: those in either record, unless both records show the release."""
+    """Return the holds in force: those unreleased in the table, in the audit log, or in both."""
     logged = {row["id"]: row for row in rows if row["released_at"] is None}
     names = Criteria.__struct_fields__
     result = [Hold(row["id"], **{name: row[name] for name in names}) for row in logged.values()]
@@ -146,12 +146,12 @@ _SELECT_ENTRIES = text(
 
 
 def select_placed(connection: Connection) -> tuple[dict[int, LoggedHold], list[int]]:
-    """Return `replay` of the audit log."""
+    """Return the result of `replay` for the audit log."""
     return replay([dict(row) for row in connection.execute(_SELECT_ENTRIES).mappings()])
 
 
 def select_in_force(connection: Connection) -> list[Hold]:
-    """Return the holds in force. Exact under `Lock.RECORDING`, which excludes placing a hold."""
+    """Return the holds in force. Exact under `Lock.RECORDING`, which blocks the placing of holds."""
     query = select(tables.holds).where(tables.holds.c.released_at.is_(None))
     rows = [dict(row) for row in connection.execute(query).mappings()]
     return in_force(select_placed(connection)[0], rows)

@@ -29,7 +29,7 @@ class ClockError(ArchiverError):
 
 
 class ClockReading(msgspec.Struct, frozen=True):
-    """Hold the clocks of this machine: wall time, and seconds since boot, which cannot be set."""
+    """A reading of the clocks of this machine: wall time, and seconds since boot, which cannot be set."""
 
     at: datetime
     boot_id: str
@@ -37,7 +37,7 @@ class ClockReading(msgspec.Struct, frozen=True):
 
 
 def read_clocks() -> ClockReading:
-    """Read the clocks of this machine. The seconds since boot include time in suspend."""
+    """Read the clocks of this machine. The seconds since boot include the time spent suspended."""
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return ClockReading(datetime.now(UTC), _boot_id(), time.clock_gettime(clock))
 
@@ -52,8 +52,8 @@ def _boot_id() -> str:
 def destruction_time(connection: Connection, home: Path) -> datetime:
     """Return the earlier of this machine's and Postgres' time. Raises `ClockError`.
 
-    The error means: the two differ by more than a minute, time has jumped since the last call with the same
-    ARCHIVER_HOME, or the newest seal is dated in the future.
+    The error means that the two differ by more than a minute, that time has jumped since the last call with the same
+    ARCHIVER_HOME, or that the newest seal is dated in the future.
     """
     reading = read_clocks()
     server: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
@@ -83,7 +83,7 @@ def _compare_with_postgres(before: ClockReading, after: ClockReading, server: da
             "clocks_differ",
             f"Retention is stopped: this machine's clock ({after.at:{_FORMAT}}) is"
             f" {max(ahead, behind)} {which} the Postgres clock ({server.astimezone(UTC):{_FORMAT}}). Synchronise both"
-            " (NTP), then run it again.",
+            " (NTP), then retry.",
         )
 
 
@@ -104,7 +104,7 @@ def _compare_with_last(reading: ClockReading, file: Path) -> None:
             "time_jumped",
             f"Retention is stopped: time {jumped} by {amount} since the last run at"
             f" {last.at:{_FORMAT}} (now: {reading.at:{_FORMAT}}). Correct the clock (NTP); if it is correct,"
-            f" delete {file} and run it again.",
+            f" delete {file} and retry.",
         )
 
 
@@ -116,7 +116,7 @@ def _read(file: Path) -> ClockReading | None:
 
 
 def _write(reading: ClockReading, file: Path) -> None:
-    """Store the reading atomically. If the folder is not writable, only jumps of the time are not detected."""
+    """Store the reading atomically. If the folder is not writable, only time jumps go undetected."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}")

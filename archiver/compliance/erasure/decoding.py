@@ -1,6 +1,6 @@
-"""Decode every text in a body, in any encoding, for searches. Pure.
+"""Decode the text in a body, through nested encodings, for searches. Pure.
 
-Layers are decoded within each other, up to `MAX_LAYERS`: UTF-8, UTF-16 and UTF-32 with and without a byte order
+Nested layers are decoded, up to `MAX_LAYERS`: UTF-8, UTF-16 and UTF-32 with and without a byte order
 mark; gzip, zlib and deflate; JSON with any escapes, and JSON in its strings; JSON that is broken or cut off; forms
 and percent encoding; HTML entities; base64 and base64url of text or of compressed text. Hexadecimal,
 quoted-printable, encrypted and proprietary encodings are not decoded.
@@ -52,7 +52,7 @@ def decode(body: bytes) -> Decoded:
 
 
 class _Decoder:
-    """Decode one body: keeps the texts found so far, and those whose own layers are still to be decoded."""
+    """A decoder of one body: the texts found so far, and those whose inner layers are still to be decoded."""
 
     def __init__(self, limit: int) -> None:
         self.texts: dict[str, None] = {}
@@ -96,7 +96,7 @@ class _Decoder:
             self.add(text, layer)
 
 
-# A text without any of these, or a short one, has no further layer.
+# A text that is short or contains none of these has no further layer.
 _MIN_LENGTH = 2
 _HINT = re.compile(r'[\\"\[{%&+=\t\r\n\f\v]|  |[^\x00-\x7f]|[A-Za-z0-9/_-]{16}')
 
@@ -127,7 +127,7 @@ _NUMBERS: Any = {"parse_int": str, "parse_float": str, "parse_constant": str}
 
 
 class _Pairs(list[Any]):
-    """Mark an object of a JSON document, as pairs of name and value."""
+    """An object of a JSON document, as a list of pairs of name and value."""
 
 
 def _strings_of(document: Any) -> Iterator[str]:
@@ -142,13 +142,13 @@ def _strings_of(document: Any) -> Iterator[str]:
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-# The last piece may be unterminated. Without that alternative and `++`, each escaped quote in it would start a
+# The last piece may be unterminated. Without that alternative and `++`, each escaped quote in it would start a new
 # search.
 _QUOTED = re.compile(r'"((?:[^"\\]++|\\.)*+)(?:"|\\?\Z)', re.DOTALL)
 
 
 def _of_broken_json(text: str) -> Iterator[str]:
-    """Return quoted parts, even unterminated ones, and the whole text with escapes resolved."""
+    """Yield the quoted parts, even unterminated ones, and the whole text with escapes resolved."""
     if '"' in text:
         for piece in _QUOTED.findall(text):
             yield _unescape(piece)
@@ -183,7 +183,7 @@ def _character(found: re.Match[str]) -> str:
 
 _IS_FORM = re.compile(r"\s*[^\s=&{}\[\]\"<>]{1,200}=")
 _PERCENT = re.compile(r"%[0-9a-fA-F]{2}")
-_PERCENT_U = re.compile(r"%u([0-9a-fA-F]{4})")  # as JavaScript's `escape` writes what is not Latin-1
+_PERCENT_U = re.compile(r"%u([0-9a-fA-F]{4})")  # from JavaScript's `escape`, for characters outside Latin-1
 
 
 def _of_form(text: str) -> Iterator[str]:
@@ -205,19 +205,19 @@ def _of_form(text: str) -> Iterator[str]:
 _BASE64 = re.compile(r"\s*([A-Za-z0-9+/_\r\n-]{16,}={0,2})\s*")
 _BASE64_INSIDE = re.compile(r"[A-Za-z0-9+/_-]{24,}={0,2}")
 # Lines of 64 or 76 characters, as PEM and MIME write them (RFC 7468, section 2; RFC 2045, section 6.8). A match
-# starts a run of such characters: tried at each of them, it would cost as much as the rest of the search.
+# can start only where a run of such characters starts: trying each character would double the cost of the search.
 _BASE64_LINES = re.compile(r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-Za-z0-9+/]{1,76}={0,2}")
 
 
 def _of_base64(text: str) -> Iterator[bytes]:
-    """Yield the base64 decoding of a text, or of each run of base64 characters in it."""
+    """Yield the bytes that a base64 text, or each run of base64 characters in a text, encodes."""
     whole = _BASE64.fullmatch(text)
     inside = () if whole else (*_BASE64_INSIDE.findall(text), *_BASE64_LINES.findall(text))
     for packed in [whole[1]] if whole else inside:
         plain = re.sub(r"[\r\n=]", "", packed).translate(_FROM_URL)
         with suppress(binascii.Error, ValueError):
             body = b64decode(plain + "=" * (-len(plain) % 4), validate=True)
-            # A word may look like base64 by chance: only a decoding that is text counts.
+            # A word may look like base64 by chance: only bytes that are compressed or text count.
             if _is_packed(body) or _makes_sense(body):
                 yield body
 
@@ -271,7 +271,7 @@ def _inflate(body: bytes, window: int, limit: int) -> tuple[bytes, bytes, bool]:
     return b"".join(pieces), inflater.unused_data, inflater.eof
 
 
-_AT_ONCE = 65_536  # bytes; data before a damaged place is kept
+_AT_ONCE = 65_536  # bytes per step; the data before a damaged byte is kept
 
 
 _MARKS = (
@@ -335,6 +335,6 @@ def _is_printable(text: str) -> bool:
     return text.isascii() or all(each.isprintable() or each.isspace() or each in _ALLOWED for each in set(text))
 
 
-# Format characters, and a line end of EBCDIC, occur in texts.
+# Format characters and the EBCDIC line end occur in normal text.
 _FORMAT = (range(0x200B, 0x2010), range(0x202A, 0x202F), range(0x2060, 0x2065), (0xFEFF, 0xAD, 0x85))
 _ALLOWED = frozenset(chr(code) for codes in _FORMAT for code in codes)

@@ -17,7 +17,7 @@ from archiver.ledger import audit_log
 
 
 class HoldError(ArchiverError):
-    """The hold does not exist or is not in force; the message names the remedy."""
+    """The hold has no criteria or is not in force; the message names the remedy."""
 
 
 def insert_hold(connection: Connection, criteria: Criteria, author: str, reason: str) -> int:
@@ -30,8 +30,8 @@ def insert_hold(connection: Connection, criteria: Criteria, author: str, reason:
     row = {"placed_at": datetime.now(UTC), "author": author, "reason": reason, "salt": salt}
     row |= msgspec.structs.asdict(criteria)
     hold_id = int(connection.execute(insert(holds).returning(holds.c.id), row).scalar_one())
-    # The value may identify a person, and the audit log is permanent. It has only a salted digest; the salt is
-    # deleted with the value when the hold is released.
+    # The value may identify a person, and the audit log is permanent, so the log contains only a salted digest; the
+    # salt is deleted with the value when the hold is released.
     row_values = {name: _plain(value) for name, value in row.items() if name in LOGGED and value is not None}
     if salt is not None and criteria.value is not None:
         row_values["value_digest"] = value_digest(salt, criteria.value)
@@ -51,7 +51,7 @@ def release_hold(connection: Connection, hold_id: int, who: str, reason: str) ->
     is_ended = connection.execute(ended.values(values).returning(holds.c.id)).one_or_none() is not None
     # The row may be missing or marked as released: the audit log is authoritative.
     if not is_ended and hold_id not in {hold.id for hold in select_in_force(connection)}:
-        raise HoldError(f"hold {hold_id} is not in force; see archiver hold list --all")
+        raise HoldError(f"hold {hold_id} is not in force; see `archiver hold list --all`")
     audit_log.insert_entry(connection, "hold.release", who, reason, {"hold": hold_id})
 
 
@@ -75,7 +75,7 @@ def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[
     return sorted(result, key=lambda row: int(row["id"]))
 
 
-# An unassigned turn is held by holds on its own fields, and by holds on any session that has it.
+# An unassigned turn is held by holds on its own fields, and by holds on any session that contains it.
 _COVERING = text(
     """
     WITH requested AS MATERIALIZED (
@@ -127,7 +127,7 @@ def covering(connection: Connection, targets: Sequence[Target]) -> Mapping[Targe
     return {target: sorted(ids) for target, ids in sorted(held.items())}
 
 
-EXCLUSIVE_SECONDS = 2.0  # of a statement, and of a wait for a lock, while all that record wait
+EXCLUSIVE_SECONDS = 2.0  # limit of a statement and of a lock wait, while all writers wait
 
 
 def exclude_held(
@@ -135,7 +135,8 @@ def exclude_held(
 ) -> tuple[list[Target], Mapping[Target, Sequence[int]]]:
     """Return the targets that no hold covers, and the others with their holds.
 
-    Takes `Lock.RECORDING`, so that no hold is placed until the end of the transaction; `exclusive`: for a short time.
+    Takes `Lock.RECORDING`, so that no hold is placed until the end of the transaction. `exclusive`: takes it
+    exclusively, for a short time.
     """
     if exclusive:
         limit(connection, EXCLUSIVE_SECONDS)

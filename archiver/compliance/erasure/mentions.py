@@ -31,7 +31,7 @@ def _phrase(form: str) -> re.Pattern[str]:
 
 
 def of_variable(name: str, value: str) -> Callable[[Decoded], bool]:
-    """Return a check whether a body holds both a variable's name and its value."""
+    """Return a check for bodies that contain both the name and the value of a variable."""
     of_name, of_value = of_any([name]), of_any([value])
     return lambda body: of_name(body) and of_value(body)
 

@@ -1,6 +1,6 @@
 """Order erasures: after the commit, deliveries of the targets are refused (I8), unless a hold covers them.
 
-`sweeping` deletes the content afterwards; it finds the order again if the ordering process was killed.
+`sweeping` deletes the content afterwards; it finds the order even if the ordering process was killed.
 """
 
 from collections import deque
@@ -25,10 +25,10 @@ from archiver.ledger import audit_log, quarantine
 
 Rule = Literal["request", "chat.deleted", "retention"]
 
-BATCH_SIZE = 500  # targets of one transaction, which blocks all writers
+BATCH_SIZE = 500  # targets per transaction, which blocks all writers
 LOCK_SECONDS = 2.0
 ATTEMPTS = 60
-# While it has the lock, for which all that record wait: of a statement, and of a wait for a row.
+# Limits of a statement and of a wait for a row under the exclusive lock, for which all writers wait.
 STATEMENT_SECONDS, ROW_SECONDS = 2.0, 0.5
 SPLIT = 8  # parts into which a batch is divided if a target is locked or slow
 NO_MATCHES = QuarantineMatches()
@@ -44,7 +44,7 @@ class AuditEntry(msgspec.Struct, frozen=True):
 
 
 class _SlowTargetError(Exception):
-    """A target is locked or too slow; the cause is the error of the database."""
+    """A target is locked or takes too long; the cause is the database error."""
 
     def __init__(self, cause: DBAPIError) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class HeldError(ArchiverError):
 
 
 class Ordered(msgspec.Struct, frozen=True):
-    """The ordered targets, their audit entry (None: nothing ordered), and the targets skipped for holds.
+    """The ordered targets, their audit entry (None: nothing ordered), and the targets skipped because of holds.
 
     `quarantined`: number of quarantine rows deleted with the order.
     """
@@ -95,10 +95,10 @@ def order(
 
     `skip_held`: erase the targets that are not held. `erased_at`: the time of the order, if not now. `act_id`: the
     audit entry, if it is already recorded. `matches`: quarantine rows about the targets, deleted with the order,
-    because no sweep finds an order of which the ledger holds nothing.
+    because no sweep finds an order for targets without rows in the ledger.
 
-    A target that is locked or too slow is skipped and delays no other; its error is added to `slow`, or raised at the
-    end.
+    A target that is locked or takes too long is skipped without delaying others; its error is added to `slow`, or
+    raised at the end.
     """
     unique_targets = sorted(set(targets))
     known: Mapping[Target, Sequence[int]] = {}
@@ -198,9 +198,9 @@ def _order(
 
 @contextmanager
 def _exclusively(connection: Connection) -> Iterator[None]:
-    """Run the block with the lock, after which earlier writers have committed and later writers see this order.
+    """Run the block under the exclusive lock: earlier writers have committed, and later writers see this order.
 
-    Raises `_SlowTargetError` where the block waits for a row, or takes too long.
+    Raises `_SlowTargetError` if the block waits for a row lock or takes too long.
     """
     Lock.RECORDING.take(connection, exclusive=True)
     try:
@@ -217,7 +217,7 @@ MAX_RECORDED_HELD = 100  # targets in one audit entry
 
 
 def _record_refusal(engine: Engine, entry: AuditEntry, rule: Rule, error: HeldError) -> None:
-    """Record the refusal in a separate transaction, because that of the erasure is rolled back."""
+    """Record the refusal in a separate transaction, because the transaction of the erasure is rolled back."""
     detail = {
         **_detail(entry, rule, error.held),
         **({"ordered": error.ordered} if error.ordered else {}),
@@ -257,5 +257,5 @@ def _insert_erasures(
         for each in targets
     ]
     connection.execute(_INSERT, {"targets": as_json(rows), "rule": rule, "act_id": act_id})
-    # The history is no longer fetched, whether a hold keeps the content or not.
+    # The history is no longer fetched, even if a hold keeps the content.
     mark_erased(connection, split(targets)[0])

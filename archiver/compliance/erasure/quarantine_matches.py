@@ -22,7 +22,7 @@ Variables = Collection[tuple[str, str]]  # names with values
 
 
 class QuarantineMatches(msgspec.Struct, frozen=True):
-    """Hold the ids of matching rows: by id of a target, and by variable value only.
+    """The ids of the matching rows: by id of a target, and by variable value only.
 
     `unsearchable`: other rows that could not be decoded completely. `searched`: all decoded rows.
     """
@@ -51,7 +51,7 @@ def select_matches(
     variables: Variables = (),
     searched: Collection[int] = (),
 ) -> QuarantineMatches:
-    """Return rows about these targets or with such a variable value, held or not.
+    """Return rows about these targets or with one of these variable values, held or not.
 
     Reads the whole quarantine and decodes each body, except those already `searched` for the same targets.
     """
@@ -80,7 +80,7 @@ def select_matches(
 
 
 def select_unsearchable(connection: Connection) -> Iterator[int]:
-    """Return rows that cannot be decoded completely, so that neither erasures nor holds can search them."""
+    """Yield the ids of rows that cannot be decoded completely, so neither erasures nor holds can search them."""
     for row in quarantine.select_every_body(connection):
         if not decode(bytes(row["body"])).is_whole:
             yield row["id"]
@@ -90,7 +90,7 @@ def select_deletable(connection: Connection, matches: QuarantineMatches) -> list
     """Return the rows that no hold covers.
 
     While a hold is in force, rows that match only a variable or cannot be searched are excluded: they may concern
-    held content. Exact under `Lock.RECORDING`, which excludes placing a hold.
+    held content. Exact under `Lock.RECORDING`, which blocks the placing of holds.
     """
     holds = select_in_force(connection)
     if not holds:

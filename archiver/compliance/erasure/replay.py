@@ -17,7 +17,7 @@ AHEAD = timedelta(days=1)  # tolerance for clock differences
 
 
 class ListedErasure(msgspec.Struct, frozen=True):
-    """One line of `archiver erase --list`."""
+    """One line of the output of `archiver erase --list`."""
 
     session_id: str
     chat_id: str
@@ -30,7 +30,7 @@ class ListedErasure(msgspec.Struct, frozen=True):
 
 
 class ReplayError(ArchiverError):
-    """The list cannot be read; the message names line and reason."""
+    """The list cannot be read; the message names the line and the reason."""
 
 
 def parse(lines: Iterable[bytes]) -> list[ListedErasure]:

@@ -1,6 +1,6 @@
-"""Erasures on request: `preview`, then `order`, then `purge`. They ask and print nothing.
+"""Erasures on request: `preview`, then `order`, then `purge`. They neither prompt nor print.
 
-What is delivered, or placed under a hold, between two of these steps is found by the next one.
+Each step finds the deliveries and holds that arrived since the previous step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,10 +40,10 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class Preview(msgspec.Struct, frozen=True):
-    """Hold the targets that an erasure would erase, and those that a hold keeps.
+    """The targets that an erasure would erase, and those that a hold keeps.
 
     `by_rule`: the selected targets by rule, each with the time of its erasure; None: now. `selected`: those of them
-    that no hold covers. `rows`: what the quarantine holds about them. `repeating`: other turns whose deliveries
+    that no hold covers. `rows`: the quarantine rows about them. `repeating`: other turns whose deliveries
     repeat their content. `unclaimed`: sessions with history messages that may belong to a selected turn. `unknown`,
     `unknown_variables`: not in the archive, so probably misspelt.
     """
@@ -68,7 +68,7 @@ class Preview(msgspec.Struct, frozen=True):
 
 
 class OrderedRequest(msgspec.Struct, frozen=True):
-    """Count the targets ordered under each rule, and the quarantine rows searched for them."""
+    """The targets ordered under each rule, the counts, and the quarantine rows searched for the targets."""
 
     parts: Sequence[Ordered]
     counts: Counts
@@ -76,7 +76,7 @@ class OrderedRequest(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Hold the result of an erasure. `act_id`: the audit entry; None if nothing was ordered."""
+    """The result of an erasure. `act_id`: the audit entry; None if nothing was ordered."""
 
     act_id: int | None
     counts: Counts
@@ -115,7 +115,7 @@ def preview(
 def preview_replay(
     engine: Engine, lines: Sequence[ListedErasure], actor: str, reason: str | None, *, skip_held: bool = False
 ) -> Preview:
-    """Return what those of the listed erasures that this database does not have would erase. Writes nothing."""
+    """Return what the listed erasures that are new to this database would erase. Writes nothing."""
     with transaction(engine, statement_seconds=STATEMENT_SECONDS) as connection:
         new = select_new(connection, lines)
         rules: tuple[Rule, ...] = get_args(Rule)
@@ -156,7 +156,7 @@ def _select_targets(connection: Connection, selection: Selection) -> list[Target
 
 
 def refuse_held(engine: Engine, preview: Preview, *, dry_run: bool = False) -> None:
-    """Raise `HeldError` as `order` would. It is recorded, unless `dry_run`."""
+    """Raise `HeldError` if `order` would. It is recorded, unless `dry_run`."""
     if not preview.held or preview.skip_held:
         return
     if dry_run:
@@ -205,7 +205,7 @@ def _search(engine: Engine, times: Mapping[Target, datetime | None]) -> Quaranti
 
 
 def _count_ordered(engine: Engine, preview: Preview, parts: Sequence[Ordered]) -> OrderedRequest:
-    """Count what was ordered, and delete what came into the quarantine since the preview."""
+    """Return the ordered request with its counts. Deletes matching rows quarantined since the preview."""
     ordered = [target for part in parts for target in part.targets]
     held = _held(parts)
     deletable = [target for times in preview.by_rule.values() for target in times if target not in held]
@@ -222,13 +222,13 @@ def _count_ordered(engine: Engine, preview: Preview, parts: Sequence[Ordered]) -
 
 
 def purge(engine: Engine, request: OrderedRequest, timing: Timing, on_step: Callable[[Step], None]) -> Report:
-    """Erase what was ordered, and what stopped erasures have left. `on_step` is called after each step.
+    """Erase the ordered content, and what interrupted erasures left. `on_step` is called after each step.
 
-    Raises a database error where something is locked or takes too long; the rest is erased, and a worker goes on.
+    Raises a database error if a row is locked or takes too long; the rest is erased, and a worker continues.
     """
     ordered = {target for part in request.parts for target in part.targets}
     quarantined = request.counts.quarantined
-    held: dict[Target, Sequence[int]] = {}  # since it was ordered
+    held: dict[Target, Sequence[int]] = {}  # by holds placed since the order
     repeating: set[Target] = set()
     for step in sweep(engine, timing, searched=request.searched):
         quarantined += step.quarantined

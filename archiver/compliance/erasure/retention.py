@@ -1,6 +1,6 @@
 """Expire content, then metadata, in bounded steps.
 
-Content is erased like by `archiver erase`. The remaining metadata is deleted once seals prove that it existed.
+Content is erased as by `archiver erase`. The remaining metadata is deleted once seals prove that it existed.
 """
 
 from collections import Counter
@@ -23,11 +23,11 @@ from archiver.settings import Settings
 
 PAGE = 500
 REMOVALS_PER_BATCH = 20  # sessions
-NO_ASSISTANT = "(none)"  # stands for the assistant of sessions without one
+NO_ASSISTANT = "(none)"  # stands for the assistant of sessions without an assistant
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """Retention periods in days; 0: never."""
+    """Retention periods in days; 0: unlimited."""
 
     content: int
     by_assistant: Mapping[str, int]
@@ -142,7 +142,10 @@ def _removable(engine: Engine, rules: Rules, now: datetime) -> Iterator[list[Tar
 
 
 def _quarantine_before(connection: Connection, rules: Rules, now: datetime) -> datetime | None:
-    """Keep unparsed bytes as long as any content, and while any hold is in force, which may cover them."""
+    """Return the time before which quarantine rows expire; None if they are kept.
+
+    They are kept as long as any content, and while any hold is in force, which may cover them.
+    """
     if not rules.content or 0 in rules.by_assistant.values() or is_any_in_force(connection):
         return None
     return now - timedelta(days=max(rules.content, *rules.by_assistant.values(), 0))
@@ -169,7 +172,7 @@ def preview(engine: Engine, rules: Rules, now: datetime) -> Due:
 
 
 class Step(msgspec.Struct, frozen=True):
-    """Count the rows that one step ordered or removed."""
+    """The number of targets ordered, events removed and quarantine rows deleted in one step."""
 
     sessions: int = 0
     removed: int = 0

@@ -1,4 +1,4 @@
-"""Erase ordered content from ledger, archive, quarantine and delivery log.
+"""Erase the content of ordered erasures from ledger, archive, quarantine and delivery log.
 
 Ordered targets that still have content are found again, so a killed process loses nothing. Content under a hold stays
 until the release of the hold.
@@ -30,13 +30,13 @@ from archiver.ledger import audit_log, quarantine
 from archiver.outbound.followups.deliveries import delete_answers
 
 PAGE = 500  # erasures read in one query
-MAX_IDS_PER_SEARCH = 100_000  # ids per pass over the quarantine; at most one page more
+MAX_IDS_PER_SEARCH = 100_000  # ids per pass over the quarantine, exceeded by at most one page
 MAX_PAGES = 100  # pages of erasures between two steps
 BATCH_SIZE = 20  # sessions or unassigned turns per transaction
 
 
 class Step(msgspec.Struct, frozen=True):
-    """Result of a step: last completed erasure, deleted rows, and content that holds keep.
+    """The result of a step: last completed erasure, deleted rows, and targets that holds keep.
 
     `repeating`: other turns whose deliveries repeat content of an erased turn.
     """
@@ -79,7 +79,7 @@ class SearchedRows(msgspec.Struct, frozen=True):
 
 
 class _Page(msgspec.Struct, frozen=True):
-    """Hold the last erasure of a page, and the targets that still have content."""
+    """The last erasure of a page, and the targets that still have content."""
 
     through: int
     pending: Sequence[Target]
@@ -91,9 +91,8 @@ NONE_SEARCHED = SearchedRows()
 def sweep(engine: Engine, timing: Timing, after: int = 0, searched: SearchedRows = NONE_SEARCHED) -> Iterator[Step]:
     """Delete the remaining content of erasures after this id; yield after each step and page.
 
-    One pass over the quarantine serves as many pages as have `MAX_IDS_PER_SEARCH` ids together. A target that is
-    locked
-    or too slow is skipped and delays no other; its error is raised at the end.
+    One pass over the quarantine serves as many pages as contain `MAX_IDS_PER_SEARCH` ids in total. A target that is
+    locked or takes too long is skipped without delaying others; its error is raised at the end.
     """
     slow: list[DBAPIError] = []
     through = after
@@ -122,7 +121,7 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
         if not page:
             break
         for row in page:
-            if row.has_unassigned:  # became known since: ordered like the others, and swept on a later page
+            if row.has_unassigned:  # found since the order: ordered like the others, and swept on a later page
                 act = AuditEntry("erase", audit_log.ARCHIVER, None)
                 order(
                     engine,
@@ -154,7 +153,7 @@ def _sweep_content(
     engine: Engine, pending: Sequence[Target], timing: Timing, slow: list[DBAPIError]
 ) -> Iterator[Step]:
     take_away = partial(purge_batch, timing=timing)
-    for is_unassigned in (True, False):  # the former need the lock exclusively
+    for is_unassigned in (True, False):  # unassigned turns need the exclusive lock
         for part in parts([target for target in pending if target.is_unassigned is is_unassigned], BATCH_SIZE):
             yield from run_split(engine, part, take_away, slow)
 
@@ -164,7 +163,7 @@ def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Collection[int]) -> Sequence[int]:
-    """Return the quarantine rows about these targets. Searches before any lock, because the search takes long."""
+    """Return the quarantine rows about these targets. Searches before any lock, because the search is slow."""
     with transaction(engine, statement_seconds=600) as connection:
         held = covering(connection, targets)
         deletable = [target for target in targets if target not in held]
@@ -178,10 +177,10 @@ def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
 
 
 def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
-    # A session's readings can be searched for the words of a turn only while its own delivery still has them.
+    # A session's readings can be searched for the words of a turn only while the turn's own delivery contains them.
     targets = sorted({*targets, *_select_assigned(connection, targets)})
-    # It may be ordered and held: a turn that was erased turns out to be of a session that is held, or the hold was
-    # placed since.
+    # A target may be both ordered and held: an erased turn turned out to belong to a held session, or the hold was
+    # placed after the order.
     deletable, held = exclude_held(connection, targets, exclusive=any(each.is_unassigned for each in targets))
     # before the deletion, after which it cannot be determined
     repeating = select_repeating_turns(connection, deletable)
@@ -200,7 +199,7 @@ _SELECT_ASSIGNED = text(
 
 
 def _select_assigned(connection: Connection, targets: Sequence[Target]) -> list[Target]:
-    """Return the pending targets of the unassigned turns among these in the sessions that have them."""
+    """Return the pending targets in sessions that contain the unassigned turns among these targets."""
     _, chat_ids = split(targets)
     rows = connection.execute(_SELECT_ASSIGNED, {"chat_ids": as_json(chat_ids)}) if chat_ids else ()
     return [Target(row.session_id, row.chat_id) for row in rows]
@@ -245,7 +244,7 @@ def _select_ordered(connection: Connection, session_ids: Sequence[str]) -> dict[
 
 
 def _redact(session_facts: SessionFacts, ordered: dict[str, datetime]) -> Delivery[Event] | None:
-    """Replace all readings by one without the erased turns."""
+    """Return one reading, without the erased turns, to replace all readings; None if no reading had messages."""
     remaining = without_turns(session_facts, ordered.keys())
     if remaining is None:
         return None

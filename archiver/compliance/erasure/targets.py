@@ -44,8 +44,8 @@ def parts(targets: Sequence[Target], limit: int) -> Iterator[Sequence[Target]]:
         yield targets[start : start + limit]
 
 
-# The archive has no turn that only events of unknown types mention. An index of the ledger by chat id alone would
-# cost each event, so this reads the whole ledger, or its whole index by session and chat.
+# The archive lacks turns that only events of unknown types mention. An index of the ledger on only the chat id would
+# slow down every insert, so this reads the whole ledger, or its whole index on session and chat.
 _SELECT_SESSIONS_OF_CHATS = text(
     """
     WITH requested AS MATERIALIZED (SELECT json_array_elements_text(:chat_ids) AS chat_id)
@@ -59,7 +59,7 @@ _SELECT_SESSIONS_OF_CHATS = text(
 
 
 def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
-    """Return these chats in every session that holds them, and as unassigned turns.
+    """Return these chats in every session that contains them, and as unassigned turns.
 
     Reads the whole ledger, so call it once.
     """
@@ -81,7 +81,7 @@ def of_variable(connection: Connection, variable: str, value: str) -> set[Target
     return {Target(row.session_id, row.chat_id) for row in rows}
 
 
-# Unassigned facts are stored apart in the ledger, although their turns belong to these sessions.
+# Unassigned facts are stored separately in the ledger, although their turns belong to these sessions.
 _SELECT_UNASSIGNED = text(
     """
     WITH requested AS MATERIALIZED (
