@@ -20,9 +20,9 @@ _SMALL = 4096
 
 
 class Checked(msgspec.Struct):
-    """Hold the progress of a check. `digest`: SHA-256 of the manifest. `is_signed`: by one of the given keys.
+    """The progress of a check. `digest`: SHA-256 of the manifest. `is_signed`: by one of the given keys.
 
-    `unsealed`: number of rows by table that no seal of the export covers.
+    `unsealed`: by table, the number of rows that no seal of the export covers.
     """
 
     digest: str | None = None
@@ -46,9 +46,9 @@ def check(
 ) -> Iterator[Finding]:
     """Yield every difference from the exported or sealed state.
 
-    `keys`: the keys that must have signed the seals, and since which seal. `heads`: hashes of seals by number from an
-    earlier export; `through`: the last id of each table that the newest of those seals covers. `digest`: SHA-256 of
-    the manifest from another source, which vouches for the export like a signature.
+    `keys`: the keys that must have signed the seals, and the first signed seal. `heads`: hashes of seals by number
+    from an earlier export; `through`: the last id of each table that the newest of those seals covers. `digest`:
+    SHA-256 of the manifest, obtained from another source; it vouches for the export like a signature.
 
     Reads files as streams; memory is bounded by the longest line and by one seal.
     """
@@ -157,7 +157,7 @@ class _Checking:
         """Check the rows of the ledger against their seals, in one pass over both."""
         checked, findings = self._checked, FindingQueue()
         rows = Rows(self._folder, manifest_record.files, findings)
-        # A verified manifest precedes those seals; an unverified one may omit them.
+        # An export with a verified manifest was made before the seals that it lacks; another one may omit them.
         is_vouched = checked.is_signed or self._digest == checked.digest
         known = KnownSeals(self._known.heads) if is_vouched else self._known
         seals = SealCheck(rows, self._keys, known, findings)

@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     "rows": "its number of rows differs from the manifest",
     "counts": "its counts differ from the files",
     "coverage": "its coverage differs from the conversations",
-    "head": "its newest seal is not the last one of seals.jsonl",
+    "head": "its newest seal is not the last one in seals.jsonl",
     "manifest_digest": "its SHA-256 is not the one in manifest.sha256",
     "manifest_signature": "it is not signed by the key that it names",
     "unknown_key": "it is signed by a key that was not given",
@@ -34,14 +34,14 @@ DESCRIPTIONS = {
     "wrong_signature": "its signature is not by the key that it names",
     "unsigned": "it is not signed, although it must be",
     "not_recorded": "its SHA-256 differs from the given one",
-    "seal_left_out": "an earlier exported seal covers it or a later row, and no seal of this export does",
+    "seal_left_out": "an earlier exported seal covers it or a later row, but no seal of this export does",
     "none_known": "none of its seals is among the earlier exported seals",
     "not_the_known_one": "it differs from the seal exported earlier under this number",
 }
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Describe a difference from the exported or sealed state: file, line and fault."""
+    """A difference from the exported or sealed state: file, line and fault."""
 
     file: str
     fault: str
@@ -55,7 +55,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class FindingQueue(list[Finding]):
-    """Collect findings, limited in number so that a corrupt file cannot exhaust memory."""
+    """A list of findings, limited in length so that a corrupt file cannot exhaust memory."""
 
     def append(self, found: Finding) -> None:
         if len(self) <= MAX_FINDINGS:

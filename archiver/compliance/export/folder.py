@@ -13,7 +13,7 @@ from archiver.compliance.export.manifest import File
 from archiver.compliance.export.partial_folder import held, remove_left
 from archiver.errors import ArchiverError
 
-BUFFER = 256 * 1024  # bytes hashed and written together
+BUFFER = 256 * 1024  # bytes hashed and written at a time
 
 
 class FolderError(ArchiverError):
@@ -72,7 +72,7 @@ def _sync(folder: Path) -> None:
 
 
 class Sink:
-    """Write a file line by line; it is hashed while it is written, and synced when closed."""
+    """A file written line by line, hashed while it is written, and synced when it is closed."""
 
     def __init__(self, path: Path) -> None:
         self._opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -115,5 +115,5 @@ class Sink:
             rest = rest[os.write(self._opened, rest) :]
 
     def description(self) -> File:
-        """Return its entry for the manifest."""
+        """Return the manifest entry of the file."""
         return File(self.bytes, self.rows, self._hash.hexdigest())

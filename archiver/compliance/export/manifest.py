@@ -33,7 +33,7 @@ def names(formats: Sequence[str]) -> list[str]:
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Describe one file. `rows`: lines; in CSV, records without the header."""
+    """A file of an export. `rows`: lines; in CSV, records without the header."""
 
     bytes: Whole
     rows: Whole
@@ -41,7 +41,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):
-    """Hold counts. `erased`: events without content; `quarantined`: deliveries that are not exported."""
+    """The counts of an export. `erased`: events without content; `quarantined`: deliveries that are not exported."""
 
     conversations: Whole = 0
     chats: Whole = 0
@@ -53,14 +53,14 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Identify the newest seal."""
+    """The newest seal of an export."""
 
     id: Whole
     hash: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Describe an export. `asked`: the request. `act`: id of its audit entry. `coverage`: sessions by state.
+    """The manifest of an export. `asked`: the request. `act`: id of its audit entry. `coverage`: sessions by state.
 
     `csv`: whether the cells of CSV files were neutralised for spreadsheets; null without CSV files, and in exports of
     earlier versions.
@@ -90,6 +90,6 @@ def encode(manifest: Manifest) -> bytes:
 
 
 class Covered(msgspec.Struct):
-    """Hold the fields of a line of `conversations.jsonl` that the manifest counts."""
+    """The fields of a line of `conversations.jsonl` that the manifest counts."""
 
     coverage: str

@@ -20,7 +20,7 @@ _FILES = frozenset(
 
 @contextmanager
 def held(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside the target; only its owner can read it, and no other export removes it."""
+    """Yield a new folder next to the target; only its owner can read it, and no other export removes it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         opened = _lock(folder, fcntl.LOCK_EX)
@@ -35,7 +35,7 @@ def held(target: Path) -> Iterator[Path]:
 
 
 def remove_left(parent: Path) -> None:
-    """Remove the partial folders that killed exports left here, and only files of exports in them."""
+    """Remove the partial folders that killed exports left here, except those that contain other files."""
     with suppress(OSError):
         for each in sorted(parent.iterdir()):
             if _IS_PARTIAL_FOLDER.fullmatch(each.name):
@@ -62,7 +62,7 @@ def _is_exported(path: Path) -> bool:
 def _lock(folder: Path, how: int) -> int | None:
     """Lock a folder and return its descriptor, which holds the lock while it is open.
 
-    None if another process holds the lock, or the file system has no locks.
+    Return None if another process holds the lock, or the file system does not support locks.
     """
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -21,7 +21,7 @@ _ENTRY = struct.Struct(">cq32s")
 
 
 class SealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Hold a line of seals.jsonl.
+    """A line of seals.jsonl.
 
     `places`: the leaves of the seal that are exported rows, as runs of (first index, length). `entries`: those leaves
     as listed by the seal, 41 bytes each (letter, id in 8 bytes, hash), in base64. `cover`: the fewest hashes of other
@@ -39,7 +39,7 @@ class SealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ids:
-    """Keep ascending ids of exported rows on disk, because their number is not limited."""
+    """The ascending ids of exported rows, kept on disk because their number is not limited."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed below
@@ -58,7 +58,7 @@ class Ids:
         del self._waiting[:]
 
     def rewind(self) -> None:
-        """Start reading from the first id, after all ids are added."""
+        """Start reading from the first id, after all ids have been added."""
         self._flush()
         self._file.seek(0)
         self._iterator = self._read()

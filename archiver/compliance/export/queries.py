@@ -33,7 +33,7 @@ _BINARY = "COPY ({}) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
 
 
 def as_json(selection: Selection, name: str) -> Iterator[sql.Composable]:
-    """Return queries for rows of one text column with a JSON object each; unassigned turns first."""
+    """Return queries whose rows have one text column, a JSON object; unassigned turns come first."""
     return (sql.SQL(_BINARY).format(query) for query in rows_of(selection, name, _JSON))
 
 
@@ -45,12 +45,12 @@ def as_csv(selection: Selection, name: str) -> Iterator[sql.Composable]:
 
 
 def columns(name: str) -> sql.Composable:
-    """Return a query without rows but with the columns of this file in CSV."""
+    """Return a query that returns no rows but has the columns of this CSV file."""
     return sql.SQL(_ROWS[name] + " LIMIT 0")
 
 
 def rows_of(selection: Selection, name: str, what: sql.Composable) -> Iterator[sql.Composable]:
-    """Return the queries that together give the content of this file."""
+    """Return the queries that together return the content of this file."""
     order = sql.SQL(_ORDER[name])
     rows = sql.SQL(_ROWS[name])
     if name != "conversations":
@@ -89,7 +89,7 @@ _EVENT = """
 
 
 def events(selection: Selection) -> sql.Composable:
-    """Query ledger rows by id: id, a JSON object without byte fields, body_digest, dedupe_key, salt and body."""
+    """Return the query for ledger rows by id: id, JSON without byte fields, body_digest, dedupe_key, salt, body."""
     return sql.SQL(_BINARY).format(sql.SQL(_EVENT).format(ledger(selection)))
 
 
@@ -105,7 +105,7 @@ def ledger(selection: Selection) -> sql.Composable:
 
 
 def erasures(selection: Selection) -> sql.Composable:
-    """Query the erasures of the selection: the id and a JSON object."""
+    """Return the query for the erasures of the selection: id and JSON object."""
     query = sql.SQL(
         "SELECT v.id, row_to_json(v)::text FROM (SELECT e.id, e.session_id, e.chat_id, e.erased_at, e.rule, e.act_id,"
         " e.recorded_at, e.database_user"
@@ -115,7 +115,7 @@ def erasures(selection: Selection) -> sql.Composable:
 
 
 def acts(selection: Selection) -> sql.Composable:
-    """Query the audit entries that ordered these erasures, or all entries for a full export: id and JSON object."""
+    """Return the query for the audit entries of these erasures, or all for a full export: id and JSON object."""
     ordered = sql.SQL("a.id IN (SELECT e.act_id FROM archiver.erasures e WHERE {})").format(selection.where())
     query = sql.SQL(
         "SELECT v.id, row_to_json(v)::text FROM (SELECT a.id, a.at, a.actor, a.kind, a.reason, a.detail,"

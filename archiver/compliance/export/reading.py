@@ -21,13 +21,13 @@ BLOCK = 1024 * 1024
 
 
 class NoFileError(ArchiverError):
-    """The file cannot be read; the text is the fault."""
+    """The file cannot be read; the message is the fault code."""
 
 
 def opened(path: Path) -> BinaryIO:
     """Open a regular file that is not a link. Raises `NoFileError`."""
     try:
-        # Non-blocking, so that a pipe does not block.
+        # Non-blocking, so that opening a pipe does not block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NoFileError("missing") from None
@@ -40,7 +40,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 class Lines(Generic[T]):
-    """Iterate over the lines of a file as records, and compare the file with the manifest.
+    """The lines of a file as records. Iterating compares the file with the manifest.
 
     Differences are added to `findings`.
     """
@@ -53,7 +53,7 @@ class Lines(Generic[T]):
         self.rows = 0
 
     def __iter__(self) -> Iterator[tuple[int, T]]:
-        """Yield each record with its line number; a line without a record is a finding and is skipped."""
+        """Yield each record with its line number; a line that cannot be parsed is a finding and is skipped."""
         try:
             with opened(self._path) as file:
                 yield from self._read(file)

@@ -11,11 +11,11 @@ from archiver.compliance.seals import leaves, merkle
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_KEY, _SALT = 32, 16  # lengths in bytes; with other lengths, bytes of a body could be taken for a key or salt
+_KEY, _SALT = 32, 16  # lengths in bytes; with other lengths, bytes of a body could be mistaken for a key or salt
 
 
 class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """Hold a ledger row. `body`: the bytes as text; `body_base64`: the bytes if they are not UTF-8."""
+    """A ledger row. `body`: the bytes as text; `body_base64`: the bytes if they are not UTF-8."""
 
     id: int
     type: str
@@ -44,7 +44,7 @@ class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
 
 
 class AuditLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """Hold an entry of the audit log. `detail`: the text as Postgres writes it, because this text is sealed."""
+    """An entry of the audit log. `detail`: the text as Postgres writes it, because this text is sealed."""
 
     id: int
     at: datetime
@@ -56,7 +56,7 @@ class AuditLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
 
 
 class ErasureLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """Hold an erasure of a session or of one of its turns."""
+    """An erasure of a session or of one of its turns."""
 
     id: int
     session_id: str
@@ -73,7 +73,7 @@ _encode = msgspec.json.encode
 
 
 def is_plain(line: bytes, record: Any) -> bool:
-    """Return whether a line contains only its keys and values, as exports write it.
+    """Return whether a line contains only its keys and values, as exports write them.
 
     A line with a repeated key is ambiguous: readers may use either value.
     """
@@ -84,9 +84,9 @@ def is_plain(line: bytes, record: Any) -> bool:
 
 
 def _is_usual(line: bytes, event: EventLine) -> bool:
-    """Do the same check cheaply for a usual event line, by counting quotation marks before the body.
+    """Make the same check cheaply for a usual event line, by counting quotation marks before the body.
 
-    Within a text each quotation mark follows a backslash, so the first `,"body":` is the key.
+    Within a string, each quotation mark follows a backslash, so the first `,"body":` is the key.
     """
     body = line.find(b',"body":')
     if event.body is None or body < 0 or line.find(b"\\", 0, body) >= 0:
@@ -96,7 +96,7 @@ def _is_usual(line: bytes, event: EventLine) -> bool:
     return line.count(b'"', 0, body) == quotes and len(line) == body + 10 + len(_encode(event.body))
 
 
-_KEYS_AND_TEXTS = 14 + 7  # marks before the body; marks of values that may be null
+_KEYS_AND_TEXTS = 14 + 7  # keys before the body; values that are always strings
 
 
 def event_leaf(event: EventLine, body: bytes | None) -> tuple[bytes, bool]:

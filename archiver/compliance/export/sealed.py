@@ -1,4 +1,4 @@
-"""Check the rows of an export against the seals that hold them."""
+"""Check the rows of an export against the seals that cover them."""
 
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
@@ -26,27 +26,27 @@ from archiver.compliance.seals import chain, merkle
 from archiver.compliance.seals.chain import Entry, Seal
 from archiver.events import WEBHOOK
 
-MAX_LEAVES = 1_000_000  # per seal: far more than any seal of the archiver has
+MAX_LEAVES = 1_000_000  # per seal: far more than the archiver ever puts into one
 _SINGULAR = {"events": "event", "acts": "act", "erasures": "erasure"}
 _NOUNS = {b"E": "event", b"A": "act", b"X": "erasure"}
 
 
 class Keys(msgspec.Struct, frozen=True):
-    """Hold public keys by id, and the first seal that must be signed."""
+    """Public keys by id, and the first seal that must be signed."""
 
     by_id: Mapping[str, Ed25519PublicKey]
     since: int = 1
 
 
 class KnownSeals(msgspec.Struct, frozen=True):
-    """Hold seals exported earlier: hashes, and the last sealed id of each table."""
+    """The seals exported earlier: hashes, and the last sealed id of each table."""
 
     heads: Mapping[int, bytes] = {}
     through: Mapping[str, int] = {}
 
 
 class UnparsedSealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Hold a line of seals.jsonl with unparsed lists, because invalid input may have lists of any length."""
+    """A line of seals.jsonl with unparsed lists, because invalid input may have lists of any length."""
 
     id: int
     statement: str
@@ -59,7 +59,7 @@ class UnparsedSealRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
-    """Hold the line number, id and leaf hash of a row."""
+    """The line number, id and leaf hash of a row."""
 
     line: int
     id: int
@@ -67,7 +67,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 
 class Rows:
-    """Read the exported rows of the three sealed tables, in order of their ids, as far as requested."""
+    """The exported rows of the three sealed tables, read in order of their ids, as far as requested."""
 
     def __init__(self, folder: Path, files: Mapping[str, File], findings: FindingQueue) -> None:
         self._findings = findings
@@ -133,12 +133,12 @@ class Rows:
             self._next[table] = next(self._streams[table], None)
 
     def missing_acts(self) -> set[int]:
-        """Return the audit entries that erasures refer to and that are missing. Call it after reading all rows."""
+        """Return the missing audit entries to which erasures refer. Call it after reading all rows."""
         return self._ordered - self._acts
 
 
 class SealCheck:
-    """Check the seals of an export one after the other."""
+    """A check of the seals of an export, one after another."""
 
     def __init__(self, rows: Rows, keys: Keys, known: KnownSeals, findings: FindingQueue) -> None:
         self._rows, self._keys, self._known, self._findings = rows, keys, known, findings

@@ -20,16 +20,16 @@ class UnknownSelectionError(ArchiverError):
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Select sessions by id, by any of the criteria, or all sessions."""
+    """The selected sessions: by id, by any of the criteria, or all."""
 
     session_ids: Sequence[str] = ()
     criteria: Sequence[Criteria] = ()
     is_all: bool = False
 
     def prepare(self, connection: Connection) -> None:
-        """Pass variable values as session settings of the transaction, because they may be personal.
+        """Pass variable values as transaction-local settings, because they may be personal.
 
-        As a part of a statement they would be visible in pg_stat_activity and in the log of slow statements.
+        As part of a statement, they would be visible in pg_stat_activity and in the log of slow statements.
         """
         for place, each in enumerate(self.criteria):
             if each.variable is not None:
@@ -57,7 +57,7 @@ class Selection(msgspec.Struct, frozen=True):
         )
 
     def where(self, alias: str = "e") -> sql.Composable:
-        """Return a condition: a row of a table with `session_id` and `chat_id` is selected."""
+        """Return the condition that selects rows of a table with `session_id` and `chat_id`."""
         if self.is_all:
             return sql.SQL("true")
         return sql.SQL("({e}.session_id IN ({}) OR ({e}.session_id = '' AND {e}.chat_id IN ({})))").format(
@@ -160,14 +160,14 @@ _HOLD_FIELDS = Criteria.__struct_fields__
 
 
 def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteria]:
-    """Return the criteria of these holds, released ones included. Raises `UnknownSelectionError`."""
+    """Return the criteria of these holds, including released holds. Raises `UnknownSelectionError`."""
     holds = tables.holds
     query = select(holds).where(holds.c.id == func.any(bindparam("ids", type_=ARRAY(BigInteger))))
     found = connection.execute(query.order_by(holds.c.id), {"ids": list(hold_ids)})
     rows = {row["id"]: row for row in found.mappings()}
     if missing := sorted(set(hold_ids) - rows.keys()):
         ids = ", ".join(map(str, missing))
-        raise UnknownSelectionError(f"hold {ids} does not exist; see archiver hold list --all")
+        raise UnknownSelectionError(f"hold {ids} does not exist; see `archiver hold list --all`")
     for row in rows.values():
         if row["variable"] is not None and row["value"] is None:
             raise UnknownSelectionError(

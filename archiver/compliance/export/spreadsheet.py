@@ -1,12 +1,12 @@
-"""Make the cells of a CSV file harmless to spreadsheets and terminals, so that each cell can be restored.
+"""Reversibly make the cells of a CSV file harmless to spreadsheets and terminals.
 
-A spreadsheet runs a cell that begins with `=`, `+`, `-` or `@`, in full width too, as a formula; some programs drop
-white space before it. A terminal obeys ESC, and the C1 control characters, each of which is ESC and a letter in one.
-Source: OWASP, "CSV Injection"; ECMA-48. Hence two rules, in this order:
+A spreadsheet runs a cell that begins with `=`, `+`, `-` or `@`, including full-width forms, as a formula; some
+programs drop white space before it. A terminal obeys ESC, and the C1 control characters, each of which stands for
+ESC and a letter. Source: OWASP, "CSV Injection"; ECMA-48. Hence two rules, in this order:
 
 1. ESC (U+001B) and the characters from U+0080 to U+009F become U+241B and their code in two hexadecimal digits;
    U+241B itself becomes U+241B twice.
-2. A cell that a spreadsheet could run gets an apostrophe in front.
+2. A cell that a spreadsheet could run is prefixed with an apostrophe.
 
 Cells of numeric columns stay as they are: `-1.5` is a number there.
 """
@@ -22,21 +22,21 @@ _RISKY = re.compile("'*[\\s\u200b-\u200f\u2060\ufeff]*[\t\r\n=+\\-@\uff0b\uff0d\
 # Matches every line with a cell that must change, and few others. A sign after a letter or digit, as in a time, does
 # not count.
 _SUSPECT = re.compile(
-    rb"(?:^|[^0-9A-Za-z])(?:[=+\-@\t\r]|\n(?!\Z))|\xef\xbc[\x8b\x8d\x9d\xa0]"  # signs, in full width too; white space
-    rb"|\x1b|\xc2[\x80-\x9f]|\xe2\x90\x9b"  # control characters, and what stands for them
+    rb"(?:^|[^0-9A-Za-z])(?:[=+\-@\t\r]|\n(?!\Z))|\xef\xbc[\x8b\x8d\x9d\xa0]"  # signs, also full-width; white space
+    rb"|\x1b|\xc2[\x80-\x9f]|\xe2\x90\x9b"  # control characters and their replacements
 )
 _CELL = re.compile(r'("(?:[^"]|"")*"|[^,"\n]*)(,|\n\Z|\Z)')
 
 
 def neutralise_cell(cell: str) -> str:
-    """Return the cell as a spreadsheet and a terminal show it without acting on it; see the rules above."""
+    """Return the cell in a form that spreadsheets and terminals display but do not act on; see the rules above."""
     if _CONTROL.search(cell):
         cell = _CONTROL.sub(_code, cell)
     return f"'{cell}" if _RISKY.match(cell) else cell
 
 
 def restore_cell(cell: str) -> str:
-    """Return the cell that `neutralise_cell` was given."""
+    """Return the original of a cell returned by `neutralise_cell`."""
     if cell.startswith("'") and _RISKY.match(cell):
         cell = cell[1:]
     return _ESCAPED.sub(lambda found: found[1] if found[1] == _ESCAPE else chr(int(found[1], 16)), cell)
@@ -45,8 +45,8 @@ def restore_cell(cell: str) -> str:
 def neutralise_line(line: bytes, numbers: Collection[int]) -> bytes:
     """Return one CSV record, as COPY writes it, with its cells neutralised.
 
-    `numbers`: the indexes, from 0, of numeric columns. A cell that is harmless keeps its bytes, and with them the
-    difference between NULL (nothing) and an empty text (`""`).
+    `numbers`: the indexes, from 0, of numeric columns. A harmless cell keeps its bytes, and therefore
+    the difference between NULL (nothing) and an empty string (`""`).
     """
     if not _SUSPECT.search(line):
         return line

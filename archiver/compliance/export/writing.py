@@ -36,7 +36,7 @@ Progress = Callable[[str, int], None]  # a file's name, and the rows written so 
 class ExportRequest(msgspec.Struct, frozen=True):
     """An export request: selection, formats, actor and reason. `hold_ids`: export what these holds cover.
 
-    `raw_csv`: CSV cells keep their exact text, even where a spreadsheet would run it as a formula.
+    `raw_csv`: CSV cells keep their exact text, even if a spreadsheet would run it as a formula.
     """
 
     selection: Selection
@@ -48,7 +48,7 @@ class ExportRequest(msgspec.Struct, frozen=True):
     raw_csv: bool = False
 
     def description(self) -> dict[str, Any]:
-        """Return the selection for the manifest; of a hold only its id, because its value may be personal."""
+        """Return the selection for the manifest; for a hold, only its id, because its value may be personal."""
         described: dict[str, Any] = {"all": True} if self.selection.is_all else {}
         if self.selection.session_ids:
             described["sessions"] = list(self.selection.session_ids)
@@ -131,7 +131,7 @@ def _write_small(path: Path, content: bytes) -> None:
 
 
 class _Export:
-    """Write the files of one export from one snapshot."""
+    """A writer of the files of one export, from one snapshot."""
 
     def __init__(
         self,
@@ -293,7 +293,7 @@ _USUAL = struct.Struct(">i32si32si16si").unpack_from
 
 
 def _bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
-    """Return the byte fields of an event as a part of its line, and the body. The fields begin at `place`."""
+    """Return the byte fields of an event as part of its line, and the body. The fields begin at `place`."""
     try:
         one, digest, two, key, three, salt, size = _USUAL(row, place)
     except struct.error:
@@ -305,7 +305,7 @@ def _bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
 
 
 def _unusual_bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
-    """Return these columns of an erased or modified event."""
+    """Return the same for an erased or modified event."""
     values: list[memoryview | None] = []
     for _ in range(4):
         size = int.from_bytes(row[place : place + 4], "big", signed=True)
