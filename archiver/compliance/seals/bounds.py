@@ -31,23 +31,23 @@ LEAVES = 10_000  # per table and seal
 
 
 class BoundsError(ArchiverError):
-    """The newest seal claims rows that do not exist, so no seal can follow it; the text names the remedy."""
+    """The newest seal claims rows that do not exist, so no seal can follow it; the message names the remedy."""
 
 
 class SequenceError(ArchiverError):
-    """A sequence was set back, so that new rows get ids that are sealed; the text names the remedy."""
+    """A sequence was set back, so new rows would get ids that are sealed; the message names the remedy."""
 
 
 def require_sequences(connection: Connection) -> None:
-    """Raise `SequenceError` if new rows of a sealed table get ids that are in use: no seal would contain them."""
+    """Raise `SequenceError` if new rows of a sealed table would get used ids: no seal would contain them."""
     sealed = {f"{tables.SCHEMA}.{kind.table}" for kind in KINDS}
     behind = [each for each in sequences.select_behind(connection, [tables.SCHEMA]) if each.table in sealed]
     if behind:
         found = "; ".join(f"{each.name} {each}" for each in behind)
         remedies = " ".join(f"{each.remedy};" for each in behind)
         raise SequenceError(
-            f"Sequences were set back: {found}. No seal would contain new rows. Run archiver migrate --repair, or as"
-            f" the owner: {remedies}"
+            f"Sequences were set back: {found}. No seal would contain new rows. Run `archiver migrate --repair`, or"
+            f" as the owner: {remedies}"
         )
 
 
@@ -79,8 +79,8 @@ def require_bounded(connection: Connection, newest: Seal) -> None:
         there = dict(connection.execute(_SELECT_RANGE).mappings().one())
         claimed = ", ".join(_claims(newest, there))
         raise BoundsError(
-            f"Seal {newest.id} claims rows that do not exist ({claimed}). It was not made by archiver seal, and"
-            " no new seal can follow it. Find its author and run archiver verify; docs/seals.md explains how to"
+            f"Seal {newest.id} claims rows that do not exist ({claimed}). It was not made by `archiver seal`, and"
+            " no new seal can follow it. Find its author and run `archiver verify`; docs/seals.md explains how to"
             " remove it."
         )
 
@@ -89,6 +89,6 @@ def _claims(newest: Seal, there: dict[str, int | None]) -> Iterator[str]:
     for kind in KINDS:
         claimed, last = newest.through[kind.table], there[kind.table] or 0
         if claimed > last:
-            yield f"{kind.table} up to {claimed}, of which the newest is {last}"
+            yield f"{kind.table} up to {claimed}, but the newest is {last}"
     if newest.size == 0:
         yield f"it lists no rows and claims {EVENTS.table} up to {newest.through[EVENTS.table]}"

@@ -1,4 +1,4 @@
-"""Build the chain of seals: each states its content and its predecessor, so that none can be changed alone."""
+"""Build the chain of seals: each states its content and its predecessor, so no seal can be changed on its own."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -24,16 +24,16 @@ from archiver.database import tables
 from archiver.errors import ArchiverError
 from archiver.settings import Settings, SettingsError, given_as
 
-NOTHING = bytes(32)  # the hash that stands before the first seal
+NOTHING = bytes(32)  # the previous hash of the first seal
 ENTRY_SIZE = ENTRY.size
 
 
 class KeyFileError(ArchiverError):
-    """The key is invalid; the text shows how to create one."""
+    """The key is invalid; the message shows how to create one."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """Hold a leaf as listed by its seal: the letter of its table, its id, its hash."""
+    """A leaf as listed by its seal: the letter of its table, its id, its hash."""
 
     letter: bytes
     id: int
@@ -41,7 +41,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """Hold one seal. `through`: the last sealed id of each table, by name.
+    """A seal. `through`: the last sealed id of each table, by name.
 
     `listed`: SHA-256 over its packed entries.
     """
@@ -117,7 +117,7 @@ def unpack(packed: bytes) -> list[Entry]:
 
 
 def hashes(packed: bytes) -> list[bytes]:
-    """Return only the leaf hashes."""
+    """Return the leaf hashes of packed entries."""
     return [packed[end - 32 : end] for end in range(ENTRY_SIZE, len(packed) + 1, ENTRY_SIZE)]
 
 
@@ -138,7 +138,7 @@ def select_newest(connection: Connection) -> Seal:
 
 
 def select_seal(connection: Connection, number: int) -> dict[str, Any] | None:
-    """Return the seal of this number as follow-ups publish it."""
+    """Return the seal with this number in the form that follow-ups publish."""
     row = connection.execute(_without_entries().where(tables.seals.c.id == number)).mappings().first()
     if row is None:
         return None
@@ -173,7 +173,7 @@ def _columns(*, with_entries: bool) -> list[ColumnElement[Any]]:
 
 
 def _without_entries() -> Select[Any]:
-    """Select seals without their many entries, which are only counted and digested in the database."""
+    """Return a query for seals without their many entries, which the database only counts and digests."""
     entries = tables.seals.c.entries
     return select(
         *_columns(with_entries=False),
@@ -282,7 +282,7 @@ def private_key(pem: str) -> Ed25519PrivateKey:
 
 
 def public_key(pem: str) -> Ed25519PublicKey:
-    """Parse a public key in PEM. Raises `KeyFileError`, also for a private key, which a check never needs."""
+    """Parse a public key in PEM. Raises `KeyFileError`, also for a private key, which no check needs."""
     if "PRIVATE KEY" in pem:
         raise KeyFileError(
             "this is a private key; create its public key with openssl pkey -in seal.key -pubout -out seal.pub"

@@ -15,12 +15,12 @@ Sealed = tuple[Seal, bytes]  # a seal and its packed entries
 
 
 class Checked(msgspec.Struct):
-    """Hold the progress of a verification."""
+    """The progress of a verification."""
 
     seals: int = 0
     events: int = 0
     unsealed: int = 0  # events
-    compared: int = 0  # seals compared with earlier exported ones
+    compared: int = 0  # seals compared with those exported earlier
     head: Seal = chain.FIRST
 
 
@@ -35,12 +35,12 @@ def compare(
 ) -> Iterator[Finding]:
     """Compare the lists of these seals, which follow `start`, with the rows; events are sealed up to `through`.
 
-    If only a forged seal covers a row, the seal is reported and the row is not.
+    If only a forged seal covers a row, the seal is reported but the row is not.
     """
     result: list[list[bytes]] = [[] for _ in window]
     unusual: list[int] = []
     for kind in KINDS:
-        # Rows of the archiver have ids from 1; inserted ones may have lower ids.
+        # The archiver's rows have ids from 1; rows inserted by others may have lower ids.
         after = start.through[kind.table] if start.id else None
         runs = read_runs(connection, kind, after, [seal.through[kind.table] for seal, _ in window])
         for (seal, _), rows, run in zip(window, result, runs, strict=True):
@@ -90,7 +90,7 @@ _BEYOND = text("SELECT id FROM archiver.events WHERE id > :after ORDER BY id OFF
 
 
 def compare_unsealed(connection: Connection, head: Seal, checked: Checked) -> Iterator[Finding]:
-    """Check the events after the newest seal, each on its own."""
+    """Check the events after the newest seal individually."""
     through, lowest, highest = head.through["events"], -(2**63), 2**63 - 1
     after, bound = (through if head.id else None), lowest
     while bound < highest:

@@ -1,4 +1,4 @@
-"""Check consistency between rows: counters only grow, and erased content has an erasure with an audit entry."""
+"""Check consistency between rows: counters only increase, and erased content has an erasure with an audit entry."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from archiver.compliance.seals.chain import Seal
 from archiver.compliance.seals.findings import Finding
 from archiver.compliance.seals.restoring import check_in_pieces
 
-# Without deliveries since the seal, the counters equal the sealed ones; otherwise they have grown. `r` is the newest
-# recount; its columns are null if there is none.
+# Without deliveries since the seal, the counters equal the sealed ones; otherwise they have increased. `r` is the
+# newest recount; its columns are null if there is none.
 _EXPECTED_COUNTERS = """
     CASE WHEN e.is_recounted THEN
         e.delivery_count > coalesce(r.delivery_count, 1)
@@ -41,7 +41,7 @@ def check_recounted(connection: Connection, head: Seal) -> Iterator[Finding]:
         yield Finding("events", event_id, "counters_changed")
 
 
-# An earlier time, once a delivery reported one, can only become earlier.
+# Once a delivery has reported an earlier time, that time can only become earlier.
 _DECREASED = text(
     """
     SELECT c.id FROM (
@@ -62,7 +62,7 @@ def check_recounts(connection: Connection, _: Seal) -> Iterator[Finding]:
         yield Finding("recounts", recount_id, "went_back")
 
 
-# Events whose row alone does not show whether it is correct (`leaves.Run.unusual`), by their ids or up to one.
+# Events whose row alone does not show whether it is correct (`leaves.Run.unusual`), selected by id or up to an id.
 _WHICH = {"these": "e.id = ANY (:ids)", "up_to": "e.id <= :last"}
 
 _COUNTERS = {
@@ -76,9 +76,9 @@ _COUNTERS = {
     for name, rule in _WHICH.items()
 }
 
-# Salt and key must have their lengths; otherwise bytes of a body could be taken for them. Content is missing only as
-# `erasure.sweeping` deletes it: all of a session; or the facts of a turn, every reading of its session except one
-# made without the turn, and events that mention the turn only in their body.
+# Salt and key must have their exact lengths; otherwise bytes of a body could be mistaken for them. Content may be
+# missing only as `erasure.sweeping` deletes it: all of a session; or the facts of a turn, every reading of its
+# session except one made without the turn, and events that mention the turn only in their body.
 _CONTENT = {
     name: text(
         f"""
@@ -124,7 +124,8 @@ def _check(connection: Connection, which: str, values: dict[str, Any], through: 
         yield Finding("events", event_id, "changed" if is_there else "erased_without_record")
 
 
-# An audit entry of another kind or rule cannot order an erasure. Only `retention` removes, if its rules set a period.
+# An audit entry of another kind or rule cannot order an erasure. Only `retention` removes events, if its rules set a
+# period.
 _WITHOUT_ACT = text(
     """
     SELECT 'erasures' AS name, x.id, 'without_act' AS fault FROM archiver.erasures x

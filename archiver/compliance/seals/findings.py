@@ -4,7 +4,7 @@ import msgspec
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Describe a difference from the sealed state: a row of `table` (a seal is a row of `seals`) and its fault.
+    """A difference from the sealed state: a row of `table` (a seal is a row of `seals`) and its fault.
 
     `through`: the fault applies to all rows from `id` to this one. `hold`: the legal hold that was violated.
     """
@@ -51,12 +51,12 @@ _DESCRIPTIONS = {
     "went_back": "its counters are lower than the previous ones",
     "without_act": "the audit log has no entry that ordered it",
     "not_removed": "its event still exists",
-    "out_of_bounds": "it claims ids beyond its listed rows, so archiver seal did not make it",
+    "out_of_bounds": "it claims ids beyond its listed rows, so `archiver seal` did not make it",
     "held": "the hold was in force and covers its session",
     "differs_from_log": "its row differs from the audit log",
     "released_without_act": "its row is marked as released, but the audit log has no release",
     "not_released": "the audit log has its release, but its row is not marked as released",
     "not_placed": "the audit log releases a hold that it never placed",
-    "not_the_one_served": "the database is not the one that was served before, or it lost rows; see archiver doctor",
+    "not_the_one_served": "the database is not the one served before, or it lost rows; see `archiver doctor`",
     "not_the_known_one": "it differs from the seal exported earlier under this number",
 }

@@ -1,7 +1,7 @@
 """Replay the audit log and check holds, erasures and removals against it.
 
-Only a hold on a session id alone can be checked afterwards: whether a session had an assistant, a variable or a turn
-at some time is content, and was erased with it.
+Only a hold whose sole criterion is a session id can be checked afterwards: the assistant, variables and turn times of
+a session are content and were erased with it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ _REMOVED = text(
 
 
 def check_holds(connection: Connection, _: Seal) -> Iterator[Finding]:
-    """Yield entries, rows of holds, erasures and removals that contradict the audit log."""
+    """Yield audit entries, holds, erasures and removals that contradict the audit log."""
     placed, unknown = legal_holds.select_placed(connection)
     for act_id in unknown:
         yield Finding("acts", act_id, "not_placed")

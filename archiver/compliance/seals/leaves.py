@@ -56,7 +56,7 @@ def pack(letter: bytes, leaves: Iterable[Leaf]) -> bytes:
 
 
 class Run(msgspec.Struct):
-    """Hold the packed leaves between two ids of a table, and the events that need attention.
+    """The packed leaves between two ids of a table, and the events that need attention.
 
     `bodies`: ids of events whose body does not match its digest. `unusual`: ids of events whose rows differ from a
     single delivery and need further checks.
@@ -68,10 +68,10 @@ class Run(msgspec.Struct):
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """Describe a sealed table: `letter` marks its leaves, `fields` are the fields of a leaf.
+    """A sealed table: `letter` marks its leaves, `fields` are the fields of a leaf.
 
-    `later`: fields that a migration added; the last is a text. Older rows have null in all of them, and their leaves
-    end without them.
+    `later`: fields that a migration added; the last is of type text. Older rows have null in all of them, and their
+    leaves end without them.
     """
 
     letter: bytes
@@ -98,7 +98,7 @@ EVENTS = Kind(
         "session_id",
         "chat_id",
         "key_id",
-        # A commitment to the key; an erasure replaces the key by it.
+        # A commitment to the key; an erasure replaces the key with it.
         "CASE WHEN salt IS NULL THEN dedupe_key ELSE sha256(salt || dedupe_key) END",
     ),
 )
@@ -120,7 +120,7 @@ BY_LETTER = {kind.letter: kind for kind in KINDS}
 def select_leaves(connection: Connection, kind: Kind, after: int | None, through: int) -> Generator[Leaf]:
     """Yield the leaves of rows with ids above `after` (None: all) and up to `through`, in order of their ids.
 
-    Does not read bodies. Read it to the end or close it before any other use of the connection, even a rollback.
+    Does not read bodies. Exhaust or close the generator before any other use of the connection, even a rollback.
     """
     rows = _copy(connection, kind, (*kind.fields, *kind.later), after, through)
     return ((_ID(row)[0], leaf_hash(kind.letter + _fields_of(kind, row))) for row in rows)
@@ -151,7 +151,7 @@ def _read_leaves(
 def _read_events(
     connection: Connection, kind: Kind, after: int | None, bounds: Sequence[int], runs: Sequence[Run]
 ) -> None:
-    # What is done here is done a million times: hence no function of its own for anything.
+    # This loop runs millions of times, so no part of it is a separate function.
     place, bound, run = 0, bounds[0], runs[0]
     leaf_of_event, empty = sha256(b"\0E").copy, sha256().copy  # a copy is cheaper than a new hash
     append = run.entries.append
@@ -196,7 +196,7 @@ def _fields_of(kind: Kind, row: Any) -> Any:
 def _copy(
     connection: Connection, kind: Kind, expressions: Sequence[str], after: int | None, through: int
 ) -> Generator[Any]:
-    """Yield rows of Postgres' binary format."""
+    """Yield rows in Postgres' binary format."""
     query = sql.SQL(
         "COPY (SELECT {} FROM archiver.{} WHERE {} id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
     ).format(

@@ -1,4 +1,4 @@
-"""Merkle trees as RFC 6962, section 2.1, has them: leaf hashes to a root, and proofs that a leaf is in it. Pure."""
+"""Merkle trees as RFC 6962, section 2.1, defines them: leaf hashes to a root, and inclusion proofs. Pure."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ def _node_hash(left: bytes, right: bytes) -> bytes:
 def root(hashes: Sequence[bytes]) -> bytes:
     """Return the root over leaf hashes.
 
-    Level by level from below, which is the RFC's recursion: its split at the largest power of two leaves a last,
-    shorter part that goes up unpaired.
+    Works level by level from below, which is equivalent to the RFC's recursion: its split at the largest power of two
+    leaves a last, shorter part that moves up unpaired.
     """
     level = list(hashes)
     if not level:
@@ -40,9 +40,7 @@ def _above(level: list[bytes]) -> list[bytes]:
 
 
 def path(hashes: Sequence[bytes], index: int) -> list[bytes]:
-    """Return the audit path of the leaf at `index` (section 2.1.1): the hashes that lead from it to the root, in
-    order.
-    """
+    """Return the audit path of the leaf at `index` (section 2.1.1): the hashes that lead from it to the root."""
     level, item = list(hashes), []
     while len(level) > 1:
         sibling = index ^ 1
@@ -53,9 +51,7 @@ def path(hashes: Sequence[bytes], index: int) -> list[bytes]:
 
 
 def root_of_path(leaf: bytes, index: int, size: int, audit_path: Sequence[bytes]) -> bytes | None:
-    """Return the root that this path leads to from the leaf hash at `index` of `size`; None for a path of another
-    length.
-    """
+    """Return the root to which this path leads from the leaf at `index` of `size`; None if its length is wrong."""
     steps, last, hashed = iter(audit_path), size - 1, leaf
     while last > 0:
         if index % 2 or index < last:
@@ -68,8 +64,7 @@ def root_of_path(leaf: bytes, index: int, size: int, audit_path: Sequence[bytes]
 
 
 def cover(hashes: Sequence[bytes], selected: Sequence[int]) -> list[bytes]:
-    """Return the fewest hashes that lead from the leaves at the indices `selected`, ascending, to the root: left to
-    right.
+    """Return the fewest hashes, left to right, that lead from the leaves at these indices, ascending, to the root.
 
     A range without selected leaves contributes its root; a range of only selected leaves contributes nothing; any
     other range is split into its two halves (RFC 6962, section 2.1). If all leaves are selected, nothing is hashed.
@@ -90,7 +85,7 @@ def _cover(hashes: Sequence[bytes], selected: Sequence[int], start: int, end: in
 def root_of_cover(
     leaves: Sequence[bytes], selected: Sequence[int], size: int, covering: Sequence[bytes]
 ) -> bytes | None:
-    """Return the root of `size` leaves, those at `selected` with these hashes; None for a cover of another length."""
+    """Return the root of `size` leaves, those at `selected` with these hashes; None if the cover does not fit."""
     rest = iter(covering)
     result = _root_of_cover(leaves, selected, rest, 0, size)
     return result if next(rest, None) is None else None

@@ -1,6 +1,6 @@
-"""Verify with several processes: this one from the first range on, the others from the last.
+"""Verify with several processes: this one begins with the first range, the others with the last.
 
-All use the snapshot of the first. The findings and their order do not depend on where the processes meet.
+All use the snapshot of this process. The findings and their order do not depend on where the processes meet.
 """
 
 import os
@@ -25,20 +25,20 @@ from archiver.compliance.seals.findings import Finding
 from archiver.compliance.seals.ranges import Range, Signing, VerificationContext, verify_range
 from archiver.errors import ArchiverError
 
-MAX_JOBS = 8  # unless more are asked for
-PARTS = 16  # ranges for each process, so that all end at about the same time
-MAX_WINDOWS_PER_RANGE = 10  # of one range, so that progress is seen
+MAX_JOBS = 8  # unless more are requested
+PARTS = 16  # ranges for each process, so that all finish at about the same time
+MAX_WINDOWS_PER_RANGE = 10  # a limit, so that progress is visible
 STATEMENT_SECONDS = 24 * 3600
 
 
 class HelperLostError(ArchiverError):
-    """A process of the verification was killed."""
+    """A verification process was killed."""
 
-    message = "A process of the verification was killed. Retry, or use --jobs 1."
+    message = "A verification process was killed. Retry, or use --jobs 1."
 
 
 class _WorkerInput(msgspec.Struct, frozen=True):
-    """Input of a process, sent through a pipe instead of the command line because it contains a password."""
+    """The input of a process, sent through a pipe instead of the command line because it contains a password."""
 
     url: URL
     snapshot: str
@@ -50,7 +50,7 @@ class _WorkerInput(msgspec.Struct, frozen=True):
 
 
 class _Part(msgspec.Struct, frozen=True):
-    """Hold the findings in a range, and the number of rows examined."""
+    """The findings in a range, and the number of seals and events examined."""
 
     findings: list[Finding]
     seals: int
@@ -58,13 +58,13 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 def usual_jobs() -> int:
-    """Return the number of processors that this process may use."""
+    """Return the number of processors that this process may use, at most `MAX_JOBS`."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(processors, MAX_JOBS)
 
 
 def is_possible(connection: Connection) -> bool:
-    """Return whether the server exports snapshots: a standby need not."""
+    """Return whether the server certainly exports snapshots, which a standby may not."""
     return not connection.scalar(text("SELECT pg_is_in_recovery()"))
 
 
@@ -78,7 +78,7 @@ def verify(
     """Verify a range with several processes, this one included. Raises `HelperLostError`."""
     work = _Work(_cut(seal_range, jobs))
     with _helpers(_worker_input(connection, context), work, min(jobs, len(work.ranges)) - 1):
-        first = 0  # of those that this process has not looked at
+        first = 0  # of the ranges that this process has not verified
         while (number := _next(work.left.popleft)) is not None:
             yield from work.verify_locally(number, connection, context)
             first = number + 1
@@ -86,14 +86,14 @@ def verify(
     for number in range(first, len(work.ranges)):
         if number in work.parts:
             yield from work.parts[number].findings
-        else:  # the database would not have the process whose part it was
+        else:  # a database error stopped the process that had this range
             yield from work.verify_locally(number, connection, context)
             on_progress(work.checked())
     return work.checked()
 
 
 class _Work:
-    """The ranges, the numbers of unassigned ones, and the results of finished ones."""
+    """The ranges, the numbers of those not yet assigned, and the results of those finished."""
 
     def __init__(self, ranges: list[Range]) -> None:
         self.ranges = ranges
@@ -101,19 +101,17 @@ class _Work:
         self.parts: dict[int, _Part] = {}
 
     def verify_locally(self, number: int, connection: Connection, context: VerificationContext) -> Iterator[Finding]:
-        """Verify a range in this process, and yield each finding at once."""
+        """Verify a range in this process, and yield each finding immediately."""
         own = Checked()
         yield from verify_range(connection, self.ranges[number], context, own)
         self.parts[number] = _Part([], own.seals, own.events)
 
     def hand_out(self, number: int | None, pipe: Pipe) -> None:
-        """Give this range to a process, then others from the end on. Raises `OSError` and `EOFError` if it has
-        ended.
-        """
+        """Send this range to a process, then others, last first. Raises `OSError` or `EOFError` if it has exited."""
         while number is not None:
             pipe.send(self.ranges[number])
             part: _Part | None = pipe.recv()
-            if part is None:  # the database would not have it
+            if part is None:  # a database error stopped it
                 return
             self.parts[number] = part
             number = _next(self.left.pop)
@@ -177,18 +175,18 @@ def _helpers(orders: _WorkerInput, work: _Work, count: int) -> Iterator[None]:
     finally:
         work.left.clear()
         for process in helpers:
-            process.kill()  # it has nothing to tidy up
+            process.kill()  # it has nothing to clean up
         for process in helpers:
             process.join()
 
 
 def _start(orders: _WorkerInput) -> tuple[BaseProcess, Pipe]:
-    # A fresh process imports for a second, which is half of what it could save. What it has of the first, its
-    # connection and its threads, it does not use. Elsewhere than on Linux forking is less sure.
+    # A spawned process needs a second for imports, half of the time that it could save. A forked process does not use
+    # the connection and threads of this process. On systems other than Linux, forking is less reliable.
     context = get_context("fork") if sys.platform == "linux" else get_context("spawn")
     parent_end, its = context.Pipe()
     process = context.Process(target=_helper_main, args=(orders, its), name="verify", daemon=True)
-    # Ctrl-C reaches the whole group, a process that only begins as well: this one decides when it ends.
+    # Ctrl-C reaches the whole process group, even a process that is starting: this process decides when it exits.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -199,7 +197,7 @@ def _start(orders: _WorkerInput) -> tuple[BaseProcess, Pipe]:
 
 
 def _helper_main(orders: _WorkerInput, pipe: Pipe) -> None:
-    """Run a helper process, which verifies one range after the other until it is ended."""
+    """Run a helper process, which verifies one range after another until it is killed."""
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
     keys = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in orders.keys.items()}
     context = VerificationContext(Signing(keys, orders.signed_since), orders.heads, orders.through, orders.unbounded)

@@ -1,4 +1,4 @@
-"""Inclusion proofs that an event is in a seal, checkable with SHA-256 alone."""
+"""Inclusion proofs that an event is in a seal, checkable with nothing but SHA-256."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ class NotSealedError(ArchiverError):
 
 
 class Proof(msgspec.Struct, frozen=True):
-    """Hold a proof that docs/seals.md checks in twenty lines; byte strings in hexadecimal.
+    """An inclusion proof, which docs/seals.md checks in twenty lines; byte strings in hexadecimal.
 
     `leaf`: the bytes that stand for the event. `path`: the hashes from it to the root of `leaves` leaves, of which it
-    is number `index`. `statement`: the seal's text, which holds the root; `signature` is over it.
+    is number `index`. `statement`: the seal's text, which contains the root; `signature` is over it.
     """
 
     event: int
@@ -40,7 +40,7 @@ class Proof(msgspec.Struct, frozen=True):
 
 
 def prove(connection: Connection, event_id: int) -> Proof:
-    """Return the proof that the ledger held this event when it was sealed. Raises `NotSealedError`."""
+    """Return the proof that the ledger contained this event when it was sealed. Raises `NotSealedError`."""
     leaf = select_leaf(connection, EVENTS, event_id)
     if leaf is None:
         raise NotSealedError(f"event {event_id} does not exist")
@@ -57,7 +57,7 @@ def prove(connection: Connection, event_id: int) -> Proof:
         n for n, entry in enumerate(chain.unpack(entries)) if entry.letter == EVENTS.letter and entry.id == event_id
     ]
     if len(places) != 1:
-        held = "does not hold" if not places else "holds more than once"
+        held = "does not contain" if not places else "contains more than once"
         raise NotSealedError(f"Seal {number} {held} event {event_id}: run `archiver verify`.")
     (index,) = places
     return Proof(

@@ -15,16 +15,16 @@ from archiver.compliance.seals.findings import Finding
 
 
 class Signing(msgspec.Struct, frozen=True):
-    """Which keys may have signed, by their ids, and since which seal all are signed."""
+    """The keys that may have signed, by id, and the first seal from which all are signed."""
 
     keys: Mapping[str, Ed25519PublicKey]
     since: int
 
 
 class VerificationContext(msgspec.Struct, frozen=True):
-    """Hold the evidence for seals. `heads`: hashes of exported seals; `through`: the last sealed event.
+    """The evidence for verifying seals. `heads`: hashes of exported seals; `through`: the last sealed event.
 
-    `unbounded`: seals that reach further than there ever were rows.
+    `unbounded`: seals that claim ids beyond all rows that ever existed.
     """
 
     signing: Signing
@@ -34,7 +34,7 @@ class VerificationContext(msgspec.Struct, frozen=True):
 
 
 class Range(msgspec.Struct, frozen=True):
-    """The seals after one, in windows of which each is looked at as a whole: the number of the last seal of each."""
+    """The seals after `after`, in windows that are each verified as a whole: the last seal of each window."""
 
     after: int
     windows: Sequence[int]
@@ -43,9 +43,9 @@ class Range(msgspec.Struct, frozen=True):
 def windows_after(
     connection: Connection, after: int, leaves: int, known: Container[int]
 ) -> tuple[list[int], int, set[int]]:
-    """Return the seals after this one in windows of about so many leaves each: the last seal of each.
+    """Return the seals after this one in windows of about `leaves` leaves: the last seal of each window.
 
-    And how many leaves these are, and which of the seals are among `known`.
+    Also return the total number of leaves, and the seals that are among `known`.
     """
     windows: list[int] = []
     there: set[int] = set()
@@ -97,7 +97,7 @@ def seal_before(connection: Connection, number: int) -> Seal:
 
 def _check_seal(seal: Seal, entries: bytes, before: Seal, context: VerificationContext) -> Iterator[Finding]:
     first, last = before.id + 1, seal.id - 1
-    if first <= last:  # one finding of however many: a number may be anything
+    if first <= last:  # one finding for any number of seals: a forged number may be arbitrarily high
         yield Finding("seals", first, "missing", through=last if last > first else None)
     if seal.hash != sha256(seal.statement).digest():
         yield Finding("seals", seal.id, "altered")
@@ -113,7 +113,7 @@ def _check_seal(seal: Seal, entries: bytes, before: Seal, context: VerificationC
 
 
 def check_signature(seal: Seal, before: Seal, signing: Signing) -> Iterator[Finding]:
-    """Return whether the seal is signed as required, given the previous one."""
+    """Yield a finding if the seal is not signed as required, given the previous one."""
     is_due = bool(signing.keys) and seal.id >= signing.since
     if (seal.signature is None) != (seal.key_id is None):
         yield Finding("seals", seal.id, "wrong_signature")
@@ -129,6 +129,6 @@ def check_signature(seal: Seal, before: Seal, signing: Signing) -> Iterator[Find
 
 
 def compare_known(seal: Seal, heads: Mapping[int, bytes]) -> Iterator[Finding]:
-    """Compare the seal with the exported one."""
+    """Yield a finding if the seal differs from the one exported earlier."""
     if heads.get(seal.id, seal.hash) != seal.hash:
         yield Finding("seals", seal.id, "not_the_known_one")

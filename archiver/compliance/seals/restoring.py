@@ -1,4 +1,4 @@
-"""Verify responses in pieces against the sealed digest of their bytes."""
+"""Verify responses stored in pieces against the sealed digest of their bytes."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -23,9 +23,9 @@ _SELECT = text(
 def check_in_pieces(connection: Connection, event_ids: Sequence[int]) -> Iterator[Finding]:
     """Yield events whose pieces do not reproduce the received bytes.
 
-    Also yields events that have a frame or runs beside their bytes, or after their erasure.
+    Also yields events that have a frame or runs in addition to their bytes, or after their erasure.
 
-    Memory is that of the pieces of one session.
+    Memory is bounded by the pieces of one session.
     """
     rows = connection.execute(_SELECT, {"ids": list(event_ids)}).all()
     for session_id, of_session in groupby(rows, key=attrgetter("session_id")):

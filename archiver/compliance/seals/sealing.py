@@ -1,4 +1,4 @@
-"""Sealing: what is settled is hashed into a tree, and the tree chained to those before it."""
+"""Seal the ledger: hash the settled rows into a tree, and chain the tree to the earlier trees."""
 
 import time
 from collections.abc import Callable
@@ -23,9 +23,9 @@ _SETTLED = ("events", "acts", "erasures", "removals")
 
 
 class LedgerBusyError(ArchiverError):
-    """Transactions that write have not ended."""
+    """Some transactions that write to the ledger are still open."""
 
-    message = "Transactions that write to the ledger have not ended yet. Retry."
+    message = "Some transactions that write to the ledger are still open. Retry in a moment."
 
 
 def seal(
@@ -35,11 +35,11 @@ def seal(
     settling: Settling | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> list[Seal]:
-    """Seal all that is settled, in at most so many seals; answers the new ones, none where nothing is new.
+    """Seal all settled rows in at most `limit` seals; return the new seals, of which there may be none.
 
-    `settling` carries state from call to call: long writing transactions are not waited for here. `beat` is called
-    after each seal. Raises `LedgerBusyError`, `BoundsError` where the newest seal was forged, and `SequenceError`
-    where a sequence was set back.
+    `settling` carries state from call to call, so that no call waits for long writing transactions. `beat` is called
+    after each seal. Raises `LedgerBusyError`, `BoundsError` if the newest seal was forged, and `SequenceError` if a
+    sequence was set back.
     """
     run(engine, bounds.require_sequences)
     settled = settling.settle(engine) if settling is not None else _settle(engine)

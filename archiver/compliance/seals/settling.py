@@ -1,6 +1,6 @@
 """Determine up to which id each sealed table is settled (no lower id can appear).
 
-If no transaction is writing, a table lock shows it in an instant. If long or alternating transactions are writing,
+If no transaction is writing, a table lock shows it immediately. If long or alternating transactions are writing,
 their end shows it: all rows that existed while they ran are settled when the last of them has ended, regardless of
 later writes.
 """
@@ -25,8 +25,8 @@ _SELECT_WRITTEN = text(
            (SELECT coalesce(max(id), 0) FROM archiver.removals) AS removals_through
     """
 )
-# A transaction takes the table lock before it gets an id, and holds it until its end; so do prepared transactions. In
-# a distributed database, writers may have locks that are not visible here: NULL.
+# A transaction acquires the table lock before an id, and holds it until its end; so do prepared transactions. In a
+# distributed database, writers may have locks that are not visible here: NULL.
 _SELECT_WRITERS = text(
     """
     SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_partition') IS NULL THEN ARRAY(
@@ -42,7 +42,7 @@ _SELECT_WRITERS = text(
 
 
 class Settling:
-    """Finds out what is settled; remembers, from one call to the next, whose end is awaited."""
+    """A search for settled rows, which remembers from call to call the transactions whose end is awaited."""
 
     def __init__(self) -> None:
         self._written: Settled = {}

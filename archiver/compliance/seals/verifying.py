@@ -30,13 +30,13 @@ from archiver.compliance.seals.ranges import (
     windows_after,
 )
 
-PAGE = 20_000  # numbers that are asked for at once
+PAGE = 20_000  # seal numbers per query
 
 
 class Parallelism(msgspec.Struct, frozen=True):
-    """Set the number of processes of a verification, including this one; below `min_leaves` leaves, one does all.
+    """The number of processes of a verification, including this one; below `min_leaves` leaves, one is used.
 
-    `window`: leaves that each of them looks at together.
+    `window`: number of leaves that each process examines at a time.
     """
 
     jobs: int = 1
@@ -55,12 +55,12 @@ def verify(
     on_progress: Callable[[Checked], None] = lambda _: None,
     effort: Parallelism | None = None,
 ) -> Generator[Finding]:
-    """Yield every difference from the sealed state, in the order of seals. Read it to the end, or close it.
+    """Yield every difference from the sealed state, in the order of the seals. Exhaust or close the generator.
 
     `after_seal`: begin after this seal; 0: from the first. `keys`, by their ids: each seal from `signed_since` on
     must be signed by one of them. `heads`: hashes of seals, by number, as they were exported; all are compared,
-    wherever it begins. The connection shows one snapshot (REPEATABLE READ): an archive in use can be verified.
-    Raises `parallel.HelperLostError` where another process did not do its part.
+    wherever the verification begins. The connection must have one snapshot (REPEATABLE READ), so that an archive in
+    use can be verified. Raises `parallel.HelperLostError` if another process was killed.
     """
     checked = Checked() if checked is None else checked
     effort = effort or Parallelism()
@@ -108,7 +108,7 @@ def _newest_but(connection: Connection, unbounded: frozenset[int], head: Seal) -
 
 
 def _compare_earlier(connection: Connection, before: Seal, known: dict[int, bytes]) -> Iterator[Finding]:
-    """Compare also the seals before the start of this verification, only by their hashes."""
+    """Compare the seals before the start of this verification too, but only their hashes."""
     numbers = [number for number in known if number < before.id]
     for start in range(0, len(numbers), PAGE):
         query = text("SELECT id, hash FROM archiver.seals WHERE id = ANY (:numbers) ORDER BY id")
