@@ -1,8 +1,9 @@
 """Session settings of our connections, regardless of defaults of role, database or pooler.
 
-What a transaction needs is set inside it, so that PgBouncer in transaction mode serves. Only without a pooler are the
-limits set that apply between transactions and before their first statement. The encoding alone is always a startup
-parameter: the driver encodes the very first statement.
+What a transaction needs is set inside it, so that PgBouncer in transaction mode can be used. Limits that apply
+between transactions, and before the first statement of one, are set only if there is no pooler. The encoding is
+always a startup parameter, because the driver encodes the very first statement. A default of read-only transactions
+stays in force: administrators and managed services protect a full database with it.
 """
 
 import os
@@ -128,13 +129,6 @@ def _without_limits(arguments: Mapping[str, Any], server_version: int) -> dict[s
     return {**arguments, "options": " ".join((given, *(f"-c {name}=0" for name in names))).strip()}
 
 
-def _is_read_only(info: psycopg.ConnectionInfo) -> bool:
-    """Return whether transactions are read-only by default, although this server could write."""
-    return info.parameter_status("default_transaction_read_only") == "on" and (
-        info.parameter_status("in_hot_standby") != "on"
-    )
-
-
 def open_connection(
     dialect: Any,
     record: Any,
@@ -147,11 +141,11 @@ def open_connection(
     adapted = dialect.connect(*positional, **arguments)
     version = _driver(adapted).info.server_version
     try:
-        pid = _set_up(dialect, adapted)
+        pid = _set_up(adapted)
     except psycopg.Error as error:
         try:
             adapted = dialect.connect(*positional, **_without_limits(arguments, version))
-            pid = _set_up(dialect, adapted)
+            pid = _set_up(adapted)
         except psycopg.Error:
             raise error from None
     driver = _driver(adapted)
@@ -166,7 +160,7 @@ def _driver(adapted: Any) -> Any:
     return adapted.driver_connection if isinstance(adapted, AdaptedConnection) else adapted
 
 
-def _set_up(dialect: Any, adapted: Any) -> int:
+def _set_up(adapted: Any) -> int:
     """Set up a connection and return the process id of its backend; close it on an error."""
     info = _driver(adapted).info
     try:
@@ -177,8 +171,6 @@ def _set_up(dialect: Any, adapted: Any) -> int:
         (pid, *_) = cursor.fetchone()
         cursor.close()
         adapted.autocommit = False
-        if _is_read_only(info):
-            dialect.set_readonly(adapted, False)
     except BaseException:
         adapted.close()
         raise
@@ -215,8 +207,6 @@ class PoolConnection(psycopg.AsyncConnection[Any]):
             (self.pid, *_) = await cursor.fetchone() or (0,)
             await self.set_autocommit(False)
             await self.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-            if _is_read_only(self.info):
-                await self.set_read_only(False)
         except BaseException:
             await self.close()
             raise

@@ -76,83 +76,94 @@ def create(
     processes. Raises `SettingsError` if a setting is missing or invalid.
     """
     used = reloading.look() if used is None else used
-    configuration = configuration or settings.read()
-    if configuration.database_url is None:
-        raise settings.SettingsError("DATABASE_URL is not set. `archiver serve` sets it for the embedded database.")
-    url = database.database_url(configuration.database_url.get_secret_value())
-    verifier = signatures.verifier(configuration)
-
-    prepared = configuration.prepared_statements
-    writing = database.connect_async(url, pool_size=CONNECTIONS, prepared_statements=prepared)
-    # Readiness has a separate connection, so that a busy writer does not make the service look dead.
-    probe_engine = database.connect_async(url, pool_size=2, prepared_statements=prepared)
-    ingest = Ingest(
-        writing,
-        queue_events=configuration.queue_events,
-        queue_bytes=configuration.queue_bytes,
-        batch_events=configuration.batch_events,
-        timing=Timing.of(configuration),
+    parts = _Parts(configuration or settings.read(), used, forward)
+    app = Service(
+        routes=[
+            Route(WEBHOOK_PATH, parts.receiver, methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/readyz", parts.readiness.readyz),
+            Route("/metrics", Metrics().respond),
+            Route("/sessions", parts.registration.register, methods=["POST"]),
+        ],
+        lifespan=parts.lifespan,
+        exception_handlers={HTTPException: answers.respond_to_routing}
+        | dict.fromkeys(answers.ERRORS, answers.respond),
     )
+    app.receiver = parts.receiver
+    app.router.redirect_slashes = False  # a redirect loses the body of a client that does not follow it
+    return app
 
-    limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)
 
-    guard = Guard(configuration.home.resolve(), url)
+class _Parts:
+    """The parts of one receiving process, from its engines to the handlers of its routes."""
 
-    async def reload(new: Settings) -> None:
-        """Apply new secrets, token and database URL; other settings take effect at the next start."""
-        if new.webhook_scheme == "none" != configuration.webhook_scheme:
+    def __init__(self, configuration: Settings, used: Mapping[str, str], forward: Callable[[], None] | None) -> None:
+        if configuration.database_url is None:
             raise settings.SettingsError(
-                "ARCHIVER_WEBHOOK_SCHEME is none. To accept unsigned deliveries, start serve with --insecure."
+                "DATABASE_URL is not set. `archiver serve` sets it for the embedded database."
             )
-        verifier = signatures.verifier(new)
-        at = url if new.database_url is None else database.database_url(new.database_url.get_secret_value())
-        receiver.use(new, verifier)
-        registration.use(new.api_token.get_secret_value())
-        for engine in (writing, probe_engine):
-            database.redirect(engine, at)
-            await engine.dispose()  # closes idle connections; those in use first complete their transaction
-        await asyncio.to_thread(_record_settings, new, at)
-
-    files = reloading.Reloading(reload, used, forward)
+        self._configuration = configuration
+        self._url = database.database_url(configuration.database_url.get_secret_value())
+        verifier = signatures.verifier(configuration)
+        prepared = configuration.prepared_statements
+        self._writing = database.connect_async(self._url, pool_size=CONNECTIONS, prepared_statements=prepared)
+        # Readiness has a separate connection, so that a busy writer does not make the service look dead.
+        self._probing = database.connect_async(self._url, pool_size=2, prepared_statements=prepared)
+        self._ingest = Ingest(
+            self._writing,
+            queue_events=configuration.queue_events,
+            queue_bytes=configuration.queue_bytes,
+            batch_events=configuration.batch_events,
+            timing=Timing.of(configuration),
+        )
+        self._limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)
+        self._guard = Guard(configuration.home.resolve(), self._url)
+        self._files = reloading.Reloading(self._reload, used, forward)
+        bodies = Bodies(configuration.max_body, configuration.queue_bytes)
+        self.receiver = Receiver(configuration, verifier, bodies, self._ingest)
+        self.registration = Registration(configuration.api_token.get_secret_value(), bodies, self._ingest)
+        self.readiness = Readiness(self._probing, self._ingest)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+    async def lifespan(self, _: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        """Run everything during the block."""
+        configuration, ingest = self._configuration, self._ingest
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         exit_with_parent()
         _reduce_garbage_collection()
-        spool = _open_spool(configuration)
-        async with ingest.running(spool):
-            work = [report_waits(probe_engine), files.run(), watch_identity(probe_engine, guard)]
-            tasks = set(map(asyncio.create_task, [*work, _watch_spool(configuration, ingest)]))
-            with limiter.enforcing():
-                yield {"limiter": limiter}  # Uvicorn passes it to each connection
+        async with ingest.running(_open_spool(configuration)):
+            work = [
+                report_waits(self._probing),
+                self._files.run(),
+                watch_identity(self._probing, self._guard),
+                _watch_spool(configuration, ingest),
+            ]
+            tasks = set(map(asyncio.create_task, work))
+            with self._limiter.enforcing():
+                yield {"limiter": self._limiter}  # Uvicorn passes it to each connection
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
         if ingest.fallback is not None:
             ingest.fallback.spool.close()
-        await writing.dispose()
-        await probe_engine.dispose()
+        await self._writing.dispose()
+        await self._probing.dispose()
         log.info("receiver stopped", pid=os.getpid())
 
-    bodies = Bodies(configuration.max_body, configuration.queue_bytes)
-    receiver = Receiver(configuration, verifier, bodies, ingest)
-    registration = Registration(configuration.api_token.get_secret_value(), bodies, ingest)
-    app = Service(
-        routes=[
-            Route(WEBHOOK_PATH, receiver, methods=["POST"]),
-            Route("/healthz", healthz),
-            Route("/readyz", Readiness(probe_engine, ingest).readyz),
-            Route("/metrics", Metrics().respond),
-            Route("/sessions", registration.register, methods=["POST"]),
-        ],
-        lifespan=lifespan,
-        exception_handlers={HTTPException: answers.respond_to_routing}
-        | dict.fromkeys(answers.ERRORS, answers.respond),
-    )
-    app.receiver = receiver
-    app.router.redirect_slashes = False  # a redirect loses the body of a client that does not follow it
-    return app
+    async def _reload(self, new: Settings) -> None:
+        """Apply new secrets, token and database URL; other settings take effect at the next start."""
+        if new.webhook_scheme == "none" != self._configuration.webhook_scheme:
+            raise settings.SettingsError(
+                "ARCHIVER_WEBHOOK_SCHEME is none. To accept unsigned deliveries, start serve with --insecure."
+            )
+        verifier = signatures.verifier(new)
+        at = self._url if new.database_url is None else database.database_url(new.database_url.get_secret_value())
+        self.receiver.use(new, verifier)
+        self.registration.use(new.api_token.get_secret_value())
+        for engine in (self._writing, self._probing):
+            database.redirect(engine, at)
+            await engine.dispose()  # closes idle connections; those in use first complete their transaction
+        await asyncio.to_thread(_record_settings, new, at)
 
 
 async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:

@@ -111,29 +111,25 @@ def limits_of(cluster: Cluster) -> dict[str, str]:
 
 def test_no_default_ends_a_session_between_or_before_transactions(hostile_url: str, cluster: Cluster) -> None:
     limits = limits_of(cluster)
-    set_defaults(hostile_url, servers.WRITER, limits | {"default_transaction_read_only": "on"})
+    set_defaults(hostile_url, servers.WRITER, limits)
     engine = cluster.engine(servers.as_writer(hostile_url), pool_size=1)
     for _ in range(20):
         with engine.connect() as connection:
             for name in limits:
                 assert connection.exec_driver_sql("SELECT current_setting($1)", (name,)).scalar() == "0"
-            assert connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "off"
         engine.dispose()
-    with database.snapshot(engine, statement_seconds=60) as connection:
-        assert connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
-    engine.dispose()
 
 
 @pytest.mark.anyio
 async def test_no_default_ends_a_connection_without_an_engine(hostile_url: str, cluster: Cluster) -> None:
     limits = limits_of(cluster)
-    set_defaults(hostile_url, servers.WRITER, limits | {"default_transaction_read_only": "on"})
+    set_defaults(hostile_url, servers.WRITER, limits)
     conninfo = database.conninfo(database.database_url(servers.as_writer(hostile_url)), "x")
     for _ in range(20):
         connection = await sessions.PoolConnection.connect(conninfo)
-        for name in (*limits, "transaction_read_only"):
+        for name in limits:
             cursor = await connection.execute(sql.SQL("SHOW {}").format(sql.Identifier(name)))
-            assert await cursor.fetchone() == ("0" if name in limits else "off",)
+            assert await cursor.fetchone() == ("0",)
         await connection.close()
 
 
@@ -141,7 +137,7 @@ def test_the_archive_is_written_in_spite_of_the_shortest_limits(
     hostile_url: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     for role in (servers.WRITER, "postgres"):
-        set_defaults(hostile_url, role, limits_of(cluster) | {"default_transaction_read_only": "on"})
+        set_defaults(hostile_url, role, limits_of(cluster))
     with simulated() as callhq, serving(hostile_url, "--worker", **callhq.settings) as receiver:
         for number in range(20):
             assert receiver.post(created(f"c{number}", "s")).json()["status"] == "stored"
