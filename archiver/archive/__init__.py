@@ -1,7 +1,8 @@
 """Derive the archive from the ledger: `project` adds new facts, `rederive` rebuilds whole sessions.
 
-A turn is a pure function of all facts about it (`turns`), and a session of which history is known is one of all its
-facts (`sessions`): in any order the archive ends the same (I5), and the ledger alone rebuilds it (I10).
+A turn is a pure function of all facts about it (`turns`), and a session whose history is known is a pure function of
+all its facts (`sessions`). So the archive does not depend on their order (I5), and the ledger suffices to rebuild it
+(I10).
 """
 
 from collections import defaultdict
@@ -42,20 +43,20 @@ MAX_SESSIONS_PER_CHAT = 50  # sessions of one chat
 
 
 class AmbiguousSessionError(ArchiverError):
-    """An unassigned chat is known in too many sessions to be assigned."""
+    """An unassigned chat belongs to too many sessions to be assigned."""
 
-    message = "An unassigned chat is known in too many sessions to be assigned."
+    message = "An unassigned chat belongs to too many sessions to be assigned."
 
 
 def project(
     connection: Connection, facts: Sequence[Fact], timing: Timing, erased: Collection[str] = ()
 ) -> list[Change]:
-    """Bring the archive up to date with facts that the same transaction has just put into the ledger.
+    """Bring the archive up to date with facts that the same transaction has just appended to the ledger.
 
     Returns the changes for the feed.
 
-    Sessions `erased`, even in part, are rebuilt like sessions with a history: the caller names those that the
-    facts name themselves, and those to which a fact is assigned here are looked up.
+    `erased`: the sessions that the facts name and that were erased, even in part. They are rebuilt like sessions with
+    a history; other sessions to which a fact is assigned here are looked up.
     The caller holds the lock that `ledger` takes for facts without a session.
     """
     chat_facts = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
@@ -69,7 +70,7 @@ def project(
     for fact in others:
         arrivals[fact.event.session_id].append(fact.received_at)
     arrivals.pop(UNASSIGNED, None)
-    # Locks the sessions: from here on no other transaction projects their turns, and stored facts are read.
+    # Locks the sessions, so that no other transaction projects their turns from here on, and reads the stored facts.
     other_facts_query = ledger_facts.other_facts(_own_keys(by_turn)) if by_turn else None
     read, stored = rows.upsert_sessions(connection, arrivals, timing, other_facts_query)
     assigned = sorted(arrivals.keys() - {fact.event.session_id for fact in facts})
@@ -92,18 +93,18 @@ def _project_turns(
 ) -> tuple[list[Change], dict[str, TurnState]]:
     """Write turns of sessions without a reading, each independently of the others.
 
-    Answers what changed, and the turns that stood without a session until now.
+    Returns the changes, and the turns that were unassigned until now.
     """
     if not by_turn:
         return [], {}
     known = {key: [*_new_facts(own), *earlier.get(key, ())] for key, own in sorted(by_turn.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
     revised = [key for key in turns if key in earlier]
-    # The stored state, not one derived from the earlier facts: a redelivery may just have moved one of them in time.
+    # The stored state, not one derived from the earlier facts: a redelivery may just have changed the time of a fact.
     before, moved = rows.select_turn_states(connection, revised) if revised else {}, dict[str, TurnState]()
     rows.upsert_turns(connection, turns)
     if revised:
-        # An unassigned fact may have come first.
+        # An unassigned fact may have arrived first.
         arrivals: dict[str, list[datetime]] = defaultdict(list)
         for session_id, chat_id in revised:
             arrivals[session_id] += [fact.received_at for fact in known[session_id, chat_id]]
@@ -125,10 +126,10 @@ def rederive(
 ) -> list[Change]:
     """Rebuild these sessions from all their facts, and write the differences.
 
-    `moved`: turns by chat id that stood without a session until this transaction.
+    `moved`: turns, by chat id, that were unassigned until this transaction.
 
-    The caller has their rows locked. A session without facts is deleted. Returns the changes,
-    which are published only if something new was recorded.
+    The caller has locked the rows of the sessions. A session without facts is deleted. Returns the changes, for
+    publication only if something new was recorded.
     """
     if not session_ids:
         return []
@@ -147,13 +148,13 @@ def rederive(
 
 
 def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
-    """Lock the sessions, then rebuild them as `rederive` does."""
+    """Lock the sessions, then rebuild them with `rederive`."""
     rows.lock_sessions(connection, session_ids)
     rederive(connection, session_ids, timing)
 
 
 def _own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
-    """Return the turns to look up, in their session and unassigned, each with its known facts."""
+    """Return the turns to look up, in their session and unassigned, each with the dedupe keys of its new facts."""
     own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
     own |= {(UNASSIGNED, chat_id): [] for _, chat_id in by_turn}
     for (_, chat_id), facts in by_turn.items():
@@ -167,7 +168,7 @@ def _new_facts(facts: Iterable[Fact]) -> list[Fact]:
 
 
 def _assign(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:
-    """Return the facts by turn; an unassigned fact goes to every session known to hold its chat."""
+    """Return the facts by turn; an unassigned fact belongs to every session known to contain its chat."""
     unassigned = {str(fact.event.chat_id) for fact in facts if fact.event.session_id == UNASSIGNED}
     sessions_of_chat: dict[str | None, set[str]] = defaultdict(set)
     for fact in facts:

@@ -1,7 +1,7 @@
 """Append turns that are newer than the latest reading, at a cost independent of the session's length.
 
-The rows are those that `sessions.derive` would make of the whole session: `alignment.compose` says when a turn
-changes nothing before it, and `sessions.append_after` keeps that answer. `rederive` does the rest.
+The rows are those that `sessions.derive` would return for the whole session: `transcript.compose` decides when a turn
+changes nothing before it, and the column `sessions.append_after` stores that decision. Other turns need `rederive`.
 """
 
 from collections import defaultdict
@@ -57,16 +57,16 @@ Own = Mapping[str, Sequence[Fact]]  # facts of this batch about one session, by 
 
 
 class Appended(msgspec.Struct):
-    """The sessions to which all turns of a batch were appended, and what changed thereby."""
+    """The sessions to which all turns of a batch were appended, and the resulting changes."""
 
     sessions: set[str] = msgspec.field(default_factory=set)
     changes: list[Change] = msgspec.field(default_factory=list)
 
 
 def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing: Timing) -> Appended:
-    """Append the turns of these facts, just recorded, to the sessions to which they can be appended.
+    """Append the turns of these newly recorded facts to the sessions that allow it; return those and the changes.
 
-    The caller has locked the sessions. The cost is that of the turns, and of the lines that only history has.
+    The caller has locked the sessions. The cost depends only on these turns and on the lines known only from history.
     """
     by_session: dict[str, dict[str, Sequence[Fact]]] = defaultdict(dict)
     for (session_id, chat_id), chat_facts in by_turn.items():
@@ -104,7 +104,7 @@ def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing
 
 
 def _are_new_creations(session_id: str, own: Own) -> bool:
-    """Return whether these are new creations that name this session."""
+    """Return whether all these facts are new, create a chat and name this session."""
     return all(
         fact.event.type == events.CREATED and fact.event.session_id == session_id and not fact.is_repeat
         for each in own.values()
@@ -113,7 +113,7 @@ def _are_new_creations(session_id: str, own: Own) -> bool:
 
 
 class _TranscriptTail:
-    """The end of one session's transcript, and the turns that go there: the last one, if revised, and new ones."""
+    """The end of a session's transcript, and the turns that belong there: the last one, if revised, and new ones."""
 
     def __init__(self, connection: Connection, status: Any, own: Own, earlier: Mapping[Key, Sequence[Fact]]) -> None:
         self._connection = connection
@@ -129,7 +129,7 @@ class _TranscriptTail:
         self._places: int = status.places
 
     def can_append(self, texts: Collection[str]) -> bool:
-        """Return whether the turns follow all others, arrived after the latest reading, and have none of `texts`."""
+        """Return whether the turns follow all others, arrived after the latest reading, and say none of `texts`."""
         if len(self._revised) > 1 or not self._is_readable:
             return False
         if not all(
@@ -162,7 +162,7 @@ class _TranscriptTail:
         return True
 
     def write(self, timing: Timing) -> list[Change]:
-        """Write the turns and their lines, and what is known of the session now."""
+        """Write the turns, their lines and the new state of the session; return the changes."""
         keyed = {(self._session_id, chat_id): turn for chat_id, turn in self._turns}
         revised = [(self._session_id, chat_id) for chat_id in self._revised]
         before: Mapping[Key, TurnState] = rows.select_turn_states(self._connection, revised) if revised else {}

@@ -20,14 +20,14 @@ State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost
 
 
 class Timing(msgspec.Struct, frozen=True, dict=True):
-    """`quiet`: wait so long after a session's last event; `lifetime`: after so long upstream forgets the session."""
+    """Delays of readings. `quiet`: the wait after an event; `lifetime`: the time until upstream forgets a session."""
 
     quiet: timedelta = timedelta(seconds=300)
     lifetime: timedelta = timedelta(seconds=86_400)
 
     @classmethod
     def of(cls, configuration: Settings) -> Self:
-        """Return the times that the settings give."""
+        """Return the times defined by the settings."""
         return cls(
             quiet=timedelta(seconds=configuration.reconcile_after),
             lifetime=timedelta(seconds=configuration.session_lifetime),
@@ -40,11 +40,11 @@ class Timing(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def wait(self) -> timedelta:
-        """Return the quiet time; less if sessions expire sooner."""
+        """Return the wait after an event: the quiet time, or less if sessions expire sooner."""
         return min(self.quiet, self.margin / 2)
 
     def read_by(self, opened_at: datetime) -> datetime:
-        """Return the deadline of the last reading of a session."""
+        """Return the deadline for the last reading of a session."""
         return opened_at + self.lifetime - self.margin
 
     def due_after(self, last_event_at: datetime, read_by: datetime) -> datetime:
@@ -63,8 +63,8 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
     last_at: datetime
     count: int
     snapshot: SessionSnapshot
-    # It showed so many of the first messages of the next reading with messages, and nothing else: `snapshot` is
-    # without them, so that all readings of a growing history together cost as much as the last one.
+    # If set, it showed only this number of the first messages of the next reading that has messages. `snapshot` omits
+    # them, so that all readings of a growing history together cost as much as the last one.
     shown: int | None = None
 
 
@@ -80,7 +80,7 @@ class Coverage(msgspec.Struct, frozen=True, gc=False):
 
 OPEN: State = "open"
 
-# Why a session is in its state; docs/data-model.md explains each.
+# Why a session is in its state; docs/data-model.md explains each reason.
 NEVER_READ = "awaiting_history"
 EVENTS_AFTER_READING = "events_after_reading"
 AGREED = "agreed"
@@ -170,8 +170,8 @@ def _has_later_turn(turns: Mapping[str, Turn], readings: Sequence[Reading]) -> b
 def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> str | None:
     """Return why history does not confirm all delivered content; None if it does.
 
-    Each text counts: a turn may be in the history with other words. Deleted turns need no confirmation, nor what an
-    application sends to its assistant.
+    Each text counts, because a turn may be in the history with other words. Deleted turns need no confirmation, nor
+    do the prompts that an application sends to its assistant.
     """
     texts = [
         line
@@ -189,7 +189,7 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> 
 
 
 def _repaired(lines: Sequence[TranscriptLine]) -> int:
-    """Count the messages that history supplied, without those before the first turn, which have no webhook."""
+    """Count the messages that history supplied, except those before the first turn, which have no webhook."""
     first = next(
         (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
     )
@@ -199,10 +199,11 @@ def _repaired(lines: Sequence[TranscriptLine]) -> int:
 def next_reading(
     timing: Timing, opened_at: datetime, last_event_at: datetime, readings: Sequence[Reading]
 ) -> datetime | None:
-    """Return the time of the next reading of the history; None: never again.
+    """Return the time of the next reading of the history; None if there will be none.
 
-    After a quiet time; then ever later, as long again as nothing has changed; a last time before upstream forgets the
-    session, and if it had no messages, or the session was not quiet, again until it has.
+    The first reading follows a quiet time. While the content does not change, each wait is as long as it has been
+    unchanged. The last reading precedes the expiry upstream. If the session was not quiet then, one more reading
+    follows a quiet time; if the history was gone or unreadable, it is read again until the expiry.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:
@@ -219,7 +220,7 @@ def next_reading(
 
 
 def _unchanged(readings: Sequence[Reading]) -> timedelta:
-    """Return for how long all readings had the same content; responses without messages count as equal."""
+    """Return for how long the content has been unchanged; responses of one kind without messages count as equal."""
     newest = readings[-1]
     others = (each for each in reversed(readings[:-1]) if each.kind != newest.kind or newest.kind == responses.READ)
     other = next(others, None)

@@ -1,7 +1,7 @@
 """Compute changes for the feed from archive rows before and after. Pure.
 
-Arrival times, positions and sources are internal and no change; upstream content of a turn is, and so is the wording
-that history has for one of its messages.
+A change is a difference in the upstream content of a turn, or in the history's wording of one of its messages.
+Arrival times, positions and sources are internal; a difference in them is not a change.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from archiver.archive.sessions import Row, Rows, chat_row
 from archiver.archive.turns import Turn
 from archiver.events import INTERNAL_PREFIX
 
-SETTLED = frozenset({"complete", "repaired", "ambiguous"})  # a session whose history agrees with the archive
+SETTLED = frozenset({"complete", "repaired", "ambiguous"})  # states in which the history agrees with the archive
 LOST = "lost"
 
 _FIELDS = (
@@ -43,14 +43,14 @@ class TurnState(NamedTuple):
 
 
 def message_text(row: Mapping[str, Any]) -> MessageText:
-    """Return the content of a row of `messages`."""
+    """Return the role and the texts of a row of `messages`."""
     return row["role"], row["content"], row["history_content"]
 
 
 def turn_state(row: Mapping[str, Any], texts: Sequence[MessageText]) -> TurnState:
-    """Return the state of a row of `chats` and of its messages in order."""
+    """Return the published state of a turn from its row of `chats` and its messages in order."""
     variables = row["variables"]
-    # Postgres keeps JSON in an order of its own.
+    # Postgres stores the keys of JSON in its own order.
     variables = msgspec.json.decode(variables) if isinstance(variables, str) else variables
     return TurnState(([row[name] for name in _FIELDS], variables, list(texts)), row["deleted_at"] is not None)
 
@@ -61,8 +61,8 @@ def reassigned_turn_state(*, is_deleted: bool) -> TurnState:
 
 
 def turn_changes(turns: Mapping[Key, Turn], before: Mapping[Key, TurnState]) -> list[Change]:
-    """Return the changes of written turns, in order of their beginning."""
-    if not before:  # as nearly always
+    """Return the changes of written turns, in order of `began_at`."""
+    if not before:  # the usual case
         result = [
             Change("chat.created" if turn.deleted_at is None else "chat.deleted", *key) for key, turn in turns.items()
         ]
@@ -109,7 +109,7 @@ def session_changes(before: PreviousRows, derived: Sequence[Rows], read: Collect
         for row in sorted(rows.chats, key=_began_at):
             chat_id = row["chat_id"]
             if chat_id.startswith(INTERNAL_PREFIX):
-                continue  # only history knows it: only the repair is published
+                continue  # known only from history: only the repair is published
             old = before.chats.get((session_id, chat_id))
             was = before.unassigned.get(chat_id) if old is None else turn_state(old, texts_before[chat_id])
             kind = _kind(was, turn_state(row, texts_after[chat_id]))
@@ -126,7 +126,7 @@ _UNKNOWN: Row = {"coverage": "open", "repaired_messages": 0}
 
 
 def _session_changes(before: Row, after: Row, *, is_read: bool, is_new: bool) -> list[Change]:
-    """Return the session's changes. `is_new`: a reading has just added content to the archive."""
+    """Return the session's changes. `is_new`: a reading has just changed the transcript."""
     session_id, was, now = after["session_id"], before["coverage"], after["coverage"]
     result: list[Change] = []
     if is_read and after["repaired_messages"] > before["repaired_messages"]:
@@ -146,7 +146,7 @@ def _by_chat(messages: Iterable[Row]) -> Mapping[str, Sequence[MessageText]]:
 
 
 def _in_order(messages: Iterable[Row]) -> Sequence[tuple[str, str]]:
-    """Return the transcript of a session from both sources; empty before history was read."""
+    """Return the transcript of a session from both sources; empty before the history was read."""
     placed = [row for row in messages if row["place"] is not None]
     return [(row["role"], row["content"]) for row in sorted(placed, key=itemgetter("place"))]
 

@@ -1,4 +1,4 @@
-"""Look up erasures for incoming facts; `erasure` orders them."""
+"""Look up erasures for incoming facts; `compliance.erasure` orders them."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -17,15 +17,15 @@ class FactRef(NamedTuple):
 
 
 class Erased(msgspec.Struct, frozen=True, gc=False):
-    """Describe an erasure of the subject of a fact: of all of it (`is_whole`), or of a turn of its session."""
+    """An erasure that concerns a fact: of its whole subject (`is_whole`), or of a turn of its session."""
 
     is_whole: bool
     # Its chat was erased before its session was known.
     is_found: bool = False
 
 
-# As JSON, because the driver writes an array item by item. An unassigned chat is erased, too,
-# where a session that holds it was, or that turn of it.
+# As JSON, because the driver writes an array item by item. An unassigned chat counts as erased
+# if a session that contains it was erased, or its turn in that session.
 _SELECT_ERASED = RawStatement(
     """
     WITH refs AS MATERIALIZED (
@@ -56,7 +56,7 @@ _SELECT_ERASED = RawStatement(
 def select_erased(
     connection: Connection, refs: Iterable[FactRef], first: Sequence[Statement]
 ) -> dict[FactRef, Erased]:
-    """Return those of these turns with an erasure. Exact if the statements `first` take the ledger's lock."""
+    """Return the erasures that concern these turns. Exact if the statements `first` take the ledger's lock."""
     rows_json = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(refs), key=_order)]
     *_, item = execute(connection, *first, _SELECT_ERASED.bind(as_json(rows_json)))
     return {FactRef(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in item}
@@ -83,7 +83,7 @@ def extend_erasure(connection: Connection, session_id: str, chat_id: str) -> Non
 
 
 # A refused fact showed that these unassigned facts belong to an erased session: under the same audit entry
-# they are erased with the next sweep, unless they are held themselves.
+# they are erased with the next sweep, unless they are under a legal hold themselves.
 _NOTE_UNASSIGNED = text(
     """
     WITH refs AS MATERIALIZED (
@@ -99,7 +99,7 @@ _NOTE_UNASSIGNED = text(
 )
 
 
-# And where nothing is known of such a turn, it is noted that nothing is to be, not even without its session.
+# If nothing is known of such a turn, its erasure is also recorded without the session, so that no fact restores it.
 _NOTE_UNKNOWN = text(
     """
     WITH refs AS MATERIALIZED (
@@ -116,7 +116,7 @@ _NOTE_UNKNOWN = text(
 
 
 def note_refused(connection: Connection, refused: Iterable[FactRef]) -> None:
-    """Record the sessions of refused facts, so that unassigned facts of the same chats are erased too."""
+    """Extend the erasures of refused facts, so that unassigned facts of the same chats are erased too."""
     refs = sorted({each for each in refused if each.session_id and each.chat_id}, key=_order)
     if refs:
         rows_json = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in refs]

@@ -23,8 +23,8 @@ UNASSIGNED = ""  # the session id of unassigned turns
 
 Key = tuple[str, str]  # session_id, chat_id
 
-# Facts about the same turns that are not this batch's own, with or without a session. The keys stand in a
-# materialized CTE because a distributed ledger joins to nothing else.
+# Facts about the same turns from outside this batch, with or without a session. The keys are in a materialized CTE
+# because a distributed ledger cannot be joined to anything else.
 _OTHER_FACTS = """
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset($1) AS k (session_id text, chat_id text, own text[])
@@ -42,7 +42,7 @@ _SELECT_OTHER_FACTS_UNREAD = RawStatement(f"{_OTHER_FACTS} AND s.read_at IS NULL
 def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) -> Statement:
     """Return a query for the facts of these turns in the ledger, except those with the given dedupe keys.
 
-    Of sessions that were read it answers none, unless `of_read`: most of those are made from all that there is.
+    For sessions that were read it returns none, unless `of_read`: most of those are rebuilt from all their facts.
     """
     # As JSON, because the driver writes an array item by item.
     keys = [
@@ -54,9 +54,9 @@ def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) ->
 
 
 def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:
-    """Return the result of that query by session and turn.
+    """Return the facts in the rows of `other_facts`, by session and turn.
 
-    A turn of which there are only facts that cannot be read again has none, but is there.
+    A turn whose facts can no longer be parsed has an empty list.
     """
     sessions_of_chat: dict[str, list[Key]] = defaultdict(list)
     for key in keys:
@@ -74,7 +74,7 @@ def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fac
 
 
 def _fact(row: Row[Any]) -> Fact | None:
-    if row.body is None:  # erased: that there was such a fact, and when, is all that is left
+    if row.body is None:  # erased: only the existence and the time of the fact are left
         occurred_at = events.plausible(row.occurred_at)
         ids = events.Event(row.type, b"", bytes(row.dedupe_key), row.session_id, row.chat_id, None, occurred_at)
         return Fact(ids, row.source, row.received_at, occurred_at)
@@ -83,7 +83,7 @@ def _fact(row: Row[Any]) -> Fact | None:
         # Stored by a version that could read it: its turn keeps the content of the other facts.
         telemetry.unreadable_facts.labels(event.reason).inc()
         return None
-    # Earlier versions kept times in the ledger that stand for "no value".
+    # Earlier versions stored times in the ledger that mean "no value".
     return Fact(event, row.source, row.received_at, events.plausible(row.occurred_at) or event.occurred_at)
 
 
@@ -204,7 +204,7 @@ def _arrivals(chats: Iterable[Sequence[Row[Any]]]) -> list[datetime]:
 
 
 class _Shared:
-    """Hold the messages that the responses of a session share; each is parsed once, and a run of them is a slice."""
+    """The messages that the responses of a session share; each is parsed once, and a run is a slice of them."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._numbers = sorted(contents)
@@ -213,11 +213,11 @@ class _Shared:
         self._starts = [*accumulate(map(len, contents_read), initial=0)]
 
     def shown(self, runs: Iterable[pieces.Run]) -> Iterator[Message]:
-        """Return the messages of a response; none of pieces that are missing, which `archiver verify` reports."""
+        """Return the messages of a response, without those of missing pieces, which `archiver verify` reports."""
         return chain.from_iterable(self._messages[self._slice(run)] for run in runs)
 
     def count(self, runs: Iterable[pieces.Run]) -> int:
-        """Return the number of messages."""
+        """Return the number of messages of a response."""
         slices = map(self._slice, runs)
         return sum(max(0, each.stop - each.start) for each in slices)
 
@@ -227,9 +227,9 @@ class _Shared:
 
 
 def _readings(rows: Sequence[Row[Any]], shared: _Shared) -> list[Reading]:
-    """Return the readings, given in order of time."""
+    """Return the readings in these rows, which are in order of time."""
     result: list[Reading] = []
-    following: Row[Any] | None = None  # the next one with messages
+    following: Row[Any] | None = None  # the next row with messages
     for row in reversed(rows):
         shown = None
         if row.runs is not None and following is not None and pieces.is_prefix(row.runs, following.runs or ()):

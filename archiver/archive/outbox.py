@@ -22,7 +22,7 @@ TYPES: tuple[str, ...] = get_args(ChangeType)
 
 
 class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """One change of the archive: what, and of which turn, session or seal. Holds ids and no content."""
+    """A change of the archive: its type, and the ids of its turn, session or seal. Contains no content."""
 
     type: ChangeType
     session_id: str = ""
@@ -35,7 +35,7 @@ _INSERT = RawStatement("INSERT INTO archiver.outbox (changed_at, changes) VALUES
 
 
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
-    """Publish these changes if, and only if, this transaction commits."""
+    """Add these changes to the outbox; they are published if, and only if, this transaction commits."""
     if changes:
         changes_json = as_json(changes)
         _INSERT.execute(connection, datetime.now(UTC).isoformat(), changes_json)

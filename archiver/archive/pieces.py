@@ -1,8 +1,9 @@
 """History responses in pieces: each message of a session is stored once.
 
-A growing history repeats all that it has shown before. So a response that is not kept as bytes is a frame (what
-stands before the messages, between two of them, and after them) and runs of messages in the order in which the
-session's responses first showed them. Frame and runs give the exact bytes again; the digest in the ledger proves it.
+A growing history repeats all its earlier messages. So a response that is not stored as bytes is stored as a frame
+(the bytes before the messages, between two of them, and after them) and runs of messages, numbered in the order in
+which the session's responses first showed them. Frame and runs reproduce the exact bytes; the digest in the ledger
+proves it.
 """
 
 import hashlib
@@ -19,12 +20,12 @@ from archiver.database import RawStatement
 from archiver.events import Message, responses
 from archiver.events.responses import SessionSnapshot
 
-# Bytes that the responses of one session may occupy in the ledger as they were received. Beyond that all are kept in
-# pieces: what is superseded would leave as much dead space in the table, again and again.
+# Bytes that the responses of one session may occupy in the ledger as received. Beyond that all are stored in pieces:
+# otherwise each superseded response would leave dead space of its size in the table.
 MIN_SPLIT_BYTES = 32_768
 
-_MIN_PIECE_BYTES = 256  # of messages that stand elsewhere already, so that a run of their own is worth it
-_MAX_PLACES = 32  # where such messages are looked for
+_MIN_PIECE_BYTES = 256  # of messages that are stored already, for a separate run to be worthwhile
+_MAX_PLACES = 32  # at which such messages are looked for
 
 FRAME = 3  # parts of a frame
 
@@ -32,7 +33,7 @@ Run = tuple[int, int]  # numbers of its first and its last piece
 
 
 class Split(msgspec.Struct, frozen=True):
-    """Hold the bytes of a response as its frame and its messages."""
+    """The bytes of a response, split into its frame and its messages."""
 
     frame: tuple[bytes, bytes, bytes]  # before the messages, between two of them, after them
     messages: list[bytes]
@@ -45,7 +46,7 @@ _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 def split(session_id: str, body: bytes) -> Split | None:
     """Split a response into frame and messages; None if it cannot be reassembled byte for byte."""
-    # Half a surrogate pair is no JSON to msgspec; what takes its place here is as long.
+    # msgspec rejects half a surrogate pair; its replacement here has the same length.
     masked = _SURROGATE.sub(rb"\\u00", body)
     for array in _arrays(masked):
         result = _split_at(body, masked, bytes(array))
@@ -55,7 +56,7 @@ def split(session_id: str, body: bytes) -> Split | None:
 
 
 def _arrays(body: bytes) -> Iterable[msgspec.Raw]:
-    """Yield the possible places of messages in a response."""
+    """Yield the values in a response that may be the array of its messages."""
     document = _object(msgspec.Raw(body))
     for place in (document, _object(document.get("data"))):
         for candidate in (_object(place.get("session")), place):
@@ -106,7 +107,7 @@ def parse_snapshot(session_id: str, frame: Sequence[bytes], messages: Iterable[M
 
 
 def is_part(messages: Sequence[bytes], of: Sequence[bytes]) -> bool:
-    """Return whether one sequence is a contiguous part of the other."""
+    """Return whether `messages` are a contiguous part of `of`."""
     last = len(of) - len(messages)
     between = (start for start in range(last + 1) if of[start] == messages[0])
     return any(of[start : start + len(messages)] == messages for start in islice(between, _MAX_PLACES))
@@ -124,10 +125,10 @@ class PieceIndex:
         self.new: list[dict[str, Any]] = []
 
     def runs(self, messages: Sequence[bytes]) -> list[Run]:
-        """These messages as runs of pieces; what is not known, or not worth a run of its own, is added.
+        """Return these messages as runs of pieces; add those that are unknown or not worth a separate run.
 
-        In one pass, even with repeats: a history that has grown by some lines is one run, and all in all they take as
-        much room as what was ever new in them.
+        It takes one pass, even with repeats. A history that has grown by some lines is one run, so that all responses
+        together take as much space as the messages that were ever new in them.
         """
         digests = [_digest(message) for message in messages]
         result: list[Run] = []
@@ -146,9 +147,7 @@ class PieceIndex:
         return result
 
     def _best(self, digests: Sequence[bytes], place: int, following: int) -> tuple[int, int]:
-        """Return the longest run of known pieces from this message on, preferably one that continues with
-        `following`.
-        """
+        """Return first piece and length of the run at `following`, else of the longest run, from this message on."""
         if length := self._common(digests, place, following):
             return following, length
         numbers = self._places.get(digests[place], ())
@@ -235,7 +234,7 @@ class ResponseAssembler:
         self._numbers = sorted(contents)
         self._index = {number: index for index, number in enumerate(self._numbers)}
         self._contents = [contents[number] for number in self._numbers]
-        # All pieces in a row, by what stands between them, and where each begins: a run is a slice of that.
+        # All pieces joined, by their separator, and the offset of each: a run is a slice of them.
         self._rows: dict[bytes, tuple[memoryview, list[int]]] = {}
 
     def parts(self, frame: Sequence[bytes], runs: Sequence[int]) -> Iterator[bytes | memoryview]:
@@ -261,16 +260,16 @@ class ResponseAssembler:
 
 
 def pairs(runs: Sequence[int]) -> Iterable[Run]:
-    """Return the runs that a ledger row lists as numbers one after the other."""
+    """Return the runs that a ledger row stores as a flat list of numbers."""
     return zip(runs[::2], runs[1::2], strict=False)
 
 
 def is_prefix(runs: Sequence[int], of: Sequence[int]) -> bool:
-    """Return whether the messages of the one response are the first of the other."""
+    """Return whether the messages of the runs `runs` are the first messages of the runs `of`."""
     last = len(runs) - 1
     return 0 < last < len(of) and list(runs[:last]) == list(of[:last]) and runs[last] <= of[last]
 
 
 def numbers(runs: Iterable[Run]) -> list[int]:
-    """Do the same in the other direction."""
+    """Return runs as a flat list of numbers: the inverse of `pairs`."""
     return [number for run in runs for number in run]

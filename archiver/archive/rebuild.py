@@ -12,12 +12,12 @@ from archiver.archive import Timing, rederive, rows, unassigned
 from archiver.database import Lock, run, tables
 
 CONFLICT_RETRIES = 10
-# Of one transaction; a session with more has one of its own.
+# Limits of one transaction; a session that exceeds them has its own.
 PAGE_EVENTS = 2_000
 PAGE_BYTES = 16 * 1_048_576
 SESSIONS_PER_PAGE = 500
 
-Page = tuple[int, str | None]  # ledger rows read, and the last key; None: it was the last page
+Page = tuple[int, str | None]  # ledger rows read, and the last key, which is None on the last page
 
 
 def count_events(connection: Connection) -> int:
@@ -26,7 +26,7 @@ def count_events(connection: Connection) -> int:
 
 
 def rebuild(engine: Engine, timing: Timing) -> Iterator[int]:
-    """Rebuild every session, then unassigned turns; yields the number of ledger rows read in each step.
+    """Rebuild every session, then unassigned turns; yield the number of ledger rows read in each step.
 
     If stopped half-way, rebuilt sessions stay rebuilt and the others unchanged.
     """
@@ -49,7 +49,7 @@ def _page(engine: Engine, replay: Callable[[Connection, str], Page], after: str,
     return run(engine, work, statement_seconds=600, lock_seconds=120, retries=CONFLICT_RETRIES)
 
 
-# Ids in the order that Postgres gives them, of the ledger and of the archive alike.
+# Ids of the ledger and of the archive, in the sort order of Postgres.
 _PAGE = text(
     """
     WITH page AS MATERIALIZED (

@@ -44,7 +44,7 @@ _SESSION_IDS = bindparam("session_ids", type_=ARRAY(TEXT))
 
 
 def select_sessions_of_chats(connection: Connection, chat_ids: Collection[str]) -> list[Key]:
-    """Return the sessions known to hold these chats."""
+    """Return the sessions known to contain these chats, each with the chat."""
     if not chat_ids:
         return []
     chats = tables.chats.c
@@ -56,7 +56,7 @@ def select_sessions_of_chats(connection: Connection, chat_ids: Collection[str]) 
 
 @cache
 def _session_upsert(after_read_by: timedelta) -> BulkInsert:
-    """Upsert sessions. `after_read_by`: how long after `read_by` a session that is not quiet may still be read."""
+    """Return an upsert of sessions. `after_read_by`: how long after `read_by` one that is not quiet may be read."""
     sessions = tables.sessions
     statement = insert(sessions)
     new = statement.excluded
@@ -66,7 +66,7 @@ def _session_upsert(after_read_by: timedelta) -> BulkInsert:
         "first_event_at": func.least(sessions.c.first_event_at, new.first_event_at),
         "last_event_at": last_event_at,
         "read_by": read_by,
-        # As `Timing.due_after` has it.
+        # The same rule as in `Timing.due_after`.
         "reconcile_at": func.least(
             func.greatest(sessions.c.reconcile_at, new.reconcile_at),
             func.greatest(read_by + literal_column(f"interval '{after_read_by.total_seconds()} s'"), last_event_at),
@@ -143,7 +143,7 @@ def upsert_transcript_turns(connection: Connection, turns: Mapping[Key, Turn], l
     execute(connection, *chats, *_UPSERT_MESSAGE.bind(lines))
 
 
-# The keys stand in a materialized CTE because a distributed table joins to nothing else.
+# The keys are in a materialized CTE because a distributed table cannot be joined to anything else.
 _SELECT_TURNS = text(
     f"""
     WITH keys AS MATERIALIZED (
@@ -158,7 +158,7 @@ _SELECT_TURNS = text(
 
 
 def select_turn_states(connection: Connection, keys: Sequence[Key]) -> dict[Key, TurnState]:
-    """Return the published state of these turns, without missing ones."""
+    """Return the published states of those of these turns that exist."""
     rows_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
     texts: dict[Key, list[MessageText]] = defaultdict(list)
@@ -188,7 +188,7 @@ def delete_surplus_messages(connection: Connection, counts: Mapping[Key, int]) -
 
 
 def delete_unassigned(connection: Connection, chat_ids: Sequence[str]) -> dict[str, TurnState]:
-    """Delete unassigned turns that were assigned; return them."""
+    """Delete the unassigned turns of these chats; return their states by chat id."""
     if not chat_ids:
         return {}
     unassigned = {"chat_ids": list(chat_ids)}
@@ -215,7 +215,7 @@ _DELETE_UNASSIGNED_BETWEEN = [
 
 
 def delete_unassigned_between(connection: Connection, after: str, last: str | None) -> None:
-    """Remove what stands without a session under the chat ids after `after`, up to `last` or to the end."""
+    """Delete the unassigned turns with chat ids after `after`, up to `last`; None deletes all later ones."""
     for statement in _DELETE_UNASSIGNED_BETWEEN:
         connection.execute(statement, {"after": after, "last": last})
 
@@ -223,13 +223,13 @@ def delete_unassigned_between(connection: Connection, after: str, last: str | No
 def lock_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
     """Keep others from projecting turns of these sessions until the end of the transaction."""
     if session_ids:
-        # No FOR UPDATE: a distributed table has none across sessions.
+        # Not FOR UPDATE, which a distributed table does not support across sessions.
         touched = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
         connection.execute(touched.values(read_by=tables.sessions.c.read_by), {"session_ids": list(session_ids)})
 
 
 def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Set these sessions to what `derive` makes of an erased one, but for its content: unverified, and never due."""
+    """Set the status that `derive` returns for an erased session: unverified, and never due."""
     if session_ids:
         marked = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
         values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None, "append_after": None}
@@ -245,7 +245,7 @@ def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
 
 
 class Archived(msgspec.Struct):
-    """Hold the archive rows of some sessions, by key."""
+    """The archive rows of some sessions, by key."""
 
     sessions: dict[str, Row]
     chats: dict[Key, Row]
@@ -269,9 +269,9 @@ def select_archived(connection: Connection, session_ids: Sequence[str]) -> Archi
 def write_difference(
     connection: Connection, archived: Archived, derived: Sequence[Rows], read: Collection[str]
 ) -> int:
-    """Bring the archive from what it holds to what was derived, writing only rows that differ.
+    """Update the archived rows to the derived ones; write only rows that differ.
 
-    Of the sessions `read` a reading has just been recorded.
+    `read`: sessions of which a reading has just been recorded.
 
     Returns the increase in messages known only from history.
     """
@@ -298,7 +298,7 @@ def write_difference(
 
 
 _UNREPAIRED: Row = {"repaired_messages": 0}
-# How its readings go is known nowhere else: not in the ledger.
+# The state of its readings, which is stored nowhere else, not even in the ledger.
 _AT_REST: Row = {"leased_until": None, "failing_since": None}
 
 
@@ -309,7 +309,7 @@ def _changed(new: Mapping[Any, Row], old: Mapping[Any, Row]) -> list[Row]:
 def _differs(new: Row, old: Row | None) -> bool:
     if old is None:
         return True
-    # Postgres keeps JSON in an order of its own.
+    # Postgres stores the keys of JSON in its own order.
     new = new | {"variables": msgspec.json.decode(new["variables"])} if new.get("variables") else new
     return any(old[name] != value for name, value in new.items())
 

@@ -19,7 +19,7 @@ from archiver.events.responses import SessionSnapshot
 
 Row = dict[str, Any]
 
-BEFORE_FIRST_TURN = INTERNAL_PREFIX  # stands for a chat where something was said before any turn
+BEFORE_FIRST_TURN = INTERNAL_PREFIX  # the chat id of lines before the first turn
 
 
 class SessionFacts(msgspec.Struct):
@@ -29,13 +29,13 @@ class SessionFacts(msgspec.Struct):
     turns: Mapping[str, Turn]
     readings: Sequence[Reading]
     registrations: Sequence[tuple[datetime, SessionSnapshot]]
-    arrived_at: Sequence[datetime]  # arrivals of all that is not a reading
+    arrived_at: Sequence[datetime]  # arrivals of all facts except readings
     unassigned: Sequence[str]  # its chats that also have unassigned facts
     is_erased: bool = False  # all of it, or some of its turns
 
 
 class Rows(msgspec.Struct):
-    """A session in the archive."""
+    """The archive rows of a session."""
 
     session: Row
     chats: list[Row]
@@ -68,10 +68,9 @@ def _transcript(session_facts: SessionFacts) -> Transcript:
 
 
 def without_turns(session_facts: SessionFacts, chat_ids: Collection[str]) -> SessionSnapshot | None:
-    """Return all messages of the readings without these turns; None if no reading had messages.
+    """Return the content of all readings without these turns; None if no reading had messages.
 
-    A line that no turn claimed goes too where it says what such a turn said, in any form: cut or
-    masked.
+    A line that no turn claimed is omitted too if it repeats a text of these turns, even cut or masked.
     """
     if not any(reading.snapshot.messages is not None for reading in session_facts.readings):
         return None
@@ -99,12 +98,12 @@ def without_turns(session_facts: SessionFacts, chat_ids: Collection[str]) -> Ses
 
 
 def _in_history(line: TranscriptLine) -> str:
-    """Return the history's text of a line, if the line can be found again by it alone."""
+    """Return the history's text of a line if its normal form is that of the content; else the content."""
     text = line.history_content
     return text if text is not None and normal_text(text) == normal_text(line.content) else line.content
 
 
-_CUT = 32  # characters: so much of a beginning is of the same text, even where it ends within a number
+_CUT = 32  # characters; a beginning of this length proves that the text is the same, even if it ends within a number
 
 
 def _repeats(content: str, texts: Collection[str]) -> bool:
@@ -221,11 +220,11 @@ def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
 def _session_row(session_facts: SessionFacts, transcript: Transcript, history_chats: int, timing: Timing) -> Row:
     readings, lines = session_facts.readings, transcript.lines
     first_event_at = min([*session_facts.arrived_at, *(reading.first_at for reading in readings)])
-    # A session without events before its reading has its last event then.
+    # Without events, the first reading counts as the last event.
     last_event_at = max(session_facts.arrived_at, default=first_event_at)
     snapshots = _snapshots_in_order(session_facts)
     created_at = min((each.created_at for each in snapshots if each.created_at), default=None)
-    # A report of a session that had expired upstream before its first event is wrong.
+    # A creation time is wrong if the session would have expired upstream before its first event.
     is_plausible = created_at is not None and created_at > first_event_at - timing.lifetime
     opened_at = min(first_event_at, created_at) if is_plausible and created_at else first_event_at
     covered = coverage.coverage_of(

@@ -17,10 +17,10 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class Fact(msgspec.Struct, frozen=True, gc=False):
-    """One ledger row about a chat, read again.
+    """A fact about a chat, from one ledger row.
 
     `is_repeat`: only its times may have changed; its content is read from the ledger, not from this
-    delivery, whose envelope may differ from the one that was kept.
+    delivery, whose envelope may differ from the one that was stored.
     """
 
     event: Event
@@ -33,7 +33,7 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
     def revised_at(self) -> datetime:
         """Return the time that orders revisions: the upstream time if credible, otherwise the arrival.
 
-        One that claims to be of the future is as new as its arrival.
+        An upstream time that is too far after the arrival is ignored.
         """
         chat = self.event.chat
         updated, created = (chat.updated_at, chat.created_at) if chat else (None, None)
@@ -49,16 +49,16 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def known_at(self) -> datetime:
-        """Return the time at which the fact was true, on the clock of the readings; at the latest its arrival."""
+        """Return the time at which the fact was true, on the clock of the readings; no later than its arrival."""
         return min(self.revised_at, self.received_at)
 
     def credible(self, moment: datetime | None) -> datetime | None:
-        """Return the reported time, unless it is later than the arrival of this fact."""
+        """Return the reported time; None if it is too far after the arrival of this fact."""
         return events.credible(moment, self.received_at)
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False):
-    """Hold the archived state of one chat."""
+    """The archived state of one chat."""
 
     assistant_id: str | None
     external_id: str | None
@@ -74,13 +74,13 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     deleted_at: datetime | None
     source: str
     messages: tuple[Message, ...]
-    inputs: int  # of the messages, the first so many are input
+    inputs: int  # the number of input messages, which come first
     revised_at: datetime  # when the newest fact with content was true, no later than its arrival
     sent: tuple[Message, ...]  # the input with what it repeats; none if it is a single message
 
     @property
     def began_at(self) -> datetime:
-        """Return the creation time, or else the earliest envelope time, or else the arrival."""
+        """Return the creation time, else the earliest envelope time, else the arrival time."""
         return self.created_at or self.occurred_at or self.first_received_at
 
     @property

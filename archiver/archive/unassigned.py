@@ -1,8 +1,8 @@
-"""Unassigned turns: turns of which no fact names a session.
+"""Rebuild unassigned turns, of which no fact names a session, and find the sessions of their chats.
 
 Their facts stay in the ledger under the session id `UNASSIGNED`. Such a fact belongs to every session that is known
-to hold its chat; as long as there is none, the turn stands in the archive under the same empty id. Each function
-that writes requires `Lock.RECORDING`, exclusive, because a session may turn up at any time.
+to contain its chat; until one is known, the turn is archived under the same empty id. Each function that writes
+requires `Lock.RECORDING`, exclusive, because a session may become known at any time.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ PAGE = 1_000
 
 
 def current_sessions(of: str, to: str) -> str:
-    """Return CTEs: `to` has cursor, session_id and chat_id of the changes `of`, each with the present session."""
+    """Return CTEs: `to` has cursor, session_id and chat_id of the changes `of`, each with the current session."""
     return f"""
     assigned AS MATERIALIZED (
         SELECT t.cursor, min(c.session_id) AS session_id
@@ -31,7 +31,7 @@ def current_sessions(of: str, to: str) -> str:
 
 
 def lock_sessions(connection: Connection, session_ids: Iterable[str], chat_ids: Collection[str]) -> list[str]:
-    """Lock these sessions and all that hold these unassigned chats; return them in order."""
+    """Lock these sessions and all that contain these unassigned chats; return them in order."""
     sessions = {*session_ids, *(session_id for session_id, _ in rows.select_sessions_of_chats(connection, chat_ids))}
     locked = sorted(sessions - {UNASSIGNED})
     rows.lock_sessions(connection, locked)
@@ -49,7 +49,7 @@ def rederive(connection: Connection, chat_ids: Sequence[str]) -> None:
 def replay(connection: Connection, after: str) -> tuple[int, str | None]:
     """Rebuild the next unassigned turns after this chat id.
 
-    Returns how many ledger rows were read, and the last chat id; None: there are no more.
+    Returns the number of ledger rows read, and the last chat id, or None if there are no more.
     """
     facts = select_unassigned(connection, after, PAGE)
     last = None if len(facts) < PAGE else next(reversed(facts))

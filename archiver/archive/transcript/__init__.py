@@ -1,7 +1,7 @@
 """Build one transcript from the known turns and history readings. A pure function of both.
 
-Readings that a later one holds as a whole are left out; `merge_history` keeps a spine of all lines that the others
-showed; `merge_turns` lets the turns claim theirs; turns newer than the latest reading are appended (`newer`).
+Readings that a later one contains are dropped; `merge_history` merges the lines of the others; `merge_turns` lets the
+turns claim their lines; turns newer than the latest reading are appended (`appendable`).
 """
 
 from collections.abc import Iterable
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 
-_TRIALS = 3  # of leaving repeats out; each restores the turns that turned out to repeat nothing
+_TRIALS = 3  # attempts to omit repeats; each restores the turns whose repeats were not confirmed
 
 
 class Transcript(msgspec.Struct, frozen=True):
     """The lines of a session, in order.
 
     `can_append`: a further turn that arrives after the latest reading, begins after all others, and says nothing that
-    only history has (`may_claim`) is appended to these lines as it is (`unmatched_turn`), and changes none of them.
+    only history has (`may_claim`) is appended unchanged (`unmatched_turn`), and changes none of these lines.
     """
 
     lines: list[TranscriptLine]
@@ -53,20 +53,20 @@ def transcript(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages
 def compose(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) -> Transcript:
     """Return the transcript of a session, and whether a newer turn can be appended without aligning again.
 
-    `turns`, of different chats, come in any order. `readings` are taken in order of `read_at`; those of one instant
-    in the order given.
+    `turns` are of different chats, in any order. `readings` are processed in order of `read_at`, and in the given
+    order if these times are equal.
     """
     known = list(turns)
     deleted_runs = {_message_keys(turn) for turn in known if turn.is_deleted and len(turn.messages) > turn.inputs} - {
         ()
     }
-    # Where runs overlap, the last one counts. The shorter one comes last: the longer one may consist of it and of
-    # lines of another turn.
+    # If runs overlap, the last one counts. The shorter one comes last, because the longer one may consist of it and
+    # of lines of another turn.
     deleted = sorted(deleted_runs, key=lambda run: (-len(run), run))
     history_lines: list[TranscriptLine] = []
     read_at = None
     result = maximal_readings(sorted(readings, key=lambda reading: reading.read_at))
-    # Where turns vanished, equal ones that stayed may have been taken for them.
+    # If turns vanished, equal turns that remain may have been mistaken for them.
     is_dated = len(result) <= 1 or not any(turn.is_deleted and turn.messages for turn in known)
     for each in result:
         history_lines = date_lines(merge_history(history_lines, each.reading, deleted), each.first_read_at)

@@ -1,18 +1,19 @@
 """Find turns whose lines cannot be decided from the evidence.
 
-A turn is ambiguous where other lines fit it as well as those that it has:
+A turn is ambiguous if other lines fit it as well as its own lines:
 
-- as many of its messages are found there, none written less alike, and nothing is skipped but asides, which webhooks
-  often do not report; it does not count whether more answers follow, since a webhook may be sent before they exist;
-- no turn has claimed these lines, for their own webhook was lost, or only turns that are ambiguous themselves have;
-- the readings that showed them agree with the time of the turn, give or take `SKEW`;
+- as many of its messages are found there, none written less similarly, and only asides are skipped, which webhooks
+  often do not report; it does not matter whether more answers follow, since a webhook may be sent before they exist;
+- no turn has claimed these lines, because their own webhook was lost, or only ambiguous turns have;
+- the readings that showed them agree with the time of the turn, within `SKEW`;
 - the order of the turns allows it; turns whose times differ by at most twice `SKEW` may have either order.
 
-Turns that fit each other's lines are ambiguous where their times differ by at most twice `SKEW`, or by no more than
-times of this session are known to be wrong; else their times decide. Where turns were deleted, those that skip an
-answer, are shown in part, begin after a line of the user that no turn has, or whose text occurs more than once, are
-ambiguous if lines of a deleted one are still shown, for these may be another turn's, or if lines vanished that no
-deleted turn has.
+Turns that fit each other's lines are ambiguous if their times differ by at most twice `SKEW`, or by no more than the
+largest known error of times in this session; otherwise their times decide.
+
+A turn that skips an answer, is partly shown, follows a user line that no turn has, or begins with a text that occurs
+more than once is also ambiguous if it is deleted but its lines are still shown, because these may be another turn's,
+or if turns were deleted and lines vanished that no deleted turn has.
 """
 
 from collections import Counter
@@ -43,7 +44,7 @@ def ambiguous_turns(
 ) -> frozenset[int]:
     """Return the placed turns (by index in order of `began_at`) that could have other lines.
 
-    `is_dated`: it is certain when each line was read for the first time; else that decides nothing.
+    `is_dated`: it is certain when each line was read for the first time; otherwise these times are ignored.
     """
     error = _time_error(turns, placement)
     owners = _owners(placement)
@@ -79,7 +80,7 @@ def ambiguous_turns(
 
 
 def _may_be_deleted(turn: TurnMessages, number: int, placement: Placement, candidates: Candidates) -> bool:
-    """Return whether a deleted turn may have left, and its lines may be those of another turn."""
+    """Return whether the turn is deleted but its lines are still shown, so that they may be another turn's."""
     match = placement.matches[number]
     return turn.is_deleted and any(line.in_history for line in candidates.merged.lines[match.start : match.end])
 

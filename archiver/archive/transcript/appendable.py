@@ -1,8 +1,7 @@
 """Select turns that arrived after the latest reading began: they are appended without alignment.
 
-A turn belongs to them if it begins after all others that have arrived before. The reading cannot show them, unless
-upstream's clock or a delivery was late: then the lines that show them are still unclaimed, and everything is aligned
-together.
+They begin after all turns that had arrived before. The reading cannot show them, unless upstream's clock or a
+delivery was late: then the lines that show them are still unclaimed, and all turns are aligned together.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -15,9 +14,7 @@ from archiver.events.normal import normal_text
 
 
 def count_aligned(ordered: Sequence[TurnMessages], read_at: datetime | None) -> int:
-    """Return the number of turns to align, of turns in order of their beginning; later ones are newer than the
-    reading.
-    """
+    """Return how many of the turns, in order of `began_at`, to align; the others are newer than the reading."""
     count = len(ordered)
     while count and _is_newer(ordered[count - 1], read_at):
         count -= 1

@@ -1,11 +1,10 @@
 """Find the lines of the merged history that a turn may match.
 
-A turn matches from a line on when its messages and the lines run in parallel; texts are compared by
-`wording.text_key`.
-A line that is not a user's may be skipped (tool and system messages, an output that the webhook did not report), and
-so
-may a blank message, which upstream may leave out. Between two inputs only asides may be skipped: an answer ends a
-turn. The match is *full* when every message with content was found, *partial* when every such input was.
+A turn matches at a line if its messages correspond to the lines from there on, in order; texts are compared by
+`wording.text_key`. A line that is not a user's may be skipped (tool and system messages, an output that the webhook
+did not report), and so may a blank message, which upstream may leave out. Between two inputs only asides may be
+skipped: an answer ends a turn. The match is *full* if every message with content was found, *partial* if every such
+input was.
 """
 
 from bisect import bisect_left
@@ -22,7 +21,7 @@ from archiver.archive.transcript.subsequence import align, common_subsequence
 from archiver.archive.transcript.wording import Key, are_similar, is_cut, text_key
 
 NEARBY = 32  # places of an often repeated text that are tried for one turn
-SKEW = timedelta(seconds=40)  # by which the time of a turn is believed to be wrong at most
+SKEW = timedelta(seconds=40)  # the greatest error that is expected of a turn's time
 PROMPTS = frozenset({"system", "developer"})
 ASIDES = frozenset({"system", "developer", "tool", "function"})  # roles of lines that webhooks often do not report
 
@@ -50,7 +49,7 @@ class MergedHistory:
     def __init__(self, lines: Sequence[TranscriptLine]) -> None:
         self.lines = lines
         self.taken = bytearray(len(lines))
-        # One more at the end stands for both ends: a walk that runs off either stops there as at a user's line.
+        # An extra entry at the end represents both ends: a walk beyond either stops there as at a user's line.
         self.keys: list[Key | None] = [*(text_key(line.role, line.content) for line in lines), None]
         self._is_user = [*(key is None or key[0] == USER for key in self.keys)]
         self._is_aside = [*(key is not None and (key[0] in ASIDES or not key[1]) for key in self.keys)]
@@ -78,7 +77,7 @@ class MergedHistory:
         """Pair `messages` with lines from `line` on, in direction `step`; None if a message is missing."""
         pairs = []
         for message in messages:
-            # The step that leads down to an input, or up from one to the input before, passes no answer.
+            # A step down to an input, or up from one input to the one before it, must not skip an answer.
             is_among_inputs = message < turn_text.inputs - (step < 0)
             while self.keys[line] != turn_text.keys[message]:
                 if message not in turn_text.required:
@@ -116,7 +115,7 @@ class TurnText:
         filled = [index for index, (_, content) in enumerate(self.keys) if content]
         # A history may omit the instructions and the results of tools that the application sends to its assistant.
         filled = [index for index in filled if index >= turn.inputs or self.keys[index][0] not in ASIDES] or filled
-        # Of a turn without any content its blank input is all that there is to find.
+        # If a turn has no content, only its blank input can be found.
         self.required = frozenset(filled or range(turn.inputs or len(self.keys)))
         self.inputs = turn.inputs
         self.has_output = any(index >= turn.inputs for index in filled)
@@ -129,7 +128,7 @@ class TurnText:
         self._partial: dict[int, Match | None] = {}
 
     def _rarest(self, messages: Iterable[int], merged: MergedHistory) -> int | None:
-        """Return the message that occurs least often in the merged history; None if one is missing."""
+        """Return the message that occurs least often in the merged history; None if one is missing there."""
         count, rarest = min((len(merged.places.get(self.keys[index], ())), index) for index in messages)
         return rarest if count else None
 
@@ -160,8 +159,8 @@ class TurnText:
     def outputs_from(self, begin: int) -> list[tuple[int, int]]:
         """Pair outputs with lines from `begin` up to the next user message, including similar ones.
 
-        Between two equal ones, or those and an end, one output is alike to the one line that stands there, unless it
-        is the beginning of that line: then it may have been reported before the rest existed.
+        Between two equal pairs, or a pair and an end, a single output is paired with a single line if they are
+        similar, unless it is the beginning of that line: then it may have been reported before the rest existed.
         """
         turn_keys, history_keys = self.keys[self.inputs :], self._merged.answers_from(begin)
         equal = common_subsequence(turn_keys, history_keys)
@@ -213,18 +212,18 @@ class Candidates:
             self.turn_texts.append(known_texts[identity])
 
     def full(self, turn: int) -> list[Match]:
-        """Return full matches; for a turn without output only where a reading could show it."""
+        """Return full matches; for a turn without output, only at lines whose readings could show it."""
         turn_text = self.turn_texts[turn]
         return [match for line in self._nearby(turn, turn_text.anchor) if (match := self.full_at(turn, line))]
 
     def partial(self, turn: int) -> list[Match]:
-        """Return partial matches where a reading could show the turn."""
+        """Return partial matches at lines whose readings could show the turn."""
         turn_text = self.turn_texts[turn]
         lines = (line for line in self._nearby(turn, turn_text.input_anchor) if self.could_show(turn, line))
         return [match for line in lines if (match := turn_text.partial_at(line))]
 
     def full_at(self, turn: int, line: int) -> Match | None:
-        """Return the full match at `line`, unless only inputs match and the line is too old."""
+        """Return the full match at `line`; None for a turn without output if the line is too old."""
         turn_text = self.turn_texts[turn]
         return turn_text.full_at(line) if turn_text.has_output or self.could_show(turn, line) else None
 
@@ -242,8 +241,8 @@ class Candidates:
     def untimely(self, turn: int, line: int) -> timedelta:
         """Return by how much the turn began too early or too late for this line; zero if in time.
 
-        A line that a reading showed was said before it. One that follows what an earlier reading showed at last was
-        said after that reading.
+        A line was said before each reading that showed it, and after an earlier reading that showed neither this line
+        nor a later one.
         """
         began_at = self._turns[turn].began_at
         first_read_at = self.merged.lines[line].first_read_at
@@ -267,7 +266,7 @@ class Candidates:
         return result[::-1]
 
     def _nearby(self, turn: int, anchor: int | None) -> list[int]:
-        """Return the lines with the anchor's text; of many only those nearest to the expected line."""
+        """Return the lines with the anchor's text; if there are many, only those nearest to the expected line."""
         if anchor is None:
             return []
         places = self.merged.places[self.turn_texts[turn].keys[anchor]]

@@ -1,7 +1,7 @@
 """Drop readings that a later reading contains; most are, because a history grows.
 
-Such a part only shows when its lines were shown first. Aligning it could only go wrong: it is unknown what an
-answer whose question was cut off is the answer to.
+Such a part only proves when its lines were first shown. Aligning it could only cause errors: if the question of an
+answer was cut off, it is unknown.
 """
 
 from bisect import bisect_left
@@ -37,7 +37,7 @@ def maximal_readings(readings: Sequence[HistoryMessages]) -> list[MaximalReading
     parts: list[list[_Part]] = []
     following: Sequence[Message] = ()
     repeats = _Repeats(())
-    place = 0  # of the reading before in this loop
+    place = 0  # of the previous reading in this loop
     for each in reversed(readings):
         first_read_at = each.first_read_at or each.read_at
         if each.shown is not None and place == 0:
@@ -78,7 +78,7 @@ class _Repeats:
         return next((n for n, (one, other) in enumerate(pairs) if one != other), len(self._messages) - start)
 
     def hold(self, length: int) -> bool:
-        """Return whether the first messages occur in another place as well."""
+        """Return whether the first `length` messages occur in another place as well."""
         last = len(self._messages) - length
         if last <= 0 or not length:
             return False
@@ -121,7 +121,7 @@ def _dated(line: TranscriptLine, first_read_at: datetime | None) -> TranscriptLi
 
 
 def _places(part: Sequence[Message], messages: Sequence[Message]) -> list[int]:
-    """Return up to two positions of one run in the other: at the start, else at the end, else between."""
+    """Return up to two positions of `part` in `messages`; the start is tried first, then the end."""
     last = len(messages) - len(part)
     if last < 0:
         return []

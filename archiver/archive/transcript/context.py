@@ -1,9 +1,9 @@
 """Remove from a turn the earlier conversation that some clients send again with it.
 
-`messages_of_turn` removes it by form alone. From an input it removes the messages up to the last answer before the
+`messages_of_turn` uses only its form. From an input it removes the messages up to the last answer before the
 user's messages, and a repeated or blank answer after them. From an output it removes the messages up to the last one
-of the user. What only the history proves: `oldest_first` reverses an input that was sent newest first, and
-`without_repeats` removes repeats. The ledger keeps the bytes.
+of the user. With the history as proof, `oldest_first` reverses an input that was sent newest first, and
+`without_repeats` removes repeats. The ledger keeps all bytes.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessage
 from archiver.archive.transcript.wording import ASSISTANT, Key, normal_role, text_key
 from archiver.events import Message
 
-_BLANK = frozenset({"text", "empty", "null"})  # shapes of a message that says nothing where its text is blank
-_PLACES = 64  # of an often repeated text that are looked at
+_BLANK = frozenset({"text", "empty", "null"})  # shapes of a message that has no content if its text is blank
+_PLACES = 64  # of a frequently repeated text that are examined
 _EXCHANGE = 2  # a question and its answer, which repeat nothing
 _ENDS = 32  # messages at each end of an input that are compared with the history
 
@@ -27,7 +27,7 @@ Messages = tuple[Message, ...]
 def messages_of_turn(input_messages: Messages, output_messages: Messages) -> tuple[Messages, Messages]:
     """Return input and output of a turn without the earlier conversation.
 
-    Where there is no input, the user's last words in the output are it.
+    If there is no input, the user's last messages in the output are the input.
     """
     if len(input_messages) > 1:
         input_messages = input_messages[_context_end(input_messages) :]
@@ -157,11 +157,11 @@ def _length_shown(turn: TurnMessages, sent: Messages, shown: _Shown) -> int:
 def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLine]) -> list[TurnMessages]:
     """Return the turns, in the given order, without content that the history shows as a repeat.
 
-    Leading inputs go if the history shows the others of them without these, next to what the turn was answered, and
-    these before: single texts that recur elsewhere are no repeats. Leading outputs go if a reading taken after the
-    turn had said all answers the inputs with the others of them alone, and these are the last answers before. All of
-    a deleted turn stays: the history shows no turn to compare it with. A system message goes if an earlier turn has
-    it, too, and the history shows it less often.
+    Leading inputs are removed if the history shows the other inputs without them, next to an answer of the turn, and
+    the removed ones earlier: single texts that recur elsewhere are not repeats. Leading outputs are removed if a
+    reading after the end of the turn shows only the other outputs as answers to the inputs, and the removed ones are
+    the last answers before. A deleted turn stays complete: the history shows no turn to compare it with. A system
+    message is removed if an earlier turn has it, too, and the history shows it at most once.
     """
     if not lines:
         return [*turns]
@@ -182,7 +182,7 @@ def restore_unproven(
 ) -> list[TurnMessages]:
     """Return the trimmed turns; a turn is restored if the transcript does not confirm its repeats.
 
-    `turns` are the same ones, whole; `lines` is the transcript with the trimmed ones.
+    `turns` are the same turns, untrimmed; `lines` is the transcript of the trimmed turns.
     """
     removed = {
         turn.chat_id: Counter(_keys(turn.messages)) - Counter(_keys(rest.messages))
@@ -204,7 +204,7 @@ def restore_unproven(
 
 
 def _contains(shown: Counter[Key], removed: Counter[Key]) -> bool:
-    """Return whether all that was removed is shown; of the user, an answer with the same text counts, too."""
+    """Return whether all removed texts are shown; for a user's text, an answer with the same text counts, too."""
     missing = removed - shown
     left = shown - removed
     return all(role == USER and number <= left[ASSISTANT, text] for (role, text), number in missing.items())
@@ -250,7 +250,7 @@ def _without_leading(turn: TurnMessages, shown: _Shown) -> TurnMessages:
 
 
 def _without_answers(turn: TurnMessages, shown: _Shown) -> TurnMessages:
-    """Return the turn without the answers to earlier ones that its output begins with."""
+    """Return the turn without the answers to earlier turns with which its output begins."""
     question_keys, answer_keys = _keys(turn.messages[: turn.inputs]), _keys(turn.messages[turn.inputs :])
     if not question_keys or len(answer_keys) <= 1 or not all(content for _, content in answer_keys):
         return turn
@@ -308,7 +308,7 @@ def _surplus(messages: Sequence[Key], shown: _Shown, is_own: Callable[[range], b
     own = [run for run in runs if run[0] == len(messages) or is_own(run[1])]
     for length, lines in sorted(own, key=lambda run: (-run[0], run[1].stop)):
         missing = messages[: len(messages) - length]
-        # Elsewhere in the history, and all of them before; none, where it shows all.
+        # Each missing message must occur earlier in the history. If none is missing, none is a repeat.
         if _stand_before(missing, lines, shown):
             return len(missing)
     return 0
@@ -320,7 +320,7 @@ def _stand_before(missing: Sequence[Key], run: range, shown: _Shown) -> bool:
 
 
 def _places_of_either(key: Key, places: dict[Key, list[int]]) -> Iterator[int]:
-    """Yield the lines with this text: of its role and, for the user, of the assistant: a text may have no role."""
+    """Yield the lines with this text and role; for a user's text, also the assistant's: a text may have no role."""
     yield from places.get(key, ())
     if key[0] == USER:
         yield from places.get((ASSISTANT, key[1]), ())

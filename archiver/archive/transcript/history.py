@@ -12,7 +12,7 @@ from archiver.archive.transcript.subsequence import Pair, align, common_subseque
 from archiver.archive.transcript.wording import Key, text_key
 from archiver.events import Message
 
-Run = tuple[Key, ...]  # all that one turn says
+Run = tuple[Key, ...]  # all messages of one turn
 Item = tuple[Key, object]  # a line and its context
 
 
@@ -21,11 +21,11 @@ def merge_history(
 ) -> list[TranscriptLine]:
     """Merge a later reading into the merged history `lines`, none of which is claimed by a turn.
 
-    Lines are the same if role and content are equal but for differences of writing (`wording.text_key`) and, for all
-    but the user's, what the user said before; lines of a turn that is `deleted` only if the whole turn is
-    there: a partial match belongs to another turn.
-    Lines that the reading does not show stay at their place with `in_history=False` (I7); new ones are inserted at
-    theirs, after the old lines of the same gap. So the lines with `in_history=True` are the reading, in order.
+    Lines are the same if role and content are equal except for differences in writing (`wording.text_key`) and,
+    unless they are the user's, the preceding user messages are equal too; lines of a turn in `deleted` only if the
+    whole turn is there: a partial match belongs to another turn.
+    Lines that the reading does not show stay in place with `in_history=False` (I7); new ones are inserted in their
+    place, after the old lines of the same gap. So the lines with `in_history=True` are the reading, in order.
     """
     old = [text_key(line.role, line.content) for line in lines]
     new = [text_key(message.role, message.content) for message in reading.messages]
@@ -62,7 +62,7 @@ def _not_shown(line: TranscriptLine) -> TranscriptLine:
 def _align(
     lines: Sequence[TranscriptLine], old: Sequence[Key], new: Sequence[Key], deleted: Collection[Run]
 ) -> list[Pair]:
-    # The same answer again changes nothing, however else it could be aligned.
+    # An identical response changes nothing, even if it could be aligned in other ways.
     shown = [index for index, line in enumerate(lines) if line.in_history]
     if [old[index] for index in shown] == new:
         return [*zip(shown, range(len(new)), strict=True)]
@@ -90,7 +90,8 @@ def _in_context(
 ) -> list[Item]:
     """Tag each line with the preceding user message: an equal answer to another question is another message.
 
-    Those of `runs` are parts of a whole, be it cut at the end where the other sequence, with `others`, has it whole.
+    A line of `runs` is tagged with its run instead, even if the end of the run is cut off, provided that the other
+    sequence contains it whole (`others`).
     """
     question = None
     items: list[Item] = []
@@ -108,9 +109,9 @@ def _in_context(
 
 
 def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
-    """Return the same alignment, shifted where equal texts allow so that a vanished part begins at a user line.
+    """Return the alignment, shifted if equal texts allow it, so that a vanished part begins with a user line.
 
-    Of `ok A | ok B` the reading `ok B` shows the second turn, not the first line and the last.
+    Of `ok A | ok B`, the reading `ok B` shows the second turn, not the first line and the last.
     """
     partners = dict(pairs)
     for (before, _), (after, _) in pairwise([*pairs, (len(old), 0)]):
@@ -144,6 +145,6 @@ def _loose(keys: Sequence[Key], gap: range) -> range:
 
 
 def _from_end(old: Sequence[Key], new: Sequence[Key], in_old: range, in_new: range) -> list[Pair]:
-    """Align two stretches from their end, because what was cut off ends where the rest begins."""
+    """Align two stretches from their end, because a part that was cut off ends where the rest begins."""
     pairs = common_subsequence([old[index] for index in reversed(in_old)], [new[index] for index in reversed(in_new)])
     return [(in_old[-1 - from_old], in_new[-1 - from_new]) for from_old, from_new in reversed(pairs)]

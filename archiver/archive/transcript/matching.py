@@ -14,10 +14,10 @@ from archiver.archive.transcript.placement import Placement
 from archiver.archive.transcript.shapes import TranscriptLine, TurnMessages
 from archiver.archive.transcript.similar import similar
 
-_WEIGHT_WITH_OUTPUTS = 4  # how much more a message weighs where the outputs were found with the inputs
-MAX_TRIES = 256  # places where a turn that is out of order is looked for
-_MOVES = 16  # turns that go elsewhere, one after the other, to make room for one
-_TAIL = 64  # messages of a turn that the head of the history may show alone
+_WEIGHT_WITH_OUTPUTS = 4  # factor for the weight of messages if the outputs were found with the inputs
+MAX_TRIES = 256  # places that are tried for a turn that is out of order
+_MOVES = 16  # turns that may move elsewhere, one after the other, to make room for one turn
+_TAIL = 64  # last messages of a turn, which may be all that the head of the history shows of it
 
 Assignment = tuple[int, Match]
 
@@ -28,7 +28,7 @@ def place_turns(
     """Match turns, given in order of their beginning, with the unclaimed lines of the merged history.
 
     The objective, in this order: turns found in full with their outputs, in the order of their times; such turns out
-    of that order; turns found by their inputs alone, often a mere "ok", in order; then such turns out of order, but
+    of that order; turns found only by their inputs, often just "ok", in order; then such turns out of order, but
     only among turns whose times are so close that their order is not certain. `_Search.weight` decides between
     matches of one kind: one without skipped lines wins. A turn whose lines are claimed gets them if the other turns
     find lines that fit as well. A turn without matching lines gets the similar lines between its neighbours. Deleted
@@ -64,7 +64,7 @@ class _Search:
         self.merged = self.candidates.merged
 
     def claim_outputs_in_order(self, turns: Sequence[int]) -> None:
-        # A partial match helps to distinguish repeated texts, where it is all that a turn has.
+        # A partial match helps to distinguish repeated texts if a turn has no other match.
         bounds = self._bounds(timedelta())
         result = [
             (turn, self._within(*bounds[turn], self.candidates.full(turn) or self.candidates.partial(turn)))
@@ -91,7 +91,7 @@ class _Search:
                 self.claim(turn, max(matches, key=partial(self.weight, turn)), in_order=False)
 
     def _input_matches(self, turn: int, low: int, high: int) -> list[Match]:
-        """Return the matches by inputs alone between two lines."""
+        """Return the matches between two lines that rest only on inputs."""
         matches = self.matches_of(turn, with_output=False)
         return [m for m in self._within(low, high, matches) if self._is_free(turn, m)]
 
@@ -118,7 +118,7 @@ class _Search:
         return [m for m in matches if (self.merged.is_free(m) if has_output else self._is_free(turn, m))]
 
     def claim_occupied(self, turns: Sequence[int], *, with_output: bool) -> None:
-        """Claim lines of turns that can move elsewhere, where times are too close to decide."""
+        """Claim lines of turns that can move elsewhere, if the times are too close to decide."""
         without_match = [
             turn
             for turn in self._without_match(turns)
@@ -183,7 +183,7 @@ class _Search:
             self.placement.in_order.add(turn)
 
     def holders(self, match: Match) -> set[int]:
-        """Return the turns that hold lines of this match."""
+        """Return the turns that have claimed lines of this match."""
         if self.merged.is_free(match):
             return set()
         return {
@@ -204,11 +204,12 @@ class _Search:
         return self.placement.bounds(self._turns, len(self._lines), tolerance)
 
     def weight(self, turn: int, match: Match) -> int:
-        """Return the value of a match as a tuple; the sum over a chain is compared lexicographically.
+        """Return the weight of a match: one number for several criteria, by which the sums of chains are compared.
 
-        Messages found, those of full matches first; then how many matches agree with the time of the turn, are shown
-        still unless it was deleted, pass no message that webhooks report, are written alike, skip no line at all, and
-        have nothing after them; then the earlier.
+        The criteria, most important first: the number of messages found, with more weight in full matches; whether
+        the match agrees with the time of the turn, is still shown (for a deleted turn: no longer), skips no message
+        that webhooks report, is written identically, skips no line at all, and is followed by no more answers; then
+        the earlier place.
         """
         result = 2 * len(match.pairs) + match.is_full
         if match.is_full and self.candidates.turn_texts[turn].has_output:
@@ -239,7 +240,7 @@ class _Displacement:
         self._tries = MAX_TRIES
 
     def make_room(self, turn: int, moves: int, settled: frozenset[int]) -> bool:
-        """Claim lines for the turn by moving at most `moves` other turns in sequence; return False if impossible."""
+        """Claim lines for the turn by moving a chain of at most `moves` other turns; return False if impossible."""
         search, turn_text = self._search, self._search.candidates.turn_texts[turn]
         if self._tries <= 0:
             return False
@@ -276,7 +277,7 @@ def heaviest_chain(
 ) -> list[Assignment]:
     """Return at most one match per turn, in order and without overlap, with the greatest total weight."""
     # The best chains by their ends: a later end is kept only for a greater total. A chain is the index of its last
-    # link, which knows the one before; link 0 is none.
+    # link, which stores the index of the link before it; index 0 is the empty chain.
     ends, totals, chains = [0], [0], [0]
     links: list[tuple[Assignment, int]] = []
     for turn, matches in found:

@@ -1,4 +1,4 @@
-"""Which turn has which lines, and the range of lines that the order of times allows."""
+"""Record which turn has which lines, and compute the range of lines that the order of times allows."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from archiver.archive.transcript.shapes import TurnMessages
 
 
 class Placement(msgspec.Struct):
-    """Non-overlapping matches by turn; turns are named by their place in order of `began_at`.
+    """Non-overlapping matches by turn; turns are numbered in order of `began_at`.
 
     `in_order` are the turns whose places agree with their times. `ambiguous` are those that other lines fit as well.
     """
@@ -24,8 +24,8 @@ class Placement(msgspec.Struct):
     def bounds(self, turns: Sequence[TurnMessages], lines: int, tolerance: timedelta) -> list[tuple[int, int]]:
         """Return for each turn the range of `lines` that is in order with the turns placed in order.
 
-        Turns whose times differ by `tolerance` or less may stand in either order; with none, the order of the turns
-        given is certain.
+        Turns whose times differ by at most `tolerance` may be in either order; if it is zero, the given order of the
+        turns is certain.
         """
         placed = sorted(self.in_order)
         ends = [*accumulate((self.matches[turn].end for turn in placed), max, initial=0)]
@@ -42,7 +42,7 @@ class Placement(msgspec.Struct):
         return bounds
 
     def is_in_order(self, turns: Sequence[TurnMessages], turn: int, match: Match, others: Collection[int]) -> bool:
-        """Return whether times allow this match beside all turns in order except `others`."""
+        """Return whether the times of the turns in order, except `others`, allow this match."""
         for each in self.in_order - {turn, *others}:
             apart = turns[each].began_at - turns[turn].began_at
             is_after = self.matches[each].start >= match.end

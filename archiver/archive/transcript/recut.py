@@ -1,9 +1,9 @@
-"""Cut lines of the history as the turns do, where it writes several messages as one line or one message as several.
+"""Cut lines of the history as the turns do, if it writes several messages as one line or one message as several.
 
-The user's words between two answers, and the answers up to the next words of the user, are one block. Where a block
-reads as a turn or as several turns one after the other do, but is divided otherwise, its lines are cut at the bounds
-of their messages, and each turn gets its own together. Between two messages any white space may stand, or none;
-within a message the texts are equal. Turns that have all their lines as they are take no part.
+A block consists of the user's messages between two answers, and of the answers up to the next user message. If a
+block has the text of one turn or of several consecutive turns, but is divided differently, its lines are cut at the
+boundaries of the turns' messages, and grouped by turn. Between two messages any white space is allowed, or none;
+within a message the texts are equal. Turns that have all their lines without a cut are not considered.
 """
 
 from bisect import bisect_left
@@ -29,7 +29,7 @@ Place = Callable[[Sequence[TranscriptLine]], Placement]
 
 
 class _Text(msgspec.Struct, frozen=True):
-    """Messages in a row: their text without spaces, where each ends in it, and where spaces are within messages."""
+    """Consecutive messages: their text without spaces, where each ends in it, and where spaces are within them."""
 
     text: str
     ends: list[int]
@@ -37,7 +37,7 @@ class _Text(msgspec.Struct, frozen=True):
     roles: frozenset[str]
 
     def is_same(self, other: "_Text", size: int) -> bool:
-        """Return whether the first `size` characters are the same but for white space between messages."""
+        """Return whether the first `size` characters are the same except for white space between messages."""
         if not self.text.startswith(other.text[:size]) or len(other.text) < size:
             return False
         if size and self.roles != other.roles:
@@ -78,7 +78,7 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 class _Cut(msgspec.Struct, frozen=True):
-    """The lines that take the place of a block, and which of them turns must claim."""
+    """The lines that replace a block, and the indexes of those that turns must claim."""
 
     block: _Block
     lines: list[TranscriptLine]
@@ -88,7 +88,7 @@ class _Cut(msgspec.Struct, frozen=True):
 def place_recut(
     lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], place: Place
 ) -> tuple[Sequence[TranscriptLine], Placement]:
-    """Return the lines, cut as the turns are where that fits, and the placement of the turns."""
+    """Return the lines, cut as the turns are if the turns then claim them, and the placement of the turns."""
     placement = place(lines)
     cuts = [*_cuts(lines, turns, placement)]
     for _ in range(_TRIALS):
@@ -125,7 +125,7 @@ def _cuts(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], placem
     search = _Search(shown, settled, used)
     if not search.has_turns:
         return
-    # A turn without an answer may also stand between the question and the answer of another.
+    # A turn without an answer may also be between the question and the answer of another.
     answered = {turn: match for turn, match in settled.items() if turns[turn].inputs < len(turns[turn].messages)}
     unsettled = {match.start for turn, match in placement.matches.items() if turn not in settled}
     wider = _Search(shown, answered, used) if unsettled and len(answered) < len(settled) else None
@@ -174,7 +174,7 @@ def _text(keys: Sequence[Key]) -> _Text:
 
 
 def _part(number: int, turn: TurnMessages) -> _Part | None:
-    """Return the texts of a turn; None if it has none of the user, or others among its inputs."""
+    """Return the texts of a turn; None unless there are inputs, and these, and no outputs, are the user's."""
     keyed = [(message, text_key(message.role, message.content)) for message in turn.messages]
     filled = [(index, message, key) for index, (message, key) in enumerate(keyed) if key[1] and key[0] not in ASIDES]
     inputs = [(message, key) for index, message, key in filled if index < turn.inputs]
@@ -213,9 +213,9 @@ class _Search:
         return bool(self._parts)
 
     def cut(self, block: _Block, low: int) -> _Cut | None:
-        """Return the cut of a block; None if no turns read as it does, or if it is divided as they are.
+        """Return the cut of a block; None if no turns have its text, or if it is divided as they are.
 
-        Turns without an answer that are settled may stand before those of the block.
+        Settled turns without an answer may precede those of the block.
         """
         user = [*takewhile(lambda line: line not in self._owned, reversed(block.user))][::-1]
         if not user:
@@ -228,7 +228,7 @@ class _Search:
         return cut
 
     def _find(self, block: _Block, low: int) -> list[_Part]:
-        """Return the turns, `low` or later rather than earlier ones; none if no turns read as the block does."""
+        """Return the turns with the text of the block, preferably from turn `low` on; empty if there are none."""
         asked, answered = self._shown.text(block.user), self._shown.text(block.answers)
         line = self._shown.lines[block.start]
         self._tries = _TRIES
@@ -257,7 +257,7 @@ class _Search:
         return line.last_read_at is not None and line.last_read_at >= began_at - SKEW
 
     def _chain(self, chain: list[int], asked: _Text, answered: _Text, line: TranscriptLine) -> list[_Part] | None:
-        """Return the turns that begin with `chain` and read as the block does, tried in order of their times."""
+        """Return turns with the text of the block that begin with `chain`, tried in order of their times."""
         self._tries -= 1
         parts = [self._parts[index] for index in chain]
         questions, answers = _joined([part.asked for part in parts]), _joined([part.answered for part in parts])
@@ -297,7 +297,7 @@ def _joined(texts: Sequence[_Text]) -> _Text:
 
 
 def _is_beginning(answers: _Text, answered: _Text, *, is_open: bool) -> bool:
-    """Return whether the answers are those of the block as far as both go; `is_open`: more may follow."""
+    """Return whether the answers and those of the block agree as far as both extend; `is_open`: more may follow."""
     size = min(len(answers.text), len(answered.text))
     if not answers.is_same(answered, size):
         return False
@@ -305,7 +305,7 @@ def _is_beginning(answers: _Text, answered: _Text, *, is_open: bool) -> bool:
 
 
 def _cut(block: _Block, parts: Sequence[_Part], lines: Sequence[TranscriptLine], keys: Sequence[Key]) -> _Cut | None:
-    """Return the lines of the block, cut as the turns are; None if they are so already."""
+    """Return the lines of the block, cut as the turns are; None if no cut is needed."""
     asked = _pieces(block.user, [part.inputs for part in parts], lines, keys)
     answered = _pieces(block.answers, [part.outputs for part in parts], lines, keys)
     if len(parts) <= 1 and not any(piece.is_cut for piece in [*asked, *answered]):
@@ -316,7 +316,7 @@ def _cut(block: _Block, parts: Sequence[_Part], lines: Sequence[TranscriptLine],
     def emit(piece: "_Piece") -> None:
         nonlocal done
         while done < piece.line:
-            if done not in reached:  # what webhooks often do not report stays before what it precedes
+            if done not in reached:  # a line that webhooks often omit stays before the line that it precedes
                 result.append(lines[done])
             done += 1
         done = max(done, piece.line + 1)
@@ -333,7 +333,7 @@ def _cut(block: _Block, parts: Sequence[_Part], lines: Sequence[TranscriptLine],
 
 
 class _Piece(msgspec.Struct, frozen=True):
-    """A line to show, the first line of the history that it is of, and the turn (by its number in the block)."""
+    """A line to show, the first history line that it comes from, and its turn (by its number in the block)."""
 
     shown: TranscriptLine
     line: int
@@ -347,7 +347,7 @@ def _pieces(
     lines: Sequence[TranscriptLine],
     keys: Sequence[Key],
 ) -> list[_Piece]:
-    """Return these lines, cut at the bounds of the messages of each turn."""
+    """Return these lines, cut at the boundaries of the messages of each turn."""
     flat = [(number, message) for number, own in enumerate(messages) for message in own]
     line_ends = _text([keys[line] for line in places]).ends
     ends = _text([text_key(message.role, message.content) for _, message in flat]).ends
@@ -380,7 +380,7 @@ def _is_alike(places: Sequence[int], flat: Sequence[tuple[int, Message]], keys: 
 
 
 def _cut_line(message: Message, text: str, lines: Sequence[TranscriptLine]) -> TranscriptLine:
-    """Return a line with the content of the message, and the text of the history for it where that differs."""
+    """Return a line with the content of the message, and the history's text of it if that differs."""
     return msgspec.structs.replace(
         lines[0],
         content=message.content,
@@ -391,13 +391,13 @@ def _cut_line(message: Message, text: str, lines: Sequence[TranscriptLine]) -> T
 
 
 def _slices(shown: Sequence[str], contents: Sequence[str]) -> list[str]:
-    """Return the part of the shown texts for each content; of several texts, joined by line ends."""
+    """Return the part of the shown texts, joined by line feeds, that belongs to each content."""
     whole = "\n".join(shown)
     if len(contents) == 1:
         return [whole]
     places = [place for place, character in enumerate(whole) if not character.isspace()]
     sizes = [sum(not character.isspace() for character in content) for content in contents]
-    if sum(sizes) != len(places):  # written otherwise, too: entities, Unicode forms
+    if sum(sizes) != len(places):  # also written differently: entities, Unicode forms
         return [*contents]
     result, at = [], 0
     for size in sizes:

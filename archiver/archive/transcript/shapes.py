@@ -13,8 +13,8 @@ USER = "user"
 class HistoryMessages(msgspec.Struct, frozen=True, gc=False):
     """One history response as messages without ids or times; may be cut at either end, shortened or empty.
 
-    `first_read_at`: when the same was answered for the first time, if that was before `read_at`. `shown`: it shows so
-    many of the first messages of the next reading, and its own are not given.
+    `first_read_at`: when the same response first arrived, if that was before `read_at`. `shown`: the response shows
+    this number of the first messages of the next reading, and `messages` is empty.
     """
 
     messages: tuple[Message, ...]
@@ -26,10 +26,9 @@ class HistoryMessages(msgspec.Struct, frozen=True, gc=False):
 class TurnMessages(msgspec.Struct, frozen=True, gc=False):
     """The newest revision of one chat: the first `inputs` messages are input, the others output.
 
-    `began_at` orders turns, ties by `revised_at` and `chat_id`; it may be wrong. `revised_at` is the upstream time
-    of the
-    newest revision. `arrived_at`: when its first delivery arrived; None where that is not known. `sent`: its input
-    with the earlier conversation, in the order in which it was sent (`context.as_sent`).
+    `began_at` orders turns, ties by `revised_at` and `chat_id`; it may be wrong. `revised_at` is the upstream time of
+    the newest revision. `arrived_at`: when its first delivery arrived; None if unknown. `sent`: its input with the
+    earlier conversation, in the order in which it was sent (`context.as_sent`).
     """
 
     chat_id: str
@@ -45,11 +44,11 @@ class TurnMessages(msgspec.Struct, frozen=True, gc=False):
 class TranscriptLine(msgspec.Struct, frozen=True, gc=False):
     """One message of a transcript.
 
-    `source`: webhook or history; webhook if both have it. `in_history`: the latest reading shows it, does
-    not, or (None) could not, because the turn is newer or no history was read. `first_read_at` and `last_read_at`
-    are the earliest and the latest reading that showed it. `is_ambiguous`: other lines fit its turn as well.
-    `is_reworded`: webhook and history write it differently; `history_content` is the text of history then, as the
-    latest reading that showed it has it, unless only the roles differ.
+    `source`: webhook or history; webhook if both have it. `in_history`: whether the latest reading shows it; None if
+    it could not, because the turn is newer or no history was read. `first_read_at` and `last_read_at` are the times
+    of the earliest and the latest reading that showed it. `is_ambiguous`: other lines fit its turn as well.
+    `is_reworded`: webhook and history write it differently; then `history_content` is the text in the latest reading
+    that showed it, unless only the roles differ.
     """
 
     role: str

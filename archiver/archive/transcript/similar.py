@@ -1,10 +1,10 @@
-"""Match turns with lines that history words differently, where no other turn is left for them.
+"""Match turns with lines that the history words differently, if no other turn fits these lines.
 
-Between two turns that are placed, a turn without lines and lines without a turn belong together where the texts are
-alike (`wording.are_similar`), no other turn there is alike to these lines, and no other lines there to this turn.
+Between two turns that are placed, a turn without lines and lines without a turn belong together if their texts are
+similar (`wording.are_similar`), and no other turn there fits these lines, and no other lines there fit this turn.
 
-An input that was cut at a low limit (`wording.is_short_cut`) is recognised where one turn and one stretch of lines
-are left between two placed turns, their answers are equal, and no input on the side that was cut is longer.
+An input that was cut at a low limit (`wording.is_short_cut`) is recognised if one turn and one stretch of lines
+remain between two placed turns, their answers are equal, and no input on the side that was cut is longer.
 """
 
 from collections import defaultdict
@@ -65,7 +65,7 @@ def _gaps(
 
 
 def _starts(candidates: Candidates, first: int, last: int) -> list[int]:
-    """Return where a turn could begin: at the user's first line after another's."""
+    """Return where a turn could begin: at each user line that does not follow another one."""
     merged = candidates.merged
     return [
         line
@@ -75,7 +75,7 @@ def _starts(candidates: Candidates, first: int, last: int) -> list[int]:
 
 
 def _inputs(candidates: Candidates, turn: int, start: int, last: int) -> tuple[list[int], list[int]] | None:
-    """Return the inputs of the turn and as many lines of the user from `start` on; None if it cannot begin there."""
+    """Return the inputs of the turn and as many user lines from `start` on; None if it cannot begin there."""
     turn_text = candidates.turn_texts[turn]
     inputs = [message for message in sorted(turn_text.required) if message < turn_text.inputs]
     lines = [*_inputs_from(candidates, start, last)]

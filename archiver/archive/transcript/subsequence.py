@@ -1,9 +1,8 @@
-"""Alignments of two sequences: `align` finds what two versions of one conversation have in common, with
-`common_subsequence`, the longest one, exact and in bounded memory.
+"""Align two sequences: `align` finds the common items of two versions of a conversation.
 
-Its table is held as one integer a row (Crochemore et al. 2001, Hyyrö 2004), so that a machine word works on 64 cells
-at once and repeated items cost no more than others. A table that would be too large is split as Hirschberg (1975)
-does.
+It uses `common_subsequence`, which finds a longest one, exactly and in bounded memory. Each row of its table is one
+integer (Crochemore et al. 2001, Hyyrö 2004), so that a machine word processes 64 cells at a time and repeated items
+cost no more than others. A table that would be too large is split as in Hirschberg (1975).
 """
 
 from bisect import bisect_left
@@ -15,11 +14,11 @@ from operator import add
 
 Pair = tuple[int, int]  # index in old, index in new
 
-CELLS = 1 << 28  # bits of a table held at once: 32 MiB
+CELLS = 1 << 28  # bits of the table in memory: 32 MiB
 
 
 def align(old: Sequence[Hashable], new: Sequence[Hashable]) -> list[Pair]:
-    """Return a longest common subsequence that keeps the items which occur once in both sequences.
+    """Return a longest common subsequence that keeps the items that occur exactly once in each sequence.
 
     If one sequence is truncated, repeated messages such as "ok" would otherwise outweigh unique ones.
     """
@@ -62,8 +61,8 @@ def _anchors(old: Sequence[Hashable], new: Sequence[Hashable], head: int) -> lis
 def common_subsequence(old: Sequence[Hashable], new: Sequence[Hashable], cells: int = CELLS) -> list[Pair]:
     """Return the pairs of equal items of a longest common subsequence, ascending in both.
 
-    Of several longest ones, it returns one that matches `new` early, because its unmatched rest tends to be at the
-    end.
+    Of several longest ones, it returns one that matches `new` early, because the unmatched rest of `new` tends to be
+    at its end.
     """
     head = _common_head(old, new)
     pairs = [(index, index) for index in range(head)]
@@ -82,9 +81,9 @@ def common_subsequence(old: Sequence[Hashable], new: Sequence[Hashable], cells: 
 
 
 def _rows(old: Sequence[Hashable], new: Sequence[Hashable]) -> Iterator[int]:
-    """Yield the table from its last row up: one for each tail of `new`, the shortest first.
+    """Yield the rows of the table from the last to the first: one for each tail of `new`, the shortest first.
 
-    Bit t is clear where the item of `old` that t others follow makes the subsequence longer than they do alone.
+    Bit t is clear if the item of `old` before the last t items makes the subsequence longer than these alone do.
     """
     every = (1 << len(old)) - 1
     places: dict[Hashable, int] = {}

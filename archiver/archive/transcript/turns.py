@@ -13,7 +13,7 @@ from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessage
 from archiver.archive.transcript.wording import normal_role
 from archiver.events import Message
 
-# Roles whose lines are no version of an output.
+# Roles whose lines are not versions of an output.
 _OTHERS = ASIDES | {USER}
 
 
@@ -30,9 +30,9 @@ def merge_turns(
     """Return the transcript from unclaimed history lines and turns of different chats.
 
     `read_at` is the time of the latest reading, None if there is none. `is_dated`: it is certain when each line was
-    read for the first time. The lines of a turn stand together. A turn
-    that the spine does not show is inserted whole, blank messages too, before the next turn that it shows. Of a turn
-    that differs in both, the newer version wins (I3).
+    read for the first time. The lines of a turn are contiguous. A turn that the history does not show is inserted
+    whole, with its blank messages, before the next turn that the history shows. If a turn differs between the two,
+    the newer version wins (I3).
     """
     ordered = in_order(turns)
     lines, placement = place_recut(lines, ordered, lambda cut: place_turns(cut, ordered, is_dated=is_dated))
@@ -54,7 +54,7 @@ def merge_turns(
 
 
 def in_order(turns: Iterable[TurnMessages]) -> list[TurnMessages]:
-    """Return the turns that have messages, in order of their beginning."""
+    """Return the turns that have messages, in order of `began_at`."""
     return sorted(
         (turn for turn in turns if turn.messages), key=lambda turn: (turn.began_at, turn.revised_at, turn.chat_id)
     )
@@ -74,7 +74,7 @@ def _own(turn: TurnMessages, index: int, in_history: bool | None) -> TranscriptL
 def _end(lines: Sequence[TranscriptLine], match: Match, limit: int, *, is_deleted: bool) -> int:
     """Return where the turn's lines end: it owns the following lines up to the next user message or turn.
 
-    What is shown still is not part of a deleted turn that vanished.
+    A line that is still shown is not part of a deleted turn that vanished.
     """
     is_shown = lines[match.end - 1].in_history
     end = match.end
@@ -117,7 +117,7 @@ def _run(
 
 
 def _claimed(line: TranscriptLine, turn: TurnMessages, message: Message) -> TranscriptLine:
-    """Merge a line that both sources have: content of the webhook, and the history's wording where it differs."""
+    """Merge a line that both sources have: content of the webhook, and the history's wording if it differs."""
     if (message.role, message.content) == (line.role, line.content):
         return msgspec.structs.replace(line, source="webhook", chat_id=turn.chat_id, kind=message.kind)
     return msgspec.structs.replace(
@@ -135,10 +135,9 @@ def _claimed(line: TranscriptLine, turn: TurnMessages, message: Message) -> Tran
 def _superseded(turn: TurnMessages, match: Match, lines: Sequence[TranscriptLine]) -> _Superseded:
     """Compare the turn with its version in the last reading that showed its input.
 
-    They differ when each has an output that the other lacks: then the newer stands. Outputs of earlier readings are
-    outdated if the turn reported its own outputs after them, or if that version has another in their place; not if
-    it may just
-    have been cut before them.
+    They differ if each has an output that the other lacks: then the newer version wins. Outputs of earlier readings
+    are outdated if the turn reported its own outputs after them, or if that version has another in their place; not
+    if that version may merely have been cut off before them.
     """
     input_lines = [line for message, line in match.pairs if message < turn.inputs]
     read_at = lines[input_lines[-1]].last_read_at if input_lines else None

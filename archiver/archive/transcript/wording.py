@@ -1,9 +1,8 @@
 """Decide whether two differently written messages have the same content.
 
-`text_key` removes differences that carry no meaning: names and letter case of roles, and what `events.normal`
-removes.
-Two messages with one key are the same wherever they stand. `are_similar` finds texts that a system cut, masked or
-reformatted.
+`text_key` removes differences that carry no meaning: names and letter case of roles, and all that `events.normal`
+removes. Two messages with the same key are equal regardless of their places. `are_similar` finds texts that a system
+cut, masked or reformatted.
 """
 
 import re
@@ -30,8 +29,8 @@ def text_key(role: str, content: str) -> Key:
 def are_similar(one: str, other: str) -> bool:
     """Return whether two normalised texts are probably one text that was cut, masked or reformatted.
 
-    Only for messages that nothing else could be: alone it is weak evidence. Different numbers, words or short texts
-    are never alike.
+    Use it only if no other message is possible: by itself it is weak evidence. Texts with different numbers or words,
+    and different short texts, are never similar.
     """
     if one == other or is_cut(one, other) or is_cut(other, one):
         return True
@@ -42,10 +41,10 @@ def are_similar(one: str, other: str) -> bool:
     return _has_letters(one) and (_plain(one) == _plain(other) or _lacks_symbols(one, other))
 
 
-_CUT = 32  # characters from which on a text may be the beginning of another without a mark that says so
-_MARKED_CUT = 8  # where a mark says so
-_SHORT_CUT = 12  # where it ends within a word and more is known
-_SURE_CUT = 100  # where a number may be cut, too
+_CUT = 32  # minimum characters of a truncated text without a mark of truncation
+_MARKED_CUT = 8  # with such a mark
+_SHORT_CUT = 12  # if it ends within a word and there is more evidence
+_SURE_CUT = 100  # if a number may be cut, too
 _CUT_MARK = re.compile(r"\s*(?:\.\.\.|[\[(]\s*(?:\.\.\.)?\s*(?:truncated|cut|more)[^\])]{0,80}[\])])$", re.IGNORECASE)
 _CUT_ENTITY = re.compile(r"&#?\w*$")
 
@@ -64,12 +63,12 @@ def is_cut(short: str, whole: str) -> bool:
 
 
 def is_short_cut(short: str, whole: str) -> bool:
-    """Return whether one text may be the other cut within a word at a limit too low to be evidence alone."""
+    """Return whether one text may be the other, cut within a word; a text this short is no evidence by itself."""
     size = len(short)
     return _SHORT_CUT <= size < len(whole) and whole.startswith(short) and whole[size - 1 : size + 1].isalpha()
 
 
-# Not a single mark between digits or alone, a number sign before a digit, nor a single x: 2*4, press *, #12, 5x.
+# Without a single mark between digits or alone, a number sign before a digit, a single x: 2*4, press *, #12, 5x.
 _MASK = re.compile(
     r"\[[^\[\]\s][^\[\]]{1,39}\]|<[^<>\s][^<>]{1,39}>|\{\{?[^{}]{2,40}\}\}?"  # [PHONE], <card>, {{email}}
     r"|[*\u2022\u25cf\u25cb\u25a0\u25aa\u2588\u2217\u00d7\uff0a#]{2,}"  # bullets, squares and such
@@ -78,7 +77,7 @@ _MASK = re.compile(
 )
 _MASKS = 20  # of one text
 _MASKABLE = 4_000  # characters
-_LITERAL = 6  # letters and digits that must be left where more than digits was masked
+_LITERAL = 6  # letters and digits that must remain if more than digits was masked
 
 
 def _is_masked(masked: str, whole: str) -> bool:
@@ -97,15 +96,15 @@ def _is_masked(masked: str, whole: str) -> bool:
     return _fits(whole, literals, [_ends_of_words(whole, mask) for mask in masks])
 
 
-_Ends = Callable[[int], range]  # where what a mask stands for may end, if it begins at this index
+_Ends = Callable[[int], range]  # the possible ends of a masked text that begins at this index
 
 
-_DIGIT_MASK = re.compile(r"[xX_]|[^\w\s?!.,:;'\"()\-]")  # no mark of punctuation, which users type themselves
+_DIGIT_MASK = re.compile(r"[xX_]|[^\w\s?!.,:;'\"()\-]")  # not punctuation, which users type themselves
 _MASKED_DIGITS = 2  # at least: `press #` is not `press 1`
 
 
 def _has_masked_digits(masked: str, whole: str) -> bool:
-    """Return whether the one is the other with one mark in the place of each digit."""
+    """Return whether one text is the other with the same mark in place of each digit."""
     if len(masked) != len(whole):
         return False
     digits = [index for index, character in enumerate(whole) if character.isdecimal()]
@@ -115,10 +114,10 @@ def _has_masked_digits(masked: str, whole: str) -> bool:
 
 
 def _fits(whole: str, literals: Sequence[str], masks: Sequence[_Ends]) -> bool:
-    """Return whether the text is these literals with what the masks stand for between them.
+    """Return whether the text consists of these literals with masked texts between them.
 
-    Looks at each place once for each mask. A regular expression would try every way to share out the text between
-    the masks, which may take days for a dozen of them, and users choose the texts.
+    It examines each place once for each mask. A regular expression would try every division of the text between the
+    masks, which may take days for a dozen of them, and users choose the texts.
     """
     places = [len(literals[0])] if whole.startswith(literals[0]) else []
     for literal, ends in zip(literals[1:], masks, strict=True):
@@ -148,13 +147,13 @@ def _ends_of_words(whole: str, mask: str) -> _Ends:
     return lambda place: range(place + size, place + size + (whole.find(" ", place, place + size) < 0))
 
 
-_ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # as Markdown and JSON have it before punctuation
+_ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # as in Markdown and JSON before punctuation
 _EMPHASIS = re.compile(r"(?<![\w*_`])([*_]{1,3}|`)(?! )(?=[^*_`]*[^\W_])([^*_`]+)(?<! )\1(?![\w*_`])")
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>")
 _DECORATION = re.compile(r"(?<!\d)[.,:;]|[.,:;](?!\d)|[*_`~!'\"()\s]")
-_DROPPED = re.compile(r"[^\x00-\x7f\w]|\s")  # emoji and such: letters carry meaning
+_DROPPED = re.compile(r"[^\x00-\x7f\w]|\s")  # emoji and the like, but no letters, which carry meaning
 _FOREIGN = re.compile(r"[^\x00-\x7f]")
-_UNITS = (("utf-32-le", 4), ("utf-16-le", 2), ("utf-8", 1))  # for each of which a system writes one `?`
+_UNITS = (("utf-32-le", 4), ("utf-16-le", 2), ("utf-8", 1))  # code units; a system may write one `?` for each
 _LETTERS = 8
 
 
