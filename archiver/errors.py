@@ -1,7 +1,7 @@
-"""The error tree: each error that this program raises on purpose has the base `ArchiverError`.
+"""The root of the error tree: each error that this program raises on purpose derives from `ArchiverError`.
 
-An error is defined in the module that raises it. The command line prints one as a sentence and exits 1; the HTTP
-layer alone knows status codes.
+An error is defined in the module that raises it. A command prints it as a sentence and exits 1; only the HTTP layer
+knows status codes.
 """
 
 
@@ -16,4 +16,4 @@ class ArchiverError(Exception):
 
 
 class SettingsError(ArchiverError):
-    """A setting is missing or wrong; the text names it and says what to do."""
+    """A setting is missing or wrong; the message names it and says what to do."""

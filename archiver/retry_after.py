@@ -10,7 +10,7 @@ _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
 def parse(header: str, now: datetime) -> float | None:
     """Return the seconds to wait, from seconds or an HTTP date; 0 for a date in the past, None if it cannot be read.
 
-    Each caller sets limits of its own.
+    Each caller sets its own limits.
     """
     text = header.strip()
     if _SECONDS.fullmatch(text):

@@ -1,4 +1,4 @@
-"""Version, commit and schema revision of this build, read from files alone."""
+"""Version, commit and schema revision of this build, read only from files."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def _checked_out(folder: Path) -> str | None:
     """Return the commit of a checkout: https://git-scm.com/docs/gitrepository-layout."""
     place = folder / ".git"
     if not (folder / "pyproject.toml").is_file():
-        return None  # installed beside other packages; a repository around them is another project's
+        return None  # installed with other packages; a repository around them is another project's
     if (text := _read(place)) and text.startswith("gitdir: "):
         place = folder / text.removeprefix("gitdir: ")
     head = _read(place / "HEAD") or ""

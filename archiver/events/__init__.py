@@ -1,7 +1,7 @@
-"""Parse webhook bodies to `Event` or `Malformed`: the only place that knows their format. Pure.
+"""Parse webhook bodies into `Event` or `Malformed`: the only place that knows their format. Pure.
 
-Upstream documents no webhook body, so every field but the event type and the chat's id is optional, several
-envelopes are understood, and unknown fields stay in the bytes.
+Upstream documents no webhook body, so every field except the event type and the chat's id is optional,
+several envelopes are accepted, and unknown fields remain in the bytes.
 """
 
 from typing import Any
@@ -80,9 +80,9 @@ CHAT_EVENTS = frozenset({CREATED, DELETED})
 
 
 def parse(body: bytes) -> Event | Malformed:
-    """Read one webhook body.
+    """Parse one webhook body.
 
-    Never raises, for any bytes. The envelopes: `{"message": {"type", "timestamp", "chat"}}`,
+    Never raises, for any bytes. The accepted envelopes: `{"message": {"type", "timestamp", "chat"}}`,
     `{"type"|"event", "chat"|"data"}` and `{"type", "timestamp", "data": {"chat"}}`.
     """
     try:
@@ -97,7 +97,7 @@ def restore(
 ) -> Event | Malformed:
     """Return the content of a stored delivery from its bytes, its source and `Delivery.internal`.
 
-    A webhook is parsed again; an internal fact is as it was.
+    A webhook is parsed again; an internal fact is restored unchanged.
     """
     if source == WEBHOOK or kind is None or session_id is None or dedupe_key is None:
         return parse(body)
@@ -127,7 +127,7 @@ def _event(body: bytes, given: Any) -> Event:
 
 
 def _object(value: Any) -> dict[str, Any] | None:
-    """Return an object, or one that was sent as JSON text; None for anything else."""
+    """Return the value if it is an object, or the object that it contains as JSON text; None for anything else."""
     if isinstance(value, dict):
         return value
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
@@ -173,7 +173,7 @@ _TIMES = ("timestamp", "createdAt")
 
 
 def _chat_key(event_type: str, chat_id: str | None, chat: dict[str, Any], envelope: dict[str, Any]) -> bytes:
-    """Return a digest of the fact, so that a retry in a new envelope is the same."""
+    """Return the dedupe key of a chat event: a digest that is the same for a retry in a new envelope."""
     if _ENVELOPE_CHAT_FIELDS.isdisjoint(envelope):
         return digest([event_type, chat_id, chat])
     beside = {name: envelope[name] for name in _ENVELOPE_CHAT_FIELDS if envelope.get(name) is not None}

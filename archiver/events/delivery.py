@@ -1,4 +1,4 @@
-"""A delivery: what arrived, when, from whom. One struct from the wire to the ledger."""
+"""A delivery: what arrived, when, and from whom. One struct from the wire to the ledger."""
 
 import hashlib
 from datetime import datetime
@@ -18,7 +18,7 @@ Identity = tuple[str | None, str | None, bytes | None]  # type, session_id, dedu
 class Delivery(msgspec.Struct, Generic[ContentT_co], frozen=True, gc=False):
     """An authenticated delivery with arrival time, key id, source and number of deliveries.
 
-    The ledger takes a `Delivery[Event]`; a `Delivery[Malformed]` goes to the quarantine.
+    The ledger accepts a `Delivery[Event]`; a `Delivery[Malformed]` is quarantined.
     """
 
     content: ContentT_co
@@ -29,7 +29,7 @@ class Delivery(msgspec.Struct, Generic[ContentT_co], frozen=True, gc=False):
 
     @property
     def internal(self) -> Identity:
-        """Return the identity of an internal fact, such as a history response. The bytes of a webhook are its own."""
+        """Return the identity of an internal fact, such as a history response; all None for a webhook."""
         content = self.content
         if self.source == WEBHOOK or isinstance(content, Malformed):
             return None, None, None

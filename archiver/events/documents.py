@@ -10,7 +10,7 @@ import msgspec
 
 from archiver.events.shapes import MAX_DEPTH, UnreadableError
 
-_MAX_DIGITS = 400  # digits of an integer; longer ones stay text
+_MAX_DIGITS = 400  # digits of an integer; longer integers stay text
 
 
 class Exact(float):
@@ -20,7 +20,7 @@ class Exact(float):
     text: str
 
     def __new__(cls, text: str) -> "Exact":
-        """Return the number in this text. Raises `ValueError` if a double cannot hold it."""
+        """Return the number in this text. Raises `ValueError` if it is beyond a double."""
         value = super().__new__(cls, text)
         if not math.isfinite(value):
             raise ValueError("beyond a double")
@@ -29,7 +29,7 @@ class Exact(float):
 
 
 class Beyond(str):
-    """A JSON number that a double or an integer of 400 digits cannot hold, as it was sent; used like a text."""
+    """A JSON number beyond a double, or beyond an integer of 400 digits, kept as sent; used like a string."""
 
     __slots__ = ()
 
@@ -90,8 +90,9 @@ def _float(text: str) -> Exact | str:
 def digest(fact: list[Any]) -> bytes:
     """Return the SHA-256 over the canonical JSON of a fact.
 
-    A number with a fraction or an exponent is the nearest double, if its digits are those of this double, rounded to
-    as many: `0.1`, `0.10` and `0.10000000000000001` are equal. Any other number keeps its digits.
+    A number with a fraction or an exponent counts as the nearest double if its digits are those of this double,
+    rounded to the same number of digits: `0.1`, `0.10` and `0.10000000000000001` are equal. Any other number keeps
+    its digits.
     """
     try:
         canonical = msgspec.json.encode(fact, order="deterministic", enc_hook=_canonical)
@@ -100,7 +101,7 @@ def digest(fact: list[Any]) -> bytes:
     return hashlib.sha256(canonical).digest()
 
 
-_SHORT = 16  # characters of a number without an exponent whose digits a double always holds
+_SHORT = 16  # characters of a number without an exponent whose digits a double always preserves
 _MAX_DOUBLE_DIGITS = 767  # significant digits of a double, written in full
 
 
@@ -111,7 +112,7 @@ def _canonical(number: Exact | Beyond) -> float | msgspec.Raw:
 
 
 def _holds(number: Exact) -> bool:
-    """Return whether the digits of a number are those of the nearest double, rounded either way where it is a tie."""
+    """Return whether the digits of a number are those of the nearest double, rounded either way in a tie."""
     text = number.text
     if len(text) <= _SHORT and "e" not in text and "E" not in text:
         return True
@@ -125,7 +126,7 @@ def _holds(number: Exact) -> bool:
 
 
 def _digits(number: Exact | Beyond) -> str:
-    """Return a number as JSON, the same however it was written."""
+    """Return a number as JSON, the same for all ways of writing it."""
     text = number.text if isinstance(number, Exact) else str(number)
     try:
         sent = Decimal(text)
@@ -148,4 +149,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_NUMBER = "\x1fnumber"  # no name of a field that a platform sends
+_NUMBER = "\x1fnumber"  # no platform sends a field with this name

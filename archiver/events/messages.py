@@ -1,8 +1,8 @@
 """Extract the messages of a turn from any known format. Pure.
 
-A value is a text, a number, a list of values, or an object that carries values in fields such as `content`, `parts`
-or `text`. A message is a text, or an object whose role is its own or that of its place. One that holds no text is a
-message all the same: `Message.shape` says what it is.
+A value is a string, a number, a list of values, or an object that contains values in fields such as `content`,
+`parts` or `text`. A message is a string or an object; its role is its own, or that of its place. An object without
+text is a message, too: `Message.shape` names its kind.
 """
 
 import json
@@ -29,7 +29,7 @@ _TEXTS = (
     *("content", "parts", "text", "message", "output_text", "input_text", "transcript", "value", "body"),
     *("utterance", "response", "answer", "summary", "output", "result", "caption"),
 )
-# fields with objects that contain texts; a plain text there is encoded bytes
+# fields with objects that contain texts; a plain string there is encoded bytes
 _CARRIERS = ("data", "audio", "input_audio")
 _LISTS = ("messages", "choices", "candidates", "output", "items")  # fields of an object that wraps messages
 _CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use", "toolUse")
@@ -45,11 +45,11 @@ _MEDIA_FIELDS: dict[str, Shape] = {
 }
 _METADATA = frozenset({"role", "id", "type", "name", "index", "status", "object", "time", "timestamp", "metadata"})
 _METADATA_ENDS = ("At", "_at", "Id", "_id")
-_KINDS_AND_IDS = frozenset({"type", "id", "role", "object", "index"})  # metadata inside of an unknown part too
+_KINDS_AND_IDS = frozenset({"type", "id", "role", "object", "index"})  # metadata inside an unknown part, too
 # Fields of a part for the platform that made it.
 _NOTES = frozenset({"cache_control", "cachecontrol", "cachepoint", "signature", "thoughtsignature"})
 _NOTES_BEGIN = ("providermetadata", "provider_metadata", "provideroptions", "provider_options")
-# Kinds of parts that are the work of the assistant, not its words: calls of tools, their results, thoughts.
+# Kinds of parts that are the work of the assistant, not its words: tool calls, their results, reasoning.
 _WORK = re.compile(
     r"(^|[-_.])(tool|function)([-_.]|$)|^tool(use|call|result|invocation)|[-_]call([-_]|s?$)|thinking|reasoning"
 )
@@ -57,7 +57,7 @@ _WORK_FIELDS = (
     *_CALLS,
     *("toolResult", "tool_result", "toolInvocation", "tool_invocation", "functionResponse", "function_response"),
 )
-_REPEATED = ("content", "parts")  # of a message that has both, one may hold parts that the other lacks
+_REPEATED = ("content", "parts")  # if a message has both, one may contain parts that the other lacks
 _SPOKEN = ("audio", "input_audio")
 _STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # for a list of different shapes
 
@@ -72,9 +72,7 @@ _NULL, _UNKNOWN = _Text("", "null"), _Text("", "object")
 
 
 def messages_of(value: Any, default_role: str) -> tuple[Message, ...]:
-    """Return the messages in a value: a text, a number, a message, an answer that wraps messages, or a list of
-    these.
-    """
+    """Return the messages in a string, a number, a message, an object that wraps messages, or a list of these."""
     if isinstance(value, str):
         return (_message_of(default_role, value),) if value else ()
     return tuple(_messages(value, default_role, MAX_NESTING))
@@ -86,9 +84,7 @@ def known_role(role: str) -> str | None:
 
 
 def role_of(item: Any) -> str | None:
-    """Return the role of an object's author, `user` and `assistant` under any of their usual names; None without
-    one.
-    """
+    """Return the role of an object's author, in its canonical form if it is known; None if there is none."""
     if not isinstance(item, Mapping):
         return None
     role = item.get("role")
@@ -132,7 +128,7 @@ def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Me
 
 
 def _shown(role: str, found: _Text) -> Message:
-    """Return the message with this text, and below it each unknown part on a line of its own."""
+    """Return the message with this text, and below it each unknown part on its own line."""
     if not found.unknown:
         return Message(role, found.text, found.shape)
     if found.shape in {"text", "refusal"}:
@@ -200,7 +196,7 @@ def _has_content(value: Any) -> bool:
 
 
 def _of_part(item: dict[str, Any], depth: int) -> _Text:
-    """Return the text of a part; one that holds something else, in which no rule finds text, is unknown."""
+    """Return the text of a part; content in which no rule finds text is returned as an unknown part."""
     found = _of_object(item, depth)
     kind = _kind(item)
     if _WORK.search(kind) or any(item.get(name) for name in _WORK_FIELDS):
@@ -217,7 +213,7 @@ def _of_part(item: dict[str, Any], depth: int) -> _Text:
 
 
 def _content_of(part: dict[str, Any]) -> Any:
-    """Return what an unknown part holds: its fields without metadata and media; None if that is nothing."""
+    """Return the content of an unknown part: its fields without metadata and media; None if there is none."""
     fields = {
         name: value
         for name, value in part.items()

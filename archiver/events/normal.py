@@ -7,9 +7,9 @@ from itertools import chain
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _LAYERS = 8  # passes of HTML unescaping: `&amp;amp;lt;`
-# Control characters that are no white space, soft hyphen, combining grapheme joiner, zero-width space and non-joiner,
-# marks of direction, Mongolian vowel separator, word joiner, byte order mark and variation selectors show nothing and
-# separate nothing.
+# Control characters that are not white space, soft hyphen, combining grapheme joiner, zero-width space and
+# non-joiner, marks of direction, Mongolian vowel separator, word joiner, byte order mark and variation selectors show
+# nothing and separate nothing.
 _CONTROLS: dict[int, str | None] = dict.fromkeys(
     code for code in (*range(0x20), *range(0x7F, 0xA0)) if not chr(code).isspace()
 )
@@ -28,7 +28,7 @@ _FOLDED = _INVISIBLE | {ord(each): plain for plain, every in _TYPOGRAPHIC.items(
 # (Unicode Standard Annex 15, section 13).
 _MAX_MARKS = 30
 _SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_MARKS + 1},}}")  # combining marks are neither word nor space
-# Between two symbols the zero-width joiner makes one emoji of several; beside a letter or a space it shows nothing.
+# Between two symbols the zero-width joiner makes one emoji of several; next to a letter or a space it shows nothing.
 _JOINER = re.compile("(?<![^\\w\\s])\u200d|\u200d(?![^\\w\\s])")
 
 
@@ -36,9 +36,9 @@ def normal_text(text: str) -> str:
     """Return the form under which two texts are compared; it is never stored or shown.
 
     HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters stay
-    apart), typographic quotes, dashes and ellipses become those of ASCII, invisible and control characters go,
+    apart), typographic quotes, dashes and ellipses become ASCII, invisible and control characters are removed,
     each run of white space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Of
-    more than 30 combining marks in a row the first 30 count. Letter case, punctuation and digits stay.
+    more than 30 combining marks in a row the first 30 count. Letter case, punctuation and digits are kept.
     """
     if "&" in text:
         text = _unescaped(text)

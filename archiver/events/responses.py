@@ -1,4 +1,4 @@
-"""Facts from other sources than webhooks: history responses and registered sessions. Pure."""
+"""Facts from sources other than webhooks: history responses and registered sessions. Pure."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _SNAPSHOT_FIELDS = ("id", "messages", "name", "status", "assistantId", "createdA
 
 
 class SessionSnapshot(msgspec.Struct, frozen=True, gc=False):
-    """Content of a session from a reading or registration; None where it has none."""
+    """The content of a session in a reading or registration; a field that it lacks is None."""
 
     messages: tuple[Message, ...] | None = None
     name: str | None = None
@@ -47,7 +47,7 @@ EMPTY_SNAPSHOT = SessionSnapshot()
 def parse_history(session_id: str, status: int, body: bytes) -> Event:
     """Return the event of a response to `GET /chats/session/{id}`; `body`: the exact bytes.
 
-    Never raises: an answer that cannot be read is a fact too.
+    Never raises: a response that cannot be parsed is a fact, too.
     """
     if status in _GONE:
         return _event(GONE, session_id, body, [status])
@@ -58,7 +58,7 @@ def parse_history(session_id: str, status: int, body: bytes) -> Event:
 
 
 def unavailable_event(session_id: str) -> Event:
-    """Return the event that a session expired before any response."""
+    """Return the event that records that a session expired before any response."""
     return _event(UNAVAILABLE, session_id, json.dumps({"sessionId": session_id}).encode(), [])
 
 
@@ -88,9 +88,9 @@ def _redacted(message: Message) -> dict[str, Any]:
 
 
 def register(session: Mapping[str, Any]) -> Event:
-    """Return the event that the application opened a session.
+    """Return the event that records that the application opened a session.
 
-    Raises `UnreadableError` for an id that is none.
+    Raises `UnreadableError` if its id is missing or unusable.
     """
     session_id = events.identifier(session.get("id"))
     if session_id is None:
@@ -99,7 +99,7 @@ def register(session: Mapping[str, Any]) -> Event:
 
 
 class InvalidRegistrationError(ArchiverError):
-    """A body does not register sessions; the text says what is wrong."""
+    """A body does not register sessions; the message says what is wrong."""
 
 
 def registrations(body: bytes) -> list[Event]:
@@ -114,7 +114,7 @@ def registrations(body: bytes) -> list[Event]:
     ids = document.get("ids", []) if isinstance(document, dict) else None
     objects = document.get("sessions", []) if isinstance(document, dict) else None
     if not isinstance(ids, list) or not isinstance(objects, list) or not ids + objects:
-        raise InvalidRegistrationError('Send {"ids": ["..."]} or {"sessions": [{"id": "..."}]}, with at least one.')
+        raise InvalidRegistrationError('Send at least one id, as {"ids": ["..."]} or {"sessions": [{"id": "..."}]}.')
     if len(ids) + len(objects) > MAX_REGISTRATIONS:
         raise InvalidRegistrationError(f"Send at most {MAX_REGISTRATIONS} sessions at a time.")
     rows = [{"id": session_id} for session_id in ids] + objects
@@ -130,7 +130,7 @@ def _registration(number: int, session: Any) -> Event:
 
 
 def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:
-    """Return the content of such a fact; empty if it cannot be parsed."""
+    """Return the content of a history response or registration; empty if it cannot be parsed."""
     if kind == REGISTERED:
         document = _decoded(body)
         return _snapshot(document, None) if isinstance(document, dict) else EMPTY_SNAPSHOT

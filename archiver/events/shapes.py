@@ -8,7 +8,7 @@ import msgspec
 
 from archiver.errors import ArchiverError
 
-MAX_ID = 1024  # bytes of UTF-8: two ids fit an entry of a Postgres index, which holds 2,704
+MAX_ID = 1024  # bytes of UTF-8: two ids fit into an entry of a Postgres index, which is limited to 2,704 bytes
 MAX_DEPTH = 200  # levels of nesting, far below the limit of every Python parser
 MAX_MESSAGES = 2_000  # per turn
 
@@ -42,7 +42,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Chat(msgspec.Struct, frozen=True, gc=False):
-    """One turn as one delivery reports it; None or empty where it does not."""
+    """A turn as one delivery reports it; a field that it does not report is None or empty."""
 
     assistant_id: str | None
     external_id: str | None
@@ -84,10 +84,10 @@ REASONS = {
     "not_json": "The body is not JSON.",
     "nested_too_deeply": f"The body is nested more than {MAX_DEPTH} levels deep.",
     "not_an_object": "The body is JSON, but not an object.",
-    "no_event_type": "There is no `type` or `event`, neither at the top nor in `message`, that is a text.",
+    "no_event_type": "Neither the top level nor `message` has a `type` or `event` that is a string.",
     "no_chat_id": "A chat event needs the chat's `id`.",
-    "unusable_id": f"An id is longer than {MAX_ID} bytes, holds U+0000 or a lone surrogate, or begins with U+001F.",
-    "too_many_messages": f"One turn holds more than {MAX_MESSAGES} messages.",
+    "unusable_id": f"An id exceeds {MAX_ID} bytes, contains U+0000 or a lone surrogate, or begins with U+001F.",
+    "too_many_messages": f"One turn has more than {MAX_MESSAGES} messages.",
 }
 
 

@@ -1,8 +1,8 @@
 """Parse reported times, and reject impossible ones.
 
-A reported time counts only between `EARLIEST` and its arrival plus `CLOCK_TOLERANCE`. What lies before is the zero
-of some calendar (the year 1, 1899-12-30, 1900, the Unix epoch, 2000, 2001) and stands for "no value". What lies after
-its arrival is a wrong clock or a wrong unit.
+A reported time is accepted only between `EARLIEST` and its arrival plus `CLOCK_TOLERANCE`. An earlier time is the
+zero of some calendar (the year 1, 1899-12-30, 1900, the Unix epoch, 2000, 2001) and means "no value". A later time
+comes from a wrong clock or a wrong unit.
 """
 
 import re
@@ -17,10 +17,9 @@ _DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
 
 
 def timestamp(value: Any) -> datetime | None:
-    """Return a time in UTC from ISO 8601 text, or from an epoch number in seconds, milliseconds, micro- or
-    nanoseconds.
+    """Return a time in UTC from ISO 8601 text, or from an epoch number in seconds, milli-, micro- or nanoseconds.
 
-    None for what is neither, and for a time before `EARLIEST`.
+    None for any other value, and for a time before `EARLIEST`.
     """
     try:
         result = _parsed(value)

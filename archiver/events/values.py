@@ -27,8 +27,8 @@ def identifier(value: Any) -> str | None:
 
 
 def storable_id(value: str) -> str:
-    """Return the id; raises `UnreadableError` for one that Postgres cannot hold."""
-    # Replacing characters would let two ids collide, so an id that Postgres cannot hold is refused.
+    """Return the id; raise `UnreadableError` if Postgres cannot store it."""
+    # Replacing characters would let two ids collide, so an id that Postgres cannot store is rejected.
     if len(value) <= MAX_ID and value.isascii() and "\x00" not in value and value[0] != INTERNAL_PREFIX:
         return str(value)  # not `documents.Beyond`
     if (
@@ -42,7 +42,7 @@ def storable_id(value: str) -> str:
 
 
 def label(value: Any) -> str | None:
-    """Return a short text such as a name or a status; None if there is none."""
+    """Return a short string such as a name or a status; None if there is none."""
     if isinstance(value, str) and value:
         return storable(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
@@ -56,9 +56,7 @@ def storable(text: str) -> str:
 
 
 def cost_of(value: Any, levels: int = 3) -> Decimal | None:
-    """Return the cost with the digits that were sent; for an object, the cost of its total; None if it is not a
-    number.
-    """
+    """Return the cost, or an object's total cost, with the digits that were sent; None if it is not a number."""
     if isinstance(value, dict):
         result = (cost_of(value[name], levels - 1) for name in _COST_FIELDS if name in value) if levels else iter(())
         return next((cost for cost in result if cost is not None), None)

@@ -1,4 +1,4 @@
-"""record(): the one write path. Appends deliveries to the ledger once and projects new ones."""
+"""The single write path: `record` appends each delivery to the ledger once, and projects new facts."""
 
 import hashlib
 import os
@@ -60,11 +60,11 @@ def record(
 
     Changes of the archive are published with it, unless `publish` is false.
 
-    `locks_late`: for deliveries that may take long. The recording lock, behind which every other writer may wait,
-    is taken at the end, for an instant; a serialization failure where others changed something on which this
-    depends, so that the transaction is to be run again.
+    `locks_late`: for deliveries that may take long. The recording lock, which may block every other writer, is taken
+    only briefly, at the end. Raises a serialization failure, so that the transaction is retried, if others have
+    changed a row on which the result depends.
 
-    Answers in the order of `deliveries`. Safe against other writers of the same facts: ledger rows are taken in
+    The results are in the order of `deliveries`. Safe with other writers of the same facts: ledger rows are locked in
     order of their keys, then sessions in order of theirs, so that no two writers wait for each other.
     """
     if not deliveries:
@@ -128,10 +128,10 @@ def is_refused(connection: Connection, delivery: Delivery[Event]) -> bool:
 def _select_erased(
     connection: Connection, deliveries: Sequence[Delivery[Event]], lock: Sequence[Statement]
 ) -> dict[FactRef, Erased]:
-    """Return the erasures of the deliveries' subjects.
+    """Return the erasures of the deliveries' subjects, and extend those of chats whose session is now known.
 
-    It is sent together with the lock, but as a separate statement: it sees all that was committed before the lock was
-    granted, and nothing else can be committed while it is held.
+    The query is sent together with the lock, but as a separate statement: it sees all that was committed before the
+    lock was granted, and nothing else can be committed while the lock is held.
     """
     erased = select_erased(connection, _refs(deliveries), lock)
     result = [ref for ref, erased_part in erased.items() if erased_part.is_found and ref.chat_id]
@@ -228,8 +228,10 @@ _CONFLICT = RawStatement(
 
 
 def _lock_late(connection: Connection, *, exclusive: bool) -> None:
-    """Take the recording lock at the end of a transaction. Other writers wait behind a lock that waits, so it waits
-    for an instant only, several times. Raises the lock timeout of the last attempt.
+    """Take the recording lock at the end of a transaction.
+
+    Other writers queue behind a lock request that waits, so each of several attempts waits only briefly. Raises the
+    lock timeout of the last attempt.
     """
     for attempt in range(LATE_ATTEMPTS):
         try:
@@ -281,8 +283,8 @@ def _event_upsert(*more_unset: str) -> BulkInsert:
         set_={
             "delivery_count": facts.c.delivery_count + new.delivery_count,
             "last_received_at": func.greatest(facts.c.last_received_at, new.last_received_at),
-            # A retry may carry another envelope time: which of them came first must not matter. The first one is
-            # sealed, so an earlier one is stored apart.
+            # A retry may carry another envelope time: the order of their arrival must not matter. The first one is
+            # sealed, so an earlier one is stored separately.
             "earliest_at": func.nullif(
                 func.least(facts.c.earliest_at, facts.c.occurred_at, new.occurred_at), facts.c.occurred_at
             ),
@@ -341,7 +343,7 @@ def _event_row(group: DeliveryGroup) -> dict[str, Any]:
 def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
     """Return the fact to project: a new one, or a known one that these deliveries may have moved in time.
 
-    A reading with the same content as before is projected too: nothing has changed until then.
+    A reading with the same content as before is projected, too: it proves that nothing had changed until then.
     """
     first = group.first
     if row.delivery_count == 1:

@@ -1,4 +1,4 @@
-"""The audit log: who did what to the archive, and why. Append-only; holds no content and no secret."""
+"""The audit log: who did what to the archive, and why. Append-only; contains no content and no secrets."""
 
 import getpass
 import os
@@ -40,14 +40,13 @@ def actor() -> str:
 def insert_entry(
     connection: Connection, kind: str, who: str, reason: str | None = None, detail: Mapping[str, Any] | None = None
 ) -> int:
-    """Insert an audit entry in the transaction of the action, and return its id. `detail`: targets and result as
-    JSON.
+    """Insert an audit entry in the transaction of the action, and return its id.
 
-    Postgres adds when, and as which database user; it refuses kinds that this user's commands do not make. A new kind
-    needs a migration of `archiver.guard_act`.
+    `detail`: targets and result as JSON. Postgres adds the time and the database user, and rejects kinds that this
+    user's commands do not write. A new kind needs a migration of `archiver.guard_act`.
     """
     if kind not in KINDS:
-        raise ValueError(f"acts.KINDS lacks {kind}")
+        raise ValueError(f"audit_log.KINDS lacks {kind}")
     audit = tables.acts
     row = {"actor": who, "kind": kind, "reason": reason, "detail": dict(detail or {})}
     return int(connection.execute(insert(audit).returning(audit.c.id), row).scalar_one())
@@ -61,7 +60,7 @@ def select_entries(
     kind: str | None = None,
     since: datetime | None = None,
 ) -> Sequence[RowMapping]:
-    """Return up to `limit` entries after this id, oldest first. `kind` and `since` restrict them; None does not."""
+    """Return up to `limit` entries after this id, oldest first. `kind` and `since`: None for all."""
     return connection.execute(_of(kind, since).where(tables.acts.c.id > after).limit(limit)).mappings().all()
 
 
@@ -83,7 +82,7 @@ def _of(kind: str | None, since: datetime | None) -> Select[Any]:
 
 
 def select_kinds(connection: Connection) -> list[str]:
-    """Return the kinds that the audit log holds. Reads the whole log."""
+    """Return the kinds that the audit log contains. Reads the whole log."""
     return sorted(connection.scalars(select(tables.acts.c.kind).distinct()))
 
 

@@ -1,9 +1,8 @@
 """Store history responses in space that grows with the transcript, not with the number of responses.
 
-Of each session the ledger keeps at most `MIN_SPLIT_BYTES` of responses as they were received: a small response until
-a
-later one holds it as a whole, or others need the room. All else is kept in pieces (`pieces`), from which the exact
-bytes are made again; the guard on the ledger compares them before it lets the bytes go.
+For each session the ledger stores at most `MIN_SPLIT_BYTES` of responses as received: a small response until a later
+one contains it, or until others need the space. All others are stored in pieces (`pieces`), which reproduce the exact
+bytes; the guard on the ledger compares them before it allows the bytes to be removed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ Key = tuple[str, bytes]  # session_id, dedupe_key
 
 
 class StoredPieces(msgspec.Struct, frozen=True):
-    """Hold the ledger columns of a response that is stored in pieces."""
+    """The ledger columns of a response that is stored in pieces."""
 
     frame: list[bytes]
     runs: list[int]
@@ -50,7 +49,7 @@ _IS_STORED = RawStatement("SELECT FROM archiver.events WHERE session_id = $1 AND
 def store_in_pieces(
     connection: Connection, responses: Mapping[Key, tuple[bytes, datetime]], timing: Timing
 ) -> dict[Key, StoredPieces]:
-    """Store new responses that are too large to be kept as bytes in pieces.
+    """Store in pieces the new responses that are too large to be kept as bytes; return their columns by key.
 
     Locks their sessions, in order of their ids.
     """
@@ -95,9 +94,9 @@ _UPDATE = RawStatement(
 
 
 def replace_contained(connection: Connection, key: Key, body: bytes) -> None:
-    """Replace earlier responses that a new one contains, or that exceed the limit, by pieces.
+    """Replace earlier responses that a new one contains, or that exceed the limit, with pieces.
 
-    The caller has the session's row locked.
+    The caller has locked the session's row.
     """
     session_id, own = key
     older = [(bytes(row.dedupe_key), bytes(row.body)) for row in _SELECT_OLDER.execute(connection, session_id, own)]
@@ -113,7 +112,7 @@ def replace_contained(connection: Connection, key: Key, body: bytes) -> None:
 
 
 class Step(msgspec.Struct, frozen=True):
-    """Result of a step. `last`: the session up to which all is done; None at the end."""
+    """The result of a step. `last`: the session up to which all sessions are done; None at the end."""
 
     responses: int
     last: str | None
@@ -156,7 +155,7 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
                 except DBAPIError as error:
                     if not is_lock_timeout(error) and not is_cancelled(error):
                         raise
-                    # It only uses more space than necessary; the next worker tries again.
+                    # The responses only use more space than necessary; the next worker tries again.
                     log.warning("history response compaction failed", reason=explain(error))
             after = row.session_id
         if len(page) < SESSIONS_PER_STEP:
@@ -178,7 +177,7 @@ def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[St
 
 
 def _compact_some(connection: Connection, session_id: str, passed: Sequence[str]) -> tuple[int, list[str], bool]:
-    """Return how many were stored in pieces, which cannot be, and whether none is left."""
+    """Store some responses in pieces; return how many, which cannot be split, and whether none is left."""
     lock_sessions(connection, [session_id])
     rows = connection.execute(_SELECT_WHOLE, {"session_id": session_id, "passed": list(passed)}).all()
     older = [row for row in rows if row.age > 1 or row.size > MIN_SPLIT_BYTES]

@@ -54,9 +54,9 @@ _UPSERT = _quarantine_upsert()
 def upsert_quarantine(
     connection: Connection, deliveries: Sequence[Delivery[Content]], reason: str = "", detail: str = ""
 ) -> list[int]:
-    """Store each of these deliveries once and count it. Return the quarantine's ids, in their order.
+    """Store each of these deliveries once, count repeats, and return the quarantine ids in the same order.
 
-    `reason`, one of `REASONS`, and `detail`, a sentence without content, are of those that could be parsed.
+    `reason`, one of `REASONS`, and `detail`, a sentence without content, apply to deliveries that could be parsed.
     """
     if not deliveries:
         return []
@@ -109,7 +109,7 @@ def select_quarantine(
 ) -> Sequence[RowMapping]:
     """Return rows without bodies (`bytes`: their size), oldest first, starting after id `after`.
 
-    `only`: those of these ids.
+    `only`: restricts the result to these ids.
     """
     quarantine = tables.quarantine
     columns = [column for column in quarantine.c if column.name not in {"body", "body_digest", "dedupe_key"}]
@@ -176,7 +176,7 @@ def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
 
 
 def select_older(connection: Connection, before: datetime, limit: int, after: int = 0) -> list[int]:
-    """Return rows after this id that first arrived before a time, oldest first."""
+    """Return the ids of rows after this id that first arrived before a time, in ascending order."""
     quarantine = tables.quarantine.c
     query = (
         select(quarantine.id)
@@ -188,7 +188,7 @@ def select_older(connection: Connection, before: datetime, limit: int, after: in
 
 
 def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
-    """Remove these for good; answers how many there were."""
+    """Delete these rows permanently; return the number deleted."""
     if not quarantine_ids:
         return 0
     quarantine = tables.quarantine
