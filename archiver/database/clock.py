@@ -1,6 +1,6 @@
 """The database's clock as last seen by this process: one clock for all machines, which never jumps here.
 
-Each transaction looks at it, and between two looks the time that has passed here is added.
+Each transaction reads it; between two readings, the time elapsed on this machine is added.
 """
 
 import time

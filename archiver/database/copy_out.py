@@ -20,8 +20,8 @@ _TRAILER = b"\xff\xff"
 def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
     """Yield the rows of a binary COPY: the number of fields, then the fields.
 
-    The connection can be used for nothing else, not even a rollback, until this was read to its end or closed: hence
-    `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
+    The connection cannot be used for anything else, not even a rollback, until the generator is exhausted or closed:
+    use `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
     """
     driver: Any = connection.connection.driver_connection
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:

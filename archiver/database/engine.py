@@ -29,8 +29,8 @@ def conninfo(url: URL, application_name: str) -> str:
 def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> Engine:
     """Return an engine with at most `pool_size` connections; opens none.
 
-    `prepared_statements`: None: unless a pooler such as PgBouncer is in between. Connecting raises `EncodingError`
-    where the database is not UTF-8.
+    `prepared_statements`: None enables them unless a pooler such as PgBouncer is in use. Connecting raises
+    `EncodingError` if the database is not UTF-8.
     """
     engine = create_engine(
         url,
@@ -50,7 +50,7 @@ def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | N
 
 
 class _Opener:
-    """Opens the connections of an engine. `redirected`: the arguments of another URL."""
+    """Open the connections of an engine. `redirected`: the arguments of another URL, if any."""
 
     redirected: Mapping[str, Any] | None = None
 
@@ -58,7 +58,7 @@ class _Opener:
         self._prepared_statements = prepared_statements
 
     def open(self, dialect: Any, record: Any, positional: Sequence[Any], arguments: dict[str, Any]) -> Any:
-        """Return a new connection that is set up, as the engine's listener for `do_connect`."""
+        """Return a new connection with its settings, as the engine's listener for `do_connect`."""
         if self.redirected is not None:
             kept = ("prepare_threshold", "context")
             arguments = {**self.redirected, **{name: value for name, value in arguments.items() if name in kept}}
@@ -71,7 +71,7 @@ _openers: WeakKeyDictionary[Engine, _Opener] = WeakKeyDictionary()
 
 
 def redirect(engine: AsyncEngine, url: URL) -> None:
-    """Let new connections go to this URL. Connections in use are kept."""
+    """Direct new connections to this URL. Connections in use are kept."""
     _, arguments = engine.sync_engine.dialect.create_connect_args(url)
     own = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
     _openers[engine.sync_engine].redirected = arguments | own
@@ -100,7 +100,7 @@ def _options(url: URL, cursor: type[Any], pool_size: int, prepared_statements: b
     arguments |= session.STARTUP  # the URL must not change these
     return {
         "paramstyle": PARAMSTYLE,
-        # Regardless of the role's default: after the ledger's lock a statement must see what was committed before it.
+        # Regardless of the role's default: after the ledger's lock a statement must see all earlier commits.
         "isolation_level": "READ COMMITTED",
         "pool_size": pool_size,
         "max_overflow": 0,

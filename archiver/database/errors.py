@@ -34,17 +34,18 @@ def explain(error: BaseException) -> str:
 
 NO_ROOM_FOR_LOCKS = (
     "Postgres has no room for more locks: raise max_locks_per_transaction in postgresql.conf, or end the session that"
-    " holds most: SELECT pid, count(*) FROM pg_locks GROUP BY pid ORDER BY 2 DESC LIMIT 1;"
+    " holds the most: SELECT pid, count(*) FROM pg_locks GROUP BY pid ORDER BY 2 DESC LIMIT 1;"
 )
 _MEANINGS = {
-    "53200": f"out of memory. If of shared memory: {NO_ROOM_FOR_LOCKS}",
-    "55P03": "another session holds a lock that is needed; archiver doctor names it",
+    "53200": f"out of memory. If it is shared memory: {NO_ROOM_FOR_LOCKS}",
+    "55P03": "another session holds a lock that is needed; `archiver doctor` names it",
 }
 
 
 CERTIFICATE_ADVICE = (
-    "The server's certificate is not accepted: if it has expired, renew it and reload Postgres; otherwise let"
-    " sslrootcert in DATABASE_URL name the authority that signed it, and write the host as the certificate has it."
+    "The server's certificate is not accepted: if it has expired, renew it and reload Postgres; otherwise set"
+    " sslrootcert in DATABASE_URL to the certificate of the authority that signed it, and write the host as in the"
+    " server's certificate."
 )
 
 

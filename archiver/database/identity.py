@@ -1,11 +1,11 @@
-"""Identify the database, and detect that it is another one or lost rows.
+"""Identify the database, and detect that it was replaced or has lost rows.
 
-A database is the one of its newest row in `archiver.epochs`: system identifier of its cluster, object id, and, of an
-embedded one, the inode of its files, none of which a copy shares. What the row cannot show, this machine remembers in
-`ARCHIVER_HOME/served.json`: the newest event, seal and change that it saw committed, and the highest timeline. A
-database that lacks one of them has gone back; the machine that finds this records it in `archiver.epoch_faults`, so
+The newest row in `archiver.epochs` identifies it: by the system identifier of the cluster, the object id of the
+database, and, if it is embedded, the inode of its files, which a copy does not share. This machine remembers the rest
+in `ARCHIVER_HOME/served.json`: the newest event, seal and change that it saw committed, and the highest timeline. A
+database that lacks one of them has gone back; the machine that detects this records it in `archiver.epoch_faults`, so
 that machines without that memory stop as well. A table that cannot be read is left out of the comparison. Until
-`archiver adopt` begins a new epoch nothing is sealed, published or sent; events are received.
+`archiver adopt` begins a new epoch, nothing is sealed, published or sent, but events are received.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class Identity(msgspec.Struct, frozen=True):
             return f"its object id is {self.database_oid}, not {other.database_oid}"
         for own_value, other_value, what in (
             (self.system_identifier, other.system_identifier, "it is in another cluster"),
-            (self.place, other.place, "its files are others"),
+            (self.place, other.place, "it has other files"),
         ):
             if own_value and other_value and own_value != other_value:
                 return f"{what} ({own_value}, not {other_value})"
@@ -91,18 +91,18 @@ class Epoch(msgspec.Struct, frozen=True):
         return f"{self.identity.system_identifier}:{self.identity.database_oid}:"
 
     def is_same_database(self, key: str) -> bool:
-        """Return whether this key is of an epoch of the same database."""
+        """Return whether this key belongs to an epoch of the same database."""
         return key.startswith(self._prefix)
 
     def newer_of(self, keys: Iterable[str]) -> int:
-        """Return the number of a later epoch of the same database among these keys; 0 if there is none."""
+        """Return the number of the newest later epoch of the same database among these keys; 0 if there is none."""
         own = [key.removeprefix(self._prefix) for key in keys if self.is_same_database(key)]
         numbers = [int(key.partition(":")[0]) for key in own]
         return max((number for number in numbers if number > self.id), default=0)
 
 
 class Watermarks(msgspec.Struct, frozen=True):
-    """Newest committed row of each kind: id, and content that another row cannot share."""
+    """The newest committed row of each kind: its id, and content that another row cannot share."""
 
     timeline: int = 0
     event_id: int = 0
@@ -134,7 +134,7 @@ _TIMELINE = text("SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)")
 
 
 def select_identity(connection: Connection, place: str | None = None) -> Identity:
-    """Return which database this is. `place`: of an embedded one, which files it has."""
+    """Return the identity of the database. `place`: the id of its files, if it is embedded."""
     system = str(connection.scalar(_SYSTEM)) if connection.scalar(_MAY_ASK) else ""
     own = connection.execute(_OWN).one()
     timeline = None if own.is_standby else int(str(connection.scalar(_TIMELINE)), 16)
@@ -142,9 +142,9 @@ def select_identity(connection: Connection, place: str | None = None) -> Identit
 
 
 def embedded_files_id(home: Path, url: URL) -> str | None:
-    """Return which files a database has that is embedded here: those of a copy are others, a moved one keeps them.
+    """Return the id of the files of a database that is embedded here; it survives a move, and a copy has another.
 
-    None of any other database, and where its sockets had to lie elsewhere.
+    None for any other database, and if its sockets had to be placed elsewhere.
     """
     data = (home / "postgres").resolve()
     if url.query.get("host") != str(data):
@@ -177,7 +177,7 @@ _EPOCH = text(
 
 
 def select_epoch(connection: Connection) -> Epoch | None:
-    """Return the newest epoch; None where no process has served this database yet."""
+    """Return the newest epoch; None if no process has served this database yet."""
     row = connection.execute(_EPOCH).first()
     if row is None:
         return None
@@ -214,16 +214,16 @@ _INSERT_FAULT = text(
 
 
 class IncompleteCheckError(ArchiverError):
-    """A table could not be read within the time that a check may take, or a file not at all; the text says why."""
+    """A table could not be read within the time limit of a check, or a file not at all; the message says why."""
 
 
 PROBE_LOCK_SECONDS, PROBE_SECONDS = 0.1, 1.0
 
 
 def _probe(connection: Connection, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
-    """Return the first row. What fails leaves the transaction as it was, its limits and locks included.
+    """Return the first row; leave the transaction as it was, including its limits and locks, even after a failure.
 
-    Raises `IncompleteCheckError`, and what SQLAlchemy raises where the connection is lost.
+    Raises `IncompleteCheckError`, and SQLAlchemy's own error if the connection is lost.
     """
     nested = connection.begin_nested()
     try:
@@ -240,7 +240,7 @@ def _probe(connection: Connection, statement: TextClause, parameters: Mapping[st
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """One kind of row that is remembered: the newest, and whether one that was seen is still there."""
+    """A kind of row that is remembered: the newest row, and whether a row that was seen still exists."""
 
     table: str
     number: str  # fields of `Watermarks`
@@ -277,7 +277,7 @@ KINDS = (
         "cursor",
         "changed_at",
         text("SELECT cursor, CAST(changed_at AS text) FROM archiver.changes ORDER BY cursor DESC LIMIT 1"),
-        text(  # old ones are deleted
+        text(  # old changes are deleted
             """
             SELECT :number <= (SELECT coalesce(max(cursor), 0) FROM archiver.changes)
                    AND NOT EXISTS (SELECT FROM archiver.changes
@@ -307,7 +307,7 @@ class MachineRecord:
             raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) is damaged: delete it") from None
 
     def remember(self, key: str, marks: Watermarks) -> Watermarks:
-        """Add what was seen; answer all that was. Raises `IncompleteCheckError` where the file cannot be used."""
+        """Add these marks; return all marks seen so far. Raises `IncompleteCheckError` if the file cannot be used."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.with_suffix(".lock").open("a") as lock:
@@ -338,11 +338,11 @@ class Guard:
 
     @property
     def unreadable(self) -> str:
-        """Return what could not be checked or stored, and why; empty if complete. It stops nothing."""
+        """Return the parts that could not be checked or stored, with reasons; empty if none. They stop nothing."""
         return "; ".join(f"{name}: {why}" for name, (why, _) in self._unreadable.items())
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
-        """Return the answer; None where it cannot be had, which is noted, and not tried again for a while."""
+        """Return the result; None if the check fails, which is recorded and not retried for some time."""
         _, until = self._unreadable.get(name, ("", 0.0))
         if monotonic() < until:
             return None
@@ -365,12 +365,12 @@ class Guard:
         return self._reason
 
     def require(self, connection: Connection) -> None:
-        """Raise `ForeignDatabaseError` where it may not."""
+        """Raise `ForeignDatabaseError` if the database may not be served."""
         if reason := self.reason(connection):
             raise ForeignDatabaseError(reason)
 
     def adopt(self, connection: Connection) -> int:
-        """Begin a new epoch with the database as it is; answers its number.
+        """Begin a new epoch with the database as it is; return its number.
 
         Its number, and the cursors of its changes, are greater than all that any machine is known to have seen.
         """
@@ -390,7 +390,7 @@ class Guard:
         return self._try("memory", self._memory.read) or {}
 
     def examine(self, connection: Connection) -> str:
-        """Check now and return the result."""
+        """Check now; return why the database may not be served, or an empty string."""
         identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
             return ""
@@ -402,7 +402,7 @@ class Guard:
         return f"{FOREIGN}: {fault}" if fault else ""
 
     def _missing_rows_reason(self, connection: Connection, identity: Identity, epoch: Epoch) -> str:
-        """Return which rows, seen committed by this machine, the database lacks."""
+        """Return which rows that this machine saw committed the database lacks; empty if none."""
         remembered = self._memory_of()
         if newer := epoch.newer_of(remembered):
             return f"it lacks epoch {newer}, which this machine saw"
@@ -421,7 +421,7 @@ class Guard:
         return known.merge(self._seen[1]) if self._seen is not None and self._seen[0] == epoch.key else known
 
     def _missing_number(self, connection: Connection, kind: Kind, known: Watermarks) -> int:
-        """Return the number of the row that was seen committed and is not there; 0 where it is, or none was."""
+        """Return the number of the row that was seen committed and is now missing; 0 if it exists or none was."""
         number, content = getattr(known, kind.number), getattr(known, kind.content)
         if not number:
             return 0
@@ -429,14 +429,14 @@ class Guard:
         return 0 if row is None or row[0] else number
 
     def _recorded(self, connection: Connection, epoch: Epoch) -> str:
-        """Return the fault that another machine recorded."""
+        """Return the fault that another machine recorded; empty if none."""
         row = self._try("epoch_faults", lambda: _probe(connection, _SELECT_FAULT, {"epoch_id": epoch.id}))
         return "" if row is None else f"{row.reason} (found by the machine {row.host})"
 
     def watch(self, connection: Connection) -> str:
-        """Examine the database, and remember what it has where nothing is wrong; begin its first epoch.
+        """Examine the database; return its fault, or remember its newest rows; begin its first epoch.
 
-        What only this machine can know is recorded, so that others stop as well.
+        A fault that only this machine can detect is recorded, so that other machines stop as well.
         """
         identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
@@ -461,7 +461,7 @@ class Guard:
             connection.execute(_INSERT_FAULT, row)
 
     def _select_marks(self, connection: Connection, identity: Identity, epoch: Epoch) -> Watermarks:
-        """Return the newest of each kind; of those that cannot be read, what was known before."""
+        """Return the newest row of each kind; for a kind that cannot be read, the row known before."""
         known = self._seen[1] if self._seen is not None and self._seen[0] == epoch.key else Watermarks()
         values: dict[str, Any] = {"timeline": identity.timeline or 0}
         for kind in KINDS:

@@ -1,6 +1,6 @@
 """Lock waits: report which session blocks the archiver, in logs, metrics and errors.
 
-Postgres says who blocks a wait only while it lasts, so that a separate connection checks during the wait.
+Postgres shows which session causes a wait only while it lasts, so a separate connection checks during the wait.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class LockTimeoutError(ArchiverError):
 
 
 class WaitReport:
-    """One log line a minute for each session that holds a lock that others wait for; the first line at once."""
+    """Log one line a minute for each session that blocks others; the first line immediately."""
 
     def __init__(self) -> None:
         self._reported_at = -REPORT_SECONDS
@@ -62,7 +62,7 @@ class WaitReport:
 
 
 async def report_waits(engine: AsyncEngine, duty: Duty | None = None) -> None:
-    """Look every few seconds, until cancelled, for sessions that hold up the archiver. Uses one connection."""
+    """Report every few seconds, until cancelled, which sessions block the archiver. Uses one connection."""
     report, duty = WaitReport(), duty or Duty("locks")
     while True:
         await asyncio.sleep(CHECK_SECONDS)
@@ -75,7 +75,7 @@ async def report_waits(engine: AsyncEngine, duty: Duty | None = None) -> None:
 
 
 class LockWatch:
-    """The sessions that held a lock at the last look that found any."""
+    """The lock holders found by the latest check that found any."""
 
     def __init__(self) -> None:
         self.holders: Sequence[LockHolder] = ()
@@ -103,7 +103,7 @@ _NOTHING_TO_PROBE = {INSUFFICIENT_PRIVILEGE, "42P01", "3F000"}  # a user who onl
 def find_holders(engine: Engine) -> Sequence[LockHolder]:
     """Return sessions that block others, or that would block a writer now. Takes some seconds.
 
-    An archiver that spools does not wait all the time.
+    It tries each lock, because an archiver that is spooling does not wait all the time.
     """
     result: Sequence[LockHolder] = ()
     try:
@@ -123,7 +123,7 @@ def find_holders(engine: Engine) -> Sequence[LockHolder]:
 def watching(engine: Engine) -> Iterator[LockWatch]:
     """Check for lock holders from a thread, if the block takes long.
 
-    A lock that the block waits for in vain is a `LockTimeoutError`.
+    Raises `LockTimeoutError`, with the holder, if a lock is not granted to the block in time.
     """
     watch, ending = LockWatch(), threading.Event()
     watcher = threading.Thread(target=_look, args=(engine, watch, ending), name="locks", daemon=True)

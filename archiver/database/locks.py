@@ -1,8 +1,8 @@
 """Locks of the archiver, each an empty table in `archiver_jobs`, and the sessions that block them.
 
 A table lock needs a privilege on the table, and one on its schema to find it by name: `archiver_writer` and the owner
-have both, no other login has either. An advisory lock would need none. A lock ends with its transaction, so that
-PgBouncer in transaction mode serves, and its wait is bounded by `lock_timeout`.
+have both, and no other login has either. An advisory lock would need none. A lock ends with its transaction, so that
+PgBouncer in transaction mode can be used, and the wait for it is limited by `lock_timeout`.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ def by_key() -> Statement:
 class Lock(StrEnum):
     """The locks, each named after what it protects; the value is its table, on which operators grant privileges.
 
-    RECORDING: shared by all that record, erase or send content. Exclusive, so that nothing is recorded beside it: to
-    record or rebuild unassigned turns, which may belong to any session; to order an erasure; and to place a hold.
+    RECORDING: shared by all transactions that record, erase or send content. Exclusive, so that nothing is recorded
+    concurrently: to record or rebuild unassigned turns, which may belong to any session; to order an erasure; and to
+    place a hold.
     SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time.
     """
 
@@ -53,15 +54,15 @@ _EXCLUSIVE = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE 
 
 
 SCHEMAS = ("archiver", "analytics", "archiver_jobs")
-# Waits of this length are ordinary.
+# Shorter waits are ordinary.
 MIN_WAIT_SECONDS = 2.0
 
 
 class LockHolder(msgspec.Struct, frozen=True):
     """A session that blocks others on the archiver's tables.
 
-    `pid` 0: a prepared transaction. `since`: when its transaction began; None where Postgres does not show that to
-    this user. `relations`: the tables that are waited for. `waiting`: how many sessions wait, the first since
+    `pid` 0: a prepared transaction. `since`: when its transaction began; None if Postgres does not show that to
+    this user. `relations`: the tables that others wait for. `waiting`: how many sessions are waiting, the first since
     `waiting_since`.
     """
 
@@ -88,7 +89,7 @@ class LockHolder(msgspec.Struct, frozen=True):
             else "a prepared transaction (see pg_prepared_xacts)"
         )
         what = ", ".join(self.relations) or "a row"
-        return f"{who} holds a lock on {what} {held}; {self.waiting} wait since {_shown(self.waiting_since)}"
+        return f"{who} holds a lock on {what} {held}; {self.waiting} waiting since {_shown(self.waiting_since)}"
 
 
 def _shown(moment: datetime) -> str:

@@ -1,6 +1,6 @@
 """Database roles with the privileges that each needs.
 
-`deploy/roles.sql` makes the roles; the grants belong to a schema's version, so migrations bring them up to date.
+`deploy/roles.sql` creates the roles; the grants depend on the schema version, so migrations bring them up to date.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +16,10 @@ AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
 
 
 class Needs(msgspec.Struct, frozen=True):
-    """Privileges by table, as `schema.name`; columns of the ledger that may change; whether jobs are made.
+    """The privileges of a role: by table, as `schema.name`, and on functions and sequences.
 
-    `appends`: tables that take new rows, whose ids only Postgres assigns.
+    `appends`: tables that accept new rows, whose ids only Postgres assigns. `columns`: those of the ledger that may
+    change.
     """
 
     tables: Mapping[str, str]
@@ -47,7 +48,7 @@ NEEDED: Mapping[str, Needs] = {
             **{f"archiver.{name}": "SELECT" for name in ("recounts", "acts", "erasures", "removals")},
             "archiver.seals": "SELECT, INSERT",
             **{f"archiver.{name}": "SELECT, INSERT, DELETE" for name in ("outbox", "changes")},
-            "analytics.changes": "SELECT",  # `followups tail` beside them
+            "analytics.changes": "SELECT",  # `followups tail`
             "analytics.conversations": "SELECT",  # content of follow-ups
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
@@ -264,9 +265,9 @@ def existing(connection: Connection) -> list[str]:
 
 
 def bring_up_to_date(connection: Connection) -> None:
-    """Give each role that exists what it needs, and revoke what it no longer needs.
+    """Grant each existing role the privileges that it needs, and revoke all others.
 
-    Where anything differs all is granted again, so that a dump shows it in the order of a fresh database.
+    If anything differs, all privileges are granted again, so that a dump shows them in the order of a fresh database.
     """
     if are_granted(connection):
         return

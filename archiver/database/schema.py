@@ -24,16 +24,16 @@ SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migratio
 _LOCK_SECONDS = 2.0
 PAUSE_SECONDS = 2.0  # pause between two attempts to get a lock, in which waiting sessions proceed
 LOCK_WAIT_SECONDS = 45.0  # in total for locks
-RACES = 1  # if another migration creates the schema
+RACES = 1  # retries if another migration has created the same objects
 STATEMENT_SECONDS = 600
-_REPAIR = "0006"  # repairs databases that earlier texts of the migrations before it created
+_REPAIR = "0006"  # repairs databases that earlier versions of the migrations before it created
 _REPAIRED_FROM = "0005"
 
 
 class SchemaError(ArchiverError):
     """The schema is not the one that this version needs; the message says what to do.
 
-    `reason`: the same without the name of the database, for anyone who asks `/readyz`.
+    `reason`: the same without the name of the database, for the public response of `/readyz`.
     """
 
     def __init__(self, message: str, reason: str | None = None) -> None:
@@ -94,10 +94,10 @@ def grant_missing(connection: Connection) -> str | None:
 
 
 def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the schema up to `revision`, and let each role do what it is for. Safe to run twice at once.
+    """Migrate the schema to `revision`, and grant each role its privileges. Safe to run concurrently.
 
-    Raises `SchemaError` where the database is newer than this program, where the user lacks a right, or where others
-    hold the tables for too long.
+    Raises `SchemaError` if the database is newer than this program, if the user lacks a privilege, or if others lock
+    the tables for too long.
     """
     try:
         _patiently(engine, lambda connection: _upgrade(connection, revision))
@@ -123,12 +123,12 @@ def _explain_refusal(connection: Connection, refusal: str) -> str:
 
 
 def _upgrade(connection: Connection, revision: str) -> None:
-    # An ordinary user may have no right to make schemas, nor to grant, once an owner has done both.
+    # An ordinary user may lack the privileges to create schemas and to grant, if an owner has already done both.
     if _is_done(connection, revision):
         return
     if current(connection) is not None and revision == "head":
         _refuse_newer(connection)
-    # Alembic keeps its version table there, so the schema must be first.
+    # Alembic keeps its version table there, so the schema must exist first.
     if not connection.scalar(text("SELECT to_regnamespace(:name) IS NOT NULL"), {"name": tables.SCHEMA}):
         with _another_migration():
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
@@ -145,7 +145,7 @@ def _is_done(connection: Connection, revision: str) -> bool:
 
 
 def _repair(connection: Connection) -> None:
-    """Prepare a database below the repair migration for the migrations before it; that one does the rest."""
+    """Prepare an older database for the migrations before the repair migration, which does the rest."""
     script = ScriptDirectory.from_config(_config())
     is_at = current(connection)
     if is_at is not None and is_at < _REPAIRED_FROM:
@@ -153,7 +153,7 @@ def _repair(connection: Connection) -> None:
 
 
 def downgrade(engine: Engine, revision: str) -> None:
-    """Take the schema down to `revision`; `base` removes it, data and all."""
+    """Downgrade the schema to `revision`; `base` removes it with all data."""
 
     def work(connection: Connection) -> None:
         _lock(connection)
@@ -176,7 +176,7 @@ _MADE_BY_ANOTHER = {"23505", "42P06", "42P07"}  # SQLSTATEs: unique violation, d
 
 
 def _lock(connection: Connection) -> None:
-    """Wait for another migration, and keep others waiting up to the end of this transaction."""
+    """Wait for another migration, and keep others waiting until the end of this transaction."""
     name = f"{tables.SCHEMA}.{VERSION_TABLE}"
     if not connection.scalar(text("SELECT to_regclass(:name) IS NOT NULL"), {"name": name}):
         return
@@ -201,10 +201,10 @@ def _another_migration() -> Iterator[None]:
 
 
 def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
-    """Run in one transaction; retry if a lock was not free.
+    """Run `work` in one transaction; retry if a lock was not free.
 
-    A table lock that waits keeps all others waiting behind it: so it waits for an instant, again and again. Another
-    migration takes its time. Raises `SchemaError` that names the session that holds a lock.
+    All others queue behind a waiting table lock, so each attempt waits only briefly. Another migration may take
+    longer. Raises a `SchemaError` that names the session that holds the lock.
     """
     began, races = monotonic(), 0
     with lock_waits.watching(engine) as watch:
@@ -217,7 +217,7 @@ def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
                     return
             except _UnderWayError:
                 if monotonic() - began > STATEMENT_SECONDS:
-                    raise SchemaError(f"Another migration takes too long. {watch.explain()}") from None
+                    raise SchemaError(f"Another migration is taking too long. {watch.explain()}") from None
             except DBAPIError as error:
                 if sqlstate(error) in _MADE_BY_ANOTHER and races < RACES:
                     races += 1
@@ -237,7 +237,7 @@ def _config(connection: Connection | None = None) -> Config:
 
 
 def scripts() -> Path:
-    """Return the folder of the migrations: in the wheel, or beside the package in a checkout."""
+    """Return the folder of the migrations: in the wheel, or next to the package in a checkout."""
     package = Path(__file__).parent.parent
     packed = package / "_migrations"
     return packed if packed.is_dir() else package.parent / "migrations"

@@ -27,7 +27,7 @@ class Behind(msgspec.Struct, frozen=True):
         return f"would assign {self.next}, although {self.table} has ids up to {self.newest}"
 
 
-# Those that this user may compare. Names are of our schemas.
+# The sequences that this user may compare.
 _SEQUENCES = text(
     """
     SELECT format('%I.%I', n.nspname, s.relname) AS name, format('%I.%I', n.nspname, t.relname) AS relation,
@@ -48,7 +48,7 @@ _SEQUENCES = text(
 
 
 def select_behind(connection: Connection, schemas: Sequence[str]) -> list[Behind]:
-    """Return the sequences of these schemas that were set back. Those that this user may not read are left out."""
+    """Return the sequences of these schemas that were set back, except those that this user may not read."""
     return list(_select_behind(connection, schemas))
 
 

@@ -22,15 +22,14 @@ log = structlog.get_logger(__name__)
 ENCODING = "UTF8"
 STARTUP: Mapping[str, str] = {"client_encoding": ENCODING}
 
-# Each is a setting with a default per role or database that would change the meaning, the result or the end of
-# statements.
+# Settings whose default per role or database could change the meaning, the result or the end of statements.
 SETTINGS: Mapping[str, str] = {
     # I1: a commit is durable.
     "synchronous_commit": "on",
     # Unqualified names are those of Postgres; names of the archiver are qualified.
     "search_path": "pg_catalog, pg_temp",
-    # How values are written and read as text. A time near the end of the calendar must not leave it on the way
-    # through another time zone.
+    # How values are written and read as text. A time near the end of the calendar must not leave it in
+    # another time zone.
     "TimeZone": "UTC",
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
@@ -42,7 +41,7 @@ SETTINGS: Mapping[str, str] = {
     "transform_null_equals": "off",
     "quote_all_identifiers": "off",
     # A transaction waits for us between two statements: while a file is written, or another snapshot is read. Each
-    # statement has a limit of its own.
+    # statement has its own limit.
     "idle_in_transaction_session_timeout": "0",
     "transaction_timeout": "0",
     # An error ends the transaction, not the connection.
@@ -57,13 +56,13 @@ SETTINGS: Mapping[str, str] = {
 _SINCE_17 = (
     "transaction_timeout",
     "restrict_nonsystem_relation_kind",
-)  # the latter also in later minors of older ones
+)  # the latter also in later minor releases of older versions
 
 
 def settings_sql(**others: str) -> str:
     """Return the select list that applies the settings to a transaction.
 
-    `others`: more of them, or others for these, each with the SQL of its value.
+    `others`: additional settings, or other values for these, each with the SQL of its value.
     """
     values = {name: f"'{value}'" for name, value in SETTINGS.items()} | others
     return ", ".join(
@@ -102,7 +101,7 @@ _VERSION_17 = 170_000
 def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
     """Return whether a pooler is between us and the backend process.
 
-    PgBouncer and its like hand out cancellation keys of their own, with a number that is no process's.
+    Poolers such as PgBouncer issue their own cancellation keys, with a number that is not a process id.
     """
     return backend_pid != info.backend_pid
 
@@ -229,7 +228,7 @@ def is_behind_pooler(connection: Connection) -> bool:
 
 
 def _report_pooler() -> None:
-    """Configure this once in each process that logs."""
+    """Log once per process that a pooler is in use, not before logging is configured."""
     global _reported  # noqa: PLW0603  # of the process, like the log
     if _reported or not structlog.is_configured():
         return
@@ -237,5 +236,5 @@ def _report_pooler() -> None:
     log.info(
         "connection pooler detected; prepared statements disabled",
         setting="ARCHIVER_PREPARED_STATEMENTS",
-        advice="set it to false, or to true where the pooler keeps prepared statements (PgBouncer 1.22 or newer)",
+        advice="set it to false, or to true if the pooler keeps prepared statements (PgBouncer 1.22 or newer)",
     )

@@ -1,4 +1,4 @@
-"""Statements past SQLAlchemy's engine, which costs several times the driver's time, and their parameters."""
+"""Statements that bypass SQLAlchemy's engine, which takes several times the driver's time, and their parameters."""
 
 import logging
 from collections import namedtuple
@@ -24,7 +24,7 @@ logging.getLogger("psycopg").addFilter(
 
 
 class Rows:
-    """Converts result rows to named tuples; the names come from the first result."""
+    """Convert result rows to named tuples; the names come from the first result."""
 
     def __init__(self) -> None:
         self._make: Callable[[Iterable[Any]], Any] | None = None
@@ -73,7 +73,7 @@ def as_json(values: Collection[Any]) -> str:
 
 
 def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
-    """Run statements in the connection's transaction, in one round trip."""
+    """Run statements in the connection's transaction, in one round trip; return the rows of each."""
     if not statements:
         return []
     if not connection.in_transaction():
@@ -114,7 +114,7 @@ def _run(driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Se
     return [() if cursor.rownumber is None else cursor.fetchall() for cursor in cursors]
 
 
-# Placeholders as Postgres has them ($1): otherwise the driver would parse each long statement again, in Python.
+# Placeholders as in Postgres ($1): otherwise the driver would parse each long statement again, in Python.
 PARAMSTYLE = "numeric_dollar"
 DIALECT = create_engine("postgresql+psycopg://", paramstyle=PARAMSTYLE).dialect
 
@@ -150,8 +150,8 @@ class BulkInsert:
         for start in range(0, len(rows), self.ROWS):
             page = rows[start : start + self.ROWS]
             values = tuple(chain.from_iterable(map(self._values, page)))
-            # Postgres reads times and decimals as text as well, with two gains: the driver writes them in Python,
-            # slowly; and a value has the type of a null, so that a statement prepared for one serves the other.
+            # Times and decimals are passed as text, for two reasons: the driver would convert them slowly, in Python;
+            # and a value then has the same type as a null, so that one prepared statement serves both.
             parameters = msgspec.to_builtins(values, builtin_types=(bytes,))
             yield Statement(self._render(len(page)), parameters, self._rows)
 

@@ -1,4 +1,4 @@
-"""Transactions with time limits. They are retried where another transaction was in the way."""
+"""Transactions with time limits. They are retried after a conflict with another transaction."""
 
 import asyncio
 import random
@@ -77,7 +77,7 @@ def run(
 def run_until_locked(
     engine: Engine, work: Callable[[Connection], T], *, lock_seconds: float, attempts: int, pause_seconds: float
 ) -> T:
-    """Run work that begins with a lock for which all others would queue.
+    """Run work that begins with a lock behind which all others would queue.
 
     A lock that is not free within `lock_seconds` is tried again after a pause, so that others proceed between two
     attempts. Raises the lock timeout of the last attempt.
@@ -90,7 +90,7 @@ def run_until_locked(
         except DBAPIError as error:
             if not (is_lock_timeout(error) or _is_conflict(error)) or not attempts:
                 raise
-        sleep(pause_seconds * random.uniform(0.5, 1.5))  # noqa: S311  # so that two processes do not keep step
+        sleep(pause_seconds * random.uniform(0.5, 1.5))  # noqa: S311  # so that two processes do not stay in step
 
 
 # Limits of a statement and of a lock wait: with several items, and with a single one.
@@ -143,10 +143,10 @@ async def run_async(
 ) -> T:
     """Return the result of `work` after the commit of its durable transaction.
 
-    `work` is ordinary code; the event loop goes on wherever it waits for Postgres. It may run several times: after a
-    conflict with another transaction it is retried. Raises `TimeoutError` after so many `seconds`; whether it was
-    committed is unknown then. Postgres cancels a statement after `statement_seconds`, and one that waits for a
-    lock after `lock_seconds`.
+    `work` is synchronous code; the event loop continues while it waits for Postgres. It may run several times: after
+    a conflict with another transaction it is retried. Raises `TimeoutError` after `seconds`; it is then unknown
+    whether the transaction was committed. Postgres cancels a statement after `statement_seconds`, and one that waits
+    for a lock after `lock_seconds`.
     """
     limits = statement_seconds, lock_seconds
     if seconds is None:
@@ -186,10 +186,10 @@ async def run_split_async(
     *,
     statement_seconds: float = SPLIT_SECONDS,
 ) -> tuple[list[T], list[Item]]:
-    """Run `work` for all items in one transaction, or in halves if one item makes it wait.
+    """Run `work` for all items in one transaction, or in halves if one item delays it.
 
-    Where a lock or a statement takes too long, each half has a transaction of its own, and so on. The items that
-    still wait alone are returned, too: nothing was done for them.
+    If a lock or a statement takes too long, each half has its own transaction, and so on. Returns the results, and
+    the items that take too long even on their own: nothing was done for them.
     """
     if not items:
         return [], []

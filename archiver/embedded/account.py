@@ -19,7 +19,7 @@ _RUN_SECONDS = 300
 
 @dataclass(frozen=True)
 class Account:
-    """Identify the unprivileged user that runs Postgres for root."""
+    """The unprivileged user that runs Postgres for root."""
 
     uid: int
     gid: int
@@ -49,7 +49,7 @@ def choose(home: Path) -> Account | None:
         return Account(entry.pw_uid, entry.pw_gid)
     raise EmbeddedError(
         "Postgres does not run as root, and there is no user `postgres` or `nobody` to run it as: run as an ordinary "
-        "user, or set DATABASE_URL to a Postgres of your own."
+        "user, or set DATABASE_URL to your own Postgres."
     )
 
 

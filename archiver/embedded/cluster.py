@@ -49,7 +49,7 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hold a data folder, the programs that serve it and the account that runs them."""
+    """A data folder, the programs that serve it and the account that runs them."""
 
     home: Path
     data: Path
@@ -63,9 +63,7 @@ class Cluster:
 
 
 def database_url(socket_dir: Path, name: str) -> str:
-    """Return a URL for libpq and SQLAlchemy: percent-encoded, because they differ on `+`; with a port, to override
-    PGPORT.
-    """
+    """Return a URL for libpq and SQLAlchemy: percent-encoded, as they differ on `+`; its port overrides PGPORT."""
     folder = quote(os.fsencode(socket_dir), safe="/")
     return f"postgresql://{SUPERUSER}@/{quote(name, safe='')}?host={folder}&port=5432"
 
@@ -155,7 +153,7 @@ def _check_version(data: Path) -> None:
 
 
 def _change_owner(data: Path, account: Account) -> None:
-    """Change the owner of data that root copied; the folder last, so that an interrupted run repeats it."""
+    """Change the owner of data that root copied; the folder last, so that an interrupted change is repeated."""
     for folder, _, files in os.walk(data, topdown=False):
         for path in (*(Path(folder, name) for name in files), Path(folder)):
             os.chown(path, account.uid, account.gid, follow_symlinks=False)
@@ -192,7 +190,7 @@ def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.Pi
             return result
         if time.monotonic() > deadline:
             raise _failed(cluster, f"Postgres was not ready within {START_SECONDS:.0f} s")
-        time.sleep(POLL_SECONDS)  # its state is visible in a file only
+        time.sleep(POLL_SECONDS)  # its state is visible only in a file
 
 
 _STOPPING = (
@@ -219,7 +217,7 @@ def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
                 connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
     except psycopg.Error as error:
         if postmaster.read_pid_file(cluster.data) == found:
-            raise _failed(cluster, f"Postgres runs but refuses the connection ({error})") from error
+            raise _failed(cluster, f"Postgres is running but refuses the connection ({error})") from error
         return False
     return True
 
@@ -228,7 +226,7 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
     """Start the server and wait until it is ready.
 
     After a kill -9, old backends may still hold the shared memory, and Postgres refuses to start; the start is
-    repeated until they have ended.
+    repeated until they have exited.
     """
     _clear_stale(cluster)
     socket_dir = paths.make_socket_folder(cluster.home, cluster.data, cluster.account)
@@ -248,7 +246,7 @@ def _launch(cluster: Cluster, options: Mapping[str, str], deadline: float) -> No
             if "pre-existing shared memory block" not in output or time.monotonic() > deadline:
                 postmaster.remove_sockets(socket_dir, cluster.data)
                 raise _failed(cluster, "Postgres did not start", output)
-            time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has ended
+            time.sleep(POLL_SECONDS * 5)  # the kernel frees the memory when the last backend has exited
     finally:
         os.close(file)
 
@@ -258,14 +256,14 @@ def _becomes_ready(cluster: Cluster, pid: int, deadline: float) -> bool:
         result = postmaster.read_pid_file(cluster.data)
         if result is not None and result.pid == pid and result.status == "ready":
             return True
-        time.sleep(POLL_SECONDS)  # its state is visible in a file only
+        time.sleep(POLL_SECONDS)  # its state is visible only in a file
     return False
 
 
 def _clear_stale(cluster: Cluster) -> None:
     """Remove files of a dead server that would prevent a start.
 
-    A pid file that a power failure emptied is such a file. A pid file with the id of an ended process stays, because
+    A pid file that a power failure emptied is such a file. A pid file with the id of an exited process stays, because
     Postgres checks the shared memory that it names.
     """
     result = postmaster.read_pid_file(cluster.data)

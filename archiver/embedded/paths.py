@@ -1,6 +1,6 @@
 """Manage the home folder, lock files, data folder and socket folder.
 
-In home: `postgres` (the data folder, or a symbolic link to it), `postgres.log`, and three empty files that carry
+In home: `postgres` (the data folder, or a symbolic link to it), `postgres.log`, and three empty files for
 locks: `postgres.lock` (held while starting or stopping), `postgres.users` (shared by every process that uses the
 server) and `postgres.watch` (held by the watchdog). If the path is too long for a socket, `postgres.socket` is a
 link to a short folder that contains it.
@@ -62,7 +62,7 @@ def open_file(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[int]:
-    """Hold the lock of a file and yield its descriptor. Raises `EmbeddedError` if others hold it for minutes."""
+    """Lock a file for the block; yield its descriptor. Raises `EmbeddedError` if others lock it for minutes."""
     file = open_file(path)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -83,7 +83,7 @@ def join_users(home: Path) -> int:
 
 
 def locate(home: Path, account: Account | None) -> Path:
-    """Return the path of the data folder of a home, whether it exists or not.
+    """Return the path of the data folder of a home, even if it does not exist yet.
 
     It is `home/postgres`. If root's account cannot traverse the parents of the home, whose permissions must not be
     changed, the data is under /var/lib/callhq-archiver, in a folder named after the home, and `home/postgres` is a
@@ -149,7 +149,7 @@ def make_socket_folder(home: Path, data: Path, account: Account | None) -> Path:
 
 
 def _reuse_linked(known: Path, data: Path) -> Path | None:
-    """Return the linked short folder; remove the link if the folder now belongs to another user."""
+    """Return the short folder that the link names, or None; remove a link to a folder of another user."""
     if not known.is_symlink():
         return None
     folder = known.readlink()
@@ -174,7 +174,7 @@ def _short_temporary(account: Account | None) -> Path:
 def check_socket_folder(folder: Path, data: Path) -> None:
     """Raise `EmbeddedError` unless the folder is private to the owner of the data.
 
-    /tmp is writable for all users: if a cleaner removed the folder, another user may have created one of the same
+    /tmp is writable by all users: if a cleaner removed the folder, another user may have created one of the same
     name.
     """
     if not is_private(folder, data):

@@ -23,7 +23,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class PidFile:
-    """Hold lines 1, 5 and 8 of `postmaster.pid`."""
+    """Lines 1, 5 and 8 of `postmaster.pid`."""
 
     pid: int
     socket_dir: Path | None
@@ -31,7 +31,7 @@ class PidFile:
 
 
 def read_pid_file(data: Path) -> PidFile | None:
-    """Return the pid file of a data folder, stale or not; None if it is missing or incomplete."""
+    """Return the pid file of a data folder, even a stale one; None if it is missing or incomplete."""
     try:
         lines = os.fsdecode((data / "postmaster.pid").read_bytes()).splitlines()
         pid = abs(int(lines[0]))  # a single-user backend writes it negative
@@ -42,7 +42,7 @@ def read_pid_file(data: Path) -> PidFile | None:
 
 
 def serving(data: Path) -> int | None:
-    """Return the pid of the postmaster of this data folder; None if none runs.
+    """Return the pid of the postmaster of this data folder; None if none is running.
 
     A pid alone is not sufficient: after a crash or in a new container it may belong to another process. The process
     must be a `postgres` with this folder. Its command line is readable even if `/proc/PID/cwd` is not, as for root
@@ -106,8 +106,8 @@ def is_running(pid: int) -> bool:
 def stop_server(data: Path) -> None:
     """Stop the postmaster of this data folder in fast mode, which rolls back open transactions, and wait for it.
 
-    Does nothing if none runs. `pg_ctl stop` would signal any pid in the pid file; this signals only a process that
-    serves this folder. Raises `TimeoutError` after a minute.
+    Does nothing if none is running. `pg_ctl stop` would signal any pid in the pid file; this signals only a process
+    that serves this folder. Raises `TimeoutError` after a minute.
     """
     result = read_pid_file(data)
     if result is None or not _serves(result.pid, data):
@@ -122,8 +122,7 @@ def stop_server(data: Path) -> None:
 
 
 def socket_folder(found: PidFile | None, data: Path) -> Path:
-    """Return the folder of the socket of the server that wrote a pid file: a short private folder, or the data
-    folder.
+    """Return the socket folder of a server from its pid file: a short private folder, or the data folder.
 
     Any other folder that a pid file names must not be touched.
     """
@@ -172,7 +171,7 @@ def is_last(users: int) -> bool:
 
 
 def watch(data: Path, start_lock: int, users: int, alive_lock: int) -> None:
-    """Stop the server when the last process that held `users` has ended in any way.
+    """Stop the server when the last process that held `users` has exited in any way.
 
     Holds `alive_lock` until then, so that a start knows whether it needs a new watchdog.
     """

@@ -33,7 +33,7 @@ def _sequences(connection: Connection) -> Iterator[Difference]:
     for each in sequences.select_behind(connection, SCHEMAS):
         advice = f"{_REPAIR[:-1]}, or as the owner: {each.remedy};"
         statements = (
-            f"LOCK TABLE {each.table} IN SHARE ROW EXCLUSIVE MODE",  # otherwise new rows could get further ids
+            f"LOCK TABLE {each.table} IN SHARE ROW EXCLUSIVE MODE",  # otherwise new rows could get even higher ids
             f"SELECT setval('{each.name}', (SELECT max({each.column}) FROM {each.table}))",  # noqa: S608  # quoted
         )
         detail = f"sequence {each.name} {each}: new rows get ids that are in use."
@@ -51,13 +51,13 @@ def _differences(connection: Connection, expected: Catalogue, found: Catalogue) 
     changed = tuple(f"column {each.object.removeprefix('view ')}." for each in views if each.verdict == "failure")
     for name, properties in expected.items():
         if name.startswith(changed):
-            continue  # reported as its view
+            continue  # reported with its view
         if name not in found:
             if not name.startswith("view ") and not _is_part_of(name, expected, found):
                 yield _missing(name, properties, found)
             continue
         for key, target_value, actual in _differing(properties, found[name]):
-            if key != "definition" or not name.startswith(("function ", "view ")):  # compared by its parts; above
+            if key != "definition" or not name.startswith(("function ", "view ")):  # compared by parts, or above
                 yield _property(name, properties, key, target_value, actual)
     for name in found:
         if name not in expected and not name.startswith(changed) and not _is_part_of(name, found, expected):
@@ -85,7 +85,7 @@ _RELATIONS = ("table", "view", "materialized view")
 
 
 def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
-    """Return whether an object belongs to a table or view that one catalogue lacks and that is reported itself."""
+    """Return whether an object belongs to a table or view that one catalogue lacks and that is itself reported."""
     kind, _, qualified = name.rpartition(" ")
     if kind == "sequence options of":
         parents = [f"sequence {qualified}"]
@@ -93,7 +93,7 @@ def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
         relation = ".".join(qualified.split(".")[:2])
         parents = [f"{each} {relation}" for each in _RELATIONS]
     elif kind == "foreign key triggers of":
-        return True  # as the constraint
+        return True  # reported with the constraint
     elif kind == "index":
         relation = str(of[name]["table"])
         parents = [f"{each} {relation}" for each in _RELATIONS]
@@ -119,7 +119,7 @@ def _difference(
     return Difference(name, verdict, f"{name} {detail}.", advice or _advice(statements), statements)
 
 
-_RESTORE = "Restore the database from a backup: what was in it cannot be made again by a command."
+_RESTORE = "Restore the database from a backup: no command can recreate the content of this object."
 
 
 def _missing(name: str, properties: Mapping[str, Any], found: Catalogue) -> Difference:
@@ -161,15 +161,15 @@ def _extra(name: str, properties: Mapping[str, Any]) -> Difference:
         schema_name = relation.partition(".")[0]
         return _difference(name, foreign, advice=f"As its owner: DROP STATISTICS {schema_name}.{part};")
     if kind == "index" and properties["unique"]:
-        return _difference(name, f"{foreign} and refuses rows", f"DROP INDEX {qualified}")
+        return _difference(name, f"{foreign} and may reject rows", f"DROP INDEX {qualified}")
     advice = "Move it to another schema, or drop it."
     if kind == "index":  # always in the schema of its table
-        advice = f"It can refuse rows, such as long texts. Unless it is needed: DROP INDEX {qualified};"
+        advice = f"It can reject rows, for example with long texts. Unless it is needed: DROP INDEX {qualified};"
     return _difference(name, foreign, verdict="warning", advice=advice)
 
 
 def _property(name: str, properties: Mapping[str, Any], key: str, target_value: Any, actual: Any) -> Difference:
-    detail = f"has another {key} than this version expects"
+    detail = f"differs in its {key} from what this version expects"
     if len(f"{target_value}{actual}") < _MAX_SQL:
         detail = f"has {key} {_shown(actual)} instead of {_shown(target_value)}"
     statements = tuple(_altering(name, properties, key, target_value, actual))
@@ -255,7 +255,7 @@ _NO_TEMPORARY = {"42501", "25006"}  # SQLSTATE: insufficient privilege; read-onl
 
 
 def _view(connection: Connection, name: str, target_value: str, actual: str) -> Iterator[Difference]:
-    """Let this Postgres version rewrite the expected view, because versions write views differently."""
+    """Compare a view with the expected one as this Postgres writes it, because versions write views differently."""
     qualified = name.partition(" ")[2]
     statement = f"CREATE OR REPLACE VIEW {qualified} AS {target_value}"
     nested = connection.begin_nested()
@@ -274,13 +274,13 @@ def _view(connection: Connection, name: str, target_value: str, actual: str) -> 
     nested.rollback()
     if written != actual:
         advice = f"{_REPAIR} If its columns changed, first drop the views that use it."
-        yield _difference(name, "has another definition than this version expects", statement, advice=advice)
+        yield _difference(name, "has a different definition than this version expects", statement, advice=advice)
 
 
 def repair(connection: Connection) -> list[Difference]:
     """Repair the differences that SQL statements can undo, and return them.
 
-    Tables, columns and foreign objects that may hold data are left alone, and so is what Postgres refuses to change.
+    Tables, columns and foreign objects that may contain data are not changed, nor is what Postgres refuses to change.
     The transaction's search path changes.
     """
     result = [difference for difference in select_differences(connection) if difference.repairs]
@@ -316,5 +316,5 @@ def _try(connection: Connection, statements: tuple[str, ...]) -> bool:
             for statement in statements:
                 connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
     except DBAPIError:
-        return False  # it remains, and is reported
+        return False  # the difference remains, and is reported
     return True

@@ -6,9 +6,9 @@ import msgspec
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """`object` names it by kind and qualified name; `repairs` is the SQL that undoes it, where some statements do.
+    """A difference. `object`: kind and qualified name; `repairs`: the SQL that undoes the difference, if any can.
 
-    A failure breaks a promise of the archive; a warning names what does not belong there but harms nothing.
+    A failure breaks a guarantee of the archive; a warning names an unexpected thing that does no harm.
     """
 
     object: str

@@ -1,4 +1,4 @@
-"""The catalogue: each object of our schemas with the properties that matter, as the database has it."""
+"""The catalogue: each object of our schemas, as it is in the database, with the properties that matter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,8 @@ _KIND = (
     "CASE c.relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence' ELSE 'table' END"
 )
 
-# Each gives the kind of the object, its name, and its properties. Names and expressions are read with pg_catalog
-# alone in the search path, so that everything else is qualified, regardless of the role's default.
+# Each query returns the kind of the object, its name and its properties. Names and expressions are read with only
+# pg_catalog in the search path, so that everything else is qualified, regardless of the role's default.
 _QUERIES = (
     f"""
     SELECT 'schema', format('%I', n.nspname), '{{}}'::json FROM pg_namespace n WHERE {_OF_OUR_SCHEMAS}
@@ -94,7 +94,7 @@ _QUERIES = (
       FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE {_OF_OUR_SCHEMAS} AND NOT t.tgisinternal
     """,
-    # Those that enforce a foreign key: a superuser may disable them.
+    # The triggers that enforce a foreign key, which a superuser may disable.
     f"""
     SELECT 'foreign key triggers of', {_NAMED}, json_build_object('enabled', bool_and(t.tgenabled = 'O'))
       FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -132,7 +132,7 @@ _QUERIES = (
 
 
 def qualify(connection: Connection) -> None:
-    """Let Postgres write our names with their schema for the rest of the transaction."""
+    """Make Postgres write our names with their schema for the rest of the transaction."""
     connection.execute(text("SELECT set_config('search_path', 'pg_catalog', true)"))
 
 
@@ -147,7 +147,7 @@ def read(connection: Connection) -> Catalogue:
 
 
 def encode(catalogue: Catalogue) -> bytes:
-    """Return the catalogue as sorted lines, one object each, for the file beside the migrations."""
+    """Return the catalogue as sorted lines, one object each, for the file next to the migrations."""
     lines = (
         msgspec.json.encode(name) + b": " + msgspec.json.encode(properties, order="sorted")
         for name, properties in sorted(catalogue.items())

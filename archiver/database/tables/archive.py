@@ -1,7 +1,7 @@
-"""Ledger, archive, and what proves and guards them.
+"""The tables of the ledger and the archive, and of the records that prove and protect them.
 
-All of a session lives together: ledger, sessions, chats and messages carry `session_id`, never updated, in every
-primary key, so that the schema can be distributed by it unchanged.
+All rows of a session can be stored together: ledger, sessions, chats and messages have `session_id`, which is never
+updated, in every primary key, so that the schema can be distributed by it unchanged.
 """
 
 from sqlalchemy import (

@@ -1,4 +1,4 @@
-"""The change feed, and the follow-ups that are made of it. Local tables: none of them is distributed by session."""
+"""The change feed, and the follow-ups derived from it. Local tables: none of them is distributed by session."""
 
 from sqlalchemy import (
     BigInteger,

@@ -1,4 +1,4 @@
-"""Define the tables in which processes report their own state. They are local: not distributed by session."""
+"""The tables in which processes report their own state. They are local: not distributed by session."""
 
 from sqlalchemy import BigInteger, Column, Index, Integer, PrimaryKeyConstraint, Table, Text
 from sqlalchemy.dialects.postgresql import JSON
