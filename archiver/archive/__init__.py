@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-MAX_SESSIONS_PER_CHAT = 50  # sessions of one chat
+MAX_SESSIONS_PER_CHAT = 50  # to which one chat can be assigned
 
 
 class AmbiguousSessionError(ArchiverError):

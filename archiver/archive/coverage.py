@@ -20,7 +20,7 @@ State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost
 
 
 class Timing(msgspec.Struct, frozen=True, dict=True):
-    """Delays of readings. `quiet`: the wait after an event; `lifetime`: the time until upstream forgets a session."""
+    """Times of readings. `quiet`: the wait after an event; `lifetime`: how long upstream remembers a session."""
 
     quiet: timedelta = timedelta(seconds=300)
     lifetime: timedelta = timedelta(seconds=86_400)
@@ -202,8 +202,8 @@ def next_reading(
     """Return the time of the next reading of the history; None if there will be none.
 
     The first reading follows a quiet time. While the content does not change, each wait is as long as it has been
-    unchanged. The last reading precedes the expiry upstream. If the session was not quiet then, one more reading
-    follows a quiet time; if the history was gone or unreadable, it is read again until the expiry.
+    unchanged. A final reading precedes the expiry upstream. If the session was not quiet then, another follows a
+    quiet time; if the history was gone or unreadable, it is read again until the expiry.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:

@@ -133,7 +133,7 @@ _SELECT_SESSIONS = text(
 
 
 def select_erased_sessions(connection: Connection, session_ids: Sequence[str]) -> list[str]:
-    """Return those of these sessions that were erased completely or in part."""
+    """Return the sessions among these that were erased completely or in part."""
     if not session_ids:
         return []
     return list(connection.scalars(_SELECT_SESSIONS, {"session_ids": as_json(session_ids)}))

@@ -158,7 +158,7 @@ _SELECT_TURNS = text(
 
 
 def select_turn_states(connection: Connection, keys: Sequence[Key]) -> dict[Key, TurnState]:
-    """Return the published states of those of these turns that exist."""
+    """Return the published states of the turns among these that exist."""
     rows_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
     texts: dict[Key, list[MessageText]] = defaultdict(list)

@@ -123,7 +123,7 @@ def _explain_refusal(connection: Connection, refusal: str) -> str:
 
 
 def _upgrade(connection: Connection, revision: str) -> None:
-    # An ordinary user may lack the privileges to create schemas and to grant, if an owner has already done both.
+    # An ordinary user needs no privilege to create schemas or to grant once an owner has done both.
     if _is_done(connection, revision):
         return
     if current(connection) is not None and revision == "head":

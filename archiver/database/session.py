@@ -228,7 +228,7 @@ def is_behind_pooler(connection: Connection) -> bool:
 
 
 def _report_pooler() -> None:
-    """Log once per process that a pooler is in use, not before logging is configured."""
+    """Log once per process, if logging is configured, that a pooler is in use."""
     global _reported  # noqa: PLW0603  # of the process, like the log
     if _reported or not structlog.is_configured():
         return

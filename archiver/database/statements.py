@@ -123,7 +123,7 @@ class BulkInsert:
     """A Core INSERT with ON CONFLICT and RETURNING, for many rows in one statement.
 
     Written as multi-row VALUES, rendered once for each number of rows. SQLAlchemy's own way to the same statement
-    (insertmanyvalues) handles each parameter of each row several times, which cost half of what an event costs here.
+    (insertmanyvalues) handles each parameter of each row several times, which took half of the time per event.
     """
 
     ROWS = 1_000  # per statement; Postgres allows at most 65,535 parameters

@@ -215,7 +215,7 @@ class DeliveryGroup(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-# An unassigned fact and a fact that assigns its chat to a session must see each other in either order of
+# An unassigned fact and a fact that assigns its chat to a session must see each other in any order of their
 # commits. So unassigned facts are recorded exclusively, and others concurrently.
 
 
@@ -295,7 +295,7 @@ def _event_upsert(*more_unset: str) -> BulkInsert:
         facts.c.dedupe_key,
         facts.c.id,
         facts.c.delivery_count,
-        # For a first delivery these are the values just sent, and reading times is slow.
+        # For a first delivery these are the values just sent, and parsing times is slow.
         case((facts.c.delivery_count > literal_column("1"), facts.c.received_at)).label("received_at"),
         case(
             (facts.c.delivery_count > literal_column("1"), func.least(facts.c.occurred_at, facts.c.earliest_at))

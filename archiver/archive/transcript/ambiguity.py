@@ -114,7 +114,7 @@ def _repeats(turn: int, candidates: Candidates, counts: Mapping[Key, int]) -> bo
 def _spread(
     found: set[int], moves: Sequence[_Move], turns: Sequence[TurnMessages], placement: Placement, lines: int
 ) -> set[int]:
-    """Add turns that could move to free lines, or only to lines of turns that could move themselves."""
+    """Return `found` and the turns that could move to free lines, or to lines of turns that could move themselves."""
     deleted = {turn for turn, each in enumerate(turns) if each.is_deleted}
     for _ in range(_PASSES if moves else 0):
         certain = Placement(placement.matches, placement.in_order - found - deleted)
@@ -133,7 +133,7 @@ def _spread(
 def _time_error(turns: Sequence[TurnMessages], placement: Placement) -> timedelta:
     """Return the largest observed error of times: two times closer than this may be in the wrong order.
 
-    Each may be wrong by `SKEW`; more where the times of the turns contradict the order of their lines by more.
+    Each may be wrong by `SKEW`; more if the times of the turns contradict the order of their lines by more.
     """
     error, latest = timedelta(), None
     for turn, _ in sorted(placement.matches.items(), key=lambda placing: placing[1].start):

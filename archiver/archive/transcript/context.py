@@ -54,7 +54,7 @@ def as_sent(input_messages: Messages) -> Messages:
 
 
 def _without_answer(input_messages: Messages, output_messages: Messages) -> Messages:
-    """Return the input without trailing blanks or answers after the last user message."""
+    """Return the input without blank or repeated answers after the last user message."""
     end = _last_of(input_messages, is_user=True)
     after = input_messages[end:]
     if not end or not after or any(normal_role(message.role) in ASIDES for message in after):

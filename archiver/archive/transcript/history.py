@@ -128,7 +128,7 @@ def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
 
 
 def _with_loose_ends(old: Sequence[Key], new: Sequence[Key], pairs: list[Pair]) -> Iterator[Pair]:
-    """Also align messages before the first user line of a cut reading, whose question is unknown."""
+    """Yield the pairs, and those before the first user line of a cut reading, whose question is unknown."""
     for (old_before, new_before), (at_old, at_new) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
         in_old, in_new = range(old_before + 1, at_old), range(new_before + 1, at_new)
         if in_old and in_new:

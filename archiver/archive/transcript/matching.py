@@ -25,7 +25,7 @@ Assignment = tuple[int, Match]
 def place_turns(
     lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], *, is_dated: bool = True
 ) -> Placement:
-    """Match turns, given in order of their beginning, with the unclaimed lines of the merged history.
+    """Match turns, given in order of `began_at`, with the unclaimed lines of the merged history.
 
     The objective, in this order: turns found in full with their outputs, in the order of their times; such turns out
     of that order; turns found only by their inputs, often just "ok", in order; then such turns out of order, but
