@@ -155,7 +155,7 @@ def _state(
 
 
 def _has_later_turn(turns: Mapping[str, Turn], readings: Sequence[Reading]) -> bool:
-    """Return whether a turn began and arrived after the last history with messages, which cannot show it.
+    """Return whether a turn began and arrived after the last history with messages, which thus cannot show it.
 
     Its texts may be those of another turn in that history, or blank.
     """

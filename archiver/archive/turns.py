@@ -76,7 +76,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     messages: tuple[Message, ...]
     inputs: int  # the number of input messages, which come first
     revised_at: datetime  # when the newest fact with content was true, no later than its arrival
-    sent: tuple[Message, ...]  # the input with what it repeats; none if it is a single message
+    sent: tuple[Message, ...]  # the input including its repeats; empty for a single message
 
     @property
     def began_at(self) -> datetime:

@@ -107,7 +107,7 @@ def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
 
 
 def _first_statement(info: psycopg.ConnectionInfo) -> str:
-    """Return the query for the backend's process id. It ends the limits of the session, unless a pooler shares it."""
+    """Return the query for the backend's process id, which also removes the session's limits unless it is pooled."""
     ended = ", ".join(
         f"CASE WHEN own AND pg_catalog.current_setting('{name}', true) IS NOT NULL"
         f" THEN pg_catalog.set_config('{name}', '0', false) END"
@@ -121,7 +121,7 @@ def _first_statement(info: psycopg.ConnectionInfo) -> str:
 def _without_limits(arguments: Mapping[str, Any], server_version: int) -> dict[str, Any]:
     """Return the arguments with startup parameters for a session without limits.
 
-    They are the second attempt, because PgBouncer refuses them.
+    They are for a second attempt only, because PgBouncer rejects them.
     """
     names = LIMITS if server_version >= _VERSION_17 else LIMITS[:-1]
     given = arguments.get("options") or os.environ.get("PGOPTIONS", "")
@@ -136,7 +136,7 @@ def open_connection(
     *,
     prepared_statements: bool | None,
 ) -> Any:
-    """Return a new connection of an engine, set up."""
+    """Return a new connection of an engine, set up for use."""
     adapted = dialect.connect(*positional, **arguments)
     version = _driver(adapted).info.server_version
     try:

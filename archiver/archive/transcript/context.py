@@ -47,7 +47,7 @@ def messages_of_turn(input_messages: Messages, output_messages: Messages) -> tup
 
 
 def as_sent(input_messages: Messages) -> Messages:
-    """Return an input for `oldest_first`: both ends of a long one, nothing of one that has no direction."""
+    """Return the part of an input that `oldest_first` needs: both ends of a long one; empty for a single message."""
     if len(input_messages) <= 2 * _ENDS:
         return input_messages if len(input_messages) > 1 else ()
     return input_messages[:_ENDS] + input_messages[-_ENDS:]
@@ -109,8 +109,8 @@ def oldest_first(
 ) -> tuple[list[TurnMessages], set[str]]:
     """Return the turns, in the given order, and the chat ids of those whose input fits the history in both orders.
 
-    An input was sent newest first if the history shows its first message before what the turn was answered, and the
-    others earlier, more of them in succession than of the input as it was sent.
+    An input was sent newest first if the history shows its first message before an answer of the turn and the others
+    earlier, and more of its messages match in succession in this order than in the order in which they were sent.
     """
     if not lines or not any(turn.sent for turn in turns):
         return [*turns], set()
@@ -127,7 +127,7 @@ def oldest_first(
 
 
 def _reversed(turn: TurnMessages) -> TurnMessages | None:
-    """Return the turn with the input that it has if it was sent newest first; None if that is the same one."""
+    """Return the turn with the input that it has if that was sent newest first; None if the input is the same."""
     if not turn.sent or turn.is_deleted:
         return None
     outputs = turn.messages[turn.inputs :]
@@ -138,9 +138,9 @@ def _reversed(turn: TurnMessages) -> TurnMessages | None:
 
 
 def _length_shown(turn: TurnMessages, sent: Messages, shown: _Shown) -> int:
-    """Return how many messages of an input the history shows in succession before what the turn was answered.
+    """Return how many messages of an input the history shows in succession before an answer of the turn.
 
-    None count where the others are not shown before, unless the history may have lost them at its head.
+    None count if the others are not shown earlier, unless the history may have lost them at its head.
     """
     said = [key for key in _keys(sent[: _last_of(sent, is_user=True)]) if not _is_skipped(key)]
     has_context = any(role != USER for role, _ in said)
@@ -235,7 +235,7 @@ def _could_show_all(turn: TurnMessages, line: TranscriptLine) -> bool:
 
 
 def _is_answered(turn: TurnMessages, run: range, shown: _Shown) -> bool:
-    """Return whether a line after these is an answer of the turn, in a reading that could show it."""
+    """Return whether the next line is an answer of the turn, in a reading that could show it."""
     answers = _keys(turn.messages[turn.inputs :])
     after = _next_line(shown.keys, range(run.stop, len(shown.keys)))
     return _could_show(turn, shown.lines[run.start]) and (not answers or after in answers)
