@@ -216,13 +216,7 @@ messages = Table(
         " message.",
     ),
     PrimaryKeyConstraint("session_id", "chat_id", "ordinal", name="messages_pkey"),
-    Index(
-        "messages_history_idx",
-        "session_id",
-        postgresql_where=text(
-            "Text in the history where it differs from content; null if equal or not shown by a history."
-        ),
-    ),
+    Index("messages_history_idx", "session_id", postgresql_where=text("source = 'history'")),
     # No foreign key: one write path inserts both rows in one transaction, and the check took a fifth of Postgres's
     # time.
     comment="One row per message, derived from the ledger.",
