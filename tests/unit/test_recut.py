@@ -63,6 +63,50 @@ def test_i6_outputs_in_other_pieces_stand_once(joint: str, told: float) -> None:
     assert lines_of([two], "u q", joined) == ["A u q", "A a First.", "A a Second part."]
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        ["u q1\nq2\nq3", "a a1", "a a2", "a a3"],
+        ["u q1\r\n\r\nq2", "u q3", "a a1\n\na2\na3"],
+        ["u q1", "u q2", "u q3", "a a1\na2\na3"],
+    ],
+)
+@pytest.mark.parametrize("known", ["A", "B", "C", "AB", "AC", "BC"])
+def test_i6_joined_turns_of_which_webhooks_were_lost_stand_once(shown: list[str], known: str) -> None:
+    whole = {name: turn(name, f"u q{at}", f"a a{at}", at=at) for at, name in enumerate("ABC", 1)}
+    turns = [whole[name] for name in known]
+    lines = transcript(turns, [reading(*shown)])
+    for each in turns:
+        assert texts(line for line in lines if line.chat_id == each.chat_id) == texts(each.messages)
+    assert all(line.in_history for line in lines)
+    for role in ("user", "assistant"):
+        words = [text for line in lines if line.role == role for text in line.content.split()]
+        assert words == [f"{role[0].replace('u', 'q')}{number}" for number in (1, 2, 3)]
+    around = [turn("X", "u before", "a that", at=0), *turns, turn("Y", "u after", "a this", at=4)]
+    assert transcript(around, [reading("u before", "a that", *shown, "u after", "a this")])[2:-2] == lines
+
+
+def test_i6_a_lost_turn_stands_before_or_after_the_one_with_which_history_joins_it() -> None:
+    first, second = turn("A", "u q1", "a a1", at=1), turn("B", "u q2", "a a2", at=2)
+    for shown in (["u q1\nq2", "a a1", "a a2"], ["u q1\n\nq2", "a a1\n\na2"], ["u q1", "u q2", "a a1\na2"]):
+        assert lines_of([first], *shown) == ["A u q1", "A a a1", "- u q2", "- a a2"]
+        assert lines_of([second], *shown) == ["- u q1", "- a a1", "B u q2", "B a a2"]
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        ["u q1 q2", "a a1", "a a2"],  # no line end
+        ["u q1\nq2", "a a1", "a a2", "a a2"],  # which of the answers?
+        ["u q1\nq2", "a a1", "a a2", "u q2", "a other"],  # which of the questions?
+        ["u q1\nq2", "a a1", "a other"],
+    ],
+)
+def test_a_line_that_may_be_no_part_of_the_turn_is_not_divided(shown: list[str]) -> None:
+    lines = transcript([turn("B", "u q2", "a a2", at=2)], [reading(*shown)])
+    assert {line.content for line in lines} >= {shown[0][2:], "q2"}
+
+
 def test_the_lines_that_webhooks_do_not_report_keep_their_place() -> None:
     turns = [turn("A", "u q1", "a a1", at=1), turn("B", "u q2", "a a2", at=2)]
     lines = lines_of(turns, "s rules", "u q1\nq2", "t look", "a a1", "s note", "a a2", "t end")
@@ -172,3 +216,31 @@ def _history(group: Sequence[Sequence[str]], divide: Callable[[list[str]], list[
     """What all turns of a group say, first the questions, then the answers."""
     everything = [text for each in group for text in each]
     return [text for role in "ua" for text in divide([each for each in everything if each[0] == role])]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_i6_any_joined_turns_of_which_webhooks_were_lost_stand_once(data: st.DataObject) -> None:
+    size = data.draw(st.sampled_from([1, 12]))  # 12 words: so long that a beginning of it counts as a cut text
+    words = iter([" ".join([text, str(copy)] * size) for copy in range(4) for text in _WORDS])
+    known: list[TurnMessages] = []
+    shown: list[str] = []
+    everything: list[str] = []
+    for group in range(data.draw(st.integers(1, 4))):
+        members = [
+            turn(f"C{group}{number}", f"u {next(words)}", f"a {next(words)}", at=group * 3 + number)
+            for number in range(data.draw(st.integers(1, 3)))
+        ]
+        known += [each for each in members if data.draw(st.booleans())]
+        is_asked_joined, is_answered_joined = data.draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+        for role, number, is_joined in (("u", 0, is_asked_joined), ("a", 1, is_answered_joined)):
+            contents = [each.messages[number].content for each in members]
+            joint = data.draw(st.sampled_from(["\n", "\n\n", "\r\n"]))
+            shown += [f"{role} {joint.join(contents)}"] if is_joined else [f"{role} {text}" for text in contents]
+        everything += [message.content for each in members for message in each.messages]
+    lines = transcript(known, [reading(*shown)])
+    for each in known:
+        own = [line for line in lines if line.chat_id == each.chat_id]
+        assert texts(own) == texts(each.messages)
+    assert all(line.in_history for line in lines)
+    assert sorted(text for line in lines for text in line.content.splitlines() if text) == sorted(everything)

@@ -4,19 +4,24 @@ A block consists of the user's messages between two answers, and of the answers 
 block has the text of one turn or of several consecutive turns, but is divided differently, its lines are cut at the
 boundaries of the turns' messages, and grouped by turn. Between two messages any white space is allowed, or none;
 within a message the texts are equal. Turns that have all their lines without a cut are not considered.
+
+If the webhook of one of several joined turns was lost, only line ends show the boundaries of messages: a turn is
+found by its question and its answer, each between two line ends, if no other turn has the same question and no other
+line of the user contains it.
 """
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import takewhile
+from functools import cached_property
+from itertools import groupby, takewhile
 
 import msgspec
 
 from archiver.archive.transcript.candidates import ASIDES, SKEW, Match
 from archiver.archive.transcript.placement import Placement
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
-from archiver.archive.transcript.wording import Key, text_key
+from archiver.archive.transcript.wording import Key, fragments_of, text_key
 from archiver.events import Message
 
 _TRIES = 128  # comparisons of turns with one block
@@ -24,6 +29,7 @@ _PREFIX = 12  # characters by which the first turn of a block is looked up
 _PLACES = 16  # turns with the same beginning that are tried
 _BEFORE, _AFTER = 2, 6  # turns around the last one that may come next: reported times may be in the wrong order
 _TRIALS = 2
+_MAX_FRAGMENTS = 256  # of one block
 
 Place = Callable[[Sequence[TranscriptLine]], Placement]
 
@@ -65,6 +71,21 @@ class _Shown(msgspec.Struct, frozen=True):
 
     def text(self, places: Sequence[int]) -> _Text:
         return _text([self.keys[place] for place in places])
+
+    def fragments(self, places: Sequence[int]) -> list["_Fragment"]:
+        return [
+            _Fragment(place, text, text_key(self.lines[place].role, text))
+            for place in places
+            for text in fragments_of(self.lines[place].content)
+        ]
+
+
+class _Fragment(msgspec.Struct, frozen=True):
+    """A part of a line between two line ends."""
+
+    line: int
+    text: str
+    key: Key
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -136,6 +157,7 @@ def _cuts(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], placem
         cut = search.cut(block, low)
         if cut is None and wider is not None and not unsettled.isdisjoint(block.user):
             cut = wider.cut(block, before)
+        cut = cut or search.cut_shared(block)
         if cut:
             yield cut
 
@@ -190,6 +212,14 @@ def _part(number: int, turn: TurnMessages) -> _Part | None:
     )
 
 
+class _Share(msgspec.Struct, frozen=True):
+    """A turn, and the fragments of the questions and of the answers of a block that it has."""
+
+    part: _Part
+    asked: range
+    answered: range
+
+
 class _Search:
     """Find the turns that a block consists of, among those that are not settled; each is found once."""
 
@@ -217,15 +247,62 @@ class _Search:
 
         Settled turns without an answer may precede those of the block.
         """
-        user = [*takewhile(lambda line: line not in self._owned, reversed(block.user))][::-1]
-        if not user:
+        free = self._free(block)
+        if free is None:
             return None
-        free = msgspec.structs.replace(block, start=user[0], user=user)
         found = self._find(free, low)
         cut = _cut(free, found, self._shown.lines, self._shown.keys)
         if cut:
             self._used.update(part.turn for part in found)
         return cut
+
+    def cut_shared(self, block: _Block) -> _Cut | None:
+        """Return the cut of a block that joins messages of these turns and of turns whose webhooks were lost."""
+        free = self._free(block)
+        if free is None or not any("\n" in self._shown.lines[line].content for line in [*free.user, *free.answers]):
+            return None
+        asked, answered = self._shown.fragments(free.user), self._shown.fragments(free.answers)
+        shares = self._shares(asked, answered) if len(asked) + len(answered) <= _MAX_FRAGMENTS else []
+        pieces = _shared_pieces(shares, asked, answered, self._shown.lines)
+        if len({piece.line for piece in pieces}) == len(pieces):
+            return None
+        self._used.update(share.part.turn for share in shares)
+        return _replaced(free, pieces, self._shown.lines)
+
+    def _free(self, block: _Block) -> _Block | None:
+        """Return the block without leading turns that are settled; None if no question is left."""
+        user = [*takewhile(lambda line: line not in self._owned, reversed(block.user))][::-1]
+        return msgspec.structs.replace(block, start=user[0], user=user) if user else None
+
+    def _shares(self, asked: Sequence[_Fragment], answered: Sequence[_Fragment]) -> list[_Share]:
+        """Return the turns that certainly have some of these fragments, in order."""
+        result: list[_Share] = []
+        answers = [fragment.key for fragment in answered]
+        after = 0
+        for start, fragment in enumerate(asked):
+            known = [each for each in self._by_fragment.get(fragment.key, ()) if each.turn not in self._used]
+            if len(known) != 1 or self._counts[fragment.key] > 1:
+                continue
+            questions, own = _keys(known[0].inputs), _keys(known[0].outputs)
+            stop = start + len(questions)
+            found = [place for place in range(after, len(answers)) if own == answers[place : place + len(own)]]
+            if own and len(found) == 1 and questions == [each.key for each in asked[start:stop]]:
+                after = found[0] + len(own)
+                result.append(_Share(known[0], range(start, stop), range(found[0], after)))
+        return result
+
+    @cached_property
+    def _by_fragment(self) -> dict[Key, list[_Part]]:
+        result: dict[Key, list[_Part]] = {}
+        for part in self._parts:
+            result.setdefault(_keys(part.inputs)[0], []).append(part)
+        return result
+
+    @cached_property
+    def _counts(self) -> Counter[Key]:
+        """Return how often each fragment of the user is in the history."""
+        places = [place for place, key in enumerate(self._shown.keys) if key[0] == USER]
+        return Counter(fragment.key for fragment in self._shown.fragments(places))
 
     def _find(self, block: _Block, low: int) -> list[_Part]:
         """Return the turns with the text of the block, preferably from turn `low` on; empty if there are none."""
@@ -310,26 +387,68 @@ def _cut(block: _Block, parts: Sequence[_Part], lines: Sequence[TranscriptLine],
     answered = _pieces(block.answers, [part.outputs for part in parts], lines, keys)
     if len(parts) <= 1 and not any(piece.is_cut for piece in [*asked, *answered]):
         return None
+    ordered = [
+        piece for number in [*range(len(parts)), None] for piece in [*asked, *answered] if piece.turn == number
+    ]
+    return _replaced(block, ordered, lines)
+
+
+def _replaced(block: _Block, pieces: Sequence["_Piece"], lines: Sequence[TranscriptLine]) -> _Cut:
     result, own, done = list[TranscriptLine](), list[int](), block.start
     reached = {*block.user, *block.answers}
-
-    def emit(piece: "_Piece") -> None:
-        nonlocal done
-        while done < piece.line:
-            if done not in reached:  # a line that webhooks often omit stays before the line that it precedes
-                result.append(lines[done])
-            done += 1
+    is_shared = len({piece.turn for piece in pieces}) > 1
+    for piece in pieces:
+        # A line that webhooks often omit stays before the line that it precedes.
+        result += [lines[line] for line in range(done, piece.line) if line not in reached]
         done = max(done, piece.line + 1)
-        if piece.turn is not None and (piece.is_cut or len(parts) > 1):
+        if piece.turn is not None and (piece.is_cut or is_shared):
             own.append(len(result))
         result.append(piece.shown)
-
-    for number in [*range(len(parts)), None]:
-        for piece in [*asked, *answered]:
-            if piece.turn == number:
-                emit(piece)
     result += [lines[line] for line in range(done, block.end) if line not in reached]
     return _Cut(block, result, own)
+
+
+def _shared_pieces(
+    shares: Sequence[_Share],
+    asked: Sequence[_Fragment],
+    answered: Sequence[_Fragment],
+    lines: Sequence[TranscriptLine],
+) -> list["_Piece"]:
+    """Return the lines of each turn and, between them, those of lost ones: their questions, then their answers.
+
+    None if no turn is lost before the first, but an answer is.
+    """
+    result: list[_Piece] = []
+    question = answer = 0
+    for number, share in enumerate(shares):
+        if not question and not share.asked.start and share.answered.start:
+            return []
+        result += _lost(asked[question : share.asked.start], lines)
+        result += _lost(answered[answer : share.answered.start], lines)
+        own = [*asked[share.asked.start : share.asked.stop], *answered[share.answered.start : share.answered.stop]]
+        for message in [*share.part.inputs, *share.part.outputs]:
+            size = len(fragments_of(message.content))
+            text = "\n".join(fragment.text for fragment in own[:size])
+            shown = _cut_line(message, text, [lines[own[0].line]])
+            result.append(_Piece(shown, own[0].line, number, is_cut=True))
+            own = own[size:]
+        question, answer = share.asked.stop, share.answered.stop
+    return result + _lost(asked[question:], lines) + _lost(answered[answer:], lines)
+
+
+def _lost(fragments: Sequence[_Fragment], lines: Sequence[TranscriptLine]) -> list["_Piece"]:
+    """Return these fragments, those of one line together."""
+    result = []
+    for line, group in groupby(fragments, lambda fragment: fragment.line):
+        text = "\n".join(fragment.text for fragment in group)
+        is_whole = text == "\n".join(fragments_of(lines[line].content))
+        shown = lines[line] if is_whole else msgspec.structs.replace(lines[line], content=text)
+        result.append(_Piece(shown, line, None, is_cut=not is_whole))
+    return result
+
+
+def _keys(messages: Sequence[Message]) -> list[Key]:
+    return [text_key(message.role, text) for message in messages for text in fragments_of(message.content)]
 
 
 class _Piece(msgspec.Struct, frozen=True):

@@ -26,6 +26,11 @@ def text_key(role: str, content: str) -> Key:
     return normal_role(role), normal_text(content)
 
 
+def fragments_of(content: str) -> list[str]:
+    """Return the lines of a text without blank ones: a history may join messages by line ends."""
+    return [text for text in content.splitlines() if text.strip()]
+
+
 def are_similar(one: str, other: str) -> bool:
     """Return whether two normalised texts are probably one text that was cut, masked or reformatted.
 
