@@ -21,7 +21,6 @@ from archiver.archive.outbox import Change
 from archiver.archive.sessions import aligned, message_row
 from archiver.archive.turns import Fact, Turn, fold
 from archiver.database import RawStatement, as_json, execute
-from archiver.events.normal import normal_text
 
 # Times of the session as the upsert of this batch left them.
 _SELECT_STATUSES = RawStatement(
@@ -90,7 +89,7 @@ def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing
     )
     texts: dict[str, set[str]] = defaultdict(set)
     for row in unclaimed:
-        texts[row.session_id].add(normal_text(row.content))
+        texts[row.session_id].update(transcript.texts_of(row.content))
     unassigned = {row.chat_id for row in others if row.session_id == UNASSIGNED}
     earlier = facts.by_turn(others, by_turn)
     for status in statuses:

@@ -93,6 +93,31 @@ def test_i6_history_that_joins_the_messages_of_two_turns_leaves_both(archive: Ar
     assert archive.dump() == before
 
 
+@pytest.mark.parametrize("late", [(3,), (2, 3), (3, 2)])
+@pytest.mark.parametrize("is_dated", [False, True])
+@pytest.mark.parametrize("is_answer_joined", [False, True])
+def test_i5_i10_joined_turns_that_arrive_after_the_reading_stand_once(
+    archive: Archive, late: Sequence[int], is_dated: bool, is_answer_joined: bool
+) -> None:
+    """Even if their times are those of their late arrival, after all other turns."""
+    for number in (1, 4):
+        archive.webhook(number, turn(number))
+    (q2, a2), (q3, a3) = said(2), said(3)
+    answers = [("assistant", f"{a2[1]}\n\n{a3[1]}")] if is_answer_joined else [a2, a3]
+    archive.reading(10, answer(*said(1), ("user", f"{q2[1]}\n{q3[1]}"), *answers, *said(4)))
+    for minute, number in enumerate(late, 20):
+        moment = START + timedelta(minutes=number if is_dated else minute)
+        archive.webhook(minute, created(f"chat-{number}", createdAt=moment.isoformat(), updatedAt=moment.isoformat()))
+        before = archive.dump()
+        list(rebuild(archive.engine, TIMING))
+        assert archive.dump() == before
+    fragments = [text for content in contents(archive.transcript()) for text in content.splitlines() if text]
+    assert sorted(fragments) == sorted(text for number in (1, 2, 3, 4) for _, text in said(number))
+    for number in late:
+        own = [content for chat_id, _, content, _ in archive.transcript() if chat_id == f"chat-{number}"]
+        assert own == [text for _, text in said(number)]
+
+
 def test_history_content_is_only_where_the_latest_history_that_shows_a_message_words_it_differently(
     archive: Archive,
 ) -> None:

@@ -10,7 +10,7 @@ from datetime import datetime
 import msgspec
 
 from archiver.archive.transcript import appendable, wording
-from archiver.archive.transcript.appendable import may_claim
+from archiver.archive.transcript.appendable import may_claim, texts_of
 from archiver.archive.transcript.contained import date_lines, maximal_readings
 from archiver.archive.transcript.context import oldest_first, restore_unproven, without_repeats
 from archiver.archive.transcript.history import merge_history
@@ -26,6 +26,7 @@ __all__ = [
     "may_claim",
     "merge_history",
     "merge_turns",
+    "texts_of",
     "transcript",
     "unmatched_turn",
 ]

@@ -4,11 +4,11 @@ They begin after all turns that had arrived before. The reading cannot show them
 delivery was late: then the lines that show them are still unclaimed, and all turns are aligned together.
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
-from archiver.archive.transcript.wording import normal_role
+from archiver.archive.transcript.wording import fragments_of, normal_role
 from archiver.events import Message
 from archiver.events.normal import normal_text
 
@@ -34,10 +34,19 @@ def has_open_end(lines: Iterable[TranscriptLine]) -> bool:
 
 
 def unclaimed_texts(lines: Iterable[TranscriptLine]) -> set[str]:
-    """Return the normalised texts of lines known only from history."""
-    return {normal_text(line.content) for line in lines if line.source == "history"}
+    """Return the normalised texts of lines known only from history (`texts_of`)."""
+    return {text for line in lines if line.source == "history" for text in texts_of(line.content)}
 
 
-def may_claim(messages: Iterable[Message], texts: Container[str]) -> bool:
-    """Return whether any of these messages may be one of the unclaimed `texts`, regardless of role names."""
-    return any(message.content.strip() and normal_text(message.content) in texts for message in messages)
+def texts_of(content: str) -> Iterator[str]:
+    """Yield the normalised text of a message, and those between its line ends, if any: history may join messages."""
+    yield normal_text(content)
+    if "\n" in content:
+        yield from map(normal_text, fragments_of(content))
+
+
+def may_claim(messages: Iterable[Message], texts: Collection[str]) -> bool:
+    """Return whether a part of these messages may be one of the unclaimed `texts`, regardless of role names."""
+    return bool(texts) and any(
+        message.content.strip() and any(text in texts for text in texts_of(message.content)) for message in messages
+    )
