@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 IDLE_SECONDS = 0.3
 RETRY_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # without notifications after the queue of Postgres was full
-MOSTLY_EMPTY = 0.5  # of the notification queue
+MOSTLY_EMPTY = 0.5  # usage of the notification queue
 GAUGE_SECONDS = 5.0
 
 
@@ -47,14 +47,14 @@ SLOW_RETRY_FACTOR = 10  # pause before the next attempt at slow changes, as a mu
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """Hold the time of the next attempt at the changes of a slow session, and its time limit."""
+    """The time of the next attempt at the changes of a slow session, and its time limit."""
 
     due_at: float
     seconds: float
 
 
 class Publisher:
-    """Publish changes while it runs. `engine`: one connection is enough."""
+    """The publisher of committed changes to the feed. `engine` needs only one connection."""
 
     def __init__(self, engine: AsyncEngine, duty: Duty | None = None, guard: Guard | None = None) -> None:
         self._engine, self._duty, self._guard = engine, duty or Duty("publish"), guard
@@ -122,7 +122,7 @@ class Publisher:
         return published
 
     async def _publish_slow(self) -> int:
-        """Publish the changes of one session that took too long, with more time, if it is due again."""
+        """Publish the changes of one slow session with a longer time limit, if its next attempt is due."""
         began = monotonic()
         due = min(self._slow, key=lambda each: self._slow[each].due_at, default=None)
         if due is None or self._slow[due].due_at > began:
@@ -181,7 +181,7 @@ class Publisher:
         waiting = await run_async(self._engine, select_backlog)
         age = (datetime.now(UTC) - waiting.since).total_seconds() if waiting.since else 0
         telemetry.outbox_transactions.set(waiting.transactions)
-        telemetry.outbox_age.set(max(age, 0))  # never negative, although clocks differ
+        telemetry.outbox_age.set(max(age, 0))  # never negative, even if clocks differ
         self._gauged_at = monotonic()
 
     def _log_fault(self, fault: str) -> None:

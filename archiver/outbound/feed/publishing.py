@@ -66,7 +66,7 @@ _PUBLISH = text(
 def publish(connection: Connection, *, notifies: bool = True) -> int:
     """Publish the oldest committed page in this transaction; return the number of changes.
 
-    Waits for a concurrent publisher. `notifies`: also send NOTIFY; then the commit may fail with SQLSTATE
+    Waits for a concurrent publisher. `notifies`: also send NOTIFY; the commit may then fail with SQLSTATE
     `QUEUE_FULL` if a listener stayed in a transaction so long that the notification queue is full.
     """
     Lock.PUBLISHING.take(connection, exclusive=True)
@@ -145,7 +145,7 @@ def select_queue_usage(connection: Connection) -> float:
     return float(connection.scalar(text("SELECT pg_notification_queue_usage()")) or 0)
 
 
-PAGE_DELETED = 5_000  # old changes of one transaction
+PAGE_DELETED = 5_000  # old changes per transaction
 
 # Deletes from the oldest change up to the first one that stays, so that the feed has no gap. The newest change always
 # stays, because the next cursor is derived from it.

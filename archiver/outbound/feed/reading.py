@@ -7,7 +7,7 @@ from sqlalchemy import Connection, text
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """Hold a row of `analytics.changes`."""
+    """A row of `analytics.changes`."""
 
     cursor: int
     type: str
@@ -33,7 +33,7 @@ def select_changes(connection: Connection, after: int, limit: int) -> list[Entry
 
 
 class FeedEpoch(msgspec.Struct, frozen=True, gc=False):
-    """Hold a row of `analytics.epochs`: the newest change when it began, and the greatest cursor assigned before."""
+    """A row of `analytics.epochs`: the newest change when the epoch began, and the greatest earlier cursor."""
 
     epoch: str
     cursor: int
@@ -49,7 +49,7 @@ def select_epochs(connection: Connection) -> list[FeedEpoch]:
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):
-    """Hold the cursors of the oldest and the newest change in the feed; 0 if it is empty."""
+    """The cursors of the oldest and the newest change in the feed; 0 if it is empty."""
 
     oldest: int
     newest: int
@@ -64,7 +64,7 @@ def select_extent(connection: Connection) -> Extent:
 
 
 class Backlog(msgspec.Struct, frozen=True, gc=False):
-    """Hold the number of unpublished transactions (up to a limit) and the time of the oldest."""
+    """The number of unpublished transactions (up to a limit) and the time of the oldest."""
 
     transactions: int
     since: datetime | None
@@ -75,7 +75,7 @@ class Backlog(msgspec.Struct, frozen=True, gc=False):
 
 
 _OVERDUE = timedelta(seconds=60)
-ADVICE = "start `archiver worker`, or `archiver serve` without --no-worker; if one runs, see its log."
+ADVICE = "start `archiver worker`, or `archiver serve` without --no-worker; if one is running, see its log."
 
 
 _MAX_COUNTED = 100_000
