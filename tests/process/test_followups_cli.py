@@ -134,7 +134,7 @@ def test_such_receivers_are_refused(words: list[str], reason: str, database_url:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["https://u:hunter2@8.8.8.8/"], "a user or a password"),
+        (["https://u:hunter2@8.8.8.8/"], "a user name or a password"),
         (["ftp://hunter2.example/"], "https://HOST/PATH"),
         (["https://8.8.8.8:0/hunter2"], "port"),
         (["https://8.8.8.8/hunter2 b"], "%20"),

@@ -38,7 +38,7 @@ def slow(error: BaseException) -> Reason | None:
 
 
 class Lanes:
-    """Hold the semaphores of one process that keep connections free while deferred work runs.
+    """The semaphores of one process that keep connections free while deferred work runs.
 
     `short`: for subscriptions whose row is slow, and for the first attempt at each item; `alone`: for further
     attempts.
@@ -49,7 +49,7 @@ class Lanes:
 
 
 class DeferredWork(ABC):
-    """Define an item of deferred work. Of two items with equal `key` only one is deferred."""
+    """An item of deferred work. Of several items with the same `key`, only one is deferred."""
 
     key: Key
 
@@ -59,15 +59,15 @@ class DeferredWork(ABC):
 
     @abstractmethod
     def succeeded(self, answer: int) -> bool:
-        """Use the result of `run` after the commit; return whether the item is complete."""
+        """Process the result of `run` after the commit; return whether the item is complete."""
 
     @abstractmethod
     def divided(self) -> Sequence["DeferredWork"]:
-        """Return smaller items that replace this one; none if it cannot be divided."""
+        """Return smaller items that replace this one; empty if it cannot be divided."""
 
 
 class DeferredQueue:
-    """Run the deferred work of one subscription."""
+    """The deferred work of one subscription, and the tasks that run it."""
 
     def __init__(self, subscription_id: int, engine: AsyncEngine, lanes: Lanes) -> None:
         self._id, self._engine, self._lanes = subscription_id, engine, lanes
@@ -84,7 +84,7 @@ class DeferredQueue:
         return len(self._tasks) >= MAX_DEFERRED
 
     def add(self, work: DeferredWork, reason: Reason) -> None:
-        """Run the work separately until it succeeds, with growing pauses."""
+        """Run the work separately until it succeeds, with increasing pauses."""
         if work.key in self._tasks:
             return
         telemetry.followup_set_aside.labels(reason).inc()
@@ -105,9 +105,9 @@ class DeferredQueue:
         task.add_done_callback(lambda ended: self._ended(work, ended))
 
     async def _until_done(self, work: DeferredWork) -> Sequence[DeferredWork]:
-        """Run the work to its end; return the items that replace it."""
+        """Run the work until it is complete; return the items that replace it, if any."""
         parts, pause = work.divided(), INITIAL_PAUSE_SECONDS
-        is_short = True  # the first attempt may be quick, so it does not wait behind slow ones
+        is_short = True  # the first attempt may be quick, so it does not wait behind slow attempts
         while True:
             try:
                 if work.succeeded(await self._run(work, is_short=is_short)):

@@ -16,7 +16,7 @@ State = Literal["pending", "delivered", "dead"]
 
 
 class Due(msgspec.Struct, frozen=True, gc=False):
-    """Hold a delivery that is due."""
+    """A delivery that is due."""
 
     subscription_id: int
     cursor: int
@@ -35,7 +35,7 @@ class Due(msgspec.Struct, frozen=True, gc=False):
 
 
 def message_id(subscription_id: int, cursor: int, changed_at: datetime) -> str:
-    """Return a `webhook-id`. It contains the time, so that a restored database does not reuse one."""
+    """Return a `webhook-id`. It contains the time, so that a restored database does not reuse an id."""
     return f"msg_{subscription_id}_{cursor}_{round(changed_at.timestamp() * 1_000_000):x}"
 
 
@@ -50,7 +50,7 @@ def parse_message_id(text: str) -> tuple[int, int] | None:
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Hold the result of a delivery attempt."""
+    """The result of a delivery attempt."""
 
     due: Due
     attempt: Attempt
@@ -120,7 +120,7 @@ _RESULTS = """
             state text, wait float8, at timestamptz, seconds float8, status int, fault text, answer text)
     )
 """
-# If the last attempt was in flight when a retry was ordered, the due time of the retry stays.
+# If the last attempt was in flight when a retry was requested, the due time of the retry stays.
 _MORE = "t.state = 'dead' AND d.state = 'pending' AND t.number < d.last_attempt"
 _RECORD = text(
     f"""
@@ -134,7 +134,7 @@ _RECORD = text(
       FROM results t WHERE d.subscription_id = :id AND d.cursor = t.cursor
     """  # noqa: S608  # a constant
 )
-# A response may quote its delivery: it is not stored if that content was erased in between.
+# A response may quote its delivery, so it is not stored if that content has since been erased.
 _RECORD_ATTEMPTS = text(
     f"""
     {_RESULTS}, erased AS MATERIALIZED (
@@ -153,7 +153,7 @@ _RECORD_ATTEMPTS = text(
 
 
 def record_results(connection: Connection, subscription_id: int, results: Sequence[Result]) -> None:
-    """Record results idempotently. Requires the shared lock on unassigned turns."""
+    """Record results idempotently. Requires the shared `Lock.RECORDING`."""
     rows = [
         {
             "cursor": each.due.cursor,

@@ -40,7 +40,7 @@ _UNAVAILABLE = (DBAPIError, PoolTimeoutError, TimeoutError)
 
 
 class Followups:
-    """Serve subscriptions. Across machines, one sender at a time serves a subscription."""
+    """The follow-ups of one worker. Across machines, one sender at a time serves a subscription."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Followups:
         self._is_away = False
 
     async def run(self, ending: asyncio.Event) -> None:
-        """Run until `ending` is set. Deliveries in flight get some seconds; interrupted ones are sent again."""
+        """Run until `ending` is set. Deliveries in flight get some seconds to finish; others are sent again."""
         housekeeping = asyncio.create_task(self._housekeeping())
         try:
             while not ending.is_set():
@@ -87,7 +87,7 @@ class Followups:
                     await task()
                 except _UNAVAILABLE as error:
                     telemetry.followup_waits.inc()
-                    log.warning("database unavailable; follow-up housekeeping paused", reason=database.explain(error))
+                    log.warning("database unavailable; follow-up housekeeping waits", reason=database.explain(error))
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     async def _start_senders(self, ending: asyncio.Event) -> None:
@@ -97,7 +97,7 @@ class Followups:
         except _UNAVAILABLE as error:
             telemetry.followup_waits.inc()
             if not self._is_away:
-                log.warning("database unavailable; follow-ups paused", reason=database.explain(error))
+                log.warning("database unavailable; follow-ups wait", reason=database.explain(error))
             self._is_away = True
             self._duty.failing(database.explain(error))
         except ForeignDatabaseError as error:
@@ -133,7 +133,7 @@ class Followups:
         self._sending[subscription_id] = asyncio.create_task(drain)
 
     def _reap(self, subscription_id: int) -> None:
-        """Restart a failed sender and log its defect, without affecting other subscriptions."""
+        """Remove a finished sender, which may then start again; if it failed, log its defect."""
         ended = self._sending.pop(subscription_id)
         error = None if ended.cancelled() else ended.exception()
         part = f"subscription {subscription_id}"

@@ -23,12 +23,12 @@ MAX_PENDING = 10_000  # per subscription; further changes wait in the feed
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Hold the result of a statement: number of examined changes, last cursor, and deliveries created."""
+    """The result of a statement: number of changes examined, last cursor, and number of deliveries created."""
 
     examined: int
     through: int
     matched: int
-    missed: int  # changes that the feed no longer holds
+    missed: int  # changes that the feed no longer contains
 
 
 # Changes of a subject: a session, an unassigned turn, or else the change itself.
@@ -93,7 +93,7 @@ def _statement(names: tuple[str, ...], *, is_only: bool) -> TextClause:
     return text(page + "".join(map(_matching, names)) + _INSERT_DELIVERIES.format(where=where))
 
 
-# When an unassigned turn gets its session, its pending deliveries precede the later ones there.
+# When an unassigned turn gets its session, its pending deliveries precede the later ones of that session.
 _MOVE_IN = """
     WITH found AS MATERIALIZED (
         SELECT DISTINCT ON (chat_id) chat_id, session_id FROM archiver.changes
@@ -129,7 +129,7 @@ def search(
     advances: bool = True,
     statement_seconds: float = database.STATEMENT_SECONDS,
 ) -> Page | None:
-    """Do `fan_out` with a text filter; None if it timed out.
+    """Run `fan_out` with a text filter; return None if it timed out.
 
     `statement_seconds`: the limit of the caller's other statements, which is restored.
 
@@ -164,9 +164,9 @@ def fan_out(
     deferred: Sequence[str] = (),
     advances: bool = True,
 ) -> Page:
-    """Create deliveries for at most `limit` changes after this cursor, and advance it. Requires the lease.
+    """Create deliveries for at most `limit` changes after this cursor. Requires the lease.
 
-    `deferred`: subjects whose changes are skipped. `advances`: whether the cursor of the subscription advances. A
+    `deferred`: subjects whose changes are skipped. `advances`: also advance the cursor of the subscription. A
     former lease holder would create the same deliveries, which has no effect.
     """
     page = _make(
@@ -180,7 +180,7 @@ def fan_out(
 def fan_out_subject(
     connection: Connection, subscription: Subscription, subject: str, *, after: int, until: int, limit: int = PAGE
 ) -> Page:
-    """Create deliveries for at most `limit` changes of this subject in a part of the feed that was skipped."""
+    """Create deliveries for at most `limit` changes of this subject in a skipped part of the feed."""
     return _make(connection, subscription, after, limit=limit, until=until, subjects=[subject], is_only=True)
 
 

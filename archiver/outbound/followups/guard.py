@@ -1,4 +1,4 @@
-"""Check receiver addresses against SSRF after name resolution, at every connection.
+"""Check receiver addresses after name resolution, at every connection, to prevent SSRF.
 
 The connection uses the checked address itself, so a name that resolves to another address later has no effect.
 """
@@ -37,7 +37,7 @@ class HostNotFoundError(ArchiverError):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Hold the parsed URL of a receiver. `target` is path and query."""
+    """The parsed URL of a receiver. `target` is its path and query."""
 
     scheme: str
     host: str
@@ -57,7 +57,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     @property
     def origin(self) -> str:
-        """Return scheme, host and port, for logs and the audit log: path and query may hold a token."""
+        """Return scheme, host and port, for logs and the audit log: path and query may contain a token."""
         return f"{self.scheme}://{self.authority}"
 
 
@@ -75,7 +75,7 @@ def endpoint(url: str) -> Endpoint:
         raise AddressRefusedError("The URL must be like https://HOST/PATH.")
     if parsed.userinfo:
         raise AddressRefusedError(
-            "The URL contains a user or a password. Remove it: signatures authenticate deliveries."
+            "The URL contains a user name or a password. Remove them: signatures authenticate deliveries."
         )
     if parsed.fragment:
         raise AddressRefusedError("The URL contains a fragment (#...), which is never sent. Remove it.")
@@ -91,14 +91,14 @@ _PORTS = {"http": 80, "https": 443}
 # Networks that `ipaddress` does not classify as non-global, or only in newer versions.
 _FORBIDDEN = [ip_network(each) for each in ("0.0.0.0/8", "169.254.0.0/16", "240.0.0.0/4", "fe80::/10", "::/128")]
 _FORBIDDEN += [ip_network(each) for each in ("192.88.99.0/24", "fec0::/10", "3fff::/20", "64:ff9b:1::/48")]
-# Metadata services of clouds, which give credentials to any internal request; some have public addresses.
+# Metadata services of clouds, which issue credentials to any internal request; some have public addresses.
 _FORBIDDEN += [ip_network(each) for each in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.0/24")]
 _FORBIDDEN += [ip_network(each) for each in ("fd00:ec2::/32", "fd20:ce::254/128")]
 # 6to4 and Teredo: deprecated, with unpredictable routing.
 _FORBIDDEN += [ip_network(each) for each in ("2002::/16", "2001::/32")]
 _PRIVATE = [ip_network(each) for each in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
 _PRIVATE += [ip_network(each) for each in ("100.64.0.0/10", "::1/128", "fc00::/7")]
-_UNICAST = ip_network("2000::/3")  # all of IPv6 that is allocated
+_UNICAST = ip_network("2000::/3")  # the allocated part of IPv6
 _NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
 
 
@@ -164,7 +164,7 @@ def resolve(host: str, port: int) -> Sequence[str]:
 
 
 class GuardedNetwork(httpcore2.AsyncNetworkBackend):
-    """Connect only to addresses that one subscription may use."""
+    """A network backend that connects only to addresses that one subscription may use."""
 
     def __init__(self, *, is_encrypted: bool, allow_private: bool, resolve: Resolve = resolve) -> None:
         self._is_encrypted, self._allow_private = is_encrypted, allow_private

@@ -80,7 +80,7 @@ _SELECT_ERASED = text(
      WHERE e.chat_id = t.chat_id OR (e.chat_id = '' AND e.session_id <> '') GROUP BY t.cursor
     """  # noqa: S608  # a constant
 )
-# Turns with more content than a body can hold are not read.
+# Turns with more content than fits into a body are not read.
 _SELECT_MESSAGES = text(
     f"""
     {_TURNS}, sized AS MATERIALIZED (

@@ -16,7 +16,7 @@ _SELECT = """
      LIMIT :most FOR UPDATE SKIP LOCKED
 """
 _SELECT_ENDED = text(_SELECT.format(which="ended_at < now() - :days * interval '1 day'"))
-# Finds the distinct subscription ids by index, one after the other.
+# Finds the distinct subscription ids by index, one after another.
 _SELECT_REMOVED = text(
     _SELECT.format(
         which="""subscription_id = (
@@ -68,12 +68,12 @@ def _select(connection: Connection, query: TextClause, but: Sequence[Key], **val
 
 
 def delete_deliveries(connection: Connection, keys: Sequence[Key]) -> int:
-    """Delete these, unless they are scheduled for a retry by now; return the number."""
+    """Delete these deliveries, except those now scheduled for a retry; return the number deleted."""
     return int(connection.scalar(_DELETE, {"keys": _json(keys)}) or 0)
 
 
 def delete_of_subscription(connection: Connection, subscription_id: int) -> int:
-    """Delete some deliveries of a removed subscription; return the number."""
+    """Delete some deliveries of a removed subscription; return the number deleted."""
     return delete_deliveries(connection, _select(connection, _SELECT_OF, (), id=subscription_id))
 
 

@@ -9,7 +9,7 @@ _BURST_SECONDS = 0.05  # a burst of this length may compensate for a late event 
 
 
 class RateLimiter:
-    """Limit permits per second, first come, first served; 0 means no limit."""
+    """A limit on permits per second, first come, first served; 0 means no limit."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = monotonic) -> None:
         self._interval = 1 / rate if rate else 0.0
@@ -17,7 +17,7 @@ class RateLimiter:
         self._next = 0.0
 
     async def acquire(self) -> bool:
-        """Wait for a permit; return False after `MAX_WAIT_SECONDS` if too many wait."""
+        """Wait for a permit; return False after `MAX_WAIT_SECONDS` if too many callers are waiting."""
         if not self._interval:
             return True
         now = self._clock()

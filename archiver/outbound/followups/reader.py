@@ -1,4 +1,4 @@
-"""Create the deliveries of one subscription from the feed; slow sessions delay no others.
+"""Create the deliveries of one subscription from the feed; slow sessions do not delay the others.
 
 A slow change is skipped together with all later changes of its subject, so that their order is kept. The cursor of
 the subscription stays before the first skipped change until its deliveries exist.
@@ -24,20 +24,21 @@ from archiver.outbound.followups.fanout import (
 )
 from archiver.outbound.followups.subscriptions import Subscription
 
-POLL_SECONDS = 0.5  # approximate time for the feed per transaction
+POLL_SECONDS = 0.5  # approximate time per transaction for reading the feed
 SPLIT, SEARCH_SPLIT = 32, 8  # divisor of the number of changes per statement after a timeout
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """Hold a skipped session: the cursor up to which its deliveries exist, and why it is slow."""
+    """A skipped session: the cursor up to which its deliveries exist, and why it is slow."""
 
     through: int
     reason: Reason
 
 
 class Position(msgspec.Struct, frozen=True):
-    """Hold `base`, the cursor of the subscription, and `ahead`, the cursor up to which all but slow sessions are
-    done.
+    """The position in the feed. `base`: the cursor of the subscription.
+
+    `ahead`: the cursor up to which all but the slow sessions are done.
     """
 
     base: int = 0
@@ -52,7 +53,7 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Reader:
-    """Read the feed for one subscription.
+    """A reader of the feed for one subscription.
 
     A cycle calls `begin`, then in its transaction `start` and `read_page`, and `commit` afterwards.
     """
@@ -70,7 +71,7 @@ class Reader:
         self._returning = dict(self._back)
 
     def commit(self, subscription: Subscription, position: Position) -> None:
-        """Keep the results of a cycle, and defer slow subjects."""
+        """Store the results of a cycle, and defer slow subjects."""
         self.position = position
         for subject in self._returning:
             del self._back[subject]
@@ -118,7 +119,7 @@ class Reader:
         return page
 
     def _narrow(self, connection: Connection, position: Position, limit: int, reason: Reason) -> Position:
-        """Examine fewer changes per statement from now on; if it was a single change, skip its subject."""
+        """Examine fewer changes per statement from now on; if one change alone is too slow, skip its subject."""
         limit = self._narrow_search(connection, position, limit, SPLIT)
         if limit > 1:
             self._narrow_until = position.ahead + limit
@@ -139,9 +140,7 @@ class Reader:
         return limit
 
     def start(self, connection: Connection, leased: Subscription) -> Position:
-        """Return the position to continue from. Subjects whose deliveries were created separately rejoin unless still
-        slow.
-        """
+        """Return the position to continue from. Subjects whose deliveries exist rejoin, unless still slow."""
         position = self.position.of(leased.cursor)
         left = dict(position.slow)
         reason: Reason | None = None
@@ -178,7 +177,7 @@ class Reader:
 
 
 class MakeRest(DeferredWork):
-    """Create the deliveries of one slow subject, from a cursor up to the position of the reader."""
+    """The creation of the deliveries of one slow subject, from a cursor up to the position of the reader."""
 
     def __init__(self, reader: Reader, subscription: Subscription, subject: str, through: int) -> None:
         self.key = ("changes", (subject,))
@@ -186,7 +185,7 @@ class MakeRest(DeferredWork):
         self._until, self._size, self._is_new = 0, PAGE, True
 
     def run(self, connection: Connection) -> int:
-        """Create some deliveries; return the cursor reached, or 0 if none is left."""
+        """Create some deliveries; return the cursor reached, or 0 if no change is left."""
         if not self._is_new:  # the last attempt failed
             self._size = 1
         self._is_new = False
@@ -202,7 +201,7 @@ class MakeRest(DeferredWork):
         return page.through if page.examined else 0
 
     def succeeded(self, answer: int) -> bool:
-        """Continue after the created deliveries."""
+        """Continue after the created deliveries; return whether all are created."""
         self._is_new = True
         if answer:
             self._through = answer

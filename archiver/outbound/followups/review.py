@@ -1,4 +1,4 @@
-"""Read subscriptions and deliveries for people, and order retries."""
+"""Select subscriptions and deliveries for display, and request retries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, text
 from archiver.outbound.followups.deliveries import State
 from archiver.outbound.followups.schedule import ATTEMPTS
 
-# Never the secrets. What waits and fails was tried last of all; where nothing waits, the newest that were given up.
+# Never selects the secrets. The latest attempt is one at a pending delivery or at one of the newest dead deliveries.
 _SHOW = text(
     """
     SELECT s.id, s.url, s.events, s.assistant_id, s.variable, s.value, s.contains, s.is_ordered, s.concurrency,
@@ -44,7 +44,7 @@ def select_subscriptions(connection: Connection, subscription_id: int | None = N
     """Return all subscriptions, or one, without their secrets.
 
     `state` is "paused", "failing" or "at work"; `last_status` and `last_fault` describe the latest consecutive
-    failure; `open_until` is the end of the time for which the circuit breaker blocks deliveries; `behind` counts the
+    failure; `open_until` is the time until which the circuit breaker blocks deliveries; `behind` counts the
     changes of the feed after its cursor. Each is null if it does not apply.
     """
     found = connection.execute(_SHOW, {"id": subscription_id}).mappings()
@@ -62,12 +62,12 @@ def select_failing(connection: Connection) -> list[dict[str, Any]]:
 
 
 def latest_fault(row: Mapping[str, Any]) -> str:
-    """Describe the latest fault of a row, such as "no_connection" or "503 not_2xx"; empty without a failure."""
+    """Return the latest fault of a row as text, such as "no_connection" or "503 not_2xx"; empty without a failure."""
     return " ".join(str(row[name]) for name in ("last_status", "last_fault") if row[name] is not None)
 
 
 def name_failing(failing: Sequence[Mapping[str, Any]]) -> str:
-    """List some failing subscriptions by id, each with its latest fault."""
+    """Return the ids of some failing subscriptions as text, each with its latest fault."""
     names = [f"{row['id']} ({latest_fault(row)})" if latest_fault(row) else str(row["id"]) for row in failing]
     more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
@@ -139,7 +139,7 @@ def retry_dead(connection: Connection, subscription_id: int, limit: int) -> int:
 
 
 class FollowupStats(msgspec.Struct, frozen=True):
-    """Hold statistics of follow-ups: counts, and the age in seconds of the oldest undelivered change."""
+    """Statistics of follow-ups: counts, and the age in seconds of the oldest undelivered change."""
 
     subscriptions: int
     paused: int

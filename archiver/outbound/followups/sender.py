@@ -1,7 +1,7 @@
 """Send the deliveries of one subscription: claim, commit, send, settle; a slow receiver delays no other.
 
 A cycle is one short transaction: it records the last results, renews the lease and reads the next deliveries with
-their content; if few are left, it also reads the feed further. Sending happens between cycles.
+their content; if few are left, it also reads more of the feed. Sending happens between cycles.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ _OVERLOADED = frozenset({429, 503})
 
 
 class ReadyDelivery(msgspec.Struct, frozen=True):
-    """Hold a delivery with its body, read from the archive at `at` on this process's clock."""
+    """A delivery with its body, read from the archive at `read_at` on this process's clock."""
 
     due: Due
     body: bytes
@@ -65,7 +65,7 @@ class ReadyDelivery(msgspec.Struct, frozen=True):
 
 
 class SendCycle(msgspec.Struct, frozen=True):
-    """Hold the result of a cycle. `subscription` is None without a lease; `has_more`: the feed may hold more.
+    """The result of a cycle. `subscription` is None without a lease; `has_more`: the feed may contain more.
 
     `position`: the position in the feed. `unrecorded`: why results could not be recorded in time.
     """
@@ -79,7 +79,7 @@ class SendCycle(msgspec.Struct, frozen=True):
 
 
 class RecordResults(DeferredWork):
-    """Record results that could not be recorded in time; their deliveries are not sent again before that."""
+    """Results that could not be recorded in time; their deliveries are not sent again until they are recorded."""
 
     def __init__(self, subscription_id: int, results: Sequence[Result]) -> None:
         self.key = (RESULTS, tuple(each.due.cursor for each in results))
@@ -96,14 +96,14 @@ class RecordResults(DeferredWork):
         return answer == len(self._results)
 
     def divided(self) -> Sequence[DeferredWork]:
-        """Return the results in parts; none for a single result."""
+        """Return the results split into smaller items; empty for a single result."""
         size = max(1, len(self._results) // RESULTS_SPLIT)
         starts = range(0, len(self._results), size) if len(self._results) > 1 else ()
         return [RecordResults(self._id, self._results[start : start + size]) for start in starts]
 
 
 class Sender:
-    """Send the deliveries of one subscription while there are any. `owner` names the lease holder."""
+    """The sender of the deliveries of one subscription. `owner` names the lease holder."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Sender:
     async def _send(
         self, transport: Transport | None, subscription: Subscription, ready: ReadyDelivery
     ) -> Result | None:
-        """Send one delivery. None if its content is too old or the receiver requested a pause; it is read again."""
+        """Send one delivery. Return None to have it read again: its content is too old, or a pause was requested."""
         async with self._slots:
             is_old = monotonic() - ready.read_at > FRESH_SECONDS
             if is_old or not await self._pace.acquire() or self._must_wait:
@@ -259,12 +259,12 @@ class Sender:
         return msgspec.structs.replace(cycle, unrecorded=unrecorded)
 
     def _record(self, connection: Connection, results: Sequence[Result]) -> Reason | None:
-        """Record the results; return why it takes too long if nothing was recorded."""
+        """Record the results; if that takes too long, record nothing and return the reason."""
         if not results:
             return None
         try:
             with connection.begin_nested():
-                Lock.RECORDING.take(connection, exclusive=False)  # excludes a concurrent erasure
+                Lock.RECORDING.take(connection, exclusive=False)  # blocks a concurrent erasure
                 deliveries.record_results(connection, self._id, results)
         except DBAPIError as error:
             if (reason := slow(error)) is None:
@@ -273,7 +273,7 @@ class Sender:
         return None
 
     def _judge(self, connection: Connection, leased: Subscription, results: Sequence[Result]) -> Subscription | None:
-        """Count consecutive failures; return None if the subscription is paused."""
+        """Count consecutive failures, and return the subscription; None if it is paused now."""
         if not results:
             return leased
         failures, wait = leased.failures, 0.0
@@ -343,9 +343,7 @@ class Sender:
 
 
 async def _ended(under_way: dict[asyncio.Task[Result | None], Due]) -> list[Result]:
-    """Remove and return the results of ended deliveries; those that end shortly after each other are returned
-    together.
-    """
+    """Remove finished deliveries and return their results; those that finish in quick succession are combined."""
     done, _ = await asyncio.wait(under_way, timeout=RENEW_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if done and len(done) < len(under_way):
         await asyncio.sleep(LINGER_SECONDS)

@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 SECONDS = 15.0  # for an attempt, up to the last byte of the response
 MAX_ANSWER_BYTES = 65_536  # per response
-MAX_PARTS = 256  # per response; each chunk of a chunked response is one
+MAX_PARTS = 256  # per response; each chunk of a chunked response counts as one
 KEPT = 256  # bytes kept of a response
 IDLE_SECONDS = 4.0  # an idle connection is kept this long; servers keep it longer
 GONE = 410
@@ -51,7 +51,7 @@ Fault = Literal[
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """Hold the result of an attempt: `status` of the response, `fault` unless it was 2xx, first bytes of the body.
+    """The result of an attempt: `status` of the response, `fault` unless it was 2xx, first bytes of the body.
 
     `retry_after`: seconds requested by the receiver.
     """
@@ -65,12 +65,12 @@ class Attempt(msgspec.Struct, frozen=True):
 
     @staticmethod
     def refused() -> "Attempt":
-        """Return the result of an attempt that was not made."""
+        """Return the result of an attempt that was not made because the address is refused."""
         return Attempt(datetime.now(UTC), 0.0, fault="refused_address")
 
 
 class Transport:
-    """Hold the connections to one receiver; use it in `async with`."""
+    """The connections to one receiver; use it in `async with`."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Transport:
         await self._pool.aclose()
 
     async def send(self, subscription: Subscription, message_id: str, body: bytes) -> Attempt:
-        """Send one POST, signed now."""
+        """Send one POST, signed with the current time, and return the result."""
         began, started = datetime.now(UTC), monotonic()
 
         def ended(**what: object) -> Attempt:
@@ -140,7 +140,7 @@ class Transport:
             async for part in response.aiter_stream():
                 answer += part
                 parts += 1
-                if len(answer) >= MAX_ANSWER_BYTES or parts >= MAX_PARTS:  # an unread rest closes the connection
+                if len(answer) >= MAX_ANSWER_BYTES or parts >= MAX_PARTS:  # unread bytes close the connection
                     break
             else:
                 if isinstance(stream, VerifiedStream):

@@ -25,11 +25,11 @@ class SubscriptionNotFoundError(ArchiverError):
     """No subscription has this id."""
 
     def __init__(self, subscription_id: int) -> None:
-        super().__init__(f"subscription {subscription_id} does not exist; list them with archiver followups list")
+        super().__init__(f"subscription {subscription_id} does not exist; list them with `archiver followups list`")
 
 
 class SubscriptionLimitError(ArchiverError):
-    """The maximum number of subscriptions exists."""
+    """The maximum number of subscriptions is reached."""
 
 
 class CursorBeyondFeedError(ArchiverError):
@@ -37,7 +37,7 @@ class CursorBeyondFeedError(ArchiverError):
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """Hold conditions on a conversation; None matches any."""
+    """Conditions on a conversation; a field that is None matches any."""
 
     assistant_id: str | None = None
     variable: str | None = None
@@ -51,7 +51,7 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 class Subscription(msgspec.Struct, frozen=True):
-    """Hold a subscription for its sender."""
+    """A subscription as its sender uses it."""
 
     id: int
     url: str
@@ -116,7 +116,7 @@ def select_one(connection: Connection, subscription_id: int) -> RowMapping:
 
 
 def subscription_from_row(row: RowMapping) -> Subscription:
-    """Convert a row for the sender."""
+    """Return the subscription in this row, for its sender."""
     row_filter = Filter(row["assistant_id"], row["variable"], row["value"], row["contains"])
     return Subscription(
         id=row["id"],
@@ -150,7 +150,7 @@ _HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "open_until": 
 
 
 def resume(connection: Connection, subscription_id: int) -> int:
-    """Resume a subscription; return how many changes the feed no longer holds. Raises `SubscriptionNotFoundError`."""
+    """Resume a subscription; return how many changes the feed has lost since. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, paused_at=None, pause_reason=None, **_HEALTHY)
     oldest = connection.scalar(text("SELECT min(cursor) FROM archiver.changes"))
     cursor = int(select_one(connection, subscription_id)["cursor"])
@@ -158,7 +158,7 @@ def resume(connection: Connection, subscription_id: int) -> int:
 
 
 def reset_circuit(connection: Connection, subscription_id: int) -> None:
-    """Close the circuit breaker, because the receiver answers again. Raises `SubscriptionNotFoundError`."""
+    """Close the circuit breaker, because the receiver responds again. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, **_HEALTHY)
 
 
@@ -182,7 +182,7 @@ def new_owner() -> str:
 
 
 # One sender at a time has the lease, across machines, so the database clock is used. A lease that ends implausibly
-# late was taken while that clock was ahead.
+# late was acquired while that clock was ahead.
 _LEASE = text(
     """
     UPDATE archiver.subscriptions SET leased_by = :owner, leased_until = now() + :seconds * interval '1 second'
@@ -199,7 +199,7 @@ _RELEASE = text(
 
 
 def lease(connection: Connection, subscription_id: int, owner: str) -> Subscription | None:
-    """Lease the subscription; None if it is leased by another worker, paused or removed."""
+    """Lease the subscription and return it; None if it is leased by another worker, paused or removed."""
     values = {"id": subscription_id, "owner": owner, "seconds": LEASE_SECONDS}
     row = connection.execute(_LEASE, values).mappings().first()
     return None if row is None else subscription_from_row(row)
@@ -227,7 +227,7 @@ _IDLE_SECONDS = 90_000.0
 
 
 def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
-    """Store consecutive failures, and open the circuit for `wait` seconds or keep it as it is."""
+    """Store the number of consecutive failures, and open the circuit for `wait` seconds or keep it as it is."""
     values = {"id": subscription_id, "failures": failures, "wait": wait, "idle": _IDLE_SECONDS}
     connection.execute(_SET_CIRCUIT, values)
 

@@ -15,7 +15,7 @@ MAX_KEPT = 262_144  # bytes; a complete response has fewer
 # Limits of one attempt, because a receiver that keeps sending takes time from others.
 MAX_BYTES = 262_144  # received per attempt
 READ_BYTES = 4_096  # parsed at a time
-MAX_INFORMATIONAL = 16  # responses 1xx before the final response
+MAX_INFORMATIONAL = 16  # 1xx responses before the final response
 FREE_READS, READS_PER_SECOND = 64, 100
 
 _INFORMATIONAL = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
@@ -23,7 +23,7 @@ _MAX_MATCH = 12
 
 
 class VerifiedStream(httpcore2.AsyncNetworkStream):
-    """Wrap a connection and remember the bytes received since the last write."""
+    """A connection that remembers the bytes received since the last write."""
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self._stream = stream
@@ -79,7 +79,7 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
             self._informational += sum(match.end() > began for match in _INFORMATIONAL.finditer(seen))
             self._tail = seen[-_MAX_MATCH:]
         if self._bytes > MAX_BYTES or self._informational > MAX_INFORMATIONAL:
-            raise httpcore2.RemoteProtocolError("the response has no end")
+            raise httpcore2.RemoteProtocolError("the response does not end")
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  # the library's name
         """Implement the method of the library."""
