@@ -1,1 +1,1 @@
-"""Provide an operator's view: checks, figures, heartbeats and effective settings."""
+"""The operator's view: checks, figures, heartbeats and effective settings."""

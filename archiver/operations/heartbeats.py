@@ -14,7 +14,7 @@ from archiver.telemetry.duty_health import Report
 
 BEAT_SECONDS = 5.0
 FRESH_SECONDS = 30.0  # a worker that reported within this time is running
-_KEPT_DAYS = 1  # days that a worker which ended without a report is still shown
+_KEPT_DAYS = 1  # days for which a worker that exited without a report is still shown
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ _UPSERT = text(
 
 
 class Process(msgspec.Struct, frozen=True):
-    """Identify the process that reports."""
+    """The process that reports."""
 
     id: str
     host: str = msgspec.field(default_factory=socket.gethostname)
@@ -66,7 +66,7 @@ def upsert_worker(connection: Connection, process: Process, reports: Mapping[str
 
 
 def delete_worker(connection: Connection, worker_id: str) -> None:
-    """Delete a worker that ended normally."""
+    """Delete a worker that exited normally."""
     connection.execute(text("DELETE FROM archiver.workers WHERE id = :id"), {"id": worker_id})
 
 
@@ -100,7 +100,7 @@ _MAY_SELECT = text(
 
 
 def may_select(connection: Connection) -> bool:
-    """Return whether this user may read the reports of workers; False also with an older schema."""
+    """Return whether this user may read the reports of workers; False also if the schema is older."""
     return bool(connection.scalar(_MAY_SELECT))
 
 
@@ -111,7 +111,7 @@ def select_workers(connection: Connection) -> Sequence[Worker]:
     ]
 
 
-# A time in the future was written while Postgres' clock was ahead: it counts as long ago.
+# A time in the future was written while Postgres' clock was ahead: it is treated as long past.
 _CLAIM = text(
     """
     INSERT INTO archiver.duties (name, begun_at) VALUES (:name, clock_timestamp())
@@ -124,5 +124,5 @@ _CLAIM = text(
 
 
 def claim(connection: Connection, name: str, seconds: float) -> bool:
-    """Claim a duty that one worker at a time runs. False if another worker began it within `seconds`."""
+    """Claim a duty that one worker at a time runs. Return False if another worker began it within `seconds`."""
     return connection.scalar(_CLAIM, {"name": name, "seconds": seconds}) is not None

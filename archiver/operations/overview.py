@@ -7,7 +7,7 @@ from sqlalchemy import Connection, text
 
 
 class Overview(msgspec.Struct, frozen=True):
-    """Counts are rows; `sizes` in bytes by table, indexes included."""
+    """Figures about an archive. Counts are rows; `sizes`: bytes by table, including indexes."""
 
     events: int
     deliveries: int
@@ -72,9 +72,9 @@ def _counts(connection: Connection, query: str) -> dict[str, int]:
 
 
 class Silence(msgspec.Struct, frozen=True):
-    """Turns in histories that no webhook delivered: since the latest webhook of a turn, or all without one.
+    """Turns in histories that no webhook delivered: since the latest webhook of a turn, or all if there is none.
 
-    `read_since` is the time of the first reading of a history; None if webhooks are in the ledger, or no history is.
+    `read_since` is the time of the first reading of a history; None if the ledger contains webhooks, or no history.
     """
 
     since: datetime | None
@@ -85,20 +85,20 @@ class Silence(msgspec.Struct, frozen=True):
 
     @property
     def is_certain(self) -> bool:
-        """Return whether the number is so large that webhooks do not arrive, rather than single ones being lost."""
+        """Return whether the number is so large that webhooks do not arrive at all, rather than being lost singly."""
         return self.turns >= SILENT_TURNS
 
 
 SILENT_TURNS = 3
 ADVICE = (
     "Check that the platform sends its webhooks here (the assistant's page, Server Messaging), and"
-    " that this receiver does not refuse them: archiver_received_total by status."
+    " that this receiver does not reject them: archiver_received_total by status."
 )
 _MAX_EXAMINED = 1_000  # newest readings and registrations
 
-# After a webhook, counts a turn only if it certainly began after it: its session is younger, or was read in between
-# without it. A turn whose webhook was lost earlier and that a later reading supplied is not counted, nor is any turn
-# where only deletions were ever sent. Without any webhook, counts each turn.
+# After a webhook, counts a turn only if it certainly began after it: its session is newer, or was read in between
+# without the turn. A turn whose webhook was lost earlier and that a later reading supplied is not counted, nor
+# is any turn if only deletions were ever sent. Without any webhook, counts every turn.
 _SILENCE = text(
     """
     WITH latest AS MATERIALIZED (

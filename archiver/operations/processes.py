@@ -1,4 +1,4 @@
-"""Processes that belong to another."""
+"""Child processes that exit with their parent."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ import threading
 
 
 def exit_with_parent() -> None:
-    """Exit this process when its parent process ends."""
+    """Exit this process when its parent process exits."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -1,7 +1,7 @@
 """Reload settings files when they change and on SIGHUP.
 
 A file counts as changed when two consecutive checks find the same new content, so that a partly written file is not
-read. The first check precedes the reading of the settings, so that no change in between is missed. Invalid settings
+read. The first check runs before the settings are read, so that no change in between is missed. Invalid settings
 are reported, and the previous settings stay in use.
 """
 
@@ -36,13 +36,13 @@ def block() -> None:
 
 
 def look() -> Mapping[str, str]:
-    """Return a digest of each file that holds a setting, or the reason why the file cannot be read."""
+    """Return a digest of each file that contains a setting, or the reason why the file cannot be read."""
     names = [name for name in settings.file_names() if os.environ.get(name)]
     return {name: _digest(Path(os.environ[name])) for name in (*names, *filter(os.environ.get, _CERTIFICATES))}
 
 
 def require_files(found: Mapping[str, str]) -> None:
-    """Raise `SettingsError` where a setting is in a pipe or device, which blocks or is empty when read again.
+    """Raise `SettingsError` if a setting is in a pipe or device, which blocks or is empty when read again.
 
     The null device is accepted: it is always empty.
     """
@@ -62,10 +62,10 @@ def _digest(path: Path) -> str:
 
 
 class Reloading:
-    """Reload the settings whenever a file changes.
+    """The reloading of the settings whenever a file changes.
 
-    `apply` puts new settings to use, or raises `SettingsError` before it changes anything. `used` is the result of
-    `look` before the present settings were read. `forward` passes SIGHUP on to other processes.
+    `apply` puts new settings into effect, or raises `SettingsError` before it changes anything. `used` is the result
+    of `look` before the current settings were read. `forward` passes SIGHUP on to other processes.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Reloading:
     async def run(self, duty: Duty | None = None) -> None:
         """Check the files until cancelled. SIGHUP triggers a check if the event loop runs in the main thread.
 
-        A second call reads the changes since the first one was cancelled.
+        A second call detects the changes made since the first call was cancelled.
         """
         self._duty = duty or self._duty
         telemetry.settings_current.set(not self._fault)

@@ -200,7 +200,7 @@ def test_status_and_doctor_report_follow_ups(database_url: str, engine: Engine) 
     execute(engine, "UPDATE archiver.deliveries SET state = 'dead', ended_at = now()")
     listed = output_of(archiver("doctor", database_url=as_writer(database_url)))
     assert "dead deliveries: 1" in listed
-    assert f"1 subscriptions fail: {first} (no_connection)" in listed
+    assert f"1 subscriptions are failing: {first} (no_connection)" in listed
     status = archiver("status", database_url=as_writer(database_url))
     assert "1 failing" in output_of(status)
     assert f"failing: {first} (no_connection)" in output_of(status)

@@ -26,8 +26,8 @@ from archiver.settings import Settings
 OLDEST_POSTGRES = 14
 OUT_OF_MEMORY = "53200"  # SQLSTATE
 _CLOCK_WARNING_SECONDS = 5
-_LOCK_SECONDS = 3.0  # time to find the holder of a lock
-_MAX_HOLDERS = 3  # that a finding names
+_LOCK_SECONDS = 3.0  # enough to find the holder of a lock
+_MAX_HOLDERS = 3  # named in a finding
 _MAX_USAGE = 0.75  # of the lock table
 _RUN_AGAIN = "Run `archiver doctor` again."
 
@@ -72,7 +72,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
             yield from _workers(connection)
             yield from _identity(configuration, connection, engine)
             yield _clock(connection, configuration.timestamp_tolerance)
-        yield _held(engine) or Finding("locks", "ok", "No session waits for a lock on the archiver's tables.")
+        yield _held(engine) or Finding("locks", "ok", "No session is waiting for a lock on the archiver's tables.")
     except lock_waits.LockTimeoutError as error:
         detail, _, advice = str(error).partition("\n")
         yield Finding("locks", "failure", detail, advice or _RUN_AGAIN)
@@ -110,7 +110,7 @@ _ADVICE = (
 
 def _advice_on(message: str) -> str:
     """Return the remedy for a connection error."""
-    general = "Check DATABASE_URL, and that Postgres runs and is reachable."
+    general = "Check DATABASE_URL, and that Postgres is running and reachable."
     return next((advice for pattern, advice in _ADVICE if re.search(pattern, message)), general)
 
 
@@ -122,11 +122,11 @@ def _version(connection: Connection) -> Finding:
 
 
 def _held(engine: Engine) -> Finding | None:
-    """Report sessions that block the archiver's tables; None if there are none."""
+    """Return a finding about sessions that block the archiver's tables; None if there are none."""
     holders = lock_waits.find_holders(engine)
     if not holders:
         return None
-    detail = f"Sessions wait for locks: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
+    detail = f"Sessions are waiting for locks: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
     return Finding("locks", "failure", detail, holders[0].advice)
 
 
@@ -136,7 +136,7 @@ def _room_for_locks(connection: Connection) -> Finding:
     if used.usage > _MAX_USAGE:
         detail = (
             f"{used.usage:.0%} of the lock table is in use; process {used.pid} (user {used.user or 'unknown'},"
-            f" application {used.application or 'unnamed'}) holds {used.locks:,} of them."
+            f" application {used.application or 'unnamed'}) holds {used.locks:,} locks."
         )
         return Finding("room for locks", "warning", detail, database.NO_ROOM_FOR_LOCKS)
     return Finding("room for locks", "ok", f"{used.usage:.0%} of the lock table is in use.")
@@ -181,7 +181,7 @@ def _durability(connection: Connection) -> Finding:
 
 
 def _schema_access(connection: Connection) -> Finding | None:
-    """Report why this user cannot even read the schema; None if it can."""
+    """Return a finding about why this user cannot even read the schema; None if it can."""
     create = schema.grant_missing(connection)
     if connection.scalar(text("SELECT to_regnamespace('archiver') IS NULL")):
         if create is None:
@@ -223,7 +223,7 @@ _OLDEST_UNSEALED = text(
     "SELECT extract(epoch FROM clock_timestamp() - received_at)::float8 FROM archiver.events"
     " WHERE id > (SELECT coalesce(max(events_through), 0) FROM archiver.seals) ORDER BY id LIMIT 1"
 )
-LATE_SEALS = 10  # times the usual interval interval
+LATE_SEALS = 10  # times the usual interval
 MIN_LATE_SECONDS = 600.0
 
 
@@ -235,7 +235,7 @@ _SIGNED = text(
 
 
 def _sealing(connection: Connection, every: int) -> Finding:
-    """Check that events are sealed in time, and signed if they once were."""
+    """Check that events are sealed in time, and that seals are signed if earlier seals are."""
     age = connection.scalar(_OLDEST_UNSEALED)
     if age is None or age < max(LATE_SEALS * every, MIN_LATE_SECONDS):
         is_signed, latest_signed = connection.execute(_SIGNED).one()
@@ -291,25 +291,28 @@ def _roles(connection: Connection) -> Finding:
         return Finding(
             "roles",
             "warning",
-            f"The roles {', '.join(absent)} do not exist, so users cannot be given minimal rights.",
-            "As an administrator run deploy/roles.sql; then run `archiver migrate` again.",
+            f"The roles {', '.join(absent)} do not exist, so users cannot be granted minimal rights.",
+            "As an administrator, run deploy/roles.sql; then run `archiver migrate` again.",
         )
     return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
 
 
 def _outbox(connection: Connection) -> Finding | None:
-    """Check that changes are published; None if this user cannot see it."""
+    """Check that changes are published; None if this user cannot see the outbox."""
     if not connection.scalar(text("SELECT has_table_privilege('archiver.outbox', 'SELECT')")):
         return None
     waiting = feed.select_backlog(connection)
     if not waiting.is_overdue(datetime.now(UTC)):
         return Finding("changes", "ok", "Changes are published when they are committed.")
-    detail = f"Changes of {waiting.transactions:,} transactions wait since {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
+    detail = (
+        f"Changes of {waiting.transactions:,} transactions have been waiting since"
+        f" {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
+    )
     return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
 
 
 def _workers(connection: Connection) -> Iterator[Finding]:
-    """Check that a worker runs, and report each failing or hanging duty."""
+    """Check that a worker is running, and report each failing or hanging duty."""
     if not heartbeats.may_select(connection):
         return  # the missing privilege is reported above
     workers = heartbeats.select_workers(connection)
@@ -336,12 +339,12 @@ def _workers(connection: Connection) -> Iterator[Finding]:
 
 
 def _identity(configuration: Settings, connection: Connection, engine: Engine) -> Iterator[Finding]:
-    """Check that this database was served before."""
+    """Check that this database was served before or is new."""
     if not identity.may_select(connection):
         return
     guard = identity.Guard(configuration.home.resolve(), engine.url)
     if reason := guard.examine(connection):
-        detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are received."
+        detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are still received."
         yield Finding("identity", "failure", detail, identity.ADVICE)
     elif guard.unreadable:
         yield Finding(
@@ -372,22 +375,18 @@ def _followups(connection: Connection) -> Finding | None:
 def _followup_problems(stats: FollowupStats, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield each problem of the follow-ups with its remedy."""
     if stats.paused:
-        advice = "archiver followups list shows why they are paused; after fixing it: archiver followups resume ID."
+        advice = "`archiver followups list` shows why; after fixing the cause: `archiver followups resume ID`."
         yield f"{stats.paused:,} subscriptions are paused", advice
     if failing:
-        advice = (
-            "archiver followups show ID shows since when it fails; to test its receiver: archiver followups test ID."
-        )
-        yield f"{len(failing):,} subscriptions fail: {name_failing(failing)}", advice
+        advice = "`archiver followups show ID` shows since when; to test the receiver: `archiver followups test ID`."
+        yield f"{len(failing):,} subscriptions are failing: {name_failing(failing)}", advice
     if stats.dead:
-        advice = (
-            "To list dead deliveries: archiver followups deliveries --dead; to retry them: archiver followups retry."
-        )
+        advice = "To list them: `archiver followups deliveries --dead`; to retry them: `archiver followups retry`."
         yield f"dead deliveries: {stats.dead:,}", advice
     if stats.oldest_seconds > _LATE_SECONDS:
         advice = (
-            "Look for failing receivers: archiver followups list."
-            " If there are none, start archiver serve or archiver worker."
+            "Look for failing receivers: `archiver followups list`."
+            " If there are none, start `archiver serve` or `archiver worker`."
         )
         yield f"a change from {stats.oldest_seconds / 3_600:,.1f} hours ago is not delivered", advice
 
@@ -429,13 +428,13 @@ _AHEAD = text(
 
 
 def _times_ahead(connection: Connection, lifetime: float) -> Finding:
-    """Check for due times that a clock running ahead has left."""
+    """Check for due times recorded while a clock was ahead."""
     rows = connection.execute(_AHEAD, {"lifetime": lifetime}).all()
     if not rows:
         return Finding("times", "ok", "No due time in the database is implausibly far ahead.")
     listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in rows)
     advice = (
-        "The clock of a machine or of the database was ahead: synchronise them (NTP). Within minutes a worker"
+        "The clock of a machine or of the database was ahead: synchronise the clocks (NTP). Within minutes a worker"
         " ends such leases and makes such readings and attempts due."
     )
     return Finding("times", "warning", f"These due times are implausibly far ahead: {listed}.", advice)

@@ -52,7 +52,7 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
         yield Finding(
             "webhook secret",
             "warning",
-            f"{detail} One is shorter than {MIN_SECRET_LENGTH} characters and can be guessed.",
+            f"{detail} One secret is shorter than {MIN_SECRET_LENGTH} characters and can be guessed.",
             'Generate a longer one: python3 -c "import secrets; print(secrets.token_urlsafe(32))"',
         )
     else:
@@ -85,7 +85,7 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
     folder = configuration.home.resolve() / SPOOL_FOLDER
     try:
         if configuration.spool == "off":
-            detail = "ARCHIVER_SPOOL is off: events are refused while Postgres is unavailable, and may be lost."
+            detail = "ARCHIVER_SPOOL is off: events are rejected while Postgres is unavailable, and may be lost."
             yield Finding("spool", "warning", detail, "Unset it, unless another queue is in front of this receiver.")
         else:
             yield _spool_room(folder, configuration.spool_bytes)
@@ -97,9 +97,9 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
         yield Finding(
             "spooled",
             "warning",
-            f"{left.events:,} events ({left.bytes / 1_000_000:,.1f} MB) wait in {folder} for Postgres.",
+            f"{left.events:,} events ({left.bytes / 1_000_000:,.1f} MB) are waiting in {folder} for Postgres.",
             "`archiver serve` with this ARCHIVER_HOME drains them when Postgres is available."
-            " If it runs, see its log and /readyz; otherwise start it.",
+            " If it is running, see its log and /readyz; otherwise start it.",
         )
     if (lost := select_lost(folder)).since is not None:
         yield Finding(

@@ -1,4 +1,4 @@
-"""The result of a check."""
+"""Results of checks."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ Verdict = Literal["ok", "warning", "failure"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One check. `advice` is empty if no action is required."""
+    """The result of one check. `advice` is empty if no action is required."""
 
     check: str
     verdict: Verdict
