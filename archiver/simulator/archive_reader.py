@@ -10,7 +10,7 @@ from archiver.simulator.comparison import Archive, ArchivedMessage, ChatRow, Con
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """Hold the content of one database."""
+    """The content of one database."""
 
     archive: Archive
     facts: int  # rows of the ledger
@@ -20,7 +20,7 @@ class Holdings:
 
 
 def read(url: str) -> Holdings:
-    """Return everything, as of one moment."""
+    """Return the content of the database in one snapshot."""
     with psycopg.connect(url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         messages = connection.execute(

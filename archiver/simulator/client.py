@@ -1,4 +1,4 @@
-"""An application that talks to the platform, as CallHQ's quickstart does, and many of its customers at once."""
+"""An application that calls the platform as CallHQ's quickstart does, with many concurrent customers."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ import httpx2
 from archiver.simulator.conversations import Conversation
 
 _PARALLEL = 12  # conversations
-_IDLE = 2.0  # seconds that a connection is kept unused: less than our server keeps it
+_IDLE = 2.0  # seconds that an unused connection is kept; the archiver's server keeps it longer
 
 
 class Client:
@@ -34,7 +34,7 @@ class Client:
         return await self._call("GET", f"/chats/session/{session_id}", "session", None)
 
     async def delete_chat(self, chat_id: str) -> None:
-        """Take one turn back."""
+        """Delete one turn."""
         await self._call("DELETE", f"/chats/{chat_id}", "chat", None)
 
     async def _call(self, method: str, path: str, name: str, body: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Client:
 
 
 def connect(api_url: str, api_key: str) -> httpx2.AsyncClient:
-    """Connections to the API; the caller closes them."""
+    """Return an HTTP client for the API, which the caller closes."""
     return httpx2.AsyncClient(
         base_url=api_url,
         headers={"x-api-key": api_key},
@@ -72,7 +72,7 @@ async def run_all(client: Client, conversations: Iterable[Conversation], ended: 
 async def _run_one(client: Client, conversation: Conversation) -> None:
     session = await client.create_session(conversation.name, conversation.assistant_id)
     for number, line in enumerate(conversation.lines):
-        # As applications do: the facts go along with the first message, and the platform remembers them.
+        # As applications do: the variables are sent with the first message, and the platform remembers them.
         chat = await client.send_message(session["id"], line.text, conversation.variables if number == 0 else None)
         if line.is_deleted:
             await client.delete_chat(chat["id"])

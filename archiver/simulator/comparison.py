@@ -1,6 +1,6 @@
 """Compare the archive with what was delivered, and with histories, message by message. Pure.
 
-`expected` says in its own plain way what the deliveries add up to, and shares no code with what it judges.
+`expected` determines independently what the deliveries add up to, and shares no code with the archiver.
 """
 
 from collections import Counter, defaultdict
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from archiver.simulator.faults import CREATED, DELETED
 from archiver.simulator.upstream import Session
 
-_SHOWN = 60  # characters of a content
+_SHOWN = 60  # characters of a message
 
 
 class TranscriptMessage(NamedTuple):
@@ -48,7 +48,7 @@ class ConversationRow(NamedTuple):
 
 @dataclass
 class Archive:
-    """Hold the transcripts that the views show or should show, by session, each in order."""
+    """The transcripts that the views show or should show, by session, each in order."""
 
     messages: dict[str, list[TranscriptMessage]] = field(default_factory=dict)
     chats: list[ChatRow] = field(default_factory=list)
@@ -77,7 +77,7 @@ def expected(deliveries: Iterable[tuple[str, Mapping[str, Any]]]) -> Archive:
 
 
 def _newest(revisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the newest revision, with the newest output that is not empty. ISO times of one form sort as text."""
+    """Return the newest revision, with the newest non-empty output. ISO times in one format sort as strings."""
     ordered = sorted(revisions, key=lambda chat: str(chat["updatedAt"]))
     outputs = [chat["output"] for chat in ordered if chat.get("output")]
     return {**ordered[-1], "output": outputs[-1] if outputs else []}
@@ -114,7 +114,7 @@ def _conversations(archive: Archive) -> Iterator[ConversationRow]:
 
 
 def differences(expected: Archive, found: Archive) -> list[str]:
-    """Return each difference as a sentence; none if the archive equals the deliveries."""
+    """Return each difference as a sentence; empty if the archive equals the deliveries."""
     lines = []
     for session_id in sorted(expected.messages.keys() | found.messages.keys()):
         lines_of_session = _transcripts(expected.messages.get(session_id, []), found.messages.get(session_id, []))
@@ -141,7 +141,7 @@ def _transcripts(expected: Sequence[TranscriptMessage], found: Sequence[Transcri
     if Counter(expected) == Counter(found):
         for position, (right, wrong) in enumerate(zip(expected, found, strict=True), start=1):
             if right != wrong:
-                yield f"order: {_shown(wrong)} stands at {position}, where {_shown(right)} belongs"
+                yield f"order: {_shown(wrong)} is at position {position}, where {_shown(right)} belongs"
                 return
 
 
@@ -184,13 +184,13 @@ class ArchivedMessage(NamedTuple):
 
 
 def history_differences(sessions: Iterable[Session], archived: Mapping[str, Sequence[ArchivedMessage]]) -> list[str]:
-    """Yield each difference as a sentence; none if every session equals the platform's, message by message."""
+    """Return each difference as a sentence; empty if every session equals the platform's, message by message."""
     lines: list[str] = []
     known = set()
     for session in sessions:
         known.add(session.id)
         lines += [f"session {session.id}: {line}" for line in _of_session(session, archived.get(session.id, ()))]
-    return lines + [f"session {each}: the platform has none" for each in sorted(archived.keys() - known - {""})]
+    return lines + [f"session {each}: it is not on the platform" for each in sorted(archived.keys() - known - {""})]
 
 
 def _of_session(session: Session, lines: Sequence[ArchivedMessage]) -> Iterator[str]:
@@ -199,7 +199,7 @@ def _of_session(session: Session, lines: Sequence[ArchivedMessage]) -> Iterator[
     if shown != expected:
         place = next((n for n, (one, other) in enumerate(zip(expected, shown, strict=False)) if one != other), None)
         if place is None:
-            yield f"{len(shown)} messages, where the platform has {len(expected)}"
+            yield f"{len(shown)} messages, but the platform has {len(expected)}"
         else:
             yield f"message {place + 1} is {_cut(shown[place][1])}, not {_cut(expected[place][1])}"
     for line in lines:

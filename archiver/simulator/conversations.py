@@ -1,6 +1,6 @@
 """Simulated customers and assistant. Seeded and pure; no language model.
 
-The texts are chosen for what breaks archives: repeated short answers, other scripts, right-to-left text, emoji,
+The texts contain what breaks archives: repeated short answers, other scripts, right-to-left text, emoji,
 quotes, new lines. Every name is invented.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 from archiver.simulator.seeds import identifier, seeded
 
 MAX_TURNS = 9
-_DELETED = 0.06  # share of turns that the customer deletes at once
+_DELETED = 0.06  # share of turns that the customer deletes immediately
 _TWO_OUTPUTS = 0.15
-_SHOWN = 80  # characters of an earlier text that a reply repeats
+_SHOWN = 80  # characters of an earlier message that a reply repeats
 
 _COMPANIES = ("Example Plumbing", "Sample Dental", "Demo Energy", "Beispiel & Söhne", "Ejemplo «Ñandú» S.A.")
 _SERVICES = ("repair", "appointment", "billing", "delivery", "new contract")
@@ -56,7 +56,7 @@ _THANKS = frozenset({"ok", "thanks", "yes", "no", "👍"})
 
 @dataclass(frozen=True, slots=True)
 class CustomerMessage:
-    """One thing that the customer says; `is_deleted`: and takes back at once."""
+    """One message of the customer; `is_deleted`: the customer deletes it immediately."""
 
     text: str
     is_deleted: bool
@@ -64,7 +64,7 @@ class CustomerMessage:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One customer's way through a session."""
+    """One customer's messages in a session."""
 
     name: str
     assistant_id: str
@@ -94,7 +94,7 @@ def _conversation(random: Random, seed: int, number: int) -> Conversation:
 def reply(
     question: str, earlier: Sequence[Mapping[str, str]], variables: Mapping[str, Any], random: Random
 ) -> list[dict[str, str]]:
-    """Return the assistant's messages, one or two, out of what was said before and the variables of the session."""
+    """Return the assistant's messages, one or two, from the earlier messages and the variables of the session."""
     contents = [
         _answer(question, [message["content"] for message in earlier if message["role"] == "user"], variables)
     ]

@@ -1,8 +1,8 @@
 """Faults of webhooks and history calls. Seeded and pure.
 
-The draw for a webhook depends on the seed, the chat's id and the kind of event, that for a history call on the seed,
-the session's id and the number of the call, never on what happened before: the same conversations meet the same
-faults at any concurrency.
+The faults of a webhook depend on the seed, the chat's id and the kind of event; the fault of a history call depends
+on the seed, the session's id and the number of the call. Neither depends on earlier events, so the same conversations
+have the same faults at any concurrency.
 """
 
 from collections.abc import Mapping
@@ -42,34 +42,34 @@ _MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """The probability of each fault, 0 to 1: for each webhook it can befall, each history call, or each assistant.
+    """The probability of each fault, from 0 to 1: per webhook that can have it, per history call, or per assistant.
 
-    A history call meets one fault at most, so theirs add up to 1 at most. Raises `ValueError` for other values.
+    A history call has at most one fault, so its probabilities add up to at most 1. Raises `ValueError` otherwise.
     """
 
     loss: float = 0.0  # never sent
-    duplicates: float = 0.0  # sent once or twice more, in a new envelope or in the same, at once or later
+    duplicates: float = 0.0  # sent once or twice more, in a new envelope or in the same, concurrently or later
     reorder: float = 0.0  # held until a later webhook of its session has arrived
     delay: float = 0.0  # held for a while
     deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if one comes
     output_missing_at_creation: float = 0.0  # sent without output first, then again with it and a newer updatedAt
-    bare_deletion: float = 0.0  # the deletion contains the chat id alone, not even its session
+    bare_deletion: float = 0.0  # the deletion contains only the chat id, not even its session
 
-    history_missing: float = 0.0  # 404, although the session is there
-    history_gone: float = 0.0  # 410, although the session is there
+    history_missing: float = 0.0  # 404, although the session exists
+    history_gone: float = 0.0  # 410, although the session exists
     history_empty: float = 0.0  # no messages
-    history_partial: float = 0.0  # the first or the last messages are left out
+    history_partial: float = 0.0  # the first or the last messages are omitted
     history_busy: float = 0.0  # 429 with Retry-After, to this history call and to all others for a moment
     history_error: float = 0.0  # 500
     history_slow: float = 0.0  # answered after a while
-    history_hanging: float = 0.0  # not answered for longer than anybody waits
+    history_hanging: float = 0.0  # not answered before every client has timed out
     history_garbage: float = 0.0  # a body that is not JSON
     history_shape: float = 0.0  # JSON of an unexpected shape
 
     greeting: float = 0.0  # of assistants: each of their sessions begins with a greeting that belongs to no chat
 
     lifetime: float | None = None  # seconds from a session's creation until its history has expired
-    expired: Expired = "gone"  # what a history call is answered then
+    expired: Expired = "gone"  # the response to a history call after that
     keep_deleted: bool = False  # a deleted chat stays in the history
     history_latency: float = 0.0  # seconds that each history answer takes
     seed: int = 0
@@ -77,13 +77,13 @@ class Faults:
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.name not in _NO_PROBABILITY and not 0 <= getattr(self, each.name) <= 1:
-                raise ValueError(f"{each.name} is a probability, from 0 to 1")
+                raise ValueError(f"{each.name} must be a probability from 0 to 1")
         if sum(getattr(self, f"history_{name}") for name in get_args(HistoryFault)) > _ALL:
             raise ValueError("history_…: these probabilities add up to more than 1")
 
 
 _NO_PROBABILITY = frozenset({"seed", "lifetime", "expired", "keep_deleted", "history_latency"})
-_ALL = 1 + 1e-9  # shares that make 1 on paper
+_ALL = 1 + 1e-9  # 1, with a tolerance for rounding
 
 
 def with_history_faults(faults: Faults, share: float) -> Faults:
@@ -104,13 +104,13 @@ def history_fault(faults: Faults, session_id: str, call: int) -> HistoryFault | 
 
 
 def has_greeting(faults: Faults, assistant_id: str) -> bool:
-    """Return whether this assistant opens its sessions."""
+    """Return whether this assistant begins its sessions with a greeting."""
     return seeded(faults.seed, "greeting", assistant_id).random() < faults.greeting
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """One event as the platform means to send it. `copies` counts the sendings beyond the first."""
+    """One event as the platform intends to send it. `copies`: how often it is sent again."""
 
     type: str
     session_id: str
@@ -124,7 +124,7 @@ class Webhook:
 
 
 def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
-    """Return the webhooks of a new chat; one, or two where its output came later."""
+    """Return the webhooks of a new chat: one, or two if its output comes later."""
     common: set[Fault] = set()
     random = seeded(faults.seed, "created", chat["id"])
     if random.random() < faults.deletion_before_creation:

@@ -26,12 +26,12 @@ SessionJson = dict[str, Any]
 
 
 class Histories:
-    """Answers history calls, and counts them."""
+    """The responses to history calls, and their counts."""
 
     def __init__(self, upstream: Upstream, faults: Faults) -> None:
         self._upstream = upstream
         self._faults = faults
-        self._calls: Counter[str] = Counter()  # by session; those that met another session's storm are not among them
+        self._calls: Counter[str] = Counter()  # by session; excludes those during another session's storm
         self._all = 0
         self._statuses: Counter[str] = Counter()
         self._played: Counter[str] = Counter()
@@ -40,7 +40,8 @@ class Histories:
     def report(self) -> dict[str, dict[str, int]]:
         """Return the number of history calls, of their responses and of their faults.
 
-        A fault `busy` begins a storm; the other calls that met it are `storm`. Who did not wait was answered `none`.
+        A fault `busy` begins a storm; the other calls during it count as `storm`. A client that did not wait for the
+        response counts under the status `none`.
         """
         return {
             "history": {"calls": self._all},
@@ -93,7 +94,7 @@ class Histories:
 
 
 async def _stay(request: Request, seconds: float) -> None:
-    """Stay silent for `seconds`, or until the client disconnects."""
+    """Wait for `seconds`, or until the client disconnects."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while (await request.receive())["type"] != "http.disconnect":
@@ -125,7 +126,7 @@ def _empty(session: Session, _: Random) -> Response:
 
 
 def _partial(session: Session, random: Random) -> Response:
-    """Without some messages at one end; a single message is left out."""
+    """Return the history without some messages at one end; a single message is omitted."""
     session_json = session.described(with_creation=False)
     messages = session_json["messages"]
     if messages:

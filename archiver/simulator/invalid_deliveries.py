@@ -1,4 +1,4 @@
-"""Deliveries that must be refused: malformed ones, and ones without a valid secret."""
+"""Deliveries that must be rejected: malformed, or without a valid secret."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ Proof = Literal["right", "wrong", "none"]
 
 @dataclass(frozen=True, slots=True)
 class InvalidDelivery:
-    """One such delivery; `status` is what the receiver must answer."""
+    """An invalid delivery. `status`: the status of the response that it must get."""
 
     body: bytes
     proof: Proof
@@ -22,7 +22,7 @@ class InvalidDelivery:
 
 
 def invalid_deliveries(seed: int) -> Iterator[InvalidDelivery]:
-    """Return a dozen different invalid deliveries."""
+    """Yield about a dozen different invalid deliveries."""
     number = identifier(seed, "stray")
     broken = (
         b"",

@@ -29,21 +29,21 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class NewSession(msgspec.Struct, rename="camel"):
-    """Body of `POST /sessions`; fields that are not known are ignored."""
+    """Body of `POST /sessions`; unknown fields are ignored."""
 
     name: Text
     assistant_id: Text
 
 
 class InputMessage(msgspec.Struct):
-    """One message, where `input` is a list of them."""
+    """One message of an `input` that is a list."""
 
     role: Text
     content: Text
 
 
 class NewChat(msgspec.Struct, rename="camel"):
-    """Body of `POST /chats`; without a session it is a chat of its own. `assistant_overrides` is kept as it came."""
+    """Body of `POST /chats`; without a session id, the chat has none. `assistant_overrides` is kept as received."""
 
     input: Text | Annotated[list[InputMessage], msgspec.Meta(min_length=1, max_length=1000)]
     session_id: Text | None = None
@@ -52,7 +52,7 @@ class NewChat(msgspec.Struct, rename="camel"):
 
 
 class Platform:
-    """The endpoints, over what the platform remembers and how it sends webhooks."""
+    """The endpoints of the platform, its state, and its webhook sender."""
 
     def __init__(self, sender: Sender, faults: Faults, api_key: str | None) -> None:
         self.upstream = Upstream(faults)
@@ -128,15 +128,15 @@ def create(platform: Platform) -> Starlette:
 
 
 async def _until(moment: datetime) -> None:
-    """Wait for a moment that is some milliseconds ahead: no answer reports a time of the future."""
+    """Wait until this time, some milliseconds ahead, so that no response contains a future time."""
     await asyncio.sleep(max(0.0, (moment - datetime.now(UTC)).total_seconds()))
 
 
 async def _body(request: Request, shape: type[Body]) -> Body:
-    """Return the JSON body, with any content type."""
+    """Return the JSON body, whatever its content type."""
     try:
         return msgspec.json.decode(await _bytes(request), type=shape)
-    except msgspec.ValidationError as error:  # a field that is missing or wrong: the text says which
+    except msgspec.ValidationError as error:  # a field that is missing or wrong: the message says which
         raise HTTPException(400, str(error)) from error
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"The body is not valid JSON: {error}") from error

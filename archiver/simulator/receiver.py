@@ -1,4 +1,4 @@
-"""A real `archiver serve` in a process of its own, for the time of an `async with`."""
+"""A real `archiver serve` in its own process, for the duration of an `async with`."""
 
 import asyncio
 import contextlib
@@ -15,11 +15,11 @@ import httpx2
 
 from archiver.errors import ArchiverError
 
-_READY = 60.0  # seconds, migrations included
+_READY = 60.0  # seconds, including migrations
 _POLL = 0.05
 _GRACE = 15.0  # seconds between SIGTERM and SIGKILL
-_LINES = 20  # of its output, where it fails
-# It ends with this process even if that is killed, because its standard input is closed then.
+_LINES = 20  # of its output, shown if it fails
+# It exits with this process, even if this process is killed, because its standard input is then closed.
 _PROGRAM = """
 import os, signal, sys, threading
 
@@ -35,7 +35,7 @@ main()
 
 
 class ReceiverError(ArchiverError):
-    """`archiver serve` did not get ready; the text ends with what it wrote."""
+    """`archiver serve` or `archiver backfill` failed; the message ends with its output."""
 
 
 @contextlib.asynccontextmanager
@@ -52,7 +52,7 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
             stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C is for us: it must finish what was sent to it before it is stopped
+            start_new_session=True,  # Ctrl-C must not reach it, so that it finishes what was sent to it
         )
     try:
         await _until_ready(process, url, log)
@@ -76,7 +76,7 @@ async def backfilled(database_url: str, api: str, session_ids: Sequence[str]) ->
     finally:
         await _end(process)
     if process.returncode != 0:
-        raise ReceiverError(f"archiver backfill ended with exit code {process.returncode}.\n{complaints.decode()}")
+        raise ReceiverError(f"`archiver backfill` exited with code {process.returncode}.\n{complaints.decode()}")
     figures: dict[str, Any] = json.loads(output)
     return figures
 
@@ -99,9 +99,9 @@ async def _until_ready(process: asyncio.subprocess.Process, url: str, log: Path)
             while process.returncode is None and not await _is_ready(http, url):  # noqa: ASYNC110  # another process has no Event
                 await asyncio.sleep(_POLL)
     except TimeoutError:
-        raise ReceiverError(f"archiver serve was not ready within {_READY:.0f} s.\n{_tail(log)}") from None
+        raise ReceiverError(f"`archiver serve` was not ready within {_READY:.0f} s.\n{_tail(log)}") from None
     if process.returncode is not None:
-        raise ReceiverError(f"archiver serve ended with exit code {process.returncode}.\n{_tail(log)}")
+        raise ReceiverError(f"`archiver serve` exited with code {process.returncode}.\n{_tail(log)}")
 
 
 async def _is_ready(http: httpx2.AsyncClient, url: str) -> bool:

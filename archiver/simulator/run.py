@@ -37,9 +37,9 @@ LOOPBACK = "127.0.0.1"
 
 
 class DemoRunningError(ArchiverError):
-    """Another demo runs in this folder."""
+    """Another demo is running in this folder."""
 
-    message = "Another demo runs in this folder. Stop it, or set ARCHIVER_HOME to another folder."
+    message = "Another demo is running in this folder. Stop it, or set ARCHIVER_HOME to another folder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,10 @@ def run(
     home: Path,
     console: Console,
 ) -> int:
-    """Run the demo until Ctrl-C or SIGTERM, or to its end. `home` keeps the database between runs, emptied by each.
+    """Run the demo until Ctrl-C or SIGTERM, or to its end. `home` keeps the database, which each run empties.
 
-    Gives 0 if the archive was what had been delivered to it, 1 if it was not, or if it was stopped before it could
-    be compared. Raises `ValueError` for a probability that is none, or more conversations than can be remembered.
+    Returns 0 if the archive equals what was delivered to it; 1 if it does not, or if the demo was stopped before the
+    comparison. Raises `ValueError` for an invalid probability or number of conversations.
     """
     if not 0 < conversations <= MAX_CONVERSATIONS:
         raise ValueError(f"conversations: from 1 to {MAX_CONVERSATIONS}")
@@ -129,7 +129,7 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
 
 
 async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]) -> list[str]:
-    """Read every history back, and compare the archive with the platform itself."""
+    """Fetch every history, and compare the archive with the platform itself."""
     view.say("Reading the histories, to recover what webhooks lost …")
     backfill = await backfilled(url, api, [session.id for session in sessions])
     archived = await asyncio.to_thread(archive_reader.read_lines, url)
@@ -139,7 +139,7 @@ async def _reconcile(view: View, url: str, api: str, sessions: Sequence[Session]
 
 
 def _signer(secret: str) -> signatures.Verifier:
-    """Return a verifier with default settings, not those of the environment: the receiver is started without it."""
+    """Return a verifier with default settings: the receiver does not use those of the environment either."""
     return signatures.verifier(Settings.model_construct(webhook_secrets=SecretStr(secret)))
 
 
@@ -186,7 +186,7 @@ def _empty_database(postgres: Postgres) -> None:
 
 
 async def _traffic(plan: _Plan, view: View, api: str, sender: Sender) -> verdict.Run:
-    """Run all conversations and invalid deliveries until every webhook is answered or given up."""
+    """Run all conversations and invalid deliveries until every webhook is answered or abandoned."""
     started = time.monotonic()
     with view.progress(plan.conversations, sender.record) as bar:
         async with client.connect(api, "demo") as http, asyncio.TaskGroup() as group:

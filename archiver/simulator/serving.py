@@ -1,4 +1,4 @@
-"""An ASGI app on a port of this process for the time of an `async with`; and `simulate`, which does just that."""
+"""Serve an ASGI app on a port of this process for the duration of an `async with`; `simulate` serves the platform."""
 
 import asyncio
 import contextlib
@@ -17,14 +17,14 @@ from archiver.simulator.faults import Faults
 from archiver.simulator.platform import Platform, create
 from archiver.simulator.webhooks import Record, Sender
 
-_GRACE = 3  # seconds for requests under way
-_DRAIN = 5.0  # seconds for webhooks under way
+_GRACE = 3  # seconds for requests in progress
+_DRAIN = 5.0  # seconds for webhooks in progress
 _BACKLOG = 512
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
-    """Reports when it listens, and leaves signals to its caller."""
+    """A server that reports when it listens, and leaves signals to its caller."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -44,7 +44,7 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
     """Yield the URL; port 0 selects a free one. Raises `OSError` if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
-        # asyncio itself leaves this out where the socket does not say its protocol, and each answer waits 40 ms.
+        # asyncio omits this option if the socket does not state its protocol; then each response takes 40 ms longer.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=_GRACE
@@ -62,7 +62,7 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
 
 @contextlib.contextmanager
 def stopping(stop: Callable[[], object]) -> Iterator[None]:
-    """Call `stop` on the first Ctrl-C or SIGTERM, and on no later one."""
+    """Call `stop` on the first Ctrl-C or SIGTERM; ignore later ones."""
     loop = asyncio.get_running_loop()
     is_stopping = False
 
@@ -82,7 +82,7 @@ def stopping(stop: Callable[[], object]) -> Iterator[None]:
 
 
 def with_secret(settings: Settings, secret: str) -> Settings:
-    """Return the same settings with this webhook secret alone."""
+    """Return the same settings with only this webhook secret."""
     return settings.model_copy(update={"webhook_secrets": SecretStr(secret)})
 
 
@@ -107,15 +107,15 @@ def simulate(
     api_key: str | None,
     announce: Callable[[str], object],
 ) -> int:
-    """Run the simulated platform until Ctrl-C or SIGTERM; `announce` gets its URL once it listens.
+    """Run the simulated platform until Ctrl-C or SIGTERM; `announce` gets its URL when it listens.
 
-    Webhooks are signed as `settings` say. Raises `SettingsError` without a secret or for a URL that is none,
-    `OSError` without the port.
+    Webhooks are signed according to `settings`. Raises `SettingsError` without a secret or for an invalid URL, and
+    `OSError` if the port is not available.
     """
     _check(webhook_url)
     signing = settings if webhook_url else settings.model_copy(update={"webhook_scheme": "none"})
     verifier = signatures.verifier(signing)
-    verifier.sign(b"", 0, "m", "POST", "")  # raises where it can only verify
+    verifier.sign(b"", 0, "m", "POST", "")  # raises if it can only verify
 
     async def until_stopped() -> int:
         stop = asyncio.Event()

@@ -11,7 +11,7 @@ from archiver.simulator.seeds import identifier, seeded
 
 MAX_SESSIONS = 100_000
 MAX_CHATS = 1_000  # of one session
-_THINKING = timedelta(milliseconds=250)  # by which a chat's creation lies before its output, which is now
+_THINKING = timedelta(milliseconds=250)  # from a chat's creation to its output, which is now
 _TICK = timedelta(milliseconds=1)
 
 Message = dict[str, str]
@@ -24,21 +24,21 @@ class UnknownError(ArchiverError):
 
 
 class FullError(ArchiverError):
-    """The simulator holds as many sessions, or one session as many chats, as it can."""
+    """The maximum number of sessions, or of chats in a session, is reached."""
 
 
 class Session:
-    """One conversation, the platform's truth about it."""
+    """One conversation as the platform stores it."""
 
     def __init__(self, session_id: str, name: str, assistant_id: str, greeting: list[Message], now: datetime) -> None:
         self.id = session_id
         self.name = name
         self.assistant_id = assistant_id
-        self.greeting = greeting  # before all chats, and of none
+        self.greeting = greeting  # before all chats, and part of none
         self.created_at = self.updated_at = self.last_chat_at = now
         self.variables: dict[str, Any] = {}
         self.chats: dict[str, dict[str, Any]] = {}
-        self.turns = 0  # deleted ones too
+        self.turns = 0  # including deleted ones
 
     def messages(self) -> list[Message]:
         """Return the messages in order; deleted ones only if the platform keeps them."""
@@ -64,7 +64,7 @@ class Session:
 
 
 class Upstream:
-    """All sessions. An id depends on the seed and on what it names, not on the order of concurrent calls."""
+    """All sessions of the platform. Ids depend on the seed, not on the order of concurrent calls."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
@@ -73,12 +73,12 @@ class Upstream:
         self._session_of: dict[str, str] = {}
         self._names: Counter[tuple[str, str]] = Counter()
         self._single: dict[str, dict[str, Any]] = {}  # chats without a session
-        self._singles = 0  # deleted ones too
+        self._singles = 0  # including deleted ones
 
     def create_session(self, name: str, assistant_id: str) -> Session:
-        """Open a session. Raises `FullError`."""
+        """Create a session and return it. Raises `FullError`."""
         if len(self._sessions) >= MAX_SESSIONS:
-            raise FullError(f"This simulator holds at most {MAX_SESSIONS} sessions")
+            raise FullError(f"The simulator holds at most {MAX_SESSIONS} sessions")
         self._names[name, assistant_id] += 1
         session_id = identifier(self._seed, "session", name, assistant_id, self._names[name, assistant_id])
         greeting = [_GREETING] if has_greeting(self._faults, assistant_id) else []
@@ -100,10 +100,10 @@ class Upstream:
     def create_chat(
         self, session_id: str, given: str | list[Message], overrides: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """One turn: what was said, and the answer to it. Raises `UnknownError` and `FullError`."""
+        """Create a turn, the input with its reply, and return it. Raises `UnknownError` and `FullError`."""
         session = self.session(session_id)
         if session.turns >= MAX_CHATS:
-            raise FullError(f"A session holds at most {MAX_CHATS} chats here")
+            raise FullError(f"A session of the simulator holds at most {MAX_CHATS} chats")
         chat = self._answer(session, given, overrides)
         self._session_of[chat["id"]] = session_id
         return chat
@@ -111,9 +111,9 @@ class Upstream:
     def create_single_chat(
         self, assistant_id: str | None, given: str | list[Message], overrides: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Return a chat without a session: one question and its answer, in no history. Raises `FullError`."""
+        """Create a chat without a session, which no history contains, and return it. Raises `FullError`."""
         if len(self._single) >= MAX_SESSIONS:
-            raise FullError(f"This simulator holds at most {MAX_SESSIONS} chats without a session")
+            raise FullError(f"The simulator holds at most {MAX_SESSIONS} chats without a session")
         self._singles += 1
         alone = Session(
             identifier(self._seed, "single", self._singles), "", assistant_id or "", [], datetime.now(UTC)
@@ -170,7 +170,7 @@ class Upstream:
 
 
 def _numbered(replies: list[Message], turn: int) -> list[Message]:
-    """Return a reply that differs from all others of the session."""
+    """Return the replies, numbered so that each differs from all others of the session."""
     return [
         {**reply, "content": f"{reply['content']} ({turn}.{place})"} for place, reply in enumerate(replies, start=1)
     ]
@@ -182,5 +182,5 @@ def input_messages(given: str | list[Message]) -> list[Message]:
 
 
 def iso(moment: datetime) -> str:
-    """ISO 8601 in UTC to the millisecond, with `Z`."""
+    """Return the time in ISO 8601, in UTC, to the millisecond, with `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -13,7 +13,7 @@ from archiver.simulator.webhooks import Delivery
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Hold the deliveries of one run, every answer, and the duration in seconds."""
+    """The deliveries of one run with their responses, and the duration in seconds."""
 
     webhooks: Sequence[Delivery]
     invalid_deliveries: Sequence[tuple[InvalidDelivery, Delivery]]
@@ -21,12 +21,12 @@ class Run:
 
     @property
     def accepted(self) -> list[Delivery]:
-        """Webhooks that were answered with 2xx: what the archive is held against."""
+        """Return the webhooks accepted with 2xx, with which the archive is compared."""
         return [delivery for delivery in self.webhooks if delivery.outcome == "accepted"]
 
 
 def problems(run: Run, holdings: Holdings) -> list[str]:
-    """Return each problem as a sentence; none if the archive and the refusals are as expected."""
+    """Return each problem as a sentence; empty if the archive and the rejections are as expected."""
     return [
         *differences(_expected(run), holdings.archive),
         *_ledger(run, holdings),
@@ -82,11 +82,11 @@ def _expected(run: Run) -> Archive:
 def _ledger(run: Run, holdings: Holdings) -> Iterable[str]:
     facts = {json.dumps([delivery.type, delivery.chat], sort_keys=True) for delivery in run.accepted}
     if holdings.facts != len(facts):
-        yield f"ledger: {holdings.facts} facts, where {len(facts)} different ones were delivered"
+        yield f"ledger: {holdings.facts} facts, but {len(facts)} different ones were delivered"
     attempts = sum(delivery.attempts for delivery in run.webhooks)
-    # An attempt whose answer got lost may have been stored, so with retries there may be more.
+    # An attempt whose response was lost may have been stored, so with retries there may be more.
     if not len(run.accepted) <= holdings.deliveries <= attempts:
-        yield f"ledger: counts {holdings.deliveries} deliveries, where {len(run.accepted)} were accepted"
+        yield f"ledger: counts {holdings.deliveries} deliveries, but {len(run.accepted)} were accepted"
     if not holdings.positions_ok:
         yield "messages: the positions of a session are not 1, 2, 3 …"
 

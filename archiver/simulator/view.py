@@ -15,11 +15,11 @@ from rich.table import Table
 from archiver.simulator.webhooks import Record
 
 _SHOWN = 20  # differences
-_EVERY = 2.0  # seconds between two lines, where there is no terminal
+_EVERY = 2.0  # seconds between two lines if there is no terminal
 
 
 class View:
-    """Writes to a console: a live bar on a terminal, a line now and then elsewhere."""
+    """The output of the demo: on a terminal with a live bar, elsewhere with a line every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -30,7 +30,7 @@ class View:
 
     @contextmanager
     def progress(self, conversations: int, record: Record) -> Iterator["Bar"]:
-        """Yield a callback for each finished conversation."""
+        """Yield the progress bar; call its `advance` after each conversation."""
         if not self._console.is_terminal:
             yield Bar(self, None, conversations, record)
             return
@@ -46,7 +46,7 @@ class View:
         *,
         has_delivered: bool = True,
     ) -> None:
-        """The table and the verdict; of many differences the first few."""
+        """Print the table, the verdict, and at most `_SHOWN` differences."""
         table = Table(show_header=False)
         table.add_column()
         table.add_column(justify="right")
@@ -66,7 +66,7 @@ class View:
             self.say(f"  and {len(problems) - _SHOWN} more")
 
     def print_next_steps(self, *, receiver: str, secret: str, api: str, psql: str, database_url: str) -> None:
-        """Print commands to try while everything runs."""
+        """Print commands to try while everything is running."""
         chat = {
             "id": "chat-by-hand",
             "sessionId": "session-by-hand",
@@ -83,11 +83,11 @@ class View:
         program = shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m archiver"
         self.say(f"Ask the archiver:\n\n  DATABASE_URL={shlex.quote(database_url)} {program} status\n")
         self.say(f"The simulated CallHQ is at {api} (any x-api-key); chats sent to it arrive in the archive too.")
-        self.say("Ctrl-C ends everything.")
+        self.say("Press Ctrl-C to stop everything.")
 
 
 class Bar:
-    """The progress of the conversations, with what has become of their webhooks."""
+    """The progress of the conversations and of their webhooks."""
 
     def __init__(self, view: View, progress: Progress | None, total: int, record: Record) -> None:
         self._view = view
@@ -99,13 +99,13 @@ class Bar:
         self._task = progress.add_task(self._describe(), total=total) if progress else None
 
     def advance(self) -> None:
-        """Count an ended conversation."""
+        """Count a finished conversation."""
         self._ended += 1
         if time.monotonic() - self._drawn_at >= _EVERY or self._progress is not None:
             self._render()
 
     def end(self) -> None:
-        """Draw the bar a last time: every webhook was answered or abandoned, so it agrees with the table."""
+        """Draw the bar one last time: every webhook was answered or abandoned, so it agrees with the table."""
         self._render()
 
     def _render(self) -> None:

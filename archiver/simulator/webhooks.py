@@ -1,6 +1,6 @@
 """The platform's webhook sender: signs, sends with few retries, and records.
 
-What the faults of `faults` mean on the wire happens here: lost, sent again, held back.
+The faults of `faults` take effect here: webhooks are lost, sent again or held back.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from archiver.simulator.faults import DELETED, Fault, Webhook
 ATTEMPTS = 3
 _PARALLEL = 16  # requests, and connections
 _UNFINISHED = 10_000  # webhooks; a call that would cause more waits
-_MAX_KEPT = 200_000  # deliveries of which the bytes are remembered
-_IDLE = 2.0  # seconds that a connection is kept unused: less than servers keep it, so that none is used as it ends
-_TIMEOUT = 10.0  # seconds for one answer
+_MAX_KEPT = 200_000  # deliveries whose bytes are kept
+_IDLE = 2.0  # seconds that an unused connection is kept; servers keep it longer, so none is used while it closes
+_TIMEOUT = 10.0  # seconds for one response
 _INITIAL_PAUSE, _MAX_PAUSE = 0.1, 2.0  # seconds between attempts
 _HOLD = 1.0  # longest, in seconds
 _DELAY = 1.0  # longest, in seconds
@@ -36,8 +36,8 @@ Outcome = Literal["lost", "accepted", "refused", "unanswered"]
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One sending and how it ended: `lost` on purpose, `accepted` with 2xx, `refused` with another status, or
-    `unanswered` after all attempts. `answer` is the receiver's word for it, if it gave one.
+    """One delivery and its outcome: `lost` on purpose, `accepted` with 2xx, `refused` with another status, or
+    `unanswered` after all attempts. `answer`: the `status` in the response body, if any.
     """
 
     type: str
@@ -52,14 +52,14 @@ class Delivery:
 
 
 class Record:
-    """Hold the sent deliveries: counts of all, and the latest 200,000 themselves."""
+    """A record of the deliveries: counts of all, and the latest 200,000 themselves."""
 
     def __init__(self) -> None:
         self.deliveries: deque[Delivery] = deque(maxlen=_MAX_KEPT)
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, delivery: Delivery) -> None:
-        """Write one down."""
+        """Record a delivery."""
         self.deliveries.append(delivery)
         outcome = "lost" if delivery.outcome == "lost" else "sent"
         self._counts["totals"].update(["copies"] if delivery.is_copy else [], **{outcome: 1})
@@ -71,16 +71,16 @@ class Record:
         self._counts["faults"].update(delivery.faults)
 
     def total(self, name: Literal["sent", "lost", "copies", "attempts"]) -> int:
-        """Return how many sendings (copies among them), webhooks lost on purpose, copies, or attempts."""
+        """Return the number of deliveries sent (including copies), lost on purpose, of copies, or of attempts."""
         return self._counts["totals"][name]
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Return all counts, by what they count."""
+        """Return all counts, by category."""
         return {name: dict(sorted(counts.items())) for name, counts in sorted(self._counts.items())}
 
 
 class Sender:
-    """Sends webhooks to one URL. Use as `async with`; without a URL it sends nothing."""
+    """A sender of webhooks to one URL. Use it in `async with`; without a URL, it sends nothing."""
 
     def __init__(self, url: str | None, verifier: Verifier, record: Record) -> None:
         self.record = record
@@ -111,7 +111,7 @@ class Sender:
         await self._client.aclose()
 
     async def submit(self, webhooks: Sequence[Webhook]) -> None:
-        """Send these in the background; waits only where too many are unfinished."""
+        """Send these in the background; waits only if too many are unfinished."""
         if self._url is None:
             return
         for webhook in webhooks:
@@ -121,7 +121,7 @@ class Sender:
             task.add_done_callback(self._finished)
 
     async def drain(self) -> None:
-        """Send at once what is held back, and wait until everything submitted so far has ended."""
+        """Send held webhooks immediately, and wait until everything submitted so far is finished."""
         self._hurry.set()
         for event in self._held.values():
             event.set()
@@ -130,7 +130,7 @@ class Sender:
         self._hurry.clear()
 
     async def send(self, body: bytes, signer: Verifier | None) -> Delivery:
-        """Send any bytes, once, with the proof that `signer` makes, or none."""
+        """Send these bytes as one delivery, signed by `signer` if there is one."""
         answer = await self._post(body, signer)
         return self._note(Webhook("other", "", "", {}, frozenset(), 0, False, False, 0.0), body, answer, False)
 
@@ -194,7 +194,7 @@ class Sender:
     async def _attempt(
         self, body: bytes, signer: Verifier | None, message_id: str, attempt: int
     ) -> tuple["_Answer", float | None]:
-        """One request, and how long to wait before another: None where another makes no sense."""
+        """Send one request; return the answer, and the pause before a retry (None: do not retry)."""
         url = self._url or ""
         headers = {"content-type": "application/json"}
         if signer is not None:
@@ -246,7 +246,7 @@ def _envelope(webhook: Webhook, copy: int = 0) -> bytes:
 
 
 def _word(response: httpx2.Response) -> str:
-    """Return the `status` of a JSON answer, such as `stored`."""
+    """Return the `status` in a JSON response, such as `stored`."""
     try:
         answer = response.json()
     except ValueError:

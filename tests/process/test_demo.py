@@ -134,8 +134,8 @@ def _total(archive: Archive) -> None:
 PLANTED: list[tuple[Callable[[Archive], object], list[str]]] = [
     (lambda archive: archive.messages["s1"].pop(1), ["chat c1, assistant 'Answer 1' is missing"]),
     (lambda archive: archive.messages.pop("s2"), ["chat c4, user 'ok' is missing", "'Answer 4' is missing"]),
-    (_swap, ["order: chat c1, assistant 'Answer 1' stands at 1, where chat c1, user 'ok' belongs"]),
-    (_move, ["order: chat c2, user 'ok' stands at 1, where chat c1, user 'ok' belongs"]),
+    (_swap, ["order: chat c1, assistant 'Answer 1' is at position 1, where chat c1, user 'ok' belongs"]),
+    (_move, ["order: chat c2, user 'ok' is at position 1, where chat c1, user 'ok' belongs"]),
     (_content, ["chat c1, assistant 'Answer 1' reads 'Answer 1 '"]),
     (_undelete, ["'ok' is not marked as deleted", "'Answer 3' is not marked as deleted"]),
     (_undelete_chat, ["chat s1 c3: is_deleted is False, not True"]),
@@ -194,8 +194,8 @@ LOST = delivery("chat.created", chat(7), "lost", None)
             HELD,
             "answered 200, not 401",
         ),
-        (RUN, replace(HELD, facts=7, deliveries=7), "7 facts, where 6"),
-        (RUN, replace(HELD, deliveries=5), "counts 5 deliveries, where 6"),
+        (RUN, replace(HELD, facts=7, deliveries=7), "7 facts, but 6"),
+        (RUN, replace(HELD, deliveries=5), "counts 5 deliveries, but 6"),
         (RUN, replace(HELD, quarantined=frozenset()), "cannot be found again byte for byte"),
         (RUN, replace(HELD, quarantined=BROKEN | {b"more"}), "1 deliveries that were not broken"),
         (RUN, replace(HELD, positions_ok=False), "positions"),
@@ -324,7 +324,7 @@ def test_kill_9_leaves_nothing_running(home, moment):
 
 def test_the_demo_stays_and_what_it_invites_to_works(home):
     with start(home, "stay") as process:
-        written = until(process, "Ctrl-C ends everything")
+        written = until(process, "Press Ctrl-C to stop everything")
         curl = next(line for line in written.splitlines() if line.startswith("  curl "))
         psql = next(line for line in written.splitlines() if "psql" in line)
         answer = as_curl_would(shlex.split(curl))
@@ -339,7 +339,7 @@ def test_the_demo_stays_and_what_it_invites_to_works(home):
     assert "Did it arrive?" in shown.stdout
     assert re.search(r"^sessions +13 ", status.stdout, re.MULTILINE)
     assert str(Path(sys.executable).with_name("archiver")) in asked
-    assert (second.returncode, "Another demo runs" in refused, "Starting" in refused) == (1, True, False)
+    assert (second.returncode, "Another demo is running" in refused, "Starting" in refused) == (1, True, False)
     assert (process.returncode, rest) == (0, "Stopped.\n")
     assert_nothing_left(home)
 
