@@ -85,7 +85,7 @@ class Silence(msgspec.Struct, frozen=True):
 
     @property
     def is_certain(self) -> bool:
-        """Return whether the number is so large that webhooks do not arrive at all, rather than being lost singly."""
+        """Return whether the number is so large that no webhooks arrive, rather than some being lost."""
         return self.turns >= SILENT_TURNS
 
 

@@ -1,4 +1,4 @@
-"""Compare the archive with what was delivered, and with histories, message by message. Pure.
+"""Compare the archive with the deliveries, and with histories, message by message. Pure.
 
 `expected` determines independently what the deliveries add up to, and shares no code with the archiver.
 """
@@ -56,7 +56,7 @@ class Archive:
 
 
 def expected(deliveries: Iterable[tuple[str, Mapping[str, Any]]]) -> Archive:
-    """Return what the accepted deliveries, in any order, add up to."""
+    """Return the archive that the accepted deliveries, in any order, add up to."""
     created: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     deleted: dict[str, Mapping[str, Any]] = {}
     for kind, chat in deliveries:
@@ -146,7 +146,7 @@ def _transcripts(expected: Sequence[TranscriptMessage], found: Sequence[Transcri
 
 
 def _rows(name: str, expected: Sequence[NamedTuple], found: Sequence[NamedTuple]) -> Iterator[str]:
-    """Yield the differences between rows, matched by their ids, which are the text fields."""
+    """Yield the differences between rows, matched by their ids, which are the string fields."""
     right, wrong = _by_id(expected), _by_id(found)
     for key in sorted(right.keys() | wrong.keys()):
         label = f"{name} {' '.join(key)}"

@@ -37,7 +37,7 @@ HistoryFault = Literal[
 ]
 Expired = Literal["gone", "missing", "empty", "full"]
 
-_MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage")  # none of them contains content
+_MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage")  # none alters the content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +61,8 @@ class Faults:
     history_partial: float = 0.0  # the first or the last messages are omitted
     history_busy: float = 0.0  # 429 with Retry-After, to this history call and to all others for a moment
     history_error: float = 0.0  # 500
-    history_slow: float = 0.0  # answered after a while
-    history_hanging: float = 0.0  # not answered before every client has timed out
+    history_slow: float = 0.0  # a delayed response
+    history_hanging: float = 0.0  # no response before every client has timed out
     history_garbage: float = 0.0  # a body that is not JSON
     history_shape: float = 0.0  # JSON of an unexpected shape
 
@@ -71,7 +71,7 @@ class Faults:
     lifetime: float | None = None  # seconds from a session's creation until its history has expired
     expired: Expired = "gone"  # the response to a history call after that
     keep_deleted: bool = False  # a deleted chat stays in the history
-    history_latency: float = 0.0  # seconds that each history answer takes
+    history_latency: float = 0.0  # seconds that each history response takes
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from archiver.simulator.faults import Faults, HistoryFault, history_fault
 from archiver.simulator.seeds import seeded
 from archiver.simulator.upstream import Session, UnknownError, Upstream
 
-_STORM = 1  # seconds for which all history calls are answered 429
+_STORM = 1  # seconds for which all history calls get 429
 _SLOW = 2.0  # longest, in seconds
 _HANGING = 120.0  # seconds after which every client has timed out
 _PAUSES = frozenset[HistoryFault]({"slow", "hanging"})

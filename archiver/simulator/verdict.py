@@ -36,7 +36,7 @@ def problems(run: Run, holdings: Holdings) -> list[str]:
 
 
 def figures(run: Run, holdings: Holdings) -> list[tuple[str, str]]:
-    """Return the table, as (what, how many)."""
+    """Return the rows of the table: name and figure."""
     sent = [delivery for delivery in run.webhooks if delivery.outcome != "lost"]
     answers = [delivery.answer for delivery in run.accepted]
     statuses = [delivery.status for _, delivery in run.invalid_deliveries]
@@ -63,7 +63,7 @@ def figures(run: Run, holdings: Holdings) -> list[tuple[str, str]]:
 def history_figures(
     archived: Mapping[str, Sequence[ArchivedMessage]], backfill: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """Return the table, as (what, how many)."""
+    """Return the rows of the table: name and figure."""
     coverage: Mapping[str, int] = backfill["coverage"]
     rate = backfill["sessions"] / backfill["seconds"] if backfill["seconds"] else 0.0
     return [

@@ -71,7 +71,7 @@ class Record:
         self._counts["faults"].update(delivery.faults)
 
     def total(self, name: Literal["sent", "lost", "copies", "attempts"]) -> int:
-        """Return the number of deliveries sent (including copies), lost on purpose, of copies, or of attempts."""
+        """Return the number of deliveries sent (including copies), deliveries lost on purpose, copies or attempts."""
         return self._counts["totals"][name]
 
     def report(self) -> dict[str, dict[str, int]]:

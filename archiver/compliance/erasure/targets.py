@@ -189,7 +189,7 @@ _SELECT_UNCLAIMED = text(
 def select_unclaimed(connection: Connection, targets: Sequence[Target]) -> list[str]:
     """Return sessions with history messages that may belong to a target but match no known turn.
 
-    No webhook delivered the text of the turn, and a history has messages that match no known turn.
+    This is so if no webhook delivered the text of the turn, and a history has messages that match no known turn.
     """
     return list(connection.scalars(_SELECT_UNCLAIMED, {"targets": as_json(targets)}))
 

@@ -46,9 +46,10 @@ def check(
 ) -> Iterator[Finding]:
     """Yield every difference from the exported or sealed state.
 
-    `keys`: the keys that must have signed the seals, and the first signed seal. `heads`: hashes of seals by number
-    from an earlier export; `through`: the last id of each table that the newest of those seals covers. `digest`:
-    SHA-256 of the manifest, obtained from another source; it vouches for the export like a signature.
+    `keys`: the keys that must have signed the seals, and the first seal that must be signed. `heads`: hashes of
+    seals by number from an earlier export; `through`: the last id of each table that the newest of those seals
+    covers. `digest`: SHA-256 of the manifest, obtained from another source; it vouches for the export like a
+    signature.
 
     Reads files as streams; memory is bounded by the longest line and by one seal.
     """
@@ -157,7 +158,7 @@ class _Checking:
         """Check the rows of the ledger against their seals, in one pass over both."""
         checked, findings = self._checked, FindingQueue()
         rows = Rows(self._folder, manifest_record.files, findings)
-        # An export with a verified manifest was made before the seals that it lacks; another one may omit them.
+        # A verified export was made before the seals that it lacks; an unverified export may have lost them.
         is_vouched = checked.is_signed or self._digest == checked.digest
         known = KnownSeals(self._known.heads) if is_vouched else self._known
         seals = SealCheck(rows, self._keys, known, findings)

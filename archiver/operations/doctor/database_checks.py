@@ -375,13 +375,22 @@ def _followups(connection: Connection) -> Finding | None:
 def _followup_problems(stats: FollowupStats, failing: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield each problem of the follow-ups with its remedy."""
     if stats.paused:
-        advice = "`archiver followups list` shows why; after fixing the cause: `archiver followups resume ID`."
+        advice = (
+            "`archiver followups list` shows why they are paused; after fixing the cause:"
+            " `archiver followups resume ID`."
+        )
         yield f"{stats.paused:,} subscriptions are paused", advice
     if failing:
-        advice = "`archiver followups show ID` shows since when; to test the receiver: `archiver followups test ID`."
+        advice = (
+            "`archiver followups show ID` shows since when it has been failing; to test its receiver:"
+            " `archiver followups test ID`."
+        )
         yield f"{len(failing):,} subscriptions are failing: {name_failing(failing)}", advice
     if stats.dead:
-        advice = "To list them: `archiver followups deliveries --dead`; to retry them: `archiver followups retry`."
+        advice = (
+            "To list dead deliveries: `archiver followups deliveries --dead`; to retry them:"
+            " `archiver followups retry`."
+        )
         yield f"dead deliveries: {stats.dead:,}", advice
     if stats.oldest_seconds > _LATE_SECONDS:
         advice = (

@@ -1,4 +1,4 @@
-"""Send the deliveries of one subscription: claim, commit, send, settle; a slow receiver delays no other.
+"""Send the deliveries of one subscription: claim, commit, send, settle; a slow receiver does not delay the others.
 
 A cycle is one short transaction: it records the last results, renews the lease and reads the next deliveries with
 their content; if few are left, it also reads more of the feed. Sending happens between cycles.

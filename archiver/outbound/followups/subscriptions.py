@@ -150,7 +150,7 @@ _HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "open_until": 
 
 
 def resume(connection: Connection, subscription_id: int) -> int:
-    """Resume a subscription; return how many changes the feed has lost since. Raises `SubscriptionNotFoundError`."""
+    """Resume a subscription; return how many unread changes were deleted. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, paused_at=None, pause_reason=None, **_HEALTHY)
     oldest = connection.scalar(text("SELECT min(cursor) FROM archiver.changes"))
     cursor = int(select_one(connection, subscription_id)["cursor"])
