@@ -10,19 +10,23 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Literal
 
+import structlog
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from archiver import ledger, telemetry
+from archiver import database, ledger, telemetry
 from archiver.archive import Timing
 from archiver.database import run_async, run_split_async
 from archiver.events import Delivery, Event, responses
 from archiver.history import leases
-from archiver.history.callhq import Client
+from archiver.history.callhq import Client, UnauthorizedError
 from archiver.history.fetching import NOT_FOUND, Answer, HistoryFetcher
 from archiver.history.leased_sessions import LeasedSessions
 from archiver.history.report import Outcome, ReconcileResult, ResultReporter
 from archiver.inbound import Status
+
+log = structlog.get_logger(__name__)
 
 __all__ = ["Outcome", "ReconcileResult", "Reconciler", "Submit", "retry_pause"]
 
@@ -65,17 +69,23 @@ class Reconciler:
         session_ids: Sequence[str],
         on_result: Callable[[ReconcileResult], object] = lambda _: None,
         due_at: datetime | None = None,
+        on_defect: Callable[[Exception], object] = lambda _: None,
     ) -> Counter[Outcome]:
         """Read these sessions concurrently and report each result.
 
         A session leased by another reader is skipped (`busy`). With `due_at`, only sessions that are still due as of
-        then are read. Raises `UnauthorizedError` if the key is rejected for all; earlier results have been reported.
+        then are read. An unexpected error is passed to `on_defect`; its session counts as `failed`. Raises
+        `UnauthorizedError` if the key is rejected for all; earlier results have been reported.
         """
         leased = LeasedSessions(self._engine, session_ids, due_at)
         report = ResultReporter(self._engine, leased, on_result)
 
         async def record(session_id: str, answer: Answer) -> None:
-            await report.add(session_id, *await self._record(session_id, leased.lease_of(session_id), answer))
+            lease = leased.lease_of(session_id)
+            result = await self._isolated(
+                session_id, answer, lambda each: self._record(session_id, lease, each), on_defect
+            )
+            await report.add(session_id, *result)
 
         async with leased.renewing_leases():
             try:
@@ -93,7 +103,8 @@ class Reconciler:
         report = ResultReporter(self._engine, LeasedSessions(self._engine, [], None), on_result)
 
         async def register(session_id: str, answer: Answer) -> None:
-            await report.add(session_id, *await self._register(session_id, answer))
+            result = await self._isolated(session_id, answer, lambda each: self._register(session_id, each))
+            await report.add(session_id, *result)
 
         try:
             await self._read_list(session_ids, register, self._under_way)
@@ -153,10 +164,45 @@ class Reconciler:
                     session_id = await next_session()
                     if session_id is None:
                         return
-                    answer = await self._fetcher.answer(session_id)
+                    answer = await self._answer(session_id)
                 await _shielded(handle(session_id, answer))
 
         await _run_all(work_loop() for _ in range(under_way))
+
+    async def _answer(self, session_id: str) -> Answer:
+        began = database.now()
+        try:
+            return await self._fetcher.answer(session_id)
+        except UnauthorizedError:
+            raise
+        except Exception as error:  # noqa: BLE001  # one session must not keep others from being read (I13)
+            self._log_defect(session_id, error)
+            return Answer.of_defect(began, error)
+
+    async def _isolated(
+        self,
+        session_id: str,
+        answer: Answer,
+        store: Callable[[Answer], Awaitable[tuple[Outcome, str]]],
+        on_defect: Callable[[Exception], object] = lambda _: None,
+    ) -> tuple[Outcome, str]:
+        """Store the answer of one session. An unexpected error counts as a failed call, so that others proceed."""
+        while True:
+            if answer.defect is not None:
+                on_defect(answer.defect)
+            try:
+                return await store(answer)
+            except Exception as error:  # noqa: BLE001  # as above
+                self._log_defect(session_id, error)
+                if answer.defect is not None:  # not even the failure could be stored; the session is due again later
+                    return "failed", answer.fault
+                answer = Answer.of_defect(answer.began, error)
+
+    def _log_defect(self, session_id: str, error: Exception) -> None:
+        if isinstance(error, SQLAlchemyError):
+            self._not_read.warn(session_id=session_id, error=database.explain(error))
+        else:
+            log.exception("session not read", session_id=session_id)
 
     async def _preview(self, session_id: str, answer: Answer) -> ReconcileResult:
         event = answer.event

@@ -2,9 +2,11 @@
 
 from datetime import datetime
 from time import perf_counter
+from typing import Self
 
 import msgspec
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, telemetry
 from archiver.events import Event, responses
@@ -22,7 +24,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     """Hold the result of a history call: the fact, or the reason why there is none.
 
     `began`: when the successful call began, or the first failed one. `retry_after`: seconds that CallHQ requested to
-    wait for this session.
+    wait for this session. `defect`: the unexpected error that this session caused in the archiver.
     """
 
     began: datetime
@@ -30,6 +32,17 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     fault: str = ""
     status: int = 0
     retry_after: float = 0.0
+    defect: Exception | None = None
+
+    @classmethod
+    def of_defect(cls, began: datetime, error: Exception) -> Self:
+        """Return the result of a call for which the archiver itself failed."""
+        fault = (
+            f"The database failed: {database.explain(error)}."
+            if isinstance(error, SQLAlchemyError)
+            else f"The archiver failed on the session with {type(error).__name__}: please report it."
+        )
+        return cls(began, None, fault, defect=error)
 
 
 class HistoryFetcher:

@@ -14,6 +14,7 @@ import psycopg_pool
 import structlog
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import database, telemetry
@@ -37,6 +38,7 @@ MAX_JOBS = 100  # waiting jobs: sessions that expire sooner get precedence over 
 MAX_CONCURRENT_JOBS = 4  # jobs
 # Sessions become due again after this time if no job has read them; a later job skips them.
 CLAIM_TIME = timedelta(minutes=10)
+HANDED_BACK = timedelta(minutes=1)  # after a job failed as a whole
 CLAIM_SECONDS, CLEANUP_SECONDS = 5.0, 60.0
 POLL_SECONDS = UNAVAILABLE_SECONDS = 1.0
 SILENT_SECONDS = 1_800.0  # without a completed job while some run, because CallHQ may request long pauses
@@ -91,14 +93,14 @@ class Histories:
         )
         self._jobs = procrastinate.App(connector=connector)
         self._read_histories = self._jobs.task(name="read_histories", queue=READINGS)(self.read_histories)
-        self._reconciler: Reconciler | None = None
+        self._opened: tuple[AsyncEngine, Reconciler] | None = None
         self._under_way, self._ended_at = 0, monotonic()
 
     async def run(self, ending: asyncio.Event) -> None:
         """Work until `ending` is set. Raises `SettingsError` if no HTTP client can be built."""
         async with reconciling(self._configuration, self._url) as (engine, reconciler, _), self._jobs.open_async():
             log.info("history duty started", api=self._configuration.callhq_api_url)
-            self._reconciler = reconciler
+            self._opened = engine, reconciler
             parts = [
                 self._claim_periodically(engine),
                 self._drop_dead_jobs_periodically(engine),
@@ -173,20 +175,26 @@ class Histories:
 
     async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
         """Read the histories of these sessions, those that are still due as they were handed out."""
-        if self._reconciler is None:
+        if self._opened is None:
             return
+        engine, reconciler = self._opened
         self._begin_job()
+        until, defects = datetime.fromisoformat(due_at), list[Exception]()
         try:
-            await self._reconciler.read_all(session_ids, due_at=datetime.fromisoformat(due_at))
+            await reconciler.read_all(session_ids, due_at=until, on_defect=defects.append)
         except UnauthorizedError as error:
             # The sessions become due again, possibly with another key.
             self._duty.failing(str(error), _JOBS)
             log.error("history duty cannot read histories", error=str(error))  # noqa: TRY400  # there is nothing to trace
         except Exception as error:
-            self._duty.failing(f"{type(error).__name__} at {fault_location(error)}", _JOBS)
+            self._duty.failing(_located(error), _JOBS)
+            await _hand_back(engine, session_ids, until)
             raise
         else:
-            self._duty.working(_JOBS)
+            if defects:
+                self._duty.failing(_located(defects[0]), _JOBS)
+            else:
+                self._duty.working(_JOBS)
         finally:
             self._under_way -= 1
             self._ended_at = monotonic()
@@ -213,3 +221,16 @@ class Histories:
                 )
             await self._jobs.job_manager.finish_job(job, procrastinate.jobs.Status.FAILED, delete_job=True)
         await run_async(engine, lambda connection: connection.execute(_DELETE_EARLIER))
+
+
+def _located(error: Exception) -> str:
+    return f"{type(error).__name__} at {fault_location(error)}"
+
+
+async def _hand_back(engine: AsyncEngine, session_ids: Sequence[str], claimed_until: datetime) -> None:
+    """Let the sessions that a failed job has not read become due soon, rather than at the end of their claim."""
+    make_due = partial(leases.make_due, claimed_until=claimed_until, now=database.now() + HANDED_BACK)
+    try:
+        await run_split_async(engine, session_ids, make_due)
+    except SQLAlchemyError as error:
+        log.warning("sessions of a failed job wait for the end of their claim", error=database.explain(error))

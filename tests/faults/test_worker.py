@@ -243,3 +243,32 @@ TERMINATE = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'callhq-archiver worker'"
     " AND datname = current_database()"
 )
+
+
+@pytest.mark.parametrize("is_unstorable", [False, True], ids=["", "not_even_its_failure_can_be_stored"])
+def test_i13_a_session_on_which_the_archiver_fails_keeps_no_other_from_being_read(
+    database_url: str, *, is_unstorable: bool
+) -> None:
+    with simulated() as callhq, tempfile.NamedTemporaryFile() as log:
+        make_due(database_url, callhq, 60)
+        # No history has the session of unassigned turns: the client raises `ValueError`.
+        execute(
+            database_url,
+            "UPDATE archiver.sessions SET first_event_at = now(), last_event_at = now(),"
+            " read_by = now() + interval '1 hour', reconcile_at = now() - interval '1 hour' WHERE session_id = ''",
+        )
+        if is_unstorable:
+            execute(
+                database_url,
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                " RAISE EXCEPTION 'disk' USING ERRCODE = 'io_error'; END $$;"
+                " CREATE TRIGGER refuse BEFORE UPDATE ON archiver.sessions FOR EACH ROW"
+                " WHEN (new.failing_since IS NOT NULL) EXECUTE FUNCTION refuse()",
+            )
+        with running_worker(database_url, callhq, log=log):
+            until(lambda: read(database_url) == 60, "all others are read", 180)
+            failing = "SELECT failing_since IS NOT NULL FROM archiver.sessions WHERE session_id = ''"
+            until(lambda: execute(database_url, failing) == [(not is_unstorable,)], "and this one is asked for later")
+        lines = Path(log.name).read_text(encoding="utf-8")
+    assert "session not read" in lines
+    assert "ValueError" in lines
