@@ -10,13 +10,17 @@ from sqlalchemy import Connection, text
 
 
 class Behind(msgspec.Struct, frozen=True):
-    """A sequence whose next id is not above the newest id of its table. Names are qualified and quoted."""
+    """A sequence whose next id is not above the newest id of its table. Names are qualified and quoted.
+
+    `newest_sql`: the query for the newest id, which may be that of a row that retention removed.
+    """
 
     name: str
     table: str
     column: str
     next: int
     newest: int
+    newest_sql: str
 
     @property
     def remedy(self) -> str:
@@ -24,7 +28,7 @@ class Behind(msgspec.Struct, frozen=True):
         return f"SELECT setval('{self.name}', {self.newest})"
 
     def __str__(self) -> str:
-        return f"would assign {self.next}, although {self.table} has ids up to {self.newest}"
+        return f"would assign {self.next}, although {self.table} has or had ids up to {self.newest}"
 
 
 # The sequences that this user may compare.
@@ -47,6 +51,12 @@ _SEQUENCES = text(
 )
 
 
+# Retention removes rows of the ledger. Their ids are sealed, so they must not return. The id in a forged removal must
+# not exhaust the sequence.
+_REMOVED = {"archiver.events": ("archiver.removals", "event_id")}
+_MAX_REMOVED = 2**62
+
+
 def select_behind(connection: Connection, schemas: Sequence[str]) -> list[Behind]:
     """Return the sequences of these schemas that were set back, except those that this user may not read."""
     return list(_select_behind(connection, schemas))
@@ -55,8 +65,20 @@ def select_behind(connection: Connection, schemas: Sequence[str]) -> list[Behind
 def _select_behind(connection: Connection, schemas: Sequence[str]) -> Iterator[Behind]:
     for name, table, column in connection.execute(_SEQUENCES, {"schemas": list(schemas)}).all():
         # A sequence is read as it is now, its table as of the start of the statement: never ahead of the sequence.
+        newest_sql = f"SELECT max({column}) FROM {table}"  # noqa: S608  # quoted
+        if (removed := _removed(connection, table)) is not None:
+            newest_sql = f"SELECT greatest(({newest_sql}), ({removed}))"
         following = "s.last_value + CASE WHEN s.is_called THEN 1 ELSE 0 END"
-        query = f"SELECT {following}, t.newest FROM (SELECT max({column}) AS newest FROM {table}) t, {name} s"  # noqa: S608  # quoted
+        query = f"SELECT {following}, t.newest FROM ({newest_sql}) t (newest), {name} s"  # noqa: S608  # quoted
         expected, newest = connection.exec_driver_sql(query).one()
         if newest is not None and expected <= newest:
-            yield Behind(name, table, column, expected, newest)
+            yield Behind(name, table, column, expected, newest, newest_sql)
+
+
+def _removed(connection: Connection, table: str) -> str | None:
+    """Return the query for the newest removed id of a table; None if it has none that this user may read."""
+    removals, column = _REMOVED.get(table, ("", ""))
+    may_read = text("SELECT has_table_privilege(to_regclass(:name), 'SELECT')")
+    if not removals or not connection.scalar(may_read, {"name": removals}):
+        return None
+    return f"SELECT max({column}) FROM {removals} WHERE {column} < {_MAX_REMOVED}"  # noqa: S608  # constants

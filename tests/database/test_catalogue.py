@@ -212,6 +212,23 @@ def test_a_sequence_that_was_set_back_is_named_and_set_forward(
     assert differences(engine) == []
 
 
+def test_a_sequence_that_was_set_back_to_what_retention_left_is_named_and_set_forward(engine: Engine) -> None:
+    execute(
+        engine,
+        "INSERT INTO archiver.acts (actor, kind, reason, detail) VALUES ('x', 'retention', 'y', '{}')",
+        "INSERT INTO archiver.removals (event_id, act_id) VALUES (7, 1), (9000000000000000000, 1)",
+        "SELECT setval('archiver.events_id_seq', 3)",
+    )
+    (found,) = differences(engine)
+    assert found.object == "sequence archiver.events_id_seq"
+    assert "would assign 4, although archiver.events has or had ids up to 7" in found.detail
+    assert "SELECT setval('archiver.events_id_seq', 7);" in found.advice
+    with transaction(engine) as connection:
+        assert catalogue.repair(connection) == [found]
+        assert connection.scalar(text("SELECT nextval('archiver.events_id_seq')")) == 8
+    assert differences(engine) == []
+
+
 def test_a_sequence_that_was_set_further_is_no_difference(engine: Engine) -> None:
     execute(engine, COUNTED["archiver.acts_id_seq"], "SELECT setval('archiver.acts_id_seq', 8, false)")
     assert differences(engine) == []

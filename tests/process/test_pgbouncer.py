@@ -133,13 +133,6 @@ def test_doctor_names_limits_that_only_a_session_without_pooler_can_change(
         assert found == [f"Behind a pooler these limits end sessions: {each}." for each in expected]
 
 
-def test_a_default_of_read_only_does_not_stop_the_receiver(pooled: str, database_url: str, cluster: Cluster) -> None:
-    name = database.database_url(database_url).database
-    cluster.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    with serving(pooled) as receiver:
-        assert receiver.post(created("c", "s")).json()["status"] == "stored"
-
-
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_statement_pooling_is_refused_with_the_setting_that_helps(program: str, database_url: str) -> None:
     with pooling(program, database_url, "pool_mode = statement") as url:

@@ -34,7 +34,7 @@ def _sequences(connection: Connection) -> Iterator[Difference]:
         advice = f"{_REPAIR[:-1]}, or as the owner: {each.remedy};"
         statements = (
             f"LOCK TABLE {each.table} IN SHARE ROW EXCLUSIVE MODE",  # otherwise new rows could get even higher ids
-            f"SELECT setval('{each.name}', (SELECT max({each.column}) FROM {each.table}))",  # noqa: S608  # quoted
+            f"SELECT setval('{each.name}', ({each.newest_sql}))",
         )
         detail = f"sequence {each.name} {each}: new rows get ids that are in use."
         yield Difference(f"sequence {each.name}", "failure", detail, advice, statements)

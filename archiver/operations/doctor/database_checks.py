@@ -13,6 +13,7 @@ from archiver import database
 from archiver.database import catalogue, identity, lock_waits, roles, schema
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
+from archiver.operations.doctor.table_checks import examine_tables
 from archiver.outbound import feed
 from archiver.outbound.followups.review import (
     FollowupStats,
@@ -65,6 +66,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                         break
                 if check is _schema:
                     yield from _catalogue(connection)
+                    yield from examine_tables(connection)
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every)
                     yield _times_ahead(connection, configuration.session_lifetime)
@@ -151,7 +153,7 @@ _SHORT_LIMITS = text(
 
 
 def _session(connection: Connection, configuration: Settings) -> Iterator[Finding]:
-    """Check for a connection pooler, and for a session default that transactions cannot change."""
+    """Check for a connection pooler, and for session defaults that it keeps transactions from changing."""
     if database.is_behind_pooler(connection):
         detail = "A connection pooler such as PgBouncer is in use, so statements are not prepared."
         advice = ""
@@ -163,10 +165,6 @@ def _session(connection: Connection, configuration: Settings) -> Iterator[Findin
             listed = ", ".join(f"{row.name} = {row.reset_val}ms" for row in limits)
             advice = f"As an administrator: ALTER ROLE … RESET {limits[0].name}; and the same for ALTER DATABASE."
             yield Finding("limits", "warning", f"Behind a pooler these limits end sessions: {listed}.", advice)
-    if connection.scalar(text("SELECT current_setting('session_replication_role')")) != "origin":
-        detail = "session_replication_role is not origin: the triggers that guard the ledger do not run."
-        advice = "As an administrator: ALTER ROLE … RESET session_replication_role; and the same for ALTER DATABASE."
-        yield Finding("guards", "failure", detail, advice)
 
 
 def _durability(connection: Connection) -> Finding:
