@@ -6,7 +6,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver.archive import DEFAULT_TIMING, Timing
-from archiver.database import is_data_error, sqlstate, transaction
+from archiver.database import is_conflict, is_data_error, is_lock_timeout, run, sqlstate, transaction
 from archiver.events import Delivery, Malformed, restore
 from archiver.inbound.writing import (
     QUERY_CANCELED,
@@ -17,6 +17,7 @@ from archiver.inbound.writing import (
 )
 from archiver.ledger import quarantine
 
+LOCKED = "Another session locks the delivery or its conversation: retry it later. archiver doctor names the session."
 RETRY_SECONDS = 600.0  # per statement: more than the limit of a separately written event
 
 
@@ -24,21 +25,34 @@ def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAU
     """Retry one quarantined delivery through the write path; None if there is no such row.
 
     On success the ledger holds its bytes with the time of the first delivery and the number of deliveries, and the
-    row is deleted from the quarantine. Otherwise the row stays with the new reason. Raises the errors of an
-    unavailable database.
+    row is deleted from the quarantine. Otherwise the row stays with the new reason, or as it was where another
+    session locks it or its conversation. Raises the errors of an unavailable database.
     """
     try:
-        with transaction(engine, statement_seconds=RETRY_SECONDS) as connection:
-            outcome = _retry(connection, quarantine_id, timing)
+        outcome = run(
+            engine, lambda connection: _retry(connection, quarantine_id, timing), statement_seconds=RETRY_SECONDS
+        )
     except Exception as error:
+        if is_lock_timeout(error) or is_conflict(error):
+            return _locked(engine, quarantine_id)
         fault: Exception = EventTooSlowError(RETRY_SECONDS, 1) if sqlstate(error) == QUERY_CANCELED else error
         if isinstance(fault, SQLAlchemyError) and not is_data_error(fault):
             raise
         outcome = Outcome("quarantined", quarantine_id, *explain_fault(fault))
     if outcome is not None and outcome.status == "quarantined":
-        with transaction(engine) as connection:
-            quarantine.update_reason(connection, quarantine_id, outcome.reason or "", outcome.detail or "")
+        reason, detail = outcome.reason or "", outcome.detail or ""
+        try:
+            run(engine, lambda connection: quarantine.update_reason(connection, quarantine_id, reason, detail))
+        except SQLAlchemyError as error:
+            if not is_lock_timeout(error):
+                raise
     return outcome
+
+
+def _locked(engine: Engine, quarantine_id: int) -> Outcome | None:
+    with transaction(engine) as connection:
+        row = quarantine.select_quarantined(connection, quarantine_id)
+    return None if row is None else Outcome("quarantined", quarantine_id, row["reason"], LOCKED)
 
 
 def _retry(connection: Connection, quarantine_id: int, timing: Timing) -> Outcome | None:

@@ -902,6 +902,29 @@ def test_i4_what_can_be_archived_by_now_leaves_the_quarantine(database_url: str)
         assert receiver.post(body).json()["status"] == "duplicate"
 
 
+def test_i4_a_locked_row_is_reported_and_keeps_no_other_in_the_quarantine(
+    database_url: str, quarantined: dict[bytes, int]
+) -> None:
+    bodies = [created("c1", "s1"), created("c2", "s2")]
+    first, *_ = quarantined.values()
+    with psycopg.connect(database_url, autocommit=True) as connection, psycopg.connect(database_url) as beside:
+        for body in bodies:
+            connection.execute(
+                "INSERT INTO archiver.quarantine (received_at, last_received_at, delivery_count, reason, detail,"
+                " body, body_digest) VALUES (now(), now(), 1, 'not_storable', '', %s, sha256(%s))",
+                [body, body],
+            )
+        beside.execute("SELECT FROM archiver.quarantine WHERE id = %s FOR UPDATE", [first])
+        retried = archiver("quarantine", "retry", "--all", database_url=database_url)
+        assert retried.returncode == 1
+        assert f"{first}: still quarantined: Another session locks the delivery" in retried.stdout
+        assert retried.stdout.count(": stored as event ") == len(bodies)
+        assert "2 still quarantined" in retried.stderr
+        query = "SELECT reason, (SELECT count(*) FROM archiver.acts WHERE kind = 'quarantine.retry')"
+        found = connection.execute(f"{query} FROM archiver.quarantine WHERE id = %s", [first]).fetchall()
+        assert found == [("not_json", 1)]
+
+
 def test_an_empty_quarantine_says_so(url: str, database_url: str) -> None:
     del url
     for arguments in (["list"], ["retry", "--all"]):
