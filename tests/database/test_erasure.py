@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from archiver import database, events
 from archiver.compliance import erasure
@@ -419,6 +419,30 @@ def test_i8_a_list_of_several_rules_is_ordered_whole_or_not_at_all(engine: Engin
         ("s2", "request", NOW),
     ]
     assert requests.preview_replay(engine, lines, "anna@desk", "again").by_rule == {}
+
+
+def test_i8_a_replay_that_stopped_half_way_searches_the_quarantine_for_all_its_lines_when_it_is_run_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ordering, "BATCH_SIZE", 1)
+    record(engine, *(f'{{"sessionId": "s{n}" broken'.encode() for n in range(4)))
+    lines = [replay.ListedErasure(f"s{n}", "", NOW, "request") for n in range(3)]
+
+    def erase() -> requests.Report:
+        preview = requests.preview_replay(engine, lines, "anna@desk", "a backup")
+        return requests.purge(engine, requests.order(engine, preview), TIMING, lambda _: None)
+
+    execute(engine, "ALTER TABLE archiver.erasures ADD CONSTRAINT stop CHECK (session_id <> 's2')")
+    with pytest.raises(DBAPIError):
+        erase()
+    assert rows(engine, "SELECT session_id FROM archiver.erasures ORDER BY 1") == [("s0",), ("s1",)]
+    execute(engine, "ALTER TABLE archiver.erasures DROP CONSTRAINT stop")
+    assert erase().counts.quarantined == 3
+    assert rows(engine, "SELECT body FROM archiver.quarantine") == [(b'{"sessionId": "s3" broken',)]
+    # Run once more, it finds a delivery that was quarantined in between.
+    record(engine, b'{"sessionId": "s1" broken again')
+    assert erase().counts.quarantined == 1
+    assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(1,)]
 
 
 REFUSING = """

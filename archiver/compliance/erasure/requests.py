@@ -44,8 +44,9 @@ class Preview(msgspec.Struct, frozen=True):
 
     `by_rule`: the selected targets by rule, each with the time of its erasure; None: now. `selected`: those of them
     that no hold covers. `rows`: the quarantine rows about them. `repeating`: other turns whose deliveries
-    repeat their content. `unclaimed`: sessions with history messages that may belong to a selected turn. `unknown`,
-    `unknown_variables`: not in the archive, so probably misspelt.
+    repeat their content. `unclaimed`: sessions with history messages that may belong to a selected turn. `replayed`:
+    listed targets that were ordered before; an interrupted replay may have left quarantine rows about them.
+    `unknown`, `unknown_variables`: not in the archive, so probably misspelt.
     """
 
     entry: AuditEntry
@@ -58,6 +59,7 @@ class Preview(msgspec.Struct, frozen=True):
     rows: QuarantineMatches
     repeating: Sequence[Target]
     unclaimed: Sequence[str] = ()
+    replayed: Sequence[Target] = ()
     unknown: Sequence[Target] = ()
     unknown_variables: Sequence[str] = ()
 
@@ -120,10 +122,10 @@ def preview_replay(
         new = select_new(connection, lines)
         rules: tuple[Rule, ...] = get_args(Rule)
         by_rule = {rule: {line.target: line.erased_at for line in new if line.rule == rule} for rule in rules}
+        by_rule = {rule: times for rule, times in by_rule.items() if times}
         entry = AuditEntry("erase.replay", actor, reason, {"lines": len(lines), "new": len(new)})
-        return _preview(
-            connection, entry, {rule: times for rule, times in by_rule.items() if times}, (), skip_held=skip_held
-        )
+        known = sorted({line.target for line in lines} - {line.target for line in new})
+        return _preview(connection, entry, by_rule, (), skip_held=skip_held, replayed=known)
 
 
 def _preview(
@@ -133,17 +135,18 @@ def _preview(
     variables: Sequence[tuple[str, str]],
     *,
     skip_held: bool,
+    replayed: Sequence[Target] = (),
 ) -> Preview:
     named = sorted({target for times in by_rule.values() for target in times})
     whole = targets.with_unassigned(connection, named)
     held = covering(connection, whole)
     deletable = [each for each in whole if each not in held]
     selected = [each for each in named if each not in held]
-    rows = select_matches(connection, selected, variables)
+    rows = select_matches(connection, [*selected, *replayed], variables)
     counts = targets.count(connection, deletable)
     counts.quarantined, counts.unsearchable = len(select_deletable(connection, rows)), len(rows.unsearchable)
     repeating = select_repeating_turns(connection, deletable)
-    return Preview(entry, by_rule, variables, skip_held, selected, held, counts, rows, repeating)
+    return Preview(entry, by_rule, variables, skip_held, selected, held, counts, rows, repeating, replayed=replayed)
 
 
 def _select_targets(connection: Connection, selection: Selection) -> list[Target]:
@@ -213,7 +216,8 @@ def _count_ordered(engine: Engine, preview: Preview, parts: Sequence[Ordered]) -
     before = preview.rows if is_as_previewed else QuarantineMatches()
     with transaction(engine, statement_seconds=STATEMENT_SECONDS) as connection:
         counts = preview.counts if is_as_previewed else targets.count(connection, ordered)
-        rows = before.with_later(select_matches(connection, deletable, preview.variables, before.searched))
+        searchable = [*deletable, *preview.replayed]
+        rows = before.with_later(select_matches(connection, searchable, preview.variables, before.searched))
     with transaction(engine, statement_seconds=STATEMENT_SECONDS) as connection:
         Lock.RECORDING.take(connection, exclusive=False)
         quarantined = sum(part.quarantined for part in parts) + delete_matches(connection, rows)
