@@ -24,7 +24,7 @@ def database_url(value: str) -> URL:
     if url.drivername not in {"postgres", "postgresql", "postgresql+psycopg"}:
         raise SettingsError(f"{given_as('DATABASE_URL')}: must begin with postgres:// or postgresql://.")
     if value.count("@") > 1:
-        raise SettingsError(f"{given_as('DATABASE_URL')}: an @ in the user or the password must be written %40.")
+        raise SettingsError(f"{given_as('DATABASE_URL')}: an @ in the user or the password must be written as %40.")
     return url.set(drivername="postgresql+psycopg")
 
 

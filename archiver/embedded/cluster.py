@@ -147,7 +147,7 @@ def _check_version(data: Path) -> None:
     own = binaries.installed_version().partition(".")[0]
     if major != own:
         raise EmbeddedError(
-            f"{data} was made by Postgres {major}, this is Postgres {own}: move the data with pg_dump, or set "
+            f"{data} was created by Postgres {major}, not {own}: move the data with pg_dump, or set "
             "ARCHIVER_HOME to another folder."
         )
 

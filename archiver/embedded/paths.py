@@ -126,7 +126,7 @@ def root_owned(folder: Path) -> Path:
     folder.mkdir(mode=0o711, exist_ok=True)
     result = folder.lstat()
     if not stat.S_ISDIR(result.st_mode) or result.st_uid != 0 or result.st_mode & 0o022:
-        raise EmbeddedError(f"{folder} is not a folder that only root can write: remove it, or set ARCHIVER_HOME.")
+        raise EmbeddedError(f"{folder} is not a folder that only root can write to: remove it, or set ARCHIVER_HOME.")
     folder.chmod(0o711)
     return folder
 

@@ -368,7 +368,7 @@ def test_a_server_that_refuses_us_says_so_at_once(home: Path) -> None:
 def test_data_of_another_major_version_is_refused(home: Path) -> None:
     embedded.start(home).stop()
     (home / "postgres" / "PG_VERSION").write_text("17\n")
-    with pytest.raises(embedded.EmbeddedError, match=r"was made by Postgres 17, this is Postgres 18.*ARCHIVER_HOME"):
+    with pytest.raises(embedded.EmbeddedError, match=r"was created by Postgres 17, not 18.*ARCHIVER_HOME"):
         embedded.start(home)
 
 
