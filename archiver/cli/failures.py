@@ -2,16 +2,17 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from archiver import settings
 from archiver.cli import fail
-from archiver.database import CERTIFICATE_ADVICE, is_untrusted, sqlstate
+from archiver.database import CERTIFICATE_ADVICE, database_url, is_untrusted, sqlstate, what_to_check
 from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.database.roles import AUDITOR, WRITER
-from archiver.errors import ArchiverError
+from archiver.errors import ArchiverError, SettingsError
 
 
 @contextmanager
@@ -48,9 +49,7 @@ def _end_if_interrupted(error: BaseException) -> None:
 
 def _explain(error: SQLAlchemyError) -> str:
     if not isinstance(error, DBAPIError):
-        return (
-            f"The database did not respond ({type(error).__name__}).\nCheck DATABASE_URL, then run `archiver doctor`."
-        )
+        return f"The database did not respond ({type(error).__name__}).\n{_advice()}"
     text, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:
         role = _role(sys.argv[1:])
@@ -64,12 +63,21 @@ def _explain(error: SQLAlchemyError) -> str:
     is_from_server = state is not None or "FATAL: " in text
     if is_from_server:
         return explain_refusal(text)
-    return f"The database cannot be reached: {text}\nCheck DATABASE_URL, then run `archiver doctor`."
+    return f"The database cannot be reached: {text}\n{_advice()}"
+
+
+def _advice() -> str:
+    """Return what to check, variables of libpq included."""
+    with suppress(SettingsError):
+        configured = settings.read().database_url
+        url = None if configured is None else database_url(configured.get_secret_value())
+        return f"Check {what_to_check(url)}, then run `archiver doctor`."
+    return "Check DATABASE_URL, then run `archiver doctor`."
 
 
 def explain_refusal(text: str) -> str:
     """Return the server's text with what helps."""
-    advice = "Check DATABASE_URL, then run `archiver doctor`."
+    advice = _advice()
     if "statement pooling mode" in text:  # PgBouncer's words
         advice = "Set pool_mode = transaction (or session) in the configuration of PgBouncer."
     return f"The database refused: {text}\n{advice}"

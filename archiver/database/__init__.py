@@ -35,7 +35,7 @@ from archiver.database.transactions import (
     snapshot,
     transaction,
 )
-from archiver.database.urls import database_url, describe
+from archiver.database.urls import database_url, describe, libpq_variables, what_to_check
 
 __all__ = [
     "CERTIFICATE_ADVICE",
@@ -64,6 +64,7 @@ __all__ = [
     "is_lock_timeout",
     "is_unreachable",
     "is_untrusted",
+    "libpq_variables",
     "limit",
     "limit_locks",
     "locks",
@@ -78,4 +79,5 @@ __all__ = [
     "snapshot",
     "sqlstate",
     "transaction",
+    "what_to_check",
 ]

@@ -1,11 +1,14 @@
 """Parse database URLs, and describe them without secrets."""
 
+import os
 import re
 from urllib.parse import unquote
 
+from psycopg import pq
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from archiver.database.statements import DIALECT
 from archiver.settings import SettingsError, given_as
 
 
@@ -59,3 +62,22 @@ def describe(url: URL) -> str:
     return f"{url.database or parameters.get('dbname') or user or 'the default'} at {host}{port}" + (
         f" as {user}" if user else ""
     )
+
+
+# Those that are not options of a connection string; and the options that the archiver sets itself.
+_OTHER_VARIABLES = ("PGSERVICEFILE", "PGSYSCONFDIR", "PGDATESTYLE", "PGTZ", "PGGEQO")
+_OWN_OPTIONS = frozenset({"application_name", "client_encoding", "connect_timeout"})
+
+
+def libpq_variables(url: URL) -> list[str]:
+    """Return the variables of the environment from which libpq takes what the URL does not give."""
+    given = _OWN_OPTIONS | DIALECT.create_connect_args(url)[1].keys()
+    options = ((option.keyword.decode(), option.envvar) for option in pq.Conninfo.get_defaults())
+    names = {variable.decode() for keyword, variable in options if variable and keyword not in given}
+    return sorted(name for name in names.union(_OTHER_VARIABLES) if os.environ.get(name))
+
+
+def what_to_check(url: URL | None) -> str:
+    """Return which settings decide how the database is reached."""
+    variables = libpq_variables(url) if url is not None else []
+    return " and ".join(("DATABASE_URL", *([f"in the environment {', '.join(variables)}"] if variables else [])))

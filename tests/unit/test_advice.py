@@ -1,5 +1,6 @@
 """Errors of settings name the variable that the operator set, and say what to do."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from cryptography.hazmat.primitives.serialization import (
 from archiver import settings
 from archiver.cli import failures
 from archiver.compliance.seals import signing_key
-from archiver.database import database_url
+from archiver.database import database_url, libpq_variables
 from archiver.history.callhq.connections import connection_pool
+from archiver.outbound.followups import guard
 
 KEY = Ed25519PrivateKey.generate()
 PLAIN = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -71,3 +73,41 @@ def test_statement_pooling_names_the_setting_of_pgbouncer() -> None:
         f"The database refused: {refusal}\n"
         "Set pool_mode = transaction (or session) in the configuration of PgBouncer."
     )
+
+
+URL = "postgresql://someone:secret@db.example/callhq?sslmode=require"
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"PGOPTIONS": "-c nonsense=1"}, ["PGOPTIONS"]),
+        ({"PGSERVICE": "nowhere", "PGSERVICEFILE": "/nowhere"}, ["PGSERVICE", "PGSERVICEFILE"]),
+        ({"PGSSLROOTCERT": "/nowhere", "PGTZ": "Nowhere"}, ["PGSSLROOTCERT", "PGTZ"]),
+        ({"PGHOSTADDR": "192.0.2.1", "PGTARGETSESSIONATTRS": "any"}, ["PGHOSTADDR", "PGTARGETSESSIONATTRS"]),
+        # The URL or the archiver gives these.
+        ({"PGSSLMODE": "disable", "PGUSER": "another", "PGHOST": "elsewhere", "PGAPPNAME": "x"}, []),
+        ({"PGOPTIONS": ""}, []),
+    ],
+)
+def test_variables_of_libpq_that_apply_beside_the_url_are_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: list[str]
+) -> None:
+    for name in [each for each in os.environ if each.startswith("PG")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DATABASE_URL", URL)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert libpq_variables(database_url(URL)) == named
+    places = f"DATABASE_URL and in the environment {', '.join(named)}" if named else "DATABASE_URL"
+    assert failures.explain_refusal("no") == (
+        f"The database refused: no\nCheck {places}, then run `archiver doctor`."
+    )
+
+
+def test_a_key_log_that_keeps_follow_ups_from_being_sent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/x")
+    with pytest.raises(
+        settings.SettingsError, match=r"cannot be verified: .* check SSLKEYLOGFILE in the environment"
+    ):
+        guard.ssl_context()

@@ -1,14 +1,13 @@
 """A pool that limits concurrent calls; each has a connection of its own."""
 
 import asyncio
-import os
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx2
 
-from archiver.settings import SettingsError
+from archiver.settings import SettingsError, libraries
 
 CONNECT_SECONDS = 5.0
 _IDLE = 2.0  # seconds an idle connection is kept; servers keep it longer, so that no call meets a closing connection
@@ -52,29 +51,13 @@ def _client(trusted: ssl.SSLContext) -> httpx2.AsyncClient:
     )
 
 
-# Variables that the HTTP client reads itself, in upper or lower case.
-_ENVIRONMENT = (
-    "http_proxy",
-    "https_proxy",
-    "all_proxy",
-    "no_proxy",
-    "ssl_cert_file",
-    "ssl_cert_dir",
-    "sslkeylogfile",
-)
-
-
 def connection_pool(number: int) -> ConnectionPool:
     """Return `number` clients. Raises `SettingsError`, which names the variables to check, if a client cannot be
     built."""
     try:
         return ConnectionPool(number)
     except (ImportError, OSError, ValueError, TypeError, httpx2.InvalidURL) as error:
-        present = sorted(name for name in os.environ if name.lower() in _ENVIRONMENT)
-        # The error may quote the value of the variable that caused it.
-        variables = [name for name in present if os.environ[name] and os.environ[name] in str(error)] or present
-        advice = f"check {', '.join(variables)} in the environment" if variables else "check the installed libraries"
-        detail = " ".join(str(error).split()).rstrip(".") or "no further detail"
+        advice = libraries.advice_on(error, libraries.TLS + libraries.PROXIES)
         raise SettingsError(
-            f"The HTTP client for CallHQ cannot be built: {type(error).__name__}: {detail}. To fix it, {advice}."
+            f"The HTTP client for CallHQ cannot be built: {libraries.describe(error)}. To fix it, {advice}."
         ) from error

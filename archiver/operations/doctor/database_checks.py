@@ -88,7 +88,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
             advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database rejected a query: see its log."
             yield Finding("questions", "failure", detail, advice)
         else:
-            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message)
+            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message, engine)
             yield Finding("database", "failure", detail, advice)
 
 
@@ -110,10 +110,12 @@ _ADVICE = (
 )
 
 
-def _advice_on(message: str) -> str:
+def _advice_on(message: str, engine: Engine) -> str:
     """Return the remedy for a connection error."""
     general = "Check DATABASE_URL, and that Postgres is running and reachable."
-    return next((advice for pattern, advice in _ADVICE if re.search(pattern, message)), general)
+    advice = next((advice for pattern, advice in _ADVICE if re.search(pattern, message)), general)
+    variables = database.libpq_variables(engine.url)
+    return f"{advice} These variables of the environment apply, too: {', '.join(variables)}." if variables else advice
 
 
 def _version(connection: Connection) -> Finding:

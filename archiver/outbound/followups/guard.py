@@ -18,6 +18,7 @@ import msgspec
 
 from archiver.errors import ArchiverError
 from archiver.outbound.followups.verified_stream import VerifiedStream
+from archiver.settings import SettingsError, libraries
 
 Address = IPv4Address | IPv6Address
 Reach = Literal["public", "private", "forbidden"]
@@ -205,5 +206,14 @@ class GuardedNetwork(httpcore2.AsyncNetworkBackend):
 
 
 def ssl_context() -> ssl.SSLContext:
-    """Return a context that verifies certificates with the system's authorities, and names with the URL's host."""
-    return httpx2.create_ssl_context()
+    """Return a context that verifies certificates with the system's authorities, and names with the URL's host.
+
+    Raises `SettingsError`, which names the variables to check.
+    """
+    try:
+        return httpx2.create_ssl_context()
+    except (OSError, ValueError) as error:
+        advice = libraries.advice_on(error, libraries.TLS)
+        raise SettingsError(
+            f"Certificates of receivers cannot be verified: {libraries.describe(error)}. To fix it, {advice}."
+        ) from error
