@@ -33,7 +33,7 @@ def read() -> Settings:
 
 
 def given_as(name: str) -> str:
-    """Return the variable that gives the setting: NAME, or NAME_FILE where a file holds the value."""
+    """Return the variable that provides the setting: NAME, or NAME_FILE if a file contains the value."""
     return f"{name}_FILE" if f"{name}_FILE" in os.environ else name
 
 
@@ -65,12 +65,12 @@ _KINDS = {
 
 
 def file_names() -> list[str]:
-    """Return every variable that may name a file with the value of a setting: NAME_FILE of each."""
+    """Return the variables that may name a file with the value of a setting: NAME_FILE for each NAME."""
     return [f"{environment_name(Settings, field_name)}_FILE" for field_name in Settings.model_fields]
 
 
 def table() -> list[tuple[str, str, str]]:
-    """Return each setting as (environment variable, default as text, meaning); a test compares the documentation."""
+    """Return each setting as (variable, default as text, meaning); a test compares the documentation with it."""
     rows = []
     for field_name, field in Settings.model_fields.items():
         default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
@@ -80,7 +80,7 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def _limits(metadata: list[Any]) -> str:
-    """Describe the limits; "above 0" is shown as "at least 1", because such settings are whole numbers."""
+    """Describe the limits. "Above 0" is shown as "at least 1", because such settings are whole numbers."""
     limits_given = {
         name: getattr(limit, name) for limit in metadata for name in ("ge", "gt", "le") if hasattr(limit, name)
     }

@@ -23,7 +23,7 @@ def _env(name: str, default: Any, help_text: str, **limits: Any) -> Any:
 
 
 class Settings(BaseSettings):
-    """Hold the settings; create them with `read()`."""
+    """The settings of a process; create them with `read()`."""
 
     model_config = SettingsConfigDict(case_sensitive=True, extra="ignore", frozen=True, hide_input_in_errors=True)
 
@@ -61,12 +61,12 @@ class Settings(BaseSettings):
     hmac_timestamp_prefix: str = _env(
         "ARCHIVER_HMAC_TIMESTAMP_PREFIX",
         "",
-        "Scheme `hmac`: text before the signed time where its header holds other entries too, such as `t=`.",
+        "Scheme `hmac`: text before the signed time if its header contains other entries too, such as `t=`.",
     )
     hmac_id_header: str = _env(
         "ARCHIVER_HMAC_ID_HEADER",
         "",
-        "Scheme `hmac`: header whose value `{svix-id}` stands for in the template, such as `svix-id`.",
+        "Scheme `hmac`: header whose value replaces `{svix-id}` in the template, such as `svix-id`.",
     )
     hmac_prefix: str = _env(
         "ARCHIVER_HMAC_PREFIX", "", "Scheme `hmac`: text before the signature, such as `sha256=`."
@@ -77,22 +77,22 @@ class Settings(BaseSettings):
     hmac_template: str = _env(
         "ARCHIVER_HMAC_TEMPLATE",
         "{timestamp}.{body}",
-        "Scheme `hmac`: what is signed, of `{body}`, `{timestamp}`, `{method}`, `{url}` and `{svix-id}`.",
+        "Scheme `hmac`: the signed text, composed of `{body}`, `{timestamp}`, `{method}`, `{url}` and `{svix-id}`.",
     )
     hmac_secret_is_base64: bool = _env(
-        "ARCHIVER_HMAC_SECRET_IS_BASE64", False, "Scheme `hmac`: the secrets are base64 text of the key."
+        "ARCHIVER_HMAC_SECRET_IS_BASE64", False, "Scheme `hmac`: the secrets are the base64-encoded key."
     )
     timestamp_tolerance: int = _env(
         "ARCHIVER_TIMESTAMP_TOLERANCE",
         300,
-        "Seconds that a signed time may differ from the clock of the receiver, both ways.",
+        "Seconds by which a signed time may differ from the clock of the receiver, in either direction.",
         gt=0,
         le=86_400,
     )
     max_body: int = _env(
         "ARCHIVER_MAX_BODY",
         1_048_576,
-        "Bytes of the largest body accepted (413 above).",
+        "Bytes of the largest accepted body (413 above).",
         gt=0,
         le=256 * 1_048_576,
     )
@@ -120,15 +120,15 @@ class Settings(BaseSettings):
     history_rate: float = _env(
         "ARCHIVER_HISTORY_RATE",
         0,
-        "Most history calls of one worker in a second; 0: no limit.",
+        "Maximum history calls of one worker per second; 0: no limit.",
         ge=0,
         allow_inf_nan=False,
     )
     api_token: SecretStr = _env(
-        "ARCHIVER_API_TOKEN", SecretStr(""), "Bearer token of `POST /sessions`; without one that route answers 404."
+        "ARCHIVER_API_TOKEN", SecretStr(""), "Bearer token of `POST /sessions`; without one that route returns 404."
     )
     seal_every: int = _env(
-        "ARCHIVER_SEAL_EVERY", 60, "Seconds between two seals of what is new in the ledger.", gt=0, le=86_400
+        "ARCHIVER_SEAL_EVERY", 60, "Seconds between two seals of the new rows in the ledger.", gt=0, le=86_400
     )
     seal_key: SecretStr = _env(
         "ARCHIVER_SEAL_KEY",
@@ -145,14 +145,14 @@ class Settings(BaseSettings):
     queue_bytes: int = _env(
         "ARCHIVER_QUEUE_BYTES",
         64 * 1_048_576,
-        "Bytes of one process that may wait for a commit (503 above); one event always may.",
+        "Bytes of one process that may wait for a commit (503 above); a single event always may.",
         gt=0,
     )
     spool: Literal["on", "off"] = _env(
         "ARCHIVER_SPOOL",
         "on",
-        "`on`: what Postgres does not take goes to disk under `ARCHIVER_HOME`, and from there to Postgres later; "
-        "`off`: it is refused (503).",
+        "`on`: deliveries that Postgres does not accept go to disk under `ARCHIVER_HOME`, and later to Postgres; "
+        "`off`: they are rejected (503).",
     )
     spool_bytes: int = _env(
         "ARCHIVER_SPOOL_BYTES",
@@ -163,34 +163,34 @@ class Settings(BaseSettings):
     max_connections: int = _env(
         "ARCHIVER_MAX_CONNECTIONS",
         2_000,
-        "Connections of one process that may be open at a time (503 above).",
+        "Connections of one process that may be open at the same time (503 above).",
         gt=0,
         le=100_000,
     )
     client_timeout: int = _env(
         "ARCHIVER_CLIENT_TIMEOUT",
         10,
-        "Seconds that a client may take to send a request's headers; thrice that to send its body (408 above) "
-        "and to read its answer.",
+        "Seconds that a client may take to send a request's headers; three times that to send its body "
+        "(408 above) and to read its response.",
         gt=0,
         le=3_600,
     )
-    batch_events: int = _env("ARCHIVER_BATCH_EVENTS", 500, "Most events that share one transaction.", gt=0, le=1_000)
+    batch_events: int = _env("ARCHIVER_BATCH_EVENTS", 500, "Maximum events in one transaction.", gt=0, le=1_000)
     prepared_statements: bool | None = _env(
         "ARCHIVER_PREPARED_STATEMENTS",
         None,
-        "Prepare repeated statements. Unset: unless a connection pooler such as PgBouncer is found. `true` prepares "
-        "them behind PgBouncer from 1.22 with `max_prepared_statements` above 0; `false` never does.",
+        "Prepare repeated statements. Unset: prepare them unless a connection pooler such as PgBouncer is found. "
+        "`true` prepares them behind PgBouncer from 1.22 with `max_prepared_statements` above 0; `false` never does.",
     )
     on_delete: Literal["keep", "erase"] = _env(
         "ARCHIVER_ON_DELETE",
         "keep",
-        "What becomes of a turn that `chat.deleted` names: `keep` its content under a tombstone, or `erase` it.",
+        "What happens to a turn that `chat.deleted` names: `keep` its content under a tombstone, or `erase` it.",
     )
     erase_after: int = _env(
         "ARCHIVER_ERASE_AFTER",
         0,
-        "Seconds after its deletion at which `ARCHIVER_ON_DELETE=erase` erases a turn.",
+        "Seconds after the deletion of a turn at which `ARCHIVER_ON_DELETE=erase` erases it.",
         ge=0,
         le=3_660 * 86_400,
     )
@@ -204,46 +204,46 @@ class Settings(BaseSettings):
     retention_by_assistant: str = _env(
         "ARCHIVER_RETENTION_BY_ASSISTANT",
         "",
-        "Days for the sessions of some assistants instead, such as `as_1=30,as_2=365`; the longest counts where "
+        "Days for the sessions of some assistants instead, such as `as_1=30,as_2=365`; the longest counts if "
         "several took part.",
     )
     retention_metadata_days: int = _env(
         "ARCHIVER_RETENTION_METADATA_DAYS",
         0,
-        "Days after its last event at which the rest of an erased session is deleted, once sealed; 0: never.",
+        "Days after the last event of an erased session at which the rest of it is deleted, once sealed; 0: never.",
         ge=0,
         le=MAX_DAYS,
     )
     changes_days: int = _env(
         "ARCHIVER_CHANGES_DAYS",
         30,
-        "Days for which the change feed, `analytics.changes`, goes back; 0: for ever.",
+        "Days for which the change feed, `analytics.changes`, keeps changes; 0: forever.",
         ge=0,
         le=MAX_DAYS,
     )
     followups_rate: float = _env(
         "ARCHIVER_FOLLOWUPS_RATE",
         200,
-        "Most follow-ups that one worker sends in a second, over all subscriptions; 0: no limit.",
+        "Maximum follow-ups that one worker sends per second, over all subscriptions; 0: no limit.",
         ge=0,
         allow_inf_nan=False,
     )
     followups_days: int = _env(
         "ARCHIVER_FOLLOWUPS_DAYS",
         14,
-        "Days for which deliveries that ended, and their attempts, are kept.",
+        "Days for which finished deliveries and their attempts are kept.",
         gt=0,
         le=MAX_DAYS,
     )
     followups_allow_private: bool = _env(
         "ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE",
         False,
-        "Let follow-ups go to loopback and private addresses, and there by `http` too.",
+        "Allow follow-ups to loopback and private addresses, and plain `http` to these.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ARCHIVER_LOG_LEVEL",
         "info",
-        "Least important log line that is written: `debug`, `info`, `warning` or `error`.",
+        "Lowest level of log lines that are written: `debug`, `info`, `warning` or `error`.",
     )
     log_format: Literal["auto", "json", "text"] = _env(
         "ARCHIVER_LOG_FORMAT", "auto", "`json`, `text`, or `auto`: text on a terminal, JSON elsewhere."
@@ -268,7 +268,7 @@ class Settings(BaseSettings):
         if value and not _TOKEN.fullmatch(value):
             raise ValueError("must be the name of a header: letters, digits and hyphens, such as x-signature")
         if value in _FRAMING:
-            raise ValueError("must not be a header by which HTTP itself works, such as content-length")
+            raise ValueError("must not be a header that HTTP itself uses, such as content-length")
         return value
 
     @field_validator("hmac_prefix", "hmac_timestamp_prefix")
@@ -299,8 +299,8 @@ class Settings(BaseSettings):
             for number, secret in enumerate(self.secrets, start=1):
                 if any(ord(each) < 32 or ord(each) == 127 for each in secret):  # noqa: PLR2004  # ASCII's controls
                     raise ValueError(
-                        f"ARCHIVER_WEBHOOK_SECRETS: secret {number} holds a line break or a control character, which"
-                        " no header can; separate secrets by commas"
+                        f"ARCHIVER_WEBHOOK_SECRETS: secret {number} contains a line break or a control character,"
+                        " which no header can; separate secrets with commas"
                     )
         return self
 
@@ -359,7 +359,7 @@ class Settings(BaseSettings):
 
     @property
     def retention_of_assistants(self) -> dict[str, int]:
-        """Return the days of content by assistant id, for assistants with a different period."""
+        """Return the days for which content is kept, by assistant id, for assistants with a different period."""
         return _days_by_assistant(self.retention_by_assistant)
 
     @property

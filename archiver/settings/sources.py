@@ -17,7 +17,7 @@ def environment_name(settings: type[BaseSettings], field_name: str) -> str:
 
 
 class FileSource(PydanticBaseSettingsSource):
-    """Read a value from the file that NAME_FILE names, without byte order mark and surrounding white space."""
+    """A source that reads the files that NAME_FILE names, without byte order mark and surrounding white space."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         name = environment_name(self.settings_cls, field_name)

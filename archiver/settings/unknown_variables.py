@@ -13,7 +13,7 @@ _OF_A_DATABASE = re.compile(r"(DATABASE|DB|PG|POSTGRES|POSTGRESQL)_(URL|URI|DSN)
 
 
 def unknown_variables() -> list[tuple[str, str]]:
-    """Return unknown variables that look like settings, each with the nearest setting, or "".
+    """Return the unknown variables that look like settings, each with the most similar setting, or "".
 
     Names similar to `DATABASE_URL` count only if that is not set.
     """
