@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Answer `--version` without importing the rest; run every other command."""
+    """Print the version for `--version` without importing the rest; run every other command."""
     if sys.argv[1:2] == ["--version"] and _print_version():
         return
     from archiver.cli import main as run  # noqa: PLC0415  # `--version` does not pay for click
@@ -13,7 +13,7 @@ def main() -> None:
 
 
 def _print_version() -> bool:
-    """Print the version; return False if stdout cannot take it."""
+    """Print the version; return False if stdout does not accept it."""
     from archiver.version import describe  # noqa: PLC0415  # only `--version` needs it
 
     try:

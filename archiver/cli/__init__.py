@@ -1,4 +1,4 @@
-"""The command line: parses arguments and prints results; a command is imported when it runs."""
+"""The command line: it parses arguments and prints results. A command is imported when it runs."""
 
 import codecs
 import errno
@@ -17,7 +17,7 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
     "acts": ("holds:acts", "List the audit log, oldest first: what was done to the archive, by whom and why."),
     "adopt": ("adopt:adopt", "Accept this database in place of the one that was served before."),
     "audit": ("holds:acts", "List the audit log, oldest first: what was done to the archive, by whom and why."),
-    "backfill": ("backfill:command", "Fetch histories now and repair what webhooks lost."),
+    "backfill": ("backfill:command", "Fetch histories now and recover messages that webhooks lost."),
     "demo": ("demo:demo", "Run a demo on this machine: a database, the receiver and a simulated CallHQ."),
     "doctor": ("status:doctor", "Check settings, spool, database, roles, schema and clock, and print remedies."),
     "erase": (
@@ -35,8 +35,8 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
     "seal": ("seals:seal", "Seal all settled rows now."),
     "seals": ("seals:group", "List or export the chain of seals."),
     "serve": ("serve:serve", "Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C."),
-    "simulate": ("demo:simulate", "Run the simulated CallHQ platform alone."),
-    "status": ("status:status", "Show on one screen what the archive holds and what needs attention."),
+    "simulate": ("demo:simulate", "Run only the simulated CallHQ platform."),
+    "status": ("status:status", "Show on one screen what the archive contains and what needs attention."),
     "verify": (
         "seals:verify",
         "Check seals and ledger: each row against its seal, each body against its digest, each seal against its"
@@ -47,7 +47,7 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command runs, and prints its help from `COMMANDS` alone."""
+    """A group that imports a command's module when the command runs, and prints its help from `COMMANDS` only."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -57,14 +57,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command of these arguments; an unknown name is answered with similar ones."""
+        """Find the command of these arguments. The error for an unknown name suggests similar names."""
         try:
             return super().resolve_command(ctx, args)
         except click.exceptions.NoSuchCommand as error:
             raise click.exceptions.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command; return None if there is none of that name."""
+        """Import and return the command; return None if there is no command with that name."""
         del ctx
         if cmd_name not in COMMANDS:
             return None
@@ -79,7 +79,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; what fails is printed and exits 1."""
+        """Run a command. An error is printed, and the exit code is 1."""
         from archiver.cli.failures import reported  # noqa: PLC0415  # with SQLAlchemy, which help does not need
 
         with reported():
@@ -88,7 +88,7 @@ class LazyGroup(click.Group):
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     del param
-    if value and not ctx.resilient_parsing:  # which is so for completions
+    if value and not ctx.resilient_parsing:  # as it is for completions
         from archiver.version import describe  # noqa: PLC0415  # only `--version` needs it
 
         click.echo(describe())
@@ -105,7 +105,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     help="Show the version and exit.",
 )
 def cli() -> None:
-    """Keep every CallHQ conversation, once, in Postgres.
+    """Archive every CallHQ conversation in Postgres, exactly once.
 
     Settings come from environment variables. NAME_FILE may name a file that contains the value of NAME. Without
     DATABASE_URL, an embedded Postgres under ARCHIVER_HOME is used.
@@ -154,10 +154,10 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def _require_complete_writes() -> None:
-    """Let stdout complete every write.
+    """Let stdout complete every write; discard the output if stdout is closed.
 
-    stdout may be closed. Under PYTHONUNBUFFERED, which container images often set, a pipe that accepts only a part
-    of a write loses the rest.
+    Under PYTHONUNBUFFERED, which container images often set, a pipe that accepts only a part of a write loses the
+    rest.
     """
     given = sys.stdout
     if given is None:
@@ -184,9 +184,9 @@ def complain(message: str) -> None:
 
 
 def escaped(value: object, *, keep: str = "") -> str:
-    """Return the value as text that does not act on a terminal: unprintable characters, line breaks too, as escapes.
+    """Return the value as text that does not act on a terminal: unprintable characters and line breaks are escaped.
 
-    Every stored value passes here before a command prints it as text. `keep`: characters that stay.
+    Commands apply this to every stored value that they print as text. `keep`: characters that are not escaped.
     """
     text = str(value)
     if text.isprintable():

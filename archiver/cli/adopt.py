@@ -17,7 +17,7 @@ from archiver.ledger import audit_log
 def adopt(*, actor: str | None, yes: bool, as_json: bool) -> None:
     """Accept this database in place of the one that was served before.
 
-    Workers then seal, publish and send follow-ups again. Run it only where this database replaces the previous one,
+    Workers then seal, publish and send follow-ups again. Run it only if this database replaces the previous one,
     never on a copy. A new epoch begins; the audit log records it.
     """
     configuration = settings.read()

@@ -1,4 +1,4 @@
-"""`archiver backfill`: fetch histories now and repair what webhooks lost."""
+"""`archiver backfill`: fetch histories now and recover messages that webhooks lost."""
 
 import asyncio
 import csv
@@ -39,13 +39,13 @@ MAX_SHOWN = 20  # failures
 
 
 class Summary:
-    """Count the outcomes of a backfill."""
+    """The outcomes of a backfill, counted."""
 
     def __init__(self, *, dry_run: bool, lifetime: timedelta) -> None:
         self.dry_run = dry_run
         self.was_interrupted = False
-        self.is_all_not_found = False  # every answer was 404
-        self.recently_active = 0  # sessions that CallHQ does not show although they have not expired
+        self.is_all_not_found = False  # every response was 404
+        self.recently_active = 0  # sessions that CallHQ does not return although they have not expired
         self._lifetime = lifetime
         self.outcomes: Counter[str] = Counter()
         self.coverage: Counter[str] = Counter()
@@ -172,9 +172,9 @@ def command(
     concurrency: int | None,
     as_json: bool,
 ) -> None:
-    """Fetch histories now and repair what webhooks lost.
+    """Fetch histories now and recover messages that webhooks lost.
 
-    Without options: the sessions whose coverage is open, and those that CallHQ did not show although they have not
+    Without options: the sessions whose coverage is open, and those that CallHQ did not return although they have not
     expired. Session ids that are new to the archive are registered, unless CallHQ does not know them either. After
     Ctrl-C, the same command continues. Exit 1 if any session could not be read, or if CallHQ found none.
     """
@@ -212,7 +212,7 @@ def command(
 def _found_nothing(configuration: Settings, summary: Summary) -> str:
     recent = f", although {summary.recently_active:,} of them were active recently" if summary.recently_active else ""
     return (
-        f"CallHQ answered 404 for every session{recent}. Check CALLHQ_API_URL."
+        f"CallHQ returned 404 for every session{recent}. Check CALLHQ_API_URL."
         f" It is {printable(configuration.callhq_api_url)}; run `archiver doctor`."
     )
 
@@ -283,7 +283,7 @@ async def _run(
 
 
 class _Rate(ProgressColumn):
-    """Shows the average rate since the start, because results arrive in groups."""
+    """The average rate since the start, because results arrive in groups."""
 
     def render(self, task: Task) -> Text:
         seconds = task.finished_time or task.elapsed

@@ -26,7 +26,7 @@ WATCH_SECONDS = 2  # between two checks of the embedded Postgres
 def database_url(configuration: Settings, *, create: bool = False) -> Iterator[str]:
     """Yield the database URL; start the embedded Postgres for the block if none is set.
 
-    Raises `SettingsError` if no embedded database exists, unless `create` allows to create it.
+    Raises `SettingsError` if no embedded database exists, unless `create` is set.
     """
     if configuration.database_url is not None:
         yield configuration.database_url.get_secret_value()
@@ -37,7 +37,10 @@ def database_url(configuration: Settings, *, create: bool = False) -> Iterator[s
 
 @contextmanager
 def running(configuration: Settings, *, create: bool = False) -> Iterator[embedded.Postgres]:
-    """Run the embedded Postgres. A read-only command must not create an empty database."""
+    """Run the embedded Postgres for the block; raise `SettingsError` if there is none, unless `create` is set.
+
+    A read-only command must not create an empty database.
+    """
     if not create and not _has_embedded(configuration.home):
         home = configuration.home.resolve()
         demo = home / "demo"
@@ -66,7 +69,7 @@ def _has_embedded(home: Path) -> bool:
 
 @contextmanager
 def supervised_database_url(configuration: Settings, *, create: bool = True) -> Iterator[str]:
-    """Yield the database URL for a long-running program; an embedded Postgres that ends is restarted."""
+    """Yield the database URL for a long-running program; an embedded Postgres that exits is restarted."""
     if configuration.database_url is not None:
         yield configuration.database_url.get_secret_value()
         return
@@ -85,9 +88,9 @@ def _keep(postgres: embedded.Postgres, ending: threading.Event) -> None:
     while not ending.wait(WATCH_SECONDS):
         try:
             if postgres.restart_if_ended():
-                log.error("embedded Postgres ended unexpectedly; restarted", log=str(postgres.data.parent))
+                log.error("embedded Postgres exited unexpectedly; restarted", log=str(postgres.data.parent))
         except embedded.EmbeddedError as error:
-            log.error("embedded Postgres ended; restart failed", error=str(error))  # noqa: TRY400  # a traceback would add nothing
+            log.error("embedded Postgres exited; restart failed", error=str(error))  # noqa: TRY400  # a traceback would add nothing
 
 
 @contextmanager
@@ -126,7 +129,7 @@ def opened(configuration: Settings, *, statement_seconds: float = database.STATE
 
 
 def identity_fault(configuration: Settings, engine: Engine, opened: Connection) -> str:
-    """Return why this is not the database that was served before; empty if it is, or if this user may not check."""
+    """Return why this is not the database served before; empty if it is, or if this user may not check."""
     if not identity.may_select(opened):
         return ""
     return identity.Guard(configuration.home.resolve(), engine.url).examine(opened)
@@ -147,12 +150,12 @@ def named(configuration: Settings) -> str:
 
 
 def warn_of_unknown_variables() -> None:
-    """Warn of environment variables that look like misspelt settings."""
+    """Warn about environment variables that look like misspelt settings."""
     for name, suggestion in unknown_variables():
         log.warning("unknown setting ignored", variable=name, **{"meant": suggestion} if suggestion else {})
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    """Run asynchronous work on uvloop, as the receiver does: half the cost of asyncio's loop."""
+    """Run asynchronous work on uvloop, like the receiver, at half the cost of asyncio's loop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work)

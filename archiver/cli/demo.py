@@ -93,7 +93,7 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
     help="Response for an expired history: 410, 404, no messages, or the full history.",
 )
 @click.option("--keep-deleted", is_flag=True, help="Keep deleted chats in the history.")
-@click.option("--seed", default=1, show_default=True, help="Same seed and same calls, same ids and faults.")
+@click.option("--seed", default=1, show_default=True, help="The same seed and calls give the same ids and faults.")
 def simulate(
     *,
     host: str,
@@ -108,7 +108,7 @@ def simulate(
     seed: int,
     **shares: float,
 ) -> None:
-    """Run the simulated CallHQ platform alone.
+    """Run only the simulated CallHQ platform.
 
     Its API is under /api, as CallHQ documents it. Its webhooks are signed according to the settings. GET
     /simulator/report lists the webhooks with their responses, and the history calls with their faults.

@@ -65,8 +65,8 @@ from archiver.ledger import audit_log
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Check the export in this folder instead; needs no database. --key, --signed-since, --against, --manifest"
-    " and --unsigned go with it.",
+    help="Check the export in this folder instead; needs no database. Accepts --key, --signed-since, --against,"
+    " --manifest and --unsigned.",
 )
 @verify_options.key_option()
 @verify_options.signed_since_option
@@ -75,7 +75,7 @@ from archiver.ledger import audit_log
     "--manifest",
     "digest",
     metavar="SHA256",
-    help="SHA-256 of the manifest as in archiver audit, for an unsigned export.",
+    help="SHA-256 of the manifest according to `archiver audit`, for an unsigned export.",
 )
 @click.option(
     "--unsigned",
@@ -106,16 +106,16 @@ def command(
 ) -> None:
     """Export conversations with proofs of their origin, or check such an export.
 
-    The folder holds transcripts, the ledger's events, their seals and a manifest. The audit log records each export.
-    --check names each difference from the exported or sealed state, and exits 1 if there is any. It also exits 1 if
-    the export is not signed, unless --manifest gives its SHA-256 or --unsigned accepts it.
+    The folder contains transcripts, the ledger's events, their seals and a manifest. The audit log records each
+    export. --check names each difference from the exported or sealed state, and exits 1 if there is any. It also
+    exits 1 if the export is not signed, unless --manifest gives its SHA-256 or --unsigned accepts it.
     """
     chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
     if folder is not None:
         if output is not None:
             raise click.UsageError("Use either --output (export) or --check (check an export), not both.")
         if any(chosen) or formats or raw_csv:
-            raise click.UsageError("--check checks a whole export and takes no selection or format.")
+            raise click.UsageError("--check checks a whole export and accepts no selection or format.")
         known = None if against is None else verify_options.read_known_seals(against)
         keys = export.Keys(verify_options.public_keys(key_files), signed_since)
         digest = None if digest is None else digest.lower()
@@ -177,7 +177,7 @@ def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
 
 
 def _stop_once() -> None:
-    """Let every termination signal act like one Ctrl-C, while a partial export is removed."""
+    """Treat the first termination signal as Ctrl-C; ignore later ones, while the partial export is removed."""
     signals = [each for each in _ENDING if signal.getsignal(each) != signal.SIG_IGN]
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -193,7 +193,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _recorded_settings(configuration: settings.Settings) -> dict[str, Any]:
-    """Return the settings that affect the content of an archive and how long it is kept; no secret."""
+    """Return the settings that affect the content of an archive and how long it is kept; none is secret."""
     return {
         "on_delete": configuration.on_delete,
         "erase_after": configuration.erase_after,
@@ -218,7 +218,7 @@ def _report(output: Path, completed: CompletedExport, *, as_json: bool) -> None:
     click.echo(f"Exported {_event_counts(counts.events, counts.erased, counts.unsealed)} to {output}.")
     if counts.quarantined:
         quarantined = counted(counts.quarantined, "delivery", "deliveries")
-        click.echo(f"The quarantine holds {quarantined}. Quarantined deliveries are not exported.")
+        click.echo(f"The quarantine contains {quarantined}. Quarantined deliveries are not exported.")
     click.echo(f"SHA-256 of the manifest: {completed.digest}")
 
 
@@ -271,7 +271,7 @@ def _is_unsigned(checked: Checked, *, is_digest_given: bool) -> bool:
 
 
 def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> str:
-    """Return what the check cannot vouch for, with the option that helps; empty if a key or digest covers it."""
+    """Describe what the check cannot vouch for, and the option that helps; empty if a key or digest vouches."""
     if checked.manifest is None or checked.is_signed or is_digest_given:
         return ""
     if checked.manifest.signed_by is not None and keys.by_id:
@@ -280,7 +280,7 @@ def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> 
     if checked.manifest.signed_by is not None:
         return f"The signature was not checked: {doubt}. Give the public key: --key FILE."
     return (
-        f"The export is not signed: {doubt}. Give the SHA-256 that the audit log has, --manifest SHA256,"
+        f"The export is not signed: {doubt}. Give its SHA-256 from the audit log with --manifest SHA256,"
         " or accept it with --unsigned."
     )
 

@@ -1,4 +1,4 @@
-"""Errors of a command: printed as sentences, with what helps."""
+"""Errors of a command, printed as sentences with advice."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from archiver.errors import ArchiverError, SettingsError
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Print an error of the archiver or the database, and exit 1."""
+    """Print an error of the archiver or the database that the block raises, and exit 1."""
     try:
         yield
     except ArchiverError as error:
@@ -76,8 +76,8 @@ def _advice() -> str:
 
 
 def explain_refusal(text: str) -> str:
-    """Return the server's text with what helps."""
+    """Return the server's message with advice."""
     advice = _advice()
-    if "statement pooling mode" in text:  # PgBouncer's words
+    if "statement pooling mode" in text:  # PgBouncer's wording
         advice = "Set pool_mode = transaction (or session) in the configuration of PgBouncer."
     return f"The database refused: {text}\n{advice}"

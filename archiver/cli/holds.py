@@ -20,7 +20,7 @@ from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.ledger import audit_log as trail
 
 PAGE = 500
-COUNT_SECONDS = 120  # to count what a hold covers
+COUNT_SECONDS = 120  # to count the content that a hold covers
 
 
 @click.group()
@@ -69,14 +69,15 @@ def add(
         click.echo(f"Hold {hold_id} is in force.{_covered_text(covered)}")
     if covered is not None and not any(covered):
         complain(
-            f"hold {hold_id} covers nothing yet, only future sessions; to undo it: archiver hold release {hold_id}"
+            f"hold {hold_id} covers nothing yet, only future sessions; to undo it, run"
+            f" `archiver hold release {hold_id}`"
         )
 
 
 def _covered(engine: Engine, criteria: Criteria) -> tuple[int, int] | None:
     """Return the number of covered sessions and unassigned turns; None if counting takes too long or is forbidden.
 
-    Not in the transaction that places the hold, because that one blocks all writers.
+    Counting has its own transaction, because the one that places the hold blocks all writers.
     """
     try:
         with database.transaction(engine, statement_seconds=COUNT_SECONDS) as opened:
@@ -119,7 +120,7 @@ def _changing(engine: Engine) -> Iterator[Connection]:
         if database.sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
         raise settings.SettingsError(
-            "This database user has no right to place or release holds (archiver_writer never has it).\n"
+            "This database user has no privilege to place or release holds (archiver_writer never has it).\n"
             "As the owner: GRANT archiver_auditor TO the_user;"
             " GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
             " GRANT USAGE ON SCHEMA archiver_jobs TO the_user;"
@@ -167,7 +168,7 @@ def _covers(row: dict[str, Any]) -> str:
 def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
     """List the audit log, oldest first: what was done to the archive, by whom and why.
 
-    The actor is as stated; Postgres recorded the database user. With --json, prints one JSON object per line.
+    The actor is as stated; Postgres recorded the database user. With --json, print one JSON object per line.
     """
     first = options.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
@@ -191,7 +192,7 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
 
 
 def _check_kind(opened: Connection, kind: str | None) -> None:
-    """Accept a kind that the log holds or that this version writes."""
+    """Accept None, a kind that this version writes, or one that the log contains; else fail."""
     if kind is None or kind in trail.KINDS:
         return
     known = {*trail.KINDS, *trail.select_kinds(opened)}

@@ -17,12 +17,12 @@ MAX_AUDITED = 1_000  # characters of an actor or a reason
 
 
 class Audited(click.ParamType[str]):
-    """Accept a text for the audit log, up to `MAX_AUDITED` characters."""
+    """A parameter type: text for the audit log, at most `MAX_AUDITED` characters."""
 
     name = "text"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the value; wrong usage if it is too long."""
+        """Return the value; fail with a usage error if it is too long."""
         if len(value) > MAX_AUDITED:
             self.fail(f"{len(value):,} characters; at most {MAX_AUDITED:,} are recorded", param, ctx)
         return value
@@ -42,13 +42,13 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmati
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is destroyed; exit 1 if refused. Without a terminal the answer is read from stdin."""
+    """Ask for confirmation, unless `yes`; exit 1 if it is refused. Without a terminal, read the answer from stdin."""
     if not yes and not click.confirm(question, err=True):
         fail("cancelled; nothing was changed")
 
 
 def moment(text: str | None, option: str) -> datetime | None:
-    """Parse a time, in UTC unless it names a zone."""
+    """Parse the time that an option gives, in UTC unless it names a zone; return None for None."""
     if text is None:
         return None
     try:
@@ -59,7 +59,7 @@ def moment(text: str | None, option: str) -> datetime | None:
 
 
 def period(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
-    """Parse `--since` and `--until`; wrong usage if the period is empty."""
+    """Parse `--since` and `--until`; fail with a usage error if the period is empty."""
     first, end = moment(since, "--since"), moment(until, "--until")
     if first is not None and end is not None and first >= end:
         raise click.UsageError("--since is not before --until")
@@ -67,7 +67,7 @@ def period(since: str | None, until: str | None) -> tuple[datetime | None, datet
 
 
 def check_ids(ids: Iterable[str], what: str) -> None:
-    """Reject invalid ids as wrong usage; `what` names the kind of id."""
+    """Fail with a usage error if an id is invalid; `what` names the kind of id."""
     for each in ids:
         try:
             result = events.identifier(each)

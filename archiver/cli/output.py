@@ -35,7 +35,7 @@ class Table(rich.table.Table):
     def add_row(
         self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False
     ) -> None:
-        """Add a row. A cell that is a `Text` is printed as it is."""
+        """Add a row. A cell that is a `Text` is printed unchanged."""
         safe = (Text(escaped(each)) if isinstance(each, str) else each for each in cells)
         super().add_row(*safe, style=style, end_section=end_section)
 
@@ -48,7 +48,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 def count_findings(number: int, page: str, *, are_shown: bool) -> str:
     """Return the sentence that counts the findings of a check; `page` explains them.
 
-    `are_shown`: the first `MAX_SHOWN_FINDINGS` were printed before.
+    `are_shown`: the first `MAX_SHOWN_FINDINGS` have been printed.
     """
     more = f"; the first {MAX_SHOWN_FINDINGS} are above" if are_shown and number > MAX_SHOWN_FINDINGS else ""
     return f"{counted(number, 'finding')}{more}; see {page}"
@@ -60,7 +60,7 @@ def print_json(value: object) -> None:
 
 
 class Whole(click.IntRange):
-    """Accept a whole number within bounds."""
+    """A parameter type: a whole number within bounds."""
 
     name = "whole number"
 
@@ -71,7 +71,7 @@ class Whole(click.IntRange):
 
 
 class Number(click.FloatRange):
-    """Accept a number within bounds."""
+    """A parameter type: a number within bounds."""
 
     name = "number"
 

@@ -64,7 +64,7 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
 
 
 def _check_reason(opened: Connection, reason: str | None) -> None:
-    """Accept a reason that the quarantine holds or that this version uses."""
+    """Accept None, a reason that this version uses, or one that the quarantine contains; else fail."""
     if reason is None or reason in store.REASONS:
         return
     known = {*store.REASONS, *store.select_reasons(opened)}
@@ -88,7 +88,7 @@ def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     with connection.opened(settings.read()) as opened:
         row = store.select_quarantined(opened, quarantine_id)
     if row is None:
-        fail(f"{quarantine_id} is not in the quarantine; see archiver quarantine list")
+        fail(f"{quarantine_id} is not in the quarantine; see `archiver quarantine list`")
     elif raw:
         sys.stdout.buffer.write(row["body"])
     elif as_json:
@@ -137,7 +137,7 @@ def _body_json(body: bytes) -> dict[str, str | None]:
 def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, actor: str | None, as_json: bool) -> None:
     """Retry quarantined deliveries through the write path.
 
-    Deliveries that can be archived now leave the quarantine; the others stay. Exit 1 if any stays.
+    Deliveries that can be archived now leave the quarantine; the others stay. Exit 1 if any stays or is unknown.
     """
     by_rule = every or reason is not None
     if quarantine_ids and by_rule:
@@ -192,8 +192,8 @@ def _report_failures(outcomes: dict[int, Outcome | None]) -> None:
     unknown = sum(outcome is None for outcome in outcomes.values())
     left = sum(outcome is not None and outcome.status == "quarantined" for outcome in outcomes.values())
     if left:
-        complain(f"{left:,} still quarantined; see archiver quarantine show ID")
+        complain(f"{left:,} still quarantined; see `archiver quarantine show ID`")
     if unknown:
-        complain(f"{unknown:,} not in the quarantine; see archiver quarantine list")
+        complain(f"{unknown:,} not in the quarantine; see `archiver quarantine list`")
     if left or unknown:
         sys.exit(1)

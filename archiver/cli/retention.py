@@ -51,7 +51,7 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         console().print(_table(due.content))
     click.echo(f"{'Would expire' if dry_run else 'Expired'}: {_due_text(due)}.")
     if due.is_empty and swept:
-        click.echo(f"Content of {counted(swept, 'event')} ordered to expire earlier is erased.")
+        click.echo(f"Erased the content of {counted(swept, 'event')} whose expiry was ordered earlier.")
 
 
 def _expire(engine: Engine, rules: Rules, now: datetime, *, timing: Timing, due: Due, who: str, quiet: bool) -> int:

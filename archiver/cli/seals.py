@@ -136,7 +136,7 @@ def verify(
 
 
 def _of_identity(opened: Connection, reason: str) -> list[Finding]:
-    """Return a finding if the database is not the one that was served before."""
+    """Return one finding if the database is not the one served before, else none."""
     epoch = identity.select_epoch(opened) if reason else None
     return [Finding("epochs", epoch.id, "not_the_one_served")] if epoch else []
 

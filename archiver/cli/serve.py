@@ -46,7 +46,7 @@ BACKLOG = 2048
 @click.option(
     "--migrate/--no-migrate",
     default=None,
-    help="Bring the schema to head first.  [default: only with the embedded database]",
+    help="Migrate the schema to head first.  [default: only with the embedded database]",
 )
 @click.option(
     "--insecure", is_flag=True, help="Accept unsigned deliveries if no secret is set. Never use it in public."
@@ -62,8 +62,8 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     """Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C.
 
     A worker process fetches histories (with CALLHQ_API_KEY), publishes changes, seals the ledger and completes
-    erasures, unless --no-worker is given. On SIGTERM or Ctrl-C the receiver accepts no further deliveries, writes and
-    answers the accepted ones, and exits 0.
+    erasures, unless --no-worker is given. On SIGTERM or Ctrl-C the receiver accepts no further deliveries, writes the
+    accepted ones, responds to them, and exits 0.
     """
     # From the start, so that no signal is lost. Uvicorn handles them while it serves, then raises them again.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -130,7 +130,7 @@ def _allow_files(needed: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     if limit < needed:
         log.warning(
-            "file limit too low for ARCHIVER_MAX_CONNECTIONS; raise it (ulimit -Hn)",
+            "open file limit too low for ARCHIVER_MAX_CONNECTIONS; raise it (ulimit -Hn)",
             limit=hard,
             needed=needed,
         )
@@ -194,7 +194,7 @@ _SERVER = {
 
 
 def _server(configuration: Settings) -> dict[str, Any]:
-    # Only signatures that cover the URL need the scheme and host by which a proxy was called.
+    # Only signatures that cover the URL need the scheme and host with which a proxy was called.
     return _SERVER | {"proxy_headers": "{url}" in configuration.hmac_template}
 
 
@@ -290,4 +290,4 @@ def _report(engine: Engine, *, as_json: bool) -> None:
     if failures := sum(each.verdict == "failure" for each in differences):
         fail(f"the schema is at {schema.head()}, with {failures:,} differences")
     if not as_json:
-        click.echo(f"The schema is at {schema.head()}, as this version needs it.")
+        click.echo(f"The schema is at {schema.head()}, as this version requires.")

@@ -38,7 +38,7 @@ from archiver.outbound.followups.review import (
 @click.command()
 @options.json_option
 def status(as_json: bool) -> None:
-    """Show on one screen what the archive holds and what needs attention."""
+    """Show on one screen what the archive contains and what needs attention."""
     configuration = settings.read()
     spooled = spool.select_depth(configuration.home / spool.SPOOL_FOLDER)
     lost = spool.select_lost(configuration.home / spool.SPOOL_FOLDER)
@@ -57,7 +57,7 @@ def status(as_json: bool) -> None:
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
-            complain(f"{spooled.events:,} events ({size}) wait in the spool.")
+            complain(f"{spooled.events:,} events ({size}) are waiting in the spool.")
         raise
     if as_json:
         output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
@@ -119,16 +119,16 @@ def _add_workers(table: Table, workers: Sequence[Worker] | None) -> None:
 def _silence(silence: overview.Silence) -> str:
     if not silence.has_webhooks:
         since = f", but {silence.turns:,} turns since {_moment(silence.read_since)}" if silence.turns else ""
-        return f"no webhook stored yet{since}: see archiver doctor"
+        return f"no webhook stored yet{since}: see `archiver doctor`"
     if not silence.is_certain:
         return ""
-    return f"no webhook of a turn since {_moment(silence.since)}, but {silence.turns:,} turns: see archiver doctor"
+    return f"no webhook of a turn since {_moment(silence.since)}, but {silence.turns:,} turns: see `archiver doctor`"
 
 
 def _spooled(spooled: spool.Depth, lost: spool.Lost) -> str:
     parts = [f"since {_moment(spooled.oldest_at)}"] if spooled.events else []
     if lost.events:
-        parts.append(f"{lost.events:,} lost since {_moment(lost.since)}: see archiver doctor")
+        parts.append(f"{lost.events:,} lost since {_moment(lost.since)}: see `archiver doctor`")
     return "; ".join(parts)
 
 

@@ -23,7 +23,7 @@ def key_option(default: str = "") -> Callable[[Command], Command]:
         "key_files",
         multiple=True,
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help=f"Public key (PEM) that signs seals; several after a rotation. {default}",
+        help=f"Public key (PEM) that verifies seals; may be repeated after a rotation. {default}",
     )
 
 
@@ -44,7 +44,7 @@ against_option = click.option(
 
 
 def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
-    """Read the keys by id. Wrong usage if signatures are to be checked and no key is given."""
+    """Return the keys by id; fail with a usage error if --signed-since is given without a key."""
     if not key_files and is_on_command_line("signed_since"):
         raise click.UsageError("--signed-since requires a public key: add --key FILE")
     try:
@@ -60,7 +60,7 @@ def is_on_command_line(parameter: str) -> bool:
 
 
 def check_seal_exists(newest: Seal, **seal_options: int | None) -> None:
-    """Reject an option that names a seal which does not exist yet."""
+    """Fail with a usage error if an option names a seal that does not exist yet."""
     for parameter, number in seal_options.items():
         if number is not None and number > newest.id and is_on_command_line(parameter):
             raise click.UsageError(f"seal {number} does not exist; the newest is {newest.id}")
@@ -76,7 +76,7 @@ class _ExportedSeal(msgspec.Struct):
 
 
 def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]:
-    """Read the hashes of exported seals by number, and the last sealed id of each table."""
+    """Return the hashes of exported seals by number, and the last sealed id of each table."""
     heads: dict[int, bytes] = {}
     newest: _ExportedSeal | None = None
     for number, line in enumerate(file, 1):
@@ -89,7 +89,7 @@ def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]
         hashed = bytes.fromhex(exported.hash)
         if heads.setdefault(exported.id, hashed) != hashed:
             raise click.UsageError(
-                f"--against: line {number} has another hash for seal {exported.id} than an earlier line"
+                f"--against: line {number} and an earlier line have different hashes for seal {exported.id}"
             )
         if newest is None or exported.id >= newest.id:
             newest = exported

@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 
 @click.command()
-@click.option("--metrics-port", type=Whole(1, 65535), help="Serve Prometheus metrics on this port of loopback.")
+@click.option("--metrics-port", type=Whole(1, 65535), help="Serve Prometheus metrics on this port of 127.0.0.1.")
 def worker(metrics_port: int | None) -> None:
     """Run the background duties (histories, changes, seals, erasure) until SIGTERM.
 
@@ -44,7 +44,7 @@ def worker(metrics_port: int | None) -> None:
 
 
 def _check(configuration: Settings, url: str) -> None:
-    """Check the schema. An unreachable database is logged, and each duty retries."""
+    """Check the schema. If the database is unreachable, log it; each duty then retries."""
     try:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)
@@ -55,7 +55,7 @@ def _check(configuration: Settings, url: str) -> None:
             "database unavailable; worker waits for it or for a new DATABASE_URL file",
             database=connection.named(configuration),
             reason=database.explain(error),
-            advice="archiver doctor says what to do",
+            advice="run `archiver doctor`",
         )
 
 

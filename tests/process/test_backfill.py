@@ -121,7 +121,7 @@ def test_a_wrong_url_is_reported_and_the_next_run_recovers(database_url: str, ca
     for option in ("--dry-run", "--all", "--all"):
         ended = archiver("backfill", option, database_url=database_url, **without_api)
         assert ended.returncode == 1
-        assert "CallHQ answered 404 for every session, although 1 of them were active recently" in ended.stderr
+        assert "CallHQ returned 404 for every session, although 1 of them were active recently" in ended.stderr
         assert "CALLHQ_API_URL" in ended.stderr
         assert "hunter2" not in ended.stderr
     assert rows(database_url, "SELECT reason FROM analytics.coverage") == [("history_gone",)]

@@ -963,7 +963,7 @@ def test_an_unknown_quarantine_id_is_1(url: str) -> None:
     assert "7 is not in the quarantine" in failed(archiver("quarantine", "show", "7", database_url=url))
     process = archiver("quarantine", "retry", "7", database_url=url)
     assert (process.returncode, process.stdout) == (1, "7: not in the quarantine\n")
-    assert process.stderr == "archiver: 1 not in the quarantine; see archiver quarantine list\n"
+    assert process.stderr == "archiver: 1 not in the quarantine; see `archiver quarantine list`\n"
     assert json.loads(archiver("quarantine", "retry", "7", "--json", database_url=url).stdout) == {"7": None}
     process = archiver("quarantine", "show", "7", "--raw", database_url=url)
     assert (process.returncode, process.stdout) == (1, "")

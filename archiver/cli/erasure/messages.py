@@ -18,7 +18,7 @@ MAX_SHOWN = 20
 
 
 def warn_of(preview: Preview) -> None:
-    """Warn of what the erasure would leave, and of targets that are probably misspelt."""
+    """Warn about content that the erasure would leave, and about targets that are probably misspelt."""
     _warn_of_unknown(preview.unknown, preview.unknown_variables)
     _warn_of_unclaimed_text(preview.unclaimed)
     _warn_of_held_quarantine(preview.quarantine_rows_held)
@@ -27,7 +27,7 @@ def warn_of(preview: Preview) -> None:
 
 
 def _warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> None:
-    """Warn of targets that are unknown and probably misspelt."""
+    """Warn about targets that are unknown and probably misspelt."""
     for name in variables:
         complain(f"no turn has a variable {escaped(name)}")
     for each in unknown[:MAX_SHOWN]:
@@ -38,7 +38,7 @@ def _warn_of_unknown(unknown: Sequence[Target], variables: Sequence[str]) -> Non
 
 
 def _warn_of_unclaimed_text(unclaimed: Sequence[str]) -> None:
-    """Warn of sessions that may hold text of an erased turn in unclaimed history messages."""
+    """Warn about sessions that may contain text of an erased turn in unclaimed history messages."""
     for session_id in unclaimed[:MAX_SHOWN]:
         complain(
             f"no webhook delivered the text of a selected turn, and session {escaped(session_id)} has history"
@@ -50,7 +50,7 @@ def _warn_of_unclaimed_text(unclaimed: Sequence[str]) -> None:
 
 
 def _warn_of_held_quarantine(count: int) -> None:
-    """Report how many quarantine rows a hold keeps."""
+    """Report how many quarantine rows are kept because of a hold."""
     if count:
         stay = counted(count, "quarantined delivery is kept", "quarantined deliveries are kept")
         complain(f"{stay}: a legal hold may cover content in them; erase again after the hold is released")
@@ -61,8 +61,8 @@ def _warn_of_unsearchable(count: int) -> None:
     if count:
         bodies = counted(count, "quarantined body", "quarantined bodies")
         complain(
-            f"{bodies} cannot be decoded and were not searched; list them with archiver quarantine list"
-            " --unsearchable and inspect each with archiver quarantine show ID"
+            f"{bodies} cannot be decoded and were not searched; list them with `archiver quarantine list"
+            " --unsearchable` and inspect each with `archiver quarantine show ID`"
         )
 
 
@@ -126,7 +126,7 @@ def print_refusal(ordered: int, *, dry_run: bool) -> None:
     if ordered:
         complain(
             f"the erasure of {counted(ordered, 'session or turn', 'sessions and turns')} was ordered before the hold"
-            " was placed. Unless the hold covers them, they are erased by the next archiver erase or by a worker"
+            " was placed. Unless the hold covers them, they are erased by the next `archiver erase` or by a worker"
             f" within the hour. Nothing else was erased; {advice}"
         )
     else:
@@ -139,6 +139,6 @@ def print_held(held: Mapping[Target, Sequence[int]]) -> None:
         turn = f" chat {target.chat_id}" if target.chat_id else ""
         numbers = ", ".join(str(each) for each in holds)
         session = f"session {target.session_id}" if target.session_id else "without a session,"
-        complain(f"{escaped(session + turn)} is under legal hold {numbers}; see archiver hold list")
+        complain(f"{escaped(session + turn)} is under legal hold {numbers}; see `archiver hold list`")
     if len(held) > MAX_SHOWN:
         complain(f"and {len(held) - MAX_SHOWN:,} more")

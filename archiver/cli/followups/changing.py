@@ -20,7 +20,7 @@ MAX_RETRIED = 10_000  # by one command
 @click.option("--reason", default=subscriptions.BY_HAND, type=options.Audited(), help="Reason, shown in the list.")
 @options.actor_option
 def pause(*, subscription_id: int, reason: str, actor: str | None) -> None:
-    """Pause a subscription. `resume` delivers the changes since then that the feed still holds."""
+    """Pause a subscription. `resume` delivers the changes since then that are still in the feed."""
     with connection.opened(settings.read()) as opened:
         subscriptions.pause(opened, subscription_id, reason)
         audit_log.insert_entry(
@@ -40,7 +40,7 @@ def resume(*, subscription_id: int, actor: str | None) -> None:
         audit_log.insert_entry(opened, "followups.resume", actor or audit_log.actor(), None, detail)
     click.echo(f"Subscription {subscription_id} is active.")
     if lost_changes:
-        fail(f"{lost_changes:,} changes are not delivered: the feed no longer holds them")
+        fail(f"{lost_changes:,} changes are not delivered: they are no longer in the feed")
 
 
 @click.command()
@@ -76,7 +76,7 @@ def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     requested = [(each, parse_message_id(each)) for each in ids]
     if wrong := [each for each, parsed in requested if parsed is None]:
         raise click.UsageError(
-            f"{wrong[0][:80]!r} is not a delivery id; list them with archiver followups deliveries"
+            f"{wrong[0][:80]!r} is not a delivery id; list them with `archiver followups deliveries`"
         )
     became: list[tuple[str, review.Retried]] = []
     with connection.opened(settings.read()) as opened:

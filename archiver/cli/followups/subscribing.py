@@ -53,7 +53,7 @@ secret_file_option = click.option(
     "after",
     type=Whole(0, 2**63 - 1),
     metavar="CURSOR",
-    help="Also deliver the changes that the feed holds after this cursor.",
+    help="Also deliver the changes that are in the feed after this cursor.",
 )
 @secret_file_option
 @options.actor_option

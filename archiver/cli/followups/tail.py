@@ -35,7 +35,7 @@ class CursorError(ArchiverError):
 
 
 class Position(msgspec.Struct, frozen=True):
-    """A cursor and its epoch; None if the epoch is unknown."""
+    """A cursor and its epoch; `epoch` is None if it is unknown."""
 
     cursor: int
     epoch: str | None = None
@@ -51,7 +51,7 @@ class _CursorParameter(click.ParamType[Position]):
     name = "cursor"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Position:
-        """Read CURSOR or EPOCH:CURSOR."""
+        """Parse CURSOR or EPOCH:CURSOR."""
         if isinstance(value, Position):
             return value
         epoch, separator, cursor = str(value).rpartition(":")
@@ -92,7 +92,7 @@ def tail(*, types: Collection[str], after: Position | None, follow: bool) -> Non
 
 
 def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
-    """Warn if this machine knows that the database lost rows; a reader of `analytics` alone cannot check."""
+    """Warn if this machine knows that the database lost rows; a user who may read only `analytics` cannot check."""
     try:
         with transaction(engine) as opened:
             reason = connection.identity_fault(configuration, engine, opened)
@@ -160,7 +160,7 @@ class _Tail:
         return extent
 
     def _page(self, last: Position) -> list[feed.Entry]:
-        """Return the next changes; while the database is unavailable, wait, unless the end is requested."""
+        """Return the next changes; none if stdout is closed. With --follow, wait while the database is unavailable."""
         is_unavailable = False
         while True:
             try:
