@@ -1,4 +1,4 @@
-"""Serve HTTP: routes and responses. Only this room knows status codes."""
+"""Serve HTTP: routes and responses. Only this package knows status codes."""
 
 import asyncio
 import gc
@@ -43,17 +43,17 @@ RESERVED_FILES = 256  # open files of a process besides its connections: librari
 
 
 def open_files(configuration: Settings) -> int:
-    """Return how many files a process may have open at once."""
+    """Return how many files a process may have open at the same time."""
     return configuration.max_connections + MAX_REFUSED + RESERVED_FILES
 
 
 async def healthz(_: Request) -> Response:
-    """Return 200 while the process runs; never touches the database."""
+    """Return 200 while the process runs; never use the database."""
     return JSONResponse({"status": "alive"})
 
 
 class Service(Starlette):
-    """Route requests; webhooks go directly to the receiver."""
+    """The application: it routes requests, and passes webhooks directly to the receiver."""
 
     receiver: Receiver
 
@@ -70,7 +70,7 @@ def create(
     used: Mapping[str, str] | None = None,
     forward: Callable[[], None] | None = None,
 ) -> Service:
-    """Build the service from the settings. Opens nothing until the server starts it.
+    """Build the service from the settings. It opens nothing until the server starts it.
 
     `used`: digests of the settings files, taken before the settings were read. `forward` passes SIGHUP on to other
     processes. Raises `SettingsError` if a setting is missing or invalid.
@@ -107,7 +107,7 @@ class _Parts:
         verifier = signatures.verifier(configuration)
         prepared = configuration.prepared_statements
         self._writing = database.connect_async(self._url, pool_size=CONNECTIONS, prepared_statements=prepared)
-        # Readiness has a separate connection, so that a busy writer does not make the service look dead.
+        # Readiness has separate connections, so that a busy writer does not make the service look dead.
         self._probing = database.connect_async(self._url, pool_size=2, prepared_statements=prepared)
         self._ingest = Ingest(
             self._writing,
@@ -167,7 +167,7 @@ class _Parts:
 
 
 async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:
-    """Retry opening a missing spool, and update the metric of lost events, until cancelled."""
+    """Until cancelled, try to open a missing spool, and update the metric of lost events."""
     folder = configuration.home.resolve() / SPOOL_FOLDER
     while configuration.spool != "off":
         telemetry.spool_lost.set((await asyncio.to_thread(select_lost, folder)).events)
@@ -196,7 +196,7 @@ def _record_settings(configuration: Settings, url: URL) -> None:
 
 
 def _reduce_garbage_collection() -> None:
-    """Reduce garbage collection: requests create no cycles, and collecting cost a tenth of each event."""
+    """Reduce garbage collection: requests create no cycles, and collecting took a tenth of the time of each event."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)

@@ -1,5 +1,6 @@
-"""Answer errors: one table for exceptions, one for bytes that are not a request. No other module maps an error to a
-status code.
+"""Map errors to responses: one table for exceptions, one for bytes that are not a request.
+
+No other module maps an error to a status code.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ RETRY_AFTER = {"retry-after": "5"}  # seconds (RFC 9110, 15.6.4)
 
 
 class TokenError(ArchiverError):
-    """The request has no bearer token, or another one than ARCHIVER_API_TOKEN."""
+    """The request has no bearer token, or not the one of ARCHIVER_API_TOKEN."""
 
     message = "Send the token of ARCHIVER_API_TOKEN: Authorization: Bearer TOKEN."
 
@@ -60,27 +61,27 @@ ERRORS = tuple(ANSWERS)
 
 
 def answer_to(error: Exception) -> Answer:
-    """Return the answer to one of `ERRORS`."""
+    """Return the answer for one of `ERRORS`."""
     answer = ANSWERS[type(error)]
     reason = error.reason if isinstance(error, SignatureError) else answer.reason
     return msgspec.structs.replace(answer, reason=reason, detail=answer.detail or str(error))
 
 
 async def respond(_: Request, error: Exception) -> Response:
-    """Return the response to one of `ERRORS` that a route raised."""
+    """Return the response for one of `ERRORS` that a route raised."""
     return answer_to(error).response()
 
 
 async def respond_to_routing(_: Request, error: Exception) -> Response:
-    """Return the response to a request that no route takes (404, 405)."""
+    """Return the response to a request that matches no route (404, 405)."""
     if not isinstance(error, HTTPException):
         raise error
     content = {"status": "refused", "reason": error.detail.lower().replace(" ", "_"), "detail": f"{error.detail}."}
     return JSONResponse(content, error.status_code, error.headers)
 
 
-class Refused(Exception):  # noqa: N818  # not an error to report: the parser carries it out of its callback
-    """The client exceeded a limit of its connection, a key of `CONNECTION_ANSWERS`."""
+class Refused(Exception):  # noqa: N818  # not an error to report: the parser passes it on from its callback
+    """The client exceeded a limit of its connection; `reason` is a key of `CONNECTION_ANSWERS`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -102,8 +103,8 @@ CONNECTION_ANSWERS: Mapping[str, tuple[bytes, bytes]] = {
         ("malformed", 400, "The input is not an HTTP/1.1 request."),
         ("slow_headers", 408, "The headers did not arrive in time (ARCHIVER_CLIENT_TIMEOUT)."),
         ("slow_body", 408, "The body did not arrive in time (ARCHIVER_CLIENT_TIMEOUT)."),
-        ("headers_too_large", 431, "Request line and headers are larger than 65536 bytes."),
-        ("too_many_waiting", 503, "Too many requests wait on this connection."),
+        ("headers_too_large", 431, "The request line and the headers are larger than 65536 bytes."),
+        ("too_many_waiting", 503, "Too many requests are waiting on this connection."),
         ("too_many", 503, "Too many connections are open (ARCHIVER_MAX_CONNECTIONS)."),
     )
 }

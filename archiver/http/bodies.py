@@ -1,4 +1,4 @@
-"""Read request bodies within a limit for one body and for all bodies together."""
+"""Read request bodies within a limit for each body and a limit for all bodies together."""
 
 import asyncio
 
@@ -30,15 +30,16 @@ class BodiesFullError(ArchiverError):
 
 
 class Bodies:
-    """Limit one body to `max_bytes` bytes and all bodies being read to `max_total` bytes; one is always allowed."""
+    """A reader with a limit for each body and for all bodies being read, in bytes; one body is always allowed."""
 
     def __init__(self, max_bytes: int, max_total: int) -> None:
         self.max_bytes, self._max_total = max_bytes, max_total
         self._bytes = 0
 
     async def check_length(self, scope: Scope, receive: Receive) -> None:
-        """Raise `BodyTooLargeError` if Content-Length or the first part exceeds the limit, without reading the
-        body.
+        """Raise `BodyTooLargeError` if Content-Length exceeds the limit, or without it the part that has arrived.
+
+        It does not wait for the body.
         """
         length = _content_length(scope)
         if length is not None:
@@ -109,7 +110,7 @@ def _content_length(scope: Scope) -> int | None:
 
 
 def is_small(scope: Scope) -> bool:
-    """Return whether the body is known to be small enough to arrive unread."""
+    """Return whether the body is known to be so small that the connection can stay open while it arrives unread."""
     length = _content_length(scope)
     return length is not None and length <= SMALL_BODY
 

@@ -13,7 +13,7 @@ ADDRESS_SHARE = 2  # divisor of the limit: the share of unauthenticated connecti
 
 
 class LimitedConnection(Protocol):
-    """Define a connection that `ConnectionLimiter` can close."""
+    """A connection that `ConnectionLimiter` can close."""
 
     @property
     def address(self) -> str:
@@ -21,17 +21,17 @@ class LimitedConnection(Protocol):
 
     @property
     def is_occupied(self) -> bool:
-        """Return whether a complete request is being answered."""
+        """Return whether a complete request is in progress."""
 
     def check(self, now: float, timeout: float) -> None:
         """Close the connection if it is overdue at `now` (clock of the event loop)."""
 
     def evict(self) -> None:
-        """Close at once to make room for another connection."""
+        """Close immediately, to make room for another connection."""
 
 
 class ConnectionLimiter:
-    """Allow at most `limit` connections, each with `timeout` seconds for the headers of a request.
+    """A limiter that allows at most `limit` connections, each with `timeout` seconds for the headers of a request.
 
     At the limit, a new connection replaces an idle one: first the oldest unauthenticated one, then the authenticated
     one that is idle longest. The unauthenticated connections of one address are limited to a share of the limit;
@@ -82,7 +82,7 @@ class ConnectionLimiter:
         return len(self._authenticated) + len(self._unauthenticated)
 
     def _replace(self, connections: Iterable[LimitedConnection]) -> bool:
-        """Close one idle connection of these; return whether one was closed."""
+        """Close the first of these connections that is idle; return whether there was one."""
         evicted = next((connection for connection in connections if not connection.is_occupied), None)
         if evicted is None:
             return False

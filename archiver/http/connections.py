@@ -46,7 +46,7 @@ class Part(Enum):
 
 
 class Connection(HttpToolsProtocol):
-    """Handle one client connection; `app_state["limiter"]` limits all connections."""
+    """One client connection; `app_state["limiter"]` limits all connections."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Connection(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        # A weak reference, because the scope of each request holds it; otherwise a cycle would remain for the
-        # collector.
+        # The reference is weak because the scope of each request contains it; otherwise a cycle would remain for the
+        # garbage collector.
         super().__init__(config, server_state, {**app_state, "connection": weakref.ref(self)}, _loop)
         self._limiter: ConnectionLimiter = app_state["limiter"]
         self._part = Part.NOTHING
@@ -84,7 +84,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._limiter.remove(self)
         super().connection_lost(exc)
-        # These objects refer to each other: break the cycle, so that nothing is left for the collector.
+        # These objects refer to each other: break the cycle, so that nothing is left for the garbage collector.
         self.pipeline.clear()
         self._response_transport = None
         if self._is_used:
@@ -181,7 +181,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_occupied(self) -> bool:
-        """Return whether a complete request is being answered."""
+        """Return whether a complete request is in progress."""
         return self._is_answering and self._part is Part.NOTHING
 
     def mark_authenticated(self) -> None:
@@ -189,7 +189,7 @@ class Connection(HttpToolsProtocol):
         self._limiter.mark_authenticated(self)
 
     def evict(self) -> None:
-        """Close at once to make room for another connection."""
+        """Close immediately, to make room for another connection."""
         self.transport.abort()
 
     # Closing
@@ -210,7 +210,7 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
 
     def shutdown(self) -> None:
-        """Stop: answer accepted requests, and requests that arrive within `GRACE_SECONDS`."""
+        """Close after responding to accepted requests, and to requests that arrive within `GRACE_SECONDS`."""
         if self._is_last:
             return
         self._is_last = True
@@ -242,7 +242,7 @@ class Connection(HttpToolsProtocol):
         self._discards_input = True
         is_within_body = self._part is Part.BODY
         if is_within_body and self.pipeline:
-            self.pipeline.popleft()  # an incomplete request is dropped; earlier ones are answered
+            self.pipeline.popleft()  # an incomplete request is dropped; earlier ones get their responses
         elif is_within_body and self._is_answering:
             if not self.cycle.response_started:
                 self.transport.write(self._answer(reason))
@@ -277,7 +277,7 @@ class Connection(HttpToolsProtocol):
             if now - self._since > LINGER_SECONDS:
                 self.transport.close()
         elif self.flow.read_paused:
-            self._since = now  # the client waits for the response
+            self._since = now  # the client is waiting for the response
         elif not self._discards_input and self._is_overdue(now - self._since, timeout):
             self._time_out()
 
@@ -295,7 +295,7 @@ class Connection(HttpToolsProtocol):
             return seconds > timeout
         if self._is_last:
             timeout = GRACE_SECONDS
-        elif self._is_used:  # waits, because a sender may reuse an idle connection at the moment it is closed
+        elif self._is_used:  # longer, because a sender may reuse an idle connection at the moment it is closed
             timeout *= 3
         return not self._is_answering and seconds > timeout
 
@@ -311,7 +311,7 @@ class Connection(HttpToolsProtocol):
 
 
 class _Flow(FlowControl):
-    """Pause reading while a pipelined request waits for an earlier response."""
+    """Flow control that pauses reading while a pipelined request waits for an earlier response."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection.transport)
@@ -323,9 +323,9 @@ class _Flow(FlowControl):
 
 
 class _ResponseTransport(asyncio.Transport):
-    """Send responses: with a lingering close, and with the headers in the same write as the first part of the body.
+    """A transport for responses that lingers on close and writes the headers with the first part of the body.
 
-    ASGI recommends this; separately they would be two system calls and two packets.
+    ASGI recommends this; separate writes would be two system calls and two packets.
     """
 
     def __init__(self, connection: Connection) -> None:

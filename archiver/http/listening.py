@@ -1,7 +1,7 @@
 """Provide an event loop whose listening sockets close without dropping accepted connections.
 
-Uvicorn creates its server only from its configuration, also in each process of `--workers N`; that configuration can
-choose the event loop.
+Uvicorn creates its server only from its configuration, also in each process of `--workers N`. The configuration
+cannot replace the server, but it can choose the event loop.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import uvloop
 
 
 class DrainingLoop(uvloop.Loop):
-    """Extend uvloop with `is_draining`, which is set when one of its servers is closed."""
+    """A uvloop event loop with `is_draining`, which is set when one of its servers is closed."""
 
     is_draining = False
 
@@ -26,7 +26,7 @@ class DrainingLoop(uvloop.Loop):
 
 
 class _DrainingServer:
-    """Wrap a server that, when closed, still serves connections that the kernel has accepted."""
+    """A server that, when closed, still serves the connections that the kernel has accepted."""
 
     def __init__(
         self, loop: DrainingLoop, server: asyncio.AbstractServer, queue: socket.socket, factory: Any

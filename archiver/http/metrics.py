@@ -1,4 +1,4 @@
-"""`GET /metrics`. Needs no secret, so that its cost is limited: it must not delay webhooks."""
+"""Serve `GET /metrics`. It needs no secret, so its cost is limited: it must not delay webhooks."""
 
 import asyncio
 
@@ -7,11 +7,11 @@ from starlette.responses import Response
 
 from archiver import telemetry
 
-REST = 9  # times as long as a reading took, until the next: readings take at most a tenth of the processor
+REST = 9  # pause after a reading, as a multiple of its duration: readings take at most a tenth of the processor
 
 
 class Metrics:
-    """All metrics as Prometheus text. Requests that wait share one reading, which begins after they arrived."""
+    """The route of all metrics as Prometheus text. Waiting requests share one reading, which begins after them."""
 
     def __init__(self) -> None:
         self._next: asyncio.Task[bytes] | None = None
@@ -21,7 +21,7 @@ class Metrics:
         """Respond to one request."""
         if self._next is None:
             self._next = asyncio.create_task(self._read())
-        body = await asyncio.shield(self._next)  # others wait for it, too
+        body = await asyncio.shield(self._next)  # other requests wait for it, too
         return Response(body, media_type=telemetry.CONTENT_TYPE)
 
     async def _read(self) -> bytes:

@@ -19,17 +19,17 @@ log = structlog.get_logger(__name__)
 
 
 class Readiness:
-    """Report readiness: an event can be stored in the database or in the spool.
+    """The route that reports whether an event can be stored in the database or in the spool.
 
     The response is public, so it contains only reasons; hosts, users and paths are only logged.
     """
 
     def __init__(self, engine: AsyncEngine, ingest: Ingest) -> None:
         self._engine, self._ingest = engine, ingest
-        self._logged: dict[str, tuple[str, float]] = {}  # by part: the last logged detail, and its time
+        self._logged: dict[str, tuple[str, float]] = {}  # by part: the last logged detail and its time
 
     async def readyz(self, _: Request) -> Response:
-        """Return which of the two can store an event, and why the other cannot."""
+        """Return 200 if the database or the spool can store an event, else 503; for each, `ready` or a reason."""
         faults = {
             "database": await database_fault(self._engine) or self._commit_fault(),
             "spool": await asyncio.to_thread(self._spool_fault),
@@ -53,7 +53,7 @@ class Readiness:
                 self._logged[part] = (fault.detail, now)
 
     def _commit_fault(self) -> Fault | None:
-        """Return the fault of the last batch; without a spool only for a short time, so that traffic can return."""
+        """Return the fault of the last batch; without a spool only for a short time, so that traffic can resume."""
         failed_at, fallback = self._ingest.failed_at, self._ingest.fallback
         has_failed = failed_at is not None and time.monotonic() - failed_at < FAILURE_SECONDS
         is_away = fallback is not None and fallback.is_open

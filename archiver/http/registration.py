@@ -16,7 +16,7 @@ from archiver.inbound import Ingest, Outcome
 
 
 class Registration:
-    """Register sessions that the application opened, so that each is reconciled."""
+    """The route that registers sessions that the application opened, so that each is reconciled."""
 
     def __init__(self, token: str, bodies: Bodies, ingest: Ingest) -> None:
         self._bodies, self._ingest = bodies, ingest
@@ -40,10 +40,10 @@ class Registration:
         results = await asyncio.gather(*map(self._ingest.submit, deliveries), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
-                raise result  # after an answer to each: registering again what is committed changes nothing
+                raise result  # after all have a result: registering committed sessions again changes nothing
         statuses = [result.status for result in results if isinstance(result, Outcome)]
         if "quarantined" in statuses:
-            detail = "Some sessions could not be stored; see archiver quarantine list."
+            detail = "Some sessions could not be stored; see `archiver quarantine list`."
             return Answer(422, "quarantined", detail=detail).response()
         status = "spooled" if "spooled" in statuses else "stored"
         return JSONResponse({"status": status, "sessions": len(sessions), "new": statuses.count("stored")})

@@ -19,16 +19,16 @@ from archiver.http.connections import mark_authenticated
 from archiver.inbound import Ingest, Outcome, QueueFullError, UnavailableError, signatures
 from archiver.settings import Settings
 
-# Refused clients that retry at once take time from others: 1,000 such senders reduced the throughput of the receiver
-# to a thirtieth.
+# Refused clients that retry immediately take time from others: 1,000 such senders reduced the throughput of the
+# receiver to a thirtieth.
 REFUSAL_SECONDS = 0.25
 
 
 class Receiver:
-    """Receive webhooks: check headers, read bytes, verify the signature, parse and enqueue.
+    """The receiver of webhooks: it checks headers, reads bytes, verifies the signature, parses and enqueues.
 
-    Plain ASGI, because request and response objects, router and middleware would be a large part of the cost of an
-    event.
+    It is plain ASGI, because request and response objects, router and middleware would be a large part of the cost of
+    an event.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Receiver:
         self._signs_url = configuration.webhook_scheme == "hmac" and "{url}" in configuration.hmac_template
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request as docs/http.md describes."""
+        """Respond to one request as docs/http.md describes."""
         try:
             body, key_id = await self._authenticate(scope, receive)
         except ClientDisconnect:
@@ -57,7 +57,7 @@ class Receiver:
             if isinstance(error, QueueFullError):
                 await asyncio.sleep(REFUSAL_SECONDS)  # no body is in memory here
             refusal = _refusal(error, scope)
-            if not is_small(scope):  # a long body is not waited for
+            if not is_small(scope):  # do not wait for a long body
                 refusal.headers["connection"] = "close"
             await refusal(scope, receive, send)
             return
@@ -70,7 +70,7 @@ class Receiver:
             await _answer(outcome, send)
 
     async def _authenticate(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
-        """Return body and key id; the body of an unauthenticated request is not read."""
+        """Return body and key id; do not read the body if the headers cannot authenticate the request."""
         headers, verifier, signs_url = scope["headers"], self._verifier, self._signs_url
         try:
             verifier.check_headers(headers, time.time())
@@ -102,7 +102,7 @@ async def _answer(outcome: Outcome, send: Send) -> None:
 
 
 def _url(scope: Scope) -> str:
-    """Return the URL as the platform called it, for signatures that cover it."""
+    """Return the URL that the platform called, for signatures that cover it."""
     host = next((value for name, value in scope["headers"] if name == b"host"), b"")
     query = scope["query_string"]
     target: bytes = host + scope["raw_path"] + (b"?" + query if query else b"")
@@ -110,7 +110,7 @@ def _url(scope: Scope) -> str:
 
 
 def _refusal(error: Exception, scope: Scope) -> Response:
-    """Return the response to an error, counted and recorded."""
+    """Return the response for an error; count and record it."""
     answer = answer_to(error)
     address = scope["client"][0] if answer.code == HTTPStatus.UNAUTHORIZED and scope["client"] else ""
     telemetry.received.labels(answer.status, answer.reason).inc()
