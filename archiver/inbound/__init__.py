@@ -1,8 +1,9 @@
-"""Write waiting deliveries in batches, one transaction each, and return its outcome to each caller.
+"""Write waiting deliveries in batches, one transaction each, and return to each caller the outcome of its delivery.
 
 While one batch commits, the next one fills; a single event does not wait. The event loop continues to receive while a
-statement waits for Postgres. Other batches, without events of its sessions, overtake a slow batch. Deliveries that it
-does not commit in time go to the spool or, without a spool, are written in ever smaller parts beside the batches.
+statement waits for Postgres. A slow batch is overtaken by batches without events of its sessions. Deliveries that a
+batch does not commit in time go to the spool or, without a spool, are written in ever smaller parts alongside the
+batches.
 """
 
 import asyncio
@@ -50,17 +51,17 @@ BATCH_BYTES = 16 * 1_048_576  # likewise
 LANES = 2  # concurrent batches; the second starts only if the first is slow
 OVERLAP_SECONDS = 0.25  # after which other batches may overtake a batch
 MAX_OVERTAKEN = 1_000  # deliveries of busy sessions that are skipped at the head of the queue
-SECOND_TRY_SECONDS = 10.0  # limit of the second attempt at a batch that no sender waits for
+SECOND_TRY_SECONDS = 10.0  # limit of a batch that no sender waits for
 PART_SECONDS, SECOND_TRY_PART_SECONDS = 1.0, 5.0  # limits of a part of a batch that timed out
 CLOSING_SECONDS = 10.0  # for the parts in progress at shutdown
-# to Postgres: besides batches, one for parts or the spool, two for slow events, two for trials
+# Postgres connections: besides batches, one for parts or the spool, two for slow events, two for trials
 CONNECTIONS = LANES + 5
 
 
 class QueueFullError(ArchiverError):
-    """Too many events wait for the database."""
+    """Too many events are waiting for the database."""
 
-    message = "Too many events wait for the database. Retry in a moment."
+    message = "Too many events are waiting for the database. Retry in a moment."
 
 
 class _Waiting(msgspec.Struct, frozen=True):
@@ -74,12 +75,11 @@ def _messages(delivery: Delivery[Content]) -> int:
 
 
 class Ingest:
-    """Queue and write the deliveries of one process; accepts them during `running`.
+    """The queue and writer of the deliveries of one process; it accepts them during `running`.
 
-    `gather_seconds`: seconds for which a batch may wait until it is full, if no caller waits for the outcome; 0: a
-    batch
-    waits for no longer than what it may save.
-    `fallback`: takes deliveries that the database does not accept; None without a spool.
+    `gather_seconds`: seconds for which a batch may wait until it is full, if no sender waits for the outcome; 0: a
+    batch waits for no longer than waiting can save.
+    `fallback`: stores deliveries that the database does not accept; None without a spool.
     `failed_at`: time of the last failure of the database, on `time.monotonic`'s clock; None after a success.
     """
 
@@ -114,7 +114,7 @@ class Ingest:
 
     @asynccontextmanager
     async def running(self, spool: Spool | None = None) -> AsyncIterator[None]:
-        """Write batches during the block; at its end write waiting deliveries and accept no more."""
+        """Write batches during the block; at its end, write the waiting deliveries and accept no more."""
         if spool is not None:
             self.add_spool(spool)
         writer = asyncio.create_task(self._write_batches())
@@ -136,7 +136,7 @@ class Ingest:
     async def submit(self, delivery: Delivery[Content]) -> Outcome:
         """Commit one delivery, together with other waiting ones.
 
-        Raises `QueueFullError` at once, or `UnavailableError` if the database did not accept it. Cancelling the
+        Raises `QueueFullError` immediately, or `UnavailableError` if the database did not accept it. Cancelling the
         caller does not remove the delivery from its batch.
         """
         size = len(delivery.content.body)
@@ -192,7 +192,7 @@ class Ingest:
         return perf_counter() - started
 
     async def _settle(self, batch: Sequence[_Waiting]) -> None:
-        """Write a batch and answer its callers, except those whose part is retried."""
+        """Write a batch and return the outcomes to its callers, except for deliveries that are retried in parts."""
         try:
             results = await self._write([waiting.delivery for waiting in batch])
         except Exception:  # supervisor: on any error every caller gets an outcome, and the next batch starts
@@ -254,8 +254,9 @@ class Ingest:
         task.add_done_callback(self._parts.discard)
 
     async def _write_part(self, part: Sequence[_Waiting]) -> None:
-        """Write deliveries that failed together while Postgres stored others, in halves or alone; answer their
-        callers.
+        """Write deliveries that failed together while Postgres stored others, in halves or one alone.
+
+        Returns the outcomes to their callers.
         """
         left = list(part)
         try:
@@ -289,7 +290,7 @@ class Ingest:
     def _take(self) -> list[_Waiting]:
         """Remove and return the deliveries of the next transaction, within the limits of events, messages and bytes.
 
-        Deliveries of a session with a batch in progress wait for its end.
+        Deliveries of a session with a batch in progress wait until that batch is done.
         """
         batch: list[_Waiting] = []
         passed_over: list[_Waiting] = []

@@ -15,10 +15,10 @@ LOG_SECONDS = 60.0
 
 
 class Circuit:
-    """Hold the state of the database, which a trial event determines.
+    """A circuit breaker, which opens if Postgres does not store a trial event.
 
-    A full disk opens the circuit too, because a trial that is rolled back does not detect it. The circuit then stays
-    open until an event is stored.
+    A full disk also opens it, without a trial, because a trial that is rolled back does not detect a full disk. The
+    circuit then stays open until an event is stored.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -36,7 +36,7 @@ class Circuit:
             self.close()
 
     async def allows_trial(self) -> bool:
-        """Return whether Postgres responds, so that a trial may be sent; the circuit stays open until it succeeds."""
+        """Return whether Postgres stores a trial event; the circuit stays open until an event is stored."""
         fault = await trial_fault(self._engine)
         if fault is not None and monotonic() - self._logged_at >= LOG_SECONDS:
             self._logged_at = monotonic()

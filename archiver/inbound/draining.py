@@ -1,8 +1,8 @@
 """Move deliveries from one spool file to Postgres, oldest first; a failing or slow one delays no other.
 
 A drain reads the file in passes. Deliveries that fail while Postgres stores others are left for the next pass, which
-has smaller transactions. A delivery that fails alone is written separately, with its own time limit, beside the
-passes.
+has smaller transactions. A delivery that fails in its own transaction is written separately from the
+passes, with its own time limit.
 """
 
 import asyncio
@@ -33,7 +33,10 @@ Write = Callable[[Sequence[Delivery[Content]], float], Awaitable[Sequence[Result
 
 
 class DrainPass(msgspec.Struct):
-    """Hold the result of a pass: events to retry in smaller transactions, and events that wait."""
+    """The result of a pass: numbers of events to retry in smaller transactions, and of events left on disk for later.
+
+    `is_broken_off`: the circuit opened during the pass.
+    """
 
     failed: int = 0
     parked: int = 0
@@ -41,10 +44,10 @@ class DrainPass(msgspec.Struct):
 
 
 class Drain:
-    """Empty one file.
+    """A drain that empties one file.
 
     `write` writes deliveries together within a number of seconds and returns their outcomes. `on_change` is called
-    after each change of the file. Set `arrived` whenever a delivery was spooled.
+    after each change of the file. Set `arrived` whenever a delivery is spooled.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Drain:
         self.arrived = asyncio.Event()
 
     async def empty(self) -> None:
-        """Return when the file is empty. Raises `SpoolError`."""
+        """Drain until the file is empty. Raises `SpoolError`."""
         try:
             await self._empty()
         finally:
@@ -84,7 +87,7 @@ class Drain:
                 return
 
     async def _wait_for_work(self) -> None:
-        """Wait until a delivery was spooled, or a separately written one is done."""
+        """Wait until a delivery is spooled, or a separate write is done, but at most `MAX_PAUSE_SECONDS`."""
         arriving = asyncio.create_task(self.arrived.wait())
         await asyncio.wait(
             {arriving, *self._singles.values()},
@@ -110,11 +113,11 @@ class Drain:
             else:
                 passed.failed += failed
             if not failed:
-                await asyncio.sleep(monotonic() - began)  # leaves half of the time to new events
+                await asyncio.sleep(monotonic() - began)  # leaves half of the time for new events
         return passed
 
     async def _write(self, waiting: Sequence[Waiting], seconds: float) -> int:
-        """Return how many deliveries Postgres did not store; the circuit determines whether Postgres is at fault."""
+        """Return how many deliveries Postgres did not store; the circuit then tests whether Postgres is at fault."""
         if self._circuit.is_open and not await self._circuit.allows_trial():
             return len(waiting)
         results = await self._write_together([delivery for _, delivery in waiting], seconds)
@@ -129,7 +132,7 @@ class Drain:
         return len(faults)
 
     def _batchable(self, spooled: Spooled, passed: DrainPass) -> Waiting | None:
-        """Return the delivery, unless it must be written separately."""
+        """Return the row and its delivery; None if it is written separately, which this call starts if needed."""
         if (spooled.file, spooled.id) in self._singles:
             return None
         delivery = spooled.restore()
@@ -160,4 +163,4 @@ class Drain:
         error = None if task.cancelled() else task.exception()
         if error is not None:  # the delivery is still on disk, and the next pass finds it
             trace = None if isinstance(error, SpoolError) else (type(error), error, error.__traceback__)
-            log.error("spooled event not written", reason=str(error) if trace is None else "", exc_info=trace)
+            log.error("spooled event not committed", reason=str(error) if trace is None else "", exc_info=trace)

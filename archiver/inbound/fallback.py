@@ -19,14 +19,14 @@ from archiver.inbound.writing import Outcome, Result, UnavailableError, write
 log = structlog.get_logger(__name__)
 
 SPOOL_AFTER_SECONDS = 3.0  # without a response from Postgres; senders wait about ten seconds at most
-ADOPT_SECONDS = 30.0  # between two checks for files of ended processes
+ADOPT_SECONDS = 30.0  # between two checks for files of exited processes
 ADOPT_AT_ONCE = 8  # files
 
 
 class Fallback:
-    """Store deliveries durably in Postgres or in the spool; `drain` moves spooled ones to Postgres.
+    """A writer that stores deliveries durably in Postgres or in the spool; `drain` moves spooled ones to Postgres.
 
-    While the circuit is open, no caller waits for Postgres; nor does the caller of a delivery of a slow session.
+    While the circuit is open, no caller waits for Postgres; neither does a caller with a delivery of a slow session.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Fallback:
         return results
 
     async def drain(self) -> None:
-        """Drain the spool until cancelled, oldest first, beside new events."""
+        """Drain the spool until cancelled, oldest events first, concurrently with new events."""
         adopting = asyncio.create_task(self._adopt_periodically())
         try:
             while True:
@@ -111,18 +111,18 @@ class Fallback:
         return Drain(spool, self._write_spooled, self._circuit, self._isolated, self._gauge)
 
     async def _write_spooled(self, deliveries: Sequence[Delivery[Content]], seconds: float) -> list[Result]:
-        async with self._gate:  # one transaction for all files at a time, beside those of new events
+        async with self._gate:  # over all files one transaction at a time, besides those of new events
             return await write(self._engine, deliveries, self._timing, seconds)
 
     async def _adopt_periodically(self) -> None:
-        """Drain files of ended processes, each separately."""
+        """Drain the files of exited processes, each separately."""
         adopted: set[asyncio.Task[None]] = set()
         try:
             while True:
                 await asyncio.sleep(ADOPT_SECONDS)
                 left_behind = open_left_behind(self.spool.path.parent)
                 while len(adopted) < ADOPT_AT_ONCE and (spool := await asyncio.to_thread(next, left_behind, None)):
-                    log.info("draining spool file of an ended process", file=spool.path.name, events=spool.events)
+                    log.info("draining spool file of an exited process", file=spool.path.name, events=spool.events)
                     adopted.add(task := asyncio.create_task(self._adopt(spool)))
                     task.add_done_callback(adopted.discard)
         finally:

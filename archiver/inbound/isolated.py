@@ -1,4 +1,4 @@
-"""Write deliveries that slow down batches in separate transactions with their own time limit."""
+"""Write deliveries that slow down batches: each in a separate transaction with its own time limit."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ MAX_REMEMBERED = 10_000
 
 
 class IsolatedWriter:
-    """Write deliveries one by one: in order within a session, in parallel across sessions."""
+    """A writer of single deliveries: in order within a session, in parallel across sessions."""
 
     def __init__(self, engine: AsyncEngine, timing: Timing, circuit: Circuit) -> None:
         self._engine, self._timing, self._circuit = engine, timing, circuit
@@ -48,9 +48,9 @@ class IsolatedWriter:
         return of in self._turns or self._slow.get(of, 0.0) > monotonic()
 
     async def write(self, delivery: Delivery[Content]) -> Result:
-        """Return the outcome: `quarantined` if Postgres stores other events but not this one, even for its duration.
+        """Write the delivery and return its outcome: `quarantined` if Postgres stores other events but not this one.
 
-        `UnavailableError` if the database accepts no events, or another transaction blocks the session.
+        Returns `UnavailableError` if the database accepts no events, or if another transaction blocks the session.
         """
         of = delivery.subject
         async with self._turn(of):
@@ -103,7 +103,7 @@ class IsolatedWriter:
 
     @asynccontextmanager
     async def _turn(self, of: str) -> AsyncIterator[None]:
-        """Serialise the deliveries of one subject, first come, first served."""
+        """Run the block alone among the deliveries of one subject; first come, first served."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._turns.setdefault(of, [])
         waiting.append(done)

@@ -17,9 +17,9 @@ PROBE_SECONDS = 3
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Describe why Postgres accepts no events.
+    """The reason why Postgres accepts no events.
 
-    `reason` is public: it names no host, user or database. `detail` is for the log and names them.
+    `reason` is public: it names no host, user or database. `detail` is for the log, and may name them.
     """
 
     reason: str
@@ -35,7 +35,7 @@ async def database_fault(engine: AsyncEngine) -> Fault | None:
 
 
 async def trial_fault(engine: AsyncEngine) -> Fault | None:
-    """Return the fault; None if Postgres stores a trial event in time, which is then rolled back."""
+    """Return the fault; None if Postgres stores a trial event in time. The trial event is rolled back."""
     try:
         return await _fault(engine, _try)
     except _RolledBackError:

@@ -1,4 +1,4 @@
-"""Write deliveries to Postgres, together if possible, and return an outcome for each."""
+"""Write deliveries to Postgres, in one transaction if possible, and return an outcome for each."""
 
 from collections.abc import Sequence
 from time import perf_counter
@@ -70,7 +70,7 @@ class EventNotStoredError(ArchiverError):
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """Hold the outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
+    """The outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
 
     Its JSON is the response to the sender.
     """
@@ -85,7 +85,7 @@ Result = Outcome | UnavailableError
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Hold the limits of a transaction.
+    """The limits of a transaction.
 
     `seconds`: of the whole transaction. `is_alone`: its only delivery may be slow, so it must not hold a lock that
     blocks all others.
@@ -130,13 +130,13 @@ async def write(
 
 
 async def write_isolated(engine: AsyncEngine, delivery: Delivery[Content], timing: Timing, seconds: float) -> Result:
-    """Commit one delivery within `seconds`; only its own session waits for it."""
+    """Commit one delivery within `seconds`, and return its outcome; only its own session waits for it."""
     (result,) = await _write(engine, [delivery], timing, Limits(seconds, is_alone=True))
     return result
 
 
 async def quarantine_delivery(engine: AsyncEngine, delivery: Delivery[Content], fault: Exception) -> Result:
-    """Quarantine a delivery that was parsed but cannot be stored."""
+    """Quarantine a delivery that was parsed but cannot be stored, and return its outcome."""
     return await _quarantine_alone(engine, delivery, fault, Limits(LOCK_SECONDS))
 
 
@@ -213,7 +213,7 @@ def store(
 
 
 def _without_future(delivery: Delivery[Content]) -> Delivery[Content]:
-    """Return the delivery with an arrival time that is possible by the database's clock."""
+    """Return the delivery, with an arrival time that is not after the present on the database's clock."""
     received_at = clock.at_most_now(delivery.received_at)
     if received_at is delivery.received_at:
         return delivery
@@ -263,7 +263,7 @@ def _quarantine_unless_erased(
 
 
 def explain_fault(fault: Exception) -> tuple[str, str]:
-    """Return a reason and a sentence without content of the event, which the text of a database error may quote."""
+    """Return a reason and a sentence. They do not quote the error, whose text may contain content of the event."""
     if isinstance(fault, EventTooSlowError):
         return quarantine.TOO_SLOW, str(fault)
     if isinstance(fault, EventNotStoredError):

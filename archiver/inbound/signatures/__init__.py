@@ -1,4 +1,4 @@
-"""Verify that a delivery comes from the platform: `verifier(settings)` is built once per process.
+"""Verify that a delivery comes from the platform: `verifier(settings)` returns the verifier of a process.
 
 Signatures are checked over the exact bytes received, before anything is parsed, and compared in constant time. Pure:
 the clock, the headers and the body are arguments.
@@ -104,7 +104,7 @@ def key_id(secret: str | bytes) -> str:
 
 
 def _bytes(secret: str) -> bytes:
-    """Return the bytes as in the environment, UTF-8 or not."""
+    """Return the bytes of the environment variable, even if they are not UTF-8."""
     return secret.encode(errors="surrogateescape")
 
 
@@ -117,7 +117,7 @@ def _hmac(settings: Settings, keys: Keys) -> Verifier:
         if placeholder in template and not header:
             raise SettingsError(
                 f"{variable} is empty, but ARCHIVER_HMAC_TEMPLATE contains {{{placeholder}}}: "
-                "name the header that carries it, or remove it from the template."
+                "name the header that contains it, or remove it from the template."
             )
     return Hmac(
         mac=Mac(keys, settings.hmac_algorithm, settings.hmac_encoding),
@@ -148,19 +148,19 @@ def _standard(settings: Settings) -> Standard:
 
 
 def _public_key(secret: str, number: int) -> Ed25519PublicKey:
-    """Parse an Ed25519 key in `whpk_` and base64 (Standard Webhooks, "Signature scheme")."""
+    """Parse an Ed25519 key: `whpk_` and base64 (Standard Webhooks, "Signature scheme")."""
     raw = _decode_standard(secret.removeprefix(_PUBLIC_KEY), number)
     y = int.from_bytes(raw, "little") & ((1 << 255) - 1)  # the last bit is the sign of x (RFC 8032, section 5.1.2)
     if len(raw) == _PUBLIC_KEY_BYTES and y % _FIELD in _LOW_ORDER:
         raise SettingsError(
-            f"{_SECRETS}: secret {number} is a low-order point, under which anybody can sign. Copy the platform's"
+            f"{_SECRETS}: secret {number} is a low-order point, so anyone can forge signatures. Copy the platform's"
             " public key again."
         )
     try:
         return Ed25519PublicKey.from_public_bytes(raw)
     except ValueError:
         raise SettingsError(
-            f"{_SECRETS}: secret {number} begins with {_PUBLIC_KEY} and is not an Ed25519 public key: "
+            f"{_SECRETS}: secret {number} begins with {_PUBLIC_KEY} but is not an Ed25519 public key: "
             "32 bytes in base64 must follow."
         ) from None
 
@@ -184,11 +184,11 @@ def _parse_template(template: str) -> tuple[bytes | str, ...]:
 
 
 def _decode_standard(secret: str, number: int) -> bytes:
-    """Return the key of a secret of Standard Webhooks."""
+    """Return the key of a Standard Webhooks secret."""
     if secret.startswith(_SIGNING_KEY):
         raise SettingsError(
             f"{_SECRETS}: secret {number} is the platform's signing key ({_SIGNING_KEY}), which only the platform "
-            f"may hold. Give the public key that belongs to it ({_PUBLIC_KEY})."
+            f"may hold. Use the matching public key ({_PUBLIC_KEY})."
         )
     try:
         key = standard_webhooks.decode(secret)

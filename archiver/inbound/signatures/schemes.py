@@ -17,7 +17,7 @@ from archiver.inbound.signatures import standard_webhooks
 from archiver.settings import SettingsError
 
 Headers = Sequence[tuple[bytes, bytes]]
-"""The headers of ASGI: names in lower case, values of any bytes."""
+"""ASGI headers: names in lower case; values may be any bytes."""
 
 Reason = Literal[
     "missing_header",  # absent or empty
@@ -49,7 +49,7 @@ class SignatureError(ArchiverError):
 
 
 class Verifier(ABC):
-    """Define a verification scheme with its keys."""
+    """A verification scheme with its keys."""
 
     __slots__ = ()
 
@@ -57,8 +57,8 @@ class Verifier(ABC):
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         """Return the key id of the verified secret, or `none` if verification is disabled.
 
-        `url` is the one the platform called; `now` is in seconds since the epoch. Raises `SignatureError`, and
-        nothing else for any bytes.
+        `url` is the URL that the platform called; `now` is in seconds since the epoch. Raises only `SignatureError`,
+        whatever the bytes.
         """
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Verifier(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Unproven(Verifier):
-    """Accept every delivery (scheme `none`)."""
+    """A scheme that accepts every delivery (scheme `none`)."""
 
     def verify(self, body: bytes, headers: Headers, method: str, url: str, now: float) -> str:
         return "none"
@@ -89,7 +89,7 @@ class Unproven(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class SharedSecret(Verifier):
-    """Verify a secret in a header (schemes `secret` and `bearer`)."""
+    """A secret in a header (schemes `secret` and `bearer`)."""
 
     keys: Keys = field(repr=False)
     header: bytes
@@ -120,10 +120,10 @@ class SharedSecret(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class Mac:
-    """Compute HMAC (RFC 2104) with several keys, as text.
+    """HMAC (RFC 2104) with several keys, as text.
 
     Signatures are compared as canonical text (hex in lower case; base64 in the standard alphabet without padding), so
-    that a lenient decoder cannot accept two texts for one signature.
+    that a lenient decoder cannot accept two encodings of one signature.
     """
 
     keys: Keys = field(repr=False)
@@ -158,10 +158,10 @@ class Mac:
 
 @dataclass(frozen=True, slots=True)
 class Hmac(Verifier):
-    """Verify signatures over a template (scheme `hmac` and presets); a header may have several during a rotation.
+    """Signatures over a template (scheme `hmac` and presets); a header may contain several during a rotation.
 
-    The name of a header that the template does not sign is empty. With a `timestamp_prefix`, the time is an entry of
-    its header, which may be the header of the signatures.
+    The name of a header that the template does not include is empty. With a `timestamp_prefix`, the time is an entry
+    of its header, which may be the header of the signatures.
     """
 
     mac: Mac
@@ -238,7 +238,7 @@ class Hmac(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class Standard(Verifier):
-    """Verify Standard Webhooks (schemes `standard` and `svix`), with either family of header names.
+    """Standard Webhooks (schemes `standard` and `svix`), with either family of header names.
 
     Symmetric signatures (`v1`) use secrets, asymmetric ones (`v1a`) use public keys.
     """
@@ -312,12 +312,12 @@ class Standard(Verifier):
 
 @dataclass(frozen=True, slots=True)
 class _Signatures:
-    symmetric: list[bytes]  # canonical texts
+    symmetric: list[bytes]  # canonical text
     asymmetric: list[bytes]
 
 
 def _decoded(text: bytes) -> bytes | None:
-    """Decode a canonical text; None if it is not the only text of its bytes."""
+    """Decode canonical base64; None if the text is not the canonical encoding of its bytes."""
     try:
         signature = a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
     except ValueError:
@@ -338,7 +338,7 @@ def _entries(value: bytes, prefix: bytes, header: bytes) -> list[bytes]:
 
 
 def _only(headers: Headers, header: bytes) -> bytes:
-    """Return the value of a header that must occur once: of two, a proxy might use the other one."""
+    """Return the value of a header that must occur once: if there were two, a proxy might use the other one."""
     result = [value for name, value in headers if name == header]
     if len(result) > 1:
         raise SignatureError("malformed_header", header)

@@ -27,7 +27,7 @@ def make_secret() -> str:
 
 
 def decode(secret: str) -> bytes:
-    """Return the key bytes of a secret: base64, standard alphabet, padded or not, with `whsec_` or without.
+    """Return the key bytes of a secret: base64 in the standard alphabet, with or without padding and `whsec_`.
 
     Raises `ValueError`.
     """
@@ -36,7 +36,7 @@ def decode(secret: str) -> bytes:
 
 
 def key(secret: str) -> bytes:
-    """Return the key bytes of a secret that has all that the specification asks for.
+    """Return the key bytes of a secret that meets all requirements of the specification.
 
     Raises `SecretError`, which does not quote it.
     """
@@ -57,7 +57,7 @@ def payload(message_id: bytes, timestamp: bytes, body: bytes) -> bytes:
 def sign(
     keys: Sequence[bytes], message_id: str, seconds: int, body: bytes, family: str = "webhook"
 ) -> dict[str, str]:
-    """Return the three headers of a delivery; one signature a key, so that a secret can be rotated.
+    """Return the three headers of a delivery, with one signature per key, so that a secret can be rotated.
 
     `family`: the prefix of the header names, `webhook` or `svix`.
     """

@@ -1,7 +1,7 @@
 """Spool deliveries on local disk while Postgres does not accept them, each fsynced before the response (I1).
 
 Every process has its own file `spool-N.db` (SQLite) and holds the lock of `spool-N.lock`. Another process adopts the
-files of an ended one. A disk may fill up, or lose or damage a file: all acknowledged deliveries that are still
+file of an exited one. A disk may fill up, or lose or damage a file: all acknowledged deliveries that are still
 readable are then saved.
 """
 
@@ -54,13 +54,13 @@ SPOOL_FOLDER = "spool"  # in ARCHIVER_HOME
 
 
 def open_left_behind(folder: Path) -> Iterator[Spool]:
-    """Yield non-empty files of ended processes, for the caller to close; unreadable ones are skipped."""
+    """Yield non-empty files of exited processes, for the caller to close; unreadable ones are skipped."""
     for path in sorted(folder.glob("spool-*.db")):
         number = path.stem.removeprefix("spool-")
         try:
             held = _hold(folder, int(number)) if number.isdecimal() else None
         except (OSError, SpoolError) as error:
-            log.error("spool file of an ended process unreadable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
+            log.error("spool file of an exited process unreadable", reason=str(error))  # noqa: TRY400  # there is nothing to trace
             continue
         if held is not None and held.events:
             yield held
@@ -78,7 +78,7 @@ def _hold(folder: Path, number: int) -> Spool | None:
 
 
 def select_depth(folder: Path) -> Depth:
-    """Return the content of all files of a folder. Raises `SpoolError`."""
+    """Return the depth of all files of a folder together. Raises `SpoolError`."""
     events, size, oldest = 0, 0, None
     for path in sorted(folder.glob("spool-*.db")):
         if not is_regular(path):
@@ -95,7 +95,7 @@ def select_depth(folder: Path) -> Depth:
 
 
 def select_unfit(folder: Path) -> list[Path]:
-    """Return paths in place of spool files that are not files: folders, links, named pipes."""
+    """Return paths with the name of a spool file that are not regular files: folders, links, named pipes."""
     return [path for path in sorted(folder.glob("spool-*.*")) if not is_regular(path)]
 
 

@@ -1,4 +1,4 @@
-"""Store the number of deliveries in a file beside it, to detect losses.
+"""Store the number of deliveries of a spool file in a second file, to detect losses.
 
 The count never exceeds the number of waiting deliveries: it is written after an insertion and before a deletion.
 """
@@ -14,14 +14,14 @@ LOST = "lost.json"  # in the folder of the spool
 
 
 class Lost(msgspec.Struct, frozen=True):
-    """Hold the number of acknowledged deliveries that are missing from all files, and since when."""
+    """The number of acknowledged deliveries that are missing from all files, and the time of the first loss."""
 
     events: int = 0
     since: datetime | None = None
 
 
 class Count:
-    """Keep the count beside one file. A failure to write it is ignored, because the deliveries have priority."""
+    """The count of one file, stored next to it. A failed write is ignored, because the deliveries have priority."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.with_suffix(".count")
@@ -46,7 +46,7 @@ class Count:
 
 
 def add_lost(folder: Path, events: int) -> Lost:
-    """Add to the recorded losses, which stay until an operator deletes the file."""
+    """Add to the recorded losses, which stay until an operator deletes the file; return their sum."""
     known = select_lost(folder)
     lost = Lost(known.events + events, known.since or datetime.now(UTC))
     fresh = folder / f"{LOST}.new"
@@ -64,5 +64,5 @@ def select_lost(folder: Path) -> Lost:
 
 
 def _read(path: Path) -> bytes:
-    """Return the content of a file; empty where this is none: opening a named pipe would block."""
+    """Return the content of a file; empty if it is not a regular file, because opening a named pipe would block."""
     return path.read_bytes() if path.is_file() else b""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from archiver.errors import ArchiverError
 
-# Error codes of SQLite for damaged files. A damaged schema or file format is a plain SQLITE_ERROR; a text that is not
+# Error codes of SQLite for damaged files. A damaged schema or file format is a plain SQLITE_ERROR; text that is not
 # UTF-8 fails in Python without a code (0). Other codes are faults of the disk, its permissions or its space.
 _DAMAGED = {
     sqlite3.SQLITE_CORRUPT,
@@ -31,7 +31,7 @@ class SpoolError(ArchiverError):
 class SpoolFullError(SpoolError):
     """The spool or its disk is full."""
 
-    message = "The spool is full: give it more room (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."
+    message = "The spool is full: give it more space (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."
     reason = "full"
 
 

@@ -1,6 +1,6 @@
 """Read and write a spool file: an SQLite database of deliveries, each with a checksum.
 
-Every reader checks the checksum: a delivery was verified on arrival, so a damaged row must not be accepted as one.
+Every reader checks the checksum: deliveries were verified on arrival, so a damaged row must not be taken for one.
 """
 
 import os
@@ -69,7 +69,7 @@ def open_file(path: Path, max_bytes: int) -> sqlite3.Connection:
 
 
 def is_regular(path: Path) -> bool:
-    """Return whether this is a regular file, or not there: no folder, link, named pipe or device."""
+    """Return whether the path is a regular file or absent: not a folder, link, named pipe or device."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -77,13 +77,13 @@ def is_regular(path: Path) -> bool:
 
 
 def _check_head(path: Path) -> None:
-    """Raise `SpoolDamagedError` if SQLite would not write, or would remove a write-ahead log with deliveries."""
+    """Raise `SpoolDamagedError` if SQLite could not write the file, or would remove a log that has deliveries."""
     with path.open("rb") as file:
         head = file.read(100)
     if head and (not head.startswith(_MAGIC) or max(head[18:20], default=0) > _WAL_FORMAT):
         raise damaged(path, "file header")
     if not head and read_wal(path):
-        raise damaged(path, "empty beside a write-ahead log")
+        raise damaged(path, "empty, but with a write-ahead log")
 
 
 def _check_pages(database: sqlite3.Connection, path: Path) -> None:
@@ -145,7 +145,7 @@ def transaction(database: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 
 def row_of(delivery: Delivery[Content]) -> Row:
-    """Return the columns of a delivery, without number and checksum."""
+    """Return the columns of a delivery, without its number and checksum."""
     kind, session_id, dedupe_key = delivery.internal
     received_at = delivery.received_at.isoformat()
     return received_at, delivery.source, delivery.key_id, kind, session_id, dedupe_key, delivery.content.body
@@ -164,9 +164,9 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[Row]) -> int:
 
 
 def select(database: sqlite3.Connection, path: Path, start: int) -> Generator[tuple[int, Row]]:
-    """Yield number and row of the deliveries from this number on, in order.
+    """Yield number and row of each delivery from this number on, in order.
 
-    Raises `SpoolError`, at a damaged one `SpoolDamagedError`.
+    Raises `SpoolError`; at a damaged delivery, `SpoolDamagedError`.
     """
     with explained(path):
         last = start - 1

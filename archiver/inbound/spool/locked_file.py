@@ -32,12 +32,12 @@ log = structlog.get_logger(__name__)
 
 MAX_FILES = 1_000
 MAX_FAULTS = 10  # unusable file names, after which the folder counts as unusable
-DELETED = 10_000  # deleted rows that are remembered
+DELETED = 10_000  # deleted rows whose hashes are kept
 MIN_ROOM_BYTES = 1_048_576  # with less room a spool counts as full
 
 
 class Depth(msgspec.Struct, frozen=True, gc=False):
-    """Hold the number of waiting deliveries, the bytes of their bodies and the time of the oldest."""
+    """The number of waiting deliveries, the bytes of their bodies and the arrival time of the oldest."""
 
     events: int
     bytes: int
@@ -45,7 +45,7 @@ class Depth(msgspec.Struct, frozen=True, gc=False):
 
 
 class Spooled(msgspec.Struct, frozen=True, gc=False):
-    """The row of a delivery in a spool. `id` grows with arrival, within the file that `file` numbers."""
+    """The row of a delivery in a spool. `id` increases in order of arrival within the file with the number `file`."""
 
     id: int
     file: int
@@ -65,13 +65,13 @@ SELECT_DEPTH = "SELECT count(*), coalesce(sum(length(body)), 0), min(received_at
 
 
 class Spool:
-    """Hold one file locked by this process; thread-safe."""
+    """A spool file that this process has locked; thread-safe."""
 
     def __init__(self, folder: Path, number: int, lock: int, max_bytes: int) -> None:
         self.path = folder / f"spool-{number}.db"
         self._lock_file, self._max_bytes = lock, max_bytes
         self._lock = threading.Lock()
-        # Hashes of recently deleted rows, because SQLite may leave copies of rows that it moved.
+        # Hashes of recently deleted rows, because SQLite may leave copies of rows that it has moved.
         self._deleted: deque[int] = deque(maxlen=DELETED)
         self._file = 0  # counts replacement files: ids restart in each
         self._count = Count(self.path)
@@ -120,7 +120,7 @@ class Spool:
         self._count.write(self._events, is_durable=missing > 0)
 
     def append(self, deliveries: Sequence[Delivery[Content]]) -> None:
-        """Make these deliveries durable, all or none. Raises `SpoolError`; `SpoolFullError` if the spool is full."""
+        """Store these deliveries durably, all or none. Raises `SpoolError`; `SpoolFullError` if the spool is full."""
         rows = [row_of(delivery) for delivery in deliveries]
         with self._lock:
             self._ensure_in_place()
@@ -140,7 +140,7 @@ class Spool:
         self._count.write(self._events)
 
     def select_oldest(self, after: int, limit: int, most_bytes: int) -> list[Spooled]:
-        """Return the oldest deliveries after this id, within a number and a size, but at least one."""
+        """Return the oldest deliveries after this id, within both limits, but at least one if any is left."""
         with self._lock:
             if self._is_closed:
                 self._reopen()
@@ -170,8 +170,8 @@ class Spool:
     def delete(self, deliveries: Sequence[Spooled]) -> None:
         """Delete deliveries that are stored in Postgres; if none is left, also free their space.
 
-        Deliveries read before the spool continued in another file are not deleted, because their ids now belong to
-        others.
+        Deliveries that were read before the spool continued in another file are not deleted, because their ids now
+        belong to other deliveries.
 
         On a full disk nothing can be deleted: the deliveries are skipped from now on, and overwritten when none is
         left. Raises `SpoolError`.
@@ -231,8 +231,9 @@ class Spool:
         self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """Truncate the write-ahead log; if another process reads it longer than `BUSY_SECONDS`, after the next
-        deletion.
+        """Truncate the write-ahead log.
+
+        If another process reads it for longer than `BUSY_SECONDS`, the next deletion truncates it.
         """
         with suppress(sqlite3.Error):
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -274,7 +275,7 @@ class Spool:
         return self._file_identities() == self._identity
 
     def _ensure_in_place(self) -> None:
-        """Replace the file if it was removed. Call this before a write."""
+        """Reopen the file if it is closed, and replace it if it was removed. Call this before a write."""
         if self._is_closed:
             self._reopen()
         elif not self._is_there():
@@ -288,7 +289,7 @@ class Spool:
             self._count.write(0)
         fresh = open_spool(self.path.parent, self._max_bytes)
         try:
-            if not is_in_place:  # otherwise the present holder of the file, possibly this process, has them
+            if not is_in_place:  # otherwise the process that now locks the file, possibly this one, has them
                 fresh._copy(files.readable(self._database, self.path))
         except BaseException:
             fresh.close()
@@ -319,7 +320,7 @@ class Spool:
         self._salvage(error, wal)
 
     def _salvage(self, error: SpoolError, wal: bytes) -> None:
-        """Continue in a new file of the same name with the readable content of the damaged one."""
+        """Continue in a new file with the same name and the readable content of the damaged one."""
         saved, saved_as = set_aside(self.path, wal, set(self._deleted))
         log.error(
             "spool file damaged; readable deliveries saved", reason=str(error), events=saved, aside=str(saved_as)
@@ -359,7 +360,7 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
 
 
 def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:
-    """Open the file of this number; None if another process holds it."""
+    """Lock and open the file with this number; None if another process has locked it."""
     for end in ("db", "db-wal", "db-shm", "lock"):
         name = f"spool-{number}.{end}"
         if not files.is_regular(folder / name):  # opening a named pipe would block
@@ -385,7 +386,7 @@ def _opened_lock(folder: Path, number: int) -> int:
 
 
 def report_replaced(folder: Path, number: int) -> None:
-    """Report once the deliveries of a file in whose place is something else. Raises `SpoolError`.
+    """Report the deliveries of a file as lost, once, if its path is not a regular file. Raises `SpoolError`.
 
     A running process still has the deliveries of its file, and copies them to another one.
     """
@@ -415,5 +416,5 @@ def _report_lost(path: Path, events: int) -> None:
         events=events,
         in_all=lost.events,
         file=path.name,
-        advice="archiver backfill fetches the histories of their sessions; see archiver doctor",
+        advice="`archiver backfill` fetches the histories of their sessions; see `archiver doctor`",
     )

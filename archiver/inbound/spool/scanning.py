@@ -1,7 +1,7 @@
 """Find deliveries by their checksums in the bytes of a damaged file. Pure.
 
-SQLite reaches a row only through intact parent pages, and a frame of the write-ahead log only after intact ones. But
-a row contains all that is needed: a header of column types, the columns, and the number of the page with the rest.
+SQLite reaches a row only through intact parent pages, and a frame of the write-ahead log only after intact frames.
+But a row contains everything needed: a header of column types, the columns, and the number of the page with the rest.
 Source: https://www.sqlite.org/fileformat2.html, sections 1.6, 2.1 and 4.
 """
 
@@ -18,7 +18,7 @@ _MIN_LOCAL = (PAGE_BYTES - 12) * 32 // 255 - 23
 _MAX_VERSIONS = 8  # versions of a page in the write-ahead log that are tried
 _MAX_PAYLOAD = 2**30
 _COLUMNS = 9
-# The length of a header, the null for the number of the row, and a text with the length of a time.
+# The length of a header, the null for the number of the row, and a string with the length of a time.
 _HEADER = re.compile(rb"[\x0a-\x40]\x00[\x3f\x4d]", re.DOTALL)
 _BLOB = 12  # the lowest type number of a blob or text
 _CONTINUES = 0x80  # the bit that marks a continued number
@@ -27,9 +27,7 @@ _INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}  # bytes by type
 
 
 def scan(database: bytes, wal: bytes = b"") -> Iterator[Row]:
-    """Yield each distinct row with a correct checksum: its columns in the order of `files`, without number and
-    checksum.
-    """
+    """Yield each distinct row with a correct checksum, without its number and checksum."""
     pages = _Pages(database, wal)
     result: set[Row] = set()
     for page in pages.all:
@@ -41,7 +39,7 @@ def scan(database: bytes, wal: bytes = b"") -> Iterator[Row]:
 
 
 class _Pages:
-    """Hold the pages of a file and of its write-ahead log, newest first."""
+    """The pages of a file and of its write-ahead log; the versions of a page are newest first."""
 
     def __init__(self, database: bytes, wal: bytes) -> None:
         self.all = [database[start : start + PAGE_BYTES] for start in range(0, len(database), PAGE_BYTES)]
@@ -56,8 +54,8 @@ class _Pages:
         self.all += frames
 
     def overflow(self, number: int, size: int) -> Iterator[bytes]:
-        """Yield the possible contents of a chain of overflow pages: with the newest version of each page, and with
-        older ones.
+        """Yield the possible contents of a chain of overflow pages: of the newest version of each page, then of older
+        ones.
         """
         for version in range(_MAX_VERSIONS):
             parts, at, left, is_last = [], number, size, True
@@ -104,7 +102,7 @@ def _local(payload: int) -> int:
 
 
 def _types(page: bytes, start: int) -> list[int] | None:
-    """Return the types of the columns from the header at `start`."""
+    """Return the types of the columns from the header at `start`; None if there is no valid header."""
     end, at, types = start + page[start], start + 1, []
     while at < end:
         value = 0
