@@ -32,7 +32,7 @@ __all__ = ["Outcome", "ReconcileResult", "Reconciler", "Submit", "retry_pause"]
 
 RECORDING = 6  # sessions in progress per allowed call, so that calls continue while responses are recorded
 _NOT_COMMITTED = "The database did not store the response."
-_NOT_STORED = "the response could not be stored; see archiver quarantine list"
+_NOT_STORED = "the response could not be stored; see `archiver quarantine list`"
 _NOT_KNOWN = "This session is unknown to CallHQ (404) and to the archive, so it was not registered. Check the id."
 MAX_RETRY = timedelta(hours=1)
 MIN_RETRY = timedelta(seconds=30)
@@ -42,7 +42,7 @@ Submit = Callable[[Event, datetime], Awaitable[Submitted]]
 
 
 class Reconciler:
-    """Read sessions with one client; `submit` stores a fact and returns after its commit."""
+    """A reader of histories with one client; `submit` stores a fact and returns after its commit."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Reconciler:
     ) -> None:
         self._engine, self._client, self._submit, self._timing = engine, client, submit, timing
         self._fetcher = HistoryFetcher(client)
-        # called if there is still no response long after the session expired
+        # whether to record that a session has no history, if there is still no response long after it expired
         self._mark_unavailable = mark_unavailable
         self._not_read = telemetry.Recurring("histories not read")
 
@@ -73,8 +73,8 @@ class Reconciler:
     ) -> Counter[Outcome]:
         """Read these sessions concurrently and report each result.
 
-        A session leased by another reader is skipped (`busy`). With `due_at`, only sessions that are still due as of
-        then are read. An unexpected error is passed to `on_defect`; its session counts as `failed`. Raises
+        A session leased by another reader is skipped (`busy`). With `due_at`, only sessions that still have this due
+        time are read. An unexpected error is passed to `on_defect`; its session counts as `failed`. Raises
         `UnauthorizedError` if the key is rejected for all; earlier results have been reported.
         """
         leased = LeasedSessions(self._engine, session_ids, due_at)
@@ -153,14 +153,14 @@ class Reconciler:
         under_way: int,
         is_exhausted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Fetch the history of each session and handle the answer, with so many sessions under way.
+        """Fetch the history of each session and handle the result, with `under_way` sessions at a time.
 
-        `is_exhausted`: whether it is known that no session is left; asking for one may wait for a pause.
+        `is_exhausted`: whether it is known that no session is left; requesting one may wait for a pause.
         """
 
         async def work_loop() -> None:
             while not is_exhausted():
-                async with self._client.turn():  # first: sessions not yet leased stay free for others
+                async with self._client.turn():  # before leasing: until then the session stays free for others
                     session_id = await next_session()
                     if session_id is None:
                         return
@@ -247,7 +247,7 @@ class Reconciler:
         """Commit the registration of a session with its response; return the outcome and the error, if any."""
         if answer.status == NOT_FOUND:
             return "unknown", _NOT_KNOWN
-        # Both with the same time; otherwise the registration might count as an event after the reading.
+        # Both facts have the same time; otherwise the registration might count as an event after the reading.
         facts = [responses.register({"id": session_id}), *([answer.event] if answer.event is not None else [])]
         became = await asyncio.gather(*(self._submit(event, answer.began) for event in facts))
         if "unavailable" in became:
@@ -262,8 +262,8 @@ class Reconciler:
         return outcome, answer.fault
 
     async def _failed(self, session_id: str, lease: datetime, answer: Answer) -> Event | None:
-        """Schedule a retry with growing pauses; if retries still fail after the expiry of the session, return that as
-        a fact.
+        """Schedule a retry with increasing pauses; if retries still fail long after the session expired, return the
+        fact that its history is unavailable.
         """
         now = answer.began
         telemetry.readings.labels("failed").inc()
@@ -282,8 +282,8 @@ class Reconciler:
     async def _postpone(
         self, session_id: str, lease: datetime, until: datetime, *, failing_since: datetime | None = None
     ) -> None:
-        """Postpone the next reading; if another transaction blocks the session, its lease expires, and it is due
-        again.
+        """Postpone the next reading. If another transaction blocks the session, its lease expires instead, and it
+        becomes due again.
         """
 
         def postpone(connection: Connection, session_ids: Sequence[str]) -> None:
@@ -294,7 +294,7 @@ class Reconciler:
 
 
 def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: datetime) -> timedelta:
-    """Return the pause after a failed reading, when all readings have failed `since`.
+    """Return the pause after a failed reading, if all readings since the time `since` have failed.
 
     The pauses double, but leave several attempts before the session expires at CallHQ.
     """
@@ -331,7 +331,7 @@ async def _shielded(work: Awaitable[None]) -> None:
 
 
 async def _run_all(work: Iterable[Awaitable[None]]) -> None:
-    """Run all concurrently; the first error cancels the others and is raised unchanged."""
+    """Run all work concurrently; the first error cancels the rest and is raised unchanged."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         await asyncio.gather(*tasks)

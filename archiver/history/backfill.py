@@ -19,10 +19,10 @@ PAGE = 5_000  # session ids
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Select sessions: these ids; those with events `since`; `every` one; or else those that a reading could
+    """The sessions to read: these ids; those with events `since`; `every` session; or else those that a reading could
     complete.
 
-    The last are sessions with open coverage, and unexpired ones that CallHQ did not show.
+    The last are sessions with open coverage, and unexpired sessions that CallHQ did not return.
     """
 
     session_ids: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 async def begin(engine: AsyncEngine, selection: Selection) -> datetime:
-    """Return the start time of the backfill of this selection: now, or that of an unfinished one."""
+    """Return the start time of the backfill of this selection: now, or the start of an unfinished one."""
     now, started = datetime.now(UTC), tables.backfills.c.started_at
     statement = insert(tables.backfills).values(selection=selection.key, started_at=now)
     begun = statement.on_conflict_do_update(
@@ -89,6 +89,6 @@ async def _listed(engine: AsyncEngine, session_ids: Sequence[str], begun: dateti
 
 
 async def unknown_sessions(engine: AsyncEngine, session_ids: Sequence[str]) -> list[str]:
-    """Return the sessions that the archive does not know."""
+    """Return the sessions, of these, that are unknown to the archive."""
     known = await run_async(engine, lambda c: leases.select_statuses(c, session_ids))
     return [session_id for session_id in session_ids if session_id not in known]

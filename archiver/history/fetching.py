@@ -1,4 +1,4 @@
-"""Fetch histories: a response as a fact, or the reason for its absence; detects a wrong key or URL."""
+"""Fetch histories; return each response as a fact, or the reason why there is none. Detect a wrong key or URL."""
 
 from datetime import datetime
 from time import perf_counter
@@ -15,16 +15,16 @@ from archiver.history.callhq import Client, TooLargeError, UnauthorizedError, Un
 
 log = structlog.get_logger(__name__)
 
-MAX_REFUSALS = 5  # rejected sessions without an accepted one, after which the key counts as invalid
-MAX_NOT_FOUND = 5  # responses 404 without a found session, after which the URL is suspect
+MAX_REFUSALS = 5  # rejected calls without an accepted one, after which the key counts as invalid
+MAX_NOT_FOUND = 5  # 404 responses without a found session, after which the URL is suspect
 NOT_FOUND = 404
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """Hold the result of a history call: the fact, or the reason why there is none.
+    """The result of a history call: the fact, or the reason why there is none.
 
-    `began`: when the successful call began, or the first failed one. `retry_after`: seconds that CallHQ requested to
-    wait for this session. `defect`: the unexpected error that this session caused in the archiver.
+    `began`: when the successful attempt began, or the first failed one. `retry_after`: seconds that CallHQ requested
+    to wait for this session. `defect`: the unexpected error that this session caused in the archiver.
     """
 
     began: datetime
@@ -46,12 +46,12 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
 
 class HistoryFetcher:
-    """Fetch histories with one client and key."""
+    """A fetcher of histories with one client and key."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._accepted, self._refused = 0, 0  # calls, with this key
-        self._missing = 0  # accepted calls with response 404
+        self._missing = 0  # accepted calls with a 404 response
 
     @property
     def is_all_not_found(self) -> bool:
@@ -64,7 +64,7 @@ class HistoryFetcher:
             raise UnauthorizedError
 
     async def answer(self, session_id: str) -> Answer:
-        """Return the history of a session. An unreadable body of a success is retried like a server error.
+        """Fetch the history of a session. An unreadable body of a 2xx response is retried like a server error.
 
         Raises `UnauthorizedError` if the key is rejected repeatedly and never accepted.
         """

@@ -21,9 +21,9 @@ LEASES_PER_BATCH = 50
 
 
 class LeasedSessions:
-    """Give leased sessions to one reader. `due_at`: only those still due as of then.
+    """The sessions of one reader, leased on demand. `due_at`: lease only sessions that still have this due time.
 
-    `before`: status of leased sessions; `busy`: sessions leased by another reader.
+    `before`: status of each session when it was leased; `busy`: sessions leased by another reader.
     """
 
     def __init__(self, engine: AsyncEngine, session_ids: Sequence[str], due_at: datetime | None) -> None:
@@ -51,7 +51,7 @@ class LeasedSessions:
                     log.warning("lease release failed; leases expire", error=explain(error))
 
     async def next_session(self) -> str | None:
-        """Return the next session to read; None if there is none."""
+        """Lease and return the next session to read; None if none is left."""
         async with self._leasing:
             while True:
                 if self._waiting:
@@ -65,11 +65,11 @@ class LeasedSessions:
                     return None
 
     def lease_of(self, session_id: str) -> datetime:
-        """Return the end of the lease of a session."""
+        """Return the end of the lease of a session; a time in the distant past if it is no longer leased."""
         return self._held.get(session_id, datetime.min.replace(tzinfo=UTC))
 
     def take_leases(self, session_ids: Sequence[str]) -> dict[str, datetime]:
-        """Return the leases of these sessions, which the caller releases."""
+        """Remove and return the leases of these sessions; the caller must release them."""
         return {each: self._held.pop(each) for each in session_ids if each in self._held}
 
     async def _lease(self, session_ids: Sequence[str]) -> None:
@@ -104,7 +104,7 @@ class LeasedSessions:
                 log.warning("lease renewal failed", error=explain(error))
 
     async def _renew(self) -> None:
-        # one renewal at a time: the second would mistake the leases renewed by the first for another reader's
+        # one renewal at a time: a second one would mistake leases that the first has renewed for another reader's
         async with self._renewing:
             await self._renew_all()
 
@@ -125,7 +125,7 @@ class LeasedSessions:
 
 
 async def release_each(engine: AsyncEngine, leased: Mapping[str, datetime]) -> None:
-    """Release leases; the lease of a locked session expires by itself."""
+    """Release leases; the lease of a locked session expires on its own."""
     await run_split_async(
         engine, list(leased.items()), lambda connection, items: leases.release(connection, dict(items))
     )

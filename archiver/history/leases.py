@@ -1,7 +1,7 @@
 """Lease sessions and set the due times of their readings, in columns of `sessions`.
 
-A lease is taken by compare-and-set, so that two workers never read one session at the same time. It expires unless it
-is renewed, so that a killed worker loses nothing.
+A lease is acquired by compare-and-set, so that two workers never read one session at the same time. It expires unless
+it is renewed, so that nothing is lost if a worker is killed.
 """
 
 from collections import defaultdict
@@ -40,7 +40,7 @@ _FREE = or_(
 
 
 class SessionStatus(msgspec.Struct, frozen=True, gc=False):
-    """Hold the coverage of a session, the number of messages recovered from history, and its last event."""
+    """The coverage of a session, the number of messages recovered from history, and the time of its last event."""
 
     session_id: str
     coverage: str
@@ -73,7 +73,7 @@ _CLAIM = (
     update(tables.sessions).where(_AMONG, _FREE).values(leased_until=bindparam("until")).returning(*_STATUS_COLUMNS)
 )
 _CLAIM_DUE = _CLAIM.where(_sessions.reconcile_at == bindparam("due_at"))
-# Only the own lease: after a pause of this process, another may have leased the session.
+# Only this process's lease: after a pause of this process, another may have leased the session.
 _OWN = _sessions.leased_until == bindparam("lease")
 _RELEASE = update(tables.sessions).where(_AMONG, _OWN).values(leased_until=None)
 _RENEW = (
@@ -98,12 +98,12 @@ Due = tuple[str, datetime | None]  # a session, and the time by which it must be
 
 
 def select_due(connection: Connection, now: datetime, limit: int) -> list[Due]:
-    """Return the sessions with a due reading, those that expire first at CallHQ first."""
+    """Return sessions with a due reading, in the order in which they expire at CallHQ."""
     return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": limit})]
 
 
 def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:
-    """Claim these sessions if still due; they are due again at `until` unless read."""
+    """Claim and return those of these sessions that are still due; unless read, they are due again at `until`."""
     claimed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
     claimed_ids = set(connection.scalars(_CLAIM_LISTED, claimed)) if due else set()
     return [(session_id, read_by) for session_id, read_by in due if session_id in claimed_ids]
@@ -121,9 +121,9 @@ def claim(
     until: datetime,
     due_at: datetime | None = None,
 ) -> dict[str, SessionStatus]:
-    """Lease these sessions; return the free ones with their status.
+    """Lease those of these sessions that are free; return them with their status.
 
-    `due_at`: only those whose next reading is due exactly then, as claimed.
+    `due_at`: only sessions whose next reading is due exactly then, as claimed.
     """
     claimed = {"session_ids": sorted(session_ids), "until": until} | _at(now)
     if due_at is None:
@@ -134,7 +134,7 @@ def claim(
 
 
 def release(connection: Connection, leased: Mapping[str, datetime]) -> None:
-    """Release leases, each identified by session and lease time."""
+    """Release leases, each identified by its session and its end."""
     for lease, session_ids in _by_lease(leased).items():
         connection.execute(_RELEASE, {"session_ids": session_ids, "lease": lease})
 
@@ -157,7 +157,7 @@ def _by_lease(leased: Mapping[str, datetime]) -> dict[datetime, list[str]]:
 def postpone(
     connection: Connection, session_id: str, lease: datetime, *, until: datetime, failing_since: datetime | None
 ) -> None:
-    """Release the lease after a failed reading and schedule the next."""
+    """Release the lease after a failed reading, and schedule the next reading."""
     postponed = {"of_session": session_id, "lease": lease, "until": until, "since": failing_since}
     connection.execute(_POSTPONE, postponed)
 
@@ -169,13 +169,13 @@ def make_due(connection: Connection, session_ids: Sequence[str], claimed_until: 
 
 
 def select_statuses(connection: Connection, session_ids: Sequence[str]) -> dict[str, SessionStatus]:
-    """Return the status of these sessions; unknown ones are missing."""
+    """Return the status of each of these sessions; unknown sessions are omitted."""
     rows = connection.execute(select(*_STATUS_COLUMNS).where(_AMONG), {"session_ids": list(session_ids)})
     return {row.session_id: SessionStatus(*row) for row in rows}
 
 
 class Schedule(msgspec.Struct, frozen=True, gc=False):
-    """Hold the times that decide the retry of an unreadable session. `failing_since`: set after repeated failures."""
+    """The times that decide the retry of an unreadable session. `failing_since`: None if the latest one succeeded."""
 
     read_by: datetime | None
     failing_since: datetime | None
@@ -189,10 +189,10 @@ def select_schedule(connection: Connection, session_id: str) -> Schedule | None:
 
 
 class SessionFilter(msgspec.Struct, frozen=True, gc=False):
-    """Select sessions to read: with an event `since`, `every` one, or those that a reading could complete.
+    """The sessions to read: those with an event `since`, `every` session, or those that a reading could complete.
 
-    Of these, the sessions that were not read since `before`, or had an event after that reading, or got a response of
-    unexpected form.
+    Of these, only the sessions that were not read since `before`, or had an event after their last reading, or whose
+    last response had an unexpected form.
     """
 
     before: datetime
@@ -231,7 +231,7 @@ def count_unread(connection: Connection, session_filter: SessionFilter) -> int:
 
 
 def select_read(connection: Connection, session_ids: Sequence[str], since: datetime) -> set[str]:
-    """Return those of these sessions that were read since then and need no further reading."""
+    """Return the sessions, of these, that were read since then and need no further reading."""
     statement = select(_sessions.session_id).where(
         _AMONG, _sessions.read_at >= since, not_(_HAS_NEWS), not_(_IS_UNREADABLE)
     )

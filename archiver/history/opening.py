@@ -1,4 +1,4 @@
-"""Open the services for reading histories: connections to Postgres and CallHQ, and the write path."""
+"""Open the resources for reading histories: connections to Postgres and CallHQ, and the write path."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -33,7 +33,7 @@ async def reconciling(
     rate: float | None = None,
     mark_unavailable: bool = True,
 ) -> AsyncIterator[tuple[AsyncEngine, Reconciler, Submit]]:
-    """Yield a reader of histories, with connections to Postgres and to CallHQ and the write path."""
+    """Yield an engine, a reader of histories and the write path, with connections to Postgres and CallHQ."""
     connections = Connections(url, configuration.prepared_statements)
     async with connections.asynchronous(2) as engine, connections.asynchronous(CONNECTIONS) as writing:
         timing = Timing.of(configuration)
@@ -61,7 +61,7 @@ async def reconciling(
                     async with asyncio.timeout(_SUBMIT_SECONDS):
                         return (await queue.submit(delivery)).status
                 except QueueFullError:
-                    # the queue is full; there is room after others are committed
+                    # there is room once other histories are committed
                     await asyncio.sleep(_GATHER_SECONDS)
                 except (UnavailableError, TimeoutError):
                     return "unavailable"

@@ -1,4 +1,4 @@
-"""Report the results of read sessions."""
+"""Report the results of readings."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Outcome = Literal["read", "gone", "unreadable", "unavailable", "failed", "busy",
 
 
 class ReconcileResult(msgspec.Struct, frozen=True, gc=False):
-    """Hold the result of one session: outcome, status before and after, and error."""
+    """The result of reading one session: outcome, status before and after, and error."""
 
     session_id: str
     outcome: Outcome
@@ -39,7 +39,7 @@ class ReconcileResult(msgspec.Struct, frozen=True, gc=False):
 
 
 class ResultReporter:
-    """Report results in groups, because each status query costs a transaction."""
+    """A reporter of results, in groups because each status query costs a transaction."""
 
     def __init__(
         self, engine: AsyncEngine, leased: LeasedSessions, on_result: Callable[[ReconcileResult], object]
@@ -77,7 +77,7 @@ class ResultReporter:
             self._on_result(ReconcileResult(session_id, outcome, before, after.get(session_id), error_text))
 
     def report_busy(self) -> None:
-        """Report the sessions that another reader holds."""
+        """Report the sessions that another reader has leased."""
         for session_id in self._leased.busy:
             self.outcomes["busy"] += 1
             self._on_result(ReconcileResult(session_id, "busy"))

@@ -25,7 +25,7 @@ MIN_SESSIONS, LATEST, RECENT_SECONDS = 3, 5, 60.0
 
 
 class SharedPause:
-    """Check the pause at most ten times per second, because each check costs a query."""
+    """The pause of all workers, checked at most ten times per second, because each check costs a query."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -34,16 +34,16 @@ class SharedPause:
         self._looking = asyncio.Lock()
         self._latest: dict[
             str, tuple[float, bool]
-        ] = {}  # by session, oldest first: time, and whether CallHQ answered
+        ] = {}  # by session, oldest first: time, and whether CallHQ responded
 
     async def wait(self) -> None:
-        """Return when no pause is in force."""
+        """Wait until no pause is in force."""
         # Another process may extend it, which no local event would signal.
         while (seconds := (await self._end() - now()).total_seconds()) > 0:  # noqa: ASYNC110  # other processes extend the pause
             await asyncio.sleep(min(seconds, 1.0))
 
     async def set(self, seconds: float, reason: str, session_id: str) -> bool:
-        """Pause every worker for `seconds`, unless the pause concerns a single session; return whether it was set.
+        """Pause every worker for `seconds`, unless the pause applies to a single session; return whether it was set.
 
         A longer existing pause stays in force.
         """
@@ -64,7 +64,7 @@ class SharedPause:
         return True
 
     def session_answered(self, session_id: str) -> None:
-        """Record that CallHQ answered for this session."""
+        """Record that CallHQ responded for this session."""
         self._note(session_id, is_answered=True)
 
     def _note(self, session_id: str, *, is_answered: bool) -> None:

@@ -14,7 +14,7 @@ def segment(session_id: str) -> str:
 
 
 def base(name: str, url: str) -> str:
-    """Return the base URL. Raises `SettingsError` without quoting it, because it may contain a password."""
+    """Return the base URL. Raises `SettingsError`, which does not quote the URL: it may contain a password."""
     try:
         parsed = httpx2.URL(url.strip())
     except httpx2.InvalidURL:
@@ -25,7 +25,7 @@ def base(name: str, url: str) -> str:
 
 
 def printable(url: str) -> str:
-    """Return the URL without its password."""
+    """Return the URL without its user name and password."""
     parsed = httpx2.URL(url)
     return str(parsed.copy_with(userinfo=b"")) if parsed.userinfo else url
 

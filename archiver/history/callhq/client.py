@@ -26,9 +26,9 @@ from archiver.history.callhq.responses import (
 
 ATTEMPT_SECONDS = 30.0  # for one attempt, up to the last byte of the response
 ATTEMPTS = 4
-READABLE_ATTEMPTS = 3  # of these, at an answer that can be read
+READABLE_ATTEMPTS = 3  # of these, the attempts to get a readable response
 MAX_PAUSES = 10  # per call
-# For a pause of a single session: the call waits for a shorter one, a limited number of times; a longer one ends it.
+# For pauses of a single session: the call waits for a limited number of short ones; a longer pause ends the call.
 SESSION_PAUSE_SECONDS, MAX_SESSION_PAUSES = 5.0, 2
 MAX_BYTES = 64 * 1_048_576  # of one response, decompressed
 _INITIAL_BACKOFF, _MAX_BACKOFF, _JITTER = 0.5, 10.0, 1.0  # seconds
@@ -38,21 +38,20 @@ class Pause(Protocol):
     """The pause that CallHQ requested, shared by all workers."""
 
     async def wait(self) -> None:
-        """Return when no pause is in force."""
+        """Wait until no pause is in force."""
 
     async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         """Record that a call for this session must wait `seconds`; return whether all calls must wait."""
 
     def session_answered(self, session_id: str) -> None:
-        """Record that CallHQ answered for this session."""
+        """Record that CallHQ responded for this session."""
 
 
 class Client:
-    """Call the documented API. Use it in `async with`.
+    """A client of the documented API. Use it in `async with`.
 
     `concurrency` limits the concurrent calls. `rate` limits the calls that start per second, evenly spaced; None
-    means
-    no limit. Raises `SettingsError` if the key or the URL is invalid.
+    means no limit. Raises `SettingsError` if the key or the URL is invalid.
     """
 
     def __init__(
@@ -90,9 +89,9 @@ class Client:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Wait until a call may begin, then hold one of `concurrency` turns during the block.
+        """Wait until a call may begin, and occupy one of `concurrency` turns during the block.
 
-        For callers that choose what to call for at the last moment; the calls themselves wait as well.
+        For callers that choose the session to call for at the last moment; the calls themselves wait as well.
         """
         async with self._turns:
             await self._pause.wait()
@@ -101,7 +100,7 @@ class Client:
     async def history(self, session_id: str, is_readable: Callable[[Answer], bool] = lambda _: True) -> Answer:
         """Call `GET /chats/session/{id}`. Every status except 401, 403, 429 and 5xx is returned as a response.
 
-        A response that is not readable is retried like a server error, and returned by the last attempt at it.
+        An unreadable response is retried like a server error; after `READABLE_ATTEMPTS` attempts it is returned.
 
         Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an invalid id.
         """
@@ -124,11 +123,11 @@ class Client:
                 with attempt:
                     answer = await self._send(path, session_id, pauses)
                     if not is_readable(answer) and attempt.num < min(READABLE_ATTEMPTS, self._attempts):
-                        raise AttemptFailedError("its answer cannot be read")  # noqa: TRY301  # for stamina
+                        raise AttemptFailedError("its response cannot be read")  # noqa: TRY301  # for stamina
                     return answer
         except AttemptFailedError as error:
             # No chained error: it contains the request, and the request contains the key.
-            raise UnreachableError(f"CallHQ did not respond: {error} (attempts: {attempt.num}).") from None
+            raise UnreachableError(f"The call to CallHQ failed: {error} (attempts: {attempt.num}).") from None
         raise AssertionError("stamina ended without a response or an error")
 
     async def _send(self, path: str, session_id: str, pauses: Counter[bool]) -> Answer:
@@ -145,7 +144,7 @@ class Client:
                 return answer
 
     async def _wait_or_raise(self, busy: ThrottledError, pauses: Counter[bool], *, is_shared: bool) -> None:
-        """Raise if the call ends here; otherwise wait for a pause of this session."""
+        """Raise `UnreachableError` if there were too many pauses; otherwise wait for a pause of this session."""
         what = f"CallHQ is busy: it returned {busy.status}"
         if pauses[True] > MAX_PAUSES:
             raise UnreachableError(f"{what} after each of {MAX_PAUSES} pauses.")

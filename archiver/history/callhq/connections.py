@@ -1,4 +1,4 @@
-"""A pool that limits concurrent calls; each has a connection of its own."""
+"""A pool that limits concurrent calls; each call has its own connection."""
 
 import asyncio
 import ssl
@@ -10,11 +10,11 @@ import httpx2
 from archiver.settings import SettingsError, libraries
 
 CONNECT_SECONDS = 5.0
-_IDLE = 2.0  # seconds an idle connection is kept; servers keep it longer, so that no call meets a closing connection
+_IDLE = 2.0  # seconds that an idle connection is kept; servers keep it longer, so no call uses one that is closing
 
 
 class ConnectionPool:
-    """`number` HTTP clients with one connection each; the last used is reused first.
+    """`number` HTTP clients with one connection each; the most recently used is reused first.
 
     A single client with a pool of this size would examine each socket before and after each call: a fifth of the cost
     of a call at 32 connections.
@@ -52,8 +52,10 @@ def _client(trusted: ssl.SSLContext) -> httpx2.AsyncClient:
 
 
 def connection_pool(number: int) -> ConnectionPool:
-    """Return `number` clients. Raises `SettingsError`, which names the variables to check, if a client cannot be
-    built."""
+    """Return a pool of `number` clients.
+
+    Raises `SettingsError`, which names the variables to check, if a client cannot be built.
+    """
     try:
         return ConnectionPool(number)
     except (ImportError, OSError, ValueError, TypeError, httpx2.InvalidURL) as error:

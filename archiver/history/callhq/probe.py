@@ -16,13 +16,13 @@ SECONDS = 10.0
 
 
 class PauseRequestedError(ArchiverError):
-    """CallHQ asks the client to wait."""
+    """CallHQ requests a pause."""
 
 
 async def probe(api_url: str, api_key: SecretStr) -> None:
-    """Return if the API answers and accepts the key; raise `CallError` otherwise.
+    """Check that the API responds and accepts the key.
 
-    Raises any `CallError`; `PauseRequestedError`; `SettingsError` for an invalid URL or key.
+    Raises a `CallError` if not; `PauseRequestedError`; `SettingsError` for an invalid URL or key.
     """
     api = Client(api_url, api_key, pause=_NoPause(), concurrency=1, max_bytes=1_048_576, timeout=SECONDS, attempts=1)
     async with api as client:
@@ -36,7 +36,7 @@ async def probe(api_url: str, api_key: SecretStr) -> None:
 
 class _NoPause:
     async def wait(self) -> None:
-        """Return at once: a single call needs no pause."""
+        """Return immediately: a single call needs no pause."""
 
     async def set(self, seconds: float, reason: str, session_id: str) -> bool:
         raise PauseRequestedError(f"It returned {reason}. Wait {seconds:.0f} s.")
@@ -49,8 +49,7 @@ def is_api_answer(answer: Answer) -> bool:
     """Return whether the response is from the API rather than from another server.
 
     The API's response for an unknown session is not documented. A response whose message is about a path (`Not
-    Found`,
-    `Cannot GET /chats/session/…`), or which is not JSON, is not from the API.
+    Found`, `Cannot GET /chats/session/…`), or that is not JSON, is not from the API.
     """
     if responses.parse_history(UNKNOWN_SESSION, answer.status, answer.body).type == responses.READ:
         return True

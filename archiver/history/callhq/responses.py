@@ -12,7 +12,7 @@ DEFAULT_PAUSE, MIN_PAUSE, MAX_PAUSE = 5.0, 1.0, 3600.0  # seconds
 
 _UNAUTHORIZED = frozenset({401, 403})
 _BUSY = frozenset({429, 503})
-_ENCODINGS = frozenset({"", "identity", "gzip"})  # the requested encodings; others would arrive undecoded or nested
+_ENCODINGS = frozenset({"", "identity", "gzip"})  # the requested encodings; others would not be decoded
 
 
 class CallError(ArchiverError):
@@ -20,7 +20,7 @@ class CallError(ArchiverError):
 
 
 class UnreachableError(CallError):
-    """CallHQ did not respond after all retries. Wait at least `retry_after` seconds before the next call."""
+    """CallHQ did not give a usable response. Wait at least `retry_after` seconds before the next call."""
 
     def __init__(self, what: str, retry_after: float = 0.0) -> None:
         super().__init__(what)
@@ -42,7 +42,7 @@ class AttemptFailedError(ArchiverError):
 
 
 class ThrottledError(ArchiverError):
-    """CallHQ asks the client to wait (429 or 503)."""
+    """CallHQ requests a pause (429 or 503)."""
 
     def __init__(self, status: int, seconds: float) -> None:
         super().__init__(f"{status}, wait {seconds:.0f} s")
@@ -52,7 +52,7 @@ class ThrottledError(ArchiverError):
 class Answer(msgspec.Struct, frozen=True):
     """A response: HTTP status and the decompressed body, byte for byte.
 
-    `began`: when the successful attempt began. Messages since then may be missing in the response.
+    `began`: when the successful attempt began. Messages since then may be missing from the response.
     """
 
     status: int
@@ -75,8 +75,9 @@ def check(response: httpx2.Response) -> None:
 
 
 def failure(error: httpx2.RequestError) -> AttemptFailedError:
-    """Describe a transport error. Only connection errors are quoted: later ones may contain request or response
-    data.
+    """Return an error that describes a transport error.
+
+    Only errors of connecting are quoted: later ones may contain request or response data.
     """
     if isinstance(error, httpx2.ConnectError):
         return AttemptFailedError(f"cannot connect: {error}")
