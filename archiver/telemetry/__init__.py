@@ -1,4 +1,4 @@
-"""Metrics and structured logs. No message content, body or secret enters either."""
+"""Metrics and structured logs. Neither contains message content, bodies or secrets."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _IS_SHARED = MULTIPROCESS_FOLDER in os.environ
 
 received = Counter("archiver_received_total", "Webhook requests, by response and reason.", ["status", "reason"])
-duplicates = Counter("archiver_duplicates_total", "Redelivered facts that the ledger already held.")
+duplicates = Counter("archiver_duplicates_total", "Redelivered facts that the ledger already contained.")
 refused_erased = Counter(
     "archiver_refused_erased_total", "Deliveries refused because their session or turn is erased."
 )
@@ -57,7 +57,7 @@ messages_without_text = Counter(
 )
 repaired_messages = Counter(
     "archiver_repaired_messages_total",
-    "Messages recovered from history because a webhook was lost. Alert when it grows.",
+    "Messages recovered from history because a webhook was lost. Alert when it increases.",
 )
 readings = Counter("archiver_readings_total", "History readings, by outcome.", ["outcome"])
 reading_seconds = Histogram(
@@ -121,7 +121,7 @@ missed_turns = Gauge(
 )
 spool_lost = Gauge(
     "archiver_spool_lost_events",
-    "Acknowledged events missing from the spool; see archiver doctor. Alert above 0.",
+    "Acknowledged events missing from the spool; see `archiver doctor`. Alert above 0.",
     multiprocess_mode="livemax",
 )
 sealing = Gauge(
@@ -194,7 +194,7 @@ outbox_age = Gauge(
 
 
 class Refusals:
-    """Write rate-limited log lines about deliveries that were not archived."""
+    """A writer of rate-limited log lines about deliveries that were not archived."""
 
     SECONDS = 60.0
     ADDRESSES = 1_000  # remembered at a time, over all kinds
@@ -205,7 +205,7 @@ class Refusals:
         self._addresses: Counting[tuple[tuple[str, str], str]] = Counting()
 
     def record(self, *, status: str, reason: str, detail: str, address: str = "") -> None:
-        """Count one; `detail` is a sentence without content, `address` the sender's where relevant."""
+        """Count one delivery. `detail`: a sentence without content. `address`: the sender's, if it is relevant."""
         kind, now = (status, reason), monotonic()
         self._since[kind] += 1
         if address and ((kind, address) in self._addresses or len(self._addresses) < self.ADDRESSES):
@@ -224,7 +224,7 @@ class Refusals:
         )
 
     def _address_fields(self, kind: tuple[str, str]) -> dict[str, Any]:
-        """Return the addresses of a kind as log fields, and forget them."""
+        """Return log fields about the addresses of a kind, and reset their counts."""
         result = Counting(
             {address: self._addresses[each, address] for each, address in self._addresses if each == kind}
         )
@@ -237,7 +237,7 @@ refusals = Refusals()
 
 
 class Recurring:
-    """Log a warning at once, then at most once a minute with a count."""
+    """A warning that is logged immediately, then at most once a minute with a count."""
 
     SECONDS = 60.0
 
@@ -247,7 +247,7 @@ class Recurring:
         self._count = 0
 
     def warn(self, **fields: Any) -> None:
-        """Count one more; `fields` are those of the newest. They hold no content."""
+        """Count one occurrence, and log if a line is due. `fields` describe this occurrence, without content."""
         self._count += 1
         now = monotonic()
         if now - self._written_at >= self.SECONDS:
@@ -269,7 +269,7 @@ class _FolderCollector:
     """Metrics of the processes that share a folder."""
 
     def collect(self) -> Iterable[Metric]:
-        """Yield each family; a file that its process has just created is still empty, and the library fails on it."""
+        """Yield each family. Skip empty files, which a process has just created: the library fails on them."""
         files = [str(file) for file in Path(os.environ[MULTIPROCESS_FOLDER]).glob("*.db") if _size(file)]
         return multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-any-return,no-untyped-call]  # not typed there
 
@@ -277,18 +277,18 @@ class _FolderCollector:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except FileNotFoundError:  # the gauges of an ended process
+    except FileNotFoundError:  # the gauges of an exited process
         return 0
 
 
 class _MergedRegistry:
-    """Metrics of this process and of those that share a folder, as one registry."""
+    """Metrics of this process and of the processes that share a folder, as one registry."""
 
     def __init__(self, *registries: CollectorRegistry) -> None:
         self._registries = registries
 
     def collect(self) -> Iterable[Metric]:
-        """Yield each series once: the maximum for gauges of a maximum, otherwise the sum."""
+        """Yield each series once: the maximum for gauges that report a maximum, otherwise the sum."""
         families: dict[str, Metric] = {}
         for family in chain.from_iterable(registry.collect() for registry in self._registries):
             known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
@@ -305,7 +305,7 @@ _GREATEST = {family.name for gauge in (spool_age, sealing, last_event) for famil
 
 
 def _delete_dead_processes(folder: Path) -> None:
-    """Remove the gauges of ended processes, because a killed receiver no longer waits for commits."""
+    """Remove the gauges of exited processes, because a killed receiver no longer waits for commits."""
     for file in folder.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         try:

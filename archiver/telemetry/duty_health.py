@@ -1,7 +1,7 @@
 """Health of one worker duty, reported by the duty and read by the supervisor in another thread.
 
-Pure state. A duty reports each step that succeeds and each fault that it survives; one that reports nothing for
-longer than it may take is hanging.
+Pure state. A duty reports each step that succeeds and each fault that it survives; a duty that reports nothing for
+`HANG_SECONDS` is hanging.
 """
 
 import re
@@ -33,12 +33,12 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def is_faulty(self) -> bool:
-        """Return whether an operator must look at it."""
+        """Return whether the duty needs the attention of an operator."""
         return self.state in {"failed", "hanging"}
 
 
 class Duty:
-    """One duty, by its name in metrics, logs and reports."""
+    """The state of one duty; `name` identifies it in metrics, logs and reports."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,7 +61,7 @@ class Duty:
             self._has_worked = True
 
     def failing(self, reason: str, part: str = _STEP) -> None:
-        """Report a fault of this part. The duty goes on, or is restarted."""
+        """Report a fault of this part. The duty continues, or is restarted."""
         self.beat()
         self._faults[part] = _CREDENTIALS.sub("***@", reason)[:_MAX_CHARACTERS]
 
@@ -101,7 +101,7 @@ def as_text(reports: Mapping[str, Report]) -> str:
 
 
 def parse(text: str) -> dict[str, Report]:
-    """Return the reports in this JSON text; raises `ValueError` (msgspec's) where it holds none."""
+    """Return the reports in this JSON text; raise `ValueError` (msgspec's) if it contains none."""
     return msgspec.json.decode(text, type=dict[str, Report])
 
 

@@ -17,9 +17,9 @@ _LOCK = ".lock"
 
 @contextmanager
 def shared_metrics(home: Path, processes: int) -> Iterator[None]:
-    """Let several processes share metrics, so that /metrics of each reports the sum.
+    """Let several processes share metrics, so that `/metrics` of each reports the sum.
 
-    Removes the folders of processes that were killed: a folder is in use as long as its lock is held. Raises
+    Removes the folders of killed processes: a folder is in use as long as it is locked. Raises
     `SettingsError` if ARCHIVER_HOME is not writable.
     """
     if processes == 1:

@@ -1,7 +1,7 @@
 """Background duties that start, fail and recover independently, on any number of machines.
 
-Reading histories goes by procrastinate jobs on our Postgres: a timer hands out the sessions that are due, in bulk and
-in the order in which upstream forgets them, and each job reads some of them. A job that is lost with its worker costs
+Histories are read in procrastinate jobs on our Postgres: a timer distributes the due sessions, in bulk and in the
+order in which upstream forgets them, and each job reads some of them. A job that is lost with its worker costs
 nothing: its sessions become due again. All other duties are loops on monotonic time.
 """
 
@@ -43,7 +43,7 @@ RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
-_UNREADABLE = "unreadable"  # the part of the report of `identity` that is about what could not be compared
+_UNREADABLE = "unreadable"  # the part of the report of `identity` about rows that could not be compared
 CLAIM_SHARE = 0.9  # share of a period, so that workers do not claim in lockstep
 
 
@@ -158,7 +158,7 @@ class Worker:
                 if reason := await run_async(engine, self._guard.watch):
                     raise ForeignDatabaseError(reason)
                 if self._guard.unreadable:
-                    duty.failing(f"not all can be checked: {self._guard.unreadable}", _UNREADABLE)
+                    duty.failing(f"not everything can be checked: {self._guard.unreadable}", _UNREADABLE)
                 else:
                     duty.working(_UNREADABLE)
 
@@ -184,7 +184,7 @@ async def until(ending: asyncio.Event, work: Awaitable[None]) -> None:
 
 
 async def _every(seconds: float, step: Callable[[], Awaitable[None]], duty: Duty, ending: asyncio.Event) -> None:
-    """Do a step again and again, so many seconds after the last one ended, until `ending` is set."""
+    """Repeat a step until `ending` is set, with a pause of `seconds` after each."""
     while not ending.is_set():
         await step()
         duty.working()

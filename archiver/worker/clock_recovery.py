@@ -1,4 +1,4 @@
-"""Correct due times that are implausibly far ahead because a clock was."""
+"""Correct due times that are implausibly far in the future, because a clock was ahead."""
 
 from datetime import timedelta
 
@@ -7,7 +7,7 @@ from sqlalchemy import Connection, text
 from archiver import database
 from archiver.archive import Timing
 
-MAX_AHEAD = timedelta(hours=25)  # of a retry; a reading is due within the life of its session
+MAX_AHEAD = timedelta(hours=25)  # of a retry; a reading is due within the lifetime of its session
 
 _MAKE_DUE = (
     "UPDATE archiver.sessions SET reconcile_at = :now WHERE reconcile_at > :beyond_reading",
@@ -19,7 +19,7 @@ _MAKE_DUE = (
 
 
 def make_impossible_times_due(connection: Connection, timing: Timing) -> int:
-    """Make them due; answers how many rows."""
+    """Make rows with such times due now; return their number."""
     now = database.now()
     values = {"now": now, "beyond": now + MAX_AHEAD, "beyond_reading": now + timing.lifetime + MAX_AHEAD}
     return sum(

@@ -1,4 +1,4 @@
-"""Compaction as background work: history responses that earlier versions kept as bytes give way to pieces."""
+"""Compact in the background: split history responses that earlier versions stored as bytes into pieces."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -10,11 +10,11 @@ from archiver.ledger import compaction
 
 log = structlog.get_logger(__name__)
 
-SECONDS_PER_JOB = 10.0  # short, so that it delays neither the end of a worker nor other tasks
+SECONDS_PER_JOB = 10.0  # short, so that it delays neither the shutdown of a worker nor other tasks
 
 
 class Compacting:
-    """Split the history responses of earlier versions into pieces, once for each session."""
+    """The compaction duty: it splits the history responses of earlier versions into pieces, once for each session."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -22,7 +22,7 @@ class Compacting:
         self._responses = 0
 
     def compact(self, beat: Callable[[], None]) -> None:
-        """Continue where the last call ended, for some seconds; report each step."""
+        """Continue where the last call ended, for about `SECONDS_PER_JOB`; call `beat` after each step."""
         if self._after is None:
             return
         started = monotonic()

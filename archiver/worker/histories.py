@@ -34,14 +34,14 @@ log = structlog.get_logger(__name__)
 JOBS_SCHEMA = "archiver_jobs"
 READINGS = "readings"  # the queue
 SESSIONS_PER_JOB = 20
-MAX_JOBS = 100  # waiting jobs: sessions that expire sooner get precedence over them
+MAX_JOBS = 100  # waiting jobs; few, so that sessions that expire sooner take precedence
 MAX_CONCURRENT_JOBS = 4  # jobs
 # Sessions become due again after this time if no job has read them; a later job skips them.
 CLAIM_TIME = timedelta(minutes=10)
 HANDED_BACK = timedelta(minutes=1)  # after a job failed as a whole
 CLAIM_SECONDS, CLEANUP_SECONDS = 5.0, 60.0
 POLL_SECONDS = UNAVAILABLE_SECONDS = 1.0
-SILENT_SECONDS = 1_800.0  # without a completed job while some run, because CallHQ may request long pauses
+SILENT_SECONDS = 1_800.0  # without a completed job while some run; long, because CallHQ may request long pauses
 _LAST = -(2**31)  # the lowest priority
 _JOBS = "readings"  # the part of the duty's report that is about jobs
 
@@ -61,7 +61,7 @@ _OPEN = f"SELECT {_SETTINGS}"
 
 
 class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
-    """Set in each transaction where the jobs are, and what every other transaction of the archiver sets."""
+    """A pool that sets, in each transaction, the schema of the jobs and the limits of the archiver's transactions."""
 
     @asynccontextmanager
     async def connection(
@@ -74,7 +74,7 @@ class _Pool(psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
 
 
 class Histories:
-    """Read histories while it runs, with its own connections and HTTP client."""
+    """The history duty, with its own connections and HTTP client."""
 
     def __init__(self, configuration: Settings, url: URL, duty: Duty) -> None:
         self._configuration, self._url, self._duty = configuration, url, duty
@@ -150,7 +150,9 @@ class Histories:
                 if not isinstance(cause, psycopg.OperationalError):
                     raise
                 self._duty.failing(f"database: {database.explain(cause)}")
-                log.warning("database unavailable; history jobs wait", queue=READINGS, reason=database.explain(cause))
+                log.warning(
+                    "database unavailable; history jobs waiting", queue=READINGS, reason=database.explain(cause)
+                )
             await asyncio.sleep(UNAVAILABLE_SECONDS)
 
     async def _enqueue_due(self, engine: AsyncEngine) -> None:
@@ -174,7 +176,7 @@ class Histories:
             await reading.defer_async(session_ids=[each for each, _ in part], due_at=until.isoformat())
 
     async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
-        """Read the histories of these sessions, those that are still due as they were handed out."""
+        """Read the histories of those sessions that still have the due time with which they were claimed."""
         if self._opened is None:
             return
         engine, reconciler = self._opened
@@ -205,7 +207,7 @@ class Histories:
         self._under_way += 1
 
     async def _drop_dead_jobs(self, engine: AsyncEngine) -> None:
-        """Drop jobs of dead workers; their sessions become due when the lease ends."""
+        """Delete jobs of dead workers and make their sessions due; correct impossible due times."""
         corrected = await run_async(engine, partial(make_impossible_times_due, timing=Timing.of(self._configuration)))
         telemetry.times_ahead.set(corrected)
         silence = await run_async(engine, select_silence)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class RetentionTasks:
-    """The erasing tasks of one worker, in short transactions in a thread."""
+    """The tasks of one worker that erase content, in short transactions in a thread."""
 
     def __init__(self, configuration: Settings, engine: Engine) -> None:
         self._engine, self._timing = engine, Timing.of(configuration)
@@ -40,16 +40,16 @@ class RetentionTasks:
         self._swept_all_at = monotonic()
 
     async def erase(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Order the erasure of deleted turns, then erase what was ordered; `beat` is called after each step.
+        """Order the erasure of deleted turns, then erase the ordered content; `beat` is called after each step.
 
-        Raises `ClockError`, after it has taken away what was ordered before.
+        Raises `ClockError`, after it has erased the content ordered earlier.
         """
         now, refused = await asyncio.to_thread(self._now) if self._erases_deleted else (None, None)
         try:
             async for ordered in _steps(order_deleted(self._engine, now - self._grace) if now else iter(())):
                 beat()
                 if ordered.targets:
-                    log.info("deleted turns ordered to be erased", turns=len(ordered.targets))
+                    log.info("erasure of deleted turns ordered", turns=len(ordered.targets))
         except DBAPIError:  # ordered content is erased, although other turns are locked or slow
             await self._sweep(beat)
             raise
@@ -59,7 +59,7 @@ class RetentionTasks:
 
     async def _sweep(self, beat: Callable[[], None]) -> None:
         # An erasure may become visible after one with a greater id, so each sweep begins one page earlier. The full
-        # sweep finds targets that a hold kept.
+        # sweep finds targets that a hold protected before.
         moment = monotonic()
         if moment - self._swept_all_at >= FULL_SWEEP_SECONDS:
             self._swept, self._swept_all_at = 0, moment
@@ -72,9 +72,9 @@ class RetentionTasks:
                 )
 
     async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Expire old content as the settings say, and erase it. `beat` as for `erase`.
+        """Expire old content according to the settings, and erase it. `beat` as for `erase`.
 
-        Raises `ClockError`, after it has taken away what was ordered before.
+        Raises `ClockError`, after it has erased the content ordered earlier.
         """
         now, refused = await asyncio.to_thread(self._now)
         if now is not None:
@@ -87,7 +87,12 @@ class RetentionTasks:
                 await self.erase(beat)
                 raise
             if not due.is_empty:
-                log.info("retention run", content=due.content.total(), metadata=due.metadata.total(), held=due.held)
+                log.info(
+                    "retention run completed",
+                    content=due.content.total(),
+                    metadata=due.metadata.total(),
+                    held=due.held,
+                )
         await self.erase(beat)
         if refused is not None:
             raise refused

@@ -14,11 +14,11 @@ from archiver.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-SEALS_PER_JOB = 20  # a backlog must not delay the end of a worker
+SEALS_PER_JOB = 20  # a backlog must not delay the shutdown of a worker
 
 
 class Sealing:
-    """Done in a thread, because it reads in streams."""
+    """The sealing duty. It runs in a thread, because it reads in streams."""
 
     def __init__(self, configuration: Settings, engine: Engine, guard: Guard) -> None:
         self._engine, self._guard = engine, guard
@@ -28,7 +28,7 @@ class Sealing:
         self._settling = seals.Settling()
 
     def seal(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Seal what is settled, if the newest seal is old enough; `beat` is called after each seal."""
+        """Seal the settled rows, if the newest seal is old enough; `beat` is called after each seal."""
         with database.transaction(self._engine) as connection:
             self._guard.require(connection)
             newest = seals.select_newest(connection)

@@ -1,7 +1,7 @@
 """The supervisor of a worker: starts duties, restarts them with backoff, and reports their state.
 
-The reports come from a thread with a connection of its own, so that neither a duty that blocks the event loop nor one
-that uses up its connections keeps them back.
+The reports come from a thread with its own connection, so that neither a duty that blocks the event loop nor one that
+uses up its connections can stop them.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ _UNAVAILABLE = (DBAPIError, PoolTimeoutError, TimeoutError, psycopg.OperationalE
 class Runner(msgspec.Struct, frozen=True):
     """A duty and the work that it does until `ending` is set.
 
-    `may_cancel`: whether a hanging one may be cut off and started again; not where a thread would go on.
+    `may_cancel`: whether a hanging duty may be cancelled and restarted; false if a thread would continue to run.
     """
 
     duty: Duty
@@ -55,7 +55,7 @@ class Runner(msgspec.Struct, frozen=True):
 
 
 def reason_of(error: BaseException) -> str:
-    """Return a description of a fault for operators; of foreign errors only type and location."""
+    """Return a description of a fault for operators; for errors of libraries, only type and location."""
     cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError | psycopg.Error) else error
     if isinstance(error, SettingsError | ForeignDatabaseError | ClockError | BoundsError | SequenceError):
         return str(error)
@@ -67,7 +67,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class Supervisor:
-    """Run duties until `ending` is set; a fault of one does not affect the others. `engine` stores their state."""
+    """The supervisor of duties; a fault in one does not affect the others. `engine` stores their state."""
 
     def __init__(self, runners: Sequence[Runner], engine: Engine) -> None:
         self._runners = runners
@@ -75,7 +75,7 @@ class Supervisor:
         self._watch = _Watch(runners, engine, self._cancel)
 
     async def run(self, ending: asyncio.Event) -> None:
-        """Run all duties. Returns once each has ended, or its grace is over."""
+        """Run all duties until `ending` is set. Duties that have not ended `GRACE_SECONDS` later are cancelled."""
         ticking = asyncio.create_task(self._tick())
         self._watch.start(asyncio.get_running_loop())
         try:
@@ -120,7 +120,7 @@ class Supervisor:
             telemetry.worker_restarts.labels(duty.name).inc()
 
     async def _run_once(self, runner: Runner, ending: asyncio.Event) -> Exception | None:
-        """Run until the end or a fault; None where a hanging duty was cut off."""
+        """Run until the end or a fault, and return the fault; None if a hanging duty was cancelled."""
         task = asyncio.ensure_future(runner.run(ending))
         self._tasks[runner.duty.name] = task
         try:
@@ -138,11 +138,11 @@ class Supervisor:
 
 
 class _EndedError(Exception):
-    """The duty ended by itself."""
+    """The duty ended although it should have continued."""
 
 
 async def _keep_alive(ending: asyncio.Event, duty: Duty) -> None:
-    """Wait for the end; waiting to be started again is not hanging."""
+    """Wait until `ending` is set, and report progress: a duty that waits for its restart is not hanging."""
     while not ending.is_set():
         duty.beat()
         with suppress(TimeoutError):
@@ -150,7 +150,7 @@ async def _keep_alive(ending: asyncio.Event, duty: Duty) -> None:
 
 
 class _Watch:
-    """Report the duties once per second from a thread: log lines, gauges, the row in `archiver.workers`."""
+    """A thread that reports the duties once per second: log lines, gauges, and the row in `archiver.workers`."""
 
     def __init__(self, runners: Sequence[Runner], engine: Engine, cancel: Callable[[str], None]) -> None:
         self._runners, self._engine, self._cancel = runners, engine, cancel
@@ -166,12 +166,12 @@ class _Watch:
         self._fault = ""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin; called on the event loop, whose thread is watched."""
+        """Start the thread. Call it on the event loop, whose thread is watched."""
         self._loop, self._main, self.loop_beat_at = loop, threading.get_ident(), monotonic()
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and forget the row of this worker."""
+        """Stop the thread, and delete the row of this worker."""
         self._ending.set()
         self._thread.join(GRACE_SECONDS)
         with suppress(SQLAlchemyError), database.transaction(self._engine, statement_seconds=2) as connection:
@@ -194,7 +194,7 @@ class _Watch:
             self._record(reports)
 
     def _stuck(self) -> str:
-        """Return what has blocked the event loop for long; empty if nothing has."""
+        """Return what has blocked the event loop for `BLOCKED_SECONDS`; empty if nothing has."""
         silent = monotonic() - self.loop_beat_at
         frame = sys._current_frames().get(self._main)
         if silent < BLOCKED_SECONDS or frame is None:

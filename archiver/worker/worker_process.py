@@ -1,6 +1,6 @@
-"""Run a worker: as its own process, or beside a receiver, so that fetching histories does not delay webhooks.
+"""Run a worker: as a command, or as a child of a receiver, so that fetching histories does not delay webhooks.
 
-A worker beside a receiver is restarted if it ends unexpectedly, and ends with its parent in every case.
+The worker of a receiver is restarted if it exits unexpectedly, and always exits with its parent.
 `worker.supervision` restarts failed duties inside it; this module reports failures of the whole process.
 """
 
@@ -45,7 +45,7 @@ def work(
 ) -> None:
     """Run the duties until SIGTERM or Ctrl-C. `used`: digests of the settings files, taken before they were read.
 
-    Calls `started` once, as the duties begin to run.
+    Calls `started` once, when the duties begin to run.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_work(configuration, url, used, started))
@@ -105,7 +105,7 @@ def running_worker(environment: Mapping[str, str], url: str) -> Iterator["Worker
 
 
 class WorkerProcess:
-    """The worker process, restarted if it ends unexpectedly."""
+    """The worker process, restarted if it exits unexpectedly."""
 
     def __init__(self, environment: Mapping[str, str], url: str) -> None:
         self._environment, self._url = environment, url
@@ -121,7 +121,7 @@ class WorkerProcess:
         """Stop the worker, first with SIGTERM."""
         self._stopping.set()
         self._process.terminate()
-        # The watcher may just have started another process; after it has ended, this is the only one.
+        # The watcher may just have started another process; once the watcher has ended, this is the only one.
         self._watcher.join(STOP_SECONDS)
         self._process.terminate()
         self._process.join(STOP_SECONDS)
@@ -152,7 +152,7 @@ class WorkerProcess:
             self._process, self._reports = _start(self._environment, self._url)
 
     def _wait_for_start(self) -> None:
-        """Wait until the duties run or the process has ended."""
+        """Wait until the duties run or the process has exited."""
         self._reason = _NO_REASON
         wait([self._process.sentinel, self._reports])
         self._receive()
@@ -162,7 +162,7 @@ class WorkerProcess:
         return self._process.is_alive()
 
     def _receive(self) -> None:
-        """Receive what the process reported: None as its duties begin to run, otherwise why it cannot work."""
+        """Receive the reports of the process: None when its duties begin to run, otherwise why it cannot work."""
         with suppress(EOFError, OSError):
             while self._reports.poll():
                 reason = self._reports.recv()
@@ -172,13 +172,13 @@ class WorkerProcess:
                     self._reason = str(reason)
 
     def _report_end(self) -> bool:
-        """Report that the process has ended; return whether the database stored the fault."""
+        """Report that the process has exited; return whether the database stored the fault."""
         self._receive()
         self._reports.close()
         telemetry.worker_up.labels(PROCESS).set(0)
         code = self._process.exitcode
-        reason = f"the process ended with {_exit_text(code)}: {self._reason}"
-        log.error("worker process ended unexpectedly; restarting", code=code, reason=reason)
+        reason = f"the process exited with {_exit_text(code)}: {self._reason}"
+        log.error("worker process exited unexpectedly; restarting", code=code, reason=reason)
         return self._record(reason)
 
     def _record(self, reason: str | None) -> bool:

@@ -107,7 +107,7 @@ def test_i13_a_worker_that_was_killed_or_cannot_start_is_reported_with_the_reaso
         every.write_text("often")
         os.kill(worker_of(receiver), signal.SIGKILL)
         (first, *_) = until(
-            lambda: log_lines(receiver, "worker process ended unexpectedly; restarting"), "it is logged"
+            lambda: log_lines(receiver, "worker process exited unexpectedly; restarting"), "it is logged"
         )
         assert "SIGKILL" in str(first["reason"])
         until(lambda: log_lines(receiver, "worker process failed"), "its successor says why it cannot work")

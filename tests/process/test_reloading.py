@@ -209,7 +209,7 @@ def test_sighup_to_serve_reaches_its_worker_too(receivers: int, database_url: st
         until(lambda: 'archiver_worker_up{duty="seal"} 1.0' in receiver.get("/metrics").text, "it works")
         receiver.signal(signal.SIGHUP)
         until(lambda: len(reloaded(receiver.stderr())) == receivers + 1, "receivers and worker read their files")
-        assert "ended unexpectedly" not in receiver.stderr()
+        assert "exited unexpectedly" not in receiver.stderr()
         assert receiver.stop() == 0
 
 
@@ -218,7 +218,7 @@ def test_sighup_while_the_worker_starts_ends_nothing(database_url: str) -> None:
         for _ in range(20):
             receiver.signal(signal.SIGHUP)
         until(lambda: len(reloaded(receiver.stderr())) == 2, "receiver and worker read their files")
-        assert "ended unexpectedly" not in receiver.stderr()
+        assert "exited unexpectedly" not in receiver.stderr()
         assert receiver.stop() == 0
 
 
@@ -297,5 +297,5 @@ def test_sighup_ends_no_worker(database_url: str, tmp_path: Path) -> None:
         until(lambda: 'archiver_worker_up{duty="seal"} 1.0' in receiver.get("/metrics").text, "it works")
         os.killpg(receiver.process.pid, signal.SIGHUP)
         until(lambda: receiver.stderr().count("settings reloaded") >= 2, "receiver and worker read them again")
-        assert "ended unexpectedly" not in receiver.stderr()
+        assert "exited unexpectedly" not in receiver.stderr()
         assert receiver.stop() == 0

@@ -160,7 +160,7 @@ class _Tail:
         return extent
 
     def _page(self, last: Position) -> list[feed.Entry]:
-        """Return the next changes; none if stdout is closed. With --follow, wait while the database is unavailable."""
+        """Return the next changes; none if stdout is closed. With --follow, wait for an unavailable database."""
         is_unavailable = False
         while True:
             try:
