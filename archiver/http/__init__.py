@@ -126,7 +126,7 @@ class _Parts:
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[Mapping[str, Any]]:
-        """Run everything during the block."""
+        """Run ingest, background tasks and connection limits during the block; close all connections at its end."""
         configuration, ingest = self._configuration, self._ingest
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         exit_with_parent()
