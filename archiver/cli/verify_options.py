@@ -89,7 +89,7 @@ def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]
         hashed = bytes.fromhex(exported.hash)
         if heads.setdefault(exported.id, hashed) != hashed:
             raise click.UsageError(
-                f"--against: line {number} and an earlier line have different hashes for seal {exported.id}"
+                f"--against: line {number} has another hash for seal {exported.id} than an earlier line"
             )
         if newest is None or exported.id >= newest.id:
             newest = exported
