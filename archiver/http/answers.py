@@ -48,7 +48,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 ANSWERS: Mapping[type[Exception], Answer] = {
     BodyIncompleteError: Answer(400, "incomplete", "incomplete"),
-    ClientDisconnect: Answer(400, "incomplete", "incomplete", "The connection ended before the body."),
+    ClientDisconnect: Answer(400, "incomplete", "incomplete", "The connection ended before the body was complete."),
     SignatureError: Answer(401, "unauthenticated", scheme="Webhook"),  # with the error's own reason
     TokenError: Answer(401, "unauthenticated", scheme="Bearer"),
     BodyTooLargeError: Answer(413, "too_large", "too_large"),

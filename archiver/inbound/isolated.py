@@ -103,7 +103,7 @@ class IsolatedWriter:
 
     @asynccontextmanager
     async def _turn(self, of: str) -> AsyncIterator[None]:
-        """Run the block alone among the deliveries of one subject; first come, first served."""
+        """Run the block while no other delivery of this subject is written; first come, first served."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._turns.setdefault(of, [])
         waiting.append(done)

@@ -1,6 +1,6 @@
-"""Read all settings from the environment; one typed table holds their defaults and meanings.
+"""Read all settings from the environment; one typed table contains their defaults and meanings.
 
-NAME_FILE may give the path of a file that contains the value of NAME, so that a secret need not be in the
+NAME_FILE may contain the path of a file that contains the value of NAME, so that a secret need not be in the
 environment.
 """
 
