@@ -88,7 +88,7 @@ class LazyGroup(click.Group):
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     del param
-    if value and not ctx.resilient_parsing:  # as it is for completions
+    if value and not ctx.resilient_parsing:  # true during shell completion
         from archiver.version import describe  # noqa: PLC0415  # only `--version` needs it
 
         click.echo(describe())

@@ -280,8 +280,8 @@ def _vouching(checked: Checked, keys: export.Keys, *, is_digest_given: bool) -> 
     if checked.manifest.signed_by is not None:
         return f"The signature was not checked: {doubt}. Give the public key: --key FILE."
     return (
-        f"The export is not signed: {doubt}. Give its SHA-256 from the audit log with --manifest SHA256,"
-        " or accept it with --unsigned."
+        f"The export is not signed: {doubt}. Give the SHA-256 of the manifest, as in the audit log, with --manifest"
+        " SHA256, or accept the export with --unsigned."
     )
 
 

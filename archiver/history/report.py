@@ -39,7 +39,7 @@ class ReconcileResult(msgspec.Struct, frozen=True, gc=False):
 
 
 class ResultReporter:
-    """A reporter of results, in groups because each status query costs a transaction."""
+    """A reporter that groups results, because each status query costs a transaction."""
 
     def __init__(
         self, engine: AsyncEngine, leased: LeasedSessions, on_result: Callable[[ReconcileResult], object]

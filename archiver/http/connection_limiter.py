@@ -21,7 +21,7 @@ class LimitedConnection(Protocol):
 
     @property
     def is_occupied(self) -> bool:
-        """Return whether a complete request is in progress."""
+        """Return whether a complete request is waiting for its response."""
 
     def check(self, now: float, timeout: float) -> None:
         """Close the connection if it is overdue at `now` (clock of the event loop)."""

@@ -181,7 +181,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_occupied(self) -> bool:
-        """Return whether a complete request is in progress."""
+        """Return whether a complete request is waiting for its response."""
         return self._is_answering and self._part is Part.NOTHING
 
     def mark_authenticated(self) -> None:

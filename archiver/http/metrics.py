@@ -11,7 +11,7 @@ REST = 9  # pause after a reading, as a multiple of its duration: readings take 
 
 
 class Metrics:
-    """The route of all metrics as Prometheus text. Waiting requests share one reading, which begins after them."""
+    """The route of all metrics as Prometheus text. Waiting requests share a reading that begins after they arrive."""
 
     def __init__(self) -> None:
         self._next: asyncio.Task[bytes] | None = None
