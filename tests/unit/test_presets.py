@@ -316,7 +316,7 @@ def test_a_delivery_that_only_looks_asymmetric_is_refused(check: Verifier) -> No
         ("whpk_AAAA", "is not an Ed25519 public key"),
         ("whpk_" + base64.b64encode(bytes(33)).decode(), "is not an Ed25519 public key"),
         ("whpk_!", "is not base64"),
-        ("whsk_" + base64.b64encode(bytes(64)).decode(), "Give the public key"),
+        ("whsk_" + base64.b64encode(bytes(64)).decode(), "Use the matching public key"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["standard", "svix"])
