@@ -244,3 +244,71 @@ def test_i6_any_joined_turns_of_which_webhooks_were_lost_stand_once(data: st.Dat
         assert texts(own) == texts(each.messages)
     assert all(line.in_history for line in lines)
     assert sorted(text for line in lines for text in line.content.splitlines() if text) == sorted(everything)
+
+
+WHOLE = ["u q1", "a a1", "u q2", "a a2"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (WHOLE, ["u q1\nq2", "a a1", "a a2"]),
+        (["u q1\nq2", "a a1", "a a2"], WHOLE),
+        (["u q1", "u q2", "a a1", "a a2"], ["u q1\n\nq2", "a a1\n\na2"]),
+        (WHOLE[:2], ["u q1\nq2", "a a1", "a a2"]),
+        (WHOLE[:3], ["u q1\nq2", "a a1\na2"]),
+    ],
+)
+@pytest.mark.parametrize("known", ["", "AB", "A", "B"])
+@pytest.mark.parametrize("is_between", [False, True])
+def test_i6_readings_that_divide_messages_differently_do_not_double_them(
+    first: list[str], second: list[str], known: str, is_between: bool
+) -> None:
+    before, after = (["u before", "a that"], ["u after", "a this"]) if is_between else ([], [])
+    turns = [each for each in (turn("A", *WHOLE[:2], at=1), turn("B", *WHOLE[2:], at=2)) if each.chat_id in known]
+    readings = [reading(*before, *first, at=50), reading(*before, *second, *after)]
+    lines = transcript(turns, readings)
+    for role in ("user", "assistant"):
+        said_by = [text[2:] for text in [*before, *WHOLE, *after] if text[0] == role[0]]
+        assert [text for line in lines if line.role == role for text in line.content.split()] == said_by
+    assert all(line.in_history for line in lines)
+    assert [line.chat_id for line in lines if line.chat_id] == [name for name in known for _ in "qa"]
+
+
+def test_messages_are_the_same_however_two_readings_divide_them_by_spaces_or_nothing() -> None:
+    turns = [turn("A", *WHOLE[:2], at=1), turn("B", *WHOLE[2:], at=2)]
+    for joint in (" ", "", "\u00a0"):
+        joined = [f"u q1{joint}q2", "a a1", "a a2"]
+        for readings in ([WHOLE, joined], [joined, WHOLE]):
+            lines = transcript(turns, [reading(*shown, at=50 + at) for at, shown in enumerate(readings)])
+            assert texts(lines) == texts(said(*WHOLE))
+
+
+def test_i7_messages_that_a_later_reading_does_not_have_in_any_division_stay() -> None:
+    for second in (["u q1", "u q3", "a a1"], ["u q1\nq3", "a a1", "a a3"], ["u q1 q2 q3", "a a1", "a a2"]):
+        lines = transcript([], [reading(*WHOLE, at=50), reading(*second)])
+        assert "q2" in [line.content for line in lines if line.in_history is False]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_i6_any_two_divisions_of_a_growing_history_show_each_text_once(data: st.DataObject) -> None:
+    turns = [turn(f"C{at}", f"u q{at} x", f"a a{at} y", at=at) for at in range(data.draw(st.integers(1, 6)))]
+    readings = []
+    for number in range(2):
+        grown = turns if number else turns[: data.draw(st.integers(0, len(turns)))]
+        shown: list[str] = []
+        while grown:
+            size = data.draw(st.integers(1, 3))
+            group, grown = (
+                [[f"u {m[0].content}", f"a {m[1].content}"] for m in (t.messages for t in grown[:size])],
+                grown[size:],
+            )
+            shown += _history(group, lambda texts: ["\n".join([texts[0], *(text[2:] for text in texts[1:])])])
+        readings.append(reading(*shown, at=50 + number))
+    known = [each for each in turns if data.draw(st.booleans())]
+    for some in (turns, known):
+        lines = transcript(some, readings)
+        found = sorted(text for line in lines for text in line.content.splitlines() if line.in_history)
+        assert found == sorted(message.content for each in turns for message in each.messages)
+        assert all(line.in_history for line in lines)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import msgspec
 
+from archiver.archive.transcript.division import same_runs
 from archiver.archive.transcript.shapes import USER, HistoryMessages, TranscriptLine
 from archiver.archive.transcript.subsequence import Pair, align, common_subsequence
 from archiver.archive.transcript.wording import Key, text_key
@@ -25,7 +26,8 @@ def merge_history(
     unless they are the user's, the preceding user messages are equal too; lines of a turn in `deleted` only if the
     whole turn is there: a partial match belongs to another turn.
     Lines that the reading does not show stay in place with `in_history=False` (I7); new ones are inserted in their
-    place, after the old lines of the same gap. So the lines with `in_history=True` are the reading, in order.
+    place, after the old lines of the same gap. Old lines with the texts of new ones in another division are replaced
+    (`division`). So the lines with `in_history=True` are the reading, in order.
     """
     old = [text_key(line.role, line.content) for line in lines]
     new = [text_key(message.role, message.content) for message in reading.messages]
@@ -33,13 +35,31 @@ def merge_history(
     for (old_before, new_before), (at_old, at_new) in pairwise(
         [(-1, -1), *_align(lines, old, new, deleted), (len(old), len(new))]
     ):
-        merged += [_not_shown(line) for line in lines[old_before + 1 : at_old]]
-        merged += [_line(message, reading) for message in reading.messages[new_before + 1 : at_new]]
+        gap = lines[old_before + 1 : at_old]
+        merged += _between(gap, reading.messages[new_before + 1 : at_new], reading, is_end=at_old == len(old))
         merged += [
             _shown_again(line, message, reading.read_at)
             for line, message in zip(lines[at_old : at_old + 1], reading.messages[at_new : at_new + 1], strict=True)
         ]
     return merged
+
+
+def _between(
+    lines: Sequence[TranscriptLine], messages: Sequence[Message], reading: HistoryMessages, *, is_end: bool
+) -> Iterator[TranscriptLine]:
+    """Yield the lines between two that the reading shows again."""
+    old_at = new_at = 0
+    for run in same_runs(lines, messages, is_end=is_end):
+        yield from map(_not_shown, lines[old_at : run.old.start])
+        yield from (_line(message, reading) for message in messages[new_at : run.new.start])
+        first_read_at = [line.first_read_at for line in lines[run.old.start : run.old.stop] if line.first_read_at]
+        for message in messages[run.new.start : run.new.stop]:
+            line = _line(message, reading)
+            is_dated = run.is_whole and first_read_at
+            yield msgspec.structs.replace(line, first_read_at=max(first_read_at)) if is_dated else line
+        old_at, new_at = run.old.stop, run.new.stop
+    yield from map(_not_shown, lines[old_at:])
+    yield from (_line(message, reading) for message in messages[new_at:])
 
 
 def _shown_again(line: TranscriptLine, message: Message, read_at: datetime) -> TranscriptLine:
