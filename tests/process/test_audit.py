@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from archiver.compliance import erasure, legal_holds, seals
 from archiver.compliance.erasure import Criteria, Target
 from archiver.compliance.erasure.retention import Rules, expire, preview
 from archiver.compliance.seals import chain
-from archiver.database import snapshot, transaction
+from archiver.database import catalogue, schema, snapshot, transaction
 from archiver.ledger import audit_log
 from tests.support import servers
 from tests.support.erasures import ACT, TIMING, as_writer, erase, hold, record, sweep, texts
@@ -434,3 +434,25 @@ def test_i12_actor_and_reason_have_a_length_limit(database_url: str, engine: Eng
     assert f"Invalid value for '{option}': 1,001 characters; at most 1,000 are recorded" in refused.stderr
     assert rows(engine, "SELECT id FROM archiver.acts") == []
     assert place(1000).returncode == 0
+
+
+@pytest.mark.parametrize("column", ["actor", "reason"])
+def test_an_entry_with_a_long_actor_or_reason_is_refused_by_postgres_and_an_earlier_one_stays(
+    engine: Engine, column: str
+) -> None:
+    other = {"actor": "reason", "reason": "actor"}[column]
+
+    def insert(characters: int) -> None:
+        columns, values = f"({column}, {other}, kind, detail)", f"repeat('ü', {characters}), 'x', 'export', '{{}}'"
+        execute(engine, f"INSERT INTO archiver.acts {columns} VALUES ({values})")
+
+    schema.downgrade(engine, "0019")
+    insert(1_001)
+    schema.upgrade(engine)
+    insert(1_000)
+    with pytest.raises(DataError):
+        insert(1_001)
+    lengths = f"SELECT length({column}) FROM archiver.acts WHERE kind = 'export' ORDER BY id"
+    assert rows(engine, lengths) == [(1_001,), (1_000,)]
+    with transaction(engine) as connection:
+        assert catalogue.select_differences(connection) == []

@@ -182,7 +182,11 @@ chats = Table(
     Column("first_received_at", Time, nullable=False, comment="Arrival of its first delivery."),
     Column("session_name", Text, comment="Name of the session, from its deliveries."),
     Column("session_status", Text, comment="Status of the session, from its deliveries."),
-    Column("deleted_at", Time, comment="Tombstone: when upstream deleted it; content stays."),
+    Column(
+        "deleted_at",
+        Time,
+        comment="Tombstone: when upstream deleted it; content stays, unless ARCHIVER_ON_DELETE=erase.",
+    ),
     Column("source", Text, nullable=False, comment="Source: webhook or history."),
     PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),
     ForeignKeyConstraint(["session_id"], [sessions.c.session_id], name="chats_session_id_fkey"),

@@ -47,7 +47,7 @@ changes = Table(
         BigInteger,
         autoincrement=False,
         nullable=False,
-        comment="1, 2, 3 … without gaps; visible in this order.",
+        comment="1, 2, 3 … in each epoch without gaps; visible in this order.",
     ),
     Column("type", Text, nullable=False, comment="What changed, such as chat.created."),
     Column("session_id", Text, nullable=False, server_default="", comment="Conversation; empty where none is known."),
