@@ -193,6 +193,45 @@ def test_a_name_that_is_no_file_is_passed_over_and_reported(tmp_path: Path, name
     assert name in shown.stdout
 
 
+@pytest.mark.parametrize("name", ["lost.json", "lost.json.new"])
+def test_i1_a_loss_that_cannot_be_recorded_stops_nothing_and_is_recorded_later(tmp_path: Path, name: str) -> None:
+    home = tmp_path / "home"
+    folder = home / "spool"
+    fill(folder, [40] * 7)
+    (folder / "spool-0.db").write_bytes(b"")
+    (folder / name).mkdir()
+    spool = open_spool(folder, ROOM)
+    spool.append([Delivery(events.parse(body(9)), NOW, "k")])
+    assert left(spool) == {body(9)}
+    spool.close()
+    shown = archiver("doctor", database_url="postgresql://nobody@127.0.0.1:1/x", ARCHIVER_HOME=str(home))
+    assert str(folder / name) in shown.stdout
+    (folder / name).rmdir()
+    for _ in range(2):  # it is recorded once
+        assert reopened(folder) == set()
+        assert select_lost(folder).events == 7
+
+
+def test_i1_a_replaced_file_whose_loss_cannot_be_recorded_is_recorded_later(tmp_path: Path) -> None:
+    fill(tmp_path, [40] * 7)
+    put_in_place(tmp_path / "spool-0.db", "folder")
+    (tmp_path / "lost.json").mkdir()
+    assert reopened(tmp_path) == set()
+    (tmp_path / "lost.json").rmdir()
+    for _ in range(2):
+        assert reopened(tmp_path) == set()
+        assert select_lost(tmp_path).events == 7
+
+
+@pytest.mark.parametrize("name", ["spool-0.count", "lost.json"])
+def test_a_file_with_the_length_of_a_whole_disk_is_not_read_into_memory(tmp_path: Path, name: str) -> None:
+    expected = fill(tmp_path, [40] * 3)
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 2**40)
+    assert reopened(tmp_path) == set(expected)
+    assert select_lost(tmp_path).events == 0
+
+
 def put_in_place(path: Path, kind: str) -> None:
     path.unlink()
     if kind == "folder":

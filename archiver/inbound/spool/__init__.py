@@ -96,7 +96,7 @@ def select_depth(folder: Path) -> Depth:
 
 def select_unfit(folder: Path) -> list[Path]:
     """Return paths with the name of a spool file that are not regular files: folders, links, named pipes."""
-    return [path for path in sorted(folder.glob("spool-*.*")) if not is_regular(path)]
+    return [path for name in ("spool-*.*", f"{LOST}*") for path in sorted(folder.glob(name)) if not is_regular(path)]
 
 
 def select_room(folder: Path) -> int:

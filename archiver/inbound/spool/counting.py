@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 LOST = "lost.json"  # in the folder of the spool
+_MAX_BYTES = 4_096  # of a count or of the recorded losses; the rest of a longer file is damage
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -21,10 +22,15 @@ class Lost(msgspec.Struct, frozen=True):
 
 
 class Count:
-    """The count of one file, stored next to it. A failed write is ignored, because the deliveries have priority."""
+    """The count of one file, stored next to it. A failed write is ignored, because the deliveries have priority.
+
+    `unrecorded`: lost deliveries that could not be added to the recorded losses. They remain in the count, so that
+    the next process that opens the file reports them again.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path.with_suffix(".count")
+        self.unrecorded = 0
 
     def read(self) -> int:
         """Return the count; 0 if there is none."""
@@ -38,7 +44,7 @@ class Count:
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             opened = os.open(self._path, flags, 0o600)
             try:
-                os.pwrite(opened, f"{events:020}\n".encode(), 0)
+                os.pwrite(opened, f"{events + self.unrecorded:020}\n".encode(), 0)
                 if is_durable:
                     os.fdatasync(opened)
             finally:
@@ -46,7 +52,10 @@ class Count:
 
 
 def add_lost(folder: Path, events: int) -> Lost:
-    """Add to the recorded losses, which stay until an operator deletes the file; return their sum."""
+    """Add to the recorded losses, which stay until an operator deletes the file; return their sum.
+
+    Raises `OSError`.
+    """
     known = select_lost(folder)
     lost = Lost(known.events + events, known.since or datetime.now(UTC))
     fresh = folder / f"{LOST}.new"
@@ -65,4 +74,7 @@ def select_lost(folder: Path) -> Lost:
 
 def _read(path: Path) -> bytes:
     """Return the content of a file; empty if it is not a regular file, because opening a named pipe would block."""
-    return path.read_bytes() if path.is_file() else b""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)

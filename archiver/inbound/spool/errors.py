@@ -53,6 +53,8 @@ def explained(path: Path) -> Iterator[None]:
         if code in _DAMAGED or (code == 0 and isinstance(error, sqlite3.OperationalError)):
             raise damaged(path, str(error)) from None
         raise SpoolError(unusable_message(path, str(error))) from None
+    except MemoryError:  # a damaged length may be that of a whole disk
+        raise SpoolError(unusable_message(path, "too large to read")) from None
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise SpoolFullError from None

@@ -15,7 +15,7 @@ import structlog
 
 from archiver.events import Content, Delivery
 from archiver.inbound.spool import files
-from archiver.inbound.spool.counting import Count, add_lost
+from archiver.inbound.spool.counting import LOST, Count, add_lost
 from archiver.inbound.spool.errors import (
     SpoolDamagedError,
     SpoolError,
@@ -115,8 +115,8 @@ class Spool:
                 events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
                 self._events, self._bytes = int(events), int(size)
                 missing -= result
-        if missing > 0:
-            _report_lost(self.path, missing)
+        is_recorded = missing <= 0 or _report_lost(self.path, missing)
+        self._count.unrecorded = 0 if is_recorded else missing
         self._count.write(self._events, is_durable=missing > 0)
 
     def append(self, deliveries: Sequence[Delivery[Content]]) -> None:
@@ -400,21 +400,28 @@ def report_replaced(folder: Path, number: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         missing = count.read()
         count.write(0, is_durable=True)
-        if missing > 0 and count.read() == 0:  # otherwise each run would add it
-            with explained(folder):
-                _report_lost(path, missing)
+        # If the count is not 0 now, it cannot be written, and each run would add the loss.
+        if missing > 0 and count.read() == 0 and not _report_lost(path, missing):
+            count.write(missing, is_durable=True)
     except BlockingIOError:
         return
     finally:
         os.close(lock)
 
 
-def _report_lost(path: Path, events: int) -> None:
-    lost = add_lost(path.parent, events)
+def _report_lost(path: Path, events: int) -> bool:
+    """Log a loss, and return whether it is recorded. Deliveries are received even if it cannot be recorded."""
+    in_all, fault = None, ""
+    try:
+        in_all = add_lost(path.parent, events).events
+    except OSError as error:
+        fault = f"{LOST} cannot be written: {error.strerror}"
     log.error(
         "acknowledged events missing from the spool",
         events=events,
-        in_all=lost.events,
+        in_all=in_all,
+        fault=fault,
         file=path.name,
         advice="`archiver backfill` fetches the histories of their sessions; see `archiver doctor`",
     )
+    return not fault

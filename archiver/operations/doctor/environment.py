@@ -114,7 +114,7 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
         yield Finding(
             "spool files",
             "warning",
-            f"These paths are not files, so spool files with other numbers are used: {', '.join(map(str, unfit))}.",
+            f"These paths are not files, so the spool cannot use them: {', '.join(map(str, unfit))}.",
             "Remove them.",
         )
     if damaged_files := set_aside_files(folder):
