@@ -77,6 +77,13 @@ WRITTEN: dict[str, bytes] = {
         + base64.encodebytes(b"x" * 40 + PLAIN.encode()).replace(b"\n", b"\r\n")
         + b"--b--\r\n"
     ),
+    "buffer of Node.js": json.dumps({"body": {"type": "Buffer", "data": list(PLAIN.encode())}}).encode(),
+    "buffer of gzip": json.dumps({"type": "Buffer", "data": list(gzip.compress(PLAIN.encode()))}).encode(),
+    "utf-8 read as latin-1": json.dumps({"body": PLAIN.encode().decode("latin-1")}).encode(),
+    "utf-8 read as latin-1 twice": PLAIN.encode().decode("latin-1").encode().decode("latin-1").encode(),
+    "gzip read as latin-1": json.dumps({"body": gzip.compress(PLAIN.encode()).decode("latin-1")}).encode(),
+    "utf-8 read as windows-1252": json.dumps({"body": f"“{MARK}".encode().decode("cp1252")}).encode(),
+    "code points": PLAIN.replace(MARK, "".join(f"\\u{{{ord(each):x}}}" for each in MARK)).encode(),
     "escape of JavaScript": quote(PLAIN.replace("ж", "@"), encoding="latin-1").replace("%40", "%u0436").encode(),
     "data url": b"data:application/json;base64," + base64.b64encode(PLAIN.encode()),
     "a control character": PLAIN.encode() + b"\x01",

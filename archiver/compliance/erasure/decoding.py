@@ -2,8 +2,9 @@
 
 Nested layers are decoded, up to `MAX_LAYERS`: UTF-8, UTF-16 and UTF-32 with and without a byte order
 mark; gzip, zlib and deflate; JSON with any escapes, and JSON in its strings; JSON that is broken or cut off; forms
-and percent encoding; HTML entities; base64 and base64url of text or of compressed text. Hexadecimal,
-quoted-printable, encrypted and proprietary encodings are not decoded.
+and percent encoding; HTML entities; base64, base64url and lists of byte values of text or of compressed text; bytes
+decoded as Latin-1 or Windows-1252. Hexadecimal, quoted-printable, encrypted and proprietary encodings are not
+decoded.
 """
 
 import binascii
@@ -110,6 +111,7 @@ def _layers_of(text: str) -> Iterator[str | bytes]:
         yield from _of_broken_json(text)
     yield from _of_form(text)
     yield from _of_base64(text)
+    yield from _of_misread(text)
 
 
 def _json_of(text: str) -> Any:
@@ -130,17 +132,26 @@ class _Pairs(list[Any]):
     """An object of a JSON document, as a list of pairs of name and value."""
 
 
-def _strings_of(document: Any) -> Iterator[str]:
+def _strings_of(document: Any) -> Iterator[str | bytes]:
     waiting = [document]
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
             yield item
         elif isinstance(item, list):
+            if not isinstance(item, _Pairs) and all(map(_is_byte, item)):
+                yield from _if_text(bytes(map(int, item)))
             waiting.extend(reversed([each for pair in item for each in pair] if isinstance(item, _Pairs) else item))
 
 
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+def _is_byte(item: Any) -> bool:
+    return isinstance(item, str) and _BYTE.fullmatch(item) is not None
+
+
+_BYTE = re.compile(r"[0-9]{1,2}|1[0-9]{2}|2[0-4][0-9]|25[0-5]", re.ASCII)
+_ESCAPE = re.compile(
+    r"\\(?:u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,6})\}|x([0-9a-fA-F]{2})|U([0-9a-fA-F]{8})|(.))", re.DOTALL
+)
 _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 # The last piece may be unterminated. Without that alternative and `++`, each escaped quote in it would start a new
 # search.
@@ -174,9 +185,9 @@ def _joined(text: str) -> str:
 
 
 def _character(found: re.Match[str]) -> str:
-    digits = found[1] or found[2] or found[3]
+    digits = found[1] or found[2] or found[3] or found[4]
     if digits is None:
-        return _SHORT.get(found[4], found[4])
+        return _SHORT.get(found[5], found[5])
     code = int(digits, 16)
     return chr(code) if code <= sys.maxunicode else found[0]
 
@@ -223,6 +234,21 @@ def _of_base64(text: str) -> Iterator[bytes]:
 
 
 _FROM_URL = str.maketrans("-_", "+/")
+
+
+def _if_text(body: bytes) -> Iterator[bytes]:
+    """Yield these bytes only if they are text or compressed: a word may look like base64 by chance."""
+    if _is_packed(body) or _makes_sense(body):
+        yield body
+
+
+def _of_misread(text: str) -> Iterator[bytes]:
+    """Yield the bytes of UTF-8 or of compressed text that a writer decoded as single-byte characters."""
+    for encoding in () if text.isascii() else ("latin-1", "cp1252"):
+        with suppress(UnicodeEncodeError):
+            body = text.encode(encoding)
+            if _strictly(body, "utf-8") is not None or (_is_packed(body) and _decompress(body, _AT_ONCE)):
+                yield body
 
 
 _GZIP = b"\x1f\x8b"
