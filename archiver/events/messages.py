@@ -28,9 +28,10 @@ _AUTHORS = ("author", "sender", "speaker", "from", "type")
 _TEXTS = (
     *("content", "parts", "text", "message", "output_text", "input_text", "transcript", "value", "body"),
     *("utterance", "response", "answer", "summary", "output", "result", "caption"),
+    *("html", "blocks", "elements", "attachments"),  # of Slack and others, beside an empty `text`
 )
 # fields with objects that contain texts; a plain string there is encoded bytes
-_CARRIERS = ("data", "audio", "input_audio")
+_CARRIERS = ("data", "audio", "input_audio", "kwargs")
 _LISTS = ("messages", "choices", "candidates", "output", "items")  # fields of an object that wraps messages
 _CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use", "toolUse")
 _CALL_TYPES = ("_call", "tool_use", "tool-call", "tool_calls")  # ends of `type`
@@ -143,7 +144,7 @@ def _wrapped(item: dict[str, Any]) -> Any:
         for name in _LISTS:
             if isinstance(item.get(name), list):
                 return item[name]
-    inner = (item.get(name) for name in ("message", "content", "data"))
+    inner = (item.get(name) for name in ("message", "content", "data", "kwargs"))
     return next((value for value in inner if role_of(value) is not None), None)
 
 
@@ -233,6 +234,11 @@ def _of_object(item: dict[str, Any], depth: int) -> _Text:
     texts = {name: _text_of(item[name], depth) for name in _TEXTS if name in item}
     result = list(texts.values())
     result += [_carried(name, item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
+    result += [
+        _text_of(value["caption"], depth)
+        for name, value in item.items()
+        if isinstance(value, dict) and "caption" in value and name.lower() in _MEDIA_FIELDS
+    ]
     found = _of_fields(item, result, depth)
     repeated = (texts[name].unknown for name in _REPEATED if name in texts)
     unknown = tuple(dict.fromkeys(each for part in (*repeated, found.unknown) for each in part))

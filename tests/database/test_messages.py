@@ -80,6 +80,69 @@ SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}, "caption": "My cat"}]}],
         [("user", "My cat", "text")],
     ),
+    "caption in an image": (
+        [{"from": "491", "type": "image", "image": {"id": "1", "mime_type": "image/jpeg", "caption": "My cat"}}],
+        [("assistant", "My cat", "text")],
+    ),
+    "slack, blocks alone": (
+        [
+            {
+                "type": "message",
+                "bot_id": "B1",
+                "text": "",
+                "blocks": [
+                    {"type": "section", "text": {"type": "mrkdwn", "text": "Shipped. "}},
+                    {
+                        "type": "actions",
+                        "elements": [{"type": "button", "text": {"type": "plain_text", "text": "Track"}}],
+                    },
+                ],
+            }
+        ],
+        [("assistant", "Shipped. Track", "text")],
+    ),
+    "slack, rich text": (
+        [
+            {
+                "text": "",
+                "blocks": [
+                    {
+                        "type": "rich_text",
+                        "elements": [
+                            {
+                                "type": "rich_text_section",
+                                "elements": [
+                                    {"type": "text", "text": "Hi "},
+                                    {"type": "link", "url": "x", "text": "you"},
+                                ],
+                            }
+                        ],
+                    }
+                ],
+            }
+        ],
+        [("assistant", "Hi you", "text")],
+    ),
+    "slack, attachments alone": (
+        [{"role": "user", "text": "", "attachments": [{"fallback": "Tea", "title": "Tea", "text": "Tea is hot."}]}],
+        [("user", "Tea is hot.", "text")],
+    ),
+    "html beside an empty text": (
+        [{"role": "bot", "text": "", "html": "<b>Hi</b>"}],
+        [("assistant", "<b>Hi</b>", "text")],
+    ),
+    "langchain, serialised": (
+        [
+            {"lc": 1, "type": "constructor", "id": ["langchain"], "kwargs": {"content": "Hello", "type": "human"}},
+            {
+                "lc": 1,
+                "type": "constructor",
+                "id": ["langchain"],
+                "kwargs": {"content": "Hi", "additional_kwargs": {}},
+            },
+        ],
+        [("user", "Hello", "text"), ("assistant", "Hi", "text")],
+    ),
     "blank content beside text": (
         [{"role": "bot", "content": " ", "message": "Hello"}],
         [("assistant", "Hello", "text")],
