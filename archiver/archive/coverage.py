@@ -89,6 +89,7 @@ AMBIGUOUS = "several_places_fit"
 REWORDED = "worded_differently"
 PARTIAL = "turns_not_in_history"
 DIFFERS = "texts_not_in_history"
+PAGE = "history_partial"
 UNSEEN = "content_never_seen"
 ERASED = "erased"
 _UNREAD = {
@@ -125,6 +126,8 @@ def coverage_of(
     # A turn without delivered content may be one of those known only from history.
     if reason != EVENTS_AFTER_READING and sum(not turn.has_content for turn in turns.values()) > found:
         state, reason = "lost", UNSEEN
+    if state in {"complete", "repaired", "ambiguous"} and _is_partial(readings):
+        state, reason = "unverified", PAGE
     return Coverage(state, reason, max(result, default=None), newest.last_at, repaired)
 
 
@@ -165,6 +168,12 @@ def _has_later_turn(turns: Mapping[str, Turn], readings: Sequence[Reading]) -> b
         for turn in turns.values()
         if turn.deleted_at is None or not turn.has_content
     )
+
+
+def _is_partial(readings: Sequence[Reading]) -> bool:
+    """Return whether the newest history says that it does not show all messages."""
+    newest = next((each for each in reversed(readings) if each.kind == responses.READ), None)
+    return newest is not None and newest.snapshot.is_partial
 
 
 def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> str | None:

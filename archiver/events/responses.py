@@ -27,6 +27,10 @@ MAX_MESSAGES = 200_000  # per session
 MAX_REGISTRATIONS = 1_000  # per request
 
 _GONE = frozenset({404, 410})
+_PARTIAL_CONTENT = 206
+# Fields by which a response says that it is not whole, in lower case without `_`, and objects that hold such fields.
+_MORE = frozenset({"hasmore", "hasnextpage", "nextcursor", "nextpage", "nextpagetoken", "truncated", "istruncated"})
+_PAGINATION = ("pagination", "paging", "pageInfo", "page_info", "meta")
 # The same content is the same fact, regardless of other fields of a response: times of access, ids of requests.
 _SNAPSHOT_FIELDS = ("id", "messages", "name", "status", "assistantId", "createdAt")
 
@@ -39,6 +43,7 @@ class SessionSnapshot(msgspec.Struct, frozen=True, gc=False):
     status: str | None = None
     assistant_id: str | None = None
     created_at: datetime | None = None
+    is_partial: bool = False
 
 
 EMPTY_SNAPSHOT = SessionSnapshot()
@@ -51,7 +56,8 @@ def parse_history(session_id: str, status: int, body: bytes) -> Event:
     """
     if status in _GONE:
         return _event(GONE, session_id, body, [status])
-    session = _session(session_id, body) if status in range(200, 300) else None
+    is_whole = status in range(200, 300) and status != _PARTIAL_CONTENT
+    session = _session(session_id, _decoded(body)) if is_whole else None
     if session is None:
         return _event(UNREADABLE, session_id, body, [status, hashlib.sha256(body).hexdigest()])
     return _event(READ, session_id, body, [{name: session[name] for name in _SNAPSHOT_FIELDS if name in session}])
@@ -134,8 +140,12 @@ def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:
     if kind == REGISTERED:
         document = _decoded(body)
         return _snapshot(document, None) if isinstance(document, dict) else EMPTY_SNAPSHOT
-    session = _session(session_id, body) if kind in (READ, REDACTED) else None
-    return EMPTY_SNAPSHOT if session is None else _snapshot(session, _messages(session["messages"]))
+    document = _decoded(body) if kind in (READ, REDACTED) else None
+    session = _session(session_id, document)
+    if session is None:
+        return EMPTY_SNAPSHOT
+    snapshot = _snapshot(session, _messages(session["messages"]))
+    return msgspec.structs.replace(snapshot, is_partial=True) if _has_more(document, session) else snapshot
 
 
 def message(content: bytes) -> tuple[Message, ...]:
@@ -155,15 +165,27 @@ def _decoded(body: bytes) -> Any:
         return None
 
 
-def _session(session_id: str, body: bytes) -> dict[str, Any] | None:
+def _session(session_id: str, document: Any) -> dict[str, Any] | None:
     """Return the session object of a response; None unless it is valid and is the requested session."""
-    document = _decoded(body)
     data = document.get("data") if isinstance(document, dict) else None
     for place in (document, data):
         for candidate in (place.get("session"), place) if isinstance(place, dict) else ():
             if isinstance(candidate, dict) and _messages(candidate.get("messages")) is not None:
                 return candidate if candidate.get("id") is None or str(candidate["id"]) == session_id else None
     return None
+
+
+def _has_more(document: Any, session: Mapping[str, Any]) -> bool:
+    """Return whether a response says that it is one page of several, or cut off."""
+    data = document.get("data")
+    outer = [place for place in (document, data, session) if isinstance(place, dict)]
+    inner = [place[name] for place in outer for name in _PAGINATION if isinstance(place.get(name), dict)]
+    return any(
+        value and value not in ("false", "False")
+        for place in (*outer, *inner)
+        for name, value in place.items()
+        if name.replace("_", "").lower() in _MORE
+    )
 
 
 def _messages(value: Any) -> tuple[Message, ...] | None:

@@ -264,6 +264,45 @@ _REPEATED = created(
 )
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"hasMore": True},
+        {"nextCursor": "abc"},
+        {"has_more": "true"},
+        {"truncated": True},
+        {"pagination": {"page": 1, "nextPageToken": "abc"}},
+        {"meta": {"hasNextPage": True}},
+    ],
+)
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_history_that_says_that_it_is_not_whole_completes_no_session(
+    archive: Archive, more: dict[str, Any], is_inside: bool
+) -> None:
+    document = json.loads(answer(*said(1), *said(2)))
+    (document["session"] if is_inside else document).update(more)
+    archive.webhook(1, turn(1))
+    archive.reading(10, json.dumps(document).encode())
+    assert archive.coverage() == ("unverified", "history_partial", 2)
+    archive.reading(20, b"", 404)
+    assert archive.coverage()[:2] == ("unverified", "history_partial")
+    archive.reading(30, answer(*said(1), *said(2), *said(3)))
+    assert archive.coverage() == ("repaired", "history_supplied_messages", 4)
+
+
+@pytest.mark.parametrize("whole", [{"hasMore": False}, {"nextCursor": None}, {"has_more": "false"}, {"meta": {}}])
+def test_a_history_without_a_next_page_completes_a_session(archive: Archive, whole: dict[str, Any]) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, json.dumps(json.loads(answer(*said(1))) | whole).encode())
+    assert archive.coverage() == ("complete", "agreed", 0)
+
+
+def test_partial_content_is_no_history(archive: Archive) -> None:
+    archive.webhook(1, turn(1))
+    archive.reading(10, answer(*said(1)), 206)
+    assert archive.coverage()[:2] == ("unverified", "history_unreadable")
+
+
 @pytest.mark.parametrize("later", [_BLANK, _REPEATED])
 @pytest.mark.parametrize(
     ("event", "reason"),
