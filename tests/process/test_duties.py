@@ -19,6 +19,7 @@ from archiver.operations import heartbeats
 from archiver.telemetry import duty_health
 from archiver.telemetry.duty_health import Duty, Report
 from archiver.worker import Worker, supervision
+from tests.support.followups import receiving, subscribe
 from tests.support.payloads import created
 from tests.support.receivers import Receiver, archiver, serving
 from tests.support.rows import rows
@@ -95,6 +96,21 @@ def test_i13_what_the_database_refuses_to_one_duty_is_reported_and_ends_with_the
         assert log_lines(receiver, "duty recovered")
         assert receiver.post(created("c1", "s1")).json()["status"] == "stored"
         until(lambda: rows(engine, "SELECT 1 FROM archiver.seals"), "it is sealed")
+
+
+def test_i13_a_subscription_that_the_database_refuses_is_reported(database_url: str, engine: Engine) -> None:
+    private = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true"}
+    with receiving() as target, serving(database_url, "--worker", **private) as receiver:
+        subscription_id = subscribe(engine, target.url, "chat.created")
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("REVOKE INSERT ON archiver.attempts FROM archiver_writer")
+            assert receiver.post(created("c1", "s1")).json()["status"] == "stored"
+            until(lambda: up(receiver, "followups") == 0, "its attempts cannot be recorded")
+            (line, *_) = until(lambda: log_lines(receiver, "duty not working"), "it is logged")
+            assert line["reason"] == f"subscription {subscription_id}: SQLSTATE 42501"
+            connection.execute("GRANT INSERT ON archiver.attempts TO archiver_writer")
+        until(lambda: up(receiver, "followups") == 1, "it works again")
+        assert {each.message_id for each in target.got} == {target.got[0].message_id}  # sent again at most
 
 
 def test_i13_a_worker_that_was_killed_or_cannot_start_is_reported_with_the_reason(

@@ -137,7 +137,12 @@ def order(
             else:
                 left.extendleft(reversed(list(parts(part, max(1, len(part) // SPLIT)))))
             continue
-        done = Ordered(more.act_id, [*done.targets, *more.targets], {**done.held, **more.held}, more.quarantined)
+        done = Ordered(
+            more.act_id,
+            [*done.targets, *more.targets],
+            {**done.held, **more.held},
+            done.quarantined + more.quarantined,
+        )
     if slow is not None:
         slow += skipped
     elif skipped:

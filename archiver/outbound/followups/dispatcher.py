@@ -20,7 +20,7 @@ from archiver.outbound.followups import pruning, review, subscriptions
 from archiver.outbound.followups.deferred import STATEMENT_SECONDS, Lanes
 from archiver.outbound.followups.payloads import SelectSeal
 from archiver.outbound.followups.rate_limit import RateLimiter
-from archiver.outbound.followups.sender import DATABASE_SECONDS, Sender
+from archiver.outbound.followups.sender import DATABASE_SECONDS, Sender, part_of
 from archiver.settings import Settings
 from archiver.telemetry.duty_health import Duty, fault_location
 
@@ -128,6 +128,7 @@ class Followups:
                 select_seal=self._select_seal,
                 guard=self._guard,
                 lanes=self._lanes,
+                duty=self._duty,
             )
         drain = self._senders[subscription_id].drain(ending)
         self._sending[subscription_id] = asyncio.create_task(drain)
@@ -136,7 +137,7 @@ class Followups:
         """Remove a finished sender, which may then start again; if it failed, log its defect."""
         ended = self._sending.pop(subscription_id)
         error = None if ended.cancelled() else ended.exception()
-        part = f"subscription {subscription_id}"
+        part = part_of(subscription_id)
         if error is None:
             self._duty.working(part)
         else:
@@ -157,6 +158,7 @@ class Followups:
         known = await self._do(subscriptions.select_ids)
         for ended in self._senders.keys() - known - self._sending.keys():
             await self._senders.pop(ended).aclose()
+            self._duty.working(part_of(ended))  # it cannot recover from a fault any more
 
     async def _prune(self) -> None:
         if monotonic() - self._forgot_at < PRUNE_SECONDS:

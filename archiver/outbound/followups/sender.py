@@ -40,6 +40,7 @@ from archiver.outbound.followups.reader import POLL_SECONDS, Position, Reader
 from archiver.outbound.followups.schedule import OPEN_AFTER_FAILURES, PAUSE_AFTER, probe_after
 from archiver.outbound.followups.sending import GONE, Attempt, Transport
 from archiver.outbound.followups.subscriptions import Subscription
+from archiver.telemetry.duty_health import Duty
 
 log = structlog.get_logger(__name__)
 
@@ -116,8 +117,10 @@ class Sender:
         select_seal: SelectSeal,
         guard: Guard | None = None,
         lanes: Lanes | None = None,
+        duty: Duty | None = None,
     ) -> None:
         self._guard = guard
+        self._duty = duty or Duty("followups")
         self._lanes = lanes or Lanes()
         self._deferred = DeferredQueue(subscription_id, engine, self._lanes)
         self._reader = Reader(self._deferred)
@@ -209,12 +212,15 @@ class Sender:
                     raise
                 self._is_slow = slow(error) is not None
                 telemetry.followup_waits.inc()
+                reason = database.explain(error)
+                if not self._is_slow:
+                    self._duty.failing(f"{part_of(self._id)}: {reason}", part_of(self._id))
                 if not is_logged:
-                    reason = database.explain(error)
                     log.error("database unavailable; subscription waits", subscription=self._id, reason=reason)  # noqa: TRY400  # there is nothing to trace
                 is_logged = True
             else:
                 self._is_slow = False
+                self._duty.working(part_of(self._id))
                 self._defer(cycle, results)
                 return cycle
             await asyncio.sleep(pause)
@@ -352,3 +358,8 @@ async def _ended(under_way: dict[asyncio.Task[Result | None], Due]) -> list[Resu
         del under_way[task]
     results = [result for task in done if (result := task.result()) is not None]
     return sorted(results, key=lambda each: each.attempt.at + timedelta(seconds=each.attempt.seconds))
+
+
+def part_of(subscription_id: int) -> str:
+    """Return the name of a subscription as a part of the duty."""
+    return f"subscription {subscription_id}"
