@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from coverage import Coverage
-from hypothesis import is_hypothesis_test
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 from psycopg import sql
 from sqlalchemy import Engine
 
@@ -22,6 +22,10 @@ from tests.support.waiting import until
 _TEMPLATE = "archiver_template"
 ELSEWHERE = Path("/var/lib/callhq-archiver")
 _numbers = itertools.count()
+
+# No example has a deadline, and none is rejected because it was slow to make: a machine may stall for seconds.
+settings.register_profile("archiver", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("archiver")
 
 
 class Cluster:
@@ -56,8 +60,14 @@ class Cluster:
 
     def sync(self, *, is_on: bool) -> None:
         """Write through to the disk, or not: a database that is dropped costs a checkpoint, of all its files."""
-        self.execute(f"ALTER SYSTEM SET fsync = {'on' if is_on else 'off'}")
+        value = "on" if is_on else "off"
+        self.execute(f"ALTER SYSTEM SET fsync = {value}")
         self.execute("SELECT pg_reload_conf()")
+        until(lambda: self._shown("fsync") == value, f"a new session has fsync = {value}")
+
+    def _shown(self, setting: str) -> object:
+        with psycopg.connect(self.url("postgres")) as connection:
+            return (connection.execute(f"SHOW {setting}").fetchone() or (None,))[0]
 
     def execute(self, statement: str | sql.Composed) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
@@ -85,7 +95,7 @@ def _leave_no_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     for link in tmp_path_factory.getbasetemp().rglob("postgres"):
         if link.is_symlink() and link.resolve().parent.parent == ELSEWHERE:
-            until(partial(_is_removed, link.resolve().parent), f"{link} is removed", 60)
+            until(partial(_is_removed, link.resolve().parent), f"{link} is removed")
 
 
 def _is_removed(folder: Path) -> bool:

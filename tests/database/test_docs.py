@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -23,6 +22,7 @@ from archiver.events import Event
 from archiver.http import create
 from archiver.inbound import signatures
 from archiver.ledger import quarantine
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -207,8 +207,7 @@ def test_the_curl_lines_of_the_command_page_work_as_pasted(tmp_path: Path) -> No
     page = (ROOT / "docs" / "commands.md").read_text()
     lines = page.rpartition("```sh\n")[2].partition("```")[0]
     assert "curl" in lines
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "archiver", "simulate", "--port", str(port)]
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as simulator:
         try:

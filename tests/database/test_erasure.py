@@ -231,7 +231,7 @@ def test_i8_it_is_ordered_only_once_those_who_write_have_committed(
             until(lambda: erasing.done() or rows(engine, waiting), "it waits")
             record(engine, created("c2", "s2"))  # which does not wait for long behind it
             assert not erasing.done()
-        erasing.result(30)
+        erasing.result(120)
     assert texts(engine, "s1") == []
     assert holds_text(engine, "question of c1") == []
 
@@ -477,8 +477,8 @@ def test_i8_a_delivery_that_cannot_be_stored_is_not_quarantined_if_it_is_erased_
             until(lambda: rows(engine, placing), "it is being recorded")
             erasing = pool.submit(erase, engine, Target("s1"))
             until(lambda: rows(engine, f"{placing} AND NOT granted"), "the erasure waits for that")
-        assert writing.result(30) == [Outcome("ignored", reason="erased")]
-        erasing.result(30)
+        assert writing.result(120) == [Outcome("ignored", reason="erased")]
+        erasing.result(120)
     assert quarantined(engine) == []
 
 

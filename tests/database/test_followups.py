@@ -19,13 +19,27 @@ from archiver.outbound.followups.deliveries import Due
 from archiver.outbound.followups.fanout import MAX_PENDING
 from tests.support.erasures import read, record, said, sweep
 from tests.support.feeds import publish
-from tests.support.followups import SECRET, change, let_time_pass, receiving, sending, states, subscribe
+from tests.support.followups import (
+    SECRET,
+    change,
+    let_time_pass,
+    receiving,
+    retry_by_hand,
+    sending,
+    states,
+    subscribe,
+)
 from tests.support.payloads import created, deleted
 from tests.support.rows import execute, rows
 from tests.support.versions import on_one_version
 from tests.support.waiting import until
 
 ACT = AuditEntry("erase", "anna@desk", "she asked for it")
+
+
+@pytest.fixture(autouse=True)
+def _retries_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    retry_by_hand(monkeypatch)
 
 
 def ids(count: int, prefix: str = "c") -> list[str]:

@@ -30,6 +30,12 @@ from tests.support.waiting import until
 POISON = "poison"
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch is given up because the machine stalls: the constant alone is longer."""
+    monkeypatch.setattr("archiver.inbound.SPOOL_AFTER_SECONDS", 60.0)
+
+
 @asynccontextmanager
 async def ingesting(
     engine: Engine,
@@ -47,7 +53,7 @@ async def ingesting(
         gather_seconds=gather_seconds,
     )
     try:
-        async with asyncio.timeout(30), ingest.running():
+        async with asyncio.timeout(120), ingest.running():
             yield ingest
     finally:
         await writing.dispose()
@@ -76,7 +82,7 @@ def _waiting_backend(url: str) -> int | None:
 
 async def waiting_backend(url: str) -> int:
     """The process id of the transaction that waits for the ledger, once there is one."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(120):
         while (pid := await asyncio.to_thread(_waiting_backend, url)) is None:
             pass
     return pid
@@ -332,7 +338,7 @@ def test_i4_two_retries_at_once_archive_it_once(poisoned: Engine) -> None:
     barrier = threading.Barrier(2)
 
     def retry(quarantine_id: int) -> str | None:
-        barrier.wait(10)
+        barrier.wait(120)
         outcome = retry_quarantined(poisoned, quarantine_id)
         return None if outcome is None else outcome.status
 
@@ -414,7 +420,7 @@ async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: 
     close = asyncio.Event()
 
     async def serve() -> None:
-        async with asyncio.timeout(30), ingest.running():
+        async with asyncio.timeout(120), ingest.running():
             await close.wait()
 
     serving = asyncio.create_task(serve())
@@ -427,7 +433,7 @@ async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: 
         with pytest.raises(QueueFullError):
             await ingest.submit(delivery(created("late")))
         assert not serving.done()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         answers = await asyncio.gather(*tasks)
         await serving
     await writing.dispose()
@@ -436,7 +442,7 @@ async def test_closing_answers_what_was_accepted_and_takes_nothing_more(engine: 
 
 
 async def test_closing_an_idle_ingest_ends(engine: Engine) -> None:
-    async with asyncio.timeout(5), ingesting(engine):
+    async with asyncio.timeout(120), ingesting(engine):
         pass
 
 
@@ -500,10 +506,11 @@ async def test_no_caller_fails_when_an_idle_connection_was_killed(engine: Engine
 
 
 @contextmanager
-def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.5) -> Iterator[None]:
     """A silent database counts as gone sooner: a minute is too long for a test."""
     with monkeypatch.context() as patch:
-        patch.setattr("archiver.inbound.writing.BATCH_SECONDS", 0.5)
+        patch.setattr("archiver.inbound.writing.BATCH_SECONDS", seconds)
+        patch.setattr("archiver.inbound.SPOOL_AFTER_SECONDS", seconds)
         yield
 
 
@@ -536,7 +543,7 @@ async def test_a_backend_that_answers_nothing_any_more_is_left_for_a_new_one(
             ).fetchall()
         os.kill(pid, signal.SIGSTOP)
         try:
-            with short_timeouts(monkeypatch):
+            with short_timeouts(monkeypatch, 5.0):  # enough for a new connection
                 assert (await ingest.submit(delivery(created("during")))).status == "stored"
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -616,7 +623,7 @@ def race(engine: Engine, rounds: Sequence[tuple[Sequence[bytes], ...]]) -> list[
         answers = []
         with Receiver(engine) as receiver:
             for bodies in batches:
-                barrier.wait(20)
+                barrier.wait(120)
                 answers.append(receiver.take(*bodies))
         return answers
 

@@ -196,7 +196,7 @@ def test_i5_a_late_deletion_without_its_session_sees_the_chat_that_was_recorded_
             waits = "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_sleep($1)%' AND wait_event = 'PgSleep'"
             until(lambda: rows(engine, waits), "it waits for the lock")
             record(engine, created("c", "s"))
-        recording.result(30)
+        recording.result(120)
     rows_found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
     assert rows_found == [("s", "c", True)]
 
@@ -211,7 +211,7 @@ def test_i5_a_late_chat_sees_its_deletion_that_was_recorded_in_between_without_a
             recording = threads.submit(record_again, engine, created("c", "s", input="slow"), locks_late=True)
             until(lambda: rows(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"), "it is held up")
             record(engine, deleted("c", None))
-        recording.result(30)
+        recording.result(120)
     rows_found = rows(engine, "SELECT session_id, chat_id, deleted_at IS NOT NULL FROM archiver.chats")
     assert rows_found == [("s", "c", True)]
 
@@ -232,7 +232,7 @@ def test_i5_facts_that_are_recorded_at_once_with_early_and_late_locks_end_in_the
                 threads.submit(record_again, engine, body, locks_late=is_late)
                 for body, is_late in zip(bodies, late, strict=True)
             ]:
-                done.result(60)
+                done.result(120)
         assert archive(engine) == alone
 
     check()

@@ -366,7 +366,7 @@ def test_a_compaction_is_repeated_when_the_same_response_arrives(grown: Engine) 
     """The two lock the session and the response in opposite order; Postgres ends one of them (40P01)."""
     result = bodies(grown)
     as_before(grown)
-    slow_rows(grown, "archiver.sessions", "session_id", "s1", "PERFORM pg_sleep(2)")
+    slow_rows(grown, "archiver.sessions", "session_id", "s1", "PERFORM pg_sleep(6)")
     with (
         ThreadPoolExecutor() as pool,
         holding(
@@ -380,7 +380,7 @@ def test_a_compaction_is_repeated_when_the_same_response_arrives(grown: Engine) 
         until(lambda: rows(grown, sleeping), "it has the session")
         repeated.execute(text("UPDATE archiver.sessions SET read_by = read_by WHERE session_id = 's1'"))
         repeated.commit()
-        assert compacting.result(60) == len(result) - 1
+        assert compacting.result(120) == len(result) - 1
     assert bodies(grown) == result
 
 

@@ -169,7 +169,7 @@ async def test_a_preview_of_all_sessions_waits_for_no_pause(database_url: str, c
 
         async with reconciling(settings(callhq), parse_url(database_url)) as (_, reconciler, submit):
             await register(submit, ids)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 assert await reconciler.preview_all(ids, pause) == {"read": 2}
 
 
@@ -230,11 +230,13 @@ async def test_only_a_failure_that_goes_on_after_a_session_expired_is_taken_for_
 async def test_leasing_goes_on_where_another_transaction_was_in_the_way(database_url: str, callhq: CallHQ) -> None:
     ids = sorted(callhq.session(f"s{n}", "ok").id for n in range(2))
     lock = "UPDATE archiver.sessions SET reason = reason WHERE session_id = %s"
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET deadlock_timeout = '5s'")
     async with reconciling(settings(callhq), parse_url(database_url)) as (engine, _, submit):
         await register(submit, ids)
         async with await psycopg.AsyncConnection.connect(database_url) as other:
-            # It will take the two in the opposite order, and Postgres ends whoever waits the longer: us.
-            await other.execute("SET deadlock_timeout = '10s'")
+            # It will take the two in the opposite order, and Postgres ends whoever looks for deadlocks first: us.
+            await other.execute("SET deadlock_timeout = '120s'")
             await other.execute(lock, [ids[1]])
             now = datetime.now(UTC)
             claim = partial(leases.claim, session_ids=ids, now=now, until=now + leases.LEASE)

@@ -129,7 +129,7 @@ def test_two_processes_that_migrate_at_once_both_succeed(
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)
     ]
-    printed = [process.communicate(timeout=60)[0] for process in started]
+    printed = [process.communicate(timeout=240)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     with transaction(empty) as connection:
         schema.check(connection)

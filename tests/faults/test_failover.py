@@ -55,7 +55,7 @@ def test_i1_everything_acknowledged_survives_the_death_of_the_primary(pair: tupl
         before = len(load.answers)
         until(lambda: len(load.answers) > before + 100, "and goes on to")
         standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
-        until(lambda: "stored" in {status for *_, status in load.answers[-20:]}, "the standby takes events", 60)
+        until(lambda: "stored" in {status for *_, status in load.answers[-20:]}, "the standby takes events")
         before = len(load.answers)
         until(lambda: len(load.answers) > before + 300, "it is under load again")
         load.end()

@@ -15,6 +15,7 @@ import pytest
 from tests.support import servers
 from tests.support.load import assert_archived, body_of
 from tests.support.payloads import created
+from tests.support.ports import free_port
 from tests.support.receivers import Receiver, deliver, serving
 from tests.support.sockets import connect, delivery, head, read, read_all, resident
 from tests.support.waiting import until
@@ -43,14 +44,14 @@ def memory_bounded(receiver: Receiver, limit: int) -> Iterator[Callable[[], None
 
 def assert_honest_are_served(receiver: Receiver) -> None:
     for number in range(HONEST):
-        connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
         assert deliver(connection, created(f"honest-{number}"))[0] == 200
         connection.close()
 
 
 def test_i12_slowloris_leaves_honest_senders_served(database_url: str) -> None:
     with (
-        serving(database_url, ARCHIVER_CLIENT_TIMEOUT="3") as receiver,
+        serving(database_url, ARCHIVER_CLIENT_TIMEOUT="20") as receiver,
         memory_bounded(receiver, 40 * MEGABYTE) as look,
         ExitStack() as stack,
     ):
@@ -89,7 +90,7 @@ def test_i12_unread_answers_fill_no_memory(database_url: str) -> None:
         ExitStack() as stack,
     ):
         rude = [stack.enter_context(connect(receiver.port)) for _ in range(30)]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and rude:
             _, writable, _ = select.select([], rude, [], 0.1)
             for connection in writable:
@@ -211,7 +212,7 @@ def test_receivers_restarted_in_turn_fail_no_request(database_url: str) -> None:
     numbers, stop, codes = itertools.count(), threading.Event(), []
 
     def send_requests(port: int, keeps: bool) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=15)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         while not stop.is_set():
             number = next(numbers)
             code, _ = deliver(connection, body_of(number))
@@ -221,23 +222,23 @@ def test_receivers_restarted_in_turn_fail_no_request(database_url: str) -> None:
         connection.close()
 
     with ExitStack() as stack:
-        receivers = [stack.enter_context(serving(database_url, "--workers", str(n))) for n in (1, 2)]
+        starts = [("--port", str(free_port()), "--workers", str(n)) for n in (1, 2)]
+        receivers = [stack.enter_context(serving(database_url, *options)) for options in starts]
         balancer = Balancer([receiver.port for receiver in receivers])
         with ThreadPoolExecutor(8) as threads:
             hammers = [threads.submit(send_requests, balancer.port, n % 2 == 0) for n in range(8)]
             try:
-                for n, receiver in enumerate(receivers, start=1):
+                for receiver, options in zip(receivers, starts, strict=True):
                     seen = len(codes)
                     until(lambda seen=seen: len(codes) > seen + 100, "requests pass")  # type: ignore[misc]  # bound on purpose
                     assert receiver.stop() == 0
-                    again = serving(database_url, "--port", str(receiver.port), "--workers", str(n))
-                    stack.enter_context(again)
+                    stack.enter_context(serving(database_url, *options))
                 seen = len(codes)
                 until(lambda: len(codes) > seen + 100, "requests pass")
             finally:
                 stop.set()
             for each in hammers:
-                each.result(20)
+                each.result(120)
         balancer.close()
         assert {code for _, code in codes} == {200}
     assert_archived(database_url, {number for number, _ in codes})

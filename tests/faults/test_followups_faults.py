@@ -1,15 +1,15 @@
 """Receivers that fail (I11): when they are asked again, and how that is told."""
 
-import socket
-
+import pytest
 from sqlalchemy import Engine
 
 from tests.support.commands import output_of
 from tests.support.erasures import record
 from tests.support.feeds import publish
 from tests.support.followup_commands import followups, listed
-from tests.support.followups import change, let_time_pass, receiving, sending, states, subscribe
+from tests.support.followups import change, let_time_pass, receiving, retry_by_hand, sending, states, subscribe
 from tests.support.payloads import created
+from tests.support.ports import free_port
 from tests.support.rows import execute, rows
 from tests.support.versions import on_one_version
 from tests.support.waiting import until
@@ -17,10 +17,9 @@ from tests.support.waiting import until
 pytestmark = on_one_version
 
 
-def free_port() -> int:
-    """Nobody listens there yet."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    retry_by_hand(monkeypatch)
 
 
 def test_a_receiver_that_starts_late_gets_deliveries_within_seconds(engine: Engine, database_url: str) -> None:
@@ -40,6 +39,7 @@ def test_a_receiver_that_starts_late_gets_deliveries_within_seconds(engine: Engi
         assert listed(database_url, "show", str(subscription_id))["state"] == "at work"
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_what_was_under_way_when_it_was_cut_off_counts_no_probe(engine: Engine, database_url: str) -> None:
     change(engine, *(("chat.created", "s", f"c{number}") for number in range(50)))
     with receiving() as receiver, sending(database_url):
@@ -77,6 +77,7 @@ def test_a_test_that_is_taken_ends_the_wait(engine: Engine, database_url: str) -
         assert "paused: moving house" in output_of(followups(database_url, "show", "1"))
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_week_counts_from_the_first_failure_and_not_without_attempts(engine: Engine, database_url: str) -> None:
     change(engine, ("chat.created", "s", "c"))
     with receiving() as receiver:
@@ -93,6 +94,7 @@ def test_a_week_counts_from_the_first_failure_and_not_without_attempts(engine: E
     assert rows(engine, recent) == [(None, True)] * 2
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_damaged_secret_is_a_failed_attempt(engine: Engine, database_url: str) -> None:
     change(engine, ("chat.created", "s", "c"))
     with receiving() as receiver:
@@ -107,6 +109,7 @@ def test_a_damaged_secret_is_a_failed_attempt(engine: Engine, database_url: str)
     assert len(receiver.got[0].headers["webhook-signature"].split(" ")) == 1
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_in_order_changes_of_a_turn_before_its_assignment_come_first(engine: Engine, database_url: str) -> None:
     record(engine, created("c1", None))
     publish(engine)

@@ -79,7 +79,7 @@ def test_i11_hostile_receivers_cost_no_other_an_attempt(database_url: str, engin
         number = subscribe(engine, innocent.url, "chat.created")
         change(engine, *(("chat.created", f"s{each}", f"c{each}") for each in range(200)))
         with sending(database_url):
-            until(lambda: len(innocent.by_id) == 200, "each change is delivered to the innocent one", 60)
+            until(lambda: len(innocent.by_id) == 200, "each change is delivered to the innocent one")
             settled = (
                 f"SELECT count(*) FROM archiver.deliveries WHERE subscription_id = {number} AND state = 'delivered'"
             )

@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing_and_is_reported(url: str,
         until(lambda: is_published(url), "it is published")
         up = 'archiver_worker_up{duty="identity"} 0.0'
         until(lambda: up in receiver.get("/metrics").text, "it is reported")
-        assert "served.json (ARCHIVER_HOME) cannot be written" in receiver.stderr()
+        until(lambda: "served.json (ARCHIVER_HOME) cannot be written" in receiver.stderr(), "and logged")
         assert not remembered(home)
         (home / "served.lock").rmdir()
         until(lambda: remembered(home).get("cursor") == feed_end(url)[1], "it is remembered, with nothing new")
@@ -352,7 +352,7 @@ def test_a_copied_folder_of_the_embedded_database_is_stopped_and_a_moved_one_is_
         with serving(None, "--worker", ARCHIVER_HOME=str(copy), **SETTINGS) as receiver:
             up = 'archiver_worker_up{duty="seal"} 0.0'
             until(lambda: up in receiver.get("/metrics").text, "the copy is not sealed")
-            assert "its files" in receiver.stderr()
+            until(lambda: "it has other files" in receiver.stderr(), "the log says why")
             assert post(receiver, 3) == "stored"
             assert archiver("adopt", "--yes", ARCHIVER_HOME=str(copy)).returncode == 0
             until(lambda: remembered(copy)["seal_id"] > 0, "it is sealed again")

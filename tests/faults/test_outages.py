@@ -15,7 +15,7 @@ from tests.support.load import Load, assert_archived, body_of, rows
 from tests.support.outages import frozen, post, stopped, until_drained, waiting
 from tests.support.payloads import created
 from tests.support.proxies import proxied
-from tests.support.receivers import archiver, serving
+from tests.support.receivers import AS_IN_PRODUCTION, archiver, serving, serving_with
 from tests.support.registration import TOKEN, register
 from tests.support.servers import let_writer_in
 from tests.support.waiting import until
@@ -45,7 +45,7 @@ def test_i1_what_comes_while_postgres_is_stopped_is_spooled_and_archived_later(
 
 
 def test_i1_what_comes_while_postgres_hangs_is_spooled(postgres: embedded.Postgres, url: str) -> None:
-    with serving(url) as receiver:
+    with serving_with(AS_IN_PRODUCTION, url) as receiver:
         assert set(post(receiver, range(5))) == {"stored"}
         with frozen(postgres):
             assert set(post(receiver, range(5, 40))) == {"spooled"}

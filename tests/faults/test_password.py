@@ -59,6 +59,6 @@ def test_a_worker_with_a_wrong_password_works_once_it_is_right(
         else:
             with psycopg.connect(plain, autocommit=True) as connection:
                 connection.execute("ALTER ROLE worker PASSWORD 'wrong'")
-        until(lambda: rows(plain, "SELECT 1 FROM archiver.workers"), "it works", 120)
+        until(lambda: rows(plain, "SELECT 1 FROM archiver.workers"), "it works")
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
+        assert worker.wait(120) == 0

@@ -37,7 +37,15 @@ def ledger_locked(url: str) -> Iterator[Callable[[], None]]:
 def children(receiver: Receiver) -> set[int]:
     """The receiving processes of `serve --workers`; multiprocessing has one more child, which only watches."""
     result = Path(f"/proc/{receiver.process.pid}/task/{receiver.process.pid}/children").read_text().split()
-    return {int(pid) for pid in result if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {int(pid) for pid in result if b"spawn_main" in command_line(int(pid))}
+
+
+def command_line(pid: int) -> bytes:
+    """Empty where the process has ended, be it that nobody asked about its end yet."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def sockets(pid: int) -> int:
@@ -45,11 +53,8 @@ def sockets(pid: int) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether it ended, be it that nobody asked about its end yet."""
-    try:
-        return not Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return True
+    """Whether it ended."""
+    return not command_line(pid)
 
 
 def test_i1_kill_9_under_load_loses_and_doubles_nothing_that_was_acknowledged(database_url: str) -> None:
@@ -91,14 +96,14 @@ def test_i3_two_receivers_store_each_of_three_deliveries_once(database_url: str)
 
 def test_workers_share_the_port_the_ledger_and_the_metrics(database_url: str) -> None:
     with serving(database_url, "--workers", "2") as receiver:
+        until(lambda: len(children(receiver)) == 2, "both have begun")
         workers = children(receiver)
-        assert len(workers) == 2
         until(lambda: all(sockets(pid) for pid in workers), "both listen")
         idle = {pid: sockets(pid) for pid in workers}
         connections = []
 
         def both_have_some() -> bool:
-            connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
             connections.append(connection)
             connection.request("GET", "/healthz")
             connection.getresponse().read()
@@ -111,7 +116,7 @@ def test_workers_share_the_port_the_ledger_and_the_metrics(database_url: str) ->
         assert result == {"stored": 10, "duplicate": len(connections) * 2 - 10}
         for _ in range(5):
             receiver._client.close()
-            fresh = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+            fresh = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
             fresh.request("GET", "/metrics")
             text = fresh.getresponse().read().decode()
             fresh.close()
@@ -145,8 +150,8 @@ def test_i1_a_killed_worker_is_replaced_and_what_was_acknowledged_stays(database
 
 def test_workers_whose_parent_was_killed_end_by_themselves(database_url: str, tmp_path: Path) -> None:
     with serving(database_url, "--workers", "2", TMPDIR=str(tmp_path)) as receiver:
+        until(lambda: len(children(receiver)) == 2, "both have begun")
         workers = children(receiver)
-        assert len(workers) == 2
         until(lambda: all(sockets(pid) for pid in workers), "both listen")
         receiver.kill()
         for pid in workers:
@@ -194,14 +199,14 @@ def test_a_signal_waits_for_the_database_and_answers_who_waits(number: signal.Si
 
 
 def send_once(port: int, number: int) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     code, item = deliver(connection, body_of(number))
     connection.close()
     return code, item["status"]
 
 
 def is_refused(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
         connection.connect()
     except ConnectionRefusedError:

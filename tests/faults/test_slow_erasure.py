@@ -30,10 +30,10 @@ SWEEPING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants alone are shorter, and in the same order."""
-    monkeypatch.setattr("archiver.database.transactions.SPLIT_LOCK_SECONDS", 0.3)
-    monkeypatch.setattr("archiver.database.transactions.SPLIT_SECONDS", 1.0)
-    monkeypatch.setattr("archiver.database.transactions.SINGLE_LOCK_SECONDS", 0.5)
-    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 4.0)
+    monkeypatch.setattr("archiver.database.transactions.SPLIT_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr("archiver.database.transactions.SPLIT_SECONDS", 2.0)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_LOCK_SECONDS", 2.0)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 10.0)
 
 
 def ordered(engine: Engine, count: int) -> list[Target]:
@@ -95,12 +95,12 @@ def sweeping(engine: Engine) -> Iterator[None]:
 def test_i12_a_slow_erasure_does_not_block_writers_of_unassigned_turns(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 10.0)
+    monkeypatch.setattr("archiver.database.transactions.SINGLE_SECONDS", 20.0)
     ordered(engine, 1)
     slow_rows(engine, "archiver.events", "session_id", "s0", FOR_EVER)
     with sweeping(engine), ThreadPoolExecutor() as pool:
-        assert pool.submit(record, engine, created("new", "new")).result(60)[0].status == "stored"
-        until(lambda: not rows(engine, SWEEPING), "it gives up", 60)
+        assert pool.submit(record, engine, created("new", "new")).result(120)[0].status == "stored"
+        until(lambda: not rows(engine, SWEEPING), "it gives up")
         assert record(engine, deleted("unknown", None))[0].status == "stored"
 
 

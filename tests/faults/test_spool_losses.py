@@ -280,7 +280,7 @@ def test_the_metric_shows_the_events_of_a_replaced_file(database_url: str, tmp_p
     fill(tmp_path / "spool", [40] * 7)
     put_in_place(tmp_path / "spool" / "spool-0.db", "named pipe")
     with serving(database_url, ARCHIVER_HOME=str(tmp_path)) as receiver:
-        until(lambda: "archiver_spool_lost_events 7.0" in receiver.get("/metrics").text, "the loss is shown", 60)
+        until(lambda: "archiver_spool_lost_events 7.0" in receiver.get("/metrics").text, "the loss is shown")
         assert receiver.get("/readyz").json()["spool"] == "ready"
         assert receiver.stop() == 0
         assert "acknowledged events missing from the spool" in receiver.stderr()
@@ -301,5 +301,5 @@ def test_a_receiver_without_a_spool_tries_again_and_says_so(database_url: str, t
     with serving(database_url, ARCHIVER_HOME=str(home)) as receiver:
         assert receiver.get("/readyz").json()["spool"] == "none"
         (home / "spool").unlink()
-        until(lambda: receiver.get("/readyz").json()["spool"] == "ready", "there is a spool again", 60)
+        until(lambda: receiver.get("/readyz").json()["spool"] == "ready", "there is a spool again")
         assert receiver.post(created()).json()["status"] == "stored"

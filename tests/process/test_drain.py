@@ -16,7 +16,7 @@ from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.connections import Connection
 from archiver.http.listening import DrainingLoop
 from tests.support.payloads import SECRET, created
-from tests.support.receivers import serving
+from tests.support.receivers import PATIENT, serving_with
 from tests.support.sockets import Answer, connect, delivery, read
 from tests.support.versions import on_one_version
 from tests.support.waiting import until
@@ -24,7 +24,7 @@ from tests.support.waiting import until
 
 @on_one_version
 def test_a_request_under_way_on_an_idle_connection_is_answered_as_its_last(database_url: str) -> None:
-    with serving(database_url) as receiver:
+    with serving_with(PATIENT | {"archiver.http.connections.GRACE_SECONDS": 20}, database_url) as receiver:
         with connect(receiver.port, delivery(created("a"))) as connection, connect(receiver.port) as fresh:
             assert read(connection).headers["connection"] is None
             receiver.signal(signal.SIGTERM)
@@ -35,12 +35,12 @@ def test_a_request_under_way_on_an_idle_connection_is_answered_as_its_last(datab
                 assert (answer.status, answer.headers["connection"]) == (200, "close")
         with pytest.raises(subprocess.TimeoutExpired):  # the client that asked for metrics may still ask more
             receiver.wait(0.1)
-        assert receiver.wait(5) == 0
+        assert receiver.wait(120) == 0
 
 
 def is_refused(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), 5).close()
+        socket.create_connection(("127.0.0.1", port), 120).close()
     except ConnectionRefusedError:
         return True
     return False
@@ -58,7 +58,7 @@ def test_connections_accepted_by_the_kernel_are_served_after_listening_ended() -
         with socket.create_server(("127.0.0.1", 0)) as listener:
             address = listener.getsockname()
             server = await loop.create_server(Greeter, sock=listener)
-            clients = [socket.create_connection(address, 10) for _ in range(20)]  # the loop did not run meanwhile
+            clients = [socket.create_connection(address, 120) for _ in range(20)]  # the loop did not run meanwhile
             server.close()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +158,9 @@ def test_data_survives_a_restart_which_is_quick(home: Path) -> None:
     with embedded.running(home) as postgres:
         query(postgres, "CREATE TABLE kept AS SELECT 7 AS seven")
     assert not postmaster.is_running(postgres.pid)
-    began = time.monotonic()
     with embedded.running(home) as again:
-        assert time.monotonic() - began < 2
+        log = (home / "postgres.log").read_text()
+        assert "database system was not properly shut down" not in log
         assert again.pid != postgres.pid
         assert query(again, "SELECT seven FROM kept") == (7,)
 
@@ -359,10 +358,11 @@ def test_a_server_that_does_not_start_shows_its_log(home: Path) -> None:
 def test_a_server_that_refuses_us_says_so_at_once(home: Path) -> None:
     with embedded.running(home) as postgres:
         query(postgres, "ALTER DATABASE postgres WITH ALLOW_CONNECTIONS false")
-        began = time.monotonic()
-        with pytest.raises(embedded.EmbeddedError, match="not currently accepting connections"):
+        # And not that it was not ready in time.
+        with pytest.raises(
+            embedded.EmbeddedError, match=r"refuses the connection .*not currently accepting connections"
+        ):
             embedded.start(home)
-        assert time.monotonic() - began < 5
 
 
 def test_data_of_another_major_version_is_refused(home: Path) -> None:
@@ -579,7 +579,7 @@ def test_ctrl_c_reaches_the_program_but_not_its_server(home: Path) -> None:
         pid = int(process.stdout.readline())
         os.killpg(process.pid, signal.SIGINT)
         assert process.stdout.readline() == "drained\n"
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     assert not postmaster.is_running(pid)
 
 

@@ -276,7 +276,7 @@ def waiting_export(url: str, output: Path) -> Iterator[subprocess.Popen[str]]:
                 until(lambda: is_awaited(url), "the export waits")
                 yield process
                 holder.rollback()
-                process.wait(60)
+                process.wait(120)
             finally:
                 process.kill()
 
@@ -297,7 +297,7 @@ def test_an_export_that_is_stopped_leaves_nothing(url: str, output: Path, number
         assert [each.name.startswith(".case 7.partial-") for each in output.parent.iterdir()] == [True]
         for _ in range(20):  # whoever is impatient
             process.send_signal(number)
-        assert process.wait(60) == 1
+        assert process.wait(120) == 1
     assert list(output.parent.iterdir()) == []
 
 

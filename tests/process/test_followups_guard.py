@@ -381,7 +381,7 @@ def test_the_pace_is_even_and_kept_by_all_together() -> None:
 
 def test_who_would_wait_for_too_long_is_sent_back() -> None:
     async def run() -> list[bool]:
-        pace = RateLimiter(10)
+        pace = RateLimiter(10, clock=lambda: 1.0)
         return await asyncio.gather(*(pace.acquire() for _ in range(30)))
 
     turns = asyncio.run(run())

@@ -153,7 +153,7 @@ def test_i12_one_byte_more_is_too_large_with_or_without_content_length(
     chunked: bool, receiver: Receiver, url: str
 ) -> None:
     body = padded("too large", LIMIT + 1)
-    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
     pieces = iter([body[:1000], body[1000:LIMIT], body[LIMIT:]]) if chunked else body
     connection.request("POST", WEBHOOK, pieces, {"x-webhook-secret": SECRET}, encode_chunked=chunked)
     reply = connection.getresponse()
@@ -170,7 +170,7 @@ def test_i12_a_content_length_beyond_the_limit_is_refused_without_waiting_for_th
 
 def test_a_chunked_body_is_stored_as_one(receiver: Receiver, url: str) -> None:
     body = created("chunked")
-    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
     pieces = iter([body[n : n + 7] for n in range(0, len(body), 7)])
     connection.request("POST", WEBHOOK, pieces, {"x-webhook-secret": SECRET}, encode_chunked=True)
     assert connection.getresponse().status == 200
@@ -205,7 +205,7 @@ def test_a_websocket_offer_is_answered_as_if_it_had_not_been_made(path: str, cod
         "sec-websocket-version": "13",
         "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",  # RFC 6455, section 1.3
     }
-    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
     connection.request("GET", path, headers=offer)
     assert connection.getresponse().status == code
     connection.close()
@@ -280,7 +280,7 @@ def test_i4_an_event_that_postgres_refuses_does_not_fail_its_batch(database_url:
     ],
 )
 def test_other_paths_and_methods_are_refused_in_json(method: str, path: str, code: int, receiver: Receiver) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
     connection.request(method, path, headers={"x-webhook-secret": SECRET})
     reply = connection.getresponse()
     data = json.loads(reply.read())
@@ -657,8 +657,8 @@ def test_many_connections_at_once_are_all_answered(receiver: Receiver, url: str)
     start = threading.Barrier(40)
 
     def send(number: int) -> int:
-        start.wait(30)
-        connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+        start.wait(120)
+        connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=120)
         connection.request("POST", WEBHOOK, created(f"at-once-{number}"), {"x-webhook-secret": SECRET})
         status = connection.getresponse().status
         connection.close()

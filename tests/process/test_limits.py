@@ -95,5 +95,5 @@ def test_an_embedded_postgres_that_is_killed_is_started_again(tmp_path: Path, na
         assert receiver.post(created("before")).status_code == 200
         pid_file = tmp_path / name / "postgres" / "postmaster.pid"
         os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
-        until(lambda: receiver.post(created("after")).json()["status"] == "duplicate", "it takes events again", 60)
+        until(lambda: receiver.post(created("after")).json()["status"] == "duplicate", "it takes events again")
         assert receiver.post(created("before")).json()["status"] == "duplicate"

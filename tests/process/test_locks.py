@@ -18,7 +18,7 @@ from tests.conftest import Cluster
 from tests.support.feeds import publish
 from tests.support.observations import record
 from tests.support.payloads import created
-from tests.support.receivers import archiver, serving
+from tests.support.receivers import AS_IN_PRODUCTION, archiver, serving, serving_with
 from tests.support.rows import execute, rows
 from tests.support.servers import as_writer, let_writer_in
 from tests.support.upstreams import simulated
@@ -112,16 +112,16 @@ def test_a_lock_that_is_waited_for_is_reported_with_its_holder(database_url: str
     """By the log, `doctor` and `status`, to which Postgres shows as little as to any ordinary user."""
     url = as_writer(database_url)
     held = "LOCK TABLE archiver_jobs.lock_placement IN EXCLUSIVE MODE"
-    with serving(database_url) as receiver:
+    with serving_with(AS_IN_PRODUCTION, database_url) as receiver:
         with session(database_url, held, application="a-tool") as holder:
             named = f"process {holder.info.backend_pid} (user postgres, application a-tool)"
             answer = receiver.post(created("c1", "s1"))
             assert answer.json()["status"] == "spooled"
-            until(lambda: '"lock wait"' in receiver.stderr(), "the log says so", 60)
+            until(lambda: '"lock wait"' in receiver.stderr(), "the log says so")
             line = next(each for each in receiver.stderr().splitlines() if '"lock wait"' in each)
             for part in (f'"pid": {holder.info.backend_pid}', '"user": "postgres"', '"application": "a-tool"'):
                 assert part in line
-            assert receiver.metric("archiver_lock_waiting_sessions") >= 1
+            until(lambda: receiver.metric("archiver_lock_waiting_sessions") >= 1, "so does the metric")
             doctor = archiver("doctor", database_url=url, ARCHIVER_WEBHOOK_SECRETS="a-secret-for-tests")
             status = archiver("status", database_url=url)
             assert doctor.returncode == 1
@@ -130,7 +130,7 @@ def test_a_lock_that_is_waited_for_is_reported_with_its_holder(database_url: str
             assert f"pg_terminate_backend({holder.info.backend_pid})" in shown
             assert named in " ".join(status.stdout.split())
             holder.rollback()
-        until(lambda: receiver.metric("archiver_spool_events") == 0, "what was spooled is archived", 60)
+        until(lambda: receiver.metric("archiver_spool_events") == 0, "what was spooled is archived")
     with psycopg.connect(database_url) as connection:
         assert connection.execute("SELECT count(*) FROM archiver.events").fetchone() == (1,)
         assert connection.execute("SELECT count(*) FROM archiver.quarantine").fetchone() == (0,)
@@ -254,7 +254,7 @@ def test_i4_a_session_that_takes_all_locks_there_are_costs_no_event_and_is_named
                     assert ended.returncode == 1
                     assert "max_locks_per_transaction" in ended.stdout + ended.stderr
                     assert "Traceback" not in ended.stderr
-            until(lambda: receiver.metric("archiver_spool_events") == 0, "what was spooled is archived", 60)
+            until(lambda: receiver.metric("archiver_spool_events") == 0, "what was spooled is archived")
         assert rows(engine, "SELECT count(*) FROM archiver.events") == [(2,)]
         assert rows(engine, "SELECT count(*) FROM archiver.quarantine") == [(0,)]
         engine.dispose()
@@ -285,5 +285,5 @@ def test_a_reader_beside_a_whole_installation_stops_nothing(database_url: str) -
         with psycopg.connect(database_url, autocommit=True) as looking:
             for table in ("seals", "changes"):
                 query = sql.SQL("SELECT 1 FROM archiver.{}").format(sql.Identifier(table))
-                until(lambda query=query: looking.execute(query).fetchone(), f"there are {table}", 60)  # type: ignore[misc]
+                until(lambda query=query: looking.execute(query).fetchone(), f"there are {table}")  # type: ignore[misc]
         assert archiver("migrate", database_url=database_url).returncode == 0

@@ -40,7 +40,7 @@ def test_the_receiver_stores_each_delivery_once_and_says_once_what_it_found(pool
         assert receiver.post(bodies[0]).json()["status"] == "duplicate"
         assert receiver.post(deleted("c1", "s1")).json()["status"] == "stored"
         until(lambda: rows(engine, "SELECT count(*) FROM archiver.changes") >= [(401,)], "all changes are published")
-        until(lambda: sealed(engine) == 401, "the worker seals", 120)
+        until(lambda: sealed(engine) == 401, "the worker seals")
         assert receiver.stop() == 0
         log = receiver.stderr()
     assert "Traceback" not in log

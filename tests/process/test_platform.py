@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from archiver.simulator.platform import Platform, create
 from archiver.simulator.serving import serving, simulate, with_secret
 from archiver.simulator.upstream import MAX_CHATS, FullError, Upstream
 from archiver.simulator.webhooks import ATTEMPTS, Delivery, Record, Sender
+from tests.support.ports import free_port
 
 SECRET = "whsec_c2ltdWxhdGlvbi1vbmx5LW5vdC1hLXNlY3JldA=="
 SCHEMES = ["secret", "bearer", "hmac", "standard"]
@@ -381,9 +381,9 @@ async def test_fault_reorder_a_later_turn_overtakes():
 
 async def test_fault_delay_the_webhook_comes_later_but_a_drain_does_not_wait_for_it():
     async with world(Faults(delay=1)) as w:
-        await w.api.send_message(await w.session(), "Hello", None)
-        started = time.monotonic()
-        async with asyncio.timeout(10):
+        session_id, started = await w.session(), time.monotonic()
+        await w.api.send_message(session_id, "Hello", None)
+        async with asyncio.timeout(120):
             while not w.receiver.events:  # noqa: ASYNC110  # the deadline is above
                 await asyncio.sleep(0.01)
         assert time.monotonic() - started > 0.1
@@ -538,7 +538,7 @@ async def test_fault_busy_affects_all_history_calls_and_ends():
         assert [answer.status_code for answer in answers] == [429, 429]
         assert {answer.headers["retry-after"] for answer in answers} == {"1"}
         assert await w.session(), "only histories are in the storm"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while (await read(w, other)).status_code == 429:  # noqa: ASYNC110  # the deadline is above
                 await asyncio.sleep(0.05)
         received = await report(w)
@@ -560,7 +560,7 @@ async def test_fault_hanging_answers_nothing_and_does_not_outlive_its_caller():
         session_id = await w.session()
         with pytest.raises(httpx2.ReadTimeout):
             await w.http.get(f"/chats/session/{session_id}", timeout=0.3)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not (received := await report(w))["history_statuses"]:  # noqa: ASYNC110  # the deadline is above
                 await asyncio.sleep(0.01)
     assert (received["history_faults"], received["history_statuses"]) == ({"hanging": 1}, {"none": 1})
@@ -692,14 +692,13 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("options", "status", "faults"), COMMANDS)
 def test_the_command_hands_its_options_to_the_platform(options, status, faults):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-m", "archiver", "simulate", "--port", port, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "simulated CallHQ" in process.stdout.readline()
         with httpx2.Client(
-            base_url=f"http://127.0.0.1:{port}/api", headers={"x-api-key": "k"}, trust_env=False
+            base_url=f"http://127.0.0.1:{port}/api", headers={"x-api-key": "k"}, trust_env=False, timeout=120
         ) as http:
             session_id = http.post("/sessions", json={"name": "N", "assistantId": "a"}).json()["session"]["id"]
             chat = http.post("/chats", json={"sessionId": session_id, "input": "ok"}).json()["chat"]
@@ -707,7 +706,7 @@ def test_the_command_hands_its_options_to_the_platform(options, status, faults):
             answer = http.get(f"/chats/session/{session_id}")
             received = http.get(f"http://127.0.0.1:{port}/simulator/report").json()
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=240)
     assert (answer.status_code, received["history_faults"]) == (status, faults)
     if status == 200:
         assert len(answer.json()["session"]["messages"]) >= 2
@@ -738,9 +737,9 @@ async def test_a_busy_receiver_is_tried_again_a_few_times():
 
 async def test_retry_after_is_honoured_within_bounds():
     async with world(script=[JSONResponse({}, 429, {"retry-after": "86400"})]) as w:
-        await w.api.send_message(await w.session(), "Hello", None)
-        started = time.monotonic()
-        async with asyncio.timeout(30):
+        session_id, started = await w.session(), time.monotonic()
+        await w.api.send_message(session_id, "Hello", None)
+        async with asyncio.timeout(120):
             [delivery] = await w.deliveries()
     assert delivery.outcome == "accepted"
     assert time.monotonic() - started > 1
@@ -817,7 +816,9 @@ def test_simulate_runs_without_a_receiver_until_sigterm(number):
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         body = {"name": "N", "assistantId": "a"}
-        answer = httpx2.post(f"{url}/api/sessions", json=body, headers={"x-api-key": "k"}, trust_env=False)
+        answer = httpx2.post(
+            f"{url}/api/sessions", json=body, headers={"x-api-key": "k"}, trust_env=False, timeout=120
+        )
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=240)
     assert (answer.status_code, process.returncode, errors) == (201, 0, "")

@@ -44,7 +44,9 @@ def test_i3_a_session_registered_again_is_stored_once(receiver: Receiver, url: s
 @pytest.mark.parametrize("proof", [None, "Bearer", TOKEN, "Bearer wrong", f"Bearer {TOKEN}x", "Bearer é"])
 def test_without_the_token_it_is_refused(receiver: Receiver, proof: str | None) -> None:
     headers = {} if proof is None else {b"authorization": proof.encode()}
-    answer = httpx2.post(f"{receiver.url}/sessions", content=b'{"ids": ["x"]}', headers=headers, trust_env=False)
+    answer = httpx2.post(
+        f"{receiver.url}/sessions", content=b'{"ids": ["x"]}', headers=headers, trust_env=False, timeout=120
+    )
     assert answer.status_code == 401
     assert "ARCHIVER_API_TOKEN" in answer.json()["detail"]
 

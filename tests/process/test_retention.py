@@ -242,7 +242,7 @@ def test_i8_a_worker_erases_what_is_deleted_and_what_was_left_half_way(database_
         assert receiver.post(created("c2", "s2")).status_code == 200
         assert receiver.post(deleted("c2", "s2")).status_code == 200
         removed = "question of c1", "question of c2"
-        until(lambda: not holds_text(engine, *removed), "the worker has erased it", 90)
+        until(lambda: not holds_text(engine, *removed), "the worker has erased it")
         assert receiver.stop() == 0
     parts = {
         row[0]: row[1]

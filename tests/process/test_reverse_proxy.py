@@ -15,6 +15,7 @@ import pytest
 from archiver.inbound import signatures
 from archiver.settings import Settings
 from tests.support.payloads import WEBHOOK, created
+from tests.support.ports import free_port
 from tests.support.receivers import serving
 from tests.support.versions import on_one_version
 from tests.support.waiting import until
@@ -52,9 +53,7 @@ def documented(port: int) -> str:
 @contextmanager
 def proxying(nginx: str, location: str, folder: Path) -> Iterator[int]:
     """nginx at a free port, which is not that of its scheme."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     configuration = folder / "nginx.conf"
     configuration.write_text(CONFIGURATION.format(folder=folder, port=port, location=location))
     process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(configuration)], stderr=subprocess.PIPE)
@@ -64,7 +63,7 @@ def proxying(nginx: str, location: str, folder: Path) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=240)
 
 
 def _listens(port: int) -> bool:
@@ -90,7 +89,7 @@ def test_a_signature_over_the_url_passes_the_documented_proxy_on_any_port(
     ):
         url = f"http://127.0.0.1:{port}{WEBHOOK}"
         headers = signer.sign(body, time.time(), "m1", "POST", url)
-        reply = httpx2.post(url, content=body, headers=headers)
+        reply = httpx2.post(url, content=body, headers=headers, timeout=120)
         assert (reply.status_code, reply.json()["status"]) == (200, "stored")
-        tampered = httpx2.post(url.replace("127.0.0.1", "localhost"), content=body, headers=headers)
+        tampered = httpx2.post(url.replace("127.0.0.1", "localhost"), content=body, headers=headers, timeout=120)
         assert tampered.status_code == 401

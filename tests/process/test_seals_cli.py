@@ -320,7 +320,7 @@ def test_the_worker_beside_serve_seals_without_a_key_for_histories(database_url:
             return bool(json.loads(ok("verify", "--json", url=database_url))["events"])
 
         until(is_sealed, "the event is sealed")
-        assert '"seal created"' in receiver.stderr()
+        until(lambda: '"seal created"' in receiver.stderr(), "and the log says so")
         assert receiver.stop() == 0
 
 

@@ -129,12 +129,12 @@ def test_it_waits_for_more_and_ends_quietly(engine: Engine, reader_url: str, tmp
         publish(engine)
         assert tail.next()["chat_id"] == "b"
         tail.process.send_signal(signal.SIGINT)
-        assert (tail.process.wait(30), tail.stderr()) == (0, "")
+        assert (tail.process.wait(120), tail.stderr()) == (0, "")
     with tailing(reader_url, tmp_path, "--from", "1") as tail:
         assert tail.next()["cursor"] == 2
         assert tail.process.stdout
         tail.process.stdout.close()  # as `head -1` does; nothing more is to come
-        assert (tail.process.wait(30), tail.stderr()) == (0, "")
+        assert (tail.process.wait(120), tail.stderr()) == (0, "")
 
 
 @on_one_version

@@ -4,17 +4,17 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from archiver import embedded
 from tests.support import servers
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 
@@ -50,17 +50,12 @@ class Server:
         pid = int((self.data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         for each in [pid, *map(int, children)]:
-            os.kill(each, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # they end by themselves once the first has
+                os.kill(each, signal.SIGKILL)
         until(lambda: not Path(f"/proc/{pid}").exists(), "it is gone")
 
     def url(self, database: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def programs_of(postgres: embedded.Postgres) -> Path:

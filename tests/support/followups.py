@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import pytest
 from sqlalchemy import Engine, text
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +21,7 @@ from archiver.archive import outbox
 from archiver.compliance import seals
 from archiver.database import transaction
 from archiver.database.connections import Connections
-from archiver.outbound.followups import CONNECTIONS, Followups, subscriptions
+from archiver.outbound.followups import CONNECTIONS, Followups, schedule, subscriptions
 from archiver.settings import Settings
 from tests.support.upstreams import hosting
 
@@ -146,7 +147,7 @@ def sending(url: str, **settings: Any) -> Iterator[None]:
         yield
     finally:
         loop.call_soon_threadsafe(ending.set)
-        thread.join(30)
+        thread.join(120)
         loop.close()
     assert failures == []
 
@@ -162,6 +163,12 @@ def change(engine: Engine, *changes: tuple[str, str, str | None]) -> None:
                 ),
                 {"kind": kind, "session_id": session_id, "chat_id": chat_id},
             )
+
+
+def retry_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No delivery is due again, and no receiver probed, before the test says so: the constants alone are longer."""
+    monkeypatch.setattr(schedule, "_BACKOFF", (10_000_000,))
+    monkeypatch.setattr(schedule, "_INITIAL_PROBE_PAUSE", 900.0)
 
 
 def let_time_pass(engine: Engine) -> None:

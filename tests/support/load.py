@@ -47,7 +47,7 @@ class Load:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(120)
             assert not thread.is_alive()
 
     def _next(self) -> int | None:
@@ -55,7 +55,7 @@ class Load:
             return next(self._numbers, None)
 
     def _send(self, port: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         while (number := self._next()) is not None:
             try:
                 code, item = deliver(connection, body_of(number))

@@ -3,15 +3,13 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archiver import embedded
 from tests.support.load import body_of
 from tests.support.receivers import Receiver
 from tests.support.waiting import until
-
-UNAVAILABLE_SECONDS = 60  # in which whatever was spooled is archived, once Postgres is back
 
 
 def post(receiver: Receiver, numbers: range) -> list[str]:
@@ -24,7 +22,7 @@ def waiting(receiver: Receiver) -> float:
 
 
 def until_drained(receiver: Receiver) -> None:
-    until(lambda: waiting(receiver) == 0, "what was spooled is archived", UNAVAILABLE_SECONDS)
+    until(lambda: waiting(receiver) == 0, "what was spooled is archived")
 
 
 @contextmanager
@@ -42,11 +40,17 @@ def stopped(postgres: embedded.Postgres, how: signal.Signals) -> Iterator[None]:
 @contextmanager
 def frozen(postgres: embedded.Postgres) -> Iterator[None]:
     """Every process of it stands still: connections stay, answers do not come."""
-    pids = [postgres.pid, *map(int, Path(f"/proc/{postgres.pid}/task/{postgres.pid}/children").read_text().split())]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    os.kill(postgres.pid, signal.SIGSTOP)  # from now on it starts no others
+    children = map(int, Path(f"/proc/{postgres.pid}/task/{postgres.pid}/children").read_text().split())
+    pids = [postgres.pid, *children]
     try:
+        _signal(pids, signal.SIGSTOP)
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        _signal(pids, signal.SIGCONT)
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it ended in between
+            os.kill(pid, number)

@@ -12,6 +12,7 @@ from pathlib import Path
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.support import servers
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 # Where it is installed; Debian's package puts it beside the programs of an administrator.
@@ -25,7 +26,7 @@ def pooling(program: str, url: str, *settings: str) -> Iterator[str]:
     target = conninfo_to_dict(url)
     with tempfile.TemporaryDirectory(prefix="pgbouncer-") as name:
         folder = Path(name)
-        port = _free_port()
+        port = free_port()
         (folder / "users.txt").write_text("".join(f'"{user}" "{target.get("password", "")}"\n' for user in USERS))
         (folder / "pgbouncer.ini").write_text(
             "\n".join(
@@ -55,9 +56,3 @@ def pooling(program: str, url: str, *settings: str) -> Iterator[str]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,8 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 _IMPORTED = [
     "archiver.cli.failures",
@@ -52,6 +54,9 @@ def start(request):
     for number, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | (os.O_APPEND if number else 0), 0o600), number)
     os.closerange(3, 1024)
+    for constant, value in request["constants"].items():
+        module, _, name = constant.rpartition(".")
+        setattr(importlib.import_module(module), name, value)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(environment)
@@ -107,6 +112,8 @@ while True:
             request = json.loads(line)
             if not (pid := os.fork()):
                 start(request)
+            if os.path.exists(str(pid)):  # of an earlier process with this pid
+                os.unlink(str(pid))
             os.write(1, f"{pid}\\n".encode())
 """
 
@@ -137,7 +144,8 @@ class Process:
     def send_signal(self, number: int) -> None:
         """Nothing happens to one that has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it ended in between
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -159,11 +167,13 @@ def start(
     stderr: Path | str,
     is_apart: bool = False,
     seconds: int = 0,
+    constants: Mapping[str, float] = MappingProxyType({}),
 ) -> AnyProcess:
     """`archiver` with these arguments and no other environment; `is_apart`: in a session of its own.
 
     Its output is appended to files. SIGALRM ends it after so many `seconds`, if there are any. It is forked unless
-    the environment changes where Python imports from.
+    the environment changes where Python imports from. `constants`: other values of constants of modules, such as
+    `archiver.http.connections.GRACE_SECONDS`, in a process that is forked, and not in its children.
     """
     if environment.get("PYTHONPATH") != os.environ.get("PYTHONPATH"):
         return execute(arguments, environment, stdout=stdout, stderr=stderr, is_apart=is_apart)
@@ -176,6 +186,7 @@ def start(
         "files": [os.devnull, str(stdout), str(stderr)],
         "is_apart": is_apart,
         "seconds": seconds,
+        "constants": dict(constants),
         # The coverage of a process that an alarm ends is never reported.
         "is_traced": not suspended and not seconds,
         "folder": os.getcwd(),  # noqa: PTH109

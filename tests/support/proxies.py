@@ -30,9 +30,11 @@ class Proxy:
     def set(self, mode: Mode) -> None:
         self._mode = mode
         if mode == "cut":
-            for connection in self._open:
-                _end(connection)
-            self._open.clear()
+            while self._open:
+                _end(self._open.pop())
+
+    def _is_cut(self) -> bool:
+        return self._mode == "cut"
 
     def close(self) -> None:
         self.set("cut")
@@ -43,7 +45,7 @@ class Proxy:
             while True:
                 client, _ = self._listener.accept()
                 self.connections += 1
-                if self._mode == "cut":
+                if self._is_cut():
                     client.close()
                     continue
                 server = socket.socket(socket.AF_UNIX)
@@ -53,6 +55,10 @@ class Proxy:
                     client.close()
                     continue
                 self._open += [client, server]
+                if self._is_cut():  # in between
+                    _end(client)
+                    _end(server)
+                    continue
                 committing = threading.Event()
                 threading.Thread(target=self._ask, args=(client, server, committing), daemon=True).start()
                 threading.Thread(target=self._answer, args=(server, client, committing), daemon=True).start()

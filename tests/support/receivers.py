@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,8 +23,18 @@ from tests.support.processes import AnyProcess
 from tests.support.servers import as_writer
 from tests.support.waiting import until
 
-START_SECONDS = 120
-STOP_SECONDS = 60
+COMMAND_SECONDS = 600
+STOP_SECONDS = 120
+ANSWER_SECONDS = 120
+
+# Deliveries go to the spool when Postgres has not answered for this long: no shorter than a machine may stall.
+_SPOOL_AFTER = (
+    "archiver.inbound.SPOOL_AFTER_SECONDS",
+    "archiver.inbound.fallback.SPOOL_AFTER_SECONDS",
+    "archiver.inbound.writing.EXCLUSIVE_SECONDS",
+)
+PATIENT: dict[str, float] = dict.fromkeys(_SPOOL_AFTER, 60.0)
+AS_IN_PRODUCTION: dict[str, float] = {}
 
 
 def archiver(
@@ -41,7 +52,7 @@ def archiver_raw(
     with tempfile.TemporaryDirectory(prefix="archiver-command-") as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         environment = _environment(database_url, environment)
-        process = processes.start(arguments, environment, stdout=stdout, stderr=stderr, seconds=60)
+        process = processes.start(arguments, environment, stdout=stdout, stderr=stderr, seconds=COMMAND_SECONDS)
         code = process.wait()
         return subprocess.CompletedProcess(arguments, code, stdout.read_bytes(), stderr.read_bytes())
 
@@ -58,7 +69,7 @@ class Receiver:
     process: AnyProcess
     log: Path
     url: str = ""
-    _client: httpx2.Client = field(default_factory=lambda: httpx2.Client(trust_env=False, timeout=30))
+    _client: httpx2.Client = field(default_factory=lambda: httpx2.Client(trust_env=False, timeout=ANSWER_SECONDS))
 
     @property
     def port(self) -> int:
@@ -112,8 +123,8 @@ class Receiver:
         return False
 
     def __enter__(self) -> "Receiver":
-        until(self._find, "serve tells its address", START_SECONDS)
-        until(self._is_ready, "serve is ready", START_SECONDS)
+        until(self._find, "serve tells its address")
+        until(self._is_ready, "serve is ready")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -127,7 +138,8 @@ class Receiver:
 @contextmanager
 def starting(database_url: str | None, *options: str, **environment: str) -> Iterator[Receiver]:
     """`archiver serve` on a free port, not waited for; kills what is left of it in the end."""
-    with _started(processes.start, database_url, options, environment) as receiver:
+    start = partial(processes.start, constants=PATIENT)
+    with _started(start, database_url, options, environment) as receiver:
         yield receiver
 
 
@@ -169,9 +181,19 @@ def serving(database_url: str | None, *options: str, **environment: str) -> Iter
         yield receiver.__enter__()
 
 
+@contextmanager
+def serving_with(
+    constants: Mapping[str, float], database_url: str, *options: str, **environment: str
+) -> Iterator[Receiver]:
+    """As `serving`, with other values of constants: see `processes.start`."""
+    start = partial(processes.start, constants=constants)
+    with _started(start, database_url, options, environment) as receiver:
+        yield receiver.__enter__()
+
+
 def begin(port: int, body: bytes, length: int | None = None) -> socket.socket:
     """An authentic delivery, sent, its answer not awaited; `length` is the one told, if not that of `body`."""
-    connection = socket.create_connection(("127.0.0.1", port), 30)
+    connection = socket.create_connection(("127.0.0.1", port), ANSWER_SECONDS)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     result = len(body) if length is None else length
     head = (

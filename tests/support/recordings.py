@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,13 +23,11 @@ from tests.support.erasures import record
 from tests.support.followups import SECRET, let_time_pass, states, subscribe
 from tests.support.outages import stopped
 from tests.support.payloads import created, deleted
+from tests.support.ports import free_port
 from tests.support.processes import AnyProcess
 from tests.support.rows import rows
 from tests.support.servers import as_writer
 from tests.support.waiting import until
-
-SECONDS = 120
-
 
 FAILS = 0.2
 
@@ -39,8 +36,7 @@ class Recorder:
     """`tests.support.recorder`, which can be killed and started again."""
 
     def __init__(self, file: Path, share: float = FAILS) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._file, self._share = file, share
         self.start()
@@ -57,7 +53,7 @@ class Recorder:
     def lines(self) -> list[dict[str, object]]:
         if not self._file.exists():
             return []
-        return [json.loads(line) for line in self._file.read_text().splitlines()]
+        return [json.loads(line) for line in self._file.read_text().split("\n")[:-1]]
 
 
 @contextmanager
@@ -117,7 +113,7 @@ def survive(
         try:
             for fault in (signal.SIGKILL, None, signal.SIGINT):
                 seen = len(recorder.lines)
-                until(lambda seen=seen: _goes_on(engine, recorder, seen), "it goes on", SECONDS)  # type: ignore[misc]  # bound
+                until(lambda seen=seen: _goes_on(engine, recorder, seen), "it goes on")  # type: ignore[misc]  # bound
                 running[0].kill()
                 running = [*running[1:], workers.enter_context(running_worker(url))]
                 recorder.kill()
@@ -125,9 +121,9 @@ def survive(
                     with stopped(postgres, fault):
                         pass
                 recorder.start()
-            writing.join(SECONDS)
+            writing.join(240)
             assert not writing.is_alive()
-            until(lambda: _is_done(engine), "all are told", SECONDS)
+            until(lambda: _is_done(engine), "all are told")
         finally:
             ending.set()
             writing.join()

@@ -20,7 +20,7 @@ class Answer(NamedTuple):
 
 
 def connect(port: int, sent: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", port), 15, (source, 0))
+    connection = socket.create_connection(("127.0.0.1", port), 120, (source, 0))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(sent)
     return connection

@@ -21,7 +21,7 @@ from archiver.simulator.upstream import Session, Upstream
 from archiver.simulator.webhooks import Record, Sender
 
 API_KEY = "a-key-for-tests"
-START_SECONDS = 30
+START_SECONDS = 240
 
 
 @contextmanager
@@ -78,6 +78,34 @@ class Refusing:
         is_refused = scope["type"] == "http" and refused and scope["path"].endswith(refused)
         answer = JSONResponse({"message": "not yours"}, 403) if is_refused else self._callhq.app
         await answer(scope, receive, send)
+
+
+class Pausing:
+    """The platform, which answers so many calls, and all others once `most` is None."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._calls = 0
+        self.most: int | None = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._calls += 1
+            number = self._calls
+            while self.most is not None and number > self.most:  # noqa: ASYNC110  # the test sets it in a thread of its own
+                await asyncio.sleep(0.01)
+        await self._app(scope, receive, send)
+
+
+@contextmanager
+def answering(callhq: CallHQ, most: int) -> Iterator[Pausing]:
+    """The platform, which answers so many calls at first."""
+    pausing = Pausing(callhq.app, most)
+    with hosting(pausing) as callhq.url:
+        try:
+            yield pausing
+        finally:
+            pausing.most = None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 600) -> Any:
     """Waits for something real to become true, and returns it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
