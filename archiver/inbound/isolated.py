@@ -59,6 +59,10 @@ class IsolatedWriter:
             telemetry.slow_events.labels(result.status).inc()
         return result
 
+    async def quarantine(self, delivery: Delivery[Content], attempts: int) -> Result:
+        """Quarantine a delivery on which Postgres failed in so many attempts, while it stored another event."""
+        return await quarantine_delivery(self._engine, delivery, EventNotStoredError(attempts))
+
     def _remember(self, of: str) -> None:
         """Write the next deliveries of this subject separately."""
         now = monotonic()

@@ -17,6 +17,7 @@ from archiver.database import (
     STATEMENT_SECONDS,
     clock,
     explain,
+    is_connection_failure,
     is_data_error,
     run_async,
     sqlstate,
@@ -44,8 +45,11 @@ class UnavailableError(ArchiverError):
 
     message = "The database did not accept the event; send it again."
 
-    def __init__(self, *, sqlstate: str | None = None, is_silent: bool = False) -> None:
+    def __init__(
+        self, *, sqlstate: str | None = None, is_silent: bool = False, is_disconnected: bool = False
+    ) -> None:
         super().__init__()
+        self.is_disconnected = is_disconnected
         self.is_slow = is_silent or sqlstate == QUERY_CANCELED  # it used its whole time limit
         self.is_locked = sqlstate == LOCK_NOT_AVAILABLE
         self.is_disk_full = sqlstate == DISK_FULL
@@ -278,7 +282,7 @@ def explain_fault(fault: Exception) -> tuple[str, str]:
 
 
 def _unavailable(error: SQLAlchemyError) -> UnavailableError:
-    fault = UnavailableError(sqlstate=sqlstate(error))
+    fault = UnavailableError(sqlstate=sqlstate(error), is_disconnected=is_connection_failure(error))
     what = "transaction too slow" if fault.is_slow or fault.is_locked else "database unavailable"
     log.error(what, sqlstate=sqlstate(error), error=type(error).__name__, detail=explain(error))
     return fault

@@ -220,6 +220,21 @@ async def test_i4_an_event_that_ends_its_connection_holds_up_no_other(
     assert rows_found == [("not_storable", body)]
 
 
+async def test_i4_an_event_that_crashes_postgres_is_quarantined_and_others_are_archived(
+    database_url: str, engine: Engine, tmp_path: Path
+) -> None:
+    crash = "COPY (SELECT 1) TO PROGRAM ''kill -9 $PPID''"
+    slow_rows(engine, "archiver.messages", "content", "crash", f"EXECUTE '{crash}'")
+    body = created("crash", "s", input="crash")
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([spooled(each) for each in [*others(10), body, *others(30)[10:]]])
+    async with ingesting(database_url, spool) as ingest:
+        await until_soon(lambda: spool.depth().events == 0, "it is off the spool")
+        assert await submit(ingest, created("other-new", "new")) == ["stored"]
+    assert count_others(engine) == 31
+    assert rows(engine, "SELECT reason, body FROM archiver.quarantine") == [("not_storable", body)]
+
+
 async def test_the_circuit_opens_where_every_event_is_slow(database_url: str, engine: Engine, tmp_path: Path) -> None:
     slow_rows(engine, "archiver.messages", "role", "user", SLEEP)
     spool = open_spool(tmp_path, ROOM)
