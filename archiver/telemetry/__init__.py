@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections import Counter as Counting
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from time import monotonic
@@ -160,6 +160,7 @@ settings_current = Gauge(
     "1 if the settings in use match their files; 0 if changed files are invalid.",
     multiprocess_mode="livemin",
 )
+settings_current.set(1)  # a process begins with the settings of its files
 worker_up = Gauge(
     "archiver_worker_up",
     "1 if a worker duty works, 0 if it fails or hangs; no series if it is off or no worker runs.",
@@ -288,7 +289,7 @@ class _MergedRegistry:
         self._registries = registries
 
     def collect(self) -> Iterable[Metric]:
-        """Yield each series once: the maximum for gauges that report a maximum, otherwise the sum."""
+        """Yield each series once: the maximum or the minimum for some gauges, otherwise the sum."""
         families: dict[str, Metric] = {}
         for family in chain.from_iterable(registry.collect() for registry in self._registries):
             known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
@@ -296,12 +297,17 @@ class _MergedRegistry:
             for sample in family.samples:
                 key = (sample.name, *sorted(sample.labels.items()))
                 of_both = [sample.value, *([series[key].value] if key in series else [])]
-                series[key] = sample._replace(value=max(of_both) if family.name in _GREATEST else sum(of_both))
+                series[key] = sample._replace(value=_MERGES.get(family.name, sum)(of_both))
             known.samples = list(series.values())
         return families.values()
 
 
-_GREATEST = {family.name for gauge in (spool_age, sealing, last_event) for family in gauge.describe()}
+# How a gauge that both registries have is merged. The others are set in one of them, and are 0 in the other.
+_MERGES: dict[str, Callable[[list[float]], float]] = {
+    family.name: merge
+    for gauge, merge in ((spool_age, max), (sealing, max), (last_event, max), (settings_current, min))
+    for family in gauge.describe()
+}
 
 
 def _delete_dead_processes(folder: Path) -> None:

@@ -108,6 +108,21 @@ def test_secrets_are_rotated_without_a_restart_and_without_losing_a_delivery(
         assert receiver.stop() == 0
 
 
+def test_one_process_with_rejected_settings_makes_the_metric_0(database_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "secrets"
+    file.write_text(OLD)
+    options = {"ARCHIVER_WEBHOOK_SECRETS": "", "ARCHIVER_WEBHOOK_SECRETS_FILE": str(file)}
+    with serving(database_url, "--worker", **options) as receiver:  # the worker beside it needs no secret
+        until(lambda: receiver.metric('archiver_worker_up{duty="settings"}') == 1, "the worker reads its files, too")
+        assert receiver.metric("archiver_settings_current") == 1
+        file.write_text("")
+        receiver.signal(signal.SIGHUP)
+        until(lambda: receiver.metric("archiver_settings_current") == 0, "the receiver rejects the file")
+        file.write_text(NEW)
+        receiver.signal(signal.SIGHUP)
+        until(lambda: receiver.metric("archiver_settings_current") == 1, "both use the file")
+
+
 def test_a_token_is_changed_and_a_scheme_of_none_is_not_taken(database_url: str, tmp_path: Path) -> None:
     token, scheme = tmp_path / "token", tmp_path / "scheme"
     token.write_text("first")
