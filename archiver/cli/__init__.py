@@ -79,10 +79,12 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command. An error is printed, and the exit code is 1."""
+        """Run a command. Its warnings and errors go to stderr; after an error the exit code is 1."""
+        from archiver import telemetry  # noqa: PLC0415  # help does not need it
         from archiver.cli.failures import reported  # noqa: PLC0415  # with SQLAlchemy, which help does not need
 
         with reported():
+            telemetry.configure_logs("warning", "auto")
             return super().invoke(ctx)
 
 

@@ -16,6 +16,7 @@ from subprocess import PIPE, STDOUT, CompletedProcess, run
 
 import psycopg
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from psycopg.conninfo import conninfo_to_dict
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -29,6 +30,7 @@ from tests.support.commands import failed, output_of
 from tests.support.payloads import SECRET, created
 from tests.support.proxies import Proxy
 from tests.support.receivers import archiver, archiver_raw, serving, starting
+from tests.support.seals import KEY
 from tests.support.upstreams import API_KEY, hosting, simulated
 from tests.support.waiting import until
 
@@ -536,9 +538,9 @@ def verdicts(process: CompletedProcess[str]) -> dict[str, str]:
     return values
 
 
-def examined(url: str) -> dict[str, dict[str, str]]:
+def examined(url: str, **settings: str) -> dict[str, dict[str, str]]:
     """What `doctor` finds, by what was checked: each once."""
-    process = archiver("doctor", "--json", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER)
+    process = archiver("doctor", "--json", database_url=url, ARCHIVER_WEBHOOK_SECRETS=HUNTER, **settings)
     findings = json.loads(process.stdout)
     assert len({finding["check"] for finding in findings}) == len(findings)
     return {finding["check"]: finding for finding in findings}
@@ -703,6 +705,18 @@ def test_doctor_warns_of_events_that_are_not_sealed(database_url: str) -> None:
     assert archiver("seal", database_url=database_url).returncode == 0
     assert (checked := examined(database_url)["seals"])["verdict"] == "ok"
     assert "No seal is signed; to sign them, set ARCHIVER_SEAL_KEY" in checked["detail"]
+    pem = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    checked = examined(database_url, ARCHIVER_SEAL_KEY=pem.decode())["seals"]
+    assert (checked["verdict"], checked["detail"]) == ("ok", "Every event is sealed in time.")
+
+
+def test_warnings_of_a_command_are_not_in_its_result(database_url: str, tmp_path: Path) -> None:
+    with serving(database_url, "--worker") as receiver:
+        until(lambda: receiver.metric('archiver_worker_up{duty="identity"}') == 1, "the database is known")
+    (tmp_path / "served.json").write_text("damaged")
+    result = archiver("verify", "--json", database_url=database_url, ARCHIVER_HOME=str(tmp_path))
+    assert "database identity check incomplete" in result.stderr
+    assert json.loads(result.stdout)["ok"]
 
 
 @pytest.mark.usefixtures("durable")
