@@ -135,6 +135,13 @@ def identity_fault(configuration: Settings, engine: Engine, opened: Connection) 
     return identity.Guard(configuration.home.resolve(), engine.url).examine(opened)
 
 
+def report_identity(configuration: Settings, engine: Engine) -> str:
+    """As `identity_fault`, for a command that writes: other machines stop as well."""
+    guard = identity.Guard(configuration.home.resolve(), engine.url)
+    with database.transaction(engine) as opened:
+        return guard.report(opened) if identity.may_select(opened) else ""
+
+
 def where(configuration: Settings, opened: Connection) -> str:
     """Describe the database of a command, without password."""
     if configuration.database_url is None:

@@ -41,9 +41,8 @@ def seal(as_json: bool) -> None:
     telemetry.configure_logs("warning", configuration.log_format)  # its messages are printed below
     key = seals.signing_key(configuration)
     with connection.ready(configuration) as engine:
-        with database.transaction(engine) as opened:
-            if reason := connection.identity_fault(configuration, engine, opened):
-                raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
+        if reason := connection.report_identity(configuration, engine):
+            raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
         made = seals.seal(engine, key)
     if as_json:
         print_json([_seal_json(each) for each in made])

@@ -433,18 +433,24 @@ class Guard:
         row = self._try("epoch_faults", lambda: _probe(connection, _SELECT_FAULT, {"epoch_id": epoch.id}))
         return "" if row is None else f"{row.reason} (found by the machine {row.host})"
 
-    def watch(self, connection: Connection) -> str:
-        """Examine the database; return its fault, or remember its newest rows; begin its first epoch.
+    def report(self, connection: Connection) -> str:
+        """Check now; return why the database may not be served, or an empty string.
 
         A fault that only this machine can detect is recorded, so that other machines stop as well.
         """
+        reason = self.examine(connection)
+        if reason and (epoch := select_epoch(connection)) is not None:
+            self._record(connection, select_identity(connection, self._place), epoch)
+        return reason
+
+    def watch(self, connection: Connection) -> str:
+        """Report a fault of the database; if there is none, remember its newest rows, and begin its first epoch."""
         identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
             if identity.timeline is not None:
                 insert_epoch(connection, identity)
             return ""
-        if reason := self.examine(connection):
-            self._record(connection, identity, epoch)
+        if reason := self.report(connection):
             return reason
         marks = self._select_marks(connection, identity, epoch)
         if self._seen != (epoch.key, marks) or not self._is_saved:

@@ -166,6 +166,10 @@ def test_a_restored_backup_that_lacks_acknowledged_events_is_reported(
         primary.kill()
         backup.start()
         url = backup.url("archive")
+        # A machine that remembers nothing is stopped by what the command has found on another.
+        for folder, reason in ((home, "it lacks event"), (tmp_path / "other", "found by the machine")):
+            refused = archiver("seal", database_url=url, ARCHIVER_HOME=str(folder))
+            assert (refused.returncode, reason in refused.stderr) == (1, True), refused.stderr
         with serving(url, "--worker", ARCHIVER_HOME=str(home), **SETTINGS) as receiver:
             assert_is_stopped(receiver, url, home, "it lacks event")
             # Ids that are given again do not hide it.
