@@ -71,7 +71,7 @@ _PAGE = text(
 
 
 def _replay_sessions(connection: Connection, after: str, timing: Timing) -> Page:
-    """Rebuild the next sessions after this id: a page of them, but at least one."""
+    """Rebuild one page of the sessions after this id. A session that exceeds a page has a page of its own."""
     rows_found = connection.execute(_PAGE, {"after": after, "most": SESSIONS_PER_PAGE}).all()
     taken = _take(rows_found)
     # Locks them, so that concurrent events are projected afterwards.

@@ -47,7 +47,7 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command runs, and prints its help from `COMMANDS` only."""
+    """A group that imports the module of a command only on request, and lists the commands from `COMMANDS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""

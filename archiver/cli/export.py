@@ -193,7 +193,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _recorded_settings(configuration: settings.Settings) -> dict[str, Any]:
-    """Return the settings that affect the content of an archive and how long it is kept; none is secret."""
+    """Return the settings that determine what an archive contains and for how long; none is secret."""
     return {
         "on_delete": configuration.on_delete,
         "erase_after": configuration.erase_after,

@@ -63,7 +63,11 @@ def check_seal_exists(newest: Seal, **seal_options: int | None) -> None:
     """Fail with a usage error if an option names a seal that does not exist yet."""
     for parameter, number in seal_options.items():
         if number is not None and number > newest.id and is_on_command_line(parameter):
-            raise click.UsageError(f"seal {number} does not exist; the newest is {newest.id}")
+            raise click.UsageError(f"seal {number} does not exist; {_newest(newest)}")
+
+
+def _newest(newest: Seal) -> str:
+    return f"the newest is {newest.id}" if newest.id else "there is no seal yet"
 
 
 class _ExportedSeal(msgspec.Struct):

@@ -342,7 +342,7 @@ class Guard:
         return "; ".join(f"{name}: {why}" for name, (why, _) in self._unreadable.items())
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
-        """Return the result; None if the check fails, which is recorded and not retried for some time."""
+        """Return the result, or None if the check fails. It is then not repeated for `UNREADABLE_SECONDS`."""
         _, until = self._unreadable.get(name, ("", 0.0))
         if monotonic() < until:
             return None

@@ -96,8 +96,8 @@ def grant_missing(connection: Connection) -> str | None:
 def upgrade(engine: Engine, revision: str = "head") -> None:
     """Migrate the schema to `revision`, and grant each role its privileges. Safe to run concurrently.
 
-    Raises `SchemaError` if the database is newer than this program, if the user lacks a privilege, or if others lock
-    the tables for too long.
+    Raises `SchemaError` if the schema is newer than this version supports, if the user lacks a privilege, or if
+    other sessions lock the tables for too long.
     """
     try:
         _patiently(engine, lambda connection: _upgrade(connection, revision))
@@ -191,7 +191,7 @@ class _UnderWayError(Exception):
 
 @contextmanager
 def _another_migration() -> Iterator[None]:
-    """Treat a lock timeout of the block as a wait for another migration."""
+    """Raise `_UnderWayError` if a lock timeout occurs in the block: another migration holds the lock."""
     try:
         yield
     except DBAPIError as error:

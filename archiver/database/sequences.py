@@ -51,10 +51,20 @@ _SEQUENCES = text(
 )
 
 
-# Retention removes rows of the ledger. Their ids are sealed, so they must not return. The id in a forged removal must
-# not exhaust the sequence.
-_REMOVED = {"archiver.events": ("archiver.removals", "event_id")}
-_MAX_REMOVED = 2**62
+# Retention removes rows of the ledger. Their ids are sealed, so they must not return. A removal beyond the sealed ids
+# is forged, or concerns a row that no seal contains: it must neither stop sealing nor exhaust the sequence.
+_REMOVED = {
+    "archiver.events": """
+        SELECT max(event_id) FROM archiver.removals
+         WHERE event_id <= (SELECT events_through FROM archiver.seals ORDER BY id DESC LIMIT 1)
+    """
+}
+_MAY_READ_REMOVED = text(
+    """
+    SELECT bool_and(has_table_privilege(to_regclass(name), 'SELECT'))
+      FROM unnest(ARRAY['archiver.removals', 'archiver.seals']) AS name
+    """
+)
 
 
 def select_behind(connection: Connection, schemas: Sequence[str]) -> list[Behind]:
@@ -77,8 +87,4 @@ def _select_behind(connection: Connection, schemas: Sequence[str]) -> Iterator[B
 
 def _removed(connection: Connection, table: str) -> str | None:
     """Return the query for the newest removed id of a table; None if it has none that this user may read."""
-    removals, column = _REMOVED.get(table, ("", ""))
-    may_read = text("SELECT has_table_privilege(to_regclass(:name), 'SELECT')")
-    if not removals or not connection.scalar(may_read, {"name": removals}):
-        return None
-    return f"SELECT max({column}) FROM {removals} WHERE {column} < {_MAX_REMOVED}"  # noqa: S608  # constants
+    return _REMOVED[table] if table in _REMOVED and connection.scalar(_MAY_READ_REMOVED) else None

@@ -202,7 +202,7 @@ class Reconciler:
         if isinstance(error, SQLAlchemyError):
             self._not_read.warn(session_id=session_id, error=database.explain(error))
         else:
-            log.exception("session not read", session_id=session_id)
+            log.exception("history not read", session_id=session_id)
 
     async def _preview(self, session_id: str, answer: Answer) -> ReconcileResult:
         event = answer.event

@@ -131,6 +131,7 @@ class _Parts:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         exit_with_parent()
         _reduce_garbage_collection()
+        log.info("receiving process started", pid=os.getpid())
         async with ingest.running(_open_spool(configuration)):
             work = [
                 report_waits(self._probing),

@@ -354,7 +354,10 @@ class Settings(BaseSettings):
         days = self.retention_metadata_days
         content = [self.retention_days, *self.retention_of_assistants.values()]
         if days and (not self.retention_days or max(content) > days):
-            raise ValueError("ARCHIVER_RETENTION_METADATA_DAYS: must be 0, or at least the longest content retention")
+            raise ValueError(
+                "ARCHIVER_RETENTION_METADATA_DAYS: must be 0, or at least ARCHIVER_RETENTION_DAYS (0 there: never)"
+                " and each value of ARCHIVER_RETENTION_BY_ASSISTANT"
+            )
         return self
 
     @property

@@ -177,7 +177,7 @@ class WorkerProcess:
         self._reports.close()
         telemetry.worker_up.labels(PROCESS).set(0)
         code = self._process.exitcode
-        reason = f"the process exited with {_exit_text(code)}: {self._reason}"
+        reason = f"the process {_exit_text(code)}: {self._reason}"
         log.error("worker process exited unexpectedly; restarting", code=code, reason=reason)
         return self._record(reason)
 
@@ -200,11 +200,12 @@ class WorkerProcess:
 
 def _exit_text(code: int | None) -> str:
     if code is not None and code < 0:
-        return signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-    return f"code {code}"
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+        return f"was terminated by {name}"
+    return f"exited with code {code}"
 
 
-_NO_REASON = "no reason reported; see the log above, and the system log for an out-of-memory kill"
+_NO_REASON = "no reason reported; see the worker's log, and the system log for an out-of-memory kill"
 
 
 def _start(environment: Mapping[str, str], url: str) -> tuple[BaseProcess, Connection]:

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
+from archiver.compliance import seals
 from archiver.database import catalogue, transaction
 from archiver.database.catalogue import Difference
 from tests.conftest import Cluster
 from tests.support import servers
+from tests.support.observations import record
+from tests.support.payloads import created
 from tests.support.rows import execute
 from tests.support.servers import program
 
@@ -213,11 +216,16 @@ def test_a_sequence_that_was_set_back_is_named_and_set_forward(
 
 
 def test_a_sequence_that_was_set_back_to_what_retention_left_is_named_and_set_forward(engine: Engine) -> None:
+    record(engine, *(created(f"c{number}", "s") for number in range(7)))
+    seals.seal(engine)
     execute(
         engine,
-        "INSERT INTO archiver.acts (actor, kind, reason, detail) VALUES ('x', 'retention', 'y', '{}')",
+        "INSERT INTO archiver.acts (at, actor, kind, reason, detail) VALUES (now(), 'x', 'retention', 'y', '{}')",
+        # The second is forged: nothing was sealed there.
         "INSERT INTO archiver.removals (event_id, act_id) VALUES (7, 1), (9000000000000000000, 1)",
+        "DELETE FROM archiver.events WHERE id > 3",
         "SELECT setval('archiver.events_id_seq', 3)",
+        unguarded=True,
     )
     (found,) = differences(engine)
     assert found.object == "sequence archiver.events_id_seq"

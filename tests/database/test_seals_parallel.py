@@ -6,11 +6,10 @@ from contextlib import closing, contextmanager
 from itertools import pairwise
 from typing import Any
 
-import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Connection, Engine, text
 
 from archiver import database
 from archiver.compliance import seals
@@ -154,9 +153,8 @@ def test_what_processes_without_a_connection_leave_is_done_by_the_first(sealed: 
 @contextmanager
 def unreachable_engine(engine: Engine) -> Iterator[Engine]:
     """An engine whose URL leads nowhere, for all but itself."""
-    made = database.connect(engine.url.set(host="127.0.0.1", port=1, query={}), pool_size=1)
-    real = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    event.listen(made, "do_connect", lambda *_: psycopg.connect(real, cursor_factory=psycopg.RawCursor))
+    made = database.connect(engine.url, pool_size=1)
+    made.url = engine.url.set(host="127.0.0.1", port=1, query={})  # the other processes connect to this one
     yield made
     made.dispose()
 

@@ -266,5 +266,5 @@ def test_i13_a_session_on_which_the_archiver_fails_keeps_no_other_from_being_rea
             failing = "SELECT failing_since IS NOT NULL FROM archiver.sessions WHERE session_id = ''"
             until(lambda: execute(database_url, failing) == [(not is_unstorable,)], "and this one is asked for later")
         lines = Path(log.name).read_text(encoding="utf-8")
-    assert "session not read" in lines
+    assert "history not read" in lines
     assert "ValueError" in lines

@@ -81,6 +81,10 @@ def test_secrets_are_rotated_without_a_restart_and_without_losing_a_delivery(
             lines = [line for line in receiver.stderr().splitlines() if '"settings reloaded"' in line]
             return Counter(json.loads(line)["pid"] for line in lines)
 
+        def started() -> int:
+            return receiver.stderr().count('"receiving process started"')
+
+        until(lambda: started() == int(workers), "each process has read the old one")
         with sending(receiver, OLD):
             before = reloads()
             change(f"{OLD},{NEW}")

@@ -244,7 +244,7 @@ def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["verify", "--since", "7"], "seal 7 does not exist; the newest is 0"),
+        (["verify", "--since", "7"], "seal 7 does not exist; there is no seal yet"),
         (["verify", "--against", __file__], "--against: line 1 is not output"),
         (["seals", "export", "--since", "1" + "0" * 20], "is not in the range 0<=x<=9223372036854775807"),
         (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: openssl pkey"),

@@ -61,6 +61,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_key_log_that_cannot_be_written_is_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.setenv("SSL_CERT_DIR", "/etc/ssl/certs")
     monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/x")
     with pytest.raises(settings.SettingsError, match="To fix it, check SSLKEYLOGFILE in the environment"):
@@ -106,6 +107,8 @@ def test_variables_of_libpq_that_apply_beside_the_url_are_named(
 
 
 def test_a_key_log_that_keeps_follow_ups_from_being_sent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", "/etc/ssl/certs")
     monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/x")
     with pytest.raises(
         settings.SettingsError, match=r"cannot be verified: .* check SSLKEYLOGFILE in the environment"

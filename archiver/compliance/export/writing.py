@@ -151,7 +151,7 @@ class _Export:
         self._counts = Counts()
 
     def write(self, act: int) -> Manifest:
-        """Write all files except the manifest, which is returned."""
+        """Write the transcripts and the evidence. Return the manifest; the caller writes and signs it."""
         self._write_transcripts()
         head = self._write_evidence()
         complete_through = self._connection.scalar(text("SELECT analytics.complete_through()"))

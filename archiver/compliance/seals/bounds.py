@@ -79,9 +79,9 @@ def require_bounded(connection: Connection, newest: Seal) -> None:
         there = dict(connection.execute(_SELECT_RANGE).mappings().one())
         claimed = ", ".join(_claims(newest, there))
         raise BoundsError(
-            f"Seal {newest.id} claims rows that do not exist ({claimed}). It was not made by `archiver seal`, and"
-            " no new seal can follow it. Find its author and run `archiver verify`; docs/seals.md explains how to"
-            " remove it."
+            f"Seal {newest.id} claims rows that do not exist ({claimed}). Either it was not made"
+            " by `archiver seal`, or rows that it seals were removed. No new seal can follow it. First run"
+            " `archiver verify` and find the cause; docs/seals.md explains how to remove a forged seal."
         )
 
 

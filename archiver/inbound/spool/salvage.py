@@ -66,7 +66,7 @@ def _copy(path: Path, fresh: Path, wal: bytes, deleted: Collection[int]) -> int:
 def insert_found(
     database: sqlite3.Connection, found: Iterable[files.Row], known: Collection[files.Row], deleted: Collection[int]
 ) -> int:
-    """Insert the rows that a scan found, except known and deleted ones. Return their number.
+    """Insert the rows that a scan found, except rows that are known or deleted. Return their number.
 
     Requires a transaction.
     """

@@ -349,7 +349,7 @@ class Sender:
 
 
 async def _ended(under_way: dict[asyncio.Task[Result | None], Due]) -> list[Result]:
-    """Remove finished deliveries and return their results; those that finish in quick succession are combined."""
+    """Wait until deliveries finish, remove them from `under_way`, and return their results together."""
     done, _ = await asyncio.wait(under_way, timeout=RENEW_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if done and len(done) < len(under_way):
         await asyncio.sleep(LINGER_SECONDS)
