@@ -133,7 +133,7 @@ async def _until(moment: datetime) -> None:
 
 
 async def _body(request: Request, shape: type[Body]) -> Body:
-    """Return the JSON body, whatever its content type."""
+    """Return the JSON body, regardless of its content type."""
     try:
         return msgspec.json.decode(await _bytes(request), type=shape)
     except msgspec.ValidationError as error:  # a field that is missing or wrong: the message says which

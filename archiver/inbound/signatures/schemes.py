@@ -58,7 +58,7 @@ class Verifier(ABC):
         """Return the key id of the verified secret, or `none` if verification is disabled.
 
         `url` is the URL that the platform called; `now` is in seconds since the epoch. Raises only `SignatureError`,
-        whatever the bytes.
+        for any bytes.
         """
 
     @abstractmethod
