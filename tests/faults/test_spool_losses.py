@@ -303,3 +303,38 @@ def test_a_receiver_without_a_spool_tries_again_and_says_so(database_url: str, t
         (home / "spool").unlink()
         until(lambda: receiver.get("/readyz").json()["spool"] == "ready", "there is a spool again")
         assert receiver.post(created()).json()["status"] == "stored"
+
+
+@pytest.mark.parametrize("log_too", [False, True])
+def test_i1_an_older_copy_of_a_file_that_is_put_back_is_reported(tmp_path: Path, log_too: bool) -> None:
+    """The copy has as many deliveries as were waiting, but others."""
+    spool = open_spool(tmp_path, ROOM)
+    spool.append([Delivery(events.parse(body(number)), NOW, "k") for number in range(5)])
+    names = ("spool-0.db", "spool-0.db-wal") if log_too else ("spool-0.db",)
+    if not log_too:
+        spool.close()
+    copies = {name: (tmp_path / name).read_bytes() for name in names}
+    if not log_too:
+        spool = open_spool(tmp_path, ROOM)
+    spool.append([Delivery(events.parse(body(number)), NOW, "k") for number in range(5, 8)])
+    spool.delete(spool.select_oldest(0, 5, 10**9))
+    spool.close()
+    for name, copy in copies.items():
+        (tmp_path / name).write_bytes(copy)
+    assert reopened(tmp_path) == {body(number) for number in range(5)}
+    assert select_lost(tmp_path).events == 3
+    reopened(tmp_path)
+    assert select_lost(tmp_path).events == 3, "it is reported once"
+
+
+def test_no_loss_is_reported_for_a_count_of_the_version_before_ids(tmp_path: Path) -> None:
+    fill(tmp_path, [40] * 3)
+    count = tmp_path / "spool-0.count"
+    with count.open("r+b") as file:
+        file.write(f"{3:020}\n".encode())  # in the place of the same bytes, as that version did
+    fill(tmp_path, [40] * 2)
+    (tmp_path / "spool-0.db").write_bytes(b"x" * 9_000)  # ids restart
+    reopened(tmp_path)
+    fill(tmp_path, [40])
+    assert len(reopened(tmp_path)) == 1
+    assert select_lost(tmp_path).events == 5

@@ -1,6 +1,7 @@
-"""Store the number of deliveries of a spool file in a second file, to detect losses.
+"""Store the number of deliveries of a spool file, and the newest of their ids, in a second file, to detect losses.
 
-The count never exceeds the number of waiting deliveries: it is written after an insertion and before a deletion.
+Neither exceeds its value in the spool file: they are written after an insertion and before a deletion. A spool file
+with an older newest id is an old copy that someone put back.
 """
 
 import os
@@ -9,6 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
+import structlog
+
+log = structlog.get_logger(__name__)
 
 LOST = "lost.json"  # in the folder of the spool
 _MAX_BYTES = 4_096  # of a count or of the recorded losses; the rest of a longer file is damage
@@ -19,6 +23,21 @@ class Lost(msgspec.Struct, frozen=True):
 
     events: int = 0
     since: datetime | None = None
+
+
+class Counted(msgspec.Struct, frozen=True, gc=False):
+    """The number of waiting deliveries and the newest id that a delivery of the file has had; 0 if unknown."""
+
+    events: int = 0
+    newest: int = 0
+
+    def missing_from(self, events: int, newest: int) -> int:
+        """Return how many deliveries a file with this number and newest id lacks; not positive if none.
+
+        Deliveries after the newest id of an old copy count as waiting, as far as the number permits: the oldest are
+        drained first.
+        """
+        return max(self.events - events, min(self.events, self.newest - newest))
 
 
 class Count:
@@ -32,19 +51,26 @@ class Count:
         self._path = path.with_suffix(".count")
         self.unrecorded = 0
 
-    def read(self) -> int:
-        """Return the count; 0 if there is none."""
-        with suppress(OSError, ValueError):
-            return max(int(_read(self._path)), 0)
-        return 0
+    def read(self) -> Counted:
+        """Return the count; zeros if there is none. An earlier version writes a line without the newest id."""
+        try:
+            numbers = [max(int(part), 0) for part in _read(self._path).partition(b"\n")[0].split()]
+            return Counted(*numbers[:2])
+        except (OSError, ValueError) as error:
+            log.warning(
+                "count of a spool file unreadable; losses of this file cannot be detected",
+                file=self._path.name,
+                reason=str(error),
+            )
+            return Counted()
 
-    def write(self, events: int, *, is_durable: bool = False) -> None:
+    def write(self, events: int, newest: int, *, is_durable: bool = False) -> None:
         """Store the count, so that it survives a killed process; with `is_durable`, also a crash of the machine."""
         with suppress(OSError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             opened = os.open(self._path, flags, 0o600)
             try:
-                os.pwrite(opened, f"{events + self.unrecorded:020}\n".encode(), 0)
+                os.pwrite(opened, f"{events + self.unrecorded:020} {newest:020}\n".encode(), 0)
                 if is_durable:
                     os.fdatasync(opened)
             finally:

@@ -62,6 +62,7 @@ class Spooled(msgspec.Struct, frozen=True, gc=False):
 
 
 SELECT_DEPTH = "SELECT count(*), coalesce(sum(length(body)), 0), min(received_at) FROM spooled"
+_SELECT_NEWEST = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'spooled' AND typeof(seq) = 'integer'"
 
 
 class Spool:
@@ -93,8 +94,7 @@ class Spool:
         self._gone_through, self._gone, self._passed_over = 0, set[int](), 0
         try:
             with explained(self.path):
-                events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
-            self._events, self._bytes = int(events), int(size)
+                self._measure()
             self._recover_missing()
         except SpoolError:
             self._database.close()
@@ -102,9 +102,15 @@ class Spool:
         self._identity = self._file_identities()
         self._is_closed = False
 
+    def _measure(self) -> None:
+        """Read the number of deliveries, their bytes, and the newest id that a delivery has had."""
+        events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
+        (newest,) = self._database.execute(_SELECT_NEWEST).fetchone()
+        self._events, self._bytes, self._newest = int(events), int(size), int(newest or 0)
+
     def _recover_missing(self) -> None:
         """Compare the file with its count, recover missing rows from its bytes, and report losses."""
-        missing = self._count.read() - self._events
+        missing = self._count.read().missing_from(self._events, self._newest)
         if missing > 0:
             with transaction(self._database, self.path):
                 known = files.select_rows(self._database, self.path)
@@ -112,12 +118,11 @@ class Spool:
                 result = insert_found(self._database, rows, known, set(self._deleted))
             if result:
                 log.error("spool file damaged; missing deliveries recovered", events=result, file=self.path.name)
-                events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
-                self._events, self._bytes = int(events), int(size)
+                self._measure()
                 missing -= result
         is_recorded = missing <= 0 or _report_lost(self.path, missing)
         self._count.unrecorded = 0 if is_recorded else missing
-        self._count.write(self._events, is_durable=missing > 0)
+        self._count.write(self._events, self._newest, is_durable=missing > 0)
 
     def append(self, deliveries: Sequence[Delivery[Content]]) -> None:
         """Store these deliveries durably, all or none. Raises `SpoolError`; `SpoolFullError` if the spool is full."""
@@ -136,8 +141,9 @@ class Spool:
         if not self._is_there():  # otherwise the write went to a removed file
             raise SpoolError(unusable_message(self.path, "removed while in use"))
         self._events += len(rows)
+        self._newest += len(rows)
         self._bytes += sum(len(row[-1]) for row in rows)
-        self._count.write(self._events)
+        self._count.write(self._events, self._newest)
 
     def select_oldest(self, after: int, limit: int, most_bytes: int) -> list[Spooled]:
         """Return the oldest deliveries after this id, within both limits, but at least one if any is left."""
@@ -180,7 +186,7 @@ class Spool:
             if self._is_closed:
                 self._reopen()
             deliveries = [each for each in deliveries if each.file == self._file]
-            self._count.write(self._events - len(deliveries), is_durable=True)
+            self._count.write(self._events - len(deliveries), self._newest, is_durable=True)
             try:
                 if self._gone_through or self._gone:
                     raise SpoolFullError  # known to be full; a new attempt would be slow
@@ -286,7 +292,7 @@ class Spool:
         log.error("spool file removed while in use; continuing in a new file", spool=str(self.path))
         is_in_place = self._file_identities()[:2] == self._identity[:2]
         if not is_in_place:  # copies its content to the new file
-            self._count.write(0)
+            self._count.write(0, 0)
         fresh = open_spool(self.path.parent, self._max_bytes)
         try:
             if not is_in_place:  # otherwise the process that now locks the file, possibly this one, has them
@@ -302,25 +308,25 @@ class Spool:
         self._count = fresh._count
         self._gone_through, self._gone = fresh._gone_through, fresh._gone
         self._passed_over = fresh._passed_over
-        self._events, self._bytes = fresh._events, fresh._bytes
+        self._events, self._bytes, self._newest = fresh._events, fresh._bytes, fresh._newest
 
     def _copy(self, rows: Iterator[Row]) -> None:
         with transaction(self._database, self.path):
             files.insert_rows(self._database, rows)
-        events, size, _ = self._database.execute(SELECT_DEPTH).fetchone()
-        self._events, self._bytes = int(events), int(size)
-        self._count.write(self._events)
+        self._measure()
+        self._count.write(self._events, self._newest)
 
     def _reopen_after(self, error: SpoolError) -> None:
         wal = files.read_wal(self.path)
         self._database.close()
         self._is_closed = True
         # Skipped deliveries are still in the file, and are read again.
-        self._count.write(self._events + self._passed_over)
+        self._count.write(self._events + self._passed_over, self._newest)
         self._salvage(error, wal)
 
     def _salvage(self, error: SpoolError, wal: bytes) -> None:
         """Continue in a new file with the same name and the readable content of the damaged one."""
+        self._count.write(self._count.read().events - self._count.unrecorded, 0)  # ids restart in the new file
         saved, saved_as = set_aside(self.path, wal, set(self._deleted))
         log.error(
             "spool file damaged; readable deliveries saved", reason=str(error), events=saved, aside=str(saved_as)
@@ -392,17 +398,17 @@ def report_replaced(folder: Path, number: int) -> None:
     """
     path = folder / f"spool-{number}.db"
     count = Count(path)
-    missing = count.read()
+    missing = count.read().events
     if missing == 0 or not files.is_regular(path.with_suffix(".lock")):
         return
     lock = _opened_lock(folder, number)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        missing = count.read()
-        count.write(0, is_durable=True)
+        missing = count.read().events
+        count.write(0, 0, is_durable=True)
         # If the count is not 0 now, it cannot be written, and each run would add the loss.
-        if missing > 0 and count.read() == 0 and not _report_lost(path, missing):
-            count.write(missing, is_durable=True)
+        if missing > 0 and count.read().events == 0 and not _report_lost(path, missing):
+            count.write(missing, 0, is_durable=True)
     except BlockingIOError:
         return
     finally:
