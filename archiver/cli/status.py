@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -74,7 +75,7 @@ def status(as_json: bool) -> None:
     table.add_row("events", f"{figures.events:,}", f"{figures.deliveries:,} deliveries")
     table.add_row("last event", _moment(figures.last_event_at), _silence(silence))
     table.add_row("quarantine", f"{figures.quarantine:,}", _counts(figures.quarantine_reasons))
-    table.add_row("spool", f"{spooled.events:,}", _spooled(spooled, lost))
+    table.add_row("spool", f"{spooled.events:,}", _spooled(spooled, lost, configuration.home / spool.SPOOL_FOLDER))
     sealed = f"latest {_moment(figures.sealed_at)}, " if figures.seals else ""
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not yet sealed")
     unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not yet published"
@@ -125,10 +126,12 @@ def _silence(silence: overview.Silence) -> str:
     return f"no webhook of a turn since {_moment(silence.since)}, but {silence.turns:,} turns: see `archiver doctor`"
 
 
-def _spooled(spooled: spool.Depth, lost: spool.Lost) -> str:
+def _spooled(spooled: spool.Depth, lost: spool.Lost, folder: Path) -> str:
     parts = [f"since {_moment(spooled.oldest_at)}"] if spooled.events else []
     if lost.events:
         parts.append(f"{lost.events:,} lost since {_moment(lost.since)}: see `archiver doctor`")
+    if foreign := spool.select_foreign(folder):
+        parts.append(f"{len(foreign):,} files of another user, or without access: see `archiver doctor`")
     return "; ".join(parts)
 
 

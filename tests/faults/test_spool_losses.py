@@ -1,8 +1,12 @@
 """What a disk or a person does to the spool: intact deliveries are found again, and a loss is reported by number."""
 
 import os
+import pwd
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,13 +14,18 @@ from hypothesis import strategies as st
 
 from archiver import events
 from archiver.events import Delivery
-from archiver.inbound.spool import Spool, open_left_behind, open_spool, select_lost
+from archiver.inbound.spool import Spool, SpoolError, open_left_behind, open_spool, select_lost
+from archiver.inbound.spool.locked_file import hold
+from archiver.operations.doctor import examine_spool
+from archiver.settings import Settings
 from tests.support.payloads import created
 from tests.support.receivers import archiver, serving
 from tests.support.waiting import until
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ROOM = 16 * 1_048_576
+NOBODY = 65534  # the number of a user without rights
+UNREACHABLE = "postgresql://nobody@127.0.0.1:1/x"
 BESIDE = 160  # bytes before and after a body that its row may take
 
 
@@ -338,3 +347,53 @@ def test_no_loss_is_reported_for_a_count_of_the_version_before_ids(tmp_path: Pat
     fill(tmp_path, [40])
     assert len(reopened(tmp_path)) == 1
     assert select_lost(tmp_path).events == 5
+
+
+@contextmanager
+def without_access_to(folder: Path, name: str) -> Iterator[None]:
+    """Run the block as a user who owns the folder and may not use this file in it."""
+    if os.geteuid() != 0:
+        (folder / name).chmod(0)
+        yield
+        (folder / name).chmod(0o700)
+        return
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+    os.chown(folder / name, 0, 0)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["spool-0.db", "spool-0.lock", "."])
+def test_a_file_of_another_user_is_named_with_its_owner_by_errors_and_doctor(name: str) -> None:
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "home" / "spool"
+        fill(folder, [40] * 3)
+        Path(place).chmod(0o711)
+        owner = pwd.getpwuid(os.geteuid()).pw_name
+        with without_access_to(folder, name):
+            with pytest.raises(SpoolError, match=f"belongs to user {owner}; user .* may not read and write it"):
+                hold(folder, 0, ROOM)
+            shown = [
+                each
+                for each in examine_spool(Settings.model_validate({"ARCHIVER_HOME": str(folder.parent)}))
+                if each.verdict == "failure"
+            ]
+        assert shown, "doctor reports it"
+        assert all(f"user {owner}" in str(each) for each in shown), shown
+        if name != ".":
+            assert f"chown --reference={folder} {folder}/spool-*" in shown[0].advice
+
+
+def test_a_command_of_root_reports_files_of_another_user() -> None:
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "home" / "spool"
+        fill(folder, [40] * 3)
+        with without_access_to(folder, "spool-0.db"):
+            pass
+        shown = archiver("doctor", "--json", database_url=UNREACHABLE, ARCHIVER_HOME=str(folder.parent)).stdout
+        assert ("spool-0.db" in shown) == (os.geteuid() == 0), shown
+        assert "spool-0.lock" not in shown

@@ -8,6 +8,7 @@ readable are then saved.
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,7 +16,14 @@ from tempfile import TemporaryFile
 import structlog
 
 from archiver.inbound.spool.counting import LOST, Lost, select_lost
-from archiver.inbound.spool.errors import SpoolError, SpoolFullError, explained, unusable_message
+from archiver.inbound.spool.errors import (
+    SpoolError,
+    SpoolFullError,
+    explained,
+    is_accessible,
+    unusable_message,
+    user_name,
+)
 from archiver.inbound.spool.files import BUSY_SECONDS, PAGE_BYTES, is_regular
 from archiver.inbound.spool.locked_file import (
     MIN_ROOM_BYTES,
@@ -42,6 +50,7 @@ __all__ = [
     "open_left_behind",
     "open_spool",
     "select_depth",
+    "select_foreign",
     "select_lost",
     "select_room",
     "select_unfit",
@@ -97,6 +106,22 @@ def select_depth(folder: Path) -> Depth:
 def select_unfit(folder: Path) -> list[Path]:
     """Return paths with the name of a spool file that are not regular files: folders, links, named pipes."""
     return [path for name in ("spool-*.*", f"{LOST}*") for path in sorted(folder.glob(name)) if not is_regular(path)]
+
+
+def select_foreign(folder: Path) -> dict[Path, str]:
+    """Return each file of the spool that the process of the folder's owner cannot use, with the name of its owner.
+
+    A command of another user may have created it: root, for example.
+    """
+    foreign = {}
+    with explained(folder):
+        of_folder = folder.stat().st_uid if folder.exists() else 0
+        for path in sorted(folder.glob("spool-*.*")):
+            with suppress(FileNotFoundError):  # removed by a running process
+                owner = path.lstat().st_uid
+                if owner != of_folder or not is_accessible(path):
+                    foreign[path] = user_name(owner)
+    return foreign
 
 
 def select_room(folder: Path) -> int:

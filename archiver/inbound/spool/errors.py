@@ -1,9 +1,11 @@
 """Define the errors of a spool, each with its remedy."""
 
 import errno
+import os
+import pwd
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archiver.errors import ArchiverError
@@ -52,13 +54,41 @@ def explained(path: Path) -> Iterator[None]:
             raise SpoolFullError from None
         if code in _DAMAGED or (code == 0 and isinstance(error, sqlite3.OperationalError)):
             raise damaged(path, str(error)) from None
-        raise SpoolError(unusable_message(path, str(error))) from None
+        raise SpoolError(unusable_message(path, inaccessible_to_process(path) or str(error))) from None
     except MemoryError:  # a damaged length may be that of a whole disk
         raise SpoolError(unusable_message(path, "too large to read")) from None
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise SpoolFullError from None
-        raise SpoolError(unusable_message(Path(error.filename or path), error.strerror or str(error))) from None
+        place, reason = Path(error.filename or path), error.strerror or str(error)
+        raise SpoolError(unusable_message(place, inaccessible_to_process(place) or reason)) from None
+
+
+def inaccessible_to_process(path: Path) -> str:
+    """Name the owner of the spool file, a file beside it or the folder that denies access; empty if none does."""
+    for place in (path, Path(f"{path}-wal"), Path(f"{path}-shm"), path.parent):
+        with suppress(OSError):
+            owner = place.lstat().st_uid
+            if os.statvfs(place).f_flag & os.ST_RDONLY:
+                return ""
+            if not is_accessible(place):
+                return (
+                    f"{place.name} belongs to {user_name(owner)}; {user_name(os.geteuid())} may not read and write it"
+                )
+    return ""
+
+
+def is_accessible(path: Path) -> bool:
+    """Return whether this process may read and write a file or folder."""
+    return os.access(path, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def user_name(user: int) -> str:
+    """Return the name of a user, or the number if it has none."""
+    try:
+        return f"user {pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"user {user}"
 
 
 def damaged(path: Path, reason: str) -> SpoolDamagedError:

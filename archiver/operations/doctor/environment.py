@@ -1,6 +1,8 @@
 """Checks that need no database: settings, CallHQ, disk."""
 
 import asyncio
+import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from archiver.inbound.spool import (
     SPOOL_FOLDER,
     SpoolError,
     select_depth,
+    select_foreign,
     select_lost,
     select_room,
     select_unfit,
@@ -89,6 +92,7 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
             yield Finding("spool", "warning", detail, "Unset it, unless another queue is in front of this receiver.")
         else:
             yield _spool_room(folder, configuration.spool_bytes)
+        yield from _foreign_files(folder)
         left = select_depth(folder)
     except SpoolError as error:
         yield Finding("spool", "failure", "While Postgres is unavailable, no event can be accepted.", str(error))
@@ -124,6 +128,19 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
             "These spool files are damaged; their readable deliveries are archived:"
             f" {', '.join(map(str, damaged_files))}.",
             "Check the disk, then delete the files: they may contain message content.",
+        )
+
+
+def _foreign_files(folder: Path) -> Iterator[Finding]:
+    if foreign := select_foreign(folder):
+        place = shlex.quote(str(folder))
+        yield Finding(
+            "spool files",
+            "warning" if os.geteuid() == 0 else "failure",  # root itself can drain them
+            "`archiver serve` as the owner of the folder cannot drain the events of these spool files, which belong"
+            f" to another user or deny access: {', '.join(f'{path} ({owner})' for path, owner in foreign.items())}.",
+            f"Run as root: chown --reference={place} {place}/spool-*; chmod u+rw {place}/spool-*."
+            " Then run commands only as the user of `archiver serve`, for example with sudo -u.",
         )
 
 
