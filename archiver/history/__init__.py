@@ -20,7 +20,7 @@ from archiver.archive import Timing
 from archiver.database import run_async, run_split_async
 from archiver.events import Delivery, Event, responses
 from archiver.history import leases
-from archiver.history.callhq import Client, UnauthorizedError
+from archiver.history.callhq import Client, Limits, UnauthorizedError
 from archiver.history.fetching import NOT_FOUND, Answer, HistoryFetcher
 from archiver.history.leased_sessions import LeasedSessions
 from archiver.history.report import Outcome, ReconcileResult, ResultReporter
@@ -69,13 +69,14 @@ class Reconciler:
         session_ids: Sequence[str],
         on_result: Callable[[ReconcileResult], object] = lambda _: None,
         due_at: datetime | None = None,
+        limits: Limits | None = None,
         on_defect: Callable[[Exception], object] = lambda _: None,
     ) -> Counter[Outcome]:
         """Read these sessions concurrently and report each result.
 
         A session leased by another reader is skipped (`busy`). With `due_at`, only sessions that still have this due
-        time are read. An unexpected error is passed to `on_defect`; its session counts as `failed`. Raises
-        `UnauthorizedError` if the key is rejected for all; earlier results have been reported.
+        time are read. `limits`: on each call. An unexpected error is passed to `on_defect`; its session counts as
+        `failed`. Raises `UnauthorizedError` if the key is rejected for all; earlier results have been reported.
         """
         leased = LeasedSessions(self._engine, session_ids, due_at)
         report = ResultReporter(self._engine, leased, on_result)
@@ -89,7 +90,9 @@ class Reconciler:
 
         async with leased.renewing_leases():
             try:
-                await self._read_each(leased.next_session, record, min(self._under_way, len(session_ids)))
+                await self._read_each(
+                    leased.next_session, record, min(self._under_way, len(session_ids)), limits=limits
+                )
             finally:
                 await report.flush()
         report.report_busy()
@@ -152,27 +155,31 @@ class Reconciler:
         handle: Callable[[str, Answer], Awaitable[None]],
         under_way: int,
         is_exhausted: Callable[[], bool] = lambda: False,
+        limits: Limits | None = None,
     ) -> None:
         """Fetch the history of each session and handle the result, with `under_way` sessions at a time.
 
         `is_exhausted`: whether it is known that no session is left; requesting one may wait for a pause.
         """
 
+        is_retry = limits is not None and limits.is_retry
+
         async def work_loop() -> None:
             while not is_exhausted():
-                async with self._client.turn():  # before leasing: until then the session stays free for others
+                # Wait before leasing: until then the session stays free for others.
+                async with self._client.turn(is_retry=is_retry):
                     session_id = await next_session()
                     if session_id is None:
                         return
-                    answer = await self._answer(session_id)
+                    answer = await self._answer(session_id, limits)
                 await _shielded(handle(session_id, answer))
 
         await _run_all(work_loop() for _ in range(under_way))
 
-    async def _answer(self, session_id: str) -> Answer:
+    async def _answer(self, session_id: str, limits: Limits | None) -> Answer:
         began = database.now()
         try:
-            return await self._fetcher.answer(session_id)
+            return await self._fetcher.answer(session_id, limits)
         except UnauthorizedError:
             raise
         except Exception as error:  # noqa: BLE001  # one session must not keep others from being read (I13)

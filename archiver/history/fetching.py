@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import database, telemetry
 from archiver.events import Event, responses
 from archiver.history import callhq
-from archiver.history.callhq import Client, TooLargeError, UnauthorizedError, UnreachableError
+from archiver.history.callhq import Client, Limits, TooLargeError, UnauthorizedError, UnreachableError
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +63,7 @@ class HistoryFetcher:
         if self._refused and not self._accepted:
             raise UnauthorizedError
 
-    async def answer(self, session_id: str) -> Answer:
+    async def answer(self, session_id: str, limits: Limits | None = None) -> Answer:
         """Fetch the history of a session. An unreadable body of a 2xx response is retried like a server error.
 
         Raises `UnauthorizedError` if the key is rejected repeatedly and never accepted.
@@ -77,7 +77,7 @@ class HistoryFetcher:
             return event.type != responses.UNREADABLE or answer.status not in range(200, 300)
 
         try:
-            answer = await self._client.history(session_id, is_readable)
+            answer = await self._client.history(session_id, is_readable, limits)
         except UnreachableError as error:
             return Answer(began, None, str(error), retry_after=error.retry_after)
         except TooLargeError as error:

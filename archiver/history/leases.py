@@ -63,6 +63,8 @@ _DUE = (
     .order_by(_sessions.read_by, _sessions.session_id)
     .limit(bindparam("most"))
 )
+_DUE_FIRST = _DUE.where(_sessions.failing_since.is_(None))
+_DUE_RETRY = _DUE.where(_sessions.failing_since.is_not(None))
 _CLAIM_LISTED = (
     update(tables.sessions)
     .where(_AMONG, _sessions.reconcile_at <= bindparam("now"))
@@ -97,9 +99,13 @@ _POSTPONE = (
 Due = tuple[str, datetime | None]  # a session, and the time by which it must be read
 
 
-def select_due(connection: Connection, now: datetime, limit: int) -> list[Due]:
-    """Return sessions with a due reading, in the order in which they expire at CallHQ."""
-    return [(row.session_id, row.read_by) for row in connection.execute(_DUE, _at(now) | {"most": limit})]
+def select_due(connection: Connection, now: datetime, limit: int, *, is_retry: bool = False) -> list[Due]:
+    """Return sessions with a due reading, in the order in which they expire at CallHQ.
+
+    `is_retry`: those whose previous reading failed, instead of the others.
+    """
+    rows = connection.execute(_DUE_RETRY if is_retry else _DUE_FIRST, _at(now) | {"most": limit})
+    return [(row.session_id, row.read_by) for row in rows]
 
 
 def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:

@@ -21,7 +21,7 @@ from archiver import database, telemetry
 from archiver.archive import Timing
 from archiver.database import LOCK_SECONDS, STATEMENT_SECONDS, run_async, run_split_async
 from archiver.history import Reconciler, leases
-from archiver.history.callhq import UnauthorizedError
+from archiver.history.callhq import Limits, UnauthorizedError
 from archiver.history.opening import reconciling
 from archiver.operations import heartbeats
 from archiver.operations.overview import select_silence
@@ -32,10 +32,13 @@ from archiver.worker.clock_recovery import make_impossible_times_due
 log = structlog.get_logger(__name__)
 
 JOBS_SCHEMA = "archiver_jobs"
-READINGS = "readings"  # the queue
+# The queues. Sessions whose previous reading failed have their own: while their calls hang, others proceed.
+READINGS, RETRIES = "readings", "retries"
 SESSIONS_PER_JOB = 20
-MAX_JOBS = 100  # waiting jobs; few, so that sessions that expire sooner take precedence
-MAX_CONCURRENT_JOBS = 4  # jobs
+MAX_JOBS = 100  # waiting jobs of a queue; few, so that sessions that expire sooner take precedence
+MAX_CONCURRENT_JOBS = 4  # of a queue
+# Seconds for a call. A history that takes longer is requested again after a pause, with more time.
+FIRST_SECONDS, RETRY_SECONDS = 10.0, 30.0
 # Sessions become due again after this time if no job has read them; a later job skips them.
 CLAIM_TIME = timedelta(minutes=10)
 HANDED_BACK = timedelta(minutes=1)  # after a job failed as a whole
@@ -46,7 +49,7 @@ _LAST = -(2**31)  # the lowest priority
 _JOBS = "readings"  # the part of the duty's report that is about jobs
 
 _COUNT_WAITING = text(
-    "SELECT count(*) FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name = 'readings'"
+    "SELECT count(*) FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name = :queue"
 )
 # Earlier versions ran every duty as periodic jobs of these queues; no worker runs them any more.
 _DELETE_EARLIER = text(
@@ -92,7 +95,10 @@ class Histories:
             max_size=4,
         )
         self._jobs = procrastinate.App(connector=connector)
-        self._read_histories = self._jobs.task(name="read_histories", queue=READINGS)(self.read_histories)
+        self._tasks = {
+            READINGS: self._jobs.task(name="read_histories", queue=READINGS)(self.read_histories),
+            RETRIES: self._jobs.task(name="retry_histories", queue=RETRIES)(self.retry_histories),
+        }
         self._opened: tuple[AsyncEngine, Reconciler] | None = None
         self._under_way, self._ended_at = 0, monotonic()
 
@@ -104,7 +110,8 @@ class Histories:
             parts = [
                 self._claim_periodically(engine),
                 self._drop_dead_jobs_periodically(engine),
-                self._run_jobs(),
+                self._run_jobs(READINGS),
+                self._run_jobs(RETRIES),
                 ending.wait(),
             ]
             tasks = [asyncio.ensure_future(each) for each in parts]
@@ -120,7 +127,8 @@ class Histories:
 
     async def _claim_periodically(self, engine: AsyncEngine) -> None:
         while True:
-            await self._enqueue_due(engine)
+            for queue in self._tasks:
+                await self._enqueue_due(engine, queue)
             if not self._under_way or monotonic() - self._ended_at < SILENT_SECONDS:
                 self._duty.working()
             await asyncio.sleep(CLAIM_SECONDS)
@@ -132,12 +140,12 @@ class Histories:
                 await self._drop_dead_jobs(engine)
             await asyncio.sleep(CLEANUP_SECONDS)
 
-    async def _run_jobs(self) -> None:
-        """Run jobs regardless of database faults."""
+    async def _run_jobs(self, queue: str) -> None:
+        """Run the jobs of a queue regardless of database faults."""
         while True:
             try:
                 await self._jobs.run_worker_async(
-                    queues=[READINGS],
+                    queues=[queue],
                     concurrency=MAX_CONCURRENT_JOBS,
                     listen_notify=False,  # LISTEN would need a separate connection, and PgBouncer does not support it
                     fetch_job_polling_interval=POLL_SECONDS,
@@ -150,18 +158,18 @@ class Histories:
                 if not isinstance(cause, psycopg.OperationalError):
                     raise
                 self._duty.failing(f"database: {database.explain(cause)}")
-                log.warning(
-                    "database unavailable; history jobs waiting", queue=READINGS, reason=database.explain(cause)
-                )
+                log.warning("database unavailable; history jobs waiting", queue=queue, reason=database.explain(cause))
             await asyncio.sleep(UNAVAILABLE_SECONDS)
 
-    async def _enqueue_due(self, engine: AsyncEngine) -> None:
-        """Create jobs for due sessions."""
+    async def _enqueue_due(self, engine: AsyncEngine, queue: str) -> None:
+        """Create the jobs of a queue for due sessions."""
 
         def select(connection: Connection) -> tuple[datetime, list[leases.Due]]:
             now = database.now()
-            limit = (MAX_JOBS - int(connection.scalar(_COUNT_WAITING) or 0)) * SESSIONS_PER_JOB
-            return now, leases.select_due(connection, now, limit) if limit > 0 else []
+            waiting = int(connection.scalar(_COUNT_WAITING, {"queue": queue}) or 0)
+            limit = (MAX_JOBS - waiting) * SESSIONS_PER_JOB
+            due = leases.select_due(connection, now, limit, is_retry=queue == RETRIES) if limit > 0 else []
+            return now, due
 
         now, item = await run_async(engine, select)
         until = now + CLAIM_TIME
@@ -172,18 +180,25 @@ class Histories:
             part = due[start : start + SESSIONS_PER_JOB]
             read_by = part[0][1]
             priority = _LAST if read_by is None else -int(read_by.timestamp() // 60)
-            reading = self._read_histories.configure(priority=priority)
+            reading = self._tasks[queue].configure(priority=priority)
             await reading.defer_async(session_ids=[each for each, _ in part], due_at=until.isoformat())
 
     async def read_histories(self, session_ids: Sequence[str], due_at: str) -> None:
         """Read the histories of those sessions that still have the due time with which they were claimed."""
+        await self._run_job(session_ids, due_at, Limits(FIRST_SECONDS))
+
+    async def retry_histories(self, session_ids: Sequence[str], due_at: str) -> None:
+        """Read, as `read_histories` does, the histories of sessions whose previous reading failed."""
+        await self._run_job(session_ids, due_at, Limits(RETRY_SECONDS, is_retry=True))
+
+    async def _run_job(self, session_ids: Sequence[str], due_at: str, limits: Limits) -> None:
         if self._opened is None:
             return
         engine, reconciler = self._opened
         self._begin_job()
         until, defects = datetime.fromisoformat(due_at), list[Exception]()
         try:
-            await reconciler.read_all(session_ids, due_at=until, on_defect=defects.append)
+            await reconciler.read_all(session_ids, due_at=until, limits=limits, on_defect=defects.append)
         except UnauthorizedError as error:
             # The sessions become due again, possibly with another key.
             self._duty.failing(str(error), _JOBS)

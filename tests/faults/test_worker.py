@@ -26,7 +26,7 @@ from tests.support.ports import free_port
 from tests.support.receivers import serving
 from tests.support.upstreams import CallHQ, answering, hosting, simulated
 from tests.support.waiting import until
-from tests.support.workers import SOON, execute, make_due, read, running_worker
+from tests.support.workers import SOON, execute, make_due, read, running_worker, running_worker_with
 
 pytestmark = pytest.mark.parametrize("cluster", servers.versions()[:1], indirect=True)
 
@@ -43,6 +43,8 @@ class Watch:
         self.together = 0  # calls for a session that was being read already
         self.began: list[float] = []
         self.is_refusing = False  # each call is answered 429
+        self.hanging: set[str] = set()  # the paths of sessions that are never answered
+        self.hung: Counter[str] = Counter()  # calls for these
         self.busy = ""  # the path of a session that is always answered 503, with a long Retry-After
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +56,11 @@ class Watch:
             self.together += self._open[scope["path"]] > 0
             self._open[scope["path"]] += 1
         try:
-            if scope["path"] == self.busy:
+            if scope["path"] in self.hanging:
+                self.hung[scope["path"]] += 1
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+            elif scope["path"] == self.busy:
                 await JSONResponse({"message": "busy"}, 503, {"retry-after": "300"})(scope, receive, send)
             elif self.is_refusing:
                 await JSONResponse({"message": "busy"}, 429, {"retry-after": str(RETRY_AFTER)})(scope, receive, send)
@@ -161,6 +167,24 @@ def test_a_session_that_is_always_answered_503_delays_no_other(database_url: str
             failing = f"{query} WHERE failing_since IS NOT NULL"
             until(lambda: execute(database_url, failing) == [(300,)], "and this one is asked for when it is to be")
     assert execute(database_url, "SELECT count(*) FROM archiver.pauses") == [(0,)]
+
+
+def test_i13_sessions_whose_histories_hang_leave_turns_for_others(database_url: str) -> None:
+    with simulated() as callhq, enforcing(callhq) as watch:
+        make_due(database_url, callhq, 40)
+        ids = execute(database_url, "SELECT session_id FROM archiver.events")
+        watch.hanging = {f"/api/chats/session/{session_id}" for (session_id,) in ids}
+        once = {"archiver.worker.histories.FIRST_SECONDS": 2.0}
+        with running_worker_with(once, database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="4"):
+            until(lambda: watch.hung, "they hang")
+            make_due(database_url, callhq, 20)
+            until(lambda: read(database_url) == 20, "all others are read")
+            # From now on, each call for one of the 40 takes half a minute.
+            until(lambda: len(watch.hung) == 40 and max(watch.hung.values()) > 1, "retries hang, too")
+            make_due(database_url, callhq, 20)
+            until(lambda: read(database_url) == 40, "all others are read again")
+            failing = "SELECT count(*) FROM archiver.sessions WHERE failing_since IS NOT NULL"
+            until(lambda: execute(database_url, failing) == [(40,)], "and these 40 are tried again later")
 
 
 def test_i13_a_session_that_another_program_holds_keeps_no_other_from_being_read(database_url: str) -> None:

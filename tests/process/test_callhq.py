@@ -25,6 +25,7 @@ from archiver.history.callhq import (
     Answer,
     CallError,
     Client,
+    Limits,
     TooLargeError,
     UnauthorizedError,
     UnreachableError,
@@ -302,6 +303,35 @@ async def test_a_server_that_hangs_for_ever_is_given_up():
         with pytest.raises(UnreachableError, match="the response was incomplete"):
             await client.history("s1")
     assert len(s.calls) == ATTEMPTS
+
+
+async def test_i13_a_limited_call_ends_with_an_attempt_that_is_too_slow_and_repeats_other_failures():
+    async with raw_server(silent) as s, connect(s) as client:
+        with pytest.raises(UnreachableError, match=r"incomplete after 0\.3 s \(attempts: 1\)"):
+            await client.history("s1", limits=Limits(0.3))
+    assert len(s.calls) == 1
+    async with server([Response(status_code=500)] * 3) as s, connect(s) as client:
+        assert (await client.history("s1", limits=Limits(60))).body == FOUND
+    assert len(s.calls) == ATTEMPTS
+
+
+@pytest.mark.parametrize(("turns", "others"), [(1, 0), (2, 1), (4, 2), (5, 3)])
+async def test_i13_retries_occupy_at_most_half_of_the_turns(turns, others):
+    async with server() as s, connect(s, concurrency=turns) as client:
+        entered, ending = asyncio.Semaphore(0), asyncio.Event()
+
+        async def hold_turn(*, is_retry: bool) -> None:
+            async with client.turn(is_retry=is_retry):
+                if not is_retry:
+                    entered.release()
+                await ending.wait()
+
+        async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
+            for is_retry in [True] * turns + [False] * others:
+                tasks.create_task(hold_turn(is_retry=is_retry))
+            for _ in range(others):
+                await entered.acquire()
+            ending.set()
 
 
 DRIPS = {

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,19 @@ SOON = {"ARCHIVER_RECONCILE_AFTER": "1"}
 @contextmanager
 def running_worker(url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str) -> Iterator[AnyProcess]:
     """`archiver worker`; what is left of it in the end is killed."""
+    with running_worker_with({}, url, callhq, log=log, **settings) as process:
+        yield process
+
+
+@contextmanager
+def running_worker_with(
+    constants: Mapping[str, float], url: str, callhq: CallHQ, *, log: Any | None = None, **settings: str
+) -> Iterator[AnyProcess]:
+    """As `running_worker`, with other values of constants: see `processes.start`."""
     with tempfile.NamedTemporaryFile() as unread:
         environment = {**os.environ, "DATABASE_URL": as_writer(url), **callhq.settings, **SOON, **settings}
         path = (log or unread).name
-        process = processes.start(["worker"], environment, stdout=path, stderr=path)
+        process = processes.start(["worker"], environment, stdout=path, stderr=path, constants=constants)
         try:
             yield process
         finally:

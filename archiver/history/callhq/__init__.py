@@ -4,7 +4,7 @@ It returns responses without interpreting them. Neither key nor content enters a
 """
 
 from archiver.history.callhq.access import printable
-from archiver.history.callhq.client import Client, Pause
+from archiver.history.callhq.client import Client, Limits, Pause
 from archiver.history.callhq.probe import PauseRequestedError, probe
 from archiver.history.callhq.responses import (
     Answer,
@@ -18,6 +18,7 @@ __all__ = [
     "Answer",
     "CallError",
     "Client",
+    "Limits",
     "Pause",
     "PauseRequestedError",
     "TooLargeError",

@@ -3,11 +3,12 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from types import TracebackType
 from typing import Protocol, Self
 
 import httpx2
+import msgspec
 import stamina
 from pydantic import SecretStr
 
@@ -17,6 +18,7 @@ from archiver.history.callhq.connections import connection_pool
 from archiver.history.callhq.responses import (
     Answer,
     AttemptFailedError,
+    AttemptTimedOutError,
     ThrottledError,
     TooLargeError,
     UnreachableError,
@@ -45,6 +47,17 @@ class Pause(Protocol):
 
     def session_answered(self, session_id: str) -> None:
         """Record that CallHQ responded for this session."""
+
+
+class Limits(msgspec.Struct, frozen=True, gc=False):
+    """Limits on a call, so that sessions whose histories hang leave turns for others.
+
+    An attempt that takes `seconds` is not repeated, and no attempt begins after them. Calls with `is_retry`, for
+    sessions whose previous reading failed, occupy at most half of the turns.
+    """
+
+    seconds: float
+    is_retry: bool = False
 
 
 class Client:
@@ -77,6 +90,7 @@ class Client:
         self._rate_lock = asyncio.Lock()
         self.concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
+        self._retry_turns = asyncio.Semaphore(max(concurrency // 2, 1))
         self._pool = connection_pool(concurrency)
 
     async def __aenter__(self) -> Self:
@@ -88,40 +102,52 @@ class Client:
         await self._pool.aclose()
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def turn(self, *, is_retry: bool = False) -> AsyncIterator[None]:
         """Wait until a call may begin, and occupy one of `concurrency` turns during the block.
 
         For callers that choose the session to call for at the last moment; the calls themselves wait as well.
+        `is_retry`: as in `Limits`.
         """
-        async with self._turns:
+        async with self._retry_turns if is_retry else nullcontext(), self._turns:
             await self._pause.wait()
             yield
 
-    async def history(self, session_id: str, is_readable: Callable[[Answer], bool] = lambda _: True) -> Answer:
+    async def history(
+        self, session_id: str, is_readable: Callable[[Answer], bool] = lambda _: True, limits: Limits | None = None
+    ) -> Answer:
         """Call `GET /chats/session/{id}`. Every status except 401, 403, 429 and 5xx is returned as a response.
 
         An unreadable response is retried like a server error; after `READABLE_ATTEMPTS` attempts it is returned.
+        Without `limits`, each attempt has the time of the client, and one that takes longer is retried as well.
 
         Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an invalid id.
         """
         if not session_id:
             raise ValueError("invalid session id: empty")
-        return await self._call(f"/chats/session/{segment(session_id)}", session_id, is_readable)
+        return await self._call(f"/chats/session/{segment(session_id)}", session_id, is_readable, limits)
 
-    async def _call(self, path: str, session_id: str, is_readable: Callable[[Answer], bool]) -> Answer:
+    async def _call(
+        self, path: str, session_id: str, is_readable: Callable[[Answer], bool], limits: Limits | None
+    ) -> Answer:
         """Call with retries and pauses."""
         pauses = Counter[bool]()  # counted by whether the pause applies to every call
+        attempt_seconds = self._timeout if limits is None else limits.seconds
+
+        def is_retried(error: Exception) -> bool:
+            is_too_slow = limits is not None and isinstance(error, AttemptTimedOutError)
+            return isinstance(error, AttemptFailedError) and not is_too_slow
+
         try:
             async for attempt in stamina.retry_context(
-                on=AttemptFailedError,
+                on=is_retried,
                 attempts=self._attempts,
-                timeout=None,
+                timeout=None if limits is None else limits.seconds,
                 wait_initial=_INITIAL_BACKOFF,
                 wait_max=_MAX_BACKOFF,
                 wait_jitter=_JITTER,
             ):
                 with attempt:
-                    answer = await self._send(path, session_id, pauses)
+                    answer = await self._send(path, session_id, pauses, attempt_seconds)
                     if not is_readable(answer) and attempt.num < min(READABLE_ATTEMPTS, self._attempts):
                         raise AttemptFailedError("its response cannot be read")  # noqa: TRY301  # for stamina
                     return answer
@@ -130,11 +156,11 @@ class Client:
             raise UnreachableError(f"The call to CallHQ failed: {error} (attempts: {attempt.num}).") from None
         raise AssertionError("stamina ended without a response or an error")
 
-    async def _send(self, path: str, session_id: str, pauses: Counter[bool]) -> Answer:
+    async def _send(self, path: str, session_id: str, pauses: Counter[bool], seconds: float) -> Answer:
         """Send one attempt; it is repeated after each pause that CallHQ requests."""
         while True:
             try:
-                answer = await self._send_once(path)
+                answer = await self._send_once(path, seconds)
             except ThrottledError as busy:
                 is_shared = await self._pause.set(busy.seconds, str(busy.status), session_id)
                 pauses[is_shared] += 1
@@ -154,20 +180,20 @@ class Client:
             raise UnreachableError(f"{what} for this session.", busy.seconds)
         await asyncio.sleep(busy.seconds)
 
-    async def _send_once(self, path: str) -> Answer:
+    async def _send_once(self, path: str, seconds: float) -> Answer:
         """Send one attempt and return its response. Raises an error that describes any other outcome."""
         async with self._pool.acquire() as http:  # waiting for a client does not count against the deadline
             await self._wait_for_permit()
             began = database.now()  # the database clock, so that all machines order turns alike
             try:
                 async with (
-                    asyncio.timeout(self._timeout),
+                    asyncio.timeout(seconds),
                     http.stream("GET", self._url + path, headers=self._headers) as response,
                 ):
                     check(response)
                     return Answer(response.status_code, await self._read(response), began)
             except TimeoutError:
-                raise AttemptFailedError(f"the response was incomplete after {self._timeout:g} s") from None
+                raise AttemptTimedOutError(f"the response was incomplete after {seconds:g} s") from None
             except httpx2.RequestError as error:
                 raise failure(error) from None
 

@@ -41,6 +41,10 @@ class AttemptFailedError(ArchiverError):
     """One attempt failed."""
 
 
+class AttemptTimedOutError(AttemptFailedError):
+    """The response to one attempt was incomplete at its deadline."""
+
+
 class ThrottledError(ArchiverError):
     """CallHQ requests a pause (429 or 503)."""
 
