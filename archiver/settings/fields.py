@@ -115,7 +115,11 @@ class Settings(BaseSettings):
         le=366 * 86_400,
     )
     history_concurrency: int = _env(
-        "ARCHIVER_HISTORY_CONCURRENCY", 8, "Histories that one worker reads at a time.", gt=0, le=256
+        "ARCHIVER_HISTORY_CONCURRENCY",
+        8,
+        "Histories that one worker reads at a time; at most half of them for sessions whose previous reading failed.",
+        gt=0,
+        le=256,
     )
     history_rate: float = _env(
         "ARCHIVER_HISTORY_RATE",
