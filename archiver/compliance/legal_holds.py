@@ -18,7 +18,7 @@ ADD, RELEASE = "hold.add", "hold.release"
 
 
 class Criteria(msgspec.Struct, frozen=True):
-    """The criteria of a hold, which covers the sessions that match all of them; None matches any.
+    """The criteria of a hold, which covers the sessions that match all of them; a field that is None matches any.
 
     `since` and `until`: sessions with a turn that began at or after `since` and before `until`.
     """
@@ -53,7 +53,10 @@ class LoggedHold(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """A hold in force. `is_any_value`: its value is lost, so it covers every value."""
+    """A hold in force. `is_any_value`: its value is lost, so it covers every value.
+
+    `is_row`: the table has an unreleased row for it; otherwise only the audit log records it.
+    """
 
     id: int
     session_id: str | None
@@ -72,7 +75,7 @@ def value_digest(salt: bytes, value: str) -> str:
 
 
 def replay(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, LoggedHold], list[int]]:
-    """Return the holds by id, and the ids of the releases without a hold; `entries` are in order of id."""
+    """Return the holds by id, and the ids of the release entries without a hold; `entries` must be in order of id."""
     placed: dict[int, LoggedHold] = {}
     unknown: list[int] = []
     for entry in entries:

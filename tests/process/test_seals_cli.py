@@ -224,7 +224,7 @@ def test_an_invalid_key_is_reported_at_once(command: str, tmp_path: Path) -> Non
         ARCHIVER_WEBHOOK_SECRETS="s",
     )
     assert ended.returncode == 1
-    assert "ARCHIVER_SEAL_KEY_FILE: not an Ed25519 private key in PEM: openssl genpkey" in ended.stderr
+    assert "ARCHIVER_SEAL_KEY_FILE: not an Ed25519 private key in PEM: create one with openssl" in ended.stderr
 
 
 def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_exported_seals_pin_the_chain(url: str, tmp_path: Path) -> None:
         (["verify", "--since", "7"], "seal 7 does not exist; there is no seal yet"),
         (["verify", "--against", __file__], "--against: line 1 is not output"),
         (["seals", "export", "--since", "1" + "0" * 20], "is not in the range 0<=x<=9223372036854775807"),
-        (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: openssl pkey"),
+        (["verify", "--key", __file__], "--key: not an Ed25519 public key in PEM: create it with openssl pkey"),
     ],
 )
 def test_wrong_usage_is_reported(database_url: str, arguments: list[str], advice: str) -> None:

@@ -97,7 +97,7 @@ class _Decoder:
             self.add(text, layer)
 
 
-# A text that is short or contains none of these has no further layer.
+# Text that is short or contains none of these has no further layer.
 _MIN_LENGTH = 2
 _HINT = re.compile(r'[\\"\[{%&+=\t\r\n\f\v]|  |[^\x00-\x7f]|[A-Za-z0-9/_-]{16}')
 
@@ -221,7 +221,7 @@ _BASE64_LINES = re.compile(r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-
 
 
 def _of_base64(text: str) -> Iterator[bytes]:
-    """Yield the bytes that a base64 text, or each run of base64 characters in a text, encodes."""
+    """Yield the decoded bytes of the text if it is base64; otherwise, of each run of base64 characters in it."""
     whole = _BASE64.fullmatch(text)
     inside = () if whole else (*_BASE64_INSIDE.findall(text), *_BASE64_LINES.findall(text))
     for packed in [whole[1]] if whole else inside:
@@ -237,7 +237,7 @@ _FROM_URL = str.maketrans("-_", "+/")
 
 
 def _if_text(body: bytes) -> Iterator[bytes]:
-    """Yield these bytes only if they are text or compressed: a word may look like base64 by chance."""
+    """Yield these bytes only if they are text or compressed: a list of numbers may look like bytes by chance."""
     if _is_packed(body) or _makes_sense(body):
         yield body
 
@@ -283,7 +283,7 @@ def _decompress(body: bytes, limit: int, layers: int = 4) -> tuple[bytes, bool] 
 
 
 def _inflate(body: bytes, window: int, limit: int) -> tuple[bytes, bytes, bool]:
-    """Return the content, the bytes after it, and whether the stream is complete."""
+    """Return the decompressed content, the bytes after the stream, and whether the stream is complete."""
     inflater = zlib.decompressobj(window)
     pieces = []
     try:
@@ -340,7 +340,7 @@ def _strictly(body: bytes, encoding: str) -> str | None:
 
 
 def _leniently(body: bytes) -> list[str]:
-    """Return the texts of damaged bytes and of single-byte encodings."""
+    """Return the possible texts of bytes that are damaged or in a single-byte encoding."""
     result = [body.decode("utf-8", "replace"), body.decode("latin-1")]
     if b"\0" in body:
         for encoding in _UNMARKED[1:]:
@@ -355,7 +355,7 @@ _UNPRINTABLE = re.compile(
 
 
 def _is_printable(text: str) -> bool:
-    """Return whether the text has no control, private or unassigned character."""
+    """Return whether the text has no control, private-use or unassigned character."""
     if _UNPRINTABLE.search(text):
         return False
     return text.isascii() or all(each.isprintable() or each.isspace() or each in _ALLOWED for each in set(text))

@@ -30,8 +30,8 @@ _SELECT_DELETED = text(
 def order_deleted(engine: Engine, before: datetime) -> Iterator[Ordered]:
     """Order the erasure of turns deleted before `before`, page by page; held turns are skipped.
 
-    The next sweep deletes the content. A turn that is locked or takes too long is skipped; its error is raised at the
-    end.
+    The next sweep deletes the content. A turn that is locked or takes too long is skipped; the first such error is
+    raised at the end.
     """
     slow: list[DBAPIError] = []
     after: dict[str, object] = {"after_time": "-infinity", "after_session": "", "after_chat": ""}

@@ -59,7 +59,10 @@ _SHOWN = tuple(column for column in tables.holds.c if column.name != "salt")
 
 
 def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[str, Any]]:
-    """Return the holds in force, or all, oldest first. `has_row` is false if only the audit log records the hold."""
+    """Return the holds in force, with `released` also the others, oldest first.
+
+    `has_row` is false if only the audit log records the hold.
+    """
     rows = connection.execute(select(*_SHOWN).order_by(tables.holds.c.id)).mappings().all()
     result = [{**row, "has_row": True} for row in rows if released or row["released_at"] is None]
     placed, _ = select_placed(connection)
@@ -136,7 +139,7 @@ def exclude_held(
     """Return the targets that no hold covers, and the others with their holds.
 
     Takes `Lock.RECORDING`, so that no hold is placed until the end of the transaction. `exclusive`: takes it
-    exclusively, for a short time.
+    exclusively, and limits each statement and lock wait to `EXCLUSIVE_SECONDS`.
     """
     if exclusive:
         limit(connection, EXCLUSIVE_SECONDS)

@@ -12,9 +12,9 @@ _EDGE = re.compile(r"[A-Za-z0-9_-]")
 
 
 def of_any(marks: Iterable[str]) -> Callable[[Decoded], bool]:
-    """Return a check for any of these words: `chat-1` does not match `chat-12`.
+    """Return a check for bodies that mention any of these as a whole word: `chat-1` does not match `chat-12`.
 
-    A word is compared as it is and in its normalised form, because a writer may have composed, escaped or wrapped it.
+    A word is compared as given and in its normalised form, because a writer may have composed, escaped or wrapped it.
     """
     forms = {form for mark in marks for form in (mark, normal_text(mark))} - {""}
     words = {form for form in forms if _WORD.fullmatch(form)}

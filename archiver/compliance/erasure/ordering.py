@@ -93,12 +93,12 @@ def order(
 
     A hold placed during a large order stops the rest: the error and its audit entry state how many were ordered.
 
-    `skip_held`: erase the targets that are not held. `erased_at`: the time of the order, if not now. `act_id`: the
-    audit entry, if it is already recorded. `matches`: quarantine rows about the targets, deleted with the order,
-    because no sweep finds an order for targets without rows in the ledger.
+    `skip_held`: skip held targets instead of raising `HeldError`. `erased_at`: the time of the order, if not now.
+    `act_id`: the audit entry, if it is already recorded. `matches`: quarantine rows about the targets, deleted with
+    the order, because no sweep finds an order for targets without rows in the ledger.
 
-    A target that is locked or takes too long is skipped without delaying others; its error is added to `slow`, or
-    raised at the end.
+    A target that is locked or takes too long is skipped without delaying others; its error is added to `slow`.
+    Without `slow`, the first such error is raised at the end.
     """
     unique_targets = sorted(set(targets))
     known: Mapping[Target, Sequence[int]] = {}
@@ -205,7 +205,7 @@ def _order(
 def _exclusively(connection: Connection) -> Iterator[None]:
     """Run the block under the exclusive lock: earlier writers have committed, and later writers see this order.
 
-    Raises `_SlowTargetError` if the block waits for a row lock or takes too long.
+    Raises `_SlowTargetError` if a statement of the block, or its wait for a row lock, takes too long.
     """
     Lock.RECORDING.take(connection, exclusive=True)
     try:

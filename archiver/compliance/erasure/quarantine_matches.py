@@ -1,6 +1,6 @@
 """Find the quarantine rows about the targets of an erasure, except those that a hold covers.
 
-A quarantined body could not be parsed as a delivery. It counts as being about every id that its decoded text
+A quarantined body may not be parseable as a delivery, so it counts as being about every id that its decoded text
 mentions.
 """
 
@@ -24,7 +24,7 @@ Variables = Collection[tuple[str, str]]  # names with values
 class QuarantineMatches(msgspec.Struct, frozen=True):
     """The ids of the matching rows: by id of a target, and by variable value only.
 
-    `unsearchable`: other rows that could not be decoded completely. `searched`: all decoded rows.
+    `unsearchable`: other rows that could not be decoded completely. `searched`: at most `MAX_SEARCHED` decoded rows.
     """
 
     by_id: Sequence[int] = ()

@@ -15,8 +15,8 @@ from archiver.compliance.erasure.targets import Target
 from archiver.events import Event, Message
 from archiver.events.normal import normal_text
 
-# Characters: a text of at least this length is searched for anywhere in a delivery. Shorter texts, such as "yes",
-# recur by chance and count only as a whole message of the conversation that a turn resends.
+# Characters: text of at least this length is searched for anywhere in a delivery. Shorter text, such as "yes", recurs
+# by chance and counts only as a whole message of the conversation that a turn resends.
 _LONG = 16
 
 _SELECT = text(

@@ -64,7 +64,7 @@ _SELECT_KNOWN = text(
 
 
 def select_new(connection: Connection, lines: Sequence[ListedErasure]) -> list[ListedErasure]:
-    """Return the erasures that this database does not have."""
+    """Return the listed erasures that this database does not contain."""
     values = {"targets": as_json([line.target for line in lines])}
     known = {Target(*row) for row in connection.execute(_SELECT_KNOWN, values)}
     return [line for line in lines if line.target not in known]

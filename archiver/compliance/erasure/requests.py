@@ -1,6 +1,6 @@
 """Erasures on request: `preview`, then `order`, then `purge`. They neither prompt nor print.
 
-Each step finds the deliveries and holds that arrived since the previous step.
+Each step also finds the deliveries that arrived, and the holds that were placed, since the previous step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ STATEMENT_SECONDS = 600  # the ledger and the quarantine are read from end to en
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Sessions, turns, and variables with values, which select whole sessions."""
+    """The sessions and turns to erase, and variables with values, which select sessions and unassigned turns."""
 
     session_ids: Sequence[str] = ()
     chat_ids: Sequence[str] = ()
@@ -159,7 +159,7 @@ def _select_targets(connection: Connection, selection: Selection) -> list[Target
 
 
 def refuse_held(engine: Engine, preview: Preview, *, dry_run: bool = False) -> None:
-    """Raise `HeldError` if `order` would. It is recorded, unless `dry_run`."""
+    """Raise `HeldError` if `order` would raise it. The error is recorded, unless `dry_run`."""
     if not preview.held or preview.skip_held:
         return
     if dry_run:
@@ -226,9 +226,9 @@ def _count_ordered(engine: Engine, preview: Preview, parts: Sequence[Ordered]) -
 
 
 def purge(engine: Engine, request: OrderedRequest, timing: Timing, on_step: Callable[[Step], None]) -> Report:
-    """Erase the ordered content, and what interrupted erasures left. `on_step` is called after each step.
+    """Erase the ordered content, and the content that interrupted erasures left. `on_step` is called after each step.
 
-    Raises a database error if a row is locked or takes too long; the rest is erased, and a worker continues.
+    Raises a database error if a target is locked or takes too long; the others are erased, and a worker retries it.
     """
     ordered = {target for part in request.parts for target in part.targets}
     quarantined = request.counts.quarantined

@@ -47,7 +47,7 @@ class Rules(msgspec.Struct, frozen=True):
 
 
 class Due(msgspec.Struct):
-    """Expired sessions by assistant, and quarantine rows; `held` sessions are excluded."""
+    """The numbers of expired sessions by assistant, and of quarantine rows; `held`: those that holds keep."""
 
     content: Counter[str]
     metadata: Counter[str]
@@ -152,7 +152,7 @@ def _quarantine_before(connection: Connection, rules: Rules, now: datetime) -> d
 
 
 def preview(engine: Engine, rules: Rules, now: datetime) -> Due:
-    """Return what a run would expire now. Writes nothing."""
+    """Return the numbers of items that a run would expire now. Writes nothing."""
     due = Due(Counter(), Counter())
     for item in _expired(engine, rules, now):
         with transaction(engine) as connection:
@@ -172,7 +172,7 @@ def preview(engine: Engine, rules: Rules, now: datetime) -> Due:
 
 
 class Step(msgspec.Struct, frozen=True):
-    """The number of targets ordered, events removed and quarantine rows deleted in one step."""
+    """The numbers of targets ordered, events removed and quarantine rows deleted in one step."""
 
     sessions: int = 0
     removed: int = 0

@@ -36,8 +36,9 @@ BATCH_SIZE = 20  # sessions or unassigned turns per transaction
 
 
 class Step(msgspec.Struct, frozen=True):
-    """The result of a step: last completed erasure, deleted rows, and targets that holds keep.
+    """The result of a step: the last completed erasure, and the targets that holds keep.
 
+    `events`: number of events whose content was erased. `quarantined`: number of deleted quarantine rows.
     `repeating`: other turns whose deliveries repeat content of an erased turn.
     """
 
@@ -92,7 +93,7 @@ def sweep(engine: Engine, timing: Timing, after: int = 0, searched: SearchedRows
     """Delete the remaining content of erasures after this id; yield after each step and page.
 
     One pass over the quarantine serves as many pages as contain `MAX_IDS_PER_SEARCH` ids in total. A target that is
-    locked or takes too long is skipped without delaying others; its error is raised at the end.
+    locked or takes too long is skipped without delaying others; the first such error is raised at the end.
     """
     slow: list[DBAPIError] = []
     through = after
@@ -121,7 +122,7 @@ def _select_pages(engine: Engine, after: int, slow: list[DBAPIError]) -> list[_P
         if not page:
             break
         for row in page:
-            if row.has_unassigned:  # found since the order: ordered like the others, and swept on a later page
+            if row.has_unassigned:  # facts found since the order: ordered like the others, and swept on a later page
                 act = AuditEntry("erase", audit_log.ARCHIVER, None)
                 order(
                     engine,
@@ -163,7 +164,7 @@ def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def _select_quarantined(engine: Engine, targets: Sequence[Target], searched: Collection[int]) -> Sequence[int]:
-    """Return the quarantine rows about these targets. Searches before any lock, because the search is slow."""
+    """Return the quarantine rows about targets that no hold covers. Takes no lock, because the search is slow."""
     with transaction(engine, statement_seconds=600) as connection:
         held = covering(connection, targets)
         deletable = [target for target in targets if target not in held]
@@ -212,7 +213,7 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     partly = sorted(ordered.keys() - set(whole))
     touched = unassigned.lock_sessions(connection, ordered, chat_ids)
     facts_by_session = select_session_facts(connection, partly)
-    # Before the deletion of the rows from which it is derived.
+    # Before the erasure of the content from which these readings are derived.
     redacted = [
         delivery
         for session_id, session_facts in sorted(facts_by_session.items())
@@ -252,7 +253,7 @@ def _redact(session_facts: SessionFacts, ordered: dict[str, datetime]) -> Delive
     return Delivery(event, session_facts.readings[-1].last_at, None, responses.SOURCE)
 
 
-# The guard on the ledger allows exactly this.
+# The trigger that guards the ledger allows exactly this change.
 _SET = "body = NULL, frame = NULL, runs = NULL, salt = NULL, dedupe_key = sha256(f.salt || f.dedupe_key)"
 _ERASE = text(
     f"""

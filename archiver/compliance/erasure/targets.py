@@ -23,12 +23,12 @@ class Target(msgspec.Struct, frozen=True, order=True, gc=False):
 
     @property
     def is_unassigned(self) -> bool:
-        """Return whether it is an unassigned turn."""
+        """Return whether the target is an unassigned turn."""
         return self.session_id == UNASSIGNED
 
 
 def split(targets: Iterable[Target]) -> tuple[list[str], list[str]]:
-    """Return the sessions of the targets, and the chats of those that are unassigned turns."""
+    """Return the session ids of the targets, and the chat ids of the unassigned turns among them."""
     sessions, chats = set[str](), set[str]()
     for each in targets:
         if each.is_unassigned:
@@ -59,9 +59,9 @@ _SELECT_SESSIONS_OF_CHATS = text(
 
 
 def of_chats(connection: Connection, chat_ids: Sequence[str]) -> set[Target]:
-    """Return these chats in every session that contains them, and as unassigned turns.
+    """Return the targets of these chats: a turn in each session that contains the chat, and an unassigned turn.
 
-    Reads the whole ledger, so call it once.
+    Reads the whole ledger, so call it once for all chats.
     """
     rows = connection.execute(_SELECT_SESSIONS_OF_CHATS, {"chat_ids": as_json(chat_ids)})
     return {Target(row.session_id, row.chat_id) for row in rows} | {*map(Target.unassigned, chat_ids)}
@@ -96,7 +96,7 @@ _SELECT_UNASSIGNED = text(
 
 
 def with_unassigned(connection: Connection, targets: Sequence[Target]) -> list[Target]:
-    """Return the targets and the unassigned facts of their turns, in order."""
+    """Return the targets, and the unassigned turns whose facts belong to them, in order."""
     unassigned = connection.scalars(_SELECT_UNASSIGNED, {"targets": as_json(targets)})
     return sorted({*targets, *map(Target.unassigned, unassigned)})
 
@@ -121,7 +121,7 @@ _COUNT = text(
 
 
 class Counts(msgspec.Struct):
-    """Number of items to erase; `unsearchable`: quarantine rows that could not be searched."""
+    """The numbers of items to erase; `unsearchable`: quarantine rows that could not be searched."""
 
     sessions: int = 0
     turns: int = 0
@@ -131,13 +131,13 @@ class Counts(msgspec.Struct):
     unsearchable: int = 0
 
     def without(self, subtracted: "Counts") -> "Counts":
-        """Return the difference of the counts."""
+        """Return these counts minus the others, but none below 0."""
         pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(subtracted), strict=True)
         return Counts(*(max(mine - other_counts, 0) for mine, other_counts in pairs))
 
 
 def count(connection: Connection, targets: Sequence[Target]) -> Counts:
-    """Count the rows of archive and ledger; the caller sets `quarantined` and `unsearchable`."""
+    """Return the numbers of rows in archive and ledger; the caller sets `quarantined` and `unsearchable`."""
     row = connection.execute(_COUNT, {"targets": as_json(targets)}).one()
     return Counts(*row)
 
@@ -156,7 +156,7 @@ _SELECT_UNKNOWN = text(
 
 
 def select_unknown(connection: Connection, targets: Sequence[Target]) -> list[Target]:
-    """Return targets that are neither archived nor erased."""
+    """Return the targets that are neither archived nor erased, except turns that another target makes known."""
     rows = {Target(*row) for row in connection.execute(_SELECT_UNKNOWN, {"targets": as_json(targets)})}
     known = {each.chat_id for each in targets if each not in rows and each.chat_id}
     return sorted(each for each in rows if each.chat_id not in known)
@@ -189,7 +189,8 @@ _SELECT_UNCLAIMED = text(
 def select_unclaimed(connection: Connection, targets: Sequence[Target]) -> list[str]:
     """Return sessions with history messages that may belong to a target but match no known turn.
 
-    This is so if no webhook delivered the text of the turn, and a history has messages that match no known turn.
+    This is the case if no webhook delivered the text of the turn, and a history has messages that match no known
+    turn.
     """
     return list(connection.scalars(_SELECT_UNCLAIMED, {"targets": as_json(targets)}))
 
@@ -203,7 +204,7 @@ _SELECT_CHATS = text(
 
 
 def marks(connection: Connection, targets: Iterable[Target]) -> set[str]:
-    """Return the ids that identify the targets in undecoded bytes."""
+    """Return the ids by which a quarantined body may mention the targets."""
     whole = sorted({each.session_id for each in targets if not each.chat_id})
     chats = connection.scalars(_SELECT_CHATS, {"session_ids": as_json(whole)})
     return {*whole, *chats, *(each.chat_id for each in targets if each.chat_id)} - {""}
@@ -219,6 +220,9 @@ _SELECT_ERASURES = text(
 
 
 def select_erasures(connection: Connection, after: int, limit: int) -> Sequence[RowMapping]:
-    """Return the erasures with time, rule, reason and actor, oldest first; no content."""
+    """Return at most `limit` erasures after this id, oldest first.
+
+    The rows contain time, rule, reason and actor, but no content.
+    """
     parameters: dict[str, Any] = {"after": after, "most": limit}
     return connection.execute(_SELECT_ERASURES, parameters).mappings().all()

@@ -24,7 +24,7 @@ FORMATS = tuple(BY_FORMAT)
 
 Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 CsvCells = Literal["neutralised", "raw"]
-KeyId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]  # it is printed
+KeyId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]  # restricted, because it is printed
 
 
 def names(formats: Sequence[str]) -> list[str]:

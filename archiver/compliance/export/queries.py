@@ -50,7 +50,7 @@ def columns(name: str) -> sql.Composable:
 
 
 def rows_of(selection: Selection, name: str, what: sql.Composable) -> Iterator[sql.Composable]:
-    """Return the queries that together return the content of this file."""
+    """Yield the queries that together select the content of this file."""
     order = sql.SQL(_ORDER[name])
     rows = sql.SQL(_ROWS[name])
     if name != "conversations":

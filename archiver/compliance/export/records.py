@@ -35,7 +35,7 @@ class EventLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
     body_base64: str | None = None
 
     def content(self) -> bytes | None:
-        """Return the exact bytes; None after an erasure. Raises `ValueError`."""
+        """Return the exact bytes of the body; None after an erasure. Raises `ValueError` if they are malformed."""
         if self.body_base64 is not None:
             if self.body is not None:
                 raise ValueError("two bodies")
@@ -73,7 +73,7 @@ _encode = msgspec.json.encode
 
 
 def is_plain(line: bytes, record: Any) -> bool:
-    """Return whether a line contains only its keys and values, as exports write them.
+    """Return whether a line is compact and repeats no key, as exports write it.
 
     A line with a repeated key is ambiguous: readers may use either value.
     """

@@ -39,7 +39,7 @@ class Keys(msgspec.Struct, frozen=True):
 
 
 class KnownSeals(msgspec.Struct, frozen=True):
-    """The seals exported earlier: hashes, and the last sealed id of each table."""
+    """The seals exported earlier: their hashes by number, and the last sealed id of each table by name."""
 
     heads: Mapping[int, bytes] = {}
     through: Mapping[str, int] = {}
@@ -67,7 +67,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 
 class Rows:
-    """The exported rows of the three sealed tables, read in order of their ids, as far as requested."""
+    """The rows of the three exported tables, read in order of their ids, as far as requested."""
 
     def __init__(self, folder: Path, files: Mapping[str, File], findings: FindingQueue) -> None:
         self._findings = findings
@@ -149,7 +149,7 @@ class SealCheck:
 
     @property
     def head(self) -> Head | None:
-        """Return the last seal."""
+        """Return number and hash of the last seal checked; None if there is none."""
         return None if self._before is None else Head(self._before.id, self._before.hash.hex())
 
     def check(self, number: int, line: UnparsedSealRecord) -> None:

@@ -16,7 +16,7 @@ _BEGAN = "coalesce(t.created_at, t.occurred_at, t.first_received_at)"
 
 
 class UnknownSelectionError(ArchiverError):
-    """The selection names something that does not exist."""
+    """The selection names something that does not exist, or matches nothing."""
 
 
 class Selection(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class Selection(msgspec.Struct, frozen=True):
         return _union(parts)
 
     def turns(self) -> sql.Composable:
-        """Return a query for the chat ids of the unassigned turns that belong to the selection, as for holds."""
+        """Return a query for the chat ids of the selected unassigned turns, by the rules that apply to holds."""
         if self.is_all:
             return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
         of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")

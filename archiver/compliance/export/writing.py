@@ -34,9 +34,10 @@ Progress = Callable[[str, int], None]  # a file's name, and the rows written so 
 
 
 class ExportRequest(msgspec.Struct, frozen=True):
-    """An export request: selection, formats, actor and reason. `hold_ids`: export what these holds cover.
+    """An export request: selection, formats, actor and reason.
 
-    `raw_csv`: CSV cells keep their exact text, even if a spreadsheet would run it as a formula.
+    `hold_ids`: export the sessions and turns that these holds cover. `raw_csv`: CSV cells keep their exact
+    text, even if a spreadsheet would run it as a formula.
     """
 
     selection: Selection
@@ -78,7 +79,7 @@ def make(
     """Write the export to the folder `output`, signed if there is a key.
 
     The audit log records it before anything is read, and again at the end. Raises `FolderError`, and
-    `UnknownSelectionError` if there is nothing to export.
+    `UnknownSelectionError` if a selected session or hold is unknown, or nothing matches the selection.
     """
     folder.check(output)
     detail = {**request.description(), "formats": list(request.formats)}
@@ -119,7 +120,7 @@ def _resolved(connection: Connection, request: ExportRequest) -> ExportRequest:
 
 
 def _require_some(exported_manifest: Manifest) -> None:
-    """Refuse an empty export, which could be mistaken for the result of another selection."""
+    """Raise `UnknownSelectionError` for an empty export, which could be mistaken for one of another selection."""
     counts, erasures = exported_manifest.counts, exported_manifest.files[manifest.ERASURES]
     if not (counts.conversations or counts.chats or counts.events or erasures.rows):
         raise UnknownSelectionError("nothing archived matches the selection; nothing was exported")
@@ -305,7 +306,7 @@ def _bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
 
 
 def _unusual_bytes_of(row: memoryview, place: int) -> tuple[bytes, memoryview | None]:
-    """Return the same for an erased or modified event."""
+    """Return the result of `_bytes_of` for an erased or modified event."""
     values: list[memoryview | None] = []
     for _ in range(4):
         size = int.from_bytes(row[place : place + 4], "big", signed=True)

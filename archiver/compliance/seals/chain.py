@@ -1,4 +1,4 @@
-"""Build the chain of seals: each states its content and its predecessor, so no seal can be changed on its own."""
+"""Build the chain of seals: each seal states its content and its predecessor, so none can be changed on its own."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -138,7 +138,7 @@ def select_newest(connection: Connection) -> Seal:
 
 
 def select_seal(connection: Connection, number: int) -> dict[str, Any] | None:
-    """Return the seal with this number in the form that follow-ups publish."""
+    """Return the seal with this number, in the form that follow-ups publish; None if there is none."""
     row = connection.execute(_without_entries().where(tables.seals.c.id == number)).mappings().first()
     if row is None:
         return None
@@ -272,12 +272,15 @@ def private_key(pem: str) -> Ed25519PrivateKey:
         key = load_pem_private_key(pem.encode(), password=None)
     except TypeError:  # a password is required
         raise KeyFileError(
-            "the key is encrypted; keys with a password are not supported: openssl pkey -in seal.key -out plain.key"
+            "the key is encrypted; keys with a password are not supported: decrypt it with"
+            " openssl pkey -in seal.key -out plain.key"
         ) from None
     except ValueError:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError("not an Ed25519 private key in PEM: openssl genpkey -algorithm ed25519 -out seal.key")
+        raise KeyFileError(
+            "not an Ed25519 private key in PEM: create one with openssl genpkey -algorithm ed25519 -out seal.key"
+        )
     return key
 
 
@@ -292,7 +295,9 @@ def public_key(pem: str) -> Ed25519PublicKey:
     except ValueError:
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise KeyFileError("not an Ed25519 public key in PEM: openssl pkey -in seal.key -pubout -out seal.pub")
+        raise KeyFileError(
+            "not an Ed25519 public key in PEM: create it with openssl pkey -in seal.key -pubout -out seal.pub"
+        )
     return key
 
 

@@ -1,4 +1,4 @@
-"""Compare ledger rows with what their seals list."""
+"""Compare rows of the sealed tables with the lists of their seals."""
 
 from collections.abc import Container, Iterator, Sequence
 

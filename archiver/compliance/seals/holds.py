@@ -50,7 +50,7 @@ _REMOVED = text(
 
 
 def check_holds(connection: Connection, _: Seal) -> Iterator[Finding]:
-    """Yield audit entries, holds, erasures and removals that contradict the audit log."""
+    """Yield a finding for each hold, erasure, removal or release that contradicts the audit log."""
     placed, unknown = legal_holds.select_placed(connection)
     for act_id in unknown:
         yield Finding("acts", act_id, "not_placed")

@@ -187,7 +187,7 @@ def select_leaf(connection: Connection, kind: Kind, row_id: int) -> bytes | None
 def _fields_of(kind: Kind, row: Any) -> Any:
     """Return the fields of a row; fields that a migration added are omitted if all are null.
 
-    No text ends with the bytes of a null, for they are not UTF-8.
+    No text ends with the bytes of a null, because they are not UTF-8.
     """
     nulls = _NULL * len(kind.later)
     return row[_COUNT : -len(nulls)] if nulls and row[-len(nulls) :] == nulls else row[_COUNT:]

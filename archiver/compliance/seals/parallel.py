@@ -75,7 +75,7 @@ def verify(
     jobs: int,
     on_progress: Callable[[Checked], None],
 ) -> Generator[Finding, None, Checked]:
-    """Verify a range with several processes, including this one. Raises `HelperLostError`."""
+    """Yield the findings in a range, which several processes including this one verify. Raises `HelperLostError`."""
     work = _Work(_cut(seal_range, jobs))
     with _helpers(_worker_input(connection, context), work, min(jobs, len(work.ranges)) - 1):
         first = 0  # of the ranges that this process has not verified

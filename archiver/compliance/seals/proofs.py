@@ -18,8 +18,8 @@ class NotSealedError(ArchiverError):
 class Proof(msgspec.Struct, frozen=True):
     """An inclusion proof, which docs/seals.md checks in twenty lines; byte strings in hexadecimal.
 
-    `leaf`: the bytes that stand for the event. `path`: the hashes from it to the root of `leaves` leaves, of which it
-    is number `index`. `statement`: the seal's text, which contains the root; `signature` is over it.
+    `leaf`: the bytes that stand for the event. `path`: the hashes from this leaf, the one at `index` (from 0) of
+    `leaves`, to the root. `statement`: the seal's text, which contains the root; `signature` is over it.
     """
 
     event: int

@@ -15,7 +15,7 @@ from archiver.compliance.seals.findings import Finding
 
 
 class Signing(msgspec.Struct, frozen=True):
-    """The keys that may have signed, by id, and the first seal from which all are signed."""
+    """The keys that may have signed seals, by id, and the seal from which on all seals must be signed."""
 
     keys: Mapping[str, Ed25519PublicKey]
     since: int

@@ -1,8 +1,8 @@
 """Determine up to which id each sealed table is settled (no lower id can appear).
 
-If no transaction is writing, a table lock shows it immediately. If long or alternating transactions are writing,
-their end shows it: all rows that existed while they ran are settled when the last of them has ended, regardless of
-later writes.
+If no transaction is writing, a table lock shows it immediately. If long or overlapping transactions are writing,
+their end shows it: the ids that were visible before these transactions were listed are settled when the last of them
+has ended, regardless of later writes.
 """
 
 from sqlalchemy import Connection, Engine, text
