@@ -77,8 +77,8 @@ def _messages(delivery: Delivery[Content]) -> int:
 class Ingest:
     """The queue and writer of the deliveries of one process; it accepts them during `running`.
 
-    `gather_seconds`: seconds for which a batch may wait until it is full, if no sender waits for the outcome; 0: a
-    batch waits for no longer than waiting can save.
+    `gather_seconds`: seconds for which a batch may wait until it is full, if no sender waits for the outcome; 0: half
+    the duration of the last commit, at most `MAX_GATHER_SECONDS`.
     `fallback`: stores deliveries that the database does not accept; None without a spool.
     `failed_at`: time of the last failure of the database, on `time.monotonic`'s clock; None after a success.
     """
@@ -254,9 +254,9 @@ class Ingest:
         task.add_done_callback(self._parts.discard)
 
     async def _write_part(self, part: Sequence[_Waiting]) -> None:
-        """Write deliveries that failed together while Postgres stored others, in halves or one alone.
+        """Write deliveries that failed together while Postgres stored others: two halves, or a single one separately.
 
-        Returns the outcomes to their callers.
+        Passes each outcome to its caller.
         """
         left = list(part)
         try:

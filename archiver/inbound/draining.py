@@ -27,7 +27,7 @@ DRAIN_BYTES = 8 * 1_048_576  # likewise
 SPLIT = 8  # divisor of the events per transaction for the next pass
 # Limits of a transaction of the first pass, and of the smaller ones of later passes.
 FULL_SECONDS, SMALL_SECONDS = 3.0, 1.0
-CRASHES = 3  # lost connections while one event was written, each after a trial event: then the event is quarantined
+CRASHES = 3  # connections lost while one event was written, each after a trial event; then it is quarantined
 MAX_ISOLATED, MAX_ISOLATED_BYTES = 50, 32 * 1_048_576  # in memory at a time; the rest stays on disk
 
 Waiting = tuple[Spooled, Delivery[Content]]
@@ -130,7 +130,7 @@ class Drain:
         return passed
 
     async def _write(self, waiting: Sequence[Waiting], seconds: float) -> list[UnavailableError]:
-        """Return a fault for each delivery that Postgres did not store; the circuit then tests who is at fault."""
+        """Write deliveries; return a fault for each one that Postgres did not store, after the circuit judged it."""
         if len(waiting) == 1 and self._crashes[_key(waiting[0][0])] >= CRASHES:
             results: Sequence[Result] = [await self._isolated.quarantine(waiting[0][1], CRASHES)]
         else:

@@ -111,7 +111,7 @@ class Fallback:
         return Drain(spool, self._write_spooled, self._circuit, self._isolated, self._gauge)
 
     async def _write_spooled(self, deliveries: Sequence[Delivery[Content]], seconds: float) -> list[Result]:
-        async with self._gate:  # over all files one transaction at a time, besides those of new events
+        async with self._gate:  # for all files together one transaction at a time, in addition to those of new events
             return await write(self._engine, deliveries, self._timing, seconds)
 
     async def _adopt_periodically(self) -> None:

@@ -60,7 +60,7 @@ class IsolatedWriter:
         return result
 
     async def quarantine(self, delivery: Delivery[Content], attempts: int) -> Result:
-        """Quarantine a delivery on which Postgres failed in so many attempts, while it stored another event."""
+        """Quarantine a delivery on which Postgres failed in `attempts` attempts, while it stored another event."""
         return await quarantine_delivery(self._engine, delivery, EventNotStoredError(attempts))
 
     def _remember(self, of: str) -> None:

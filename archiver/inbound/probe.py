@@ -71,7 +71,7 @@ def _look(connection: Connection) -> bool:
 
 
 class _RolledBackError(Exception):
-    """The trial event was stored; this rolls it back."""
+    """The trial event was stored; this error rolls it back."""
 
 
 def _try(connection: Connection) -> bool:

@@ -17,7 +17,7 @@ from archiver.inbound.writing import (
 )
 from archiver.ledger import quarantine
 
-LOCKED = "Another session locks the delivery or its conversation: retry it later. archiver doctor names the session."
+LOCKED = "Another session locks the delivery or its conversation: retry later. `archiver doctor` names the session."
 RETRY_SECONDS = 600.0  # per statement: more than the limit of a separately written event
 
 

@@ -74,7 +74,7 @@ class EventNotStoredError(ArchiverError):
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """The outcome of a delivery. `id`: ledger row, or quarantine row if there is a `reason`.
+    """The outcome of a delivery. `id`: its ledger row, or quarantine row if `quarantined`; 0 if there is none.
 
     Its JSON is the response to the sender.
     """
@@ -217,7 +217,7 @@ def store(
 
 
 def _without_future(delivery: Delivery[Content]) -> Delivery[Content]:
-    """Return the delivery, with an arrival time that is not after the present on the database's clock."""
+    """Return the delivery, with an arrival time that is not in the future on the database's clock."""
     received_at = clock.at_most_now(delivery.received_at)
     if received_at is delivery.received_at:
         return delivery

@@ -117,7 +117,7 @@ def _hmac(settings: Settings, keys: Keys) -> Verifier:
         if placeholder in template and not header:
             raise SettingsError(
                 f"{variable} is empty, but ARCHIVER_HMAC_TEMPLATE contains {{{placeholder}}}: "
-                "name the header that contains it, or remove it from the template."
+                "name the header that contains this value, or remove the placeholder."
             )
     return Hmac(
         mac=Mac(keys, settings.hmac_algorithm, settings.hmac_encoding),

@@ -33,7 +33,7 @@ PublicKeys = tuple[tuple[Ed25519PublicKey, str], ...]
 _MAX_TIMESTAMP = 15  # digits; milliseconds have 13
 _FIRST_MILLISECONDS = 10**11  # in seconds the year 5138, in milliseconds 1973
 _MAX_SIGNATURES = 4096  # bytes, over 80 signatures; each is compared with each secret
-_MAX_ASYMMETRIC = 16  # signatures per delivery verified under public keys, which is slower
+_MAX_ASYMMETRIC = 16  # signatures per delivery verified with public keys, which is slower
 _ED25519_LENGTH = 86  # characters of 64 bytes in base64, without padding
 _URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
@@ -160,8 +160,8 @@ class Mac:
 class Hmac(Verifier):
     """Signatures over a template (scheme `hmac` and presets); a header may contain several during a rotation.
 
-    The name of a header that the template does not include is empty. With a `timestamp_prefix`, the time is an entry
-    of its header, which may be the header of the signatures.
+    The name of a header whose value the template does not contain is empty. With a `timestamp_prefix`, the time is an
+    entry of its header, which may be the header of the signatures.
     """
 
     mac: Mac

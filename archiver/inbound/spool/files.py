@@ -1,6 +1,6 @@
 """Read and write a spool file: an SQLite database of deliveries, each with a checksum.
 
-Every reader checks the checksum: deliveries were verified on arrival, so a damaged row must not be taken for one.
+A row becomes a delivery only if its checksum is correct, because signatures are verified only on arrival.
 """
 
 import os

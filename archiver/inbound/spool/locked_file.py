@@ -291,11 +291,11 @@ class Spool:
         """Continue in another file, because this file or its lock was removed."""
         log.error("spool file removed while in use; continuing in a new file", spool=str(self.path))
         is_in_place = self._file_identities()[:2] == self._identity[:2]
-        if not is_in_place:  # copies its content to the new file
+        if not is_in_place:  # its content is copied to the new file
             self._count.write(0, 0)
         fresh = open_spool(self.path.parent, self._max_bytes)
         try:
-            if not is_in_place:  # otherwise the process that now locks the file, possibly this one, has them
+            if not is_in_place:  # otherwise the process that now locks the file, possibly this one, drains them
                 fresh._copy(files.readable(self._database, self.path))
         except BaseException:
             fresh.close()
@@ -392,7 +392,9 @@ def _opened_lock(folder: Path, number: int) -> int:
 
 
 def report_replaced(folder: Path, number: int) -> None:
-    """Report the deliveries of a file as lost, once, if its path is not a regular file. Raises `SpoolError`.
+    """Report the deliveries of a file as lost, once. Raises `SpoolError`.
+
+    Call this if the path of the file is not a regular file.
 
     A running process still has the deliveries of its file, and copies them to another one.
     """

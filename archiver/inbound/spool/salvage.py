@@ -12,7 +12,7 @@ from archiver.inbound.spool.scanning import scan
 
 
 def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Path]:
-    """Replace the file with a new one that contains its readable content, and keep it under another name.
+    """Replace the file with a new one that contains its readable content, and keep the old one under another name.
 
     `wal`: the write-ahead log before SQLite opened the file, because SQLite removes it together with frames that it
     skips. `deleted`: hashes of deleted rows, which may remain in bytes that SQLite no longer uses.
@@ -82,7 +82,7 @@ def _readable(damaged: sqlite3.Connection, path: Path) -> Iterator[files.Row]:
 
 
 def overwrite(path: Path) -> None:
-    """Overwrite a file, so that its content is no longer on disk (I8), and leave it empty; it needs no free space."""
+    """Overwrite a file, so that its content is no longer on disk (I8), and leave it empty. Needs no free space."""
     with explained(path):
         for each in takewhile(Path.exists, (path, Path(f"{path}-wal"))):
             with each.open("r+b", buffering=0) as file:

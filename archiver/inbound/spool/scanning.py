@@ -54,9 +54,7 @@ class _Pages:
         self.all += frames
 
     def overflow(self, number: int, size: int) -> Iterator[bytes]:
-        """Yield the possible contents of a chain of overflow pages: of the newest version of each page, then of older
-        ones.
-        """
+        """Yield the possible contents of a chain of overflow pages, with the newest version of each page first."""
         for version in range(_MAX_VERSIONS):
             parts, at, left, is_last = [], number, size, True
             while left > 0:
