@@ -1,6 +1,6 @@
 """Run the publisher of one worker: it publishes page after page, and polls when idle.
 
-Every worker has one. A lock in the database lets one publisher work at a time; if it dies, another takes over.
+Every worker has one. A lock in the database lets one publisher work at a time; if it exits, another takes over.
 """
 
 import asyncio
@@ -164,7 +164,7 @@ class Publisher:
         return await run_async(self._engine, guarded, statement_seconds=seconds)
 
     async def _silence_notify(self) -> None:
-        """Publish without NOTIFY for a while, because an idle listener has filled the queue."""
+        """Log that an idle listener has filled the queue; while it stays mostly full, suspend NOTIFY."""
         telemetry.notify_failures.inc()
         if await run_async(self._engine, select_queue_usage) > MOSTLY_EMPTY:
             self._notifies_from = monotonic() + SILENCE_SECONDS

@@ -140,7 +140,7 @@ def select_queue_usage(connection: Connection) -> float:
     """Return how full the notification queue of Postgres is, from 0 to 1.
 
     The query makes Postgres free the notifications that all listeners have read; otherwise only a new notification
-    does.
+    does so.
     """
     return float(connection.scalar(text("SELECT pg_notification_queue_usage()")) or 0)
 

@@ -33,7 +33,7 @@ def select_changes(connection: Connection, after: int, limit: int) -> list[Entry
 
 
 class FeedEpoch(msgspec.Struct, frozen=True, gc=False):
-    """A row of `analytics.epochs`: the newest change when the epoch began, and the greatest earlier cursor."""
+    """A row of `analytics.epochs`: the newest cursor when the epoch began, and the greatest one assigned before."""
 
     epoch: str
     cursor: int
@@ -70,7 +70,7 @@ class Backlog(msgspec.Struct, frozen=True, gc=False):
     since: datetime | None
 
     def is_overdue(self, now: datetime) -> bool:
-        """Return whether the wait is so long that no worker can be running."""
+        """Return whether the oldest transaction has waited so long that apparently no worker is publishing."""
         return self.since is not None and now - self.since > _OVERDUE
 
 

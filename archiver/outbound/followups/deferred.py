@@ -31,7 +31,7 @@ Key = tuple[str, tuple[int | str, ...]]
 
 
 def slow(error: BaseException) -> Reason | None:
-    """Return why a retry may succeed; None for other errors."""
+    """Return the reason why the work was slow, so that a retry may succeed; None for other errors."""
     if database.is_lock_timeout(error):
         return "locked"
     return "too_slow" if database.is_cancelled(error) else None
@@ -55,7 +55,7 @@ class DeferredWork(ABC):
 
     @abstractmethod
     def run(self, connection: Connection) -> int:
-        """Do the work, or the next part of it, in a separate transaction."""
+        """Do the work, or the next part of it, in this transaction; return a result for `succeeded`."""
 
     @abstractmethod
     def succeeded(self, answer: int) -> bool:

@@ -190,6 +190,6 @@ _REDACT = text(
 
 
 def delete_answers(connection: Connection, targets: Sequence[tuple[str, str]]) -> int:
-    """Delete stored responses of receivers about these sessions and turns."""
+    """Delete stored responses of receivers about these sessions and turns; return their number."""
     targets_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in targets]
     return connection.execute(_REDACT, {"targets": as_json(targets_json)}).rowcount

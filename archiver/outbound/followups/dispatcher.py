@@ -158,7 +158,7 @@ class Followups:
         known = await self._do(subscriptions.select_ids)
         for ended in self._senders.keys() - known - self._sending.keys():
             await self._senders.pop(ended).aclose()
-            self._duty.working(part_of(ended))  # it cannot recover from a fault any more
+            self._duty.working(part_of(ended))  # otherwise its last fault would stay
 
     async def _prune(self) -> None:
         if monotonic() - self._forgot_at < PRUNE_SECONDS:

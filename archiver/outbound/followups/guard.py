@@ -122,7 +122,7 @@ def _reach(address: Address) -> Reach:
 
 
 def _inner(address: Address) -> IPv4Address | None:
-    """Return the IPv4 address that is embedded in an IPv6 address."""
+    """Return the IPv4 address that is embedded in an IPv6 address; None if there is none."""
     if isinstance(address, IPv4Address):
         return None
     if address.ipv4_mapped is not None:
@@ -206,7 +206,7 @@ class GuardedNetwork(httpcore2.AsyncNetworkBackend):
 
 
 def ssl_context() -> ssl.SSLContext:
-    """Return a context that verifies certificates with the system's authorities, and names with the URL's host.
+    """Return a context that verifies certificates with the system's authorities, and their names with the URL's host.
 
     Raises `SettingsError`, which names the variables to check.
     """

@@ -14,7 +14,7 @@ from archiver.outbound.followups.deliveries import Due
 MAX_BYTES = 262_144  # per body; a larger one omits its messages, then its variables, then everything but ids
 
 Data = dict[str, Any]
-SelectSeal = Callable[[Connection, int], Data | None]  # returns a seal by id; seals belong to a higher room
+SelectSeal = Callable[[Connection, int], Data | None]  # returns a seal by id; seals belong to a higher layer
 
 
 def select_bodies(connection: Connection, due: Sequence[Due], select_seal: SelectSeal) -> dict[int, bytes]:

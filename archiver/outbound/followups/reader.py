@@ -29,7 +29,7 @@ SPLIT, SEARCH_SPLIT = 32, 8  # divisor of the number of changes per statement af
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """A skipped session: the cursor up to which its deliveries exist, and why it is slow."""
+    """A skipped subject: the cursor up to which its deliveries exist, and why it is slow."""
 
     through: int
     reason: Reason
@@ -38,7 +38,7 @@ class Slow(msgspec.Struct, frozen=True):
 class Position(msgspec.Struct, frozen=True):
     """The position in the feed. `base`: the cursor of the subscription.
 
-    `ahead`: the cursor up to which all but the slow sessions are done.
+    `ahead`: the cursor up to which all deliveries exist, except those of slow subjects.
     """
 
     base: int = 0
@@ -71,7 +71,7 @@ class Reader:
         self._returning = dict(self._back)
 
     def commit(self, subscription: Subscription, position: Position) -> None:
-        """Store the results of a cycle, and defer slow subjects."""
+        """Continue from this position in the next cycle, and defer slow subjects."""
         self.position = position
         for subject in self._returning:
             del self._back[subject]
@@ -119,7 +119,7 @@ class Reader:
         return page
 
     def _narrow(self, connection: Connection, position: Position, limit: int, reason: Reason) -> Position:
-        """Examine fewer changes per statement from now on; if one change alone is too slow, skip its subject."""
+        """Examine fewer changes per statement from now on; if a single change is too slow, skip its subject."""
         limit = self._narrow_search(connection, position, limit, SPLIT)
         if limit > 1:
             self._narrow_until = position.ahead + limit
@@ -160,7 +160,7 @@ class Reader:
     def _make_rest(
         self, connection: Connection, leased: Subscription, subject: str, through: int, ahead: int
     ) -> Reason | None:
-        """Create the deliveries of this subject in a part of the feed; return why it takes too long, if it does."""
+        """Create the missing deliveries of this subject up to `ahead`; return the reason if that takes too long."""
         try:
             with connection.begin_nested():
                 while (page := fan_out_subject(connection, leased, subject, after=through, until=ahead)).examined:

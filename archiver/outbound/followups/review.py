@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, text
 from archiver.outbound.followups.deliveries import State
 from archiver.outbound.followups.schedule import ATTEMPTS
 
-# Never selects the secrets. The latest attempt is one at a pending delivery or at one of the newest dead deliveries.
+# Never selects the secrets. The latest attempt belongs to a pending delivery or to one of the newest dead deliveries.
 _SHOW = text(
     """
     SELECT s.id, s.url, s.events, s.assistant_id, s.variable, s.value, s.contains, s.is_ordered, s.concurrency,

@@ -138,7 +138,7 @@ class Sender:
             await self._transport.aclose()
 
     async def drain(self, ending: asyncio.Event) -> None:
-        """Send due deliveries until none is left or `ending` is set, and record those in flight."""
+        """Send due deliveries until none is left or `ending` is set, and record the results of those in flight."""
         under_way: dict[asyncio.Task[Result | None], Due] = {}
         results: list[Result] = []
         try:
@@ -186,7 +186,10 @@ class Sender:
     async def _send(
         self, transport: Transport | None, subscription: Subscription, ready: ReadyDelivery
     ) -> Result | None:
-        """Send one delivery. Return None to have it read again: its content is too old, or a pause was requested."""
+        """Send one delivery. Return None if it must be read again.
+
+        That is the case if its content is too old, the rate limit delays it for too long, or the sender must wait.
+        """
         async with self._slots:
             is_old = monotonic() - ready.read_at > FRESH_SECONDS
             if is_old or not await self._pace.acquire() or self._must_wait:
@@ -349,7 +352,7 @@ class Sender:
 
 
 async def _ended(under_way: dict[asyncio.Task[Result | None], Due]) -> list[Result]:
-    """Wait until deliveries finish, remove them from `under_way`, and return their results together."""
+    """Wait until deliveries finish, at most `RENEW_SECONDS`; remove them from `under_way`, return their results."""
     done, _ = await asyncio.wait(under_way, timeout=RENEW_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if done and len(done) < len(under_way):
         await asyncio.sleep(LINGER_SECONDS)

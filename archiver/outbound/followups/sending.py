@@ -51,7 +51,7 @@ Fault = Literal[
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """The result of an attempt: `status` of the response, `fault` unless it was 2xx, first bytes of the body.
+    """The result of an attempt. `status`: of the response. `fault`: None for 2xx. `answer`: first bytes of the body.
 
     `retry_after`: seconds requested by the receiver.
     """

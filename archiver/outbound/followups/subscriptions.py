@@ -150,7 +150,7 @@ _HEALTHY: dict[str, Any] = {"failures": 0, "failing_since": None, "open_until": 
 
 
 def resume(connection: Connection, subscription_id: int) -> int:
-    """Resume a subscription; return how many unread changes were deleted. Raises `SubscriptionNotFoundError`."""
+    """Resume a subscription; return the number of deleted unread changes. Raises `SubscriptionNotFoundError`."""
     _change(connection, subscription_id, paused_at=None, pause_reason=None, **_HEALTHY)
     oldest = connection.scalar(text("SELECT min(cursor) FROM archiver.changes"))
     cursor = int(select_one(connection, subscription_id)["cursor"])
@@ -227,12 +227,12 @@ _IDLE_SECONDS = 90_000.0
 
 
 def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
-    """Store the number of consecutive failures, and open the circuit for `wait` seconds or keep it as it is."""
+    """Store the number of consecutive failures; the circuit stays open for at least `wait` seconds from now."""
     values = {"id": subscription_id, "failures": failures, "wait": wait, "idle": _IDLE_SECONDS}
     connection.execute(_SET_CIRCUIT, values)
 
 
-# Subscriptions with unprocessed changes or due deliveries that are not leased.
+# Active subscriptions with unread changes or due deliveries, unless another owner has leased them.
 _SELECT_BUSY = text(
     """
     SELECT s.id FROM archiver.subscriptions s
@@ -248,7 +248,7 @@ _SELECT_BUSY = text(
 
 
 def select_busy(connection: Connection, owner: str) -> Sequence[int]:
-    """Return the subscriptions with unread changes or due deliveries."""
+    """Return the ids of the subscriptions with unread changes or due deliveries that `owner` may lease now."""
     return connection.scalars(_SELECT_BUSY, {"owner": owner, "seconds": LEASE_SECONDS}).all()
 
 

@@ -39,7 +39,7 @@ class VerifiedStream(httpcore2.AsyncNetworkStream):
         self._is_body = True
 
     def settle(self, body: bytes) -> None:
-        """Set the body of the response; then it is known whether anything else arrived."""
+        """Compare the received bytes with this body; the connection is reusable only if nothing else arrived."""
         _, _, rest = self._came.partition(b"\r\n\r\n")
         self._is_clean = rest == body and not self._has_decrypted()  # never true for a chunked response
 
