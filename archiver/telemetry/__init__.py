@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 FRAMES = 6  # innermost frames of a traceback
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-# The library reads the variable when it is imported; set later, it has no effect.
+# The library reads the variable when it is imported; a later value has no effect.
 _IS_SHARED = MULTIPROCESS_FOLDER in os.environ
 
 received = Counter("archiver_received_total", "Webhook requests, by response and reason.", ["status", "reason"])
@@ -302,7 +302,7 @@ class _MergedRegistry:
         return families.values()
 
 
-# How a gauge that both registries have is merged. The others are set in one of them, and are 0 in the other.
+# The functions that merge the gauges set in both registries. The others are set in one of them, and 0 in the other.
 _MERGES: dict[str, Callable[[list[float]], float]] = {
     family.name: merge
     for gauge, merge in ((spool_age, max), (sealing, max), (last_event, max), (settings_current, min))
@@ -323,7 +323,7 @@ def _delete_dead_processes(folder: Path) -> None:
 
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:
-    """Write one line per event to stderr, for the archiver and its libraries."""
+    """Make the archiver and its libraries log one line per event to stderr."""
     as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -76,7 +76,7 @@ class Duty:
         return 0.0 if self._off or silent < HANG_SECONDS else silent
 
     def report(self, stuck: str = "") -> Report:
-        """Return the current state. `stuck` names what blocks the whole process, if anything does."""
+        """Return the current state. `stuck`: the reason if the whole process is blocked."""
         shown = self._now(stuck)
         if shown[0] != self._shown[0]:
             self._since = datetime.now(UTC)
