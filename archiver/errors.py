@@ -6,7 +6,7 @@ knows status codes.
 
 
 class ArchiverError(Exception):
-    """Base of all errors. `message` is the text of an error that is raised without one."""
+    """Base of all errors. `message` is the default text."""
 
     message = ""
 

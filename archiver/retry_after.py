@@ -8,7 +8,7 @@ _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
 
 
 def parse(header: str, now: datetime) -> float | None:
-    """Return the seconds to wait, from seconds or an HTTP date; 0 for a date in the past, None if it cannot be read.
+    """Return the seconds to wait, from seconds or an HTTP date; 0 for a past date, None for an unreadable header.
 
     Each caller sets its own limits.
     """

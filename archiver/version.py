@@ -19,7 +19,7 @@ def describe() -> str:
 
 
 def _schema() -> str | None:
-    """Return the newest migration, by the number that its file name begins with."""
+    """Return the number of the newest migration; None if this installation has no migrations."""
     for folder in (_PACKAGE / "_migrations" / "versions", _PACKAGE.parent / "migrations" / "versions"):
         if names := [path.name for path in folder.glob("[0-9][0-9][0-9][0-9]_*.py")]:
             return max(names)[:4]
@@ -27,12 +27,15 @@ def _schema() -> str | None:
 
 
 def _built_from() -> str | None:
-    """Return the commit that the build wrote into the package."""
+    """Return the commit that the build wrote into the package, if any."""
     return _read(_PACKAGE / "_commit.txt")
 
 
 def _checked_out(folder: Path) -> str | None:
-    """Return the commit of a checkout: https://git-scm.com/docs/gitrepository-layout."""
+    """Return the commit of a checkout; None if `folder` is not one.
+
+    Source: https://git-scm.com/docs/gitrepository-layout.
+    """
     place = folder / ".git"
     if not (folder / "pyproject.toml").is_file():
         return None  # installed with other packages; a repository around them is another project's

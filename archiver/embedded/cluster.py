@@ -63,7 +63,10 @@ class Cluster:
 
 
 def database_url(socket_dir: Path, name: str) -> str:
-    """Return a URL for libpq and SQLAlchemy: percent-encoded, as they differ on `+`; its port overrides PGPORT."""
+    """Return a URL for libpq and SQLAlchemy.
+
+    It is percent-encoded, because they interpret `+` differently; its port overrides PGPORT.
+    """
     folder = quote(os.fsencode(socket_dir), safe="/")
     return f"postgresql://{SUPERUSER}@/{quote(name, safe='')}?host={folder}&port=5432"
 
@@ -96,7 +99,7 @@ def _remove_unfinished(data: Path) -> None:
 def _initialise(cluster: Cluster, start_lock: int) -> None:
     """Run initdb in a temporary folder and rename it, so that a data folder is complete or absent.
 
-    initdb inherits the start lock, so its folder is not removed while it still writes, even if this process is
+    initdb inherits the start lock, so its folder is not removed while it is still writing, even if this process is
     killed.
     """
     with ExitStack() as undo:
@@ -160,7 +163,7 @@ def _change_owner(data: Path, account: Account) -> None:
 
 
 def ensure_watchdog(cluster: Cluster) -> None:
-    """Start a watchdog unless one is alive; it inherits its lock, which is already held."""
+    """Start a watchdog unless one is running; it inherits its lock, which this process has acquired for it."""
     files = [paths.open_file(cluster.home / f"postgres.{name}") for name in ("lock", "users", "watch")]
     log_file = paths.open_file(cluster.log)
     try:
@@ -175,7 +178,10 @@ def ensure_watchdog(cluster: Cluster) -> None:
 
 
 def ensure_server(cluster: Cluster, options: Mapping[str, str]) -> postmaster.PidFile:
-    """Return the running server or start one. It accepts connections and has the database `archiver`."""
+    """Start the server unless it is running; return its pid file.
+
+    The server then accepts connections and has the database `archiver`. Raises `EmbeddedError` if it cannot be used.
+    """
     deadline = time.monotonic() + START_SECONDS
     client_deadline = None
     while True:
@@ -207,7 +213,10 @@ def _is_smart_shutdown(cluster: Cluster) -> bool:
 
 
 def _answers(cluster: Cluster, found: postmaster.PidFile) -> bool:
-    """Connect, and create the database if it is missing; return False if the server is stopping."""
+    """Return whether the server accepts a connection; create the database if it is missing.
+
+    Raises `EmbeddedError` if the connection fails although the pid file has not changed.
+    """
     folder = found.socket_dir or cluster.data
     paths.check_socket_folder(folder, cluster.data)
     try:
@@ -261,10 +270,10 @@ def _becomes_ready(cluster: Cluster, pid: int, deadline: float) -> bool:
 
 
 def _clear_stale(cluster: Cluster) -> None:
-    """Remove files of a dead server that would prevent a start.
+    """Remove files of an exited server that would prevent a start.
 
-    A pid file that a power failure emptied is such a file. A pid file with the id of an exited process stays, because
-    Postgres checks the shared memory that it names.
+    These are its socket, and a pid file that a power failure emptied or whose id now belongs to another process. A
+    pid file with the id of an exited process is kept, because Postgres checks the shared memory that it names.
     """
     result = postmaster.read_pid_file(cluster.data)
     folder = postmaster.socket_folder(result, cluster.data)
@@ -296,7 +305,7 @@ def _failed(cluster: Cluster, what: str, output: str | None = None) -> EmbeddedE
 
 
 def _log_since_start(path: Path) -> str:
-    """Return the messages since the latest start; empty without a log."""
+    """Return the server's log since its latest start; empty if there is no log."""
     text = path.read_text(errors="replace") if path.exists() else ""
     before, start, since = text.rpartition("LOG:  starting PostgreSQL")
     return before.rpartition("\n")[2] + start + since

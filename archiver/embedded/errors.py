@@ -4,4 +4,4 @@ from archiver.errors import ArchiverError
 
 
 class EmbeddedError(ArchiverError):
-    """The embedded Postgres cannot be used; the message names the setting to change."""
+    """The embedded Postgres cannot be used; the message says why and what to do."""

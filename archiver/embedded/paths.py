@@ -34,8 +34,8 @@ _SOCKET_PATH_BYTES = 90  # the lowest limit of operating systems is 104
 def open_home(home: Path) -> Path:
     """Return the resolved home folder; create it if it is missing.
 
-    It is private. If this process is root, others may traverse it (not list it), because the server's account must
-    reach the data.
+    A new folder is private. If this process is root, others may traverse it (not list it), because the server's
+    account must reach the data.
     """
     home = home.resolve()
     if not home.is_dir():
@@ -45,9 +45,10 @@ def open_home(home: Path) -> Path:
 
 
 def open_file(path: Path) -> int:
-    """Open a private file for locks or logs, and create it if it is missing. Follows no link; not inheritable.
+    """Return the descriptor of a private file for locks or logs; create the file if it is missing.
 
-    Root gives a new file to the owner of its folder, who may run the server without root next time.
+    Symbolic links are not followed, and the descriptor is not inheritable. Root gives a new file to the owner of its
+    folder, who may run the server without root next time.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -62,7 +63,7 @@ def open_file(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[int]:
-    """Lock a file for the block; yield its descriptor. Raises `EmbeddedError` if others lock it for minutes."""
+    """Lock a file for the block; yield its descriptor. Raises `EmbeddedError` after waiting `LOCK_SECONDS`."""
     file = open_file(path)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -110,7 +111,7 @@ def locate(home: Path, account: Account | None) -> Path:
 
 
 def link(home: Path, data: Path) -> None:
-    """Create a link in the home to data in another place."""
+    """Create the symbolic link `postgres` in the home if the data is elsewhere."""
     inside = home / "postgres"
     if data != inside and not inside.is_symlink():
         inside.symlink_to(data)
@@ -122,7 +123,7 @@ def root_folder() -> Path:
 
 
 def root_owned(folder: Path) -> Path:
-    """Create a folder. Raises `EmbeddedError` if another user could have created it."""
+    """Return this folder; create it if it is missing. Raises `EmbeddedError` if not only root can write to it."""
     folder.mkdir(mode=0o711, exist_ok=True)
     result = folder.lstat()
     if not stat.S_ISDIR(result.st_mode) or result.st_uid != 0 or result.st_mode & 0o022:
@@ -134,8 +135,8 @@ def root_owned(folder: Path) -> Path:
 def make_socket_folder(home: Path, data: Path, account: Account | None) -> Path:
     """Return the folder for the socket: the private data folder, or a short folder if its path is unsuitable.
 
-    A path is unsuitable if it is too long for the kernel, or has a comma, which separates hosts for libpq. A
-    restarted server keeps its folder, because the processes that use it know its path.
+    A path is unsuitable if it is too long for the kernel, or contains a comma, which separates hosts for libpq. A
+    restarted server uses the same folder, because the processes that use it know its path.
     """
     if len(os.fsencode(data / SOCKET_NAME)) < _SOCKET_PATH_BYTES and "," not in str(data):
         return data
@@ -179,7 +180,7 @@ def check_socket_folder(folder: Path, data: Path) -> None:
     """
     if not is_private(folder, data):
         raise EmbeddedError(
-            f"{folder} should hold the socket of Postgres, but it is not a private folder of its owner; another user "
-            "may be intercepting connections. Stop every process that uses this database, then start again, or set "
-            "DATABASE_URL."
+            f"{folder} should contain the socket of Postgres, but is not private to the owner of the data; another "
+            "user may be intercepting connections. Stop every process that uses this database, then start again, or "
+            "set DATABASE_URL."
         )

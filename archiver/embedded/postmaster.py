@@ -1,6 +1,6 @@
-"""Find and stop the process of a data folder, and run the watchdog that stops it when unused.
+"""Find and stop the server of a data folder, and run the watchdog that stops it when no process uses it.
 
-Standard library only, and complete in this file: the watchdog runs it by its path, without the package.
+This file uses only the standard library, because the watchdog runs it by its path, without the package.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class PidFile:
-    """Lines 1, 5 and 8 of `postmaster.pid`."""
+    """The process id, socket folder and status in `postmaster.pid` (lines 1, 5 and 8)."""
 
     pid: int
     socket_dir: Path | None
@@ -31,7 +31,7 @@ class PidFile:
 
 
 def read_pid_file(data: Path) -> PidFile | None:
-    """Return the pid file of a data folder, even a stale one; None if it is missing or incomplete."""
+    """Return the pid file of a data folder, even if it is stale; None if it is missing or incomplete."""
     try:
         lines = os.fsdecode((data / "postmaster.pid").read_bytes()).splitlines()
         pid = abs(int(lines[0]))  # a single-user backend writes it negative
@@ -93,7 +93,7 @@ def exists(pid: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process runs. A zombie, which remains in containers without init, does not."""
+    """Return whether a process is running; False for a zombie, which remains in containers without init."""
     if not exists(pid):
         return False
     try:
@@ -104,7 +104,7 @@ def is_running(pid: int) -> bool:
 
 
 def stop_server(data: Path) -> None:
-    """Stop the postmaster of this data folder in fast mode, which rolls back open transactions, and wait for it.
+    """Stop the postmaster of this data folder in fast mode, which rolls back open transactions; wait for its exit.
 
     Does nothing if none is running. `pg_ctl stop` would signal any pid in the pid file; this signals only a process
     that serves this folder. Raises `TimeoutError` after a minute.
@@ -131,7 +131,7 @@ def socket_folder(found: PidFile | None, data: Path) -> Path:
 
 
 def remove_sockets(folder: Path, data: Path) -> None:
-    """Remove the socket of a dead server with its lock file, and the short folder that contains them."""
+    """Remove the socket and its lock file after the server has exited, and their folder if it is a short one."""
     (folder / SOCKET_NAME).unlink(missing_ok=True)
     (folder / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
     if folder != data:
@@ -150,7 +150,7 @@ def is_private(folder: Path, data: Path) -> bool:
 
 
 def try_lock(file: int) -> bool:
-    """Take an exclusive lock if no other process holds one; a shared lock of this descriptor is converted."""
+    """Try to lock a file exclusively, without waiting; return whether it is locked. A shared lock is converted."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,8 +161,9 @@ def try_lock(file: int) -> bool:
 def is_last(users: int) -> bool:
     """Return whether no other process uses the server; requires the start lock.
 
-    The conversion of a shared lock into an exclusive one releases it for an instant, in which the watchdog may get
-    it. The watchdog then waits for the start lock, so a second try distinguishes it from other users.
+    The conversion of a shared lock into an exclusive one releases it for an instant, in which the watchdog may
+    acquire it. The watchdog then releases it and waits for the start lock, so a second attempt fails only because of
+    users.
     """
     if try_lock(users):
         return True
@@ -171,7 +172,7 @@ def is_last(users: int) -> bool:
 
 
 def watch(data: Path, start_lock: int, users: int, alive_lock: int) -> None:
-    """Stop the server when the last process that held `users` has exited in any way.
+    """Stop the server when no process holds the lock `users` any longer, however the last one exited.
 
     Holds `alive_lock` until then, so that a start knows whether it needs a new watchdog.
     """
