@@ -167,7 +167,7 @@ def _chat_object(envelope: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-# Fields that `_chat` reads outside the chat object, which also distinguish two facts.
+# Fields that `_chat` reads outside the chat object; facts that differ in them are different facts.
 _ENVELOPE_CHAT_FIELDS = frozenset({"assistant", "assistantId", "assistantOverrides", "session"})
 _TIMES = ("timestamp", "createdAt")
 

@@ -1,4 +1,4 @@
-"""A delivery: what arrived, when, and from whom. One struct from the wire to the ledger."""
+"""A delivery: its content, time of arrival and source. One struct from the wire to the ledger."""
 
 import hashlib
 from datetime import datetime
@@ -37,7 +37,7 @@ class Delivery(msgspec.Struct, Generic[ContentT_co], frozen=True, gc=False):
 
     @property
     def subject(self) -> str:
-        """Return the key of deliveries that must wait for each other: the session or unassigned turn."""
+        """Return the key of deliveries that must not be stored concurrently: their session or unassigned turn."""
         event = self.content
         if isinstance(event, Malformed):
             return f"\0{hashlib.sha256(event.body).hexdigest()}"

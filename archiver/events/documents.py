@@ -14,13 +14,13 @@ _MAX_DIGITS = 400  # digits of an integer; longer integers stay text
 
 
 class Exact(float):
-    """A JSON number with a fraction or exponent: nearest double, and the digits as sent."""
+    """A JSON number with a fraction or exponent: the nearest double; `text` is the number as sent."""
 
     __slots__ = ("text",)
     text: str
 
     def __new__(cls, text: str) -> "Exact":
-        """Return the number in this text. Raises `ValueError` if it is beyond a double."""
+        """Return the number in this text. Raises `ValueError` if it is beyond the range of a double."""
         value = super().__new__(cls, text)
         if not math.isfinite(value):
             raise ValueError("beyond a double")
@@ -29,7 +29,7 @@ class Exact(float):
 
 
 class Beyond(str):
-    """A JSON number beyond a double, or beyond an integer of 400 digits, kept as sent; used like a string."""
+    """A JSON number beyond the range of a double, or an integer of more than 400 digits: the string as sent."""
 
     __slots__ = ()
 
@@ -38,7 +38,7 @@ _DECODER = msgspec.json.Decoder(float_hook=Exact)
 
 
 def decode(body: bytes) -> Any:
-    """Parse JSON leniently: lone surrogates, NaN, numbers of any length; fractions are `Exact`.
+    """Parse JSON; accept lone surrogates, NaN and numbers of any length. Numbers with a fraction are `Exact`.
 
     Raises `UnreadableError`.
     """
@@ -57,7 +57,7 @@ def _load(body: bytes) -> Any:
         return _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
-    # The standard library is slower and more liberal: lone surrogates, NaN, numbers out of range.
+    # The standard library is slower, but accepts lone surrogates, NaN and numbers out of range.
     try:
         return json.loads(body, parse_constant=str, parse_int=_integer, parse_float=_float)
     except ValueError as error:
@@ -73,7 +73,7 @@ def _depth(document: Any) -> int:
     return depth
 
 
-# Unsupported numbers stay text, so that facts that differ only in them remain different.
+# Unsupported numbers remain text, so that facts that differ only in them remain different.
 
 
 def _integer(text: str) -> int | str:
@@ -101,7 +101,7 @@ def digest(fact: list[Any]) -> bytes:
     return hashlib.sha256(canonical).digest()
 
 
-_SHORT = 16  # characters of a number without an exponent whose digits a double always preserves
+_SHORT = 16  # a double preserves the digits of any number with at most this many characters and no exponent
 _MAX_DOUBLE_DIGITS = 767  # significant digits of a double, written in full
 
 
@@ -126,7 +126,7 @@ def _holds(number: Exact) -> bool:
 
 
 def _digits(number: Exact | Beyond) -> str:
-    """Return a number as JSON, the same for all ways of writing it."""
+    """Return a number as JSON, in the same form however it was written."""
     text = number.text if isinstance(number, Exact) else str(number)
     try:
         sent = Decimal(text)

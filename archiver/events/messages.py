@@ -1,8 +1,8 @@
 """Extract the messages of a turn from any known format. Pure.
 
 A value is a string, a number, a list of values, or an object that contains values in fields such as `content`,
-`parts` or `text`. A message is a string or an object; its role is its own, or that of its place. An object without
-text is a message, too: `Message.shape` names its kind.
+`parts` or `text`. A message is a string or an object. Its role is the one that it names, or the default of its place,
+such as `user` in an input. An object without text is a message, too: `Message.shape` names its kind.
 """
 
 import json
@@ -28,9 +28,9 @@ _AUTHORS = ("author", "sender", "speaker", "from", "type")
 _TEXTS = (
     *("content", "parts", "text", "message", "output_text", "input_text", "transcript", "value", "body"),
     *("utterance", "response", "answer", "summary", "output", "result", "caption"),
-    *("html", "blocks", "elements", "attachments"),  # of Slack and others, beside an empty `text`
+    *("html", "blocks", "elements", "attachments"),  # of Slack and others, next to an empty `text`
 )
-# fields with objects that contain texts; a plain string there is encoded bytes
+# fields with objects that contain text; a plain string there is encoded bytes
 _CARRIERS = ("data", "audio", "input_audio", "kwargs")
 _LISTS = ("messages", "choices", "candidates", "output", "items")  # fields of an object that wraps messages
 _CALLS = ("tool_calls", "toolCalls", "function_call", "functionCall", "tool_use", "toolUse")
@@ -46,8 +46,8 @@ _MEDIA_FIELDS: dict[str, Shape] = {
 }
 _METADATA = frozenset({"role", "id", "type", "name", "index", "status", "object", "time", "timestamp", "metadata"})
 _METADATA_ENDS = ("At", "_at", "Id", "_id")
-_KINDS_AND_IDS = frozenset({"type", "id", "role", "object", "index"})  # metadata inside an unknown part, too
-# Fields of a part for the platform that made it.
+_KINDS_AND_IDS = frozenset({"type", "id", "role", "object", "index"})  # metadata inside an unknown part as well
+# Fields of a part that are meant only for the platform that created it.
 _NOTES = frozenset({"cache_control", "cachecontrol", "cachepoint", "signature", "thoughtsignature"})
 _NOTES_BEGIN = ("providermetadata", "provider_metadata", "provideroptions", "provider_options")
 # Kinds of parts that are the work of the assistant, not its words: tool calls, their results, reasoning.
@@ -129,7 +129,7 @@ def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Me
 
 
 def _shown(role: str, found: _Text) -> Message:
-    """Return the message with this text, and below it each unknown part on its own line."""
+    """Return the message with this text and, below it, each unknown part on its own line, or only the parts."""
     if not found.unknown:
         return Message(role, found.text, found.shape)
     if found.shape in {"text", "refusal"}:

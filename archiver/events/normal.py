@@ -1,4 +1,4 @@
-"""Normalise texts, so that different encodings of the same words are equal. Pure."""
+"""Normalise text, so that different encodings of the same words are equal. Pure."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from html import unescape
 from itertools import chain
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_LAYERS = 8  # passes of HTML unescaping: `&amp;amp;lt;`
+_LAYERS = 8  # maximum passes of HTML unescaping; `&amp;amp;lt;` needs three
 # Control characters that are not white space, soft hyphen, combining grapheme joiner, zero-width space and
 # non-joiner, marks of direction, Mongolian vowel separator, word joiner, byte order mark and variation selectors show
 # nothing and separate nothing.
@@ -27,18 +27,18 @@ _FOLDED = _INVISIBLE | {ord(each): plain for plain, every in _TYPOGRAPHIC.items(
 # Sorting a run of combining marks takes quadratic time. No language needs more than 30 marks on one character
 # (Unicode Standard Annex 15, section 13).
 _MAX_MARKS = 30
-_SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_MARKS + 1},}}")  # combining marks are neither word nor space
-# Between two symbols the zero-width joiner makes one emoji of several; next to a letter or a space it shows nothing.
+_SYMBOLS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MAX_MARKS + 1},}}")  # combining marks match neither \w nor \s
+# Between two symbols the zero-width joiner combines emoji into one; next to a letter or a space it shows nothing.
 _JOINER = re.compile("(?<![^\\w\\s])\u200d|\u200d(?![^\\w\\s])")
 
 
 def normal_text(text: str) -> str:
-    """Return the form under which two texts are compared; it is never stored or shown.
+    """Return the form in which two texts are compared; it is never stored or shown.
 
-    HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters stay
-    apart), typographic quotes, dashes and ellipses become ASCII, invisible and control characters are removed,
+    HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters remain
+    distinct), typographic quotes, dashes and ellipses become ASCII, invisible and control characters are removed,
     each run of white space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Of
-    more than 30 combining marks in a row the first 30 count. Letter case, punctuation and digits are kept.
+    more than 30 combining marks in a row the first 30 count. Letter case, punctuation and digits do not change.
     """
     if "&" in text:
         text = _unescaped(text)

@@ -31,7 +31,7 @@ _PARTIAL_CONTENT = 206
 # Fields by which a response says that it is not whole, in lower case without `_`, and objects that hold such fields.
 _MORE = frozenset({"hasmore", "hasnextpage", "nextcursor", "nextpage", "nextpagetoken", "truncated", "istruncated"})
 _PAGINATION = ("pagination", "paging", "pageInfo", "page_info", "meta")
-# The same content is the same fact, regardless of other fields of a response: times of access, ids of requests.
+# The same content is the same fact, regardless of other fields of a response, such as access times and request ids.
 _SNAPSHOT_FIELDS = ("id", "messages", "name", "status", "assistantId", "createdAt")
 
 
@@ -109,7 +109,7 @@ class InvalidRegistrationError(ArchiverError):
 
 
 def registrations(body: bytes) -> list[Event]:
-    """Return the sessions in `{"ids": [...]}` or `{"sessions": [{"id", ...}]}`.
+    """Return an event for each session in `{"ids": [...]}` or `{"sessions": [{"id", ...}]}`.
 
     Raises `InvalidRegistrationError`.
     """
@@ -149,7 +149,7 @@ def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:
 
 
 def message(content: bytes) -> tuple[Message, ...]:
-    """Return the message in one element of a response; empty if there is none."""
+    """Return the messages in one element of a response, usually one; empty if there are none."""
     return _messages([_decoded(content)]) or ()
 
 
@@ -176,7 +176,7 @@ def _session(session_id: str, document: Any) -> dict[str, Any] | None:
 
 
 def _has_more(document: Any, session: Mapping[str, Any]) -> bool:
-    """Return whether a response says that it is one page of several, or cut off."""
+    """Return whether a response says that it is one of several pages, or truncated."""
     data = document.get("data")
     outer = [place for place in (document, data, session) if isinstance(place, dict)]
     inner = [place[name] for place in outer for name in _PAGINATION if isinstance(place.get(name), dict)]

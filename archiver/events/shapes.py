@@ -23,7 +23,7 @@ SHAPES: dict[Kind, Shape] = {"text": "text", "refusal": "refusal", "tool_call": 
 class Message(msgspec.Struct, frozen=True, gc=False):
     """One message as text. `shape`: the format in which it was sent.
 
-    Only `text` and `refusal` carry words; `object` is shown as JSON, the others are blank.
+    Only `text` and `refusal` contain words; the content of `object` is JSON, that of the others is blank.
     """
 
     role: str
@@ -92,4 +92,4 @@ REASONS = {
 
 
 class UnreadableError(ArchiverError):
-    """The content cannot be parsed; the message is a code of `REASONS`."""
+    """The content cannot be parsed; the message is a stable code, such as a key of `REASONS`."""

@@ -19,7 +19,7 @@ _DIGITS = re.compile(r"-?[0-9]{9,19}(\.[0-9]+)?", re.ASCII)
 def timestamp(value: Any) -> datetime | None:
     """Return a time in UTC from ISO 8601 text, or from an epoch number in seconds, milli-, micro- or nanoseconds.
 
-    None for any other value, and for a time before `EARLIEST`.
+    Returns None for any other value, and for a time before `EARLIEST`.
     """
     try:
         result = _parsed(value)
@@ -29,12 +29,12 @@ def timestamp(value: Any) -> datetime | None:
 
 
 def plausible(moment: datetime | None) -> datetime | None:
-    """Return the time; None for one before `EARLIEST`."""
+    """Return the time; None if it is before `EARLIEST`."""
     return moment if moment is not None and moment >= EARLIEST else None
 
 
 def credible(moment: datetime | None, received_at: datetime) -> datetime | None:
-    """Return the reported time; None if it is later than its arrival by more than `CLOCK_TOLERANCE`."""
+    """Return the reported time; None if it is later than `received_at` by more than `CLOCK_TOLERANCE`."""
     return moment if moment is not None and moment <= received_at + CLOCK_TOLERANCE else None
 
 

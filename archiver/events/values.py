@@ -1,4 +1,4 @@
-"""Single values of a document: ids, texts, costs."""
+"""Single values of a document: ids, strings, costs, variables."""
 
 import re
 from decimal import Decimal
@@ -18,7 +18,10 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 def identifier(value: Any) -> str | None:
-    """Return an id of any reasonable form as text; None if there is none."""
+    """Return a string or an integer as an id; None for any other value and for blank strings.
+
+    Raises `UnreadableError` if Postgres cannot store the id.
+    """
     if isinstance(value, str):
         return storable_id(value) if value.strip() else None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -56,7 +59,7 @@ def storable(text: str) -> str:
 
 
 def cost_of(value: Any, levels: int = 3) -> Decimal | None:
-    """Return the cost, or an object's total cost, with the digits that were sent; None if it is not a number."""
+    """Return the cost, or an object's total cost, with the digits that were sent; None unless plausible."""
     if isinstance(value, dict):
         result = (cost_of(value[name], levels - 1) for name in _COST_FIELDS if name in value) if levels else iter(())
         return next((cost for cost in result if cost is not None), None)
