@@ -1,6 +1,6 @@
 """Access to Postgres: engines, transactions, statements, locks, and classification of errors.
 
-`session` says what is set in each transaction, and why.
+`session` documents the settings of each transaction and the reasons for them.
 """
 
 from archiver.database import clock, locks, session

@@ -1,6 +1,6 @@
-"""The database's clock as last seen by this process: one clock for all machines, which never jumps here.
+"""The database's clock, as this process last read it: one clock for all machines.
 
-Each transaction reads it; between two readings, the time elapsed on this machine is added.
+Each transaction reads it. Between two readings, the time elapsed on this machine's monotonic clock is added.
 """
 
 import time

@@ -11,7 +11,7 @@ from archiver.database import connect, connect_async
 
 
 class Connections:
-    """Open engines for one database. `prepared_statements`: see `connect`."""
+    """The engines for one database, each opened for a block. `prepared_statements`: see `connect`."""
 
     def __init__(self, url: URL, prepared_statements: bool | None = None) -> None:
         self.url, self._prepared_statements = url, prepared_statements

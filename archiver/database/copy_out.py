@@ -1,4 +1,4 @@
-"""Read rows with COPY, one by one and cheaply."""
+"""Read rows with COPY one at a time, at low cost."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _TRAILER = b"\xff\xff"
 
 
 def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
-    """Yield the rows of a binary COPY: the number of fields, then the fields.
+    """Yield the bytes of each row of a binary COPY: the number of fields, then the fields.
 
     The connection cannot be used for anything else, not even a rollback, until the generator is exhausted or closed:
     use `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
@@ -53,7 +53,7 @@ def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
 
 @contextmanager
 def _driver_errors(connection: Connection) -> Iterator[None]:
-    """Convert the driver's errors of the block to those of any other statement."""
+    """Convert the driver's errors in the block to the errors that any other statement raises."""
     try:
         yield
     except psycopg.Error as error:

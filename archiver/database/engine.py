@@ -1,4 +1,4 @@
-"""Engines: connections to Postgres with our options."""
+"""Engines: connections to Postgres with the archiver's options."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | N
 
 
 class _Opener:
-    """Open the connections of an engine. `redirected`: the arguments of another URL, if any."""
+    """The listener that opens an engine's connections. `redirected`: connection arguments of another URL, if any."""
 
     redirected: Mapping[str, Any] | None = None
 
@@ -71,7 +71,7 @@ _openers: WeakKeyDictionary[Engine, _Opener] = WeakKeyDictionary()
 
 
 def redirect(engine: AsyncEngine, url: URL) -> None:
-    """Direct new connections to this URL. Connections in use are kept."""
+    """Direct new connections to this URL. Existing connections are kept."""
     _, arguments = engine.sync_engine.dialect.create_connect_args(url)
     own = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
     _openers[engine.sync_engine].redirected = arguments | own

@@ -22,7 +22,7 @@ def as_of_engine(connection: Connection, statement: str, error: psycopg.Error) -
 
 
 def explain(error: BaseException) -> str:
-    """Return why Postgres was unreachable, or the SQLSTATE of its error; never content."""
+    """Return why Postgres was unreachable, or the SQLSTATE of its error; never message content."""
     state = sqlstate(error)
     original = error.orig if isinstance(error, DBAPIError) else error
     if state is None and isinstance(original, psycopg.OperationalError):
@@ -61,7 +61,7 @@ def is_connection_failure(error: BaseException) -> bool:
     return isinstance(original, psycopg.OperationalError) and original.sqlstate is None
 
 
-# Messages of a server that is starting or stopping, in English; in other languages they count as a refusal.
+# English messages of a server that is starting, stopping or full; in other languages they count as a refusal.
 _NOT_YET = (
     "starting up",
     "shutting down",
@@ -75,7 +75,7 @@ _NOT_YET = (
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Return whether Postgres is unreachable at present, as opposed to a rejected configuration."""
+    """Return whether Postgres is temporarily unreachable; False if it rejects the configuration."""
     original = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
         return False
@@ -85,7 +85,7 @@ def is_unreachable(error: BaseException) -> bool:
     return "FATAL: " not in message or any(words in message for words in _NOT_YET)
 
 
-# Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html that the data itself caused:
+# Classes of https://www.postgresql.org/docs/current/errcodes-appendix.html for errors that the data itself causes:
 # cardinality violation, data exception, integrity violation, check option violation, program limit exceeded, and
 # exceptions raised by triggers.
 _DATA_CLASSES = frozenset({"21", "22", "23", "44", "54", "P0"})
@@ -113,5 +113,5 @@ def is_lock_timeout(error: BaseException) -> bool:
 
 
 def is_cancelled(error: BaseException) -> bool:
-    """Return whether a statement exceeded `statement_timeout`."""
+    """Return whether a statement was cancelled, usually because it exceeded `statement_timeout`."""
     return sqlstate(error) == _QUERY_CANCELED

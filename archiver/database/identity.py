@@ -1,11 +1,12 @@
 """Identify the database, and detect that it was replaced or has lost rows.
 
 The newest row in `archiver.epochs` identifies it: by the system identifier of the cluster, the object id of the
-database, and, if it is embedded, the inode of its files, which a copy does not share. This machine remembers the rest
-in `ARCHIVER_HOME/served.json`: the newest event, seal and change that it saw committed, and the highest timeline. A
-database that lacks one of them has gone back; the machine that detects this records it in `archiver.epoch_faults`, so
-that machines without that memory stop as well. A table that cannot be read is left out of the comparison. Until
-`archiver adopt` begins a new epoch, nothing is sealed, published or sent, but events are received.
+database, and, if it is embedded, the inode of its files, which a copy does not share. Each machine remembers in
+`ARCHIVER_HOME/served.json` the newest event, seal and change that it saw committed, and the highest timeline. A
+database that lacks one of them is in an earlier state; the machine that detects this records it in
+`archiver.epoch_faults`, so that machines without that memory stop as well. A table that cannot be read is left out of
+the comparison. Until `archiver adopt` begins a new epoch, nothing is sealed, published or sent, but events are
+received.
 """
 
 import asyncio
@@ -39,10 +40,12 @@ WATCH_SECONDS, WATCH_LIMIT_SECONDS, LOG_SECONDS = 2.0, 3.0, 60.0
 CHECK_SECONDS = 1.0  # between two checks in one process
 # gap of cursors at the start of an epoch: more than can be published between two checks of a machine
 SKIPPED = 1_000_000
-UNREADABLE_SECONDS = 10.0  # pause after an unreadable check
+UNREADABLE_SECONDS = 10.0  # pause after a check that could not be completed
 FOREIGN = "this database is not the one served before"
 _MAX_EPOCHS = 20  # databases and epochs that one ARCHIVER_HOME remembers
-ADVICE = "If this database replaces the earlier one, run `archiver adopt`; else set DATABASE_URL to the earlier one."
+ADVICE = (
+    "If this database replaces the earlier one, run `archiver adopt`; otherwise set DATABASE_URL to the earlier one."
+)
 
 
 class ForeignDatabaseError(ArchiverError):
@@ -58,7 +61,7 @@ class Identity(msgspec.Struct, frozen=True):
     place: str | None = None
 
     def differs_from(self, other: "Identity") -> str:
-        """Describe the differences from the recorded identity; empty if none. A timeline may increase."""
+        """Return the first difference from the recorded identity; empty if there is none. A timeline may increase."""
         if self.database_oid != other.database_oid:
             return f"its object id is {self.database_oid}, not {other.database_oid}"
         for own_value, other_value, what in (
@@ -142,9 +145,9 @@ def select_identity(connection: Connection, place: str | None = None) -> Identit
 
 
 def embedded_files_id(home: Path, url: URL) -> str | None:
-    """Return the id of the files of a database that is embedded here; it survives a move, and a copy has another.
+    """Return the id of the files of an embedded database; it survives a move, but a copy has a different one.
 
-    None for any other database, and if its sockets had to be placed elsewhere.
+    Returns None for any other database, and if the database's sockets had to be placed elsewhere.
     """
     data = (home / "postgres").resolve()
     if url.query.get("host") != str(data):
@@ -196,7 +199,7 @@ _NEWEST_CURSOR = text("SELECT coalesce(max(cursor), 0) FROM archiver.changes")
 
 
 def insert_epoch(connection: Connection, identity: Identity, number: int = 1, given: int = 0) -> None:
-    """Begin an epoch at the present end of the feed. `given`: the greatest cursor that is known to be in use."""
+    """Begin an epoch at the current end of the feed. `given`: the greatest cursor that is known to be in use."""
     cursor = int(connection.scalar(_NEWEST_CURSOR) or 0)
     skipped = SKIPPED if number > 1 else 0
     values = {"id": number, "cursor": cursor, "given": max(cursor, given) + skipped}
@@ -214,14 +217,14 @@ _INSERT_FAULT = text(
 
 
 class IncompleteCheckError(ArchiverError):
-    """A table could not be read within the time limit of a check, or a file not at all; the message says why."""
+    """A check could not read a table in time, or could not read or write a file; the message says why."""
 
 
 PROBE_LOCK_SECONDS, PROBE_SECONDS = 0.1, 1.0
 
 
 def _probe(connection: Connection, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
-    """Return the first row; leave the transaction as it was, including its limits and locks, even after a failure.
+    """Return the first row. The transaction, its limits and its locks remain as they were, even after a failure.
 
     Raises `IncompleteCheckError`, and SQLAlchemy's own error if the connection is lost.
     """
@@ -240,7 +243,7 @@ def _probe(connection: Connection, statement: TextClause, parameters: Mapping[st
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """A kind of row that is remembered: the newest row, and whether a row that was seen still exists."""
+    """A kind of row that machines remember. `newest` selects the newest row; `has`: whether a given row exists."""
 
     table: str
     number: str  # fields of `Watermarks`
@@ -290,13 +293,13 @@ KINDS = (
 
 
 class MachineRecord:
-    """Remember the committed rows that this machine has seen, in a file shared by its processes."""
+    """The newest committed rows that this machine has seen, in a file shared by its processes."""
 
     def __init__(self, home: Path) -> None:
         self._path = home / FILE
 
     def read(self) -> dict[str, Watermarks]:
-        """Return the marks by epoch. Raises `IncompleteCheckError` if the file cannot be read."""
+        """Return the watermarks by `Epoch.key`. Raises `IncompleteCheckError` if the file cannot be read."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Watermarks])
         except FileNotFoundError:
@@ -307,7 +310,10 @@ class MachineRecord:
             raise IncompleteCheckError(f"{self._path} (ARCHIVER_HOME) is damaged: delete it") from None
 
     def remember(self, key: str, marks: Watermarks) -> Watermarks:
-        """Add these marks; return all marks seen so far. Raises `IncompleteCheckError` if the file cannot be used."""
+        """Merge these watermarks into those of the epoch `key`; return the result.
+
+        Raises `IncompleteCheckError` if the file cannot be read or written.
+        """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.with_suffix(".lock").open("a") as lock:
@@ -327,7 +333,7 @@ class MachineRecord:
 
 
 class Guard:
-    """Decide whether a database may be sealed, published and delivered from; checked at most once per second."""
+    """The check whether the database may be served: sealed, published and delivered from."""
 
     def __init__(self, home: Path, url: URL) -> None:
         self._memory, self._place = MachineRecord(home), embedded_files_id(home, url)
@@ -338,7 +344,10 @@ class Guard:
 
     @property
     def unreadable(self) -> str:
-        """Return the parts that could not be checked or stored, with reasons; empty if none. They stop nothing."""
+        """Return the parts that could not be checked or stored, with reasons; empty if none.
+
+        The database is served regardless of these.
+        """
         return "; ".join(f"{name}: {why}" for name, (why, _) in self._unreadable.items())
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
@@ -358,7 +367,10 @@ class Guard:
         return answer
 
     def reason(self, connection: Connection) -> str:
-        """Return why the database may not be served; empty if it may. Runs in the caller's transaction."""
+        """Return why the database may not be served; empty if it may.
+
+        Checks at most once per second, in the caller's transaction.
+        """
         if monotonic() - self._asked_at >= CHECK_SECONDS:
             self._reason = self.examine(connection)
             self._asked_at = monotonic()
@@ -402,7 +414,7 @@ class Guard:
         return f"{FOREIGN}: {fault}" if fault else ""
 
     def _missing_rows_reason(self, connection: Connection, identity: Identity, epoch: Epoch) -> str:
-        """Return which rows that this machine saw committed the database lacks; empty if none."""
+        """Return what this machine saw and the database lacks: an epoch, a timeline, or rows; empty if nothing."""
         remembered = self._memory_of()
         if newer := epoch.newer_of(remembered):
             return f"it lacks epoch {newer}, which this machine saw"
@@ -421,7 +433,7 @@ class Guard:
         return known.merge(self._seen[1]) if self._seen is not None and self._seen[0] == epoch.key else known
 
     def _missing_number(self, connection: Connection, kind: Kind, known: Watermarks) -> int:
-        """Return the number of the row that was seen committed and is now missing; 0 if it exists or none was."""
+        """Return the number of the row that was seen committed and is now missing; 0 if none is missing."""
         number, content = getattr(known, kind.number), getattr(known, kind.content)
         if not number:
             return 0
@@ -444,7 +456,10 @@ class Guard:
         return reason
 
     def watch(self, connection: Connection) -> str:
-        """Report a fault of the database; if there is none, remember its newest rows, and begin its first epoch."""
+        """Return why the database may not be served, as `report` does; if it may, remember its newest rows.
+
+        Begins the first epoch of a database that has none.
+        """
         identity, epoch = select_identity(connection, self._place), select_epoch(connection)
         if epoch is None:
             if identity.timeline is not None:
@@ -460,7 +475,7 @@ class Guard:
 
     def _record(self, connection: Connection, identity: Identity, epoch: Epoch) -> None:
         if identity.timeline is None or identity.differs_from(epoch.identity):
-            return  # a standby stores no rows; the other processes detect themselves that it is another database
+            return  # a standby stores no rows; other processes detect by themselves that it is another database
         if fault := self._missing_rows_reason(connection, identity, epoch):
             cursor = self._known(self._memory_of(), epoch).cursor
             row = {"epoch_id": epoch.id, "host": socket.gethostname(), "reason": fault, "cursor": cursor}

@@ -36,13 +36,13 @@ class LockTimeoutError(ArchiverError):
 
 
 class WaitReport:
-    """Log one line a minute for each session that blocks others; the first line immediately."""
+    """The log of lock waits: one line a minute for each session that blocks others, the first line immediately."""
 
     def __init__(self) -> None:
         self._reported_at = -REPORT_SECONDS
 
     def add(self, holders: Sequence[LockHolder]) -> None:
-        """Update the log with the result of a check."""
+        """Update the metric with the result of a check, and log it if it is due."""
         telemetry.lock_waiters.set(sum(each.waiting for each in holders))
         if not holders or monotonic() - self._reported_at < REPORT_SECONDS:
             return
@@ -62,7 +62,10 @@ class WaitReport:
 
 
 async def report_waits(engine: AsyncEngine, duty: Duty | None = None) -> None:
-    """Report every few seconds, until cancelled, which sessions block the archiver. Uses one connection."""
+    """Check every few seconds, until cancelled, which sessions block the archiver, and report them.
+
+    Uses one connection.
+    """
     report, duty = WaitReport(), duty or Duty("locks")
     while True:
         await asyncio.sleep(CHECK_SECONDS)
@@ -89,7 +92,7 @@ class LockWatch:
         return f"Another session holds a lock that is needed: {first}.\n{first.advice}"
 
 
-# Takes each lock as a writer does; nothing is changed.
+# Statements that acquire each lock as a writer does, and change nothing.
 _WRITTEN = ("events", "sessions", "chats", "messages", "outbox")
 _PROBES = (
     *(f"LOCK TABLE archiver_jobs.{lock} IN ROW EXCLUSIVE MODE" for lock in Lock),
@@ -103,7 +106,7 @@ _NOTHING_TO_PROBE = {INSUFFICIENT_PRIVILEGE, "42P01", "3F000"}  # a user who onl
 def find_holders(engine: Engine) -> Sequence[LockHolder]:
     """Return sessions that block others, or that would block a writer now. Takes some seconds.
 
-    It tries each lock, because an archiver that is spooling does not wait all the time.
+    It requests each lock itself, because an archiver that is spooling does not wait all the time.
     """
     result: Sequence[LockHolder] = ()
     try:
@@ -121,7 +124,7 @@ def find_holders(engine: Engine) -> Sequence[LockHolder]:
 
 @contextmanager
 def watching(engine: Engine) -> Iterator[LockWatch]:
-    """Check for lock holders from a thread, if the block takes long.
+    """Check for lock holders from a thread, twice per second, until the block ends.
 
     Raises `LockTimeoutError`, with the holder, if a lock is not granted to the block in time.
     """

@@ -1,8 +1,8 @@
 """Locks of the archiver, each an empty table in `archiver_jobs`, and the sessions that block them.
 
 A table lock needs a privilege on the table, and one on its schema to find it by name: `archiver_writer` and the owner
-have both, and no other login has either. An advisory lock would need none. A lock ends with its transaction, so that
-PgBouncer in transaction mode can be used, and the wait for it is limited by `lock_timeout`.
+have both, and no other login has either. An advisory lock would require no privilege. A lock ends with its
+transaction, so that PgBouncer in transaction mode can be used, and the wait for it is limited by `lock_timeout`.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from sqlalchemy import Connection, text
 
 from archiver.database.statements import RawStatement, Statement, execute
 
-# For transactions that look up by key: a plan that Postgres made while the tables were empty, and kept, must not scan
-# them when they no longer are.
+# For transactions that look up rows by key: a plan that Postgres created and cached while the tables were empty must
+# not scan them when they no longer are.
 _BY_KEY = RawStatement(
     "SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
     " set_config('enable_mergejoin', 'off', true)"
@@ -23,7 +23,7 @@ _BY_KEY = RawStatement(
 
 
 def by_key() -> Statement:
-    """Return the statement that makes the transaction look up rows by key."""
+    """Return the statement that makes Postgres look up rows by key, without scans, until the transaction ends."""
     return _BY_KEY.bind()
 
 
@@ -31,8 +31,8 @@ class Lock(StrEnum):
     """The locks, each named after what it protects; the value is its table, on which operators grant privileges.
 
     RECORDING: shared by all transactions that record, erase or send content. Exclusive, so that nothing is recorded
-    concurrently: to record or rebuild unassigned turns, which may belong to any session; to order an erasure; and to
-    place a hold.
+    concurrently, in transactions that record or rebuild unassigned turns, which may belong to any session, that order
+    an erasure, or that place a hold.
     SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time.
     """
 
@@ -41,11 +41,11 @@ class Lock(StrEnum):
     PUBLISHING = "lock_publishing"
 
     def statements(self, *, exclusive: bool) -> tuple[Statement, ...]:
-        """Return the statements that take the lock until the end of the transaction."""
+        """Return the statements that acquire the lock until the end of the transaction; `by_key` is one of them."""
         return (_EXCLUSIVE if exclusive else _SHARED)[self].bind(), by_key()
 
     def take(self, connection: Connection, *, exclusive: bool) -> None:
-        """Take the lock until the end of the transaction, in one round trip."""
+        """Acquire the lock until the end of the transaction, in one round trip."""
         execute(connection, *self.statements(exclusive=exclusive))
 
 
@@ -54,7 +54,7 @@ _EXCLUSIVE = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE 
 
 
 SCHEMAS = ("archiver", "analytics", "archiver_jobs")
-# Shorter waits are ordinary.
+# Shorter waits are normal.
 MIN_WAIT_SECONDS = 2.0
 
 
@@ -154,7 +154,7 @@ class LockUsage(msgspec.Struct, frozen=True):
 
 
 def select_usage(connection: Connection) -> LockUsage:
-    """Return the usage of the whole server."""
+    """Return the usage of the lock table, which all databases of the server share."""
     return LockUsage(*connection.execute(_USAGE).one())
 
 

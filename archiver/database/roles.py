@@ -18,8 +18,8 @@ AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
 class Needs(msgspec.Struct, frozen=True):
     """The privileges of a role: by table, as `schema.name`, and on functions and sequences.
 
-    `appends`: tables that accept new rows, whose ids only Postgres assigns. `columns`: those of the ledger that may
-    change.
+    `appends`: tables to which the role may add rows, whose ids only Postgres assigns. `columns`: columns of the
+    ledger that the role may update.
     """
 
     tables: Mapping[str, str]

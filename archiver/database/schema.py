@@ -203,8 +203,9 @@ def _another_migration() -> Iterator[None]:
 def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
     """Run `work` in one transaction; retry if a lock was not free.
 
-    All others queue behind a waiting table lock, so each attempt waits only briefly. Another migration may take
-    longer. Raises a `SchemaError` that names the session that holds the lock.
+    All other sessions queue behind a waiting table lock, so each attempt waits only briefly. Attempts end after
+    `LOCK_WAIT_SECONDS`, or `STATEMENT_SECONDS` if another migration is under way. Raises a `SchemaError` that names
+    the session that holds the lock.
     """
     began, races = monotonic(), 0
     with lock_waits.watching(engine) as watch:

@@ -1,9 +1,9 @@
-"""Session settings of our connections, regardless of defaults of role, database or pooler.
+"""Session settings of the archiver's connections, which override defaults of role, database and pooler.
 
-What a transaction needs is set inside it, so that PgBouncer in transaction mode can be used. Limits that apply
-between transactions, and before the first statement of one, are set only if there is no pooler. The encoding is
-always a startup parameter, because the driver encodes the very first statement. A default of read-only transactions
-stays in force: administrators and managed services protect a full database with it.
+The settings that a transaction needs are set inside it, so that PgBouncer in transaction mode can be used. Limits
+that apply between transactions, or before the first statement of a transaction, are removed only if there is no
+pooler. The encoding is always a startup parameter, because the driver encodes the very first statement. A default of
+read-only transactions stays in force: administrators and managed services protect a full database with it.
 """
 
 import os
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 ENCODING = "UTF8"
 STARTUP: Mapping[str, str] = {"client_encoding": ENCODING}
 
-# Settings whose default per role or database could change the meaning, the result or the end of statements.
+# Settings whose default per role or database could change the meaning or the result of statements, or end them.
 SETTINGS: Mapping[str, str] = {
     # I1: a commit is durable.
     "synchronous_commit": "on",
@@ -40,7 +40,7 @@ SETTINGS: Mapping[str, str] = {
     "standard_conforming_strings": "on",
     "transform_null_equals": "off",
     "quote_all_identifiers": "off",
-    # A transaction waits for us between two statements: while a file is written, or another snapshot is read. Each
+    # A transaction may be idle between two statements: while a file is written, or another snapshot is read. Each
     # statement has its own limit.
     "idle_in_transaction_session_timeout": "0",
     "transaction_timeout": "0",
@@ -99,7 +99,7 @@ _VERSION_17 = 170_000
 
 
 def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
-    """Return whether a pooler is between us and the backend process.
+    """Return whether a pooler is between this process and the backend process.
 
     Poolers such as PgBouncer issue their own cancellation keys, with a number that is not a process id.
     """
@@ -177,7 +177,7 @@ def _set_up(adapted: Any) -> int:
 
 
 class PoolConnection(psycopg.AsyncConnection[Any]):
-    """A connection that is used without an engine, set up as those of engines are."""
+    """A connection that is used without an engine, but set up in the same way as an engine's connections."""
 
     pid = 0
 
@@ -212,7 +212,7 @@ class PoolConnection(psycopg.AsyncConnection[Any]):
 
 
 async def configure(connection: PoolConnection, *, prepared_statements: bool | None) -> None:
-    """Disable prepared statements of a connection behind a pooler."""
+    """Disable prepared statements of a connection behind a pooler if `prepared_statements` is None."""
     if prepared_statements is None and is_pooled(connection.pid, connection.info):
         connection.prepare_threshold = None
         _report_pooler()
@@ -236,5 +236,5 @@ def _report_pooler() -> None:
     log.info(
         "connection pooler detected; prepared statements disabled",
         setting="ARCHIVER_PREPARED_STATEMENTS",
-        advice="set it to false, or to true if the pooler keeps prepared statements (PgBouncer 1.22 or newer)",
+        advice="set it to false, or to true if the pooler supports prepared statements (PgBouncer 1.22 or newer)",
     )

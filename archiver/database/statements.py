@@ -24,13 +24,13 @@ logging.getLogger("psycopg").addFilter(
 
 
 class Rows:
-    """Convert result rows to named tuples; the names come from the first result."""
+    """A converter of a statement's result rows to named tuples, whose names come from the first result."""
 
     def __init__(self) -> None:
         self._make: Callable[[Iterable[Any]], Any] | None = None
 
     def of(self, cursor: Any, answered: Sequence[Any]) -> list[Any]:
-        """Return all result rows."""
+        """Return the rows as named tuples."""
         if not answered:
             return []
         if self._make is None:
@@ -59,7 +59,7 @@ class RawStatement:
         return Statement(self._text, parameters, self._rows)
 
     def execute(self, connection: Connection, *parameters: Any) -> list[Any]:
-        """Return the result rows as named tuples. Raises the errors of the engine."""
+        """Return the result rows as named tuples. Raises SQLAlchemy's errors."""
         (answered,) = execute(connection, self.bind(*parameters))
         return answered
 
@@ -122,8 +122,8 @@ DIALECT = create_engine("postgresql+psycopg://", paramstyle=PARAMSTYLE).dialect
 class BulkInsert:
     """A Core INSERT with ON CONFLICT and RETURNING, for many rows in one statement.
 
-    Written as multi-row VALUES, rendered once for each number of rows. SQLAlchemy's own way to the same statement
-    (insertmanyvalues) handles each parameter of each row several times, which took half of the time per event.
+    It uses multi-row VALUES, rendered once for each number of rows. SQLAlchemy's own feature for this
+    (insertmanyvalues) processes each parameter of each row several times, which took half of the time per event.
     """
 
     ROWS = 1_000  # per statement; Postgres allows at most 65,535 parameters

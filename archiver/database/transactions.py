@@ -1,4 +1,4 @@
-"""Transactions with time limits. They are retried after a conflict with another transaction."""
+"""Transactions with time limits, retried after a conflict with another transaction."""
 
 import asyncio
 import random
@@ -63,7 +63,10 @@ def run(
     lock_seconds: float = LOCK_SECONDS,
     retries: int = CONFLICT_RETRIES,
 ) -> T:
-    """Run work in a transaction, as `run_async` does, without an event loop; it is retried after conflicts."""
+    """Return the result of `work` after its commit, as `run_async` does, but without an event loop.
+
+    After a conflict with another transaction, `work` is retried up to `retries` times.
+    """
     while True:
         try:
             with transaction(engine, statement_seconds=statement_seconds, lock_seconds=lock_seconds) as connection:
@@ -77,10 +80,10 @@ def run(
 def run_until_locked(
     engine: Engine, work: Callable[[Connection], T], *, lock_seconds: float, attempts: int, pause_seconds: float
 ) -> T:
-    """Run work that begins with a lock behind which all others would queue.
+    """Run `work`, which begins by acquiring a lock behind which all other sessions would queue.
 
-    A lock that is not free within `lock_seconds` is tried again after a pause, so that others proceed between two
-    attempts. Raises the lock timeout of the last attempt.
+    If the lock is not free within `lock_seconds`, `work` is retried after a pause, in which the other sessions
+    proceed. Raises the lock timeout or the conflict of the last attempt.
     """
     while True:
         attempts -= 1
@@ -105,9 +108,10 @@ def run_split(
     work: Callable[[Connection, Sequence[Item]], T],
     slow: list[DBAPIError],
 ) -> Iterator[T]:
-    """Run work on items as `run_split_async` does, without an event loop; yield each result after its commit.
+    """Run `work` on items as `run_split_async` does, but without an event loop; yield each result after its commit.
 
-    A single item has more time. An item that is locked or too slow is skipped; its error is added to `slow`.
+    The limits for a single item are longer. An item that is locked or too slow is skipped; its error is added to
+    `slow`.
     """
     if not items:
         return
@@ -189,7 +193,7 @@ async def run_split_async(
     """Run `work` for all items in one transaction, or in halves if one item delays it.
 
     If a lock or a statement takes too long, each half has its own transaction, and so on. Returns the results, and
-    the items that take too long even on their own: nothing was done for them.
+    the items that take too long even in their own transaction; nothing was done for these.
     """
     if not items:
         return [], []
@@ -272,7 +276,7 @@ _LIMIT = RawStatement("SELECT set_config('statement_timeout', $1, true)")
 
 
 def limit(connection: Connection, statement_seconds: float = STATEMENT_SECONDS) -> None:
-    """Set the statement timeout for the rest of the transaction or of the nested one."""
+    """Set the statement timeout until the transaction ends, or the nested transaction is rolled back."""
     _LIMIT.execute(connection, str(round(statement_seconds * 1000)))
 
 
@@ -280,5 +284,5 @@ _LIMIT_LOCKS = RawStatement("SELECT set_config('lock_timeout', $1, true)")
 
 
 def limit_locks(connection: Connection, lock_seconds: float = LOCK_SECONDS) -> None:
-    """Set the lock timeout for the rest of the transaction or of the nested one."""
+    """Set the lock timeout until the transaction ends, or the nested transaction is rolled back."""
     _LIMIT_LOCKS.execute(connection, str(round(lock_seconds * 1000)))

@@ -64,13 +64,13 @@ def describe(url: URL) -> str:
     )
 
 
-# Those that are not options of a connection string; and the options that the archiver sets itself.
+# Variables that are not options of a connection string, and the options that the archiver sets itself.
 _OTHER_VARIABLES = ("PGSERVICEFILE", "PGSYSCONFDIR", "PGDATESTYLE", "PGTZ", "PGGEQO")
 _OWN_OPTIONS = frozenset({"application_name", "client_encoding", "connect_timeout"})
 
 
 def libpq_variables(url: URL) -> list[str]:
-    """Return the variables of the environment from which libpq takes what the URL does not give."""
+    """Return the environment variables from which libpq takes parameters that the URL does not contain."""
     given = _OWN_OPTIONS | DIALECT.create_connect_args(url)[1].keys()
     options = ((option.keyword.decode(), option.envvar) for option in pq.Conninfo.get_defaults())
     names = {variable.decode() for keyword, variable in options if variable and keyword not in given}
@@ -78,6 +78,6 @@ def libpq_variables(url: URL) -> list[str]:
 
 
 def what_to_check(url: URL | None) -> str:
-    """Return which settings decide how the database is reached."""
+    """Return the names of the settings that determine how the database is reached, as text for an error."""
     variables = libpq_variables(url) if url is not None else []
     return " and ".join(("DATABASE_URL", *([f"in the environment {', '.join(variables)}"] if variables else [])))

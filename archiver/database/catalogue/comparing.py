@@ -85,7 +85,7 @@ _RELATIONS = ("table", "view", "materialized view")
 
 
 def _is_part_of(name: str, of: Catalogue, absent_in: Catalogue) -> bool:
-    """Return whether an object belongs to a table or view that one catalogue lacks and that is itself reported."""
+    """Return whether an object belongs to another that is reported itself, because `absent_in` lacks that one."""
     kind, _, qualified = name.rpartition(" ")
     if kind == "sequence options of":
         parents = [f"sequence {qualified}"]
@@ -164,7 +164,7 @@ def _extra(name: str, properties: Mapping[str, Any]) -> Difference:
         return _difference(name, f"{foreign} and may reject rows", f"DROP INDEX {qualified}")
     advice = "Move it to another schema, or drop it."
     if kind == "index":  # always in the schema of its table
-        advice = f"It can reject rows, for example with long texts. Unless it is needed: DROP INDEX {qualified};"
+        advice = f"It can reject rows, for example rows with long text. Unless it is needed: DROP INDEX {qualified};"
     return _difference(name, foreign, verdict="warning", advice=advice)
 
 
@@ -265,11 +265,11 @@ def _view(connection: Connection, name: str, target_value: str, actual: str) -> 
     except DBAPIError as error:
         nested.rollback()
         if getattr(error.orig, "sqlstate", None) in _NO_TEMPORARY:
-            detail = "could not be compared, because this user may create no temporary view"
-            advice = "As an administrator: GRANT TEMPORARY ON DATABASE … TO the_user; or ask as the owner."
+            detail = "could not be compared, because this user may not create temporary views"
+            advice = "As an administrator: GRANT TEMPORARY ON DATABASE … TO the_user; or compare as the owner."
             yield _difference(name, detail, verdict="warning", advice=advice)
         else:
-            yield _difference(name, "uses something that has changed", statement)
+            yield _difference(name, "uses an object that has changed", statement)
         return
     nested.rollback()
     if written != actual:
@@ -280,8 +280,8 @@ def _view(connection: Connection, name: str, target_value: str, actual: str) -> 
 def repair(connection: Connection) -> list[Difference]:
     """Repair the differences that SQL statements can undo, and return them.
 
-    Tables, columns and foreign objects that may contain data are not changed, nor is what Postgres refuses to change.
-    The transaction's search path changes.
+    Tables and columns are neither created nor dropped, foreign objects that may contain data are not dropped, and
+    objects that Postgres refuses to change remain as they are. The transaction's search path changes.
     """
     result = [difference for difference in select_differences(connection) if difference.repairs]
     qualify(connection)
@@ -303,7 +303,10 @@ def _place(difference: Difference) -> int:
 
 
 def _replacing(name: str) -> tuple[str, ...]:
-    """Return the SQL for a view with other columns, which CREATE OR REPLACE refuses; empty for other objects."""
+    """Return the SQL that drops and recreates a view, because CREATE OR REPLACE rejects changed columns.
+
+    Empty for other objects.
+    """
     kind, _, qualified = name.partition(" ")
     if kind != "view":
         return ()

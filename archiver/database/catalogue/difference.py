@@ -8,7 +8,7 @@ import msgspec
 class Difference(msgspec.Struct, frozen=True):
     """A difference. `object`: kind and qualified name; `repairs`: the SQL that undoes the difference, if any can.
 
-    A failure breaks a guarantee of the archive; a warning names something unexpected that does no harm.
+    A failure breaks a guarantee of the archive; a warning reports something unexpected that does no harm.
     """
 
     object: str

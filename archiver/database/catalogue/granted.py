@@ -12,7 +12,7 @@ _MIGRATE = "Run `archiver migrate`, which runs"
 
 
 def examine_grants(connection: Connection) -> Iterator[Difference]:
-    """Yield each privilege, role attribute or owner that differs from this version."""
+    """Yield each difference in privileges, role attributes and owners from what this version grants."""
     yield from _granted(connection)
     yield from _others(connection)
     yield from _powers(connection)
@@ -31,7 +31,8 @@ def _granted(connection: Connection) -> Iterator[Difference]:
             yield Difference(f"role {role}", "failure", detail, f"{_MIGRATE}: {statement};", (statement,))
 
 
-# Privileges of users other than the owners and the archiver's roles. Each function defines its grant to PUBLIC.
+# Privileges of users other than the owners and the archiver's roles. Functions are left out: the catalogue compares
+# whether PUBLIC may execute them.
 _OTHERS = text(
     """
     WITH given (kind, what, owner, acl) AS (

@@ -1,4 +1,4 @@
-"""The catalogue: each object of our schemas, as it is in the database, with the properties that matter."""
+"""The catalogue: each object of the archiver's schemas in a database, with the properties that are compared."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ _QUERIES = (
     f"""
     SELECT 'schema', format('%I', n.nspname), '{{}}'::json FROM pg_namespace n WHERE {_OF_OUR_SCHEMAS}
     """,
-    # Composite types and TOAST tables are left out; an index is below.
+    # Composite types, TOAST tables and indexes are left out; other queries below return types and indexes.
     f"""
     SELECT {_KIND}, {_NAMED}, json_build_object(
                'relkind', c.relkind, 'persistence', c.relpersistence,
@@ -132,7 +132,7 @@ _QUERIES = (
 
 
 def qualify(connection: Connection) -> None:
-    """Make Postgres write our names with their schema for the rest of the transaction."""
+    """Make Postgres write the archiver's names with their schema for the rest of the transaction."""
     connection.execute(text("SELECT set_config('search_path', 'pg_catalog', true)"))
 
 
@@ -156,5 +156,5 @@ def encode(catalogue: Catalogue) -> bytes:
 
 
 def decode(content: bytes) -> Catalogue:
-    """Convert the stored form back to the catalogue."""
+    """Return the catalogue that `encode` stored."""
     return msgspec.json.decode(content, type=dict[str, dict[str, Any]])

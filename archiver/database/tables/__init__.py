@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy Core and as Alembic's target. No statement and no logic."""
+"""The tables as SQLAlchemy Core objects, which are also the target of Alembic. No statements and no logic."""
 
 from archiver.database.tables.archive import (
     SCHEMA,

@@ -1,7 +1,7 @@
 """The tables of the ledger and the archive, and of the records that prove and protect them.
 
 All rows of a session can be stored together: ledger, sessions, chats and messages have `session_id`, which is never
-updated, in every primary key, so that the schema can be distributed by it unchanged.
+updated, in every primary key, so that the tables can be distributed by this column without a change of the schema.
 """
 
 from sqlalchemy import (

@@ -1,4 +1,4 @@
-"""The change feed, and the follow-ups derived from it. Local tables: none of them is distributed by session."""
+"""The tables of the change feed and of the follow-ups derived from it. They are local: not distributed by session."""
 
 from sqlalchemy import (
     BigInteger,
