@@ -58,10 +58,10 @@ def record(
 ) -> list[Recorded]:
     """Append new deliveries, count redeliveries, and project new facts, in this transaction.
 
-    Changes of the archive are published with it, unless `publish` is false.
+    The transaction also adds the changes of the archive to the outbox, unless `publish` is false.
 
-    `locks_late`: for deliveries that may take long. The recording lock, which may block every other writer, is taken
-    only briefly, at the end. Raises a serialization failure, so that the transaction is retried, if others have
+    `locks_late`: for deliveries that may take long. The recording lock, which may block every other writer, is
+    acquired only at the end. Raises a serialization failure, so that the transaction is retried, if others have
     changed a row on which the result depends.
 
     The results are in the order of `deliveries`. Safe with other writers of the same facts: ledger rows are locked in
@@ -228,7 +228,7 @@ _CONFLICT = RawStatement(
 
 
 def _lock_late(connection: Connection, *, exclusive: bool) -> None:
-    """Take the recording lock at the end of a transaction.
+    """Acquire the recording lock at the end of a transaction.
 
     Other writers queue behind a lock request that waits, so each of several attempts waits only briefly. Raises the
     lock timeout of the last attempt.
@@ -283,8 +283,8 @@ def _event_upsert(*more_unset: str) -> BulkInsert:
         set_={
             "delivery_count": facts.c.delivery_count + new.delivery_count,
             "last_received_at": func.greatest(facts.c.last_received_at, new.last_received_at),
-            # A retry may carry another envelope time: the order of their arrival must not matter. The first one is
-            # sealed, so an earlier one is stored separately.
+            # A retry may have another envelope time, and the order of arrival must not matter. The time of the first
+            # delivery is sealed, so an earlier one is stored separately.
             "earliest_at": func.nullif(
                 func.least(facts.c.earliest_at, facts.c.occurred_at, new.occurred_at), facts.c.occurred_at
             ),
@@ -341,7 +341,7 @@ def _event_row(group: DeliveryGroup) -> dict[str, Any]:
 
 
 def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
-    """Return the fact to project: a new one, or a known one that these deliveries may have moved in time.
+    """Return the fact to project: a new one, or a known one whose times these deliveries may have changed.
 
     A reading with the same content as before is projected, too: it proves that nothing had changed until then.
     """

@@ -15,7 +15,7 @@ ADOPT = "adopt"
 ARCHIVER = "archiver"  # the actor of background tasks
 
 
-# All kinds that this version writes, for the message about an unknown kind.
+# All kinds that this version writes.
 KINDS = (
     ADOPT,
     *("erase", "erase.refused", "erase.replay", "erase.replay.refused"),
@@ -29,7 +29,7 @@ KINDS = (
 
 
 def actor() -> str:
-    """Return who runs this command: operating system user and machine."""
+    """Return the operating system user and the machine that run this command, as `user@machine`."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may use a user id without a name
@@ -42,8 +42,8 @@ def insert_entry(
 ) -> int:
     """Insert an audit entry in the transaction of the action, and return its id.
 
-    `detail`: targets and result as JSON. Postgres adds the time and the database user, and rejects kinds that this
-    user's commands do not write. A new kind needs a migration of `archiver.guard_act`.
+    `detail`: targets and result, stored as JSON. Postgres adds the time and the database user, and rejects kinds that
+    this user's commands do not write. A new kind needs a migration of `archiver.guard_act`.
     """
     if kind not in KINDS:
         raise ValueError(f"audit_log.KINDS lacks {kind}")

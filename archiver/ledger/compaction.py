@@ -1,4 +1,4 @@
-"""Store history responses in space that grows with the transcript, not with the number of responses.
+"""Store history responses in space that depends on the length of the transcript, not on the number of responses.
 
 For each session the ledger stores at most `MIN_SPLIT_BYTES` of responses as received: a small response until a later
 one contains it, or until others need the space. All others are stored in pieces (`pieces`), which reproduce the exact
@@ -23,7 +23,7 @@ from archiver.events import responses as history
 
 log = structlog.get_logger(__name__)
 
-MAX_OLDER_RESPONSES = 16  # earlier responses converted to pieces together with a new one; the duty converts the rest
+MAX_OLDER_RESPONSES = 16  # earlier responses stored in pieces together with a new one; the duty converts the rest
 SESSIONS_PER_STEP = 200
 RESPONSES_PER_STEP = 20
 BYTES_PER_STEP = 4 * 1_048_576  # writers of the session wait this long
@@ -76,7 +76,7 @@ def _write(connection: Connection, session_id: str, found: Split) -> StoredPiece
     return StoredPieces(list(found.frame), pieces.numbers(runs))
 
 
-# A response has no chat; the newest first.
+# The newest responses first; a response has no chat.
 _SELECT_OLDER = RawStatement(
     f"""
     SELECT e.dedupe_key, e.body FROM archiver.events e
@@ -94,9 +94,9 @@ _UPDATE = RawStatement(
 
 
 def replace_contained(connection: Connection, key: Key, body: bytes) -> None:
-    """Replace earlier responses that a new one contains, or that exceed the limit, with pieces.
+    """Replace earlier responses that the new one contains, or all if together they exceed the limit, with pieces.
 
-    The caller has locked the session's row.
+    At most `MAX_OLDER_RESPONSES` are replaced. The caller has locked the session's row.
     """
     session_id, own = key
     older = [(bytes(row.dedupe_key), bytes(row.body)) for row in _SELECT_OLDER.execute(connection, session_id, own)]
@@ -112,13 +112,13 @@ def replace_contained(connection: Connection, key: Key, body: bytes) -> None:
 
 
 class Step(msgspec.Struct, frozen=True):
-    """The result of a step. `last`: the session up to which all sessions are done; None at the end."""
+    """The number of responses stored in pieces by a step; `last`: the last session that is done, None at the end."""
 
     responses: int
     last: str | None
 
 
-# Sessions with several responses as bytes, or with one that is too large; the newest small one stays as it is.
+# A page of the sessions that have a history, and whether the responses stored as bytes exceed the limit.
 _SELECT_SESSIONS = text(
     f"""
     WITH page AS MATERIALIZED (
@@ -144,7 +144,7 @@ _SELECT_BODY = RawStatement("SELECT body FROM archiver.events WHERE session_id =
 
 
 def compact(engine: Engine, after: str) -> Iterator[Step]:
-    """Store responses of earlier versions in pieces, from the session after `after`, in short steps."""
+    """Store the responses that exceed the limit in pieces, from the session after `after` on, in short steps."""
     while True:
         with transaction(engine) as connection:
             page = connection.execute(_SELECT_SESSIONS, {"after": after, "most": SESSIONS_PER_STEP}).all()
@@ -165,7 +165,7 @@ def compact(engine: Engine, after: str) -> Iterator[Step]:
 
 
 def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[Step]:
-    passed: list[str] = []  # a response that cannot be split is unchanged
+    passed: list[str] = []  # responses that cannot be split and remain unchanged
     while True:
         # A redelivered response locks its own row before that of its session; on a deadlock one of the two is
         # retried.
@@ -177,7 +177,7 @@ def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[St
 
 
 def _compact_some(connection: Connection, session_id: str, passed: Sequence[str]) -> tuple[int, list[str], bool]:
-    """Store some responses in pieces; return how many, which cannot be split, and whether none is left."""
+    """Store some responses in pieces; return their number, the keys of unsplittable ones, and whether all are done."""
     lock_sessions(connection, [session_id])
     rows = connection.execute(_SELECT_WHOLE, {"session_id": session_id, "passed": list(passed)}).all()
     older = [row for row in rows if row.age > 1 or row.size > MIN_SPLIT_BYTES]

@@ -27,7 +27,7 @@ from archiver import events
 from archiver.database import BulkInsert, tables
 from archiver.events import Content, Delivery, Malformed
 
-# The last three are faults of the archiver or the database, for parsed deliveries.
+# Reasons for deliveries that could be parsed: faults of the archiver or the database.
 NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW = "not_storable", "not_processable", "too_slow"
 REASONS = (*events.REASONS, NOT_STORABLE, NOT_PROCESSABLE, TOO_SLOW)
 
@@ -77,7 +77,7 @@ def upsert_quarantine(
 
 
 def digest_of(delivery: Delivery[Content]) -> bytes:
-    """Return the key that identifies the delivery."""
+    """Return the digest that identifies the delivery in the quarantine."""
     _, session_id, dedupe_key = delivery.internal
     if session_id is None or dedupe_key is None:
         return hashlib.sha256(delivery.content.body).digest()
@@ -133,7 +133,7 @@ def select_quarantined(connection: Connection, quarantine_id: int, *, lock: bool
 
 
 def select_reasons(connection: Connection) -> list[str]:
-    """Return the distinct reasons of the rows."""
+    """Return the distinct reasons in the quarantine."""
     return list(connection.scalars(select(tables.quarantine.c.reason).distinct()))
 
 
@@ -176,7 +176,7 @@ def lock_rows(connection: Connection, quarantine_ids: Sequence[int]) -> None:
 
 
 def select_older(connection: Connection, before: datetime, limit: int, after: int = 0) -> list[int]:
-    """Return the ids of rows after this id that first arrived before a time, in ascending order."""
+    """Return up to `limit` ids, in ascending order, of rows after this id that first arrived before a time."""
     quarantine = tables.quarantine.c
     query = (
         select(quarantine.id)
@@ -197,7 +197,7 @@ def delete_rows(connection: Connection, quarantine_ids: Sequence[int]) -> int:
 
 
 def update_reason(connection: Connection, quarantine_id: int, reason: str, detail: str) -> None:
-    """Update the reason why a row is still quarantined."""
+    """Update the reason and the detail of a row that remains in quarantine."""
     connection.execute(
         update(tables.quarantine).where(tables.quarantine.c.id == quarantine_id).values(reason=reason, detail=detail)
     )
