@@ -177,7 +177,7 @@ def _compact_session(engine: Engine, session_id: str, after: str) -> Iterator[St
 
 
 def _compact_some(connection: Connection, session_id: str, passed: Sequence[str]) -> tuple[int, list[str], bool]:
-    """Store some responses in pieces; return their number, the keys of unsplittable ones, and whether all are done."""
+    """Store some responses in pieces; return their number, the keys of unsplittable ones, and whether all is done."""
     lock_sessions(connection, [session_id])
     rows = connection.execute(_SELECT_WHOLE, {"session_id": session_id, "passed": list(passed)}).all()
     older = [row for row in rows if row.age > 1 or row.size > MIN_SPLIT_BYTES]
