@@ -131,9 +131,9 @@ def _spread(
 
 
 def _time_error(turns: Sequence[TurnMessages], placement: Placement) -> timedelta:
-    """Return the largest observed error of times: two times closer than this may be in the wrong order.
+    """Return by how much two times may differ and still be in the wrong order.
 
-    Each may be wrong by `SKEW`; more if the times of the turns contradict the order of their lines by more.
+    Each time may be wrong by `SKEW`; by more if the times of the turns contradict the order of their lines by more.
     """
     error, latest = timedelta(), None
     for turn, _ in sorted(placement.matches.items(), key=lambda placing: placing[1].start):

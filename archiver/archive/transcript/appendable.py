@@ -26,7 +26,7 @@ def _is_newer(turn: TurnMessages, read_at: datetime | None) -> bool:
 
 
 def has_open_end(lines: Iterable[TranscriptLine]) -> bool:
-    """Return whether a turn unknown from webhooks ends the transcript, so that a late delivery may match it."""
+    """Return whether the transcript ends with a turn known only from history, which a late delivery may match."""
     is_open = False
     for line in lines:
         is_open = line.chat_id is None and (is_open or normal_role(line.role) == USER)
@@ -39,7 +39,10 @@ def unclaimed_texts(lines: Iterable[TranscriptLine]) -> set[str]:
 
 
 def texts_of(content: str) -> Iterator[str]:
-    """Yield the normalised text of a message, and those between its line ends, if any: history may join messages."""
+    """Yield the normalised text of a message, and of each of its lines if it has several.
+
+    A history may join messages.
+    """
     yield normal_text(content)
     if "\n" in content:
         yield from map(normal_text, fragments_of(content))

@@ -91,7 +91,7 @@ class MergedHistory:
         return pairs
 
     def answers_from(self, line: int) -> list[Key | None]:
-        """Return the lines from `line` up to the next user message."""
+        """Return the keys of the lines from `line` up to the next user message."""
         return self.keys[line : self._is_user.index(True, line)]
 
     def match(self, turn: "TurnText", pairs: list[tuple[int, int]], *, is_full: bool) -> Match:

@@ -1,7 +1,7 @@
-"""Drop readings that a later reading contains; most are, because a history grows.
+"""Drop readings that a later reading contains. Most are contained, because a history grows.
 
-Such a part only proves when its lines were first shown. Aligning it could only cause errors: if the question of an
-answer was cut off, it is unknown.
+Such a part only proves when its lines were first shown. Aligning it could only cause errors: the question of an
+answer is unknown if it was cut off.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,7 @@ import msgspec
 from archiver.archive.transcript.shapes import HistoryMessages, TranscriptLine
 from archiver.events import Message
 
-_MAX_PLACES = 100  # at which a part is looked for
+_MAX_PLACES = 100  # places at which a part is searched
 
 _Part = tuple[datetime, int, int]  # when a part was read, its first line, the line after its last
 FirstRead = Sequence[datetime | None]  # when each line of a reading was shown for the first time by one of its parts
@@ -65,7 +65,7 @@ def _with_messages(reading: HistoryMessages, following: Sequence[Message]) -> Hi
 
 
 class _Repeats:
-    """Find where the first messages of a reading occur again, and for how long."""
+    """The places at which the first messages of a reading occur again, and the number of messages at each."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self._messages = messages

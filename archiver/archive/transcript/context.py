@@ -1,9 +1,9 @@
 """Remove from a turn the earlier conversation that some clients send again with it.
 
-`messages_of_turn` uses only its form. From an input it removes the messages up to the last answer before the
-user's messages, and a repeated or blank answer after them. From an output it removes the messages up to the last one
-of the user. With the history as proof, `oldest_first` reverses an input that was sent newest first, and
-`without_repeats` removes repeats. The ledger keeps all bytes.
+`messages_of_turn` uses only the form of the turn. From an input it removes the messages up to the last answer before
+the user's messages, and a repeated or blank answer after them. From an output it removes the messages up to the
+user's last message. With the history as proof, `oldest_first` reverses an input that was sent newest first, and
+`without_repeats` removes repeats. The ledger retains all bytes.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ def messages_of_turn(input_messages: Messages, output_messages: Messages) -> tup
 
 
 def as_sent(input_messages: Messages) -> Messages:
-    """Return the part of an input that `oldest_first` needs: both ends of a long one; empty for a single message."""
+    """Return the part of an input that `oldest_first` needs: at most both ends; empty for a single message."""
     if len(input_messages) <= 2 * _ENDS:
         return input_messages if len(input_messages) > 1 else ()
     return input_messages[:_ENDS] + input_messages[-_ENDS:]
@@ -85,7 +85,10 @@ def _context_end(input_messages: Messages) -> int:
 
 
 def _last_of(messages: Messages, *, is_user: bool) -> int:
-    """Return the index after the last message of the user, or after the last answer or call of a tool."""
+    """Return the index after the user's last message if `is_user`, otherwise after the last answer or tool message.
+
+    0 if there is none.
+    """
     for index in range(len(messages), 0, -1):
         role = normal_role(messages[index - 1].role)
         if (role == USER) if is_user else (role != USER and role not in PROMPTS):
@@ -140,7 +143,7 @@ def _reversed(turn: TurnMessages) -> TurnMessages | None:
 def _length_shown(turn: TurnMessages, sent: Messages, shown: _Shown) -> int:
     """Return how many messages of an input the history shows in succession before an answer of the turn.
 
-    None count if the others are not shown earlier, unless the history may have lost them at its head.
+    The result is 0 if the other messages are not shown earlier, unless the history may have lost them at its head.
     """
     said = [key for key in _keys(sent[: _last_of(sent, is_user=True)]) if not _is_skipped(key)]
     has_context = any(role != USER for role, _ in said)
@@ -235,7 +238,7 @@ def _could_show_all(turn: TurnMessages, line: TranscriptLine) -> bool:
 
 
 def _is_answered(turn: TurnMessages, run: range, shown: _Shown) -> bool:
-    """Return whether the next line is an answer of the turn, in a reading that could show it."""
+    """Return whether an answer of the turn, if it has any, follows these lines in a reading that could show it."""
     answers = _keys(turn.messages[turn.inputs :])
     after = _next_line(shown.keys, range(run.stop, len(shown.keys)))
     return _could_show(turn, shown.lines[run.start]) and (not answers or after in answers)
@@ -320,7 +323,10 @@ def _stand_before(missing: Sequence[Key], run: range, shown: _Shown) -> bool:
 
 
 def _places_of_either(key: Key, places: dict[Key, list[int]]) -> Iterator[int]:
-    """Yield the lines with this text and role; for a user's text, also the assistant's: a text may have no role."""
+    """Yield the lines with this text and role; for a user's text, also the assistant's.
+
+    The role of a user's text may be a default.
+    """
     yield from places.get(key, ())
     if key[0] == USER:
         yield from places.get((ASSISTANT, key[1]), ())

@@ -1,4 +1,4 @@
-"""Find messages that one reading joins or splits and another does not, between lines that both show.
+"""Find messages that one reading joins or splits, but another does not, between lines that both show.
 
 A block consists of the user's messages between two answers, and of the answers up to the next user message. Blocks of
 two readings that have the same texts are the same messages, however they are divided. The last blocks of the earlier
@@ -20,7 +20,10 @@ Texts = dict[str, list[str]]  # by role
 
 
 class SameRun(NamedTuple):
-    """Lines of the earlier reading, and the same ones of the later; `is_whole`: these contain nothing else."""
+    """Lines of the earlier reading, and those with the same texts of the later one.
+
+    `is_whole`: the lines of the later reading contain nothing else.
+    """
 
     old: range
     new: range
@@ -49,7 +52,7 @@ def same_runs(old_lines: Lines, new_lines: Lines, *, is_end: bool) -> Iterator[S
 
 
 class _Side:
-    """Lines in blocks, given by number."""
+    """The lines of one reading, divided into numbered blocks."""
 
     def __init__(self, lines: Lines) -> None:
         self._lines = lines
@@ -87,8 +90,9 @@ class _Side:
 def _first_run(
     old: _Side, new: _Side, at_old: int, at_new: int, *, is_end: bool
 ) -> tuple[int, int, int, bool] | None:
-    """Return the first later block of a run that begins with this earlier block, where the run ends in both, and
-    whether it is whole.
+    """Return the run that begins with the earlier block `at_old`; None if there is none.
+
+    The result is its first later block, the ends of its earlier and later blocks, and whether it is whole.
     """
     for begin in range(at_new, new.size):
         ends = _equal_ends(old, new, at_old, begin)
@@ -101,7 +105,7 @@ def _first_run(
 
 
 def _equal_ends(old: _Side, new: _Side, at_old: int, at_new: int) -> tuple[int, int] | None:
-    """Return where two runs that begin here have the same texts, but divide them differently."""
+    """Return the ends of two runs that begin here, have the same texts and divide them differently, if any."""
     to_old, to_new = at_old + 1, at_new + 1
     while to_old <= old.size and to_new <= new.size:
         more = (old.letters[to_old] - old.letters[at_old]) - (new.letters[to_new] - new.letters[at_new])
@@ -119,7 +123,10 @@ def _is_same(one: Texts, other: Texts) -> bool:
 
 
 def _end_of_beginning(old: _Side, new: _Side, at_old: int, at_new: int) -> int | None:
-    """Return where later blocks end that begin here, up to a line end, with all earlier blocks from here on."""
+    """Return the end of the later blocks of which all earlier blocks from `at_old` on are the beginning.
+
+    The beginning ends at a line end. None if there are no such blocks, or if both are divided alike.
+    """
     whole = old.fragments(at_old, old.size)
     for end in range(at_new + 1, new.size + 1):
         found = new.fragments(at_new, end)

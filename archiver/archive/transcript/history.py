@@ -23,8 +23,8 @@ def merge_history(
     """Merge a later reading into the merged history `lines`, none of which is claimed by a turn.
 
     Lines are the same if role and content are equal except for differences in writing (`wording.text_key`) and,
-    unless they are the user's, the preceding user messages are equal too; lines of a turn in `deleted` only if the
-    whole turn is there: a partial match belongs to another turn.
+    unless they are the user's, the preceding user messages are equal too. Lines of a turn in `deleted` are the same
+    only if the whole turn is there, because a partial match belongs to another turn.
     Lines that the reading does not show stay in place with `in_history=False` (I7); new ones are inserted in their
     place, after the old lines of the same gap. Old lines with the texts of new ones in another division are replaced
     (`division`). So the lines with `in_history=True` are the reading, in order.
@@ -93,7 +93,7 @@ def _align(
 
 
 def _runs(keys: Sequence[Key], deleted: Collection[Run]) -> dict[Run, list[int]]:
-    """Find all occurrences of each deleted turn, starting from its rarest text."""
+    """Return the index of the first line of each occurrence of each deleted turn; the rarest text is looked up."""
     places: defaultdict[Key, list[int]] = defaultdict(list)
     for place, key in enumerate(keys if deleted else ()):
         places[key].append(place)
@@ -148,7 +148,7 @@ def _keep_turns_whole(old: Sequence[Item], pairs: list[Pair]) -> list[Pair]:
 
 
 def _with_loose_ends(old: Sequence[Key], new: Sequence[Key], pairs: list[Pair]) -> Iterator[Pair]:
-    """Yield the pairs, and those before the first user line of a cut reading, whose question is unknown."""
+    """Yield the pairs, and pairs of lines before the first user line of a cut reading, whose question is unknown."""
     for (old_before, new_before), (at_old, at_new) in pairwise([(-1, -1), *pairs, (len(old), len(new))]):
         in_old, in_new = range(old_before + 1, at_old), range(new_before + 1, at_new)
         if in_old and in_new:

@@ -91,7 +91,7 @@ class _Search:
                 self.claim(turn, max(matches, key=partial(self.weight, turn)), in_order=False)
 
     def _input_matches(self, turn: int, low: int, high: int) -> list[Match]:
-        """Return the matches between two lines that rest only on inputs."""
+        """Return the free matches between two lines that are based only on inputs."""
         matches = self.matches_of(turn, with_output=False)
         return [m for m in self._within(low, high, matches) if self._is_free(turn, m)]
 
@@ -167,7 +167,7 @@ class _Search:
     def _is_free(self, turn: int, match: Match) -> bool:
         """Return whether an input may claim these lines for its turn.
 
-        A deleted turn may not claim lines that the history still shows, nor claim by its input alone if it has an
+        A deleted turn may not claim lines that the history still shows, nor any lines only by its input if it has an
         output: such lines belong to another turn.
         """
         if self._turns[turn].is_deleted:

@@ -1,4 +1,4 @@
-"""Record which turn has which lines, and compute the range of lines that the order of times allows."""
+"""Record the lines of each turn, and compute the range of lines that the order of times allows."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence

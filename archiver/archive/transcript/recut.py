@@ -1,4 +1,4 @@
-"""Cut lines of the history as the turns do, if it writes several messages as one line or one message as several.
+"""Cut lines of the history at the boundaries of the turns' messages, if the history joins or splits these.
 
 A block consists of the user's messages between two answers, and of the answers up to the next user message. If a
 block has the text of one turn or of several consecutive turns, but is divided differently, its lines are cut at the
@@ -35,7 +35,7 @@ Place = Callable[[Sequence[TranscriptLine]], Placement]
 
 
 class _Text(msgspec.Struct, frozen=True):
-    """Consecutive messages: their text without spaces, where each ends in it, and where spaces are within them."""
+    """Consecutive messages: their text without spaces, the offset of each end, and those of spaces in messages."""
 
     text: str
     ends: list[int]
@@ -196,7 +196,7 @@ def _text(keys: Sequence[Key]) -> _Text:
 
 
 def _part(number: int, turn: TurnMessages) -> _Part | None:
-    """Return the texts of a turn; None unless there are inputs, and these, and no outputs, are the user's."""
+    """Return the texts of a turn; None unless it has inputs, all from the user, and no outputs from the user."""
     keyed = [(message, text_key(message.role, message.content)) for message in turn.messages]
     filled = [(index, message, key) for index, (message, key) in enumerate(keyed) if key[1] and key[0] not in ASIDES]
     inputs = [(message, key) for index, message, key in filled if index < turn.inputs]
@@ -213,7 +213,7 @@ def _part(number: int, turn: TurnMessages) -> _Part | None:
 
 
 class _Share(msgspec.Struct, frozen=True):
-    """A turn, and the fragments of the questions and of the answers of a block that it has."""
+    """A turn, and the ranges of fragments in a block's questions and answers that belong to it."""
 
     part: _Part
     asked: range
@@ -221,7 +221,7 @@ class _Share(msgspec.Struct, frozen=True):
 
 
 class _Search:
-    """Find the turns that a block consists of, among those that are not settled; each is found once."""
+    """A search for the turns that a block consists of, among those that are not settled; each is found once."""
 
     def __init__(self, shown: _Shown, settled: Mapping[int, Match], used: set[int]) -> None:
         self._shown = shown
@@ -300,7 +300,7 @@ class _Search:
 
     @cached_property
     def _counts(self) -> Counter[Key]:
-        """Return how often each fragment of the user is in the history."""
+        """Return how often each fragment of the user occurs in the history."""
         places = [place for place, key in enumerate(self._shown.keys) if key[0] == USER]
         return Counter(fragment.key for fragment in self._shown.fragments(places))
 
@@ -334,7 +334,10 @@ class _Search:
         return line.last_read_at is not None and line.last_read_at >= began_at - SKEW
 
     def _chain(self, chain: list[int], asked: _Text, answered: _Text, line: TranscriptLine) -> list[_Part] | None:
-        """Return turns with the text of the block that begin with `chain`, tried in order of their times."""
+        """Return turns with the text of the block that begin with `chain`; None if there are none.
+
+        The next turns are tried in order of their times.
+        """
         self._tries -= 1
         parts = [self._parts[index] for index in chain]
         questions, answers = _joined([part.asked for part in parts]), _joined([part.answered for part in parts])
@@ -414,9 +417,9 @@ def _shared_pieces(
     answered: Sequence[_Fragment],
     lines: Sequence[TranscriptLine],
 ) -> list["_Piece"]:
-    """Return the lines of each turn and, between them, those of lost ones: their questions, then their answers.
+    """Return the lines of each turn and, between them, those of lost turns: their questions, then their answers.
 
-    None if no turn is lost before the first, but an answer is.
+    Empty if an answer, but no question, precedes the first turn.
     """
     result: list[_Piece] = []
     question = answer = 0
@@ -437,7 +440,7 @@ def _shared_pieces(
 
 
 def _lost(fragments: Sequence[_Fragment], lines: Sequence[TranscriptLine]) -> list["_Piece"]:
-    """Return these fragments, those of one line together."""
+    """Return these fragments of lost turns, those of one line as one piece."""
     result = []
     for line, group in groupby(fragments, lambda fragment: fragment.line):
         text = "\n".join(fragment.text for fragment in group)

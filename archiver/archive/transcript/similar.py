@@ -19,7 +19,7 @@ _MAX_LINES = 8  # turns or stretches of lines between two placed turns; more are
 
 
 def similar(turns: Sequence[TurnMessages], candidates: Candidates, placement: Placement) -> dict[int, Match]:
-    """Return matches of undeleted turns without lines that are unambiguous in both directions."""
+    """Return matches, unambiguous in both directions, of turns that have no lines and are not deleted."""
     values: dict[int, Match] = {}
     for without_match, first, last in _gaps(turns, candidates, placement):
         is_between = first > 0 and last < len(candidates.merged.lines)
@@ -65,7 +65,7 @@ def _gaps(
 
 
 def _starts(candidates: Candidates, first: int, last: int) -> list[int]:
-    """Return where a turn could begin: at each user line that does not follow another one."""
+    """Return where a turn could begin: at each unclaimed user line that does not follow another user line."""
     merged = candidates.merged
     return [
         line

@@ -1,8 +1,8 @@
 """Align two sequences: `align` finds the common items of two versions of a conversation.
 
-It uses `common_subsequence`, which finds a longest one, exactly and in bounded memory. Each row of its table is one
-integer (Crochemore et al. 2001, Hyyrö 2004), so that a machine word processes 64 cells at a time and repeated items
-cost no more than others. A table that would be too large is split as in Hirschberg (1975).
+It uses `common_subsequence`, which finds a longest common subsequence, exactly and in bounded memory. Each row of its
+table is one integer (Crochemore et al. 2001, Hyyrö 2004), so that a machine word processes 64 cells at a time and
+repeated items cost no more than others. A table that would be too large is split as in Hirschberg (1975).
 """
 
 from bisect import bisect_left
@@ -61,8 +61,8 @@ def _anchors(old: Sequence[Hashable], new: Sequence[Hashable], head: int) -> lis
 def common_subsequence(old: Sequence[Hashable], new: Sequence[Hashable], cells: int = CELLS) -> list[Pair]:
     """Return the pairs of equal items of a longest common subsequence, ascending in both.
 
-    Of several longest ones, it returns one that matches `new` early, because the unmatched rest of `new` tends to be
-    at its end.
+    Of several longest ones, it returns one that matches the beginning of `new`, because the unmatched items of `new`
+    tend to be at its end.
     """
     head = _common_head(old, new)
     pairs = [(index, index) for index in range(head)]
@@ -83,7 +83,7 @@ def common_subsequence(old: Sequence[Hashable], new: Sequence[Hashable], cells: 
 def _rows(old: Sequence[Hashable], new: Sequence[Hashable]) -> Iterator[int]:
     """Yield the rows of the table from the last to the first: one for each tail of `new`, the shortest first.
 
-    Bit t is clear if the item of `old` before the last t items makes the subsequence longer than these alone do.
+    Bit t is clear if the item of `old` before its last t items makes the subsequence with these longer.
     """
     every = (1 << len(old)) - 1
     places: dict[Hashable, int] = {}

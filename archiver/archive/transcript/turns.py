@@ -31,8 +31,8 @@ def merge_turns(
 
     `read_at` is the time of the latest reading, None if there is none. `is_dated`: it is certain when each line was
     read for the first time. The lines of a turn are contiguous. A turn that the history does not show is inserted
-    whole, with its blank messages, before the next turn that the history shows. If a turn differs between the two,
-    the newer version wins (I3).
+    whole, with its blank messages, before the next turn that the history shows. If webhook and history differ on a
+    turn, the newer version wins (I3).
     """
     ordered = in_order(turns)
     lines, placement = place_recut(lines, ordered, lambda cut: place_turns(cut, ordered, is_dated=is_dated))

@@ -27,7 +27,7 @@ def text_key(role: str, content: str) -> Key:
 
 
 def fragments_of(content: str) -> list[str]:
-    """Return the lines of a text without blank ones: a history may join messages by line ends."""
+    """Return the lines of a text that are not blank: a history may join messages with line ends."""
     return [text for text in content.splitlines() if text.strip()]
 
 
@@ -73,10 +73,10 @@ def is_short_cut(short: str, whole: str) -> bool:
     return _SHORT_CUT <= size < len(whole) and whole.startswith(short) and whole[size - 1 : size + 1].isalpha()
 
 
-# Without a single mark between digits or alone, a number sign before a digit, a single x: 2*4, press *, #12, 5x.
+# Not masks: one mark between digits or by itself, a number sign before a digit, a single x: 2*4, press *, #12, 5x.
 _MASK = re.compile(
     r"\[[^\[\]\s][^\[\]]{1,39}\]|<[^<>\s][^<>]{1,39}>|\{\{?[^{}]{2,40}\}\}?"  # [PHONE], <card>, {{email}}
-    r"|[*\u2022\u25cf\u25cb\u25a0\u25aa\u2588\u2217\u00d7\uff0a#]{2,}"  # bullets, squares and such
+    r"|[*\u2022\u25cf\u25cb\u25a0\u25aa\u2588\u2217\u00d7\uff0a#]{2,}"  # bullets, squares and the like
     r"|(?<=\d)[*#\u2022\u25cf](?!\d)|(?<!\d)[*\u2022\u25cf](?=\d)"
     r"|\b[xX]{2,}\b|(?<=\d)[xX]{2,}|[xX]{2,}(?=\d)"
 )
