@@ -56,8 +56,8 @@ def project(
     Returns the changes for the feed.
 
     `erased`: the sessions that the facts name and that were erased, even in part. They are rebuilt like sessions with
-    a history; other sessions to which a fact is assigned here are looked up.
-    The caller holds the lock that `ledger` takes for facts without a session.
+    a history. Whether other sessions to which a fact is assigned were erased is looked up here. The caller has
+    acquired the lock that `ledger` requires for facts without a session.
     """
     chat_facts = [fact for fact in facts if fact.event.chat_id is not None and fact.event.type in events.CHAT_EVENTS]
     others = [fact for fact in facts if fact.source != events.WEBHOOK]

@@ -20,7 +20,7 @@ State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost
 
 
 class Timing(msgspec.Struct, frozen=True, dict=True):
-    """Times of readings. `quiet`: the wait after an event; `lifetime`: how long upstream remembers a session."""
+    """Times of readings. `quiet`: the wait after an event; `lifetime`: how long upstream retains a session."""
 
     quiet: timedelta = timedelta(seconds=300)
     lifetime: timedelta = timedelta(seconds=86_400)
@@ -112,7 +112,10 @@ def coverage_of(
     *,
     is_erased: bool = False,
 ) -> Coverage:
-    """Return the coverage of a session from its turns, readings and transcript."""
+    """Return the coverage of a session from its turns, readings and transcript.
+
+    `found`: the number of turns that are known only from history.
+    """
     repaired = _repaired(lines)
     if is_erased:
         read_at = readings[-1].last_at if readings else None
@@ -160,7 +163,7 @@ def _state(
 def _has_later_turn(turns: Mapping[str, Turn], readings: Sequence[Reading]) -> bool:
     """Return whether a turn began and arrived after the last history with messages, which thus cannot show it.
 
-    Its texts may be those of another turn in that history, or blank.
+    Nevertheless it may seem confirmed, because its texts are blank or those of another turn in that history.
     """
     shown = [each for each in readings if each.kind == responses.READ and (each.snapshot.messages or each.shown)]
     return bool(shown) and any(
@@ -198,7 +201,7 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> 
 
 
 def _repaired(lines: Sequence[TranscriptLine]) -> int:
-    """Count the messages that history supplied, except those before the first turn, which have no webhook."""
+    """Return the number of messages that history supplied, except those before the first turn (without webhook)."""
     first = next(
         (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
     )
@@ -210,9 +213,9 @@ def next_reading(
 ) -> datetime | None:
     """Return the time of the next reading of the history; None if there will be none.
 
-    The first reading follows a quiet time. While the content does not change, each wait is as long as it has been
-    unchanged. A final reading precedes the expiry upstream. If the session was not quiet then, another follows a
-    quiet time; if the history was gone or unreadable, it is read again until the expiry.
+    The first reading follows a quiet time. Each further wait is as long as the content has been unchanged, at least
+    two quiet times. A final reading precedes the expiry upstream. If the session was not quiet then, another reading
+    follows a quiet time; if the history was gone or unreadable, it is read again until the expiry.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:
@@ -229,7 +232,7 @@ def next_reading(
 
 
 def _unchanged(readings: Sequence[Reading]) -> timedelta:
-    """Return for how long the content has been unchanged; responses of one kind without messages count as equal."""
+    """Return how long the content has been unchanged; responses of one kind without messages count as equal."""
     newest = readings[-1]
     others = (each for each in reversed(readings[:-1]) if each.kind != newest.kind or newest.kind == responses.READ)
     other = next(others, None)

@@ -32,7 +32,7 @@ _FIELDS = (
     "session_status",
 )
 
-MessageText = tuple[str, str, str | None]  # role and content of a message, and history's own wording of it
+MessageText = tuple[str, str, str | None]  # role and content of a message, and the history's wording of it
 
 
 class TurnState(NamedTuple):

@@ -1,4 +1,4 @@
-"""Look up erasures for incoming facts; `compliance.erasure` orders them."""
+"""Look up erasures for incoming facts, and extend them to newly assigned chats; `compliance.erasure` orders them."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -56,7 +56,7 @@ _SELECT_ERASED = RawStatement(
 def select_erased(
     connection: Connection, refs: Iterable[FactRef], first: Sequence[Statement]
 ) -> dict[FactRef, Erased]:
-    """Return the erasures that concern these turns. Exact if the statements `first` take the ledger's lock."""
+    """Return the erasures that concern these facts. Exact if the statements `first` acquire the recording lock."""
     rows_json = [{"session_id": each.session_id, "chat_id": each.chat_id} for each in sorted(set(refs), key=_order)]
     *_, item = execute(connection, *first, _SELECT_ERASED.bind(as_json(rows_json)))
     return {FactRef(row.session_id, row.chat_id): Erased(row.is_whole, row.is_found) for row in item}

@@ -24,8 +24,8 @@ from archiver.events.responses import SessionSnapshot
 # otherwise each superseded response would leave dead space of its size in the table.
 MIN_SPLIT_BYTES = 32_768
 
-_MIN_PIECE_BYTES = 256  # of messages that are stored already, for a separate run to be worthwhile
-_MAX_PLACES = 32  # at which such messages are looked for
+_MIN_PIECE_BYTES = 256  # minimum bytes of already stored messages that are worth a separate run
+_MAX_PLACES = 32  # places at which such messages are searched
 
 FRAME = 3  # parts of a frame
 
@@ -45,7 +45,7 @@ _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def split(session_id: str, body: bytes) -> Split | None:
-    """Split a response into frame and messages; None if it cannot be reassembled byte for byte."""
+    """Return the frame and the messages of a response; None if it could not be reassembled byte for byte."""
     # msgspec rejects half a surrogate pair; its replacement here has the same length.
     masked = _SURROGATE.sub(rb"\\u00", body)
     for array in _arrays(masked):
@@ -101,13 +101,13 @@ def _is_faithful(session_id: str, body: bytes, found: Split) -> bool:
 
 
 def parse_snapshot(session_id: str, frame: Sequence[bytes], messages: Iterable[Message]) -> SessionSnapshot:
-    """Return the content of a response made of this frame and these messages."""
+    """Return the content of a response that consists of this frame and these messages."""
     without = responses.parse_snapshot(responses.READ, session_id, frame[0] + frame[2])
     return msgspec.structs.replace(without, messages=tuple(messages))
 
 
 def is_part(messages: Sequence[bytes], of: Sequence[bytes]) -> bool:
-    """Return whether `messages` are a contiguous part of `of`."""
+    """Return whether `messages` are a contiguous part of `of`; at most `_MAX_PLACES` places are tried."""
     last = len(of) - len(messages)
     between = (start for start in range(last + 1) if of[start] == messages[0])
     return any(of[start : start + len(messages)] == messages for start in islice(between, _MAX_PLACES))
@@ -125,10 +125,10 @@ class PieceIndex:
         self.new: list[dict[str, Any]] = []
 
     def runs(self, messages: Sequence[bytes]) -> list[Run]:
-        """Return these messages as runs of pieces; add those that are unknown or not worth a separate run.
+        """Return these messages as runs of pieces; add pieces for those that are unknown or not worth a separate run.
 
-        It takes one pass, even with repeats. A history that has grown by some lines is one run, so that all responses
-        together take as much space as the messages that were ever new in them.
+        It takes one pass, even with repeats. A history to which lines were only added is one run, so that all
+        responses together take as much space as the messages that were new in each.
         """
         digests = [_digest(message) for message in messages]
         result: list[Run] = []
@@ -147,7 +147,10 @@ class PieceIndex:
         return result
 
     def _best(self, digests: Sequence[bytes], place: int, following: int) -> tuple[int, int]:
-        """Return first piece and length of the run at `following`, else of the longest run, from this message on."""
+        """Return the first piece and the length of the run of these messages from `place` on.
+
+        It is the run at the piece `following` if there is one, otherwise the longest. The length is 0 without a run.
+        """
         if length := self._common(digests, place, following):
             return following, length
         numbers = self._places.get(digests[place], ())
@@ -177,7 +180,7 @@ _SELECT_DIGESTS = RawStatement("SELECT number, digest FROM archiver.pieces WHERE
 
 
 def select_known(connection: Connection, session_id: str) -> PieceIndex:
-    """Return the pieces of a session. Requires the lock on its row."""
+    """Return the index of a session's stored pieces. Requires the lock on the session's row."""
     return PieceIndex(session_id, [bytes(row.digest) for row in _SELECT_DIGESTS.execute(connection, session_id)])
 
 
@@ -188,7 +191,7 @@ _INSERT = text(
 
 
 def insert_new(connection: Connection, known: PieceIndex) -> None:
-    """Write the pieces that were added."""
+    """Insert the pieces that `PieceIndex.runs` added."""
     if known.new:
         connection.execute(_INSERT, known.new)
         known.new = []
@@ -228,13 +231,13 @@ def delete_unused(connection: Connection, session_ids: Sequence[str]) -> None:
 
 
 class ResponseAssembler:
-    """Reassemble the responses of one session from its pieces."""
+    """The pieces of one session, from which its responses are reassembled."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._numbers = sorted(contents)
         self._index = {number: index for index, number in enumerate(self._numbers)}
         self._contents = [contents[number] for number in self._numbers]
-        # All pieces joined, by their separator, and the offset of each: a run is a slice of them.
+        # By separator: all pieces joined with it, and the offset of each piece. A run is a slice of this.
         self._rows: dict[bytes, tuple[memoryview, list[int]]] = {}
 
     def parts(self, frame: Sequence[bytes], runs: Sequence[int]) -> Iterator[bytes | memoryview]:

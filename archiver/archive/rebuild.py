@@ -12,7 +12,7 @@ from archiver.archive import Timing, rederive, rows, unassigned
 from archiver.database import Lock, run, tables
 
 CONFLICT_RETRIES = 10
-# Limits of one transaction; a session that exceeds them has its own.
+# Limits of one transaction; a session that exceeds them is rebuilt in its own transaction.
 PAGE_EVENTS = 2_000
 PAGE_BYTES = 16 * 1_048_576
 SESSIONS_PER_PAGE = 500
@@ -28,7 +28,7 @@ def count_events(connection: Connection) -> int:
 def rebuild(engine: Engine, timing: Timing) -> Iterator[int]:
     """Rebuild every session, then unassigned turns; yield the number of ledger rows read in each step.
 
-    If stopped half-way, rebuilt sessions stay rebuilt and the others unchanged.
+    If it is stopped halfway, some sessions have been rebuilt and the others are unchanged.
     """
     yield from _pages(engine, lambda connection, after: _replay_sessions(connection, after, timing), exclusive=False)
     yield from _pages(engine, unassigned.replay, exclusive=True)
@@ -71,7 +71,7 @@ _PAGE = text(
 
 
 def _replay_sessions(connection: Connection, after: str, timing: Timing) -> Page:
-    """Rebuild one page of the sessions after this id. A session that exceeds a page has a page of its own."""
+    """Rebuild one page of the sessions after this id. A session that exceeds the limits has its own page."""
     rows_found = connection.execute(_PAGE, {"after": after, "most": SESSIONS_PER_PAGE}).all()
     taken = _take(rows_found)
     # Locks them, so that concurrent events are projected afterwards.

@@ -17,7 +17,10 @@ PAGE = 1_000
 
 
 def current_sessions(of: str, to: str) -> str:
-    """Return CTEs: `to` has cursor, session_id and chat_id of the changes `of`, each with the current session."""
+    """Return the SQL of CTEs: `to` has cursor, session_id and chat_id of the changes in `of`.
+
+    The session is the one to which the chat is assigned now, for a change that was recorded without a session.
+    """
     return f"""
     assigned AS MATERIALIZED (
         SELECT t.cursor, min(c.session_id) AS session_id
@@ -31,7 +34,7 @@ def current_sessions(of: str, to: str) -> str:
 
 
 def lock_sessions(connection: Connection, session_ids: Iterable[str], chat_ids: Collection[str]) -> list[str]:
-    """Lock these sessions and all that contain these unassigned chats; return them in order."""
+    """Lock these sessions and all that contain these unassigned chats; return their ids in order."""
     sessions = {*session_ids, *(session_id for session_id, _ in rows.select_sessions_of_chats(connection, chat_ids))}
     locked = sorted(sessions - {UNASSIGNED})
     rows.lock_sessions(connection, locked)
