@@ -201,7 +201,10 @@ def _unconfirmed(turns: Mapping[str, Turn], lines: Sequence[TranscriptLine]) -> 
 
 
 def _repaired(lines: Sequence[TranscriptLine]) -> int:
-    """Return the number of messages that history supplied, except those before the first turn (without webhook)."""
+    """Return the number of messages that history supplied.
+
+    Those before the first turn are not counted, because they have no webhook.
+    """
     first = next(
         (n for n, line in enumerate(lines) if line.chat_id is not None or normal_role(line.role) == USER), len(lines)
     )
@@ -213,9 +216,10 @@ def next_reading(
 ) -> datetime | None:
     """Return the time of the next reading of the history; None if there will be none.
 
-    The first reading follows a quiet time. Each further wait is as long as the content has been unchanged, at least
-    two quiet times. A final reading precedes the expiry upstream. If the session was not quiet then, another reading
-    follows a quiet time; if the history was gone or unreadable, it is read again until the expiry.
+    The first reading after an event follows a quiet time. Each further wait is as long as the content has been
+    unchanged, at least two quiet times. A final reading precedes the expiry upstream. If the session was not quiet
+    then, another reading follows a quiet time; if the history was gone or unreadable, it is read again until the
+    expiry.
     """
     read_by = timing.read_by(opened_at)
     if not readings or last_event_at > readings[-1].last_at:

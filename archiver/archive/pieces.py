@@ -25,7 +25,7 @@ from archiver.events.responses import SessionSnapshot
 MIN_SPLIT_BYTES = 32_768
 
 _MIN_PIECE_BYTES = 256  # minimum bytes of already stored messages that are worth a separate run
-_MAX_PLACES = 32  # places at which such messages are searched
+_MAX_PLACES = 32  # places that are searched for such messages
 
 FRAME = 3  # parts of a frame
 

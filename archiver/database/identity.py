@@ -333,7 +333,7 @@ class MachineRecord:
 
 
 class Guard:
-    """The check whether the database may be served: sealed, published and delivered from."""
+    """A check of whether the database may be served: sealed, published and delivered from."""
 
     def __init__(self, home: Path, url: URL) -> None:
         self._memory, self._place = MachineRecord(home), embedded_files_id(home, url)

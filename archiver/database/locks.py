@@ -23,7 +23,7 @@ _BY_KEY = RawStatement(
 
 
 def by_key() -> Statement:
-    """Return the statement that makes Postgres look up rows by key, without scans, until the transaction ends."""
+    """Return the statement that makes Postgres look up rows by key, in indexes, until the transaction ends."""
     return _BY_KEY.bind()
 
 

@@ -123,7 +123,7 @@ def root_folder() -> Path:
 
 
 def root_owned(folder: Path) -> Path:
-    """Return this folder; create it if it is missing. Raises `EmbeddedError` if not only root can write to it."""
+    """Return this folder; create it if it is missing. Raises `EmbeddedError` unless only root can write to it."""
     folder.mkdir(mode=0o711, exist_ok=True)
     result = folder.lstat()
     if not stat.S_ISDIR(result.st_mode) or result.st_uid != 0 or result.st_mode & 0o022:

@@ -150,7 +150,7 @@ def is_private(folder: Path, data: Path) -> bool:
 
 
 def try_lock(file: int) -> bool:
-    """Try to lock a file exclusively, without waiting; return whether it is locked. A shared lock is converted."""
+    """Try to lock a file exclusively, without waiting; return whether that succeeded. A shared lock is converted."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -38,7 +38,7 @@ def normal_text(text: str) -> str:
     HTML entities are unescaped, Unicode is composed (NFC, Unicode Standard Annex 15; compatibility characters remain
     distinct), typographic quotes, dashes and ellipses become ASCII, invisible and control characters are removed,
     each run of white space, line ends and no-break spaces included, becomes one space, and the ends are trimmed. Of
-    more than 30 combining marks in a row the first 30 count. Letter case, punctuation and digits do not change.
+    more than 30 combining marks in a row the first 30 count. Letter case, other punctuation and digits are retained.
     """
     if "&" in text:
         text = _unescaped(text)

@@ -39,10 +39,7 @@ def unclaimed_texts(lines: Iterable[TranscriptLine]) -> set[str]:
 
 
 def texts_of(content: str) -> Iterator[str]:
-    """Yield the normalised text of a message, and of each of its lines if it has several.
-
-    A history may join messages.
-    """
+    """Yield the normalised text of a message and, because a history may join messages, of each of several lines."""
     yield normal_text(content)
     if "\n" in content:
         yield from map(normal_text, fragments_of(content))

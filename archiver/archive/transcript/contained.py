@@ -14,7 +14,7 @@ import msgspec
 from archiver.archive.transcript.shapes import HistoryMessages, TranscriptLine
 from archiver.events import Message
 
-_MAX_PLACES = 100  # places at which a part is searched
+_MAX_PLACES = 100  # places that are searched for a part
 
 _Part = tuple[datetime, int, int]  # when a part was read, its first line, the line after its last
 FirstRead = Sequence[datetime | None]  # when each line of a reading was shown for the first time by one of its parts

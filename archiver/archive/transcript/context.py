@@ -47,7 +47,10 @@ def messages_of_turn(input_messages: Messages, output_messages: Messages) -> tup
 
 
 def as_sent(input_messages: Messages) -> Messages:
-    """Return the part of an input that `oldest_first` needs: at most both ends; empty for a single message."""
+    """Return the part of an input that `oldest_first` needs.
+
+    It is the whole input, or both ends of a long one; empty for a single message.
+    """
     if len(input_messages) <= 2 * _ENDS:
         return input_messages if len(input_messages) > 1 else ()
     return input_messages[:_ENDS] + input_messages[-_ENDS:]
@@ -325,7 +328,7 @@ def _stand_before(missing: Sequence[Key], run: range, shown: _Shown) -> bool:
 def _places_of_either(key: Key, places: dict[Key, list[int]]) -> Iterator[int]:
     """Yield the lines with this text and role; for a user's text, also the assistant's.
 
-    The role of a user's text may be a default.
+    A message that was sent without a role counts as the user's.
     """
     yield from places.get(key, ())
     if key[0] == USER:

@@ -20,7 +20,7 @@ Texts = dict[str, list[str]]  # by role
 
 
 class SameRun(NamedTuple):
-    """Lines of the earlier reading, and those with the same texts of the later one.
+    """Lines of the earlier reading, and the lines of the later one that contain their texts.
 
     `is_whole`: the lines of the later reading contain nothing else.
     """
