@@ -128,7 +128,7 @@ class _TranscriptTail:
         self._places: int = status.places
 
     def can_append(self, texts: Collection[str]) -> bool:
-        """Return whether the turns follow all others, arrived after the latest reading, and say none of `texts`."""
+        """Return whether the turns follow all others, arrived after the latest reading and have none of `texts`."""
         if len(self._revised) > 1 or not self._is_readable:
             return False
         if not all(

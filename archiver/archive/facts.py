@@ -217,7 +217,7 @@ class _Shared:
         return chain.from_iterable(self._messages[self._slice(run)] for run in runs)
 
     def count(self, runs: Iterable[pieces.Run]) -> int:
-        """Return the number of messages of a response."""
+        """Return the number of messages in these runs, without those of missing pieces."""
         slices = map(self._slice, runs)
         return sum(max(0, each.stop - each.start) for each in slices)
 

@@ -56,7 +56,7 @@ def select_sessions_of_chats(connection: Connection, chat_ids: Collection[str]) 
 
 @cache
 def _session_upsert(after_read_by: timedelta) -> BulkInsert:
-    """Return an upsert of sessions. `after_read_by`: how long after `read_by` one that is not quiet may be read."""
+    """Return an upsert of sessions. `after_read_by`: how long after `read_by` a session may wait for a quiet time."""
     sessions = tables.sessions
     statement = insert(sessions)
     new = statement.excluded
@@ -158,7 +158,7 @@ _SELECT_TURNS = text(
 
 
 def select_turn_states(connection: Connection, keys: Sequence[Key]) -> dict[Key, TurnState]:
-    """Return the published states of the turns among these that exist."""
+    """Return the published states of those of these turns that are archived."""
     rows_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
     texts: dict[Key, list[MessageText]] = defaultdict(list)
@@ -221,7 +221,7 @@ def delete_unassigned_between(connection: Connection, after: str, last: str | No
 
 
 def lock_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Keep others from projecting turns of these sessions until the end of the transaction."""
+    """Lock these sessions, so that no other transaction projects their turns until this transaction ends."""
     if session_ids:
         # Not FOR UPDATE, which a distributed table does not support across sessions.
         touched = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
@@ -237,7 +237,7 @@ def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
 
 
 def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Delete sessions without facts, with all their rows."""
+    """Delete these sessions, which have no facts, with all their rows."""
     for table in (tables.messages, tables.chats, tables.sessions) if session_ids else ():
         connection.execute(
             delete(table).where(table.c.session_id == func.any(_SESSION_IDS)), {"session_ids": list(session_ids)}
@@ -298,7 +298,7 @@ def write_difference(
 
 
 _UNREPAIRED: Row = {"repaired_messages": 0}
-# The state of its readings, which is stored nowhere else, not even in the ledger.
+# The state of a session's readings, which is stored nowhere else, not even in the ledger.
 _AT_REST: Row = {"leased_until": None, "failing_since": None}
 
 

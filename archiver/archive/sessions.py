@@ -246,7 +246,7 @@ def _session_row(session_facts: SessionFacts, transcript: Transcript, history_ch
         "places": len(lines) if readings else None,
         "append_after": _append_after(session_facts, transcript),
         "read_by": timing.read_by(opened_at),
-        # History content cannot be distinguished from erased content, so it is not fetched again.
+        # Erased content could not be recognised in a history, so the history is not fetched again.
         "reconcile_at": None
         if session_facts.is_erased
         else coverage.next_reading(timing, opened_at, last_event_at, readings),

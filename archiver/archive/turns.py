@@ -76,7 +76,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     messages: tuple[Message, ...]
     inputs: int  # the number of input messages, which come first
     revised_at: datetime  # when the newest fact with content was true, no later than its arrival
-    sent: tuple[Message, ...]  # the input including its repeats; empty for a single message
+    sent: tuple[Message, ...]  # the input including its repeats, as `context.as_sent` returns it
 
     @property
     def began_at(self) -> datetime:
@@ -85,7 +85,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def has_content(self) -> bool:
-        """Return whether any of its content is known."""
+        """Return whether any message of the turn has content."""
         return any(message.content.strip() for message in self.messages)
 
 
@@ -126,7 +126,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
 
 
 def _turn_of(fact: Fact) -> Turn:
-    """Fold a single fact, the case of nearly every turn, at a fraction of the cost."""
+    """Return the turn that a single fact describes, the usual case, at a fraction of the cost of `fold`."""
     chat = fact.event.chat or events.EMPTY_CHAT
     input_messages, output_messages = messages_of_turn(chat.input, chat.output)
     return Turn(
