@@ -57,7 +57,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command of these arguments. The error for an unknown name suggests similar names."""
+        """Return name, command and remaining arguments. The error for an unknown name suggests similar names."""
         try:
             return super().resolve_command(ctx, args)
         except click.exceptions.NoSuchCommand as error:
@@ -140,7 +140,7 @@ _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIP
 
 
 def _escape_unencodable() -> None:
-    """Let stdout and stderr escape characters that their encoding lacks, as JSON does."""
+    """Make stdout and stderr escape, as JSON does, the characters that their encoding lacks."""
     codecs.register_error("archiver", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -156,7 +156,7 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def _require_complete_writes() -> None:
-    """Let stdout complete every write; discard the output if stdout is closed.
+    """Make stdout complete every write; discard the output if stdout is closed.
 
     Under PYTHONUNBUFFERED, which container images often set, a pipe that accepts only a part of a write loses the
     rest.
@@ -179,14 +179,14 @@ def _require_text(arguments: Sequence[str]) -> None:
 
 
 def complain(message: str) -> None:
-    """Print a message on stderr, each line with the name of the program."""
+    """Print a message on stderr, with the name of the program before each line."""
     for line in message.rstrip("\n").split("\n"):
         shown = escaped(line, keep="\t")
         click.echo(f"archiver: {shown}", err=True)
 
 
 def escaped(value: object, *, keep: str = "") -> str:
-    """Return the value as text that does not act on a terminal: unprintable characters and line breaks are escaped.
+    """Return the value as text that cannot control a terminal: unprintable characters and line breaks are escaped.
 
     Commands apply this to every stored value that they print as text. `keep`: characters that are not escaped.
     """

@@ -174,9 +174,10 @@ def command(
 ) -> None:
     """Fetch histories now and recover messages that webhooks lost.
 
-    Without options: the sessions whose coverage is open, and those that CallHQ did not return although they have not
-    expired. Session ids that are new to the archive are registered, unless CallHQ does not know them either. After
-    Ctrl-C, the same command continues. Exit 1 if any session could not be read, or if CallHQ found none.
+    Without options, it reads the sessions whose coverage is open, and those that CallHQ did not return although they
+    have not expired. Session ids that are new to the archive are registered, unless CallHQ does not know them either.
+    After Ctrl-C, run the same command again to continue. Exit 1 if any session could not be read, if CallHQ found
+    none, or after Ctrl-C.
     """
     listed = (*session_ids, *(_read_ids(file) if file else ()))
     options.check_ids(listed, "session")
@@ -264,7 +265,7 @@ async def _run(
                         unknown_ids = set(unknown_sessions)
                         await reconciler.read_all([each for each in page if each not in unknown_ids], on_result)
             summary.is_all_not_found = reconciler.is_all_not_found
-            if not summary.dry_run and not summary.failures:  # otherwise the same command continues with those
+            if not summary.dry_run and not summary.failures:  # otherwise the next run continues with the failed ones
                 await backfill.end(engine, selection)
 
     reading = asyncio.create_task(read())

@@ -1,4 +1,4 @@
-"""The database of a command: DATABASE_URL, or the embedded database, started while needed."""
+"""The database of a command: DATABASE_URL, or the embedded database, which runs while it is needed."""
 
 import asyncio
 import shlex
@@ -24,7 +24,7 @@ WATCH_SECONDS = 2  # between two checks of the embedded Postgres
 
 @contextmanager
 def database_url(configuration: Settings, *, create: bool = False) -> Iterator[str]:
-    """Yield the database URL; start the embedded Postgres for the block if none is set.
+    """Yield the database URL; if none is set, run the embedded Postgres during the block.
 
     Raises `SettingsError` if no embedded database exists, unless `create` is set.
     """
@@ -37,7 +37,7 @@ def database_url(configuration: Settings, *, create: bool = False) -> Iterator[s
 
 @contextmanager
 def running(configuration: Settings, *, create: bool = False) -> Iterator[embedded.Postgres]:
-    """Run the embedded Postgres for the block; raise `SettingsError` if there is none, unless `create` is set.
+    """Run the embedded Postgres during the block; raise `SettingsError` if there is none, unless `create` is set.
 
     A read-only command must not create an empty database.
     """
@@ -102,7 +102,7 @@ def engine(configuration: Settings, *, create: bool = True) -> Iterator[Engine]:
 
 @contextmanager
 def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
-    """Yield an engine with one connection for a known URL."""
+    """Yield an engine with one connection to this URL, which reports lock waits."""
     connections = Connections(database.database_url(url), configuration.prepared_statements)
     with connections.synchronous() as made, lock_waits.watching(made):
         yield made
@@ -110,7 +110,7 @@ def engine_at(configuration: Settings, url: str) -> Iterator[Engine]:
 
 @contextmanager
 def ready(configuration: Settings) -> Iterator[Engine]:
-    """Yield the engine of a command that reads the archive. Raises `SchemaError` unless the schema is at head."""
+    """Yield an engine for an existing archive. Raises `SchemaError` unless the schema is at head."""
     with engine(configuration, create=False) as made:
         with database.transaction(made) as connection:
             schema.check(connection)
@@ -119,7 +119,7 @@ def ready(configuration: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def opened(configuration: Settings, *, statement_seconds: float = database.STATEMENT_SECONDS) -> Iterator[Connection]:
-    """Yield one transaction of a command that reads the archive."""
+    """Yield one transaction on an existing archive. Raises `SchemaError` unless the schema is at head."""
     with (
         engine(configuration, create=False) as made,
         database.transaction(made, statement_seconds=statement_seconds) as connection,
@@ -129,14 +129,14 @@ def opened(configuration: Settings, *, statement_seconds: float = database.STATE
 
 
 def identity_fault(configuration: Settings, engine: Engine, opened: Connection) -> str:
-    """Return why this is not the database served before; empty if it is, or if this user may not check."""
+    """Return why this database may not be served; empty if it may, or if this user may not check."""
     if not identity.may_select(opened):
         return ""
     return identity.Guard(configuration.home.resolve(), engine.url).examine(opened)
 
 
 def report_identity(configuration: Settings, engine: Engine) -> str:
-    """As `identity_fault`, for a command that writes: other machines stop as well."""
+    """Return the same as `identity_fault`, and record the fault, so that other machines stop as well."""
     guard = identity.Guard(configuration.home.resolve(), engine.url)
     with database.transaction(engine) as opened:
         return guard.report(opened) if identity.may_select(opened) else ""

@@ -32,8 +32,8 @@ SHARE = Number(0, 1)
 def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: float, seed: int) -> None:
     """Run a demo on this machine: a database, the receiver and a simulated CallHQ.
 
-    Several hundred conversations cross real sockets with losses, duplicates, reordering, deletions before creations
-    and forgeries. The archive is compared with the deliveries. Then the histories are fetched, and the archive is
+    The conversations cross real sockets with losses, duplicates, reordering, deletions before creations and
+    forgeries. The archive is compared with the deliveries. Then the histories are fetched, and the archive is
     compared with the platform. Exit 1 if either comparison fails.
     """
     code = run(
@@ -52,7 +52,7 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", required=True, type=Whole(1, 65535), help="Port of the API, which is under /api.")
 @click.option("--webhook", "webhook_url", metavar="URL", help="Receiver of the webhooks; without it none are sent.")
-@click.option("--secret", default="", help="Secret to sign them with.  [default: ARCHIVER_WEBHOOK_SECRETS]")
+@click.option("--secret", default="", help="Secret that signs the webhooks.  [default: ARCHIVER_WEBHOOK_SECRETS]")
 @click.option("--api-key", help="The only x-api-key accepted.  [default: any]")
 @click.option("--loss", default=0.0, show_default=True, type=SHARE, help="Share of webhooks that are never sent.")
 @click.option("--duplicates", default=0.0, show_default=True, type=SHARE, help="Share of webhooks sent repeatedly.")
@@ -69,7 +69,7 @@ def demo(*, exit_when_done: bool, conversations: int, loss: float, duplicates: f
     default=0.0,
     show_default=True,
     type=SHARE,
-    help="Share of history calls that fail once: 500, 429, invalid JSON, slow, or no response.",
+    help="Share of history calls that fail: 500, 429, invalid JSON, slow, or no response.",
 )
 @click.option(
     "--history-latency",

@@ -33,7 +33,10 @@ from archiver.ledger import audit_log
 
 @click.command("export")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to create; must not exist, or be empty."
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to create; if it exists, it must be empty.",
 )
 @click.option("--session", "session_ids", multiple=True, metavar="ID", help="One session; may be repeated.")
 @options.since_option

@@ -67,7 +67,7 @@ def _explain(error: SQLAlchemyError) -> str:
 
 
 def _advice() -> str:
-    """Return what to check, variables of libpq included."""
+    """Return advice on what to check, including environment variables of libpq."""
     with suppress(SettingsError):
         configured = settings.read().database_url
         url = None if configured is None else database_url(configured.get_secret_value())

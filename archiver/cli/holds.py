@@ -168,7 +168,7 @@ def _covers(row: dict[str, Any]) -> str:
 def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
     """List the audit log, oldest first: what was done to the archive, by whom and why.
 
-    The actor is as stated; Postgres recorded the database user. With --json, print one JSON object per line.
+    The actor is self-reported; Postgres recorded the database user. With --json, print one JSON object per line.
     """
     first = options.moment(since, "--since")
     with connection.opened(settings.read()) as opened:
@@ -192,7 +192,7 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
 
 
 def _check_kind(opened: Connection, kind: str | None) -> None:
-    """Accept None, a kind that this version writes, or one that the log contains; else fail."""
+    """Fail with a usage error if this version does not write the kind and no entry has it; accept None."""
     if kind is None or kind in trail.KINDS:
         return
     known = {*trail.KINDS, *trail.select_kinds(opened)}

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, and what their values mean."""
+"""Options and arguments that several commands share, and functions that parse their values."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -78,7 +78,7 @@ def check_ids(ids: Iterable[str], what: str) -> None:
 
 
 def name_and_value(text: str, option: str) -> tuple[str, str]:
-    """Parse NAME=VALUE."""
+    """Return name and value of NAME=VALUE; fail with a usage error for any other form."""
     name, separator, value = text.partition("=")
     if not separator or not name.strip():
         raise click.BadParameter("expected NAME=VALUE", param_hint=option)

@@ -14,11 +14,11 @@ from rich.text import Text
 from archiver.cli import escaped
 
 UNBOUNDED_WIDTH = 10_000  # characters
-MAX_SHOWN_FINDINGS = 20  # findings; the rest is only counted
+MAX_SHOWN_FINDINGS = 20  # findings; the rest are only counted
 
 
 def console() -> Console:
-    """Return a console on stdout. Output that is not a terminal is neither cut nor wrapped."""
+    """Return a console on stdout; it cuts and wraps lines only on a terminal or if COLUMNS is set."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console() if has_width else Console(width=UNBOUNDED_WIDTH)
 
@@ -30,7 +30,7 @@ def progress(*columns: ProgressColumn, quiet: bool = False) -> Progress:
 
 
 class Table(rich.table.Table):
-    """A table whose text cells act neither on the terminal nor as markup; see `escaped`."""
+    """A table whose text cells can neither control the terminal nor act as markup; see `escaped`."""
 
     def add_row(
         self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False

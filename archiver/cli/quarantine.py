@@ -29,7 +29,7 @@ def quarantine() -> None:
 
 
 @quarantine.command("list")
-@click.option("--reason", help="Only those with this reason.")
+@click.option("--reason", help="Only deliveries with this reason.")
 @click.option(
     "--unsearchable", is_flag=True, help="Only rows whose body cannot be decoded, so that erasures cannot search it."
 )
@@ -64,7 +64,7 @@ def list_(reason: str | None, unsearchable: bool, limit: int, as_json: bool) -> 
 
 
 def _check_reason(opened: Connection, reason: str | None) -> None:
-    """Accept None, a reason that this version uses, or one that the quarantine contains; else fail."""
+    """Fail with a usage error if this version does not use the reason and no row has it; accept None."""
     if reason is None or reason in store.REASONS:
         return
     known = {*store.REASONS, *store.select_reasons(opened)}
@@ -188,7 +188,7 @@ def _outcome_text(outcome: Outcome | None) -> str:
 
 
 def _report_failures(outcomes: dict[int, Outcome | None]) -> None:
-    """Report how many stay quarantined and how many are unknown; exit 1 if any."""
+    """Report the number of rows that stay quarantined and of unknown ids; exit 1 if there are any."""
     unknown = sum(outcome is None for outcome in outcomes.values())
     left = sum(outcome is not None and outcome.status == "quarantined" for outcome in outcomes.values())
     if left:

@@ -40,7 +40,7 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
         if not dry_run:
             if not due.is_empty:
                 options.confirm(f"Erase permanently ({_due_text(due)})?", yes=yes)
-            # Also completes the order of a killed run, even if nothing else has expired.
+            # Also completes the expiry that a killed run ordered, even if nothing else has expired.
             who = actor or audit_log.actor()
             swept = _expire(engine, rules, now, timing=Timing.of(configuration), due=due, who=who, quiet=as_json)
     if as_json:

@@ -1,4 +1,4 @@
-"""`archiver seal`, `verify`, `prove` and `seals`: prove that the ledger was not edited."""
+"""`archiver seal`, `verify`, `prove` and `seals`: prove that the ledger has not been edited."""
 
 import json
 import sys

@@ -56,7 +56,7 @@ BACKLOG = 2048
     "has_worker",
     default=True,
     show_default=True,
-    help="Also run the background duties; without it, run `archiver worker` elsewhere.",
+    help="Also run the background duties; with --no-worker, run `archiver worker` elsewhere.",
 )
 def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure: bool, has_worker: bool) -> None:
     """Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C.
@@ -123,7 +123,7 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
 
 
 def _allow_files(needed: int) -> None:
-    """Raise the limit of open files, of which each connection needs one."""
+    """Raise the soft limit on open files: each connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < limit:
@@ -180,7 +180,7 @@ def _listening(host: str, port: int, database_name: str) -> Iterator[socket.sock
         yield listener
 
 
-# No WebSocket: this application has none, and an upgrade would bypass the routes.
+# No WebSocket: no route uses it, and an upgrade would bypass the routes.
 _SERVER = {
     "log_config": None,
     "access_log": False,
@@ -209,7 +209,7 @@ def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.
 
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int, forward: Forward) -> None:
-    """Run several receiving processes. The environment passes the decisions of this process to them."""
+    """Run several receiving processes, which inherit the decisions of this process from the environment."""
     server = uvicorn.Config("archiver.http:create", factory=True, workers=workers, **_server(configuration))
     _Processes(server, listener, forward).run()
 
@@ -222,7 +222,7 @@ class _Processes(Multiprocess):
         self._forward = forward
 
     def handle_signals(self) -> None:
-        """Forward SIGHUP to all processes, so that each reloads its files."""
+        """Forward SIGHUP to all processes, so that each reloads its settings files."""
         while signal.sigtimedwait({signal.SIGHUP}, 0) is not None:
             if self._forward is not None:
                 self._forward()

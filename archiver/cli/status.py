@@ -223,5 +223,5 @@ def _print(findings: list[Finding]) -> None:
 
 def _print_psql(findings: Sequence[Finding]) -> None:
     for finding in findings:
-        if finding.check == "psql":  # in one line, for pasting
+        if finding.check == "psql":  # on one line, for pasting
             click.echo(f"\nTo query the embedded database while `archiver serve` runs:\n{finding.detail}")

@@ -44,7 +44,7 @@ against_option = click.option(
 
 
 def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
-    """Return the keys by id; fail with a usage error if --signed-since is given without a key."""
+    """Return the keys by id; fail with a usage error if a file is invalid, or for --signed-since without a key."""
     if not key_files and is_on_command_line("signed_since"):
         raise click.UsageError("--signed-since requires a public key: add --key FILE")
     try:
@@ -80,7 +80,7 @@ class _ExportedSeal(msgspec.Struct):
 
 
 def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]:
-    """Return the hashes of exported seals by number, and the last sealed id of each table."""
+    """Return the hashes of exported seals by seal id, and the last id of each table that the newest one covers."""
     heads: dict[int, bytes] = {}
     newest: _ExportedSeal | None = None
     for number, line in enumerate(file, 1):
@@ -93,7 +93,7 @@ def read_known_seals(file: IO[bytes]) -> tuple[dict[int, bytes], dict[str, int]]
         hashed = bytes.fromhex(exported.hash)
         if heads.setdefault(exported.id, hashed) != hashed:
             raise click.UsageError(
-                f"--against: line {number} has another hash for seal {exported.id} than an earlier line"
+                f"--against: line {number} has a different hash for seal {exported.id} than an earlier line"
             )
         if newest is None or exported.id >= newest.id:
             newest = exported

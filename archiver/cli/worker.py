@@ -44,7 +44,7 @@ def worker(metrics_port: int | None) -> None:
 
 
 def _check(configuration: Settings, url: str) -> None:
-    """Check the schema. If the database is unreachable, log it; each duty then retries."""
+    """Check the schema. If the database is unreachable, log the error; each duty retries later."""
     try:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)

@@ -272,7 +272,7 @@ NO_SEALS = {
         b'{"id": 1, "hash": "' + b"0g" * 32 + b'"}',
     ],
     "the file contains no seal": [b"", b"\n \n"],
-    "line 2 has another hash for seal 1": [
+    "line 2 has a different hash for seal 1": [
         f'{{"id": 1, "hash": "{HASH}"}}\n{{"id": 1, "hash": "{HASH[2:]}01"}}'.encode()
     ],
 }

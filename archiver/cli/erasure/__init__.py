@@ -39,7 +39,7 @@ PAGE = 500
 @click.option("--skip-held", is_flag=True, help="Skip content under a legal hold, and erase the rest.")
 @options.actor_option
 @click.option("--list", "should_list", is_flag=True, help="Print all erasures as JSON lines, without content.")
-@click.option("--replay", "file", type=click.File("rb"), help="Apply a list printed by --list again; - reads stdin.")
+@click.option("--replay", "file", type=click.File("rb"), help="Reapply a list printed by --list; - reads stdin.")
 @options.json_option
 def command(
     *,

@@ -84,7 +84,7 @@ def _warn_of_repeated_content(repeating: Sequence[Target]) -> None:
 
 
 def warn_of_spool(folder: Path) -> None:
-    """Report spooled deliveries, which an erasure does not reach."""
+    """Warn about spooled deliveries and damaged spool files, which an erasure does not reach."""
     try:
         waiting = spool.select_depth(folder).events
     except spool.SpoolError as error:
@@ -106,7 +106,7 @@ def describe_counts(counts: Counts) -> str:
 
 
 def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
-    """Print what was erased on stdout, and list the held targets."""
+    """Print the counts of an erasure on stdout, and list the held targets on stderr."""
     if as_json:
         output: dict[str, Any] = {"dry_run": dry_run, "act": report.act_id, **msgspec.structs.asdict(report.counts)}
         output["held"] = [msgspec.structs.asdict(target) | {"holds": holds} for target, holds in report.held.items()]
@@ -121,7 +121,7 @@ def print_report(report: Report, *, dry_run: bool, as_json: bool) -> None:
 
 
 def print_refusal(ordered: int, *, dry_run: bool) -> None:
-    """Explain that holds stopped the erasure. `ordered`: targets ordered before the hold."""
+    """Explain that holds stopped the erasure. `ordered`: number of targets ordered before the hold."""
     advice = "release the hold, or pass --skip-held to erase the rest"
     if ordered:
         complain(

@@ -12,7 +12,7 @@ from archiver.ledger import audit_log
 from archiver.outbound.followups import pruning, review, subscriptions
 from archiver.outbound.followups.deliveries import parse_message_id
 
-MAX_RETRIED = 10_000  # by one command
+MAX_RETRIED = 10_000  # deliveries per command
 
 
 @click.command()

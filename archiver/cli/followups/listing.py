@@ -1,4 +1,4 @@
-"""`archiver followups list`, `show` and `deliveries`: subscriptions and their state. Never prints a secret."""
+"""`archiver followups list`, `show` and `deliveries`: subscriptions and their state, without secrets."""
 
 from collections.abc import Mapping
 from datetime import UTC
@@ -58,7 +58,7 @@ def _state(row: Mapping[str, Any]) -> str:
 @options.subscription_argument
 @options.json_option
 def show(*, subscription_id: int, as_json: bool) -> None:
-    """Show one subscription and its pending deliveries."""
+    """Show one subscription with the number of its pending deliveries."""
     with connection.opened(settings.read()) as opened:
         result = review.select_subscriptions(opened, subscription_id)
         if not result:

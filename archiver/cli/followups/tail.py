@@ -27,7 +27,7 @@ UNAVAILABLE_SECONDS = 1.0
 PAGE = 1_000  # changes
 
 _ENDED = ("57P01", "57P02", "57P03")  # the server is being stopped or started, or was killed
-_NO_VIEW = ("42P01", "3F000")  # neither table nor schema
+_NO_VIEW = ("42P01", "3F000")  # undefined table, undefined schema
 
 
 class CursorError(ArchiverError):
@@ -76,8 +76,8 @@ def tail(*, types: Collection[str], after: Position | None, follow: bool) -> Non
     """Print changes of the archive as JSON lines, each with the epoch and cursor to continue from.
 
     Exits 1 if the database was restored to a state before that cursor, and prints where to continue. The role
-    archiver_reader is sufficient: the command reads analytics.changes and analytics.epochs. Ends with Ctrl-C or when
-    stdout is closed; waits while the database restarts.
+    archiver_reader is sufficient: the command reads analytics.changes and analytics.epochs. It ends on Ctrl-C or
+    when stdout is closed, and waits while the database restarts.
     """
     if after is None and not follow:
         raise click.UsageError("--no-follow without --from prints nothing; add --from")
@@ -103,7 +103,7 @@ def _warn_of_identity(configuration: settings.Settings, engine: Engine) -> None:
 
 
 def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -> None:
-    """Raise `CursorError` if this database does not have the change of this cursor."""
+    """Raise `CursorError` if this database does not have the change at this cursor."""
     names = [each.epoch for each in epochs]
     if at.epoch is not None and at.epoch not in names:
         raise CursorError(
@@ -135,7 +135,7 @@ class _Tail:
         self._output.register(sys.stdout.fileno(), 0)
 
     def run(self, after: Position | None) -> None:
-        """Print changes until the end, or until stdout is closed. Raises `CursorError`."""
+        """Print changes to the end of the feed, or with --follow until stdout is closed. Raises `CursorError`."""
         last = self._begin(after)
         while True:
             page = self._page(last)
@@ -160,7 +160,7 @@ class _Tail:
         return extent
 
     def _page(self, last: Position) -> list[feed.Entry]:
-        """Return the next changes; none if stdout is closed. With --follow, wait for an unavailable database."""
+        """Return the next changes; none if stdout is closed. With --follow, wait until the database is available."""
         is_unavailable = False
         while True:
             try:
