@@ -126,7 +126,7 @@ class _Parts:
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[Mapping[str, Any]]:
-        """Run ingest, background tasks and connection limits during the block; close all connections at its end."""
+        """Run ingest, background tasks and connection limits during the block; then close spool and database."""
         configuration, ingest = self._configuration, self._ingest
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         exit_with_parent()
@@ -181,13 +181,13 @@ async def _watch_spool(configuration: Settings, ingest: Ingest) -> None:
 
 
 def _open_spool(configuration: Settings) -> Spool | None:
-    """Open the spool; return None if impossible, because receiving without a spool is better than not receiving."""
+    """Open the spool; return None if it is off or cannot be opened: the receiver then runs without a spool."""
     if configuration.spool == "off":
         return None
     try:
         return open_spool(configuration.home.resolve() / SPOOL_FOLDER, configuration.spool_bytes)
     except SpoolError as error:
-        log.error("spool unavailable; events are refused while the database is unavailable", reason=str(error))  # noqa: TRY400  # a traceback would add nothing
+        log.error("spool unavailable; events are rejected while the database is unavailable", reason=str(error))  # noqa: TRY400  # a traceback would add nothing
         return None
 
 

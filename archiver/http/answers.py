@@ -22,7 +22,7 @@ RETRY_AFTER = {"retry-after": "5"}  # seconds (RFC 9110, 15.6.4)
 
 
 class TokenError(ArchiverError):
-    """The request has no bearer token, or not the one of ARCHIVER_API_TOKEN."""
+    """The request has no bearer token, or another one than ARCHIVER_API_TOKEN."""
 
     message = "Send the token of ARCHIVER_API_TOKEN: Authorization: Bearer TOKEN."
 
@@ -40,7 +40,7 @@ class Answer(msgspec.Struct, frozen=True):
     scheme: str = ""
 
     def response(self) -> Response:
-        """Return the response to a request."""
+        """Return the HTTP response."""
         content = {"status": self.status, "reason": self.reason or self.status, "detail": self.detail}
         headers = RETRY_AFTER if self.code == HTTPStatus.SERVICE_UNAVAILABLE else {}
         return JSONResponse(content, self.code, headers | ({"www-authenticate": self.scheme} if self.scheme else {}))
@@ -61,7 +61,7 @@ ERRORS = tuple(ANSWERS)
 
 
 def answer_to(error: Exception) -> Answer:
-    """Return the answer for one of `ERRORS`."""
+    """Return the `Answer` for one of `ERRORS`, with its reason and detail."""
     answer = ANSWERS[type(error)]
     reason = error.reason if isinstance(error, SignatureError) else answer.reason
     return msgspec.structs.replace(answer, reason=reason, detail=answer.detail or str(error))
@@ -108,4 +108,4 @@ CONNECTION_ANSWERS: Mapping[str, tuple[bytes, bytes]] = {
         ("too_many", 503, "Too many connections are open (ARCHIVER_MAX_CONNECTIONS)."),
     )
 }
-"""The status line, and the content after the server's own headers, by reason."""
+"""The status line, and the bytes that follow the server's default headers, by reason."""

@@ -37,7 +37,7 @@ class Bodies:
         self._bytes = 0
 
     async def check_length(self, scope: Scope, receive: Receive) -> None:
-        """Raise `BodyTooLargeError` if Content-Length exceeds the limit, or without it the part that has arrived.
+        """Raise `BodyTooLargeError` if Content-Length, or without it the part that has arrived, exceeds the limit.
 
         It does not wait for the body.
         """
@@ -59,8 +59,8 @@ class Bodies:
 
         Raises `BodyTooLargeError` as soon as the limit is exceeded, with or without Content-Length;
         `BodiesFullError` if too many bytes are being read; Starlette's `ClientDisconnect` if the connection ends
-        before the body; and `BodyIncompleteError` if the server lost a part: after an unknown `Upgrade`, Uvicorn's
-        parser treats the body as another protocol.
+        before the body is complete; and `BodyIncompleteError` if the server lost a part: after an unknown `Upgrade`,
+        Uvicorn's parser treats the body as another protocol.
         """
         declared = _content_length(scope)
         if declared is not None and declared > self.max_bytes:

@@ -34,8 +34,8 @@ class ConnectionLimiter:
     """A limiter that allows at most `limit` connections, each with `timeout` seconds for the headers of a request.
 
     At the limit, a new connection replaces an idle one: first the oldest unauthenticated one, then the authenticated
-    one that is idle longest. The unauthenticated connections of one address are limited to a share of the limit;
-    beyond that, a new one replaces an older one of the same address.
+    one that has been idle longest. The unauthenticated connections of one address are limited to a share of the
+    limit; beyond that, a new one replaces an older one of the same address.
     """
 
     def __init__(self, limit: int, timeout: float) -> None:

@@ -220,7 +220,9 @@ class Connection(HttpToolsProtocol):
             self._since = self.loop.time()
 
     def end(self) -> None:
-        """Close, but keep reading for a moment, because a reset could destroy the response (RFC 9112, 9.6)."""
+        """Close the connection; within a request, first discard input for a moment, because a reset could destroy the
+        response (RFC 9112, 9.6).
+        """
         if self._part is Part.NOTHING:
             self.transport.close()
         elif not self._is_lingering:
@@ -325,7 +327,7 @@ class _Flow(FlowControl):
 class _ResponseTransport(asyncio.Transport):
     """A transport for responses that lingers on close and writes the headers with the first part of the body.
 
-    ASGI recommends this; separate writes would be two system calls and two packets.
+    ASGI recommends the joint write; separate writes would be two system calls and two packets.
     """
 
     def __init__(self, connection: Connection) -> None:

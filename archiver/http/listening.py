@@ -1,6 +1,6 @@
 """Provide an event loop whose listening sockets close without dropping accepted connections.
 
-Uvicorn creates its server only from its configuration, also in each process of `--workers N`. The configuration
+Uvicorn creates its server only from its configuration, including in each process of `--workers N`. The configuration
 cannot replace the server, but it can choose the event loop.
 """
 

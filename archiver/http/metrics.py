@@ -18,7 +18,7 @@ class Metrics:
         self._rests_until = 0.0  # in the event loop's time
 
     async def respond(self, _: Request) -> Response:
-        """Respond to one request."""
+        """Return all metrics as Prometheus text."""
         if self._next is None:
             self._next = asyncio.create_task(self._read())
         body = await asyncio.shield(self._next)  # other requests wait for it, too

@@ -29,7 +29,7 @@ class Readiness:
         self._logged: dict[str, tuple[str, float]] = {}  # by part: the last logged detail and its time
 
     async def readyz(self, _: Request) -> Response:
-        """Return 200 if the database or the spool can store an event, else 503; for each, `ready` or a reason."""
+        """Return 200 if the database or the spool can store an event, else 503; the body names the state of each."""
         faults = {
             "database": await database_fault(self._engine) or self._commit_fault(),
             "spool": await asyncio.to_thread(self._spool_fault),
@@ -41,7 +41,7 @@ class Readiness:
         return JSONResponse({"status": "not ready"} | reasons, 503, RETRY_AFTER)
 
     def _log(self, faults: dict[str, Fault | None]) -> None:
-        """Log a fault when it appears or changes, and once a minute while it lasts."""
+        """Log each fault whose detail is not in the response: when it appears or changes, then once a minute."""
         now = time.monotonic()
         for part, fault in faults.items():
             if fault is None or fault.detail == fault.reason:
@@ -53,7 +53,7 @@ class Readiness:
                 self._logged[part] = (fault.detail, now)
 
     def _commit_fault(self) -> Fault | None:
-        """Return the fault of the last batch; without a spool only for a short time, so that traffic can resume."""
+        """Return a fault while spooling and for `FAILURE_SECONDS` after a failed batch; then traffic can resume."""
         failed_at, fallback = self._ingest.failed_at, self._ingest.fallback
         has_failed = failed_at is not None and time.monotonic() - failed_at < FAILURE_SECONDS
         is_away = fallback is not None and fallback.is_open

@@ -27,7 +27,10 @@ class Registration:
         self._token = token.encode()
 
     async def register(self, request: Request) -> Response:
-        """Store all sessions, then return 200 with the number of new ones. Raises the errors of `answers`."""
+        """Store the sessions; return 200 with the number of new ones, or 422 if any was quarantined.
+
+        Raises errors that `answers` maps to responses.
+        """
         if not self._token:
             raise HTTPException(404)
         given = request.headers.get("authorization", "").encode("latin-1")
