@@ -1,4 +1,4 @@
-"""Read all settings from the environment; one typed table contains their defaults and meanings.
+"""Read all settings from the environment; one typed table defines their defaults and meanings.
 
 NAME_FILE may contain the path of a file that contains the value of NAME, so that a secret need not be in the
 environment.

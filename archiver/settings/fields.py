@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = _env(
         "DATABASE_URL",
         None,
-        "Postgres to archive into; `postgres://` and `postgresql://` are both accepted, and several hosts: "
+        "Postgres to archive into; `postgres://` and `postgresql://` are both accepted, as are several hosts: "
         "`postgresql://USER@HOST1:5432,HOST2:5432/DATABASE?target_session_attrs=read-write`. "
         "Unset: an embedded Postgres under `ARCHIVER_HOME`.",
     )
@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     webhook_scheme: WebhookScheme = _env(
         "ARCHIVER_WEBHOOK_SCHEME",
         "secret",
-        "How deliveries prove themselves: `secret`, `bearer`, `hmac`, `standard` (Standard Webhooks), a preset "
+        "How deliveries are authenticated: `secret`, `bearer`, `hmac`, `standard` (Standard Webhooks), a preset "
         "(`github`, `stripe`, `slack`, `shopify`, `svix`), or `none` (only with `--insecure`).",
     )
     webhook_secrets: SecretStr = _env(
@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         "Scheme `hmac`: the signed text, composed of `{body}`, `{timestamp}`, `{method}`, `{url}` and `{svix-id}`.",
     )
     hmac_secret_is_base64: bool = _env(
-        "ARCHIVER_HMAC_SECRET_IS_BASE64", False, "Scheme `hmac`: the secrets are the base64-encoded key."
+        "ARCHIVER_HMAC_SECRET_IS_BASE64", False, "Scheme `hmac`: the secrets are base64-encoded keys."
     )
     timestamp_tolerance: int = _env(
         "ARCHIVER_TIMESTAMP_TOLERANCE",
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     session_lifetime: int = _env(
         "ARCHIVER_SESSION_LIFETIME",
         86_400,
-        "Seconds after which CallHQ forgets a session; a last reading happens before.",
+        "Seconds after which CallHQ forgets a session; its history is read once more before then.",
         gt=0,
         le=366 * 86_400,
     )
@@ -208,7 +208,7 @@ class Settings(BaseSettings):
     retention_by_assistant: str = _env(
         "ARCHIVER_RETENTION_BY_ASSISTANT",
         "",
-        "Days for the sessions of some assistants instead, such as `as_1=30,as_2=365`; the longest counts if "
+        "Days for the sessions of some assistants instead, such as `as_1=30,as_2=365`; the longest applies if "
         "several took part.",
     )
     retention_metadata_days: int = _env(
@@ -304,7 +304,7 @@ class Settings(BaseSettings):
                 if any(ord(each) < 32 or ord(each) == 127 for each in secret):  # noqa: PLR2004  # ASCII's controls
                     raise ValueError(
                         f"ARCHIVER_WEBHOOK_SECRETS: secret {number} contains a line break or a control character,"
-                        " which no header can; separate secrets with commas"
+                        " which a header cannot contain; separate secrets with commas"
                     )
         return self
 
@@ -402,7 +402,7 @@ _FRAMING = frozenset(
 
 
 def _has_host(url: str) -> bool:
-    """Return whether a URL has a host, a valid port and no invalid character."""
+    """Return whether a URL has a host, no invalid port or character, and neither query nor fragment."""
     try:
         parts = urlsplit(url)
         has_port = parts.port is None or parts.port > 0

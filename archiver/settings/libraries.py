@@ -3,13 +3,13 @@
 import os
 from collections.abc import Collection
 
-# In upper or lower case.
+# Names in lower case; the environment may contain them in upper or lower case.
 TLS = ("ssl_cert_file", "ssl_cert_dir", "sslkeylogfile")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 def advice_on(error: BaseException, names: Collection[str]) -> str:
-    """Return which of these variables to check; those whose value the error quotes, if it quotes one."""
+    """Return advice to check the given variables that are set, or only those whose value the error quotes."""
     present = sorted(name for name in os.environ if name.lower() in names)
     quoted = [name for name in present if os.environ[name] and os.environ[name] in str(error)]
     variables = ", ".join(quoted or present)
@@ -17,5 +17,5 @@ def advice_on(error: BaseException, names: Collection[str]) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return type and text of a library's error in one line."""
+    """Return type and text of a library's error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.') or 'no further detail'}"
