@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 
 def record_settings(engine: Engine, configuration: Settings, part: str) -> None:
-    """Record the settings of `serve` or `worker`. A failure is only logged."""
+    """Record the settings of `part` (`serve` or `worker`) if they have changed. A failure is only logged."""
     try:
         with database.transaction(engine) as opened:
             audit_log.insert_settings_change(opened, audit_log.actor(), part, _values(configuration, part))
@@ -24,7 +24,7 @@ def record_settings(engine: Engine, configuration: Settings, part: str) -> None:
 
 
 def _values(configuration: Settings, part: str) -> dict[str, Any]:
-    """Return the settings for the audit log; secrets only by their key ids."""
+    """Return the settings of `part` for the audit log, with key ids instead of secrets."""
     erasing = {
         "on_delete": configuration.on_delete,
         "erase_after": configuration.erase_after,

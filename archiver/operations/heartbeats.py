@@ -60,13 +60,13 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def upsert_worker(connection: Connection, process: Process, reports: Mapping[str, Report]) -> None:
-    """Record the reports of a worker, at the time of the Postgres clock."""
+    """Record the reports of a worker, with the time of Postgres' clock."""
     values = msgspec.structs.asdict(process) | {"duties": duties.as_text(reports)}
     connection.execute(_UPSERT, values)
 
 
 def delete_worker(connection: Connection, worker_id: str) -> None:
-    """Delete a worker that exited normally."""
+    """Delete the row of a worker."""
     connection.execute(text("DELETE FROM archiver.workers WHERE id = :id"), {"id": worker_id})
 
 
@@ -76,7 +76,7 @@ _DELETE_OLD = text(
 
 
 def delete_old(connection: Connection) -> None:
-    """Delete workers that have not reported for a day."""
+    """Delete the rows of workers that have not reported for a day."""
     connection.execute(_DELETE_OLD)
 
 
@@ -124,5 +124,5 @@ _CLAIM = text(
 
 
 def claim(connection: Connection, name: str, seconds: float) -> bool:
-    """Claim a duty that one worker at a time runs. Return False if another worker began it within `seconds`."""
+    """Claim a duty that one worker at a time runs. Return False if it began in the last `seconds`."""
     return connection.scalar(_CLAIM, {"name": name, "seconds": seconds}) is not None

@@ -26,7 +26,7 @@ class Overview(msgspec.Struct, frozen=True):
 
 
 def select_overview(connection: Connection) -> Overview:
-    """Return exact counts. Reads every table once."""
+    """Return the figures. Counts are exact, so tables are read completely."""
     ledger = connection.execute(
         text(
             "SELECT count(*) AS events, coalesce(sum(delivery_count), 0)::bigint AS deliveries,"
@@ -85,7 +85,7 @@ class Silence(msgspec.Struct, frozen=True):
 
     @property
     def is_certain(self) -> bool:
-        """Return whether the number is so large that no webhooks arrive, rather than some being lost."""
+        """Return whether so many turns are missing that webhooks have stopped, rather than some being lost."""
         return self.turns >= SILENT_TURNS
 
 
@@ -96,7 +96,7 @@ ADVICE = (
 )
 _MAX_EXAMINED = 1_000  # newest readings and registrations
 
-# After a webhook, counts a turn only if it certainly began after it: its session is newer, or was read in between
+# After a webhook, counts a turn only if it certainly began later: its session is newer, or was read in between
 # without the turn. A turn whose webhook was lost earlier and that a later reading supplied is not counted, nor
 # is any turn if only deletions were ever sent. Without any webhook, counts every turn.
 _SILENCE = text(

@@ -36,7 +36,7 @@ def block() -> None:
 
 
 def look() -> Mapping[str, str]:
-    """Return a digest of each file that contains a setting, or the reason why the file cannot be read."""
+    """Return, by variable, a digest of the file that it names, or the reason why the file cannot be read."""
     names = [name for name in settings.file_names() if os.environ.get(name)]
     return {name: _digest(Path(os.environ[name])) for name in (*names, *filter(os.environ.get, _CERTIFICATES))}
 
@@ -62,7 +62,7 @@ def _digest(path: Path) -> str:
 
 
 class Reloading:
-    """The reloading of the settings whenever a file changes.
+    """A watcher that reloads the settings when a file changes.
 
     `apply` puts new settings into effect, or raises `SettingsError` before it changes anything. `used` is the result
     of `look` before the current settings were read. `forward` passes SIGHUP on to other processes.

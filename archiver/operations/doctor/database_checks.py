@@ -34,7 +34,7 @@ _RUN_AGAIN = "Run `archiver doctor` again."
 
 
 def examine_database(configuration: Settings, engine: Engine, embedded: str = "") -> Iterator[Finding]:
-    """Run the database checks. Stops at the first failure that prevents the rest.
+    """Yield the findings of the database checks, up to the first failure that prevents the rest.
 
     `embedded` describes the embedded database, if this is one.
     """
@@ -115,7 +115,7 @@ def _advice_on(message: str, engine: Engine) -> str:
     general = "Check DATABASE_URL, and that Postgres is running and reachable."
     advice = next((advice for pattern, advice in _ADVICE if re.search(pattern, message)), general)
     variables = database.libpq_variables(engine.url)
-    return f"{advice} These variables of the environment apply, too: {', '.join(variables)}." if variables else advice
+    return f"{advice} These environment variables also apply: {', '.join(variables)}." if variables else advice
 
 
 def _version(connection: Connection) -> Finding:

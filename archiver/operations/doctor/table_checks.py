@@ -9,7 +9,7 @@ from archiver.operations.doctor.finding import Finding
 
 _NAMED = 5  # tables in a finding
 
-# A trigger that is not enabled ALWAYS runs in sessions with role `origin` alone. The setting may be another user's.
+# A trigger without ENABLE ALWAYS runs only in sessions with role `origin`. The setting may be another user's.
 _OTHER_ROLES = text(
     """
     SELECT concat_ws(' ', 'ALTER',
