@@ -1,7 +1,7 @@
 """Background duties that start, fail and recover independently, on any number of machines.
 
-Histories are read in procrastinate jobs on our Postgres: a timer distributes the due sessions, in bulk and in the
-order in which upstream forgets them, and each job reads some of them. A job that is lost with its worker costs
+Histories are read by procrastinate jobs, which Postgres stores: a timer distributes the due sessions, in bulk and in
+the order in which upstream forgets them, and each job reads some of them. A job that is lost with its worker costs
 nothing: its sessions become due again. All other duties are loops on monotonic time.
 """
 

@@ -1,4 +1,4 @@
-"""Compact in the background: split history responses that earlier versions stored as bytes into pieces."""
+"""Compact in the background: split into pieces the history responses that earlier versions stored as bytes."""
 
 from collections.abc import Callable
 from time import monotonic

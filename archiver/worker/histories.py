@@ -119,7 +119,7 @@ class Histories:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in tasks:
-                    task.cancel()  # lets running jobs end
+                    task.cancel()  # lets running jobs complete
                 results = await asyncio.gather(*tasks, return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception):
@@ -141,7 +141,7 @@ class Histories:
             await asyncio.sleep(CLEANUP_SECONDS)
 
     async def _run_jobs(self, queue: str) -> None:
-        """Run the jobs of a queue regardless of database faults."""
+        """Run the jobs of a queue until cancelled; retry while the database is unavailable."""
         while True:
             try:
                 await self._jobs.run_worker_async(
@@ -162,7 +162,7 @@ class Histories:
             await asyncio.sleep(UNAVAILABLE_SECONDS)
 
     async def _enqueue_due(self, engine: AsyncEngine, queue: str) -> None:
-        """Create the jobs of a queue for due sessions."""
+        """Claim due sessions, and create the jobs of a queue that read them."""
 
         def select(connection: Connection) -> tuple[datetime, list[leases.Due]]:
             now = database.now()
@@ -222,7 +222,7 @@ class Histories:
         self._under_way += 1
 
     async def _drop_dead_jobs(self, engine: AsyncEngine) -> None:
-        """Delete jobs of dead workers and make their sessions due; correct impossible due times."""
+        """Delete jobs of dead workers and make their sessions due; correct impossible due times; set metrics."""
         corrected = await run_async(engine, partial(make_impossible_times_due, timing=Timing.of(self._configuration)))
         telemetry.times_ahead.set(corrected)
         silence = await run_async(engine, select_silence)
@@ -245,7 +245,7 @@ def _located(error: Exception) -> str:
 
 
 async def _hand_back(engine: AsyncEngine, session_ids: Sequence[str], claimed_until: datetime) -> None:
-    """Let the sessions that a failed job has not read become due soon, rather than at the end of their claim."""
+    """Make the sessions that a failed job has not read due soon, rather than at the end of their claim."""
     make_due = partial(leases.make_due, claimed_until=claimed_until, now=database.now() + HANDED_BACK)
     try:
         await run_split_async(engine, session_ids, make_due)

@@ -42,7 +42,7 @@ class RetentionTasks:
     async def erase(self, beat: Callable[[], None] = lambda: None) -> None:
         """Order the erasure of deleted turns, then erase the ordered content; `beat` is called after each step.
 
-        Raises `ClockError`, after it has erased the content ordered earlier.
+        Raises `ClockError` if a clock is in doubt, after erasing the content ordered earlier.
         """
         now, refused = await asyncio.to_thread(self._now) if self._erases_deleted else (None, None)
         try:
@@ -72,9 +72,9 @@ class RetentionTasks:
                 )
 
     async def expire(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Expire old content according to the settings, and erase it. `beat` as for `erase`.
+        """Expire old content according to the settings, and erase it; `beat` is called after each step.
 
-        Raises `ClockError`, after it has erased the content ordered earlier.
+        Raises `ClockError` if a clock is in doubt, after erasing the content ordered earlier.
         """
         now, refused = await asyncio.to_thread(self._now)
         if now is not None:
@@ -98,12 +98,12 @@ class RetentionTasks:
             raise refused
 
     def claim(self, name: str, seconds: float) -> bool:
-        """Start a shared duty; return False if another worker started it within `seconds`."""
+        """Start a shared duty; return False if it was started in the last `seconds`."""
         with database.transaction(self._engine) as connection:
             return heartbeats.claim(connection, name, seconds)
 
     def _now(self) -> tuple[datetime | None, ClockError | None]:
-        """Return the time for expiry, or the reason why it is not available while a clock is in doubt."""
+        """Return the time that decides what expires, or the error if a clock is in doubt."""
         try:
             with database.transaction(self._engine) as connection:
                 return destruction_time(connection, self._home), None

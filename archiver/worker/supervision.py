@@ -67,7 +67,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class Supervisor:
-    """The supervisor of duties; a fault in one does not affect the others. `engine` stores their state."""
+    """The supervisor of duties; a fault in one does not affect the others. Their state is stored with `engine`."""
 
     def __init__(self, runners: Sequence[Runner], engine: Engine) -> None:
         self._runners = runners
@@ -120,7 +120,7 @@ class Supervisor:
             telemetry.worker_restarts.labels(duty.name).inc()
 
     async def _run_once(self, runner: Runner, ending: asyncio.Event) -> Exception | None:
-        """Run until the end or a fault, and return the fault; None if a hanging duty was cancelled."""
+        """Run the duty until it ends or fails, and return the error; None if a hanging duty was cancelled."""
         task = asyncio.ensure_future(runner.run(ending))
         self._tasks[runner.duty.name] = task
         try:
@@ -150,7 +150,7 @@ async def _keep_alive(ending: asyncio.Event, duty: Duty) -> None:
 
 
 class _Watch:
-    """A thread that reports the duties once per second: log lines, gauges, and the row in `archiver.workers`."""
+    """A thread that checks the duties every second, reports their state, and cancels hanging ones."""
 
     def __init__(self, runners: Sequence[Runner], engine: Engine, cancel: Callable[[str], None]) -> None:
         self._runners, self._engine, self._cancel = runners, engine, cancel
@@ -194,7 +194,7 @@ class _Watch:
             self._record(reports)
 
     def _stuck(self) -> str:
-        """Return what has blocked the event loop for `BLOCKED_SECONDS`; empty if nothing has."""
+        """Describe where the event loop has been blocked for `BLOCKED_SECONDS`; empty if it has not."""
         silent = monotonic() - self.loop_beat_at
         frame = sys._current_frames().get(self._main)
         if silent < BLOCKED_SECONDS or frame is None:

@@ -118,7 +118,7 @@ class WorkerProcess:
         self._watcher.start()
 
     def stop(self) -> None:
-        """Stop the worker, first with SIGTERM."""
+        """Stop the worker with SIGTERM, or with SIGKILL if it does not exit in time."""
         self._stopping.set()
         self._process.terminate()
         # The watcher may just have started another process; once the watcher has ended, this is the only one.
@@ -182,7 +182,7 @@ class WorkerProcess:
         return self._record(reason)
 
     def _record(self, reason: str | None) -> bool:
-        """Report the fault for `status` and `doctor`, or withdraw it; return whether the database stored it."""
+        """Record a fault for `status` and `doctor`, or delete it if None; return whether the database did so."""
         try:
             with (
                 Connections(database.database_url(self._url)).synchronous() as engine,
