@@ -13,13 +13,13 @@ _IDLE = 2.0  # seconds that an unused connection is kept; the archiver's server 
 
 
 class Client:
-    """The documented calls. Use with an `httpx2.AsyncClient` whose base URL is the API's."""
+    """The documented API calls. Use it with an `httpx2.AsyncClient` whose base URL is the API's."""
 
     def __init__(self, http: httpx2.AsyncClient) -> None:
         self._http = http
 
     async def create_session(self, name: str, assistant_id: str) -> dict[str, Any]:
-        """Return the new session."""
+        """Create a session and return it."""
         return await self._call("POST", "/sessions", "session", {"name": name, "assistantId": assistant_id})
 
     async def send_message(self, session_id: str, text: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compare the archive with the deliveries, and with histories, message by message. Pure.
+"""Compare the archive with the deliveries, and with histories, message by message, without I/O.
 
 `expected` determines independently what the deliveries add up to, and shares no code with the archiver.
 """

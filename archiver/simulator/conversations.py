@@ -1,7 +1,7 @@
-"""Simulated customers and assistant. Seeded and pure; no language model.
+"""Simulated customers and assistants, determined by a seed, without a language model.
 
-The texts contain what breaks archives: repeated short answers, other scripts, right-to-left text, emoji,
-quotes, new lines. Every name is invented.
+The texts contain content that breaks archives: repeated short answers, other scripts, right-to-left text, emoji,
+quotes, line breaks. Every name is invented.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Faults of webhooks and history calls. Seeded and pure.
+"""Faults of webhooks and history calls, determined by a seed.
 
 The faults of a webhook depend on the seed, the chat's id and the kind of event; the fault of a history call depends
 on the seed, the session's id and the number of the call. Neither depends on earlier events, so the same conversations
@@ -44,14 +44,14 @@ _MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage
 class Faults:
     """The probability of each fault, from 0 to 1: per webhook that can have it, per history call, or per assistant.
 
-    A history call has at most one fault, so its probabilities add up to at most 1. Raises `ValueError` otherwise.
+    A history call has at most one fault, so these probabilities add up to at most 1. Raises `ValueError`.
     """
 
     loss: float = 0.0  # never sent
     duplicates: float = 0.0  # sent once or twice more, in a new envelope or in the same, concurrently or later
     reorder: float = 0.0  # held until a later webhook of its session has arrived
     delay: float = 0.0  # held for a while
-    deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if one comes
+    deletion_before_creation: float = 0.0  # the creation is held until the deletion has arrived, if there is one
     output_missing_at_creation: float = 0.0  # sent without output first, then again with it and a newer updatedAt
     bare_deletion: float = 0.0  # the deletion contains only the chat id, not even its session
 
@@ -87,7 +87,7 @@ _ALL = 1 + 1e-9  # 1, with a tolerance for rounding
 
 
 def with_history_faults(faults: Faults, share: float) -> Faults:
-    """Return `faults` with an additional fault for this share of history calls; a retry succeeds."""
+    """Return `faults` so that this share of history calls fails or is slow, without altered content."""
     shares: dict[str, Any] = {f"history_{name}": share / len(_MIXED) for name in _MIXED}
     return replace(faults, **shares)
 
@@ -124,7 +124,7 @@ class Webhook:
 
 
 def created(faults: Faults, chat: Mapping[str, Any]) -> list[Webhook]:
-    """Return the webhooks of a new chat: one, or two if its output comes later."""
+    """Return the webhooks of a new chat: one, or two if its output arrives later."""
     common: set[Fault] = set()
     random = seeded(faults.seed, "created", chat["id"])
     if random.random() < faults.deletion_before_creation:

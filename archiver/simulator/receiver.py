@@ -19,7 +19,7 @@ _READY = 60.0  # seconds, including migrations
 _POLL = 0.05
 _GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 _LINES = 20  # of its output, shown if it fails
-# It exits with this process, even if this process is killed, because its standard input is then closed.
+# The program exits with this process, even if this is killed, because its standard input is then closed.
 _PROGRAM = """
 import os, signal, sys, threading
 
@@ -52,7 +52,7 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
             stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C must not reach it, so that it finishes what was sent to it
+            start_new_session=True,  # Ctrl-C must not reach it, so that it completes accepted requests
         )
     try:
         await _until_ready(process, url, log)

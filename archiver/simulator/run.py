@@ -60,10 +60,11 @@ def run(
     home: Path,
     console: Console,
 ) -> int:
-    """Run the demo until Ctrl-C or SIGTERM, or to its end. `home` keeps the database, which each run empties.
+    """Run the demo until Ctrl-C or SIGTERM, or to its end. `home`: folder of the database, which each run empties.
 
-    Returns 0 if the archive equals what was delivered to it; 1 if it does not, or if the demo was stopped before the
-    comparison. Raises `ValueError` for an invalid probability or number of conversations.
+    Returns 0 if the archive equals the deliveries and the platform's histories; 1 if it does not, or if the demo
+    failed or was stopped before the comparison. Raises `ValueError` for an invalid probability or number of
+    conversations.
     """
     if not 0 < conversations <= MAX_CONVERSATIONS:
         raise ValueError(f"conversations: from 1 to {MAX_CONVERSATIONS}")
@@ -145,7 +146,7 @@ def _signer(secret: str) -> signatures.Verifier:
 
 @contextlib.asynccontextmanager
 async def _postgres(home: Path) -> AsyncIterator[Postgres]:
-    """Start Postgres; a stop during the start waits for the thread, which cannot be interrupted."""
+    """Run Postgres during the block. Cancellation during the start waits until the start is complete."""
     starting = asyncio.ensure_future(asyncio.to_thread(embedded.start, home))
     try:
         postgres = await asyncio.shield(starting)
@@ -161,7 +162,7 @@ async def _postgres(home: Path) -> AsyncIterator[Postgres]:
 
 @contextlib.contextmanager
 def _lock_home(home: Path) -> Iterator[None]:
-    """Raise `DemoRunningError` if another demo uses this folder, whose database would be lost."""
+    """Lock the folder during the block. Raises `DemoRunningError` if another demo, which needs its database, runs."""
     with (home / "demo.lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +172,7 @@ def _lock_home(home: Path) -> Iterator[None]:
 
 
 def _check_not_running(home: Path) -> None:
-    """Raise the same error before the demo starts. If the lock cannot be opened, the start reports the cause."""
+    """Raise `DemoRunningError` before anything starts. If the lock cannot be opened, the start reports the cause."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         if (home / "demo.lock").exists():
             with _lock_home(home):

@@ -41,7 +41,10 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
-    """Yield the URL; port 0 selects a free one. Raises `OSError` if the address is not available."""
+    """Serve the app during the block, and yield its URL; port 0 selects a free one.
+
+    Raises `OSError` if the address is not available.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
         # asyncio omits this option if the socket does not state its protocol; then each response takes 40 ms longer.
@@ -107,7 +110,7 @@ def simulate(
     api_key: str | None,
     announce: Callable[[str], object],
 ) -> int:
-    """Run the simulated platform until Ctrl-C or SIGTERM; `announce` gets its URL when it listens.
+    """Run the simulated platform until Ctrl-C or SIGTERM; `announce` is called with its URL when it listens.
 
     Webhooks are signed according to `settings`. Raises `SettingsError` without a secret or for an invalid URL, and
     `OSError` if the port is not available.
@@ -115,7 +118,7 @@ def simulate(
     _check(webhook_url)
     signing = settings if webhook_url else settings.model_copy(update={"webhook_scheme": "none"})
     verifier = signatures.verifier(signing)
-    verifier.sign(b"", 0, "m", "POST", "")  # raises if it can only verify
+    verifier.sign(b"", 0, "m", "POST", "")  # raises if the scheme can only verify
 
     async def until_stopped() -> int:
         stop = asyncio.Event()

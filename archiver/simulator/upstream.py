@@ -78,7 +78,7 @@ class Upstream:
     def create_session(self, name: str, assistant_id: str) -> Session:
         """Create a session and return it. Raises `FullError`."""
         if len(self._sessions) >= MAX_SESSIONS:
-            raise FullError(f"The simulator holds at most {MAX_SESSIONS} sessions")
+            raise FullError(f"The simulator stores at most {MAX_SESSIONS} sessions")
         self._names[name, assistant_id] += 1
         session_id = identifier(self._seed, "session", name, assistant_id, self._names[name, assistant_id])
         greeting = [_GREETING] if has_greeting(self._faults, assistant_id) else []
@@ -103,7 +103,7 @@ class Upstream:
         """Create a turn, the input with its reply, and return it. Raises `UnknownError` and `FullError`."""
         session = self.session(session_id)
         if session.turns >= MAX_CHATS:
-            raise FullError(f"A session of the simulator holds at most {MAX_CHATS} chats")
+            raise FullError(f"A session of the simulator contains at most {MAX_CHATS} chats")
         chat = self._answer(session, given, overrides)
         self._session_of[chat["id"]] = session_id
         return chat
@@ -113,7 +113,7 @@ class Upstream:
     ) -> dict[str, Any]:
         """Create a chat without a session, which no history contains, and return it. Raises `FullError`."""
         if len(self._single) >= MAX_SESSIONS:
-            raise FullError(f"The simulator holds at most {MAX_SESSIONS} chats without a session")
+            raise FullError(f"The simulator stores at most {MAX_SESSIONS} chats without a session")
         self._singles += 1
         alone = Session(
             identifier(self._seed, "single", self._singles), "", assistant_id or "", [], datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""Result of a demo run: figures and problems. Pure."""
+"""The result of a demo run: figures and problems, computed without I/O."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,7 +97,7 @@ def _refusals(run: Run) -> Iterable[str]:
             yield f"webhook {delivery.type} of chat {delivery.chat.get('id')}: {delivery.outcome} ({delivery.status})"
     for invalid, delivery in run.invalid_deliveries:
         if delivery.status != invalid.status:
-            yield f"invalid delivery of {len(invalid.body)} bytes: answered {delivery.status}, not {invalid.status}"
+            yield f"invalid delivery of {len(invalid.body)} bytes: response {delivery.status}, not {invalid.status}"
 
 
 def _quarantine(run: Run, holdings: Holdings) -> Iterable[str]:

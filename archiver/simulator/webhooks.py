@@ -1,4 +1,4 @@
-"""The platform's webhook sender: signs, sends with few retries, and records.
+"""The platform's webhook sender: signs, sends with a few retries, and records.
 
 The faults of `faults` take effect here: webhooks are lost, sent again or held back.
 """
@@ -111,7 +111,7 @@ class Sender:
         await self._client.aclose()
 
     async def submit(self, webhooks: Sequence[Webhook]) -> None:
-        """Send these in the background; waits only if too many are unfinished."""
+        """Send these webhooks in the background; wait only if too many are unfinished."""
         if self._url is None:
             return
         for webhook in webhooks:
