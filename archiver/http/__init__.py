@@ -126,7 +126,7 @@ class _Parts:
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[Mapping[str, Any]]:
-        """Run ingest, background tasks and connection limits during the block; then close spool and database."""
+        """Run ingest, background tasks and connection limits; at the end close the spool and all connections."""
         configuration, ingest = self._configuration, self._ingest
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
         exit_with_parent()

@@ -1,4 +1,4 @@
-"""Map errors to responses: one table for exceptions, one for bytes that are not a request.
+"""Map errors to responses: one table for exceptions, one for faults of a connection.
 
 No other module maps an error to a status code.
 """
@@ -22,7 +22,7 @@ RETRY_AFTER = {"retry-after": "5"}  # seconds (RFC 9110, 15.6.4)
 
 
 class TokenError(ArchiverError):
-    """The request has no bearer token, or another one than ARCHIVER_API_TOKEN."""
+    """The request has no bearer token, or one other than ARCHIVER_API_TOKEN."""
 
     message = "Send the token of ARCHIVER_API_TOKEN: Authorization: Bearer TOKEN."
 

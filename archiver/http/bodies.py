@@ -30,7 +30,7 @@ class BodiesFullError(ArchiverError):
 
 
 class Bodies:
-    """A reader with a limit for each body and for all bodies being read, in bytes; one body is always allowed."""
+    """A reader that limits, in bytes, each body and all bodies being read; a lone body may exceed the second."""
 
     def __init__(self, max_bytes: int, max_total: int) -> None:
         self.max_bytes, self._max_total = max_bytes, max_total

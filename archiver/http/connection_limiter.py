@@ -9,7 +9,7 @@ from archiver import telemetry
 
 SWEEP_SECONDS = 0.25
 MAX_REFUSED = 256  # connections beyond the limit that get an error response; further ones are only closed
-ADDRESS_SHARE = 2  # divisor of the limit: the share of unauthenticated connections of one address
+ADDRESS_SHARE = 2  # divisor of the limit, for the unauthenticated connections of one address
 
 
 class LimitedConnection(Protocol):

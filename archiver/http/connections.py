@@ -63,7 +63,7 @@ class Connection(HttpToolsProtocol):
         self._size = 0  # bytes of that part
         self._framed = 0  # bytes of a body with its framing
         self._since = self.loop.time()  # start of the part, or of the wait for it
-        self._unsent_since: float | None = None  # since when the client has not read its response
+        self._unsent_since: float | None = None  # since when bytes of a response are unread; None if there are none
         self._is_used = False  # at least one request was received
         self._discards_input = False  # further input is discarded
         self._is_lingering = False

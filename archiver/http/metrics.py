@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from archiver import telemetry
 
-REST = 9  # pause after a reading, as a multiple of its duration: readings take at most a tenth of the processor
+REST = 9  # pause after a reading, as a multiple of its duration: readings take at most a tenth of the time
 
 
 class Metrics:

@@ -44,7 +44,8 @@ _MIXED: tuple[HistoryFault, ...] = ("busy", "error", "slow", "hanging", "garbage
 class Faults:
     """The probability of each fault, from 0 to 1: per webhook that can have it, per history call, or per assistant.
 
-    A history call has at most one fault, so these probabilities add up to at most 1. Raises `ValueError`.
+    A history call has at most one fault, so these probabilities must add up to at most 1. Raises `ValueError`
+    otherwise.
     """
 
     loss: float = 0.0  # never sent
@@ -87,7 +88,7 @@ _ALL = 1 + 1e-9  # 1, with a tolerance for rounding
 
 
 def with_history_faults(faults: Faults, share: float) -> Faults:
-    """Return `faults` so that this share of history calls fails or is slow, without altered content."""
+    """Return `faults` with this share of history calls slow or failing; none changes the content."""
     shares: dict[str, Any] = {f"history_{name}": share / len(_MIXED) for name in _MIXED}
     return replace(faults, **shares)
 

@@ -19,7 +19,7 @@ _READY = 60.0  # seconds, including migrations
 _POLL = 0.05
 _GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 _LINES = 20  # of its output, shown if it fails
-# The program exits with this process, even if this is killed, because its standard input is then closed.
+# The program exits with this process, even after SIGKILL, because its standard input is then closed.
 _PROGRAM = """
 import os, signal, sys, threading
 

@@ -162,7 +162,10 @@ async def _postgres(home: Path) -> AsyncIterator[Postgres]:
 
 @contextlib.contextmanager
 def _lock_home(home: Path) -> Iterator[None]:
-    """Lock the folder during the block. Raises `DemoRunningError` if another demo, which needs its database, runs."""
+    """Lock the folder during the block.
+
+    Raises `DemoRunningError` if another demo uses the folder, because this one would empty its database.
+    """
     with (home / "demo.lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

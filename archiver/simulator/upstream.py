@@ -11,7 +11,7 @@ from archiver.simulator.seeds import identifier, seeded
 
 MAX_SESSIONS = 100_000
 MAX_CHATS = 1_000  # of one session
-_THINKING = timedelta(milliseconds=250)  # from a chat's creation to its output, which is now
+_THINKING = timedelta(milliseconds=250)  # from a chat's creation to its output, whose time is now
 _TICK = timedelta(milliseconds=1)
 
 Message = dict[str, str]

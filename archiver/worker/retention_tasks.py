@@ -50,7 +50,7 @@ class RetentionTasks:
                 beat()
                 if ordered.targets:
                     log.info("erasure of deleted turns ordered", turns=len(ordered.targets))
-        except DBAPIError:  # ordered content is erased, although other turns are locked or slow
+        except DBAPIError:  # ordered content is erased even if other turns are locked or slow
             await self._sweep(beat)
             raise
         await self._sweep(beat)

@@ -162,7 +162,7 @@ class WorkerProcess:
         return self._process.is_alive()
 
     def _receive(self) -> None:
-        """Receive the reports of the process: None when its duties begin to run, otherwise why it cannot work."""
+        """Receive the reports of the process: None when its duties begin to run, otherwise why it failed."""
         with suppress(EOFError, OSError):
             while self._reports.poll():
                 reason = self._reports.recv()
