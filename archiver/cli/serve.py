@@ -149,7 +149,7 @@ def _prepare(configuration: Settings, url: str, database_name: str, *, should_mi
             raise
         # Deliveries to a stopped receiver are not sent again.
         log.error(  # noqa: TRY400  # a traceback would add nothing
-            "database unavailable; spooling (run archiver doctor)",
+            "database unavailable; spooling (run `archiver doctor`)",
             database=database_name,
             reason=database.explain(error),
         )

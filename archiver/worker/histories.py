@@ -202,7 +202,7 @@ class Histories:
         except UnauthorizedError as error:
             # The sessions become due again, possibly with another key.
             self._duty.failing(str(error), _JOBS)
-            log.error("history duty cannot read histories", error=str(error))  # noqa: TRY400  # there is nothing to trace
+            log.error("history calls rejected by CallHQ", error=str(error))  # noqa: TRY400  # a traceback would add nothing
         except Exception as error:
             self._duty.failing(_located(error), _JOBS)
             await _hand_back(engine, session_ids, until)
@@ -250,4 +250,4 @@ async def _hand_back(engine: AsyncEngine, session_ids: Sequence[str], claimed_un
     try:
         await run_split_async(engine, session_ids, make_due)
     except SQLAlchemyError as error:
-        log.warning("sessions of a failed job wait for the end of their claim", error=database.explain(error))
+        log.warning("sessions of a failed job not released until their claim ends", error=database.explain(error))
