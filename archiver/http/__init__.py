@@ -24,7 +24,7 @@ from archiver.database.lock_waits import report_waits
 from archiver.http import answers
 from archiver.http.bodies import Bodies
 from archiver.http.connection_limiter import MAX_REFUSED, ConnectionLimiter
-from archiver.http.metrics import Metrics
+from archiver.http.metrics import Metrics, restore_last_event
 from archiver.http.readiness import Readiness
 from archiver.http.registration import Registration
 from archiver.http.webhooks import Receiver
@@ -138,6 +138,7 @@ class _Parts:
                 self._files.run(),
                 watch_identity(self._probing, self._guard),
                 _watch_spool(configuration, ingest),
+                restore_last_event(self._probing),
             ]
             tasks = set(map(asyncio.create_task, work))
             with self._limiter.enforcing():

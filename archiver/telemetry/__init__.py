@@ -137,7 +137,7 @@ connections_refused = Counter(
 )
 last_event = Gauge(
     "archiver_last_event_timestamp_seconds",
-    "Unix time of the last committed event; 0 before the first.",
+    "Unix time of the last committed webhook; absent before the first.",
     multiprocess_mode="livemax",
 )
 clock_difference = Gauge(
@@ -257,7 +257,14 @@ class Recurring:
 
 
 def metrics() -> bytes:
-    """Return all metrics as Prometheus text, summed over the processes of one `serve`."""
+    """Return all metrics as Prometheus text, summed over the processes of one `serve`.
+
+    The time of the last event is absent while unknown: as 0, an alert on its age would fire.
+    """
+    return _metrics().replace(b"\narchiver_last_event_timestamp_seconds 0.0\n", b"\n")
+
+
+def _metrics() -> bytes:
     if MULTIPROCESS_FOLDER not in os.environ:
         return generate_latest()
     _delete_dead_processes(Path(os.environ[MULTIPROCESS_FOLDER]))

@@ -425,7 +425,7 @@ def test_metrics_are_served_while_another_process_creates_its_file(database_url:
 def test_metrics_count_each_outcome(database_url: str) -> None:
     before = time.time()
     with serving(database_url) as receiver:
-        assert receiver.metric("archiver_last_event_timestamp_seconds") == 0
+        assert "\narchiver_last_event_timestamp_seconds" not in receiver.get("/metrics").text
         receiver.post(created("a"))
         receiver.post(created("a"))
         receiver.post(b"{}")
@@ -450,6 +450,17 @@ def test_metrics_count_each_outcome(database_url: str) -> None:
         assert 0 < receiver.metric("archiver_commit_seconds_sum") < 60
         assert "archiver_queue_events 0.0" in result.text
         assert before <= receiver.metric("archiver_last_event_timestamp_seconds") <= time.time()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_time_of_the_last_event_survives_a_restart(database_url: str, workers: str) -> None:
+    name = "archiver_last_event_timestamp_seconds"
+    with serving(database_url) as receiver:
+        receiver.post(created("a"))
+        known = receiver.metric(name)
+    with serving(database_url, "--workers", workers) as receiver:
+        until(lambda: receiver.metric(name) > 0, "the time is read from the ledger")
+        assert receiver.metric(name) == pytest.approx(known, abs=0.001)
 
 
 def test_no_content_secret_or_body_reaches_the_logs(cluster: Cluster, database_url: str) -> None:
