@@ -191,7 +191,7 @@ LOST = delivery("chat.created", chat(7), "lost", None)
         (
             replace(RUN, invalid_deliveries=[(InvalidDelivery(b"", "none", 401), delivery("other", {}))]),
             HELD,
-            "answered 200, not 401",
+            "response 200, not 401",
         ),
         (RUN, replace(HELD, facts=7, deliveries=7), "7 facts, but 6"),
         (RUN, replace(HELD, deliveries=5), "counts 5 deliveries, but 6"),
