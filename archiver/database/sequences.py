@@ -3,7 +3,7 @@
 Logical replication does not copy sequences, and a partial restore may leave them behind their tables.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 from sqlalchemy import Connection, text
@@ -67,13 +67,18 @@ _MAY_READ_REMOVED = text(
 )
 
 
-def select_behind(connection: Connection, schemas: Sequence[str]) -> list[Behind]:
-    """Return the sequences of these schemas that were set back, except those that this user may not read."""
-    return list(_select_behind(connection, schemas))
+def select_behind(connection: Connection, schemas: Sequence[str], of: Collection[str] | None = None) -> list[Behind]:
+    """Return the sequences of these schemas that were set back, except those that this user may not read.
+
+    `of`: only those of these tables; no other table is read, so a lock on one does not delay the caller.
+    """
+    return list(_select_behind(connection, schemas, of))
 
 
-def _select_behind(connection: Connection, schemas: Sequence[str]) -> Iterator[Behind]:
+def _select_behind(connection: Connection, schemas: Sequence[str], of: Collection[str] | None) -> Iterator[Behind]:
     for name, table, column in connection.execute(_SEQUENCES, {"schemas": list(schemas)}).all():
+        if of is not None and table not in of:
+            continue
         # A sequence is read as it is now, its table as of the start of the statement: never ahead of the sequence.
         newest_sql = f"SELECT max({column}) FROM {table}"  # noqa: S608  # quoted
         if (removed := _removed(connection, table)) is not None:

@@ -464,6 +464,15 @@ def test_i13_transactions_that_write_without_a_pause_do_not_end_sealing(engine: 
     assert verify(engine) == []
 
 
+def test_i13_locks_on_tables_that_are_not_sealed_do_not_stop_sealing(engine: Engine) -> None:
+    record(engine, created("a"))
+    others = ("quarantine", "holds", "subscriptions")  # each has a sequence
+    with holding(engine, f"LOCK TABLE {', '.join(f'archiver.{each}' for each in others)} IN ACCESS EXCLUSIVE MODE"):
+        assert seals.seal(engine, KEY)
+    with holding(engine, "LOCK TABLE archiver.outbox IN ACCESS EXCLUSIVE MODE"):
+        assert seals.seal(engine, KEY) == []  # only a new seal is published
+
+
 def test_i13_a_vacuum_does_not_end_sealing(engine: Engine) -> None:
     record(engine, created("before", "b"))
     # The lock that VACUUM and CREATE INDEX CONCURRENTLY hold while they run.

@@ -41,7 +41,7 @@ class SequenceError(ArchiverError):
 def require_sequences(connection: Connection) -> None:
     """Raise `SequenceError` if new rows of a sealed table would get used ids: no seal would contain them."""
     sealed = {f"{tables.SCHEMA}.{kind.table}" for kind in KINDS}
-    behind = [each for each in sequences.select_behind(connection, [tables.SCHEMA]) if each.table in sealed]
+    behind = sequences.select_behind(connection, [tables.SCHEMA], of=sealed)
     if behind:
         found = "; ".join(f"{each.name} {each}" for each in behind)
         remedies = " ".join(f"{each.remedy};" for each in behind)
