@@ -19,7 +19,7 @@ _MAKE_DUE = (
 
 
 def make_impossible_times_due(connection: Connection, timing: Timing) -> int:
-    """Make rows with implausible due times due now; return the number of rows."""
+    """Make rows with implausible due times due now, and all jobs that wait for a time; return the number of rows."""
     now = database.now()
     values = {"now": now, "beyond": now + MAX_AHEAD, "beyond_reading": now + timing.lifetime + MAX_AHEAD}
     return sum(
