@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from archiver.database import transaction
 from archiver.history import leases
 from tests.support import servers
+from tests.support.files import whole_lines
 from tests.support.ports import free_port
 from tests.support.receivers import serving
 from tests.support.upstreams import CallHQ, answering, hosting, simulated
@@ -79,7 +80,7 @@ def test_while_callhq_is_away_one_line_a_minute_says_so(database_url: str) -> No
         with running_worker(database_url, callhq, log=log, **settings):
             failing = "SELECT count(*) FROM archiver.sessions WHERE failing_since IS NOT NULL"
             until(lambda: execute(database_url, failing) == [(12,)], "each has failed")
-        lines = Path(log.name).read_text().splitlines()
+        lines = whole_lines(Path(log.name)).splitlines()
     about = [json.loads(line) for line in lines if "retry" in line or "not read" in line]
     assert {(each["event"], "cannot connect" in each["error"]) for each in about} == {("histories not read", True)}
     moments = [datetime.fromisoformat(each["timestamp"]) for each in about]

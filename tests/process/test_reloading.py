@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from sqlalchemy import Engine
 
 from archiver.compliance import seals
+from tests.support.files import whole_lines
 from tests.support.payloads import created
 from tests.support.ports import free_port
 from tests.support.receivers import Receiver, archiver, serving, starting
@@ -310,7 +311,7 @@ def test_a_worker_with_a_wrong_database_waits_until_the_file_is_right(
         log = tmp_path / "log"
         until(lambda: worker.poll() is not None or "duty not working" in log.read_text(), "it reports the fault")
         assert worker.poll() is None, log.read_text()
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for line in whole_lines(log).splitlines()]
         assert any("worker waits for it" in line["event"] and line["reason"] for line in lines), lines
         assert not any("Traceback" in line.get("exception", "") for line in lines if "waits" in line["event"])
         file.write_text(right)

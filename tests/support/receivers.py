@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from tests.support import processes
+from tests.support.files import whole_lines
 from tests.support.payloads import SECRET, WEBHOOK
 from tests.support.processes import AnyProcess
 from tests.support.servers import as_writer
@@ -76,7 +77,7 @@ class Receiver:
         return urlsplit(self.url).port or 0
 
     def stderr(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        return whole_lines(self.log)
 
     def get(self, path: str) -> httpx2.Response:
         try:
