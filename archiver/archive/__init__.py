@@ -6,7 +6,7 @@ all its facts (`sessions`). So the archive does not depend on their order (I5), 
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 
@@ -71,7 +71,7 @@ def project(
         arrivals[fact.event.session_id].append(fact.received_at)
     arrivals.pop(UNASSIGNED, None)
     # Locks the sessions, so that no other transaction projects their turns from here on, and reads the stored facts.
-    other_facts_query = ledger_facts.other_facts(_own_keys(by_turn)) if by_turn else None
+    other_facts_query = ledger_facts.other_facts(ledger_facts.own_keys(by_turn)) if by_turn else None
     read, stored = rows.upsert_sessions(connection, arrivals, timing, other_facts_query)
     assigned = sorted(arrivals.keys() - {fact.event.session_id for fact in facts})
     erased = {*erased, *select_erased_sessions(connection, assigned)}
@@ -97,7 +97,7 @@ def _project_turns(
     """
     if not by_turn:
         return [], {}
-    known = {key: [*_new_facts(own), *earlier.get(key, ())] for key, own in sorted(by_turn.items())}
+    known = {key: [*ledger_facts.new_facts(own), *earlier.get(key, ())] for key, own in sorted(by_turn.items())}
     turns = {key: fold(facts) for key, facts in known.items() if facts}
     revised = [key for key in turns if key in earlier]
     # The stored state, not one derived from the earlier facts: a redelivery may just have changed the time of a fact.
@@ -151,20 +151,6 @@ def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing
     """Lock the sessions, then rebuild them with `rederive`."""
     rows.lock_sessions(connection, session_ids)
     rederive(connection, session_ids, timing)
-
-
-def _own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
-    """Return the turns to look up, in their session and unassigned, each with the dedupe keys of its new facts."""
-    own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
-    own |= {(UNASSIGNED, chat_id): [] for _, chat_id in by_turn}
-    for (_, chat_id), facts in by_turn.items():
-        for fact in _new_facts(facts):
-            own[fact.event.session_id, chat_id].append(fact.event.dedupe_key)
-    return own
-
-
-def _new_facts(facts: Iterable[Fact]) -> list[Fact]:
-    return [fact for fact in facts if not fact.is_repeat]
 
 
 def _assign(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:

@@ -1,7 +1,8 @@
 """Append turns that are newer than the latest reading, at a cost independent of the session's length.
 
 The rows are those that `sessions.derive` would return for the whole session: `transcript.compose` decides when a turn
-changes nothing before it, and the column `sessions.append_after` stores that decision. Other turns need `rederive`.
+changes nothing before it, and the column `sessions.append_after` stores that decision. Known turns whose lines stay
+the same are amended (`amending`). Other turns need `rederive`.
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ from sqlalchemy import Connection
 
 from archiver import events
 from archiver.archive import coverage, differences, facts, rows, transcript
+from archiver.archive.amending import Amendment
 from archiver.archive.coverage import Timing
 from archiver.archive.differences import TurnState
 from archiver.archive.facts import UNASSIGNED, Key
@@ -27,7 +29,7 @@ _SELECT_STATUSES = RawStatement(
     """
     SELECT s.session_id, s.read_at, s.reconciled_at, s.last_event_at, s.read_by, s.places, s.append_after
       FROM archiver.sessions s
-     WHERE s.session_id IN (SELECT json_array_elements_text($1)) AND s.append_after IS NOT NULL
+     WHERE s.session_id IN (SELECT json_array_elements_text($1))
     """
 )
 _SELECT_UNCLAIMED = RawStatement(
@@ -56,36 +58,32 @@ Own = Mapping[str, Sequence[Fact]]  # facts of this batch about one session, by 
 
 
 class Appended(msgspec.Struct):
-    """The sessions to which all turns of a batch were appended, and the resulting changes."""
+    """The sessions of which all turns of a batch were appended or amended, and the resulting changes."""
 
     sessions: set[str] = msgspec.field(default_factory=set)
     changes: list[Change] = msgspec.field(default_factory=list)
 
 
 def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing: Timing) -> Appended:
-    """Append the turns of these newly recorded facts to the sessions that allow it; return those and the changes.
+    """Append or amend the turns of these newly recorded facts in sessions that allow it for all of them.
 
-    The caller has locked the sessions. The cost depends only on these turns and on the lines known only from history.
+    Returns those sessions and the changes. The caller has locked the sessions. The cost depends only on these turns
+    and on the lines known only from history.
     """
     by_session: dict[str, dict[str, Sequence[Fact]]] = defaultdict(dict)
     for (session_id, chat_id), chat_facts in by_turn.items():
         by_session[session_id][chat_id] = chat_facts
-    possible = sorted(each for each, own in by_session.items() if _are_new_creations(each, own))
+    possible = sorted(each for each, own in by_session.items() if _are_new(own))
     appended = Appended()
     if not possible:
         return appended
     sessions_json = as_json(possible)
-    keys = {
-        (each, chat_id): [fact.event.dedupe_key for fact in own]
-        for session_id in possible
-        for chat_id, own in by_session[session_id].items()
-        for each in (session_id, UNASSIGNED)
-    }
+    new = {(each, chat_id): own for each in possible for chat_id, own in by_session[each].items()}
     statuses, unclaimed, others = execute(
         connection,
         _SELECT_STATUSES.bind(sessions_json),
         _SELECT_UNCLAIMED.bind(sessions_json),
-        facts.other_facts(keys, of_read=True),
+        facts.other_facts(facts.own_keys(new), of_read=True),
     )
     texts: dict[str, set[str]] = defaultdict(set)
     for row in unclaimed:
@@ -93,19 +91,29 @@ def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing
     unassigned = {row.chat_id for row in others if row.session_id == UNASSIGNED}
     earlier = facts.by_turn(others, by_turn)
     for status in statuses:
-        own = by_session[status.session_id]
-        if unassigned.isdisjoint(own):
+        amendment = Amendment(connection, status, by_session[status.session_id], earlier)
+        own = amendment.others
+        tail = None
+        if own:
+            if not unassigned.isdisjoint(own) or not _are_creations(status.session_id, own):
+                continue
             tail = _TranscriptTail(connection, status, own, earlier)
-            if tail.can_append(texts[status.session_id]):
-                appended.changes += tail.write(timing)
-                appended.sessions.add(status.session_id)
+            if not tail.can_append(texts[status.session_id]):
+                continue
+        appended.changes += tail.write(timing) if tail else []
+        appended.changes += amendment.write(timing)
+        appended.sessions.add(status.session_id)
     return appended
 
 
-def _are_new_creations(session_id: str, own: Own) -> bool:
-    """Return whether all these facts are new, create a chat and name this session."""
+def _are_new(own: Own) -> bool:
+    return not any(fact.is_repeat for each in own.values() for fact in each)
+
+
+def _are_creations(session_id: str, own: Own) -> bool:
+    """Return whether all these facts create a chat and name this session."""
     return all(
-        fact.event.type == events.CREATED and fact.event.session_id == session_id and not fact.is_repeat
+        fact.event.type == events.CREATED and fact.event.session_id == session_id
         for each in own.values()
         for fact in each
     )
@@ -129,7 +137,7 @@ class _TranscriptTail:
 
     def can_append(self, texts: Collection[str]) -> bool:
         """Return whether the turns follow all others, arrived after the latest reading and have none of `texts`."""
-        if len(self._revised) > 1 or not self._is_readable:
+        if self._status.append_after is None or len(self._revised) > 1 or not self._is_readable:
             return False
         if not all(
             self._is_newer(turn) and not transcript.may_claim(turn.messages, texts) for _, turn in self._turns
@@ -169,7 +177,7 @@ class _TranscriptTail:
             message_row(self._session_id, chat_id, ordinal, line)
             for chat_id, turn in self._turns
             for ordinal, line in enumerate(
-                transcript.unmatched_turn(aligned(chat_id, turn), self._status.reconciled_at)
+                transcript.unmatched_turn(aligned(chat_id, turn, self._status.read_at), self._status.reconciled_at)
             )
         ]
         for place, row in enumerate(lines, self._places + 1):

@@ -40,6 +40,7 @@ class TurnState(NamedTuple):
 
     content: Any
     is_deleted: bool
+    texts: Sequence[MessageText] = ()
 
 
 def message_text(row: Mapping[str, Any]) -> MessageText:
@@ -52,7 +53,7 @@ def turn_state(row: Mapping[str, Any], texts: Sequence[MessageText]) -> TurnStat
     variables = row["variables"]
     # Postgres stores the keys of JSON in its own order.
     variables = msgspec.json.decode(variables) if isinstance(variables, str) else variables
-    return TurnState(([row[name] for name in _FIELDS], variables, list(texts)), row["deleted_at"] is not None)
+    return TurnState(([row[name] for name in _FIELDS], variables), row["deleted_at"] is not None, list(texts))
 
 
 def reassigned_turn_state(*, is_deleted: bool) -> TurnState:
@@ -76,6 +77,16 @@ def turn_changes(turns: Mapping[Key, Turn], before: Mapping[Key, TurnState]) -> 
     return result
 
 
+def amendment_changes(turns: Mapping[Key, Turn], before: Mapping[Key, TurnState]) -> list[Change]:
+    """Return the changes of turns whose messages stay the same, in order of `began_at`."""
+    unknown = TurnState(None, is_deleted=False)
+    return [
+        Change(kind, *key)
+        for key, turn in sorted(turns.items(), key=lambda each: each[1].began_at)
+        if (kind := _kind(before.get(key), turn_state(chat_row(*key, turn), before.get(key, unknown).texts)))
+    ]
+
+
 def _state_of(key: Key, turn: Turn) -> TurnState:
     return turn_state(chat_row(*key, turn), [(message.role, message.content, None) for message in turn.messages])
 
@@ -85,7 +96,7 @@ def _kind(before: TurnState | None, after: TurnState) -> ChangeType | None:
         return "chat.deleted"
     if before is None:
         return "chat.created"
-    return "chat.updated" if before.content != after.content else None
+    return "chat.updated" if (before.content, before.texts) != (after.content, after.texts) else None
 
 
 class PreviousRows(NamedTuple):

@@ -53,6 +53,21 @@ def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) ->
     return statement.bind(as_json(keys))
 
 
+def own_keys(by_turn: Mapping[Key, Sequence[Fact]]) -> dict[Key, list[bytes]]:
+    """Return the turns to look up, in their session and unassigned, each with the dedupe keys of its new facts."""
+    own: dict[Key, list[bytes]] = {key: [] for key in by_turn}
+    own |= {(UNASSIGNED, chat_id): [] for _, chat_id in by_turn}
+    for (_, chat_id), facts in by_turn.items():
+        for fact in new_facts(facts):
+            own[fact.event.session_id, chat_id].append(fact.event.dedupe_key)
+    return own
+
+
+def new_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """Return the facts that are not repeats."""
+    return [fact for fact in facts if not fact.is_repeat]
+
+
 def by_turn(rows: Iterable[Row[Any]], keys: Iterable[Key]) -> dict[Key, list[Fact]]:
     """Return the facts in the rows of `other_facts`, by session and turn.
 

@@ -57,8 +57,9 @@ def derive(session_facts: SessionFacts, timing: Timing) -> Rows:
 
 
 def _transcript(session_facts: SessionFacts) -> Transcript:
+    read_at = session_facts.readings[-1].last_at if session_facts.readings else None
     return alignment.compose(
-        [aligned(chat_id, turn) for chat_id, turn in session_facts.turns.items()],
+        [aligned(chat_id, turn, read_at) for chat_id, turn in session_facts.turns.items()],
         [
             alignment.HistoryMessages(reading.snapshot.messages, reading.last_at, reading.first_at, reading.shown)
             for reading in session_facts.readings
@@ -116,9 +117,12 @@ def _repeats(content: str, texts: Collection[str]) -> bool:
     )
 
 
-def aligned(chat_id: str, turn: Turn) -> alignment.TurnMessages:
-    """Return a turn as input of the alignment."""
-    is_deleted = turn.deleted_at is not None
+def aligned(chat_id: str, turn: Turn, read_at: datetime | None) -> alignment.TurnMessages:
+    """Return a turn as input of the alignment.
+
+    A deletion after the latest reading, at `read_at`, counts from the next reading on: until then it changes no line.
+    """
+    is_deleted = turn.vanished_at is not None and (read_at is None or turn.vanished_at <= read_at)
     times = turn.began_at, turn.revised_at
     return alignment.TurnMessages(
         chat_id, turn.messages, turn.inputs, *times, is_deleted, turn.first_received_at, turn.sent

@@ -72,6 +72,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     occurred_at: datetime | None
     first_received_at: datetime
     deleted_at: datetime | None
+    vanished_at: datetime | None  # since when readings may omit it: its deletion, no later than its arrival
     source: str
     messages: tuple[Message, ...]
     inputs: int  # the number of input messages, which come first
@@ -99,24 +100,27 @@ def fold(facts: Sequence[Fact]) -> Turn:
     ordered = sorted(facts, key=lambda fact: fact.order)
     with_chat = [(fact, fact.event.chat) for fact in ordered if fact.event.chat is not None]
     revisions = [chat for _, chat in with_chat]
+    deletions = [fact for fact in ordered if fact.event.type == events.DELETED]
     outputs = [chat.output for chat in revisions]
     input_messages = _newest(chat.input or None for chat in revisions) or ()
     output_messages = _newest(output if _is_filled(output) else None for output in outputs) or _last(outputs)
     sent = as_sent(input_messages)
     input_messages, output_messages = messages_of_turn(input_messages, output_messages)
+    created_at = _earliest(fact.credible(chat.created_at) for fact, chat in with_chat)
     return Turn(
         assistant_id=_newest(chat.assistant_id for chat in revisions),
         external_id=_newest(chat.external_id for chat in revisions),
         status=_newest(chat.status for chat in revisions),
         cost=_newest(chat.cost for chat in revisions),
         variables=_newest(chat.variables for chat in revisions),
-        created_at=_earliest(fact.credible(chat.created_at) for fact, chat in with_chat),
+        created_at=created_at,
         session_name=_newest(chat.session_name for chat in revisions),
         session_status=_newest(chat.session_status for chat in revisions),
         updated_at=_latest(fact.credible(chat.updated_at) for fact, chat in with_chat),
         occurred_at=_earliest(fact.credible(fact.occurred_at) for fact in ordered),
         first_received_at=min(fact.received_at for fact in ordered),
-        deleted_at=_earliest(_deleted_at(fact) for fact in ordered if fact.event.type == events.DELETED),
+        deleted_at=_earliest(_deleted_at(fact) for fact in deletions),
+        vanished_at=_earliest(_vanished_at(fact, created_at) for fact in deletions),
         source=ordered[0].source,
         messages=input_messages + output_messages,
         inputs=len(input_messages),
@@ -128,20 +132,23 @@ def fold(facts: Sequence[Fact]) -> Turn:
 def _turn_of(fact: Fact) -> Turn:
     """Return the turn that a single fact describes, the usual case, at a fraction of the cost of `fold`."""
     chat = fact.event.chat or events.EMPTY_CHAT
+    is_deletion = fact.event.type == events.DELETED
     input_messages, output_messages = messages_of_turn(chat.input, chat.output)
+    created_at = fact.credible(chat.created_at)
     return Turn(
         assistant_id=chat.assistant_id,
         external_id=chat.external_id,
         status=chat.status,
         cost=chat.cost,
         variables=chat.variables,
-        created_at=fact.credible(chat.created_at),
+        created_at=created_at,
         updated_at=fact.credible(chat.updated_at),
         session_name=chat.session_name,
         session_status=chat.session_status,
         occurred_at=fact.credible(fact.occurred_at),
         first_received_at=fact.received_at,
-        deleted_at=_deleted_at(fact) if fact.event.type == events.DELETED else None,
+        deleted_at=_deleted_at(fact) if is_deletion else None,
+        vanished_at=_vanished_at(fact, created_at) if is_deletion else None,
         source=fact.source,
         messages=input_messages + output_messages,
         inputs=len(input_messages),
@@ -152,6 +159,13 @@ def _turn_of(fact: Fact) -> Turn:
 
 def _deleted_at(fact: Fact) -> datetime:
     return fact.credible(fact.occurred_at) or fact.revised_at
+
+
+def _vanished_at(fact: Fact, created_at: datetime | None) -> datetime:
+    """Return the time of a deletion, no later than its arrival, which replaces a time before the turn's creation."""
+    deleted_at = _deleted_at(fact)
+    is_possible = created_at is None or deleted_at >= created_at
+    return min(deleted_at, fact.received_at) if is_possible else fact.received_at
 
 
 def _has_content(fact: Fact) -> bool:

@@ -13,7 +13,7 @@ from archiver.archive import lock_and_rederive
 from archiver.database import transaction
 from archiver.events import Event, responses
 from tests.support.long_sessions import TIMING, at, conversation, fill, reading, record, webhook
-from tests.support.payloads import deleted
+from tests.support.payloads import deleted, envelope
 from tests.support.rows import DERIVED, empty
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
@@ -76,6 +76,32 @@ def test_i12_a_revision_of_the_last_turn_costs_the_same_however_long_the_session
     assert costs[0] == costs[1]
 
 
+def test_i12_a_deletion_of_an_earlier_turn_costs_the_same_however_long_the_session_is(engine: Engine) -> None:
+    costs = []
+    for turns in (10, 300):
+        fill(engine, turns)
+        event = events.parse(deleted("chat-3", "session-1"))
+        assert isinstance(event, Event)
+        costs.append(cost(engine, turns, event, events.WEBHOOK))
+        with transaction(engine) as connection:
+            assert dump(connection) == rebuilt(connection)
+        empty(engine, *DERIVED, "events", "pieces")
+    assert costs[0] == costs[1]
+
+
+def test_i12_a_status_of_an_earlier_turn_changes_that_turn_alone(engine: Engine) -> None:
+    costs = []
+    for turns in (10, 300):
+        fill(engine, turns)
+        times = {"createdAt": at(3).isoformat(), "updatedAt": at(turns).isoformat()}
+        costs.append(cost(engine, turns, webhook(3, status="billed", cost=5, **times), events.WEBHOOK))
+        with transaction(engine) as connection:
+            assert dump(connection) == rebuilt(connection)
+        empty(engine, *DERIVED, "events", "pieces")
+    assert costs[0].written == costs[1].written
+    assert costs[1].fetched - costs[0].fetched <= 290  # the time at which each turn began
+
+
 def test_i12_an_exact_redelivery_is_counted_and_nothing_else(engine: Engine) -> None:
     fill(engine, 50)
     assert cost(engine, 60, webhook(7), events.WEBHOOK).written == 1
@@ -97,23 +123,29 @@ def test_i12_a_reading_that_shows_one_more_turn_writes_that_turn_alone(engine: E
 
 # Steps of a session: a turn, whole or without its output, again or later; a deletion; and what history shows.
 Step = (
-    tuple[
-        Literal["turn"], int, int, int
-    ]  # number, what it says, minutes by which it is told late, by which it is off
+    # Its number, what it says, and by how many minutes its times are too early.
+    tuple[Literal["turn"], int, int, int]
     | tuple[Literal["draft"], int, int, int]
-    | tuple[Literal["delete"], int]
+    | tuple[Literal["delete"], int, int, bool]  # number, minutes by which it is late, whether its session is named
+    | tuple[Literal["bill"], int, int, bool, bool, int]  # the same, whether it has the texts, minutes in the spool
+    | tuple[Literal["edit"], int]  # a line that history words in another way from then on
     | tuple[Literal["read"], int, int]  # lines left out at the start, lines left out at the end
     | tuple[Literal["gone"]]
 )
 _numbers = st.integers(0, 7)
+_late = st.sampled_from([0, 0, 0, 1, 3, 100_000])
 _steps: st.SearchStrategy[Step] = st.one_of(
-    st.tuples(st.just("turn"), _numbers, st.integers(0, 3), st.sampled_from([0, 0, 0, 1, 3, -1])),
-    st.tuples(st.just("draft"), _numbers, st.integers(0, 3), st.just(0)),
-    st.tuples(st.just("delete"), _numbers),
+    st.tuples(st.just("turn"), _numbers, st.integers(0, 7), st.sampled_from([0, 0, 0, 1, 3, -1])),
+    st.tuples(st.just("draft"), _numbers, st.integers(0, 7), st.just(0)),
+    st.tuples(st.just("delete"), _numbers, _late, st.booleans()),
+    st.tuples(st.just("bill"), _numbers, _late, st.booleans(), st.booleans(), st.sampled_from([0, 0, 0, 1, 3])),
+    st.tuples(st.just("edit"), st.integers(0, 15)),
     st.tuples(st.just("read"), st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from([0, 0, 0, 1, 2, 4])),
     st.tuples(st.just("gone")),
 )
 _TEXTS = [("ok", "ok"), ("ok", "done"), ("hello", "ok")]
+_SEVERAL = 4  # from this number on, a turn has two answers
+_WITH_CONTEXT = 6  # from this number on, its input repeats the conversation so far
 
 
 class Conversation:
@@ -121,32 +153,45 @@ class Conversation:
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
-        self._known: set[int] = set()
+        self._known: dict[int, dict[str, Any]] = {}  # what was reported last
 
     def _said(self, number: int, words: int) -> list[tuple[str, str]]:
         texts = _TEXTS[words] if words < len(_TEXTS) else (f"question {number}", f"answer {number}")
-        return [("user", texts[0]), ("assistant", texts[1])]
+        more = [("assistant", f"more {number}")] if words >= _SEVERAL else []
+        return [("user", texts[0]), ("assistant", texts[1]), *more]
 
     def facts(self, minute: int, step: Step) -> tuple[Event, str]:
         match step:
             case ("turn" | "draft" as kind, int(number), int(words), int(skew)):
                 lines = self._said(number, words)
+                context = self.lines if words >= _WITH_CONTEXT else []
+                sent = [{"role": role, "content": content} for role, content in [*context, lines[0]]]
                 if number not in self._known:
                     self.lines += lines
-                self._known.add(number)
-                output = [{"role": "assistant", "content": lines[1][1]}] if kind == "turn" else []
+                output = [{"role": role, "content": content} for role, content in lines[1:]] if kind == "turn" else []
                 moment = at(minute - skew).isoformat()
                 values: dict[str, Any] = {
-                    "input": lines[0][1],
+                    "input": sent if context else lines[0][1],
                     "output": output,
                     "createdAt": moment,
                     "updatedAt": moment,
                 }
+                self._known[number] = values
                 return webhook(number, **values), events.WEBHOOK
-            case ("delete", int(number)):
-                event = events.parse(deleted(f"chat-{number}", "session-1"))
+            case ("bill", int(number), int(late), bool(is_named), bool(is_whole), _):
+                moment = at(minute - late).isoformat()
+                known = self._known.get(number, {"createdAt": moment}) if is_whole else {"input": None, "output": []}
+                values = known | {"cost": minute, "updatedAt": moment}
+                return webhook(number, "session-1" if is_named else None, **values), events.WEBHOOK
+            case ("delete", int(number), int(late), bool(is_named)):
+                moment_ms = int(at(minute - late).timestamp() * 1_000)
+                ids: dict[str, Any] = {"sessionId": "session-1"} if is_named else {}
+                event = events.parse(envelope(events.DELETED, moment_ms, chat={"id": f"chat-{number}"}, **ids))
                 assert isinstance(event, Event)
                 return event, events.WEBHOOK
+            case ("edit", int(line)):
+                self.lines[line : line + 1] = [(role, f"{text} indeed") for role, text in self.lines[line : line + 1]]
+                return responses.parse_history("session-1", 404, b""), responses.SOURCE
             case ("read", int(first), int(last)):
                 return reading(*self.lines[first : len(self.lines) - last]), responses.SOURCE
             case _:
@@ -156,7 +201,7 @@ class Conversation:
 def rebuilt(connection: Connection) -> list[Any]:
     """All that is derived, made again from the ledger alone; the archive stays as it is."""
     with connection.begin_nested() as nested:
-        connection.execute(text("UPDATE archiver.messages SET place = 1, in_history = NULL"))
+        connection.execute(text("UPDATE archiver.messages SET place = 1, in_history = NULL WHERE session_id <> ''"))
         lock_and_rederive(connection, ["session-1"], TIMING)
         result = dump(connection)
         nested.rollback()
@@ -168,6 +213,10 @@ def rebuilt(connection: Connection) -> list[Any]:
 @example([("turn", 0, 3, 0), ("read", 0, 0), ("turn", 1, 3, 0), ("turn", 2, 3, 0), ("read", 0, 0), ("turn", 3, 0, 0)])
 @example([("turn", 0, 0, 0), ("read", 0, 0), ("turn", 1, 0, 0), ("turn", 2, 0, 0), ("draft", 3, 1, 0)])
 @example([("turn", 0, 3, 0), ("turn", 1, 3, 0), ("read", 0, 2), ("draft", 2, 3, 0), ("turn", 2, 3, 0)])
+@example([("turn", 0, 3, 0), ("read", 0, 0), ("delete", 0, 0, True), ("delete", 0, 0, False)])
+@example([("turn", 0, 3, 0), ("read", 0, 0), ("bill", 0, 0, True, True, 1)])
+@example([("turn", 7, 3, 0), ("read", 0, 0), ("turn", 1, 3, 0), ("turn", 0, 3, 1), ("bill", 0, 0, True, True, 0)])
+@example([("turn", 0, 3, 0), ("edit", 1), ("read", 0, 0), ("turn", 1, 3, 0), ("bill", 0, 0, True, True, 0)])
 def test_i5_i10_after_each_fact_the_archive_is_what_the_ledger_makes_of_the_whole_session(
     engine: Engine, steps: Sequence[Step]
 ) -> None:
@@ -175,8 +224,9 @@ def test_i5_i10_after_each_fact_the_archive_is_what_the_ledger_makes_of_the_whol
     upstream = Conversation()
     for minute, step in enumerate(steps, 1):
         event, source = upstream.facts(minute, step)
+        spooled = step[5] if step[0] == "bill" else 0
         with transaction(engine) as connection:
-            record(connection, minute, event, source)
+            record(connection, minute - spooled, event, source)
         with transaction(engine) as connection:
             if connection.scalar(text("SELECT read_at FROM archiver.sessions WHERE session_id <> ''")):
                 assert dump(connection) == rebuilt(connection), (minute, step)

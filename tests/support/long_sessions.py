@@ -30,7 +30,7 @@ def said(number: int) -> list[tuple[str, str]]:
     return [("user", f"question of chat-{number}"), ("assistant", f"answer to chat-{number}")]
 
 
-def webhook(number: int, session_id: str = "session-1", **fields: Any) -> Event:
+def webhook(number: int, session_id: str | None = "session-1", **fields: Any) -> Event:
     moment = at(number).isoformat()
     event = events.parse(
         created(f"chat-{number}", session_id, **({"createdAt": moment, "updatedAt": moment} | fields))

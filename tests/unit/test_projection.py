@@ -183,7 +183,8 @@ def test_an_update_without_a_time_is_ordered_by_its_envelope() -> None:
 def test_a_deletion_that_carries_only_the_id_takes_nothing_away() -> None:
     created = fact(1, status="completed", cost=Decimal(1), input=(Message("user", "q"),))
     turn = fold([fact(2, events.DELETED), created])
-    assert turn == msgspec.structs.replace(fold([created]), deleted_at=START + timedelta(minutes=2))
+    times = {"deleted_at": START + timedelta(minutes=2), "vanished_at": START}
+    assert turn == msgspec.structs.replace(fold([created]), **times)
 
 
 @pytest.mark.parametrize("cost", [Decimal(0), Decimal(-1)])

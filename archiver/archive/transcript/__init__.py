@@ -15,7 +15,7 @@ from archiver.archive.transcript.contained import date_lines, maximal_readings
 from archiver.archive.transcript.context import oldest_first, restore_unproven, without_repeats
 from archiver.archive.transcript.history import merge_history
 from archiver.archive.transcript.shapes import HistoryMessages, TranscriptLine, TurnMessages
-from archiver.archive.transcript.turns import in_order, merge_turns, unmatched_turn
+from archiver.archive.transcript.turns import in_order, merge_turns, place, transcript_of, unmatched_turn
 
 __all__ = [
     "HistoryMessages",
@@ -107,10 +107,13 @@ def _without_repeats(
 ) -> list[TranscriptLine]:
     trimmed = without_repeats(turns, history_lines)
     for _ in range(_TRIALS):
-        lines = merge_turns(history_lines, trimmed, read_at, is_dated=is_dated)
-        restored = restore_unproven(turns, trimmed, lines)
+        placed = place(history_lines, trimmed, is_dated=is_dated)
+        # A version that another one supersedes is a proof, too. So no revision time decides about other turns.
+        restored = trimmed
+        if trimmed != turns:
+            restored = restore_unproven(turns, trimmed, transcript_of(placed, read_at, with_superseded=True))
         if restored == trimmed:
-            return lines
+            return transcript_of(placed, read_at)
         trimmed = restored
     return merge_turns(history_lines, turns, read_at, is_dated=is_dated)
 

@@ -8,6 +8,7 @@ import msgspec
 
 from archiver.archive.transcript.candidates import ASIDES, Match
 from archiver.archive.transcript.matching import place_turns
+from archiver.archive.transcript.placement import Placement
 from archiver.archive.transcript.recut import place_recut
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
 from archiver.archive.transcript.wording import normal_role
@@ -24,18 +25,41 @@ class _Superseded(msgspec.Struct, frozen=True):
     messages: Collection[int] = ()
 
 
-def merge_turns(
-    lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], read_at: datetime | None, *, is_dated: bool = True
-) -> list[TranscriptLine]:
-    """Return the transcript from unclaimed history lines and turns of different chats.
+class PlacedTurns(msgspec.Struct):
+    """Turns in order of `began_at`, with the history lines that each claims. Revision times decide only ties."""
 
-    `read_at` is the time of the latest reading, None if there is none. `is_dated`: it is certain when each line was
-    read for the first time. The lines of a turn are contiguous. A turn that the history does not show is inserted
-    whole, with its blank messages, before the next turn that the history shows. If webhook and history differ on a
-    turn, the newer version wins (I3).
+    lines: Sequence[TranscriptLine]
+    turns: Sequence[TurnMessages]
+    placement: Placement
+
+
+def place(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], *, is_dated: bool = True) -> PlacedTurns:
+    """Let turns of different chats claim lines of the merged history.
+
+    `is_dated`: it is certain when each line was read for the first time.
     """
     ordered = in_order(turns)
     lines, placement = place_recut(lines, ordered, lambda cut: place_turns(cut, ordered, is_dated=is_dated))
+    return PlacedTurns(lines, ordered, placement)
+
+
+def merge_turns(
+    lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], read_at: datetime | None, *, is_dated: bool = True
+) -> list[TranscriptLine]:
+    """Return the transcript from unclaimed history lines and turns of different chats."""
+    return transcript_of(place(lines, turns, is_dated=is_dated), read_at)
+
+
+def transcript_of(
+    placed: PlacedTurns, read_at: datetime | None, *, with_superseded: bool = False
+) -> list[TranscriptLine]:
+    """Return the transcript from the placed turns.
+
+    `read_at` is the time of the latest reading, None if there is none. The lines of a turn are contiguous. A turn
+    that the history does not show is inserted whole, with its blank messages, before the next turn that the history
+    shows. If webhook and history differ on a turn, the newer version wins (I3); `with_superseded` retains both.
+    """
+    lines, ordered, placement = placed.lines, placed.turns, placed.placement
     missing = deque(index for index in range(len(ordered)) if index not in placement.matches)
     placings = sorted(placement.matches.items(), key=lambda placing: placing[1].start)
     starts = [match.start for _, match in placings] + [len(lines)]
@@ -44,7 +68,8 @@ def merge_turns(
         while index in placement.in_order and missing and missing[0] < index:
             merged += unmatched_turn(ordered[missing.popleft()], read_at)
         run = msgspec.structs.replace(match, end=_end(lines, match, limit, is_deleted=ordered[index].is_deleted))
-        own = _run(ordered[index], run, lines, read_at)
+        superseded = _Superseded() if with_superseded else _superseded(ordered[index], run, lines)
+        own = _run(ordered[index], run, lines, read_at, superseded)
         is_ambiguous = index in placement.ambiguous
         merged += [msgspec.structs.replace(line, is_ambiguous=True) for line in own] if is_ambiguous else own
         merged += lines[run.end : limit]
@@ -86,10 +111,13 @@ def _end(lines: Sequence[TranscriptLine], match: Match, limit: int, *, is_delete
 
 
 def _run(
-    turn: TurnMessages, match: Match, lines: Sequence[TranscriptLine], read_at: datetime | None
+    turn: TurnMessages,
+    match: Match,
+    lines: Sequence[TranscriptLine],
+    read_at: datetime | None,
+    superseded: _Superseded,
 ) -> Iterator[TranscriptLine]:
     """Yield the lines of a matched turn: those of history from `match.start` to `match.end`, and its own."""
-    superseded = _superseded(turn, match, lines)
     values = {message for message, _ in match.pairs}
     in_history = None if read_at is None or turn.revised_at > read_at else False
     unfound = deque(
