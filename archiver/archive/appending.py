@@ -154,9 +154,9 @@ class _TranscriptTail:
         new = self._turns
         if self._revised:
             (chat_id, revised), *new = self._turns
-            if chat_id != self._revised[0] or revised.began_at < last or not self._is_last(chat_id):
+            # Another time would change the estimated time of lines before it.
+            if chat_id != self._revised[0] or revised.began_at != last or not self._is_last(chat_id):
                 return False
-            last = revised.began_at
         return all(turn.began_at > last for _, turn in new)
 
     def _is_last(self, chat_id: str) -> bool:

@@ -113,6 +113,7 @@ def _upsert(table: Table, keys: Sequence[str], unset: Sequence[str] = ()) -> Bul
 _CHAT_KEY = ("session_id", "chat_id")
 _MESSAGE_KEY = ("session_id", "chat_id", "ordinal")
 _UPSERT_CHAT = _upsert(tables.chats, _CHAT_KEY)
+_UPSERT_DELIVERED_CHAT = _upsert(tables.chats, _CHAT_KEY, unset=("began_at",))
 _UPSERT_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY)
 _UPSERT_UNREAD_MESSAGE = _upsert(tables.messages, _MESSAGE_KEY, unset=("place", "in_history", "history_content"))
 _UPSERT_WHOLE_SESSION = _upsert(tables.sessions, ("session_id",))
@@ -120,7 +121,7 @@ _UPSERT_WHOLE_SESSION = _upsert(tables.sessions, ("session_id",))
 
 def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
     """Write turns, with their messages, of sessions that were never read."""
-    chats = _UPSERT_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
+    chats = _UPSERT_DELIVERED_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
     messages = [
         {
             "session_id": session_id,
@@ -139,7 +140,7 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
 
 def upsert_transcript_turns(connection: Connection, turns: Mapping[Key, Turn], lines: Sequence[Row]) -> None:
     """Write turns, with these messages, of sessions that were read."""
-    chats = _UPSERT_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
+    chats = _UPSERT_DELIVERED_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
     execute(connection, *chats, *_UPSERT_MESSAGE.bind(lines))
 
 

@@ -1,6 +1,6 @@
 """Derive the rows of a session whose history is known, from turns and readings (I6, I7). Pure."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -47,10 +47,15 @@ def derive(session_facts: SessionFacts, timing: Timing) -> Rows:
     transcript = _transcript(session_facts)
     lines = transcript.lines
     keys = _chat_keys(lines)
-    history_chats = _history_chats(session_facts, lines, keys)
-    chats = [chat_row(session_facts.session_id, chat_id, turn) for chat_id, turn in session_facts.turns.items()]
+    opened_at = _opened_at(session_facts, timing)
+    history_chats = _history_chats(session_facts, lines, keys, opened_at)
+    history_turns = sum(row["chat_id"] != BEFORE_FIRST_TURN for row in history_chats)
+    chats = [
+        chat_row(session_facts.session_id, chat_id, turn) | {"began_at": None}
+        for chat_id, turn in session_facts.turns.items()
+    ]
     return Rows(
-        session=_session_row(session_facts, transcript, len(history_chats), timing),
+        session=_session_row(session_facts, transcript, history_turns, opened_at, timing),
         chats=chats + history_chats,
         messages=_message_rows(session_facts, lines, keys),
     )
@@ -130,19 +135,33 @@ def aligned(chat_id: str, turn: Turn, read_at: datetime | None) -> alignment.Tur
 
 
 def _chat_keys(lines: Sequence[TranscriptLine]) -> list[str]:
-    """Return the chat id of each line; an internal id for turns known only from history."""
+    """Return the chat id of each line; an internal id for turns known only from history.
+
+    The internal id has the number of the turn's first line in the merged history, so that it does not change when
+    the history gets longer or when other turns claim their lines.
+    """
     keys: list[str] = []
-    item, before = 0, None
+    used: set[str] = set()
+    before = None
     for line in lines:
         if line.chat_id is not None:
             keys.append(line.chat_id)
         elif _begins_turn(line, before):
-            item += 1
-            keys.append(f"{INTERNAL_PREFIX}{item}")
+            keys.append(_unused(f"{INTERNAL_PREFIX}{line.number}", used))
         else:
             keys.append(keys[-1] if keys else BEFORE_FIRST_TURN)
         before = line
     return keys
+
+
+def _unused(key: str, used: set[str]) -> str:
+    """Return the key, with a suffix if it is in `used`: parts of one line may be in two turns."""
+    result, count = key, 1
+    while result in used:
+        count += 1
+        result = f"{key}.{count}"
+    used.add(result)
+    return result
 
 
 def _begins_turn(line: TranscriptLine, before: TranscriptLine | None) -> bool:
@@ -151,22 +170,56 @@ def _begins_turn(line: TranscriptLine, before: TranscriptLine | None) -> bool:
     return before.chat_id is not None or (normal_role(line.role) == USER and normal_role(before.role) != USER)
 
 
-def _history_chats(session_facts: SessionFacts, lines: Sequence[TranscriptLine], keys: Sequence[str]) -> list[Row]:
-    first: dict[str, TranscriptLine] = {}
-    for line, key in zip(lines, keys, strict=True):
-        if key.startswith(INTERNAL_PREFIX) and key != BEFORE_FIRST_TURN:
-            first.setdefault(key, line)
+class _HistoryTurn(msgspec.Struct, frozen=True):
+    """A turn known only from history, or the lines before the first turn: its key, and when it was first read."""
+
+    key: str
+    first_read_at: datetime | None
+
+
+def _history_chats(
+    session_facts: SessionFacts, lines: Sequence[TranscriptLine], keys: Sequence[str], opened_at: datetime
+) -> list[Row]:
     nothing = dict.fromkeys(CHAT_COLUMNS)
     return [
         nothing
         | {
             "session_id": session_facts.session_id,
-            "chat_id": key,
-            "first_received_at": line.first_read_at,
+            "chat_id": turn.key,
+            "first_received_at": turn.first_read_at,
             "source": responses.SOURCE,
+            "began_at": began_at,
         }
-        for key, line in first.items()
+        for turn, began_at in _dated(session_facts.turns, lines, keys, opened_at)
     ]
+
+
+def _dated(
+    turns: Mapping[str, Turn], lines: Sequence[TranscriptLine], keys: Sequence[str], opened_at: datetime
+) -> Iterator[tuple[_HistoryTurn, datetime]]:
+    """Yield the turns known only from history in order, each with an estimate of when it began.
+
+    They are evenly spaced between the turns before and after them. Without a turn before or after, they have the
+    time of the other one; without both, the session's.
+    """
+    waiting: list[_HistoryTurn] = []
+    before: datetime | None = None
+    first = dict(zip(reversed(keys), reversed(lines), strict=True))
+    for key in dict.fromkeys(keys):
+        if key.startswith(INTERNAL_PREFIX):
+            waiting.append(_HistoryTurn(key, first[key].first_read_at))
+        else:
+            yield from _between(waiting, before, turns[key].began_at, opened_at)
+            waiting, before = [], turns[key].began_at
+    yield from _between(waiting, before, None, opened_at)
+
+
+def _between(
+    waiting: Sequence[_HistoryTurn], before: datetime | None, after: datetime | None, opened_at: datetime
+) -> Iterator[tuple[_HistoryTurn, datetime]]:
+    start = before or after or opened_at
+    step = (max(after or start, start) - start) / (len(waiting) + 1)
+    yield from ((turn, start + number * step) for number, turn in enumerate(waiting, 1))
 
 
 def _message_rows(session_facts: SessionFacts, lines: Sequence[TranscriptLine], keys: Sequence[str]) -> list[Row]:
@@ -221,18 +274,33 @@ def chat_row(session_id: str, chat_id: str, turn: Turn) -> Row:
     return row
 
 
-def _session_row(session_facts: SessionFacts, transcript: Transcript, history_chats: int, timing: Timing) -> Row:
+def _first_event_at(session_facts: SessionFacts) -> datetime:
+    return min([*session_facts.arrived_at, *(reading.first_at for reading in session_facts.readings)])
+
+
+def _created_at(session_facts: SessionFacts) -> datetime | None:
+    snapshots = _snapshots_in_order(session_facts)
+    return min((each.created_at for each in snapshots if each.created_at), default=None)
+
+
+def _opened_at(session_facts: SessionFacts, timing: Timing) -> datetime:
+    """Return when the session began: its creation time upstream if credible, else its first event."""
+    first_event_at, created_at = _first_event_at(session_facts), _created_at(session_facts)
+    # A creation time is wrong if the session would have expired upstream before its first event.
+    is_plausible = created_at is not None and created_at > first_event_at - timing.lifetime
+    return min(first_event_at, created_at) if is_plausible and created_at else first_event_at
+
+
+def _session_row(
+    session_facts: SessionFacts, transcript: Transcript, history_turns: int, opened_at: datetime, timing: Timing
+) -> Row:
     readings, lines = session_facts.readings, transcript.lines
-    first_event_at = min([*session_facts.arrived_at, *(reading.first_at for reading in readings)])
+    first_event_at = _first_event_at(session_facts)
     # Without events, the first reading counts as the last event.
     last_event_at = max(session_facts.arrived_at, default=first_event_at)
     snapshots = _snapshots_in_order(session_facts)
-    created_at = min((each.created_at for each in snapshots if each.created_at), default=None)
-    # A creation time is wrong if the session would have expired upstream before its first event.
-    is_plausible = created_at is not None and created_at > first_event_at - timing.lifetime
-    opened_at = min(first_event_at, created_at) if is_plausible and created_at else first_event_at
     covered = coverage.coverage_of(
-        session_facts.turns, history_chats, readings, lines, last_event_at, is_erased=session_facts.is_erased
+        session_facts.turns, history_turns, readings, lines, last_event_at, is_erased=session_facts.is_erased
     )
     return {
         "session_id": session_facts.session_id,
@@ -246,7 +314,7 @@ def _session_row(session_facts: SessionFacts, transcript: Transcript, history_ch
         "name": _last(each.name for each in snapshots),
         "status": _last(each.status for each in snapshots),
         "assistant_id": _last(each.assistant_id for each in snapshots),
-        "created_at": created_at,
+        "created_at": _created_at(session_facts),
         "places": len(lines) if readings else None,
         "append_after": _append_after(session_facts, transcript),
         "read_by": timing.read_by(opened_at),
@@ -264,6 +332,8 @@ def _append_after(session_facts: SessionFacts, transcript: Transcript) -> dateti
     """Return the time after which a later turn must begin to be appended unchanged; None if no turn may be."""
     if session_facts.is_erased or not session_facts.readings or not transcript.can_append:
         return None
+    if transcript.lines and transcript.lines[-1].chat_id is None:
+        return None  # the next turn changes the estimated time of the lines before it
     return max((turn.began_at for turn in session_facts.turns.values()), default=_NEVER)
 
 

@@ -30,11 +30,16 @@ class Needs(msgspec.Struct, frozen=True):
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
-_VIEWS = ("conversations", "chats", "messages", "daily", "coverage", "changes", "epochs", "health")
+_VIEWS = ("conversations", "chats", "messages", "lines", "daily", "coverage", "changes", "epochs", "health")
+_FUNCTIONS = (
+    "analytics.complete_through()",
+    "analytics.transcript(text)",
+    "analytics.changed_sessions(bigint, integer)",
+)
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
 NEEDED: Mapping[str, Needs] = {
-    READER: Needs({f"analytics.{view}": "SELECT" for view in _VIEWS}),
+    READER: Needs({f"analytics.{view}": "SELECT" for view in _VIEWS}, functions=_FUNCTIONS),
     WRITER: Needs(
         {
             **{f"analytics.{view}": "SELECT" for view in _VIEWS},  # it also exports
@@ -70,7 +75,7 @@ NEEDED: Mapping[str, Needs] = {
             "frame",
             "runs",
         ),
-        functions=("archiver.settle()",),
+        functions=("archiver.settle()", *_FUNCTIONS),
         sequences={"archiver_jobs": "USAGE", "archiver": "SELECT"},  # sealing compares the latter with the ids in use
     ),
     AUDITOR: Needs(
@@ -101,6 +106,7 @@ NEEDED: Mapping[str, Needs] = {
             "archiver.acts": "SELECT",
         },
         appends=("archiver.acts",),  # an export is recorded in the audit log
+        functions=_FUNCTIONS,
     ),
 }
 
@@ -141,7 +147,8 @@ _MISSING = text(
     SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', name, r.role)
       FROM r CROSS JOIN unnest(CAST(:functions AS text[])) AS name
       JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
-      JOIN pg_proc f ON f.pronamespace = n.oid AND f.proname || '()' = split_part(name, '.', 2)
+      JOIN pg_proc f ON f.pronamespace = n.oid
+       AND format('%s(%s)', f.proname, oidvectortypes(f.proargtypes)) = split_part(name, '.', 2)
      WHERE NOT has_function_privilege(r.role, f.oid, 'EXECUTE')
     UNION ALL
     SELECT format('GRANT %s ON ALL SEQUENCES IN SCHEMA %I TO %I', s.privilege, n.nspname, r.role)

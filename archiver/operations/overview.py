@@ -39,7 +39,7 @@ def select_overview(connection: Connection) -> Overview:
         text("SELECT coalesce(max(id), 0) AS newest, max(sealed_at) AS sealed_at FROM archiver.seals")
     ).one()
     chats = connection.execute(
-        text("SELECT count(*) AS chats, count(deleted_at) AS deleted FROM archiver.chats")
+        text("SELECT count(*) AS chats, count(deleted_at) AS deleted FROM archiver.chats WHERE chat_id <> E'\\x1f'")
     ).one()
     coverage = _counts(
         connection, "SELECT coverage, count(*) FROM archiver.sessions WHERE session_id <> '' GROUP BY 1 ORDER BY 1"
@@ -121,7 +121,7 @@ _SILENCE = text(
                 THEN (SELECT received_at FROM archiver.events WHERE source = 'history' ORDER BY id LIMIT 1)
            END AS read_since
       FROM start l LEFT JOIN (heard h
-           JOIN archiver.chats c ON c.session_id = h.session_id AND c.source = 'history'
+           JOIN archiver.chats c ON c.session_id = h.session_id AND c.source = 'history' AND c.chat_id <> E'\\x1f'
            JOIN archiver.sessions s ON s.session_id = h.session_id)
         ON NOT l.has_webhooks
            OR (c.first_received_at > l.received_at

@@ -58,7 +58,7 @@ def test_i8_an_erased_session_keeps_its_ids_and_times_and_nothing_else(engine: E
     assert texts(engine, "s1") == []
     assert texts(engine, "s2") == ["question of c3", "answer to c3"]
     after = rows(engine, "SELECT chat_id, first_received_at, occurred_at, deleted_at FROM archiver.chats ORDER BY 1")
-    assert [row for row in after if row[0] != "\x1f1"] == [row for row in chats if row[0] != "\x1f1"]
+    assert [row for row in after if row[0] != "\x1f5"] == [row for row in chats if row[0] != "\x1f5"]
     assert rows(
         engine,
         "SELECT name, status, assistant_id, coverage, reason, reconcile_at"

@@ -121,7 +121,8 @@ def test_i12_a_reading_that_shows_one_more_turn_writes_that_turn_alone(engine: E
     assert costs[0] == costs[1]
 
 
-# Steps of a session: a turn, whole or without its output, again or later; a deletion; and what history shows.
+# Steps of a session: a turn, whole or without its output, again or later, or one whose webhook is lost; a greeting; a
+# deletion; and what history shows.
 Step = (
     # Its number, what it says, and by how many minutes its times are too early.
     tuple[Literal["turn"], int, int, int]
@@ -129,6 +130,8 @@ Step = (
     | tuple[Literal["delete"], int, int, bool]  # number, minutes by which it is late, whether its session is named
     | tuple[Literal["bill"], int, int, bool, bool, int]  # the same, whether it has the texts, minutes in the spool
     | tuple[Literal["edit"], int]  # a line that history words in another way from then on
+    | tuple[Literal["lost"], int, int]  # number, what it says
+    | tuple[Literal["greeting"]]
     | tuple[Literal["read"], int, int]  # lines left out at the start, lines left out at the end
     | tuple[Literal["gone"]]
 )
@@ -140,6 +143,8 @@ _steps: st.SearchStrategy[Step] = st.one_of(
     st.tuples(st.just("delete"), _numbers, _late, st.booleans()),
     st.tuples(st.just("bill"), _numbers, _late, st.booleans(), st.booleans(), st.sampled_from([0, 0, 0, 1, 3])),
     st.tuples(st.just("edit"), st.integers(0, 15)),
+    st.tuples(st.just("lost"), _numbers, st.integers(0, 3)),
+    st.tuples(st.just("greeting")),
     st.tuples(st.just("read"), st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from([0, 0, 0, 1, 2, 4])),
     st.tuples(st.just("gone")),
 )
@@ -159,6 +164,17 @@ class Conversation:
         texts = _TEXTS[words] if words < len(_TEXTS) else (f"question {number}", f"answer {number}")
         more = [("assistant", f"more {number}")] if words >= _SEVERAL else []
         return [("user", texts[0]), ("assistant", texts[1]), *more]
+
+    def is_undelivered(self, step: Step) -> bool:
+        """Whether only a history shows what is said in this step."""
+        match step:
+            case ("lost", int(number), int(words)):
+                self.lines += self._said(number, words)
+            case ("greeting",):
+                self.lines.insert(0, ("assistant", "Welcome!"))
+            case _:
+                return False
+        return True
 
     def facts(self, minute: int, step: Step) -> tuple[Event, str]:
         match step:
@@ -202,6 +218,7 @@ def rebuilt(connection: Connection) -> list[Any]:
     """All that is derived, made again from the ledger alone; the archive stays as it is."""
     with connection.begin_nested() as nested:
         connection.execute(text("UPDATE archiver.messages SET place = 1, in_history = NULL WHERE session_id <> ''"))
+        connection.execute(text("UPDATE archiver.chats SET began_at = now() WHERE session_id <> ''"))
         lock_and_rederive(connection, ["session-1"], TIMING)
         result = dump(connection)
         nested.rollback()
@@ -217,12 +234,16 @@ def rebuilt(connection: Connection) -> list[Any]:
 @example([("turn", 0, 3, 0), ("read", 0, 0), ("bill", 0, 0, True, True, 1)])
 @example([("turn", 7, 3, 0), ("read", 0, 0), ("turn", 1, 3, 0), ("turn", 0, 3, 1), ("bill", 0, 0, True, True, 0)])
 @example([("turn", 0, 3, 0), ("edit", 1), ("read", 0, 0), ("turn", 1, 3, 0), ("bill", 0, 0, True, True, 0)])
+@example([("greeting",), ("read", 0, 0), ("turn", 0, 3, 0), ("turn", 1, 3, 0)])
+@example([("greeting",), ("lost", 0, 3), ("read", 0, 0), ("turn", 1, 3, 0), ("lost", 2, 3), ("read", 0, 0)])
 def test_i5_i10_after_each_fact_the_archive_is_what_the_ledger_makes_of_the_whole_session(
     engine: Engine, steps: Sequence[Step]
 ) -> None:
     empty(engine, *DERIVED, "events", "pieces")
     upstream = Conversation()
     for minute, step in enumerate(steps, 1):
+        if upstream.is_undelivered(step):
+            continue
         event, source = upstream.facts(minute, step)
         spooled = step[5] if step[0] == "bill" else 0
         with transaction(engine) as connection:

@@ -198,3 +198,53 @@ def test_the_repair_clears_the_value_of_a_hold_that_was_released_before(empty: E
     )
     schema.upgrade(empty)
     assert rows(empty, "SELECT id, value FROM archiver.holds ORDER BY id") == [(1, None), (2, "bob@example.com")]
+
+
+def test_a_greeting_and_turns_that_only_history_knows_are_kept_by_0021_and_its_downgrade(empty: Engine) -> None:
+    schema.upgrade(empty, "0020")
+    execute(
+        empty,
+        "INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at, repaired_messages)"
+        " VALUES ('s', '2026-01-01Z', '2026-01-01Z', 1), ('t', '2026-01-02Z', '2026-01-02Z', 0)",
+        "INSERT INTO archiver.chats (session_id, chat_id, first_received_at, created_at, cost, source)"
+        " VALUES ('s', 'c', '2026-01-01Z', '2025-12-31Z', 0.25, 'webhook'),"
+        " ('s', E'\\x1f1', '2026-01-02Z', NULL, NULL, 'history')",
+        "INSERT INTO archiver.messages (session_id, chat_id, ordinal, role, content, source, place)"
+        " VALUES ('s', E'\\x1f', 0, 'assistant', 'Welcome', 'history', 1),"
+        " ('s', 'c', 0, 'user', 'Hello', 'webhook', 2), ('s', E'\\x1f1', 0, 'user', 'Lost', 'history', 3),"
+        " ('t', E'\\x1f', 0, 'assistant', 'Welcome', 'history', 1)",
+    )
+    views = {
+        "conversations": "session_id, chats, messages, repaired_messages, cost, started_at, last_message_at",
+        "chats": "session_id, chat_id, created_at, first_received_at",
+        "messages": "session_id, position, chat_id, content, created_at",
+    }
+
+    def seen() -> dict[str, list[tuple[object, ...]]]:
+        return {
+            view: rows(empty, f"SELECT {names} FROM analytics.{view} ORDER BY 1, 2") for view, names in views.items()
+        }
+
+    def described() -> list[tuple[object, ...]]:
+        return rows(
+            empty,
+            "SELECT c.relname, a.attname, format_type(a.atttypid, NULL), col_description(c.oid, a.attnum)"
+            " FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0"
+            " WHERE c.relnamespace = 'analytics'::regnamespace ORDER BY 1, a.attnum",
+        )
+
+    before, description = seen(), described()
+    schema.upgrade(empty)
+    assert seen() == before
+    turns = "SELECT session_id, turn_id, began_at::date::text FROM analytics.lines ORDER BY 1, 2"
+    upgraded = [
+        ("s", "c", "2025-12-31"),
+        ("s", "s#0", "2026-01-01"),
+        ("s", "s#1", "2026-01-02"),
+        ("t", "t#0", "2026-01-02"),
+    ]
+    assert rows(empty, turns) == upgraded
+    schema.downgrade(empty, "0020")
+    assert (seen(), described()) == (before, description)
+    schema.upgrade(empty)
+    assert rows(empty, turns) == upgraded

@@ -73,6 +73,7 @@ def compose(turns: Iterable[TurnMessages], readings: Iterable[HistoryMessages]) 
         history_lines = date_lines(merge_history(history_lines, each.reading, deleted), each.first_read_at)
         read_at = each.reading.read_at
         is_dated = is_dated and not each.is_doubtful
+    history_lines = [msgspec.structs.replace(line, number=number) for number, line in enumerate(history_lines, 1)]
     return _with_turns(history_lines, known, read_at, is_dated=is_dated)
 
 

@@ -48,7 +48,8 @@ class TranscriptLine(msgspec.Struct, frozen=True, gc=False):
     it could not, because the turn is newer or no history was read. `first_read_at` and `last_read_at` are the times
     of the earliest and the latest reading that showed it. `is_ambiguous`: other lines fit its turn as well.
     `is_reworded`: webhook and history write it differently; then `history_content` is the text in the latest reading
-    that showed it, unless only the roles differ.
+    that showed it, unless only the roles differ. `number`: its position in the merged history, from 1; None if no
+    reading showed it.
     """
 
     role: str
@@ -62,3 +63,4 @@ class TranscriptLine(msgspec.Struct, frozen=True, gc=False):
     is_reworded: bool = False
     kind: Kind = "text"
     history_content: str | None = None
+    number: int | None = None

@@ -93,6 +93,7 @@ _COVERING = text(
                coalesce(c.created_at, c.occurred_at, c.first_received_at) AS began_at
           FROM (SELECT DISTINCT place, CASE WHEN place = '' THEN chat_id END AS only FROM places) p
           JOIN archiver.chats c ON c.session_id = p.place AND c.chat_id = coalesce(p.only, c.chat_id)
+           AND c.chat_id <> E'\\x1f'
     ), holds AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:holds) AS h (id bigint, session_id text, assistant_id text, variable text,
                                                       value text, is_any_value boolean, since timestamptz,

@@ -110,7 +110,7 @@ _COUNT = text(
     t.session_id
              WHERE t.session_id <> '' AND t.chat_id = '') AS sessions,
            (SELECT count(DISTINCT (c.session_id, c.chat_id)) FROM requested t JOIN archiver.chats c
-                ON c.session_id = t.session_id AND t.chat_id IN ('', c.chat_id)) AS turns,
+                ON c.session_id = t.session_id AND t.chat_id IN ('', c.chat_id) AND c.chat_id <> E'\\x1f') AS turns,
            (SELECT count(DISTINCT (m.session_id, m.chat_id, m.ordinal)) FROM requested t JOIN archiver.messages m
                 ON m.session_id = t.session_id AND t.chat_id IN ('', m.chat_id)) AS messages,
            (SELECT count(DISTINCT e.id) FROM requested t JOIN archiver.events e

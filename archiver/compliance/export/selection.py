@@ -113,7 +113,8 @@ def _unassigned_of(criteria: Criteria, place: int) -> sql.Composable:
 
 
 def _any_turn(rule: sql.Composable) -> sql.Composable:
-    return sql.SQL("EXISTS (SELECT FROM archiver.chats t WHERE t.session_id = s.session_id AND {})").format(rule)
+    turns = "SELECT FROM archiver.chats t WHERE t.session_id = s.session_id AND t.chat_id <> E'\\x1f'"
+    return sql.SQL(f"EXISTS ({turns} AND {{}})").format(rule)
 
 
 def _assistant(criteria: Criteria) -> sql.Composable:
