@@ -28,6 +28,7 @@ _FIELDS = (
     "cost",
     "created_at",
     "updated_at",
+    "answered_at",
     "session_name",
     "session_status",
 )

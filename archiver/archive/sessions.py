@@ -257,6 +257,7 @@ CHAT_COLUMNS = (
     "variables",
     "created_at",
     "updated_at",
+    "answered_at",
     "session_name",
     "session_status",
     "occurred_at",

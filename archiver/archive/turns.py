@@ -67,6 +67,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     variables: Mapping[str, Any] | None
     created_at: datetime | None
     updated_at: datetime | None
+    answered_at: datetime | None  # when the first revision with an answer was made
     session_name: str | None
     session_status: str | None
     occurred_at: datetime | None
@@ -117,6 +118,7 @@ def fold(facts: Sequence[Fact]) -> Turn:
         session_name=_newest(chat.session_name for chat in revisions),
         session_status=_newest(chat.session_status for chat in revisions),
         updated_at=_latest(fact.credible(chat.updated_at) for fact, chat in with_chat),
+        answered_at=_earliest(fact.credible(chat.updated_at) for fact, chat in with_chat if _is_filled(chat.output)),
         occurred_at=_earliest(fact.credible(fact.occurred_at) for fact in ordered),
         first_received_at=min(fact.received_at for fact in ordered),
         deleted_at=_earliest(_deleted_at(fact) for fact in deletions),
@@ -134,7 +136,7 @@ def _turn_of(fact: Fact) -> Turn:
     chat = fact.event.chat or events.EMPTY_CHAT
     is_deletion = fact.event.type == events.DELETED
     input_messages, output_messages = messages_of_turn(chat.input, chat.output)
-    created_at = fact.credible(chat.created_at)
+    created_at, updated_at = fact.credible(chat.created_at), fact.credible(chat.updated_at)
     return Turn(
         assistant_id=chat.assistant_id,
         external_id=chat.external_id,
@@ -142,7 +144,8 @@ def _turn_of(fact: Fact) -> Turn:
         cost=chat.cost,
         variables=chat.variables,
         created_at=created_at,
-        updated_at=fact.credible(chat.updated_at),
+        updated_at=updated_at,
+        answered_at=updated_at if _is_filled(chat.output) else None,
         session_name=chat.session_name,
         session_status=chat.session_status,
         occurred_at=fact.credible(fact.occurred_at),

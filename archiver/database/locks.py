@@ -33,7 +33,8 @@ class Lock(StrEnum):
     RECORDING: shared by all transactions that record, erase or send content. Exclusive, so that nothing is recorded
     concurrently, in transactions that record or rebuild unassigned turns, which may belong to any session, that order
     an erasure, or that place a hold.
-    SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time.
+    SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time, with
+    what is stored about its sessions for analysts; and last in transactions that remove content from that.
     """
 
     RECORDING = "lock_placement"

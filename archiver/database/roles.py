@@ -30,7 +30,10 @@ class Needs(msgspec.Struct, frozen=True):
 
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
-_VIEWS = ("conversations", "chats", "messages", "lines", "daily", "coverage", "changes", "epochs", "health")
+_VIEWS = (
+    *("conversations", "sessions", "chats", "messages", "lines", "daily"),
+    *("coverage", "changes", "epochs", "health"),
+)
 _FUNCTIONS = (
     "analytics.complete_through()",
     "analytics.transcript(text)",
@@ -46,7 +49,8 @@ NEEDED: Mapping[str, Needs] = {
             # A trigger allows the deletion of a row only with a row in `removals`.
             "archiver.events": "SELECT, DELETE",
             "archiver.schema_version": "SELECT",
-            **{f"archiver.{name}": _ALL for name in ("sessions", "chats", "messages", "quarantine", "backfills")},
+            **{f"archiver.{name}": _ALL for name in ("sessions", "chats", "messages", "summaries")},
+            **{f"archiver.{name}": _ALL for name in ("quarantine", "backfills")},
             "archiver.pauses": "SELECT, INSERT, UPDATE",
             "archiver.pieces": "SELECT, INSERT, DELETE",
             "archiver.holds": "SELECT",
@@ -97,6 +101,7 @@ NEEDED: Mapping[str, Needs] = {
                     "sessions",
                     "chats",
                     "messages",
+                    "summaries",
                     "workers",
                     "duties",
                     "epochs",

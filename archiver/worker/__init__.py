@@ -30,6 +30,7 @@ from archiver.worker.compacting import Compacting
 from archiver.worker.histories import Histories
 from archiver.worker.retention_tasks import RetentionTasks
 from archiver.worker.sealing import Sealing
+from archiver.worker.summarizing import Summarizing
 from archiver.worker.supervision import Runner, Supervisor
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,7 @@ RETENTION_WITHIN = timedelta(minutes=10)
 RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
+SUMMARIZE_SECONDS = 1.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
 _UNREADABLE = "unreadable"  # the part of the report of `identity` about rows that could not be compared
 CLAIM_SHARE = 0.9  # share of a period, so that workers do not claim in lockstep
@@ -63,6 +65,7 @@ class Worker:
             self._runner("retention", self._retention, may_cancel=False),
             self._runner("feed_retention", self._feed_retention),
             self._runner("compact", self._compact, may_cancel=False),
+            self._runner("summarize", self._summarize),
             self._runner("locks", self._locks),
             self._runner("identity", self._identity),
             *([self._runner("settings", partial(self._settings, reloading))] if reloading else []),
@@ -146,6 +149,11 @@ class Worker:
         with self._connections.synchronous() as engine:
             compact = Compacting(engine).compact
             await _every(COMPACT_SECONDS, partial(asyncio.to_thread, compact, duty.beat), duty, ending)
+
+    async def _summarize(self, duty: Duty, ending: asyncio.Event) -> None:
+        async with self._connections.asynchronous() as engine:
+            add_missing = Summarizing(engine).add_missing
+            await _every(SUMMARIZE_SECONDS, partial(add_missing, duty.beat), duty, ending)
 
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
         async with self._connections.asynchronous() as engine:

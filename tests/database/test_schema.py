@@ -20,6 +20,7 @@ from archiver.database import catalogue, roles, schema, tables, transaction
 from archiver.events import Delivery
 from archiver.ledger import quarantine
 from tests.conftest import Cluster
+from tests.support.feeds import publish
 from tests.support.observations import record
 from tests.support.payloads import created, deleted
 from tests.support.rows import execute, rows
@@ -38,7 +39,11 @@ VIEWS = {
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
     "changes": "cursor type session_id chat_id seal_id changed_at epoch",
     "epochs": "number epoch began_at cursor given",
-    "health": "complete_through unknown_sessions lost_sessions unread_sessions",
+    "health": "complete_through unknown_sessions lost_sessions unread_sessions feed_lag_seconds summary_cursor"
+    " oldest_snapshot_seconds",
+    "sessions": "session_id assistant_id started_at last_message_at turns messages user_messages assistant_messages"
+    " cost deleted_chats repaired_messages coverage reason first_question first_answer answer_seconds variables"
+    " changed_cursor",
 }
 TABLES = (
     "events",
@@ -64,6 +69,7 @@ TABLES = (
     "epochs",
     "epoch_faults",
     "pieces",
+    "summaries",
 )
 
 
@@ -220,7 +226,8 @@ def test_the_tables_of_a_session_can_be_distributed_by_it(engine: Engine) -> Non
     without = rows(
         engine,
         "SELECT conname FROM pg_constraint c WHERE connamespace = 'archiver'::regnamespace"
-        " AND conrelid = ANY ('{archiver.events,archiver.sessions,archiver.chats,archiver.messages}'::regclass[])"
+        " AND conrelid = ANY ('{archiver.events,archiver.sessions,archiver.chats,archiver.messages,"
+        "archiver.summaries}'::regclass[])"
         " AND contype IN ('p', 'u', 'f') AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.conrelid"
         " AND a.attnum = ANY (c.conkey) AND a.attname = 'session_id')",
     )
@@ -578,15 +585,15 @@ def test_a_search_path_does_not_talk_a_guard_round(engine: Engine, statement: st
 
 def test_the_planner_keeps_no_samples_of_what_an_erasure_takes(engine: Engine) -> None:
     record(engine, *(created(f"c{number}", f"s{number}") for number in range(20)))
+    publish(engine)
     execute(engine, "UPDATE archiver.sessions SET status = 'MARK', name = 'MARK'", "ANALYZE")
     remaining = rows(
         engine,
         "SELECT tablename, attname FROM pg_stats WHERE schemaname = 'archiver'"
-        " AND tablename IN ('sessions', 'chats', 'messages')",
+        " AND tablename IN ('sessions', 'chats', 'messages', 'summaries')",
     )
+    assert ("summaries", "turns") in remaining
     taken = ["external_id", "status", "cost", "variables", "session_name", "session_status"]
-    taken += ["name", "content"]
-    assert (
-        sorted({*remaining} & {(table, column) for table in ("sessions", "chats", "messages") for column in taken})
-        == []
-    )
+    taken += ["name", "content", "first_question", "first_answer"]
+    names = ("sessions", "chats", "messages", "summaries")
+    assert sorted({*remaining} & {(table, column) for table in names for column in taken}) == []

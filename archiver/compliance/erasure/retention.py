@@ -13,11 +13,11 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import Timing, rederive, unassigned
+from archiver.archive import Timing, rederive, summaries, unassigned
 from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.targets import Target, parts, split, with_unassigned
-from archiver.database import as_json, run_split, transaction
+from archiver.database import Lock, as_json, run_split, transaction
 from archiver.ledger import audit_log, quarantine
 from archiver.settings import Settings
 
@@ -255,4 +255,6 @@ def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timi
     connection.execute(_DELETE_EVENTS, {"ids": ids_json})
     rederive(connection, sessions, timing)
     unassigned.rederive(connection, chat_ids)
+    Lock.PUBLISHING.take(connection, exclusive=True)  # last, as in an erasure
+    summaries.refresh(connection, dict.fromkeys(sessions, 0))
     return len(ids)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import ledger
-from archiver.archive import Timing, pieces, rederive, unassigned
+from archiver.archive import Timing, pieces, rederive, summaries, unassigned
 from archiver.archive.facts import select_session_facts
 from archiver.archive.sessions import SessionFacts, without_turns
 from archiver.compliance.erasure import mentions
@@ -224,6 +224,9 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     made = {delivery.content.session_id for delivery in redacted}
     rederive(connection, [each for each in touched if each not in made], timing)
     unassigned.rederive(connection, chat_ids)
+    # Last, because no change is published until the end of this transaction.
+    Lock.PUBLISHING.take(connection, exclusive=True)
+    summaries.refresh(connection, dict.fromkeys(touched, 0))
     return erased
 
 

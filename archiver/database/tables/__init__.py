@@ -1,5 +1,6 @@
 """The tables as SQLAlchemy Core objects, which are also the target of Alembic. No statements and no logic."""
 
+from archiver.database.tables.analytics import summaries
 from archiver.database.tables.archive import (
     SCHEMA,
     acts,
@@ -46,5 +47,6 @@ __all__ = [
     "seals",
     "sessions",
     "subscriptions",
+    "summaries",
     "workers",
 ]

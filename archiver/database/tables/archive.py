@@ -193,6 +193,12 @@ chats = Table(
         Time,
         comment="Estimated start of a turn known only from history, between its neighbours; null for other turns.",
     ),
+    Column(
+        "answered_at",
+        Time,
+        comment="Upstream time of its first revision with an answer; null if not reported, and in rows of older"
+        " versions.",
+    ),
     PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),
     ForeignKeyConstraint(["session_id"], [sessions.c.session_id], name="chats_session_id_fkey"),
     Index("chats_chat_id_idx", "chat_id"),

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import explain, is_cancelled, now, run_async, sqlstate
+from archiver.database import explain, is_cancelled, is_data_error, now, run_async, sqlstate
 from archiver.database.identity import ForeignDatabaseError, Guard
 from archiver.outbound.feed.publishing import (
     PAGE_CHANGES,
@@ -51,6 +51,11 @@ class Slow(msgspec.Struct, frozen=True):
 
     due_at: float
     seconds: float
+
+
+def _is_of_one_session(error: DBAPIError) -> bool:
+    """Return whether the rows of one session may have caused the error: a statement too slow, or a value rejected."""
+    return is_cancelled(error) or is_data_error(error)
 
 
 class Publisher:
@@ -88,7 +93,7 @@ class Publisher:
         try:
             published = await self._publish_page()
         except DBAPIError as error:
-            if not is_cancelled(error):
+            if not _is_of_one_session(error):
                 raise
             published = await self._isolate()
         published += await self._publish_slow()
@@ -112,12 +117,15 @@ class Publisher:
                 some = partial(publish_some, chooses=set(part).__contains__)
                 published += await self._transact(some, PART_SECONDS) if part else 0
             except DBAPIError as error:
-                if not is_cancelled(error):
+                if not _is_of_one_session(error):
                     raise
                 if len(part) > 1:
                     published += await self._publish_part(part)
                 else:
-                    log.warning("changes of one session too slow; publishing other sessions first")
+                    log.warning(
+                        "changes of one session too slow or rejected; publishing other sessions first",
+                        reason=explain(error),
+                    )
                     self._slow[part[0]] = Slow(monotonic(), PAGE_SECONDS)
         return published
 
@@ -131,7 +139,7 @@ class Publisher:
         try:
             published = await self._transact(partial(publish_some, chooses={due}.__contains__), seconds)
         except DBAPIError as error:
-            if not is_cancelled(error):
+            if not _is_of_one_session(error):
                 raise
             # Other sessions wait for this attempt, so it is rare.
             self._slow[due] = Slow(began + SLOW_RETRY_FACTOR * seconds, min(2 * seconds, MAX_SESSION_SECONDS))

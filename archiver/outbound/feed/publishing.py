@@ -4,6 +4,8 @@ Cursors are assigned here and not by the writers: a sequence would assign them b
 transaction could commit a smaller cursor after readers had passed it. One publisher at a time assigns them; its lock
 is released after its commit is visible, and the next publisher continues after the greatest cursor. So cursors become
 visible in order, and within an epoch without gaps.
+
+The same transaction recomputes what is stored for analysts about the sessions of the page.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from archiver.archive import summaries
 from archiver.database import Lock, as_json
 
 CHANNEL = "archiver_events"
@@ -37,7 +40,7 @@ _NOTIFY = """
                        CAST(json_build_object('cursor', cursor, 'type', type) AS text) AS bare
                   FROM published ORDER BY cursor) AS listed
     )
-    SELECT count(*) FROM notified
+    SELECT (SELECT count(*) FROM notified) AS written, coalesce(max(cursor), 0) AS newest FROM published
 """
 _PUBLISH = text(
     f"""
@@ -70,7 +73,27 @@ def publish(connection: Connection, *, notifies: bool = True) -> int:
     `QUEUE_FULL` if a listener stayed in a transaction so long that the notification queue is full.
     """
     Lock.PUBLISHING.take(connection, exclusive=True)
-    return int(connection.scalar(_PUBLISH, {"notifies": notifies}) or 0)
+    page = connection.execute(_PUBLISH, {"notifies": notifies}).one()
+    return _derive(connection, page.written, page.newest)
+
+
+_SELECT_SESSIONS = text(
+    """
+    SELECT session_id, max(cursor) AS cursor FROM archiver.changes
+     WHERE cursor > :before AND session_id <> '' GROUP BY session_id
+    """
+)
+
+
+def _derive(connection: Connection, published: int, newest: int) -> int:
+    """Recompute what is stored about the sessions of a page of this many changes; return that number.
+
+    A separate statement after the lock, so that it sees everything that writers and earlier holders committed.
+    """
+    if published:
+        page = connection.execute(_SELECT_SESSIONS, {"before": newest - published})
+        summaries.refresh(connection, {row.session_id: row.cursor for row in page})
+    return published
 
 
 _SELECT_ROWS = text(
@@ -123,11 +146,11 @@ def publish_some(connection: Connection, chooses: Callable[[str], bool], *, noti
     if not listed:
         return 0
     listed = [{**each, "place": place} for place, each in enumerate(listed)]
-    published = int(connection.scalar(_PUBLISH_LISTED, {"listed": as_json(listed), "notifies": notifies}) or 0)
+    page = connection.execute(_PUBLISH_LISTED, {"listed": as_json(listed), "notifies": notifies}).one()
     connection.execute(_DELETE_ROWS, {"ids": as_json(ids)})
     if postponed:
         connection.execute(_KEEP, {"kept": as_json(postponed)})
-    return published
+    return _derive(connection, page.written, page.newest)
 
 
 def select_oldest_sessions(connection: Connection) -> list[str]:

@@ -1,0 +1,145 @@
+"""Store one row per session for analysts (`archiver.summaries`), each recomputed whole from the archive.
+
+The caller holds `Lock.PUBLISHING`: the publisher of the feed, in the transaction that numbers the changes of these
+sessions; the transaction that erases their content; or the duty that adds missing rows. It acquires the lock after
+its other locks, and before this statement, which therefore sees everything that the previous holder committed. So
+erased content cannot be written again, and all changes up to the newest cursor are in the rows.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from sqlalchemy import Connection
+
+from archiver.database import RawStatement, as_json
+
+SESSIONS_PER_STATEMENT = 500
+
+_BEGAN = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
+_HAS_TEXT = "m.content <> '' AND m.content_kind IN ('text', 'refusal')"
+# The order of `analytics.messages`, as a row that can be compared. A message without a place is ordered by its turn,
+# which is looked up by its key: a join would compare each message of a long session with each turn.
+_PLACE = """ROW (
+    coalesce(m.place, 2147483647),
+    CASE WHEN m.place IS NULL THEN (
+        SELECT ROW (coalesce(c.created_at, c.occurred_at, c.first_received_at), c.occurred_at, c.first_received_at)
+          FROM archiver.chats c WHERE c.session_id = m.session_id AND c.chat_id = m.chat_id) END,
+    m.chat_id, m.ordinal)
+"""
+_OF_TURN = "FROM archiver.chats c WHERE c.session_id = s.session_id AND c.chat_id ="
+_COLUMNS = (
+    "assistant_id",
+    "started_at",
+    "last_message_at",
+    "turns",
+    "messages",
+    "user_messages",
+    "assistant_messages",
+    "cost",
+    "deleted_chats",
+    "repaired_messages",
+    "coverage",
+    "reason",
+    "first_question",
+    "first_answer",
+    "answer_seconds",
+    "variables",
+)
+
+# Lateral subqueries, because under the lock Postgres looks up rows by key and joins by nested loops.
+_UPSERT = RawStatement(
+    f"""
+    WITH page AS MATERIALIZED (
+        SELECT session_id, cursor FROM json_to_recordset($1) AS p (session_id text, cursor bigint)
+    )
+    INSERT INTO archiver.summaries AS known (session_id, {", ".join(_COLUMNS)}, changed_cursor)
+    SELECT s.session_id, coalesce(turns.assistant_id, s.assistant_id),
+           coalesce(least(turns.started_at, s.created_at), s.first_event_at),
+           coalesce(turns.last_message_at, s.last_event_at),
+           turns.count, messages.count, messages.of_user, messages.of_assistant, turns.cost, turns.deleted,
+           s.repaired_messages, s.coverage, s.reason, question.content, answer.content,
+           CAST(extract(epoch FROM (SELECT c.answered_at {_OF_TURN} answer.chat_id)
+                                   - (SELECT c.created_at {_OF_TURN} question.chat_id)) AS double precision),
+           variables.merged, page.cursor
+      FROM page JOIN archiver.sessions s ON s.session_id = page.session_id
+     CROSS JOIN LATERAL (
+         SELECT count(*) AS count, min({_BEGAN}) AS started_at,
+                max(greatest({_BEGAN}, c.updated_at)) AS last_message_at, sum(c.cost) AS cost,
+                count(c.deleted_at) AS deleted,
+                (array_agg(c.assistant_id ORDER BY {_BEGAN} DESC, c.chat_id DESC)
+                    FILTER (WHERE c.assistant_id IS NOT NULL))[1] AS assistant_id
+           FROM archiver.chats c WHERE c.session_id = s.session_id AND c.chat_id <> E'\\x1f'
+     ) turns
+     CROSS JOIN LATERAL (
+         SELECT count(*) AS count, count(*) FILTER (WHERE m.role = 'user') AS of_user,
+                count(*) FILTER (WHERE m.role = 'assistant') AS of_assistant
+           FROM archiver.messages m WHERE m.session_id = s.session_id
+     ) messages
+      LEFT JOIN LATERAL (
+         SELECT m.chat_id, m.content, {_PLACE} AS place FROM archiver.messages m
+          WHERE m.session_id = s.session_id AND m.role = 'user' AND {_HAS_TEXT}
+          ORDER BY place LIMIT 1
+     ) question ON true
+      LEFT JOIN LATERAL (
+         SELECT m.chat_id, m.content, {_PLACE} AS place FROM archiver.messages m
+          WHERE m.session_id = s.session_id AND m.role = 'assistant' AND {_HAS_TEXT} AND {_PLACE} > question.place
+          ORDER BY place LIMIT 1
+     ) answer ON true
+     CROSS JOIN LATERAL (
+         SELECT jsonb_object_agg(v.key, v.value ORDER BY {_BEGAN}, c.occurred_at, c.first_received_at, c.chat_id)
+                    AS merged
+           FROM archiver.chats c CROSS JOIN LATERAL jsonb_each(c.variables) v
+          WHERE c.session_id = s.session_id
+     ) variables
+     ORDER BY s.session_id
+    ON CONFLICT (session_id) DO UPDATE
+       SET {", ".join(f"{name} = excluded.{name}" for name in _COLUMNS)},
+           changed_cursor = greatest(known.changed_cursor, excluded.changed_cursor)
+    """  # noqa: S608  # constants
+)
+_DELETE = RawStatement(
+    """
+    DELETE FROM archiver.summaries
+     WHERE session_id IN (SELECT json_array_elements_text($1))
+       AND NOT EXISTS (SELECT FROM archiver.sessions s WHERE s.session_id = summaries.session_id)
+    """
+)
+
+
+def refresh(connection: Connection, cursors: Mapping[str, int]) -> None:
+    """Recompute the rows of these sessions, each with the cursor of its last change; delete those of no session.
+
+    A row keeps a greater cursor.
+    """
+    sessions = sorted(cursors)
+    for start in range(0, len(sessions), SESSIONS_PER_STATEMENT):
+        page = sessions[start : start + SESSIONS_PER_STATEMENT]
+        _UPSERT.execute(connection, as_json([{"session_id": each, "cursor": cursors[each]} for each in page]))
+        _DELETE.execute(connection, as_json(page))
+
+
+_SELECT_MISSING = RawStatement(
+    """
+    WITH page AS MATERIALIZED (
+        SELECT session_id FROM archiver.sessions WHERE session_id > $1 ORDER BY session_id LIMIT $2
+    )
+    SELECT p.session_id, t.session_id IS NULL AS is_missing
+      FROM page p LEFT JOIN archiver.summaries t ON t.session_id = p.session_id
+     ORDER BY p.session_id
+    """
+)
+SESSIONS_PER_PAGE = 1_000
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The sessions of a page that have no row, and the last session of the page; None for the last page."""
+
+    session_ids: Sequence[str]
+    last: str | None
+
+
+def select_missing(connection: Connection, after: str) -> Missing:
+    """Return the sessions without a row on the page of sessions after this id."""
+    page = _SELECT_MISSING.execute(connection, after, SESSIONS_PER_PAGE)
+    last = page[-1].session_id if len(page) == SESSIONS_PER_PAGE else None
+    return Missing([row.session_id for row in page if row.is_missing], last)
