@@ -140,7 +140,7 @@ def _prepare(configuration: Settings, url: str, database_name: str, *, should_mi
     try:
         with Connections(database.database_url(url), configuration.prepared_statements).synchronous() as engine:
             if should_migrate:
-                schema.upgrade(engine)
+                schema.upgrade(engine, variables=configuration.promoted_variables)
             with database.transaction(engine) as opened:
                 schema.check(opened)
             record_settings(engine, configuration, "serve")
@@ -261,23 +261,24 @@ def migrate(check: bool, repair: bool, as_json: bool) -> None:
     telemetry.configure_logs("warning", configuration.log_format)
     with connection.engine(configuration, create=not check) as engine:
         if not check:
-            schema.upgrade(engine)
+            schema.upgrade(engine, variables=configuration.promoted_variables)
         if repair:
-            for difference in _repaired(engine):
+            for difference in _repaired(engine, configuration):
                 click.echo(f"Repaired: {escaped(difference.detail)}", err=as_json)
-        _report(engine, as_json=as_json)
+        _report(engine, configuration, as_json=as_json)
 
 
-def _repaired(engine: Engine) -> list[catalogue.Difference]:
+def _repaired(engine: Engine, configuration: Settings) -> list[catalogue.Difference]:
     with database.transaction(engine, statement_seconds=schema.STATEMENT_SECONDS) as opened:
         schema.check(opened)
-        return catalogue.repair(opened)
+        return catalogue.repair(opened, configuration.promoted_variables)
 
 
-def _report(engine: Engine, *, as_json: bool) -> None:
+def _report(engine: Engine, configuration: Settings, *, as_json: bool) -> None:
     with database.transaction(engine) as opened:
         at = schema.current(opened)
-        differences = catalogue.select_differences(opened) if at == schema.head() else []
+        variables = configuration.promoted_variables
+        differences = catalogue.select_differences(opened, variables) if at == schema.head() else []
         if as_json:
             output = [
                 {"object": each.object, "verdict": each.verdict, "detail": each.detail, "advice": each.advice}

@@ -1,6 +1,6 @@
 """Migrate the schema, check its revision, and grant the roles their privileges."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.database import is_lock_timeout, lock_waits, roles, sqlstate, tables, transaction
+from archiver.database import is_lock_timeout, lock_waits, roles, sqlstate, tables, transaction, variable_columns
 from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.errors import ArchiverError
+from archiver.settings.variables import Variable
 
 VERSION_TABLE = "schema_version"
 SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
@@ -93,14 +94,16 @@ def grant_missing(connection: Connection) -> str | None:
     return answer
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
+def upgrade(engine: Engine, revision: str = "head", variables: Sequence[Variable] | None = None) -> None:
     """Migrate the schema to `revision`, and grant each role its privileges. Safe to run concurrently.
+
+    `variables`: at head, those that `analytics.sessions` has as columns; None leaves its columns as they are.
 
     Raises `SchemaError` if the schema is newer than this version supports, if the user lacks a privilege, or if
     other sessions lock the tables for too long.
     """
     try:
-        _patiently(engine, lambda connection: _upgrade(connection, revision))
+        _patiently(engine, lambda connection: _upgrade(connection, revision, variables))
     except DBAPIError as error:
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
@@ -122,9 +125,9 @@ def _explain_refusal(connection: Connection, refusal: str) -> str:
     )
 
 
-def _upgrade(connection: Connection, revision: str) -> None:
+def _upgrade(connection: Connection, revision: str, variables: Sequence[Variable] | None) -> None:
     # An ordinary user needs no privilege to create schemas or to grant once an owner has done both.
-    if _is_done(connection, revision):
+    if _is_done(connection, revision, variables):
         return
     if current(connection) is not None and revision == "head":
         _refuse_newer(connection)
@@ -133,15 +136,20 @@ def _upgrade(connection: Connection, revision: str) -> None:
         with _another_migration():
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
     _lock(connection)
-    if _is_done(connection, revision):  # by another migration in between
+    if _is_done(connection, revision, variables):  # by another migration in between
         return
     _repair(connection)
     command.upgrade(_config(connection), revision)
+    if revision == "head" and variables is not None:
+        variable_columns.bring_up_to_date(connection, variables)
     roles.bring_up_to_date(connection)
 
 
-def _is_done(connection: Connection, revision: str) -> bool:
-    return revision == "head" and current(connection) == head() and roles.are_granted(connection)
+def _is_done(connection: Connection, revision: str, variables: Sequence[Variable] | None) -> bool:
+    if revision != "head" or current(connection) != head():
+        return False
+    has_columns = variables is None or variable_columns.name_difference(connection, variables) is None
+    return has_columns and roles.are_granted(connection)
 
 
 def _repair(connection: Connection) -> None:

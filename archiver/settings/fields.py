@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from archiver.settings import variables
 from archiver.settings.sources import FileSource
+from archiver.settings.variables import Variable
 
 MAX_DAYS = 36_600  # maximum retention
 
@@ -244,6 +246,12 @@ class Settings(BaseSettings):
         False,
         "Allow follow-ups to loopback and private addresses, and plain `http` to these.",
     )
+    analytics_variables: str = _env(
+        "ARCHIVER_ANALYTICS_VARIABLES",
+        "",
+        "Variables of turns that `analytics.sessions` has as columns, such as `customerTier,seats:number`; "
+        "`archiver migrate` adds and removes the columns. Types: `text` (default), `number`, `boolean`, `time`.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ARCHIVER_LOG_LEVEL",
         "info",
@@ -353,6 +361,12 @@ class Settings(BaseSettings):
         _days_by_assistant(value)
         return value
 
+    @field_validator("analytics_variables")
+    @classmethod
+    def _are_columns(cls, value: str) -> str:
+        variables.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _keeps_metadata_longest(self) -> "Settings":
         days = self.retention_metadata_days
@@ -368,6 +382,11 @@ class Settings(BaseSettings):
     def retention_of_assistants(self) -> dict[str, int]:
         """Return the days for which content is kept, by assistant id, for assistants with a different period."""
         return _days_by_assistant(self.retention_by_assistant)
+
+    @property
+    def promoted_variables(self) -> tuple[Variable, ...]:
+        """Return the variables that `analytics.sessions` has as columns, in the order of the setting."""
+        return variables.parse(self.analytics_variables)
 
     @property
     def expires(self) -> bool:

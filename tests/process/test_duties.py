@@ -27,7 +27,18 @@ from tests.support.waiting import until
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
 
-DUTIES = ("reconcile", "seal", "publish", "followups", "erase", "retention", "feed_retention", "compact", "locks")
+DUTIES = (
+    "reconcile",
+    "seal",
+    "publish",
+    "followups",
+    "erase",
+    "retention",
+    "feed_retention",
+    "compact",
+    "locks",
+    "summarize",
+)
 
 
 def up(receiver: Receiver, duty: str) -> float | None:

@@ -1,32 +1,51 @@
 """Differences between a database's catalogue and the expected one, each with its remedy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.database import roles, schema, sequences
+from archiver.database import roles, schema, sequences, variable_columns
 from archiver.database.catalogue.difference import Difference
 from archiver.database.catalogue.granted import examine_grants
 from archiver.database.catalogue.reading import SCHEMAS, Catalogue, decode, qualify, read
+from archiver.settings.variables import Variable
 
 FILE = "catalogue.json"
 _REPAIR = "Run `archiver migrate --repair` as the owner of the schema archiver."
 _MAX_SQL = 200  # characters of a statement that is worth printing
 
 
-def select_differences(connection: Connection) -> list[Difference]:
+def select_differences(connection: Connection, variables: Sequence[Variable] = ()) -> list[Difference]:
     """Return each difference between the database and what this version expects; the database must be at head.
 
-    Leaves the transaction's search path as it was.
+    `variables`: those that `analytics.sessions` has as columns. Leaves the transaction's search path as it was.
     """
     before = connection.scalar(text("SELECT current_setting('search_path')"))
     expected, item = read_expected(), read(connection)
+    columns = variable_columns.name_difference(connection, variables)
+    if columns is None:
+        expected = variable_columns.with_columns(connection, expected, variables)
+    else:
+        expected, item = _without_view(expected), _without_view(item)
     differences = [*_differences(connection, expected, item), *examine_grants(connection), *_sequences(connection)]
+    if columns is not None:
+        advice = "Run `archiver migrate` with the settings of the worker."
+        differences.append(Difference(f"view {variable_columns.VIEW}", "failure", f"{columns}.", advice))
     connection.execute(text("SELECT set_config('search_path', :before, true)"), {"before": before})
     return sorted(differences, key=lambda each: (each.verdict, each.object))
+
+
+def _without_view(catalogue: Catalogue) -> Catalogue:
+    """Return the catalogue without the view that has columns for variables."""
+    of_view = f"column {variable_columns.VIEW}."
+    return {
+        name: each
+        for name, each in catalogue.items()
+        if name != f"view {variable_columns.VIEW}" and not name.startswith(of_view)
+    }
 
 
 def _sequences(connection: Connection) -> Iterator[Difference]:
@@ -277,19 +296,20 @@ def _view(connection: Connection, name: str, target_value: str, actual: str) -> 
         yield _difference(name, "has a different definition than this version expects", statement, advice=advice)
 
 
-def repair(connection: Connection) -> list[Difference]:
+def repair(connection: Connection, variables: Sequence[Variable] = ()) -> list[Difference]:
     """Repair the differences that SQL statements can undo, and return them.
 
     Tables and columns are neither created nor dropped, foreign objects that may contain data are not dropped, and
     objects that Postgres refuses to change remain as they are. The transaction's search path changes.
     """
-    result = [difference for difference in select_differences(connection) if difference.repairs]
+    result = [difference for difference in select_differences(connection, variables) if difference.repairs]
     qualify(connection)
     for difference in sorted(result, key=_place):
         if not difference.object.startswith("role ") and not _try(connection, difference.repairs):
             _try(connection, _replacing(difference.object))
     roles.bring_up_to_date(connection)
-    remaining = select_differences(connection)
+    variable_columns.bring_up_to_date(connection, variables)  # a view that was replaced lacks them
+    remaining = select_differences(connection, variables)
     return [difference for difference in result if difference not in remaining]
 
 

@@ -65,7 +65,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     if finding.verdict == "failure" and check in {_schema_access, _schema}:
                         break
                 if check is _schema:
-                    yield from _catalogue(connection)
+                    yield from _catalogue(connection, configuration)
                     yield from examine_tables(connection)
                 if check is _privileges and finding is not None and finding.verdict == "ok":
                     yield _sealing(connection, configuration.seal_every, has_key=bool(configuration.seal_key))
@@ -210,9 +210,9 @@ def _schema(connection: Connection) -> Finding:
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
-def _catalogue(connection: Connection) -> Iterator[Finding]:
+def _catalogue(connection: Connection, configuration: Settings) -> Iterator[Finding]:
     """Report each difference between the schema and the one that this version expects."""
-    differences = catalogue.select_differences(connection)
+    differences = catalogue.select_differences(connection, configuration.promoted_variables)
     if not differences:
         yield Finding("catalogue", "ok", "Tables, views, functions, triggers and grants are as this version expects.")
     for each in differences:
