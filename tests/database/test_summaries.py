@@ -21,17 +21,20 @@ from archiver.archive import summaries
 from archiver.archive.rebuild import rebuild
 from archiver.compliance import erasure
 from archiver.compliance.erasure import Target, sweeping
+from archiver.compliance.erasure.retention import Rules
+from archiver.compliance.seals import seal
 from archiver.database import schema, transaction
 from archiver.events import Delivery, responses
 from archiver.outbound import feed
 from archiver.outbound.feed import publisher
 from archiver.worker import summarizing
 from archiver.worker.summarizing import Summarizing
-from tests.support.erasures import ACT, dump_of, erase
+from tests.support.erasures import ACT, dump_of, erase, hold
 from tests.support.feeds import cursor, publish
 from tests.support.histories import TIMING, answer
 from tests.support.observations import observe, record
 from tests.support.payloads import created, deleted
+from tests.support.retention import run
 from tests.support.rows import empty, execute, rows
 from tests.support.servers import as_writer
 from tests.support.slowness import quick_rows, slow_rows
@@ -295,12 +298,16 @@ def test_i8_a_publisher_that_waited_for_an_erasure_sees_it(engine: Engine) -> No
     assert b"MARK" not in dump_of(engine, "archiver.summaries")
 
 
-def test_i8_the_row_of_a_session_that_is_removed_is_removed(engine: Engine) -> None:
+def test_a_session_that_retention_removes_has_no_row(engine: Engine) -> None:
     record(engine, created("a", "s1"), created("b", "s2"))
     publish(engine)
-    empty(engine, "messages", "chats", "sessions")
-    with transaction(engine) as connection:
-        summaries.refresh(connection, {"s1": 0})
+    hold(engine, session_id="s2")
+    rules = Rules(10, {}, 30)
+    run(engine, rules)
+    assert stored(engine) == by_hand(engine)
+    seal(engine)
+    assert run(engine, rules).metadata.total() == 1
+    assert stored(engine) == by_hand(engine)
     assert list(stored(engine)) == ["s2"]
 
 
