@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from archiver.database import RawStatement, as_json
 
-SESSIONS_PER_STATEMENT = 500
+SESSIONS_PER_STATEMENT = 50  # so that a statement is short even if all of them are long
 
 _BEGAN = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
 _HAS_TEXT = "m.content <> '' AND m.content_kind IN ('text', 'refusal')"
