@@ -1,8 +1,8 @@
 """Migrate the schema, check its revision, and grant the roles their privileges."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -14,7 +14,16 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.database import is_lock_timeout, lock_waits, roles, sqlstate, tables, transaction, variable_columns
+from archiver.database import (
+    connect,
+    is_lock_timeout,
+    lock_waits,
+    roles,
+    sqlstate,
+    tables,
+    transaction,
+    variable_columns,
+)
 from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
 from archiver.errors import ArchiverError
 from archiver.settings.variables import Variable
@@ -27,6 +36,9 @@ PAUSE_SECONDS = 2.0  # pause between two attempts to get a lock, in which waitin
 LOCK_WAIT_SECONDS = 45.0  # in total for locks
 RACES = 1  # retries if another migration has created the same objects
 STATEMENT_SECONDS = 600
+# Limits of the creation of one index in an archive that is in use, and of its wait for older transactions, which
+# delays no other session.
+INDEX_SECONDS, INDEX_LOCK_SECONDS = 3_600, 60
 _REPAIR = "0006"  # repairs databases that earlier versions of the migrations before it created
 _REPAIRED_FROM = "0005"
 
@@ -97,12 +109,18 @@ def grant_missing(connection: Connection) -> str | None:
 def upgrade(engine: Engine, revision: str = "head", variables: Sequence[Variable] | None = None) -> None:
     """Migrate the schema to `revision`, and grant each role its privileges. Safe to run concurrently.
 
+    A new database is migrated in one transaction. In an existing one, the indexes that a migration lists in
+    `CONCURRENTLY` are created before it, outside of a transaction, so that receivers can write to the tables.
+
     `variables`: at head, those that `analytics.sessions` has as columns; None leaves its columns as they are.
 
     Raises `SchemaError` if the schema is newer than this version supports, if the user lacks a privilege, or if
     other sessions lock the tables for too long.
     """
     try:
+        for before, indexes in _pending_indexes(engine, revision):
+            _patiently(engine, partial(_upgrade, revision=before, variables=None))
+            _patiently(engine, partial(_create, engine=engine, indexes=indexes))
         _patiently(engine, lambda connection: _upgrade(connection, revision, variables))
     except DBAPIError as error:
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
@@ -146,10 +164,65 @@ def _upgrade(connection: Connection, revision: str, variables: Sequence[Variable
 
 
 def _is_done(connection: Connection, revision: str, variables: Sequence[Variable] | None) -> bool:
-    if revision != "head" or current(connection) != head():
+    is_at = current(connection)
+    if revision != "head":
+        return is_at is not None and is_at >= revision
+    if is_at != head():
         return False
     has_columns = variables is None or variable_columns.name_difference(connection, variables) is None
     return has_columns and roles.are_granted(connection)
+
+
+Indexes = Mapping[str, str]  # by name: table, expressions and condition of each index
+
+
+def _pending_indexes(engine: Engine, revision: str) -> list[tuple[str, Indexes]]:
+    """Return the indexes that an existing database lacks, each with the revision that it needs before."""
+    script = ScriptDirectory.from_config(_config())
+    with transaction(engine) as connection:
+        is_at = current(connection)
+    known = {each.revision for each in script.walk_revisions()}
+    if is_at not in known or (revision != "head" and is_at >= revision):
+        return []
+    pending = list(script.iterate_revisions(revision, is_at))
+    found = [(str(each.down_revision), getattr(each.module, "CONCURRENTLY", None)) for each in reversed(pending)]
+    return [(before, indexes) for before, indexes in found if indexes]
+
+
+_SELECT_INDEX = text(
+    """
+    SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+      JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = :schema AND c.relname = :name
+    """
+)
+
+
+def _create(guard: Connection, engine: Engine, indexes: Indexes) -> None:
+    """Create the indexes that are missing, and those again whose creation was interrupted.
+
+    `guard` excludes other migrations meanwhile. It holds no snapshot, for which the creation would wait.
+    """
+    _lock(guard)
+    own = connect(engine.url, pool_size=1, prepared_statements=False)
+    try:
+        with own.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.exec_driver_sql(f"SET statement_timeout = '{INDEX_SECONDS}s'")
+            connection.exec_driver_sql(f"SET lock_timeout = '{INDEX_LOCK_SECONDS}s'")
+            created = [name for name in indexes if _create_index(connection, name, indexes[name])]
+            if created:  # otherwise their expressions, and a column that is sampled again, have no statistics
+                connection.exec_driver_sql("ANALYZE archiver.sessions, archiver.chats, archiver.messages")
+    finally:
+        own.dispose()
+
+
+def _create_index(connection: Connection, name: str, definition: str) -> bool:
+    is_valid = connection.scalar(_SELECT_INDEX, {"schema": tables.SCHEMA, "name": name})
+    if is_valid:
+        return False
+    if is_valid is not None:
+        connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY {tables.SCHEMA}.{name}")
+    connection.exec_driver_sql(f"CREATE INDEX CONCURRENTLY {name} ON {definition}")
+    return True
 
 
 def _repair(connection: Connection) -> None:

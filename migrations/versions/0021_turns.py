@@ -8,8 +8,8 @@ branch_labels = None
 depends_on = None
 
 BEGAN = "coalesce(c.created_at, c.occurred_at, c.first_received_at)"
+BEGAN_NOW = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
 IS_TOLD = "coalesce(c.created_at, c.occurred_at) IS NOT NULL"
-ESTIMATE = "coalesce(c.began_at, c.first_received_at)"
 # The id of a turn known only from history, with the number of its first line; 0 for the lines before the first turn.
 TURN_ID_OF = "{turn}.session_id || '#' || coalesce(nullif(substr({turn}.chat_id, 2), ''), '0')"
 
@@ -22,12 +22,12 @@ ERASED_AT = """
 CHATS = f"""
     SELECT c.session_id, c.chat_id, c.assistant_id, c.status, c.cost, c.variables, c.created_at, c.updated_at,
            c.source, c.deleted_at, c.external_id, c.first_received_at, {ERASED_AT} AS erased_at,
-           c.chat_id AS turn_id, {BEGAN} AS began_at, {IS_TOLD} AS began_is_told
+           c.chat_id AS turn_id, {BEGAN_NOW} AS began_at, {IS_TOLD} AS began_is_told
       FROM archiver.chats c WHERE c.source <> 'history'
     UNION ALL
     SELECT c.session_id, NULL::text, NULL::text, NULL::text, NULL::numeric, NULL::jsonb, NULL::timestamptz,
            NULL::timestamptz, c.source, NULL::timestamptz, NULL::text, c.first_received_at, {ERASED_AT},
-           {TURN_ID_OF.format(turn="c")}, {ESTIMATE}, false
+           {TURN_ID_OF.format(turn="c")}, {BEGAN_NOW}, false
       FROM archiver.chats c WHERE c.source = 'history' AND c.chat_id <> E'\\x1f'
 """
 
@@ -41,20 +41,20 @@ MESSAGES = f"""
            m.role, m.content, c.created_at, m.source, c.deleted_at, m.in_history, m.content_kind, m.history_content,
            CASE WHEN starts_with(m.chat_id, E'\\x1f')
                 THEN {TURN_ID_OF.format(turn="m")} ELSE m.chat_id END AS turn_id,
-           m.ordinal, coalesce(c.began_at, {BEGAN}) AS began_at, {IS_TOLD} AS began_is_told
+           m.ordinal, {BEGAN_NOW} AS began_at, {IS_TOLD} AS began_is_told
       FROM archiver.messages m
       LEFT JOIN archiver.chats c ON c.session_id = m.session_id AND c.chat_id = m.chat_id
 """
 
 LINES = f"""
-    SELECT m.chat_id AS turn_id, m.session_id, m.ordinal, m.role, m.content, m.content_kind, {BEGAN} AS began_at,
-           {IS_TOLD} AS began_is_told, m.source, c.deleted_at, m.history_content
+    SELECT m.chat_id AS turn_id, m.session_id, m.ordinal, m.role, m.content, m.content_kind,
+           {BEGAN_NOW} AS began_at, {IS_TOLD} AS began_is_told, m.source, c.deleted_at, m.history_content
       FROM archiver.messages m
       JOIN archiver.chats c ON c.session_id = m.session_id AND c.chat_id = m.chat_id
      WHERE c.source <> 'history'
     UNION ALL
     SELECT {TURN_ID_OF.format(turn="c")}, m.session_id, m.ordinal, m.role, m.content, m.content_kind,
-           {ESTIMATE}, false, m.source, NULL::timestamptz, m.history_content
+           {BEGAN_NOW}, false, m.source, NULL::timestamptz, m.history_content
       FROM archiver.messages m
       JOIN archiver.chats c ON c.session_id = m.session_id AND c.chat_id = m.chat_id
      WHERE c.source = 'history'
@@ -165,7 +165,6 @@ DAILY = """
       ) m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
      GROUP BY 1, 2
 """
-BEGAN_NOW = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
 IS_TURN = "c.chat_id <> E'\\x1f'"  # not the lines before the first turn
 FIRST_TURN = f"""(
           SELECT c.*, {IS_TURN} AND c.session_id <> '' AND row_number() OVER (

@@ -145,7 +145,15 @@ sessions = Table(
     ),
     PrimaryKeyConstraint("session_id", name="sessions_pkey"),
     Index("sessions_reconcile_at_idx", "reconcile_at", postgresql_where=text("reconcile_at IS NOT NULL")),
-    Index("sessions_open_idx", "first_event_at", postgresql_where=text("coverage = 'open'")),
+    Index("sessions_first_event_at_idx", "first_event_at"),
+    Index(  # of `analytics.complete_through()`
+        "sessions_incomplete_idx",
+        text("coalesce(reconciled_at, first_event_at)"),
+        postgresql_where=text(
+            "session_id <> '' AND (coverage = 'open' OR reconcile_at IS NOT NULL)"
+            " AND NOT (reason = 'history_gone' OR coverage = 'lost')"
+        ),
+    ),
     Index(
         "sessions_unknown_idx",
         "first_event_at",
@@ -202,6 +210,15 @@ chats = Table(
     PrimaryKeyConstraint("session_id", "chat_id", name="chats_pkey"),
     ForeignKeyConstraint(["session_id"], [sessions.c.session_id], name="chats_session_id_fkey"),
     Index("chats_chat_id_idx", "chat_id"),
+    # Of began_at and turn_id in `analytics.chats` and `analytics.lines`. Postgres has no statistics of an expression
+    # in a partial index.
+    Index("chats_began_at_idx", text("coalesce(began_at, created_at, occurred_at, first_received_at)")),
+    Index(
+        "chats_history_turn_id_idx",
+        text("((session_id || '#'::text) || COALESCE(NULLIF(substr(chat_id, 2), ''::text), '0'::text))"),
+        postgresql_where=text("source = 'history'"),
+    ),
+    Index("chats_updated_at_idx", "updated_at", postgresql_where=text("updated_at IS NOT NULL")),
     Index("chats_deleted_at_idx", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
     comment="One row per turn: its newest revision, derived from the ledger.",
 )
