@@ -17,11 +17,11 @@ from archiver.archive import differences, rows
 from archiver.archive import facts as ledger_facts
 from archiver.archive.appending import append
 from archiver.archive.coverage import DEFAULT_TIMING, Timing
-from archiver.archive.differences import TurnState
+from archiver.archive.differences import TurnState, without_events
 from archiver.archive.erasures import select_erased_sessions
 from archiver.archive.facts import UNASSIGNED, Key
 from archiver.archive.outbox import Change
-from archiver.archive.sessions import derive
+from archiver.archive.sessions import Rows, derive
 from archiver.archive.turns import Fact, Turn, fold
 from archiver.errors import ArchiverError
 from archiver.events import responses
@@ -36,6 +36,7 @@ __all__ = [
     "lock_and_rederive",
     "project",
     "rederive",
+    "without_events",
 ]
 
 
@@ -78,11 +79,10 @@ def project(
     read |= {fact.event.session_id for fact in others} | (arrivals.keys() & erased)
     unread = {key: own for key, own in by_turn.items() if key[0] not in read}
     changes, moved = _project_turns(connection, unread, ledger_facts.by_turn(stored, unread), timing)
-    just_read = {fact.event.session_id for fact in others if fact.event.type in responses.READINGS}
     whole = {fact.event.session_id for fact in others} | set(erased)
     appended = append(connection, {key: own for key, own in by_turn.items() if key[0] in read - whole}, timing)
     read -= appended.sessions
-    return changes + appended.changes + rederive(connection, sorted(read), timing, just_read, moved)
+    return changes + appended.changes + rederive(connection, sorted(read), timing, others, moved)
 
 
 def _project_turns(
@@ -121,36 +121,56 @@ def rederive(
     connection: Connection,
     session_ids: Sequence[str],
     timing: Timing,
-    just_read: Collection[str] = (),
+    others: Sequence[Fact] = (),
     moved: Mapping[str, TurnState] = MappingProxyType({}),
 ) -> list[Change]:
     """Rebuild these sessions from all their facts, and write the differences.
 
-    `moved`: turns, by chat id, that were unassigned until this transaction.
+    `others`: readings and registrations that this transaction recorded. `moved`: turns, by chat id, that were
+    unassigned until this transaction.
 
-    The caller has locked the rows of the sessions. A session without facts is deleted. Returns the changes, for
-    publication only if something new was recorded.
+    The caller has locked the rows of the sessions. A session without facts is deleted. Returns the changes; if this
+    transaction recorded nothing, `without_events` returns those to publish.
     """
     if not session_ids:
         return []
     facts_by_session = ledger_facts.select_session_facts(connection, session_ids)
     archived = rows.select_archived(connection, session_ids)
     derived = [derive(session_facts, timing) for session_facts in facts_by_session.values()]
-    telemetry.repaired_messages.inc(rows.write_difference(connection, archived, derived, just_read))
+    just_read = {fact.event.session_id for fact in others if fact.event.type in responses.READINGS}
+    written = rows.write_difference(connection, archived, derived, just_read)
+    telemetry.repaired_messages.inc(written.repaired)
     rows.delete_sessions(connection, [session_id for session_id in session_ids if session_id not in facts_by_session])
+    removed = {session_id for session_id, _ in archived.chats} - facts_by_session.keys()
+    rewritten = written.sessions | _delimited(derived, others) | removed
     unassigned = rows.delete_unassigned(
         connection, [chat_id for session_facts in facts_by_session.values() for chat_id in session_facts.unassigned]
     )
     before = differences.PreviousRows(
         archived.sessions, archived.chats, archived.messages.values(), {**moved, **unassigned}
     )
-    return differences.session_changes(before, derived, just_read)
+    return differences.session_changes(before, derived, just_read, rewritten)
 
 
-def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing: Timing) -> None:
-    """Lock the sessions, then rebuild them with `rederive`."""
+def _delimited(derived: Sequence[Rows], others: Sequence[Fact]) -> set[str]:
+    """Return the sessions of which one of these is the first event, or the last one that is not a reading.
+
+    The upsert that locked them has already written these times, which views show.
+    """
+    sessions = {each.session["session_id"]: each.session for each in derived}
+    limited: set[str] = set()
+    for fact in ledger_facts.new_facts(others):
+        session = sessions[fact.event.session_id]
+        names = ("first_event_at",) if fact.event.type in responses.READINGS else ("first_event_at", "last_event_at")
+        if fact.received_at in {session[name] for name in names}:
+            limited.add(fact.event.session_id)
+    return limited
+
+
+def lock_and_rederive(connection: Connection, session_ids: Sequence[str], timing: Timing) -> list[Change]:
+    """Lock the sessions, then rebuild them with `rederive` from known facts. Return the changes."""
     rows.lock_sessions(connection, session_ids)
-    rederive(connection, session_ids, timing)
+    return without_events(rederive(connection, session_ids, timing))
 
 
 def _assign(connection: Connection, facts: Sequence[Fact]) -> dict[Key, list[Fact]]:

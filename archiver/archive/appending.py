@@ -27,7 +27,8 @@ from archiver.database import RawStatement, as_json, execute
 # Times of the session as the upsert of this batch left them.
 _SELECT_STATUSES = RawStatement(
     """
-    SELECT s.session_id, s.read_at, s.reconciled_at, s.last_event_at, s.read_by, s.places, s.append_after
+    SELECT s.session_id, s.read_at, s.reconciled_at, s.last_event_at, s.read_by, s.places, s.append_after,
+           s.coverage, s.reason
       FROM archiver.sessions s
      WHERE s.session_id IN (SELECT json_array_elements_text($1))
     """
@@ -102,6 +103,8 @@ def append(connection: Connection, by_turn: Mapping[Key, Sequence[Fact]], timing
                 continue
         appended.changes += tail.write(timing) if tail else []
         appended.changes += amendment.write(timing)
+        if (status.coverage, status.reason) != (coverage.OPEN, coverage.EVENTS_AFTER_READING):
+            appended.changes.append(Change(differences.COVERAGE, status.session_id))
         appended.sessions.add(status.session_id)
     return appended
 

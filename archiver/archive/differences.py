@@ -1,7 +1,7 @@
 """Compute changes for the feed from archive rows before and after. Pure.
 
-A change is a difference in the upstream content of a turn, or in the history's wording of one of its messages.
-Arrival times, positions and sources are internal; a difference in them is not a change.
+A change of a turn is a difference in its upstream content, or in the history's wording of one of its messages. A
+difference in any other visible value, such as a position, a source or an arrival time, rewrites the session.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from archiver.archive.facts import Key
-from archiver.archive.outbox import Change, ChangeType
+from archiver.archive.outbox import REWRITTEN, Change, ChangeType
 from archiver.archive.sessions import Row, Rows, chat_row
 from archiver.archive.turns import Turn
 from archiver.events import INTERNAL_PREFIX
@@ -33,15 +33,18 @@ _FIELDS = (
     "session_status",
 )
 
+_TIMES = ("occurred_at", "first_received_at", "deleted_at")
+
 MessageText = tuple[str, str, str | None]  # role and content of a message, and the history's wording of it
 
 
 class TurnState(NamedTuple):
-    """The published state of a turn; `content` is only compared."""
+    """The published state of a turn; `content` and `times` are only compared."""
 
     content: Any
     is_deleted: bool
     texts: Sequence[MessageText] = ()
+    times: Any = None
 
 
 def message_text(row: Mapping[str, Any]) -> MessageText:
@@ -54,7 +57,8 @@ def turn_state(row: Mapping[str, Any], texts: Sequence[MessageText]) -> TurnStat
     variables = row["variables"]
     # Postgres stores the keys of JSON in its own order.
     variables = msgspec.json.decode(variables) if isinstance(variables, str) else variables
-    return TurnState(([row[name] for name in _FIELDS], variables), row["deleted_at"] is not None, list(texts))
+    content, times = ([row[name] for name in _FIELDS], variables), [row[name] for name in _TIMES]
+    return TurnState(content, row["deleted_at"] is not None, list(texts), times)
 
 
 def reassigned_turn_state(*, is_deleted: bool) -> TurnState:
@@ -63,29 +67,35 @@ def reassigned_turn_state(*, is_deleted: bool) -> TurnState:
 
 
 def turn_changes(turns: Mapping[Key, Turn], before: Mapping[Key, TurnState]) -> list[Change]:
-    """Return the changes of written turns, in order of `began_at`."""
-    if not before:  # the usual case
-        result = [
-            Change("chat.created" if turn.deleted_at is None else "chat.deleted", *key) for key, turn in turns.items()
-        ]
-    else:
-        result = [
-            Change(kind, *key)
-            for key, turn in turns.items()
-            if (kind := _kind(before.get(key), _state_of(key, turn))) is not None
-        ]
-    result.sort(key=lambda change: turns[change.session_id, change.chat_id or ""].began_at)
+    """Return the changes of written turns, in order of `began_at`, then those of their sessions."""
+    if before:
+        return _compare(turns, before, {key: _state_of(key, turn) for key, turn in turns.items()})
+    result = [
+        Change("chat.created" if turn.deleted_at is None else "chat.deleted", *key) for key, turn in turns.items()
+    ]
+    _sort(result, turns)
     return result
 
 
 def amendment_changes(turns: Mapping[Key, Turn], before: Mapping[Key, TurnState]) -> list[Change]:
-    """Return the changes of turns whose messages stay the same, in order of `began_at`."""
+    """Return the changes of turns whose messages stay the same, as `turn_changes` does."""
     unknown = TurnState(None, is_deleted=False)
-    return [
-        Change(kind, *key)
-        for key, turn in sorted(turns.items(), key=lambda each: each[1].began_at)
-        if (kind := _kind(before.get(key), turn_state(chat_row(*key, turn), before.get(key, unknown).texts)))
-    ]
+    after = {key: turn_state(chat_row(*key, turn), before.get(key, unknown).texts) for key, turn in turns.items()}
+    return _compare(turns, before, after)
+
+
+def _compare(
+    turns: Mapping[Key, Turn], before: Mapping[Key, TurnState], after: Mapping[Key, TurnState]
+) -> list[Change]:
+    kinds = {key: _kind(before.get(key), state) for key, state in after.items()}
+    result = [Change(kind, *key) for key, kind in kinds.items() if kind is not None]
+    _sort(result, turns)
+    rewritten = {key[0] for key, was in before.items() if key in after and was.times != after[key].times}
+    return result + [Change(REWRITTEN, session_id) for session_id in sorted(rewritten) if session_id]
+
+
+def _sort(changes: list[Change], turns: Mapping[Key, Turn]) -> None:
+    changes.sort(key=lambda change: turns[change.session_id, change.chat_id or ""].began_at)
 
 
 def _state_of(key: Key, turn: Turn) -> TurnState:
@@ -109,8 +119,10 @@ class PreviousRows(NamedTuple):
     unassigned: Mapping[str, TurnState]  # by chat id
 
 
-def session_changes(before: PreviousRows, derived: Sequence[Rows], read: Collection[str]) -> list[Change]:
-    """Return the changes of rebuilt sessions; those in `read` have a new reading."""
+def session_changes(
+    before: PreviousRows, derived: Sequence[Rows], read: Collection[str], rewritten: Iterable[str]
+) -> list[Change]:
+    """Return the changes of rebuilt sessions: `read` have a new reading, visible rows of `rewritten` differ."""
     messages: dict[str, list[Row]] = defaultdict(list)
     for row in before.messages:
         messages[row["session_id"]].append(row)
@@ -131,10 +143,20 @@ def session_changes(before: PreviousRows, derived: Sequence[Rows], read: Collect
         result += _session_changes(
             before.sessions.get(session_id, _UNKNOWN), rows.session, is_read=is_read, is_new=is_new
         )
-    return result
+    return result + [Change(REWRITTEN, session_id) for session_id in sorted(rewritten)]
 
 
-_UNKNOWN: Row = {"coverage": "open", "repaired_messages": 0}
+def without_events(changes: Iterable[Change]) -> list[Change]:
+    """Return the changes of sessions that were derived again from known facts: nothing happened upstream.
+
+    Only their coverage and their rows changed.
+    """
+    return [each if each.type == COVERAGE else Change(REWRITTEN, each.session_id) for each in changes]
+
+
+COVERAGE: ChangeType = "session.coverage"
+_COVERAGE = ("coverage", "reason", "repaired_messages")
+_UNKNOWN: Row = {"coverage": "open", "reason": "awaiting_history", "repaired_messages": 0}
 
 
 def _session_changes(before: Row, after: Row, *, is_read: bool, is_new: bool) -> list[Change]:
@@ -147,6 +169,8 @@ def _session_changes(before: Row, after: Row, *, is_read: bool, is_new: bool) ->
         result.append(Change("session.settled", session_id))
     if now == LOST and was != LOST:
         result.append(Change("session.lost", session_id))
+    if any(before[name] != after[name] for name in _COVERAGE):
+        result.append(Change(COVERAGE, session_id))
     return result
 
 

@@ -13,12 +13,20 @@ ChangeType = Literal[
     "chat.created",
     "chat.updated",
     "chat.deleted",
+    "chat.erased",
     "session.settled",
     "session.repaired",
     "session.lost",
+    "session.coverage",
+    "session.rewritten",
+    "session.erased",
     "seal.created",
 ]
 TYPES: tuple[str, ...] = get_args(ChangeType)
+REWRITTEN: ChangeType = "session.rewritten"
+ERASURES = frozenset[ChangeType]({"chat.erased", "session.erased"})
+# Changes after which a reader of the transcript reads it again, so that `session.rewritten` would add nothing.
+_OF_TRANSCRIPT = ERASURES | {"chat.created", "chat.updated", "chat.deleted", "session.settled", "session.repaired"}
 
 
 class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -35,7 +43,18 @@ _INSERT = RawStatement("INSERT INTO archiver.outbox (changed_at, changes) VALUES
 
 
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
-    """Add these changes to the outbox; they are published if, and only if, this transaction commits."""
+    """Add these changes to the outbox; they are published if, and only if, this transaction commits.
+
+    Of a session, `session.rewritten` is added once, and only if no other of the changes concerns its transcript.
+    """
+    if any(each.type == REWRITTEN for each in changes):
+        changes = _without_redundant(changes)
     if changes:
         changes_json = as_json(changes)
         _INSERT.execute(connection, datetime.now(UTC).isoformat(), changes_json)
+
+
+def _without_redundant(changes: Sequence[Change]) -> list[Change]:
+    known = {each.session_id for each in changes if each.type in _OF_TRANSCRIPT}
+    rewritten = {each.session_id: each for each in changes if each.type == REWRITTEN and each.session_id not in known}
+    return [*(each for each in changes if each.type != REWRITTEN), *rewritten.values()]

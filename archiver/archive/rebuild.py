@@ -8,7 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, func, select, text
 
-from archiver.archive import Timing, rederive, rows, unassigned
+from archiver.archive import Timing, rederive, rows, unassigned, without_events
+from archiver.archive.outbox import insert_changes
 from archiver.database import Lock, run, tables
 
 CONFLICT_RETRIES = 10
@@ -78,7 +79,8 @@ def _replay_sessions(connection: Connection, after: str, timing: Timing) -> Page
     arrivals = {row.session_id: [row.first, row.last] for row in taken if row.events}
     rows.upsert_sessions(connection, arrivals, timing)
     rows.lock_sessions(connection, [row.session_id for row in taken if not row.events])
-    rederive(connection, [row.session_id for row in taken], timing)
+    changes = rederive(connection, [row.session_id for row in taken], timing)
+    insert_changes(connection, without_events(changes))
     is_last = len(taken) == len(rows_found) < SESSIONS_PER_PAGE
     return sum(row.events for row in taken), None if is_last else taken[-1].session_id
 

@@ -26,6 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT, insert
 from archiver.archive import coverage
 from archiver.archive.coverage import Timing
 from archiver.archive.differences import (
+    COVERAGE,
     MessageText,
     TurnState,
     message_text,
@@ -33,6 +34,7 @@ from archiver.archive.differences import (
     turn_state,
 )
 from archiver.archive.facts import UNASSIGNED, Key
+from archiver.archive.outbox import REWRITTEN, Change
 from archiver.archive.sessions import Rows, chat_row
 from archiver.archive.turns import Turn
 from archiver.database import BulkInsert, Statement, as_json, execute, tables
@@ -229,12 +231,17 @@ def lock_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
         connection.execute(touched.values(read_by=tables.sessions.c.read_by), {"session_ids": list(session_ids)})
 
 
-def mark_erased(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Set the status that `derive` returns for an erased session: unverified, and never due."""
-    if session_ids:
-        marked = update(tables.sessions).where(tables.sessions.c.session_id == func.any(_SESSION_IDS))
-        values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None, "append_after": None}
-        connection.execute(marked.values(values), {"session_ids": list(session_ids)})
+def mark_erased(connection: Connection, session_ids: Sequence[str]) -> list[Change]:
+    """Set the status that `derive` returns for an erased session: unverified, and never due. Return the changes."""
+    if not session_ids:
+        return []
+    sessions, ids = tables.sessions, {"session_ids": list(session_ids)}
+    among = sessions.c.session_id == func.any(_SESSION_IDS)
+    before = connection.execute(select(sessions.c.session_id, sessions.c.reason).where(among), ids).all()
+    values = {"coverage": "unverified", "reason": coverage.ERASED, "reconcile_at": None, "append_after": None}
+    connection.execute(update(sessions).where(among).values(values), ids)
+    # Of a session of which something was erased before, only the times of erasures change.
+    return [Change(REWRITTEN if row.reason == coverage.ERASED else COVERAGE, row.session_id) for row in before]
 
 
 def delete_sessions(connection: Connection, session_ids: Sequence[str]) -> None:
@@ -267,14 +274,19 @@ def select_archived(connection: Connection, session_ids: Sequence[str]) -> Archi
     )
 
 
+class Written(msgspec.Struct):
+    """The increase in messages known only from history, and the sessions of which visible rows were written."""
+
+    repaired: int
+    sessions: set[str]
+
+
 def write_difference(
     connection: Connection, archived: Archived, derived: Sequence[Rows], read: Collection[str]
-) -> int:
+) -> Written:
     """Update the archived rows to the derived ones; write only rows that differ.
 
     `read`: sessions of which a reading has just been recorded.
-
-    Returns the increase in messages known only from history.
     """
     sessions: dict[str, Row] = {}
     for rows in derived:
@@ -286,16 +298,31 @@ def write_difference(
         sessions[session_id] = rows.session | preserved
     chats = {(row["session_id"], row["chat_id"]): row for rows in derived for row in rows.chats}
     messages = {(m["session_id"], m["chat_id"], m["ordinal"]): m for rows in derived for m in rows.messages}
-    changed = [row for key, row in sorted(sessions.items()) if _differs(row, archived.sessions.get(key))]
-    _UPSERT_WHOLE_SESSION.execute(connection, changed)
-    _UPSERT_CHAT.execute(connection, _changed(chats, archived.chats))
-    _UPSERT_MESSAGE.execute(connection, _changed(messages, archived.messages))
-    _delete_all_but(connection, tables.messages, _MESSAGE_KEY, archived.messages.keys() - messages.keys(), sessions)
-    _delete_all_but(connection, tables.chats, _CHAT_KEY, archived.chats.keys() - chats.keys(), sessions)
-    return sum(
+    changed_sessions = _changed(sessions, archived.sessions)
+    changed_chats, changed_messages = _changed(chats, archived.chats), _changed(messages, archived.messages)
+    surplus_chats = [key for key in archived.chats.keys() - chats.keys() if key[0] in sessions]
+    surplus_messages = [key for key in archived.messages.keys() - messages.keys() if key[0] in sessions]
+    _UPSERT_WHOLE_SESSION.execute(connection, changed_sessions)
+    _UPSERT_CHAT.execute(connection, changed_chats)
+    _UPSERT_MESSAGE.execute(connection, changed_messages)
+    _delete_keys(connection, tables.messages, _MESSAGE_KEY, surplus_messages)
+    _delete_keys(connection, tables.chats, _CHAT_KEY, surplus_chats)
+    visible = [row for row in changed_sessions if _is_visibly_changed(row, archived.sessions.get(row["session_id"]))]
+    rewritten = {str(row["session_id"]) for row in (*visible, *changed_chats, *changed_messages)}
+    rewritten |= {str(key[0]) for key in (*surplus_chats, *surplus_messages)}
+    repaired = sum(
         max(0, row["repaired_messages"] - archived.sessions.get(key, _UNREPAIRED)["repaired_messages"])
         for key, row in sessions.items()
     )
+    return Written(repaired, rewritten)
+
+
+# Values of a session that views show, apart from its coverage and from the times of readings.
+_VISIBLE = ("first_event_at", "name", "status", "assistant_id", "created_at")
+
+
+def _is_visibly_changed(new: Row, old: Row | None) -> bool:
+    return old is None or any(new[name] != old[name] for name in _VISIBLE)
 
 
 _UNREPAIRED: Row = {"repaired_messages": 0}
@@ -315,16 +342,8 @@ def _differs(new: Row, old: Row | None) -> bool:
     return any(old[name] != value for name, value in new.items())
 
 
-def _delete_all_but(
-    connection: Connection,
-    table: Table,
-    names: Sequence[str],
-    keys: Iterable[tuple[Any, ...]],
-    sessions: Mapping[str, Row],
-) -> None:
-    surplus = [
-        dict(zip((f"of_{name}" for name in names), key, strict=True)) for key in sorted(keys) if key[0] in sessions
-    ]
+def _delete_keys(connection: Connection, table: Table, names: Sequence[str], keys: Iterable[tuple[Any, ...]]) -> None:
+    surplus = [dict(zip((f"of_{name}" for name in names), key, strict=True)) for key in sorted(keys)]
     if surplus:
         of_key = and_(*(table.c[name] == bindparam(f"of_{name}") for name in names))
         connection.execute(delete(table).where(of_key), surplus)

@@ -53,12 +53,11 @@ def record(
     deliveries: Sequence[Delivery[Event]],
     timing: archive.Timing = archive.DEFAULT_TIMING,
     *,
-    publish: bool = True,
     locks_late: bool = False,
 ) -> list[Recorded]:
     """Append new deliveries, count redeliveries, and project new facts, in this transaction.
 
-    The transaction also adds the changes of the archive to the outbox, unless `publish` is false.
+    The transaction also adds the changes of the archive to the outbox.
 
     `locks_late`: for deliveries that may take long. The recording lock, which may block every other writer, is
     acquired only at the end. Raises a serialization failure, so that the transaction is retried, if others have
@@ -77,7 +76,8 @@ def record(
     erased = _select_erased(connection, deliveries, lock)
     sessions = _sessions_of(erased)
     refused = [_is_refused(delivery, erased, sessions) for delivery in deliveries]
-    answers = _record(connection, deliveries, timing, erased, refused, publish=publish)
+    answers, changes = _record(connection, deliveries, timing, erased, refused)
+    outbox.insert_changes(connection, changes)
     if locks_late:
         _lock_late(connection, exclusive=is_exclusive)
         now = select_erased(connection, _refs(deliveries), ())
@@ -87,27 +87,43 @@ def record(
     return answers
 
 
+def record_redacted(
+    connection: Connection, deliveries: Sequence[Delivery[Event]], timing: archive.Timing
+) -> list[outbox.Change]:
+    """Record readings that an erasure made of the erased ones. Return the changes, which are not published."""
+    if not deliveries:
+        return []
+    erased = _select_erased(connection, deliveries, Lock.RECORDING.statements(exclusive=False))
+    refused = [_is_refused(delivery, erased, _sessions_of(erased)) for delivery in deliveries]
+    _, changes = _record(connection, deliveries, timing, erased, refused)
+    return archive.without_events(changes)
+
+
 def _record(
     connection: Connection,
     deliveries: Sequence[Delivery[Event]],
     timing: archive.Timing,
     erased: Mapping[FactRef, Erased],
     refused: Sequence[bool],
-    *,
-    publish: bool,
-) -> list[Recorded]:
+) -> tuple[list[Recorded], list[outbox.Change]]:
     if not erased:
-        return _append(connection, deliveries, timing, (), publish=publish)
+        return _append(connection, deliveries, timing, ())
     sessions = _sessions_of(erased)
     accepted = [delivery for delivery, is_refused in zip(deliveries, refused, strict=True) if not is_refused]
-    answers = iter(_append(connection, accepted, timing, sessions, publish=publish))
+    recorded, changes = _append(connection, accepted, timing, sessions)
+    answers = iter(recorded)
     touched = {ref.session_id for ref, erased_part in erased.items() if erased_part.is_found}
     for delivery, is_refused in zip(deliveries, refused, strict=True):
         if is_refused and _reads(delivery):
             touched.add(delivery.content.session_id)
-    archive.lock_and_rederive(connection, sorted(touched), timing)
+    changes += [
+        outbox.Change("chat.erased", *ref)
+        for ref, erased_part in erased.items()
+        if erased_part.is_found and ref.chat_id
+    ]
+    changes += archive.lock_and_rederive(connection, sorted(touched), timing)
     note_refused(connection, [ref for ref, erased_part in erased.items() if erased_part.is_whole])
-    return [_ERASED if is_refused else next(answers) for is_refused in refused]
+    return [_ERASED if is_refused else next(answers) for is_refused in refused], changes
 
 
 def _sessions_of(erased: Iterable[FactRef]) -> set[str]:
@@ -158,9 +174,7 @@ def _append(
     deliveries: Sequence[Delivery[Event]],
     timing: archive.Timing,
     erased: Collection[str],
-    *,
-    publish: bool,
-) -> list[Recorded]:
+) -> tuple[list[Recorded], list[outbox.Change]]:
     groups: dict[Key, DeliveryGroup] = {}
     for delivery in deliveries:
         key = _key(delivery)
@@ -178,15 +192,13 @@ def _append(
     for key in sorted(responses):
         if rows[key].delivery_count == groups[key].count:
             compaction.replace_contained(connection, key, responses[key][0])
-    if publish:
-        outbox.insert_changes(connection, changes)
     answers, seen = [], set()
     for delivery in deliveries:
         key = _key(delivery)
         row = rows[key]
         answers.append(Recorded(row.id, row.delivery_count == groups[key].count and key not in seen))
         seen.add(key)
-    return answers
+    return answers, changes
 
 
 def _key(delivery: Delivery[Event]) -> Key:

@@ -23,6 +23,9 @@ from tests.support.rows import empty, rows
 from tests.support.versions import on_one_version
 
 CREATED, UPDATED, DELETED = "chat.created", "chat.updated", "chat.deleted"
+SETTLED = ("session.settled", "session-1", None)
+COVERED = ("session.coverage", "session-1", None)
+REWRITTEN = ("session.rewritten", "session-1", None)
 
 
 def test_i11_a_turn_is_created_updated_and_deleted_once_each(engine: Engine) -> None:
@@ -32,6 +35,8 @@ def test_i11_a_turn_is_created_updated_and_deleted_once_each(engine: Engine) -> 
     record(engine, deleted("a", "s"))
     record(engine, deleted("a", "s", at=1_705_313_000_000))
     assert published(engine) == [(CREATED, "s", "a"), (CREATED, "s", "b"), (UPDATED, "s", "a"), (DELETED, "s", "a")]
+    record(engine, deleted("a", "s", at=1_705_311_900_000))
+    assert published(engine)[4:] == [("session.rewritten", "s", None)]  # its time of deletion is earlier now
 
 
 def test_i11_a_tombstone_that_comes_first_is_a_deletion_and_its_content_an_update(engine: Engine) -> None:
@@ -74,12 +79,19 @@ def test_i11_a_session_settles_once_for_each_quiet_period(archive: Archive) -> N
     assert published(archive.engine) == [(CREATED, "session-1", "chat-1")]
     for minute in (10, 20, 40):
         archive.reading(minute, answer(*said(1)))
-    assert published(archive.engine)[1:] == [("session.settled", "session-1", None)]
+    assert published(archive.engine)[1:] == [SETTLED, COVERED]
     archive.webhook(50, turn(2))
     archive.webhook(51, turn(2))
-    archive.reading(60, answer(*said(1), *said(2)))
-    archive.reading(80, answer(*said(1), *said(2)))
-    assert published(archive.engine)[2:] == [(CREATED, "session-1", "chat-2"), ("session.settled", "session-1", None)]
+    archive.webhook(52, turn(3))  # still open
+    archive.reading(60, answer(*said(1), *said(2), *said(3)))
+    archive.reading(80, answer(*said(1), *said(2), *said(3)))
+    assert published(archive.engine)[3:] == [
+        (CREATED, "session-1", "chat-2"),
+        COVERED,
+        (CREATED, "session-1", "chat-3"),
+        SETTLED,
+        COVERED,
+    ]
 
 
 def test_i11_what_history_supplies_is_a_repair_and_news(archive: Archive) -> None:
@@ -88,8 +100,7 @@ def test_i11_what_history_supplies_is_a_repair_and_news(archive: Archive) -> Non
     before = cursor(archive.engine)
     archive.reading(20, answer(*said(1), *said(2)))
     archive.reading(30, answer(*said(1), *said(2)))
-    repaired = [("session.repaired", "session-1", None), ("session.settled", "session-1", None)]
-    assert published(archive.engine, before) == repaired
+    assert published(archive.engine, before) == [("session.repaired", "session-1", None), SETTLED, COVERED]
 
 
 def test_i11_a_webhook_that_claims_lines_of_history_is_a_creation(archive: Archive) -> None:
@@ -97,7 +108,7 @@ def test_i11_a_webhook_that_claims_lines_of_history_is_a_creation(archive: Archi
     archive.reading(10, answer(*said(1), *said(2)))
     before = cursor(archive.engine)
     archive.webhook(11, turn(2))
-    assert published(archive.engine, before) == [(CREATED, "session-1", "chat-2")]
+    assert published(archive.engine, before) == [(CREATED, "session-1", "chat-2"), COVERED]
 
 
 def test_i11_an_output_that_history_supplies_updates_its_turn(archive: Archive) -> None:
@@ -105,7 +116,7 @@ def test_i11_an_output_that_history_supplies_updates_its_turn(archive: Archive) 
     before = cursor(archive.engine)
     archive.reading(10, answer(*said(1)))
     kinds = [kind for kind, *_ in published(archive.engine, before)]
-    assert kinds == [UPDATED, "session.repaired", "session.settled"]
+    assert kinds == [UPDATED, "session.repaired", "session.settled", "session.coverage"]
 
 
 def test_i11_the_wording_of_history_updates_its_turn_once(archive: Archive) -> None:
@@ -115,12 +126,9 @@ def test_i11_the_wording_of_history_updates_its_turn_once(archive: Archive) -> N
     (_, text), *others = said(1)
     for minute in (10, 20):
         archive.reading(minute, answer(("user", f"{text}\r\n"), *others, *said(2)))
-    assert published(archive.engine, before) == [
-        (UPDATED, "session-1", "chat-1"),
-        ("session.settled", "session-1", None),
-    ]
+    assert published(archive.engine, before) == [(UPDATED, "session-1", "chat-1"), SETTLED, COVERED]
     archive.reading(30, answer(*said(1), *said(2)))
-    assert published(archive.engine, before)[2:] == [(UPDATED, "session-1", "chat-1")]
+    assert published(archive.engine, before)[3:] == [(UPDATED, "session-1", "chat-1"), COVERED]
 
 
 def test_i11_a_session_that_did_not_agree_settles_when_it_does(archive: Archive) -> None:
@@ -128,9 +136,9 @@ def test_i11_a_session_that_did_not_agree_settles_when_it_does(archive: Archive)
         archive.webhook(number, turn(number))
     before = cursor(archive.engine)
     archive.reading(10, answer(*said(1)))
-    assert published(archive.engine, before) == []
+    assert published(archive.engine, before) == [COVERED, REWRITTEN]
     archive.reading(20, answer(*said(1), *said(2)))
-    assert published(archive.engine, before) == [("session.settled", "session-1", None)]
+    assert published(archive.engine, before)[2:] == [SETTLED, COVERED]
 
 
 def test_i11_a_session_whose_content_never_arrived_is_lost(archive: Archive) -> None:
@@ -139,7 +147,7 @@ def test_i11_a_session_whose_content_never_arrived_is_lost(archive: Archive) -> 
     before = cursor(archive.engine)
     archive.reading(10, answer(*said(1)))
     archive.reading(20, answer(*said(1)))
-    assert published(archive.engine, before) == [("session.lost", "session-1", None)]
+    assert published(archive.engine, before) == [("session.lost", "session-1", None), COVERED, REWRITTEN]
 
 
 def test_i11_a_seal_is_published_with_its_number(engine: Engine) -> None:
@@ -153,15 +161,73 @@ def test_i11_a_seal_is_published_with_its_number(engine: Engine) -> None:
     assert cursor(engine) == before + 1
 
 
-def test_i11_a_rebuild_and_an_unknown_event_publish_nothing(archive: Archive) -> None:
+def test_i11_a_rebuild_publishes_what_it_changes_and_an_unknown_event_nothing(archive: Archive) -> None:
     archive.webhook(1, turn(1))
     archive.webhook(2, created("homeless", None))
     archive.reading(10, answer(*said(1), *said(2)))
+    archive.webhook(11, turn(1, "other"))
     before = cursor(archive.engine)
-    empty(archive.engine, "messages", "chats", "sessions")
     list(rebuild(archive.engine, TIMING))
     archive.webhook(20, b'{"type": "assistant.renamed", "chat": {"id": "1", "sessionId": "s"}}')
     assert published(archive.engine, before) == []
+    empty(archive.engine, "messages", "chats", "sessions")
+    list(rebuild(archive.engine, TIMING))
+    rewritten = ("session.rewritten", "other", None)
+    assert sorted(published(archive.engine, before)) == [COVERED, rewritten, REWRITTEN]
+
+
+def test_i11_a_registration_and_its_name_rewrite_a_session(archive: Archive) -> None:
+    for minute, session in (
+        (1, {"id": "session-1"}),
+        (2, {"id": "session-1"}),
+        (3, {"id": "session-1", "name": "x"}),
+    ):
+        archive.record(minute, responses.register(session), "application")
+    assert published(archive.engine) == [REWRITTEN, REWRITTEN]
+
+
+def test_i11_a_reading_that_supplies_a_turn_without_agreement_rewrites_the_session(archive: Archive) -> None:
+    for number in (1, 3):
+        archive.webhook(number, turn(number))
+    archive.reading(10, answer(*said(1)))
+    before = cursor(archive.engine)
+    archive.reading(20, answer(("system", "Be brief."), *said(1)))
+    assert published(archive.engine, before) == [REWRITTEN]
+    archive.reading(30, answer(("system", "Be brief."), *said(1)))
+    assert published(archive.engine, before) == [REWRITTEN]
+
+
+def test_i11_an_erasure_is_published_when_it_is_ordered_and_when_the_content_is_deleted(archive: Archive) -> None:
+    for number in (1, 2):
+        archive.webhook(number, turn(number))
+    archive.reading(10, answer(*said(1), *said(2)))
+    archive.webhook(11, created("homeless", None))
+    before = cursor(archive.engine)
+    targets = [erasure.Target("session-1", "chat-1"), erasure.Target("", "homeless")]
+    erasure.order(archive.engine, targets, "request", ACT)
+    assert published(archive.engine, before) == [COVERED]
+    list(erasure.sweep(archive.engine, TIMING))
+    list(erasure.sweep(archive.engine, TIMING))
+    erased = [("chat.erased", "", "homeless"), ("chat.erased", "session-1", "chat-1")]
+    assert published(archive.engine, before)[1:] == erased
+    before = cursor(archive.engine)
+    erasure.order(archive.engine, [erasure.Target("session-1")], "request", ACT)
+    assert published(archive.engine, before) == [REWRITTEN]
+    list(erasure.sweep(archive.engine, TIMING))
+    assert published(archive.engine, before)[1:] == [("session.erased", "session-1", None)]
+
+
+def test_i11_a_refused_fact_that_names_the_session_of_an_erased_turn_publishes_its_erasure(archive: Archive) -> None:
+    archive.webhook(1, created("homeless", None))
+    archive.webhook(2, turn(1))
+    erasure.order(archive.engine, [erasure.Target("", "homeless")], "request", ACT)
+    list(erasure.sweep(archive.engine, TIMING))
+    before = cursor(archive.engine)
+    for minute in (3, 4):
+        with transaction(archive.engine) as connection:
+            (recorded,) = ledger.record(connection, [observe(created("homeless"), minute * 60)], TIMING)
+        assert recorded.is_erased
+    assert published(archive.engine, before) == [("chat.erased", "session-1", "homeless"), COVERED]
 
 
 def test_i11_a_transaction_that_is_rolled_back_publishes_nothing(engine: Engine) -> None:
@@ -174,6 +240,7 @@ def test_i11_a_transaction_that_is_rolled_back_publishes_nothing(engine: Engine)
 
 # Whatever happens
 
+ACT = erasure.AuditEntry("erase", "anna", "why not")
 Snapshot = dict[str, dict[Any, Any]]
 
 _CHATS = """
@@ -185,9 +252,16 @@ _CHATS = """
       FROM archiver.chats c WHERE NOT starts_with(c.chat_id, E'\\x1f')
 """
 _SESSIONS = """
-    SELECT s.session_id, s.coverage, s.repaired_messages,
+    SELECT s.session_id, s.coverage, s.repaired_messages, s.reason,
            (SELECT json_agg(json_build_array(m.role, m.content) ORDER BY m.place)::text FROM archiver.messages m
              WHERE m.session_id = s.session_id AND m.place IS NOT NULL)
+      FROM archiver.sessions s WHERE s.session_id <> ''
+"""
+_ROWS = """
+    SELECT s.session_id, row(s.first_event_at, s.name, s.status, s.assistant_id, s.created_at)::text,
+           (SELECT json_agg(c ORDER BY c.chat_id)::text FROM archiver.chats c WHERE c.session_id = s.session_id),
+           (SELECT json_agg(m ORDER BY m.chat_id, m.ordinal)::text FROM archiver.messages m
+             WHERE m.session_id = s.session_id)
       FROM archiver.sessions s WHERE s.session_id <> ''
 """
 
@@ -196,6 +270,7 @@ def snapshot(engine: Engine) -> Snapshot:
     return {
         "chats": {(row[0], row[1]): (row[2], row[3:]) for row in rows(engine, _CHATS)},
         "sessions": {row[0]: row[1:] for row in rows(engine, _SESSIONS)},
+        "rows": {row[0]: row[1:] for row in rows(engine, _ROWS)},
     }
 
 
@@ -213,19 +288,31 @@ def difference(before: Snapshot, after: Snapshot, read: set[str]) -> Counter[Any
             result[CREATED, session_id, chat_id] += 1
         elif was[1] != content:
             result[UPDATED, session_id, chat_id] += 1
-    agreed = {"complete", "repaired", "ambiguous"}
-    for session_id, (coverage, repaired, transcript) in after["sessions"].items():
-        old_coverage, old_repaired, old_transcript = before["sessions"].get(session_id, ("open", 0, None))
-        is_new = session_id in read and transcript != old_transcript
-        if session_id in read and repaired > old_repaired:
-            result["session.repaired", session_id, None] += 1
-        if coverage in agreed and (old_coverage not in agreed or is_new):
-            result["session.settled", session_id, None] += 1
-        if coverage == "lost" != old_coverage:
-            result["session.lost", session_id, None] += 1
+    for session_id, now in after["sessions"].items():
+        was = before["sessions"].get(session_id, UNKNOWN)
+        result.update((kind, session_id, None) for kind in session_kinds(was, now, is_read=session_id in read))
     return result
 
 
+def session_kinds(was: tuple[Any, ...], now: tuple[Any, ...], *, is_read: bool) -> list[str]:
+    agreed = {"complete", "repaired", "ambiguous"}
+    (old_coverage, old_repaired, _, old_transcript), (coverage, repaired, _, transcript) = was, now
+    is_new = is_read and transcript != old_transcript
+    kinds = {
+        "session.repaired": is_read and repaired > old_repaired,
+        "session.settled": coverage in agreed and (old_coverage not in agreed or is_new),
+        "session.lost": coverage == "lost" != old_coverage,
+        "session.coverage": now[:3] != was[:3],
+    }
+    return [kind for kind, is_due in kinds.items() if is_due]
+
+
+def is_derived(change: tuple[Any, ...]) -> bool:
+    """Whether a change is one of those that nothing upstream has caused."""
+    return change[0] in {"session.coverage", "session.rewritten", "session.erased", "chat.erased"}
+
+
+UNKNOWN = ("open", 0, "awaiting_history", None)
 Step = tuple[set[str], list[Delivery[Event]]]
 
 
@@ -293,12 +380,12 @@ def test_i11_the_feed_equals_the_differences_of_the_archive(engine: Engine) -> N
         for number in range(12):
             before, last = snapshot(engine), cursor(engine)
             kind = rng.choice(["commit"] * 16 + ["rollback", "rollback", "rebuild", "erase"])
-            expected: Counter[Any] = Counter()
+            read = set[str]()
             if kind == "rebuild":
                 list(rebuild(engine, TIMING))
             elif kind == "erase":
                 target = erasure.Target(*rng.choice([("s1", ""), ("s2", "c1"), ("s1", "c2"), ("", "c3")]))
-                erasure.order(engine, [target], "request", erasure.AuditEntry("erase", "anna", "why not"))
+                erasure.order(engine, [target], "request", ACT)
                 list(erasure.sweep(engine, TIMING, 0))
             else:
                 read, observations = scenario.step(number)
@@ -306,10 +393,16 @@ def test_i11_the_feed_equals_the_differences_of_the_archive(engine: Engine) -> N
                     ledger.record(connection, observations, TIMING)
                     if kind == "rollback":
                         connection.rollback()
-                if kind == "commit":
-                    # No reading of a session is taken of which something was erased.
-                    read -= {session_id for (session_id,) in rows(engine, "SELECT session_id FROM archiver.erasures")}
-                    expected = difference(before, snapshot(engine), read)
-            assert Counter(published(engine, last)) == expected, kind
+                # No reading of a session is taken of which something was erased.
+                read -= {session_id for (session_id,) in rows(engine, "SELECT session_id FROM archiver.erasures")}
+            after, changes = snapshot(engine), published(engine, last)
+            if kind == "erase":
+                assert all(map(is_derived, changes))
+                continue
+            rewritten = {session_id for name, session_id, _ in changes if name == "session.rewritten"}
+            # A reading may be the first event of its session, or only arrive at the same time.
+            assert all(each in read or before["rows"].get(each) != after["rows"][each] for each in rewritten), kind
+            others = Counter(each for each in changes if each[0] not in {"session.rewritten", "chat.erased"})
+            assert others == difference(before, after, read), kind
 
     check()

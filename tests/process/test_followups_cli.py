@@ -176,6 +176,7 @@ def test_followups_test_names_the_setting_that_refuses(database_url: str, engine
         ["add", "https://8.8.8.8/"],
         ["add", "https://8.8.8.8/", "--event", "chat.exploded"],
         ["add", "https://8.8.8.8/", "--event", "seal.created", "--assistant", "a"],
+        ["add", "https://8.8.8.8/", "--event", "chat.erased", "--contains", "a"],
         ["add", "https://8.8.8.8/", "--event", "chat.created", "--variable", "tier"],
         ["add", "https://8.8.8.8/", "--event", "chat.created", "--secret-file", "/dev/null"],
         ["add", "https://8.8.8.8/", "--event", "chat.created", "--secret-file", "/nowhere"],
@@ -255,9 +256,10 @@ def test_what_is_sent_is_as_the_schemas_say(database_url: str, engine: Engine) -
     seals.seal(engine)
     publish(engine)
     change(engine, ("session.lost", "s1", None), ("chat.created", "s8", "c8"), ("chat.created", "s7", "c7"))
-    change(engine, ("session.settled", "s8", None), ("session.settled", "s7", None))
+    change(engine, ("session.settled", "s8", None), ("session.settled", "s7", None), ("chat.erased", "s1", "c1"))
     erasure.order(engine, [Target("s8")], "request", AuditEntry("erase", "anna", "asked"))
     sweep(engine)
+    publish(engine)
     with receiving() as receiver:
         subscribe(engine, receiver.url)
         with sending(database_url):
@@ -268,6 +270,8 @@ def test_what_is_sent_is_as_the_schemas_say(database_url: str, engine: Engine) -
     assert {got.payload["type"] for got in receiver.got} == set(TYPES)
     assert any("truncated" in got.data for got in receiver.got)
     assert any("erased_at" in got.data for got in receiver.got)
+    (erased,) = (got.data for got in receiver.got if got.payload["type"] == "chat.erased")
+    assert erased.keys() == {"cursor", "session_id", "chat_id", "erased_at"}  # although s1 still has it
     with pytest.raises(AssertionError):
         check(receiver.got[0].payload | {"data": {}})
 

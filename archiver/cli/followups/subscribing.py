@@ -108,9 +108,16 @@ def _check_events(events: Sequence[str], only: Filter) -> None:
         if each not in outbox.TYPES:
             known = ", ".join(outbox.TYPES)
             raise click.BadParameter(f"unknown event type {each!r}; use one of {known}", param_hint="--event")
-    if subscriptions.SEAL in events and not only.is_empty:
+    if only.is_empty:
+        return
+    if subscriptions.SEAL in events:
         raise click.UsageError(
             "seal.created belongs to no conversation: add a separate subscription without a filter"
+        )
+    if erasures := sorted(outbox.ERASURES.intersection(events)):
+        which = " and ".join(erasures)
+        raise click.UsageError(
+            f"erased content matches no filter: add a separate subscription to {which} without a filter"
         )
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database
+from archiver.archive.outbox import insert_changes
 from archiver.archive.rows import mark_erased
 from archiver.compliance.erasure.holds import covering
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches
@@ -263,4 +264,4 @@ def _insert_erasures(
     ]
     connection.execute(_INSERT, {"targets": as_json(rows), "rule": rule, "act_id": act_id})
     # The history is no longer fetched, even if a hold keeps the content.
-    mark_erased(connection, split(targets)[0])
+    insert_changes(connection, mark_erased(connection, split(targets)[0]))

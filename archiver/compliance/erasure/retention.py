@@ -13,10 +13,11 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import Timing, rederive, summaries, unassigned
+from archiver.archive import Timing, rederive, summaries, unassigned, without_events
+from archiver.archive.outbox import insert_changes
 from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
-from archiver.compliance.erasure.targets import Target, parts, split, with_unassigned
+from archiver.compliance.erasure.targets import Target, erased_change, parts, split, with_unassigned
 from archiver.database import Lock, as_json, run_split, transaction
 from archiver.ledger import audit_log, quarantine
 from archiver.settings import Settings
@@ -253,8 +254,9 @@ def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timi
     ids_json = as_json(ids)
     connection.execute(_INSERT_REMOVALS, {"ids": ids_json, "act_id": act_id})
     connection.execute(_DELETE_EVENTS, {"ids": ids_json})
-    rederive(connection, sessions, timing)
+    changes = without_events(rederive(connection, sessions, timing))
     unassigned.rederive(connection, chat_ids)
+    insert_changes(connection, [*map(erased_change, deletable), *changes])
     Lock.PUBLISHING.take(connection, exclusive=True)  # last, as in an erasure
     summaries.refresh(connection, dict.fromkeys(sessions, 0))
     return len(ids)

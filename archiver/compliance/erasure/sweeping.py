@@ -14,8 +14,9 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import ledger
-from archiver.archive import Timing, pieces, rederive, summaries, unassigned
+from archiver.archive import Timing, pieces, rederive, summaries, unassigned, without_events
 from archiver.archive.facts import select_session_facts
+from archiver.archive.outbox import insert_changes
 from archiver.archive.sessions import SessionFacts, without_turns
 from archiver.compliance.erasure import mentions
 from archiver.compliance.erasure.decoding import decode
@@ -23,7 +24,7 @@ from archiver.compliance.erasure.holds import covering, exclude_held
 from archiver.compliance.erasure.ordering import AuditEntry, order
 from archiver.compliance.erasure.quarantine_matches import QuarantineMatches, delete_matches, select_matches
 from archiver.compliance.erasure.repeated_content import select_repeating_turns
-from archiver.compliance.erasure.targets import Target, marks, parts, split
+from archiver.compliance.erasure.targets import Target, erased_change, marks, parts, split
 from archiver.database import Lock, as_json, run_split, transaction
 from archiver.events import Delivery, Event, responses
 from archiver.ledger import audit_log, quarantine
@@ -220,10 +221,11 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
         if (delivery := _redact(session_facts, ordered[session_id])) is not None
     ]
     erased = _erase_content(connection, [Target(each) for each in whole], ordered, chat_ids)
-    ledger.record(connection, redacted, timing, publish=False)
+    changes = ledger.record_redacted(connection, redacted, timing)
     made = {delivery.content.session_id for delivery in redacted}
-    rederive(connection, [each for each in touched if each not in made], timing)
+    derived = rederive(connection, [each for each in touched if each not in made], timing)
     unassigned.rederive(connection, chat_ids)
+    insert_changes(connection, [*map(erased_change, targets), *changes, *without_events(derived)])
     # Last, because no change is published until the end of this transaction.
     Lock.PUBLISHING.take(connection, exclusive=True)
     summaries.refresh(connection, dict.fromkeys(touched, 0))

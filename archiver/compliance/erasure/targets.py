@@ -7,6 +7,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, text
 
 from archiver.archive import UNASSIGNED
+from archiver.archive.outbox import Change
 from archiver.database import as_json
 
 
@@ -25,6 +26,13 @@ class Target(msgspec.Struct, frozen=True, order=True, gc=False):
     def is_unassigned(self) -> bool:
         """Return whether the target is an unassigned turn."""
         return self.session_id == UNASSIGNED
+
+
+def erased_change(target: Target) -> Change:
+    """Return the change that announces the erasure of this target."""
+    if target.chat_id:
+        return Change("chat.erased", target.session_id, target.chat_id)
+    return Change("session.erased", target.session_id)
 
 
 def split(targets: Iterable[Target]) -> tuple[list[str], list[str]]:

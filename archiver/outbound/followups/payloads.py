@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, text
 
+from archiver.archive import outbox
 from archiver.archive.unassigned import current_sessions
 from archiver.database import as_json
 from archiver.outbound.followups.deliveries import Due
@@ -30,7 +31,18 @@ def select_bodies(connection: Connection, due: Sequence[Due], select_seal: Selec
             if each.seal_id is not None
         },
     }
-    return {each.cursor: encode(each.type, each.changed_at, by_cursor[each.cursor]) for each in due}
+    return {each.cursor: encode(each.type, each.changed_at, _without_erased(each, by_cursor)) for each in due}
+
+
+def _without_erased(change: Due, by_cursor: Mapping[int, Data]) -> Data:
+    """Return the data of a change; for an erasure only its ids and time, even if a session still has the turn."""
+    data = by_cursor[change.cursor]
+    if change.type not in outbox.ERASURES:
+        return data
+    erased_at = data.get("erased_at", change.changed_at)
+    return {name: data[name] for name in ("cursor", "session_id", "chat_id") if name in data} | {
+        "erased_at": erased_at
+    }
 
 
 def encode(kind: str, at: datetime, data: Data) -> bytes:
