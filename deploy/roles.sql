@@ -9,6 +9,7 @@ BEGIN
     FOREACH name IN ARRAY ARRAY[
         'archiver_writer',   -- `archiver serve` and `archiver worker`: append to the ledger, derive the archive, seal
         'archiver_reader',   -- dashboards: the views of schema analytics, and nothing else
+        'archiver_metrics',  -- dashboards of numbers: the same views without content, variables, names and external ids
         'archiver_auditor'   -- `archiver verify`, `prove` and `export`: read everything, change nothing
     ] LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, text
 from archiver.database import Lock
 
 READER = "archiver_reader"  # dashboards
+METRICS = "archiver_metrics"  # dashboards of numbers, without content and variables
 WRITER = "archiver_writer"  # `serve` and `worker`
 AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
 
@@ -19,12 +20,14 @@ class Needs(msgspec.Struct, frozen=True):
     """The privileges of a role: by table, as `schema.name`, and on functions and sequences.
 
     `appends`: tables to which the role may add rows, whose ids only Postgres assigns. `columns`: columns of the
-    ledger that the role may update.
+    ledger that the role may update. `shown`: by view, the columns that the role may read; those that do not exist in
+    this database are left out.
     """
 
     tables: Mapping[str, str]
     appends: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    shown: Mapping[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     functions: tuple[str, ...] = ()
     sequences: Mapping[str, str] = msgspec.field(default_factory=dict)  # by schema, the privilege on its sequences
 
@@ -39,10 +42,42 @@ _FUNCTIONS = (
     "analytics.transcript(text)",
     "analytics.changed_sessions(bigint, integer)",
 )
+# Ids, states, times and numbers. Names of sessions, external ids and variables may identify a customer.
+_SHOWN = {
+    "conversations": (
+        *("session_id", "assistant_id", "status", "started_at", "last_message_at", "chats", "messages"),
+        *("user_messages", "assistant_messages", "cost", "deleted_chats", "coverage", "repaired_messages"),
+        *("reconciled_at", "erased_at"),
+    ),
+    "sessions": (
+        *("session_id", "assistant_id", "started_at", "last_message_at", "turns", "messages", "user_messages"),
+        *("assistant_messages", "cost", "deleted_chats", "repaired_messages", "coverage", "reason"),
+        *("answer_seconds", "changed_cursor"),
+    ),
+    "chats": (
+        *("session_id", "chat_id", "turn_id", "assistant_id", "status", "cost", "created_at", "updated_at"),
+        *("source", "deleted_at", "first_received_at", "erased_at", "began_at", "began_is_told"),
+    ),
+    "messages": (
+        *("session_id", "chat_id", "turn_id", "position", "ordinal", "role", "created_at", "source", "deleted_at"),
+        *("in_history", "content_kind", "began_at", "began_is_told"),
+    ),
+    "lines": (
+        *("session_id", "turn_id", "ordinal", "role", "content_kind", "began_at", "began_is_told", "source"),
+        "deleted_at",
+    ),
+}
+_METRICS_VIEWS = ("daily", "coverage", "changes", "epochs", "health")
+_METRICS_FUNCTIONS = ("analytics.complete_through()", "analytics.changed_sessions(bigint, integer)")
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
 NEEDED: Mapping[str, Needs] = {
     READER: Needs({f"analytics.{view}": "SELECT" for view in _VIEWS}, functions=_FUNCTIONS),
+    METRICS: Needs(
+        {f"analytics.{view}": "SELECT" for view in _METRICS_VIEWS},
+        shown={f"analytics.{view}": columns for view, columns in _SHOWN.items()},
+        functions=_METRICS_FUNCTIONS,
+    ),
     WRITER: Needs(
         {
             **{f"analytics.{view}": "SELECT" for view in _VIEWS},  # it also exports
@@ -149,6 +184,15 @@ _MISSING = text(
        AND NOT has_column_privilege(r.role, c.oid, a.attnum, 'UPDATE')
      GROUP BY r.role
     UNION ALL
+    SELECT format('GRANT SELECT (%s) ON %I.%I TO %I', string_agg(format('%I', a.attname), ', ' ORDER BY a.attnum),
+                  n.nspname, c.relname, r.role)
+      FROM r CROSS JOIN unnest(CAST(:views AS text[]), CAST(:shown AS text[])) AS v (name, shown)
+      JOIN pg_namespace n ON n.nspname = split_part(v.name, '.', 1)
+      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = split_part(v.name, '.', 2)
+      JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = ANY (string_to_array(v.shown, ' '))
+     WHERE NOT has_column_privilege(r.role, c.oid, a.attnum, 'SELECT')
+     GROUP BY n.nspname, c.relname, r.role
+    UNION ALL
     SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', name, r.role)
       FROM r CROSS JOIN unnest(CAST(:functions AS text[])) AS name
       JOIN pg_namespace n ON n.nspname = split_part(name, '.', 1)
@@ -174,6 +218,8 @@ def missing(connection: Connection, role: str, grantee: str | None = None) -> li
         "privileges": list(needs.tables.values()),
         "appends": list(needs.appends),
         "columns": list(needs.columns),
+        "views": list(needs.shown),
+        "shown": [" ".join(columns) for columns in needs.shown.values()],
         "functions": list(needs.functions),
         "sequences": list(needs.sequences),
         "uses": list(needs.sequences.values()),
@@ -264,6 +310,9 @@ def expected_privileges(needs: Needs) -> Iterator[tuple[str, str, str]]:
         yield "append", name, "INSERT"
     for name in needs.columns:
         yield "column", f"archiver.events.{name}", "UPDATE"
+    for view, columns in needs.shown.items():
+        for name in columns:
+            yield "column", f"{view}.{name}", "SELECT"
     for name in needs.functions:
         yield "function", name, "EXECUTE"
     for schema, privilege in needs.sequences.items():

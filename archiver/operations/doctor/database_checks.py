@@ -13,6 +13,7 @@ from archiver import database
 from archiver.database import catalogue, identity, lock_waits, roles, schema
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
+from archiver.operations.doctor.login_checks import examine_logins, examine_snapshots
 from archiver.operations.doctor.table_checks import examine_tables
 from archiver.outbound import feed
 from archiver.outbound.followups.review import (
@@ -54,6 +55,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 _schema,
                 _privileges,
                 _roles,
+                examine_logins,
+                examine_snapshots,
                 _outbox,
                 _followups,
             )
