@@ -28,12 +28,11 @@ _FIELDS = (
     "cost",
     "created_at",
     "updated_at",
-    "answered_at",
     "session_name",
     "session_status",
 )
 
-_TIMES = ("occurred_at", "first_received_at", "deleted_at")
+_TIMES = ("answered_at", "occurred_at", "first_received_at", "deleted_at")
 
 MessageText = tuple[str, str, str | None]  # role and content of a message, and the history's wording of it
 

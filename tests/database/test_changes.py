@@ -246,7 +246,7 @@ Snapshot = dict[str, dict[Any, Any]]
 _CHATS = """
     SELECT c.session_id, c.chat_id, c.deleted_at IS NOT NULL,
            row(c.assistant_id, c.external_id, c.status, c.cost, c.variables, c.created_at, c.updated_at,
-               c.answered_at, c.session_name, c.session_status)::text,
+               c.session_name, c.session_status)::text,
            (SELECT json_agg(json_build_array(m.role, m.content) ORDER BY m.ordinal)::text FROM archiver.messages m
              WHERE m.session_id = c.session_id AND m.chat_id = c.chat_id)
       FROM archiver.chats c WHERE NOT starts_with(c.chat_id, E'\\x1f')
