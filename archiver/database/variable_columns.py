@@ -174,8 +174,8 @@ def name_difference(connection: Connection, variables: Sequence[Variable]) -> st
         return None
     missing = [name for name, each in columns.items() if present.get(name) != each]
     surplus = [name for name in present if name not in columns]
-    parts = [f"{what} {', '.join(names)}" for what, names in (("without", missing), ("with", surplus)) if names]
-    return f"{VIEW} is {' and '.join(parts)}, unlike ARCHIVER_ANALYTICS_VARIABLES"
+    parts = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("surplus", surplus)) if names]
+    return f"The columns of {VIEW} differ from ARCHIVER_ANALYTICS_VARIABLES: {'; '.join(parts)}"
 
 
 def with_columns(connection: Connection, catalogue: Catalogue, variables: Sequence[Variable]) -> Catalogue:

@@ -180,7 +180,7 @@ def test_columns_that_the_setting_does_not_name_are_reported(engine: Engine) -> 
     migrate(engine, "a,b:number")
     assert differences(engine, "a,b:number") == []
     assert differences(engine, "b,c") == [
-        "analytics.sessions is without b, c and with a, unlike ARCHIVER_ANALYTICS_VARIABLES."
+        "The columns of analytics.sessions differ from ARCHIVER_ANALYTICS_VARIABLES: missing b, c; surplus a."
     ]
     query = variable_columns.definition(parse("a,b:number")).replace(
         "(variables ->> 'a')", "upper(variables ->> 'a')"

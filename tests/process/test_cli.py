@@ -420,6 +420,18 @@ def as_user(url: str, name: str) -> str:
     return parse_url(url).set(drivername="postgresql", username=name).render_as_string()
 
 
+def test_migrate_and_doctor_compare_the_columns_for_variables_with_the_setting(empty_database_url: str) -> None:
+    setting = {"ARCHIVER_ANALYTICS_VARIABLES": "customerTier,seats:number"}
+    assert archiver("migrate", database_url=empty_database_url, **setting).returncode == 0
+    assert archiver("migrate", "--check", database_url=empty_database_url, **setting).returncode == 0
+    for arguments in (["migrate", "--check"], ["doctor"]):
+        process = archiver(*arguments, database_url=empty_database_url)
+        assert process.returncode == 1
+        assert "differ from ARCHIVER_ANALYTICS_VARIABLES: surplus customer_tier, seats." in output_of(process)
+    assert archiver("migrate", database_url=empty_database_url).returncode == 0
+    assert archiver("migrate", "--check", database_url=empty_database_url).returncode == 0
+
+
 @pytest.mark.usefixtures("durable")
 def test_h2_migrate_and_doctor_give_the_sql_that_lets_a_user_create_the_schema(
     empty_database_url: str, unprivileged_user: str
