@@ -16,6 +16,7 @@ from archiver.errors import ArchiverError
 from archiver.settings.variables import Variable
 
 VIEW = "analytics.sessions"
+_COMMENT = "One stored row per session: fast, and a moment behind."
 _OWN = tuple(column.name for column in tables.summaries.c)
 _TYPES: Mapping[str, str] = {
     "text": "text",
@@ -85,6 +86,11 @@ _SELECT = text(
 )
 
 
+def _has_own_columns(connection: Connection) -> bool:
+    """Return whether the view begins with the columns that it has without variables."""
+    return [row.name for row in connection.execute(_SELECT)][: len(_OWN)] == [*_OWN]
+
+
 def select_present(connection: Connection) -> dict[str, Present]:
     """Return the columns for variables that the view has, by name in order."""
     return {row.name: Present(row.type, row.comment) for row in connection.execute(_SELECT) if row.name not in _OWN}
@@ -114,7 +120,9 @@ def bring_up_to_date(connection: Connection, variables: Sequence[Variable]) -> N
     if present == columns:
         return
     query = definition(in_order(variables, present))
-    is_kept = all(name in columns and columns[name].type == each.type for name, each in present.items())
+    is_kept = _has_own_columns(connection) and all(
+        name in columns and columns[name].type == each.type for name, each in present.items()
+    )
     statements = [f"CREATE OR REPLACE VIEW {VIEW} AS {query}"] if is_kept else _recreating(connection, query)
     statements += [f"COMMENT ON COLUMN {VIEW}.\"{name}\" IS '{column.comment}'" for name, column in columns.items()]
     try:
@@ -142,14 +150,13 @@ _QUOTED = text(
     "SELECT attname AS name, format('%I', attname) AS quoted FROM pg_attribute"
     " WHERE attrelid = CAST(:view AS regclass) AND attnum > 0"
 ).bindparams(view=VIEW)
-_COMMENTS = text("SELECT obj_description(CAST(:view AS regclass), 'pg_class')").bindparams(view=VIEW)
 _GRANTS = text(
     """
     SELECT format('GRANT %s ON analytics.sessions TO %s%s', x.privilege_type,
                   CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE format('%I', pg_get_userbyid(x.grantee)) END,
                   CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
       FROM pg_class c CROSS JOIN aclexplode(c.relacl) x
-     WHERE c.oid = CAST(:view AS regclass) AND x.grantee <> c.relowner
+     WHERE c.oid = to_regclass(:view) AND x.grantee <> c.relowner
     """
 ).bindparams(view=VIEW)
 
@@ -157,11 +164,10 @@ _GRANTS = text(
 def _recreating(connection: Connection, query: str) -> list[str]:
     """Return the statements that drop the view and create it again with its comments and grants."""
     own = {column.name: str(column.comment).replace("'", "''") for column in tables.summaries.c}
-    comment = str(connection.scalar(_COMMENTS)).replace("'", "''")
     return [
-        f"DROP VIEW {VIEW}",
+        f"DROP VIEW IF EXISTS {VIEW}",
         f"CREATE VIEW {VIEW} AS {query}",
-        f"COMMENT ON VIEW {VIEW} IS '{comment}'",
+        f"COMMENT ON VIEW {VIEW} IS '{_COMMENT}'",
         *(f"COMMENT ON COLUMN {VIEW}.{name} IS '{each}'" for name, each in own.items()),
         *connection.scalars(_GRANTS),
     ]

@@ -191,3 +191,20 @@ def test_columns_that_the_setting_does_not_name_are_reported(engine: Engine) -> 
     with transaction(engine) as connection:
         assert len(catalogue.repair(connection, parse("a,b:number"))) == 1
     assert differences(engine, "a,b:number") == []
+
+
+@pytest.mark.parametrize("query", ["SELECT session_id, variables ->> 'a' AS a FROM archiver.summaries", None])
+def test_a_repair_recreates_the_view_with_its_columns_comments_and_grants(engine: Engine, query: str | None) -> None:
+    migrate(engine, "a,b:number")
+    comment = "SELECT obj_description('analytics.sessions'::regclass)"
+    before = rows(engine, comment)
+    execute(
+        engine, "DROP VIEW analytics.sessions", *([f"CREATE VIEW analytics.sessions AS {query}"] if query else [])
+    )
+    with transaction(engine) as connection:
+        catalogue.repair(connection, parse("a,b:number"))
+    assert differences(engine, "a,b:number") == []
+    assert columns(engine) == ["a", "b"]
+    silent = "SELECT attname FROM pg_attribute WHERE attrelid = 'analytics.sessions'::regclass AND attnum > 0"
+    assert rows(engine, f"{silent} AND col_description(attrelid, attnum) IS NULL") == []
+    assert rows(engine, comment) == before

@@ -307,8 +307,8 @@ def repair(connection: Connection, variables: Sequence[Variable] = ()) -> list[D
     for difference in sorted(result, key=_place):
         if not difference.object.startswith("role ") and not _try(connection, difference.repairs):
             _try(connection, _replacing(difference.object))
-    roles.bring_up_to_date(connection)
     variable_columns.bring_up_to_date(connection, variables)  # a view that was replaced lacks them
+    roles.bring_up_to_date(connection)
     remaining = select_differences(connection, variables)
     return [difference for difference in result if difference not in remaining]
 
