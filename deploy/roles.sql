@@ -1,6 +1,7 @@
 -- The roles of callhq-archiver: run once for each Postgres server, as a superuser or a user with CREATEROLE.
 -- Then run `archiver migrate`, as the owner of the database: it grants each of them what it needs, now and after
 -- every upgrade. Let your users in by: GRANT archiver_writer TO your_user;
+-- Set limits for each login that reads the archive: docs/data-model.md, "Limits of a login".
 
 DO $$
 DECLARE
