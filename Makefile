@@ -75,7 +75,7 @@ schema: $(VENV)/.installed  ## Record a new migration: its digest
 
 lock: $(VENV)/.installed  ## Renew requirements.lock and its part for production from pyproject.toml
 	@$(PIP) 'uv==0.13.9'
-	@$(LOCK) --group dev --output-file requirements.lock pyproject.toml
+	@$(LOCK) --extra parquet --group dev --output-file requirements.lock pyproject.toml
 	@$(LOCK) --group build --constraints requirements.lock --output-file requirements-runtime.lock pyproject.toml
 
 clean:  ## Remove .venv and caches (never your data)

@@ -36,7 +36,7 @@ from archiver.ledger import audit_log
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder to create; if it exists, it must be empty.",
+    help="Folder to create; if it exists, it must be empty, or with --format parquet an export to update.",
 )
 @click.option("--session", "session_ids", multiple=True, metavar="ID", help="One session; may be repeated.")
 @options.since_option
@@ -53,8 +53,15 @@ from archiver.ledger import audit_log
     "--format",
     "formats",
     multiple=True,
-    type=click.Choice(export.FORMATS),
-    help="Format of the transcripts; may be repeated.  [default: jsonl]",
+    type=click.Choice([*export.FORMATS, export.PARQUET]),
+    help="Format of the transcripts; may be repeated, except for parquet.  [default: jsonl]",
+)
+@click.option(
+    "--since-cursor",
+    type=Whole(0, 2**63 - 1),
+    metavar="N",
+    help="With --format parquet: update the export by the changes after this cursor of the change feed, instead of"
+    " the cursor in its manifest.",
 )
 @click.option(
     "--raw-csv",
@@ -96,6 +103,7 @@ def command(
     hold_ids: tuple[int, ...],
     is_all: bool,
     formats: tuple[str, ...],
+    since_cursor: int | None,
     raw_csv: bool,
     reason: str | None,
     actor: str | None,
@@ -117,7 +125,7 @@ def command(
     if folder is not None:
         if output is not None:
             raise click.UsageError("Use either --output (export) or --check (check an export), not both.")
-        if any(chosen) or formats or raw_csv:
+        if any(chosen) or formats or raw_csv or since_cursor is not None:
             raise click.UsageError("--check checks a whole export and accepts no selection or format.")
         known = None if against is None else verify_options.read_known_seals(against)
         keys = export.Keys(verify_options.public_keys(key_files), signed_since)
@@ -132,6 +140,10 @@ def command(
         raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned require --check.")
     if raw_csv and "csv" not in formats:
         raise click.UsageError("--raw-csv requires --format csv.")
+    if _is_parquet(formats, since_cursor, is_all=is_all, is_selected=any(chosen[:-1])):
+        request = ExportRequest(Selection(is_all=True), formats[:1], actor or audit_log.actor(), reason)
+        _export(output, request, since_cursor, as_json=as_json)
+        return
     if sum(chosen) > 1:
         raise click.UsageError("Use only one of --session, --since/--until, --hold and --all.")
     if not any(chosen):
@@ -151,7 +163,19 @@ def command(
     _export(output, request, as_json=as_json)
 
 
-def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
+def _is_parquet(formats: tuple[str, ...], since_cursor: int | None, *, is_all: bool, is_selected: bool) -> bool:
+    """Return whether an export in Parquet is requested; fail with a usage error if other options exclude it."""
+    if export.PARQUET not in formats and since_cursor is None:
+        return False
+    if set(formats) != {export.PARQUET} or is_selected or not (is_all or since_cursor is not None):
+        raise click.UsageError(
+            "--format parquet requires --all or --since-cursor, and accepts no other selection or format;"
+            " --since-cursor requires --format parquet."
+        )
+    return True
+
+
+def _export(output: Path, request: ExportRequest, since_cursor: int | None = None, *, as_json: bool) -> None:
     configuration = settings.read()
     key = signing_key(configuration)
     request = msgspec.structs.replace(request, settings=_recorded_settings(configuration))
@@ -166,7 +190,12 @@ def _export(output: Path, request: ExportRequest, *, as_json: bool) -> None:
             def show_progress(name: str, rows: int) -> None:
                 bar.update(task, progress=f"{name}: {rows:,}")
 
-            completed = export.make(engine, output, request, key, show_progress)
+            if export.PARQUET in request.formats:
+                completed = export.update(
+                    engine, output, request, since=since_cursor, key=key, on_progress=show_progress
+                )
+            else:
+                completed = export.make(engine, output, request, key, show_progress)
     except DBAPIError:
         if (output / "manifest.json").exists():  # otherwise the export has not begun
             complain(f"the export in {output} is complete, but its completion could not be recorded in the audit log")
@@ -213,16 +242,38 @@ def _report(output: Path, completed: CompletedExport, *, as_json: bool) -> None:
     if as_json:
         print_json(completed.manifest)
         return
+    if completed.manifest.parquet is not None:
+        _report_parquet(output, completed.manifest, completed.manifest.parquet)
+    else:
+        _report_files(output, completed.manifest)
+    if quarantined := completed.manifest.counts.quarantined:
+        deliveries = counted(quarantined, "delivery", "deliveries")
+        click.echo(f"The quarantine contains {deliveries}. Quarantined deliveries are not exported.")
+    click.echo(f"SHA-256 of the manifest: {completed.digest}")
+
+
+def _report_parquet(output: Path, manifest: Manifest, state: export.Parquet) -> None:
+    totals = manifest.counts
+    click.echo(
+        f"{output} contains {counted(totals.conversations, 'conversation')}, {counted(totals.chats, 'turn')} and"
+        f" {counted(totals.messages, 'message')}, up to cursor {state.cursor}."
+    )
+    days = counted(len(state.written), "day")
+    if state.since is None:
+        click.echo(f"Wrote all of {days}: {state.why}.")
+    else:
+        click.echo(f"Wrote {days} again for the changes after cursor {state.since}.")
+    if state.erased:
+        click.echo(f"Removed erased content from {counted(len(state.erased), 'day')}: {', '.join(state.erased)}.")
+
+
+def _report_files(output: Path, manifest: Manifest) -> None:
     table = Table("file", "rows", "bytes", "SHA-256")
-    for name, file in completed.manifest.files.items():
+    for name, file in manifest.files.items():
         table.add_row(name, f"{file.rows:,}", f"{file.bytes:,}", file.sha256)
     console().print(table)
-    counts = completed.manifest.counts
+    counts = manifest.counts
     click.echo(f"Exported {_event_counts(counts.events, counts.erased, counts.unsealed)} to {output}.")
-    if counts.quarantined:
-        quarantined = counted(counts.quarantined, "delivery", "deliveries")
-        click.echo(f"The quarantine contains {quarantined}. Quarantined deliveries are not exported.")
-    click.echo(f"SHA-256 of the manifest: {completed.digest}")
 
 
 def _event_counts(events: int, erased: int, unsealed: int) -> str:
@@ -307,9 +358,12 @@ def _print_checked(checked: Checked, findings: list[Finding], keys: export.Keys,
 
 
 def _report_check(checked: Checked, manifest: Manifest, keys: export.Keys, *, is_compared: bool) -> None:
-    loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
-    seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
-    click.echo(f"{seen}; not yet sealed: {loose}.")
+    if manifest.parquet is not None:
+        click.echo(f"{counted(len(manifest.files), 'file')} in Parquet, up to cursor {manifest.parquet.cursor}.")
+    else:
+        loose = ", ".join(f"{count:,} {table}" for table, count in checked.unsealed.items())
+        seen = f"{counted(checked.events, 'event')} in {counted(checked.seals, 'seal')}"
+        click.echo(f"{seen}; not yet sealed: {loose}.")
     if is_compared:
         click.echo(f"Compared with {counted(checked.compared, 'seal')} exported earlier.")
     click.echo(f"SHA-256 of the manifest: {checked.digest}{_signed(checked, keys)}")

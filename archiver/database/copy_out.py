@@ -1,6 +1,6 @@
 """Read rows with COPY one at a time, at low cost."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,15 @@ def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         while row := copy.read():
             yield row
+
+
+def records(connection: Connection, query: sql.Composable, types: Sequence[str]) -> Generator[tuple[Any, ...]]:
+    """Yield the rows of a query as Python values. `types`: its columns' types, by name. Close it after use."""
+    driver: Any = connection.connection.driver_connection
+    whole = sql.SQL("COPY ({}) TO STDOUT (FORMAT BINARY)").format(query)
+    with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(whole) as copy:
+        copy.set_types(types)
+        yield from copy.rows()
 
 
 @contextmanager

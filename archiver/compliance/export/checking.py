@@ -9,7 +9,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from archiver.compliance.export import manifest
+from archiver.compliance.export import manifest, parquet
 from archiver.compliance.export.findings import MAX_FINDINGS, Finding, FindingQueue
 from archiver.compliance.export.manifest import Counts, Covered, Manifest
 from archiver.compliance.export.reading import Lines, NoFileError, compare, measured, opened
@@ -74,12 +74,15 @@ class _Checking:
             return
         self._checked.digest = sha256(content).hexdigest()
         yield from self._check_digest(self._checked.digest)
-        manifest_record = _manifest(content)
+        manifest_record = manifest.decode(content)
         if manifest_record is None:
             yield Finding(manifest.MANIFEST, "damaged")
             return
         self._checked.manifest = manifest_record
         yield from self._check_signature(manifest_record, content)
+        if manifest_record.parquet is not None:
+            yield from parquet.check_files(self._folder, manifest_record)
+            return
         yield from self._check_listing(manifest_record)
         yield from self._check_files(manifest_record, on_progress)
 
@@ -199,19 +202,6 @@ def _read(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise NoFileError("damaged")
     return content
-
-
-def _manifest(content: bytes) -> Manifest | None:
-    try:
-        manifest_record = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    are_formats = set(manifest_record.formats) <= set(manifest.FORMATS) and len(set(manifest_record.formats)) == len(
-        manifest_record.formats
-    )
-    if not are_formats or manifest_record.version != manifest.VERSION:
-        return None
-    return manifest_record if set(manifest_record.files) == set(manifest.names(manifest_record.formats)) else None
 
 
 def _is_signed(key: Ed25519PublicKey, signature: bytes, content: bytes) -> bool:

@@ -33,12 +33,12 @@ def made(output: Path) -> Iterator[Path]:
         with held(target) as partial:
             try:
                 yield partial
-                _sync(partial)
+                sync(partial)
                 partial.rename(target)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise FolderError(_explain(error, target)) from error
 
@@ -63,7 +63,8 @@ def _explain(error: OSError, target: Path) -> str:
     return f"Cannot write {target}: {error.strerror or error}. Its parent must be writable: choose another folder."
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Make the names of its files durable."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -117,3 +118,9 @@ class Sink:
     def description(self) -> File:
         """Return the manifest entry of the file."""
         return File(self.bytes, self.rows, self._hash.hexdigest())
+
+
+def write_small(path: Path, content: bytes) -> None:
+    """Write a file as a whole and sync it."""
+    with Sink(path) as sink:
+        sink.write(content)

@@ -1,5 +1,6 @@
 """Define the manifest of an export and the names of its files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -20,6 +21,8 @@ BY_FORMAT: Mapping[str, tuple[str, ...]] = {
     "openai": ("openai.jsonl",),
 }
 FORMATS = tuple(BY_FORMAT)
+PARQUET = "parquet"  # the only format of its export, which later runs update
+_PARQUET_FILE = re.compile(r"(conversations|chats|messages)/day=[0-9]{4}-[0-9]{2}-[0-9]{2}/\1\.parquet")
 
 
 Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -59,6 +62,23 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hash: str
 
 
+class Parquet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The state of an export in Parquet, and its latest run.
+
+    `cursor`, `epoch`: the newest change of the feed that the files contain. `since`: the cursor after which the run
+    read changes; null if it wrote all days, for the reason `why`. `written`: the days that it wrote. `erased`: those
+    that contained rows of conversations of which content was erased. `columns`: by table and name, the Arrow types.
+    """
+
+    cursor: Whole
+    epoch: str | None
+    since: Whole | None
+    why: str | None
+    written: list[str]
+    erased: list[str]
+    columns: dict[str, dict[str, str]]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The manifest of an export. `asked`: the request. `act`: id of its audit entry. `coverage`: sessions by state.
 
@@ -82,11 +102,30 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signed_by: KeyId | None
     files: dict[str, File]
     csv: CsvCells | None = None
+    parquet: Parquet | None = None
 
 
 def encode(manifest: Manifest) -> bytes:
     """Return the content of the manifest file."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode(content: bytes) -> Manifest | None:
+    """Return the manifest; None unless it has the form of this version and lists the files of its formats."""
+    try:
+        result = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    formats = set(result.formats)
+    if not formats <= {*FORMATS, PARQUET} or len(formats) != len(result.formats) or result.version != VERSION:
+        return None
+    return result if _lists_its_files(result) else None
+
+
+def _lists_its_files(manifest: Manifest) -> bool:
+    if manifest.parquet is None:
+        return PARQUET not in manifest.formats and set(manifest.files) == set(names(manifest.formats))
+    return manifest.formats == [PARQUET] and all(map(_PARQUET_FILE.fullmatch, manifest.files))
 
 
 class Covered(msgspec.Struct):

@@ -44,8 +44,13 @@ def as_csv(selection: Selection, name: str) -> Iterator[sql.Composable]:
         yield sql.SQL("COPY ({}) TO STDOUT (FORMAT CSV, ENCODING 'UTF8'{})").format(query, header)
 
 
+def view(name: str) -> sql.Composable:
+    """Return the query for all rows of this file, to which a condition on `v` can be added."""
+    return sql.SQL(_ROWS[name])
+
+
 def columns(name: str) -> sql.Composable:
-    """Return a query that returns no rows but has the columns of this CSV file."""
+    """Return a query that returns no rows but has the columns of this file."""
     return sql.SQL(_ROWS[name] + " LIMIT 0")
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, text
 
 from archiver import __version__, database
 from archiver.compliance.export import folder, manifest, proofs, queries
-from archiver.compliance.export.folder import Sink
+from archiver.compliance.export.folder import Sink, write_small
 from archiver.compliance.export.manifest import Counts, Covered, File, Head, Manifest
 from archiver.compliance.export.proofs import Ids
 from archiver.compliance.export.selection import Selection, UnknownSelectionError, check_known, select_held
@@ -94,10 +94,10 @@ def make(
         _require_some(exported_manifest)
         encoded = manifest.encode(exported_manifest)
         digest = sha256(encoded).hexdigest()
-        _write_small(partial / manifest.DIGEST, f"{digest}  {manifest.MANIFEST}\n".encode())
+        write_small(partial / manifest.DIGEST, f"{digest}  {manifest.MANIFEST}\n".encode())
         if key is not None:
-            _write_small(partial / manifest.SIGNATURE, key.sign(encoded))
-        _write_small(partial / manifest.MANIFEST, encoded)
+            write_small(partial / manifest.SIGNATURE, key.sign(encoded))
+        write_small(partial / manifest.MANIFEST, encoded)
     counts = {
         name: count
         for name, count in msgspec.structs.asdict(exported_manifest.counts).items()
@@ -124,11 +124,6 @@ def _require_some(exported_manifest: Manifest) -> None:
     counts, erasures = exported_manifest.counts, exported_manifest.files[manifest.ERASURES]
     if not (counts.conversations or counts.chats or counts.events or erasures.rows):
         raise UnknownSelectionError("nothing archived matches the selection; nothing was exported")
-
-
-def _write_small(path: Path, content: bytes) -> None:
-    with Sink(path) as sink:
-        sink.write(content)
 
 
 class _Export:
@@ -166,7 +161,7 @@ class _Export:
             reason=self._request.reason,
             asked=self._request.description(),
             formats=list(self._request.formats),
-            settings={"here": dict(self._request.settings), "recorded": self._recorded_settings()},
+            settings={"here": dict(self._request.settings), "recorded": select_recorded_settings(self._connection)},
             counts=self._counts,
             coverage=self._coverage(),
             complete_through=complete_through,
@@ -284,9 +279,10 @@ class _Export:
             result.update(decode(line).coverage for line in file)
         return dict(sorted(result.items()))
 
-    def _recorded_settings(self) -> dict[str, Any]:
-        """Return the settings of the latest starts of `serve` and `worker`, from the audit log."""
-        return {row.part: row.detail | {"since": row.at} for row in self._connection.execute(_LATEST_SETTINGS)}
+
+def select_recorded_settings(connection: Connection) -> dict[str, Any]:
+    """Return the settings of the latest starts of `serve` and `worker`, from the audit log."""
+    return {row.part: row.detail | {"since": row.at} for row in connection.execute(_LATEST_SETTINGS)}
 
 
 _NUMERIC_TYPES = {20, 21, 23, 700, 701, 1700}  # their oids in pg_type: int8, int2, int4, float4, float8, numeric
