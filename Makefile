@@ -19,13 +19,20 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+# dbt and what it needs, in an environment of its own: it does not accept the versions of our own tools.
+$(VENV)/dbt/.installed: $(VENV)/.installed deploy/analytics/requirements.lock
+	@echo 'Installing dbt into $(VENV)/dbt (once) ...'
+	@test -x $(VENV)/dbt/bin/python || $(BIN)/python -m venv $(VENV)/dbt
+	@$(VENV)/dbt/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes -r deploy/analytics/requirements.lock
+	@touch $@
+
 demo: $(VENV)/.installed  ## See it work: a database, the receiver and a simulated CallHQ (DEMO_ARGS=--exit ends by itself)
 	@$(BIN)/python -m archiver demo $(DEMO_ARGS)
 
 run: $(VENV)/.installed  ## Receive real webhooks on an embedded Postgres (needs ARCHIVER_WEBHOOK_SECRETS, or ARGS=--insecure)
 	@$(BIN)/python -m archiver serve $(ARGS)
 
-test: $(VENV)/.installed  ## Run the tests, six at a time (TEST_ARGS goes to pytest)
+test: $(VENV)/.installed $(VENV)/dbt/.installed  ## Run the tests, six at a time (TEST_ARGS goes to pytest)
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -n 6 --dist worksteal $(TEST_ARGS)
 
@@ -76,6 +83,7 @@ schema: $(VENV)/.installed  ## Record a new migration: its digest
 lock: $(VENV)/.installed  ## Renew requirements.lock and its part for production from pyproject.toml
 	@$(PIP) 'uv==0.13.9'
 	@$(LOCK) --extra parquet --group dev --output-file requirements.lock pyproject.toml
+	@$(LOCK) --no-strip-extras --output-file deploy/analytics/requirements.lock deploy/analytics/requirements.in
 	@$(LOCK) --group build --constraints requirements.lock --output-file requirements-runtime.lock pyproject.toml
 
 clean:  ## Remove .venv and caches (never your data)
