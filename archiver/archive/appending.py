@@ -139,13 +139,14 @@ class _TranscriptTail:
         self._places: int = status.places
 
     def can_append(self, texts: Collection[str]) -> bool:
-        """Return whether the turns follow all others, arrived after the latest reading and have none of `texts`."""
+        """Return whether the turns follow all others, arrived after the latest reading and match none of `texts`."""
         if self._status.append_after is None or len(self._revised) > 1 or not self._is_readable:
             return False
-        if not all(
-            self._is_newer(turn) and not transcript.may_claim(turn.messages, texts) for _, turn in self._turns
-        ):
-            return False
+        read_at, reconciled_at = self._status.read_at, self._status.reconciled_at
+        for chat_id, turn in self._turns:
+            own = aligned(chat_id, turn, read_at)
+            if not self._is_newer(turn) or transcript.may_claim(own, texts, reconciled_at):
+                return False
         return self._follow_others()
 
     def _is_newer(self, turn: Turn) -> bool:

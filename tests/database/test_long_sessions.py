@@ -63,6 +63,24 @@ def test_i12_a_turn_after_the_reading_costs_the_same_however_long_the_session_is
         assert dump(connection) == rebuilt(connection)
 
 
+def test_i12_a_question_that_only_history_has_as_well_costs_the_same_however_long_the_session_is(
+    engine: Engine,
+) -> None:
+    costs = []
+    for turns in (10, 300):
+        fill(engine, turns)
+        lost = [("user", "ok"), ("assistant", "I am looking it up")]
+        with transaction(engine) as connection:
+            lines = [*conversation(3), *lost, *conversation(turns)[6:]]
+            record(connection, turns - 0.25, reading(*lines), responses.SOURCE)
+            connection.execute(text("ANALYZE archiver.messages, archiver.events, archiver.sessions, archiver.chats"))
+        costs.append(cost(engine, turns + 1, webhook(turns + 1, input="ok"), events.WEBHOOK))
+        with transaction(engine) as connection:
+            assert dump(connection) == rebuilt(connection)
+        empty(engine, *DERIVED, "events", "pieces")
+    assert costs[0] == costs[1]
+
+
 def test_i12_a_revision_of_the_last_turn_costs_the_same_however_long_the_session_is(engine: Engine) -> None:
     costs = []
     for turns in (10, 300):

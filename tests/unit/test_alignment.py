@@ -23,6 +23,7 @@ from archiver.archive.transcript import (
     HistoryMessages,
     TranscriptLine,
     TurnMessages,
+    may_claim,
     merge_history,
     merge_turns,
     transcript,
@@ -1079,3 +1080,26 @@ def test_a_line_is_dated_by_the_first_reading_that_showed_it() -> None:
     readings = [HistoryMessages(tuple(whole[a:b]), START + timedelta(minutes=n)) for n, (a, b) in enumerate(cuts)]
     times = [line.first_read_at for line in transcript([], readings)]
     assert times == [START + timedelta(minutes=1)] * 2 + [START] * 2
+
+
+# Turns that are newer than the reading
+
+
+@pytest.mark.parametrize(
+    ("late", "said_by_turn", "expected"),
+    [
+        (0.5, ("u ok", "a sure"), True),
+        (0.5, ("u ok",), True),
+        (1, ("u ok", "a sure"), False),
+        (1, ("u ok",), False),
+        (1, ("u ok", "a looking it up"), True),
+        (1, ("u ok", "t 5 rows", "a looking it up"), True),
+        (1, ("u ok", "a looking it up\nfound"), True),
+        (1, ("u ok", "a looking it up", "a found"), False),
+    ],
+)
+def test_i6_a_turn_later_than_the_reading_claims_lines_only_as_a_whole(
+    late: float, said_by_turn: tuple[str, ...], expected: bool
+) -> None:
+    newer = turn("a", *said_by_turn, at=100 + late)
+    assert may_claim(newer, {"ok", "looking it up"}, minute(100)) is expected

@@ -38,8 +38,9 @@ _TRIALS = 3  # attempts to omit repeats; each restores the turns whose repeats w
 class Transcript(msgspec.Struct, frozen=True):
     """The lines of a session, in order.
 
-    `can_append`: a further turn that arrives after the latest reading, begins after all others, and says nothing that
-    only history has (`may_claim`) is appended unchanged (`unmatched_turn`), and changes none of these lines.
+    `can_append`: a further turn that arrives after the latest reading, begins after all others, and cannot match
+    lines that only history has (`may_claim`) is appended unchanged (`unmatched_turn`), and changes none of these
+    lines.
     """
 
     lines: list[TranscriptLine]
@@ -85,7 +86,7 @@ def _with_turns(
     lines = _merge(history_lines, ordered[:count], read_at, is_dated=is_dated)
     is_open, texts = appendable.has_open_end(lines), appendable.unclaimed_texts(lines)
     if count < len(ordered):
-        if is_open or any(may_claim(turn.messages, texts) for turn in ordered[count:]):
+        if is_open or any(may_claim(turn, texts, read_at) for turn in ordered[count:]):
             lines = _merge(history_lines, ordered, read_at, is_dated=is_dated)
             return Transcript(lines, can_append=False)
         lines = [*lines, *(line for turn in ordered[count:] for line in unmatched_turn(turn, read_at))]

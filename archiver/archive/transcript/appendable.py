@@ -7,6 +7,7 @@ delivery was late: then the lines that show them are still unclaimed, and all tu
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
+from archiver.archive.transcript.candidates import ASIDES, SKEW
 from archiver.archive.transcript.shapes import USER, TranscriptLine, TurnMessages
 from archiver.archive.transcript.wording import fragments_of, normal_role
 from archiver.events import Message
@@ -45,8 +46,21 @@ def texts_of(content: str) -> Iterator[str]:
         yield from map(normal_text, fragments_of(content))
 
 
-def may_claim(messages: Iterable[Message], texts: Collection[str]) -> bool:
-    """Return whether a part of these messages may be one of the unclaimed `texts`, regardless of role names."""
-    return bool(texts) and any(
-        message.content.strip() and any(text in texts for text in texts_of(message.content)) for message in messages
-    )
+def may_claim(turn: TurnMessages, texts: Collection[str], read_at: datetime | None) -> bool:
+    """Return whether the turn may match lines with some of the unclaimed `texts`, regardless of role names.
+
+    A part of one message suffices if the reading, at `read_at`, could show the turn. Otherwise a turn matches only as
+    a whole, with an answer (`candidates.Candidates.could_show`).
+    """
+    filled = [(index, each) for index, each in enumerate(turn.messages) if each.content.strip()]
+    if not texts or not filled:
+        return False
+    if read_at is None or turn.began_at <= read_at + SKEW:
+        return any(_is_among(each, texts) for _, each in filled)
+    said = [(index, each) for index, each in filled if normal_role(each.role) not in ASIDES]
+    has_answer = any(index >= turn.inputs for index, _ in filled)
+    return has_answer and all(_is_among(each, texts) for _, each in said or filled)
+
+
+def _is_among(message: Message, texts: Collection[str]) -> bool:
+    return any(text in texts for text in texts_of(message.content))
