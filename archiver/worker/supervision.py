@@ -72,6 +72,7 @@ class Supervisor:
     def __init__(self, runners: Sequence[Runner], engine: Engine) -> None:
         self._runners = runners
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._faults = _FaultLog()
         self._watch = _Watch(runners, engine, self._cancel)
 
     async def run(self, ending: asyncio.Event) -> None:
@@ -108,8 +109,8 @@ class Supervisor:
             if ending.is_set():
                 return
             if error is not None:
-                duty.failing(reason_of(error))
-                log.error("duty failed", duty=duty.name, exc_info=error)
+                duty.failing(reason := reason_of(error))
+                self._faults.add(duty.name, reason, error)
             if monotonic() - began > STABLE_SECONDS:
                 pause = INITIAL_PAUSE_SECONDS
             longest = UNAVAILABLE_PAUSE_SECONDS if isinstance(error, _UNAVAILABLE) else MAX_PAUSE_SECONDS
@@ -135,6 +136,24 @@ class Supervisor:
         if error is not None and not isinstance(error, Exception):
             raise error
         return error or _EndedError()
+
+
+class _FaultLog:
+    """Log one line per minute and reason: an unavailable database makes all duties fail repeatedly."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, tuple[float, int]] = {}  # the last line of each reason, and faults since
+
+    def add(self, duty: str, reason: str, error: Exception) -> None:
+        """Count a fault, and log it if a line is due. `faults`: the number of faults since the previous line."""
+        now = monotonic()
+        logged_at, faults = self._logged.get(reason, (float("-inf"), 0))
+        if now - logged_at < LOG_SECONDS:
+            self._logged[reason] = logged_at, faults + 1
+            return
+        self._logged = {each: known for each, known in self._logged.items() if now - known[0] < CLEAN_SECONDS}
+        self._logged[reason] = now, 0
+        log.error("duty failed", duty=duty, reason=reason, faults=faults + 1, exc_info=error)
 
 
 class _EndedError(Exception):

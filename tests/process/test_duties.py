@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import structlog.testing
 from sqlalchemy import Engine
 
 from archiver import database, settings
@@ -266,3 +267,35 @@ def test_i13_any_fault_of_a_duty_leaves_the_others_alone_and_is_named(
 
     asyncio.run(run())
     assert steps[1:3] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 0.0])
+def test_faults_of_several_duties_are_logged_once_for_each_reason_in_a_period(
+    seconds: float, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "INITIAL_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(supervision, "LOG_SECONDS", seconds)
+    names = ("reconcile", "seal", "publish")
+    ending = asyncio.Event()
+    faults: list[str] = []
+
+    async def fail(_: asyncio.Event) -> None:
+        if len(faults) == 12:
+            ending.set()
+            return
+        faults.append("here")
+        if len(faults) % 2:
+            raise KeyError("x")
+        raise ImportError("no such library")
+
+    async def run() -> None:
+        runners = [supervision.Runner(Duty(name), fail) for name in names]
+        async with asyncio.timeout(120):
+            await supervision.Supervisor(runners, engine).run(ending)
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(run())
+    lines = [line for line in logs if line["event"] == "duty failed"]
+    assert len({line["reason"] for line in lines}) == 2
+    assert (len(lines) == 2) is (seconds > 0)
+    assert {line["faults"] for line in lines} == {1}
