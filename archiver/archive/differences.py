@@ -1,4 +1,4 @@
-"""Compute changes for the feed from archive rows before and after. Pure.
+"""Compute changes for the feed by comparing the archive rows before and after a transaction. Pure.
 
 A change of a turn is a difference in its upstream content, or in the history's wording of one of its messages. A
 difference in any other visible value, such as a position, a source or an arrival time, rewrites the session.

@@ -92,7 +92,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
 
 
 def fold(facts: Sequence[Fact]) -> Turn:
-    """Return the turn that these facts describe, in any order; at least one is required.
+    """Return the turn that these facts, in any order, describe; at least one is required.
 
     The newest value of each field wins; an empty output never replaces a filled one; one deletion is enough.
     """

@@ -44,7 +44,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
 
 
 def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
-    """Yield the lines of a text COPY. Close it after use."""
+    """Yield the lines of a text COPY. Close the generator after use."""
     driver: Any = connection.connection.driver_connection
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         while row := copy.read():

@@ -53,7 +53,7 @@ class ForeignDatabaseError(ArchiverError):
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Identity of a database. Fields are empty or None if unknown or unreadable by this user."""
+    """The identity of a database. Fields are empty or None if unknown or unreadable by this user."""
 
     system_identifier: str
     database_oid: int
@@ -105,7 +105,7 @@ class Epoch(msgspec.Struct, frozen=True):
 
 
 class Watermarks(msgspec.Struct, frozen=True):
-    """The newest committed row of each kind: its id, and content that another row cannot share."""
+    """The highest timeline, and the id of the newest committed row of each kind with content that is unique to it."""
 
     timeline: int = 0
     event_id: int = 0
@@ -116,7 +116,7 @@ class Watermarks(msgspec.Struct, frozen=True):
     changed_at: str = ""
 
     def merge(self, other: "Watermarks") -> "Watermarks":
-        """Return the newer value of each mark."""
+        """Return the newer value of each watermark."""
         event, seal, change = (
             max((self.event_id, self.event_at), (other.event_id, other.event_at)),
             max((self.seal_id, self.seal_hash), (other.seal_id, other.seal_hash)),
@@ -351,7 +351,7 @@ class Guard:
         return "; ".join(f"{name}: {why}" for name, (why, _) in self._unreadable.items())
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
-        """Return the result, or None if the check fails. It is then not repeated for `UNREADABLE_SECONDS`."""
+        """Return the result; None if the check fails. A failed check is not repeated for `UNREADABLE_SECONDS`."""
         _, until = self._unreadable.get(name, ("", 0.0))
         if monotonic() < until:
             return None
@@ -441,7 +441,7 @@ class Guard:
         return 0 if row is None or row[0] else number
 
     def _recorded(self, connection: Connection, epoch: Epoch) -> str:
-        """Return the fault that another machine recorded; empty if none."""
+        """Return the fault that a machine recorded for this epoch; empty if none."""
         row = self._try("epoch_faults", lambda: _probe(connection, _SELECT_FAULT, {"epoch_id": epoch.id}))
         return "" if row is None else f"{row.reason} (found by the machine {row.host})"
 

@@ -32,7 +32,7 @@ INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
 class LockTimeoutError(ArchiverError):
-    """A lock was not granted in time; the message names its holder."""
+    """A lock was not granted in time; the message names the holder, if it is known."""
 
 
 class WaitReport:

@@ -19,7 +19,7 @@ _RUN_SECONDS = 300
 
 @dataclass(frozen=True)
 class Account:
-    """The unprivileged user that runs Postgres for root."""
+    """The unprivileged account that runs Postgres if this process is root."""
 
     uid: int
     gid: int

@@ -28,7 +28,7 @@ def installed_version() -> str:
 
 
 def find(account: Account | None) -> Path:
-    """Return the folder with `postgres`, `initdb` and `psql`, where `account` can run them.
+    """Return a folder in which `account` can run `postgres`, `initdb` and `psql`.
 
     Other users cannot read a virtual environment under /root; then root copies the programs, once per version, to
     /var/lib/callhq-archiver. Raises `EmbeddedError` if the package is missing or does not run here.

@@ -312,5 +312,5 @@ def _log_since_start(path: Path) -> str:
 
 
 def _tail(text: str) -> str:
-    """Return the last lines of the text."""
+    """Return the last 15 lines of the text."""
     return "\n".join(text.strip().splitlines()[-15:])

@@ -106,8 +106,8 @@ def is_running(pid: int) -> bool:
 def stop_server(data: Path) -> None:
     """Stop the postmaster of this data folder in fast mode, which rolls back open transactions; wait for its exit.
 
-    Does nothing if none is running. `pg_ctl stop` would signal any pid in the pid file; this signals only a process
-    that serves this folder. Raises `TimeoutError` after a minute.
+    Does nothing if none is running. `pg_ctl stop` would signal any pid in the pid file; this function signals only a
+    process that serves this folder. Raises `TimeoutError` after a minute.
     """
     result = read_pid_file(data)
     if result is None or not _serves(result.pid, data):
@@ -162,8 +162,8 @@ def is_last(users: int) -> bool:
     """Return whether no other process uses the server; requires the start lock.
 
     The conversion of a shared lock into an exclusive one releases it for an instant, in which the watchdog may
-    acquire it. The watchdog then releases it and waits for the start lock, so a second attempt fails only because of
-    users.
+    acquire it. The watchdog then releases it and waits for the start lock, so a second attempt fails only if another
+    process uses the server.
     """
     if try_lock(users):
         return True

@@ -32,7 +32,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def kind(self) -> Kind:
-        """Return the content kind in the archive."""
+        """Return the content kind that the archive stores."""
         return _KINDS.get(self.shape, "other")
 
     @property

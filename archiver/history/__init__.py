@@ -269,8 +269,9 @@ class Reconciler:
         return outcome, answer.fault
 
     async def _failed(self, session_id: str, lease: datetime, answer: Answer) -> Event | None:
-        """Schedule a retry with increasing pauses; if retries still fail long after the session expired, return the
-        fact that its history is unavailable.
+        """Schedule a retry with increasing pauses, and return None.
+
+        If retries still fail long after the session expired, return the fact that its history is unavailable.
         """
         now = answer.began
         telemetry.readings.labels("failed").inc()
@@ -289,8 +290,9 @@ class Reconciler:
     async def _postpone(
         self, session_id: str, lease: datetime, until: datetime, *, failing_since: datetime | None = None
     ) -> None:
-        """Postpone the next reading. If another transaction blocks the session, its lease expires instead, and it
-        becomes due again.
+        """Postpone the next reading.
+
+        If another transaction blocks the session, its lease expires instead, and the session becomes due again.
         """
 
         def postpone(connection: Connection, session_ids: Sequence[str]) -> None:
@@ -312,7 +314,7 @@ def retry_pause(timing: Timing, read_by: datetime | None, since: datetime, now: 
 
 
 class _PreviewRollbackError(Exception):
-    """Carry the result of a preview out of its transaction, which this error rolls back."""
+    """The result of a preview, raised to roll back its transaction."""
 
     def __init__(self, result: ReconcileResult) -> None:
         super().__init__()

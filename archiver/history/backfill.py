@@ -19,10 +19,10 @@ PAGE = 5_000  # session ids
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """The sessions to read: these ids; those with events `since`; `every` session; or else those that a reading could
-    complete.
+    """The sessions to read: these ids, those with events `since`, or `every` session.
 
-    The last are sessions with open coverage, and unexpired sessions that CallHQ did not return.
+    Without these fields, those that a reading could complete: sessions with open coverage, and unexpired sessions
+    that CallHQ did not return.
     """
 
     session_ids: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ async def end(engine: AsyncEngine, selection: Selection) -> None:
 
 
 async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing) -> int:
-    """Return the number of unread sessions."""
+    """Return the number of unread sessions in the selection."""
     if not selection.session_ids:
         session_filter = leases.SessionFilter(begun, selection.since, selection.every, timing)
         return await run_async(engine, partial(leases.count_unread, session_filter=session_filter))
@@ -64,7 +64,7 @@ async def count(engine: AsyncEngine, selection: Selection, begun: datetime, timi
 async def pages(
     engine: AsyncEngine, selection: Selection, begun: datetime, timing: Timing
 ) -> AsyncIterator[list[str]]:
-    """Yield the unread sessions, page by page."""
+    """Yield the unread sessions in the selection, page by page."""
     if selection.session_ids:
         async for page in _listed(engine, selection.session_ids, begun):
             yield page

@@ -36,7 +36,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of_defect(cls, began: datetime, error: Exception) -> Self:
-        """Return the result of a call for which the archiver itself failed."""
+        """Return the result of a call during which the archiver itself failed."""
         fault = (
             f"The database failed: {database.explain(error)}."
             if isinstance(error, SQLAlchemyError)
@@ -102,5 +102,5 @@ class HistoryFetcher:
         self._missing += status == NOT_FOUND
         if self._missing == self._accepted == MAX_NOT_FOUND:
             log.warning(
-                "history calls returned only 404; check CALLHQ_API_URL (run archiver doctor)", calls=self._accepted
+                "history calls returned only 404; check CALLHQ_API_URL (run `archiver doctor`)", calls=self._accepted
             )

@@ -102,7 +102,7 @@ Due = tuple[str, datetime | None]  # a session, and the time by which it must be
 def select_due(connection: Connection, now: datetime, limit: int, *, is_retry: bool = False) -> list[Due]:
     """Return sessions with a due reading, in the order in which they expire at CallHQ.
 
-    `is_retry`: those whose previous reading failed, instead of the others.
+    `is_retry`: only those whose previous reading failed; otherwise only the others.
     """
     rows = connection.execute(_DUE_RETRY if is_retry else _DUE_FIRST, _at(now) | {"most": limit})
     return [(row.session_id, row.read_by) for row in rows]
@@ -181,7 +181,10 @@ def select_statuses(connection: Connection, session_ids: Sequence[str]) -> dict[
 
 
 class Schedule(msgspec.Struct, frozen=True, gc=False):
-    """The times that decide the retry of an unreadable session. `failing_since`: None if the latest one succeeded."""
+    """The times that decide the retry of an unreadable session.
+
+    `failing_since`: None if the latest reading succeeded.
+    """
 
     read_by: datetime | None
     failing_since: datetime | None

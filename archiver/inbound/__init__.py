@@ -47,14 +47,14 @@ log = structlog.get_logger(__name__)
 MAX_GATHER_SECONDS = 0.01
 GAUGE_EVERY = 16  # arrivals between two updates of the gauges
 BATCH_MESSAGES = 10_000  # per transaction; a single event may have more
-BATCH_BYTES = 16 * 1_048_576  # likewise
+BATCH_BYTES = 16 * 1_048_576  # per transaction
 LANES = 2  # concurrent batches; the second starts only if the first is slow
 OVERLAP_SECONDS = 0.25  # after which other batches may overtake a batch
 MAX_OVERTAKEN = 1_000  # deliveries of busy sessions that are skipped at the head of the queue
 SECOND_TRY_SECONDS = 10.0  # limit of a batch that no sender waits for
 PART_SECONDS, SECOND_TRY_PART_SECONDS = 1.0, 5.0  # limits of a part of a batch that timed out
 CLOSING_SECONDS = 10.0  # for the parts in progress at shutdown
-# Postgres connections: besides batches, one for parts or the spool, two for slow events, two for trials
+# Postgres connections: in addition to batches, one for parts or the spool, two for slow events, two for trials
 CONNECTIONS = LANES + 5
 
 

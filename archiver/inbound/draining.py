@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 INITIAL_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.2, 2.0
 DRAIN_EVENTS = 200  # per transaction
-DRAIN_BYTES = 8 * 1_048_576  # likewise
+DRAIN_BYTES = 8 * 1_048_576  # per transaction
 SPLIT = 8  # divisor of the events per transaction for the next pass
 # Limits of a transaction of the first pass, and of the smaller ones of later passes.
 FULL_SECONDS, SMALL_SECONDS = 3.0, 1.0

@@ -24,7 +24,7 @@ RETRY_SECONDS = 600.0  # per statement: more than the limit of a separately writ
 def retry_quarantined(engine: Engine, quarantine_id: int, timing: Timing = DEFAULT_TIMING) -> Outcome | None:
     """Retry one quarantined delivery through the write path and return its outcome; None if there is no such row.
 
-    On success the ledger has its bytes with the time of the first delivery and the number of deliveries, and the
+    On success the ledger contains its bytes with the time of the first delivery and the number of deliveries, and the
     row is deleted from the quarantine. Otherwise the row stays with the new reason, or unchanged if another session
     has locked it or its conversation. Raises the errors of an unavailable database.
     """

@@ -1,4 +1,4 @@
-"""Find turns whose lines cannot be decided from the evidence.
+"""Find turns whose lines cannot be determined from the evidence.
 
 A turn is ambiguous if other lines fit it as well as its own lines:
 
@@ -11,9 +11,9 @@ A turn is ambiguous if other lines fit it as well as its own lines:
 Turns that fit each other's lines are ambiguous if their times differ by at most twice `SKEW`, or by no more than the
 largest known error of times in this session; otherwise their times decide.
 
-A turn that skips an answer, is partly shown, follows a user line that no turn has, or begins with a text that occurs
-more than once is also ambiguous if it is deleted but its lines are still shown, because these may be another turn's,
-or if turns were deleted and lines vanished that no deleted turn has.
+After deletions, turns are also ambiguous that skip an answer, are partly shown, follow a user line that no turn has,
+or begin with a text that occurs more than once: a deleted turn if its lines are still shown, because these may be
+another turn's, and every turn if lines vanished that no deleted turn has.
 """
 
 from collections import Counter

@@ -166,8 +166,8 @@ def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLin
     Leading inputs are removed if the history shows the other inputs without them, next to an answer of the turn, and
     the removed ones earlier: single texts that recur elsewhere are not repeats. Leading outputs are removed if a
     reading after the end of the turn shows only the other outputs as answers to the inputs, and the removed ones are
-    the last answers before. A deleted turn stays complete: the history shows no turn to compare it with. A system
-    message is removed if an earlier turn has it, too, and the history shows it at most once.
+    the last answers before these inputs. A deleted turn remains complete: the history shows no turn to compare it
+    with. A system message is removed if an earlier turn has it, too, and the history shows it at most once.
     """
     if not lines:
         return [*turns]

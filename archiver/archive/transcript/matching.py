@@ -231,7 +231,7 @@ class _Search:
 
 
 class _Displacement:
-    """Move turns to other fitting lines to free lines for a turn."""
+    """A search that moves turns to other fitting lines, so that a turn can claim theirs."""
 
     def __init__(self, search: _Search, turns: Sequence[TurnMessages], *, with_output: bool) -> None:
         self._search = search

@@ -137,7 +137,7 @@ def _apply(lines: Sequence[TranscriptLine], cuts: Sequence[_Cut]) -> tuple[list[
 
 
 def _cuts(lines: Sequence[TranscriptLine], turns: Sequence[TurnMessages], placement: Placement) -> Iterator[_Cut]:
-    """Yield the blocks to cut, in order."""
+    """Yield the cuts of the blocks that need one, in order."""
     settled = {turn: match for turn, match in placement.matches.items() if match.is_full and not match.jumps}
     if len(settled) == len(turns):
         return

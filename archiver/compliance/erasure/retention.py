@@ -143,9 +143,9 @@ def _removable(engine: Engine, rules: Rules, now: datetime) -> Iterator[list[Tar
 
 
 def _quarantine_before(connection: Connection, rules: Rules, now: datetime) -> datetime | None:
-    """Return the time before which quarantine rows expire; None if they are kept.
+    """Return the time before which quarantine rows expire; None if they are retained.
 
-    Quarantine rows are kept as long as any content, and while any hold is in force, which may cover them.
+    They are retained for the longest period of any content, and while any hold is in force, which may cover them.
     """
     if not rules.content or 0 in rules.by_assistant.values() or is_any_in_force(connection):
         return None

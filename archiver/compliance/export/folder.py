@@ -44,7 +44,7 @@ def made(output: Path) -> Iterator[Path]:
 
 
 def check(output: Path) -> None:
-    """Raise `FolderError` unless this path is free for an export: it does not exist, or is an empty folder."""
+    """Raise `FolderError` unless this path is free for an export: an empty folder, or a new name in a folder."""
     target = output.resolve()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -40,7 +40,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 class Lines(Generic[T]):
-    """The lines of a file as records. Iterating compares the file with the manifest.
+    """The lines of a file as records. Iteration compares the file with the manifest.
 
     Differences are added to `findings`.
     """

@@ -209,7 +209,7 @@ class SealCheck:
             self._findings.append(Finding(manifest.SEALS, "missing_row", None, what))
 
     def finish(self) -> None:
-        """Report the rows that no seal of the export covers."""
+        """Report the rows that no seal of the export covers, and missing seals and audit entries."""
         for table in EXPORTED:
             for row in self._rows.through(table, 2**63 - 1):
                 self.unsealed[table] += 1

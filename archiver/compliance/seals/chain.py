@@ -29,7 +29,7 @@ ENTRY_SIZE = ENTRY.size
 
 
 class KeyFileError(ArchiverError):
-    """The key is invalid; the message shows how to create one."""
+    """The key is invalid; the message names the remedy."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

@@ -36,7 +36,7 @@ _RECOUNTED = text(
 
 
 def check_recounted(connection: Connection, head: Seal) -> Iterator[Finding]:
-    """Check the counters of recounted events against their recounts; a row alone does not show earlier values."""
+    """Check the counters of recounted events against their recounts, because a row does not show earlier values."""
     for event_id in connection.scalars(_RECOUNTED, {"through": head.through["events"]}):
         yield Finding("events", event_id, "counters_changed")
 
@@ -62,7 +62,7 @@ def check_recounts(connection: Connection, _: Seal) -> Iterator[Finding]:
         yield Finding("recounts", recount_id, "went_back")
 
 
-# Events whose row alone does not show whether it is correct (`leaves.Run.unusual`), selected by id or up to an id.
+# Events that need further checks than their row permits (`leaves.Run.unusual`), selected by id or up to an id.
 _WHICH = {"these": "e.id = ANY (:ids)", "up_to": "e.id <= :last"}
 
 _COUNTERS = {

@@ -12,7 +12,7 @@ from archiver.errors import ArchiverError
 
 
 class NotSealedError(ArchiverError):
-    """The event does not exist or is not sealed yet; the message says which."""
+    """The event does not exist, is not sealed yet, or is missing from its seal; the message says which."""
 
 
 class Proof(msgspec.Struct, frozen=True):

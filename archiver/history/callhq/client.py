@@ -52,7 +52,7 @@ class Pause(Protocol):
 class Limits(msgspec.Struct, frozen=True, gc=False):
     """Limits on a call, so that sessions whose histories hang leave turns for others.
 
-    An attempt that takes `seconds` is not repeated, and no attempt begins after them. Calls with `is_retry`, for
+    An attempt that takes `seconds` is not repeated, and no attempt begins after that time. Calls with `is_retry`, for
     sessions whose previous reading failed, occupy at most half of the turns.
     """
 
@@ -118,7 +118,7 @@ class Client:
         """Call `GET /chats/session/{id}`. Every status except 401, 403, 429 and 5xx is returned as a response.
 
         An unreadable response is retried like a server error; after `READABLE_ATTEMPTS` attempts it is returned.
-        Without `limits`, each attempt has the time of the client, and one that takes longer is retried as well.
+        Without `limits`, each attempt has the time limit of the client, and one that exceeds it is also retried.
 
         Raises `UnreachableError`, `UnauthorizedError` and `TooLargeError`; `ValueError` for an invalid id.
         """
@@ -170,7 +170,7 @@ class Client:
                 return answer
 
     async def _wait_or_raise(self, busy: ThrottledError, pauses: Counter[bool], *, is_shared: bool) -> None:
-        """Raise `UnreachableError` if there were too many pauses; otherwise wait for a pause of this session."""
+        """Raise `UnreachableError` after too many or too long pauses; otherwise wait for a pause of this session."""
         what = f"CallHQ is busy: it returned {busy.status}"
         if pauses[True] > MAX_PAUSES:
             raise UnreachableError(f"{what} after each of {MAX_PAUSES} pauses.")

@@ -22,7 +22,8 @@ class PauseRequestedError(ArchiverError):
 async def probe(api_url: str, api_key: SecretStr) -> None:
     """Check that the API responds and accepts the key.
 
-    Raises a `CallError` if not; `PauseRequestedError`; `SettingsError` for an invalid URL or key.
+    Raises a `CallError` if it does not, `PauseRequestedError` if it requests a pause, and `SettingsError` for an
+    invalid URL or key.
     """
     api = Client(api_url, api_key, pause=_NoPause(), concurrency=1, max_bytes=1_048_576, timeout=SECONDS, attempts=1)
     async with api as client:

@@ -109,9 +109,9 @@ def select_unfit(folder: Path) -> list[Path]:
 
 
 def select_foreign(folder: Path) -> dict[Path, str]:
-    """Return each file of the spool that the process of the folder's owner cannot use, with the name of its owner.
+    """Return the spool files that a process of the folder's owner cannot use, each with the name of its owner.
 
-    A command of another user may have created it: root, for example.
+    A command that another user ran, such as root, may have created them.
     """
     foreign = {}
     with explained(folder):

@@ -32,10 +32,10 @@ class Counted(msgspec.Struct, frozen=True, gc=False):
     newest: int = 0
 
     def missing_from(self, events: int, newest: int) -> int:
-        """Return how many deliveries a file with this number and newest id lacks; not positive if none.
+        """Return the number of deliveries that a file with this number and newest id lacks; 0 or less if none.
 
-        Deliveries after the newest id of an old copy count as waiting, as far as the number permits: the oldest are
-        drained first.
+        Deliveries with an id after the newest of an old copy count as waiting, up to the counted number, because
+        the oldest are drained first.
         """
         return max(self.events - events, min(self.events, self.newest - newest))
 

@@ -65,7 +65,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def inaccessible_to_process(path: Path) -> str:
-    """Name the owner of the spool file, a file beside it or the folder that denies access; empty if none does."""
+    """Return text that names the spool file or folder that denies access, and its owner; empty if none does."""
     for place in (path, Path(f"{path}-wal"), Path(f"{path}-shm"), path.parent):
         with suppress(OSError):
             owner = place.lstat().st_uid
@@ -84,7 +84,7 @@ def is_accessible(path: Path) -> bool:
 
 
 def user_name(user: int) -> str:
-    """Return the name of a user, or the number if it has none."""
+    """Return the name of a user, or the number if it has no name, after the word `user`."""
     try:
         return f"user {pwd.getpwuid(user).pw_name}"
     except KeyError:

@@ -104,7 +104,7 @@ _NAT64, _COMPATIBLE = ip_network("64:ff9b::/96"), ip_network("::/96")
 
 
 def reach(address: Address) -> Reach:
-    """Return whether an address is public, private or forbidden."""
+    """Return the reach of an address: public, private or forbidden."""
     inner = _inner(address)
     if inner is None:
         return _reach(address)
@@ -156,7 +156,7 @@ def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) 
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
-    """Resolve a host with the system's resolver. Blocks. Raises `HostNotFoundError`."""
+    """Return the addresses of a host from the system's resolver. Blocks the thread. Raises `HostNotFoundError`."""
     try:
         result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

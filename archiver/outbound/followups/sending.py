@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 SECONDS = 15.0  # for an attempt, up to the last byte of the response
 MAX_ANSWER_BYTES = 65_536  # per response
 MAX_PARTS = 256  # per response; each chunk of a chunked response counts as one
-KEPT = 256  # bytes kept of a response
+KEPT = 256  # bytes of a response that are stored
 IDLE_SECONDS = 4.0  # an idle connection is kept this long; servers keep it longer
 GONE = 410
 

@@ -51,7 +51,7 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 class Subscription(msgspec.Struct, frozen=True):
-    """A subscription as its sender uses it."""
+    """The fields of a subscription that its sender uses."""
 
     id: int
     url: str
