@@ -102,8 +102,9 @@ def _is_faithful(session_id: str, body: bytes, found: Split) -> bool:
 
 def parse_snapshot(session_id: str, frame: Sequence[bytes], messages: Iterable[Message]) -> SessionSnapshot:
     """Return the content of a response that consists of this frame and these messages."""
-    without = responses.parse_snapshot(responses.READ, session_id, frame[0] + frame[2])
-    return msgspec.structs.replace(without, messages=tuple(messages))
+    own = tuple(messages)
+    without = responses.parse_snapshot(responses.READ, session_id, frame[0] + frame[2], len(own))
+    return msgspec.structs.replace(without, messages=own)
 
 
 def is_part(messages: Sequence[bytes], of: Sequence[bytes]) -> bool:

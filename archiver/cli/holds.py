@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from archiver import database, settings
 from archiver.cli import complain, connection, escaped, options
-from archiver.cli.output import Table, Whole, console, counted, print_json
+from archiver.cli.output import Table, Whole, counted, print_json, print_table
 from archiver.compliance import erasure, export
 from archiver.compliance.erasure import Criteria
 from archiver.compliance.export import Selection
@@ -146,7 +146,7 @@ def list_(*, every: bool, as_json: bool) -> None:
         released = f"{row['released_at']:%Y-%m-%d %H:%M} by {row['released_by']}" if row["released_at"] else ""
         placed = f"{row['placed_at']:%Y-%m-%d %H:%M}"
         table.add_row(str(row["id"]), placed, row["author"], _covers(row), row["reason"], released)
-    console().print(table)
+    print_table(table)
 
 
 def _covers(row: dict[str, Any]) -> str:
@@ -186,7 +186,7 @@ def acts(*, kind: str | None, since: str | None, limit: int | None, as_json: boo
             cells = (row["actor"], row["database_user"] or "", row["kind"], row["reason"] or "", detail)
             table.add_row(str(row["id"]), f"{row['at']:%Y-%m-%d %H:%M:%S}", *cells)
     if table.rows:
-        console().print(table)
+        print_table(table)
     else:
         click.echo("The audit log has no such entry." if kind or since else "The audit log is empty.")
 

@@ -1,5 +1,6 @@
 """Options and arguments that several commands share, and functions that parse their values."""
 
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -43,7 +44,14 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmati
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask for confirmation, unless `yes`; exit 1 if it is refused. Without a terminal, read the answer from stdin."""
-    if not yes and not click.confirm(question, err=True):
+    try:
+        is_confirmed = yes or click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        click.echo(err=True)
+        fail("no answer on stdin; nothing was changed. To answer in advance, add --yes")
+    if not is_confirmed:
         fail("cancelled; nothing was changed")
 
 

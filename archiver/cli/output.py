@@ -14,6 +14,7 @@ from rich.text import Text
 from archiver.cli import escaped
 
 UNBOUNDED_WIDTH = 10_000  # characters
+WIDE = 120  # characters; narrower terminals would break the cells of a table with many columns
 MAX_SHOWN_FINDINGS = 20  # findings; the rest are only counted
 
 
@@ -38,6 +39,19 @@ class Table(rich.table.Table):
         """Add a row. A cell that is a `Text` is printed unchanged."""
         safe = (Text(escaped(each)) if isinstance(each, str) else each for each in cells)
         super().add_row(*safe, style=style, end_section=end_section)
+
+
+def print_table(table: rich.table.Table) -> None:
+    """Print a table; on a terminal with fewer than `WIDE` columns, print its rows as blocks of lines instead."""
+    shown = console()
+    if shown.width >= WIDE:
+        shown.print(table)
+        return
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, cells, strict=True):
+            if len(text := cell if isinstance(cell, Text) else Text(str(cell))):
+                shown.print(Text.assemble(f"{column.header}: ", text), overflow="fold")
+        shown.print()
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

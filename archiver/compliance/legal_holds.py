@@ -53,10 +53,7 @@ class LoggedHold(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """A hold in force. `is_any_value`: its value is lost, so it covers every value.
-
-    `is_row`: the table has an unreleased row for it; otherwise only the audit log records it.
-    """
+    """A hold in force. `is_any_value`: its value is lost, so it covers every value."""
 
     id: int
     session_id: str | None
@@ -66,7 +63,6 @@ class Hold(msgspec.Struct, frozen=True):
     since: datetime | None
     until: datetime | None
     is_any_value: bool = False
-    is_row: bool = True
 
 
 def value_digest(salt: bytes, value: str) -> str:
@@ -137,7 +133,7 @@ def in_force(placed: Mapping[int, LoggedHold], rows: Sequence[Mapping[str, Any]]
         if hold.release_id is None and (row is None or not is_same(hold, row)):
             criteria = msgspec.structs.asdict(hold.criteria)
             is_any_value = hold.criteria.variable is not None
-            result.append(Hold(hold.id, **criteria, is_any_value=is_any_value, is_row=row is not None))
+            result.append(Hold(hold.id, **criteria, is_any_value=is_any_value))
     return result
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from difflib import get_close_matches
 from urllib.parse import unquote
 
 from psycopg import pq
@@ -26,9 +27,19 @@ def database_url(value: str) -> URL:
         ) from None
     if url.drivername not in {"postgres", "postgresql", "postgresql+psycopg"}:
         raise SettingsError(f"{given_as('DATABASE_URL')}: must begin with postgres:// or postgresql://.")
+    _check_options(url)
     if value.count("@") > 1:
         raise SettingsError(f"{given_as('DATABASE_URL')}: an @ in the user or the password must be written as %40.")
     return url.set(drivername="postgresql+psycopg")
+
+
+def _check_options(url: URL) -> None:
+    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    for name in url.query:
+        if name not in known:
+            alike = get_close_matches(name, known, 1)
+            advice = f"did you mean {alike[0]}?" if alike else "see the parameter key words of libpq."
+            raise SettingsError(f"{given_as('DATABASE_URL')}: Postgres has no connection option {name!r}; {advice}")
 
 
 _SEVERAL_HOSTS = re.compile(

@@ -23,6 +23,8 @@ REGISTERED = "session.registered"
 SOURCE = "history"
 APPLICATION = "application"
 
+NO_ID = "no_session_id"  # the code of a registration without an id, which is never quarantined
+
 MAX_MESSAGES = 200_000  # per session
 MAX_REGISTRATIONS = 1_000  # per request
 
@@ -30,6 +32,11 @@ _GONE = frozenset({404, 410})
 _PARTIAL_CONTENT = 206
 # Fields by which a response says that it is not whole, in lower case without `_`, and objects that hold such fields.
 _MORE = frozenset({"hasmore", "hasnextpage", "nextcursor", "nextpage", "nextpagetoken", "truncated", "istruncated"})
+_PAGES = frozenset({"totalpages", "pagecount", "numpages"})  # a number above 1 says the same
+_TOTALS = frozenset(
+    {"total", "totalcount", "totalmessages", "totalitems", "totalresults"}
+)  # so does one above those shown
+_DIGITS = 10
 _PAGINATION = ("pagination", "paging", "pageInfo", "page_info", "meta")
 # The same content is the same fact, regardless of other fields of a response, such as access times and request ids.
 _SNAPSHOT_FIELDS = ("id", "messages", "name", "status", "assistantId", "createdAt")
@@ -100,7 +107,7 @@ def register(session: Mapping[str, Any]) -> Event:
     """
     session_id = events.identifier(session.get("id"))
     if session_id is None:
-        raise UnreadableError("no_session_id")
+        raise UnreadableError(NO_ID)
     return _event(REGISTERED, session_id, json.dumps(session).encode(), [dict(session)])
 
 
@@ -131,12 +138,15 @@ def _registration(number: int, session: Any) -> Event:
     try:
         return register(session if isinstance(session, dict) else {})
     except UnreadableError as error:
-        reason = events.REASONS.get(str(error), "It has no id.")
+        reason = "It has no id." if str(error) == NO_ID else events.REASONS[str(error)]
         raise InvalidRegistrationError(f"Session {number}: {reason}") from None
 
 
-def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:
-    """Return the content of a history response or registration; empty if it cannot be parsed."""
+def parse_snapshot(kind: str, session_id: str, body: bytes, removed: int = 0) -> SessionSnapshot:
+    """Return the content of a history response or registration; empty if it cannot be parsed.
+
+    `removed`: the number of messages that the response had in addition to those in `body`.
+    """
     if kind == REGISTERED:
         document = _decoded(body)
         return _snapshot(document, None) if isinstance(document, dict) else EMPTY_SNAPSHOT
@@ -144,8 +154,9 @@ def parse_snapshot(kind: str, session_id: str, body: bytes) -> SessionSnapshot:
     session = _session(session_id, document)
     if session is None:
         return EMPTY_SNAPSHOT
-    snapshot = _snapshot(session, _messages(session["messages"]))
-    return msgspec.structs.replace(snapshot, is_partial=True) if _has_more(document, session) else snapshot
+    messages = _messages(session["messages"]) or ()
+    has_more = _has_more(document, session, len(messages) + removed)
+    return msgspec.structs.replace(_snapshot(session, messages), is_partial=has_more)
 
 
 def message(content: bytes) -> tuple[Message, ...]:
@@ -175,17 +186,25 @@ def _session(session_id: str, document: Any) -> dict[str, Any] | None:
     return None
 
 
-def _has_more(document: Any, session: Mapping[str, Any]) -> bool:
-    """Return whether a response says that it is one of several pages, or truncated."""
+def _has_more(document: Any, session: Mapping[str, Any], shown: int) -> bool:
+    """Return whether a response with `shown` messages says that it is one of several pages, or truncated."""
     data = document.get("data")
     outer = [place for place in (document, data, session) if isinstance(place, dict)]
     inner = [place[name] for place in outer for name in _PAGINATION if isinstance(place.get(name), dict)]
+    fields = [(name.replace("_", "").lower(), value) for place in (*outer, *inner) for name, value in place.items()]
     return any(
-        value and value not in ("false", "False")
-        for place in (*outer, *inner)
-        for name, value in place.items()
-        if name.replace("_", "").lower() in _MORE
+        (name in _MORE and bool(value) and value not in ("false", "False"))
+        or (name in _PAGES and _number(value) > 1)
+        or (name in _TOTALS and _number(value) > shown)
+        for name, value in fields
     )
+
+
+def _number(value: Any) -> int:
+    """Return a whole number that is one in JSON or text; 0 for anything else."""
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and len(value) < _DIGITS else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def _messages(value: Any) -> tuple[Message, ...] | None:

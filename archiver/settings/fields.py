@@ -1,5 +1,6 @@
 """Define the settings in one typed table, each with its default, its meaning and its limits."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -345,6 +346,15 @@ class Settings(BaseSettings):
     def _is_somewhere(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.strip():
             raise ValueError("set, but empty: unset it to use .archiver in the working directory")
+        return value
+
+    @field_validator("home")
+    @classmethod
+    def _may_be_a_folder(cls, value: Path) -> Path:
+        whole = value.absolute()
+        for place in (whole, *whole.parents):
+            if os.path.isfile(place):  # noqa: PTH113  # `Path.is_file` raises if a folder denies access
+                raise ValueError(f"{place} is a file; name a folder")
         return value
 
     @field_validator("database_url")

@@ -4,6 +4,7 @@ and none ambiguous without a reason.
 Part of `make soak`; alone: `.venv/bin/python -m tests.bench.assignment`.
 """
 
+import argparse
 import sys
 import time
 
@@ -13,6 +14,7 @@ CONVERSATIONS, SKEWED = 11_621, 68_380
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m tests.bench.assignment", description=__doc__).parse_args()
     started = time.monotonic()
     result = [_report("true times", tally(range(CONVERSATIONS)))]
     result.append(_report("times wrong by up to 40 s", tally(range(SKEWED), is_skewed=True)))

@@ -273,6 +273,10 @@ _REPEATED = created(
         {"truncated": True},
         {"pagination": {"page": 1, "nextPageToken": "abc"}},
         {"meta": {"hasNextPage": True}},
+        {"page": 1, "totalPages": 2},
+        {"meta": {"page": 0, "total_pages": "2"}},
+        {"total": 5},
+        {"pagination": {"totalCount": "5", "limit": 4}},
     ],
 )
 @pytest.mark.parametrize("is_inside", [True, False])
@@ -290,7 +294,16 @@ def test_a_history_that_says_that_it_is_not_whole_completes_no_session(
     assert archive.coverage() == ("repaired", "history_supplied_messages", 4)
 
 
-@pytest.mark.parametrize("whole", [{"hasMore": False}, {"nextCursor": None}, {"has_more": "false"}, {"meta": {}}])
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {"hasMore": False},
+        {"nextCursor": None},
+        {"has_more": "false"},
+        {"meta": {}},
+        {"page": 1, "totalPages": 1, "total": 2},
+    ],
+)
 def test_a_history_without_a_next_page_completes_a_session(archive: Archive, whole: dict[str, Any]) -> None:
     archive.webhook(1, turn(1))
     archive.reading(10, json.dumps(json.loads(answer(*said(1))) | whole).encode())

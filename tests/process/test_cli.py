@@ -256,6 +256,8 @@ def test_values_from_a_list_may_be_written_in_capitals(url: str) -> None:
         ("ARCHIVER_PREPARED_STATEMENTS", "perhaps", "must be true or false"),
         ("ARCHIVER_SPOOL", "perhaps", "must be 'on' or 'off'"),
         ("ARCHIVER_HOME", " ", "set, but empty: unset it to use .archiver in the working directory"),
+        ("ARCHIVER_HOME", f"{__file__}", f"{__file__} is a file; name a folder"),
+        ("ARCHIVER_HOME", f"{__file__}/a/b", f"{__file__} is a file; name a folder"),
     ],
 )
 def test_a_wrong_setting_is_reported_as_documented(url: str, name: str, value: str, told: str) -> None:

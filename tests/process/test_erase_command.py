@@ -239,6 +239,15 @@ def test_i8_one_turn_wherever_it_is(database_url: str, engine: Engine) -> None:
     assert is_rebuilt_the_same(engine)
 
 
+@pytest.mark.parametrize("command", [("erase", "--session", "s1", "--reason", "case 7"), ("rebuild",)])
+def test_a_command_that_gets_no_answer_names_the_option_that_answers(
+    database_url: str, engine: Engine, command: tuple[str, ...]
+) -> None:
+    record(engine, created("c1", "s1"))
+    last = archiver(*command, database_url=database_url).stderr.splitlines()[-1]
+    assert last == "archiver: no answer on stdin; nothing was changed. To answer in advance, add --yes"
+
+
 @on_one_version
 def test_i8_unclaimed_words_that_may_belong_to_an_erased_turn_are_reported(database_url: str, engine: Engine) -> None:
     record(engine, created("c1", "s1"), deleted("c2", "s1"))

@@ -235,6 +235,7 @@ def test_an_impossible_export_is_reported_and_leaves_nothing(url: str, output: P
     for arguments, advice in (
         (("--session", "s1", "--session", "none"), "unknown session none"),
         (("--hold", "9"), "hold 9 does not exist; see `archiver hold list --all`"),
+        (("--hold", "8", "--hold", "9"), "holds 8, 9 do not exist; see `archiver hold list --all`"),
         (("--until", "2001-01-01"), "nothing archived matches the selection; nothing was exported"),
     ):
         ended = archiver("export", "--output", str(output), *arguments, database_url=url)

@@ -53,6 +53,15 @@ def test_an_invalid_database_url_names_the_setting_of_its_file(
         database_url("nonsense")
 
 
+@pytest.mark.parametrize(
+    ("option", "advice"), [("sslmod", "did you mean sslmode?"), ("_", "see the parameter key words")]
+)
+def test_an_unknown_connection_option_is_named(option: str, advice: str) -> None:
+    with pytest.raises(settings.SettingsError) as error:
+        database_url(f"postgresql://user:secret@host/name?{option}=require")
+    assert str(error.value).startswith(f"DATABASE_URL: Postgres has no connection option '{option}'; {advice}")
+
+
 def test_a_file_may_begin_with_a_byte_order_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert seal_key(monkeypatch, tmp_path / "key", b"\xef\xbb\xbf" + PLAIN) is not None
     (tmp_path / "api-key").write_bytes(b"\xef\xbb\xbfkey-123\r\n")

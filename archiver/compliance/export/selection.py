@@ -168,7 +168,8 @@ def select_held(connection: Connection, hold_ids: Sequence[int]) -> list[Criteri
     rows = {row["id"]: row for row in found.mappings()}
     if missing := sorted(set(hold_ids) - rows.keys()):
         ids = ", ".join(map(str, missing))
-        raise UnknownSelectionError(f"hold {ids} does not exist; see `archiver hold list --all`")
+        what = f"hold {ids} does" if len(missing) == 1 else f"holds {ids} do"
+        raise UnknownSelectionError(f"{what} not exist; see `archiver hold list --all`")
     for row in rows.values():
         if row["variable"] is not None and row["value"] is None:
             raise UnknownSelectionError(

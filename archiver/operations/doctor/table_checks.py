@@ -9,7 +9,7 @@ from archiver.operations.doctor.finding import Finding
 
 _NAMED = 5  # tables in a finding
 
-# A trigger without ENABLE ALWAYS runs only in sessions with role `origin`. The setting may be another user's.
+# A trigger without ENABLE ALWAYS does not run in sessions with role `replica`. The setting may be another user's.
 _OTHER_ROLES = text(
     """
     SELECT concat_ws(' ', 'ALTER',
@@ -21,7 +21,7 @@ _OTHER_ROLES = text(
                      'RESET session_replication_role;')
       FROM pg_db_role_setting, unnest(setconfig) AS setting
      WHERE setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-       AND setting ~ '^session_replication_role=' AND setting <> 'session_replication_role=origin'
+       AND setting = 'session_replication_role=replica'
      ORDER BY 1
     """
 )
@@ -55,11 +55,11 @@ _NOT_VACUUMED = text(
 
 def examine_tables(connection: Connection) -> Iterator[Finding]:
     """Report settings under which guards do not run, rows cannot be changed, or tables are not vacuumed."""
-    if connection.scalar(text("SELECT current_setting('session_replication_role')")) != "origin":
-        detail = "session_replication_role is not origin: the triggers that guard the ledger do not run."
+    if connection.scalar(text("SELECT current_setting('session_replication_role')")) == "replica":
+        detail = "session_replication_role is replica: the triggers that guard the ledger do not run."
         yield Finding("guards", "failure", detail, _reset(connection))
     elif others := list(connection.scalars(_OTHER_ROLES)):
-        detail = "For some users session_replication_role is not origin: no trigger guards the ledger from them."
+        detail = "For some users session_replication_role is replica: no trigger guards the ledger from them."
         yield Finding("guards", "failure", detail, f"As an administrator: {' '.join(others)}")
     parameters = {"schemas": list(SCHEMAS)}
     if tables := list(connection.scalars(_UNIDENTIFIED, parameters)):
