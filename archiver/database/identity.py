@@ -275,15 +275,16 @@ KINDS = (
         text("SELECT EXISTS (SELECT FROM archiver.seals WHERE id = :number AND encode(hash, 'hex') = :content)"),
         "seal",
     ),
+    # The view, because auditors cannot read the table.
     Kind(
         "changes",
         "cursor",
         "changed_at",
-        text("SELECT cursor, CAST(changed_at AS text) FROM archiver.changes ORDER BY cursor DESC LIMIT 1"),
+        text("SELECT cursor, CAST(changed_at AS text) FROM analytics.changes ORDER BY cursor DESC LIMIT 1"),
         text(  # old changes are deleted
             """
-            SELECT :number <= (SELECT coalesce(max(cursor), 0) FROM archiver.changes)
-                   AND NOT EXISTS (SELECT FROM archiver.changes
+            SELECT :number <= (SELECT coalesce(max(cursor), 0) FROM analytics.changes)
+                   AND NOT EXISTS (SELECT FROM analytics.changes
                                     WHERE cursor = :number AND CAST(changed_at AS text) <> :content)
             """
         ),

@@ -1,8 +1,9 @@
 """Extract the messages of a turn from any known format. Pure.
 
 A value is a string, a number, a list of values, or an object that contains values in fields such as `content`,
-`parts` or `text`. A message is a string or an object. Its role is the one that it names, or the default of its place,
-such as `user` in an input. An object without text is a message, too: `Message.shape` names its kind.
+`parts` or `text`. A message is a string, an object, or in a list also a pair of a role and a value. Its role is the
+one that it names, or the default of its place, such as `user` in an input. An object without text is a message, too:
+`Message.shape` names its kind.
 """
 
 import json
@@ -58,6 +59,9 @@ _WORK_FIELDS = (
     *_CALLS,
     *("toolResult", "tool_result", "toolInvocation", "tool_invocation", "functionResponse", "function_response"),
 )
+# Fields whose names are also accepted in capitals.
+_NAMES = frozenset({*_TEXTS, *_CARRIERS, *_LISTS, *_AUTHORS, "role", "refusal"})
+_PAIR = 2  # a role and a value
 _REPEATED = ("content", "parts")  # if a message has both, one may contain parts that the other lacks
 _SPOKEN = ("audio", "input_audio")
 _STRONGEST: tuple[Shape, ...] = ("refusal", "text", "tool_call")  # for a list of different shapes
@@ -85,9 +89,10 @@ def known_role(role: str) -> str | None:
 
 
 def role_of(item: Any) -> str | None:
-    """Return the role of an object's author, in its canonical form if it is known; None if there is none."""
+    """Return the role of an object's or a pair's author, in its canonical form if known; None if there is none."""
     if not isinstance(item, Mapping):
-        return None
+        return known_role(item[0]) if _is_pair(item) else None
+    item = _in_lower_case(item)
     role = item.get("role")
     if isinstance(role, str) and role.strip():
         return known_role(role) or label(role)
@@ -100,6 +105,25 @@ def role_of(item: Any) -> str | None:
     return None
 
 
+def _is_pair(item: Any) -> bool:
+    """Return whether an item of a list is a pair of a known role and a value, as LangChain writes messages."""
+    return (
+        isinstance(item, list)
+        and len(item) == _PAIR
+        and isinstance(item[0], str)
+        and isinstance(item[1], str | list | dict)
+        and known_role(item[0]) is not None
+    )
+
+
+def _in_lower_case(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the object with known field names in lower case, except those that it has in both forms."""
+    if all(map(str.islower, item)):
+        return item
+    lower = {name: name.lower() for name in item if name.lower() in _NAMES and name.lower() not in item}
+    return {lower.get(name, name): value for name, value in item.items()} if lower else item
+
+
 def _message_of(role: str, text: str) -> Message:
     return Message(role, storable(text), "text" if text.strip() else "empty")
 
@@ -107,14 +131,18 @@ def _message_of(role: str, text: str) -> Message:
 def _messages(value: Any, default_role: str, depth: int) -> Iterator[Message]:
     if isinstance(value, list) and depth:
         for item in value:
-            yield from _messages(item, default_role, depth - 1)
+            if _is_pair(item):
+                yield _shown(known_role(item[0]) or default_role, _text_of(item[1], depth - 1))
+            else:
+                yield from _messages(item, default_role, depth - 1)
     elif isinstance(value, dict) and depth:
         yield from _message(value, default_role, depth - 1)
     elif value is not None and not isinstance(value, bool) and value != "":
         yield _shown(default_role, _text_of(value, depth))
 
 
-def _message(item: dict[str, Any], default_role: str, depth: int) -> Iterator[Message]:
+def _message(item: Mapping[str, Any], default_role: str, depth: int) -> Iterator[Message]:
+    item = _in_lower_case(item)
     role = role_of(item)
     content = item.get("content")
     if isinstance(content, str) and content.strip() and "refusal" not in item and "parts" not in item:  # usual
@@ -138,17 +166,17 @@ def _shown(role: str, found: _Text) -> Message:
     return Message(role, found.unknown[0] if is_one else f"[{', '.join(found.unknown)}]", "object")
 
 
-def _wrapped(item: dict[str, Any]) -> Any:
+def _wrapped(item: Mapping[str, Any]) -> Any:
     """Return the messages that an object without a role wraps; None if it wraps none."""
     if "type" not in item:
         for name in _LISTS:
             if isinstance(item.get(name), list):
                 return item[name]
     inner = (item.get(name) for name in ("message", "content", "data", "kwargs"))
-    return next((value for value in inner if role_of(value) is not None), None)
+    return next((value for value in inner if isinstance(value, Mapping) and role_of(value) is not None), None)
 
 
-def _as_json(item: dict[str, Any]) -> _Text:
+def _as_json(item: Mapping[str, Any]) -> _Text:
     """Return an unknown object as JSON text, so that no content is lost."""
     content = item.get("content")
     if content is None:
@@ -196,8 +224,14 @@ def _has_content(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else not isinstance(value, bool | None)
 
 
-def _of_part(item: dict[str, Any], depth: int) -> _Text:
-    """Return the text of a part; content in which no rule finds text is returned as an unknown part."""
+def _of_part(item: Mapping[str, Any], depth: int) -> _Text:
+    """Return the text of a part; content in which no rule finds text is returned as an unknown part.
+
+    A part that Gemini marks as a thought has no text.
+    """
+    item = _in_lower_case(item)
+    if item.get("thought") is True:
+        return _UNKNOWN
     found = _of_object(item, depth)
     kind = _kind(item)
     if _WORK.search(kind) or any(item.get(name) for name in _WORK_FIELDS):
@@ -213,7 +247,7 @@ def _of_part(item: dict[str, Any], depth: int) -> _Text:
     return _Text(found.text, shape, (_json(content),))
 
 
-def _content_of(part: dict[str, Any]) -> Any:
+def _content_of(part: Mapping[str, Any]) -> Any:
     """Return the content of an unknown part: its fields without metadata and media; None if there is none."""
     fields = {
         name: value
@@ -230,7 +264,7 @@ def _content_of(part: dict[str, Any]) -> Any:
     return fields["content"] if fields.keys() == {"content"} else fields
 
 
-def _of_object(item: dict[str, Any], depth: int) -> _Text:
+def _of_object(item: Mapping[str, Any], depth: int) -> _Text:
     texts = {name: _text_of(item[name], depth) for name in _TEXTS if name in item}
     result = list(texts.values())
     result += [_carried(name, item[name], depth) for name in _CARRIERS if isinstance(item.get(name), dict | list)]
@@ -250,7 +284,7 @@ def _carried(name: str, value: Any, depth: int) -> _Text:
     return found._replace(unknown=()) if name in _SPOKEN else found
 
 
-def _of_fields(item: dict[str, Any], result: Sequence[_Text], depth: int) -> _Text:
+def _of_fields(item: Mapping[str, Any], result: Sequence[_Text], depth: int) -> _Text:
     words = next((each for each in result if each.shape in {"text", "refusal"}), None)
     given = item.get("refusal")
     refusal = _NULL if isinstance(given, bool) else _text_of(given, depth)
@@ -262,7 +296,7 @@ def _of_fields(item: dict[str, Any], result: Sequence[_Text], depth: int) -> _Te
     return _without_text(item, result)
 
 
-def _without_text(item: dict[str, Any], found: Sequence[_Text]) -> _Text:
+def _without_text(item: Mapping[str, Any], found: Sequence[_Text]) -> _Text:
     kind = _kind(item)
     if any(item.get(name) for name in _CALLS) or kind.endswith(_CALL_TYPES):
         return _Text("", "tool_call")
@@ -274,7 +308,7 @@ def _without_text(item: dict[str, Any], found: Sequence[_Text]) -> _Text:
     return next((each for each in found if each.shape != "null"), nothing)
 
 
-def _kind(item: dict[str, Any]) -> str:
+def _kind(item: Mapping[str, Any]) -> str:
     return str(item.get("type") or "").lower()
 
 

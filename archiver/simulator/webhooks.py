@@ -6,6 +6,7 @@ The faults of `faults` take effect here: webhooks are lost, sent again or held b
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 import uuid
 from collections import Counter, defaultdict, deque
@@ -19,6 +20,7 @@ import httpx2
 
 from archiver import retry_after
 from archiver.inbound.signatures import Verifier
+from archiver.settings import SettingsError
 from archiver.simulator.faults import DELETED, Fault, Webhook
 
 ATTEMPTS = 3
@@ -79,6 +81,16 @@ class Record:
         return {name: dict(sorted(counts.items())) for name, counts in sorted(self._counts.items())}
 
 
+def _trusted() -> ssl.SSLContext:
+    """Return the system's authorities, or those in SSL_CERT_FILE; no proxy variable is used."""
+    try:
+        return httpx2.create_ssl_context()
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"Certificates cannot be verified, see SSL_CERT_FILE and SSL_CERT_DIR: {error}"
+        ) from error
+
+
 class Sender:
     """A sender of webhooks to one URL. Use it in `async with`; without a URL, it sends nothing."""
 
@@ -96,6 +108,7 @@ class Sender:
             limits=httpx2.Limits(
                 max_connections=_PARALLEL, max_keepalive_connections=_PARALLEL, keepalive_expiry=_IDLE
             ),
+            verify=_trusted() if url and url.lower().startswith("https:") else True,
             trust_env=False,
         )
 

@@ -207,6 +207,23 @@ SHAPES: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {
         [{"type": "human", "data": {"content": "Hello"}}, {"type": "ai", "content": "Hi"}],
         [("user", "Hello", "text"), ("assistant", "Hi", "text")],
     ),
+    "langchain tuples": (
+        [["human", "Hello"], ["ai", [{"type": "text", "text": "Hi"}]]],
+        [("user", "Hello", "text"), ("assistant", "Hi", "text")],
+    ),
+    "two texts": (["agent", "please"], [("assistant", "agent", "text"), ("assistant", "please", "text")]),
+    "capitals": (
+        [{"Role": "user", "Content": "Hello"}, {"BODY": "Hi"}, {"Content": "no", "content": "yes"}],
+        [("user", "Hello", "text"), ("assistant", "Hi", "text"), ("assistant", "yes", "text")],
+    ),
+    "gemini thoughts": (
+        [{"role": "model", "parts": [{"text": "Hm", "thought": True}, {"text": "Hi"}]}],
+        [("assistant", "Hi", "text")],
+    ),
+    "only gemini thoughts": (
+        {"role": "model", "parts": [{"text": "Hm", "thought": True}]},
+        [("assistant", '{"parts": [{"text": "Hm", "thought": true}]}', "other")],
+    ),
     "sharegpt": (
         [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}],
         [("user", "Hello", "text"), ("assistant", "Hi", "text")],
@@ -342,7 +359,15 @@ def test_the_text_is_found_in_every_shape(output: Any, messages: list[tuple[str,
     ("name", "messages"),
     [
         (name, SHAPES[name][1])
-        for name in ("anthropic", "chatgpt", "langchain", "roles", "unknown parts between texts", "vercel")
+        for name in (
+            "anthropic",
+            "chatgpt",
+            "langchain",
+            "langchain tuples",
+            "roles",
+            "unknown parts between texts",
+            "vercel",
+        )
     ],
 )
 def test_a_history_is_read_like_a_webhook(name: str, messages: list[tuple[str, str, str]]) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from archiver import database, events
-from archiver.database import catalogue, roles, schema, tables, transaction
+from archiver.database import catalogue, identity, roles, schema, tables, transaction
 from archiver.events import Delivery
 from archiver.ledger import quarantine
 from tests.conftest import Cluster
@@ -597,3 +597,11 @@ def test_the_planner_keeps_no_samples_of_what_an_erasure_takes(engine: Engine) -
     taken += ["name", "content", "first_question", "first_answer"]
     names = ("sessions", "chats", "messages", "summaries")
     assert sorted({*remaining} & {(table, column) for table in names for column in taken}) == []
+
+
+def test_an_auditor_may_read_the_rows_that_machines_remember(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"SET LOCAL ROLE {roles.AUDITOR}"))
+        for kind in identity.KINDS:
+            assert connection.execute(kind.newest).first() is None
+            connection.execute(kind.has, {"number": 1, "content": "2026-01-01"})

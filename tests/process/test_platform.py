@@ -3,13 +3,15 @@
 import asyncio
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, get_args
 
 import httpx2
@@ -29,6 +31,7 @@ from archiver.simulator.platform import Platform, create
 from archiver.simulator.serving import serving, simulate, with_secret
 from archiver.simulator.upstream import MAX_CHATS, FullError, Upstream
 from archiver.simulator.webhooks import ATTEMPTS, Delivery, Record, Sender
+from tests.support.guarded_receivers import certificate
 from tests.support.ports import free_port
 
 SECRET = "whsec_c2ltdWxhdGlvbi1vbmx5LW5vdC1hLXNlY3JldA=="
@@ -760,6 +763,29 @@ async def test_no_receiver_at_all_is_recorded_as_unanswered():
     async with Sender(deleted, proving(), Record()) as sender:
         delivery = await sender.send(b"{}", None)
     assert (delivery.outcome, delivery.status) == ("unanswered", None)
+
+
+async def test_a_webhook_over_tls_trusts_the_authorities_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = certificate(tmp_path, "localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(respond, "127.0.0.1", 0, ssl=context) as server:
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}/hook"
+        async with Sender(url, proving(), Record()) as sender:
+            assert (await sender.send(b"{}", None)).outcome == "unanswered"
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        async with Sender(url, proving(), Record()) as sender:
+            assert (await sender.send(b"{}", None)).outcome == "accepted"
 
 
 async def test_the_report_counts_what_was_sent():
