@@ -12,6 +12,7 @@ from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database, settings
+from archiver.archive import search
 from archiver.cli import complain, connection, escaped, options
 from archiver.cli.output import Table, console, print_json
 from archiver.database import lock_waits, schema
@@ -51,6 +52,7 @@ def status(as_json: bool) -> None:
                 figures = overview.select_overview(opened)
                 silence = overview.select_silence(opened)
                 extent, waiting = feed.select_extent(opened), feed.select_backlog(opened)
+                lag = search.select_lag(opened) if search.may_select(opened) else None
                 workers = heartbeats.select_workers(opened) if heartbeats.may_select(opened) else None
                 may_see = may_select_stats(opened)
                 stats, failing = (select_stats(opened), select_failing(opened)) if may_see else (None, [])
@@ -64,7 +66,11 @@ def status(as_json: bool) -> None:
         output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
         output |= {"spool_lost": lost, "webhooks": silence}
         output |= {"feed": {"newest": extent.newest, "waiting": waiting}, "followups": _followups(stats, failing)}
-        output |= {"locks": holders, "workers": None if workers is None else [_worker(each) for each in workers]}
+        output |= {
+            "search": lag,
+            "locks": holders,
+            "workers": None if workers is None else [_worker(each) for each in workers],
+        }
         print_json(output)
         return
     click.echo(f"{'database':12}{escaped(where)}")  # apart from the table, whose columns it would widen
@@ -80,12 +86,8 @@ def status(as_json: bool) -> None:
     table.add_row("seals", f"{figures.seals:,}", f"{sealed}{figures.unsealed:,} events not yet sealed")
     unpublished = f"since {_moment(waiting.since)} {waiting.transactions:,} transactions not yet published"
     table.add_row("changes", f"{extent.newest:,}", unpublished if waiting.transactions else "")
-    if stats is None:
-        table.add_row("follow-ups", "", "not visible to this database user")
-    else:
-        table.add_row("follow-ups", f"{stats.pending:,}", _followup_stats(stats))
-    if failing:
-        table.add_row("", "", f"failing: {name_failing(failing)}")
+    _add_search(table, lag)
+    _add_followups(table, stats, failing)
     _add_workers(table, workers)
     table.add_row("on disk", f"{sum(figures.sizes.values()) / 1_000_000:,.1f} MB")
     console().print(table)
@@ -133,6 +135,26 @@ def _spooled(spooled: spool.Depth, lost: spool.Lost, folder: Path) -> str:
     if foreign := spool.select_foreign(folder):
         parts.append(f"{len(foreign):,} files of another user, or without access: see `archiver doctor`")
     return "; ".join(parts)
+
+
+def _add_search(table: Table, lag: search.Lag | None) -> None:
+    if lag is None:
+        table.add_row("search", "", "not visible to this database user")
+    elif lag.language is None:
+        table.add_row("search", "off")
+    else:
+        parts = [f"changes since {_moment(lag.since)} not yet indexed"] if lag.since else []
+        parts += ["earlier turns not yet indexed"] if lag.has_backlog else []
+        table.add_row("search", "on", "; ".join(parts))
+
+
+def _add_followups(table: Table, stats: FollowupStats | None, failing: Sequence[Mapping[str, Any]]) -> None:
+    if stats is None:
+        table.add_row("follow-ups", "", "not visible to this database user")
+    else:
+        table.add_row("follow-ups", f"{stats.pending:,}", _followup_stats(stats))
+    if failing:
+        table.add_row("", "", f"failing: {name_failing(failing)}")
 
 
 def _followup_stats(stats: FollowupStats) -> str:

@@ -35,11 +35,13 @@ class Lock(StrEnum):
     an erasure, or that place a hold.
     SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time, with
     what is stored about its sessions for analysts; and last in transactions that remove content from that.
+    INDEXING: exclusive, in transactions that write the search table; after all other locks except PUBLISHING.
     """
 
     RECORDING = "lock_placement"
     SEALING = "lock_sealing"
     PUBLISHING = "lock_publishing"
+    INDEXING = "lock_indexing"
 
     def statements(self, *, exclusive: bool) -> tuple[Statement, ...]:
         """Return the statements that acquire the lock until the end of the transaction; `by_key` is one of them."""
@@ -54,7 +56,7 @@ _SHARED = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN ROW EXCLUSIVE
 _EXCLUSIVE = {each: RawStatement(f"LOCK TABLE archiver_jobs.{each} IN EXCLUSIVE MODE") for each in Lock}
 
 
-SCHEMAS = ("archiver", "analytics", "archiver_jobs")
+SCHEMAS = ("archiver", "archiver_search", "analytics", "archiver_jobs")
 # Shorter waits are normal.
 MIN_WAIT_SECONDS = 2.0
 

@@ -41,6 +41,8 @@ _FUNCTIONS = (
     "analytics.complete_through()",
     "analytics.transcript(text)",
     "analytics.changed_sessions(bigint, integer)",
+    "analytics.search(text, timestamp with time zone, timestamp with time zone, text,"
+    " timestamp with time zone, integer)",
 )
 # Ids, states, times and numbers. Names of sessions, external ids and variables may identify a customer.
 _SHOWN = {
@@ -97,6 +99,8 @@ NEEDED: Mapping[str, Needs] = {
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
             **{f"archiver.{name}": "SELECT, INSERT" for name in ("epochs", "epoch_faults")},
+            "archiver.search": f"{_ALL}, TRUNCATE",
+            **{f"archiver.{name}": "SELECT, UPDATE" for name in ("search_partitions", "search_state")},
             **{f"archiver_jobs.procrastinate_{name}": _ALL for name in _JOBS},
             **{f"archiver_jobs.{lock}": "UPDATE" for lock in Lock},
         },
@@ -114,7 +118,12 @@ NEEDED: Mapping[str, Needs] = {
             "frame",
             "runs",
         ),
-        functions=("archiver.settle()", *_FUNCTIONS),
+        functions=(
+            "archiver.settle()",
+            "archiver.add_search_month(timestamp with time zone)",
+            "archiver.rebuild_search(text)",
+            *_FUNCTIONS,
+        ),
         sequences={"archiver_jobs": "USAGE", "archiver": "SELECT"},  # sealing compares the latter with the ids in use
     ),
     AUDITOR: Needs(
@@ -137,6 +146,9 @@ NEEDED: Mapping[str, Needs] = {
                     "chats",
                     "messages",
                     "summaries",
+                    "search",
+                    "search_partitions",
+                    "search_state",
                     "workers",
                     "duties",
                     "epochs",

@@ -61,8 +61,10 @@ def select_overview(connection: Connection) -> Overview:
         unsealed=ledger.unsealed,
         sizes=_counts(
             connection,
-            "SELECT c.relname, pg_total_relation_size(c.oid) FROM pg_class c JOIN pg_namespace n"
-            " ON n.oid = c.relnamespace WHERE n.nspname = 'archiver' AND c.relkind = 'r' ORDER BY 1",
+            "SELECT CASE n.nspname WHEN 'archiver' THEN c.relname ELSE 'search' END,"
+            " sum(pg_total_relation_size(c.oid))"
+            " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname IN ('archiver', 'archiver_search') AND c.relkind = 'r' GROUP BY 1 ORDER BY 1",
         ),
     )
 

@@ -228,6 +228,17 @@ class Settings(BaseSettings):
         ge=0,
         le=MAX_DAYS,
     )
+    search: Literal["on", "off"] = _env(
+        "ARCHIVER_SEARCH",
+        "on",
+        "`on`: workers index the messages for `analytics.search`; `off`: they delete the index.",
+    )
+    search_language: str = _env(
+        "ARCHIVER_SEARCH_LANGUAGE",
+        "simple",
+        "Text search configuration of Postgres, such as `english`; `simple` finds words as written. After a change, "
+        "workers index all messages again.",
+    )
     followups_rate: float = _env(
         "ARCHIVER_FOLLOWUPS_RATE",
         200,
@@ -325,6 +336,7 @@ class Settings(BaseSettings):
         "log_format",
         "spool",
         "on_delete",
+        "search",
         mode="before",
     )
     @classmethod

@@ -192,6 +192,17 @@ outbox_transactions = Gauge(
 outbox_age = Gauge(
     "archiver_outbox_oldest_age_seconds", "Age of the oldest unpublished change.", multiprocess_mode="livemax"
 )
+search_lag = Gauge(
+    "archiver_search_lag_seconds",
+    "Age of the oldest change that search does not contain; 0 if none.",
+    multiprocess_mode="livemostrecent",
+)
+search_partial = Counter(
+    "archiver_search_partial_total", "Messages indexed up to the limit of their length, not completely."
+)
+search_skipped = Counter(
+    "archiver_search_skipped_total", "Turns and conversations that Postgres could not index: see the log."
+)
 
 
 class Refusals:

@@ -28,6 +28,7 @@ from archiver.settings import Settings
 from archiver.telemetry.duty_health import Duty
 from archiver.worker.compacting import Compacting
 from archiver.worker.histories import Histories
+from archiver.worker.indexing import Indexing
 from archiver.worker.retention_tasks import RetentionTasks
 from archiver.worker.sealing import Sealing
 from archiver.worker.summarizing import Summarizing
@@ -44,6 +45,7 @@ RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
 SUMMARIZE_SECONDS = 1.0
+SEARCH_SECONDS = 1.0  # between two looks for changes
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
 _UNREADABLE = "unreadable"  # the part of the report of `identity` about rows that could not be compared
 CLAIM_SHARE = 0.9  # share of a period, so that workers do not claim in lockstep
@@ -66,6 +68,7 @@ class Worker:
             self._runner("feed_retention", self._feed_retention),
             self._runner("compact", self._compact, may_cancel=False),
             self._runner("summarize", self._summarize),
+            self._runner("search", self._search),
             self._runner("locks", self._locks),
             self._runner("identity", self._identity),
             *([self._runner("settings", partial(self._settings, reloading))] if reloading else []),
@@ -154,6 +157,23 @@ class Worker:
         async with self._connections.asynchronous() as engine:
             add_missing = Summarizing(engine).add_missing
             await _every(SUMMARIZE_SECONDS, partial(add_missing, duty.beat), duty, ending)
+
+    async def _search(self, duty: Duty, ending: asyncio.Event) -> None:
+        async with self._connections.asynchronous() as engine:
+            indexing = Indexing(engine, duty)
+            if self._configuration.search == "off":
+                await indexing.switch_off()
+                duty.switch_off("ARCHIVER_SEARCH is off: analytics.search has no index")
+                await ending.wait()
+                return
+            await indexing.set_language(self._configuration.search_language)
+
+            async def index() -> None:
+                while await indexing.step() and not ending.is_set():
+                    duty.working()
+                await until(ending, indexing.rebuild())
+
+            await _every(SEARCH_SECONDS, index, duty, ending)
 
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
         async with self._connections.asynchronous() as engine:

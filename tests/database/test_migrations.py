@@ -16,6 +16,7 @@ from archiver.database import roles, schema, transaction
 from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.rows import execute, rows
+from tests.support.searching import index, keys
 
 MIGRATIONS = Path("migrations").resolve()
 VERSIONS = sorted((MIGRATIONS / "versions").glob("[0-9]*.py"))
@@ -198,6 +199,27 @@ def test_the_repair_clears_the_value_of_a_hold_that_was_released_before(empty: E
     )
     schema.upgrade(empty)
     assert rows(empty, "SELECT id, value FROM archiver.holds ORDER BY id") == [(1, None), (2, "bob@example.com")]
+
+
+def test_messages_of_an_earlier_version_are_found_after_0025_and_its_downgrade_leaves_nothing(empty: Engine) -> None:
+    schema.upgrade(empty, "0024")
+    execute(
+        empty,
+        "INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at)"
+        " VALUES ('s', '2025-01-01Z', '2025-01-01Z')",
+        "INSERT INTO archiver.chats (session_id, chat_id, first_received_at, source)"
+        " VALUES ('s', 'c', '2025-01-01Z', 'webhook')",
+        "INSERT INTO archiver.messages (session_id, chat_id, ordinal, role, content, source)"
+        " VALUES ('s', 'c', 0, 'user', 'Hello', 'webhook')",
+    )
+    for _ in range(2):
+        schema.upgrade(empty)
+        index(empty, "simple")
+        assert keys(empty, "hello") == [("s", "c", 0)]
+        schema.downgrade(empty, "0024")
+        assert rows(empty, "SELECT count(*) FROM pg_class WHERE relname = 'y2025m01' OR relname LIKE 'search%'") == [
+            (0,)
+        ]
 
 
 def test_a_greeting_and_turns_that_only_history_knows_are_kept_by_0021_and_its_downgrade(empty: Engine) -> None:

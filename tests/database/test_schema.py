@@ -70,6 +70,9 @@ TABLES = (
     "epoch_faults",
     "pieces",
     "summaries",
+    "search",
+    "search_partitions",
+    "search_state",
 )
 
 
@@ -238,8 +241,8 @@ def test_every_table_view_and_column_says_what_it_means(engine: Engine) -> None:
     relations = rows(
         engine,
         "SELECT c.oid::regclass::text, obj_description(c.oid, 'pg_class') FROM pg_class c"
-        " WHERE relnamespace IN ('archiver'::regnamespace, 'analytics'::regnamespace) AND relkind IN ('r', 'v', 'm')"
-        " AND relname <> 'schema_version'",
+        " WHERE relnamespace IN ('archiver'::regnamespace, 'analytics'::regnamespace)"
+        " AND relkind IN ('r', 'p', 'v', 'm') AND relname <> 'schema_version'",
     )
     assert len(relations) == len(TABLES) + len(VIEWS)
     assert [name for name, comment in relations if not comment] == []

@@ -24,6 +24,7 @@ from tests.support.followups import receiving, subscribe
 from tests.support.payloads import created
 from tests.support.receivers import Receiver, archiver, serving
 from tests.support.rows import rows
+from tests.support.searching import keys
 from tests.support.waiting import until
 
 ON_ONE_VERSION = True  # nothing here depends on the version of Postgres
@@ -37,6 +38,7 @@ DUTIES = (
     "retention",
     "feed_retention",
     "compact",
+    "search",
     "locks",
     "summarize",
 )
@@ -299,3 +301,12 @@ def test_faults_of_several_duties_are_logged_once_for_each_reason_in_a_period(
     assert len({line["reason"] for line in lines}) == 2
     assert (len(lines) == 2) is (seconds > 0)
     assert {line["faults"] for line in lines} == {1}
+
+
+def test_a_worker_indexes_messages_for_search(database_url: str, engine: Engine) -> None:
+    with serving(database_url, "--worker") as receiver:
+        until(lambda: up(receiver, "search") == 1.0, "the index is started")
+        receiver.post(created("c1", "s1"))
+        until(lambda: keys(engine, "question") == [("s1", "c1", 0)], "the message is found")
+        status = json.loads(archiver("status", "--json", database_url=database_url).stdout)
+        assert status["search"] == {"language": "pg_catalog.simple", "since": None, "has_backlog": False}

@@ -14,7 +14,16 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import ledger
-from archiver.archive import Timing, pieces, rederive, summaries, unassigned, without_events
+from archiver.archive import (
+    UNASSIGNED,
+    Timing,
+    pieces,
+    rederive,
+    search,
+    summaries,
+    unassigned,
+    without_events,
+)
 from archiver.archive.facts import select_session_facts
 from archiver.archive.outbox import insert_changes
 from archiver.archive.sessions import SessionFacts, without_turns
@@ -225,11 +234,18 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     made = {delivery.content.session_id for delivery in redacted}
     derived = rederive(connection, [each for each in touched if each not in made], timing)
     unassigned.rederive(connection, chat_ids)
+    _delete_lexemes(connection, touched, chat_ids)
     insert_changes(connection, [*map(erased_change, targets), *changes, *without_events(derived)])
     # Last, because no change is published until the end of this transaction.
     Lock.PUBLISHING.take(connection, exclusive=True)
     summaries.refresh(connection, dict.fromkeys(touched, 0))
     return erased
+
+
+def _delete_lexemes(connection: Connection, session_ids: Sequence[str], chat_ids: Sequence[str]) -> None:
+    Lock.INDEXING.take(connection, exclusive=True)
+    items = [search.Item(each, None) for each in session_ids]
+    search.delete_obsolete(connection, items + [search.Item(UNASSIGNED, each) for each in chat_ids])
 
 
 _SELECT_ORDERED = text(

@@ -31,7 +31,7 @@ _QUERIES = (
                                THEN (SELECT array_agg(o ORDER BY o) FROM unnest(c.reloptions) o) END,
                'row security', c.relrowsecurity OR c.relforcerowsecurity,
                'children', (SELECT array_agg(i.inhrelid::regclass::text ORDER BY 1) FROM pg_inherits i
-                             WHERE i.inhparent = c.oid),
+                             WHERE i.inhparent = c.oid AND c.relkind <> 'p'),
                'parents', (SELECT array_agg(i.inhparent::regclass::text ORDER BY 1) FROM pg_inherits i
                             WHERE i.inhrelid = c.oid),
                'definition', CASE WHEN c.relkind IN ('v', 'm') THEN pg_get_viewdef(c.oid) END)

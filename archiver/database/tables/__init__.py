@@ -21,6 +21,7 @@ from archiver.database.tables.archive import (
 )
 from archiver.database.tables.feed import attempts, changes, deliveries, outbox, subscriptions
 from archiver.database.tables.operations import duties, epoch_faults, epochs, workers
+from archiver.database.tables.search import search, search_partitions, search_state
 
 __all__ = [
     "SCHEMA",
@@ -45,6 +46,9 @@ __all__ = [
     "recounts",
     "removals",
     "seals",
+    "search",
+    "search_partitions",
+    "search_state",
     "sessions",
     "subscriptions",
     "summaries",

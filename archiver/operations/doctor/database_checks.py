@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database
+from archiver.archive import search
 from archiver.database import catalogue, identity, lock_waits, roles, schema
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
@@ -75,6 +76,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield _times_ahead(connection, configuration.session_lifetime)
                     yield _webhooks(connection)
             yield from _workers(connection)
+            yield from _search(connection, configuration)
             yield from _identity(configuration, connection, engine)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session is waiting for a lock on the archiver's tables.")
@@ -339,6 +341,30 @@ def _workers(connection: Connection) -> Iterator[Finding]:
         )
     elif not any(each.faulty for each in running):
         yield Finding("worker", "ok", f"{len(running):,} running; all duties work.")
+
+
+_SEARCH_LATE_SECONDS = 600
+
+
+def _search(connection: Connection, configuration: Settings) -> Iterator[Finding]:
+    """Check the language and the delay of the search index."""
+    if configuration.search == "off" or not search.may_select(connection):
+        return
+    if search.select_language(connection, configuration.search_language) is None:
+        yield Finding("search", "failure", *search.unknown_language(configuration.search_language))
+        return
+    lag = search.select_lag(connection)
+    if lag.since is not None and (datetime.now(UTC) - lag.since).total_seconds() > _SEARCH_LATE_SECONDS:
+        detail = f"analytics.search lacks changes since {lag.since:%Y-%m-%d %H:%M:%S} UTC."
+        yield Finding("search", "warning", detail, "Start `archiver worker`; if one is running, see its log.")
+    else:
+        yield Finding(
+            "search",
+            "ok",
+            "The search index follows the archive."
+            if lag.language
+            else "No worker has started the search index yet.",
+        )
 
 
 def _identity(configuration: Settings, connection: Connection, engine: Engine) -> Iterator[Finding]:

@@ -1,0 +1,441 @@
+"""The table of full-text search: lexemes of the messages, without their text; the only writer of this table.
+
+A worker follows the change feed and refreshes the turns that changed. Rows of messages that no longer exist are
+deleted; their lexemes remain in the files of the partition until `rebuild` rewrites it.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection, text
+
+from archiver.archive.facts import UNASSIGNED
+from archiver.database import Lock, as_json
+
+CHANGES_PER_PAGE = 500
+TURNS_PER_PAGE = 500
+# Characters of a message that are indexed: so many cannot exceed the limit of a tsvector, 1 MB of lexemes.
+MAX_CHARACTERS = 100_000
+REBUILD_PAUSE_SECONDS = 3_600.0  # between two rebuilds of a partition
+
+
+class Item(NamedTuple):
+    """A turn to index; with `chat_id` None, all turns of the session."""
+
+    session_id: str
+    chat_id: str | None
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Items to index, and the state before and after: cursor, or last turn of the backlog (None at its end)."""
+
+    number: int
+    cursor: int
+    backlog: Sequence[str] | None
+    items: Sequence[Item]
+
+
+class Indexed(NamedTuple):
+    """The number of messages indexed, and how many of them only in part."""
+
+    messages: int
+    partial: int
+
+
+_RESOLVE = text(
+    """
+    SELECT format('%I.%I', n.nspname, c.cfgname)
+      FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace
+     WHERE c.cfgname = :name AND pg_ts_config_is_visible(c.oid) OR n.nspname || '.' || c.cfgname = :name
+     ORDER BY c.cfgname = :name DESC LIMIT 1
+    """
+)
+
+
+def select_language(connection: Connection, name: str) -> str | None:
+    """Return the qualified name of a text search configuration of Postgres; None if there is none of this name."""
+    found = connection.scalar(_RESOLVE, {"name": name})
+    return None if found is None else str(found)
+
+
+def unknown_language(name: str) -> tuple[str, str]:
+    """Return what is wrong with a name that `select_language` does not find, and what to do."""
+    return (
+        f"ARCHIVER_SEARCH_LANGUAGE: Postgres has no text search configuration {name!r}.",
+        "SELECT cfgname FROM pg_ts_config lists the names; write one in another schema as SCHEMA.NAME.",
+    )
+
+
+_IS_IN = text("SELECT FROM archiver.search_state WHERE language IS NOT DISTINCT FROM CAST(:language AS text)")
+_EMPTY = text("TRUNCATE archiver.search")
+_RESTART = text(
+    """
+    UPDATE archiver.search_state
+       SET language = CAST(:language AS text), cursor = (SELECT coalesce(max(cursor), 0) FROM archiver.changes),
+           page = page + 1, backlog_session = CAST(:start AS text), backlog_chat = CAST(:start AS text)
+    """
+)
+_ALL_CLEAN = text("UPDATE archiver.search_partitions SET stale_at = NULL, rebuilt_at = clock_timestamp()")
+
+
+def set_language(connection: Connection, language: str | None) -> bool:
+    """Set the language of the index, as `select_language` returns it; None: search is off.
+
+    If it differs, the table is emptied, and all messages are indexed again. Returns whether it differed.
+    """
+    Lock.INDEXING.take(connection, exclusive=True)
+    if connection.execute(_IS_IN, {"language": language}).first() is not None:
+        return False
+    _restart(connection, language)
+    return True
+
+
+def _restart(connection: Connection, language: str | None) -> None:
+    connection.execute(_EMPTY)
+    connection.execute(_ALL_CLEAN)
+    connection.execute(_RESTART, {"language": language, "start": None if language is None else ""})
+
+
+_SELECT_CHANGES = text(
+    """
+    SELECT c.cursor, c.type, c.session_id, c.chat_id
+      FROM archiver.changes c JOIN archiver.search_state s ON c.cursor > s.cursor
+     ORDER BY c.cursor LIMIT :most
+    """
+)
+_SELECT_STATE = text(
+    """
+    SELECT page, cursor, language, backlog_session, backlog_chat,
+           (SELECT min(c.cursor) FROM archiver.changes c) > cursor + 1 AS has_gap
+      FROM archiver.search_state
+    """
+)
+_SELECT_TURNS = text(
+    """
+    SELECT c.session_id, c.chat_id FROM archiver.chats c
+     WHERE (c.session_id, c.chat_id) > (CAST(:session_id AS text), CAST(:chat_id AS text))
+     ORDER BY c.session_id, c.chat_id LIMIT :most
+    """
+)
+
+
+def select_page(connection: Connection) -> Page | None:
+    """Return the next page of changes, or, if none, of turns from before the index; None: nothing to do, or off.
+
+    If retention deleted changes that were not indexed, the index is emptied and begins again.
+    """
+    state = connection.execute(_SELECT_STATE).one()
+    if state.language is None:
+        return None
+    if state.has_gap:
+        Lock.INDEXING.take(connection, exclusive=True)
+        _restart(connection, state.language)
+        return select_page(connection)
+    backlog = None if state.backlog_session is None else (state.backlog_session, state.backlog_chat)
+    changes = connection.execute(_SELECT_CHANGES, {"most": CHANGES_PER_PAGE}).all()
+    if changes:
+        items = [item for row in changes if (item := _item(row.type, row.session_id, row.chat_id)) is not None]
+        return Page(state.page, changes[-1].cursor, backlog, _with_whole_sessions(connection, items))
+    if backlog is None:
+        return None
+    values = {"session_id": backlog[0], "chat_id": backlog[1], "most": TURNS_PER_PAGE}
+    turns = connection.execute(_SELECT_TURNS, values).all()
+    last = (turns[-1].session_id, turns[-1].chat_id) if len(turns) == TURNS_PER_PAGE else None
+    return Page(state.page, state.cursor, last, [Item(*row) for row in turns])
+
+
+_OF_A_TURN = frozenset({"chat.created", "chat.updated", "chat.deleted"})
+_WITHOUT_TEXT = frozenset({"session.coverage", "session.lost", "seal.created"})
+
+
+def _item(kind: str, session_id: str, chat_id: str | None) -> Item | None:
+    if kind in _WITHOUT_TEXT or (session_id == UNASSIGNED and chat_id is None):
+        return None
+    is_turn = kind in _OF_A_TURN or session_id == UNASSIGNED
+    return Item(session_id, chat_id if is_turn else None)
+
+
+_SELECT_READ = text(
+    """
+    SELECT s.session_id FROM archiver.sessions s
+     WHERE s.session_id IN (SELECT json_array_elements_text(:session_ids)) AND s.read_at IS NOT NULL
+    """
+)
+
+
+def _with_whole_sessions(connection: Connection, items: Sequence[Item]) -> list[Item]:
+    """Return each item once. A change of a turn may have changed other turns of a session whose history was read."""
+    ids = {item.session_id for item in items} - {UNASSIGNED}
+    whole = {item.session_id for item in items if item.chat_id is None}
+    whole |= set(connection.scalars(_SELECT_READ, {"session_ids": as_json(sorted(ids - whole))}))
+    return list(dict.fromkeys(Item(item.session_id, None) if item.session_id in whole else item for item in items))
+
+
+_BEGAN = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
+_DIGEST = "hashtextextended(m.content, 0)"
+# A turn that named no session has a row without one until a session is known.
+_TURNS = """
+    items AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:items) AS t (session_id text, chat_id text)
+    ), turns AS MATERIALIZED (
+        SELECT session_id, chat_id FROM items WHERE chat_id IS NOT NULL
+        UNION SELECT '', chat_id FROM items WHERE chat_id IS NOT NULL
+        UNION SELECT c.session_id, c.chat_id FROM items i JOIN archiver.chats c ON c.session_id = i.session_id
+               WHERE i.chat_id IS NULL
+    )
+"""
+# Months for which a partition is added: those of plausible times.
+_SELECT_MONTHS = text(
+    f"""
+    WITH {_TURNS}, months AS MATERIALIZED (
+        SELECT DISTINCT date_trunc('month', {_BEGAN}, 'UTC') AS month
+          FROM turns t JOIN archiver.chats c ON c.session_id = t.session_id AND c.chat_id = t.chat_id
+    )
+    SELECT month FROM months
+     WHERE month BETWEEN '2015-01-01+00' AND clock_timestamp() + interval '1 day'
+       AND month NOT IN (SELECT since FROM archiver.search_partitions WHERE since IS NOT NULL)
+     ORDER BY month
+    """  # noqa: S608  # constants
+)
+
+
+def select_new_months(connection: Connection, items: Iterable[Item]) -> list[datetime]:
+    """Return the months of these items that have no partition yet."""
+    return list(connection.scalars(_SELECT_MONTHS, {"items": _json(items)}))
+
+
+_ADD_MONTH = text("SELECT archiver.add_search_month(:month)")
+
+
+def add_month(connection: Connection, month: datetime) -> None:
+    """Add the partition of this month."""
+    connection.execute(_ADD_MONTH, {"month": month})
+
+
+_IS_CURRENT = text("SELECT FROM archiver.search_state WHERE page = :number")
+_ADVANCE = text(
+    """
+    UPDATE archiver.search_state
+       SET page = page + 1, cursor = :cursor, backlog_session = :session_id, backlog_chat = :chat_id
+    """
+)
+
+
+def index_page(connection: Connection, page: Page) -> Indexed | None:
+    """Index a page, and record that it is done; None if another worker has done so since it was read."""
+    Lock.INDEXING.take(connection, exclusive=True)
+    if connection.execute(_IS_CURRENT, {"number": page.number}).first() is None:
+        return None
+    indexed = _refresh(connection, page.items)
+    _advance(connection, page)
+    return indexed
+
+
+def index_item(connection: Connection, page: Page, item: Item) -> Indexed:
+    """Index an item of a page, unless another worker has completed the page."""
+    Lock.INDEXING.take(connection, exclusive=True)
+    if connection.execute(_IS_CURRENT, {"number": page.number}).first() is None:
+        return Indexed(0, 0)
+    return _refresh(connection, [item])
+
+
+def delete_item(connection: Connection, item: Item) -> None:
+    """Delete the outdated rows of an item that cannot be indexed."""
+    Lock.INDEXING.take(connection, exclusive=True)
+    delete_obsolete(connection, [item])
+
+
+def finish_page(connection: Connection, page: Page) -> None:
+    """Record that a page is done whose items were indexed one by one."""
+    Lock.INDEXING.take(connection, exclusive=True)
+    if connection.execute(_IS_CURRENT, {"number": page.number}).first() is not None:
+        _advance(connection, page)
+
+
+_SELECT_OF_SESSION = text("SELECT session_id, chat_id FROM archiver.chats WHERE session_id = :session_id ORDER BY 2")
+
+
+def select_turns(connection: Connection, session_id: str) -> list[Item]:
+    """Return the turns of a session."""
+    return [Item(*row) for row in connection.execute(_SELECT_OF_SESSION, {"session_id": session_id})]
+
+
+def _advance(connection: Connection, page: Page) -> None:
+    session_id, chat_id = (None, None) if page.backlog is None else page.backlog
+    connection.execute(_ADVANCE, {"cursor": page.cursor, "session_id": session_id, "chat_id": chat_id})
+
+
+_OBSOLETE = f"""
+    NOT EXISTS (SELECT FROM archiver.messages m
+                  JOIN archiver.chats c ON c.session_id = m.session_id AND c.chat_id = m.chat_id
+                 WHERE m.session_id = s.session_id AND m.chat_id = s.chat_id AND m.ordinal = s.ordinal
+                   AND {_DIGEST} = s.digest AND {_BEGAN} = s.began_at
+                   AND c.assistant_id IS NOT DISTINCT FROM s.assistant_id)
+    RETURNING CAST(s.tableoid AS bigint) AS partition, s.session_id, s.chat_id, s.digest
+"""  # noqa: S608  # constants
+# In two statements: of single turns, and of whole sessions, also the turns that no longer exist.
+_DELETE = tuple(
+    text(
+        f"""
+    WITH items AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:items) AS t (session_id text, chat_id text)
+    ), keys AS MATERIALIZED ({keys})
+    DELETE FROM archiver.search s USING keys t WHERE {condition} AND {_OBSOLETE}
+    """  # noqa: S608  # constants
+    )
+    for keys, condition in (
+        (
+            "SELECT session_id, chat_id FROM items WHERE chat_id IS NOT NULL"
+            " UNION SELECT '', chat_id FROM items WHERE chat_id IS NOT NULL",
+            "s.session_id = t.session_id AND s.chat_id = t.chat_id",
+        ),
+        ("SELECT DISTINCT session_id FROM items WHERE chat_id IS NULL", "s.session_id = t.session_id"),
+    )
+)
+_INSERT = text(
+    f"""
+    WITH {_TURNS}, source AS MATERIALIZED (
+        SELECT m.session_id, m.chat_id, m.ordinal, {_BEGAN} AS began_at, c.assistant_id, {_DIGEST} AS digest,
+               (SELECT page + 1 FROM archiver.search_state) AS page,
+               to_tsvector((SELECT CAST(language AS regconfig) FROM archiver.search_state),
+                           left(m.content, :most)) AS lexemes,
+               length(m.content) > :most AS is_partial
+          FROM turns t JOIN archiver.chats c ON c.session_id = t.session_id AND c.chat_id = t.chat_id
+          JOIN archiver.messages m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
+         WHERE NOT EXISTS (SELECT FROM archiver.search s
+                            WHERE s.session_id = m.session_id AND s.chat_id = m.chat_id AND s.ordinal = m.ordinal
+                              AND s.began_at = {_BEGAN})
+    ), written AS (
+        INSERT INTO archiver.search (session_id, chat_id, ordinal, began_at, assistant_id, digest, page, lexemes)
+        SELECT session_id, chat_id, ordinal, began_at, assistant_id, digest, page, lexemes FROM source
+    )
+    SELECT count(*), count(*) FILTER (WHERE is_partial) FROM source
+    """  # noqa: S608  # constants
+)
+# An erasure marks the partitions whose rows it deletes. So a text that is still indexed there, in the same
+# conversation, needs no mark when another of its rows is deleted.
+_SELECT_UNCOVERED = text(
+    """
+    WITH items AS MATERIALIZED (
+        SELECT session_id, chat_id FROM json_to_recordset(:items) AS t (session_id text, chat_id text)
+    ), deleted AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(:deleted)
+            AS t (partition bigint, session_id text, chat_id text, digest bigint)
+    )
+    SELECT DISTINCT d.partition FROM deleted d
+     WHERE NOT EXISTS (SELECT FROM archiver.search s
+                        WHERE s.session_id = d.session_id AND CAST(s.tableoid AS bigint) = d.partition
+                          AND (s.chat_id = d.chat_id OR s.digest = d.digest AND d.session_id <> ''))
+       AND NOT EXISTS (SELECT FROM items i JOIN archiver.search s
+                           ON s.session_id = i.session_id AND s.chat_id = d.chat_id
+                        WHERE d.session_id = '' AND CAST(s.tableoid AS bigint) = d.partition)
+    """
+)
+_MARK = text(
+    """
+    UPDATE archiver.search_partitions p SET stale_at = clock_timestamp()
+      FROM pg_class c
+     WHERE p.name = c.relname
+       AND CAST(c.oid AS bigint) IN (SELECT CAST(json_array_elements_text(:partitions) AS bigint))
+    """
+)
+
+
+def _refresh(connection: Connection, items: Sequence[Item]) -> Indexed:
+    deleted = _delete(connection, items)
+    indexed = Indexed(*connection.execute(_INSERT, {"items": _json(items), "most": MAX_CHARACTERS}).one())
+    if deleted:
+        values = {"items": _json(items), "deleted": as_json(deleted)}
+        _mark(connection, connection.scalars(_SELECT_UNCOVERED, values).all())
+    return indexed
+
+
+def delete_obsolete(connection: Connection, items: Sequence[Item]) -> None:
+    """Delete the rows of these items whose messages have changed or no longer exist; mark their partitions.
+
+    The caller holds `Lock.INDEXING`, so that no row is written from an earlier state.
+    """
+    _mark(connection, {row["partition"] for row in _delete(connection, items)})
+
+
+def _mark(connection: Connection, partitions: Collection[Any]) -> None:
+    if partitions:
+        connection.execute(_MARK, {"partitions": as_json(sorted(partitions))})
+
+
+def _delete(connection: Connection, items: Sequence[Item]) -> list[dict[str, Any]]:
+    if not items:
+        return []
+    values = {"items": _json(items)}
+    return [dict(row) for statement in _DELETE for row in connection.execute(statement, values).mappings()]
+
+
+def _json(items: Iterable[Item]) -> str:
+    return as_json([each._asdict() for each in items])
+
+
+_SELECT_STALE = text(
+    """
+    SELECT name FROM archiver.search_partitions
+     WHERE stale_at IS NOT NULL
+       AND (rebuilt_at IS NULL OR rebuilt_at <= clock_timestamp() - make_interval(secs => :seconds)
+            OR rebuilt_at > clock_timestamp())
+     ORDER BY stale_at LIMIT 1
+    """
+)
+_REBUILD = text("SELECT archiver.rebuild_search(:name)")
+
+
+def select_stale(connection: Connection) -> str | None:
+    """Return the partition that has waited longest to be rebuilt; None if none is due."""
+    found = connection.scalar(_SELECT_STALE, {"seconds": REBUILD_PAUSE_SECONDS})
+    return None if found is None else str(found)
+
+
+def rebuild(connection: Connection, name: str) -> bool:
+    """Rewrite a partition without deleted rows; return False if it is no longer stale."""
+    return bool(connection.scalar(_REBUILD, {"name": name}))
+
+
+# By object id: a name cannot be resolved in a schema without the USAGE privilege.
+_MAY_SELECT = text(
+    """
+    SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'archiver' AND c.relname = 'search_state'
+    """
+)
+
+
+def may_select(connection: Connection) -> bool:
+    """Return whether this user may read the state of the index."""
+    return bool(connection.scalar(_MAY_SELECT))
+
+
+class Lag(msgspec.Struct, frozen=True):
+    """How far the index is behind the archive.
+
+    `language`: None if search is off. `since`: when the oldest change was made that is not indexed; None if all are.
+    `has_backlog`: whether turns remain that are older than the index.
+    """
+
+    language: str | None
+    since: datetime | None
+    has_backlog: bool
+
+
+_SELECT_LAG = text(
+    """
+    SELECT s.language,
+           (SELECT c.changed_at FROM archiver.changes c WHERE c.cursor > s.cursor ORDER BY c.cursor LIMIT 1),
+           s.backlog_session IS NOT NULL
+      FROM archiver.search_state s
+    """
+)
+
+
+def select_lag(connection: Connection) -> Lag:
+    """Return how far the index is behind the feed."""
+    return Lag(*connection.execute(_SELECT_LAG).one())

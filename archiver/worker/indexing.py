@@ -1,0 +1,146 @@
+"""Index messages for full-text search, behind the change feed."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from archiver import database, telemetry
+from archiver.archive import search
+from archiver.archive.search import Item, Page
+from archiver.database import explain, is_cancelled, is_data_error, is_lock_timeout, run_async
+from archiver.operations import heartbeats
+from archiver.settings import SettingsError
+from archiver.telemetry.duty_health import Duty
+
+log = structlog.get_logger(__name__)
+
+PAGE_SECONDS = 10.0
+ITEM_SECONDS = 3.0  # so that a text on which the parser of Postgres takes minutes delays the others by seconds
+MONTH_LOCK_SECONDS = 1.0
+REBUILD_SECONDS = 1_800.0
+REBUILD_CHECK_SECONDS = 60.0
+BEAT_SECONDS = 5.0
+
+
+class Indexing:
+    """The search duty."""
+
+    def __init__(self, engine: AsyncEngine, duty: Duty) -> None:
+        self._engine, self._duty = engine, duty
+        self._rebuild_at = float("-inf")  # on `time.monotonic`
+
+    async def set_language(self, name: str) -> None:
+        """Index with this text search configuration from now on. Raises `SettingsError` if there is none."""
+        language = await run_async(self._engine, partial(search.select_language, name=name))
+        if language is None:
+            raise SettingsError(" ".join(search.unknown_language(name)))
+        if await run_async(self._engine, partial(search.set_language, language=language)):
+            log.info("search index started", language=language)
+
+    async def switch_off(self) -> None:
+        """Delete the index."""
+        await run_async(self._engine, partial(search.set_language, language=None))
+
+    async def step(self) -> bool:
+        """Index a page; return whether there was one."""
+        page = await run_async(self._engine, search.select_page)
+        if page is not None:
+            await self._add_months(page.items)
+            await self._index(page)
+            self._duty.beat()
+        await self._measure()
+        return page is not None
+
+    async def _measure(self) -> None:
+        lag = await run_async(self._engine, search.select_lag)
+        seconds = 0.0 if lag.since is None else (database.now() - lag.since).total_seconds()
+        telemetry.search_lag.set(max(0.0, seconds))
+
+    async def _add_months(self, items: Sequence[Item]) -> None:
+        for month in await run_async(self._engine, partial(search.select_new_months, items=items)):
+            try:
+                await run_async(self._engine, partial(search.add_month, month=month), lock_seconds=MONTH_LOCK_SECONDS)
+            except DBAPIError as error:
+                if not is_lock_timeout(error):
+                    raise
+                # Its rows go to the partition of other times, and from there to its own when that is added.
+                log.warning("search partition not added", month=f"{month:%Y-%m}", reason=explain(error))
+
+    async def _index(self, page: Page) -> None:
+        try:
+            indexed = await run_async(
+                self._engine, partial(search.index_page, page=page), statement_seconds=PAGE_SECONDS
+            )
+        except DBAPIError as error:
+            if not _is_of_an_item(error):
+                raise
+            await self._index_each(page)
+        else:
+            telemetry.search_partial.inc(indexed.partial if indexed else 0)
+
+    async def _index_each(self, page: Page) -> None:
+        """Index the items of a page one by one, and the turns of a conversation that is too slow as a whole."""
+        for item in page.items:
+            if item.chat_id is not None or await self._index_item(page, item):
+                turns = [item] if item.chat_id is not None else []
+            else:
+                turns = await run_async(self._engine, partial(search.select_turns, session_id=item.session_id))
+            for turn in turns:
+                if not await self._index_item(page, turn):
+                    telemetry.search_skipped.inc()
+        await run_async(self._engine, partial(search.finish_page, page=page))
+
+    async def _index_item(self, page: Page, item: Item) -> bool:
+        """Index an item; if Postgres rejects it or takes too long, delete its outdated rows and return False."""
+        self._duty.beat()
+        try:
+            indexed = await run_async(
+                self._engine, partial(search.index_item, page=page, item=item), statement_seconds=ITEM_SECONDS
+            )
+        except DBAPIError as error:
+            if not _is_of_an_item(error):
+                raise
+            log.warning("not indexed for search", session_id=item.session_id, reason=explain(error))
+            await run_async(self._engine, partial(search.delete_item, item=item))
+            return False
+        telemetry.search_partial.inc(indexed.partial)
+        return True
+
+    async def rebuild(self) -> None:
+        """Rewrite a partition that contains words of erased messages, if one is due."""
+        if monotonic() < self._rebuild_at:
+            return
+        self._rebuild_at = monotonic() + REBUILD_CHECK_SECONDS
+        name = await run_async(self._engine, search.select_stale)
+        claim = partial(heartbeats.claim, name="search_rebuild", seconds=REBUILD_CHECK_SECONDS)
+        if name is None or not await run_async(self._engine, claim):
+            return
+        work = run_async(self._engine, partial(search.rebuild, name=name), statement_seconds=REBUILD_SECONDS)
+        try:
+            is_rebuilt = await self._with_beats(work)
+        except DBAPIError as error:
+            if not is_lock_timeout(error) and not is_cancelled(error):
+                raise
+            log.warning("search partition not rebuilt", partition=name, reason=explain(error))
+        else:
+            log.info("search partition rebuilt", partition=name, rebuilt=is_rebuilt)
+
+    async def _with_beats(self, work: Coroutine[Any, Any, bool]) -> bool:
+        running = asyncio.ensure_future(work)
+        try:
+            while not running.done():
+                await asyncio.wait({running}, timeout=BEAT_SECONDS)
+                self._duty.beat()
+            return running.result()
+        finally:
+            running.cancel()
+
+
+def _is_of_an_item(error: DBAPIError) -> bool:
+    return is_cancelled(error) or is_data_error(error)
