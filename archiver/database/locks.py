@@ -36,12 +36,14 @@ class Lock(StrEnum):
     SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time, with
     what is stored about its sessions for analysts; and last in transactions that remove content from that.
     INDEXING: exclusive, in transactions that write the search table; after all other locks except PUBLISHING.
+    ROLLUPS: exclusive, for one summing of stale buckets at a time.
     """
 
     RECORDING = "lock_placement"
     SEALING = "lock_sealing"
     PUBLISHING = "lock_publishing"
     INDEXING = "lock_indexing"
+    ROLLUPS = "lock_rollups"
 
     def statements(self, *, exclusive: bool) -> tuple[Statement, ...]:
         """Return the statements that acquire the lock until the end of the transaction; `by_key` is one of them."""

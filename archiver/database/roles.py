@@ -34,7 +34,7 @@ class Needs(msgspec.Struct, frozen=True):
 
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
 _VIEWS = (
-    *("conversations", "sessions", "chats", "messages", "lines", "daily"),
+    *("conversations", "sessions", "chats", "messages", "lines", "daily", "rollups"),
     *("coverage", "changes", "epochs", "health"),
 )
 _FUNCTIONS = (
@@ -43,6 +43,8 @@ _FUNCTIONS = (
     "analytics.changed_sessions(bigint, integer)",
     "analytics.search(text, timestamp with time zone, timestamp with time zone, text,"
     " timestamp with time zone, integer)",
+    "analytics.hourly(text, timestamp with time zone, timestamp with time zone)",
+    "analytics.daily(text, date, date)",
 )
 # Ids, states, times and numbers. Names of sessions, external ids and variables may identify a customer.
 _SHOWN = {
@@ -69,8 +71,9 @@ _SHOWN = {
         "deleted_at",
     ),
 }
-_METRICS_VIEWS = ("daily", "coverage", "changes", "epochs", "health")
-_METRICS_FUNCTIONS = ("analytics.complete_through()", "analytics.changed_sessions(bigint, integer)")
+_METRICS_VIEWS = ("daily", "rollups", "coverage", "changes", "epochs", "health")
+_CONTENT = ("analytics.transcript(", "analytics.search(")
+_METRICS_FUNCTIONS = tuple(each for each in _FUNCTIONS if not each.startswith(_CONTENT))
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
 NEEDED: Mapping[str, Needs] = {
@@ -98,6 +101,9 @@ NEEDED: Mapping[str, Needs] = {
             "analytics.conversations": "SELECT",  # content of follow-ups
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
+            **{f"archiver.{name}": _ALL for name in ("contributions", "stale_buckets", "rollups", "days")},
+            "archiver.uncontributed": "SELECT, DELETE",
+            "archiver.contributed": "SELECT",
             **{f"archiver.{name}": "SELECT, INSERT" for name in ("epochs", "epoch_faults")},
             "archiver.search": f"{_ALL}, TRUNCATE",
             **{f"archiver.{name}": "SELECT, UPDATE" for name in ("search_partitions", "search_state")},
@@ -149,6 +155,9 @@ NEEDED: Mapping[str, Needs] = {
                     "search",
                     "search_partitions",
                     "search_state",
+                    "contributions",
+                    "rollups",
+                    "days",
                     "workers",
                     "duties",
                     "epochs",

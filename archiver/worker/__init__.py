@@ -32,6 +32,7 @@ from archiver.worker.indexing import Indexing
 from archiver.worker.retention_tasks import RetentionTasks
 from archiver.worker.sealing import Sealing
 from archiver.worker.summarizing import Summarizing
+from archiver.worker.summing import Summing
 from archiver.worker.supervision import Runner, Supervisor
 
 log = structlog.get_logger(__name__)
@@ -46,6 +47,7 @@ FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
 SUMMARIZE_SECONDS = 1.0
 SEARCH_SECONDS = 1.0  # between two looks for changes
+ROLLUP_SECONDS = 5.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
 _UNREADABLE = "unreadable"  # the part of the report of `identity` about rows that could not be compared
 CLAIM_SHARE = 0.9  # share of a period, so that workers do not claim in lockstep
@@ -69,6 +71,7 @@ class Worker:
             self._runner("compact", self._compact, may_cancel=False),
             self._runner("summarize", self._summarize),
             self._runner("search", self._search),
+            self._runner("rollups", self._rollups, may_cancel=False),
             self._runner("locks", self._locks),
             self._runner("identity", self._identity),
             *([self._runner("settings", partial(self._settings, reloading))] if reloading else []),
@@ -174,6 +177,11 @@ class Worker:
                 await until(ending, indexing.rebuild())
 
             await _every(SEARCH_SECONDS, index, duty, ending)
+
+    async def _rollups(self, duty: Duty, ending: asyncio.Event) -> None:
+        with self._connections.synchronous() as engine:
+            step = Summing(engine).sum
+            await _every(ROLLUP_SECONDS, partial(asyncio.to_thread, step, duty.beat), duty, ending)
 
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
         async with self._connections.asynchronous() as engine:

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from archiver import database, events
+from archiver.archive import rollups
 from archiver.database import catalogue, identity, roles, schema, tables, transaction
 from archiver.events import Delivery
 from archiver.ledger import quarantine
@@ -36,10 +37,13 @@ VIEWS = {
     "lines": "turn_id session_id ordinal role content content_kind began_at began_is_told source deleted_at",
     "daily": "day assistant_id conversations conversations_started chats messages cost deleted_chats"
     " repaired_messages",
+    "rollups": "bucket assistant_id conversations_started chats messages cost deleted_chats repaired_messages"
+    " latency",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
     "changes": "cursor type session_id chat_id seal_id changed_at epoch",
     "epochs": "number epoch began_at cursor given",
     "health": "complete_through unknown_sessions lost_sessions unread_sessions feed_lag_seconds summary_cursor"
+    " rollups_lag_seconds"
     " oldest_snapshot_seconds",
     "sessions": "session_id assistant_id started_at last_message_at turns messages user_messages assistant_messages"
     " cost deleted_chats repaired_messages coverage reason first_question first_answer answer_seconds variables"
@@ -73,7 +77,13 @@ TABLES = (
     "search",
     "search_partitions",
     "search_state",
+    "contributions",
+    "rollups",
+    "days",
+    "stale_buckets",
+    "uncontributed",
 )
+INTERNAL_VIEWS = ("contributed",)
 
 
 # Migrations
@@ -220,7 +230,7 @@ def test_the_migrated_constraints_are_what_the_tables_say(engine: Engine) -> Non
         (table, "ALWAYS")
         for table in (
             *("acts", "erasures", "events", "holds", "outbox", "quarantine", "recounts", "removals"),
-            "subscriptions",
+            *("stale_buckets", "subscriptions"),
         )
     ]
 
@@ -230,7 +240,7 @@ def test_the_tables_of_a_session_can_be_distributed_by_it(engine: Engine) -> Non
         engine,
         "SELECT conname FROM pg_constraint c WHERE connamespace = 'archiver'::regnamespace"
         " AND conrelid = ANY ('{archiver.events,archiver.sessions,archiver.chats,archiver.messages,"
-        "archiver.summaries}'::regclass[])"
+        "archiver.summaries,archiver.contributions,archiver.uncontributed}'::regclass[])"
         " AND contype IN ('p', 'u', 'f') AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.conrelid"
         " AND a.attnum = ANY (c.conkey) AND a.attname = 'session_id')",
     )
@@ -244,7 +254,7 @@ def test_every_table_view_and_column_says_what_it_means(engine: Engine) -> None:
         " WHERE relnamespace IN ('archiver'::regnamespace, 'analytics'::regnamespace)"
         " AND relkind IN ('r', 'p', 'v', 'm') AND relname <> 'schema_version'",
     )
-    assert len(relations) == len(TABLES) + len(VIEWS)
+    assert len(relations) == len(TABLES) + len(INTERNAL_VIEWS) + len(VIEWS)
     assert [name for name, comment in relations if not comment] == []
     silent = rows(
         engine,
@@ -294,6 +304,12 @@ def test_the_reader_may_read_no_table(engine: Engine, table: str) -> None:
     assert refused(engine, f"SELECT count(*) FROM archiver.{table}")
     assert refused(engine, f"DELETE FROM archiver.{table}")
     assert refused(engine, f"TRUNCATE archiver.{table}")
+
+
+@pytest.mark.parametrize("view", INTERNAL_VIEWS)
+def test_the_reader_may_read_no_internal_view(engine: Engine, view: str) -> None:
+    assert refused(engine, f"SELECT * FROM archiver.{view}")
+    assert refused(engine, f"DELETE FROM archiver.{view}")
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -589,16 +605,20 @@ def test_a_search_path_does_not_talk_a_guard_round(engine: Engine, statement: st
 def test_the_planner_keeps_no_samples_of_what_an_erasure_takes(engine: Engine) -> None:
     record(engine, *(created(f"c{number}", f"s{number}") for number in range(20)))
     publish(engine)
+    with transaction(engine) as connection:
+        rollups.sum_stale(connection, rollups.select_stale(connection))
     execute(engine, "UPDATE archiver.sessions SET status = 'MARK', name = 'MARK'", "ANALYZE")
     remaining = rows(
         engine,
         "SELECT tablename, attname FROM pg_stats WHERE schemaname = 'archiver'"
-        " AND tablename IN ('sessions', 'chats', 'messages', 'summaries')",
+        " AND tablename IN ('sessions', 'chats', 'messages', 'summaries', 'contributions', 'rollups', 'days')",
     )
-    assert ("summaries", "turns") in remaining
+    assert {("summaries", "turns"), ("contributions", "chats"), ("rollups", "chats"), ("days", "chats")} <= {
+        *remaining
+    }
     taken = ["external_id", "status", "cost", "variables", "session_name", "session_status"]
     taken += ["name", "content", "first_question", "first_answer"]
-    names = ("sessions", "chats", "messages", "summaries")
+    names = ("sessions", "chats", "messages", "summaries", "contributions", "rollups", "days")
     assert sorted({*remaining} & {(table, column) for table in names for column in taken}) == []
 
 

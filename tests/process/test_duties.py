@@ -41,6 +41,7 @@ DUTIES = (
     "search",
     "locks",
     "summarize",
+    "rollups",
 )
 
 

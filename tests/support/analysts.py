@@ -17,8 +17,10 @@ from archiver import events, ledger
 from archiver.archive import Timing
 from archiver.database import transaction
 from archiver.events import Delivery, Event, responses
+from archiver.worker.summing import Summing
 from tests.support.feeds import publish
 from tests.support.payloads import created, deleted
+from tests.support.rows import rows
 from tests.support.searching import index
 
 TIMING = Timing()
@@ -202,9 +204,10 @@ QUESTIONS = (
     ),
     Question(
         "25 daily figures, 90 days",
-        "all",
+        "window",
         "SELECT day, sum(conversations_started), sum(chats), sum(messages), sum(cost), sum(repaired_messages)"
         " FROM {v}.daily WHERE day >= current_date - 90 GROUP BY 1 ORDER BY 1",
+        budget=100,
     ),
     Question(
         "26 today so far, and the last 5 minutes",
@@ -233,7 +236,7 @@ QUESTIONS = (
 
 
 def fill(engine: Engine, sessions: int, recent: int, now: datetime) -> None:
-    """Record so many sessions, the last of them `recent` days old at most, through the ledger, and publish them."""
+    """Record so many sessions, the last of them `recent` days old at most, through the ledger; publish and sum."""
     rng = random.Random(17)
     facts = sorted(_facts(rng, sessions, recent, now), key=lambda each: each.received_at)
     for start in range(0, len(facts), 500):
@@ -241,6 +244,8 @@ def fill(engine: Engine, sessions: int, recent: int, now: datetime) -> None:
             ledger.record(connection, facts[start : start + 500], TIMING)
         publish(engine)
     index(engine, "simple")
+    while rows(engine, "SELECT FROM archiver.stale_buckets LIMIT 1"):
+        Summing(engine).sum(lambda: None)
     with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
         connection.exec_driver_sql("VACUUM (ANALYZE)")
 

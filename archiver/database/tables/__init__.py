@@ -21,6 +21,7 @@ from archiver.database.tables.archive import (
 )
 from archiver.database.tables.feed import attempts, changes, deliveries, outbox, subscriptions
 from archiver.database.tables.operations import duties, epoch_faults, epochs, workers
+from archiver.database.tables.rollups import contributions, days, rollups, stale_buckets, uncontributed
 from archiver.database.tables.search import search, search_partitions, search_state
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "backfills",
     "changes",
     "chats",
+    "contributions",
+    "days",
     "deliveries",
     "duties",
     "epoch_faults",
@@ -45,12 +48,15 @@ __all__ = [
     "quarantine",
     "recounts",
     "removals",
+    "rollups",
     "seals",
     "search",
     "search_partitions",
     "search_state",
     "sessions",
+    "stale_buckets",
     "subscriptions",
     "summaries",
+    "uncontributed",
     "workers",
 ]

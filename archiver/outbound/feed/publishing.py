@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from archiver.archive import summaries
+from archiver.archive import rollups, summaries
 from archiver.database import Lock, as_json
 
 CHANNEL = "archiver_events"
@@ -92,7 +92,9 @@ def _derive(connection: Connection, published: int, newest: int) -> int:
     """
     if published:
         page = connection.execute(_SELECT_SESSIONS, {"before": newest - published})
-        summaries.refresh(connection, {row.session_id: row.cursor for row in page})
+        cursors = {row.session_id: row.cursor for row in page}
+        summaries.refresh(connection, cursors)
+        rollups.refresh(connection, cursors)
     return published
 
 

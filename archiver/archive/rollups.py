@@ -1,0 +1,163 @@
+"""Keep the rollups: what each session contributes to 15 minutes, and the sums of these by bucket and UTC day.
+
+Nothing is added to a sum or subtracted from it. The publisher of the feed computes the contributions of changed
+sessions as a whole and marks the buckets that they changed as stale; `sum_stale` sums stale buckets as a whole. The
+views compute both for what is behind, so that they are exact at any time. Unassigned turns have no session and no
+contributions: the views always compute theirs.
+"""
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+
+import msgspec
+from sqlalchemy import Connection
+
+from archiver.database import Lock, RawStatement, as_json, execute, now
+
+BUCKETS_PER_PAGE = 200
+SESSIONS_PER_PAGE = 200  # few, because the publisher of the feed waits
+
+_COUNTS = (
+    "conversations",
+    "conversations_started",
+    "chats",
+    "messages",
+    "cost",
+    "deleted_chats",
+    "repaired_messages",
+)
+_FIGURES = (*_COUNTS, "latency")
+_STEPS = range(1, 14)  # of `latency`
+_SUM_OF_COUNTS = ", ".join(f"sum({name}) AS {name}" for name in _COUNTS)
+_SUM_OF_LATENCY = f"ARRAY[{', '.join(f'sum(latency[{step}])' for step in _STEPS)}] AS latency"
+
+
+def _replaced(table: str, keys: Sequence[str], figures: Sequence[str], scope: str) -> str:
+    """Return the SQL of CTEs that replace the rows of a table whose first key is in `scope` by the rows of `wanted`.
+
+    They write only rows that differ; `removed` and `written` have the buckets of these, or the days.
+    """
+    of_key, of_scope = ", ".join(keys), keys[0]
+    returned = "bucket" if "bucket" in keys else of_scope
+    return f"""
+    removed AS (
+        DELETE FROM archiver.{table} t
+         WHERE t.{of_scope} = ANY (ARRAY(SELECT {of_scope} FROM {scope}))
+           AND ({", ".join(f"t.{name}" for name in keys)}) NOT IN (SELECT {of_key} FROM wanted)
+        RETURNING t.{returned}
+    ), written AS (
+        INSERT INTO archiver.{table} AS t ({of_key}, {", ".join(figures)})
+        SELECT {of_key}, {", ".join(figures)} FROM wanted ORDER BY {of_key}
+        ON CONFLICT ({of_key}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in figures)}
+         WHERE ({", ".join(f"t.{name}" for name in figures)})
+               IS DISTINCT FROM ({", ".join(f"excluded.{name}" for name in figures)})
+        RETURNING t.{returned}
+    )
+    """  # noqa: S608  # constant names
+
+
+_REFRESH = RawStatement(
+    f"""
+    WITH listed AS MATERIALIZED (
+        SELECT json_array_elements_text($1) AS session_id
+    ), wanted AS MATERIALIZED (
+        SELECT * FROM archiver.contributed WHERE session_id = ANY (ARRAY(SELECT session_id FROM listed))
+    ), {_replaced("contributions", ("session_id", "bucket", "assistant_id"), _FIGURES, "listed")}, contributed AS (
+        DELETE FROM archiver.uncontributed WHERE session_id = ANY (ARRAY(SELECT session_id FROM listed))
+    )
+    INSERT INTO archiver.stale_buckets (bucket, since)
+    SELECT bucket, CAST($2 AS timestamptz)
+      FROM (SELECT bucket FROM removed UNION SELECT bucket FROM written) changed ORDER BY bucket
+    ON CONFLICT (bucket) DO UPDATE SET id = DEFAULT
+    """  # noqa: S608  # constant names
+)
+
+
+def refresh(connection: Connection, session_ids: Collection[str]) -> None:
+    """Bring the contributions of these sessions up to date with their turns and mark the changed buckets as stale.
+
+    The caller holds `Lock.PUBLISHING`.
+    """
+    if session_ids:
+        _REFRESH.execute(connection, as_json(sorted(session_ids)), now().isoformat())
+
+
+_SELECT_UNCONTRIBUTED = RawStatement("SELECT session_id FROM archiver.uncontributed ORDER BY session_id LIMIT $1")
+
+
+def select_uncontributed(connection: Connection) -> list[str]:
+    """Return the next sessions that earlier versions recorded and whose contributions are missing."""
+    return [row.session_id for row in _SELECT_UNCONTRIBUTED.execute(connection, SESSIONS_PER_PAGE)]
+
+
+def contribute(connection: Connection, session_ids: Sequence[str]) -> int:
+    """Compute the missing contributions of these sessions; return their number."""
+    Lock.PUBLISHING.take(connection, exclusive=True)
+    refresh(connection, session_ids)
+    return len(session_ids)
+
+
+class StaleBucket(msgspec.Struct, frozen=True):
+    """A bucket whose contributions changed since they were summed, and the id of its latest change."""
+
+    bucket: datetime
+    id: int
+
+
+_SELECT_STALE = RawStatement("SELECT bucket, id FROM archiver.stale_buckets ORDER BY bucket LIMIT $1")
+
+
+def select_stale(connection: Connection) -> list[StaleBucket]:
+    """Return the earliest stale buckets."""
+    return [StaleBucket(row.bucket, row.id) for row in _SELECT_STALE.execute(connection, BUCKETS_PER_PAGE)]
+
+
+_MARKS = """
+    marks AS MATERIALIZED (
+        SELECT bucket, id FROM json_to_recordset($1) AS m (bucket timestamptz, id bigint)
+    )
+"""
+_SUM_BUCKETS = RawStatement(
+    f"""
+    WITH {_MARKS}, wanted AS MATERIALIZED (
+        SELECT bucket, assistant_id, {_SUM_OF_COUNTS}, {_SUM_OF_LATENCY} FROM archiver.contributions
+         WHERE bucket = ANY (ARRAY(SELECT bucket FROM marks)) GROUP BY bucket, assistant_id
+    ), {_replaced("rollups", ("bucket", "assistant_id"), _FIGURES, "marks")}
+    SELECT
+    """  # noqa: S608  # constant names
+)
+_SUM_DAYS = RawStatement(
+    f"""
+    WITH {_MARKS}, listed AS MATERIALIZED (
+        SELECT DISTINCT CAST(bucket AT TIME ZONE 'UTC' AS date) AS day FROM marks
+    ), wanted AS MATERIALIZED (
+        SELECT l.day, r.assistant_id, {_SUM_OF_COUNTS}
+          FROM listed l CROSS JOIN LATERAL (
+              SELECT * FROM archiver.rollups r
+               WHERE r.bucket >= CAST(l.day AS timestamp) AT TIME ZONE 'UTC'
+                 AND r.bucket < CAST(l.day + 1 AS timestamp) AT TIME ZONE 'UTC' OFFSET 0
+          ) r
+         GROUP BY l.day, r.assistant_id
+    ), {_replaced("days", ("day", "assistant_id"), _COUNTS, "listed")}
+    SELECT
+    """  # noqa: S608  # constant names
+)
+# Last, because the publisher waits for it; in its order, so that there is no deadlock. A bucket that changed again
+# since it was selected has another id and stays stale.
+_CLEAR = RawStatement(
+    f"""
+    WITH {_MARKS}, summed AS MATERIALIZED (
+        SELECT s.bucket FROM marks m JOIN archiver.stale_buckets s ON s.bucket = m.bucket AND s.id = m.id
+         ORDER BY s.bucket FOR UPDATE OF s
+    )
+    DELETE FROM archiver.stale_buckets WHERE bucket IN (SELECT bucket FROM summed)
+    """  # noqa: S608  # constant names of columns
+)
+
+
+def sum_stale(connection: Connection, stale: Sequence[StaleBucket]) -> int:
+    """Sum the contributions to these buckets and to their UTC days; return the number of buckets."""
+    Lock.ROLLUPS.take(connection, exclusive=True)
+    marks = as_json(stale)
+    execute(connection, *(each.bind(marks) for each in (_SUM_BUCKETS, _SUM_DAYS, _CLEAR)))
+    return len(stale)

@@ -1,0 +1,82 @@
+"""The tables of the rollups: what each session contributes to 15 minutes, and the sums of these by bucket and day."""
+
+from sqlalchemy import BigInteger, Column, Date, Identity, Index, Integer, Numeric, PrimaryKeyConstraint, Table, Text
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from archiver.database.tables.archive import Time, metadata
+
+BUCKET = "Start of 15 minutes."
+ASSISTANT = "Assistant; empty where none is known."
+STARTED = "Conversations whose first turn began then."
+CHATS = "Turns that began then."
+MESSAGES = "Their messages."
+COST = "Sum of their costs; null if none has one."
+DELETED = "Those of them that upstream deleted."
+REPAIRED = "Those of their messages that only history supplied."
+LATENCY = "Numbers of turns by seconds from created_at to updated_at, within the bounds in docs/data-model.md."
+
+
+def _sums(conversations: str) -> tuple[Column[int], ...]:
+    """Return the columns of figures that add up."""
+    return (
+        Column("conversations", Integer, nullable=False, comment=conversations),
+        Column("conversations_started", Integer, nullable=False, comment=STARTED),
+        Column("chats", Integer, nullable=False, comment=CHATS),
+        Column("messages", Integer, nullable=False, comment=MESSAGES),
+        Column("cost", Numeric, comment=COST),
+        Column("deleted_chats", Integer, nullable=False, comment=DELETED),
+        Column("repaired_messages", Integer, nullable=False, comment=REPAIRED),
+    )
+
+
+contributions = Table(
+    "contributions",
+    metadata,
+    Column("session_id", Text, nullable=False, comment="Conversation; never empty."),
+    Column("bucket", Time, nullable=False, comment=BUCKET),
+    Column("assistant_id", Text, nullable=False, comment=ASSISTANT),
+    *_sums("1 in the first bucket of the conversation on a UTC day and assistant, else 0."),
+    Column("latency", ARRAY(Integer), nullable=False, comment=LATENCY),
+    PrimaryKeyConstraint("session_id", "bucket", "assistant_id", name="contributions_pkey"),
+    Index("contributions_bucket_idx", "bucket"),
+    comment="What each conversation contributes to the rollups, as of its latest published change.",
+)
+
+rollups = Table(
+    "rollups",
+    metadata,
+    Column("bucket", Time, nullable=False, comment=BUCKET),
+    Column("assistant_id", Text, nullable=False, comment=ASSISTANT),
+    *_sums("Conversations whose first bucket of this UTC day and assistant it is."),
+    Column("latency", ARRAY(Integer), nullable=False, comment=LATENCY),
+    PrimaryKeyConstraint("bucket", "assistant_id", name="rollups_pkey"),
+    comment="Sums of the contributions to each bucket, except that buckets in stale_buckets may be outdated.",
+)
+
+days = Table(
+    "days",
+    metadata,
+    Column("day", Date, nullable=False, comment="UTC day."),
+    Column("assistant_id", Text, nullable=False, comment=ASSISTANT),
+    *_sums("Conversations with a turn on this day and assistant."),
+    PrimaryKeyConstraint("day", "assistant_id", name="days_pkey"),
+    comment="Sums of the rollups of each UTC day, except that days of buckets in stale_buckets may be outdated.",
+)
+
+stale_buckets = Table(
+    "stale_buckets",
+    metadata,
+    Column("bucket", Time, nullable=False, comment=BUCKET),
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="Of its latest change; grows with time."),
+    Column("since", Time, nullable=False, comment="When it was first changed after its latest summing."),
+    PrimaryKeyConstraint("bucket", name="stale_buckets_pkey"),
+    comment="Buckets whose contributions changed since they were summed.",
+)
+
+uncontributed = Table(
+    "uncontributed",
+    metadata,
+    Column("session_id", Text, nullable=False, comment="Conversation."),
+    PrimaryKeyConstraint("session_id", name="uncontributed_pkey"),
+    comment="Conversations of earlier versions whose contributions a worker has yet to compute.",
+)
