@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-quick check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long bench-analytics soak schema lock clean
+.PHONY: help demo run test test-quick test-browser check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long bench-analytics soak schema lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -38,6 +38,13 @@ test: $(VENV)/.installed $(VENV)/dbt/.installed  ## Run the tests, six at a time
 
 test-quick: $(VENV)/.installed  ## Run the tests that need neither Postgres nor a process, in less than a minute
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit $(TEST_ARGS)
+
+$(VENV)/.browser: $(VENV)/.installed requirements-browser.lock
+	@$(PIP) --require-hashes -r requirements-browser.lock
+	@touch $@
+
+test-browser: $(VENV)/.browser  ## Use the console with a real browser (needs Debian's chromium)
+	@$(BIN)/python -m pytest -q tests/browser $(TEST_ARGS)
 
 check: lint  ## Everything but the tests: style, types, rooms, documentation, branch coverage of the last test run
 	@$(BIN)/python -m pytest -q tests/database/test_docs.py
@@ -84,6 +91,7 @@ lock: $(VENV)/.installed  ## Renew requirements.lock and its part for production
 	@$(PIP) 'uv==0.13.9'
 	@$(LOCK) --extra parquet --group dev --output-file requirements.lock pyproject.toml
 	@$(LOCK) --no-strip-extras --output-file deploy/analytics/requirements.lock deploy/analytics/requirements.in
+	@$(LOCK) --group browser --constraints requirements.lock --output-file requirements-browser.lock pyproject.toml
 	@$(LOCK) --group build --constraints requirements.lock --output-file requirements-runtime.lock pyproject.toml
 
 clean:  ## Remove .venv and caches (never your data)

@@ -18,6 +18,10 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
     "adopt": ("adopt:adopt", "Accept this database in place of the one that was served before."),
     "audit": ("holds:acts", "List the audit log, oldest first: what was done to the archive, by whom and why."),
     "backfill": ("backfill:command", "Fetch histories now and recover messages that webhooks lost."),
+    "console": (
+        "console:console",
+        "Serve the pages at /console, without receiving webhooks, until SIGTERM or Ctrl-C.",
+    ),
     "demo": ("demo:demo", "Run a demo on this machine: a database, the receiver and a simulated CallHQ."),
     "doctor": ("status:doctor", "Check settings, spool, database, roles, schema and clock, and print remedies."),
     "erase": (
@@ -37,6 +41,7 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
     "serve": ("serve:serve", "Receive webhooks at POST /webhooks/callhq until SIGTERM or Ctrl-C."),
     "simulate": ("demo:simulate", "Run only the simulated CallHQ platform."),
     "status": ("status:status", "Show on one screen what the archive contains and what needs attention."),
+    "users": ("users:users", "Manage the users of the console."),
     "verify": (
         "seals:verify",
         "Check seals and ledger: each row against its seal, each body against its digest, each seal against its"

@@ -89,15 +89,14 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
         for name in environment:
             os.environ.pop(f"{name}_FILE", None)
         configuration = configuration.model_copy(update={"database_url": SecretStr(url)})
-        with (
-            _listening(host, port, database_name) as listener,
-            running_worker(environment, url) if has_worker else nullcontext() as worker_process,
-        ):
-            forward = None if worker_process is None else worker_process.hang_up
-            if workers == 1:
-                _receive(configuration, used, listener, forward)
-            else:
-                _receive_in_processes(configuration, listener, workers, forward)
+        with listening(host, port) as listener:
+            log.info("receiver started", url=f"{address(listener)}{WEBHOOK_PATH}", database=database_name)
+            with running_worker(environment, url) if has_worker else nullcontext() as worker_process:
+                forward = None if worker_process is None else worker_process.hang_up
+                if workers == 1:
+                    _receive(configuration, used, listener, forward)
+                else:
+                    _receive_in_processes(configuration, listener, workers, forward)
 
 
 _WITHOUT_SECRETS = """
@@ -165,7 +164,8 @@ def _can_spool(configuration: Settings) -> bool:
 
 
 @contextmanager
-def _listening(host: str, port: int, database_name: str) -> Iterator[socket.socket]:
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Yield a listening socket. Raises `SettingsError` if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -174,10 +174,14 @@ def _listening(host: str, port: int, database_name: str) -> Iterator[socket.sock
             f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host."
         ) from None
     with listener:
-        address, bound_port = listener.getsockname()[:2]
-        shown = f"[{address}]" if family == socket.AF_INET6 else address
-        log.info("receiver started", url=f"http://{shown}:{bound_port}{WEBHOOK_PATH}", database=database_name)
         yield listener
+
+
+def address(listener: socket.socket) -> str:
+    """Return the URL of the listening socket, without a path."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
+    return f"http://{shown}:{port}"
 
 
 # No WebSocket: no route uses it, and an upgrade would bypass the routes.
@@ -193,7 +197,8 @@ _SERVER = {
 }
 
 
-def _server(configuration: Settings) -> dict[str, Any]:
+def server_options(configuration: Settings) -> dict[str, Any]:
+    """Return the options of the HTTP server."""
     # Only signatures that cover the URL need the scheme and host with which a proxy was called.
     return _SERVER | {"proxy_headers": "{url}" in configuration.hmac_template}
 
@@ -202,7 +207,7 @@ Forward = Callable[[], None] | None  # passes SIGHUP on to the worker
 
 
 def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.socket, forward: Forward) -> None:
-    server = uvicorn.Server(uvicorn.Config(create(configuration, used, forward), **_server(configuration)))
+    server = uvicorn.Server(uvicorn.Config(create(configuration, used, forward), **server_options(configuration)))
     server.run([listener])
     if not server.started:
         sys.exit(1)
@@ -210,7 +215,7 @@ def _receive(configuration: Settings, used: Mapping[str, str], listener: socket.
 
 def _receive_in_processes(configuration: Settings, listener: socket.socket, workers: int, forward: Forward) -> None:
     """Run several receiving processes, which inherit the decisions of this process from the environment."""
-    server = uvicorn.Config("archiver.http:create", factory=True, workers=workers, **_server(configuration))
+    server = uvicorn.Config("archiver.http:create", factory=True, workers=workers, **server_options(configuration))
     _Processes(server, listener, forward).run()
 
 

@@ -37,7 +37,8 @@ def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = 
         pool_pre_ping=True,  # a connection lost while idle must not fail the next caller
         **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
     )
-    event.listen(engine, "do_connect", _Opener(prepared_statements).open)
+    opener = _openers[engine] = _Opener(prepared_statements)
+    event.listen(engine, "do_connect", opener.open)
     return engine
 
 
@@ -70,11 +71,12 @@ class _Opener:
 _openers: WeakKeyDictionary[Engine, _Opener] = WeakKeyDictionary()
 
 
-def redirect(engine: AsyncEngine, url: URL) -> None:
+def redirect(engine: Engine | AsyncEngine, url: URL) -> None:
     """Direct new connections to this URL. Existing connections are kept."""
-    _, arguments = engine.sync_engine.dialect.create_connect_args(url)
+    made = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    _, arguments = made.dialect.create_connect_args(url)
     own = _options(url, psycopg.AsyncRawCursor, 1, prepared_statements=True)["connect_args"]
-    _openers[engine.sync_engine].redirected = arguments | own
+    _openers[made].redirected = arguments | own
 
 
 def _connect_seconds(url: URL) -> int:

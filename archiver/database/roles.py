@@ -104,6 +104,8 @@ NEEDED: Mapping[str, Needs] = {
             **{f"archiver.{name}": _ALL for name in ("contributions", "stale_buckets", "rollups", "days")},
             "archiver.uncontributed": "SELECT, DELETE",
             "archiver.contributed": "SELECT",
+            "archiver.logins": _ALL,
+            "archiver.users": "SELECT, INSERT, UPDATE",
             **{f"archiver.{name}": "SELECT, INSERT" for name in ("epochs", "epoch_faults")},
             "archiver.search": f"{_ALL}, TRUNCATE",
             **{f"archiver.{name}": "SELECT, UPDATE" for name in ("search_partitions", "search_state")},

@@ -24,6 +24,7 @@ from archiver.database.lock_waits import report_waits
 from archiver.http import answers
 from archiver.http.bodies import Bodies
 from archiver.http.connection_limiter import MAX_REFUSED, ConnectionLimiter
+from archiver.http.console_service import ConsoleService, create_console
 from archiver.http.metrics import Metrics, restore_last_event
 from archiver.http.readiness import Readiness
 from archiver.http.registration import Registration
@@ -34,6 +35,8 @@ from archiver.operations import reloading
 from archiver.operations.audit_settings import record_settings
 from archiver.operations.processes import exit_with_parent
 from archiver.settings import Settings
+
+__all__ = ["WEBHOOK_PATH", "Service", "create", "create_console", "healthz", "open_files"]
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +87,7 @@ def create(
             Route("/readyz", parts.readiness.readyz),
             Route("/metrics", Metrics().respond),
             Route("/sessions", parts.registration.register, methods=["POST"]),
+            *([] if parts.console is None else parts.console.routes()),
         ],
         lifespan=parts.lifespan,
         exception_handlers={HTTPException: answers.respond_to_routing}
@@ -109,6 +113,7 @@ class _Parts:
         self._writing = database.connect_async(self._url, pool_size=CONNECTIONS, prepared_statements=prepared)
         # Readiness has separate connections, so that a busy writer does not make the service look dead.
         self._probing = database.connect_async(self._url, pool_size=2, prepared_statements=prepared)
+        self.console = None if configuration.console == "off" else ConsoleService(configuration, self._url)
         self._ingest = Ingest(
             self._writing,
             queue_events=configuration.queue_events,
@@ -150,6 +155,8 @@ class _Parts:
             ingest.fallback.spool.close()
         await self._writing.dispose()
         await self._probing.dispose()
+        if self.console is not None:
+            await self.console.close()
         log.info("receiver stopped", pid=os.getpid())
 
     async def _reload(self, new: Settings) -> None:
@@ -165,6 +172,8 @@ class _Parts:
         for engine in (self._writing, self._probing):
             database.redirect(engine, at)
             await engine.dispose()  # closes idle connections; those in use first complete their transaction
+        if self.console is not None:
+            await self.console.redirect(new, at)
         await asyncio.to_thread(_record_settings, new, at)
 
 

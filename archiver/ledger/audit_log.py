@@ -18,6 +18,7 @@ ARCHIVER = "archiver"  # the actor of background tasks
 # All kinds that this version writes.
 KINDS = (
     ADOPT,
+    *("console.login", "console.view", "console.search", "console.download"),
     *("erase", "erase.refused", "erase.replay", "erase.replay.refused"),
     *("export", "export.done"),
     *(f"followups.{each}" for each in ("add", "pause", "remove", "resume", "retry", "rotate")),
@@ -25,6 +26,7 @@ KINDS = (
     "quarantine.retry",
     "retention",
     "settings.changed",
+    *("users.add", "users.disable", "users.enable", "users.reset"),
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from archiver.settings import variables
@@ -154,6 +154,16 @@ class Settings(BaseSettings):
         64 * 1_048_576,
         "Bytes of one process that may wait for a commit (503 above); a single event always may.",
         gt=0,
+    )
+    console: Literal["on", "off"] = _env(
+        "ARCHIVER_CONSOLE",
+        "on",
+        "`on`: `serve` also has pages at `/console`, for users that `archiver users add` adds; `off`: it has none.",
+    )
+    read_database_url: SecretStr | None = _env(
+        "ARCHIVER_READ_DATABASE_URL",
+        None,
+        "Postgres from which the pages read, such as a replica; unset: that of `DATABASE_URL`.",
     )
     spool: Literal["on", "off"] = _env(
         "ARCHIVER_SPOOL",
@@ -369,12 +379,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{place} is a file; name a folder")
         return value
 
-    @field_validator("database_url")
+    @field_validator("database_url", "read_database_url")
     @classmethod
-    def _is_not_blank(cls, value: SecretStr | None) -> SecretStr | None:
+    def _is_not_blank(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         # An empty variable was probably meant to name a database.
         if value is not None and not value.get_secret_value().strip():
-            raise ValueError("set, but empty: unset it to use the embedded Postgres")
+            otherwise = "the embedded Postgres" if info.field_name == "database_url" else "that of DATABASE_URL"
+            raise ValueError(f"set, but empty: unset it to use {otherwise}")
         return value
 
     @field_validator("retention_by_assistant")

@@ -14,10 +14,13 @@ from psycopg import sql
 from pydantic import SecretStr
 from rich.console import Console
 
-from archiver import embedded
+from archiver import database, embedded
+from archiver.console import accounts
+from archiver.database.connections import Connections
 from archiver.embedded import EmbeddedError, Postgres
 from archiver.errors import ArchiverError
 from archiver.inbound import signatures
+from archiver.ledger import audit_log
 from archiver.settings import Settings
 from archiver.simulator import archive_reader, client, comparison, verdict
 from archiver.simulator.conversations import conversations
@@ -124,8 +127,11 @@ async def _demo(plan: _Plan, view: View, outcome: _Outcome) -> None:
         problems += await _reconcile(view, url, api, platform.upstream.sessions())
         outcome.code = 1 if problems else 0
         if not plan.exit_when_done:
-            psql = postgres.psql_command(DATABASE)
-            view.print_next_steps(receiver=webhook_url, secret=secret, api=api, psql=psql, database_url=url)
+            psql, password = postgres.psql_command(DATABASE), secrets.token_urlsafe(12)
+            await asyncio.to_thread(_add_user, url, password)
+            view.print_next_steps(
+                receiver=webhook_url, secret=secret, password=password, api=api, psql=psql, database_url=url
+            )
             await asyncio.Event().wait()
 
 
@@ -187,6 +193,13 @@ def _empty_database(postgres: Postgres) -> None:
     with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
         connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
         connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
+
+
+def _add_user(url: str, password: str) -> None:
+    """Add the user `demo` of the console, an auditor."""
+    password_hash = accounts.hash_password(password)
+    with Connections(database.database_url(url)).synchronous() as engine, database.transaction(engine) as connection:
+        accounts.insert_user(connection, "demo", "auditor", password_hash, audit_log.actor())
 
 
 async def _traffic(plan: _Plan, view: View, api: str, sender: Sender) -> verdict.Run:

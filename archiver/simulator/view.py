@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -65,7 +66,9 @@ class View:
         if len(problems) > _SHOWN:
             self.say(f"  and {len(problems) - _SHOWN} more")
 
-    def print_next_steps(self, *, receiver: str, secret: str, api: str, psql: str, database_url: str) -> None:
+    def print_next_steps(
+        self, *, receiver: str, secret: str, password: str, api: str, psql: str, database_url: str
+    ) -> None:
         """Print commands to try while everything is running."""
         chat = {
             "id": "chat-by-hand",
@@ -76,6 +79,8 @@ class View:
         body = json.dumps({"message": {"type": "chat.created", "chat": chat}})
         header = f"x-webhook-secret: {secret}"
         query = "SELECT position, role, content FROM analytics.messages WHERE session_id = 'session-by-hand'"
+        pages = urlsplit(receiver)._replace(path="/console/").geturl()
+        self.say(f"\nOpen the console at {pages} and log in as demo with password {password}")
         self.say(f"\nWebhooks are received at {receiver}. Send one:\n")
         self.say(f"  curl {receiver} -H {shlex.quote(header)} -d {shlex.quote(body)}\n")
         self.say(f"Look at it:\n\n  {psql} -c {shlex.quote(query)}\n")

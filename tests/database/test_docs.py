@@ -278,3 +278,9 @@ def test_production_installs_what_the_tests_ran_on_and_no_more() -> None:
     assert {re.split(r"[^\w-]", each)[0] for each in expected} <= {each.partition("[")[0] for each in installed}
     assert not {"pytest", "mypy", "ruff", "coverage", "hypothesis"} & installed.keys()
     assert "--require-hashes -r requirements-runtime.lock" in (ROOT / "README.md").read_text()
+
+
+def test_the_console_shows_the_script_of_the_page_about_seals() -> None:
+    page = (ROOT / "docs" / "seals.md").read_text()
+    script = (ROOT / "archiver" / "console" / "templates" / "check_proof.txt").read_text()
+    assert f"```python\n{script}```" in page

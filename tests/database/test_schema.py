@@ -82,6 +82,8 @@ TABLES = (
     "days",
     "stale_buckets",
     "uncontributed",
+    "users",
+    "logins",
 )
 INTERNAL_VIEWS = ("contributed",)
 

@@ -7,6 +7,7 @@ from archiver.compliance.export.manifest import FORMATS, PARQUET, Manifest, Parq
 from archiver.compliance.export.parquet import MissingLibraryError, WrongCursorError, update
 from archiver.compliance.export.sealed import Keys
 from archiver.compliance.export.selection import Selection, UnknownSelectionError, count
+from archiver.compliance.export.spreadsheet import neutralise_cell
 from archiver.compliance.export.writing import CompletedExport, ExportRequest, make
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "check",
     "count",
     "make",
+    "neutralise_cell",
     "update",
 ]

@@ -19,6 +19,7 @@ from archiver.database.tables.archive import (
     seals,
     sessions,
 )
+from archiver.database.tables.console import logins, users
 from archiver.database.tables.feed import attempts, changes, deliveries, outbox, subscriptions
 from archiver.database.tables.operations import duties, epoch_faults, epochs, workers
 from archiver.database.tables.rollups import contributions, days, rollups, stale_buckets, uncontributed
@@ -40,6 +41,7 @@ __all__ = [
     "erasures",
     "events",
     "holds",
+    "logins",
     "messages",
     "metadata",
     "outbox",
@@ -58,5 +60,6 @@ __all__ = [
     "subscriptions",
     "summaries",
     "uncontributed",
+    "users",
     "workers",
 ]

@@ -1,0 +1,39 @@
+"""`archiver console`: the pages in a process of their own."""
+
+import signal
+import sys
+
+import click
+import structlog
+import uvicorn
+
+from archiver import database, settings, telemetry
+from archiver.cli import connection
+from archiver.cli.output import Whole
+from archiver.cli.serve import address, listening, server_options
+from archiver.database import schema
+from archiver.http import create_console
+
+log = structlog.get_logger(__name__)
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", default=8001, show_default=True, type=Whole(0, 65535), help="Port; 0 selects a free one.")
+def console(*, host: str, port: int) -> None:
+    """Serve the pages at /console, without receiving webhooks, until SIGTERM or Ctrl-C.
+
+    `archiver serve` serves them too, unless ARCHIVER_CONSOLE is off. Users are added with `archiver users add`.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    configuration = settings.read()
+    telemetry.configure_logs(configuration.log_level, configuration.log_format)
+    connection.warn_of_unknown_variables()
+    with connection.supervised_database_url(configuration, create=False) as url:
+        with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
+            schema.check(opened)
+        with listening(host, port) as listener:
+            log.info("console started", url=f"{address(listener)}/console/", database=connection.named(configuration))
+            app = create_console(configuration, database.database_url(url))
+            uvicorn.Server(uvicorn.Config(app, **server_options(configuration))).run([listener])

@@ -1,0 +1,59 @@
+"""Limit how often passwords may be tried (I12)."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import monotonic
+
+from archiver.errors import ArchiverError
+
+MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per address and name
+MAX_REMEMBERED = 10_000  # pairs of address and name
+MAX_WAITING = 8
+REST_SECONDS = 0.3  # after each failed attempt, so that a flood of them leaves most of a core to others
+
+
+class TooManyAttemptsError(ArchiverError):
+    """Too many failed or concurrent attempts; `seconds`: when another may be made."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("Too many attempts to log in.")
+        self.seconds = max(1, round(seconds))
+
+
+class Attempts:
+    """The failed attempts of one process, and the turn to check a password: one at a time."""
+
+    def __init__(self) -> None:
+        self._failed: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def turn(self, address: str, name: str) -> AsyncIterator[None]:
+        """Wait for the turn to check a password. Raises `TooManyAttemptsError`."""
+        now = monotonic()
+        recent = [at for at in self._failed.get((address, name), ()) if now - at < FAILURE_SECONDS]
+        if len(recent) >= MAX_FAILURES:
+            raise TooManyAttemptsError(recent[0] + FAILURE_SECONDS - now)
+        if self._waiting >= MAX_WAITING:
+            raise TooManyAttemptsError(1)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                yield
+        finally:
+            self._waiting -= 1
+
+    async def failed(self, address: str, name: str) -> None:
+        """Record a failed attempt, within its turn."""
+        key = address, name
+        self._failed[key] = [*self._failed.pop(key, []), monotonic()][-MAX_FAILURES:]
+        if len(self._failed) > MAX_REMEMBERED:
+            self._failed.popitem(last=False)
+        await asyncio.sleep(REST_SECONDS)
+
+    def succeeded(self, address: str, name: str) -> None:
+        """Forget the failed attempts of this address and name."""
+        self._failed.pop((address, name), None)

@@ -1,0 +1,189 @@
+"""The list of conversations, newest message first, and what one conversation consists of."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, text
+
+from archiver.archive import pieces
+from archiver.console import filters
+from archiver.console.listing import Column, Listing, Page, Query
+from archiver.console.rendering import segment
+
+EXAMINED = 10_000  # conversations that one page looks at
+SHOWN_CHARACTERS = 300  # of a first question
+
+COLUMNS = (
+    Column("session_id", "Conversation", "id"),
+    Column("first_question", "First question", is_content=True),
+    Column("last_message_at", "Last message", "time"),
+    Column("coverage", "Coverage", "state"),
+    Column("turns", "Turns", "number"),
+    Column("messages", "Messages", "number"),
+    Column("repaired_messages", "Recovered", "number"),
+    Column("deleted_chats", "Deleted", "number"),
+    Column("cost", "Cost", "number"),
+    Column("assistant_id", "Assistant", "id"),
+    Column("started_at", "Started", "time"),
+)
+
+# The newest conversations from the index, of which the filter leaves some: so the work is bounded for every filter.
+_LIST = """
+    SELECT s.session_id, left(s.first_question, :characters) AS first_question, s.last_message_at, s.coverage,
+           s.turns, s.messages, s.repaired_messages, s.deleted_chats, s.cost, s.assistant_id, s.started_at
+      FROM (
+        SELECT * FROM analytics.sessions s
+         WHERE (s.last_message_at, s.session_id) < (:at, :id) {narrowed}
+         ORDER BY s.last_message_at DESC, s.session_id DESC LIMIT :examined
+    ) s {where} ORDER BY s.last_message_at DESC, s.session_id DESC LIMIT :most
+"""
+_LAST = """
+    SELECT s.last_message_at, s.session_id FROM analytics.sessions s
+     WHERE (s.last_message_at, s.session_id) < (:at, :id) {narrowed}
+     ORDER BY s.last_message_at DESC, s.session_id DESC OFFSET :examined - 1 LIMIT 1
+"""
+# Conditions for which there is an index.
+_NARROW = ("s.session_id ", "s.last_message_at ")
+
+_NEWEST = datetime(9999, 12, 31, tzinfo=UTC) - timedelta(days=1)
+
+
+def select_conversations(connection: Connection, query: Query) -> Page:
+    """Return a page of the conversations that the filter `q` leaves. Raises `FilterError`."""
+    found = filters.parse(query.parameters.get("q", ""))
+    if filters.WORDS in found.fields and not query.may_read:
+        raise filters.FilterError("Your role shows no content, so it cannot search for words.")
+    narrowed = [each for each in found.conditions if each.startswith(_NARROW)]
+    others = [each for each in found.conditions if each not in narrowed]
+    sql = {
+        "narrowed": "".join(f"AND {each} " for each in narrowed),
+        "where": f"WHERE {' AND '.join(others)}" if others else "",
+    }
+    at, session_id = _parse_key(query.after)
+    values = {**found.values, "at": at, "id": session_id, "examined": EXAMINED, "characters": SHOWN_CHARACTERS}
+    statement = text(_LIST.format(**sql))
+    rows = [dict(row) for row in connection.execute(statement, values | {"most": query.limit + 1}).mappings()]
+    if len(rows) > query.limit:
+        shown = rows[: query.limit]
+        return Page(shown, _key(shown[-1]))
+    if not others:
+        return Page(rows)
+    found_last = connection.execute(text(_LAST.format(**sql)), values).mappings().one_or_none()
+    if found_last is None:
+        return Page(rows)
+    last = dict(found_last)
+    return Page(
+        rows,
+        _key(last),
+        f"This page is about the {EXAMINED:,} conversations up to {last['last_message_at']:%Y-%m-%d %H:%M} UTC.",
+    )
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['last_message_at'].astimezone(UTC).isoformat()} {row['session_id']}"
+
+
+def _parse_key(key: str) -> tuple[datetime, str]:
+    at, _, session_id = key.partition(" ")
+    try:
+        return (datetime.fromisoformat(at), session_id) if key else (_NEWEST, "")
+    except ValueError:
+        raise filters.FilterError("The address of this page is incomplete. Begin at the first page.") from None
+
+
+CONVERSATIONS = Listing(
+    path="conversations",
+    title="Conversations",
+    permission="figures",
+    columns=COLUMNS,
+    select=select_conversations,
+    link=lambda row: f"conversations/{segment(row['session_id'])}",
+    parameters=("q",),
+    empty="No conversation matches. Without a filter, this list has every conversation that the archive knows.",
+)
+
+MESSAGES = 200  # of a page of a transcript
+EVENTS = 200  # of a conversation, shown beside it
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """A conversation: its row, a page of its messages, its newest ledger events, and the range of sealed ids."""
+
+    session: RowMapping
+    messages: Sequence[RowMapping]
+    events: Sequence[RowMapping]
+    sealed_through: int
+    after: int | None  # position of the last message, if there are more
+
+
+_SESSION = text(
+    """
+    SELECT s.*, c.reason, c.first_event_at FROM analytics.conversations s
+      JOIN analytics.coverage c ON c.session_id = s.session_id WHERE s.session_id = :id
+    """
+)
+_MESSAGES = text(
+    """
+    SELECT m.position, m.turn_id, m.chat_id, m.ordinal, m.role, m.content, m.content_kind, m.history_content,
+           m.began_at, m.began_is_told, m.source, m.deleted_at, m.in_history
+      FROM analytics.messages m WHERE m.session_id = :id AND m.position > :after ORDER BY m.position LIMIT :most
+    """
+)
+_EVENTS = text(
+    """
+    SELECT e.id, e.type, e.source, e.chat_id, e.received_at, e.delivery_count,
+           e.body IS NULL AND e.frame IS NULL AS is_erased
+      FROM archiver.events e WHERE e.session_id = :id ORDER BY e.id DESC LIMIT :most
+    """
+)
+_SEALED = text("SELECT coalesce(max(events_through), 0) FROM archiver.seals")
+
+
+def select_conversation(connection: Connection, session_id: str, after: int = 0) -> Conversation | None:
+    """Return a conversation with its messages after this position; None if there is none with this id."""
+    session = connection.execute(_SESSION, {"id": session_id}).mappings().one_or_none()
+    if session is None:
+        return None
+    values = {"id": session_id, "after": after, "most": MESSAGES + 1}
+    messages = connection.execute(_MESSAGES, values).mappings().all()
+    shown = messages[:MESSAGES]
+    return Conversation(
+        session,
+        shown,
+        connection.execute(_EVENTS, {"id": session_id, "most": EVENTS}).mappings().all(),
+        connection.scalar(_SEALED) or 0,
+        shown[-1]["position"] if len(messages) > MESSAGES else None,
+    )
+
+
+_EVENT = text(
+    """
+    SELECT e.id, e.type, e.source, e.session_id, e.chat_id, e.received_at, e.last_received_at, e.delivery_count,
+           e.key_id, e.body, e.frame, e.runs
+      FROM archiver.events e WHERE e.id = :id
+    """
+)
+
+
+class LedgerEvent(msgspec.Struct, frozen=True):
+    """A row of the ledger. `body`: its exact bytes; None once erased, or if a part of them is missing."""
+
+    row: RowMapping
+    body: bytes | None
+
+
+def select_event(connection: Connection, event_id: int) -> LedgerEvent | None:
+    """Return an event of the ledger; None if there is none with this id."""
+    row = connection.execute(_EVENT, {"id": event_id}).mappings().one_or_none()
+    if row is None:
+        return None
+    if row["frame"] is None:
+        return LedgerEvent(row, None if row["body"] is None else bytes(row["body"]))
+    contents = pieces.select_contents(connection, [row["session_id"]])
+    assembler = pieces.ResponseAssembler(contents.get(row["session_id"], {}))
+    try:
+        return LedgerEvent(row, b"".join(assembler.parts([bytes(each) for each in row["frame"]], row["runs"])))
+    except LookupError:
+        return LedgerEvent(row, None)

@@ -1,0 +1,149 @@
+"""Let in: log in and out, find the login of a request, check its role, and check that a form is of this login."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import Scope
+
+from archiver.console import accounts, logins, rendering
+from archiver.console.attempts import Attempts
+from archiver.console.failures import PageError, Route, safely
+from archiver.console.logins import Login
+from archiver.console.permissions import GRANTED, Permission
+from archiver.console.view_log import ViewLog
+from archiver.database import run_async
+
+COOKIE, LOGIN_COOKIE = "archiver_console", "archiver_console_login"
+HOME, LOGIN = "/console/", "/console/login"
+MAX_FORM = 16_384  # bytes
+FORM_SECONDS = 30
+WRONG = "The name or the password is wrong, or the user is disabled."
+
+Handler = Callable[[Request, Login], Awaitable[Response]]
+
+
+class Gate:
+    """The way in. `engine`: of the database that has users and logins; `authenticated`: see `Console`."""
+
+    def __init__(self, engine: AsyncEngine, views: ViewLog, authenticated: Callable[[Scope], None]) -> None:
+        self._engine, self._views, self._authenticated = engine, views, authenticated
+        self._attempts = Attempts()
+
+    def page(self, permission: Permission, handler: Handler) -> Route:
+        """Return a route for the roles that have this permission; without a login it leads to the login page."""
+
+        async def respond(request: Request) -> Response:
+            token = request.cookies.get(COOKIE, "")
+            login = await run_async(self._engine, lambda each: logins.select_login(each, token)) if token else None
+            if login is None:
+                return _to_login(request)
+            self._authenticated(request.scope)
+            if permission not in GRANTED[login.role]:
+                raise PageError(
+                    403,
+                    "Your role does not show this page",
+                    f"You are logged in as {login.user}, with the role {login.role}. An administrator can add a user"
+                    " with another role: archiver users add.",
+                )
+            if request.method == "POST":
+                _require_form_of(await read_form(request), token)
+            return await handler(request, login)
+
+        return safely(respond)
+
+    async def log_in(self, request: Request) -> Response:
+        """Show the login page; of a form, check name and password and begin a login."""
+        if request.method != "POST":
+            return await _login_page(request, "")
+        form = await read_form(request)
+        # A form of this browser: another site cannot log its visitor in as someone else.
+        _require_form_of(form, request.cookies.get(LOGIN_COOKIE, ""))
+        name, password = form.get("name", "").strip().lower(), form.get("password", "")
+        address = request.client.host if request.client else ""
+        async with self._attempts.turn(address, name):
+            known = await run_async(self._engine, lambda each: accounts.select_password_hash(each, name))
+            if not await asyncio.to_thread(accounts.is_password, password, known):
+                await self._attempts.failed(address, name)
+                return await _login_page(request, WRONG, form.get("next", ""))
+        self._attempts.succeeded(address, name)
+        token = await run_async(self._engine, lambda each: logins.insert_login(each, name))
+        await self._views.record("console.login", name)
+        response = RedirectResponse(_local(form.get("next", "")), 303, rendering.HEADERS)
+        _set_cookie(response, request, COOKIE, token)
+        response.delete_cookie(LOGIN_COOKIE, path="/console")
+        return response
+
+    async def log_out(self, request: Request, _: Login) -> Response:
+        """End the login of this browser."""
+        token = request.cookies[COOKIE]
+        await run_async(self._engine, lambda each: logins.delete_login(each, token))
+        response = RedirectResponse(LOGIN, 303, rendering.HEADERS)
+        response.delete_cookie(COOKIE, path="/console")
+        return response
+
+
+async def read_form(request: Request) -> Mapping[str, str]:
+    """Return the fields of a form, once read. Raises `PageError`."""
+    if hasattr(request.state, "form"):
+        return request.state.form  # type: ignore[no-any-return]  # set below
+    body = bytearray()
+    try:
+        async with asyncio.timeout(FORM_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_FORM:
+                    raise PageError(413, "The form is too large", f"A form has at most {MAX_FORM:,} bytes.")
+    except TimeoutError:
+        raise PageError(408, "The form did not arrive in time", "Send it again.") from None
+    try:
+        request.state.form = dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=50))
+    except ValueError:
+        raise PageError(400, "The form cannot be read", "Reload the page, and send it again.") from None
+    return request.state.form  # type: ignore[no-any-return]  # set above
+
+
+def _require_form_of(form: Mapping[str, str], token: str) -> None:
+    if not token or not logins.is_form_token(form.get("token", ""), token):
+        raise PageError(
+            403,
+            "This form has expired",
+            "It was made for another login. Go back, reload the page, and send it again.",
+        )
+
+
+async def _login_page(request: Request, fault: str, following: str | None = None) -> Response:
+    token = request.cookies.get(LOGIN_COOKIE) or secrets.token_urlsafe(32)
+    following = request.query_params.get("next", "") if following is None else following
+    values = {"fault": fault, "next": _local(following), "token": logins.form_token(token), "login": None}
+    response = await asyncio.to_thread(rendering.html, "login.html", values, 401 if fault else 200)
+    _set_cookie(response, request, LOGIN_COOKIE, token)
+    return response
+
+
+def _set_cookie(response: Response, request: Request, name: str, token: str) -> None:
+    # Behind a proxy that ends TLS. Whoever sends this header without one only keeps the own cookie from plain HTTP.
+    is_secure = request.url.scheme == "https" or request.headers.get("x-forwarded-proto", "").startswith("https")
+    response.set_cookie(name, token, path="/console", httponly=True, secure=is_secure, samesite="strict")
+
+
+def _to_login(request: Request) -> Response:
+    if request.method != "GET" or request.url.path.endswith((".json", ".csv")):
+        raise PageError(401, "Log in first", f"Your login has ended. Log in at {LOGIN}, then try again.")
+    wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    query = "" if wanted == HOME else f"?{urlencode({'next': wanted})}"
+    return RedirectResponse(LOGIN + query, 303, rendering.HEADERS)
+
+
+def _local(address: str) -> str:
+    """Return the address if it is a page of the console; else that of the first page."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return HOME
+    is_page = not parts.scheme and not parts.netloc and parts.path.startswith(HOME) and "\\" not in address
+    return address if is_page and address.isprintable() else HOME

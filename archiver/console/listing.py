@@ -1,0 +1,87 @@
+"""Lists: a page of rows with the address of the next page, as HTML, JSON or CSV."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import Connection
+
+from archiver.compliance import export
+from archiver.console.permissions import Permission
+
+ROWS = 50  # of a page
+MAX_ROWS = 1_000  # of a twin
+
+Kind = Literal["text", "id", "code", "time", "number", "state"]
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column: the name in rows and twins, the heading, and how its values are shown."""
+
+    name: str
+    heading: str
+    kind: Kind = "text"
+    is_content: bool = False
+
+
+class Query(msgspec.Struct, frozen=True):
+    """What a list is asked for: parameters of the address, the key after which to go on, and how many rows.
+
+    `may_read`: whether the role shows content, and so may search it.
+    """
+
+    parameters: Mapping[str, str]
+    may_read: bool
+    after: str = ""
+    limit: int = ROWS
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Rows in order. `after`: the key of the next page; empty if there is none. `note`: how far it has looked."""
+
+    rows: Sequence[Mapping[str, Any]]
+    after: str = ""
+    note: str = ""
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """A list of the console. `path`: below /console. `link` returns the address of a row, relative to /console/.
+
+    `parameters`: the names of those of the address that it obeys. `empty`: a sentence for a list without rows.
+    """
+
+    path: str
+    title: str
+    permission: Permission
+    columns: Sequence[Column]
+    select: Callable[[Connection, Query], Page]
+    empty: str
+    link: Callable[[Mapping[str, Any]], str] | None = None
+    parameters: Sequence[str] = ()
+
+
+def encode_json(columns: Sequence[Column], page: Page) -> bytes:
+    """Return the rows as JSON, with the key of the next page or null."""
+    rows = [{column.name: row[column.name] for column in columns} for row in page.rows]
+    return msgspec.json.encode({"rows": rows, "after": page.after or None, "note": page.note or None})
+
+
+def encode_csv(columns: Sequence[Column], page: Page) -> bytes:
+    """Return the rows as CSV (RFC 4180) that no spreadsheet runs; see docs/export.md for the form of such cells."""
+    written = io.StringIO(newline="")
+    writer = csv.writer(written)
+    writer.writerow([column.name for column in columns])
+    for row in page.rows:
+        writer.writerow([_cell(row[column.name], column.kind) for column in columns])
+    return written.getvalue().encode()
+
+
+def _cell(value: Any, kind: Kind) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if kind == "number" else export.neutralise_cell(str(value))

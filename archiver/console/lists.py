@@ -1,0 +1,226 @@
+"""The lists of the console other than that of conversations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, text
+
+from archiver import settings
+from archiver.compliance import erasure
+from archiver.console.conversations import CONVERSATIONS
+from archiver.console.filters import FilterError
+from archiver.console.listing import Column, Listing, Page, Query
+from archiver.ledger import quarantine
+from archiver.outbound.followups import review
+from archiver.settings import Settings
+
+_MAX_ID = 2**63 - 1
+
+
+def _number(key: str, otherwise: int) -> int:
+    if not key:
+        return otherwise
+    if not key.isascii() or not key.isdecimal() or int(key) > _MAX_ID:
+        raise FilterError("The address of this page is incomplete. Begin at the first page.")
+    return int(key)
+
+
+def _paged(rows: list[Mapping[str, Any]], query: Query) -> Page:
+    shown = rows[: query.limit]
+    return Page(shown, str(shown[-1]["id"]) if len(rows) > query.limit else "")
+
+
+def _select_quarantine(connection: Connection, query: Query) -> Page:
+    reason = query.parameters.get("reason") or None
+    after = _number(query.after, 0)
+    rows = quarantine.select_quarantine(connection, after=after, limit=query.limit + 1, reason=reason)
+    return _paged([dict(row) for row in rows], query)
+
+
+QUARANTINE = Listing(
+    path="quarantine",
+    title="Quarantine",
+    permission="figures",
+    columns=(
+        Column("id", "Id", "id"),
+        Column("received_at", "Received", "time"),
+        Column("delivery_count", "Deliveries", "number"),
+        Column("source", "Source"),
+        Column("reason", "Reason", "state"),
+        Column("detail", "Detail"),
+        Column("bytes", "Bytes", "number"),
+    ),
+    select=_select_quarantine,
+    parameters=("reason",),
+    empty="Nothing is quarantined: every authenticated delivery was archived.",
+)
+
+_AUDIT = """
+    SELECT id, at, actor, database_user, kind, reason, CAST(detail AS text) AS detail FROM archiver.acts
+     WHERE id < :before {of_kind} ORDER BY id DESC LIMIT :most
+"""
+
+
+def _select_audit(connection: Connection, query: Query) -> Page:
+    kind = query.parameters.get("kind", "")
+    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1} | ({"kind": kind} if kind else {})
+    statement = text(_AUDIT.format(of_kind="AND kind = :kind" if kind else ""))
+    return _paged([dict(row) for row in connection.execute(statement, values).mappings()], query)
+
+
+AUDIT = Listing(
+    path="audit",
+    title="Audit log",
+    permission="evidence",
+    columns=(
+        Column("id", "Id", "id"),
+        Column("at", "Time", "time"),
+        Column("actor", "Actor"),
+        Column("database_user", "Database user"),
+        Column("kind", "Action", "state"),
+        Column("reason", "Reason"),
+        Column("detail", "Detail"),
+    ),
+    select=_select_audit,
+    parameters=("kind",),
+    empty="The audit log has no such entry.",
+)
+
+_SEALS = text(
+    """
+    SELECT id, sealed_at, octet_length(entries) / 41 AS leaves, events_through, encode(hash, 'hex') AS hash, key_id
+      FROM archiver.seals WHERE id < :before ORDER BY id DESC LIMIT :most
+    """
+)
+
+
+def _select_seals(connection: Connection, query: Query) -> Page:
+    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1}
+    return _paged([dict(row) for row in connection.execute(_SEALS, values).mappings()], query)
+
+
+SEALS = Listing(
+    path="seals",
+    title="Seals",
+    permission="evidence",
+    columns=(
+        Column("id", "Seal", "id"),
+        Column("sealed_at", "Sealed", "time"),
+        Column("leaves", "Leaves", "number"),
+        Column("events_through", "Events through", "number"),
+        Column("hash", "Hash", "id"),
+        Column("key_id", "Signed with", "id"),
+    ),
+    select=_select_seals,
+    empty="There is no seal yet. A worker makes the first one within ARCHIVER_SEAL_EVERY seconds of the first event.",
+)
+
+
+def _select_holds(connection: Connection, _: Query) -> Page:
+    return Page([*erasure.select_holds(connection, released=True)])
+
+
+HOLDS = Listing(
+    path="holds",
+    title="Holds",
+    permission="evidence",
+    columns=(
+        Column("id", "Hold", "id"),
+        Column("placed_at", "Placed", "time"),
+        Column("author", "Author"),
+        Column("reason", "Reason"),
+        Column("session_id", "Session", "id"),
+        Column("assistant_id", "Assistant", "id"),
+        Column("variable", "Variable"),
+        Column("value", "Value"),
+        Column("since", "Since", "time"),
+        Column("until", "Until", "time"),
+        Column("released_at", "Released", "time"),
+        Column("released_by", "Released by"),
+    ),
+    select=_select_holds,
+    empty="There are no holds. To place one: archiver hold add.",
+)
+
+
+def _select_followups(connection: Connection, _: Query) -> Page:
+    return Page(review.select_subscriptions(connection))
+
+
+FOLLOWUPS = Listing(
+    path="followups",
+    title="Follow-ups",
+    permission="operation",
+    columns=(
+        Column("id", "Id", "id"),
+        Column("url", "Address"),
+        Column("state", "State", "state"),
+        Column("behind", "Behind", "number"),
+        Column("pending", "Pending", "number"),
+        Column("dead", "Dead", "number"),
+        Column("last_status", "Last status", "number"),
+        Column("last_fault", "Last fault"),
+    ),
+    select=_select_followups,
+    empty="There is no subscription. To add one: archiver followups add.",
+)
+
+_EXPORTS = text(
+    """
+    SELECT id, at, actor, kind, reason, CAST(detail AS text) AS detail FROM archiver.acts
+     WHERE id < :before AND kind IN ('export', 'export.done') ORDER BY id DESC LIMIT :most
+    """
+)
+
+
+def _select_exports(connection: Connection, query: Query) -> Page:
+    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1}
+    return _paged([dict(row) for row in connection.execute(_EXPORTS, values).mappings()], query)
+
+
+EXPORTS = Listing(
+    path="exports",
+    title="Exports",
+    permission="evidence",
+    columns=(
+        Column("id", "Id", "id"),
+        Column("at", "Time", "time"),
+        Column("actor", "Actor"),
+        Column("kind", "Step", "state"),
+        Column("reason", "Reason"),
+        Column("detail", "Detail"),
+    ),
+    select=_select_exports,
+    empty="Nothing was exported yet. To export: archiver export --output DIR.",
+)
+
+
+def settings_of(configuration: Settings) -> Listing:
+    """Return the list of the settings of this process. A secret is only said to be set."""
+    rows = [
+        {"name": name, "value": _shown(getattr(configuration, field)), "default": default, "meaning": meaning}
+        for field, (name, default, meaning) in zip(Settings.model_fields, settings.table(), strict=True)
+    ]
+    return Listing(
+        path="settings",
+        title="Settings",
+        permission="operation",
+        columns=(
+            Column("name", "Setting", "code"),
+            Column("value", "Value"),
+            Column("default", "Default"),
+            Column("meaning", "Meaning"),
+        ),
+        select=lambda _, __: Page(rows),
+        empty="There are no settings.",
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return "set (secret)" if value.get_secret_value() else ""
+    return "" if value is None else str(value)
+
+
+LISTINGS = (CONVERSATIONS, QUARANTINE, FOLLOWUPS, SEALS, AUDIT, HOLDS, EXPORTS)

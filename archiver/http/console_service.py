@@ -1,0 +1,65 @@
+"""Serve the console: beside the receiver, or in a process of its own."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy.engine import URL
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from archiver import console, database, telemetry
+from archiver.http.connection_limiter import ConnectionLimiter
+from archiver.http.connections import mark_authenticated
+from archiver.settings import Settings
+
+RECORDING_CONNECTIONS, READING_CONNECTIONS = 2, 3
+
+
+class ConsoleService:
+    """The engines and routes of the console. Its connections are its own: pages wait for pages, not for webhooks."""
+
+    def __init__(self, configuration: Settings, url: URL) -> None:
+        self._configuration, prepared = configuration, configuration.prepared_statements
+        self._recording = database.connect_async(url, pool_size=RECORDING_CONNECTIONS, prepared_statements=prepared)
+        read_url = _read_url(configuration, url)
+        self._reading = database.connect(read_url, pool_size=READING_CONNECTIONS, prepared_statements=prepared)
+
+    def routes(self) -> Sequence[BaseRoute]:
+        """Return the routes, with their whole paths."""
+        return console.routes(self._configuration, self._recording, self._reading, mark_authenticated)
+
+    async def redirect(self, configuration: Settings, url: URL) -> None:
+        """Use these database URLs for new connections."""
+        database.redirect(self._recording, url)
+        database.redirect(self._reading, _read_url(configuration, url))
+        await self.close()  # idle connections; those in use first complete their transaction
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._recording.dispose()
+        await asyncio.to_thread(self._reading.dispose)
+
+
+def _read_url(configuration: Settings, url: URL) -> URL:
+    """Return the URL of the database from which the pages read."""
+    given = configuration.read_database_url
+    return url if given is None else database.database_url(given.get_secret_value())
+
+
+def create_console(configuration: Settings, url: URL) -> Starlette:
+    """Build an application that consists of the console alone."""
+    service = ConsoleService(configuration, url)
+    limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        with limiter.enforcing():
+            yield {"limiter": limiter}  # Uvicorn passes it to each connection
+        await service.close()
+
+    app = Starlette(routes=list(service.routes()), lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
