@@ -10,9 +10,9 @@ import uvicorn
 from archiver import database, settings, telemetry
 from archiver.cli import connection
 from archiver.cli.output import Whole
-from archiver.cli.serve import address, listening, server_options
+from archiver.cli.serve import address, allow_files, listening, server_options
 from archiver.database import schema
-from archiver.http import create_console
+from archiver.http import create_console, open_files
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +30,7 @@ def console(*, host: str, port: int) -> None:
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     connection.warn_of_unknown_variables()
+    allow_files(open_files(configuration))
     with connection.supervised_database_url(configuration, create=False) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:
             schema.check(opened)

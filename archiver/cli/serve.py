@@ -77,7 +77,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     configuration = _require_authentication(configuration, insecure=insecure)
     signing_key(configuration)
     database_name = connection.named(configuration)
-    _allow_files(open_files(configuration))
+    allow_files(open_files(configuration))
     with (
         connection.supervised_database_url(configuration) as url,
         shared_metrics(configuration.home, workers + has_worker),
@@ -121,7 +121,7 @@ def _require_authentication(configuration: Settings, *, insecure: bool) -> Setti
     return configuration
 
 
-def _allow_files(needed: int) -> None:
+def allow_files(needed: int) -> None:
     """Raise the soft limit on open files: each connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import msgspec
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from archiver.database import now, tables
 from archiver.errors import ArchiverError
@@ -68,11 +69,11 @@ def insert_user(connection: Connection, name: str, role: Role, password_hash: st
             f"{name!r} cannot be a user name: use 1 to 63 of a-z, 0-9, '.', '_', '@' and '-';"
             " the first is a letter or a digit."
         )
-    if _select(connection, name) is not None:
-        raise AccountError(f"User {name} exists. To set a new password: archiver users reset {name}")
     at = now()
     row = {"name": name, "role": role, "password_hash": password_hash, "added_at": at, "changed_at": at}
-    connection.execute(insert(tables.users), row)
+    added = insert(tables.users).on_conflict_do_nothing().returning(tables.users.c.name)
+    if connection.execute(added, row).one_or_none() is None:
+        raise AccountError(f"User {name} exists. To set a new password: archiver users reset {name}")
     audit_log.insert_entry(connection, "users.add", actor, None, {"user": name, "role": role})
 
 
@@ -84,7 +85,7 @@ def reset_password(connection: Connection, name: str, password_hash: str, actor:
 
 def disable(connection: Connection, name: str, actor: str) -> None:
     """Forbid the user to log in and end the user's logins, with an audit entry. Raises `AccountError`."""
-    _update(connection, name, disabled_at=now())
+    _update(connection, name, disabled_at=func.coalesce(tables.users.c.disabled_at, now()))
     audit_log.insert_entry(connection, "users.disable", actor, None, {"user": name})
 
 
@@ -94,7 +95,7 @@ def enable(connection: Connection, name: str, actor: str) -> None:
     audit_log.insert_entry(connection, "users.enable", actor, None, {"user": name})
 
 
-def _update(connection: Connection, name: str, **values: str | datetime | None) -> None:
+def _update(connection: Connection, name: str, **values: str | ColumnElement[datetime] | None) -> None:
     users, logins = tables.users, tables.logins
     found = connection.execute(update(users).where(users.c.name == name).values(changed_at=now(), **values)).rowcount
     if not found:
@@ -106,10 +107,6 @@ def select_users(connection: Connection) -> Sequence[User]:
     """Return all users in order of their names."""
     columns = [tables.users.c[name] for name in User.__struct_fields__]
     return [User(*row) for row in connection.execute(select(*columns).order_by(tables.users.c.name))]
-
-
-def _select(connection: Connection, name: str) -> str | None:
-    return connection.scalar(select(tables.users.c.password_hash).where(tables.users.c.name == name))
 
 
 def select_password_hash(connection: Connection, name: str) -> str | None:

@@ -1,6 +1,7 @@
 """The routes of the console."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -16,6 +17,9 @@ from archiver.console.pages import Pages
 from archiver.console.view_log import ViewLog
 from archiver.settings import Settings
 
+# Of the pages alone: the spool and the readiness probe use those of the event loop.
+THREADS = 4
+
 _STATIC = {"style.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _FILES = {name: (rendering.FOLDER / "static" / name).read_bytes() for name in _STATIC}
 
@@ -29,16 +33,18 @@ def routes(
     audit log; `reading`: for all else. `authenticated` is called with the scope of each request that has a login.
     """
     views = ViewLog(writing)
-    gate, pages = Gate(writing, views, authenticated), Pages(reading, views)
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="console")
+    gate, pages = Gate(writing, views, threads, authenticated), Pages(reading, views, threads)
     result = [
         Route("/", gate.page("figures", pages.overview)),
         Route("/login", safely(gate.log_in), methods=["GET", "POST"]),
         Route("/logout", gate.page("figures", gate.log_out), methods=["POST"]),
         Route("/static/{name}", safely(_static)),
-        Route("/events/{event_id:int}", gate.page("evidence", pages.event)),
-        Route("/events/{event_id:int}/body", gate.page("evidence", pages.body)),
-        Route("/proofs/{event_id:int}", gate.page("evidence", pages.proof)),
-        Route("/proofs/{event_id:int}.json", gate.page("evidence", pages.proof_json)),
+        Route("/events/{event_id}", gate.page("evidence", pages.event)),
+        Route("/events/{event_id}/body", gate.page("evidence", pages.body)),
+        Route("/proofs/{event_id}.json", gate.page("evidence", pages.proof_json)),
+        Route("/proofs/{event_id}", gate.page("evidence", pages.proof)),
+        Route("/conversation", gate.page("content", pages.conversation)),
     ]
     for listing in (*lists.LISTINGS, lists.settings_of(configuration)):
         for form in ("html", "json", "csv"):

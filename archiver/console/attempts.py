@@ -1,7 +1,7 @@
 """Limit how often passwords may be tried (I12)."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -10,7 +10,7 @@ from archiver.errors import ArchiverError
 
 MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per address and name
 MAX_REMEMBERED = 10_000  # pairs of address and name
-MAX_WAITING = 8
+MAX_WAITING, MAX_WAITING_OF_ADDRESS = 32, 3
 REST_SECONDS = 0.3  # after each failed attempt, so that a flood of them leaves most of a core to others
 
 
@@ -28,23 +28,29 @@ class Attempts:
     def __init__(self) -> None:
         self._failed: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
         self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()  # by address
 
     @asynccontextmanager
     async def turn(self, address: str, name: str) -> AsyncIterator[None]:
         """Wait for the turn to check a password. Raises `TooManyAttemptsError`."""
+        self._check(address, name)
+        if self._waiting[address] >= MAX_WAITING_OF_ADDRESS or self._waiting.total() >= MAX_WAITING:
+            raise TooManyAttemptsError(1)
+        self._waiting[address] += 1
+        try:
+            async with self._turn:
+                self._check(address, name)  # again: others may have failed in the meantime
+                yield
+        finally:
+            self._waiting[address] -= 1
+            if not self._waiting[address]:
+                del self._waiting[address]
+
+    def _check(self, address: str, name: str) -> None:
         now = monotonic()
         recent = [at for at in self._failed.get((address, name), ()) if now - at < FAILURE_SECONDS]
         if len(recent) >= MAX_FAILURES:
             raise TooManyAttemptsError(recent[0] + FAILURE_SECONDS - now)
-        if self._waiting >= MAX_WAITING:
-            raise TooManyAttemptsError(1)
-        self._waiting += 1
-        try:
-            async with self._turn:
-                yield
-        finally:
-            self._waiting -= 1
 
     async def failed(self, address: str, name: str) -> None:
         """Record a failed attempt, within its turn."""

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, text
 from archiver.archive import pieces
 from archiver.console import filters
 from archiver.console.listing import Column, Listing, Page, Query
-from archiver.console.rendering import segment
+from archiver.console.rendering import conversation_path
 
 EXAMINED = 10_000  # conversations that one page looks at
 SHOWN_CHARACTERS = 300  # of a first question
@@ -99,12 +99,13 @@ CONVERSATIONS = Listing(
     permission="figures",
     columns=COLUMNS,
     select=select_conversations,
-    link=lambda row: f"conversations/{segment(row['session_id'])}",
+    link=lambda row: conversation_path(row["session_id"]),
     parameters=("q",),
-    empty="No conversation matches. Without a filter, this list has every conversation that the archive knows.",
+    empty="No conversation matches. A worker adds each conversation a moment after its first event.",
 )
 
-MESSAGES = 200  # of a page of a transcript
+MESSAGES = 100  # of a page of a transcript
+MESSAGE_CHARACTERS = 20_000  # shown of a message; its events have all
 EVENTS = 200  # of a conversation, shown beside it
 
 
@@ -126,8 +127,10 @@ _SESSION = text(
 )
 _MESSAGES = text(
     """
-    SELECT m.position, m.turn_id, m.chat_id, m.ordinal, m.role, m.content, m.content_kind, m.history_content,
-           m.began_at, m.began_is_told, m.source, m.deleted_at, m.in_history
+    SELECT m.position, m.turn_id, m.chat_id, m.ordinal, m.role, m.content_kind,
+           left(m.content, :characters) AS content, length(m.content) AS characters,
+           left(m.history_content, :characters) AS history_content, m.began_at, m.began_is_told, m.source,
+           m.deleted_at, m.in_history
       FROM analytics.messages m WHERE m.session_id = :id AND m.position > :after ORDER BY m.position LIMIT :most
     """
 )
@@ -146,7 +149,7 @@ def select_conversation(connection: Connection, session_id: str, after: int = 0)
     session = connection.execute(_SESSION, {"id": session_id}).mappings().one_or_none()
     if session is None:
         return None
-    values = {"id": session_id, "after": after, "most": MESSAGES + 1}
+    values = {"id": session_id, "after": after, "most": MESSAGES + 1, "characters": MESSAGE_CHARACTERS}
     messages = connection.execute(_MESSAGES, values).mappings().all()
     shown = messages[:MESSAGES]
     return Conversation(
@@ -172,6 +175,11 @@ class LedgerEvent(msgspec.Struct, frozen=True):
 
     row: RowMapping
     body: bytes | None
+
+    @property
+    def is_erased(self) -> bool:
+        """Return whether its content was erased."""
+        return self.row["body"] is None and self.row["frame"] is None
 
 
 def select_event(connection: Connection, event_id: int) -> LedgerEvent | None:

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -33,7 +33,7 @@ def missing() -> PageError:
 
 
 def safely(route: Route) -> Route:
-    """Return a route that answers every error with a page; the page of a fault has an id that is in the log."""
+    """Return a route whose errors become pages; the page of a fault has an id that is in the log."""
 
     async def respond(request: Request) -> Response:
         try:
@@ -41,7 +41,7 @@ def safely(route: Route) -> Route:
         except ClientDisconnect:
             raise
         except Exception as error:  # noqa: BLE001  # the pages share a process with the receiver
-            failed = _page_error(error, request.url.path)
+            failed = _page_error(error, request.scope["path"])
         values = {"heading": failed.heading, "text": failed.text, "login": None}
         response = await asyncio.to_thread(rendering.html, "error.html", values, failed.status)
         response.headers.update(failed.headers)
@@ -58,9 +58,11 @@ def _page_error(error: Exception, path: str) -> PageError:
     if isinstance(error, TooManyAttemptsError):
         text = f"Wait {error.seconds} seconds, then try again."
         return PageError(429, "Too many attempts to log in", text, {"retry-after": str(error.seconds)})
+    if isinstance(error, DataError):
+        return PageError(400, "The address cannot be understood", "It contains a character that no name or id has.")
     number = secrets.token_hex(4)
     log.error("console page failed", id=number, path=path, exc_info=error)
     text = f"Try again. If it fails again, look for id {number} in the log of the archiver."
     if isinstance(error, SQLAlchemyError):
-        return PageError(503, "The database did not answer in time", text)
+        return PageError(503, "The database could not answer", text)
     return PageError(500, "This page failed", text)

@@ -53,7 +53,7 @@ def _number(value: str) -> Decimal:
         result = Decimal(value)
     except InvalidOperation:
         raise FilterError(f"{value!r} is not a number.") from None
-    if not result.is_finite() or result.adjusted() > _MAX_EXPONENT:
+    if not result.is_finite() or abs(result.adjusted()) > _MAX_EXPONENT:
         raise FilterError(f"{value!r} is not a number.")
     return result
 

@@ -3,6 +3,8 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from functools import partial
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -21,6 +23,7 @@ from archiver.database import run_async
 COOKIE, LOGIN_COOKIE = "archiver_console", "archiver_console_login"
 HOME, LOGIN = "/console/", "/console/login"
 MAX_FORM = 16_384  # bytes
+MAX_NAME = 64  # characters
 FORM_SECONDS = 30
 WRONG = "The name or the password is wrong, or the user is disabled."
 
@@ -28,10 +31,13 @@ Handler = Callable[[Request, Login], Awaitable[Response]]
 
 
 class Gate:
-    """The way in. `engine`: of the database that has users and logins; `authenticated`: see `Console`."""
+    """The way in. `engine`: of the database that has users and logins; `authenticated`: see `routes`."""
 
-    def __init__(self, engine: AsyncEngine, views: ViewLog, authenticated: Callable[[Scope], None]) -> None:
-        self._engine, self._views, self._authenticated = engine, views, authenticated
+    def __init__(
+        self, engine: AsyncEngine, views: ViewLog, threads: Executor, authenticated: Callable[[Scope], None]
+    ) -> None:
+        self._engine, self._views, self._threads = engine, views, threads
+        self._authenticated = authenticated
         self._attempts = Attempts()
 
     def page(self, permission: Permission, handler: Handler) -> Route:
@@ -39,7 +45,8 @@ class Gate:
 
         async def respond(request: Request) -> Response:
             token = request.cookies.get(COOKIE, "")
-            login = await run_async(self._engine, lambda each: logins.select_login(each, token)) if token else None
+            is_token = logins.is_token(token)  # if not, the database need not be asked
+            login = await run_async(self._engine, lambda each: logins.select_login(each, token)) if is_token else None
             if login is None:
                 return _to_login(request)
             self._authenticated(request.scope)
@@ -63,15 +70,19 @@ class Gate:
         form = await read_form(request)
         # A form of this browser: another site cannot log its visitor in as someone else.
         _require_form_of(form, request.cookies.get(LOGIN_COOKIE, ""))
-        name, password = form.get("name", "").strip().lower(), form.get("password", "")
+        name, password = form.get("name", "")[:MAX_NAME].strip().lower().replace("\0", ""), form.get("password", "")
         address = request.client.host if request.client else ""
         async with self._attempts.turn(address, name):
             known = await run_async(self._engine, lambda each: accounts.select_password_hash(each, name))
-            if not await asyncio.to_thread(accounts.is_password, password, known):
+            checking = partial(accounts.is_password, password, known)
+            if not await asyncio.get_running_loop().run_in_executor(self._threads, checking):
                 await self._attempts.failed(address, name)
                 return await _login_page(request, WRONG, form.get("next", ""))
         self._attempts.succeeded(address, name)
-        token = await run_async(self._engine, lambda each: logins.insert_login(each, name))
+        earlier = request.cookies.get(COOKIE, "")
+        token = await run_async(self._engine, lambda each: logins.insert_login(each, name, known or "", earlier))
+        if token is None:  # the password was changed at this moment
+            return await _login_page(request, WRONG, form.get("next", ""))
         await self._views.record("console.login", name)
         response = RedirectResponse(_local(form.get("next", "")), 303, rendering.HEADERS)
         _set_cookie(response, request, COOKIE, token)
@@ -127,16 +138,18 @@ async def _login_page(request: Request, fault: str, following: str | None = None
 
 def _set_cookie(response: Response, request: Request, name: str, token: str) -> None:
     # Behind a proxy that ends TLS. Whoever sends this header without one only keeps the own cookie from plain HTTP.
-    is_secure = request.url.scheme == "https" or request.headers.get("x-forwarded-proto", "").startswith("https")
+    is_secure = request.scope["scheme"] == "https" or request.headers.get("x-forwarded-proto", "").startswith("https")
     response.set_cookie(name, token, path="/console", httponly=True, secure=is_secure, samesite="strict")
 
 
 def _to_login(request: Request) -> Response:
-    if request.method != "GET" or request.url.path.endswith((".json", ".csv")):
+    path: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
+    if request.method not in {"GET", "HEAD"} or path.endswith((b".json", b".csv")):
         raise PageError(401, "Log in first", f"Your login has ended. Log in at {LOGIN}, then try again.")
-    wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    query = "" if wanted == HOME else f"?{urlencode({'next': wanted})}"
-    return RedirectResponse(LOGIN + query, 303, rendering.HEADERS)
+    query: bytes = request.scope["query_string"]
+    wanted = (path.partition(b"?")[0] + (b"?" + query if query else b"")).decode("latin-1")
+    following = "" if wanted == HOME else f"?{urlencode({'next': wanted})}"
+    return RedirectResponse(LOGIN + following, 303, rendering.HEADERS)
 
 
 def _local(address: str) -> str:

@@ -1,5 +1,6 @@
 """The lists of the console other than that of conversations."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,15 @@ from archiver.outbound.followups import review
 from archiver.settings import Settings
 
 _MAX_ID = 2**63 - 1
+_MAX_DIGITS = 18  # of a key
+EXAMINED = 10_000  # rows that a page of the audit log or of the exports looks at
+MAX_LISTED = 1_000  # holds or subscriptions
 
 
 def _number(key: str, otherwise: int) -> int:
     if not key:
         return otherwise
-    if not key.isascii() or not key.isdecimal() or int(key) > _MAX_ID:
+    if not key.isascii() or not key.isdecimal() or len(key) > _MAX_DIGITS:
         raise FilterError("The address of this page is incomplete. Begin at the first page.")
     return int(key)
 
@@ -57,16 +61,31 @@ QUARANTINE = Listing(
 )
 
 _AUDIT = """
-    SELECT id, at, actor, database_user, kind, reason, CAST(detail AS text) AS detail FROM archiver.acts
-     WHERE id < :before {of_kind} ORDER BY id DESC LIMIT :most
+    SELECT id, at, actor, database_user, kind, reason, CAST(detail AS text) AS detail
+      FROM (SELECT * FROM archiver.acts WHERE id < :before ORDER BY id DESC LIMIT :examined) a
+     WHERE {of_kind} ORDER BY id DESC LIMIT :most
 """
+
+
+_LAST_EXAMINED = text("SELECT id FROM archiver.acts WHERE id < :before ORDER BY id DESC OFFSET :examined - 1 LIMIT 1")
 
 
 def _select_audit(connection: Connection, query: Query) -> Page:
     kind = query.parameters.get("kind", "")
-    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1} | ({"kind": kind} if kind else {})
-    statement = text(_AUDIT.format(of_kind="AND kind = :kind" if kind else ""))
-    return _paged([dict(row) for row in connection.execute(statement, values).mappings()], query)
+    return _select_acts(connection, query, "kind = :kind" if kind else "true", {"kind": kind})
+
+
+def _select_acts(connection: Connection, query: Query, of_kind: str, values: Mapping[str, Any]) -> Page:
+    before = _number(query.after, _MAX_ID)
+    bounds = {"before": before, "most": query.limit + 1, "examined": EXAMINED}
+    rows = connection.execute(text(_AUDIT.format(of_kind=of_kind)), {**values, **bounds}).mappings()
+    page = _paged([dict(row) for row in rows], query)
+    if page.after:
+        return page
+    last = connection.scalar(_LAST_EXAMINED, {"before": before, "examined": EXAMINED})
+    if last is None:
+        return page
+    return Page(page.rows, str(last), f"This page is about {EXAMINED:,} entries of the audit log, down to {last}.")
 
 
 AUDIT = Listing(
@@ -118,7 +137,7 @@ SEALS = Listing(
 
 
 def _select_holds(connection: Connection, _: Query) -> Page:
-    return Page([*erasure.select_holds(connection, released=True)])
+    return Page([*erasure.select_holds(connection, released=True)][-MAX_LISTED:])
 
 
 HOLDS = Listing(
@@ -133,7 +152,7 @@ HOLDS = Listing(
         Column("session_id", "Session", "id"),
         Column("assistant_id", "Assistant", "id"),
         Column("variable", "Variable"),
-        Column("value", "Value"),
+        Column("value", "Value", is_content=True),
         Column("since", "Since", "time"),
         Column("until", "Until", "time"),
         Column("released_at", "Released", "time"),
@@ -145,7 +164,7 @@ HOLDS = Listing(
 
 
 def _select_followups(connection: Connection, _: Query) -> Page:
-    return Page(review.select_subscriptions(connection))
+    return Page(review.select_subscriptions(connection)[:MAX_LISTED])
 
 
 FOLLOWUPS = Listing(
@@ -166,17 +185,9 @@ FOLLOWUPS = Listing(
     empty="There is no subscription. To add one: archiver followups add.",
 )
 
-_EXPORTS = text(
-    """
-    SELECT id, at, actor, kind, reason, CAST(detail AS text) AS detail FROM archiver.acts
-     WHERE id < :before AND kind IN ('export', 'export.done') ORDER BY id DESC LIMIT :most
-    """
-)
-
 
 def _select_exports(connection: Connection, query: Query) -> Page:
-    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1}
-    return _paged([dict(row) for row in connection.execute(_EXPORTS, values).mappings()], query)
+    return _select_acts(connection, query, "kind IN ('export', 'export.done')", {})
 
 
 EXPORTS = Listing(
@@ -220,7 +231,10 @@ def settings_of(configuration: Settings) -> Listing:
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "set (secret)" if value.get_secret_value() else ""
-    return "" if value is None else str(value)
+    text = "" if value is None else str(value)
+    return _USER_IN_URL.sub("//…@", text)
 
+
+_USER_IN_URL = re.compile(r"//[^/@]*@")
 
 LISTINGS = (CONVERSATIONS, QUARANTINE, FOLLOWUPS, SEALS, AUDIT, HOLDS, EXPORTS)

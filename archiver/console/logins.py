@@ -14,6 +14,7 @@ from archiver.database import now, tables
 IDLE = timedelta(minutes=30)
 LIFETIME = timedelta(hours=12)
 SEEN_EVERY = timedelta(minutes=1)
+TOKEN_CHARACTERS = 43  # 32 random bytes in base64url
 
 
 class Login(msgspec.Struct, frozen=True):
@@ -34,9 +35,24 @@ def is_form_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), form_token(token).encode())
 
 
-def insert_login(connection: Connection, user: str) -> str:
-    """Begin a login and return its token. Logins that have ended are deleted."""
-    token, at, logins = secrets.token_urlsafe(32), now(), tables.logins
+def is_token(text: str) -> bool:
+    """Return whether a text could be the token of a login."""
+    return len(text) == TOKEN_CHARACTERS and text.isascii()
+
+
+def insert_login(connection: Connection, user: str, password_hash: str, earlier: str) -> str | None:
+    """Begin a login and return its token; the login of the token `earlier` and those that have ended are deleted.
+
+    Returns None if the user was disabled, or has another password than the one that was checked.
+    """
+    token, at, logins, users = secrets.token_urlsafe(32), now(), tables.logins, tables.users
+    known = select(users.c.name).where(
+        users.c.name == user, users.c.password_hash == password_hash, users.c.disabled_at.is_(None)
+    )
+    # Locked, so that a change of the password, which ends the logins, comes before or after this one.
+    if connection.scalar(known.with_for_update(read=True)) is None:
+        return None
+    delete_login(connection, earlier)
     connection.execute(delete(logins).where(or_(logins.c.began_at < at - LIFETIME, logins.c.seen_at < at - IDLE)))
     row = {"token_digest": _digest(token), "user_name": user, "began_at": at, "seen_at": at}
     connection.execute(insert(logins), row)

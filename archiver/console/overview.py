@@ -1,4 +1,4 @@
-"""The figures of the first page. Each is bounded: the page costs the same at any size of the archive."""
+"""The figures of the first page. None reads the whole archive."""
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -45,6 +45,8 @@ class Overview(msgspec.Struct, frozen=True):
     followups: FollowupStats
     workers: Sequence[Worker]
     silence: Silence
+    examined: int = EXAMINED
+    max_counted: int = MAX_COUNTED
 
 
 _DAYS = text(

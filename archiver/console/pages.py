@@ -1,12 +1,15 @@
 """The pages: each reads what it shows, records who sees content, and renders."""
 
 import asyncio
+import codecs
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,7 +23,7 @@ from archiver.console.logins import Login
 from archiver.console.overview import select_overview
 from archiver.console.permissions import GRANTED
 from archiver.console.view_log import Kind, ViewLog
-from archiver.database import run
+from archiver.database import snapshot
 
 T = TypeVar("T")
 
@@ -31,10 +34,10 @@ _MIME = {"json": "application/json", "csv": "text/csv; charset=utf-8"}
 
 
 class Pages:
-    """The pages, which read with `engine` in threads, so that a long page does not delay webhooks."""
+    """The pages. They read with `engine` and render in `threads`, which only they use."""
 
-    def __init__(self, engine: Engine, views: ViewLog) -> None:
-        self._engine, self._views = engine, views
+    def __init__(self, engine: Engine, views: ViewLog, threads: Executor) -> None:
+        self._engine, self._views, self._threads = engine, views, threads
 
     async def overview(self, _: Request, login: Login) -> Response:
         """Show the state of the archive on one page."""
@@ -63,7 +66,7 @@ class Pages:
                 await self._record_list(listing, parameters, columns, form, login)
             if form != "html":
                 encode = encode_json if form == "json" else encode_csv
-                body = await asyncio.to_thread(encode, columns, page)
+                body = await self._in_thread(partial(encode, columns, page))
                 headers = {
                     **rendering.HEADERS,
                     "content-disposition": f'attachment; filename="{listing.path}.{form}"',
@@ -93,12 +96,13 @@ class Pages:
         if not any(column.is_content for column in columns):
             return
         fields = sorted(set(parse(parameters["q"]).fields)) if "q" in parameters else []
-        kind: Kind = "console.search" if form == "html" else "console.download"
+        viewed: Kind = "console.search" if "q" in parameters else "console.view"
+        kind = viewed if form == "html" else "console.download"
         await self._views.record(kind, login.user, list=listing.path, fields=fields)
 
     async def conversation(self, request: Request, login: Login) -> Response:
         """Show a conversation: its transcript, and the events of the ledger."""
-        session_id = request.path_params["session_id"]
+        session_id = request.path_params.get("session_id") or request.query_params.get("id", "")
         after = _position(request.query_params.get("after", ""))
         found = await self._read(conversations.select_conversation, session_id, after)
         if found is None:
@@ -113,7 +117,9 @@ class Pages:
         body = found.body or b""
         shown = body[:MAX_BODY_SHOWN]
         try:
-            text, is_text = shown.decode(), True
+            # The cut may be within a character.
+            text = codecs.getincrementaldecoder("utf-8")().decode(shown, final=len(body) == len(shown))
+            is_text = True
         except UnicodeDecodeError:
             text, is_text = shown.hex(" "), False
         return await self._render(
@@ -124,13 +130,14 @@ class Pages:
         """Send the exact bytes of an event as a file."""
         found = await self._event(request)
         if found.body is None:
-            raise PageError(404, "This event has no content", "It was erased.")
+            reason = "It was erased." if found.is_erased else "A part of it is missing: run `archiver verify`."
+            raise PageError(404, "This event has no content", reason)
         await self._views.record("console.download", login.user, event=found.row["id"])
         headers = {**rendering.HEADERS, "content-disposition": f'attachment; filename="event-{found.row["id"]}"'}
         return Response(found.body, headers=headers, media_type="application/octet-stream")
 
     async def _event(self, request: Request) -> conversations.LedgerEvent:
-        found = await self._read(conversations.select_event, request.path_params["event_id"])
+        found = await self._read(conversations.select_event, _event_id(request))
         if found is None:
             raise missing()
         return found
@@ -147,21 +154,25 @@ class Pages:
         return Response(msgspec.json.encode(found), headers=headers, media_type="application/json")
 
     async def _proof(self, request: Request) -> seals.Proof:
-        event_id: int = request.path_params["event_id"]
         try:
-            return await self._read(seals.prove, event_id)
+            return await self._read(seals.prove, _event_id(request))
         except seals.NotSealedError as error:
             raise PageError(404, "There is no proof yet", f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
 
     async def _read(self, select: Callable[..., T], *arguments: Any) -> T:
-        def read(connection: Connection) -> T:
-            return select(connection, *arguments)
+        def read() -> T:
+            # A replica's clock must not become that of the receiver.
+            with snapshot(self._engine, statement_seconds=READ_SECONDS, keeps_time=False) as connection:
+                return select(connection, *arguments)
 
-        return await asyncio.to_thread(run, self._engine, read, statement_seconds=READ_SECONDS)
+        return await self._in_thread(read)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _render(self, template: str, login: Login, status: int = 200, **values: Any) -> Response:
         values |= {"login": login, "granted": GRANTED[login.role]}
-        return await asyncio.to_thread(rendering.html, template, values, status)
+        return await self._in_thread(partial(rendering.html, template, values, status))
 
 
 _SCRIPT = (rendering.FOLDER / "templates" / "check_proof.txt").read_text(encoding="utf-8")
@@ -176,6 +187,15 @@ def _address(path: str, parameters: Mapping[str, str]) -> str:
     return f"/console/{path}" + (f"?{urlencode(parameters)}" if parameters else "")
 
 
+def _event_id(request: Request) -> int:
+    """Return the id in the path. Not with a convertor of the route, which would raise outside of `safely`."""
+    text = request.path_params["event_id"]
+    if not text.isascii() or not text.isdecimal() or len(text) > _MAX_ID_DIGITS:
+        raise missing()
+    return int(text)
+
+
+_MAX_ID_DIGITS = 18
 _MAX_DIGITS = 9
 
 

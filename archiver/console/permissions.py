@@ -5,8 +5,8 @@ from typing import Literal
 
 from archiver.console.accounts import Role
 
-# figures: counts, states and ids. content: what was said. evidence: exact bytes, seals, audit log, holds, quarantine.
-# operation: follow-ups and quarantine, and the actions where ARCHIVER_CONSOLE_ACTS is on.
+# figures: counts, states and ids, and the quarantine without bodies. content: what was said. evidence: exact bytes,
+# proofs, seals, audit log, holds, exports. operation: follow-ups and settings.
 Permission = Literal["figures", "content", "evidence", "operation"]
 
 GRANTED: Mapping[Role, frozenset[Permission]] = {

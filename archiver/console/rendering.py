@@ -30,21 +30,23 @@ HEADERS: Mapping[str, str] = {
     "cache-control": "no-store",
 }
 
-# Characters that reorder or hide text. The joiners of words and of emoji are not among them.
+# Runs of a character that reorders or hides text. The joiners of words and of emoji are not among them.
 _HIDDEN = re.compile(
-    "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+    "([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ufeff\ufff9-\ufffb\U000e0000-\U000e007f])\\1*"
 )
 
 
 def visible(text: object) -> Markup:
-    """Return the text as HTML in which each invisible character is shown as its code."""
+    """Return the text as HTML in which controls, and characters that reorder or hide text, are shown as codes."""
     parts: list[Markup] = []
     at, source = 0, str(text)
     for match in _HIDDEN.finditer(source):
-        name = unicodedata.name(match[0], "CONTROL CHARACTER")
+        name, count = unicodedata.name(match[1], "CONTROL CHARACTER"), len(match[0])
+        code = f"U+{ord(match[1]):04X}" + (f", {count:,} times" if count > 1 else "")
         parts += [
             escape(source[at : match.start()]),
-            Markup('<span class="hidden-character" title="{}">U+{:04X}</span>').format(name, ord(match[0])),
+            Markup('<span class="hidden-character" title="{}">{}</span>').format(name, code),
         ]
         at = match.end()
     return Markup("").join([*parts, escape(source[at:])])
@@ -67,9 +69,14 @@ def number(value: float | Decimal | None) -> str:
     return f"{value.normalize():,f}" if isinstance(value, Decimal) else f"{value:,}"
 
 
-def segment(value: str) -> str:
-    """Return an id as one segment of a path."""
-    return quote(value, safe="")
+def conversation_path(session_id: str) -> str:
+    """Return the address of a conversation, relative to /console/.
+
+    The address of an id that a path cannot contain has it as a parameter: browsers resolve `.` and `..`.
+    """
+    if session_id in {".", ".."} or not session_id.isprintable():
+        return f"conversation?id={quote(session_id, safe='')}"
+    return f"conversations/{quote(session_id, safe='')}"
 
 
 def asset(name: str) -> str:
@@ -86,7 +93,12 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters |= {"visible": visible, "moment": moment, "number": number, "segment": segment}
+_environment.filters |= {
+    "visible": visible,
+    "moment": moment,
+    "number": number,
+    "conversation_path": conversation_path,
+}
 _environment.globals |= {"asset": asset}
 
 

@@ -42,16 +42,19 @@ def transaction(
 
 
 @contextmanager
-def snapshot(engine: Engine, *, statement_seconds: float, exported: str | None = None) -> Iterator[Connection]:
+def snapshot(
+    engine: Engine, *, statement_seconds: float, exported: str | None = None, keeps_time: bool = True
+) -> Iterator[Connection]:
     """Run the block in one read-only transaction that sees the database as of its start.
 
     `exported`: the id from `pg_export_snapshot` of another open transaction, whose snapshot this one shares.
+    `keeps_time`: the database's clock becomes that of this process, which is wrong for a replica.
     """
     frozen = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     with frozen.begin() as connection:
         if exported is not None:  # must precede all other statements
             connection.exec_driver_sql(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(exported).as_string())
-        _open(connection, statement_seconds, LOCK_SECONDS)
+        _open(connection, statement_seconds, LOCK_SECONDS, keeps_time=keeps_time)
         yield connection
 
 
@@ -266,10 +269,12 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T], limits
         return await connection.run_sync(opened)
 
 
-def _open(connection: Connection, statement_seconds: float, lock_seconds: float) -> None:
+def _open(connection: Connection, statement_seconds: float, lock_seconds: float, *, keeps_time: bool = True) -> None:
     began = monotonic()
     limits = (str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds))
-    clock.look(_OPEN.execute(connection, *limits)[0].at, began)
+    at = _OPEN.execute(connection, *limits)[0].at
+    if keeps_time:
+        clock.look(at, began)
 
 
 _LIMIT = RawStatement("SELECT set_config('statement_timeout', $1, true)")

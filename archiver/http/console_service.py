@@ -7,9 +7,11 @@ from typing import Any
 
 from sqlalchemy.engine import URL
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 
 from archiver import console, database, telemetry
+from archiver.http import answers
 from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.connections import mark_authenticated
 from archiver.settings import Settings
@@ -60,6 +62,7 @@ def create_console(configuration: Settings, url: URL) -> Starlette:
             yield {"limiter": limiter}  # Uvicorn passes it to each connection
         await service.close()
 
-    app = Starlette(routes=list(service.routes()), lifespan=lifespan)
+    handlers = {HTTPException: answers.respond_to_routing} | dict.fromkeys(answers.ERRORS, answers.respond)
+    app = Starlette(routes=list(service.routes()), lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app

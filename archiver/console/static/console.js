@@ -3,6 +3,7 @@
 
 for (const each of document.querySelectorAll("time")) {
   const at = new Date(each.dateTime);
+  if (isNaN(at)) continue;
   each.title = each.textContent;
   const timeStyle = each.closest("table.list") ? "short" : "medium";
   each.textContent = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle }).format(at);
