@@ -30,7 +30,8 @@ _SELECT_LINES = RawStatement(
 _SELECT_TIES = RawStatement(
     """
     SELECT count(*) AS count FROM archiver.chats c
-     WHERE c.session_id = $1 AND c.chat_id <> $2 AND coalesce(c.created_at, c.occurred_at, c.first_received_at) = $3
+     WHERE c.session_id = $1 AND c.chat_id <> $2 AND c.source <> 'history'
+       AND coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at) = $3
     """
 )
 _UPDATE_SESSION = RawStatement(

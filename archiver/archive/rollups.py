@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from archiver.database import Lock, RawStatement, as_json, execute, now
 
 BUCKETS_PER_PAGE = 200
+SESSIONS_PER_STATEMENT = 50  # so that a statement is short even if all of them are long
 SESSIONS_PER_PAGE = 200  # few, because the publisher of the feed waits
 
 _COUNTS = (
@@ -78,8 +79,9 @@ def refresh(connection: Connection, session_ids: Collection[str]) -> None:
 
     The caller holds `Lock.PUBLISHING`.
     """
-    if session_ids:
-        _REFRESH.execute(connection, as_json(sorted(session_ids)), now().isoformat())
+    sessions, at = sorted(session_ids), now().isoformat()
+    for start in range(0, len(sessions), SESSIONS_PER_STATEMENT):
+        _REFRESH.execute(connection, as_json(sessions[start : start + SESSIONS_PER_STATEMENT]), at)
 
 
 _SELECT_UNCONTRIBUTED = RawStatement("SELECT session_id FROM archiver.uncontributed ORDER BY session_id LIMIT $1")

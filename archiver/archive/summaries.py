@@ -1,9 +1,9 @@
 """Store one row per session for analysts (`archiver.summaries`), each recomputed whole from the archive.
 
 The caller holds `Lock.PUBLISHING`: the publisher of the feed, in the transaction that numbers the changes of these
-sessions; the transaction that erases their content; or the duty that adds missing rows. It acquires the lock after
-its other locks, and before this statement, which therefore sees everything that the previous holder committed. So
-erased content cannot be written again, and all changes up to the newest cursor are in the rows.
+sessions; the transaction that erases their content; or the duty that adds missing rows. It acquires the lock before
+this statement, which therefore sees everything that the previous holder committed. So erased content cannot be
+written again, and all changes up to the newest cursor are in the rows.
 """
 
 from collections.abc import Mapping, Sequence

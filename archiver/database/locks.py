@@ -34,8 +34,9 @@ class Lock(StrEnum):
     concurrently, in transactions that record or rebuild unassigned turns, which may belong to any session, that order
     an erasure, or that place a hold.
     SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time, with
-    what is stored about its sessions for analysts; and last in transactions that remove content from that.
-    INDEXING: exclusive, in transactions that write the search table; after all other locks except PUBLISHING.
+    what is stored about its sessions for analysts; and in transactions that remove content from that.
+    INDEXING: exclusive, in transactions that write the search table; before PUBLISHING. Erasures take both before all
+    other locks, because their holders never wait for those of receiving.
     ROLLUPS: exclusive, for one summing of stale buckets at a time.
     """
 

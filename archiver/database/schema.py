@@ -29,7 +29,7 @@ from archiver.errors import ArchiverError
 from archiver.settings.variables import Variable
 
 VERSION_TABLE = "schema_version"
-SCHEMAS = (tables.SCHEMA, "analytics", "archiver_jobs")  # all that the migrations create
+SCHEMAS = (tables.SCHEMA, "archiver_search", "analytics", "archiver_jobs")  # all that the migrations create
 
 _LOCK_SECONDS = 2.0
 PAUSE_SECONDS = 2.0  # pause between two attempts to get a lock, in which waiting sessions proceed

@@ -174,6 +174,8 @@ class Worker:
             async def index() -> None:
                 while await indexing.step() and not ending.is_set():
                     duty.working()
+                    # Erased words must not wait for the end of a backlog.
+                    await until(ending, indexing.rebuild())
                 await until(ending, indexing.rebuild())
 
             await _every(SEARCH_SECONDS, index, duty, ending)

@@ -31,28 +31,27 @@ class Summing:
         First computes missing contributions, because each of them makes buckets stale. A session or bucket that is
         locked or too slow is skipped, and its error raised.
         """
-        ends_at = monotonic() + SECONDS_PER_JOB
-        while done := self._page(rollups.select_uncontributed, rollups.contribute):
+        ends_at, slow = monotonic() + SECONDS_PER_JOB, list[DBAPIError]()
+        while done := self._page(rollups.select_uncontributed, rollups.contribute, slow):
             beat()
             self._contributed += done
             if monotonic() > ends_at:
-                return
+                break
         if self._contributed:
             log.info("contributions of earlier sessions computed", sessions=self._contributed)
             self._contributed = 0
         # Not until none is stale: the publisher makes the latest bucket stale again and again.
-        while self._page(rollups.select_stale, rollups.sum_stale) == rollups.BUCKETS_PER_PAGE:
+        while self._page(rollups.select_stale, rollups.sum_stale, slow) == rollups.BUCKETS_PER_PAGE:
             beat()
             if monotonic() > ends_at:
-                return
+                break
+        if slow:
+            raise slow[0]
 
     def _page(
         self,
         select: Callable[[Connection], Sequence[Item]],
         work: Callable[[Connection, Sequence[Item]], int],
+        slow: list[DBAPIError],
     ) -> int:
-        slow: list[DBAPIError] = []
-        done = sum(run_split(self._engine, run(self._engine, select), work, slow))
-        if slow:
-            raise slow[0]
-        return done
+        return sum(run_split(self._engine, run(self._engine, select), work, slow))

@@ -182,7 +182,7 @@ SEARCH = """
                           FROM archiver.search s
                          WHERE s.lexemes @@ wanted AND s.began_at >= span.since AND s.began_at < upper
                            AND ($4 IS NULL OR s.assistant_id = $4
-                                OR s.assistant_id IS NULL
+                                OR s.assistant_id IS NULL AND s.session_id <> ''
                                    AND (EXISTS (SELECT FROM archiver.chats c
                                                  WHERE c.session_id = s.session_id AND c.assistant_id = $4)
                                         OR EXISTS (SELECT FROM archiver.sessions c

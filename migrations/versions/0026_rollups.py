@@ -59,7 +59,9 @@ CONTRIBUTED = f"""
                                first_value(c.assistant_id) OVER (
                                    PARTITION BY c.session_id
                                    ORDER BY c.assistant_id IS NULL, {BEGAN} DESC, c.chat_id DESC
-                               ), s.assistant_id) END,
+                               ),
+                               -- A longer one, from the application or a history, fits into no index entry.
+                               CASE WHEN octet_length(s.assistant_id) <= 1024 THEN s.assistant_id END) END,
                            '') AS assistant_id,
                        {IS_TURN} AS is_turn,
                        row_number() OVER (PARTITION BY c.session_id, {IS_TURN} ORDER BY {BEGAN}, c.chat_id) AS number,

@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import Timing, rederive, summaries, unassigned, without_events
+from archiver.archive import Timing, rederive, rollups, summaries, unassigned, without_events
 from archiver.archive.outbox import insert_changes
 from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
@@ -247,6 +247,7 @@ _DELETE_EVENTS = text(
 
 
 def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timing: Timing) -> int:
+    Lock.PUBLISHING.take(connection, exclusive=True)  # first, as in an erasure
     _, chat_ids = split(with_unassigned(connection, targets))
     deletable, _ = exclude_held(connection, targets, exclusive=bool(chat_ids))
     sessions = unassigned.lock_sessions(connection, split(deletable)[0], chat_ids)
@@ -257,6 +258,6 @@ def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timi
     changes = without_events(rederive(connection, sessions, timing))
     unassigned.rederive(connection, chat_ids)
     insert_changes(connection, [*map(erased_change, deletable), *changes])
-    Lock.PUBLISHING.take(connection, exclusive=True)  # last, as in an erasure
     summaries.refresh(connection, dict.fromkeys(sessions, 0))
+    rollups.refresh(connection, sessions)
     return len(ids)

@@ -19,6 +19,7 @@ from archiver.archive import (
     Timing,
     pieces,
     rederive,
+    rollups,
     search,
     summaries,
     unassigned,
@@ -188,6 +189,9 @@ def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
 
 
 def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
+    # First: their holders never wait for the locks of receiving, which this transaction takes next.
+    Lock.INDEXING.take(connection, exclusive=True)
+    Lock.PUBLISHING.take(connection, exclusive=True)
     # A session's readings can be searched for the words of a turn only while the turn's own delivery contains them.
     targets = sorted({*targets, *_select_assigned(connection, targets)})
     # A target may be both ordered and held: an erased turn turned out to belong to a held session, or the hold was
@@ -236,14 +240,12 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     unassigned.rederive(connection, chat_ids)
     _delete_lexemes(connection, touched, chat_ids)
     insert_changes(connection, [*map(erased_change, targets), *changes, *without_events(derived)])
-    # Last, because no change is published until the end of this transaction.
-    Lock.PUBLISHING.take(connection, exclusive=True)
     summaries.refresh(connection, dict.fromkeys(touched, 0))
+    rollups.refresh(connection, touched)
     return erased
 
 
 def _delete_lexemes(connection: Connection, session_ids: Sequence[str], chat_ids: Sequence[str]) -> None:
-    Lock.INDEXING.take(connection, exclusive=True)
     items = [search.Item(each, None) for each in session_ids]
     search.delete_obsolete(connection, items + [search.Item(UNASSIGNED, each) for each in chat_ids])
 
