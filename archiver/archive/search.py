@@ -429,7 +429,7 @@ class Lag(msgspec.Struct, frozen=True):
 _SELECT_LAG = text(
     """
     SELECT s.language,
-           (SELECT c.changed_at FROM archiver.changes c WHERE c.cursor > s.cursor ORDER BY c.cursor LIMIT 1),
+           (SELECT c.changed_at FROM analytics.changes c WHERE c.cursor > s.cursor ORDER BY c.cursor LIMIT 1),
            s.backlog_session IS NOT NULL
       FROM archiver.search_state s
     """

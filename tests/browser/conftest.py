@@ -6,17 +6,17 @@ import shlex
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from archiver.console.accounts import ROLES
 from tests.support import processes
 from tests.support.browsing import PASSWORD
 from tests.support.receivers import archiver
+from tests.support.visitors import MARKUP, Demo, Visitor
 from tests.support.waiting import until
 
 # The browser loads only what the tests open.
@@ -27,16 +27,6 @@ ARGUMENTS = [
         *("disable-background-networking", "disable-component-update", "disable-sync"),
     )
 ]
-MARKUP = "<script>document.title='run'</script><img src=x onerror=document.title='run'>"
-
-
-@dataclass
-class Demo:
-    """A running `archiver demo`: the address of its receiver, the URL of its database, and its user's password."""
-
-    url: str
-    database_url: str
-    password: str
 
 
 @pytest.fixture(scope="session")
@@ -90,28 +80,6 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
-
-
-@dataclass
-class Visitor:
-    """A browser window. `faults`: errors of its pages and requests to other hosts."""
-
-    page: Page
-    url: str
-    faults: list[str]
-
-    def open(self, path: str) -> int:
-        """Open a page; return its status."""
-        response = self.page.goto(self.url + path)
-        assert response is not None
-        return int(response.status)
-
-    def log_in(self, name: str, password: str = PASSWORD) -> None:
-        self.open("/console/login")
-        self.page.fill("#name", name)
-        self.page.fill("#password", password)
-        self.page.press("#password", "Enter")
-        self.page.wait_for_selector("text=Log out")
 
 
 @pytest.fixture

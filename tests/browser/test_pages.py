@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from archiver.console import lists
 from archiver.console.accounts import ROLES, Role
 from archiver.console.permissions import GRANTED
-from tests.browser.conftest import MARKUP, Demo, Visitor
+from tests.support.visitors import MARKUP, Demo, Visitor
 
 LISTS = {f"/console/{each.path}": each.permission for each in lists.LISTINGS} | {"/console/settings": "operation"}
 PHONE = {"viewport": {"width": 375, "height": 800}}

@@ -20,7 +20,13 @@ def imported(module: Path) -> Iterator[str]:
 
 
 def test_every_test_is_in_a_folder() -> None:
-    assert {module.parent.name for module in TESTS.rglob("test_*.py")} == {"unit", "database", "process", "faults"}
+    assert {module.parent.name for module in TESTS.rglob("test_*.py")} == {
+        "unit",
+        "database",
+        "process",
+        "faults",
+        "browser",
+    }
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: f"{module.parent.name}/{module.stem}")
