@@ -45,7 +45,7 @@ def test_an_auditor_finds_a_repaired_conversation_and_proves_a_line(visitor: Vis
     page.click("section[aria-labelledby=ledger] a:text-is('proof') >> nth=0")
     script = page.locator("pre.bytes").first.inner_text()
     with page.expect_download() as downloading:
-        page.click("text=the proof")
+        page.click("a:text-is('the proof')")
     proof = tmp_path / "proof.json"
     downloading.value.save_as(proof)
     process = subprocess.run(

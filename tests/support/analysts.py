@@ -60,8 +60,8 @@ QUESTIONS = (
     Question(
         "02 turns by day in a time zone, 30 days",
         "window",
-        "SELECT date_trunc('day', began_at, 'Europe/Berlin') AS day, count(*), count(deleted_at) FROM {v}.chats"
-        f" WHERE {_within('began_at', 30)} GROUP BY 1 ORDER BY 1",
+        "SELECT day, sum(chats), sum(deleted_chats)"
+        " FROM {v}.daily('Europe/Berlin', (now() AT TIME ZONE 'Europe/Berlin')::date - 30) GROUP BY 1 ORDER BY 1",
     ),
     Question(
         "03 cost by assistant and tier, 30 days",
@@ -205,16 +205,17 @@ QUESTIONS = (
     Question(
         "25 daily figures, 90 days",
         "window",
-        "SELECT day, sum(conversations_started), sum(chats), sum(messages), sum(cost), sum(repaired_messages)"
-        " FROM {v}.daily WHERE day >= current_date - 90 GROUP BY 1 ORDER BY 1",
+        "SELECT day, sum(conversations), sum(conversations_started), sum(chats), sum(messages), sum(cost),"
+        " sum(repaired_messages) FROM {v}.daily WHERE day >= current_date - 90 GROUP BY 1 ORDER BY 1",
         budget=100,
     ),
     Question(
         "26 today so far, and the last 5 minutes",
         "window",
-        "SELECT count(*), sum(cost), count(DISTINCT session_id),"
-        " count(*) FILTER (WHERE began_at >= now() - interval '5 minutes') FROM {v}.chats"
-        " WHERE began_at >= date_trunc('day', now(), 'UTC')",
+        "SELECT sum(chats), sum(cost), sum(conversations),"
+        " (SELECT count(*) FROM {v}.chats WHERE began_at >= now() - interval '5 minutes')"
+        " FROM {v}.daily WHERE day = (now() AT TIME ZONE 'UTC')::date",
+        budget=50,
     ),
     Question(
         "27 p50 and p95 of latency by assistant, 7 days",
@@ -340,18 +341,20 @@ _AGGREGATED = """
            q.content AS first_question, a.content AS first_answer
       FROM turns t JOIN lines l USING (session_id) JOIN plain.coverage c USING (session_id)
       LEFT JOIN question q USING (session_id) LEFT JOIN answer a USING (session_id);
-    CREATE TABLE plain.daily AS
-    SELECT (t.began_at AT TIME ZONE 'UTC')::date AS day,
-           count(DISTINCT t.session_id) FILTER (WHERE t.began_at = s.started_at) AS conversations_started,
-           count(*) AS chats, sum(l.messages) AS messages, sum(t.cost) AS cost,
-           sum(l.repaired) AS repaired_messages
+    CREATE FUNCTION plain.daily(zone text, since date)
+        RETURNS TABLE (day date, conversations bigint, conversations_started bigint, chats bigint, messages numeric,
+                       cost numeric, deleted_chats bigint, repaired_messages numeric) LANGUAGE sql AS $$
+    SELECT (t.began_at AT TIME ZONE $1)::date AS day, count(DISTINCT t.session_id),
+           count(DISTINCT t.session_id) FILTER (WHERE t.began_at = s.started_at), count(*), sum(l.messages),
+           sum(t.cost), count(t.deleted_at), sum(l.repaired)
       FROM plain.chats t JOIN plain.sessions s USING (session_id)
       JOIN (SELECT session_id, CASE WHEN is_greeting THEN first ELSE turn_id END AS turn_id, count(*) AS messages,
                    count(*) FILTER (WHERE is_lost) AS repaired
               FROM plain.lines
               JOIN (SELECT session_id, min(chat_id) AS first FROM plain.chats GROUP BY 1) f USING (session_id)
              GROUP BY 1, 2) l USING (session_id, turn_id)
-     GROUP BY 1;
+     WHERE (t.began_at AT TIME ZONE $1)::date >= $2 GROUP BY 1 $$;
+    CREATE TABLE plain.daily AS SELECT * FROM plain.daily('UTC', '-infinity');
     CREATE FUNCTION plain.transcript(text) RETURNS SETOF plain.lines LANGUAGE sql
         AS 'SELECT * FROM plain.lines WHERE session_id = $1 ORDER BY position';
     CREATE FUNCTION plain.search(text, most int) RETURNS SETOF plain.lines LANGUAGE sql
