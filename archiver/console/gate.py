@@ -137,7 +137,7 @@ async def _login_page(request: Request, fault: str, following: str | None = None
 
 
 def _set_cookie(response: Response, request: Request, name: str, token: str) -> None:
-    # Behind a proxy that ends TLS. Whoever sends this header without one only keeps the own cookie from plain HTTP.
+    # A proxy that terminates TLS sets this header. A client that forges it only restricts its own cookie to TLS.
     is_secure = request.scope["scheme"] == "https" or request.headers.get("x-forwarded-proto", "").startswith("https")
     response.set_cookie(name, token, path="/console", httponly=True, secure=is_secure, samesite="strict")
 

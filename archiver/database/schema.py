@@ -200,7 +200,7 @@ _SELECT_INDEX = text(
 def _create(guard: Connection, engine: Engine, indexes: Indexes) -> None:
     """Create the indexes that are missing, and those again whose creation was interrupted.
 
-    `guard` excludes other migrations meanwhile. It holds no snapshot, for which the creation would wait.
+    `guard` excludes other migrations until then. It holds no snapshot, because the creation would wait for its end.
     """
     _lock(guard)
     own = connect(engine.url, pool_size=1, prepared_statements=False)

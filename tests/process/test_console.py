@@ -2,13 +2,18 @@
 
 import html
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, LiteralString
 from urllib.parse import quote
 
+import httpx2
 import psycopg
 import pytest
 
@@ -16,12 +21,15 @@ from archiver.console import lists
 from archiver.console.accounts import ROLES, Role
 from archiver.console.permissions import GRANTED, Permission
 from tests.conftest import Cluster
-from tests.support import servers
+from tests.support import processes, servers
 from tests.support.browsing import PASSWORD, Browser, browsing
 from tests.support.commands import failed
+from tests.support.erasures import record
 from tests.support.feeds import publish
+from tests.support.files import whole_lines
 from tests.support.payloads import SECRET, created
 from tests.support.receivers import Receiver, archiver, serving
+from tests.support.waiting import until
 from tests.support.webhooks import rows
 
 # What is tested here stands in front of Postgres: one version of it is enough.
@@ -249,6 +257,79 @@ def test_every_response_has_the_headers_that_protect_it(auditor: Browser) -> Non
         assert headers["x-content-type-options"] == "nosniff"
         is_public = path.startswith("/console/static/")
         assert headers["cache-control"] == ("public, max-age=31536000, immutable" if is_public else "no-store")
+
+
+# Addresses and content that a page cannot contain as they are
+
+
+@pytest.mark.parametrize(
+    "path", ["events/" + "9" * 5_000, "events/" + "9" * 20, "events/-1", "proofs/x", "proofs/1.json/"]
+)
+def test_an_address_that_names_nothing_gets_a_page(path: str, auditor: Browser) -> None:
+    response = auditor.get(f"/console/{path}")
+    assert response.status_code == 404
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("path", ["audit?kind=%00", "quarantine?reason=%00", "conversations/%00", "audit?after=%FF"])
+def test_i12_characters_that_postgres_has_not_get_a_page_and_no_fault(path: str, auditor: Browser) -> None:
+    assert auditor.get(f"/console/{path}").status_code in {400, 404}
+
+
+@pytest.mark.parametrize("session_id", [".", "..", "a/b", "a%2Fb", "line\nbreak", "ü ?#&"])
+def test_the_list_leads_to_every_conversation(session_id: str, cluster: Cluster, url: str, auditor: Browser) -> None:
+    engine = cluster.engine(url)
+    record(engine, created(f"chat of {session_id}", session_id))
+    publish(engine)
+    engine.dispose()
+    page = auditor.client.get("/console/conversations", params={"q": f'session:"{session_id}"'}).text
+    links = re.findall(r'href="(/console/conversations?[/?][^"]+)"', page)
+    (link,) = [html.unescape(each) for each in links if "after" not in each and "q=" not in each]
+    response = auditor.get(link)
+    assert response.status_code == 200
+    assert html.escape(f"question of chat of {session_id}".split("\n")[0]) in response.text
+
+
+def test_i12_a_page_shows_a_part_of_a_huge_message(cluster: Cluster, url: str, auditor: Browser) -> None:
+    engine = cluster.engine(url)
+    record(engine, created("huge", "huge", input="\u200b" * 300_000 + "x" * 300_000))
+    engine.dispose()
+    response = auditor.get("/console/conversations/huge")
+    assert response.status_code == 200
+    assert len(response.content) < 50_000
+    assert "600,000 characters" in response.text
+    assert "U+200B, 1,000 times" in response.text
+
+
+# The pages in a process of their own
+
+
+def test_the_console_alone_has_the_pages_and_no_webhook(url: str, receiver: Receiver, tmp_path: Path) -> None:
+    del receiver  # it has the users
+    log = tmp_path / "log"
+    environment = {"DATABASE_URL": url, "ARCHIVER_READ_DATABASE_URL": url, "ARCHIVER_LOG_FORMAT": "json"}
+    command = ["console", "--port", "0"]
+    process = processes.start(command, os.environ | environment, stdout=log, stderr=log, is_apart=True)
+    try:
+        until(lambda: "console started" in whole_lines(log), "the console has started")
+        (line,) = [line for line in whole_lines(log).splitlines() if "console started" in line]
+        address = json.loads(line)["url"].removesuffix("/console/")
+        with browsing(address) as browser:
+            until(lambda: _answers(browser), "the console answers")
+            assert browser.log_in("reader").status_code == 303
+            assert "question of" in browser.get("/console/conversations/session-1").text
+            assert browser.send("/webhooks/callhq").status_code == 404
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(browser: Browser) -> bool:
+    with suppress(httpx2.TransportError):
+        return browser.get("/console/login").status_code == 200
+    return False
 
 
 # What is recorded
