@@ -9,23 +9,23 @@ import click
 from archiver import events
 from archiver.cli import fail
 from archiver.cli.output import Whole
+from archiver.ledger import audit_log
 
 since_option = click.option(
     "--since", metavar="TIME", help="Sessions with a turn at or after this time: 2024-01-15 or 2024-01-15T09:30:00Z."
 )
 until_option = click.option("--until", metavar="TIME", help="Sessions with a turn before this time.")
-MAX_AUDITED = 1_000  # characters of an actor or a reason
 
 
 class Audited(click.ParamType[str]):
-    """A parameter type: text for the audit log, at most `MAX_AUDITED` characters."""
+    """A parameter type: text for the audit log, at most `audit_log.MAX_TEXT` characters."""
 
     name = "text"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the value; fail with a usage error if it is too long."""
-        if len(value) > MAX_AUDITED:
-            self.fail(f"{len(value):,} characters; at most {MAX_AUDITED:,} are recorded", param, ctx)
+        if len(value) > audit_log.MAX_TEXT:
+            self.fail(f"{len(value):,} characters; at most {audit_log.MAX_TEXT:,} are recorded", param, ctx)
         return value
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
@@ -10,32 +11,49 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import Scope
 
+from archiver.archive import Timing
 from archiver.console import lists, rendering
+from archiver.console.actions import Erasures, Holds, Runner
 from archiver.console.failures import missing, safely
-from archiver.console.gate import HOME, Gate
+from archiver.console.gate import HOME, Gate, Handler
+from archiver.console.page_renderer import PageRenderer
 from archiver.console.pages import Pages
+from archiver.console.permissions import Permission
 from archiver.console.view_log import ViewLog
 from archiver.settings import Settings
 
 # Of the pages alone: the spool and the readiness probe use those of the event loop.
 THREADS = 4
 
+
+class Engines(msgspec.Struct, frozen=True):
+    """The engines of the console.
+
+    `recording`: for users, logins and the audit log; `acting`: for actions, with one connection, of the same
+    database; `reading`: for all else.
+    """
+
+    recording: AsyncEngine
+    acting: Engine
+    reading: Engine
+
+
 _STATIC = {"style.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _FILES = {name: (rendering.FOLDER / "static" / name).read_bytes() for name in _STATIC}
 
 
-def routes(
-    configuration: Settings, writing: AsyncEngine, reading: Engine, authenticated: Callable[[Scope], None]
-) -> list[BaseRoute]:
+def routes(configuration: Settings, engines: Engines, authenticated: Callable[[Scope], None]) -> list[BaseRoute]:
     """Return the routes of the console.
 
-    `configuration`: the settings, which a page shows without secrets; `writing`: engine for users, logins and the
-    audit log; `reading`: for all else. `authenticated` is called with the scope of each request that has a login.
+    `configuration`: the settings, which a page shows without secrets. `authenticated` is called with the scope of
+    each request that has a login.
     """
-    views = ViewLog(writing)
+    views = ViewLog(engines.recording)
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="console")
-    gate, pages = Gate(writing, views, threads, authenticated), Pages(reading, views, threads)
-    result = [
+    runner = Runner(engines.acting, is_on=configuration.console_acts == "on")
+    renderer = PageRenderer(engines.reading, threads, has_actions=runner.is_on)
+    gate, pages = Gate(engines.recording, views, threads, authenticated), Pages(renderer, views)
+    result: list[BaseRoute] = [
         Route("/", gate.page("figures", pages.overview)),
         Route("/login", safely(gate.log_in), methods=["GET", "POST"]),
         Route("/logout", gate.page("figures", gate.log_out), methods=["POST"]),
@@ -44,8 +62,10 @@ def routes(
         Route("/events/{event_id}/body", gate.page("evidence", pages.body)),
         Route("/proofs/{event_id}.json", gate.page("evidence", pages.proof_json)),
         Route("/proofs/{event_id}", gate.page("evidence", pages.proof)),
+        Route("/holds/{hold_id}", gate.page("evidence", pages.hold)),
         Route("/conversation", gate.page("content", pages.conversation)),
     ]
+    result += _actions(gate, runner, renderer, Timing.of(configuration))
     for listing in (*lists.LISTINGS, lists.settings_of(configuration)):
         for form in ("html", "json", "csv"):
             path = f"/{listing.path}" + ("" if form == "html" else f".{form}")
@@ -55,6 +75,19 @@ def routes(
         Route("/{path:path}", safely(_no_page)),
     ]
     return [Route("/console", _to_first_page), Mount("/console", routes=result)]
+
+
+def _actions(gate: Gate, runner: Runner, renderer: PageRenderer, timing: Timing) -> list[BaseRoute]:
+    holds, erasures = Holds(runner, renderer), Erasures(runner, renderer, timing)
+
+    def action(path: str, permission: Permission, handler: Handler, *methods: str) -> Route:
+        return Route(path, gate.page(permission, runner.when_on(handler)), methods=methods or ["POST"])
+
+    return [
+        action("/hold", "preservation", holds.place, "GET", "POST"),
+        action("/holds/{hold_id}/release", "preservation", holds.release),
+        action("/erase", "preservation", erasures.order, "GET", "POST"),
+    ]
 
 
 async def _to_first_page(_: Request) -> Response:

@@ -37,7 +37,8 @@ def _text(value: str) -> str:
     return value
 
 
-def _moment(value: str) -> datetime:
+def parse_moment(value: str) -> datetime:
+    """Return a time, in UTC unless it names a zone. Raises `FilterError`."""
     try:
         result = datetime.fromisoformat(value.upper())
         return (result if result.tzinfo else result.replace(tzinfo=UTC)).astimezone(UTC)
@@ -89,8 +90,8 @@ QUALIFIERS: Mapping[str, _Qualifier] = {
     "coverage": _Qualifier(_state, "s.coverage = :{name}", "coverage:repaired"),
     "deleted": _Qualifier(_answer, "(s.deleted_chats > 0) = :{name}", "deleted:yes"),
     "repaired": _Qualifier(_answer, "(s.repaired_messages > 0) = :{name}", "repaired:yes"),
-    "after": _Qualifier(_moment, "s.last_message_at >= :{name}", "after:2024-01-15"),
-    "before": _Qualifier(_moment, "s.last_message_at < :{name}", "before:2024-02-01"),
+    "after": _Qualifier(parse_moment, "s.last_message_at >= :{name}", "after:2024-01-15"),
+    "before": _Qualifier(parse_moment, "s.last_message_at < :{name}", "before:2024-02-01"),
     "cost": _Qualifier(_number, "s.cost {sign} :{name}", "cost>0.1", _COMPARED),
     "turns": _Qualifier(_number, "s.turns {sign} :{name}", "turns>=20", _COMPARED),
     "messages": _Qualifier(_number, "s.messages {sign} :{name}", "messages>40", _COMPARED),

@@ -51,6 +51,8 @@ class Listing(msgspec.Struct, frozen=True):
     """A list of the console. `path`: below /console. `link` returns the address of a row, relative to /console/.
 
     `parameters`: the names of those of the address that it obeys. `empty`: a sentence for a list without rows.
+    `actions`: pages of actions, each with its path, its name and the permission that it needs. `command`: the command
+    that does the same.
     """
 
     path: str
@@ -61,6 +63,8 @@ class Listing(msgspec.Struct, frozen=True):
     empty: str
     link: Callable[[Mapping[str, Any]], str] | None = None
     parameters: Sequence[str] = ()
+    actions: Sequence[tuple[str, str, Permission]] = ()
+    command: str = ""
 
 
 def encode_json(columns: Sequence[Column], page: Page) -> bytes:

@@ -158,8 +158,43 @@ HOLDS = Listing(
         Column("released_at", "Released", "time"),
         Column("released_by", "Released by"),
     ),
+    link=lambda row: f"holds/{row['id']}",
     select=_select_holds,
-    empty="There are no holds. To place one: archiver hold add.",
+    actions=(("hold", "Place a hold", "preservation"),),
+    command="archiver hold add --session ID --reason TEXT",
+    empty="There are no holds.",
+)
+
+
+_ERASURES = text(
+    """
+    SELECT id, erased_at, rule, session_id, chat_id, act_id FROM archiver.erasures
+     WHERE id < :before ORDER BY id DESC LIMIT :most
+    """
+)
+
+
+def _select_erasures(connection: Connection, query: Query) -> Page:
+    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1}
+    return _paged([dict(row) for row in connection.execute(_ERASURES, values).mappings()], query)
+
+
+ERASURES = Listing(
+    path="erasures",
+    title="Erasures",
+    permission="evidence",
+    columns=(
+        Column("id", "Id", "id"),
+        Column("erased_at", "Ordered", "time"),
+        Column("rule", "Rule", "state"),
+        Column("session_id", "Conversation", "id"),
+        Column("chat_id", "Turn", "id"),
+        Column("act_id", "Audit entry", "id"),
+    ),
+    select=_select_erasures,
+    actions=(("erase", "Erase a conversation or a turn", "preservation"),),
+    command="archiver erase --session ID --reason TEXT",
+    empty="Nothing was erased yet.",
 )
 
 
@@ -203,7 +238,8 @@ EXPORTS = Listing(
         Column("detail", "Detail"),
     ),
     select=_select_exports,
-    empty="Nothing was exported yet. To export: archiver export --output DIR.",
+    command="archiver export --output DIR --all",
+    empty="Nothing was exported yet.",
 )
 
 
@@ -237,4 +273,4 @@ def _shown(value: Any) -> str:
 
 _USER_IN_URL = re.compile(r"//[^/@]*@")
 
-LISTINGS = (CONVERSATIONS, QUARANTINE, FOLLOWUPS, SEALS, AUDIT, HOLDS, EXPORTS)
+LISTINGS = (CONVERSATIONS, QUARANTINE, FOLLOWUPS, SEALS, AUDIT, HOLDS, ERASURES, EXPORTS)

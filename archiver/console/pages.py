@@ -1,47 +1,44 @@
 """The pages: each reads what it shows, records who sees content, and renders."""
 
-import asyncio
 import codecs
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
-from urllib.parse import urlencode
+from typing import Any
 
 import msgspec
-from sqlalchemy import Engine
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import Response
 
-from archiver.compliance import seals
+from archiver.compliance import erasure, seals
 from archiver.console import conversations, rendering
+from archiver.console.addresses import address_of, number_of, position_of
 from archiver.console.failures import PageError, missing
 from archiver.console.filters import QUALIFIERS, FilterError, parse
 from archiver.console.gate import Handler
 from archiver.console.listing import MAX_ROWS, ROWS, Column, Listing, Page, Query, encode_csv, encode_json
 from archiver.console.logins import Login
 from archiver.console.overview import select_overview
+from archiver.console.page_renderer import PageRenderer
 from archiver.console.permissions import GRANTED
 from archiver.console.view_log import Kind, ViewLog
-from archiver.database import snapshot
 
-T = TypeVar("T")
-
-READ_SECONDS = 10.0  # for each statement of a page
 MAX_BODY_SHOWN = 200_000  # bytes of an event on its page; the download has all
 
 _MIME = {"json": "application/json", "csv": "text/csv; charset=utf-8"}
 
 
 class Pages:
-    """The pages. They read with `engine` and render in `threads`, which only they use."""
+    """The pages that only read."""
 
-    def __init__(self, engine: Engine, views: ViewLog, threads: Executor) -> None:
-        self._engine, self._views, self._threads = engine, views, threads
+    def __init__(self, renderer: PageRenderer, views: ViewLog) -> None:
+        self._renderer, self._views = renderer, views
 
-    async def overview(self, _: Request, login: Login) -> Response:
+    async def overview(self, request: Request, login: Login) -> Response:
         """Show the state of the archive on one page."""
-        return await self._render("overview.html", login, overview=await self._read(select_overview))
+        return await self._renderer.render(
+            request, "overview.html", login, overview=await self._renderer.read(select_overview)
+        )
 
     def list_of(self, listing: Listing, form: str) -> Handler:
         """Return the handler of a list as `html`, `json` or `csv`."""
@@ -57,7 +54,7 @@ class Pages:
             )
             fault, page = "", Page([])
             try:
-                page = await self._read(listing.select, query)
+                page = await self._renderer.read(listing.select, query)
             except FilterError as error:
                 if form != "html":
                     raise
@@ -66,14 +63,15 @@ class Pages:
                 await self._record_list(listing, parameters, columns, form, login)
             if form != "html":
                 encode = encode_json if form == "json" else encode_csv
-                body = await self._in_thread(partial(encode, columns, page))
+                body = await self._renderer.in_thread(partial(encode, columns, page))
                 headers = {
                     **rendering.HEADERS,
                     "content-disposition": f'attachment; filename="{listing.path}.{form}"',
                 }
                 return Response(body, headers=headers, media_type=_MIME[form])
             given = {name: value for name, value in parameters.items() if value}
-            return await self._render(
+            return await self._renderer.render(
+                request,
                 "list.html",
                 login,
                 400 if fault else 200,
@@ -83,9 +81,9 @@ class Pages:
                 fault=fault,
                 parameters=parameters,
                 qualifiers=QUALIFIERS if "q" in listing.parameters else {},
-                following=_address(listing.path, given | {"after": page.after}) if page.after else "",
-                first=_address(listing.path, given) if query.after else "",
-                twins={each: _address(f"{listing.path}.{each}", given) for each in ("json", "csv")},
+                following=address_of(listing.path, given | {"after": page.after}) if page.after else "",
+                first=address_of(listing.path, given) if query.after else "",
+                twins={each: address_of(f"{listing.path}.{each}", given) for each in ("json", "csv")},
             )
 
         return respond
@@ -103,12 +101,20 @@ class Pages:
     async def conversation(self, request: Request, login: Login) -> Response:
         """Show a conversation: its transcript, and the events of the ledger."""
         session_id = request.path_params.get("session_id") or request.query_params.get("id", "")
-        after = _position(request.query_params.get("after", ""))
-        found = await self._read(conversations.select_conversation, session_id, after)
+        after = position_of(request.query_params.get("after", ""))
+        found = await self._renderer.read(conversations.select_conversation, session_id, after)
         if found is None:
             raise missing()
         await self._views.record("console.view", login.user, session_id=session_id)
-        return await self._render("conversation.html", login, found=found, after=after)
+        return await self._renderer.render(request, "conversation.html", login, found=found, after=after)
+
+    async def hold(self, request: Request, login: Login) -> Response:
+        """Show a legal hold."""
+        found = await self._renderer.read(_select_hold, number_of(request, "hold_id"))
+        if found is None:
+            raise missing()
+        await self._views.record("console.view", login.user, hold=found["id"])
+        return await self._renderer.render(request, "hold.html", login, hold=found)
 
     async def event(self, request: Request, login: Login) -> Response:
         """Show an event of the ledger with its exact bytes."""
@@ -122,8 +128,8 @@ class Pages:
             is_text = True
         except UnicodeDecodeError:
             text, is_text = shown.hex(" "), False
-        return await self._render(
-            "event.html", login, found=found, text=text, is_text=is_text, is_cut=len(body) > len(shown)
+        return await self._renderer.render(
+            request, "event.html", login, found=found, text=text, is_text=is_text, is_cut=len(body) > len(shown)
         )
 
     async def body(self, request: Request, login: Login) -> Response:
@@ -137,7 +143,7 @@ class Pages:
         return Response(found.body, headers=headers, media_type="application/octet-stream")
 
     async def _event(self, request: Request) -> conversations.LedgerEvent:
-        found = await self._read(conversations.select_event, _event_id(request))
+        found = await self._renderer.read(conversations.select_event, number_of(request, "event_id"))
         if found is None:
             raise missing()
         return found
@@ -145,7 +151,7 @@ class Pages:
     async def proof(self, request: Request, login: Login) -> Response:
         """Show the proof that an event is in its seal, and how to check it."""
         found = await self._proof(request)
-        return await self._render("proof.html", login, proof=found, script=_SCRIPT)
+        return await self._renderer.render(request, "proof.html", login, proof=found, script=_SCRIPT)
 
     async def proof_json(self, request: Request, _: Login) -> Response:
         """Send the proof as JSON, for the script that checks it."""
@@ -155,24 +161,9 @@ class Pages:
 
     async def _proof(self, request: Request) -> seals.Proof:
         try:
-            return await self._read(seals.prove, _event_id(request))
+            return await self._renderer.read(seals.prove, number_of(request, "event_id"))
         except seals.NotSealedError as error:
             raise PageError(404, "There is no proof yet", f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
-
-    async def _read(self, select: Callable[..., T], *arguments: Any) -> T:
-        def read() -> T:
-            # A replica's clock must not become that of the receiver.
-            with snapshot(self._engine, statement_seconds=READ_SECONDS, keeps_time=False) as connection:
-                return select(connection, *arguments)
-
-        return await self._in_thread(read)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    async def _render(self, template: str, login: Login, status: int = 200, **values: Any) -> Response:
-        values |= {"login": login, "granted": GRANTED[login.role]}
-        return await self._in_thread(partial(rendering.html, template, values, status))
 
 
 _SCRIPT = (rendering.FOLDER / "templates" / "check_proof.txt").read_text(encoding="utf-8")
@@ -183,21 +174,6 @@ def _columns(listing: Listing, login: Login) -> list[Column]:
     return [column for column in listing.columns if may_read or not column.is_content]
 
 
-def _address(path: str, parameters: Mapping[str, str]) -> str:
-    return f"/console/{path}" + (f"?{urlencode(parameters)}" if parameters else "")
-
-
-def _event_id(request: Request) -> int:
-    """Return the id in the path. Not with a convertor of the route, which would raise outside of `safely`."""
-    text = request.path_params["event_id"]
-    if not text.isascii() or not text.isdecimal() or len(text) > _MAX_ID_DIGITS:
-        raise missing()
-    return int(text)
-
-
-_MAX_ID_DIGITS = 18
-_MAX_DIGITS = 9
-
-
-def _position(text: str) -> int:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS else 0
+def _select_hold(connection: Connection, hold_id: int) -> Mapping[str, Any] | None:
+    found = erasure.select_holds(connection, released=True)
+    return next((hold for hold in found if hold["id"] == hold_id), None)

@@ -6,12 +6,13 @@ from typing import Literal
 from archiver.console.accounts import Role
 
 # figures: counts, states and ids, and the quarantine without bodies. content: what was said. evidence: exact bytes,
-# proofs, seals, audit log, holds, exports. operation: follow-ups and settings.
-Permission = Literal["figures", "content", "evidence", "operation"]
+# proofs, seals, audit log, holds, exports. operation: follow-ups and settings; retry, pause and test. preservation:
+# place and release holds, order erasures.
+Permission = Literal["figures", "content", "evidence", "operation", "preservation"]
 
 GRANTED: Mapping[Role, frozenset[Permission]] = {
     "viewer": frozenset({"figures"}),
     "reader": frozenset({"figures", "content"}),
-    "auditor": frozenset({"figures", "content", "evidence"}),
+    "auditor": frozenset({"figures", "content", "evidence", "preservation"}),
     "operator": frozenset({"figures", "content", "operation"}),
 }

@@ -25,23 +25,27 @@ class ConsoleService:
     def __init__(self, configuration: Settings, url: URL) -> None:
         self._configuration, prepared = configuration, configuration.prepared_statements
         self._recording = database.connect_async(url, pool_size=RECORDING_CONNECTIONS, prepared_statements=prepared)
+        self._acting = database.connect(url, pool_size=1, prepared_statements=prepared)
         read_url = _read_url(configuration, url)
         self._reading = database.connect(read_url, pool_size=READING_CONNECTIONS, prepared_statements=prepared)
 
     def routes(self) -> Sequence[BaseRoute]:
         """Return the routes, with their whole paths."""
-        return console.routes(self._configuration, self._recording, self._reading, mark_authenticated)
+        engines = console.Engines(self._recording, self._acting, self._reading)
+        return console.routes(self._configuration, engines, mark_authenticated)
 
     async def redirect(self, configuration: Settings, url: URL) -> None:
         """Use these database URLs for new connections."""
         database.redirect(self._recording, url)
+        database.redirect(self._acting, url)
         database.redirect(self._reading, _read_url(configuration, url))
         await self.close()  # idle connections; those in use first complete their transaction
 
     async def close(self) -> None:
         """Close the connections."""
         await self._recording.dispose()
-        await asyncio.to_thread(self._reading.dispose)
+        for engine in (self._acting, self._reading):
+            await asyncio.to_thread(engine.dispose)
 
 
 def _read_url(configuration: Settings, url: URL) -> URL:

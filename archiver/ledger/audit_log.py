@@ -13,6 +13,7 @@ from archiver.database import tables
 
 ADOPT = "adopt"
 ARCHIVER = "archiver"  # the actor of background tasks
+MAX_TEXT = 1_000  # characters of an actor or a reason that a person gives
 
 
 # All kinds that this version writes.

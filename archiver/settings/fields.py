@@ -160,6 +160,12 @@ class Settings(BaseSettings):
         "on",
         "`on`: `serve` also has pages at `/console`, for users that `archiver users add` adds; `off`: it has none.",
     )
+    console_acts: Literal["on", "off"] = _env(
+        "ARCHIVER_CONSOLE_ACTS",
+        "off",
+        "`on`: users of the pages may also place and release holds, order erasures, retry deliveries and pause "
+        "follow-ups, as their roles allow; `off`: the pages only read.",
+    )
     read_database_url: SecretStr | None = _env(
         "ARCHIVER_READ_DATABASE_URL",
         None,
@@ -344,6 +350,8 @@ class Settings(BaseSettings):
         "hmac_encoding",
         "log_level",
         "log_format",
+        "console",
+        "console_acts",
         "spool",
         "on_delete",
         "search",

@@ -1,0 +1,32 @@
+"""Read and write addresses of pages."""
+
+from collections.abc import Mapping
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+
+from archiver.console.failures import missing
+
+_MAX_DIGITS = 18  # of an id
+_MAX_POSITION_DIGITS = 9
+
+
+def number_of(request: Request, name: str) -> int:
+    """Return an id in the path. Raises `PageError`.
+
+    Not with a convertor of the route, which would raise outside of `safely`.
+    """
+    text = request.path_params[name]
+    if not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise missing()
+    return int(text)
+
+
+def position_of(text: str) -> int:
+    """Return the position after which a transcript goes on; 0 if the text is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MAX_POSITION_DIGITS else 0
+
+
+def address_of(path: str, parameters: Mapping[str, str]) -> str:
+    """Return the address of a page below /console/ with these parameters."""
+    return f"/console/{path}" + (f"?{urlencode(parameters)}" if parameters else "")
