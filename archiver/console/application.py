@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from archiver.archive import Timing
 from archiver.console import lists, rendering
-from archiver.console.actions import Erasures, Holds, Runner
+from archiver.console.actions import Erasures, Followups, Holds, Retries, Runner
 from archiver.console.failures import missing, safely
 from archiver.console.gate import HOME, Gate, Handler
 from archiver.console.page_renderer import PageRenderer
@@ -62,10 +62,14 @@ def routes(configuration: Settings, engines: Engines, authenticated: Callable[[S
         Route("/events/{event_id}/body", gate.page("evidence", pages.body)),
         Route("/proofs/{event_id}.json", gate.page("evidence", pages.proof_json)),
         Route("/proofs/{event_id}", gate.page("evidence", pages.proof)),
+        Route("/quarantine/{quarantine_id}", gate.page("bodies", pages.quarantined)),
+        Route("/quarantine/{quarantine_id}/body", gate.page("bodies", pages.quarantined_body)),
+        Route("/followups/{subscription_id}", gate.page("operation", pages.subscription)),
+        Route("/deliveries/{message_id}", gate.page("operation", pages.delivery)),
         Route("/holds/{hold_id}", gate.page("evidence", pages.hold)),
         Route("/conversation", gate.page("content", pages.conversation)),
     ]
-    result += _actions(gate, runner, renderer, Timing.of(configuration))
+    result += _actions(gate, runner, renderer, configuration)
     for listing in (*lists.LISTINGS, lists.settings_of(configuration)):
         for form in ("html", "json", "csv"):
             path = f"/{listing.path}" + ("" if form == "html" else f".{form}")
@@ -77,8 +81,10 @@ def routes(configuration: Settings, engines: Engines, authenticated: Callable[[S
     return [Route("/console", _to_first_page), Mount("/console", routes=result)]
 
 
-def _actions(gate: Gate, runner: Runner, renderer: PageRenderer, timing: Timing) -> list[BaseRoute]:
-    holds, erasures = Holds(runner, renderer), Erasures(runner, renderer, timing)
+def _actions(gate: Gate, runner: Runner, renderer: PageRenderer, configuration: Settings) -> list[BaseRoute]:
+    timing = Timing.of(configuration)
+    holds, erasures, retries = Holds(runner, renderer), Erasures(runner, renderer, timing), Retries(runner, timing)
+    followups = Followups(runner, allow_private=configuration.followups_allow_private)
 
     def action(path: str, permission: Permission, handler: Handler, *methods: str) -> Route:
         return Route(path, gate.page(permission, runner.when_on(handler)), methods=methods or ["POST"])
@@ -87,6 +93,12 @@ def _actions(gate: Gate, runner: Runner, renderer: PageRenderer, timing: Timing)
         action("/hold", "preservation", holds.place, "GET", "POST"),
         action("/holds/{hold_id}/release", "preservation", holds.release),
         action("/erase", "preservation", erasures.order, "GET", "POST"),
+        action("/quarantine/{quarantine_id}/retry", "operation", retries.retry),
+        action("/followups/{subscription_id}/pause", "operation", followups.pause),
+        action("/followups/{subscription_id}/resume", "operation", followups.resume),
+        action("/followups/{subscription_id}/test", "operation", followups.test),
+        action("/followups/{subscription_id}/retry", "operation", followups.retry_dead),
+        action("/deliveries/{message_id}/retry", "operation", followups.retry),
     ]
 
 

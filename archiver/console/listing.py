@@ -48,7 +48,8 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """A list of the console. `path`: below /console. `link` returns the address of a row, relative to /console/.
+    """A list of the console. `path`: below /console. `link` returns the address of a row, relative to /console/,
+    for roles with `link_permission`.
 
     `parameters`: the names of those of the address that it obeys. `empty`: a sentence for a list without rows.
     `actions`: pages of actions, each with its path, its name and the permission that it needs. `command`: the command
@@ -62,6 +63,7 @@ class Listing(msgspec.Struct, frozen=True):
     select: Callable[[Connection, Query], Page]
     empty: str
     link: Callable[[Mapping[str, Any]], str] | None = None
+    link_permission: Permission = "content"
     parameters: Sequence[str] = ()
     actions: Sequence[tuple[str, str, Permission]] = ()
     command: str = ""

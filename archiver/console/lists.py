@@ -56,6 +56,8 @@ QUARANTINE = Listing(
         Column("bytes", "Bytes", "number"),
     ),
     select=_select_quarantine,
+    link=lambda row: f"quarantine/{row['id']}",
+    link_permission="bodies",
     parameters=("reason",),
     empty="Nothing is quarantined: every authenticated delivery was archived.",
 )
@@ -159,6 +161,7 @@ HOLDS = Listing(
         Column("released_by", "Released by"),
     ),
     link=lambda row: f"holds/{row['id']}",
+    link_permission="evidence",
     select=_select_holds,
     actions=(("hold", "Place a hold", "preservation"),),
     command="archiver hold add --session ID --reason TEXT",
@@ -217,7 +220,10 @@ FOLLOWUPS = Listing(
         Column("last_fault", "Last fault"),
     ),
     select=_select_followups,
-    empty="There is no subscription. To add one: archiver followups add.",
+    link=lambda row: f"followups/{row['id']}",
+    link_permission="operation",
+    command="archiver followups add URL --event chat.created",
+    empty="There is no subscription.",
 )
 
 

@@ -11,6 +11,15 @@ _SENTENCES: Mapping[str, str] = {
     "hold-placed": "The hold is in force.",
     "hold-released": "The hold is released.",
     "erased": "The content is erased. Later deliveries of it are refused.",
+    "archived": "The delivery is archived, and has left the quarantine.",
+    "still-quarantined": "The delivery still cannot be archived. Its reason is that of this attempt.",
+    "refused-as-erased": "The delivery has left the quarantine. It is not archived: its content was erased.",
+    "paused": "The subscription is paused.",
+    "resumed": "The subscription is active.",
+    "resumed-with-loss": "The subscription is active. Changes that are no longer in the feed are not delivered; the"
+    " audit log has their number.",
+    "retried": "The retry is scheduled for now.",
+    "test-accepted": "The receiver accepted the test. Its circuit breaker is closed.",
     "erasure-ordered": "The erasure is ordered: deliveries of it are refused from now on. A worker erases the content"
     " within the hour.",
 }

@@ -1,6 +1,5 @@
 """The pages: each reads what it shows, records who sees content, and renders."""
 
-import codecs
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from archiver.compliance import erasure, seals
-from archiver.console import conversations, rendering
+from archiver.console import conversations, quarantined, rendering, subscriptions
 from archiver.console.addresses import address_of, number_of, position_of
 from archiver.console.failures import PageError, missing
 from archiver.console.filters import QUALIFIERS, FilterError, parse
@@ -21,9 +20,10 @@ from archiver.console.logins import Login
 from archiver.console.overview import select_overview
 from archiver.console.page_renderer import PageRenderer
 from archiver.console.permissions import GRANTED
+from archiver.console.shown_bytes import shown_bytes
 from archiver.console.view_log import Kind, ViewLog
-
-MAX_BODY_SHOWN = 200_000  # bytes of an event on its page; the download has all
+from archiver.outbound.followups import review
+from archiver.outbound.followups.deliveries import parse_message_id
 
 _MIME = {"json": "application/json", "csv": "text/csv; charset=utf-8"}
 
@@ -108,6 +108,41 @@ class Pages:
         await self._views.record("console.view", login.user, session_id=session_id)
         return await self._renderer.render(request, "conversation.html", login, found=found, after=after)
 
+    async def quarantined(self, request: Request, login: Login) -> Response:
+        """Show a quarantined delivery: its bytes, why it is in quarantine, and what to do."""
+        found = await self._renderer.read(quarantined.select_item, number_of(request, "quarantine_id"))
+        if found is None:
+            raise missing()
+        await self._views.record("console.view", login.user, quarantine=found.row["id"])
+        return await self._renderer.render(request, "quarantined.html", login, found=found)
+
+    async def quarantined_body(self, request: Request, login: Login) -> Response:
+        """Send the exact bytes of a quarantined delivery as a file."""
+        quarantine_id = number_of(request, "quarantine_id")
+        body = await self._renderer.read(quarantined.select_body, quarantine_id)
+        if body is None:
+            raise missing()
+        await self._views.record("console.download", login.user, quarantine=quarantine_id)
+        return _file(body, f"quarantined-{quarantine_id}")
+
+    async def subscription(self, request: Request, login: Login) -> Response:
+        """Show a subscription: its receiver, its health, and its newest deliveries."""
+        state = review.only(**{name: request.query_params.get("state") == name for name in ("dead", "pending")})
+        subscription_id = number_of(request, "subscription_id")
+        found = await self._renderer.read(subscriptions.select_subscription, subscription_id, state)
+        if found is None:
+            raise missing()
+        return await self._renderer.render(request, "subscription.html", login, found=found, state=state)
+
+    async def delivery(self, request: Request, login: Login) -> Response:
+        """Show a delivery of a follow-up: its request, and its attempts with what the receiver answered."""
+        parsed = parse_message_id(request.path_params["message_id"])
+        found = None if parsed is None else await self._renderer.read(subscriptions.select_delivery, *parsed)
+        if found is None:
+            raise missing()
+        await self._views.record("console.view", login.user, delivery=found.row["message_id"])
+        return await self._renderer.render(request, "delivery.html", login, found=found)
+
     async def hold(self, request: Request, login: Login) -> Response:
         """Show a legal hold."""
         found = await self._renderer.read(_select_hold, number_of(request, "hold_id"))
@@ -121,15 +156,8 @@ class Pages:
         found = await self._event(request)
         await self._views.record("console.view", login.user, event=found.row["id"])
         body = found.body or b""
-        shown = body[:MAX_BODY_SHOWN]
-        try:
-            # The cut may be within a character.
-            text = codecs.getincrementaldecoder("utf-8")().decode(shown, final=len(body) == len(shown))
-            is_text = True
-        except UnicodeDecodeError:
-            text, is_text = shown.hex(" "), False
         return await self._renderer.render(
-            request, "event.html", login, found=found, text=text, is_text=is_text, is_cut=len(body) > len(shown)
+            request, "event.html", login, found=found, body=shown_bytes(body, len(body))
         )
 
     async def body(self, request: Request, login: Login) -> Response:
@@ -139,8 +167,7 @@ class Pages:
             reason = "It was erased." if found.is_erased else "A part of it is missing: run `archiver verify`."
             raise PageError(404, "This event has no content", reason)
         await self._views.record("console.download", login.user, event=found.row["id"])
-        headers = {**rendering.HEADERS, "content-disposition": f'attachment; filename="event-{found.row["id"]}"'}
-        return Response(found.body, headers=headers, media_type="application/octet-stream")
+        return _file(found.body, f"event-{found.row['id']}")
 
     async def _event(self, request: Request) -> conversations.LedgerEvent:
         found = await self._renderer.read(conversations.select_event, number_of(request, "event_id"))
@@ -172,6 +199,11 @@ _SCRIPT = (rendering.FOLDER / "templates" / "check_proof.txt").read_text(encodin
 def _columns(listing: Listing, login: Login) -> list[Column]:
     may_read = "content" in GRANTED[login.role]
     return [column for column in listing.columns if may_read or not column.is_content]
+
+
+def _file(body: bytes, name: str) -> Response:
+    headers = {**rendering.HEADERS, "content-disposition": f'attachment; filename="{name}"'}
+    return Response(body, headers=headers, media_type="application/octet-stream")
 
 
 def _select_hold(connection: Connection, hold_id: int) -> Mapping[str, Any] | None:

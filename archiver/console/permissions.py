@@ -6,13 +6,13 @@ from typing import Literal
 from archiver.console.accounts import Role
 
 # figures: counts, states and ids, and the quarantine without bodies. content: what was said. evidence: exact bytes,
-# proofs, seals, audit log, holds, exports. operation: follow-ups and settings; retry, pause and test. preservation:
-# place and release holds, order erasures.
-Permission = Literal["figures", "content", "evidence", "operation", "preservation"]
+# proofs, seals, audit log, holds, exports. bodies: those of the quarantine. operation: follow-ups and settings;
+# retry, pause and test. preservation: place and release holds, order erasures.
+Permission = Literal["figures", "content", "evidence", "bodies", "operation", "preservation"]
 
 GRANTED: Mapping[Role, frozenset[Permission]] = {
     "viewer": frozenset({"figures"}),
     "reader": frozenset({"figures", "content"}),
-    "auditor": frozenset({"figures", "content", "evidence", "preservation"}),
-    "operator": frozenset({"figures", "content", "operation"}),
+    "auditor": frozenset({"figures", "content", "evidence", "bodies", "preservation"}),
+    "operator": frozenset({"figures", "content", "bodies", "operation"}),
 }

@@ -14,6 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.responses import Response
 
+from archiver.console.subscriptions import delivery_id
+
 FOLDER = Path(__file__).parent
 
 # No page loads anything from another host, runs a script of its own text, or appears in a frame.
@@ -98,6 +100,7 @@ _environment.filters |= {
     "moment": moment,
     "number": number,
     "conversation_path": conversation_path,
+    "delivery_id": delivery_id,
 }
 _environment.globals |= {"asset": asset}
 

@@ -45,6 +45,8 @@ PAGES: dict[str, Permission] = {
     "/console/events/1": "evidence",
     "/console/events/1/body": "evidence",
     "/console/proofs/1": "evidence",
+    "/console/quarantine/1": "bodies",
+    "/console/quarantine/1/body": "bodies",
 }
 
 

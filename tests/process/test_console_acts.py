@@ -1,18 +1,27 @@
 """What users may change in the console: by which role, under which name, and with which confirmation."""
 
+import html
+import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
+from starlette.responses import Response
 
-from archiver.console import accounts
+from archiver import events
+from archiver.console import accounts, quarantined
 from archiver.console.accounts import ROLES, Role
 from archiver.database import transaction
+from archiver.ledger import quarantine
 from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.browsing import PASSWORD, Browser, browsing
 from tests.support.erasures import record
+from tests.support.feeds import publish
+from tests.support.followups import receiving, sending, subscribe
 from tests.support.payloads import created
 from tests.support.receivers import Receiver, serving
+from tests.support.waiting import until
 from tests.support.webhooks import rows
 
 # What is tested here stands in front of Postgres: one version of it is enough.
@@ -22,6 +31,12 @@ ACTIONS: dict[str, Role] = {
     "/console/hold": "auditor",
     "/console/holds/1/release": "auditor",
     "/console/erase": "auditor",
+    "/console/quarantine/1/retry": "operator",
+    "/console/followups/1/pause": "operator",
+    "/console/followups/1/resume": "operator",
+    "/console/followups/1/test": "operator",
+    "/console/followups/1/retry": "operator",
+    "/console/deliveries/msg_1_1_0/retry": "operator",
 }
 
 
@@ -29,7 +44,7 @@ ACTIONS: dict[str, Role] = {
 def receiver(cluster: Cluster, url: str) -> Iterator[Receiver]:
     """A receiver that lets users act, as the owner of the database, with a user of each role."""
     add_users(cluster, url)
-    with serving(url, "--migrate", ARCHIVER_CONSOLE_ACTS="on") as receiver:
+    with serving(url, "--migrate", ARCHIVER_CONSOLE_ACTS="on", ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE="true") as receiver:
         yield receiver
 
 
@@ -45,6 +60,13 @@ def add_users(cluster: Cluster, url: str) -> None:
 def auditor(receiver: Receiver) -> Iterator[Browser]:
     with browsing(receiver.url) as browser:
         assert browser.log_in("auditor").status_code == 303
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def operator(receiver: Receiver) -> Iterator[Browser]:
+    with browsing(receiver.url) as browser:
+        assert browser.log_in("operator").status_code == 303
         yield browser
 
 
@@ -204,3 +226,101 @@ def test_an_id_that_is_hard_to_type_is_confirmed_with_a_word(
     assert "type <code>erase</code>" in page
     assert act(auditor, "/console/erase", session_id=session_id, reason="r", confirmation="erase")[0] == 303
     assert not has_content(url, session_id)
+
+
+# The quarantine
+
+
+def quarantine_body(cluster: Cluster, url: str, body: bytes) -> int:
+    engine = cluster.engine(url)
+    with transaction(engine) as connection:
+        delivery = events.Delivery(events.parse(body), datetime.now(UTC), "key")
+        (quarantine_id,) = quarantine.upsert_quarantine(connection, [delivery], quarantine.NOT_STORABLE, "by hand")
+    engine.dispose()
+    return quarantine_id
+
+
+def test_i4_a_quarantined_delivery_that_can_be_archived_is_archived(
+    cluster: Cluster, url: str, operator: Browser
+) -> None:
+    quarantine_id = quarantine_body(cluster, url, created("retried-1", "retried"))
+    page = operator.get(f"/console/quarantine/{quarantine_id}").text
+    assert "question of retried-1" in page
+    assert "archiver doctor" in page
+    status, location = act(operator, f"/console/quarantine/{quarantine_id}/retry")
+    assert (status, location) == (303, "/console/quarantine?done=archived")
+    assert has_content(url, "retried")
+    assert act(operator, f"/console/quarantine/{quarantine_id}/retry")[0] == 404
+    query = "SELECT actor, detail ->> 'quarantine' FROM archiver.acts WHERE kind = 'quarantine.retry' ORDER BY id"
+    assert rows(url, query) == [("operator@console", str(quarantine_id))]
+
+
+def test_i4_a_quarantined_delivery_that_cannot_be_archived_stays(
+    cluster: Cluster, url: str, operator: Browser
+) -> None:
+    body = b'{"<script>alert(1)</script>' + b"x" * 5_000
+    quarantine_id = quarantine_body(cluster, url, body)
+    status, location = act(operator, f"/console/quarantine/{quarantine_id}/retry")
+    assert (status, location) == (303, f"/console/quarantine/{quarantine_id}?done=still-quarantined")
+    page = operator.get(location).text
+    assert "The body is not JSON." in page
+    assert "<script>alert" not in page
+    assert operator.get(f"/console/quarantine/{quarantine_id}/body").content == body
+    binary = quarantine_body(cluster, url, b"\xff\x00\xfe")
+    assert "ff 00 fe" in operator.get(f"/console/quarantine/{binary}").text
+    viewed = rows(url, "SELECT kind, detail ->> 'quarantine' FROM archiver.acts WHERE detail ->> 'quarantine' <> ''")
+    assert {("console.view", str(quarantine_id)), ("console.download", str(quarantine_id))} <= {*viewed}
+
+
+def test_every_reason_has_an_explanation_and_advice(cluster: Cluster) -> None:
+    del cluster
+    assert {*quarantined.EXPLANATIONS} == {*quarantined.ADVICE} == {*quarantine.REASONS}
+
+
+# Follow-ups
+
+
+def test_an_operator_pauses_resumes_and_tests_a_subscription(cluster: Cluster, url: str, operator: Browser) -> None:
+    engine = cluster.engine(url)
+    with receiving() as receiver:
+        path = f"/console/followups/{subscribe(engine, receiver.url)}"
+        assert act(operator, f"{path}/pause", reason="maintenance") == (303, f"{path}?done=paused")
+        assert "maintenance" in operator.get(path).text
+        assert act(operator, f"{path}/resume") == (303, f"{path}?done=resumed")
+        assert act(operator, f"{path}/test") == (303, f"{path}?done=test-accepted")
+        assert [each.payload["type"] for each in receiver.got] == ["followups.test"]
+        receiver.always(503)
+        status, text = act(operator, f"{path}/test")
+        assert (status, "returned 503 (not_2xx)" in text) == (409, True)
+    engine.dispose()
+    assert entries(url, "followups.pause") == [("operator@console", "maintenance")]
+    assert entries(url, "followups.resume") == [("operator@console", None)]
+    assert act(operator, "/console/followups/999/pause")[0] == 409
+
+
+def test_an_operator_sees_a_delivery_and_retries_it(cluster: Cluster, url: str, operator: Browser) -> None:
+    engine = cluster.engine(url)
+    record(engine, created("followed-1", "followed"))
+    publish(engine)
+    with receiving() as receiver:
+        receiver.always(Response("<script>alert(1)</script>", 503))
+        subscription_id = subscribe(engine, receiver.url, "chat.created")
+        with sending(url):
+            until(lambda: bool(attempts(url)), "there is an attempt")
+    engine.dispose()
+    page = operator.get(f"/console/followups/{subscription_id}").text
+    links = re.findall(r'href="(/console/deliveries/\w+)"', page)
+    assert links
+    delivery = next(text for text in (operator.get(link).text for link in links) if "followed-1" in text)
+    assert '"content":"question of followed-1"' in html.unescape(delivery)
+    assert "not_2xx" in delivery
+    assert "<script>alert" not in delivery
+    assert act(operator, f"{links[0]}/retry") == (303, f"{links[0]}?done=retried")
+    assert act(operator, f"/console/followups/{subscription_id}/retry")[0] == 303
+    assert entries(url, "followups.retry")[-1] == ("operator@console", None)
+    assert act(operator, f"/console/deliveries/msg_{subscription_id}_99999_0/retry")[0] == 409
+    assert operator.get("/console/deliveries/nonsense").status_code == 404
+
+
+def attempts(url: str) -> list[tuple[object, ...]]:
+    return rows(url, "SELECT 1 FROM archiver.attempts WHERE status = 503")

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import secrets
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -17,10 +15,9 @@ from archiver.cli import complain, connection, options
 from archiver.cli.output import Whole
 from archiver.inbound.signatures import standard_webhooks
 from archiver.ledger import audit_log
-from archiver.outbound.followups import guard, sending, subscriptions
-from archiver.outbound.followups.payloads import encode
-from archiver.outbound.followups.sending import Attempt
-from archiver.outbound.followups.subscriptions import Filter, Subscription
+from archiver.outbound.followups import guard, subscriptions
+from archiver.outbound.followups.subscriptions import Filter
+from archiver.outbound.followups.testing import send_test
 
 secret_file_option = click.option(
     "--secret-file",
@@ -186,7 +183,7 @@ def test(*, subscription_id: int, as_json: bool) -> None:
     with connection.opened(configuration) as opened:
         row = subscriptions.select_one(opened, subscription_id)
         subscription = subscriptions.subscription_from_row(row)
-    attempt = asyncio.run(_send(subscription, allow_private=configuration.followups_allow_private))
+    attempt = asyncio.run(send_test(subscription, allow_private=configuration.followups_allow_private))
     if attempt.fault is None:
         with connection.opened(configuration) as opened:
             subscriptions.reset_circuit(opened, subscription_id)
@@ -213,14 +210,3 @@ def _explain_refusal(url: str, *, allow_private: bool) -> None:
             _check_addresses(guard.endpoint(url), allow_private=allow_private)
         except guard.AddressRefusedError as error:
             complain(f"{error}")
-
-
-async def _send(subscription: Subscription, *, allow_private: bool) -> Attempt:
-    body = encode("followups.test", datetime.now(UTC), {"subscription": subscription.id})
-    message_id = f"msg_{subscription.id}_test_{secrets.token_hex(8)}"
-    try:
-        where = guard.endpoint(subscription.url)
-    except guard.AddressRefusedError:
-        return Attempt.refused()
-    async with sending.Transport(where, concurrency=1, allow_private=allow_private) as transport:
-        return await transport.send(subscription, message_id, body)

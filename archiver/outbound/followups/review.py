@@ -101,6 +101,36 @@ def select_deliveries(
     return connection.execute(query, values).mappings().all()
 
 
+_SELECT_DELIVERY = text(
+    """
+    SELECT d.* FROM archiver.deliveries d JOIN archiver.subscriptions s ON s.id = d.subscription_id
+     WHERE d.subscription_id = :id AND d.cursor = :cursor
+    """
+)
+_SELECT_ATTEMPTS = text(
+    """
+    SELECT number, at, seconds, status, fault, answer FROM archiver.attempts
+     WHERE subscription_id = :id AND cursor = :cursor ORDER BY number
+    """
+)
+
+
+def select_delivery(connection: Connection, subscription_id: int, cursor: int) -> RowMapping | None:
+    """Return one delivery of an existing subscription; None if there is none."""
+    values = {"id": subscription_id, "cursor": cursor}
+    return connection.execute(_SELECT_DELIVERY, values).mappings().one_or_none()
+
+
+def select_attempts(connection: Connection, subscription_id: int, cursor: int) -> list[dict[str, Any]]:
+    """Return the attempts at one delivery, oldest first; `answer`: the beginning of the response as text."""
+    found = connection.execute(_SELECT_ATTEMPTS, {"id": subscription_id, "cursor": cursor}).mappings()
+    return [{**row, "answer": _as_text(row["answer"])} for row in found]
+
+
+def _as_text(answer: bytes | None) -> str | None:
+    return None if answer is None else bytes(answer).decode(errors="replace")
+
+
 _RETRY = """
     UPDATE archiver.deliveries
        SET state = 'pending', due_at = now(), ended_at = NULL, last_attempt = attempts + :attempts
