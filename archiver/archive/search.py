@@ -418,19 +418,20 @@ class Lag(msgspec.Struct, frozen=True):
     """How far the index is behind the archive.
 
     `language`: None if search is off. `since`: when the oldest change was made that is not indexed; None if all are.
-    `has_backlog`: whether turns remain that are older than the index.
+    `has_backlog`: whether turns remain that are older than the index. `newest`: the newest cursor of the feed.
     """
 
     language: str | None
     since: datetime | None
     has_backlog: bool
+    newest: int
 
 
 _SELECT_LAG = text(
     """
     SELECT s.language,
            (SELECT c.changed_at FROM analytics.changes c WHERE c.cursor > s.cursor ORDER BY c.cursor LIMIT 1),
-           s.backlog_session IS NOT NULL
+           s.backlog_session IS NOT NULL, (SELECT coalesce(max(cursor), 0) FROM analytics.changes)
       FROM archiver.search_state s
     """
 )

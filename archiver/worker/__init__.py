@@ -176,6 +176,7 @@ class Worker:
                     duty.working()
                     # Erased words must not wait for the end of a backlog.
                     await until(ending, indexing.rebuild())
+                    await _pause(indexing.pause_seconds, duty, ending)
                 await until(ending, indexing.rebuild())
 
             await _every(SEARCH_SECONDS, index, duty, ending)
@@ -226,10 +227,15 @@ async def _every(seconds: float, step: Callable[[], Awaitable[None]], duty: Duty
     while not ending.is_set():
         await step()
         duty.working()
-        waited = 0.0
-        while waited < seconds and not ending.is_set():
-            pause = min(BEAT_SECONDS, seconds - waited)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ending.wait(), pause)
-            waited += pause
-            duty.beat()
+        await _pause(seconds, duty, ending)
+
+
+async def _pause(seconds: float, duty: Duty, ending: asyncio.Event) -> None:
+    """Pause for `seconds`, or until `ending` is set, with a heartbeat every `BEAT_SECONDS`."""
+    waited = 0.0
+    while waited < seconds and not ending.is_set():
+        pause = min(BEAT_SECONDS, seconds - waited)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), pause)
+        waited += pause
+        duty.beat()

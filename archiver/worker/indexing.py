@@ -17,6 +17,7 @@ from archiver.database import explain, is_cancelled, is_data_error, is_lock_time
 from archiver.operations import heartbeats
 from archiver.settings import SettingsError
 from archiver.telemetry.duty_health import Duty
+from archiver.worker.pacing import Pace
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +35,8 @@ class Indexing:
     def __init__(self, engine: AsyncEngine, duty: Duty) -> None:
         self._engine, self._duty = engine, duty
         self._rebuild_at = float("-inf")  # on `time.monotonic`
+        self._pace = Pace()
+        self.pause_seconds = 0.0  # before the next step
 
     async def set_language(self, name: str) -> None:
         """Index with this text search configuration from now on. Raises `SettingsError` if there is none."""
@@ -48,19 +51,23 @@ class Indexing:
         await run_async(self._engine, partial(search.set_language, language=None))
 
     async def step(self) -> bool:
-        """Index a page; return whether there was one."""
+        """Index a page; return whether there was one. The caller then pauses for `pause_seconds`."""
+        began = monotonic()
         page = await run_async(self._engine, search.select_page)
         if page is not None:
             await self._add_months(page.items)
             await self._index(page)
             self._duty.beat()
-        await self._measure()
+        newest, now = await self._measure(), monotonic()
+        self.pause_seconds = self._pace.pause(newest, len(page.items) if page else 0, now - began, now)
         return page is not None
 
-    async def _measure(self) -> None:
+    async def _measure(self) -> int:
+        """Set the metric of the lag; return the newest cursor of the feed."""
         lag = await run_async(self._engine, search.select_lag)
         seconds = 0.0 if lag.since is None else (database.now() - lag.since).total_seconds()
         telemetry.search_lag.set(max(0.0, seconds))
+        return lag.newest
 
     async def _add_months(self, items: Sequence[Item]) -> None:
         for month in await run_async(self._engine, partial(search.select_new_months, items=items)):
