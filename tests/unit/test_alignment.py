@@ -752,11 +752,20 @@ def test_i5_the_order_in_which_things_came_is_irrelevant(world: World, rng: rand
     assert transcript(turns, readings) == transcript(world.turns, world.readings)
 
 
+def _draft_with_a_mark() -> World:
+    """The reading shows a draft that ends with the mark of a cut; the turn says at last what stands before it."""
+    asked, answer = Message("user", "ok"), Message("assistant", "thanks 0.2")
+    drafted = Message("assistant", "thanks 0.2 …")
+    turns = [TurnMessages("C0", (asked, answer), 1, minute(0), minute(4))]
+    return World({}, turns, [HistoryMessages((), minute(1)), HistoryMessages((asked, drafted), minute(3))], set())
+
+
 @_many
 @given(_any_world)
+@example(_draft_with_a_mark())
 def test_what_the_latest_reading_shows_stands_once_and_in_order(world: World) -> None:
     lines = transcript(world.turns, world.readings)
-    shown = texts(line for line in lines if line.in_history)
+    shown = texts(_unclaimed(line) for line in lines if line.in_history)  # in the words of history
     latest = world.readings[-1] if world.readings else HistoryMessages((), minute(-1))
     if any(each.revised_at > latest.read_at for each in world.turns):
         assert _is_subsequence(shown, texts(latest.messages))
@@ -812,14 +821,6 @@ def test_i3_no_turn_is_lost_doubled_or_torn(world: World) -> None:
             is_draft = any(line.source == "history" and line.role == "assistant" for line in own)
             assert is_draft or not missing - Counter(texts(before))
             assert each.revised_at <= world.readings[-1].read_at
-
-
-def _draft_with_a_mark() -> World:
-    """The reading shows a draft that ends with the mark of a cut; the turn says at last what stands before it."""
-    asked, answer = Message("user", "ok"), Message("assistant", "thanks 0.2")
-    drafted = Message("assistant", "thanks 0.2 …")
-    turns = [TurnMessages("C0", (asked, answer), 1, minute(0), minute(4))]
-    return World({}, turns, [HistoryMessages((), minute(1)), HistoryMessages((asked, drafted), minute(3))], set())
 
 
 @_many
