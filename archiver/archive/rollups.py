@@ -62,7 +62,9 @@ _REFRESH = RawStatement(
     WITH listed AS MATERIALIZED (
         SELECT json_array_elements_text($1) AS session_id
     ), wanted AS MATERIALIZED (
-        SELECT * FROM archiver.contributed WHERE session_id = ANY (ARRAY(SELECT session_id FROM listed))
+        SELECT c.* FROM listed CROSS JOIN LATERAL (
+            SELECT * FROM archiver.contributed c WHERE c.session_id = listed.session_id OFFSET 0
+        ) c
     ), {_replaced("contributions", ("session_id", "bucket", "assistant_id"), _FIGURES, "listed")}, contributed AS (
         DELETE FROM archiver.uncontributed WHERE session_id = ANY (ARRAY(SELECT session_id FROM listed))
     )

@@ -159,8 +159,11 @@ def _item(kind: str, session_id: str, chat_id: str | None) -> Item | None:
 
 _SELECT_READ = text(
     """
-    SELECT s.session_id FROM archiver.sessions s
-     WHERE s.session_id IN (SELECT json_array_elements_text(:session_ids)) AND s.read_at IS NOT NULL
+    SELECT s.session_id FROM json_array_elements_text(:session_ids) AS listed (session_id)
+     CROSS JOIN LATERAL (
+         SELECT s.session_id FROM archiver.sessions s
+          WHERE s.session_id = listed.session_id AND s.read_at IS NOT NULL OFFSET 0
+     ) s
     """
 )
 
@@ -182,16 +185,20 @@ _TURNS = """
     ), turns AS MATERIALIZED (
         SELECT session_id, chat_id FROM items WHERE chat_id IS NOT NULL
         UNION SELECT '', chat_id FROM items WHERE chat_id IS NOT NULL
-        UNION SELECT c.session_id, c.chat_id FROM items i JOIN archiver.chats c ON c.session_id = i.session_id
-               WHERE i.chat_id IS NULL
+        UNION SELECT c.session_id, c.chat_id FROM items i CROSS JOIN LATERAL (
+            SELECT c.session_id, c.chat_id FROM archiver.chats c WHERE c.session_id = i.session_id OFFSET 0
+        ) c WHERE i.chat_id IS NULL
     )
 """
+# OFFSET 0: otherwise Postgres may read the whole table and compare each row with the page, as long as it has no
+# statistics of it.
+_OF_TURN = "SELECT * FROM archiver.chats c WHERE c.session_id = t.session_id AND c.chat_id = t.chat_id OFFSET 0"
 # Months for which a partition is added: those of plausible times.
 _SELECT_MONTHS = text(
     f"""
     WITH {_TURNS}, months AS MATERIALIZED (
         SELECT DISTINCT date_trunc('month', {_BEGAN}, 'UTC') AS month
-          FROM turns t JOIN archiver.chats c ON c.session_id = t.session_id AND c.chat_id = t.chat_id
+          FROM turns t CROSS JOIN LATERAL ({_OF_TURN}) c
     )
     SELECT month FROM months
      WHERE month BETWEEN '2015-01-01+00' AND clock_timestamp() + interval '1 day'
@@ -302,8 +309,10 @@ _INSERT = text(
                to_tsvector((SELECT CAST(language AS regconfig) FROM archiver.search_state),
                            left(m.content, :most)) AS lexemes,
                length(m.content) > :most AS is_partial
-          FROM turns t JOIN archiver.chats c ON c.session_id = t.session_id AND c.chat_id = t.chat_id
-          JOIN archiver.messages m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
+          FROM turns t CROSS JOIN LATERAL ({_OF_TURN}) c
+         CROSS JOIN LATERAL (
+             SELECT * FROM archiver.messages m WHERE m.session_id = t.session_id AND m.chat_id = t.chat_id OFFSET 0
+         ) m
          WHERE NOT EXISTS (SELECT FROM archiver.search s
                             WHERE s.session_id = m.session_id AND s.chat_id = m.chat_id AND s.ordinal = m.ordinal
                               AND s.began_at = {_BEGAN})

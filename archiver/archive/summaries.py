@@ -46,7 +46,8 @@ _COLUMNS = (
     "variables",
 )
 
-# Lateral subqueries, because under the lock Postgres looks up rows by key and joins by nested loops.
+# Lateral subqueries, because under the lock Postgres looks up rows by key and joins by nested loops. OFFSET 0:
+# otherwise it may read all sessions and compare each with the page, as long as it has no statistics of them.
 _UPSERT = RawStatement(
     f"""
     WITH page AS MATERIALIZED (
@@ -61,7 +62,10 @@ _UPSERT = RawStatement(
            CAST(extract(epoch FROM (SELECT c.answered_at {_OF_TURN} answer.chat_id)
                                    - (SELECT c.created_at {_OF_TURN} question.chat_id)) AS double precision),
            variables.merged, page.cursor
-      FROM page JOIN archiver.sessions s ON s.session_id = page.session_id
+      FROM page
+     CROSS JOIN LATERAL (
+         SELECT * FROM archiver.sessions s WHERE s.session_id = page.session_id OFFSET 0
+     ) s
      CROSS JOIN LATERAL (
          SELECT count(*) AS count, min({_BEGAN}) AS started_at,
                 max(greatest({_BEGAN}, c.updated_at)) AS last_message_at, sum(c.cost) AS cost,

@@ -1,0 +1,65 @@
+"""What it costs to keep the rows of sessions for analysts and the search index."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import Connection, Engine, text
+
+from archiver.archive import search
+from archiver.database import transaction
+from archiver.outbound import feed
+from tests.support.observations import record
+from tests.support.payloads import created
+from tests.support.rows import execute
+from tests.support.searching import index
+
+ON_ONE_VERSION = True  # the plans are those of any version
+
+# Rows that this transaction has fetched from the tables of the archive.
+_FETCHED = text(
+    """
+    SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0)::int FROM pg_stat_xact_user_tables
+     WHERE schemaname = 'archiver' AND relname IN ('sessions', 'chats', 'messages')
+    """
+)
+TABLES = ("sessions", "chats", "messages")
+OTHERS = 300
+
+
+def _publish(connection: Connection) -> None:
+    feed.publish(connection)
+
+
+def _index(connection: Connection) -> None:
+    feed.publish(connection)
+    page = search.select_page(connection)
+    assert page is not None
+    search.index_page(connection, page)
+
+
+@pytest.fixture
+def without_statistics(engine: Engine) -> Iterator[Engine]:
+    for table in TABLES:
+        execute(engine, f"ALTER TABLE archiver.{table} SET (autovacuum_enabled = off)")
+    yield engine
+    for table in TABLES:
+        execute(engine, f"ALTER TABLE archiver.{table} RESET (autovacuum_enabled)")
+
+
+@pytest.mark.parametrize("step", [_publish, _index])
+def test_a_change_costs_the_same_however_many_other_sessions_there_are(
+    without_statistics: Engine, step: Callable[[Connection], None]
+) -> None:
+    """Without statistics, Postgres once read all sessions for each page of changes."""
+    engine, costs = without_statistics, []
+    index(engine, "simple")
+    for others in (0, OTHERS):
+        record(engine, *(created(f"other-{number}", f"session-{number}") for number in range(others)))
+        index(engine)
+        record(engine, created(f"chat-{others}", f"new-{others}"))
+        with transaction(engine) as connection:
+            before = connection.scalar(_FETCHED)
+            step(connection)
+            costs.append(connection.scalar(_FETCHED) - before)
+            connection.rollback()
+    assert costs[1] <= costs[0] + 5
