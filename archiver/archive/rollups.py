@@ -15,7 +15,6 @@ from sqlalchemy import Connection
 from archiver.database import Lock, RawStatement, as_json, execute, now
 
 BUCKETS_PER_PAGE = 200
-SESSIONS_PER_STATEMENT = 50  # so that a statement is short even if all of them are long
 SESSIONS_PER_PAGE = 200  # few, because the publisher of the feed waits
 
 _COUNTS = (
@@ -76,29 +75,67 @@ _REFRESH = RawStatement(
 )
 
 
-def refresh(connection: Connection, session_ids: Collection[str]) -> None:
+def refresh(connection: Connection, session_ids: Sequence[str]) -> None:
     """Bring the contributions of these sessions up to date with their turns and mark the changed buckets as stale.
 
     The caller holds `Lock.PUBLISHING`.
     """
-    sessions, at = sorted(session_ids), now().isoformat()
-    for start in range(0, len(sessions), SESSIONS_PER_STATEMENT):
-        _REFRESH.execute(connection, as_json(sessions[start : start + SESSIONS_PER_STATEMENT]), at)
+    _REFRESH.execute(connection, as_json(session_ids), now().isoformat())
 
 
-_SELECT_UNCONTRIBUTED = RawStatement("SELECT session_id FROM archiver.uncontributed ORDER BY session_id LIMIT $1")
+# The pause before the next attempt is as long as the session has been failing, within limits.
+_SET_ASIDE = RawStatement(
+    """
+    WITH removed AS (
+        DELETE FROM archiver.contributions WHERE session_id = $1 RETURNING bucket
+    ), recorded AS (
+        INSERT INTO archiver.uncontributed AS known (session_id, failed_at, retry_at, reason)
+        VALUES ($1, CAST($2 AS timestamptz), CAST($2 AS timestamptz) + interval '1 minute', $3)
+        ON CONFLICT (session_id) DO UPDATE
+           SET failed_at = coalesce(known.failed_at, excluded.failed_at), reason = excluded.reason,
+               retry_at = excluded.failed_at
+                   + greatest(least(excluded.failed_at - known.failed_at, interval '1 hour'), interval '1 minute')
+    )
+    INSERT INTO archiver.stale_buckets (bucket, since)
+    SELECT DISTINCT bucket, CAST($2 AS timestamptz) FROM removed ORDER BY bucket
+    ON CONFLICT (bucket) DO UPDATE SET id = DEFAULT
+    """
+)
+
+
+def set_aside(connection: Connection, session_id: str, reason: str) -> None:
+    """Delete the contributions of a session, which the views then compute, and schedule the next attempt.
+
+    The caller holds `Lock.PUBLISHING`.
+    """
+    _SET_ASIDE.execute(connection, session_id, now().isoformat(), reason)
+
+
+_SELECT_SET_ASIDE = RawStatement(
+    """
+    SELECT session_id FROM archiver.uncontributed
+     WHERE session_id IN (SELECT json_array_elements_text($1)) AND retry_at > CAST($2 AS timestamptz)
+    """
+)
+
+
+def select_set_aside(connection: Connection, session_ids: Collection[str]) -> set[str]:
+    """Return those of these sessions that were set aside and whose next attempt is not due."""
+    rows = _SELECT_SET_ASIDE.execute(connection, as_json(sorted(session_ids)), now().isoformat())
+    return {row.session_id for row in rows}
+
+
+_SELECT_UNCONTRIBUTED = RawStatement(
+    """
+    SELECT session_id FROM archiver.uncontributed
+     WHERE retry_at IS NULL OR retry_at <= CAST($2 AS timestamptz) ORDER BY session_id LIMIT $1
+    """
+)
 
 
 def select_uncontributed(connection: Connection) -> list[str]:
-    """Return the next sessions that earlier versions recorded and whose contributions are missing."""
-    return [row.session_id for row in _SELECT_UNCONTRIBUTED.execute(connection, SESSIONS_PER_PAGE)]
-
-
-def contribute(connection: Connection, session_ids: Sequence[str]) -> int:
-    """Compute the missing contributions of these sessions; return their number."""
-    Lock.PUBLISHING.take(connection, exclusive=True)
-    refresh(connection, session_ids)
-    return len(session_ids)
+    """Return the next sessions without contributions, except for those whose next attempt is not due."""
+    return [row.session_id for row in _SELECT_UNCONTRIBUTED.execute(connection, SESSIONS_PER_PAGE, now().isoformat())]
 
 
 class StaleBucket(msgspec.Struct, frozen=True):
@@ -165,3 +202,40 @@ def sum_stale(connection: Connection, stale: Sequence[StaleBucket]) -> int:
     marks = as_json(stale)
     execute(connection, *(each.bind(marks) for each in (_SUM_BUCKETS, _SUM_DAYS, _CLEAR)))
     return len(stale)
+
+
+# By object id: a name cannot be resolved in a schema without the USAGE privilege.
+_MAY_SELECT = RawStatement(
+    """
+    SELECT has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT') AS may_select
+      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'archiver' AND c.relname = 'uncontributed' AND a.attname = 'failed_at'
+    """
+)
+
+
+def may_select_failing(connection: Connection) -> bool:
+    """Return whether this user may read which sessions were set aside; False also if the schema is older."""
+    return any(row.may_select for row in _MAY_SELECT.execute(connection))
+
+
+class Failing(msgspec.Struct, frozen=True):
+    """The number of sessions that are set aside, and the one that has failed longest, with its reason."""
+
+    count: int
+    session_id: str
+    since: datetime
+    reason: str
+
+
+_SELECT_FAILING = RawStatement(
+    """
+    SELECT count(*) OVER () AS count, session_id, failed_at, reason FROM archiver.uncontributed
+     WHERE failed_at IS NOT NULL ORDER BY failed_at, session_id LIMIT 1
+    """
+)
+
+
+def select_failing(connection: Connection) -> Failing | None:
+    """Return which sessions are set aside because their rows cannot be stored; None if no session is."""
+    return next((Failing(*row) for row in _SELECT_FAILING.execute(connection)), None)

@@ -8,12 +8,9 @@ written again, and all changes up to the newest cursor are in the rows.
 
 from collections.abc import Mapping, Sequence
 
-import msgspec
 from sqlalchemy import Connection
 
 from archiver.database import RawStatement, as_json
-
-SESSIONS_PER_STATEMENT = 50  # so that a statement is short even if all of them are long
 
 _BEGAN = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
 _HAS_TEXT = "m.content <> '' AND m.content_kind IN ('text', 'refusal')"
@@ -101,7 +98,7 @@ _UPSERT = RawStatement(
            changed_cursor = greatest(known.changed_cursor, excluded.changed_cursor)
     """  # noqa: S608  # constants
 )
-_DELETE = RawStatement(
+_DELETE_GONE = RawStatement(
     """
     DELETE FROM archiver.summaries
      WHERE session_id IN (SELECT json_array_elements_text($1))
@@ -110,40 +107,18 @@ _DELETE = RawStatement(
 )
 
 
-def refresh(connection: Connection, cursors: Mapping[str, int]) -> None:
+def refresh(connection: Connection, session_ids: Sequence[str], cursors: Mapping[str, int]) -> None:
     """Recompute the rows of these sessions, each with the cursor of its last change; delete those of no session.
 
     A row keeps a greater cursor.
     """
-    sessions = sorted(cursors)
-    for start in range(0, len(sessions), SESSIONS_PER_STATEMENT):
-        page = sessions[start : start + SESSIONS_PER_STATEMENT]
-        _UPSERT.execute(connection, as_json([{"session_id": each, "cursor": cursors[each]} for each in page]))
-        _DELETE.execute(connection, as_json(page))
+    _UPSERT.execute(connection, as_json([{"session_id": each, "cursor": cursors[each]} for each in session_ids]))
+    _DELETE_GONE.execute(connection, as_json(session_ids))
 
 
-_SELECT_MISSING = RawStatement(
-    """
-    WITH page AS MATERIALIZED (
-        SELECT session_id FROM archiver.sessions WHERE session_id > $1 ORDER BY session_id LIMIT $2
-    )
-    SELECT p.session_id, t.session_id IS NULL AS is_missing
-      FROM page p LEFT JOIN archiver.summaries t ON t.session_id = p.session_id
-     ORDER BY p.session_id
-    """
-)
-SESSIONS_PER_PAGE = 1_000
+_DELETE = RawStatement("DELETE FROM archiver.summaries WHERE session_id = $1")
 
 
-class Missing(msgspec.Struct, frozen=True):
-    """The sessions of a page that have no row, and the last session of the page; None for the last page."""
-
-    session_ids: Sequence[str]
-    last: str | None
-
-
-def select_missing(connection: Connection, after: str) -> Missing:
-    """Return the sessions without a row on the page of sessions after this id."""
-    page = _SELECT_MISSING.execute(connection, after, SESSIONS_PER_PAGE)
-    last = page[-1].session_id if len(page) == SESSIONS_PER_PAGE else None
-    return Missing([row.session_id for row in page if row.is_missing], last)
+def delete(connection: Connection, session_id: str) -> None:
+    """Delete the row of a session."""
+    _DELETE.execute(connection, session_id)

@@ -101,8 +101,8 @@ NEEDED: Mapping[str, Needs] = {
             "analytics.conversations": "SELECT",  # content of follow-ups
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
-            **{f"archiver.{name}": _ALL for name in ("contributions", "stale_buckets", "rollups", "days")},
-            "archiver.uncontributed": "SELECT, DELETE",
+            **{f"archiver.{name}": _ALL for name in ("contributions", "uncontributed")},
+            **{f"archiver.{name}": _ALL for name in ("stale_buckets", "rollups", "days")},
             "archiver.contributed": "SELECT",
             "archiver.logins": _ALL,
             "archiver.users": "SELECT, INSERT, UPDATE",

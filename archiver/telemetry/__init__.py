@@ -192,6 +192,10 @@ outbox_transactions = Gauge(
 outbox_age = Gauge(
     "archiver_outbox_oldest_age_seconds", "Age of the oldest unpublished change.", multiprocess_mode="livemax"
 )
+sessions_set_aside = Counter(
+    "archiver_sessions_set_aside_total",
+    "Failed attempts to store the rows of a session for analysts.",
+)
 search_lag = Gauge(
     "archiver_search_lag_seconds",
     "Age of the oldest change that search does not contain; 0 if none.",

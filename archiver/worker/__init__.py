@@ -31,7 +31,6 @@ from archiver.worker.histories import Histories
 from archiver.worker.indexing import Indexing
 from archiver.worker.retention_tasks import RetentionTasks
 from archiver.worker.sealing import Sealing
-from archiver.worker.summarizing import Summarizing
 from archiver.worker.summing import Summing
 from archiver.worker.supervision import Runner, Supervisor
 
@@ -45,7 +44,6 @@ RETENTION_WITHIN = timedelta(minutes=10)
 RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
-SUMMARIZE_SECONDS = 1.0
 SEARCH_SECONDS = 1.0  # between two looks for changes
 ROLLUP_SECONDS = 5.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
@@ -69,7 +67,6 @@ class Worker:
             self._runner("retention", self._retention, may_cancel=False),
             self._runner("feed_retention", self._feed_retention),
             self._runner("compact", self._compact, may_cancel=False),
-            self._runner("summarize", self._summarize),
             self._runner("search", self._search),
             self._runner("rollups", self._rollups, may_cancel=False),
             self._runner("locks", self._locks),
@@ -155,11 +152,6 @@ class Worker:
         with self._connections.synchronous() as engine:
             compact = Compacting(engine).compact
             await _every(COMPACT_SECONDS, partial(asyncio.to_thread, compact, duty.beat), duty, ending)
-
-    async def _summarize(self, duty: Duty, ending: asyncio.Event) -> None:
-        async with self._connections.asynchronous() as engine:
-            add_missing = Summarizing(engine).add_missing
-            await _every(SUMMARIZE_SECONDS, partial(add_missing, duty.beat), duty, ending)
 
     async def _search(self, duty: Duty, ending: asyncio.Event) -> None:
         async with self._connections.asynchronous() as engine:

@@ -1,21 +1,20 @@
-"""Sum the rollups in the background, after the contributions of sessions that earlier versions recorded."""
+"""Sum the rollups in the background, and add the rows of sessions for analysts that are missing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
-from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import rollups
-from archiver.database import run, run_split
+from archiver.archive import derived_rows, rollups
+from archiver.database import Lock, run, run_split
+from archiver.outbound.feed import select_extent
 
 log = structlog.get_logger(__name__)
 
 SECONDS_PER_JOB = 10.0  # short, so that it does not delay the shutdown of a worker
-
-Item = TypeVar("Item")
+STATEMENT_SECONDS = 5.0  # of the rows of some sessions: short, because the publisher of the feed waits
 
 
 class Summing:
@@ -23,35 +22,39 @@ class Summing:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._contributed = 0  # sessions
 
     def sum(self, beat: Callable[[], None]) -> None:
         """Sum stale buckets for about `SECONDS_PER_JOB`; call `beat` after each page.
 
-        First computes missing contributions, because each of them makes buckets stale. A session or bucket that is
-        locked or too slow is skipped, and its error raised.
+        First adds missing rows of sessions, because each of them makes buckets stale. A bucket that is locked or too
+        slow is skipped, and its error raised.
         """
-        ends_at, slow = monotonic() + SECONDS_PER_JOB, list[DBAPIError]()
-        while done := self._page(rollups.select_uncontributed, rollups.contribute, slow):
-            beat()
-            self._contributed += done
-            if monotonic() > ends_at:
-                break
-        if self._contributed:
-            log.info("contributions of earlier sessions computed", sessions=self._contributed)
-            self._contributed = 0
+        ends_at = monotonic() + SECONDS_PER_JOB
+        self._add_missing(beat, ends_at)
+        slow = list[DBAPIError]()
         # Not until none is stale: the publisher makes the latest bucket stale again and again.
-        while self._page(rollups.select_stale, rollups.sum_stale, slow) == rollups.BUCKETS_PER_PAGE:
+        while self._sum_page(slow) == rollups.BUCKETS_PER_PAGE:
             beat()
             if monotonic() > ends_at:
                 break
         if slow:
             raise slow[0]
 
-    def _page(
-        self,
-        select: Callable[[Connection], Sequence[Item]],
-        work: Callable[[Connection, Sequence[Item]], int],
-        slow: list[DBAPIError],
-    ) -> int:
-        return sum(run_split(self._engine, run(self._engine, select), work, slow))
+    def _sum_page(self, slow: list[DBAPIError]) -> int:
+        stale = run(self._engine, rollups.select_stale)
+        return sum(run_split(self._engine, stale, rollups.sum_stale, slow))
+
+    def _add_missing(self, beat: Callable[[], None], ends_at: float) -> None:
+        added = 0
+        while done := run(self._engine, _add_missing, statement_seconds=STATEMENT_SECONDS):
+            beat()
+            added += done
+            if monotonic() > ends_at:
+                break
+        if added:
+            log.info("rows of sessions for analysts added", sessions=added, complete=not done)
+
+
+def _add_missing(connection: Connection) -> int:
+    Lock.PUBLISHING.take(connection, exclusive=True)
+    return derived_rows.add_missing(connection, select_extent(connection).newest)

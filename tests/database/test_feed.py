@@ -229,6 +229,19 @@ def test_i13_changes_of_a_session_that_take_too_long_keep_no_others_from_being_p
     assert rows(engine, "SELECT count(*), min(cursor), max(cursor) FROM analytics.changes") == [(16, 1, 16)]
 
 
+def test_i13_a_row_that_is_too_large_is_not_taken_for_a_full_notification_queue(
+    database_url: str, engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = "RAISE EXCEPTION 'too large' USING ERRCODE = 'program_limit_exceeded'"
+    slow_rows(engine, "archiver.changes", "session_id", "large", refusal)
+    write(engine, Change("session.lost", "large"), Change("session.lost", "other"))
+    query = "SELECT session_id FROM analytics.changes"
+    asyncio.run(publish_all(as_writer(database_url), lambda: rows(engine, query) == [("other",)]))
+    printed = capsys.readouterr()
+    assert "notification queue full" not in printed.out + printed.err
+    assert rows(engine, "SELECT count(*) FROM archiver.outbox") == [(1,)]
+
+
 def test_i11_who_listens_and_sleeps_keeps_nothing_from_being_published(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

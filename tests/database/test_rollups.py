@@ -17,11 +17,11 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import ledger
-from archiver.archive import rollups
+from archiver.archive import derived_rows, rollups
 from archiver.archive.rebuild import rebuild
 from archiver.archive.sessions import BEFORE_FIRST_TURN
 from archiver.compliance import erasure
-from archiver.database import schema, transaction
+from archiver.database import Lock, schema, transaction
 from archiver.events import Delivery, Event, responses
 from archiver.outbound import feed
 from archiver.outbound.feed.publishing import publish_some
@@ -249,7 +249,8 @@ def publish_page(engine: Engine, rng: random.Random) -> None:
 def sum_page(engine: Engine, rng: random.Random) -> None:
     """Sum one page of stale buckets; sometimes die before the commit."""
     with transaction(engine) as connection:
-        rollups.contribute(connection, rollups.select_uncontributed(connection))
+        Lock.PUBLISHING.take(connection, exclusive=True)
+        derived_rows.add_missing(connection, 0)
     with transaction(engine) as connection:
         rollups.sum_stale(connection, rollups.select_stale(connection))
         if rng.random() < 0.2:
@@ -426,7 +427,8 @@ def test_the_figures_of_sessions_of_an_earlier_version_are_right_before_during_a
     check_all(engine)
     monkeypatch.setattr(rollups, "SESSIONS_PER_PAGE", 5)
     with transaction(engine) as connection:
-        assert rollups.contribute(connection, rollups.select_uncontributed(connection)) == 5
+        Lock.PUBLISHING.take(connection, exclusive=True)
+        assert derived_rows.add_missing(connection, 0) == 5
     check_all(engine)
     record(engine, created("late", "s9", createdAt=START.isoformat()))
     publish(engine)

@@ -43,7 +43,7 @@ VIEWS = {
     "changes": "cursor type session_id chat_id seal_id changed_at epoch",
     "epochs": "number epoch began_at cursor given",
     "health": "complete_through unknown_sessions lost_sessions unread_sessions feed_lag_seconds summary_cursor"
-    " rollups_lag_seconds"
+    " rollups_lag_seconds waiting_sessions"
     " oldest_snapshot_seconds",
     "sessions": "session_id assistant_id started_at last_message_at turns messages user_messages assistant_messages"
     " cost deleted_chats repaired_messages coverage reason first_question first_answer answer_seconds variables"

@@ -17,7 +17,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from archiver import database, ledger
-from archiver.archive import summaries
+from archiver import settings as configuration
+from archiver.archive import derived_rows, rollups
 from archiver.archive.rebuild import rebuild
 from archiver.compliance import erasure
 from archiver.compliance.erasure import Target, sweeping
@@ -25,10 +26,11 @@ from archiver.compliance.erasure.retention import Rules
 from archiver.compliance.seals import seal
 from archiver.database import schema, transaction
 from archiver.events import Delivery, responses
+from archiver.operations.doctor import examine_database
 from archiver.outbound import feed
 from archiver.outbound.feed import publisher
-from archiver.worker import summarizing
-from archiver.worker.summarizing import Summarizing
+from archiver.worker import summing
+from archiver.worker.summing import Summing
 from tests.support.erasures import ACT, dump_of, erase, hold
 from tests.support.feeds import cursor, publish
 from tests.support.histories import TIMING, answer
@@ -325,26 +327,87 @@ async def publish_all(url: str, is_done: Callable[[], bool]) -> None:
     await engine.dispose()
 
 
+# Each stands for a value that Postgres rejects, or for a session that is too long.
+ACTIONS = (
+    "PERFORM pg_sleep(60)",
+    "RAISE EXCEPTION 'too large' USING ERRCODE = 'program_limit_exceeded'",
+)
+
+
 @on_one_version
-@pytest.mark.parametrize("action", ["PERFORM pg_sleep(60)", "RAISE EXCEPTION 'too large'"])
-def test_i13_a_session_whose_row_cannot_be_stored_keeps_no_others_from_being_published(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, action: str
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("table", ["archiver.summaries", "archiver.contributions"])
+def test_i13_changes_are_published_without_a_row_that_cannot_be_stored(
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, action: str, table: str
 ) -> None:
-    monkeypatch.setattr(publisher, "SLOW_RETRY_FACTOR", 0.1)
-    slow_rows(engine, "archiver.summaries", "session_id", "slow", action)
-    record(engine, created("a", "slow"), *(created(f"c{n}", f"other-{n}") for n in range(5)))
-    of_others = "SELECT count(*) FROM analytics.sessions WHERE session_id <> 'slow'"
-
-    def is_done() -> bool:
-        until(lambda: rows(engine, of_others) == [(5,)], "the others are published")
-        record(engine, created("new", "other-new"))
-        until(lambda: rows(engine, of_others) == [(6,)], "and new ones")
-        assert rows(engine, "SELECT 1 FROM analytics.changes WHERE session_id = 'slow'") == []
-        quick_rows(engine, "archiver.summaries")
-        return bool(until(lambda: rows(engine, "SELECT count(*) FROM archiver.outbox") == [(0,)], "all are"))
-
-    asyncio.run(publish_all(as_writer(database_url), is_done))
+    monkeypatch.setattr(publisher, "PAGE_SECONDS", 0.5)
+    record(engine, created("a", "slow", cost="1"))
+    publish(engine)
+    Summing(engine).sum(lambda: None)
+    slow_rows(engine, table, "session_id", "slow", action)
+    record(engine, created("b", "slow", cost="2"), *(created(f"c{n}", f"other-{n}", cost="0") for n in range(5)))
+    waiting = "SELECT count(*) FROM archiver.outbox"
+    asyncio.run(publish_all(as_writer(database_url), lambda: rows(engine, waiting) == [(0,)]))
+    assert rows(engine, "SELECT chat_id FROM analytics.changes WHERE session_id = 'slow'") == [("a",), ("b",)]
+    assert stored(engine) == {name: row for name, row in by_hand(engine).items() if name != "slow"}
+    # The figures are exact nevertheless.
+    assert rows(engine, "SELECT sum(chats), sum(cost) FROM analytics.daily") == [(7, 3)]
+    assert rows(engine, "SELECT waiting_sessions, summary_cursor FROM analytics.health") == [(1, 7)]
+    # An attempt is made when it is due, and not at the next change.
+    record(engine, created("d", "slow", cost="4"))
+    publish(engine)
+    assert stored(engine).keys() == by_hand(engine).keys() - {"slow"}
+    execute(engine, "UPDATE archiver.uncontributed SET retry_at = now()")
+    monkeypatch.setattr(summing, "STATEMENT_SECONDS", 0.5)
+    Summing(engine).sum(lambda: None)
+    assert stored(engine).keys() == by_hand(engine).keys() - {"slow"}
+    assert rows(engine, "SELECT session_id FROM archiver.uncontributed WHERE retry_at > now()") == [("slow",)]
+    quick_rows(engine, table)
+    execute(engine, "UPDATE archiver.uncontributed SET retry_at = now()")
+    Summing(engine).sum(lambda: None)
     assert stored(engine) == by_hand(engine)
+    assert rows(engine, "SELECT count(*) FROM archiver.uncontributed") == [(0,)]
+    assert rows(engine, "SELECT sum(chats), sum(cost) FROM analytics.daily") == [(8, 7)]
+
+
+def test_the_pause_between_attempts_grows_up_to_an_hour(engine: Engine) -> None:
+    slow_rows(engine, "archiver.summaries", "session_id", "slow", "RAISE EXCEPTION 'too large'")
+    record(engine, created("a", "slow"))
+    publish(engine)
+    pauses = []
+    for minutes in (0, 10, 1_000):
+        execute(
+            engine,
+            f"UPDATE archiver.uncontributed SET failed_at = now() - interval '{minutes} minutes', retry_at = now()",
+        )
+        Summing(engine).sum(lambda: None)
+        ((seconds,),) = rows(engine, "SELECT extract(epoch FROM retry_at - now()) FROM archiver.uncontributed")
+        pauses.append(round(seconds / 60))
+    assert pauses == [1, 10, 60]
+
+
+def test_i8_a_row_that_cannot_be_stored_prevents_no_erasure(engine: Engine) -> None:
+    record(engine, created("a", "s1", input="MARK asks"), created("b", "s1"))
+    publish(engine)
+    slow_rows(engine, "archiver.summaries", "session_id", "s1", "RAISE EXCEPTION 'too large'")
+    erase(engine, Target("s1", "a"))
+    assert b"MARK" not in dump_of(engine, "archiver.summaries")
+    assert rows(engine, "SELECT sum(chats) FROM analytics.daily") == [(2,)]
+
+
+def test_doctor_names_sessions_whose_rows_cannot_be_stored(engine: Engine) -> None:
+    def findings() -> list[tuple[str, str]]:
+        found = examine_database(configuration.read(), engine)
+        return [(each.verdict, each.detail) for each in found if each.check == "sessions"]
+
+    assert findings() == []
+    slow_rows(engine, "archiver.summaries", "session_id", "slow", "RAISE EXCEPTION 'too large'")
+    record(engine, created("a", "slow"))
+    publish(engine)
+    ((verdict, detail),) = findings()
+    assert verdict == "warning"
+    assert "'slow'" in detail
+    assert "SQLSTATE P0001" in detail
 
 
 def test_i11_a_publisher_that_is_killed_leaves_neither_a_change_nor_a_row(engine: Engine) -> None:
@@ -366,65 +429,43 @@ def test_i11_a_publisher_that_is_killed_leaves_neither_a_change_nor_a_row(engine
 # Missing rows
 
 
-def add_missing(url: str, times: int = 1) -> None:
-    """What the duty of a worker does; `times`: how often it is called."""
-
-    async def run() -> None:
-        engine = database.connect_async(database.database_url(as_writer(url)), pool_size=1)
-        duty = Summarizing(engine)
-        for _ in range(times):
-            await duty.add_missing(lambda: None)
-        await engine.dispose()
-
-    asyncio.run(run())
-
-
-@pytest.fixture
-def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summaries, "SESSIONS_PER_PAGE", 7)
-    monkeypatch.setattr(summaries, "SESSIONS_PER_STATEMENT", 2)
-    monkeypatch.setattr(summarizing, "SESSIONS_PER_STEP", 3)
-
-
-@pytest.mark.usefixtures("_small_pages")
 def test_missing_rows_are_added_page_by_page_and_a_slow_session_keeps_no_others_waiting(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summarizing, "STATEMENT_SECONDS", 0.5)
+    monkeypatch.setattr(rollups, "SESSIONS_PER_PAGE", 7)
+    monkeypatch.setattr(derived_rows, "SESSIONS_PER_STATEMENT", 2)
+    monkeypatch.setattr(summing, "STATEMENT_SECONDS", 0.5)
     record(engine, *(created(f"c{n}", f"s{n:02}") for n in range(20)), created("lost", None))
     newest = cursor(engine)
     before = stored(engine)
-    execute(engine, "DELETE FROM archiver.summaries WHERE session_id <> 's05'")
+    execute(
+        engine,
+        "DELETE FROM archiver.summaries WHERE session_id <> 's05'",
+        "INSERT INTO archiver.uncontributed"
+        " SELECT session_id FROM archiver.sessions WHERE session_id NOT IN ('', 's05')",
+    )
+    health = "SELECT waiting_sessions, summary_cursor FROM analytics.health"
+    assert rows(engine, health) == [(19, None)]
     slow_rows(engine, "archiver.summaries", "session_id", "s03", "PERFORM pg_sleep(60)")
-    add_missing(database_url)
+    Summing(engine).sum(lambda: None)
     assert before.keys() - stored(engine).keys() == {"s03"}
+    assert rows(engine, health) == [(1, newest)]
     quick_rows(engine, "archiver.summaries")
-    add_missing(database_url)
+    execute(engine, "UPDATE archiver.uncontributed SET retry_at = now()")
+    Summing(engine).sum(lambda: None)
     assert stored(engine) == before == by_hand(engine)
     query = "SELECT DISTINCT changed_cursor FROM archiver.summaries WHERE session_id <> 's05'"
     assert rows(engine, query) == [(newest,)]
+    assert rows(engine, health) == [(0, newest)]
 
 
-@pytest.mark.usefixtures("_small_pages")
-def test_the_duty_continues_where_its_last_call_ended(
-    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(summarizing, "SECONDS_PER_JOB", 0.0)
-    record(engine, *(created(f"c{n}", f"s{n:02}") for n in range(20)))
-    add_missing(database_url)
-    assert len(stored(engine)) == 7
-    execute(engine, "DELETE FROM archiver.summaries")
-    add_missing(database_url, times=3)
-    assert stored(engine) == by_hand(engine)
-
-
-def test_an_older_archive_gets_its_rows_and_a_rebuild_supplies_the_seconds(database_url: str, engine: Engine) -> None:
+def test_an_older_archive_gets_its_rows_and_a_rebuild_supplies_the_seconds(engine: Engine) -> None:
     record(engine, created("a", "open"), created("b", "closed"))
     execute(engine, "UPDATE archiver.sessions SET reconcile_at = NULL WHERE session_id = 'closed'")
     schema.downgrade(engine, "0021")
     schema.upgrade(engine)
     assert stored(engine) == {}
-    add_missing(database_url)
+    Summing(engine).sum(lambda: None)
     expected = by_hand(engine)
     assert [each[-2] for each in expected.values()] == [1, 1]
     without_seconds = (*expected["closed"][:-2], None, expected["closed"][-1])
@@ -432,6 +473,17 @@ def test_an_older_archive_gets_its_rows_and_a_rebuild_supplies_the_seconds(datab
     list(rebuild(engine, TIMING))
     publish(engine)
     assert stored(engine) == expected
+
+
+def test_rows_that_an_earlier_version_had_not_added_are_added_after_the_upgrade(engine: Engine) -> None:
+    record(engine, created("a", "s1"), created("b", "s2"))
+    publish(engine)
+    schema.downgrade(engine, "0027")
+    execute(engine, "DELETE FROM archiver.summaries WHERE session_id = 's1'")
+    schema.upgrade(engine)
+    assert rows(engine, "SELECT waiting_sessions FROM analytics.health") == [(1,)]
+    Summing(engine).sum(lambda: None)
+    assert stored(engine) == by_hand(engine)
 
 
 # How current it is

@@ -40,7 +40,6 @@ DUTIES = (
     "compact",
     "search",
     "locks",
-    "summarize",
     "rollups",
 )
 

@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import Timing, rederive, rollups, summaries, unassigned, without_events
+from archiver.archive import Timing, derived_rows, rederive, unassigned, without_events
 from archiver.archive.outbox import insert_changes
 from archiver.compliance.erasure.holds import covering, exclude_held, is_any_in_force
 from archiver.compliance.erasure.ordering import AuditEntry, order
@@ -258,6 +258,5 @@ def _remove(connection: Connection, targets: Sequence[Target], act_id: int, timi
     changes = without_events(rederive(connection, sessions, timing))
     unassigned.rederive(connection, chat_ids)
     insert_changes(connection, [*map(erased_change, deletable), *changes])
-    summaries.refresh(connection, dict.fromkeys(sessions, 0))
-    rollups.refresh(connection, sessions)
+    derived_rows.refresh(connection, dict.fromkeys(sessions, 0))
     return len(ids)

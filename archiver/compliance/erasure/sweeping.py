@@ -17,11 +17,10 @@ from archiver import ledger
 from archiver.archive import (
     UNASSIGNED,
     Timing,
+    derived_rows,
     pieces,
     rederive,
-    rollups,
     search,
-    summaries,
     unassigned,
     without_events,
 )
@@ -240,8 +239,7 @@ def _erase(connection: Connection, targets: Sequence[Target], timing: Timing) ->
     unassigned.rederive(connection, chat_ids)
     _delete_lexemes(connection, touched, chat_ids)
     insert_changes(connection, [*map(erased_change, targets), *changes, *without_events(derived)])
-    summaries.refresh(connection, dict.fromkeys(touched, 0))
-    rollups.refresh(connection, touched)
+    derived_rows.refresh(connection, dict.fromkeys(touched, 0))
     return erased
 
 

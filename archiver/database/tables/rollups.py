@@ -77,6 +77,11 @@ uncontributed = Table(
     "uncontributed",
     metadata,
     Column("session_id", Text, nullable=False, comment="Conversation."),
+    Column(
+        "failed_at", Time, comment="When Postgres first rejected the rows, or took too long; null: not yet computed."
+    ),
+    Column("retry_at", Time, comment="Time of the next attempt; null: at once."),
+    Column("reason", Text, comment="Why the latest attempt failed."),
     PrimaryKeyConstraint("session_id", name="uncontributed_pkey"),
-    comment="Conversations of earlier versions whose contributions a worker has yet to compute.",
+    comment="Conversations without a row in summaries and contributions, which a worker has yet to compute.",
 )

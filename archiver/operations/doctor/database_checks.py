@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database
-from archiver.archive import search
+from archiver.archive import rollups, search
 from archiver.database import catalogue, identity, lock_waits, roles, schema
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
@@ -77,6 +77,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                     yield _webhooks(connection)
             yield from _workers(connection)
             yield from _search(connection, configuration)
+            yield from _set_aside(connection)
             yield from _identity(configuration, connection, engine)
             yield _clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session is waiting for a lock on the archiver's tables.")
@@ -364,6 +365,24 @@ def _search(connection: Connection, configuration: Settings) -> Iterator[Finding
             "The search index follows the archive."
             if lag.language
             else "No worker has started the search index yet.",
+        )
+
+
+def _set_aside(connection: Connection) -> Iterator[Finding]:
+    """Check that the rows of all sessions for analysts can be stored."""
+    if not rollups.may_select_failing(connection):
+        return
+    failing = rollups.select_failing(connection)
+    if failing is not None:
+        others = "" if failing.count == 1 else f" and {failing.count - 1:,} more"
+        yield Finding(
+            "sessions",
+            "warning",
+            f"analytics.sessions lacks the session {failing.session_id!r}{others}, since"
+            f" {failing.since:%Y-%m-%d %H:%M:%S} UTC, because Postgres rejects the row: {failing.reason}."
+            " analytics.daily is exact, but computes their figures for each query.",
+            "See the log of Postgres for the rejected statement. SQLSTATE 57014: the session is too long, or the"
+            " database too slow. A worker tries again at least once an hour.",
         )
 
 

@@ -150,10 +150,20 @@ class Publisher:
 
     async def _transact(self, work: Callable[..., int], seconds: float = PAGE_SECONDS) -> int:
         notifies = monotonic() >= self._notifies_from
+        is_committing = False
+
+        def tracked(connection: Connection) -> int:
+            nonlocal is_committing
+            is_committing = False
+            published: int = work(connection, notifies=notifies)
+            is_committing = True
+            return published
+
         try:
-            published = await self._run(partial(work, notifies=notifies), seconds)
+            published = await self._run(tracked, seconds)
         except SQLAlchemyError as error:
-            if not notifies or sqlstate(error) != QUEUE_FULL:
+            # A statement fails with the same SQLSTATE if a row is too large. Only NOTIFY has a limit at the commit.
+            if not notifies or not is_committing or sqlstate(error) != QUEUE_FULL:
                 raise
             await self._silence_notify()
             published = await self._run(partial(work, notifies=False), seconds)

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from archiver.archive import rollups, summaries
+from archiver.archive import derived_rows
 from archiver.database import Lock, as_json
 
 CHANNEL = "archiver_events"
@@ -91,10 +91,9 @@ def _derive(connection: Connection, published: int, newest: int) -> int:
     A separate statement after the lock, so that it sees everything that writers and earlier holders committed.
     """
     if published:
-        page = connection.execute(_SELECT_SESSIONS, {"before": newest - published})
-        cursors = {row.session_id: row.cursor for row in page}
-        summaries.refresh(connection, cursors)
-        rollups.refresh(connection, cursors)
+        found = connection.execute(_SELECT_SESSIONS, {"before": newest - published})
+        cursors = {row.session_id: row.cursor for row in found}
+        derived_rows.refresh(connection, cursors)
     return published
 
 
