@@ -1,8 +1,9 @@
-"""Amend known turns of a session that was read, if its transcript stays the same: a deletion, a status, a cost.
+"""Write turns of a session whose history was read, if its transcript stays the same: a deletion, a status, a cost.
 
 The rows are those that `sessions.derive` would return for the whole session. Its transcript is a function of the
-turns as `sessions.aligned` returns them, so a turn that is the same there changes no line. The time of its newest
-revision alone decides ties of order, and between an answer of the webhook and another one in the history.
+turns as `sessions.aligned` returns them, so a turn that `aligned` returns unchanged changes no line. Only the time of
+its newest revision may differ. It decides two things: the order of turns that began at the same time, and whether the
+answer of a webhook or a different answer in the history is newer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,8 @@ _UPDATE_SESSION = RawStatement(
 class Amendment:
     """The turns of a batch that change no line of a session's transcript.
 
-    `others`: the facts about the other turns, by chat id. `earlier`: the known facts about all these turns.
+    `own`: the new facts about all turns of the batch, by chat id. `earlier`: the facts already known about these
+    turns. `others`: the new facts about the turns that may change a line, by chat id.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Amendment:
         return turn if self._is_same(before, after) else None
 
     def _is_same(self, before: TurnMessages, after: TurnMessages) -> bool:
-        """Return whether the turn has the same lines, and each other turn too."""
+        """Return whether this turn and all other turns of the session keep their lines."""
         if msgspec.structs.replace(before, revised_at=after.revised_at) != after:
             return False
         if before.revised_at == after.revised_at or not after.messages:
@@ -94,9 +96,9 @@ class Amendment:
         read_at = self._status.reconciled_at
         if self._has_ties(after):
             return False
-        if read_at is None or before.revised_at > read_at:  # newer than all that history shows
+        if read_at is None or before.revised_at > read_at:  # newer than everything that the history shows
             return True
-        # Otherwise the lines may be the result of a second alignment, and the first one is unknown.
+        # Without `append_after`, the lines may result from a second alignment, and the first one is unknown.
         return self._status.append_after is not None and self._is_shown_alike(after, read_at)
 
     def _has_ties(self, turn: TurnMessages) -> bool:
@@ -107,9 +109,9 @@ class Amendment:
         return bool(count)
 
     def _is_shown_alike(self, turn: TurnMessages, read_at: datetime) -> bool:
-        """Return whether history has no other version of the turn, nor only a part, so that its time decides nothing.
+        """Return whether the archived lines are exactly the turn's own messages, so that its time decides nothing.
 
-        A turn of several inputs or answers may repeat earlier ones, which is decided by its time as well.
+        False for a turn with several inputs or answers: its time also decides whether it repeats earlier ones.
         """
         if turn.inputs > 1 or len(turn.messages) - turn.inputs > 1:
             return False
@@ -118,7 +120,7 @@ class Amendment:
         filled = [each for each in said if each[1].strip()]
         if [(line.role, line.content) for line in lines] not in (said, filled):
             return False
-        # The time decides whether a line that only the webhook has could have been shown.
+        # The time decides whether the history could have shown a line that only the webhook has.
         is_alike = turn.revised_at <= read_at or {line.in_history for line in lines} in ({True}, {None})
         return is_alike and all(line.source == "webhook" for line in lines)
 

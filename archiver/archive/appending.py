@@ -1,8 +1,8 @@
 """Append turns that are newer than the latest reading, at a cost independent of the session's length.
 
 The rows are those that `sessions.derive` would return for the whole session: `transcript.compose` decides when a turn
-changes nothing before it, and the column `sessions.append_after` stores that decision. Known turns whose lines stay
-the same are amended (`amending`). Other turns need `rederive`.
+changes nothing before it, and the column `sessions.append_after` stores that decision. `amending` writes the known
+turns whose lines stay the same. All other turns require `rederive`.
 """
 
 from collections import defaultdict
@@ -59,7 +59,7 @@ Own = Mapping[str, Sequence[Fact]]  # facts of this batch about one session, by 
 
 
 class Appended(msgspec.Struct):
-    """The sessions of which all turns of a batch were appended or amended, and the resulting changes."""
+    """The sessions in which every turn of the batch was appended or amended, and the resulting changes."""
 
     sessions: set[str] = msgspec.field(default_factory=set)
     changes: list[Change] = msgspec.field(default_factory=list)
@@ -123,7 +123,7 @@ def _are_creations(session_id: str, own: Own) -> bool:
 
 
 class _TranscriptTail:
-    """The end of a session's transcript, and the turns that belong there: the last one, if revised, and new ones."""
+    """The end of a session's transcript, and the turns to write there: the last turn, if revised, and new turns."""
 
     def __init__(self, connection: Connection, status: Any, own: Own, earlier: Mapping[Key, Sequence[Fact]]) -> None:
         self._connection = connection

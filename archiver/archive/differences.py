@@ -1,7 +1,7 @@
 """Compute changes for the feed by comparing the archive rows before and after a transaction. Pure.
 
-A change of a turn is a difference in its upstream content, or in the history's wording of one of its messages. A
-difference in any other visible value, such as a position, a source or an arrival time, rewrites the session.
+A turn has changed if its upstream content differs, or the history's wording of one of its messages. A difference in
+any other visible value, such as a position, a source or an arrival time, is published as `session.rewritten`.
 """
 
 from collections import defaultdict
@@ -38,7 +38,10 @@ MessageText = tuple[str, str, str | None]  # role and content of a message, and 
 
 
 class TurnState(NamedTuple):
-    """The published state of a turn; `content` and `times` are only compared."""
+    """The state of a turn, to be compared with a later one.
+
+    A difference in `times` alone is published as `session.rewritten`.
+    """
 
     content: Any
     is_deleted: bool
@@ -121,7 +124,10 @@ class PreviousRows(NamedTuple):
 def session_changes(
     before: PreviousRows, derived: Sequence[Rows], read: Collection[str], rewritten: Iterable[str]
 ) -> list[Change]:
-    """Return the changes of rebuilt sessions: `read` have a new reading, visible rows of `rewritten` differ."""
+    """Return the changes of rebuilt sessions.
+
+    `read`: the sessions with a new reading. `rewritten`: the sessions whose visible rows differ.
+    """
     messages: dict[str, list[Row]] = defaultdict(list)
     for row in before.messages:
         messages[row["session_id"]].append(row)
@@ -146,9 +152,9 @@ def session_changes(
 
 
 def without_events(changes: Iterable[Change]) -> list[Change]:
-    """Return the changes of sessions that were derived again from known facts: nothing happened upstream.
+    """Return the changes of sessions that were derived again from known facts, without those that state an event.
 
-    Only their coverage and their rows changed.
+    Nothing happened upstream: only coverage and rows changed.
     """
     return [each if each.type == COVERAGE else Change(REWRITTEN, each.session_id) for each in changes]
 

@@ -45,7 +45,7 @@ _INSERT = RawStatement("INSERT INTO archiver.outbox (changed_at, changes) VALUES
 def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
     """Add these changes to the outbox; they are published if, and only if, this transaction commits.
 
-    Of a session, `session.rewritten` is added once, and only if no other of the changes concerns its transcript.
+    `session.rewritten` is added once per session, and only if no other change concerns the session's transcript.
     """
     if any(each.type == REWRITTEN for each in changes):
         changes = _without_redundant(changes)

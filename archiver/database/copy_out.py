@@ -26,7 +26,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
     driver: Any = connection.connection.driver_connection
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         row = copy.read()[_HEADER:]
-        # Data that has arrived is taken from libpq directly, at a third of the cost; otherwise the driver waits for
+        # Takes arrived data from libpq directly, at a third of the cost; if none has arrived, the driver waits for
         # it.
         arrived = driver.pgconn.get_copy_data
         while row != _TRAILER:
@@ -40,7 +40,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
                 while driver.pgconn.get_result():
                     pass  # otherwise nothing else could be sent, not even a rollback
                 raise error_from_result(result)
-        copy.read()  # which ends the COPY
+        copy.read()  # ends the COPY
 
 
 def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:

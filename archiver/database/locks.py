@@ -14,8 +14,8 @@ from sqlalchemy import Connection, text
 
 from archiver.database.statements import RawStatement, Statement, execute
 
-# For transactions that look up rows by key: a plan that Postgres created and cached while the tables were empty must
-# not scan them when they no longer are.
+# For transactions that look up rows by key: Postgres may have cached a plan that scans tables, made while they were
+# empty.
 _BY_KEY = RawStatement(
     "SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
     " set_config('enable_mergejoin', 'off', true)"
@@ -30,14 +30,15 @@ def by_key() -> Statement:
 class Lock(StrEnum):
     """The locks, each named after what it protects; the value is its table, on which operators grant privileges.
 
-    RECORDING: shared by all transactions that record, erase or send content. Exclusive, so that nothing is recorded
-    concurrently, in transactions that record or rebuild unassigned turns, which may belong to any session, that order
-    an erasure, or that place a hold.
-    SEALING: exclusive, for one seal at a time. PUBLISHING: exclusive, for one page of the change feed at a time, with
-    what is stored about its sessions for analysts; and in transactions that remove content from that.
-    INDEXING: exclusive, in transactions that write the search table; before PUBLISHING. Erasures take both before all
-    other locks, because their holders never wait for those of receiving.
-    ROLLUPS: exclusive, for one summing of stale buckets at a time.
+    RECORDING: shared by all transactions that record, erase or send content. Exclusive in transactions during which
+    nothing else may be recorded: they record or rebuild unassigned turns, which may belong to any session, order an
+    erasure, or place a hold.
+    SEALING: exclusive, so that one seal at a time is created.
+    PUBLISHING: exclusive, so that one page of the change feed at a time is published, with the summaries and
+    contributions of its sessions. Also in transactions that delete content from summaries and contributions.
+    INDEXING: exclusive in transactions that write the search table; acquired before PUBLISHING. Erasures acquire
+    these two before all other locks, because their holders never wait for the locks of receiving.
+    ROLLUPS: exclusive, so that one transaction at a time sums stale buckets.
     """
 
     RECORDING = "lock_placement"

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from archiver.database import Lock
 
 READER = "archiver_reader"  # dashboards
-METRICS = "archiver_metrics"  # dashboards of numbers, without content and variables
+METRICS = "archiver_metrics"  # dashboards of numbers, without content or variables
 WRITER = "archiver_writer"  # `serve` and `worker`
 AUDITOR = "archiver_auditor"  # `verify`, `prove` and `export`
 

@@ -112,7 +112,7 @@ def upgrade(engine: Engine, revision: str = "head", variables: Sequence[Variable
     A new database is migrated in one transaction. In an existing one, the indexes that a migration lists in
     `CONCURRENTLY` are created before it, outside of a transaction, so that receivers can write to the tables.
 
-    `variables`: at head, those that `analytics.sessions` has as columns; None leaves its columns as they are.
+    `variables`: those that become columns of `analytics.sessions` at head; None leaves its columns as they are.
 
     Raises `SchemaError` if the schema is newer than this version supports, if the user lacks a privilege, or if
     other sessions lock the tables for too long.
@@ -144,7 +144,7 @@ def _explain_refusal(connection: Connection, refusal: str) -> str:
 
 
 def _upgrade(connection: Connection, revision: str, variables: Sequence[Variable] | None) -> None:
-    # An ordinary user needs no privilege to create schemas or to grant once an owner has done both.
+    # Once an owner has created the schemas and granted the privileges, an ordinary user need not be able to do so.
     if _is_done(connection, revision, variables):
         return
     if current(connection) is not None and revision == "head":
@@ -154,7 +154,7 @@ def _upgrade(connection: Connection, revision: str, variables: Sequence[Variable
         with _another_migration():
             connection.execute(text(f"CREATE SCHEMA {tables.SCHEMA}"))
     _lock(connection)
-    if _is_done(connection, revision, variables):  # by another migration in between
+    if _is_done(connection, revision, variables):  # another migration has done it in the meantime
         return
     _repair(connection)
     command.upgrade(_config(connection), revision)
@@ -177,7 +177,7 @@ Indexes = Mapping[str, str]  # by name: table, expressions and condition of each
 
 
 def _pending_indexes(engine: Engine, revision: str) -> list[tuple[str, Indexes]]:
-    """Return the indexes that an existing database lacks, each with the revision that it needs before."""
+    """Return the indexes to create in an existing database, by the revision at which they are created."""
     script = ScriptDirectory.from_config(_config())
     with transaction(engine) as connection:
         is_at = current(connection)
@@ -198,9 +198,10 @@ _SELECT_INDEX = text(
 
 
 def _create(guard: Connection, engine: Engine, indexes: Indexes) -> None:
-    """Create the indexes that are missing, and those again whose creation was interrupted.
+    """Create the missing indexes, and create again each index whose creation was interrupted.
 
-    `guard` excludes other migrations until then. It holds no snapshot, because the creation would wait for its end.
+    The transaction of `guard` excludes other migrations until all are created. It must hold no snapshot, because
+    Postgres would wait for the end of that snapshot.
     """
     _lock(guard)
     own = connect(engine.url, pool_size=1, prepared_statements=False)
@@ -209,7 +210,7 @@ def _create(guard: Connection, engine: Engine, indexes: Indexes) -> None:
             connection.exec_driver_sql(f"SET statement_timeout = '{INDEX_SECONDS}s'")
             connection.exec_driver_sql(f"SET lock_timeout = '{INDEX_LOCK_SECONDS}s'")
             created = [name for name in indexes if _create_index(connection, name, indexes[name])]
-            if created:  # otherwise their expressions, and a column that is sampled again, have no statistics
+            if created:  # otherwise the new expressions, and a column that Postgres samples again, have no statistics
                 connection.exec_driver_sql("ANALYZE archiver.sessions, archiver.chats, archiver.messages")
     finally:
         own.dispose()
@@ -226,7 +227,7 @@ def _create_index(connection: Connection, name: str, definition: str) -> bool:
 
 
 def _repair(connection: Connection) -> None:
-    """Prepare an older database for the migrations before the repair migration, which does the rest."""
+    """Prepare an older database for the migrations that precede the repair migration, which repairs the rest."""
     script = ScriptDirectory.from_config(_config())
     is_at = current(connection)
     if is_at is not None and is_at < _REPAIRED_FROM:

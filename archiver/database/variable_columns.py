@@ -25,7 +25,7 @@ _TYPES: Mapping[str, str] = {
     "time": "timestamp with time zone",
 }
 
-# Each pattern accepts only what the cast accepts. Casts have no form that returns null before Postgres 16.
+# Each pattern accepts only text that the cast accepts. Before Postgres 16, no function tests this without an error.
 _NUMBER = "^ *[+-]?([0-9]{1,100}([.][0-9]{0,100})?|[.][0-9]{1,100})(e[+-]?[0-9]{1,3})? *$"
 _DAY = (
     "(?!0000)(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
@@ -62,7 +62,7 @@ def definition(variables: Sequence[Variable]) -> str:
 
 
 class VariableColumnError(ArchiverError):
-    """Other objects use the columns that are to be removed."""
+    """The columns cannot be changed, because other objects use the view."""
 
 
 class Present(msgspec.Struct, frozen=True):
@@ -87,12 +87,12 @@ _SELECT = text(
 
 
 def _has_own_columns(connection: Connection) -> bool:
-    """Return whether the view begins with the columns that it has without variables."""
+    """Return whether the view begins with all of its own columns, those that are not variables."""
     return [row.name for row in connection.execute(_SELECT)][: len(_OWN)] == [*_OWN]
 
 
 def select_present(connection: Connection) -> dict[str, Present]:
-    """Return the columns for variables that the view has, by name in order."""
+    """Return the view's present columns for variables, by name, in their order."""
     return {row.name: Present(row.type, row.comment) for row in connection.execute(_SELECT) if row.name not in _OWN}
 
 
@@ -105,7 +105,7 @@ def wanted(variables: Sequence[Variable]) -> dict[str, Present]:
 
 
 def in_order(variables: Sequence[Variable], present: Mapping[str, Present]) -> list[Variable]:
-    """Return the variables with those first whose columns are there, in the order of these."""
+    """Return the variables: first those that have a column, in the order of the columns, then the others."""
     places = {name: place for place, name in enumerate(present)}
     return sorted(variables, key=lambda each: places.get(each.column, len(places)))
 
@@ -113,8 +113,8 @@ def in_order(variables: Sequence[Variable], present: Mapping[str, Present]) -> l
 def bring_up_to_date(connection: Connection, variables: Sequence[Variable]) -> None:
     """Make the view have exactly the columns of these variables.
 
-    New columns are added at the end. If one is removed or gets another type, the view is dropped and created again,
-    with its grants. Raises `VariableColumnError` if another object uses the view then.
+    New columns are added at the end. If a column is removed or gets another type, the view is dropped and created
+    again, with its grants; in that case, raises `VariableColumnError` if another object uses the view.
     """
     present, columns = select_present(connection), wanted(variables)
     if present == columns:
@@ -185,7 +185,7 @@ def name_difference(connection: Connection, variables: Sequence[Variable]) -> st
 
 
 def with_columns(connection: Connection, catalogue: Catalogue, variables: Sequence[Variable]) -> Catalogue:
-    """Return the expected catalogue with the columns of these variables, which the view has."""
+    """Add the columns of these variables, which the view must have, to the expected catalogue; return the result."""
     if not variables:
         return catalogue
     view, like = f"view {VIEW}", catalogue[f"column {VIEW}.reason"]

@@ -426,7 +426,7 @@ class Settings(BaseSettings):
 
     @property
     def promoted_variables(self) -> tuple[Variable, ...]:
-        """Return the variables that `analytics.sessions` has as columns, in the order of the setting."""
+        """Return the variables that become columns of `analytics.sessions`, in the order of the setting."""
         return variables.parse(self.analytics_variables)
 
     @property

@@ -1,4 +1,4 @@
-"""Variables of turns that `analytics.sessions` has as columns, and the names of those columns."""
+"""Variables of turns that are columns of `analytics.sessions`, and the names of those columns."""
 
 import re
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Background duties that start, fail and recover independently, on any number of machines.
 
 Histories are read by procrastinate jobs, which Postgres stores: a timer distributes the due sessions, in bulk and in
-the order in which upstream forgets them, and each job reads some of them. A job that is lost with its worker costs
+the order in which they expire upstream, and each job reads some of them. A job that is lost with its worker costs
 nothing: its sessions become due again. All other duties are loops on monotonic time.
 """
 
@@ -47,7 +47,7 @@ COMPACT_SECONDS = 20.0
 SEARCH_SECONDS = 1.0  # between two looks for changes
 ROLLUP_SECONDS = 5.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
-_UNREADABLE = "unreadable"  # the part of the report of `identity` about rows that could not be compared
+_UNREADABLE = "unreadable"  # the part of the report of the duty `identity` that names rows that could not be compared
 CLAIM_SHARE = 0.9  # share of a period, so that workers do not claim in lockstep
 
 

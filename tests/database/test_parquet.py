@@ -175,8 +175,8 @@ def test_a_cursor_further_back_writes_more_and_one_beyond_is_refused(engine: Eng
     ("statement", "why"),
     [
         ("DELETE FROM archiver.changes WHERE cursor <= (SELECT max(cursor) - 1 FROM archiver.changes)", "deleted"),
-        ("epochs", "another epoch"),
-        ("CREATE OR REPLACE VIEW analytics.chats AS SELECT *, 1 AS added FROM ({view}) v", "other columns"),
+        ("epochs", "a new epoch"),
+        ("CREATE OR REPLACE VIEW analytics.chats AS SELECT *, 1 AS added FROM ({view}) v", "columns of the views"),
     ],
 )
 def test_a_feed_that_does_not_suffice_has_everything_written(
@@ -212,7 +212,7 @@ def test_a_folder_of_something_else_is_refused(engine: Engine, lake: Path, tmp_p
     manifest = json.loads((lake / "manifest.json").read_bytes())
     manifest["parquet"]["epoch"] = "1-elsewhere"
     (lake / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(WrongCursorError, match="contains another database"):
+    with pytest.raises(WrongCursorError, match="is an export of another database"):
         update(engine, lake)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
@@ -413,7 +413,7 @@ def test_two_exports_cannot_write_one_folder(engine: Engine, lake: Path) -> None
     result: list[str] = []
 
     def progress(*_: Any) -> None:
-        with pytest.raises(FolderError, match="another export writes to"):
+        with pytest.raises(FolderError, match="another export is writing to"):
             update(engine, lake)
         result.append("refused")
 

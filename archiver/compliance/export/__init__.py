@@ -1,4 +1,4 @@
-"""Exports: transcripts, with proofs of their origin that can be verified offline."""
+"""Export transcripts, with proofs of their origin that can be verified offline."""
 
 from archiver.compliance.export.checking import Checked, check
 from archiver.compliance.export.findings import Finding

@@ -48,8 +48,8 @@ def check(
 
     `keys`: the keys that must have signed the seals, and the first seal that must be signed. `heads`: hashes of
     seals by number from an earlier export; `through`: the last id of each table that the newest of those seals
-    covers. `digest`: SHA-256 of the manifest, obtained from another source; it vouches for the export like a
-    signature.
+    covers. `digest`: SHA-256 of the manifest, obtained from another source; it vouches for the export as a
+    signature does.
 
     Reads files as streams; memory is bounded by the longest line and by one seal.
     """
@@ -161,7 +161,7 @@ class _Checking:
         """Check the rows of the ledger against their seals, in one pass over both."""
         checked, findings = self._checked, FindingQueue()
         rows = Rows(self._folder, manifest_record.files, findings)
-        # A verified export was made before the seals that it lacks; an unverified export may have lost them.
+        # Seals that a vouched export lacks are newer than it. In any other export, they may have been removed.
         is_vouched = checked.is_signed or self._digest == checked.digest
         known = KnownSeals(self._known.heads) if is_vouched else self._known
         seals = SealCheck(rows, self._keys, known, findings)

@@ -5,7 +5,7 @@ import msgspec
 MAX_FINDINGS = 10_000  # findings reported per export
 
 DESCRIPTIONS = {
-    "more": "further findings of this kind are not listed",
+    "more": "further findings are not listed",
     "missing": "it is missing",
     "extra": "it does not belong to the export",
     "not_a_file": "it is not a regular file",
@@ -34,8 +34,8 @@ DESCRIPTIONS = {
     "wrong_signature": "its signature is not by the key that it names",
     "unsigned": "it is not signed, although it must be",
     "not_recorded": "its SHA-256 differs from the given one",
-    "seal_left_out": "an earlier exported seal covers it or a later row, but no seal of this export does",
-    "none_known": "none of its seals is among the earlier exported seals",
+    "seal_left_out": "a seal exported earlier covers it or a later row, but no seal of this export covers it",
+    "none_known": "none of its seals is among the seals exported earlier",
     "not_the_known_one": "it differs from the seal exported earlier under this number",
 }
 

@@ -21,7 +21,7 @@ BY_FORMAT: Mapping[str, tuple[str, ...]] = {
     "openai": ("openai.jsonl",),
 }
 FORMATS = tuple(BY_FORMAT)
-PARQUET = "parquet"  # the only format of its export, which later runs update
+PARQUET = "parquet"  # never combined with another format; later runs update the export
 _PARQUET_FILE = re.compile(r"(conversations|chats|messages)/day=[0-9]{4}-[0-9]{2}-[0-9]{2}/\1\.parquet")
 
 
@@ -67,7 +67,7 @@ class Parquet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `cursor`, `epoch`: the newest change of the feed that the files contain. `since`: the cursor after which the run
     read changes; null if it wrote all days, for the reason `why`. `written`: the days that it wrote. `erased`: those
-    that contained rows of conversations of which content was erased. `columns`: by table and name, the Arrow types.
+    that contained rows of conversations with erased content. `columns`: by table and name, the Arrow types.
     """
 
     cursor: Whole

@@ -85,7 +85,7 @@ class Ids:
 
 
 def write_seals(connection: Connection, sink: Sink, exported: Mapping[str, Ids], *, is_all: bool) -> Seal:
-    """Write each seal that covers an exported row, and the newest; all seals if `is_all`. Return the newest."""
+    """Write each seal that covers an exported row, and the newest seal, which is returned; all seals if `is_all`."""
     for ids in exported.values():
         ids.rewind()
     newest = chain.select_newest(connection)

@@ -6,7 +6,7 @@ from psycopg import sql
 
 from archiver.compliance.export.selection import Selection
 
-# Session by session: the rows come from indexes in order, so nothing large is sorted.
+# Session by session: indexes return the rows in order, so that Postgres sorts nothing large.
 _OF_SESSIONS = """
     SELECT {what} FROM ({sessions}) s CROSS JOIN LATERAL ({rows} WHERE v.session_id = s.session_id OFFSET 0) v
      ORDER BY s.session_id{order}
@@ -83,7 +83,7 @@ def as_openai(selection: Selection) -> sql.Composable:
     return sql.SQL(_BINARY).format(sql.SQL(_CHAT).format(_named(selection)))
 
 
-# The id, the line without its byte fields, and these fields: encoding them in Postgres would double the time.
+# The id, the line without its byte fields, and then these fields: to encode them in Postgres would double the time.
 _EVENT = """
     SELECT v.id, row_to_json((SELECT r FROM (SELECT
                v.id, v.type, v.source, v.session_id, v.chat_id, v.received_at, v.last_received_at, v.delivery_count,

@@ -48,7 +48,7 @@ class Selection(msgspec.Struct, frozen=True):
         return _union(parts)
 
     def turns(self) -> sql.Composable:
-        """Return a query for the chat ids of the selected unassigned turns, by the rules that apply to holds."""
+        """Return a query for the chat ids of the selected unassigned turns, which follow the rules of holds."""
         if self.is_all:
             return sql.SQL("SELECT chat_id FROM archiver.chats WHERE session_id = ''")
         of_sessions = sql.SQL("SELECT c.chat_id FROM archiver.chats c WHERE c.session_id IN ({})")

@@ -21,7 +21,7 @@ _MAX_SQL = 200  # characters of a statement that is worth printing
 def select_differences(connection: Connection, variables: Sequence[Variable] = ()) -> list[Difference]:
     """Return each difference between the database and what this version expects; the database must be at head.
 
-    `variables`: those that `analytics.sessions` has as columns. Leaves the transaction's search path as it was.
+    `variables`: those that are columns of `analytics.sessions`. Leaves the transaction's search path as it was.
     """
     before = connection.scalar(text("SELECT current_setting('search_path')"))
     expected, item = read_expected(), read(connection)

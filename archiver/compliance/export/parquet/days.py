@@ -1,4 +1,4 @@
-"""Find the days whose files have to be written."""
+"""Find the days whose files a run must write."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
@@ -21,14 +21,14 @@ _ERASURES = frozenset({"chat.erased", "session.erased"})
 
 
 class WrongCursorError(ArchiverError):
-    """The folder cannot be updated from this cursor."""
+    """The folder cannot be updated from this cursor, or belongs to another database."""
 
 
 class Plan(msgspec.Struct):
     """The days to write. `cursor`, `epoch`: the newest change that the files will contain.
 
     `since`: the cursor after which changes were read; None if all days are written, for the reason `why`.
-    `erased`: the days that contain rows of sessions of which content was erased since.
+    `erased`: the days that contain rows of sessions with content erased since then.
     """
 
     cursor: int
@@ -46,7 +46,7 @@ def plan(connection: Connection, staging: Staging, since: int | None, columns: C
     """Return the days to write so that the folder contains the state of this snapshot.
 
     `since`: read the changes after this cursor instead of the cursor in the manifest. Raises `WrongCursorError` if
-    the folder lacks changes before it, or contains another database.
+    the folder lacks changes before it, or is an export of another database.
     """
     former = staging.former
     newest = select_extent(connection).newest
@@ -71,23 +71,23 @@ def _parquet(former: Manifest) -> Any:
 def _check(former: Manifest, since: int | None, epochs: Sequence[str], staging: Staging) -> None:
     state = _parquet(former)
     if state.epoch is not None and state.epoch not in epochs:
-        raise WrongCursorError(f"{staging.target} contains another database; choose another --output")
+        raise WrongCursorError(f"{staging.target} is an export of another database; choose another --output")
     if since is not None and since > state.cursor:
         raise WrongCursorError(
             f"{staging.target} contains the changes up to cursor {state.cursor}; --since-cursor {since} would omit"
-            " changes: give a cursor that is not greater, or none"
+            " changes: give that cursor or a lower one, or omit --since-cursor"
         )
 
 
 def _reason_for_all(
     connection: Connection, former: Manifest, after: int, epoch: str | None, columns: Columns
 ) -> str | None:
-    """Return why all days have to be written; None if the changes after the cursor are sufficient."""
+    """Return why all days must be written; None if it is sufficient to read the changes after the cursor."""
     extent = select_extent(connection)
     if _parquet(former).columns != columns:
-        return "the views have other columns"
+        return "the columns of the views have changed"
     if _parquet(former).epoch != epoch or after > extent.newest:
-        return "the feed began another epoch"
+        return "a new epoch of the feed has begun"
     if after < extent.newest and extent.oldest > after + 1:
         return f"changes after cursor {after} were deleted"
     return None
@@ -96,7 +96,7 @@ def _reason_for_all(
 def _select_changed_days(
     connection: Connection, staging: Staging, former: Manifest, after: int
 ) -> tuple[set[date], set[date]]:
-    """Return the days with rows of changed sessions, in the archive or in a file; and those with erased sessions."""
+    """Return the days with rows of changed sessions, in the archive or in a file, and those of erased sessions."""
     days: set[date] = set()
     erased: set[date] = set()
     for page in _changes(connection, after):
@@ -111,7 +111,7 @@ def _select_changed_days(
 def _changes(connection: Connection, after: int) -> Iterator[Sequence[Entry | Change]]:
     """Yield the changes after this cursor in pages, and then those that are not published yet.
 
-    The latter have no cursor, so the next run reads them again.
+    Unpublished changes have no cursor, so the next run reads them again.
     """
     while page := select_changes(connection, after, PAGE_CHANGES):
         after = page[-1].cursor
@@ -130,13 +130,13 @@ def _rows_of(page: Iterable[Entry | Change]) -> ChangedRows:
     for change in page:
         if change.session_id:
             result.session_ids.add(change.session_id)
-        if change.chat_id is not None:  # it may have been unassigned before
+        if change.chat_id is not None:  # the turn may have been unassigned before
             result.chat_ids.add(change.chat_id)
     return result
 
 
 def _days_of_files(staging: Staging, former: Manifest, rows: ChangedRows, known: set[date]) -> Iterator[date]:
-    """Yield the days, except for the known ones, of the files that contain any of these rows."""
+    """Yield the days, except those in `known`, of the files that contain any of these rows."""
     search, found = Search(rows), set(known)
     for name in sorted(former.files):
         _, day = table_and_day(name)
@@ -184,7 +184,7 @@ def _select_days(connection: Connection, rows: ChangedRows) -> Iterator[date]:
     return iter(connection.scalars(_DAYS, ids))
 
 
-# Sessions with a turn or a message on a day, by the index of this expression.
+# Sessions with a turn, and so possibly a message, on a day; found by the index on this expression.
 _SESSIONS_OF_DAY = (
     f"SELECT DISTINCT c.session_id FROM archiver.chats c WHERE {_BEGAN} >= {{first}} AND {_BEGAN} < {{end}}"  # noqa: S608  # constants
 )
@@ -199,7 +199,7 @@ _ROWS_OF_DAY = {
          WHERE v.began_at >= {first} AND v.began_at < {end} ORDER BY s.session_id, v.position
     """,
 }
-# A session may have begun on a day of one of its turns, or on the day of its creation or first event.
+# A session begins on the day of one of its turns, or on the day of its creation or first event.
 _CONVERSATIONS = """
     SELECT (v.started_at AT TIME ZONE 'UTC')::date AS day, {what} FROM (
            SELECT s.session_id FROM archiver.sessions s

@@ -15,8 +15,8 @@ from archiver.compliance.export import queries
 from archiver.compliance.export.manifest import File
 from archiver.errors import ArchiverError
 
-GROUP_ROWS, GROUP_BYTES = 50_000, 16 * 1024 * 1024  # limits of a row group, and so of what is kept in memory
-COST_DIGITS = 18  # after the point; 20 remain in front of it
+GROUP_ROWS, GROUP_BYTES = 50_000, 16 * 1024 * 1024  # limits of a row group, which is kept in memory
+COST_DIGITS = 18  # after the decimal point; 20 remain before it
 
 
 class MissingLibraryError(ArchiverError):
@@ -138,18 +138,18 @@ class Writer:
         return File(self._path.stat().st_size, self.rows, digest)
 
     def close(self) -> None:
-        """Close the file, which `complete` has done already."""
+        """Close the file; does nothing after `complete`."""
         self._file.close()
 
 
 class ChangedRows(msgspec.Struct):
-    """Rows by their ids: all of these sessions, and these unassigned turns."""
+    """The rows to find: all rows of these sessions, and these unassigned turns."""
 
     session_ids: set[str] = msgspec.field(default_factory=set)
     chat_ids: set[str] = msgspec.field(default_factory=set)
 
     def __bool__(self) -> bool:
-        """Return whether there are any."""
+        """Return whether there are any rows to find."""
         return bool(self.session_ids or self.chat_ids)
 
 
@@ -172,7 +172,7 @@ class Search:
             return False
         try:
             return self._is_in(path)
-        except (OSError, ValueError):  # the latter also for errors of Arrow
+        except (OSError, ValueError):  # Arrow raises ValueError, too
             return True
 
     def _is_in(self, path: Path) -> bool:

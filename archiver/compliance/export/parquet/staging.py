@@ -1,8 +1,8 @@
 """Replace files of a folder so that a kill at any time leaves it readable, and the next run completes it.
 
-New files are written to the folder `.new`. When all are there, the new manifest is written next to them; from then
-on the change is decided: the files are moved into place, the manifest last. A run that finds an undecided `.new`
-removes it, and one that finds a decided `.new` first moves the rest of its files.
+New files are written to the folder `.new`. When all are complete, the new manifest is written next to them,
+which commits the change. Then the files are moved into place, the manifest last. A run that finds a `.new` without a
+manifest removes it. A run that finds a `.new` with a manifest first moves its remaining files.
 """
 
 import errno
@@ -25,9 +25,9 @@ _NEW = ".new"
 
 @contextmanager
 def opened(output: Path) -> Iterator["Staging"]:
-    """Yield the folder, created if necessary and locked. Unless `commit` was called, the block leaves it as it was.
+    """Yield the folder, locked, and created if necessary. Without a call of `commit`, it stays as it was.
 
-    Raises `FolderError` if another export writes to it, or it contains anything but an export in Parquet.
+    Raises `FolderError` if another export is writing to it, or if it contains anything but an export in Parquet.
     """
     target = output.resolve()
     try:
@@ -42,7 +42,7 @@ def opened(output: Path) -> Iterator["Staging"]:
             finally:
                 staging.discard()
                 if is_created:
-                    with suppress(OSError):  # not empty: the export is complete
+                    with suppress(OSError):  # not empty, because the export is complete
                         target.rmdir()
         finally:
             os.close(descriptor)
@@ -54,7 +54,7 @@ def _lock(descriptor: int, target: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise FolderError(f"another export writes to {target}; wait until it is complete") from None
+        raise FolderError(f"another export is writing to {target}; wait until it is complete") from None
     except OSError:
         pass  # the file system does not support locks
 
@@ -74,8 +74,8 @@ class Staging:
         self.target = target
         self._new = target / _NEW
         self.former = self._read_former()
-        if (decided := _read(self._new / manifest.MANIFEST)) is not None:
-            self._install(decided)
+        if (committed := _read(self._new / manifest.MANIFEST)) is not None:
+            self._install(committed)
         self.discard()
 
     def _read_former(self) -> Manifest | None:
@@ -114,7 +114,7 @@ class Staging:
         shutil.rmtree(self._new, ignore_errors=True)
 
     def _install(self, new: Manifest) -> None:
-        """Move the files into place. Repeats what a killed run has already done without effect."""
+        """Move the files into place. A step that a killed run has already done has no effect."""
         changed = {self.target}
         for name in new.files:
             if (self._new / name).exists():
@@ -123,7 +123,7 @@ class Staging:
                 changed |= {(self.target / name).parent, (self.target / name).parent.parent}
         for name in set() if self.former is None else self.former.files.keys() - new.files.keys():
             (self.target / name).unlink(missing_ok=True)
-            with suppress(OSError):  # another file is in it
+            with suppress(OSError):  # the folder contains another file
                 (self.target / name).parent.rmdir()
             changed.add((self.target / name).parent.parent)
         for each in sorted(filter(Path.exists, changed)):
@@ -138,7 +138,7 @@ class Staging:
 
 
 def _read(path: Path) -> Manifest | None:
-    """Return this manifest of an export in Parquet; None if there is none, or it is incomplete."""
+    """Return the manifest at this path; None if there is none, or it is not that of an export in Parquet."""
     try:
         result = manifest.decode(path.read_bytes())
     except OSError:

@@ -1,4 +1,4 @@
-"""Update an export in Parquet: record it, read one snapshot, replace the files of the days that changed."""
+"""Update an export in Parquet: record it, read one snapshot, and replace the files of the days that changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -42,7 +42,7 @@ def update(
 ) -> CompletedExport:
     """Bring the folder `output` up to date, signed if there is a key; if it is new, write everything.
 
-    `since`: write the days of the sessions that changed after this cursor of the feed, instead of after the cursor
+    `since`: write the days of the sessions that changed after this cursor of the feed; without it, after the cursor
     in the folder's manifest. The audit log records the export before anything is read, and again at the end.
     Raises `FolderError`, `MissingLibraryError` and `WrongCursorError`.
     """
@@ -76,7 +76,7 @@ def update(
 
 
 def _days_with_files(folder: Staging, plan: Plan, written: Mapping[str, File]) -> list[str]:
-    """Return those of the days to write that have files now, or had before."""
+    """Return the written days that have files now or had files before."""
     former = {} if folder.former is None else folder.former.files
     found = {files.table_and_day(name)[1] for name in (*former, *written)}
     return [each.isoformat() for each in plan.days if each in found]
