@@ -20,7 +20,7 @@ COMMANDS = {  # by name: module and attribute in archiver.cli, and the first sen
     "backfill": ("backfill:command", "Fetch histories now and recover messages that webhooks lost."),
     "console": (
         "console:console",
-        "Serve the pages at /console, without receiving webhooks, until SIGTERM or Ctrl-C.",
+        "Serve the console at /console, without receiving webhooks, until SIGTERM or Ctrl-C.",
     ),
     "demo": ("demo:demo", "Run a demo on this machine: a database, the receiver and a simulated CallHQ."),
     "doctor": ("status:doctor", "Check settings, spool, database, roles, schema and clock, and print remedies."),

@@ -1,4 +1,4 @@
-"""`archiver console`: the pages in a process of their own."""
+"""`archiver console`: the console in a process of its own."""
 
 import signal
 import sys
@@ -21,9 +21,9 @@ log = structlog.get_logger(__name__)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8001, show_default=True, type=Whole(0, 65535), help="Port; 0 selects a free one.")
 def console(*, host: str, port: int) -> None:
-    """Serve the pages at /console, without receiving webhooks, until SIGTERM or Ctrl-C.
+    """Serve the console at /console, without receiving webhooks, until SIGTERM or Ctrl-C.
 
-    `archiver serve` serves them too, unless ARCHIVER_CONSOLE is off. Users are added with `archiver users add`.
+    `archiver serve` serves it too, unless ARCHIVER_CONSOLE is off. `archiver users add` adds users.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

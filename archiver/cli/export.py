@@ -36,7 +36,7 @@ from archiver.ledger import audit_log
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder to create; if it exists, it must be empty, or with --format parquet an export to update.",
+    help="Folder to create; if it exists, it must be empty, or, with --format parquet, an export to update.",
 )
 @click.option("--session", "session_ids", multiple=True, metavar="ID", help="One session; may be repeated.")
 @options.since_option
@@ -60,8 +60,8 @@ from archiver.ledger import audit_log
     "--since-cursor",
     type=Whole(0, 2**63 - 1),
     metavar="N",
-    help="With --format parquet: update the export by the changes after this cursor of the change feed, instead of"
-    " the cursor in its manifest.",
+    help="With --format parquet: update the export with the changes after this cursor of the change feed, instead of"
+    " those after the cursor in its manifest.",
 )
 @click.option(
     "--raw-csv",

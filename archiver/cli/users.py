@@ -26,7 +26,7 @@ _password_option = click.option(
     "--password-file",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     metavar="FILE",
-    help="File with the password in its first line; `-` for standard input.  [default: ask]",
+    help="File whose first line is the password; - reads stdin.  [default: ask]",
 )
 
 
@@ -95,10 +95,10 @@ def list_(*, as_json: bool) -> None:
 
 
 def _password(file: Path | None) -> str:
-    """Read a password from the file, from standard input, or from the terminal, which asks twice."""
+    """Read a password from the file or from stdin; without a file, ask for it twice on the terminal."""
     if file is None:
         if not sys.stdin.isatty():
-            raise click.UsageError("Without a terminal, --password-file FILE is required; `-` reads standard input.")
+            raise click.UsageError("Without a terminal, --password-file FILE is required; - reads stdin.")
         answer: str = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
         return answer
     try:

@@ -113,7 +113,7 @@ class Settings(BaseSettings):
     session_lifetime: int = _env(
         "ARCHIVER_SESSION_LIFETIME",
         86_400,
-        "Seconds after which CallHQ forgets a session; its history is read once more before then.",
+        "Seconds after which a session expires at CallHQ; its history is read once more before then.",
         gt=0,
         le=366 * 86_400,
     )
@@ -158,7 +158,8 @@ class Settings(BaseSettings):
     console: Literal["on", "off"] = _env(
         "ARCHIVER_CONSOLE",
         "on",
-        "`on`: `serve` also has pages at `/console`, for users that `archiver users add` adds; `off`: it has none.",
+        "`on`: `serve` also serves the console at `/console`, for users that `archiver users add` adds; `off`: it "
+        "does not.",
     )
     console_acts: Literal["on", "off"] = _env(
         "ARCHIVER_CONSOLE_ACTS",
@@ -169,7 +170,7 @@ class Settings(BaseSettings):
     read_database_url: SecretStr | None = _env(
         "ARCHIVER_READ_DATABASE_URL",
         None,
-        "Postgres from which the pages read, such as a replica; unset: that of `DATABASE_URL`.",
+        "Postgres from which the console reads, such as a replica; unset: that of `DATABASE_URL`.",
     )
     spool: Literal["on", "off"] = _env(
         "ARCHIVER_SPOOL",
@@ -227,7 +228,7 @@ class Settings(BaseSettings):
     retention_by_assistant: str = _env(
         "ARCHIVER_RETENTION_BY_ASSISTANT",
         "",
-        "Days for the sessions of some assistants instead, such as `as_1=30,as_2=365`; the longest applies if "
+        "Other periods for some assistants, in days, such as `as_1=30,as_2=365`; the longest applies if "
         "several took part.",
     )
     retention_metadata_days: int = _env(
@@ -265,7 +266,7 @@ class Settings(BaseSettings):
     followups_days: int = _env(
         "ARCHIVER_FOLLOWUPS_DAYS",
         14,
-        "Days for which finished deliveries and their attempts are kept.",
+        "Days for which finished deliveries of follow-ups and their attempts are kept.",
         gt=0,
         le=MAX_DAYS,
     )
@@ -277,7 +278,7 @@ class Settings(BaseSettings):
     analytics_variables: str = _env(
         "ARCHIVER_ANALYTICS_VARIABLES",
         "",
-        "Variables of turns that `analytics.sessions` has as columns, such as `customerTier,seats:number`; "
+        "Variables of turns that become columns of `analytics.sessions`, such as `customerTier,seats:number`; "
         "`archiver migrate` adds and removes the columns. Types: `text` (default), `number`, `boolean`, `time`.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _env(

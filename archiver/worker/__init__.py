@@ -44,7 +44,7 @@ RETENTION_WITHIN = timedelta(minutes=10)
 RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
-SEARCH_SECONDS = 1.0  # between two looks for changes
+SEARCH_SECONDS = 1.0  # between two checks for changes
 ROLLUP_SECONDS = 5.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
 _UNREADABLE = "unreadable"  # the part of the report of the duty `identity` that names rows that could not be compared

@@ -51,7 +51,7 @@ _JOBS = "readings"  # the part of the duty's report that is about jobs
 _COUNT_WAITING = text(
     "SELECT count(*) FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name = :queue"
 )
-# Earlier versions ran every duty as periodic jobs of these queues; no worker runs them any more.
+# Earlier versions ran every duty as periodic jobs of these queues; no worker runs them now.
 _DELETE_EARLIER = text(
     "DELETE FROM archiver_jobs.procrastinate_jobs WHERE status = 'todo' AND queue_name IN ('timers', 'upkeep')"
 )

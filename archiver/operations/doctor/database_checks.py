@@ -1,4 +1,4 @@
-"""Database checks: durability, rights of this user, and background duties."""
+"""Database checks: durability, privileges of this user, and background duties."""
 
 import re
 import time
@@ -297,7 +297,7 @@ def _roles(connection: Connection) -> Finding:
         return Finding(
             "roles",
             "warning",
-            f"The roles {', '.join(absent)} do not exist, so users cannot be granted minimal rights.",
+            f"The roles {', '.join(absent)} do not exist, so users cannot be granted minimal privileges.",
             "As an administrator, run deploy/roles.sql; then run `archiver migrate` again.",
         )
     return Finding("roles", "ok", f"Dashboards: GRANT {roles.READER} TO your_dashboard;")
@@ -408,7 +408,7 @@ _LATE_SECONDS = 3_600
 def _followups(connection: Connection) -> Finding | None:
     """Check that subscriptions get their deliveries; None without subscriptions."""
     if not may_select_stats(connection):
-        return None  # missing rights are reported above
+        return None  # missing privileges are reported above
     stats = select_stats(connection)
     if not stats.subscriptions:
         return None

@@ -1,4 +1,4 @@
-"""Check what other logins may cost: their limits, and old snapshots that hold back vacuum."""
+"""Check other logins: whether they have limits, and old snapshots that hold back vacuum."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from archiver.database import roles
 from archiver.operations.doctor.finding import Finding
 
 OLD_SECONDS = 600.0  # of a snapshot
-OLD_TRANSACTIONS = 1_000_000  # since a snapshot whose time Postgres does not show to this user
+OLD_TRANSACTIONS = 1_000_000  # since a snapshot for which Postgres shows this user no time
 MAX_NAMED = 5  # logins or snapshots, in one finding
 
 _TIMEOUTS = {"statement_timeout": "60s", "idle_in_transaction_session_timeout": "60s"}
@@ -57,7 +57,7 @@ _SELECT_LOGINS = text(
 
 
 def examine_logins(connection: Connection) -> Finding:
-    """Check that logins which read the archive have limits; settings of a group are not inherited."""
+    """Check that logins that read the archive have limits. A login does not inherit the settings of its roles."""
     lacking: dict[str, list[str]] = {}
     for login, of_roles, name, value in connection.execute(_SELECT_LOGINS):
         needed = {key: limit for role in of_roles for key, limit in LIMITS[role].items()}
@@ -84,10 +84,9 @@ def _is_limited(name: str, value: str | None) -> bool:
 
 
 class Snapshot(NamedTuple):
-    """A snapshot that holds back vacuum.
-
-    `pid` 0: of a prepared transaction. `since`: when its transaction began; None if Postgres does not show that to
-    this user, or if it is the snapshot of a replica. `transactions`: begun since then.
+    """A snapshot that holds back vacuum. `pid` 0: it belongs to a prepared transaction. `since`: when its transaction
+    began; None if Postgres does not show that to this user, or if it is the snapshot of a replica. `transactions`:
+    the number of transactions that began after it.
     """
 
     pid: int
@@ -100,7 +99,7 @@ class Snapshot(NamedTuple):
 
     @property
     def is_old(self) -> bool:
-        """Return whether it has held back vacuum for long."""
+        """Return whether the snapshot has held back vacuum for long."""
         return self.transactions >= OLD_TRANSACTIONS if self.seconds is None else self.seconds >= OLD_SECONDS
 
     def __str__(self) -> str:
@@ -114,7 +113,7 @@ class Snapshot(NamedTuple):
         return f"{who} (user {user}, application {application}, {self.state or 'state hidden'}) {age}"
 
 
-# Of other databases only the snapshots of replicas (no database) matter here.
+# Includes the snapshots of replicas, which belong to no database, but not those of other databases.
 _SELECT_SNAPSHOTS = text(
     """
     SELECT pid, usename, application_name, state, xact_start,

@@ -1,5 +1,5 @@
--- An incremental run replaces the rows of the conversations that changed, and deletes those that are not archived any
--- more. The greatest cursor is read again, because a row may have been stored late under it.
+-- An incremental run replaces the rows of changed conversations, and deletes those of conversations that are no longer
+-- archived. It also reads the rows with the greatest known cursor again, because more of them may have been stored since.
 {{
     config(
         materialized='incremental',
