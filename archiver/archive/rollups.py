@@ -1,9 +1,9 @@
-"""Keep the rollups: what each session contributes to 15 minutes, and the sums of these by bucket and UTC day.
+"""Keep the rollups: the contributions of each session per 15 minutes, and their sums per bucket and UTC day.
 
-Nothing is added to a sum or subtracted from it. The publisher of the feed computes the contributions of changed
-sessions as a whole and marks the buckets that they changed as stale; `sum_stale` sums stale buckets as a whole. The
-views compute both for what is behind, so that they are exact at any time. Unassigned turns have no session and no
-contributions: the views always compute theirs.
+No sum is ever incremented or decremented. The publisher of the feed recomputes all contributions of each changed
+session and marks the buckets whose contributions changed as stale; `sum_stale` sums stale buckets again. The views
+compute missing contributions and sums themselves, so that they are exact at any time. Unassigned turns have no
+session and no contributions: the views always compute theirs.
 """
 
 from collections.abc import Collection, Sequence
@@ -33,9 +33,10 @@ _SUM_OF_LATENCY = f"ARRAY[{', '.join(f'sum(latency[{step}])' for step in _STEPS)
 
 
 def _replaced(table: str, keys: Sequence[str], figures: Sequence[str], scope: str) -> str:
-    """Return the SQL of CTEs that replace the rows of a table whose first key is in `scope` by the rows of `wanted`.
+    """Return the SQL of CTEs that replace the rows of a table whose first key is in `scope` with the rows of
+    `wanted`.
 
-    They write only rows that differ; `removed` and `written` have the buckets of these, or the days.
+    They write only rows that differ; `removed` and `written` return the buckets or days of these rows.
     """
     of_key, of_scope = ", ".join(keys), keys[0]
     returned = "bucket" if "bucket" in keys else of_scope
@@ -76,7 +77,7 @@ _REFRESH = RawStatement(
 
 
 def refresh(connection: Connection, session_ids: Sequence[str]) -> None:
-    """Bring the contributions of these sessions up to date with their turns and mark the changed buckets as stale.
+    """Compute the contributions of these sessions from their turns, and mark the changed buckets as stale.
 
     The caller holds `Lock.PUBLISHING`.
     """
@@ -183,8 +184,8 @@ _SUM_DAYS = RawStatement(
     SELECT
     """  # noqa: S608  # constant names
 )
-# Last, because the publisher waits for it; in its order, so that there is no deadlock. A bucket that changed again
-# since it was selected has another id and stays stale.
+# The last statement, because the publisher waits for its locks; it locks in the order of the publisher, so that there
+# is no deadlock. A bucket that changed again since it was selected has another id and stays stale.
 _CLEAR = RawStatement(
     f"""
     WITH {_MARKS}, summed AS MATERIALIZED (

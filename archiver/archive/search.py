@@ -1,4 +1,4 @@
-"""The table of full-text search: lexemes of the messages, without their text; the only writer of this table.
+"""Write the table of full-text search, which contains the lexemes of the messages without their text.
 
 A worker follows the change feed and refreshes the turns that changed. Rows of messages that no longer exist are
 deleted; their lexemes remain in the files of the partition until `rebuild` rewrites it.
@@ -16,7 +16,7 @@ from archiver.database import Lock, as_json
 
 CHANGES_PER_PAGE = 500
 TURNS_PER_PAGE = 500
-# Characters of a message that are indexed: so many cannot exceed the limit of a tsvector, 1 MB of lexemes.
+# Indexed characters of a message: their lexemes cannot exceed the limit of a tsvector, 1 MB.
 MAX_CHARACTERS = 100_000
 REBUILD_PAUSE_SECONDS = 3_600.0  # between two rebuilds of a partition
 
@@ -29,7 +29,7 @@ class Item(NamedTuple):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Items to index, and the state before and after: cursor, or last turn of the backlog (None at its end)."""
+    """Items to index. `cursor`, `backlog`: the state after them; the last turn of the backlog is None at its end."""
 
     number: int
     cursor: int
@@ -55,7 +55,7 @@ _RESOLVE = text(
 
 
 def select_language(connection: Connection, name: str) -> str | None:
-    """Return the qualified name of a text search configuration of Postgres; None if there is none of this name."""
+    """Return the qualified name of this text search configuration of Postgres; None if it does not exist."""
     found = connection.scalar(_RESOLVE, {"name": name})
     return None if found is None else str(found)
 
@@ -122,7 +122,7 @@ _SELECT_TURNS = text(
 
 
 def select_page(connection: Connection) -> Page | None:
-    """Return the next page of changes, or, if none, of turns from before the index; None: nothing to do, or off.
+    """Return the next page of changes or, without changes, of the backlog; None if both are done, or search is off.
 
     If retention deleted changes that were not indexed, the index is emptied and begins again.
     """
@@ -178,7 +178,7 @@ def _with_whole_sessions(connection: Connection, items: Sequence[Item]) -> list[
 
 _BEGAN = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
 _DIGEST = "hashtextextended(m.content, 0)"
-# A turn that named no session has a row without one until a session is known.
+# An unassigned turn has the empty session id until its session is known.
 _TURNS = """
     items AS MATERIALIZED (
         SELECT session_id, chat_id FROM json_to_recordset(:items) AS t (session_id text, chat_id text)
@@ -190,10 +190,10 @@ _TURNS = """
         ) c WHERE i.chat_id IS NULL
     )
 """
-# OFFSET 0: otherwise Postgres may read the whole table and compare each row with the page, as long as it has no
-# statistics of it.
+# OFFSET 0: while Postgres has no statistics of the table, it might otherwise read it whole and compare each row with
+# the page.
 _OF_TURN = "SELECT * FROM archiver.chats c WHERE c.session_id = t.session_id AND c.chat_id = t.chat_id OFFSET 0"
-# Months for which a partition is added: those of plausible times.
+# Only months of plausible times get a partition.
 _SELECT_MONTHS = text(
     f"""
     WITH {_TURNS}, months AS MATERIALIZED (
@@ -231,7 +231,7 @@ _ADVANCE = text(
 
 
 def index_page(connection: Connection, page: Page) -> Indexed | None:
-    """Index a page, and record that it is done; None if another worker has done so since it was read."""
+    """Index a page, and record that it is complete; return None if another worker completed it in the meantime."""
     Lock.INDEXING.take(connection, exclusive=True)
     if connection.execute(_IS_CURRENT, {"number": page.number}).first() is None:
         return None
@@ -255,7 +255,7 @@ def delete_item(connection: Connection, item: Item) -> None:
 
 
 def finish_page(connection: Connection, page: Page) -> None:
-    """Record that a page is done whose items were indexed one by one."""
+    """Record that a page, whose items were indexed one by one, is complete."""
     Lock.INDEXING.take(connection, exclusive=True)
     if connection.execute(_IS_CURRENT, {"number": page.number}).first() is not None:
         _advance(connection, page)
@@ -282,7 +282,7 @@ _OBSOLETE = f"""
                    AND c.assistant_id IS NOT DISTINCT FROM s.assistant_id)
     RETURNING CAST(s.tableoid AS bigint) AS partition, s.session_id, s.chat_id, s.digest
 """  # noqa: S608  # constants
-# In two statements: of single turns, and of whole sessions, also the turns that no longer exist.
+# Two statements: for single turns, and for whole sessions, which includes turns that no longer exist.
 _DELETE = tuple(
     text(
         f"""
@@ -323,8 +323,8 @@ _INSERT = text(
     SELECT count(*), count(*) FILTER (WHERE is_partial) FROM source
     """  # noqa: S608  # constants
 )
-# An erasure marks the partitions whose rows it deletes. So a text that is still indexed there, in the same
-# conversation, needs no mark when another of its rows is deleted.
+# The partitions with a deleted row whose turn or text is no longer indexed there for the same session. The others
+# need no mark yet: an erasure of the remaining row marks them.
 _SELECT_UNCOVERED = text(
     """
     WITH items AS MATERIALIZED (
@@ -426,8 +426,8 @@ def may_select(connection: Connection) -> bool:
 class Lag(msgspec.Struct, frozen=True):
     """How far the index is behind the archive.
 
-    `language`: None if search is off. `since`: when the oldest change was made that is not indexed; None if all are.
-    `has_backlog`: whether turns remain that are older than the index. `newest`: the newest cursor of the feed.
+    `language`: None if search is off. `since`: the time of the oldest change that is not indexed; None if all are.
+    `has_backlog`: whether turns from before the start of the index remain. `newest`: the newest cursor of the feed.
     """
 
     language: str | None

@@ -1,9 +1,9 @@
 """Store one row per session for analysts (`archiver.summaries`), each recomputed whole from the archive.
 
 The caller holds `Lock.PUBLISHING`: the publisher of the feed, in the transaction that numbers the changes of these
-sessions; the transaction that erases their content; or the duty that adds missing rows. It acquires the lock before
-this statement, which therefore sees everything that the previous holder committed. So erased content cannot be
-written again, and all changes up to the newest cursor are in the rows.
+sessions; the transaction that erases their content; or the duty that adds missing rows. The caller acquires the lock
+before the statements of `refresh`, which therefore see everything that the previous holder committed. So erased
+content cannot be written again, and all changes up to the newest cursor are in the rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,8 +43,8 @@ _COLUMNS = (
     "variables",
 )
 
-# Lateral subqueries, because under the lock Postgres looks up rows by key and joins by nested loops. OFFSET 0:
-# otherwise it may read all sessions and compare each with the page, as long as it has no statistics of them.
+# Lateral subqueries, because under the lock Postgres looks up rows by key and joins by nested loops. OFFSET 0: while
+# Postgres has no statistics of the sessions, it might otherwise read all of them and compare each with the page.
 _UPSERT = RawStatement(
     f"""
     WITH page AS MATERIALIZED (
@@ -108,9 +108,9 @@ _DELETE_GONE = RawStatement(
 
 
 def refresh(connection: Connection, session_ids: Sequence[str], cursors: Mapping[str, int]) -> None:
-    """Recompute the rows of these sessions, each with the cursor of its last change; delete those of no session.
+    """Recompute the rows of these sessions, each with the cursor of its last change; delete rows of missing sessions.
 
-    A row keeps a greater cursor.
+    The cursor of a row never decreases.
     """
     _UPSERT.execute(connection, as_json([{"session_id": each, "cursor": cursors[each]} for each in session_ids]))
     _DELETE_GONE.execute(connection, as_json(session_ids))

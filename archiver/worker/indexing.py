@@ -22,7 +22,7 @@ from archiver.worker.pacing import Pace
 log = structlog.get_logger(__name__)
 
 PAGE_SECONDS = 10.0
-ITEM_SECONDS = 3.0  # so that a text on which the parser of Postgres takes minutes delays the others by seconds
+ITEM_SECONDS = 3.0  # so that a text that Postgres would parse for minutes delays the others only by seconds
 MONTH_LOCK_SECONDS = 1.0
 REBUILD_SECONDS = 1_800.0
 REBUILD_CHECK_SECONDS = 60.0
@@ -51,7 +51,7 @@ class Indexing:
         await run_async(self._engine, partial(search.set_language, language=None))
 
     async def step(self) -> bool:
-        """Index a page; return whether there was one. The caller then pauses for `pause_seconds`."""
+        """Index the next page; return False if there is none. The caller then pauses for `pause_seconds`."""
         began = monotonic()
         page = await run_async(self._engine, search.select_page)
         if page is not None:
@@ -76,7 +76,7 @@ class Indexing:
             except DBAPIError as error:
                 if not is_lock_timeout(error):
                     raise
-                # Its rows go to the partition of other times, and from there to its own when that is added.
+                # Its rows go to the partition of other times until its own partition is added.
                 log.warning("search partition not added", month=f"{month:%Y-%m}", reason=explain(error))
 
     async def _index(self, page: Page) -> None:
@@ -92,7 +92,7 @@ class Indexing:
             telemetry.search_partial.inc(indexed.partial if indexed else 0)
 
     async def _index_each(self, page: Page) -> None:
-        """Index the items of a page one by one, and the turns of a conversation that is too slow as a whole."""
+        """Index the items of a page one by one; a session that is too slow as a whole, turn by turn."""
         for item in page.items:
             if item.chat_id is not None or await self._index_item(page, item):
                 turns = [item] if item.chat_id is not None else []

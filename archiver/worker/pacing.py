@@ -1,14 +1,14 @@
-"""Pauses of a duty that follows the feed, so that it gives way to receiving while events arrive at full rate."""
+"""Pause a duty that follows the feed while events arrive at full rate, so that receiving stays fast."""
 
 KEEPING_UP = 0.5  # share of the time that a duty may take to keep up with the feed
-YIELDING = 0.1  # share of the time that it takes while it cannot keep up within that
+YIELDING = 0.1  # share of the time that it may take while keeping up would need more than that
 
 
 class Pace:
-    """How fast changes arrive, and what it costs to process them.
+    """The pace of a duty, from the rate of new changes and the time that it needs to process one.
 
-    While keeping up would take more than half of the time, the duty falls behind on purpose and catches up when fewer
-    events arrive: receiving needs the same processors, and its senders wait.
+    While the duty would need more than half of the time to keep up, it falls behind on purpose, and catches up when
+    fewer events arrive: receiving needs the same processors, and the senders of events wait for it.
     """
 
     def __init__(self) -> None:

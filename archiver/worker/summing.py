@@ -18,7 +18,7 @@ STATEMENT_SECONDS = 5.0  # of the rows of some sessions: short, because the publ
 
 
 class Summing:
-    """The duty that keeps the rollups."""
+    """The duty that keeps the sums of the rollups up to date."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -32,7 +32,7 @@ class Summing:
         ends_at = monotonic() + SECONDS_PER_JOB
         self._add_missing(beat, ends_at)
         slow = list[DBAPIError]()
-        # Not until none is stale: the publisher makes the latest bucket stale again and again.
+        # Does not repeat until no bucket is stale: the publisher makes the latest bucket stale again and again.
         while self._sum_page(slow) == rollups.BUCKETS_PER_PAGE:
             beat()
             if monotonic() > ends_at:

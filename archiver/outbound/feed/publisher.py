@@ -54,7 +54,7 @@ class Slow(msgspec.Struct, frozen=True):
 
 
 def _is_of_one_session(error: DBAPIError) -> bool:
-    """Return whether the rows of one session may have caused the error: a statement too slow, or a value rejected."""
+    """Return whether the rows of one session may have caused the error: a slow statement or a rejected value."""
     return is_cancelled(error) or is_data_error(error)
 
 

@@ -5,7 +5,7 @@ transaction could commit a smaller cursor after readers had passed it. One publi
 is released after its commit is visible, and the next publisher continues after the greatest cursor. So cursors become
 visible in order, and within an epoch without gaps.
 
-The same transaction recomputes what is stored for analysts about the sessions of the page.
+The same transaction recomputes the summaries and contributions of the sessions of the page.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from archiver.database import Lock, as_json
 CHANNEL = "archiver_events"
 QUEUE_FULL = "54000"
 
-# Limits of one transaction: rows read, and changes written. One row is always taken.
+# Limits of one transaction: rows read, and changes written. At least one row is taken.
 PAGE_ROWS = 500
 PAGE_CHANGES = 5_000
 
@@ -86,7 +86,7 @@ _SELECT_SESSIONS = text(
 
 
 def _derive(connection: Connection, published: int, newest: int) -> int:
-    """Recompute what is stored about the sessions of a page of this many changes; return that number.
+    """Recompute summaries and contributions of the sessions in the last `published` changes; return their number.
 
     A separate statement after the lock, so that it sees everything that writers and earlier holders committed.
     """
