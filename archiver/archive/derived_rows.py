@@ -1,8 +1,8 @@
-"""Bring the stored rows of sessions for analysts up to date: their summaries and their contributions to the rollups.
+"""Keep the derived rows of sessions up to date: their summaries, and their contributions to the rollups.
 
-The caller holds `Lock.PUBLISHING`. A session whose rows Postgres rejects, or cannot compute in time, is set aside: it
-has no rows, and the views compute its figures, until a later attempt succeeds. So it delays neither the feed nor an
-erasure.
+The caller holds `Lock.PUBLISHING`. A session whose rows Postgres rejects, or cannot compute in time, is set aside:
+until a later attempt succeeds, it has no derived rows, and the views compute its figures. So it delays neither the
+feed nor an erasure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from archiver import telemetry
 from archiver.archive import rollups, summaries
 from archiver.database import explain, is_cancelled, is_data_error
 
-SESSIONS_PER_STATEMENT = 50  # so that a statement is short even if all of them are long
+SESSIONS_PER_STATEMENT = 50  # so that a statement is fast even if all of them are long
 
-_warning = telemetry.Recurring("session set aside; its rows for analysts cannot be stored")
+_warning = telemetry.Recurring("session set aside; its derived rows cannot be stored")
 
 
 def refresh(connection: Connection, cursors: Mapping[str, int]) -> None:
     """Recompute the rows of these sessions, each with the cursor of its last change.
 
-    Sessions that were set aside are passed over until their next attempt is due.
+    Skips a session that is set aside until its next attempt is due.
     """
     waiting = rollups.select_set_aside(connection, cursors)
     sessions = [each for each in sorted(cursors) if each not in waiting]
@@ -35,7 +35,7 @@ def refresh(connection: Connection, cursors: Mapping[str, int]) -> None:
 
 
 def _store(connection: Connection, session_ids: Sequence[str], cursors: Mapping[str, int]) -> DBAPIError | None:
-    """Store the rows of these sessions; if one of them prevents it, undo this and return the error."""
+    """Store the rows of these sessions; if those of one cannot be stored, store none and return the error."""
     try:
         with connection.begin_nested():
             summaries.refresh(connection, session_ids, cursors)

@@ -84,7 +84,7 @@ def refresh(connection: Connection, session_ids: Sequence[str]) -> None:
     _REFRESH.execute(connection, as_json(session_ids), now().isoformat())
 
 
-# The pause before the next attempt is as long as the session has been failing, within limits.
+# The next attempt follows after a pause as long as the session has been failing: at least a minute, at most an hour.
 _SET_ASIDE = RawStatement(
     """
     WITH removed AS (
@@ -105,7 +105,7 @@ _SET_ASIDE = RawStatement(
 
 
 def set_aside(connection: Connection, session_id: str, reason: str) -> None:
-    """Delete the contributions of a session, which the views then compute, and schedule the next attempt.
+    """Delete the contributions of a session, so that the views compute them, and schedule the next attempt.
 
     The caller holds `Lock.PUBLISHING`.
     """
@@ -121,7 +121,7 @@ _SELECT_SET_ASIDE = RawStatement(
 
 
 def select_set_aside(connection: Connection, session_ids: Collection[str]) -> set[str]:
-    """Return those of these sessions that were set aside and whose next attempt is not due."""
+    """Return which of these sessions are set aside and have no attempt due."""
     rows = _SELECT_SET_ASIDE.execute(connection, as_json(sorted(session_ids)), now().isoformat())
     return {row.session_id for row in rows}
 
@@ -135,7 +135,7 @@ _SELECT_UNCONTRIBUTED = RawStatement(
 
 
 def select_uncontributed(connection: Connection) -> list[str]:
-    """Return the next sessions without contributions, except for those whose next attempt is not due."""
+    """Return the next sessions without contributions, except those that are set aside and have no attempt due."""
     return [row.session_id for row in _SELECT_UNCONTRIBUTED.execute(connection, SESSIONS_PER_PAGE, now().isoformat())]
 
 
@@ -221,7 +221,7 @@ def may_select_failing(connection: Connection) -> bool:
 
 
 class Failing(msgspec.Struct, frozen=True):
-    """The number of sessions that are set aside, and the one that has failed longest, with its reason."""
+    """The number of sessions that are set aside, and the session that has failed for the longest time."""
 
     count: int
     session_id: str
@@ -238,5 +238,5 @@ _SELECT_FAILING = RawStatement(
 
 
 def select_failing(connection: Connection) -> Failing | None:
-    """Return which sessions are set aside because their rows cannot be stored; None if no session is."""
+    """Return how many sessions are set aside, and since when and why; None if no session is."""
     return next((Failing(*row) for row in _SELECT_FAILING.execute(connection)), None)

@@ -1,4 +1,4 @@
-"""Sum the rollups in the background, and add the rows of sessions for analysts that are missing."""
+"""Sum the rollups in the background, and add missing derived rows of sessions."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -14,7 +14,7 @@ from archiver.outbound.feed import select_extent
 log = structlog.get_logger(__name__)
 
 SECONDS_PER_JOB = 10.0  # short, so that it does not delay the shutdown of a worker
-STATEMENT_SECONDS = 5.0  # of the rows of some sessions: short, because the publisher of the feed waits
+STATEMENT_SECONDS = 5.0  # for the derived rows of a few sessions; short, because the publisher of the feed waits
 
 
 class Summing:
@@ -26,8 +26,8 @@ class Summing:
     def sum(self, beat: Callable[[], None]) -> None:
         """Sum stale buckets for about `SECONDS_PER_JOB`; call `beat` after each page.
 
-        First adds missing rows of sessions, because each of them makes buckets stale. A bucket that is locked or too
-        slow is skipped, and its error raised.
+        First adds missing derived rows, because each of them makes buckets stale. Skips a bucket that is locked or
+        too slow; raises the first such error at the end.
         """
         ends_at = monotonic() + SECONDS_PER_JOB
         self._add_missing(beat, ends_at)
@@ -52,7 +52,7 @@ class Summing:
             if monotonic() > ends_at:
                 break
         if added:
-            log.info("rows of sessions for analysts added", sessions=added, complete=not done)
+            log.info("derived rows of sessions added", sessions=added, complete=not done)
 
 
 def _add_missing(connection: Connection) -> int:

@@ -1,4 +1,4 @@
-"""What it costs to keep the rows of sessions for analysts and the search index."""
+"""What it costs to keep the derived rows of sessions and the search index."""
 
 from collections.abc import Callable, Iterator
 

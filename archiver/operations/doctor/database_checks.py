@@ -369,7 +369,7 @@ def _search(connection: Connection, configuration: Settings) -> Iterator[Finding
 
 
 def _set_aside(connection: Connection) -> Iterator[Finding]:
-    """Check that the rows of all sessions for analysts can be stored."""
+    """Check that the derived rows of all sessions can be stored."""
     if not rollups.may_select_failing(connection):
         return
     failing = rollups.select_failing(connection)
@@ -379,8 +379,8 @@ def _set_aside(connection: Connection) -> Iterator[Finding]:
             "sessions",
             "warning",
             f"analytics.sessions lacks the session {failing.session_id!r}{others}, since"
-            f" {failing.since:%Y-%m-%d %H:%M:%S} UTC, because Postgres rejects the row: {failing.reason}."
-            " analytics.daily is exact, but computes their figures for each query.",
+            f" {failing.since:%Y-%m-%d %H:%M:%S} UTC, because its row cannot be stored: {failing.reason}."
+            " analytics.daily remains exact: each query computes the figures of these sessions.",
             "See the log of Postgres for the rejected statement. SQLSTATE 57014: the session is too long, or the"
             " database too slow. A worker tries again at least once an hour.",
         )
