@@ -20,7 +20,8 @@ RECORDING_CONNECTIONS, READING_CONNECTIONS = 2, 3
 
 
 class ConsoleService:
-    """The engines and routes of the console. Its connections are its own: pages wait for pages, not for webhooks."""
+    """The engines and routes of the console. It has its own connections, so that pages and webhooks do not wait for
+    each other."""
 
     def __init__(self, configuration: Settings, url: URL) -> None:
         self._configuration, prepared = configuration, configuration.prepared_statements
@@ -49,7 +50,7 @@ class ConsoleService:
 
 
 def _read_url(configuration: Settings, url: URL) -> URL:
-    """Return the URL of the database from which the pages read."""
+    """Return the URL of the database from which the console reads."""
     given = configuration.read_database_url
     return url if given is None else database.database_url(given.get_secret_value())
 

@@ -14,7 +14,7 @@ from archiver.database import run_async
 
 RETRY_SECONDS = 5.0  # between two attempts to read the ledger
 MAX_EXAMINED = 100_000  # newest events; a backfill may have stored many since the last webhook
-REST = 9  # pause after a reading, as a multiple of its duration: readings take at most a tenth of the time
+REST = 9  # pause after a response, as a multiple of the time to build it: responses take at most a tenth of the time
 
 _NEWEST_WEBHOOK = text(
     "SELECT last_received_at"
@@ -24,7 +24,7 @@ _NEWEST_WEBHOOK = text(
 
 
 class Metrics:
-    """The route of all metrics as Prometheus text. Waiting requests share a reading that begins after they arrive."""
+    """The route of all metrics as Prometheus text. Waiting requests share one response, built after they arrive."""
 
     def __init__(self) -> None:
         self._next: asyncio.Task[bytes] | None = None

@@ -2,8 +2,8 @@
 
 While one batch commits, the next one fills; a single event does not wait. The event loop continues to receive while a
 statement waits for Postgres. A slow batch is overtaken by batches without events of its sessions. Deliveries that a
-batch does not commit in time go to the spool or, without a spool, are written in ever smaller parts alongside the
-batches.
+batch does not commit in time go to the spool or, without a spool, are written in successively smaller parts,
+alongside the batches.
 """
 
 import asyncio

@@ -194,18 +194,18 @@ outbox_age = Gauge(
 )
 sessions_set_aside = Counter(
     "archiver_sessions_set_aside_total",
-    "Failed attempts to store the rows of a session for analysts.",
+    "Failed attempts to store the derived rows of a session.",
 )
 search_lag = Gauge(
     "archiver_search_lag_seconds",
-    "Age of the oldest change that search does not contain; 0 if none.",
+    "Age of the oldest change that the search index lacks; 0 if none.",
     multiprocess_mode="livemostrecent",
 )
 search_partial = Counter(
-    "archiver_search_partial_total", "Messages indexed up to the limit of their length, not completely."
+    "archiver_search_partial_total", "Messages of which only the first 100,000 characters were indexed."
 )
 search_skipped = Counter(
-    "archiver_search_skipped_total", "Turns and conversations that Postgres could not index: see the log."
+    "archiver_search_skipped_total", "Turns that Postgres could not index for search: see the log."
 )
 
 

@@ -39,7 +39,7 @@ MAX_JOBS = 100  # waiting jobs of a queue; few, so that sessions that expire soo
 MAX_CONCURRENT_JOBS = 4  # of a queue
 # Seconds for a call. A history that takes longer is requested again after a pause, with more time.
 FIRST_SECONDS, RETRY_SECONDS = 10.0, 30.0
-# Sessions become due again after this time if no job has read them; a later job skips them.
+# If no job has read claimed sessions within this time, they become due again; the job that is late skips them.
 CLAIM_TIME = timedelta(minutes=10)
 HANDED_BACK = timedelta(minutes=1)  # after a job failed as a whole
 CLAIM_SECONDS, CLEANUP_SECONDS = 5.0, 60.0

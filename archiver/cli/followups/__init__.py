@@ -1,4 +1,4 @@
-"""`archiver followups`: deliver changes of the archive to receivers."""
+"""`archiver followups`: manage the receivers of changes, and print the change feed."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`ARCHIVER_ON_DELETE=erase`: after a grace period, erase the turns that were deleted upstream, unless held."""
+"""With `ARCHIVER_ON_DELETE=erase`, erase turns deleted upstream after a grace period, unless a hold covers them."""
 
 from collections.abc import Iterator
 from datetime import datetime

@@ -188,7 +188,7 @@ def _empty_quarantine(connection: Connection, ids: Sequence[int]) -> int:
 
 
 def purge_batch(connection: Connection, targets: Sequence[Target], timing: Timing) -> Step:
-    # First: their holders never wait for the locks of receiving, which this transaction takes next.
+    # These locks first: their holders never wait for the locks of receiving, which this transaction acquires next.
     Lock.INDEXING.take(connection, exclusive=True)
     Lock.PUBLISHING.take(connection, exclusive=True)
     # A session's readings can be searched for the words of a turn only while the turn's own delivery contains them.

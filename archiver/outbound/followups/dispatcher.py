@@ -35,7 +35,7 @@ PRUNE_SECONDS = 60.0
 STUCK_SECONDS = 3_600.0  # after which the deletion of locked or slow deliveries is retried
 PRUNE_MAX_PAGES = 20  # per run
 END_SECONDS = 5.0  # for deliveries in flight
-CONNECTIONS = 4  # to Postgres: each cycle of a sender needs one for some milliseconds, slow work at most two
+CONNECTIONS = 4  # connections to Postgres: a cycle of a sender needs one for some milliseconds, slow work at most two
 _UNAVAILABLE = (DBAPIError, PoolTimeoutError, TimeoutError)
 
 
