@@ -13,9 +13,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import database
 from archiver.database import catalogue, schema, transaction
+from tests.support.analysts import measure
 from tests.support.observations import record
 from tests.support.payloads import created
 from tests.support.rows import execute, rows
+from tests.support.versions import on_one_version
 from tests.support.waiting import until
 
 NAMES = [
@@ -169,6 +171,13 @@ def test_questions_about_a_window_or_one_thing_read_through_indexes_alone(engine
         scanned = re.findall(r"'Node Type': 'Seq Scan'.*?'Relation Name': '(\w+)'", plan)
         assert {*scanned} <= {"erasures"}, (question, plan)
         assert {*re.findall(r"'Index Name': '(\w+)'", plan)} >= indexes, (question, plan)
+
+
+@on_one_version  # before Postgres 17, a LIMIT did not end the parts of a UNION ALL early
+def test_the_first_lines_are_read_without_the_rest(engine: Engine, database_url: str) -> None:
+    execute(engine, *_FILL)
+    with psycopg.connect(database_url) as connection:
+        assert measure(connection, "SELECT * FROM analytics.lines LIMIT 100").rows < 500
 
 
 def test_complete_through_asks_what_its_index_answers(engine: Engine) -> None:
