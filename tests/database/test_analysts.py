@@ -6,20 +6,30 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine
 
 from archiver.database import roles
-from tests.support.analysts import QUESTIONS, asked, fill, make_plain_tables, measure
+from tests.conftest import Cluster
+from tests.support.analysts import QUESTIONS, asked, fill, make_plain_tables, measure, worked_queries
 
 SESSIONS, RECENT = 240, 120
 
 
-@pytest.fixture
-def asking(engine: Engine, database_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """A connection to an archive of some hundred sessions, with plain tables beside it."""
+@pytest.fixture(scope="module")
+def filled(cluster: Cluster) -> Iterator[str]:
+    """An archive of some hundred sessions, with plain tables beside it."""
+    url = cluster.clone()
+    engine = cluster.engine(url)
     fill(engine, SESSIONS, RECENT, datetime.now(UTC))
-    with psycopg.connect(database_url) as connection:
+    engine.dispose()
+    with psycopg.connect(url) as connection:
         make_plain_tables(connection)
+    yield url
+    cluster.drop(url)
+
+
+@pytest.fixture
+def asking(filled: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(filled) as connection:
         yield connection
 
 
@@ -37,3 +47,10 @@ def test_every_question_may_be_asked_by_a_reader_and_keeps_its_budget(asking: ps
     asking.execute(f"SET ROLE {roles.READER}")
     costs = {each.name: (measure(asking, query).buffers, each.budget) for each, query in queries}
     assert {name: cost for name, cost in costs.items() if cost[1] is not None and cost[0] > cost[1]} == {}
+
+
+def test_every_worked_query_of_the_documentation_answers_a_reader(asking: psycopg.Connection[Any]) -> None:
+    queries = worked_queries(asking)
+    assert len(queries) == 20
+    asking.execute(f"SET ROLE {roles.READER}")
+    assert [heading for heading, query in queries.items() if not asking.execute(query).fetchall()] == []

@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -24,17 +26,22 @@ from tests.support.rows import rows
 from tests.support.searching import index
 
 TIMING = Timing()
+PAGE = Path(__file__).parents[2] / "docs" / "analytics.md"
 COMMON = [
     f"{verb} my {thing}" for verb in ("Where is", "Cancel", "Change", "Explain") for thing in ("order", "invoice")
 ]
-RECENT_DAYS = 90  # these are equally full in archives of all sizes
+RECENT_DAYS = 90  # these are the same in archives of all sizes
 DAYS = 900
+NEWEST = 9_999_999  # number of the newest session
+MESSAGES_PER_SESSION = 8  # on average
+LARGE_PAGES = 100  # of a table
 
 
 class Question(msgspec.Struct, frozen=True):
     """A question, asked of schema `{v}`; `{session}`, `{chat}` and `{cursor}` stand for literals.
 
-    `window`: it concerns some days, so that its cost depends on them; `one`: one thing; `all`: everything.
+    `window`: it concerns some days, so that its cost depends on them; `one`: one thing; `all`: its cost grows with
+    the archive.
     `budget`: buffers that it may read. `is_plain`: the plain tables have what it asks for.
     """
 
@@ -113,7 +120,7 @@ QUESTIONS = (
     ),
     Question(
         "11 the newest 50 conversations of a company",
-        "one",
+        "all",
         "SELECT session_id, started_at, turns, cost FROM {v}.sessions"
         ' WHERE variables @> \'{{"companyName": "Company 7"}}\''
         " ORDER BY started_at DESC, session_id LIMIT 50",
@@ -237,9 +244,11 @@ QUESTIONS = (
 
 
 def fill(engine: Engine, sessions: int, recent: int, now: datetime) -> None:
-    """Record so many sessions, the last of them `recent` days old at most, through the ledger; publish and sum."""
-    rng = random.Random(17)
-    facts = sorted(_facts(rng, sessions, recent, now), key=lambda each: each.received_at)
+    """Record so many sessions, `recent` of them within `RECENT_DAYS`, through the ledger; publish, index and sum.
+
+    The recent sessions of archives of all sizes are the same.
+    """
+    facts = sorted(_facts(sessions, recent, now), key=lambda each: each.received_at)
     for start in range(0, len(facts), 500):
         with transaction(engine) as connection:
             ledger.record(connection, facts[start : start + 500], TIMING)
@@ -251,10 +260,14 @@ def fill(engine: Engine, sessions: int, recent: int, now: datetime) -> None:
         connection.exec_driver_sql("VACUUM (ANALYZE)")
 
 
-def _facts(rng: random.Random, sessions: int, recent: int, now: datetime) -> Iterator[Delivery[Event]]:
-    for number in range(sessions):
-        days = RECENT_DAYS * rng.random() if number < recent else rng.uniform(RECENT_DAYS, DAYS)
-        yield from _session_facts(rng, number, now - timedelta(days=days, hours=1))
+def _facts(sessions: int, recent: int, now: datetime) -> Iterator[Delivery[Event]]:
+    rng = random.Random(17)
+    ages = [rng.uniform(0, RECENT_DAYS) for _ in range(recent)]
+    ages += [rng.uniform(RECENT_DAYS, DAYS) for _ in range(sessions - recent)]
+    # Ids grow with time, because the ledger writes a batch in the order of its keys: rows are then in the order of
+    # time, as live traffic in small batches writes them.
+    for number, days in zip(range(NEWEST, NEWEST - sessions, -1), sorted(ages), strict=True):
+        yield from _session_facts(random.Random(number), number, now - timedelta(days=days, hours=1))
 
 
 def _session_facts(rng: random.Random, number: int, began_at: datetime) -> Iterator[Delivery[Event]]:
@@ -437,7 +450,7 @@ def _plain_session(session_id: str, facts: Sequence[tuple[Any, ...]], rows: dict
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """Buffers read, rows read from tables and indexes, and tables that were read whole."""
+    """Buffers read, rows read from tables and indexes, and large tables that were read whole."""
 
     buffers: int
     rows: int
@@ -456,8 +469,21 @@ def measure(connection: PlainConnection[Any], query: str) -> Cost:
         for node in nodes
         if "Scan" in node["Node Type"] and "Relation Name" in node
     )
-    whole = frozenset(node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan")
-    return Cost(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], rows, whole)
+    return Cost(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], rows, _read_whole(connection, nodes))
+
+
+def _read_whole(connection: PlainConnection[Any], nodes: Sequence[dict[str, Any]]) -> frozenset[str]:
+    """Return the large tables of which a scan without an index read at least half: others end at a LIMIT."""
+    scanned = {
+        node["Relation Name"]: node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+        for node in nodes
+        if node["Node Type"] == "Seq Scan"
+    }
+    large = connection.execute(
+        "SELECT relname, reltuples FROM pg_class WHERE relkind = 'r' AND relname = ANY (%s) AND relpages >= %s",
+        [list(scanned), LARGE_PAGES],
+    )
+    return frozenset(name for name, rows in large if scanned[name] * 2 >= rows)
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -468,8 +494,24 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def asked(connection: PlainConnection[Any], question: Question, schema: str = "analytics") -> str:
     """Return the query of a question about this archive."""
-    session_id, chat_id = connection.execute(
-        "SELECT session_id, chat_id FROM analytics.chats WHERE chat_id IS NOT NULL ORDER BY began_at DESC LIMIT 1"
-    ).fetchone() or ("", "")
+    session_id, chat_id = _newest_turn(connection)
     (cursor,) = connection.execute("SELECT coalesce(max(cursor), 0) - 2000 FROM analytics.changes").fetchone() or (0,)
     return question.query.format(v=schema, session=session_id, chat=chat_id, cursor=max(cursor, 0))
+
+
+def worked_queries(connection: PlainConnection[Any]) -> dict[str, str]:
+    """Return the worked queries of docs/analytics.md by their headings, about this archive."""
+    section = PAGE.read_text().split("\n## Worked queries\n")[1].split("\n## ")[0]
+    found = dict(re.findall(r"^### (.+?)\n.*?^```sql\n(.*?);\n```", section, re.DOTALL | re.MULTILINE))
+    session_id, chat_id = _newest_turn(connection)
+    values = {"session_id": session_id, "chat_id": chat_id, "company": "Company 7"}
+    return {
+        heading: re.sub(r":'(\w+)'", lambda name: f"'{values[name[1]]}'", query) for heading, query in found.items()
+    }
+
+
+def _newest_turn(connection: PlainConnection[Any]) -> tuple[str, str]:
+    """Return its session and its chat id."""
+    return connection.execute(
+        "SELECT session_id, chat_id FROM analytics.chats WHERE chat_id IS NOT NULL ORDER BY began_at DESC LIMIT 1"
+    ).fetchone() or ("", "")
