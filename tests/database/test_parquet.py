@@ -22,12 +22,14 @@ from archiver.compliance import export
 from archiver.compliance.erasure import Target
 from archiver.compliance.export import FolderError, WrongCursorError
 from archiver.database import identity, transaction
-from tests.support.erasures import erase, read, record, said
+from archiver.worker.summing import Summing
+from tests.support.erasures import erase, holds_text, read, record, said
 from tests.support.exports import KEY, check, copied, fill
 from tests.support.feeds import cursor
 from tests.support.parquet import contained, days, inodes, update, viewed, written
 from tests.support.payloads import created, deleted
 from tests.support.rows import execute, rows
+from tests.support.searching import index, lexemes
 from tests.support.versions import on_one_version
 
 
@@ -226,7 +228,8 @@ def test_a_folder_of_something_else_is_refused(engine: Engine, lake: Path, tmp_p
 # What was erased
 
 
-MARKERS = [f"marker{number}{'x' * number}" for number in range(10)]
+MARKERS = sorted(f"marker{number}{'x' * number}" for number in range(12))
+UNEXPORTED = ["name of s1", "quarantinedmarker"]
 
 
 def leaks(folder: Path) -> list[str]:
@@ -241,19 +244,34 @@ def leaks(folder: Path) -> list[str]:
     return sorted(set(found))
 
 
+def derive(engine: Engine) -> None:
+    """Bring all that is derived from the archive up to date, and what the planner remembers of it."""
+    index(engine, "simple")
+    while rows(engine, "SELECT FROM archiver.stale_buckets LIMIT 1"):
+        Summing(engine).sum(lambda: None)
+    execute(engine, "ANALYZE")
+
+
 @pytest.mark.parametrize("is_published", [True, False])
-def test_erased_content_is_in_no_file_after_the_next_run(engine: Engine, lake: Path, is_published: bool) -> None:
+def test_i8_erased_content_is_in_no_table_and_in_no_file_after_the_next_run(
+    engine: Engine, lake: Path, is_published: bool
+) -> None:
     fields: list[dict[str, Any]] = [
         {"input": MARKERS[0], "assistantOverrides": {"variableValues": {"name": MARKERS[1]}}},
         {"input": f"long {'word ' * 500} {MARKERS[2]}", "output": [{"role": MARKERS[3], "content": MARKERS[4]}]},
         {"input": "x", "output": [{"role": "assistant", "content": MARKERS[5]}], "status": MARKERS[6]},
+        {"assistantId": MARKERS[10], "externalChatId": MARKERS[11]},
     ]
     record(engine, *(turn(f"c{number}", "s1", 1 + number, **each) for number, each in enumerate(fields)))
     record(engine, turn("d1", "s2", 2, input=MARKERS[7]), turn("d2", "s2", 6), turn("kept", "s3", 9))
     read(engine, "s1", 1, ("user", MARKERS[8]), ("assistant", "of history"))
-    record(engine, turn("stray", None, 7, input=MARKERS[9]))
+    record(engine, turn("stray", None, 7, input=MARKERS[9]), b'{"sessionId": "s1", quarantinedmarker')
     update(engine, lake, key=KEY)
+    derive(engine)
     assert leaks(lake) == MARKERS
+    assert holds_text(engine, *MARKERS, *UNEXPORTED) == [*MARKERS, *UNEXPORTED]
+    assert rows(engine, f"SELECT FROM archiver.days WHERE assistant_id = '{MARKERS[10]}'")
+    assert set(MARKERS[7:10]) <= lexemes(engine)
     erase(engine, Target("s1"), Target("s2", "d1"), Target("", "stray"))
     state = update(engine, lake, publishes=is_published, key=KEY).manifest.parquet
     assert leaks(lake) == []
@@ -262,6 +280,8 @@ def test_erased_content_is_in_no_file_after_the_next_run(engine: Engine, lake: P
     assert "2024-01-09" not in state.written
     assert contained(lake) == viewed(engine)
     assert check(lake, is_keyed=True) == []
+    derive(engine)
+    assert holds_text(engine, *MARKERS, *UNEXPORTED) == []
 
 
 # Any history
