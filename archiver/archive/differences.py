@@ -152,9 +152,9 @@ def session_changes(
 
 
 def without_events(changes: Iterable[Change]) -> list[Change]:
-    """Return the changes of sessions that were derived again from known facts, without those that state an event.
+    """Return the changes of sessions that were derived again from known facts, as changes of coverage and rows.
 
-    Nothing happened upstream: only coverage and rows changed.
+    Changes that state an upstream event are replaced, because nothing happened upstream.
     """
     return [each if each.type == COVERAGE else Change(REWRITTEN, each.session_id) for each in changes]
 

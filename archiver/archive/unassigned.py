@@ -19,7 +19,7 @@ PAGE = 1_000
 def current_sessions(of: str, to: str) -> str:
     """Return the SQL of CTEs: `to` has cursor, session_id and chat_id of the changes in `of`.
 
-    The session is the one to which the chat is assigned now, for a change that was recorded without a session.
+    For a change that was recorded without a session, it is the session to which the chat is now assigned.
     """
     return f"""
     assigned AS MATERIALIZED (

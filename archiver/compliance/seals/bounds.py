@@ -39,7 +39,7 @@ class SequenceError(ArchiverError):
 
 
 def require_sequences(connection: Connection) -> None:
-    """Raise `SequenceError` if new rows of a sealed table would get used ids: no seal would contain them."""
+    """Raise `SequenceError` if new rows of a sealed table would get ids in use: no seal would contain them."""
     sealed = {f"{tables.SCHEMA}.{kind.table}" for kind in KINDS}
     behind = sequences.select_behind(connection, [tables.SCHEMA], of=sealed)
     if behind:
