@@ -10,7 +10,9 @@ from sqlalchemy import Connection, RowMapping, text
 from archiver.archive import pieces
 from archiver.console import filters
 from archiver.console.listing import Column, Listing, Page, Query
+from archiver.console.related import Related, select_related
 from archiver.console.rendering import conversation_path
+from archiver.console.revisions import ReadingChange, Revision, select_readings, select_revisions
 
 EXAMINED = 10_000  # conversations that one page looks at
 SHOWN_CHARACTERS = 300  # of a first question
@@ -110,12 +112,18 @@ EVENTS = 200  # of a conversation, shown beside it
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """A conversation: its row, a page of its messages, its newest ledger events, and the range of sealed ids."""
+    """A conversation: its row, a page of its messages, its newest ledger events, and the range of sealed ids.
+
+    `revisions`, `readings`: what changed; `related`: holds, erasures and follow-ups.
+    """
 
     session: RowMapping
     messages: Sequence[RowMapping]
     events: Sequence[RowMapping]
     sealed_through: int
+    revisions: Sequence[Revision]
+    readings: Sequence[ReadingChange]
+    related: Related
     after: int | None  # position of the last message, if there are more
 
 
@@ -157,6 +165,9 @@ def select_conversation(connection: Connection, session_id: str, after: int = 0)
         shown,
         connection.execute(_EVENTS, {"id": session_id, "most": EVENTS}).mappings().all(),
         connection.scalar(_SEALED) or 0,
+        select_revisions(connection, session_id),
+        select_readings(connection, session_id),
+        select_related(connection, session_id),
         shown[-1]["position"] if len(messages) > MESSAGES else None,
     )
 

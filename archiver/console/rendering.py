@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from starlette.responses import Response
 
 from archiver.console.subscriptions import delivery_id
+from archiver.console.word_diff import compare
 
 FOLDER = Path(__file__).parent
 
@@ -101,6 +102,7 @@ _environment.filters |= {
     "number": number,
     "conversation_path": conversation_path,
     "delivery_id": delivery_id,
+    "word_diff": compare,
 }
 _environment.globals |= {"asset": asset}
 

@@ -47,7 +47,11 @@ async def receiving(database_url: str, secret: str, log: Path) -> AsyncIterator[
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", _PROGRAM, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"),
             env=_environment(
-                DATABASE_URL=database_url, ARCHIVER_WEBHOOK_SECRETS=secret, ARCHIVER_HOME=str(log.parent)
+                DATABASE_URL=database_url,
+                ARCHIVER_WEBHOOK_SECRETS=secret,
+                ARCHIVER_HOME=str(log.parent),
+                ARCHIVER_CONSOLE_ACTS="on",
+                ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE="true",
             ),
             stdin=asyncio.subprocess.PIPE,
             stdout=output,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import httpx2
 from playwright.sync_api import Page
 
 from tests.support.browsing import PASSWORD
@@ -9,14 +10,29 @@ from tests.support.browsing import PASSWORD
 # In ids and content of the demo: if it ran, it would change the title of the page.
 MARKUP = "<script>document.title='run'</script><img src=x onerror=document.title='run'>"
 
+# The browser loads only what the tests open.
+ARGUMENTS = [
+    f"--{each}"
+    for each in (
+        *("no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+    )
+]
+
 
 @dataclass
 class Demo:
-    """A running `archiver demo`: the address of its receiver, the URL of its database, and its user's password."""
+    """A running `archiver demo`: its receiver's address and secret, its database, and its user's password."""
 
     url: str
     database_url: str
     password: str
+    secret: str
+
+    def post(self, body: bytes) -> int:
+        """Deliver a webhook; return the status of the answer."""
+        headers = {"x-webhook-secret": self.secret}
+        return httpx2.post(f"{self.url}/webhooks/callhq", content=body, headers=headers, trust_env=False).status_code
 
 
 @dataclass
