@@ -27,6 +27,6 @@ def position_of(text: str) -> int:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MAX_POSITION_DIGITS else 0
 
 
-def address_of(path: str, parameters: Mapping[str, str]) -> str:
-    """Return the address of a page below /console/ with these parameters."""
-    return f"/console/{path}" + (f"?{urlencode(parameters)}" if parameters else "")
+def address_of(path: str, parameters: Mapping[str, str | list[str]]) -> str:
+    """Return the address of a page below /console/ with these parameters, some of them repeated."""
+    return f"/console/{path}" + (f"?{urlencode(parameters, doseq=True)}" if parameters else "")

@@ -14,6 +14,7 @@ from starlette.types import Scope
 from archiver.archive import Timing
 from archiver.console import lists, rendering
 from archiver.console.actions import Erasures, Followups, Holds, Retries, Runner
+from archiver.console.conversations import listing_of
 from archiver.console.failures import missing, safely
 from archiver.console.gate import HOME, Gate, Handler
 from archiver.console.page_renderer import PageRenderer
@@ -70,7 +71,8 @@ def routes(configuration: Settings, engines: Engines, authenticated: Callable[[S
         Route("/conversation", gate.page("content", pages.conversation)),
     ]
     result += _actions(gate, runner, renderer, configuration)
-    for listing in (*lists.LISTINGS, lists.settings_of(configuration)):
+    conversations = listing_of(configuration.promoted_variables)
+    for listing in (conversations, *lists.OTHERS, lists.settings_of(configuration)):
         for form in ("html", "json", "csv"):
             path = f"/{listing.path}" + ("" if form == "html" else f".{form}")
             result.append(Route(path, gate.page(listing.permission, pages.list_of(listing, form))))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -9,17 +10,24 @@ from sqlalchemy import Connection, RowMapping, text
 
 from archiver.archive import pieces
 from archiver.console import filters
-from archiver.console.listing import Column, Listing, Page, Query
+from archiver.console.listing import Column, Kind, Listing, Page, Query
 from archiver.console.related import Related, select_related
 from archiver.console.rendering import conversation_path
 from archiver.console.revisions import ReadingChange, Revision, select_readings, select_revisions
+from archiver.database import as_json
+from archiver.settings.variables import Variable
 
 EXAMINED = 10_000  # conversations that one page looks at
 SHOWN_CHARACTERS = 300  # of a first question
 
+MATCHES = 500  # newest messages with the words of a filter
+SUGGESTING = 1_000  # newest conversations whose assistants and variables are suggested
+SUGGESTED, SUGGESTED_VARIABLES, SUGGESTED_CHARACTERS = 10, 5, 60  # values of a field; text variables; of a value
+
 COLUMNS = (
     Column("session_id", "Conversation", "id"),
     Column("first_question", "First question", is_content=True),
+    Column("match", "Match", is_content=True, is_sparse=True),
     Column("last_message_at", "Last message", "time"),
     Column("coverage", "Coverage", "state"),
     Column("turns", "Turns", "number"),
@@ -29,12 +37,19 @@ COLUMNS = (
     Column("cost", "Cost", "number"),
     Column("assistant_id", "Assistant", "id"),
     Column("started_at", "Started", "time"),
+    Column("reason", "Reason", is_optional=True),
+    Column("user_messages", "Of the user", "number", is_optional=True),
+    Column("assistant_messages", "Of the assistant", "number", is_optional=True),
+    Column("answer_seconds", "Answer, seconds", "number", is_optional=True),
+    Column("first_answer", "First answer", is_content=True, is_optional=True),
 )
 
 # The newest conversations from the index, of which the filter leaves some: so the work is bounded for every filter.
 _LIST = """
     SELECT s.session_id, left(s.first_question, :characters) AS first_question, s.last_message_at, s.coverage,
-           s.turns, s.messages, s.repaired_messages, s.deleted_chats, s.cost, s.assistant_id, s.started_at
+           s.turns, s.messages, s.repaired_messages, s.deleted_chats, s.cost, s.assistant_id, s.started_at,
+           s.reason, s.user_messages, s.assistant_messages, s.answer_seconds,
+           left(s.first_answer, :characters) AS first_answer {columns}
       FROM (
         SELECT * FROM analytics.sessions s
          WHERE (s.last_message_at, s.session_id) < (:at, :id) {narrowed}
@@ -48,29 +63,52 @@ _LAST = """
 """
 # Conditions for which there is an index.
 _NARROW = ("s.session_id ", "s.last_message_at ")
+_IS_FOUND = "s.session_id IN (SELECT json_array_elements_text(:found))"
 
 _NEWEST = datetime(9999, 12, 31, tzinfo=UTC) - timedelta(days=1)
 
 
-def select_conversations(connection: Connection, query: Query) -> Page:
-    """Return a page of the conversations that the filter `q` leaves. Raises `FilterError`."""
-    found = filters.parse(query.parameters.get("q", ""))
-    if filters.WORDS in found.fields and not query.may_read:
-        raise filters.FilterError("Your role shows no content, so it cannot search for words.")
-    narrowed = [each for each in found.conditions if each.startswith(_NARROW)]
-    others = [each for each in found.conditions if each not in narrowed]
+def select_conversations(connection: Connection, query: Query, variables: Sequence[Variable] = ()) -> Page:
+    """Return a page of the conversations that the filter `q` leaves. Raises `FilterError`.
+
+    `variables`: the promoted variables; one without a column is left out.
+    """
+    present = _present(connection, variables)
+    found = filters.parse(query.parameters.get("q", ""), present)
+    if found.shows_content and not query.may_read:
+        raise filters.FilterError("Your role shows no content, so it cannot search for it.")
+    suggestions = _suggest(connection, query, present) if query.suggests else ()
+    conditions, values = list(found.conditions), dict(found.values)
+    matches, found_in = _select_matches(connection, found) if found.words else (None, "")
+    if matches is not None:
+        conditions.append(_IS_FOUND)
+        values["found"] = as_json(list(matches))
+    elif found.words:
+        of_words, values_of_words = filters.of_first_question(found.words)
+        conditions += of_words
+        values |= values_of_words
+    narrowed = [each for each in conditions if each.startswith(_NARROW)]
+    others = [each for each in conditions if each not in narrowed]
     sql = {
+        "columns": "".join(f', s."{each.column}"' for each in present),
         "narrowed": "".join(f"AND {each} " for each in narrowed),
         "where": f"WHERE {' AND '.join(others)}" if others else "",
     }
     at, session_id = _parse_key(query.after)
-    values = {**found.values, "at": at, "id": session_id, "examined": EXAMINED, "characters": SHOWN_CHARACTERS}
+    values |= {"at": at, "id": session_id, "examined": EXAMINED, "characters": SHOWN_CHARACTERS}
+    page = _select_page(connection, query, sql, values)
+    absent = dict.fromkeys(each.column for each in variables)
+    rows = [absent | dict(row) | {"match": (matches or {}).get(row["session_id"])} for row in page.rows]
+    return Page(rows, page.after, " ".join(filter(None, (page.note, found_in))), suggestions)
+
+
+def _select_page(connection: Connection, query: Query, sql: Mapping[str, str], values: Mapping[str, Any]) -> Page:
     statement = text(_LIST.format(**sql))
-    rows = [dict(row) for row in connection.execute(statement, values | {"most": query.limit + 1}).mappings()]
+    rows = [dict(row) for row in connection.execute(statement, {**values, "most": query.limit + 1}).mappings()]
     if len(rows) > query.limit:
         shown = rows[: query.limit]
         return Page(shown, _key(shown[-1]))
-    if not others:
+    if not sql["where"]:
         return Page(rows)
     found_last = connection.execute(text(_LAST.format(**sql)), values).mappings().one_or_none()
     if found_last is None:
@@ -81,6 +119,59 @@ def select_conversations(connection: Connection, query: Query) -> Page:
         _key(last),
         f"This page is about the {EXAMINED:,} conversations up to {last['last_message_at']:%Y-%m-%d %H:%M} UTC.",
     )
+
+
+_HAS_SEARCH = text("SELECT language IS NOT NULL FROM archiver.search_state")
+_MATCHES = text(
+    "SELECT m.session_id, m.snippet FROM analytics.search(:words, most => :most) m WHERE m.session_id <> ''"
+)
+
+
+def _select_matches(connection: Connection, found: filters.Filter) -> tuple[Mapping[str, str] | None, str]:
+    """Return the snippet of the newest match by conversation, and where was sought; None if search is off."""
+    if not connection.scalar(_HAS_SEARCH):
+        return None, "Search is off, so the words were sought in first questions."
+    rows = connection.execute(_MATCHES, {"words": found.search, "most": MATCHES}).all()
+    is_cut = len(rows) >= MATCHES
+    snippets = {row.session_id: row.snippet for row in reversed(rows)}
+    return snippets, f"The words were sought in the newest {MATCHES:,} messages that contain them." if is_cut else ""
+
+
+_VIEW_COLUMNS = text(
+    "SELECT attname FROM pg_attribute"
+    " WHERE attrelid = CAST('analytics.sessions' AS regclass) AND attnum > 0 AND NOT attisdropped"
+)
+
+
+def _present(connection: Connection, variables: Sequence[Variable]) -> Sequence[Variable]:
+    """Return the variables whose column exists: `archiver migrate` adds it."""
+    existing = set(connection.scalars(_VIEW_COLUMNS)) if variables else set()
+    return [each for each in variables if each.column in existing]
+
+
+_SUGGEST = """
+    WITH newest AS MATERIALIZED (
+        SELECT * FROM analytics.sessions s ORDER BY s.last_message_at DESC, s.session_id DESC LIMIT :newest
+    )
+    {fields}
+"""
+_SUGGEST_FIELD = """
+    (SELECT DISTINCT CAST('{field}' AS text) AS field, CAST("{column}" AS text) AS value FROM newest
+      WHERE length("{column}") BETWEEN 1 AND :characters ORDER BY 2 LIMIT :most)
+"""
+
+
+def _suggest(connection: Connection, query: Query, variables: Sequence[Variable]) -> Sequence[str]:
+    """Return examples of terms: states, assistants, and, for those who may see them, values of variables."""
+    fields = {"assistant": "assistant_id"}
+    if query.may_read:
+        texts = [each for each in variables if each.type == "text"][:SUGGESTED_VARIABLES]
+        fields |= {each.column: each.column for each in texts}
+    parts = (_SUGGEST_FIELD.format(field=field, column=column) for field, column in fields.items())
+    values = {"newest": SUGGESTING, "most": SUGGESTED, "characters": SUGGESTED_CHARACTERS}
+    rows = connection.execute(text(_SUGGEST.format(fields=" UNION ALL ".join(parts))), values)
+    states = [f"coverage:{state}" for state in filters.STATES]
+    return [*states, "deleted:yes", "repaired:yes", *(filters.term(row.field, row.value) for row in rows)]
 
 
 def _key(row: Mapping[str, Any]) -> str:
@@ -95,16 +186,32 @@ def _parse_key(key: str) -> tuple[datetime, str]:
         raise filters.FilterError("The address of this page is incomplete. Begin at the first page.") from None
 
 
-CONVERSATIONS = Listing(
-    path="conversations",
-    title="Conversations",
-    permission="figures",
-    columns=COLUMNS,
-    select=select_conversations,
-    link=lambda row: conversation_path(row["session_id"]),
-    parameters=("q",),
-    empty="No conversation matches. A worker adds each conversation a moment after its first event.",
-)
+_KINDS: Mapping[str, Kind] = {"number": "number", "time": "time"}
+
+
+def listing_of(variables: Sequence[Variable]) -> Listing:
+    """Return the list of conversations, with the promoted variables as columns that a user may choose."""
+    return Listing(
+        path="conversations",
+        title="Conversations",
+        permission="figures",
+        columns=(
+            *COLUMNS,
+            *(
+                Column(each.column, each.name, _KINDS.get(each.type, "text"), is_content=True, is_optional=True)
+                for each in variables
+            ),
+        ),
+        select=partial(select_conversations, variables=variables),
+        link=lambda row: conversation_path(row["session_id"]),
+        parameters=("q",),
+        parse=partial(filters.parse, variables=variables),
+        examples=[each.example for each in filters.qualifiers_of(variables).values()],
+        empty="No conversation matches. A worker adds each conversation a moment after its first event.",
+    )
+
+
+CONVERSATIONS = listing_of(())
 
 MESSAGES = 100  # of a page of a transcript
 MESSAGE_CHARACTERS = 20_000  # shown of a message; its events have all

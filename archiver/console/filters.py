@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from archiver.errors import ArchiverError
+from archiver.settings.variables import Variable
 
 MAX_LENGTH = 1_000  # characters of a filter
 MAX_TERMS = 20
@@ -22,15 +23,23 @@ class FilterError(ArchiverError):
 class Filter(msgspec.Struct, frozen=True):
     """Conditions on a row of `analytics.sessions s`, joined by AND, with their values.
 
-    `fields`: the names of the qualifiers, for the audit log, which must not contain what was searched for.
+    `words`: words and phrases that must occur. `fields`: the names of the qualifiers, for the audit log, which must
+    not contain what was searched for. `shows_content`: whether the result reveals content.
     """
 
     conditions: Sequence[str] = ()
     values: Mapping[str, Any] = {}
+    words: Sequence[str] = ()
     fields: Sequence[str] = ()
+    shows_content: bool = False
+
+    @property
+    def search(self) -> str:
+        """Return the words as a query of `analytics.search`, in which each is a phrase."""
+        return " ".join(f'"{word}"' for word in self.words)
 
 
-_STATES = ("open", "complete", "repaired", "ambiguous", "unverified", "lost")
+STATES = ("open", "complete", "repaired", "ambiguous", "unverified", "lost")
 
 
 def _text(value: str) -> str:
@@ -60,8 +69,8 @@ def _number(value: str) -> Decimal:
 
 
 def _state(value: str) -> str:
-    if value not in _STATES:
-        raise FilterError(f"{value!r} is not a state of coverage: {', '.join(_STATES)}.")
+    if value not in STATES:
+        raise FilterError(f"{value!r} is not a state of coverage: {', '.join(STATES)}.")
     return value
 
 
@@ -71,61 +80,95 @@ def _answer(value: str) -> bool:
     return value == "yes"
 
 
-class _Qualifier(msgspec.Struct, frozen=True):
+class Qualifier(msgspec.Struct, frozen=True):
+    """A qualifier: how its value is parsed, and its condition, with {name} for the value and {sign}."""
+
     parse: Callable[[str], Any]
-    condition: str  # with {name} for the value and {sign} for the comparison
+    condition: str
     example: str
     signs: str = ":"
+    shows_content: bool = False
 
 
 _COMPARED = ": > >= < <="
-QUALIFIERS: Mapping[str, _Qualifier] = {
-    "assistant": _Qualifier(_text, "s.assistant_id = :{name}", "assistant:asst_1"),
-    "session": _Qualifier(_text, "s.session_id = :{name}", "session:ses_1"),
-    "chat": _Qualifier(
+QUALIFIERS: Mapping[str, Qualifier] = {
+    "assistant": Qualifier(_text, "s.assistant_id = :{name}", "assistant:asst_1"),
+    "session": Qualifier(_text, "s.session_id = :{name}", "session:ses_1"),
+    "chat": Qualifier(
         _text,
         "s.session_id IN (SELECT c.session_id FROM analytics.chats c WHERE c.chat_id = :{name})",
         "chat:chat_1",
     ),
-    "coverage": _Qualifier(_state, "s.coverage = :{name}", "coverage:repaired"),
-    "deleted": _Qualifier(_answer, "(s.deleted_chats > 0) = :{name}", "deleted:yes"),
-    "repaired": _Qualifier(_answer, "(s.repaired_messages > 0) = :{name}", "repaired:yes"),
-    "after": _Qualifier(parse_moment, "s.last_message_at >= :{name}", "after:2024-01-15"),
-    "before": _Qualifier(parse_moment, "s.last_message_at < :{name}", "before:2024-02-01"),
-    "cost": _Qualifier(_number, "s.cost {sign} :{name}", "cost>0.1", _COMPARED),
-    "turns": _Qualifier(_number, "s.turns {sign} :{name}", "turns>=20", _COMPARED),
-    "messages": _Qualifier(_number, "s.messages {sign} :{name}", "messages>40", _COMPARED),
+    "coverage": Qualifier(_state, "s.coverage = :{name}", "coverage:repaired"),
+    "deleted": Qualifier(_answer, "(s.deleted_chats > 0) = :{name}", "deleted:yes"),
+    "repaired": Qualifier(_answer, "(s.repaired_messages > 0) = :{name}", "repaired:yes"),
+    "after": Qualifier(parse_moment, "s.last_message_at >= :{name}", "after:2024-01-15"),
+    "before": Qualifier(parse_moment, "s.last_message_at < :{name}", "before:2024-02-01"),
+    "cost": Qualifier(_number, "s.cost {sign} :{name}", "cost>0.1", _COMPARED),
+    "turns": Qualifier(_number, "s.turns {sign} :{name}", "turns>=20", _COMPARED),
+    "messages": Qualifier(_number, "s.messages {sign} :{name}", "messages>40", _COMPARED),
 }
 
 
-def parse(query: str) -> Filter:
-    """Return the conditions of a filter. Words without a qualifier must all occur in the first question.
+_OF_TYPE: Mapping[str, tuple[Callable[[str], Any], str, str]] = {
+    "text": (_text, "Premium", ":"),
+    "number": (_number, "10", _COMPARED),
+    "boolean": (_answer, "yes", ":"),
+    "time": (parse_moment, "2024-01-15", _COMPARED),
+}
 
-    Raises `FilterError`.
+
+def qualifiers_of(variables: Sequence[Variable]) -> Mapping[str, Qualifier]:
+    """Return all qualifiers: those of each archive, and those of the promoted variables, by the name of their column.
+
+    A name that several have means the first.
     """
+    return {**QUALIFIERS, **{each.column: _qualifier_of(each) for each in variables if each.column not in QUALIFIERS}}
+
+
+def _qualifier_of(variable: Variable) -> Qualifier:
+    parse_value, example, signs = _OF_TYPE[variable.type]
+    condition = f's."{variable.column}" {{sign}} :{{name}}'
+    return Qualifier(parse_value, condition, f"{variable.column}:{example}", signs, shows_content=True)
+
+
+def parse(query: str, variables: Sequence[Variable] = ()) -> Filter:
+    """Return the conditions of a filter, which may name promoted variables. Raises `FilterError`."""
+    qualifiers = qualifiers_of(variables)
+    columns = {each.name: each.column for each in variables}
     conditions: list[str] = []
     values: dict[str, Any] = {}
+    words: list[str] = []
     fields: list[str] = []
+    shows_content = False
     for number, term in enumerate(_terms(query)):
-        name = f"f{number}"
         if term.field is None:
-            conditions.append(f"s.first_question ILIKE :{name}")
-            values[name] = f"%{_escaped(term.value)}%"
+            words.append(term.value)
             fields.append(WORDS)
-        else:
-            qualifier = _qualifier(term)
-            sign = "=" if term.sign == ":" else term.sign
-            conditions.append(qualifier.condition.format(name=name, sign=sign))
-            values[name] = qualifier.parse(term.value)
-            fields.append(term.field)
-    return Filter(conditions, values, fields)
+            shows_content = True
+            continue
+        field = term.field if term.field in qualifiers else columns.get(term.field, term.field)
+        qualifier = _qualifier(msgspec.structs.replace(term, field=field), qualifiers)
+        name, sign = f"f{number}", "=" if term.sign == ":" else term.sign
+        conditions.append(qualifier.condition.format(name=name, sign=sign))
+        values[name] = qualifier.parse(term.value)
+        fields.append(field)
+        shows_content = shows_content or qualifier.shows_content
+    return Filter(conditions, values, words, fields, shows_content)
 
 
-def _qualifier(term: "_Term") -> _Qualifier:
-    qualifier = QUALIFIERS.get(term.field or "")
+def of_first_question(words: Sequence[str]) -> tuple[Sequence[str], Mapping[str, str]]:
+    """Return conditions, with their values, by which each word occurs in the first question."""
+    names = [f"w{number}" for number in range(len(words))]
+    conditions = [f"s.first_question ILIKE :{name}" for name in names]
+    return conditions, {name: f"%{_escaped(word)}%" for name, word in zip(names, words, strict=True)}
+
+
+def _qualifier(term: "_Term", qualifiers: Mapping[str, Qualifier]) -> Qualifier:
+    qualifier = qualifiers.get(term.field or "")
     if qualifier is None:
         raise FilterError(
-            f"There is no qualifier {term.field!r}. Use {', '.join(QUALIFIERS)}; put words with a colon in quotes."
+            f"There is no qualifier {term.field!r}. Use {', '.join(qualifiers)}; put words with a colon in quotes."
         )
     if term.sign not in qualifier.signs.split():
         raise FilterError(f"{term.field} takes no {term.sign!r}: write {qualifier.example}.")
@@ -157,6 +200,15 @@ def _terms(query: str) -> list[_Term]:
     if len(terms) > MAX_TERMS:
         raise FilterError(f"A filter has at most {MAX_TERMS} terms.")
     return [term for term in terms if term.field is not None or term.value]
+
+
+def term(field: str, value: str) -> str:
+    """Return the term of a filter by which a field has this value; a value with quotation marks becomes a prefix."""
+    plain = value.split('"', 1)[0]
+    return f'{field}:"{plain}"' if plain != value or not _BARE.fullmatch(plain) else f"{field}:{plain}"
+
+
+_BARE = re.compile(r"[^\s\"]+")
 
 
 def _escaped(word: str) -> str:

@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from archiver.compliance import export
+from archiver.console.filters import Filter
 from archiver.console.permissions import Permission
 
 ROWS = 50  # of a page
@@ -19,32 +20,42 @@ Kind = Literal["text", "id", "code", "time", "number", "state"]
 
 
 class Column(msgspec.Struct, frozen=True):
-    """A column: the name in rows and twins, the heading, and how its values are shown."""
+    """A column: the name in rows and twins, the heading, and how its values are shown.
+
+    `is_optional`: only shown if the user chooses it. `is_sparse`: a page leaves it out if no row has a value.
+    """
 
     name: str
     heading: str
     kind: Kind = "text"
     is_content: bool = False
+    is_optional: bool = False
+    is_sparse: bool = False
 
 
 class Query(msgspec.Struct, frozen=True):
     """What a list is asked for: parameters of the address, the key after which to go on, and how many rows.
 
-    `may_read`: whether the role shows content, and so may search it.
+    `may_read`: whether the role shows content, and so may search it. `suggests`: whether terms are to be suggested.
     """
 
     parameters: Mapping[str, str]
     may_read: bool
     after: str = ""
     limit: int = ROWS
+    suggests: bool = False
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Rows in order. `after`: the key of the next page; empty if there is none. `note`: how far it has looked."""
+    """Rows in order. `after`: the key of the next page; empty if there is none. `note`: how far it has looked.
+
+    `suggestions`: terms for the filter.
+    """
 
     rows: Sequence[Mapping[str, Any]]
     after: str = ""
     note: str = ""
+    suggestions: Sequence[str] = ()
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -52,8 +63,8 @@ class Listing(msgspec.Struct, frozen=True):
     for roles with `link_permission`.
 
     `parameters`: the names of those of the address that it obeys. `empty`: a sentence for a list without rows.
-    `actions`: pages of actions, each with its path, its name and the permission that it needs. `command`: the command
-    that does the same.
+    `parse`: parses its filter `q`. `examples`: of the terms of that filter. `actions`: pages of actions, each with
+    its path, its name and the permission that it needs. `command`: the command that does the same.
     """
 
     path: str
@@ -65,6 +76,8 @@ class Listing(msgspec.Struct, frozen=True):
     link: Callable[[Mapping[str, Any]], str] | None = None
     link_permission: Permission = "content"
     parameters: Sequence[str] = ()
+    parse: Callable[[str], Filter] | None = None
+    examples: Sequence[str] = ()
     actions: Sequence[tuple[str, str, Permission]] = ()
     command: str = ""
 

@@ -1,6 +1,6 @@
 """The pages: each reads what it shows, records who sees content, and renders."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from archiver.compliance import erasure, seals
 from archiver.console import conversations, quarantined, rendering, subscriptions
 from archiver.console.addresses import address_of, number_of, position_of
 from archiver.console.failures import PageError, missing
-from archiver.console.filters import QUALIFIERS, FilterError, parse
+from archiver.console.filters import Filter, FilterError
 from archiver.console.gate import Handler
 from archiver.console.listing import MAX_ROWS, ROWS, Column, Listing, Page, Query, encode_csv, encode_json
 from archiver.console.logins import Login
@@ -45,12 +45,14 @@ class Pages:
 
         async def respond(request: Request, login: Login) -> Response:
             parameters = {name: request.query_params.get(name, "") for name in listing.parameters}
-            columns = _columns(listing, login)
+            chosen = request.query_params.getlist("column")
+            columns = _columns(listing, login, chosen)
             query = Query(
                 parameters,
                 "content" in GRANTED[login.role],
                 request.query_params.get("after", ""),
                 ROWS if form == "html" else MAX_ROWS,
+                suggests=form == "html",
             )
             fault, page = "", Page([])
             try:
@@ -69,18 +71,22 @@ class Pages:
                     "content-disposition": f'attachment; filename="{listing.path}.{form}"',
                 }
                 return Response(body, headers=headers, media_type=_MIME[form])
-            given = {name: value for name, value in parameters.items() if value}
+            given: dict[str, str | list[str]] = {name: value for name, value in parameters.items() if value}
+            if chosen:
+                given["column"] = [column.name for column in columns]
             return await self._renderer.render(
                 request,
                 "list.html",
                 login,
                 400 if fault else 200,
                 listing=listing,
-                columns=columns,
+                columns=[column for column in columns if not column.is_sparse or _has_values(page, column)],
+                choices=_allowed(listing, login),
+                is_chosen=bool(chosen),
+                chosen_columns=columns,
                 page=page,
                 fault=fault,
                 parameters=parameters,
-                qualifiers=QUALIFIERS if "q" in listing.parameters else {},
                 following=address_of(listing.path, given | {"after": page.after}) if page.after else "",
                 first=address_of(listing.path, given) if query.after else "",
                 twins={each: address_of(f"{listing.path}.{each}", given) for each in ("json", "csv")},
@@ -91,12 +97,12 @@ class Pages:
     async def _record_list(
         self, listing: Listing, parameters: Mapping[str, str], columns: list[Column], form: str, login: Login
     ) -> None:
-        if not any(column.is_content for column in columns):
+        found = Filter() if listing.parse is None else listing.parse(parameters["q"])
+        if not found.shows_content and not any(column.is_content for column in columns):
             return
-        fields = sorted(set(parse(parameters["q"]).fields)) if "q" in parameters else []
-        viewed: Kind = "console.search" if "q" in parameters else "console.view"
+        viewed: Kind = "console.view" if listing.parse is None else "console.search"
         kind = viewed if form == "html" else "console.download"
-        await self._views.record(kind, login.user, list=listing.path, fields=fields)
+        await self._views.record(kind, login.user, list=listing.path, fields=sorted(set(found.fields)))
 
     async def conversation(self, request: Request, login: Login) -> Response:
         """Show a conversation: its transcript, and the events of the ledger."""
@@ -196,9 +202,19 @@ class Pages:
 _SCRIPT = (rendering.FOLDER / "templates" / "check_proof.txt").read_text(encoding="utf-8")
 
 
-def _columns(listing: Listing, login: Login) -> list[Column]:
+def _allowed(listing: Listing, login: Login) -> list[Column]:
     may_read = "content" in GRANTED[login.role]
     return [column for column in listing.columns if may_read or not column.is_content]
+
+
+def _columns(listing: Listing, login: Login, chosen: Sequence[str]) -> list[Column]:
+    """Return the chosen columns; if none is, those that are not optional. The first is always among them."""
+    first, *others = _allowed(listing, login)
+    return [first, *(each for each in others if (each.name in chosen if chosen else not each.is_optional))]
+
+
+def _has_values(page: Page, column: Column) -> bool:
+    return any(row[column.name] is not None for row in page.rows)
 
 
 def _file(body: bytes, name: str) -> Response:

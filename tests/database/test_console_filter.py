@@ -1,0 +1,110 @@
+"""The filter of conversations: words, promoted variables, suggestions."""
+
+from collections.abc import Sequence
+
+import pytest
+from sqlalchemy import Engine
+
+from archiver.console.conversations import select_conversations
+from archiver.console.filters import FilterError, term
+from archiver.console.listing import Page, Query
+from archiver.database import schema, transaction
+from archiver.settings import variables
+from archiver.settings.variables import Variable
+from tests.support.erasures import record
+from tests.support.feeds import publish
+from tests.support.payloads import created
+from tests.support.searching import index
+
+ON_ONE_VERSION = True
+PROMOTED = variables.parse("customerTier,seats:number,isNew:boolean,since:time")
+
+
+def conversation(engine: Engine, session_id: str, answer: str = "fine", **values: object) -> None:
+    record(
+        engine, created(f"{session_id}-1", session_id, output=answer, assistantOverrides={"variableValues": values})
+    )
+
+
+def found(
+    engine: Engine, q: str, promoted: Sequence[Variable] = (), *, may_read: bool = True, suggests: bool = False
+) -> Page:
+    publish(engine)
+    with transaction(engine) as connection:
+        return select_conversations(connection, Query({"q": q}, may_read, suggests=suggests), promoted)
+
+
+def ids(page: Page) -> list[str]:
+    return sorted(row["session_id"] for row in page.rows)
+
+
+def test_words_are_found_in_every_message_with_a_snippet(engine: Engine) -> None:
+    conversation(engine, "a", "You get a full refund tomorrow.")
+    conversation(engine, "b", "You get nothing.")
+    publish(engine)
+    index(engine, "simple")
+    page = found(engine, "refund")
+    assert ids(page) == ["a"]
+    assert "**refund**" in page.rows[0]["match"]
+    assert ids(found(engine, '"full refund" coverage:open')) == ["a"]
+    assert ids(found(engine, '"refund full"')) == []
+    assert ids(found(engine, "refund nothing")) == []
+    assert ids(found(engine, "refund coverage:lost")) == []
+
+
+def test_without_search_words_are_found_in_first_questions(engine: Engine) -> None:
+    conversation(engine, "a")
+    page = found(engine, "question")
+    assert ids(page) == ["a"]
+    assert "Search is off" in page.note
+
+
+@pytest.mark.parametrize(
+    ("q", "expected"),
+    [
+        ("customerTier:Premium", ["a"]),
+        ("customer_tier:Premium", ["a"]),
+        ('customerTier:"two words"', ["b"]),
+        ("seats>2", ["b"]),
+        ("seats<=2", ["a"]),
+        ("isNew:yes", ["a"]),
+        ("since>=2024-01-01", ["b"]),
+        ("customerTier:Premium seats>2", []),
+    ],
+)
+def test_promoted_variables_are_qualifiers(q: str, expected: list[str], engine: Engine) -> None:
+    schema.upgrade(engine, variables=PROMOTED)
+    conversation(engine, "a", customerTier="Premium", seats=2, isNew=True, since="2023-05-01")
+    conversation(engine, "b", customerTier="two words", seats="3", since="2024-05-01")
+    page = found(engine, q, PROMOTED)
+    assert ids(page) == expected
+    assert all("customer_tier" in row for row in page.rows)
+
+
+def test_content_is_not_found_out_by_roles_that_do_not_see_it(engine: Engine) -> None:
+    schema.upgrade(engine, variables=PROMOTED)
+    for q in ("word", "customerTier:Premium"):
+        with pytest.raises(FilterError, match="Your role shows no content"):
+            found(engine, q, PROMOTED, may_read=False)
+
+
+def test_a_variable_without_a_column_is_no_qualifier(engine: Engine) -> None:
+    conversation(engine, "a", customerTier="Premium")
+    assert found(engine, "", PROMOTED).rows[0]["customer_tier"] is None
+    with pytest.raises(FilterError, match="There is no qualifier 'customerTier'"):
+        found(engine, "customerTier:Premium", PROMOTED)
+
+
+def test_terms_are_suggested_and_values_only_to_those_who_see_them(engine: Engine) -> None:
+    schema.upgrade(engine, variables=PROMOTED)
+    conversation(engine, "a", customerTier='gold "24"')
+    seen = found(engine, "", PROMOTED, suggests=True).suggestions
+    assert {"coverage:repaired", "assistant:assistant-1", 'customer_tier:"gold "'} <= {*seen}
+    unseen = found(engine, "", PROMOTED, suggests=True, may_read=False).suggestions
+    assert "assistant:assistant-1" in unseen
+    assert not [each for each in unseen if "gold" in each]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("a", "f:a"), ("a b", 'f:"a b"'), ('a"b', 'f:"a"'), ("", 'f:""')])
+def test_a_suggested_term_is_one_term(value: str, expected: str) -> None:
+    assert term("f", value) == expected
