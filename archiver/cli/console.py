@@ -13,6 +13,7 @@ from archiver.cli.output import Whole
 from archiver.cli.serve import address, allow_files, listening, server_options
 from archiver.database import schema
 from archiver.http import create_console, open_files
+from archiver.operations import reloading
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +28,9 @@ def console(*, host: str, port: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
+    reloading.block()
+    used = reloading.look()
+    reloading.require_files(used)
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     connection.warn_of_unknown_variables()
@@ -36,5 +40,5 @@ def console(*, host: str, port: int) -> None:
             schema.check(opened)
         with listening(host, port) as listener:
             log.info("console started", url=f"{address(listener)}/console/", database=connection.named(configuration))
-            app = create_console(configuration, database.database_url(url))
+            app = create_console(configuration, database.database_url(url), used)
             uvicorn.Server(uvicorn.Config(app, **server_options(configuration))).run([listener])

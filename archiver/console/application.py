@@ -14,6 +14,7 @@ from starlette.types import Scope
 from archiver.archive import Timing
 from archiver.console import lists, rendering
 from archiver.console.actions import Erasures, Followups, Holds, Retries, Runner
+from archiver.console.checks import Checks
 from archiver.console.conversations import listing_of
 from archiver.console.failures import missing, safely
 from archiver.console.gate import HOME, Gate, Handler
@@ -68,6 +69,8 @@ def routes(configuration: Settings, engines: Engines, authenticated: Callable[[S
         Route("/followups/{subscription_id}", gate.page("operation", pages.subscription)),
         Route("/deliveries/{message_id}", gate.page("operation", pages.delivery)),
         Route("/holds/{hold_id}", gate.page("evidence", pages.hold)),
+        Route("/doctor", gate.page("operation", Checks(configuration, runner, renderer).show)),
+        *([Route("/style", gate.page("figures", pages.style))] if configuration.log_level == "debug" else []),
         Route("/conversation", gate.page("content", pages.conversation)),
     ]
     result += _actions(gate, runner, renderer, configuration)

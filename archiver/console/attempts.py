@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic
 
+from archiver.console.visitors import Visitor
 from archiver.errors import ArchiverError
 
 MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per address and name
 MAX_REMEMBERED = 10_000  # pairs of address and name
 MAX_WAITING, MAX_WAITING_OF_ADDRESS = 32, 3
+MAX_WAITING_OF_PROXY = 16  # if it does not name its visitors
 REST_SECONDS = 0.3  # after each failed attempt, so that a flood of them leaves most of a core to others
 
 
@@ -31,10 +33,12 @@ class Attempts:
         self._waiting: Counter[str] = Counter()  # by address
 
     @asynccontextmanager
-    async def turn(self, address: str, name: str) -> AsyncIterator[None]:
+    async def turn(self, visitor: Visitor, name: str) -> AsyncIterator[None]:
         """Wait for the turn to check a password. Raises `TooManyAttemptsError`."""
+        address = visitor.address
         self._check(address, name)
-        if self._waiting[address] >= MAX_WAITING_OF_ADDRESS or self._waiting.total() >= MAX_WAITING:
+        most = MAX_WAITING_OF_PROXY if visitor.is_shared else MAX_WAITING_OF_ADDRESS
+        if self._waiting[address] >= most or self._waiting.total() >= MAX_WAITING:
             raise TooManyAttemptsError(1)
         self._waiting[address] += 1
         try:
@@ -52,14 +56,14 @@ class Attempts:
         if len(recent) >= MAX_FAILURES:
             raise TooManyAttemptsError(recent[0] + FAILURE_SECONDS - now)
 
-    async def failed(self, address: str, name: str) -> None:
+    async def failed(self, visitor: Visitor, name: str) -> None:
         """Record a failed attempt, within its turn."""
-        key = address, name
+        key = visitor.address, name
         self._failed[key] = [*self._failed.pop(key, []), monotonic()][-MAX_FAILURES:]
         if len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)
         await asyncio.sleep(REST_SECONDS)
 
-    def succeeded(self, address: str, name: str) -> None:
-        """Forget the failed attempts of this address and name."""
-        self._failed.pop((address, name), None)
+    def succeeded(self, visitor: Visitor, name: str) -> None:
+        """Forget the failed attempts of this visitor and name."""
+        self._failed.pop((visitor.address, name), None)

@@ -17,7 +17,9 @@ from archiver.console.attempts import Attempts
 from archiver.console.failures import PageError, Route, safely
 from archiver.console.logins import Login
 from archiver.console.permissions import GRANTED, Permission
+from archiver.console.refreshing import seconds_of
 from archiver.console.view_log import ViewLog
+from archiver.console.visitors import visitor_of
 from archiver.database import run_async
 
 COOKIE, LOGIN_COOKIE = "archiver_console", "archiver_console_login"
@@ -46,7 +48,9 @@ class Gate:
         async def respond(request: Request) -> Response:
             token = request.cookies.get(COOKIE, "")
             is_token = logins.is_token(token)  # if not, the database need not be asked
-            login = await run_async(self._engine, lambda each: logins.select_login(each, token)) if is_token else None
+            is_active = not seconds_of(request)  # a page that loads itself again keeps no login alive
+            select = partial(logins.select_login, token=token, is_active=is_active)
+            login = await run_async(self._engine, select) if is_token else None
             if login is None:
                 return _to_login(request)
             self._authenticated(request.scope)
@@ -71,14 +75,14 @@ class Gate:
         # A form of this browser: another site cannot log its visitor in as someone else.
         _require_form_of(form, request.cookies.get(LOGIN_COOKIE, ""))
         name, password = form.get("name", "")[:MAX_NAME].strip().lower().replace("\0", ""), form.get("password", "")
-        address = request.client.host if request.client else ""
-        async with self._attempts.turn(address, name):
+        visitor = visitor_of(request)
+        async with self._attempts.turn(visitor, name):
             known = await run_async(self._engine, lambda each: accounts.select_password_hash(each, name))
             checking = partial(accounts.is_password, password, known)
             if not await asyncio.get_running_loop().run_in_executor(self._threads, checking):
-                await self._attempts.failed(address, name)
+                await self._attempts.failed(visitor, name)
                 return await _login_page(request, WRONG, form.get("next", ""))
-        self._attempts.succeeded(address, name)
+        self._attempts.succeeded(visitor, name)
         earlier = request.cookies.get(COOKIE, "")
         token = await run_async(self._engine, lambda each: logins.insert_login(each, name, known or "", earlier))
         if token is None:  # the password was changed at this moment

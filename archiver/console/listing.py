@@ -63,8 +63,9 @@ class Listing(msgspec.Struct, frozen=True):
     for roles with `link_permission`.
 
     `parameters`: the names of those of the address that it obeys. `empty`: a sentence for a list without rows.
-    `parse`: parses its filter `q`. `examples`: of the terms of that filter. `actions`: pages of actions, each with
-    its path, its name and the permission that it needs. `command`: the command that does the same.
+    `parse`: parses its filter `q`. `examples`: of the terms of that filter. `links`: paths and names of pages about
+    the same. `actions`: pages of actions, each with its path, its name and the permission that it needs. `command`:
+    the command that does the same.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Listing(msgspec.Struct, frozen=True):
     parameters: Sequence[str] = ()
     parse: Callable[[str], Filter] | None = None
     examples: Sequence[str] = ()
+    links: Sequence[tuple[str, str]] = ()
     actions: Sequence[tuple[str, str, Permission]] = ()
     command: str = ""
 

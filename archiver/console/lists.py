@@ -266,6 +266,7 @@ def settings_of(configuration: Settings) -> Listing:
             Column("meaning", "Meaning"),
         ),
         select=lambda _, __: Page(rows),
+        links=(("doctor", "Check settings, spool and database now"),),
         empty="There are no settings.",
     )
 

@@ -59,8 +59,11 @@ def insert_login(connection: Connection, user: str, password_hash: str, earlier:
     return token
 
 
-def select_login(connection: Connection, token: str) -> Login | None:
-    """Return the login of a token; None if it has ended, or its user is disabled."""
+def select_login(connection: Connection, token: str, *, is_active: bool = True) -> Login | None:
+    """Return the login of a token; None if it has ended, or its user is disabled.
+
+    `is_active`: the user sent the request, so the login does not end soon.
+    """
     users, logins, at = tables.users.c, tables.logins, now()
     query = (
         select(users.name, users.role, logins.c.seen_at)
@@ -71,7 +74,7 @@ def select_login(connection: Connection, token: str) -> Login | None:
     row = connection.execute(query).one_or_none()
     if row is None:
         return None
-    if row.seen_at < at - SEEN_EVERY:
+    if is_active and row.seen_at < at - SEEN_EVERY:
         connection.execute(update(logins).where(logins.c.token_digest == _digest(token)).values(seen_at=at))
     return Login(row.name, row.role, form_token(token))
 

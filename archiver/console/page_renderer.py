@@ -14,6 +14,7 @@ from archiver.console import rendering
 from archiver.console.logins import Login
 from archiver.console.outcomes import sentence_of
 from archiver.console.permissions import GRANTED
+from archiver.console.refreshing import refresh_of
 from archiver.database import snapshot
 
 T = TypeVar("T")
@@ -43,10 +44,21 @@ class PageRenderer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def render(
-        self, request: Request, template: str, login: Login, status: int = 200, **values: Any
+        self,
+        request: Request,
+        template: str,
+        login: Login,
+        status: int = 200,
+        *,
+        can_refresh: bool = False,
+        **values: Any,
     ) -> Response:
-        """Return a page, with the outcome of the action that led to it."""
+        """Return a page, with the outcome of the action that led to it.
+
+        `can_refresh`: the page may load itself again. Not with content, because each view is an audit entry.
+        """
         values |= {
+            "refresh": refresh_of(request) if can_refresh else None,
             "login": login,
             "granted": GRANTED[login.role],
             "has_actions": self.has_actions,

@@ -14,6 +14,7 @@ from archiver import console, database, telemetry
 from archiver.http import answers
 from archiver.http.connection_limiter import ConnectionLimiter
 from archiver.http.connections import mark_authenticated
+from archiver.operations.reloading import Reloading
 from archiver.settings import Settings
 
 RECORDING_CONNECTIONS, READING_CONNECTIONS = 2, 3
@@ -55,16 +56,29 @@ def _read_url(configuration: Settings, url: URL) -> URL:
     return url if given is None else database.database_url(given.get_secret_value())
 
 
-def create_console(configuration: Settings, url: URL) -> Starlette:
-    """Build an application that consists of the console alone."""
+def create_console(configuration: Settings, url: URL, used: Mapping[str, str]) -> Starlette:
+    """Build an application that consists of the console alone.
+
+    `used`: digests of the settings files, taken before the settings were read. When such a file changes, and on
+    SIGHUP, the database URLs are read again.
+    """
     service = ConsoleService(configuration, url)
     limiter = ConnectionLimiter(configuration.max_connections, configuration.client_timeout)
+
+    async def reload(new: Settings) -> None:
+        given = new.database_url
+        await service.redirect(new, url if given is None else database.database_url(given.get_secret_value()))
+
+    files = Reloading(reload, used)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         telemetry.configure_logs(configuration.log_level, configuration.log_format)
+        watching = asyncio.create_task(files.run())
         with limiter.enforcing():
             yield {"limiter": limiter}  # Uvicorn passes it to each connection
+        watching.cancel()
+        await asyncio.wait([watching])
         await service.close()
 
     handlers = {HTTPException: answers.respond_to_routing} | dict.fromkeys(answers.ERRORS, answers.respond)

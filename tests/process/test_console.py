@@ -306,10 +306,13 @@ def test_i12_a_page_shows_a_part_of_a_huge_message(cluster: Cluster, url: str, a
 # The pages in a process of their own
 
 
-def test_the_console_alone_has_the_pages_and_no_webhook(url: str, receiver: Receiver, tmp_path: Path) -> None:
+def test_the_console_alone_has_the_pages_and_no_webhook_and_reads_its_files_again(
+    url: str, database_url: str, receiver: Receiver, tmp_path: Path
+) -> None:
     del receiver  # it has the users
-    log = tmp_path / "log"
-    environment = {"DATABASE_URL": url, "ARCHIVER_READ_DATABASE_URL": url, "ARCHIVER_LOG_FORMAT": "json"}
+    log, file = tmp_path / "log", tmp_path / "url"
+    file.write_text(url)
+    environment = {"DATABASE_URL_FILE": str(file), "ARCHIVER_READ_DATABASE_URL": url, "ARCHIVER_LOG_FORMAT": "json"}
     command = ["console", "--port", "0"]
     process = processes.start(command, os.environ | environment, stdout=log, stderr=log, is_apart=True)
     try:
@@ -321,6 +324,10 @@ def test_the_console_alone_has_the_pages_and_no_webhook(url: str, receiver: Rece
             assert browser.log_in("reader").status_code == 303
             assert "question of" in browser.get("/console/conversations/session-1").text
             assert browser.send("/webhooks/callhq").status_code == 404
+            file.write_text(database_url)  # which has no logins
+            process.send_signal(signal.SIGHUP)
+            until(lambda: "settings reloaded" in whole_lines(log), "the console has read its files again")
+            assert browser.get("/console/").status_code == 303
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     finally:
@@ -465,6 +472,30 @@ def test_the_settings_page_shows_no_secret(browser: Browser) -> None:
     assert values["ARCHIVER_WEBHOOK_SECRETS"] == values["DATABASE_URL"] == "set (secret)"
     assert values["ARCHIVER_WEBHOOK_SCHEME"] == "secret"
     assert SECRET not in browser.get("/console/settings").text + response.text
+
+
+def test_an_operator_sees_the_findings_of_doctor(browser: Browser) -> None:
+    browser.log_in("operator")
+    assert 'href="/console/doctor"' in browser.get("/console/settings").text
+    page = browser.get("/console/doctor")
+    assert page.status_code == 200
+    assert "Reached " in page.text
+    assert SECRET not in page.text
+
+
+def test_a_page_that_refreshes_itself_keeps_no_login_alive(url: str, browser: Browser) -> None:
+    browser.log_in("operator")
+    minutes = (
+        "SELECT round(extract(epoch FROM now() - seen_at) / 60) FROM archiver.logins WHERE user_name = 'operator'"
+    )
+    execute(url, "UPDATE archiver.logins SET seen_at = now() - interval '20 min' WHERE user_name = 'operator'")
+    page = browser.get("/console/followups?refresh=5").text
+    assert 'data-seconds="5"' in page
+    assert 'href="/console/followups?refresh=15"' in page
+    assert {20} == {int(row[0]) for row in rows(url, minutes)}
+    browser.get("/console/followups")
+    assert 0 in {int(row[0]) for row in rows(url, minutes)}
+    assert "data-seconds" not in browser.get("/console/conversations?refresh=5").text  # each view would be recorded
 
 
 # The command

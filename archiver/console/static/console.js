@@ -9,6 +9,15 @@ for (const each of document.querySelectorAll("time")) {
   each.textContent = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle }).format(at);
 }
 
+// A page that its user chose to refresh. Not while it is hidden, or while something is being typed.
+const refresh = document.querySelector(".refresh");
+if (refresh) {
+  refresh.hidden = false;
+  const seconds = Number(refresh.dataset.seconds);
+  const isBusy = () => document.hidden || document.activeElement.matches("input:not([type=hidden]), textarea");
+  if (seconds) setInterval(() => isBusy() || location.reload(), seconds * 1000);
+}
+
 document.addEventListener("keydown", (event) => {
   const isTyping = event.target.closest("input, textarea, select");
   if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;

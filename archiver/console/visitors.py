@@ -1,0 +1,55 @@
+"""The address of a visitor, also behind a reverse proxy."""
+
+import os
+from collections.abc import Sequence
+from ipaddress import ip_address, ip_network
+
+import msgspec
+from starlette.requests import Request
+
+FORWARDED = "x-forwarded-for"
+ALLOWED, LOCAL = "FORWARDED_ALLOW_IPS", "127.0.0.1,::1"  # Uvicorn's variable for trusted proxies, and its default
+
+
+class Visitor(msgspec.Struct, frozen=True):
+    """Who sent a request. `is_shared`: the address is that of a proxy that does not name its visitors."""
+
+    address: str
+    is_shared: bool = False
+
+
+def visitor_of(request: Request) -> Visitor:
+    """Return the visitor: of a trusted proxy, the last address in `X-Forwarded-For` that is no trusted proxy."""
+    peer = request.client.host if request.client else ""
+    trusted = os.environ.get(ALLOWED, LOCAL).split(",")
+    if not _is_trusted(peer, trusted):
+        return Visitor(peer)
+    forwarded = [each.strip() for line in request.headers.getlist(FORWARDED) for each in line.split(",")]
+    proxies = [each for each in trusted if each.strip() != "*"]
+    for address in reversed(forwarded):
+        if not _is_address(address):
+            break  # what is to the left of it may be forged
+        if not _is_trusted(address, proxies):
+            return Visitor(address)
+    return Visitor(peer, is_shared=True)
+
+
+def _is_trusted(address: str, trusted: Sequence[str]) -> bool:
+    return any(_is_within(address, each.strip()) for each in trusted)
+
+
+def _is_within(address: str, trusted: str) -> bool:
+    if trusted in {"*", address}:
+        return True
+    try:
+        return ip_address(address) in ip_network(trusted)
+    except ValueError:
+        return False
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
