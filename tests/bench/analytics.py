@@ -31,6 +31,7 @@ from tests.support.analysts import (
 
 GROWTH = 1.5
 NOISE = 10  # buffers: each index may have one level more in the larger archive
+GROWING = {"Conversations of a customer"}  # worked queries whose results grow with the archive
 RECENT = 10  # one in so many conversations of the smaller archive began within the newest 90 days
 
 
@@ -49,8 +50,9 @@ def main() -> None:
     print("About the whole archive:")
     broken += [line for question in QUESTIONS if question.kind == "all" for line in report(question, small, large)]
     print("Worked queries of docs/analytics.md:")
-    worked = [Question(name, "window", "") for name in large if name not in {each.name for each in QUESTIONS}]
-    broken += [line for question in worked for line in report(question, small, large)]
+    worked = [name for name in large if name not in {each.name for each in QUESTIONS}]
+    for name in worked:
+        broken += report(Question(name, "all" if name in GROWING else "window", ""), small, large)
     if broken:
         sys.exit("bench-analytics: " + "; ".join(broken))
 
