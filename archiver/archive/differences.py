@@ -73,7 +73,8 @@ def turn_changes(turns: Mapping[Key, Turn], before: Mapping[Key, TurnState]) -> 
     if before:
         return _compare(turns, before, {key: _state_of(key, turn) for key, turn in turns.items()})
     result = [
-        Change("chat.created" if turn.deleted_at is None else "chat.deleted", *key) for key, turn in turns.items()
+        Change("chat.created" if turn.deleted_at is None else "chat.deleted", *key, is_alone=True)
+        for key, turn in turns.items()
     ]
     _sort(result, turns)
     return result
@@ -90,7 +91,7 @@ def _compare(
     turns: Mapping[Key, Turn], before: Mapping[Key, TurnState], after: Mapping[Key, TurnState]
 ) -> list[Change]:
     kinds = {key: _kind(before.get(key), state) for key, state in after.items()}
-    result = [Change(kind, *key) for key, kind in kinds.items() if kind is not None]
+    result = [Change(kind, *key, is_alone=True) for key, kind in kinds.items() if kind is not None]
     _sort(result, turns)
     rewritten = {key[0] for key, was in before.items() if key in after and was.times != after[key].times}
     return result + [Change(REWRITTEN, session_id) for session_id in sorted(rewritten) if session_id]

@@ -30,12 +30,16 @@ _OF_TRANSCRIPT = ERASURES | {"chat.created", "chat.updated", "chat.deleted", "se
 
 
 class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """A change of the archive: its type, and the ids of its turn, session or seal. Contains no content."""
+    """A change of the archive: its type, and the ids of its turn, session or seal. Contains no content.
+
+    `is_alone`: no row of another turn changed with this one. Not in the view of the feed.
+    """
 
     type: ChangeType
     session_id: str = ""
     chat_id: str | None = None
     seal_id: int | None = None
+    is_alone: bool = False
 
 
 # One narrow row per transaction, for any number of changes: ingest pays for each row and for each index entry.

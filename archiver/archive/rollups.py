@@ -95,7 +95,8 @@ _SET_ASIDE = RawStatement(
         ON CONFLICT (session_id) DO UPDATE
            SET failed_at = coalesce(known.failed_at, excluded.failed_at), reason = excluded.reason,
                retry_at = excluded.failed_at
-                   + greatest(least(excluded.failed_at - known.failed_at, interval '1 hour'), interval '1 minute')
+                   + greatest(least(excluded.failed_at - coalesce(known.failed_at, excluded.failed_at),
+                                    interval '1 hour'), interval '1 minute')
     )
     INSERT INTO archiver.stale_buckets (bucket, since)
     SELECT DISTINCT bucket, CAST($2 AS timestamptz) FROM removed ORDER BY bucket

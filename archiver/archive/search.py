@@ -19,6 +19,8 @@ TURNS_PER_PAGE = 500
 # Indexed characters of a message: their lexemes cannot exceed the limit of a tsvector, 1 MB.
 MAX_CHARACTERS = 100_000
 REBUILD_PAUSE_SECONDS = 3_600.0  # between two rebuilds of a partition
+FAILED_PAUSE_SECONDS = 900.0  # after a rebuild that failed
+REBUILD_LATE_SECONDS = 7_200.0
 
 
 class Item(NamedTuple):
@@ -68,7 +70,18 @@ def unknown_language(name: str) -> tuple[str, str]:
     )
 
 
-_IS_IN = text("SELECT FROM archiver.search_state WHERE language IS NOT DISTINCT FROM CAST(:language AS text)")
+def other_language(name: str, present: str) -> tuple[str, str]:
+    """Return what is wrong with a name of a language other than that of the index, and what to do."""
+    return (
+        f"ARCHIVER_SEARCH_LANGUAGE is {name!r}, but the search index was started with {present!r} and keeps it.",
+        "Set the same language for all workers. To change it, restart them with ARCHIVER_SEARCH=off, then with on:"
+        " this deletes the index and indexes all messages again.",
+    )
+
+
+# A rebuild holds this lock before `Lock.INDEXING`; so does what empties the table.
+_EXCLUDE_REBUILDS = text("LOCK TABLE archiver.search_partitions IN SHARE UPDATE EXCLUSIVE MODE")
+_SELECT_LANGUAGE = text("SELECT language FROM archiver.search_state")
 _EMPTY = text("TRUNCATE archiver.search")
 _RESTART = text(
     """
@@ -77,19 +90,34 @@ _RESTART = text(
            page = page + 1, backlog_session = CAST(:start AS text), backlog_chat = CAST(:start AS text)
     """
 )
-_ALL_CLEAN = text("UPDATE archiver.search_partitions SET stale_at = NULL, rebuilt_at = clock_timestamp()")
+_ALL_CLEAN = text(
+    "UPDATE archiver.search_partitions SET stale_at = NULL, stale_since = NULL, rebuilt_at = clock_timestamp()"
+)
 
 
-def set_language(connection: Connection, language: str | None) -> bool:
-    """Set the language of the index, as `select_language` returns it; None: search is off.
+def switch_on(connection: Connection, language: str) -> str:
+    """Start the index in this language, as `select_language` returns it; return the language that it has.
 
-    If it differs, the table is emptied, and all messages are indexed again. Returns whether it differed.
+    An index that was started in another language keeps that: another worker may need it.
     """
+    _lock(connection)
+    present = connection.scalar(_SELECT_LANGUAGE)
+    if present is None:
+        _restart(connection, language)
+    return present or language
+
+
+def switch_off(connection: Connection) -> None:
+    """Delete the index. It can then be started in another language."""
+    _lock(connection)
+    if connection.scalar(_SELECT_LANGUAGE) is not None:
+        _restart(connection, None)
+
+
+def _lock(connection: Connection) -> None:
+    """Exclude everything that writes the table, rebuilds of its partitions included."""
+    connection.execute(_EXCLUDE_REBUILDS)
     Lock.INDEXING.take(connection, exclusive=True)
-    if connection.execute(_IS_IN, {"language": language}).first() is not None:
-        return False
-    _restart(connection, language)
-    return True
 
 
 def _restart(connection: Connection, language: str | None) -> None:
@@ -100,7 +128,7 @@ def _restart(connection: Connection, language: str | None) -> None:
 
 _SELECT_CHANGES = text(
     """
-    SELECT c.cursor, c.type, c.session_id, c.chat_id
+    SELECT c.cursor, c.type, c.session_id, c.chat_id, c.is_alone
       FROM archiver.changes c JOIN archiver.search_state s ON c.cursor > s.cursor
      ORDER BY c.cursor LIMIT :most
     """
@@ -122,22 +150,19 @@ _SELECT_TURNS = text(
 
 
 def select_page(connection: Connection) -> Page | None:
-    """Return the next page of changes or, without changes, of the backlog; None if both are done, or search is off.
+    """Return the next page of changes or of the backlog; None if both are done, or search is off.
 
-    If retention deleted changes that were not indexed, the index is emptied and begins again.
+    If there are both, the pages alternate. If retention deleted changes that were not indexed, see `close_gap`.
     """
     state = connection.execute(_SELECT_STATE).one()
     if state.language is None:
         return None
-    if state.has_gap:
-        Lock.INDEXING.take(connection, exclusive=True)
-        _restart(connection, state.language)
-        return select_page(connection)
     backlog = None if state.backlog_session is None else (state.backlog_session, state.backlog_chat)
-    changes = connection.execute(_SELECT_CHANGES, {"most": CHANGES_PER_PAGE}).all()
+    is_turn_of_backlog = backlog is not None and state.page % 2 == 1
+    changes = [] if is_turn_of_backlog else connection.execute(_SELECT_CHANGES, {"most": CHANGES_PER_PAGE}).all()
     if changes:
-        items = [item for row in changes if (item := _item(row.type, row.session_id, row.chat_id)) is not None]
-        return Page(state.page, changes[-1].cursor, backlog, _with_whole_sessions(connection, items))
+        items = [item for row in changes if (item := _item(row)) is not None]
+        return Page(state.page, changes[-1].cursor, backlog, _distinct(items))
     if backlog is None:
         return None
     values = {"session_id": backlog[0], "chat_id": backlog[1], "most": TURNS_PER_PAGE}
@@ -146,34 +171,34 @@ def select_page(connection: Connection) -> Page | None:
     return Page(state.page, state.cursor, last, [Item(*row) for row in turns])
 
 
+def close_gap(connection: Connection) -> None:
+    """Begin the index again if retention deleted changes that were not indexed."""
+    if _has_gap(connection):
+        _lock(connection)
+        if _has_gap(connection):  # another worker may have closed it
+            _restart(connection, connection.scalar(_SELECT_LANGUAGE))
+
+
+def _has_gap(connection: Connection) -> bool:
+    state = connection.execute(_SELECT_STATE).one()
+    return bool(state.language is not None and state.has_gap)
+
+
 _OF_A_TURN = frozenset({"chat.created", "chat.updated", "chat.deleted"})
 _WITHOUT_TEXT = frozenset({"session.coverage", "session.lost", "seal.created"})
 
 
-def _item(kind: str, session_id: str, chat_id: str | None) -> Item | None:
-    if kind in _WITHOUT_TEXT or (session_id == UNASSIGNED and chat_id is None):
+def _item(change: Any) -> Item | None:
+    if change.type in _WITHOUT_TEXT or (change.session_id == UNASSIGNED and change.chat_id is None):
         return None
-    is_turn = kind in _OF_A_TURN or session_id == UNASSIGNED
-    return Item(session_id, chat_id if is_turn else None)
+    is_turn = (change.type in _OF_A_TURN and change.is_alone) or change.session_id == UNASSIGNED
+    return Item(change.session_id, change.chat_id if is_turn else None)
 
 
-_SELECT_READ = text(
-    """
-    SELECT s.session_id FROM json_array_elements_text(:session_ids) AS listed (session_id)
-     CROSS JOIN LATERAL (
-         SELECT s.session_id FROM archiver.sessions s
-          WHERE s.session_id = listed.session_id AND s.read_at IS NOT NULL OFFSET 0
-     ) s
-    """
-)
-
-
-def _with_whole_sessions(connection: Connection, items: Sequence[Item]) -> list[Item]:
-    """Return each item once. A change of a turn may have changed other turns of a session whose history was read."""
-    ids = {item.session_id for item in items} - {UNASSIGNED}
-    whole = {item.session_id for item in items if item.chat_id is None}
-    whole |= set(connection.scalars(_SELECT_READ, {"session_ids": as_json(sorted(ids - whole))}))
-    return list(dict.fromkeys(Item(item.session_id, None) if item.session_id in whole else item for item in items))
+def _distinct(items: Iterable[Item]) -> list[Item]:
+    """Return each item once, and no single turns of whole sessions."""
+    known = dict.fromkeys(items)
+    return [each for each in known if each.chat_id is None or Item(each.session_id, None) not in known]
 
 
 _BEGAN = "coalesce(c.began_at, c.created_at, c.occurred_at, c.first_received_at)"
@@ -282,7 +307,8 @@ _OBSOLETE = f"""
                    AND c.assistant_id IS NOT DISTINCT FROM s.assistant_id)
     RETURNING CAST(s.tableoid AS bigint) AS partition, s.session_id, s.chat_id, s.digest
 """  # noqa: S608  # constants
-# Two statements: for single turns, and for whole sessions, which includes turns that no longer exist.
+# Two statements: for single turns, also without their session, and for whole sessions, which includes turns that no
+# longer exist.
 _DELETE = tuple(
     text(
         f"""
@@ -295,7 +321,10 @@ _DELETE = tuple(
     for keys, condition in (
         (
             "SELECT session_id, chat_id FROM items WHERE chat_id IS NOT NULL"
-            " UNION SELECT '', chat_id FROM items WHERE chat_id IS NOT NULL",
+            " UNION SELECT '', chat_id FROM items WHERE chat_id IS NOT NULL"
+            " UNION SELECT '', c.chat_id FROM items i CROSS JOIN LATERAL ("
+            "SELECT c.chat_id FROM archiver.chats c WHERE c.session_id = i.session_id OFFSET 0) c"
+            " WHERE i.chat_id IS NULL",
             "s.session_id = t.session_id AND s.chat_id = t.chat_id",
         ),
         ("SELECT DISTINCT session_id FROM items WHERE chat_id IS NULL", "s.session_id = t.session_id"),
@@ -344,7 +373,8 @@ _SELECT_UNCOVERED = text(
 )
 _MARK = text(
     """
-    UPDATE archiver.search_partitions p SET stale_at = clock_timestamp()
+    UPDATE archiver.search_partitions p
+       SET stale_at = clock_timestamp(), stale_since = coalesce(p.stale_since, clock_timestamp())
       FROM pg_class c
      WHERE p.name = c.relname
        AND CAST(c.oid AS bigint) IN (SELECT CAST(json_array_elements_text(:partitions) AS bigint))
@@ -385,27 +415,85 @@ def _json(items: Iterable[Item]) -> str:
     return as_json([each._asdict() for each in items])
 
 
+# Those that were never attempted first, so that one that fails again and again delays no other.
 _SELECT_STALE = text(
     """
-    SELECT name FROM archiver.search_partitions
-     WHERE stale_at IS NOT NULL
-       AND (rebuilt_at IS NULL OR rebuilt_at <= clock_timestamp() - make_interval(secs => :seconds)
-            OR rebuilt_at > clock_timestamp())
-     ORDER BY stale_at LIMIT 1
+    WITH waiting AS (
+        SELECT name, attempted_at, stale_at, greatest(attempted_at, rebuilt_at) AS last,
+               CASE WHEN attempted_at > coalesce(rebuilt_at, '-infinity') THEN :failed_seconds
+                    ELSE :seconds END AS pause
+          FROM archiver.search_partitions WHERE stale_at IS NOT NULL
+    )
+    SELECT name FROM waiting
+     WHERE last IS NULL OR last <= clock_timestamp() - make_interval(secs => pause) OR last > clock_timestamp()
+     ORDER BY attempted_at NULLS FIRST, stale_at LIMIT 1
     """
 )
-_REBUILD = text("SELECT archiver.rebuild_search(:name)")
+_ATTEMPT = text("UPDATE archiver.search_partitions SET attempted_at = clock_timestamp() WHERE name = :name")
+_REBUILD = text("SELECT archiver.rebuild_search(:name, :attempts, :pause)")
 
 
 def select_stale(connection: Connection) -> str | None:
-    """Return the partition that has waited longest to be rebuilt; None if none is due."""
-    found = connection.scalar(_SELECT_STALE, {"seconds": REBUILD_PAUSE_SECONDS})
+    """Return the partition to rebuild next; None if none is due."""
+    values = {"seconds": REBUILD_PAUSE_SECONDS, "failed_seconds": FAILED_PAUSE_SECONDS}
+    found = connection.scalar(_SELECT_STALE, values)
     return None if found is None else str(found)
 
 
-def rebuild(connection: Connection, name: str) -> bool:
-    """Rewrite a partition without deleted rows; return False if it is no longer stale."""
-    return bool(connection.scalar(_REBUILD, {"name": name}))
+def record_attempt(connection: Connection, name: str) -> None:
+    """Record that the rebuild of a partition begins."""
+    connection.execute(_ATTEMPT, {"name": name})
+
+
+def rebuild(connection: Connection, name: str, attempts: int = 1, pause: float = 0.0) -> bool:
+    """Rewrite a partition without deleted rows; return False if it is no longer stale.
+
+    After the rows are copied, `attempts` are made to get the locks for the exchange, with a pause in seconds between
+    two, in which other sessions proceed. Raises the lock timeout of the last one.
+    """
+    return bool(connection.scalar(_REBUILD, {"name": name, "attempts": attempts, "pause": pause}))
+
+
+class LateRebuild(msgspec.Struct, frozen=True):
+    """A partition that still has words of messages erased since then, and the session that has used it longest."""
+
+    name: str
+    since: datetime
+    pid: int | None
+    user: str | None
+    application: str | None
+    used_since: datetime | None
+
+
+# Any session that has searched keeps its locks until its transaction ends.
+_SELECT_LATE = text(
+    """
+    WITH late AS (
+        SELECT name, coalesce(stale_since, stale_at) AS since FROM archiver.search_partitions
+         WHERE stale_at IS NOT NULL
+           AND coalesce(stale_since, stale_at) <= clock_timestamp() - make_interval(secs => :seconds)
+         ORDER BY 2 LIMIT 1
+    )
+    SELECT late.name, late.since, a.pid, a.usename, a.application_name, a.xact_start
+      FROM late LEFT JOIN LATERAL (
+          SELECT l.pid, a.usename, a.application_name, a.xact_start
+            FROM pg_locks l
+            JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+            LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+           WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+             AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+             AND (n.nspname = 'archiver' AND c.relname = 'search'
+                  OR n.nspname = 'archiver_search' AND c.relname = late.name)
+           ORDER BY a.xact_start LIMIT 1
+      ) a ON true
+    """
+)
+
+
+def select_late_rebuild(connection: Connection) -> LateRebuild | None:
+    """Return the partition that has waited longest to be rewritten; None if none is late."""
+    found = connection.execute(_SELECT_LATE, {"seconds": REBUILD_LATE_SECONDS}).first()
+    return None if found is None else LateRebuild(*found)
 
 
 # By object id: a name cannot be resolved in a schema without the USAGE privilege.

@@ -129,7 +129,7 @@ NEEDED: Mapping[str, Needs] = {
         functions=(
             "archiver.settle()",
             "archiver.add_search_month(timestamp with time zone)",
-            "archiver.rebuild_search(text)",
+            "archiver.rebuild_search(text, integer, double precision)",
             *_FUNCTIONS,
         ),
         sequences={"archiver_jobs": "USAGE", "archiver": "SELECT"},  # sealing compares the latter with the ids in use

@@ -253,8 +253,8 @@ class Settings(BaseSettings):
     search_language: str = _env(
         "ARCHIVER_SEARCH_LANGUAGE",
         "simple",
-        "Text search configuration of Postgres, such as `english`; `simple` finds words as written. After a change, "
-        "workers index all messages again.",
+        "Text search configuration of Postgres, such as `english`; `simple` finds words as written. An index "
+        "keeps its language until it is deleted by `ARCHIVER_SEARCH=off`.",
     )
     followups_rate: float = _env(
         "ARCHIVER_FOLLOWUPS_RATE",

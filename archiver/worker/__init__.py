@@ -161,7 +161,7 @@ class Worker:
                 duty.switch_off("ARCHIVER_SEARCH is off: analytics.search has no index")
                 await ending.wait()
                 return
-            await indexing.set_language(self._configuration.search_language)
+            await indexing.switch_on(self._configuration.search_language)
 
             async def index() -> None:
                 while await indexing.step() and not ending.is_set():

@@ -26,6 +26,8 @@ ITEM_SECONDS = 3.0  # so that a text that Postgres would parse for minutes delay
 MONTH_LOCK_SECONDS = 1.0
 REBUILD_SECONDS = 1_800.0
 REBUILD_CHECK_SECONDS = 60.0
+# The exchange of a rewritten partition: searches queue behind each attempt.
+EXCHANGE_ATTEMPTS, EXCHANGE_LOCK_SECONDS, EXCHANGE_PAUSE_SECONDS = 5, 2.0, 5.0
 BEAT_SECONDS = 5.0
 
 
@@ -38,21 +40,27 @@ class Indexing:
         self._pace = Pace()
         self.pause_seconds = 0.0  # before the next step
 
-    async def set_language(self, name: str) -> None:
-        """Index with this text search configuration from now on. Raises `SettingsError` if there is none."""
+    async def switch_on(self, name: str) -> None:
+        """Start the index with this text search configuration, unless it has one already.
+
+        Raises `SettingsError` if there is none of this name.
+        """
         language = await run_async(self._engine, partial(search.select_language, name=name))
         if language is None:
             raise SettingsError(" ".join(search.unknown_language(name)))
-        if await run_async(self._engine, partial(search.set_language, language=language)):
-            log.info("search index started", language=language)
+        present = await run_async(self._engine, partial(search.switch_on, language=language))
+        if present != language:
+            detail, advice = search.other_language(name, present)
+            log.warning("search index in another language", reason=detail, advice=advice)
 
     async def switch_off(self) -> None:
         """Delete the index."""
-        await run_async(self._engine, partial(search.set_language, language=None))
+        await run_async(self._engine, search.switch_off)
 
     async def step(self) -> bool:
         """Index the next page; return False if there is none. The caller then pauses for `pause_seconds`."""
         began = monotonic()
+        await run_async(self._engine, search.close_gap)
         page = await run_async(self._engine, search.select_page)
         if page is not None:
             await self._add_months(page.items)
@@ -128,7 +136,11 @@ class Indexing:
         claim = partial(heartbeats.claim, name="search_rebuild", seconds=REBUILD_CHECK_SECONDS)
         if name is None or not await run_async(self._engine, claim):
             return
-        work = run_async(self._engine, partial(search.rebuild, name=name), statement_seconds=REBUILD_SECONDS)
+        await run_async(self._engine, partial(search.record_attempt, name=name))
+        exchange = partial(search.rebuild, name=name, attempts=EXCHANGE_ATTEMPTS, pause=EXCHANGE_PAUSE_SECONDS)
+        work = run_async(
+            self._engine, exchange, statement_seconds=REBUILD_SECONDS, lock_seconds=EXCHANGE_LOCK_SECONDS
+        )
         try:
             is_rebuilt = await self._with_beats(work)
         except DBAPIError as error:

@@ -1,5 +1,6 @@
 """Full-text search: what it finds, in which order, behind the feed; and what an erasure leaves of it."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,20 +15,23 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from archiver import settings
+from archiver import database, settings
 from archiver.archive import search
 from archiver.archive.rebuild import rebuild
 from archiver.archive.search import Item
 from archiver.compliance.erasure import Target
-from archiver.database import Lock, roles, run, transaction
+from archiver.database import Lock, is_lock_timeout, roles, run, transaction
 from archiver.operations.doctor import examine_database
 from archiver.settings import SettingsError
+from archiver.telemetry.duty_health import Duty
 from archiver.worker import indexing
+from archiver.worker.indexing import Indexing
 from tests.support.erasures import TIMING, as_writer, erase, read, record, said
 from tests.support.feeds import publish
 from tests.support.payloads import created, deleted
 from tests.support.rows import empty, execute, rows
 from tests.support.searching import found, index, keys, lexemes, matches
+from tests.support.slowness import holding
 from tests.support.versions import on_one_version
 from tests.support.waiting import until
 
@@ -131,6 +135,54 @@ def test_pages_have_no_gap_and_no_message_twice(searched: Engine, most: int) -> 
     assert [row[4] for row in seen] == sorted((row[4] for row in seen), reverse=True)
     assert all(len(page) >= most for page in pages[:-1])
     assert len(pages) > 1
+
+
+def test_a_backlog_and_a_stream_of_changes_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "CHANGES_PER_PAGE", 2)
+    monkeypatch.setattr(search, "TURNS_PER_PAGE", 2)
+    record(engine, *(turn(number, "session-1", input="old") for number in range(6)))
+    index(engine, "simple", steps=0)
+    record(engine, *(turn(number, "session-2", input="new") for number in range(10, 16)))
+    index(engine, steps=2)
+    assert len(keys(engine, "old")) == len(keys(engine, "new")) == 2
+    index(engine, steps=2)
+    assert len(keys(engine, "old")) == len(keys(engine, "new")) == 4
+    index(engine)
+    assert len(keys(engine, "old")) == len(keys(engine, "new")) == 6
+
+
+def items_of_next_page(engine: Engine) -> Sequence[Item]:
+    publish(engine)
+    with transaction(engine) as connection:
+        page = search.select_page(connection)
+    return page.items if page else []
+
+
+def test_a_turn_that_changes_alone_is_indexed_alone_also_after_a_reading(searched: Engine) -> None:
+    record(searched, turn(1), turn(2))
+    read(searched, "session-1", 5, *said("chat-1", "chat-2"))
+    index(searched)
+    record(searched, turn(30), minute=30)  # appended
+    assert items_of_next_page(searched) == [Item("session-1", "chat-30")]
+    index(searched)
+    assert len(keys(searched, "question")) == 3
+    # A turn that belongs before others may change their rows.
+    record(searched, turn(0), minute=31)
+    assert items_of_next_page(searched) == [Item("session-1", None)]
+    index(searched)
+    assert sorted(keys(searched, "question")) == matches(searched, "question")
+
+
+def test_a_turn_whose_session_becomes_known_after_a_reading_leaves_no_row(searched: Engine) -> None:
+    record(searched, turn(1), turn(2, None, input="markerone"))
+    index(searched)
+    read(searched, "session-1", 5, *said("chat-1"))
+    index(searched)
+    record(searched, turn(2, "session-1", input="markerone"), minute=6)
+    index(searched)
+    assert keys(searched, "markerone") == [("session-1", "chat-2", 0)]
+    query = "SELECT session_id, chat_id, ordinal FROM archiver.search WHERE chat_id = 'chat-2' ORDER BY 3"
+    assert rows(searched, query) == [("session-1", "chat-2", 0), ("session-1", "chat-2", 1)]
 
 
 @contextmanager
@@ -262,6 +314,70 @@ def test_a_rebuild_keeps_what_is_written_and_deleted_while_it_runs(
         "SELECT count(*) FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid"
         " WHERE c.relname = 'y2025m10' AND i.indisvalid",
     ) == [(2,)]
+
+
+def test_a_partition_that_cannot_be_rewritten_delays_no_other(
+    searched: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "EXCHANGE_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(indexing, "EXCHANGE_PAUSE_SECONDS", 0.0)
+    record(searched, turn(1, input="markerone"), turn(2, "session-2", 50_000, input="markertwo"))
+    index(searched)
+    erase(searched, Target("session-1"))
+    erase(searched, Target("session-2"))
+    stale = "SELECT name FROM archiver.search_partitions WHERE stale_at IS NOT NULL ORDER BY 1"
+    assert rows(searched, stale) == [("y2025m10",), ("y2025m11",)]
+    with holding(searched, "SELECT FROM archiver_search.y2025m10"):
+        for _ in range(2):
+            execute(searched, "DELETE FROM archiver.duties")
+            index(searched)
+        assert rows(searched, stale) == [("y2025m10",)]
+    monkeypatch.setattr(search, "FAILED_PAUSE_SECONDS", 0.0)
+    execute(searched, "DELETE FROM archiver.duties")
+    index(searched)
+    assert rows(searched, stale) == []
+
+
+def test_only_the_exchange_waits_for_readers(searched: Engine) -> None:
+    record(searched, turn(1), turn(2, "session-2"))
+    index(searched)
+    execute(searched, "UPDATE archiver.search_partitions SET stale_at = clock_timestamp() WHERE name = 'y2025m10'")
+    work = partial(search.rebuild, name="y2025m10", attempts=1_000, pause=0.01)
+    with ThreadPoolExecutor(1) as pool:
+        with holding(searched, "SELECT FROM analytics.search('question')"):
+            rebuilding = pool.submit(run, searched, work, lock_seconds=0.05)
+            failed = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+            until(lambda: rows(searched, failed) == [(1,)], "it pauses between two attempts")
+            # Others write and search in the pauses.
+            record(searched, turn(3, "session-3"))
+            publish(searched)
+            with transaction(searched) as connection:
+                page = search.select_page(connection)
+            assert page is not None
+            assert run(searched, partial(search.index_page, page=page)) == (2, 0)
+            assert len(keys(searched, "question")) == 3
+        assert rebuilding.result(60)
+    assert len(keys(searched, "question")) == 3
+
+
+def test_the_index_does_not_restart_while_a_partition_is_rewritten(searched: Engine) -> None:
+    record(searched, turn(1))
+    index(searched)
+    execute(searched, "UPDATE archiver.search_partitions SET stale_at = clock_timestamp() WHERE name = 'y2025m10'")
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%rebuild_search%'"
+    with ThreadPoolExecutor(1) as pool:
+        with holding(searched, "CREATE TABLE archiver_search.copy ()"):
+            rebuilding = pool.submit(run, searched, partial(search.rebuild, name="y2025m10"), lock_seconds=60)
+            until(lambda: rows(searched, blocked) == [(1,)], "it is under way")
+            with pytest.raises(DBAPIError) as refused:
+                run(searched, search.switch_off, lock_seconds=0.2)
+            assert is_lock_timeout(refused.value)
+            # It keeps no lock that the other one needs.
+            with transaction(searched, lock_seconds=1) as connection:
+                Lock.INDEXING.take(connection, exclusive=True)
+        assert rebuilding.result(60)
+    run(searched, search.switch_off)
+    assert lexemes(searched) == set()
 
 
 def is_waiting(engine: Engine) -> bool:
@@ -455,6 +571,24 @@ def test_the_language_decides_which_words_are_equal_and_a_change_indexes_again(s
     assert keys(searched, "cancel invoice") == []
 
 
+def test_a_worker_with_another_language_does_not_index_again(
+    searched: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(searched, turn(1, input="cancelling invoices"))
+    index(searched)
+    before = rows(searched, "SELECT * FROM archiver.search_state")
+
+    async def switch_on() -> None:
+        asynchronous = database.connect_async(searched.url, pool_size=1)
+        await Indexing(asynchronous, Duty("search")).switch_on("english")
+        await asynchronous.dispose()
+
+    asyncio.run(switch_on())
+    assert rows(searched, "SELECT * FROM archiver.search_state") == before
+    printed = capsys.readouterr()
+    assert "search index in another language" in printed.out + printed.err
+
+
 def test_a_reader_may_search_and_not_read_the_index(searched: Engine) -> None:
     record(searched, turn(1))
     index(searched)
@@ -489,7 +623,7 @@ def test_the_role_of_the_worker_suffices_for_everything(
 def test_switched_off_it_keeps_no_word(searched: Engine) -> None:
     record(searched, turn(1))
     index(searched)
-    run(searched, partial(search.set_language, language=None))
+    run(searched, search.switch_off)
     record(searched, turn(2))
     index(searched)
     assert lexemes(searched) == set()
@@ -517,8 +651,33 @@ def test_doctor_names_an_unknown_language_and_a_late_index(searched: Engine, mon
     ((verdict, detail),) = findings(ARCHIVER_SEARCH_LANGUAGE="klingon")
     assert (verdict, "'klingon'" in detail) == ("failure", True)
     assert findings(ARCHIVER_SEARCH="off") == []
+    ((verdict, detail), _) = findings(ARCHIVER_SEARCH_LANGUAGE="english")
+    assert (verdict, "started with 'pg_catalog.simple'" in detail) == ("warning", True)
     record(searched, turn(1))
     publish(searched)
     execute(searched, "UPDATE archiver.changes SET changed_at = '2026-01-01Z'")
     ((verdict, detail),) = findings()
     assert (verdict, "since 2026-01-01" in detail) == ("warning", True)
+
+
+def test_doctor_names_a_partition_with_erased_words_and_the_session_that_uses_the_index(searched: Engine) -> None:
+    record(searched, turn(1))
+    index(searched)
+    execute(
+        searched,
+        "UPDATE archiver.search_partitions SET stale_at = now(), stale_since = '2026-01-01Z' WHERE name = 'y2025m10'",
+    )
+
+    def finding() -> tuple[str, str]:
+        found = examine_database(settings.read(), searched)
+        return next((each.detail, each.advice) for each in found if each.check == "search")
+
+    detail, advice = finding()
+    assert "archiver_search.y2025m10" in detail
+    assert "since 2026-01-01 00:00:00" in detail
+    assert "archiver worker" in advice
+    with holding(searched, "SELECT FROM analytics.search('question')") as reader:
+        pid = reader.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        detail, advice = finding()
+        assert f"Process {pid} " in detail
+        assert f"pg_terminate_backend({pid})" in advice

@@ -16,7 +16,7 @@ from tests.support.rows import rows
 
 
 def index(engine: Engine, language: str | None = None, steps: int | None = None, role: str = "") -> None:
-    """All that is committed, or so many pages, as this role; `language` restarts the index if it differs."""
+    """All that is committed, or so many pages, as this role; `language` restarts the index."""
     publish(engine)
 
     async def run() -> None:
@@ -26,7 +26,8 @@ def index(engine: Engine, language: str | None = None, steps: int | None = None,
         indexing = Indexing(asynchronous, Duty("search"))
         try:
             if language is not None:
-                await indexing.set_language(language)
+                await indexing.switch_off()
+                await indexing.switch_on(language)
             done = 0
             while done != steps and await indexing.step():
                 done += 1

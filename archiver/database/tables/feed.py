@@ -54,6 +54,11 @@ changes = Table(
     Column("chat_id", Text, comment="Turn; null for changes of whole sessions and of seals."),
     Column("seal_id", BigInteger, comment="Seal; null for changes of conversations."),
     Column("changed_at", Time, nullable=False, comment="When it changed; the order is that of cursor."),
+    Column(
+        "is_alone",
+        Boolean,
+        comment="True: no row of another turn changed with this turn; null: rows of others may have changed.",
+    ),
     PrimaryKeyConstraint("cursor", name="changes_pkey"),
     comment="The change feed: what changed in the archive, once and in an order that never changes.",
 )

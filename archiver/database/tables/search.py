@@ -40,6 +40,10 @@ search_partitions = Table(
     Column("until", Time, comment="End of the month, exclusive; null: times of no other partition."),
     Column("stale_at", Time, comment="When words of erased messages were last removed; null: its files have none."),
     Column("rebuilt_at", Time, comment="When it was last rewritten without such words; null: never."),
+    Column(
+        "stale_since", Time, comment="When words of erased messages were first removed; null: its files have none."
+    ),
+    Column("attempted_at", Time, comment="When a worker last began to rewrite it; null: never."),
     PrimaryKeyConstraint("name", name="search_partitions_pkey"),
     comment="The partitions of search: one for each month, and one for other times.",
 )

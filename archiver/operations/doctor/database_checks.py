@@ -348,13 +348,18 @@ _SEARCH_LATE_SECONDS = 600
 
 
 def _search(connection: Connection, configuration: Settings) -> Iterator[Finding]:
-    """Check the language and the delay of the search index."""
+    """Check the language and the delay of the search index, and that erased words leave it."""
     if configuration.search == "off" or not search.may_select(connection):
         return
-    if search.select_language(connection, configuration.search_language) is None:
+    language = search.select_language(connection, configuration.search_language)
+    if language is None:
         yield Finding("search", "failure", *search.unknown_language(configuration.search_language))
         return
+    if (late := search.select_late_rebuild(connection)) is not None:
+        yield _late_rebuild(late)
     lag = search.select_lag(connection)
+    if lag.language not in {None, language}:
+        yield Finding("search", "warning", *search.other_language(configuration.search_language, str(lag.language)))
     if lag.since is not None and (datetime.now(UTC) - lag.since).total_seconds() > _SEARCH_LATE_SECONDS:
         detail = f"analytics.search lacks changes since {lag.since:%Y-%m-%d %H:%M:%S} UTC."
         yield Finding("search", "warning", detail, "Start `archiver worker`; if one is running, see its log.")
@@ -366,6 +371,22 @@ def _search(connection: Connection, configuration: Settings) -> Iterator[Finding
             if lag.language
             else "No worker has started the search index yet.",
         )
+
+
+def _late_rebuild(late: search.LateRebuild) -> Finding:
+    detail = (
+        f"The partition archiver_search.{late.name} of the search index still contains words of messages erased since"
+        f" {late.since:%Y-%m-%d %H:%M:%S} UTC."
+    )
+    if late.pid is None:
+        return Finding("search", "warning", detail, "Start `archiver worker`; if one is running, see its log.")
+    since = f" since {late.used_since:%Y-%m-%d %H:%M:%S} UTC" if late.used_since else ""
+    detail += (
+        f" Process {late.pid} (user {late.user or 'unknown'}, application {late.application or 'unnamed'}) uses the"
+        f" index in a transaction{since}."
+    )
+    advice = f"End that transaction; as an administrator: SELECT pg_terminate_backend({late.pid});"
+    return Finding("search", "warning", detail, advice)
 
 
 def _set_aside(connection: Connection) -> Iterator[Finding]:

@@ -55,11 +55,12 @@ _PUBLISH = text(
     ), taken AS (
         DELETE FROM archiver.outbox WHERE id IN (SELECT id FROM page)
     ), published AS (
-        INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
+        INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at, is_alone)
         SELECT {_NEWEST}
                    + row_number() OVER (ORDER BY page.id, listed.place),
                listed.change ->> 'type', coalesce(listed.change ->> 'session_id', ''), listed.change ->> 'chat_id',
-               CAST(listed.change ->> 'seal_id' AS bigint), page.changed_at
+               CAST(listed.change ->> 'seal_id' AS bigint), page.changed_at,
+               CAST(listed.change ->> 'is_alone' AS boolean)
           FROM page CROSS JOIN LATERAL json_array_elements(page.changes) WITH ORDINALITY AS listed (change, place)
     {_NOTIFY}
     """  # noqa: S608  # a constant
@@ -112,11 +113,12 @@ _KEEP = text(
 _PUBLISH_LISTED = text(
     f"""
     WITH published AS (
-        INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at)
+        INSERT INTO archiver.changes (cursor, type, session_id, chat_id, seal_id, changed_at, is_alone)
         SELECT {_NEWEST} + row_number() OVER (ORDER BY place),
-               type, coalesce(session_id, ''), chat_id, seal_id, changed_at
+               type, coalesce(session_id, ''), chat_id, seal_id, changed_at, is_alone
           FROM json_to_recordset(:listed)
-               AS t (place int, type text, session_id text, chat_id text, seal_id bigint, changed_at timestamptz)
+               AS t (place int, type text, session_id text, chat_id text, seal_id bigint, changed_at timestamptz,
+                     is_alone boolean)
     {_NOTIFY}
     """  # noqa: S608  # a constant
 ).bindparams(channel=CHANNEL)
