@@ -1,4 +1,7 @@
-"""Compute how complete a session is, and when to read its history next. Pure."""
+"""Compute how complete a session is, and when to read its history next. Pure.
+
+`rows.upsert_sessions` applies the rule of `Timing.due_after` in SQL, because it does not read the session.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta

@@ -1,4 +1,4 @@
-"""Types of parsed and malformed deliveries."""
+"""Types of parsed and malformed deliveries, and the reasons why a delivery is malformed."""
 
 from datetime import datetime
 from decimal import Decimal

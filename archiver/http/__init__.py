@@ -1,4 +1,4 @@
-"""Serve HTTP: routes and responses. Only this package knows status codes."""
+"""Serve HTTP: routes and responses. Only this package, and `console` for its pages, know status codes."""
 
 import asyncio
 import gc
@@ -33,7 +33,7 @@ from archiver.inbound import CONNECTIONS, Ingest, signatures
 from archiver.inbound.spool import SPOOL_FOLDER, Spool, SpoolError, open_spool, select_lost
 from archiver.operations import reloading
 from archiver.operations.audit_settings import record_settings
-from archiver.operations.processes import exit_with_parent
+from archiver.operations.child_processes import exit_with_parent
 from archiver.settings import Settings
 
 __all__ = ["WEBHOOK_PATH", "Service", "create", "create_console", "healthz", "open_files"]

@@ -1,6 +1,6 @@
 """Map errors to responses: one table for exceptions, one for faults of a connection.
 
-No other module maps an error to a status code.
+Only `console.failures`, for pages, also maps errors to status codes.
 """
 
 from collections.abc import Mapping

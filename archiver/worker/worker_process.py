@@ -26,7 +26,7 @@ from archiver.compliance.seals import signing_key
 from archiver.database.connections import Connections
 from archiver.operations import heartbeats, reloading
 from archiver.operations.audit_settings import record_settings
-from archiver.operations.processes import exit_with_parent
+from archiver.operations.child_processes import exit_with_parent
 from archiver.operations.reloading import Reloading
 from archiver.settings import Settings, SettingsError
 from archiver.telemetry.duty_health import Report, fault_location

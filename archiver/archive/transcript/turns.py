@@ -1,4 +1,7 @@
-"""Assign lines of the merged history to turns, and insert unmatched turns by time."""
+"""Build the lines of the transcript from placed turns; turns that the history does not show are inserted by time.
+
+`matching` decides which lines of the history belong to which turn.
+"""
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence

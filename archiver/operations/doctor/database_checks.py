@@ -1,7 +1,6 @@
-"""Database checks: durability, privileges of this user, and background duties."""
+"""Run the checks of a database in order. This module has those of its schema, the privileges and the duties."""
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +14,13 @@ from archiver.database import catalogue, identity, lock_waits, roles, schema
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
 from archiver.operations.doctor.login_checks import examine_logins, examine_snapshots
+from archiver.operations.doctor.server_checks import (
+    examine_clock,
+    examine_durability,
+    examine_lock_table,
+    examine_pooler,
+    examine_version,
+)
 from archiver.operations.doctor.table_checks import examine_tables
 from archiver.outbound import feed
 from archiver.outbound.followups.review import (
@@ -26,12 +32,9 @@ from archiver.outbound.followups.review import (
 )
 from archiver.settings import Settings
 
-OLDEST_POSTGRES = 14
 OUT_OF_MEMORY = "53200"  # SQLSTATE
-_CLOCK_WARNING_SECONDS = 5
 _LOCK_SECONDS = 3.0  # enough to find the holder of a lock
 _MAX_HOLDERS = 3  # named in a finding
-_MAX_USAGE = 0.75  # of the lock table
 _RUN_AGAIN = "Run `archiver doctor` again."
 
 
@@ -49,9 +52,9 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
             is_reached = True
             yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
             checks = (
-                _version,
-                _durability,
-                _room_for_locks,
+                examine_version,
+                examine_durability,
+                examine_lock_table,
                 _schema_access,
                 _schema,
                 _privileges,
@@ -61,7 +64,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
                 _outbox,
                 _followups,
             )
-            yield from _session(connection, configuration)
+            yield from examine_pooler(connection, configuration)
             for check in checks:
                 finding = check(connection)
                 if finding is not None:
@@ -79,7 +82,7 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
             yield from _search(connection, configuration)
             yield from _set_aside(connection)
             yield from _identity(configuration, connection, engine)
-            yield _clock(connection, configuration.timestamp_tolerance)
+            yield examine_clock(connection, configuration.timestamp_tolerance)
         yield _held(engine) or Finding("locks", "ok", "No session is waiting for a lock on the archiver's tables.")
     except lock_waits.LockTimeoutError as error:
         detail, _, advice = str(error).partition("\n")
@@ -124,13 +127,6 @@ def _advice_on(message: str, engine: Engine) -> str:
     return f"{advice} These environment variables also apply: {', '.join(variables)}." if variables else advice
 
 
-def _version(connection: Connection) -> Finding:
-    version = int(connection.scalar(text("SELECT current_setting('server_version_num')::int")) or 0) // 10_000
-    if version < OLDEST_POSTGRES:
-        return Finding("version", "failure", f"PostgreSQL {version}.", f"Use PostgreSQL {OLDEST_POSTGRES} or newer.")
-    return Finding("version", "ok", f"PostgreSQL {version}.")
-
-
 def _held(engine: Engine) -> Finding | None:
     """Return a finding about sessions that block the archiver's tables; None if there are none."""
     holders = lock_waits.find_holders(engine)
@@ -138,52 +134,6 @@ def _held(engine: Engine) -> Finding | None:
         return None
     detail = f"Sessions are waiting for locks: {'; '.join(map(str, holders[:_MAX_HOLDERS]))}."
     return Finding("locks", "failure", detail, holders[0].advice)
-
-
-def _room_for_locks(connection: Connection) -> Finding:
-    """Check that no session has filled most of the lock table."""
-    used = database.locks.select_usage(connection)
-    if used.usage > _MAX_USAGE:
-        detail = (
-            f"{used.usage:.0%} of the lock table is in use; process {used.pid} (user {used.user or 'unknown'},"
-            f" application {used.application or 'unnamed'}) holds {used.locks:,} locks."
-        )
-        return Finding("room for locks", "warning", detail, database.NO_ROOM_FOR_LOCKS)
-    return Finding("room for locks", "ok", f"{used.usage:.0%} of the lock table is in use.")
-
-
-# Defaults that may end a session before the first statement of a transaction has set its own limits. They can be
-# changed for the session only without a pooler.
-_SHORT_LIMITS = text(
-    "SELECT name, reset_val FROM pg_settings"
-    " WHERE name = ANY (CAST(:names AS text[])) AND CAST(reset_val AS integer) BETWEEN 1 AND 999 ORDER BY name"
-)
-
-
-def _session(connection: Connection, configuration: Settings) -> Iterator[Finding]:
-    """Check for a connection pooler, and for session defaults that it keeps transactions from changing."""
-    if database.is_behind_pooler(connection):
-        detail = "A connection pooler such as PgBouncer is in use, so statements are not prepared."
-        advice = ""
-        if configuration.prepared_statements:
-            detail = "A connection pooler is in use, and ARCHIVER_PREPARED_STATEMENTS is true."
-            advice = "Unset it, unless the pooler supports prepared statements, as PgBouncer does since 1.22."
-        yield Finding("pooler", "warning" if advice else "ok", detail, advice)
-        if limits := connection.execute(_SHORT_LIMITS, {"names": list(database.session.LIMITS)}).all():
-            listed = ", ".join(f"{row.name} = {row.reset_val}ms" for row in limits)
-            advice = f"As an administrator: ALTER ROLE … RESET {limits[0].name}; and the same for ALTER DATABASE."
-            yield Finding("limits", "warning", f"Behind a pooler these limits end sessions: {listed}.", advice)
-
-
-def _durability(connection: Connection) -> Finding:
-    for name, expected, advice in (
-        ("fsync", "on", "A crash loses acknowledged events: set fsync = on in postgresql.conf."),
-        ("full_page_writes", "on", "A crash can corrupt the archive: set full_page_writes = on in postgresql.conf."),
-        ("transaction_read_only", "off", "The database is read-only: set DATABASE_URL to the primary."),
-    ):
-        if connection.scalar(text("SELECT current_setting(:name)"), {"name": name}) != expected:
-            return Finding("durability", "failure", f"{name} is not {expected}.", advice)
-    return Finding("durability", "ok", "A commit survives a crash.")
 
 
 def _schema_access(connection: Connection) -> Finding | None:
@@ -516,19 +466,3 @@ def _times_ahead(connection: Connection, lifetime: float) -> Finding:
         " ends such leases and makes such readings and attempts due."
     )
     return Finding("times", "warning", f"These due times are implausibly far ahead: {listed}.", advice)
-
-
-def _clock(connection: Connection, tolerance: int) -> Finding:
-    before = time.time()
-    server = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())::float8")) or 0)
-    skew = abs(server - (before + time.time()) / 2)
-    detail = f"This machine's clock and the database's differ by {skew:.1f} s."
-    if skew > _CLOCK_WARNING_SECONDS:
-        verdict: Verdict = "failure" if skew > tolerance else "warning"
-        return Finding(
-            "clock",
-            verdict,
-            detail,
-            "Synchronise both clocks (NTP): signature timestamps are checked against this machine's clock.",
-        )
-    return Finding("clock", "ok", detail)
