@@ -33,8 +33,7 @@ _SUM_OF_LATENCY = f"ARRAY[{', '.join(f'sum(latency[{step}])' for step in _STEPS)
 
 
 def _replaced(table: str, keys: Sequence[str], figures: Sequence[str], scope: str) -> str:
-    """Return the SQL of CTEs that replace the rows of a table whose first key is in `scope` with the rows of
-    `wanted`.
+    """Return SQL of CTEs that replace rows of a table whose first key is in `scope` with the rows of `wanted`.
 
     They write only rows that differ; `removed` and `written` return the buckets or days of these rows.
     """

@@ -21,8 +21,10 @@ RECORDING_CONNECTIONS, READING_CONNECTIONS = 2, 3
 
 
 class ConsoleService:
-    """The engines and routes of the console. It has its own connections, so that pages and webhooks do not wait for
-    each other."""
+    """The engines and routes of the console.
+
+    It has its own connections, so that pages and webhooks do not wait for each other.
+    """
 
     def __init__(self, configuration: Settings, url: URL) -> None:
         self._configuration, prepared = configuration, configuration.prepared_statements

@@ -74,8 +74,7 @@ def _counts(connection: Connection, query: str) -> dict[str, int]:
 
 
 class Silence(msgspec.Struct, frozen=True):
-    """Turns in histories that no webhook delivered: those since the latest webhook of a turn, or all if there was
-    none.
+    """Turns in histories that no webhook delivered: since the latest webhook of a turn, or ever if there was none.
 
     `read_since` is the time of the first reading of a history; None if the ledger contains webhooks, or no history.
     """
