@@ -14,7 +14,7 @@ _MAX_POSITION_DIGITS = 9
 def number_of(request: Request, name: str) -> int:
     """Return an id in the path. Raises `PageError`.
 
-    Not with a convertor of the route, which would raise outside of `safely`.
+    A convertor of the route would raise outside of `safely`.
     """
     text = request.path_params[name]
     if not text.isascii() or not text.isdecimal() or len(text) > _MAX_DIGITS:
@@ -23,7 +23,7 @@ def number_of(request: Request, name: str) -> int:
 
 
 def position_of(text: str) -> int:
-    """Return the position after which a transcript goes on; 0 if the text is none."""
+    """Return the position after which a transcript continues; 0 if the text is not a position."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MAX_POSITION_DIGITS else 0
 
 

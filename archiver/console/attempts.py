@@ -13,7 +13,7 @@ MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per address and name
 MAX_REMEMBERED = 10_000  # pairs of address and name
 MAX_WAITING, MAX_WAITING_OF_ADDRESS = 32, 3
 MAX_WAITING_OF_PROXY = 16  # if it does not name its visitors
-REST_SECONDS = 0.3  # after each failed attempt, so that a flood of them leaves most of a core to others
+REST_SECONDS = 0.3  # pause after each failed attempt, so that a flood of attempts leaves most of a core to others
 
 
 class TooManyAttemptsError(ArchiverError):

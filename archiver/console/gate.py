@@ -1,4 +1,4 @@
-"""Let in: log in and out, find the login of a request, check its role, and check that a form is of this login."""
+"""Control access: log in and out, find the login of a request, check its role, and check the token of each form."""
 
 import asyncio
 import secrets
@@ -33,7 +33,7 @@ Handler = Callable[[Request, Login], Awaitable[Response]]
 
 
 class Gate:
-    """The way in. `engine`: of the database that has users and logins; `authenticated`: see `routes`."""
+    """The access control. `engine`: of the database that has users and logins; `authenticated`: see `routes`."""
 
     def __init__(
         self, engine: AsyncEngine, views: ViewLog, threads: Executor, authenticated: Callable[[Scope], None]
@@ -47,7 +47,7 @@ class Gate:
 
         async def respond(request: Request) -> Response:
             token = request.cookies.get(COOKIE, "")
-            is_token = logins.is_token(token)  # if not, the database need not be asked
+            is_token = logins.is_token(token)  # otherwise no query is needed
             is_active = not seconds_of(request)  # a page that loads itself again keeps no login alive
             select = partial(logins.select_login, token=token, is_active=is_active)
             login = await run_async(self._engine, select) if is_token else None
@@ -68,11 +68,11 @@ class Gate:
         return safely(respond)
 
     async def log_in(self, request: Request) -> Response:
-        """Show the login page; of a form, check name and password and begin a login."""
+        """Show the login page; for a submitted form, check name and password and begin a login."""
         if request.method != "POST":
             return await _login_page(request, "")
         form = await read_form(request)
-        # A form of this browser: another site cannot log its visitor in as someone else.
+        # The form must come from this browser, so that another site cannot log its visitor in as another user.
         _require_form_of(form, request.cookies.get(LOGIN_COOKIE, ""))
         name, password = form.get("name", "")[:MAX_NAME].strip().lower().replace("\0", ""), form.get("password", "")
         visitor = visitor_of(request)
@@ -85,7 +85,7 @@ class Gate:
         self._attempts.succeeded(visitor, name)
         earlier = request.cookies.get(COOKIE, "")
         token = await run_async(self._engine, lambda each: logins.insert_login(each, name, known or "", earlier))
-        if token is None:  # the password was changed at this moment
+        if token is None:  # the password was changed in the meantime
             return await _login_page(request, WRONG, form.get("next", ""))
         await self._views.record("console.login", name)
         response = RedirectResponse(_local(form.get("next", "")), 303, rendering.HEADERS)

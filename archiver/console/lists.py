@@ -18,7 +18,7 @@ from archiver.settings import Settings
 
 _MAX_ID = 2**63 - 1
 _MAX_DIGITS = 18  # of a key
-EXAMINED = 10_000  # rows that a page of the audit log or of the exports looks at
+EXAMINED = 10_000  # rows examined for a page of the audit log or of the exports
 MAX_LISTED = 1_000  # holds or subscriptions
 
 
@@ -250,7 +250,7 @@ EXPORTS = Listing(
 
 
 def settings_of(configuration: Settings) -> Listing:
-    """Return the list of the settings of this process. A secret is only said to be set."""
+    """Return the list of the settings of this process. Of a secret, the list shows only that it is set."""
     rows = [
         {"name": name, "value": _shown(getattr(configuration, field)), "default": default, "meaning": meaning}
         for field, (name, default, meaning) in zip(Settings.model_fields, settings.table(), strict=True)

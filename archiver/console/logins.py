@@ -41,9 +41,9 @@ def is_token(text: str) -> bool:
 
 
 def insert_login(connection: Connection, user: str, password_hash: str, earlier: str) -> str | None:
-    """Begin a login and return its token; the login of the token `earlier` and those that have ended are deleted.
+    """Begin a login and return its token; delete the login of the token `earlier` and all logins that have ended.
 
-    Returns None if the user was disabled, or has another password than the one that was checked.
+    Returns None if the user was disabled, or if the password was changed since it was checked.
     """
     token, at, logins, users = secrets.token_urlsafe(32), now(), tables.logins, tables.users
     known = select(users.c.name).where(

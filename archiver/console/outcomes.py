@@ -1,4 +1,4 @@
-"""Sentences about the outcome of an action, on the page to which it leads. The address contains only a name."""
+"""Sentences about the outcome of an action, shown on the next page, whose address contains only their name."""
 
 from collections.abc import Mapping
 from urllib.parse import urlencode

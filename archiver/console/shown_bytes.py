@@ -1,4 +1,4 @@
-"""Show bytes of others: as text if they are UTF-8, otherwise in hexadecimal; at most a stated number of them."""
+"""Show untrusted bytes as text if they are UTF-8, otherwise in hexadecimal, up to a limit."""
 
 import codecs
 

@@ -30,7 +30,7 @@ class Erasures:
         self._runner, self._renderer, self._timing = runner, renderer, timing
 
     async def order(self, request: Request, login: Login) -> Response:
-        """Show what an erasure would erase, with the form that orders it; of a form, order it."""
+        """Show what an erasure would erase, with a form that orders it; for a submitted form, order it."""
         if request.method == "POST":
             return await self._order(request, login)
         session_id, chat_id = (id_of(request.query_params, name) for name in ("session_id", "chat_id"))

@@ -25,7 +25,7 @@ class Holds:
         self._runner, self._renderer = runner, renderer
 
     async def place(self, request: Request, login: Login) -> Response:
-        """Show the form of a new hold; of a form, place it."""
+        """Show the form of a new hold; for a submitted form, place the hold."""
         if request.method != "POST":
             session_id = request.query_params.get("session_id", "")
             return await self._renderer.render(request, "place_hold.html", login, session_id=session_id)

@@ -1,4 +1,4 @@
-"""Run the use case of an action in a thread of its own, with a bound on how many wait, and explain why one failed."""
+"""Run the use case of an action in a thread of its own, limit how many wait, and explain why one failed."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_WAITING = 8  # actions of a process, of which one runs
-WAIT_SECONDS = 30.0  # for an action; it continues after that
+WAIT_SECONDS = 30.0  # for which a page waits for its action, which continues after that
 
 
 class Runner:
@@ -36,7 +36,7 @@ class Runner:
         self._waiting = 0
 
     def when_on(self, handler: Handler) -> Handler:
-        """Return the handler of a page that exists only if actions are switched on."""
+        """Return the handler of a page that exists only if actions are enabled."""
 
         async def respond(request: Request, login: Login) -> Response:
             if not self.is_on:
@@ -51,7 +51,7 @@ class Runner:
         return respond
 
     async def run(self, work: Callable[[Engine], T], command: str) -> T:
-        """Return what `work` returns. `command` does the same, and is named if it fails here. Raises `PageError`."""
+        """Return what `work` returns. `command` does the same on the command line. Raises `PageError`."""
         task = self._start(work)
         try:
             return await asyncio.wait_for(asyncio.shield(task), WAIT_SECONDS)
@@ -72,11 +72,11 @@ class Runner:
             raise PageError(
                 409,
                 "The database does not allow this",
-                f"The archiver's database user has no right to do it. Its owner can: {command}",
+                f"The console's database user lacks the privilege. The owner of the database can run: {command}",
             ) from None
 
     async def finishes(self, work: Callable[[Engine], None], command: str) -> bool:
-        """Run work that a worker completes in case of a fault; return whether it is completed now."""
+        """Run work that a worker completes if it fails here; return whether it is complete now."""
         task = self._start(work)
         try:
             await asyncio.wait_for(asyncio.shield(task), WAIT_SECONDS)
