@@ -32,7 +32,7 @@ _OF_TRANSCRIPT = ERASURES | {"chat.created", "chat.updated", "chat.deleted", "se
 class Change(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A change of the archive: its type, and the ids of its turn, session or seal. Contains no content.
 
-    `is_alone`: no row of another turn changed with this one. Not in the view of the feed.
+    `is_alone`: no row of another turn changed with this turn. The view of the feed does not show it.
     """
 
     type: ChangeType

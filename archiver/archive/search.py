@@ -71,7 +71,7 @@ def unknown_language(name: str) -> tuple[str, str]:
 
 
 def other_language(name: str, present: str) -> tuple[str, str]:
-    """Return what is wrong with a name of a language other than that of the index, and what to do."""
+    """Return the fault of a setting that names another language than that of the index, and what to do."""
     return (
         f"ARCHIVER_SEARCH_LANGUAGE is {name!r}, but the search index was started with {present!r} and keeps it.",
         "Set the same language for all workers. To change it, restart them with ARCHIVER_SEARCH=off, then with on:"
@@ -79,7 +79,7 @@ def other_language(name: str, present: str) -> tuple[str, str]:
     )
 
 
-# A rebuild holds this lock before `Lock.INDEXING`; so does what empties the table.
+# A rebuild acquires this lock before `Lock.INDEXING`, and so do transactions that empty the table.
 _EXCLUDE_REBUILDS = text("LOCK TABLE archiver.search_partitions IN SHARE UPDATE EXCLUSIVE MODE")
 _SELECT_LANGUAGE = text("SELECT language FROM archiver.search_state")
 _EMPTY = text("TRUNCATE archiver.search")
@@ -98,7 +98,7 @@ _ALL_CLEAN = text(
 def switch_on(connection: Connection, language: str) -> str:
     """Start the index in this language, as `select_language` returns it; return the language that it has.
 
-    An index that was started in another language keeps that: another worker may need it.
+    An index that was started in another language keeps it, because another worker may need it.
     """
     _lock(connection)
     present = connection.scalar(_SELECT_LANGUAGE)
@@ -152,7 +152,7 @@ _SELECT_TURNS = text(
 def select_page(connection: Connection) -> Page | None:
     """Return the next page of changes or of the backlog; None if both are done, or search is off.
 
-    If there are both, the pages alternate. If retention deleted changes that were not indexed, see `close_gap`.
+    If there are both, they alternate. `close_gap` handles changes that retention deleted before they were indexed.
     """
     state = connection.execute(_SELECT_STATE).one()
     if state.language is None:
@@ -172,7 +172,7 @@ def select_page(connection: Connection) -> Page | None:
 
 
 def close_gap(connection: Connection) -> None:
-    """Begin the index again if retention deleted changes that were not indexed."""
+    """Restart the index if retention deleted changes before they were indexed."""
     if _has_gap(connection):
         _lock(connection)
         if _has_gap(connection):  # another worker may have closed it
@@ -196,7 +196,7 @@ def _item(change: Any) -> Item | None:
 
 
 def _distinct(items: Iterable[Item]) -> list[Item]:
-    """Return each item once, and no single turns of whole sessions."""
+    """Return each item once, without turns of sessions that are items as a whole."""
     known = dict.fromkeys(items)
     return [each for each in known if each.chat_id is None or Item(each.session_id, None) not in known]
 
@@ -415,7 +415,7 @@ def _json(items: Iterable[Item]) -> str:
     return as_json([each._asdict() for each in items])
 
 
-# Those that were never attempted first, so that one that fails again and again delays no other.
+# Partitions without an attempt come first, so that one that fails repeatedly delays no other.
 _SELECT_STALE = text(
     """
     WITH waiting AS (
@@ -448,14 +448,14 @@ def record_attempt(connection: Connection, name: str) -> None:
 def rebuild(connection: Connection, name: str, attempts: int = 1, pause: float = 0.0) -> bool:
     """Rewrite a partition without deleted rows; return False if it is no longer stale.
 
-    After the rows are copied, `attempts` are made to get the locks for the exchange, with a pause in seconds between
-    two, in which other sessions proceed. Raises the lock timeout of the last one.
+    After copying the rows, it tries up to `attempts` times to get the locks for the exchange. Other sessions proceed
+    in the pauses of `pause` seconds between the attempts. Raises the lock timeout of the last attempt.
     """
     return bool(connection.scalar(_REBUILD, {"name": name, "attempts": attempts, "pause": pause}))
 
 
 class LateRebuild(msgspec.Struct, frozen=True):
-    """A partition that still has words of messages erased since then, and the session that has used it longest."""
+    """A partition that has contained erased words since that time, and the session that has used it longest."""
 
     name: str
     since: datetime

@@ -254,7 +254,7 @@ class Settings(BaseSettings):
         "ARCHIVER_SEARCH_LANGUAGE",
         "simple",
         "Text search configuration of Postgres, such as `english`; `simple` finds words as written. An index "
-        "keeps its language until it is deleted by `ARCHIVER_SEARCH=off`.",
+        "keeps its language until `ARCHIVER_SEARCH=off` deletes it.",
     )
     followups_rate: float = _env(
         "ARCHIVER_FOLLOWUPS_RATE",
