@@ -54,7 +54,7 @@ _UNKNOWN = "$argon2id$v=19$m=65536,t=3,p=1$zJjDDEXzWCNc7EuqvIlliQ$j770Lb+/jhJtiq
 
 
 def is_password(password: str, password_hash: str | None) -> bool:
-    """Return whether a password matches a hash. It takes as long without a hash, for a user that does not exist."""
+    """Return whether a password matches a hash. It takes equally long without a hash, if the user does not exist."""
     try:
         _hasher.verify(_UNKNOWN if password_hash is None else password_hash, password[: MAX_PASSWORD + 1])
     except (VerificationError, InvalidHashError):

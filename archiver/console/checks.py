@@ -21,7 +21,7 @@ class Checks:
         self._configuration, self._runner, self._renderer = configuration, runner, renderer
 
     async def show(self, request: Request, login: Login) -> Response:
-        """Show the findings, those that require action first. They wait for actions that run, and these for them."""
+        """Show the findings, those that require action first. Checks and actions wait for each other."""
         findings = sorted(
             await self._runner.run(self._examine, "archiver doctor"), key=lambda each: _ORDER[each.verdict]
         )

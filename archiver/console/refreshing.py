@@ -1,4 +1,4 @@
-"""Pages that load themselves again if their user chooses so. The script of the page does it."""
+"""Let users choose that a page loads itself again; the script of the page does so."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class Refresh(msgspec.Struct, frozen=True):
 
 
 def refresh_of(request: Request) -> Refresh:
-    """Return what the address of a page chooses, and the addresses with other choices."""
+    """Return the choice in the address of a page, and the addresses with the other choices."""
     path = request.scope["path"].removeprefix("/console/")
     choices = [(seconds, address_of(path, _with(request.query_params, seconds))) for seconds in (0, *SECONDS)]
     return Refresh(seconds_of(request), choices)

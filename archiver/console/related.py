@@ -1,4 +1,4 @@
-"""What belongs to a conversation beside its messages: holds, erasures, and follow-ups sent."""
+"""Select the records related to a conversation: holds, erasures, and follow-ups sent."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ _FOLLOWUPS = text(
 
 
 def select_related(connection: Connection, session_id: str) -> Related:
-    """Return what belongs to a conversation."""
+    """Return the records related to a conversation."""
     target, values = Target(session_id), {"id": session_id, "most": MOST}
     return Related(
         erasure.covering(connection, [target]).get(target, []),

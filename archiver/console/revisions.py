@@ -1,4 +1,4 @@
-"""What later deliveries of a turn changed, and what each reading of a history changed. The work is bounded."""
+"""Find what later deliveries of a turn and the readings of a history changed, in bounded work."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ class Revision(msgspec.Struct, frozen=True):
 
 
 class ReadingChange(msgspec.Struct, frozen=True):
-    """A reading of the history. `is_compared`: whether `added` and `removed` count its messages against the last."""
+    """A reading of the history. `is_compared`: whether `added` and `removed` compare it with the previous one."""
 
     event_id: int
     type: str

@@ -1,4 +1,4 @@
-"""One subscription with its newest deliveries, and one delivery with its request and its attempts."""
+"""Select one subscription with its newest deliveries, or one delivery with its request and its attempts."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -23,7 +23,7 @@ class SubscriptionPage(msgspec.Struct, frozen=True):
 
 
 class DeliveryPage(msgspec.Struct, frozen=True):
-    """A delivery: the request as it is made from the archive now, and its attempts, oldest first."""
+    """A delivery: the request that a retry would send now, and its attempts, oldest first."""
 
     row: Mapping[str, Any]
     request: str

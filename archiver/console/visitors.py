@@ -1,4 +1,4 @@
-"""The address of a visitor, also behind a reverse proxy."""
+"""Find the address of a visitor, even behind a reverse proxy."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Visitor(msgspec.Struct, frozen=True):
 
 
 def visitor_of(request: Request) -> Visitor:
-    """Return the visitor: of a trusted proxy, the last address in `X-Forwarded-For` that is no trusted proxy."""
+    """Return the visitor: behind trusted proxies, the last address in `X-Forwarded-For` that is not one of them."""
     peer = request.client.host if request.client else ""
     trusted = os.environ.get(ALLOWED, LOCAL).split(",")
     if not _is_trusted(peer, trusted):
@@ -28,7 +28,7 @@ def visitor_of(request: Request) -> Visitor:
     proxies = [each for each in trusted if each.strip() != "*"]
     for address in reversed(forwarded):
         if not _is_address(address):
-            break  # what is to the left of it may be forged
+            break  # the client may have forged all addresses before it
         if not _is_trusted(address, proxies):
             return Visitor(address)
     return Visitor(peer, is_shared=True)

@@ -15,14 +15,14 @@ _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A part of the text, which both have, or only the earlier or the later one."""
+    """A part of both texts, or of only the earlier or only the later one."""
 
     kind: Kind
     text: str
 
 
 def compare(before: str, after: str) -> Sequence[Part]:
-    """Return the parts that, without those added, give `before`, and without those removed, `after`."""
+    """Return the parts in order: all except the added ones form `before`, all except the removed ones `after`."""
     old, new = _WORDS.findall(before), _WORDS.findall(after)
     start = _common(old, new)
     end = _common(old[start:][::-1], new[start:][::-1])
@@ -32,7 +32,7 @@ def compare(before: str, after: str) -> Sequence[Part]:
 
 
 def _common(old: Sequence[str], new: Sequence[str]) -> int:
-    """Return how many first words both have."""
+    """Return the number of leading words that both texts share."""
     pairs = enumerate(zip(old, new, strict=False))
     return next((place for place, (mine, other) in pairs if mine != other), min(len(old), len(new)))
 
