@@ -1,4 +1,4 @@
-"""Runs the cases in turn, several rounds, prints rates and ratios, and audits what was acknowledged."""
+"""Runs the cases in turn, several rounds, prints rates, ratios and lags, and audits what was acknowledged."""
 
 import argparse
 import asyncio
@@ -11,12 +11,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ from tests.support.payloads import SECRET, WEBHOOK, created
 HERE = Path(__file__).parent
 CONNECTIONS = 64
 WARM_SECONDS = 3
+LAG_SECONDS = 0.25  # between two looks at the lag of the feed
+CATCH_UP_SECONDS = 300  # at most, after the load
 AUDITED = 2_000  # events of which each single acknowledgement is checked
 
 NAMES = {
@@ -39,6 +43,7 @@ NAMES = {
     "b": "plain receiver, one transaction an event",
     "c": "archiver",
     "d": "the database alone, fed the archiver's batches",
+    "e": "archiver without summaries, rollups, search",
 }
 
 
@@ -49,6 +54,14 @@ class Load(NamedTuple):
     p50: float | None = None
     p99: float | None = None
     acknowledged: int = 0
+
+
+class Lag(NamedTuple):
+    """How far `analytics.sessions` was behind during the load, and how long it took to catch up. In seconds."""
+
+    median: float
+    most: float
+    catch_up: float
 
 
 class BenchError(Exception):
@@ -70,7 +83,7 @@ def main() -> None:
 
 
 def run(postgres: embedded.Postgres, home: Path, seconds: int, rounds: int) -> None:
-    urls = {case: migrated(postgres, f"bench_{case}") for case in "bcd"}
+    urls = {case: migrated(postgres, f"bench_{case}") for case in "bcde"}
     with psycopg.connect(postgres.url) as connection:
         (version,) = connection.execute("SELECT version()").fetchone() or ("?",)
         (fsync,) = connection.execute("SHOW fsync").fetchone() or ("?",)
@@ -78,14 +91,20 @@ def run(postgres: embedded.Postgres, home: Path, seconds: int, rounds: int) -> N
     print(f"{rounds} rounds of {seconds} s a case, after {WARM_SECONDS} s to warm up; medians, also of ratios;")
     print("every event of b, c and d is durable when it is counted")
     results: dict[str, list[Load]] = {case: [] for case in NAMES}
+    lags: dict[str, list[Lag]] = {"c": [], "e": []}
     acknowledged = 0
     batch = 1.0
     for number in range(rounds):
-        for case in "abc":
+        for case in "abce":
             with serving(case, urls.get(case, postgres.url), home) as base:
                 # A process that has just started imports, connects and plans; so does the worker beside the archiver.
                 warm = measure(base, WARM_SECONDS, prefix=f"{case}w{number}")
-                load = measure(base, seconds, prefix=f"{case}{number}")
+                loading = partial(measure, base, seconds, prefix=f"{case}{number}")
+                if case in lags:
+                    load, lag = measure_lag(urls[case], loading)
+                    lags[case].append(lag)
+                else:
+                    load = loading()
                 if case == "c":
                     acknowledged += warm.acknowledged + load.acknowledged
                     batch = mean_batch(base)
@@ -94,6 +113,8 @@ def run(postgres: embedded.Postgres, home: Path, seconds: int, rounds: int) -> N
         results["d"].append(feed(urls["d"], round(batch), seconds, prefix=f"d{number}"))
         print(f"  round {number + 1} d: {results['d'][-1].rate:8,.0f} events/s", flush=True)
     report(results, batch)
+    report_lags(lags)
+    audit_derived(urls)
     audit(urls["c"], acknowledged, rounds * 2)
     with serving("c", urls["c"], home) as base:
         audit_each(base, urls["c"])
@@ -104,8 +125,8 @@ def serving(case: str, url: str, home: Path) -> Iterator[str]:
     """The server of a case in a process of its own; all three under the same uvicorn settings."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    if case == "c":
-        command = ["-m", "archiver", "serve", "--port", str(port)]
+    if case in "ce":
+        command = ["-m", "archiver" if case == "c" else "tests.bench.underived", "serve", "--port", str(port)]
     else:
         app = "noop" if case == "a" else "plain"
         command = ["-m", "uvicorn", f"tests.bench.baselines:{app}", "--factory", "--port", str(port)]
@@ -115,6 +136,7 @@ def serving(case: str, url: str, home: Path) -> Iterator[str]:
         "ARCHIVER_WEBHOOK_SECRETS": SECRET,
         "ARCHIVER_LOG_LEVEL": "warning",
         "ARCHIVER_HOME": str(home),
+        "ARCHIVER_SEARCH": "off" if case == "e" else "on",
     }
     process = subprocess.Popen([sys.executable, *command], env=environment)
     base = f"http://127.0.0.1:{port}"
@@ -151,6 +173,36 @@ def measure(base: str, seconds: int, prefix: str) -> Load:
     matched = {name: re.search(pattern, output) for name, pattern in _PATTERNS.items()}
     rate, count, p50, p99 = (match.group(1) if (match := matched[name]) else "0" for name in _PATTERNS)
     return Load(float(rate), milliseconds(p50), milliseconds(p99), int(count))
+
+
+def measure_lag(url: str, loading: Callable[[], Load]) -> tuple[Load, Lag]:
+    """Measure a load, and how far the feed and `analytics.sessions`, which it keeps, are behind."""
+    lags, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            while not ended.wait(LAG_SECONDS):
+                lags.append(feed_lag(connection))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        load = loading()
+    finally:
+        ended.set()
+        watcher.join()
+    started = time.monotonic()
+    with psycopg.connect(url, autocommit=True) as connection:
+        while feed_lag(connection):
+            if time.monotonic() - started > CATCH_UP_SECONDS:
+                raise BenchError(f"the feed has not caught up in {CATCH_UP_SECONDS} s")
+            time.sleep(LAG_SECONDS)
+    return load, Lag(statistics.median(lags), max(lags), time.monotonic() - started)
+
+
+def feed_lag(connection: psycopg.Connection) -> float:
+    (seconds,) = connection.execute("SELECT feed_lag_seconds FROM analytics.health").fetchone() or (0.0,)
+    return float(seconds)
 
 
 _PATTERNS = {
@@ -248,12 +300,30 @@ def report(results: dict[str, list[Load]], batch: float) -> None:
         ]
         print(f"{case:3}{NAMES[case]:48}{rates[case]:10,.0f}{''.join(latencies)}")
     # Of each round, for what disturbs a machine lasts longer than a case.
-    of_a, of_b, of_d = (
+    of_a, of_b, of_d, of_e = (
         statistics.median(c.rate / other.rate for c, other in zip(results["c"], results[case], strict=True))
-        for case in "abd"
+        for case in "abde"
     )
-    print(f"\nc/a {of_a:.2f}   c/b {of_b:.1f}   c/d {of_d:.2f}")
+    print(f"\nc/a {of_a:.2f}   c/b {of_b:.1f}   c/d {of_d:.2f}   c/e {of_e:.2f}")
     print(f"mean batch of c: {batch:.0f} events")
+
+
+def report_lags(lags: dict[str, list[Lag]]) -> None:
+    for case, measured in lags.items():
+        median, most, catch_up = (statistics.median(each[n] for each in measured) for n in range(3))
+        print(
+            f"lag of the feed{' and of analytics.sessions' if case == 'c' else ''} in {case}: median {median:.1f} s,"
+            f" at most {most:.1f} s, caught up {catch_up:.1f} s after the load"
+        )
+
+
+def audit_derived(urls: dict[str, str]) -> None:
+    """Only the archiver of case c keeps rows for analysts."""
+    for case, is_on in (("c", True), ("e", False)):
+        with psycopg.connect(urls[case]) as connection:
+            found = connection.execute("SELECT FROM archiver.summaries LIMIT 1").fetchone()
+        if (found is not None) is not is_on:
+            raise BenchError(f"case {case} has {'no ' if is_on else ''}summaries")
 
 
 def audit(url: str, acknowledged: int, rounds: int) -> None:
