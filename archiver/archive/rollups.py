@@ -12,7 +12,7 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection
 
-from archiver.database import Lock, RawStatement, as_json, execute, now
+from archiver.database import Lock, RawStatement, as_json, execute, now, privileges
 
 BUCKETS_PER_PAGE = 200
 SESSIONS_PER_PAGE = 200  # few, because the publisher of the feed waits
@@ -205,19 +205,9 @@ def sum_stale(connection: Connection, stale: Sequence[StaleBucket]) -> int:
     return len(stale)
 
 
-# By object id: a name cannot be resolved in a schema without the USAGE privilege.
-_MAY_SELECT = RawStatement(
-    """
-    SELECT has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT') AS may_select
-      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver' AND c.relname = 'uncontributed' AND a.attname = 'failed_at'
-    """
-)
-
-
 def may_select_failing(connection: Connection) -> bool:
     """Return whether this user may read which sessions were set aside; False also if the schema is older."""
-    return any(row.may_select for row in _MAY_SELECT.execute(connection))
+    return privileges.may_select(connection, "uncontributed", "failed_at")
 
 
 class Failing(msgspec.Struct, frozen=True):

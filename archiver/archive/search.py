@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from archiver.archive.facts import UNASSIGNED
-from archiver.database import Lock, as_json
+from archiver.database import Lock, as_json, privileges
 
 CHANGES_PER_PAGE = 500
 TURNS_PER_PAGE = 500
@@ -496,19 +496,9 @@ def select_late_rebuild(connection: Connection) -> LateRebuild | None:
     return None if found is None else LateRebuild(*found)
 
 
-# By object id: a name cannot be resolved in a schema without the USAGE privilege.
-_MAY_SELECT = text(
-    """
-    SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver' AND c.relname = 'search_state'
-    """
-)
-
-
 def may_select(connection: Connection) -> bool:
     """Return whether this user may read the state of the index."""
-    return bool(connection.scalar(_MAY_SELECT))
+    return privileges.may_select(connection, "search_state")
 
 
 class Lag(msgspec.Struct, frozen=True):

@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import telemetry
-from archiver.database import explain, limit, limit_locks, run_async
+from archiver.database import explain, limit, limit_locks, privileges, run_async
 from archiver.errors import ArchiverError
 
 T = TypeVar("T")
@@ -158,19 +158,9 @@ def embedded_files_id(home: Path, url: URL) -> str | None:
         return None
 
 
-# By object id: a name cannot be resolved in a schema without the USAGE privilege.
-_MAY_SELECT = text(
-    """
-    SELECT count(*) = 1 AND bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver' AND c.relname = 'epochs'
-    """
-)
-
-
 def may_select(connection: Connection) -> bool:
     """Return whether this user may read the identity of the database."""
-    return bool(connection.scalar(_MAY_SELECT))
+    return privileges.may_select(connection, "epochs")
 
 
 _EPOCH = text(

@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from archiver import __version__
+from archiver.database import privileges
 from archiver.telemetry import duty_health as duties
 from archiver.telemetry.duty_health import Report
 
@@ -89,19 +90,9 @@ _SELECT = text(
 )
 
 
-# By object id: a name cannot be resolved in a schema without the USAGE privilege.
-_MAY_SELECT = text(
-    """
-    SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE n.nspname = 'archiver' AND c.relname = 'workers'
-    """
-)
-
-
 def may_select(connection: Connection) -> bool:
     """Return whether this user may read the reports of workers; False also if the schema is older."""
-    return bool(connection.scalar(_MAY_SELECT))
+    return privileges.may_select(connection, "workers")
 
 
 def select_workers(connection: Connection) -> Sequence[Worker]:
