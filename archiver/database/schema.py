@@ -120,7 +120,8 @@ def upgrade(engine: Engine, revision: str = "head", variables: Sequence[Variable
     try:
         for before, indexes in _pending_indexes(engine, revision):
             _patiently(engine, partial(_upgrade, revision=before, variables=None))
-            _patiently(engine, partial(_create, engine=engine, indexes=indexes))
+            create = partial(_create, engine=engine, indexes=indexes)
+            _patiently(engine, create, lock_seconds=INDEX_LOCK_SECONDS)
         _patiently(engine, lambda connection: _upgrade(connection, revision, variables))
     except DBAPIError as error:
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
@@ -282,14 +283,14 @@ def _another_migration() -> Iterator[None]:
         raise _UnderWayError from error
 
 
-def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
-    """Run `work` in one transaction; retry if a lock was not free.
+def _patiently(engine: Engine, work: Callable[[Connection], None], lock_seconds: float | None = None) -> None:
+    """Run `work` in one transaction; retry if a lock was not free for `lock_seconds`, by default `_LOCK_SECONDS`.
 
     All other sessions queue behind a waiting table lock, so each attempt waits only briefly. Attempts end after
-    `LOCK_WAIT_SECONDS`, or `STATEMENT_SECONDS` if another migration is under way. Raises a `SchemaError` that names
-    the session that holds the lock.
+    `LOCK_WAIT_SECONDS` of waits and pauses, or after `STATEMENT_SECONDS` if another migration is under way. Raises a
+    `SchemaError` that names the session that holds the lock.
     """
-    began, races = monotonic(), 0
+    began, waited, races = monotonic(), 0.0, 0
     with lock_waits.watching(engine) as watch:
         while True:
             try:
@@ -306,10 +307,13 @@ def _patiently(engine: Engine, work: Callable[[Connection], None]) -> None:
                     races += 1
                 elif not is_lock_timeout(error):
                     raise
-                elif monotonic() - began > LOCK_WAIT_SECONDS:
+                else:
+                    waited += lock_seconds or _LOCK_SECONDS
+                if waited > LOCK_WAIT_SECONDS:
                     raise SchemaError(f"The schema cannot be changed. {watch.explain()}") from None
             watch.report.add(watch.holders)
             sleep(PAUSE_SECONDS)
+            waited += PAUSE_SECONDS
 
 
 def _config(connection: Connection | None = None) -> Config:

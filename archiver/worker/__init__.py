@@ -175,8 +175,14 @@ class Worker:
 
     async def _rollups(self, duty: Duty, ending: asyncio.Event) -> None:
         with self._connections.synchronous() as engine:
-            step = Summing(engine).sum
-            await _every(ROLLUP_SECONDS, partial(asyncio.to_thread, step, duty.beat), duty, ending)
+            summing = Summing(engine)
+
+            async def sum_stale() -> None:
+                # Until all rows are there, queries compute the figures of the sessions without.
+                while await asyncio.to_thread(summing.sum, duty.beat) and not ending.is_set():
+                    duty.working()
+
+            await _every(ROLLUP_SECONDS, sum_stale, duty, ending)
 
     async def _locks(self, duty: Duty, ending: asyncio.Event) -> None:
         async with self._connections.asynchronous() as engine:

@@ -23,14 +23,16 @@ class Summing:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def sum(self, beat: Callable[[], None]) -> None:
+    def sum(self, beat: Callable[[], None]) -> bool:
         """Sum stale buckets for about `SECONDS_PER_JOB`; call `beat` after each page.
+
+        Returns whether rows of sessions are still missing.
 
         First adds missing derived rows, because each of them makes buckets stale. Skips a bucket that is locked or
         too slow; raises the first such error at the end.
         """
         ends_at = monotonic() + SECONDS_PER_JOB
-        self._add_missing(beat, ends_at)
+        is_complete = self._add_missing(beat, ends_at)
         slow = list[DBAPIError]()
         # Does not repeat until no bucket is stale: the publisher makes the latest bucket stale again and again.
         while self._sum_page(slow) == rollups.BUCKETS_PER_PAGE:
@@ -39,12 +41,14 @@ class Summing:
                 break
         if slow:
             raise slow[0]
+        return not is_complete
 
     def _sum_page(self, slow: list[DBAPIError]) -> int:
         stale = run(self._engine, rollups.select_stale)
         return sum(run_split(self._engine, stale, rollups.sum_stale, slow))
 
-    def _add_missing(self, beat: Callable[[], None], ends_at: float) -> None:
+    def _add_missing(self, beat: Callable[[], None], ends_at: float) -> bool:
+        """Add missing derived rows; return whether none is missing any more."""
         added = 0
         while done := run(self._engine, _add_missing, statement_seconds=STATEMENT_SECONDS):
             beat()
@@ -53,6 +57,7 @@ class Summing:
                 break
         if added:
             log.info("derived rows of sessions added", sessions=added, complete=not done)
+        return not done
 
 
 def _add_missing(connection: Connection) -> int:

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from tests.support.payloads import created
 from tests.support.receivers import AS_IN_PRODUCTION, archiver, serving, serving_with
 from tests.support.rows import execute, rows
 from tests.support.servers import as_writer, let_writer_in
+from tests.support.slowness import slow_rows
 from tests.support.upstreams import simulated
+from tests.support.versions import on_one_version
 from tests.support.waiting import until
 
 # The numbers that an older version of the archiver locked.
@@ -206,6 +209,26 @@ def test_a_migration_goes_on_once_the_reader_has_read(engine: Engine, database_u
             until(lambda: looking.execute(waiting).fetchall(), "it waits")
         holder.rollback()
         migrating.join()
+    assert rows(engine, "SELECT version_num FROM archiver.schema_version") == [(schema.head(),)]
+
+
+@on_one_version
+def test_the_work_of_a_migration_does_not_count_as_a_wait_for_a_lock(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(schema, "LOCK_WAIT_SECONDS", 2.0)
+    monkeypatch.setattr(schema, "PAUSE_SECONDS", 0.2)
+    record(engine, created("a", "slow"))
+    schema.downgrade(engine, "0027")
+    slow_rows(engine, "archiver.uncontributed", "session_id", "slow", "PERFORM pg_sleep(2)")
+    waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'analytics.health'::regclass"
+    with ThreadPoolExecutor(1) as pool, session(database_url, "SELECT FROM analytics.health") as holder:
+        migrating = pool.submit(schema.upgrade, engine)
+        until(lambda: rows(engine, waiting), "it waits")
+        until(lambda: not rows(engine, waiting), "its first attempt ends")
+        holder.rollback()
+        migrating.result(60)
     assert rows(engine, "SELECT version_num FROM archiver.schema_version") == [(schema.head(),)]
 
 
