@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-quick test-browser check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long bench-analytics soak schema lock clean
+.PHONY: help demo run test test-quick test-browser screenshots check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long bench-analytics soak schema lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -45,6 +45,9 @@ $(VENV)/.browser: $(VENV)/.installed requirements-browser.lock
 
 test-browser: $(VENV)/.browser  ## Use the console with a real browser (needs Debian's chromium)
 	@$(BIN)/python -m pytest -q tests/browser $(TEST_ARGS)
+
+screenshots: $(VENV)/.browser  ## Make the pictures in docs/screenshots from a demo (needs Debian's chromium)
+	@$(BIN)/python -m tests.screenshots
 
 check: lint  ## Everything but the tests: style, types, rooms, documentation, branch coverage of the last test run
 	@$(BIN)/python -m pytest -q tests/database/test_docs.py

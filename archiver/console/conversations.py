@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, RowMapping, text
 
-from archiver.archive import pieces
+from archiver.archive import pieces, search
 from archiver.console import filters
 from archiver.console.listing import Column, Kind, Listing, Page, Query
 from archiver.console.related import Related, select_related
@@ -27,7 +27,7 @@ SUGGESTED, SUGGESTED_VARIABLES, SUGGESTED_CHARACTERS = 10, 5, 60  # values of a 
 COLUMNS = (
     Column("session_id", "Conversation", "id"),
     Column("first_question", "First question", is_content=True),
-    Column("match", "Match", is_content=True, is_sparse=True),
+    Column("match", "Match", "snippet", is_content=True, is_sparse=True),
     Column("last_message_at", "Last message", "time"),
     Column("coverage", "Coverage", "state"),
     Column("turns", "Turns", "number"),
@@ -36,7 +36,7 @@ COLUMNS = (
     Column("deleted_chats", "Deleted", "number"),
     Column("cost", "Cost", "number"),
     Column("assistant_id", "Assistant", "id"),
-    Column("started_at", "Started", "time"),
+    Column("started_at", "Started", "time", is_optional=True),
     Column("reason", "Reason", is_optional=True),
     Column("user_messages", "Of the user", "number", is_optional=True),
     Column("assistant_messages", "Of the assistant", "number", is_optional=True),
@@ -121,20 +121,27 @@ def _select_page(connection: Connection, query: Query, sql: Mapping[str, str], v
     )
 
 
-_HAS_SEARCH = text("SELECT language IS NOT NULL FROM archiver.search_state")
 _MATCHES = text(
     "SELECT m.session_id, m.snippet FROM analytics.search(:words, most => :most) m WHERE m.session_id <> ''"
 )
 
 
 def _select_matches(connection: Connection, found: filters.Filter) -> tuple[Mapping[str, str] | None, str]:
-    """Return the snippet of the newest match by conversation, and where was sought; None if search is off."""
-    if not connection.scalar(_HAS_SEARCH):
+    """Return the snippet of the newest match by conversation, None if search is off, and what was searched."""
+    lag = search.select_lag(connection)
+    if lag.language is None:
         return None, "Search is off, so the words were sought in first questions."
     rows = connection.execute(_MATCHES, {"words": found.search, "most": MATCHES}).all()
-    is_cut = len(rows) >= MATCHES
-    snippets = {row.session_id: row.snippet for row in reversed(rows)}
-    return snippets, f"The words were sought in the newest {MATCHES:,} messages that contain them." if is_cut else ""
+    notes = (
+        [f"The words were sought in the newest {MATCHES:,} messages that contain them."]
+        if len(rows) >= MATCHES
+        else []
+    )
+    if lag.since is not None:
+        notes.append(f"The search lacks changes since {lag.since:%Y-%m-%d %H:%M} UTC.")
+    if lag.has_backlog:
+        notes.append("The search lacks earlier conversations, which a worker still indexes.")
+    return {row.session_id: row.snippet for row in reversed(rows)}, " ".join(notes)
 
 
 _VIEW_COLUMNS = text(

@@ -16,7 +16,7 @@ from archiver.console.permissions import Permission
 ROWS = 50  # of a page
 MAX_ROWS = 1_000  # of a twin
 
-Kind = Literal["text", "id", "code", "time", "number", "state"]
+Kind = Literal["text", "id", "code", "time", "number", "state", "snippet"]
 
 
 class Column(msgspec.Struct, frozen=True):

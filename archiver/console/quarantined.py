@@ -22,8 +22,8 @@ _OF_SENDER = (
 )
 ADVICE: Mapping[str, str] = {
     **dict.fromkeys(events.REASONS, _OF_SENDER),
-    quarantine.NOT_STORABLE: "Find the fault with `archiver doctor`. Retry once it is repaired.",
-    quarantine.TOO_SLOW: "Find what made Postgres slow with `archiver doctor`: a lock, a long transaction or the"
+    quarantine.NOT_STORABLE: "Find the fault with archiver doctor. Retry once it is repaired.",
+    quarantine.TOO_SLOW: "Find what made Postgres slow with archiver doctor: a lock, a long transaction or the"
     " disk. Then retry.",
     quarantine.NOT_PROCESSABLE: "Report the defect. Retry after an upgrade that repairs it.",
 }

@@ -55,6 +55,13 @@ def visible(text: object) -> Markup:
     return Markup("").join([*parts, escape(source[at:])])
 
 
+def snippet(text: str) -> Markup:
+    """Return a snippet of the search as HTML, in which the words that were found, between `**`, are marked."""
+    parts = (visible(part) for part in text.split("**"))
+    marked = (Markup("<mark>{}</mark>").format(part) if place % 2 else part for place, part in enumerate(parts))
+    return Markup("").join(marked)
+
+
 def moment(value: datetime | None) -> Markup:
     """Return a time in UTC as HTML; the script of the page shows it in the zone of the viewer."""
     if value is None:
@@ -102,6 +109,7 @@ _environment.filters |= {
     "number": number,
     "conversation_path": conversation_path,
     "delivery_id": delivery_id,
+    "snippet": snippet,
     "word_diff": compare,
 }
 _environment.globals |= {"asset": asset}

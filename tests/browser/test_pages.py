@@ -11,10 +11,17 @@ from axe_playwright_python.sync_playwright import Axe
 
 from archiver.console import lists
 from archiver.console.accounts import ROLES, Role
-from archiver.console.permissions import GRANTED
+from archiver.console.permissions import GRANTED, Permission
 from tests.support.visitors import MARKUP, Demo, Visitor
 
 LISTS = {f"/console/{each.path}": each.permission for each in lists.LISTINGS} | {"/console/settings": "operation"}
+DETAILS: dict[Permission, list[str]] = {
+    "content": ["/console/conversations/session-by-hand"],
+    "evidence": ["/console/events/1", "/console/proofs/1"],
+    "bodies": ["/console/quarantine/1"],
+    "operation": ["/console/followups/1", "/console/doctor"],
+    "preservation": ["/console/hold", "/console/erase?session_id=session-by-hand"],
+}
 PHONE = {"viewport": {"width": 375, "height": 800}}
 DARK = {"color_scheme": "dark"}
 WITHOUT_SCRIPT = {"java_script_enabled": False}
@@ -26,7 +33,7 @@ def pages(role: Role) -> list[str]:
     found = ["/console/", *(path for path, permission in LISTS.items() if permission in granted)]
     if "content" in granted:
         found.append(f"/console/conversations/{quote(f'hostile {MARKUP}', safe='')}")
-    return found + (["/console/events/1", "/console/proofs/1"] if "evidence" in granted else [])
+    return found + [path for permission, paths in DETAILS.items() if permission in granted for path in paths]
 
 
 @pytest.mark.parametrize("visitor", [{}, WITHOUT_SCRIPT], indirect=True, ids=["with script", "without"])
@@ -112,3 +119,63 @@ def test_times_are_in_the_zone_of_the_viewer(visitor: Visitor) -> None:
     shown = visitor.page.locator("time").first
     assert shown.get_attribute("title").endswith("UTC")
     assert not shown.inner_text().endswith("UTC")
+
+
+def test_an_operator_retries_a_quarantined_event(visitor: Visitor) -> None:
+    page = visitor.page
+    visitor.log_in("operator")
+    visitor.open("/console/quarantine")
+    page.click("tr:has-text('not_storable') td:first-child a")
+    assert "question of chat-retried" in page.locator("pre.bytes").inner_text()
+    page.click("button:text-is('Retry')")
+    page.wait_for_selector("text=The delivery is archived")
+    assert page.locator("tr:has-text('not_storable')").count() == 0
+    visitor.open("/console/conversations/session-retried")
+    assert page.locator("ol.transcript .message").count() == 2
+    assert not visitor.faults
+
+
+@pytest.mark.parametrize("visitor", [WITHOUT_SCRIPT], indirect=True, ids=["without script"])
+def test_an_operator_pauses_and_resumes_a_follow_up(visitor: Visitor) -> None:
+    page = visitor.page
+    visitor.log_in("operator")
+    visitor.open("/console/followups")
+    page.click("table.list tbody td:first-child a >> nth=0")
+    page.click("button:text-is('Pause')")
+    page.wait_for_selector("text=The subscription is paused.")
+    page.click("button:text-is('Resume')")
+    page.wait_for_selector("text=The subscription is active.")
+    assert page.locator("h1 .badge").inner_text() != "paused"
+    assert not visitor.faults
+
+
+def test_an_auditor_holds_a_conversation_which_then_cannot_be_erased(visitor: Visitor) -> None:
+    page = visitor.page
+    visitor.log_in("auditor")
+    visitor.open("/console/conversations/session-by-hand")
+    page.click("text=Place a hold")
+    page.fill("#reason", "case 7")
+    page.press("#reason", "Enter")
+    page.wait_for_selector("text=The hold is in force.")
+    visitor.open("/console/conversations/session-by-hand")
+    assert "Under legal hold" in page.locator("section[aria-labelledby=preserved]").inner_text()
+    page.click("main >> text=Erase")
+    assert "is under legal hold" in page.locator("[role=alert]").inner_text()
+    assert page.locator("text=Erase for good").count() == 0
+    assert not visitor.faults
+
+
+def test_a_user_chooses_columns_and_shares_them_in_the_address(visitor: Visitor) -> None:
+    page = visitor.page
+    visitor.log_in("reader")
+    visitor.open("/console/conversations?q=coverage%3Arepaired")
+    page.click("summary:text-is('Columns')")
+    page.check("text=Of the user")
+    page.uncheck("label:has-text('First question')")
+    page.click("button:text-is('Show')")
+    page.wait_for_url("**column=user_messages**")
+    headings = page.locator("table.list thead th").all_inner_texts()
+    assert "Of the user" in headings
+    assert "First question" not in headings
+    assert "q=coverage%3Arepaired" in page.url
+    assert not visitor.faults
