@@ -170,8 +170,8 @@ QUESTIONS = (
     Question(
         "19 sessions by coverage and day, 90 days",
         "window",
-        "SELECT date_trunc('day', first_event_at, 'UTC'), state, count(*) FROM {v}.coverage"
-        f" WHERE {_within('first_event_at', 90)} GROUP BY 1, 2 ORDER BY 1, 2",
+        "SELECT date_trunc('day', started_at, 'UTC'), coverage, count(*) FROM {v}.sessions"
+        f" WHERE {_within('started_at', 90)} GROUP BY 1, 2 ORDER BY 1, 2",
     ),
     Question(
         "20 funnel, 30 days",
