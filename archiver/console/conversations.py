@@ -1,4 +1,4 @@
-"""The list of conversations, newest message first, and what one conversation consists of."""
+"""Select the list of conversations, newest message first, and the parts of one conversation."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ from archiver.console.revisions import ReadingChange, Revision, select_readings,
 from archiver.database import as_json
 from archiver.settings.variables import Variable
 
-EXAMINED = 10_000  # conversations that one page looks at
+EXAMINED = 10_000  # conversations examined for one page
 SHOWN_CHARACTERS = 300  # of a first question
 
 MATCHES = 500  # newest messages with the words of a filter
@@ -44,7 +44,7 @@ COLUMNS = (
     Column("first_answer", "First answer", is_content=True, is_optional=True),
 )
 
-# The newest conversations from the index, of which the filter leaves some: so the work is bounded for every filter.
+# Applies the filter only to the newest conversations, which an index returns, so that the work is bounded.
 _LIST = """
     SELECT s.session_id, left(s.first_question, :characters) AS first_question, s.last_message_at, s.coverage,
            s.turns, s.messages, s.repaired_messages, s.deleted_chats, s.cost, s.assistant_id, s.started_at,
@@ -69,7 +69,7 @@ _NEWEST = datetime(9999, 12, 31, tzinfo=UTC) - timedelta(days=1)
 
 
 def select_conversations(connection: Connection, query: Query, variables: Sequence[Variable] = ()) -> Page:
-    """Return a page of the conversations that the filter `q` leaves. Raises `FilterError`.
+    """Return a page of the conversations that match the filter `q`. Raises `FilterError`.
 
     `variables`: the promoted variables; one without a column is left out.
     """

@@ -34,7 +34,7 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Query(msgspec.Struct, frozen=True):
-    """What a list is asked for: parameters of the address, the key after which to go on, and how many rows.
+    """A request for rows of a list: parameters of the address, the key before the first row, and the number of rows.
 
     `may_read`: whether the role shows content, and so may search it. `suggests`: whether terms are to be suggested.
     """
@@ -47,7 +47,7 @@ class Query(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Rows in order. `after`: the key of the next page; empty if there is none. `note`: how far it has looked.
+    """Rows in order. `after`: the key of the next page; empty if there is none. `note`: how far it was examined.
 
     `suggestions`: terms for the filter.
     """
@@ -62,7 +62,7 @@ class Listing(msgspec.Struct, frozen=True):
     """A list of the console. `path`: below /console. `link` returns the address of a row, relative to /console/,
     for roles with `link_permission`.
 
-    `parameters`: the names of those of the address that it obeys. `empty`: a sentence for a list without rows.
+    `parameters`: the names of the parameters that it uses. `empty`: a sentence for a list without rows.
     `parse`: parses its filter `q`. `examples`: of the terms of that filter. `links`: paths and names of pages about
     the same. `actions`: pages of actions, each with its path, its name and the permission that it needs. `command`:
     the command that does the same.

@@ -56,7 +56,7 @@ def visible(text: object) -> Markup:
 
 
 def snippet(text: str) -> Markup:
-    """Return a snippet of the search as HTML, in which the words that were found, between `**`, are marked."""
+    """Return a snippet of the search as HTML, and mark the words between `**`, which were found."""
     parts = (visible(part) for part in text.split("**"))
     marked = (Markup("<mark>{}</mark>").format(part) if place % 2 else part for place, part in enumerate(parts))
     return Markup("").join(marked)

@@ -178,7 +178,7 @@ class Worker:
             summing = Summing(engine)
 
             async def sum_stale() -> None:
-                # Until all rows are there, queries compute the figures of the sessions without.
+                # Until all rows exist, queries compute the figures of the sessions that have none.
                 while await asyncio.to_thread(summing.sum, duty.beat) and not ending.is_set():
                     duty.working()
 

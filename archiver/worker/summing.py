@@ -48,7 +48,7 @@ class Summing:
         return sum(run_split(self._engine, stale, rollups.sum_stale, slow))
 
     def _add_missing(self, beat: Callable[[], None], ends_at: float) -> bool:
-        """Add missing derived rows; return whether none is missing any more."""
+        """Add missing derived rows; return whether all exist now."""
         added = 0
         while done := run(self._engine, _add_missing, statement_seconds=STATEMENT_SECONDS):
             beat()
