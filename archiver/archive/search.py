@@ -505,20 +505,19 @@ class Lag(msgspec.Struct, frozen=True):
     """How far the index is behind the archive.
 
     `language`: None if search is off. `since`: the time of the oldest change that is not indexed; None if all are.
-    `has_backlog`: whether turns from before the start of the index remain. `newest`: the newest cursor of the feed.
+    `has_backlog`: whether turns from before the start of the index remain.
     """
 
     language: str | None
     since: datetime | None
     has_backlog: bool
-    newest: int
 
 
 _SELECT_LAG = text(
     """
     SELECT s.language,
            (SELECT c.changed_at FROM analytics.changes c WHERE c.cursor > s.cursor ORDER BY c.cursor LIMIT 1),
-           s.backlog_session IS NOT NULL, (SELECT coalesce(max(cursor), 0) FROM analytics.changes)
+           s.backlog_session IS NOT NULL
       FROM archiver.search_state s
     """
 )

@@ -15,6 +15,7 @@ from archiver.archive import search
 from archiver.archive.search import Item, Page
 from archiver.database import explain, is_cancelled, is_data_error, is_lock_timeout, run_async
 from archiver.operations import heartbeats
+from archiver.outbound import feed
 from archiver.settings import SettingsError
 from archiver.telemetry.duty_health import Duty
 from archiver.worker.pacing import Pace
@@ -72,10 +73,10 @@ class Indexing:
 
     async def _measure(self) -> int:
         """Set the metric of the lag; return the newest cursor of the feed."""
-        lag = await run_async(self._engine, search.select_lag)
+        lag, extent = await run_async(self._engine, lambda each: (search.select_lag(each), feed.select_extent(each)))
         seconds = 0.0 if lag.since is None else (database.now() - lag.since).total_seconds()
         telemetry.search_lag.set(max(0.0, seconds))
-        return lag.newest
+        return extent.newest
 
     async def _add_months(self, items: Sequence[Item]) -> None:
         for month in await run_async(self._engine, partial(search.select_new_months, items=items)):

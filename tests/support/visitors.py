@@ -55,3 +55,7 @@ class Visitor:
         self.page.fill("#password", password)
         self.page.press("#password", "Enter")
         self.page.wait_for_selector("text=Log out")
+
+    def log_out(self) -> None:
+        self.page.click("text=Log out")
+        self.page.wait_for_selector("#password")
