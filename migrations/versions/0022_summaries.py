@@ -106,10 +106,7 @@ NEW_HEALTH_COMMENTS = {
     "oldest_snapshot_seconds": (
         "Age of the oldest transaction that holds a snapshot, among those that this user may see (pg_read_all_stats)."
     ),
-    "summary_cursor": (
-        "analytics.sessions contains all changes up to this cursor, once a worker has added the rows of earlier"
-        " sessions."
-    ),
+    "summary_cursor": "analytics.sessions contains all changes up to this cursor; null if the feed is empty.",
 }
 
 
