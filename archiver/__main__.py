@@ -7,14 +7,14 @@ def main() -> None:
     """Print the version for `--version` without importing the rest; run every other command."""
     if sys.argv[1:2] == ["--version"] and _print_version():
         return
-    from archiver.cli import main as run  # noqa: PLC0415  # `--version` does not pay for click
+    from archiver.cli import main as run  # noqa: PLC0415  # `--version` must not wait for the import of click
 
     run()
 
 
 def _print_version() -> bool:
     """Print the version; return False if stdout does not accept it."""
-    from archiver.version import describe  # noqa: PLC0415  # only `--version` needs it
+    from archiver.version import describe  # noqa: PLC0415  # other commands must not wait for this import
 
     try:
         sys.stdout.write(f"{describe()}\n")

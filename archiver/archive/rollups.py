@@ -53,7 +53,7 @@ def _replaced(table: str, keys: Sequence[str], figures: Sequence[str], scope: st
                IS DISTINCT FROM ({", ".join(f"excluded.{name}" for name in figures)})
         RETURNING t.{returned}
     )
-    """  # noqa: S608  # constant names
+    """  # noqa: S608  # only constant names are inserted, never input
 
 
 _REFRESH = RawStatement(
@@ -71,7 +71,7 @@ _REFRESH = RawStatement(
     SELECT bucket, CAST($2 AS timestamptz)
       FROM (SELECT bucket FROM removed UNION SELECT bucket FROM written) changed ORDER BY bucket
     ON CONFLICT (bucket) DO UPDATE SET id = DEFAULT
-    """  # noqa: S608  # constant names
+    """  # noqa: S608  # only constant names are inserted, never input
 )
 
 
@@ -166,7 +166,7 @@ _SUM_BUCKETS = RawStatement(
          WHERE bucket = ANY (ARRAY(SELECT bucket FROM marks)) GROUP BY bucket, assistant_id
     ), {_replaced("rollups", ("bucket", "assistant_id"), _FIGURES, "marks")}
     SELECT
-    """  # noqa: S608  # constant names
+    """  # noqa: S608  # only constant names are inserted, never input
 )
 _SUM_DAYS = RawStatement(
     f"""
@@ -182,7 +182,7 @@ _SUM_DAYS = RawStatement(
          GROUP BY l.day, r.assistant_id
     ), {_replaced("days", ("day", "assistant_id"), _COUNTS, "listed")}
     SELECT
-    """  # noqa: S608  # constant names
+    """  # noqa: S608  # only constant names are inserted, never input
 )
 # The last statement, because the publisher waits for its locks; it locks in the order of the publisher, so that there
 # is no deadlock. A bucket that changed again since it was selected has another id and stays stale.
@@ -193,7 +193,7 @@ _CLEAR = RawStatement(
          ORDER BY s.bucket FOR UPDATE OF s
     )
     DELETE FROM archiver.stale_buckets WHERE bucket IN (SELECT bucket FROM summed)
-    """  # noqa: S608  # constant names of columns
+    """  # noqa: S608  # only constant names are inserted, never input
 )
 
 

@@ -156,7 +156,7 @@ _SELECT_TURNS = text(
       FROM keys JOIN archiver.chats c ON c.session_id = keys.session_id AND c.chat_id = keys.chat_id
       LEFT JOIN archiver.messages m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
      ORDER BY m.ordinal
-    """  # noqa: S608  # constant names of columns
+    """  # noqa: S608  # only constant names are inserted, never input
 ).columns(*tables.chats.c, column("role", TEXT), column("content", TEXT), column("history_content", TEXT))
 
 

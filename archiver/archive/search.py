@@ -229,7 +229,7 @@ _SELECT_MONTHS = text(
      WHERE month BETWEEN '2015-01-01+00' AND clock_timestamp() + interval '1 day'
        AND month NOT IN (SELECT since FROM archiver.search_partitions WHERE since IS NOT NULL)
      ORDER BY month
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 
 
@@ -306,7 +306,7 @@ _OBSOLETE = f"""
                    AND {_DIGEST} = s.digest AND {_BEGAN} = s.began_at
                    AND c.assistant_id IS NOT DISTINCT FROM s.assistant_id)
     RETURNING CAST(s.tableoid AS bigint) AS partition, s.session_id, s.chat_id, s.digest
-"""  # noqa: S608  # constants
+"""  # noqa: S608  # only constants are inserted, never input
 # Two statements: for single turns, also without their session, and for whole sessions, which includes turns that no
 # longer exist.
 _DELETE = tuple(
@@ -316,7 +316,7 @@ _DELETE = tuple(
         SELECT session_id, chat_id FROM json_to_recordset(:items) AS t (session_id text, chat_id text)
     ), keys AS MATERIALIZED ({keys})
     DELETE FROM archiver.search s USING keys t WHERE {condition} AND {_OBSOLETE}
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
     )
     for keys, condition in (
         (
@@ -350,7 +350,7 @@ _INSERT = text(
         SELECT session_id, chat_id, ordinal, began_at, assistant_id, digest, page, lexemes FROM source
     )
     SELECT count(*), count(*) FILTER (WHERE is_partial) FROM source
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 # The partitions with a deleted row whose turn or text is no longer indexed there for the same session. The others
 # need no mark yet: an erasure of the remaining row marks them.

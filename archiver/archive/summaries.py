@@ -96,7 +96,7 @@ _UPSERT = RawStatement(
     ON CONFLICT (session_id) DO UPDATE
        SET {", ".join(f"{name} = excluded.{name}" for name in _COLUMNS)},
            changed_cursor = greatest(known.changed_cursor, excluded.changed_cursor)
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 _DELETE_GONE = RawStatement(
     """

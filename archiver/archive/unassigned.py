@@ -30,7 +30,7 @@ def current_sessions(of: str, to: str) -> str:
         SELECT t.cursor, coalesce(h.session_id, t.session_id) AS session_id, t.chat_id
           FROM {of} t LEFT JOIN assigned h ON h.cursor = t.cursor
     )
-    """  # noqa: S608  # constant names
+    """  # noqa: S608  # only constant names are inserted, never input
 
 
 def lock_sessions(connection: Connection, session_ids: Iterable[str], chat_ids: Collection[str]) -> list[str]:

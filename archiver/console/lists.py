@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
 from archiver import settings
 from archiver.compliance import erasure
@@ -116,9 +117,10 @@ _SEALS = text(
 )
 
 
-def _select_seals(connection: Connection, query: Query) -> Page:
+def _select_newest(statement: TextClause, connection: Connection, query: Query) -> Page:
+    """Return a page of rows by descending id; the statement has the parameters `before` and `most`."""
     values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1}
-    return _paged([dict(row) for row in connection.execute(_SEALS, values).mappings()], query)
+    return _paged([dict(row) for row in connection.execute(statement, values).mappings()], query)
 
 
 SEALS = Listing(
@@ -133,7 +135,7 @@ SEALS = Listing(
         Column("hash", "Hash", "id"),
         Column("key_id", "Signed with", "id"),
     ),
-    select=_select_seals,
+    select=partial(_select_newest, _SEALS),
     empty="There is no seal yet. A worker makes the first one within ARCHIVER_SEAL_EVERY seconds of the first event.",
 )
 
@@ -177,11 +179,6 @@ _ERASURES = text(
 )
 
 
-def _select_erasures(connection: Connection, query: Query) -> Page:
-    values = {"before": _number(query.after, _MAX_ID), "most": query.limit + 1}
-    return _paged([dict(row) for row in connection.execute(_ERASURES, values).mappings()], query)
-
-
 ERASURES = Listing(
     path="erasures",
     title="Erasures",
@@ -194,7 +191,7 @@ ERASURES = Listing(
         Column("chat_id", "Turn", "id"),
         Column("act_id", "Audit entry", "id"),
     ),
-    select=_select_erasures,
+    select=partial(_select_newest, _ERASURES),
     actions=(("erase", "Erase a conversation or a turn", "preservation"),),
     command="archiver erase --session ID --reason TEXT",
     empty="Nothing was erased yet.",

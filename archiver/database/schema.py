@@ -254,7 +254,7 @@ def _refuse_newer(connection: Connection) -> None:
 # One migration per database at a time. Only the owner may lock the row of the version, so no other user can block a
 # migration. Before that row exists, the unique names of new objects exclude concurrent migrations.
 _LOCK_TABLE = text(f"LOCK TABLE {tables.SCHEMA}.{VERSION_TABLE} IN SHARE ROW EXCLUSIVE MODE")
-_LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # constants
+_LOCK_ROW = text(f"SELECT version_num FROM {tables.SCHEMA}.{VERSION_TABLE} FOR UPDATE")  # noqa: S608  # only constants are inserted, never input
 _MADE_BY_ANOTHER = {"23505", "42P06", "42P07"}  # SQLSTATEs: unique violation, duplicate schema, duplicate table
 
 

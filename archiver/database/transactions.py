@@ -26,7 +26,7 @@ CONFLICT_RETRIES = 3
 
 # Set once per transaction, by one statement.
 _OPEN = RawStatement(
-    f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"  # noqa: S608  # constants
+    f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"  # noqa: S608  # only constants are inserted, never input
     " extract(epoch FROM clock_timestamp())::float8 AS at"
 )
 

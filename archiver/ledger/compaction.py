@@ -83,7 +83,7 @@ _SELECT_OLDER = RawStatement(
      WHERE e.session_id = $1 AND e.chat_id IS NULL AND e.type = '{history.READ}' AND e.body IS NOT NULL
        AND e.dedupe_key <> $2
      ORDER BY e.received_at DESC LIMIT {MAX_OLDER_RESPONSES}
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 _UPDATE = RawStatement(
     """
@@ -129,7 +129,7 @@ _SELECT_SESSIONS = text(
       FROM page p LEFT JOIN archiver.events e ON e.session_id = p.session_id AND e.chat_id IS NULL
            AND e.type = '{history.READ}' AND e.body IS NOT NULL
      GROUP BY p.session_id ORDER BY p.session_id
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 _SELECT_WHOLE = text(
     f"""
@@ -138,7 +138,7 @@ _SELECT_WHOLE = text(
      WHERE e.session_id = :session_id AND e.chat_id IS NULL AND e.type = '{history.READ}' AND e.body IS NOT NULL
        AND NOT encode(e.dedupe_key, 'hex') = ANY (:passed)
      ORDER BY e.received_at LIMIT 1000
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 _SELECT_BODY = RawStatement("SELECT body FROM archiver.events WHERE session_id = $1 AND dedupe_key = $2")
 

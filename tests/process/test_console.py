@@ -22,7 +22,7 @@ from archiver.console.accounts import ROLES, Role
 from archiver.console.permissions import GRANTED, Permission
 from tests.conftest import Cluster
 from tests.support import processes, servers
-from tests.support.browsing import PASSWORD, Browser, browsing
+from tests.support.browsing import PASSWORD, Browser, browsing, logged_in
 from tests.support.commands import failed
 from tests.support.erasures import record
 from tests.support.feeds import publish
@@ -83,8 +83,7 @@ def browser(receiver: Receiver) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def auditor(receiver: Receiver) -> Iterator[Browser]:
     """A browser in which the auditor stays logged in."""
-    with browsing(receiver.url) as browser:
-        assert browser.log_in("auditor").status_code == 303
+    with logged_in(receiver.url, "auditor") as browser:
         yield browser
 
 

@@ -15,7 +15,7 @@ from archiver.database import transaction
 from archiver.ledger import quarantine
 from tests.conftest import Cluster
 from tests.support import servers
-from tests.support.browsing import PASSWORD, Browser, browsing
+from tests.support.browsing import PASSWORD, Browser, browsing, logged_in
 from tests.support.erasures import record
 from tests.support.feeds import publish
 from tests.support.followups import receiving, sending, subscribe
@@ -58,15 +58,13 @@ def add_users(cluster: Cluster, url: str) -> None:
 
 @pytest.fixture(scope="module")
 def auditor(receiver: Receiver) -> Iterator[Browser]:
-    with browsing(receiver.url) as browser:
-        assert browser.log_in("auditor").status_code == 303
+    with logged_in(receiver.url, "auditor") as browser:
         yield browser
 
 
 @pytest.fixture(scope="module")
 def operator(receiver: Receiver) -> Iterator[Browser]:
-    with browsing(receiver.url) as browser:
-        assert browser.log_in("operator").status_code == 303
+    with logged_in(receiver.url, "operator") as browser:
         yield browser
 
 

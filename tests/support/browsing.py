@@ -41,3 +41,11 @@ def browsing(url: str, headers: Mapping[str, str] | None = None) -> Iterator[Bro
     """A browser whose addresses begin with this one."""
     with httpx2.Client(base_url=url, trust_env=False, timeout=ANSWER_SECONDS, headers=headers) as client:
         yield Browser(client)
+
+
+@contextmanager
+def logged_in(url: str, name: str) -> Iterator[Browser]:
+    """A browser in which this user is logged in."""
+    with browsing(url) as browser:
+        assert browser.log_in(name).status_code == 303
+        yield browser

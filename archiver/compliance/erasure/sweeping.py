@@ -78,7 +78,7 @@ _SELECT_PAGE = text(
            AND EXISTS (SELECT FROM archiver.events f
                         WHERE f.session_id = '' AND f.chat_id = e.chat_id AND f.body IS NOT NULL) AS has_unassigned
       FROM page e ORDER BY e.id
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 
 
@@ -208,7 +208,7 @@ _SELECT_ASSIGNED = text(
       FROM archiver.erasures e JOIN archiver.chats c ON c.session_id = e.session_id AND c.chat_id = e.chat_id
      WHERE c.session_id <> '' AND c.chat_id IN (SELECT json_array_elements_text(:chat_ids))
        AND EXISTS (SELECT FROM archiver.events f WHERE {_NAMED})
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 
 
@@ -283,7 +283,7 @@ _ERASE = text(
           FROM json_to_recordset(:targets) AS t (session_id text, chat_id text, erased_at timestamptz)
     )
     UPDATE archiver.events f SET {_SET} FROM e WHERE {_NAMED} RETURNING f.id
-    """  # noqa: S608  # constants
+    """  # noqa: S608  # only constants are inserted, never input
 )
 # Events of unknown type, whose chat id this version cannot locate.
 _SELECT_UNKNOWN = text(
@@ -296,7 +296,7 @@ _ERASE_EVENTS = text(
     f"""
     UPDATE archiver.events f SET {_SET} WHERE f.session_id = :session_id AND f.body IS NOT NULL
        AND f.id IN (SELECT CAST(json_array_elements_text(:ids) AS bigint))
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 
 

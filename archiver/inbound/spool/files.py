@@ -39,8 +39,8 @@ _OBJECTS = {("table", "spooled"), ("table", "sqlite_sequence")}
 _MAGIC = b"SQLite format 3\0"
 _WAL_FORMAT = 2  # the newest format that SQLite writes
 _MAX_UNREADABLE = 1_000  # ids tried one by one after a damaged page; a scan finds later rows
-_INSERT = f"INSERT INTO spooled ({_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # a constant
-_SELECT_FROM = f"SELECT id, checksum, {_COLUMNS} FROM spooled WHERE id >= ? ORDER BY id"  # noqa: S608  # a constant
+_INSERT = f"INSERT INTO spooled ({_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # only a constant is inserted, never input
+_SELECT_FROM = f"SELECT id, checksum, {_COLUMNS} FROM spooled WHERE id >= ? ORDER BY id"  # noqa: S608  # only a constant is inserted, never input
 
 Row = tuple[Any, ...]
 
@@ -120,7 +120,7 @@ def _add_checksums(database: sqlite3.Connection, path: Path) -> None:
     database.create_function("checksum_of", -1, lambda *row: checksum(row), deterministic=True)
     with transaction(database, path):
         database.execute("ALTER TABLE spooled ADD COLUMN checksum INTEGER")
-        database.execute(f"UPDATE spooled SET checksum = checksum_of({_COLUMNS})")  # noqa: S608  # a constant
+        database.execute(f"UPDATE spooled SET checksum = checksum_of({_COLUMNS})")  # noqa: S608  # only a constant is inserted, never input
 
 
 def read_wal(path: Path) -> bytes:
@@ -203,7 +203,7 @@ def readable(database: sqlite3.Connection, path: Path) -> Iterator[Row]:
 def select_rows(database: sqlite3.Connection, path: Path) -> set[Row]:
     """Return all rows without their numbers. Raises `SpoolError`."""
     with explained(path):
-        return set(database.execute(f"SELECT {_COLUMNS} FROM spooled"))  # noqa: S608  # a constant
+        return set(database.execute(f"SELECT {_COLUMNS} FROM spooled"))  # noqa: S608  # only a constant is inserted, never input
 
 
 def checksum(row: Row) -> int:

@@ -132,7 +132,7 @@ _RECORD = text(
            due_at = CASE WHEN t.state = 'pending' THEN now() + t.wait * interval '1 second' ELSE d.due_at END,
            ended_at = CASE WHEN t.state = 'pending' OR {_MORE} THEN d.ended_at ELSE coalesce(d.ended_at, now()) END
       FROM results t WHERE d.subscription_id = :id AND d.cursor = t.cursor
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 # A response may quote its delivery, so it is not stored if that content has since been erased.
 _RECORD_ATTEMPTS = text(
@@ -148,7 +148,7 @@ _RECORD_ATTEMPTS = text(
            CASE WHEN t.cursor NOT IN (SELECT cursor FROM erased) THEN decode(t.answer, 'hex') END
       FROM results t JOIN archiver.deliveries d ON d.subscription_id = :id AND d.cursor = t.cursor ON CONFLICT DO
       NOTHING
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 
 

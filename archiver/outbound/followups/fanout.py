@@ -44,7 +44,7 @@ _PAGE = f"""
     ), {current_sessions("matched", "sought")}, candidates AS MATERIALIZED (
         SELECT DISTINCT session_id, chat_id FROM sought
     )
-"""  # noqa: S608  # a constant
+"""  # noqa: S608  # only a constant is inserted, never input
 # Each turn and session once, however often it changed; the first matching row is enough.
 _FOUND = """
     SELECT w.session_id, w.chat_id FROM candidates w, LATERAL
@@ -87,7 +87,7 @@ _ONLY, _BUT = f"AND {_IS_OF}", f"AND NOT {_IS_OF}"
 
 @lru_cache
 def _statement(names: tuple[str, ...], *, is_only: bool) -> TextClause:
-    conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # constant names
+    conditions = " AND ".join(f"cursor IN (SELECT cursor FROM by_{name})" for name in names)  # noqa: S608  # only constant names are inserted, never input
     where = f" WHERE {conditions}" if names else ""
     page = _PAGE.format(only=_ONLY if is_only else "", but="" if is_only else _BUT)
     return text(page + "".join(map(_matching, names)) + _INSERT_DELIVERIES.format(where=where))

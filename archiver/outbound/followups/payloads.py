@@ -75,14 +75,14 @@ _TURNS = f"""
         SELECT cursor, session_id, chat_id
           FROM json_to_recordset(:turns) AS t (cursor bigint, session_id text, chat_id text)
     ), {current_sessions("sought", "turns")}
-"""  # noqa: S608  # a constant
+"""  # noqa: S608  # only a constant is inserted, never input
 _SELECT_CHATS = text(
     f"""
     {_TURNS}
     SELECT t.cursor, t.session_id, t.chat_id, c.chat_id IS NOT NULL AS is_there, c.assistant_id, c.external_id,
            c.status, c.cost, c.variables, c.created_at, c.updated_at, c.deleted_at, c.source, c.session_name
       FROM turns t LEFT JOIN archiver.chats c ON c.session_id = t.session_id AND c.chat_id = t.chat_id
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 _SELECT_ERASED = text(
     f"""
@@ -90,7 +90,7 @@ _SELECT_ERASED = text(
     SELECT t.cursor, min(e.erased_at) AS erased_at
       FROM turns t JOIN archiver.erasures e ON e.session_id = t.session_id
      WHERE e.chat_id = t.chat_id OR (e.chat_id = '' AND e.session_id <> '') GROUP BY t.cursor
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 # Turns with more content than fits into a body are not read.
 _SELECT_MESSAGES = text(
@@ -103,14 +103,14 @@ _SELECT_MESSAGES = text(
     )
     SELECT t.cursor, m.role, m.content, m.source FROM fitting t
       JOIN archiver.messages m ON m.session_id = t.session_id AND m.chat_id = t.chat_id ORDER BY t.cursor, m.ordinal
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 _SELECT_SIZES = text(
     f"""
     {_TURNS}
     SELECT t.cursor, sum(octet_length(m.content)) > :most AS is_large FROM turns t
       JOIN archiver.messages m ON m.session_id = t.session_id AND m.chat_id = t.chat_id GROUP BY t.cursor
-    """  # noqa: S608  # a constant
+    """  # noqa: S608  # only a constant is inserted, never input
 )
 
 
