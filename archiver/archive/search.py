@@ -31,12 +31,16 @@ class Item(NamedTuple):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Items to index. `cursor`, `backlog`: the state after them; the last turn of the backlog is None at its end."""
+    """Items to index. `cursor`, `backlog`: the state after them; the last turn of the backlog is None at its end.
+
+    `size`: the number of changes or of turns of which these are the items.
+    """
 
     number: int
     cursor: int
     backlog: Sequence[str] | None
     items: Sequence[Item]
+    size: int
 
 
 class Indexed(NamedTuple):
@@ -162,13 +166,13 @@ def select_page(connection: Connection) -> Page | None:
     changes = [] if is_turn_of_backlog else connection.execute(_SELECT_CHANGES, {"most": CHANGES_PER_PAGE}).all()
     if changes:
         items = [item for row in changes if (item := _item(row)) is not None]
-        return Page(state.page, changes[-1].cursor, backlog, _distinct(items))
+        return Page(state.page, changes[-1].cursor, backlog, _distinct(items), len(changes))
     if backlog is None:
         return None
     values = {"session_id": backlog[0], "chat_id": backlog[1], "most": TURNS_PER_PAGE}
     turns = connection.execute(_SELECT_TURNS, values).all()
     last = (turns[-1].session_id, turns[-1].chat_id) if len(turns) == TURNS_PER_PAGE else None
-    return Page(state.page, state.cursor, last, [Item(*row) for row in turns])
+    return Page(state.page, state.cursor, last, [Item(*row) for row in turns], len(turns))
 
 
 def close_gap(connection: Connection) -> None:

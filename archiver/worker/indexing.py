@@ -68,7 +68,7 @@ class Indexing:
             await self._index(page)
             self._duty.beat()
         newest, now = await self._measure(), monotonic()
-        self.pause_seconds = self._pace.pause(newest, len(page.items) if page else 0, now - began, now)
+        self.pause_seconds = self._pace.pause(newest, page.size if page else 0, now - began, now)
         return page is not None
 
     async def _measure(self) -> int:

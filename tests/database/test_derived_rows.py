@@ -63,3 +63,15 @@ def test_a_change_costs_the_same_however_many_other_sessions_there_are(
             costs.append(connection.scalar(_FETCHED) - before)
             connection.rollback()
     assert costs[1] <= costs[0] + 5
+
+
+def test_a_page_of_changes_has_their_number_also_if_they_are_about_one_turn(engine: Engine) -> None:
+    """From which the pace of the index is computed."""
+    index(engine, "simple")
+    record(engine, created("chat-1"), created("chat-1", status="failed", updatedAt="2024-01-15T09:31:00Z"))
+    record(engine, created("chat-1", status="ended", updatedAt="2024-01-15T09:32:00Z"))
+    with transaction(engine) as connection:
+        feed.publish(connection)
+        page = search.select_page(connection)
+    assert page is not None
+    assert (page.size, len(page.items)) == (2, 1)
