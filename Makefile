@@ -92,7 +92,7 @@ schema: $(VENV)/.installed  ## Record a new migration: its digest
 
 lock: $(VENV)/.installed  ## Renew requirements.lock and its part for production from pyproject.toml
 	@$(PIP) 'uv==0.13.9'
-	@$(LOCK) --extra parquet --group dev --output-file requirements.lock pyproject.toml
+	@$(LOCK) --extra parquet --extra oidc --group dev --output-file requirements.lock pyproject.toml
 	@$(LOCK) --no-strip-extras --output-file deploy/analytics/requirements.lock deploy/analytics/requirements.in
 	@$(LOCK) --group browser --constraints requirements.lock --output-file requirements-browser.lock pyproject.toml
 	@$(LOCK) --group build --constraints requirements.lock --output-file requirements-runtime.lock pyproject.toml

@@ -12,7 +12,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
 
-from archiver.console.accounts import Role
+from archiver.settings.console_roles import Role
 from tests.support.demos import TOLD, furnish, running_demo
 from tests.support.visitors import ARGUMENTS, Demo, Visitor
 

@@ -11,6 +11,7 @@ from archiver import database, settings, telemetry
 from archiver.cli import connection
 from archiver.cli.output import Whole
 from archiver.cli.serve import address, allow_files, listening, server_options
+from archiver.console import openid
 from archiver.database import schema
 from archiver.http import create_console, open_files
 from archiver.operations import reloading
@@ -34,6 +35,7 @@ def console(*, host: str, port: int) -> None:
     configuration = settings.read()
     telemetry.configure_logs(configuration.log_level, configuration.log_format)
     connection.warn_of_unknown_variables()
+    openid.require(configuration)
     allow_files(open_files(configuration))
     with connection.supervised_database_url(configuration, create=False) as url:
         with connection.engine_at(configuration, url) as engine, database.transaction(engine) as opened:

@@ -22,6 +22,7 @@ from archiver import database, settings, telemetry
 from archiver.cli import connection, escaped, fail, options
 from archiver.cli.output import Whole
 from archiver.compliance.seals import signing_key
+from archiver.console import openid
 from archiver.database import catalogue, schema
 from archiver.database.connections import Connections
 from archiver.http import WEBHOOK_PATH, create, open_files
@@ -76,6 +77,7 @@ def serve(*, host: str, port: int, workers: int, migrate: bool | None, insecure:
     connection.warn_of_unknown_variables()
     configuration = _require_authentication(configuration, insecure=insecure)
     signing_key(configuration)
+    openid.require(configuration)
     database_name = connection.named(configuration)
     allow_files(open_files(configuration))
     with (

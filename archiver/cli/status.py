@@ -15,6 +15,7 @@ from archiver import database, settings
 from archiver.archive import search
 from archiver.cli import complain, connection, escaped, options
 from archiver.cli.output import Table, console, print_json
+from archiver.console.openid.checks import examine_provider
 from archiver.database import lock_waits, schema
 from archiver.embedded import EmbeddedError
 from archiver.inbound import spool
@@ -195,6 +196,7 @@ def doctor(as_json: bool) -> None:
             *examine_settings(configuration),
             *examine_spool(configuration),
             examine_platform(configuration),
+            *examine_provider(configuration),
             *_examine_database(configuration),
         ]
     if as_json:

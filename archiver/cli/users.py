@@ -9,9 +9,9 @@ from archiver import database, settings
 from archiver.cli import connection, options
 from archiver.cli.output import Table, console, print_json
 from archiver.console import accounts
-from archiver.console.accounts import ROLES, Role
 from archiver.errors import SettingsError
 from archiver.ledger import audit_log
+from archiver.settings.console_roles import ROLES, Role
 
 MAX_FILE = 8_192  # bytes
 
@@ -85,11 +85,16 @@ def list_(*, as_json: bool) -> None:
     if not found:
         click.echo("There are no users. To add one: archiver users add NAME --role reader")
         return
-    table = Table("name", "role", "added", "changed", "disabled")
+    table = Table("name", "role", "added", "changed", "disabled", "logs in with")
     for each in found:
         disabled = f"{each.disabled_at:%Y-%m-%d %H:%M}" if each.disabled_at else ""
         table.add_row(
-            each.name, each.role, f"{each.added_at:%Y-%m-%d}", f"{each.changed_at:%Y-%m-%d %H:%M}", disabled
+            each.name,
+            each.role,
+            f"{each.added_at:%Y-%m-%d}",
+            f"{each.changed_at:%Y-%m-%d %H:%M}",
+            disabled,
+            each.issuer or "password",
         )
     console().print(table)
 

@@ -1,22 +1,20 @@
 """Users of the console: their roles and passwords, in the database."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal, get_args
 
 import msgspec
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import ColumnElement, Connection, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from archiver.database import now, tables
 from archiver.errors import ArchiverError
 from archiver.ledger import audit_log
-
-Role = Literal["viewer", "reader", "auditor", "operator"]
-ROLES: tuple[Role, ...] = get_args(Role)
+from archiver.settings.console_roles import Role
 
 MIN_PASSWORD, MAX_PASSWORD = 12, 1024  # characters
 _NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,62}", re.ASCII)
@@ -27,13 +25,34 @@ class AccountError(ArchiverError):
 
 
 class User(msgspec.Struct, frozen=True):
-    """A row of `archiver.users`, without its password."""
+    """A row of `archiver.users`, without its password. `issuer`, `subject`: None for a user with a password."""
 
     name: str
     role: Role
     added_at: datetime
     changed_at: datetime
     disabled_at: datetime | None
+    issuer: str | None
+    subject: str | None
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """A person at an identity provider: issuer and subject identify the person, the username only names them."""
+
+    issuer: str
+    subject: str
+    username: str
+
+    @property
+    def name(self) -> str:
+        """Return the name of the user here: the username and a digest, which no user with a password can have."""
+        plain = _NOT_IN_NAME.sub("-", self.username.lower()).lstrip("._@-")[:MAX_USERNAME] or "user"
+        digest = hashlib.sha256(f"{self.issuer}\0{self.subject}".encode()).hexdigest()[:DIGEST_CHARACTERS]
+        return f"{plain}~{digest}"
+
+
+MAX_USERNAME, DIGEST_CHARACTERS = 40, 16  # of the name of a user from an identity provider
+_NOT_IN_NAME = re.compile(r"[^a-z0-9._@-]", re.ASCII)
 
 
 # Argon2id with 64 MiB and three passes (RFC 9106, section 4), in one thread, so that a login leaves a core to others.
@@ -77,8 +96,36 @@ def insert_user(connection: Connection, name: str, role: Role, password_hash: st
     audit_log.insert_entry(connection, "users.add", actor, None, {"user": name, "role": role})
 
 
+def upsert_user(connection: Connection, identity: Identity, role: Role) -> str | None:
+    """Add the user of an identity, or give the user this role; return the name, None if the user is disabled."""
+    users, at = tables.users, now()
+    row = {"name": identity.name, "issuer": identity.issuer, "subject": identity.subject, "role": role}
+    added = insert(users).values(**row, added_at=at, changed_at=at)
+    upserted = added.on_conflict_do_update(
+        index_elements=[users.c.issuer, users.c.subject],
+        set_={
+            "role": added.excluded.role,
+            "changed_at": case(
+                (users.c.role == added.excluded.role, users.c.changed_at), else_=added.excluded.changed_at
+            ),
+        },
+    ).returning(users.c.name, users.c.disabled_at)
+    found = connection.execute(upserted).one()
+    return None if found.disabled_at else str(found.name)
+
+
+def end_logins(connection: Connection, identity: Identity) -> None:
+    """End all logins of an identity."""
+    users, logins = tables.users.c, tables.logins
+    name = select(users.name).where(users.issuer == identity.issuer, users.subject == identity.subject)
+    connection.execute(delete(logins).where(logins.c.user_name.in_(name)))
+
+
 def reset_password(connection: Connection, name: str, password_hash: str, actor: str) -> None:
     """Set a new password and end the user's logins, with an audit entry. Raises `AccountError`."""
+    users = tables.users.c
+    if connection.scalar(select(users.issuer).where(users.name == name)) is not None:
+        raise AccountError(f"User {name} logs in with an identity provider, and has no password here.")
     _update(connection, name, password_hash=password_hash)
     audit_log.insert_entry(connection, "users.reset", actor, None, {"user": name})
 

@@ -1,12 +1,13 @@
 """Read and write addresses of pages."""
 
 from collections.abc import Mapping
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from starlette.requests import Request
 
 from archiver.console.failures import missing
 
+HOME = "/console/"
 _MAX_DIGITS = 18  # of an id
 _MAX_POSITION_DIGITS = 9
 
@@ -30,3 +31,13 @@ def position_of(text: str) -> int:
 def address_of(path: str, parameters: Mapping[str, str | list[str]]) -> str:
     """Return the address of a page below /console/ with these parameters, some of them repeated."""
     return f"/console/{path}" + (f"?{urlencode(parameters, doseq=True)}" if parameters else "")
+
+
+def local_address(address: str) -> str:
+    """Return the address if it is a page of the console; else that of the first page."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return HOME
+    is_page = not parts.scheme and not parts.netloc and parts.path.startswith(HOME) and "\\" not in address
+    return address if is_page and address.isprintable() else HOME

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import msgspec
 from sqlalchemy import Engine
@@ -12,12 +13,13 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import Scope
 
 from archiver.archive import Timing
-from archiver.console import lists, rendering
+from archiver.console import lists, openid, rendering
 from archiver.console.actions import Erasures, Followups, Holds, Retries, Runner
+from archiver.console.addresses import HOME
 from archiver.console.checks import Checks
 from archiver.console.conversations import listing_of
 from archiver.console.failures import missing, safely
-from archiver.console.gate import HOME, Gate, Handler
+from archiver.console.gate import Gate, Handler
 from archiver.console.page_renderer import PageRenderer
 from archiver.console.pages import Pages
 from archiver.console.permissions import Permission
@@ -54,10 +56,12 @@ def routes(configuration: Settings, engines: Engines, authenticated: Callable[[S
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="console")
     runner = Runner(engines.acting, is_on=configuration.console_acts == "on")
     renderer = PageRenderer(engines.reading, threads, has_actions=runner.is_on)
-    gate, pages = Gate(engines.recording, views, threads, authenticated), Pages(renderer, views)
+    provider = urlsplit(configuration.oidc_issuer).hostname or ""
+    gate, pages = Gate(engines.recording, views, threads, authenticated, provider), Pages(renderer, views)
     result: list[BaseRoute] = [
         Route("/", gate.page("figures", pages.overview)),
         Route("/login", safely(gate.log_in), methods=["GET", "POST"]),
+        *(_sign_in(configuration, engines, views) if provider else ()),
         Route("/logout", gate.page("figures", gate.log_out), methods=["POST"]),
         Route("/static/{name}", safely(_static)),
         Route("/events/{event_id}", gate.page("evidence", pages.event)),
@@ -84,6 +88,14 @@ def routes(configuration: Settings, engines: Engines, authenticated: Callable[[S
         Route("/{path:path}", safely(_no_page)),
     ]
     return [Route("/console", _to_first_page), Mount("/console", routes=result)]
+
+
+def _sign_in(configuration: Settings, engines: Engines, views: ViewLog) -> list[BaseRoute]:
+    openid.require(configuration)
+    from archiver.console.openid.sign_in import SignIn  # noqa: PLC0415  # needs an extra
+
+    sign_in = SignIn(configuration, engines.recording, views)
+    return [Route("/oidc", safely(sign_in.begin)), Route("/oidc/callback", safely(sign_in.complete))]
 
 
 def _actions(gate: Gate, runner: Runner, renderer: PageRenderer, configuration: Settings) -> list[BaseRoute]:

@@ -1,4 +1,4 @@
-"""Limit how often passwords may be tried (I12)."""
+"""Limit how often passwords and codes may be tried (I12)."""
 
 import asyncio
 from collections import Counter, OrderedDict
@@ -25,16 +25,16 @@ class TooManyAttemptsError(ArchiverError):
 
 
 class Attempts:
-    """The failed attempts of one process, and the turn to check a password: one at a time."""
+    """The failed attempts of one process, and the turns to check one: `concurrent` at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, concurrent: int = 1) -> None:
         self._failed: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
-        self._turn = asyncio.Lock()
+        self._turns = asyncio.Semaphore(concurrent)
         self._waiting: Counter[str] = Counter()  # by address
 
     @asynccontextmanager
     async def turn(self, visitor: Visitor, name: str) -> AsyncIterator[None]:
-        """Wait for the turn to check a password. Raises `TooManyAttemptsError`."""
+        """Wait for a turn to check a password or a code. Raises `TooManyAttemptsError`."""
         address = visitor.address
         self._check(address, name)
         most = MAX_WAITING_OF_PROXY if visitor.is_shared else MAX_WAITING_OF_ADDRESS
@@ -42,7 +42,7 @@ class Attempts:
             raise TooManyAttemptsError(1)
         self._waiting[address] += 1
         try:
-            async with self._turn:
+            async with self._turns:
                 self._check(address, name)  # again: others may have failed in the meantime
                 yield
         finally:

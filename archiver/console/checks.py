@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from archiver.console.actions import Runner
 from archiver.console.logins import Login
+from archiver.console.openid.checks import examine_provider
 from archiver.console.page_renderer import PageRenderer
 from archiver.operations import doctor
 from archiver.operations.doctor import Finding
@@ -32,5 +33,6 @@ class Checks:
             *doctor.examine_settings(self._configuration),
             *doctor.examine_spool(self._configuration),
             doctor.examine_platform(self._configuration),
+            *examine_provider(self._configuration),
             *doctor.examine_database(self._configuration, engine),
         ]

@@ -32,6 +32,13 @@ def missing() -> PageError:
     return PageError(404, "This page does not exist", "The address is wrong, or what it names was removed.")
 
 
+def reported(status: int, heading: str, text: str, event: str, **fields: str) -> PageError:
+    """Return an error whose page has an id, and log it with that id."""
+    number = secrets.token_hex(4)
+    log.warning(event, id=number, **fields)
+    return PageError(status, heading, f"{text} In the log of the archiver, this has the id {number}.")
+
+
 def safely(route: Route) -> Route:
     """Return a route whose errors become pages; the page of a fault has an id that is in the log."""
 

@@ -5,14 +5,15 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from functools import partial
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Scope
 
-from archiver.console import accounts, logins, rendering
+from archiver.console import accounts, cookies, logins, rendering
+from archiver.console.addresses import HOME, local_address
 from archiver.console.attempts import Attempts
 from archiver.console.failures import PageError, Route, safely
 from archiver.console.logins import Login
@@ -22,8 +23,7 @@ from archiver.console.view_log import ViewLog
 from archiver.console.visitors import visitor_of
 from archiver.database import run_async
 
-COOKIE, LOGIN_COOKIE = "archiver_console", "archiver_console_login"
-HOME, LOGIN = "/console/", "/console/login"
+LOGIN = "/console/login"
 MAX_FORM = 16_384  # bytes
 MAX_NAME = 64  # characters
 FORM_SECONDS = 30
@@ -33,20 +33,29 @@ Handler = Callable[[Request, Login], Awaitable[Response]]
 
 
 class Gate:
-    """The access control. `engine`: of the database that has users and logins; `authenticated`: see `routes`."""
+    """The access control.
+
+    `engine`: of the database that has users and logins; `authenticated`: see `routes`; `provider`: the host of the
+    identity provider, empty if there is none.
+    """
 
     def __init__(
-        self, engine: AsyncEngine, views: ViewLog, threads: Executor, authenticated: Callable[[Scope], None]
+        self,
+        engine: AsyncEngine,
+        views: ViewLog,
+        threads: Executor,
+        authenticated: Callable[[Scope], None],
+        provider: str = "",
     ) -> None:
         self._engine, self._views, self._threads = engine, views, threads
-        self._authenticated = authenticated
+        self._authenticated, self._provider = authenticated, provider
         self._attempts = Attempts()
 
     def page(self, permission: Permission, handler: Handler) -> Route:
         """Return a route for the roles that have this permission; without a login it leads to the login page."""
 
         async def respond(request: Request) -> Response:
-            token = request.cookies.get(COOKIE, "")
+            token = request.cookies.get(cookies.LOGIN, "")
             is_token = logins.is_token(token)  # otherwise no query is needed
             is_active = not seconds_of(request)  # a page that loads itself again keeps no login alive
             select = partial(logins.select_login, token=token, is_active=is_active)
@@ -70,10 +79,10 @@ class Gate:
     async def log_in(self, request: Request) -> Response:
         """Show the login page; for a submitted form, check name and password and begin a login."""
         if request.method != "POST":
-            return await _login_page(request, "")
+            return await self._login_page(request, "")
         form = await read_form(request)
         # The form must come from this browser, so that another site cannot log its visitor in as another user.
-        _require_form_of(form, request.cookies.get(LOGIN_COOKIE, ""))
+        _require_form_of(form, request.cookies.get(cookies.FORM, ""))
         name, password = form.get("name", "")[:MAX_NAME].strip().lower().replace("\0", ""), form.get("password", "")
         visitor = visitor_of(request)
         async with self._attempts.turn(visitor, name):
@@ -81,24 +90,38 @@ class Gate:
             checking = partial(accounts.is_password, password, known)
             if not await asyncio.get_running_loop().run_in_executor(self._threads, checking):
                 await self._attempts.failed(visitor, name)
-                return await _login_page(request, WRONG, form.get("next", ""))
+                return await self._login_page(request, WRONG, form.get("next", ""))
         self._attempts.succeeded(visitor, name)
-        earlier = request.cookies.get(COOKIE, "")
+        earlier = request.cookies.get(cookies.LOGIN, "")
         token = await run_async(self._engine, lambda each: logins.insert_login(each, name, known or "", earlier))
         if token is None:  # the password was changed in the meantime
-            return await _login_page(request, WRONG, form.get("next", ""))
+            return await self._login_page(request, WRONG, form.get("next", ""))
         await self._views.record("console.login", name)
-        response = RedirectResponse(_local(form.get("next", "")), 303, rendering.HEADERS)
-        _set_cookie(response, request, COOKIE, token)
-        response.delete_cookie(LOGIN_COOKIE, path="/console")
+        response = RedirectResponse(local_address(form.get("next", "")), 303, rendering.HEADERS)
+        cookies.set_cookie(response, request, cookies.LOGIN, token)
+        response.delete_cookie(cookies.FORM, path="/console")
+        return response
+
+    async def _login_page(self, request: Request, fault: str, following: str | None = None) -> Response:
+        token = request.cookies.get(cookies.FORM) or secrets.token_urlsafe(32)
+        following = request.query_params.get("next", "") if following is None else following
+        values = {
+            "fault": fault,
+            "next": local_address(following),
+            "token": logins.form_token(token),
+            "provider": self._provider,
+            "login": None,
+        }
+        response = await asyncio.to_thread(rendering.html, "login.html", values, 401 if fault else 200)
+        cookies.set_cookie(response, request, cookies.FORM, token)
         return response
 
     async def log_out(self, request: Request, _: Login) -> Response:
         """End the login of this browser."""
-        token = request.cookies[COOKIE]
+        token = request.cookies[cookies.LOGIN]
         await run_async(self._engine, lambda each: logins.delete_login(each, token))
         response = RedirectResponse(LOGIN, 303, rendering.HEADERS)
-        response.delete_cookie(COOKIE, path="/console")
+        response.delete_cookie(cookies.LOGIN, path="/console")
         return response
 
 
@@ -131,21 +154,6 @@ def _require_form_of(form: Mapping[str, str], token: str) -> None:
         )
 
 
-async def _login_page(request: Request, fault: str, following: str | None = None) -> Response:
-    token = request.cookies.get(LOGIN_COOKIE) or secrets.token_urlsafe(32)
-    following = request.query_params.get("next", "") if following is None else following
-    values = {"fault": fault, "next": _local(following), "token": logins.form_token(token), "login": None}
-    response = await asyncio.to_thread(rendering.html, "login.html", values, 401 if fault else 200)
-    _set_cookie(response, request, LOGIN_COOKIE, token)
-    return response
-
-
-def _set_cookie(response: Response, request: Request, name: str, token: str) -> None:
-    # A proxy that terminates TLS sets this header. A client that forges it only restricts its own cookie to TLS.
-    is_secure = request.scope["scheme"] == "https" or request.headers.get("x-forwarded-proto", "").startswith("https")
-    response.set_cookie(name, token, path="/console", httponly=True, secure=is_secure, samesite="strict")
-
-
 def _to_login(request: Request) -> Response:
     path: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
     if request.method not in {"GET", "HEAD"} or path.endswith((b".json", b".csv")):
@@ -154,13 +162,3 @@ def _to_login(request: Request) -> Response:
     wanted = (path.partition(b"?")[0] + (b"?" + query if query else b"")).decode("latin-1")
     following = "" if wanted == HOME else f"?{urlencode({'next': wanted})}"
     return RedirectResponse(LOGIN + following, 303, rendering.HEADERS)
-
-
-def _local(address: str) -> str:
-    """Return the address if it is a page of the console; else that of the first page."""
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return HOME
-    is_page = not parts.scheme and not parts.netloc and parts.path.startswith(HOME) and "\\" not in address
-    return address if is_page and address.isprintable() else HOME

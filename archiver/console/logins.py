@@ -8,8 +8,8 @@ from datetime import timedelta
 import msgspec
 from sqlalchemy import Connection, delete, insert, or_, select, update
 
-from archiver.console.accounts import Role
 from archiver.database import now, tables
+from archiver.settings.console_roles import Role
 
 IDLE = timedelta(minutes=30)
 LIFETIME = timedelta(hours=12)
@@ -40,10 +40,11 @@ def is_token(text: str) -> bool:
     return len(text) == TOKEN_CHARACTERS and text.isascii()
 
 
-def insert_login(connection: Connection, user: str, password_hash: str, earlier: str) -> str | None:
+def insert_login(connection: Connection, user: str, password_hash: str | None, earlier: str) -> str | None:
     """Begin a login and return its token; delete the login of the token `earlier` and all logins that have ended.
 
-    Returns None if the user was disabled, or if the password was changed since it was checked.
+    `password_hash`: None for a user whom an identity provider logs in. Returns None if the user was disabled, or if
+    the password was changed since it was checked.
     """
     token, at, logins, users = secrets.token_urlsafe(32), now(), tables.logins, tables.users
     known = select(users.c.name).where(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from archiver.console.accounts import Role
+from archiver.settings.console_roles import Role
 
 # figures: counts, states and ids, and the quarantine without bodies. content: what was said. evidence: exact bytes,
 # proofs, seals, audit log, holds, exports. bodies: those of the quarantine. operation: follow-ups and settings;

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from archiver.settings import variables
+from archiver.settings import console_roles, variables
+from archiver.settings.console_roles import Role
 from archiver.settings.sources import FileSource
 from archiver.settings.variables import Variable
 
@@ -171,6 +172,27 @@ class Settings(BaseSettings):
         "ARCHIVER_READ_DATABASE_URL",
         None,
         "Postgres from which the console reads, such as a replica; unset: that of `DATABASE_URL`.",
+    )
+    oidc_issuer: str = _env(
+        "ARCHIVER_OIDC_ISSUER",
+        "",
+        "Address of an OpenID Connect provider whose users may log in to the console; needs the extra `oidc`. Unset: "
+        "only users that `archiver users add` adds.",
+    )
+    oidc_client_id: str = _env("ARCHIVER_OIDC_CLIENT_ID", "", "Client id of the console at that provider.")
+    oidc_client_secret: SecretStr = _env(
+        "ARCHIVER_OIDC_CLIENT_SECRET",
+        SecretStr(""),
+        "Client secret of the console at that provider; without one it is a public client, which only PKCE protects.",
+    )
+    oidc_roles: str = _env(
+        "ARCHIVER_OIDC_ROLES",
+        "",
+        "Roles of groups of that provider, such as `legal=auditor,support=reader`; the first entry that applies to a "
+        "user decides. Roles: `viewer`, `reader`, `auditor`, `operator`.",
+    )
+    oidc_groups_claim: str = _env(
+        "ARCHIVER_OIDC_GROUPS_CLAIM", "groups", "Claim of the ID token that contains the groups of a user."
     )
     spool: Literal["on", "off"] = _env(
         "ARCHIVER_SPOOL",
@@ -362,6 +384,40 @@ class Settings(BaseSettings):
     def _in_lower_case(cls, value: Any) -> Any:
         return value.strip().lower() if isinstance(value, str) else value
 
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _is_issuer(cls, value: str) -> str:
+        value = value.strip()
+        is_local = value.startswith("http://") and urlsplit(value).hostname in _LOOPBACK
+        if value and not ((value.startswith("https://") or is_local) and _has_host(value)):
+            raise ValueError("must be like https://login.example.com, with TLS unless it is on this machine")
+        return value
+
+    @field_validator("oidc_client_secret")
+    @classmethod
+    def _may_be_sent(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().isascii() or not (value.get_secret_value() or " ").isprintable():
+            raise ValueError("must be printable ASCII, on one line")
+        return value
+
+    @field_validator("oidc_roles")
+    @classmethod
+    def _are_roles(cls, value: str) -> str:
+        console_roles.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_whole_provider(self) -> "Settings":
+        needed = {
+            "ARCHIVER_OIDC_ISSUER": self.oidc_issuer,
+            "ARCHIVER_OIDC_CLIENT_ID": self.oidc_client_id,
+            "ARCHIVER_OIDC_ROLES": self.roles_of_groups,
+        }
+        absent = [name for name, value in needed.items() if not value]
+        if absent and (len(absent) < len(needed) or self.oidc_client_secret.get_secret_value()):
+            raise ValueError(f"{', '.join(needed)} belong together; not set: {', '.join(absent)}")
+        return self
+
     @field_validator("callhq_api_url")
     @classmethod
     def _is_http(cls, value: str) -> str:
@@ -426,6 +482,11 @@ class Settings(BaseSettings):
         return _days_by_assistant(self.retention_by_assistant)
 
     @property
+    def roles_of_groups(self) -> tuple[tuple[str, Role], ...]:
+        """Return the groups of the identity provider, each with its role, in the order of the setting."""
+        return console_roles.parse(self.oidc_roles)
+
+    @property
     def promoted_variables(self) -> tuple[Variable, ...]:
         """Return the variables that become columns of `analytics.sessions`, in the order of the setting."""
         return variables.parse(self.analytics_variables)
@@ -455,6 +516,7 @@ class Settings(BaseSettings):
         return init_settings, FileSource(settings_cls), env_settings
 
 
+_LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 # Headers of connection, framing and routing (RFC 9110, 7.2 to 7.8; RFC 9112, 6), which clients and proxies set.
 _FRAMING = frozenset(

@@ -10,8 +10,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from archiver.console import lists
-from archiver.console.accounts import ROLES, Role
 from archiver.console.permissions import GRANTED, Permission
+from archiver.settings.console_roles import ROLES, Role
 from tests.support.visitors import MARKUP, Demo, Visitor
 
 LISTS = {f"/console/{each.path}": each.permission for each in lists.LISTINGS} | {"/console/settings": "operation"}

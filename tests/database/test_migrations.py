@@ -270,3 +270,27 @@ def test_a_greeting_and_turns_that_only_history_knows_are_kept_by_0021_and_its_d
     assert (seen(), described()) == (before, description)
     schema.upgrade(empty)
     assert rows(empty, turns) == upgraded
+
+
+def test_users_with_passwords_are_kept_by_0031_and_its_downgrade_removes_those_without(empty: Engine) -> None:
+    schema.upgrade(empty, "0030")
+    columns = "name, role, password_hash, added_at, changed_at"
+    execute(
+        empty,
+        f"INSERT INTO archiver.users ({columns}) VALUES ('ada', 'reader', 'hash', '2026-01-01Z', '2026-01-01Z')",
+    )
+    before = rows(empty, f"SELECT {columns}, disabled_at FROM archiver.users")
+    for _ in range(2):
+        schema.upgrade(empty)
+        assert rows(empty, f"SELECT {columns}, disabled_at FROM archiver.users") == before
+        execute(
+            empty,
+            f"INSERT INTO archiver.users ({columns}, issuer, subject)"
+            " VALUES ('ada~1', 'reader', NULL, '2026-01-01Z', '2026-01-01Z', 'https://login.example', '1')",
+            "INSERT INTO archiver.logins (token_digest, user_name, began_at, seen_at)"
+            " VALUES ('a', 'ada', '2026-01-01Z', '2026-01-01Z'), ('b', 'ada~1', '2026-01-01Z', '2026-01-01Z')",
+        )
+        schema.downgrade(empty, "0030")
+        assert rows(empty, f"SELECT {columns}, disabled_at FROM archiver.users") == before
+        assert rows(empty, "SELECT user_name FROM archiver.logins") == [("ada",)]
+        execute(empty, "DELETE FROM archiver.logins")

@@ -18,8 +18,8 @@ import psycopg
 import pytest
 
 from archiver.console import lists
-from archiver.console.accounts import ROLES, Role
 from archiver.console.permissions import GRANTED, Permission
+from archiver.settings.console_roles import ROLES, Role
 from tests.conftest import Cluster
 from tests.support import processes, servers
 from tests.support.browsing import PASSWORD, Browser, browsing, logged_in

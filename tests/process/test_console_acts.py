@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from archiver import events
 from archiver.console import accounts, quarantined
-from archiver.console.accounts import ROLES, Role
 from archiver.database import transaction
 from archiver.ledger import quarantine
+from archiver.settings.console_roles import ROLES, Role
 from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.browsing import PASSWORD, Browser, browsing, logged_in

@@ -13,11 +13,11 @@ from pathlib import Path
 from archiver import database, events
 from archiver.archive import Timing
 from archiver.console import accounts
-from archiver.console.accounts import ROLES
 from archiver.database import transaction
 from archiver.events import Delivery, responses
 from archiver.inbound.writing import store
 from archiver.ledger import quarantine
+from archiver.settings.console_roles import ROLES
 from tests.support import processes
 from tests.support.browsing import PASSWORD
 from tests.support.followups import subscribe

@@ -8,6 +8,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 from archiver.database.tables.archive import Time, metadata
@@ -15,14 +16,25 @@ from archiver.database.tables.archive import Time, metadata
 users = Table(
     "users",
     metadata,
-    Column("name", Text, nullable=False, comment="Name for the login; lower case."),
+    Column("name", Text, nullable=False, comment="Name in the audit log; lower case."),
     Column("role", Text, nullable=False, comment="viewer, reader, auditor or operator."),
-    Column("password_hash", Text, nullable=False, comment="Argon2id hash of the password, with salt and parameters."),
+    Column(
+        "password_hash",
+        Text,
+        comment="Argon2id hash of the password, with salt and parameters; null: a provider logs the user in.",
+    ),
     Column("added_at", Time, nullable=False, comment="When the user was added."),
     Column("changed_at", Time, nullable=False, comment="Latest change of role, password or state."),
     Column("disabled_at", Time, comment="Since when the user may not log in; null: the user may."),
+    Column("issuer", Text, comment="Identity provider of the user; null: the user has a password."),
+    Column("subject", Text, comment="Identifier of the user at that provider (sub)."),
     PrimaryKeyConstraint("name", name="users_pkey"),
     CheckConstraint("role IN ('viewer', 'reader', 'auditor', 'operator')", name="users_role_known"),
+    CheckConstraint(
+        "(password_hash IS NULL) = (issuer IS NOT NULL) AND (issuer IS NULL) = (subject IS NULL)",
+        name="users_identity_known",
+    ),
+    UniqueConstraint("issuer", "subject", name="users_identity_unique"),
     comment="People who may log in to the console.",
 )
 
