@@ -30,13 +30,13 @@ _SELECT_STATUSES = RawStatement(
     SELECT s.session_id, s.read_at, s.reconciled_at, s.last_event_at, s.read_by, s.places, s.append_after,
            s.coverage, s.reason
       FROM archiver.sessions s
-     WHERE s.session_id IN (SELECT json_array_elements_text($1))
+     WHERE s.session_id = ANY (ARRAY(SELECT json_array_elements_text($1)))
     """
 )
 _SELECT_UNCLAIMED = RawStatement(
     """
     SELECT m.session_id, m.role, m.content FROM archiver.messages m
-     WHERE m.session_id IN (SELECT json_array_elements_text($1)) AND m.source = 'history'
+     WHERE m.session_id = ANY (ARRAY(SELECT json_array_elements_text($1))) AND m.source = 'history'
     """
 )
 _SELECT_LAST = RawStatement(

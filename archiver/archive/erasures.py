@@ -127,7 +127,7 @@ def note_refused(connection: Connection, refused: Iterable[FactRef]) -> None:
 _SELECT_SESSIONS = text(
     """
     SELECT DISTINCT e.session_id FROM archiver.erasures e
-     WHERE e.session_id IN (SELECT json_array_elements_text(:session_ids))
+     WHERE e.session_id = ANY (ARRAY(SELECT json_array_elements_text(:session_ids)))
     """
 )
 

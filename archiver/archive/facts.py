@@ -24,19 +24,23 @@ UNASSIGNED = ""  # the session id of unassigned turns
 Key = tuple[str, str]  # session_id, chat_id
 
 # Facts about the same turns from outside this batch, with or without a session. The keys are in a materialized CTE
-# because a distributed ledger cannot be joined to anything else.
+# because a distributed ledger cannot be joined to anything else. OFFSET 0: while Postgres has no statistics of the
+# ledger, it might otherwise read all of it and compare each row with the keys.
 _OTHER_FACTS = """
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset($1) AS k (session_id text, chat_id text, own text[])
     )
     SELECT e.session_id, e.chat_id, e.type, e.dedupe_key, e.source, e.received_at, e.body,
            least(e.occurred_at, e.earliest_at) AS occurred_at
-      FROM keys JOIN archiver.events e ON e.session_id = keys.session_id AND e.chat_id = keys.chat_id
-      LEFT JOIN archiver.sessions s ON s.session_id = e.session_id
+      FROM keys
+     CROSS JOIN LATERAL (
+         SELECT * FROM archiver.events e WHERE e.session_id = keys.session_id AND e.chat_id = keys.chat_id OFFSET 0
+     ) e
      WHERE NOT encode(e.dedupe_key, 'hex') = ANY (keys.own) AND e.type IN ('chat.created', 'chat.deleted')
     """
+_IS_UNREAD = "(SELECT s.read_at FROM archiver.sessions s WHERE s.session_id = e.session_id) IS NULL"
 _SELECT_OTHER_FACTS = RawStatement(_OTHER_FACTS)
-_SELECT_OTHER_FACTS_UNREAD = RawStatement(f"{_OTHER_FACTS} AND s.read_at IS NULL")
+_SELECT_OTHER_FACTS_UNREAD = RawStatement(f"{_OTHER_FACTS} AND {_IS_UNREAD}")
 
 
 def other_facts(own: Mapping[Key, Sequence[bytes]], *, of_read: bool = False) -> Statement:

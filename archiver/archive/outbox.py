@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import msgspec
 from sqlalchemy import Connection
 
-from archiver.database import RawStatement, as_json
+from archiver.database import RawStatement, as_json, defer
 
 ChangeType = Literal[
     "chat.created",
@@ -55,7 +55,7 @@ def insert_changes(connection: Connection, changes: Sequence[Change]) -> None:
         changes = _without_redundant(changes)
     if changes:
         changes_json = as_json(changes)
-        _INSERT.execute(connection, datetime.now(UTC).isoformat(), changes_json)
+        defer(connection, _INSERT.bind(datetime.now(UTC).isoformat(), changes_json))
 
 
 def _without_redundant(changes: Sequence[Change]) -> list[Change]:

@@ -37,7 +37,7 @@ from archiver.archive.facts import UNASSIGNED, Key
 from archiver.archive.outbox import REWRITTEN, Change
 from archiver.archive.sessions import Rows, chat_row
 from archiver.archive.turns import Turn
-from archiver.database import BulkInsert, Statement, as_json, execute, tables
+from archiver.database import BulkInsert, Statement, as_json, defer, execute, tables
 
 Row = dict[str, Any]
 
@@ -137,24 +137,30 @@ def upsert_turns(connection: Connection, turns: Mapping[Key, Turn]) -> None:
         for (session_id, chat_id), turn in turns.items()
         for ordinal, message in enumerate(turn.messages)
     ]
-    execute(connection, *chats, *_UPSERT_UNREAD_MESSAGE.bind(messages))
+    defer(connection, *chats, *_UPSERT_UNREAD_MESSAGE.bind(messages))
 
 
 def upsert_transcript_turns(connection: Connection, turns: Mapping[Key, Turn], lines: Sequence[Row]) -> None:
     """Write turns, with these messages, of sessions that were read."""
     chats = _UPSERT_DELIVERED_CHAT.bind([chat_row(*key, turn) for key, turn in turns.items()])
-    execute(connection, *chats, *_UPSERT_MESSAGE.bind(lines))
+    defer(connection, *chats, *_UPSERT_MESSAGE.bind(lines))
 
 
-# The keys are in a materialized CTE because a distributed table cannot be joined to anything else.
+# The keys are in a materialized CTE because a distributed table cannot be joined to anything else. OFFSET 0: see
+# `facts`.
 _SELECT_TURNS = text(
     f"""
     WITH keys AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:keys) AS k (session_id text, chat_id text)
     )
     SELECT {", ".join(f"c.{each.name}" for each in tables.chats.c)}, m.role, m.content, m.history_content
-      FROM keys JOIN archiver.chats c ON c.session_id = keys.session_id AND c.chat_id = keys.chat_id
-      LEFT JOIN archiver.messages m ON m.session_id = c.session_id AND m.chat_id = c.chat_id
+      FROM keys
+     CROSS JOIN LATERAL (
+         SELECT * FROM archiver.chats c WHERE c.session_id = keys.session_id AND c.chat_id = keys.chat_id OFFSET 0
+     ) c
+      LEFT JOIN LATERAL (
+         SELECT * FROM archiver.messages m WHERE m.session_id = keys.session_id AND m.chat_id = keys.chat_id OFFSET 0
+     ) m ON true
      ORDER BY m.ordinal
     """  # noqa: S608  # only constant names are inserted, never input
 ).columns(*tables.chats.c, column("role", TEXT), column("content", TEXT), column("history_content", TEXT))

@@ -21,7 +21,7 @@ from archiver.database.errors import (
 )
 from archiver.database.locks import Lock
 from archiver.database.session import EncodingError, is_behind_pooler
-from archiver.database.statements import BulkInsert, RawStatement, Statement, as_json, execute
+from archiver.database.statements import BulkInsert, RawStatement, Statement, as_json, defer, execute
 from archiver.database.transactions import (
     LOCK_SECONDS,
     STATEMENT_SECONDS,
@@ -53,6 +53,7 @@ __all__ = [
     "connect_async",
     "conninfo",
     "database_url",
+    "defer",
     "describe",
     "execute",
     "explain",

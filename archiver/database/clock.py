@@ -9,11 +9,14 @@ from datetime import UTC, datetime, timedelta
 from archiver import telemetry
 
 TOLERANCE = timedelta(minutes=1)  # tolerance by which a machine's clock may be ahead of the database clock
+MAX_AGE_SECONDS = 10.0  # of a reading; the monotonic clock stands still while a virtual machine is suspended
+MAX_ROUND_TRIP_SECONDS = 1.0  # a longer one waited for a lock, which was requested after the time
 
 
 class _DatabaseClock:
     at: float | None = None  # database time of the last reading, as Unix time; None before the first
     seen: float = 0.0  # time of that reading on `time.monotonic`
+    seen_at: float = 0.0  # the same on `time.time`
 
 
 _clock = _DatabaseClock()
@@ -22,8 +25,15 @@ _clock = _DatabaseClock()
 def look(at: float, began: float) -> None:
     """Record the database's time. `began`: when it was requested, on `time.monotonic`."""
     ended = time.monotonic()
-    _clock.at, _clock.seen = at, (began + ended) / 2
-    telemetry.clock_difference.set(time.time() - (ended - began) / 2 - at)
+    one_way = min(ended - began, MAX_ROUND_TRIP_SECONDS) / 2
+    _clock.at, _clock.seen, _clock.seen_at = at, began + one_way, time.time() - (ended - began) + one_way
+    telemetry.clock_difference.set(_clock.seen_at - at)
+
+
+def is_known() -> bool:
+    """Return whether the database's time was read recently, by both clocks of this machine."""
+    ages = time.monotonic() - _clock.seen, time.time() - _clock.seen_at
+    return _clock.at is not None and all(-MAX_AGE_SECONDS < age < MAX_AGE_SECONDS for age in ages)
 
 
 def now() -> datetime:

@@ -10,6 +10,7 @@ from psycopg.errors import error_from_result
 from sqlalchemy import Connection
 
 from archiver.database.errors import as_of_engine
+from archiver.database.statements import driver_connection
 
 Buffer = bytes | memoryview
 
@@ -23,7 +24,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
     The connection cannot be used for anything else, not even a rollback, until the generator is exhausted or closed:
     use `contextlib.closing`. Source: https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format".
     """
-    driver: Any = connection.connection.driver_connection
+    driver = driver_connection(connection)
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         row = copy.read()[_HEADER:]
         # Takes arrived data from libpq directly, at a third of the cost; if none has arrived, the driver waits for
@@ -45,7 +46,7 @@ def rows(connection: Connection, query: sql.Composable) -> Generator[Any]:
 
 def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
     """Yield the lines of a text COPY. Close the generator after use."""
-    driver: Any = connection.connection.driver_connection
+    driver = driver_connection(connection)
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(query) as copy:
         while row := copy.read():
             yield row
@@ -53,7 +54,7 @@ def lines(connection: Connection, query: sql.Composable) -> Generator[Buffer]:
 
 def records(connection: Connection, query: sql.Composable, types: Sequence[str]) -> Generator[tuple[Any, ...]]:
     """Yield the rows of a query as Python values. `types`: its columns' types, by name. Close it after use."""
-    driver: Any = connection.connection.driver_connection
+    driver = driver_connection(connection)
     whole = sql.SQL("COPY ({}) TO STDOUT (FORMAT BINARY)").format(query)
     with _driver_errors(connection), driver.cursor() as cursor, cursor.copy(whole) as copy:
         copy.set_types(types)

@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver.database import session
-from archiver.database.statements import DIALECT, PARAMSTYLE
+from archiver.database.statements import DIALECT, PARAMSTYLE, flush_first
 
 CONNECT_SECONDS = 5
 CONNECT_SECONDS_PER_HOST = 2  # per host, so that a silent host leaves time for the next one; libpq's minimum
@@ -37,17 +37,21 @@ def connect(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = 
         pool_pre_ping=True,  # a connection lost while idle must not fail the next caller
         **_options(url, psycopg.RawCursor, pool_size, prepared_statements),
     )
-    opener = _openers[engine] = _Opener(prepared_statements)
-    event.listen(engine, "do_connect", opener.open)
+    _listen(engine, prepared_statements)
     return engine
 
 
 def connect_async(url: URL, *, pool_size: int = 2, prepared_statements: bool | None = None) -> AsyncEngine:
     """Return an engine for an event loop; options as for `connect`."""
     engine = create_async_engine(url, **_options(url, psycopg.AsyncRawCursor, pool_size, prepared_statements))
-    opener = _openers[engine.sync_engine] = _Opener(prepared_statements)
-    event.listen(engine.sync_engine, "do_connect", opener.open)
+    _listen(engine.sync_engine, prepared_statements)
     return engine
+
+
+def _listen(engine: Engine, prepared_statements: bool | None) -> None:
+    opener = _openers[engine] = _Opener(prepared_statements)
+    event.listen(engine, "do_connect", opener.open)
+    event.listen(engine, "before_cursor_execute", flush_first)
 
 
 class _Opener:

@@ -1,9 +1,9 @@
 """Session settings of the archiver's connections, which override defaults of role, database and pooler.
 
-The settings that a transaction needs are set inside it, so that PgBouncer in transaction mode can be used. Limits
-that apply between transactions, or before the first statement of a transaction, are removed only if there is no
-pooler. The encoding is always a startup parameter, because the driver encodes the very first statement. A default of
-read-only transactions stays in force: administrators and managed services protect a full database with it.
+Behind PgBouncer in transaction mode, the settings that a transaction needs are set inside it. Without a pooler they
+are set once per session, and limits that apply between transactions, or before the first statement of a transaction,
+are removed. The encoding is always a startup parameter, because the driver encodes the very first statement. A
+default of read-only transactions stays in force: administrators and managed services protect a full database with it.
 """
 
 import os
@@ -106,12 +106,15 @@ def is_pooled(backend_pid: int, info: psycopg.ConnectionInfo) -> bool:
     return backend_pid != info.backend_pid
 
 
-def _first_statement(info: psycopg.ConnectionInfo) -> str:
-    """Return the query for the backend's process id, which also removes the session's limits unless it is pooled."""
+def _first_statement(info: psycopg.ConnectionInfo, settings: Mapping[str, str]) -> str:
+    """Return the query for the backend's process id.
+
+    Unless the session is pooled, it also removes the session's limits and applies the settings.
+    """
     ended = ", ".join(
         f"CASE WHEN own AND pg_catalog.current_setting('{name}', true) IS NOT NULL"
-        f" THEN pg_catalog.set_config('{name}', '0', false) END"
-        for name in LIMITS
+        f" THEN pg_catalog.set_config('{name}', '{value}', false) END"
+        for name, value in {**dict.fromkeys(LIMITS, "0"), **settings}.items()
     )
     pid = "pg_catalog.pg_backend_pid()"
     own = f"{pid} OPERATOR(pg_catalog.=) {info.backend_pid}"
@@ -166,7 +169,7 @@ def _set_up(adapted: Any) -> int:
         require_utf8(info)
         adapted.autocommit = True  # without a transaction no limit of one applies
         cursor = adapted.cursor()
-        cursor.execute(_first_statement(info))
+        cursor.execute(_first_statement(info, SETTINGS))
         (pid, *_) = cursor.fetchone()
         cursor.close()
         adapted.autocommit = False
@@ -202,7 +205,7 @@ class PoolConnection(psycopg.AsyncConnection[Any]):
         try:
             require_utf8(self.info)
             await self.set_autocommit(True)
-            cursor = await self.execute(_first_statement(self.info))
+            cursor = await self.execute(_first_statement(self.info, {}))
             (self.pid, *_) = await cursor.fetchone() or (0,)
             await self.set_autocommit(False)
             await self.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)

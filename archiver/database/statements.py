@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import chain
 from operator import itemgetter
+from time import monotonic
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import psycopg
@@ -72,45 +74,108 @@ def as_json(values: Collection[Any]) -> str:
     return msgspec.json.encode(values).decode()
 
 
+class _Deferred(msgspec.Struct, frozen=True):
+    """A statement that waits for the next round trip. `on_answer`: called with its rows and the time it was sent."""
+
+    statement: Statement
+    on_answer: Callable[[Sequence[Any], float], None] | None = None
+
+
+_deferred: WeakKeyDictionary[Connection, list[_Deferred]] = WeakKeyDictionary()
+
+
+def defer(
+    connection: Connection, *statements: Statement, on_answer: Callable[[Sequence[Any], float], None] | None = None
+) -> None:
+    """Run statements before the next one of the transaction, or before its COMMIT, in the same round trip.
+
+    Their errors are raised there. `on_answer`: called with the rows of each and the time at which it was sent, on
+    `time.monotonic`.
+    """
+    waiting = _deferred.setdefault(connection, [])
+    waiting += [_Deferred(statement, on_answer) for statement in statements]
+
+
+def flush(connection: Connection) -> None:
+    """Run the deferred statements of the transaction."""
+    if _deferred.get(connection):
+        _execute(connection, ())
+
+
+def flush_first(connection: Connection, *_: object) -> None:
+    """Run the deferred statements before a statement of the engine, as its listener for `before_cursor_execute`."""
+    flush(connection)
+
+
+def driver_connection(connection: Connection) -> Any:
+    """Return the driver's connection, for statements that bypass the engine, after the deferred ones."""
+    flush(connection)
+    return connection.connection.driver_connection
+
+
+def commit(connection: Connection) -> None:
+    """Commit the transaction together with its deferred statements, in one round trip.
+
+    Without any, the commit is left to the engine.
+    """
+    if _deferred.get(connection):
+        _execute(connection, (), is_last=True)
+
+
 def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
     """Run statements in the connection's transaction, in one round trip; return the rows of each."""
-    if not statements:
-        return []
+    return _execute(connection, statements) if statements else []
+
+
+def _execute(connection: Connection, statements: Sequence[Statement], *, is_last: bool = False) -> list[list[Any]]:
+    deferred = _deferred.pop(connection, ())
+    together = [*(each.statement for each in deferred), *statements]
     if not connection.in_transaction():
         connection.begin()
     adapted: Any = connection.connection.dbapi_connection
     driver: Any = connection.connection.driver_connection
-    cursors = [driver.cursor() for _ in statements]
+    cursors = [driver.cursor() for _ in together]
+    sent_at = monotonic()
     try:
         if isinstance(adapted, AdaptedConnection):
-            answers = adapted.run_async(partial(_run_async, cursors=cursors, statements=statements))
+            answers = adapted.run_async(partial(_run_async, cursors=cursors, statements=together, is_last=is_last))
         else:
-            answers = _run(driver, cursors, statements)
+            answers = _run(driver, cursors, together, is_last=is_last)
     except psycopg.Error as error:
-        undone = (each for each, cursor in zip(statements, cursors, strict=True) if cursor.pgresult is None)
-        raise as_of_engine(connection, next(undone, statements[-1]).text, error) from error
+        undone = (each for each, cursor in zip(together, cursors, strict=True) if cursor.pgresult is None)
+        raise as_of_engine(connection, next(undone, together[-1]).text, error) from error
     except Exception:
         raise
     except BaseException as error:  # cancelled: the state of the server is unknown
         connection.invalidate(error)
         raise
-    each_answered = zip(statements, cursors, answers, strict=True)
-    return [statement.rows.of(cursor, answered) for statement, cursor, answered in each_answered]
+    each_answered = zip(together, cursors, answers, strict=True)
+    rows = [statement.rows.of(cursor, answered) for statement, cursor, answered in each_answered]
+    for each, answered in zip(deferred, rows, strict=False):
+        if each.on_answer is not None:
+            each.on_answer(answered, sent_at)
+    return rows[len(deferred) :]
 
 
 async def _run_async(
-    driver: psycopg.AsyncConnection[Any], cursors: Sequence[Any], statements: Sequence[Statement]
+    driver: psycopg.AsyncConnection[Any], cursors: Sequence[Any], statements: Sequence[Statement], *, is_last: bool
 ) -> list[Any]:
-    async with driver.pipeline() if len(statements) > 1 else nullcontext():
+    async with driver.pipeline() if len(statements) + is_last > 1 else nullcontext():
         for cursor, statement in zip(cursors, statements, strict=True):
             await cursor.execute(statement.text, statement.parameters)
+        if is_last:
+            await driver.commit()
     return [() if cursor.rownumber is None else await cursor.fetchall() for cursor in cursors]
 
 
-def _run(driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Sequence[Statement]) -> list[Any]:
-    with driver.pipeline() if len(statements) > 1 else nullcontext():
+def _run(
+    driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Sequence[Statement], *, is_last: bool
+) -> list[Any]:
+    with driver.pipeline() if len(statements) + is_last > 1 else nullcontext():
         for cursor, statement in zip(cursors, statements, strict=True):
             cursor.execute(statement.text, statement.parameters)
+        if is_last:
+            driver.commit()
     return [() if cursor.rownumber is None else cursor.fetchall() for cursor in cursors]
 
 

@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import monotonic, sleep
+from time import sleep
 from typing import Any, TypeVar
 
 from psycopg import sql
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from archiver import telemetry
 from archiver.database import clock, session
 from archiver.database.errors import is_cancelled, is_conflict, is_lock_timeout, sqlstate
-from archiver.database.statements import RawStatement
+from archiver.database.statements import RawStatement, commit, defer, flush
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -24,11 +24,13 @@ STATEMENT_SECONDS = 30
 LOCK_SECONDS = 10
 CONFLICT_RETRIES = 3
 
-# Set once per transaction, by one statement.
+# The first statement of each transaction. Without a pooler the session has the other settings.
+_LIMITS = {"statement_timeout": "$1", "lock_timeout": "$2"}
+_AT = "extract(epoch FROM clock_timestamp())::float8 AS at"
 _OPEN = RawStatement(
-    f"SELECT {session.settings_sql(statement_timeout='$1', lock_timeout='$2')},"  # noqa: S608  # only constants are inserted, never input
-    " extract(epoch FROM clock_timestamp())::float8 AS at"
+    f"SELECT {', '.join(f'set_config({name!r}, {value}, true)' for name, value in _LIMITS.items())}, {_AT}"
 )
+_OPEN_POOLED = RawStatement(f"SELECT {session.settings_sql(**_LIMITS)}, {_AT}")
 
 
 @contextmanager
@@ -39,6 +41,7 @@ def transaction(
     with engine.begin() as connection:
         _open(connection, statement_seconds, lock_seconds)
         yield connection
+        commit(connection)
 
 
 @contextmanager
@@ -251,11 +254,16 @@ async def _run(engine: AsyncEngine, work: Callable[[Connection], T], limits: tup
 async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T], limits: tuple[float, float]) -> T:
     started = False
 
-    def opened(connection: Connection) -> T:
+    def on_start() -> None:
         nonlocal started
-        _open(connection, *limits)
         started = True
-        return work(connection)
+
+    def opened(connection: Connection) -> T:
+        _open(connection, *limits, on_start=on_start)
+        answer = work(connection)
+        on_start()  # it is then unknown whether the transaction was committed
+        commit(connection)
+        return answer
 
     try:
         async with engine.begin() as connection:
@@ -269,12 +277,33 @@ async def _run_once(engine: AsyncEngine, work: Callable[[Connection], T], limits
         return await connection.run_sync(opened)
 
 
-def _open(connection: Connection, statement_seconds: float, lock_seconds: float, *, keeps_time: bool = True) -> None:
-    began = monotonic()
-    limits = (str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds))
-    at = _OPEN.execute(connection, *limits)[0].at
-    if keeps_time:
-        clock.look(at, began)
+def _open(
+    connection: Connection,
+    statement_seconds: float,
+    lock_seconds: float,
+    *,
+    keeps_time: bool = True,
+    on_start: Callable[[], None] = lambda: None,
+) -> None:
+    """Set the limits of a transaction and read the database's clock, together with its first statement.
+
+    `on_start` is called after Postgres answered. If this process does not know the database's time, it is read at
+    once.
+    """
+
+    def on_answer(rows: Sequence[Any], sent_at: float) -> None:
+        on_start()
+        if keeps_time:
+            clock.look(rows[0].at, sent_at)
+
+    statement = _OPEN_POOLED if session.is_behind_pooler(connection) else _OPEN
+    defer(
+        connection,
+        statement.bind(*(str(round(seconds * 1000)) for seconds in (statement_seconds, lock_seconds))),
+        on_answer=on_answer,
+    )
+    if keeps_time and not clock.is_known():
+        flush(connection)
 
 
 _LIMIT = RawStatement("SELECT set_config('statement_timeout', $1, true)")

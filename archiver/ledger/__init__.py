@@ -263,11 +263,11 @@ _SELECT_RELATED = RawStatement(
     """
     SELECT encode(e.dedupe_key, 'hex') AS key, CAST(least(e.occurred_at, e.earliest_at) AS text) AS detail
       FROM archiver.events e
-     WHERE e.session_id = '' AND e.chat_id IN (SELECT json_array_elements_text($1))
+     WHERE e.session_id = '' AND e.chat_id = ANY (ARRAY(SELECT json_array_elements_text($1)))
        AND e.type IN ('chat.created', 'chat.deleted')
     UNION ALL
     SELECT c.session_id, c.chat_id FROM archiver.chats c
-     WHERE c.session_id <> '' AND c.chat_id IN (SELECT json_array_elements_text($2))
+     WHERE c.session_id <> '' AND c.chat_id = ANY (ARRAY(SELECT json_array_elements_text($2)))
     """
 )
 

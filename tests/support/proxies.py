@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
@@ -13,8 +14,8 @@ CHUNK = 65_536
 
 
 class Proxy:
-    """`mode` may change at any time: `cut` ends connections, `silent` passes nothing on, `swallow` lets a COMMIT
-    through and ends the connection before its answer.
+    """`mode` may change at any time: `cut` ends connections, `silent` passes nothing on, `swallow` ends a connection
+    instead of passing on the answer to its COMMIT.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -23,6 +24,7 @@ class Proxy:
         self._open: list[socket.socket] = []
         self.connections = 0
         self.swallowed = 0
+        self.requests = Counter[str]()  # messages of all clients, by type
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -59,29 +61,49 @@ class Proxy:
                     _end(client)
                     _end(server)
                     continue
-                committing = threading.Event()
-                threading.Thread(target=self._ask, args=(client, server, committing), daemon=True).start()
-                threading.Thread(target=self._answer, args=(server, client, committing), daemon=True).start()
+                threading.Thread(target=self._ask, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
 
-    def _ask(self, client: socket.socket, server: socket.socket, committing: threading.Event) -> None:
+    def _ask(self, client: socket.socket, server: socket.socket) -> None:
+        requests = _Requests()
         with suppress(OSError):
             while data := client.recv(CHUNK):
-                if self._mode == "swallow" and b"COMMIT" in data:
-                    committing.set()
+                self.requests.update(requests.read(data))
                 if self._mode != "silent":
                     server.sendall(data)
         _end(server)
 
-    def _answer(self, server: socket.socket, client: socket.socket, committing: threading.Event) -> None:
+    def _answer(self, server: socket.socket, client: socket.socket) -> None:
         with suppress(OSError):
             while data := server.recv(CHUNK):
-                if committing.is_set():
+                if self._mode == "swallow" and b"COMMIT\0" in data:
                     self.swallowed += 1
                     break
                 if self._mode != "silent":
                     client.sendall(data)
         _end(client)
         _end(server)
+
+
+class _Requests:
+    """The types of the messages that a client sends, by https://www.postgresql.org/docs/current/protocol.html."""
+
+    def __init__(self) -> None:
+        self._unread = bytearray()
+        self._is_started = False
+
+    def read(self, data: bytes) -> Iterator[str]:
+        """Yield the types of the messages that end in this data."""
+        self._unread += data
+        while True:
+            header = 1 if self._is_started else 0  # the first message has no type
+            size = header + int.from_bytes(self._unread[header : header + 4])
+            if len(self._unread) < max(size, header + 4):
+                return
+            if self._is_started:
+                yield chr(self._unread[0])
+            self._is_started = True
+            del self._unread[:size]
 
 
 def _end(connection: socket.socket) -> None:

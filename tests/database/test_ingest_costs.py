@@ -1,0 +1,78 @@
+"""What Postgres is asked to do for a batch of events: round trips, statements and rows read."""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+import pytest
+from sqlalchemy import Engine, text
+
+from archiver import events, ledger
+from archiver.database import transaction
+from archiver.events import Delivery, Event
+from tests.conftest import Cluster
+from tests.support.payloads import created
+from tests.support.proxies import proxied
+from tests.support.rows import execute
+
+ON_ONE_VERSION = True  # what is sent does not depend on it
+
+TABLES = ("events", "sessions", "chats", "messages")
+PREPARED = 10  # transactions after which the driver prepares each statement, and Postgres keeps its plan
+OTHERS = 300
+# For a batch of new events of sessions that were never read.
+ROUND_TRIPS, STATEMENTS = 5, 12
+
+# Rows that this transaction has fetched from the tables of the ledger and the archive.
+_FETCHED = text(
+    """
+    SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0)::int FROM pg_stat_xact_user_tables
+     WHERE schemaname = 'archiver' AND relname = ANY (:tables)
+    """
+).bindparams(tables=list(TABLES))
+
+
+def batch(name: str, size: int = 4) -> Sequence[Delivery[Event]]:
+    """Events of two turns in each session."""
+    parsed = [events.parse(created(f"{name}-{number}", f"{name}-{number // 2}")) for number in range(size)]
+    return [Delivery(each, datetime.now(UTC), "key") for each in parsed if isinstance(each, Event)]
+
+
+@pytest.fixture
+def without_statistics(engine: Engine) -> Iterator[Engine]:
+    """As after an installation, before Postgres has analysed the tables for the first time."""
+    for table in TABLES:
+        execute(engine, f"ALTER TABLE archiver.{table} SET (autovacuum_enabled = off)")
+    yield engine
+    for table in TABLES:
+        execute(engine, f"ALTER TABLE archiver.{table} RESET (autovacuum_enabled)")
+
+
+def test_a_batch_reads_the_same_rows_however_many_other_events_there_are(without_statistics: Engine) -> None:
+    """With a plan made while the tables were empty, Postgres once read the whole ledger for each batch."""
+    fetched = []
+    for others in (PREPARED, OTHERS):
+        for number in range(others):
+            with transaction(without_statistics) as connection:
+                ledger.record(connection, batch(f"{others}-{number}", 1))
+        with transaction(without_statistics) as connection:
+            before = connection.scalar(_FETCHED)  # it also counts transactions that ended shortly before
+            # A revision of a known turn reads the turn as stored.
+            ledger.record(connection, [*batch(f"new-{others}"), *batch(f"{others}-0", 2)])
+            fetched.append(connection.scalar(_FETCHED) - before)
+    assert fetched[1] <= fetched[0] + 5
+
+
+def test_a_batch_takes_few_round_trips_and_statements(cluster: Cluster, database_url: str) -> None:
+    with proxied(database_url) as (proxy, url):
+        engine = cluster.engine(url, pool_size=1)
+        for number in range(PREPARED):
+            with transaction(engine) as connection:
+                ledger.record(connection, batch(f"prepared-{number}"))
+        proxy.requests.clear()
+        with transaction(engine) as connection:
+            ledger.record(connection, batch("measured"))
+        requests = proxy.requests.copy()
+        engine.dispose()
+    assert requests["E"] <= STATEMENTS
+    assert requests["S"] <= ROUND_TRIPS + 1  # a pipeline that ends with COMMIT has two
+    assert requests["P"] <= 2  # BEGIN and COMMIT, which the driver does not prepare
