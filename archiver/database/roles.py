@@ -348,19 +348,28 @@ def existing(connection: Connection) -> list[str]:
     return list(connection.scalars(query, {"names": list(NEEDED)}))
 
 
-def bring_up_to_date(connection: Connection) -> None:
-    """Grant each existing role the privileges that it needs, and revoke all others.
-
-    If anything differs, all privileges are granted again, so that a dump shows them in the order of a fresh database.
-    """
-    if are_granted(connection):
-        return
-    result = existing(connection)
-    for statement in connection.scalars(_REVOKE_ALL, {"roles": result, "schemas": list(_SCHEMAS)}).all():
-        connection.execute(text(statement))
-    for role in result:
+def grant_missing(connection: Connection) -> None:
+    """Grant each existing role the privileges that it lacks."""
+    for role in existing(connection):
         for statement in missing(connection, role):
             connection.execute(text(statement))
+
+
+def bring_up_to_date(connection: Connection) -> None:
+    """Grant each existing role the privileges that it needs, and revoke all others, if anything differs."""
+    if not are_granted(connection):
+        grant_all(connection)
+
+
+def grant_all(connection: Connection) -> None:
+    """Revoke all privileges of each existing role, and grant those that it needs.
+
+    A dump then shows them in the order of a fresh database.
+    """
+    of = {"roles": existing(connection), "schemas": list(_SCHEMAS)}
+    for statement in connection.scalars(_REVOKE_ALL, of).all():
+        connection.execute(text(statement))
+    grant_missing(connection)
 
 
 # Tables include views, and a privilege revoked on a table is revoked on its columns as well.

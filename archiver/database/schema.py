@@ -9,7 +9,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
+from alembic.runtime.environment import EnvironmentContext
+from alembic.runtime.migration import MigrationContext, MigrationStep
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
@@ -57,7 +58,7 @@ class SchemaError(ArchiverError):
 @cache
 def head() -> str:
     """Return the schema revision of this version."""
-    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    revision = _migrations().get_current_head()
     if revision is None:
         raise SchemaError("This installation has no migrations: reinstall callhq-archiver.")
     return revision
@@ -74,13 +75,12 @@ def check(connection: Connection) -> None:
     is_at = current(connection)
     if is_at == head():
         return
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     if is_at is None:
         raise SchemaError(
             f"The database {where(connection)} has no archiver schema: run `archiver migrate`.",
             "the database has no archiver schema: run `archiver migrate`",
         )
-    if is_at in known:
+    if is_at in _known():
         raise SchemaError(
             f"The schema is at {is_at}, older than this version needs ({head()}): run `archiver migrate`."
         )
@@ -109,8 +109,10 @@ def grant_missing(connection: Connection) -> str | None:
 def upgrade(engine: Engine, revision: str = "head", variables: Sequence[Variable] | None = None) -> None:
     """Migrate the schema to `revision`, and grant each role its privileges. Safe to run concurrently.
 
-    A new database is migrated in one transaction. In an existing one, the indexes that a migration lists in
-    `CONCURRENTLY` are created before it, outside of a transaction, so that receivers can write to the tables.
+    A new database is migrated in one transaction. In an existing one, each migration has its own, so that locks are
+    short, and an interrupted upgrade continues after the last one that was committed. The indexes that a migration
+    lists in `CONCURRENTLY` are created before it, outside of a transaction, so that receivers can write to the
+    tables.
 
     `variables`: those that become columns of `analytics.sessions` at head; None leaves its columns as they are.
 
@@ -118,10 +120,11 @@ def upgrade(engine: Engine, revision: str = "head", variables: Sequence[Variable
     other sessions lock the tables for too long.
     """
     try:
-        for before, indexes in _pending_indexes(engine, revision):
-            _patiently(engine, partial(_upgrade, revision=before, variables=None))
-            create = partial(_create, engine=engine, indexes=indexes)
-            _patiently(engine, create, lock_seconds=INDEX_LOCK_SECONDS)
+        for each, indexes in _pending(engine, revision):
+            if indexes:
+                create = partial(_create, engine=engine, indexes=indexes)
+                _patiently(engine, create, lock_seconds=INDEX_LOCK_SECONDS)
+            _patiently(engine, partial(_upgrade, revision=each, variables=None))
         _patiently(engine, lambda connection: _upgrade(connection, revision, variables))
     except DBAPIError as error:
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
@@ -157,11 +160,28 @@ def _upgrade(connection: Connection, revision: str, variables: Sequence[Variable
     _lock(connection)
     if _is_done(connection, revision, variables):  # another migration has done it in the meantime
         return
+    is_at = current(connection)
     _repair(connection)
-    command.upgrade(_config(connection), revision)
+    _apply(connection, revision)
+    if revision not in ("head", head()):
+        roles.grant_missing(connection)  # all others at head
+        return
     if revision == "head" and variables is not None:
         variable_columns.bring_up_to_date(connection, variables)
-    roles.bring_up_to_date(connection)
+    # Again, so that a dump shows the privileges in the order of a fresh database.
+    (roles.bring_up_to_date if is_at == head() else roles.grant_all)(connection)
+
+
+def _apply(connection: Connection, revision: str) -> None:
+    """Apply the migrations up to `revision`; the command of Alembic would load them all again."""
+
+    def steps(is_at: Any, _: MigrationContext) -> list[Any]:
+        pending = migrations.iterate_revisions(revision, is_at, implicit_base=True)
+        return [MigrationStep.upgrade_from_script(migrations.revision_map, each) for each in reversed(list(pending))]
+
+    migrations = _migrations()
+    with EnvironmentContext(_config(connection), migrations, fn=steps, destination_rev=revision):
+        migrations.run_env()
 
 
 def _is_done(connection: Connection, revision: str, variables: Sequence[Variable] | None) -> bool:
@@ -177,17 +197,17 @@ def _is_done(connection: Connection, revision: str, variables: Sequence[Variable
 Indexes = Mapping[str, str]  # by name: table, expressions and condition of each index
 
 
-def _pending_indexes(engine: Engine, revision: str) -> list[tuple[str, Indexes]]:
-    """Return the indexes to create in an existing database, by the revision at which they are created."""
-    script = ScriptDirectory.from_config(_config())
+def _pending(engine: Engine, revision: str) -> list[tuple[str, Indexes]]:
+    """Return the revisions that an existing database lacks, in order, each with the indexes to create before it.
+
+    Those up to the repair are one step.
+    """
     with transaction(engine) as connection:
         is_at = current(connection)
-    known = {each.revision for each in script.walk_revisions()}
-    if is_at not in known or (revision != "head" and is_at >= revision):
+    if is_at not in _known() or (revision != "head" and is_at >= revision):
         return []
-    pending = list(script.iterate_revisions(revision, is_at))
-    found = [(str(each.down_revision), getattr(each.module, "CONCURRENTLY", None)) for each in reversed(pending)]
-    return [(before, indexes) for before, indexes in found if indexes]
+    pending = reversed(list(_migrations().iterate_revisions(revision, is_at)))
+    return [(each.revision, getattr(each.module, "CONCURRENTLY", {})) for each in pending if each.revision >= _REPAIR]
 
 
 _SELECT_INDEX = text(
@@ -229,10 +249,9 @@ def _create_index(connection: Connection, name: str, definition: str) -> bool:
 
 def _repair(connection: Connection) -> None:
     """Prepare an older database for the migrations that precede the repair migration, which repairs the rest."""
-    script = ScriptDirectory.from_config(_config())
     is_at = current(connection)
     if is_at is not None and is_at < _REPAIRED_FROM:
-        script.get_revision(_REPAIR).module.repair(connection, script, is_at)
+        _migrations().get_revision(_REPAIR).module.repair(connection, _migrations(), is_at)
 
 
 def downgrade(engine: Engine, revision: str) -> None:
@@ -246,8 +265,7 @@ def downgrade(engine: Engine, revision: str) -> None:
 
 
 def _refuse_newer(connection: Connection) -> None:
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if current(connection) not in known:
+    if current(connection) not in _known():
         check(connection)
 
 
@@ -310,10 +328,28 @@ def _patiently(engine: Engine, work: Callable[[Connection], None], lock_seconds:
                 else:
                     waited += lock_seconds or _LOCK_SECONDS
                 if waited > LOCK_WAIT_SECONDS:
-                    raise SchemaError(f"The schema cannot be changed. {watch.explain()}") from None
+                    raise SchemaError(f"{_blocked(engine)} {watch.explain()}") from None
             watch.report.add(watch.holders)
             sleep(PAUSE_SECONDS)
             waited += PAUSE_SECONDS
+
+
+def _blocked(engine: Engine) -> str:
+    """Describe how far a migration came that gives up."""
+    with transaction(engine) as connection:
+        is_at = current(connection)
+    at = "" if is_at is None else f" beyond {is_at}; `archiver migrate` continues from there"
+    return f"The schema cannot be changed{at}."
+
+
+@cache
+def _migrations() -> ScriptDirectory:
+    """Return the migrations, loaded once."""
+    return ScriptDirectory.from_config(_config())
+
+
+def _known() -> set[str]:
+    return {each.revision for each in _migrations().walk_revisions()}
 
 
 def _config(connection: Connection | None = None) -> Config:

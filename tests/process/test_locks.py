@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 
 from archiver import database, embedded
 from archiver.compliance import seals
-from archiver.database import Lock, locks, roles, schema, transaction
+from archiver.database import Lock, catalogue, locks, roles, schema, transaction
 from tests.conftest import Cluster
 from tests.support.feeds import publish
 from tests.support.observations import record
@@ -210,6 +210,23 @@ def test_a_migration_goes_on_once_the_reader_has_read(engine: Engine, database_u
         holder.rollback()
         migrating.join()
     assert rows(engine, "SELECT version_num FROM archiver.schema_version") == [(schema.head(),)]
+
+
+def test_a_blocked_migration_keeps_the_revisions_before_and_the_next_one_continues(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "LOCK_WAIT_SECONDS", 1.0)
+    schema.downgrade(engine, "0026")
+    with (
+        session(database_url, "SELECT FROM archiver.uncontributed"),  # which 0028 changes
+        pytest.raises(schema.SchemaError, match="beyond 0027; `archiver migrate` continues from there"),
+    ):
+        schema.upgrade(engine)
+    assert rows(engine, "SELECT version_num FROM archiver.schema_version") == [("0027",)]
+    schema.upgrade(engine)
+    assert rows(engine, "SELECT version_num FROM archiver.schema_version") == [(schema.head(),)]
+    with transaction(engine) as connection:
+        assert catalogue.select_differences(connection) == []
 
 
 @on_one_version
