@@ -9,6 +9,8 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, text
 
 from archiver.archive import pieces, search
+from archiver.compliance import erasure
+from archiver.compliance.erasure import Target
 from archiver.console import filters
 from archiver.console.listing import Column, Kind, Listing, Page, Query
 from archiver.console.related import Related, select_related
@@ -56,6 +58,13 @@ _LIST = """
          ORDER BY s.last_message_at DESC, s.session_id DESC LIMIT :examined
     ) s {where} ORDER BY s.last_message_at DESC, s.session_id DESC LIMIT :most
 """
+_IDS = """
+    SELECT s.session_id FROM (
+        SELECT * FROM analytics.sessions s
+         WHERE (s.last_message_at, s.session_id) < (:at, :id) {narrowed}
+         ORDER BY s.last_message_at DESC, s.session_id DESC LIMIT :examined
+    ) s {where}
+"""
 _LAST = """
     SELECT s.last_message_at, s.session_id FROM analytics.sessions s
      WHERE (s.last_message_at, s.session_id) < (:at, :id) {narrowed}
@@ -87,19 +96,34 @@ def select_conversations(connection: Connection, query: Query, variables: Sequen
         of_words, values_of_words = filters.of_first_question(found.words)
         conditions += of_words
         values |= values_of_words
-    narrowed = [each for each in conditions if each.startswith(_NARROW)]
-    others = [each for each in conditions if each not in narrowed]
-    sql = {
-        "columns": "".join(f', s."{each.column}"' for each in present),
-        "narrowed": "".join(f"AND {each} " for each in narrowed),
-        "where": f"WHERE {' AND '.join(others)}" if others else "",
-    }
     at, session_id = _parse_key(query.after)
     values |= {"at": at, "id": session_id, "examined": EXAMINED, "characters": SHOWN_CHARACTERS}
-    page = _select_page(connection, query, sql, values)
+    if filters.HELD in found.fields:
+        values[filters.HELD] = as_json(_select_held(connection, conditions, values))
+    columns = "".join(f', s."{each.column}"' for each in present)
+    page = _select_page(connection, query, {"columns": columns, **_parts(conditions)}, values)
     absent = dict.fromkeys(each.column for each in variables)
     rows = [absent | dict(row) | {"match": (matches or {}).get(row["session_id"])} for row in page.rows]
     return Page(rows, page.after, " ".join(filter(None, (page.note, found_in))), suggestions)
+
+
+def _parts(conditions: Sequence[str]) -> Mapping[str, str]:
+    """Return the conditions by the place in the statements at which they apply."""
+    narrowed = [each for each in conditions if each.startswith(_NARROW)]
+    others = [each for each in conditions if each not in narrowed]
+    return {
+        "narrowed": "".join(f"AND {each} " for each in narrowed),
+        "where": f"WHERE {' AND '.join(others)}" if others else "",
+    }
+
+
+def _select_held(connection: Connection, conditions: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the held conversations among those that a page with the other conditions is about."""
+    if not erasure.is_any_in_force(connection):
+        return []
+    others = [each for each in conditions if f":{filters.HELD}" not in each]
+    ids = connection.scalars(text(_IDS.format(**_parts(others))), values)
+    return [target.session_id for target in erasure.covering(connection, [Target(each) for each in ids])]
 
 
 def _select_page(connection: Connection, query: Query, sql: Mapping[str, str], values: Mapping[str, Any]) -> Page:

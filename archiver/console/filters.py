@@ -91,6 +91,9 @@ class Qualifier(msgspec.Struct, frozen=True):
 
 
 _COMPARED = ": > >= < <="
+HELD = "held"  # the qualifier, and the parameter with the ids of the held conversations
+# In parentheses: it must not change which conversations a page is about.
+_IS_HELD = f"(s.session_id IN (SELECT json_array_elements_text(:{HELD})))"
 QUALIFIERS: Mapping[str, Qualifier] = {
     "assistant": Qualifier(_text, "s.assistant_id = :{name}", "assistant:asst_1"),
     "session": Qualifier(_text, "s.session_id = :{name}", "session:ses_1"),
@@ -101,6 +104,7 @@ QUALIFIERS: Mapping[str, Qualifier] = {
     ),
     "coverage": Qualifier(_state, "s.coverage = :{name}", "coverage:repaired"),
     "deleted": Qualifier(_answer, "(s.deleted_chats > 0) = :{name}", "deleted:yes"),
+    "held": Qualifier(_answer, f"{_IS_HELD} = :{{name}}", "held:yes", shows_content=True),
     "repaired": Qualifier(_answer, "(s.repaired_messages > 0) = :{name}", "repaired:yes"),
     "after": Qualifier(parse_moment, "s.last_message_at >= :{name}", "after:2024-01-15"),
     "before": Qualifier(parse_moment, "s.last_message_at < :{name}", "before:2024-02-01"),

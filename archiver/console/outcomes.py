@@ -1,11 +1,15 @@
-"""Sentences about the outcome of an action, shown on the next page, whose address contains only their name."""
+"""Sentences about the outcome of an action, shown on the next page, whose address contains their signed name."""
 
+import hmac
 from collections.abc import Mapping
 from urllib.parse import urlencode
 
 from starlette.responses import RedirectResponse, Response
 
 from archiver.console import rendering
+from archiver.console.logins import Login
+
+PROOF_CHARACTERS = 32
 
 _SENTENCES: Mapping[str, str] = {
     "hold-placed": "The hold is in force.",
@@ -25,14 +29,25 @@ _SENTENCES: Mapping[str, str] = {
 }
 
 
-def sentence_of(outcome: str) -> str:
-    """Return the sentence of an outcome; empty for an unknown one."""
-    return _SENTENCES.get(outcome, "")
+def sentence_of(signed: str, login: Login) -> str:
+    """Return the sentence of an outcome; empty unless an action of this login led to it.
+
+    Otherwise a link of others could make a page say what did not happen.
+    """
+    outcome, _, proof = signed.partition(".")
+    is_genuine = hmac.compare_digest(proof.encode(), _proof(outcome, login).encode())
+    return _SENTENCES.get(outcome, "") if is_genuine else ""
 
 
-def leads_to(path: str, outcome: str) -> Response:
+def leads_to(path: str, outcome: str, login: Login) -> Response:
     """Return the redirect from an action to a page, relative to /console/, which shows the outcome."""
     if outcome not in _SENTENCES:
         raise ValueError(f"no sentence for {outcome}")
     separator = "&" if "?" in path else "?"
-    return RedirectResponse(f"/console/{path}{separator}{urlencode({'done': outcome})}", 303, rendering.HEADERS)
+    signed = urlencode({"done": f"{outcome}.{_proof(outcome, login)}"})
+    return RedirectResponse(f"/console/{path}{separator}{signed}", 303, rendering.HEADERS)
+
+
+def _proof(outcome: str, login: Login) -> str:
+    """Return what only the pages of this login know of an outcome."""
+    return hmac.digest(login.form_token.encode(), outcome.encode(), "sha256").hex()[:PROOF_CHARACTERS]

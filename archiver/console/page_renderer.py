@@ -62,6 +62,6 @@ class PageRenderer:
             "login": login,
             "granted": GRANTED[login.role],
             "has_actions": self.has_actions,
-            "done": sentence_of(request.query_params.get("done", "")),
+            "done": sentence_of(request.query_params.get("done", ""), login),
         }
         return await self.in_thread(partial(rendering.html, template, values, status))

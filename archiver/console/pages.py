@@ -1,7 +1,6 @@
 """The pages: each reads what it shows, records who sees content, and renders."""
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from archiver.console.filters import Filter, FilterError
 from archiver.console.gate import Handler
 from archiver.console.listing import MAX_ROWS, ROWS, Column, Listing, Page, Query, encode_csv, encode_json
 from archiver.console.logins import Login
-from archiver.console.overview import Day, select_overview
+from archiver.console.overview import Figures, select_overview
 from archiver.console.page_renderer import PageRenderer
 from archiver.console.permissions import GRANTED
 from archiver.console.shown_bytes import shown_bytes
@@ -37,14 +36,16 @@ class Pages:
 
     async def overview(self, request: Request, login: Login) -> Response:
         """Show the state of the archive on one page."""
+        by_hour = request.query_params.get("by") == "hour"
+        overview = await self._renderer.read(partial(select_overview, by_hour=by_hour))
         return await self._renderer.render(
-            request, "overview.html", login, can_refresh=True, overview=await self._renderer.read(select_overview)
+            request, "overview.html", login, can_refresh=True, overview=overview, by_hour=by_hour
         )
 
     async def style(self, request: Request, login: Login) -> Response:
         """Show the parts of which pages consist."""
-        days = [Day(date(2024, 1, number), 0, number * number % 17, None, 0) for number in range(1, 31)]
-        return await self._renderer.render(request, "style.html", login, days=days)
+        figures = [Figures(f"2024-01-{number:02}", 0, number * number % 17, None, 0) for number in range(1, 31)]
+        return await self._renderer.render(request, "style.html", login, figures=figures)
 
     def list_of(self, listing: Listing, form: str) -> Handler:
         """Return the handler of a list as `html`, `json` or `csv`."""

@@ -22,7 +22,7 @@ KINDS = (
     *("console.login", "console.view", "console.search", "console.download"),
     *("erase", "erase.refused", "erase.replay", "erase.replay.refused"),
     *("export", "export.done"),
-    *(f"followups.{each}" for each in ("add", "pause", "remove", "resume", "retry", "rotate")),
+    *(f"followups.{each}" for each in ("add", "pause", "remove", "resume", "retry", "rotate", "test")),
     *("hold.add", "hold.release"),
     "quarantine.retry",
     "retention",

@@ -122,7 +122,11 @@ def test_the_keyboard_alone_filters_and_opens_a_conversation(visitor: Visitor) -
     page.keyboard.press("j")
     page.keyboard.press("j")
     page.keyboard.press("k")
-    page.keyboard.press("Enter")
+    page.keyboard.press("?")
+    page.wait_for_selector("#shortcuts[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#shortcuts:not([open])", state="attached")
+    page.keyboard.press("o")
     page.wait_for_selector("ol.transcript")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to content"

@@ -11,7 +11,7 @@ from archiver.console.listing import Page, Query
 from archiver.database import schema, transaction
 from archiver.settings import variables
 from archiver.settings.variables import Variable
-from tests.support.erasures import record
+from tests.support.erasures import hold, record
 from tests.support.feeds import publish
 from tests.support.payloads import created
 from tests.support.searching import index
@@ -108,3 +108,19 @@ def test_terms_are_suggested_and_values_only_to_those_who_see_them(engine: Engin
 @pytest.mark.parametrize(("value", "expected"), [("a", "f:a"), ("a b", 'f:"a b"'), ('a"b', 'f:"a"'), ("", 'f:""')])
 def test_a_suggested_term_is_one_term(value: str, expected: str) -> None:
     assert term("f", value) == expected
+
+
+def test_holds_of_every_kind_are_found(engine: Engine) -> None:
+    for session_id, assistant, tier in (("a", "as_1", "Free"), ("b", "as_2", "Premium"), ("c", "as_2", "Free")):
+        variables_of = {"variableValues": {"tier": tier}}
+        body = created(f"{session_id}-1", session_id, assistantId=assistant, assistantOverrides=variables_of)
+        record(engine, body)
+    assert (ids(found(engine, "held:yes")), ids(found(engine, "held:no"))) == ([], ["a", "b", "c"])
+    hold(engine, session_id="a")
+    hold(engine, variable="tier", value="Premium")
+    assert (ids(found(engine, "held:yes")), ids(found(engine, "held:no"))) == (["a", "b"], ["c"])
+    assert ids(found(engine, "held:yes assistant:as_2")) == ["b"]
+    with pytest.raises(FilterError):
+        found(engine, "held:maybe")
+    with pytest.raises(FilterError, match="shows no content"):  # a hold may be by the value of a variable
+        found(engine, "held:yes", may_read=False)

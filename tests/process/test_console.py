@@ -519,3 +519,17 @@ def test_a_user_is_added_once_with_a_good_name_and_password(url: str, receiver: 
     listed = json.loads(archiver("users", "list", "--json", database_url=url).stdout)
     assert {*ROLES} <= {each["name"] for each in listed}
     assert "argon2" not in str(listed)
+
+
+def test_the_page_of_the_parts_exists_only_in_development(auditor: Browser) -> None:
+    assert auditor.get("/console/style").status_code == 404
+
+
+def test_the_first_page_has_figures_by_day_or_by_hour_and_says_what_is_estimated(auditor: Browser, url: str) -> None:
+    def slots(path: str) -> int:
+        return auditor.get(path).text.count('class="slot"') // 4
+
+    assert (slots("/console/"), slots("/console/?by=hour"), slots("/console/?by=year")) == (30, 48, 30)
+    assert "not counted yet" in auditor.get("/console/").text
+    execute(url, "ANALYZE archiver.summaries")
+    assert re.search(r"about \d", auditor.get("/console/").text)

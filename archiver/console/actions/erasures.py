@@ -77,7 +77,7 @@ class Erasures:
 
         is_erased = await self._runner.finishes(purge, command)
         path = "erasures" if session_id is None else conversation_path(session_id)
-        return outcomes.leads_to(path, "erased" if is_erased else "erasure-ordered")
+        return outcomes.leads_to(path, "erased" if is_erased else "erasure-ordered", login)
 
 
 def confirmation(target_id: str) -> str:

@@ -40,7 +40,7 @@ class Followups:
             return {}
 
         await self._change(request, login, "pause", pause, reason)
-        return outcomes.leads_to(_path(request), "paused")
+        return outcomes.leads_to(_path(request), "paused", login)
 
     async def resume(self, request: Request, login: Login) -> Response:
         """Resume a subscription."""
@@ -49,7 +49,7 @@ class Followups:
             return {"gone": subscriptions.resume(connection, subscription_id)}
 
         detail = await self._change(request, login, "resume", resume)
-        return outcomes.leads_to(_path(request), "resumed-with-loss" if detail["gone"] else "resumed")
+        return outcomes.leads_to(_path(request), "resumed-with-loss" if detail["gone"] else "resumed", login)
 
     async def retry_dead(self, request: Request, login: Login) -> Response:
         """Retry the dead deliveries of a subscription."""
@@ -59,7 +59,7 @@ class Followups:
             return {"retried": review.retry_dead(connection, subscription_id, MAX_RETRIED)}
 
         await self._change(request, login, "retry", retry)
-        return outcomes.leads_to(_path(request), "retried")
+        return outcomes.leads_to(_path(request), "retried", login)
 
     async def retry(self, request: Request, login: Login) -> Response:
         """Retry one delivery."""
@@ -80,7 +80,7 @@ class Followups:
         if result != "retried":
             text = "It is already delivered." if result == "delivered" else "There is no such delivery."
             raise PageError(409, "Nothing was changed", text)
-        return outcomes.leads_to(f"deliveries/{message_id}", "retried")
+        return outcomes.leads_to(f"deliveries/{message_id}", "retried", login)
 
     async def test(self, request: Request, login: Login) -> Response:
         """Send a test message; if it is accepted, close the circuit of the receiver."""
@@ -95,12 +95,12 @@ class Followups:
                 if attempt.fault is None:
                     subscriptions.reset_circuit(opened, subscription_id)
                 detail = {"subscription": subscription_id, "test": attempt.fault or "accepted"}
-                audit_log.insert_entry(opened, "followups.retry", actor, None, detail)
+                audit_log.insert_entry(opened, "followups.test", actor, None, detail)
             return attempt
 
         attempt = await self._runner.run(test, f"archiver followups test {subscription_id}")
         if attempt.fault is None:
-            return outcomes.leads_to(_path(request), "test-accepted")
+            return outcomes.leads_to(_path(request), "test-accepted", login)
         status = f"It returned {attempt.status}" if attempt.status else "It did not respond"
         text = f"{status} ({attempt.fault}) after {attempt.seconds:.2f} s."
         raise PageError(409, "The receiver did not accept the test", text)

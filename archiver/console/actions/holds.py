@@ -37,7 +37,7 @@ class Holds:
                 erasure.insert_hold(opened, criteria, actor, reason)
 
         await self._runner.run(place, "archiver hold add --reason TEXT …")
-        return outcomes.leads_to("holds", "hold-placed")
+        return outcomes.leads_to("holds", "hold-placed", login)
 
     async def release(self, request: Request, login: Login) -> Response:
         """Release a hold."""
@@ -49,7 +49,7 @@ class Holds:
                 erasure.release_hold(opened, hold_id, actor, reason)
 
         await self._runner.run(release, f"archiver hold release {hold_id} --reason TEXT")
-        return outcomes.leads_to("holds", "hold-released")
+        return outcomes.leads_to("holds", "hold-released", login)
 
 
 def _criteria(form: Mapping[str, str]) -> Criteria:

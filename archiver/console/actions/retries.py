@@ -40,5 +40,7 @@ class Retries:
         if outcome is None:
             raise PageError(404, "It is not in the quarantine", "It was retried or deleted in the meantime.")
         if outcome.status == "quarantined":
-            return outcomes.leads_to(f"quarantine/{quarantine_id}", "still-quarantined")
-        return outcomes.leads_to("quarantine", "refused-as-erased" if outcome.reason == "erased" else "archived")
+            return outcomes.leads_to(f"quarantine/{quarantine_id}", "still-quarantined", login)
+        return outcomes.leads_to(
+            "quarantine", "refused-as-erased" if outcome.reason == "erased" else "archived", login
+        )

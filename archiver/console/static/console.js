@@ -29,6 +29,10 @@ document.addEventListener("keydown", (event) => {
       event.preventDefault();
       filter.focus();
     }
+  } else if (event.key === "?") {
+    document.querySelector("#shortcuts").showModal();
+  } else if (event.key === "o") {
+    links[at]?.click();
   } else if (event.key === "j") {
     links[Math.min(at + 1, links.length - 1)]?.focus();
   } else if (event.key === "k") {
