@@ -78,8 +78,18 @@ def other_language(name: str, present: str) -> tuple[str, str]:
     """Return the fault of a setting that names another language than that of the index, and what to do."""
     return (
         f"ARCHIVER_SEARCH_LANGUAGE is {name!r}, but the search index was started with {present!r} and keeps it.",
-        "Set the same language for all workers. To change it, restart them with ARCHIVER_SEARCH=off, then with on:"
-        " this deletes the index and indexes all messages again.",
+        "Set the same language for all workers. To change it, restart them with ARCHIVER_SEARCH=off, wait for the log"
+        " line `search index deleted`, and restart them with on: this indexes all messages again.",
+    )
+
+
+def other_setting(own: str, workers: Sequence[str]) -> tuple[str, str]:
+    """Return the fault of workers that run with the opposite of this setting of ARCHIVER_SEARCH, and what to do."""
+    other = "on" if own == "off" else "off"
+    return (
+        f"ARCHIVER_SEARCH is {own} here, but {other} for the worker {', '.join(workers)}. The index is kept while a"
+        " worker with on runs.",
+        "Set the same value for all workers, and restart them.",
     )
 
 

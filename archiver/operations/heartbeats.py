@@ -36,6 +36,11 @@ class Worker(msgspec.Struct, frozen=True):
         return -FRESH_SECONDS < self.age < FRESH_SECONDS
 
     @property
+    def name(self) -> str:
+        """Return the host and the process id."""
+        return f"{self.host}:{self.pid}"
+
+    @property
     def faulty(self) -> dict[str, Report]:
         """Return the duties that need an operator."""
         return {name: report for name, report in self.duties.items() if report.is_faulty}
@@ -99,6 +104,15 @@ def select_workers(connection: Connection) -> Sequence[Worker]:
     """Return the latest report of every worker."""
     return [
         Worker(**{**row, "duties": duties.parse(row["duties"])}) for row in connection.execute(_SELECT).mappings()
+    ]
+
+
+def select_indexing(connection: Connection, *, is_on: bool = True) -> list[Worker]:
+    """Return the running workers with ARCHIVER_SEARCH=on, or those with off."""
+    return [
+        each
+        for each in select_workers(connection)
+        if each.is_fresh and "search" in each.duties and (each.duties["search"].state != "off") == is_on
     ]
 
 

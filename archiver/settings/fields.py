@@ -270,7 +270,8 @@ class Settings(BaseSettings):
     search: Literal["on", "off"] = _env(
         "ARCHIVER_SEARCH",
         "on",
-        "`on`: workers index the messages for `analytics.search`; `off`: they delete the index.",
+        "`on`: workers index the messages for `analytics.search`; `off`: they delete the index, once no worker with "
+        "`on` has run for a minute.",
     )
     search_language: str = _env(
         "ARCHIVER_SEARCH_LANGUAGE",

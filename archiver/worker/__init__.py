@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from time import monotonic
 
 import structlog
 from sqlalchemy.engine import URL
@@ -45,6 +46,7 @@ RETENTION_CHECK_SECONDS = 20.0
 FEED_RETENTION_SECONDS = 3_600.0
 COMPACT_SECONDS = 20.0
 SEARCH_SECONDS = 1.0  # between two checks for changes
+UNUSED_CHECK_SECONDS = 5.0  # between two checks whether the search index may be deleted
 ROLLUP_SECONDS = 5.0
 BEAT_SECONDS = 1.0  # between two reports of an idle duty
 _UNREADABLE = "unreadable"  # the part of the report of the duty `identity` that names rows that could not be compared
@@ -157,13 +159,15 @@ class Worker:
         async with self._connections.asynchronous() as engine:
             indexing = Indexing(engine, duty)
             if self._configuration.search == "off":
-                await indexing.switch_off()
-                duty.switch_off("ARCHIVER_SEARCH is off: analytics.search has no index")
+                duty.switch_off("ARCHIVER_SEARCH is off: this worker indexes no messages")
+                while not ending.is_set() and not await indexing.switch_off_unused(monotonic()):
+                    await _pause(UNUSED_CHECK_SECONDS, duty, ending)
                 await ending.wait()
                 return
             await indexing.switch_on(self._configuration.search_language)
 
             async def index() -> None:
+                await indexing.restart_if_deleted(self._configuration.search_language)
                 while await indexing.step() and not ending.is_set():
                     duty.working()
                     # Erased words must not wait for the end of a backlog.

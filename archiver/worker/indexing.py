@@ -30,6 +30,8 @@ REBUILD_CHECK_SECONDS = 60.0
 # The exchange of a rewritten partition: searches queue behind each attempt.
 EXCHANGE_ATTEMPTS, EXCHANGE_LOCK_SECONDS, EXCHANGE_PAUSE_SECONDS = 5, 2.0, 5.0
 BEAT_SECONDS = 5.0
+# Before a worker with ARCHIVER_SEARCH=off deletes the index: longer than a restart of all workers.
+UNUSED_SECONDS = 60.0
 
 
 class Indexing:
@@ -39,6 +41,8 @@ class Indexing:
         self._engine, self._duty = engine, duty
         self._rebuild_at = float("-inf")  # on `time.monotonic`
         self._pace = Pace()
+        self._used_at = float("-inf")  # on `time.monotonic`, when another worker was last seen to keep the index
+        self._is_kept = False
         self.pause_seconds = 0.0  # before the next step
 
     async def switch_on(self, name: str) -> None:
@@ -54,9 +58,35 @@ class Indexing:
             detail, advice = search.other_language(name, present)
             log.warning("search index in another language", reason=detail, advice=advice)
 
+    async def restart_if_deleted(self, name: str) -> None:
+        """Start the index again if another worker deleted it, because it did not see that this one had started."""
+        if (await run_async(self._engine, search.select_lag)).language is None:
+            await self.switch_on(name)
+
     async def switch_off(self) -> None:
         """Delete the index."""
         await run_async(self._engine, search.switch_off)
+
+    async def switch_off_unused(self, now: float) -> bool:
+        """Delete the index if no worker has kept it for `UNUSED_SECONDS`; return whether there is none.
+
+        Workers with different settings would otherwise delete and build it again at each start. `now`: on
+        `time.monotonic`.
+        """
+        if (await run_async(self._engine, search.select_lag)).language is None:
+            return True
+        keeper = next(iter(await run_async(self._engine, heartbeats.select_indexing)), None)
+        if keeper is not None or self._used_at == float("-inf"):
+            self._used_at = now
+        if keeper is not None and not self._is_kept:
+            self._is_kept = True
+            detail, advice = search.other_setting("off", [keeper.name])
+            log.warning("search index kept for another worker", reason=detail, advice=advice)
+        if now - self._used_at < UNUSED_SECONDS:
+            return False
+        await self.switch_off()
+        log.info("search index deleted", reason="ARCHIVER_SEARCH is off")
+        return True
 
     async def step(self) -> bool:
         """Index the next page; return False if there is none. The caller then pauses for `pause_seconds`."""

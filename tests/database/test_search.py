@@ -21,11 +21,13 @@ from archiver.archive.rebuild import rebuild
 from archiver.archive.search import Item
 from archiver.compliance.erasure import Target
 from archiver.database import Lock, is_lock_timeout, roles, run, transaction
+from archiver.operations import heartbeats
 from archiver.operations.doctor import examine_database
 from archiver.settings import SettingsError
+from archiver.telemetry import duty_health
 from archiver.telemetry.duty_health import Duty
 from archiver.worker import indexing
-from archiver.worker.indexing import Indexing
+from archiver.worker.indexing import UNUSED_SECONDS, Indexing
 from tests.support.erasures import TIMING, as_writer, erase, read, record, said
 from tests.support.feeds import publish
 from tests.support.payloads import created, deleted
@@ -631,6 +633,46 @@ def test_switched_off_it_keeps_no_word(searched: Engine) -> None:
         found(searched, "question")
     index(searched, "simple")
     assert sorted(keys(searched, "question")) == matches(searched, "question")
+
+
+def test_a_worker_with_search_off_deletes_no_index_that_another_keeps(
+    searched: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(searched, turn(1))
+    index(searched)
+    other = heartbeats.Process("other", host="elsewhere", pid=7)
+
+    def report(state: duty_health.State) -> None:
+        with transaction(searched) as connection:
+            heartbeats.upsert_worker(connection, other, {"search": duty_health.Report(state, datetime.now(UTC))})
+
+    def findings(value: str) -> list[str]:
+        monkeypatch.setenv("ARCHIVER_SEARCH", value)
+        found = examine_database(settings.read(), searched)
+        return [each.detail for each in found if each.check == "search" and each.verdict == "warning"]
+
+    async def run() -> None:
+        engine = database.connect_async(searched.url, pool_size=1)
+        off, on = Indexing(engine, Duty("search")), Indexing(engine, Duty("search"))
+        report("running")
+        for seconds in (0, 100, 200):
+            assert not await off.switch_off_unused(seconds)
+        assert findings("on") == []
+        assert "on for the worker elsewhere:7" in findings("off")[0]
+        report("off")  # as after its restart with the same setting
+        assert "off for the worker elsewhere:7" in findings("on")[0]
+        assert not await off.switch_off_unused(200 + UNUSED_SECONDS / 2)
+        assert keys(searched, "question") != []
+        assert await off.switch_off_unused(200 + UNUSED_SECONDS)
+        assert lexemes(searched) == set()
+        await on.restart_if_deleted("simple")  # it had started just before
+        await engine.dispose()
+
+    asyncio.run(run())
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("search index kept for another worker") == 1
+    index(searched)
+    assert keys(searched, "question") != []
 
 
 def test_an_unknown_language_is_an_error_that_says_where_the_names_are(searched: Engine) -> None:

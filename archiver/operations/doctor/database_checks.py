@@ -298,7 +298,13 @@ _SEARCH_LATE_SECONDS = 600
 
 
 def _search(connection: Connection, configuration: Settings) -> Iterator[Finding]:
-    """Check the language and the delay of the search index, and that erased words leave it."""
+    """Check the settings and the delay of the search index, and that erased words leave it."""
+    if heartbeats.may_select(connection):
+        others = heartbeats.select_indexing(connection, is_on=configuration.search == "off")
+        if others:
+            yield Finding(
+                "search", "warning", *search.other_setting(configuration.search, [each.name for each in others])
+            )
     if configuration.search == "off" or not search.may_select(connection):
         return
     language = search.select_language(connection, configuration.search_language)
