@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-quick test-browser screenshots check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long bench-analytics soak schema lock clean
+.PHONY: help demo run test test-quick test-browser screenshots check lint bench bench-backfill bench-overload bench-seals bench-export bench-followups bench-long bench-analytics bench-console soak schema lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -79,6 +79,9 @@ bench-export: $(VENV)/.installed  ## Measure the export of a million events, and
 
 bench-analytics: $(VENV)/.installed  ## Measure thirty questions of analysts in two archives, in buffers and rows
 	@$(BIN)/python -m tests.bench.analytics $(BENCH_ARGS)
+
+bench-console: $(VENV)/.installed  ## Measure what the pages of the console read in two archives, in buffers
+	@$(BIN)/python -m tests.bench.console $(BENCH_ARGS)
 
 bench-long: $(VENV)/.installed  ## Measure a session of 2,000 turns whose history is read after each: cost, room, other sessions
 	@$(BIN)/python -m tests.bench.long $(BENCH_ARGS)
