@@ -20,6 +20,7 @@ from archiver.database import as_json
 from archiver.settings.variables import Variable
 
 EXAMINED = 10_000  # conversations examined for one page
+EXAMINED_FOR_HOLDS = 500  # each is compared with each hold and with the turns of all
 SHOWN_CHARACTERS = 300  # of a first question
 
 MATCHES = 500  # newest messages with the words of a filter
@@ -97,7 +98,8 @@ def select_conversations(connection: Connection, query: Query, variables: Sequen
         conditions += of_words
         values |= values_of_words
     at, session_id = _parse_key(query.after)
-    values |= {"at": at, "id": session_id, "examined": EXAMINED, "characters": SHOWN_CHARACTERS}
+    examined = EXAMINED_FOR_HOLDS if filters.HELD in found.fields else EXAMINED
+    values |= {"at": at, "id": session_id, "examined": examined, "characters": SHOWN_CHARACTERS}
     if filters.HELD in found.fields:
         values[filters.HELD] = as_json(_select_held(connection, conditions, values))
     columns = "".join(f', s."{each.column}"' for each in present)
@@ -141,7 +143,8 @@ def _select_page(connection: Connection, query: Query, sql: Mapping[str, str], v
     return Page(
         rows,
         _key(last),
-        f"This page is about the {EXAMINED:,} conversations up to {last['last_message_at']:%Y-%m-%d %H:%M} UTC.",
+        f"This page is about the {values['examined']:,} conversations"
+        f" up to {last['last_message_at']:%Y-%m-%d %H:%M} UTC.",
     )
 
 

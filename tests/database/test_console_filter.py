@@ -124,3 +124,15 @@ def test_holds_of_every_kind_are_found(engine: Engine) -> None:
         found(engine, "held:maybe")
     with pytest.raises(FilterError, match="shows no content"):  # a hold may be by the value of a variable
         found(engine, "held:yes", may_read=False)
+
+
+def test_a_page_about_holds_examines_fewer_and_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archiver.console.conversations.EXAMINED_FOR_HOLDS", 2)
+    for number in range(3):
+        record(engine, created(f"chat-{number}", f"s{number}"), minute=number)
+    hold(engine, session_id="s0")
+    first = found(engine, "held:yes")
+    assert (ids(first), "about the 2 conversations" in first.note) == ([], True)
+    with transaction(engine) as connection:
+        query = Query({"q": "held:yes"}, may_read=True, after=first.after)
+        assert ids(select_conversations(connection, query)) == ["s0"]
