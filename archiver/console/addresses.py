@@ -8,6 +8,7 @@ from starlette.requests import Request
 from archiver.console.failures import missing
 
 HOME = "/console/"
+_LEADING_BACK = ("/console/oidc", "/console/log")  # a login that led there would begin again
 _MAX_DIGITS = 18  # of an id
 _MAX_POSITION_DIGITS = 9
 
@@ -40,4 +41,5 @@ def local_address(address: str) -> str:
     except ValueError:
         return HOME
     is_page = not parts.scheme and not parts.netloc and parts.path.startswith(HOME) and "\\" not in address
+    is_page = is_page and not parts.path.startswith(_LEADING_BACK)
     return address if is_page and address.isprintable() else HOME

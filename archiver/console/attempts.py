@@ -2,15 +2,16 @@
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from time import monotonic
 
 from archiver.console.visitors import Visitor
 from archiver.errors import ArchiverError
 
-MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per address and name
-MAX_REMEMBERED = 10_000  # pairs of address and name
+MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per network and name
+MAX_FAILURES_OF_NETWORK = 50  # with whatever names, unless it is a proxy that does not name its visitors
+MAX_REMEMBERED = 10_000  # networks, and pairs of network and name
 MAX_WAITING, MAX_WAITING_OF_ADDRESS = 32, 3
 MAX_WAITING_OF_PROXY = 16  # if it does not name its visitors
 REST_SECONDS = 0.3  # pause after each failed attempt, so that a flood of attempts leaves most of a core to others
@@ -28,42 +29,50 @@ class Attempts:
     """The failed attempts of one process, and the turns to check one: `concurrent` at a time."""
 
     def __init__(self, concurrent: int = 1) -> None:
-        self._failed: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        self._failed: OrderedDict[tuple[str, str | None], list[float]] = OrderedDict()  # name None: any
         self._turns = asyncio.Semaphore(concurrent)
-        self._waiting: Counter[str] = Counter()  # by address
+        self._waiting: Counter[str] = Counter()  # by network
 
     @asynccontextmanager
     async def turn(self, visitor: Visitor, name: str) -> AsyncIterator[None]:
         """Wait for a turn to check a password or a code. Raises `TooManyAttemptsError`."""
-        address = visitor.address
-        self._check(address, name)
+        network = visitor.network
+        self._check(visitor, name)
         most = MAX_WAITING_OF_PROXY if visitor.is_shared else MAX_WAITING_OF_ADDRESS
-        if self._waiting[address] >= most or self._waiting.total() >= MAX_WAITING:
+        if self._waiting[network] >= most or self._waiting.total() >= MAX_WAITING:
             raise TooManyAttemptsError(1)
-        self._waiting[address] += 1
+        self._waiting[network] += 1
         try:
             async with self._turns:
-                self._check(address, name)  # again: others may have failed in the meantime
+                self._check(visitor, name)  # again: others may have failed in the meantime
                 yield
         finally:
-            self._waiting[address] -= 1
-            if not self._waiting[address]:
-                del self._waiting[address]
+            self._waiting[network] -= 1
+            if not self._waiting[network]:
+                del self._waiting[network]
 
-    def _check(self, address: str, name: str) -> None:
+    def _check(self, visitor: Visitor, name: str) -> None:
         now = monotonic()
-        recent = [at for at in self._failed.get((address, name), ()) if now - at < FAILURE_SECONDS]
-        if len(recent) >= MAX_FAILURES:
-            raise TooManyAttemptsError(recent[0] + FAILURE_SECONDS - now)
+        for key, most in _limits(visitor, name):
+            recent = [at for at in self._failed.get(key, ()) if now - at < FAILURE_SECONDS]
+            if len(recent) >= most:
+                raise TooManyAttemptsError(recent[0] + FAILURE_SECONDS - now)
 
     async def failed(self, visitor: Visitor, name: str) -> None:
         """Record a failed attempt, within its turn."""
-        key = visitor.address, name
-        self._failed[key] = [*self._failed.pop(key, []), monotonic()][-MAX_FAILURES:]
-        if len(self._failed) > MAX_REMEMBERED:
-            self._failed.popitem(last=False)
+        for key, most in _limits(visitor, name):
+            self._failed[key] = [*self._failed.pop(key, []), monotonic()][-most:]
+            if len(self._failed) > MAX_REMEMBERED:
+                self._failed.popitem(last=False)
         await asyncio.sleep(REST_SECONDS)
 
     def succeeded(self, visitor: Visitor, name: str) -> None:
-        """Forget the failed attempts of this visitor and name."""
-        self._failed.pop((visitor.address, name), None)
+        """Forget the failed attempts of this visitor and name, but not those with other names."""
+        self._failed.pop((visitor.network, name), None)
+
+
+def _limits(visitor: Visitor, name: str) -> Iterator[tuple[tuple[str, str | None], int]]:
+    """Return what is counted for an attempt, and how many may fail."""
+    yield (visitor.network, name), MAX_FAILURES
+    if not visitor.is_shared:
+        yield (visitor.network, None), MAX_FAILURES_OF_NETWORK

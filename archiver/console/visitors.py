@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 
 import msgspec
 from starlette.requests import Request
 
 FORWARDED = "x-forwarded-for"
+HOST_BITS = 64  # of an address of IPv6 (RFC 4291, 2.5.4), which a machine chooses itself
 ALLOWED, LOCAL = "FORWARDED_ALLOW_IPS", "127.0.0.1,::1"  # Uvicorn's variable for trusted proxies, and its default
 
 
@@ -16,6 +17,17 @@ class Visitor(msgspec.Struct, frozen=True):
 
     address: str
     is_shared: bool = False
+
+    @property
+    def network(self) -> str:
+        """Return what one person controls: an address of IPv4, or the 64 bits that a network of IPv6 shares."""
+        try:
+            parsed = ip_address(self.address)
+        except ValueError:
+            return self.address
+        if isinstance(parsed, IPv4Address):
+            return str(parsed)
+        return str(parsed.ipv4_mapped or ip_network((int(parsed) >> HOST_BITS << HOST_BITS, 128 - HOST_BITS)))
 
 
 def visitor_of(request: Request) -> Visitor:

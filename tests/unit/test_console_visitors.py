@@ -1,12 +1,15 @@
 """Whose attempt a login counts for, also behind a reverse proxy (I12)."""
 
 import asyncio
+import contextlib
+from collections.abc import Iterable
 
 import pytest
 from starlette.requests import Request
 
 from archiver.console.attempts import (
     MAX_FAILURES,
+    MAX_FAILURES_OF_NETWORK,
     MAX_WAITING_OF_ADDRESS,
     MAX_WAITING_OF_PROXY,
     Attempts,
@@ -83,3 +86,44 @@ def test_i12_one_visitor_of_a_proxy_does_not_lock_out_another(monkeypatch: pytes
             attempts.succeeded(user, "ada")
 
     asyncio.run(attempt())
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_addresses_that_one_person_chooses_count_as_one(address: str, network: str) -> None:
+    assert Visitor(address).network == network
+
+
+async def _fail(attempts: Attempts, visitors: Iterable[Visitor], names: Iterable[str]) -> int:
+    """How many attempts fail before the visitors must wait."""
+    failed = 0
+    with contextlib.suppress(TooManyAttemptsError):
+        for visitor, name in zip(visitors, names, strict=True):
+            async with attempts.turn(visitor, name):
+                await attempts.failed(visitor, name)
+            failed += 1
+    return failed
+
+
+async def test_many_names_and_many_addresses_of_a_network_give_no_more_attempts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("archiver.console.attempts.REST_SECONDS", 0)
+    names = [f"name{number}" for number in range(200)]
+    one = Visitor("192.0.2.1")
+    assert await _fail(Attempts(), [one] * 200, names) == MAX_FAILURES_OF_NETWORK
+    attempts = Attempts()
+    assert await _fail(attempts, [Visitor(f"2001:db8::{number:x}") for number in range(200)], ["ada"] * 200) == 5
+    async with attempts.turn(Visitor("2001:db8:0:1::1"), "ada"):  # another network
+        attempts.succeeded(one, "ada")
+    proxy = Visitor(PROXY, is_shared=True)
+    assert await _fail(Attempts(), [proxy] * 200, names) == 200

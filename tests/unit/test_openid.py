@@ -244,6 +244,11 @@ def test_an_attempt_survives_its_cookie_and_leads_only_to_pages() -> None:
         assert attempt.parse(cookie) is None or attempt.parse(cookie) == Attempt(begun.secret, "/console/")
 
 
+@pytest.mark.parametrize("path", ["oidc", "oidc/callback?code=a", "login", "logout"])
+def test_a_login_does_not_lead_to_a_page_that_begins_it_again(path: str) -> None:
+    assert attempt.begin(f"/console/{path}").following == "/console/"
+
+
 def test_the_first_group_with_a_role_decides() -> None:
     roles = console_roles.parse("legal=auditor, a=b=operator ,support=reader")
     assert roles == (("legal", "auditor"), ("a=b", "operator"), ("support", "reader"))
