@@ -68,7 +68,7 @@ def _session_upsert(after_read_by: timedelta) -> BulkInsert:
         "first_event_at": func.least(sessions.c.first_event_at, new.first_event_at),
         "last_event_at": last_event_at,
         "read_by": read_by,
-        # The same rule as in `Timing.due_after`.
+        # The same rule as in `Timing.due_after`; a test compares the two.
         "reconcile_at": func.least(
             func.greatest(sessions.c.reconcile_at, new.reconcile_at),
             func.greatest(read_by + literal_column(f"interval '{after_read_by.total_seconds()} s'"), last_event_at),

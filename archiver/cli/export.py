@@ -121,11 +121,11 @@ def command(
     export. --check names each difference from the exported or sealed state, and exits 1 if there is any. It also
     exits 1 if the export is not signed, unless --manifest gives its SHA-256 or --unsigned accepts it.
     """
-    chosen = [bool(session_ids), bool(since or until), bool(hold_ids), is_all]
+    chosen = _Chosen(session_ids, since, until, hold_ids, is_all)
     if folder is not None:
         if output is not None:
             raise click.UsageError("Use either --output (export) or --check (check an export), not both.")
-        if any(chosen) or formats or raw_csv or since_cursor is not None:
+        if chosen.count or formats or raw_csv or since_cursor is not None:
             raise click.UsageError("--check checks a whole export and accepts no selection or format.")
         known = None if against is None else verify_options.read_known_seals(against)
         keys = export.Keys(verify_options.public_keys(key_files), signed_since)
@@ -134,40 +134,57 @@ def command(
         return
     if output is None:
         raise click.UsageError("Specify --output DIR to export, or --check DIR to check an export.")
-    if any(
-        map(verify_options.is_on_command_line, ("key_files", "signed_since", "against", "digest", "accepts_unsigned"))
-    ):
+    if any(map(verify_options.is_on_command_line, _CHECK_PARAMETERS)):
         raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned require --check.")
     if raw_csv and "csv" not in formats:
         raise click.UsageError("--raw-csv requires --format csv.")
-    if _is_parquet(formats, since_cursor, is_all=is_all, is_selected=any(chosen[:-1])):
-        request = ExportRequest(Selection(is_all=True), formats[:1], actor or audit_log.actor(), reason)
-        _export(output, request, since_cursor, as_json=as_json)
-        return
-    if sum(chosen) > 1:
-        raise click.UsageError("Use only one of --session, --since/--until, --hold and --all.")
-    if not any(chosen):
-        raise click.UsageError("Specify what to export: --session, --since and --until, --hold, or --all.")
-    options.check_ids(session_ids, "session")
-    first, end = options.period(since, until)
-    times = Criteria(since=first, until=end)
-    selection = Selection(sorted({*session_ids}), [] if times.is_empty else [times], is_all)
+    is_parquet = _is_parquet(formats, since_cursor, chosen)
     request = ExportRequest(
-        selection,
+        Selection(is_all=True) if is_parquet else chosen.selection(),
         tuple(dict.fromkeys(formats)) or ("jsonl",),
         actor or audit_log.actor(),
         reason,
         sorted({*hold_ids}),
         raw_csv=raw_csv,
     )
-    _export(output, request, as_json=as_json)
+    _export(output, request, since_cursor, as_json=as_json)
 
 
-def _is_parquet(formats: tuple[str, ...], since_cursor: int | None, *, is_all: bool, is_selected: bool) -> bool:
+_CHECK_PARAMETERS = ("key_files", "signed_since", "against", "digest", "accepts_unsigned")
+
+
+class _Chosen(msgspec.Struct, frozen=True):
+    """The options that select what to export."""
+
+    session_ids: tuple[str, ...]
+    since: str | None
+    until: str | None
+    hold_ids: tuple[int, ...]
+    is_all: bool
+
+    @property
+    def count(self) -> int:
+        """Return how many kinds of selection are given; `--since` and `--until` are one."""
+        return sum(map(bool, (self.session_ids, self.since or self.until, self.hold_ids, self.is_all)))
+
+    def selection(self) -> Selection:
+        """Return the selected sessions, except those of holds; fail with a usage error unless one kind is given."""
+        if self.count > 1:
+            raise click.UsageError("Use only one of --session, --since/--until, --hold and --all.")
+        if not self.count:
+            raise click.UsageError("Specify what to export: --session, --since and --until, --hold, or --all.")
+        options.check_ids(self.session_ids, "session")
+        first, end = options.period(self.since, self.until)
+        times = Criteria(since=first, until=end)
+        return Selection(sorted({*self.session_ids}), [] if times.is_empty else [times], self.is_all)
+
+
+def _is_parquet(formats: tuple[str, ...], since_cursor: int | None, chosen: _Chosen) -> bool:
     """Return whether an export in Parquet is requested; fail with a usage error if other options exclude it."""
     if export.PARQUET not in formats and since_cursor is None:
         return False
-    if set(formats) != {export.PARQUET} or is_selected or not (is_all or since_cursor is not None):
+    is_selected = chosen.count > chosen.is_all
+    if set(formats) != {export.PARQUET} or is_selected or not (chosen.is_all or since_cursor is not None):
         raise click.UsageError(
             "--format parquet requires --all or --since-cursor, and accepts no other selection or format;"
             " --since-cursor requires --format parquet."

@@ -11,6 +11,9 @@ from archiver import telemetry
 TOLERANCE = timedelta(minutes=1)  # tolerance by which a machine's clock may be ahead of the database clock
 MAX_AGE_SECONDS = 10.0  # of a reading; the monotonic clock stands still while a virtual machine is suspended
 MAX_ROUND_TRIP_SECONDS = 1.0  # a longer one waited for a lock, which was requested after the time
+# The longest wait for a retry, a pause or an open circuit: a server may request a day; an hour is left for clocks. A
+# later due time was stored while a clock was ahead. A reading may also wait for the lifetime of its session.
+MAX_WAIT = timedelta(hours=25)
 
 
 class _DatabaseClock:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
+from archiver.durable import sync_folder
 from archiver.embedded import account as accounts
 from archiver.embedded import binaries, paths, postmaster
 from archiver.embedded.account import Account
@@ -122,15 +123,7 @@ def _initialise(cluster: Cluster, start_lock: int) -> None:
             )
         fresh.rename(cluster.data)
         undo.pop_all()
-    _sync_folder(cluster.data.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    entry = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)
+    sync_folder(cluster.data.parent)
 
 
 def _check_owner(cluster: Cluster) -> None:

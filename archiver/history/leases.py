@@ -174,6 +174,13 @@ def make_due(connection: Connection, session_ids: Sequence[str], claimed_until: 
     connection.execute(updated, {"session_ids": sorted(session_ids)})
 
 
+def make_due_beyond(connection: Connection, now: datetime, beyond: datetime) -> int:
+    """Make readings due now that are due after `beyond`, which no reading can be; return their number."""
+    return connection.execute(
+        update(tables.sessions).where(_sessions.reconcile_at > beyond).values(reconcile_at=now)
+    ).rowcount
+
+
 def select_statuses(connection: Connection, session_ids: Sequence[str]) -> dict[str, SessionStatus]:
     """Return the status of each of these sessions; unknown sessions are omitted."""
     rows = connection.execute(select(*_STATUS_COLUMNS).where(_AMONG), {"session_ids": list(session_ids)})

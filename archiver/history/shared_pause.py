@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -22,6 +22,11 @@ _POLL_SECONDS = 0.1
 _NAME = "callhq"
 # The pause applies to all calls if this many of the latest sessions within this time must wait.
 MIN_SESSIONS, LATEST, RECENT_SECONDS = 3, 5, 60.0
+
+
+def end_pauses_beyond(connection: Connection, now: datetime, beyond: datetime) -> int:
+    """End pauses now that would end after `beyond`, which no pause can; return their number."""
+    return connection.execute(update(tables.pauses).where(tables.pauses.c.until > beyond).values(until=now)).rowcount
 
 
 class SharedPause:

@@ -1,26 +1,17 @@
 """Serve `GET /metrics`. It needs no secret, so its cost is limited: it must not delay webhooks."""
 
 import asyncio
-from datetime import datetime
 
-from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import Response
 
-from archiver import telemetry
+from archiver import ledger, telemetry
 from archiver.database import run_async
 
 RETRY_SECONDS = 5.0  # between two attempts to read the ledger
-MAX_EXAMINED = 100_000  # newest events; a backfill may have stored many since the last webhook
 REST = 9  # pause after a response, as a multiple of the time to build it: responses take at most a tenth of the time
-
-_NEWEST_WEBHOOK = text(
-    "SELECT last_received_at"
-    " FROM (SELECT id, source, last_received_at FROM archiver.events ORDER BY id DESC LIMIT :most) AS newest"
-    " WHERE source = 'webhook' ORDER BY id DESC LIMIT 1"
-).bindparams(most=MAX_EXAMINED)
 
 
 class Metrics:
@@ -51,15 +42,12 @@ async def restore_last_event(engine: AsyncEngine) -> None:
     """Set the time of the last event from the ledger after a restart. Retries while the database is unavailable."""
     while True:
         try:
-            newest = await run_async(engine, _select_last_event, RETRY_SECONDS, statement_seconds=RETRY_SECONDS)
+            newest = await run_async(
+                engine, ledger.select_last_webhook, RETRY_SECONDS, statement_seconds=RETRY_SECONDS
+            )
         except (SQLAlchemyError, TimeoutError):  # reported by ingest and by /readyz
             await asyncio.sleep(RETRY_SECONDS)
         else:
             if newest is not None:
                 telemetry.last_event.set(newest.timestamp())
             return
-
-
-def _select_last_event(connection: Connection) -> datetime | None:
-    newest: datetime | None = connection.scalar(_NEWEST_WEBHOOK)
-    return newest

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Self
 
 import msgspec
-from sqlalchemy import Connection, case, func, literal_column
+from sqlalchemy import Connection, case, func, literal_column, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
@@ -365,3 +365,17 @@ def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
     if is_repeat and is_from_upstream and not (row.is_dated_back and group.occurred_at == row.occurred_at):
         return None
     return archive.Fact(first.content, first.source, row.received_at, row.occurred_at, is_repeat)
+
+
+# Only the newest events are examined: a backfill may have stored many since the last webhook.
+_SELECT_LAST_WEBHOOK = text(
+    "SELECT last_received_at"
+    " FROM (SELECT id, source, last_received_at FROM archiver.events ORDER BY id DESC LIMIT 100000) AS newest"
+    " WHERE source = 'webhook' ORDER BY id DESC LIMIT 1"
+)
+
+
+def select_last_webhook(connection: Connection) -> datetime | None:
+    """Return when the newest webhook arrived; None if none is among the newest 100,000 events."""
+    result: datetime | None = connection.scalar(_SELECT_LAST_WEBHOOK)
+    return result

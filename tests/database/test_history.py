@@ -1,18 +1,22 @@
 """History in the ledger: what a reading repairs, how late webhooks claim it, and what is said of coverage."""
 
 import json
+import random
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
+from archiver.archive import Timing
 from archiver.archive.rebuild import rebuild
+from archiver.archive.rows import upsert_sessions
 from archiver.database import transaction
 from archiver.events import Event, responses
 from tests.support.histories import START, TIMING, Archive, answer, said, turn
 from tests.support.payloads import created, deleted
+from tests.support.rows import rows
 
 
 def contents(transcript: Sequence[Any]) -> list[str]:
@@ -477,3 +481,30 @@ def test_i10_a_rebuild_gives_the_same_rows(archive: Archive) -> None:
         connection.execute(text("INSERT INTO archiver.sessions VALUES ('made up', 'epoch', 'epoch')"))
     list(rebuild(archive.engine, TIMING))
     assert archive.dump() == before
+
+
+@pytest.mark.parametrize(
+    ("quiet", "lifetime"), [(300, 86_400), (3_600, 7_200), (10, 600)], ids=["default", "long_quiet", "short"]
+)
+def test_the_next_reading_after_events_is_the_same_in_sql_as_in_python(
+    engine: Engine, quiet: int, lifetime: int
+) -> None:
+    """`Timing.due_after` and the upsert of sessions: events of a session arrive in any order, in several batches."""
+    timing = Timing(timedelta(seconds=quiet), timedelta(seconds=lifetime))
+    chance = random.Random(quiet)
+    times = {
+        f"s{number}": [
+            START
+            + timedelta(seconds=chance.choice([0, 1, 0.998, 1.2]) * lifetime)
+            + chance.random() * chance.choice([timing.wait, timing.lifetime])
+            for _ in range(chance.randint(1, 5))
+        ]
+        for number in range(100)
+    }
+    for place in range(5):
+        arrivals = {key: [each[place]] for key, each in times.items() if place < len(each)}
+        with transaction(engine) as connection:
+            upsert_sessions(connection, arrivals, timing)
+    expected = {key: timing.due_after(max(each), timing.read_by(min(each))) for key, each in times.items()}
+    found = rows(engine, "SELECT session_id, reconcile_at FROM archiver.sessions WHERE session_id <> ''")
+    assert dict(found) == expected

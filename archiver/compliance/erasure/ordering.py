@@ -106,32 +106,14 @@ def order(
     if not skip_held:
         check(engine, unique_targets, rule, entry)
     elif act_id is None:
-        known = _select_held(
-            engine, unique_targets
-        )  # for the audit entry, which is recorded with the first part and never changes
+        known = _select_held(engine, unique_targets)
+    request = _Request(rule, entry, skip_held, erased_at or {}, known)
     done = Ordered(act_id, [], {})
     left, skipped = deque(parts(unique_targets, BATCH_SIZE)), list[DBAPIError]()
     while left:
         part = left.popleft()
-        work = partial(
-            _order,
-            targets=part,
-            rule=rule,
-            entry=entry,
-            act_id=done.act_id,
-            skip_held=skip_held,
-            erased_at=erased_at or {},
-            matches=matches if not left else NO_MATCHES,
-            known=known,
-        )
         try:
-            more = run_until_locked(
-                engine, work, lock_seconds=LOCK_SECONDS, attempts=ATTEMPTS, pause_seconds=LOCK_SECONDS
-            )
-        except HeldError as error:
-            error.ordered = len(done.targets)
-            _record_refusal(engine, entry, rule, error)
-            raise
+            more = _order_part(engine, request, part, done, NO_MATCHES if left else matches)
         except _SlowTargetError as error:
             if len(part) == 1:
                 skipped.append(error.cause)
@@ -149,6 +131,37 @@ def order(
     elif skipped:
         raise skipped[0]
     return done
+
+
+class _Request(msgspec.Struct, frozen=True):
+    """The arguments of `order` that are the same for each part.
+
+    `known`: all held targets, for the audit entry, which is recorded with the first part and never changes.
+    """
+
+    rule: Rule
+    entry: AuditEntry
+    skip_held: bool
+    erased_at: Mapping[Target, datetime]
+    known: Mapping[Target, Sequence[int]]
+
+
+def _order_part(
+    engine: Engine, request: _Request, targets: Sequence[Target], done: Ordered, matches: QuarantineMatches
+) -> Ordered:
+    """Order the erasure of these targets in one transaction; `done`: what was ordered before.
+
+    Raises `_SlowTargetError` and `HeldError`, which is recorded.
+    """
+    work = partial(_order, request=request, targets=targets, act_id=done.act_id, matches=matches)
+    try:
+        return run_until_locked(
+            engine, work, lock_seconds=LOCK_SECONDS, attempts=ATTEMPTS, pause_seconds=LOCK_SECONDS
+        )
+    except HeldError as error:
+        error.ordered = len(done.targets)
+        _record_refusal(engine, request.entry, request.rule, error)
+        raise
 
 
 def check(engine: Engine, targets: Sequence[Target], rule: Rule, entry: AuditEntry) -> None:
@@ -176,29 +189,25 @@ def _detail(entry: AuditEntry, rule: Rule, held: Mapping[Target, Sequence[int]])
 def _order(
     connection: Connection,
     *,
+    request: _Request,
     targets: Sequence[Target],
-    rule: Rule,
-    entry: AuditEntry,
     act_id: int | None,
-    skip_held: bool,
-    erased_at: Mapping[Target, datetime],
     matches: QuarantineMatches,
-    known: Mapping[Target, Sequence[int]],
 ) -> Ordered:
     if ids := sorted({*matches.by_id, *matches.by_variable}):
         quarantine.lock_rows(connection, ids)  # before the recording lock, as `quarantine retry` does
     with _exclusively(connection):
         whole = with_unassigned(connection, targets)
         held = covering(connection, whole)
-        if held and not skip_held:
+        if held and not request.skip_held:
             raise HeldError(held)
         deletable = [target for target in whole if target not in held]
         if deletable and act_id is None:
-            act_id = audit_log.insert_entry(
-                connection, entry.kind, entry.actor, entry.reason, _detail(entry, rule, {**known, **held})
-            )
+            entry, rule = request.entry, request.rule
+            detail = _detail(entry, rule, {**request.known, **held})
+            act_id = audit_log.insert_entry(connection, entry.kind, entry.actor, entry.reason, detail)
         if deletable and act_id is not None:
-            _insert_erasures(connection, deletable, rule, act_id, erased_at)
+            _insert_erasures(connection, deletable, request.rule, act_id, request.erased_at)
         return Ordered(act_id, deletable, held, delete_matches(connection, matches))
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from archiver.compliance.export.manifest import File
 from archiver.compliance.export.partial_folder import held, remove_left
+from archiver.durable import sync_folder
 from archiver.errors import ArchiverError
 
 BUFFER = 256 * 1024  # bytes hashed and written at a time
@@ -33,12 +34,12 @@ def made(output: Path) -> Iterator[Path]:
         with held(target) as partial:
             try:
                 yield partial
-                sync(partial)
+                sync_folder(partial)
                 partial.rename(target)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-        sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise FolderError(_explain(error, target)) from error
 
@@ -61,15 +62,6 @@ def _explain(error: OSError, target: Path) -> str:
     if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
         return f"{target} was created by another process: choose another --output."
     return f"Cannot write {target}: {error.strerror or error}. Its parent must be writable: choose another folder."
-
-
-def sync(folder: Path) -> None:
-    """Make the names of its files durable."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 class Sink:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from archiver.durable import sync_folder
 from archiver.events import Content, Delivery
 from archiver.inbound.spool import files
 from archiver.inbound.spool.counting import LOST, Count, add_lost
@@ -25,7 +26,7 @@ from archiver.inbound.spool.errors import (
     unusable_message,
 )
 from archiver.inbound.spool.files import PAGE_BYTES, Row, delivery_of, open_file, row_of, transaction
-from archiver.inbound.spool.salvage import insert_found, overwrite, set_aside, sync
+from archiver.inbound.spool.salvage import insert_found, overwrite, set_aside
 from archiver.inbound.spool.scanning import scan
 
 log = structlog.get_logger(__name__)
@@ -346,7 +347,7 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
     """Open the first unlocked file of this folder, or create one. Raises `SpoolError`."""
     with explained(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync(folder.parent)  # SQLite syncs the files in the folder
+        sync_folder(folder.parent)  # SQLite syncs the files in the folder
     faults: list[SpoolError] = []
     for number in range(MAX_FILES):
         try:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import count, takewhile
 from pathlib import Path
 
+from archiver.durable import sync_folder
 from archiver.inbound.spool import files
 from archiver.inbound.spool.errors import SpoolDamagedError, explained
 from archiver.inbound.spool.scanning import scan
@@ -30,7 +31,7 @@ def set_aside(path: Path, wal: bytes, deleted: Collection[int]) -> tuple[int, Pa
             if (beside := Path(f"{path}{end}")).exists():
                 beside.rename(f"{saved_as}{end}")
         fresh.replace(path)
-        sync(path.parent)
+        sync_folder(path.parent)
     return saved, saved_as
 
 
@@ -92,12 +93,3 @@ def overwrite(path: Path) -> None:
                 os.fsync(file.fileno())
                 file.truncate(0)
                 os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make created and renamed files in the folder durable."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

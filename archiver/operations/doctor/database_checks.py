@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from archiver import database
 from archiver.archive import rollups, search
 from archiver.database import catalogue, identity, lock_waits, roles, schema
+from archiver.database.clock import MAX_WAIT
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
 from archiver.operations.doctor.login_checks import examine_logins, examine_snapshots
@@ -51,33 +52,8 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         ):
             is_reached = True
             yield Finding("database", "ok", f"Reached {embedded or schema.where(connection)}.")
-            checks = (
-                examine_version,
-                examine_durability,
-                examine_lock_table,
-                _schema_access,
-                _schema,
-                _privileges,
-                _roles,
-                examine_logins,
-                examine_snapshots,
-                _outbox,
-                _followups,
-            )
             yield from examine_pooler(connection, configuration)
-            for check in checks:
-                finding = check(connection)
-                if finding is not None:
-                    yield finding
-                    if finding.verdict == "failure" and check in {_schema_access, _schema}:
-                        break
-                if check is _schema:
-                    yield from _catalogue(connection, configuration)
-                    yield from examine_tables(connection)
-                if check is _privileges and finding is not None and finding.verdict == "ok":
-                    yield _sealing(connection, configuration.seal_every, has_key=bool(configuration.seal_key))
-                    yield _times_ahead(connection, configuration.session_lifetime)
-                    yield _webhooks(connection)
+            yield from _main_checks(configuration, connection)
             yield from _workers(connection)
             yield from _search(connection, configuration)
             yield from _set_aside(connection)
@@ -90,15 +66,48 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
     except database.EncodingError as error:
         yield Finding("encoding", "failure", "The database is not UTF-8.", str(error))
     except SQLAlchemyError as error:
-        message = str(getattr(error, "orig", None) or error).strip()
-        detail = message.splitlines()[0]
-        if is_reached:
-            is_full = database.sqlstate(error) == OUT_OF_MEMORY
-            advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database rejected a query: see its log."
-            yield Finding("questions", "failure", detail, advice)
-        else:
-            advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message, engine)
-            yield Finding("database", "failure", detail, advice)
+        yield _failed(error, engine, is_reached=is_reached)
+
+
+def _main_checks(configuration: Settings, connection: Connection) -> Iterator[Finding]:
+    """Run the checks that depend on each other: without access to the schema, or with another one, the rest fail."""
+    for check in (
+        examine_version,
+        examine_durability,
+        examine_lock_table,
+        _schema_access,
+        _schema,
+        _privileges,
+        _roles,
+        examine_logins,
+        examine_snapshots,
+        _outbox,
+        _followups,
+    ):
+        finding = check(connection)
+        if finding is not None:
+            yield finding
+            if finding.verdict == "failure" and check in {_schema_access, _schema}:
+                return
+        if check is _schema:
+            yield from _catalogue(connection, configuration)
+            yield from examine_tables(connection)
+        if check is _privileges and finding is not None and finding.verdict == "ok":
+            yield _sealing(connection, configuration.seal_every, has_key=bool(configuration.seal_key))
+            yield _times_ahead(connection, configuration.session_lifetime)
+            yield _webhooks(connection)
+
+
+def _failed(error: SQLAlchemyError, engine: Engine, *, is_reached: bool) -> Finding:
+    """Return the finding for a database error, which ends the checks."""
+    message = str(getattr(error, "orig", None) or error).strip()
+    detail = message.splitlines()[0]
+    if is_reached:
+        is_full = database.sqlstate(error) == OUT_OF_MEMORY
+        advice = database.NO_ROOM_FOR_LOCKS if is_full else "The database rejected a query: see its log."
+        return Finding("questions", "failure", detail, advice)
+    advice = database.CERTIFICATE_ADVICE if database.is_untrusted(error) else _advice_on(message, engine)
+    return Finding("database", "failure", detail, advice)
 
 
 # Messages of libpq and Postgres in English; for other languages the general advice is given.
@@ -441,8 +450,8 @@ def _webhooks(connection: Connection) -> Finding:
     return Finding("webhooks", "ok", "Webhooks arrive: histories show no undelivered turns since the latest webhook.")
 
 
-# Each time with its largest plausible distance: a lease lasts at most a minute, a retry waits at most a day, a
-# reading at most the lifetime of its session.
+# Each time with its largest plausible distance: a lease lasts at most a minute; for the others as a worker corrects
+# them (`worker.clock_recovery`).
 _AHEAD = text(
     """
     SELECT what, moment FROM (
@@ -452,8 +461,8 @@ _AHEAD = text(
         UNION ALL SELECT 'the lease of a subscription', max(leased_until), interval '1 minute'
                     FROM archiver.subscriptions
         UNION ALL SELECT 'the next reading of a session', max(reconcile_at),
-                         interval '1 day' + make_interval(secs => :lifetime) FROM archiver.sessions
-        UNION ALL SELECT 'the next attempt at a follow-up', max(due_at), interval '1 day'
+                         make_interval(secs => :wait + :lifetime) FROM archiver.sessions
+        UNION ALL SELECT 'the next attempt at a follow-up', max(due_at), make_interval(secs => :wait)
                     FROM archiver.deliveries WHERE state = 'pending'
     ) AS times (what, moment, ahead)
      WHERE moment > clock_timestamp() + ahead + interval '1 minute'
@@ -463,7 +472,7 @@ _AHEAD = text(
 
 def _times_ahead(connection: Connection, lifetime: float) -> Finding:
     """Check for due times recorded while a clock was ahead."""
-    rows = connection.execute(_AHEAD, {"lifetime": lifetime}).all()
+    rows = connection.execute(_AHEAD, {"lifetime": lifetime, "wait": MAX_WAIT.total_seconds()}).all()
     if not rows:
         return Finding("times", "ok", "No due time in the database is implausibly far ahead.")
     listed = "; ".join(f"{row.what}: {row.moment:%Y-%m-%d %H:%M:%S} UTC" for row in rows)

@@ -1,5 +1,6 @@
 """Results of checks."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -14,3 +15,12 @@ class Finding(msgspec.Struct, frozen=True):
     verdict: Verdict
     detail: str
     advice: str = ""
+
+
+MAX_NAMED = 5  # in one finding
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first `MAX_NAMED` names, and the number of the others."""
+    more = f"; and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return "; ".join(names[:MAX_NAMED]) + more

@@ -8,11 +8,10 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 
 from archiver.database import roles
-from archiver.operations.doctor.finding import Finding
+from archiver.operations.doctor.finding import MAX_NAMED, Finding, shortened
 
 OLD_SECONDS = 600.0  # of a snapshot
 OLD_TRANSACTIONS = 1_000_000  # since a snapshot for which Postgres shows this user no time
-MAX_NAMED = 5  # logins or snapshots, in one finding
 
 _TIMEOUTS = {"statement_timeout": "60s", "idle_in_transaction_session_timeout": "60s"}
 _READER_LIMITS = {**_TIMEOUTS, "default_transaction_read_only": "on", "jit": "off"}
@@ -71,7 +70,7 @@ def examine_logins(connection: Connection) -> Finding:
         for login, names in list(lacking.items())[:MAX_NAMED]
         for name in names
     ]
-    detail = f"Logins that read the archive have no limits: {_few(named)}."
+    detail = f"Logins that read the archive have no limits: {shortened(named)}."
     return Finding("logins", "warning", detail, f"As an administrator: {' '.join(statements)}")
 
 
@@ -136,7 +135,7 @@ def examine_snapshots(connection: Connection) -> Finding:
     old = [each for row in connection.execute(_SELECT_SNAPSHOTS) if (each := Snapshot(*row)).is_old]
     if not old:
         return Finding("snapshots", "ok", "No old snapshot keeps Postgres from removing old row versions.")
-    detail = f"Snapshots keep Postgres from removing old row versions: {_few([*map(str, old)])}."
+    detail = f"Snapshots keep Postgres from removing old row versions: {shortened([*map(str, old)])}."
     return Finding("snapshots", "warning", detail, " ".join(_endings(old)))
 
 
@@ -147,8 +146,3 @@ def _endings(old: Sequence[Snapshot]) -> Iterator[str]:
     if any(not each.pid for each in old):
         yield "COMMIT PREPARED or ROLLBACK PREPARED ends a prepared transaction."
     yield "Set idle_in_transaction_session_timeout for their logins."
-
-
-def _few(named: Sequence[str]) -> str:
-    more = f"; and {len(named) - MAX_NAMED:,} more" if len(named) > MAX_NAMED else ""
-    return "; ".join(named[:MAX_NAMED]) + more

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, text
 
 from archiver.database.schema import SCHEMAS
-from archiver.operations.doctor.finding import Finding
-
-_NAMED = 5  # tables in a finding
+from archiver.operations.doctor.finding import Finding, shortened
 
 # A trigger without ENABLE ALWAYS does not run in sessions with role `replica`. The setting may be another user's.
 _OTHER_ROLES = text(
@@ -63,11 +61,11 @@ def examine_tables(connection: Connection) -> Iterator[Finding]:
         yield Finding("guards", "failure", detail, f"As an administrator: {' '.join(others)}")
     parameters = {"schemas": list(SCHEMAS)}
     if tables := list(connection.scalars(_UNIDENTIFIED, parameters)):
-        detail = f"Postgres refuses changes to published tables without replica identity: {_some(tables)}."
+        detail = f"Postgres refuses changes to published tables without replica identity: {shortened(tables)}."
         advice = f"As their owner: ALTER TABLE {tables[0]} REPLICA IDENTITY DEFAULT; and the same for the others."
         yield Finding("replication", "failure", detail, advice)
     if tables := list(connection.scalars(_NOT_VACUUMED, parameters)):
-        detail = f"autovacuum is off for {_some(tables)}: they grow, and statements become slow."
+        detail = f"autovacuum is off for {shortened(tables)}: they grow, and statements become slow."
         advice = f"As their owner: ALTER TABLE {tables[0]} RESET (autovacuum_enabled, toast.autovacuum_enabled);"
         yield Finding("autovacuum", "warning", detail, advice)
     for name in ("autovacuum", "track_counts"):
@@ -80,8 +78,3 @@ def _reset(connection: Connection) -> str:
     resets = list(connection.scalars(_OTHER_ROLES))
     general = "ALTER ROLE … RESET session_replication_role; and the same for ALTER DATABASE."
     return f"As an administrator: {' '.join(resets) or general}"
-
-
-def _some(tables: list[str]) -> str:
-    more = len(tables) - _NAMED
-    return ", ".join(tables[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -103,6 +103,14 @@ def select_due(
     return [Due(*row) for row in connection.execute(_SELECTS[is_ordered, is_probe], values)]
 
 
+_MAKE_DUE_BEYOND = text("UPDATE archiver.deliveries SET due_at = :now WHERE state = 'pending' AND due_at > :beyond")
+
+
+def make_due_beyond(connection: Connection, now: datetime, beyond: datetime) -> int:
+    """Make pending deliveries due now that are due after `beyond`, which none can be; return their number."""
+    return connection.execute(_MAKE_DUE_BEYOND, {"now": now, "beyond": beyond}).rowcount
+
+
 _COUNT_PENDING = text(
     "SELECT count(*) FROM (SELECT FROM archiver.deliveries WHERE subscription_id = :id AND state = 'pending'"
     " LIMIT :most) AS first_ones"

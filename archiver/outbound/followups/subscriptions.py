@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, text, update
 
 from archiver.database import tables
+from archiver.database.clock import MAX_WAIT
 from archiver.errors import ArchiverError
 from archiver.inbound.signatures import standard_webhooks
 
@@ -210,6 +211,7 @@ def release(connection: Connection, subscription_id: int, owner: str) -> None:
     connection.execute(_RELEASE, {"id": subscription_id, "owner": owner})
 
 
+# After an idle period that is longer than any wait between two attempts, the count of failures starts again.
 _SET_CIRCUIT = text(
     """
     UPDATE archiver.subscriptions
@@ -222,14 +224,17 @@ _SET_CIRCUIT = text(
      WHERE id = :id
     """
 )
-# Longer than any wait between two attempts: after such an idle period the count of failures starts again.
-_IDLE_SECONDS = 90_000.0
 
 
 def set_circuit(connection: Connection, subscription_id: int, failures: int, wait: float) -> None:
     """Store the number of consecutive failures; the circuit stays open for at least `wait` seconds from now."""
-    values = {"id": subscription_id, "failures": failures, "wait": wait, "idle": _IDLE_SECONDS}
+    values = {"id": subscription_id, "failures": failures, "wait": wait, "idle": MAX_WAIT.total_seconds()}
     connection.execute(_SET_CIRCUIT, values)
+
+
+def probe_beyond(connection: Connection, now: datetime, beyond: datetime) -> int:
+    """Let circuits be probed now that are open until after `beyond`, which none can be; return their number."""
+    return connection.execute(update(_S).where(_S.c.open_until > beyond).values(open_until=now)).rowcount
 
 
 # Active subscriptions with unread changes or due deliveries, unless another owner has leased them.

@@ -17,8 +17,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from archiver.compliance.export import manifest
-from archiver.compliance.export.folder import FolderError, sync, write_small
+from archiver.compliance.export.folder import FolderError, write_small
 from archiver.compliance.export.manifest import Manifest
+from archiver.durable import sync_folder
 
 _NEW = ".new"
 
@@ -103,9 +104,9 @@ class Staging:
             write_small(self.path(manifest.SIGNATURE), key.sign(encoded))
         for each in [self._new, *self._new.rglob("*")]:
             if each.is_dir():
-                sync(each)
+                sync_folder(each)
         write_small(self.path(manifest.MANIFEST), encoded)
-        sync(self._new)
+        sync_folder(self._new)
         self._install(new)
         return digest
 
@@ -127,13 +128,13 @@ class Staging:
                 (self.target / name).parent.rmdir()
             changed.add((self.target / name).parent.parent)
         for each in sorted(filter(Path.exists, changed)):
-            sync(each)
+            sync_folder(each)
         if new.signed_by is None:
             (self.target / manifest.SIGNATURE).unlink(missing_ok=True)
         for name in (manifest.SIGNATURE, manifest.DIGEST, manifest.MANIFEST):
             if (self._new / name).exists():
                 (self._new / name).replace(self.target / name)
-        sync(self.target)
+        sync_folder(self.target)
         self.former = new
 
 
