@@ -46,7 +46,7 @@ MAX_SESSIONS_PER_CHAT = 50  # to which one chat can be assigned
 class AmbiguousSessionError(ArchiverError):
     """An unassigned chat belongs to too many sessions to be assigned."""
 
-    message = "An unassigned chat belongs to too many sessions to be assigned."
+    message = "an unassigned chat belongs to too many sessions to be assigned"
 
 
 def project(

@@ -167,7 +167,7 @@ _SELECT_TURNS = text(
 
 
 def select_turn_states(connection: Connection, keys: Sequence[Key]) -> dict[Key, TurnState]:
-    """Return the published states of those of these turns that are archived."""
+    """Return the published states of the turns that are archived."""
     rows_json = [{"session_id": session_id, "chat_id": chat_id} for session_id, chat_id in keys]
     chats: dict[Key, Row] = {}
     texts: dict[Key, list[MessageText]] = defaultdict(list)

@@ -138,7 +138,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # the reader closed the pipe
             sys.exit(1)
-        fail(f"Cannot write: {error.strerror}.")
+        fail(f"cannot write: {error.strerror}")
 
 
 _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN}

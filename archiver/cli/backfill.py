@@ -182,9 +182,9 @@ def command(
     listed = (*session_ids, *(_read_ids(file) if file else ()))
     options.check_ids(listed, "session")
     if sum([bool(session_ids or file), since is not None, every]) > 1:
-        raise click.UsageError("Use only one of --session/--file, --since and --all.")
+        raise click.UsageError("use only one of --session/--file, --since and --all")
     if file is not None and not listed:
-        raise click.UsageError("The file contains no ids.")
+        raise click.UsageError("--file: the file contains no ids; write one id per line")
     selection = Selection(listed, options.moment(since, "--since"), every)
     configuration = settings.read()
     telemetry.configure_logs("error", configuration.log_format)

@@ -50,7 +50,7 @@ def running(configuration: Settings, *, create: bool = False) -> Iterator[embedd
             else ""
         )
         raise SettingsError(
-            f"No embedded database in {home} (ARCHIVER_HOME). Set DATABASE_URL,"
+            f"no embedded database in {home} (ARCHIVER_HOME). Set DATABASE_URL,"
             f" or run this command where `archiver serve` runs.{hint}"
         )
     with embedded.running(configuration.home) as postgres:

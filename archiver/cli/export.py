@@ -124,20 +124,20 @@ def command(
     chosen = _Chosen(session_ids, since, until, hold_ids, is_all)
     if folder is not None:
         if output is not None:
-            raise click.UsageError("Use either --output (export) or --check (check an export), not both.")
+            raise click.UsageError("use either --output (export) or --check (check an export), not both")
         if chosen.count or formats or raw_csv or since_cursor is not None:
-            raise click.UsageError("--check checks a whole export and accepts no selection or format.")
+            raise click.UsageError("--check checks a whole export and accepts no selection or format")
         known = None if against is None else verify_options.read_known_seals(against)
         keys = export.Keys(verify_options.public_keys(key_files), signed_since)
         digest = None if digest is None else digest.lower()
         _check(folder, keys, known, digest, accepts_unsigned=accepts_unsigned, as_json=as_json)
         return
     if output is None:
-        raise click.UsageError("Specify --output DIR to export, or --check DIR to check an export.")
+        raise click.UsageError("specify --output DIR to export, or --check DIR to check an export")
     if any(map(verify_options.is_on_command_line, _CHECK_PARAMETERS)):
-        raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned require --check.")
+        raise click.UsageError("--key, --signed-since, --against, --manifest and --unsigned require --check")
     if raw_csv and "csv" not in formats:
-        raise click.UsageError("--raw-csv requires --format csv.")
+        raise click.UsageError("--raw-csv requires --format csv")
     is_parquet = _is_parquet(formats, since_cursor, chosen)
     request = ExportRequest(
         Selection(is_all=True) if is_parquet else chosen.selection(),
@@ -170,9 +170,9 @@ class _Chosen(msgspec.Struct, frozen=True):
     def selection(self) -> Selection:
         """Return the selected sessions, except those of holds; fail with a usage error unless one kind is given."""
         if self.count > 1:
-            raise click.UsageError("Use only one of --session, --since/--until, --hold and --all.")
+            raise click.UsageError("use only one of --session, --since/--until, --hold and --all")
         if not self.count:
-            raise click.UsageError("Specify what to export: --session, --since and --until, --hold, or --all.")
+            raise click.UsageError("specify what to export: --session, --since and --until, --hold, or --all")
         options.check_ids(self.session_ids, "session")
         first, end = options.period(self.since, self.until)
         times = Criteria(since=first, until=end)
@@ -187,7 +187,7 @@ def _is_parquet(formats: tuple[str, ...], since_cursor: int | None, chosen: _Cho
     if set(formats) != {export.PARQUET} or is_selected or not (chosen.is_all or since_cursor is not None):
         raise click.UsageError(
             "--format parquet requires --all or --since-cursor, and accepts no other selection or format;"
-            " --since-cursor requires --format parquet."
+            " --since-cursor requires --format parquet"
         )
     return True
 

@@ -49,21 +49,21 @@ def _end_if_interrupted(error: BaseException) -> None:
 
 def _explain(error: SQLAlchemyError) -> str:
     if not isinstance(error, DBAPIError):
-        return f"The database did not respond ({type(error).__name__}).\n{_advice()}"
+        return f"the database did not respond ({type(error).__name__}).\n{_advice()}"
     text, state = str(error.orig).strip(), sqlstate(error)
     if state == INSUFFICIENT_PRIVILEGE:
         role = _role(sys.argv[1:])
         return (
-            f"The database refused: {text.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
+            f"the database refused: {text.splitlines()[0]}.\nThis command needs the role {role}: as an administrator"
             f" run GRANT {role} TO the_user; or see `archiver doctor`."
         )
     if is_untrusted(error):
-        return f"The database cannot be trusted: {text}\n{CERTIFICATE_ADVICE}"
+        return f"the database cannot be trusted: {text}\n{CERTIFICATE_ADVICE}"
     # Without a SQLSTATE the message is the driver's, or the server's reason for refusing the connection.
     is_from_server = state is not None or "FATAL: " in text
     if is_from_server:
         return explain_refusal(text)
-    return f"The database cannot be reached: {text}\n{_advice()}"
+    return f"the database cannot be reached: {text}\n{_advice()}"
 
 
 def _advice() -> str:
@@ -80,4 +80,4 @@ def explain_refusal(text: str) -> str:
     advice = _advice()
     if "statement pooling mode" in text:  # PgBouncer's wording
         advice = "Set pool_mode = transaction (or session) in the configuration of PgBouncer."
-    return f"The database refused: {text}\n{advice}"
+    return f"the database refused: {text}\n{advice}"

@@ -55,7 +55,7 @@ def add(
     name, value = options.name_and_value(variable, "--variable") if variable is not None else (None, None)
     criteria = Criteria(session_id, assistant_id, name, value, *options.period(since, until))
     if criteria.is_empty:
-        raise click.UsageError("Specify what to hold: --session, --assistant, --variable, --since or --until.")
+        raise click.UsageError("specify what to hold: --session, --assistant, --variable, --since or --until")
     with connection.ready(settings.read()) as engine:
         with _changing(engine) as opened:
             hold_id = erasure.insert_hold(opened, criteria, actor or trail.actor(), reason)
@@ -108,7 +108,7 @@ def release(*, hold_id: int, reason: str, actor: str | None) -> None:
 
 def _check_reason(reason: str) -> None:
     if not reason.strip():
-        raise click.UsageError("--reason TEXT is required for the audit log.")
+        raise click.UsageError("--reason TEXT is required for the audit log")
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _changing(engine: Engine) -> Iterator[Connection]:
         if database.sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
         raise settings.SettingsError(
-            "This database user has no privilege to place or release holds (archiver_writer never has it).\n"
+            "this database user has no privilege to place or release holds (archiver_writer never has it).\n"
             "As the owner: GRANT archiver_auditor TO the_user;"
             " GRANT INSERT, UPDATE (released_at, released_by) ON archiver.holds TO the_user;"
             " GRANT USAGE ON SCHEMA archiver_jobs TO the_user;"

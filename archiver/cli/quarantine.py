@@ -84,7 +84,7 @@ def _empty_message(reason: str | None) -> str:
 def show(quarantine_id: int, raw: bool, as_json: bool) -> None:
     """Show one quarantined delivery with its body."""
     if raw and as_json:
-        raise click.UsageError("Use either --raw or --json.")
+        raise click.UsageError("use either --raw or --json")
     with connection.opened(settings.read()) as opened:
         row = store.select_quarantined(opened, quarantine_id)
     if row is None:
@@ -141,9 +141,9 @@ def retry(quarantine_ids: tuple[int, ...], every: bool, reason: str | None, acto
     """
     by_rule = every or reason is not None
     if quarantine_ids and by_rule:
-        raise click.UsageError("Specify ids, or --all or --reason, but not both.")
+        raise click.UsageError("specify ids, or --all or --reason, but not both")
     if not quarantine_ids and not by_rule:
-        raise click.UsageError("Specify ids, --all or --reason.")
+        raise click.UsageError("specify ids, --all or --reason")
     configuration = settings.read()
     outcomes: dict[int, Outcome | None] = {}
     with connection.ready(configuration) as engine:

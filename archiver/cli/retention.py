@@ -29,7 +29,7 @@ def command(*, dry_run: bool, yes: bool, actor: str | None, as_json: bool) -> No
     rules = Rules.of(configuration)
     if rules.keeps_content_forever and not rules.metadata:
         raise settings.SettingsError(
-            "Content never expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads its own environment, not that of"
+            "content never expires: set ARCHIVER_RETENTION_DAYS.\nThis command reads its own environment, not that of"
             " `serve` or `worker`; `archiver audit --kind settings.changed` shows theirs."
         )
     swept = 0

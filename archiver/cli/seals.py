@@ -42,7 +42,7 @@ def seal(as_json: bool) -> None:
     key = seals.signing_key(configuration)
     with connection.ready(configuration) as engine:
         if reason := connection.report_identity(configuration, engine):
-            raise settings.SettingsError(f"Nothing was sealed: {reason}.\n{identity.ADVICE}")
+            raise settings.SettingsError(f"nothing was sealed: {reason}.\n{identity.ADVICE}")
         made = seals.seal(engine, key)
     if as_json:
         print_json([_seal_json(each) for each in made])

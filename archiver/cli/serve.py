@@ -173,7 +173,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise SettingsError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host."
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host."
         ) from None
     with listener:
         yield listener
@@ -263,7 +263,7 @@ def migrate(check: bool, repair: bool, as_json: bool) -> None:
     from the schema that this version expects.
     """
     if check and repair:
-        raise click.UsageError("Use either --check or --repair.")
+        raise click.UsageError("use either --check or --repair")
     configuration = settings.read()
     telemetry.configure_logs("warning", configuration.log_format)
     with connection.engine(configuration, create=not check) as engine:

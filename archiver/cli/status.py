@@ -18,6 +18,7 @@ from archiver.cli.output import Table, console, print_json
 from archiver.console.openid.checks import examine_provider
 from archiver.database import lock_waits, schema
 from archiver.embedded import EmbeddedError
+from archiver.errors import sentence
 from archiver.inbound import spool
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor import (
@@ -61,7 +62,7 @@ def status(as_json: bool) -> None:
     except SQLAlchemyError:
         if spooled.events:
             size = f"{spooled.bytes / 1_000_000:,.1f} MB"
-            complain(f"{spooled.events:,} events ({size}) are waiting in the spool.")
+            complain(f"{spooled.events:,} events ({size}) are waiting in the spool")
         raise
     if as_json:
         output = {"database": where} | msgspec.structs.asdict(figures) | {"spool": spooled}
@@ -190,7 +191,7 @@ def doctor(as_json: bool) -> None:
     try:
         configuration = settings.read()
     except settings.SettingsError as error:
-        findings = [Finding("settings", "failure", "A setting is invalid.", str(error))]
+        findings = [Finding("settings", "failure", "A setting is invalid.", sentence(error))]
     else:
         findings = [
             *examine_settings(configuration),
@@ -225,7 +226,7 @@ def _examine_database(configuration: settings.Settings) -> list[Finding]:
             psql = Finding("psql", "ok", postgres.psql_command())
             return [*examine_database(configuration, engine, place), psql]
     except (settings.SettingsError, EmbeddedError) as error:
-        return [Finding("database", "failure", "No database is configured or running.", str(error))]
+        return [Finding("database", "failure", "No database is configured or running.", sentence(error))]
 
 
 def _print(findings: list[Finding]) -> None:

@@ -103,16 +103,16 @@ def _password(file: Path | None) -> str:
     """Read a password from the file or from stdin; without a file, ask for it twice on the terminal."""
     if file is None:
         if not sys.stdin.isatty():
-            raise click.UsageError("Without a terminal, --password-file FILE is required; - reads stdin.")
+            raise click.UsageError("without a terminal, --password-file FILE is required; - reads stdin")
         answer: str = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
         return answer
     try:
         given = sys.stdin.buffer.read(MAX_FILE) if str(file) == "-" else _read(file)
         return given.decode().split("\n", 1)[0].removesuffix("\r")
     except OSError as error:
-        raise SettingsError(f"Cannot read the password from {file}: {error.strerror}.") from None
+        raise SettingsError(f"cannot read the password from {file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"The password in {file} is not UTF-8.") from None
+        raise SettingsError(f"the password in {file} is not UTF-8: save the file as UTF-8") from None
 
 
 def _read(file: Path) -> bytes:

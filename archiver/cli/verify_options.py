@@ -50,7 +50,7 @@ def public_keys(key_files: tuple[Path, ...]) -> dict[str, Ed25519PublicKey]:
     try:
         keys = [seals.public_key(file.read_text(encoding="utf-8", errors="replace")) for file in key_files]
     except KeyFileError as error:
-        raise click.UsageError(f"--key: {error}.") from None
+        raise click.UsageError(f"--key: {error}") from None
     return {seals.key_id(key): key for key in keys}
 
 

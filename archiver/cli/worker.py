@@ -64,7 +64,7 @@ def _serve_metrics(port: int) -> None:
         start_http_server(port, addr="127.0.0.1")
     except OSError as error:
         raise settings.SettingsError(
-            f"Cannot listen on 127.0.0.1:{port}: {error.strerror or error}. Choose another --metrics-port."
+            f"cannot listen on 127.0.0.1:{port}: {error.strerror or error}. Choose another --metrics-port."
         ) from None
 
 

@@ -63,7 +63,7 @@ def hash_password(password: str) -> str:
     """Return the Argon2id hash of a new password. Takes about 0.1 s and 64 MiB. Raises `AccountError`."""
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise AccountError(
-            f"A password has {MIN_PASSWORD} to {MAX_PASSWORD:,} characters; this one has {len(password):,}."
+            f"a password has {MIN_PASSWORD} to {MAX_PASSWORD:,} characters; this one has {len(password):,}"
         )
     return _hasher.hash(password)
 
@@ -86,13 +86,13 @@ def insert_user(connection: Connection, name: str, role: Role, password_hash: st
     if not _NAME.fullmatch(name):
         raise AccountError(
             f"{name!r} cannot be a user name: use 1 to 63 of a-z, 0-9, '.', '_', '@' and '-';"
-            " the first is a letter or a digit."
+            " the first is a letter or a digit"
         )
     at = now()
     row = {"name": name, "role": role, "password_hash": password_hash, "added_at": at, "changed_at": at}
     added = insert(tables.users).on_conflict_do_nothing().returning(tables.users.c.name)
     if connection.execute(added, row).one_or_none() is None:
-        raise AccountError(f"User {name} exists. To set a new password: archiver users reset {name}")
+        raise AccountError(f"user {name} exists. To set a new password: archiver users reset {name}")
     audit_log.insert_entry(connection, "users.add", actor, None, {"user": name, "role": role})
 
 
@@ -146,7 +146,7 @@ def _update(connection: Connection, name: str, **values: str | ColumnElement[dat
     users, logins = tables.users, tables.logins
     found = connection.execute(update(users).where(users.c.name == name).values(changed_at=now(), **values)).rowcount
     if not found:
-        raise AccountError(f"There is no user {name!r}: see `archiver users list`.")
+        raise AccountError(f"there is no user {name!r}: see `archiver users list`")
     connection.execute(delete(logins).where(logins.c.user_name == name))
 
 

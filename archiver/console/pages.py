@@ -22,6 +22,7 @@ from archiver.console.page_renderer import PageRenderer
 from archiver.console.permissions import GRANTED
 from archiver.console.shown_bytes import shown_bytes
 from archiver.console.view_log import Kind, ViewLog
+from archiver.errors import sentence
 from archiver.outbound.followups import review
 from archiver.outbound.followups.deliveries import parse_message_id
 
@@ -204,7 +205,7 @@ class Pages:
         try:
             return await self._renderer.read(seals.prove, number_of(request, "event_id"))
         except seals.NotSealedError as error:
-            raise PageError(404, "There is no proof yet", f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+            raise PageError(404, "There is no proof yet", sentence(error)) from None
 
 
 _SCRIPT = (rendering.FOLDER / "templates" / "check_proof.txt").read_text(encoding="utf-8")

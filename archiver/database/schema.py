@@ -60,7 +60,7 @@ def head() -> str:
     """Return the schema revision of this version."""
     revision = _migrations().get_current_head()
     if revision is None:
-        raise SchemaError("This installation has no migrations: reinstall callhq-archiver.")
+        raise SchemaError("this installation has no migrations: reinstall callhq-archiver")
     return revision
 
 
@@ -77,14 +77,14 @@ def check(connection: Connection) -> None:
         return
     if is_at is None:
         raise SchemaError(
-            f"The database {where(connection)} has no archiver schema: run `archiver migrate`.",
+            f"the database {where(connection)} has no archiver schema: run `archiver migrate`",
             "the database has no archiver schema: run `archiver migrate`",
         )
     if is_at in _known():
         raise SchemaError(
-            f"The schema is at {is_at}, older than this version needs ({head()}): run `archiver migrate`."
+            f"the schema is at {is_at}, older than this version needs ({head()}): run `archiver migrate`"
         )
-    raise SchemaError(f"The schema is at {is_at}, newer than this version supports: upgrade callhq-archiver.")
+    raise SchemaError(f"the schema is at {is_at}, newer than this version supports: upgrade callhq-archiver")
 
 
 def where(connection: Connection) -> str:
@@ -319,7 +319,7 @@ def _patiently(engine: Engine, work: Callable[[Connection], None], lock_seconds:
                     return
             except _UnderWayError:
                 if monotonic() - began > STATEMENT_SECONDS:
-                    raise SchemaError(f"Another migration is taking too long. {watch.explain()}") from None
+                    raise SchemaError(f"another migration is taking too long. {watch.explain()}") from None
             except DBAPIError as error:
                 if sqlstate(error) in _MADE_BY_ANOTHER and races < RACES:
                     races += 1

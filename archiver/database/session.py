@@ -83,7 +83,7 @@ def require_utf8(info: psycopg.ConnectionInfo) -> None:
     if encoding != ENCODING:
         raise EncodingError(
             f"DATABASE_URL: the database {info.dbname} has the encoding {encoding}, which cannot store every"
-            " character; create one with ENCODING 'UTF8' TEMPLATE template0."
+            " character; create one with ENCODING 'UTF8' TEMPLATE template0"
         )
 
 

@@ -50,7 +50,7 @@ class Statement(msgspec.Struct, frozen=True, gc=False):
 
 
 class RawStatement:
-    """A statement in Postgres' own syntax, with parameters $1, $2 ..."""
+    """A statement in the syntax of Postgres, with parameters $1, $2 ..."""
 
     def __init__(self, text: str) -> None:
         self._text = text

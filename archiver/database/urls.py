@@ -23,13 +23,13 @@ def database_url(value: str) -> URL:
     except (ArgumentError, ValueError):
         raise SettingsError(
             f"{given_as('DATABASE_URL')}: not a URL; write postgresql://USER:PASSWORD@HOST:5432/DATABASE,"
-            " with special characters in the password percent-encoded."
+            " with special characters in the password percent-encoded"
         ) from None
     if url.drivername not in {"postgres", "postgresql", "postgresql+psycopg"}:
-        raise SettingsError(f"{given_as('DATABASE_URL')}: must begin with postgres:// or postgresql://.")
+        raise SettingsError(f"{given_as('DATABASE_URL')}: must begin with postgres:// or postgresql://")
     _check_options(url)
     if value.count("@") > 1:
-        raise SettingsError(f"{given_as('DATABASE_URL')}: an @ in the user or the password must be written as %40.")
+        raise SettingsError(f"{given_as('DATABASE_URL')}: an @ in the user or the password must be written as %40")
     return url.set(drivername="postgresql+psycopg")
 
 

@@ -132,7 +132,7 @@ def bring_up_to_date(connection: Connection, variables: Sequence[Variable]) -> N
         if sqlstate(error) != _IN_USE:
             raise
         raise VariableColumnError(
-            f"The columns of {VIEW} cannot be changed as ARCHIVER_ANALYTICS_VARIABLES requires, because other objects"
+            f"the columns of {VIEW} cannot be changed as ARCHIVER_ANALYTICS_VARIABLES requires, because other objects"
             f" use the view: {_detail(error)}. Drop them, run `archiver migrate`, and create them again."
         ) from None
 
@@ -174,7 +174,7 @@ def _recreating(connection: Connection, query: str) -> list[str]:
 
 
 def name_difference(connection: Connection, variables: Sequence[Variable]) -> str | None:
-    """Describe how the columns of the view differ from those of these variables; None if they are the same."""
+    """Describe how the columns of the view differ from these variables; None if they are the same."""
     present, columns = select_present(connection), wanted(variables)
     if present == columns:
         return None

@@ -92,7 +92,7 @@ def _translating_errors(home: Path) -> Iterator[None]:
         yield
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(
-            f"Cannot run Postgres in {home}: {error}. Set ARCHIVER_HOME to a folder that you may write to, or "
+            f"cannot run Postgres in {home}: {error}. Set ARCHIVER_HOME to a folder that you may write to, or "
             "DATABASE_URL to another Postgres."
         ) from error
 

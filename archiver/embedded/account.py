@@ -49,7 +49,7 @@ def choose(home: Path) -> Account | None:
         return Account(entry.pw_uid, entry.pw_gid)
     raise EmbeddedError(
         "Postgres does not run as root, and there is no user `postgres` or `nobody` to run it as: run as an ordinary "
-        "user, or set DATABASE_URL to your own Postgres."
+        "user, or set DATABASE_URL to your own Postgres"
     )
 
 

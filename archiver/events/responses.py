@@ -59,7 +59,7 @@ EMPTY_SNAPSHOT = SessionSnapshot()
 def parse_history(session_id: str, status: int, body: bytes) -> Event:
     """Return the event of a response to `GET /chats/session/{id}`; `body`: the exact bytes.
 
-    Never raises: a response that cannot be parsed is a fact, too.
+    Never raises: a response that cannot be parsed is also a fact.
     """
     if status in _GONE:
         return _event(GONE, session_id, body, [status])

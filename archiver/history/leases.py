@@ -109,7 +109,7 @@ def select_due(connection: Connection, now: datetime, limit: int, *, is_retry: b
 
 
 def claim_listed(connection: Connection, due: Sequence[Due], now: datetime, until: datetime) -> list[Due]:
-    """Claim and return those of these sessions that are still due; unless read, they are due again at `until`."""
+    """Claim the sessions that are still due, and return them; unless read, they are due again at `until`."""
     claimed = {"session_ids": sorted(session_id for session_id, _ in due), "now": now, "until": until}
     claimed_ids = set(connection.scalars(_CLAIM_LISTED, claimed)) if due else set()
     return [(session_id, read_by) for session_id, read_by in due if session_id in claimed_ids]
@@ -127,7 +127,7 @@ def claim(
     until: datetime,
     due_at: datetime | None = None,
 ) -> dict[str, SessionStatus]:
-    """Lease those of these sessions that are free; return them with their status.
+    """Lease the sessions that are free, and return their status.
 
     `due_at`: only sessions whose next reading is due exactly then, as claimed.
     """

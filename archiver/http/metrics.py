@@ -25,7 +25,7 @@ class Metrics:
         """Return all metrics as Prometheus text."""
         if self._next is None:
             self._next = asyncio.create_task(self._read())
-        body = await asyncio.shield(self._next)  # other requests wait for it, too
+        body = await asyncio.shield(self._next)  # other requests also wait for it
         return Response(body, media_type=telemetry.CONTENT_TYPE)
 
     async def _read(self) -> bytes:

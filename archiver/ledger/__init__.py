@@ -355,7 +355,7 @@ def _event_row(group: DeliveryGroup) -> dict[str, Any]:
 def _fact_to_project(group: DeliveryGroup, row: Any) -> archive.Fact | None:
     """Return the fact to project: a new one, or a known one whose times these deliveries may have changed.
 
-    A reading with the same content as before is projected, too: it proves that nothing had changed until then.
+    A reading with the same content as before is also projected: it proves that nothing had changed until then.
     """
     first = group.first
     if row.delivery_count == 1:

@@ -19,7 +19,7 @@ _KEPT_DAYS = 1  # days for which a worker that exited without a report is still 
 
 
 class Worker(msgspec.Struct, frozen=True):
-    """One worker process as it last reported. `age`: seconds since then, on Postgres' clock."""
+    """One worker process as it last reported. `age`: seconds since then, on the clock of Postgres."""
 
     id: str
     host: str
@@ -66,7 +66,7 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def upsert_worker(connection: Connection, process: Process, reports: Mapping[str, Report]) -> None:
-    """Record the reports of a worker, with the time of Postgres' clock."""
+    """Record the reports of a worker, with the time of the clock of Postgres."""
     values = msgspec.structs.asdict(process) | {"duties": duties.as_text(reports)}
     connection.execute(_UPSERT, values)
 
@@ -116,7 +116,7 @@ def select_indexing(connection: Connection, *, is_on: bool = True) -> list[Worke
     ]
 
 
-# A time in the future was written while Postgres' clock was ahead: it is treated as long past.
+# A time in the future was written while the clock of Postgres was ahead: it is treated as long past.
 _CLAIM = text(
     """
     INSERT INTO archiver.duties (name, begun_at) VALUES (:name, clock_timestamp())

@@ -25,14 +25,14 @@ class FileSource(PydanticBaseSettingsSource):
         if path is None:
             return None, name, False
         if not path.strip():
-            raise SettingsError(f"{name}_FILE: set, but empty: unset it, or name a file.")
+            raise SettingsError(f"{name}_FILE: set, but empty: unset it, or name a file")
         if os.environ.get(name):
-            raise SettingsError(f"{name} and {name}_FILE are both set: keep one of them.")
+            raise SettingsError(f"{name} and {name}_FILE are both set: keep one of them")
         try:
             return Path(path).read_text(encoding="utf-8-sig").strip(), name, False
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}.") from error
+            raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}") from error
 
     def __call__(self) -> dict[str, Any]:
         values = {}

@@ -1,4 +1,4 @@
-"""The archive as its readers see it: through the views, and the ledger and quarantine as auditors may read them."""
+"""Read the archive as analysts do, through the views, and the ledger and the quarantine as auditors do."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ LOOPBACK = "127.0.0.1"
 class DemoRunningError(ArchiverError):
     """Another demo is running in this folder."""
 
-    message = "Another demo is running in this folder. Stop it, or set ARCHIVER_HOME to another folder."
+    message = "another demo is running in this folder. Stop it, or set ARCHIVER_HOME to another folder."
 
 
 @dataclass(frozen=True, slots=True)

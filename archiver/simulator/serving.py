@@ -97,7 +97,7 @@ def _check(webhook_url: str | None) -> None:
     except httpx2.InvalidURL:
         url = httpx2.URL()
     if url.scheme not in {"http", "https"} or not url.host:
-        raise SettingsError("The webhook URL must be like http://127.0.0.1:8000/webhooks/callhq.")
+        raise SettingsError("the webhook URL must be like http://127.0.0.1:8000/webhooks/callhq")
 
 
 def simulate(

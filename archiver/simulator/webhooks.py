@@ -87,7 +87,7 @@ def _trusted() -> ssl.SSLContext:
         return httpx2.create_ssl_context()
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"Certificates cannot be verified, see SSL_CERT_FILE and SSL_CERT_DIR: {error}"
+            f"certificates cannot be verified, see SSL_CERT_FILE and SSL_CERT_DIR: {error}"
         ) from error
 
 

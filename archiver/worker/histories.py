@@ -250,4 +250,6 @@ async def _hand_back(engine: AsyncEngine, session_ids: Sequence[str], claimed_un
     try:
         await run_split_async(engine, session_ids, make_due)
     except SQLAlchemyError as error:
-        log.warning("sessions of a failed job not released until their claim ends", error=database.explain(error))
+        log.warning(
+            "release of the sessions of a failed job failed; their claim expires", error=database.explain(error)
+        )

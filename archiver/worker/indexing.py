@@ -152,7 +152,7 @@ class Indexing:
         except DBAPIError as error:
             if not _is_of_an_item(error):
                 raise
-            log.warning("not indexed for search", session_id=item.session_id, reason=explain(error))
+            log.warning("session not indexed for search", session_id=item.session_id, reason=explain(error))
             await run_async(self._engine, partial(search.delete_item, item=item))
             return False
         telemetry.search_partial.inc(indexed.partial)

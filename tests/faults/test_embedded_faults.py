@@ -318,7 +318,7 @@ def test_a_server_that_answers_from_elsewhere_is_left_alone(home: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with pytest.raises(embedded.EmbeddedError, match="Another Postgres, perhaps in another container"):
+        with pytest.raises(embedded.EmbeddedError, match="another Postgres, perhaps in another container"):
             embedded.start(home)
         assert path.exists()
     embedded.start(home).stop()

@@ -373,7 +373,7 @@ def test_i9_a_seal_that_reaches_too_far_is_named_and_no_innocent_event(engine: E
         connection.execute(text("SET LOCAL session_replication_role = replica"))
         forge_seal(connection, reach)
     assert found(engine) == [("seals", 2, "out_of_bounds")]
-    with pytest.raises(seals.BoundsError, match="Seal 2 claims rows that do not exist"):
+    with pytest.raises(seals.BoundsError, match="seal 2 claims rows that do not exist"):
         seals.seal(engine)
     execute(engine, "DELETE FROM archiver.seals WHERE id = 2", unguarded=True)
     assert len(seals.seal(engine)) == 1
@@ -398,7 +398,7 @@ def test_i9_the_command_refuses_to_seal_after_it(database_url: str, engine: Engi
         forge_seal(connection, {"events": 2**62})
     process = archiver("seal", database_url=database_url)
     assert process.returncode == 1
-    assert "Seal 1 claims rows that do not exist" in process.stderr
+    assert "seal 1 claims rows that do not exist" in process.stderr
     assert "archiver verify" in process.stderr
 
 

@@ -377,7 +377,7 @@ def test_an_unknown_connection_option_is_named_without_the_password(cluster: Clu
 def test_an_unreachable_database_is_not_reported_as_a_refusal(host: str, cluster: Cluster) -> None:
     del cluster
     text = failed(archiver("status", database_url=f"postgresql://archiver@{host}/archive"))
-    assert text.startswith("archiver: The database cannot be reached: ")
+    assert text.startswith("archiver: the database cannot be reached: ")
 
 
 def test_a_database_that_does_not_exist_is_explained(cluster: Cluster) -> None:
@@ -1015,7 +1015,7 @@ def test_an_output_that_is_full_is_said_in_one_line(command: list[str], unbuffer
     with Path("/dev/full").open("wb") as full:
         program = [sys.executable, "-m", "archiver", *command]
         process = run(program, stdout=full, stderr=PIPE, env=environment, check=False)
-    assert (process.returncode, process.stderr) == (1, b"archiver: Cannot write: No space left on device.\n")
+    assert (process.returncode, process.stderr) == (1, b"archiver: cannot write: No space left on device\n")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -1035,7 +1035,7 @@ def test_an_output_that_is_not_taken_whole_is_a_failure(unbuffered: str, databas
     os.close(reading)
     os.close(writing)
     assert process.returncode == 1
-    assert process.stderr.startswith(b"archiver: Cannot write: ")
+    assert process.stderr.startswith(b"archiver: cannot write: ")
 
 
 def test_a_reader_who_has_seen_enough_is_no_matter(url: str) -> None:
@@ -1067,7 +1067,7 @@ def test_a_command_that_looks_makes_no_embedded_database(command: list[str], hom
     del cluster
     process = archiver(*command, ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS=HUNTER)
     assert process.returncode == 1
-    assert f"No embedded database in {home} (ARCHIVER_HOME). Set DATABASE_URL, or run" in output_of(process)
+    assert f"embedded database in {home} (ARCHIVER_HOME). Set DATABASE_URL, or run" in output_of(process)
     assert not home.exists()
 
 
@@ -1075,7 +1075,7 @@ def test_a_command_beside_the_demo_says_where_its_database_is(home: Path, cluste
     del cluster
     (home / "demo" / "postgres").mkdir(parents=True)
     text = failed(archiver("status", ARCHIVER_HOME=str(home)))
-    assert f"No embedded database in {home} (ARCHIVER_HOME)" in text
+    assert f"embedded database in {home} (ARCHIVER_HOME)" in text
     assert f"set ARCHIVER_HOME={shlex.quote(str(home / 'demo'))} to use it" in text
 
 

@@ -335,7 +335,7 @@ def test_the_demo_stays_and_what_it_invites_to_works(home):
     assert "Did it arrive?" in shown.stdout
     assert re.search(r"^sessions +13 ", status.stdout, re.MULTILINE)
     assert str(Path(sys.executable).with_name("archiver")) in asked
-    assert (second.returncode, "Another demo is running" in refused, "Starting" in refused) == (1, True, False)
+    assert (second.returncode, "another demo is running" in refused, "Starting" in refused) == (1, True, False)
     assert (process.returncode, rest) == (0, "Stopped.\n")
     assert_nothing_left(home)
 

@@ -410,7 +410,7 @@ def test_data_may_be_moved_behind_a_link(home: Path, folder: Path) -> None:
 
 def test_a_home_that_is_a_file_is_a_clear_error(home: Path) -> None:
     home.write_text("")
-    with pytest.raises(embedded.EmbeddedError, match=r"Cannot run Postgres in .*home.*ARCHIVER_HOME.*DATABASE_URL"):
+    with pytest.raises(embedded.EmbeddedError, match=r"cannot run Postgres in .*home.*ARCHIVER_HOME.*DATABASE_URL"):
         embedded.start(home)
 
 
@@ -426,7 +426,7 @@ def test_without_the_package_the_error_says_how_to_get_it(folder: Path, home: Pa
 
 
 def test_a_home_that_cannot_be_made_is_a_clear_error() -> None:
-    with pytest.raises(embedded.EmbeddedError, match=r"Cannot run Postgres in /proc/home.*ARCHIVER_HOME"):
+    with pytest.raises(embedded.EmbeddedError, match=r"cannot run Postgres in /proc/home.*ARCHIVER_HOME"):
         embedded.start(Path("/proc/home"))  # not even root may
 
 
@@ -548,7 +548,7 @@ def test_an_ordinary_user_learns_who_owns_the_data(folder: Path, visitor: Visito
         assert "ARCHIVER_HOME" in errors
     with visitor.user(folder / "new") as process:
         _, errors = process.communicate()
-        assert "EmbeddedError: Cannot run Postgres in" in errors
+        assert "EmbeddedError: cannot run Postgres in" in errors
         assert "Permission denied" in errors
 
 

@@ -76,7 +76,7 @@ def test_unusable_cursors_are_reported(engine: Engine, reader_url: str, database
         assert (ended.stderr, len(lines(ended.stdout))) == ("", 2)
     ended = archiver("followups", "tail", "--from", "6", database_url=reader_url)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "The feed ends at 5" in ended.stderr
+    assert "the feed ends at 5" in ended.stderr
     ended = archiver("followups", "tail", "--no-follow", database_url=reader_url)
     assert (ended.returncode, "--from" in ended.stderr) == (2, True)
     execute(engine, "DROP VIEW analytics.changes")

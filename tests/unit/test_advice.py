@@ -80,7 +80,7 @@ def test_a_key_log_that_cannot_be_written_is_named_alone(monkeypatch: pytest.Mon
 def test_statement_pooling_names_the_setting_of_pgbouncer() -> None:
     refusal = "transaction blocks not allowed in statement pooling mode"
     assert failures.explain_refusal(refusal) == (
-        f"The database refused: {refusal}\n"
+        f"the database refused: {refusal}\n"
         "Set pool_mode = transaction (or session) in the configuration of PgBouncer."
     )
 
@@ -111,7 +111,7 @@ def test_variables_of_libpq_that_apply_beside_the_url_are_named(
     assert libpq_variables(database_url(URL)) == named
     places = f"DATABASE_URL and in the environment {', '.join(named)}" if named else "DATABASE_URL"
     assert failures.explain_refusal("no") == (
-        f"The database refused: no\nCheck {places}, then run `archiver doctor`."
+        f"the database refused: no\nCheck {places}, then run `archiver doctor`."
     )
 
 

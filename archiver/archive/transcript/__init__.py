@@ -110,7 +110,7 @@ def _without_repeats(
     trimmed = without_repeats(turns, history_lines)
     for _ in range(_TRIALS):
         placed = place(history_lines, trimmed, is_dated=is_dated)
-        # A version that another one supersedes is a proof, too. So no revision time decides about other turns.
+        # A version that another one supersedes is also a proof. So no revision time decides about other turns.
         restored = trimmed
         if trimmed != turns:
             restored = restore_unproven(turns, trimmed, transcript_of(placed, read_at, with_superseded=True))

@@ -167,7 +167,7 @@ def without_repeats(turns: Sequence[TurnMessages], lines: Sequence[TranscriptLin
     the removed ones earlier: single texts that recur elsewhere are not repeats. Leading outputs are removed if a
     reading after the end of the turn shows only the other outputs as answers to the inputs, and the removed ones are
     the last answers before these inputs. A deleted turn remains complete: the history shows no turn to compare it
-    with. A system message is removed if an earlier turn has it, too, and the history shows it at most once.
+    with. A system message is removed if an earlier turn also has it, and the history shows it at most once.
     """
     if not lines:
         return [*turns]
@@ -210,7 +210,7 @@ def restore_unproven(
 
 
 def _contains(shown: Counter[Key], removed: Counter[Key]) -> bool:
-    """Return whether all removed texts are shown; for a user's text, an answer with the same text counts, too."""
+    """Return whether all removed texts are shown; for a user's text, an answer with the same text also counts."""
     missing = removed - shown
     left = shown - removed
     return all(role == USER and number <= left[ASSISTANT, text] for (role, text), number in missing.items())

@@ -49,7 +49,7 @@ def are_similar(one: str, other: str) -> bool:
 _CUT = 32  # minimum characters of a truncated text without a mark of truncation
 _MARKED_CUT = 8  # with such a mark
 _SHORT_CUT = 12  # if it ends within a word and there is more evidence
-_SURE_CUT = 100  # if a number may be cut, too
+_SURE_CUT = 100  # if a number may also be cut
 _CUT_MARK = re.compile(r"\s*(?:\.\.\.|[\[(]\s*(?:\.\.\.)?\s*(?:truncated|cut|more)[^\])]{0,80}[\])])$", re.IGNORECASE)
 _CUT_ENTITY = re.compile(r"&#?\w*$")
 

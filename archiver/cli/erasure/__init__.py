@@ -97,9 +97,9 @@ def _check(selection: Selection, reason: str | None, *, should_list: bool, is_re
     options.check_ids(selection.chat_ids, "chat")
     is_named = any(msgspec.structs.astuple(selection))
     if should_list + is_replayed + is_named != 1:
-        raise click.UsageError("Specify what to erase: --session, --chat or --where (or use --list or --replay).")
+        raise click.UsageError("specify what to erase: --session, --chat or --where (or use --list or --replay)")
     if is_named and not (reason or "").strip():
-        raise click.UsageError("--reason TEXT is required for the audit log.")
+        raise click.UsageError("--reason TEXT is required for the audit log")
 
 
 def _ask(preview: Preview, *, yes: bool) -> None:

@@ -72,7 +72,7 @@ def remove(*, subscription_id: int, actor: str | None, yes: bool) -> None:
 def retry(*, ids: Sequence[str], dead: int | None, actor: str | None) -> None:
     """Retry deliveries now, by id (msg_...) as listed by `deliveries`."""
     if bool(ids) == (dead is not None):
-        raise click.UsageError("Specify delivery ids, or --dead SUBSCRIPTION.")
+        raise click.UsageError("specify delivery ids, or --dead SUBSCRIPTION")
     requested = [(each, parse_message_id(each)) for each in ids]
     if wrong := [each for each, parsed in requested if parsed is None]:
         raise click.UsageError(

@@ -87,7 +87,7 @@ def show(*, subscription_id: int, as_json: bool) -> None:
 def deliveries(*, subscription_id: int | None, dead: bool, pending: bool, limit: int, as_json: bool) -> None:
     """List deliveries, newest first, each with its latest attempt."""
     if dead and pending:
-        raise click.UsageError("Use either --dead or --pending.")
+        raise click.UsageError("use either --dead or --pending")
     state = review.only(dead=dead, pending=pending)
     with connection.opened(settings.read()) as opened:
         if subscription_id is not None:

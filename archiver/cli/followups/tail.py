@@ -107,14 +107,14 @@ def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -
     names = [each.epoch for each in epochs]
     if at.epoch is not None and at.epoch not in names:
         raise CursorError(
-            f"Cursor {at.cursor} belongs to epoch {at.epoch}, which this database does not have: DATABASE_URL"
+            f"cursor {at.cursor} belongs to epoch {at.epoch}, which this database does not have: DATABASE_URL"
             " names another database or a restored backup. Read the archive again, then start with --from 0."
         )
     for before, after in pairwise(epochs):
         is_of_before = before.epoch == at.epoch if at.epoch else at.cursor <= after.given
         if is_of_before and at.cursor > after.cursor:
             raise CursorError(
-                f"Cursor {at.cursor} belongs to epoch {before.epoch}, of which this database has changes only up to"
+                f"cursor {at.cursor} belongs to epoch {before.epoch}, of which this database has changes only up to"
                 f" {after.cursor}: it lost later changes, and epoch {after.epoch} began. Undo what you did for the"
                 f" later changes, then continue with --from {after.epoch}:{after.cursor}."
             )
@@ -122,7 +122,7 @@ def check(at: Position, extent: feed.Extent, epochs: Sequence[feed.FeedEpoch]) -
             break
     if at.cursor > max(extent.newest, *(each.given for each in epochs), 0):
         raise CursorError(
-            f"The feed ends at {extent.newest}, before {at.cursor}: the cursor belongs to another database, or this"
+            f"the feed ends at {extent.newest}, before {at.cursor}: the cursor belongs to another database, or this"
             " one is a restored backup. Read the archive again, then start with --from 0."
         )
 
@@ -150,7 +150,7 @@ class _Tail:
                 extent = self._check(opened, after or Position(0))
         except DBAPIError as error:
             if sqlstate(error) in _NO_VIEW:
-                raise SchemaError("This database has no change feed: run `archiver migrate`.") from None
+                raise SchemaError("this database has no change feed: run `archiver migrate`") from None
             raise
         return Position(extent.newest) if after is None else after
 

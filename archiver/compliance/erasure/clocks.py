@@ -50,7 +50,7 @@ def _boot_id() -> str:
 
 
 def destruction_time(connection: Connection, home: Path) -> datetime:
-    """Return the earlier of this machine's and Postgres' time. Raises `ClockError`.
+    """Return the time of this machine or that of Postgres, whichever is earlier. Raises `ClockError`.
 
     The error means that the two differ by more than a minute, that time has jumped since the last call with the same
     ARCHIVER_HOME, or that the newest seal is dated in the future.
@@ -64,7 +64,7 @@ def destruction_time(connection: Connection, home: Path) -> datetime:
     if newest.id and newest.sealed_at > now + TOLERANCE:
         raise ClockError(
             "seal_in_future",
-            f"Retention is stopped: the newest seal, {newest.id}, is dated {newest.sealed_at:{_FORMAT}}, which is in"
+            f"retention is stopped: the newest seal, {newest.id}, is dated {newest.sealed_at:{_FORMAT}}, which is in"
             f" the future (now: {now:{_FORMAT}}). Correct the clocks of this machine and of Postgres, or"
             " wait until that time has passed.",
         )
@@ -81,7 +81,7 @@ def _compare_with_postgres(before: ClockReading, after: ClockReading, server: da
         which = "ahead of" if ahead > behind else "behind"
         raise ClockError(
             "clocks_differ",
-            f"Retention is stopped: this machine's clock ({after.at:{_FORMAT}}) is"
+            f"retention is stopped: this machine's clock ({after.at:{_FORMAT}}) is"
             f" {max(ahead, behind)} {which} the Postgres clock ({server.astimezone(UTC):{_FORMAT}}). Synchronise both"
             " (NTP), then retry.",
         )
@@ -102,7 +102,7 @@ def _compare_with_last(reading: ClockReading, file: Path) -> None:
         amount = timedelta(seconds=round(abs(surplus).total_seconds()))
         raise ClockError(
             "time_jumped",
-            f"Retention is stopped: time {jumped} by {amount} since the last run at"
+            f"retention is stopped: time {jumped} by {amount} since the last run at"
             f" {last.at:{_FORMAT}} (now: {reading.at:{_FORMAT}}). Correct the clock (NTP); if it is correct,"
             f" delete {file} and retry.",
         )

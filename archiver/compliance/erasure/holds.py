@@ -23,7 +23,7 @@ class HoldError(ArchiverError):
 def insert_hold(connection: Connection, criteria: Criteria, author: str, reason: str) -> int:
     """Place a hold and return its id. Erasures ordered later respect it."""
     if criteria.is_empty:
-        raise HoldError("A hold needs at least one of: session, assistant, variable, time.")
+        raise HoldError("a hold needs at least one of: session, assistant, variable, time")
     Lock.RECORDING.take(connection, exclusive=True)
     holds = tables.holds
     salt = None if criteria.value is None else os.urandom(16)

@@ -58,7 +58,7 @@ class HeldError(ArchiverError):
     If a hold was placed while the order ran, the first `ordered` sessions and turns stay ordered.
     """
 
-    message = "Legal holds cover some of the targets."
+    message = "legal holds cover some of the targets"
 
     def __init__(self, held: Mapping[Target, Sequence[int]]) -> None:
         super().__init__()

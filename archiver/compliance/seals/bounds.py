@@ -46,7 +46,7 @@ def require_sequences(connection: Connection) -> None:
         found = "; ".join(f"{each.name} {each}" for each in behind)
         remedies = " ".join(f"{each.remedy};" for each in behind)
         raise SequenceError(
-            f"Sequences were set back: {found}. No seal would contain new rows. Run `archiver migrate --repair`, or"
+            f"sequences were set back: {found}. No seal would contain new rows. Run `archiver migrate --repair`, or"
             f" as the owner: {remedies}"
         )
 
@@ -79,7 +79,7 @@ def require_bounded(connection: Connection, newest: Seal) -> None:
         there = dict(connection.execute(_SELECT_RANGE).mappings().one())
         claimed = ", ".join(_claims(newest, there))
         raise BoundsError(
-            f"Seal {newest.id} claims rows that do not exist ({claimed}). Either it was not made"
+            f"seal {newest.id} claims rows that do not exist ({claimed}). Either it was not made"
             " by `archiver seal`, or rows that it seals were removed. No new seal can follow it. First run"
             " `archiver verify` and find the cause; docs/seals.md explains how to remove a forged seal."
         )

@@ -263,7 +263,7 @@ def signing_key(configuration: Settings) -> Ed25519PrivateKey | None:
     try:
         return private_key(pem) if pem else None
     except KeyFileError as error:
-        raise SettingsError(f"{given_as('ARCHIVER_SEAL_KEY')}: {error}.") from None
+        raise SettingsError(f"{given_as('ARCHIVER_SEAL_KEY')}: {error}") from None
 
 
 def private_key(pem: str) -> Ed25519PrivateKey:

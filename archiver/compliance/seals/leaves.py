@@ -196,7 +196,7 @@ def _fields_of(kind: Kind, row: Any) -> Any:
 def _copy(
     connection: Connection, kind: Kind, expressions: Sequence[str], after: int | None, through: int
 ) -> Generator[Any]:
-    """Yield rows in Postgres' binary format."""
+    """Yield rows in the binary format of Postgres."""
     query = sql.SQL(
         "COPY (SELECT {} FROM archiver.{} WHERE {} id <= {} ORDER BY id) TO STDOUT (FORMAT BINARY, ENCODING 'UTF8')"
     ).format(

@@ -34,7 +34,7 @@ STATEMENT_SECONDS = 24 * 3600
 class HelperLostError(ArchiverError):
     """A verification process was killed."""
 
-    message = "A verification process was killed. Retry, or use --jobs 1."
+    message = "a verification process was killed. Retry, or use --jobs 1."
 
 
 class _WorkerInput(msgspec.Struct, frozen=True):

@@ -58,7 +58,7 @@ def prove(connection: Connection, event_id: int) -> Proof:
     ]
     if len(places) != 1:
         held = "does not contain" if not places else "contains more than once"
-        raise NotSealedError(f"Seal {number} {held} event {event_id}: run `archiver verify`.")
+        raise NotSealedError(f"seal {number} {held} event {event_id}: run `archiver verify`")
     (index,) = places
     return Proof(
         event=event_id,

@@ -25,7 +25,7 @@ _SETTLED = ("events", "acts", "erasures", "removals")
 class LedgerBusyError(ArchiverError):
     """Some transactions that write to the ledger are still open."""
 
-    message = "Some transactions that write to the ledger are still open. Retry in a moment."
+    message = "some transactions that write to the ledger are still open. Retry in a moment."
 
 
 def seal(

@@ -17,7 +17,7 @@ from archiver.console.gate import Handler
 from archiver.console.logins import Login
 from archiver.database import sqlstate
 from archiver.database.lock_waits import INSUFFICIENT_PRIVILEGE
-from archiver.errors import ArchiverError
+from archiver.errors import ArchiverError, sentence
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +65,7 @@ class Runner:
         except PageError:
             raise
         except ArchiverError as error:
-            raise PageError(409, "Nothing was changed", _sentence(error)) from None
+            raise PageError(409, "Nothing was changed", sentence(error)) from None
         except DBAPIError as error:
             if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
                 raise
@@ -98,11 +98,6 @@ class Runner:
 
     def _end(self, _: asyncio.Future[T]) -> None:
         self._waiting -= 1
-
-
-def _sentence(error: ArchiverError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")
 
 
 def _log_fault(command: str, task: asyncio.Future[T]) -> None:

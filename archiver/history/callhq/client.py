@@ -153,7 +153,7 @@ class Client:
                     return answer
         except AttemptFailedError as error:
             # No chained error: it contains the request, and the request contains the key.
-            raise UnreachableError(f"The call to CallHQ failed: {error} (attempts: {attempt.num}).") from None
+            raise UnreachableError(f"the call to CallHQ failed: {error} (attempts: {attempt.num})") from None
         raise AssertionError("stamina ended without a response or an error")
 
     async def _send(self, path: str, session_id: str, pauses: Counter[bool], seconds: float) -> Answer:
@@ -173,11 +173,11 @@ class Client:
         """Raise `UnreachableError` after too many or too long pauses; otherwise wait for a pause of this session."""
         what = f"CallHQ is busy: it returned {busy.status}"
         if pauses[True] > MAX_PAUSES:
-            raise UnreachableError(f"{what} after each of {MAX_PAUSES} pauses.")
+            raise UnreachableError(f"{what} after each of {MAX_PAUSES} pauses")
         if is_shared:
             return
         if busy.seconds > SESSION_PAUSE_SECONDS or pauses[False] > MAX_SESSION_PAUSES:
-            raise UnreachableError(f"{what} for this session.", busy.seconds)
+            raise UnreachableError(f"{what} for this session", busy.seconds)
         await asyncio.sleep(busy.seconds)
 
     async def _send_once(self, path: str, seconds: float) -> Answer:
@@ -213,5 +213,5 @@ class Client:
         async for chunk in response.aiter_bytes():
             body += chunk
             if len(body) > self._max_bytes:
-                raise TooLargeError(f"CallHQ's response exceeds {self._max_bytes} bytes, the limit.")
+                raise TooLargeError(f"CallHQ's response exceeds {self._max_bytes} bytes, the limit")
         return bytes(body)

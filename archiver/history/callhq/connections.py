@@ -61,5 +61,5 @@ def connection_pool(number: int) -> ConnectionPool:
     except (ImportError, OSError, ValueError, TypeError, httpx2.InvalidURL) as error:
         advice = libraries.advice_on(error, libraries.TLS + libraries.PROXIES)
         raise SettingsError(
-            f"The HTTP client for CallHQ cannot be built: {libraries.describe(error)}. To fix it, {advice}."
+            f"the HTTP client for CallHQ cannot be built: {libraries.describe(error)}. To fix it, {advice}."
         ) from error

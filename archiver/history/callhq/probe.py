@@ -30,7 +30,7 @@ async def probe(api_url: str, api_key: SecretStr) -> None:
         answer = await client.history(UNKNOWN_SESSION)
     if not is_api_answer(answer):
         raise UnreachableError(
-            "The server at this URL does not look like the CallHQ API:"
+            "the server at this URL does not look like the CallHQ API:"
             f" {answer.status} to GET /chats/session/{{id}}. Check CALLHQ_API_URL."
         )
 
@@ -40,7 +40,7 @@ class _NoPause:
         """Return immediately: a single call needs no pause."""
 
     async def set(self, seconds: float, reason: str, session_id: str) -> bool:
-        raise PauseRequestedError(f"It returned {reason}. Wait {seconds:.0f} s.")
+        raise PauseRequestedError(f"it returned {reason}. Wait {seconds:.0f} s.")
 
     def session_answered(self, session_id: str) -> None:
         """Do nothing: no further call follows."""

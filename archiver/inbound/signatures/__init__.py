@@ -117,7 +117,7 @@ def _hmac(settings: Settings, keys: Keys) -> Verifier:
         if placeholder in template and not header:
             raise SettingsError(
                 f"{variable} is empty, but ARCHIVER_HMAC_TEMPLATE contains {{{placeholder}}}: "
-                "name the header that contains this value, or remove the placeholder."
+                "name the header that contains this value, or remove the placeholder"
             )
     return Hmac(
         mac=Mac(keys, settings.hmac_algorithm, settings.hmac_encoding),
@@ -161,7 +161,7 @@ def _public_key(secret: str, number: int) -> Ed25519PublicKey:
     except ValueError:
         raise SettingsError(
             f"{_SECRETS}: secret {number} begins with {_PUBLIC_KEY} but is not an Ed25519 public key: "
-            "32 bytes in base64 must follow."
+            "32 bytes in base64 must follow"
         ) from None
 
 
@@ -173,12 +173,12 @@ def _parse_template(template: str) -> tuple[bytes | str, ...]:
         if name in _PLACEHOLDERS:
             parts.append(name)
         elif "{" in piece or "}" in piece:
-            raise SettingsError(f"ARCHIVER_HMAC_TEMPLATE: unknown placeholder {piece!r}; use one of {known}.")
+            raise SettingsError(f"ARCHIVER_HMAC_TEMPLATE: unknown placeholder {piece!r}; use one of {known}")
         elif piece:
             parts.append(piece.encode())
     if "body" not in parts:
         raise SettingsError(
-            "ARCHIVER_HMAC_TEMPLATE must contain {body}: otherwise the signature does not cover the body."
+            "ARCHIVER_HMAC_TEMPLATE must contain {body}: otherwise the signature does not cover the body"
         )
     return tuple(parts)
 

@@ -18,7 +18,7 @@ _MADE = 32
 class SecretError(ArchiverError):
     """The secret is not valid for Standard Webhooks."""
 
-    message = "A secret must be whsec_ followed by 24 to 64 random bytes in base64."
+    message = "a secret must be whsec_ followed by 24 to 64 random bytes in base64"
 
 
 def make_secret() -> str:

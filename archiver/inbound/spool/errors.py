@@ -33,7 +33,7 @@ class SpoolError(ArchiverError):
 class SpoolFullError(SpoolError):
     """The spool or its disk is full."""
 
-    message = "The spool is full: give it more space (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)."
+    message = "the spool is full: give it more space (ARCHIVER_SPOOL_BYTES, or the disk of ARCHIVER_HOME)"
     reason = "full"
 
 

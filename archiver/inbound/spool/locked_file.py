@@ -363,7 +363,9 @@ def open_spool(folder: Path, max_bytes: int) -> Spool:
             if faults:
                 log.error("spool file unusable; using another", reason=str(faults[0]))
             return held
-    raise SpoolError(f"{folder} already has {MAX_FILES} spool files in use.")
+    raise SpoolError(
+        f"{folder} already has {MAX_FILES} spool files in use: run fewer processes with this ARCHIVER_HOME"
+    )
 
 
 def hold(folder: Path, number: int, max_bytes: int) -> Spool | None:

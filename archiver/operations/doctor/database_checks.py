@@ -12,6 +12,7 @@ from archiver import database
 from archiver.archive import rollups, search
 from archiver.database import catalogue, identity, lock_waits, roles, schema
 from archiver.database.clock import MAX_WAIT
+from archiver.errors import sentence
 from archiver.operations import heartbeats, overview
 from archiver.operations.doctor.finding import Finding, Verdict
 from archiver.operations.doctor.login_checks import examine_logins, examine_snapshots
@@ -62,9 +63,9 @@ def examine_database(configuration: Settings, engine: Engine, embedded: str = ""
         yield _held(engine) or Finding("locks", "ok", "No session is waiting for a lock on the archiver's tables.")
     except lock_waits.LockTimeoutError as error:
         detail, _, advice = str(error).partition("\n")
-        yield Finding("locks", "failure", detail, advice or _RUN_AGAIN)
+        yield Finding("locks", "failure", sentence(detail), advice or _RUN_AGAIN)
     except database.EncodingError as error:
-        yield Finding("encoding", "failure", "The database is not UTF-8.", str(error))
+        yield Finding("encoding", "failure", "The database is not UTF-8.", sentence(error))
     except SQLAlchemyError as error:
         yield _failed(error, engine, is_reached=is_reached)
 
@@ -171,7 +172,7 @@ def _schema(connection: Connection) -> Finding:
     except schema.SchemaError as error:
         create = schema.grant_missing(connection)
         first = f"As an administrator: {create} Then run" if create and schema.current(connection) else "Run"
-        return Finding("schema", "failure", str(error), f"{first} `archiver migrate` of this version.")
+        return Finding("schema", "failure", sentence(error), f"{first} `archiver migrate` of this version.")
     return Finding("schema", "ok", f"At {schema.head()}.")
 
 
@@ -273,7 +274,7 @@ def _outbox(connection: Connection) -> Finding | None:
         f"Changes of {waiting.transactions:,} transactions have been waiting since"
         f" {waiting.since:%Y-%m-%d %H:%M:%S} UTC."
     )
-    return Finding("changes", "warning", detail, feed.ADVICE[0].upper() + feed.ADVICE[1:])
+    return Finding("changes", "warning", detail, sentence(feed.ADVICE))
 
 
 def _workers(connection: Connection) -> Iterator[Finding]:
@@ -378,7 +379,7 @@ def _identity(configuration: Settings, connection: Connection, engine: Engine) -
         return
     guard = identity.Guard(configuration.home.resolve(), engine.url)
     if reason := guard.examine(connection):
-        detail = f"{reason[0].upper()}{reason[1:]}. Nothing is sealed, published or sent; events are still received."
+        detail = f"{sentence(reason)} Nothing is sealed, published or sent; events are still received."
         yield Finding("identity", "failure", detail, identity.ADVICE)
     elif guard.unreadable:
         yield Finding(

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from archiver.errors import sentence
 from archiver.history.callhq import CallError, PauseRequestedError, UnauthorizedError, printable, probe
 from archiver.inbound import signatures
 from archiver.inbound.spool import (
@@ -39,7 +40,7 @@ def examine_settings(configuration: Settings) -> Iterator[Finding]:
     try:
         signatures.verifier(configuration)
     except SettingsError as error:
-        yield Finding("webhook secret", "failure", "Deliveries cannot be verified.", str(error))
+        yield Finding("webhook secret", "failure", "Deliveries cannot be verified.", sentence(error))
         return
     if scheme == "none":
         yield Finding(
@@ -71,15 +72,15 @@ def examine_platform(configuration: Settings) -> Finding:
     try:
         asyncio.run(probe(configuration.callhq_api_url, configuration.callhq_api_key))
     except SettingsError as error:
-        return Finding("CallHQ", "failure", "CallHQ cannot be reached.", str(error))
+        return Finding("CallHQ", "failure", "CallHQ cannot be reached.", sentence(error))
     except UnauthorizedError:
         advice = "Set CALLHQ_API_KEY to a valid key of the account whose chats are archived."
         return Finding("CallHQ", "failure", f"{place} rejects the API key.", advice)
     except PauseRequestedError as error:
-        return Finding("CallHQ", "warning", f"{place} is busy. {error}", "Try again later.")
+        return Finding("CallHQ", "warning", f"{place} is busy. {sentence(error)}", "Try again later.")
     except CallError as error:
         advice = "Check CALLHQ_API_URL, which must be like https://api.callhq.ai/api, and that it can be reached."
-        return Finding("CallHQ", "failure", f"{place}: {error}", advice)
+        return Finding("CallHQ", "failure", sentence(f"{place}: {error}"), advice)
     return Finding("CallHQ", "ok", f"{place} accepts the API key.")
 
 
@@ -95,7 +96,7 @@ def examine_spool(configuration: Settings) -> Iterator[Finding]:
         yield from _foreign_files(folder)
         left = select_depth(folder)
     except SpoolError as error:
-        yield Finding("spool", "failure", "While Postgres is unavailable, no event can be accepted.", str(error))
+        yield Finding("spool", "failure", "While Postgres is unavailable, no event can be accepted.", sentence(error))
         return
     if left.events:
         yield Finding(

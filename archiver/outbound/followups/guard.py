@@ -65,24 +65,24 @@ class Endpoint(msgspec.Struct, frozen=True):
 def endpoint(url: str) -> Endpoint:
     """Parse the URL. Raises `AddressRefusedError`, without quoting the URL, because it may contain a password."""
     if len(url) > MAX_URL:
-        raise AddressRefusedError(f"The URL is longer than {MAX_URL} characters.")
+        raise AddressRefusedError(f"the URL is longer than {MAX_URL} characters: use a shorter one")
     if any(each.isspace() or not each.isprintable() for each in url):
-        raise AddressRefusedError("The URL contains a space or a control character: write %20 for a space.")
+        raise AddressRefusedError("the URL contains a space or a control character: write %20 for a space")
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
-        raise AddressRefusedError("This is not a URL: write https://HOST/PATH.") from None
+        raise AddressRefusedError("this is not a URL: write https://HOST/PATH") from None
     if parsed.scheme not in {"http", "https"} or not parsed.raw_host:
-        raise AddressRefusedError("The URL must be like https://HOST/PATH.")
+        raise AddressRefusedError("the URL must be like https://HOST/PATH")
     if parsed.userinfo:
         raise AddressRefusedError(
-            "The URL contains a user name or a password. Remove them: signatures authenticate deliveries."
+            "the URL contains a user name or a password. Remove them: signatures authenticate deliveries."
         )
     if parsed.fragment:
-        raise AddressRefusedError("The URL contains a fragment (#...), which is never sent. Remove it.")
+        raise AddressRefusedError("the URL contains a fragment (#...), which is never sent. Remove it.")
     port = parsed.port if parsed.port is not None else _PORTS[parsed.scheme]
     if port not in range(1, 65_536):
-        raise AddressRefusedError("The URL's port must be from 1 to 65535.")
+        raise AddressRefusedError("the URL's port must be from 1 to 65535")
     return Endpoint(parsed.scheme, parsed.raw_host.decode("ascii"), port, parsed.raw_path)
 
 
@@ -145,12 +145,12 @@ def check(addresses: Iterable[str], *, is_encrypted: bool, allow_private: bool) 
         address = ip_address(text.partition("%")[0])
         how = reach(address)
         if how == "forbidden":
-            raise AddressRefusedError(f"{address} is a reserved address; deliveries are never sent there.")
+            raise AddressRefusedError(f"{address} is a reserved address; deliveries are never sent there")
         if how == "private" and not allow_private:
             advice = "set ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE=true to allow it"
-            raise AddressRefusedError(f"{address} is a private address; {advice}.")
+            raise AddressRefusedError(f"{address} is a private address; {advice}")
         if how == "public" and not is_encrypted:
-            raise AddressRefusedError(f"{address} is a public address: use https, so that deliveries are encrypted.")
+            raise AddressRefusedError(f"{address} is a public address: use https, so that deliveries are encrypted")
         result.append(str(address))
     return result
 
@@ -215,5 +215,5 @@ def ssl_context() -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         advice = libraries.advice_on(error, libraries.TLS)
         raise SettingsError(
-            f"Certificates of receivers cannot be verified: {libraries.describe(error)}. To fix it, {advice}."
+            f"certificates of receivers cannot be verified: {libraries.describe(error)}. To fix it, {advice}."
         ) from error

@@ -87,11 +87,14 @@ def insert_subscription(connection: Connection, values: Mapping[str, Any], after
     """
     connection.execute(text("LOCK TABLE archiver.subscriptions IN SHARE ROW EXCLUSIVE MODE"))
     if int(connection.scalar(select(func.count()).select_from(_S)) or 0) >= MAX_SUBSCRIPTIONS:
-        raise SubscriptionLimitError(f"The limit of {MAX_SUBSCRIPTIONS} subscriptions is reached.")
+        raise SubscriptionLimitError(
+            f"the limit of {MAX_SUBSCRIPTIONS} subscriptions is reached: remove one with `archiver followups remove`"
+        )
     newest = select_newest_cursor(connection)
     if after is not None and after > newest:
         raise CursorBeyondFeedError(
-            f"The feed ends at {newest}, before cursor {after}: changes up to the cursor would be skipped."
+            f"the feed ends at {newest}, before cursor {after}: changes up to the cursor would be skipped; give a"
+            " lower one"
         )
     cursor = newest if after is None else after
     row = {**values, "cursor": cursor, "created_at": datetime.now(UTC)}

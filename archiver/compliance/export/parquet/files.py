@@ -172,7 +172,7 @@ class Search:
             return False
         try:
             return self._is_in(path)
-        except (OSError, ValueError):  # Arrow raises ValueError, too
+        except (OSError, ValueError):  # Arrow also raises ValueError
             return True
 
     def _is_in(self, path: Path) -> bool:
