@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import msgspec
 
@@ -20,6 +20,7 @@ from archiver.events.responses import SessionSnapshot
 from archiver.settings import Settings
 
 State = Literal["open", "complete", "repaired", "ambiguous", "unverified", "lost"]
+STATES: tuple[State, ...] = get_args(State)
 
 
 class Timing(msgspec.Struct, frozen=True, dict=True):

@@ -125,7 +125,7 @@ def reset_password(connection: Connection, name: str, password_hash: str, actor:
     """Set a new password and end the user's logins, with an audit entry. Raises `AccountError`."""
     users = tables.users.c
     if connection.scalar(select(users.issuer).where(users.name == name)) is not None:
-        raise AccountError(f"User {name} logs in with an identity provider, and has no password here.")
+        raise AccountError(f"user {name} logs in with an identity provider, and has no password here")
     _update(connection, name, password_hash=password_hash)
     audit_log.insert_entry(connection, "users.reset", actor, None, {"user": name})
 

@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, text
 
 from archiver.archive import pieces, search
+from archiver.archive.coverage import STATES
 from archiver.compliance import erasure
 from archiver.compliance.erasure import Target
 from archiver.console import filters
@@ -204,7 +205,7 @@ def _suggest(connection: Connection, query: Query, variables: Sequence[Variable]
     parts = (_SUGGEST_FIELD.format(field=field, column=column) for field, column in fields.items())
     values = {"newest": SUGGESTING, "most": SUGGESTED, "characters": SUGGESTED_CHARACTERS}
     rows = connection.execute(text(_SUGGEST.format(fields=" UNION ALL ".join(parts))), values)
-    states = [f"coverage:{state}" for state in filters.STATES]
+    states = [f"coverage:{state}" for state in STATES]
     return [*states, "deleted:yes", "repaired:yes", *(filters.term(row.field, row.value) for row in rows)]
 
 

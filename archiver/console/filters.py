@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from archiver.archive.coverage import STATES
 from archiver.errors import ArchiverError
 from archiver.settings.variables import Variable
 
@@ -39,9 +40,6 @@ class Filter(msgspec.Struct, frozen=True):
         return " ".join(f'"{word}"' for word in self.words)
 
 
-STATES = ("open", "complete", "repaired", "ambiguous", "unverified", "lost")
-
-
 def _text(value: str) -> str:
     return value
 
@@ -70,7 +68,7 @@ def _number(value: str) -> Decimal:
 
 def _state(value: str) -> str:
     if value not in STATES:
-        raise FilterError(f"{value!r} is not a state of coverage: {', '.join(STATES)}.")
+        raise FilterError(f"{value!r} is not a state of coverage. Use one of {', '.join(STATES)}.")
     return value
 
 

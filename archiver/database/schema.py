@@ -339,7 +339,7 @@ def _blocked(engine: Engine) -> str:
     with transaction(engine) as connection:
         is_at = current(connection)
     at = "" if is_at is None else f" beyond {is_at}; `archiver migrate` continues from there"
-    return f"The schema cannot be changed{at}."
+    return f"the schema cannot be changed{at}."
 
 
 @cache

@@ -509,7 +509,7 @@ def test_a_user_is_added_once_with_a_good_name_and_password(url: str, receiver: 
         return failed(archiver("users", *arguments, database_url=url))
 
     given = ("--password-file", str(file))
-    assert "User reader exists" in attempt("add", "reader", "--role", "reader", *given)
+    assert "user reader exists" in attempt("add", "reader", "--role", "reader", *given)
     assert "cannot be a user name" in attempt("add", "A B", "--role", "reader", *given)
     assert "no user 'missing'" in attempt("reset", "missing", *given)
     assert "no user 'missing'" in attempt("disable", "missing")

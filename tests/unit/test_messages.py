@@ -16,6 +16,7 @@ PACKAGE = Path(archiver.__file__).parent
 # Responses and pages show the messages of these; the platform that the simulator imitates has its own style.
 SENTENCES = {kind.__name__ for kind in answers.ERRORS} | {
     "PageError",
+    "reported",
     "_refused",
     "FilterError",
     "TooManyAttemptsError",
@@ -40,7 +41,7 @@ def messages(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
         if isinstance(call, ast.Call) and call.args:
             name = ast.unparse(call.func).rpartition(".")[2]
             if isinstance(node, ast.Raise) or name in {"fail", "complain"}:
-                yield node.lineno, name, next(filter(None, map(text_of, call.args)), "")
+                yield call.lineno, name, next(filter(None, map(text_of, call.args)), "")
 
 
 def test_a_message_begins_with_a_small_letter_or_a_name() -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 from archiver.console import openid
+from archiver.errors import sentence
 from archiver.operations.doctor import Finding
 from archiver.settings import Settings, SettingsError
 
@@ -15,7 +16,7 @@ def examine_provider(configuration: Settings) -> Iterator[Finding]:
     try:
         openid.require(configuration)
     except SettingsError as error:
-        yield Finding("OpenID Connect", "failure", "No one can log in with the identity provider.", str(error))
+        yield Finding("OpenID Connect", "failure", "No one can log in with the identity provider.", sentence(error))
         return
     from archiver.console.openid.provider import Provider, ProviderError  # noqa: PLC0415  # needs an extra
 

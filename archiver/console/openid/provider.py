@@ -84,7 +84,7 @@ class Provider:
         except (OSError, ValueError) as error:
             advice = libraries.advice_on(error, libraries.TLS)
             raise SettingsError(
-                f"The HTTP client for ARCHIVER_OIDC_ISSUER cannot be built: {libraries.describe(error)}."
+                f"the HTTP client for ARCHIVER_OIDC_ISSUER cannot be built: {libraries.describe(error)}."
                 f" To fix it, {advice}."
             ) from error
 
