@@ -183,7 +183,7 @@ def _signed(head: Seal, *, has_key: bool) -> str:
 
 
 @click.command()
-@click.argument("event", type=Whole(1, 2**63 - 1))
+@click.argument("event", metavar="EVENT", type=Whole(1, 2**63 - 1))
 def prove(event: int) -> None:
     """Print the proof, as JSON, that EVENT (an id of archiver.events) is in its seal.
 

@@ -34,7 +34,7 @@ class Engines(msgspec.Struct, frozen=True):
     """The engines of the console.
 
     `recording`: for users, logins and the audit log; `acting`: for actions, with one connection, of the same
-    database; `reading`: for all else.
+    database; `reading`: for everything else.
     """
 
     recording: AsyncEngine

@@ -48,7 +48,7 @@ def require_files(found: Mapping[str, str]) -> None:
     """
     for name, digest in found.items():
         if digest == _NO_FILE:
-            raise SettingsError(f"{name}: {os.environ[name]} is not a regular file, and cannot be read again")
+            raise SettingsError(f"{name}: {os.environ[name]} is not a regular file: name a regular file")
 
 
 def _digest(path: Path) -> str:

@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     max_body: int = _env(
         "ARCHIVER_MAX_BODY",
         1_048_576,
-        "Bytes of the largest accepted body (413 above).",
+        "Bytes of the largest accepted body; a larger one gets 413.",
         gt=0,
         le=256 * 1_048_576,
     )

@@ -1,4 +1,4 @@
-"""Variables that libraries read from the environment themselves: which of them may have caused an error."""
+"""Name the environment variables, of those that libraries read themselves, that may have caused an error."""
 
 import os
 from collections.abc import Collection

@@ -579,7 +579,7 @@ def test_status_and_doctor_say_which_database_they_ask(database_url: str, cluste
     empty = cluster.clone("template0")
     try:
         text = failed(archiver("status", database_url=empty))
-        assert f"The database {parse_url(empty).database} at {host}" in text
+        assert f"the database {parse_url(empty).database} at {host}" in text
     finally:
         cluster.drop(empty)
 

@@ -515,7 +515,7 @@ def test_a_user_is_added_once_with_a_good_name_and_password(url: str, receiver: 
     assert "no user 'missing'" in attempt("disable", "missing")
     file.write_text("short")
     assert "12 to 1,024 characters; this one has 5" in attempt("add", "new", "--role", "reader", *given)
-    assert "Cannot read the password" in attempt("add", "new", "--role", "reader", "--password-file", "/none/such")
+    assert "cannot read the password" in attempt("add", "new", "--role", "reader", "--password-file", "/none/such")
     listed = json.loads(archiver("users", "list", "--json", database_url=url).stdout)
     assert {*ROLES} <= {each["name"] for each in listed}
     assert "argon2" not in str(listed)

@@ -57,7 +57,7 @@ def command(
 ) -> None:
     """Erase sessions and turns permanently from ledger, archive and quarantine, and refuse later deliveries.
 
-    If the command is interrupted, run it again to continue; a worker continues too. Exit 1 if a legal hold forbids
+    If the command is interrupted, run it again to continue; a worker also continues. Exit 1 if a legal hold forbids
     the erasure; the audit log records the refusal.
     """
     variables = [options.name_and_value(each, "--where") for each in wheres]

@@ -27,9 +27,12 @@ secret_file_option = click.option(
 )
 
 
+_EVENT_HELP = f"Type of change; may be repeated: {', '.join(outbox.TYPES)}."
+
+
 @click.command()
 @click.argument("url")
-@click.option("--event", "events", multiple=True, required=True, metavar="TYPE", help="; ".join(outbox.TYPES))
+@click.option("--event", "events", multiple=True, required=True, metavar="TYPE", help=_EVENT_HELP)
 @click.option("--assistant", "assistant_id", metavar="ID", help="Only conversations of this assistant.")
 @click.option("--variable", metavar="NAME=VALUE", help="Only conversations with this variable value.")
 @click.option(

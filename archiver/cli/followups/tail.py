@@ -62,7 +62,12 @@ class _CursorParameter(click.ParamType[Position]):
 
 @click.command()
 @click.option(
-    "--event", "types", multiple=True, type=click.Choice(TYPES), help="Only changes of this type; may be repeated."
+    "--event",
+    "types",
+    multiple=True,
+    type=click.Choice(TYPES),
+    metavar="TYPE",
+    help="Only changes of this type, such as session.settled; may be repeated.",
 )
 @click.option(
     "--from",

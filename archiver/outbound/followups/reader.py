@@ -140,7 +140,7 @@ class Reader:
         return limit
 
     def start(self, connection: Connection, leased: Subscription) -> Position:
-        """Return the position to continue from. Subjects whose deliveries exist rejoin, unless still slow."""
+        """Return the position to continue from. A subject whose deliveries exist rejoins, unless it is still slow."""
         position = self.position.of(leased.cursor)
         left = dict(position.slow)
         reason: Reason | None = None
